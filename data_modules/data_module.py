@@ -1,0 +1,252 @@
+"""The LightningDataModule: source + tokenizer -> token store -> loaders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from data_modules.cache import cache_folder
+from data_modules.loader import WindowLoader
+from data_modules.sources.base import Source
+from data_modules.sources.text import TextSource
+from data_modules.splitting import DocumentSplit
+from data_modules.store_builder import prepare_store
+from data_modules.token_store import TokenStore
+from data_modules.tokenizers.base import Tokenizer
+from data_modules.window_dataset import WindowDataset, window_count
+
+
+class TokenDataModule(LightningDataModule):
+    """Windows of T + D + 1 tokens from any source, through a token store that is built once.
+
+    One batch of the training loader is **one optimizer step of this rank**: ``batch_size *
+    accumulate`` windows, which the module splits with :meth:`WindowBatch.micro_batches`.
+
+    Args:
+        source: the corpus.
+        tokenizer: a tokenizer, or a bpe one still to be trained (:attr:`tokenizer` is the trained
+            one).
+        seq_len: T, the positions of a window.
+        batch_size: windows a micro-batch and rank.
+        depth: D, the model's number of depths beyond the next token.
+        accumulate: micro-batches an optimizer step.
+        eval_batch_size: windows a validation batch and rank; ``batch_size`` if None.
+        document_mask: whether batches carry document ids, so that targets in another document do
+            not count and attention is block-diagonal.
+        val_fraction: expected share of documents in the validation split.
+        split_seed: of the split; runs of different ``seed`` have the same split.
+        cache_dir: the cache folder; ``$MTP_LIGHTNING_CACHE`` or ``~/.cache/mtp-lightning`` if None.
+        num_workers: processes that fetch batches ahead.
+        pin_memory: page-locked batches; if there is a GPU, when None.
+        seed: of the order of the training windows.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        *,
+        seq_len: int = 256,
+        batch_size: int = 16,
+        depth: int = 0,
+        accumulate: int = 1,
+        eval_batch_size: int | None = None,
+        document_mask: bool = False,
+        val_fraction: float = 0.05,
+        split_seed: int = 0,
+        cache_dir: str | os.PathLike[str] | None = None,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for key, value in (
+            ("data.seq_len", seq_len),
+            ("data.batch_size", batch_size),
+            ("trainer.accumulate_grad_batches", accumulate),
+            ("data.eval_batch_size", 1 if eval_batch_size is None else eval_batch_size),
+        ):
+            if value < 1:
+                raise ValueError(f"{key} must be at least 1, got {value}")
+        if not 0 <= depth <= seq_len:
+            raise ValueError(
+                f"mtp.depth must lie between 0 and data.seq_len = {seq_len}, got {depth}"
+            )
+        if seed < 0 or num_workers < 0:
+            raise ValueError(
+                f"seed and data.num_workers must be 0 or more, got {seed} and {num_workers}"
+            )
+        self.source = source
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.depth = depth
+        self.accumulate = accumulate
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.document_mask = document_mask
+        self.cache_dir = cache_folder(cache_dir)
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.seed = seed
+        self.split = DocumentSplit(source, val_fraction=val_fraction, seed=split_seed)
+        self._tokenizer = tokenizer
+        self._store: TokenStore | None = None
+
+    @classmethod
+    def from_text(
+        cls,
+        paths: str | Sequence[str],
+        tokenizer: Tokenizer,
+        *,
+        field: str = "text",
+        **options: Any,
+    ) -> TokenDataModule:
+        """A data module on the user's own files.
+
+        Args:
+            paths: see :class:`TextSource`.
+            tokenizer: as in the class.
+            field: name of the text in JSON lines.
+            options: all other arguments of the class.
+        """
+        return cls(TextSource(paths, field=field), tokenizer, **options)
+
+    def prepare(self, stage: str = "fit") -> None:
+        """Builds or opens the token store and checks that there is enough text. Idempotent.
+
+        Args:
+            stage: ``fit`` needs a training step and a validation window, any other stage
+                (``validate``) only the latter.
+
+        Raises:
+            ValueError: about the text (empty, not UTF-8, shorter than a window ...).
+            OSError: about files.
+            ImportError: if the source's package is not installed.
+        """
+        for split in ("train", "val") if stage == "fit" else ("val",):
+            self._loader(split).check()
+
+    def prepare_data(self) -> None:
+        """Lightning's hook, called by one process a node: builds the store."""
+        self._open()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Lightning's hook, called by every process."""
+        self.prepare(stage or "fit")
+
+    @property
+    def store(self) -> TokenStore:
+        """The token store, built or opened on first use."""
+        return self._open()[0]
+
+    def _open(self) -> tuple[TokenStore, Tokenizer]:
+        if self._store is None:
+            self._store, self._tokenizer = prepare_store(
+                self._tokenizer, self.split, self.cache_dir
+            )
+        return self._store, self._tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, trained if it needed that."""
+        return self._open()[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of source, tokenizer and split options: equal ones have equal tokens."""
+        return str(self.store.meta["fingerprint"])
+
+    def train_dataloader(self) -> WindowLoader:
+        return self._loader("train")
+
+    def val_dataloader(self) -> WindowLoader:
+        return self._loader("val")
+
+    def _loader(self, split: str) -> WindowLoader:
+        dataset = WindowDataset(
+            self.store[split],
+            seq_len=self.seq_len,
+            depth=self.depth,
+            document_mask=self.document_mask,
+        )
+        train = split == "train"
+        return WindowLoader(
+            dataset,
+            batch_size=self.batch_size * self.accumulate if train else self.eval_batch_size,
+            train=train,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
+            name="training" if train else "validation",
+        )
+
+    def bytes_per_token(self, split: str) -> float:
+        """UTF-8 bytes of a split's text by its tokens: bits a byte = nats a token / ln 2 / this."""
+        return self.store.bytes_per_token(split)
+
+    def summary(self) -> dict[str, Any]:
+        """Plain facts about the data, for the run's summary and checkpoints."""
+        meta = self.store.meta
+        facts: dict[str, Any] = {
+            "source": meta["source"],
+            "tokenizer": meta["tokenizer"],
+            "fingerprint": self.fingerprint,
+            "val_fraction": meta["val_fraction"],
+            "split_seed": meta["split_seed"],
+            "versions": meta["versions"],
+            "store": str(self.store.folder),
+        }
+        for split in self.store.splits:
+            file = self.store[split]
+            facts[split] = {
+                "tokens": file.n_tokens,
+                "bytes": file.n_bytes,
+                "documents": file.n_documents,
+                "windows": window_count(file.n_tokens, self.seq_len, self.depth),
+                "bytes_per_token": self.bytes_per_token(split),
+            }
+        return facts
+
+    def held_out_prompts(self, n: int, length: int) -> list[Tensor]:
+        """Prompts from validation documents, for samples and decoding.
+
+        The first ``length`` tokens of each validation document in turn; where there are fewer than
+        n documents, then the ``length`` tokens after those, and so on. None crosses a document's
+        end.
+
+        Args:
+            n: how many.
+            length: tokens each.
+
+        Returns:
+            n tensors ``[length]`` int64.
+
+        Raises:
+            ValueError: if the validation documents do not hold n such prompts.
+        """
+        if n < 1 or length < 1:
+            raise ValueError(f"need n >= 1 prompts of length >= 1, got {n} of {length}")
+        file = self.store["val"]
+        tokens, starts = file.tokens(), file.starts()
+        # Without the end-of-text token that closes each document.
+        ends = [*(starts[1:] - 1).tolist(), file.n_tokens - 1]
+        at = [(start, end) for start, end in zip(starts.tolist(), ends, strict=True)]
+        prompts: list[Tensor] = []
+        while at:
+            at = [(start, end) for start, end in at if start + length <= end]
+            for start, _ in at:
+                prompts.append(torch.from_numpy(tokens[start : start + length].astype("int64")))
+                if len(prompts) == n:
+                    return prompts
+            at = [(start + length, end) for start, end in at]
+        raise ValueError(
+            f"the validation documents hold only {len(prompts)} prompts of {length} tokens, "
+            f"{n} were asked for: ask for fewer or shorter ones, or raise data.val_fraction"
+        )

@@ -1,0 +1,88 @@
+"""What a source of text is, and the helpers that sources share."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class Source(ABC):
+    """A corpus: documents in a fixed order.
+
+    Construction is cheap (Hydra builds sources from the config); files are read, and mistakes
+    reported, when documents or the fingerprint are asked for.
+    """
+
+    name: str
+    """Short name for tables and log lines."""
+
+    @abstractmethod
+    def documents(self) -> Iterator[str]:
+        """Yields the documents. The order, and so a document's index, never changes."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hex digest that changes whenever the documents may have changed."""
+
+    def total_bytes(self) -> int | None:
+        """About how many UTF-8 bytes will come, for the progress bar; ``None`` if unknown."""
+        return None
+
+    def summary(self) -> dict[str, Any]:
+        """Plain facts about the corpus for the run's summary."""
+        return {"name": self.name, "fingerprint": self.fingerprint()}
+
+
+def digest(*parts: object) -> str:
+    """Hex digest of the parts' text forms, unambiguous about where one part ends."""
+    h = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = str(part).encode("utf-8", "surrogateescape")
+        h.update(len(data).to_bytes(8, "little"))
+        h.update(data)
+    return h.hexdigest()
+
+
+def digest_files(files: Iterable[tuple[str, Path]], *options: object) -> str:
+    """Hex digest of options and of every file's name, size and content, read once in blocks.
+
+    Args:
+        files: (name that enters the digest, path) in a fixed order.
+        options: whatever else decides the documents.
+
+    Raises:
+        OSError: if a file cannot be read.
+    """
+    parts: list[object] = list(options)
+    for name, path in files:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+            parts += [name, file.tell(), content.hexdigest()]
+    return digest(*parts)
+
+
+def decode_utf8(data: bytes, where: str, *, offset: int = 0) -> str:
+    """Decodes UTF-8 strictly.
+
+    Args:
+        data: the bytes.
+        where: the file, for the message.
+        offset: position of ``data`` in the file.
+
+    Raises:
+        ValueError: naming the file, the byte and its offset.
+    """
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at byte offset "
+            f"{offset + error.start} ({error.reason}); convert the file, for example with "
+            f"`iconv -f LATIN1 -t UTF-8`"
+        ) from None

@@ -1,0 +1,149 @@
+"""Any dataset that ``datasets.load_dataset`` opens, local parquet and JSON included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_modules.sources.base import Source, digest, digest_files
+from data_modules.sources.text import _expand
+
+
+class HuggingFaceSource(Source):
+    """One text column of a Hugging Face dataset; a row is a document.
+
+    Args:
+        path: name on the hub, a local dataset folder, or a builder such as ``parquet`` or ``json``
+            together with ``data_files``.
+        name: the dataset's configuration, if it has several.
+        split: which split to read; train and validation are cut from it by document.
+        field: the column with the text.
+        data_files: files for a builder: a path or glob, a list, or a dict from split to those.
+        revision: branch, tag or commit on the hub. For a streamed dataset only a commit pins the
+            text: what the hub serves is not read to fingerprint it.
+        streaming: read rows as they arrive instead of downloading first.
+        cache_dir: where the ``datasets`` library keeps its files (its own default if None).
+
+    Raises:
+        ImportError: from ``documents`` and ``fingerprint``, if ``datasets`` is not installed.
+        ValueError: if the dataset cannot be opened or has no such text column.
+        OSError: if it is not found or the network is missing.
+    """
+
+    name = "huggingface"
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        name: str | None = None,
+        split: str = "train",
+        field: str = "text",
+        data_files: str | Sequence[str] | Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        streaming: bool = False,
+        cache_dir: str | None = None,
+    ) -> None:
+        self.path = path
+        self.config_name = name
+        self.split = split
+        self.field = field
+        self.data_files = data_files
+        self.revision = revision
+        self.streaming = streaming
+        self.cache_dir = cache_dir
+        self._dataset: Any = None
+        self._fingerprint: str | None = None
+
+    def _open(self) -> Any:
+        if self._dataset is not None:
+            return self._dataset
+        try:
+            import datasets
+        except ImportError:
+            raise ImportError(
+                "data=huggingface needs the package 'datasets': pip install 'mtp-lightning[hf]'"
+            ) from None
+        try:
+            dataset = datasets.load_dataset(
+                self.path,
+                name=self.config_name,
+                split=self.split,
+                data_files=self.data_files,
+                revision=self.revision,
+                streaming=self.streaming,
+                cache_dir=self.cache_dir,
+            )
+        except Exception as error:  # the library raises its own types, builders' and the hub's
+            what = f"cannot open the dataset {self.path!r}, split {self.split!r}: "
+            reason = " ".join(str(error).split()) or type(error).__name__
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(what + reason) from error
+        columns = dataset.column_names
+        if columns is not None and self.field not in columns:
+            raise ValueError(
+                f"the dataset {self.path!r} has no column {self.field!r} (it has "
+                f"{sorted(columns)}): set data.source.field to the name of the text"
+            )
+        self._dataset = dataset
+        return dataset
+
+    def documents(self) -> Iterator[str]:
+        dataset = self._open()
+        if not self.streaming:
+            # Decode the one column that is read.
+            dataset = dataset.select_columns([self.field])
+        for number, row in enumerate(dataset):
+            text = row.get(self.field)
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"row {number} of the dataset {self.path!r} has no string under "
+                    f"{self.field!r} but {type(text).__name__}: set data.source.field"
+                )
+            yield text
+
+    def fingerprint(self) -> str:
+        if self._fingerprint is None:
+            what = (
+                "huggingface",
+                self.path,
+                self.config_name,
+                self.split,
+                self.field,
+                self.revision,
+                self.data_files,
+            )
+            files = self._local_files()
+            if files:
+                self._fingerprint = digest_files(files, *what)
+            elif self.streaming:
+                self._fingerprint = digest(*what, "streaming")
+            else:
+                # The library's digest of what it downloaded and of the builder's options.
+                self._fingerprint = digest(*what, self._open()._fingerprint)
+        return self._fingerprint
+
+    def _local_files(self) -> list[tuple[str, Path]]:
+        """The files on this disk that the text comes from, or none for the hub's datasets."""
+        given: list[str] = []
+        todo: list[Any] = [self.data_files] if self.data_files is not None else [self.path]
+        while todo:
+            item = todo.pop(0)
+            if isinstance(item, Mapping):
+                todo += item.values()
+            elif isinstance(item, str):
+                given.append(item)
+            else:
+                todo += item
+        if self.data_files is None and not Path(self.path).exists():
+            return []
+        if any("://" in item for item in given):
+            return []
+        root = Path(self.path) if Path(self.path).is_dir() else Path()
+        return [file for item in given for file in _expand(_under(root, item, self.data_files))]
+
+
+def _under(root: Path, item: str, data_files: object) -> str:
+    """``data_files`` of a dataset folder are relative to that folder, others to the current one."""
+    return item if data_files is None else str(root / item)

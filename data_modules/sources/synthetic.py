@@ -1,0 +1,98 @@
+"""Seeded Markov text of any size, for tests and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from data_modules.sources.base import Source, digest
+
+SUCCESSORS = 16
+"""Words that can follow a word; their probabilities are 1/2, 1/4, ..., so text is learnable."""
+
+
+class SyntheticSource(Source):
+    """Sentences of invented words from a first-order Markov chain.
+
+    Every word is followed by one of 16 words with probabilities halving from the first to the
+    last. The same arguments give the same bytes with every numpy version (raw Philox bits).
+
+    Args:
+        size: about how many UTF-8 bytes in all.
+        documents: in how many documents.
+        words: size of the word list.
+        seed: of the words, the chain and the text.
+
+    Raises:
+        ValueError: for numbers that are too small.
+    """
+
+    name = "synthetic"
+
+    def __init__(
+        self, *, size: int = 1_000_000, documents: int = 200, words: int = 512, seed: int = 0
+    ) -> None:
+        if documents < 1 or size < 16 * documents:
+            raise ValueError(
+                f"synthetic text needs documents >= 1 of 16 bytes or more each, "
+                f"got size {size} for {documents} documents"
+            )
+        if words < 2 or seed < 0:
+            raise ValueError(f"need words >= 2 and seed >= 0, got words {words}, seed {seed}")
+        self.size = size
+        self.n_documents = documents
+        self.words = words
+        self.seed = seed
+
+    def documents(self) -> Iterator[str]:
+        bits = np.random.Philox(np.random.SeedSequence([self.seed, self.words]))
+        vocabulary = _invent(bits, self.words)
+        follow = (bits.random_raw(self.words * SUCCESSORS) % self.words).astype(np.int64)
+        follow = follow.reshape(self.words, SUCCESSORS)
+        mean = sum(map(len, vocabulary)) / self.words + 1.1
+        length = max(1, round(self.size / self.n_documents / mean))
+        group = max(1, min(256, 4_000_000 // length))
+        for start in range(0, self.n_documents, group):
+            n = min(group, self.n_documents - start)
+            chain = np.empty((length, n), np.int64)
+            state = (bits.random_raw(n) % self.words).astype(np.int64)
+            for i in range(length):
+                chain[i] = state
+                # Leading zero bits of a random number: 0, 1, 2, ... with probability 1/2, 1/4, ...
+                raw = bits.random_raw(n) >> np.uint64(64 - SUCCESSORS + 1)
+                rank = SUCCESSORS - 1 - np.frexp(raw.astype(np.float64))[1]
+                state = follow[state, rank]
+            for column in chain.T:
+                yield _sentences([vocabulary[word] for word in column.tolist()])
+
+    def fingerprint(self) -> str:
+        return digest("synthetic 1", self.size, self.n_documents, self.words, self.seed)
+
+    def total_bytes(self) -> int:
+        return self.size
+
+    def summary(self) -> dict[str, Any]:
+        return super().summary() | {"seed": self.seed}
+
+
+def _invent(bits: np.random.Philox, n: int) -> list[str]:
+    """n words of one to three syllables; two words may be the same."""
+    onsets, vowels = "bdfgklmnprstvz", "aeiou"
+    words = []
+    for raw in bits.random_raw(n).tolist():
+        syllables = 1 + raw % 3
+        raw //= 3
+        word = ""
+        for _ in range(syllables):
+            raw, onset = divmod(raw, len(onsets))
+            raw, vowel = divmod(raw, len(vowels))
+            word += onsets[onset] + vowels[vowel]
+        words.append(word)
+    return words
+
+
+def _sentences(words: list[str], per_sentence: int = 12) -> str:
+    lines = (words[i : i + per_sentence] for i in range(0, len(words), per_sentence))
+    return "".join(" ".join(line) + ".\n" for line in lines)

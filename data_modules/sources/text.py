@@ -1,0 +1,142 @@
+"""The user's own text: files, folders or globs of plain text, and JSON lines."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_modules.sources.base import Source, decode_utf8, digest_files
+
+log = logging.getLogger(__name__)
+
+
+class TextSource(Source):
+    """Documents from files on disk.
+
+    A plain file is one document. A ``.jsonl`` file holds one document a line, the string under
+    ``field``. A folder stands for all files below it (hidden ones apart, and those are counted in
+    a log line), a glob for what it matches. Files are taken in the order of ``paths``, sorted
+    inside a folder or glob; a file named twice is read once.
+
+    Args:
+        paths: one path, folder or glob, or a list of them; ``~`` is expanded and relative paths
+            start at the current folder.
+        field: name of the text in JSON lines.
+
+    Raises:
+        FileNotFoundError: from ``documents`` and ``fingerprint``: a path that does not exist, a
+            glob or folder without a file.
+        ValueError: likewise: an empty file, one that is not UTF-8 (with the byte offset), a line
+            that is not a JSON object with that field.
+    """
+
+    name = "text"
+
+    def __init__(
+        self,
+        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        field: str = "text",
+    ) -> None:
+        given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+        if not given or not all(isinstance(p, str | os.PathLike) and str(p) for p in given):
+            raise ValueError(
+                f"data.paths must name a file, a folder or a glob, or a list of them, got {paths!r}"
+            )
+        self.paths = [os.fspath(path) for path in given]
+        self.field = field
+        self._files: list[tuple[str, Path]] | None = None
+        self._fingerprint: str | None = None
+
+    def files(self) -> list[tuple[str, Path]]:
+        """(name, path) of every file, in order."""
+        if self._files is None:
+            found: dict[Path, str] = {}
+            for given in self.paths:
+                for name, path in _expand(given):
+                    if path.stat().st_size == 0:
+                        raise ValueError(
+                            f"{path} is empty: give text, or leave the file out of data.paths"
+                        )
+                    found.setdefault(path.resolve(), name)
+            self._files = [(name, path) for path, name in found.items()]
+        return self._files
+
+    def documents(self) -> Iterator[str]:
+        for _, path in self.files():
+            if path.suffix.lower() == ".jsonl":
+                yield from self._json_lines(path)
+            else:
+                yield decode_utf8(path.read_bytes(), str(path))
+
+    def _json_lines(self, path: Path) -> Iterator[str]:
+        offset = 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                text = decode_utf8(line, str(path), offset=offset)
+                offset += len(line)
+                if not text.strip():
+                    continue
+                try:
+                    row = json.loads(text)
+                except json.JSONDecodeError as error:
+                    raise ValueError(
+                        f"{path}, line {number}, is not JSON ({error.msg} at column {error.colno})"
+                    ) from None
+                if not isinstance(row, dict) or not isinstance(row.get(self.field), str):
+                    has = sorted(row) if isinstance(row, dict) else type(row).__name__
+                    raise ValueError(
+                        f"{path}, line {number}, has no string under {self.field!r} "
+                        f"(it has {has}): set data.field to the name of the text"
+                    )
+                yield row[self.field]
+
+    def fingerprint(self) -> str:
+        if self._fingerprint is None:
+            self._fingerprint = digest_files(self.files(), "text", self.field)
+        return self._fingerprint
+
+    def total_bytes(self) -> int:
+        return sum(path.stat().st_size for _, path in self.files())
+
+    def summary(self) -> dict[str, Any]:
+        return super().summary() | {"files": len(self.files()), "paths": self.paths}
+
+
+def _expand(given: str) -> list[tuple[str, Path]]:
+    """The files that one entry of ``paths`` stands for, with names free of the place they are."""
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return _folder(path)
+    if path.exists():
+        return [(path.name, path)]
+    if not glob.has_magic(given):
+        raise FileNotFoundError(
+            f"{given} does not exist (looked from {Path.cwd()}): check data.paths"
+        )
+    matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+    files = [(match.name, match) for match in matches if match.is_file()]
+    if not files:
+        raise FileNotFoundError(
+            f"no file matches {given!r} (looked from {Path.cwd()}): check data.paths"
+        )
+    return files
+
+
+def _folder(folder: Path) -> list[tuple[str, Path]]:
+    below = [(path.relative_to(folder), path) for path in folder.rglob("*") if path.is_file()]
+    files = sorted(
+        (relative.as_posix(), path)
+        for relative, path in below
+        if not any(part.startswith(".") for part in relative.parts)
+    )
+    if not files:
+        raise FileNotFoundError(f"the folder {folder} holds no files: check data.paths")
+    if len(files) < len(below):
+        log.info("%s: %d hidden files are left out", folder, len(below) - len(files))
+    return files

@@ -1,0 +1,233 @@
+"""Builds token stores: documents of a source -> tokenizer -> packed files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data_modules.cache import build_once
+from data_modules.sources.base import digest
+from data_modules.splitting import SPLITS, DocumentSplit
+from data_modules.token_store import FORMAT, TokenStore, token_dtype
+from data_modules.tokenizers.base import Tokenizer
+
+log = logging.getLogger(__name__)
+
+PIECE = 65_536
+"""Characters that a long document is encoded by: bounds memory, and lets threads share it."""
+BATCH = 1_048_576
+"""Characters that are encoded at once."""
+
+
+def prepare_tokenizer(tokenizer: Tokenizer, split: DocumentSplit, cache: Path) -> Tokenizer:
+    """The tokenizer, trained on the training documents if it needs that, once per cache folder.
+
+    Raises:
+        ValueError: if there is no text.
+        OSError: if a file cannot be read or written.
+    """
+    if not tokenizer.needs_training:
+        return tokenizer
+    key = _key("tokenizer", split, tokenizer)
+    target = cache / "tokenizers" / key
+
+    def build(folder: Path) -> None:
+        begun = time.perf_counter()
+        _tell(f"training the {tokenizer.kind} tokenizer on {split.source.name} ...")
+        tokenizer.train(split.documents("train")).save(folder)
+        _tell(f"trained the tokenizer in {time.perf_counter() - begun:.1f} s")
+
+    return Tokenizer.load(build_once(target, build))
+
+
+def prepare_store(
+    tokenizer: Tokenizer, split: DocumentSplit, cache: Path
+) -> tuple[TokenStore, Tokenizer]:
+    """The store of a corpus, built if the cache has none, and the tokenizer, trained if need be.
+
+    The key of the cache is a fingerprint of the source's documents, the tokenizer, the split's
+    options and the format's version.
+
+    Args:
+        tokenizer: ready, or one that :func:`prepare_tokenizer` trains.
+        split: the source and its split.
+        cache: the cache folder.
+
+    Raises:
+        ValueError: from the source or the tokenizer, about the user's text.
+        OSError: if a file cannot be read or written.
+    """
+    # Untrained options already decide the ids of a given corpus, so the key needs no training.
+    key = _key("store", split, tokenizer)
+    target = cache / "stores" / key
+
+    def build(folder: Path) -> None:
+        ready = prepare_tokenizer(tokenizer, split, cache)
+        begun = time.perf_counter()
+        meta = _write(folder, ready, split)
+        meta |= {"fingerprint": key, "seconds": round(time.perf_counter() - begun, 3)}
+        ready.save(folder)
+        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+    store = TokenStore(build_once(target, build))
+    # The tokenizer beside the ids is the one that made them, whatever was trained since.
+    return store, Tokenizer.load(target) if tokenizer.needs_training else tokenizer
+
+
+def _key(what: str, split: DocumentSplit, tokenizer: Tokenizer) -> str:
+    spec = json.dumps(tokenizer.spec(), sort_keys=True)
+    return digest(
+        what, FORMAT, split.source.fingerprint(), split.val_fraction, split.seed, spec, PIECE
+    )
+
+
+def _write(folder: Path, tokenizer: Tokenizer, split: DocumentSplit) -> dict[str, Any]:
+    dtype = token_dtype(tokenizer.vocab_size)
+    writers = {name: _SplitWriter(folder / f"{name}.bin", dtype) for name in SPLITS}
+    eot = np.array([tokenizer.eot_id], dtype)
+    source = split.source
+    progress = _Progress(f"tokens of {source.name} ({tokenizer.kind})", source.total_bytes())
+    try:
+        for batch in _batches(split):
+            encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
+            for (name, piece, last), ids in zip(batch, encoded, strict=True):
+                writer = writers[name]
+                # Proven encodable: the tokenizer has read the piece.
+                n_bytes = len(piece.encode("utf-8"))
+                writer.add(ids.astype(dtype), n_bytes)
+                if last:
+                    writer.end_document(eot)
+                progress.add(n_bytes)
+    finally:
+        for writer in writers.values():
+            writer.close()
+        progress.close()
+    return {
+        "format": FORMAT,
+        "dtype": dtype.name,
+        "source": source.summary(),
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "fingerprint": tokenizer.fingerprint(),
+            "vocab_size": tokenizer.vocab_size,
+            "eot_id": tokenizer.eot_id,
+        },
+        "val_fraction": split.val_fraction,
+        "split_seed": split.seed,
+        "splits": {name: writer.facts() for name, writer in writers.items()},
+        "versions": {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "tokenizers": metadata.version("tokenizers"),
+        },
+    }
+
+
+class _SplitWriter:
+    """Appends documents to one .bin file and remembers where they start."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.path = path
+        self.dtype = dtype
+        self.file: BinaryIO = path.open("wb", buffering=1 << 20)
+        self.n_tokens = 0
+        self.n_bytes = 0
+        self.starts = [0]
+
+    def add(self, ids: np.ndarray, n_bytes: int) -> None:
+        self.file.write(ids.data)
+        self.n_tokens += len(ids)
+        self.n_bytes += n_bytes
+
+    def end_document(self, eot: np.ndarray) -> None:
+        self.add(eot, 0)
+        self.starts.append(self.n_tokens)
+
+    def close(self) -> None:
+        self.file.close()
+        np.save(self.path.with_suffix(".starts.npy"), np.array(self.starts[:-1], np.int64))
+
+    def facts(self) -> dict[str, int]:
+        return {"tokens": self.n_tokens, "bytes": self.n_bytes, "documents": len(self.starts) - 1}
+
+
+def _batches(split: DocumentSplit) -> Iterator[list[tuple[str, str, bool]]]:
+    """Lists of (split, piece of a document, whether its last one), about BATCH characters each."""
+    batch: list[tuple[str, str, bool]] = []
+    size = 0
+    for number, (name, document) in enumerate(split):
+        if not document.isascii():
+            try:
+                document.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"document {number} of {split.source.name} holds half a character (a lone "
+                    f"surrogate, U+{ord(document[error.start]):04X}) at character {error.start}, "
+                    f"which is no Unicode text: mend that document"
+                ) from None
+        for piece, last in pieces(document):
+            batch.append((name, piece, last))
+            size += len(piece)
+            if size >= BATCH:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def pieces(document: str, limit: int = PIECE) -> Iterator[tuple[str, bool]]:
+    """Cuts a long document into pieces of at most ``limit`` characters.
+
+    Cuts lie between a line end and a line that begins without white space, where no tokenizer in
+    use would join the two sides, or anywhere if a piece has no such place.
+    """
+    start = 0
+    while len(document) - start > limit:
+        end = start + limit
+        cut = end
+        while (cut := document.rfind("\n", start, cut)) > start:
+            if not document[cut - 1].isspace() and not document[cut + 1].isspace():
+                break
+        end = cut + 1 if cut > start else end
+        yield document[start:end], False
+        start = end
+    yield document[start:], True
+
+
+class _Progress:
+    """A bar on a terminal's stderr; elsewhere one line at the end."""
+
+    def __init__(self, what: str, total: int | None) -> None:
+        self.what = what
+        self.begun = time.perf_counter()
+        self.n_bytes = 0
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False)
+
+    def add(self, n_bytes: int) -> None:
+        self.n_bytes += n_bytes
+        if self.bar is not None:
+            self.bar.update(n_bytes)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        seconds = time.perf_counter() - self.begun
+        rate = self.n_bytes / 1e6 / max(seconds, 1e-9)
+        _tell(f"{self.what}: {self.n_bytes / 1e6:.1f} MB in {seconds:.1f} s, {rate:.1f} MB/s")
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,101 @@
+"""The packed token store: the corpus as token ids in memory-mapped files.
+
+A store is a folder::
+
+    meta.json            tokens, bytes and documents per split, fingerprints, versions, dtype
+    train.bin  val.bin   token ids of the documents in order, each closed by the end-of-text token
+    train.starts.npy ... int64 offset of every document in the .bin file
+    tokenizer_state.json the tokenizer that made the ids
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = 1
+"""Raised whenever a store written by older code must not be read by newer code."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """uint16 where every id fits, else uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One split of a store. Cheap to pickle: loader workers open the file themselves.
+
+    Attributes:
+        path: the ``.bin`` file.
+        dtype: name of its dtype.
+        n_tokens: number of tokens, end-of-text tokens included.
+        n_bytes: UTF-8 bytes of the text, end-of-text tokens not counted.
+        n_documents: number of documents.
+    """
+
+    path: Path
+    dtype: str
+    n_tokens: int
+    n_bytes: int
+    n_documents: int
+
+    def tokens(self) -> np.ndarray:
+        """``[n_tokens]`` read-only memory map."""
+        if self.n_tokens == 0:  # mmap refuses empty files
+            return np.empty(0, self.dtype)
+        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n_tokens,))
+
+    def starts(self) -> np.ndarray:
+        """``[n_documents]`` int64 offset of each document's first token."""
+        return np.load(self.path.with_suffix(".starts.npy"))
+
+
+class TokenStore:
+    """A finished store, opened.
+
+    Args:
+        folder: the store.
+
+    Raises:
+        ValueError: if the files are not what ``meta.json`` says (damaged after they were built).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text("utf-8"))
+            self.splits = {name: self._open(name) for name in self.meta["splits"]}
+        except (FileNotFoundError, KeyError, json.JSONDecodeError) as error:
+            raise _damaged(folder, str(error)) from error
+
+    def _open(self, name: str) -> TokenFile:
+        path = self.folder / f"{name}.bin"
+        dtype = np.dtype(self.meta["dtype"])
+        facts = self.meta["splits"][name]
+        expected = facts["tokens"] * dtype.itemsize
+        if path.stat().st_size != expected:
+            raise _damaged(
+                self.folder, f"{path.name} has {path.stat().st_size} bytes instead of {expected}"
+            )
+        return TokenFile(path, dtype.name, facts["tokens"], facts["bytes"], facts["documents"])
+
+    def __getitem__(self, split: str) -> TokenFile:
+        if split not in self.splits:
+            raise ValueError(f"no split {split!r}: the splits are {', '.join(self.splits)}")
+        return self.splits[split]
+
+    def bytes_per_token(self, split: str) -> float:
+        """UTF-8 bytes of the split's text by its tokens, end-of-text tokens counted."""
+        file = self[split]
+        return file.n_bytes / file.n_tokens if file.n_tokens else float("nan")
+
+
+def _damaged(folder: Path, why: str) -> ValueError:
+    return ValueError(
+        f"the token store {folder} is damaged ({why}): delete that folder and start again"
+    )

@@ -1,0 +1,22 @@
+"""Tokenizers, one file each, behind the interface of ``base.py``."""
+
+from __future__ import annotations
+
+from data_modules.tokenizers.base import END_OF_TEXT, Tokenizer, tokenizer_from_state
+from data_modules.tokenizers.bpe import BPETokenizer
+from data_modules.tokenizers.byte import ByteTokenizer
+from data_modules.tokenizers.pretrained import PretrainedTokenizer
+
+KINDS: dict[str, type[Tokenizer]] = {
+    kind.kind: kind for kind in (ByteTokenizer, BPETokenizer, PretrainedTokenizer)
+}
+
+__all__ = [
+    "END_OF_TEXT",
+    "KINDS",
+    "BPETokenizer",
+    "ByteTokenizer",
+    "PretrainedTokenizer",
+    "Tokenizer",
+    "tokenizer_from_state",
+]

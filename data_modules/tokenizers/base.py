@@ -1,0 +1,116 @@
+"""What a tokenizer is, and how one is stored with a run and read back."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from data_modules.sources.base import digest
+
+STATE_FILE = "tokenizer_state.json"
+END_OF_TEXT = "<|endoftext|>"
+"""How :meth:`Tokenizer.decode` shows the end-of-text token of the byte and bpe tokenizers."""
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back.
+
+    ``encode`` never adds special tokens and reads a special token's name in the text as ordinary
+    text; the token store writes ``eot_id`` after every document itself.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Number of ids, the end-of-text token included."""
+
+    @property
+    @abstractmethod
+    def eot_id(self) -> int:
+        """Id of the end-of-text token that closes every document."""
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """``[n]`` int64 ids of one text, without end-of-text token."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of ids (a sequence, array or tensor of ints)."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Everything that :func:`tokenizer_from_state` needs, as plain JSON-able containers."""
+
+    @classmethod
+    @abstractmethod
+    def from_state(cls, state: dict[str, Any]) -> Tokenizer:
+        """The tokenizer that gave this state."""
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """What decides the ids of a given corpus: options before training, content after."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """``encode`` of every text; at once where that is faster."""
+        return [self.encode(text) for text in texts]
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether :meth:`train` has to be called before ids can be had."""
+        return False
+
+    def train(self, documents: Iterable[str]) -> Tokenizer:
+        """A trained copy; only for tokenizers with :attr:`needs_training`."""
+        raise TypeError(f"the {self.kind} tokenizer is not trained")
+
+    def fingerprint(self) -> str:
+        """Hex digest of the state: equal ids for every text mean equal fingerprints."""
+        return digest(json.dumps(self.state(), sort_keys=True))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the state into a run folder.
+
+        Where there is a ``tokenizer.json`` of the tokenizers library it is written too, so that
+        other programs can read it.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.state()
+        (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        if "tokenizer_json" in state:
+            (folder / "tokenizer.json").write_text(state["tokenizer_json"], encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Reads what :meth:`save` wrote, of whatever kind.
+
+        Raises:
+            FileNotFoundError: if the folder holds no tokenizer.
+        """
+        file = Path(folder) / STATE_FILE
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no {STATE_FILE}: give the folder of a finished or started run"
+            )
+        return tokenizer_from_state(json.loads(file.read_text(encoding="utf-8")))
+
+
+def tokenizer_from_state(state: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that gave this state (see :meth:`Tokenizer.state`).
+
+    Raises:
+        ValueError: for a state of unknown kind.
+    """
+    from data_modules.tokenizers import KINDS
+
+    kind = state.get("kind")
+    if kind not in KINDS:
+        raise ValueError(f"unknown tokenizer kind {kind!r}: known are {sorted(KINDS)}")
+    return KINDS[kind].from_state(state)

@@ -1,0 +1,236 @@
+"""Byte-level byte-pair encoding, trained on the corpus with the ``tokenizers`` library."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, ClassVar
+
+import numpy as np
+
+from data_modules.tokenizers.base import END_OF_TEXT, Tokenizer
+
+# Words are split as in GPT-2: a run of letters, digits or signs with one space before it, or a run
+# of white space less the space that the next word takes. Unlike GPT-2's, the pattern names its
+# characters one by one (all non-ASCII ones count as letters) and bounds each run, so that Python's
+# `re` and the library's regex engine agree on every text: `encode` relies on it. `_` joins words.
+_SPACE = r"[ \t\n\r\f\v]"
+_LETTER = r"A-Za-z_\x{80}-\x{10FFFF}"
+PATTERN = (
+    rf" ?[{_LETTER}]{{1,64}}| ?[0-9]{{1,64}}"
+    rf"| ?[^ \t\n\r\f\v0-9{_LETTER}]{{1,64}}"
+    rf"|{_SPACE}{{1,64}}(?![^ \t\n\r\f\v])|{_SPACE}{{1,64}}"
+)
+_PYTHON_PATTERN = PATTERN.replace(r"\x{80}-\x{10FFFF}", "\x80-\U0010ffff")
+CACHED_WORDS = 500_000
+MIN_VOCAB = 257
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level BPE: any text survives the round trip, and equal texts give equal merges.
+
+    Id 0 is the end-of-text token, then the 256 bytes, then merges in the order of training.
+
+    A corpus repeats its words, so words are split with ``re``, each distinct one is encoded once
+    by the library, and the ids of a text are gathered with numpy: faster on two cores than the
+    library's own threads, with the same ids (a test compares them).
+
+    Args:
+        vocab_size: number of ids to train to, end-of-text included; a small corpus may have
+            fewer merges to give.
+        train_bytes: at most this many bytes are trained on: training documents in the corpus'
+            order, the last one cut short.
+
+    Raises:
+        ValueError: for numbers that are too small.
+    """
+
+    kind: ClassVar[str] = "bpe"
+
+    def __init__(self, vocab_size: int = 4096, *, train_bytes: int = 20_000_000) -> None:
+        if vocab_size < MIN_VOCAB:
+            raise ValueError(
+                f"tokenizer.vocab_size must be at least {MIN_VOCAB} (256 bytes and end of text), "
+                f"got {vocab_size}"
+            )
+        if train_bytes < 1:
+            raise ValueError(f"tokenizer.train_bytes must be at least 1, got {train_bytes}")
+        self.requested_vocab_size = vocab_size
+        self.train_bytes = train_bytes
+        self._json: str | None = None
+        self._library: Any = None
+        self._words = re.compile(_PYTHON_PATTERN)
+        self._forget()
+
+    @property
+    def needs_training(self) -> bool:
+        return self._json is None
+
+    def train(self, documents: Iterable[str]) -> BPETokenizer:
+        """A trained copy. Deterministic: the same documents give the same merges.
+
+        Raises:
+            ValueError: if there is no text.
+        """
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        _quiet_forks()
+        library = Tokenizer(models.BPE())
+        library.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        library.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.requested_vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        sample = _first_bytes(documents, self.train_bytes)
+        first = next(sample, None)
+        if first is None:
+            raise ValueError("there is no text to train the tokenizer on")
+        library.train_from_iterator(chain([first], sample), trainer)
+        return self._with(library.to_str())
+
+    def _with(self, json_text: str) -> BPETokenizer:
+        copy = BPETokenizer(self.requested_vocab_size, train_bytes=self.train_bytes)
+        copy._json = json_text
+        return copy
+
+    def _trained(self) -> Any:
+        if self._library is None:
+            from tokenizers import Tokenizer
+
+            if self._json is None:
+                raise ValueError("the bpe tokenizer is not trained yet: prepare the data first")
+            _quiet_forks()
+            self._library = Tokenizer.from_str(self._json)
+            # The special token's name in a text is text: the round trip must lose nothing.
+            self._library.encode_special_tokens = True
+        return self._library
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._trained().get_vocab_size())
+
+    @property
+    def eot_id(self) -> int:
+        return 0
+
+    def encode(self, text: str) -> np.ndarray:
+        """``[n]`` int64 ids.
+
+        Raises:
+            ValueError: if the tokenizer is not trained.
+        """
+        library = self._trained()
+        words = self._words.findall(text)
+        index = self._index
+        known = len(index)
+        # setdefault evaluates len first: a new word gets the next free number.
+        numbers = np.fromiter(
+            (index.setdefault(word, len(index)) for word in words), np.int64, len(words)
+        )
+        if len(index) > known:
+            new = list(index)[known:]
+            encoded = library.encode_batch_fast(new, add_special_tokens=False)
+            self._append([encoding.ids for encoding in encoded])
+        ids = _gather(self._ids[: self._n_ids], self._starts[: len(index) + 1], numbers)
+        if len(index) > CACHED_WORDS:
+            self._forget()
+        return ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD, end of text its name."""
+        array = np.asarray(ids, dtype=np.int64).reshape(-1)
+        return str(self._trained().decode(array.tolist(), skip_special_tokens=False))
+
+    def spec(self) -> dict[str, Any]:
+        if self._json is not None:
+            return {"kind": self.kind, "content": self.fingerprint()}
+        return {
+            "kind": self.kind,
+            "vocab_size": self.requested_vocab_size,
+            "train_bytes": self.train_bytes,
+            "pattern": PATTERN,
+        }
+
+    def state(self) -> dict[str, Any]:
+        if self._json is None:
+            raise ValueError("the bpe tokenizer is not trained yet: prepare the data first")
+        return {
+            "kind": self.kind,
+            "vocab_size": self.requested_vocab_size,
+            "train_bytes": self.train_bytes,
+            "tokenizer_json": self._json,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> BPETokenizer:
+        untrained = cls(state["vocab_size"], train_bytes=state["train_bytes"])
+        return untrained._with(state["tokenizer_json"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The library object and the word cache are rebuilt where they are needed.
+        return self.state() if self._json is not None else self.spec()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["vocab_size"], train_bytes=state["train_bytes"])  # type: ignore[misc]
+        self._json = state.get("tokenizer_json")
+
+    def _forget(self) -> None:
+        """Empties the word cache: word -> number, and every word's ids behind each other."""
+        self._index: dict[str, int] = {}
+        self._ids = np.empty(0, np.int64)
+        self._starts = np.zeros(1, np.int64)
+        self._n_ids = 0
+
+    def _append(self, new: list[list[int]]) -> None:
+        lengths = np.fromiter(map(len, new), np.int64, len(new))
+        total = self._n_ids + int(lengths.sum())
+        known = len(self._index) - len(new)
+        if total > len(self._ids):
+            grown = np.empty(2 * total, np.int64)
+            grown[: self._n_ids] = self._ids[: self._n_ids]
+            self._ids = grown
+        if len(self._index) + 1 > len(self._starts):
+            grown = np.empty(2 * len(self._index) + 1, np.int64)
+            grown[: known + 1] = self._starts[: known + 1]
+            self._starts = grown
+        self._ids[self._n_ids : total] = np.fromiter(
+            chain.from_iterable(new), np.int64, total - self._n_ids
+        )
+        self._starts[known + 1 : len(self._index) + 1] = self._n_ids + np.cumsum(lengths)
+        self._n_ids = total
+
+
+def _gather(ids: np.ndarray, starts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Ids of a sequence of words; those of word w are ``ids[starts[w] : starts[w+1]]``."""
+    first = starts[numbers]
+    lengths = starts[numbers + 1] - first
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    # Position of every output in `ids`: a running index, shifted where each word begins.
+    return ids[np.arange(total) + np.repeat(first - (ends - lengths), lengths)]
+
+
+def _first_bytes(documents: Iterable[str], limit: int) -> Iterator[str]:
+    for document in documents:
+        data = document.encode("utf-8")
+        if len(data) >= limit:
+            yield data[:limit].decode("utf-8", "ignore")
+            return
+        limit -= len(data)
+        yield document
+
+
+def _quiet_forks() -> None:
+    # Without a setting the library prints a warning in every loader worker that is forked later.
+    # Workers fetch windows and never encode, so threads here and forks there do not meet.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

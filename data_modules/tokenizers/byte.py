@@ -1,0 +1,51 @@
+"""One token a UTF-8 byte, and an end-of-text token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from data_modules.tokenizers.base import END_OF_TEXT, Tokenizer
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0..255 are bytes, 256 is end of text. Needs numpy alone and loses nothing."""
+
+    kind: ClassVar[str] = "byte"
+
+    @property
+    def vocab_size(self) -> int:
+        return 257
+
+    @property
+    def eot_id(self) -> int:
+        return 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int64)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        # Bytes need no wider type on their way into the store.
+        return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD, end of text its name."""
+        array = np.asarray(ids, dtype=np.int64).reshape(-1)
+        ends = np.flatnonzero(array == self.eot_id)
+        pieces = np.split(array, ends)
+        parts = [pieces[0], *(piece[1:] for piece in pieces[1:])]
+        return END_OF_TEXT.join(
+            part.astype(np.uint8).tobytes().decode("utf-8", "replace") for part in parts
+        )
+
+    def spec(self) -> dict[str, Any]:
+        return self.state()
+
+    def state(self) -> dict[str, Any]:
+        return {"kind": self.kind}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> ByteTokenizer:
+        return cls()

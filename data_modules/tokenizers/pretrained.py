@@ -1,0 +1,163 @@
+"""A tokenizer that exists already: a ``tokenizer.json``, a folder with one, or a hub name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from data_modules.tokenizers.base import Tokenizer
+from data_modules.tokenizers.bpe import _quiet_forks
+
+KNOWN_EOT = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "[EOS]",
+)
+"""Names of the token that ends a document in the tokenizers in use, the first found is taken."""
+
+
+class PretrainedTokenizer(Tokenizer):
+    """A tokenizer of the ``tokenizers`` library.
+
+    Whether a text survives the round trip is up to that tokenizer. Special tokens are never added;
+    their names in a text are text.
+
+    Args:
+        path: a ``tokenizer.json``, a folder that holds one, or a name on the Hugging Face hub.
+        eot_token: the token that ends a document. Default: ``eos_token`` of a
+            ``tokenizer_config.json`` beside it, else the first known name among its special
+            tokens.
+
+    Raises:
+        FileNotFoundError: from the first use, if there is no such file, folder or hub name.
+        ValueError: likewise, if the file is no tokenizer or has no such end-of-text token.
+    """
+
+    kind: ClassVar[str] = "pretrained"
+
+    def __init__(self, path: str, *, eot_token: str | None = None) -> None:
+        self.path = str(path)
+        self.eot_token = eot_token
+        self._library: Any = None
+        self._eot_id = -1
+        self._vocab_size = 0
+
+    def _load(self) -> Any:
+        if self._library is None:
+            library, named = _read(self.path)
+            self._adopt(library, self.eot_token or named)
+        return self._library
+
+    def _adopt(self, library: Any, eot_token: str | None) -> None:
+        specials = {t.content for t in library.get_added_tokens_decoder().values() if t.special}
+        if eot_token is None:
+            eot_token = next((name for name in KNOWN_EOT if name in specials), None)
+        if eot_token is None:
+            raise ValueError(
+                f"the tokenizer {self.path} has no end-of-text token among its special tokens "
+                f"({', '.join(sorted(specials)) or 'it has none'}): name one with "
+                f"tokenizer.eot_token"
+            )
+        eot_id = library.token_to_id(eot_token)
+        if eot_id is None:
+            raise ValueError(
+                f"the tokenizer {self.path} has no token {eot_token!r}: "
+                f"set tokenizer.eot_token to one of its tokens"
+            )
+        library.encode_special_tokens = True
+        library.no_padding()
+        library.no_truncation()
+        self.eot_token = eot_token
+        self._eot_id = int(eot_id)
+        # Ids may have holes, the embedding must hold the largest.
+        self._vocab_size = max(library.get_vocab(with_added_tokens=True).values()) + 1
+        self._library = library
+
+    @property
+    def vocab_size(self) -> int:
+        self._load()
+        return self._vocab_size
+
+    @property
+    def eot_id(self) -> int:
+        self._load()
+        return self._eot_id
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._load().encode(text, add_special_tokens=False).ids, np.int64)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._load().encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int64) for encoding in encoded]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        array = np.asarray(ids, dtype=np.int64).reshape(-1)
+        return str(self._load().decode(array.tolist(), skip_special_tokens=False))
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": self.kind, "content": self.fingerprint()}
+
+    def state(self) -> dict[str, Any]:
+        text = self._load().to_str()
+        return {
+            "kind": self.kind,
+            "path": self.path,
+            "eot_token": self.eot_token,
+            "tokenizer_json": text,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> PretrainedTokenizer:
+        from tokenizers import Tokenizer as Library
+
+        tokenizer = cls(state["path"], eot_token=state["eot_token"])
+        tokenizer._adopt(Library.from_str(state["tokenizer_json"]), state["eot_token"])
+        return tokenizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.state()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(type(self).from_state(state).__dict__)
+
+
+def _read(given: str) -> tuple[Any, str | None]:
+    """The library's tokenizer, and the end-of-text token that a config beside it names."""
+    from tokenizers import Tokenizer as Library
+
+    _quiet_forks()
+    path = Path(given).expanduser()
+    if path.is_dir():
+        path = path / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"the folder {given} holds no tokenizer.json: point tokenizer.path to one "
+                f"(a slow-only tokenizer must be converted first)"
+            )
+    if path.is_file():
+        try:
+            library = Library.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{path} is not a tokenizer.json that can be read: {error}") from None
+        config = path.with_name("tokenizer_config.json")
+        named = None
+        if config.is_file():
+            named = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        return library, named["content"] if isinstance(named, dict) else named
+    if path.suffix == ".json" or given.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{given} does not exist: check tokenizer.path")
+    try:
+        return Library.from_pretrained(given), None
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{given!r} is neither a file nor a folder, and the Hugging Face hub did not give a "
+            f"tokenizer of that name ({' '.join(str(error).split())[:200]}): check tokenizer.path"
+        ) from None

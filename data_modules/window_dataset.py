@@ -1,0 +1,87 @@
+"""Batches of windows out of a token file: one vectorised gather each."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import as_strided
+from torch.utils.data import Dataset
+
+from data_modules.token_store import TokenFile
+from data_modules.windows import WindowBatch
+
+
+def window_count(n_tokens: int, seq_len: int, depth: int) -> int:
+    """Number of windows of T + D + 1 tokens that start T tokens apart.
+
+    It depends on D only where there is room for a single window at most: models of different D see
+    the same windows in the same order, and every token after the first is a depth-0 target at
+    most once.
+    """
+    n = (n_tokens - 1 - seq_len) // seq_len
+    if n > 0:
+        return n
+    return 1 if n_tokens >= seq_len + depth + 1 else 0
+
+
+class WindowDataset(Dataset[WindowBatch]):
+    """Maps an array of window numbers to a :class:`WindowBatch`.
+
+    Window i holds tokens ``[i*T, i*T + T + D + 1)``. The file is opened on first use, so that
+    each loader worker has a memory map of its own.
+
+    Args:
+        file: the token file.
+        seq_len: T.
+        depth: D, at most T.
+        document_mask: whether batches carry document ids.
+    """
+
+    def __init__(
+        self, file: TokenFile, *, seq_len: int, depth: int, document_mask: bool = False
+    ) -> None:
+        assert 0 <= depth <= seq_len
+        self.file = file
+        self.seq_len = seq_len
+        self.depth = depth
+        self.document_mask = document_mask
+        self.length = seq_len + depth + 1
+        self._windows: np.ndarray | None = None
+        self._starts: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return window_count(self.file.n_tokens, self.seq_len, self.depth)
+
+    def __getitem__(self, numbers: np.ndarray) -> WindowBatch:
+        if self._windows is None:
+            self._open()
+        assert self._windows is not None
+        tokens = torch.from_numpy(self._windows[numbers].astype(np.int64))
+        documents = torch.from_numpy(self._documents(numbers)) if self.document_mask else None
+        return WindowBatch(tokens, self.depth, documents)
+
+    def _open(self) -> None:
+        tokens = self.file.tokens()
+        step = tokens.strides[0]
+        # A view: row i is window i, rows overlap by D + 1 tokens.
+        self._windows = as_strided(
+            tokens, (len(self), self.length), (self.seq_len * step, step), writeable=False
+        )
+        self._starts = self.file.starts()
+
+    def _documents(self, numbers: np.ndarray) -> np.ndarray:
+        """``[B, T+D+1]`` int64 number of the document that each token belongs to."""
+        assert self._starts is not None
+        begin = numbers * self.seq_len
+        first = self._starts.searchsorted(begin, side="right") - 1
+        last = self._starts.searchsorted(begin + self.length - 1, side="right") - 1
+        documents = np.repeat(first[:, None], self.length, axis=1)
+        # Most windows lie inside one document; only the others are looked at token by token.
+        for row in np.flatnonzero(first != last):
+            # Positions in the window at which a new document starts.
+            at = self._starts[first[row] + 1 : last[row] + 1] - begin[row]
+            documents[row] += np.searchsorted(at, np.arange(self.length), side="right")
+        return documents
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_windows": None, "_starts": None}

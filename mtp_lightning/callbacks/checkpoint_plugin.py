@@ -1,0 +1,34 @@
+"""The Lightning plugin that makes every checkpoint of a run atomic, plain and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from mtp_lightning import checkpoint_io
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Saves and loads through `mtp_lightning.checkpoint_io`: give it to `Trainer(plugins=[...])`."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write atomically; see `checkpoint_io.save` for the errors."""
+        if storage_options is not None:
+            raise ValueError(f"storage_options are not used for checkpoints here: {storage_options!r}.")
+        checkpoint_io.save(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Check for damage, then load plain values only; `weights_only=False` is refused."""
+        if weights_only is False:
+            raise ValueError("Checkpoints are loaded with weights_only=True only: do not ask for False.")
+        return checkpoint_io.load(path, "cpu" if map_location is None else map_location)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove the file where it exists."""
+        Path(path).unlink(missing_ok=True)

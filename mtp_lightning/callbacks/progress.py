@@ -1,0 +1,195 @@
+"""The progress bar: optimizer steps of the whole run, and the loss of every depth."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+
+
+class StepProgressBar(ProgressBar):
+    """A bar of `max_steps` optimizer steps with every depth's loss, the lambdas and tokens per second.
+
+    On a terminal it is one line that is rewritten; elsewhere (a file, a pipe) it prints plain lines. A resumed
+    run starts at the step it resumes from. The losses are read from the device only when something is shown.
+
+    Reads the training step's `losses` (tensor [D+1]), `active` (D+1 bool) and, when present, `lambdas` (D
+    numbers); else the logged `train/lambda_depth_k`.
+
+    Args:
+        refresh_seconds: seconds between two updates on a terminal.
+        line_seconds: seconds between two lines elsewhere.
+        line_every_n_steps: lines every N steps instead of by time; null goes by `line_seconds`.
+        interactive: true for the bar, false for lines, null to look whether stderr is a terminal.
+    """
+
+    def __init__(
+        self,
+        refresh_seconds: float = 0.5,
+        line_seconds: float = 10.0,
+        line_every_n_steps: int | None = None,
+        interactive: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.refresh_seconds = refresh_seconds
+        self.line_seconds = line_seconds
+        self.line_every_n_steps = line_every_n_steps
+        self.interactive = interactive
+        self._enabled = True
+        self._bar: tqdm | None = None
+        self._shown_at = 0.0
+        self._text = ""
+
+    def disable(self) -> None:
+        """Show nothing (Lightning calls this on every process but the first)."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show again."""
+        self._enabled = True
+
+    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
+        """Print above the bar."""
+        if self._enabled:
+            tqdm.write(sep.join(map(str, args)), file=sys.stderr)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the bar at the step that the run starts or resumes from."""
+        self._shown_at = 0.0
+        if not self._enabled or not self._is_terminal():
+            return
+        self._bar = tqdm(
+            total=trainer.max_steps if trainer.max_steps > 0 else None,
+            initial=trainer.global_step,
+            desc="train",
+            unit="step",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=self.refresh_seconds,
+        )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the step when it is time."""
+        if not self._enabled:
+            return
+        step = trainer.global_step
+        last = step == trainer.max_steps
+        now = time.monotonic()
+        if self._bar is not None:
+            if last or now - self._shown_at >= self.refresh_seconds:
+                self._text = self._describe(trainer, outputs)
+                self._bar.set_postfix_str(self._text, refresh=False)
+                self._bar.update(step - self._bar.n)
+                self._bar.refresh()
+                self._shown_at = now
+            return
+        if self.line_every_n_steps:
+            due = step % self.line_every_n_steps == 0
+        else:
+            due = now - self._shown_at >= self.line_seconds
+        if last or due:
+            total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
+            self._line(f"step {step}{total}  {self._describe(trainer, outputs)}")
+            self._shown_at = now
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count validation batches in the place of the losses."""
+        now = time.monotonic()
+        if self._bar is None or now - self._shown_at < self.refresh_seconds:
+            return
+        total = sum(trainer.num_val_batches)
+        self._bar.set_postfix_str(f"validating {batch_idx + 1}/{total:g}", refresh=True)
+        self._shown_at = now
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say the validation loss of every depth."""
+        if not self._enabled or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        losses = _by_depth(trainer, "val/loss_depth_")
+        text = "  ".join(f"L{k} {value:.3f}" for k, value in losses.items())
+        self._line(f"step {trainer.global_step}  validation  {text}".rstrip())
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._text, refresh=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the bar."""
+        self._close(trainer)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Close the bar, so that the message begins on a line of its own."""
+        self._close(trainer)
+
+    def _close(self, trainer: pl.Trainer) -> None:
+        if self._bar is not None:
+            self._bar.update(trainer.global_step - self._bar.n)
+            self._bar.close()
+            self._bar = None
+
+    def _is_terminal(self) -> bool:
+        return sys.stderr.isatty() if self.interactive is None else self.interactive
+
+    def _line(self, text: str) -> None:
+        if self._bar is not None:
+            tqdm.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def _describe(self, trainer: pl.Trainer, outputs: Any) -> str:
+        losses = torch.as_tensor(outputs["losses"]).tolist()
+        active = outputs.get("active", [True] * len(losses))
+        parts = [
+            f"L{k} {loss:.2f}" if on else f"L{k} -"
+            for k, (loss, on) in enumerate(zip(losses, active, strict=True))
+        ]
+        lambdas = outputs.get("lambdas")
+        if lambdas is None:
+            lambdas = _by_depth(trainer, "train/lambda_depth_").values()
+        shown = ",".join(f"{float(value):.3g}" for value in lambdas)
+        if shown:
+            parts.append(f"lambda {shown}")
+        rate = next(
+            (
+                callback.tokens_per_second
+                for callback in trainer.callbacks  # type: ignore[attr-defined]
+                if getattr(callback, "tokens_per_second", None)
+            ),
+            None,
+        )
+        if rate:
+            parts.append(f"{_short(rate)} tok/s")
+        return "  ".join(parts)
+
+
+def _by_depth(trainer: pl.Trainer, prefix: str) -> dict[int, float]:
+    """The logged values of one tag, by depth."""
+    found = {}
+    for name, value in trainer.callback_metrics.items():
+        depth = name.removeprefix(prefix)
+        if name.startswith(prefix) and depth.isdigit():
+            found[int(depth)] = float(value)
+    return dict(sorted(found.items()))
+
+
+def _short(rate: float) -> str:
+    """12345 -> 12.3k"""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if rate >= size:
+            return f"{rate / size:.3g}{letter}"
+    return f"{rate:.3g}"

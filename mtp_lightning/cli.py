@@ -1,0 +1,23 @@
+"""How the apps speak to people when something is wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """One line and exit code 1 for what a user can mend: ``ValueError`` and ``OSError``.
+
+    Anything else is a defect and keeps its traceback; HYDRA_FULL_ERROR=1 shows all of them.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"error: {error}\n(HYDRA_FULL_ERROR=1 shows where)", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,256 @@
+"""The one place that turns a config into objects, and runs them.
+
+The way through a run: config -> data -> model -> module -> trainer -> summary.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+import lightning.pytorch as pl
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+
+from mtp_lightning import checkpoint_io
+from mtp_lightning.callbacks.checkpoint_plugin import AtomicCheckpointIO
+from mtp_lightning.callbacks.throughput import Throughput
+from mtp_lightning.model import ModelConfig
+from mtp_lightning.module import MTPModule
+from mtp_lightning.runs import CHECKPOINTS, describe_differences
+from mtp_lightning.runtime import keep_freed_memory, set_threads
+from mtp_lightning.summary import environment, print_summary, write_summary
+
+if TYPE_CHECKING:
+    from data_modules import TokenDataModule
+
+log = logging.getLogger(__name__)
+
+# A config may come from a file that somebody else wrote: it can build these, and nothing else.
+_OWN_PACKAGES = ("mtp_lightning.", "data_modules.")
+
+# Keys of the trainer group that are this project's, not lightning.pytorch.Trainer's.
+_OWN_TRAINER_KEYS = ("accumulate_grad_batches", "gradient_clip_val", "num_threads", "compile")
+_PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+_STRATEGIES = ("auto", "ddp")
+
+
+def instantiate(config: DictConfig, **arguments: Any) -> Any:
+    """Build the object that a config node's ``_target_`` names.
+
+    Raises:
+        ValueError: a target outside this project, an unknown key, or what the object's own checks
+            refuse.
+    """
+    for target in _targets(OmegaConf.to_container(config, resolve=True)):
+        if not target.startswith(_OWN_PACKAGES):
+            raise ValueError(
+                f"_target_={target} is refused: a config may only build this project's own objects."
+            )
+    try:
+        return hydra.utils.instantiate(config, **arguments, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, (ValueError, OSError)):
+            raise cause from None
+        if isinstance(cause, TypeError):
+            raise ValueError(f"{config.get('_target_')} refuses its settings: {cause}") from error
+        raise
+
+
+def _targets(node: Any) -> list[str]:
+    if isinstance(node, dict):
+        own = [str(node["_target_"])] if "_target_" in node else []
+        return own + [target for value in node.values() for target in _targets(value)]
+    return [target for value in node for target in _targets(value)] if isinstance(node, list) else []
+
+
+def build_data(cfg: DictConfig) -> TokenDataModule:
+    """The data module, its token store built or found."""
+    data = instantiate(cfg.data)
+    data.prepare()
+    return data
+
+
+def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
+    """Trunk and stack from the groups ``model`` and ``mtp``."""
+    trunk = instantiate(cfg.model, vocab_size=vocab_size)
+    mtp = instantiate(cfg.mtp)
+    if mtp.depth > cfg.data.seq_len:
+        raise ValueError(
+            f"mtp.depth={mtp.depth} is larger than the window, data.seq_len={cfg.data.seq_len}: "
+            "predict fewer tokens, or lengthen the window."
+        )
+    return ModelConfig(trunk=trunk, mtp=mtp)
+
+
+def build_module(cfg: DictConfig, data: TokenDataModule) -> MTPModule:
+    """The LightningModule, with fresh weights."""
+    model_config = build_model_config(cfg, data.tokenizer.vocab_size)
+    module = MTPModule(
+        model_config,
+        schedule=instantiate(cfg.lambda_schedule),
+        optimizer=instantiate(cfg.optimizer),
+        seed=cfg.seed,
+        accumulate=cfg.trainer.accumulate_grad_batches,
+        clip_norm=cfg.trainer.gradient_clip_val,
+        bytes_per_token=data.bytes_per_token("val"),
+        extra={
+            "tokenizer": data.tokenizer.state(),
+            "config": OmegaConf.to_container(cfg, resolve=True),
+        },
+    )
+    if cfg.trainer.compile:
+        # In place, block by block: the keys of checkpoints stay what they are.
+        for layer in module.modules():
+            if type(layer).__name__ == "Block":
+                layer.compile()
+    return module
+
+
+def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -> pl.Trainer:
+    """The Trainer, with callbacks and loggers.
+
+    Args:
+        cfg: the config.
+        resume_step: the optimizer step that the run continues from; logs after it are dropped.
+        may_skip: whether some parameters get no gradient in some steps.
+    """
+    settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore
+    for key in _OWN_TRAINER_KEYS:
+        settings.pop(key)
+    _check_choice("precision", settings["precision"], _PRECISIONS)
+    _check_choice("strategy", settings["strategy"], _STRATEGIES)
+    if settings["max_steps"] < 1:
+        raise ValueError(f"trainer.max_steps must be at least 1, not {settings['max_steps']}.")
+    if settings["accelerator"] == "auto":
+        settings["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_choice("accelerator", settings["accelerator"], ("cpu", "cuda"))
+    if settings["strategy"] == "ddp":
+        settings["strategy"] = "ddp_find_unused_parameters_true" if may_skip else "ddp"
+    elif settings["devices"] not in (1, "1"):
+        raise ValueError(
+            f"trainer.devices={settings['devices']} needs trainer.strategy=ddp: "
+            "several devices train one model together by data parallelism."
+        )
+    loggers = [instantiate(node) for node in cfg.logger.values()]
+    if resume_step is not None:
+        for logger in loggers:
+            logger.resume_from(resume_step)
+    try:
+        return pl.Trainer(
+            **settings,
+            default_root_dir=cfg.paths.output_dir,
+            max_epochs=-1,
+            # Validations are counted in optimizer steps, across epochs.
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            # The loaders shard themselves, so that their order can be resumed.
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            logger=loggers,
+            callbacks=[instantiate(node) for node in cfg.callbacks.values()],
+            plugins=[AtomicCheckpointIO()],
+        )
+    except TypeError as error:
+        raise ValueError(f"The trainer group has a key that Lightning refuses: {error}.") from error
+
+
+def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        known = ", ".join(choices)
+        raise ValueError(f"trainer.{key}={value} is not supported: choose one of {known}.")
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Run an experiment, or continue it where its folder holds a checkpoint.
+
+    Returns:
+        The summary: every final metric, and what the run cost; also in ``summary.json``.
+
+    Raises:
+        ValueError: settings that do not fit together, or a loss that is not finite.
+        OSError: missing input, or a disk that is full.
+    """
+    keep_freed_memory()
+    set_threads(cfg.trainer.num_threads)
+    folder = Path(cfg.paths.output_dir)
+    data = build_data(cfg)
+    module = build_module(cfg, data)
+    resume_from = checkpoint_io.newest_intact(folder / CHECKPOINTS)
+    resume_step = None
+    if resume_from is not None:
+        resume_step = check_resumable(resume_from, module)
+        log.info("Continuing %s from step %d.", folder, resume_step)
+    trainer = build_trainer(
+        cfg, resume_step=resume_step, may_skip=module.schedule.depth_ever_skipped
+    )
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        data.tokenizer.save(folder)
+    trainer.fit(module, datamodule=data, ckpt_path=resume_from)
+    trainer.validate(module, datamodule=data, verbose=False)
+
+    summary = summarise(trainer, module, data)
+    if trainer.is_global_zero:
+        write_summary(summary, folder / "summary.json")
+        print_summary(summary, depth=module.model.depth)
+        print_paths(folder)
+    return summary
+
+
+def check_resumable(path: Path, module: MTPModule) -> int:
+    """The step of a checkpoint, after making sure that it holds this very architecture.
+
+    Raises:
+        ValueError: it holds another one; the differing keys are named.
+    """
+    checkpoint = checkpoint_io.load(path)
+    wanted = module.model.config.to_dict()
+    differences = describe_differences(checkpoint["model_config"], wanted)
+    if differences:
+        raise ValueError(
+            f"{path} holds another architecture than this config ({'; '.join(differences)}): "
+            "start in another run_dir, or go back to the settings that the run began with."
+        )
+    changed = describe_differences(checkpoint["config"], module.extra["config"])
+    if changed:
+        log.warning("Continuing with changed settings: %s.", "; ".join(changed))
+    return int(checkpoint["global_step"])
+
+
+def summarise(trainer: pl.Trainer, module: MTPModule, data: TokenDataModule) -> dict[str, Any]:
+    """Everything a reader needs to compare this run with another."""
+    config = module.model.config
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = {name: value for name, value in metrics.items() if name.startswith("val/")}
+    (throughput,) = (c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore
+    return {
+        **metrics,
+        **throughput.summary(),
+        "step": trainer.global_step,
+        "tokens": module.tokens,
+        "flops": module.flops,
+        "seconds": module.seconds,
+        "parameters": config.num_params(),
+        "parameters_trunk": config.trunk.num_params(),
+        "flops_per_token": config.flops_per_token(data.seq_len),
+        "world_size": trainer.world_size,
+        "seed": module.extra["config"]["seed"],
+        "data": data.summary(),
+        **environment(),
+    }
+
+
+def print_paths(folder: Path) -> None:
+    """Where everything is that the run wrote."""
+    shown = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
+    print(f"checkpoints   {shown / CHECKPOINTS / checkpoint_io.BEST}, {checkpoint_io.LAST}")
+    print(f"metrics       {shown / 'metrics.csv'}, summary.json")
+    print(f"charts        tensorboard --logdir {shown}")
+    print(f"text          python generate.py checkpoint={shown} prompt='...'")

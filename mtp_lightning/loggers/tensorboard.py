@@ -1,0 +1,69 @@
+"""TensorBoard events in the run folder, with one chart that shows the losses of all depths together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+class RunTensorBoard(TensorBoardLogger):
+    """TensorBoard events directly in `folder`, so that `tensorboard --logdir SWEEP` lists one run a job.
+
+    Args:
+        folder: the run folder.
+        depth: D; the custom charts group the depths 0..D.
+        resume_from_step: see `resume_from`; null keeps everything.
+        flush_secs: seconds after which events are handed to the system.
+    """
+
+    def __init__(
+        self, folder: str | Path, depth: int, resume_from_step: int | None = None, flush_secs: int = 30
+    ) -> None:
+        super().__init__(
+            save_dir=str(folder), name="", version="", default_hp_metric=False, flush_secs=flush_secs
+        )
+        self.depth = depth
+        self._layout_written = False
+        if resume_from_step is not None:
+            self.resume_from(resume_from_step)
+
+    def resume_from(self, step: int) -> None:
+        """Hide the events after `step`, the last one that the resumed run does not do again."""
+        # TensorBoard drops what an earlier process wrote at purge_step and later; the writer opens lazily
+        self._kwargs["purge_step"] = step + 1
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Write the charts' layout once, then the values."""
+        if not self._layout_written:
+            add_depth_layout(self.experiment, self.depth)
+            self._layout_written = True
+        super().log_metrics(metrics, step)
+
+    def save(self) -> None:
+        """Flush; Lightning's own also writes an hparams.yaml, which the composed configuration replaces."""
+        if self._experiment is not None:
+            self.experiment.flush()
+
+
+def depth_layout(depth: int) -> dict[str, dict[str, list[Any]]]:
+    """TensorBoard's custom-scalars layout: the losses, lambdas and rates of depths 0..D in one chart each."""
+    every, heads = range(depth + 1), range(1, depth + 1)
+    charts = {
+        "train loss": [f"train/loss_depth_{k}" for k in every],
+        "validation loss": [f"val/loss_depth_{k}" for k in every],
+        "validation accuracy": [f"val/accuracy_depth_{k}" for k in every],
+    }
+    if depth:
+        charts["lambda"] = [f"train/lambda_depth_{k}" for k in heads]
+        charts["validation agreement"] = [f"val/agreement_depth_{k}" for k in heads]
+        charts["validation overlap"] = [f"val/overlap_depth_{k}" for k in heads]
+    return {"depths": {title: ["Multiline", tags] for title, tags in charts.items()}}
+
+
+def add_depth_layout(writer: Any, depth: int) -> None:
+    """Write the layout of D depths through a SummaryWriter."""
+    writer.add_custom_scalars(depth_layout(depth))

@@ -1,0 +1,98 @@
+"""Learning-rate schedules: a pure function of the optimizer step, so that a resumed run continues exactly.
+
+    cosine    warm-up, then half a cosine down to `min_ratio`
+    wsd       warm-up, stable, then a linear decay to `min_ratio` (Hu et al. 2024, MiniCPM; Haegele et al. 2024)
+    constant  warm-up, then 1
+"""
+
+from __future__ import annotations
+
+import math
+
+KINDS = ("cosine", "wsd", "constant")
+
+
+class LRSchedule:
+    """Multiplier of the base learning rate, in [0, 1].
+
+    Step s counts from 0. Warm-up rises linearly and gives (s + 1) / warm-up, so that the first step
+    already learns; the decay would reach `min_ratio` at s = max_steps, one step after the last one.
+
+    Args:
+        kind: `cosine`, `wsd` or `constant`.
+        warmup_steps: optimizer steps of the warm-up. At most one of the two warm-ups is given.
+        warmup_fraction: the warm-up as a fraction of the run, in [0, 1].
+        decay_fraction: the last part of the run in which `wsd` decays, in [0, 1]. Only for `wsd`.
+        min_ratio: the multiplier at the end of the decay, in [0, 1]. Not for `constant`.
+
+    Raises:
+        ValueError: on an unknown kind or a value out of range.
+    """
+
+    def __init__(
+        self,
+        kind: str = "cosine",
+        *,
+        warmup_steps: int | None = None,
+        warmup_fraction: float | None = None,
+        decay_fraction: float = 0.2,
+        min_ratio: float = 0.1,
+    ) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"Unknown learning-rate schedule {kind!r}: choose one of {', '.join(KINDS)}.")
+        if warmup_steps is not None and warmup_fraction is not None:
+            raise ValueError(
+                f"Give warmup_steps ({warmup_steps}) or warmup_fraction ({warmup_fraction}), not both: "
+                "set the other one to null."
+            )
+        whole = isinstance(warmup_steps, int) and not isinstance(warmup_steps, bool)
+        if warmup_steps is not None and (not whole or warmup_steps < 0):
+            raise ValueError(f"warmup_steps must be a whole number >= 0, not {warmup_steps!r}.")
+        ratios = {
+            "warmup_fraction": warmup_fraction,
+            "decay_fraction": decay_fraction,
+            "min_ratio": min_ratio,
+        }
+        for name, value in ratios.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            missing = value is None and name == "warmup_fraction"
+            if not missing and (not number or not 0 <= value <= 1):  # type: ignore[operator]
+                raise ValueError(f"{name} must be a number in [0, 1], not {value!r}.")
+        self.kind = kind
+        self.warmup_steps = warmup_steps
+        self.warmup_fraction = warmup_fraction
+        self.decay_fraction = decay_fraction
+        self.min_ratio = min_ratio
+
+    def __call__(self, step: int, max_steps: int) -> float:
+        """The multiplier of optimizer step `step` (from 0) in a run of `max_steps`.
+
+        Raises:
+            ValueError: when the run has no length and the schedule needs one.
+        """
+        if max_steps <= 0 and (self.kind != "constant" or self.warmup_fraction is not None):
+            raise ValueError(
+                f"The learning-rate schedule {self.kind!r} needs a run length, but trainer.max_steps is "
+                f"{max_steps}: set trainer.max_steps."
+            )
+        warmup = self._warmup(max_steps)
+        rise = min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
+        if self.kind == "constant":
+            return rise
+        # min() of both covers a warm-up that reaches into the decay (short trial runs of a long recipe)
+        return min(rise, self._decayed(step, max_steps, warmup))
+
+    def _warmup(self, max_steps: int) -> int:
+        if self.warmup_fraction is not None:
+            return math.ceil(self.warmup_fraction * max_steps)
+        return self.warmup_steps or 0
+
+    def _decayed(self, step: int, max_steps: int, warmup: int) -> float:
+        begin = warmup if self.kind == "cosine" else max_steps * (1 - self.decay_fraction)
+        if step < begin:
+            return 1.0
+        if step >= max_steps:
+            return float(self.min_ratio)
+        share = (step - begin) / (max_steps - begin)
+        left = 0.5 * (1 + math.cos(math.pi * share)) if self.kind == "cosine" else 1 - share
+        return min(1.0, max(0.0, self.min_ratio + (1 - self.min_ratio) * left))

@@ -1,0 +1,148 @@
+"""The model: trunk, shared head and MTP stack. It knows nothing of losses or of training.
+
+Shapes: B batch, T positions, C d_model, K depths, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.mtp.base import MTPConfig, MTPStack
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.head import Head
+from mtp_lightning.nn.init import initialise
+from mtp_lightning.nn.trunk import Trunk
+
+# The names of the variants in checkpoints. A checkpoint's config is data: it can ask for these
+# and for nothing else.
+MTP_VARIANTS: dict[str, type[MTPConfig]] = {"none": NoMTPConfig, "sequential": SequentialConfig}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Trunk and stack together: what a checkpoint stores to build its model again."""
+
+    trunk: TrunkConfig
+    mtp: MTPConfig
+
+    def num_params(self) -> int:
+        """All trained weights, tied ones once."""
+        return self.trunk.num_params() + self.mtp.num_params(self.trunk)
+
+    def forward_flops_per_token(self, seq_len: int, active: Sequence[int] | None = None) -> int:
+        """FLOPs of a forward pass for one position, attention and heads included.
+
+        Args:
+            seq_len: T, since attention's share grows with it.
+            active: the MTP depths computed; by default all.
+        """
+        if active is None:
+            active = range(1, self.mtp.depth + 1)
+        blocks = self.trunk.n_layers * self.trunk.block_flops(seq_len)
+        return blocks + self.trunk.head_flops() + self.mtp.flops(self.trunk, seq_len, active)
+
+    def flops_per_token(self, seq_len: int, active: Sequence[int] | None = None) -> int:
+        """FLOPs of training on one position: forward, and twice as much backward."""
+        return 3 * self.forward_flops_per_token(seq_len, active)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, for a checkpoint."""
+        (variant,) = (name for name, kind in MTP_VARIANTS.items() if type(self.mtp) is kind)
+        return {"trunk": asdict(self.trunk), "mtp": {"variant": variant, **asdict(self.mtp)}}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> ModelConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: an unknown variant or field.
+        """
+        mtp = dict(data["mtp"])
+        variant = mtp.pop("variant")
+        if variant not in MTP_VARIANTS:
+            known = ", ".join(MTP_VARIANTS)
+            raise ValueError(f"MTP variant '{variant}' is unknown here; known are {known}.")
+        try:
+            return ModelConfig(
+                trunk=TrunkConfig(**data["trunk"]), mtp=MTP_VARIANTS[variant](**mtp)
+            )
+        except TypeError as error:
+            raise ValueError(f"The model's config does not fit this version: {error}.") from error
+
+
+class MTPModel(nn.Module):
+    """Trunk + head + stack.
+
+    Attributes:
+        trunk: embedding, blocks and final norm.
+        head: the output head, shared by every depth.
+        mtp: the stack of further predictions.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.trunk = Trunk(config.trunk)
+        tied = self.trunk.embedding.weight if config.trunk.tie_embeddings else None
+        self.head = Head(config.trunk.vocab_size, config.trunk.d_model, tied=tied)
+        self.mtp: MTPStack = config.mtp.build(config.trunk)
+
+    @property
+    def depth(self) -> int:
+        """D."""
+        return self.config.mtp.depth
+
+    def initialise(self, seed: int) -> None:
+        """Draw all weights anew."""
+        assert self.config.trunk.init_std is not None
+        initialise(self, std=self.config.trunk.init_std, seed=seed)
+
+    def forward(
+        self, batch: WindowBatch, active: Sequence[int] | None = None
+    ) -> dict[int, Tensor]:
+        """Hidden states of depth 0 and of the ``active`` MTP depths, ready for the head.
+
+        Args:
+            batch: windows built for this model's depth.
+            active: depths in 1 .. D whose hidden states are wanted; by default all. What none
+                of them needs is not computed.
+
+        Returns:
+            Depth -> [B, T, C], in the order of depths. Depth k at position i predicts token
+            ``i + k + 1`` of the window.
+
+        Raises:
+            ValueError: the batch was built for another depth.
+        """
+        batch.require_depth(self.depth)
+        active = range(1, self.depth + 1) if active is None else sorted(active)
+        seq_len = batch.seq_len
+        documents = None if batch.documents is None else batch.documents[:, :seq_len]
+        positions = Positions.of_window(
+            self.config.trunk, seq_len, device=batch.tokens.device, documents=documents
+        )
+        needed = self.mtp.needed(active)
+        # One look-up for all depths: theirs are the same embeddings, shifted.
+        embedded = self.trunk.embedding(batch.tokens[:, : seq_len + needed])
+        output = self.trunk(embedded[:, :seq_len], positions)
+        hidden = {0: output.final}
+        branch = previous = self.mtp.branch(self.trunk, output) if needed else output.final
+        for k in range(1, needed + 1):
+            previous = self.mtp.step(
+                k,
+                branch_BTC=branch,
+                previous_BTC=previous,
+                embedded_BTC=embedded[:, k : k + seq_len],
+                positions=positions,
+            )
+            if k in active:
+                hidden[k] = previous
+        return hidden

@@ -1,0 +1,241 @@
+"""The LightningModule: wires model, objective and metrics, steps the optimizer, logs.
+
+One batch of the loader is one optimizer step of one rank. The module splits it into micro-batches
+itself, so that every depth's loss can be the mean over the whole step: the counts of valid
+targets are known before the first backward pass.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.lr_schedule import LRSchedule
+from mtp_lightning.metrics.rates import DepthRates
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.objective.lambda_schedule import LambdaSchedule, Progress
+from mtp_lightning.objective.mtp_loss import active_depths, mtp_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) and its learning-rate schedule.
+
+    Attributes:
+        lr: peak learning rate.
+        betas: decay of the first and second moments.
+        eps: of the denominator.
+        weight_decay: of matrices; norm gains and other vectors are never decayed.
+        schedule: multiplier of ``lr``, a function of the step.
+    """
+
+    lr: float
+    betas: Sequence[float]
+    eps: float
+    weight_decay: float
+    schedule: LRSchedule
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"optimizer.lr must be above 0, not {self.lr}.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas must be two numbers in [0, 1), not {self.betas}.")
+        if self.weight_decay < 0:
+            raise ValueError(f"optimizer.weight_decay must be 0 or more, not {self.weight_decay}.")
+
+    def build(self, model: torch.nn.Module) -> torch.optim.AdamW:
+        """The optimizer over the model's trainable parameters."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        fused = trained[0].device.type in ("cpu", "cuda")
+        betas = (self.betas[0], self.betas[1])
+        return torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=fused)
+
+
+class MTPModule(pl.LightningModule):
+    """Trains an :class:`MTPModel`.
+
+    Args:
+        model_config: shape of the model.
+        schedule: lambda_k as a function of progress.
+        optimizer: AdamW's settings.
+        seed: of the initial weights.
+        accumulate: micro-batches an optimizer step of one rank is split into.
+        clip_norm: bound on the gradient's global norm; None for no bound.
+        bytes_per_token: of the validation text, to turn nats per token into bits per byte.
+        extra: plain containers stored in every checkpoint (tokenizer, composed config).
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        *,
+        schedule: LambdaSchedule,
+        optimizer: OptimizerConfig,
+        seed: int,
+        accumulate: int = 1,
+        clip_norm: float | None = 1.0,
+        bytes_per_token: float | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = MTPModel(model_config)
+        self.model.initialise(seed)
+        self.schedule = schedule
+        self.optimizer_config = optimizer
+        self.accumulate = accumulate
+        self.clip_norm = clip_norm
+        self.bytes_per_token = bytes_per_token
+        self.extra = extra or {}
+        self.rates = DepthRates(self.model.depth)
+        # Progress that schedules and the summary read; restored from checkpoints.
+        self.tokens = 0
+        self.flops = 0
+        self.seconds = 0.0
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer_config.build(self.model)
+
+    def training_step(self, batch: WindowBatch, batch_idx: int) -> dict[str, Any]:
+        """One optimizer step.
+
+        Returns:
+            ``loss`` (L) and ``losses`` [D + 1] (L_k, 0 where not computed), over all ranks;
+            ``active``, whether each depth was computed; ``tokens`` and ``flops`` of the step.
+        """
+        began = time.perf_counter()
+        step = self.trainer.global_step
+        weights = self.schedule.weights(self.progress(step))
+        counts = self._step_counts(batch)
+        optimizer = self.optimizers(use_pl_optimizer=True)
+        assert not isinstance(optimizer, list)
+        self._set_learning_rate(optimizer, step)
+
+        sums = torch.zeros(self.model.depth + 1, dtype=torch.float64, device=self.device)
+        micro_batches = batch.micro_batches(self.accumulate)
+        for index, micro in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with nullcontext() if last else self._no_sync():
+                loss, micro_sums = mtp_loss(self.model, micro, weights, counts)
+                # Data-parallel ranks average their gradients; the parts of the loss add up.
+                self.manual_backward(loss * self.trainer.world_size)
+            sums += micro_sums
+        grad_norm = self._clip_gradients(optimizer)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        active = active_depths(weights)
+        losses = self._sum_over_ranks(sums) / torch.tensor(counts, device=self.device)
+        total = losses[0] + sum(weights[k - 1] * losses[k] for k in active)
+        n_tokens = counts[0]
+        n_flops = n_tokens * self.model.config.flops_per_token(batch.seq_len, active)
+        self.tokens += n_tokens
+        self.flops += n_flops
+        self.seconds += time.perf_counter() - began
+        self._log_step(step + 1, total, losses, active, weights, grad_norm)
+        return {
+            "loss": total,
+            "losses": losses,
+            "active": [k == 0 or k in active for k in range(self.model.depth + 1)],
+            "tokens": n_tokens,
+            "flops": n_flops,
+        }
+
+    def progress(self, step: int) -> Progress:
+        """Where the run stands before optimizer step ``step`` (counted from 0)."""
+        return Progress(step=step, max_steps=self.trainer.max_steps, tokens=self.tokens)
+
+    def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
+        self.rates.update(self.model(batch), self.model.head.weight, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        rates = {f"val/{name}": value for name, value in self.rates.compute().items()}
+        self.rates.reset()
+        if self.bytes_per_token is not None:
+            rates["val/bits_per_byte"] = bits_per_byte(
+                rates["val/loss_depth_0"], self.bytes_per_token
+            )
+        # Lightning takes the x axis from "step": optimizer steps done, as in training.
+        rates["step"] = float(self.trainer.global_step)
+        self.log_dict(rates, rank_zero_only=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["model_config"] = self.model.config.to_dict()
+        checkpoint["progress"] = {
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "seconds": self.seconds,
+        }
+        checkpoint.update(self.extra)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        progress = checkpoint["progress"]
+        self.tokens, self.flops = progress["tokens"], progress["flops"]
+        self.seconds = progress["seconds"]
+
+    def _step_counts(self, batch: WindowBatch) -> list[int]:
+        """Valid targets of every depth in the whole step, all ranks together."""
+        if batch.documents is None:
+            # Known without looking; every rank's batch has the same size.
+            n = len(batch) * batch.seq_len * self.trainer.world_size
+            return [n] * (batch.depth + 1)
+        return [int(count) for count in self._sum_over_ranks(batch.counts()).tolist()]
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        if self.trainer.world_size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def _no_sync(self) -> AbstractContextManager[Any]:
+        """Skip the gradients' all-reduce: only the last micro-batch of a step needs it."""
+        wrapped = self.trainer.strategy.model
+        return wrapped.no_sync() if hasattr(wrapped, "no_sync") else nullcontext()
+
+    def _clip_gradients(self, optimizer: Any) -> Tensor | None:
+        if self.clip_norm is None:
+            return None
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+
+    def _set_learning_rate(self, optimizer: Any, step: int) -> None:
+        scale = self.optimizer_config.schedule(step, self.trainer.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = self.optimizer_config.lr * scale
+
+    def _log_step(
+        self,
+        step: int,
+        total: Tensor,
+        losses: Tensor,
+        active: list[int],
+        weights: Sequence[float],
+        grad_norm: Tensor | None,
+    ) -> None:
+        values: dict[str, Any] = {"step": float(step), "train/loss": total.float()}
+        for k in (0, *active):
+            values[f"train/loss_depth_{k}"] = losses[k].float()
+        for k, weight in enumerate(weights, start=1):
+            values[f"train/lambda_depth_{k}"] = weight
+        values["train/lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        if grad_norm is not None:
+            values["train/grad_norm"] = grad_norm
+        self.log_dict(values)
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Nats per token -> bits per byte of text, which compares across tokenizers."""
+    return loss / 0.6931471805599453 / bytes_per_token

@@ -1,0 +1,47 @@
+"""No further token: plain next-token prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mtp_lightning.mtp.base import MTPConfig, MTPStack
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.trunk import Trunk, TrunkOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoMTPConfig(MTPConfig):
+    """``mtp=none``: depth 0, no parameters, no cost.
+
+    Raises:
+        ValueError: a depth other than 0.
+    """
+
+    depth: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.depth:
+            raise ValueError(f"mtp=none predicts one token, but mtp.depth={self.depth}: set it 0.")
+
+    def build(self, trunk: TrunkConfig) -> NoMTP:
+        return NoMTP(0)
+
+    def num_params(self, trunk: TrunkConfig) -> int:
+        return 0
+
+    def flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
+        return 0
+
+
+class NoMTP(MTPStack):
+    """The empty stack."""
+
+    def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
+        return output.final
+
+    def step(self, k: int, **inputs: object) -> Tensor:
+        raise ValueError(f"depth {k} does not exist: this model has no MTP modules (mtp=none).")

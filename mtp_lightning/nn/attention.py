@@ -1,0 +1,97 @@
+"""Causal grouped-query attention (Ainslie et al. 2023) with rotary positions.
+
+Shapes: B batch, T positions, S stored positions, C d_model, N heads, H head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.kv_cache import KVCache
+from mtp_lightning.nn.linear import Linear
+from mtp_lightning.nn.rope import apply_rope, rope_table
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the tokens of one pass stand and what they may see; every layer shares it.
+
+    Attributes:
+        cos, sin: rotary table, [T, 1, H/2] or [B, T, 1, H/2].
+        mask: bool [B, 1, T, S], True where a query sees a key; None is plain causal.
+        cache: keys and values to append to; None is a pass over whole windows.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None = None
+    cache: KVCache | None = None
+
+    @staticmethod
+    def of_window(
+        config: TrunkConfig, seq_len: int, *, device: torch.device, documents: Tensor | None = None
+    ) -> Positions:
+        """Positions 0 .. T-1 of whole windows.
+
+        Args:
+            config: the trunk's.
+            seq_len: T.
+            device: of the tables.
+            documents: ids [B, T]; a token then sees only its own document.
+        """
+        assert config.d_head is not None
+        positions_T = torch.arange(seq_len, device=device)
+        cos, sin = rope_table(positions_T, config.d_head, config.rope_theta)
+        mask = None
+        if documents is not None:
+            causal = positions_T.unsqueeze(0) <= positions_T.unsqueeze(1)
+            same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
+            mask = (causal & same).unsqueeze(1)
+        return Positions(cos.unsqueeze(-2), sin.unsqueeze(-2), mask)
+
+    @staticmethod
+    def of_cache(config: TrunkConfig, cache: KVCache, n_new: int) -> Positions:
+        """The next ``n_new`` positions of every row of ``cache``."""
+        assert config.d_head is not None
+        positions_BT = cache.positions(n_new)
+        cos, sin = rope_table(positions_BT, config.d_head, config.rope_theta)
+        return Positions(cos.unsqueeze(-2), sin.unsqueeze(-2), cache.mask(positions_BT), cache)
+
+
+class Attention(nn.Module):
+    """Query, key and value are one matrix, in this order; heads lie side by side in each."""
+
+    def __init__(self, config: TrunkConfig) -> None:
+        super().__init__()
+        assert config.d_head is not None
+        self.n_heads = config.n_heads
+        self.n_kv_heads = config.n_kv_heads
+        self.d_head = config.d_head
+        self.qkv = Linear(config.d_model, config.qkv_width)
+        self.out = Linear(config.attention_width, config.d_model)
+
+    def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
+        """[B, T, C] -> [B, T, C]; ``layer`` is this layer's place in ``positions.cache``."""
+        batch, seq_len, _ = x_BTC.shape
+        qkv = self.qkv(x_BTC).view(batch, seq_len, -1, self.d_head)
+        n_turned = self.n_heads + self.n_kv_heads
+        query_key, value = qkv.split([n_turned, self.n_kv_heads], dim=2)
+        query_key = apply_rope(query_key, positions.cos, positions.sin)
+        query, key = query_key.split([self.n_heads, self.n_kv_heads], dim=2)
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        if positions.cache is not None:
+            key, value = positions.cache.append(layer, key, value)
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=positions.mask,
+            is_causal=positions.mask is None,
+            enable_gqa=self.n_heads != self.n_kv_heads,
+        )
+        return self.out(mixed.transpose(1, 2).reshape(batch, seq_len, -1))

@@ -1,0 +1,58 @@
+"""Rotary position embedding (Su et al. 2021, eq. 34), pairing dimension j with j + H/2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rope_table(positions: Tensor, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every angle.
+
+    Args:
+        positions: whole numbers of any shape [...].
+        d_head: H, even.
+        theta: base of the frequencies ``theta^(-2j/H)``.
+
+    Returns:
+        Two fp32 tensors of [..., H/2].
+    """
+    half = d_head // 2
+    # In double precision: the angle of position 100,000 is not exact in fp32.
+    exponent = torch.arange(half, dtype=torch.float64, device=positions.device) / half
+    angle = positions.to(torch.float64).unsqueeze(-1) * theta**-exponent
+    return angle.cos().float(), angle.sin().float()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    left, right = x.chunk(2, dim=-1)
+    out = torch.empty_like(x)
+    out_left, out_right = out.chunk(2, dim=-1)
+    torch.mul(left, cos, out=out_left).addcmul_(right, sin, value=-sign)
+    torch.mul(right, cos, out=out_right).addcmul_(left, sin, value=sign)
+    return out
+
+
+class _RopeCPU(torch.autograd.Function):
+    """The turn and, backward, the turn the other way; nothing but the table is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, sin, -1.0), None, None
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn ``x`` [..., H] by the angles of :func:`rope_table`, broadcast against it."""
+    if x.device.type == "cpu" and x.dtype == cos.dtype:
+        return _RopeCPU.apply(x, cos, sin)
+    left, right = x.chunk(2, dim=-1)
+    turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    return turned.to(x.dtype)

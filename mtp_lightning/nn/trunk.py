@@ -1,0 +1,49 @@
+"""The trunk: embedding, blocks, final norm. Tokens in, hidden states out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class TrunkOutput:
+    """What prediction heads may read from the trunk, each [B, T, C].
+
+    Attributes:
+        final: after all blocks and the final norm: h^0 of semantics, what the head projects.
+        last_block: after all blocks, before the final norm.
+        before_last: after all blocks but the last, before any norm.
+    """
+
+    final: Tensor
+    last_block: Tensor
+    before_last: Tensor
+
+
+class Trunk(nn.Module):
+    """A pre-norm decoder without its output head."""
+
+    def __init__(self, config: TrunkConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+
+    def forward(self, embedded_BTC: Tensor, positions: Positions) -> TrunkOutput:
+        """Embedded tokens [B, T, C] -> hidden states.
+
+        The caller embeds, because prediction depths read the same embedding, shifted: one look-up
+        serves them all.
+        """
+        h_BTC = before_last = embedded_BTC
+        for layer, block in enumerate(self.blocks):
+            before_last, h_BTC = h_BTC, block(h_BTC, positions, layer)
+        return TrunkOutput(self.norm(h_BTC), h_BTC, before_last)

@@ -1,0 +1,358 @@
+"""Lambda schedules: how much every MTP depth weighs in the loss, as a function of training progress.
+
+One piecewise form covers the published schedules: knots of progress -> weight, interpolated by step,
+linearly or by a half cosine. A schedule is a pure function of checkpointed progress (never of the
+clock or of Lightning's epoch counter), so that a resumed run has the same weights at the same step.
+
+The weights returned here are the *effective* multipliers of L_k in
+
+    L = L_0 + sum_k weight_k L_k,    k = 1..D
+
+so with one number ``mtp_lambda`` every depth gets ``mtp_lambda / D`` (DeepSeek-V3 report, eq. 25) and
+with a list depth k gets ``mtp_lambda[k]``. Knots are written as multiples of ``mtp_lambda``, so that a
+sweep over ``mtp_lambda`` works under every preset.
+
+This file needs neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+UNITS = ("fraction", "steps", "tokens")
+INTERPOLATIONS = ("step", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; everything in here is restored from a checkpoint.
+
+    Args:
+        step: optimizer steps done before the step that the weights are asked for (0 for the first).
+        max_steps: optimizer steps of the whole run (`trainer.max_steps`).
+        tokens: depth-0 targets seen so far, all ranks together.
+    """
+
+    step: int
+    max_steps: int
+    tokens: int = 0
+
+    @property
+    def fraction(self) -> float:
+        """step / max_steps, at most 1.
+
+        Raises:
+            ValueError: when the run has no length.
+        """
+        if self.max_steps <= 0:
+            raise ValueError(
+                f"A schedule by fraction needs a run length, but trainer.max_steps is {self.max_steps}: "
+                "set trainer.max_steps, or write the schedule in unit=steps or unit=tokens."
+            )
+        return min(self.step / self.max_steps, 1.0)
+
+
+class LambdaSchedule:
+    """Piecewise weights of the MTP depths; the general form behind every preset.
+
+    Each knot becomes effective per-depth weights first; then the weights of the two neighbouring
+    knots are interpolated. The first knot also holds before itself, the last one after itself.
+
+    Args:
+        depth: D, the number of MTP depths (0 gives no weights).
+        mtp_lambda: one number, or a list of D numbers.
+        knots: progress -> multiple of `mtp_lambda`. One number m means ``m * mtp_lambda / D`` for every
+            depth (``m * mtp_lambda[k]`` with a list); a list of D multiples means ``m_k * mtp_lambda``
+            (``m_k * mtp_lambda[k]``), without division by D. None is ``{0: 1}``: constant.
+        unit: what the knots' keys count: `fraction` of the run in [0, 1], optimizer `steps`, or `tokens`.
+        interpolation: `step` (a knot's weights hold until the next knot), `linear` or `cosine`.
+
+    Raises:
+        ValueError: on lists of another length than D, negative or non-finite weights, keys out of
+            range, or an unknown unit or interpolation.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        mtp_lambda: float | Sequence[float],
+        knots: Mapping[float, float | Sequence[float]] | None = None,
+        unit: str = "fraction",
+        interpolation: str = "linear",
+    ) -> None:
+        base = _base_weights(depth, mtp_lambda)
+        points = _knot_items({0: 1.0} if knots is None else knots, unit)
+        weights = [_effective(at, value, mtp_lambda, base) for at, value in points]
+        self._set([at for at, _ in points], weights, depth, unit, interpolation)
+
+    @classmethod
+    def from_weights(
+        cls,
+        depth: int,
+        points: Mapping[float, Sequence[float]],
+        unit: str = "fraction",
+        interpolation: str = "linear",
+    ) -> LambdaSchedule:
+        """A schedule from effective weights, progress -> D multipliers of L_k, instead of multiples."""
+        _check_depth(depth)
+        items = _knot_items(points, unit)
+        schedule = cls.__new__(cls)
+        weights = [_weight_list(value, f"the weights at {at:g}", depth) for at, value in items]
+        schedule._set([at for at, _ in items], weights, depth, unit, interpolation)
+        return schedule
+
+    def _set(
+        self,
+        positions: list[float],
+        weights: list[list[float]],
+        depth: int,
+        unit: str,
+        interpolation: str,
+    ) -> None:
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"Unknown interpolation {interpolation!r} of the lambda schedule: choose one of "
+                f"{', '.join(INTERPOLATIONS)}."
+            )
+        self.depth = depth
+        self.unit = unit
+        self.interpolation = interpolation
+        self.positions = tuple(positions)
+        self.knot_weights = tuple(tuple(values) for values in weights)
+
+    @property
+    def depth_ever_skipped(self) -> bool:
+        """True when some depth's weight can be exactly 0, so that the depth is not computed then."""
+        return any(weight == 0.0 for values in self.knot_weights for weight in values)
+
+    def weights(self, progress: Progress) -> list[float]:
+        """The D effective multipliers of L_1 .. L_D at this progress."""
+        if self.depth == 0:
+            return []
+        if len(self.positions) == 1:  # also spares a constant schedule the need of a run length
+            return list(self.knot_weights[0])
+        now = self._position(progress)
+        if now <= self.positions[0]:
+            return list(self.knot_weights[0])
+        if now >= self.positions[-1]:
+            return list(self.knot_weights[-1])
+        right = next(i for i, position in enumerate(self.positions) if position > now)
+        before, after = self.knot_weights[right - 1], self.knot_weights[right]
+        if self.interpolation == "step":
+            return list(before)
+        start, end = self.positions[right - 1], self.positions[right]
+        share = (now - start) / (end - start)
+        if self.interpolation == "cosine":
+            share = 0.5 - 0.5 * math.cos(math.pi * share)
+        return [_between(a, b, share) for a, b in zip(before, after, strict=True)]
+
+    def _position(self, progress: Progress) -> float:
+        if self.unit == "fraction":
+            return progress.fraction
+        return float(progress.step if self.unit == "steps" else progress.tokens)
+
+    def __repr__(self) -> str:
+        knots = dict(zip(self.positions, map(list, self.knot_weights), strict=True))
+        return f"LambdaSchedule({knots}, unit={self.unit!r}, interpolation={self.interpolation!r})"
+
+
+# The presets. `length` is the schedule's whole length in `unit`: the published positions are fractions
+# of a run, so they need it in another unit (deepseek_v3 with unit=tokens, length=14.8e12 switches at 10e12).
+
+
+def constant(
+    depth: int, mtp_lambda: float | Sequence[float], unit: str = "fraction", length: float | None = None
+) -> LambdaSchedule:
+    """`mtp_lambda` from the beginning to the end. The unit changes nothing; it is taken (and checked) so
+    that a sweep over presets can set it for all of them."""
+    return LambdaSchedule(depth, mtp_lambda, _scaled({0: 1}, unit, length), unit, "step")
+
+
+def deepseek_v3(
+    depth: int, mtp_lambda: float | Sequence[float], unit: str = "fraction", length: float | None = None
+) -> LambdaSchedule:
+    """0.3 for the first 10T of 14.8T tokens, then 0.1 (DeepSeek-V3 report, section 4.2), in multiples."""
+    return LambdaSchedule(depth, mtp_lambda, _scaled({0: 1, 10 / 14.8: 1 / 3}, unit, length), unit, "step")
+
+
+def linear_decay(
+    depth: int, mtp_lambda: float | Sequence[float], unit: str = "fraction", length: float | None = None
+) -> LambdaSchedule:
+    """Falls linearly from `mtp_lambda` to a third of it."""
+    return LambdaSchedule(depth, mtp_lambda, _scaled({0: 1, 1: 1 / 3}, unit, length), unit, "linear")
+
+
+def geometric(
+    depth: int,
+    mtp_lambda: float | Sequence[float],
+    beta: float = 0.6,
+    unit: str = "fraction",
+    length: float | None = None,
+) -> LambdaSchedule:
+    """Depth k weighs ``mtp_lambda * beta^k``, normalised over the depths to sum 1 (FastMTP, 2025)."""
+    if not _is_number(beta) or not math.isfinite(beta) or beta <= 0:
+        raise ValueError(f"beta of the geometric lambda schedule must be a number > 0, not {beta!r}.")
+    _check_depth(depth)
+    powers = [float(beta) ** k for k in range(1, depth + 1)]
+    total = sum(powers)
+    knots = {0: [power / total for power in powers]}
+    return LambdaSchedule(depth, mtp_lambda, _scaled(knots, unit, length), unit, "step")
+
+
+def forward_curriculum(
+    depth: int, mtp_lambda: float | Sequence[float], unit: str = "fraction", length: float | None = None
+) -> LambdaSchedule:
+    """0, 1, .. D depths are active in D + 1 equal stages (Aynetdinov & Akbik 2025)."""
+    return _curriculum(depth, mtp_lambda, list(range(depth + 1)), unit, length)
+
+
+def reverse_curriculum(
+    depth: int, mtp_lambda: float | Sequence[float], unit: str = "fraction", length: float | None = None
+) -> LambdaSchedule:
+    """D, D - 1, .. 0 depths are active in D + 1 equal stages (Aynetdinov & Akbik 2025)."""
+    return _curriculum(depth, mtp_lambda, list(range(depth, -1, -1)), unit, length)
+
+
+def modded_nanogpt(
+    depth: int, mtp_lambda: float | Sequence[float], unit: str = "fraction", length: float | None = None
+) -> LambdaSchedule:
+    """Three equal stages for D = 2 (modded-nanogpt, 2025-12-22): [.5, .25] -> [.5, 0] -> [0, 0], then
+    nothing; these are the weights at ``mtp_lambda=0.3``, kept as multiples of it."""
+    if depth != 2:
+        raise ValueError(
+            f"lambda_schedule=modded_nanogpt is written for mtp.depth=2, but mtp.depth={depth}: "
+            "set mtp.depth=2 or choose another lambda_schedule."
+        )
+    knots = {0: [0.5 / 0.3, 0.25 / 0.3], 1 / 3: [0.5 / 0.3, 0.0], 2 / 3: [0.0, 0.0]}
+    return LambdaSchedule(depth, mtp_lambda, _scaled(knots, unit, length), unit, "linear")
+
+
+def _curriculum(
+    depth: int,
+    mtp_lambda: float | Sequence[float],
+    active: list[int],
+    unit: str,
+    length: float | None,
+) -> LambdaSchedule:
+    base = _base_weights(depth, mtp_lambda)
+    points = {
+        stage / (depth + 1): [base[k] if k < count else 0.0 for k in range(depth)]
+        for stage, count in enumerate(active)
+    }
+    return LambdaSchedule.from_weights(depth, _scaled(points, unit, length), unit, "step")
+
+
+def _scaled(knots: Mapping[float, Any], unit: str, length: float | None) -> dict[float, Any]:
+    """Move a preset's knots from fractions of a run into `unit`."""
+    _check_unit(unit)
+    if unit == "fraction":
+        if length is not None:
+            raise ValueError(
+                f"lambda_schedule.length={length} has no meaning with unit=fraction (the run's length is "
+                "trainer.max_steps): drop it, or set lambda_schedule.unit=steps or tokens."
+            )
+        return dict(knots)
+    if len(knots) == 1 and length is None:
+        return dict(knots)
+    if not _is_number(length) or not math.isfinite(length) or length <= 0:  # type: ignore[arg-type]
+        raise ValueError(
+            f"With unit={unit} a preset needs lambda_schedule.length, its whole length in {unit} "
+            f"(a number > 0), not {length!r}."
+        )
+    # rounded, so that a third of 300 steps is step 100 and not one ulp after it
+    return {round(at * length, 6): value for at, value in knots.items()}  # type: ignore[operator]
+
+
+def _between(before: float, after: float, share: float) -> float:
+    """Interpolate without leaving [before, after] by rounding; equal ends give exactly that value."""
+    if before == after:
+        return before
+    low, high = min(before, after), max(before, after)
+    return min(max(before + (after - before) * share, low), high)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _check_depth(depth: int) -> None:
+    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 0:
+        raise ValueError(f"mtp.depth must be a whole number >= 0, not {depth!r}.")
+
+
+def _check_unit(unit: str) -> None:
+    if unit not in UNITS:
+        raise ValueError(
+            f"Unknown unit {unit!r} of the lambda schedule: choose one of {', '.join(UNITS)}."
+        )
+
+
+def _weight(value: Any, what: str) -> float:
+    if not _is_number(value) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{what} must be a finite number >= 0, not {value!r}.")
+    return float(value)
+
+
+def _weight_list(values: Any, what: str, depth: int) -> list[float]:
+    if len(values) != depth:
+        raise ValueError(
+            f"{what} is a list of {len(values)} numbers ({list(values)}), but mtp.depth is {depth}: "
+            f"give {depth} numbers, or one number for all depths."
+        )
+    return [_weight(value, f"{what}, entry {i + 1},") for i, value in enumerate(values)]
+
+
+def _base_weights(depth: int, mtp_lambda: float | Sequence[float]) -> list[float]:
+    """What every depth weighs at the multiple 1: mtp_lambda / D, or mtp_lambda[k]."""
+    _check_depth(depth)
+    if _is_list(mtp_lambda):
+        return _weight_list(mtp_lambda, "mtp_lambda", depth)
+    value = _weight(mtp_lambda, "mtp_lambda")
+    return [value / max(depth, 1)] * depth
+
+
+def _knot_items(knots: Any, unit: str) -> list[tuple[float, Any]]:
+    """Validated (position, value) pairs in the order of progress."""
+    _check_unit(unit)
+    if not isinstance(knots, Mapping):
+        raise ValueError(
+            f"lambda_schedule.knots must map progress to multiples, like '{{0: 1, 0.5: [0.3, 0.1]}}', "
+            f"not {knots!r}."
+        )
+    if not knots:
+        raise ValueError("lambda_schedule.knots is empty: give at least one knot, like '{0: 1}'.")
+    items = []
+    for at, value in knots.items():
+        limit = "a fraction of the run in [0, 1]" if unit == "fraction" else f"a number of {unit} >= 0"
+        upper = 1.0 if unit == "fraction" else math.inf
+        if not _is_number(at) or not math.isfinite(at) or not 0 <= at <= upper:
+            raise ValueError(f"The key {at!r} of lambda_schedule.knots must be {limit}.")
+        if not _is_number(value) and not _is_list(value):
+            raise ValueError(
+                f"The value {value!r} at {at} in lambda_schedule.knots must be a number or a list of them."
+            )
+        items.append((float(at), value))
+    return sorted(items, key=lambda item: item[0])
+
+
+def _effective(
+    at: float, value: Any, mtp_lambda: float | Sequence[float], base: list[float]
+) -> list[float]:
+    """One knot's multiples as D effective weights."""
+    depth = len(base)
+    what = f"The knot at {at:g} of lambda_schedule.knots"
+    if not _is_list(value):
+        multiple = _weight(value, what)
+        if not _is_list(mtp_lambda):
+            return [multiple * float(mtp_lambda) / max(depth, 1)] * depth  # type: ignore[arg-type]
+        return [multiple * weight for weight in base]
+    multiples = _weight_list(value, what, depth)
+    per_depth = base if _is_list(mtp_lambda) else [float(mtp_lambda)] * depth  # type: ignore[arg-type]
+    return [multiple * weight for multiple, weight in zip(multiples, per_depth, strict=True)]

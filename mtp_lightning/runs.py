@@ -1,0 +1,130 @@
+"""Loading what a run left: model and tokenizer, from its folder or from one of its checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtp_lightning import checkpoint_io
+from mtp_lightning.model import ModelConfig, MTPModel
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """A trained model and what is needed to use it.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer_state: plain data; ``data_modules.tokenizers.tokenizer_from_state`` revives it.
+        config: the composed config that the run was started with, plain containers.
+        step: optimizer steps trained.
+        path: the checkpoint's file.
+    """
+
+    model: MTPModel
+    tokenizer_state: dict[str, Any]
+    config: dict[str, Any]
+    step: int
+    path: Path
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint meant by a file, a run folder (its best one) or a checkpoints folder.
+
+    Raises:
+        FileNotFoundError: nothing there, or no checkpoint in it.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no checkpoint or run folder at {path}.")
+    for folder in (path / CHECKPOINTS, path):
+        best = folder / checkpoint_io.BEST
+        if best.is_file() and checkpoint_io.intact(best):
+            return best
+        newest = checkpoint_io.newest_intact(folder) if folder.is_dir() else None
+        if newest is not None:
+            return newest
+    raise FileNotFoundError(
+        f"{path} holds no intact checkpoint: give a run folder (with checkpoints/) or a .ckpt file."
+    )
+
+
+def load_run(path: str | Path, *, device: torch.device | str = "cpu") -> LoadedRun:
+    """Build the model of a run and load its weights.
+
+    Args:
+        path: a run folder or a checkpoint file.
+        device: where the model goes.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: it is damaged, or was not written by this platform, or does not fit its config.
+    """
+    file = find_checkpoint(path)
+    checkpoint = checkpoint_io.load(file)
+    missing = {"model_config", "state_dict", "tokenizer", "config"} - checkpoint.keys()
+    if missing:
+        raise ValueError(
+            f"{file} is not a checkpoint of this platform: it has no {', '.join(sorted(missing))}."
+        )
+    model = MTPModel(ModelConfig.from_dict(checkpoint["model_config"]))
+    load_weights(model, model_weights(checkpoint), source=str(file))
+    return LoadedRun(
+        model=model.to(device).eval(),
+        tokenizer_state=checkpoint["tokenizer"],
+        config=checkpoint["config"],
+        step=checkpoint["global_step"],
+        path=file,
+    )
+
+
+def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The model's part of a checkpoint's tensors, by the model's own names."""
+    prefix = "model."
+    state = checkpoint["state_dict"]
+    return {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
+
+
+def load_weights(model: MTPModel, weights: dict[str, torch.Tensor], *, source: str) -> None:
+    """Load all weights or none.
+
+    Raises:
+        ValueError: names or shapes differ; the message names them.
+    """
+    own = model.state_dict()
+    problems = [f"{name} is missing" for name in own.keys() - weights.keys()]
+    problems += [f"{name} is unknown" for name in weights.keys() - own.keys()]
+    problems += [
+        f"{name} has the shape {list(weights[name].shape)} where {list(own[name].shape)} is needed"
+        for name in own.keys() & weights.keys()
+        if own[name].shape != weights[name].shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:8]) + ("; ..." if len(problems) > 8 else "")
+        raise ValueError(f"The weights in {source} do not fit the model: {shown}.")
+    model.load_state_dict(weights)
+
+
+def describe_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """The keys in which two nested configs differ: ``trunk.n_layers: 4 in one, 6 in the other``."""
+    a, b = _flatten(stored), _flatten(wanted)
+    return [
+        f"{key}: {a.get(key, 'nothing')} -> {b.get(key, 'nothing')}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat.update(_flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat

@@ -1,0 +1,41 @@
+"""Settings of the whole process that make training on a CPU fast. Called once, by the apps."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import torch
+
+# mallopt's parameters, from malloc.h of glibc.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep the memory that a training step frees, for the next step.
+
+    By default glibc gives every large block back to the system, and each step pays for having
+    all its activations mapped and zeroed page by page again: up to a third of a step on a CPU
+    (``python -m benchmarks.kernels``). Returns whether it applied (Linux with glibc).
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1))
+    return all([bool(mallopt(name, value)) for name, value in settings])
+
+
+def set_threads(n: int | None) -> None:
+    """Limit the threads of a matrix product; None leaves PyTorch's choice (the cores).
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    if n is None:
+        return
+    if n < 1:
+        raise ValueError(f"trainer.num_threads must be at least 1, not {n}; null takes all cores.")
+    torch.set_num_threads(n)

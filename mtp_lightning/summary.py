@@ -1,0 +1,79 @@
+"""What a run reports when it ends: `summary.json`, and a table on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "numpy", "tokenizers")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and commit: what a number needs beside it to be repeated."""
+    return {
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in _PACKAGES},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "git_commit": _git_commit(),
+    }
+
+
+def write_summary(summary: dict[str, Any], path: Path) -> None:
+    """Write JSON atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(summary, indent=2, allow_nan=True) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def print_summary(summary: dict[str, Any], *, depth: int) -> None:
+    """A table of the final metrics, one row a depth, and one of what the run cost."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rates = Table(title="Validation", title_justify="left")
+    for column in ("predicts", "loss", "accuracy", "agreement", "overlap"):
+        rates.add_column(column, justify="left" if column == "predicts" else "right")
+    for k in range(depth + 1):
+        rates.add_row(
+            "next token (depth 0)" if k == 0 else f"depth {k}",
+            _number(summary.get(f"val/loss_depth_{k}"), "{:.4f}"),
+            *(
+                _number(summary.get(f"val/{name}_depth_{k}"), "{:.1%}")
+                for name in ("accuracy", "agreement", "overlap")
+            ),
+        )
+    cost = Table(title="Run", title_justify="left", show_header=False)
+    cost.add_column("what")
+    cost.add_column("value", justify="right")
+    for name, key, form in (
+        ("bits per byte (depth 0)", "val/bits_per_byte", "{:.4f}"),
+        ("training tokens per second", "perf/tokens_per_second", "{:,.0f}"),
+        ("training FLOP/s over the matmul rate", "perf/mfu", "{:.2f}"),
+        ("parameters", "parameters", "{:,}"),
+        ("of them in the trunk and head", "parameters_trunk", "{:,}"),
+        ("training FLOPs per token", "flops_per_token", "{:,}"),
+        ("tokens", "tokens", "{:,}"),
+        ("seconds of training", "seconds", "{:,.1f}"),
+    ):
+        cost.add_row(name, _number(summary.get(key), form))
+    console = Console()
+    console.print(rates)
+    console.print(cost)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _git_commit() -> str | None:
+    """The commit of the source tree that runs; None where it is not a checkout."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

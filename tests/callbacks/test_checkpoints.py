@@ -1,0 +1,196 @@
+"""Checkpoints are written at the right steps, and a run resumed from any of them is the uninterrupted one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from tiny_run import TinyModule, fit
+
+from mtp_lightning import checkpoint_io
+from mtp_lightning.callbacks.checkpoints import Checkpoints
+from mtp_lightning.loggers.csv import MetricsCSV, read_metrics
+
+
+def step_of(path: Path) -> int:
+    return checkpoint_io.load(path)["global_step"]
+
+
+class KeepEvery(Checkpoints):
+    """Keeps a copy of every last.ckpt and of the metrics that were on disk at that moment."""
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        before = self._saved_step
+        super()._save(trainer)
+        if self._saved_step != before:
+            shutil.copy(self.last_path, self.folder.parent / f"at_{trainer.global_step}.ckpt")
+            metrics = self.folder.parent / "metrics.csv"
+            if metrics.exists():
+                shutil.copy(metrics, self.folder.parent / f"at_{trainer.global_step}.csv")
+
+
+def test_the_files_and_their_steps(tmp_path: Path) -> None:
+    module = TinyModule()
+    fit(module, [Checkpoints(tmp_path / "c", every_n_steps=5)], max_steps=12)
+    assert sorted(os.listdir(tmp_path / "c")) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
+    assert step_of(tmp_path / "c" / "last.ckpt") == 12
+    assert step_of(tmp_path / "c" / "previous.ckpt") == 10
+    assert module.val_steps == [4, 8, 12]
+
+
+@pytest.mark.parametrize("epoch_steps", [1000, 6, 8])
+def test_resume_from_every_checkpoint_equals_the_uninterrupted_run(tmp_path: Path, epoch_steps: int) -> None:
+    whole_dir = tmp_path / "whole"
+    whole = TinyModule()
+    fit(
+        whole, [KeepEvery(whole_dir / "c", every_n_steps=3)], max_steps=13,
+        loggers=[MetricsCSV(whole_dir)], epoch_steps=epoch_steps,
+    )  # fmt: skip
+    reference = read_metrics(whole_dir / "metrics.csv")
+    assert [row["step"] for row in reference] == list(range(13))
+    kept = sorted(int(path.stem[3:]) for path in whole_dir.glob("at_*.ckpt"))
+    assert set(kept) >= {3, 4, 6, 9, 12, 13}
+    for step in kept[:-1]:
+        run = tmp_path / f"from_{step}"
+        run.mkdir()
+        # the killed process had gone on after its checkpoint: all rows up to the end are there
+        shutil.copy(whole_dir / "metrics.csv", run / "metrics.csv")
+        logger = MetricsCSV(run)
+        logger.resume_from(step - 1)
+        module = TinyModule()
+        fit(
+            module, [Checkpoints(run / "c", every_n_steps=3)], max_steps=13, loggers=[logger],
+            ckpt_path=whole_dir / f"at_{step}.ckpt", epoch_steps=epoch_steps,
+        )  # fmt: skip
+        assert module.losses == {s: v for s, v in whole.losses.items() if s > step}, step
+        assert module.val_steps == [s for s in whole.val_steps if s > step], step
+        drop = ("epoch",)
+        rows = read_metrics(run / "metrics.csv")
+        assert [{k: v for k, v in row.items() if k not in drop} for row in rows] == [
+            {k: v for k, v in row.items() if k not in drop} for row in reference
+        ], step
+        for a, b in zip(module.parameters(), whole.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_where_a_validation_is_due_the_save_comes_after_it(tmp_path: Path) -> None:
+    events = []
+
+    class Order(Checkpoints):
+        def on_validation_end(self, trainer, pl_module) -> None:
+            if not trainer.sanity_checking:
+                events.append(("validated", trainer.global_step))
+            super().on_validation_end(trainer, pl_module)
+
+        def _save(self, trainer) -> None:
+            if self._saved_step != trainer.global_step:
+                events.append(("saved", trainer.global_step))
+            super()._save(trainer)
+
+    fit(TinyModule(), [Order(tmp_path, every_n_steps=2, monitor=None)], max_steps=6)
+    assert events == [("saved", 2), ("validated", 4), ("saved", 4), ("saved", 6)]
+    assert not (tmp_path / "best.ckpt").exists()
+
+
+def test_best_is_a_link_to_the_last_of_its_moment_and_survives_a_resume(tmp_path: Path) -> None:
+    class Scores(TinyModule):
+        def validation_step(self, batch, batch_idx) -> None:
+            self.log("val/loss_depth_0", {4: 2.0, 8: 1.0, 12: 3.0, 16: 1.5}.get(self.global_step, 9.0))
+
+    first = Checkpoints(tmp_path, every_n_steps=4)
+    fit(Scores(), [first], max_steps=8)
+    assert first.last_path.samefile(first.best_path)
+    fit(Scores(), [resumed := Checkpoints(tmp_path, every_n_steps=4)], max_steps=16, ckpt_path=first.last_path)
+    assert (resumed.best_score, resumed.best_step) == (1.0, 8)
+    assert step_of(tmp_path / "best.ckpt") == 8
+    assert step_of(tmp_path / "last.ckpt") == 16
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", [4, 6])
+def test_a_signal_saves_the_step_it_came_in(tmp_path: Path, signum, when: int) -> None:
+    whole = TinyModule()
+    fit(whole, [Checkpoints(tmp_path / "whole", every_n_steps=100)])
+
+    def stop(module: TinyModule, step: int) -> None:
+        if step == when:
+            os.kill(os.getpid(), signum)
+
+    handlers = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            fit(
+                TinyModule(stop), [saved := Checkpoints(tmp_path / "c", every_n_steps=100)],
+                loggers=[MetricsCSV(tmp_path)],
+            )  # fmt: skip
+        # Lightning ignores further Ctrl-C while it shuts down after one, and leaves it so
+        assert signal.getsignal(signal.SIGINT) in (handlers, signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGINT, handlers)
+    assert step_of(saved.last_path) == when
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.csv")] == list(range(when))
+    module = TinyModule()
+    fit(module, [Checkpoints(tmp_path / "c")], ckpt_path=saved.last_path)
+    assert module.losses == {s: v for s, v in whole.losses.items() if s > when}
+
+
+def test_an_error_in_a_step_saves_nothing_and_keeps_the_last(tmp_path: Path) -> None:
+    def fail(module: TinyModule, step: int) -> None:
+        if step == 7:
+            raise RuntimeError("in the middle of a step")
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError, match="middle"):
+        fit(TinyModule(fail), [saved := Checkpoints(tmp_path, every_n_steps=3)])
+    assert step_of(saved.last_path) == 6
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_another_stop_saves_at_the_end(tmp_path: Path) -> None:
+    def stop(module: TinyModule, step: int) -> None:
+        module.trainer.should_stop = step == 5
+
+    module = TinyModule(stop)
+    fit(module, [saved := Checkpoints(tmp_path, every_n_steps=100)])
+    assert step_of(saved.last_path) == 5
+    assert module.val_steps[-1] == 5, "Lightning validates before it stops; the save came after that"
+
+
+def test_a_damaged_last_does_not_push_out_the_intact_previous(tmp_path: Path) -> None:
+    fit(TinyModule(), [Checkpoints(tmp_path, every_n_steps=4)], max_steps=8)
+    last = tmp_path / "last.ckpt"
+    (tmp_path / "best.ckpt").unlink()
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="last.ckpt is damaged"):
+        path = checkpoint_io.newest_intact(tmp_path)
+    assert path is not None and path.name == "previous.ckpt" and step_of(path) == 4
+
+    class DiesInTheFirstSave(Checkpoints):
+        def setup(self, trainer, pl_module, stage) -> None:
+            def fail(*_args, **_kwargs) -> None:
+                raise OSError("disk")
+
+            trainer.save_checkpoint = fail
+
+    with pytest.raises(OSError):
+        fit(TinyModule(), [DiesInTheFirstSave(tmp_path, every_n_steps=1)], ckpt_path=path)
+    assert step_of(tmp_path / "previous.ckpt") == 4
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [({"every_n_steps": 0}, "every_n_steps"), ({"mode": "low"}, "low")],
+)
+def test_wrong_settings(tmp_path: Path, kwargs: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Checkpoints(tmp_path, **kwargs)
+
+
+def test_a_monitor_that_nobody_logs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="val/loss_depth_9 was not logged.*val/loss_depth_0"):
+        fit(TinyModule(), [Checkpoints(tmp_path, monitor="val/loss_depth_9")])

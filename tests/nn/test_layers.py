@@ -1,0 +1,85 @@
+"""Every layer's fast path against float64, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtp_lightning.nn.feed_forward import swiglu
+from mtp_lightning.nn.linear import _MIN_ROWS, linear, weight_gradient
+from mtp_lightning.nn.norm import RMSNorm
+from mtp_lightning.nn.rope import apply_rope, rope_table
+from tests import reference
+
+
+def gradients(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    seed = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return torch.autograd.grad(output, inputs, seed.to(output.dtype))
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+    scale = expected.abs().max().clamp(min=1.0)
+    torch.testing.assert_close(found.double() / scale, expected / scale, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, _MIN_ROWS - 1, _MIN_ROWS, 100])
+@pytest.mark.parametrize(("k", "n"), [(24, 56), (56, 24), (1, 3)])
+def test_linear(rows: int, k: int, n: int) -> None:
+    x = torch.randn(2, rows, k, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(n, k, dtype=torch.float64, requires_grad=True)
+    x32, w32 = (t.detach().float().requires_grad_() for t in (x, w))
+    found, expected = linear(x32, w32), x @ w.T
+    assert_close(found, expected)
+    for a, b in zip(gradients(found, x32, w32), gradients(expected, x, w), strict=True):
+        assert_close(a, b)
+
+
+def test_weight_gradient_of_both_shapes() -> None:
+    for n, k in ((8, 40), (40, 8)):
+        grad, x = torch.randn(64, n), torch.randn(64, k)
+        assert_close(weight_gradient(grad, x), (grad.double().T @ x.double()))
+
+
+def test_linear_without_gradient_of_the_input() -> None:
+    x, w = torch.randn(64, 8), torch.randn(8, 8, requires_grad=True)
+    linear(x, w).sum().backward()
+    assert_close(w.grad, x.double().sum(0).expand(8, 8))
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 16), (7, 16), (1, 1, 16)])
+def test_rms_norm(shape: tuple[int, ...]) -> None:
+    norm = RMSNorm(16, 1e-5)
+    with torch.no_grad():
+        norm.weight.normal_()
+    x = (torch.randn(shape, dtype=torch.float64) * 3).requires_grad_()
+    gain = norm.weight.detach().double().requires_grad_()
+    x32 = x.detach().float().requires_grad_()
+    found, expected = norm(x32), reference.rms_norm(x, gain, 1e-5)
+    assert_close(found, expected)
+    pairs = zip(gradients(found, x32, norm.weight), gradients(expected, x, gain), strict=True)
+    for a, b in pairs:
+        assert_close(a, b)
+
+
+def test_swiglu() -> None:
+    x = torch.randn(6, 20, dtype=torch.float64, requires_grad=True)
+    x32 = x.detach().float().requires_grad_()
+    gate, up = x.split(10, dim=-1)
+    found, expected = swiglu(x32), F.silu(gate) * up
+    assert_close(found, expected)
+    assert_close(gradients(found, x32)[0], gradients(expected, x)[0])
+
+
+def test_rope_against_rotation_and_its_gradient() -> None:
+    positions = torch.tensor([0, 1, 7, 100_000])
+    cos, sin = rope_table(positions, 8, 10_000.0)
+    x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    expected = torch.stack(
+        [reference.rotate(row, int(p), 10_000.0) for row, p in zip(x, positions, strict=True)]
+    )
+    x32 = x.detach().float().requires_grad_()
+    found = apply_rope(x32, cos, sin)
+    assert_close(found, expected)
+    assert_close(gradients(found, x32)[0], gradients(expected, x)[0])

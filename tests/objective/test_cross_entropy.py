@@ -1,0 +1,128 @@
+"""The chunked head against float64 logits, and what it must not hold in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mtp_lightning.objective import cross_entropy
+from mtp_lightning.objective.cross_entropy import DepthLoss, weighted_cross_entropy
+
+
+def expected(
+    weight: Tensor, depths: list[DepthLoss]
+) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    """Total, sums and gradients from whole float64 logits."""
+    w = weight.detach().double().requires_grad_()
+    hidden = [d.hidden.detach().double().requires_grad_() for d in depths]
+    total = torch.zeros((), dtype=torch.float64)
+    sums = []
+    for depth, h in zip(depths, hidden, strict=True):
+        logits = h @ (w if depth.train_head else w.detach()).T
+        nll = F.cross_entropy(
+            logits.flatten(0, -2), depth.targets.flatten(), ignore_index=-100, reduction="sum"
+        )
+        sums.append(nll)
+        total = total + depth.coefficient * nll
+    grads = torch.autograd.grad(total, [w, *hidden], allow_unused=True)
+    return total, sums, grads[0], list(grads[1:])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    n_depths=st.integers(1, 4),
+    vocab=st.sampled_from([2, 17, 64]),
+    rows=st.sampled_from([1, 3, 40, 130]),
+    masked=st.booleans(),
+    train_head=st.booleans(),
+)
+def test_values_and_gradients(
+    seed: int, n_depths: int, vocab: int, rows: int, masked: bool, train_head: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(vocab, 16, generator=generator, requires_grad=True)
+    depths = []
+    for k in range(n_depths):
+        targets = torch.randint(0, vocab, (2, rows), generator=generator)
+        if masked:
+            targets[torch.rand(targets.shape, generator=generator) < 0.5] = -100
+        hidden = torch.randn(2, rows, 16, generator=generator).requires_grad_()
+        coefficient = float(torch.rand((), generator=generator)) + 0.1
+        depths.append(DepthLoss(hidden, targets, coefficient, train_head or k == 0))
+    total, sums = weighted_cross_entropy(weight, depths)
+    want_total, want_sums, want_weight, want_hidden = expected(weight, depths)
+    torch.testing.assert_close(total.double(), want_total, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(sums, torch.stack(want_sums).detach(), rtol=1e-5, atol=1e-4)
+    (3.0 * total).backward()
+    torch.testing.assert_close(weight.grad.double(), 3 * want_weight, rtol=1e-4, atol=1e-4)
+    for depth, want in zip(depths, want_hidden, strict=True):
+        torch.testing.assert_close(depth.hidden.grad.double(), 3 * want, rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_give_the_same_as_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(50, 8, requires_grad=True)
+    hidden = torch.randn(300, 8)
+    targets = torch.randint(0, 50, (300,))
+    results = []
+    for rows in (300, 128, 7):
+        monkeypatch.setattr(cross_entropy, "chunk_rows", lambda *_, rows=rows: rows)
+        h = hidden.clone().requires_grad_()
+        total, sums = weighted_cross_entropy(weight, [DepthLoss(h, targets, 0.01)])
+        total.backward()
+        results.append((total.detach(), sums, h.grad, weight.grad))
+        weight.grad = None
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_no_tensor_holds_more_than_one_chunk_of_logits() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    vocab, rows = 20_000, 700
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    weight = torch.randn(vocab, 8, requires_grad=True)
+    depths = [
+        DepthLoss(torch.randn(rows, 8, requires_grad=True), torch.zeros(rows).long(), 1.0)
+        for _ in range(3)
+    ]
+    with Watch():
+        weighted_cross_entropy(weight, depths)[0].backward()
+    chunk = cross_entropy.chunk_rows(vocab, torch.device("cpu")) * vocab
+    assert vocab * 8 < largest <= chunk < rows * vocab
+
+
+def test_without_gradient_nothing_is_kept() -> None:
+    weight = torch.randn(30, 8, requires_grad=True)
+    with torch.no_grad():
+        depth = DepthLoss(torch.randn(5, 8), torch.zeros(5).long(), 1.0)
+        total, _ = weighted_cross_entropy(weight, [depth])
+    assert not total.requires_grad
+
+
+def test_bfloat16_autocast_stays_close() -> None:
+    weight = torch.randn(100, 32, requires_grad=True)
+    hidden = torch.randn(64, 32, requires_grad=True)
+    depth = DepthLoss(hidden, torch.randint(0, 100, (64,)), 1 / 64)
+    exact, _, want_weight, want_hidden = expected(weight, [depth])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _ = weighted_cross_entropy(weight, [depth])
+    total.backward()
+    assert total.item() == pytest.approx(exact.item(), rel=0.02)
+    assert weight.grad.dtype == hidden.grad.dtype == torch.float32
+    torch.testing.assert_close(weight.grad.double(), want_weight, rtol=0.1, atol=0.02)
+    torch.testing.assert_close(hidden.grad.double(), want_hidden[0], rtol=0.1, atol=0.02)

@@ -1,0 +1,111 @@
+"""The model once more, in float64, written from the papers' equations with loops and no shortcuts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.nn.config import TrunkConfig
+
+Weights = dict[str, Tensor]
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * gain
+
+
+def rotate(x: Tensor, position: int, theta: float) -> Tensor:
+    """One head's vector [H], turned: pairs (j, j + H/2) by the angle position * theta^(-2j/H)."""
+    half = x.shape[0] // 2
+    out = x.clone()
+    for j in range(half):
+        angle = position * theta ** (-2 * j / x.shape[0])
+        a, b = x[j], x[j + half]
+        out[j] = a * math.cos(angle) - b * math.sin(angle)
+        out[j + half] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+def attention(
+    x: Tensor, w: Weights, prefix: str, c: TrunkConfig, documents: list[int] | None
+) -> Tensor:
+    """x [T, C] of one window."""
+    assert c.d_head is not None
+    h, n, m = c.d_head, c.n_heads, c.n_kv_heads
+    qkv = x @ w[f"{prefix}.qkv.weight"].T
+    seq_len = x.shape[0]
+    out = torch.zeros(seq_len, n * h, dtype=torch.float64)
+    for head in range(n):
+        kv = head // (n // m)
+        for i in range(seq_len):
+            q = rotate(qkv[i, head * h : (head + 1) * h], i, c.rope_theta)
+            scores, values = [], []
+            for j in range(i + 1):
+                if documents is not None and documents[i] != documents[j]:
+                    continue
+                start = (n + kv) * h
+                k = rotate(qkv[j, start : start + h], j, c.rope_theta)
+                scores.append(q @ k / math.sqrt(h))
+                start = (n + m + kv) * h
+                values.append(qkv[j, start : start + h])
+            weights = torch.softmax(torch.stack(scores), 0)
+            out[i, head * h : (head + 1) * h] = weights @ torch.stack(values)
+    return out @ w[f"{prefix}.out.weight"].T
+
+
+def block(
+    x: Tensor, w: Weights, prefix: str, c: TrunkConfig, documents: list[int] | None = None
+) -> Tensor:
+    normed = rms_norm(x, w[f"{prefix}.attention_norm.weight"], c.norm_eps)
+    x = x + attention(normed, w, f"{prefix}.attention", c, documents)
+    normed = rms_norm(x, w[f"{prefix}.feed_forward_norm.weight"], c.norm_eps)
+    gate, up = (normed @ w[f"{prefix}.feed_forward.gate_up.weight"].T).split(c.d_ff, dim=-1)
+    inner = gate * torch.sigmoid(gate) * up
+    return x + inner @ w[f"{prefix}.feed_forward.down.weight"].T
+
+
+def trunk(
+    tokens: Tensor, w: Weights, c: TrunkConfig, documents: list[int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(after the final norm, before it, before the last block), each [T, C]."""
+    x = before_last = w["trunk.embedding.weight"][tokens]
+    for layer in range(c.n_layers):
+        before_last, x = x, block(x, w, f"trunk.blocks.{layer}", c, documents)
+    return rms_norm(x, w["trunk.norm.weight"], c.norm_eps), x, before_last
+
+
+def sequential(
+    window: Tensor,
+    w: Weights,
+    c: TrunkConfig,
+    depth: int,
+    *,
+    input_norm: str = "post",
+    concat: str = "embedding_first",
+    branch: str = "final",
+    share_layers: bool = False,
+    documents: list[int] | None = None,
+) -> list[Tensor]:
+    """Hidden states h^0 .. h^D [T, C] of one window of T + D + 1 tokens (DeepSeek-V3, eq. 21-23)."""
+    seq_len = window.shape[0] - depth - 1
+    final, last, before_last = trunk(window[:seq_len], w, c, documents)
+    hidden = [final]
+    previous = {"final": last, "before_last": before_last}[branch]
+    if input_norm == "post":
+        previous = rms_norm(previous, w["trunk.norm.weight"], c.norm_eps)
+    for k in range(1, depth + 1):
+        p = f"mtp.depths.{0 if share_layers else k - 1}"
+        rows = []
+        for i in range(seq_len):
+            e = rms_norm(
+                w["trunk.embedding.weight"][window[i + k]], w[f"{p}.enorm.weight"], c.norm_eps
+            )
+            h = rms_norm(previous[i], w[f"{p}.hnorm.weight"], c.norm_eps)
+            pair = [e, h] if concat == "embedding_first" else [h, e]
+            rows.append(w[f"{p}.eh_proj.weight"] @ torch.cat(pair))
+        x = block(torch.stack(rows), w, f"{p}.block", c, documents)
+        previous = rms_norm(x, w[f"{p}.norm.weight"], c.norm_eps)
+        hidden.append(previous)
+    return hidden

@@ -1,0 +1,211 @@
+"""The model against the float64 reference, and what its config promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.config import TrunkConfig
+from tests import reference
+
+
+def build(trunk: TrunkConfig, seed: int = 0, **mtp: object) -> MTPModel:
+    model = MTPModel(ModelConfig(trunk=trunk, mtp=SequentialConfig(**mtp)))
+    model.initialise(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():  # gains that are not 1, or a misplaced norm would not be seen
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+    return model
+
+
+def weights_of(model: MTPModel) -> reference.Weights:
+    return {name: tensor.double() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"input_norm": "pre"},
+        {"concat": "hidden_first"},
+        {"branch": "before_last"},
+        {"branch": "before_last", "input_norm": "pre"},
+        {"share_layers": True},
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_hidden_states_equal_the_papers_equations(
+    tiny_trunk: TrunkConfig, switches: dict, masked: bool
+) -> None:
+    depth, seq_len = 3, 9
+    model = build(tiny_trunk, depth=depth, **switches)
+    tokens = torch.randint(0, 37, (2, seq_len + depth + 1))
+    documents = torch.tensor([[0] * 4 + [1] * 3 + [2] * 6, [5] * 13]) if masked else None
+    hidden = model(WindowBatch(tokens, depth, documents))
+    for row in range(2):
+        expected = reference.sequential(
+            tokens[row],
+            weights_of(model),
+            tiny_trunk,
+            depth,
+            documents=documents[row].tolist() if documents is not None else None,
+            **switches,
+        )
+        for k in range(depth + 1):
+            torch.testing.assert_close(
+                hidden[k][row].double(), expected[k], rtol=1e-4, atol=1e-4, msg=f"depth {k}"
+            )
+
+
+def test_switches_change_the_result(tiny_trunk: TrunkConfig) -> None:
+    tokens = torch.randint(0, 37, (1, 10))
+    plain = build(tiny_trunk, depth=1)(WindowBatch(tokens, 1))[1]
+    for switch in (
+        {"input_norm": "pre"},
+        {"concat": "hidden_first"},
+        {"branch": "before_last"},
+    ):
+        other = build(tiny_trunk, depth=1, **switch)(WindowBatch(tokens, 1))[1]
+        assert not torch.allclose(plain, other), switch
+
+
+def test_a_depth_never_sees_the_token_that_it_predicts(tiny_trunk: TrunkConfig) -> None:
+    depth, seq_len = 2, 8
+    model = build(tiny_trunk, depth=depth)
+    tokens = torch.randint(0, 37, (1, seq_len + depth + 1))
+    before = model(WindowBatch(tokens, depth))
+    for changed in range(1, seq_len + depth + 1):
+        other = tokens.clone()
+        other[0, changed] = (other[0, changed] + 1) % 37
+        after = model(WindowBatch(other, depth))
+        for k in range(depth + 1):
+            # Position i of depth k reads tokens up to i + k.
+            unseen = max(min(changed - k, seq_len), 0)
+            assert torch.equal(before[k][0, :unseen], after[k][0, :unseen]), (changed, k)
+            if unseen < seq_len:
+                assert not torch.equal(before[k][0, unseen], after[k][0, unseen])
+
+
+def test_depth_that_is_not_active_is_not_computed(tiny_trunk: TrunkConfig) -> None:
+    model = build(tiny_trunk, depth=3)
+    calls: list[int] = []
+    for index, module in enumerate(model.mtp.depths):
+        module.register_forward_hook(lambda *_, index=index: calls.append(index + 1))
+    batch = WindowBatch(torch.randint(0, 37, (1, 12)), 3)
+    for active, expected in (((), []), ((1,), [1]), ((2,), [1, 2]), ((1, 3), [1, 2, 3])):
+        calls.clear()
+        hidden = model(batch, active)
+        assert calls == expected
+        assert list(hidden) == [0, *active]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "mtp",
+    [
+        NoMTPConfig(),
+        SequentialConfig(depth=0),
+        SequentialConfig(depth=3),
+        SequentialConfig(depth=3, share_layers=True),
+    ],
+)
+def test_parameter_count_from_the_config(mtp: SequentialConfig, tied: bool) -> None:
+    trunk = TrunkConfig(
+        vocab_size=50, d_model=24, n_layers=3, n_heads=4, n_kv_heads=1, d_ff=40,
+        d_head=8, tie_embeddings=tied,
+    )  # fmt: skip
+    config = ModelConfig(trunk=trunk, mtp=mtp)
+    built = sum(p.numel() for p in MTPModel(config).parameters())
+    assert config.num_params() == built
+
+
+def test_flops_against_pytorchs_counter(tiny_trunk: TrunkConfig) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = ModelConfig(trunk=tiny_trunk, mtp=SequentialConfig(depth=2))
+    model = MTPModel(config).double()  # float64 takes PyTorch's own operators, which it can count
+    model.initialise(0)
+    seq_len = 16
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(
+        torch.nn.attention.SDPBackend.MATH
+    ):
+        hidden = model(WindowBatch(torch.randint(0, 37, (1, seq_len + 3)), 2))
+        for h in hidden.values():
+            model.head(h)
+    assert counter.get_total_flops() == seq_len * config.forward_flops_per_token(seq_len)
+
+
+def test_trunk_starts_equal_under_every_depth(tiny_trunk: TrunkConfig) -> None:
+    shallow, deep = (
+        MTPModel(ModelConfig(trunk=tiny_trunk, mtp=SequentialConfig(depth=d))) for d in (0, 3)
+    )
+    shallow.initialise(7)
+    deep.initialise(7)
+    deep_state = deep.state_dict()
+    for name, tensor in shallow.state_dict().items():
+        assert torch.equal(tensor, deep_state[name]), name
+    other = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=NoMTPConfig()))
+    other.initialise(8)
+    assert not torch.equal(other.trunk.embedding.weight, shallow.trunk.embedding.weight)
+
+
+def test_initial_std_follows_the_width() -> None:
+    trunk = TrunkConfig(vocab_size=500, d_model=112, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=64)
+    model = MTPModel(ModelConfig(trunk=trunk, mtp=NoMTPConfig()))
+    model.initialise(0)
+    assert trunk.init_std == pytest.approx(0.048)  # 0.006 * sqrt(7168 / 112)
+    assert model.trunk.embedding.weight.std().item() == pytest.approx(0.048, rel=0.02)
+    assert torch.equal(model.trunk.norm.weight, torch.ones(112))
+
+
+def test_config_round_trip(tiny_trunk: TrunkConfig) -> None:
+    for mtp in (NoMTPConfig(), SequentialConfig(depth=2, concat="hidden_first")):
+        config = ModelConfig(trunk=tiny_trunk, mtp=mtp)
+        assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+def test_batch_of_another_depth_is_refused(tiny_trunk: TrunkConfig) -> None:
+    model = build(tiny_trunk, depth=2)
+    with pytest.raises(ValueError, match=r"D = 1.*D = 2"):
+        model(WindowBatch(torch.zeros(1, 10, dtype=torch.int64), 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_kv_heads": 3}, "n_heads=4 is not divisible by model.n_kv_heads=3"),
+        ({"d_model": 33}, "d_model=33 is not divisible by model.n_heads=4"),
+        ({"n_layers": 0}, "n_layers must be a whole number of at least 1, not 0"),
+        ({"d_head": 7}, "d_head=7 must be even"),
+    ],
+)
+def test_bad_shapes_are_named(changes: dict, message: str) -> None:
+    good = {"vocab_size": 9, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+    with pytest.raises(ValueError, match=message):
+        TrunkConfig(**{**good, "d_ff": 8, **changes})
+
+
+@pytest.mark.parametrize(
+    ("switch", "message"),
+    [
+        ({"depth": -1}, "mtp.depth must be a whole number of at least 0, not -1"),
+        ({"depth": 1, "branch": "middle"}, "mtp.branch=middle is unknown: choose one of final"),
+        ({"depth": 1, "detach": "some"}, "mtp.detach=some"),
+    ],
+)
+def test_bad_switches_are_named(switch: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SequentialConfig(**switch)
+
+
+def test_unknown_variant_in_a_checkpoint(tiny_trunk: TrunkConfig) -> None:
+    data = ModelConfig(trunk=tiny_trunk, mtp=NoMTPConfig()).to_dict()
+    data["mtp"]["variant"] = "os.system"
+    with pytest.raises(ValueError, match="variant 'os.system' is unknown"):
+        ModelConfig.from_dict(data)
