@@ -1,14 +1,17 @@
-"""Checkpoint files: written atomically, plain (`weights_only`), checked for damage before they are read.
+"""Checkpoint files: written atomically, plain (`weights_only`), checked for damage before they are
+read.
 
-* A save goes to a temporary name in the same folder, is flushed to the disk and renamed over the old
-  file. A crash, a full disk or a kill at any moment leaves the old file or the new one, never half of one.
-* `torch.load` does not compare the zip checksums that `torch.save` writes: a flipped byte in a weight
-  loads silently (seen with torch 2.13). So every read here checks them first; that costs one sequential
-  read of the file (256 MB: 0.05 s from the page cache, where loading takes 0.7 s).
-* Only tensors and plain containers are written, so that a checkpoint can be loaded without running code.
+* A save goes to a temporary name in the same folder, is flushed to the disk and renamed over the
+  old file. A crash, a full disk or a kill at any moment leaves the old file or the new one, never
+  half of one.
+* `torch.load` does not compare the zip checksums that `torch.save` writes: a flipped byte in a
+  weight loads silently (seen with torch 2.13). So every read here checks them first; that costs one
+  sequential read of the file (256 MB: 0.05 s from the page cache, where loading takes 0.7 s).
+* Only tensors and plain containers are written, so that a checkpoint can be loaded without running
+  code.
 
-The Lightning plugin on top of these functions is `callbacks/checkpoint_plugin.py`; nothing in here needs
-Lightning, so that evaluation and generation can read checkpoints without it.
+The Lightning plugin on top of these functions is `callbacks/checkpoint_plugin.py`; nothing in here
+needs Lightning, so that evaluation and generation can read checkpoints without it.
 """
 
 from __future__ import annotations
@@ -62,7 +65,9 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
             raise OSError(full.errno, _full_disk_message(path)) from error
         disk = next((link for link in _chain(error) if isinstance(link, OSError)), None)
         if disk is not None and isinstance(error, RuntimeError):
-            raise OSError(disk.errno, f"Cannot write the checkpoint {path}: {disk.strerror}.") from error
+            raise OSError(
+                disk.errno, f"Cannot write the checkpoint {path}: {disk.strerror}."
+            ) from error
         raise
     sync_folder(path.parent)
 
@@ -87,13 +92,14 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"The checkpoint {path} holds more than tensors and plain containers, and is not loaded because "
-            f"that could run foreign code ({_first_line(error)})."
+            f"The checkpoint {path} holds more than tensors and plain containers, and is not "
+            f"loaded because that could run foreign code ({_first_line(error)})."
         ) from error
 
 
 def damage(path: str | Path) -> str | None:
-    """Why the file cannot be used, or None when it is intact: every stored byte's checksum is compared."""
+    """Why the file cannot be used, or None when it is intact: every stored byte's checksum is
+    compared."""
     return _inspect(Path(path))[0]
 
 
@@ -110,8 +116,8 @@ def stored_step(path: str | Path) -> int:
 def newest_intact(folder: str | Path) -> Path | None:
     """The checkpoint to continue from: `last.ckpt`, or the most trained intact one of the folder.
 
-    Each damaged file that was tried is reported by a warning with its name and the reason. Other files than
-    `last.ckpt` are ordered by the training step stored in them, then by their time.
+    Each damaged file that was tried is reported by a warning with its name and the reason. Other
+    files than `last.ckpt` are ordered by the training step stored in them, then by their time.
 
     Returns:
         None when the folder is missing or holds no intact checkpoint.
@@ -154,12 +160,14 @@ def require_plain(value: Any, where: str = "checkpoint") -> None:
     else:
         raise ValueError(
             f"A checkpoint may hold only tensors and plain containers, but {where} is a "
-            f"{kind.__module__}.{kind.__qualname__}: turn it into a plain dict, list, number or string first."
+            f"{kind.__module__}.{kind.__qualname__}: turn it into a plain dict, list, number "
+            "or string first."
         )
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, atomically: a hard link, or a copy where links are not known."""
+    """Make `target` the same file as `source`, atomically: a hard link, or a copy where links are
+    not known."""
     temporary = temporary_name(target)
     with suppress(FileNotFoundError):
         temporary.unlink()
@@ -187,12 +195,14 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Where `path` is written before it is renamed: a fixed name, so that what a kill left is overwritten."""
+    """Where `path` is written before it is renamed: a fixed name, so that what a kill left is
+    overwritten."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable. Not every system can open a folder; there the rename itself must do."""
+    """Make a rename durable. Not every system can open a folder; there the rename itself must
+    do."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -244,7 +254,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _no_space(error: BaseException) -> OSError | None:
-    """The full-disk error behind `error`: torch's writer wraps it in a RuntimeError about positions."""
+    """The full-disk error behind `error`: torch's writer wraps it in a RuntimeError about
+    positions."""
     for link in _chain(error):
         if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
             return link
@@ -253,5 +264,12 @@ def _no_space(error: BaseException) -> OSError | None:
 
 def _full_disk_message(path: Path) -> str:
     free = shutil.disk_usage(path.parent).free
-    kept = "the previous checkpoint there is intact" if path.exists() else "no checkpoint was there before"
-    return f"No space left to write the checkpoint {path} ({free:,} bytes free); {kept}: free some space."
+    kept = (
+        "the previous checkpoint there is intact"
+        if path.exists()
+        else "no checkpoint was there before"
+    )
+    return (
+        f"No space left to write the checkpoint {path} ({free:,} bytes free); {kept}: "
+        "free some space."
+    )

@@ -16,13 +16,15 @@ import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
+from data_modules.tokenizers import tokenizer_from_state
 from mtp_lightning import checkpoint_io
 from mtp_lightning.callbacks.checkpoint_plugin import AtomicCheckpointIO
 from mtp_lightning.callbacks.throughput import Throughput
+from mtp_lightning.evaluation import evaluate_model
 from mtp_lightning.model import ModelConfig
-from mtp_lightning.module import MTPModule
-from mtp_lightning.runs import CHECKPOINTS, describe_differences
-from mtp_lightning.runtime import keep_freed_memory, set_threads
+from mtp_lightning.module import MTPModule, bits_per_byte
+from mtp_lightning.runs import CHECKPOINTS, describe_differences, load_run
+from mtp_lightning.runtime import keep_freed_memory, quiet_lightning, set_threads
 from mtp_lightning.summary import environment, print_summary, write_summary
 
 if TYPE_CHECKING:
@@ -66,7 +68,9 @@ def _targets(node: Any) -> list[str]:
     if isinstance(node, dict):
         own = [str(node["_target_"])] if "_target_" in node else []
         return own + [target for value in node.values() for target in _targets(value)]
-    return [target for value in node for target in _targets(value)] if isinstance(node, list) else []
+    if isinstance(node, list):
+        return [target for value in node for target in _targets(value)]
+    return []
 
 
 def build_data(cfg: DictConfig) -> TokenDataModule:
@@ -127,9 +131,7 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
     _check_choice("strategy", settings["strategy"], _STRATEGIES)
     if settings["max_steps"] < 1:
         raise ValueError(f"trainer.max_steps must be at least 1, not {settings['max_steps']}.")
-    if settings["accelerator"] == "auto":
-        settings["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
-    _check_choice("accelerator", settings["accelerator"], ("cpu", "cuda"))
+    settings["accelerator"] = pick_accelerator(settings["accelerator"])
     if settings["strategy"] == "ddp":
         settings["strategy"] = "ddp_find_unused_parameters_true" if may_skip else "ddp"
     elif settings["devices"] not in (1, "1"):
@@ -176,6 +178,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         ValueError: settings that do not fit together, or a loss that is not finite.
         OSError: missing input, or a disk that is full.
     """
+    quiet_lightning()
     keep_freed_memory()
     set_threads(cfg.trainer.num_threads)
     folder = Path(cfg.paths.output_dir)
@@ -194,7 +197,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
         data.tokenizer.save(folder)
     trainer.fit(module, datamodule=data, ckpt_path=resume_from)
-    trainer.validate(module, datamodule=data, verbose=False)
+    if module.validated_step != trainer.global_step:
+        trainer.validate(module, datamodule=data, verbose=False)
 
     summary = summarise(trainer, module, data)
     if trainer.is_global_zero:
@@ -202,6 +206,54 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         print_summary(summary, depth=module.model.depth)
         print_paths(folder)
     return summary
+
+
+def evaluate(cfg: DictConfig) -> dict[str, Any]:
+    """Teacher-forced metrics of a trained model, on its own validation text or on other data.
+
+    Raises:
+        ValueError: a damaged or foreign checkpoint, or data without a validation window.
+        OSError: a missing file.
+    """
+    quiet_lightning()
+    set_threads(cfg.num_threads)
+    run = load_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator))
+    # The other groups are those that the run was trained with; its data group can be replaced.
+    config = OmegaConf.create(run.config)
+    if cfg.get("data") is not None:
+        config.data = OmegaConf.to_container(cfg["data"], resolve=False)
+    config.paths.cache_dir = cfg.paths.cache_dir or config.paths.cache_dir
+    tokenizer = tokenizer_from_state(run.tokenizer_state)
+    data = instantiate(config.data, tokenizer=tokenizer)
+    data.prepare("validate")
+    rates = evaluate_model(run.model, data.val_dataloader(), limit=cfg.limit_batches)
+    per_byte = bits_per_byte(rates["loss_depth_0"], data.bytes_per_token("val"))
+    metrics = {
+        **{f"val/{name}": value for name, value in rates.items()},
+        "val/bits_per_byte": per_byte,
+        "parameters": run.model.config.num_params(),
+        "parameters_trunk": run.model.config.trunk.num_params(),
+        "flops_per_token": run.model.config.flops_per_token(data.seq_len),
+        "step": run.step,
+        "checkpoint": str(run.path),
+        "data": data.summary(),
+        **environment(),
+    }
+    print_summary(metrics, depth=run.model.depth)
+    if cfg.output is not None:
+        write_summary(metrics, Path(cfg.output))
+    return metrics
+
+
+def pick_accelerator(name: str) -> str:
+    """``auto`` is a GPU if there is one, else the CPU."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"accelerator={name} is not supported: choose one of auto, cpu, cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("accelerator=cuda, but there is no CUDA device here: use auto or cpu.")
+    return name
 
 
 def check_resumable(path: Path, module: MTPModule) -> int:
@@ -227,11 +279,9 @@ def check_resumable(path: Path, module: MTPModule) -> int:
 def summarise(trainer: pl.Trainer, module: MTPModule, data: TokenDataModule) -> dict[str, Any]:
     """Everything a reader needs to compare this run with another."""
     config = module.model.config
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    metrics = {name: value for name, value in metrics.items() if name.startswith("val/")}
     (throughput,) = (c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore
     return {
-        **metrics,
+        **module.validation,
         **throughput.summary(),
         "step": trainer.global_step,
         "tokens": module.tokens,

@@ -1,8 +1,9 @@
-"""Learning-rate schedules: a pure function of the optimizer step, so that a resumed run continues exactly.
+"""Learning-rate schedules: a pure function of the optimizer step, so that a resumed run continues
+exactly.
 
-    cosine    warm-up, then half a cosine down to `min_ratio`
-    wsd       warm-up, stable, then a linear decay to `min_ratio` (Hu et al. 2024, MiniCPM; Haegele et al. 2024)
-    constant  warm-up, then 1
+cosine    warm-up, then half a cosine down to `min_ratio`
+wsd       warm-up, stable, then a linear decay to `min_ratio` (Hu et al. 2024, MiniCPM; Haegele et
+al. 2024) constant  warm-up, then 1
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ class LRSchedule:
         min_ratio: float = 0.1,
     ) -> None:
         if kind not in KINDS:
-            raise ValueError(f"Unknown learning-rate schedule {kind!r}: choose one of {', '.join(KINDS)}.")
+            raise ValueError(
+                f"Unknown learning-rate schedule {kind!r}: choose one of {', '.join(KINDS)}."
+            )
         if warmup_steps is not None and warmup_fraction is not None:
             raise ValueError(
-                f"Give warmup_steps ({warmup_steps}) or warmup_fraction ({warmup_fraction}), not both: "
-                "set the other one to null."
+                f"Give warmup_steps ({warmup_steps}) or warmup_fraction ({warmup_fraction}), not "
+                "both: set the other one to null."
             )
         whole = isinstance(warmup_steps, int) and not isinstance(warmup_steps, bool)
         if warmup_steps is not None and (not whole or warmup_steps < 0):
@@ -72,14 +75,15 @@ class LRSchedule:
         """
         if max_steps <= 0 and (self.kind != "constant" or self.warmup_fraction is not None):
             raise ValueError(
-                f"The learning-rate schedule {self.kind!r} needs a run length, but trainer.max_steps is "
-                f"{max_steps}: set trainer.max_steps."
+                f"The learning-rate schedule {self.kind!r} needs a run length, but "
+                f"trainer.max_steps is {max_steps}: set trainer.max_steps."
             )
         warmup = self._warmup(max_steps)
         rise = min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
         if self.kind == "constant":
             return rise
-        # min() of both covers a warm-up that reaches into the decay (short trial runs of a long recipe)
+        # min() of both covers a warm-up that reaches into the decay (short trial runs of a long
+        # recipe)
         return min(rise, self._decayed(step, max_steps, warmup))
 
     def _warmup(self, max_steps: int) -> int:

@@ -105,6 +105,9 @@ class MTPModule(pl.LightningModule):
         self.tokens = 0
         self.flops = 0
         self.seconds = 0.0
+        # The newest validation: the optimizer steps before it, and its metrics by log tag.
+        self.validated_step: int | None = None
+        self.validation: dict[str, float] = {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer_config.build(self.model)
@@ -168,9 +171,9 @@ class MTPModule(pl.LightningModule):
             rates["val/bits_per_byte"] = bits_per_byte(
                 rates["val/loss_depth_0"], self.bytes_per_token
             )
+        self.validated_step, self.validation = self.trainer.global_step, rates
         # Lightning takes the x axis from "step": optimizer steps done, as in training.
-        rates["step"] = float(self.trainer.global_step)
-        self.log_dict(rates, rank_zero_only=True)
+        self.log_dict({**rates, "step": float(self.trainer.global_step)}, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["model_config"] = self.model.config.to_dict()

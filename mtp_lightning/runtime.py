@@ -1,9 +1,11 @@
-"""Settings of the whole process that make training on a CPU fast. Called once, by the apps."""
+"""Settings of the whole process, made once by the apps: memory, threads, chatter."""
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
+import warnings
 
 import torch
 
@@ -39,3 +41,12 @@ def set_threads(n: int | None) -> None:
     if n < 1:
         raise ValueError(f"trainer.num_threads must be at least 1, not {n}; null takes all cores.")
     torch.set_num_threads(n)
+
+
+def quiet_lightning() -> None:
+    """Keep Lightning's greetings, tips and its own deprecations out of the run's output."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    # A window is read from a memory map in microseconds: worker processes would only cost.
+    warnings.filterwarnings("ignore", message=".*does not have many workers")

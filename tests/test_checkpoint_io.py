@@ -22,11 +22,17 @@ from mtp_lightning import checkpoint_io as cio
 
 def content(step: int, size: int = 50) -> dict:
     weights = torch.arange(size, dtype=torch.float32) + step
-    return {"global_step": step, "state_dict": OrderedDict(w=weights), "loops": {"a": [1, (2, None)]}}
+    return {
+        "global_step": step,
+        "state_dict": OrderedDict(w=weights),
+        "loops": {"a": [1, (2, None)]},
+    }
 
 
 def same(a: dict, b: dict) -> bool:
-    return a["global_step"] == b["global_step"] and torch.equal(a["state_dict"]["w"], b["state_dict"]["w"])
+    return a["global_step"] == b["global_step"] and torch.equal(
+        a["state_dict"]["w"], b["state_dict"]["w"]
+    )
 
 
 def names(folder: Path) -> list[str]:
@@ -51,7 +57,8 @@ def test_every_truncation_is_found(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
-    """Bytes that carry no content (padding, time stamps) may differ; everything else must be noticed."""
+    """Bytes that carry no content (padding, time stamps) may differ; everything else must be
+    noticed."""
     path = tmp_path / "last.ckpt"
     cio.save(content(3), path)
     whole = path.read_bytes()

@@ -48,7 +48,9 @@ def test_a_warmup_longer_than_the_run() -> None:
     st.integers(1, 500),
     st.integers(0, 600),
 )
-def test_in_the_unit_interval_and_rises_then_falls(kind, warm, decay, ratio, max_steps, step) -> None:
+def test_in_the_unit_interval_and_rises_then_falls(
+    kind, warm, decay, ratio, max_steps, step
+) -> None:
     schedule = LRSchedule(kind, warmup_fraction=warm, decay_fraction=decay, min_ratio=ratio)
     values = [schedule(s, max_steps) for s in range(step, step + 3)]
     assert all(0 <= value <= 1 for value in values)

@@ -11,14 +11,17 @@ from mtp_lightning import checkpoint_io
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Saves and loads through `mtp_lightning.checkpoint_io`: give it to `Trainer(plugins=[...])`."""
+    """Saves and loads through `mtp_lightning.checkpoint_io`: give it to
+    `Trainer(plugins=[...])`."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write atomically; see `checkpoint_io.save` for the errors."""
         if storage_options is not None:
-            raise ValueError(f"storage_options are not used for checkpoints here: {storage_options!r}.")
+            raise ValueError(
+                f"storage_options are not used for checkpoints here: {storage_options!r}."
+            )
         checkpoint_io.save(checkpoint, path)
 
     def load_checkpoint(
@@ -26,7 +29,9 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Check for damage, then load plain values only; `weights_only=False` is refused."""
         if weights_only is False:
-            raise ValueError("Checkpoints are loaded with weights_only=True only: do not ask for False.")
+            raise ValueError(
+                "Checkpoints are loaded with weights_only=True only: do not ask for False."
+            )
         return checkpoint_io.load(path, "cpu" if map_location is None else map_location)
 
     def remove_checkpoint(self, path: str | Path) -> None:

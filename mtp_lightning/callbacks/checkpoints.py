@@ -1,4 +1,5 @@
-"""Checkpoints of a run: `last.ckpt` every N optimizer steps, `best.ckpt`, and `previous.ckpt` as a reserve."""
+"""Checkpoints of a run: `last.ckpt` every N optimizer steps, `best.ckpt`, and `previous.ckpt` as a
+reserve."""
 
 from __future__ import annotations
 
@@ -18,16 +19,18 @@ from mtp_lightning.checkpoint_io import BEST, LAST, PREVIOUS, intact, link_or_co
 class Checkpoints(Checkpoint):
     """Writes the run's checkpoints so that a resumed run continues exactly.
 
-    * `last.ckpt`: every `every_n_steps` optimizer steps, at the last step, and when the run is asked to stop
-      (first Ctrl-C, SIGTERM). One batch is one optimizer step. Where a validation is due after the step, the
-      file is written after it: a run resumed from an earlier one would never do that validation.
-    * `best.ckpt`: when `monitor` improves. Nothing is written twice: it is a hard link to the `last.ckpt` of
-      that moment (a copy where the file system knows no links).
-    * `previous.ckpt`: the `last.ckpt` before the newest, again a link, so that an intact file is left when
-      the newest is damaged.
+    * `last.ckpt`: every `every_n_steps` optimizer steps, at the last step, and when the run is
+      asked to stop (first Ctrl-C, SIGTERM). One batch is one optimizer step. Where a validation is
+      due after the step, the file is written after it: a run resumed from an earlier one would
+      never do that validation.
+    * `best.ckpt`: when `monitor` improves. Nothing is written twice: it is a hard link to the
+      `last.ckpt` of that moment (a copy where the file system knows no links).
+    * `previous.ckpt`: the `last.ckpt` before the newest, again a link, so that an intact file is
+      left when the newest is damaged.
 
-    An exception in the middle of a step leaves the model between two states, so nothing is saved then; the
-    newest file stays. Signals are handled here for one process only: several would stop at different steps.
+    An exception in the middle of a step leaves the model between two states, so nothing is saved
+    then; the newest file stays. Signals are handled here for one process only: several would stop
+    at different steps.
 
     Args:
         folder: where the files go.
@@ -47,7 +50,9 @@ class Checkpoints(Checkpoint):
         mode: str = "min",
     ) -> None:
         if not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"callbacks.checkpoints.every_n_steps must be >= 1, not {every_n_steps!r}.")
+            raise ValueError(
+                f"callbacks.checkpoints.every_n_steps must be >= 1, not {every_n_steps!r}."
+            )
         if mode not in ("min", "max"):
             raise ValueError(f"callbacks.checkpoints.mode must be min or max, not {mode!r}.")
         self.folder = Path(folder)
@@ -81,30 +86,41 @@ class Checkpoints(Checkpoint):
         self.best_step = state_dict["best_step"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over Ctrl-C: the first one stops after the step with a checkpoint, the second one at once."""
+        """Take over Ctrl-C: the first one stops after the step with a checkpoint, the second one at
+        once."""
         if trainer.enable_validation and trainer.check_val_every_n_epoch is not None:
             raise ValueError(
-                f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch} would count validations by "
-                "epoch; here they are counted in optimizer steps: set it to null and use "
-                "trainer.val_check_interval."
+                f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch} would count "
+                "validations by epoch; here they are counted in optimizer steps: set it to "
+                "null and use trainer.val_check_interval."
             )
         self._last_is_good = False
         self._saved_step = trainer.global_step or None
         self._interrupted = False
         # only where nobody else has a handler, and only in the main thread, where Python allows it
         default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        if trainer.world_size == 1 and default and threading.current_thread() is threading.main_thread():
+        if (
+            trainer.world_size == 1
+            and default
+            and threading.current_thread() is threading.main_thread()
+        ):
             self._old_handler = signal.signal(signal.SIGINT, self._on_interrupt)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stop here on Ctrl-C: the step before is saved, validated and logged, the next has not begun."""
+        """Stop here on Ctrl-C: the step before is saved, validated and logged, the next has not
+        begun."""
         if self._interrupted:
             raise KeyboardInterrupt
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Save unless a validation follows now; then `on_validation_end` does."""
         terminated = trainer.received_sigterm and trainer.world_size == 1
@@ -123,7 +139,8 @@ class Checkpoints(Checkpoint):
             link_or_copy(self.last_path, self.best_path)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save a run that ended for another reason than its last step (a time limit, an early stop)."""
+        """Save a run that ended for another reason than its last step (a time limit, an early
+        stop)."""
         if trainer.global_step > 0:
             self._save(trainer)
         self._restore_handler()
@@ -141,14 +158,17 @@ class Checkpoints(Checkpoint):
     def _due(self, trainer: pl.Trainer) -> bool:
         step = trainer.global_step
         finished = 0 < trainer.max_steps <= step
-        return finished or trainer.should_stop or self._interrupted or step % self.every_n_steps == 0
+        return (
+            finished or trainer.should_stop or self._interrupted or step % self.every_n_steps == 0
+        )
 
     def _validation_follows(self, trainer: pl.Trainer) -> bool:
         if not trainer.enable_validation:
             return False
         if trainer.should_stop:  # Lightning validates once more before it stops
             return True
-        return trainer.global_step % trainer.val_check_batch == 0
+        every = trainer.val_check_batch
+        return every is not None and trainer.global_step % every == 0
 
     def _update_best(self, trainer: pl.Trainer) -> bool:
         if self.monitor is None:
@@ -156,16 +176,20 @@ class Checkpoints(Checkpoint):
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             raise ValueError(
-                f"callbacks.checkpoints.monitor={self.monitor} was not logged by the validation (logged: "
-                f"{known}): name one of those, or set it to null."
+                f"callbacks.checkpoints.monitor={self.monitor} was not logged by the validation "
+                f"(logged: {known}): name one of those, or set it to null."
             )
-        score = float(trainer.callback_metrics[self.monitor])
+        # one opinion for all processes: each would wait for the others in a save of its own
+        score = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
         if not math.isfinite(score):
             return False
         sign = 1.0 if self.mode == "min" else -1.0
         if self.best_score is not None and sign * score >= sign * self.best_score:
             return False
-        self.best_score, self.best_step = score, trainer.global_step  # before the save, which stores them
+        self.best_score, self.best_step = (
+            score,
+            trainer.global_step,
+        )  # before the save, which stores them
         return True
 
     def _save(self, trainer: pl.Trainer) -> None:

@@ -1,4 +1,5 @@
-"""Stops a run whose loss or weights are no longer finite, before a checkpoint of it can be written."""
+"""Stops a run whose loss or weights are no longer finite, before a checkpoint of it can be
+written."""
 
 from __future__ import annotations
 
@@ -16,12 +17,13 @@ from mtp_lightning.checkpoint_io import stored_step
 class NanGuard(Callback):
     """Raises ValueError naming the step, the depths and the last good checkpoint.
 
-    Reads what the module's training step returns: `losses`, a tensor [D+1] of unscaled per-depth means,
-    `active`, which of them were computed (a list of D+1 bool; missing means all), and `loss`. Reading a
-    loss waits for the device, so on a GPU the steps are kept and looked at together every
-    `every_n_steps`; the first bad one is named exactly all the same. On the CPU every step is looked at. Before
-    a checkpoint is written the losses since the last look and all parameters are checked in any case:
-    a gradient that overflowed spoils the weights one step before a loss shows it.
+    Reads what the module's training step returns: `losses`, a tensor [D+1] of unscaled per-depth
+    means, `active`, which of them were computed (a list of D+1 bool; missing means all), and
+    `loss`. Reading a loss waits for the device, so on a GPU the steps are kept and looked at
+    together every `every_n_steps`; the first bad one is named exactly all the same. On the CPU
+    every step is looked at. Before a checkpoint is written the losses since the last look and all
+    parameters are checked in any case: a gradient that overflowed spoils the weights one step
+    before a loss shows it.
 
     Under several processes `losses` must be the same on all of them, or one would stop alone.
 
@@ -31,7 +33,9 @@ class NanGuard(Callback):
 
     def __init__(self, every_n_steps: int = 10) -> None:
         if not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"callbacks.nan_guard.every_n_steps must be >= 1, not {every_n_steps!r}.")
+            raise ValueError(
+                f"callbacks.nan_guard.every_n_steps must be >= 1, not {every_n_steps!r}."
+            )
         self.every_n_steps = every_n_steps
         self._pending: list[tuple[int, Tensor, list[bool]]] = []
         self._failure: str | None = None
@@ -41,12 +45,19 @@ class NanGuard(Callback):
         self._pending, self._failure = [], None
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Keep this step's losses, and look at the kept ones when it is time."""
         losses = torch.as_tensor(outputs["losses"]).detach()
         active = [bool(flag) for flag in outputs.get("active", [True] * len(losses))]
-        row = torch.cat([losses.flatten(), torch.as_tensor(outputs["loss"]).detach().reshape(1).to(losses)])
+        row = torch.cat(
+            [losses.flatten(), torch.as_tensor(outputs["loss"]).detach().reshape(1).to(losses)]
+        )
         self._pending.append((trainer.global_step, row, active))
         if row.device.type == "cpu" or len(self._pending) >= self.every_n_steps:
             self._look(trainer)
@@ -63,20 +74,25 @@ class NanGuard(Callback):
             raise ValueError(self._failure)
         self._look(trainer)
         named = [(name, p) for name, p in pl_module.named_parameters() if p.is_floating_point()]
-        finite = torch.stack([torch.isfinite(p.detach()).all() for _, p in named]) if named else None
+        finite = (
+            torch.stack([torch.isfinite(p.detach()).all() for _, p in named]) if named else None
+        )
         if finite is not None and not bool(finite.all()):
             bad = [name for (name, _), ok in zip(named, finite.tolist(), strict=True) if not ok]
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
             self._fail(
                 trainer,
-                f"The parameter {bad[0]}{more} is not finite after optimizer step {trainer.global_step}",
+                f"The parameter {bad[0]}{more} is not finite after optimizer step "
+                f"{trainer.global_step}",
             )
 
     def _look(self, trainer: pl.Trainer) -> None:
         pending, self._pending = self._pending, []
         if not pending:
             return
-        values = torch.stack([row for _, row, _ in pending]).float().cpu()  # one wait for the device
+        values = (
+            torch.stack([row for _, row, _ in pending]).float().cpu()
+        )  # one wait for the device
         if bool(torch.isfinite(values).all()):
             return
         for (step, _, active), row in zip(pending, values, strict=True):
@@ -84,11 +100,18 @@ class NanGuard(Callback):
             losses, total_finite = row.tolist()[:-1], finite[-1]
             bad = [k for k, ok in enumerate(finite[:-1]) if active[k] and not ok]
             if bad or not total_finite:
-                where = ", ".join(f"depth {k} ({losses[k]})" for k in bad) or f"the sum ({row[-1].item()})"
-                self._fail(trainer, f"The training loss is not finite at optimizer step {step}: {where}")
+                where = (
+                    ", ".join(f"depth {k} ({losses[k]})" for k in bad)
+                    or f"the sum ({row[-1].item()})"
+                )
+                self._fail(
+                    trainer, f"The training loss is not finite at optimizer step {step}: {where}"
+                )
 
     def _fail(self, trainer: pl.Trainer, what: str) -> None:
-        self._failure = f"{what}; {self._last_good(trainer)} Lower the learning rate or clip gradients."
+        self._failure = (
+            f"{what}; {self._last_good(trainer)} Lower the learning rate or clip gradients."
+        )
         raise ValueError(self._failure)
 
     @staticmethod

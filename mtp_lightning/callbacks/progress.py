@@ -13,13 +13,15 @@ from tqdm import tqdm
 
 
 class StepProgressBar(ProgressBar):
-    """A bar of `max_steps` optimizer steps with every depth's loss, the lambdas and tokens per second.
+    """A bar of `max_steps` optimizer steps with every depth's loss, the lambdas and tokens per
+    second.
 
-    On a terminal it is one line that is rewritten; elsewhere (a file, a pipe) it prints plain lines. A resumed
-    run starts at the step it resumes from. The losses are read from the device only when something is shown.
+    On a terminal it is one line that is rewritten; elsewhere (a file, a pipe) it prints plain
+    lines. A resumed run starts at the step it resumes from. The losses are read from the device
+    only when something is shown.
 
-    Reads the training step's `losses` (tensor [D+1]), `active` (D+1 bool) and, when present, `lambdas` (D
-    numbers); else the logged `train/lambda_depth_k`.
+    Reads the training step's `losses` (tensor [D+1]), `active` (D+1 bool) and, when present,
+    `lambdas` (D numbers); else the logged `train/lambda_depth_k`.
 
     Args:
         refresh_seconds: seconds between two updates on a terminal.
@@ -74,7 +76,12 @@ class StepProgressBar(ProgressBar):
         )
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Show the step when it is time."""
         if not self._enabled:

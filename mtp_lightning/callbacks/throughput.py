@@ -15,13 +15,13 @@ from lightning.pytorch.callbacks import Callback
 class Throughput(Callback):
     """Logs `perf/tokens_per_second` and `perf/mfu`.
 
-    Counted is the time of training, waiting for data included, validation and checkpoints excluded. The first
-    step of a process is left out (it compiles and allocates). Values are means over the steps since the
-    last log; a GPU is waited for once per log.
+    Counted is the time of training, waiting for data included, validation and checkpoints excluded.
+    The first step of a process is left out (it compiles and allocates). Values are means over the
+    steps since the last log; a GPU is waited for once per log.
 
     `perf/mfu` = achieved training FLOP/s / (processes x matmul rate). The matmul rate is not a data
-    sheet's: it is measured in this process at the start of training, in the precision of the run: 1024^3
-    on a CPU, 8192^3 on a GPU. FLOPs are those that the module's training step reports.
+    sheet's: it is measured in this process at the start of training, in the precision of the run:
+    1024^3 on a CPU, 8192^3 on a GPU. FLOPs are those that the module's training step reports.
 
     The training step returns `tokens` (depth-0 targets of this optimizer step, all processes) and
     `flops` (of this optimizer step, all processes), both Python numbers. Without `flops`,
@@ -34,7 +34,9 @@ class Throughput(Callback):
 
     def __init__(self, every_n_steps: int | None = None, measure_matmul: bool = True) -> None:
         if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
-            raise ValueError(f"callbacks.throughput.every_n_steps must be >= 1, not {every_n_steps!r}.")
+            raise ValueError(
+                f"callbacks.throughput.every_n_steps must be >= 1, not {every_n_steps!r}."
+            )
         self.every_n_steps = every_n_steps
         self.measure_matmul = measure_matmul
         self.matmul_rate: float | None = None
@@ -58,7 +60,12 @@ class Throughput(Callback):
             self.matmul_rate = measure_matmul_rate(self._device, run_dtype(str(trainer.precision)))
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Count this step; log at the end of a window."""
         if self._mark is None:
@@ -67,7 +74,7 @@ class Throughput(Callback):
             return
         flops = outputs.get("flops", getattr(pl_module, "flops_per_step", None))
         self._window.add(outputs["tokens"], flops)
-        every = self.every_n_steps or trainer.log_every_n_steps
+        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step % every != 0 and trainer.global_step != trainer.max_steps:
             return
         values = self._close_window().values(self.matmul_rate, self._processes)
@@ -98,7 +105,9 @@ class Throughput(Callback):
 
     def summary(self) -> dict[str, float]:
         """Means over everything trained in this process; empty after fewer than two steps."""
-        return self._total.values(self.matmul_rate, self._processes) if self._total.seconds > 0 else {}
+        return (
+            self._total.values(self.matmul_rate, self._processes) if self._total.seconds > 0 else {}
+        )
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -162,10 +171,14 @@ def run_dtype(precision: str) -> torch.dtype:
 
 
 def measure_matmul_rate(
-    device: torch.device, dtype: torch.dtype = torch.float32, size: int | None = None, seconds: float = 0.3
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    size: int | None = None,
+    seconds: float = 0.3,
 ) -> float:
-    """FLOP/s of `size`^3 matrix products (1024 on a CPU, 8192 on a GPU), the fastest of those that fit in
-    `seconds` (at least 3): the fastest is what the machine can do, and a busy neighbour does not lower it."""
+    """FLOP/s of `size`^3 matrix products (1024 on a CPU, 8192 on a GPU), the fastest of those that
+    fit in `seconds` (at least 3): the fastest is what the machine can do, and a busy neighbour does
+    not lower it."""
     size = size or (8192 if device.type == "cuda" else 1024)
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)

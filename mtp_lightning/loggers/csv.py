@@ -1,9 +1,11 @@
-"""`metrics.csv`: one row a step, one column a log tag, numbers that survive the round trip to the last bit."""
+"""`metrics.csv`: one row a step, one column a log tag, numbers that survive the round trip to the
+last bit."""
 
 from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,10 @@ STEP = "step"
 class MetricsCSV(Logger):
     """Writes `folder/metrics.csv`.
 
-    The columns are `step` and every tag seen so far. Rows are appended and handed to the system at once, so
-    that a killed process loses no finished row. Values of one step (train and validation) share a row. A
-    new tag rewrites the file under a temporary name with one more column. Floats are written by `repr`, which
-    reads back as the same double; a missing value is an empty cell.
+    The columns are `step` and every tag seen so far. Rows are appended and handed to the system at
+    once, so that a killed process loses no finished row. Values of one step (train and validation)
+    share a row. A new tag rewrites the file under a temporary name with one more column. Floats are
+    written by `repr`, which reads back as the same double; a missing value is an empty cell.
 
     Args:
         folder: the run folder.
@@ -57,7 +59,7 @@ class MetricsCSV(Logger):
         """Nothing: the run folder holds the composed configuration."""
 
     @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add values to the row of `step`.
 
         Raises:
@@ -76,7 +78,8 @@ class MetricsCSV(Logger):
         self._write_row(row, replace=merge)
 
     def _open(self) -> None:
-        """Take over the file that is there: without rows after the resumed step, without a torn last line."""
+        """Take over the file that is there: without rows after the resumed step, without a torn
+        last line."""
         if self._opened:
             return
         self._opened = True
@@ -93,7 +96,9 @@ class MetricsCSV(Logger):
         """The whole rows of the file; a last line that a kill has torn is left out."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]  # what no newline ends is torn
+        lines = self.path.read_text(encoding="utf-8").split("\n")[
+            :-1
+        ]  # what no newline ends is torn
         table = list(csv.reader(lines))
         if not table or table[0][:1] != [STEP]:
             return []
@@ -120,7 +125,8 @@ class MetricsCSV(Logger):
         line = self._line([row.get(tag, "") for tag in self._columns]).encode()
         with open(self.path, "r+b") as file:
             if replace:
-                # the longer line overwrites the shorter in place: no moment at which the row is missing
+                # the longer line overwrites the shorter in place: no moment at which the row is
+                # missing
                 file.seek(self._row_start)
                 file.write(line)
                 file.truncate()
@@ -132,7 +138,9 @@ class MetricsCSV(Logger):
     @staticmethod
     def _line(cells: list[str]) -> str:
         # tags and numbers need no quotes, but a tag of another's making may
-        quoted = ['"' + c.replace('"', '""') + '"' if any(x in c for x in ',"') else c for c in cells]
+        quoted = [
+            '"' + c.replace('"', '""') + '"' if any(x in c for x in ',"') else c for c in cells
+        ]
         return ",".join(quoted) + "\n"
 
 

@@ -1,7 +1,9 @@
-"""TensorBoard events in the run folder, with one chart that shows the losses of all depths together."""
+"""TensorBoard events in the run folder, with one chart that shows the losses of all depths
+together."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
 class RunTensorBoard(TensorBoardLogger):
-    """TensorBoard events directly in `folder`, so that `tensorboard --logdir SWEEP` lists one run a job.
+    """TensorBoard events directly in `folder`, so that `tensorboard --logdir SWEEP` lists one run a
+    job.
 
     Args:
         folder: the run folder.
@@ -20,10 +23,18 @@ class RunTensorBoard(TensorBoardLogger):
     """
 
     def __init__(
-        self, folder: str | Path, depth: int, resume_from_step: int | None = None, flush_secs: int = 30
+        self,
+        folder: str | Path,
+        depth: int,
+        resume_from_step: int | None = None,
+        flush_secs: int = 30,
     ) -> None:
         super().__init__(
-            save_dir=str(folder), name="", version="", default_hp_metric=False, flush_secs=flush_secs
+            save_dir=str(folder),
+            name="",
+            version="",
+            default_hp_metric=False,
+            flush_secs=flush_secs,
         )
         self.depth = depth
         self._layout_written = False
@@ -32,11 +43,12 @@ class RunTensorBoard(TensorBoardLogger):
 
     def resume_from(self, step: int) -> None:
         """Hide the events after `step`, the last one that the resumed run does not do again."""
-        # TensorBoard drops what an earlier process wrote at purge_step and later; the writer opens lazily
+        # TensorBoard drops what an earlier process wrote at purge_step and later; the writer opens
+        # lazily
         self._kwargs["purge_step"] = step + 1
 
     @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write the charts' layout once, then the values."""
         if not self._layout_written:
             add_depth_layout(self.experiment, self.depth)
@@ -44,13 +56,15 @@ class RunTensorBoard(TensorBoardLogger):
         super().log_metrics(metrics, step)
 
     def save(self) -> None:
-        """Flush; Lightning's own also writes an hparams.yaml, which the composed configuration replaces."""
+        """Flush; Lightning's own also writes an hparams.yaml, which the composed configuration
+        replaces."""
         if self._experiment is not None:
             self.experiment.flush()
 
 
 def depth_layout(depth: int) -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's custom-scalars layout: the losses, lambdas and rates of depths 0..D in one chart each."""
+    """TensorBoard's custom-scalars layout: the losses, lambdas and rates of depths 0..D in one
+    chart each."""
     every, heads = range(depth + 1), range(1, depth + 1)
     charts = {
         "train loss": [f"train/loss_depth_{k}" for k in every],

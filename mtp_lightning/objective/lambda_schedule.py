@@ -1,16 +1,18 @@
-"""Lambda schedules: how much every MTP depth weighs in the loss, as a function of training progress.
+"""Lambda schedules: how much every MTP depth weighs in the loss, as a function of training
+progress.
 
-One piecewise form covers the published schedules: knots of progress -> weight, interpolated by step,
-linearly or by a half cosine. A schedule is a pure function of checkpointed progress (never of the
-clock or of Lightning's epoch counter), so that a resumed run has the same weights at the same step.
+One piecewise form covers the published schedules: knots of progress -> weight, interpolated by
+step, linearly or by a half cosine. A schedule is a pure function of checkpointed progress (never of
+the clock or of Lightning's epoch counter), so that a resumed run has the same weights at the same
+step.
 
 The weights returned here are the *effective* multipliers of L_k in
 
     L = L_0 + sum_k weight_k L_k,    k = 1..D
 
-so with one number ``mtp_lambda`` every depth gets ``mtp_lambda / D`` (DeepSeek-V3 report, eq. 25) and
-with a list depth k gets ``mtp_lambda[k]``. Knots are written as multiples of ``mtp_lambda``, so that a
-sweep over ``mtp_lambda`` works under every preset.
+so with one number ``mtp_lambda`` every depth gets ``mtp_lambda / D`` (DeepSeek-V3 report, eq. 25)
+and with a list depth k gets ``mtp_lambda[k]``. Knots are written as multiples of ``mtp_lambda``, so
+that a sweep over ``mtp_lambda`` works under every preset.
 
 This file needs neither torch nor Lightning.
 """
@@ -49,8 +51,9 @@ class Progress:
         """
         if self.max_steps <= 0:
             raise ValueError(
-                f"A schedule by fraction needs a run length, but trainer.max_steps is {self.max_steps}: "
-                "set trainer.max_steps, or write the schedule in unit=steps or unit=tokens."
+                f"A schedule by fraction needs a run length, but trainer.max_steps is "
+                f"{self.max_steps}: set trainer.max_steps, or write the schedule in unit=steps "
+                "or unit=tokens."
             )
         return min(self.step / self.max_steps, 1.0)
 
@@ -64,10 +67,12 @@ class LambdaSchedule:
     Args:
         depth: D, the number of MTP depths (0 gives no weights).
         mtp_lambda: one number, or a list of D numbers.
-        knots: progress -> multiple of `mtp_lambda`. One number m means ``m * mtp_lambda / D`` for every
-            depth (``m * mtp_lambda[k]`` with a list); a list of D multiples means ``m_k * mtp_lambda``
-            (``m_k * mtp_lambda[k]``), without division by D. None is ``{0: 1}``: constant.
-        unit: what the knots' keys count: `fraction` of the run in [0, 1], optimizer `steps`, or `tokens`.
+        knots: progress -> multiple of `mtp_lambda`. One number m means ``m * mtp_lambda / D`` for
+            every depth (``m * mtp_lambda[k]`` with a list); a list of D multiples means ``m_k *
+            mtp_lambda`` (``m_k * mtp_lambda[k]``), without division by D. None is ``{0: 1}``:
+            constant.
+        unit: what the knots' keys count: `fraction` of the run in [0, 1], optimizer `steps`, or
+            `tokens`.
         interpolation: `step` (a knot's weights hold until the next knot), `linear` or `cosine`.
 
     Raises:
@@ -96,7 +101,8 @@ class LambdaSchedule:
         unit: str = "fraction",
         interpolation: str = "linear",
     ) -> LambdaSchedule:
-        """A schedule from effective weights, progress -> D multipliers of L_k, instead of multiples."""
+        """A schedule from effective weights, progress -> D multipliers of L_k, instead of
+        multiples."""
         _check_depth(depth)
         items = _knot_items(points, unit)
         schedule = cls.__new__(cls)
@@ -125,7 +131,8 @@ class LambdaSchedule:
 
     @property
     def depth_ever_skipped(self) -> bool:
-        """True when some depth's weight can be exactly 0, so that the depth is not computed then."""
+        """True when some depth's weight can be exactly 0, so that the depth is not computed
+        then."""
         return any(weight == 0.0 for values in self.knot_weights for weight in values)
 
     def weights(self, progress: Progress) -> list[float]:
@@ -159,30 +166,45 @@ class LambdaSchedule:
         return f"LambdaSchedule({knots}, unit={self.unit!r}, interpolation={self.interpolation!r})"
 
 
-# The presets. `length` is the schedule's whole length in `unit`: the published positions are fractions
-# of a run, so they need it in another unit (deepseek_v3 with unit=tokens, length=14.8e12 switches at 10e12).
+# The presets. `length` is the schedule's whole length in `unit`: the published positions are
+# fractions of a run, so they need it in another unit (deepseek_v3 with unit=tokens, length=14.8e12
+# switches at 10e12).
 
 
 def constant(
-    depth: int, mtp_lambda: float | Sequence[float], unit: str = "fraction", length: float | None = None
+    depth: int,
+    mtp_lambda: float | Sequence[float],
+    unit: str = "fraction",
+    length: float | None = None,
 ) -> LambdaSchedule:
-    """`mtp_lambda` from the beginning to the end. The unit changes nothing; it is taken (and checked) so
-    that a sweep over presets can set it for all of them."""
+    """`mtp_lambda` from the beginning to the end. The unit changes nothing; it is taken (and
+    checked) so that a sweep over presets can set it for all of them."""
     return LambdaSchedule(depth, mtp_lambda, _scaled({0: 1}, unit, length), unit, "step")
 
 
 def deepseek_v3(
-    depth: int, mtp_lambda: float | Sequence[float], unit: str = "fraction", length: float | None = None
+    depth: int,
+    mtp_lambda: float | Sequence[float],
+    unit: str = "fraction",
+    length: float | None = None,
 ) -> LambdaSchedule:
-    """0.3 for the first 10T of 14.8T tokens, then 0.1 (DeepSeek-V3 report, section 4.2), in multiples."""
-    return LambdaSchedule(depth, mtp_lambda, _scaled({0: 1, 10 / 14.8: 1 / 3}, unit, length), unit, "step")
+    """0.3 for the first 10T of 14.8T tokens, then 0.1 (DeepSeek-V3 report, section 4.2), in
+    multiples."""
+    return LambdaSchedule(
+        depth, mtp_lambda, _scaled({0: 1, 10 / 14.8: 1 / 3}, unit, length), unit, "step"
+    )
 
 
 def linear_decay(
-    depth: int, mtp_lambda: float | Sequence[float], unit: str = "fraction", length: float | None = None
+    depth: int,
+    mtp_lambda: float | Sequence[float],
+    unit: str = "fraction",
+    length: float | None = None,
 ) -> LambdaSchedule:
     """Falls linearly from `mtp_lambda` to a third of it."""
-    return LambdaSchedule(depth, mtp_lambda, _scaled({0: 1, 1: 1 / 3}, unit, length), unit, "linear")
+    return LambdaSchedule(
+        depth, mtp_lambda, _scaled({0: 1, 1: 1 / 3}, unit, length), unit, "linear"
+    )
 
 
 def geometric(
@@ -192,35 +214,47 @@ def geometric(
     unit: str = "fraction",
     length: float | None = None,
 ) -> LambdaSchedule:
-    """Depth k weighs ``mtp_lambda * beta^k``, normalised over the depths to sum 1 (FastMTP, 2025)."""
+    """Depth k weighs ``mtp_lambda * beta^k``, normalised over the depths to sum 1 (FastMTP,
+    2025)."""
     if not _is_number(beta) or not math.isfinite(beta) or beta <= 0:
-        raise ValueError(f"beta of the geometric lambda schedule must be a number > 0, not {beta!r}.")
+        raise ValueError(
+            f"beta of the geometric lambda schedule must be a number > 0, not {beta!r}."
+        )
     _check_depth(depth)
     powers = [float(beta) ** k for k in range(1, depth + 1)]
     total = sum(powers)
-    knots = {0: [power / total for power in powers]}
+    knots: dict[float, list[float]] = {0: [power / total for power in powers]}
     return LambdaSchedule(depth, mtp_lambda, _scaled(knots, unit, length), unit, "step")
 
 
 def forward_curriculum(
-    depth: int, mtp_lambda: float | Sequence[float], unit: str = "fraction", length: float | None = None
+    depth: int,
+    mtp_lambda: float | Sequence[float],
+    unit: str = "fraction",
+    length: float | None = None,
 ) -> LambdaSchedule:
     """0, 1, .. D depths are active in D + 1 equal stages (Aynetdinov & Akbik 2025)."""
     return _curriculum(depth, mtp_lambda, list(range(depth + 1)), unit, length)
 
 
 def reverse_curriculum(
-    depth: int, mtp_lambda: float | Sequence[float], unit: str = "fraction", length: float | None = None
+    depth: int,
+    mtp_lambda: float | Sequence[float],
+    unit: str = "fraction",
+    length: float | None = None,
 ) -> LambdaSchedule:
     """D, D - 1, .. 0 depths are active in D + 1 equal stages (Aynetdinov & Akbik 2025)."""
     return _curriculum(depth, mtp_lambda, list(range(depth, -1, -1)), unit, length)
 
 
 def modded_nanogpt(
-    depth: int, mtp_lambda: float | Sequence[float], unit: str = "fraction", length: float | None = None
+    depth: int,
+    mtp_lambda: float | Sequence[float],
+    unit: str = "fraction",
+    length: float | None = None,
 ) -> LambdaSchedule:
-    """Three equal stages for D = 2 (modded-nanogpt, 2025-12-22): [.5, .25] -> [.5, 0] -> [0, 0], then
-    nothing; these are the weights at ``mtp_lambda=0.3``, kept as multiples of it."""
+    """Three equal stages for D = 2 (modded-nanogpt, 2025-12-22): [.5, .25] -> [.5, 0] -> [0, 0],
+    then nothing; these are the weights at ``mtp_lambda=0.3``, kept as multiples of it."""
     if depth != 2:
         raise ValueError(
             f"lambda_schedule=modded_nanogpt is written for mtp.depth=2, but mtp.depth={depth}: "
@@ -251,23 +285,25 @@ def _scaled(knots: Mapping[float, Any], unit: str, length: float | None) -> dict
     if unit == "fraction":
         if length is not None:
             raise ValueError(
-                f"lambda_schedule.length={length} has no meaning with unit=fraction (the run's length is "
-                "trainer.max_steps): drop it, or set lambda_schedule.unit=steps or tokens."
+                f"lambda_schedule.length={length} has no meaning with unit=fraction (the run's "
+                "length is trainer.max_steps): drop it, or set lambda_schedule.unit=steps or "
+                "tokens."
             )
         return dict(knots)
     if len(knots) == 1 and length is None:
         return dict(knots)
-    if not _is_number(length) or not math.isfinite(length) or length <= 0:  # type: ignore[arg-type]
+    if length is None or not _is_number(length) or not math.isfinite(length) or length <= 0:
         raise ValueError(
             f"With unit={unit} a preset needs lambda_schedule.length, its whole length in {unit} "
             f"(a number > 0), not {length!r}."
         )
     # rounded, so that a third of 300 steps is step 100 and not one ulp after it
-    return {round(at * length, 6): value for at, value in knots.items()}  # type: ignore[operator]
+    return {round(at * length, 6): value for at, value in knots.items()}
 
 
 def _between(before: float, after: float, share: float) -> float:
-    """Interpolate without leaving [before, after] by rounding; equal ends give exactly that value."""
+    """Interpolate without leaving [before, after] by rounding; equal ends give exactly that
+    value."""
     if before == after:
         return before
     low, high = min(before, after), max(before, after)
@@ -303,8 +339,8 @@ def _weight(value: Any, what: str) -> float:
 def _weight_list(values: Any, what: str, depth: int) -> list[float]:
     if len(values) != depth:
         raise ValueError(
-            f"{what} is a list of {len(values)} numbers ({list(values)}), but mtp.depth is {depth}: "
-            f"give {depth} numbers, or one number for all depths."
+            f"{what} is a list of {len(values)} numbers ({list(values)}), but mtp.depth is "
+            f"{depth}: give {depth} numbers, or one number for all depths."
         )
     return [_weight(value, f"{what}, entry {i + 1},") for i, value in enumerate(values)]
 
@@ -323,20 +359,23 @@ def _knot_items(knots: Any, unit: str) -> list[tuple[float, Any]]:
     _check_unit(unit)
     if not isinstance(knots, Mapping):
         raise ValueError(
-            f"lambda_schedule.knots must map progress to multiples, like '{{0: 1, 0.5: [0.3, 0.1]}}', "
-            f"not {knots!r}."
+            f"lambda_schedule.knots must map progress to multiples, like "
+            f"'{{0: 1, 0.5: [0.3, 0.1]}}', not {knots!r}."
         )
     if not knots:
         raise ValueError("lambda_schedule.knots is empty: give at least one knot, like '{0: 1}'.")
     items = []
     for at, value in knots.items():
-        limit = "a fraction of the run in [0, 1]" if unit == "fraction" else f"a number of {unit} >= 0"
+        limit = (
+            "a fraction of the run in [0, 1]" if unit == "fraction" else f"a number of {unit} >= 0"
+        )
         upper = 1.0 if unit == "fraction" else math.inf
         if not _is_number(at) or not math.isfinite(at) or not 0 <= at <= upper:
             raise ValueError(f"The key {at!r} of lambda_schedule.knots must be {limit}.")
         if not _is_number(value) and not _is_list(value):
             raise ValueError(
-                f"The value {value!r} at {at} in lambda_schedule.knots must be a number or a list of them."
+                f"The value {value!r} at {at} in lambda_schedule.knots must be a number or a "
+                "list of them."
             )
         items.append((float(at), value))
     return sorted(items, key=lambda item: item[0])

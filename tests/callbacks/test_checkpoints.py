@@ -1,4 +1,5 @@
-"""Checkpoints are written at the right steps, and a run resumed from any of them is the uninterrupted one."""
+"""Checkpoints are written at the right steps, and a run resumed from any of them is the
+uninterrupted one."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def test_the_files_and_their_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("epoch_steps", [1000, 6, 8])
-def test_resume_from_every_checkpoint_equals_the_uninterrupted_run(tmp_path: Path, epoch_steps: int) -> None:
+def test_resume_from_every_checkpoint_equals_the_uninterrupted_run(
+    tmp_path: Path, epoch_steps: int
+) -> None:
     whole_dir = tmp_path / "whole"
     whole = TinyModule()
     fit(
@@ -78,6 +81,25 @@ def test_resume_from_every_checkpoint_equals_the_uninterrupted_run(tmp_path: Pat
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("epoch_steps", [1000, 4])
+def test_a_finished_run_that_is_extended_equals_the_longer_run(
+    tmp_path: Path, epoch_steps: int
+) -> None:
+    long = TinyModule()
+    fit(long, [], max_steps=11, epoch_steps=epoch_steps)
+    checkpoints = Checkpoints(tmp_path, every_n_steps=100)
+    fit(TinyModule(), [checkpoints], max_steps=6, epoch_steps=epoch_steps)
+    loops = checkpoint_io.load(checkpoints.last_path)["loops"]["fit_loop"]
+    assert loops["epoch_progress"]["current"]["processed"] == 6 // epoch_steps, "in mid epoch"
+    more = TinyModule()
+    fit(
+        more, [checkpoints], max_steps=11, epoch_steps=epoch_steps,
+        ckpt_path=checkpoints.last_path,
+    )  # fmt: skip
+    assert more.losses == {s: v for s, v in long.losses.items() if s > 6}
+    assert more.val_steps == [8]
+
+
 def test_where_a_validation_is_due_the_save_comes_after_it(tmp_path: Path) -> None:
     events = []
 
@@ -100,12 +122,19 @@ def test_where_a_validation_is_due_the_save_comes_after_it(tmp_path: Path) -> No
 def test_best_is_a_link_to_the_last_of_its_moment_and_survives_a_resume(tmp_path: Path) -> None:
     class Scores(TinyModule):
         def validation_step(self, batch, batch_idx) -> None:
-            self.log("val/loss_depth_0", {4: 2.0, 8: 1.0, 12: 3.0, 16: 1.5}.get(self.global_step, 9.0))
+            self.log(
+                "val/loss_depth_0", {4: 2.0, 8: 1.0, 12: 3.0, 16: 1.5}.get(self.global_step, 9.0)
+            )
 
     first = Checkpoints(tmp_path, every_n_steps=4)
     fit(Scores(), [first], max_steps=8)
     assert first.last_path.samefile(first.best_path)
-    fit(Scores(), [resumed := Checkpoints(tmp_path, every_n_steps=4)], max_steps=16, ckpt_path=first.last_path)
+    fit(
+        Scores(),
+        [resumed := Checkpoints(tmp_path, every_n_steps=4)],
+        max_steps=16,
+        ckpt_path=first.last_path,
+    )
     assert (resumed.best_score, resumed.best_step) == (1.0, 8)
     assert step_of(tmp_path / "best.ckpt") == 8
     assert step_of(tmp_path / "last.ckpt") == 16
@@ -158,7 +187,9 @@ def test_another_stop_saves_at_the_end(tmp_path: Path) -> None:
     module = TinyModule(stop)
     fit(module, [saved := Checkpoints(tmp_path, every_n_steps=100)])
     assert step_of(saved.last_path) == 5
-    assert module.val_steps[-1] == 5, "Lightning validates before it stops; the save came after that"
+    assert module.val_steps[-1] == 5, (
+        "Lightning validates before it stops; the save came after that"
+    )
 
 
 def test_a_damaged_last_does_not_push_out_the_intact_previous(tmp_path: Path) -> None:

@@ -80,7 +80,9 @@ def test_weights_that_are_spoiled_before_a_loss_shows_it(tmp_path: Path) -> None
             with torch.no_grad():
                 module.layer.weight[0, 0] = float("inf")
 
-    with pytest.raises(ValueError, match=r"layer.weight is not finite after optimizer step 6.*\(step 3\)"):
+    with pytest.raises(
+        ValueError, match=r"layer.weight is not finite after optimizer step 6.*\(step 3\)"
+    ):
         fit(TinyModule(spoil), [NanGuard(), Checkpoints(tmp_path, every_n_steps=3, monitor=None)])
     assert checkpoint_io.load(tmp_path / "last.ckpt")["global_step"] == 3
 

@@ -1,4 +1,5 @@
-"""A tiny run for the callback tests: two "depths", manual optimization, a loader that can be resumed."""
+"""A tiny run for the callback tests: two "depths", manual optimization, a loader that can be
+resumed."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class Batches:
 
 
 class TinyModule(pl.LightningModule):
-    """Learns to predict the mean of a row; `at_step(module, step)` may misbehave at a step (from 1)."""
+    """Learns to predict the mean of a row; `at_step(module, step)` may misbehave at a step (from
+    1)."""
 
     def __init__(self, at_step: Callable[[TinyModule, int], None] | None = None) -> None:
         super().__init__()
@@ -121,6 +123,7 @@ def fit(
             enable_progress_bar=any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks),
             **kwargs,
         )
-        validation = list(Batches(3))  # no state: every validation sees the same batches
+        # no state: every validation sees the same batches
+        validation = torch.utils.data.DataLoader(list(Batches(3)), batch_size=None)
         trainer.fit(module, Batches(epoch_steps), validation, ckpt_path=ckpt_path)
     return trainer

@@ -35,7 +35,14 @@ def at(fraction: float, *, max_steps: int = 10_000) -> Progress:
         (ls.geometric(3, 0.5, beta=1.0), {0: [1 / 6] * 3}),
         (
             ls.forward_curriculum(2, 0.4),
-            {0: [0, 0], 0.33: [0, 0], 0.34: [0.2, 0], 0.66: [0.2, 0], 0.67: [0.2, 0.2], 1: [0.2, 0.2]},
+            {
+                0: [0, 0],
+                0.33: [0, 0],
+                0.34: [0.2, 0],
+                0.66: [0.2, 0],
+                0.67: [0.2, 0.2],
+                1: [0.2, 0.2],
+            },
         ),
         (
             ls.reverse_curriculum(2, [0.4, 0.1]),
@@ -49,7 +56,10 @@ def at(fraction: float, *, max_steps: int = 10_000) -> Progress:
             LambdaSchedule(2, 0.5, {0: [1, 2], 0.5: 1, 1: 0}, interpolation="cosine"),
             {0: [0.5, 1.0], 0.25: [0.375, 0.625], 0.5: [0.25, 0.25], 1: [0, 0]},
         ),
-        (LambdaSchedule(2, 0.3, {0.2: 1, 0.4: [0, 1]}, interpolation="step"), {0: [0.15] * 2, 1: [0, 0.3]}),
+        (
+            LambdaSchedule(2, 0.3, {0.2: 1, 0.4: [0, 1]}, interpolation="step"),
+            {0: [0.15] * 2, 1: [0, 0.3]},
+        ),
         (ls.constant(0, 0.3), {0: [], 1: []}),
     ],
 )
@@ -163,9 +173,17 @@ def test_a_schedule_has_no_memory(knots, steps: list[int]) -> None:
 
 @given(st.floats(0.01, 10), st.integers(0, 100))
 def test_weights_scale_with_mtp_lambda(scale: float, step: int) -> None:
-    for preset in (ls.deepseek_v3, ls.linear_decay, ls.geometric, ls.forward_curriculum, ls.modded_nanogpt):
+    for preset in (
+        ls.deepseek_v3,
+        ls.linear_decay,
+        ls.geometric,
+        ls.forward_curriculum,
+        ls.modded_nanogpt,
+    ):
         one = preset(2, 1.0).weights(Progress(step, 100))
-        assert preset(2, scale).weights(Progress(step, 100)) == pytest.approx([scale * w for w in one])
+        assert preset(2, scale).weights(Progress(step, 100)) == pytest.approx(
+            [scale * w for w in one]
+        )
 
 
 def composed(name: str, *overrides: str, depth: int = 2, mtp_lambda: str = "0.3"):

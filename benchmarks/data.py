@@ -1,0 +1,158 @@
+"""How fast the data goes: tokens a second out of the loader, megabytes a second into a store.
+
+Run ``python -m benchmarks.data``. It prints a table and writes JSON (``--output``). Loader: whole
+epochs in one process on the standard-library corpus, T = 256, D = 2, the median of ``--repeats``.
+Store: the whole build with byte and with bpe, files written and synced, tokenizer training timed
+apart. Page caches are warm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_modules.loader import WindowLoader
+from data_modules.sources import StdlibSource
+from data_modules.splitting import DocumentSplit
+from data_modules.store_builder import prepare_store, prepare_tokenizer
+from data_modules.token_store import TokenStore
+from data_modules.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer
+from data_modules.window_dataset import WindowDataset
+
+SEQ_LEN, DEPTH = 256, 2
+
+
+def time_store(
+    tokenizer: Tokenizer, folder: Path, repeats: int
+) -> tuple[dict[str, Any], TokenStore]:
+    """Builds the store ``repeats`` times from nothing, each in a cache folder of its own."""
+    split = DocumentSplit(StdlibSource())
+    training, building = [], []
+    for i in range(repeats):
+        cache = folder / f"{tokenizer.kind}-{i}"
+        begun = time.perf_counter()
+        prepare_tokenizer(tokenizer, split, cache)
+        training.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        store, _ = prepare_store(tokenizer, split, cache)
+        building.append(time.perf_counter() - begun)
+    megabytes = sum(store[name].n_bytes for name in store.splits) / 1e6
+    seconds = statistics.median(building)
+    row = {
+        "what": "store",
+        "tokenizer": tokenizer.kind,
+        "megabytes": round(megabytes, 3),
+        "tokens": sum(store[name].n_tokens for name in store.splits),
+        "seconds": seconds,
+        "megabytes_per_second": megabytes / seconds,
+        "tokenizer_training_seconds": statistics.median(training),
+    }
+    return row, store
+
+
+def time_loader(
+    store: TokenStore, *, batch_size: int, document_mask: bool, workers: int, repeats: int
+) -> dict[str, Any]:
+    """Median rate of whole epochs; the first, which maps the file, is not counted."""
+    dataset = WindowDataset(
+        store["train"], seq_len=SEQ_LEN, depth=DEPTH, document_mask=document_mask
+    )
+    loader = WindowLoader(dataset, batch_size=batch_size, train=True, num_workers=workers)
+    rates = []
+    for _ in range(repeats + 1):
+        begun, tokens = time.perf_counter(), 0
+        for batch in loader:
+            tokens += batch.batch_size * batch.seq_len
+        rates.append(tokens / (time.perf_counter() - begun))
+    return {
+        "what": "loader",
+        "tokenizer": store.meta["tokenizer"]["kind"],
+        "batch_size": batch_size,
+        "document_mask": document_mask,
+        "workers": workers,
+        "tokens_per_second": statistics.median(rates[1:]),
+        "slowest": min(rates[1:]),
+        "fastest": max(rates[1:]),
+    }
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measures, prints the table, writes the JSON and returns it."""
+    parser = argparse.ArgumentParser(description="Measures the loader and the token store.")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/data.json"))
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args(arguments)
+
+    with tempfile.TemporaryDirectory(prefix="mtp-bench-") as folder:
+        rows = _measure(Path(folder), options.repeats)
+    result = {
+        "benchmark": "data",
+        "seq_len": SEQ_LEN,
+        "depth": DEPTH,
+        "repeats": options.repeats,
+        "rows": rows,
+        "machine": {
+            "cores": os.cpu_count(),
+            "processor": platform.processor() or platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
+    _print(rows)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"\nwrote {options.output}")
+    return result
+
+
+def _measure(folder: Path, repeats: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for tokenizer in (ByteTokenizer(), BPETokenizer()):
+        row, store = time_store(tokenizer, folder, repeats)
+        rows.append(row)
+        for mask in (False, True):
+            for size in (8, 64):
+                rows.append(
+                    time_loader(
+                        store, batch_size=size, document_mask=mask, workers=0, repeats=repeats
+                    )
+                )
+        # Workers have to be started in every epoch and send their batches: they only cost here.
+        rows.append(
+            time_loader(store, batch_size=64, document_mask=False, workers=2, repeats=repeats)
+        )
+    return rows
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    print(f"\n{'store of':<10}{'MB':>8}{'tokens':>12}{'seconds':>9}{'MB/s':>8}{'training s':>12}")
+    for row in rows:
+        if row["what"] == "store":
+            print(
+                f"{row['tokenizer']:<10}{row['megabytes']:>8.1f}{row['tokens']:>12,}"
+                f"{row['seconds']:>9.2f}{row['megabytes_per_second']:>8.1f}"
+                f"{row['tokenizer_training_seconds']:>12.2f}"
+            )
+    print(f"\n{'loader of':<10}{'batch':>6}{'mask':>6}{'workers':>9}{'Mtokens/s':>11}")
+    for row in rows:
+        if row["what"] == "loader":
+            print(
+                f"{row['tokenizer']:<10}{row['batch_size']:>6}"
+                f"{'yes' if row['document_mask'] else 'no':>6}{row['workers']:>9}"
+                f"{row['tokens_per_second'] / 1e6:>11.1f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The progress bar shows steps and every depth's loss, and plain lines where nobody looks at a
+terminal."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from tiny_run import TinyModule, fit
+
+from mtp_lightning.callbacks.checkpoints import Checkpoints
+from mtp_lightning.callbacks.progress import StepProgressBar, _short
+
+
+def bar(**kwargs) -> StepProgressBar:
+    return StepProgressBar(refresh_seconds=0.0, **kwargs)
+
+
+def test_the_bar_counts_steps_of_the_whole_run(capsys, tmp_path: Path) -> None:
+    module = TinyModule()
+    fit(
+        module,
+        [bar(interactive=True), Checkpoints(tmp_path, every_n_steps=6)],
+        max_steps=6,
+        epoch_steps=4,
+    )
+    shown = capsys.readouterr().err
+    assert "6/6" in shown and "1/6" in shown
+    last = module.losses[6]
+    assert f"L0 {last[0]:.2f}  L1 {last[1]:.2f}  lambda 0.3" in shown
+    assert re.search(r"validating [123]/3", shown)
+    assert re.search(r"step 4  validation  L0 \d+\.\d{3}  L1 \d+\.\d{3}", shown)
+
+    fit(TinyModule(), [bar(interactive=True)], max_steps=9, ckpt_path=tmp_path / "last.ckpt")
+    resumed = capsys.readouterr().err
+    assert "6/9" in resumed and "9/9" in resumed
+    assert "1/9" not in resumed
+
+
+def test_lines_where_stderr_is_not_a_terminal(capsys) -> None:
+    module = TinyModule()
+    fit(module, [StepProgressBar(line_every_n_steps=5)], max_steps=12, val_every=100)
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["5/12", "10/12", "12/12"]
+    assert f"L0 {module.losses[5][0]:.2f}  L1 {module.losses[5][1]:.2f}  lambda 0.3" in lines[0]
+    assert "\r" not in captured.err and captured.out == ""
+
+
+def test_lines_by_time(capsys) -> None:
+    fit(TinyModule(), [StepProgressBar(line_seconds=1000.0)], max_steps=12, val_every=100)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/12", "12/12"]
+
+
+def test_a_depth_that_is_not_computed_is_a_dash(capsys) -> None:
+    class Skips(TinyModule):
+        def training_step(self, batch, batch_idx):
+            outputs = super().training_step(batch, batch_idx)
+            return {**outputs, "active": [True, False], "lambdas": [0.0]}
+
+    fit(Skips(), [StepProgressBar()], max_steps=2, val_every=100)
+    assert re.search(r"step 2/2  L0 \d+\.\d\d  L1 -  lambda 0$", capsys.readouterr().err, re.M)
+
+
+def test_tokens_per_second_come_from_the_throughput(capsys) -> None:
+    progress = StepProgressBar()
+
+    class Rate(StepProgressBar):
+        tokens_per_second = 12345.0
+
+    fit(TinyModule(), [Rate()], max_steps=2, val_every=100)
+    assert "12.3k tok/s" in capsys.readouterr().err
+    progress.disable()
+    fit(TinyModule(), [progress], max_steps=2)
+    assert "step" not in capsys.readouterr().err
+
+
+def test_the_bar_is_closed_on_an_error(capsys) -> None:
+    def fail(module: TinyModule, step: int) -> None:
+        if step == 3:
+            raise RuntimeError("broken")
+
+    shown = bar(interactive=True)
+    with pytest.raises(RuntimeError):
+        fit(TinyModule(fail), [shown])
+    assert shown._bar is None
+    assert "3/12" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(12.3, "12.3"), (12345, "12.3k"), (2.5e6, "2.5M"), (3e9, "3G")]
+)
+def test_short_numbers(rate: float, text: str) -> None:
+    assert _short(rate) == text

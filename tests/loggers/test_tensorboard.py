@@ -1,0 +1,76 @@
+"""TensorBoard's own reader finds the values, the purge and the charts that group the depths."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # TensorBoard's imports
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+
+    from mtp_lightning.loggers.tensorboard import RunTensorBoard
+
+
+def read(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return accumulator
+
+
+def charts(accumulator: EventAccumulator) -> dict[str, list[str]]:
+    (event,) = accumulator.Tensors(metadata.CONFIG_SUMMARY_TAG)
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+
+
+def test_events_lie_in_the_run_folder(tmp_path: Path) -> None:
+    logger = RunTensorBoard(tmp_path, depth=2)
+    logger.log_metrics({"train/loss_depth_0": 1.5}, 3)
+    logger.save()
+    assert all(path.name.startswith("events.out.tfevents") for path in tmp_path.iterdir())
+    (event,) = read(tmp_path).Scalars("train/loss_depth_0")
+    assert (event.step, event.value) == (3, 1.5)
+    logger.finalize("success")
+
+
+def test_charts_group_the_depths(tmp_path: Path) -> None:
+    logger = RunTensorBoard(tmp_path, depth=2)
+    for step in range(2):
+        logger.log_metrics({"train/loss": 1.0}, step)
+    logger.finalize("success")
+    got = charts(read(tmp_path))
+    assert got["train loss"] == [f"train/loss_depth_{k}" for k in (0, 1, 2)]
+    assert got["validation loss"] == [f"val/loss_depth_{k}" for k in (0, 1, 2)]
+    assert got["lambda"] == [f"train/lambda_depth_{k}" for k in (1, 2)]
+
+
+def test_no_lambda_chart_without_depths(tmp_path: Path) -> None:
+    logger = RunTensorBoard(tmp_path, depth=0)
+    logger.log_metrics({"train/loss": 1.0}, 0)
+    logger.finalize("success")
+    assert set(charts(read(tmp_path))) == {"train loss", "validation loss", "validation accuracy"}
+
+
+@pytest.mark.parametrize("at_construction", [True, False])
+def test_a_resumed_run_purges_what_it_does_again(tmp_path: Path, at_construction: bool) -> None:
+    first = RunTensorBoard(tmp_path, depth=1)
+    for step in range(6):
+        first.log_metrics({"train/loss": float(step)}, step)
+    first.finalize("failed")
+    second = RunTensorBoard(tmp_path, depth=1, resume_from_step=3 if at_construction else None)
+    if not at_construction:
+        second.resume_from(3)
+    second.log_metrics({"train/loss": 40.0}, 4)
+    second.finalize("success")
+    events = read(tmp_path).Scalars("train/loss")
+    assert [(event.step, event.value) for event in events] == [
+        (0, 0),
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 40),
+    ]
