@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_lightning.nn.causal_attention import causal_attention, fits
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.linear import Linear
@@ -83,6 +84,9 @@ class Attention(nn.Module):
         query_key, value = qkv.split([n_turned, self.n_kv_heads], dim=2)
         query_key = apply_rope(query_key, positions.cos, positions.sin)
         query, key = query_key.split([self.n_heads, self.n_kv_heads], dim=2)
+        if positions.mask is None and fits(query):
+            mixed = causal_attention(query, key, value)
+            return self.out(mixed.view(batch, seq_len, -1))
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         if positions.cache is not None:
             key, value = positions.cache.append(layer, key, value)
