@@ -128,7 +128,7 @@ class TokenDataModule(LightningDataModule):
         Raises:
             ValueError: about the text (empty, not UTF-8, shorter than a window ...).
             OSError: about files.
-            ImportError: if the source's package is not installed.
+            MissingPackageError: if the source's package is not installed.
         """
         for split in ("train", "val") if stage == "fit" else ("val",):
             self._loader(split).check()

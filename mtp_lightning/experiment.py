@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from data_modules.tokenizers import tokenizer_from_state
 from mtp_lightning import checkpoint_io
 from mtp_lightning.callbacks.checkpoint_plugin import AtomicCheckpointIO
+from mtp_lightning.callbacks.precision_plugin import TokenDoublePrecision
 from mtp_lightning.callbacks.throughput import Throughput
 from mtp_lightning.evaluation import evaluate_model
 from mtp_lightning.model import ModelConfig
@@ -139,6 +140,10 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
             f"trainer.devices={settings['devices']} needs trainer.strategy=ddp: "
             "several devices train one model together by data parallelism."
         )
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if settings["precision"] == "64-true":
+        plugins.append(TokenDoublePrecision())
+        settings["precision"] = None
     loggers = [instantiate(node) for node in cfg.logger.values()]
     if resume_step is not None:
         for logger in loggers:
@@ -156,7 +161,7 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
             enable_model_summary=False,
             logger=loggers,
             callbacks=[instantiate(node) for node in cfg.callbacks.values()],
-            plugins=[AtomicCheckpointIO()],
+            plugins=plugins,
         )
     except TypeError as error:
         raise ValueError(f"The trainer group has a key that Lightning refuses: {error}.") from error

@@ -12,8 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.mtp.base import MTPConfig, MTPStack
+from mtp_lightning.mtp.base import Draw, MTPConfig, MTPStack
+from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -23,7 +26,13 @@ from mtp_lightning.nn.trunk import Trunk
 
 # The names of the variants in checkpoints. A checkpoint's config is data: it can ask for these
 # and for nothing else.
-MTP_VARIANTS: dict[str, type[MTPConfig]] = {"none": NoMTPConfig, "sequential": SequentialConfig}
+MTP_VARIANTS: dict[str, type[MTPConfig]] = {
+    "none": NoMTPConfig,
+    "sequential": SequentialConfig,
+    "parallel": ParallelConfig,
+    "linear": LinearConfig,
+    "parameter_free": ParameterFreeConfig,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +59,28 @@ class ModelConfig:
         return blocks + self.trunk.head_flops() + self.mtp.flops(self.trunk, seq_len, active)
 
     def flops_per_token(self, seq_len: int, active: Sequence[int] | None = None) -> int:
-        """FLOPs of training on one position: forward, and twice as much backward."""
-        return 3 * self.forward_flops_per_token(seq_len, active)
+        """FLOPs of training on one position: forward, and twice as much backward.
+
+        A frozen trunk has no backward pass; the frozen head has the half of one that leads on to
+        the modules, and none for the main prediction.
+        """
+        forward = self.forward_flops_per_token(seq_len, active)
+        if self.mtp.trains_trunk:
+            return 3 * forward
+        if active is None:
+            active = range(1, self.mtp.depth + 1)
+        modules = self.mtp.module_flops(self.trunk, seq_len, active)
+        return forward + 2 * modules + self.mtp.projections(active) * self.trunk.head_flops()
+
+    @property
+    def variant(self) -> str:
+        """The stack's name in :data:`MTP_VARIANTS`."""
+        (name,) = (name for name, kind in MTP_VARIANTS.items() if type(self.mtp) is kind)
+        return name
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, for a checkpoint."""
-        (variant,) = (name for name, kind in MTP_VARIANTS.items() if type(self.mtp) is kind)
-        return {"trunk": asdict(self.trunk), "mtp": {"variant": variant, **asdict(self.mtp)}}
+        return {"trunk": asdict(self.trunk), "mtp": {"variant": self.variant, **asdict(self.mtp)}}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> ModelConfig:
@@ -78,6 +102,23 @@ class ModelConfig:
             raise ValueError(f"The model's config does not fit this version: {error}.") from error
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What the trunk made of a batch: all that the depths need.
+
+    Attributes:
+        final: the trunk's output [B, T, C], which the head projects.
+        branch: the state [B, T, C] that the stack starts from.
+        embedded: embedded tokens, [B, at least T, C].
+        positions: of the windows.
+    """
+
+    final: Tensor
+    branch: Tensor
+    embedded: Tensor
+    positions: Positions
+
+
 class MTPModel(nn.Module):
     """Trunk + head + stack.
 
@@ -91,9 +132,13 @@ class MTPModel(nn.Module):
         super().__init__()
         self.config = config
         self.trunk = Trunk(config.trunk)
-        tied = self.trunk.embedding.weight if config.trunk.tie_embeddings else None
+        embedding: nn.Parameter = self.trunk.embedding.weight  # type: ignore[assignment]
+        tied = embedding if config.trunk.tie_embeddings else None
         self.head = Head(config.trunk.vocab_size, config.trunk.d_model, tied=tied)
         self.mtp: MTPStack = config.mtp.build(config.trunk)
+        if not config.mtp.trains_trunk:
+            self.trunk.requires_grad_(False)
+            self.head.requires_grad_(False)
 
     @property
     def depth(self) -> int:
@@ -104,9 +149,14 @@ class MTPModel(nn.Module):
         """Draw all weights anew."""
         assert self.config.trunk.init_std is not None
         initialise(self, std=self.config.trunk.init_std, seed=seed)
+        self.mtp.initialise_own()
 
     def forward(
-        self, batch: WindowBatch, active: Sequence[int] | None = None
+        self,
+        batch: WindowBatch,
+        active: Sequence[int] | None = None,
+        *,
+        draw: Draw | None = None,
     ) -> dict[int, Tensor]:
         """Hidden states of depth 0 and of the ``active`` MTP depths, ready for the head.
 
@@ -114,6 +164,7 @@ class MTPModel(nn.Module):
             batch: windows built for this model's depth.
             active: depths in 1 .. D whose hidden states are wanted; by default all. What none
                 of them needs is not computed.
+            draw: what a stack's random choices in training depend on; None makes none.
 
         Returns:
             Depth -> [B, T, C], in the order of depths. Depth k at position i predicts token
@@ -122,27 +173,44 @@ class MTPModel(nn.Module):
         Raises:
             ValueError: the batch was built for another depth.
         """
-        batch.require_depth(self.depth)
         active = range(1, self.depth + 1) if active is None else sorted(active)
+        reading = self.read(batch, active)
+        hidden = {0: reading.final}
+        history = [reading.branch]
+        for k in self.mtp.steps(active):
+            history.append(self.predict(k, reading, self.mtp.input_of(k, history, draw)))
+            if k in active:
+                hidden[k] = history[-1]
+        return hidden
+
+    def read(self, batch: WindowBatch, active: Sequence[int]) -> Reading:
+        """The trunk's pass over a batch, for the ``active`` depths to start from.
+
+        Raises:
+            ValueError: the batch was built for another depth.
+        """
+        batch.require_depth(self.depth)
         seq_len = batch.seq_len
         documents = None if batch.documents is None else batch.documents[:, :seq_len]
         positions = Positions.of_window(
             self.config.trunk, seq_len, device=batch.tokens.device, documents=documents
         )
-        needed = self.mtp.needed(active)
+        steps = self.mtp.steps(active)
+        ahead = max(steps, default=0) if self.mtp.reads_tokens else 0
         # One look-up for all depths: theirs are the same embeddings, shifted.
-        embedded = self.trunk.embedding(batch.tokens[:, : seq_len + needed])
+        embedded = self.trunk.embedding(batch.tokens[:, : seq_len + ahead])
         output = self.trunk(embedded[:, :seq_len], positions)
-        hidden = {0: output.final}
-        branch = previous = self.mtp.branch(self.trunk, output) if needed else output.final
-        for k in range(1, needed + 1):
-            previous = self.mtp.step(
-                k,
-                branch_BTC=branch,
-                previous_BTC=previous,
-                embedded_BTC=embedded[:, k : k + seq_len],
-                positions=positions,
-            )
-            if k in active:
-                hidden[k] = previous
-        return hidden
+        branch = self.mtp.branch(self.trunk, output) if steps else output.final
+        return Reading(output.final, branch, embedded, positions)
+
+    def predict(self, k: int, reading: Reading, previous_BTC: Tensor) -> Tensor:
+        """Hidden state [B, T, C] of depth ``k`` over whole windows."""
+        seq_len = reading.branch.shape[1]
+        ahead = k if self.mtp.reads_tokens else 0
+        return self.mtp.step(
+            k,
+            branch_BTC=reading.branch,
+            previous_BTC=previous_BTC,
+            embedded_BTC=reading.embedded[:, ahead : ahead + seq_len],
+            positions=reading.positions,
+        )

@@ -205,8 +205,8 @@ class MTPModule(pl.LightningModule):
 
     def _no_sync(self) -> AbstractContextManager[Any]:
         """Skip the gradients' all-reduce: only the last micro-batch of a step needs it."""
-        wrapped = self.trainer.strategy.model
-        return wrapped.no_sync() if hasattr(wrapped, "no_sync") else nullcontext()
+        no_sync = getattr(self.trainer.strategy.model, "no_sync", nullcontext)
+        return no_sync()
 
     def _clip_gradients(self, optimizer: Any) -> Tensor | None:
         if self.clip_norm is None:

@@ -12,6 +12,15 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 
+class MissingPackageError(ImportError, ValueError):
+    """An optional package is not installed. A ValueError too: the apps print it as one line."""
+
+    def __init__(self, what: str, *, package: str, extra: str) -> None:
+        super().__init__(
+            f"{what} needs the package {package!r}: pip install 'mtp-lightning[{extra}]'"
+        )
+
+
 class Source(ABC):
     """A corpus: documents in a fixed order.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_modules.sources.base import Source, digest, digest_files
+from data_modules.sources.base import MissingPackageError, Source, digest, digest_files
 from data_modules.sources.text import _expand
 
 
@@ -26,7 +26,7 @@ class HuggingFaceSource(Source):
         cache_dir: where the ``datasets`` library keeps its files (its own default if None).
 
     Raises:
-        ImportError: from ``documents`` and ``fingerprint``, if ``datasets`` is not installed.
+        MissingPackageError: from ``documents`` and ``fingerprint``, without ``datasets``.
         ValueError: if the dataset cannot be opened or has no such text column.
         OSError: if it is not found or the network is missing.
     """
@@ -62,9 +62,7 @@ class HuggingFaceSource(Source):
         try:
             import datasets
         except ImportError:
-            raise ImportError(
-                "data=huggingface needs the package 'datasets': pip install 'mtp-lightning[hf]'"
-            ) from None
+            raise MissingPackageError("data=huggingface", package="datasets", extra="hf") from None
         try:
             dataset = datasets.load_dataset(
                 self.path,

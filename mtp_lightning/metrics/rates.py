@@ -34,6 +34,13 @@ class DepthRates(Metric):
     """
 
     full_state_update = False
+    # Sums over what was counted, one number a depth.
+    count: Tensor
+    loss: Tensor
+    accuracy: Tensor
+    pairs: Tensor
+    agreement: Tensor
+    overlap: Tensor
 
     def __init__(self, depth: int) -> None:
         super().__init__()

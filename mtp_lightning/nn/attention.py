@@ -15,7 +15,7 @@ from mtp_lightning.nn.causal_attention import causal_attention, fits
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.linear import Linear
-from mtp_lightning.nn.rope import apply_rope, rope_table
+from mtp_lightning.nn.rope import apply_rope, rope_table, turn_in_place
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class Positions:
     """Where the tokens of one pass stand and what they may see; every layer shares it.
 
     Attributes:
-        cos, sin: rotary table, [T, 1, H/2] or [B, T, 1, H/2].
-        mask: bool [B, 1, T, S], True where a query sees a key; None is plain causal.
+        cos, sin: rotary table, [T, 1, H/2]; with a cache over whole heads, [1 | B, T, 1, H].
+        mask: bool [B, 1, T, S], True where a query sees a key; None is plain causal. With a cache,
+            what its ``attend`` expects.
         cache: keys and values to append to; None is a pass over whole windows.
     """
 
@@ -56,12 +57,13 @@ class Positions:
         return Positions(cos.unsqueeze(-2), sin.unsqueeze(-2), mask)
 
     @staticmethod
-    def of_cache(config: TrunkConfig, cache: KVCache, n_new: int) -> Positions:
-        """The next ``n_new`` positions of every row of ``cache``."""
-        assert config.d_head is not None
-        positions_BT = cache.positions(n_new)
-        cos, sin = rope_table(positions_BT, config.d_head, config.rope_theta)
-        return Positions(cos.unsqueeze(-2), sin.unsqueeze(-2), cache.mask(positions_BT), cache)
+    def of_cache(cache: KVCache, starts: list[int], n_new: int) -> Positions:
+        """Positions ``start .. start + n_new - 1`` of every row of ``cache``, opened for a pass.
+
+        The table is over whole heads here, for :func:`turn_in_place`: [1 | B, T, 1, H].
+        """
+        cos, sin, mask = cache.begin(starts, n_new)
+        return Positions(cos, sin, mask, cache)
 
 
 class Attention(nn.Module):
@@ -81,6 +83,13 @@ class Attention(nn.Module):
         batch, seq_len, _ = x_BTC.shape
         qkv = self.qkv(x_BTC).view(batch, seq_len, -1, self.d_head)
         n_turned = self.n_heads + self.n_kv_heads
+        if positions.cache is not None:
+            turn_in_place(qkv.narrow(2, 0, n_turned), positions.cos, positions.sin)
+            query = qkv.narrow(2, 0, self.n_heads)
+            cache = positions.cache
+            cache.append(layer, qkv.narrow(2, self.n_heads, 2 * self.n_kv_heads))
+            mixed = cache.attend(layer, query, positions.mask)
+            return self.out(mixed.reshape(batch, seq_len, -1))
         query_key, value = qkv.split([n_turned, self.n_kv_heads], dim=2)
         query_key = apply_rope(query_key, positions.cos, positions.sin)
         query, key = query_key.split([self.n_heads, self.n_kv_heads], dim=2)
@@ -88,8 +97,6 @@ class Attention(nn.Module):
             mixed = causal_attention(query, key, value)
             return self.out(mixed.view(batch, seq_len, -1))
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        if positions.cache is not None:
-            key, value = positions.cache.append(layer, key, value)
         mixed = F.scaled_dot_product_attention(
             query,
             key,

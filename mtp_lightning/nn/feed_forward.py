@@ -37,9 +37,12 @@ class _SwiGLUCPU(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """[..., 2F] -> [..., F]: the first half gates the second."""
-    if gate_up.device.type == "cpu":
+    grad = torch.is_grad_enabled()
+    if grad and gate_up.device.type == "cpu":
         return _SwiGLUCPU.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
+    if not grad:
+        return F.silu(gate).mul_(up)
     return F.silu(gate) * up
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.nn.linear import linear
+from mtp_lightning.nn.linear import linear, packed_linear
 
 
 class Head(nn.Module):
@@ -14,7 +14,10 @@ class Head(nn.Module):
     def __init__(self, vocab_size: int, d_model: int, *, tied: nn.Parameter | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model)) if tied is None else tied
+        self.packed: Tensor | None = None
 
     def forward(self, h_BTC: Tensor) -> Tensor:
         """[..., C] -> logits [..., V]. Training never calls it: see objective/cross_entropy.py."""
+        if self.packed is not None:
+            return packed_linear(h_BTC, self.packed)
         return linear(h_BTC, self.weight)

@@ -1,97 +1,254 @@
-"""Keys and values of the tokens already read, preallocated, one row's length free of another's."""
+"""Keys and values of the tokens already read: preallocated, static, rows free of each other.
+
+Shapes: B rows, T new positions, S capacity, P stored positions that a pass reads, N heads,
+M key and value heads together, H head size.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.rope import whole_head_table
 
-class KVCache:
-    """Storage for ``n_layers`` attention layers of one model.
+# Passes read a multiple of this many positions. Attention over whole vectors of 16 fp32 gives the
+# same bits however many masked positions follow.
+_ROUND = 16
+# Up to this many queries a row are attended one at a time, see KVCache.attend.
+_FEW_QUERIES = 16
 
-    Rows of a batch may hold different numbers of tokens. Dropping tokens (a rejected draft) only
-    moves a length: what lies behind it is overwritten before it can be read.
+
+def _round_up(n: int) -> int:
+    return -(-n // _ROUND) * _ROUND
+
+
+class PositionTables:
+    """Rotary angles and causal masks of all positions up to a capacity, computed once.
 
     Args:
-        n_layers: attention layers that write here.
-        batch_size: B, rows.
-        n_kv_heads: key-value heads.
-        d_head: H, size of one head.
-        capacity: S, most tokens a row can hold.
-        dtype: of the keys and values.
-        device: where they live.
+        config: the trunk's.
+        capacity: S, positions.
+        device: of the tables.
+        dtype: of the mask, that of the keys.
     """
 
     def __init__(
         self,
+        config: TrunkConfig,
+        capacity: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        assert config.d_head is not None
+        self.capacity = _round_up(capacity)
+        self.device = torch.device(device)
+        self.dtype = dtype
+        positions_S = torch.arange(self.capacity, device=device)
+        cos, sin = whole_head_table(positions_S, config.d_head, config.rope_theta)
+        self.cos_S1H, self.sin_S1H = cos.unsqueeze(1), sin.unsqueeze(1)
+        # Query j of a pass that starts at n sees columns 0 .. n + j. One wide table holds the mask
+        # of every n as a slice.
+        self._center = self.capacity
+        columns = torch.arange(2 * self.capacity + _FEW_QUERIES, device=device)
+        rows = torch.arange(_FEW_QUERIES, device=device).unsqueeze(1) + self._center
+        self._mask_TW = torch.zeros(rows.shape[0], columns.shape[0], device=device, dtype=dtype)
+        self._mask_TW.masked_fill_(columns > rows, -math.inf)
+
+    def at(self, start: int, n_new: int) -> tuple[Tensor, Tensor]:
+        """Rotary table of one run of positions: views [1, T, 1, H]."""
+        place = (start, n_new)
+        return self.cos_S1H.narrow(0, *place)[None], self.sin_S1H.narrow(0, *place)[None]
+
+    def mask(self, start: int, n_new: int, width: int) -> Tensor:
+        """Additive mask [T, P] of queries that start at ``start`` over ``width`` positions."""
+        if n_new <= _FEW_QUERIES:
+            return self._mask_TW.narrow(0, 0, n_new).narrow(1, self._center - start, width)
+        return self.mask_of(torch.arange(start, start + n_new, device=self.device), width)
+
+    def mask_of(self, positions: Tensor, width: int) -> Tensor:
+        """Additive mask [..., P] of queries at ``positions`` [...]."""
+        hidden = torch.arange(width, device=self.device) > positions.unsqueeze(-1)
+        return torch.zeros(hidden.shape, device=self.device, dtype=self.dtype).masked_fill_(
+            hidden, -math.inf
+        )
+
+
+class KVCache:
+    """Storage of ``n_layers`` attention layers.
+
+    The caller says where every row's new positions start. So dropping a rejected draft only means
+    to start earlier: what lies behind is overwritten before it can be read.
+
+    Args:
+        config: the trunk's, for the heads.
+        tables: angles and masks; their capacity is the cache's.
+        n_layers: attention layers that write here.
+        batch_size: B, rows.
+        exact: results must not depend on how many positions are computed together (CPU).
+    """
+
+    def __init__(
+        self,
+        config: TrunkConfig,
+        tables: PositionTables,
         *,
         n_layers: int,
         batch_size: int,
-        n_kv_heads: int,
-        d_head: int,
-        capacity: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        exact: bool = False,
     ) -> None:
-        shape = (n_layers, batch_size, n_kv_heads, capacity, d_head)
-        self.keys_LBNSH = torch.zeros(shape, dtype=dtype, device=device)
-        self.values_LBNSH = torch.zeros(shape, dtype=dtype, device=device)
-        self.capacity = capacity
+        self.tables = tables
+        self.exact = exact and tables.device.type == "cpu"
+        self.n_kv_heads = config.n_kv_heads
+        self.grouped = config.n_heads != config.n_kv_heads
+        shape = (batch_size, tables.capacity, 2 * config.n_kv_heads, config.d_head)
+        self.entries_L_BSMH = [
+            torch.zeros(shape, dtype=tables.dtype, device=tables.device) for _ in range(n_layers)
+        ]
         self.lengths = [0] * batch_size
+        self._start = self._n_new = self._width = 0
+        self._place: tuple[Tensor, Tensor] | None = None
+        self._views: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     @property
     def batch_size(self) -> int:
         """Rows held."""
         return len(self.lengths)
 
-    def positions(self, n_new: int) -> Tensor:
-        """Positions [B, n_new] of the next tokens of every row.
+    def row(self, row: int) -> KVCache:
+        """A cache of one row that shares this one's storage."""
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__)
+        view.entries_L_BSMH = [entries[row : row + 1] for entries in self.entries_L_BSMH]
+        view.lengths = [self.lengths[row]]
+        view._views = {}
+        return view
+
+    def drop_row(self, row: int) -> None:
+        """Forget a row; the last one takes its place."""
+        last = self.batch_size - 1
+        if row != last:
+            for entries in self.entries_L_BSMH:
+                entries[row].copy_(entries[last])
+            self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
+        self.entries_L_BSMH = [entries[:last] for entries in self.entries_L_BSMH]
+        self._views = {}
+
+    def begin(self, starts: list[int], n_new: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Open a pass over ``n_new`` positions of every row, the first of them at ``starts``.
+
+        Returns:
+            Rotary tables cos, sin [1 | B, T, 1, H], and the mask for :meth:`attend`.
 
         Raises:
             ValueError: a row would outgrow the cache.
         """
-        longest = max(self.lengths) + n_new
-        if longest > self.capacity:
+        longest = max(starts) + n_new
+        if longest > self.tables.capacity:
             raise ValueError(
-                f"{longest} tokens do not fit into a cache of {self.capacity}: "
+                f"{longest} tokens do not fit into a cache of {self.tables.capacity}: "
                 "shorten the prompt, or ask for fewer new tokens."
             )
-        start_B1 = torch.tensor(self.lengths, device=self.keys_LBNSH.device).unsqueeze(1)
-        return start_B1 + torch.arange(n_new, device=start_B1.device)
+        assert len(starts) == self.batch_size
+        assert all(start <= held for start, held in zip(starts, self.lengths, strict=True))
+        self.lengths = [start + n_new for start in starts]
+        self._n_new = n_new
+        self._width = _round_up(longest)
+        self._start = starts[0]
+        if len(starts) == 1 or all(start == starts[0] for start in starts):
+            self._place = None
+            cos, sin = self.tables.at(starts[0], n_new)
+            if starts[0] == 0 and n_new > _FEW_QUERIES:
+                return cos, sin, None
+            return cos, sin, self.tables.mask(starts[0], n_new, self._width)
+        device = self.tables.device
+        start_B1 = torch.tensor(starts, device=device).unsqueeze(1)
+        positions_BT = start_B1 + torch.arange(n_new, device=device)
+        self._place = (torch.arange(len(starts), device=device).unsqueeze(1), positions_BT)
+        cos, sin = self.tables.cos_S1H[positions_BT], self.tables.sin_S1H[positions_BT]
+        return cos, sin, self.tables.mask_of(positions_BT, self._width)
 
-    def mask(self, positions_BT: Tensor) -> Tensor:
-        """Which of the stored keys each new token sees: bool [B, 1, T, S'], True where it does.
-
-        S' is what :meth:`append` returns: the longest row, the new tokens included.
-        """
-        longest = max(self.lengths) + positions_BT.shape[1]
-        stored_S = torch.arange(longest, device=positions_BT.device)
-        return (stored_S <= positions_BT.unsqueeze(-1)).unsqueeze(1)
-
-    def append(self, layer: int, key_BNTH: Tensor, value_BNTH: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values behind every row's; return all up to the longest.
-
-        Lengths do not move here, since every layer of a pass appends at the same place: call
-        :meth:`advance` once a pass.
-        """
-        n_new = key_BNTH.shape[2]
-        longest = max(self.lengths) + n_new
-        keys, values = self.keys_LBNSH[layer], self.values_LBNSH[layer]
-        if min(self.lengths) == max(self.lengths):
-            keys[:, :, longest - n_new : longest] = key_BNTH
-            values[:, :, longest - n_new : longest] = value_BNTH
+    def append(self, layer: int, entry_BTMH: Tensor) -> None:
+        """Store one layer's turned keys and values, [B, T, M, H], at the open pass's positions."""
+        entries = self.entries_L_BSMH[layer]
+        if self._place is None:
+            entries.narrow(1, self._start, self._n_new).copy_(entry_BTMH)
         else:
-            for row, length in enumerate(self.lengths):
-                keys[row, :, length : length + n_new] = key_BNTH[row]
-                values[row, :, length : length + n_new] = value_BNTH[row]
-        return keys[:, :, :longest], values[:, :, :longest]
+            entries[self._place] = entry_BTMH.to(entries.dtype)
 
-    def advance(self, n_new: int) -> None:
-        """Count ``n_new`` more tokens in every row."""
-        self.lengths = [length + n_new for length in self.lengths]
+    def _read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, N, P, H], for a pass of one row's few queries [T, N, P, H].
 
-    def trim(self, lengths: list[int]) -> None:
-        """Forget the tokens beyond ``lengths``, one number a row."""
-        assert len(lengths) == len(self.lengths)
-        assert all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
-        self.lengths = list(lengths)
+        Views; made once for as long as the width stays the same.
+        """
+        one_row_few = self.batch_size == 1 and self._n_new <= _FEW_QUERIES and self.exact
+        copies = self._n_new if one_row_few else 1
+        key = (self._width, copies)
+        if key not in self._views:
+            if len(self._views) > 2 * _FEW_QUERIES:
+                self._views.clear()
+            views = []
+            for entries in self.entries_L_BSMH:
+                used = entries.narrow(1, 0, self._width).transpose(1, 2)
+                keys, values = used.split(self.n_kv_heads, dim=1)
+                if copies > 1:
+                    keys, values = (x.expand(copies, -1, -1, -1) for x in (keys, values))
+                views.append((keys, values))
+            self._views[key] = views
+        return self._views[key][layer]
+
+    def attend(self, layer: int, query_BTNH: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of the open pass's queries over all that its rows hold: [B, T, N, H].
+
+        With ``exact``, every query is attended by itself, as decoding one token at a time does.
+        PyTorch's CPU kernel gives other roundings for several queries at a time, and in the
+        scratch memory of its second thread; so it runs on one here. The cost is a few
+        microseconds a layer, the gain that drafts cannot change a single bit of the output.
+        """
+        key_BNPH, value_BNPH = self._read(layer)
+        n_new = query_BTNH.shape[1]
+        if n_new > _FEW_QUERIES or not self.exact:
+            if mask is None:
+                key_BNPH, value_BNPH = key_BNPH[:, :, :n_new], value_BNPH[:, :, :n_new]
+            elif mask.dim() == 3:
+                mask = mask.unsqueeze(1)
+            return F.scaled_dot_product_attention(
+                query_BTNH.transpose(1, 2),
+                key_BNPH,
+                value_BNPH,
+                attn_mask=mask,
+                is_causal=mask is None,
+                enable_gqa=self.grouped,
+            ).transpose(1, 2)
+        assert mask is not None
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            if self.batch_size == 1:
+                # The queries are the rows of a batch that share their keys: [T, N, 1, H].
+                return F.scaled_dot_product_attention(
+                    query_BTNH.transpose(0, 1).transpose(1, 2),
+                    key_BNPH,
+                    value_BNPH,
+                    attn_mask=mask.reshape(n_new, 1, 1, -1),
+                    enable_gqa=self.grouped,
+                ).reshape(1, n_new, query_BTNH.shape[2], -1)
+            mask_BTP = mask.expand(self.batch_size, n_new, -1)
+            mixed = [
+                F.scaled_dot_product_attention(
+                    query_BTNH[:, j].unsqueeze(2),
+                    key_BNPH,
+                    value_BNPH,
+                    attn_mask=mask_BTP[:, j, None, None],
+                    enable_gqa=self.grouped,
+                )
+                for j in range(n_new)
+            ]
+            return torch.cat(mixed, dim=2).transpose(1, 2)
+        finally:
+            torch.set_num_threads(threads)

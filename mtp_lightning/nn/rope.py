@@ -56,3 +56,15 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = x.chunk(2, dim=-1)
     turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
     return turned.to(x.dtype)
+
+
+def whole_head_table(positions: Tensor, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
+    """:func:`rope_table` over whole heads, [..., H], signs included, for :func:`turn_in_place`."""
+    cos, sin = rope_table(positions, d_head, theta)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def turn_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """:func:`apply_rope` in three calls and without autograd, with a :func:`whole_head_table`."""
+    swapped = torch.roll(x, x.shape[-1] // 2, dims=-1)
+    x.mul_(cos).addcmul_(swapped, sin)

@@ -23,11 +23,13 @@ class Batches:
         self.position = 0
 
     def __iter__(self) -> Iterator[Tensor]:
+        # Lightning counts to the length and does not exhaust the iterator
+        if self.position >= self.count:
+            self.position = 0
         while self.position < self.count:
             generator = torch.Generator().manual_seed(self.position)
             self.position += 1
             yield torch.randn(4, 3, generator=generator)
-        self.position = 0
 
     def __len__(self) -> int:
         return self.count

@@ -23,7 +23,10 @@ def test_stdlib_is_the_running_library_without_tests():
     assert names == sorted(names) and "json/decoder.py" in names and "argparse.py" in names
     assert not any(part in name.split("/") for name in names for part in ("test", "site-packages"))
     documents = list(source.documents())
-    assert len(documents) == len(names) and "class JSONDecoder" in documents[names.index("json/decoder.py")]
+    assert (
+        len(documents) == len(names)
+        and "class JSONDecoder" in documents[names.index("json/decoder.py")]
+    )
     assert platform.python_version() in source.summary()["python"]
     assert source.fingerprint() == StdlibSource().fingerprint()
 
@@ -34,7 +37,11 @@ def test_text_reads_files_folders_globs_and_lists_in_order(tmp_path):
     (tmp_path / "a.txt").write_text("first \u00e9\u4e16", encoding="utf-8")
     (tmp_path / "sub" / "c.txt").write_text("third")
     (tmp_path / ".hidden").write_text("no")
-    assert list(TextSource(str(tmp_path)).documents()) == ["first \u00e9\u4e16", "second\r\n", "third"]
+    assert list(TextSource(str(tmp_path)).documents()) == [
+        "first \u00e9\u4e16",
+        "second\r\n",
+        "third",
+    ]
     assert list(TextSource(tmp_path / "*.txt").documents()) == ["first \u00e9\u4e16", "second\r\n"]
     # The list's order counts, a file named twice is read once.
     both = TextSource([tmp_path / "sub" / "c.txt", tmp_path / "a.txt", tmp_path / "sub"])
@@ -122,6 +129,8 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, source, package,
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=rf"pip install 'mtp-lightning\[{extra}\]'"):
         list(source.documents())
+    with pytest.raises(ValueError, match=package):  # what the apps print as one line
+        source.fingerprint()
 
 
 def test_shakespeare_has_the_plays():
@@ -148,7 +157,11 @@ def test_huggingface_reads_local_files(tmp_path, kind, streaming):
 
     def source(**options):
         return HuggingFaceSource(
-            kind, data_files=str(file), streaming=streaming, cache_dir=str(tmp_path / "hf"), **options
+            kind,
+            data_files=str(file),
+            streaming=streaming,
+            cache_dir=str(tmp_path / "hf"),
+            **options,
         )
 
     assert list(source(field="body").documents()) == texts

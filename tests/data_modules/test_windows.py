@@ -37,7 +37,10 @@ def test_without_a_mask_all_are_full_width_views_of_one_tensor():
             assert view.shape == (2, 4)
             assert view.untyped_storage().data_ptr() == storage
             assert view.data_ptr() == batch.tokens[:, shift:].data_ptr()
-            assert view.tolist() == [[shift + i for i in range(4)], [shift + 10 + i for i in range(4)]]
+            assert view.tolist() == [
+                [shift + i for i in range(4)],
+                [shift + 10 + i for i in range(4)],
+            ]
         assert batch.valid(k) is None
     assert batch.counts().tolist() == [8, 8, 8, 8]
 

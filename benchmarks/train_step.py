@@ -1,0 +1,284 @@
+"""What an optimizer step costs, in time and memory, by number of MTP depths and vocabulary.
+
+Run ``python -m benchmarks.train_step``. One step is what a run does: forward, backward, clipping,
+fused AdamW. Every configuration is measured in processes of its own (``--repeats`` of them, the
+configurations taking turns), so that its peak memory is its own. Between the steps the process
+measures its matrix-product rate: ``torch.matmul`` of 1024^3, which is MKL's on an x86 CPU, and the
+fastest one it has (``nn.linear``: oneDNN where that is faster). FLOPs count attention in full,
+without a causal discount, as the other libraries' figures do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import common
+
+MODULE = "benchmarks.train_step"
+SIZE = 1024
+_WARMUP_STEPS = 2
+
+
+def measure(task: dict[str, Any]) -> dict[str, Any]:
+    """One configuration in this process.
+
+    Args:
+        task: ``model``, ``vocab_size``, ``depth``, ``batch_size``, ``seq_len``, ``steps``,
+            ``keep_freed_memory``.
+
+    Returns:
+        Milliseconds of every step and rates after it; bytes of memory; the model's costs.
+    """
+    import torch
+
+    from mtp_lightning.nn.linear import matmul_transposed
+    from mtp_lightning.runtime import keep_freed_memory
+
+    if task["keep_freed_memory"]:
+        keep_freed_memory()
+    step, model, module_forward = build_step(task)
+    rss_built = common.current_rss()
+
+    a, b = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
+    step_seconds, matmul_seconds, fastest_seconds = [], [], []
+    for index in range(_WARMUP_STEPS + task["steps"]):
+        began = time.perf_counter()
+        loss = step()
+        seconds = time.perf_counter() - began
+        if index < _WARMUP_STEPS:
+            continue
+        step_seconds.append(seconds)
+        rates = common.median_times(
+            {"matmul": lambda: torch.matmul(a, b), "fastest": lambda: matmul_transposed(a, b)},
+            repeats=3,
+        )
+        matmul_seconds.append(rates["matmul"])
+        fastest_seconds.append(rates["fastest"])
+    peak = common.peak_rss()  # before the count below, which is not part of a run
+
+    saved = common.SavedTensors(list(model.parameters()))
+    with saved.counting():
+        hidden_bytes, total = module_forward()
+    total.backward()
+    config, flops_of_matmul = model.config, 2 * SIZE**3
+    return {
+        "loss": float(loss),
+        "parameters": config.num_params(),
+        "gflop_per_step": config.flops_per_token(task["seq_len"])
+        * task["batch_size"]
+        * task["seq_len"]
+        / 1e9,
+        "ms_per_step": statistics.median(step_seconds) * 1e3,
+        "matmul_gflops": flops_of_matmul / statistics.median(matmul_seconds) / 1e9,
+        "fastest_gflops": flops_of_matmul / statistics.median(fastest_seconds) / 1e9,
+        "rss_imported": task.get("rss_imported"),
+        "rss_built": rss_built,
+        "rss_peak": peak,
+        # Parameters, gradients, and AdamW's two moments.
+        "state_bytes": 4 * sum(p.numel() * p.element_size() for p in model.parameters()),
+        # What autograd keeps for backward, and what the loss keeps beside it: the gradients of
+        # the hidden states, which it makes in its forward pass.
+        "saved_bytes": saved.n_bytes + hidden_bytes,
+    }
+
+
+def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[], Any]]:
+    """One optimizer step of a run with this config, the model, and the step's forward pass."""
+    import torch
+    from hydra import compose, initialize_config_dir
+
+    from data_modules.windows import WindowBatch
+    from mtp_lightning.experiment import build_model_config, instantiate
+    from mtp_lightning.model import MTPModel
+    from mtp_lightning.objective.lambda_schedule import Progress
+    from mtp_lightning.objective.mtp_loss import mtp_loss
+
+    with initialize_config_dir(str(common.ROOT / "conf"), version_base="1.3"):
+        cfg = compose(
+            "config",
+            overrides=[
+                f"model={task['model']}",
+                f"mtp.depth={task['depth']}",
+                f"data.seq_len={task['seq_len']}",
+                f"data.batch_size={task['batch_size']}",
+                "lambda_schedule=constant",
+            ],
+        )
+    # After all imports, before anything of the model: what a process weighs by itself.
+    task["rss_imported"] = common.current_rss()
+    model = MTPModel(build_model_config(cfg, task["vocab_size"]))
+    model.initialise(cfg.seed)
+    optimizer_config = instantiate(cfg.optimizer)
+    optimizer = optimizer_config.build(model)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    schedule = instantiate(cfg.lambda_schedule)
+    weights = schedule.weights(Progress(step=0, max_steps=cfg.trainer.max_steps, tokens=0))
+    shape = (task["batch_size"], task["seq_len"] + task["depth"] + 1)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(task["vocab_size"], shape, generator=generator)
+    batch = WindowBatch(tokens, task["depth"])
+    counts = [task["batch_size"] * task["seq_len"]] * (task["depth"] + 1)
+
+    def step() -> float:
+        loss, _ = mtp_loss(model, batch, weights, counts)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, cfg.trainer.gradient_clip_val)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    def forward() -> tuple[int, torch.Tensor]:
+        loss, _ = mtp_loss(model, batch, weights, counts)
+        d_model, element = model.config.trunk.d_model, next(model.parameters()).element_size()
+        return sum(counts) * d_model * element, loss
+
+    return step, model, forward
+
+
+def combine(task: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The medians of one configuration's processes, and what follows from them."""
+    row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    row |= {key: task[key] for key in ("vocab_size", "depth")}
+    row["parameters"] = runs[0]["parameters"]
+    tokens = task["batch_size"] * task["seq_len"]
+    row["ms_slowest"] = max(run["ms_per_step"] for run in runs)
+    row["ms_fastest"] = min(run["ms_per_step"] for run in runs)
+    row["tokens_per_second"] = tokens / row["ms_per_step"] * 1e3
+    row["gflops"] = row["gflop_per_step"] / row["ms_per_step"] * 1e3
+    # Ratios are taken inside each process, then their median.
+    for name in ("matmul", "fastest"):
+        row[f"ratio_to_{name}"] = statistics.median(
+            run["gflop_per_step"] / run["ms_per_step"] * 1e3 / run[f"{name}_gflops"] for run in runs
+        )
+    row["beyond_state"] = row["rss_peak"] - row["rss_imported"] - row["state_bytes"]
+    row["transient"] = row["beyond_state"] - row["saved_bytes"]
+    return row
+
+
+def compare(row: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Add what D costs over D = 0 (``plain``), by FLOPs and by memory."""
+    share = row["gflop_per_step"] / plain["gflop_per_step"]
+    row["flops_over_plain"] = share
+    row["time_over_plain"] = row["ms_per_step"] / plain["ms_per_step"]
+    row["cost_over_share"] = row["time_over_plain"] / share
+    # The same, by the rate of matrix products that each process saw: for a busy machine.
+    row["cost_over_share_by_rate"] = plain["ratio_to_fastest"] / row["ratio_to_fastest"]
+    own = row["state_bytes"] - plain["state_bytes"] + row["saved_bytes"] - plain["saved_bytes"]
+    row["peak_over_plain"] = row["rss_peak"] / plain["rss_peak"]
+    row["peak_over_plain_without_own"] = (row["rss_peak"] - own) / plain["rss_peak"]
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measures, prints the tables, writes the JSON and returns it."""
+    parser = common.parser("Measures an optimizer step.", "train_step")
+    parser.add_argument("--model", default="micro", help="a size of conf/model")
+    parser.add_argument("--depths", type=common.whole_numbers, default=[0, 1, 2, 4])
+    parser.add_argument("--vocab-sizes", type=common.whole_numbers, default=[4096, 32768])
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--steps", type=int, help="a process; default 12, with --quick 4")
+    parser.add_argument("--repeats", type=int, help="processes; default 3, with --quick 1")
+    options = parser.parse_args(arguments)
+    if options.child:
+        result = measure(json.loads(options.child))
+        common.answer_parent(result)
+        return result
+    steps = options.steps or (4 if options.quick else 12)
+    repeats = options.repeats or (1 if options.quick else 3)
+
+    tasks = [
+        {
+            "model": options.model,
+            "vocab_size": vocab_size,
+            "depth": depth,
+            "batch_size": options.batch_size,
+            "seq_len": options.seq_len,
+            "steps": steps,
+            "keep_freed_memory": True,
+        }
+        for vocab_size in options.vocab_sizes
+        for depth in options.depths
+    ]
+    runs: list[list[dict[str, Any]]] = [[] for _ in tasks]
+    loads = []
+    for repeat in range(repeats):
+        for task, done in zip(tasks, runs, strict=True):
+            common.progress(
+                f"{repeat + 1}/{repeats}  V={task['vocab_size']} D={task['depth']}, {steps} steps"
+            )
+            done.append(common.run_child(MODULE, task))
+            loads.append(os.getloadavg()[0])
+    rows = [combine(task, done) for task, done in zip(tasks, runs, strict=True)]
+    for row in rows:
+        for plain in rows:
+            if plain["depth"] == 0 and plain["vocab_size"] == row["vocab_size"]:
+                compare(row, plain)
+    result = {
+        "benchmark": "train_step",
+        "model": options.model,
+        "batch_size": options.batch_size,
+        "seq_len": options.seq_len,
+        "steps": steps,
+        "repeats": repeats,
+        "rows": rows,
+        "runs": runs,
+        "load_average_highest": max(loads),
+        "machine": common.machine(),
+    }
+    print_tables(result)
+    common.write_json(result, options.output)
+    return result
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    """Time, then memory in MB (10^6 bytes)."""
+    rows = result["rows"]
+    shape = f"model={result['model']}, batch {result['batch_size']} x {result['seq_len']}, fp32"
+    common.print_table(
+        f"Optimizer step, {shape}",
+        {
+            "V": "vocab_size|,",
+            "D": "depth",
+            "parameters": "parameters|,",
+            "ms": "ms_per_step|.1f",
+            "min": "ms_fastest|.1f",
+            "max": "ms_slowest|.1f",
+            "tokens/s": "tokens_per_second|,.0f",
+            "GFLOP/s": "gflops|.1f",
+            "matmul": "matmul_gflops|.1f",
+            "ratio": "ratio_to_matmul|.2f",
+            "fastest": "fastest_gflops|.1f",
+            "ratio to it": "ratio_to_fastest|.2f",
+            "FLOPs/D=0": "flops_over_plain|.3f",
+            "ms/D=0": "time_over_plain|.3f",
+            "cost/share": "cost_over_share|.3f",
+            "by rate": "cost_over_share_by_rate|.3f",
+        },
+        rows,
+    )
+    keys = ("rss_peak", "rss_imported", "state_bytes", "saved_bytes", "beyond_state", "transient")
+    common.print_table(
+        "Memory of the process, MB",
+        {
+            "V": "vocab_size|,",
+            "D": "depth",
+            "peak": "rss_peak|.0f",
+            "imports": "rss_imported|.0f",
+            "weights, gradients, AdamW": "state_bytes|.0f",
+            "beyond these": "beyond_state|.0f",
+            "activations": "saved_bytes|.0f",
+            "rest": "transient|.0f",
+            "peak/D=0": "peak_over_plain|.3f",
+            "without modules' own": "peak_over_plain_without_own|.3f",
+        },
+        [{**row, **{key: row[key] / 1e6 for key in keys}} for row in rows],
+    )
+
+
+if __name__ == "__main__":
+    main()

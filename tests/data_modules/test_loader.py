@@ -1,0 +1,254 @@
+"""The loader: its order, ranks, workers, and state."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_modules import loader as loader_module
+from data_modules.loader import WindowLoader, epoch_order
+from data_modules.token_store import TokenFile
+from data_modules.window_dataset import WindowDataset, window_count
+
+T = 8
+
+# On a machine of one core.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+def token_file(folder: Path, n_tokens: int, starts: list[int] | None = None) -> TokenFile:
+    """A token file whose token at position i is i."""
+    path = folder / f"{n_tokens}.bin"
+    np.arange(n_tokens, dtype=np.uint32).tofile(path)
+    np.save(path.with_suffix(".starts.npy"), np.array(starts or [0], np.int64))
+    return TokenFile(path, "uint32", n_tokens, n_tokens, len(starts or [0]))
+
+
+def loader_of(
+    folder: Path,
+    *,
+    windows: int = 25,
+    depth: int = 2,
+    batch_size: int = 4,
+    train: bool = True,
+    **options,
+) -> WindowLoader:
+    dataset = WindowDataset(token_file(folder, (windows + 1) * T + 1), seq_len=T, depth=depth)
+    assert len(dataset) == windows
+    return WindowLoader(dataset, batch_size=batch_size, train=train, **options)
+
+
+def numbers(batches) -> list[list[int]]:
+    """Window numbers of each batch: the tokens are positions."""
+    return [(batch.tokens[:, 0] // T).tolist() for batch in batches]
+
+
+def as_rank(monkeypatch, rank: int, world: int) -> None:
+    monkeypatch.setattr(loader_module, "_world", lambda: (rank, world))
+
+
+@given(st.integers(0, 200), st.integers(1, 20), st.integers(0, 20))
+def test_window_count_fits_and_does_not_depend_on_depth(n_tokens, seq_len, depth):
+    depth = min(depth, seq_len)
+    n = window_count(n_tokens, seq_len, depth)
+    assert n == 0 or (n - 1) * seq_len + seq_len + depth + 1 <= n_tokens
+    assert (n == 0) == (n_tokens < seq_len + depth + 1)
+    if n_tokens >= 2 * seq_len + 1:
+        assert n == window_count(n_tokens, seq_len, 0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_batches_against_brute_force(tmp_path_factory, data):
+    depth = data.draw(st.integers(0, 4))
+    n = data.draw(st.integers(T + depth + 1, 150))
+    starts = sorted({0, *data.draw(st.lists(st.integers(0, n - 1), max_size=20))})
+    file = token_file(tmp_path_factory.mktemp("file"), n, starts)
+    dataset = WindowDataset(file, seq_len=T, depth=depth, document_mask=True)
+    batch = dataset[np.array(data.draw(st.permutations(range(len(dataset)))))]
+    document_of = np.searchsorted(starts, np.arange(n), side="right") - 1
+    assert batch.tokens.dtype == batch.documents.dtype == torch.int64
+    for tokens, documents in zip(batch.tokens.tolist(), batch.documents.tolist(), strict=True):
+        assert tokens[0] % T == 0 and tokens == list(range(tokens[0], tokens[0] + T + depth + 1))
+        assert documents == document_of[tokens].tolist()
+
+
+def test_every_depth_sees_the_same_windows_in_the_same_order(tmp_path):
+    seen = [numbers(loader_of(tmp_path, depth=depth)) for depth in (0, 1, 4, T)]
+    assert all(other == seen[0] for other in seen)
+
+
+def test_order_is_a_pure_function_of_seed_and_epoch(tmp_path):
+    loader = loader_of(tmp_path, seed=5)
+    epochs = [numbers(loader) for _ in range(3)]
+    assert [len(epoch) for epoch in epochs] == [len(loader)] * 3 == [6] * 3
+    for i, epoch in enumerate(epochs):
+        flat = sum(epoch, [])
+        assert flat == epoch_order(25, seed=5, epoch=i)[:24].tolist() and len(set(flat)) == 24
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert numbers(loader_of(tmp_path, seed=6)) != epochs[0]
+    # The bits are part of the contract: a run resumed elsewhere sees the same batches.
+    assert epoch_order(10, seed=0, epoch=0).tolist() == GOLDEN
+
+
+GOLDEN = [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]
+
+
+def test_workers_change_nothing_and_the_global_generator_does_not_move(tmp_path):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    seen = [
+        [numbers(loader) for loader in [loader_of(tmp_path, num_workers=n)] for _ in range(2)]
+        for n in (0, 1, 2)
+    ]
+    assert seen[0] == seen[1] == seen[2]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("consumed", [1, 5, 6, 7, 12, 15])
+def test_state_at_any_batch_goes_on_exactly(tmp_path, consumed, workers):
+    def stream(loader, n):
+        taken = []
+        while len(taken) < n:
+            for batch in loader:
+                taken.append(batch)
+                if len(taken) == n:
+                    break
+        return numbers(taken)
+
+    whole = stream(loader_of(tmp_path, seed=1), 20)
+    first = loader_of(tmp_path, seed=1, num_workers=workers)
+    assert stream(first, consumed) == whole[:consumed]
+    state = first.state_dict()
+    assert {type(value) for value in state.values()} == {int}
+    second = loader_of(tmp_path, seed=1, num_workers=workers)
+    iter(second)  # made and dropped, as Lightning does: nothing moves
+    second.load_state_dict(state)
+    assert second.state_dict() == state and len(second) == 6
+    assert stream(second, 20 - consumed) == whole[consumed:]
+
+
+def test_state_of_other_data_is_refused_and_the_seed_is_the_states(tmp_path):
+    state = loader_of(tmp_path, seed=3).state_dict()
+    with pytest.raises(ValueError, match="saved on 25 training windows but this data has 26"):
+        loader_of(tmp_path, windows=26).load_state_dict(state)
+    other = loader_of(tmp_path, seed=4)
+    other.load_state_dict(state)
+    assert numbers(other) == numbers(loader_of(tmp_path, seed=3))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_together_see_what_one_rank_of_a_larger_batch_sees(tmp_path, monkeypatch, world):
+    one = loader_of(tmp_path, batch_size=2 * world, seed=2)
+    expected = numbers(one)
+    shards = []
+    for rank in range(world):
+        as_rank(monkeypatch, rank, world)
+        loader = loader_of(tmp_path, batch_size=2, seed=2)
+        shards.append(numbers(loader))
+        assert len(loader) == len(expected)
+        # The state is the whole job's: a resume with another number of ranks goes on as well.
+        assert loader.state_dict() == one.state_dict()
+    assert [sum(parts, []) for parts in zip(*shards, strict=True)] == expected
+
+
+@settings(deadline=None, max_examples=100)
+@given(n=st.integers(1, 40), batch_size=st.integers(1, 6), world=st.integers(1, 5))
+def test_validation_covers_every_window_once(tmp_path_factory, n, batch_size, world):
+    folder = tmp_path_factory.mktemp("file")
+    with pytest.MonkeyPatch.context() as patch:
+        shards = []
+        for rank in range(world):
+            as_rank(patch, rank, world)
+            loader = loader_of(folder, windows=n, batch_size=batch_size, train=False)
+            if n < world:
+                with pytest.raises(ValueError, match=f"has {n} windows but one step needs {world}"):
+                    len(loader)
+                return
+            shards.append(numbers(loader))
+            assert len(loader) == len(shards[-1]) and numbers(loader) == shards[-1]
+        assert len({len(shard) for shard in shards}) == 1
+        batches = [batch for shard in shards for batch in shard]
+        assert sorted(sum(batches, [])) == list(range(n))
+        assert all(
+            1 <= len(batch) <= max(batch_size, 2 if batch_size == 1 else 0) for batch in batches
+        )
+        if world == 1:
+            assert all(len(batch) == batch_size for batch in batches[:-1])
+
+
+RANK = """
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from data_modules.loader import WindowLoader
+from data_modules.token_store import TokenFile
+from data_modules.window_dataset import WindowDataset
+
+bin_file, n_tokens, rank, meeting = sys.argv[1:]
+file = TokenFile(Path(bin_file), "uint32", int(n_tokens), int(n_tokens), 1)
+dataset = WindowDataset(file, seq_len=8, depth=2)
+# Made before the process group is there, as a launcher's main process does.
+train = WindowLoader(dataset, batch_size=2, train=True, seed=2)
+val = WindowLoader(dataset, batch_size=2, train=False)
+dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=2)
+both = [[(b.tokens[:, 0] // 8).tolist() for b in loader] for loader in (train, val)]
+dist.destroy_process_group()
+print(both)
+"""
+
+
+def test_two_processes_share_the_windows(tmp_path):
+    """Real process group: rank and world size are looked up when iteration starts."""
+    one = loader_of(tmp_path, batch_size=4, seed=2)
+    root = Path(loader_module.__file__).parents[1]
+    arguments = [str(one.dataset.file.path), str(one.dataset.file.n_tokens)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, *arguments, str(rank), str(tmp_path / "meeting")],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(root)},
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    (train_0, val_0), (train_1, val_1) = (json.loads(output) for output in outputs)
+    assert [a + b for a, b in zip(train_0, train_1, strict=True)] == numbers(one)
+    assert len(val_0) == len(val_1)
+    assert sorted(sum(val_0 + val_1, [])) == list(range(25))
+
+
+def test_too_little_text_is_said_with_the_minimum(tmp_path):
+    short = WindowDataset(token_file(tmp_path, T + 2), seq_len=T, depth=2)
+    for train, name in ((True, "train"), (False, "val")):
+        loader = WindowLoader(short, batch_size=1, train=train)
+        with pytest.raises(ValueError, match=f"the {name} split has 10 tokens .* at least .* = 11"):
+            iter(loader)
+    exact = WindowDataset(token_file(tmp_path, T + 3), seq_len=T, depth=2)
+    assert numbers(WindowLoader(exact, batch_size=1, train=True)) == [[0]]
+    with pytest.raises(ValueError, match=r"has 25 windows but one step needs 26 \(26 windows x 1 "):
+        len(loader_of(tmp_path, batch_size=26))
+    with pytest.raises(ValueError, match="batch size must be at least 1, got 0"):
+        loader_of(tmp_path, batch_size=0)
+    with pytest.raises(ValueError, match="seed .* got -1"):
+        loader_of(tmp_path, seed=-1)
+
+
+def test_an_empty_file_has_no_window(tmp_path):
+    empty = TokenFile(tmp_path / "empty.bin", "uint16", 0, 0, 0)
+    (tmp_path / "empty.bin").touch()
+    assert len(WindowDataset(empty, seq_len=T, depth=0)) == 0 and os.path.getsize(empty.path) == 0
+    assert empty.tokens().shape == (0,)

@@ -1,0 +1,294 @@
+"""The token store: contents, split, and builds that are killed or run at the same time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_modules import cache, store_builder
+from data_modules.cache import build_once, cache_folder
+from data_modules.sources import SyntheticSource, TextSource
+from data_modules.sources.base import Source
+from data_modules.splitting import DocumentSplit, cut_point
+from data_modules.store_builder import pieces, prepare_store
+from data_modules.token_store import TokenStore, token_dtype
+from data_modules.tokenizers import BPETokenizer, ByteTokenizer
+
+
+class Listed(Source):
+    """Documents from a list."""
+
+    name = "listed"
+
+    def __init__(self, documents: list[str]) -> None:
+        self.listed = documents
+
+    def documents(self):
+        return iter(self.listed)
+
+    def fingerprint(self) -> str:
+        return json.dumps(self.listed)
+
+
+def store_of(documents: list[str], folder: Path, tokenizer=None, **options) -> TokenStore:
+    split = DocumentSplit(Listed(documents), **options)
+    return prepare_store(tokenizer or ByteTokenizer(), split, folder)[0]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a store, less what names the time of the build."""
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    meta = json.loads(files.pop("meta.json"))
+    meta.pop("seconds")
+    return files | {"meta": json.dumps(meta, sort_keys=True).encode()}
+
+
+def test_store_holds_every_document_once(tmp_path):
+    documents = [f"document {i} \u00fc\n" * (i % 5 + 1) for i in range(300)]
+    store = store_of(documents, tmp_path, val_fraction=0.1)
+    split = DocumentSplit(Listed(documents), val_fraction=0.1)
+    tokenizer = ByteTokenizer()
+    for name in ("train", "val"):
+        file = store[name]
+        expected = [d for i, d in enumerate(documents) if split.of(i) == name]
+        tokens, starts = file.tokens(), file.starts()
+        assert tokens.dtype == np.uint16 and starts.dtype == np.int64
+        bounds = [*starts.tolist(), len(tokens)]
+        read = [tokens[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        assert all(document[-1] == tokenizer.eot_id for document in read)
+        assert [tokenizer.decode(document[:-1]) for document in read] == expected
+        assert file.n_documents == len(expected)
+        assert file.n_bytes == sum(len(d.encode()) for d in expected)
+        assert store.bytes_per_token(name) == file.n_bytes / (file.n_bytes + len(expected))
+    assert 15 < store["val"].n_documents < 50
+    with pytest.raises(ValueError, match="no split 'test'"):
+        store["test"]
+
+
+def test_dtype_follows_the_vocabulary():
+    assert [token_dtype(n).name for n in (257, 65536, 65537)] == ["uint16", "uint16", "uint32"]
+
+
+def test_bpe_is_trained_on_train_documents_only_and_cached(tmp_path, monkeypatch):
+    documents = ["train words " * 40 if i % 2 else "zzqq" * 40 for i in range(10)]
+    monkeypatch.setattr(DocumentSplit, "of", lambda self, i: "train" if i % 2 else "val")
+    split = DocumentSplit(Listed(documents))
+    store, tokenizer = prepare_store(BPETokenizer(290), split, tmp_path)
+    assert len(tokenizer.encode(" words")) == 1 and len(tokenizer.encode("zzqq")) == 4
+    ids = store["val"].tokens()
+    assert tokenizer.decode(ids[: store["val"].starts()[1] - 1]) == documents[0]
+    monkeypatch.setattr(BPETokenizer, "train", lambda *_: pytest.fail("trained twice"))
+    again, same = prepare_store(BPETokenizer(290), split, tmp_path)
+    assert again.folder == store.folder and same.fingerprint() == tokenizer.fingerprint()
+    # Another val_fraction that sends the same documents to train would be another key: retrained.
+    with pytest.raises(pytest.fail.Exception):
+        prepare_store(BPETokenizer(291), split, tmp_path)
+
+
+def test_long_documents_in_pieces_give_the_ids_of_the_whole(tmp_path, monkeypatch):
+    text = "".join(f"def f{i}():\n    return {i}\n\nx = {i}\ny = 1\n" for i in range(400))
+    tokenizer = BPETokenizer(300).train([text])
+    whole = tokenizer.encode(text).tolist()
+    monkeypatch.setattr(store_builder, "PIECE", 1000)
+    cut = [piece for piece, _ in pieces(text, 1000)]
+    assert len(cut) > 10 and "".join(cut) == text
+    assert np.concatenate([tokenizer.encode(piece) for piece in cut]).tolist() == whole
+
+
+@given(st.text("ab \n", max_size=60), st.integers(1, 9))
+def test_pieces_cover_any_text(text, limit):
+    cut = list(pieces(text, limit))
+    assert "".join(piece for piece, _ in cut) == text
+    assert all(0 < len(piece) <= limit for piece, last in cut if not last)
+    assert [last for _, last in cut] == [False] * (len(cut) - 1) + [True]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 30])
+def test_small_corpora_have_both_splits(tmp_path, n):
+    documents = [f"text {i} of a small corpus\n" * 50 for i in range(n)]
+    for seed in range(4):
+        store = store_of(documents, tmp_path, seed=seed)
+        assert store["train"].n_tokens > 0 and store["val"].n_tokens > 0
+
+
+def test_one_document_is_cut_at_a_line_end(tmp_path):
+    document = "".join(f"line {i}\n" for i in range(1000))
+    store = store_of([document], tmp_path, val_fraction=0.1)
+    text = {name: ByteTokenizer().decode(store[name].tokens()[:-1]) for name in ("train", "val")}
+    assert text["train"] + text["val"] == document and text["val"].startswith("line ")
+    assert len(text["val"]) / len(document) == pytest.approx(0.1, abs=0.01)
+    assert cut_point("x" * 100, 0.9) == 90 and cut_point("ab", 0.99) == 1
+
+
+def test_split_is_stable_and_empty_documents_do_not_count():
+    documents = [f"d{i}" for i in range(200)]
+    split = DocumentSplit(Listed(documents), val_fraction=0.2)
+    longer = DocumentSplit(Listed([*documents, "more"]), val_fraction=0.2)
+    assert list(split) == list(longer)[:200]
+    assert list(DocumentSplit(Listed(["", *documents, ""]), val_fraction=0.2)) == list(split)
+    assert list(DocumentSplit(Listed(documents), val_fraction=0.2, seed=1)) != list(split)
+    with pytest.raises(ValueError, match="no text"):
+        list(DocumentSplit(Listed(["", ""])))
+    for fraction in (0, 1, -0.5):
+        with pytest.raises(ValueError, match=f"val_fraction .* got {fraction}"):
+            DocumentSplit(Listed([]), val_fraction=fraction)
+
+
+def test_half_a_character_is_named(tmp_path):
+    with pytest.raises(ValueError, match="document 1 of listed .* U\\+D800.* character 2"):
+        store_of(["fine", "no\ud800"], tmp_path)
+    assert not list((tmp_path / "stores").iterdir())
+
+
+def test_other_options_have_other_stores(tmp_path):
+    documents = [f"text {i}" for i in range(100)]
+    stores = {
+        store_of(documents, tmp_path).folder,
+        store_of(documents, tmp_path, val_fraction=0.2).folder,
+        store_of(documents, tmp_path, seed=3).folder,
+        store_of(documents[1:], tmp_path).folder,
+        store_of(documents, tmp_path, tokenizer=BPETokenizer(270)).folder,
+        store_of(documents, tmp_path, tokenizer=BPETokenizer(271)).folder,
+    }
+    assert len(stores) == 6
+    assert store_of(documents, tmp_path).folder in stores
+
+
+def test_a_damaged_store_is_named(tmp_path):
+    folder = store_of([f"text {i}" for i in range(100)], tmp_path).folder
+    with (folder / "train.bin").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match="damaged .train.bin has .* delete that folder"):
+        TokenStore(folder)
+    (folder / "meta.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        TokenStore(folder)
+
+
+def test_cache_folder_order(tmp_path, monkeypatch):
+    monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "env"))
+    assert cache_folder(tmp_path) == tmp_path
+    assert cache_folder() == cache_folder("") == tmp_path / "env"
+    monkeypatch.delenv("MTP_LIGHTNING_CACHE")
+    assert cache_folder() == Path.home() / ".cache" / "mtp-lightning"
+
+
+def test_a_failing_build_leaves_nothing_and_a_full_disk_is_said(tmp_path):
+    def fill(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="disk is full while building .*data.cache_dir"):
+        build_once(tmp_path / "target", fill)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write in the cache folder .*MTP_LIGHTNING_CACHE"):
+        build_once(tmp_path / "file" / "target", fill)
+
+
+def test_the_loser_of_two_builds_uses_the_winners_folder(tmp_path):
+    def slower(folder: Path) -> None:
+        build_once(tmp_path / "target", lambda other: (other / "who").write_text("winner"))
+        (folder / "who").write_text("loser")
+
+    build_once(tmp_path / "target", slower)
+    assert (tmp_path / "target" / "who").read_text() == "winner"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_only_leftovers_of_dead_processes_of_this_host_are_removed(tmp_path):
+    host = cache.socket.gethostname()
+    child = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    dead = tmp_path / f".k.building-{host}-{int(child.stdout)}-01234567"
+    alive = tmp_path / f".k.building-{host}-{os.getpid()}-01234567"
+    elsewhere = tmp_path / f".k.building-other.{host}-{int(child.stdout)}-01234567"
+    for folder in (dead, alive, elsewhere):
+        folder.mkdir()
+    build_once(tmp_path / "target", lambda folder: None)
+    assert not dead.exists() and alive.exists() and elsewhere.exists()
+
+
+BUILD = """
+import sys, time
+from pathlib import Path
+from data_modules.sources import TextSource
+from data_modules.splitting import DocumentSplit
+from data_modules.store_builder import prepare_store
+from data_modules.tokenizers import ByteTokenizer
+
+class Slow(ByteTokenizer):
+    def encode_batch(self, texts):
+        print("encoding", flush=True)
+        time.sleep(float(sys.argv[3]))
+        return super().encode_batch(texts)
+
+store, _ = prepare_store(Slow(), DocumentSplit(TextSource(sys.argv[1])), Path(sys.argv[2]))
+print(store.folder)
+"""
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    root = Path(store_builder.__file__).parents[1]
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILD, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i, document in enumerate(SyntheticSource(size=5_000_000, documents=80).documents()):
+        (folder / f"{i:03}.txt").write_text(document)
+    return folder
+
+
+def test_a_build_killed_in_the_middle_leaves_no_half_store(tmp_path, text):
+    process = start(text, tmp_path / "cache", 0.2)
+    for _ in range(3):  # batches: the files are open and partly written
+        assert process.stdout.readline() == "encoding\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    left = list((tmp_path / "cache" / "stores").iterdir())
+    assert len(left) == 1 and left[0].name.startswith(".") and "building" in left[0].name
+    assert not (left[0] / "meta.json").exists() and (left[0] / "train.bin").stat().st_size > 0
+
+    split = DocumentSplit(TextSource(text))
+    store, _ = prepare_store(ByteTokenizer(), split, tmp_path / "cache")
+    assert list((tmp_path / "cache" / "stores").iterdir()) == [store.folder]
+    clean, _ = prepare_store(ByteTokenizer(), split, tmp_path / "clean")
+    assert contents(store.folder) == contents(clean.folder)
+
+
+def test_two_builds_at_once_end_with_one_whole_store(tmp_path, text):
+    both = [start(text, tmp_path / "cache", 0.1) for _ in range(2)]
+    began = time.monotonic()
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    # Both had begun to encode: neither waited for the other.
+    assert all(output.startswith("encoding") for output in outputs), time.monotonic() - began
+    folders = {output.splitlines()[-1] for output in outputs}
+    assert len(folders) == 1
+    assert [str(path) for path in (tmp_path / "cache" / "stores").iterdir()] == list(folders)
+    clean, _ = prepare_store(ByteTokenizer(), DocumentSplit(TextSource(text)), tmp_path / "clean")
+    assert contents(Path(folders.pop())) == contents(clean.folder)

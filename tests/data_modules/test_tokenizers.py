@@ -1,0 +1,187 @@
+"""Tokenizers: round trips, determinism, and state that needs no other file."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data_modules.sources import SyntheticSource
+from data_modules.tokenizers import (
+    BPETokenizer,
+    ByteTokenizer,
+    PretrainedTokenizer,
+    Tokenizer,
+    bpe,
+    tokenizer_from_state,
+)
+
+TEXTS = [
+    "def f(x):\n    return x + 1\n\n\n\tdone  ",
+    "Stra\u00dfe \u4e16\u754c \U0001f600\u200d\n\r\n",
+    "<|endoftext|> stays text\x00\x1f",
+    "",
+    " " * 200 + "x" * 300 + "9" * 130,
+]
+
+
+@pytest.fixture(scope="module")
+def trained() -> BPETokenizer:
+    documents = [*SyntheticSource(size=60_000, documents=3).documents(), *TEXTS]
+    return BPETokenizer(400).train(documents)
+
+
+any_text = st.text(
+    st.one_of(
+        st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t\r\x0b\x85\xa0ab_9.'")
+    )
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=any_text)
+@example(text=TEXTS[2])
+@example(text=TEXTS[4])
+def test_bpe_loses_nothing_and_agrees_with_the_library(trained, text):
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert ids.dtype == np.int64 and trained.eot_id not in ids
+    assert ids.tolist() == trained._trained().encode(text, add_special_tokens=False).ids
+
+
+@settings(deadline=None, max_examples=50)
+@given(text=any_text)
+def test_bytes_lose_nothing(text):
+    tokenizer = ByteTokenizer()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode(text).tolist() == list(text.encode())
+    assert tokenizer.encode_batch([text, "a"])[0].tolist() == list(text.encode())
+
+
+def test_byte_decoding_shows_end_of_text_and_broken_bytes():
+    tokenizer = ByteTokenizer()
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == (257, 256)
+    assert tokenizer.decode([97, 256, 0xC3, 256]) == "a<|endoftext|>\ufffd<|endoftext|>"
+
+
+def test_bpe_word_cache_can_overflow(trained, monkeypatch):
+    tokenizer = tokenizer_from_state(trained.state())
+    expected = [trained.encode(text).tolist() for text in TEXTS * 2]
+    monkeypatch.setattr(bpe, "CACHED_WORDS", 3)
+    assert [ids.tolist() for ids in tokenizer.encode_batch(TEXTS * 2)] == expected
+
+
+def test_bpe_training_is_deterministic_and_compresses(trained):
+    documents = [*SyntheticSource(size=60_000, documents=3).documents(), *TEXTS]
+    again = BPETokenizer(400).train(iter(documents))
+    assert again.state() == trained.state() and again.fingerprint() == trained.fingerprint()
+    assert trained.vocab_size == 400
+    assert len(trained.encode(documents[0])) < len(documents[0]) / 2
+    assert BPETokenizer(300).train(documents).fingerprint() != trained.fingerprint()
+
+
+def test_bpe_trains_on_the_first_bytes_only():
+    one = BPETokenizer(270, train_bytes=9).train(["abababab ", "xyxyxyxyxyxy"])
+    assert one.state() | {"tokenizer_json": ""} == {
+        "kind": "bpe",
+        "vocab_size": 270,
+        "train_bytes": 9,
+        "tokenizer_json": "",
+    }
+    assert len(one.encode("abab")) == 1 and len(one.encode("xyxy")) == 4
+
+
+def test_bpe_refuses_what_cannot_work():
+    with pytest.raises(ValueError, match="at least 257 .* got 256"):
+        BPETokenizer(256)
+    with pytest.raises(ValueError, match="no text"):
+        BPETokenizer().train([])
+    for use in (lambda t: t.encode("a"), lambda t: t.vocab_size, lambda t: t.state()):
+        with pytest.raises(ValueError, match="not trained yet"):
+            use(BPETokenizer())
+    with pytest.raises(TypeError, match="byte tokenizer is not trained"):
+        ByteTokenizer().train(["a"])
+
+
+def test_every_kind_survives_state_folder_and_pickle(trained, tmp_path):
+    (tmp_path / "t.json").write_text(trained.state()["tokenizer_json"])
+    for tokenizer in (ByteTokenizer(), trained, PretrainedTokenizer(str(tmp_path / "t.json"))):
+        folder = tmp_path / tokenizer.kind
+        tokenizer.save(folder)
+        state = json.loads(json.dumps(tokenizer.state()))
+        copies = [
+            tokenizer_from_state(state),
+            Tokenizer.load(folder),
+            pickle.loads(pickle.dumps(tokenizer)),
+        ]
+        for copy in copies:
+            assert type(copy) is type(tokenizer)
+            assert copy.fingerprint() == tokenizer.fingerprint() and copy.spec() == tokenizer.spec()
+            assert (copy.vocab_size, copy.eot_id) == (tokenizer.vocab_size, tokenizer.eot_id)
+            for text in TEXTS:
+                assert copy.encode(text).tolist() == tokenizer.encode(text).tolist()
+    with pytest.raises(ValueError, match="unknown tokenizer kind 'nope'"):
+        tokenizer_from_state({"kind": "nope"})
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer_state.json"):
+        Tokenizer.load(tmp_path / "nowhere")
+
+
+def library_file(path, specials: list[str]) -> None:
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Library
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = Library(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens([AddedToken(name, special=True) for name in specials])
+    library.enable_truncation(4)
+    library.save(str(path))
+
+
+def test_pretrained_finds_the_end_of_text_token(tmp_path):
+    library_file(tmp_path / "tokenizer.json", ["<pad>", "</s>", "<stop>"])
+    file = PretrainedTokenizer(str(tmp_path / "tokenizer.json"))
+    folder = PretrainedTokenizer(str(tmp_path))
+    assert (file.vocab_size, file.eot_id) == (259, 257) == (folder.vocab_size, folder.eot_id)
+    # A truncation stored in the file must not cut documents, special names are text.
+    assert file.decode(file.encode("longer than four</s>")) == "longer than four</s>"
+    assert file.eot_id not in file.encode("a</s>")
+    assert file.encode_batch(["</s>"])[0].tolist() == file.encode("</s>").tolist()
+    assert PretrainedTokenizer(str(tmp_path), eot_token="<stop>").eot_id == 258
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
+    assert PretrainedTokenizer(str(tmp_path)).eot_id == 258
+
+
+def test_pretrained_refuses_what_cannot_work(tmp_path, monkeypatch):
+    library_file(tmp_path / "tokenizer.json", ["<pad>"])
+    path = str(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="no end-of-text token .*<pad>.*tokenizer.eot_token"):
+        PretrainedTokenizer(path).eot_id  # noqa: B018
+    with pytest.raises(ValueError, match="no token 'nope'"):
+        PretrainedTokenizer(path, eot_token="nope").encode("a")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match="bad.json is not a tokenizer.json"):
+        PretrainedTokenizer(str(tmp_path / "bad.json")).encode("a")
+    with pytest.raises(FileNotFoundError, match="nowhere.json does not exist"):
+        PretrainedTokenizer(str(tmp_path / "nowhere.json")).encode("a")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer.json"):
+        PretrainedTokenizer(str(tmp_path / "empty")).encode("a")
+
+
+def test_pretrained_hub_name_that_cannot_be_had(monkeypatch):
+    import tokenizers
+
+    class Offline:
+        @staticmethod
+        def from_pretrained(name):
+            raise Exception("cannot\nreach the hub")
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", Offline)
+    with pytest.raises(FileNotFoundError, match="'some/name' is neither .*cannot reach the hub"):
+        PretrainedTokenizer("some/name").encode("a")
