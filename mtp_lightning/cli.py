@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 def readable_errors() -> Iterator[None]:
     """One line and exit code 1 for what a user can mend: ``ValueError`` and ``OSError``.
 
+    Ctrl-C ends with one line, too, and with the shell's code for it, 130.
     Anything else is a defect and keeps its traceback; HYDRA_FULL_ERROR=1 shows all of them.
     """
     try:
@@ -21,3 +23,6 @@ def readable_errors() -> Iterator[None]:
             raise
         print(f"error: {error}\n(HYDRA_FULL_ERROR=1 shows where)", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -182,6 +182,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: settings that do not fit together, or a loss that is not finite.
         OSError: missing input, or a disk that is full.
+        KeyboardInterrupt: on Ctrl-C; the message says what was saved.
     """
     quiet_lightning()
     keep_freed_memory()
@@ -201,7 +202,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
         data.tokenizer.save(folder)
-    trainer.fit(module, datamodule=data, ckpt_path=resume_from)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume_from)
+    except SystemExit as stop:  # how Lightning ends after Ctrl-C
+        raise KeyboardInterrupt(describe_interrupt(folder)) from stop
     if module.validated_step != trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)
 
@@ -279,6 +283,15 @@ def check_resumable(path: Path, module: MTPModule) -> int:
     if changed:
         log.warning("Continuing with changed settings: %s.", "; ".join(changed))
     return int(checkpoint["global_step"])
+
+
+def describe_interrupt(folder: Path) -> str:
+    """What Ctrl-C left, and how to go on from there."""
+    last = folder / CHECKPOINTS / checkpoint_io.LAST
+    if not last.is_file():
+        return "interrupted before the first checkpoint: nothing was saved."
+    step = checkpoint_io.stored_step(last)
+    return f"interrupted; saved is step {step}: the same command with run_dir={folder} continues."
 
 
 def summarise(trainer: pl.Trainer, module: MTPModule, data: TokenDataModule) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,6 +22,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.lr_schedule import LRSchedule
 from mtp_lightning.metrics.rates import DepthRates
 from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.base import Draw
 from mtp_lightning.objective.lambda_schedule import LambdaSchedule, Progress
 from mtp_lightning.objective.mtp_loss import active_depths, mtp_loss
 
@@ -71,7 +72,7 @@ class MTPModule(pl.LightningModule):
         model_config: shape of the model.
         schedule: lambda_k as a function of progress.
         optimizer: AdamW's settings.
-        seed: of the initial weights.
+        seed: of the initial weights, and of random choices in training.
         accumulate: micro-batches an optimizer step of one rank is split into.
         clip_norm: bound on the gradient's global norm; None for no bound.
         bytes_per_token: of the validation text, to turn nats per token into bits per byte.
@@ -94,6 +95,7 @@ class MTPModule(pl.LightningModule):
         self.automatic_optimization = False
         self.model = MTPModel(model_config)
         self.model.initialise(seed)
+        self.seed = seed
         self.schedule = schedule
         self.optimizer_config = optimizer
         self.accumulate = accumulate
@@ -129,13 +131,17 @@ class MTPModule(pl.LightningModule):
 
         sums = torch.zeros(self.model.depth + 1, dtype=torch.float64, device=self.device)
         micro_batches = batch.micro_batches(self.accumulate)
+        draw = Draw(self.seed, step, first_row=len(batch) * self.trainer.global_rank)
         for index, micro in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self._no_sync():
-                loss, micro_sums = mtp_loss(self.model, micro, weights, counts)
-                # Data-parallel ranks average their gradients; the parts of the loss add up.
-                self.manual_backward(loss * self.trainer.world_size)
+                loss, micro_sums = mtp_loss(self.model, micro, weights, counts, draw=draw)
+                # With a frozen trunk and all weights 0, a step trains nothing.
+                if loss.requires_grad:
+                    # Data-parallel ranks average their gradients; the parts of the loss add up.
+                    self.manual_backward(loss * self.trainer.world_size)
             sums += micro_sums
+            draw = replace(draw, first_row=draw.first_row + len(micro))
         grad_norm = self._clip_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

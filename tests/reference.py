@@ -109,3 +109,73 @@ def sequential(
         previous = rms_norm(x, w[f"{p}.norm.weight"], c.norm_eps)
         hidden.append(previous)
     return hidden
+
+
+def branch_point(
+    window: Tensor, w: Weights, c: TrunkConfig, depth: int, branch: str, input_norm: str
+) -> tuple[Tensor, Tensor]:
+    """(main hidden state, what the heads read), each [T, C]."""
+    final, last, before_last = trunk(window[: window.shape[0] - depth - 1], w, c)
+    read = {"final": last, "before_last": before_last}[branch]
+    if input_norm == "post":
+        read = rms_norm(read, w["trunk.norm.weight"], c.norm_eps)
+    return final, read
+
+
+def parallel(
+    window: Tensor,
+    w: Weights,
+    c: TrunkConfig,
+    depth: int,
+    *,
+    branch: str = "before_last",
+    input_norm: str = "pre",
+) -> list[Tensor]:
+    """Hidden states of depths 0 .. D of one window [T + D + 1] (Gloeckle 2024, section 2).
+
+    ``P(x_{t+i} | x_{<=t}) = softmax(f_u(f_{h_i}(f_s(x_{<=t}))))``: f_h a transformer layer each.
+    """
+    final, shared = branch_point(window, w, c, depth, branch, input_norm)
+    hidden = [final]
+    for k in range(depth):
+        h = block(shared, w, f"mtp.depths.{k}.block", c)
+        hidden.append(rms_norm(h, w[f"mtp.depths.{k}.norm.weight"], c.norm_eps))
+    return hidden
+
+
+def linear(
+    window: Tensor, w: Weights, c: TrunkConfig, depth: int, *, branch: str = "final"
+) -> list[Tensor]:
+    """Hidden states of depths 0 .. D of one window (Medusa, section 2.1.1):
+
+    ``p^(k)_t = softmax(W_2 (SiLU(W_1^(k) h_t) + h_t))``.
+    """
+    final, h = branch_point(window, w, c, depth, branch, "post")
+    hidden = [final]
+    for k in range(depth):
+        rows = []
+        for t in range(h.shape[0]):
+            inner = w[f"mtp.depths.{k}.weight"] @ h[t]
+            rows.append(inner / (1 + torch.exp(-inner)) + h[t])
+        hidden.append(torch.stack(rows))
+    return hidden
+
+
+def parameter_free_loss(
+    window: Tensor, w: Weights, c: TrunkConfig, weights: list[float]
+) -> tuple[Tensor, list[Tensor]]:
+    """Objective of one window and its per-depth means: one distribution, D + 1 targets."""
+    depth = len(weights)
+    seq_len = window.shape[0] - depth - 1
+    final = trunk(window[:seq_len], w, c)[0]
+    means = []
+    for k in range(depth + 1):
+        nll = torch.zeros((), dtype=torch.float64)
+        for i in range(seq_len):
+            logits = w["head.weight"] @ final[i]
+            nll = nll + torch.logsumexp(logits, 0) - logits[window[i + 1 + k]]
+        means.append(nll / seq_len)
+    total = means[0]
+    for weight, mean in zip(weights, means[1:], strict=True):
+        total = total + weight * mean
+    return total, means

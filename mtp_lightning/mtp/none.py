@@ -33,7 +33,7 @@ class NoMTPConfig(MTPConfig):
     def num_params(self, trunk: TrunkConfig) -> int:
         return 0
 
-    def flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
+    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
         return 0
 
 

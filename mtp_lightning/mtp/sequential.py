@@ -10,23 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.base import MTPConfig, MTPStack
+from mtp_lightning.mtp.base import Draw, MTPConfig, MTPStack
+from mtp_lightning.mtp.switches import Branch, Concat, Detach, InputNorm, branch_state
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.init import parameter_seed
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
-
-Branch = Literal["final", "before_last"]
-InputNorm = Literal["post", "pre"]
-Concat = Literal["embedding_first", "hidden_first"]
-Detach = Literal["none", "trunk", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,29 +41,32 @@ class SequentialConfig(MTPConfig):
         detach: ``trunk`` stops the depths' gradients at the trunk's hidden state, once, before
             the first depth; ``all`` also at the shared embedding and head.
         share_layers: one module is applied D times (FastMTP; Megatron mtp_use_repeated_layer).
+        hidden_state_mixing: in training, every position of depth k >= 2 starts from a hidden state
+            drawn uniformly from depth k - 1's, the earlier depths' and the trunk's, all of those
+            that have read the same tokens (Megatron mtp_hsm).
+        freeze_trunk: embedding, trunk and head keep their weights; only the modules are trained.
 
     Raises:
-        ValueError: a switch has a value that it does not know.
+        ValueError: a switch has a value that it does not know, or nothing to act on.
     """
+
+    meaning: ClassVar[tuple[str, ...]] = ("branch", "input_norm", "concat")
 
     branch: Branch = "final"
     input_norm: InputNorm = "post"
     concat: Concat = "embedding_first"
     detach: Detach = "none"
     share_layers: bool = False
+    hidden_state_mixing: bool = False
+    freeze_trunk: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in (
-            ("branch", Branch),
-            ("input_norm", InputNorm),
-            ("concat", Concat),
-            ("detach", Detach),
-        ):
-            value = getattr(self, name)
-            if value not in get_args(choices):
-                known = ", ".join(get_args(choices))
-                raise ValueError(f"mtp.{name}={value} is unknown: choose one of {known}.")
+        if self.hidden_state_mixing and self.depth < 2:
+            raise ValueError(
+                f"mtp.hidden_state_mixing=true has nothing to mix at mtp.depth={self.depth}: "
+                "set mtp.depth to 2 or more, or mtp.hidden_state_mixing=false."
+            )
 
     def build(self, trunk: TrunkConfig) -> SequentialMTP:
         return SequentialMTP(self, trunk)
@@ -75,10 +76,10 @@ class SequentialConfig(MTPConfig):
         module = trunk.block_params() + 2 * c * c + 3 * c
         return module * (min(self.depth, 1) if self.share_layers else self.depth)
 
-    def flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
+    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
         # A depth needs all shallower modules, but not their logits.
         module = trunk.block_flops(seq_len) + 2 * 2 * trunk.d_model**2
-        return max(active, default=0) * module + len(active) * trunk.head_flops()
+        return max(active, default=0) * module
 
 
 class SequentialModule(nn.Module):
@@ -110,14 +111,14 @@ class SequentialMTP(MTPStack):
         self.depths = nn.ModuleList(SequentialModule(config, trunk) for _ in range(n_modules))
 
     def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
-        if self.config.branch == "before_last":
-            hidden = output.before_last
-            hidden = trunk.norm(hidden) if self.config.input_norm == "post" else hidden
-        else:
-            hidden = output.final if self.config.input_norm == "post" else output.last_block
-        # Once, before the loop over depths: cut at every depth, the earlier modules would learn
-        # from their own loss alone.
-        return hidden if self.config.detach == "none" else hidden.detach()
+        c = self.config
+        return branch_state(
+            trunk, output, branch=c.branch, input_norm=c.input_norm, detach=c.detach
+        )
+
+    @property
+    def max_draft_depth(self) -> int | None:
+        return None if self.config.share_layers and self.depth else self.depth
 
     @property
     def trains_head(self) -> bool:
@@ -136,3 +137,33 @@ class SequentialMTP(MTPStack):
             embedded_BTC = embedded_BTC.detach()
         module = self.depths[0 if self.config.share_layers else k - 1]
         return module(previous_BTC, embedded_BTC, positions)
+
+    def input_of(self, k: int, history: Sequence[Tensor], draw: Draw | None) -> Tensor:
+        newest = history[-1]
+        if draw is None or not self.config.hidden_state_mixing or k == 1:
+            return newest
+        batch, seq_len, _ = newest.shape
+        back_BT = draw_states_back(k, batch, seq_len, draw).to(newest.device)
+        mixed = newest
+        for back in range(1, k):
+            # Depth k - 1 at i has read the tokens up to i + k - 1, as has the depth ``back``
+            # shallower at i + back. The window ends before the last of them: they stay the newest.
+            aligned = F.pad(history[k - 1 - back][:, back:], (0, 0, 0, min(back, seq_len)))
+            mixed = torch.where((back_BT == back).unsqueeze(-1), aligned, mixed)
+        return mixed
+
+
+def draw_states_back(k: int, batch: int, seq_len: int, draw: Draw) -> Tensor:
+    """How many depths back of k - 1 every position's input lies: int64 [B, T] on the CPU.
+
+    Uniform in 0 .. k - 1; 0 where the window holds no such state. Every window of a step draws
+    from a stream of its own.
+    """
+    rows = []
+    for row in range(draw.first_row, draw.first_row + batch):
+        stream = parameter_seed(draw.seed, f"hidden_state_mixing:{draw.step}:{k}:{row}")
+        generator = torch.Generator().manual_seed(stream)
+        rows.append(torch.randint(0, k, (seq_len,), generator=generator))
+    back_BT = torch.stack(rows)
+    exists_BT = torch.arange(seq_len) + back_BT < seq_len
+    return back_BT.where(exists_BT, torch.zeros_like(back_BT))

@@ -11,7 +11,7 @@ Shapes: M positions (B x T), C d_model, V vocabulary, R positions of one chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,9 +63,66 @@ def log_probs_by_chunk(h_MC: Tensor, weight_VC: Tensor) -> Iterator[tuple[slice,
         yield place, torch.log_softmax(logits_RV, dim=-1, dtype=torch.float32)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
+def compute_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def add_depth(
+    weight_VC: Tensor,
+    depth: DepthLoss,
+    sum_: Tensor,
+    d_weight: Tensor | None,
+    *,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """One depth's loss, and its gradients, without autograd.
+
+    Args:
+        weight_VC: the shared head's weight.
+        depth: the depth.
+        sum_: fp64 scalar that the depth's summed loss is added to, in place.
+        d_weight: the weight's gradient so far; added to in place, made where it is None.
+        needs_hidden: whether the hidden state's gradient is wanted.
+        needs_weight: whether the weight's is.
+
+    Returns:
+        The gradient of ``coefficient * loss`` by the hidden state, or None; and ``d_weight``.
+    """
+    h = depth.hidden
+    dtype = compute_dtype(h)
+    weight = weight_VC.detach().to(dtype)
+    trains_weight = needs_weight and depth.train_head
+    with torch.autocast(weight.device.type, enabled=False):
+        h_MC = h.detach().reshape(-1, h.shape[-1]).to(dtype)
+        targets_M = depth.targets.reshape(-1)
+        d_h = torch.empty_like(h_MC, dtype=h.dtype) if needs_hidden else None
+        for place, chunk_RV in log_probs_by_chunk(h_MC, weight):
+            target_R1 = targets_M[place].unsqueeze(-1)
+            valid_R1 = target_R1 != IGNORED
+            target_R1 = target_R1.clamp(min=0)
+            nll_R1 = -chunk_RV.gather(1, target_R1) * valid_R1
+            sum_ += nll_R1.double().sum()
+            if d_h is None and not trains_weight:
+                continue
+            # softmax - one_hot: the gradient of a row's loss by its logits.
+            d_logits_RV = chunk_RV.exp_()
+            d_logits_RV.scatter_add_(
+                1, target_R1, d_logits_RV.new_full((1, 1), -1.0).expand_as(target_R1)
+            )
+            d_logits_RV = d_logits_RV.to(dtype)
+            # The coefficient and the mask go onto the C-wide factors, not the V-wide one.
+            scale_R1 = valid_R1 * depth.coefficient
+            if d_h is not None:
+                d_h_RC = matmul_transposed(d_logits_RV, weight.t())
+                torch.mul(d_h_RC, scale_R1, out=d_h[place])
+            if trains_weight:
+                part_VC = weight_gradient(d_logits_RV, h_MC[place] * valid_R1)
+                if d_weight is None:
+                    d_weight = torch.zeros_like(weight_VC)
+                d_weight.add_(part_VC, alpha=depth.coefficient)
+    return None if d_h is None else d_h.view_as(h), d_weight
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -74,41 +131,19 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         ctx: Any, weight_VC: Tensor, depths: Sequence[DepthLoss], *hidden: Tensor
     ) -> tuple[Tensor, Tensor]:
         needs_weight, needs_hidden = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
-        dtype = _compute_dtype(hidden[0])
-        weight = weight_VC.detach().to(dtype)
         d_weight = None
         d_hidden: list[Tensor | None] = []
-        sums = torch.zeros(len(depths), dtype=torch.float64, device=weight.device)
-        with torch.autocast(weight.device.type, enabled=False):
-            for index, (depth, h) in enumerate(zip(depths, hidden, strict=True)):
-                h_MC = h.detach().reshape(-1, h.shape[-1]).to(dtype)
-                targets_M = depth.targets.reshape(-1)
-                d_h = torch.empty_like(h_MC, dtype=h.dtype) if needs_hidden[index] else None
-                for place, chunk_RV in log_probs_by_chunk(h_MC, weight):
-                    target_R1 = targets_M[place].unsqueeze(-1)
-                    valid_R1 = target_R1 != IGNORED
-                    target_R1 = target_R1.clamp(min=0)
-                    nll_R1 = -chunk_RV.gather(1, target_R1) * valid_R1
-                    sums[index] += nll_R1.double().sum()
-                    trains_weight = needs_weight and depth.train_head
-                    if d_h is None and not trains_weight:
-                        continue
-                    # softmax - one_hot: the gradient of a row's loss by its logits.
-                    d_logits_RV = chunk_RV.exp_()
-                    d_logits_RV.scatter_add_(1, target_R1, d_logits_RV.new_full((1, 1), -1.0)
-                                             .expand_as(target_R1))
-                    d_logits_RV = d_logits_RV.to(dtype)
-                    # The coefficient and the mask go onto the C-wide factors, not the V-wide one.
-                    scale_R1 = valid_R1 * depth.coefficient
-                    if d_h is not None:
-                        d_h_RC = matmul_transposed(d_logits_RV, weight.t())
-                        torch.mul(d_h_RC, scale_R1, out=d_h[place])
-                    if trains_weight:
-                        part_VC = weight_gradient(d_logits_RV, h_MC[place] * valid_R1)
-                        if d_weight is None:
-                            d_weight = torch.zeros_like(weight_VC)
-                        d_weight.add_(part_VC, alpha=depth.coefficient)
-                d_hidden.append(None if d_h is None else d_h.view_as(h))
+        sums = torch.zeros(len(depths), dtype=torch.float64, device=weight_VC.device)
+        for index, (depth, h) in enumerate(zip(depths, hidden, strict=True)):
+            d_h, d_weight = add_depth(
+                weight_VC,
+                replace(depth, hidden=h),
+                sums[index],
+                d_weight,
+                needs_hidden=needs_hidden[index],
+                needs_weight=needs_weight,
+            )
+            d_hidden.append(d_h)
         ctx.gradients = (d_weight, d_hidden)
         ctx.mark_non_differentiable(sums)
         coefficients = sums.new_tensor([depth.coefficient for depth in depths])

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.base import Draw
 from mtp_lightning.objective.cross_entropy import DepthLoss, weighted_cross_entropy
+from mtp_lightning.objective.head_by_head import head_by_head_loss
+from mtp_lightning.objective.multi_target import multi_target_cross_entropy
 
 
 def active_depths(weights: Sequence[float]) -> list[int]:
@@ -21,15 +24,25 @@ def active_depths(weights: Sequence[float]) -> list[int]:
 
 
 def mtp_loss(
-    model: MTPModel, batch: WindowBatch, weights: Sequence[float], counts: Sequence[int]
+    model: MTPModel,
+    batch: WindowBatch,
+    weights: Sequence[float],
+    counts: Sequence[int],
+    *,
+    draw: Draw | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One micro-batch's part of the step's loss.
+
+    Heads that do not read each other are trained one after another, see ``head_by_head``: their
+    backward passes have then happened when this returns, and ``backward()`` on the loss goes
+    through the trunk and hands out all gradients.
 
     Args:
         model: the model.
         batch: the micro-batch.
         weights: lambda_k for k = 1 .. D. A depth of weight 0 is not computed.
         counts: valid targets of depths 0 .. D in the whole step.
+        draw: what a stack's random choices in training depend on; None makes none.
 
     Returns:
         The part of ``L`` (the parts of all micro-batches and ranks add up to it), and the summed
@@ -45,18 +58,42 @@ def mtp_loss(
             "Use longer documents, or data.document_mask=false."
         )
     active = active_depths(weights)
-    hidden = model(batch, active)
+    computed_depths = [0, *active]
     factors = [1.0, *weights]
+    targets = [batch.targets(k) for k in computed_depths]
+    coefficients = [factors[k] / max(counts[k], 1) for k in computed_depths]
+    if active and model.mtp.shares_hidden:
+        hidden = model.read(batch, active).final
+        total, computed = multi_target_cross_entropy(
+            model.head.weight, hidden, targets, coefficients
+        )
+    elif active and model.mtp.independent:
+        reading = model.read(batch, active)
+        total, computed = head_by_head_loss(model, reading, active, targets, coefficients)
+    else:
+        total, computed = _joint_loss(model, batch, active, targets, coefficients, draw)
+    sums = computed.new_zeros(model.depth + 1)
+    sums[computed_depths] = computed
+    return total, sums
+
+
+def _joint_loss(
+    model: MTPModel,
+    batch: WindowBatch,
+    active: Sequence[int],
+    targets: Sequence[Tensor],
+    coefficients: Sequence[float],
+    draw: Draw | None,
+) -> tuple[Tensor, Tensor]:
+    """All depths forward, then all depths through the head; any stack can be trained so."""
+    hidden = model(batch, active, draw=draw)
     depths = [
         DepthLoss(
             hidden=hidden[k],
-            targets=batch.targets(k),
-            coefficient=factors[k] / max(counts[k], 1),
+            targets=target,
+            coefficient=coefficient,
             train_head=k == 0 or model.mtp.trains_head,
         )
-        for k in (0, *active)
+        for k, target, coefficient in zip((0, *active), targets, coefficients, strict=True)
     ]
-    total, computed = weighted_cross_entropy(model.head.weight, depths)
-    sums = computed.new_zeros(model.depth + 1)
-    sums[[0, *active]] = computed
-    return total, sums
+    return weighted_cross_entropy(model.head.weight, depths)

@@ -1,0 +1,267 @@
+"""Text from a model: ``generate(model, prompts, ...)``, speculative or plain.
+
+    model, tokenizer = ...
+    prompt = tokenizer.encode("def main():")
+    print(generate(model, [prompt], max_new_tokens=100, tokenizer=tokenizer)[0].text)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.decoding.adaptive import AutoDepth
+from mtp_lightning.decoding.row import Generation, Row
+from mtp_lightning.decoding.sampling import Noise, Sampling
+from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.speculative import Decoder
+from mtp_lightning.model import MTPModel
+from mtp_lightning.nn.linear import packed_weights
+
+Prompt = Sequence[int] | Tensor
+OnTokens = Callable[[int, list[int], list[bool]], None]
+
+
+@dataclass(frozen=True)
+class _Options:
+    max_new_tokens: int
+    max_draft: int
+    auto: bool
+    sampling: Sampling
+    seed: int
+    stop: tuple[str, ...]
+    tokenizer: Any
+    eot_id: int | None
+    max_context: int | None
+    long: str
+    on_tokens: OnTokens | None
+
+
+def generate(
+    model: MTPModel,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    speculative: bool = True,
+    draft_depth: int | Literal["auto"] | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    tokenizer: Any = None,
+    eot_id: int | None = None,
+    batch_size: int | None = None,
+    max_context: int | None = None,
+    long: Literal["refuse", "slide"] = "refuse",
+    on_tokens: OnTokens | None = None,
+) -> list[Generation]:
+    """Continue every prompt.
+
+    Greedy output is, token for token, that of plain greedy decoding; sampled output has the
+    model's distribution. Drafts change the speed alone.
+
+    Args:
+        model: any variant. It is put into eval mode for the call.
+        prompts: token ids, at least one each.
+        max_new_tokens: for every prompt.
+        speculative: draft with the MTP modules; False is plain decoding.
+        draft_depth: tokens to draft in a round; by default the model's depth. Shared layers can
+            draft more. ``"auto"`` measures what pays, down to plain decoding; with a temperature
+            its samples then depend on timing, their distribution does not.
+        temperature: 0 is greedy.
+        top_k: see :class:`~mtp_lightning.decoding.sampling.Sampling`.
+        top_p: likewise.
+        seed: of the samples; every prompt has a stream of its own.
+        stop: strings that end a text; they are not part of it. Needs ``tokenizer``.
+        tokenizer: with ``decode(ids)`` and ``eot_id``, for texts.
+        eot_id: end-of-text id that ends a text; by default the tokenizer's.
+        batch_size: prompts decoded together; by default all.
+        max_context: most tokens the model may read at once: the ``seq_len`` it was trained on.
+        long: what happens beyond: ``"refuse"`` raises, ``"slide"`` goes on from the last half
+            of the context, read anew.
+        on_tokens: called as tokens are accepted, with the prompt's index, the token ids, and
+            which of them were drafts.
+
+    Returns:
+        One :class:`Generation` a prompt, in order.
+
+    Raises:
+        ValueError: an option out of range, an empty prompt, a prompt longer than the context.
+    """
+    ids = [_token_ids(prompt, i, model) for i, prompt in enumerate(prompts)]
+    options = _Options(
+        max_new_tokens=_positive("max_new_tokens", max_new_tokens),
+        max_draft=_max_draft(model, speculative, draft_depth),
+        auto=speculative and draft_depth == "auto",
+        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
+        seed=_whole("seed", seed),
+        stop=_stop_strings(stop, tokenizer),
+        tokenizer=tokenizer,
+        eot_id=getattr(tokenizer, "eot_id", None) if eot_id is None else eot_id,
+        max_context=None if max_context is None else _positive("max_context", max_context),
+        long=long,
+        on_tokens=on_tokens,
+    )
+    _check_lengths(ids, options)
+    size = len(ids) if batch_size is None else _positive("batch_size", batch_size)
+    done: dict[int, Generation] = {}
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), packed_weights(model):
+            for start in range(0, len(ids), max(size, 1)):
+                indices = range(start, min(start + size, len(ids)))
+                _decode({i: ids[i] for i in indices}, model, options, done)
+    finally:
+        model.train(training)
+    return [done[i] for i in range(len(ids))]
+
+
+def _decode(
+    prompts: dict[int, list[int]],
+    model: MTPModel,
+    options: _Options,
+    done: dict[int, Generation],
+) -> None:
+    """Decode one batch to its end; ``done`` receives what is finished."""
+    began = time.perf_counter()
+    limit = options.max_context
+    windows = list(prompts.values())
+    if limit is not None:
+        # Only long="slide" lets a longer prompt pass.
+        windows = [w if len(w) <= limit else w[-_kept(limit) :] for w in windows]
+    capacity = max(len(window) for window in windows) + options.max_new_tokens
+    session = Session(
+        model,
+        windows,
+        capacity=capacity if limit is None else min(capacity, limit),
+        max_draft=options.max_draft,
+    )
+    noise = Noise(options.seed, list(prompts), session.tokens_BS.device)
+    decoder = Decoder(session, options.sampling, noise, max_draft=options.max_draft)
+    rows = [Row(index, options.max_draft, options) for index in prompts]
+    auto = AutoDepth(options.max_draft) if options.auto and options.max_draft else None
+
+    def finish() -> None:
+        for i in range(len(rows) - 1, -1, -1):
+            if rows[i].finish_reason is None:
+                continue
+            done[rows[i].index] = rows[i].generation(time.perf_counter() - began)
+            rows[i] = rows[-1]
+            rows.pop()
+            noise.drop_row(i)
+            session.drop_row(i)
+            if auto is not None and rows:
+                auto.forget_times()
+
+    for row, token in zip(rows, decoder.first(session.prefill([len(w) for w in windows])),
+                          strict=True):
+        row.extend([token], accepted=0)
+    finish()
+    while rows:
+        if limit is not None:
+            for i, n in enumerate(session.n):
+                if n >= limit:
+                    session.slide(i, _kept(limit))
+        caps = [row.remaining - 1 for row in rows]
+        if limit is not None:
+            caps = [min(cap, limit - n - 1) for cap, n in zip(caps, session.n, strict=True)]
+        wanted = options.max_draft if auto is None else auto.depth
+        n_drafts = min(wanted, max(caps))
+        start = time.perf_counter()
+        outcome = decoder.round(n_drafts, caps)
+        if auto is not None and n_drafts == wanted:
+            auto.record(
+                n_drafts, time.perf_counter() - start, outcome.accepted, outcome.reached
+            )
+        for row, tokens, accepted, reached in zip(
+            rows, outcome.tokens, outcome.accepted, outcome.reached, strict=True
+        ):
+            row.count(accepted, reached)
+            row.extend(tokens, accepted)
+        if any(row.finish_reason is not None for row in rows):
+            finish()
+
+
+def _kept(limit: int) -> int:
+    """Tokens of a full context of ``limit`` that sliding keeps."""
+    return max(limit // 2, 1)
+
+
+def _max_draft(model: MTPModel, speculative: bool, draft_depth: object) -> int:
+    most = model.mtp.max_draft_depth
+    if draft_depth is None or draft_depth == "auto":
+        # Shared layers have no end; twice the trained depth is where auto stops looking.
+        deepest = model.depth if draft_depth is None or most is not None else 2 * model.depth
+        return deepest if speculative else 0
+    if not isinstance(draft_depth, int) or isinstance(draft_depth, bool) or draft_depth < 1:
+        raise ValueError(
+            f"draft_depth={draft_depth} must be a whole number of at least 1, or 'auto'; "
+            "speculative=false is plain decoding."
+        )
+    if speculative and most is not None and draft_depth > most:
+        remedy = f"at most {most} here" if most else "speculative=false here"
+        raise ValueError(
+            f"draft_depth={draft_depth}, but the model drafts {most} tokens: use {remedy}."
+        )
+    return draft_depth if speculative else 0
+
+
+def _token_ids(prompt: Prompt, index: int, model: MTPModel) -> list[int]:
+    ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    vocab = model.config.trunk.vocab_size
+    if not ids:
+        raise ValueError(f"Prompt {index} is empty: give at least one token.")
+    for token in ids:
+        if not isinstance(token, int) or not 0 <= token < vocab:
+            raise ValueError(
+                f"Prompt {index} holds {token!r}, not a token id of the model (0 to {vocab - 1}): "
+                "encode it with the tokenizer that the model was trained with."
+            )
+    return ids
+
+
+def _check_lengths(prompts: list[list[int]], options: _Options) -> None:
+    if options.long not in ("refuse", "slide"):
+        raise ValueError(f"long={options.long} is unknown: choose refuse or slide.")
+    limit = options.max_context
+    if limit is None or options.long == "slide":
+        return
+    for i, prompt in enumerate(prompts):
+        # The last new token is never read.
+        total = len(prompt) + options.max_new_tokens - 1
+        if total > limit:
+            raise ValueError(
+                f"Prompt {i} has {len(prompt)} tokens and {options.max_new_tokens} new ones are "
+                f"asked for: {total} to read, but the model was trained on {limit}. Shorten the "
+                "prompt, lower max_new_tokens, or set long=slide."
+            )
+
+
+def _stop_strings(stop: Sequence[str], tokenizer: Any) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise ValueError(f"stop={string!r} must be a string of at least one character.")
+    if strings and tokenizer is None:
+        raise ValueError(f"stop={list(strings)} needs a tokenizer: pass tokenizer=.")
+    return strings
+
+
+def _whole(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name}={value} must be a whole number.")
+    return value
+
+
+def _positive(name: str, value: object) -> int:
+    if _whole(name, value) < 1:
+        raise ValueError(f"{name}={value} must be at least 1.")
+    assert isinstance(value, int)
+    return value

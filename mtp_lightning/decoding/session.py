@@ -1,0 +1,232 @@
+"""The tensors of decoding: token buffer, caches of trunk and modules, hidden states, their passes.
+
+A row that has read ``n`` tokens has trunk states of positions 0 .. n - 1 and one pending token at
+position n, chosen but not read. Drafts stand behind it in the same buffer.
+
+Depth k's entry at position i rests on tokens up to i + k. It is *true* once those are accepted;
+``filled[k][row]`` counts the true entries, and the next pass of that depth starts there. So every
+module's cache holds true hidden states and tokens for accepted positions, and a rejected draft
+costs its depth a position more in the next pass, which at these sizes is free.
+
+Shapes: B rows, T new positions, S capacity, C d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.model import MTPModel
+from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.kv_cache import KVCache, PositionTables
+
+
+class Session:
+    """Decoding state of a batch; it knows nothing of how tokens are chosen.
+
+    Args:
+        model: in eval mode, on its device.
+        prompts: token ids of every row, at least one each.
+        capacity: most tokens a row can hold, drafts included.
+        max_draft: deepest draft that will be asked for.
+
+    Attributes:
+        tokens_BS: int64 token ids: read, pending and drafted.
+        n: tokens that the trunk has read, one number a row.
+    """
+
+    def __init__(
+        self, model: MTPModel, prompts: Sequence[Sequence[int]], *, capacity: int, max_draft: int
+    ) -> None:
+        weight = model.trunk.embedding.weight
+        trunk = model.config.trunk
+        self.model = model
+        self.max_draft = max_draft
+        # A pass over rows of different lengths is as wide as the widest and may overshoot.
+        tables = PositionTables(
+            trunk, capacity + max_draft + 1, device=weight.device, dtype=weight.dtype
+        )
+        self.capacity = tables.capacity
+        batch = len(prompts)
+        self.tokens_BS = torch.zeros(
+            batch, self.capacity + max_draft + 1, dtype=torch.int64, device=weight.device
+        )
+        for row, prompt in enumerate(prompts):
+            self.tokens_BS[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64)
+        self.n = [0] * batch
+        self.trunk_cache = KVCache(
+            trunk, tables, n_layers=trunk.n_layers, batch_size=batch, exact=True
+        )
+        self.depth_caches = [
+            KVCache(trunk, tables, n_layers=1, batch_size=batch) for _ in range(max_draft)
+        ]
+        # states[k]: hidden states of depth k, what depth k + 1 reads; states[0] is the branch.
+        self.states = [
+            torch.zeros(
+                batch, self.capacity, trunk.d_model, dtype=weight.dtype, device=weight.device
+            )
+            for _ in range(max_draft)
+        ]
+        self.filled = [[0] * batch for _ in range(max_draft + 1)]
+
+    @property
+    def batch_size(self) -> int:
+        """Rows alive."""
+        return len(self.n)
+
+    def prefill(self, lengths: Sequence[int]) -> Tensor:
+        """Read ``lengths`` tokens of every row. Returns the last ones' logits [B, V]."""
+        width = max(lengths)
+        hidden = self._trunk(width, self.trunk_cache, slice(None), self.n)
+        self.n = list(lengths)
+        if min(lengths) == width:
+            last = hidden[:, -1:]
+        else:
+            index = torch.tensor(lengths, device=hidden.device) - 1
+            last = hidden.gather(1, index.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1]))
+        return self.model.head(last)[:, 0]
+
+    def verify(self, n_drafts: int) -> Tensor:
+        """Read every row's pending token and its drafts. Returns logits [B, n_drafts + 1, V].
+
+        What of it counts is for :meth:`accept` to say.
+        """
+        hidden = self._trunk(n_drafts + 1, self.trunk_cache, slice(None), self.n)
+        return self.model.head(hidden)
+
+    def _trunk(self, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
+        embedded = self.model.trunk.embedding(self._read(self.tokens_BS[rows], starts, width))
+        output = self.model.trunk(embedded, Positions.of_cache(cache, starts, width))
+        if self.max_draft:
+            branch = self.model.mtp.branch(self.model.trunk, output)
+            self._write(self.states[0][rows], starts, branch)
+        return output.final
+
+    def draft(self, k: int) -> Tensor:
+        """Bring depth ``k`` up to date, shallower depths having been. Returns its logits [B, V].
+
+        They predict the token ``k`` places behind the pending one; the drafts of the shallower
+        depths must be in the buffer.
+        """
+        # The newest position is always computed, for its logits. (A row that has slid down to its
+        # pending token alone has none, and drafts something.)
+        ends = [max(n, 1) for n in self.n]
+        starts = [min(held, end - 1) for held, end in zip(self.filled[k], ends, strict=True)]
+        width = max(end - start for end, start in zip(ends, starts, strict=True))
+        # Rows with little to do start earlier rather than write beyond the buffer.
+        starts = [min(start, self.capacity - width) for start in starts]
+        hidden = self._depth(k, width, self.depth_caches[k - 1], slice(None), starts)
+        if self._uniform(starts) and self._uniform(ends):
+            last = hidden[:, ends[0] - starts[0] - 1].unsqueeze(1)
+        else:
+            index = [end - start - 1 for end, start in zip(ends, starts, strict=True)]
+            at = torch.tensor(index, device=hidden.device).view(-1, 1, 1)
+            last = hidden.gather(1, at.expand(-1, 1, hidden.shape[-1]))
+        # Entries whose tokens are all known; the last k - 1 rest on drafts.
+        self.filled[k] = [max(0, n - k + 1) for n in self.n]
+        return self.model.head(last)[:, 0]
+
+    def _depth(
+        self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]
+    ) -> Tensor:
+        token_starts = [start + k for start in starts]
+        branch = self._read(self.states[0][rows], starts, width)
+        hidden = self.model.mtp.step(
+            k,
+            branch_BTC=branch,
+            previous_BTC=branch if k == 1 else self._read(self.states[k - 1][rows], starts, width),
+            embedded_BTC=self.model.trunk.embedding(
+                self._read(self.tokens_BS[rows], token_starts, width)
+            ),
+            positions=Positions.of_cache(cache, starts, width),
+        )
+        if k < self.max_draft:
+            self._write(self.states[k][rows], starts, hidden)
+        return hidden
+
+    def accept(self, accepted: Sequence[int], n_drafted: int) -> None:
+        """Keep the pending token and the first ``accepted`` drafts of every row.
+
+        Args:
+            accepted: one number a row.
+            n_drafted: depths that have drafted since the last call.
+        """
+        for k in range(1, n_drafted + 1):
+            chain = k if self.model.mtp.reads_tokens else 1
+            filled = self.filled[k]
+            for row, a in enumerate(accepted):
+                # An entry that rested on accepted drafts has become true.
+                filled[row] = max(0, min(self.n[row], self.n[row] + a - chain + 1))
+        self.n = [n + a + 1 for n, a in zip(self.n, accepted, strict=True)]
+
+    def put(self, tokens_BT: Tensor, offset: int) -> None:
+        """Write tokens ``offset`` places behind every row's pending one."""
+        self._write(self.tokens_BS, [n + offset for n in self.n], tokens_BT)
+
+    def slide(self, row: int, keep: int) -> None:
+        """Start a row's context anew from its last ``keep`` tokens, the pending one included.
+
+        The kept tokens are read again from position 0, so what follows depends on them alone.
+        """
+        n = self.n[row]
+        assert 1 <= keep <= n
+        tokens = self.tokens_BS[row, n + 1 - keep : n + 1].clone()
+        self.tokens_BS[row, :keep] = tokens
+        self.n[row] = keep - 1
+        rows = slice(row, row + 1)
+        self.trunk_cache.lengths[row] = 0
+        for cache in self.depth_caches:
+            cache.lengths[row] = 0
+        for filled in self.filled:
+            filled[row] = 0
+        if keep == 1:
+            return
+        self._trunk(keep - 1, self.trunk_cache.row(row), rows, [0])
+        self.trunk_cache.lengths[row] = keep - 1
+        for k in range(1, self.max_draft + 1):
+            width = keep - k  # the entries whose tokens are all known
+            if width < 1:
+                break
+            cache = self.depth_caches[k - 1]
+            self._depth(k, width, cache.row(row), rows, [0])
+            cache.lengths[row] = self.filled[k][row] = width
+
+    def drop_row(self, row: int) -> None:
+        """Forget a finished row; the last one takes its place."""
+        last = self.batch_size - 1
+        for cache in (self.trunk_cache, *self.depth_caches):
+            cache.drop_row(row)
+        if row != last:
+            self.tokens_BS[row] = self.tokens_BS[last]
+            for states in self.states:
+                states[row] = states[last]
+        self.tokens_BS = self.tokens_BS[:last]
+        self.states = [states[:last] for states in self.states]
+        for column in (self.n, *self.filled):
+            column[row] = column[last]
+            column.pop()
+
+    @staticmethod
+    def _uniform(starts: Sequence[int]) -> bool:
+        return len(starts) == 1 or all(start == starts[0] for start in starts)
+
+    def _index(self, starts: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
+        device = self.tokens_BS.device
+        start_B1 = torch.tensor(starts, device=device).unsqueeze(1)
+        rows_B1 = torch.arange(len(starts), device=device).unsqueeze(1)
+        return rows_B1, start_B1 + torch.arange(width, device=device)
+
+    def _read(self, buffer: Tensor, starts: Sequence[int], width: int) -> Tensor:
+        if self._uniform(starts):
+            return buffer.narrow(1, starts[0], width)
+        rows_B1, columns_BT = self._index(starts, width)
+        # What overshoots is of no use to anybody, but must be some token.
+        return buffer[rows_B1, columns_BT.clamp_(max=buffer.shape[1] - 1)]
+
+    def _write(self, buffer: Tensor, starts: Sequence[int], values: Tensor) -> None:
+        if self._uniform(starts):
+            buffer.narrow(1, starts[0], values.shape[1]).copy_(values)
+        else:
+            buffer[self._index(starts, values.shape[1])] = values

@@ -1,0 +1,105 @@
+"""Medusa's heads (Cai et al. 2024, arXiv 2401.10774, section 2.1.1) on the shared output head.
+
+    h^k = z + SiLU(W_k z),    k = 1 .. D
+
+where ``z`` is the trunk's state at the branch point. ``W_k`` starts at zero, so that every head
+starts as a copy of the main prediction. Medusa has an output matrix for every head; here it is the
+trunk's own, as for all stacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_lightning.mtp.base import MTPConfig, MTPStack
+from mtp_lightning.mtp.switches import Branch, Detach, branch_state
+from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.linear import Linear
+from mtp_lightning.nn.trunk import Trunk, TrunkOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig(MTPConfig):
+    """Switches of Medusa's heads; the defaults are the paper's.
+
+    They have no norm of their own before the shared head, and so always read a state after the
+    trunk's final norm.
+
+    Attributes:
+        branch: ``final`` reads the whole trunk; ``before_last`` all blocks but the last.
+        detach: ``trunk`` stops the depths' gradients at the branch point; ``all`` also at the
+            shared head.
+        freeze_trunk: embedding, trunk and head keep their weights; only the heads are trained
+            (Medusa-1).
+
+    Raises:
+        ValueError: a switch has a value that it does not know, or nothing to act on.
+    """
+
+    meaning: ClassVar[tuple[str, ...]] = ("branch",)
+
+    branch: Branch = "final"
+    detach: Detach = "none"
+    freeze_trunk: bool = False
+
+    def build(self, trunk: TrunkConfig) -> LinearMTP:
+        return LinearMTP(self, trunk)
+
+    def num_params(self, trunk: TrunkConfig) -> int:
+        return self.depth * trunk.d_model**2
+
+    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
+        return len(active) * 2 * trunk.d_model**2
+
+
+class LinearMTP(MTPStack):
+    """D matrices side by side."""
+
+    def __init__(self, config: LinearConfig, trunk: TrunkConfig) -> None:
+        super().__init__(config.depth)
+        self.config = config
+        self.depths = nn.ModuleList(
+            Linear(trunk.d_model, trunk.d_model) for _ in range(config.depth)
+        )
+
+    @torch.no_grad()
+    def initialise_own(self) -> None:
+        for parameter in self.parameters():
+            parameter.zero_()
+
+    def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
+        c = self.config
+        return branch_state(trunk, output, branch=c.branch, input_norm="post", detach=c.detach)
+
+    @property
+    def independent(self) -> bool:
+        return True
+
+    @property
+    def reads_tokens(self) -> bool:
+        return False
+
+    @property
+    def trains_head(self) -> bool:
+        return self.config.detach != "all"
+
+    def steps(self, active: Sequence[int]) -> list[int]:
+        return sorted(active)
+
+    def step(
+        self,
+        k: int,
+        *,
+        branch_BTC: Tensor,
+        previous_BTC: Tensor,
+        embedded_BTC: Tensor,
+        positions: Positions,
+    ) -> Tensor:
+        return branch_BTC + F.silu(self.depths[k - 1](branch_BTC))

@@ -1,0 +1,110 @@
+"""Gloeckle's parallel heads (Gloeckle et al. 2024, arXiv 2404.19737, section 2).
+
+    h^k = norm_k(Block_k(z)),    k = 1 .. D
+
+where ``z`` is the trunk's state at the branch point and no head reads a token or another head.
+Embedding and output head are the trunk's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from mtp_lightning.mtp.base import MTPConfig, MTPStack
+from mtp_lightning.mtp.switches import Branch, Detach, InputNorm, branch_state
+from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.norm import RMSNorm
+from mtp_lightning.nn.trunk import Trunk, TrunkOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(MTPConfig):
+    """Switches of the parallel heads; the defaults are the paper's.
+
+    Attributes:
+        branch: ``before_last`` gives every prediction, the main one too, one block of its own on
+            a trunk of L - 1; ``final`` puts the heads on the whole trunk.
+        input_norm: ``pre`` gives the heads the residual stream itself, as though they were the
+            trunk's next block; ``post`` the state after the trunk's final norm.
+        detach: ``trunk`` stops the depths' gradients at the branch point; ``all`` also at the
+            shared head.
+        freeze_trunk: embedding, trunk and head keep their weights; only the heads are trained.
+
+    Raises:
+        ValueError: a switch has a value that it does not know, or nothing to act on.
+    """
+
+    meaning: ClassVar[tuple[str, ...]] = ("branch", "input_norm")
+
+    branch: Branch = "before_last"
+    input_norm: InputNorm = "pre"
+    detach: Detach = "none"
+    freeze_trunk: bool = False
+
+    def build(self, trunk: TrunkConfig) -> ParallelMTP:
+        return ParallelMTP(self, trunk)
+
+    def num_params(self, trunk: TrunkConfig) -> int:
+        return self.depth * (trunk.block_params() + trunk.d_model)
+
+    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
+        return len(active) * trunk.block_flops(seq_len)
+
+
+class ParallelHead(nn.Module):
+    """One depth: a block and an output norm."""
+
+    def __init__(self, trunk: TrunkConfig) -> None:
+        super().__init__()
+        self.block = Block(trunk)
+        self.norm = RMSNorm(trunk.d_model, trunk.norm_eps)
+
+    def forward(self, branch_BTC: Tensor, positions: Positions) -> Tensor:
+        return self.norm(self.block(branch_BTC, positions))
+
+
+class ParallelMTP(MTPStack):
+    """D heads side by side."""
+
+    def __init__(self, config: ParallelConfig, trunk: TrunkConfig) -> None:
+        super().__init__(config.depth)
+        self.config = config
+        self.depths = nn.ModuleList(ParallelHead(trunk) for _ in range(config.depth))
+
+    def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
+        c = self.config
+        return branch_state(
+            trunk, output, branch=c.branch, input_norm=c.input_norm, detach=c.detach
+        )
+
+    @property
+    def independent(self) -> bool:
+        return True
+
+    @property
+    def reads_tokens(self) -> bool:
+        return False
+
+    @property
+    def trains_head(self) -> bool:
+        return self.config.detach != "all"
+
+    def steps(self, active: Sequence[int]) -> list[int]:
+        return sorted(active)
+
+    def step(
+        self,
+        k: int,
+        *,
+        branch_BTC: Tensor,
+        previous_BTC: Tensor,
+        embedded_BTC: Tensor,
+        positions: Positions,
+    ) -> Tensor:
+        return self.depths[k - 1](branch_BTC, positions)

@@ -1,0 +1,116 @@
+"""Gloeckle's memory order (Gloeckle et al. 2024, section 2, fig. 2) for heads that do not read
+each other.
+
+The trunk runs forward once. Then every head in turn runs forward, through the loss, and backward;
+its activations are freed before the next one starts. What the heads say adds up at the branch
+point, from where one backward pass goes through the trunk. So the peak holds the activations of
+the trunk and of one head, whatever D is; the gradients are those of the joint backward pass.
+
+All of that happens in the forward pass of one autograd function, which keeps the heads' gradients
+and hands them on in its backward pass. To autograd, and to data parallelism with its hooks on
+every parameter, it is a node like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.model import MTPModel, Reading
+from mtp_lightning.objective.cross_entropy import DepthLoss, add_depth
+
+
+@dataclass(frozen=True)
+class _Work:
+    model: MTPModel
+    reading: Reading
+    # Depth -> targets and coefficient, depth 0 first.
+    depths: dict[int, tuple[Tensor, float]]
+    grad: bool
+
+
+class _HeadByHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, work: _Work, weight: Tensor, final: Tensor, branch: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        _, needs_weight, needs_final, needs_branch, *_ = ctx.needs_input_grad
+        stack = work.model.mtp
+        sums = torch.zeros(len(work.depths), dtype=torch.float64, device=weight.device)
+        d_final = d_branch = d_weight = None
+        d_parameters: list[Tensor | None] = []
+        for index, (k, (targets, coefficient)) in enumerate(work.depths.items()):
+            if k == 0:
+                hidden, inputs = final, []
+            else:
+                inputs = stack.parameters_of(k)
+                with torch.set_grad_enabled(work.grad):
+                    leaf = branch.detach().requires_grad_(work.grad and needs_branch)
+                    reading = replace(work.reading, branch=leaf)
+                    hidden = work.model.predict(k, reading, leaf)
+                    inputs = [leaf, *inputs] if needs_branch else inputs
+            d_hidden, d_weight = add_depth(
+                weight,
+                DepthLoss(hidden, targets, coefficient),
+                sums[index],
+                d_weight,
+                needs_hidden=work.grad and (needs_final if k == 0 else hidden.requires_grad),
+                needs_weight=work.grad and needs_weight and (k == 0 or stack.trains_head),
+            )
+            if k == 0:
+                d_final = d_hidden
+            elif d_hidden is not None:
+                grads = list(torch.autograd.grad(hidden, inputs, d_hidden, allow_unused=True))
+                if needs_branch:
+                    d_leaf = grads.pop(0)
+                    assert d_leaf is not None
+                    d_branch = d_leaf if d_branch is None else d_branch.add_(d_leaf)
+                d_parameters += grads
+            del hidden, d_hidden
+        ctx.gradients = [d_weight, d_final, d_branch, *d_parameters]
+        ctx.mark_non_differentiable(sums)
+        coefficients = sums.new_tensor([coefficient for _, coefficient in work.depths.values()])
+        return (sums * coefficients).sum().float(), sums
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.gradients
+        # They are handed on, not kept: a second backward through the same graph has none.
+        del ctx.gradients
+        for tensor in gradients:
+            if tensor is not None:
+                tensor.mul_(grads[0])
+        return None, *gradients
+
+
+def head_by_head_loss(
+    model: MTPModel,
+    reading: Reading,
+    active: Sequence[int],
+    targets: Sequence[Tensor],
+    coefficients: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """Depth 0 and the ``active`` depths, one after another, forward and backward.
+
+    Args:
+        model: its stack is ``independent``.
+        reading: what :meth:`MTPModel.read` gave.
+        active: MTP depths, in order.
+        targets: of depth 0 and of the active depths, [B, T] each.
+        coefficients: of the same depths' summed losses.
+
+    Returns:
+        The weighted total, a differentiable fp32 scalar, and the plain sums of the losses
+        [1 + len(active)], fp64, without a gradient; both as
+        :func:`~mtp_lightning.objective.cross_entropy.weighted_cross_entropy` gives them.
+    """
+    assert model.mtp.independent
+    depths = dict(zip((0, *active), zip(targets, coefficients, strict=True), strict=True))
+    work = _Work(model, reading, depths, torch.is_grad_enabled())
+    # Only parameters that the pass uses: to the rest, autograd and data parallelism see no path.
+    parameters = [p for k in active for p in model.mtp.parameters_of(k)]
+    return _HeadByHead.apply(work, model.head.weight, reading.final, reading.branch, *parameters)

@@ -1,0 +1,150 @@
+"""Quick runs of the real thing, and what is read back from them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from mtp_lightning.loggers.csv import read_metrics
+
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf"
+
+# A run of a fraction of a second: small enough to repeat, real in every part.
+QUICK = {
+    "data": "synthetic",
+    "data.source.size": 60_000,
+    "data.source.documents": 30,
+    "data.seq_len": 16,
+    "data.batch_size": 4,
+    "model.d_model": 32,
+    "model.n_layers": 1,
+    "model.n_heads": 2,
+    "model.n_kv_heads": 1,
+    "model.d_ff": 48,
+    "logger": "csv",
+    "trainer.max_steps": 10,
+    "trainer.val_check_interval": 5,
+    "trainer.limit_val_batches": 3,
+    "trainer.log_every_n_steps": 1,
+    "trainer.num_threads": 1,
+    "trainer.accelerator": "cpu",
+    "callbacks.throughput.measure_matmul": "false",
+}
+
+
+def overrides(cache: Path, settings: dict[str, Any]) -> list[str]:
+    """QUICK with ``settings`` on top, as Hydra's overrides; a setting of None is left out."""
+    both = {**QUICK, "paths.cache_dir": cache, **settings}
+    if both["data"] != "synthetic":
+        both = {k: v for k, v in both.items() if not k.startswith("data.source.") or k in settings}
+    return [f"{key}={value}" for key, value in both.items() if value is not None]
+
+
+def config(run_dir: Path, cache: Path, settings: dict[str, Any] | None = None) -> DictConfig:
+    """The composed config of a quick run, for ``train(cfg)`` in this process."""
+    given = overrides(cache, settings or {})
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return compose("config", overrides=[*given, f"paths.output_dir={run_dir}"])
+
+
+def train_here(
+    run_dir: Path, cache: Path, settings: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A quick run in this process; its summary."""
+    from mtp_lightning.experiment import train
+
+    return train(config(run_dir, cache, settings))
+
+
+def command(
+    run_dir: Path, cache: Path, settings: dict[str, Any] | None = None, *, app: str = "train.py"
+) -> list[str]:
+    """The command line of the same run in a process of its own."""
+    given = overrides(cache, settings or {})
+    return [sys.executable, str(ROOT / app), *given, f"run_dir={run_dir}"]
+
+
+def environment() -> dict[str, str]:
+    """The environment of a run's process: one thread, and nothing that a test left behind."""
+    leaks = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_", "PL_GLOBAL_SEED", "HYDRA_FULL")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(leaks)}
+    return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+def execute(args: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        args, capture_output=True, text=True, timeout=240, env=environment(), cwd=cwd or ROOT
+    )
+
+
+def start(args: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a command in the background; both of its outputs go to ``log``."""
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            args, stdout=file, stderr=subprocess.STDOUT, env=environment(), cwd=ROOT
+        )
+
+
+def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
+    """Return as soon as ``metrics.csv`` holds ``step``, read without touching the file."""
+    file = run_dir / "metrics.csv"
+    began = time.monotonic()
+    while time.monotonic() - began < 120:
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended (code {process.returncode}) before step {step}")
+        if file.is_file():
+            found = re.findall(r"^(\d+),", file.read_text(), flags=re.MULTILINE)
+            if found and int(found[-1]) >= step:
+                return
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} was not reached in 120 s")
+
+
+def rows(run_dir: Path, *, timing: bool = False) -> list[dict[str, float]]:
+    """The rows of ``metrics.csv``, without speeds, which no two runs share."""
+    return [
+        {tag: value for tag, value in row.items() if timing or not tag.startswith("perf/")}
+        for row in read_metrics(run_dir / "metrics.csv")
+    ]
+
+
+def column(run_dir: Path, tag: str) -> dict[int, float]:
+    """One column of ``metrics.csv`` by step."""
+    return {int(row["step"]): row[tag] for row in rows(run_dir, timing=True) if tag in row}
+
+
+def checkpoint(run_dir: Path, name: str = "last.ckpt") -> dict[str, Any]:
+    """A checkpoint of a run, read by torch alone."""
+    return torch.load(run_dir / "checkpoints" / name, map_location="cpu", weights_only=True)
+
+
+def weights(run_dir: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
+    """The weights in a run's checkpoint."""
+    return checkpoint(run_dir, name)["state_dict"]
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    """Both runs ended with the same weights and the same optimizer state, bit for bit."""
+    for one, other in (
+        (weights(a), weights(b)),
+        (_moments(checkpoint(a)), _moments(checkpoint(b))),
+    ):
+        assert one.keys() == other.keys() and one
+        different = [name for name in one if not torch.equal(one[name], other[name])]
+        assert not different
+
+
+def _moments(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+    state = content["optimizer_states"][0]["state"]
+    return {f"{i}.{name}": t for i, entry in state.items() for name, t in entry.items()}

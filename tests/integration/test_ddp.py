@@ -1,0 +1,102 @@
+"""Two processes (gloo) train as one does with twice the batch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.integration.helpers import (
+    checkpoint,
+    column,
+    command,
+    execute,
+    rows,
+    start,
+    train_here,
+    wait_for_step,
+    weights,
+)
+
+COMMON = {
+    "trainer.max_steps": 9,
+    "trainer.val_check_interval": 4,
+    # All of the 10 or so validation windows: also batches that do not divide evenly.
+    "trainer.limit_val_batches": 1.0,
+    "data.val_fraction": 0.1,
+    "data.eval_batch_size": 3,
+    "trainer.precision": "64-true",
+    "logger": "default",
+}
+TWO = {"trainer.devices": 2, "trainer.strategy": "ddp"}
+
+CASES = {
+    # Documents of about 50 bytes: every rank and micro-batch has counts of its own.
+    "mask": {"data.document_mask": "true", "data.source.documents": 1200},
+    # Stages with 0, 1 and 2 depths: parameters without a gradient, and others a stage later.
+    "skip": {"lambda_schedule": "forward_curriculum"},
+}
+SIZES = {  # per process: (two processes, one process)
+    "mask": (
+        {"data.batch_size": 2, "trainer.accumulate_grad_batches": 2},
+        {"data.batch_size": 8},
+    ),
+    "skip": ({"data.batch_size": 4}, {"data.batch_size": 8}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None:
+    common = COMMON | CASES[case]
+    shared, alone = SIZES[case]
+    done = execute(command(tmp_path / "two", cache, common | shared | TWO))
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    train_here(tmp_path / "one", cache, common | alone)
+
+    two, one = rows(tmp_path / "two"), rows(tmp_path / "one")
+    assert [row["step"] for row in two] == list(range(1, 10))
+    for left, right in zip(two, one, strict=True):
+        assert left == pytest.approx(right, rel=2e-6)
+    left_weights, right_weights = weights(tmp_path / "two"), weights(tmp_path / "one")
+    for name in right_weights:
+        torch.testing.assert_close(left_weights[name], right_weights[name], rtol=1e-6, atol=1e-8)
+    left_summary, right_summary = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("two", "one")
+    )
+    for key in ("tokens", "flops", "step", "parameters"):
+        assert left_summary[key] == right_summary[key] > 0, key
+    assert left_summary["world_size"] == 2
+    for key in (k for k in right_summary if k.startswith("val/")):
+        assert left_summary[key] == pytest.approx(right_summary[key], rel=1e-6), key
+    # One process writes: one table, and no files of a second run.
+    assert done.stdout.count("Validation") == 1
+    if case == "skip":
+        assert len(column(tmp_path / "two", "train/loss_depth_0")) == 9
+        assert 0 < len(column(tmp_path / "two", "train/loss_depth_2")) < 9
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_resumed(tmp_path: Path, cache: Path) -> None:
+    common = {
+        "trainer.max_steps": 80,
+        "trainer.val_check_interval": 30,
+        "callbacks.checkpoints.every_n_steps": 20,
+        "lambda_schedule": "linear_decay",
+    } | TWO
+    whole = execute(command(tmp_path / "whole", cache, common))
+    assert whole.returncode == 0, whole.stderr
+    args = command(tmp_path / "killed", cache, common)
+    (tmp_path / "killed").mkdir()
+    process = start(args, tmp_path / "killed" / "first.log")
+    wait_for_step(process, tmp_path / "killed", 45)
+    process.kill()
+    process.wait()
+    assert checkpoint(tmp_path / "killed")["global_step"] < 80
+    again = execute(args)
+    assert again.returncode == 0, again.stderr
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    left, right = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert [name for name in right if not torch.equal(left[name], right[name])] == []

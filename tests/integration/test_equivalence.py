@@ -1,0 +1,67 @@
+"""Two ways to the same run: no lambda and no modules, accumulation and a larger batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.integration.helpers import assert_same_weights, column, rows, train_here, weights
+
+
+@pytest.mark.parametrize("clip", ["1.0", "null"])
+def test_lambda_zero_is_plain_training_to_the_last_bit(
+    tmp_path: Path, cache: Path, clip: str
+) -> None:
+    with_modules, plain = tmp_path / "d2", tmp_path / "d0"
+    common = {"trainer.max_steps": 12, "trainer.gradient_clip_val": clip, "data.batch_size": 3}
+    train_here(with_modules, cache, common | {"mtp.depth": 2, "mtp_lambda": 0})
+    train_here(plain, cache, common | {"mtp": "none"})
+    for tag in ("train/loss", "train/loss_depth_0", "train/lr", "val/loss_depth_0"):
+        assert column(with_modules, tag) == column(plain, tag) != {}
+    assert len(column(plain, "train/loss_depth_0")) == 12
+    a, b = weights(with_modules), weights(plain)
+    assert {name for name in a if ".mtp." not in name} == b.keys()
+    assert [name for name in b if not torch.equal(a[name], b[name])] == []
+
+
+def test_modules_change_plain_training_when_they_count(tmp_path: Path, cache: Path) -> None:
+    """The test above could not fail if the modules' losses never reached the trunk."""
+    train_here(tmp_path / "d2", cache, {"mtp.depth": 2, "mtp_lambda": 0.3})
+    train_here(tmp_path / "d0", cache, {"mtp": "none"})
+    a, b = (column(tmp_path / name, "train/loss_depth_0") for name in ("d2", "d0"))
+    assert a[1] == b[1] and a[10] != b[10]
+
+
+@pytest.mark.parametrize("mask", ["false", "true"])
+def test_accumulation_is_a_larger_batch(tmp_path: Path, cache: Path, mask: str) -> None:
+    # Documents of about 50 bytes: with the mask every micro-batch has other counts.
+    common = {
+        "data.document_mask": mask,
+        "data.source.documents": 1200,
+        "trainer.max_steps": 8,
+        "trainer.precision": "64-true",
+    }
+    parts, whole = tmp_path / "4x2", tmp_path / "1x8"
+    accumulate = {"data.batch_size": 2, "trainer.accumulate_grad_batches": 4}
+    # Validation batches are not accumulated: both see the same ones.
+    sizes = {"data.eval_batch_size": 8}
+    train_here(parts, cache, common | accumulate | sizes)
+    train_here(whole, cache, common | {"data.batch_size": 8} | sizes)
+    a, b = rows(parts), rows(whole)
+    assert [row["step"] for row in a] == list(range(1, 9))
+    for one, other in zip(a, b, strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+    left, right = weights(parts), weights(whole)
+    for name in right:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-7, atol=1e-9)
+
+
+def test_the_same_run_twice_is_the_same_run(tmp_path: Path, cache: Path) -> None:
+    for name in "ab":
+        train_here(tmp_path / name, cache)
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+    train_here(tmp_path / "c", cache, {"seed": 1})
+    assert rows(tmp_path / "c") != rows(tmp_path / "a")

@@ -1,0 +1,231 @@
+"""A run that was killed, interrupted or damaged continues as though nothing had happened."""
+
+from __future__ import annotations
+
+import csv
+import signal
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.integration.helpers import (
+    assert_same_weights,
+    checkpoint,
+    column,
+    command,
+    execute,
+    rows,
+    start,
+    train_here,
+    wait_for_step,
+    weights,
+)
+
+STEPS, EVERY = 150, 20
+
+# Schedules that never rest, validations that do not fall on checkpoints, epochs that end in between
+# (8 kB are about 110 batches of 4 windows of 16 tokens, fewer than the steps).
+LONG = {
+    "data.source.size": 8_000,
+    "data.source.documents": 20,
+    "lambda_schedule": "linear_decay",
+    "trainer.max_steps": STEPS,
+    "trainer.val_check_interval": 35,
+    "callbacks.checkpoints.every_n_steps": EVERY,
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """The run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    train_here(folder, cache, LONG)
+    return folder
+
+
+@dataclass
+class Killed:
+    """A run that was killed once, as it then was, and as it ended after its second start."""
+
+    folder: Path
+    step: int  # of the checkpoint that was left
+    logged: int  # the last step in metrics.csv when it died
+    message: str
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Killed:
+    folder = tmp_path_factory.mktemp("killed")
+    settings = LONG | {"logger": "default", "logger.tensorboard.flush_secs": 0}
+    args = command(folder, cache, settings)
+    process = start(args, folder / "first.log")
+    try:
+        wait_for_step(process, folder, 47)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    step = checkpoint(folder)["global_step"]
+    logged = max(column(folder, "train/loss"))
+    done = execute(args)
+    assert done.returncode == 0, done.stderr
+    return Killed(folder, step, logged, done.stderr + done.stdout)
+
+
+def test_the_kill_came_in_the_middle(killed: Killed) -> None:
+    assert killed.step in range(EVERY, STEPS, EVERY) and killed.logged >= 47
+    assert killed.step < STEPS and killed.logged < STEPS
+    # Something was lost and done again: else the tests below would prove little.
+    assert killed.logged != killed.step
+    assert f"from step {killed.step}" in killed.message
+
+
+def test_killed_and_resumed_equals_uninterrupted(killed: Killed, whole: Path) -> None:
+    assert [row["step"] for row in rows(killed.folder)] == list(range(1, STEPS + 1))
+    for one, other in zip(rows(killed.folder), rows(whole), strict=True):
+        assert one == other
+    assert_same_weights(killed.folder, whole)
+    best, best_whole = (weights(folder, "best.ckpt") for folder in (killed.folder, whole))
+    assert all(torch.equal(best[name], best_whole[name]) for name in best_whole)
+
+
+def test_schedules_go_on_after_a_kill(killed: Killed, whole: Path) -> None:
+    for tag in ("train/lr", "train/lambda_depth_1", "train/lambda_depth_2"):
+        values = column(killed.folder, tag)
+        assert values == column(whole, tag)
+        assert len(set(values.values())) > STEPS // 2, f"{tag} rests: the test shows nothing"
+
+
+def test_counters_go_on_after_a_kill(killed: Killed, whole: Path) -> None:
+    one, other = checkpoint(killed.folder), checkpoint(whole)
+    for name in ("tokens", "flops"):
+        assert one["progress"][name] == other["progress"][name] > 0
+    assert one["progress"]["tokens"] == STEPS * 4 * 16
+
+
+def test_events_have_no_double_steps(killed: Killed) -> None:
+    """As TensorBoard itself reads the folder, with the events of both processes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert len(list(killed.folder.glob("events.out.tfevents.*"))) >= 2
+    events = EventAccumulator(str(killed.folder), size_guidance={"scalars": 0}).Reload()
+    shared = set(events.Tags()["scalars"]) & set(rows(killed.folder)[-1])
+    assert "train/loss_depth_2" in shared and "val/loss_depth_0" in shared
+    for tag in shared - {"step"}:
+        scalars = {event.step: event.value for event in events.Scalars(tag)}
+        assert len(events.Scalars(tag)) == len(scalars), f"double steps of {tag}"
+        assert scalars == pytest.approx(column(killed.folder, tag), rel=1e-6)
+
+
+def test_workers_do_not_change_a_resumed_run(tmp_path: Path, cache: Path, whole: Path) -> None:
+    """Two worker processes fetch ahead; a batch that was fetched is not yet consumed."""
+    workers = {"data.num_workers": 2}
+    stop_after(tmp_path, cache, LONG | workers, 70)
+    assert checkpoint(tmp_path)["global_step"] == 70
+    train_here(tmp_path, cache, LONG | workers)
+    assert rows(tmp_path) == rows(whole)
+    assert_same_weights(tmp_path, whole)
+
+
+def test_a_finished_run_started_again_trains_no_more(
+    tmp_path: Path, cache: Path
+) -> None:
+    first = train_here(tmp_path, cache)
+    before = rows(tmp_path)
+    again = train_here(tmp_path, cache)
+    assert rows(tmp_path) == before
+    for key in ("tokens", "flops", "step", "val/loss_depth_0", "val/bits_per_byte"):
+        assert again[key] == first[key], key
+    longer = train_here(tmp_path, cache, {"trainer.max_steps": 12})
+    assert longer["step"] == 12 and [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped"])
+def test_damaged_last_checkpoint(
+    tmp_path: Path, cache: Path, whole: Path, harm: str
+) -> None:
+    stop_after(tmp_path, cache, LONG, 70)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    previous = checkpoint(tmp_path, "previous.ckpt")["global_step"]
+    assert 0 < previous < checkpoint(tmp_path)["global_step"] == 70
+    content = bytearray(last.read_bytes())
+    if harm == "truncated":
+        del content[len(content) // 2 :]
+    else:
+        content[len(content) // 2] ^= 1
+    last.unlink()  # previous.ckpt and best.ckpt may be links to the same file
+    last.write_bytes(content)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_here(tmp_path, cache, LONG)
+    told = [str(w.message) for w in caught if "damaged" in str(w.message)]
+    assert len(told) == 1 and str(last) in told[0]
+    assert rows(tmp_path) == rows(whole)
+    assert_same_weights(tmp_path, whole)
+
+
+def test_interrupt_saves_says_so_and_continues(tmp_path: Path, cache: Path, whole: Path) -> None:
+    args = command(tmp_path, cache, LONG)
+    process = start(args, tmp_path / "first.log")
+    wait_for_step(process, tmp_path, 30)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, (tmp_path / "first.log").read_text()
+    told = (tmp_path / "first.log").read_text()
+    step = checkpoint(tmp_path)["global_step"]
+    assert 30 <= step < STEPS
+    assert "Traceback" not in told
+    assert "interrupted" in told and str(step) in told.split("interrupted")[1]
+    # Nothing is lost: the newest row is that of the checkpoint.
+    assert max(column(tmp_path, "train/loss")) == step
+    train_here(tmp_path, cache, LONG)
+    assert rows(tmp_path) == rows(whole)
+    assert_same_weights(tmp_path, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 21, 35, 36, 71, 120])
+def test_killed_at_any_step(tmp_path: Path, cache: Path, whole: Path, step: int) -> None:
+    args = command(tmp_path, cache, LONG)
+    process = start(args, tmp_path / "first.log")
+    wait_for_step(process, tmp_path, step)
+    process.kill()
+    process.wait()
+    train_here(tmp_path, cache, LONG)
+    assert rows(tmp_path) == rows(whole)
+    assert_same_weights(tmp_path, whole)
+
+
+def test_no_torn_rows(killed: Killed) -> None:
+    with (killed.folder / "metrics.csv").open() as file:
+        table = list(csv.reader(file))
+    assert {len(row) for row in table} == {len(table[0])} and len(table) == STEPS + 1
+
+
+def stop_after(folder: Path, cache: Path, settings: dict, step: int) -> None:
+    """Run up to ``step`` and stop there, as at the end of a time limit: with a checkpoint.
+
+    Lightning validates where it stops: only at a step that validates anyway are the rows the same.
+    """
+    import lightning.pytorch as pl
+
+    from mtp_lightning import experiment
+    from tests.integration.helpers import config
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *rest: object) -> None:
+            trainer.should_stop = trainer.global_step >= step
+
+    build = experiment.build_trainer
+
+    def stopping(*args: object, **kwargs: object) -> pl.Trainer:
+        trainer = build(*args, **kwargs)  # type: ignore[arg-type]
+        trainer.callbacks.insert(0, Stop())  # type: ignore[attr-defined]
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "build_trainer", stopping)
+        experiment.train(config(folder, cache, settings))

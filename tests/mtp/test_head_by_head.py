@@ -1,0 +1,150 @@
+"""Gloeckle's memory order: the joint backward's gradients, with one head's activations at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.model import MTP_VARIANTS, ModelConfig, MTPModel
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective import mtp_loss as objective
+from mtp_lightning.objective.mtp_loss import mtp_loss
+from tests.mtp.test_heads import build, windows
+
+
+def joint(
+    model: MTPModel, batch: WindowBatch, weights: list[float], counts: list[int]
+) -> tuple[Tensor, Tensor]:
+    """The same objective with all heads forward before any backward."""
+    depths = [0, *objective.active_depths(weights)]
+    factors = [1.0, *weights]
+    return objective._joint_loss(
+        model,
+        batch,
+        depths[1:],
+        [batch.targets(k) for k in depths],
+        [factors[k] / max(counts[k], 1) for k in depths],
+        None,
+    )
+
+
+def gradients(model: MTPModel) -> dict[str, Tensor]:
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return grads
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    ("variant", "switches"),
+    [
+        ("parallel", {}),
+        ("parallel", {"branch": "final", "input_norm": "post"}),
+        ("parallel", {"detach": "trunk"}),
+        ("parallel", {"detach": "all"}),
+        ("parallel", {"freeze_trunk": True}),
+        ("linear", {}),
+        ("linear", {"branch": "before_last"}),
+        ("linear", {"detach": "all"}),
+        ("linear", {"freeze_trunk": True}),
+    ],
+)
+def test_gradients_equal_the_joint_backwards(
+    tiny_trunk: TrunkConfig, variant: str, switches: dict, masked: bool, tied: bool
+) -> None:
+    trunk = replace(tiny_trunk, tie_embeddings=tied)
+    model = build(trunk, MTP_VARIANTS[variant](depth=3, **switches)).double()
+    batch = windows(3, 10, 3)
+    if masked:
+        borders = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(5)) < 0.15
+        batch = WindowBatch(batch.tokens, 3, borders.long().cumsum(1))
+    counts = batch.counts().tolist()
+    weights = [0.3, 0.0, 0.1]
+    total, sums = mtp_loss(model, batch, weights, counts)
+    (total * 2).backward()  # as under two data-parallel ranks
+    found = gradients(model)
+    expected_total, expected_sums = joint(model, batch, weights, counts)
+    (expected_total * 2).backward()
+    expected = gradients(model)
+    assert torch.equal(total, expected_total)
+    torch.testing.assert_close(sums[[0, 1, 3]], expected_sums)
+    assert sums[2] == 0
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_gradients_add_up_over_micro_batches(tiny_trunk: TrunkConfig) -> None:
+    model = build(tiny_trunk, MTP_VARIANTS["parallel"](depth=2)).double()
+    batch = windows(4, 8, 2)
+    mtp_loss(model, batch, [0.2, 0.2], [32] * 3)[0].backward()
+    whole = gradients(model)
+    for micro in batch.micro_batches(4):
+        mtp_loss(model, micro, [0.2, 0.2], [32] * 3)[0].backward()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, whole[name], rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_no_gradients_where_none_are_asked_for(tiny_trunk: TrunkConfig) -> None:
+    model = build(tiny_trunk, MTP_VARIANTS["parallel"](depth=2))
+    with torch.no_grad():
+        quiet, _ = mtp_loss(model, windows(2, 8, 2), [0.2, 0.2], [16] * 3)
+    loud, _ = mtp_loss(model, windows(2, 8, 2), [0.2, 0.2], [16] * 3)
+    assert not quiet.requires_grad and torch.equal(quiet, loud)
+
+
+class _Saved:
+    """A saved tensor that tells when autograd lets go of it."""
+
+    def __init__(self, tensor: Tensor, live: dict[str, int]) -> None:
+        self.tensor, self.live = tensor, live
+        live["now"] += tensor.nbytes
+        live["peak"] = max(live["peak"], live["now"])
+
+    def __del__(self) -> None:
+        self.live["now"] -= self.tensor.nbytes
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Bytes that autograd holds at once for backward passes, parameters left out."""
+    live = {"now": 0, "peak": 0}
+
+    def pack(tensor: Tensor) -> object:
+        return tensor if isinstance(tensor, torch.nn.Parameter) else _Saved(tensor, live)
+
+    def unpack(saved: object) -> Tensor:
+        return saved.tensor if isinstance(saved, _Saved) else saved  # type: ignore[return-value]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield live
+
+
+@pytest.mark.parametrize("variant", ["parallel", "linear"])
+def test_saved_activations_do_not_grow_with_depth(tiny_trunk: TrunkConfig, variant: str) -> None:
+    def peak(depth: int, loss_of: object) -> int:
+        mtp = MTP_VARIANTS[variant](depth=depth)
+        model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=mtp))
+        model.initialise(0)
+        batch = windows(4, 32, depth)
+        with counted() as live:
+            total, _ = loss_of(model, batch, [0.1] * depth, [128] * (depth + 1))  # type: ignore
+            total.backward()
+        del total
+        assert live["now"] == 0, "something is still held after the backward pass"
+        return live["peak"]
+
+    in_turn = [peak(depth, mtp_loss) for depth in (1, 2, 6)]
+    assert in_turn[0] == in_turn[1] == in_turn[2]
+    together = [peak(depth, joint) for depth in (1, 2, 6)]
+    # What the order saves: the same count, of the joint backward pass, does grow.
+    assert together[2] > together[1] > together[0]
+    per_head = together[1] - together[0]
+    assert together[2] - in_turn[2] >= 4 * per_head

@@ -1,0 +1,282 @@
+"""Parallel, linear and parameter-free heads against references written from the papers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.model import MTP_VARIANTS, ModelConfig, MTPModel
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective.mtp_loss import mtp_loss
+from tests import reference
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def build(trunk: TrunkConfig, mtp: MTPConfig, seed: int = 0) -> MTPModel:
+    """A model whose weights are all random: gains that are 1 and zero matrices hide mistakes."""
+    model = MTPModel(ModelConfig(trunk=trunk, mtp=mtp))
+    model.initialise(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+        for parameter in model.mtp.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+def weights_of(model: MTPModel) -> reference.Weights:
+    return {name: tensor.double() for name, tensor in model.state_dict().items()}
+
+
+def windows(rows: int, seq_len: int, depth: int) -> WindowBatch:
+    generator = torch.Generator().manual_seed(1)
+    shape = (rows, seq_len + depth + 1)
+    return WindowBatch(torch.randint(0, 37, shape, generator=generator), depth)
+
+
+@pytest.mark.parametrize(
+    ("mtp", "equations", "switches"),
+    [
+        (ParallelConfig(depth=3), reference.parallel, {}),
+        (
+            ParallelConfig(depth=3, branch="final", input_norm="post"),
+            reference.parallel,
+            {"branch": "final", "input_norm": "post"},
+        ),
+        (
+            ParallelConfig(depth=2, input_norm="post"),
+            reference.parallel,
+            {"input_norm": "post"},
+        ),
+        (LinearConfig(depth=3), reference.linear, {}),
+        (LinearConfig(depth=2, branch="before_last"), reference.linear, {"branch": "before_last"}),
+    ],
+)
+def test_hidden_states_equal_the_papers_equations(
+    tiny_trunk: TrunkConfig,
+    mtp: MTPConfig,
+    equations: Callable[..., list[Tensor]],
+    switches: dict[str, str],
+) -> None:
+    model = build(tiny_trunk, mtp)
+    batch = windows(2, 7, mtp.depth)
+    hidden = model(batch)
+    for row in range(2):
+        expected = equations(
+            batch.tokens[row], weights_of(model), tiny_trunk, mtp.depth, **switches
+        )
+        for k in range(mtp.depth + 1):
+            torch.testing.assert_close(
+                hidden[k][row].double(), expected[k], rtol=1e-4, atol=1e-4, msg=f"depth {k}"
+            )
+    # The reference would not notice a head that does nothing.
+    assert not torch.allclose(hidden[1], hidden[0], atol=1e-2)
+    assert not torch.allclose(hidden[1], hidden[2], atol=1e-2)
+
+
+def test_parameter_free_loss_and_gradients(tiny_trunk: TrunkConfig) -> None:
+    trunk = replace(tiny_trunk, tie_embeddings=False, n_layers=1)
+    model = build(trunk, ParameterFreeConfig(depth=2))
+    batch = windows(1, 6, 2)
+    weights = [0.5, 0.25]
+    total, sums = mtp_loss(model, batch, weights, [6, 6, 6])
+    total.backward()
+    leaves = {name: t.requires_grad_() for name, t in weights_of(model).items()}
+    expected, means = reference.parameter_free_loss(batch.tokens[0], leaves, trunk, weights)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sums / 6, torch.stack(means), rtol=1e-5, atol=1e-6)
+    expected.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad.double(), leaves[name].grad, rtol=1e-4, atol=1e-6, msg=name
+        )
+
+
+def test_parameter_free_counts_valid_targets_only(tiny_trunk: TrunkConfig) -> None:
+    """The logits are shared, the mask is every depth's own."""
+    model = build(tiny_trunk, ParameterFreeConfig(depth=2))
+    plain = windows(2, 8, 2)
+    documents = torch.tensor([[0] * 5 + [1] * 6, [2] * 9 + [3] * 2])
+    batch = WindowBatch(plain.tokens, 2, documents)
+    counts = batch.counts().tolist()
+    total, sums = mtp_loss(model, batch, [0.5, 0.25], counts)
+    total.backward()
+    found = model.trunk.embedding.weight.grad.clone()
+    model.zero_grad()
+    hidden = model(batch)[0]
+    expected = torch.zeros(())
+    for k, weight in enumerate([1.0, 0.5, 0.25]):
+        loss = torch.nn.functional.cross_entropy(
+            model.head(hidden).flatten(0, 1), batch.targets(k).flatten(), ignore_index=-100
+        )
+        torch.testing.assert_close(float(sums[k]) / counts[k], loss.item(), rtol=1e-5, atol=1e-6)
+        expected = expected + weight * loss
+    torch.testing.assert_close(total, expected)
+    expected.backward()
+    torch.testing.assert_close(found, model.trunk.embedding.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["parallel", "linear", "parameter_free"])
+def test_weight_zero_is_plain_training_bit_for_bit(tiny_trunk: TrunkConfig, variant: str) -> None:
+    mtp = MTP_VARIANTS[variant](depth=2)
+    batch = windows(2, 9, 2)
+    totals, grads = [], []
+    for config, rows in ((mtp, batch), (NoMTPConfig(), WindowBatch(batch.tokens[:, :-2], 0))):
+        model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=config))
+        model.initialise(3)
+        total, _ = mtp_loss(model, rows, [0.0] * config.depth, [18] * (config.depth + 1))
+        total.backward()
+        totals.append(total)
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert torch.equal(*totals)
+    assert grads[0].keys() == grads[1].keys()
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[1])
+
+
+def test_medusas_heads_start_as_the_main_prediction(tiny_trunk: TrunkConfig) -> None:
+    model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=LinearConfig(depth=2)))
+    model.initialise(0)
+    hidden = model(windows(1, 8, 2))
+    assert torch.equal(hidden[1], hidden[0]) and torch.equal(hidden[2], hidden[0])
+    mtp_loss(model, windows(1, 8, 2), [0.3, 0.3], [8] * 3)[0].backward()
+    # At zero a head still learns: SiLU's slope there is a half.
+    assert all(p.grad.abs().max() > 1e-4 for p in model.mtp.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "mtp", [ParallelConfig(depth=3), LinearConfig(depth=3), ParameterFreeConfig(depth=3)]
+)
+def test_parameters_and_flops_from_the_config(
+    tiny_trunk: TrunkConfig, mtp: MTPConfig, tied: bool
+) -> None:
+    config = ModelConfig(trunk=replace(tiny_trunk, tie_embeddings=tied), mtp=mtp)
+    model = MTPModel(config).double()  # float64 takes PyTorch's own operators: it can count those
+    assert config.num_params() == sum(p.numel() for p in model.parameters())
+    seq_len = 16
+    for active in ([1, 2, 3], [2], []):
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        ):
+            hidden = model(windows(1, seq_len, 3), active)
+            # The parameter-free depths share one hidden state, and so one set of logits.
+            for h in {id(h): h for h in hidden.values()}.values():
+                model.head(h)
+        expected = seq_len * config.forward_flops_per_token(seq_len, active)
+        assert counter.get_total_flops() == expected
+
+
+@pytest.mark.parametrize("variant", ["parallel", "linear"])
+def test_a_depth_that_is_not_active_is_not_computed(tiny_trunk: TrunkConfig, variant: str) -> None:
+    model = build(tiny_trunk, MTP_VARIANTS[variant](depth=3))
+    calls: list[int] = []
+    for index, module in enumerate(model.mtp.depths):
+        module.register_forward_hook(lambda *_, index=index: calls.append(index + 1))
+    batch = windows(1, 8, 3)
+    for active in ([], [2], [1, 3]):
+        calls.clear()
+        assert list(model(batch, active)) == [0, *active]
+        assert calls == active, "independent heads need no other"
+    mtp_loss(model, batch, [0.0, 0.1, 0.0], [8] * 4)[0].backward()
+    trained = {k for k in (1, 2, 3) if model.mtp.parameters_of(k)[0].grad is not None}
+    assert trained == {2}
+
+
+@pytest.mark.parametrize("variant", ["parallel", "linear", "sequential"])
+def test_before_last_leaves_the_last_block_to_the_main_prediction(
+    tiny_trunk: TrunkConfig, variant: str
+) -> None:
+    def last_block_gradient(branch: str) -> Tensor:
+        model = build(tiny_trunk, MTP_VARIANTS[variant](depth=1, branch=branch))
+        grads = []
+        for weight in (1.0, 0.0):
+            mtp_loss(model, windows(2, 8, 1), [weight], [16, 16])[0].backward()
+            grads.append(model.trunk.blocks[-1].attention.qkv.weight.grad.clone())
+            model.zero_grad()
+        return grads[0] - grads[1]
+
+    assert last_block_gradient("before_last").abs().max() < 1e-7
+    assert last_block_gradient("final").abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("variant", ["parallel", "linear"])
+def test_detach_cuts_where_it_says(tiny_trunk: TrunkConfig, variant: str) -> None:
+    trunk = replace(tiny_trunk, tie_embeddings=False)
+    for detach, trunk_cut, head_cut in (
+        ("none", False, False),
+        ("trunk", True, False),
+        ("all", True, True),
+    ):
+        model = build(trunk, MTP_VARIANTS[variant](depth=2, detach=detach))
+        grads = []
+        for weight in (1.0, 0.0):
+            mtp_loss(model, windows(2, 8, 2), [weight] * 2, [16] * 3)[0].backward()
+            first, head = model.trunk.blocks[0].attention.qkv.weight.grad, model.head.weight.grad
+            grads.append((first.clone(), head.clone()))
+            if weight:
+                assert all(p.grad.abs().max() > 1e-6 for p in model.mtp.parameters())
+            model.zero_grad()
+        for cut, a, b in zip((trunk_cut, head_cut), *grads, strict=True):
+            assert bool((a - b).abs().max() < 1e-7) == cut, detach
+
+
+def test_who_drafts(tiny_trunk: TrunkConfig) -> None:
+    for name, kind in MTP_VARIANTS.items():
+        mtp = kind() if name == "none" else kind(depth=2)
+        stack = mtp.build(tiny_trunk)
+        assert stack.drafts == (name in ("sequential", "parallel", "linear"))
+        if stack.drafts:
+            stack.require_drafts()
+        else:
+            with pytest.raises(ValueError, match="parameter_free|no MTP depth"):
+                stack.require_drafts()
+
+
+@pytest.mark.parametrize(
+    ("build_bad", "message"),
+    [
+        (lambda: ParallelConfig(depth=1, branch="top"), "mtp.branch=top is unknown"),
+        (lambda: LinearConfig(depth=1, detach="head"), "mtp.detach=head is unknown"),
+        (lambda: LinearConfig(depth=-1), "at least 0, not -1"),
+        (lambda: ParallelConfig(depth=0, freeze_trunk=True), "leaves nothing to train"),
+        (lambda: SequentialConfig(depth=1, hidden_state_mixing=True), "nothing to mix"),
+    ],
+)
+def test_bad_switches_are_named(build_bad: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_bad()
+
+
+@pytest.mark.parametrize("variant", sorted(MTP_VARIANTS))
+def test_configs_compose_to_the_variants_defaults_and_round_trip(
+    tiny_trunk: TrunkConfig, variant: str
+) -> None:
+    from mtp_lightning.experiment import instantiate
+
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("config", overrides=[f"mtp={variant}"])
+    mtp = instantiate(cfg.mtp)
+    kind = MTP_VARIANTS[variant]
+    assert mtp == (kind() if variant == "none" else kind(depth=2)), "YAML and class disagree"
+    config = ModelConfig(trunk=tiny_trunk, mtp=mtp)
+    assert config.variant == variant
+    assert ModelConfig.from_dict(config.to_dict()) == config
