@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -47,6 +46,14 @@ def synchronize() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def compose_config(overrides: Sequence[str]) -> Any:
+    """The config of ``train.py`` with these overrides."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
 
 
 def peak_rss() -> int:
@@ -174,9 +181,7 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def print_table(
-    title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
-) -> None:
+def print_table(title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
     """A table of ``rows``.
 
     Args:
@@ -210,8 +215,3 @@ def write_json(result: Mapping[str, Any], path: Path) -> None:
 def progress(text: str) -> None:
     """Say on stderr what is being measured: a benchmark can take minutes."""
     print(text, file=sys.stderr, flush=True)
-
-
-def collect_garbage() -> None:
-    """Before a measurement: no cycle of an earlier one is freed in the middle of it."""
-    gc.collect()

@@ -9,18 +9,13 @@ apart. Page caches are warm.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
+from benchmarks import common
 from data_modules.loader import WindowLoader
 from data_modules.sources import StdlibSource
 from data_modules.splitting import DocumentSplit
@@ -101,18 +96,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "depth": DEPTH,
         "repeats": options.repeats,
         "rows": rows,
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": platform.processor() or platform.machine(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        "machine": common.machine(),
     }
     _print(rows)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"\nwrote {options.output}")
+    common.write_json(result, options.output)
     return result
 
 

@@ -90,7 +90,6 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[], Any]]:
     """One optimizer step of a run with this config, the model, and the step's forward pass."""
     import torch
-    from hydra import compose, initialize_config_dir
 
     from data_modules.windows import WindowBatch
     from mtp_lightning.experiment import build_model_config, instantiate
@@ -98,17 +97,15 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
     from mtp_lightning.objective.lambda_schedule import Progress
     from mtp_lightning.objective.mtp_loss import mtp_loss
 
-    with initialize_config_dir(str(common.ROOT / "conf"), version_base="1.3"):
-        cfg = compose(
-            "config",
-            overrides=[
-                f"model={task['model']}",
-                f"mtp.depth={task['depth']}",
-                f"data.seq_len={task['seq_len']}",
-                f"data.batch_size={task['batch_size']}",
-                "lambda_schedule=constant",
-            ],
-        )
+    cfg = common.compose_config(
+        [
+            f"model={task['model']}",
+            f"mtp.depth={task['depth']}",
+            f"data.seq_len={task['seq_len']}",
+            f"data.batch_size={task['batch_size']}",
+            "lambda_schedule=constant",
+        ]
+    )
     # After all imports, before anything of the model: what a process weighs by itself.
     task["rss_imported"] = common.current_rss()
     model = MTPModel(build_model_config(cfg, task["vocab_size"]))

@@ -16,16 +16,21 @@ import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
-from data_modules.tokenizers import tokenizer_from_state
 from mtp_lightning import checkpoint_io
 from mtp_lightning.callbacks.checkpoint_plugin import AtomicCheckpointIO
 from mtp_lightning.callbacks.precision_plugin import TokenDoublePrecision
 from mtp_lightning.callbacks.throughput import Throughput
+from mtp_lightning.decoding import generate
 from mtp_lightning.evaluation import evaluate_model
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule, bits_per_byte
 from mtp_lightning.runs import CHECKPOINTS, describe_differences, load_run
-from mtp_lightning.runtime import keep_freed_memory, quiet_lightning, set_threads
+from mtp_lightning.runtime import (
+    keep_freed_memory,
+    pick_accelerator,
+    quiet_lightning,
+    set_threads,
+)
 from mtp_lightning.summary import environment, print_summary, write_summary
 
 if TYPE_CHECKING:
@@ -38,6 +43,8 @@ _OWN_PACKAGES = ("mtp_lightning.", "data_modules.")
 
 # Keys of the trainer group that are this project's, not lightning.pytorch.Trainer's.
 _OWN_TRAINER_KEYS = ("accumulate_grad_batches", "gradient_clip_val", "num_threads", "compile")
+# Tokens of the sample that ends a run: read from held-out text, and added to it.
+_PROMPT_LENGTH, _SAMPLE_LENGTH = 64, 160
 _PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 _STRATEGIES = ("auto", "ddp")
 
@@ -213,6 +220,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if trainer.is_global_zero:
         write_summary(summary, folder / "summary.json")
         print_summary(summary, depth=module.model.depth)
+        print_sample(module, data)
         print_paths(folder)
     return summary
 
@@ -232,8 +240,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if cfg.get("data") is not None:
         config.data = OmegaConf.to_container(cfg["data"], resolve=False)
     config.paths.cache_dir = cfg.paths.cache_dir or config.paths.cache_dir
-    tokenizer = tokenizer_from_state(run.tokenizer_state)
-    data = instantiate(config.data, tokenizer=tokenizer)
+    data = instantiate(config.data, tokenizer=run.tokenizer)
     data.prepare("validate")
     rates = evaluate_model(run.model, data.val_dataloader(), limit=cfg.limit_batches)
     per_byte = bits_per_byte(rates["loss_depth_0"], data.bytes_per_token("val"))
@@ -252,17 +259,6 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if cfg.output is not None:
         write_summary(metrics, Path(cfg.output))
     return metrics
-
-
-def pick_accelerator(name: str) -> str:
-    """``auto`` is a GPU if there is one, else the CPU."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"accelerator={name} is not supported: choose one of auto, cpu, cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("accelerator=cuda, but there is no CUDA device here: use auto or cpu.")
-    return name
 
 
 def check_resumable(path: Path, module: MTPModule) -> int:
@@ -313,6 +309,28 @@ def summarise(trainer: pl.Trainer, module: MTPModule, data: TokenDataModule) -> 
         "data": data.summary(),
         **environment(),
     }
+
+
+def print_sample(module: MTPModule, data: TokenDataModule) -> None:
+    """A held-out beginning, and how the model goes on."""
+    length = min(_PROMPT_LENGTH, data.seq_len)
+    try:
+        (prompt,) = data.held_out_prompts(1, length)
+    except ValueError as error:
+        print(f"no sample: {error}")
+        return
+    (sample,) = generate(
+        module.model,
+        [prompt],
+        max_new_tokens=_SAMPLE_LENGTH,
+        temperature=0.5,
+        seed=module.extra["config"]["seed"],
+        tokenizer=data.tokenizer,
+        max_context=data.seq_len,
+        long="slide",
+    )
+    beginning = data.tokenizer.decode(prompt.tolist())
+    print(f"Sample (the text before | is held-out data)\n{beginning}|{sample.text}\n")
 
 
 def print_paths(folder: Path) -> None:

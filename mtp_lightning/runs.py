@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mtp_lightning import checkpoint_io
 from mtp_lightning.model import ModelConfig, MTPModel
+
+if TYPE_CHECKING:
+    from data_modules.tokenizers import Tokenizer
 
 CHECKPOINTS = "checkpoints"
 
@@ -20,7 +24,7 @@ class LoadedRun:
 
     Attributes:
         model: in evaluation mode.
-        tokenizer_state: plain data; ``data_modules.tokenizers.tokenizer_from_state`` revives it.
+        tokenizer_state: the tokenizer as plain data; :attr:`tokenizer` revives it.
         config: the composed config that the run was started with, plain containers.
         step: optimizer steps trained.
         path: the checkpoint's file.
@@ -31,6 +35,18 @@ class LoadedRun:
     config: dict[str, Any]
     step: int
     path: Path
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's own tokenizer."""
+        from data_modules.tokenizers import tokenizer_from_state
+
+        return tokenizer_from_state(self.tokenizer_state)
+
+    @property
+    def seq_len(self) -> int:
+        """T, the context that the model was trained on."""
+        return int(self.config["data"]["seq_len"])
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -30,6 +30,17 @@ def keep_freed_memory() -> bool:
     return all([bool(mallopt(name, value)) for name, value in settings])
 
 
+def pick_accelerator(name: str) -> str:
+    """``auto`` is a GPU if there is one, else the CPU."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"accelerator={name} is not supported: choose one of auto, cpu, cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("accelerator=cuda, but there is no CUDA device here: use auto or cpu.")
+    return name
+
+
 def set_threads(n: int | None) -> None:
     """Limit the threads of a matrix product; None leaves PyTorch's choice (the cores).
 

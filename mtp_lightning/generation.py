@@ -1,0 +1,128 @@
+"""From a trained run and a prompt to text on the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from mtp_lightning.decoding import Generation, generate
+from mtp_lightning.runs import load_run
+from mtp_lightning.runtime import pick_accelerator, set_threads
+
+_DRAFT_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
+_REPORTED = (
+    "text",
+    "token_ids",
+    "new_tokens",
+    "seconds",
+    "tokens_per_second",
+    "verify_passes",
+    "tokens_per_step",
+    "acceptance",
+    "finish_reason",
+)
+
+
+def generate_text(cfg: Any) -> list[Generation]:
+    """Continue the prompts of ``conf/generate.yaml`` and print what comes.
+
+    Raises:
+        ValueError: an option out of range, no prompt, a damaged or foreign checkpoint.
+        OSError: a missing file.
+    """
+    if cfg.output not in ("text", "json"):
+        raise ValueError(f"output={cfg.output} is unknown: choose text or json.")
+    set_threads(cfg.num_threads)
+    prompts = read_prompts(cfg.prompt, cfg.prompts, sys.stdin)
+    run = load_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator))
+    tokenizer = run.tokenizer
+    # One prompt is shown as it grows; several, each when it is finished.
+    streams = cfg.output == "text" and len(prompts) == 1
+    colour = bool(cfg.show_drafts) and sys.stdout.isatty()
+    stream = TextStream(tokenizer, sys.stdout, colour=colour) if streams else None
+    if stream is not None:
+        stream.write(prompts[0])
+    generations = generate(
+        run.model,
+        [list(map(int, tokenizer.encode(prompt))) for prompt in prompts],
+        max_new_tokens=cfg.max_new_tokens,
+        speculative=cfg.speculative,
+        draft_depth=cfg.draft_depth,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        seed=cfg.seed,
+        stop=list(cfg.stop),
+        tokenizer=tokenizer,
+        batch_size=cfg.batch_size,
+        max_context=run.seq_len,
+        long=cfg.long,
+        on_tokens=stream,
+    )
+    if stream is not None:
+        stream.write("\n")
+    elif cfg.output == "json":
+        for generation in generations:
+            fields = asdict(generation)
+            print(json.dumps({name: fields[name] for name in _REPORTED}))
+    else:
+        for prompt, generation in zip(prompts, generations, strict=True):
+            print(f"{prompt}{generation.text}\n")
+    return generations
+
+
+def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list[str]:
+    """The prompts that were asked for, by one of three ways.
+
+    Raises:
+        ValueError: none, two ways at once, or empty ones.
+        OSError: ``prompts`` cannot be read.
+    """
+    if prompt is not None and prompts is not None:
+        raise ValueError(f"Give prompt= or prompts={prompts}, not both.")
+    if prompt is not None:
+        found = [str(prompt)]
+    elif prompts is not None:
+        found = [line for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line]
+    elif stdin.isatty():
+        raise ValueError("There is no prompt: give prompt=TEXT, prompts=FILE or standard input.")
+    else:
+        found = [stdin.read().rstrip("\n")]
+    if not found or not all(found):
+        raise ValueError("The prompt is empty: give at least one character.")
+    return found
+
+
+class TextStream:
+    """Prints tokens as text while they are accepted; drafts in colour if asked.
+
+    A character that several tokens make up appears with its last one.
+    """
+
+    def __init__(self, tokenizer: Any, out: TextIO, *, colour: bool) -> None:
+        self._decode: Callable[[list[int]], str] = tokenizer.decode
+        self._eot_id = tokenizer.eot_id
+        self._out = out
+        self._colour = colour
+        self._pending: list[int] = []
+
+    def __call__(self, index: int, token_ids: list[int], accepted: list[bool]) -> None:
+        for token, draft in zip(token_ids, accepted, strict=True):
+            if token == self._eot_id:
+                continue
+            self._pending.append(token)
+            text = self._decode(self._pending)
+            # An incomplete character; four bytes are the longest, so the wait has an end.
+            if text.endswith("\ufffd") and len(self._pending) < 4:
+                continue
+            self._pending.clear()
+            self.write(f"{_DRAFT_COLOUR}{text}{_PLAIN}" if draft and self._colour else text)
+
+    def write(self, text: str) -> None:
+        """Text that is not a model's."""
+        self._out.write(text)
+        self._out.flush()

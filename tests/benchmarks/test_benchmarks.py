@@ -1,0 +1,147 @@
+"""Every benchmark runs from its command line at tiny sizes, and its numbers can be true."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import common, head, kernels, startup, train_step
+
+SHAPE = ["--batch-size", "2", "--seq-len", "32"]
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_train_step(tmp_path: Path) -> None:
+    output = tmp_path / "folder" / "train_step.json"
+    arguments = ["--model", "nano", "--vocab-sizes", "300", "--depths", "0,2", *SHAPE]
+    result = train_step.main(
+        [*arguments, "--steps", "2", "--repeats", "1", "--output", str(output)]
+    )
+    assert read(output) == result
+    plain, deep = result["rows"]
+    assert (plain["depth"], deep["depth"]) == (0, 2)
+    for row in result["rows"]:
+        assert row["tokens_per_second"] == pytest.approx(2 * 32 / row["ms_per_step"] * 1e3)
+        assert row["gflops"] == pytest.approx(row["gflop_per_step"] / row["ms_per_step"] * 1e3)
+        assert 0 < row["ratio_to_matmul"] < 10 and 0 < row["ratio_to_fastest"] < 10
+        assert 1 < row["loss"] < 10
+        # The process holds the imports, then the model's state, then the activations.
+        assert 50e6 < row["rss_imported"] < row["rss_peak"] < 2e9
+        assert row["state_bytes"] == 16 * row["parameters"]
+        assert row["beyond_state"] - row["saved_bytes"] == row["transient"]
+    # The modules' own costs, by hand: nano's block, a projection of twice the width, three norms.
+    block = 128 * (4 + 2 * 2) * 32 + 128 * 128 + 3 * 128 * 384 + 2 * 128
+    module = block + 2 * 128 * 128 + 3 * 128
+    assert deep["parameters"] - plain["parameters"] == 2 * module
+    assert deep["saved_bytes"] > plain["saved_bytes"] > 4 * 2 * 32 * 128
+    assert plain["cost_over_share"] == 1 and plain["peak_over_plain_without_own"] == 1
+    share = deep["gflop_per_step"] / plain["gflop_per_step"]
+    assert 1 < share < 3
+    assert deep["cost_over_share"] == pytest.approx(
+        deep["ms_per_step"] / plain["ms_per_step"] / share
+    )
+
+
+def test_head(tmp_path: Path) -> None:
+    output = tmp_path / "head.json"
+    arguments = ["--vocab-sizes", "16384", "--d-model", "8", "--rows", "512", "--repeats", "1"]
+    result = head.main([*arguments, "--chunks", "10,16,17,30", "--output", str(output)])
+    assert read(output) == result
+    rows = {row["implementation"]: row for row in result["implementations"]}
+    assert {"chunked", "whole logits"} <= set(rows)
+    for row in rows.values():
+        assert row["loss"] == pytest.approx(rows["chunked"]["loss"], rel=1e-4)
+        assert row["ms"] > 0
+    # Whole logits: at least the logits and their gradient. Ours: some chunks' worth, here of a
+    # quarter of the rows each.
+    logits = rows["whole logits"]["logits_mb"]
+    assert logits == pytest.approx(4 * 512 * 16384 / 1e6)
+    if not torch.cuda.is_available():
+        assert rows["whole logits"]["peak_mb"] > 1.8 * logits
+        assert rows["chunked"]["peak_mb"] < logits
+    chunks = result["chunks"]
+    # 2^10 numbers are not a row, so one; 2^30 are more rows than there are.
+    assert [row["rows"] for row in chunks] == [1, 4, 8, 512]
+    assert sum(row["best"] == "best" for row in chunks) == 1
+    assert min(row["over_best"] for row in chunks) == 1
+
+
+def test_head_sweep_restores_the_chunk_size() -> None:
+    before = head.cross_entropy.chunk_rows(4096, torch.device("cpu"))
+    with head.chunk_numel(4096 * 7, "cpu"):
+        assert head.cross_entropy.chunk_rows(4096, torch.device("cpu")) == 7
+    assert head.cross_entropy.chunk_rows(4096, torch.device("cpu")) == before
+
+
+def test_kernels(tmp_path: Path) -> None:
+    output = tmp_path / "kernels.json"
+    arguments = ["--model", "nano", "--vocab-sizes", "300", "--depth", "1", *SHAPE, "--quick"]
+    result = kernels.main([*arguments, "--repeats", "2", "--output", str(output)])
+    assert read(output) == result
+    assert len(result["linear"]) == 6 * 3
+    assert [row["kernel"] for row in result["layers"]] == [
+        "RMSNorm",
+        "SwiGLU",
+        "RoPE",
+        "causal attention",
+    ]
+    for row in result["linear"] + result["layers"]:
+        assert row["ms"] > 0 and row["ms_pytorch"] > 0
+        assert row["speedup"] == pytest.approx(row["ms_pytorch"] / row["ms"])
+    swiglu = result["layers"][1]
+    # Ours keeps its input only.
+    assert swiglu["saved_mb"] == pytest.approx(2 * 32 * 768 * 4 / 1e6)
+    assert swiglu["saved_mb_pytorch"] > swiglu["saved_mb"]
+    kept, given_back = result["freed_memory"]
+    assert given_back["speedup"] == 1 and kept["speedup"] == given_back["ms"] / kept["ms"]
+
+
+def test_startup(tmp_path: Path) -> None:
+    output = tmp_path / "startup.json"
+    synthetic = ["data=synthetic", "data.source.size=20000", "data.seq_len=32", "data.batch_size=2"]
+    result = startup.main(["--quick", "--output", str(output), *synthetic])
+    assert read(output) == result
+    seconds = {row["what"]: row["seconds"] for row in result["rows"]}
+    # Python alone takes some hundredths of a second; --help does not wait for torch.
+    assert 0.02 < seconds["train.py --help"] < seconds["first step, full cache"]
+    assert seconds["first step, full cache"] < seconds["run of one step, full cache"]
+
+
+def test_saved_tensors_counts_every_storage_once() -> None:
+    weight = torch.randn(4, 4, requires_grad=True)
+    x = torch.randn(8, 4, requires_grad=True)
+    counter = common.SavedTensors([weight])
+    with counter.counting():
+        # x is saved twice and counts once; the weight is excluded; exp keeps its output.
+        y = (x @ weight + x.view(4, 8).square().view(8, 4)).exp()
+    assert counter.n_bytes == 4 * 32 + 4 * 32
+    y.sum().backward()
+
+
+def test_peak_memory_outlives_its_cause() -> None:
+    before = common.current_rss()
+    block = torch.ones(25_000_000)  # 100 MB
+    del block
+    assert common.peak_rss() > before + 90e6
+
+
+def test_peak_memory_is_not_the_parents() -> None:
+    assert common.peak_rss() > 100e6  # this process has torch
+    script = "from benchmarks import common; print(common.peak_rss())"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=common.ROOT, capture_output=True, text=True, check=True
+    )
+    assert 1e6 < int(done.stdout) < 60e6
+
+
+def test_a_failed_child_is_reported() -> None:
+    with pytest.raises(RuntimeError, match="No module named benchmarks.no_such_module"):
+        common.run_child("benchmarks.no_such_module", {})
