@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,27 +103,25 @@ def chunk_numel(numel: int, device: str) -> Iterator[None]:
         cross_entropy._MIN_CHUNK_ROWS = rows
 
 
-def compare(task: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
+def compare(task: dict[str, Any], names: list[str], repeats: int) -> list[dict[str, Any]]:
     """One row an implementation: milliseconds and peak memory."""
     tensors = inputs(task)
-    functions = {
-        name: lambda loss=loss: one_pass(loss, *tensors)  # type: ignore[misc]
-        for name, loss in implementations().items()
-    }
-    losses = {name: function() for name, function in functions.items()}
+    losses = implementations()
+    functions = {name: partial(one_pass, losses[name], *tensors) for name in names}
+    values = {name: function() for name, function in functions.items()}
     seconds = common.median_times(functions, repeats=repeats)
     flops = 6 * task["rows"] * task["d_model"] * task["vocab_size"]
     rows = []
-    for name in functions:
+    for name in names:
         memory = common.run_child(MODULE, {**task, "implementation": name})
         rows.append(
             {
                 "vocab_size": task["vocab_size"],
                 "device": task["device"],
                 "implementation": name,
-                "loss": losses[name],
+                "loss": values[name],
                 "ms": seconds[name] * 1e3,
-                "time_over_chunked": seconds[name] / seconds["chunked"],
+                "time_over_first": seconds[name] / seconds[names[0]],
                 "gflops": flops / seconds[name] / 1e9,
                 "peak_mb": memory["peak_bytes"] / 1e6,
                 "logits_mb": 4 * task["rows"] * task["vocab_size"] / 1e6,
@@ -140,13 +139,13 @@ def sweep(task: dict[str, Any], numels: list[int], repeats: int) -> list[dict[st
         with chunk_numel(numel, device):
             one_pass(chunked, *tensors)
 
-    candidates = {}
+    candidates: dict[int, int] = {}
     for numel in numels:
         # Larger chunks than the input are all the same one.
         rows = min(max(numel // task["vocab_size"], 1), task["rows"])
         candidates.setdefault(rows, numel)
     seconds = common.median_times(
-        {str(rows): lambda n=numel: with_chunk(n) for rows, numel in candidates.items()},  # type: ignore
+        {str(rows): partial(with_chunk, numel) for rows, numel in candidates.items()},
         repeats=repeats,
     )
     best = min(seconds.values())
@@ -174,6 +173,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rows", type=int, default=8 * 256, help="positions of one depth")
     parser.add_argument("--repeats", type=int, help="default 15, with --quick 3")
     parser.add_argument("--chunks", type=common.whole_numbers, help="sizes to try, as powers of 2")
+    parser.add_argument(
+        "--implementations", nargs="+", choices=implementations(), default=list(implementations())
+    )
     options = parser.parse_args(arguments)
     if options.child:
         result = measure_memory(json.loads(options.child))
@@ -193,7 +195,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 "rows": options.rows,
                 "device": device,
             }
-            compared += compare(task, repeats)
+            compared += compare(task, options.implementations, repeats)
             swept += sweep(task, numels, repeats)
     result = {
         "benchmark": "head",
@@ -219,7 +221,7 @@ def print_tables(result: dict[str, Any]) -> None:
             "implementation": "implementation",
             "loss": "loss|.5f",
             "ms": "ms|.1f",
-            "over chunked": "time_over_chunked|.2f",
+            "over first": "time_over_first|.2f",
             "GFLOP/s": "gflops|.0f",
             "peak MB": "peak_mb|.0f",
             "whole logits MB": "logits_mb|.0f",

@@ -94,6 +94,7 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
     from data_modules.windows import WindowBatch
     from mtp_lightning.experiment import build_model_config, instantiate
     from mtp_lightning.model import MTPModel
+    from mtp_lightning.mtp.base import Draw
     from mtp_lightning.objective.lambda_schedule import Progress
     from mtp_lightning.objective.mtp_loss import mtp_loss
 
@@ -119,10 +120,11 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(task["vocab_size"], shape, generator=generator)
     batch = WindowBatch(tokens, task["depth"])
+    draw = Draw(cfg.seed, step=0, first_row=0)
     counts = [task["batch_size"] * task["seq_len"]] * (task["depth"] + 1)
 
     def step() -> float:
-        loss, _ = mtp_loss(model, batch, weights, counts)
+        loss, _ = mtp_loss(model, batch, weights, counts, draw=draw)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, cfg.trainer.gradient_clip_val)
         optimizer.step()
@@ -130,7 +132,7 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
         return float(loss.detach())
 
     def forward() -> tuple[int, torch.Tensor]:
-        loss, _ = mtp_loss(model, batch, weights, counts)
+        loss, _ = mtp_loss(model, batch, weights, counts, draw=draw)
         d_model, element = model.config.trunk.d_model, next(model.parameters()).element_size()
         return sum(counts) * d_model * element, loss
 

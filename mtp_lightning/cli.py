@@ -23,6 +23,13 @@ def readable_errors() -> Iterator[None]:
             raise
         print(f"error: {error}\n(HYDRA_FULL_ERROR=1 shows where)", file=sys.stderr)
         sys.exit(1)
+    except Exception as error:
+        # omegaconf's, by name: importing it here would take it out of the apps and experiment.py.
+        if type(error).__name__ != "MissingMandatoryValue":
+            raise
+        key = getattr(error, "full_key", None)
+        print(f"error: {key} has no value: give it as {key}=...", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -16,12 +16,14 @@ import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
-from mtp_lightning import checkpoint_io
+from data_modules.tokenizers import tokenizer_from_state
+from mtp_lightning import checkpoint_io, compare
 from mtp_lightning.callbacks.checkpoint_plugin import AtomicCheckpointIO
 from mtp_lightning.callbacks.precision_plugin import TokenDoublePrecision
 from mtp_lightning.callbacks.throughput import Throughput
 from mtp_lightning.decoding import generate
 from mtp_lightning.evaluation import evaluate_model
+from mtp_lightning.init_from import Start, read_start, start_from
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule, bits_per_byte
 from mtp_lightning.runs import CHECKPOINTS, describe_differences, load_run
@@ -81,9 +83,32 @@ def _targets(node: Any) -> list[str]:
     return []
 
 
-def build_data(cfg: DictConfig) -> TokenDataModule:
-    """The data module, its token store built or found."""
-    data = instantiate(cfg.data)
+def build_data(
+    cfg: DictConfig, tokenizer_state: dict[str, Any] | None = None
+) -> TokenDataModule:
+    """The data module, its token store built or found.
+
+    Args:
+        cfg: the config.
+        tokenizer_state: of the run that this one starts from; by default the tokenizer is the
+            config's.
+    """
+    if tokenizer_state is None:
+        data = instantiate(cfg.data)
+    else:
+        tokenizer = tokenizer_from_state(tokenizer_state)
+        asked = instantiate(cfg.tokenizer)
+        options = {k: cfg.tokenizer[k] for k in ("vocab_size", "train_bytes") if k in cfg.tokenizer}
+        same = asked.kind == tokenizer.kind and all(
+            tokenizer_state.get(key) == value for key, value in options.items()
+        )
+        if not same or (asked.kind == "pretrained" and asked.spec() != tokenizer.spec()):
+            stored = {k: v for k, v in tokenizer_state.items() if k != "tokenizer_json"}
+            raise ValueError(
+                f"init_from={cfg.init_from} was trained with the tokenizer {stored}, which this "
+                "run's tokenizer settings do not ask for: its weights mean nothing with another."
+            )
+        data = instantiate(cfg.data, tokenizer=tokenizer)
     data.prepare()
     return data
 
@@ -103,6 +128,15 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
 def build_module(cfg: DictConfig, data: TokenDataModule) -> MTPModule:
     """The LightningModule, with fresh weights."""
     model_config = build_model_config(cfg, data.tokenizer.vocab_size)
+    if not model_config.mtp.trains_trunk:
+        weights = OmegaConf.to_container(cfg)["mtp_lambda"]  # type: ignore[index,call-overload]
+        if not any(weights if isinstance(weights, list) else [weights]):
+            raise ValueError(
+                "mtp.freeze_trunk=true with mtp_lambda=0 leaves nothing to train: "
+                "set mtp_lambda above 0."
+            )
+        if cfg.init_from is None:
+            log.warning("mtp.freeze_trunk=true without init_from: the frozen trunk is random.")
     module = MTPModule(
         model_config,
         schedule=instantiate(cfg.lambda_schedule),
@@ -124,6 +158,41 @@ def build_module(cfg: DictConfig, data: TokenDataModule) -> MTPModule:
     return module
 
 
+def match_reference(
+    cfg: DictConfig, vocab_size: int
+) -> tuple[DictConfig, compare.Matched | None]:
+    """The config with the layers or steps that ``compare.match`` asks for, and what was matched."""
+    settings = cfg.compare
+    compare.check(settings.match, settings.reference)
+    if settings.match == "none":
+        return cfg, None
+    config = build_model_config(cfg, vocab_size)
+    trainer = cfg.trainer
+    batch = cfg.data.batch_size * trainer.accumulate_grad_batches
+    length = {
+        "seq_len": cfg.data.seq_len,
+        "max_steps": trainer.max_steps,
+        "tokens_per_step": batch * cfg.data.seq_len * int(trainer.devices) * trainer.num_nodes,
+    }
+    reference = (
+        compare.plain_reference(config, **length)
+        if settings.reference is None
+        else compare.run_reference(settings.reference)
+    )
+    matched = compare.match(
+        config,
+        instantiate(cfg.lambda_schedule),
+        match=settings.match,
+        reference=reference,
+        **length,
+    )
+    cfg = cfg.copy()
+    cfg.model.n_layers = matched.n_layers
+    cfg.trainer.max_steps = matched.max_steps
+    log.info("%s.", matched)
+    return cfg, matched
+
+
 def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -> pl.Trainer:
     """The Trainer, with callbacks and loggers.
 
@@ -137,8 +206,10 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
         settings.pop(key)
     _check_choice("precision", settings["precision"], _PRECISIONS)
     _check_choice("strategy", settings["strategy"], _STRATEGIES)
-    if settings["max_steps"] < 1:
-        raise ValueError(f"trainer.max_steps must be at least 1, not {settings['max_steps']}.")
+    for key in ("max_steps", "val_check_interval", "log_every_n_steps"):
+        value = settings[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"trainer.{key} must be a whole number of at least 1, not {value}.")
     settings["accelerator"] = pick_accelerator(settings["accelerator"])
     if settings["strategy"] == "ddp":
         settings["strategy"] = "ddp_find_unused_parameters_true" if may_skip else "ddp"
@@ -195,19 +266,34 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     keep_freed_memory()
     set_threads(cfg.trainer.num_threads)
     folder = Path(cfg.paths.output_dir)
-    data = build_data(cfg)
-    module = build_module(cfg, data)
+    asked = cfg
     resume_from = checkpoint_io.newest_intact(folder / CHECKPOINTS)
+    start: Start | None = None
+    tokenizer_state = None
+    if cfg.init_from is not None:
+        if resume_from is None:
+            start = read_start(cfg.init_from)
+            tokenizer_state = start.tokenizer_state
+        else:
+            # The run has begun: it goes on with what it has, whatever became of its start.
+            tokenizer_state = checkpoint_io.load(resume_from).get("tokenizer")
+    data = build_data(cfg, tokenizer_state)
+    cfg, matched = match_reference(cfg, data.tokenizer.vocab_size)
+    module = build_module(cfg, data)
+    # Stored is what was asked for: given again, it comes to the same layers and steps.
+    module.extra["config"] = OmegaConf.to_container(asked, resolve=True)
     resume_step = None
     if resume_from is not None:
         resume_step = check_resumable(resume_from, module)
         log.info("Continuing %s from step %d.", folder, resume_step)
+    elif start is not None:
+        log.info("Starting from %s: %s.", start.path, start_from(module.model, start))
     trainer = build_trainer(
         cfg, resume_step=resume_step, may_skip=module.schedule.depth_ever_skipped
     )
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        OmegaConf.save(asked, folder / "config.yaml", resolve=True)
         data.tokenizer.save(folder)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume_from)
@@ -217,6 +303,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         trainer.validate(module, datamodule=data, verbose=False)
 
     summary = summarise(trainer, module, data)
+    if cfg.init_from is not None:
+        summary["init_from"] = str(cfg.init_from)
+    if matched is not None:
+        summary["compare"] = matched.to_dict()
     if trainer.is_global_zero:
         write_summary(summary, folder / "summary.json")
         print_summary(summary, depth=module.model.depth)
@@ -269,7 +359,11 @@ def check_resumable(path: Path, module: MTPModule) -> int:
     """
     checkpoint = checkpoint_io.load(path)
     wanted = module.model.config.to_dict()
-    differences = describe_differences(checkpoint["model_config"], wanted)
+    try:  # settings that are newer than the checkpoint had their defaults
+        stored = ModelConfig.from_dict(checkpoint["model_config"]).to_dict()
+    except ValueError:
+        stored = checkpoint["model_config"]
+    differences = describe_differences(stored, wanted)
     if differences:
         raise ValueError(
             f"{path} holds another architecture than this config ({'; '.join(differences)}): "
@@ -296,13 +390,16 @@ def summarise(trainer: pl.Trainer, module: MTPModule, data: TokenDataModule) -> 
     (throughput,) = (c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore
     return {
         **module.validation,
+        **{n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("decode/")},
         **throughput.summary(),
         "step": trainer.global_step,
         "tokens": module.tokens,
         "flops": module.flops,
         "seconds": module.seconds,
         "parameters": config.num_params(),
+        "parameters_active": config.num_active_params(),
         "parameters_trunk": config.trunk.num_params(),
+        "parameters_trained": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "flops_per_token": config.flops_per_token(data.seq_len),
         "world_size": trainer.world_size,
         "seed": module.extra["config"]["seed"],

@@ -43,8 +43,13 @@ class ModelConfig:
     mtp: MTPConfig
 
     def num_params(self) -> int:
-        """All trained weights, tied ones once."""
+        """All weights, tied ones once."""
         return self.trunk.num_params() + self.mtp.num_params(self.trunk)
+
+    def num_active_params(self) -> int:
+        """Those of them that one token goes through: all but the experts it is not sent to."""
+        stack = self.mtp.num_params(self.trunk) - self.mtp.num_idle_params(self.trunk)
+        return self.trunk.num_active_params() + stack
 
     def forward_flops_per_token(self, seq_len: int, active: Sequence[int] | None = None) -> int:
         """FLOPs of a forward pass for one position, attention and heads included.
@@ -55,7 +60,7 @@ class ModelConfig:
         """
         if active is None:
             active = range(1, self.mtp.depth + 1)
-        blocks = self.trunk.n_layers * self.trunk.block_flops(seq_len)
+        blocks = self.trunk.blocks_flops(seq_len)
         return blocks + self.trunk.head_flops() + self.mtp.flops(self.trunk, seq_len, active)
 
     def flops_per_token(self, seq_len: int, active: Sequence[int] | None = None) -> int:

@@ -23,6 +23,7 @@ from mtp_lightning.lr_schedule import LRSchedule
 from mtp_lightning.metrics.rates import DepthRates
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import Draw
+from mtp_lightning.objective.expert_balance import balance_experts
 from mtp_lightning.objective.lambda_schedule import LambdaSchedule, Progress
 from mtp_lightning.objective.mtp_loss import active_depths, mtp_loss
 
@@ -46,6 +47,10 @@ class OptimizerConfig:
     schedule: LRSchedule
 
     def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float):
+                raise ValueError(f"optimizer.{name} must be a number, not {value!r}.")
         if not self.lr > 0:
             raise ValueError(f"optimizer.lr must be above 0, not {self.lr}.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -92,6 +97,11 @@ class MTPModule(pl.LightningModule):
         extra: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        number = isinstance(clip_norm, int | float)
+        if clip_norm is not None and not (number and clip_norm > 0):
+            raise ValueError(
+                f"trainer.gradient_clip_val must be above 0, or null for no bound, not {clip_norm}."
+            )
         self.automatic_optimization = False
         self.model = MTPModel(model_config)
         self.model.initialise(seed)
@@ -131,11 +141,14 @@ class MTPModule(pl.LightningModule):
 
         sums = torch.zeros(self.model.depth + 1, dtype=torch.float64, device=self.device)
         micro_batches = batch.micro_batches(self.accumulate)
+        windows = len(batch) * self.trainer.world_size
         draw = Draw(self.seed, step, first_row=len(batch) * self.trainer.global_rank)
         for index, micro in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self._no_sync():
-                loss, micro_sums = mtp_loss(self.model, micro, weights, counts, draw=draw)
+                loss, micro_sums = mtp_loss(
+                    self.model, micro, weights, counts, draw=draw, windows=windows
+                )
                 # With a frozen trunk and all weights 0, a step trains nothing.
                 if loss.requires_grad:
                     # Data-parallel ranks average their gradients; the parts of the loss add up.
@@ -145,6 +158,9 @@ class MTPModule(pl.LightningModule):
         grad_norm = self._clip_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        violations = balance_experts(self.model, done=step / max(self.trainer.max_steps, 1))
+        if violations:
+            self.log_dict({**violations, "step": float(step + 1)})
 
         active = active_depths(weights)
         losses = self._sum_over_ranks(sums) / torch.tensor(counts, device=self.device)

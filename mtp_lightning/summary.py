@@ -37,6 +37,7 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
     rates = Table(title="Validation", title_justify="left")
     for column in ("predicts", "loss", "accuracy", "agreement", "overlap"):
         rates.add_column(column, justify="left" if column == "predicts" else "right")
+    rates.add_column("accepted", justify="right")
     for k in range(depth + 1):
         rates.add_row(
             "next token (depth 0)" if k == 0 else f"depth {k}",
@@ -45,12 +46,15 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
                 _number(summary.get(f"val/{name}_depth_{k}"), "{:.1%}")
                 for name in ("accuracy", "agreement", "overlap")
             ),
+            _number(summary.get(f"decode/acceptance_position_{k}"), "{:.1%}"),
         )
     cost = Table(title="Run", title_justify="left", show_header=False)
     cost.add_column("what")
     cost.add_column("value", justify="right")
     for name, key, form in (
         ("bits per byte (depth 0)", "val/bits_per_byte", "{:.4f}"),
+        ("tokens per verify pass", "decode/tokens_per_step", "{:.2f}"),
+        ("decoding speed-up by drafts", "decode/speedup", "{:.2f}"),
         ("training tokens per second", "perf/tokens_per_second", "{:,.0f}"),
         ("training FLOP/s over the matmul rate", "perf/mfu", "{:.2f}"),
         ("parameters", "parameters", "{:,}"),
@@ -59,7 +63,8 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
         ("tokens", "tokens", "{:,}"),
         ("seconds of training", "seconds", "{:,.1f}"),
     ):
-        cost.add_row(name, _number(summary.get(key), form))
+        if key in summary:
+            cost.add_row(name, form.format(summary[key]))
     console = Console()
     console.print(rates)
     console.print(cost)

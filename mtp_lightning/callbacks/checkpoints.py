@@ -13,7 +13,16 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
-from mtp_lightning.checkpoint_io import BEST, LAST, PREVIOUS, intact, link_or_copy
+from mtp_lightning.checkpoint_io import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    intact,
+    link_or_copy,
+    load,
+    save,
+    stored_step,
+)
 
 
 class Checkpoints(Checkpoint):
@@ -130,6 +139,8 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save when due or when the monitored value has improved."""
+        if trainer.state.fn == "validate":
+            self._crown_last(trainer)
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         improved = self._update_best(trainer)
@@ -191,6 +202,17 @@ class Checkpoints(Checkpoint):
             trainer.global_step,
         )  # before the save, which stores them
         return True
+
+    def _crown_last(self, trainer: pl.Trainer) -> None:
+        """The validation after the training, where the last step had none of its own: `last.ckpt`,
+        which is the model that was validated, may be the best."""
+        if stored_step(self.last_path) != trainer.global_step or not self._update_best(trainer):
+            return
+        if trainer.is_global_zero:
+            content = load(self.last_path)
+            content["callbacks"][self.state_key] = self.state_dict()
+            save(content, self.last_path)
+            link_or_copy(self.last_path, self.best_path)
 
     def _save(self, trainer: pl.Trainer) -> None:
         if self._saved_step == trainer.global_step:

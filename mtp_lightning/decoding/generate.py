@@ -197,18 +197,20 @@ def _kept(limit: int) -> int:
 def _max_draft(model: MTPModel, speculative: bool, draft_depth: object) -> int:
     most = model.mtp.max_draft_depth
     if draft_depth is None or draft_depth == "auto":
-        # Shared layers have no end; twice the trained depth is where auto stops looking.
-        deepest = model.depth if draft_depth is None or most is not None else 2 * model.depth
-        return deepest if speculative else 0
+        if most is None:
+            # Shared layers have no end; twice the trained depth is where auto stops looking.
+            most = model.depth if draft_depth is None else 2 * model.depth
+        return most if speculative else 0
     if not isinstance(draft_depth, int) or isinstance(draft_depth, bool) or draft_depth < 1:
         raise ValueError(
             f"draft_depth={draft_depth} must be a whole number of at least 1, or 'auto'; "
             "speculative=false is plain decoding."
         )
+    if speculative:
+        model.mtp.require_drafts()
     if speculative and most is not None and draft_depth > most:
-        remedy = f"at most {most} here" if most else "speculative=false here"
         raise ValueError(
-            f"draft_depth={draft_depth}, but the model drafts {most} tokens: use {remedy}."
+            f"draft_depth={draft_depth}, but the model drafts {most} tokens: use at most {most}."
         )
     return draft_depth if speculative else 0
 

@@ -55,6 +55,12 @@ class RunTensorBoard(TensorBoardLogger):
             self._layout_written = True
         super().log_metrics(metrics, step)
 
+    @rank_zero_only
+    def log_text(self, tag: str, text: str, step: int) -> None:
+        """Write a text, shown as it is, line ends and all."""
+        as_code = "\n".join(f"    {line}" for line in text.splitlines())
+        self.experiment.add_text(tag, as_code, step)
+
     def save(self) -> None:
         """Flush; Lightning's own also writes an hparams.yaml, which the composed configuration
         replaces."""

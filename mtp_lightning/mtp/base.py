@@ -54,6 +54,10 @@ class MTPConfig(ABC):
     def num_params(self, trunk: TrunkConfig) -> int:
         """Weights that the stack adds to the trunk's."""
 
+    def num_idle_params(self, trunk: TrunkConfig) -> int:
+        """Those of them that a token does not go through: experts it is not sent to."""
+        return 0
+
     @abstractmethod
     def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
         """Forward FLOPs of one position for the ``active`` depths, the shared head left out."""

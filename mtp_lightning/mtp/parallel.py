@@ -53,6 +53,9 @@ class ParallelConfig(MTPConfig):
     def num_params(self, trunk: TrunkConfig) -> int:
         return self.depth * (trunk.block_params() + trunk.d_model)
 
+    def num_idle_params(self, trunk: TrunkConfig) -> int:
+        return self.depth * trunk.block_idle_params()
+
     def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
         return len(active) * trunk.block_flops(seq_len)
 

@@ -73,8 +73,15 @@ class SequentialConfig(MTPConfig):
 
     def num_params(self, trunk: TrunkConfig) -> int:
         c = trunk.d_model
-        module = trunk.block_params() + 2 * c * c + 3 * c
-        return module * (min(self.depth, 1) if self.share_layers else self.depth)
+        return self.n_modules * (trunk.block_params() + 2 * c * c + 3 * c)
+
+    def num_idle_params(self, trunk: TrunkConfig) -> int:
+        return self.n_modules * trunk.block_idle_params()
+
+    @property
+    def n_modules(self) -> int:
+        """Modules that are built."""
+        return min(self.depth, 1) if self.share_layers else self.depth
 
     def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
         # A depth needs all shallower modules, but not their logits.
@@ -107,8 +114,9 @@ class SequentialMTP(MTPStack):
     def __init__(self, config: SequentialConfig, trunk: TrunkConfig) -> None:
         super().__init__(config.depth)
         self.config = config
-        n_modules = min(config.depth, 1) if config.share_layers else config.depth
-        self.depths = nn.ModuleList(SequentialModule(config, trunk) for _ in range(n_modules))
+        self.depths = nn.ModuleList(
+            SequentialModule(config, trunk) for _ in range(config.n_modules)
+        )
 
     def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
         c = self.config

@@ -46,9 +46,8 @@ class Positions:
             device: of the tables.
             documents: ids [B, T]; a token then sees only its own document.
         """
-        assert config.d_head is not None
         positions_T = torch.arange(seq_len, device=device)
-        cos, sin = rope_table(positions_T, config.d_head, config.rope_theta)
+        cos, sin = rope_table(positions_T, config.d_rope, config.rope_theta)
         mask = None
         if documents is not None:
             causal = positions_T.unsqueeze(0) <= positions_T.unsqueeze(1)

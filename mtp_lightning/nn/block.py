@@ -1,26 +1,61 @@
-"""One pre-norm decoder block."""
+"""One pre-norm decoder block, of whatever attention and feed-forward layer the config says."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mtp_lightning.nn.attention import Attention, Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import FeedForward
+from mtp_lightning.nn.mla import LatentAttention
+from mtp_lightning.nn.moe import MoE, without_counting
 from mtp_lightning.nn.norm import RMSNorm
 
 
 class Block(nn.Module):
-    """``h = x + attention(norm(x))``, then ``h + feed_forward(norm(h))``."""
+    """``h = x + attention(norm(x))``, then ``h + feed_forward(norm(h))``.
 
-    def __init__(self, config: TrunkConfig) -> None:
+    Args:
+        config: the trunk's.
+        layer: the block's place in the trunk; None is a prediction module's block.
+    """
+
+    def __init__(self, config: TrunkConfig, layer: int | None = None) -> None:
         super().__init__()
+        self.recompute = config.recompute
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention: Attention | LatentAttention
+        self.attention = (
+            Attention(config) if config.latent_attention is None else LatentAttention(config)
+        )
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward: FeedForward | MoE
+        self.feed_forward = MoE(config) if config.has_experts(layer) else FeedForward(config)
 
     def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
         """[B, T, C] -> [B, T, C]; ``layer`` is this block's place in the cache, if there is one."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(
+                self._compute,
+                x_BTC,
+                positions,
+                layer,
+                use_reentrant=False,
+                # Nothing in a block is random.
+                preserve_rng_state=False,
+                context_fn=_contexts,
+            )
+        return self._compute(x_BTC, positions, layer)
+
+    def _compute(self, x_BTC: Tensor, positions: Positions, layer: int) -> Tensor:
         h_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), positions, layer)
         return h_BTC + self.feed_forward(self.feed_forward_norm(h_BTC))
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around the first pass, and around its repetition in the backward pass."""
+    return nullcontext(), without_counting()

@@ -6,7 +6,7 @@ probabilities are kept for the backward pass: about 1.5 times as fast at 256 tok
 (``python -m benchmarks.kernels``). They grow with T^2, so long windows stay with PyTorch's kernel.
 
 Shapes: B batch, T positions, W positions of a block, S keys it sees, N heads, M key-value heads,
-G = N / M queries a key-value head, H head size.
+G = N / M queries a key-value head, H head size (the value's own may differ).
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class _CausalAttention(torch.autograd.Function):
         group = n_heads // n_kv
         rows = batch * n_kv
         key_RTH = key.transpose(1, 2).reshape(rows, seq_len, d_head)
-        value_RTH = value.transpose(1, 2).reshape(rows, seq_len, d_head)
+        value_RTH = value.transpose(1, 2).reshape(rows, seq_len, -1)
         grouped = query.view(batch, seq_len, n_kv, group, d_head).permute(0, 2, 3, 1, 4)
         scaled_BMGTH = grouped * d_head**-0.5
-        out = query.new_empty(query.shape)
-        out_BTMGH = out.view(batch, seq_len, n_kv, group, d_head)
+        out = query.new_empty(*query.shape[:3], value.shape[-1])
+        out_BTMGH = out.view(batch, seq_len, n_kv, group, -1)
         hidden_WW = torch.full((_BLOCK, _BLOCK), -torch.inf).triu_(1)
         queries, probs = [], []
         for start in range(0, seq_len, _BLOCK):
@@ -58,7 +58,7 @@ class _CausalAttention(torch.autograd.Function):
             scores.view(rows, group, width, end)[..., start:].add_(hidden_WW[:width, :width])
             prob_block = torch.softmax(scores, dim=-1)
             mixed = torch.bmm(prob_block, value_RTH[:, :end])
-            out_BTMGH[:, start:end] = mixed.view(batch, n_kv, group, width, d_head).permute(
+            out_BTMGH[:, start:end] = mixed.view(batch, n_kv, group, width, -1).permute(
                 0, 3, 1, 2, 4
             )
             queries.append(query_block)
@@ -76,16 +76,16 @@ class _CausalAttention(torch.autograd.Function):
         n_kv = rows // batch
         group = n_heads // n_kv
         grad_BMGTH = (
-            grads[0].reshape(batch, seq_len, n_kv, group, d_head).permute(0, 2, 3, 1, 4)
+            grads[0].reshape(batch, seq_len, n_kv, group, -1).permute(0, 2, 3, 1, 4)
         )
-        d_query = torch.empty_like(grads[0], memory_format=torch.contiguous_format)
+        d_query = grads[0].new_empty(ctx.shape)
         d_query_BTMGH = d_query.view(batch, seq_len, n_kv, group, d_head)
         d_key, d_value = torch.zeros_like(key_RTH), torch.zeros_like(value_RTH)
         for index, start in enumerate(range(0, seq_len, _BLOCK)):
             end = min(start + _BLOCK, seq_len)
             width = end - start
             query_block, prob_block = queries[index], probs[index]
-            grad_block = grad_BMGTH[:, :, :, start:end].reshape(rows, group * width, d_head)
+            grad_block = grad_BMGTH[:, :, :, start:end].reshape(rows, group * width, -1)
             d_value[:, :end].baddbmm_(prob_block.transpose(1, 2), grad_block)
             d_prob = torch.bmm(grad_block, value_RTH[:, :end].transpose(1, 2))
             d_scores = torch.ops.aten._softmax_backward_data(d_prob, prob_block, -1, d_prob.dtype)
@@ -94,5 +94,5 @@ class _CausalAttention(torch.autograd.Function):
             d_query_BTMGH[:, start:end] = d_block.view(
                 batch, n_kv, group, width, d_head
             ).permute(0, 3, 1, 2, 4)
-        shape = (batch, n_kv, seq_len, d_head)
+        shape = (batch, n_kv, seq_len, -1)
         return d_query, d_key.view(shape).transpose(1, 2), d_value.view(shape).transpose(1, 2)

@@ -49,10 +49,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
 class FeedForward(nn.Module):
     """``down(silu(gate(x)) * up(x))``; gate and up are one matrix, gate first."""
 
-    def __init__(self, config: TrunkConfig) -> None:
+    def __init__(self, config: TrunkConfig, *, d_ff: int | None = None) -> None:
         super().__init__()
-        self.gate_up = Linear(config.d_model, 2 * config.d_ff)
-        self.down = Linear(config.d_ff, config.d_model)
+        d_ff = config.d_ff if d_ff is None else d_ff
+        self.gate_up = Linear(config.d_model, 2 * d_ff)
+        self.down = Linear(d_ff, config.d_model)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         return self.down(swiglu(self.gate_up(x_BTC)))

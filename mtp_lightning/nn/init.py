@@ -22,8 +22,12 @@ def parameter_seed(seed: int, name: str) -> int:
 def initialise(model: nn.Module, *, std: float, seed: int) -> None:
     """Matrices from N(0, std^2), norm gains 1 (DeepSeek-V3, section 4.2: one std for all).
 
-    Drawn on the CPU in fp32, so that the weights do not depend on the device.
+    Drawn on the CPU in fp32, so that the weights do not depend on the device. Buffers that
+    training moves (the experts' biases) start anew, too.
     """
+    for module in model.modules():
+        if hasattr(module, "reset_buffers"):
+            module.reset_buffers()
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             parameter.fill_(1.0)

@@ -44,12 +44,11 @@ class PositionTables:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        assert config.d_head is not None
         self.capacity = _round_up(capacity)
         self.device = torch.device(device)
         self.dtype = dtype
         positions_S = torch.arange(self.capacity, device=device)
-        cos, sin = whole_head_table(positions_S, config.d_head, config.rope_theta)
+        cos, sin = whole_head_table(positions_S, config.d_rope, config.rope_theta)
         self.cos_S1H, self.sin_S1H = cos.unsqueeze(1), sin.unsqueeze(1)
         # Query j of a pass that starts at n sees columns 0 .. n + j. One wide table holds the mask
         # of every n as a slice.
@@ -105,7 +104,12 @@ class KVCache:
         self.exact = exact and tables.device.type == "cpu"
         self.n_kv_heads = config.n_kv_heads
         self.grouped = config.n_heads != config.n_kv_heads
-        shape = (batch_size, tables.capacity, 2 * config.n_kv_heads, config.d_head)
+        latent = config.latent_attention
+        # Latent attention keeps one vector a token, which is key and value at once: see nn/mla.py.
+        self.shared = latent is not None
+        assert config.d_head is not None
+        entry = (1, latent.d_cached) if latent else (2 * config.n_kv_heads, config.d_head)
+        shape = (batch_size, tables.capacity, *entry)
         self.entries_L_BSMH = [
             torch.zeros(shape, dtype=tables.dtype, device=tables.device) for _ in range(n_layers)
         ]
@@ -195,7 +199,7 @@ class KVCache:
             views = []
             for entries in self.entries_L_BSMH:
                 used = entries.narrow(1, 0, self._width).transpose(1, 2)
-                keys, values = used.split(self.n_kv_heads, dim=1)
+                keys, values = (used, used) if self.shared else used.split(self.n_kv_heads, dim=1)
                 if copies > 1:
                     keys, values = (x.expand(copies, -1, -1, -1) for x in (keys, values))
                 views.append((keys, values))

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mtp_lightning.model import MTPModel, Reading
+from mtp_lightning.nn.moe import collecting_balance_losses
 from mtp_lightning.objective.cross_entropy import DepthLoss, add_depth
+
+if TYPE_CHECKING:
+    from mtp_lightning.model import MTPModel, Reading
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class _Work:
     # Depth -> targets and coefficient, depth 0 first.
     depths: dict[int, tuple[Tensor, float]]
     grad: bool
+    balance: float
 
 
 class _HeadByHead(torch.autograd.Function):
@@ -48,7 +52,7 @@ class _HeadByHead(torch.autograd.Function):
                 hidden, inputs = final, []
             else:
                 inputs = stack.parameters_of(k)
-                with torch.set_grad_enabled(work.grad):
+                with torch.set_grad_enabled(work.grad), collecting_balance_losses() as balances:
                     leaf = branch.detach().requires_grad_(work.grad and needs_branch)
                     reading = replace(work.reading, branch=leaf)
                     hidden = work.model.predict(k, reading, leaf)
@@ -64,7 +68,10 @@ class _HeadByHead(torch.autograd.Function):
             if k == 0:
                 d_final = d_hidden
             elif d_hidden is not None:
-                grads = list(torch.autograd.grad(hidden, inputs, d_hidden, allow_unused=True))
+                # A head's own experts are balanced in the same backward pass.
+                outputs = [hidden, *balances]
+                d_outputs = [d_hidden, *(torch.full_like(b, work.balance) for b in balances)]
+                grads = list(torch.autograd.grad(outputs, inputs, d_outputs, allow_unused=True))
                 if needs_branch:
                     d_leaf = grads.pop(0)
                     assert d_leaf is not None
@@ -93,6 +100,8 @@ def head_by_head_loss(
     active: Sequence[int],
     targets: Sequence[Tensor],
     coefficients: Sequence[float],
+    *,
+    balance: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Depth 0 and the ``active`` depths, one after another, forward and backward.
 
@@ -102,6 +111,8 @@ def head_by_head_loss(
         active: MTP depths, in order.
         targets: of depth 0 and of the active depths, [B, T] each.
         coefficients: of the same depths' summed losses.
+        balance: factor of the balance losses of the heads' experts; they train the heads and are
+            left out of the total.
 
     Returns:
         The weighted total, a differentiable fp32 scalar, and the plain sums of the losses
@@ -110,7 +121,7 @@ def head_by_head_loss(
     """
     assert model.mtp.independent
     depths = dict(zip((0, *active), zip(targets, coefficients, strict=True), strict=True))
-    work = _Work(model, reading, depths, torch.is_grad_enabled())
+    work = _Work(model, reading, depths, torch.is_grad_enabled(), balance)
     # Only parameters that the pass uses: to the rest, autograd and data parallelism see no path.
     parameters = [p for k in active for p in model.mtp.parameters_of(k)]
     return _HeadByHead.apply(work, model.head.weight, reading.final, reading.branch, *parameters)

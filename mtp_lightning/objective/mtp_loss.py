@@ -7,15 +7,19 @@ every micro-batch's. A micro-batch therefore divides its sums by the step's coun
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import Draw
+from mtp_lightning.nn.moe import collecting_balance_losses
 from mtp_lightning.objective.cross_entropy import DepthLoss, weighted_cross_entropy
 from mtp_lightning.objective.head_by_head import head_by_head_loss
 from mtp_lightning.objective.multi_target import multi_target_cross_entropy
+
+if TYPE_CHECKING:
+    from mtp_lightning.model import MTPModel
 
 
 def active_depths(weights: Sequence[float]) -> list[int]:
@@ -30,6 +34,7 @@ def mtp_loss(
     counts: Sequence[int],
     *,
     draw: Draw | None = None,
+    windows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One micro-batch's part of the step's loss.
 
@@ -43,6 +48,8 @@ def mtp_loss(
         weights: lambda_k for k = 1 .. D. A depth of weight 0 is not computed.
         counts: valid targets of depths 0 .. D in the whole step.
         draw: what a stack's random choices in training depend on; None makes none.
+        windows: in the whole step, over which the experts' sequence-wise balance loss is a mean;
+            None when this micro-batch is the step.
 
     Returns:
         The part of ``L`` (the parts of all micro-batches and ranks add up to it), and the summed
@@ -62,19 +69,35 @@ def mtp_loss(
     factors = [1.0, *weights]
     targets = [batch.targets(k) for k in computed_depths]
     coefficients = [factors[k] / max(counts[k], 1) for k in computed_depths]
-    if active and model.mtp.shares_hidden:
-        hidden = model.read(batch, active).final
-        total, computed = multi_target_cross_entropy(
-            model.head.weight, hidden, targets, coefficients
-        )
-    elif active and model.mtp.independent:
-        reading = model.read(batch, active)
-        total, computed = head_by_head_loss(model, reading, active, targets, coefficients)
-    else:
-        total, computed = _joint_loss(model, batch, active, targets, coefficients, draw)
+    balance = 1 / (batch.batch_size if windows is None else windows)
+    with collecting_balance_losses() as balance_losses:
+        total, computed = _losses(model, batch, active, targets, coefficients, draw, balance)
+    for loss in balance_losses:
+        total = total + balance * loss
     sums = computed.new_zeros(model.depth + 1)
     sums[computed_depths] = computed
     return total, sums
+
+
+def _losses(
+    model: MTPModel,
+    batch: WindowBatch,
+    active: Sequence[int],
+    targets: Sequence[Tensor],
+    coefficients: Sequence[float],
+    draw: Draw | None,
+    balance: float,
+) -> tuple[Tensor, Tensor]:
+    """The weighted total, and the plain sums of depth 0 and the ``active`` depths."""
+    if active and model.mtp.shares_hidden:
+        hidden = model.read(batch, active).final
+        return multi_target_cross_entropy(model.head.weight, hidden, targets, coefficients)
+    if active and model.mtp.independent:
+        reading = model.read(batch, active)
+        return head_by_head_loss(
+            model, reading, active, targets, coefficients, balance=balance
+        )
+    return _joint_loss(model, batch, active, targets, coefficients, draw)
 
 
 def _joint_loss(

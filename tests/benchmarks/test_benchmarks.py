@@ -53,10 +53,12 @@ def test_train_step(tmp_path: Path) -> None:
 def test_head(tmp_path: Path) -> None:
     output = tmp_path / "head.json"
     arguments = ["--vocab-sizes", "16384", "--d-model", "8", "--rows", "512", "--repeats", "1"]
+    # PyTorch's own chunked function is slow to import at its first call.
+    arguments += ["--implementations", "chunked", "whole logits"]
     result = head.main([*arguments, "--chunks", "10,16,17,30", "--output", str(output)])
     assert read(output) == result
     rows = {row["implementation"]: row for row in result["implementations"]}
-    assert {"chunked", "whole logits"} <= set(rows)
+    assert list(rows) == ["chunked", "whole logits"]
     for row in rows.values():
         assert row["loss"] == pytest.approx(rows["chunked"]["loss"], rel=1e-4)
         assert row["ms"] > 0
@@ -66,7 +68,7 @@ def test_head(tmp_path: Path) -> None:
     assert logits == pytest.approx(4 * 512 * 16384 / 1e6)
     if not torch.cuda.is_available():
         assert rows["whole logits"]["peak_mb"] > 1.8 * logits
-        assert rows["chunked"]["peak_mb"] < logits
+        assert rows["chunked"]["peak_mb"] < 0.6 * rows["whole logits"]["peak_mb"]
     chunks = result["chunks"]
     # 2^10 numbers are not a row, so one; 2^30 are more rows than there are.
     assert [row["rows"] for row in chunks] == [1, 4, 8, 512]
@@ -81,7 +83,16 @@ def test_head_sweep_restores_the_chunk_size() -> None:
     assert head.cross_entropy.chunk_rows(4096, torch.device("cpu")) == before
 
 
-def test_kernels(tmp_path: Path) -> None:
+def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept_by_child = []
+
+    def in_this_process(module: str, task: dict) -> dict:
+        # test_train_step has real children; the allocator of this process stays as it is.
+        assert module == train_step.MODULE
+        kept_by_child.append(task["keep_freed_memory"])
+        return train_step.measure({**task, "keep_freed_memory": False})
+
+    monkeypatch.setattr(common, "run_child", in_this_process)
     output = tmp_path / "kernels.json"
     arguments = ["--model", "nano", "--vocab-sizes", "300", "--depth", "1", *SHAPE, "--quick"]
     result = kernels.main([*arguments, "--repeats", "2", "--output", str(output)])
@@ -100,6 +111,7 @@ def test_kernels(tmp_path: Path) -> None:
     # Ours keeps its input only.
     assert swiglu["saved_mb"] == pytest.approx(2 * 32 * 768 * 4 / 1e6)
     assert swiglu["saved_mb_pytorch"] > swiglu["saved_mb"]
+    assert kept_by_child == [True, False]
     kept, given_back = result["freed_memory"]
     assert given_back["speedup"] == 1 and kept["speedup"] == given_back["ms"] / kept["ms"]
 

@@ -131,9 +131,7 @@ def test_workers_do_not_change_a_resumed_run(tmp_path: Path, cache: Path, whole:
     assert_same_weights(tmp_path, whole)
 
 
-def test_a_finished_run_started_again_trains_no_more(
-    tmp_path: Path, cache: Path
-) -> None:
+def test_a_finished_run_started_again_trains_no_more(tmp_path: Path, cache: Path) -> None:
     first = train_here(tmp_path, cache)
     before = rows(tmp_path)
     again = train_here(tmp_path, cache)
@@ -145,9 +143,7 @@ def test_a_finished_run_started_again_trains_no_more(
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped"])
-def test_damaged_last_checkpoint(
-    tmp_path: Path, cache: Path, whole: Path, harm: str
-) -> None:
+def test_damaged_last_checkpoint(tmp_path: Path, cache: Path, whole: Path, harm: str) -> None:
     stop_after(tmp_path, cache, LONG, 70)
     last = tmp_path / "checkpoints" / "last.ckpt"
     previous = checkpoint(tmp_path, "previous.ckpt")["global_step"]

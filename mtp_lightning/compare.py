@@ -1,0 +1,264 @@
+"""Fair comparisons: what a run must give up for its heads.
+
+* ``parameters``: trunk layers are removed for the heads that were added (the protocol of Gloeckle
+  et al. 2024).
+* ``flops``: the number of optimizer steps is changed so that the whole run costs the reference's
+  compute.
+
+Layers and steps are whole, so a difference remains; it is stated.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mtp_lightning.model import ModelConfig
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.objective.lambda_schedule import LambdaSchedule, Progress
+from mtp_lightning.objective.mtp_loss import active_depths
+
+MATCHES = ("none", "parameters", "flops")
+# Points of a run at which the cost of a step is looked up; between them it is taken as constant.
+_SAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a run is compared with.
+
+    Attributes:
+        name: for people.
+        parameters: all of its weights.
+        flops: training FLOPs of its whole run.
+    """
+
+    name: str
+    parameters: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What was changed for a comparison.
+
+    Attributes:
+        match: ``parameters`` or ``flops``.
+        reference: its name.
+        n_layers: trunk layers of this run.
+        max_steps: optimizer steps of this run.
+        target: what was to be reached: the reference's parameters or FLOPs.
+        reached: what this run has of them.
+    """
+
+    match: str
+    reference: str
+    n_layers: int
+    max_steps: int
+    target: float
+    reached: float
+
+    @property
+    def remaining(self) -> float:
+        """What is left of the difference, relative to the reference."""
+        return self.reached / self.target - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for the summary."""
+        return {**asdict(self), "remaining": self.remaining}
+
+    def __str__(self) -> str:
+        changed = (
+            f"{self.n_layers} trunk layers"
+            if self.match == "parameters"
+            else f"{self.max_steps} steps"
+        )
+        return (
+            f"compare.match={self.match}: {changed}; {self.reached:.6g} {self.match} against "
+            f"{self.target:.6g} of {self.reference} ({self.remaining:+.2%} remain)"
+        )
+
+
+def check(match: str, reference: str | None) -> None:
+    """Refuse settings that mean nothing.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if match not in MATCHES:
+        known = ", ".join(MATCHES)
+        raise ValueError(f"compare.match={match} is unknown: choose one of {known}.")
+    if match == "none" and reference is not None:
+        raise ValueError(
+            f"compare.reference={reference} is used by nothing: set compare.match to parameters "
+            "or flops, or compare.reference=null."
+        )
+
+
+def plain_reference(
+    config: ModelConfig, *, seq_len: int, max_steps: int, tokens_per_step: int
+) -> Reference:
+    """The same trunk without MTP, trained for as many steps."""
+    plain = ModelConfig(trunk=config.trunk, mtp=NoMTPConfig())
+    return Reference(
+        name="the same trunk with mtp=none",
+        parameters=plain.num_params(),
+        flops=plain.flops_per_token(seq_len) * tokens_per_step * max_steps,
+    )
+
+
+def run_reference(folder: str | Path) -> Reference:
+    """A finished run, by its ``summary.json``.
+
+    Raises:
+        FileNotFoundError: there is none: no run, or not finished.
+        ValueError: it does not say what the run cost.
+    """
+    file = Path(folder) / "summary.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"compare.reference={folder} holds no summary.json: give the folder of a finished run."
+        )
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        return Reference(
+            name=str(folder), parameters=int(summary["parameters"]), flops=float(summary["flops"])
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} does not say what its run cost ({type(error).__name__}: {error}): "
+            "give the folder of a finished run."
+        ) from error
+
+
+def match_parameters(config: ModelConfig, target: int) -> ModelConfig:
+    """Remove trunk layers until the parameters are as close to ``target`` as they get.
+
+    Raises:
+        ValueError: the trunk has not enough layers.
+    """
+    best = config
+    for n_layers in range(config.trunk.n_layers - 1, 0, -1):
+        try:
+            fewer = replace(config, trunk=replace(config.trunk, n_layers=n_layers))
+        except ValueError:  # a trunk that needs some of its layers
+            break
+        if abs(fewer.num_params() - target) >= abs(best.num_params() - target):
+            return best
+        best = fewer
+    excess = best.num_params() - target
+    if excess > config.trunk.block_params() / 2:
+        raise ValueError(
+            f"compare.match=parameters cannot be met: with {best.trunk.n_layers} trunk layers left "
+            f"the model still has {excess:,} parameters more than the reference's {target:,}. "
+            "Take fewer MTP depths or a deeper trunk."
+        )
+    return best
+
+
+def total_flops(
+    config: ModelConfig,
+    schedule: LambdaSchedule,
+    *,
+    seq_len: int,
+    max_steps: int,
+    tokens_per_step: int,
+) -> float:
+    """Training FLOPs of a whole run: depths whose weight is 0 at a step are not computed there."""
+    samples = min(max_steps, _SAMPLES)
+    by_active: dict[tuple[int, ...], int] = {}
+    total = 0
+    for sample in range(samples):
+        step = (2 * sample + 1) * max_steps // (2 * samples) if samples < max_steps else sample
+        progress = Progress(step=step, max_steps=max_steps, tokens=step * tokens_per_step)
+        active = tuple(active_depths(schedule.weights(progress)))
+        if active not in by_active:
+            by_active[active] = config.flops_per_token(seq_len, active)
+        total += by_active[active]
+    return total / samples * max_steps * tokens_per_step
+
+
+def match_steps(
+    config: ModelConfig,
+    schedule: LambdaSchedule,
+    target: float,
+    *,
+    seq_len: int,
+    max_steps: int,
+    tokens_per_step: int,
+) -> tuple[int, float]:
+    """The number of optimizer steps whose FLOPs are closest to ``target``, and those FLOPs."""
+
+    def flops(steps: int) -> float:
+        return total_flops(
+            config,
+            schedule,
+            seq_len=seq_len,
+            max_steps=steps,
+            tokens_per_step=tokens_per_step,
+        )
+
+    steps = max_steps
+    for _ in range(8):  # the cost of a step depends on the length of the run, but little
+        nearer = max(round(steps * target / flops(steps)), 1)
+        if nearer == steps:
+            break
+        steps = nearer
+    candidates = {s: flops(s) for s in (steps - 1, steps, steps + 1) if s >= 1}
+    steps = min(candidates, key=lambda s: abs(candidates[s] - target))
+    return steps, candidates[steps]
+
+
+def match(
+    config: ModelConfig,
+    schedule: LambdaSchedule,
+    *,
+    match: str,
+    reference: Reference,
+    seq_len: int,
+    max_steps: int,
+    tokens_per_step: int,
+) -> Matched:
+    """Trunk layers and steps for a comparison with ``reference``.
+
+    Args:
+        config: the model as asked for.
+        schedule: its lambda schedule.
+        match: ``parameters`` or ``flops``.
+        reference: what it is compared with.
+        seq_len: T.
+        max_steps: optimizer steps as asked for.
+        tokens_per_step: depth-0 targets of one optimizer step, all ranks.
+
+    Raises:
+        ValueError: the trunk has not enough layers to give up.
+    """
+    if match == "parameters":
+        smaller = match_parameters(config, reference.parameters)
+        return Matched(
+            match=match,
+            reference=reference.name,
+            n_layers=smaller.trunk.n_layers,
+            max_steps=max_steps,
+            target=reference.parameters,
+            reached=smaller.num_params(),
+        )
+    assert match == "flops"
+    steps, reached = match_steps(
+        config,
+        schedule,
+        reference.flops,
+        seq_len=seq_len,
+        max_steps=max_steps,
+        tokens_per_step=tokens_per_step,
+    )
+    return Matched(
+        match=match,
+        reference=reference.name,
+        n_layers=config.trunk.n_layers,
+        max_steps=steps,
+        target=reference.flops,
+        reached=reached,
+    )

@@ -1,0 +1,151 @@
+"""Starting a new run from a trained one: its weights, and its tokenizer, but none of its progress.
+
+The trunk must be the same one. The MTP stack may be another: a module that the checkpoint does not
+hold starts fresh, one that the model does not have is dropped, and both are said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtp_lightning import checkpoint_io
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.runs import describe_differences, find_checkpoint, load_weights, model_weights
+
+# Settings of a trunk that say how it is trained or started, not what its weights compute.
+_FREE = {"init_std", "recompute"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        path: the checkpoint's file.
+        config: of the model in it.
+        weights: by the model's own names.
+        tokenizer_state: plain data.
+    """
+
+    path: Path
+    config: ModelConfig
+    weights: dict[str, torch.Tensor]
+    tokenizer_state: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inherited:
+    """What became of the modules of the stack.
+
+    Attributes:
+        kept: modules that start from the checkpoint's weights.
+        new: modules that start fresh.
+        dropped: modules of the checkpoint that this model does not have.
+    """
+
+    kept: list[str]
+    new: list[str]
+    dropped: list[str]
+
+    def __str__(self) -> str:
+        named = (("kept", self.kept), ("new", self.new), ("dropped", self.dropped))
+        found = [f"{what}: {', '.join(modules)}" for what, modules in named if modules]
+        return "; ".join(["trunk and head kept", *found])
+
+
+def read_start(path: str | Path) -> Start:
+    """Read the checkpoint that a run is to start from.
+
+    Args:
+        path: a run folder (its best checkpoint) or a .ckpt file.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: a damaged or foreign checkpoint, or a Hugging Face folder.
+    """
+    folder = Path(path)
+    if folder.is_dir() and (folder / "config.json").is_file():
+        raise ValueError(
+            f"init_from={path} is a folder of Hugging Face weights, which this version cannot "
+            "start from: give the folder of a run, or one of its .ckpt files."
+        )
+    file = find_checkpoint(path)
+    checkpoint = checkpoint_io.load(file)
+    missing = {"model_config", "state_dict", "tokenizer"} - checkpoint.keys()
+    if missing:
+        raise ValueError(
+            f"init_from={file} is not a checkpoint of this platform: it has no "
+            f"{', '.join(sorted(missing))}."
+        )
+    return Start(
+        path=file,
+        config=ModelConfig.from_dict(checkpoint["model_config"]),
+        weights=model_weights(checkpoint),
+        tokenizer_state=checkpoint["tokenizer"],
+    )
+
+
+def start_from(model: MTPModel, start: Start) -> Inherited:
+    """Load the weights of ``start`` into a freshly initialised model.
+
+    Raises:
+        ValueError: another trunk, a stack whose weights mean something else, or names or shapes
+            that do not fit.
+    """
+    old, wanted = start.config, model.config
+    _check_trunk(start.path, old, wanted)
+    same_stack = old.variant == wanted.variant
+    if same_stack:
+        _check_meaning(start.path, old, wanted)
+    stored = {name: t for name, t in start.weights.items() if not name.startswith("mtp.")}
+    own = model.state_dict()
+    old_modules = _modules(start.weights)
+    own_modules = _modules(own)
+    kept = [name for name in own_modules if same_stack and name in old_modules]
+    new = [name for name in own_modules if name not in kept]
+    for name, tensor in start.weights.items():
+        if _module(name) in kept:
+            stored[name] = tensor
+    for name, tensor in own.items():
+        if _module(name) in new:
+            stored[name] = tensor
+    # All names and shapes that are left must fit exactly.
+    load_weights(model, stored, source=str(start.path))
+    return Inherited(kept=kept, new=new, dropped=[m for m in old_modules if m not in kept])
+
+
+def _check_trunk(path: Path, old: ModelConfig, wanted: ModelConfig) -> None:
+    differences = [
+        line
+        for line in describe_differences(old.to_dict()["trunk"], wanted.to_dict()["trunk"])
+        if line.split(":")[0] not in _FREE
+    ]
+    if differences:
+        raise ValueError(
+            f"init_from={path} has another trunk than this run ({'; '.join(differences)}): "
+            "choose the model and tokenizer settings that it was trained with."
+        )
+
+
+def _check_meaning(path: Path, old: ModelConfig, wanted: ModelConfig) -> None:
+    for name in wanted.mtp.meaning:
+        before, now = getattr(old.mtp, name), getattr(wanted.mtp, name)
+        if before != now and old.mtp.depth and wanted.mtp.depth:
+            raise ValueError(
+                f"init_from={path} was trained with mtp.{name}={before}, and its modules mean "
+                f"something else under mtp.{name}={now}: set mtp.{name}={before}."
+            )
+
+
+def _module(name: str) -> str | None:
+    """``mtp.depths.1.block.out.weight`` -> ``mtp.depths.1``; None outside the stack."""
+    return ".".join(name.split(".")[:3]) if name.startswith("mtp.") else None
+
+
+def _modules(weights: dict[str, Any]) -> list[str]:
+    found = [_module(name) for name in weights]
+    return list(dict.fromkeys(name for name in found if name is not None))

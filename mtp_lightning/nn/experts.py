@@ -1,0 +1,173 @@
+"""Routed experts: every one multiplies the tokens sent to it, and no others.
+
+Tokens are sorted by expert, so that each expert's are one block of rows. On a GPU in bf16 one
+grouped product takes all blocks; elsewhere a loop over experts takes the fastest kernel of
+``nn/linear.py``.
+
+Shapes: M tokens, K chosen experts of a token, R = M * K rows, E experts, C d_model, F d_expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_lightning.nn.feed_forward import swiglu
+from mtp_lightning.nn.linear import matmul_transposed, weight_gradient
+
+# Up to this many rows are multiplied one at a time when decoding, see Experts._one_by_one.
+_FEW_ROWS = 64
+
+
+class Experts(nn.Module):
+    """E SwiGLU layers; gate and up are one matrix an expert, gate first."""
+
+    def __init__(self, d_model: int, d_expert: int, n_experts: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * d_expert, d_model))
+        self.down = nn.Parameter(torch.empty(n_experts, d_model, d_expert))
+
+    def forward(self, x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor) -> Tensor:
+        """``sum_j gates[:, j] * expert_{chosen[:, j]}(x)``, [M, C]."""
+        kind = x_MC.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else x_MC.dtype
+        gate_up, down = self.gate_up.to(dtype), self.down.to(dtype)
+        x_MC, gates_MK = x_MC.to(dtype), gates_MK.to(dtype)
+        with torch.autocast(kind, enabled=False):
+            if not torch.is_grad_enabled() and kind == "cpu" and chosen_MK.numel() <= _FEW_ROWS:
+                return _one_by_one(x_MC, chosen_MK, gates_MK, gate_up, down)
+            order_R = chosen_MK.flatten().argsort(stable=True)
+            load_E = torch.bincount(chosen_MK.flatten(), minlength=gate_up.shape[0])
+            if fits_grouped(x_MC, down):
+                return grouped(x_MC, gates_MK, gate_up, down, order_R, load_E)
+            return _SortedExperts.apply(x_MC, gates_MK, gate_up, down, order_R, load_E.tolist())
+
+    def extra_repr(self) -> str:
+        n_experts, d_model, d_expert = self.down.shape
+        return f"{n_experts} x ({d_model}, {d_expert})"
+
+
+def _one_by_one(
+    x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """For the few tokens of decoding: at one row a product is a read of the weights, and a token's
+    result is the same, bit for bit, whatever others are computed with it."""
+    out = torch.zeros_like(x_MC)
+    for x_C, row_C, experts, gates_K in zip(
+        x_MC, out, chosen_MK.tolist(), gates_MK.unbind(0), strict=True
+    ):
+        for expert, gate in zip(experts, gates_K.unbind(0), strict=True):
+            row_C.addcmul_(torch.mv(down[expert], swiglu(torch.mv(gate_up[expert], x_C))), gate)
+    return out
+
+
+def fits_grouped(x_MC: Tensor, down: Tensor) -> bool:
+    """Whether ``F.grouped_mm`` is supported: bf16 on a GPU, rows of a multiple of 16 bytes."""
+    aligned = down.shape[1] % 8 == 0 and down.shape[2] % 8 == 0
+    return x_MC.device.type == "cuda" and x_MC.dtype == torch.bfloat16 and aligned
+
+
+def grouped(
+    x_MC: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor, order_R: Tensor, load_E: Tensor
+) -> Tensor:
+    """All experts in two grouped products; nothing waits for the device."""
+    top_k = gates_MK.shape[1]
+    ends_E = load_E.cumsum(0, dtype=torch.int32)
+    x_RC = x_MC[order_R // top_k]
+    inner_RF = swiglu(F.grouped_mm(x_RC, gate_up.transpose(1, 2), offs=ends_E))
+    inner_RF = inner_RF * gates_MK.flatten()[order_R].unsqueeze(-1)
+    y_RC = F.grouped_mm(inner_RF, down.transpose(1, 2), offs=ends_E)
+    return y_RC[_inverse(order_R)].unflatten(0, (-1, top_k)).sum(1)
+
+
+def _inverse(order_R: Tensor) -> Tensor:
+    inverse = torch.empty_like(order_R)
+    inverse[order_R] = torch.arange(order_R.shape[0], device=order_R.device)
+    return inverse
+
+
+def _blocks(loads: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Every expert that has tokens, with its rows."""
+    start = 0
+    for expert, load in enumerate(loads):
+        if load:
+            yield expert, slice(start, start + load)
+        start += load
+
+
+def _sum_of_rows(y_RC: Tensor, inverse_MK: Tensor) -> Tensor:
+    """``y[inverse].sum(1)`` in one pass where there is a kernel for it."""
+    if y_RC.dtype in (torch.float32, torch.float64):
+        return F.embedding_bag(inverse_MK, y_RC, mode="sum")
+    return y_RC[inverse_MK].sum(1)
+
+
+class _SortedExperts(torch.autograd.Function):
+    """A loop over experts, each with its block of rows.
+
+    The gate multiplies the inner state, F wide: its gradient then needs no output of an expert,
+    and nothing C wide is kept but the sorted input.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_MC: Tensor,
+        gates_MK: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        order_R: Tensor,
+        loads: list[int],
+    ) -> Tensor:
+        token_R = order_R // gates_MK.shape[1]
+        x_RC = x_MC.index_select(0, token_R)
+        gate_R1 = gates_MK.flatten().index_select(0, order_R).unsqueeze(-1)
+        y_RC = torch.empty_like(x_RC)
+        projected = []
+        for expert, rows in _blocks(loads):
+            gate_up_rows = matmul_transposed(x_RC[rows], gate_up[expert])
+            gate, up = gate_up_rows.chunk(2, dim=-1)
+            inner = F.silu(gate).mul_(up).mul_(gate_R1[rows])
+            y_RC[rows] = matmul_transposed(inner, down[expert])
+            projected.append(gate_up_rows)
+        inverse_MK = _inverse(order_R).view(gates_MK.shape)
+        ctx.save_for_backward(x_RC, gate_R1, gate_up, down, token_R, inverse_MK, *projected)
+        ctx.loads = loads
+        return _sum_of_rows(y_RC, inverse_MK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_RC, gate_R1, gate_up, down, token_R, inverse_MK, *projected = ctx.saved_tensors
+        d_y_RC = grads[0].index_select(0, token_R)
+        d_x_RC = torch.empty_like(x_RC)
+        d_gate_R1 = torch.empty_like(gate_R1)
+        needs_weights = ctx.needs_input_grad[2]
+        # An expert without tokens has a gradient too: zero.
+        d_gate_up = torch.zeros_like(gate_up) if needs_weights else None
+        d_down = torch.zeros_like(down) if needs_weights else None
+        for (expert, rows), gate_up_rows in zip(_blocks(ctx.loads), projected, strict=True):
+            gate, up = gate_up_rows.chunk(2, dim=-1)
+            d_y, x, weight_R1 = d_y_RC[rows], x_RC[rows], gate_R1[rows]
+            inner = F.silu(gate)
+            d_inner = matmul_transposed(d_y, down[expert].t())
+            d_projected = torch.empty_like(gate_up_rows)
+            d_gate, d_up = d_projected.chunk(2, dim=-1)
+            torch.mul(d_inner, inner, out=d_up)
+            inner.mul_(up)
+            torch.sum(d_inner * inner, dim=-1, keepdim=True, out=d_gate_R1[rows])
+            if d_down is not None:
+                d_down[expert] = weight_gradient(d_y, inner.mul_(weight_R1))
+            d_up.mul_(weight_R1)
+            d_inner.mul_(up).mul_(weight_R1)
+            torch.ops.aten.silu_backward.grad_input(d_inner, gate, grad_input=d_gate)
+            if d_gate_up is not None:
+                d_gate_up[expert] = weight_gradient(d_projected, x)
+            d_x_RC[rows] = matmul_transposed(d_projected, gate_up[expert].t())
+        d_x_MC = _sum_of_rows(d_x_RC, inverse_MK) if ctx.needs_input_grad[0] else None
+        d_gates_MK = d_gate_R1.flatten()[inverse_MK]
+        return d_x_MC, d_gates_MK, d_gate_up, d_down, None, None

@@ -1,0 +1,91 @@
+"""Small models for the decoding tests, and drafts that are as good as one likes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.decoding.session import Session
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.config import TrunkConfig
+
+VOCAB = 37
+
+
+def small_model(
+    seed: int, depth: int, *, vocab: int = VOCAB, kv: int = 2, stack=SequentialConfig, **mtp
+) -> MTPModel:
+    """A random model of two layers; its norm gains are random too, so that none can be skipped.
+
+    The weights are large and the head is not tied, or greedy text would be one token for ever.
+    """
+    trunk = TrunkConfig(
+        vocab_size=vocab, d_model=32, n_layers=2, n_heads=4, n_kv_heads=kv, d_ff=48,
+        tie_embeddings=False, init_std=0.3,
+    )  # fmt: skip
+    config = stack(depth=depth, **mtp) if depth else NoMTPConfig()
+    model = MTPModel(ModelConfig(trunk=trunk, mtp=config))
+    model.initialise(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+            elif not parameter.any():  # Medusa's matrices start at zero
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def random_prompts(seed: int, lengths: tuple[int, ...], vocab: int = VOCAB) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.no_grad()
+def teacher_forced(model: MTPModel, tokens: list[int], depth: int) -> list[Tensor]:
+    """Logits [T, V] of depths 0 .. ``depth`` over a window that reads all ``tokens``.
+
+    Depth k's position i reads tokens up to i + k; positions that would read beyond the end are
+    left out. Shared layers are applied as often as asked.
+    """
+    seq_len = len(tokens) - depth
+    if depth > model.depth:
+        config = SequentialConfig(depth=depth, share_layers=True)
+        deeper = MTPModel(ModelConfig(trunk=model.config.trunk, mtp=config))
+        deeper.load_state_dict(model.state_dict())
+        model = deeper
+    # What is missing at the end is read by none of the logits returned.
+    window = torch.tensor([[*tokens, *[0] * (model.depth + 1)]])[:, : seq_len + model.depth + 1]
+    hidden = model(WindowBatch(window, model.depth))
+    assert hidden[0].shape[1] == seq_len
+    return [model.head(hidden[k])[0] for k in range(depth + 1)]
+
+
+def steer_drafts(
+    monkeypatch: pytest.MonkeyPatch, right: list[list[int]], *, chance: float, seed: int = 0
+) -> None:
+    """Make drafts agree with ``right`` (prompt and continuation of every row) that often.
+
+    Rows are told apart by the tokens they hold. The modules run as ever: only the logits they end
+    in are replaced.
+    """
+    original = Session.draft
+    generator = torch.Generator().manual_seed(seed)
+
+    def draft(self: Session, k: int) -> Tensor:
+        logits = original(self, k)
+        steered = torch.zeros_like(logits)
+        for row, n in enumerate(self.n):
+            held = self.tokens_BS[row, : n + 1].tolist()
+            (known,) = {tuple(t) for t in right if t[: n + 1] == held}
+            best = known[n + k] if n + k < len(known) else 0
+            if torch.rand((), generator=generator) >= chance:
+                best = (best + 1) % logits.shape[-1]
+            steered[row, best] = 10.0
+        return steered
+
+    monkeypatch.setattr(Session, "draft", draft)

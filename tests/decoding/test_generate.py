@@ -1,0 +1,160 @@
+"""The interface: ends of texts, streaming, counts, refused input."""
+
+from __future__ import annotations
+
+import pytest
+
+from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.adaptive import AutoDepth
+from tests.decoding.models import random_prompts, small_model, steer_drafts
+
+
+class Letters:
+    """Token i is one character; the last id ends a text."""
+
+    eot_id = 36
+
+    def decode(self, ids):
+        return "".join("abcdefghijklmnopqrstuvwxyz0123456789$"[i] for i in ids)
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """A model, a prompt and its continuation, which drafts then get right 2 times in 3."""
+    model = small_model(21, 3)
+    (prompt,) = random_prompts(21, (5,))
+    tokens = generate(model, [prompt], max_new_tokens=60, speculative=False)[0].token_ids
+    steer_drafts(monkeypatch, [prompt + tokens], chance=0.67)
+    return model, prompt, tokens
+
+
+def test_stop_strings_are_found_wherever_blocks_end(known):
+    model, prompt, tokens = known
+    text = Letters().decode(tokens)
+    for speculative in (False, True):
+        for start in range(2, 20):
+            stop = text[start : start + 3]
+            at = text.index(stop)
+            (g,) = generate(
+                model, [prompt], max_new_tokens=40, stop=["?", stop], tokenizer=Letters(),
+                speculative=speculative, eot_id=-1,
+            )
+            assert g.text == text[:at] and g.finish_reason == "stop"
+            assert g.token_ids == tokens[: at + 3] and len(g.accepted_mask) == at + 3
+
+
+def test_a_stop_string_in_the_prompt_does_not_count(known):
+    model, prompt, tokens = known
+    end = Letters().decode(prompt)[-1]
+    stop = end + Letters().decode(tokens)[:2]
+    (g,) = generate(model, [prompt], max_new_tokens=9, stop=stop, tokenizer=Letters(), eot_id=-1)
+    assert g.finish_reason == "length" or stop in Letters().decode(tokens[:9])
+
+
+def test_end_of_text_ends_a_row_within_a_block(known):
+    model, prompt, tokens = known
+    for end in range(1, 12):
+        if tokens[end] in tokens[:end]:
+            continue
+        (g,) = generate(
+            model, [prompt], max_new_tokens=30, eot_id=tokens[end], tokenizer=Letters()
+        )
+        assert g.token_ids == tokens[: end + 1] and g.finish_reason == "eot"
+        assert g.text == Letters().decode(tokens[:end])
+
+
+def test_every_length_is_met_exactly(known):
+    model, prompt, tokens = known
+    for n in range(1, 12):
+        (g,) = generate(model, [prompt], max_new_tokens=n)
+        assert g.token_ids == tokens[:n] and g.new_tokens == n and g.finish_reason == "length"
+
+
+def test_streamed_tokens_are_the_result_without_the_stop_string(known):
+    model, prompt, tokens = known
+    text = Letters().decode(tokens)
+    for stop in ([], [text[7:10]], [text[3:5], "zzz"]):
+        streamed, marks = [], []
+
+        def take(index, ids, accepted, streamed=streamed, marks=marks):
+            assert index == 0 and ids and len(ids) == len(accepted)
+            streamed.extend(ids)
+            marks.extend(accepted)
+
+        (g,) = generate(
+            model, [prompt], max_new_tokens=20, stop=stop, tokenizer=Letters(), eot_id=-1,
+            on_tokens=take,
+        )
+        assert Letters().decode(streamed) == g.text
+        assert marks == g.accepted_mask[: len(marks)]
+
+
+def test_counts_add_up(known):
+    model, prompt, _ = known
+    (g,) = generate(model, [prompt], max_new_tokens=25)
+    assert sum(g.drafts_accepted) == sum(g.accepted_mask)
+    assert g.drafts_reached[0] in (g.verify_passes, g.verify_passes - 1)
+    assert g.drafts_reached[1] <= g.drafts_accepted[0]
+    assert g.tokens_per_step == pytest.approx(24 / g.verify_passes)
+    assert g.tokens_per_second == pytest.approx(25 / g.seconds)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": [[]]}, "Prompt 0 is empty"),
+        ({"prompts": [[1], [37]]}, "Prompt 1 holds 37"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"draft_depth": 0}, "draft_depth=0"),
+        ({"draft_depth": 3}, "draft_depth=3, but the model drafts 2"),
+        ({"draft_depth": "deep"}, "draft_depth=deep"),
+        ({"stop": "x"}, "needs a tokenizer"),
+        ({"stop": [""], "tokenizer": Letters()}, "at least one character"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"long": "cut"}, "long=cut"),
+        ({"seed": 0.5}, "seed=0.5"),
+    ],
+)
+def test_bad_input_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(small_model(0, 2), **{"prompts": [[1]], "max_new_tokens": 2, **options})
+
+
+def test_a_model_without_modules_decodes_plainly():
+    model = small_model(0, 0)
+    (g,) = generate(model, [[1, 2]], max_new_tokens=5)
+    assert g.acceptance == [] and g.tokens_per_step == 1.0
+    with pytest.raises(ValueError, match="no MTP depth to draft with"):
+        generate(model, [[1]], max_new_tokens=2, draft_depth=1)
+
+
+def simulate(auto: AutoDepth, costs: list[float], chances: list[float], rounds: int) -> list[int]:
+    """Feed measured costs, and acceptance by a fixed rule of the round's number."""
+    chosen = []
+    for r in range(rounds):
+        m, a = auto.depth, 0
+        while a < m and ((r * 37 + a * 61) % 100) < 100 * chances[a]:
+            a += 1
+        auto.record(m, costs[m], [a], [min(a + 1, m)])
+        chosen.append(m)
+    return chosen
+
+
+def test_auto_depth_finds_what_pays():
+    costs = [1.0, 1.3, 1.6, 1.9]
+    assert simulate(AutoDepth(3), costs, [0.95, 0.95, 0.9], 200)[-20:] == [3] * 20
+    assert max(set(late := simulate(AutoDepth(3), costs, [0.9, 0.1, 0.0], 60)[-20:]),
+               key=late.count) == 1
+    none = simulate(AutoDepth(3), costs, [0.05, 0.0, 0.0], 2000)
+    assert none[-20:] == [0] * 20
+    seconds = sum(costs[m] for m in none)
+    assert 2000 / seconds > 0.98  # what looking costs, at least this much of plain speed remains
+
+
+def test_auto_depth_notices_that_drafts_became_good():
+    auto = AutoDepth(2)
+    costs = [1.0, 1.2, 1.4]
+    simulate(auto, costs, [0.0, 0.0], 100)
+    assert auto.depth == 0
+    late = simulate(auto, costs, [1.0, 1.0], 1500)
+    assert late[-1] == 2

@@ -1,0 +1,239 @@
+"""Greedy speculative decoding against plain decoding and against teacher forcing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.session import Session
+from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
+from tests.decoding.models import random_prompts, small_model, steer_drafts, teacher_forced
+
+LENGTHS = (5, 1, 13)
+NEW = 14
+VARIANTS = [
+    {},
+    {"share_layers": True},
+    {"branch": "before_last", "input_norm": "pre"},
+    {"stack": ParallelConfig},
+    {"stack": LinearConfig},
+]
+
+
+def plain(model, prompts, **options):
+    """Every prompt by itself, one token at a time."""
+    return [
+        generate(model, [p], max_new_tokens=NEW, speculative=False, **options)[0].token_ids
+        for p in prompts
+    ]
+
+
+def uncached(model, prompt, n_new):
+    """Greedy decoding that reads the whole text again for every token."""
+    tokens = list(prompt)
+    for _ in range(n_new):
+        (logits,) = teacher_forced(model, tokens, 0)[:1]
+        tokens.append(int(logits[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_plain_equals_decoding_without_a_cache():
+    model = small_model(0, 0)
+    for prompt in random_prompts(0, LENGTHS):
+        assert plain(model, [prompt]) == [uncached(model, prompt, NEW)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_speculative_equals_plain(seed, monkeypatch):
+    depth = 1 + seed % 4
+    model = small_model(seed, depth, kv=(1, 2, 4)[seed % 3], **VARIANTS[seed // 4])
+    prompts = random_prompts(seed, LENGTHS)
+    expected = plain(model, prompts)
+    assert max(len(set(tokens)) for tokens in expected) > 3  # no trivial text
+    right = [p + e for p, e in zip(prompts, expected, strict=True)]
+    depths = [depth, depth + 2] if model.mtp.max_draft_depth is None else [depth]
+    for drafted in depths:
+        assert [g.token_ids for g in generate(model, prompts, max_new_tokens=NEW,
+                                              draft_depth=drafted)] == expected
+        with monkeypatch.context() as patch:
+            # Random modules hardly ever agree with the trunk: here they do, half of the time.
+            steer_drafts(patch, right, chance=0.6, seed=seed)
+            together = generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)
+            assert [g.token_ids for g in together] == expected
+            assert any(any(g.accepted_mask) for g in together)
+            for prompt, tokens in zip(prompts, expected, strict=True):
+                (alone,) = generate(model, [prompt], max_new_tokens=NEW, draft_depth=drafted)
+                assert alone.token_ids == tokens
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_verify_pass_gives_the_bits_of_single_passes(threads):
+    """So no near-tie can ever be decided otherwise than by plain decoding."""
+    from mtp_lightning.nn.linear import _ONEDNN, packed_weights
+
+    if not _ONEDNN:
+        pytest.skip("needs oneDNN's AVX-512 kernels")
+    model = small_model(3, 2)
+    (tokens,) = random_prompts(3, (40,))
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode(), packed_weights(model):
+            together, single = (
+                Session(model, [tokens], capacity=48, max_draft=2) for _ in range(2)
+            )
+            for session in (together, single):
+                session.prefill([10])
+            for start in range(10, 34, 3):
+                wide = together.verify(2)
+                together.accept([2], 0)
+                for j in range(3):
+                    assert torch.equal(single.verify(0)[0, 0], wide[0, j]), (start, j)
+                    single.accept([0], 0)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    ("depth", "drafted", "mtp"),
+    [
+        (3, 3, {}),
+        (2, 4, {"share_layers": True}),
+        (2, 2, {"branch": "before_last"}),
+        (3, 3, {"stack": ParallelConfig}),
+        (2, 2, {"stack": LinearConfig}),
+    ],
+)
+@pytest.mark.parametrize("together", [False, True])
+def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, together, monkeypatch):
+    """Of the trunk and of every module, at every position whose tokens were accepted."""
+    model = small_model(1, depth, **mtp)
+    prompts = random_prompts(1, LENGTHS)
+    if not together:
+        prompts = prompts[:1]
+    texts = [p + e for p, e in zip(prompts, plain(model, prompts), strict=True)]
+    expected = {
+        tuple(text): teacher_forced(model, text + [0] * drafted, drafted) for text in texts
+    }
+    seen = {"trunk": 0, **{k: 0 for k in range(1, drafted + 1)}}
+    draft, verify = Session.draft, Session.verify
+
+    def text_of(session, row):
+        held = session.tokens_BS[row, : session.n[row] + 1].tolist()
+        (text,) = {tuple(t) for t in texts if t[: len(held)] == held}
+        return text
+
+    def check(logits, text, depth, position):
+        torch.testing.assert_close(
+            logits, expected[text][depth][position], rtol=1e-4, atol=1e-4
+        )
+
+    def checked_draft(session, k):
+        logits = draft(session, k)
+        for row, n in enumerate(session.n):
+            text = text_of(session, row)
+            # Depth k at n - 1 has read tokens up to n - 1 + k, drafts if k > 1.
+            read = session.tokens_BS[row, : n + k].tolist()
+            if list(text[: n + k]) == read:
+                check(logits[row], text, k, n - 1)
+                seen[k] += 1
+        return logits
+
+    def checked_verify(session, n_drafts):
+        logits = verify(session, n_drafts)
+        for row, n in enumerate(session.n):
+            text = text_of(session, row)
+            for j in range(n_drafts + 1):
+                if list(text[: n + j + 1]) == session.tokens_BS[row, : n + j + 1].tolist():
+                    check(logits[row, j], text, 0, n + j)
+                    seen["trunk"] += 1
+        return logits
+
+    monkeypatch.setattr(Session, "draft", checked_draft)
+    monkeypatch.setattr(Session, "verify", checked_verify)
+    steer_drafts(monkeypatch, texts, chance=0.7)
+    generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)
+    assert all(seen.values()), seen
+
+
+def test_perfect_drafts_are_all_accepted(monkeypatch):
+    model = small_model(2, 2)
+    (prompt,) = random_prompts(2, (6,))
+    right = [prompt + generate(model, [prompt], max_new_tokens=40)[0].token_ids]
+    steer_drafts(monkeypatch, right, chance=1.0)
+    (g,) = generate(model, [prompt], max_new_tokens=13)
+    assert g.token_ids == right[0][6:19]
+    assert g.acceptance == [1.0, 1.0]
+    assert g.verify_passes == 4 and g.tokens_per_step == 3.0
+    assert g.accepted_mask == [False] + [True, True, False] * 4
+
+
+def test_shifted_drafts_are_rejected_and_change_nothing(monkeypatch):
+    model = small_model(2, 2)
+    prompts = random_prompts(2, LENGTHS)
+    expected = plain(model, prompts)
+    right = [p + e for p, e in zip(prompts, expected, strict=True)]
+    steer_drafts(monkeypatch, right, chance=0.0)
+    generations = generate(model, prompts, max_new_tokens=NEW)
+    assert [g.token_ids for g in generations] == expected
+    assert all(g.drafts_accepted == [0, 0] and g.drafts_reached[0] > 5 for g in generations)
+    assert all(g.tokens_per_step == 1.0 and not any(g.accepted_mask) for g in generations)
+
+
+def test_sliding_is_the_same_with_and_without_drafts(monkeypatch):
+    model = small_model(4, 2)
+    prompts = random_prompts(4, (5, 1, 30))
+    options = {"max_new_tokens": 40, "max_context": 16, "long": "slide"}
+    expected = [
+        generate(model, [p], speculative=False, **options)[0].token_ids for p in prompts
+    ]
+    assert [g.token_ids for g in generate(model, prompts, **options)] == expected
+    # What the slid context holds is read anew: the next token follows from it alone.
+    text = prompts[0] + expected[0]
+    assert text[17] == uncached(model, text[9:17], 1)[0]
+
+    (five,) = generate(model, [prompts[0]], max_new_tokens=12, max_context=16)
+    assert five.token_ids == expected[0][:12]
+    with pytest.raises(ValueError, match="17 to read, but the model was trained on 16"):
+        generate(model, [prompts[0]], max_new_tokens=13, max_context=16)
+
+
+def test_auto_falls_back_to_plain_and_equals_it():
+    model = small_model(5, 2)
+    prompts = random_prompts(5, LENGTHS)
+    long = {"max_new_tokens": 120}
+    expected = [g.token_ids for g in generate(model, prompts, speculative=False, **long)]
+    generations = generate(model, prompts, draft_depth="auto", **long)
+    assert [g.token_ids for g in generations] == expected
+
+
+def test_batches_keep_the_order_of_prompts():
+    model = small_model(6, 2)
+    prompts = random_prompts(6, (4, 9, 2, 7, 1))
+    expected = plain(model, prompts)
+    for size in (1, 2, 5, 9):
+        generations = generate(model, prompts, max_new_tokens=NEW, batch_size=size)
+        assert [g.token_ids for g in generations] == expected
+
+
+def test_the_model_is_left_as_it_was():
+    model = small_model(7, 1).train()
+    generate(model, [[1, 2]], max_new_tokens=3)
+    assert model.training
+    assert all(getattr(m, "packed", None) is None for m in model.modules())
+    with pytest.raises(RuntimeError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "verify", lambda *_: (_ for _ in ()).throw(RuntimeError()))
+        generate(model, [[1, 2]], max_new_tokens=3)
+    assert model.training
+    assert all(getattr(m, "packed", None) is None for m in model.modules())
+
+
+def test_a_stack_that_cannot_draft_decodes_plainly():
+    model = small_model(8, 2, stack=ParameterFreeConfig)
+    (prompt,) = random_prompts(8, (4,))
+    (g,) = generate(model, [prompt], max_new_tokens=6)
+    assert g.token_ids == uncached(model, prompt, 6) and g.verify_passes == 5
+    with pytest.raises(ValueError, match="no module to draft with"):
+        generate(model, [prompt], max_new_tokens=6, draft_depth=1)

@@ -1,0 +1,164 @@
+"""Distributions: the processors by hand, the rejection rule and the whole loop by counting."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.sampling import Noise, Sampling, draw
+from mtp_lightning.decoding.speculative import accept_or_resample
+from tests.decoding.models import random_prompts, small_model, teacher_forced
+
+VOCAB = 8
+
+
+def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
+    """Standard deviations by which the statistic exceeds its mean; cells of p = 0 must be empty."""
+    assert counts[probs == 0].sum() == 0
+    counts, expected = counts.double(), probs.double() * counts.sum()
+    big = expected >= 5
+    cells_o = torch.cat((counts[big], counts[~big].sum().view(1)))
+    cells_e = torch.cat((expected[big], expected[~big].sum().view(1)))
+    used = cells_e > 0
+    statistic = ((cells_o - cells_e)[used] ** 2 / cells_e[used]).sum()
+    freedom = int(used.sum()) - 1
+    return float((statistic - freedom) / math.sqrt(2 * freedom))
+
+
+def test_processors_by_hand():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    close = torch.testing.assert_close
+    close(Sampling(temperature=1.0).probabilities(logits), torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    squares = torch.tensor([16.0, 9.0, 4.0, 1.0])
+    close(Sampling(temperature=0.5).probabilities(logits), squares / squares.sum())
+    top = Sampling(temperature=1.0, top_k=2).probabilities(logits)
+    close(top, torch.tensor([4 / 7, 3 / 7, 0, 0]))
+    nucleus = Sampling(temperature=1.0, top_p=0.65).probabilities(logits)
+    close(nucleus, torch.tensor([4 / 7, 3 / 7, 0, 0]))
+    close(Sampling(temperature=1.0, top_p=0.01).probabilities(logits), torch.tensor([1.0, 0, 0, 0]))
+    both = Sampling(temperature=1.0, top_k=3, top_p=0.5).probabilities(logits)
+    close(both, torch.tensor([4 / 7, 3 / 7, 0, 0]))
+
+
+def test_greedy_and_top_k_give_ties_to_the_lowest_id():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]])
+    assert Sampling().probabilities(logits).tolist() == [[0, 1, 0, 0, 0]]
+    kept = Sampling(temperature=1.0, top_k=2).probabilities(logits)
+    assert kept.tolist() == [[0, 0.5, 0.5, 0, 0]]
+
+
+def test_a_tiny_temperature_is_finite():
+    probs = Sampling(temperature=1e-30).probabilities(torch.tensor([1.0, 2.0, 0.0]))
+    assert probs.tolist() == [0, 1, 0]
+
+
+def test_draw_inverts_the_distribution():
+    probs = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0]).expand(5, -1)
+    uniform = torch.tensor([0.0, 0.2499, 0.25, 0.6, 1 - 2**-53], dtype=torch.float64)
+    assert draw(probs, uniform).tolist() == [1, 1, 3, 3, 3]
+
+
+def test_noise_belongs_to_the_prompt():
+    three, two = Noise(5, [0, 1, 2], "cpu"), Noise(5, [1, 2], "cpu")
+    for _ in range(300):  # beyond one block
+        assert torch.equal(three.next(7)[1:], two.next(7))
+    three.drop_row(0)  # prompt 2 takes its place
+    assert torch.equal(three.next(7), two.next(7)[[1, 0]])
+    assert not torch.equal(Noise(6, [0], "cpu").next(3), Noise(5, [0], "cpu").next(3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature=-1"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_p": 0}, "top_p=0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)
+
+
+@pytest.mark.parametrize("n_drafts", [1, 2])
+def test_the_rejection_rule_gives_p_whatever_q(n_drafts):
+    n, generator = 100_000, torch.Generator().manual_seed(n_drafts)
+    p = torch.rand(n_drafts + 1, VOCAB, generator=generator) ** 3
+    q = torch.rand(n_drafts, VOCAB, generator=generator) ** 3
+    p[0, 2] = q[0, 5] = 0
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    noise = torch.rand(n, 2 * n_drafts + 1, generator=generator, dtype=torch.float64)
+    drafts = torch.stack(
+        [draw(q[k].expand(n, -1), noise[:, k]) for k in range(n_drafts)], dim=1
+    )
+    inputs = (p.expand(n, -1, -1), q.expand(n, -1, -1), drafts)
+    rest = (noise[:, n_drafts : 2 * n_drafts], noise[:, -1])
+    tokens, accepted = accept_or_resample(*inputs, *rest, torch.full((n,), n_drafts))
+    for j in range(n_drafts + 1):
+        emitted = tokens[accepted >= j, j]
+        # Position j given that it was reached: here p does not depend on the tokens before.
+        assert chi_square(torch.bincount(emitted, minlength=VOCAB), p[j]) < 5
+    # Control: emitting the drafts as they are is noticed.
+    assert chi_square(torch.bincount(drafts[:, 0] % VOCAB, minlength=VOCAB), q[0]) < 5
+    far = p[0].clone()
+    far[far == 0] = 1e-9
+    assert chi_square(torch.bincount(drafts[:, 0], minlength=VOCAB), far) > 50
+    # The expected acceptance is the overlap of the two.
+    overlap = torch.minimum(p[0], q[0]).sum()
+    assert abs((accepted >= 1).double().mean() - overlap) < 0.01
+    # A row may accept less than was drafted; its token then comes from p itself.
+    tokens, accepted = accept_or_resample(*inputs, *rest, torch.zeros(n, dtype=torch.long))
+    assert accepted.max() == 0
+    assert chi_square(torch.bincount(tokens[:, 0], minlength=VOCAB), p[0]) < 5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.8}, {"temperature": 1.3, "top_k": 5}],
+)
+@pytest.mark.parametrize("drafted", [1, 2])
+def test_samples_of_the_loop_have_the_models_distribution(options, drafted):
+    """Three tokens; the second and third come from the first round's drafts."""
+    model = small_model(11, 2, vocab=VOCAB)
+    (prompt,) = random_prompts(11, (4,), VOCAB)
+    sampling = Sampling(**options)
+    probs = torch.zeros(VOCAB, VOCAB, VOCAB)
+    for a, b in itertools.product(range(VOCAB), repeat=2):
+        (logits,) = teacher_forced(model, [*prompt, a, b], 0)
+        p = sampling.probabilities(logits[-3:])
+        probs[a, b] = p[0, a] * p[1, b] * p[2]
+    n = 6000
+    generations = generate(
+        model, [prompt] * n, max_new_tokens=3, draft_depth=drafted, seed=1, **options
+    )
+    assert 0.02 < sum(g.drafts_accepted[0] for g in generations) / n < 0.999
+    counts = torch.zeros(VOCAB**3)
+    for g in generations:
+        a, b, c = g.token_ids
+        counts[a * VOCAB**2 + b * VOCAB + c] += 1
+    assert chi_square(counts, probs.flatten()) < 5
+    two = counts.view(VOCAB, VOCAB, VOCAB).sum(-1).flatten()
+    assert chi_square(two, probs.sum(-1).flatten()) < 5
+    # Control: another temperature's distribution is noticed.
+    if len(options) == 1:
+        other = (probs**0.5) / (probs**0.5).sum()
+        assert chi_square(counts, other.flatten()) > 10
+
+
+def test_samples_do_not_depend_on_neighbours():
+    model = small_model(12, 2)
+    prompts = random_prompts(12, (3, 8, 5))
+    options = {"max_new_tokens": 20, "temperature": 1.0, "seed": 3}
+    together = generate(model, prompts, **options)
+    for size in (1, 2):
+        apart = generate(model, prompts, batch_size=size, **options)
+        assert [g.token_ids for g in apart] == [g.token_ids for g in together]
+    changed = generate(model, [[1], prompts[1], [2, 2]], **options)
+    assert changed[1].token_ids == together[1].token_ids
+    assert generate(model, prompts, **{**options, "seed": 4})[0].token_ids != together[0].token_ids

@@ -1,0 +1,313 @@
+"""What a user gets wrong ends in one readable line and exit code 1, or in Hydra's own message."""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_lightning.cli import readable_errors
+from tests.integration.helpers import (
+    CONF,
+    ROOT,
+    checkpoint,
+    config,
+    execute,
+    overrides,
+    rows,
+    train_here,
+    weights,
+)
+
+LINE = "one line of text, and another line of it\n"
+
+
+def fails(
+    capfd: pytest.CaptureFixture[str],
+    run_dir: Path,
+    cache: Path,
+    settings: dict[str, Any],
+) -> str:
+    """Run as the app does; the one line of the error."""
+    from mtp_lightning.experiment import train
+
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended, readable_errors():
+        train(config(run_dir, cache, settings))
+    assert ended.value.code == 1
+    return the_error(capfd.readouterr().err)
+
+
+def the_error(stderr: str) -> str:
+    assert "Traceback" not in stderr
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, stderr
+    # Nothing but the hint where to see more stands below it.
+    below = stderr.split(lines[0])[1].strip().splitlines()
+    assert below in (["(HYDRA_FULL_ERROR=1 shows where)"], [])
+    return lines[0]
+
+
+def write(folder: Path, content: bytes | str, name: str = "text.txt") -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+TEXTS = {
+    "empty": (b"", ["is empty", "text.txt"]),
+    "not UTF-8": (b"ab\ncd" * 100 + b"\xff\xfe more", ["not UTF-8", "text.txt", "offset 500"]),
+    # T + D + 1 = 16 + 2 + 1 tokens are the least that a window needs.
+    "shorter than a window": (b"short text", ["19", "tokens"]),
+    "no validation window": (b"ab " * 80, ["validation", "19", "data.val_fraction"]),
+    "only empty lines of JSON": (b"\n\n \n", ["no text"]),
+    "JSON without the field": (b'{"body": "text"}\n', ["data.field", "body"]),
+    "no JSON": (b"{nothing\n", ["line 1", "not JSON"]),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_text(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str], case: str) -> None:
+    content, told = TEXTS[case]
+    path = write(tmp_path, content, "text.jsonl" if "JSON" in case else "text.txt")
+    run_dir = tmp_path / "run"
+    error = fails(capfd, run_dir, cache, {"data": "text", "data.paths": path})
+    for words in told:
+        assert words in error
+    assert not run_dir.exists(), "a run that never began leaves no folder"
+
+
+def test_missing_path(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "nowhere.txt"
+    error = fails(capfd, tmp_path / "run", cache, {"data": "text", "data.paths": missing})
+    assert str(missing) in error and "data.paths" in error
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "negative depth": ({"mtp.depth": -1}, ["mtp.depth", "-1"]),
+    "no whole depth": ({"mtp.depth": 1.5}, ["mtp.depth", "1.5"]),
+    "depth over the window": ({"mtp.depth": 17}, ["mtp.depth", "17", "data.seq_len", "16"]),
+    "depth without modules": ({"mtp": "none", "mtp.depth": 2}, ["mtp=none", "mtp.depth=2"]),
+    "unknown switch": ({"mtp.concat": "both"}, ["mtp.concat", "both", "hidden_first"]),
+    "heads": ({"model.n_heads": 4, "model.n_kv_heads": 3}, ["n_heads", "4", "n_kv_heads", "3"]),
+    "width over heads": ({"model.d_model": 33}, ["d_model", "33", "n_heads"]),
+    "lambdas": ({"mtp_lambda": "[0.3,0.2,0.1]"}, ["mtp_lambda", "3", "2"]),
+    "lambda is a word": ({"mtp_lambda": "much"}, ["mtp_lambda", "much"]),
+    "knots": (
+        {"lambda_schedule": "knots", "lambda_schedule.knots": "'{0:[1,2,3]}'"},
+        ["knots", "3"],
+    ),
+    "trainer key": ({"+trainer.no_such_key": 1}, ["no_such_key"]),
+    "optimizer key": ({"+optimizer.no_such_key": 1}, ["no_such_key"]),
+    "model key": ({"+model.no_such_key": 1}, ["no_such_key"]),
+    "precision": ({"trainer.precision": "8-bit"}, ["precision", "8-bit", "bf16-mixed"]),
+    "strategy": ({"trainer.strategy": "fsdp"}, ["strategy", "fsdp", "ddp"]),
+    "devices": ({"trainer.devices": 2}, ["devices", "2", "trainer.strategy=ddp"]),
+    "no devices": ({"trainer.devices": 0}, ["devices", "0"]),
+    "accelerator": ({"trainer.accelerator": "tpu"}, ["accelerator", "tpu", "cpu"]),
+    "no steps": ({"trainer.max_steps": 0}, ["trainer.max_steps", "0"]),
+    "steps are a word": ({"trainer.max_steps": "many"}, ["trainer.max_steps", "many"]),
+    "no steps between validations": ({"trainer.val_check_interval": 0}, ["val_check_interval"]),
+    "batch size": ({"data.batch_size": 0}, ["data.batch_size", "0"]),
+    "batch size is a word": ({"data.batch_size": "big"}, ["batch_size", "big"]),
+    "accumulation": ({"trainer.accumulate_grad_batches": 0}, ["accumulate_grad_batches", "0"]),
+    "threads": ({"trainer.num_threads": 0}, ["num_threads", "0"]),
+    "clipping": ({"trainer.gradient_clip_val": -1}, ["gradient_clip_val", "-1"]),
+    "seed": ({"seed": -1}, ["seed", "-1"]),
+    "learning rate": ({"optimizer.lr": 0}, ["optimizer.lr", "0"]),
+    "learning rate is a word": ({"optimizer.lr": "fast"}, ["lr", "fast"]),
+    "validation share": ({"data.val_fraction": 1.5}, ["data.val_fraction", "1.5"]),
+    "learning-rate schedule": ({"optimizer.schedule.kind": "square"}, ["square", "cosine"]),
+    "fewer windows than a batch": (
+        {"data.batch_size": 64, "trainer.accumulate_grad_batches": 100},
+        ["6400", "data.batch_size", "accumulate_grad_batches"],
+    ),
+    "monitor": ({"callbacks.checkpoints.monitor": "val/nothing"}, ["monitor", "val/nothing"]),
+    "tokenizer file": (
+        {"tokenizer": "pretrained", "tokenizer.path": "no/tokenizer.json"},
+        ["no/tokenizer.json"],
+    ),
+    "vocabulary": ({"tokenizer": "bpe", "tokenizer.vocab_size": 7}, ["vocab_size", "7", "257"]),
+    "foreign target": (
+        {"optimizer._target_": "os.system", "+optimizer.command": "'echo hello'"},
+        ["os.system", "refused"],
+    ),
+    "foreign nested target": (
+        {"optimizer.schedule._target_": "subprocess.run"},
+        ["subprocess.run", "refused"],
+    ),
+    "foreign callback": (
+        {"+callbacks.mine._target_": "builtins.print"},
+        ["builtins.print", "refused"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings(
+    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str], case: str
+) -> None:
+    settings, told = SETTINGS[case]
+    error = fails(capfd, tmp_path / "run", cache, settings)
+    for words in told:
+        assert words in error
+
+
+COMMANDS: dict[str, tuple[str, list[str], list[str]]] = {
+    "unknown preset": ("train.py", ["model=huge"], ["huge", "nano"]),
+    "unknown schedule": ("train.py", ["lambda_schedule=sine"], ["sine", "deepseek_v3"]),
+    "unknown key": ("train.py", ["trainer.steps=5"], ["steps"]),
+    "unknown group": ("train.py", ["modle=nano"], ["modle"]),
+    "no checkpoint": ("evaluate.py", [], ["checkpoint"]),
+    "missing checkpoint": ("evaluate.py", ["checkpoint=nowhere"], ["nowhere"]),
+    "missing text": ("train.py", ["data=text", "data.paths=nowhere.txt"], ["nowhere.txt"]),
+    "text without a path": ("train.py", ["data=text"], ["data.paths"]),
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_command_line(tmp_path: Path, cache: Path, case: str) -> None:
+    app, given, told = COMMANDS[case]
+    run = [f"run_dir={tmp_path / 'run'}", f"paths.cache_dir={cache}"] if app == "train.py" else []
+    done = execute([sys.executable, str(ROOT / app), *given, *run], cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 25
+    for words in told:
+        assert words in done.stderr
+    assert done.stdout == ""
+
+
+def test_loss_that_explodes(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train_here(tmp_path, cache, {"trainer.max_steps": 4})
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    good = weights(tmp_path)
+    explode = {
+        "trainer.max_steps": 60,
+        "trainer.val_check_interval": 50,
+        "optimizer.lr": 1e30,
+        "trainer.gradient_clip_val": "null",
+    }
+    error = fails(capfd, tmp_path, cache, explode)
+    step = re.search(r"not finite at optimizer step (\d+): depth 0", error)
+    assert step is not None and 5 <= int(step[1]) <= 8, error
+    assert f"{last} (step 4)" in error
+    assert all(torch.equal(good[name], t) for name, t in weights(tmp_path).items())
+    # Mended, the run goes on from there.
+    assert train_here(tmp_path, cache)["step"] == 10
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_while_saving(
+    tmp_path: Path,
+    cache: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+) -> None:
+    from mtp_lightning import checkpoint_io
+
+    every = {"callbacks.checkpoints.every_n_steps": 3, "trainer.max_steps": 10}
+    saves, real = [], torch.save
+
+    def save(content: Any, file: Any) -> None:
+        saves.append(content["global_step"])
+        if content["global_step"] > 3:
+            file.write(b"half of a checkpoint")
+            raise OSError(code, "No space left on device")
+        real(content, file)
+
+    monkeypatch.setattr(checkpoint_io.torch, "save", save)
+    error = fails(capfd, tmp_path, cache, every)
+    assert "No space left" in error and "last.ckpt" in error and "intact" in error
+    assert saves[0] == 3 and len(saves) == 2
+    monkeypatch.undo()
+    assert checkpoint(tmp_path)["global_step"] == 3
+    assert list((tmp_path / "checkpoints").glob(".*")) == []
+    train_here(tmp_path, cache, every)
+    train_here(tmp_path / "whole", cache, every)
+    assert rows(tmp_path) == rows(tmp_path / "whole")
+
+
+def test_checkpoint_of_another_architecture(
+    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train_here(tmp_path, cache)
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    before = {path: path.read_bytes() for path in files}
+    error = fails(capfd, tmp_path, cache, {"model.n_layers": 2, "mtp.depth": 3})
+    for key in ("trunk.n_layers: 1 -> 2", "mtp.depth: 2 -> 3", "run_dir"):
+        assert key in error
+    assert {path: path.read_bytes() for path in files} == before
+    assert "variant" in fails(capfd, tmp_path, cache, {"mtp": "none"})
+    other = {"tokenizer": "bpe", "tokenizer.vocab_size": 300}
+    assert "vocab_size: 257 -> 300" in fails(capfd, tmp_path, cache, other)
+
+
+def test_resumed_with_other_data(
+    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train_here(tmp_path, cache)
+    other = {"data.source.size": 30_000, "trainer.max_steps": 20}
+    assert "windows" in fails(capfd, tmp_path, cache, other)
+    assert checkpoint(tmp_path)["global_step"] == 10
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt", "previous.ckpt"])
+def test_checkpoints_are_plain(tmp_path: Path, cache: Path, name: str) -> None:
+    train_here(tmp_path, cache)
+    content = torch.load(tmp_path / "checkpoints" / name, weights_only=True)
+    assert content["global_step"] in (5, 10)
+    assert {"state_dict", "optimizer_states", "model_config", "tokenizer", "config"} <= set(content)
+
+
+def test_evaluate_refuses_what_it_cannot_load(
+    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from mtp_lightning.experiment import evaluate
+
+    def refused(path: Path) -> str:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            cfg = compose("evaluate", overrides=[f"checkpoint={path}", "paths.output_dir=."])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended, readable_errors():
+            evaluate(cfg)
+        assert ended.value.code == 1
+        return the_error(capfd.readouterr().err)
+
+    assert "no intact checkpoint" in refused(tmp_path)
+    assert "damaged" in refused(write(tmp_path, "no checkpoint at all", "text.ckpt"))
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    assert "model_config" in refused(tmp_path / "other.ckpt")
+    torch.save({"code": Path("/")}, tmp_path / "code.ckpt")
+    assert "not loaded" in refused(tmp_path / "code.ckpt").replace("\n", " ")
+    train_here(tmp_path / "run", cache)
+    content = checkpoint(tmp_path / "run")
+    content["state_dict"].pop("model.trunk.norm.weight")
+    content["state_dict"]["model.extra"] = torch.zeros(1)
+    torch.save(content, tmp_path / "part.ckpt")
+    error = refused(tmp_path / "part.ckpt")
+    assert "trunk.norm.weight is missing" in error and "extra is unknown" in error
+    content = checkpoint(tmp_path / "run")
+    content["config"]["data"]["source"]["_target_"] = "os.system"
+    torch.save(content, tmp_path / "foreign.ckpt")
+    assert "os.system is refused" in refused(tmp_path / "foreign.ckpt")
+
+
+def test_defects_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ZeroDivisionError), readable_errors():
+        _ = 1 / 0
+    assert "error:" not in capsys.readouterr().err
+
+
+def test_overrides_are_what_the_helpers_say(cache: Path) -> None:
+    """The settings above reach Hydra: a misspelt one would fail for another reason."""
+    given = overrides(cache, {"mtp.depth": 3, "data": "text", "data.paths": "x"})
+    assert "mtp.depth=3" in given and not any("source" in part for part in given)

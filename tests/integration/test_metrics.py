@@ -1,0 +1,245 @@
+"""The numbers of a run, computed again from its files by other means."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from mtp_lightning.nn.config import TrunkConfig
+from tests.integration.helpers import (
+    CONF,
+    ROOT,
+    checkpoint,
+    column,
+    execute,
+    rows,
+    train_here,
+)
+from tests.reference import sequential
+
+DEPTH, SEQ_LEN = 2, 16
+
+# One document, of characters that are one, two and three bytes long.
+POEM = "".join(
+    f"Line {i}: the old grey goose — naïve, ünruly — walks {'over' if i % 3 else 'under'} hill {i % 7}.\n"
+    for i in range(150)
+)
+# The last line end before 90 % of the characters: what comes after it is the validation text.
+CUT = POEM.rfind("\n", 0, round(len(POEM) * 0.9)) + 1
+
+
+@dataclass
+class Run:
+    folder: Path
+    cache: Path
+    summary: dict[str, Any]
+
+
+def own_text(tmp: Path, cache: Path, **more: Any) -> Run:
+    file = tmp / "poem.txt"
+    file.write_text(POEM, encoding="utf-8")
+    settings = {
+        "data": "text",
+        "data.paths": file,
+        "data.val_fraction": 0.1,
+        "data.eval_batch_size": 3,
+        "trainer.max_steps": 20,
+        "trainer.val_check_interval": 7,
+        "trainer.limit_val_batches": 1.0,
+        "optimizer.lr": 0.02,
+        "mtp.depth": DEPTH,
+        "callbacks.throughput.measure_matmul": "true",
+        **more,
+    }
+    return Run(tmp / "run", cache, train_here(tmp / "run", cache, settings))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Run:
+    """Bytes, with TensorBoard."""
+    return own_text(tmp_path_factory.mktemp("bytes"), cache, logger="default")
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Run:
+    more = {"tokenizer": "bpe", "tokenizer.vocab_size": 300, "data.eval_batch_size": 2}
+    return own_text(tmp_path_factory.mktemp("bpe"), cache, **more)
+
+
+def validation_windows(ids: list[int]) -> list[torch.Tensor]:
+    """Windows that start T tokens apart, as semantics.md says."""
+    n = (len(ids) - 1 - SEQ_LEN) // SEQ_LEN
+    length = SEQ_LEN + DEPTH + 1
+    assert n > 2
+    return [torch.tensor(ids[i * SEQ_LEN : i * SEQ_LEN + length]) for i in range(n)]
+
+
+def recomputed(content: dict[str, Any], windows: list[torch.Tensor]) -> dict[str, float]:
+    """The rates of semantics.md in float64, position by position, from stored weights."""
+    trunk = TrunkConfig(**content["model_config"]["trunk"])
+    weights = {
+        name.removeprefix("model."): tensor.double()
+        for name, tensor in content["state_dict"].items()
+        if name.startswith("model.")
+    }
+    head = weights["trunk.embedding.weight"]  # tied
+    sums = {
+        f"{name}_depth_{k}": [0.0, 0]
+        for k in range(DEPTH + 1)
+        for name in ("loss", "accuracy", "agreement", "overlap")
+    }
+
+    def count(name: str, value: float) -> None:
+        sums[name][0] += value
+        sums[name][1] += 1
+
+    for window in windows:
+        hidden = sequential(window, weights, trunk, DEPTH)
+        probabilities = [torch.softmax(h @ head.T, -1) for h in hidden]
+        for k in range(DEPTH + 1):
+            for i in range(SEQ_LEN):
+                q = probabilities[k][i]
+                target = int(window[i + k + 1])
+                count(f"loss_depth_{k}", -math.log(q[target]))
+                count(f"accuracy_depth_{k}", int(q.argmax()) == target)
+                if k and i + k < SEQ_LEN:
+                    p = probabilities[0][i + k]
+                    count(f"agreement_depth_{k}", int(q.argmax()) == int(p.argmax()))
+                    count(f"overlap_depth_{k}", float(torch.minimum(p, q).sum()))
+    return {name: total / n for name, (total, n) in sums.items() if n}
+
+
+def test_validation_against_the_equations(run: Run) -> None:
+    # The text's own bytes and the end of text, not what the store says that it holds.
+    windows = validation_windows([*POEM[CUT:].encode(), 256])
+    expected = recomputed(checkpoint(run.folder), windows)
+    assert len(expected) == 3 + 3 + 2 + 2
+    for name, value in expected.items():
+        assert run.summary[f"val/{name}"] == pytest.approx(value, rel=2e-5), name
+        assert column(run.folder, f"val/{name}")[20] == pytest.approx(value, rel=2e-5), name
+    # Every depth has learnt something: else these could be anybody's numbers.
+    assert max(expected[f"loss_depth_{k}"] for k in range(3)) < 4 < math.log(257)
+
+
+def test_bits_per_byte_by_hand(run: Run, bpe: Run) -> None:
+    text = POEM[CUT:]
+    n_bytes = len(text.encode())
+    from tokenizers import Tokenizer
+
+    stored = Tokenizer.from_file(str(bpe.folder / "tokenizer.json"))
+    assert bpe.summary["data"]["val"]["bytes"] == n_bytes == run.summary["data"]["val"]["bytes"]
+    for summary, n_tokens in (
+        (run.summary, n_bytes + 1),
+        (bpe.summary, len(stored.encode(text, add_special_tokens=False).ids) + 1),
+    ):
+        assert summary["data"]["val"]["tokens"] == n_tokens
+        nats = summary["val/loss_depth_0"] * n_tokens  # of the whole text, end of text included
+        assert summary["val/bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes)
+    tokens = {name: r.summary["data"]["val"]["tokens"] for name, r in (("b", run), ("t", bpe))}
+    assert tokens["t"] < 0.7 * tokens["b"]
+
+
+def test_summary_and_csv_agree(run: Run) -> None:
+    stored = json.loads((run.folder / "summary.json").read_text())
+    assert stored == json.loads(json.dumps(run.summary))
+    last = rows(run.folder)[-1]
+    for tag in (tag for tag in last if tag.startswith("val/")):
+        assert stored[tag] == pytest.approx(last[tag], rel=1e-6)
+    assert stored["tokens"] == 20 * 4 * SEQ_LEN
+    assert stored["flops"] == stored["tokens"] * stored["flops_per_token"]
+    state = checkpoint(run.folder)["state_dict"]
+    own = {name: t for name, t in state.items() if name.startswith("model.")}
+    distinct = {t.data_ptr(): t.numel() for t in own.values()}
+    assert stored["parameters"] == sum(distinct.values())
+    in_trunk = sum({t.data_ptr(): t.numel() for n, t in own.items() if ".mtp." not in n}.values())
+    assert stored["parameters_trunk"] == in_trunk
+    assert stored["seconds"] > 0 and stored["perf/tokens_per_second"] > 0
+    for key in ("python", "torch", "lightning"):
+        assert stored["versions"][key]
+
+
+def evaluate_here(run: Run, *overrides: str) -> dict[str, Any]:
+    from mtp_lightning.experiment import evaluate
+
+    given = [f"paths.cache_dir={run.cache}", "paths.output_dir=.", "num_threads=1", *overrides]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return evaluate(compose("evaluate", overrides=given))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_evaluate_repeats_the_last_validation(request: pytest.FixtureRequest, kind: str) -> None:
+    run: Run = request.getfixturevalue("run" if kind == "bytes" else "bpe")
+    last = run.folder / "checkpoints" / "last.ckpt"
+    metrics = evaluate_here(run, f"checkpoint={last}")
+    tags = [tag for tag in run.summary if tag.startswith("val/")]
+    assert len(tags) == 11
+    for tag in tags:
+        assert metrics[tag] == pytest.approx(run.summary[tag], rel=1e-6), tag
+    for key in ("parameters", "flops_per_token", "step"):
+        assert metrics[key] == run.summary[key]
+
+
+def test_evaluate_a_folder_reads_its_best(run: Run) -> None:
+    """Also where the best validation is the one after the last step."""
+    best = checkpoint(run.folder, "best.ckpt")["global_step"]
+    by_step = column(run.folder, "val/loss_depth_0")
+    assert best == min(by_step, key=by_step.__getitem__)
+    metrics = evaluate_here(run, f"checkpoint={run.folder}")
+    assert metrics["val/loss_depth_0"] == pytest.approx(by_step[best], rel=1e-6)
+
+
+def test_evaluate_other_text_from_the_command_line(run: Run, tmp_path: Path) -> None:
+    """Another text through the run's own tokenizer, from another folder, into a JSON file."""
+    (tmp_path / "other.txt").write_text("12345 67890\n" * 60)
+    args = [f"checkpoint={run.folder / 'checkpoints' / 'last.ckpt'}", "data=text"]
+    args += ["data.paths=other.txt", "data.val_fraction=0.99", "output=out.json"]
+    args += ["data.seq_len=16", f"paths.cache_dir={run.cache}"]
+    done = execute([sys.executable, str(ROOT / "evaluate.py"), *args], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "out.json").read_text())
+    assert metrics["val/loss_depth_0"] > run.summary["val/loss_depth_0"]
+    assert "bits per byte" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", "out.json"]
+
+
+def test_every_tag_reaches_tensorboard(run: Run) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(run.folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    each, further = range(DEPTH + 1), range(1, DEPTH + 1)
+    expected = {"train/loss", "val/bits_per_byte", "perf/tokens_per_second", "perf/mfu"}
+    expected |= {f"{tag}_depth_{k}" for k in each for tag in ("train/loss", "val/loss")}
+    expected |= {f"val/accuracy_depth_{k}" for k in each}
+    expected |= {
+        f"{tag}_depth_{k}"
+        for k in further
+        for tag in ("train/lambda", "val/agreement", "val/overlap")
+    }
+    assert expected <= set(events.Tags()["scalars"])
+    for tag in expected:
+        seen = {event.step: event.value for event in events.Scalars(tag)}
+        assert seen == pytest.approx(column(run.folder, tag), rel=1e-5), tag
+    # The chart that groups all depths.
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+
+
+def test_the_run_folder_is_whole(run: Run, bpe: Run) -> None:
+    for name in ("config.yaml", "summary.json", "metrics.csv", "tokenizer_state.json"):
+        assert (run.folder / name).is_file(), name
+    assert len(list(run.folder.glob("events.out.tfevents.*"))) >= 1
+    assert (bpe.folder / "tokenizer.json").is_file()
+    assert sorted(p.name for p in (run.folder / "checkpoints").iterdir()) == [
+        "best.ckpt",
+        "last.ckpt",
+        "previous.ckpt",
+    ]

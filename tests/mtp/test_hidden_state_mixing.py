@@ -1,0 +1,128 @@
+"""Hidden-state mixing: what is mixed, how it is drawn, and that resuming needs nothing stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.base import Draw
+from mtp_lightning.mtp.sequential import SequentialConfig, SequentialMTP, draw_states_back
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective.mtp_loss import mtp_loss
+from tests.integration import helpers
+from tests.mtp.test_heads import build, windows
+
+
+def labelled(depth: int, seq_len: int, batch: int = 2) -> Tensor:
+    """States that say where they are from: [B, T, 2] of (depth, position)."""
+    position = torch.arange(seq_len, dtype=torch.float32).expand(batch, seq_len)
+    return torch.stack([torch.full_like(position, depth), position], dim=-1)
+
+
+def test_every_position_gets_a_state_that_has_read_the_same_tokens(
+    tiny_trunk: TrunkConfig,
+) -> None:
+    seq_len, depth = 50, 4
+    stack = SequentialMTP(SequentialConfig(depth=depth, hidden_state_mixing=True), tiny_trunk)
+    draw = Draw(seed=0, step=3)
+    for k in range(1, depth + 1):
+        history = [labelled(j, seq_len) for j in range(k)]
+        mixed = stack.input_of(k, history, draw)
+        back = draw_states_back(k, 2, seq_len, draw)
+        for row in range(2):
+            for i in range(seq_len):
+                source, position = mixed[row, i].long().tolist()
+                # Depth j at position p has read the tokens up to p + j.
+                assert source + position == k - 1 + i
+                assert source == k - 1 - back[row, i] and position < seq_len
+
+
+def test_the_draw_is_uniform_over_depths_and_trunk() -> None:
+    k, seq_len, batch = 3, 400, 50
+    back = draw_states_back(k, batch, seq_len, Draw(seed=1, step=0))
+    inner = back[:, : seq_len - k]
+    share = torch.bincount(inner.flatten(), minlength=k) / inner.numel()
+    # 20,000 draws: three standard deviations are 0.01.
+    torch.testing.assert_close(share, torch.full((k,), 1 / 3), atol=0.01, rtol=0)
+    assert back[:, -1].eq(0).all(), "the window's end has no shallower state to offer"
+    # Rows, steps, depths and seeds have streams of their own.
+    assert not torch.equal(back[0], back[1])
+    for other in (Draw(seed=1, step=1), Draw(seed=2, step=0)):
+        assert not torch.equal(draw_states_back(k, batch, seq_len, other), back)
+
+
+def test_the_draw_depends_on_the_window_alone() -> None:
+    """Not on how the step is split into micro-batches or ranks."""
+    whole = draw_states_back(3, 6, 20, Draw(seed=1, step=7))
+    parts = [draw_states_back(3, 2, 20, Draw(seed=1, step=7, first_row=r)) for r in (0, 2, 4)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_training_mixes_and_evaluation_does_not(tiny_trunk: TrunkConfig) -> None:
+    mixing = build(tiny_trunk, SequentialConfig(depth=3, hidden_state_mixing=True))
+    plain = build(tiny_trunk, SequentialConfig(depth=3))
+    batch = windows(2, 12, 3)
+    for k, hidden in plain(batch).items():
+        assert torch.equal(hidden, mixing(batch)[k])
+    drawn = mixing(batch, draw=Draw(seed=0, step=0))
+    assert torch.equal(drawn[0], plain(batch)[0]) and torch.equal(drawn[1], plain(batch)[1])
+    assert not torch.allclose(drawn[2], plain(batch)[2])
+    # A plain stack has no use for a draw.
+    assert torch.equal(plain(batch, draw=Draw(seed=0, step=0))[3], plain(batch)[3])
+
+
+def test_a_depth_never_sees_the_token_that_it_predicts(tiny_trunk: TrunkConfig) -> None:
+    depth, seq_len = 3, 8
+    model = build(tiny_trunk, SequentialConfig(depth=depth, hidden_state_mixing=True))
+    batch = windows(1, seq_len, depth)
+    for step in range(3):
+        draw = Draw(seed=0, step=step)
+        before = model(batch, draw=draw)
+        for changed in range(1, seq_len + depth + 1):
+            tokens = batch.tokens.clone()
+            tokens[0, changed] = (tokens[0, changed] + 1) % 37
+            after = model(type(batch)(tokens, depth), draw=draw)
+            for k in range(depth + 1):
+                unseen = max(min(changed - k, seq_len), 0)
+                assert torch.equal(before[k][0, :unseen], after[k][0, :unseen]), (changed, k)
+
+
+def test_gradients_reach_all_mixed_depths(tiny_trunk: TrunkConfig) -> None:
+    model = MTPModel(
+        ModelConfig(
+            trunk=tiny_trunk,
+            mtp=SequentialConfig(depth=2, hidden_state_mixing=True, detach="trunk"),
+        )
+    )
+    model.initialise(0)
+    loss, _ = mtp_loss(model, windows(2, 12, 2), [0.0, 1.0], [24] * 3, draw=Draw(0, 0))
+    loss.backward()
+    assert all(p.grad is not None for p in model.mtp.parameters())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_mixes_as_the_uninterrupted_one(tmp_path: Path, accumulate: int) -> None:
+    settings = {
+        "mtp.depth": 3,
+        "mtp.hidden_state_mixing": "true",
+        "trainer.accumulate_grad_batches": accumulate,
+        "data.batch_size": 4 // accumulate,
+        "callbacks.checkpoints.every_n_steps": 3,
+        # A constant rate and weight: so a run of 3 steps is the first half of one of 6.
+        "lambda_schedule": "constant",
+        "optimizer.schedule.kind": "constant",
+        "optimizer.schedule.warmup_steps": 0,
+        "optimizer.schedule.warmup_fraction": "null",
+    }
+    cache = tmp_path / "cache"
+    for folder, steps in (("a", 6), ("b", 3), ("b", 6)):
+        helpers.train_here(tmp_path / folder, cache, {**settings, "trainer.max_steps": steps})
+    helpers.assert_same_weights(tmp_path / "a", tmp_path / "b")
+    off = {**settings, "mtp.hidden_state_mixing": "false", "trainer.max_steps": 6}
+    helpers.train_here(tmp_path / "off", cache, off)
+    with pytest.raises(AssertionError):
+        helpers.assert_same_weights(tmp_path / "a", tmp_path / "off")

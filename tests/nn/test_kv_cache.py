@@ -1,0 +1,101 @@
+"""The cache alone: places, masks, trimming, rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mtp_lightning.nn.attention import Attention, Positions
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.kv_cache import KVCache, PositionTables
+from mtp_lightning.nn.rope import apply_rope, rope_table, turn_in_place, whole_head_table
+
+
+def cache_of(config: TrunkConfig, rows: int, *, capacity: int = 40, exact: bool = True) -> KVCache:
+    tables = PositionTables(config, capacity)
+    return KVCache(config, tables, n_layers=1, batch_size=rows, exact=exact)
+
+
+def attention(config: TrunkConfig) -> Attention:
+    torch.manual_seed(0)
+    layer = Attention(config)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return layer
+
+
+def test_turning_in_place_is_apply_rope():
+    x, positions = torch.randn(2, 5, 3, 8), torch.arange(5)
+    cos, sin = (t.unsqueeze(-2) for t in rope_table(positions, 8, 100.0))
+    expected = apply_rope(x, cos, sin)
+    whole = (t.unsqueeze(-2) for t in whole_head_table(positions, 8, 100.0))
+    turn_in_place(x, *whole)
+    torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("kv", [1, 2, 4])
+def test_passes_of_any_width_equal_one_window(kv, exact):
+    config = TrunkConfig(
+        vocab_size=9, d_model=32, n_layers=1, n_heads=4, n_kv_heads=kv, d_ff=8
+    )
+    layer, x = attention(config), torch.randn(3, 30, 32)
+    with torch.no_grad():
+        expected = layer(x, Positions.of_window(config, 30, device=torch.device("cpu")))
+        cache, start = cache_of(config, 3, exact=exact), 0
+        for width in (20, 1, 3, 5, 1):
+            positions = Positions.of_cache(cache, [start] * 3, width)
+            got = layer(x[:, start : start + width], positions)
+            torch.testing.assert_close(got, expected[:, start : start + width])
+            start += width
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_rows_of_unequal_lengths_and_rejected_tokens(tiny_trunk, exact):
+    layer, x = attention(tiny_trunk), torch.randn(2, 24, 32)
+    with torch.no_grad():
+        expected = layer(x, Positions.of_window(tiny_trunk, 24, device=torch.device("cpu")))
+        cache = cache_of(tiny_trunk, 2, exact=exact)
+        layer(x[:, :18], Positions.of_cache(cache, [0, 0], 18))
+        for starts in ([4, 11], [6, 12], [3, 20], [7, 7]):  # back and forth, over stale entries
+            if max(s - held for s, held in zip(starts, cache.lengths, strict=True)) > 0:
+                continue
+            new = torch.stack([x[row, s : s + 3] for row, s in enumerate(starts)])
+            got = layer(new, Positions.of_cache(cache, starts, 3))
+            for row, s in enumerate(starts):
+                torch.testing.assert_close(got[row], expected[row, s : s + 3])
+
+
+def test_dropping_a_row_moves_the_last_one_in(tiny_trunk):
+    layer, x = attention(tiny_trunk), torch.randn(3, 12, 32)
+    with torch.no_grad():
+        expected = layer(x, Positions.of_window(tiny_trunk, 12, device=torch.device("cpu")))
+        cache = cache_of(tiny_trunk, 3)
+        layer(x[:, :10], Positions.of_cache(cache, [0, 0, 0], 10))
+        storage = cache.entries_L_BSMH[0].data_ptr()
+        cache.drop_row(0)
+        assert cache.batch_size == 2 and cache.entries_L_BSMH[0].data_ptr() == storage
+        got = layer(x[[2, 1], 10:], Positions.of_cache(cache, [10, 10], 2))
+        torch.testing.assert_close(got, expected[[2, 1], 10:])
+        # A row's own view writes into the same storage.
+        layer(x[:1, :4], Positions.of_cache(cache.row(1), [0], 4))
+        cache.lengths[1] = 4
+        got = layer(x[:1, 4:6].expand(2, -1, -1), Positions.of_cache(cache, [4, 4], 2))
+        torch.testing.assert_close(got[1], expected[0, 4:6])
+
+
+def test_a_full_cache_names_the_numbers(tiny_trunk):
+    cache = cache_of(tiny_trunk, 1, capacity=16)
+    cache.begin([0], 16)
+    with pytest.raises(ValueError, match="17 tokens do not fit into a cache of 16"):
+        cache.begin([16], 1)
+
+
+def test_masks_are_causal(tiny_trunk):
+    tables = PositionTables(tiny_trunk, 32)
+    mask = tables.mask(5, 3, 16)
+    assert (mask == 0).sum(-1).tolist() == [6, 7, 8] and mask.shape == (3, 16)
+    assert torch.equal(mask, tables.mask_of(torch.tensor([5, 6, 7]), 16))
+    scores = F.softmax(mask, dim=-1)
+    assert torch.equal(scores[0, 6:], torch.zeros(10))

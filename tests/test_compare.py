@@ -1,0 +1,137 @@
+"""Fair comparisons: layers and steps that are given up for the heads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtp_lightning import compare
+from mtp_lightning.model import ModelConfig
+from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective.lambda_schedule import LambdaSchedule, constant, forward_curriculum
+from tests.integration import helpers
+
+TRUNK = TrunkConfig(vocab_size=257, d_model=32, n_layers=8, n_heads=4, n_kv_heads=2, d_ff=96)
+LENGTH: dict[str, Any] = {"seq_len": 64, "max_steps": 300, "tokens_per_step": 1024}
+
+
+def matched(
+    config: ModelConfig, what: str, schedule: LambdaSchedule | None = None
+) -> compare.Matched:
+    return compare.match(
+        config,
+        schedule or constant(depth=config.mtp.depth, mtp_lambda=0.3),
+        match=what,
+        reference=compare.plain_reference(config, **LENGTH),
+        **LENGTH,
+    )
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_gloeckles_heads_cost_a_trunk_layer_each(depth: int) -> None:
+    found = matched(ModelConfig(trunk=TRUNK, mtp=ParallelConfig(depth=depth)), "parameters")
+    assert found.n_layers == 8 - depth
+    assert found.max_steps == 300
+    # What remains is the heads' own norms.
+    assert found.reached - found.target == depth * 32
+    assert found.remaining == pytest.approx(depth * 32 / TRUNK.num_params())
+    assert f"{8 - depth} trunk layers" in str(found) and "mtp=none" in str(found)
+
+
+def test_the_nearest_number_of_layers_is_taken() -> None:
+    for mtp in (SequentialConfig(depth=2), LinearConfig(depth=2), LinearConfig(depth=6)):
+        config = ModelConfig(trunk=TRUNK, mtp=mtp)
+        found = matched(config, "parameters")
+        distances = {
+            n: abs(ModelConfig(trunk=replace(TRUNK, n_layers=n), mtp=mtp).num_params()
+                   - TRUNK.num_params())
+            for n in range(1, 9)
+        }  # fmt: skip
+        assert distances[found.n_layers] == min(distances.values())
+    # Medusa's small heads are not worth a layer.
+    few = ModelConfig(trunk=TRUNK, mtp=LinearConfig(depth=1))
+    assert matched(few, "parameters").n_layers == 8
+
+
+def test_a_trunk_with_too_few_layers_is_refused() -> None:
+    config = ModelConfig(trunk=replace(TRUNK, n_layers=2), mtp=SequentialConfig(depth=4))
+    with pytest.raises(ValueError, match="with 1 trunk layers left .* more than the reference's"):
+        matched(config, "parameters")
+
+
+def test_flops_shortens_the_run() -> None:
+    config = ModelConfig(trunk=TRUNK, mtp=SequentialConfig(depth=2))
+    found = matched(config, "flops")
+    plain = ModelConfig(trunk=TRUNK, mtp=NoMTPConfig())
+    # By hand: steps are in inverse proportion to the cost of a token.
+    expected = 300 * plain.flops_per_token(64) / config.flops_per_token(64)
+    assert abs(found.max_steps - expected) <= 0.5
+    assert found.n_layers == 8 and found.max_steps < 300
+    assert found.target == plain.flops_per_token(64) * 1024 * 300
+    assert found.reached == config.flops_per_token(64) * 1024 * found.max_steps
+    assert abs(found.remaining) < 1 / found.max_steps
+
+
+def test_flops_counts_a_depth_only_while_it_is_computed() -> None:
+    config = ModelConfig(trunk=TRUNK, mtp=SequentialConfig(depth=2))
+    growing = forward_curriculum(depth=2, mtp_lambda=0.3)  # thirds of the run with 0, 1, 2 depths
+    cost = [config.flops_per_token(64, active) for active in ([], [1], [1, 2])]
+    total = compare.total_flops(config, growing, seq_len=64, max_steps=300, tokens_per_step=10)
+    assert total == pytest.approx(sum(cost) * 100 * 10, rel=1e-9)
+    assert matched(config, "flops", growing).max_steps > matched(config, "flops").max_steps
+    # Longer runs are sampled; the sum must not notice.
+    long = compare.total_flops(config, growing, seq_len=64, max_steps=90_000, tokens_per_step=10)
+    assert long == pytest.approx(sum(cost) * 30_000 * 10, rel=1e-3)
+
+
+def test_flops_lengthens_the_run_to_a_costlier_reference() -> None:
+    config = ModelConfig(trunk=TRUNK, mtp=NoMTPConfig())
+    own = config.flops_per_token(64) * 1024 * 300
+    steps, reached = compare.match_steps(
+        config, constant(depth=0, mtp_lambda=0.3), 2.5 * own, **LENGTH
+    )
+    assert steps == 750 and reached == 2.5 * own
+
+
+def test_settings_without_meaning_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="compare.match=time is unknown"):
+        compare.check("time", None)
+    with pytest.raises(ValueError, match="compare.reference=runs/a is used by nothing"):
+        compare.check("none", "runs/a")
+    with pytest.raises(FileNotFoundError, match="holds no summary.json"):
+        compare.run_reference(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps({"parameters": 3}))
+    with pytest.raises(ValueError, match="does not say what its run cost .*flops"):
+        compare.run_reference(tmp_path)
+
+
+def test_runs(tmp_path: Path) -> None:
+    """The command line: what is matched is what is built, counted and reported."""
+    cache = tmp_path / "cache"
+    settings = {"model.n_layers": 3, "trainer.max_steps": 20}
+    plain = helpers.train_here(tmp_path / "plain", cache, {**settings, "mtp": "none"})
+
+    fewer = {**settings, "mtp": "parallel", "mtp.depth": 1, "compare.match": "parameters"}
+    first = helpers.train_here(tmp_path / "layers", cache, fewer)
+    stored = helpers.checkpoint(tmp_path / "layers")
+    assert stored["model_config"]["trunk"]["n_layers"] == 2
+    assert stored["config"]["model"]["n_layers"] == 3, "stored is what was asked for"
+    assert first["parameters"] - plain["parameters"] == 32
+    assert first["compare"]["n_layers"] == 2
+    again = helpers.train_here(tmp_path / "layers", cache, {**fewer, "trainer.max_steps": 22})
+    assert again["step"] == 22, "a matched run can be continued"
+
+    shorter = {**settings, "compare.match": "flops", "compare.reference": tmp_path / "plain"}
+    second = helpers.train_here(tmp_path / "flops", cache, shorter)
+    assert second["step"] == second["compare"]["max_steps"] < 20
+    assert second["flops"] == second["compare"]["reached"]
+    half_a_step = 0.51 * second["flops"] / second["step"]
+    assert abs(second["flops"] - plain["flops"]) <= half_a_step

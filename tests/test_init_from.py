@@ -1,0 +1,259 @@
+"""Starting from another run: frozen trunks, other depths, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_lightning.init_from import Start, start_from
+from mtp_lightning.model import MTP_VARIANTS, ModelConfig, MTPModel
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.config import TrunkConfig
+from tests.integration import helpers
+
+
+def start_of(trunk: TrunkConfig, **mtp: Any) -> Start:
+    """A checkpoint's content, of a model with other weights than a fresh one of seed 0."""
+    variant = mtp.pop("variant", "sequential")
+    config = ModelConfig(trunk=trunk, mtp=MTP_VARIANTS[variant](**mtp))
+    model = MTPModel(config)
+    model.initialise(99)
+    return Start(
+        path=Path("old.ckpt"), config=config, weights=model.state_dict(), tokenizer_state={}
+    )
+
+
+def fresh(trunk: TrunkConfig, variant: str = "sequential", **mtp: Any) -> MTPModel:
+    model = MTPModel(ModelConfig(trunk=trunk, mtp=MTP_VARIANTS[variant](**mtp)))
+    model.initialise(0)
+    return model
+
+
+def origin(model: MTPModel, start: Start) -> dict[str, str]:
+    """Where every module of the stack has its weights from."""
+    new = MTPModel(model.config)
+    new.initialise(0)
+    found: dict[str, set[str]] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.dim() < 2:
+            continue  # gains of 1 tell nothing
+        module = ".".join(name.split(".")[:3]) if name.startswith("mtp.") else "trunk"
+        old = name in start.weights and torch.equal(tensor, start.weights[name])
+        fresh_ = torch.equal(tensor, new.state_dict()[name])
+        assert old != fresh_, name
+        found.setdefault(module, set()).add("old" if old else "new")
+    assert all(len(kinds) == 1 for kinds in found.values())
+    return {module: kinds.pop() for module, kinds in found.items()}
+
+
+def test_a_larger_depth_keeps_the_old_modules_and_names_the_new(tiny_trunk: TrunkConfig) -> None:
+    start = start_of(tiny_trunk, depth=1)
+    model = fresh(tiny_trunk, depth=3)
+    inherited = start_from(model, start)
+    assert origin(model, start) == {
+        "trunk": "old",
+        "mtp.depths.0": "old",
+        "mtp.depths.1": "new",
+        "mtp.depths.2": "new",
+    }
+    assert str(inherited) == (
+        "trunk and head kept; kept: mtp.depths.0; new: mtp.depths.1, mtp.depths.2"
+    )
+
+
+def test_a_smaller_depth_names_what_it_drops(tiny_trunk: TrunkConfig) -> None:
+    start = start_of(tiny_trunk, depth=3)
+    model = fresh(tiny_trunk, depth=1)
+    assert start_from(model, start).dropped == ["mtp.depths.1", "mtp.depths.2"]
+    assert origin(model, start) == {"trunk": "old", "mtp.depths.0": "old"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("none", "sequential"), ("sequential", "parallel"), ("parallel", "linear")],
+)
+def test_another_variant_starts_its_stack_fresh(
+    tiny_trunk: TrunkConfig, old: str, new: str
+) -> None:
+    """Names of two variants' modules partly agree; their meaning does not."""
+    start = start_of(tiny_trunk, variant=old, **({} if old == "none" else {"depth": 1}))
+    model = fresh(tiny_trunk, new, depth=1)
+    inherited = start_from(model, start)
+    assert inherited.new == ["mtp.depths.0"] and inherited.kept == []
+    assert inherited.dropped == ([] if old == "none" else ["mtp.depths.0"])
+    found = start.weights["trunk.blocks.0.attention.qkv.weight"]
+    assert torch.equal(model.trunk.blocks[0].attention.qkv.weight, found)
+    for name, tensor in fresh(tiny_trunk, new, depth=1).mtp.state_dict().items():
+        assert torch.equal(model.mtp.state_dict()[name], tensor)
+
+
+def test_unshared_layers_start_from_the_shared_one(tiny_trunk: TrunkConfig) -> None:
+    start = start_of(tiny_trunk, depth=2, share_layers=True)
+    inherited = start_from(fresh(tiny_trunk, depth=2), start)
+    assert (inherited.kept, inherited.new) == (["mtp.depths.0"], ["mtp.depths.1"])
+
+
+def test_what_does_not_fit_is_named(tiny_trunk: TrunkConfig) -> None:
+    model = fresh(tiny_trunk, depth=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = TrunkConfig(
+        vocab_size=37, d_model=32, n_layers=3, n_heads=2, n_kv_heads=2, d_ff=48
+    )
+    with pytest.raises(ValueError, match=r"another trunk.*n_heads: 2 -> 4.*n_layers: 3 -> 2"):
+        start_from(model, start_of(other, depth=1))
+    with pytest.raises(ValueError, match=r"mtp.concat=hidden_first.*set mtp.concat=hidden_first"):
+        start_from(model, start_of(tiny_trunk, depth=1, concat="hidden_first"))
+    good = start_of(tiny_trunk, depth=1)
+    for name, change, message in (
+        ("mtp.depths.0.norm.weight", None, "mtp.depths.0.norm.weight is missing"),
+        ("trunk.norm.weight", None, "trunk.norm.weight is missing"),
+        ("trunk.norm.gain", torch.ones(32), "trunk.norm.gain is unknown"),
+        ("trunk.norm.weight", torch.ones(16), r"trunk.norm.weight has the shape \[16\]"),
+    ):
+        weights = dict(good.weights)
+        if change is None:
+            del weights[name]
+        else:
+            weights[name] = change
+        bad = Start(path=good.path, config=good.config, weights=weights, tokenizer_state={})
+        with pytest.raises(ValueError, match=message):
+            start_from(model, bad)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), "a refused start changed weights"
+
+
+def test_training_switches_may_change(tiny_trunk: TrunkConfig) -> None:
+    model = fresh(tiny_trunk, depth=2, detach="all", freeze_trunk=True, hidden_state_mixing=True)
+    assert start_from(model, start_of(tiny_trunk, depth=2)).new == []
+
+
+def test_a_frozen_trunk_costs_less(tiny_trunk: TrunkConfig) -> None:
+    frozen = ModelConfig(trunk=tiny_trunk, mtp=SequentialConfig(depth=1, freeze_trunk=True))
+    trained = ModelConfig(trunk=tiny_trunk, mtp=SequentialConfig(depth=1))
+    seq_len = 16
+    blocks = tiny_trunk.n_layers * tiny_trunk.block_flops(seq_len)
+    head = tiny_trunk.head_flops()
+    # No backward pass through the trunk and its head; through the modules' head one half.
+    saved = 2 * blocks + 2 * head + head
+    difference = trained.flops_per_token(seq_len) - frozen.flops_per_token(seq_len)
+    assert difference == saved
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of depth 1, and the cache beside it."""
+    folder = tmp_path_factory.mktemp("init_from")
+    settings = {"mtp.depth": 1, "trainer.max_steps": 4, "trainer.val_check_interval": 2}
+    helpers.train_here(folder / "base", folder / "cache", settings)
+    return folder
+
+
+def test_post_hoc_training_changes_the_modules_alone(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {
+        "init_from": base / "base",
+        "mtp.freeze_trunk": "true",
+        "mtp.depth": 2,
+        "trainer.max_steps": 4,
+        "trainer.val_check_interval": 2,
+    }
+    with caplog.at_level(logging.INFO):
+        summary = helpers.train_here(base / "frozen", base / "cache", settings)
+    assert "kept: mtp.depths.0; new: mtp.depths.1" in caplog.text
+    old = helpers.weights(base / "base", "best.ckpt")
+    new = helpers.weights(base / "frozen")
+    for name, tensor in new.items():
+        if name.startswith(("model.trunk.", "model.head.")):
+            assert torch.equal(tensor, old[name]), f"{name} moved"
+        elif tensor.dim() > 1 and name in old:
+            assert not torch.equal(tensor, old[name]), f"{name} was not trained"
+    model = MTPModel(ModelConfig.from_dict(helpers.checkpoint(base / "frozen")["model_config"]))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == len(list(model.mtp.parameters()))
+    state = helpers.checkpoint(base / "frozen")["optimizer_states"][0]["state"]
+    assert len(state) == len(trained), "the trunk has no optimizer state"
+    assert summary["parameters_trained"] == sum(p.numel() for p in trained)
+    assert summary["init_from"] == str(base / "base")
+    # The main prediction is that of the run it started from.
+    first = helpers.column(base / "frozen", "val/loss_depth_0")
+    assert len(first) == 2 and len(set(first.values())) == 1
+
+
+def test_a_resumed_run_goes_on_and_does_not_start_again(base: Path) -> None:
+    settings = {
+        "init_from": base / "gone",
+        "mtp.depth": 1,
+        "lambda_schedule": "constant",
+        "optimizer.schedule.kind": "constant",
+        "callbacks.checkpoints.every_n_steps": 2,
+    }
+    shutil.copytree(base / "base", base / "gone")
+    for folder, steps in (("whole", 4), ("halves", 2)):
+        helpers.train_here(
+            base / folder,
+            base / "cache",
+            {**settings, "trainer.max_steps": steps, "optimizer.schedule.warmup_steps": 0,
+             "optimizer.schedule.warmup_fraction": "null"},
+        )  # fmt: skip
+    shutil.rmtree(base / "gone")  # what it started from is not needed any more
+    summary = helpers.train_here(
+        base / "halves",
+        base / "cache",
+        {**settings, "trainer.max_steps": 4, "optimizer.schedule.warmup_steps": 0,
+         "optimizer.schedule.warmup_fraction": "null"},
+    )  # fmt: skip
+    assert summary["step"] == 4
+    helpers.assert_same_weights(base / "whole", base / "halves")
+
+
+@pytest.mark.parametrize("variant", ["parallel", "linear"])
+def test_other_heads_on_a_frozen_trunk(base: Path, variant: str) -> None:
+    settings = {
+        "init_from": base / "base" / "checkpoints" / "last.ckpt",  # not the best one
+        "mtp": variant,
+        "mtp.freeze_trunk": "true",
+        "trainer.max_steps": 3,
+    }
+    helpers.train_here(base / variant, base / "cache", settings)
+    old, new = helpers.weights(base / "base"), helpers.weights(base / variant)
+    for name, tensor in new.items():
+        if not name.startswith("model.mtp."):
+            assert torch.equal(tensor, old[name])
+
+
+def test_what_cannot_be_started_from(base: Path, tmp_path: Path) -> None:
+    def refuse(settings: dict[str, Any], kind: type[Exception], message: str) -> None:
+        with pytest.raises(kind, match=message):
+            helpers.train_here(tmp_path / "run", base / "cache", settings)
+        assert not (tmp_path / "run").exists()
+
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    (hf / "config.json").write_text("{}")
+    refuse({"init_from": hf}, ValueError, "folder of Hugging Face weights")
+    refuse({"init_from": tmp_path / "nothing"}, FileNotFoundError, "no checkpoint or run folder")
+    refuse({"init_from": base / "base", "model.d_ff": 64}, ValueError, "d_ff: 48 -> 64")
+    refuse(
+        {"init_from": base / "base", "tokenizer": "bpe", "tokenizer.vocab_size": 300},
+        ValueError,
+        "trained with the tokenizer {'kind': 'byte'}",
+    )
+    refuse({"mtp.freeze_trunk": "true", "mtp_lambda": 0}, ValueError, "nothing to train")
+    foreign = tmp_path / "foreign.ckpt"
+    torch.save({"state_dict": {}}, foreign)
+    refuse({"init_from": foreign}, ValueError, "has no model_config, tokenizer")
+
+
+def test_the_checkpoints_own_bpe_tokenizer_is_used(base: Path) -> None:
+    bpe = {"tokenizer": "bpe", "tokenizer.vocab_size": 300, "trainer.max_steps": 2}
+    helpers.train_here(base / "bpe", base / "cache", bpe)
+    other_text = {**bpe, "init_from": base / "bpe", "data.source.seed": 5}
+    helpers.train_here(base / "bpe2", base / "cache", other_text)
+    first, second = (helpers.checkpoint(base / f)["tokenizer"] for f in ("bpe", "bpe2"))
+    assert first == second
