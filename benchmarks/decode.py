@@ -58,7 +58,7 @@ def train(model: MTPModel, tokens: torch.Tensor, *, seconds: float, seq_len: int
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def built_in_model(vocab_size: int) -> MTPModel:

@@ -101,10 +101,12 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
     cfg = common.compose_config(
         [
             f"model={task['model']}",
+            f"mtp={task.get('mtp', 'sequential')}",
             f"mtp.depth={task['depth']}",
             f"data.seq_len={task['seq_len']}",
             f"data.batch_size={task['batch_size']}",
             "lambda_schedule=constant",
+            *task.get("overrides", []),
         ]
     )
     # After all imports, before anything of the model: what a process weighs by itself.

@@ -83,9 +83,7 @@ def _targets(node: Any) -> list[str]:
     return []
 
 
-def build_data(
-    cfg: DictConfig, tokenizer_state: dict[str, Any] | None = None
-) -> TokenDataModule:
+def build_data(cfg: DictConfig, tokenizer_state: dict[str, Any] | None = None) -> TokenDataModule:
     """The data module, its token store built or found.
 
     Args:
@@ -158,9 +156,7 @@ def build_module(cfg: DictConfig, data: TokenDataModule) -> MTPModule:
     return module
 
 
-def match_reference(
-    cfg: DictConfig, vocab_size: int
-) -> tuple[DictConfig, compare.Matched | None]:
+def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, compare.Matched | None]:
     """The config with the layers or steps that ``compare.match`` asks for, and what was matched."""
     settings = cfg.compare
     compare.check(settings.match, settings.reference)

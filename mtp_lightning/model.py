@@ -100,9 +100,7 @@ class ModelConfig:
             known = ", ".join(MTP_VARIANTS)
             raise ValueError(f"MTP variant '{variant}' is unknown here; known are {known}.")
         try:
-            return ModelConfig(
-                trunk=TrunkConfig(**data["trunk"]), mtp=MTP_VARIANTS[variant](**mtp)
-            )
+            return ModelConfig(trunk=TrunkConfig(**data["trunk"]), mtp=MTP_VARIANTS[variant](**mtp))
         except TypeError as error:
             raise ValueError(f"The model's config does not fit this version: {error}.") from error
 

@@ -1,4 +1,4 @@
-"""The model once more, in float64, written from the papers' equations with loops and no shortcuts."""
+"""The model once more, in float64, from the papers' equations with loops and no shortcuts."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def sequential(
     share_layers: bool = False,
     documents: list[int] | None = None,
 ) -> list[Tensor]:
-    """Hidden states h^0 .. h^D [T, C] of one window of T + D + 1 tokens (DeepSeek-V3, eq. 21-23)."""
+    """Hidden states h^0 .. h^D [T, C] of one window [T + D + 1] (DeepSeek-V3, eq. 21-23)."""
     seq_len = window.shape[0] - depth - 1
     final, last, before_last = trunk(window[:seq_len], w, c, documents)
     hidden = [final]

@@ -101,9 +101,7 @@ def test_unshared_layers_start_from_the_shared_one(tiny_trunk: TrunkConfig) -> N
 def test_what_does_not_fit_is_named(tiny_trunk: TrunkConfig) -> None:
     model = fresh(tiny_trunk, depth=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    other = TrunkConfig(
-        vocab_size=37, d_model=32, n_layers=3, n_heads=2, n_kv_heads=2, d_ff=48
-    )
+    other = TrunkConfig(vocab_size=37, d_model=32, n_layers=3, n_heads=2, n_kv_heads=2, d_ff=48)
     with pytest.raises(ValueError, match=r"another trunk.*n_heads: 2 -> 4.*n_layers: 3 -> 2"):
         start_from(model, start_of(other, depth=1))
     with pytest.raises(ValueError, match=r"mtp.concat=hidden_first.*set mtp.concat=hidden_first"):

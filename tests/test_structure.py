@@ -216,7 +216,7 @@ def _keys(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
             yield f"{prefix}{name}", key.start_mark.line
 
 
-SHARED = {"model/base", "data/base", "paths/default"}  # parts of other files
+SHARED = {"model/base", "model/deepseek_base", "data/base", "paths/default"}  # parts of other files
 OPTIONS = [
     option.removesuffix(".yaml")
     for option in CONFIGS

@@ -1,4 +1,4 @@
-"""From logits to a distribution to a token: temperature, top-k, nucleus; every row's own randomness.
+"""From logits to a distribution to a token: temperature, top-k, nucleus; randomness by row.
 
 Shapes: V vocabulary, anything in front of it.
 """
@@ -62,16 +62,16 @@ class Sampling:
         scaled = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
         probs = torch.softmax(scaled, dim=-1)
         narrow_k = self.top_k is not None and self.top_k < logits.shape[-1]
-        narrow_p = self.top_p is not None and self.top_p < 1
-        if not narrow_k and not narrow_p:
+        top_p = 1.0 if self.top_p is None else self.top_p
+        if not narrow_k and top_p == 1:
             return probs
         ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
         if narrow_k:
             ordered[..., self.top_k :] = 0
-        if narrow_p:
+        if top_p < 1:
             ordered /= ordered.sum(dim=-1, keepdim=True)
             before = ordered.cumsum(dim=-1) - ordered
-            ordered.masked_fill_(before >= self.top_p, 0)
+            ordered.masked_fill_(before >= top_p, 0)
         kept = torch.zeros_like(probs).scatter_(-1, ids, ordered)
         return kept / kept.sum(dim=-1, keepdim=True)
 

@@ -15,6 +15,7 @@ from mtp_lightning.nn.causal_attention import causal_attention, fits
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.linear import Linear
+from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.rope import apply_rope, rope_table, turn_in_place
 
 
@@ -76,11 +77,16 @@ class Attention(nn.Module):
         self.d_head = config.d_head
         self.qkv = Linear(config.d_model, config.qkv_width)
         self.out = Linear(config.attention_width, config.d_model)
+        # Of every query and key head before it is turned (Qwen3), one gain for all heads.
+        self.query_norm = RMSNorm(config.d_head, config.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(config.d_head, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
         """[B, T, C] -> [B, T, C]; ``layer`` is this layer's place in ``positions.cache``."""
         batch, seq_len, _ = x_BTC.shape
         qkv = self.qkv(x_BTC).view(batch, seq_len, -1, self.d_head)
+        if self.query_norm is not None:
+            qkv = self._norm_heads(qkv)
         n_turned = self.n_heads + self.n_kv_heads
         if positions.cache is not None:
             turn_in_place(qkv.narrow(2, 0, n_turned), positions.cos, positions.sin)
@@ -105,3 +111,9 @@ class Attention(nn.Module):
             enable_gqa=self.n_heads != self.n_kv_heads,
         )
         return self.out(mixed.transpose(1, 2).reshape(batch, seq_len, -1))
+
+    def _norm_heads(self, qkv: Tensor) -> Tensor:
+        assert self.query_norm is not None and self.key_norm is not None
+        sizes = [self.n_heads, self.n_kv_heads, self.n_kv_heads]
+        query, key, value = qkv.split(sizes, dim=2)
+        return torch.cat((self.query_norm(query), self.key_norm(key), value), dim=2)

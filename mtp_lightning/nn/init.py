@@ -26,8 +26,9 @@ def initialise(model: nn.Module, *, std: float, seed: int) -> None:
     training moves (the experts' biases) start anew, too.
     """
     for module in model.modules():
-        if hasattr(module, "reset_buffers"):
-            module.reset_buffers()
+        reset = getattr(module, "reset_buffers", None)
+        if callable(reset):
+            reset()
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             parameter.fill_(1.0)

@@ -108,7 +108,7 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     The copies are made at the start (about 0.1 ms each) and dropped at the end, so they can never
     outlive a change of the weights.
     """
-    layers = [layer for layer in model.modules() if hasattr(layer, "packed")]
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "packed")]
     try:
         for layer in layers:
             layer.packed = pack(layer.weight)

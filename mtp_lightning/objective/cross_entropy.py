@@ -160,9 +160,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         return d_weight, None, *d_hidden
 
 
-def weighted_cross_entropy(
-    weight_VC: Tensor, depths: Sequence[DepthLoss]
-) -> tuple[Tensor, Tensor]:
+def weighted_cross_entropy(weight_VC: Tensor, depths: Sequence[DepthLoss]) -> tuple[Tensor, Tensor]:
     """``sum_k coefficient_k * sum_i -log softmax(h_k,i @ weight.T)[target_k,i]``.
 
     Args:

@@ -37,47 +37,86 @@ class _Work:
     balance: float
 
 
+def _one_head(
+    work: _Work,
+    k: int,
+    weight: Tensor,
+    branch: Tensor,
+    sum_: Tensor,
+    d_weight: Tensor | None,
+    *,
+    needs_branch: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """Depth ``k`` forward, through the loss, and backward; its activations end with this call.
+
+    Args:
+        sum_, d_weight, needs_weight: as in :func:`add_depth`.
+        needs_branch: whether the branch's gradient is wanted.
+
+    Returns:
+        The gradients of the branch and of the head's weight (so far), and those of the depth's
+        parameters; none of the latter where gradients are off.
+    """
+    targets, coefficient = work.depths[k]
+    with torch.set_grad_enabled(work.grad), collecting_balance_losses() as balances:
+        leaf = branch.detach().requires_grad_(needs_branch)
+        hidden = work.model.predict(k, replace(work.reading, branch=leaf), leaf)
+    d_hidden, d_weight = add_depth(
+        weight,
+        DepthLoss(hidden, targets, coefficient),
+        sum_,
+        d_weight,
+        needs_hidden=hidden.requires_grad,
+        needs_weight=needs_weight,
+    )
+    if d_hidden is None:
+        return None, d_weight, []
+    own = work.model.mtp.parameters_of(k)
+    # A head's own experts are balanced in the same backward pass.
+    grads = torch.autograd.grad(
+        [hidden, *balances],
+        [leaf, *own] if needs_branch else own,
+        [d_hidden, *(torch.full_like(loss, work.balance) for loss in balances)],
+        allow_unused=True,
+    )
+    return (grads[0], d_weight, list(grads[1:])) if needs_branch else (None, d_weight, list(grads))
+
+
 class _HeadByHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, work: _Work, weight: Tensor, final: Tensor, branch: Tensor, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         _, needs_weight, needs_final, needs_branch, *_ = ctx.needs_input_grad
-        stack = work.model.mtp
         sums = torch.zeros(len(work.depths), dtype=torch.float64, device=weight.device)
         d_final = d_branch = d_weight = None
         d_parameters: list[Tensor | None] = []
         for index, (k, (targets, coefficient)) in enumerate(work.depths.items()):
             if k == 0:
-                hidden, inputs = final, []
-            else:
-                inputs = stack.parameters_of(k)
-                with torch.set_grad_enabled(work.grad), collecting_balance_losses() as balances:
-                    leaf = branch.detach().requires_grad_(work.grad and needs_branch)
-                    reading = replace(work.reading, branch=leaf)
-                    hidden = work.model.predict(k, reading, leaf)
-                    inputs = [leaf, *inputs] if needs_branch else inputs
-            d_hidden, d_weight = add_depth(
+                depth = DepthLoss(final, targets, coefficient)
+                d_final, d_weight = add_depth(
+                    weight,
+                    depth,
+                    sums[index],
+                    d_weight,
+                    needs_hidden=work.grad and needs_final,
+                    needs_weight=work.grad and needs_weight,
+                )
+                continue
+            d_leaf, d_weight, d_own = _one_head(
+                work,
+                k,
                 weight,
-                DepthLoss(hidden, targets, coefficient),
+                branch,
                 sums[index],
                 d_weight,
-                needs_hidden=work.grad and (needs_final if k == 0 else hidden.requires_grad),
-                needs_weight=work.grad and needs_weight and (k == 0 or stack.trains_head),
+                needs_branch=work.grad and needs_branch,
+                needs_weight=work.grad and needs_weight and work.model.mtp.trains_head,
             )
-            if k == 0:
-                d_final = d_hidden
-            elif d_hidden is not None:
-                # A head's own experts are balanced in the same backward pass.
-                outputs = [hidden, *balances]
-                d_outputs = [d_hidden, *(torch.full_like(b, work.balance) for b in balances)]
-                grads = list(torch.autograd.grad(outputs, inputs, d_outputs, allow_unused=True))
-                if needs_branch:
-                    d_leaf = grads.pop(0)
-                    assert d_leaf is not None
-                    d_branch = d_leaf if d_branch is None else d_branch.add_(d_leaf)
-                d_parameters += grads
-            del hidden, d_hidden
+            d_parameters += d_own
+            if d_leaf is not None:
+                d_branch = d_leaf if d_branch is None else d_branch.add_(d_leaf)
         ctx.gradients = [d_weight, d_final, d_branch, *d_parameters]
         ctx.mark_non_differentiable(sums)
         coefficients = sums.new_tensor([coefficient for _, coefficient in work.depths.values()])

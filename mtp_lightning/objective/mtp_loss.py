@@ -94,9 +94,7 @@ def _losses(
         return multi_target_cross_entropy(model.head.weight, hidden, targets, coefficients)
     if active and model.mtp.independent:
         reading = model.read(batch, active)
-        return head_by_head_loss(
-            model, reading, active, targets, coefficients, balance=balance
-        )
+        return head_by_head_loss(model, reading, active, targets, coefficients, balance=balance)
     return _joint_loss(model, batch, active, targets, coefficients, draw)
 
 

@@ -1,4 +1,4 @@
-"""Gloeckle's memory order: the joint backward's gradients, with one head's activations at a time."""
+"""Gloeckle's memory order: the joint backward's gradients, one head's activations at a time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTP_VARIANTS, ModelConfig, MTPModel
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.moe import collecting_balance_losses, routers_of
 from mtp_lightning.objective import mtp_loss as objective
 from mtp_lightning.objective.mtp_loss import mtp_loss
 from tests.mtp.test_heads import build, windows
@@ -79,6 +80,27 @@ def test_gradients_equal_the_joint_backwards(
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_experts_of_heads_are_balanced_as_in_the_joint_backward(tiny_trunk: TrunkConfig) -> None:
+    """The heads' sequence-wise balance losses train in the same pass, and loads count once."""
+    experts = {"n_routed": 4, "n_shared": 1, "top_k": 2, "d_expert": 16, "sequence_loss": 0.5}
+    trunk = replace(tiny_trunk, experts=experts)  # type: ignore[arg-type]
+    model = build(trunk, MTP_VARIANTS["parallel"](depth=2)).double()
+    batch, counts, weights = windows(3, 10, 2), [30] * 3, [0.3, 0.1]
+    mtp_loss(model, batch, weights, counts, windows=6)[0].backward()
+    found = gradients(model)
+    loads = {name: router.load.clone() for name, router in routers_of(model).items()}
+    assert all(int(load.sum()) == 30 * 2 for load in loads.values()) and len(loads) == 4
+    with collecting_balance_losses() as balance_losses:
+        total, _ = joint(model, batch, weights, counts)
+    (total + sum(balance_losses) / 6).backward()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-6, atol=1e-8, msg=name)
+    # Without the balance losses the routers' gradients are others.
+    joint(model, batch, weights, counts)[0].backward()
+    name = "mtp.depths.1.block.feed_forward.router.weight"
+    assert not torch.allclose(gradients(model)[name], found[name], rtol=1e-3)
 
 
 def test_gradients_add_up_over_micro_batches(tiny_trunk: TrunkConfig) -> None:

@@ -185,6 +185,27 @@ def test_parameters_and_flops_from_the_config(
         assert counter.get_total_flops() == expected
 
 
+@pytest.mark.parametrize(
+    ("mtp", "idle"),
+    [
+        (ParallelConfig(depth=3), 3),
+        (SequentialConfig(depth=3), 3),
+        (SequentialConfig(depth=3, share_layers=True), 1),
+        (LinearConfig(depth=3), 0),
+    ],
+)
+def test_active_parameters_leave_idle_experts_out(
+    tiny_trunk: TrunkConfig, mtp: MTPConfig, idle: int
+) -> None:
+    experts = {"n_routed": 6, "n_shared": 1, "top_k": 2, "d_expert": 16}
+    trunk = replace(tiny_trunk, experts=experts)  # type: ignore[arg-type]
+    config = ModelConfig(trunk=trunk, mtp=mtp)
+    built = sum(p.numel() for p in MTPModel(config).parameters())
+    assert config.num_params() == built
+    # Four of six experts of three matrices each, in two trunk blocks and in the modules'.
+    assert config.num_active_params() == built - (2 + idle) * 4 * 3 * 32 * 16
+
+
 @pytest.mark.parametrize("variant", ["parallel", "linear"])
 def test_a_depth_that_is_not_active_is_not_computed(tiny_trunk: TrunkConfig, variant: str) -> None:
     model = build(tiny_trunk, MTP_VARIANTS[variant](depth=3))

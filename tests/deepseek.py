@@ -1,0 +1,51 @@
+"""Tiny DeepSeek models that several tests build."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.deepseek_config import ExpertsConfig, LatentAttentionConfig
+from mtp_lightning.nn.moe import routers_of
+
+LATENT = LatentAttentionConfig(q_rank=12, kv_rank=10, d_nope=8, d_rope=4, d_value=6)
+EXPERTS = ExpertsConfig(
+    n_routed=8, n_shared=1, top_k=2, d_expert=16, first_k_dense=1, n_groups=4, top_groups=2,
+    scaling=2.5,
+)  # fmt: skip
+TRUNK = TrunkConfig(
+    vocab_size=37, d_model=32, n_layers=3, n_heads=4, n_kv_heads=4, d_ff=48,
+    latent_attention=LATENT, experts=EXPERTS,
+)  # fmt: skip
+
+
+def trunk(
+    *, latent: dict[str, Any] | None = None, experts: dict[str, Any] | None = None, **rest: Any
+) -> TrunkConfig:
+    """:data:`TRUNK` with changes."""
+    base = replace(TRUNK, d_head=None)
+    return replace(
+        base,
+        latent_attention=replace(LATENT, **(latent or {})),
+        experts=replace(EXPERTS, **(experts or {})),
+        **rest,
+    )
+
+
+def build(config: TrunkConfig, *, depth: int = 0, seed: int = 0, **mtp: Any) -> MTPModel:
+    """With gains that are not 1 and biases that are not 0, or a misplaced one would not be seen."""
+    model = MTPModel(ModelConfig(trunk=config, mtp=SequentialConfig(depth=depth, **mtp)))
+    model.initialise(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+        for router in routers_of(model).values():
+            router.expert_bias.normal_(0, 0.1, generator=generator)
+    return model

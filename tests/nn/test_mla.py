@@ -1,0 +1,110 @@
+"""Latent attention against the report's equations in float64, and its cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.kv_cache import KVCache, PositionTables
+from mtp_lightning.nn.mla import LatentAttention, pairs_to_halves
+from tests import deepseek, deepseek_reference
+
+
+def layer_of(config: TrunkConfig) -> LatentAttention:
+    torch.manual_seed(0)
+    layer = LatentAttention(config)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(0.7 if parameter.dim() == 1 else 0.0, 0.3)
+    return layer
+
+
+def expected(x_BTC: torch.Tensor, layer: LatentAttention, config: TrunkConfig, documents=None):
+    weights = {f"a.{name}": t.double() for name, t in layer.state_dict().items()}
+    documents = documents or [None] * len(x_BTC)
+    return torch.stack(
+        [
+            deepseek_reference.latent_attention(x.double(), weights, "a", config, d)
+            for x, d in zip(x_BTC, documents, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("q_rank", [12, None])
+@pytest.mark.parametrize("d_value", [6, 12, 14])  # narrower than, as wide as, wider than a key
+@pytest.mark.parametrize("masked", [False, True])
+def test_windows_equal_the_equations(q_rank: int | None, d_value: int, masked: bool) -> None:
+    config = deepseek.trunk(latent={"q_rank": q_rank, "d_value": d_value})
+    layer = layer_of(config)
+    x = torch.randn(2, 37, 32)  # more than one block of queries
+    documents = [[0] * 9 + [1] * 28, [3] * 37] if masked else None
+    positions = Positions.of_window(
+        config, 37, device=x.device, documents=torch.tensor(documents) if documents else None
+    )
+    with torch.no_grad():
+        found = layer(x, positions)
+    torch.testing.assert_close(
+        found.double(), expected(x, layer, config, documents), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_gradients_equal_those_in_double_precision() -> None:
+    layer = layer_of(deepseek.TRUNK)
+    x = torch.randn(2, 37, 32, requires_grad=True)
+    layer(x, Positions.of_window(deepseek.TRUNK, 37, device=x.device)).square().sum().backward()
+    double = layer_of(deepseek.TRUNK).double()
+    y = x.detach().double().requires_grad_()
+    double(y, Positions.of_window(deepseek.TRUNK, 37, device=x.device)).square().sum().backward()
+    torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-3, atol=1e-4)
+    for (name, a), b in zip(layer.named_parameters(), double.parameters(), strict=True):
+        torch.testing.assert_close(
+            a.grad.double() / b.grad.abs().max(), b.grad / b.grad.abs().max(),
+            rtol=0, atol=1e-5, msg=name,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("widths", [[37], [20, 17], [5, 1, 3, 1, 20, 7], [1] * 8])
+@pytest.mark.parametrize("exact", [False, True])
+def test_cached_passes_equal_a_whole_window(widths: list[int], exact: bool) -> None:
+    layer, n = layer_of(deepseek.TRUNK), sum(widths)
+    x = torch.randn(2, n, 32)
+    cache = KVCache(
+        deepseek.TRUNK, PositionTables(deepseek.TRUNK, 40), n_layers=1, batch_size=2, exact=exact
+    )
+    found, start = [], 0
+    with torch.no_grad():
+        whole = layer(x, Positions.of_window(deepseek.TRUNK, n, device=x.device))
+        for width in widths:
+            positions = Positions.of_cache(cache, [start, start], width)
+            found.append(layer(x[:, start : start + width], positions))
+            start += width
+    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_different_lengths_share_a_cache() -> None:
+    layer = layer_of(deepseek.TRUNK)
+    x = torch.randn(2, 12, 32)
+    cache = KVCache(
+        deepseek.TRUNK, PositionTables(deepseek.TRUNK, 16), n_layers=1, batch_size=2, exact=True
+    )
+    with torch.no_grad():
+        whole = layer(x, Positions.of_window(deepseek.TRUNK, 12, device=x.device))
+        layer(x[:, :8], Positions.of_cache(cache, [0, 0], 8))
+        # The second row goes back to position 5: a rejected draft.
+        new = torch.stack((x[0, 8:11], x[1, 5:8]))
+        found = layer(new, Positions.of_cache(cache, [8, 5], 3))
+    torch.testing.assert_close(found[0], whole[0, 8:11], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1], whole[1, 5:8], rtol=1e-4, atol=1e-5)
+
+
+def test_a_token_costs_its_latent_and_one_rotary_key() -> None:
+    tables = PositionTables(deepseek.TRUNK, 16)
+    cache = KVCache(deepseek.TRUNK, tables, n_layers=3, batch_size=2)
+    numbers = sum(entries.numel() for entries in cache.entries_L_BSMH)
+    assert numbers == 3 * 2 * tables.capacity * (10 + 4)
+
+
+def test_pairs_to_halves() -> None:
+    assert pairs_to_halves(torch.arange(6)).tolist() == [0, 2, 4, 1, 3, 5]

@@ -1,0 +1,245 @@
+"""The mixture of experts against the report's equations in float64, and its routing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mtp_lightning.nn import experts as experts_module
+from mtp_lightning.nn.deepseek_config import ExpertsConfig
+from mtp_lightning.nn.experts import Experts, grouped
+from mtp_lightning.nn.moe import (
+    MoE,
+    Router,
+    collecting_balance_losses,
+    sequence_balance_loss,
+    without_counting,
+)
+from tests import deepseek, deepseek_reference
+
+
+def layer_of(**experts: object) -> MoE:
+    torch.manual_seed(0)
+    layer = MoE(deepseek.trunk(experts=experts))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(0, 0.3)
+        layer.router.expert_bias.normal_(0, 0.2)
+    return layer
+
+
+CASES = [
+    {},
+    {"n_groups": 1, "top_groups": 1},
+    {"n_shared": 0, "top_k": 4, "top_groups": 4, "scaling": 1.0},
+    {"n_shared": 2, "top_k": 1, "n_groups": 2, "top_groups": 1},
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tokens", [3, 70])
+@pytest.mark.parametrize("grad", [False, True])
+def test_equals_the_equations(case: dict, tokens: int, grad: bool) -> None:
+    """Few tokens without a gradient go one by one, others sorted."""
+    layer = layer_of(**case)
+    x = torch.randn(1, tokens, 32)
+    weights = {f"m.{name}": t.double() for name, t in layer.state_dict().items()}
+    with torch.set_grad_enabled(grad):
+        found = layer(x)[0]
+    expected = deepseek_reference.moe(x[0].double(), weights, "m", deepseek.trunk(experts=case))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def dense_mask(experts: Experts, x: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor):
+    """Every token through every expert: what must never be done, as a reference."""
+    weight = torch.zeros(x.shape[0], len(experts.down), dtype=x.dtype).scatter(1, chosen, gates)
+    gate, up = torch.einsum("mc,efc->emf", x, experts.gate_up).chunk(2, dim=-1)
+    return torch.einsum("emf,ecf,me->mc", F.silu(gate) * up, experts.down, weight)
+
+
+@pytest.mark.parametrize("kernel", ["sorted", "grouped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_equal_those_of_a_dense_mask(
+    kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel == "grouped":  # it needs a GPU to be fast, not to be right
+        monkeypatch.setattr(experts_module, "fits_grouped", lambda *_: True)
+    torch.manual_seed(1)
+    experts = Experts(16, 24, 6).to(dtype)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3)
+    x = torch.randn(50, 16, dtype=dtype, requires_grad=True)
+    # Expert 5 gets no token, expert 0 more than the others.
+    chosen = torch.stack([torch.randperm(5)[:2] for _ in range(50)])
+    chosen[:20, 0], chosen[:20, 1] = 0, 3
+    gates = torch.rand(50, 2, dtype=dtype, requires_grad=True)
+    seed = torch.randn(50, 16, dtype=dtype)
+    inputs = [x, gates, experts.gate_up, experts.down]
+    found = experts(x, chosen, gates)
+    expected = dense_mask(experts, x, chosen, gates)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for a, b in zip(
+        torch.autograd.grad(found, inputs, seed),
+        torch.autograd.grad(expected, inputs, seed),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_chosen_experts_are_computed() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    experts = Experts(16, 24, 6).double()
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
+    chosen = torch.stack([torch.randperm(6)[:2] for _ in range(50)])
+    with FlopCounterMode(display=False) as counter:
+        experts(x, chosen, torch.ones(50, 2, dtype=torch.float64))
+    assert counter.get_total_flops() == 2 * 50 * 2 * 3 * 16 * 24
+
+
+def test_grouped_equals_sorted_in_bf16() -> None:
+    torch.manual_seed(1)
+    experts = Experts(16, 24, 6).bfloat16()
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3)
+    x = torch.randn(50, 16).bfloat16()
+    chosen = torch.stack([torch.randperm(6)[:2] for _ in range(50)])
+    gates = torch.rand(50, 2).bfloat16()
+    order, load = chosen.flatten().argsort(stable=True), torch.bincount(chosen.flatten())
+    found = grouped(x, gates, experts.gate_up, experts.down, order, load)
+    torch.testing.assert_close(found, experts(x, chosen, gates), rtol=0.05, atol=0.05)
+
+
+def test_bias_chooses_and_does_not_weigh() -> None:
+    router = Router(deepseek.trunk(experts={"n_groups": 1, "top_groups": 1}))
+    with torch.no_grad():
+        router.weight.normal_()
+        router.expert_bias.zero_()
+        x = torch.randn(40, 32)
+        scores, chosen, _ = router(x)
+        assert not (chosen == 5).any(1).all()
+        router.expert_bias[5] = 2.0
+        _, chosen, gates = router(x)
+    assert (chosen == 5).any(1).all()
+    picked = scores.gather(1, chosen)
+    torch.testing.assert_close(gates, 2.5 * picked / picked.sum(1, keepdim=True))
+
+
+def test_groups_limit_the_choice() -> None:
+    """Hand-made: the best single expert lies in a group whose two best sum to less."""
+    config = deepseek.trunk(experts={"n_groups": 4, "top_groups": 1, "top_k": 2})
+    router = Router(config)
+    scores = torch.tensor([[0.95, 0.0, 0.6, 0.5, 0.1, 0.1, 0.0, 0.0]])
+    router.expert_bias.zero_()
+    assert sorted(router.choose(scores)[0].tolist()) == [2, 3]
+    router.expert_bias[1] = 0.3  # the groups, too, are scored with the bias
+    assert sorted(router.choose(scores)[0].tolist()) == [0, 1]
+
+
+def test_choice_equals_sorting() -> None:
+    config = deepseek.trunk(experts={"n_routed": 24, "n_groups": 6, "top_groups": 3, "top_k": 5})
+    router = Router(config)
+    router.expert_bias.normal_(0, 0.2)
+    scores = torch.rand(200, 24)
+    for row, found in zip(scores, router.choose(scores).tolist(), strict=True):
+        expected = deepseek_reference.choose(row.double(), router.expert_bias.double(), config)
+        assert sorted(found) == sorted(expected)
+
+
+def test_loads_count_training_passes_alone() -> None:
+    layer = layer_of()
+    x = torch.randn(2, 30, 32)
+    layer.eval()(x)
+    with torch.no_grad():
+        layer.train()(x)
+    with without_counting():
+        layer(x)
+    assert layer.router.load is None
+    layer(x)
+    layer(x)
+    assert layer.router.load is not None and layer.router.load.sum() == 2 * 60 * 2
+    chosen = layer.router.choose(layer.router(x.view(-1, 32))[0])
+    counted = torch.bincount(chosen.flatten(), minlength=8)
+    assert torch.equal(layer.router.load, 3 * counted)
+
+
+def test_frozen_router_counts_nothing() -> None:
+    layer = layer_of().requires_grad_(False)
+    layer(torch.randn(1, 4, 32, requires_grad=True))
+    assert layer.router.load is None
+
+
+def test_sequence_loss_equals_the_equations() -> None:
+    config = deepseek.trunk(experts={"sequence_loss": 0.01})
+    layer = layer_of(sequence_loss=0.01)
+    x = torch.randn(3, 20, 32)
+    with collecting_balance_losses() as losses:
+        layer(x)
+    expected = torch.zeros((), dtype=torch.float64)
+    for row in x.double():
+        scores = torch.sigmoid(row @ layer.router.weight.detach().double().T)
+        bias = layer.router.expert_bias.double()
+        chosen = [deepseek_reference.choose(s, bias, config) for s in scores]
+        expected += 0.01 * deepseek_reference.balance_loss(scores, chosen, config)
+    torch.testing.assert_close(losses[0].double(), expected)
+    grad = torch.autograd.grad(losses[0], layer.router.weight)[0]
+    assert grad.abs().max() > 0
+    layer(x)  # outside of the block nothing is left anywhere
+    assert len(losses) == 1
+
+
+def test_sequence_loss_of_perfect_balance_is_one() -> None:
+    chosen = torch.arange(8).view(1, 4, 2)
+    assert sequence_balance_loss(torch.full((1, 4, 8), 0.3), chosen).item() == pytest.approx(1.0)
+    lopsided = torch.zeros(1, 4, 2, dtype=torch.int64) + torch.tensor([0, 1])
+    scores = torch.tensor([0.9, 0.9] + [0.1] * 6).expand(1, 4, 8)
+    assert sequence_balance_loss(scores, lopsided).item() == pytest.approx(4 * 1.8 / 2.4)
+
+
+def test_biases_stay_in_fp32() -> None:
+    layer = layer_of()
+    for precise in (layer.double(), layer.bfloat16()):
+        assert precise.router.expert_bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["autocast", "double"])
+def test_other_precisions(precision: str) -> None:
+    layer, x = layer_of(), torch.randn(1, 70, 32)
+    expected = layer(x)
+    if precision == "double":
+        found = layer.double()(x.double())
+        torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
+        return
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+        found.float().sum().backward()
+    assert layer.experts.down.grad.dtype == torch.float32
+    # bf16 inputs send a few tokens elsewhere: the mean is compared.
+    assert (found.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_groups": 3}, "n_routed=8 is not divisible by model.experts.n_groups=3"),
+        ({"n_groups": 8}, "leaves 1 expert a group"),
+        ({"top_groups": 5}, "top_groups=5 is more than model.experts.n_groups=4"),
+        ({"top_k": 5}, "top_k=5 experts do not exist in model.experts.top_groups=2 groups of 2"),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1, not 0"),
+        ({"bias_frozen": 1.5}, r"bias_frozen must be in \[0, 1\], not 1.5"),
+        ({"bias_rate": -1.0}, "bias_rate must be 0 or more"),
+        ({"scaling": 0.0}, "scaling must be above 0"),
+    ],
+)
+def test_bad_sizes_are_named(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        deepseek.trunk(experts=change)
+
+
+def test_rate_of_the_bias_rests_at_the_end() -> None:
+    config = ExpertsConfig(n_routed=4, n_shared=0, top_k=1, d_expert=8, bias_frozen=0.25)
+    rates = [config.rate(done) for done in (0.0, 0.74, 0.75, 0.99)]
+    assert rates == [0.001, 0.001, 0.0, 0.0]
