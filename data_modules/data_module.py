@@ -74,8 +74,10 @@ class TokenDataModule(LightningDataModule):
             ("trainer.accumulate_grad_batches", accumulate),
             ("data.eval_batch_size", 1 if eval_batch_size is None else eval_batch_size),
         ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{key} must be a whole number of at least 1, got {value}")
+            if not isinstance(value, int):
+                raise ValueError(f"{key} must be a whole number, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{key} must be at least 1, got {value}")
         if not 0 <= depth <= seq_len:
             raise ValueError(
                 f"mtp.depth must lie between 0 and data.seq_len = {seq_len}, got {depth}"

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
 import lightning.pytorch as pl
-import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,6 +21,7 @@ from mtp_lightning import checkpoint_io, compare
 from mtp_lightning.callbacks.checkpoint_plugin import AtomicCheckpointIO
 from mtp_lightning.callbacks.precision_plugin import TokenDoublePrecision
 from mtp_lightning.callbacks.throughput import Throughput
+from mtp_lightning.cli import Stopped
 from mtp_lightning.decoding import generate
 from mtp_lightning.evaluation import evaluate_model
 from mtp_lightning.init_from import Start, read_start, start_from
@@ -256,7 +257,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: settings that do not fit together, or a loss that is not finite.
         OSError: missing input, or a disk that is full.
-        KeyboardInterrupt: on Ctrl-C; the message says what was saved.
+        Stopped: on Ctrl-C or SIGTERM; the message says what was saved.
     """
     quiet_lightning()
     keep_freed_memory()
@@ -293,8 +294,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         data.tokenizer.save(folder)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume_from)
-    except SystemExit as stop:  # how Lightning ends after Ctrl-C
-        raise KeyboardInterrupt(describe_interrupt(folder)) from stop
+    except SystemExit as stop:  # how Lightning ends after Ctrl-C and SIGTERM
+        signum = signal.SIGTERM if trainer.received_sigterm else signal.SIGINT
+        raise Stopped(describe_interrupt(folder), signum) from stop
     if module.validated_step != trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)
 

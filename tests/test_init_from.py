@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from data_modules.windows import WindowBatch
 from mtp_lightning.init_from import Start, start_from
 from mtp_lightning.model import MTP_VARIANTS, ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective.mtp_loss import mtp_loss
 from tests.integration import helpers
 
 
@@ -128,6 +131,20 @@ def test_what_does_not_fit_is_named(tiny_trunk: TrunkConfig) -> None:
 def test_training_switches_may_change(tiny_trunk: TrunkConfig) -> None:
     model = fresh(tiny_trunk, depth=2, detach="all", freeze_trunk=True, hidden_state_mixing=True)
     assert start_from(model, start_of(tiny_trunk, depth=2)).new == []
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("variant", ["sequential", "parallel", "linear"])
+def test_frozen_are_embedding_trunk_and_head(
+    tiny_trunk: TrunkConfig, variant: str, tied: bool
+) -> None:
+    model = fresh(replace(tiny_trunk, tie_embeddings=tied), variant, depth=2, freeze_trunk=True)
+    batch = WindowBatch(torch.randint(0, 37, (2, 11)), 2)
+    mtp_loss(model, batch, [0.3, 0.3], [16] * 3)[0].backward()
+    for name, parameter in model.named_parameters():
+        in_stack = name.startswith("mtp.")
+        assert parameter.requires_grad == in_stack, name
+        assert (parameter.grad is not None) == in_stack, name
 
 
 def test_a_frozen_trunk_costs_less(tiny_trunk: TrunkConfig) -> None:

@@ -107,8 +107,8 @@ def test_who_may_import_what(file: str) -> None:
         if takes(name, "mtp_lightning"):
             assert not file.startswith("data_modules/"), name
         if takes(name, "data_modules") and not file.startswith("data_modules/"):
-            # The batch is all that models and data share. experiment.py brings the two together, and
-            # runs.py hands out the tokenizer that is stored beside a run's weights.
+            # The batch is all that models and data share. experiment.py brings the two together,
+            # and runs.py hands out the tokenizer that is stored beside a run's weights.
             stored = file == "mtp_lightning/runs.py" and takes(name, "data_modules.tokenizers")
             assert takes(name, "data_modules.windows") or file == EXPERIMENT or stored, name
         assert not takes(name, "conf", "tests", "benchmarks", "sweeps", *_app_names()), name

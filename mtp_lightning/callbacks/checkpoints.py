@@ -119,8 +119,12 @@ class Checkpoints(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Stop here on Ctrl-C: the step before is saved, validated and logged, the next has not
-        begun."""
-        if self._interrupted:
+        begun.
+
+        A Ctrl-C that came after the step before had passed its turn to be saved waits for one step
+        more. Saved here, that step would be stored with this step's batch as consumed.
+        """
+        if self._interrupted and self._saved_step == trainer.global_step:
             raise KeyboardInterrupt
 
     def on_train_batch_end(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -12,6 +13,8 @@ from lightning.pytorch.callbacks import Callback
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.model import MTPModel
+
+log = logging.getLogger(__name__)
 
 # Two tokens whose logits differ by less are a tie: rounding may choose either.
 _TIE = 1e-3
@@ -58,7 +61,11 @@ class SpeculativeEval(Callback):
         room = data.seq_len - self.new_tokens
         if room < 1:
             return  # the window is shorter than what would be decoded
-        prompts = data.held_out_prompts(self.n_prompts, min(self.prompt_tokens, room))
+        try:
+            prompts = data.held_out_prompts(self.n_prompts, min(self.prompt_tokens, room))
+        except ValueError as error:  # a small corpus can be trained on all the same
+            log.warning("No decoding at validation: %s.", error)
+            return
         options: dict[str, Any] = {
             "max_new_tokens": self.new_tokens,
             "tokenizer": data.tokenizer,

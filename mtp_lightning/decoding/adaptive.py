@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
+from statistics import median_low
 
 
 class AutoDepth:
@@ -20,9 +20,9 @@ class AutoDepth:
         max_draft: the most drafts to consider.
     """
 
-    _EXPLORE = 3  # rounds of every number at the start
-    _PROBE_ROUNDS = 4
-    _FIRST_PAUSE = 64  # rounds until the next probe; doubles
+    _EXPLORE = 2  # rounds of every number at the start
+    _PROBE_ROUNDS = 3
+    _FIRST_PAUSE = 96  # rounds until the next probe; doubles
     _REVIEW = 8  # rounds between decisions
     _MEMORY = 0.98  # of the acceptance's running mean, a round
     _MARGIN = 1.03  # what drafting must gain to be preferred: timings scatter
@@ -54,7 +54,7 @@ class AutoDepth:
         for accepted, reached in zip(self._accepted[:m], self._reached[:m], strict=True):
             reach *= accepted / reached
             tokens += reach
-        return tokens / median(self._seconds[m])
+        return tokens / median_low(self._seconds[m])
 
     def record(
         self, m: int, seconds: float, accepted: Sequence[int], reached: Sequence[int]

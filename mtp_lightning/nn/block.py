@@ -12,7 +12,7 @@ from mtp_lightning.nn.attention import Attention, Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import FeedForward
 from mtp_lightning.nn.mla import LatentAttention
-from mtp_lightning.nn.moe import MoE, without_counting
+from mtp_lightning.nn.moe import MoE, repetition
 from mtp_lightning.nn.norm import RMSNorm
 
 
@@ -58,4 +58,4 @@ class Block(nn.Module):
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Around the first pass, and around its repetition in the backward pass."""
-    return nullcontext(), without_counting()
+    return nullcontext(), repetition()

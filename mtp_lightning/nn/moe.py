@@ -17,7 +17,7 @@ Shapes: B batch, T positions, C d_model, E routed experts, M tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -50,6 +50,25 @@ def collecting_balance_losses() -> Iterator[list[Tensor]]:
     token = _collected.set(losses)
     try:
         yield losses
+    finally:
+        _collected.reset(token)
+
+
+def repetition() -> AbstractContextManager[None]:
+    """What activation recomputation puts around its repetition of a pass that begins now.
+
+    Nothing is counted or left in the collecting list a second time, but the same is computed:
+    autograd compares.
+    """
+    return _repeat(collecting=_collected.get() is not None)
+
+
+@contextmanager
+def _repeat(*, collecting: bool) -> Iterator[None]:
+    token = _collected.set([] if collecting else None)
+    try:
+        with without_counting():
+            yield
     finally:
         _collected.reset(token)
 

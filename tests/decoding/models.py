@@ -70,8 +70,8 @@ def steer_drafts(
 ) -> None:
     """Make drafts agree with ``right`` (prompt and continuation of every row) that often.
 
-    Rows are told apart by the tokens they hold. The modules run as ever: only the logits they end
-    in are replaced.
+    Rows are told apart by the tokens they hold, a slid row's too. The modules run as ever: only
+    the logits they end in are replaced.
     """
     original = Session.draft
     generator = torch.Generator().manual_seed(seed)
@@ -81,8 +81,16 @@ def steer_drafts(
         steered = torch.zeros_like(logits)
         for row, n in enumerate(self.n):
             held = self.tokens_BS[row, : n + 1].tolist()
-            (known,) = {tuple(t) for t in right if t[: n + 1] == held}
-            best = known[n + k] if n + k < len(known) else 0
+            following = next(
+                (
+                    text[start + n + 1 :]
+                    for text in right
+                    for start in range(len(text) - n)
+                    if text[start : start + n + 1] == held
+                ),
+                [],
+            )
+            best = following[k - 1] if k <= len(following) else 0
             if torch.rand((), generator=generator) >= chance:
                 best = (best + 1) % logits.shape[-1]
             steered[row, best] = 10.0

@@ -190,9 +190,18 @@ def test_sliding_is_the_same_with_and_without_drafts(monkeypatch):
         generate(model, [p], speculative=False, **options)[0].token_ids for p in prompts
     ]
     assert [g.token_ids for g in generate(model, prompts, **options)] == expected
-    # What the slid context holds is read anew: the next token follows from it alone.
-    text = prompts[0] + expected[0]
-    assert text[17] == uncached(model, text[9:17], 1)[0]
+    with monkeypatch.context() as patch:
+        # Blocks must end where plain decoding slides, however good the drafts.
+        right = [p + e for p, e in zip(prompts, expected, strict=True)]
+        steer_drafts(patch, right, chance=0.9)
+        slid = generate(model, prompts, **options)
+        assert [g.token_ids for g in slid] == expected
+        assert min(g.tokens_per_step for g in slid) > 1.5
+    # What the slid context holds is read anew: the tokens until the next slide follow from it.
+    for prompt, tokens in zip(prompts[:2], expected, strict=False):
+        text = prompt + tokens
+        assert text[17:26] == uncached(model, text[9:17], 9)
+        assert text[26:35] == uncached(model, text[18:26], 9)
 
     (five,) = generate(model, [prompts[0]], max_new_tokens=12, max_context=16)
     assert five.token_ids == expected[0][:12]

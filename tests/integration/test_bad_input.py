@@ -88,6 +88,11 @@ def test_missing_path(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[
     assert str(missing) in error and "data.paths" in error
 
 
+def test_no_path(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    error = fails(capfd, tmp_path / "run", cache, {"data": "text"})
+    assert "data.paths has no value" in error
+
+
 SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "negative depth": ({"mtp.depth": -1}, ["mtp.depth", "-1"]),
     "no whole depth": ({"mtp.depth": 1.5}, ["mtp.depth", "1.5"]),
@@ -164,9 +169,7 @@ COMMANDS: dict[str, tuple[str, list[str], list[str]]] = {
     "unknown key": ("train.py", ["trainer.steps=5"], ["steps"]),
     "unknown group": ("train.py", ["modle=nano"], ["modle"]),
     "no checkpoint": ("evaluate.py", [], ["checkpoint"]),
-    "missing checkpoint": ("evaluate.py", ["checkpoint=nowhere"], ["nowhere"]),
     "missing text": ("train.py", ["data=text", "data.paths=nowhere.txt"], ["nowhere.txt"]),
-    "text without a path": ("train.py", ["data=text"], ["data.paths"]),
 }
 
 
@@ -244,7 +247,7 @@ def test_checkpoint_of_another_architecture(
     for key in ("trunk.n_layers: 1 -> 2", "mtp.depth: 2 -> 3", "run_dir"):
         assert key in error
     assert {path: path.read_bytes() for path in files} == before
-    assert "variant" in fails(capfd, tmp_path, cache, {"mtp": "none"})
+    assert "variant" in fails(capfd, tmp_path, cache, {"mtp": "none", "mtp.depth": 0})
     other = {"tokenizer": "bpe", "tokenizer.vocab_size": 300}
     assert "vocab_size: 257 -> 300" in fails(capfd, tmp_path, cache, other)
 
@@ -282,6 +285,7 @@ def test_evaluate_refuses_what_it_cannot_load(
         assert ended.value.code == 1
         return the_error(capfd.readouterr().err)
 
+    assert str(tmp_path / "nowhere") in refused(tmp_path / "nowhere")
     assert "no intact checkpoint" in refused(tmp_path)
     assert "damaged" in refused(write(tmp_path, "no checkpoint at all", "text.ckpt"))
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")

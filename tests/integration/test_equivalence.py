@@ -17,7 +17,7 @@ def test_lambda_zero_is_plain_training_to_the_last_bit(
     with_modules, plain = tmp_path / "d2", tmp_path / "d0"
     common = {"trainer.max_steps": 12, "trainer.gradient_clip_val": clip, "data.batch_size": 3}
     train_here(with_modules, cache, common | {"mtp.depth": 2, "mtp_lambda": 0})
-    train_here(plain, cache, common | {"mtp": "none"})
+    train_here(plain, cache, common | {"mtp": "none", "mtp.depth": 0})
     for tag in ("train/loss", "train/loss_depth_0", "train/lr", "val/loss_depth_0"):
         assert column(with_modules, tag) == column(plain, tag) != {}
     assert len(column(plain, "train/loss_depth_0")) == 12
@@ -29,7 +29,7 @@ def test_lambda_zero_is_plain_training_to_the_last_bit(
 def test_modules_change_plain_training_when_they_count(tmp_path: Path, cache: Path) -> None:
     """The test above could not fail if the modules' losses never reached the trunk."""
     train_here(tmp_path / "d2", cache, {"mtp.depth": 2, "mtp_lambda": 0.3})
-    train_here(tmp_path / "d0", cache, {"mtp": "none"})
+    train_here(tmp_path / "d0", cache, {"mtp": "none", "mtp.depth": 0})
     a, b = (column(tmp_path / name, "train/loss_depth_0") for name in ("d2", "d0"))
     assert a[1] == b[1] and a[10] != b[10]
 

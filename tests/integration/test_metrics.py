@@ -15,6 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from mtp_lightning.nn.config import TrunkConfig
+from tests.integration.conftest import Once
 from tests.integration.helpers import (
     CONF,
     ROOT,
@@ -30,8 +31,8 @@ DEPTH, SEQ_LEN = 2, 16
 
 # One document, of characters that are one, two and three bytes long.
 POEM = "".join(
-    f"Line {i}: the old grey goose — naïve, ünruly — walks {'over' if i % 3 else 'under'} hill {i % 7}.\n"
-    for i in range(150)
+    f"Line {i}: the old goose — naïve, ünruly — walks {'over' if i % 3 else 'under'} hill {i % 7}\n"
+    for i in range(70)
 )
 # The last line end before 90 % of the characters: what comes after it is the validation text.
 CUT = POEM.rfind("\n", 0, round(len(POEM) * 0.9)) + 1
@@ -44,7 +45,7 @@ class Run:
     summary: dict[str, Any]
 
 
-def own_text(tmp: Path, cache: Path, **more: Any) -> Run:
+def own_text(tmp: Path, cache: Path, **more: Any) -> None:
     file = tmp / "poem.txt"
     file.write_text(POEM, encoding="utf-8")
     settings = {
@@ -60,19 +61,24 @@ def own_text(tmp: Path, cache: Path, **more: Any) -> Run:
         "callbacks.throughput.measure_matmul": "true",
         **more,
     }
-    return Run(tmp / "run", cache, train_here(tmp / "run", cache, settings))
+    summary = train_here(tmp / "run", cache, settings)
+    (tmp / "returned.json").write_text(json.dumps(summary))
+
+
+def read(folder: Path, cache: Path) -> Run:
+    return Run(folder / "run", cache, json.loads((folder / "returned.json").read_text()))
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Run:
+def run(once: Once, cache: Path) -> Run:
     """Bytes, with TensorBoard."""
-    return own_text(tmp_path_factory.mktemp("bytes"), cache, logger="default")
+    return read(once("bytes", lambda folder: own_text(folder, cache, logger="default")), cache)
 
 
 @pytest.fixture(scope="module")
-def bpe(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Run:
+def bpe(once: Once, cache: Path) -> Run:
     more = {"tokenizer": "bpe", "tokenizer.vocab_size": 300, "data.eval_batch_size": 2}
-    return own_text(tmp_path_factory.mktemp("bpe"), cache, **more)
+    return read(once("bpe", lambda folder: own_text(folder, cache, **more)), cache)
 
 
 def validation_windows(ids: list[int]) -> list[torch.Tensor]:
@@ -150,7 +156,7 @@ def test_bits_per_byte_by_hand(run: Run, bpe: Run) -> None:
 
 def test_summary_and_csv_agree(run: Run) -> None:
     stored = json.loads((run.folder / "summary.json").read_text())
-    assert stored == json.loads(json.dumps(run.summary))
+    assert stored == run.summary
     last = rows(run.folder)[-1]
     for tag in (tag for tag in last if tag.startswith("val/")):
         assert stored[tag] == pytest.approx(last[tag], rel=1e-6)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
 import signal
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from mtp_lightning.cli import Stopped
+from tests.integration.conftest import Once
 from tests.integration.helpers import (
     assert_same_weights,
     checkpoint,
     column,
     command,
+    config,
     execute,
     rows,
     start,
@@ -39,11 +45,9 @@ LONG = {
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+def whole(once: Once, cache: Path) -> Path:
     """The run that nothing happened to."""
-    folder = tmp_path_factory.mktemp("whole")
-    train_here(folder, cache, LONG)
-    return folder
+    return once("whole", lambda folder: train_here(folder, cache, LONG))
 
 
 @dataclass
@@ -57,8 +61,12 @@ class Killed:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Killed:
-    folder = tmp_path_factory.mktemp("killed")
+def killed(once: Once, cache: Path) -> Killed:
+    folder = once("killed", lambda folder: kill_and_start_again(folder, cache))
+    return Killed(folder, **json.loads((folder / "killed.json").read_text()))
+
+
+def kill_and_start_again(folder: Path, cache: Path) -> None:
     settings = LONG | {"logger": "default", "logger.tensorboard.flush_secs": 0}
     args = command(folder, cache, settings)
     process = start(args, folder / "first.log")
@@ -72,7 +80,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Killed:
     logged = max(column(folder, "train/loss"))
     done = execute(args)
     assert done.returncode == 0, done.stderr
-    return Killed(folder, step, logged, done.stderr + done.stdout)
+    told = {"step": step, "logged": logged, "message": done.stderr + done.stdout}
+    (folder / "killed.json").write_text(json.dumps(told))
 
 
 def test_the_kill_came_in_the_middle(killed: Killed) -> None:
@@ -182,6 +191,39 @@ def test_interrupt_saves_says_so_and_continues(tmp_path: Path, cache: Path, whol
     assert_same_weights(tmp_path, whole)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_step_was_logged(
+    tmp_path: Path, cache: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Too late to be saved with its step: Ctrl-C waits for the next one, SIGTERM does not, and
+    nothing that was saved is wrong."""
+    from mtp_lightning.loggers.csv import MetricsCSV
+
+    log_metrics = MetricsCSV.log_metrics
+
+    def log_and_kill(self: MetricsCSV, metrics: Any, step: int | None = None) -> None:
+        log_metrics(self, metrics, step)
+        if step == 30 and "train/loss" in metrics:
+            os.kill(os.getpid(), number)
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+            patch.setattr(MetricsCSV, "log_metrics", log_and_kill)
+            train_here(tmp_path, cache, LONG)
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    step = checkpoint(tmp_path)["global_step"]
+    assert stopped.value.signum == number and f"step {step}:" in str(stopped.value)
+    assert step == (31 if number == signal.SIGINT else 20)
+    train_here(tmp_path, cache, LONG)
+    assert rows(tmp_path) == rows(whole)
+    assert_same_weights(tmp_path, whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 21, 35, 36, 71, 120])
 def test_killed_at_any_step(tmp_path: Path, cache: Path, whole: Path, step: int) -> None:
@@ -209,7 +251,6 @@ def stop_after(folder: Path, cache: Path, settings: dict, step: int) -> None:
     import lightning.pytorch as pl
 
     from mtp_lightning import experiment
-    from tests.integration.helpers import config
 
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *rest: object) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from mtp_lightning import module
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import Draw
 from mtp_lightning.mtp.sequential import SequentialConfig, SequentialMTP, draw_states_back
@@ -102,6 +104,24 @@ def test_gradients_reach_all_mixed_depths(tiny_trunk: TrunkConfig) -> None:
     loss, _ = mtp_loss(model, windows(2, 12, 2), [0.0, 1.0], [24] * 3, draw=Draw(0, 0))
     loss.backward()
     assert all(p.grad is not None for p in model.mtp.parameters())
+
+
+def test_every_step_and_micro_batch_draws_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws: list[Draw] = []
+
+    def recorded(*arguments: Any, draw: Draw, **options: Any) -> tuple[Tensor, Tensor]:
+        draws.append(draw)
+        return mtp_loss(*arguments, draw=draw, **options)
+
+    monkeypatch.setattr(module, "mtp_loss", recorded)
+    settings = {"seed": 7, "trainer.accumulate_grad_batches": 2, "data.batch_size": 3}
+    for steps in (2, 3):  # begun, and resumed
+        helpers.train_here(
+            tmp_path / "run", tmp_path / "cache", {**settings, "trainer.max_steps": steps}
+        )
+    assert draws == [Draw(7, step, row) for step in range(3) for row in (0, 3)]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -1,0 +1,214 @@
+"""The bias that balances experts: by how much it moves, when, and what it achieves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.nn.moe import MoE, Router, routers_of
+from mtp_lightning.objective.expert_balance import balance_experts, label
+from mtp_lightning.objective.mtp_loss import mtp_loss
+from tests import deepseek
+from tests.integration.helpers import (
+    checkpoint,
+    command,
+    execute,
+    rows,
+    train_here,
+    weights,
+)
+
+GAMMA = 0.001
+
+# A quick run of a DeepSeek trunk; layer 0 is dense.
+RUN: dict[str, Any] = {
+    "model": "deepseek_nano",
+    "model.n_layers": 2,
+    "model.n_kv_heads": None,
+    "model.latent_attention.kv_rank": 12,
+    "model.latent_attention.d_nope": 8,
+    "model.latent_attention.d_rope": 4,
+    "model.latent_attention.d_value": 8,
+    "model.experts.n_routed": 6,
+    "model.experts.d_expert": 16,
+    "model.experts.bias_frozen": 0,
+    "mtp.depth": 1,
+    "trainer.max_steps": 3,
+    "trainer.val_check_interval": 2,
+    "callbacks.checkpoints.every_n_steps": 1,
+}
+
+
+def biases(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t for name, t in state.items() if name.endswith("expert_bias")}
+
+
+def moves(bias: Tensor) -> Tensor:
+    """In units of gamma."""
+    return bias.double() / GAMMA
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    train_here(folder, cache, RUN | {"data.batch_size": 8})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_a_run_moves_trunk_and_modules_and_logs(plain: Path) -> None:
+    found = biases(weights(plain))
+    assert len(found) == 2 and any(".mtp." in name for name in found)
+    for name, bias in found.items():
+        steps = moves(bias)
+        # Three steps of -1, 0 or +1 each, of which validation in between is none.
+        torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3, msg=name)
+        assert 0 < steps.abs().max() <= 3.001
+    for row in rows(plain):
+        violations = [row["moe/max_violation_layer_1"], row["moe/max_violation_depth_1"]]
+        assert row["moe/max_violation"] == pytest.approx(sum(violations) / 2)
+        assert min(violations) > 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data.batch_size": 2, "trainer.accumulate_grad_batches": 4},
+        {"data.batch_size": 8, "model.recompute": "true"},
+    ],
+    ids=["accumulation", "recomputation"],
+)
+def test_biases_do_not_depend_on_how_a_step_is_computed(
+    tmp_path: Path, cache: Path, plain: Path, change: dict
+) -> None:
+    train_here(tmp_path, cache, RUN | change)
+    same_biases(tmp_path, plain)
+
+
+def test_two_ranks_move_the_biases_of_one(tmp_path: Path, cache: Path, plain: Path) -> None:
+    settings = RUN | {"data.batch_size": 4, "trainer.devices": 2, "trainer.strategy": "ddp"}
+    done = execute(command(tmp_path, cache, settings))
+    assert done.returncode == 0, done.stdout + done.stderr
+    same_biases(tmp_path, plain)
+
+
+def same_biases(folder: Path, other: Path) -> None:
+    a, b = biases(weights(folder)), biases(weights(other))
+    assert a.keys() == b.keys() and len(a) == 2
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    x, y = rows(folder)[-1], rows(other)[-1]
+    assert x["moe/max_violation"] == pytest.approx(y["moe/max_violation"], rel=1e-5)
+    assert x["train/loss"] == pytest.approx(y["train/loss"], rel=1e-4)
+
+
+def test_biases_survive_resume(tmp_path: Path, cache: Path) -> None:
+    common = RUN | {"trainer.val_check_interval": 1, "data.batch_size": 4}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_here(whole, cache, common | {"trainer.max_steps": 4})
+    train_here(parts, cache, common | {"trainer.max_steps": 2})
+    half = biases(weights(parts))
+    train_here(parts, cache, common | {"trainer.max_steps": 4})
+    found = biases(weights(parts))
+    for name, bias in biases(weights(whole)).items():
+        assert torch.equal(bias, found[name])
+        assert not torch.equal(bias, half[name])
+    assert checkpoint(parts)["global_step"] == 4
+
+
+def test_schedule_rests_the_biases(tmp_path: Path, cache: Path) -> None:
+    train_here(tmp_path, cache, RUN | {"model.experts.bias_frozen": 1.0})
+    assert all(bias.eq(0).all() for bias in biases(weights(tmp_path)).values())
+
+
+def test_one_update_by_hand() -> None:
+    router = Router(deepseek.trunk(experts={"n_routed": 4, "n_groups": 1, "top_groups": 1}))
+    router.load = torch.tensor([5, 3, 4, 4])
+    values = balance_experts(router, done=0.0)
+    assert router.expert_bias.tolist() == pytest.approx([-GAMMA, GAMMA, 0, 0])
+    assert values["moe/max_violation"].item() == pytest.approx(0.25)
+    assert router.load is None
+    assert balance_experts(router, done=0.0) == {}  # an unused router stays as it is
+    assert router.expert_bias.tolist() == pytest.approx([-GAMMA, GAMMA, 0, 0])
+
+
+def test_labels() -> None:
+    assert label("model.trunk.blocks.3.feed_forward.router") == "layer_3"
+    assert label("model.mtp.depths.0.block.feed_forward.router") == "depth_1"
+
+
+def test_a_depth_of_weight_zero_keeps_its_biases() -> None:
+    model = deepseek.build(deepseek.TRUNK, depth=2).train()
+    before = {name: r.expert_bias.clone() for name, r in routers_of(model).items()}
+    batch = WindowBatch(torch.randint(0, 37, (2, 19)), 2)
+    mtp_loss(model, batch, [0.3, 0.0], [32] * 3)[0].backward()
+    values = balance_experts(model, done=0.0)
+    assert "moe/max_violation_depth_1" in values and "moe/max_violation_depth_2" not in values
+    for name, router in routers_of(model).items():
+        assert torch.equal(router.expert_bias, before[name]) == (".depths.1." in name)
+
+
+def train_router(rate: float, steps: int = 600) -> float:
+    """MaxVio at the end of a stream that loves two experts."""
+    torch.manual_seed(0)
+    config = deepseek.trunk(
+        experts={"n_routed": 8, "n_groups": 1, "top_groups": 1, "bias_rate": rate}
+    )
+    layer = MoE(config).train()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(0, 0.1)
+        layer.router.weight[:2, 0] += 1.0  # tokens all have a large first feature
+    violations = []
+    for _ in range(steps):
+        x = torch.randn(1, 256, 32)
+        x[..., 0] += 3.0
+        layer.router(x[0])
+        violations.append(balance_experts(layer, done=0.0)["moe/max_violation"].item())
+    return sum(violations[-20:]) / 20
+
+
+def test_bias_balances_a_skewed_stream() -> None:
+    assert train_router(0.0) > 1.0
+    assert train_router(GAMMA) < 0.5
+
+
+@pytest.mark.parametrize("head", ["sequential", "parallel"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_sequence_loss_is_a_mean_over_the_step(head: str, recompute: bool) -> None:
+    """Two micro-batches make the gradient of one batch; heads' own experts are reached."""
+    config = deepseek.trunk(experts={"sequence_loss": 0.5}, recompute=recompute)
+
+    def gradients(parts: int, config: Any = config) -> dict[str, Tensor]:
+        if head == "sequential":
+            model = deepseek.build(config, depth=1)
+        else:
+            model = MTPModel(ModelConfig(trunk=config, mtp=ParallelConfig(depth=1)))
+            model.initialise(0)
+        model.double().train()
+        tokens = torch.randint(0, 37, (4, 18), generator=torch.Generator().manual_seed(0))
+        for micro in WindowBatch(tokens, 1).micro_batches(parts):
+            mtp_loss(model, micro, [0.3], [64, 64], windows=4)[0].backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    whole, halves = gradients(1), gradients(2)
+    without = gradients(1, deepseek.trunk(experts={"sequence_loss": 0.0}))
+    assert whole.keys() == halves.keys() == without.keys()
+    for name in whole:
+        torch.testing.assert_close(whole[name], halves[name], rtol=1e-9, atol=1e-12)
+    routers: Sequence[str] = [name for name in whole if "router" in name]
+    assert len(routers) == 3
+    for name in routers:
+        assert not torch.allclose(whole[name], without[name], rtol=1e-2), name

@@ -1,0 +1,280 @@
+"""The DeepSeek-V3 trunk as a whole: counts, presets, recomputation, QK-norm, decoding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.decoding import generate
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.moe import routers_of
+from mtp_lightning.objective.mtp_loss import mtp_loss
+from tests import deepseek, deepseek_reference, reference
+
+CONF = Path(__file__).parents[1] / "conf"
+SIZES = ["nano", "micro", "tiny", "small", "medium", "large"]
+
+
+def preset(name: str, vocab_size: int) -> TrunkConfig:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose(overrides=[f"+model={name}"])
+    return instantiate(cfg.model, vocab_size=vocab_size, _convert_="all")
+
+
+VARIANTS = [
+    {},
+    {"latent": {"q_rank": None}},
+    {"experts": {"n_shared": 0, "first_k_dense": 0}},
+    {"experts": {"n_shared": 2, "first_k_dense": 3, "top_k": 3}},
+    {"tie_embeddings": False},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "mtp",
+    [
+        NoMTPConfig(),
+        SequentialConfig(depth=2),
+        SequentialConfig(depth=2, share_layers=True),
+        ParallelConfig(depth=2),
+    ],
+)
+def test_parameter_counts_from_the_config(variant: dict, mtp: SequentialConfig) -> None:
+    config = ModelConfig(trunk=deepseek.trunk(**variant), mtp=mtp)
+    model = MTPModel(config)
+    assert config.num_params() == sum(p.numel() for p in model.parameters())
+    # Active: everything but the experts left out, and an embedding that is only looked up.
+    experts = config.trunk.experts
+    assert experts is not None
+    idle = sum(
+        p[experts.top_k :].numel() for name, p in model.named_parameters() if ".experts." in name
+    )
+    looked_up = 0 if config.trunk.tie_embeddings else model.trunk.embedding.weight.numel()
+    assert config.num_active_params() == config.num_params() - idle - looked_up
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flops_against_pytorchs_counter(variant: dict) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = ModelConfig(trunk=deepseek.trunk(**variant), mtp=SequentialConfig(depth=2))
+    model = MTPModel(config).double()
+    model.initialise(0)
+    seq_len = 40
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        hidden = model(WindowBatch(torch.randint(0, 37, (1, seq_len + 3)), 2))
+        for h in hidden.values():
+            model.head(h)
+    assert counter.get_total_flops() == seq_len * config.forward_flops_per_token(seq_len)
+
+
+def test_config_round_trip() -> None:
+    for variant in VARIANTS:
+        config = ModelConfig(trunk=deepseek.trunk(**variant), mtp=SequentialConfig(depth=1))
+        assert ModelConfig.from_dict(config.to_dict()) == config
+    stored = config.to_dict()
+    stored["trunk"]["experts"]["n_router"] = 4
+    with pytest.raises(ValueError, match="n_router"):
+        ModelConfig.from_dict(stored)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_kv_heads": 2}, "n_kv_heads=2 must be model.n_heads=4 with latent attention"),
+        ({"qk_norm": True}, "qk_norm=true is for grouped-query attention"),
+        ({"latent": {"d_rope": 3}}, "d_rope=3 must be even"),
+        ({"latent": {"kv_rank": 0}}, "latent_attention.kv_rank must be a whole number"),
+        ({"experts": {"first_k_dense": 4}}, "first_k_dense=4 is more than model.n_layers=3"),
+    ],
+)
+def test_bad_shapes_are_named(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        deepseek.trunk(**change)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_hidden_states_equal_the_equations(masked: bool) -> None:
+    config = deepseek.TRUNK
+    model = deepseek.build(config, depth=1)
+    w = {name: t.double() for name, t in model.state_dict().items()}
+    tokens = torch.randint(0, 37, (1, 13))
+    documents = torch.tensor([[0] * 4 + [1] * 9]) if masked else None
+    hidden = model(WindowBatch(tokens, 1, documents))
+    seen = documents[0, :11].tolist() if documents is not None else None
+
+    x = w["trunk.embedding.weight"][tokens[0, :11]]
+    for layer in range(3):
+        x = deepseek_reference.block(
+            x, w, f"trunk.blocks.{layer}", config, experts=layer > 0, documents=seen
+        )
+    h = reference.rms_norm(x, w["trunk.norm.weight"], config.norm_eps)
+    torch.testing.assert_close(hidden[0][0].double(), h, rtol=1e-4, atol=1e-4)
+    p = "mtp.depths.0"
+    e = w["trunk.embedding.weight"][tokens[0, 1:12]]
+    e = reference.rms_norm(e, w[f"{p}.enorm.weight"], config.norm_eps)
+    h = reference.rms_norm(h, w[f"{p}.hnorm.weight"], config.norm_eps)
+    x = torch.cat((e, h), -1) @ w[f"{p}.eh_proj.weight"].T
+    x = deepseek_reference.block(x, w, f"{p}.block", config, experts=True, documents=seen)
+    h = reference.rms_norm(x, w[f"{p}.norm.weight"], config.norm_eps)
+    torch.testing.assert_close(hidden[1][0].double(), h, rtol=1e-4, atol=1e-4)
+
+
+def test_a_document_does_not_see_another() -> None:
+    model = deepseek.build(deepseek.TRUNK, depth=1).eval()
+    documents = torch.tensor([[0] * 8 + [1] * 10])
+    tokens = torch.randint(0, 37, (1, 18))
+    other = tokens.clone()
+    other[0, :8] = (other[0, :8] + 1) % 37
+    a, b = (model(WindowBatch(t, 1, documents)) for t in (tokens, other))
+    for k in (0, 1):
+        torch.testing.assert_close(a[k][:, 8:], b[k][:, 8:], rtol=0, atol=0)
+        assert not torch.allclose(a[k][:, :8], b[k][:, :8])
+
+
+def dense(**changes: object) -> TrunkConfig:
+    sizes = {"vocab_size": 37, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+    return TrunkConfig(**{**sizes, "d_ff": 48, **changes})
+
+
+@pytest.mark.parametrize("kind", ["dense", "deepseek"])
+@pytest.mark.parametrize("head", [SequentialConfig, ParallelConfig])
+def test_recomputation_changes_no_bit(kind: str, head: type) -> None:
+    losses, gradients, loads, saved = [], [], [], []
+    for recompute in (False, True):
+        config = (
+            dense(recompute=recompute)
+            if kind == "dense"
+            else deepseek.trunk(recompute=recompute, experts={"sequence_loss": 0.1})
+        )
+        model = MTPModel(ModelConfig(trunk=config, mtp=head(depth=2)))
+        model.initialise(0)
+        tokens = torch.randint(0, 37, (2, 40), generator=torch.Generator().manual_seed(0))
+        kept: dict[int, int] = {}
+
+        def pack(t: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            reading = model.read(WindowBatch(tokens, 2), [1, 2])
+        saved.append(sum(kept.values()) if not isinstance(reading, int) else 0)
+        for router in routers_of(model).values():
+            router.load = None
+        loss, _ = mtp_loss(model, WindowBatch(tokens, 2), [0.1, 0.1], [74] * 3)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([p.grad for p in model.parameters()])
+        loads.append([router.load for router in routers_of(model).values()])
+    assert losses[0] == losses[1]
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(*loads, strict=True):
+        assert torch.equal(a, b) and a.sum() == 74 * 2
+    assert saved[1] < saved[0] / 2
+
+
+def test_qk_norm_equals_the_equations() -> None:
+    """Against plain attention on queries and keys that were normed by hand."""
+    config = dense(qk_norm=True)
+    model = MTPModel(ModelConfig(trunk=config, mtp=NoMTPConfig()))
+    model.initialise(0)
+    assert config.num_params() == sum(p.numel() for p in model.parameters())
+    layer = model.trunk.blocks[0].attention
+    with torch.no_grad():
+        layer.query_norm.weight.uniform_(0.5, 1.5)
+        layer.key_norm.weight.uniform_(0.5, 1.5)
+    x = torch.randn(1, 9, 32)
+    from mtp_lightning.nn.attention import Positions
+
+    found = layer(x, Positions.of_window(config, 9, device=x.device))[0].double()
+    w = {name: t.double() for name, t in layer.state_dict().items()}
+    q, k, v = (x[0].double() @ w["qkv.weight"].T).view(9, 8, 8).split([4, 2, 2], dim=1)
+    q = reference.rms_norm(q, w["query_norm.weight"], config.norm_eps)
+    k = reference.rms_norm(k, w["key_norm.weight"], config.norm_eps)
+    q, k = (
+        torch.stack(
+            [
+                torch.stack([reference.rotate(h, t, 10_000.0) for h in row])
+                for t, row in enumerate(x)
+            ]
+        )
+        for x in (q, k)
+    )
+    k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    expected = F.scaled_dot_product_attention(
+        *(x.transpose(0, 1) for x in (q, k, v)), is_causal=True
+    )
+    expected = expected.transpose(0, 1).flatten(1) @ w["out.weight"].T
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trunk", ["deepseek", "qk_norm"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_speculative_decoding_equals_plain(trunk: str, depth: int) -> None:
+    config = deepseek.TRUNK if trunk == "deepseek" else dense(qk_norm=True)
+    model = deepseek.build(config, depth=depth, seed=3).eval()
+    with torch.no_grad():  # as drawn, a tiny model says the same token for ever
+        model.trunk.embedding.weight.mul_(3)
+    prompts = [[1, 2, 3], [5, 4, 3, 2, 1, 7, 8]]
+    plain = generate(model, prompts, max_new_tokens=24, speculative=False)
+    drafted = generate(model, prompts, max_new_tokens=24, speculative=True, draft_depth=depth)
+    assert [g.token_ids for g in drafted] == [g.token_ids for g in plain]
+    assert len(set(plain[0].token_ids)) > 2
+    # Teacher-forced, the model says the same.
+    text = torch.tensor([*prompts[0], *plain[0].token_ids])
+    batch = WindowBatch(F.pad(text, (0, depth + 1)).unsqueeze(0), depth)
+    choices = model.head(model(batch, [])[0])[0].argmax(-1)
+    assert choices[2:-1].tolist() == plain[0].token_ids
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_presets_are_as_large_as_the_dense_ones(size: str) -> None:
+    vocab_size = 4096 if size in SIZES[:3] else 32_768
+    config, same_word = preset(f"deepseek_{size}", vocab_size), preset(size, vocab_size)
+    assert config.latent_attention is not None and config.experts is not None
+    assert config.num_active_params() == pytest.approx(same_word.num_params(), rel=0.1)
+    header = (CONF / f"model/deepseek_{size}.yaml").read_text().splitlines()[0]
+    for value in (config.num_params(), config.num_active_params()):
+        assert f"{short(value)}" in header
+
+
+def short(value: int) -> str:
+    if value >= 1e9:
+        return f"{value / 1e9:.1f} B"
+    return f"{value / 1e6:.1f} M" if value < 1e7 else f"{value / 1e6:.0f} M"
+
+
+def test_deepseek_v3_has_its_published_counts() -> None:
+    """README_WEIGHTS of DeepSeek-V3: 671 B; 36.7 B active; the module 11.5 B of its own, 14 B with
+    the shared embedding and head (0.9 B each) where they are stored again."""
+    config = ModelConfig(trunk=preset("deepseek_v3", 129_280), mtp=SequentialConfig(depth=1))
+    trunk = config.trunk
+    with torch.device("meta"):
+        model = MTPModel(config)
+    own = sum(p.numel() for p in model.mtp.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    assert total == config.num_params() and total - own == trunk.num_params()
+    assert round(trunk.num_params() / 1e9) == 671
+    assert round(trunk.num_active_params() / 1e9) == 37
+    assert trunk.num_active_params() / 1e9 == pytest.approx(36.7, abs=0.1)
+    assert own / 1e9 == pytest.approx(11.5, abs=0.15)
+    stored_again = 2 * trunk.embedding_params()
+    assert (own + stored_again) / 1e9 == pytest.approx(13.5, abs=0.1)
+    assert round((total + stored_again) / 1e9) == 685  # what the released files hold
+    assert model.trunk.blocks[2].feed_forward.gate_up.weight.shape == (2 * 18_432, 7168)
+    assert model.trunk.blocks[3].feed_forward.experts.down.shape == (256, 7168, 2048)
