@@ -71,12 +71,15 @@ def built_in_model(vocab_size: int) -> MTPModel:
     return model
 
 
-def load(path: Path) -> tuple[MTPModel, list[list[int]] | None]:
-    """A trained model, and prompts of its own validation data where the run can tell."""
+def load(path: Path, text: torch.Tensor) -> tuple[MTPModel, torch.Tensor]:
+    """A trained model, and the text as its tokenizer has it."""
+    from data_modules.tokenizers import tokenizer_from_state
     from mtp_lightning.runs import load_run
 
     run = load_run(path)
-    return run.model, None
+    tokenizer = tokenizer_from_state(run.tokenizer_state)
+    ids = tokenizer.encode(bytes(text.tolist()).decode(errors="replace"))
+    return run.model, torch.as_tensor(ids, dtype=torch.int64)
 
 
 def microseconds(call: Callable[[], Any], *, repeats: int = 60) -> float:
@@ -92,9 +95,7 @@ def microseconds(call: Callable[[], Any], *, repeats: int = 60) -> float:
 def pass_costs(model: MTPModel, prompt: list[int], batch: int) -> dict[str, list[float]]:
     """Microseconds of a verify pass of 1 .. D + 1 tokens, and of every depth's draft step."""
     with torch.inference_mode(), packed_weights(model):
-        session = Session(
-            model, [prompt] * batch, capacity=len(prompt) + 64, max_draft=model.depth
-        )
+        session = Session(model, [prompt] * batch, capacity=len(prompt) + 64, max_draft=model.depth)
         session.prefill([len(prompt)] * batch)
         verify = [
             microseconds(lambda m=m: session.verify(m).argmax(-1).tolist())
@@ -118,7 +119,9 @@ def measure(
 ) -> dict[str, Any]:
     """Plain, speculative and adaptive decoding of a batch: tokens/s and how they compare."""
     modes: dict[str, dict[str, Any]] = {
-        "plain": {"speculative": False}, "speculative": {}, "auto": {"draft_depth": "auto"},
+        "plain": {"speculative": False},
+        "speculative": {},
+        "auto": {"draft_depth": "auto"},
     }
     seconds: dict[str, list[float]] = {name: [] for name in modes}
     outputs: dict[str, list[Generation]] = {}
@@ -182,9 +185,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/decode.json"))
     args = parser.parse_args()
     text = library_bytes()
+    held_out = text[-100_000:]
     models: dict[str, MTPModel] = {}
     if args.checkpoint:
-        models[args.checkpoint.name] = load(args.checkpoint)[0]
+        models[str(args.checkpoint)], held_out = load(args.checkpoint, held_out)
     else:
         trained = built_in_model(257)
         if args.train_seconds > 0:
@@ -195,13 +199,12 @@ def main() -> None:
     for name, model in models.items():
         vocab = model.config.trunk.vocab_size
         for batch in args.batches:
-            starts = range(0, batch * 7919, 7919)
-            held_out = text[-100_000:] % vocab
-            prompts = [held_out[s : s + args.prompt_tokens].tolist() for s in starts]
+            gap = (len(held_out) - args.prompt_tokens) // batch
+            starts = range(0, batch * gap, gap)
+            # The random model takes any id below its vocabulary.
+            prompts = [(held_out[s : s + args.prompt_tokens] % vocab).tolist() for s in starts]
             key = f"{name}, batch {batch}"
-            results[key] = measure(
-                model, prompts, new_tokens=args.new_tokens, repeats=args.repeats
-            )
+            results[key] = measure(model, prompts, new_tokens=args.new_tokens, repeats=args.repeats)
             show(name, results[key])
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(

@@ -117,7 +117,9 @@ def test_runs(tmp_path: Path) -> None:
     """The command line: what is matched is what is built, counted and reported."""
     cache = tmp_path / "cache"
     settings = {"model.n_layers": 3, "trainer.max_steps": 20}
-    plain = helpers.train_here(tmp_path / "plain", cache, {**settings, "mtp": "none"})
+    plain = helpers.train_here(
+        tmp_path / "plain", cache, {**settings, "mtp": "none", "mtp.depth": 0}
+    )
 
     fewer = {**settings, "mtp": "parallel", "mtp.depth": 1, "compare.match": "parameters"}
     first = helpers.train_here(tmp_path / "layers", cache, fewer)

@@ -132,8 +132,9 @@ def test_flops_against_pytorchs_counter(tiny_trunk: TrunkConfig) -> None:
     model = MTPModel(config).double()  # float64 takes PyTorch's own operators, which it can count
     model.initialise(0)
     seq_len = 16
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(
-        torch.nn.attention.SDPBackend.MATH
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
     ):
         hidden = model(WindowBatch(torch.randint(0, 37, (1, seq_len + 3)), 2))
         for h in hidden.values():

@@ -45,9 +45,7 @@ def test_the_main_job_shortened(tmp_path: Path) -> None:
 
     done = run(tmp_path, "evaluate.py", "checkpoint=runs/mine", "limit_batches=1")
     assert done.returncode == 0 and "bits per byte" in done.stdout, done.stderr
-    done = run(
-        tmp_path, "generate.py", "checkpoint=runs/mine", "prompt='def '", "max_new_tokens=5"
-    )
+    done = run(tmp_path, "generate.py", "checkpoint=runs/mine", "prompt='def '", "max_new_tokens=5")
     assert done.returncode == 0 and done.stdout.startswith("def "), done.stderr
 
 

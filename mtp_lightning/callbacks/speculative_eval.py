@@ -1,4 +1,4 @@
-"""Decodes held-out prompts at each validation, plainly and speculatively: acceptance as it really is."""
+"""Decodes held-out prompts at each validation, plainly and speculatively: real acceptance."""
 
 from __future__ import annotations
 
@@ -51,13 +51,12 @@ class SpeculativeEval(Callback):
         self.prompt_tokens = prompt_tokens
         self.new_tokens = new_tokens
 
-    def on_validation_epoch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> None:
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decode, compare, log; by the first process alone."""
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
         model, data = pl_module.model, trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(model, MTPModel)
         room = data.seq_len - self.new_tokens
         if room < 1:
             return  # the window is shorter than what would be decoded
@@ -88,10 +87,10 @@ class SpeculativeEval(Callback):
 
 def rates(generations: list[Generation]) -> dict[str, float]:
     """Acceptance by position and tokens per step, pooled over the generations."""
-    accepted = [sum(column) for column in zip(*(g.drafts_accepted for g in generations), strict=True)]
-    reached = [sum(column) for column in zip(*(g.drafts_reached for g in generations), strict=True)]
+    accepted = torch.tensor([g.drafts_accepted for g in generations]).sum(0)
+    reached = torch.tensor([g.drafts_reached for g in generations]).sum(0)
     values = {
-        f"decode/acceptance_position_{j}": a / n
+        f"decode/acceptance_position_{j}": float(a / n)
         for j, (a, n) in enumerate(zip(accepted, reached, strict=True), start=1)
         if n
     }
@@ -123,8 +122,8 @@ def require_same_greedy(
         if abs(float(logits[expected[at]] - logits[found[at]])) < _TIE:
             return
     raise RuntimeError(
-        f"Speculative greedy decoding differs from plain decoding at new token {at} after the prompt "
-        f"{prompt}: {expected[at : at + 4]} against {found[at : at + 4]}. This is a defect in the "
+        f"Speculative greedy decoding differs from plain decoding at new token {at} after the "
+        f"prompt {prompt}: {expected[at : at + 4]} against {found[at : at + 4]}. This is a defect in the "
         "decoder: please report it with the checkpoint."
     )
 

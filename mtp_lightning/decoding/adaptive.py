@@ -82,11 +82,10 @@ class AutoDepth:
             self._decide()
 
     def forget_times(self) -> None:
-        """Time anew: the batch has another size now."""
+        """Time anew: the batch has become much smaller."""
         for seconds in self._seconds:
             seconds.clear()
-        shallow = max(self._best - 1, 0)
-        self._plan = [m for m in sorted({self._best, shallow, 0}, reverse=True) for _ in range(2)]
+        self._plan = sorted({self._best, max(self._best - 1, 0), 0}, reverse=True)
 
     def _decide(self) -> None:
         self._since_review = 0

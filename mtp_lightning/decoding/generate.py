@@ -1,8 +1,8 @@
 """Text from a model: ``generate(model, prompts, ...)``, speculative or plain.
 
-    model, tokenizer = ...
-    prompt = tokenizer.encode("def main():")
-    print(generate(model, [prompt], max_new_tokens=100, tokenizer=tokenizer)[0].text)
+model, tokenizer = ...
+prompt = tokenizer.encode("def main():")
+print(generate(model, [prompt], max_new_tokens=100, tokenizer=tokenizer)[0].text)
 """
 
 from __future__ import annotations
@@ -157,13 +157,13 @@ def _decode(
             rows.pop()
             noise.drop_row(i)
             session.drop_row(i)
-            if auto is not None and rows:
-                auto.forget_times()
 
-    for row, token in zip(rows, decoder.first(session.prefill([len(w) for w in windows])),
-                          strict=True):
+    for row, token in zip(
+        rows, decoder.first(session.prefill([len(w) for w in windows])), strict=True
+    ):
         row.extend([token], accepted=0)
     finish()
+    timed_rows = len(rows)
     while rows:
         if limit is not None:
             for i, n in enumerate(session.n):
@@ -172,14 +172,15 @@ def _decode(
         caps = [row.remaining - 1 for row in rows]
         if limit is not None:
             caps = [min(cap, limit - n - 1) for cap, n in zip(caps, session.n, strict=True)]
+        if auto is not None and 2 * len(rows) <= timed_rows:
+            timed_rows = len(rows)
+            auto.forget_times()
         wanted = options.max_draft if auto is None else auto.depth
         n_drafts = min(wanted, max(caps))
         start = time.perf_counter()
         outcome = decoder.round(n_drafts, caps)
         if auto is not None and n_drafts == wanted:
-            auto.record(
-                n_drafts, time.perf_counter() - start, outcome.accepted, outcome.reached
-            )
+            auto.record(n_drafts, time.perf_counter() - start, outcome.accepted, outcome.reached)
         for row, tokens, accepted, reached in zip(
             rows, outcome.tokens, outcome.accepted, outcome.reached, strict=True
         ):

@@ -116,8 +116,7 @@ class Noise:
         if self._used + n > self._BLOCK:
             assert n <= self._BLOCK
             rows = [
-                torch.rand(self._BLOCK, generator=g, dtype=torch.float64)
-                for g in self._generators
+                torch.rand(self._BLOCK, generator=g, dtype=torch.float64) for g in self._generators
             ]
             self._block = torch.stack(rows).to(self._device)
             self._used = 0

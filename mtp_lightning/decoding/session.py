@@ -128,9 +128,7 @@ class Session:
         self.filled[k] = [max(0, n - k + 1) for n in self.n]
         return self.model.head(last)[:, 0]
 
-    def _depth(
-        self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]
-    ) -> Tensor:
+    def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
         token_starts = [start + k for start in starts]
         branch = self._read(self.states[0][rows], starts, width)
         hidden = self.model.mtp.step(
@@ -212,21 +210,28 @@ class Session:
     def _uniform(starts: Sequence[int]) -> bool:
         return len(starts) == 1 or all(start == starts[0] for start in starts)
 
-    def _index(self, starts: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
-        device = self.tokens_BS.device
-        start_B1 = torch.tensor(starts, device=device).unsqueeze(1)
-        rows_B1 = torch.arange(len(starts), device=device).unsqueeze(1)
-        return rows_B1, start_B1 + torch.arange(width, device=device)
+    def _place(self, buffer: Tensor, starts: Sequence[int], width: int) -> Tensor:
+        """Where the rows' runs lie in a buffer whose rows and positions are one axis, [B * T]."""
+        size = buffer.shape[1]
+        # What overshoots is of no use to anybody, but must stay in its row.
+        start_B1 = torch.tensor(
+            [row * size + min(start, size - width) for row, start in enumerate(starts)],
+            device=buffer.device,
+        ).unsqueeze(1)
+        return (start_B1 + torch.arange(width, device=buffer.device)).flatten()
 
     def _read(self, buffer: Tensor, starts: Sequence[int], width: int) -> Tensor:
         if self._uniform(starts):
             return buffer.narrow(1, starts[0], width)
-        rows_B1, columns_BT = self._index(starts, width)
-        # What overshoots is of no use to anybody, but must be some token.
-        return buffer[rows_B1, columns_BT.clamp_(max=buffer.shape[1] - 1)]
+        place = self._place(buffer, starts, width)
+        flat = buffer.flatten(0, 1).index_select(0, place)
+        return flat.view(len(starts), width, *buffer.shape[2:])
 
     def _write(self, buffer: Tensor, starts: Sequence[int], values: Tensor) -> None:
+        width = values.shape[1]
         if self._uniform(starts):
-            buffer.narrow(1, starts[0], values.shape[1]).copy_(values)
+            buffer.narrow(1, starts[0], width).copy_(values)
         else:
-            buffer[self._index(starts, values.shape[1])] = values
+            assert max(starts) + width <= buffer.shape[1]
+            place = self._place(buffer, starts, width)
+            buffer.flatten(0, 1).index_copy_(0, place, values.flatten(0, 1))

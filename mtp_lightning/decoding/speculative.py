@@ -78,9 +78,7 @@ class Decoder:
         self.session.accept(accepted, n_drafts)
         return Round(tokens, accepted, reached)
 
-    def _greedy(
-        self, n_drafts: int, caps: Sequence[int]
-    ) -> tuple[list[list[int]], list[int]]:
+    def _greedy(self, n_drafts: int, caps: Sequence[int]) -> tuple[list[list[int]], list[int]]:
         session = self.session
         drafts = []
         for k in range(1, n_drafts + 1):
@@ -103,9 +101,7 @@ class Decoder:
             accepted.append(a)
         return tokens, accepted
 
-    def _sample(
-        self, n_drafts: int, caps: Sequence[int]
-    ) -> tuple[list[list[int]], list[int]]:
+    def _sample(self, n_drafts: int, caps: Sequence[int]) -> tuple[list[list[int]], list[int]]:
         session = self.session
         noise_BR = self.noise.next(self._n_noise)
         drafts, proposals = [], []

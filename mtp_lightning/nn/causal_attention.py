@@ -30,7 +30,7 @@ def fits(query_BTNH: Tensor) -> bool:
 
 
 def causal_attention(query_BTNH: Tensor, key_BTMH: Tensor, value_BTMH: Tensor) -> Tensor:
-    """``softmax(q k^T / sqrt(H) + causal mask) v``, [B, T, N, H]; query head n reads head n // G."""
+    """``softmax(q k^T / sqrt(H) + causal mask) v``, [B, T, N, H]; query head n reads n // G."""
     return _CausalAttention.apply(query_BTNH, key_BTMH, value_BTMH)
 
 
@@ -75,9 +75,7 @@ class _CausalAttention(torch.autograd.Function):
         rows = key_RTH.shape[0]
         n_kv = rows // batch
         group = n_heads // n_kv
-        grad_BMGTH = (
-            grads[0].reshape(batch, seq_len, n_kv, group, -1).permute(0, 2, 3, 1, 4)
-        )
+        grad_BMGTH = grads[0].reshape(batch, seq_len, n_kv, group, -1).permute(0, 2, 3, 1, 4)
         d_query = grads[0].new_empty(ctx.shape)
         d_query_BTMGH = d_query.view(batch, seq_len, n_kv, group, d_head)
         d_key, d_value = torch.zeros_like(key_RTH), torch.zeros_like(value_RTH)
@@ -91,8 +89,8 @@ class _CausalAttention(torch.autograd.Function):
             d_scores = torch.ops.aten._softmax_backward_data(d_prob, prob_block, -1, d_prob.dtype)
             d_key[:, :end].baddbmm_(d_scores.transpose(1, 2), query_block)
             d_block = torch.bmm(d_scores, key_RTH[:, :end]).mul_(d_head**-0.5)
-            d_query_BTMGH[:, start:end] = d_block.view(
-                batch, n_kv, group, width, d_head
-            ).permute(0, 3, 1, 2, 4)
+            d_query_BTMGH[:, start:end] = d_block.view(batch, n_kv, group, width, d_head).permute(
+                0, 3, 1, 2, 4
+            )
         shape = (batch, n_kv, seq_len, -1)
         return d_query, d_key.view(shape).transpose(1, 2), d_value.view(shape).transpose(1, 2)

@@ -115,7 +115,7 @@ class KVCache:
         ]
         self.lengths = [0] * batch_size
         self._start = self._n_new = self._width = 0
-        self._place: tuple[Tensor, Tensor] | None = None
+        self._place: Tensor | None = None
         self._views: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     @property
@@ -173,8 +173,13 @@ class KVCache:
         device = self.tables.device
         start_B1 = torch.tensor(starts, device=device).unsqueeze(1)
         positions_BT = start_B1 + torch.arange(n_new, device=device)
-        self._place = (torch.arange(len(starts), device=device).unsqueeze(1), positions_BT)
-        cos, sin = self.tables.cos_S1H[positions_BT], self.tables.sin_S1H[positions_BT]
+        # Into rows and positions as one axis: by one index, storing is several times faster.
+        first_B1 = torch.arange(len(starts), device=device).unsqueeze(1) * self.tables.capacity
+        self._place = (first_B1 + positions_BT).flatten()
+        flat = positions_BT.flatten()
+        shape = (*positions_BT.shape, 1, -1)
+        cos = self.tables.cos_S1H.index_select(0, flat).view(shape)
+        sin = self.tables.sin_S1H.index_select(0, flat).view(shape)
         return cos, sin, self.tables.mask_of(positions_BT, self._width)
 
     def append(self, layer: int, entry_BTMH: Tensor) -> None:
@@ -183,7 +188,8 @@ class KVCache:
         if self._place is None:
             entries.narrow(1, self._start, self._n_new).copy_(entry_BTMH)
         else:
-            entries[self._place] = entry_BTMH.to(entries.dtype)
+            entry = entry_BTMH.flatten(0, 1).to(entries.dtype)
+            entries.flatten(0, 1).index_copy_(0, self._place, entry)
 
     def _read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, N, P, H], for a pass of one row's few queries [T, N, P, H].

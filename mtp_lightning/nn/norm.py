@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 # A few decoded tokens: the work is nothing, and the fewest calls win.
 _FEW = 2**15
 

@@ -14,7 +14,11 @@ CONF = Path(__file__).parents[2] / "conf"
 @pytest.mark.parametrize(
     ("group", "name", "classes"),
     [
-        ("callbacks", "default", {"NanGuard", "Throughput", "StepProgressBar", "Checkpoints"}),
+        (
+            "callbacks",
+            "default",
+            {"NanGuard", "Throughput", "StepProgressBar", "Checkpoints", "SpeculativeEval"},
+        ),
         ("logger", "default", {"MetricsCSV", "RunTensorBoard"}),
         ("logger", "csv", {"MetricsCSV"}),
     ],

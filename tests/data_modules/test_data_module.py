@@ -160,12 +160,17 @@ def test_every_source_composes_and_builds(tmp_path, source):
     data = instantiate(config.data)
     assert isinstance(data, TokenDataModule) and data.source.name == source
     assert (data.depth, data.accumulate, data.seed, data.seq_len) == (2, 2, 3, 256)
-    assert data.batch_size == data.eval_batch_size == 16 and data.cache_dir == tmp_path
+    assert data.batch_size == data.eval_batch_size == 4 and data.cache_dir == tmp_path
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_every_tokenizer_composes_and_builds(tmp_path, name):
-    kinds = {"byte": ByteTokenizer, "bpe": BPETokenizer, "pretrained": PretrainedTokenizer}
+    kinds = {
+        "byte": ByteTokenizer,
+        "bpe": BPETokenizer,
+        "bpe_small": BPETokenizer,
+        "pretrained": PretrainedTokenizer,
+    }
     needs = {"pretrained": ["tokenizer.path=x"]}
     config = composed(tmp_path, f"+tokenizer={name}", *needs.get(name, []))
     assert type(instantiate(config.tokenizer)) is kinds[name]

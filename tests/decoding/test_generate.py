@@ -36,8 +36,13 @@ def test_stop_strings_are_found_wherever_blocks_end(known):
             stop = text[start : start + 3]
             at = text.index(stop)
             (g,) = generate(
-                model, [prompt], max_new_tokens=40, stop=["?", stop], tokenizer=Letters(),
-                speculative=speculative, eot_id=-1,
+                model,
+                [prompt],
+                max_new_tokens=40,
+                stop=["?", stop],
+                tokenizer=Letters(),
+                speculative=speculative,
+                eot_id=-1,
             )
             assert g.text == text[:at] and g.finish_reason == "stop"
             assert g.token_ids == tokens[: at + 3] and len(g.accepted_mask) == at + 3
@@ -56,9 +61,7 @@ def test_end_of_text_ends_a_row_within_a_block(known):
     for end in range(1, 12):
         if tokens[end] in tokens[:end]:
             continue
-        (g,) = generate(
-            model, [prompt], max_new_tokens=30, eot_id=tokens[end], tokenizer=Letters()
-        )
+        (g,) = generate(model, [prompt], max_new_tokens=30, eot_id=tokens[end], tokenizer=Letters())
         assert g.token_ids == tokens[: end + 1] and g.finish_reason == "eot"
         assert g.text == Letters().decode(tokens[:end])
 
@@ -82,7 +85,12 @@ def test_streamed_tokens_are_the_result_without_the_stop_string(known):
             marks.extend(accepted)
 
         (g,) = generate(
-            model, [prompt], max_new_tokens=20, stop=stop, tokenizer=Letters(), eot_id=-1,
+            model,
+            [prompt],
+            max_new_tokens=20,
+            stop=stop,
+            tokenizer=Letters(),
+            eot_id=-1,
             on_tokens=take,
         )
         assert Letters().decode(streamed) == g.text
@@ -143,8 +151,10 @@ def simulate(auto: AutoDepth, costs: list[float], chances: list[float], rounds: 
 def test_auto_depth_finds_what_pays():
     costs = [1.0, 1.3, 1.6, 1.9]
     assert simulate(AutoDepth(3), costs, [0.95, 0.95, 0.9], 200)[-20:] == [3] * 20
-    assert max(set(late := simulate(AutoDepth(3), costs, [0.9, 0.1, 0.0], 60)[-20:]),
-               key=late.count) == 1
+    assert (
+        max(set(late := simulate(AutoDepth(3), costs, [0.9, 0.1, 0.0], 60)[-20:]), key=late.count)
+        == 1
+    )
     none = simulate(AutoDepth(3), costs, [0.05, 0.0, 0.0], 2000)
     assert none[-20:] == [0] * 20
     seconds = sum(costs[m] for m in none)

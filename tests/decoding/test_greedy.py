@@ -56,8 +56,9 @@ def test_speculative_equals_plain(seed, monkeypatch):
     right = [p + e for p, e in zip(prompts, expected, strict=True)]
     depths = [depth, depth + 2] if model.mtp.max_draft_depth is None else [depth]
     for drafted in depths:
-        assert [g.token_ids for g in generate(model, prompts, max_new_tokens=NEW,
-                                              draft_depth=drafted)] == expected
+        assert [
+            g.token_ids for g in generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)
+        ] == expected
         with monkeypatch.context() as patch:
             # Random modules hardly ever agree with the trunk: here they do, half of the time.
             steer_drafts(patch, right, chance=0.6, seed=seed)
@@ -114,9 +115,7 @@ def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, together, 
     if not together:
         prompts = prompts[:1]
     texts = [p + e for p, e in zip(prompts, plain(model, prompts), strict=True)]
-    expected = {
-        tuple(text): teacher_forced(model, text + [0] * drafted, drafted) for text in texts
-    }
+    expected = {tuple(text): teacher_forced(model, text + [0] * drafted, drafted) for text in texts}
     seen = {"trunk": 0, **{k: 0 for k in range(1, drafted + 1)}}
     draft, verify = Session.draft, Session.verify
 
@@ -126,9 +125,7 @@ def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, together, 
         return text
 
     def check(logits, text, depth, position):
-        torch.testing.assert_close(
-            logits, expected[text][depth][position], rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(logits, expected[text][depth][position], rtol=1e-4, atol=1e-4)
 
     def checked_draft(session, k):
         logits = draft(session, k)
@@ -186,9 +183,7 @@ def test_sliding_is_the_same_with_and_without_drafts(monkeypatch):
     model = small_model(4, 2)
     prompts = random_prompts(4, (5, 1, 30))
     options = {"max_new_tokens": 40, "max_context": 16, "long": "slide"}
-    expected = [
-        generate(model, [p], speculative=False, **options)[0].token_ids for p in prompts
-    ]
+    expected = [generate(model, [p], speculative=False, **options)[0].token_ids for p in prompts]
     assert [g.token_ids for g in generate(model, prompts, **options)] == expected
     with monkeypatch.context() as patch:
         # Blocks must end where plain decoding slides, however good the drafts.

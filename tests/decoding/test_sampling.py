@@ -94,9 +94,7 @@ def test_the_rejection_rule_gives_p_whatever_q(n_drafts):
     p[0, 2] = q[0, 5] = 0
     p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
     noise = torch.rand(n, 2 * n_drafts + 1, generator=generator, dtype=torch.float64)
-    drafts = torch.stack(
-        [draw(q[k].expand(n, -1), noise[:, k]) for k in range(n_drafts)], dim=1
-    )
+    drafts = torch.stack([draw(q[k].expand(n, -1), noise[:, k]) for k in range(n_drafts)], dim=1)
     inputs = (p.expand(n, -1, -1), q.expand(n, -1, -1), drafts)
     rest = (noise[:, n_drafts : 2 * n_drafts], noise[:, -1])
     tokens, accepted = accept_or_resample(*inputs, *rest, torch.full((n,), n_drafts))

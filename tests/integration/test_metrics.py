@@ -72,7 +72,8 @@ def read(folder: Path, cache: Path) -> Run:
 @pytest.fixture(scope="module")
 def run(once: Once, cache: Path) -> Run:
     """Bytes, with TensorBoard."""
-    return read(once("bytes", lambda folder: own_text(folder, cache, logger="default")), cache)
+    more = {"logger": "default", "callbacks.speculative_eval.new_tokens": 8}
+    return read(once("bytes", lambda folder: own_text(folder, cache, **more)), cache)
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +232,7 @@ def test_every_tag_reaches_tensorboard(run: Run) -> None:
         for k in further
         for tag in ("train/lambda", "val/agreement", "val/overlap")
     }
+    expected |= {"decode/tokens_per_step", "decode/speedup", "decode/acceptance_position_1"}
     assert expected <= set(events.Tags()["scalars"])
     for tag in expected:
         seen = {event.step: event.value for event in events.Scalars(tag)}

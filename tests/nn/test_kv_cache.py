@@ -37,9 +37,7 @@ def test_turning_in_place_is_apply_rope():
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("kv", [1, 2, 4])
 def test_passes_of_any_width_equal_one_window(kv, exact):
-    config = TrunkConfig(
-        vocab_size=9, d_model=32, n_layers=1, n_heads=4, n_kv_heads=kv, d_ff=8
-    )
+    config = TrunkConfig(vocab_size=9, d_model=32, n_layers=1, n_heads=4, n_kv_heads=kv, d_ff=8)
     layer, x = attention(config), torch.randn(3, 30, 32)
     with torch.no_grad():
         expected = layer(x, Positions.of_window(config, 30, device=torch.device("cpu")))

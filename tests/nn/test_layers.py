@@ -15,7 +15,8 @@ from tests import reference
 
 
 def gradients(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    seed = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    seed = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     return torch.autograd.grad(output, inputs, seed.to(output.dtype))
 
 
