@@ -17,8 +17,36 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Set, also for the children, where CPU seconds are counted.
+_CPU_TIME = "MTP_LIGHTNING_BENCHMARK_CPU_TIME"
+
 # A child hands its numbers over in a line of stdout that begins with this.
 _RESULT = "benchmark-result: "
+
+
+def add_cpu_time(parser: argparse.ArgumentParser) -> None:
+    """The option ``--cpu-time``, for benchmarks that read :func:`clock`."""
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="one thread, and its CPU seconds: for a machine that is busy with something else",
+    )
+
+
+def use_cpu_time() -> None:
+    """Count CPU seconds of one thread, in this process and in its children.
+
+    Waiting for a core then costs nothing; shared caches and memory still do.
+    """
+    import torch
+
+    os.environ[_CPU_TIME] = os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+def clock() -> float:
+    """Seconds from some point on: of the wall, or of the CPU with ``--cpu-time``."""
+    return time.process_time() if os.environ.get(_CPU_TIME) else time.perf_counter()
 
 
 def median_times(
@@ -32,11 +60,11 @@ def median_times(
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warmup + repeats):
         for name, function in functions.items():
-            began = time.perf_counter()
+            began = clock()
             function()
             synchronize()
             if turn >= warmup:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(clock() - began)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -162,6 +190,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "clock": "cpu" if os.environ.get(_CPU_TIME) else "wall",
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": gpu,
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

@@ -176,7 +176,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--implementations", nargs="+", choices=implementations(), default=list(implementations())
     )
+    common.add_cpu_time(parser)
     options = parser.parse_args(arguments)
+    if options.cpu_time:
+        common.use_cpu_time()
     if options.child:
         result = measure_memory(json.loads(options.child))
         common.answer_parent(result)

@@ -193,7 +193,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--depth", type=int, default=2, help="of the whole step")
     parser.add_argument("--repeats", type=int, help="default 30, with --quick 5")
     parser.add_argument("--step-repeats", type=int, help="processes; default 3, with --quick 1")
+    common.add_cpu_time(parser)
     options = parser.parse_args(arguments)
+    if options.cpu_time:
+        common.use_cpu_time()
     repeats = options.repeats or (5 if options.quick else 30)
 
     from mtp_lightning.experiment import instantiate

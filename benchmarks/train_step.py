@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -47,9 +46,9 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     a, b = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
     step_seconds, matmul_seconds, fastest_seconds = [], [], []
     for index in range(_WARMUP_STEPS + task["steps"]):
-        began = time.perf_counter()
+        began = common.clock()
         loss = step()
-        seconds = time.perf_counter() - began
+        seconds = common.clock() - began
         if index < _WARMUP_STEPS:
             continue
         step_seconds.append(seconds)
@@ -184,7 +183,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--steps", type=int, help="a process; default 12, with --quick 4")
     parser.add_argument("--repeats", type=int, help="processes; default 3, with --quick 1")
+    common.add_cpu_time(parser)
     options = parser.parse_args(arguments)
+    if options.cpu_time:
+        common.use_cpu_time()
     if options.child:
         result = measure(json.loads(options.child))
         common.answer_parent(result)

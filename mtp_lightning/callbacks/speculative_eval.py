@@ -123,8 +123,8 @@ def require_same_greedy(
             return
     raise RuntimeError(
         f"Speculative greedy decoding differs from plain decoding at new token {at} after the "
-        f"prompt {prompt}: {expected[at : at + 4]} against {found[at : at + 4]}. This is a defect in the "
-        "decoder: please report it with the checkpoint."
+        f"prompt {prompt}: {expected[at : at + 4]} against {found[at : at + 4]}. This is a "
+        "defect in the decoder: please report it with the checkpoint."
     )
 
 

@@ -9,7 +9,8 @@ Shapes: M tokens, K chosen experts of a token, R = M * K rows, E experts, C d_mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_lightning.nn.feed_forward import swiglu
-from mtp_lightning.nn.linear import matmul_transposed, weight_gradient
+from mtp_lightning.nn.linear import matmul_transposed, uses_onednn, weight_gradient
 
 # Up to this many rows are multiplied one at a time when decoding, see Experts._one_by_one.
 _FEW_ROWS = 64
+# A block's rows are filled up to a multiple of this where that saves compiling kernels.
+_MULTIPLE = 32
 
 
 class Experts(nn.Module):
@@ -45,7 +48,7 @@ class Experts(nn.Module):
             load_E = torch.bincount(chosen_MK.flatten(), minlength=gate_up.shape[0])
             if fits_grouped(x_MC, down):
                 return grouped(x_MC, gates_MK, gate_up, down, order_R, load_E)
-            return _SortedExperts.apply(x_MC, gates_MK, gate_up, down, order_R, load_E.tolist())
+            return _SortedExperts.apply(x_MC, gates_MK, gate_up, down, order_R, load_E)
 
     def extra_repr(self) -> str:
         n_experts, d_model, d_expert = self.down.shape
@@ -82,22 +85,35 @@ def grouped(
     inner_RF = swiglu(F.grouped_mm(x_RC, gate_up.transpose(1, 2), offs=ends_E))
     inner_RF = inner_RF * gates_MK.flatten()[order_R].unsqueeze(-1)
     y_RC = F.grouped_mm(inner_RF, down.transpose(1, 2), offs=ends_E)
-    return y_RC[_inverse(order_R)].unflatten(0, (-1, top_k)).sum(1)
+    return y_RC[order_R.argsort()].unflatten(0, (-1, top_k)).sum(1)
 
 
-def _inverse(order_R: Tensor) -> Tensor:
-    inverse = torch.empty_like(order_R)
-    inverse[order_R] = torch.arange(order_R.shape[0], device=order_R.device)
-    return inverse
+@dataclass(frozen=True)
+class _Layout:
+    """Where the sorted rows lie. An expert's block may end in rows of no token, whose gate is 0."""
+
+    blocks: list[tuple[int, slice]]  # every expert that has tokens
+    token_R: Tensor  # whose row it is; token 0 in rows of no token
+    gate_R1: Tensor
+    inverse_MK: Tensor  # the row of every choice
 
 
-def _blocks(loads: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Every expert that has tokens, with its rows."""
-    start = 0
-    for expert, load in enumerate(loads):
-        if load:
-            yield expert, slice(start, start + load)
-        start += load
+def _lay_out(gates_MK: Tensor, order_R: Tensor, load_E: Tensor, *, multiple: int) -> _Layout:
+    wide_E = (load_E + multiple - 1) // multiple * multiple
+    ends = wide_E.cumsum(0)
+    shift_E = (ends - wide_E) - (load_E.cumsum(0) - load_E)
+    row_R = torch.arange(order_R.shape[0], device=order_R.device)
+    row_R = row_R + shift_E.repeat_interleave(load_E, output_size=order_R.shape[0])
+    widths = wide_E.tolist()
+    starts = [0, *itertools.accumulate(widths)]
+    inverse_R = torch.empty_like(order_R)
+    inverse_R[order_R] = row_R
+    token_R = order_R.new_zeros(starts[-1])
+    token_R[row_R] = order_R // gates_MK.shape[1]
+    gate_R1 = gates_MK.new_zeros(starts[-1], 1)
+    gate_R1[row_R, 0] = gates_MK.flatten()[order_R]
+    blocks = [(e, slice(starts[e], starts[e + 1])) for e, width in enumerate(widths) if width]
+    return _Layout(blocks, token_R, gate_R1, inverse_R.view(gates_MK.shape))
 
 
 def _sum_of_rows(y_RC: Tensor, inverse_MK: Tensor) -> Tensor:
@@ -122,23 +138,25 @@ class _SortedExperts(torch.autograd.Function):
         gate_up: Tensor,
         down: Tensor,
         order_R: Tensor,
-        loads: list[int],
+        load_E: Tensor,
     ) -> Tensor:
-        token_R = order_R // gates_MK.shape[1]
-        x_RC = x_MC.index_select(0, token_R)
-        gate_R1 = gates_MK.flatten().index_select(0, order_R).unsqueeze(-1)
-        y_RC = torch.empty_like(x_RC)
+        # oneDNN compiles a kernel for every new number of rows, which takes as long as several
+        # products; few numbers of rows are few kernels.
+        multiple = _MULTIPLE if uses_onednn(x_MC, gate_up[0]) else 1
+        layout = _lay_out(gates_MK, order_R, load_E, multiple=multiple)
+        x_RC = x_MC.index_select(0, layout.token_R)
+        gate_R1, y_RC = layout.gate_R1, torch.empty_like(x_RC)
         projected = []
-        for expert, rows in _blocks(loads):
+        for expert, rows in layout.blocks:
             gate_up_rows = matmul_transposed(x_RC[rows], gate_up[expert])
             gate, up = gate_up_rows.chunk(2, dim=-1)
             inner = F.silu(gate).mul_(up).mul_(gate_R1[rows])
             y_RC[rows] = matmul_transposed(inner, down[expert])
             projected.append(gate_up_rows)
-        inverse_MK = _inverse(order_R).view(gates_MK.shape)
-        ctx.save_for_backward(x_RC, gate_R1, gate_up, down, token_R, inverse_MK, *projected)
-        ctx.loads = loads
-        return _sum_of_rows(y_RC, inverse_MK)
+        indices = (layout.token_R, layout.inverse_MK)
+        ctx.save_for_backward(x_RC, gate_R1, gate_up, down, *indices, *projected)
+        ctx.blocks = layout.blocks
+        return _sum_of_rows(y_RC, layout.inverse_MK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -150,24 +168,23 @@ class _SortedExperts(torch.autograd.Function):
         # An expert without tokens has a gradient too: zero.
         d_gate_up = torch.zeros_like(gate_up) if needs_weights else None
         d_down = torch.zeros_like(down) if needs_weights else None
-        for (expert, rows), gate_up_rows in zip(_blocks(ctx.loads), projected, strict=True):
+        for (expert, rows), gate_up_rows in zip(ctx.blocks, projected, strict=True):
             gate, up = gate_up_rows.chunk(2, dim=-1)
-            d_y, x, weight_R1 = d_y_RC[rows], x_RC[rows], gate_R1[rows]
-            inner = F.silu(gate)
-            d_inner = matmul_transposed(d_y, down[expert].t())
             d_projected = torch.empty_like(gate_up_rows)
             d_gate, d_up = d_projected.chunk(2, dim=-1)
+            d_inner = matmul_transposed(d_y_RC[rows], down[expert].t())
+            silu = F.silu(gate)
+            inner = silu * up
             torch.mul(d_inner, inner, out=d_up)
-            inner.mul_(up)
-            torch.sum(d_inner * inner, dim=-1, keepdim=True, out=d_gate_R1[rows])
+            torch.sum(d_up, dim=-1, keepdim=True, out=d_gate_R1[rows])
             if d_down is not None:
-                d_down[expert] = weight_gradient(d_y, inner.mul_(weight_R1))
-            d_up.mul_(weight_R1)
-            d_inner.mul_(up).mul_(weight_R1)
+                d_down[expert] = weight_gradient(d_y_RC[rows], inner.mul_(gate_R1[rows]))
+            d_inner.mul_(gate_R1[rows])
+            torch.mul(d_inner, silu, out=d_up)
+            d_inner.mul_(up)
             torch.ops.aten.silu_backward.grad_input(d_inner, gate, grad_input=d_gate)
             if d_gate_up is not None:
-                d_gate_up[expert] = weight_gradient(d_projected, x)
+                d_gate_up[expert] = weight_gradient(d_projected, x_RC[rows])
             d_x_RC[rows] = matmul_transposed(d_projected, gate_up[expert].t())
         d_x_MC = _sum_of_rows(d_x_RC, inverse_MK) if ctx.needs_input_grad[0] else None
-        d_gates_MK = d_gate_R1.flatten()[inverse_MK]
-        return d_x_MC, d_gates_MK, d_gate_up, d_down, None, None
+        return d_x_MC, d_gate_R1.flatten()[inverse_MK], d_gate_up, d_down, None, None

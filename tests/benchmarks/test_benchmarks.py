@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,19 @@ def test_peak_memory_is_not_the_parents() -> None:
 def test_a_failed_child_is_reported() -> None:
     with pytest.raises(RuntimeError, match="No module named benchmarks.no_such_module"):
         common.run_child("benchmarks.no_such_module", {})
+
+
+def test_cpu_time_leaves_out_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Set first, so that monkeypatch puts both back as they were.
+    monkeypatch.setenv(common._CPU_TIME, "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    waiting = {"wait": lambda: time.sleep(0.05)}
+    assert common.median_times(waiting, repeats=1)["wait"] >= 0.05
+    threads = torch.get_num_threads()
+    try:
+        common.use_cpu_time()
+        assert common.median_times(waiting, repeats=1)["wait"] < 0.04
+        assert torch.get_num_threads() == 1
+        assert common.machine()["clock"] == "cpu"
+    finally:
+        torch.set_num_threads(threads)
