@@ -6,7 +6,6 @@ The way through a run: config -> data -> model -> module -> trainer -> summary.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +21,18 @@ from mtp_lightning.callbacks.checkpoint_plugin import AtomicCheckpointIO
 from mtp_lightning.callbacks.precision_plugin import TokenDoublePrecision
 from mtp_lightning.callbacks.throughput import Throughput
 from mtp_lightning.cli import Stopped
-from mtp_lightning.decoding import generate
 from mtp_lightning.evaluation import evaluate_model
+from mtp_lightning.generation import print_sample
 from mtp_lightning.init_from import Start, read_start, start_from
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule, bits_per_byte
-from mtp_lightning.runs import CHECKPOINTS, describe_differences, load_run
+from mtp_lightning.runs import (
+    CHECKPOINTS,
+    describe_differences,
+    describe_interrupt,
+    load_run,
+    print_paths,
+)
 from mtp_lightning.runtime import (
     keep_freed_memory,
     pick_accelerator,
@@ -46,8 +51,6 @@ _OWN_PACKAGES = ("mtp_lightning.", "data_modules.")
 
 # Keys of the trainer group that are this project's, not lightning.pytorch.Trainer's.
 _OWN_TRAINER_KEYS = ("accumulate_grad_batches", "gradient_clip_val", "num_threads", "compile")
-# Tokens of the sample that ends a run: read from held-out text, and added to it.
-_PROMPT_LENGTH, _SAMPLE_LENGTH = 64, 160
 _PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 _STRATEGIES = ("auto", "ddp")
 
@@ -308,7 +311,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if trainer.is_global_zero:
         write_summary(summary, folder / "summary.json")
         print_summary(summary, depth=module.model.depth)
-        print_sample(module, data)
+        print_sample(module.model, data, seed=cfg.seed)
         print_paths(folder)
     return summary
 
@@ -373,15 +376,6 @@ def check_resumable(path: Path, module: MTPModule) -> int:
     return int(checkpoint["global_step"])
 
 
-def describe_interrupt(folder: Path) -> str:
-    """What Ctrl-C left, and how to go on from there."""
-    last = folder / CHECKPOINTS / checkpoint_io.LAST
-    if not last.is_file():
-        return "interrupted before the first checkpoint: nothing was saved."
-    step = checkpoint_io.stored_step(last)
-    return f"interrupted; saved is step {step}: the same command with run_dir={folder} continues."
-
-
 def summarise(trainer: pl.Trainer, module: MTPModule, data: TokenDataModule) -> dict[str, Any]:
     """Everything a reader needs to compare this run with another."""
     config = module.model.config
@@ -404,34 +398,3 @@ def summarise(trainer: pl.Trainer, module: MTPModule, data: TokenDataModule) -> 
         "data": data.summary(),
         **environment(),
     }
-
-
-def print_sample(module: MTPModule, data: TokenDataModule) -> None:
-    """A held-out beginning, and how the model goes on."""
-    length = min(_PROMPT_LENGTH, data.seq_len)
-    try:
-        (prompt,) = data.held_out_prompts(1, length)
-    except ValueError as error:
-        print(f"no sample: {error}")
-        return
-    (sample,) = generate(
-        module.model,
-        [prompt],
-        max_new_tokens=_SAMPLE_LENGTH,
-        temperature=0.5,
-        seed=module.extra["config"]["seed"],
-        tokenizer=data.tokenizer,
-        max_context=data.seq_len,
-        long="slide",
-    )
-    beginning = data.tokenizer.decode(prompt.tolist())
-    print(f"Sample (the text before | is held-out data)\n{beginning}|{sample.text}\n")
-
-
-def print_paths(folder: Path) -> None:
-    """Where everything is that the run wrote."""
-    shown = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
-    print(f"checkpoints   {shown / CHECKPOINTS / checkpoint_io.BEST}, {checkpoint_io.LAST}")
-    print(f"metrics       {shown / 'metrics.csv'}, summary.json")
-    print(f"charts        tensorboard --logdir {shown}")
-    print(f"text          python generate.py checkpoint={shown} prompt='...'")

@@ -7,13 +7,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mtp_lightning.decoding import Generation, generate
+from mtp_lightning.model import MTPModel
 from mtp_lightning.runs import load_run
 from mtp_lightning.runtime import pick_accelerator, set_threads
 
+if TYPE_CHECKING:
+    from data_modules import TokenDataModule
+
 _DRAFT_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
+# Tokens of the sample that ends a run: read from held-out text, and added to it.
+_PROMPT_LENGTH, _SAMPLE_LENGTH = 64, 160
 _REPORTED = (
     "text",
     "token_ids",
@@ -73,6 +79,28 @@ def generate_text(cfg: Any) -> list[Generation]:
         for prompt, generation in zip(prompts, generations, strict=True):
             print(f"{prompt}{generation.text}\n")
     return generations
+
+
+def print_sample(model: MTPModel, data: TokenDataModule, *, seed: int) -> None:
+    """A held-out beginning, and how the model goes on."""
+    length = min(_PROMPT_LENGTH, data.seq_len)
+    try:
+        (prompt,) = data.held_out_prompts(1, length)
+    except ValueError as error:
+        print(f"no sample: {error}")
+        return
+    (sample,) = generate(
+        model,
+        [prompt],
+        max_new_tokens=_SAMPLE_LENGTH,
+        temperature=0.5,
+        seed=seed,
+        tokenizer=data.tokenizer,
+        max_context=data.seq_len,
+        long="slide",
+    )
+    beginning = data.tokenizer.decode(prompt.tolist())
+    print(f"Sample (the text before | is held-out data)\n{beginning}|{sample.text}\n")
 
 
 def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -144,3 +145,21 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat.update(_flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
     return flat
+
+
+def describe_interrupt(folder: Path) -> str:
+    """What Ctrl-C left, and how to go on from there."""
+    last = folder / CHECKPOINTS / checkpoint_io.LAST
+    if not last.is_file():
+        return "interrupted before the first checkpoint: nothing was saved."
+    step = checkpoint_io.stored_step(last)
+    return f"interrupted; saved is step {step}: the same command with run_dir={folder} continues."
+
+
+def print_paths(folder: Path) -> None:
+    """Where everything is that the run wrote."""
+    shown = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
+    print(f"checkpoints   {shown / CHECKPOINTS / checkpoint_io.BEST}, {checkpoint_io.LAST}")
+    print(f"metrics       {shown / 'metrics.csv'}, summary.json")
+    print(f"charts        tensorboard --logdir {shown}")
+    print(f"text          python generate.py checkpoint={shown} prompt='...'")
