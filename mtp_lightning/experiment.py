@@ -54,6 +54,14 @@ _OWN_TRAINER_KEYS = ("accumulate_grad_batches", "gradient_clip_val", "num_thread
 _PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 _STRATEGIES = ("auto", "ddp")
 
+# Keys of the stored model that say how it is trained, not what its weights are.
+_NOT_ARCHITECTURE = (
+    "trunk.recompute:",
+    "trunk.experts.bias_rate:",
+    "trunk.experts.bias_frozen:",
+    "trunk.experts.sequence_loss:",
+)
+
 
 def instantiate(config: DictConfig, **arguments: Any) -> Any:
     """Build the object that a config node's ``_target_`` names.
@@ -364,7 +372,11 @@ def check_resumable(path: Path, module: MTPModule) -> int:
         stored = ModelConfig.from_dict(checkpoint["model_config"]).to_dict()
     except ValueError:
         stored = checkpoint["model_config"]
-    differences = describe_differences(stored, wanted)
+    differences = [
+        difference
+        for difference in describe_differences(stored, wanted)
+        if not difference.startswith(_NOT_ARCHITECTURE)
+    ]
     if differences:
         raise ValueError(
             f"{path} holds another architecture than this config ({'; '.join(differences)}): "

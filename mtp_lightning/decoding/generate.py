@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -114,7 +115,7 @@ def generate(
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), packed_weights(model):
+        with torch.inference_mode(), packed_weights(model), _eager(model):
             for start in range(0, len(ids), max(size, 1)):
                 indices = range(start, min(start + size, len(ids)))
                 _decode({i: ids[i] for i in indices}, model, options, done)
@@ -188,6 +189,12 @@ def _decode(
             row.extend(tokens, accepted)
         if any(row.finish_reason is not None for row in rows):
             finish()
+
+
+def _eager(model: MTPModel) -> AbstractContextManager[Any]:
+    """Leave what was compiled for training alone: passes of ever other sizes would be compiled."""
+    compiled = any(m._compiled_call_impl is not None for m in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def _kept(limit: int) -> int:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_lightning.nn.eager import eager_cpu
+
 _BLOCK = 32
 _MAX_SEQ_LEN = 512
 
@@ -23,7 +25,7 @@ _MAX_SEQ_LEN = 512
 def fits(query_BTNH: Tensor) -> bool:
     """Whether this implementation is the faster one: fp32 on a CPU, windows of up to 512."""
     return (
-        query_BTNH.device.type == "cpu"
+        eager_cpu(query_BTNH)
         and query_BTNH.dtype == torch.float32
         and query_BTNH.shape[1] <= _MAX_SEQ_LEN
     )

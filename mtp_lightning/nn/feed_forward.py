@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.eager import eager_cpu
 from mtp_lightning.nn.linear import Linear
 
 
@@ -38,7 +39,7 @@ class _SwiGLUCPU(torch.autograd.Function):
 def swiglu(gate_up: Tensor) -> Tensor:
     """[..., 2F] -> [..., F]: the first half gates the second."""
     grad = torch.is_grad_enabled()
-    if grad and gate_up.device.type == "cpu":
+    if grad and eager_cpu(gate_up):
         return _SwiGLUCPU.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     if not grad:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_lightning.nn.eager import eager_cpu
+
 # Below this many rows (decoding a few tokens) a product is a read of the weights, and the set-up
 # of a oneDNN primitive costs more than it saves.
 _MIN_ROWS = 32
@@ -36,7 +38,7 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether the product of these two goes to oneDNN: fp32, on an AVX-512 CPU, many rows."""
     return (
         _ONEDNN
-        and x.device.type == "cpu"
+        and eager_cpu(x)
         and x.dtype == torch.float32
         and weight.dtype == torch.float32
         and x.shape[0] >= _MIN_ROWS
@@ -76,7 +78,7 @@ class _OneDNNLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     """``x @ weight.T`` for ``x`` of [..., K]: :func:`torch.nn.functional.linear`, made fast."""
-    if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+    if eager_cpu(x) and not torch.is_autocast_enabled("cpu"):
         x_MK = x.reshape(-1, x.shape[-1])
         if uses_onednn(x_MK, weight_NK):
             return _OneDNNLinear.apply(x_MK, weight_NK).view(*x.shape[:-1], -1)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_lightning.nn.eager import eager_cpu
+
 # A few decoded tokens: the work is nothing, and the fewest calls win.
 _FEW = 2**15
 
@@ -47,7 +49,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         few = not torch.is_grad_enabled() and x.numel() <= _FEW
-        if not few and x.device.type == "cpu" and x.dtype == self.weight.dtype:
+        if not few and eager_cpu(x) and x.dtype == self.weight.dtype:
             flat_MC = x.reshape(-1, x.shape[-1])
             return _RMSNormCPU.apply(flat_MC, self.weight, self.eps).view(x.shape)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

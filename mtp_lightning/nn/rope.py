@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_lightning.nn.eager import eager_cpu
+
 
 def rope_table(positions: Tensor, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every angle.
@@ -51,7 +53,7 @@ class _RopeCPU(torch.autograd.Function):
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn ``x`` [..., H] by the angles of :func:`rope_table`, broadcast against it."""
-    if x.device.type == "cpu" and x.dtype == cos.dtype:
+    if eager_cpu(x) and x.dtype == cos.dtype:
         return _RopeCPU.apply(x, cos, sin)
     left, right = x.chunk(2, dim=-1)
     turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)

@@ -24,7 +24,7 @@ IGNORED = -100
 # Numbers in one chunk of logits. On a CPU a chunk should stay in the cache between the passes
 # over it; on a GPU it must be large enough to fill the device. See benchmarks/head.py.
 _CHUNK_NUMEL = {"cpu": 2**21, "cuda": 2**27}
-_MIN_CHUNK_ROWS = 128
+_MIN_CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True)
