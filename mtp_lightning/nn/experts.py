@@ -178,13 +178,13 @@ class _SortedExperts(torch.autograd.Function):
             torch.mul(d_inner, inner, out=d_up)
             torch.sum(d_up, dim=-1, keepdim=True, out=d_gate_R1[rows])
             if d_down is not None:
-                d_down[expert] = matmul_transposed(d_y_RC[rows].t(), inner.mul_(gate_R1[rows]).t())
+                d_down[expert] = weight_gradient(d_y_RC[rows], inner.mul_(gate_R1[rows]))
             d_inner.mul_(gate_R1[rows])
             torch.mul(d_inner, silu, out=d_up)
             d_inner.mul_(up)
             torch.ops.aten.silu_backward.grad_input(d_inner, gate, grad_input=d_gate)
             if d_gate_up is not None:
-                d_gate_up[expert] = matmul_transposed(d_projected.t(), x_RC[rows].t())
+                d_gate_up[expert] = weight_gradient(d_projected, x_RC[rows])
             d_x_RC[rows] = matmul_transposed(d_projected, gate_up[expert].t())
         d_x_MC = _sum_of_rows(d_x_RC, inverse_MK) if ctx.needs_input_grad[0] else None
         return d_x_MC, d_gate_R1.flatten()[inverse_MK], d_gate_up, d_down, None, None
