@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks import common
 from mtp_lightning.objective import cross_entropy
 from mtp_lightning.objective.cross_entropy import DepthLoss, weighted_cross_entropy
+from mtp_lightning.runtime import keep_freed_memory
 
 MODULE = "benchmarks.head"
 CHUNK_NUMELS = {"cpu": range(20, 26), "cuda": range(22, 30)}
@@ -249,4 +250,5 @@ def print_tables(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the apps do
     main()

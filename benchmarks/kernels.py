@@ -24,6 +24,7 @@ from mtp_lightning.nn.linear import matmul_transposed, uses_onednn, weight_gradi
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.rope import apply_rope, rope_table
 from mtp_lightning.objective.cross_entropy import chunk_rows
+from mtp_lightning.runtime import keep_freed_memory
 
 
 def time_linear(
@@ -277,4 +278,5 @@ def print_tables(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the apps do
     main()

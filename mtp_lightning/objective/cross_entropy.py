@@ -60,7 +60,11 @@ def log_probs_by_chunk(h_MC: Tensor, weight_VC: Tensor) -> Iterator[tuple[slice,
     for start in range(0, h_MC.shape[0], rows):
         place = slice(start, min(start + rows, h_MC.shape[0]))
         logits_RV = matmul_transposed(h_MC[place], weight_VC)
-        yield place, torch.log_softmax(logits_RV, dim=-1, dtype=torch.float32)
+        chunk_RV = torch.log_softmax(logits_RV, dim=-1, dtype=torch.float32)
+        # A generator keeps its names alive while it waits: two chunks would exist at once.
+        del logits_RV
+        yield place, chunk_RV
+        del chunk_RV
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -120,8 +124,11 @@ def add_depth(
             if trains_weight:
                 part_VC = weight_gradient(d_logits_RV, h_MC[place] * valid_R1)
                 if d_weight is None:
-                    d_weight = torch.zeros_like(weight_VC)
+                    # Laid out as weight_gradient gives its parts: adding across layouts is slow.
+                    d_weight = weight_VC.new_zeros(weight_VC.shape[::-1]).t()
                 d_weight.add_(part_VC, alpha=depth.coefficient)
+                del part_VC
+            del chunk_RV, d_logits_RV
     return None if d_h is None else d_h.view_as(h), d_weight
 
 
