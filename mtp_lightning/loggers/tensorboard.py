@@ -19,7 +19,7 @@ class RunTensorBoard(TensorBoardLogger):
         folder: the run folder.
         depth: D; the custom charts group the depths 0..D.
         resume_from_step: see `resume_from`; null keeps everything.
-        flush_secs: seconds after which events are handed to the system.
+        flush_secs: seconds after which events are handed to the system, > 0.
     """
 
     def __init__(
@@ -27,8 +27,11 @@ class RunTensorBoard(TensorBoardLogger):
         folder: str | Path,
         depth: int,
         resume_from_step: int | None = None,
-        flush_secs: int = 30,
+        flush_secs: float = 30,
     ) -> None:
+        if not flush_secs > 0:
+            # TensorBoard's writer thread would then never sleep, and take the time from training.
+            raise ValueError(f"logger.tensorboard.flush_secs must be above 0, not {flush_secs}.")
         super().__init__(
             save_dir=str(folder),
             name="",

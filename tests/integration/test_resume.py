@@ -67,7 +67,7 @@ def killed(once: Once, cache: Path) -> Killed:
 
 
 def kill_and_start_again(folder: Path, cache: Path) -> None:
-    settings = LONG | {"logger": "default", "logger.tensorboard.flush_secs": 0}
+    settings = LONG | {"logger": "default", "logger.tensorboard.flush_secs": 0.05}
     args = command(folder, cache, settings)
     process = start(args, folder / "first.log")
     try:

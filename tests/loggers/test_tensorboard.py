@@ -74,3 +74,8 @@ def test_a_resumed_run_purges_what_it_does_again(tmp_path: Path, at_construction
         (3, 3),
         (4, 40),
     ]
+
+
+def test_a_writer_that_never_sleeps_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="flush_secs must be above 0, not 0"):
+        RunTensorBoard(tmp_path, 1, flush_secs=0)
