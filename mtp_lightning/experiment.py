@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,10 @@ from mtp_lightning.cli import Stopped
 from mtp_lightning.evaluation import evaluate_model
 from mtp_lightning.generation import print_sample
 from mtp_lightning.init_from import Start, read_start, start_from
+from mtp_lightning.metrics.rates import bits_per_byte
 from mtp_lightning.model import ModelConfig
-from mtp_lightning.module import MTPModule, bits_per_byte
+from mtp_lightning.module import MTPModule
+from mtp_lightning.nn.block import Block
 from mtp_lightning.runs import (
     CHECKPOINTS,
     describe_differences,
@@ -56,10 +59,10 @@ _STRATEGIES = ("auto", "ddp")
 
 # Keys of the stored model that say how it is trained, not what its weights are.
 _NOT_ARCHITECTURE = (
-    "trunk.recompute:",
-    "trunk.experts.bias_rate:",
-    "trunk.experts.bias_frozen:",
-    "trunk.experts.sequence_loss:",
+    "trunk.recompute",
+    "trunk.experts.bias_rate",
+    "trunk.experts.bias_frozen",
+    "trunk.experts.sequence_loss",
 )
 
 
@@ -135,8 +138,15 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
     return ModelConfig(trunk=trunk, mtp=mtp)
 
 
-def build_module(cfg: DictConfig, data: TokenDataModule) -> MTPModule:
-    """The LightningModule, with fresh weights."""
+def build_module(cfg: DictConfig, data: TokenDataModule, *, asked: DictConfig) -> MTPModule:
+    """The LightningModule, with fresh weights.
+
+    Args:
+        cfg: the config.
+        data: for the vocabulary, and the tokenizer that checkpoints hold.
+        asked: the config before anything was matched, which checkpoints hold: given again, it
+            comes to the same layers and steps.
+    """
     model_config = build_model_config(cfg, data.tokenizer.vocab_size)
     if not model_config.mtp.trains_trunk:
         weights = OmegaConf.to_container(cfg)["mtp_lambda"]  # type: ignore[index,call-overload]
@@ -157,13 +167,13 @@ def build_module(cfg: DictConfig, data: TokenDataModule) -> MTPModule:
         bytes_per_token=data.bytes_per_token("val"),
         extra={
             "tokenizer": data.tokenizer.state(),
-            "config": OmegaConf.to_container(cfg, resolve=True),
+            "config": OmegaConf.to_container(asked, resolve=True),
         },
     )
     if cfg.trainer.compile:
         # In place, block by block: the keys of checkpoints stay what they are.
         for layer in module.modules():
-            if type(layer).__name__ == "Block":
+            if isinstance(layer, Block):
                 layer.compile()
     return module
 
@@ -259,6 +269,63 @@ def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"trainer.{key}={value} is not supported: choose one of {known}.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that is ready for its trainer.
+
+    Attributes:
+        cfg: the config, with the layers or steps that ``compare.match`` asked for.
+        matched: what was matched; None without a match.
+        data: its token store built or found.
+        module: with the weights that it starts from, unless it continues.
+        resume_from: the checkpoint that the run continues from; None for a new run.
+        resume_step: the optimizer step stored there.
+    """
+
+    cfg: DictConfig
+    matched: compare.Matched | None
+    data: TokenDataModule
+    module: MTPModule
+    resume_from: Path | None
+    resume_step: int | None
+
+
+def prepare(cfg: DictConfig, folder: Path) -> Prepared:
+    """Build a run, from scratch, from another run, or from what its folder holds.
+
+    What is read of a checkpoint here is gone when this returns: training needs the memory.
+    """
+    asked = cfg
+    resume_from = checkpoint_io.newest_intact(folder / CHECKPOINTS)
+    stored = None if resume_from is None else checkpoint_io.load(resume_from)
+    start: Start | None = None
+    tokenizer_state = None
+    if cfg.init_from is not None:
+        if stored is None:
+            start = read_start(cfg.init_from)
+            tokenizer_state = start.tokenizer_state
+        else:
+            # The run has begun: it goes on with what it has, whatever became of its start.
+            tokenizer_state = stored.get("tokenizer")
+    data = build_data(cfg, tokenizer_state)
+    cfg, matched = match_reference(cfg, data.tokenizer.vocab_size)
+    module = build_module(cfg, data, asked=asked)
+    resume_step = None
+    if stored is not None:
+        resume_step = check_resumable(stored, module, source=resume_from)
+        log.info("Continuing %s from step %d.", folder, resume_step)
+    elif start is not None:
+        log.info("Starting from %s: %s.", start.path, start_from(module.model, start))
+    return Prepared(
+        cfg=cfg,
+        matched=matched,
+        data=data,
+        module=module,
+        resume_from=resume_from,
+        resume_step=resume_step,
+    )
+
+
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Run an experiment, or continue it where its folder holds a checkpoint.
 
@@ -274,37 +341,17 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     keep_freed_memory()
     set_threads(cfg.trainer.num_threads)
     folder = Path(cfg.paths.output_dir)
-    asked = cfg
-    resume_from = checkpoint_io.newest_intact(folder / CHECKPOINTS)
-    start: Start | None = None
-    tokenizer_state = None
-    if cfg.init_from is not None:
-        if resume_from is None:
-            start = read_start(cfg.init_from)
-            tokenizer_state = start.tokenizer_state
-        else:
-            # The run has begun: it goes on with what it has, whatever became of its start.
-            tokenizer_state = checkpoint_io.load(resume_from).get("tokenizer")
-    data = build_data(cfg, tokenizer_state)
-    cfg, matched = match_reference(cfg, data.tokenizer.vocab_size)
-    module = build_module(cfg, data)
-    # Stored is what was asked for: given again, it comes to the same layers and steps.
-    module.extra["config"] = OmegaConf.to_container(asked, resolve=True)
-    resume_step = None
-    if resume_from is not None:
-        resume_step = check_resumable(resume_from, module)
-        log.info("Continuing %s from step %d.", folder, resume_step)
-    elif start is not None:
-        log.info("Starting from %s: %s.", start.path, start_from(module.model, start))
+    run = prepare(cfg, folder)
+    data, module = run.data, run.module
     trainer = build_trainer(
-        cfg, resume_step=resume_step, may_skip=module.schedule.depth_ever_skipped
+        run.cfg, resume_step=run.resume_step, may_skip=module.schedule.depth_ever_skipped
     )
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(asked, folder / "config.yaml", resolve=True)
+        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
         data.tokenizer.save(folder)
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume_from)
+        trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
     except SystemExit as stop:  # how Lightning ends after Ctrl-C and SIGTERM
         signum = signal.SIGTERM if trainer.received_sigterm else signal.SIGINT
         raise Stopped(describe_interrupt(folder), signum) from stop
@@ -314,8 +361,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     summary = summarise(trainer, module, data)
     if cfg.init_from is not None:
         summary["init_from"] = str(cfg.init_from)
-    if matched is not None:
-        summary["compare"] = matched.to_dict()
+    if run.matched is not None:
+        summary["compare"] = run.matched.to_dict()
     if trainer.is_global_zero:
         write_summary(summary, folder / "summary.json")
         print_summary(summary, depth=module.model.depth)
@@ -360,26 +407,21 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     return metrics
 
 
-def check_resumable(path: Path, module: MTPModule) -> int:
+def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Path | None) -> int:
     """The step of a checkpoint, after making sure that it holds this very architecture.
 
     Raises:
         ValueError: it holds another one; the differing keys are named.
     """
-    checkpoint = checkpoint_io.load(path)
     wanted = module.model.config.to_dict()
     try:  # settings that are newer than the checkpoint had their defaults
         stored = ModelConfig.from_dict(checkpoint["model_config"]).to_dict()
     except ValueError:
         stored = checkpoint["model_config"]
-    differences = [
-        difference
-        for difference in describe_differences(stored, wanted)
-        if not difference.startswith(_NOT_ARCHITECTURE)
-    ]
+    differences = describe_differences(stored, wanted, ignore=_NOT_ARCHITECTURE)
     if differences:
         raise ValueError(
-            f"{path} holds another architecture than this config ({'; '.join(differences)}): "
+            f"{source} holds another architecture than this config ({'; '.join(differences)}): "
             "start in another run_dir, or go back to the settings that the run began with."
         )
     changed = describe_differences(checkpoint["config"], module.extra["config"])
@@ -391,11 +433,12 @@ def check_resumable(path: Path, module: MTPModule) -> int:
 def summarise(trainer: pl.Trainer, module: MTPModule, data: TokenDataModule) -> dict[str, Any]:
     """Everything a reader needs to compare this run with another."""
     config = module.model.config
-    (throughput,) = (c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    throughput = next((c.summary() for c in callbacks if isinstance(c, Throughput)), {})
     return {
         **module.validation,
         **{n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("decode/")},
-        **throughput.summary(),
+        **throughput,
         "step": trainer.global_step,
         "tokens": module.tokens,
         "flops": module.flops,

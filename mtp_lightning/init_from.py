@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from mtp_lightning import checkpoint_io
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.runs import describe_differences, find_checkpoint, load_weights, model_weights
+from mtp_lightning.runs import describe_differences, load_weights, model_weights, read_checkpoint
 
 # Settings of a trunk that say how it is trained or started, not what its weights compute.
 _FREE = {"init_std", "recompute"}
@@ -73,14 +72,8 @@ def read_start(path: str | Path) -> Start:
             f"init_from={path} is a folder of Hugging Face weights, which this version cannot "
             "start from: give the folder of a run, or one of its .ckpt files."
         )
-    file = find_checkpoint(path)
-    checkpoint = checkpoint_io.load(file)
-    missing = {"model_config", "state_dict", "tokenizer"} - checkpoint.keys()
-    if missing:
-        raise ValueError(
-            f"init_from={file} is not a checkpoint of this platform: it has no "
-            f"{', '.join(sorted(missing))}."
-        )
+    needs = ("model_config", "state_dict", "tokenizer")
+    file, checkpoint = read_checkpoint(path, needs=needs)
     return Start(
         path=file,
         config=ModelConfig.from_dict(checkpoint["model_config"]),
@@ -119,11 +112,8 @@ def start_from(model: MTPModel, start: Start) -> Inherited:
 
 
 def _check_trunk(path: Path, old: ModelConfig, wanted: ModelConfig) -> None:
-    differences = [
-        line
-        for line in describe_differences(old.to_dict()["trunk"], wanted.to_dict()["trunk"])
-        if line.split(":")[0] not in _FREE
-    ]
+    before, now = old.to_dict()["trunk"], wanted.to_dict()["trunk"]
+    differences = describe_differences(before, now, ignore=_FREE)
     if differences:
         raise ValueError(
             f"init_from={path} has another trunk than this run ({'; '.join(differences)}): "

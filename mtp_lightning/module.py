@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.lr_schedule import LRSchedule
-from mtp_lightning.metrics.rates import DepthRates
+from mtp_lightning.metrics.rates import DepthRates, bits_per_byte
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import Draw
 from mtp_lightning.objective.expert_balance import balance_experts
@@ -259,8 +259,3 @@ class MTPModule(pl.LightningModule):
         if grad_norm is not None:
             values["train/grad_norm"] = grad_norm
         self.log_dict(values)
-
-
-def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """Nats per token -> bits per byte of text, which compares across tokenizers."""
-    return loss / 0.6931471805599453 / bytes_per_token

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,6 +74,27 @@ def find_checkpoint(path: str | Path) -> Path:
     )
 
 
+def read_checkpoint(path: str | Path, *, needs: Collection[str]) -> tuple[Path, dict[str, Any]]:
+    """The file that :func:`find_checkpoint` finds, and what is in it.
+
+    Args:
+        path: a run folder or a checkpoint file.
+        needs: keys that must be in it.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: it is damaged, or was not written by this platform.
+    """
+    file = find_checkpoint(path)
+    checkpoint = checkpoint_io.load(file)
+    missing = set(needs) - checkpoint.keys()
+    if missing:
+        raise ValueError(
+            f"{file} is not a checkpoint of this platform: it has no {', '.join(sorted(missing))}."
+        )
+    return file, checkpoint
+
+
 def load_run(path: str | Path, *, device: torch.device | str = "cpu") -> LoadedRun:
     """Build the model of a run and load its weights.
 
@@ -84,13 +106,8 @@ def load_run(path: str | Path, *, device: torch.device | str = "cpu") -> LoadedR
         FileNotFoundError: no checkpoint there.
         ValueError: it is damaged, or was not written by this platform, or does not fit its config.
     """
-    file = find_checkpoint(path)
-    checkpoint = checkpoint_io.load(file)
-    missing = {"model_config", "state_dict", "tokenizer", "config"} - checkpoint.keys()
-    if missing:
-        raise ValueError(
-            f"{file} is not a checkpoint of this platform: it has no {', '.join(sorted(missing))}."
-        )
+    needs = ("model_config", "state_dict", "tokenizer", "config")
+    file, checkpoint = read_checkpoint(path, needs=needs)
     model = MTPModel(ModelConfig.from_dict(checkpoint["model_config"]))
     load_weights(model, model_weights(checkpoint), source=str(file))
     return LoadedRun(
@@ -129,12 +146,20 @@ def load_weights(model: MTPModel, weights: dict[str, torch.Tensor], *, source: s
     model.load_state_dict(weights)
 
 
-def describe_differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """The keys in which two nested configs differ: ``trunk.n_layers: 4 in one, 6 in the other``."""
+def describe_differences(
+    stored: dict[str, Any], wanted: dict[str, Any], *, ignore: Collection[str] = ()
+) -> list[str]:
+    """The keys in which two nested configs differ: ``trunk.n_layers: 4 -> 6``.
+
+    Args:
+        stored: one config.
+        wanted: the other.
+        ignore: keys, by their dotted names, that may differ.
+    """
     a, b = _flatten(stored), _flatten(wanted)
     return [
         f"{key}: {a.get(key, 'nothing')} -> {b.get(key, 'nothing')}"
-        for key in sorted(a.keys() | b.keys())
+        for key in sorted((a.keys() | b.keys()) - set(ignore))
         if a.get(key) != b.get(key)
     ]
 

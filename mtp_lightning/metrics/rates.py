@@ -9,6 +9,8 @@ Shapes: B batch, T positions, K depths (0 .. D), V vocabulary, P positions of on
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -110,6 +112,11 @@ class DepthRates(Metric):
             for k in range(1, self.depth + 1):
                 rates[f"{name}_depth_{k}"] = float(getattr(self, name)[k] / self.pairs[k])
         return rates
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Nats per token -> bits per byte of text, which compares across tokenizers."""
+    return loss / math.log(2) / bytes_per_token
 
 
 def _log_probs(h_PC: Tensor, weight_VC: Tensor) -> Tensor:

@@ -146,21 +146,6 @@ class MTPStack(nn.Module, ABC):
         return True
 
     @property
-    def independent(self) -> bool:
-        """Whether no depth reads another: each can then be trained by itself, one after another.
-
-        See ``objective/head_by_head.py``.
-        """
-        return False
-
-    def parameters_of(self, k: int) -> list[nn.Parameter]:
-        """The parameters of depth ``k`` of an ``independent`` stack."""
-        assert self.independent
-        depths = self.depths
-        assert isinstance(depths, nn.ModuleList)
-        return list(depths[k - 1].parameters())
-
-    @property
     def shares_hidden(self) -> bool:
         """Whether every depth's hidden state is the trunk's, so that logits are made once."""
         return False

@@ -15,9 +15,10 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from mtp_lightning.mtp.base import MTPConfig, MTPStack
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.independent import IndependentMTP
 from mtp_lightning.mtp.switches import Branch, Detach, branch_state
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -59,15 +60,13 @@ class LinearConfig(MTPConfig):
         return len(active) * 2 * trunk.d_model**2
 
 
-class LinearMTP(MTPStack):
+class LinearMTP(IndependentMTP):
     """D matrices side by side."""
 
     def __init__(self, config: LinearConfig, trunk: TrunkConfig) -> None:
-        super().__init__(config.depth)
+        heads = [Linear(trunk.d_model, trunk.d_model) for _ in range(config.depth)]
+        super().__init__(heads, detach=config.detach)
         self.config = config
-        self.depths = nn.ModuleList(
-            Linear(trunk.d_model, trunk.d_model) for _ in range(config.depth)
-        )
 
     @torch.no_grad()
     def initialise_own(self) -> None:
@@ -77,21 +76,6 @@ class LinearMTP(MTPStack):
     def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
         c = self.config
         return branch_state(trunk, output, branch=c.branch, input_norm="post", detach=c.detach)
-
-    @property
-    def independent(self) -> bool:
-        return True
-
-    @property
-    def reads_tokens(self) -> bool:
-        return False
-
-    @property
-    def trains_head(self) -> bool:
-        return self.config.detach != "all"
-
-    def steps(self, active: Sequence[int]) -> list[int]:
-        return sorted(active)
 
     def step(
         self,

@@ -14,7 +14,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.base import MTPConfig, MTPStack
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.independent import IndependentMTP
 from mtp_lightning.mtp.switches import Branch, Detach, InputNorm, branch_state
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
@@ -72,34 +73,19 @@ class ParallelHead(nn.Module):
         return self.norm(self.block(branch_BTC, positions))
 
 
-class ParallelMTP(MTPStack):
+class ParallelMTP(IndependentMTP):
     """D heads side by side."""
 
     def __init__(self, config: ParallelConfig, trunk: TrunkConfig) -> None:
-        super().__init__(config.depth)
+        heads = [ParallelHead(trunk) for _ in range(config.depth)]
+        super().__init__(heads, detach=config.detach)
         self.config = config
-        self.depths = nn.ModuleList(ParallelHead(trunk) for _ in range(config.depth))
 
     def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
         c = self.config
         return branch_state(
             trunk, output, branch=c.branch, input_norm=c.input_norm, detach=c.detach
         )
-
-    @property
-    def independent(self) -> bool:
-        return True
-
-    @property
-    def reads_tokens(self) -> bool:
-        return False
-
-    @property
-    def trains_head(self) -> bool:
-        return self.config.detach != "all"
-
-    def steps(self, active: Sequence[int]) -> list[int]:
-        return sorted(active)
 
     def step(
         self,

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_modules.windows import IGNORE_INDEX
 from mtp_lightning.nn.linear import matmul_transposed, weight_gradient
-
-IGNORED = -100
 
 # Numbers in one chunk of logits. On a CPU a chunk should stay in the cache between the passes
 # over it; on a GPU it must be large enough to fill the device. See benchmarks/head.py.
@@ -104,7 +103,7 @@ def add_depth(
         d_h = torch.empty_like(h_MC, dtype=h.dtype) if needs_hidden else None
         for place, chunk_RV in log_probs_by_chunk(h_MC, weight):
             target_R1 = targets_M[place].unsqueeze(-1)
-            valid_R1 = target_R1 != IGNORED
+            valid_R1 = target_R1 != IGNORE_INDEX
             target_R1 = target_R1.clamp(min=0)
             nll_R1 = -chunk_RV.gather(1, target_R1) * valid_R1
             sum_ += nll_R1.double().sum()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mtp_lightning.mtp.independent import IndependentMTP
 from mtp_lightning.nn.moe import collecting_balance_losses
 from mtp_lightning.objective.cross_entropy import DepthLoss, add_depth
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class _Work:
     model: MTPModel
+    stack: IndependentMTP
     reading: Reading
     # Depth -> targets and coefficient, depth 0 first.
     depths: dict[int, tuple[Tensor, float]]
@@ -72,7 +74,7 @@ def _one_head(
     )
     if d_hidden is None:
         return None, d_weight, []
-    own = work.model.mtp.parameters_of(k)
+    own = work.stack.parameters_of(k)
     # A head's own experts are balanced in the same backward pass.
     grads = torch.autograd.grad(
         [hidden, *balances],
@@ -145,7 +147,7 @@ def head_by_head_loss(
     """Depth 0 and the ``active`` depths, one after another, forward and backward.
 
     Args:
-        model: its stack is ``independent``.
+        model: its stack is an :class:`IndependentMTP`.
         reading: what :meth:`MTPModel.read` gave.
         active: MTP depths, in order.
         targets: of depth 0 and of the active depths, [B, T] each.
@@ -158,9 +160,10 @@ def head_by_head_loss(
         [1 + len(active)], fp64, without a gradient; both as
         :func:`~mtp_lightning.objective.cross_entropy.weighted_cross_entropy` gives them.
     """
-    assert model.mtp.independent
+    stack = model.mtp
+    assert isinstance(stack, IndependentMTP)
     depths = dict(zip((0, *active), zip(targets, coefficients, strict=True), strict=True))
-    work = _Work(model, reading, depths, torch.is_grad_enabled(), balance)
+    work = _Work(model, stack, reading, depths, torch.is_grad_enabled(), balance)
     # Only parameters that the pass uses: to the rest, autograd and data parallelism see no path.
-    parameters = [p for k in active for p in model.mtp.parameters_of(k)]
+    parameters = [p for k in active for p in stack.parameters_of(k)]
     return _HeadByHead.apply(work, model.head.weight, reading.final, reading.branch, *parameters)

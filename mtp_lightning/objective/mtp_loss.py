@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.base import Draw
+from mtp_lightning.mtp.independent import IndependentMTP
 from mtp_lightning.nn.moe import collecting_balance_losses
 from mtp_lightning.objective.cross_entropy import DepthLoss, weighted_cross_entropy
 from mtp_lightning.objective.head_by_head import head_by_head_loss
@@ -92,7 +93,7 @@ def _losses(
     if active and model.mtp.shares_hidden:
         hidden = model.read(batch, active).final
         return multi_target_cross_entropy(model.head.weight, hidden, targets, coefficients)
-    if active and model.mtp.independent:
+    if active and isinstance(model.mtp, IndependentMTP):
         reading = model.read(batch, active)
         return head_by_head_loss(model, reading, active, targets, coefficients, balance=balance)
     return _joint_loss(model, batch, active, targets, coefficients, draw)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_modules.windows import IGNORE_INDEX
 from mtp_lightning.nn.linear import matmul_transposed, weight_gradient
-from mtp_lightning.objective.cross_entropy import IGNORED, compute_dtype, log_probs_by_chunk
+from mtp_lightning.objective.cross_entropy import compute_dtype, log_probs_by_chunk
 
 
 class _MultiTarget(torch.autograd.Function):
@@ -42,7 +43,7 @@ class _MultiTarget(torch.autograd.Function):
                 ones, minus = [], []
                 for index, (target_M1, c) in enumerate(zip(flat, coefficients, strict=True)):
                     target_R1 = target_M1[place]
-                    valid_R1 = target_R1 != IGNORED
+                    valid_R1 = target_R1 != IGNORE_INDEX
                     ones.append(target_R1.clamp(min=0))
                     sums[index] -= (chunk_RV.gather(1, ones[-1]) * valid_R1).double().sum()
                     minus.append(valid_R1.to(chunk_RV.dtype).mul_(-c))
