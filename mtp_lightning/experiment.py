@@ -22,11 +22,12 @@ from mtp_lightning.callbacks.checkpoint_plugin import AtomicCheckpointIO
 from mtp_lightning.callbacks.precision_plugin import TokenDoublePrecision
 from mtp_lightning.callbacks.throughput import Throughput
 from mtp_lightning.cli import Stopped
+from mtp_lightning.decoding.measure import decoding_report
 from mtp_lightning.evaluation import evaluate_model
 from mtp_lightning.generation import print_sample
 from mtp_lightning.init_from import Start, read_start, start_from
 from mtp_lightning.metrics.rates import bits_per_byte
-from mtp_lightning.model import ModelConfig
+from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.module import MTPModule
 from mtp_lightning.nn.block import Block
 from mtp_lightning.runs import (
@@ -372,7 +373,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Teacher-forced metrics of a trained model, on its own validation text or on other data.
+    """Metrics of a trained model, on its own validation text or on other data: teacher-forced, and
+    of the decoding loop.
 
     Raises:
         ValueError: a damaged or foreign checkpoint, or data without a validation window.
@@ -393,6 +395,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     metrics = {
         **{f"val/{name}": value for name, value in rates.items()},
         "val/bits_per_byte": per_byte,
+        **evaluate_decoding(run.model, data, cfg.decode),
         "parameters": run.model.config.num_params(),
         "parameters_trunk": run.model.config.trunk.num_params(),
         "flops_per_token": run.model.config.flops_per_token(data.seq_len),
@@ -405,6 +408,28 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if cfg.output is not None:
         write_summary(metrics, Path(cfg.output))
     return metrics
+
+
+def evaluate_decoding(
+    model: MTPModel, data: TokenDataModule, settings: DictConfig
+) -> dict[str, float]:
+    """Acceptance and speed-up of the drafts, measured and expected; nothing without drafts.
+
+    Raises:
+        ValueError: settings out of range.
+    """
+    for key, least in (("n_prompts", 0), ("prompt_tokens", 1), ("new_tokens", 2)):
+        if not isinstance(settings[key], int) or settings[key] < least:
+            raise ValueError(f"decode.{key} must be at least {least}, not {settings[key]}.")
+    if not model.mtp.drafts or settings.n_prompts == 0:
+        return {}
+    try:
+        prompts = data.held_out_prompts(settings.n_prompts, settings.prompt_tokens)
+    except ValueError as error:  # the teacher-forced metrics are there all the same
+        log.warning("Nothing was decoded (%s): lower decode.n_prompts or prompt_tokens.", error)
+        return {}
+    report = decoding_report(model, prompts, new_tokens=settings.new_tokens)
+    return {f"decode/{name}": value for name, value in report.items()}
 
 
 def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Path | None) -> int:

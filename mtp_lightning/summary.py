@@ -38,6 +38,10 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
     for column in ("predicts", "loss", "accuracy", "agreement", "overlap"):
         rates.add_column(column, justify="left" if column == "predicts" else "right")
     rates.add_column("accepted", justify="right")
+    # Only evaluate.py looks for it: teacher-forced, on the text that the loop wrote.
+    expected = "decode/expected_tokens_per_step" in summary
+    if expected:
+        rates.add_column("agreement there", justify="right")
     for k in range(depth + 1):
         rates.add_row(
             "next token (depth 0)" if k == 0 else f"depth {k}",
@@ -47,6 +51,7 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
                 for name in ("accuracy", "agreement", "overlap")
             ),
             _number(summary.get(f"decode/acceptance_position_{k}"), "{:.1%}"),
+            *([_number(summary.get(f"decode/agreement_position_{k}"), "{:.1%}")] * expected),
         )
     cost = Table(title="Run", title_justify="left", show_header=False)
     cost.add_column("what")
@@ -54,7 +59,9 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
     for name, key, form in (
         ("bits per byte (depth 0)", "val/bits_per_byte", "{:.4f}"),
         ("tokens per verify pass", "decode/tokens_per_step", "{:.2f}"),
+        ("  expected from agreement there", "decode/expected_tokens_per_step", "{:.2f}"),
         ("decoding speed-up by drafts", "decode/speedup", "{:.2f}"),
+        ("  expected from that and the passes' cost", "decode/expected_speedup", "{:.2f}"),
         ("training tokens per second", "perf/tokens_per_second", "{:,.0f}"),
         ("training FLOP/s over the matmul rate", "perf/mfu", "{:.2f}"),
         ("parameters", "parameters", "{:,}"),

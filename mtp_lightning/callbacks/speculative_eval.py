@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 
-from data_modules.windows import WindowBatch
-from mtp_lightning.decoding import Generation, generate
+from mtp_lightning.decoding.measure import race, rates, require_same_greedy
 from mtp_lightning.model import MTPModel
 
 log = logging.getLogger(__name__)
-
-# Two tokens whose logits differ by less are a tie: rounding may choose either.
-_TIE = 1e-3
 
 
 class SpeculativeEval(Callback):
@@ -70,67 +64,19 @@ class SpeculativeEval(Callback):
             "tokenizer": data.tokenizer,
             "batch_size": 1,
         }
-        plain, plain_seconds = _timed(model, prompts, speculative=False, **options)
+        ways: dict[str, dict[str, Any]] = {"plain": {"speculative": False}}
+        if model.mtp.drafts:
+            ways["drafted"] = {}
+        run = race(model, prompts, ways, **options)
+        plain = run.outputs["plain"]
         text = f"{data.tokenizer.decode(prompts[0].tolist())}|{plain[0].text}"
         for logger in trainer.loggers:
             if hasattr(logger, "log_text"):
                 logger.log_text("decode/sample", text, trainer.global_step)
-        if not model.mtp.drafts:
+        if "drafted" not in ways:
             return
-        drafted, seconds = _timed(model, prompts, speculative=True, **options)
-        for prompt, expected, found in zip(prompts, plain, drafted, strict=True):
-            require_same_greedy(model, prompt.tolist(), expected.token_ids, found.token_ids)
-        values = rates(drafted)
-        values["decode/speedup"] = plain_seconds / seconds
-        pl_module.log_dict(values, rank_zero_only=True)
-
-
-def rates(generations: list[Generation]) -> dict[str, float]:
-    """Acceptance by position and tokens per step, pooled over the generations."""
-    accepted = torch.tensor([g.drafts_accepted for g in generations]).sum(0)
-    reached = torch.tensor([g.drafts_reached for g in generations]).sum(0)
-    values = {
-        f"decode/acceptance_position_{j}": float(a / n)
-        for j, (a, n) in enumerate(zip(accepted, reached, strict=True), start=1)
-        if n
-    }
-    passes = sum(g.verify_passes for g in generations)
-    if passes:
-        emitted = sum(g.tokens_per_step * g.verify_passes for g in generations)
-        values["decode/tokens_per_step"] = emitted / passes
-    return values
-
-
-def require_same_greedy(
-    model: MTPModel, prompt: list[int], expected: list[int], found: list[int]
-) -> None:
-    """Drafts must not change what is said.
-
-    Raises:
-        RuntimeError: the outputs differ where the model was not undecided between two tokens.
-    """
-    if expected == found:
-        return
-    pairs = enumerate(zip(expected, found, strict=False))
-    at = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(found)))
-    if at < min(len(expected), len(found)):
-        # One row is enough, read as in training; the tokens that pad it are never looked at.
-        read = torch.tensor([prompt + expected[:at] + [0] * (model.depth + 1)])
-        with torch.inference_mode():
-            batch = WindowBatch(read.to(model.head.weight.device), model.depth)
-            logits = model.head(model(batch, ())[0][0, -1]).float()
-        if abs(float(logits[expected[at]] - logits[found[at]])) < _TIE:
-            return
-    raise RuntimeError(
-        f"Speculative greedy decoding differs from plain decoding at new token {at} after the "
-        f"prompt {prompt}: {expected[at : at + 4]} against {found[at : at + 4]}. This is a "
-        "defect in the decoder: please report it with the checkpoint."
-    )
-
-
-def _timed(
-    model: MTPModel, prompts: list[torch.Tensor], **options: Any
-) -> tuple[list[Generation], float]:
-    began = time.perf_counter()
-    generations = generate(model, prompts, **options)
-    return generations, time.perf_counter() - began
+        drafted = run.outputs["drafted"]
+        require_same_greedy(model, prompts, plain, drafted)
+        values = {**rates(drafted), "speedup": run.speedup("drafted")}
+        tagged = {f"decode/{name}": value for name, value in values.items()}
+        pl_module.log_dict(tagged, rank_zero_only=True)

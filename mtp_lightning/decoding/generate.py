@@ -8,8 +8,8 @@ print(generate(model, [prompt], max_new_tokens=100, tokenizer=tokenizer)[0].text
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -115,7 +115,7 @@ def generate(
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), packed_weights(model), _eager(model):
+        with eager_decoding(model):
             for start in range(0, len(ids), max(size, 1)):
                 indices = range(start, min(start + size, len(ids)))
                 _decode({i: ids[i] for i in indices}, model, options, done)
@@ -191,10 +191,16 @@ def _decode(
             finish()
 
 
-def _eager(model: MTPModel) -> AbstractContextManager[Any]:
-    """Leave what was compiled for training alone: passes of ever other sizes would be compiled."""
+@contextmanager
+def eager_decoding(model: MTPModel) -> Iterator[None]:
+    """How passes of a :class:`Session` run: without autograd, with packed weights, uncompiled.
+
+    What was compiled for training is left alone: passes of ever other sizes would be compiled.
+    """
     compiled = any(m._compiled_call_impl is not None for m in model.modules())
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with torch.inference_mode(), packed_weights(model), stance:
+        yield
 
 
 def _kept(limit: int) -> int:

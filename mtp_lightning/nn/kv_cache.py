@@ -103,10 +103,11 @@ class KVCache:
         self.tables = tables
         self.exact = exact and tables.device.type == "cpu"
         self.n_kv_heads = config.n_kv_heads
-        self.grouped = config.n_heads != config.n_kv_heads
         latent = config.latent_attention
-        # Latent attention keeps one vector a token, which is key and value at once: see nn/mla.py.
+        # Latent attention keeps one vector a token, which is key and value at once, of all heads:
+        # see nn/mla.py.
         self.shared = latent is not None
+        self.grouped = config.n_heads != (1 if self.shared else config.n_kv_heads)
         assert config.d_head is not None
         entry = (1, latent.d_cached) if latent else (2 * config.n_kv_heads, config.d_head)
         shape = (batch_size, tables.capacity, *entry)

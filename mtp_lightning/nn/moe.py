@@ -28,6 +28,10 @@ from mtp_lightning.nn.experts import Experts
 from mtp_lightning.nn.feed_forward import FeedForward
 from mtp_lightning.nn.linear import Linear
 
+# Up to this many tokens, those of a verify pass, a token's numbers must be the same bits however
+# many others are computed with it: see KVCache.attend.
+_FEW_TOKENS = 64
+
 _counting: ContextVar[bool] = ContextVar("counting", default=True)
 _collected: ContextVar[list[Tensor] | None] = ContextVar("collected", default=None)
 
@@ -106,7 +110,12 @@ class Router(Linear):
     def forward(self, x_MC: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """[M, C] -> affinities [M, E], chosen experts [M, top_k] and their gates [M, top_k]."""
         with torch.autocast(x_MC.device.type, enabled=False):
-            scores_ME = super().forward(x_MC.to(self.weight.dtype)).sigmoid()
+            logits_ME = super().forward(x_MC.to(self.weight.dtype))
+            if self.training or logits_ME.shape[0] > _FEW_TOKENS:
+                scores_ME = logits_ME.sigmoid()
+            else:
+                # Within a row of its own: the last of a tensor's numbers are rounded otherwise.
+                scores_ME = torch.cat([row.sigmoid() for row in logits_ME.split(1)])
         chosen_MK = self.choose(scores_ME.detach())
         gates_MK = scores_ME.gather(1, chosen_MK)
         gates_MK = gates_MK / (gates_MK.sum(-1, keepdim=True) + 1e-20) * self.config.scaling
@@ -117,7 +126,7 @@ class Router(Linear):
 
     @torch.no_grad()
     def choose(self, scores_ME: Tensor) -> Tensor:
-        """The experts [M, top_k] of every token, in no order."""
+        """The experts [M, top_k] of every token; in training, in no order."""
         biased_ME = scores_ME + self.expert_bias
         c = self.config
         if c.n_groups > 1:
@@ -126,7 +135,8 @@ class Router(Linear):
             shut = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=scores_ME.device)
             shut.scatter_(1, best, False)
             biased_ME = grouped.masked_fill(shut.unsqueeze(-1), -torch.inf).flatten(1)
-        return biased_ME.topk(c.top_k, dim=-1, sorted=False).indices
+        # Unsorted, their order depends on the number of tokens, and the gates' rounding on that.
+        return biased_ME.topk(c.top_k, dim=-1, sorted=not self.training).indices
 
     @torch.no_grad()
     def _count(self, chosen_MK: Tensor) -> None:

@@ -12,21 +12,32 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
+from tests.deepseek import trunk as deepseek_trunk
 
 VOCAB = 37
 
 
 def small_model(
-    seed: int, depth: int, *, vocab: int = VOCAB, kv: int = 2, stack=SequentialConfig, **mtp
+    seed: int,
+    depth: int,
+    *,
+    vocab: int = VOCAB,
+    kv: int = 2,
+    deepseek: bool = False,
+    stack=SequentialConfig,
+    **mtp,
 ) -> MTPModel:
     """A random model of two layers; its norm gains are random too, so that none can be skipped.
 
     The weights are large and the head is not tied, or greedy text would be one token for ever.
+    With ``deepseek``, latent attention and experts, in the modules' blocks too.
     """
-    trunk = TrunkConfig(
-        vocab_size=vocab, d_model=32, n_layers=2, n_heads=4, n_kv_heads=kv, d_ff=48,
-        tie_embeddings=False, init_std=0.3,
-    )  # fmt: skip
+    shape = {"vocab_size": vocab, "d_model": 32, "d_ff": 48, "tie_embeddings": False}
+    if deepseek:
+        experts = {"n_routed": 16, "top_k": 4, "first_k_dense": 0}
+        trunk = deepseek_trunk(n_layers=2, init_std=0.3, experts=experts, **shape)
+    else:
+        trunk = TrunkConfig(n_layers=2, n_heads=4, n_kv_heads=kv, init_std=0.3, **shape)
     config = stack(depth=depth, **mtp) if depth else NoMTPConfig()
     model = MTPModel(ModelConfig(trunk=trunk, mtp=config))
     model.initialise(seed)

@@ -46,10 +46,12 @@ def test_plain_equals_decoding_without_a_cache():
         assert plain(model, [prompt]) == [uncached(model, prompt, NEW)]
 
 
+@pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
 @pytest.mark.parametrize("seed", range(20))
-def test_speculative_equals_plain(seed, monkeypatch):
+def test_speculative_equals_plain(seed, deepseek, monkeypatch):
     depth = 1 + seed % 4
-    model = small_model(seed, depth, kv=(1, 2, 4)[seed % 3], **VARIANTS[seed // 4])
+    trunk = {"deepseek": True} if deepseek else {"kv": (1, 2, 4)[seed % 3]}
+    model = small_model(seed, depth, **trunk, **VARIANTS[seed // 4])
     prompts = random_prompts(seed, LENGTHS)
     expected = plain(model, prompts)
     assert max(len(set(tokens)) for tokens in expected) > 3  # no trivial text
@@ -70,14 +72,15 @@ def test_speculative_equals_plain(seed, monkeypatch):
                 assert alone.token_ids == tokens
 
 
+@pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_verify_pass_gives_the_bits_of_single_passes(threads):
+def test_a_verify_pass_gives_the_bits_of_single_passes(threads, deepseek):
     """So no near-tie can ever be decided otherwise than by plain decoding."""
     from mtp_lightning.nn.linear import _ONEDNN, packed_weights
 
     if not _ONEDNN:
         pytest.skip("needs oneDNN's AVX-512 kernels")
-    model = small_model(3, 2)
+    model = small_model(3, 2, deepseek=deepseek)
     (tokens,) = random_prompts(3, (40,))
     torch.set_num_threads(threads)
     try:
@@ -101,7 +104,9 @@ def test_a_verify_pass_gives_the_bits_of_single_passes(threads):
     ("depth", "drafted", "mtp"),
     [
         (3, 3, {}),
+        (3, 3, {"deepseek": True}),
         (2, 4, {"share_layers": True}),
+        (2, 3, {"share_layers": True, "deepseek": True}),
         (2, 2, {"branch": "before_last"}),
         (3, 3, {"stack": ParallelConfig}),
         (2, 2, {"stack": LinearConfig}),

@@ -1,0 +1,259 @@
+"""What drafts bring: acceptance and speed of the real loop, and what teacher forcing and the costs
+of single passes say that they should be.
+
+Shapes: B rows, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.decoding.generate import Prompt, eager_decoding, generate
+from mtp_lightning.decoding.row import Generation
+from mtp_lightning.decoding.session import Session
+from mtp_lightning.model import MTPModel
+
+# Two tokens whose logits differ by less are a tie: rounding may choose either.
+_TIE = 1e-3
+
+
+@dataclass(frozen=True)
+class Race:
+    """The same prompts decoded in several ways, in turn, so that a busy neighbour hits all alike.
+
+    Attributes:
+        outputs: the generations of every way.
+        seconds: wall-clock of every repeat.
+    """
+
+    outputs: dict[str, list[Generation]]
+    seconds: dict[str, list[float]]
+
+    def speedup(self, name: str, over: str = "plain") -> float:
+        """Median over the repeats of one way's seconds over another's."""
+        pairs = zip(self.seconds[over], self.seconds[name], strict=True)
+        return median(slow / fast for slow, fast in pairs)
+
+
+def race(
+    model: MTPModel,
+    prompts: Sequence[Prompt],
+    ways: Mapping[str, Mapping[str, Any]],
+    *,
+    repeats: int = 1,
+    **options: Any,
+) -> Race:
+    """Decode ``prompts`` in several ways.
+
+    Args:
+        model: any variant.
+        prompts: token ids.
+        ways: name -> options of :func:`generate` that differ.
+        repeats: rounds in which every way has its turn.
+        options: of :func:`generate`, for all.
+    """
+    outputs: dict[str, list[Generation]] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, own in ways.items():
+            began = time.perf_counter()
+            outputs[name] = generate(model, prompts, **options, **own)
+            seconds[name].append(time.perf_counter() - began)
+    return Race(outputs, seconds)
+
+
+def rates(generations: Sequence[Generation]) -> dict[str, float]:
+    """``acceptance_position_j`` and ``tokens_per_step`` of the loop, pooled over generations.
+
+    Acceptance is conditional: drafts accepted at position j / drafts that reached it. Tokens per
+    step are the tokens emitted by verify passes / verify passes, the model's own token included.
+    """
+    accepted = torch.tensor([g.drafts_accepted for g in generations]).sum(0)
+    reached = torch.tensor([g.drafts_reached for g in generations]).sum(0)
+    values = {
+        f"acceptance_position_{j}": float(a / n)
+        for j, (a, n) in enumerate(zip(accepted, reached, strict=True), start=1)
+        if n
+    }
+    passes = sum(g.verify_passes for g in generations)
+    if passes:
+        emitted = sum(g.tokens_per_step * g.verify_passes for g in generations)
+        values["tokens_per_step"] = emitted / passes
+    return values
+
+
+@torch.inference_mode()
+def teacher_forced_rates(
+    model: MTPModel, prompts: Sequence[Prompt], generations: Sequence[Generation]
+) -> dict[str, float]:
+    """The rates of :func:`rates`, expected from one teacher-forced pass over greedy texts.
+
+    At every position of a continuation the depths predict the tokens that the model itself then
+    chose. ``agreement_position_j`` is conditional, as acceptance is: the share right at depth j
+    where all shallower depths are. ``expected_tokens_per_step`` is 1 + the mean number of depths
+    that are right before the first wrong one. The loop stands at some of these positions only, so
+    the two differ a little; more than a few points is a defect of one of them.
+
+    Args:
+        model: in evaluation mode.
+        prompts: token ids.
+        generations: their greedy continuations.
+    """
+    depth = model.depth
+    reached, right = torch.zeros(depth), torch.zeros(depth)
+    for prompt, generation in zip(prompts, generations, strict=True):
+        text = torch.tensor([*map(int, prompt), *generation.token_ids])
+        # Of a depth's positions those count whose target and all deeper ones' are in the text.
+        first, end = len(prompt) - 1, len(text) - depth - 1
+        if end <= first:
+            continue
+        padded = torch.cat((text, text.new_zeros(depth + 1))).unsqueeze(0)
+        batch = WindowBatch(padded.to(model.head.weight.device), depth)
+        hidden = model(batch)
+        still = torch.ones(end - first, dtype=torch.bool)
+        for k in range(1, depth + 1):
+            choice_P = model.head(hidden[k][0, first:end]).argmax(-1).cpu()
+            reached[k - 1] += still.sum()
+            still &= choice_P == text[first + k + 1 : end + k + 1]
+            right[k - 1] += still.sum()
+    values = {
+        f"agreement_position_{j}": float(a / n)
+        for j, (a, n) in enumerate(zip(right, reached, strict=True), start=1)
+        if n
+    }
+    if depth and reached[0]:
+        values["expected_tokens_per_step"] = 1 + float(right.sum() / reached[0])
+    return values
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """Median seconds of single passes.
+
+    Attributes:
+        verify: of the trunk over 1 .. D + 1 tokens a row, the head and the choice included.
+        draft: of depths 1 .. D, likewise.
+    """
+
+    verify: list[float]
+    draft: list[float]
+
+    def speedup(self, tokens_per_step: float) -> float:
+        """What drafting D tokens brings over plain decoding if nothing else took time."""
+        return tokens_per_step * self.verify[0] / (self.verify[-1] + sum(self.draft))
+
+
+def pass_costs(
+    model: MTPModel, prompt: Sequence[int], *, batch: int = 1, repeats: int = 60
+) -> PassCosts:
+    """Time the passes that a round of decoding consists of.
+
+    Args:
+        model: in evaluation mode.
+        prompt: what every row has read.
+        batch: rows.
+        repeats: timed calls of each.
+    """
+    with eager_decoding(model):
+        session = Session(model, [prompt] * batch, capacity=len(prompt) + 64, max_draft=model.depth)
+        session.prefill([len(prompt)] * batch)
+
+        def verify(n_drafts: int) -> list[list[int]]:
+            return session.verify(n_drafts).argmax(-1).tolist()
+
+        def draft(k: int) -> None:
+            # As after a round that accepted about half: two positions to bring up to date.
+            session.filled[k] = [n - max(2, k) for n in session.n]
+            session.put(session.draft(k).argmax(-1, keepdim=True), k)
+
+        verify_seconds = [_seconds(partial(verify, m), repeats) for m in range(model.depth + 1)]
+        draft_seconds = []
+        for k in range(1, model.depth + 1):
+            session.draft(k)  # all that it has to catch up with
+            draft_seconds.append(_seconds(partial(draft, k), repeats))
+    return PassCosts(verify_seconds, draft_seconds)
+
+
+def _seconds(call: Callable[[], Any], repeats: int) -> float:
+    times = []
+    warm_up = 10
+    for _ in range(warm_up + repeats):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return median(times[warm_up:])
+
+
+def decoding_report(
+    model: MTPModel, prompts: Sequence[Tensor], *, new_tokens: int, repeats: int = 3
+) -> dict[str, float]:
+    """Drafting measured and expected, on the same greedy texts, one prompt at a time.
+
+    Returns:
+        The values of :func:`rates` and :func:`teacher_forced_rates`, ``speedup`` (wall-clock over
+        plain decoding) and ``expected_speedup`` (from ``expected_tokens_per_step`` and
+        :func:`pass_costs`).
+
+    Raises:
+        RuntimeError: drafts changed what is said.
+        ValueError: the model does not draft.
+    """
+    model.mtp.require_drafts()
+    ways: dict[str, dict[str, Any]] = {"plain": {"speculative": False}, "drafted": {}}
+    options = {"max_new_tokens": new_tokens, "batch_size": 1}
+    run = race(model, prompts, ways, repeats=repeats, **options)
+    plain, drafted = run.outputs["plain"], run.outputs["drafted"]
+    require_same_greedy(model, prompts, plain, drafted)
+    values = rates(drafted) | teacher_forced_rates(model, prompts, plain)
+    values["speedup"] = run.speedup("drafted")
+    if "expected_tokens_per_step" in values:
+        half = [*prompts[0].tolist(), *plain[0].token_ids[: new_tokens // 2]]
+        costs = pass_costs(model, half)
+        values["expected_speedup"] = costs.speedup(values["expected_tokens_per_step"])
+    return values
+
+
+def require_same_greedy(
+    model: MTPModel,
+    prompts: Sequence[Prompt],
+    plain: Sequence[Generation],
+    drafted: Sequence[Generation],
+) -> None:
+    """Drafts must not change what is said.
+
+    Raises:
+        RuntimeError: the outputs differ where the model was not undecided between two tokens.
+    """
+    for prompt, a, b in zip(prompts, plain, drafted, strict=True):
+        _require_same(model, list(map(int, prompt)), a.token_ids, b.token_ids)
+
+
+def _require_same(
+    model: MTPModel, prompt: list[int], expected: list[int], found: list[int]
+) -> None:
+    if expected == found:
+        return
+    pairs = enumerate(zip(expected, found, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(found)))
+    if at < min(len(expected), len(found)):
+        # One row is enough, read as in training; the tokens that pad it are never looked at.
+        read = torch.tensor([prompt + expected[:at] + [0] * (model.depth + 1)])
+        with torch.inference_mode():
+            batch = WindowBatch(read.to(model.head.weight.device), model.depth)
+            logits = model.head(model(batch, ())[0][0, -1]).float()
+        if abs(float(logits[expected[at]] - logits[found[at]])) < _TIE:
+            return
+    raise RuntimeError(
+        f"Speculative greedy decoding differs from plain decoding at new token {at} after the "
+        f"prompt {prompt}: {expected[at : at + 4]} against {found[at : at + 4]}. This is a "
+        "defect in the decoder: please report it with the checkpoint."
+    )

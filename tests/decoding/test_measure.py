@@ -1,0 +1,180 @@
+"""Rates and speed of drafting: what is counted, what is expected, and that defects are loud."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.decoding import Generation, generate
+from mtp_lightning.decoding.measure import (
+    PassCosts,
+    Race,
+    decoding_report,
+    pass_costs,
+    race,
+    rates,
+    require_same_greedy,
+    teacher_forced_rates,
+)
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.config import TrunkConfig
+from tests.decoding.models import random_prompts, small_model, teacher_forced
+
+
+def generation(accepted: list[int], reached: list[int], passes: int, new: int) -> Generation:
+    return Generation(
+        token_ids=[0] * new,
+        text=None,
+        finish_reason="length",
+        new_tokens=new,
+        seconds=1.0,
+        tokens_per_second=float(new),
+        verify_passes=passes,
+        tokens_per_step=(new - 1) / passes,
+        acceptance=[a / r for a, r in zip(accepted, reached, strict=True)],
+        drafts_accepted=accepted,
+        drafts_reached=reached,
+        accepted_mask=[False] * new,
+    )
+
+
+def test_rates_are_pooled_not_averaged() -> None:
+    found = rates([generation([9, 3], [10, 9], 10, 23), generation([0, 0], [2, 1], 2, 3)])
+    assert found["acceptance_position_1"] == pytest.approx(9 / 12)
+    assert found["acceptance_position_2"] == pytest.approx(3 / 10)
+    assert found["tokens_per_step"] == pytest.approx((22 + 2) / 12)
+
+
+def test_a_race_is_judged_by_its_median_pair() -> None:
+    run = Race({}, {"plain": [2.0, 9.0, 3.0], "drafted": [1.0, 1.0, 2.0]})
+    assert run.speedup("drafted") == 2.0
+    assert run.speedup("plain", over="drafted") == 0.5
+
+
+def test_costs_bound_the_speedup() -> None:
+    costs = PassCosts(verify=[4.0, 5.0, 6.0], draft=[1.0, 1.0])
+    assert costs.speedup(3.0) == pytest.approx(3 * 4 / (6 + 2))
+    measured = pass_costs(small_model(0, 2), [1, 2, 3], repeats=2)
+    assert len(measured.verify) == 3 and len(measured.draft) == 2
+    assert min(*measured.verify, *measured.draft) > 0
+
+
+@pytest.mark.parametrize("share_layers", [False, True])
+def test_teacher_forced_rates_are_those_of_drafting_everywhere(share_layers: bool) -> None:
+    """Against drafting from every position by itself, without a cache; three tokens in all, so that
+    random modules are often right."""
+    model = small_model(3, 3, vocab=3, share_layers=share_layers)
+    prompts = random_prompts(3, (4, 1, 9), vocab=3)
+    texts = generate(model, prompts, max_new_tokens=30, speculative=False)
+    right, reached, passes = [0] * 3, [0] * 3, 0
+    for prompt, text in zip(prompts, texts, strict=True):
+        tokens = [*prompt, *text.token_ids]
+        for pending in range(len(prompt), len(tokens) - 3):
+            passes += 1
+            held = tokens[: pending + 1]
+            for k in range(1, 4):
+                reached[k - 1] += 1
+                draft = int(teacher_forced(model, held, k)[k][-1].argmax())
+                if draft != tokens[pending + k]:
+                    break
+                right[k - 1] += 1
+                held.append(draft)
+    found = teacher_forced_rates(model, prompts, texts)
+    assert found.pop("expected_tokens_per_step") == pytest.approx(1 + sum(right) / passes)
+    expected = {f"agreement_position_{j + 1}": right[j] / reached[j] for j in range(3)}
+    assert found == pytest.approx(expected)
+    assert 0 < expected["agreement_position_2"] < 1
+
+
+def test_nothing_is_expected_of_texts_that_are_too_short() -> None:
+    model = small_model(3, 2)
+    texts = generate(model, [[1, 2]], max_new_tokens=2)
+    assert teacher_forced_rates(model, [[1, 2]], texts) == {}
+
+
+def test_acceptance_and_agreement_of_a_trained_model_are_close() -> None:
+    """And shifting the drafts' targets by one makes both collapse."""
+    found = decoding_report(trained(shift=0), counting_prompts(), new_tokens=40, repeats=1)
+    assert found["acceptance_position_1"] > 0.9
+    for j in (1, 2):
+        gap = found[f"acceptance_position_{j}"] - found[f"agreement_position_{j}"]
+        assert abs(gap) < 0.05
+    assert found["tokens_per_step"] == pytest.approx(found["expected_tokens_per_step"], abs=0.15)
+    assert found["speedup"] > 0 and found["expected_speedup"] > 0
+
+    shifted = decoding_report(trained(shift=1), counting_prompts(), new_tokens=40, repeats=1)
+    assert shifted["acceptance_position_1"] < 0.2 and shifted["agreement_position_1"] < 0.2
+
+
+def counting_prompts() -> list[torch.Tensor]:
+    return [torch.arange(start, start + 6) % 12 for start in range(3)]
+
+
+def trained(*, shift: int) -> MTPModel:
+    """Counts modulo 12; the modules' targets lie ``shift`` further on than they should."""
+    trunk = TrunkConfig(vocab_size=12, d_model=32, n_layers=2, n_heads=2, n_kv_heads=2, d_ff=48)
+    model = MTPModel(ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=2)))
+    model.initialise(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        starts = torch.randint(0, 12, (8, 1), generator=generator)
+        batch = WindowBatch((starts + torch.arange(16 + 3)) % 12, 2)
+        hidden = model(batch)
+        loss = sum(
+            torch.nn.functional.cross_entropy(
+                model.head(hidden[k]).flatten(0, 1),
+                (batch.targets(k) + (shift if k else 0)).flatten() % 12,
+            )
+            for k in range(3)
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_every_way_of_a_race_decodes_the_same_prompts() -> None:
+    model = small_model(1, 2)
+    prompts = random_prompts(1, (3, 5))
+    ways = {"plain": {"speculative": False}, "drafted": {}, "auto": {"draft_depth": "auto"}}
+    run = race(model, prompts, ways, repeats=2, max_new_tokens=6)
+    assert run.outputs.keys() == run.seconds.keys() == ways.keys()
+    assert all(len(seconds) == 2 for seconds in run.seconds.values())
+    texts = [[g.token_ids for g in run.outputs[way]] for way in ways]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_wrong_token_is_a_defect() -> None:
+    model = small_model(0, 2)
+    prompt = [1, 2, 3]
+    (right,) = generate(model, [prompt], max_new_tokens=8, speculative=False)
+    require_same_greedy(model, [prompt], [right], [replace(right)])
+    wrong = list(right.token_ids)
+    wrong[4] = (wrong[4] + 1) % 37
+    with pytest.raises(RuntimeError, match="at new token 4 after the prompt"):
+        require_same_greedy(model, [prompt], [right], [replace(right, token_ids=wrong)])
+    short = replace(right, token_ids=right.token_ids[:-1])
+    with pytest.raises(RuntimeError, match="at new token 7"):
+        require_same_greedy(model, [prompt], [right], [short])
+
+
+def test_a_tie_is_none(tiny_trunk: TrunkConfig) -> None:
+    """Where two tokens have the same logit, rounding may choose either."""
+    model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=SequentialConfig(depth=2)))
+    model.initialise(0)
+    prompt = [1, 2, 3]
+    (right,) = generate(model, [prompt], max_new_tokens=4, speculative=False)
+    chosen = right.token_ids[2]
+    twin = (chosen + 1) % 37
+    with torch.no_grad():
+        model.trunk.embedding.weight[twin] = model.trunk.embedding.weight[chosen]
+    (again,) = generate(model, [prompt], max_new_tokens=4, speculative=False)
+    at = next(i for i, token in enumerate(again.token_ids) if token in (chosen, twin))
+    other = list(again.token_ids)
+    other[at] = chosen if other[at] == twin else twin
+    require_same_greedy(model, [prompt], [again], [replace(again, token_ids=other)])
