@@ -1,44 +1,43 @@
-"""Decoding speed: plain against speculative, and what the difference could be at most.
+"""Decoding speed: plain against speculative, what the difference could be at most, and
+transformers with the same weights.
 
-    python -m benchmarks.decode                          # trains a small model on bytes first
+    python -m benchmarks.decode                          # trains two small models on bytes first
     python -m benchmarks.decode --checkpoint FILE        # a checkpoint of train.py, or a run folder
 
 Every comparison is of the same greedy tokens, which is checked. ``possible`` is the speed-up that
-tokens_per_step and the measured cost of one verify and one draft pass allow; ``share`` is how much
-of it is reached. Times are medians.
+tokens_per_step and the measured cost of verify and draft passes allow; ``share`` is how much of it
+is reached. ``against_single`` is a batch's tokens/s over those of its prompts one by one. Times are
+medians, ratios medians of pairs. transformers (extra ``hf``) decodes models with a DeepSeek-V3
+trunk and sequential modules, one prompt at a time, as its ``use_mtp=True`` does.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sysconfig
+import tempfile
 import time
-from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from benchmarks import common
+from data_modules.tokenizers.byte import ByteTokenizer
 from data_modules.windows import WindowBatch
-from mtp_lightning.decoding import Generation, generate
-from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.measure import pass_costs, race, rates
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.linear import packed_weights
+from mtp_lightning.nn.deepseek_config import ExpertsConfig, LatentAttentionConfig
 from mtp_lightning.objective.mtp_loss import mtp_loss
 
-
-def library_bytes(limit: int = 2_000_000) -> torch.Tensor:
-    """The standard library's sources as byte ids."""
-    text = b""
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        text += path.read_bytes() + b"\n"
-        if len(text) > limit:
-            break
-    return torch.tensor(list(text[:limit]))
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {"speculative": False},
+    "speculative": {},
+    "auto": {"draft_depth": "auto"},
+}
 
 
 def train(model: MTPModel, tokens: torch.Tensor, *, seconds: float, seq_len: int = 128) -> float:
@@ -61,156 +60,195 @@ def train(model: MTPModel, tokens: torch.Tensor, *, seconds: float, seq_len: int
     return float(loss.detach())
 
 
-def built_in_model(vocab_size: int) -> MTPModel:
-    """d_model 256, 6 layers, D = 2."""
-    trunk = TrunkConfig(
-        vocab_size=vocab_size, d_model=256, n_layers=6, n_heads=4, n_kv_heads=4, d_ff=704
-    )
+def byte_model(*, deepseek: bool) -> MTPModel:
+    """A trunk of 6 blocks with D = 2: dense, 256 wide, or DeepSeek-V3's, 128 wide."""
+    if deepseek:
+        trunk = TrunkConfig(
+            vocab_size=257, d_model=128, n_layers=6, n_heads=4, n_kv_heads=4, d_ff=384,
+            latent_attention=LatentAttentionConfig(
+                q_rank=None, kv_rank=32, d_nope=32, d_rope=16, d_value=32
+            ),
+            experts=ExpertsConfig(
+                n_routed=16, n_shared=1, top_k=2, d_expert=96, first_k_dense=1, n_groups=1,
+                top_groups=1, scaling=1.0,
+            ),
+        )  # fmt: skip
+    else:
+        trunk = TrunkConfig(
+            vocab_size=257, d_model=256, n_layers=6, n_heads=4, n_kv_heads=4, d_ff=704
+        )
     model = MTPModel(ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=2)))
     model.initialise(0)
-    return model
-
-
-def load(path: Path, text: torch.Tensor) -> tuple[MTPModel, torch.Tensor]:
-    """A trained model, and the text as its tokenizer has it."""
-    from data_modules.tokenizers import tokenizer_from_state
-    from mtp_lightning.runs import load_run
-
-    run = load_run(path)
-    tokenizer = tokenizer_from_state(run.tokenizer_state)
-    ids = tokenizer.encode(bytes(text.tolist()).decode(errors="replace"))
-    return run.model, torch.as_tensor(ids, dtype=torch.int64)
-
-
-def microseconds(call: Callable[[], Any], *, repeats: int = 60) -> float:
-    """Median time of a call."""
-    times = []
-    for _ in range(repeats + 10):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1e6 * median(times[10:])
-
-
-def pass_costs(model: MTPModel, prompt: list[int], batch: int) -> dict[str, list[float]]:
-    """Microseconds of a verify pass of 1 .. D + 1 tokens, and of every depth's draft step."""
-    with torch.inference_mode(), packed_weights(model):
-        session = Session(model, [prompt] * batch, capacity=len(prompt) + 64, max_draft=model.depth)
-        session.prefill([len(prompt)] * batch)
-        verify = [
-            microseconds(lambda m=m: session.verify(m).argmax(-1).tolist())
-            for m in range(model.depth + 1)
-        ]
-        draft = []
-        for k in range(1, model.depth + 1):
-            session.draft(k)
-
-            def step(k: int = k) -> None:
-                # As after a round that accepted about half: two positions to bring up to date.
-                session.filled[k] = [n - max(2, k) for n in session.n]
-                session.put(session.draft(k).argmax(-1, keepdim=True), k)
-
-            draft.append(microseconds(step))
-    return {"verify_us": verify, "draft_us": draft}
+    return model.eval()
 
 
 def measure(
     model: MTPModel, prompts: list[list[int]], *, new_tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """Plain, speculative and adaptive decoding of a batch: tokens/s and how they compare."""
-    modes: dict[str, dict[str, Any]] = {
-        "plain": {"speculative": False},
-        "speculative": {},
-        "auto": {"draft_depth": "auto"},
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in modes}
-    outputs: dict[str, list[Generation]] = {}
-    for _ in range(repeats):
-        # In turn, so that a busy neighbour hits all alike.
-        for name, options in modes.items():
-            outputs[name] = generate(model, prompts, max_new_tokens=new_tokens, **options)
-            seconds[name].append(max(g.seconds for g in outputs[name]))
-    wanted = [g.token_ids for g in outputs["plain"]]
-    equal = all([g.token_ids for g in out] == wanted for out in outputs.values())
-    spec = outputs["speculative"]
-    passes = sum(g.verify_passes for g in spec)
-    tokens_per_step = sum(g.tokens_per_step * g.verify_passes for g in spec) / max(passes, 1)
-    depth = len(spec[0].drafts_reached)
-    accepted = [sum(g.drafts_accepted[j] for g in spec) for j in range(depth)]
-    reached = [sum(g.drafts_reached[j] for g in spec) for j in range(depth)]
-    total = len(prompts) * new_tokens
-    costs = pass_costs(model, prompts[0] + wanted[0][: new_tokens // 2], len(prompts))
-    verify, draft = costs["verify_us"], costs["draft_us"]
-    possible = tokens_per_step * verify[0] / (verify[-1] + sum(draft))
-    ratios = {
-        name: median(p / s for p, s in zip(seconds["plain"], seconds[name], strict=True))
-        for name in ("speculative", "auto")
-    }
-    return {
-        "batch": len(prompts),
-        "tokens_per_second": {n: total / median(s) for n, s in seconds.items()},
+    """Plain, speculative and adaptive decoding of a batch, and of its prompts one by one."""
+    batch = len(prompts)
+    ways = dict(WAYS)
+    if batch > 1:
+        ways |= {f"single_{name}": {**way, "batch_size": 1} for name, way in WAYS.items()}
+    run = race(model, prompts, ways, repeats=repeats, max_new_tokens=new_tokens)
+    texts = {name: [g.token_ids for g in outputs] for name, outputs in run.outputs.items()}
+    loop = rates(run.outputs["speculative"])
+    tokens_per_step = loop.pop("tokens_per_step")
+    half = prompts[0] + texts["plain"][0][: new_tokens // 2]
+    costs = pass_costs(model, half, batch=batch)
+    possible = costs.speedup(tokens_per_step)
+    result = {
+        "batch": batch,
+        "tokens_per_second": {
+            name: batch * new_tokens / median(s) for name, s in run.seconds.items()
+        },
         "tokens_per_step": tokens_per_step,
-        "acceptance": [a / max(r, 1) for a, r in zip(accepted, reached, strict=True)],
-        "speedup": ratios["speculative"],
-        "auto_speedup": ratios["auto"],
+        "acceptance": list(loop.values()),
+        "speedup": run.speedup("speculative"),
+        "auto_speedup": run.speedup("auto"),
         "possible": possible,
-        "share": ratios["speculative"] / possible,
-        "greedy_equal": equal,
-        **costs,
+        "share": run.speedup("speculative") / possible,
+        "greedy_equal": all(found == texts["plain"] for found in texts.values()),
+        "verify_us": [1e6 * s for s in costs.verify],
+        "draft_us": [1e6 * s for s in costs.draft],
+    }
+    if batch > 1:
+        result["against_single"] = {name: run.speedup(name, f"single_{name}") for name in WAYS}
+    return result
+
+
+def measure_transformers(
+    model: MTPModel, prompt: list[int], *, new_tokens: int, repeats: int
+) -> dict[str, Any]:
+    """transformers' plain and ``use_mtp`` decoding of an exported model, beside this project's."""
+    from mtp_lightning.decoding import generate
+    from mtp_lightning.interop.transformers_model import Loaded
+    from mtp_lightning.interop.writing import write_folder
+
+    trunk = model.config.trunk
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(
+            Path(folder), model, ByteTokenizer(), dtype="float32",
+            max_positions=len(prompt) + new_tokens + model.depth, shard_bytes=2**30,
+        )  # fmt: skip
+        theirs = Loaded(
+            Path(folder), model_type="deepseek_v3", n_layers=trunk.n_layers, depth=model.depth
+        )
+    ids = torch.tensor(prompt)
+    seconds: dict[str, list[float]] = {}
+    texts: dict[str, list[int]] = {}
+    passes = 0
+    for _ in range(repeats + 1):
+        for name in ("plain", "use_mtp"):
+            began = time.perf_counter()
+            texts[name], count = theirs.greedy(ids, new_tokens, use_mtp=name == "use_mtp")
+            seconds.setdefault(f"transformers_{name}", []).append(time.perf_counter() - began)
+            passes = count
+        for name, way in WAYS.items():
+            began = time.perf_counter()
+            (own,) = generate(model, [prompt], max_new_tokens=new_tokens, **way)
+            texts[name] = own.token_ids
+            seconds.setdefault(name, []).append(time.perf_counter() - began)
+    for times in seconds.values():
+        del times[0]  # the first round warms up
+
+    def ratio(slow: str, fast: str) -> float:
+        return median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
+
+    return {
+        "tokens_per_second": {name: new_tokens / median(s) for name, s in seconds.items()},
+        "plain_over_transformers_plain": ratio("transformers_plain", "plain"),
+        "speculative_over_transformers_use_mtp": ratio("transformers_use_mtp", "speculative"),
+        "auto_over_transformers_use_mtp": ratio("transformers_use_mtp", "auto"),
+        "transformers_use_mtp_over_plain": ratio("transformers_plain", "transformers_use_mtp"),
+        "transformers_tokens_per_step": new_tokens / passes,
+        # Rounding may part two implementations at a near-tie.
+        "greedy_equal": all(text == texts["plain"] for text in texts.values()),
     }
 
 
 def show(name: str, result: dict[str, Any]) -> None:
-    """One line a result."""
-    rate = result["tokens_per_second"]
-    print(
-        f"{name:<18} batch {result['batch']}: plain {rate['plain']:.0f} tok/s, speculative "
-        f"{rate['speculative']:.0f}, auto {rate['auto']:.0f}; speed-up {result['speedup']:.2f} of "
-        f"{result['possible']:.2f} possible ({100 * result['share']:.0f} %), auto "
-        f"{result['auto_speedup']:.2f}\n{'':<18} tokens/step {result['tokens_per_step']:.2f}, "
-        f"acceptance {[round(a, 3) for a in result['acceptance']]}, verify us "
-        f"{[round(v) for v in result['verify_us']]}, draft us "
-        f"{[round(v) for v in result['draft_us']]}, greedy equal: {result['greedy_equal']}"
+    """A few lines a result."""
+    print(name)
+    for key, value in result.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v:.4g}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(f"{v:.4g}" for v in value)
+        elif isinstance(value, float):
+            value = f"{value:.3f}"
+        print(f"  {key:<40} {value}")
+
+
+def built_in(seconds: float) -> tuple[dict[str, MTPModel], torch.Tensor]:
+    """Models of bytes, trained and not, and text that they have not seen."""
+    text = library_bytes()
+    models = {}
+    for name in ("dense", "deepseek"):
+        models[name] = byte_model(deepseek=name == "deepseek").train()
+        loss = train(models[name], text[:-100_000], seconds=seconds)
+        models[name].eval()
+        print(f"trained {name} for {seconds:.0f} s on bytes, loss with depths {loss:.2f}")
+    # An untrained model's drafts are hardly ever right.
+    models["deepseek, untrained"] = byte_model(deepseek=True)
+    return models, text[-100_000:]
+
+
+def library_bytes(limit: int = 2_000_000) -> torch.Tensor:
+    """The standard library's sources as byte ids."""
+    text = b""
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        text += path.read_bytes() + b"\n"
+        if len(text) > limit:
+            break
+    return torch.tensor(list(text[:limit]))
+
+
+def prompts_of(text: torch.Tensor, n: int, length: int) -> list[list[int]]:
+    """``n`` pieces of a text."""
+    gap = (len(text) - length) // n
+    return [text[start : start + length].tolist() for start in range(0, n * gap, gap)]
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = common.parser(__doc__.splitlines()[0], "decode")
+    parser.add_argument(
+        "--checkpoint", type=Path, nargs="+", default=[], help="run folders or checkpoint files"
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint or run folder")
     parser.add_argument("--train-seconds", type=float, default=60.0)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/decode.json"))
-    args = parser.parse_args()
-    text = library_bytes()
-    held_out = text[-100_000:]
-    models: dict[str, MTPModel] = {}
-    if args.checkpoint:
-        models[str(args.checkpoint)], held_out = load(args.checkpoint, held_out)
-    else:
-        trained = built_in_model(257)
-        if args.train_seconds > 0:
-            loss = train(trained, text[:-100_000], seconds=args.train_seconds)
-            print(f"trained {args.train_seconds:.0f} s on bytes, loss with depths {loss:.2f}")
-        models = {"trained V=257": trained, "random V=4096": built_in_model(4096)}
-    results = {}
-    for name, model in models.items():
-        vocab = model.config.trunk.vocab_size
+    args = parser.parse_args(arguments)
+    options = {"new_tokens": args.new_tokens, "repeats": 1 if args.quick else args.repeats}
+    sizes = {"n": max(args.batches), "length": args.prompt_tokens}
+    cases: dict[str, tuple[MTPModel, list[list[int]]]] = {}
+    for path in args.checkpoint:
+        from mtp_lightning.experiment import validation_data
+        from mtp_lightning.runs import load_run
+
+        run = load_run(path)
+        held_out = validation_data(run).held_out_prompts(**sizes)
+        cases[str(path)] = run.model, [prompt.tolist() for prompt in held_out]
+    if not cases:
+        models, text = built_in(args.train_seconds)
+        cases = {name: (model, prompts_of(text, **sizes)) for name, model in models.items()}
+    results: dict[str, Any] = {}
+    for name, (model, prompts) in cases.items():
         for batch in args.batches:
-            gap = (len(held_out) - args.prompt_tokens) // batch
-            starts = range(0, batch * gap, gap)
-            # The random model takes any id below its vocabulary.
-            prompts = [(held_out[s : s + args.prompt_tokens] % vocab).tolist() for s in starts]
             key = f"{name}, batch {batch}"
-            results[key] = measure(model, prompts, new_tokens=args.new_tokens, repeats=args.repeats)
-            show(name, results[key])
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(
-        json.dumps({"threads": torch.get_num_threads(), "results": results}, indent=2) + "\n"
-    )
-    print(f"wrote {args.output}")
+            results[key] = measure(model, prompts[:batch], **options)
+            show(key, results[key])
+        trunk = model.config.trunk
+        deepseek = trunk.latent_attention is not None and trunk.experts is not None
+        if deepseek and model.config.variant == "sequential" and find_spec("transformers"):
+            key = f"{name}, transformers"
+            results[key] = measure_transformers(model, prompts[0], **options)
+            show(key, results[key])
+    result = {"machine": common.machine(), "results": results}
+    common.write_json(result, args.output)
+    return result
 
 
 if __name__ == "__main__":

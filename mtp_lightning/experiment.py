@@ -32,6 +32,7 @@ from mtp_lightning.module import MTPModule
 from mtp_lightning.nn.block import Block
 from mtp_lightning.runs import (
     CHECKPOINTS,
+    LoadedRun,
     describe_differences,
     describe_interrupt,
     load_run,
@@ -383,13 +384,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     quiet_lightning()
     set_threads(cfg.num_threads)
     run = load_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator))
-    # The other groups are those that the run was trained with; its data group can be replaced.
-    config = OmegaConf.create(run.config)
-    if cfg.get("data") is not None:
-        config.data = OmegaConf.to_container(cfg["data"], resolve=False)
-    config.paths.cache_dir = cfg.paths.cache_dir or config.paths.cache_dir
-    data = instantiate(config.data, tokenizer=run.tokenizer)
-    data.prepare("validate")
+    data = validation_data(run, data=cfg.get("data"), cache_dir=cfg.paths.cache_dir)
     rates = evaluate_model(run.model, data.val_dataloader(), limit=cfg.limit_batches)
     per_byte = bits_per_byte(rates["loss_depth_0"], data.bytes_per_token("val"))
     metrics = {
@@ -408,6 +403,25 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if cfg.output is not None:
         write_summary(metrics, Path(cfg.output))
     return metrics
+
+
+def validation_data(
+    run: LoadedRun, *, data: DictConfig | None = None, cache_dir: str | None = None
+) -> TokenDataModule:
+    """The validation text of a run, or that of another data group in the run's setting.
+
+    Args:
+        run: its tokenizer reads the text.
+        data: the other group.
+        cache_dir: where token stores are; by default where the run's are.
+    """
+    config = OmegaConf.create(run.config)
+    if data is not None:
+        config.data = OmegaConf.to_container(data, resolve=False)
+    config.paths.cache_dir = cache_dir or config.paths.cache_dir
+    module = instantiate(config.data, tokenizer=run.tokenizer)
+    module.prepare("validate")
+    return module
 
 
 def evaluate_decoding(
