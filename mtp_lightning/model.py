@@ -94,15 +94,28 @@ class ModelConfig:
         Raises:
             ValueError: an unknown variant or field.
         """
-        mtp = dict(data["mtp"])
-        variant = mtp.pop("variant")
-        if variant not in MTP_VARIANTS:
-            known = ", ".join(MTP_VARIANTS)
-            raise ValueError(f"MTP variant '{variant}' is unknown here; known are {known}.")
+        mtp = mtp_from_dict(data["mtp"])
         try:
-            return ModelConfig(trunk=TrunkConfig(**data["trunk"]), mtp=MTP_VARIANTS[variant](**mtp))
+            return ModelConfig(trunk=TrunkConfig(**data["trunk"]), mtp=mtp)
         except TypeError as error:
             raise ValueError(f"The model's config does not fit this version: {error}.") from error
+
+
+def mtp_from_dict(data: dict[str, Any]) -> MTPConfig:
+    """A stack's config from its variant and fields.
+
+    Raises:
+        ValueError: an unknown variant or field.
+    """
+    fields = dict(data)
+    variant = fields.pop("variant", None)
+    if variant not in MTP_VARIANTS:
+        known = ", ".join(MTP_VARIANTS)
+        raise ValueError(f"MTP variant '{variant}' is unknown here; known are {known}.")
+    try:
+        return MTP_VARIANTS[variant](**fields)
+    except TypeError as error:
+        raise ValueError(f"The model's config does not fit this version: {error}.") from error
 
 
 @dataclass(frozen=True)

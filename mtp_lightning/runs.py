@@ -51,6 +51,17 @@ class LoadedRun:
         return int(self.config["data"]["seq_len"])
 
 
+def pretrained_state(folder: str | Path) -> dict[str, Any]:
+    """The state of the tokenizer whose tokenizer.json lies in a folder.
+
+    Raises:
+        ValueError: it cannot be read, or has no end-of-text token.
+    """
+    from data_modules.tokenizers import PretrainedTokenizer
+
+    return PretrainedTokenizer(str(folder)).state()
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint meant by a file, a run folder (its best one) or a checkpoints folder.
 

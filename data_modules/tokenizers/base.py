@@ -25,6 +25,8 @@ class Tokenizer(ABC):
     """
 
     kind: ClassVar[str]
+    eot_token: str | None = END_OF_TEXT
+    """Name of the end-of-text token."""
 
     @property
     @abstractmethod
@@ -73,6 +75,10 @@ class Tokenizer(ABC):
     def fingerprint(self) -> str:
         """Hex digest of the state: equal ids for every text mean equal fingerprints."""
         return digest(json.dumps(self.state(), sort_keys=True))
+
+    def library_json(self) -> str:
+        """The same tokenizer as a ``tokenizer.json`` of the tokenizers library."""
+        return str(self.state()["tokenizer_json"])
 
     def save(self, folder: str | Path) -> None:
         """Writes the state into a run folder.

@@ -69,6 +69,8 @@ class Positions:
 class Attention(nn.Module):
     """Query, key and value are one matrix, in this order; heads lie side by side in each."""
 
+    qkv_bias: nn.Parameter | None
+
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()
         assert config.d_head is not None
@@ -77,6 +79,8 @@ class Attention(nn.Module):
         self.d_head = config.d_head
         self.qkv = Linear(config.d_model, config.qkv_width)
         self.out = Linear(config.attention_width, config.d_model)
+        bias = nn.Parameter(torch.zeros(config.qkv_width)) if config.qkv_bias else None
+        self.register_parameter("qkv_bias", bias)
         # Of every query and key head before it is turned (Qwen3), one gain for all heads.
         self.query_norm = RMSNorm(config.d_head, config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(config.d_head, config.norm_eps) if config.qk_norm else None
@@ -84,7 +88,10 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
         """[B, T, C] -> [B, T, C]; ``layer`` is this layer's place in ``positions.cache``."""
         batch, seq_len, _ = x_BTC.shape
-        qkv = self.qkv(x_BTC).view(batch, seq_len, -1, self.d_head)
+        qkv = self.qkv(x_BTC)
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias
+        qkv = qkv.view(batch, seq_len, -1, self.d_head)
         if self.query_norm is not None:
             qkv = self._norm_heads(qkv)
         n_turned = self.n_heads + self.n_kv_heads

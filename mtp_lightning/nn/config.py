@@ -33,6 +33,7 @@ class TrunkConfig:
         tie_embeddings: the output head is the embedding matrix.
         init_std: std of the normal initialisation; by default 0.006 * sqrt(7168 / d_model).
         qk_norm: RMSNorm on every query and key head before RoPE (Qwen3).
+        qkv_bias: a bias on queries, keys and values, which starts at 0 (Qwen2).
         recompute: a training pass keeps only the blocks' inputs and computes the rest again
             (Chen et al. 2016): less memory, a third more arithmetic, the same gradients.
         latent_attention: shape of multi-head latent attention; None is grouped-query attention.
@@ -55,6 +56,7 @@ class TrunkConfig:
     tie_embeddings: bool = True
     init_std: float | None = None
     qk_norm: bool = False
+    qkv_bias: bool = False
     recompute: bool = False
     latent_attention: LatentAttentionConfig | None = None
     experts: ExpertsConfig | None = None
@@ -97,6 +99,11 @@ class TrunkConfig:
                 raise ValueError(
                     "model.qk_norm=true is for grouped-query attention: latent attention has "
                     "norms on its latents. Set it false."
+                )
+            if self.qkv_bias:
+                raise ValueError(
+                    "model.qkv_bias=true is for grouped-query attention: latent attention has no "
+                    "biases. Set it false."
                 )
             d_head = self.latent_attention.d_head
             if self.d_head not in (None, d_head):
@@ -151,15 +158,16 @@ class TrunkConfig:
             return attention + self.experts.active_matrix_params(self.d_model)
         return attention + 3 * self.d_model * self.d_ff
 
-    def _block_gains(self) -> int:
+    def _block_vectors(self) -> int:
         if self.latent_attention is not None:
             return 2 * self.d_model + self.latent_attention.norm_params()
         assert self.d_head is not None
-        return 2 * self.d_model + (2 * self.d_head if self.qk_norm else 0)
+        norms = 2 * self.d_model + (2 * self.d_head if self.qk_norm else 0)
+        return norms + (self.qkv_width if self.qkv_bias else 0)
 
     def block_params(self, layer: int | None = None) -> int:
-        """All weights of one block: its matrices and its norms."""
-        active = self.block_matrix_params(layer) + self._block_gains()
+        """All weights of one block: its matrices, norms and biases."""
+        active = self.block_matrix_params(layer) + self._block_vectors()
         return active + self.block_idle_params(layer)
 
     def block_idle_params(self, layer: int | None = None) -> int:

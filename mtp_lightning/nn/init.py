@@ -20,7 +20,7 @@ def parameter_seed(seed: int, name: str) -> int:
 
 @torch.no_grad()
 def initialise(model: nn.Module, *, std: float, seed: int) -> None:
-    """Matrices from N(0, std^2), norm gains 1 (DeepSeek-V3, section 4.2: one std for all).
+    """Matrices from N(0, std^2), norm gains 1, biases 0 (DeepSeek-V3, section 4.2: one std for all).
 
     Drawn on the CPU in fp32, so that the weights do not depend on the device. Buffers that
     training moves (the experts' biases) start anew, too.
@@ -31,7 +31,7 @@ def initialise(model: nn.Module, *, std: float, seed: int) -> None:
             reset()
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
-            parameter.fill_(1.0)
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         generator = torch.Generator().manual_seed(parameter_seed(seed, name))
         drawn = torch.empty(parameter.shape, dtype=torch.float32)

@@ -1,0 +1,188 @@
+"""The model card of an export: what the model is, how it was trained, who can read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mtp_lightning.interop import heads
+from mtp_lightning.interop.transformers_model import one_line
+from mtp_lightning.interop.writing import Contents
+from mtp_lightning.model import ModelConfig
+
+FILE = "README.md"
+
+_SUMMARY = (
+    ("tokens trained on", "tokens", "{:,}"),
+    ("optimizer steps", "step", "{:,}"),
+    ("parameters", "parameters", "{:,}"),
+    ("of them in trunk and head", "parameters_trunk", "{:,}"),
+    ("training FLOPs", "flops", "{:.3e}"),
+    ("seconds of training", "seconds", "{:,.0f}"),
+    ("validation bits per byte (depth 0)", "val/bits_per_byte", "{:.4f}"),
+    ("tokens per verify pass (greedy)", "decode/tokens_per_step", "{:.2f}"),
+)
+
+
+def render(
+    name: str,
+    config: ModelConfig,
+    contents: Contents,
+    *,
+    model_type: str,
+    dtype: str,
+    step: int,
+    run_config: dict[str, Any],
+    summary: dict[str, Any] | None,
+) -> str:
+    """The card, in Markdown.
+
+    Args:
+        name: of the export.
+        config: of the model.
+        contents: what was written.
+        model_type: of config.json.
+        dtype: of the tensors.
+        step: optimizer steps of the checkpoint.
+        run_config: the config that the run was started with.
+        summary: the run's summary.json; None where there is none.
+    """
+    parts = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [multi-token-prediction, mtp-lightning]",
+        "---",
+        f"# {name}",
+        "",
+        *_what(config, contents, dtype),
+        "",
+        "## Use",
+        "",
+        *_use(config, contents, model_type),
+        "",
+        "## Training",
+        "",
+        *_training(config, step, run_config, summary),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
+    trunk = config.trunk
+    kind = "latent" if trunk.latent_attention is not None else "grouped-query"
+    feed = "mixtures of experts" if trunk.experts is not None else "dense feed-forward layers"
+    yield (
+        f"A decoder of {trunk.n_layers} layers (d_model {trunk.d_model}, {trunk.n_heads} heads, "
+        f"{kind} attention, {feed}), vocabulary {trunk.vocab_size:,}; {contents.parameters:,} "
+        f"numbers in {dtype}, in {contents.shards} file(s) of weights."
+    )
+    yield ""
+    first = trunk.n_layers
+    if contents.layer_depths:
+        last = first + contents.layer_depths - 1
+        yield (
+            f"It was trained with multi-token prediction. The {contents.layer_depths} MTP module(s) "
+            f"of DeepSeek-V3's form are `model.layers.{first}` to `model.layers.{last}`: "
+            "`enorm`, `hnorm`, `eh_proj`, the block, `shared_head.norm`, and copies of the "
+            "embedding and the head, which all depths share."
+        )
+    elif contents.heads:
+        yield (
+            f"It was trained with {config.mtp.depth} MTP head(s) of the variant "
+            f"`{config.variant}`, which no layout of transformers, vLLM or SGLang has. They lie in "
+            f"`{heads.FILE}`, beside the plain trunk: tensors by mtp-lightning's names, and in "
+            "the file's metadata under `mtp_lightning` the JSON of their switches. mtp-lightning "
+            "reads them; everybody else sees the trunk."
+        )
+    else:
+        yield "It has no MTP modules to draft with."
+
+
+def _use(config: ModelConfig, contents: Contents, model_type: str) -> Iterator[str]:
+    depth, layers = contents.layer_depths, config.trunk.n_layers
+    yield "```python"
+    yield "import transformers"
+    yield ""
+    if depth:
+        yield "# transformers knows the MTP layers of other models; this line names this one's:"
+        yield one_line(model_type, layers, depth)
+    yield "model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER)"
+    yield "tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)"
+    yield 'inputs = tokenizer("text", return_tensors="pt")'
+    mtp = ", use_mtp=True" if depth else ""
+    yield f"model.generate(**inputs, max_new_tokens=100{mtp})"
+    yield "```"
+    yield ""
+    if depth:
+        yield (
+            "`use_mtp=True` drafts with the MTP layers (one prompt at a time); the text is the "
+            "same without. Without the line above the trunk loads with a warning about layers that "
+            "it does not know, and `use_mtp` does not work. `python -m mtp_lightning.interop.check "
+            "FOLDER` shows all of it."
+        )
+        yield ""
+    yield from _readers(depth, model_type)
+
+
+def _readers(depth: int, model_type: str) -> Iterator[str]:
+    if not depth:
+        yield f"The trunk is in {model_type}'s plain layout, which every server of it reads."
+    elif model_type == "deepseek_v3":
+        yield (
+            "Who reads the MTP layers: transformers 5 (checked when this was written, unless "
+            "the check was switched off) and mtp-lightning. vLLM and SGLang have loaders for "
+            "DeepSeek-V3's MTP layers, which is this layout; neither was tried with this folder."
+        )
+    else:
+        yield (
+            f"Who reads the MTP layers: transformers 5 and mtp-lightning. vLLM and SGLang draft "
+            f"with MTP layers of some architectures, and {model_type}'s has none there: their "
+            "loaders may stop at the layers that they do not know. For them, export again "
+            "with `depth=0`, which leaves the MTP layers out."
+        )
+
+
+def _training(
+    config: ModelConfig, step: int, run_config: dict[str, Any], summary: dict[str, Any] | None
+) -> Iterator[str]:
+    yield f"Exported is the checkpoint after {step:,} optimizer steps."
+    data = run_config.get("data", {})
+    if "seq_len" in data:
+        yield f"It was trained on windows of {data['seq_len']} tokens."
+    if "mtp_lambda" in run_config:
+        yield (
+            f"mtp: {config.variant}, depth {config.mtp.depth}, "
+            f"mtp_lambda {run_config['mtp_lambda']}, seed {run_config.get('seed')}."
+        )
+    yield ""
+    if summary is None:
+        yield "The run left no summary.json: nothing was measured, acceptance neither."
+        return
+    yield f"Measured at the end of the run, after {summary.get('step', step):,} steps:"
+    yield ""
+    yield "| | |"
+    yield "|---|---|"
+    for label, key, form in _SUMMARY:
+        if summary.get(key) is not None:
+            yield f"| {label} | {form.format(summary[key])} |"
+    yield ""
+    yield "| depth | loss (nats) | accuracy | agreement with depth 0 | drafts accepted |"
+    yield "|---|---|---|---|---|"
+    for k in range(config.mtp.depth + 1):
+        loss = summary.get(f"val/loss_depth_{k}")
+        shares = [
+            summary.get(f"{name}_{k}")
+            for name in ("val/accuracy_depth", "val/agreement_depth", "decode/acceptance_position")
+        ]
+        cells = ["" if loss is None else f"{loss:.4f}"]
+        cells += ["" if share is None else f"{share:.1%}" for share in shares]
+        yield f"| {k} | {' | '.join(cells)} |"
+    yield ""
+    if any(key.startswith("decode/acceptance") for key in summary):
+        yield (
+            "Drafts accepted: in the draft-and-verify loop, greedy, of the drafts that reached the "
+            "position."
+        )
+    else:
+        yield "Acceptance in the draft-and-verify loop was not measured in this run."

@@ -1,0 +1,44 @@
+"""``python -m mtp_lightning.interop.check DIR``: does transformers compute what this project does?
+
+Works on every folder that can be imported, wherever it is from.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from mtp_lightning.cli import readable_errors
+
+
+def check(path: str) -> None:
+    """Load a folder both ways, compare, and say what was found.
+
+    Raises:
+        ValueError: something differs, or cannot be read.
+        OSError: a missing file.
+    """
+    from mtp_lightning.interop import heads
+    from mtp_lightning.interop.reading import read_folder
+    from mtp_lightning.interop.transformers_model import one_line
+    from mtp_lightning.interop.verify import check_with_transformers
+
+    folder = read_folder(path)
+    depth = 0 if heads.is_there(folder.path) else folder.config.mtp.depth
+    if depth:
+        line = one_line(folder.fields["model_type"], folder.config.trunk.n_layers, depth)
+        print(f"{depth} MTP layer(s). What transformers needs before it loads them:\n\n  {line}\n")
+    for found in check_with_transformers(folder.path, folder.build()):
+        print(f"  {found}")
+    print("all equal")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m mtp_lightning.interop.check", description=__doc__)
+    parser.add_argument("folder", help="a folder with config.json and safetensors")
+    with readable_errors():
+        check(parser.parse_args().folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""From a run to a folder that transformers and servers read, checked before it is called done."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mtp_lightning.interop import card, config_json, heads
+from mtp_lightning.interop.reading import is_folder, open_run
+from mtp_lightning.interop.transformers_model import import_transformers
+from mtp_lightning.interop.verify import (
+    check_bytes,
+    check_trained,
+    check_with_transformers,
+    rounded,
+)
+from mtp_lightning.interop.writing import DTYPES, write_folder
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.runs import LoadedRun
+
+log = logging.getLogger(__name__)
+
+
+def export(cfg: Any) -> Path:
+    """Write the folder that ``conf/export.yaml`` asks for, and verify it.
+
+    Raises:
+        ValueError: an option out of range, a model that no layout fits, a check that failed (what
+            was written stays).
+        OSError: a missing checkpoint, or an output folder that is not empty.
+    """
+    if cfg.dtype not in DTYPES:
+        raise ValueError(f"dtype={cfg.dtype} is unknown: choose one of {', '.join(DTYPES)}.")
+    if not isinstance(cfg.shard_gb, int | float) or not cfg.shard_gb > 0:
+        raise ValueError(f"shard_gb must be above 0, not {cfg.shard_gb}.")
+    if cfg.max_positions is not None and not (
+        isinstance(cfg.max_positions, int) and cfg.max_positions > 0
+    ):
+        raise ValueError(f"max_positions must be a whole number above 0, not {cfg.max_positions}.")
+    if cfg.depth not in (None, 0):
+        raise ValueError(f"depth={cfg.depth}: give 0 to leave the MTP modules out, or null.")
+    folder = Path(cfg.output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"output={folder} is not empty: choose another folder or clear it.")
+    if cfg.verify:
+        import_transformers()  # before anything is written
+    run = open_run(cfg.checkpoint)
+    model = _trunk_alone(run.model) if cfg.depth == 0 else run.model
+    contents = write_folder(
+        folder,
+        model,
+        run.tokenizer,
+        dtype=cfg.dtype,
+        max_positions=cfg.max_positions or run.seq_len,
+        shard_bytes=int(cfg.shard_gb * 1e9),
+    )
+    old_card = Path(cfg.checkpoint) / card.FILE
+    if is_folder(cfg.checkpoint) and old_card.is_file():
+        shutil.copyfile(old_card, folder / card.FILE)
+    else:
+        text = card.render(
+            folder.name,
+            model.config,
+            contents,
+            model_type=config_json.model_type(model.config.trunk),
+            dtype=cfg.dtype,
+            step=run.step,
+            run_config=run.config,
+            summary=_summary(run),
+        )
+        (folder / card.FILE).write_text(text, encoding="utf-8")
+    print(f"{folder}: {contents.parameters:,} numbers in {contents.shards} file(s) of weights")
+    if contents.heads:
+        print(
+            f"mtp={model.config.variant} with these switches has no layout that transformers "
+            f"knows: the trunk is exported plainly, the heads beside it in {heads.FILE}."
+        )
+    if cfg.verify:
+        _verify(folder, run, model, dtype=cfg.dtype)
+    else:
+        log.warning("NOT VERIFIED: verify=false left out the check that %s is the model.", folder)
+    return folder
+
+
+def _verify(folder: Path, run: LoadedRun, model: MTPModel, *, dtype: str) -> None:
+    if run.step and "seed" in run.config:
+        lambdas = run.config.get("mtp_lambda", 0)
+        listed = lambdas if isinstance(lambdas, list) else [lambdas] * model.depth
+        print(f"  {check_trained(model, run.config['seed'], listed)}")
+    print(f"  {check_bytes(folder, model, dtype=dtype)}")
+    for line in check_with_transformers(folder, rounded(model, dtype)):
+        print(f"  {line}")
+    print("verified")
+
+
+def _trunk_alone(model: MTPModel) -> MTPModel:
+    trunk = MTPModel(ModelConfig(trunk=model.config.trunk, mtp=NoMTPConfig()))
+    weights = {n: t for n, t in model.state_dict().items() if not n.startswith("mtp.")}
+    trunk.load_state_dict(weights)
+    return trunk.requires_grad_(model.config.mtp.trains_trunk).eval()
+
+
+def _summary(run: LoadedRun) -> dict[str, Any] | None:
+    """The summary.json of the run that a checkpoint belongs to."""
+    for folder in (run.path.parent, run.path.parent.parent):
+        file = folder / "summary.json"
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+    return None

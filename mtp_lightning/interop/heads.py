@@ -1,0 +1,55 @@
+"""The extra file for MTP heads that no Hugging Face layout has: ``mtp_heads.safetensors``.
+
+Its tensors have this project's names and shapes (``mtp.depths.0...``). Its metadata has one entry,
+``mtp_lightning``: the JSON of the stack's variant and switches, as checkpoints store them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.interop import tensor_files
+from mtp_lightning.model import ModelConfig, mtp_from_dict
+from mtp_lightning.mtp.base import MTPConfig
+
+FILE = "mtp_heads.safetensors"
+_KEY = "mtp_lightning"
+
+
+def is_there(folder: Path) -> bool:
+    """Whether a folder has such a file."""
+    return (folder / FILE).is_file()
+
+
+def tensors(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The stack's part of a model's weights; experts' biases stay in float32."""
+    return {
+        name: (tensor.float() if name.endswith("expert_bias") else tensor.to(dtype)).contiguous()
+        for name, tensor in weights.items()
+        if name.startswith("mtp.")
+    }
+
+
+def metadata(config: ModelConfig) -> dict[str, str]:
+    """What the file says of its tensors. One key: of several, the order would not be fixed."""
+    description = {"variant": config.variant, **asdict(config.mtp)}
+    return {_KEY: json.dumps(description, sort_keys=True)}
+
+
+def read(folder: Path) -> tuple[MTPConfig, dict[str, Tensor]]:
+    """The stack and its weights, float32.
+
+    Raises:
+        ValueError: a damaged file, or a stack that this version does not know.
+    """
+    found, described = tensor_files.read(folder / FILE)
+    try:
+        config = mtp_from_dict(json.loads(described.get(_KEY, "")))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / FILE} does not say what its tensors are: {error}.") from error
+    return config, {name: tensor.float() for name, tensor in found.items()}

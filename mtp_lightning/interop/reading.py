@@ -1,0 +1,191 @@
+"""Reading a folder in Hugging Face's layout: config.json and safetensors, as data.
+
+Nothing in the folder is executed: no pickled file is opened, no code that it names is imported.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.interop import config_json, heads, tensor_files
+from mtp_lightning.interop.names import from_folder
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.runs import LoadedRun, load_run, load_weights, pretrained_state
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """A model from elsewhere.
+
+    Attributes:
+        path: the folder.
+        fields: the content of its config.json.
+        config: the matching model.
+        weights: float32, by this project's names.
+    """
+
+    path: Path
+    fields: dict[str, Any]
+    config: ModelConfig
+    weights: dict[str, Tensor]
+
+    @property
+    def max_positions(self) -> int:
+        """The context that the folder promises."""
+        return int(self.fields.get("max_position_embeddings") or 2048)
+
+    @cached_property
+    def tokenizer_state(self) -> dict[str, Any] | None:
+        """Its tokenizer as plain data; None where it holds no tokenizer.json."""
+        found = (self.path / "tokenizer.json").is_file()
+        return pretrained_state(self.path) if found else None
+
+    def build(self) -> MTPModel:
+        """The model, in evaluation mode."""
+        model = MTPModel(self.config)
+        load_weights(model, self.weights, source=str(self.path))
+        return model.eval()
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether this is a folder in Hugging Face's layout, and not a run's."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def read_folder(path: str | Path) -> Folder:
+    """Read model and weights.
+
+    Raises:
+        FileNotFoundError: config.json or a file of weights is missing.
+        ValueError: a model or tensor that does not fit, pickled or damaged weights.
+    """
+    path = Path(path)
+    fields = read_json(path / CONFIG)
+    tensors = read_tensors(path)
+    depth = _mtp_layers(fields, tensors, source=str(path))
+    trunk = config_json.from_json(fields, depth=depth, source=str(path / CONFIG))
+    mtp: MTPConfig = SequentialConfig(depth=depth) if depth else NoMTPConfig()
+    config = ModelConfig(trunk=trunk, mtp=mtp)
+    weights = from_folder(config, tensors, source=str(path))
+    if heads.is_there(path):
+        mtp, extra = heads.read(path)
+        config = ModelConfig(trunk=trunk, mtp=mtp)
+        weights |= extra
+    return Folder(path=path, fields=fields, config=config, weights=weights)
+
+
+def open_run(path: str | Path, *, device: torch.device | str = "cpu") -> LoadedRun:
+    """:func:`~mtp_lightning.runs.load_run` for runs, checkpoints and Hugging Face folders alike.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: it is damaged or does not fit; or a folder without a tokenizer.json.
+    """
+    if not is_folder(path):
+        return load_run(path, device=device)
+    folder = read_folder(path)
+    if folder.tokenizer_state is None:
+        raise ValueError(f"{path} holds no tokenizer.json: put the model's own one there.")
+    return LoadedRun(
+        model=folder.build().to(device),
+        tokenizer_state=folder.tokenizer_state,
+        config={"data": {"seq_len": folder.max_positions}},
+        step=0,
+        path=folder.path,
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object.")
+    return content
+
+
+def files_of(folder: Path) -> dict[Path, set[str] | None]:
+    """The files of weights, and the tensors that the index promises of each.
+
+    Raises:
+        FileNotFoundError: there are none, or one is missing.
+        ValueError: only pickled ones, or an index that points out of the folder.
+    """
+    if (folder / INDEX).is_file():
+        table = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+            raise ValueError(f"{folder / INDEX} has no weight_map of names to files.")
+        files: dict[Path, set[str] | None] = {}
+        for name in sorted(set(table.values())):
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(
+                    f"{folder / INDEX} points to {name}: only safetensors files of the folder "
+                    "itself are read."
+                )
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name} is missing, though the index names it.")
+            files[folder / name] = {tensor for tensor, file in table.items() if file == name}
+        return files
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: None}
+    pickled = [f.name for end in ("bin", "pt", "pth", "ckpt") for f in folder.glob(f"*.{end}")]
+    if pickled:
+        raise ValueError(
+            f"{folder} holds its weights in pickled files only ({', '.join(sorted(pickled)[:3])}), "
+            "which can run code when they are opened: convert them to safetensors first."
+        )
+    raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}.")
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, as they are stored.
+
+    Raises:
+        FileNotFoundError: as :func:`files_of`.
+        ValueError: likewise; or a damaged file, or a tensor that is quantised.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file, promised in files_of(folder).items():
+        found, _ = tensor_files.read(file)
+        if promised is not None and promised != found.keys():
+            name = min(promised ^ found.keys())
+            where = "the index" if name in promised else "the file"
+            raise ValueError(f"{file} does not agree with the index: {name} is only in {where}.")
+        tensors |= found
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(
+                f"{name} in {folder} is stored as {str(tensor.dtype).removeprefix('torch.')}: only "
+                "float32, bfloat16, float16 and float64 can be imported."
+            )
+    return tensors
+
+
+def _mtp_layers(fields: dict[str, Any], tensors: dict[str, Tensor], *, source: str) -> int:
+    """MTP layers among the tensors: all that config.json declares, or none."""
+    declared = config_json.declared_depth(fields)
+    first = fields.get("num_hidden_layers")
+    if not declared or not isinstance(first, int):
+        return 0
+    prefix = f"model.layers.{first}."
+    return declared if any(name.startswith(prefix) for name in tensors) else 0

@@ -1,0 +1,149 @@
+"""The same folder in transformers' hands: what this project is compared with.
+
+transformers knows MTP layers by a class attribute that lists the layers to pass over when it loads
+the trunk. For DeepSeek-V3 it names layer 61 alone, for Llama none, so other models need
+:func:`one_line` before they are loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.interop.config_json import ARCHITECTURES
+
+
+def patterns(n_layers: int, depth: int) -> list[str]:
+    """Regular expressions of the MTP layers' tensors."""
+    return [rf"model\.layers\.{layer}\." for layer in range(n_layers, n_layers + depth)]
+
+
+def one_line(model_type: str, n_layers: int, depth: int) -> str:
+    """The line of Python that a transformers user needs before ``from_pretrained``."""
+    listed = ", ".join(f'r"{pattern}"' for pattern in patterns(n_layers, depth))
+    name = ARCHITECTURES[model_type]
+    return f"transformers.{name}._keys_to_ignore_on_load_unexpected = [{listed}]"
+
+
+class Loaded:
+    """A folder loaded by transformers, in float32.
+
+    Args:
+        folder: the folder.
+        model_type: of its config.json.
+        n_layers: L.
+        depth: MTP depths among its layers.
+
+    Attributes:
+        model: the trunk with its head.
+        missing: tensors that the trunk needs and the folder lacks.
+        unexpected: tensors of the folder that nobody reads.
+
+    Raises:
+        ValueError: transformers is missing, or refuses the folder.
+    """
+
+    def __init__(self, folder: Path, *, model_type: str, n_layers: int, depth: int) -> None:
+        transformers = import_transformers()
+        kind = getattr(transformers, ARCHITECTURES[model_type])
+        self.depth = depth
+        # A subclass of its own, so that the process' class keeps what it says; see one_line.
+        ignored = {"_keys_to_ignore_on_load_unexpected": patterns(n_layers, depth)}
+        with _quiet(transformers):
+            try:
+                self.model, info = type(kind.__name__, (kind,), ignored).from_pretrained(
+                    folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+                )
+            except (OSError, ValueError, RuntimeError, KeyError) as error:
+                raise ValueError(f"transformers cannot load {folder}: {error}") from error
+            self.missing = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
+            self.unexpected = sorted(info["unexpected_keys"])
+            self.mtp = self._load_mtp(folder) if depth else None
+        self.model.eval()
+
+    def _load_mtp(self, folder: Path) -> Any:
+        from transformers.modeling_layers import MtpModel
+
+        try:
+            return MtpModel.from_pretrained(self.model).eval()
+        except RuntimeError as error:  # a tensor is missing; the message names it
+            raise ValueError(f"transformers cannot load the MTP layers: {error}") from error
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tensor) -> Iterator[Tensor]:
+        """Teacher-forced logits of depths 0 .. D, each [B, T, V].
+
+        Args:
+            tokens: windows [B, at least T + D].
+        """
+        seq_len = tokens.shape[1] - self.depth
+        hidden = self.model.get_decoder()(tokens[:, :seq_len]).last_hidden_state
+        yield self.model.lm_head(hidden)
+        positions = torch.arange(seq_len).unsqueeze(0)
+        for k in range(1, self.depth + 1):
+            assert self.mtp is not None
+            hidden = self.mtp.forward_layer(
+                k - 1, hidden, positions + k, None, input_ids=tokens[:, k : k + seq_len]
+            )
+            yield self.model.lm_head(hidden)
+
+    @torch.inference_mode()
+    def greedy(self, prompt: Tensor, n_new: int, *, use_mtp: bool) -> tuple[list[int], int]:
+        """The tokens that follow ``prompt`` [T], and the trunk's passes that it took."""
+        passes = 0
+
+        def count(*_: Any) -> None:
+            nonlocal passes
+            passes += 1
+
+        hook = self.model.get_decoder().register_forward_hook(count)
+        self.model.generation_config.eos_token_id = None
+        try:
+            with _quiet(import_transformers()):
+                out = self.model.generate(
+                    prompt.unsqueeze(0),
+                    attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                    max_new_tokens=n_new,
+                    do_sample=False,
+                    use_mtp=use_mtp,
+                )
+        finally:
+            hook.remove()
+        return out[0, len(prompt) :].tolist(), passes
+
+
+def import_transformers() -> Any:
+    """The package.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            "an export is verified with transformers, which is not installed: "
+            "pip install -e '.[hf]', or leave the check out with verify=false"
+        ) from error
+    return transformers
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    # What it would say is compared here, and said in this project's words.
+    settings = transformers.utils.logging
+    level, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
+    settings.set_verbosity(logging.CRITICAL)
+    settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        settings.set_verbosity(level)
+        if bars:
+            settings.enable_progress_bar()

@@ -1,0 +1,171 @@
+"""Is a folder what a model says it is? Every tensor, every depth's logits, and decoded text.
+
+Systems have written 0 of 15 MTP tensors with exit code 0, and modules still as they were
+initialised. So the folder is read back twice: as bytes, and by transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.decoding import generate
+from mtp_lightning.interop import heads
+from mtp_lightning.interop.names import plain, to_folder
+from mtp_lightning.interop.reading import read_folder, read_tensors
+from mtp_lightning.interop.transformers_model import Loaded
+from mtp_lightning.interop.writing import DTYPES, has_extra_file
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.none import NoMTPConfig
+
+TOLERANCE = 1e-4
+_BATCH, _LENGTH, _PROMPT, _NEW = 2, 32, 8, 24
+
+
+class CheckFailed(ValueError):
+    """A folder is not the model that it was made of; the message names the tensor."""
+
+
+def check_trained(model: MTPModel, seed: int, weights: list[float]) -> str:
+    """Whether every tensor that a run trained has moved from where its seed put it.
+
+    Args:
+        model: as trained.
+        seed: of the run.
+        weights: lambda of every depth; a module that no weight above 0 reaches is not trained.
+
+    Returns:
+        What was found, in a line.
+
+    Raises:
+        CheckFailed: one has not.
+    """
+    fresh = MTPModel(model.config)
+    fresh.initialise(seed)
+    steps = {0, *model.mtp.steps([k for k, weight in enumerate(weights, start=1) if weight])}
+    start = dict(fresh.named_parameters())
+    trained = 0
+    for name, parameter in model.named_parameters():
+        depth = int(name.split(".")[2]) + 1 if name.startswith("mtp.depths.") else 0
+        if not parameter.requires_grad or depth not in steps:
+            continue
+        if torch.equal(parameter.detach().cpu(), start[name].detach()):
+            raise CheckFailed(
+                f"{name} is exactly as seed {seed} initialised it, though the run trained it: "
+                "its weights were lost on the way to this checkpoint, or its lambda was 0."
+            )
+        trained += 1
+    return f"{trained} trained tensors differ from their initialisation"
+
+
+def check_bytes(folder: Path, model: MTPModel, *, dtype: str) -> str:
+    """Whether the folder's tensors are the model's, each rounded once and none more or less.
+
+    Raises:
+        CheckFailed: one is not.
+    """
+    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    config, plain_weights = plain(model.config, weights)
+    extra = has_extra_file(model.config)
+    if extra or not config.mtp.num_params(config.trunk):
+        config = ModelConfig(trunk=config.trunk, mtp=NoMTPConfig())
+    wanted = to_folder(config, plain_weights, DTYPES[dtype])
+    found = read_tensors(folder)
+    if extra:
+        wanted |= heads.tensors(weights, DTYPES[dtype])
+        found |= heads.read(folder)[1]
+    for name in [*(wanted.keys() - found.keys()), *(found.keys() - wanted.keys())]:
+        raise CheckFailed(f"{name} is {'missing' if name in wanted else 'unknown'} in {folder}.")
+    for name, tensor in wanted.items():
+        if not torch.equal(found[name].float(), tensor.float()):
+            raise CheckFailed(f"{name} in {folder} is not the model's tensor.")
+    return f"{len(wanted)} tensors are the model's"
+
+
+def rounded(model: MTPModel, dtype: str) -> MTPModel:
+    """A float32 copy of a model with the numbers that a folder of ``dtype`` holds."""
+    twin = copy.deepcopy(model).cpu().float().eval()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.copy_(parameter.to(DTYPES[dtype]))
+    return twin
+
+
+def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
+    """Whether transformers computes from the folder what ``model`` computes.
+
+    Args:
+        folder: in Hugging Face's layout.
+        model: the same one, with the folder's numbers, on the CPU.
+
+    Yields:
+        What was found, a line each.
+
+    Raises:
+        CheckFailed: tensors that transformers misses or does not know, logits or tokens that
+            differ.
+        ValueError: transformers is missing.
+    """
+    read = read_folder(folder)
+    extra = heads.is_there(folder)
+    depth = 0 if extra else read.config.mtp.depth
+    trunk = read.config.trunk
+    theirs = Loaded(
+        folder, model_type=read.fields["model_type"], n_layers=trunk.n_layers, depth=depth
+    )
+    for what, names in (("is missing", theirs.missing), ("is not expected", theirs.unexpected)):
+        if names:
+            raise CheckFailed(f"{names[0]} {what} in {folder}, transformers says.")
+
+    generator = torch.Generator().manual_seed(0)
+    ahead = model.depth + 1
+    tokens = torch.randint(trunk.vocab_size, (_BATCH, _LENGTH + ahead), generator=generator)
+    own = _logits(model, tokens)
+    for k, found in enumerate(theirs.logits(tokens[:, : _LENGTH + depth])):
+        worst = (found - own[k]).abs().max().item()
+        where = "trunk" if k == 0 else f"MTP depth {k}"
+        if not worst <= TOLERANCE:  # NaN fails, too
+            layer = "" if k == 0 else f" (model.layers.{trunk.n_layers + k - 1}.*)"
+            raise CheckFailed(
+                f"The logits of the {where}{layer} differ by {worst:.2e} between transformers and "
+                f"this project; at most {TOLERANCE:.0e} is allowed."
+            )
+        yield f"logits of the {where} equal transformers' (largest difference {worst:.1e})"
+    if extra:
+        yield from _check_heads(read.build(), own, tokens)
+    yield from _check_text(theirs, model, tokens[0, :_PROMPT])
+
+
+@torch.inference_mode()
+def _logits(model: MTPModel, tokens: Tensor) -> list[Tensor]:
+    hidden = model(WindowBatch(tokens, model.depth))
+    return [model.head(h_BTC) for h_BTC in hidden.values()]
+
+
+def _check_heads(back: MTPModel, own: list[Tensor], tokens: Tensor) -> Iterator[str]:
+    for k, found in enumerate(_logits(back, tokens)):
+        if not torch.equal(found, own[k]):
+            raise CheckFailed(f"depth {k} of {heads.FILE}, read back, gives other logits.")
+    yield f"{heads.FILE}, read back, gives the same logits at every depth"
+
+
+def _check_text(theirs: Loaded, model: MTPModel, prompt: Tensor) -> Iterator[str]:
+    (plain_text,) = generate(model, [prompt], max_new_tokens=_NEW, speculative=False)
+    wanted = list(plain_text.token_ids)
+    for use_mtp in (False, True) if theirs.depth else (False,):
+        found, passes = theirs.greedy(prompt, _NEW, use_mtp=use_mtp)
+        if found != wanted:
+            at = next(i for i, token in enumerate(wanted) if found[i : i + 1] != [token])
+            raise CheckFailed(
+                f"generate(use_mtp={use_mtp}) of transformers differs from this project's plain "
+                f"greedy decoding at new token {at}: {found[at : at + 1]} where {wanted[at]} was decoded."
+            )
+        yield (
+            f"generate(use_mtp={use_mtp}) decodes the same {_NEW} tokens ({passes} passes of the "
+            "trunk)"
+        )

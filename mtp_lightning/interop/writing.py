@@ -1,0 +1,141 @@
+"""Writing a model as a folder in Hugging Face's layout.
+
+Equal models give equal bytes: names, order, shards and JSON depend on the model alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.interop import config_json, heads, tensor_files
+from mtp_lightning.interop.names import has_layout, plain, to_folder
+from mtp_lightning.interop.reading import CONFIG, INDEX
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.none import NoMTPConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a folder holds.
+
+    Attributes:
+        layer_depths: MTP depths among the layers, which transformers and servers know.
+        heads: whether the stack is in the extra file instead.
+        parameters: numbers in the folder's tensors, copies included.
+        shards: files of weights.
+    """
+
+    layer_depths: int
+    heads: bool
+    parameters: int
+    shards: int
+
+
+def write_folder(
+    folder: Path,
+    model: MTPModel,
+    tokenizer: Any,
+    *,
+    dtype: str,
+    max_positions: int,
+    shard_bytes: int,
+) -> Contents:
+    """Write config.json, the weights with their index, generation_config.json and the tokenizer.
+
+    Args:
+        folder: where; made if it does not exist.
+        model: any variant.
+        tokenizer: with ``eot_id``, ``eot_token`` and ``library_json()``.
+        dtype: a name of :data:`DTYPES`.
+        max_positions: the context that the folder promises.
+        shard_bytes: a file of weights holds at most so much, and at least one tensor.
+
+    Raises:
+        ValueError: a trunk that no layout computes.
+        OSError: a full disk, among others.
+    """
+    config = model.config
+    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    extra = has_extra_file(config)
+    depth = 0 if extra or not has_layout(config) else config.mtp.depth
+    fields = config_json.to_json(
+        config, depth=depth, max_positions=max_positions, dtype=dtype, eot_id=tokenizer.eot_id
+    )
+    laid_out, plain_weights = plain(config, weights)
+    if depth == 0:
+        laid_out = ModelConfig(trunk=config.trunk, mtp=NoMTPConfig())
+    tensors = to_folder(laid_out, plain_weights, DTYPES[dtype])
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / CONFIG, fields)
+    n_shards = _write_shards(folder, tensors, shard_bytes)
+    if extra:
+        stack = heads.tensors(weights, DTYPES[dtype])
+        tensor_files.write(folder / heads.FILE, stack, heads.metadata(config))
+        tensors |= stack
+    write_tokenizer(folder, tokenizer, max_positions=max_positions)
+    generation = {"do_sample": False, "eos_token_id": tokenizer.eot_id}
+    _write_json(folder / "generation_config.json", generation)
+    return Contents(
+        layer_depths=depth,
+        heads=extra,
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        shards=n_shards,
+    )
+
+
+def has_extra_file(config: ModelConfig) -> bool:
+    """Whether a model's stack has weights and no layout of Hugging Face's."""
+    return config.mtp.num_params(config.trunk) > 0 and not has_layout(config)
+
+
+def write_tokenizer(folder: Path, tokenizer: Any, *, max_positions: int) -> None:
+    """tokenizer.json, as the tokenizers library reads it, and tokenizer_config.json."""
+    (folder / "tokenizer.json").write_text(tokenizer.library_json(), encoding="utf-8")
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": tokenizer.eot_token,
+            "model_max_length": max_positions,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+
+
+def _write_shards(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -> int:
+    shards = list(_fill(tensors, shard_bytes))
+    table: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensor_files.write(folder / file, shard, {"format": "pt"})
+        table |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": table})
+    return len(shards)
+
+
+def _fill(tensors: dict[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if shard and size + tensor.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
