@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.decoding.compiled import CompiledSession, compiled_decoding
 from mtp_lightning.decoding.generate import Prompt, eager_decoding, generate
 from mtp_lightning.decoding.row import Generation
 from mtp_lightning.decoding.session import Session
@@ -153,7 +154,12 @@ class PassCosts:
 
 
 def pass_costs(
-    model: MTPModel, prompt: Sequence[int], *, batch: int = 1, repeats: int = 60
+    model: MTPModel,
+    prompt: Sequence[int],
+    *,
+    batch: int = 1,
+    compile: bool = False,
+    repeats: int = 60,
 ) -> PassCosts:
     """Time the passes that a round of decoding consists of.
 
@@ -161,10 +167,12 @@ def pass_costs(
         model: in evaluation mode.
         prompt: what every row has read.
         batch: rows.
+        compile: compiled passes, of one row.
         repeats: timed calls of each.
     """
-    with eager_decoding(model):
-        session = Session(model, [prompt] * batch, capacity=len(prompt) + 64, max_draft=model.depth)
+    kind = CompiledSession if compile else Session
+    with compiled_decoding(model) if compile else eager_decoding(model):
+        session = kind(model, [prompt] * batch, capacity=len(prompt) + 64, max_draft=model.depth)
         session.prefill([len(prompt)] * batch)
 
         def verify(n_drafts: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.rope import apply_rope, rope_table, turn_in_place
+from mtp_lightning.nn.static_cache import StaticCache
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Positions:
     cos: Tensor
     sin: Tensor
     mask: Tensor | None = None
-    cache: KVCache | None = None
+    cache: KVCache | StaticCache | None = None
 
     @staticmethod
     def of_window(

@@ -18,6 +18,6 @@ class Head(nn.Module):
 
     def forward(self, h_BTC: Tensor) -> Tensor:
         """[..., C] -> logits [..., V]. Training never calls it: see objective/cross_entropy.py."""
-        if self.packed is not None:
+        if self.packed is not None and not torch.compiler.is_compiling():
             return packed_linear(h_BTC, self.packed)
         return linear(h_BTC, self.weight)

@@ -129,7 +129,7 @@ class Linear(nn.Module):
         self.packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
+        if self.packed is not None and not torch.compiler.is_compiling():
             return packed_linear(x, self.packed)
         return linear(x, self.weight)
 

@@ -119,7 +119,7 @@ def _by_head(x_BTNI: Tensor, weight_NIO: Tensor) -> Tensor:
     """Every head times a matrix of its own: [B, T, N, I] -> [B, T, N, O]."""
     batch, seq_len, n_heads, _ = x_BTNI.shape
     rows_NMI = x_BTNI.flatten(0, 1).transpose(0, 1)
-    if batch * seq_len > _FEW_TOKENS:
+    if batch * seq_len > _FEW_TOKENS or torch.compiler.is_compiling():
         product_NMO = torch.bmm(rows_NMI, weight_NIO)
     else:
         # Drafts must not change a bit of the output: a token is computed as though it were alone.

@@ -111,7 +111,8 @@ class Router(Linear):
         """[M, C] -> affinities [M, E], chosen experts [M, top_k] and their gates [M, top_k]."""
         with torch.autocast(x_MC.device.type, enabled=False):
             logits_ME = super().forward(x_MC.to(self.weight.dtype))
-            if self.training or logits_ME.shape[0] > _FEW_TOKENS:
+            many = self.training or logits_ME.shape[0] > _FEW_TOKENS
+            if many or torch.compiler.is_compiling():
                 scores_ME = logits_ME.sigmoid()
             else:
                 # Within a row of its own: the last of a tensor's numbers are rounded otherwise.
@@ -162,7 +163,7 @@ class MoE(nn.Module):
         """[B, T, C] -> [B, T, C]."""
         x_MC = x_BTC.reshape(-1, x_BTC.shape[-1])
         scores_ME, chosen_MK, gates_MK = self.router(x_MC)
-        losses = _collected.get()
+        losses = _collected.get() if self.training else None
         if losses is not None and self.config.sequence_loss and scores_ME.requires_grad:
             shape = (*x_BTC.shape[:-1], -1)
             per_sequence = sequence_balance_loss(scores_ME.view(shape), chosen_MK.view(shape))

@@ -77,14 +77,19 @@ def teacher_forced(model: MTPModel, tokens: list[int], depth: int) -> list[Tenso
 
 
 def steer_drafts(
-    monkeypatch: pytest.MonkeyPatch, right: list[list[int]], *, chance: float, seed: int = 0
+    monkeypatch: pytest.MonkeyPatch,
+    right: list[list[int]],
+    *,
+    chance: float,
+    seed: int = 0,
+    session: type[Session] = Session,
 ) -> None:
     """Make drafts agree with ``right`` (prompt and continuation of every row) that often.
 
     Rows are told apart by the tokens they hold, a slid row's too. The modules run as ever: only
     the logits they end in are replaced.
     """
-    original = Session.draft
+    original = session.draft
     generator = torch.Generator().manual_seed(seed)
 
     def draft(self: Session, k: int) -> Tensor:
@@ -107,4 +112,4 @@ def steer_drafts(
             steered[row, best] = 10.0
         return steered
 
-    monkeypatch.setattr(Session, "draft", draft)
+    monkeypatch.setattr(session, "draft", draft)

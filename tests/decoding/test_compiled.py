@@ -1,0 +1,137 @@
+"""Compiled passes: the functions that are compiled, run as they are; and, slowly, compiled."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from mtp_lightning.decoding import compiled, generate
+from mtp_lightning.decoding.compiled import CompiledSession
+from mtp_lightning.decoding.measure import pass_costs
+from mtp_lightning.decoding.session import Session
+from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.nn.experts import Experts, _gathered
+from tests.decoding.models import random_prompts, small_model, steer_drafts
+
+NEW = 14
+VARIANTS = {
+    "dense": {"depth": 3},
+    "deepseek": {"depth": 3, "deepseek": True},
+    "shared layers": {"depth": 2, "share_layers": True},
+    "before last, pre": {"depth": 2, "branch": "before_last", "input_norm": "pre"},
+    "parallel": {"depth": 3, "stack": ParallelConfig},
+    "linear": {"depth": 2, "stack": LinearConfig},
+    "plain": {"depth": 0},
+}
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.setattr(compiled, "_trunk_program", compiled._trunk_pass)
+    monkeypatch.setattr(compiled, "_depth_program", compiled._depth_pass)
+
+
+def recorded(monkeypatch, session):
+    """Logits of every pass, by the row's length and depth; a session's own, then steered ones."""
+    logits = {}
+    draft, verify = session.draft, session.verify
+
+    def recording_draft(self, k):
+        found = draft(self, k)
+        logits[self.n[0], k, tuple(self.tokens_BS[0, : self.n[0] + k].tolist())] = found[0]
+        return found
+
+    def recording_verify(self, n_drafts):
+        found = verify(self, n_drafts)
+        logits[self.n[0], 0, tuple(self.tokens_BS[0, : self.n[0] + 1].tolist())] = found[0, 0]
+        return found
+
+    monkeypatch.setattr(session, "draft", recording_draft)
+    monkeypatch.setattr(session, "verify", recording_verify)
+    return logits
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("chance", [0.0, 0.6, 1.0])
+def test_passes_are_those_of_eager_decoding(name, chance, uncompiled, monkeypatch):
+    settings = dict(VARIANTS[name])
+    model = small_model(5, settings.pop("depth"), **settings)
+    # The modules' first pass is wider than a program where the prompt is long.
+    prompts = random_prompts(5, (1, 2, 4, 21))
+    options = {"max_new_tokens": NEW, "batch_size": 1}
+    expected = [g.token_ids for g in generate(model, prompts, **options)]
+    right = [p + e for p, e in zip(prompts, expected, strict=True)]
+    logits, texts = [], []
+    for session, compile in ((Session, False), (CompiledSession, True)):
+        with monkeypatch.context() as patch:
+            logits.append(recorded(patch, session))
+            steer_drafts(patch, right, chance=chance, session=session)
+            texts.append(generate(model, prompts, compile=compile, **options))
+    assert [[g.token_ids for g in found] for found in texts] == [expected, expected]
+    same = logits[0].keys() & logits[1].keys()
+    assert {k for _, k, _ in same} == set(range(model.depth + 1))
+    for key in same:
+        torch.testing.assert_close(logits[1][key], logits[0][key], rtol=1e-4, atol=1e-4)
+    if chance == 1.0 and model.depth:
+        assert min(g.tokens_per_step for g in texts[1]) > 1.5
+
+
+def test_sliding_and_sampling_are_as_without(uncompiled):
+    model = small_model(4, 2)
+    prompts = random_prompts(4, (5, 30))
+    for options in (
+        {"max_new_tokens": 40, "max_context": 16, "long": "slide"},
+        {"max_new_tokens": 30, "temperature": 1.0, "top_p": 0.9, "seed": 3},
+        {"max_new_tokens": 30, "draft_depth": "auto"},
+        {"max_new_tokens": 1},
+    ):
+        texts = [
+            [g.token_ids for g in generate(model, prompts, batch_size=1, compile=c, **options)]
+            for c in (False, True)
+        ]
+        assert texts[0] == texts[1], options
+
+
+def test_gathered_experts_are_experts():
+    torch.manual_seed(0)
+    layer = Experts(8, 6, 5)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x, gates = torch.randn(4, 8), torch.rand(4, 2)
+    chosen = torch.tensor([[0, 1], [4, 2], [3, 0], [2, 1]])
+    with torch.no_grad():
+        found = _gathered(x, chosen, gates, layer.gate_up, layer.down)
+        torch.testing.assert_close(found, layer(x, chosen, gates), rtol=1e-5, atol=1e-5)
+
+
+def test_bad_settings_are_named(monkeypatch):
+    model = small_model(0, 1)
+    with pytest.raises(ValueError, match="set batch_size=1, not 2"):
+        generate(model, [[1], [2]], max_new_tokens=2, compile=True, batch_size=2)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler, and none is on the PATH"):
+        generate(model, [[1]], max_new_tokens=2, compile=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
+def test_compiled_for_real(deepseek):
+    model = small_model(5, 2, deepseek=deepseek)
+    prompts = random_prompts(5, (1, 4, 21))
+    expected = generate(model, prompts, max_new_tokens=NEW, batch_size=1)
+    for way in ({"speculative": False}, {}):
+        found = generate(model, prompts, max_new_tokens=NEW, compile=True, **way)
+        assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+    # The weights are read anew at every pass.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-1.1)
+    expected = generate(model, prompts, max_new_tokens=NEW, batch_size=1)
+    found = generate(model, prompts, max_new_tokens=NEW, compile=True)
+    assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+    assert min(pass_costs(model, prompts[2], compile=True, repeats=2).verify) > 0
