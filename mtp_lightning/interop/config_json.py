@@ -153,19 +153,18 @@ def _deepseek_fields(trunk: TrunkConfig, depth: int) -> dict[str, Any]:
     }
 
 
-def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkConfig:
-    """The trunk that a ``config.json`` describes.
+def require_known(fields: Mapping[str, Any], *, source: str) -> None:
+    """Refuse a ``config.json`` of a model that cannot be computed here.
 
     Args:
         fields: its content.
-        depth: MTP layers that the folder holds.
         source: the file, for messages.
 
     Raises:
-        ValueError: another kind of model, a missing field, or one that has no switch here.
+        ValueError: another kind of model, or a field that has no switch here.
     """
     kind = fields.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ValueError(
             f"{source} has model_type={kind}, which cannot be imported: "
             f"known are {', '.join(ARCHITECTURES)}."
@@ -173,6 +172,21 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
     if "auto_map" in fields:
         log.warning("%s names code of its own (auto_map): it is not executed.", source)
     _refuse_other_maths(fields, kind, source)
+    _rope_theta(fields, source)
+
+
+def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkConfig:
+    """The trunk that a ``config.json`` describes; :func:`require_known` comes first.
+
+    Args:
+        fields: its content.
+        depth: MTP layers that the folder holds.
+        source: the file, for messages.
+
+    Raises:
+        ValueError: a missing field, or sizes that do not fit together.
+    """
+    kind = fields["model_type"]
     theta = _rope_theta(fields, source)
 
     def need(name: str) -> Any:

@@ -13,6 +13,7 @@ from mtp_lightning.interop.reading import is_folder, open_run
 from mtp_lightning.interop.transformers_model import import_transformers
 from mtp_lightning.interop.verify import (
     check_bytes,
+    check_tokenizer,
     check_trained,
     check_with_transformers,
     rounded,
@@ -92,6 +93,7 @@ def _verify(folder: Path, run: LoadedRun, model: MTPModel, *, dtype: str) -> Non
         listed = lambdas if isinstance(lambdas, list) else [lambdas] * model.depth
         print(f"  {check_trained(model, run.config['seed'], listed)}")
     print(f"  {check_bytes(folder, model, dtype=dtype)}")
+    print(f"  {check_tokenizer(folder, run.tokenizer)}")
     for line in check_with_transformers(folder, rounded(model, dtype)):
         print(f"  {line}")
     print("verified")
