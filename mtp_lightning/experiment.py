@@ -25,7 +25,7 @@ from mtp_lightning.callbacks.throughput import Throughput
 from mtp_lightning.cli import Stopped
 from mtp_lightning.evaluation import evaluate_model
 from mtp_lightning.generation import print_sample
-from mtp_lightning.init_from import FREE, Start, read_start, start_from
+from mtp_lightning.init_from import FREE, Start, brought_trunk, read_start, start_from
 from mtp_lightning.metrics.rates import bits_per_byte
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
@@ -101,7 +101,7 @@ def _targets(node: Any) -> list[str]:
 
 
 def build_data(
-    cfg: DictConfig, tokenizer_state: dict[str, Any] | None = None, *, imported: bool = False
+    cfg: DictConfig, tokenizer_state: dict[str, Any] | None = None, *, brought: bool = False
 ) -> TokenDataModule:
     """The data module, its token store built or found.
 
@@ -109,12 +109,12 @@ def build_data(
         cfg: the config.
         tokenizer_state: of the run that this one starts from; by default the tokenizer is the
             config's.
-        imported: whether it is a Hugging Face folder's, which takes the place of the config's
+        brought: it came with a trunk (:func:`adopt_trunk`), and takes the place of the config's
             unless that was asked for.
     """
     if tokenizer_state is None:
         data = instantiate(cfg.data)
-    elif imported and not overridden("tokenizer"):
+    elif brought and not overridden("tokenizer"):
         data = instantiate(cfg.data, tokenizer=tokenizer_from_state(tokenizer_state))
     else:
         tokenizer = tokenizer_from_state(tokenizer_state)
@@ -356,12 +356,12 @@ def prepare(cfg: DictConfig, folder: Path) -> Prepared:
     resume_from = checkpoint_io.newest_intact(folder / CHECKPOINTS)
     stored = None if resume_from is None else checkpoint_io.load(resume_from)
     start: Start | None = None
-    tokenizer_state, imported = None, False
+    tokenizer_state, brings_trunk = None, False
     if cfg.init_from is not None:
         if stored is None:
             start = read_start(cfg.init_from)
-            tokenizer_state, imported = start.tokenizer_state, start.imported
-            if imported:
+            tokenizer_state, brings_trunk = start.tokenizer_state, start.brings_trunk
+            if brings_trunk:
                 cfg = adopt_trunk(cfg, start.config.trunk, source=start.path)
                 if tokenizer_state is None:
                     log.warning(
@@ -372,13 +372,12 @@ def prepare(cfg: DictConfig, folder: Path) -> Prepared:
         else:
             # The run has begun: it goes on with what it has, whatever became of its start.
             tokenizer_state = stored.get("tokenizer")
-            # Only an imported trunk says how many rows it has.
-            imported = "vocab_size" in stored["config"]["model"]
-            if imported:
+            brings_trunk = brought_trunk(stored)
+            if brings_trunk:
                 trunk = ModelConfig.from_dict(stored["model_config"]).trunk
                 cfg = adopt_trunk(cfg, trunk, source=Path(cfg.init_from))
     asked = cfg
-    data = build_data(cfg, tokenizer_state, imported=imported)
+    data = build_data(cfg, tokenizer_state, brought=brings_trunk)
     cfg, matched = match_reference(cfg, data.tokenizer.vocab_size)
     module = build_module(cfg, data, asked=asked)
     resume_step = None

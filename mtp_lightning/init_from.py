@@ -36,14 +36,15 @@ class Start:
         config: of the model in it.
         weights: by the model's own names.
         tokenizer_state: plain data; None of a folder without a tokenizer.
-        imported: whether it is a folder of Hugging Face's layout.
+        brings_trunk: whether it is a folder of Hugging Face's layout, or a run that began with
+            one: its trunk then takes the place of the config's.
     """
 
     path: Path
     config: ModelConfig
     weights: dict[str, torch.Tensor]
     tokenizer_state: dict[str, Any] | None
-    imported: bool = False
+    brings_trunk: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ def read_start(path: str | Path) -> Start:
             config=folder.config,
             weights=folder.weights,
             tokenizer_state=folder.tokenizer_state,
-            imported=True,
+            brings_trunk=True,
         )
     needs = ("model_config", "state_dict", "tokenizer")
     file, checkpoint = read_checkpoint(path, needs=needs)
@@ -92,7 +93,14 @@ def read_start(path: str | Path) -> Start:
         config=ModelConfig.from_dict(checkpoint["model_config"]),
         weights=model_weights(checkpoint),
         tokenizer_state=checkpoint["tokenizer"],
+        brings_trunk=brought_trunk(checkpoint),
     )
+
+
+def brought_trunk(checkpoint: dict[str, Any]) -> bool:
+    """Whether the trunk of a checkpoint's run came from a folder: only such a one says in the
+    config how many rows it has; else the tokenizer decides."""
+    return "vocab_size" in checkpoint.get("config", {}).get("model", {})
 
 
 def start_from(model: MTPModel, start: Start) -> Inherited:

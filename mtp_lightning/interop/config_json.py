@@ -23,6 +23,9 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 
+# transformers gives the norms on the latents of DeepSeek-V3 this epsilon, whatever rms_norm_eps says.
+_LATENT_EPS = 1e-6
+
 # Both names of one number: DeepSeek's, and transformers' for models without a field of their own.
 _DEPTHS = ("num_nextn_predict_layers", "num_mtp_layers")
 
@@ -34,6 +37,13 @@ def model_type(trunk: TrunkConfig) -> str:
         ValueError: there is none.
     """
     if trunk.latent_attention is not None:
+        own_eps = trunk.latent_attention.norm_eps
+        eps = trunk.norm_eps if own_eps is None else own_eps
+        if eps != _LATENT_EPS:
+            raise ValueError(
+                f"norms on the latents with epsilon {eps} cannot be exported: DeepSeek-V3's layout "
+                f"has {_LATENT_EPS} there (model.latent_attention.norm_eps)."
+            )
         if trunk.experts is not None and trunk.experts.n_shared == 0:
             raise ValueError(
                 "model.experts.n_shared=0 cannot be exported: DeepSeek-V3's layout always has a "
@@ -241,6 +251,7 @@ def _deepseek_shape(
             "d_nope": need("qk_nope_head_dim"),
             "d_rope": need("qk_rope_head_dim"),
             "d_value": need("v_head_dim"),
+            "norm_eps": None if float(fields.get("rms_norm_eps", 1e-6)) == _LATENT_EPS else _LATENT_EPS,
         },
     }
     dense = _given(fields, "first_k_dense_replace", 3)
@@ -304,6 +315,9 @@ def _rope_theta(fields: Mapping[str, Any], source: str) -> float:
                 "plain rotary positions can be imported."
             )
         if rope.get("partial_rotary_factor") not in (None, 1.0):
-            raise ValueError(f"{source} turns a part of each head only (partial_rotary_factor).")
+            raise ValueError(
+                f"{source} has {name} with a partial_rotary_factor: only heads that are turned "
+                "whole can be imported."
+            )
         theta = _given(rope, "rope_theta", theta)
     return float(10_000.0 if theta is None else theta)

@@ -144,8 +144,7 @@ def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
 
     generator = torch.Generator().manual_seed(0)
     ahead = model.depth + 1
-    tokens = torch.randint(trunk.vocab_size, (_TEXT = "def main():\n\treturn 'caf\u00e9 \u2013 \u65e5\u672c'  # 1, 2, 345\n"
-_BATCH, _LENGTH + ahead), generator=generator)
+    tokens = torch.randint(trunk.vocab_size, (_BATCH, _LENGTH + ahead), generator=generator)
     own = _logits(model, tokens)
     for k, found in enumerate(theirs.logits(tokens[:, : _LENGTH + depth])):
         worst = (found - own[k]).abs().max().item()

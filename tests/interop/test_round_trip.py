@@ -158,6 +158,7 @@ def test_every_weight_has_one_place(name: str) -> None:
         (folders.dense(experts=deepseek.EXPERTS), "no supported layout has both"),
         (folders.dense(qk_norm=True, qkv_bias=True), "none both"),
         (deepseek.trunk(experts={"n_shared": 0}), "always has a shared expert"),
+        (deepseek.trunk(norm_eps=1e-5), "latents with epsilon 1e-05"),
         (folders.dense(n_heads=3, n_kv_heads=1, d_head=8), "divisible"),
     ],
 )
