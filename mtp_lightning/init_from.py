@@ -1,8 +1,8 @@
 """Starting a new run from a trained one: its weights, and its tokenizer, but none of its progress.
 
-The start is another run, or a folder in Hugging Face's layout, which brings its trunk's shape, too.
-Of a run the trunk must be the same one. The MTP stack may be another: a module that the checkpoint does not
-hold starts fresh, one that the model does not have is dropped, and both are said.
+The start is another run, whose trunk must be the same one, or a folder in Hugging Face's layout,
+which brings its trunk's shape, too. The MTP stack may be another: a module that the start does not
+hold begins fresh, one that the model does not have is dropped, and both are said.
 """
 
 from __future__ import annotations

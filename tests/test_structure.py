@@ -36,7 +36,15 @@ RANK = {
 
 LIGHTNING = ("mtp_lightning/module", "mtp_lightning/callbacks/", "mtp_lightning/loggers/")
 EXPERIMENT = "mtp_lightning/experiment.py"
-LAZY = ("tokenizers", "datasets", "rich", "transformers", "safetensors", "matplotlib", "tensorboard")
+LAZY = (
+    "tokenizers",
+    "datasets",
+    "rich",
+    "transformers",
+    "safetensors",
+    "matplotlib",
+    "tensorboard",
+)
 
 
 def sources(*folders: str) -> list[str]:

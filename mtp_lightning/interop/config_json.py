@@ -23,7 +23,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 
-# transformers gives the norms on the latents of DeepSeek-V3 this epsilon, whatever rms_norm_eps says.
+# What transformers gives DeepSeek-V3's norms on the latents, whatever rms_norm_eps says.
 _LATENT_EPS = 1e-6
 
 # Both names of one number: DeepSeek's, and transformers' for models without a field of their own.
@@ -51,8 +51,8 @@ def model_type(trunk: TrunkConfig) -> str:
             )
         if trunk.experts is not None and trunk.experts.n_routed // trunk.experts.n_groups < 2:
             raise ValueError(
-                f"model.experts.n_routed={trunk.experts.n_routed} cannot be exported: DeepSeek-V3's "
-                "layout scores a group of experts by its best two."
+                f"model.experts.n_routed={trunk.experts.n_routed} cannot be exported: "
+                "DeepSeek-V3's layout scores a group of experts by its best two."
             )
         return "deepseek_v3"
     if trunk.experts is not None:
@@ -243,6 +243,7 @@ def _given(fields: Mapping[str, Any], name: str, default: Any) -> Any:
 def _deepseek_shape(
     fields: Mapping[str, Any], need: Callable[[str], Any], *, depth: int
 ) -> dict[str, Any]:
+    eps = float(fields.get("rms_norm_eps", 1e-6))
     shape: dict[str, Any] = {
         "n_kv_heads": fields["num_attention_heads"],
         "latent_attention": {
@@ -251,7 +252,7 @@ def _deepseek_shape(
             "d_nope": need("qk_nope_head_dim"),
             "d_rope": need("qk_rope_head_dim"),
             "d_value": need("v_head_dim"),
-            "norm_eps": None if float(fields.get("rms_norm_eps", 1e-6)) == _LATENT_EPS else _LATENT_EPS,
+            "norm_eps": None if eps == _LATENT_EPS else _LATENT_EPS,
         },
     }
     dense = _given(fields, "first_k_dense_replace", 3)

@@ -22,6 +22,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.runs import LoadedRun
 
+
 def export(cfg: Any) -> Path:
     """Write the folder that ``conf/export.yaml`` asks for, and verify it.
 

@@ -111,7 +111,7 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> str:
     if found != wanted or theirs.eos_token_id != tokenizer.eot_id:
         raise CheckFailed(
             f"tokenizer.json in {folder} gives other ids in transformers: {found[:8]}... with end "
-            f"of text {theirs.eos_token_id}, where {wanted[:8]}... and {tokenizer.eot_id} are meant."
+            f"of text {theirs.eos_token_id}, not {wanted[:8]}... and {tokenizer.eot_id}."
         )
     return f"tokenizer.json gives the same {len(wanted)} ids for a text"
 
@@ -184,7 +184,7 @@ def _check_text(theirs: Loaded, model: MTPModel, prompt: Tensor) -> Iterator[str
             at = next(i for i, token in enumerate(wanted) if found[i : i + 1] != [token])
             raise CheckFailed(
                 f"generate(use_mtp={use_mtp}) of transformers differs from this project's plain "
-                f"greedy decoding at new token {at}: {found[at : at + 1]} where {wanted[at]} was decoded."
+                f"greedy decoding at new token {at}: {found[at : at + 1]} instead of {wanted[at]}."
             )
         own = 1 + (drafted if use_mtp else alone).verify_passes
         yield (
