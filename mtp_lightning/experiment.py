@@ -6,13 +6,16 @@ The way through a run: config -> data -> model -> module -> trainer -> summary.
 from __future__ import annotations
 
 import logging
+import re
 import signal
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
 import lightning.pytorch as pl
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,11 +28,12 @@ from mtp_lightning.cli import Stopped
 from mtp_lightning.decoding.measure import decoding_report
 from mtp_lightning.evaluation import evaluate_model
 from mtp_lightning.generation import print_sample
-from mtp_lightning.init_from import Start, read_start, start_from
+from mtp_lightning.init_from import FREE, Start, brought_trunk, read_start, start_from
 from mtp_lightning.metrics.rates import bits_per_byte
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.module import MTPModule
 from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.runs import (
     CHECKPOINTS,
     LoadedRun,
@@ -51,8 +55,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A config may come from a file that somebody else wrote: it can build these, and nothing else.
-_OWN_PACKAGES = ("mtp_lightning.", "data_modules.")
+CONF = Path(__file__).parents[1] / "conf"
+_TARGET = re.compile(r"^\s*_target_:\s*([\w.]+)\s*$", re.MULTILINE)
 
 # Keys of the trainer group that are this project's, not lightning.pytorch.Trainer's.
 _OWN_TRAINER_KEYS = ("accumulate_grad_batches", "gradient_clip_val", "num_threads", "compile")
@@ -72,13 +76,14 @@ def instantiate(config: DictConfig, **arguments: Any) -> Any:
     """Build the object that a config node's ``_target_`` names.
 
     Raises:
-        ValueError: a target outside this project, an unknown key, or what the object's own checks
-            refuse.
+        ValueError: a target that conf/ does not have, an unknown key, or what the object's own
+            checks refuse.
     """
     for target in _targets(OmegaConf.to_container(config, resolve=True)):
-        if not target.startswith(_OWN_PACKAGES):
+        if target not in known_targets():
             raise ValueError(
-                f"_target_={target} is refused: a config may only build this project's own objects."
+                f"_target_={target} is refused: a config may only build what this project's own "
+                "conf/ builds."
             )
     try:
         return hydra.utils.instantiate(config, **arguments, _convert_="all")
@@ -91,6 +96,15 @@ def instantiate(config: DictConfig, **arguments: Any) -> Any:
         raise
 
 
+@cache
+def known_targets() -> frozenset[str]:
+    """What the files of conf/ build. A config may come from somebody else's checkpoint: it can
+    build these, and nothing else. (A package's name is no guard: ``mtp_lightning.runs.os.replace``
+    begins with it, too.)"""
+    files = (file.read_text(encoding="utf-8") for file in CONF.rglob("*.yaml"))
+    return frozenset(match for text in files for match in _TARGET.findall(text))
+
+
 def _targets(node: Any) -> list[str]:
     if isinstance(node, dict):
         own = [str(node["_target_"])] if "_target_" in node else []
@@ -100,16 +114,22 @@ def _targets(node: Any) -> list[str]:
     return []
 
 
-def build_data(cfg: DictConfig, tokenizer_state: dict[str, Any] | None = None) -> TokenDataModule:
+def build_data(
+    cfg: DictConfig, tokenizer_state: dict[str, Any] | None = None, *, brought: bool = False
+) -> TokenDataModule:
     """The data module, its token store built or found.
 
     Args:
         cfg: the config.
         tokenizer_state: of the run that this one starts from; by default the tokenizer is the
             config's.
+        brought: it came with a trunk (:func:`adopt_trunk`), and takes the place of the config's
+            unless that was asked for.
     """
     if tokenizer_state is None:
         data = instantiate(cfg.data)
+    elif brought and not overridden("tokenizer"):
+        data = instantiate(cfg.data, tokenizer=tokenizer_from_state(tokenizer_state))
     else:
         tokenizer = tokenizer_from_state(tokenizer_state)
         asked = instantiate(cfg.tokenizer)
@@ -129,8 +149,19 @@ def build_data(cfg: DictConfig, tokenizer_state: dict[str, Any] | None = None) -
 
 
 def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
-    """Trunk and stack from the groups ``model`` and ``mtp``."""
-    trunk = instantiate(cfg.model, vocab_size=vocab_size)
+    """Trunk and stack from the groups ``model`` and ``mtp``.
+
+    Args:
+        cfg: the config.
+        vocab_size: of the tokenizer. An imported trunk may have more rows than it needs.
+    """
+    rows = cfg.model.get("vocab_size", vocab_size)
+    if rows < vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocab_size} ids and the model only {rows} rows for them: "
+            "use the tokenizer that the model was trained with."
+        )
+    trunk = instantiate(cfg.model, vocab_size=rows)
     mtp = instantiate(cfg.mtp)
     if mtp.depth > cfg.data.seq_len:
         raise ValueError(
@@ -178,6 +209,43 @@ def build_module(cfg: DictConfig, data: TokenDataModule, *, asked: DictConfig) -
             if isinstance(layer, Block):
                 layer.compile()
     return module
+
+
+def overridden(group: str) -> list[str]:
+    """The overrides of a config group that were given on the command line of an app."""
+    if not HydraConfig.initialized():
+        return []
+    given = [o.lstrip("+~") for o in HydraConfig.get().overrides.task]
+    return [o for o in given if o.split("=")[0] == group or o.startswith(f"{group}.")]
+
+
+def adopt_trunk(cfg: DictConfig, trunk: TrunkConfig, *, source: Path) -> DictConfig:
+    """The config with an imported trunk in the place of ``model``; how it is trained stays.
+
+    Raises:
+        ValueError: the command line asks for another trunk.
+    """
+    shape = asdict(trunk)
+    asked = OmegaConf.create({"model": shape})
+    for override in overridden("model"):
+        key = override.split("=")[0]
+        found = OmegaConf.select(asked, key) if key != "model" else None
+        if key.removeprefix("model.") in FREE or found == OmegaConf.select(cfg, key):
+            continue
+        raise ValueError(
+            f"{override} does not fit init_from={source}, which brings its own trunk"
+            + (f" with {key}={found}" if key != "model" else "")
+            + f": leave {key}= out."
+        )
+    for key in FREE:
+        value = OmegaConf.select(cfg.model, key)
+        *parents, last = key.split(".")
+        owner = shape[parents[0]] if parents else shape
+        if value is not None and owner is not None:
+            owner[last] = value
+    cfg = cfg.copy()
+    cfg.model = {"_target_": cfg.model["_target_"], **shape}
+    return cfg
 
 
 def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, compare.Matched | None]:
@@ -276,7 +344,8 @@ class Prepared:
     """A run that is ready for its trainer.
 
     Attributes:
-        cfg: the config, with the layers or steps that ``compare.match`` asked for.
+        asked: the config, with the trunk that ``init_from`` brought.
+        cfg: that, with the layers or steps that ``compare.match`` asked for.
         matched: what was matched; None without a match.
         data: its token store built or found.
         module: with the weights that it starts from, unless it continues.
@@ -284,6 +353,7 @@ class Prepared:
         resume_step: the optimizer step stored there.
     """
 
+    asked: DictConfig
     cfg: DictConfig
     matched: compare.Matched | None
     data: TokenDataModule
@@ -297,19 +367,31 @@ def prepare(cfg: DictConfig, folder: Path) -> Prepared:
 
     What is read of a checkpoint here is gone when this returns: training needs the memory.
     """
-    asked = cfg
     resume_from = checkpoint_io.newest_intact(folder / CHECKPOINTS)
     stored = None if resume_from is None else checkpoint_io.load(resume_from)
     start: Start | None = None
-    tokenizer_state = None
+    tokenizer_state, brings_trunk = None, False
     if cfg.init_from is not None:
         if stored is None:
             start = read_start(cfg.init_from)
-            tokenizer_state = start.tokenizer_state
+            tokenizer_state, brings_trunk = start.tokenizer_state, start.brings_trunk
+            if brings_trunk:
+                cfg = adopt_trunk(cfg, start.config.trunk, source=start.path)
+                if tokenizer_state is None:
+                    log.warning(
+                        "%s holds no tokenizer.json: this run's own tokenizer settings are used, "
+                        "which must be those that the model was trained with.",
+                        start.path,
+                    )
         else:
             # The run has begun: it goes on with what it has, whatever became of its start.
             tokenizer_state = stored.get("tokenizer")
-    data = build_data(cfg, tokenizer_state)
+            brings_trunk = brought_trunk(stored)
+            if brings_trunk:
+                trunk = ModelConfig.from_dict(stored["model_config"]).trunk
+                cfg = adopt_trunk(cfg, trunk, source=Path(cfg.init_from))
+    asked = cfg
+    data = build_data(cfg, tokenizer_state, brought=brings_trunk)
     cfg, matched = match_reference(cfg, data.tokenizer.vocab_size)
     module = build_module(cfg, data, asked=asked)
     resume_step = None
@@ -319,6 +401,7 @@ def prepare(cfg: DictConfig, folder: Path) -> Prepared:
     elif start is not None:
         log.info("Starting from %s: %s.", start.path, start_from(module.model, start))
     return Prepared(
+        asked=asked,
         cfg=cfg,
         matched=matched,
         data=data,
@@ -350,7 +433,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     )
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+        OmegaConf.save(run.asked, folder / "config.yaml", resolve=True)
         data.tokenizer.save(folder)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mtp_lightning.decoding import Generation, generate
+from mtp_lightning.interop.reading import open_run
 from mtp_lightning.model import MTPModel
-from mtp_lightning.runs import load_run
 from mtp_lightning.runtime import pick_accelerator, set_threads
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def generate_text(cfg: Any) -> list[Generation]:
         raise ValueError(f"output={cfg.output} is unknown: choose text or json.")
     set_threads(cfg.num_threads)
     prompts = read_prompts(cfg.prompt, cfg.prompts, sys.stdin)
-    run = load_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator))
+    run = open_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator))
     tokenizer = run.tokenizer
     # One prompt is shown as it grows; several, each when it is finished.
     streams = cfg.output == "text" and len(prompts) == 1

@@ -1,7 +1,8 @@
 """Starting a new run from a trained one: its weights, and its tokenizer, but none of its progress.
 
-The trunk must be the same one. The MTP stack may be another: a module that the checkpoint does not
-hold starts fresh, one that the model does not have is dropped, and both are said.
+The start is another run, whose trunk must be the same one, or a folder in Hugging Face's layout,
+which brings its trunk's shape, too. The MTP stack may be another: a module that the start does not
+hold begins fresh, one that the model does not have is dropped, and both are said.
 """
 
 from __future__ import annotations
@@ -12,11 +13,18 @@ from typing import Any
 
 import torch
 
+from mtp_lightning.interop.reading import is_folder, read_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.runs import describe_differences, load_weights, model_weights, read_checkpoint
 
 # Settings of a trunk that say how it is trained or started, not what its weights compute.
-_FREE = {"init_std", "recompute"}
+FREE = (
+    "init_std",
+    "recompute",
+    "experts.bias_rate",
+    "experts.bias_frozen",
+    "experts.sequence_loss",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +32,19 @@ class Start:
     """What a run starts from.
 
     Attributes:
-        path: the checkpoint's file.
+        path: the checkpoint's file, or the folder.
         config: of the model in it.
         weights: by the model's own names.
-        tokenizer_state: plain data.
+        tokenizer_state: plain data; None of a folder without a tokenizer.
+        brings_trunk: whether it is a folder of Hugging Face's layout, or a run that began with
+            one: its trunk then takes the place of the config's.
     """
 
     path: Path
     config: ModelConfig
     weights: dict[str, torch.Tensor]
-    tokenizer_state: dict[str, Any]
+    tokenizer_state: dict[str, Any] | None
+    brings_trunk: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,20 +68,23 @@ class Inherited:
 
 
 def read_start(path: str | Path) -> Start:
-    """Read the checkpoint that a run is to start from.
+    """Read what a run is to start from.
 
     Args:
-        path: a run folder (its best checkpoint) or a .ckpt file.
+        path: a run folder (its best checkpoint), a .ckpt file, or a Hugging Face folder.
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: a damaged or foreign checkpoint, or a Hugging Face folder.
+        ValueError: a damaged or foreign checkpoint, or a folder that cannot be imported.
     """
-    folder = Path(path)
-    if folder.is_dir() and (folder / "config.json").is_file():
-        raise ValueError(
-            f"init_from={path} is a folder of Hugging Face weights, which this version cannot "
-            "start from: give the folder of a run, or one of its .ckpt files."
+    if is_folder(path):
+        folder = read_folder(path)
+        return Start(
+            path=folder.path,
+            config=folder.config,
+            weights=folder.weights,
+            tokenizer_state=folder.tokenizer_state,
+            brings_trunk=True,
         )
     needs = ("model_config", "state_dict", "tokenizer")
     file, checkpoint = read_checkpoint(path, needs=needs)
@@ -79,7 +93,14 @@ def read_start(path: str | Path) -> Start:
         config=ModelConfig.from_dict(checkpoint["model_config"]),
         weights=model_weights(checkpoint),
         tokenizer_state=checkpoint["tokenizer"],
+        brings_trunk=brought_trunk(checkpoint),
     )
+
+
+def brought_trunk(checkpoint: dict[str, Any]) -> bool:
+    """Whether the trunk of a checkpoint's run came from a folder: only such a one says in the
+    config how many rows it has; else the tokenizer decides."""
+    return "vocab_size" in checkpoint.get("config", {}).get("model", {})
 
 
 def start_from(model: MTPModel, start: Start) -> Inherited:
@@ -113,7 +134,7 @@ def start_from(model: MTPModel, start: Start) -> Inherited:
 
 def _check_trunk(path: Path, old: ModelConfig, wanted: ModelConfig) -> None:
     before, now = old.to_dict()["trunk"], wanted.to_dict()["trunk"]
-    differences = describe_differences(before, now, ignore=_FREE)
+    differences = describe_differences(before, now, ignore=FREE)
     if differences:
         raise ValueError(
             f"init_from={path} has another trunk than this run ({'; '.join(differences)}): "

@@ -251,7 +251,7 @@ def test_what_cannot_be_started_from(base: Path, tmp_path: Path) -> None:
     hf = tmp_path / "hf"
     hf.mkdir()
     (hf / "config.json").write_text("{}")
-    refuse({"init_from": hf}, ValueError, "folder of Hugging Face weights")
+    refuse({"init_from": hf}, ValueError, "model_type=None, which cannot be imported")
     refuse({"init_from": tmp_path / "nothing"}, FileNotFoundError, "no checkpoint or run folder")
     refuse({"init_from": base / "base", "model.d_ff": 64}, ValueError, "d_ff: 48 -> 64")
     refuse(

@@ -27,15 +27,24 @@ RANK = {
     "mtp": 1,
     "objective": 2,  # reads a stack's interface, never the model built of it
     "model": 3,
-    **dict.fromkeys(["decoding", "metrics", "interop", "runs", "compare"], 4),
-    **dict.fromkeys(["evaluation", "generation", "init_from"], 5),
-    **dict.fromkeys(["module", "callbacks", "loggers"], 6),
-    "experiment": 7,
+    **dict.fromkeys(["decoding", "metrics", "runs", "compare"], 4),
+    **dict.fromkeys(["evaluation", "interop"], 5),
+    **dict.fromkeys(["generation", "init_from"], 6),
+    **dict.fromkeys(["module", "callbacks", "loggers"], 7),
+    "experiment": 8,
 }
 
 LIGHTNING = ("mtp_lightning/module", "mtp_lightning/callbacks/", "mtp_lightning/loggers/")
 EXPERIMENT = "mtp_lightning/experiment.py"
-LAZY = ("tokenizers", "datasets", "rich", "transformers", "matplotlib", "tensorboard")
+LAZY = (
+    "tokenizers",
+    "datasets",
+    "rich",
+    "transformers",
+    "safetensors",
+    "matplotlib",
+    "tensorboard",
+)
 
 
 def sources(*folders: str) -> list[str]:

@@ -82,7 +82,7 @@ def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
     if contents.layer_depths:
         last = first + contents.layer_depths - 1
         yield (
-            f"It was trained with multi-token prediction. The {contents.layer_depths} MTP module(s) "
+            f"It was trained to predict several tokens. Its {contents.layer_depths} MTP module(s) "
             f"of DeepSeek-V3's form are `model.layers.{first}` to `model.layers.{last}`: "
             "`enorm`, `hnorm`, `eh_proj`, the block, `shared_head.norm`, and copies of the "
             "embedding and the head, which all depths share."

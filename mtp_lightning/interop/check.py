@@ -34,7 +34,9 @@ def check(path: str) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m mtp_lightning.interop.check", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m mtp_lightning.interop.check", description=__doc__
+    )
     parser.add_argument("folder", help="a folder with config.json and safetensors")
     with readable_errors():
         check(parser.parse_args().folder)

@@ -23,6 +23,9 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 
+# What transformers gives DeepSeek-V3's norms on the latents, whatever rms_norm_eps says.
+_LATENT_EPS = 1e-6
+
 # Both names of one number: DeepSeek's, and transformers' for models without a field of their own.
 _DEPTHS = ("num_nextn_predict_layers", "num_mtp_layers")
 
@@ -34,6 +37,13 @@ def model_type(trunk: TrunkConfig) -> str:
         ValueError: there is none.
     """
     if trunk.latent_attention is not None:
+        own_eps = trunk.latent_attention.norm_eps
+        eps = trunk.norm_eps if own_eps is None else own_eps
+        if eps != _LATENT_EPS:
+            raise ValueError(
+                f"norms on the latents with epsilon {eps} cannot be exported: DeepSeek-V3's layout "
+                f"has {_LATENT_EPS} there (model.latent_attention.norm_eps)."
+            )
         if trunk.experts is not None and trunk.experts.n_shared == 0:
             raise ValueError(
                 "model.experts.n_shared=0 cannot be exported: DeepSeek-V3's layout always has a "
@@ -41,8 +51,8 @@ def model_type(trunk: TrunkConfig) -> str:
             )
         if trunk.experts is not None and trunk.experts.n_routed // trunk.experts.n_groups < 2:
             raise ValueError(
-                f"model.experts.n_routed={trunk.experts.n_routed} cannot be exported: DeepSeek-V3's "
-                "layout scores a group of experts by its best two."
+                f"model.experts.n_routed={trunk.experts.n_routed} cannot be exported: "
+                "DeepSeek-V3's layout scores a group of experts by its best two."
             )
         return "deepseek_v3"
     if trunk.experts is not None:
@@ -153,19 +163,18 @@ def _deepseek_fields(trunk: TrunkConfig, depth: int) -> dict[str, Any]:
     }
 
 
-def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkConfig:
-    """The trunk that a ``config.json`` describes.
+def require_known(fields: Mapping[str, Any], *, source: str) -> None:
+    """Refuse a ``config.json`` of a model that cannot be computed here.
 
     Args:
         fields: its content.
-        depth: MTP layers that the folder holds.
         source: the file, for messages.
 
     Raises:
-        ValueError: another kind of model, a missing field, or one that has no switch here.
+        ValueError: another kind of model, or a field that has no switch here.
     """
     kind = fields.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ValueError(
             f"{source} has model_type={kind}, which cannot be imported: "
             f"known are {', '.join(ARCHITECTURES)}."
@@ -173,6 +182,21 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
     if "auto_map" in fields:
         log.warning("%s names code of its own (auto_map): it is not executed.", source)
     _refuse_other_maths(fields, kind, source)
+    _rope_theta(fields, source)
+
+
+def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkConfig:
+    """The trunk that a ``config.json`` describes; :func:`require_known` comes first.
+
+    Args:
+        fields: its content.
+        depth: MTP layers that the folder holds.
+        source: the file, for messages.
+
+    Raises:
+        ValueError: a missing field, or sizes that do not fit together.
+    """
+    kind = fields["model_type"]
     theta = _rope_theta(fields, source)
 
     def need(name: str) -> Any:
@@ -219,6 +243,7 @@ def _given(fields: Mapping[str, Any], name: str, default: Any) -> Any:
 def _deepseek_shape(
     fields: Mapping[str, Any], need: Callable[[str], Any], *, depth: int
 ) -> dict[str, Any]:
+    eps = float(fields.get("rms_norm_eps", 1e-6))
     shape: dict[str, Any] = {
         "n_kv_heads": fields["num_attention_heads"],
         "latent_attention": {
@@ -227,6 +252,7 @@ def _deepseek_shape(
             "d_nope": need("qk_nope_head_dim"),
             "d_rope": need("qk_rope_head_dim"),
             "d_value": need("v_head_dim"),
+            "norm_eps": None if eps == _LATENT_EPS else _LATENT_EPS,
         },
     }
     dense = _given(fields, "first_k_dense_replace", 3)
@@ -290,6 +316,9 @@ def _rope_theta(fields: Mapping[str, Any], source: str) -> float:
                 "plain rotary positions can be imported."
             )
         if rope.get("partial_rotary_factor") not in (None, 1.0):
-            raise ValueError(f"{source} turns a part of each head only (partial_rotary_factor).")
+            raise ValueError(
+                f"{source} has {name} with a partial_rotary_factor: only heads that are turned "
+                "whole can be imported."
+            )
         theta = _given(rope, "rope_theta", theta)
     return float(10_000.0 if theta is None else theta)

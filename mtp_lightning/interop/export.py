@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from mtp_lightning.interop.reading import is_folder, open_run
 from mtp_lightning.interop.transformers_model import import_transformers
 from mtp_lightning.interop.verify import (
     check_bytes,
+    check_tokenizer,
     check_trained,
     check_with_transformers,
     rounded,
@@ -21,8 +21,6 @@ from mtp_lightning.interop.writing import DTYPES, write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.runs import LoadedRun
-
-log = logging.getLogger(__name__)
 
 
 def export(cfg: Any) -> Path:
@@ -82,7 +80,7 @@ def export(cfg: Any) -> Path:
     if cfg.verify:
         _verify(folder, run, model, dtype=cfg.dtype)
     else:
-        log.warning("NOT VERIFIED: verify=false left out the check that %s is the model.", folder)
+        print(f"NOT VERIFIED: verify=false left out the check that {folder} is the model.")
     return folder
 
 
@@ -92,6 +90,7 @@ def _verify(folder: Path, run: LoadedRun, model: MTPModel, *, dtype: str) -> Non
         listed = lambdas if isinstance(lambdas, list) else [lambdas] * model.depth
         print(f"  {check_trained(model, run.config['seed'], listed)}")
     print(f"  {check_bytes(folder, model, dtype=dtype)}")
+    print(f"  {check_tokenizer(folder, run.tokenizer)}")
     for line in check_with_transformers(folder, rounded(model, dtype)):
         print(f"  {line}")
     print("verified")

@@ -3,7 +3,7 @@
 One rule serves both directions. A tensor here is one or several tensors there, on top of each
 other: rows of query, key and value; of gate and up; of one expert after another.
 
-The layouts are Llama's (Qwen2's and Qwen3's are it, with biases or norms on heads) and DeepSeek-V3's.
+The layouts are Llama's (Qwen2's and Qwen3's too, with biases or norms on heads) and DeepSeek-V3's.
 MTP depth k is layer L + k - 1 of either, as in README_WEIGHTS of DeepSeek-V3's release: the two
 norms, the projection, the block, the output norm, and copies of embedding and head.
 """

@@ -74,6 +74,7 @@ def read_folder(path: str | Path) -> Folder:
     """
     path = Path(path)
     fields = read_json(path / CONFIG)
+    config_json.require_known(fields, source=str(path / CONFIG))
     tensors = read_tensors(path)
     depth = _mtp_layers(fields, tensors, source=str(path))
     trunk = config_json.from_json(fields, depth=depth, source=str(path / CONFIG))

@@ -57,7 +57,8 @@ class Loaded:
         ignored = {"_keys_to_ignore_on_load_unexpected": patterns(n_layers, depth)}
         with _quiet(transformers):
             try:
-                self.model, info = type(kind.__name__, (kind,), ignored).from_pretrained(
+                named: Any = type(kind.__name__, (kind,), ignored)
+                self.model, info = named.from_pretrained(
                     folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
                 )
             except (OSError, ValueError, RuntimeError, KeyError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,13 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.interop import heads
 from mtp_lightning.interop.names import plain, to_folder
 from mtp_lightning.interop.reading import read_folder, read_tensors
-from mtp_lightning.interop.transformers_model import Loaded
+from mtp_lightning.interop.transformers_model import Loaded, import_transformers
 from mtp_lightning.interop.writing import DTYPES, has_extra_file
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 
 TOLERANCE = 1e-4
+_TEXT = "def main():\n\treturn 'caf\u00e9 \u2013 \u65e5\u672c'  # 1, 2, 345\n"
 _BATCH, _LENGTH, _PROMPT, _NEW = 2, 32, 8, 24
 
 
@@ -96,6 +98,24 @@ def rounded(model: MTPModel, dtype: str) -> MTPModel:
     return twin
 
 
+def check_tokenizer(folder: Path, tokenizer: Any) -> str:
+    """Whether transformers reads the folder's tokenizer as ``tokenizer``.
+
+    Raises:
+        CheckFailed: it gives other ids.
+        ValueError: transformers is missing.
+    """
+    theirs = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    found = theirs(_TEXT, add_special_tokens=False)["input_ids"]
+    wanted = [int(token) for token in tokenizer.encode(_TEXT)]
+    if found != wanted or theirs.eos_token_id != tokenizer.eot_id:
+        raise CheckFailed(
+            f"tokenizer.json in {folder} gives other ids in transformers: {found[:8]}... with end "
+            f"of text {theirs.eos_token_id}, not {wanted[:8]}... and {tokenizer.eot_id}."
+        )
+    return f"tokenizer.json gives the same {len(wanted)} ids for a text"
+
+
 def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
     """Whether transformers computes from the folder what ``model`` computes.
 
@@ -155,17 +175,19 @@ def _check_heads(back: MTPModel, own: list[Tensor], tokens: Tensor) -> Iterator[
 
 
 def _check_text(theirs: Loaded, model: MTPModel, prompt: Tensor) -> Iterator[str]:
-    (plain_text,) = generate(model, [prompt], max_new_tokens=_NEW, speculative=False)
-    wanted = list(plain_text.token_ids)
+    (alone,) = generate(model, [prompt], max_new_tokens=_NEW, speculative=False)
+    (drafted,) = generate(model, [prompt], max_new_tokens=_NEW) if theirs.depth else (alone,)
+    wanted = alone.token_ids
     for use_mtp in (False, True) if theirs.depth else (False,):
         found, passes = theirs.greedy(prompt, _NEW, use_mtp=use_mtp)
         if found != wanted:
             at = next(i for i, token in enumerate(wanted) if found[i : i + 1] != [token])
             raise CheckFailed(
                 f"generate(use_mtp={use_mtp}) of transformers differs from this project's plain "
-                f"greedy decoding at new token {at}: {found[at : at + 1]} where {wanted[at]} was decoded."
+                f"greedy decoding at new token {at}: {found[at : at + 1]} instead of {wanted[at]}."
             )
+        own = 1 + (drafted if use_mtp else alone).verify_passes
         yield (
-            f"generate(use_mtp={use_mtp}) decodes the same {_NEW} tokens ({passes} passes of the "
-            "trunk)"
+            f"generate(use_mtp={use_mtp}) decodes the same {_NEW} tokens "
+            f"(passes of the trunk: {passes}, here {own})"
         )

@@ -31,6 +31,7 @@ class LatentAttentionConfig:
         d_nope: part of a query or key head that carries no position.
         d_rope: part that is turned by its position; the key's is shared by all heads. Even.
         d_value: width of a value head.
+        norm_eps: epsilon of the norms on the latents; None is the trunk's.
 
     Raises:
         ValueError: a width is not positive, or ``d_rope`` is odd.
@@ -41,6 +42,7 @@ class LatentAttentionConfig:
     d_nope: int
     d_rope: int
     d_value: int
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         check_whole("model.latent_attention", self, ("kv_rank", "d_nope", "d_rope", "d_value"))

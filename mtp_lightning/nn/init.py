@@ -20,7 +20,7 @@ def parameter_seed(seed: int, name: str) -> int:
 
 @torch.no_grad()
 def initialise(model: nn.Module, *, std: float, seed: int) -> None:
-    """Matrices from N(0, std^2), norm gains 1, biases 0 (DeepSeek-V3, section 4.2: one std for all).
+    """Matrices from N(0, std^2), gains 1, biases 0 (DeepSeek-V3, section 4.2: one std for all).
 
     Drawn on the CPU in fp32, so that the weights do not depend on the device. Buffers that
     training moves (the experts' biases) start anew, too.

@@ -46,14 +46,15 @@ class LatentAttention(nn.Module):
         self.d_nope, self.d_rope, self.d_value = latent.d_nope, latent.d_rope, latent.d_value
         self.kv_rank, self.q_rank = latent.kv_rank, latent.q_rank
         queries = config.n_heads * latent.d_head
+        eps = config.norm_eps if latent.norm_eps is None else latent.norm_eps
         if latent.q_rank is None:
             self.query = Linear(config.d_model, queries)
         else:
             self.query_down = Linear(config.d_model, latent.q_rank)
-            self.query_norm = RMSNorm(latent.q_rank, config.norm_eps)
+            self.query_norm = RMSNorm(latent.q_rank, eps)
             self.query_up = Linear(latent.q_rank, queries)
         self.kv_down = Linear(config.d_model, latent.kv_rank + latent.d_rope)
-        self.kv_norm = RMSNorm(latent.kv_rank, config.norm_eps)
+        self.kv_norm = RMSNorm(latent.kv_rank, eps)
         self.kv_up = Linear(latent.kv_rank, config.n_heads * (latent.d_nope + latent.d_value))
         self.out = Linear(config.n_heads * latent.d_value, config.d_model)
 

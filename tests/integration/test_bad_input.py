@@ -146,6 +146,14 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"optimizer.schedule._target_": "subprocess.run"},
         ["subprocess.run", "refused"],
     ),
+    "foreign target by way of a module of this project": (
+        {"optimizer._target_": "mtp_lightning.runs.os.replace"},
+        ["mtp_lightning.runs.os.replace", "refused"],
+    ),
+    "own function that conf/ does not build": (
+        {"+callbacks.mine._target_": "mtp_lightning.checkpoint_io.save"},
+        ["mtp_lightning.checkpoint_io.save", "refused"],
+    ),
     "foreign callback": (
         {"+callbacks.mine._target_": "builtins.print"},
         ["builtins.print", "refused"],

@@ -1,0 +1,61 @@
+"""Models that fill a folder, and what two folders have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_modules.tokenizers import ByteTokenizer
+from data_modules.windows import WindowBatch
+from mtp_lightning.interop.writing import Contents, write_folder
+from mtp_lightning.model import MTPModel
+from mtp_lightning.nn.config import TrunkConfig
+from tests import deepseek
+
+# More rows than the byte tokenizer needs, as padded vocabularies have.
+ROWS = 264
+DENSE = TrunkConfig(
+    vocab_size=ROWS, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, rope_theta=5e5
+)
+
+
+def dense(**changes: Any) -> TrunkConfig:
+    """:data:`DENSE` with changes."""
+    fields = {name: getattr(DENSE, name) for name in DENSE.__dataclass_fields__}
+    return TrunkConfig(**{**fields, "d_head": None, **changes})
+
+
+TRUNKS = {
+    "llama": dense(tie_embeddings=False),
+    "llama-tied": dense(),
+    "llama-wide-heads": dense(d_head=16),
+    "qwen2": dense(qkv_bias=True),
+    "qwen3": dense(qk_norm=True, d_head=16),
+    "deepseek": deepseek.trunk(vocab_size=ROWS, tie_embeddings=False, norm_eps=1e-5,
+                                latent={"norm_eps": 1e-6}),
+    "deepseek-tied": deepseek.trunk(vocab_size=ROWS, latent={"q_rank": None}),
+    "deepseek-shared": deepseek.trunk(vocab_size=ROWS, experts={"n_shared": 2, "n_groups": 1,
+                                                                "top_groups": 1}),
+    "deepseek-no-mixture-in-trunk": deepseek.trunk(vocab_size=ROWS, experts={"first_k_dense": 3}),
+}  # fmt: skip
+
+
+def write(folder: Path, model: MTPModel, **changes: Any) -> Contents:
+    """A folder of a model, in small shards."""
+    options = {"dtype": "float32", "max_positions": 64, "shard_bytes": 20_000, **changes}
+    return write_folder(folder, model, ByteTokenizer(), **options)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file's bytes."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@torch.no_grad()
+def logits(model: MTPModel, seed: int = 0) -> list[torch.Tensor]:
+    """Of every depth, for random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(ROWS, (2, 24 + model.depth + 1), generator=generator)
+    return [model.head(h) for h in model(WindowBatch(tokens, model.depth)).values()]

@@ -1,0 +1,191 @@
+"""``export.py``: from a run to a folder, checked, and what it says when it is not good."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from mtp_lightning.cli import readable_errors
+from mtp_lightning.interop import card, export, writing
+from mtp_lightning.interop.reading import read_folder
+from mtp_lightning.interop.verify import CheckFailed, check_trained
+from mtp_lightning.runs import load_run
+from tests import deepseek
+from tests.integration import helpers
+from tests.interop import folders
+
+pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
+
+# transformers imports optional packages that warn; none of that is this project's.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+DEFAULTS = OmegaConf.load(helpers.CONF / "export.yaml")
+DEEPSEEK = {
+    "model": "deepseek_nano", "model.n_kv_heads": None, "model.n_heads": 2, "model.n_layers": 2,
+    "model.latent_attention.kv_rank": 10, "model.latent_attention.d_nope": 8,
+    "model.latent_attention.d_rope": 4, "model.latent_attention.d_value": 6,
+    "model.experts.n_routed": 4, "model.experts.d_expert": 16,
+}  # fmt: skip
+
+
+def run_export(checkpoint: Path, output: Path, **changes: Any) -> Path:
+    cfg = OmegaConf.merge(DEFAULTS, {"checkpoint": str(checkpoint), "output": str(output)}, changes)
+    return export.export(cfg)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense run and a DeepSeek one, and the cache beside them."""
+    path = tmp_path_factory.mktemp("export")
+    settings = {"trainer.max_steps": 6, "trainer.val_check_interval": 3}
+    helpers.train_here(path / "dense", path / "cache", {**settings, "mtp.depth": 1})
+    helpers.train_here(path / "deepseek", path / "cache", {**settings, **DEEPSEEK})
+    return path
+
+
+@pytest.mark.parametrize(("name", "depth"), [("dense", 1), ("deepseek", 2)])
+def test_a_run_is_exported_and_verified(
+    base: Path, name: str, depth: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers", reason="the check needs it: pip install -e '.[hf]'")
+    run_export(base / name, tmp_path / "out", shard_gb=2e-5)
+    shown = capsys.readouterr().out
+    for line in ("trained tensors differ from their initialisation", "tensors are the model's",
+                 "logits of the trunk equal", f"logits of the MTP depth {depth} equal",
+                 "use_mtp=True", "ids for a text"):  # fmt: skip
+        assert line in shown
+    assert shown.endswith("verified\n")
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+            "README.md", "model.safetensors.index.json"} < files  # fmt: skip
+    assert len([name for name in files if name.startswith("model-")]) > 1
+    wanted = load_run(base / name).model.state_dict()
+    assert all(torch.equal(t, wanted[n]) for n, t in read_folder(tmp_path / "out").weights.items())
+
+    run_export(tmp_path / "out", tmp_path / "again", shard_gb=2e-5)
+    assert folders.files(tmp_path / "out") == folders.files(tmp_path / "again")
+
+
+def test_the_card(base: Path, tmp_path: Path) -> None:
+    run_export(base / "deepseek", tmp_path / "out", verify=False)
+    text = (tmp_path / "out" / card.FILE).read_text()
+    for part in ("`model.layers.2` to `model.layers.3`", "after 6 optimizer steps", "depth 2",
+                 "| depth | loss", "| 2 |", "vLLM",
+                 r'_keys_to_ignore_on_load_unexpected = [r"model\.layers\.2\.", '):  # fmt: skip
+        assert part in text, part
+    summary = {"step": 6, "val/loss_depth_0": 1.5, "decode/acceptance_position_1": 0.75}
+    text = card.render(
+        "x",
+        deepseek.build(folders.DENSE, depth=1).config,
+        writing.Contents(layer_depths=1, heads=False, parameters=9, shards=1),
+        model_type="llama",
+        dtype="float32",
+        step=6,
+        run_config={},
+        summary=summary,
+    )
+    assert "| 1 |  |  |  | 75.0% |" in text and "depth=0" in text and "Drafts accepted:" in text
+
+
+def test_a_lost_module_is_named_and_the_folder_stays(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The defect of others: MTP weights as they were initialised, exit code 0."""
+    pytest.importorskip("transformers", reason="the check needs it: pip install -e '.[hf]'")
+    checkpoint = helpers.checkpoint(base / "dense", "best.ckpt")
+    fresh = load_run(base / "dense").model
+    fresh.initialise(0)
+    name = "mtp.depths.0.eh_proj.weight"
+    checkpoint["state_dict"][f"model.{name}"] = fresh.state_dict()[name]
+    torch.save(checkpoint, tmp_path / "lost.ckpt")
+    with pytest.raises(SystemExit) as stop, readable_errors():
+        run_export(tmp_path / "lost.ckpt", tmp_path / "out")
+    assert stop.value.code == 1
+    assert f"error: {name} is exactly as seed 0" in capsys.readouterr().err
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_the_command_without_a_check_is_loud(base: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(helpers.ROOT / "export.py"), "verify=false",
+               f"checkpoint={base / 'dense'}", f"output={tmp_path / 'out'}"]  # fmt: skip
+    done = helpers.execute(command)
+    assert done.returncode == 0 and "NOT VERIFIED" in done.stdout, done.stderr
+    assert read_folder(tmp_path / "out").config.mtp.depth == 1
+
+
+def test_what_was_not_trained_may_be_as_it_began() -> None:
+    model = deepseek.build(folders.DENSE, depth=2)
+    fresh = deepseek.build(folders.DENSE, depth=2, freeze_trunk=True)
+    fresh.initialise(5)
+    with pytest.raises(CheckFailed, match=r"mtp.depths.0.enorm.weight"):
+        check_trained(fresh, 5, [0.1, 0.1])
+    fresh.mtp.load_state_dict(model.mtp.state_dict())
+    assert check_trained(fresh, 5, [0.1, 0.1]).startswith("20 ")  # the frozen trunk is left out
+    fresh.mtp.depths[1].norm.weight.data.fill_(1.0)
+    assert check_trained(fresh, 5, [0.1, 0.0]).startswith("10 ")
+    with pytest.raises(CheckFailed, match=r"mtp.depths.1.norm.weight"):
+        check_trained(fresh, 5, [0.0, 0.1])
+
+
+def test_writing_the_wrong_tensor_is_found(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="the check needs it: pip install -e '.[hf]'")
+    real = writing.to_folder
+
+    def wrong(*arguments: Any) -> dict[str, torch.Tensor]:
+        tensors = real(*arguments)
+        tensors["model.layers.2.hnorm.weight"] = tensors["model.layers.2.enorm.weight"].clone()
+        return tensors
+
+    monkeypatch.setattr(writing, "to_folder", wrong)
+    with pytest.raises(CheckFailed, match=r"model.layers.2.hnorm.weight in .* is not the model's"):
+        run_export(base / "deepseek", tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_without_the_modules(base: Path, tmp_path: Path) -> None:
+    run_export(base / "dense", tmp_path / "out", depth=0, verify=False)
+    assert read_folder(tmp_path / "out").config.mtp.depth == 0
+
+
+@pytest.mark.parametrize("variant", ["parallel", "linear"])
+def test_heads_without_a_layout_are_announced(
+    base: Path, variant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"mtp": variant, "trainer.max_steps": 3, "trainer.val_check_interval": 3}
+    helpers.train_here(tmp_path / "run", base / "cache", settings)
+    verify = pytest.importorskip("transformers", reason="the check needs it") is not None
+    run_export(tmp_path / "run", tmp_path / "out", verify=verify)
+    shown = capsys.readouterr().out
+    assert f"mtp={variant}" in shown and "mtp_heads.safetensors, read back" in shown
+    assert "mtp_heads.safetensors" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "int8"}, "dtype=int8 is unknown"),
+        ({"shard_gb": 0}, "shard_gb must be above 0"),
+        ({"max_positions": -1}, "max_positions must be"),
+        ({"depth": 1}, "depth=1"),
+    ],
+)
+def test_options_out_of_range(
+    base: Path, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_export(base / "dense", tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_in_use(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OSError, match="is not empty"):
+        run_export(base / "dense", tmp_path, verify=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,231 @@
+"""What is not imported, by name: other arithmetic, tensors that do not fit, anything that runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_lightning.interop import heads, tensor_files
+from mtp_lightning.interop.reading import INDEX, SINGLE, read_folder
+from tests import deepseek
+from tests.interop import folders
+
+pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    fields = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in fields.items() if v != "gone"}))
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    folders.write(tmp_path / "llama", deepseek.build(folders.dense(), depth=1))
+    return tmp_path / "llama"
+
+
+@pytest.fixture
+def deepseek_folder(tmp_path: Path) -> Path:
+    folders.write(tmp_path / "ds", deepseek.build(folders.TRUNKS["deepseek"], depth=1))
+    return tmp_path / "ds"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "gelu"},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"rope_scaling": {"type": "yarn", "factor": 40}},
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        {"use_sliding_window": True},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"model_type": "mistral", "sliding_window": 64},
+        {"quantization_config": {"quant_method": "fp8"}},
+        {"model_type": "gpt2"},
+        {"model_type": ["llama"]},
+        {"hidden_size": "gone"},
+    ],
+)
+def test_other_arithmetic_is_named(llama: Path, changes: dict[str, Any]) -> None:
+    change_config(llama, **changes)
+    with pytest.raises(ValueError, match=next(iter(changes.keys() - {"model_type"}), "model_type")):
+        read_folder(llama)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"scoring_func": "softmax"}, {"topk_method": "greedy"}, {"norm_topk_prob": False},
+     {"rope_interleave": False}, {"moe_layer_freq": 2}, {"kv_lora_rank": "gone"}],
+)  # fmt: skip
+def test_other_mixtures_are_named(deepseek_folder: Path, changes: dict[str, Any]) -> None:
+    change_config(deepseek_folder, **changes)
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        read_folder(deepseek_folder)
+
+
+def test_sizes_that_do_not_fit_together(llama: Path) -> None:
+    change_config(llama, num_key_value_heads=3)
+    with pytest.raises(ValueError, match=r"config.json describes no model.*n_kv_heads=3"):
+        read_folder(llama)
+
+
+def merge(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """All shards into one file without an index, with a change to the tensors."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("model-*.safetensors")):
+        tensors |= tensor_files.read(file)[0]
+        file.unlink()
+    (folder / INDEX).unlink()
+    change(tensors)
+    tensor_files.write(folder / SINGLE, tensors, {"format": "pt"})
+
+
+def set_to(name: str, value: Any) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = value(tensors[name]) if callable(value) else value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"),
+         "model.layers.1.self_attn.k_proj.weight is missing"),
+        (lambda t: t.pop("model.layers.2.eh_proj.weight"), "layers.2.eh_proj.weight is missing"),
+        (set_to("model.layers.0.self_attn.q_proj.bias", torch.ones(32)),
+         "model.layers.0.self_attn.q_proj.bias is unknown"),
+        (set_to("model.layers.3.enorm.weight", torch.ones(32)), "layers.3.enorm.weight is unknown"),
+        (set_to("model.norm.weight", torch.ones(16)),
+         r"model.norm.weight has the shape \[16\] where \[32\] is needed"),
+        (set_to("model.layers.2.embed_tokens.weight", lambda t: t + 1),
+         "model.layers.2.embed_tokens.weight in .* differs from the trunk's"),
+        (set_to("lm_head.weight", torch.ones(folders.ROWS, 32)), "lm_head.weight in .* differs"),
+        (set_to("model.norm.weight", torch.ones(32, dtype=torch.int8)),
+         "model.norm.weight in .* is stored as int8"),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_fit_are_named(llama: Path, change: Any, message: str) -> None:
+    merge(llama, change)
+    with pytest.raises(ValueError, match=message):
+        read_folder(llama)
+
+
+def test_what_may_be_there_or_not(llama: Path) -> None:
+    """Copies of shared tensors, and tables that old checkpoints hold; no index."""
+    wanted = read_folder(llama).weights
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.layers.2.embed_tokens.weight"]
+        del tensors["model.layers.2.shared_head.head.weight"]
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    merge(llama, change)
+    found = read_folder(llama).weights
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_declared_mtp_layers_may_be_left_out(deepseek_folder: Path) -> None:
+    """As transformers saves DeepSeek-V3: the trunk alone, and a config that speaks of one."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("model.layers.3.")]:
+            del tensors[name]
+
+    merge(deepseek_folder, change)
+    folder = read_folder(deepseek_folder)
+    assert folder.config.variant == "none"
+    folder.build()
+
+
+class Bomb:
+    """Unpickled, it would leave a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickled_weights_are_not_opened(llama: Path, tmp_path: Path) -> None:
+    for file in llama.glob("model*"):
+        file.unlink()
+    with (llama / "pytorch_model.bin").open("wb") as out:
+        pickle.dump(Bomb(tmp_path / "exploded"), out)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin.*convert them to safetensors"):
+        read_folder(llama)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_code_of_the_folder_is_mentioned_and_not_run(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    change_config(llama, auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    (llama / "modeling.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
+    read_folder(llama)
+    assert "auto_map" in caplog.text and "not executed" in caplog.text
+    assert caplog.records[0].levelno == logging.WARNING
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "model.bin"])
+def test_an_index_cannot_point_elsewhere(llama: Path, name: str) -> None:
+    index = json.loads((llama / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    (llama / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"only safetensors files of the folder itself"):
+        read_folder(llama)
+
+
+def test_damaged_files_are_named(llama: Path) -> None:
+    shard = sorted(llama.glob("model-*"))[1]
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
+        read_folder(llama)
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{shard.name} is missing"):
+        read_folder(llama)
+    (llama / INDEX).write_text("{}")
+    with pytest.raises(ValueError, match="has no weight_map"):
+        read_folder(llama)
+    (llama / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config.json holds no JSON object"):
+        read_folder(llama)
+    (llama / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
+        read_folder(llama)
+
+
+def test_an_index_that_does_not_agree(llama: Path) -> None:
+    index = json.loads((llama / INDEX).read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (llama / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"model.norm.weight is only in the file"):
+        read_folder(llama)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{}, {"mtp_lightning": "{"}, {"mtp_lightning": '{"variant": "os.system", "depth": 1}'},
+     {"mtp_lightning": '{"variant": "linear", "depth": 1, "_target_": "os.system"}'},
+     {"mtp_lightning": "[1]"}],
+)  # fmt: skip
+def test_heads_of_an_unknown_kind(llama: Path, metadata: dict[str, str]) -> None:
+    tensor_files.write(llama / heads.FILE, {"mtp.depths.0.weight": torch.ones(2, 2)}, metadata)
+    with pytest.raises(ValueError, match=r"mtp_heads.safetensors does not say"):
+        read_folder(llama)

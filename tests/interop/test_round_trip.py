@@ -1,0 +1,168 @@
+"""A model written and read is the same model, and written again the same bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_modules.tokenizers import PretrainedTokenizer
+from mtp_lightning.interop.names import places
+from mtp_lightning.interop.reading import Folder, read_folder
+from mtp_lightning.interop.writing import write_folder
+from mtp_lightning.model import MTP_VARIANTS, ModelConfig, MTPModel
+from tests import deepseek
+from tests.interop import folders
+
+pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
+
+
+def rewrite(folder: Folder, target: Path, dtype: str = "float32") -> None:
+    """What was read, written as it was written first."""
+    tokenizer = PretrainedTokenizer(str(folder.path))
+    write_folder(
+        target,
+        folder.build(),
+        tokenizer,
+        dtype=dtype,
+        max_positions=folder.max_positions,
+        shard_bytes=20_000,
+    )
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize("name", folders.TRUNKS)
+def test_every_layout(name: str, depth: int, tmp_path: Path) -> None:
+    model = deepseek.build(folders.TRUNKS[name], depth=depth).eval()
+    contents = folders.write(tmp_path / "one", model)
+    assert contents.layer_depths == depth and not contents.heads and contents.shards > 1
+    folder = read_folder(tmp_path / "one")
+    assert folder.config.mtp.depth == depth
+    for found, wanted in zip(folders.logits(folder.build()), folders.logits(model), strict=True):
+        assert torch.equal(found, wanted)
+    rewrite(folder, tmp_path / "two")
+    assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_halves_are_rounded_once(dtype: str, tmp_path: Path) -> None:
+    model = deepseek.build(folders.TRUNKS["deepseek"], depth=1)
+    folders.write(tmp_path / "one", model, dtype=dtype)
+    folder = read_folder(tmp_path / "one")
+    for name, tensor in model.state_dict().items():
+        found = folder.weights[name]
+        assert found.dtype == torch.float32
+        if name.endswith("expert_bias"):
+            assert torch.equal(found, tensor), "biases move by 0.001: they stay precise"
+        else:
+            assert torch.equal(found, tensor.to(getattr(torch, dtype)).float()), name
+    rewrite(folder, tmp_path / "two", dtype)
+    assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
+
+
+@pytest.mark.parametrize("switch", [{"share_layers": True}, {"concat": "hidden_first"}])
+@pytest.mark.parametrize("name", ["llama", "deepseek"])
+def test_modules_of_another_form_are_converted(
+    name: str, switch: dict[str, Any], tmp_path: Path
+) -> None:
+    model = deepseek.build(folders.TRUNKS[name], depth=2, **switch).eval()
+    assert folders.write(tmp_path / "one", model).layer_depths == 2
+    folder = read_folder(tmp_path / "one")
+    assert folder.config.to_dict()["mtp"] | switch != folder.config.to_dict()["mtp"]
+    for found, wanted in zip(folders.logits(folder.build()), folders.logits(model), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    rewrite(folder, tmp_path / "two")
+    assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
+
+
+def model_of(variant: str, **mtp: Any) -> MTPModel:
+    config = ModelConfig(trunk=folders.DENSE, mtp=MTP_VARIANTS[variant](depth=2, **mtp))
+    model = MTPModel(config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.2, 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("variant", "mtp"),
+    [
+        ("parallel", {}),
+        ("linear", {"branch": "before_last"}),
+        ("sequential", {"input_norm": "pre"}),
+        ("sequential", {"branch": "before_last"}),
+    ],
+)
+def test_heads_without_a_layout_have_a_file_of_their_own(
+    variant: str, mtp: dict[str, Any], tmp_path: Path
+) -> None:
+    model = model_of(variant, **mtp)
+    contents = folders.write(tmp_path / "one", model)
+    assert contents.heads and contents.layer_depths == 0
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
+    index = json.loads((tmp_path / "one" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()).isdisjoint({"mtp_heads.safetensors"})
+    folder = read_folder(tmp_path / "one")
+    assert folder.config == model.config
+    for found, wanted in zip(folders.logits(folder.build()), folders.logits(model), strict=True):
+        assert torch.equal(found, wanted)
+    rewrite(folder, tmp_path / "two")
+    assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
+
+
+def test_dense_modules_on_latent_attention_have_no_layout(tmp_path: Path) -> None:
+    """Of DeepSeek's MTP layers transformers always makes mixtures of experts."""
+    trunk = folders.dense(n_kv_heads=4, latent_attention=deepseek.LATENT)
+    model = deepseek.build(trunk, depth=1)
+    assert folders.write(tmp_path / "one", model).heads
+    assert read_folder(tmp_path / "one").config.mtp == model.config.mtp
+
+
+def test_a_stack_without_weights_is_a_plain_model(tmp_path: Path) -> None:
+    contents = folders.write(tmp_path / "one", model_of("parameter_free"))
+    assert contents.layer_depths == 0 and not contents.heads
+    assert read_folder(tmp_path / "one").config.variant == "none"
+
+
+def test_the_layout_is_the_contracts(tmp_path: Path) -> None:
+    """shared/semantics: depth k is layer L + k - 1, with copies of embedding and head."""
+    model = deepseek.build(folders.TRUNKS["deepseek"], depth=2)
+    folders.write(tmp_path / "one", model)
+    index = json.loads((tmp_path / "one" / "model.safetensors.index.json").read_text())
+    names = index["weight_map"]
+    for layer in (3, 4):
+        for part in ("enorm", "hnorm", "eh_proj", "shared_head.norm", "shared_head.head",
+                     "embed_tokens", "mlp.experts.7.down_proj", "mlp.gate"):  # fmt: skip
+            assert f"model.layers.{layer}.{part}.weight" in names
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (3, 2)
+
+
+@pytest.mark.parametrize("name", folders.TRUNKS)
+def test_every_weight_has_one_place(name: str) -> None:
+    model = deepseek.build(folders.TRUNKS[name], depth=1)
+    found = [place.own for place in places(model.config) if not place.copy]
+    wanted = model.state_dict().keys()
+    tied = {"head.weight"} if model.config.trunk.tie_embeddings else set()
+    assert len(found) == len(set(found)) and set(found) | tied == set(wanted)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "message"),
+    [
+        (folders.dense(experts=deepseek.EXPERTS), "no supported layout has both"),
+        (folders.dense(qk_norm=True, qkv_bias=True), "none both"),
+        (deepseek.trunk(experts={"n_shared": 0}), "always has a shared expert"),
+        (deepseek.trunk(norm_eps=1e-5), "latents with epsilon 1e-05"),
+        (folders.dense(n_heads=3, n_kv_heads=1, d_head=8), "divisible"),
+    ],
+)
+def test_what_no_layout_computes(trunk: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        folders.write(tmp_path / "one", deepseek.build(trunk))
+    assert not (tmp_path / "one").exists()

@@ -1,0 +1,171 @@
+"""Runs that start from a folder: its model, its tokenizer, and a refusal of others."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from data_modules.tokenizers import PretrainedTokenizer
+from mtp_lightning import experiment
+from mtp_lightning.decoding import generate
+from mtp_lightning.generation import generate_text
+from mtp_lightning.interop.reading import open_run, read_folder
+from mtp_lightning.runs import load_run
+from tests import deepseek
+from tests.integration import helpers
+from tests.interop import folders
+
+pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
+
+# The folder brings these; a run need not name them.
+WITHOUT: dict[str, Any] = dict.fromkeys(
+    [key for key in helpers.QUICK if key.startswith("model.")] + ["tokenizer"]
+)
+SHORT = {**WITHOUT, "trainer.max_steps": 4, "trainer.val_check_interval": 2}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folders, and the cache beside them."""
+    path = tmp_path_factory.mktemp("start")
+    folders.write(path / "llama", deepseek.build(folders.dense(qkv_bias=True)))
+    folders.write(path / "deepseek", deepseek.build(folders.TRUNKS["deepseek"], depth=1))
+    return path
+
+
+def test_modules_are_trained_on_a_frozen_trunk_and_decode_the_same_text(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {**SHORT, "init_from": base / "llama", "mtp.freeze_trunk": "true", "mtp.depth": 2}
+    with caplog.at_level(logging.INFO):
+        summary = helpers.train_here(base / "run", base / "cache", settings)
+    assert "new: mtp.depths.0, mtp.depths.1" in caplog.text
+    assert summary["init_from"] == str(base / "llama")
+    run = load_run(base / "run")
+    wanted = read_folder(base / "llama")
+    assert run.model.config.trunk == wanted.config.trunk
+    assert run.model.config.trunk.vocab_size == folders.ROWS > run.tokenizer.vocab_size
+    assert isinstance(run.tokenizer, PretrainedTokenizer) and run.tokenizer.eot_id == 256
+    for name, tensor in wanted.weights.items():
+        assert torch.equal(run.model.state_dict()[name], tensor), f"{name} moved"
+    prompt = [1, 2, 3]
+    plain, drafted = (
+        generate(run.model, [prompt], max_new_tokens=20, speculative=speculative)[0].token_ids
+        for speculative in (False, True)
+    )
+    assert plain == drafted
+    alone = open_run(base / "llama")
+    assert plain == generate(alone.model, [prompt], max_new_tokens=20)[0].token_ids
+
+
+def test_mtp_layers_of_a_folder_go_on(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {
+        **SHORT, "init_from": base / "deepseek", "mtp.depth": 2,
+        "+model.experts.bias_rate": 0.0, "model.recompute": "true",
+    }  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        helpers.train_here(base / "more", base / "cache", settings)
+    assert "kept: mtp.depths.0; new: mtp.depths.1" in caplog.text
+    trunk = load_run(base / "more").model.config.trunk
+    assert trunk.experts is not None and trunk.recompute
+    assert trunk.experts.bias_rate == 0.0, "how it is trained is the run's to say"
+    assert trunk.experts.n_routed == 8
+
+    again = {**SHORT, "init_from": base / "more", "mtp.depth": 2}
+    helpers.train_here(base / "again", base / "cache", again)
+    assert load_run(base / "again").model.config.trunk.vocab_size == folders.ROWS
+
+
+def test_a_run_goes_on_without_the_folder(base: Path) -> None:
+    shutil.copytree(base / "llama", base / "gone")
+    settings = {**SHORT, "init_from": base / "gone", "mtp.depth": 1}
+    helpers.train_here(base / "halves", base / "cache", {**settings, "trainer.max_steps": 2})
+    shutil.rmtree(base / "gone")
+    summary = helpers.train_here(base / "halves", base / "cache", settings)
+    assert summary["step"] == 4
+    config = (base / "halves" / "config.yaml").read_text()
+    assert f"vocab_size: {folders.ROWS}" in config and "d_ff: 48" in config
+
+
+def test_a_folder_without_a_tokenizer(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(base / "llama", base / "bare")
+    (base / "bare" / "tokenizer.json").unlink()
+    settings = {**SHORT, "init_from": base / "bare", "tokenizer": "byte", "trainer.max_steps": 2}
+    helpers.train_here(base / "own", base / "cache", settings)
+    assert "holds no tokenizer.json" in caplog.text
+    assert load_run(base / "own").tokenizer.kind == "byte"
+    with pytest.raises(ValueError, match=r"300 ids and the model only 264 rows"):
+        helpers.train_here(
+            base / "not",
+            base / "cache",
+            {**settings, "tokenizer": "bpe", "tokenizer.vocab_size": 300},
+        )
+    with pytest.raises(ValueError, match=r"bare holds no tokenizer.json"):
+        open_run(base / "bare")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model=nano", "model=nano does not fit init_from="),
+        ("model.d_ff=64", "with model.d_ff=48: leave model.d_ff= out"),
+        ("tokenizer=byte", "this run's tokenizer settings do not ask for"),
+    ],
+)
+def test_another_model_on_the_command_line_is_refused(
+    base: Path, override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "HydraConfig", CommandLine([override, "seed=1"]))
+    key, value = override.split("=")
+    settings = {**WITHOUT, "init_from": base / "llama", key: value}
+    with pytest.raises(ValueError, match=message):
+        helpers.train_here(tmp_path / "run", base / "cache", settings)
+    assert not (tmp_path / "run").exists()
+
+
+class CommandLine:
+    """What Hydra tells an app of its command line."""
+
+    def __init__(self, overrides: list[str]) -> None:
+        self.overrides = SimpleNamespace(task=overrides)
+
+    def initialized(self) -> bool:
+        return True
+
+    def get(self) -> CommandLine:
+        return self
+
+
+def test_the_same_model_on_the_command_line_is_not(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"model.d_ff": 48, "model.recompute": "true", "+model.experts.bias_rate": 0.1}
+    overrides = [f"{key}={value}" for key, value in given.items()]
+    monkeypatch.setattr(experiment, "HydraConfig", CommandLine(overrides))
+    settings = {**WITHOUT, "init_from": base / "llama", **given, "trainer.max_steps": 1}
+    helpers.train_here(tmp_path / "run", base / "cache", settings)
+
+
+def test_the_real_command_line_is_read(base: Path, tmp_path: Path) -> None:
+    settings = {**WITHOUT, "init_from": base / "llama", "model.n_kv_heads": 4}
+    done = helpers.execute(helpers.command(tmp_path / "run", base / "cache", settings))
+    assert done.returncode == 1 and "with model.n_kv_heads=2: leave" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_generate_reads_a_folder(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = OmegaConf.load(helpers.CONF / "generate.yaml")
+    asked = {"checkpoint": str(base / "deepseek"), "prompt": "abc", "max_new_tokens": 5,
+             "output": "json", "accelerator": "cpu", "num_threads": 1}  # fmt: skip
+    generate_text(OmegaConf.merge(cfg, asked))
+    shown = json.loads(capsys.readouterr().out)
+    wanted = generate(open_run(base / "deepseek").model, [list(b"abc")], max_new_tokens=5)[0]
+    assert shown["token_ids"] == wanted.token_ids

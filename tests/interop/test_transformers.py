@@ -1,0 +1,234 @@
+"""Against transformers itself: models that it made, and what it makes of models from here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_modules.tokenizers import BPETokenizer, ByteTokenizer
+from mtp_lightning.interop import check, tensor_files
+from mtp_lightning.interop.names import places
+from mtp_lightning.interop.reading import read_folder
+from mtp_lightning.interop.transformers_model import one_line
+from mtp_lightning.interop.verify import (
+    CheckFailed,
+    check_bytes,
+    check_tokenizer,
+    check_with_transformers,
+    rounded,
+)
+from mtp_lightning.interop.writing import write_tokenizer
+from mtp_lightning.model import MTPModel
+from tests import deepseek
+from tests.interop import folders
+
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is what is compared with: pip install -e '.[hf]'"
+)
+
+# transformers imports optional packages that warn; none of that is this project's.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SIZES = {
+    "vocab_size": folders.ROWS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None, "bos_token_id": None,
+    "eos_token_id": None, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+DEEPSEEK = {
+    **SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 8,
+    "n_shared_experts": 1, "kv_lora_rank": 10, "q_lora_rank": 12, "qk_rope_head_dim": 4,
+    "v_head_dim": 6, "qk_nope_head_dim": 8, "n_group": 4, "topk_group": 2,
+    "num_experts_per_tok": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.0,
+}  # fmt: skip
+THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {**SIZES, **ROPE}),
+    "llama-tied": ("Llama", {**SIZES, "tie_word_embeddings": True}),
+    "llama-wide-heads": ("Llama", {**SIZES, "head_dim": 16}),
+    "mistral": ("Mistral", {**SIZES, "sliding_window": None}),
+    "qwen2": ("Qwen2", {**SIZES, **ROPE}),
+    "qwen3": ("Qwen3", {**SIZES, "head_dim": 16, "tie_word_embeddings": True}),
+    "deepseek": ("DeepseekV3", DEEPSEEK),
+    "deepseek-v2-queries": ("DeepseekV3", {**DEEPSEEK, "q_lora_rank": None, **ROPE}),
+    "deepseek-dense": ("DeepseekV3", {**DEEPSEEK, "first_k_dense_replace": 3}),
+}
+
+
+def make(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **saving: Any) -> Any:
+    """A random model of transformers', saved by it, with gains and biases that are not trivial."""
+    kind, fields = THEIRS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**fields)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name_, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.dim() > 1:
+                tensor.normal_(0, 0.1)
+            elif name_.endswith("bias"):
+                tensor.normal_(0, 0.2)
+            elif not name_.endswith("inv_freq"):
+                tensor.uniform_(0.5, 1.5)
+    model.to(dtype).save_pretrained(folder, **saving)
+    return model.float()
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_their_models_give_equal_logits_here(name: str, tmp_path: Path) -> None:
+    theirs = make(tmp_path, name)
+    folder = read_folder(tmp_path)
+    model = folder.build()
+    assert model.depth == 0
+    tokens = torch.randint(folders.ROWS, (2, 40))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        from data_modules.windows import WindowBatch
+
+        batch = WindowBatch(torch.cat((tokens, tokens[:, :1]), dim=1), 0)
+        found = model.head(model(batch)[0])
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek"])
+def test_their_shards_and_halves(name: str, tmp_path: Path) -> None:
+    theirs = make(tmp_path, name, dtype=torch.bfloat16, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    folder = read_folder(tmp_path)
+    found = folder.weights["trunk.blocks.1.attention_norm.weight"]
+    assert torch.equal(found, theirs.model.layers[1].input_layernorm.weight)
+    lines = list(check_with_transformers(tmp_path, folder.build()))
+    assert any("logits of the trunk" in line for line in lines)
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+@pytest.mark.parametrize("name", folders.TRUNKS)
+def test_our_models_pass_the_check(name: str, depth: int, tmp_path: Path) -> None:
+    model = deepseek.build(folders.TRUNKS[name], depth=depth).eval()
+    folders.write(tmp_path / "one", model)
+    check_bytes(tmp_path / "one", model, dtype="float32")
+    lines = list(check_with_transformers(tmp_path / "one", model))
+    assert sum("logits of the MTP depth" in line for line in lines) == depth
+    assert any("use_mtp=True" in line for line in lines) == bool(depth)
+
+
+@pytest.mark.parametrize("switch", [{"share_layers": True}, {"concat": "hidden_first"}])
+def test_converted_modules_pass_the_check(switch: dict[str, Any], tmp_path: Path) -> None:
+    """The original model's logits, not the converted one's, are what transformers must give."""
+    model = deepseek.build(folders.TRUNKS["deepseek"], depth=2, **switch).eval()
+    folders.write(tmp_path / "one", model)
+    assert list(check_with_transformers(tmp_path / "one", model))
+
+
+def test_bfloat16_is_checked_against_rounded_weights(tmp_path: Path) -> None:
+    model = deepseek.build(folders.TRUNKS["deepseek"], depth=1).eval()
+    folders.write(tmp_path / "one", model, dtype="bfloat16")
+    assert list(check_with_transformers(tmp_path / "one", rounded(model, "bfloat16")))
+    with pytest.raises(CheckFailed, match="logits of the trunk differ"):
+        list(check_with_transformers(tmp_path / "one", model))
+
+
+def change(folder: Path, name: str, value: torch.Tensor | None) -> None:
+    """Replace or remove a tensor, in its shard and in the index."""
+    index_file = folder / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    file = folder / index["weight_map"][name]
+    tensors, metadata = tensor_files.read(file)
+    if value is None:
+        del tensors[name], index["weight_map"][name]
+        index_file.write_text(json.dumps(index))
+    else:
+        tensors[name] = value
+    tensor_files.write(file, tensors, metadata)
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [
+        ("model.layers.3.eh_proj.weight", 1),
+        ("model.layers.3.shared_head.norm.weight", 1),
+        ("model.layers.4.mlp.experts.5.up_proj.weight", 2),
+        ("model.layers.1.mlp.gate.e_score_correction_bias", 0),
+    ],
+)
+def test_a_changed_tensor_is_found(name: str, depth: int, tmp_path: Path) -> None:
+    """Once by its name, and once by the depth whose logits it moves."""
+    model = deepseek.build(folders.TRUNKS["deepseek"], depth=2).eval()
+    folders.write(tmp_path / "one", model)
+    shape = next(s for p in places(model.config) for n, s in p.parts if n == name)
+    change(tmp_path / "one", name, torch.linspace(-1, 2, torch.Size(shape).numel()).view(shape))
+    with pytest.raises(CheckFailed, match=f"{name} .* is not the model's tensor"):
+        check_bytes(tmp_path / "one", model, dtype="float32")
+    where = "trunk" if depth == 0 else rf"MTP depth {depth} \(model.layers.{2 + depth}"
+    with pytest.raises(CheckFailed, match=f"logits of the {where}"):
+        list(check_with_transformers(tmp_path / "one", model))
+
+
+def test_a_lost_tensor_is_named(tmp_path: Path) -> None:
+    model = deepseek.build(folders.TRUNKS["deepseek"], depth=2).eval()
+    folders.write(tmp_path / "one", model)
+    change(tmp_path / "one", "model.layers.4.hnorm.weight", None)
+    with pytest.raises(CheckFailed, match=r"model.layers.4.hnorm.weight is missing"):
+        check_bytes(tmp_path / "one", model, dtype="float32")
+    with pytest.raises(ValueError, match=r"model.layers.4.hnorm.weight is missing"):
+        list(check_with_transformers(tmp_path / "one", model))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "deepseek"])
+def test_the_one_line_is_all_that_a_user_needs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain transformers, AutoModel and all."""
+    model = deepseek.build(folders.TRUNKS[name], depth=2).eval()
+    folders.write(tmp_path / "one", model)
+    fields = read_folder(tmp_path / "one").fields
+    line = one_line(fields["model_type"], model.config.trunk.n_layers, 2)
+    kind = getattr(transformers, fields["architectures"][0])
+    before = kind._keys_to_ignore_on_load_unexpected
+    monkeypatch.setattr(kind, "_keys_to_ignore_on_load_unexpected", before)  # put back at the end
+    exec(line, {"transformers": transformers})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "one")
+    inputs = tokenizer("import os", return_tensors="pt")
+    assert inputs["input_ids"].tolist() == [ByteTokenizer().encode("import os").tolist()]
+    plain = theirs.generate(**inputs, max_new_tokens=12, do_sample=False)
+    drafted = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, use_mtp=True)
+    assert plain.tolist() == drafted.tolist()
+
+
+def test_check_shows_the_line_and_what_was_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = deepseek.build(folders.TRUNKS["deepseek"], depth=1)
+    folders.write(tmp_path / "one", model)
+    check.check(str(tmp_path / "one"))
+    shown = capsys.readouterr().out
+    assert one_line("deepseek_v3", 3, 1) in shown and "use_mtp=True" in shown
+    assert shown.endswith("all equal\n")
+    before = transformers.DeepseekV3ForCausalLM._keys_to_ignore_on_load_unexpected
+    assert before == [r"model\.layers\.61.*"], "the check leaves the process' class alone"
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_tokenizers_give_the_same_ids(kind: str, tmp_path: Path) -> None:
+    text = "def f():\n    return 'naïve — 東京'  # 1 2 345\n"
+    tokenizer: Any = ByteTokenizer()
+    if kind == "bpe":
+        tokenizer = BPETokenizer(vocab_size=300).train([text * 20])
+    write_tokenizer(tmp_path, tokenizer, max_positions=64)
+    check_tokenizer(tmp_path, tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs(text)["input_ids"]
+    assert ids == tokenizer.encode(text).tolist() and theirs.decode(ids) == text
+    write_tokenizer(tmp_path, ByteTokenizer(), max_positions=64)
+    if kind == "bpe":
+        with pytest.raises(CheckFailed, match="gives other ids"):
+            check_tokenizer(tmp_path, tokenizer)
+
+
+def test_parameters_are_counted_with_biases() -> None:
+    model = MTPModel(deepseek.build(folders.TRUNKS["qwen2"], depth=1).config)
+    assert model.config.num_params() == sum(p.numel() for p in model.parameters())
