@@ -54,6 +54,13 @@ def collecting_balance_losses() -> Iterator[list[Tensor]]:
         _collected.reset(token)
 
 
+def report_balance_losses(losses: list[Tensor]) -> None:
+    """Leave values, without their gradients, in the list of the block around; see above."""
+    collected = _collected.get()
+    if collected is not None:
+        collected += [loss.detach() for loss in losses]
+
+
 def repetition() -> AbstractContextManager[None]:
     """What activation recomputation puts around its repetition of a pass that begins now.
 
