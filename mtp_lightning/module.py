@@ -8,7 +8,7 @@ targets are known before the first backward pass.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -151,7 +151,7 @@ class MTPModule(pl.LightningModule):
         base = [1.0, *self.schedule.weights(progress)]
         factors = self.balance.factors(base, progress)
         weights = factors[1:]
-        counts = self._step_counts(batch)
+        counts = self.step_counts(batch)
         optimizer = self.optimizers(use_pl_optimizer=True)
         assert not isinstance(optimizer, list)
         self._set_learning_rate(optimizer, step)
@@ -204,14 +204,13 @@ class MTPModule(pl.LightningModule):
             values = self.balance.update(seen)
             if gradients is not None:
                 values |= gradients.log_values(self.balance.scope or "")
-            self.log_dict({**values, "step": float(step + 1)})
+            self.log_here(values, step + 1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         experts = balance_experts(self.model, done=step / max(self.trainer.max_steps, 1))
         if sequence_losses:
             experts["moe/sequence_loss"] = self._sum_over_ranks(torch.stack(sequence_losses).sum())
-        if experts:
-            self.log_dict({**experts, "step": float(step + 1)})
+        self.log_here(experts, step + 1)
 
         active = active_depths(weights)
         total = factors[0] * losses[0] + sum(weights[k - 1] * losses[k] for k in active)
@@ -267,7 +266,23 @@ class MTPModule(pl.LightningModule):
         if "balance" in checkpoint:  # older ones had fixed weights, which have no state
             self.balance.load_state_dict(checkpoint["balance"]["state"])
 
-    def _step_counts(self, batch: WindowBatch) -> list[int]:
+    def log_here(
+        self, values: Mapping[str, Tensor | float], step: int, *, always: bool = False
+    ) -> None:
+        """Log what not every step has: Lightning would repeat it in the steps without it.
+
+        Args:
+            values: by log tag.
+            step: optimizer steps done when this one is.
+            always: also between the steps that ``trainer.log_every_n_steps`` chooses.
+        """
+        due = always or step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if values and due:
+            plain = {tag: float(value) for tag, value in values.items()}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(plain, step)
+
+    def step_counts(self, batch: WindowBatch) -> list[int]:
         """Valid targets of every depth in the whole step, all ranks together."""
         if batch.documents is None:
             # Known without looking; every rank's batch has the same size.
@@ -308,9 +323,8 @@ class MTPModule(pl.LightningModule):
         factors: Sequence[float],
         grad_norm: Tensor | None,
     ) -> None:
+        self.log_here({f"train/loss_depth_{k}": losses[k].float() for k in (0, *active)}, step)
         values: dict[str, Any] = {"step": float(step), "train/loss": total.float()}
-        for k in (0, *active):
-            values[f"train/loss_depth_{k}"] = losses[k].float()
         for k, factor in enumerate(factors[1:], start=1):
             values[f"train/lambda_depth_{k}"] = factor
         if self.balance.weighs_main:

@@ -1,6 +1,6 @@
 """GradNorm (Chen et al. 2018, arXiv 1711.02257, section 3, algorithm 1).
 
-    G_k = w_k |g_k|,    target_k = mean(G) * r_k^alpha,    r_k = (L_k / L_k(0)) / mean_j(L_j / L_j(0))
+    G_k = w_k |g_k|,  target_k = mean(G) * r_k^alpha,  r_k = (L_k / L_k(0)) / mean_j(L_j / L_j(0))
     w <- w - lr * d/dw sum_k |G_k - target_k|,    then renormalised to sum K
 
 over the K tasks, the main prediction among them as in the source; ``g_k`` on the last block of the

@@ -46,7 +46,7 @@ class Uncertainty(Balance):
         ]
 
     def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
-        return [b * math.exp(-float(s)) for b, s in zip(base, self._log_variances, strict=True)]
+        return [b * math.exp(-s.item()) for b, s in zip(base, self._log_variances, strict=True)]
 
     def update(self, step: Observed) -> dict[str, float]:
         values = {}
@@ -54,14 +54,14 @@ class Uncertainty(Balance):
             s = self._log_variances[k]
             gradient = step.base[k] / 2 - step.factors[k] * float(step.losses[k])
             s.grad = torch.full_like(s, gradient)
-            values[f"balance/log_variance_depth_{k}"] = float(s)
+            values[f"balance/log_variance_depth_{k}"] = s.item()
         return values
 
     def parameters(self) -> list[nn.Parameter]:
         return self._log_variances
 
     def state_dict(self) -> dict[str, Any]:
-        return {"log_variances": [float(s) for s in self._log_variances]}
+        return {"log_variances": [s.item() for s in self._log_variances]}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
