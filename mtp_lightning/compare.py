@@ -174,14 +174,24 @@ def total_flops(
     """
     balance = NoBalance(schedule.depth) if balance is None else balance
     samples = min(max_steps, _SAMPLES)
-    total = 0
+    costs: dict[tuple[tuple[int, ...], bool], float] = {}
+    total = 0.0
     for sample in range(samples):
         step = (2 * sample + 1) * max_steps // (2 * samples) if samples < max_steps else sample
         progress = Progress(step=step, max_steps=max_steps, tokens=step * tokens_per_step)
-        factors = balance.factors([1.0, *schedule.weights(progress)], progress)
-        active = active_depths(factors[1:])
-        total += config.flops_per_token(seq_len, active)
-        total += balance.flops_per_token(config, seq_len, factors, progress)
+        base = [1.0, *schedule.weights(progress)]
+        kind = tuple(active_depths(base[1:])), balance.rests_at(progress)
+        if kind not in costs:
+            measured = 0.0 if balance.rests_at(progress) else 1 / balance.every_n_steps
+            costs[kind] = sum(
+                chance
+                * (
+                    config.flops_per_token(seq_len, active)
+                    + measured * balance.measuring_flops(config, seq_len, active)
+                )
+                for chance, active in balance.active_sets(base)
+            )
+        total += costs[kind]
     return total / samples * max_steps * tokens_per_step
 
 

@@ -23,8 +23,7 @@ from mtp_lightning.lr_schedule import LRSchedule
 from mtp_lightning.metrics.rates import DepthRates, bits_per_byte
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import Draw
-from mtp_lightning.objective.balance.base import Balance, NoBalance, Observed, tasks_of
-from mtp_lightning.objective.balance.gradients import shared_parameters, task_gradients
+from mtp_lightning.objective.balance.base import Balance, NoBalance, Observed
 from mtp_lightning.objective.expert_balance import balance_experts
 from mtp_lightning.objective.lambda_schedule import LambdaSchedule, Progress
 from mtp_lightning.objective.mtp_loss import active_depths, mtp_loss
@@ -181,18 +180,12 @@ class MTPModule(pl.LightningModule):
             sums += micro_sums
             draw = replace(draw, first_row=draw.first_row + len(micro))
         losses = self._sum_over_ranks(sums) / torch.tensor(counts, device=self.device)
-        gradients = None
-        if self.balance.scope is not None and self.balance.measures_at(progress):
-            gradients = task_gradients(
-                self.model,
-                micro_batches,
-                tasks_of(factors)[1:],
-                counts,
-                {"shared": shared_parameters(self.model, self.balance.scope)},
-                draw=first,
-            )["shared"]
+        gradients = self.balance.measure(
+            self.model, micro_batches, factors, counts, progress=progress, draw=first
+        )
+        if gradients is not None:
             self.balance.gate(base, gradients)
-        grad_norm = self._clip_gradients()
+        grad_norm = self._clip_gradients(optimizer)
         if self.balance.observes:
             seen = Observed(
                 progress=progress,
@@ -201,10 +194,7 @@ class MTPModule(pl.LightningModule):
                 losses=losses.cpu(),
                 gradients=gradients,
             )
-            values = self.balance.update(seen)
-            if gradients is not None:
-                values |= gradients.log_values(self.balance.scope or "")
-            self.log_here(values, step + 1)
+            self.log_here(self.balance.learn(seen), step + 1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         experts = balance_experts(self.model, done=step / max(self.trainer.max_steps, 1))
@@ -215,10 +205,10 @@ class MTPModule(pl.LightningModule):
         active = active_depths(weights)
         total = factors[0] * losses[0] + sum(weights[k - 1] * losses[k] for k in active)
         n_tokens = counts[0]
-        n_flops = n_tokens * (
-            self.model.config.flops_per_token(batch.seq_len, active)
-            + self.balance.flops_per_token(self.model.config, batch.seq_len, factors, progress)
-        )
+        config = self.model.config
+        n_flops = n_tokens * config.flops_per_token(batch.seq_len, active)
+        if gradients is not None:
+            n_flops += n_tokens * self.balance.measuring_flops(config, batch.seq_len, active)
         self.tokens += n_tokens
         self.flops += n_flops
         self.seconds += time.perf_counter() - began
@@ -301,12 +291,11 @@ class MTPModule(pl.LightningModule):
         no_sync = getattr(self.trainer.strategy.model, "no_sync", nullcontext)
         return no_sync()
 
-    def _clip_gradients(self) -> Tensor | None:
+    def _clip_gradients(self, optimizer: Any) -> Tensor | None:
         if self.clip_norm is None:
             return None
-        # What a balance rule learns has no gradient yet: it has no part in the norm.
-        groups = self.optimizers().param_groups  # type: ignore[union-attr]
-        parameters = [p for group in groups for p in group["params"]]
+        # What a balance rule learns has no gradient yet, and so no part in the norm.
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
 
     def _set_learning_rate(self, optimizer: Any, step: int) -> None:

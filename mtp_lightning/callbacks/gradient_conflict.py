@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.module import MTPModule
+from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import Draw
 from mtp_lightning.objective.balance.gradients import (
     require_trunk_gradients,
@@ -55,31 +55,33 @@ class GradientConflict(Callback):
         Raises:
             ValueError: no depth reaches the trunk.
         """
-        assert isinstance(pl_module, MTPModule)
-        if pl_module.model.depth:
-            require_trunk_gradients(pl_module.model.config, what="callbacks=gradient_conflict")
+        model = pl_module.model
+        assert isinstance(model, MTPModel)
+        if model.depth:
+            require_trunk_gradients(model.config, what="callbacks=gradient_conflict")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Measure the step that comes, when it is time."""
-        assert isinstance(pl_module, MTPModule) and isinstance(batch, WindowBatch)
+        assert isinstance(batch, WindowBatch)
+        module: Any = pl_module  # the project's own, which is not known in this room
         step = trainer.global_step
         if (step + 1) % self.every_n_steps:
             return
-        model = pl_module.model
-        weights = pl_module.schedule.weights(pl_module.progress(step))
+        model = module.model
+        weights = module.schedule.weights(module.progress(step))
         with trainer.precision_plugin.train_step_context():
             measured = task_gradients(
                 model,
-                batch.micro_batches(pl_module.accumulate),
+                batch.micro_batches(module.accumulate),
                 active_depths(weights),
-                pl_module.step_counts(batch),
+                module.step_counts(batch),
                 {
                     "last_block": shared_parameters(model, "last_block"),
                     "embedding": [model.trunk.embedding.weight],  # type: ignore[list-item]
                 },
-                draw=Draw(pl_module.seed, step, first_row=len(batch) * trainer.global_rank),
+                draw=Draw(module.seed, step, first_row=len(batch) * trainer.global_rank),
             )
         for group, gradients in measured.items():
-            pl_module.log_here(gradients.log_values(group), step + 1, always=True)
+            module.log_here(gradients.log_values(group), step + 1, always=True)

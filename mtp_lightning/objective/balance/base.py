@@ -18,16 +18,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from data_modules.windows import WindowBatch
+from mtp_lightning.mtp.base import Draw
 from mtp_lightning.objective.balance.gradients import (
     Scope,
     TaskGradients,
     measuring_flops,
     require_trunk_gradients,
+    shared_parameters,
+    task_gradients,
 )
 from mtp_lightning.objective.lambda_schedule import Progress
 
 if TYPE_CHECKING:
-    from mtp_lightning.model import ModelConfig
+    from mtp_lightning.model import ModelConfig, MTPModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,7 @@ class Balance(ABC):
 
     Args:
         depth: D.
+        every_n_steps: optimizer steps between two measurements of gradients.
 
     Attributes:
         name: what the rule is called on the command line.
@@ -72,8 +77,10 @@ class Balance(ABC):
     weighs_main: ClassVar[bool] = False
     observes: ClassVar[bool] = True
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, *, every_n_steps: int = 1) -> None:
+        require_count("every_n_steps", every_n_steps)
         self.depth = depth
+        self.every_n_steps = every_n_steps
 
     @abstractmethod
     def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
@@ -84,19 +91,48 @@ class Balance(ABC):
             progress: before the step.
         """
 
+    def rests_at(self, progress: Progress) -> bool:
+        """Whether the rule has stopped to learn."""
+        return False
+
     def measures_at(self, progress: Progress) -> bool:
         """Whether the step that comes shall measure gradients."""
-        return self.scope is not None
+        due = (progress.step + 1) % self.every_n_steps == 0
+        return self.scope is not None and due and not self.rests_at(progress)
+
+    def measure(
+        self,
+        model: MTPModel,
+        micro_batches: Sequence[WindowBatch],
+        factors: Sequence[float],
+        counts: Sequence[int],
+        *,
+        progress: Progress,
+        draw: Draw,
+    ) -> TaskGradients | None:
+        """The tasks' gradients, in a step that measures; see :func:`task_gradients`."""
+        if self.scope is None or not self.measures_at(progress):
+            return None
+        group: dict[str, list[nn.Parameter]] = {self.scope: shared_parameters(model, self.scope)}
+        depths = tasks_of(factors)[1:]
+        return task_gradients(model, micro_batches, depths, counts, group, draw=draw)[self.scope]
 
     def gate(self, base: Sequence[float], gradients: TaskGradients) -> None:  # noqa: B027
         """Change the gradients that training accumulated, before they are clipped."""
 
-    def update(self, step: Observed) -> dict[str, float]:
-        """Learn from a step; called after clipping, before the optimizer moves.
+    def learn(self, step: Observed) -> dict[str, float]:
+        """Take note of a step; called after clipping, before the optimizer moves.
 
         Returns:
-            What to log.
+            What to log: the rule's own values, and the unclipped norms that were measured.
         """
+        values = self.update(step)
+        if step.gradients is not None and self.scope is not None:
+            values |= step.gradients.log_values(self.scope)
+        return values
+
+    def update(self, step: Observed) -> dict[str, float]:
+        """The rule's own part of :meth:`learn`."""
         return {}
 
     def check(self, config: ModelConfig) -> None:
@@ -108,13 +144,13 @@ class Balance(ABC):
         if self.scope is not None:
             require_trunk_gradients(config, what=f"balance={self.name}")
 
-    def flops_per_token(
-        self, config: ModelConfig, seq_len: int, factors: Sequence[float], progress: Progress
-    ) -> int:
-        """FLOPs a position that the rule itself costs in the step that comes."""
-        if self.scope is None or not self.measures_at(progress):
-            return 0
-        return measuring_flops(config, seq_len, tasks_of(factors)[1:], self.scope)
+    def measuring_flops(self, config: ModelConfig, seq_len: int, active: Sequence[int]) -> int:
+        """FLOPs a position that a step costs more for measuring; 0 for a rule that does not."""
+        return 0 if self.scope is None else measuring_flops(config, seq_len, active, self.scope)
+
+    def active_sets(self, base: Sequence[float]) -> list[tuple[float, list[int]]]:
+        """Which MTP depths a step may compute, and with what probability."""
+        return [(1.0, tasks_of(base)[1:])]
 
     @property
     def skips(self) -> bool:

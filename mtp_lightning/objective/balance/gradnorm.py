@@ -27,7 +27,6 @@ from mtp_lightning.objective.balance.base import (
     is_number,
     multiplied,
     require,
-    require_count,
 )
 from mtp_lightning.objective.lambda_schedule import Progress
 
@@ -54,22 +53,17 @@ class GradNorm(Balance):
     def __init__(
         self, depth: int, *, alpha: float = 1.5, lr: float = 0.025, every_n_steps: int = 1
     ) -> None:
-        super().__init__(depth)
+        super().__init__(depth, every_n_steps=every_n_steps)
         require(is_number(alpha) and alpha >= 0, "alpha", alpha, "a number of at least 0")
         require(is_number(lr) and lr > 0, "lr", lr, "a number above 0")
-        require_count("every_n_steps", every_n_steps)
         self.alpha = alpha
         self.lr = lr
-        self.every_n_steps = every_n_steps
         self._weights = torch.ones(depth + 1, dtype=torch.float64)
         # L_k(0); NaN before it is known.
         self._first = torch.full((depth + 1,), torch.nan, dtype=torch.float64)
 
     def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
         return multiplied(base, self._weights)
-
-    def measures_at(self, progress: Progress) -> bool:
-        return (progress.step + 1) % self.every_n_steps == 0
 
     def update(self, step: Observed) -> dict[str, float]:
         tasks = step.computed

@@ -72,7 +72,7 @@ class SampledDepths(Balance):
     def chances(self, base: Sequence[float]) -> Tensor:
         """p_k [D + 1], fp64; 0 for the main prediction, and where lambda_k is 0."""
         if self.probabilities == "loss_ratio":
-            shares = (self._mean / self._first).nan_to_num(nan=1.0)
+            shares = (self._mean / self._first).nan_to_num(nan=1.0, posinf=1.0)
         elif isinstance(self.probabilities, str):
             shares = torch.ones(self.depth + 1, dtype=torch.float64)
         else:
@@ -98,6 +98,11 @@ class SampledDepths(Balance):
             else:
                 self._mean[k] = _DECAY * self._mean[k] + (1 - _DECAY) * step.losses[k]
         return {f"balance/probability_depth_{k}": chances[k] for k in tasks_of(step.base)[1:]}
+
+    def active_sets(self, base: Sequence[float]) -> list[tuple[float, list[int]]]:
+        depths = tasks_of(base)[1:]
+        chances = self.chances(base).tolist()
+        return [(chances[k], [k]) for k in depths] or super().active_sets(base)
 
     @property
     def skips(self) -> bool:

@@ -24,7 +24,6 @@ from mtp_lightning.objective.balance.base import (
     Observed,
     is_number,
     require,
-    require_count,
 )
 from mtp_lightning.objective.lambda_schedule import Progress
 
@@ -59,16 +58,14 @@ class TrunkRatio(Balance):
         every_n_steps: int = 10,
         frozen: float = 0.05,
     ) -> None:
-        super().__init__(depth)
+        super().__init__(depth, every_n_steps=every_n_steps)
         require(is_number(rate) and rate > 0, "rate", rate, "a number above 0")
         require(is_number(ratio) and ratio > 0, "ratio", ratio, "a number above 0")
         require(is_number(ema) and 0 <= ema < 1, "ema", ema, "a number in [0, 1)")
         require(is_number(frozen) and 0 <= frozen <= 1, "frozen", frozen, "a number in [0, 1]")
-        require_count("every_n_steps", every_n_steps)
         self.rate = rate
         self.ratio = ratio
         self.ema = ema
-        self.every_n_steps = every_n_steps
         self.frozen = frozen
         # By depth; a depth is missing before it is first computed.
         self._lambdas: dict[int, float] = {}
@@ -78,10 +75,8 @@ class TrunkRatio(Balance):
         own = [self._lambdas.get(k, _clipped(b)) if b else 0.0 for k, b in enumerate(base)]
         return [base[0], *own[1:]]
 
-    def measures_at(self, progress: Progress) -> bool:
-        if progress.fraction >= 1 - self.frozen:
-            return False
-        return (progress.step + 1) % self.every_n_steps == 0
+    def rests_at(self, progress: Progress) -> bool:
+        return progress.fraction >= 1 - self.frozen
 
     def update(self, step: Observed) -> dict[str, float]:
         values = {}
