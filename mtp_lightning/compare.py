@@ -17,6 +17,7 @@ from typing import Any
 
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.lambda_schedule import LambdaSchedule, Progress
 from mtp_lightning.objective.mtp_loss import active_depths
 
@@ -165,18 +166,32 @@ def total_flops(
     seq_len: int,
     max_steps: int,
     tokens_per_step: int,
+    balance: Balance | None = None,
 ) -> float:
-    """Training FLOPs of a whole run: depths whose weight is 0 at a step are not computed there."""
+    """Training FLOPs of a whole run: depths whose weight is 0 at a step are not computed there.
+
+    What a balance rule measures counts. Rules that learn are taken as they are at the start.
+    """
+    balance = NoBalance(schedule.depth) if balance is None else balance
     samples = min(max_steps, _SAMPLES)
-    by_active: dict[tuple[int, ...], int] = {}
-    total = 0
+    costs: dict[tuple[tuple[int, ...], bool], float] = {}
+    total = 0.0
     for sample in range(samples):
         step = (2 * sample + 1) * max_steps // (2 * samples) if samples < max_steps else sample
         progress = Progress(step=step, max_steps=max_steps, tokens=step * tokens_per_step)
-        active = tuple(active_depths(schedule.weights(progress)))
-        if active not in by_active:
-            by_active[active] = config.flops_per_token(seq_len, active)
-        total += by_active[active]
+        base = [1.0, *schedule.weights(progress)]
+        kind = tuple(active_depths(base[1:])), balance.rests_at(progress)
+        if kind not in costs:
+            measured = 0.0 if balance.rests_at(progress) else 1 / balance.every_n_steps
+            costs[kind] = sum(
+                chance
+                * (
+                    config.flops_per_token(seq_len, active)
+                    + measured * balance.measuring_flops(config, seq_len, active)
+                )
+                for chance, active in balance.active_sets(base)
+            )
+        total += costs[kind]
     return total / samples * max_steps * tokens_per_step
 
 
@@ -188,6 +203,7 @@ def match_steps(
     seq_len: int,
     max_steps: int,
     tokens_per_step: int,
+    balance: Balance | None = None,
 ) -> tuple[int, float]:
     """The number of optimizer steps whose FLOPs are closest to ``target``, and those FLOPs."""
 
@@ -198,6 +214,7 @@ def match_steps(
             seq_len=seq_len,
             max_steps=steps,
             tokens_per_step=tokens_per_step,
+            balance=balance,
         )
 
     steps = max_steps
@@ -220,6 +237,7 @@ def match(
     seq_len: int,
     max_steps: int,
     tokens_per_step: int,
+    balance: Balance | None = None,
 ) -> Matched:
     """Trunk layers and steps for a comparison with ``reference``.
 
@@ -231,6 +249,7 @@ def match(
         seq_len: T.
         max_steps: optimizer steps as asked for.
         tokens_per_step: depth-0 targets of one optimizer step, all ranks.
+        balance: its rule of balancing; None for fixed weights.
 
     Raises:
         ValueError: the trunk has not enough layers to give up.
@@ -253,6 +272,7 @@ def match(
         seq_len=seq_len,
         max_steps=max_steps,
         tokens_per_step=tokens_per_step,
+        balance=balance,
     )
     return Matched(
         match=match,

@@ -34,6 +34,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.module import MTPModule
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.runs import (
     CHECKPOINTS,
     LoadedRun,
@@ -171,6 +172,15 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
     return ModelConfig(trunk=trunk, mtp=mtp)
 
 
+def build_balance(cfg: DictConfig) -> Balance:
+    """The rule of the group ``balance``; without MTP depths there is nothing to balance."""
+    balance: Balance = instantiate(cfg.balance)
+    if balance.depth == 0 and not isinstance(balance, NoBalance):
+        log.warning("balance=%s does nothing at mtp.depth=0.", balance.name)
+        return NoBalance(0)
+    return balance
+
+
 def build_module(cfg: DictConfig, data: TokenDataModule, *, asked: DictConfig) -> MTPModule:
     """The LightningModule, with fresh weights.
 
@@ -194,6 +204,7 @@ def build_module(cfg: DictConfig, data: TokenDataModule, *, asked: DictConfig) -
         model_config,
         schedule=instantiate(cfg.lambda_schedule),
         optimizer=instantiate(cfg.optimizer),
+        balance=build_balance(cfg),
         seed=cfg.seed,
         accumulate=cfg.trainer.accumulate_grad_batches,
         clip_norm=cfg.trainer.gradient_clip_val,
@@ -270,6 +281,7 @@ def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, compa
     matched = compare.match(
         config,
         instantiate(cfg.lambda_schedule),
+        balance=build_balance(cfg),
         match=settings.match,
         reference=reference,
         **length,
@@ -429,7 +441,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     run = prepare(cfg, folder)
     data, module = run.data, run.module
     trainer = build_trainer(
-        run.cfg, resume_step=run.resume_step, may_skip=module.schedule.depth_ever_skipped
+        run.cfg,
+        resume_step=run.resume_step,
+        may_skip=module.schedule.depth_ever_skipped or module.balance.skips,
     )
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
@@ -545,6 +559,12 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
         raise ValueError(
             f"{source} holds another architecture than this config ({'; '.join(differences)}): "
             "start in another run_dir, or go back to the settings that the run began with."
+        )
+    rule = checkpoint.get("balance", {"rule": "none"})["rule"]
+    if rule != module.balance.name:
+        raise ValueError(
+            f"{source} was trained with balance={rule}, whose state balance={module.balance.name} "
+            f"cannot go on from: set balance={rule}, or start in another run_dir."
         )
     changed = describe_differences(checkpoint["config"], module.extra["config"])
     if changed:

@@ -5,7 +5,7 @@ Shapes: B batch, T positions, C d_model, K depths, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -190,14 +190,25 @@ class MTPModel(nn.Module):
             ValueError: the batch was built for another depth.
         """
         active = range(1, self.depth + 1) if active is None else sorted(active)
+        return dict(self.states(batch, active, draw=draw))
+
+    def states(
+        self, batch: WindowBatch, active: Sequence[int], *, draw: Draw | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """What :meth:`forward` returns, depth by depth.
+
+        Of a depth that no other reads, nothing is kept when the next one is asked for.
+        """
         reading = self.read(batch, active)
-        hidden = {0: reading.final}
+        yield 0, reading.final
         history = [reading.branch]
         for k in self.mtp.steps(active):
-            history.append(self.predict(k, reading, self.mtp.input_of(k, history, draw)))
+            hidden = self.predict(k, reading, self.mtp.input_of(k, history, draw))
+            if self.mtp.reads_tokens:
+                history.append(hidden)
             if k in active:
-                hidden[k] = history[-1]
-        return hidden
+                yield k, hidden
+            del hidden
 
     def read(self, batch: WindowBatch, active: Sequence[int]) -> Reading:
         """The trunk's pass over a batch, for the ``active`` depths to start from.

@@ -8,7 +8,7 @@ targets are known before the first backward pass.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +23,7 @@ from mtp_lightning.lr_schedule import LRSchedule
 from mtp_lightning.metrics.rates import DepthRates, bits_per_byte
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import Draw
+from mtp_lightning.objective.balance.base import Balance, NoBalance, Observed
 from mtp_lightning.objective.expert_balance import balance_experts
 from mtp_lightning.objective.lambda_schedule import LambdaSchedule, Progress
 from mtp_lightning.objective.mtp_loss import active_depths, mtp_loss
@@ -58,13 +59,17 @@ class OptimizerConfig:
         if self.weight_decay < 0:
             raise ValueError(f"optimizer.weight_decay must be 0 or more, not {self.weight_decay}.")
 
-    def build(self, model: torch.nn.Module) -> torch.optim.AdamW:
-        """The optimizer over the model's trainable parameters."""
+    def build(
+        self, model: torch.nn.Module, others: Sequence[torch.nn.Parameter] = ()
+    ) -> torch.optim.AdamW:
+        """The optimizer over the model's trainable parameters, and ``others`` without decay."""
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.dim() >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
         ]
+        if others:
+            groups.append({"params": list(others), "weight_decay": 0.0})
         fused = trained[0].device.type in ("cpu", "cuda")
         betas = (self.betas[0], self.betas[1])
         return torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=fused)
@@ -77,6 +82,7 @@ class MTPModule(pl.LightningModule):
         model_config: shape of the model.
         schedule: lambda_k as a function of progress.
         optimizer: AdamW's settings.
+        balance: the rule that weighs the tasks by what is measured; None keeps the weights fixed.
         seed: of the initial weights, and of random choices in training.
         accumulate: micro-batches an optimizer step of one rank is split into.
         clip_norm: bound on the gradient's global norm; None for no bound.
@@ -90,6 +96,7 @@ class MTPModule(pl.LightningModule):
         *,
         schedule: LambdaSchedule,
         optimizer: OptimizerConfig,
+        balance: Balance | None = None,
         seed: int,
         accumulate: int = 1,
         clip_norm: float | None = 1.0,
@@ -108,6 +115,8 @@ class MTPModule(pl.LightningModule):
         self.seed = seed
         self.schedule = schedule
         self.optimizer_config = optimizer
+        self.balance = NoBalance(self.model.depth) if balance is None else balance
+        self.balance.check(model_config)
         self.accumulate = accumulate
         self.clip_norm = clip_norm
         self.bytes_per_token = bytes_per_token
@@ -122,7 +131,11 @@ class MTPModule(pl.LightningModule):
         self.validation: dict[str, float] = {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer_config.build(self.model)
+        others = self.balance.parameters()
+        for parameter in others:
+            # No part of the module tree: data parallelism would wait for gradients of theirs.
+            parameter.data = parameter.data.to(self.device)
+        return self.optimizer_config.build(self.model, others)
 
     def training_step(self, batch: WindowBatch, batch_idx: int) -> dict[str, Any]:
         """One optimizer step.
@@ -133,8 +146,11 @@ class MTPModule(pl.LightningModule):
         """
         began = time.perf_counter()
         step = self.trainer.global_step
-        weights = self.schedule.weights(self.progress(step))
-        counts = self._step_counts(batch)
+        progress = self.progress(step)
+        base = [1.0, *self.schedule.weights(progress)]
+        factors = self.balance.factors(base, progress)
+        weights = factors[1:]
+        counts = self.step_counts(batch)
         optimizer = self.optimizers(use_pl_optimizer=True)
         assert not isinstance(optimizer, list)
         self._set_learning_rate(optimizer, step)
@@ -142,12 +158,20 @@ class MTPModule(pl.LightningModule):
         sums = torch.zeros(self.model.depth + 1, dtype=torch.float64, device=self.device)
         micro_batches = batch.micro_batches(self.accumulate)
         windows = len(batch) * self.trainer.world_size
-        draw = Draw(self.seed, step, first_row=len(batch) * self.trainer.global_rank)
+        first = draw = Draw(self.seed, step, first_row=len(batch) * self.trainer.global_rank)
+        sequence_losses: list[Tensor] = []
         for index, micro in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self._no_sync():
                 loss, micro_sums = mtp_loss(
-                    self.model, micro, weights, counts, draw=draw, windows=windows
+                    self.model,
+                    micro,
+                    weights,
+                    counts,
+                    main=factors[0],
+                    draw=draw,
+                    windows=windows,
+                    sequence_losses=sequence_losses,
                 )
                 # With a frozen trunk and all weights 0, a step trains nothing.
                 if loss.requires_grad:
@@ -155,22 +179,40 @@ class MTPModule(pl.LightningModule):
                     self.manual_backward(loss * self.trainer.world_size)
             sums += micro_sums
             draw = replace(draw, first_row=draw.first_row + len(micro))
+        losses = self._sum_over_ranks(sums) / torch.tensor(counts, device=self.device)
+        gradients = self.balance.measure(
+            self.model, micro_batches, factors, counts, progress=progress, draw=first
+        )
+        if gradients is not None:
+            self.balance.gate(base, gradients)
         grad_norm = self._clip_gradients(optimizer)
+        if self.balance.observes:
+            seen = Observed(
+                progress=progress,
+                base=base,
+                factors=factors,
+                losses=losses.cpu(),
+                gradients=gradients,
+            )
+            self.log_here(self.balance.learn(seen), step + 1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        violations = balance_experts(self.model, done=step / max(self.trainer.max_steps, 1))
-        if violations:
-            self.log_dict({**violations, "step": float(step + 1)})
+        experts = balance_experts(self.model, done=step / max(self.trainer.max_steps, 1))
+        if sequence_losses:
+            experts["moe/sequence_loss"] = self._sum_over_ranks(torch.stack(sequence_losses).sum())
+        self.log_here(experts, step + 1)
 
         active = active_depths(weights)
-        losses = self._sum_over_ranks(sums) / torch.tensor(counts, device=self.device)
-        total = losses[0] + sum(weights[k - 1] * losses[k] for k in active)
+        total = factors[0] * losses[0] + sum(weights[k - 1] * losses[k] for k in active)
         n_tokens = counts[0]
-        n_flops = n_tokens * self.model.config.flops_per_token(batch.seq_len, active)
+        config = self.model.config
+        n_flops = n_tokens * config.flops_per_token(batch.seq_len, active)
+        if gradients is not None:
+            n_flops += n_tokens * self.balance.measuring_flops(config, batch.seq_len, active)
         self.tokens += n_tokens
         self.flops += n_flops
         self.seconds += time.perf_counter() - began
-        self._log_step(step + 1, total, losses, active, weights, grad_norm)
+        self._log_step(step + 1, total, losses, active, factors, grad_norm)
         return {
             "loss": total,
             "losses": losses,
@@ -204,14 +246,33 @@ class MTPModule(pl.LightningModule):
             "flops": self.flops,
             "seconds": self.seconds,
         }
+        checkpoint["balance"] = {"rule": self.balance.name, "state": self.balance.state_dict()}
         checkpoint.update(self.extra)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         progress = checkpoint["progress"]
         self.tokens, self.flops = progress["tokens"], progress["flops"]
         self.seconds = progress["seconds"]
+        if "balance" in checkpoint:  # older ones had fixed weights, which have no state
+            self.balance.load_state_dict(checkpoint["balance"]["state"])
 
-    def _step_counts(self, batch: WindowBatch) -> list[int]:
+    def log_here(
+        self, values: Mapping[str, Tensor | float], step: int, *, always: bool = False
+    ) -> None:
+        """Log what not every step has: Lightning would repeat it in the steps without it.
+
+        Args:
+            values: by log tag.
+            step: optimizer steps done when this one is.
+            always: also between the steps that ``trainer.log_every_n_steps`` chooses.
+        """
+        due = always or step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if values and due:
+            plain = {tag: float(value) for tag, value in values.items()}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(plain, step)
+
+    def step_counts(self, batch: WindowBatch) -> list[int]:
         """Valid targets of every depth in the whole step, all ranks together."""
         if batch.documents is None:
             # Known without looking; every rank's batch has the same size.
@@ -233,6 +294,7 @@ class MTPModule(pl.LightningModule):
     def _clip_gradients(self, optimizer: Any) -> Tensor | None:
         if self.clip_norm is None:
             return None
+        # What a balance rule learns has no gradient yet, and so no part in the norm.
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
 
@@ -247,14 +309,15 @@ class MTPModule(pl.LightningModule):
         total: Tensor,
         losses: Tensor,
         active: list[int],
-        weights: Sequence[float],
+        factors: Sequence[float],
         grad_norm: Tensor | None,
     ) -> None:
+        self.log_here({f"train/loss_depth_{k}": losses[k].float() for k in (0, *active)}, step)
         values: dict[str, Any] = {"step": float(step), "train/loss": total.float()}
-        for k in (0, *active):
-            values[f"train/loss_depth_{k}"] = losses[k].float()
-        for k, weight in enumerate(weights, start=1):
-            values[f"train/lambda_depth_{k}"] = weight
+        for k, factor in enumerate(factors[1:], start=1):
+            values[f"train/lambda_depth_{k}"] = factor
+        if self.balance.weighs_main:
+            values["balance/main_factor"] = factors[0]
         values["train/lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         if grad_norm is not None:
             values["train/grad_norm"] = grad_norm

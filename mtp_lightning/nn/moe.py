@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,13 +59,35 @@ def collecting_balance_losses() -> Iterator[list[Tensor]]:
         _collected.reset(token)
 
 
+def report_balance_losses(losses: list[Tensor]) -> None:
+    """Leave values, without their gradients, in the list of the block around; see above."""
+    collected = _collected.get()
+    if collected is not None:
+        collected += [loss.detach() for loss in losses]
+
+
 def repetition() -> AbstractContextManager[None]:
     """What activation recomputation puts around its repetition of a pass that begins now.
 
     Nothing is counted or left in the collecting list a second time, but the same is computed:
     autograd compares.
     """
-    return _repeat(collecting=_collected.get() is not None)
+    return _Repetition(_collected.get() is not None)
+
+
+class _Repetition(AbstractContextManager[None]):
+    """:func:`_repeat` as often as wanted: a pass is repeated once for every backward pass."""
+
+    def __init__(self, collecting: bool) -> None:
+        self._collecting = collecting
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(_repeat(collecting=self._collecting))
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self._entered.pop().__exit__(*raised)
 
 
 @contextmanager

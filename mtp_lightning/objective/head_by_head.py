@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.mtp.independent import IndependentMTP
-from mtp_lightning.nn.moe import collecting_balance_losses
+from mtp_lightning.nn.moe import collecting_balance_losses, report_balance_losses
 from mtp_lightning.objective.cross_entropy import DepthLoss, add_depth
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def _one_head(
     with torch.set_grad_enabled(work.grad), collecting_balance_losses() as balances:
         leaf = branch.detach().requires_grad_(needs_branch)
         hidden = work.model.predict(k, replace(work.reading, branch=leaf), leaf)
+    report_balance_losses(balances)
     d_hidden, d_weight = add_depth(
         weight,
         DepthLoss(hidden, targets, coefficient),

@@ -34,8 +34,10 @@ def mtp_loss(
     weights: Sequence[float],
     counts: Sequence[int],
     *,
+    main: float = 1.0,
     draw: Draw | None = None,
     windows: int | None = None,
+    sequence_losses: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One micro-batch's part of the step's loss.
 
@@ -48,9 +50,12 @@ def mtp_loss(
         batch: the micro-batch.
         weights: lambda_k for k = 1 .. D. A depth of weight 0 is not computed.
         counts: valid targets of depths 0 .. D in the whole step.
+        main: factor of L_0, which some ways of balancing the tasks move.
         draw: what a stack's random choices in training depend on; None makes none.
         windows: in the whole step, over which the experts' sequence-wise balance loss is a mean;
             None when this micro-batch is the step.
+        sequence_losses: the parts of the experts' balance loss are appended to it, for the log;
+            those of heads that are trained one after another with them.
 
     Returns:
         The part of ``L`` (the parts of all micro-batches and ranks add up to it), and the summed
@@ -67,14 +72,17 @@ def mtp_loss(
         )
     active = active_depths(weights)
     computed_depths = [0, *active]
-    factors = [1.0, *weights]
+    factors = [main, *weights]
     targets = [batch.targets(k) for k in computed_depths]
     coefficients = [factors[k] / max(counts[k], 1) for k in computed_depths]
     balance = 1 / (batch.batch_size if windows is None else windows)
     with collecting_balance_losses() as balance_losses:
         total, computed = _losses(model, batch, active, targets, coefficients, draw, balance)
     for loss in balance_losses:
-        total = total + balance * loss
+        if loss.requires_grad:  # those of head_by_head have had their backward pass
+            total = total + balance * loss
+        if sequence_losses is not None:
+            sequence_losses.append(balance * loss.detach())
     sums = computed.new_zeros(model.depth + 1)
     sums[computed_depths] = computed
     return total, sums

@@ -19,6 +19,18 @@ CONF = Path(__file__).parents[2] / "conf"
             "default",
             {"NanGuard", "Throughput", "StepProgressBar", "Checkpoints", "SpeculativeEval"},
         ),
+        (
+            "callbacks",
+            "gradient_conflict",
+            {
+                "NanGuard",
+                "Throughput",
+                "StepProgressBar",
+                "Checkpoints",
+                "SpeculativeEval",
+                "GradientConflict",
+            },
+        ),
         ("logger", "default", {"MetricsCSV", "RunTensorBoard"}),
         ("logger", "csv", {"MetricsCSV"}),
     ],

@@ -214,3 +214,18 @@ def test_sequence_loss_is_a_mean_over_the_step(head: str, recompute: bool) -> No
     assert len(routers) == 3
     for name in routers:
         assert not torch.allclose(whole[name], without[name], rtol=1e-2), name
+
+
+@pytest.mark.parametrize("mtp", ["sequential", "parallel"])
+def test_the_sequence_loss_is_logged_while_it_is_on(tmp_path: Path, cache: Path, mtp: str) -> None:
+    """One layer of the trunk and one head have experts; 1e-4 is its value at perfect balance."""
+    on = RUN | {"mtp": mtp, "model.experts.sequence_loss": 1e-4}
+    train_here(tmp_path / "whole", cache, on | {"data.batch_size": 8})
+    found = [row["moe/sequence_loss"] for row in rows(tmp_path / "whole")]
+    assert len(found) == 3 and found == pytest.approx([2e-4] * 3, rel=0.1)
+    split = {"data.batch_size": 2, "trainer.accumulate_grad_batches": 4}
+    train_here(tmp_path / "split", cache, on | split)
+    again = [row["moe/sequence_loss"] for row in rows(tmp_path / "split")]
+    assert again == pytest.approx(found, rel=1e-3)
+    train_here(tmp_path / "off", cache, on | {"model.experts.sequence_loss": 0})
+    assert all("moe/sequence_loss" not in row for row in rows(tmp_path / "off"))

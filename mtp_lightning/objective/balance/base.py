@@ -1,0 +1,223 @@
+"""What every rule has in common that weighs the prediction tasks by what is measured.
+
+The tasks are the main prediction, 0, and the MTP depths that the lambda schedule does not switch
+off. A rule has no loss term of its own: it changes the factors of the losses, or what reaches the
+trunk. The schedule stays in force: where a rule has weights ``w_k``, the factor of ``L_k`` is
+``w_k lambda_k`` with ``lambda_0 = 1``, so that ``w_k = 1`` is training with fixed weights, and
+``mtp_lambda`` remains the user's statement of what a depth is worth. A depth of lambda 0 is no
+task: it is not computed, and its state rests.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.mtp.base import Draw
+from mtp_lightning.objective.balance.gradients import (
+    Scope,
+    TaskGradients,
+    measuring_flops,
+    require_trunk_gradients,
+    shared_parameters,
+    task_gradients,
+)
+from mtp_lightning.objective.lambda_schedule import Progress
+
+if TYPE_CHECKING:
+    from mtp_lightning.model import ModelConfig, MTPModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """What an optimizer step showed; the same on every rank.
+
+    Attributes:
+        progress: before the step.
+        base: [D + 1], 1 and the schedule's lambda_k.
+        factors: [D + 1], what the losses were multiplied by.
+        losses: [D + 1], L_k, fp64 on the CPU; 0 where not computed.
+        gradients: what was measured in this step; None where nothing was.
+    """
+
+    progress: Progress
+    base: Sequence[float]
+    factors: Sequence[float]
+    losses: Tensor
+    gradients: TaskGradients | None = None
+
+    @property
+    def computed(self) -> list[int]:
+        """The tasks whose loss is known."""
+        return tasks_of(self.factors)
+
+
+class Balance(ABC):
+    """A rule. It is asked for the factors before a step and told of the step afterwards.
+
+    Args:
+        depth: D.
+        every_n_steps: optimizer steps between two measurements of gradients.
+
+    Attributes:
+        name: what the rule is called on the command line.
+        scope: what the rule measures gradients on; None for a rule that needs no gradient.
+        weighs_main: whether the rule moves the main prediction's factor.
+        observes: whether :meth:`update` wants to see steps. On a GPU, looking waits for the step.
+    """
+
+    name: ClassVar[str]
+    scope: ClassVar[Scope | None] = None
+    weighs_main: ClassVar[bool] = False
+    observes: ClassVar[bool] = True
+
+    def __init__(self, depth: int, *, every_n_steps: int = 1) -> None:
+        require_count("every_n_steps", every_n_steps)
+        self.depth = depth
+        self.every_n_steps = every_n_steps
+
+    @abstractmethod
+    def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
+        """The factors [D + 1] of the losses in the step that comes; nothing changes by asking.
+
+        Args:
+            base: [D + 1], 1 and the schedule's lambda_k.
+            progress: before the step.
+        """
+
+    def rests_at(self, progress: Progress) -> bool:
+        """Whether the rule has stopped to learn."""
+        return False
+
+    def measures_at(self, progress: Progress) -> bool:
+        """Whether the step that comes shall measure gradients."""
+        due = (progress.step + 1) % self.every_n_steps == 0
+        return self.scope is not None and due and not self.rests_at(progress)
+
+    def measure(
+        self,
+        model: MTPModel,
+        micro_batches: Sequence[WindowBatch],
+        factors: Sequence[float],
+        counts: Sequence[int],
+        *,
+        progress: Progress,
+        draw: Draw,
+    ) -> TaskGradients | None:
+        """The tasks' gradients, in a step that measures; see :func:`task_gradients`."""
+        if self.scope is None or not self.measures_at(progress):
+            return None
+        group: dict[str, list[nn.Parameter]] = {self.scope: shared_parameters(model, self.scope)}
+        depths = tasks_of(factors)[1:]
+        return task_gradients(model, micro_batches, depths, counts, group, draw=draw)[self.scope]
+
+    def gate(self, base: Sequence[float], gradients: TaskGradients) -> None:  # noqa: B027
+        """Change the gradients that training accumulated, before they are clipped."""
+
+    def learn(self, step: Observed) -> dict[str, float]:
+        """Take note of a step; called after clipping, before the optimizer moves.
+
+        Returns:
+            What to log: the rule's own values, and the unclipped norms that were measured.
+        """
+        values = self.update(step)
+        if step.gradients is not None and self.scope is not None:
+            values |= step.gradients.log_values(self.scope)
+        return values
+
+    def update(self, step: Observed) -> dict[str, float]:
+        """The rule's own part of :meth:`learn`."""
+        return {}
+
+    def check(self, config: ModelConfig) -> None:
+        """Refuse a model that the rule cannot work with.
+
+        Raises:
+            ValueError: saying why.
+        """
+        if self.scope is not None:
+            require_trunk_gradients(config, what=f"balance={self.name}")
+
+    def measuring_flops(self, config: ModelConfig, seq_len: int, active: Sequence[int]) -> int:
+        """FLOPs a position that a step costs more for measuring; 0 for a rule that does not."""
+        return 0 if self.scope is None else measuring_flops(config, seq_len, active, self.scope)
+
+    def active_sets(self, base: Sequence[float]) -> list[tuple[float, list[int]]]:
+        """Which MTP depths a step may compute, and with what probability."""
+        return [(1.0, tasks_of(base)[1:])]
+
+    @property
+    def skips(self) -> bool:
+        """Whether a depth can have factor 0 in a step where its lambda is not 0."""
+        return False
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer learns for the rule, without weight decay. The rule sets their
+        gradients itself: they stand in no graph, and no rank needs another's."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that :meth:`load_state_dict` needs to go on, in plain containers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        assert not state
+
+
+class NoBalance(Balance):
+    """Fixed weights: the schedule's, untouched."""
+
+    name = "none"
+    observes = False
+
+    def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
+        return list(base)
+
+
+def tasks_of(factors: Sequence[float]) -> list[int]:
+    """The tasks whose factor is not 0."""
+    return [k for k, factor in enumerate(factors) if factor != 0.0]
+
+
+def multiplied(base: Sequence[float], weights: Tensor) -> list[float]:
+    """``w_k lambda_k``, with 0 where lambda_k is 0."""
+    return [b * w if b else 0.0 for b, w in zip(base, weights.tolist(), strict=True)]
+
+
+def softmax_weights(scores: Tensor, tasks: Sequence[int]) -> Tensor:
+    """``K softmax`` over the K ``tasks``, fp64: their mean is 1. The others get 1."""
+    weights = torch.ones_like(scores)
+    weights[list(tasks)] = len(tasks) * torch.softmax(scores[list(tasks)], dim=0)
+    return weights
+
+
+def require(condition: bool, what: str, value: Any, wanted: str) -> None:
+    """Refuse a setting of the group ``balance``.
+
+    Raises:
+        ValueError: unless the condition holds.
+    """
+    if not condition:
+        raise ValueError(f"balance.{what} must be {wanted}, not {value!r}.")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def require_count(what: str, value: Any) -> None:
+    """Refuse a setting that is no whole number of at least 1.
+
+    Raises:
+        ValueError: naming it.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    require(whole, what, value, "a whole number of at least 1")

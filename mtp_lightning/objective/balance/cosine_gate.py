@@ -1,0 +1,73 @@
+"""A depth's trunk gradient counts only while it does not oppose the main one (Du et al. 2018).
+
+    trunk gradient = g_0 + sum_k 1[c_k >= 0] lambda_k g_k,    c_k = EMA(cos(g_0, g_k))
+
+arXiv 1812.02224, section 3, the unweighted form; ``c_k`` starts from the first cosine. Only what
+reaches the shared trunk's parameters is gated: the depth's modules, the embedding and the head
+always learn from ``lambda_k L_k``, so that a gated depth goes on being trained as a drafter.
+
+The training pass is as ever; then ``lambda_k g_k`` of the gated depths is taken out of the trunk's
+gradients, before they are clipped. Under bf16-mixed what is taken out equals what was put in but
+for rounding.
+
+Costs, in every step, a forward pass of trunk and depths and one backward pass for every task
+through its modules, two products with the head, and the whole shared trunk
+(:func:`task_gradients`); memory of one vector of the trunk's size for every task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mtp_lightning.objective.balance.base import Balance, Observed, is_number, require
+from mtp_lightning.objective.balance.gradients import TaskGradients
+from mtp_lightning.objective.lambda_schedule import Progress
+
+
+class CosineGate(Balance):
+    """``balance=cosine_gate``.
+
+    Args:
+        depth: D.
+        ema: decay of the cosines' moving averages; 0 gates by the step's own cosine.
+
+    Raises:
+        ValueError: a decay out of range.
+    """
+
+    name = "cosine_gate"
+    scope = "trunk"
+
+    def __init__(self, depth: int, *, ema: float = 0.9) -> None:
+        super().__init__(depth)
+        require(is_number(ema) and 0 <= ema < 1, "ema", ema, "a number in [0, 1)")
+        self.ema = ema
+        self._cosines: dict[int, float] = {}
+
+    def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
+        return list(base)
+
+    def gate(self, base: Sequence[float], gradients: TaskGradients) -> None:
+        for k, cosine in gradients.cosines.items():
+            before = self._cosines.get(k, cosine)
+            self._cosines[k] = self.ema * before + (1 - self.ema) * cosine
+            if not self.is_open(k):
+                gradients.subtract(k, base[k])
+
+    def is_open(self, k: int) -> bool:
+        """Whether depth ``k`` reaches the trunk."""
+        return self._cosines[k] >= 0
+
+    def update(self, step: Observed) -> dict[str, float]:
+        values = {}
+        for k in step.computed[1:]:
+            values[f"balance/cosine_depth_{k}"] = self._cosines[k]
+            values[f"balance/gate_depth_{k}"] = float(self.is_open(k))
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"cosines": dict(self._cosines)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._cosines = dict(state["cosines"])

@@ -1,0 +1,86 @@
+"""Dynamic weight average (Liu et al. 2019, arXiv 1803.10704, section 3.3, eq. 7).
+
+    w_k = K softmax_k(r_k / T),    r_k = L_k(t - 1) / L_k(t - 2)
+
+over the K tasks, the main prediction among them as in the source: a task whose loss falls slowly
+gets more weight. ``t`` counts windows of steps, ``L_k(t)`` is the mean of a window. ``r_k`` is 1 in
+the first two windows, and while a depth has not been computed in both of the last two.
+
+Costs nothing but reading the losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.objective.balance.base import (
+    Balance,
+    Observed,
+    is_number,
+    multiplied,
+    require,
+    require_count,
+    softmax_weights,
+    tasks_of,
+)
+from mtp_lightning.objective.lambda_schedule import Progress
+
+
+class DWA(Balance):
+    """``balance=dwa``.
+
+    Args:
+        depth: D.
+        temperature: T; the larger, the more equal the weights.
+        window_steps: optimizer steps of a window.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    name = "dwa"
+    weighs_main = True
+
+    def __init__(self, depth: int, *, temperature: float = 2.0, window_steps: int = 50) -> None:
+        super().__init__(depth)
+        number = is_number(temperature) and temperature > 0
+        require(number, "temperature", temperature, "a number above 0")
+        require_count("window_steps", window_steps)
+        self.temperature = temperature
+        self.window_steps = window_steps
+        # Of the window that runs: summed losses and how many; NaN means no value.
+        self._sums = torch.zeros(depth + 1, dtype=torch.float64)
+        self._counts = torch.zeros(depth + 1, dtype=torch.float64)
+        # L_k(t - 2) and L_k(t - 1).
+        self._means = torch.full((2, depth + 1), torch.nan, dtype=torch.float64)
+
+    def ratios(self) -> Tensor:
+        """r_k [D + 1]."""
+        ratio = self._means[1] / self._means[0]
+        return torch.where(self._means.isnan().any(0), 1.0, ratio)
+
+    def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
+        return multiplied(base, softmax_weights(self.ratios() / self.temperature, tasks_of(base)))
+
+    def update(self, step: Observed) -> dict[str, float]:
+        ratios = self.ratios().tolist()
+        values = {f"balance/loss_ratio_depth_{k}": ratios[k] for k in step.computed}
+        self._sums[step.computed] += step.losses[step.computed]
+        self._counts[step.computed] += 1
+        if (step.progress.step + 1) % self.window_steps == 0:
+            self._means = torch.stack([self._means[1], self._sums / self._counts])
+            self._sums.zero_()
+            self._counts.zero_()
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums, "counts": self._counts, "means": self._means}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sums, self._counts, self._means = (
+            state[name].clone() for name in ("sums", "counts", "means")
+        )

@@ -1,0 +1,205 @@
+"""Every depth's own gradient: ``g_k``, of ``L_k`` alone, on parameters that are asked for.
+
+The objective's one backward pass gives the sum over depths. Here the trunk runs forward once more,
+and every depth has a backward pass of its own, without touching what training accumulates: no
+``.grad``, no router's counts, no random state, none of data parallelism's hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.mtp.base import Draw
+from mtp_lightning.nn.moe import without_counting
+from mtp_lightning.objective.cross_entropy import DepthLoss, add_depth
+
+if TYPE_CHECKING:
+    from mtp_lightning.model import ModelConfig, MTPModel
+
+Scope = Literal["trunk", "last_block"]
+"""What a gradient is measured on: the whole shared trunk, or its last block alone."""
+
+
+@dataclass(frozen=True)
+class TaskGradients:
+    """The gradients of all tasks on one group of parameters, summed over the optimizer step.
+
+    Attributes:
+        vectors: task k (0 is the main prediction) -> ``g_k``, flat [P].
+        parameters: what it is the gradient of, in the order of the vectors.
+    """
+
+    vectors: dict[int, Tensor]
+    parameters: list[nn.Parameter]
+
+    @cached_property
+    def norms(self) -> dict[int, float]:
+        """``|g_k|`` of every task."""
+        tasks = list(self.vectors)
+        norms = [torch.linalg.vector_norm(self.vectors[k], dtype=torch.float64) for k in tasks]
+        return dict(zip(tasks, torch.stack(norms).tolist(), strict=True))
+
+    @cached_property
+    def cosines(self) -> dict[int, float]:
+        """``cos(g_0, g_k)`` of every task but the main one; 0 where one of them is zero."""
+        norms, main = self.norms, self.vectors[0].double()
+        return {
+            k: float(main @ vector.double()) / product if (product := norms[0] * norms[k]) else 0.0
+            for k, vector in self.vectors.items()
+            if k
+        }
+
+    def log_values(self, group: str) -> dict[str, float]:
+        """Norms and cosines by log tag: ``grad/norm_depth_k`` on the last shared block,
+        ``grad/GROUP_norm_depth_k`` elsewhere; no two tags mean the same group."""
+        where = "" if group == "last_block" else f"{group}_"
+        norms = {f"grad/{where}norm_depth_{k}": value for k, value in self.norms.items()}
+        cosines = {f"grad/{where}cosine_depth_{k}": value for k, value in self.cosines.items()}
+        return norms | cosines
+
+    @torch.no_grad()
+    def subtract(self, k: int, factor: float) -> None:
+        """Take ``factor * g_k`` out of what training accumulated: ``.grad -= factor * g_k``."""
+        sizes = [p.numel() for p in self.parameters]
+        for parameter, part in zip(self.parameters, self.vectors[k].split(sizes), strict=True):
+            if parameter.grad is not None:
+                parameter.grad.sub_(part.view_as(parameter), alpha=factor)
+
+
+def shared_parameters(model: MTPModel, scope: Scope) -> list[nn.Parameter]:
+    """The trunk's parameters that the main prediction and the depths have in common.
+
+    ``mtp.branch=before_last`` shares all blocks but the last; the final norm is shared where the
+    depths read what comes after it. Embedding and head belong to no trunk.
+    """
+    blocks = list(model.trunk.blocks)[: _shared_blocks(model.config)]
+    if scope == "last_block":
+        return list(blocks[-1].parameters())
+    parameters = [p for block in blocks for p in block.parameters()]
+    normed = getattr(model.config.mtp, "input_norm", "post") == "post"
+    return [*parameters, *model.trunk.norm.parameters()] if normed else parameters
+
+
+def require_trunk_gradients(config: ModelConfig, *, what: str) -> None:
+    """Refuse to measure where no depth has a gradient on the trunk.
+
+    Args:
+        config: the model's.
+        what: who wants to measure, for the message: ``balance=gradnorm``.
+
+    Raises:
+        ValueError: the trunk is frozen or cut off, or no block of it is shared.
+    """
+    reason = None
+    if not config.mtp.trains_trunk:
+        reason = "mtp.freeze_trunk=true gives it none: set mtp.freeze_trunk=false"
+    elif getattr(config.mtp, "detach", "none") != "none":
+        detach = getattr(config.mtp, "detach", "none")
+        reason = f"mtp.detach={detach} cuts it off: set mtp.detach=none"
+    elif _shared_blocks(config) == 0:
+        layers = config.trunk.n_layers
+        reason = (
+            f"with mtp.branch=before_last and model.n_layers={layers} no block is shared: "
+            "set mtp.branch=final, or take more layers"
+        )
+    if reason is not None:
+        raise ValueError(f"{what} measures every depth's gradient on the trunk, but {reason}.")
+
+
+def task_gradients(
+    model: MTPModel,
+    micro_batches: Sequence[WindowBatch],
+    depths: Sequence[int],
+    counts: Sequence[int],
+    groups: Mapping[str, list[nn.Parameter]],
+    *,
+    draw: Draw,
+) -> dict[str, TaskGradients]:
+    """``g_k`` of the main prediction and of ``depths``, over all micro-batches and ranks.
+
+    The experts' balance losses and weight decay have no part in it. Costs one forward pass of the
+    trunk and of the depths, and for each of them one backward pass through its modules and as much
+    of the trunk as the groups need; the head takes two products a depth. Holds one vector a task
+    and group beside the activations.
+
+    Args:
+        model: the model.
+        micro_batches: this rank's part of the step.
+        depths: MTP depths to measure.
+        counts: valid targets of depths 0 .. D in the whole step.
+        groups: parameters, by any name. A tied embedding's gradient is the input side's alone.
+        draw: as the training pass over the first micro-batch has it.
+
+    Returns:
+        For every group, its gradients.
+    """
+    parameters = [p for group in groups.values() for p in group]
+    tasks = [0, *depths]
+    size = sum(p.numel() for p in parameters)
+    total_KP = torch.zeros(len(tasks), size, dtype=parameters[0].dtype, device=parameters[0].device)
+    for micro in micro_batches:
+        _add_gradients(model, micro, tasks, counts, parameters, total_KP, draw)
+        draw = replace(draw, first_row=draw.first_row + len(micro))
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(total_KP)
+    found, start = {}, 0
+    for name, group in groups.items():
+        end = start + sum(p.numel() for p in group)
+        vectors = {k: total_KP[row, start:end] for row, k in enumerate(tasks)}
+        found[name], start = TaskGradients(vectors, group), end
+    return found
+
+
+def measuring_flops(config: ModelConfig, seq_len: int, active: Sequence[int], scope: Scope) -> int:
+    """FLOPs a position that :func:`task_gradients` adds to a training step."""
+    trunk, tasks = config.trunk, 1 + len(active)
+    blocks = [trunk.n_layers - 1] if scope == "last_block" else range(_shared_blocks(config))
+    forward = trunk.blocks_flops(seq_len) + config.mtp.module_flops(trunk, seq_len, active)
+    # Through the modules the gradient passes on, and leaves none for their weights.
+    modules = sum(config.mtp.module_flops(trunk, seq_len, [k]) for k in active)
+    shared = sum(trunk.block_flops(seq_len, layer) for layer in blocks)
+    return forward + modules + tasks * 2 * (trunk.head_flops() + shared)
+
+
+def _shared_blocks(config: ModelConfig) -> int:
+    before_last = getattr(config.mtp, "branch", "final") == "before_last"
+    return config.trunk.n_layers - before_last
+
+
+def _add_gradients(
+    model: MTPModel,
+    batch: WindowBatch,
+    tasks: Sequence[int],
+    counts: Sequence[int],
+    parameters: list[nn.Parameter],
+    total_KP: Tensor,
+    draw: Draw,
+) -> None:
+    """One micro-batch's part of every task's gradient, added to the task's row."""
+    unused = total_KP.new_zeros((), dtype=torch.float64)
+    with torch.enable_grad(), without_counting():
+        for k, hidden in model.states(batch, tasks[1:], draw=draw):
+            d_hidden, _ = add_depth(
+                model.head.weight,
+                DepthLoss(hidden, batch.targets(k), 1.0 / max(counts[k], 1)),
+                unused,
+                None,
+                needs_hidden=True,
+                needs_weight=False,
+            )
+            grads = torch.autograd.grad(
+                hidden, parameters, d_hidden, retain_graph=True, allow_unused=True
+            )
+            row_P, start = total_KP[tasks.index(k)], 0
+            for parameter, grad in zip(parameters, grads, strict=True):
+                if grad is not None:
+                    row_P[start : start + parameter.numel()] += grad.flatten()
+                start += parameter.numel()

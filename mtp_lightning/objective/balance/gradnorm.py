@@ -1,0 +1,89 @@
+"""GradNorm (Chen et al. 2018, arXiv 1711.02257, section 3, algorithm 1).
+
+    G_k = w_k |g_k|,  target_k = mean(G) * r_k^alpha,  r_k = (L_k / L_k(0)) / mean_j(L_j / L_j(0))
+    w <- w - lr * d/dw sum_k |G_k - target_k|,    then renormalised to sum K
+
+over the K tasks, the main prediction among them as in the source; ``g_k`` on the last block of the
+shared trunk, the targets taken as constants. A task that has learned less than the others is given
+a larger gradient. The derivative is ``sign(G_k - target_k) |g_k|``; the step is plain gradient
+descent. Weights stay at 0.01 or above, before they are renormalised: the formula alone lets them
+become negative. ``G_k`` holds no lambda_k, so that the balance is between the losses as they are,
+and lambda_k weighs what comes out. ``L_k(0)`` is the first loss that was seen.
+
+Costs, in a step that measures, a forward pass of trunk and depths, one backward pass for every task
+through its modules, two products with the head, and the last block (:func:`task_gradients`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mtp_lightning.objective.balance.base import (
+    Balance,
+    Observed,
+    is_number,
+    multiplied,
+    require,
+)
+from mtp_lightning.objective.lambda_schedule import Progress
+
+_SMALLEST = 0.01
+
+
+class GradNorm(Balance):
+    """``balance=gradnorm``.
+
+    Args:
+        depth: D.
+        alpha: strength with which unequal training rates are evened out.
+        lr: step size of the weights.
+        every_n_steps: optimizer steps between two measurements.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    name = "gradnorm"
+    scope = "last_block"
+    weighs_main = True
+
+    def __init__(
+        self, depth: int, *, alpha: float = 1.5, lr: float = 0.025, every_n_steps: int = 1
+    ) -> None:
+        super().__init__(depth, every_n_steps=every_n_steps)
+        require(is_number(alpha) and alpha >= 0, "alpha", alpha, "a number of at least 0")
+        require(is_number(lr) and lr > 0, "lr", lr, "a number above 0")
+        self.alpha = alpha
+        self.lr = lr
+        self._weights = torch.ones(depth + 1, dtype=torch.float64)
+        # L_k(0); NaN before it is known.
+        self._first = torch.full((depth + 1,), torch.nan, dtype=torch.float64)
+
+    def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
+        return multiplied(base, self._weights)
+
+    def update(self, step: Observed) -> dict[str, float]:
+        tasks = step.computed
+        losses = step.losses[tasks]
+        first = self._first[tasks]
+        self._first[tasks] = torch.where(first.isnan(), losses, first)
+        if step.gradients is not None:
+            norms = torch.tensor(list(step.gradients.norms.values()), dtype=torch.float64)
+            learned = losses / self._first[tasks]
+            rate = learned / learned.mean()
+            weights = self._weights[tasks]
+            weighted = weights * norms
+            target = weighted.mean() * rate**self.alpha
+            weights = weights - self.lr * torch.sign(weighted - target) * norms
+            weights = weights.clamp(min=_SMALLEST)
+            self._weights[tasks] = weights * len(tasks) / weights.sum()
+        return {f"balance/weight_depth_{k}": float(self._weights[k]) for k in tasks}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self._weights, "first": self._first}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._weights, self._first = state["weights"].clone(), state["first"].clone()

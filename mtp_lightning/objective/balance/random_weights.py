@@ -1,0 +1,47 @@
+"""Random weights, drawn anew every step: the control (Lin et al. 2022, arXiv 2111.10603).
+
+    w = K softmax(z),    z ~ N(0, I)
+
+over the K tasks, the main prediction among them as in the source. The factor K, which the source
+does not have, makes their mean 1, as for the other rules. What an adaptive rule wins over fixed
+weights has to be more than this one does. The draw depends on the seed and the step alone.
+
+Costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mtp_lightning.nn.init import parameter_seed
+from mtp_lightning.objective.balance.base import Balance, multiplied, softmax_weights, tasks_of
+from mtp_lightning.objective.lambda_schedule import Progress
+
+
+class RandomWeights(Balance):
+    """``balance=random``.
+
+    Args:
+        depth: D.
+        seed: of the run.
+    """
+
+    name = "random"
+    weighs_main = True
+    observes = False
+
+    def __init__(self, depth: int, *, seed: int) -> None:
+        super().__init__(depth)
+        self.seed = seed
+
+    def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
+        generator = stream(self.seed, progress.step, self.name)
+        scores = torch.randn(self.depth + 1, dtype=torch.float64, generator=generator)
+        return multiplied(base, softmax_weights(scores, tasks_of(base)))
+
+
+def stream(seed: int, step: int, name: str) -> torch.Generator:
+    """The random numbers of one step: nothing need be stored, and all ranks draw the same."""
+    return torch.Generator().manual_seed(parameter_seed(seed, f"balance:{name}:{step}"))

@@ -1,0 +1,115 @@
+"""One MTP depth a step, drawn at random (Stern et al. 2018, arXiv 1811.03115, section 6).
+
+    L = L_0 + lambda_k L_k / p_k    for the one depth k that was drawn with probability p_k
+
+so that the expected gradient is that of all depths together. The main prediction is trained in
+every step; Stern et al. draw it with the rest. The draw depends on the seed and the step alone.
+
+``loss_ratio`` draws in proportion to ``L_k(t) / L_k(0)`` (the loss ratio of Chen et al. 2018): the
+depths that have learned least are trained most. A depth's loss is known only when it is drawn: the
+ratio uses a moving average (decay 0.9) over those steps, and is 1 before the first.
+
+What a step saves: with parallel and linear heads, the other depths altogether; with sequential
+modules, the deeper modules altogether and the head's part of the shallower ones, which run forward
+and backward all the same since the drawn depth reads them; with ``parameter_free``, next to
+nothing, since all depths share the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.objective.balance.base import (
+    Balance,
+    Observed,
+    is_number,
+    require,
+    tasks_of,
+)
+from mtp_lightning.objective.balance.random_weights import stream
+from mtp_lightning.objective.lambda_schedule import Progress
+
+_DECAY = 0.9
+
+
+class SampledDepths(Balance):
+    """``balance=sampled_depths``.
+
+    Args:
+        depth: D.
+        seed: of the run.
+        probabilities: ``uniform``, ``loss_ratio``, or a list of D numbers above 0; they are
+            normalised over the depths that the schedule does not switch off.
+
+    Raises:
+        ValueError: probabilities that do not fit.
+    """
+
+    name = "sampled_depths"
+
+    def __init__(
+        self, depth: int, *, seed: int, probabilities: str | Sequence[float] = "uniform"
+    ) -> None:
+        super().__init__(depth)
+        wanted = f"uniform, loss_ratio, or a list of mtp.depth={depth} numbers above 0"
+        if isinstance(probabilities, str):
+            known = probabilities in ("uniform", "loss_ratio")
+            require(known, "probabilities", probabilities, wanted)
+        else:
+            listed = isinstance(probabilities, Sequence) and len(probabilities) == depth
+            fits = listed and all(is_number(p) and p > 0 for p in probabilities)
+            require(fits, "probabilities", probabilities, wanted)
+        self.seed = seed
+        self.probabilities = probabilities
+        # L_k(0), and the average of L_k since; NaN before a depth was drawn.
+        self._first = torch.full((depth + 1,), torch.nan, dtype=torch.float64)
+        self._mean = torch.full((depth + 1,), torch.nan, dtype=torch.float64)
+
+    def chances(self, base: Sequence[float]) -> Tensor:
+        """p_k [D + 1], fp64; 0 for the main prediction, and where lambda_k is 0."""
+        if self.probabilities == "loss_ratio":
+            shares = (self._mean / self._first).nan_to_num(nan=1.0, posinf=1.0)
+        elif isinstance(self.probabilities, str):
+            shares = torch.ones(self.depth + 1, dtype=torch.float64)
+        else:
+            shares = torch.tensor([0.0, *self.probabilities], dtype=torch.float64)
+        drawable = torch.tensor([k > 0 and b != 0 for k, b in enumerate(base)])
+        shares = torch.where(drawable, shares, 0.0)
+        return shares / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny)
+
+    def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
+        factors = [base[0], *[0.0] * self.depth]
+        if len(tasks_of(base)) > 1:
+            chances = self.chances(base)
+            generator = stream(self.seed, progress.step, self.name)
+            drawn = int(torch.multinomial(chances, 1, generator=generator))
+            factors[drawn] = base[drawn] / float(chances[drawn])
+        return factors
+
+    def update(self, step: Observed) -> dict[str, float]:
+        chances = self.chances(step.base).tolist()
+        for k in step.computed[1:]:
+            if self._first[k].isnan():
+                self._first[k] = self._mean[k] = step.losses[k]
+            else:
+                self._mean[k] = _DECAY * self._mean[k] + (1 - _DECAY) * step.losses[k]
+        return {f"balance/probability_depth_{k}": chances[k] for k in tasks_of(step.base)[1:]}
+
+    def active_sets(self, base: Sequence[float]) -> list[tuple[float, list[int]]]:
+        depths = tasks_of(base)[1:]
+        chances = self.chances(base).tolist()
+        return [(chances[k], [k]) for k in depths] or super().active_sets(base)
+
+    @property
+    def skips(self) -> bool:
+        return self.depth > 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self._first, "mean": self._mean}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._first, self._mean = state["first"].clone(), state["mean"].clone()

@@ -1,0 +1,105 @@
+"""Each depth's share of the trunk is steered to a set ratio; this project's own.
+
+    log lambda_k += u sign(r - EMA(lambda_k |g_k| / |g_0|)),    lambda_k in [0.01, 1]
+
+in the manner of the experts' bias (Wang et al. 2024, arXiv 2408.15664): a step of fixed size in the
+right direction, no loss term. ``g`` is on the whole shared trunk. A depth's lambda starts from the
+schedule's weight in the first step that computes it, and is the rule's from there on: later changes
+of the schedule are not followed, but a schedule's 0 still switches the depth off. The moving
+average starts from the first ratio. Everything rests in the last 5 % of the run.
+
+Costs, in a step that measures, a forward pass of trunk and depths and one backward pass for every
+task through its modules, two products with the head, and the whole shared trunk
+(:func:`task_gradients`); memory of one vector of the trunk's size for every task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from mtp_lightning.objective.balance.base import (
+    Balance,
+    Observed,
+    is_number,
+    require,
+)
+from mtp_lightning.objective.lambda_schedule import Progress
+
+_SMALLEST, _LARGEST = 0.01, 1.0
+
+
+class TrunkRatio(Balance):
+    """``balance=trunk_ratio``.
+
+    Args:
+        depth: D.
+        rate: u, the step of log lambda_k.
+        ratio: r, the wanted ``lambda_k |g_k| / |g_0|`` of every depth.
+        ema: decay of the ratios' moving averages.
+        every_n_steps: optimizer steps between two measurements, each of which moves lambda once.
+        frozen: last part of the run in which lambda rests.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    name = "trunk_ratio"
+    scope = "trunk"
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        rate: float = 0.01,
+        ratio: float = 0.3,
+        ema: float = 0.9,
+        every_n_steps: int = 10,
+        frozen: float = 0.05,
+    ) -> None:
+        super().__init__(depth, every_n_steps=every_n_steps)
+        require(is_number(rate) and rate > 0, "rate", rate, "a number above 0")
+        require(is_number(ratio) and ratio > 0, "ratio", ratio, "a number above 0")
+        require(is_number(ema) and 0 <= ema < 1, "ema", ema, "a number in [0, 1)")
+        require(is_number(frozen) and 0 <= frozen <= 1, "frozen", frozen, "a number in [0, 1]")
+        self.rate = rate
+        self.ratio = ratio
+        self.ema = ema
+        self.frozen = frozen
+        # By depth; a depth is missing before it is first computed.
+        self._lambdas: dict[int, float] = {}
+        self._ratios: dict[int, float] = {}
+
+    def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
+        own = [self._lambdas.get(k, _clipped(b)) if b else 0.0 for k, b in enumerate(base)]
+        return [base[0], *own[1:]]
+
+    def rests_at(self, progress: Progress) -> bool:
+        return progress.fraction >= 1 - self.frozen
+
+    def update(self, step: Observed) -> dict[str, float]:
+        values = {}
+        norms = None if step.gradients is None else step.gradients.norms
+        for k in step.computed[1:]:
+            weight = self._lambdas.setdefault(k, step.factors[k])
+            if norms is not None:
+                share = weight * norms[k] / norms[0] if norms[0] else math.inf
+                before = self._ratios.get(k, share)
+                self._ratios[k] = self.ema * before + (1 - self.ema) * share
+                error = self.ratio - self._ratios[k]
+                direction = (error > 0) - (error < 0)
+                self._lambdas[k] = _clipped(weight * math.exp(self.rate * direction))
+            if k in self._ratios:
+                values[f"balance/trunk_ratio_depth_{k}"] = self._ratios[k]
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lambdas": dict(self._lambdas), "ratios": dict(self._ratios)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._lambdas, self._ratios = dict(state["lambdas"]), dict(state["ratios"])
+
+
+def _clipped(weight: float) -> float:
+    return min(max(weight, _SMALLEST), _LARGEST)

@@ -1,0 +1,69 @@
+"""Weights from learned uncertainties (Kendall et al. 2018, arXiv 1705.07115, eq. 10).
+
+    sum_k lambda_k (L_k e^{-s_k} + s_k / 2),    s_k = log sigma_k^2,  s_k(0) = 0
+
+over all tasks, the main prediction among them as in the source. With lambda_k = 1 that is the
+published objective; otherwise lambda_k weighs the whole term, so that it does not vanish from the
+optimum, ``e^{-s_k} = 1 / (2 L_k)``. The factor of ``L_k`` is ``lambda_k e^{-s_k}``.
+
+The ``s_k`` are parameters of the run's optimizer, at its learning rate, without weight decay, and
+outside the bound on the gradient's norm. Their gradients are written down rather than traced:
+``lambda_k (1/2 - L_k e^{-s_k})``, from the step's losses over all ranks. The logged ``train/loss``
+is the weighted sum of the losses, without the ``s_k / 2``.
+
+Costs nothing but reading the losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mtp_lightning.objective.balance.base import Balance, Observed
+from mtp_lightning.objective.lambda_schedule import Progress
+
+
+class Uncertainty(Balance):
+    """``balance=uncertainty``.
+
+    Args:
+        depth: D.
+    """
+
+    name = "uncertainty"
+    weighs_main = True
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        # One parameter a task: those of a depth that is switched off have no gradient, and the
+        # optimizer leaves them where they are.
+        self._log_variances = [
+            nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in range(depth + 1)
+        ]
+
+    def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
+        return [b * math.exp(-s.item()) for b, s in zip(base, self._log_variances, strict=True)]
+
+    def update(self, step: Observed) -> dict[str, float]:
+        values = {}
+        for k in step.computed:
+            s = self._log_variances[k]
+            gradient = step.base[k] / 2 - step.factors[k] * float(step.losses[k])
+            s.grad = torch.full_like(s, gradient)
+            values[f"balance/log_variance_depth_{k}"] = s.item()
+        return values
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self._log_variances
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"log_variances": [s.item() for s in self._log_variances]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for s, value in zip(self._log_variances, state["log_variances"], strict=True):
+            s.fill_(value)

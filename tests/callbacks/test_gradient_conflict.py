@@ -1,0 +1,75 @@
+"""Norms and cosines of the depths' gradients: right, on time, and without a trace in training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtp_lightning.callbacks.gradient_conflict import GradientConflict
+from tests.integration.helpers import assert_same_weights, column, rows, train_here
+
+CONFLICT: dict[str, Any] = {
+    "callbacks": "gradient_conflict",
+    "callbacks.gradient_conflict.every_n_steps": 3,
+}
+TAGS = [
+    *(f"grad/{group}norm_depth_{k}" for group in ("", "embedding_") for k in range(3)),
+    *(f"grad/{group}cosine_depth_{k}" for group in ("", "embedding_") for k in (1, 2)),
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch's norm under bf16
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"mtp.hidden_state_mixing": "true", "trainer.accumulate_grad_batches": 2},
+        {"trainer.precision": "64-true", "mtp": "parallel", "model.n_layers": 2},
+        {"trainer.precision": "bf16-mixed"},
+        {"mtp": "parameter_free", "trainer.log_every_n_steps": 2},
+    ],
+)
+def test_training_is_the_same_to_the_last_bit(
+    tmp_path: Path, cache: Path, settings: dict[str, Any]
+) -> None:
+    train_here(tmp_path / "with", cache, settings | CONFLICT)
+    train_here(tmp_path / "without", cache, settings)
+    found = rows(tmp_path / "with")
+    trained = [{t: v for t, v in row.items() if not t.startswith("grad/")} for row in found]
+    expected = {row["step"]: row for row in rows(tmp_path / "without")}
+    assert [row for row in trained if row["step"] in expected] == list(expected.values())
+    assert_same_weights(tmp_path / "with", tmp_path / "without")
+    for tag in TAGS:
+        assert list(column(tmp_path / "with", tag)) == [3, 6, 9], tag
+    norms, cosines = TAGS[:6], TAGS[6:]
+    assert all(row[t] > 0 for row in found if norms[0] in row for t in norms)
+    assert all(-1.001 < row[t] < 1.001 for row in found if norms[0] in row for t in cosines)
+
+
+def test_agrees_with_the_rule_that_measures_the_same(tmp_path: Path, cache: Path) -> None:
+    train_here(tmp_path / "callback", cache, CONFLICT | {"trainer.max_steps": 3})
+    rule = {"balance": "gradnorm", "balance.every_n_steps": 3, "trainer.max_steps": 3}
+    train_here(tmp_path / "rule", cache, rule)
+    for tag in TAGS[:3]:
+        found = column(tmp_path / "callback", tag)
+        assert found == pytest.approx(column(tmp_path / "rule", tag), rel=1e-6) and 3 in found
+
+
+def test_without_depths_it_measures_the_main_prediction(tmp_path: Path, cache: Path) -> None:
+    train_here(tmp_path, cache, CONFLICT | {"mtp": "none", "mtp.depth": 0})
+    assert list(column(tmp_path, "grad/norm_depth_0")) == [3, 6, 9]
+    assert column(tmp_path, "grad/norm_depth_1") == {}
+
+
+def test_refuses_what_it_cannot_measure(tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(ValueError, match="callbacks=gradient_conflict measures .*mtp.detach=all"):
+        train_here(tmp_path, cache, CONFLICT | {"mtp.detach": "all"})
+    with pytest.raises(ValueError, match="every_n_steps must be .* not 0"):
+        GradientConflict(every_n_steps=0)

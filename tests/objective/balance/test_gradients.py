@@ -1,0 +1,183 @@
+"""g_k against autograd on the whole graph, in float64, one depth at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.model import MTP_VARIANTS, ModelConfig, MTPModel
+from mtp_lightning.mtp.base import Draw
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.moe import routers_of
+from mtp_lightning.objective.balance.gradients import (
+    TaskGradients,
+    measuring_flops,
+    require_trunk_gradients,
+    shared_parameters,
+    task_gradients,
+)
+from mtp_lightning.objective.mtp_loss import mtp_loss
+from tests.mtp.test_heads import build
+
+DRAW = Draw(seed=7, step=3)
+EXPERTS = {"n_routed": 4, "n_shared": 1, "top_k": 2, "d_expert": 16, "sequence_loss": 0.5}
+
+MODELS = {
+    "sequential": ("sequential", {}, {}),
+    "before_last": ("sequential", {"branch": "before_last"}, {}),
+    "pre": ("sequential", {"input_norm": "pre"}, {"tie_embeddings": True}),
+    "shared_layers": ("sequential", {"share_layers": True}, {}),
+    "mixing": ("sequential", {"hidden_state_mixing": True}, {}),
+    "parallel": ("parallel", {}, {}),
+    "linear": ("linear", {}, {"tie_embeddings": True}),
+    "parameter_free": ("parameter_free", {}, {}),
+    "recompute": ("sequential", {}, {"recompute": True}),
+    "experts": ("sequential", {}, {"experts": EXPERTS, "recompute": True}),
+}
+
+
+def make(trunk: TrunkConfig, name: str, depth: int = 3) -> MTPModel:
+    variant, switches, changes = MODELS[name]
+    model = build(replace(trunk, **changes), MTP_VARIANTS[variant](depth=depth, **switches))
+    return model.double()
+
+
+def masked(batch_size: int = 4, seq_len: int = 10, depth: int = 3) -> WindowBatch:
+    generator = torch.Generator().manual_seed(3)
+    shape = (batch_size, seq_len + depth + 1)
+    tokens = torch.randint(0, 37, shape, generator=generator)
+    borders = torch.rand(shape, generator=generator) < 0.15
+    return WindowBatch(tokens, depth, borders.long().cumsum(1))
+
+
+def brute_force(model: MTPModel, batch: WindowBatch, k: int, parameter: nn.Parameter) -> Tensor:
+    hidden = model(batch, draw=DRAW)[k]
+    logits = (hidden @ model.head.weight.detach().T).flatten(0, 1)
+    loss = F.cross_entropy(logits, batch.targets(k).flatten(), ignore_index=-100)
+    (grad,) = torch.autograd.grad(loss, [parameter], allow_unused=True)
+    return torch.zeros_like(parameter) if grad is None else grad
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_autograd_on_the_whole_graph(tiny_trunk: TrunkConfig, name: str) -> None:
+    model, batch = make(tiny_trunk, name), masked()
+    groups = {
+        "trunk": shared_parameters(model, "trunk"),
+        "last_block": shared_parameters(model, "last_block"),
+        "embedding": [model.trunk.embedding.weight],
+    }
+    found = task_gradients(
+        model, batch.micro_batches(3), [1, 3], batch.counts().tolist(), groups, draw=DRAW
+    )
+    for group, parameters in groups.items():
+        assert list(found[group].vectors) == [0, 1, 3]
+        for k, vector in found[group].vectors.items():
+            expected = [brute_force(model, batch, k, p).flatten() for p in parameters]
+            assert any(e.any() for e in expected)
+            torch.testing.assert_close(vector, torch.cat(expected), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_sees_nothing_of_it(tiny_trunk: TrunkConfig, name: str) -> None:
+    model, batch = make(tiny_trunk, name), masked()
+    counts, weights = batch.counts().tolist(), [0.3, 0.2, 0.1]
+
+    def train() -> tuple[dict[str, Tensor], list[Tensor]]:
+        model.zero_grad(set_to_none=True)
+        for router in routers_of(model).values():
+            router.load = None
+        mtp_loss(model, batch, weights, counts, draw=DRAW)[0].backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return grads, [r.load.clone() for r in routers_of(model).values()]  # type: ignore[union-attr]
+
+    before, loads = train()
+    state = torch.get_rng_state()
+    group = {"trunk": shared_parameters(model, "trunk")}
+    task_gradients(model, [batch], [1, 2, 3], counts, group, draw=DRAW)
+    assert torch.equal(state, torch.get_rng_state())
+    for n, p in model.named_parameters():
+        assert (p.grad is None) == (n not in before)
+        assert p.grad is None or torch.equal(p.grad, before[n])
+    assert all(
+        torch.equal(router.load, load)
+        for router, load in zip(routers_of(model).values(), loads, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["sequential", "parallel", "parameter_free", "mixing"])
+def test_weighted_sum_is_what_training_accumulates(tiny_trunk: TrunkConfig, name: str) -> None:
+    model, batch = make(tiny_trunk, name), masked()
+    counts, weights = batch.counts().tolist(), [0.3, 0.2, 0.1]
+    mtp_loss(model, batch, weights, counts, draw=DRAW)[0].backward()
+    parameters = shared_parameters(model, "trunk")
+    found = task_gradients(model, [batch], [1, 2, 3], counts, {"": parameters}, draw=DRAW)[""]
+    for k, factor in enumerate([1.0, *weights]):
+        found.subtract(k, factor)
+    for parameter in parameters:
+        assert parameter.grad is not None and parameter.grad.abs().max() < 1e-7
+    # The rest is as it was: embedding, head and modules were not touched.
+    assert model.head.weight.grad is not None and model.head.weight.grad.abs().max() > 1e-4
+
+
+def test_what_is_shared(tiny_trunk: TrunkConfig) -> None:
+    def names(variant: str, scope: str, **switches: str) -> set[str]:
+        model = build(tiny_trunk, MTP_VARIANTS[variant](depth=1, **switches))
+        chosen = {id(p) for p in shared_parameters(model, scope)}  # type: ignore[arg-type]
+        found = [n for n, p in model.named_parameters() if id(p) in chosen]
+        return {".".join(n.split(".")[:3]) for n in found}
+
+    first, last, norm = "trunk.blocks.0", "trunk.blocks.1", "trunk.norm.weight"
+    assert names("sequential", "trunk") == {first, last, norm}
+    assert names("sequential", "trunk", input_norm="pre") == {first, last}
+    assert names("sequential", "last_block") == {last}
+    assert names("parallel", "trunk") == {first}
+    assert names("parallel", "last_block") == {first}
+    assert names("linear", "trunk", branch="before_last") == {first, norm}
+    assert names("parameter_free", "trunk") == {first, last, norm}
+
+
+def test_norms_cosines_and_tags() -> None:
+    vectors = {0: [3.0, 4.0, 0.0], 1: [0.0, -2.0, 0.0], 2: [0.0, 0.0, 0.0]}
+    found = TaskGradients({k: torch.tensor(v) for k, v in vectors.items()}, [])
+    assert found.norms == {0: 5.0, 1: 2.0, 2: 0.0}
+    assert found.cosines == {1: pytest.approx(-0.8), 2: 0.0}
+    assert found.log_values("last_block").keys() == {
+        *(f"grad/norm_depth_{k}" for k in range(3)),
+        *(f"grad/cosine_depth_{k}" for k in (1, 2)),
+    }
+    assert "grad/embedding_norm_depth_0" in found.log_values("embedding")
+
+
+@pytest.mark.parametrize(
+    ("variant", "switches", "layers", "wording"),
+    [
+        ("sequential", {"freeze_trunk": True}, 2, "mtp.freeze_trunk=true"),
+        ("linear", {"detach": "all"}, 2, "mtp.detach=all"),
+        ("sequential", {"detach": "trunk"}, 2, "mtp.detach=trunk"),
+        ("parallel", {}, 1, "model.n_layers=1"),
+    ],
+)
+def test_refuses_where_no_depth_reaches_the_trunk(
+    tiny_trunk: TrunkConfig, variant: str, switches: dict, layers: int, wording: str
+) -> None:
+    trunk = replace(tiny_trunk, n_layers=layers)
+    config = ModelConfig(trunk=trunk, mtp=MTP_VARIANTS[variant](depth=1, **switches))
+    with pytest.raises(ValueError, match=f"balance=gradnorm measures .*{wording}"):
+        require_trunk_gradients(config, what="balance=gradnorm")
+
+
+def test_flops_are_counted(tiny_trunk: TrunkConfig) -> None:
+    """By hand: two blocks, one module and two tasks through the head forward; backward the two
+    products of each task with head and blocks, and one with the module's weights."""
+    config = ModelConfig(trunk=tiny_trunk, mtp=MTP_VARIANTS["sequential"](depth=1))
+    block, head = tiny_trunk.block_flops(10, 0), tiny_trunk.head_flops()
+    module = config.mtp.module_flops(tiny_trunk, 10, [1])
+    forward = 2 * block + module + 2 * head
+    whole = forward + 2 * head + module + 2 * 2 * 2 * block
+    assert measuring_flops(config, 10, [1], "trunk") == whole
+    assert measuring_flops(config, 10, [1], "last_block") == whole - 2 * 2 * block

@@ -1,0 +1,348 @@
+"""Every rule against its paper's formula, in Python's float64, and what it leaves alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_lightning.checkpoint_io import require_plain
+from mtp_lightning.objective.balance.base import Balance, NoBalance, Observed
+from mtp_lightning.objective.balance.cosine_gate import CosineGate
+from mtp_lightning.objective.balance.dwa import DWA
+from mtp_lightning.objective.balance.gradients import TaskGradients
+from mtp_lightning.objective.balance.gradnorm import GradNorm
+from mtp_lightning.objective.balance.random_weights import RandomWeights
+from mtp_lightning.objective.balance.sampled_depths import SampledDepths
+from mtp_lightning.objective.balance.trunk_ratio import TrunkRatio
+from mtp_lightning.objective.balance.uncertainty import Uncertainty
+from mtp_lightning.objective.lambda_schedule import Progress
+
+BASE = [1.0, 0.3, 0.1]
+LOSSES = [[6.0, 7.0, 8.0], [5.0, 6.5, 7.9], [4.5, 5.0, 7.0], [4.0, 5.2, 6.0], [3.9, 4.1, 6.1]]
+
+
+def at(step: int, max_steps: int = 100) -> Progress:
+    return Progress(step=step, max_steps=max_steps)
+
+
+def feed(
+    rule: Balance,
+    step: int,
+    losses: list[float],
+    *,
+    base: list[float] = BASE,
+    gradients: TaskGradients | None = None,
+    max_steps: int = 100,
+) -> dict[str, float]:
+    factors = rule.factors(base, at(step, max_steps))
+    if gradients is not None:
+        rule.gate(base, gradients)
+    seen = real([x if f else 0.0 for x, f in zip(losses, factors, strict=True)])
+    return rule.update(
+        Observed(
+            progress=at(step, max_steps),
+            base=base,
+            factors=factors,
+            losses=seen,
+            gradients=gradients,
+        )
+    )
+
+
+def real(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def vectors(*values: list[float]) -> TaskGradients:
+    parameter = torch.nn.Parameter(torch.zeros(len(values[0]), dtype=torch.float64))
+    return TaskGradients({k: real(v) for k, v in enumerate(values)}, [parameter])
+
+
+def softmax(scores: list[float]) -> list[float]:
+    exps = [math.exp(s) for s in scores]
+    return [e / sum(exps) for e in exps]
+
+
+def test_none_is_the_schedule() -> None:
+    assert NoBalance(2).factors(BASE, at(0)) == BASE
+    assert NoBalance(2).parameters() == [] and not NoBalance(2).skips
+
+
+def test_dwa() -> None:
+    rule = DWA(2, temperature=2.0, window_steps=2)
+    stream = [loss for loss in LOSSES for _ in range(2)]
+    # Another value in the window's second step: it is the mean that counts.
+    stream[1] = [5.0, 9.0, 7.0]
+    for step, losses in enumerate(stream):
+        window = step // 2
+        factors = rule.factors(BASE, at(step))
+        if window < 2:
+            assert factors == pytest.approx(BASE, rel=1e-12)
+        else:
+            means = [
+                [(a + b) / 2 for a, b in zip(stream[2 * w], stream[2 * w + 1], strict=True)]
+                for w in (window - 2, window - 1)
+            ]
+            ratios = [new / old for old, new in zip(*means, strict=True)]
+            weights = [3 * s for s in softmax([r / 2.0 for r in ratios])]
+            expected = [w * b for w, b in zip(weights, BASE, strict=True)]
+            assert factors == pytest.approx(expected, rel=1e-12)
+            assert sum(f / b for f, b in zip(factors, BASE, strict=True)) == pytest.approx(3)
+        feed(rule, step, losses)
+
+
+def test_dwa_leaves_out_a_depth_that_is_off_and_waits_for_one_that_joins() -> None:
+    rule = DWA(2, window_steps=1)
+    off = [1.0, 0.3, 0.0]
+    for step in range(3):
+        feed(rule, step, LOSSES[step], base=off)
+    ratios = [LOSSES[2][k] / LOSSES[1][k] for k in (0, 1)]
+    two = [2 * s for s in softmax([r / 2 for r in ratios])]
+    assert rule.factors(off, at(3)) == pytest.approx([two[0], 0.3 * two[1], 0.0])
+    three = [3 * s for s in softmax([r / 2 for r in [*ratios, 1.0]])]
+    expected = [w * b for w, b in zip(three, BASE, strict=True)]
+    assert rule.factors(BASE, at(3)) == pytest.approx(expected)
+
+
+def test_uncertainty_descends_the_published_objective() -> None:
+    rule = Uncertainty(2)
+    with torch.no_grad():
+        for s, value in zip(rule.parameters(), (0.3, -0.2, 0.5), strict=True):
+            s.fill_(value)
+    factors = rule.factors(BASE, at(0))
+    assert factors == pytest.approx(
+        [b * math.exp(-s) for b, s in zip(BASE, (0.3, -0.2, 0.5), strict=True)]
+    )
+    feed(rule, 0, LOSSES[0])
+    s = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+    lambdas, losses = (torch.tensor(x, dtype=torch.float64) for x in (BASE, LOSSES[0]))
+    (lambdas * (losses * torch.exp(-s) + s / 2)).sum().backward()
+    assert s.grad is not None
+    found = torch.stack([p.grad for p in rule.parameters()])  # type: ignore[misc]
+    torch.testing.assert_close(found, s.grad, rtol=1e-12, atol=0)
+
+
+def test_uncertainty_converges_to_its_optimum_and_rests_where_a_depth_is_off() -> None:
+    rule = Uncertainty(2)
+    optimizer = torch.optim.AdamW(rule.parameters(), lr=0.05, weight_decay=0.0)
+    for step in range(600):
+        optimizer.zero_grad(set_to_none=True)
+        feed(rule, step, LOSSES[0], base=[1.0, 0.3, 0.0])
+        optimizer.step()
+    factors = rule.factors(BASE, at(600))
+    assert factors[:2] == pytest.approx([1 / (2 * 6.0), 0.3 / (2 * 7.0)], rel=1e-3)
+    assert factors[2] == 0.1
+
+
+def test_gradnorm() -> None:
+    rule = GradNorm(2, alpha=1.5, lr=0.025)
+    norms = [[2.0, 0.5, 1.0], [1.5, 0.9, 0.2], [1.0, 1.0, 1.0]]
+    weights = [1.0, 1.0, 1.0]
+    for step, (losses, sizes) in enumerate(zip(LOSSES, norms, strict=False)):
+        assert rule.factors(BASE, at(step)) == pytest.approx(
+            [w * b for w, b in zip(weights, BASE, strict=True)], rel=1e-12
+        )
+        feed(rule, step, losses, gradients=vectors(*([n, 0.0] for n in sizes)))
+        # The paper's loss on the weights, differentiated by autograd with constant targets.
+        w = torch.tensor(weights, dtype=torch.float64, requires_grad=True)
+        g = w * torch.tensor(sizes, dtype=torch.float64)
+        ratio = real([x / y for x, y in zip(losses, LOSSES[0], strict=True)])
+        target = (g.mean() * (ratio / ratio.mean()) ** 1.5).detach()
+        (grad,) = torch.autograd.grad((g - target).abs().sum(), w)
+        moved = (w - 0.025 * grad).detach()
+        weights = (moved * 3 / moved.sum()).tolist()
+    assert sum(weights) == pytest.approx(3) and weights != pytest.approx([1.0] * 3)
+    assert rule.factors(BASE, at(9)) == pytest.approx(
+        [w * b for w, b in zip(weights, BASE, strict=True)]
+    )
+
+
+def test_gradnorm_keeps_weights_positive_and_measures_when_told() -> None:
+    rule = GradNorm(1, lr=10.0, every_n_steps=3)
+    assert [rule.measures_at(at(s)) for s in range(6)] == [False, False, True] * 2
+    feed(rule, 0, [5.0, 5.0], base=[1.0, 1.0])
+    assert rule.factors([1.0, 1.0], at(1)) == [1.0, 1.0]
+    feed(rule, 2, [5.0, 5.0], base=[1.0, 1.0], gradients=vectors([9.0], [0.1]))
+    weights = rule.factors([1.0, 1.0], at(3))
+    assert min(weights) > 0 and sum(weights) == pytest.approx(2)
+    # A depth that is off keeps its weight, and the others add up to their own number.
+    wide = GradNorm(2)
+    feed(wide, 0, LOSSES[0], base=[1.0, 0.3, 0.0], gradients=vectors([2.0], [0.5]))
+    found = wide.factors([1.0, 1.0, 1.0], at(1))
+    assert found[2] == 1.0 and found[0] + found[1] == pytest.approx(2) and found[0] < 1 < found[1]
+
+
+def test_cosine_gate_takes_an_opposing_depth_out_of_the_trunk() -> None:
+    rule = CosineGate(2, ema=0.0)
+    parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    g = [real(v) for v in ([1.0, 0.0], [-0.5, 2.0], [0.1, 1.0])]
+    parameter.grad = g[0] + 0.3 * g[1] + 0.1 * g[2]
+    gradients = TaskGradients(dict(enumerate(g)), [parameter])
+    values = feed(rule, 0, LOSSES[0], gradients=gradients)
+    torch.testing.assert_close(parameter.grad, g[0] + 0.1 * g[2])
+    assert values["balance/gate_depth_1"] == 0 and values["balance/gate_depth_2"] == 1
+    assert values["balance/cosine_depth_1"] == pytest.approx(-0.5 / math.hypot(0.5, 2.0))
+    # The losses' factors stay: the modules go on learning.
+    assert rule.factors(BASE, at(1)) == BASE
+
+
+def test_cosine_gate_averages() -> None:
+    rule = CosineGate(1, ema=0.9)
+    average = None
+    for step, cosine in enumerate([0.5, -1.0, -1.0, -1.0, -1.0, -1.0, 1.0]):
+        average = cosine if average is None else 0.9 * average + 0.1 * cosine
+        parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        other = real([cosine, math.sqrt(1 - cosine**2)])
+        main = real([1.0, 0.0])
+        parameter.grad = main + 0.3 * other
+        expected = main + 0.3 * other * (average >= 0)
+        gradients = TaskGradients({0: main, 1: other}, [parameter])
+        values = feed(rule, step, [5.0, 5.0], base=[1.0, 0.3], gradients=gradients)
+        assert values["balance/cosine_depth_1"] == pytest.approx(average)
+        torch.testing.assert_close(parameter.grad, expected)
+    assert average < 0
+
+
+def test_trunk_ratio() -> None:
+    rule = TrunkRatio(2, rate=0.01, ratio=0.3, ema=0.9, every_n_steps=1)
+    lambdas, average = [0.3, 0.1], [None, None]
+    for step in range(40):
+        sizes = [2.0, 1.0 + math.sin(step), 0.5 + 0.2 * step]
+        assert rule.factors(BASE, at(step)) == pytest.approx([1.0, *lambdas], rel=1e-12)
+        feed(rule, step, LOSSES[0], gradients=vectors(*([n, 0.0] for n in sizes)))
+        for i in range(2):
+            share = lambdas[i] * sizes[i + 1] / sizes[0]
+            before = average[i]
+            average[i] = share if before is None else 0.9 * before + 0.1 * share  # type: ignore
+            move = 0.01 if average[i] < 0.3 else -0.01  # type: ignore[operator]
+            lambdas[i] = min(max(math.exp(math.log(lambdas[i]) + move), 0.01), 1.0)
+    assert lambdas[0] > 0.3 and lambdas[1] != pytest.approx(0.1)
+
+
+def test_trunk_ratio_stays_in_its_bounds_and_starts_in_them() -> None:
+    rule = TrunkRatio(2, rate=1.0, every_n_steps=1)
+    assert rule.factors([1.0, 3.0, 0.001], at(0)) == [1.0, 1.0, 0.01]
+    for step in range(9):
+        feed(rule, step, LOSSES[0], gradients=vectors([1.0], [0.0], [1e6]))
+    assert rule.factors(BASE, at(9)) == [1.0, 1.0, 0.01]
+    # The schedule can only switch a depth off.
+    assert rule.factors([1.0, 0.2, 0.0], at(9)) == [1.0, 1.0, 0.0]
+
+
+def test_trunk_ratio_rests_in_the_last_twentieth() -> None:
+    rule = TrunkRatio(1, every_n_steps=1)
+    measured = [rule.measures_at(at(step, 200)) for step in range(200)]
+    assert measured == [True] * 190 + [False] * 10
+    slow = TrunkRatio(1, every_n_steps=10)
+    assert [s for s in range(200) if slow.measures_at(at(s, 200))] == list(range(9, 190, 10))
+    feed(rule, 0, [5.0, 5.0], base=[1.0, 0.3], gradients=vectors([1.0], [0.1]))
+    moved = rule.factors([1.0, 0.3], at(1))
+    assert moved[1] > 0.3
+    feed(rule, 195, [5.0, 5.0], base=[1.0, 0.3])
+    assert rule.factors([1.0, 0.3], at(196)) == moved
+
+
+def test_random_is_a_softmax_of_normals_with_mean_one() -> None:
+    rule = RandomWeights(2, seed=5)
+    draws = torch.tensor(
+        [rule.factors([1.0, 1.0, 1.0], at(step)) for step in range(3000)], dtype=torch.float64
+    )
+    torch.testing.assert_close(draws.sum(1), torch.full((3000,), 3.0).double())
+    # log w_i - log w_j = z_i - z_j is N(0, 2).
+    difference = (draws[:, 0] / draws[:, 1]).log()
+    assert abs(float(difference.mean())) < 0.11 and abs(float(difference.std()) - 2**0.5) < 0.08
+    assert abs(float(draws.mean(0)[2]) - 1) < 0.06
+    assert rule.factors(BASE, at(7)) == RandomWeights(2, seed=5).factors(BASE, at(7))
+    assert rule.factors(BASE, at(7)) != RandomWeights(2, seed=6).factors(BASE, at(7))
+    assert rule.factors([1.0, 0.0, 0.0], at(7)) == [1.0, 0.0, 0.0]
+
+
+def test_sampled_depths_trains_one_and_makes_up_for_it() -> None:
+    rule = SampledDepths(2, seed=1, probabilities=[3.0, 1.0])
+    draws = [rule.factors(BASE, at(step)) for step in range(4000)]
+    assert Counter(sum(f != 0 for f in draw) for draw in draws) == {2: 4000}
+    assert {draw[1] for draw in draws} == {0.0, 0.3 / 0.75}
+    assert {draw[2] for draw in draws} == {0.0, 0.1 / 0.25}
+    share = sum(draw[1] != 0 for draw in draws) / 4000
+    assert abs(share - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 4000)
+    # Where the schedule leaves one depth, it is always trained, at its own weight.
+    assert rule.factors([1.0, 0.0, 0.1], at(0)) == [1.0, 0.0, 0.1]
+    assert rule.factors([1.0, 0.0, 0.0], at(0)) == [1.0, 0.0, 0.0]
+    assert rule.skips and not SampledDepths(1, seed=1).skips
+
+
+def test_sampled_depths_by_loss_ratio() -> None:
+    rule = SampledDepths(2, seed=1, probabilities="loss_ratio")
+    assert rule.chances(BASE).tolist() == [0.0, 0.5, 0.5]
+    first: dict[int, float] = {}
+    mean: dict[int, float] = {}
+    for step in range(30):
+        losses = [5.0, 8.0 / (1 + step), 8.0 - 0.01 * step]
+        drawn = next(k for k in (1, 2) if rule.factors(BASE, at(step))[k])
+        feed(rule, step, losses)
+        first.setdefault(drawn, losses[drawn])
+        mean[drawn] = 0.9 * mean[drawn] + 0.1 * losses[drawn] if drawn in mean else losses[drawn]
+        ratio = {k: mean[k] / first[k] if k in mean else 1.0 for k in (1, 2)}
+        expected = [0.0, *(ratio[k] / sum(ratio.values()) for k in (1, 2))]
+        assert rule.chances(BASE).tolist() == pytest.approx(expected, rel=1e-6)
+    assert rule.chances(BASE)[2] > 0.6
+
+
+RULES: dict[str, Any] = {
+    "dwa": lambda: DWA(2, window_steps=1),
+    "uncertainty": lambda: Uncertainty(2),
+    "gradnorm": lambda: GradNorm(2),
+    "cosine_gate": lambda: CosineGate(2),
+    "trunk_ratio": lambda: TrunkRatio(2, every_n_steps=1),
+    "random": lambda: RandomWeights(2, seed=3),
+    "sampled_depths": lambda: SampledDepths(2, seed=3, probabilities="loss_ratio"),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_state_goes_on_where_it_was(name: str) -> None:
+    def run(rule: Balance, steps: range) -> list[Any]:
+        optimizer = torch.optim.AdamW(rule.parameters() or [torch.nn.Parameter(torch.zeros(1))])
+        found: list[Any] = []
+        for step in steps:
+            sizes = ([1.0, 0.1 * step], [-0.5, 0.3], [0.2, 0.0])
+            gradients = vectors(*sizes) if rule.scope and rule.measures_at(at(step)) else None
+            found.append(rule.factors(BASE, at(step)))
+            found.append(feed(rule, step, LOSSES[step], gradients=gradients))
+            optimizer.step()
+        return found
+
+    rule, other = RULES[name](), RULES[name]()
+    assert rule.name == name
+    run(rule, range(3))
+    require_plain(rule.state_dict())
+    other.load_state_dict(rule.state_dict())
+    if name != "uncertainty":  # the optimizer's moments are not the rule's to keep
+        assert run(other, range(3, 5)) == run(rule, range(3, 5))
+    assert other.factors(BASE, at(4)) == rule.factors(BASE, at(4)) or name == "uncertainty"
+
+
+@pytest.mark.parametrize(
+    ("make", "wording"),
+    [
+        (lambda: DWA(2, temperature=0), "balance.temperature .* not 0"),
+        (lambda: DWA(2, window_steps=0), "balance.window_steps .* not 0"),
+        (lambda: GradNorm(2, alpha=-1), "balance.alpha .* not -1"),
+        (lambda: GradNorm(2, lr=0), "balance.lr .* not 0"),
+        (lambda: GradNorm(2, every_n_steps=True), "balance.every_n_steps .* not True"),
+        (lambda: CosineGate(2, ema=1.0), "balance.ema .* not 1.0"),
+        (lambda: TrunkRatio(2, rate=0), "balance.rate .* not 0"),
+        (lambda: TrunkRatio(2, ratio="much"), "balance.ratio .* not 'much'"),  # type: ignore
+        (lambda: TrunkRatio(2, frozen=2), "balance.frozen .* not 2"),
+        (lambda: SampledDepths(2, seed=0, probabilities="some"), "balance.probabilities .*'some'"),
+        (lambda: SampledDepths(2, seed=0, probabilities=[1.0]), "mtp.depth=2 numbers"),
+        (lambda: SampledDepths(2, seed=0, probabilities=[1.0, 0.0]), "numbers above 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make: Any, wording: str) -> None:
+    with pytest.raises(ValueError, match=wording):
+        make()

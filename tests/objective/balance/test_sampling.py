@@ -1,0 +1,94 @@
+"""Sampled depths on real models: the expected gradient is the full one, and the rest is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtp_lightning.model import MTP_VARIANTS, MTPModel
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective import cross_entropy
+from mtp_lightning.objective.balance.sampled_depths import SampledDepths
+from mtp_lightning.objective.lambda_schedule import Progress
+from mtp_lightning.objective.mtp_loss import mtp_loss
+from tests.mtp.test_heads import build, windows
+
+BASE = [1.0, 0.3, 0.2, 0.1]
+
+
+def gradients(model: MTPModel, factors: Sequence[float]) -> dict[str, Tensor]:
+    batch = windows(3, 10, 3)
+    mtp_loss(model, batch, factors[1:], [30] * 4, main=factors[0])[0].backward()
+    # A part that the drawn depth does not use gets no gradient, which is none.
+    grads = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()
+    }
+    model.zero_grad(set_to_none=True)
+    return grads
+
+
+@pytest.mark.parametrize("variant", ["sequential", "parallel", "linear", "parameter_free"])
+@pytest.mark.parametrize("probabilities", ["uniform", [5.0, 3.0, 2.0]])
+def test_the_mean_gradient_over_many_draws_is_the_full_gradient(
+    tiny_trunk: TrunkConfig, variant: str, probabilities: str | list[float]
+) -> None:
+    model = build(tiny_trunk, MTP_VARIANTS[variant](depth=3)).double()
+    rule = SampledDepths(3, seed=11, probabilities=probabilities)
+    drawn: dict[tuple[float, ...], int] = {}
+    for step in range(3000):
+        factors = tuple(rule.factors(BASE, Progress(step=step, max_steps=3000)))
+        drawn[factors] = drawn.get(factors, 0) + 1
+    assert len(drawn) == 3  # a gradient is computed once for every outcome
+    mean: dict[str, Tensor] = {}
+    for factors, count in drawn.items():
+        for name, grad in gradients(model, factors).items():
+            mean[name] = mean.get(name, 0) + grad * (count / 3000)
+    full = gradients(model, BASE)
+    plain = gradients(model, [1.0, 0.0, 0.0, 0.0])
+    for name, grad in full.items():
+        # Within the spread of 3000 draws; without the division by p it would be off by 2/3.
+        effect = float((grad - plain[name]).norm())
+        assert float((mean[name] - grad).norm()) < 0.1 * effect + 1e-9, name
+    assert any(float((full[n] - plain[n]).norm()) > 1e-3 for n in full)
+
+
+@pytest.mark.parametrize(
+    ("variant", "computed", "projected"),
+    [
+        # Sequential modules need the shallower ones, but not their logits.
+        ("sequential", {1: [1], 2: [1, 2], 3: [1, 2, 3]}, 2),
+        ("parallel", {1: [1], 2: [2], 3: [3]}, 2),
+        ("linear", {1: [1], 2: [2], 3: [3]}, 2),
+    ],
+)
+def test_what_was_not_drawn_is_not_computed(
+    tiny_trunk: TrunkConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    variant: str,
+    computed: dict[int, list[int]],
+    projected: int,
+) -> None:
+    model = build(tiny_trunk, MTP_VARIANTS[variant](depth=3))
+    calls: list[int] = []
+    for k, module in enumerate(model.mtp.depths, start=1):  # type: ignore[arg-type]
+        module.register_forward_hook(lambda *_, k=k: calls.append(k))
+    heads: list[int] = []
+    original = cross_entropy.log_probs_by_chunk
+    monkeypatch.setattr(
+        cross_entropy, "log_probs_by_chunk", lambda *a: heads.append(1) or original(*a)
+    )
+    rule = SampledDepths(3, seed=2)
+    seen = set()
+    for step in range(12):
+        factors = rule.factors(BASE, Progress(step=step, max_steps=12))
+        (drawn,) = (k for k in (1, 2, 3) if factors[k])
+        calls.clear()
+        heads.clear()
+        _, sums = mtp_loss(model, windows(3, 10, 3), factors[1:], [30] * 4)
+        assert calls == computed[drawn] and len(heads) == projected
+        assert [k for k in range(4) if sums[k]] == [0, drawn]
+        seen.add(drawn)
+    assert seen == {1, 2, 3}
