@@ -49,6 +49,20 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {**SIZES, **ROPE}),
     "llama-tied": ("Llama", {**SIZES, "tie_word_embeddings": True}),
     "llama-wide-heads": ("Llama", {**SIZES, "head_dim": 16}),
+    "llama3": (
+        "Llama",
+        {
+            **SIZES,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
     "mistral": ("Mistral", {**SIZES, "sliding_window": None}),
     "qwen2": ("Qwen2", {**SIZES, **ROPE}),
     "qwen3": ("Qwen3", {**SIZES, "head_dim": 16, "tie_word_embeddings": True}),
