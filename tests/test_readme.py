@@ -17,7 +17,7 @@ BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL))
 COMMANDS = [line.split(" #")[0].strip() for line in BLOCKS.splitlines() if line.strip()]
 APPS = {
     app: [shlex.split(c)[2:] for c in COMMANDS if c.startswith(f"python {app}.py")]
-    for app in ("train", "evaluate", "generate")
+    for app in ("train", "evaluate", "generate", "export")
 }
 SHORT = ["debug=fast", "trainer.max_steps=10", "logger=csv"]
 

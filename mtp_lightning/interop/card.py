@@ -146,6 +146,9 @@ def _readers(depth: int, model_type: str) -> Iterator[str]:
 def _training(
     config: ModelConfig, step: int, run_config: dict[str, Any], summary: dict[str, Any] | None
 ) -> Iterator[str]:
+    if not step:
+        yield "It was converted from another Hugging Face folder, whose card says more of it."
+        return
     yield f"Exported is the checkpoint after {step:,} optimizer steps."
     data = run_config.get("data", {})
     if "seq_len" in data:

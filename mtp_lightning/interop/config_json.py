@@ -103,7 +103,7 @@ def to_json(
         "initializer_range": trunk.init_std,
         "rms_norm_eps": trunk.norm_eps,
         "rope_theta": trunk.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": trunk.rope_theta},
+        "rope_parameters": {**_rope_type(trunk), "rope_theta": trunk.rope_theta},
         "tie_word_embeddings": trunk.tie_embeddings,
         "attention_dropout": 0.0,
         "bos_token_id": None,
@@ -113,6 +113,8 @@ def to_json(
         "torch_dtype": dtype,
         "num_nextn_predict_layers": depth,
     }
+    if trunk.rope_scaling is not None:  # as transformers 4 and servers read it
+        fields["rope_scaling"] = _rope_type(trunk)
     if kind == "deepseek_v3":
         return fields | _deepseek_fields(trunk, depth)
     fields["head_dim"] = trunk.d_head
@@ -126,6 +128,19 @@ def to_json(
         fields["layer_types"] = ["full_attention"] * trunk.n_layers
         fields["mtp_layer_types"] = ["full_attention"] * depth
     return fields
+
+
+def _rope_type(trunk: TrunkConfig) -> dict[str, Any]:
+    scaling = trunk.rope_scaling
+    if scaling is None:
+        return {"rope_type": "default"}
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_positions,
+    }
 
 
 def _deepseek_fields(trunk: TrunkConfig, depth: int) -> dict[str, Any]:
@@ -182,7 +197,7 @@ def require_known(fields: Mapping[str, Any], *, source: str) -> None:
     if "auto_map" in fields:
         log.warning("%s names code of its own (auto_map): it is not executed.", source)
     _refuse_other_maths(fields, kind, source)
-    _rope_theta(fields, source)
+    _rope(fields, source)
 
 
 def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkConfig:
@@ -197,7 +212,7 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
         ValueError: a missing field, or sizes that do not fit together.
     """
     kind = fields["model_type"]
-    theta = _rope_theta(fields, source)
+    theta, scaling = _rope(fields, source)
 
     def need(name: str) -> Any:
         if fields.get(name) is None:
@@ -212,6 +227,7 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
         "n_heads": n_heads,
         "d_ff": need("intermediate_size"),
         "rope_theta": theta,
+        "rope_scaling": scaling,
         "norm_eps": float(fields.get("rms_norm_eps", 1e-6)),
         "tie_embeddings": bool(fields.get("tie_word_embeddings", False)),
         "init_std": float(fields.get("initializer_range", 0.02)),
@@ -302,18 +318,18 @@ def _refuse_other_maths(fields: Mapping[str, Any], kind: str, source: str) -> No
         raise ValueError(f"{source} has {what}: only full attention can be imported.")
 
 
-def _rope_theta(fields: Mapping[str, Any], source: str) -> float:
-    """The base of plain rotary positions, from transformers 5's field or from the older two."""
-    theta = fields.get("rope_theta")
+def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any] | None]:
+    """Base and stretch of the rotary frequencies, from transformers 5's field or the older two."""
+    theta, scaling = fields.get("rope_theta"), None
     for name in ("rope_scaling", "rope_parameters"):
         rope = fields.get(name)
         if not rope:
             continue
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
+        if kind not in ("default", "llama3"):
             raise ValueError(
                 f"{source} has {name} of type {kind}, which this project does not compute: only "
-                "plain rotary positions can be imported."
+                "plain rotary positions and those of type llama3 can be imported."
             )
         if rope.get("partial_rotary_factor") not in (None, 1.0):
             raise ValueError(
@@ -321,4 +337,15 @@ def _rope_theta(fields: Mapping[str, Any], source: str) -> float:
                 "whole can be imported."
             )
         theta = _given(rope, "rope_theta", theta)
-    return float(10_000.0 if theta is None else theta)
+        if kind == "llama3":
+            scaling = {
+                "factor": rope.get("factor"),
+                "low_freq_factor": rope.get("low_freq_factor"),
+                "high_freq_factor": rope.get("high_freq_factor"),
+                "original_positions": _given(
+                    rope,
+                    "original_max_position_embeddings",
+                    fields.get("max_position_embeddings"),
+                ),
+            }
+    return float(10_000.0 if theta is None else theta), scaling

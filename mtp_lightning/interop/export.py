@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.interop import card, config_json, heads
-from mtp_lightning.interop.reading import is_folder, open_run
+from mtp_lightning.interop.reading import CONFIG, is_folder, open_run, read_json
 from mtp_lightning.interop.transformers_model import import_transformers
 from mtp_lightning.interop.verify import (
     check_bytes,
@@ -57,7 +57,7 @@ def export(cfg: Any) -> Path:
         shard_bytes=int(cfg.shard_gb * 1e9),
     )
     old_card = Path(cfg.checkpoint) / card.FILE
-    if is_folder(cfg.checkpoint) and old_card.is_file():
+    if cfg.depth is None and old_card.is_file() and _dtype(cfg.checkpoint) == cfg.dtype:
         shutil.copyfile(old_card, folder / card.FILE)
     else:
         text = card.render(
@@ -101,6 +101,14 @@ def _trunk_alone(model: MTPModel) -> MTPModel:
     weights = {n: t for n, t in model.state_dict().items() if not n.startswith("mtp.")}
     trunk.load_state_dict(weights)
     return trunk.requires_grad_(model.config.mtp.trains_trunk).eval()
+
+
+def _dtype(path: str) -> str | None:
+    """Of the tensors of a Hugging Face folder; None of a run."""
+    if not is_folder(path):
+        return None
+    fields = read_json(Path(path) / CONFIG)
+    return fields.get("torch_dtype") or fields.get("dtype")
 
 
 def _summary(run: LoadedRun) -> dict[str, Any] | None:

@@ -69,8 +69,13 @@ class Loaded:
         self.model.eval()
 
     def _load_mtp(self, folder: Path) -> Any:
-        from transformers.modeling_layers import MtpModel
-
+        try:
+            from transformers.modeling_layers import MtpModel
+        except ImportError as error:
+            raise ValueError(
+                "this transformers has no MTP layers: pip install -e '.[hf]' for a newer one, or "
+                "leave the check out with verify=false"
+            ) from error
         try:
             return MtpModel.from_pretrained(self.model).eval()
         except RuntimeError as error:  # a tensor is missing; the message names it

@@ -49,7 +49,7 @@ class Positions:
             documents: ids [B, T]; a token then sees only its own document.
         """
         positions_T = torch.arange(seq_len, device=device)
-        cos, sin = rope_table(positions_T, config.d_rope, config.rope_theta)
+        cos, sin = rope_table(positions_T, config.d_rope, config.rope_theta, config.rope_scaling)
         mask = None
         if documents is not None:
             causal = positions_T.unsqueeze(0) <= positions_T.unsqueeze(1)

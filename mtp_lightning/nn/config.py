@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mtp_lightning.nn.deepseek_config import ExpertsConfig, LatentAttentionConfig, check_whole
+from mtp_lightning.nn.rope_scaling import RopeScaling
 
 # DeepSeek-V3 (section 4.2) initialises every matrix with std 0.006 at d_model 7168. The scale that
 # keeps activations alike at another width goes with 1 / sqrt(d_model).
@@ -29,6 +30,7 @@ class TrunkConfig:
         d_head: width of one head; by default ``d_model / n_heads``, and with latent attention that
             of a query or key.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: how they are stretched; None leaves them. A mapping is taken, too.
         norm_eps: epsilon of every RMSNorm.
         tie_embeddings: the output head is the embedding matrix.
         init_std: std of the normal initialisation; by default 0.006 * sqrt(7168 / d_model).
@@ -52,6 +54,7 @@ class TrunkConfig:
     d_ff: int
     d_head: int | None = None
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     init_std: float | None = None
@@ -69,6 +72,8 @@ class TrunkConfig:
             object.__setattr__(self, "latent_attention", latent)
         if isinstance(self.experts, dict):
             object.__setattr__(self, "experts", ExpertsConfig(**self.experts))
+        if isinstance(self.rope_scaling, dict):
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"model.n_heads={self.n_heads} is not divisible by model.n_kv_heads="

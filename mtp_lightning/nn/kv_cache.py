@@ -48,7 +48,9 @@ class PositionTables:
         self.device = torch.device(device)
         self.dtype = dtype
         positions_S = torch.arange(self.capacity, device=device)
-        cos, sin = whole_head_table(positions_S, config.d_rope, config.rope_theta)
+        cos, sin = whole_head_table(
+            positions_S, config.d_rope, config.rope_theta, config.rope_scaling
+        )
         self.cos_S1H, self.sin_S1H = cos.unsqueeze(1), sin.unsqueeze(1)
         # Query j of a pass that starts at n sees columns 0 .. n + j. One wide table holds the mask
         # of every n as a slice.

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtp_lightning.nn.eager import eager_cpu
+from mtp_lightning.nn.rope_scaling import RopeScaling
 
 
-def rope_table(positions: Tensor, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_table(
+    positions: Tensor, d_head: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every angle.
 
     Args:
         positions: whole numbers of any shape [...].
         d_head: H, even.
         theta: base of the frequencies ``theta^(-2j/H)``.
+        scaling: what is done to them.
 
     Returns:
         Two fp32 tensors of [..., H/2].
@@ -24,8 +29,16 @@ def rope_table(positions: Tensor, d_head: int, theta: float) -> tuple[Tensor, Te
     half = d_head // 2
     # In double precision: the angle of position 100,000 is not exact in fp32.
     exponent = torch.arange(half, dtype=torch.float64, device=positions.device) / half
-    angle = positions.to(torch.float64).unsqueeze(-1) * theta**-exponent
+    frequency = theta**-exponent if scaling is None else _stretch(theta**-exponent, scaling)
+    angle = positions.to(torch.float64).unsqueeze(-1) * frequency
     return angle.cos().float(), angle.sin().float()
+
+
+def _stretch(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    turns = frequency * scaling.original_positions / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / scaling.factor)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
@@ -60,9 +73,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(x.dtype)
 
 
-def whole_head_table(positions: Tensor, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
+def whole_head_table(
+    positions: Tensor, d_head: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """:func:`rope_table` over whole heads, [..., H], signs included, for :func:`turn_in_place`."""
-    cos, sin = rope_table(positions, d_head, theta)
+    cos, sin = rope_table(positions, d_head, theta, scaling)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 

@@ -12,6 +12,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.interop.writing import Contents, write_folder
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.rope_scaling import RopeScaling
 from tests import deepseek
 
 # More rows than the byte tokenizer needs, as padded vocabularies have.
@@ -27,10 +28,14 @@ def dense(**changes: Any) -> TrunkConfig:
     return TrunkConfig(**{**fields, "d_head": None, **changes})
 
 
+STRETCHED = RopeScaling(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=32
+)
 TRUNKS = {
     "llama": dense(tie_embeddings=False),
     "llama-tied": dense(),
     "llama-wide-heads": dense(d_head=16),
+    "llama3": dense(rope_scaling=STRETCHED),
     "qwen2": dense(qkv_bias=True),
     "qwen3": dense(qk_norm=True, d_head=16),
     "deepseek": deepseek.trunk(vocab_size=ROWS, tie_embeddings=False, norm_eps=1e-5,

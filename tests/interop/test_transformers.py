@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer
-from mtp_lightning.interop import check, tensor_files
+from data_modules.windows import WindowBatch
+from mtp_lightning.decoding import generate
+from mtp_lightning.interop import check, export, tensor_files
 from mtp_lightning.interop.names import places
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.transformers_model import one_line
@@ -23,7 +26,9 @@ from mtp_lightning.interop.verify import (
 )
 from mtp_lightning.interop.writing import write_tokenizer
 from mtp_lightning.model import MTPModel
+from mtp_lightning.runs import load_run
 from tests import deepseek
+from tests.integration import helpers
 from tests.interop import folders
 
 transformers = pytest.importorskip(
@@ -49,6 +54,20 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {**SIZES, **ROPE}),
     "llama-tied": ("Llama", {**SIZES, "tie_word_embeddings": True}),
     "llama-wide-heads": ("Llama", {**SIZES, "head_dim": 16}),
+    "llama3": (
+        "Llama",
+        {
+            **SIZES,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
     "mistral": ("Mistral", {**SIZES, "sliding_window": None}),
     "qwen2": ("Qwen2", {**SIZES, **ROPE}),
     "qwen3": ("Qwen3", {**SIZES, "head_dim": 16, "tie_word_embeddings": True}),
@@ -85,8 +104,6 @@ def test_their_models_give_equal_logits_here(name: str, tmp_path: Path) -> None:
     tokens = torch.randint(folders.ROWS, (2, 40))
     with torch.no_grad():
         expected = theirs(tokens).logits
-        from data_modules.windows import WindowBatch
-
         batch = WindowBatch(torch.cat((tokens, tokens[:, :1]), dim=1), 0)
         found = model.head(model(batch)[0])
     assert expected.std() > 0.1
@@ -102,6 +119,33 @@ def test_their_shards_and_halves(name: str, tmp_path: Path) -> None:
     assert torch.equal(found, theirs.model.layers[1].input_layernorm.weight)
     lines = list(check_with_transformers(tmp_path, folder.build()))
     assert any("logits of the trunk" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_modules_for_their_model(name: str, tmp_path: Path) -> None:
+    """Post-hoc MTP, end to end: their trunk, modules trained here, decoded here and there."""
+    make(tmp_path / "theirs", name)
+    write_tokenizer(tmp_path / "theirs", ByteTokenizer(), max_positions=64)
+    theirs = read_folder(tmp_path / "theirs")
+    settings = {
+        **dict.fromkeys([key for key in helpers.QUICK if key.startswith("model.")]),
+        "tokenizer": None, "init_from": tmp_path / "theirs", "mtp.freeze_trunk": "true",
+        "mtp.depth": 1, "trainer.max_steps": 6, "trainer.val_check_interval": 3,
+    }  # fmt: skip
+    helpers.train_here(tmp_path / "run", tmp_path / "cache", settings)
+    run = load_run(tmp_path / "run")
+    plain, drafted = (
+        generate(run.model, [[5, 6, 7]], max_new_tokens=16, speculative=speculative)[0]
+        for speculative in (False, True)
+    )
+    assert plain.token_ids == drafted.token_ids and drafted.drafts_reached[0] > 0
+    cfg = OmegaConf.load(helpers.CONF / "export.yaml")
+    asked = {"checkpoint": str(tmp_path / "run"), "output": str(tmp_path / "out")}
+    export.export(OmegaConf.merge(cfg, asked))
+    back = read_folder(tmp_path / "out")
+    assert back.config.mtp.depth == 1 and back.config.trunk == theirs.config.trunk
+    for name_, tensor in theirs.weights.items():
+        assert torch.equal(back.weights[name_], tensor), f"{name_} moved"
 
 
 @pytest.mark.parametrize("depth", [0, 2])

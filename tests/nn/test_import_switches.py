@@ -1,0 +1,118 @@
+"""Switches that other projects' models need: biases, stretched positions, a latent epsilon."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mtp_lightning.decoding import generate
+from mtp_lightning.model import MTPModel
+from mtp_lightning.nn.attention import Attention, Positions
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.mla import LatentAttention
+from mtp_lightning.nn.rope import rope_table, whole_head_table
+from mtp_lightning.nn.rope_scaling import RopeScaling
+from tests import deepseek
+
+SCALING = RopeScaling(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=1024
+)
+
+
+def test_a_new_bias_is_zero_and_a_trained_one_counts(tiny_trunk: TrunkConfig) -> None:
+    trunk = replace(tiny_trunk, qkv_bias=True)
+    model, without = deepseek.build(trunk), deepseek.build(tiny_trunk)
+    model.initialise(0)
+    without.initialise(0)
+    attention, plain = model.trunk.blocks[0].attention, without.trunk.blocks[0].attention
+    assert torch.equal(attention.qkv_bias, torch.zeros(trunk.qkv_width))
+    x_BTC = torch.randn(2, 5, trunk.d_model)
+    positions = Positions.of_window(trunk, 5, device=torch.device("cpu"))
+    assert torch.equal(attention(x_BTC, positions), plain(x_BTC, positions))
+    with torch.no_grad():
+        attention.qkv_bias.normal_()
+    attention(x_BTC, positions).sum().backward()
+    assert attention.qkv_bias.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_the_bias_of_the_values_reaches_the_output(tiny_trunk: TrunkConfig) -> None:
+    trunk = replace(tiny_trunk, qkv_bias=True)
+    attention = Attention(trunk)
+    attention.qkv.weight.zero_()
+    attention.out.weight.normal_()
+    attention.qkv_bias.normal_()
+    x_BTC = torch.randn(1, 4, trunk.d_model)
+    positions = Positions.of_window(trunk, 4, device=torch.device("cpu"))
+    value = attention.qkv_bias[-trunk.n_kv_heads * trunk.d_head :].view(trunk.n_kv_heads, -1)
+    repeated = value.repeat_interleave(trunk.n_heads // trunk.n_kv_heads, dim=0).flatten()
+    expected = (attention.out.weight @ repeated).expand(1, 4, -1)
+    torch.testing.assert_close(attention(x_BTC, positions), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"qkv_bias": True}, {"rope_scaling": SCALING}])
+def test_decoding_with_a_cache_knows_the_switch(tiny_trunk: TrunkConfig, change: dict) -> None:
+    """Token by token, against whole windows read anew for every token."""
+    model: MTPModel = deepseek.build(replace(tiny_trunk, **change), depth=2).eval()
+    plain, drafted = (
+        generate(model, [[1, 2, 3]], max_new_tokens=12, speculative=speculative)[0].token_ids
+        for speculative in (False, True)
+    )
+    ids = [1, 2, 3]
+    positions = Positions.of_window(model.config.trunk, 15, device=torch.device("cpu"))
+    with torch.no_grad():
+        for _ in range(12):
+            padded = torch.tensor([ids + [0] * (15 - len(ids))])
+            hidden = model.trunk(model.trunk.embedding(padded), positions).final
+            ids.append(int(model.head(hidden[0, len(ids) - 1]).argmax()))
+    assert plain == drafted == ids[3:]
+
+
+def test_stretched_frequencies() -> None:
+    """Llama 3.1's rule, written out for every frequency."""
+    d_head, theta, position = 16, 10_000.0, 777
+    cos, sin = rope_table(torch.tensor([position]), d_head, theta, SCALING)
+    kinds = set()
+    for j in range(d_head // 2):
+        frequency = theta ** (-2 * j / d_head)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 1024 / 4:
+            kinds.add("kept")
+        elif wavelength > 1024 / 1:
+            kinds.add("divided")
+            frequency /= 8
+        else:
+            kinds.add("blended")
+            smooth = (1024 / wavelength - 1) / (4 - 1)
+            frequency = (1 - smooth) * frequency / 8 + smooth * frequency
+        assert cos[0, j].item() == pytest.approx(math.cos(position * frequency), abs=1e-6)
+        assert sin[0, j].item() == pytest.approx(math.sin(position * frequency), abs=1e-6)
+    assert kinds == {"kept", "blended", "divided"}
+    whole, _ = whole_head_table(torch.tensor([position]), d_head, theta, SCALING)
+    assert torch.equal(whole[0, : d_head // 2], cos[0])
+
+
+@pytest.mark.parametrize("change", [{"factor": 0}, {"low_freq_factor": 5.0}])
+def test_a_stretch_out_of_range(change: dict) -> None:
+    with pytest.raises(ValueError, match=r"model.rope_scaling"):
+        replace(SCALING, **change)
+
+
+def test_latent_norms_can_have_an_epsilon_of_their_own() -> None:
+    own = LatentAttention(deepseek.trunk(norm_eps=1e-5, latent={"norm_eps": 1e-3}))
+    assert (own.query_norm.eps, own.kv_norm.eps) == (1e-3, 1e-3)
+    trunks = LatentAttention(deepseek.trunk(norm_eps=1e-5))
+    assert (trunks.query_norm.eps, trunks.kv_norm.eps) == (1e-5, 1e-5)
+
+
+def test_what_latent_attention_has_no_switch_for() -> None:
+    with pytest.raises(ValueError, match=r"qkv_bias=true is for grouped-query attention"):
+        deepseek.trunk(qkv_bias=True)
+
+
+def test_biases_are_counted(tiny_trunk: TrunkConfig) -> None:
+    model = deepseek.build(replace(tiny_trunk, qkv_bias=True), depth=1)
+    assert model.config.num_params() == sum(p.numel() for p in model.parameters())
