@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.interop import config_json, heads, tensor_files
+from mtp_lightning.interop import config_reading, heads, tensor_files
 from mtp_lightning.interop.names import from_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
@@ -74,10 +74,10 @@ def read_folder(path: str | Path) -> Folder:
     """
     path = Path(path)
     fields = read_json(path / CONFIG)
-    config_json.require_known(fields, source=str(path / CONFIG))
+    config_reading.require_known(fields, source=str(path / CONFIG))
     tensors = read_tensors(path)
     depth = _mtp_layers(fields, tensors, source=str(path))
-    trunk = config_json.from_json(fields, depth=depth, source=str(path / CONFIG))
+    trunk = config_reading.from_json(fields, depth=depth, source=str(path / CONFIG))
     mtp: MTPConfig = SequentialConfig(depth=depth) if depth else NoMTPConfig()
     config = ModelConfig(trunk=trunk, mtp=mtp)
     weights = from_folder(config, tensors, source=str(path))
@@ -184,7 +184,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _mtp_layers(fields: dict[str, Any], tensors: dict[str, Tensor], *, source: str) -> int:
     """MTP layers among the tensors: all that config.json declares, or none."""
-    declared = config_json.declared_depth(fields)
+    declared = config_reading.declared_depth(fields)
     first = fields.get("num_hidden_layers")
     if not declared or not isinstance(first, int):
         return 0

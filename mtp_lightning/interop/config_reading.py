@@ -1,0 +1,192 @@
+"""``config.json`` of Hugging Face's folders, as it is read into a trunk of this project.
+
+Its fields are data. One that changes what the model computes, and that has no switch here, is
+refused by its name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mtp_lightning.interop.config_json import ARCHITECTURES, LATENT_EPS
+from mtp_lightning.nn.config import TrunkConfig
+
+log = logging.getLogger(__name__)
+
+# Both names of one number: DeepSeek's, and transformers' for models without a field of their own.
+_DEPTHS = ("num_nextn_predict_layers", "num_mtp_layers")
+
+
+def require_known(fields: Mapping[str, Any], *, source: str) -> None:
+    """Refuse a ``config.json`` of a model that cannot be computed here.
+
+    Args:
+        fields: its content.
+        source: the file, for messages.
+
+    Raises:
+        ValueError: another kind of model, or a field that has no switch here.
+    """
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise ValueError(
+            f"{source} has model_type={kind}, which cannot be imported: "
+            f"known are {', '.join(ARCHITECTURES)}."
+        )
+    if "auto_map" in fields:
+        log.warning("%s names code of its own (auto_map): it is not executed.", source)
+    _refuse_other_maths(fields, kind, source)
+    _rope(fields, source)
+
+
+def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkConfig:
+    """The trunk that a ``config.json`` describes; :func:`require_known` comes first.
+
+    Args:
+        fields: its content.
+        depth: MTP layers that the folder holds.
+        source: the file, for messages.
+
+    Raises:
+        ValueError: a missing field, or sizes that do not fit together.
+    """
+    kind = fields["model_type"]
+    theta, scaling = _rope(fields, source)
+
+    def need(name: str) -> Any:
+        if fields.get(name) is None:
+            raise ValueError(f"{source} has no {name}: the trunk's shape is not known without it.")
+        return fields[name]
+
+    n_heads = need("num_attention_heads")
+    shape: dict[str, Any] = {
+        "vocab_size": need("vocab_size"),
+        "d_model": need("hidden_size"),
+        "n_layers": need("num_hidden_layers"),
+        "n_heads": n_heads,
+        "d_ff": need("intermediate_size"),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "norm_eps": float(fields.get("rms_norm_eps", 1e-6)),
+        "tie_embeddings": bool(fields.get("tie_word_embeddings", False)),
+        "init_std": float(fields.get("initializer_range", 0.02)),
+    }
+    if kind == "deepseek_v3":
+        shape |= _deepseek_shape(fields, need, depth=depth)
+    else:
+        shape |= {
+            "n_kv_heads": _given(fields, "num_key_value_heads", n_heads),
+            "d_head": _given(fields, "head_dim", 128 if kind == "qwen3" else None),
+            "qkv_bias": kind == "qwen2",
+            "qk_norm": kind == "qwen3",
+        }
+    try:
+        return TrunkConfig(**shape)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{source} describes no model that can be built: {error}") from error
+
+
+def declared_depth(fields: Mapping[str, Any]) -> int:
+    """MTP layers that a ``config.json`` speaks of; the tensors may be left out all the same."""
+    return max(int(fields.get(name) or 0) for name in _DEPTHS)
+
+
+def _given(fields: Mapping[str, Any], name: str, default: Any) -> Any:
+    return default if fields.get(name) is None else fields[name]
+
+
+def _deepseek_shape(
+    fields: Mapping[str, Any], need: Callable[[str], Any], *, depth: int
+) -> dict[str, Any]:
+    eps = float(fields.get("rms_norm_eps", 1e-6))
+    shape: dict[str, Any] = {
+        "n_kv_heads": fields["num_attention_heads"],
+        "latent_attention": {
+            "q_rank": fields.get("q_lora_rank"),
+            "kv_rank": need("kv_lora_rank"),
+            "d_nope": need("qk_nope_head_dim"),
+            "d_rope": need("qk_rope_head_dim"),
+            "d_value": need("v_head_dim"),
+            "norm_eps": None if eps == LATENT_EPS else LATENT_EPS,
+        },
+    }
+    dense = _given(fields, "first_k_dense_replace", 3)
+    if dense >= fields["num_hidden_layers"] and depth == 0:
+        return shape
+    shape["experts"] = {
+        "n_routed": need("n_routed_experts"),
+        "n_shared": need("n_shared_experts"),
+        "top_k": need("num_experts_per_tok"),
+        "d_expert": need("moe_intermediate_size"),
+        "first_k_dense": min(dense, fields["num_hidden_layers"]),
+        "n_groups": need("n_group"),
+        "top_groups": need("topk_group"),
+        "scaling": float(_given(fields, "routed_scaling_factor", 1.0)),
+    }
+    return shape
+
+
+# Fields that change the arithmetic, and the only values that mean what is computed here.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "norm_topk_prob": (True,),
+    "moe_layer_freq": (1,),
+    "rope_interleave": (True, None),
+    "partial_rotary_factor": (1.0, None),
+    "quantization_config": (None,),
+    "mtp_hidden_states_first": (False, None),
+}
+
+
+def _refuse_other_maths(fields: Mapping[str, Any], kind: str, source: str) -> None:
+    for name, allowed in _ONLY.items():
+        if name in fields and fields[name] not in allowed:
+            raise ValueError(
+                f"{source} has {name}={fields[name]}, which this project does not compute: "
+                f"it can import only {name}={allowed[0]}."
+            )
+    windowed = kind == "mistral" and fields.get("sliding_window", 4096) is not None
+    kinds = set(fields.get("layer_types") or ()) - {"full_attention"}
+    if windowed or kinds:
+        what = f"layer_types {', '.join(sorted(kinds))}" if kinds else "a sliding_window"
+        raise ValueError(f"{source} has {what}: only full attention can be imported.")
+
+
+def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any] | None]:
+    """Base and stretch of the rotary frequencies, from transformers 5's field or the older two."""
+    theta, scaling = fields.get("rope_theta"), None
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = fields.get(name)
+        if not rope:
+            continue
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise ValueError(
+                f"{source} has {name} of type {kind}, which this project does not compute: only "
+                "plain rotary positions and those of type llama3 can be imported."
+            )
+        if rope.get("partial_rotary_factor") not in (None, 1.0):
+            raise ValueError(
+                f"{source} has {name} with a partial_rotary_factor: only heads that are turned "
+                "whole can be imported."
+            )
+        theta = _given(rope, "rope_theta", theta)
+        if kind == "llama3":
+            scaling = {
+                "factor": rope.get("factor"),
+                "low_freq_factor": rope.get("low_freq_factor"),
+                "high_freq_factor": rope.get("high_freq_factor"),
+                "original_positions": _given(
+                    rope,
+                    "original_max_position_embeddings",
+                    fields.get("max_position_embeddings"),
+                ),
+            }
+    return float(10_000.0 if theta is None else theta), scaling
