@@ -126,6 +126,8 @@ class MTPModule(pl.LightningModule):
         self.tokens = 0
         self.flops = 0
         self.seconds = 0.0
+        # The newest step's values by log tag.
+        self._values: dict[str, Tensor | float] = {}
         # The newest validation: the optimizer steps before it, and its metrics by log tag.
         self.validated_step: int | None = None
         self.validation: dict[str, float] = {}
@@ -142,7 +144,8 @@ class MTPModule(pl.LightningModule):
 
         Returns:
             ``loss`` (L) and ``losses`` [D + 1] (L_k, 0 where not computed), over all ranks;
-            ``active``, whether each depth was computed; ``tokens`` and ``flops`` of the step.
+            ``lambdas`` [D], the factors of L_1 .. L_D; ``active``, whether each depth was computed;
+            ``tokens`` and ``flops`` of the step.
         """
         began = time.perf_counter()
         step = self.trainer.global_step
@@ -186,6 +189,7 @@ class MTPModule(pl.LightningModule):
         if gradients is not None:
             self.balance.gate(base, gradients)
         grad_norm = self._clip_gradients(optimizer)
+        values: dict[str, Tensor | float] = {}
         if self.balance.observes:
             seen = Observed(
                 progress=progress,
@@ -194,13 +198,12 @@ class MTPModule(pl.LightningModule):
                 losses=losses.cpu(),
                 gradients=gradients,
             )
-            self.log_here(self.balance.learn(seen), step + 1)
+            values |= self.balance.learn(seen)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        experts = balance_experts(self.model, done=step / max(self.trainer.max_steps, 1))
+        values |= balance_experts(self.model, done=step / max(self.trainer.max_steps, 1))
         if sequence_losses:
-            experts["moe/sequence_loss"] = self._sum_over_ranks(torch.stack(sequence_losses).sum())
-        self.log_here(experts, step + 1)
+            values["moe/sequence_loss"] = self._sum_over_ranks(torch.stack(sequence_losses).sum())
 
         active = active_depths(weights)
         total = factors[0] * losses[0] + sum(weights[k - 1] * losses[k] for k in active)
@@ -212,14 +215,23 @@ class MTPModule(pl.LightningModule):
         self.tokens += n_tokens
         self.flops += n_flops
         self.seconds += time.perf_counter() - began
-        self._log_step(step + 1, total, losses, active, factors, grad_norm)
+        if grad_norm is not None:
+            values["train/grad_norm"] = grad_norm
+        self._values = values | self._losses_by_tag(total, losses, factors, active)
+        # Lightning takes the x axis, of what callbacks log too, from "step".
+        self.log_dict({"train/lr": optimizer.param_groups[0]["lr"], "step": float(step + 1)})
         return {
             "loss": total,
             "losses": losses,
+            "lambdas": weights,
             "active": [k == 0 or k in active for k in range(self.model.depth + 1)],
             "tokens": n_tokens,
             "flops": n_flops,
         }
+
+    def on_train_batch_end(self, outputs: Any, batch: WindowBatch, batch_idx: int) -> None:
+        # After the callbacks: what they save has no row in the log yet.
+        self.log_here(self._values, self.trainer.global_step)
 
     def progress(self, step: int) -> Progress:
         """Where the run stands before optimizer step ``step`` (counted from 0)."""
@@ -259,7 +271,9 @@ class MTPModule(pl.LightningModule):
     def log_here(
         self, values: Mapping[str, Tensor | float], step: int, *, always: bool = False
     ) -> None:
-        """Log what not every step has: Lightning would repeat it in the steps without it.
+        """Log all that belongs to a step, in one row, and nothing else.
+
+        Lightning would repeat what only some steps have in the steps without it.
 
         Args:
             values: by log tag.
@@ -303,22 +317,12 @@ class MTPModule(pl.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = self.optimizer_config.lr * scale
 
-    def _log_step(
-        self,
-        step: int,
-        total: Tensor,
-        losses: Tensor,
-        active: list[int],
-        factors: Sequence[float],
-        grad_norm: Tensor | None,
-    ) -> None:
-        self.log_here({f"train/loss_depth_{k}": losses[k].float() for k in (0, *active)}, step)
-        values: dict[str, Any] = {"step": float(step), "train/loss": total.float()}
-        for k, factor in enumerate(factors[1:], start=1):
-            values[f"train/lambda_depth_{k}"] = factor
+    def _losses_by_tag(
+        self, total: Tensor, losses: Tensor, factors: Sequence[float], active: Sequence[int]
+    ) -> dict[str, Tensor | float]:
+        values: dict[str, Tensor | float] = {"train/loss": total.float()}
+        values |= {f"train/loss_depth_{k}": losses[k].float() for k in (0, *active)}
+        values |= {f"train/lambda_depth_{k}": f for k, f in enumerate(factors[1:], start=1)}
         if self.balance.weighs_main:
             values["balance/main_factor"] = factors[0]
-        values["train/lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        if grad_norm is not None:
-            values["train/grad_norm"] = grad_norm
-        self.log_dict(values)
+        return values

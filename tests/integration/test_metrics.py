@@ -251,3 +251,11 @@ def test_the_run_folder_is_whole(run: Run, bpe: Run) -> None:
         "last.ckpt",
         "previous.ckpt",
     ]
+
+
+def test_a_depth_that_is_switched_off_leaves_the_log(tmp_path: Path, cache: Path) -> None:
+    """Lightning would go on with its newest value."""
+    stages = {"lambda_schedule": "reverse_curriculum", "trainer.max_steps": 9}
+    train_here(tmp_path, cache, stages)
+    for k, last in ((0, 9), (1, 6), (2, 3)):
+        assert list(column(tmp_path, f"train/loss_depth_{k}")) == list(range(1, last + 1))

@@ -43,6 +43,15 @@ QUICKLY: dict[str, dict[str, Any]] = {
     "sampled_depths": {"balance.probabilities": "loss_ratio"},
 }
 MEASURING = ["gradnorm", "cosine_gate", "trunk_ratio"]
+# Rules and heads whose steps are split in the fast tests; the slow ones take all.
+FAST = [
+    ("dwa", "parallel"),
+    ("uncertainty", "sequential"),
+    ("gradnorm", "sequential"),
+    ("cosine_gate", "parallel"),
+    ("trunk_ratio", "sequential"),
+    ("sampled_depths", "parallel"),
+]
 
 
 def settings(rule: str) -> dict[str, Any]:
@@ -97,8 +106,14 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path, cache: Path, fixed: Path,
     assert checkpoint(whole)["balance"]["rule"] == rule
 
 
-@pytest.mark.parametrize("mtp", ["sequential", "parallel"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "mtp"),
+    [
+        (rule, mtp) if (rule, mtp) in FAST else pytest.param(rule, mtp, marks=pytest.mark.slow)
+        for rule in RULES
+        for mtp in ("sequential", "parallel")
+    ],
+)
 def test_accumulation_is_a_larger_batch(tmp_path: Path, cache: Path, rule: str, mtp: str) -> None:
     common = settings(rule) | {
         "mtp": mtp,
