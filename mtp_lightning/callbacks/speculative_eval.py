@@ -21,15 +21,18 @@ _TIE = 1e-3
 
 
 class SpeculativeEval(Callback):
-    """Logs ``decode/acceptance_position_j``, ``decode/tokens_per_step`` and ``decode/speedup``.
+    """Logs ``decode/acceptance_position_j``, ``decode/tokens_per_step``, ``decode/speedup`` and
+    ``decode/tokens_per_second``.
 
     Acceptance at position j is conditional: drafts accepted there / drafts that reached it.
     Tokens per step are the tokens emitted by verify passes / verify passes, the model's own token
     included. Speed-up is the wall-clock of plain over that of speculative greedy decoding, one
-    prompt at a time: a figure of this machine at this moment. Greedy outputs that differ stop
-    the run. The first prompt's continuation is logged as text.
+    prompt at a time: a figure of this machine at this moment, as tokens per second are, which
+    compare models of different sizes too. Greedy outputs that differ stop the run. The first
+    prompt's continuation is logged as text.
 
-    A model without drafts (D = 0, or a head that does not draft) logs the text alone.
+    A model without drafts (D = 0, or a head that does not draft) logs the text, and tokens per
+    second of plain decoding.
 
     Args:
         n_prompts: held-out prompts, >= 1.
@@ -76,11 +79,12 @@ class SpeculativeEval(Callback):
             if hasattr(logger, "log_text"):
                 logger.log_text("decode/sample", text, trainer.global_step)
         if not model.mtp.drafts:
+            pl_module.log_dict(_speed(plain, plain_seconds), rank_zero_only=True)
             return
         drafted, seconds = _timed(model, prompts, speculative=True, **options)
         for prompt, expected, found in zip(prompts, plain, drafted, strict=True):
             require_same_greedy(model, prompt.tolist(), expected.token_ids, found.token_ids)
-        values = rates(drafted)
+        values = {**rates(drafted), **_speed(drafted, seconds)}
         values["decode/speedup"] = plain_seconds / seconds
         pl_module.log_dict(values, rank_zero_only=True)
 
@@ -126,6 +130,10 @@ def require_same_greedy(
         f"prompt {prompt}: {expected[at : at + 4]} against {found[at : at + 4]}. This is a "
         "defect in the decoder: please report it with the checkpoint."
     )
+
+
+def _speed(generations: list[Generation], seconds: float) -> dict[str, float]:
+    return {"decode/tokens_per_second": sum(g.new_tokens for g in generations) / seconds}
 
 
 def _timed(

@@ -41,6 +41,7 @@ class RunTensorBoard(TensorBoardLogger):
         )
         self.depth = depth
         self._layout_written = False
+        self._logged_at: dict[str, int | None] = {}  # step of the newest value of each tag
         if resume_from_step is not None:
             self.resume_from(resume_from_step)
 
@@ -57,6 +58,39 @@ class RunTensorBoard(TensorBoardLogger):
             add_depth_layout(self.experiment, self.depth)
             self._layout_written = True
         super().log_metrics(metrics, step)
+        self._logged_at.update(dict.fromkeys(metrics, step))
+
+    @rank_zero_only
+    def log_hyperparams(  # type: ignore[override]
+        self,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Put the run into the HPARAMS tab: when it begins, and again with metrics when it is done.
+
+        No list of columns is written, as Lightning and PyTorch do: TensorBoard would take the
+        first run's for all. Without one it shows every key and metric of any run.
+
+        Args:
+            params: what the run was started with, by config key.
+            metrics: the final ones, by log tag; None while the run goes on.
+            step: optimizer steps done.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {
+            key: value if isinstance(value, bool | int | float | str) else str(value)
+            for key, value in params.items()
+        }
+        _, begun, done = hparams(plain, {})
+        self.experiment._get_file_writer().add_summary(begun, None)
+        if metrics is not None:
+            # Metrics are read from the newest values, most of which the charts have already.
+            new = {tag: value for tag, value in metrics.items() if self._logged_at.get(tag) != step}
+            if new:
+                self.log_metrics(new, step)
+            self.experiment._get_file_writer().add_summary(done, None)
 
     @rank_zero_only
     def log_text(self, tag: str, text: str, step: int) -> None:

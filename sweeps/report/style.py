@@ -1,0 +1,155 @@
+"""How figures look: one canvas, colours by the first varied key, and files that read on paper, on a
+light page and on a dark one."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sweeps.report.settings import Setting, show
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Told apart by people who confuse red and green, on white and on black (after Okabe & Ito 2008).
+COLOURS = ("#2f7fc1", "#d9761e", "#1f9a73", "#c0559a", "#8a7a1d", "#6b6fd0", "#b5473c", "#3f8f9b")
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+INK, GRID, PAPER = "#24292f", "#d3d9e0", "#ffffff"
+
+_RC = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "errorbar.capsize": 3,
+    "axes.axisbelow": True,
+    # Text stays text: it can be searched, and takes the page's font.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mtp-lightning",
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of the report.
+
+    Attributes:
+        name: of its files.
+        title: above it.
+        caption: what it says, and how it was computed.
+        figure: None where there is nothing to draw.
+        why: what is missing then.
+    """
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colour, line and marker of one setting."""
+
+    colour: str
+    dash: Any
+    marker: str
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Figures made, and saved, inside have the report's look."""
+    import matplotlib
+
+    with matplotlib.rc_context(_RC):
+        yield
+
+
+def looks(settings: list[Setting]) -> list[Look]:
+    """Colours follow the first varied key, lines and markers the others together."""
+    first: dict[str, int] = {}
+    others: dict[str, int] = {}
+    found = []
+    for setting in settings:
+        shown = [show(value) for value in setting.values.values()]
+        a = first.setdefault(shown[0] if shown else "", len(first))
+        b = others.setdefault(",".join(shown[1:]), len(others))
+        found.append(
+            Look(COLOURS[a % len(COLOURS)], DASHES[b % len(DASHES)], MARKERS[b % len(MARKERS)])
+        )
+    return found
+
+
+def canvas(*, legend_rows: int = 0) -> tuple[Figure, Axes]:
+    """An empty figure with room for a legend of so many rows below."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.3 + 0.2 * legend_rows), layout="constrained", facecolor=PAPER)
+    axes = figure.subplots()
+    axes.set_facecolor("none")
+    return figure, axes
+
+
+def legend(figure: Figure, axes: Axes) -> None:
+    """Name the lines below the figure, in one or two columns."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        columns = 2 if max(len(label) for label in labels) < 30 else 1
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def rows_of(labels: list[str]) -> int:
+    """Rows that :func:`legend` will take."""
+    wide = any(len(label) >= 30 for label in labels)
+    return len(labels) if wide else (len(labels) + 1) // 2
+
+
+def as_png(figure: Figure) -> bytes:
+    """For slides and TensorBoard, on white."""
+    return _save(figure, format="png", dpi=160)
+
+
+def as_svg(figure: Figure) -> bytes:
+    """A file of its own, on white."""
+    return _save(figure, format="svg", metadata={"Date": None})
+
+
+def as_inline(svg: bytes, *, name: str, label: str) -> str:
+    """The SVG as part of a page: its ink is the page's, its ids are its own."""
+    text = svg.decode("utf-8")
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'(xlink:href="|url\()#', rf"\g<1>#{name}-", text)
+    text = text.replace(INK, "currentColor").replace(GRID, "var(--grid)")
+    text = text.replace(f"fill: {PAPER}", "fill: none")
+    text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", text)
+    opening = f'<svg role="img" aria-label="{label}" class="figure"'
+    text = re.sub(r'^<svg([^>]*?) width="[^"]*"', r"<svg\1", text)
+    text = re.sub(r'^<svg([^>]*?) height="[^"]*"', r"<svg\1", text)
+    return text.replace("<svg", opening, 1)
+
+
+def _save(figure: Figure, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, **options)
+    return buffer.getvalue()
