@@ -111,7 +111,9 @@ def _verdict(result: Paired | None, adjusted: float | None) -> str:
 
 def sparse(comparisons: Sequence[Comparison]) -> bool:
     """Whether some test rests on fewer than five pairs, too few to see any but large effects."""
-    return any(c.result and c.result.p is not None and c.result.difference.n < 5 for c in comparisons)
+    return any(
+        c.result and c.result.p is not None and c.result.difference.n < 5 for c in comparisons
+    )
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:

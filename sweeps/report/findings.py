@@ -13,6 +13,7 @@ from sweeps.report.metrics import with_interval as shown
 from sweeps.report.read import STATES, Run, Sweep
 from sweeps.report.settings import Setting, Settings
 
+
 def answer(settings: Settings, comparisons: Sequence[Comparison], runs: Sequence[Run]) -> list[str]:
     """What came out, in a few sentences computed from the data."""
     sentences = [_count(settings, runs)]
@@ -40,9 +41,14 @@ def answer(settings: Settings, comparisons: Sequence[Comparison], runs: Sequence
         speed = top.estimate(SPEEDUP).interval
         steps = top.estimate(PER_STEP).interval
         assert speed is not None
-        text = f"Drafts speed decoding up most with {top.label}: {shown(speed, BY_TAG[SPEEDUP])} times"
+        text = f"Decoding with drafts is fastest, against plain decoding, with {top.label}: "
+        text += f"{shown(speed, BY_TAG[SPEEDUP])} times as fast"
         if steps:
             text += f", at {shown(steps, BY_TAG[PER_STEP])} tokens per verify pass"
+        if speed.mean <= 1:
+            text += ". So no setting gains by its drafts"
+        elif speed.half is not None and speed.mean - speed.half <= 1:
+            text += ". The interval reaches below 1: a gain is not shown"
         sentences.append(text + ".")
     return sentences
 

@@ -37,14 +37,14 @@ class Metric:
 
 
 TABLE = (
-    Metric(LOSS, "Validation loss", "nats per token", 4),
-    Metric(BITS, "Bits per byte", "bits per byte", 4),
-    Metric("val/agreement_depth_1", "Agreement", "depth 1 with main", "%"),
-    Metric(PER_STEP, "Tokens per step", "a verify pass", 2),
-    Metric(SPEEDUP, "Speed-up", "over plain decoding", 2),
+    Metric(LOSS, "Loss", "nats per token", 4),
+    Metric(BITS, "Loss", "bits per byte", 4),
+    Metric("val/agreement_depth_1", "Agreement", "of depth 1", "%"),
+    Metric(PER_STEP, "Tokens", "per verify pass", 2),
+    Metric(SPEEDUP, "Speed-up", "of decoding", 2),
     Metric(DECODE_SPEED, "Decoding", "tokens per second", 0),
     Metric(FLOPS, "Training", "FLOPs", "si"),
-    Metric(SECONDS, "Training time", "seconds", 1),
+    Metric(SECONDS, "Training", "seconds", 1),
 )
 
 BY_TAG = {metric.tag: metric for metric in TABLE}
@@ -65,7 +65,7 @@ def number(value: float, form: str | int) -> str:
     if form == "si":
         power = min(max(int(math.log10(abs(value)) // 3), 0), 8) if value else 0
         return f"{value / 1000**power:.3g} {_PREFIXES[power]}".strip()
-    return f"{value:,.{form}f}"
+    return f"{value:,.{form}f}".replace("-", "−")
 
 
 def with_interval(found: Interval, metric: Metric) -> str:

@@ -73,7 +73,7 @@ def render(
         varied=settings.varied,
         metrics=[metric for metric in TABLE if _anyone_has(settings, metric.tag)],
         rows=_rows(settings),
-        headline=f"{settings.headline.name} of the main depth",
+        headline="Validation loss of the main depth",
         unit=settings.headline.unit,
         tests=sum(c.adjusted is not None for c in comparisons),
         comparisons=[_comparison(c) for c in comparisons],
@@ -182,7 +182,7 @@ def _comparison(found: Comparison) -> dict[str, Any]:
         "setting": found.setting.label,
         "reference": found.reference.label,
         "n": result.difference.n if result else 0,
-        "mean": f"{result.difference.mean:+.4f}" if result else "–",
+        "mean": number(result.difference.mean, 4) if result else "–",
         "half": number(result.difference.half, 4)
         if result and result.difference.half is not None
         else "",

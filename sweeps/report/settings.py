@@ -155,7 +155,7 @@ def collect(sweeps: Sequence[Sweep]) -> Settings:
     left_out = [run for setting in settings for run in _drop_repeats(setting)]
     asked = [key for sweep in sweeps for key in sweep.varied]
     varied = _name(settings, asked)
-    settings.sort(key=lambda setting: [_order(value) for value in setting.values.values()])
+    settings.sort(key=lambda setting: [order(value) for value in setting.values.values()])
     _count_planned(settings, [run for run in runs if not run.config])
     return Settings(all=settings, varied=varied, left_out=left_out)
 
@@ -206,7 +206,7 @@ def _drop_repeats(setting: Setting) -> list[Run]:
         if other is None or _rank(run) >= _rank(other):
             best[run.seed] = run
     dropped = [run for run in setting.runs if best[run.seed] is not run]
-    setting.runs = sorted(best.values(), key=lambda run: _order(run.seed))
+    setting.runs = sorted(best.values(), key=lambda run: order(run.seed))
     return dropped
 
 
@@ -261,7 +261,7 @@ def _value(setting: Setting, key: str) -> Any:
 
 
 def _class_name(target: Any) -> Any:
-    """``mtp_lightning.mtp.parallel.ParallelConfig`` -> ``parallel``; a function has its own name."""
+    """``mtp_lightning.mtp.parallel.ParallelConfig`` -> ``parallel``; a function keeps its name."""
     parts = str(target).split(".")
     if len(parts) < 2:
         return target
@@ -272,7 +272,7 @@ def _shown_key(key: str) -> str:
     return key.removesuffix("._target_")
 
 
-def _order(value: Any) -> tuple[int, float, str]:
+def order(value: Any) -> tuple[int, float, str]:
     """None first, then numbers by size, then everything else by name."""
     if value is None or value == "none":
         return (-1, 0.0, "")

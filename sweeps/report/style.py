@@ -7,10 +7,11 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sweeps.report.settings import Setting, show
+from sweeps.report.statistics import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,9 +21,13 @@ if TYPE_CHECKING:
 COLOURS = ("#2f7fc1", "#d9761e", "#1f9a73", "#c0559a", "#8a7a1d", "#6b6fd0", "#b5473c", "#3f8f9b")
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_WIDE = 28  # letters of a legend's label that leave no room for a second column
 INK, GRID, PAPER = "#24292f", "#d3d9e0", "#ffffff"
+QUIET = "#8b949e"  # lines that are no setting's
 
-_RC = {
+SEEDS = "Error bars are 95 % intervals over seeds; a point without one has one seed."
+
+_RC: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.edgecolor": INK,
@@ -65,6 +70,12 @@ class Drawing:
     figure: Figure | None = None
     why: str = ""
 
+    def drawn(self, figure: Figure) -> Drawing:
+        return replace(self, figure=figure)
+
+    def lacking(self, why: str) -> Drawing:
+        return replace(self, why=why)
+
 
 @dataclass(frozen=True)
 class Look:
@@ -103,7 +114,7 @@ def canvas(*, legend_rows: int = 0) -> tuple[Figure, Axes]:
     """An empty figure with room for a legend of so many rows below."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2, 3.3 + 0.2 * legend_rows), layout="constrained", facecolor=PAPER)
+    figure = Figure(figsize=(4.7, 3.0 + 0.19 * legend_rows), layout="constrained", facecolor=PAPER)
     axes = figure.subplots()
     axes.set_facecolor("none")
     return figure, axes
@@ -113,14 +124,38 @@ def legend(figure: Figure, axes: Axes) -> None:
     """Name the lines below the figure, in one or two columns."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        columns = 2 if max(len(label) for label in labels) < 30 else 1
+        columns = 2 if max(len(label) for label in labels) < _WIDE else 1
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def rows_of(labels: list[str]) -> int:
     """Rows that :func:`legend` will take."""
-    wide = any(len(label) >= 30 for label in labels)
+    wide = any(len(label) >= _WIDE for label in labels)
     return len(labels) if wide else (len(labels) + 1) // 2
+
+
+def bars(axes: Axes, line: dict[Any, Interval], look: Look, label: str, aside: float) -> None:
+    """One setting's means, with their intervals, over places on the x axis."""
+    if not line:
+        return
+    axes.errorbar(
+        [x + aside for x in line],
+        [found.mean for found in line.values()],
+        yerr=[found.half or 0.0 for found in line.values()],
+        fmt=look.marker,
+        linestyle=look.dash,
+        color=look.colour,
+        elinewidth=1,
+        label=label,
+    )
+
+
+def si_axis(axes: Axes) -> None:
+    """Few ticks on the x axis, as 15 M."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
 def as_png(figure: Figure) -> bytes:
