@@ -65,10 +65,13 @@ def _read(folders: Sequence[str | Path]) -> list[Sweep]:
     paths = [Path(folder) for folder in folders]
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError("A folder is given twice: each is compared with the others.")
-    names = [path.resolve().name for path in paths]
-    # Equal names, as of a/sweep and b/sweep, say too little.
-    labels = names if len(set(names)) == len(names) else [str(path) for path in paths]
-    return [read_sweep(path, name=label) for path, label in zip(paths, labels, strict=True)]
+    parts = [path.resolve().parts for path in paths]
+    # As much of the paths as tells them apart: a/sweep and b/sweep.
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return [read_sweep(path, name=name) for path, name in zip(paths, names, strict=True)]
 
 
 def _default_output(sweeps: Sequence[Sweep]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 from sweeps.report.comparisons import Comparison
@@ -11,7 +12,17 @@ from sweeps.report.figures_tradeoff import front, heat_maps
 from sweeps.report.metrics import CURVE_AXES, DECODE_SPEED, FLOPS, LOSS, PER_STEP, SPEEDUP, Metric
 from sweeps.report.read import Run
 from sweeps.report.settings import Settings
-from sweeps.report.style import COLOURS, QUIET, Drawing, canvas, legend, looks, rows_of, si_axis
+from sweeps.report.style import (
+    COLOURS,
+    QUIET,
+    Drawing,
+    brief,
+    canvas,
+    legend,
+    looks,
+    rows_of,
+    si_axis,
+)
 
 _THIN = 16  # with more settings, single seeds' curves would only blur the picture
 
@@ -104,7 +115,8 @@ def differences(comparisons: Sequence[Comparison], metric: Metric) -> Drawing:
             color=COLOURS[0],
             markerfacecolor=COLOURS[0] if found.differs else "none",
         )
-    axes.set_yticks(range(len(shown)), [c.setting.label for c in reversed(shown)])
+    labels = [textwrap.fill(brief(c.setting.label), 24) for c in reversed(shown)]
+    axes.set_yticks(range(len(shown)), labels)
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.set_xlabel(f"difference in {metric.unit}")
     return drawing.drawn(figure)

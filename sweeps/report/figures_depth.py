@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sweeps.report.metrics import PER_STEP
 from sweeps.report.settings import Setting, Settings, show

@@ -18,7 +18,7 @@ def heat_maps(settings: Settings) -> list[Drawing]:
     wanted = [key for key in ("mtp.depth", "mtp_lambda") if key in keys]
     pair = (wanted + [key for key in keys if key not in wanted])[:2]
     if len(pair) < 2:
-        return []
+        return [Drawing("heat_map", "Heat map", "").lacking("fewer than two keys are varied")]
     down, across = pair
     groups: dict[str, list[Setting]] = {}
     for setting in settings.all:

@@ -93,7 +93,9 @@ def write_figures(drawings: Sequence[Drawing], folder: Path) -> tuple[dict[str, 
     pngs = []
     for drawing in drawings:
         for ending in ("png", "svg"):
-            (folder / f"{drawing.name}.{ending}").unlink(missing_ok=True)
+            for old in folder.glob(f"{drawing.name}*.{ending}"):  # heat_map_1, too
+                old.unlink()
+    for drawing in drawings:
         if drawing.figure is not None:
             svgs[drawing.name] = as_svg(drawing.figure)
             write(folder / f"{drawing.name}.svg", svgs[drawing.name])
@@ -108,8 +110,8 @@ def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:
     Numbers are written to the last bit, NaN as ``nan``; what does not exist is an empty cell.
     """
     runs = [run for sweep in sweeps for run in sweep.runs]
-    values = {id(run): setting.values for setting in settings.all for run in setting.runs}
-    repeated = {id(run) for run in settings.left_out}
+    values = {run.folder: setting.values for setting in settings.all for run in setting.runs}
+    repeated = {run.folder for run in settings.left_out}
     tags = {
         tag: None
         for run in runs
@@ -120,7 +122,7 @@ def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["run", "state", "reason", *settings.varied, "seed", "counted", *tags])
     for run in runs:
-        own = values.get(id(run), {**run.overrides, "folder": run.sweep})
+        own = values.get(run.folder, {**run.overrides, "folder": run.sweep})
         writer.writerow(
             [
                 run.name,
@@ -128,7 +130,7 @@ def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:
                 run.reason,
                 *(show(own[key]) if key in own else "" for key in settings.varied),
                 "" if run.seed is None else run.seed,
-                int(run.state == "done" and id(run) not in repeated),
+                int(run.state == "done" and run.folder not in repeated),
                 *(repr(run.summary[tag]) if tag in run.summary else "" for tag in tags),
             ]
         )
@@ -160,7 +162,7 @@ def _rows(settings: Settings) -> list[dict[str, Any]]:
                     "sort": "" if found.interval is None else repr(found.interval.mean),
                     "mean": metric.show(found.interval.mean) if found.interval else "–",
                     "half": metric.show(found.interval.half)
-                    if found.interval and found.interval.half is not None
+                    if found.interval and found.interval.half
                     else "",
                     "gap": found.gap,
                 }

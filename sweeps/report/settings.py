@@ -155,7 +155,13 @@ def collect(sweeps: Sequence[Sweep]) -> Settings:
     left_out = [run for setting in settings for run in _drop_repeats(setting)]
     asked = [key for sweep in sweeps for key in sweep.varied]
     varied = _name(settings, asked)
-    settings.sort(key=lambda setting: [order(value) for value in setting.values.values()])
+    given = {sweep.runs[0].sweep: float(i) for i, sweep in enumerate(sweeps)}
+    settings.sort(
+        key=lambda setting: [
+            (0, given[value], "") if key == FOLDER else order(value)
+            for key, value in setting.values.items()
+        ]
+    )
     _count_planned(settings, [run for run in runs if not run.config])
     return Settings(all=settings, varied=varied, left_out=left_out)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 COLOURS = ("#2f7fc1", "#d9761e", "#1f9a73", "#c0559a", "#8a7a1d", "#6b6fd0", "#b5473c", "#3f8f9b")
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_WIDE = 28  # letters of a legend's label that leave no room for a second column
+_WIDE = 29  # letters of a legend's label that leave no room for a second column
 INK, GRID, PAPER = "#24292f", "#d3d9e0", "#ffffff"
 QUIET = "#8b949e"  # lines that are no setting's
 
@@ -29,7 +29,7 @@ SEEDS = "Error bars are 95 % intervals over seeds; a point without one has one s
 
 _RC: Any = {
     "font.family": "sans-serif",
-    "font.size": 10,
+    "font.size": 10.5,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.spines.top": False,
@@ -41,11 +41,15 @@ _RC: Any = {
     "ytick.color": INK,
     "text.color": INK,
     "legend.frameon": False,
-    "legend.fontsize": 9,
+    "legend.fontsize": 9.5,
+    "legend.handlelength": 1.7,
+    "legend.columnspacing": 1.2,
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
     "errorbar.capsize": 3,
     "axes.axisbelow": True,
+    # A dollar in a setting's name is a dollar.
+    "text.parse_math": False,
     # Text stays text: it can be searched, and takes the page's font.
     "svg.fonttype": "none",
     "svg.hashsalt": "mtp-lightning",
@@ -114,16 +118,23 @@ def canvas(*, legend_rows: int = 0) -> tuple[Figure, Axes]:
     """An empty figure with room for a legend of so many rows below."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.7, 3.0 + 0.19 * legend_rows), layout="constrained", facecolor=PAPER)
+    figure = Figure(figsize=(5.2, 3.3 + 0.2 * legend_rows), layout="constrained", facecolor=PAPER)
     axes = figure.subplots()
     axes.set_facecolor("none")
     return figure, axes
+
+
+def brief(label: str, letters: int = 46) -> str:
+    """A label that fits into a figure: its beginning and its end."""
+    half = letters // 2
+    return label if len(label) <= letters else f"{label[:half]}…{label[-half:]}"
 
 
 def legend(figure: Figure, axes: Axes) -> None:
     """Name the lines below the figure, in one or two columns."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
+        labels = [brief(label) for label in labels]
         columns = 2 if max(len(label) for label in labels) < _WIDE else 1
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
@@ -187,4 +198,5 @@ def as_inline(svg: bytes, *, name: str, label: str) -> str:
 def _save(figure: Figure, **options: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, **options)
+    figure.set_layout_engine("none")  # it is laid out, and stays so in the next format
     return buffer.getvalue()
