@@ -106,21 +106,26 @@ class RunTensorBoard(TensorBoardLogger):
 
 
 def depth_layout(depth: int) -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's custom-scalars layout: the losses, lambdas and rates of depths 0..D in one
-    chart each."""
-    every, heads = range(depth + 1), range(1, depth + 1)
+    """TensorBoard's custom-scalars layout: the losses, lambdas and rates of all depths in one
+    chart each.
+
+    Tags are patterns, so that runs of different D have the same charts: TensorBoard shows the
+    charts of all runs, equal ones once.
+    """
     charts = {
-        "train loss": [f"train/loss_depth_{k}" for k in every],
-        "validation loss": [f"val/loss_depth_{k}" for k in every],
-        "validation accuracy": [f"val/accuracy_depth_{k}" for k in every],
+        "train loss": "train/loss",
+        "validation loss": "val/loss",
+        "validation accuracy": "val/accuracy",
     }
     if depth:
-        charts["lambda"] = [f"train/lambda_depth_{k}" for k in heads]
-        charts["validation agreement"] = [f"val/agreement_depth_{k}" for k in heads]
-        charts["validation overlap"] = [f"val/overlap_depth_{k}" for k in heads]
-    return {"depths": {title: ["Multiline", tags] for title, tags in charts.items()}}
+        charts["lambda"] = "train/lambda"
+        charts["validation agreement"] = "val/agreement"
+        charts["validation overlap"] = "val/overlap"
+    return {
+        "depths": {title: ["Multiline", [rf"{tag}_depth_\d+$"]] for title, tag in charts.items()}
+    }
 
 
 def add_depth_layout(writer: Any, depth: int) -> None:
-    """Write the layout of D depths through a SummaryWriter."""
+    """Write the layout for a run of D depths through a SummaryWriter."""
     writer.add_custom_scalars(depth_layout(depth))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,14 +64,14 @@ def write_events(
         value = Summary.Value(
             tag=metadata.EXPERIMENT_TAG, metadata=metadata.create_summary_metadata(content)
         )
-        writer.add_event(Event(summary=Summary(value=[value])))
+        writer.add_event(Event(wall_time=time.time(), summary=Summary(value=[value])))
         for png in pngs:
             data = png.read_bytes()
             # A PNG's header names its size at bytes 16 to 23.
             width, height = struct.unpack(">II", data[16:24])
             image = Summary.Image(width=width, height=height, encoded_image_string=data)
             value = Summary.Value(tag=f"report/{titles[png.stem]}", image=image)
-            writer.add_event(Event(summary=Summary(value=[value])))
+            writer.add_event(Event(wall_time=time.time(), summary=Summary(value=[value])))
     finally:
         writer.close()
 
