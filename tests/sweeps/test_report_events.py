@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from pathlib import Path
@@ -73,7 +74,7 @@ class Board:
     def charts(self) -> list[str]:
         """Titles in the tab of custom scalars, of all runs together."""
         plugin = CustomScalarsPlugin(self.context.tb_context)
-        layout = plugin.layout_impl(RequestContext(), "")
+        layout = json.loads(plugin.layout_impl(RequestContext(), ""))
         return [chart["title"] for group in layout["category"] for chart in group["chart"]]
 
 
