@@ -30,6 +30,13 @@ class Comparison:
     verdict: str
 
     @property
+    def against(self) -> str:
+        """The reference, by the keys in which it differs from the setting."""
+        own = self.setting.values
+        other = {k: v for k, v in self.reference.values.items() if show(v) != show(own.get(k))}
+        return ", ".join(f"{key}={show(value)}" for key, value in other.items())
+
+    @property
     def differs(self) -> bool:
         """Whether the difference is beyond noise."""
         return self.adjusted is not None and self.adjusted < LEVEL
@@ -58,7 +65,9 @@ def compare(settings: Settings, tag: str, *, reference: str | None = None) -> li
     tested = [i for i, result in enumerate(results) if result and result.p is not None]
     adjusted = dict(zip(tested, holm([results[i].p for i in tested]), strict=True))  # type: ignore
     return [
-        Comparison(s, r, results[i], adjusted.get(i), _verdict(results[i], adjusted.get(i)))
+        Comparison(
+            s, r, results[i], adjusted.get(i), _verdict(s, r, tag, results[i], adjusted.get(i))
+        )
         for i, (s, r) in enumerate(pairs)
     ]
 
@@ -99,7 +108,15 @@ def _find(settings: Settings, named: str) -> Setting:
     return found[0]
 
 
-def _verdict(result: Paired | None, adjusted: float | None) -> str:
+def _verdict(
+    setting: Setting,
+    reference: Setting,
+    tag: str,
+    result: Paired | None,
+    adjusted: float | None,
+) -> str:
+    if not (setting.estimate(tag).interval and reference.estimate(tag).interval):
+        return "no test: a mean is missing"
     if result is None:
         return "no seed in common"
     if adjusted is None:

@@ -14,17 +14,15 @@ from sweeps.report.read import Run
 from sweeps.report.settings import Settings
 from sweeps.report.style import (
     COLOURS,
+    MANY,
     QUIET,
     Drawing,
     brief,
     canvas,
-    legend,
+    key_to,
     looks,
-    rows_of,
     si_axis,
 )
-
-_THIN = 16  # with more settings, single seeds' curves would only blur the picture
 
 
 def draw(settings: Settings, comparisons: Sequence[Comparison]) -> list[Drawing]:
@@ -62,14 +60,14 @@ def curve(settings: Settings, axis: str) -> Drawing:
     lines = [[_points(run, tag, metric.tag) for run in setting.runs] for setting in settings.all]
     if not any(points for runs in lines for points in runs):
         return drawing.lacking(f"no run has logged {tag} and {metric.tag}")
-    figure, axes = canvas(legend_rows=rows_of([s.label for s in settings.all]))
+    figure, axes = canvas(key_to(settings.all, settings.all))
     late = []
     furthest = max(x for runs in lines for points in runs for x, _ in points.values())
     for setting, look, runs in zip(settings.all, looks(settings.all), lines, strict=True):
         runs = [points for points in runs if points]
         for points in runs:
             late += [y for x, y in points.values() if x >= furthest / 4 and math.isfinite(y)]
-            if len(runs) > 1 and len(settings.all) <= _THIN:
+            if len(runs) > 1 and len(settings.all) <= MANY:
                 axes.plot(
                     *zip(*points.values(), strict=True),
                     look.dash,
@@ -80,13 +78,15 @@ def curve(settings: Settings, axis: str) -> Drawing:
         common = sorted(set.intersection(*(set(points) for points in runs))) if runs else []
         xs = [sum(points[step][0] for points in runs) / len(runs) for step in common]
         ys = [sum(points[step][1] for points in runs) / len(runs) for step in common]
-        axes.plot(xs, ys, look.dash, color=look.colour, label=setting.label)
+        marker = look.marker if len(settings.all) > MANY else ""
+        style = {"linestyle": look.dash, "marker": marker, "markersize": 3.5}
+        axes.plot(xs, ys, color=look.colour, label=setting.label, **style)
     if late and max(late) > min(late):
         margin = 0.08 * (max(late) - min(late))
         axes.set_ylim(min(late) - margin, max(late) + margin)
     axes.set(xlabel=x_label, ylabel=metric.unit)
-    si_axis(axes)
-    legend(figure, axes)
+    if axis != "seconds":
+        si_axis(axes)
     return drawing.drawn(figure)
 
 
@@ -102,7 +102,9 @@ def differences(comparisons: Sequence[Comparison], metric: Metric) -> Drawing:
     )
     if not shown:
         return drawing.lacking("no two finished settings share a seed")
-    figure, axes = canvas(legend_rows=max(len(shown) - 8, 0))
+    labels = [textwrap.fill(brief(c.setting.label), 24) for c in reversed(shown)]
+    lines = sum(label.count("\n") + 1 for label in labels)
+    figure, axes = canvas(rows=max(lines - 14, 0))
     axes.axvline(0, color=QUIET, linewidth=1)
     for y, found in enumerate(reversed(shown)):
         assert found.result is not None
@@ -115,7 +117,6 @@ def differences(comparisons: Sequence[Comparison], metric: Metric) -> Drawing:
             color=COLOURS[0],
             markerfacecolor=COLOURS[0] if found.differs else "none",
         )
-    labels = [textwrap.fill(brief(c.setting.label), 24) for c in reversed(shown)]
     axes.set_yticks(range(len(shown)), labels)
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.set_xlabel(f"difference in {metric.unit}")

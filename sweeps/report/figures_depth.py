@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sweeps.report.metrics import PER_STEP
 from sweeps.report.settings import Setting, Settings, show
 from sweeps.report.statistics import Interval
-from sweeps.report.style import QUIET, SEEDS, Drawing, bars, canvas, legend, looks, rows_of
+from sweeps.report.style import QUIET, SEEDS, Drawing, bars, canvas, key_to, looks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,8 +31,8 @@ def by_depth(settings: Settings, rate: str) -> Drawing:
     lines = [_line(setting, tags) for setting in settings.all]
     if not any(lines):
         return drawing.lacking(f"no finished run has val/{rate}_depth_{first}")
-    shown = [s.label for s, line in zip(settings.all, lines, strict=True) if line]
-    figure, axes = canvas(legend_rows=rows_of(shown))
+    shown = [s for s, line in zip(settings.all, lines, strict=True) if line]
+    figure, axes = canvas(key_to(settings.all, shown))
     accepted = {k: f"decode/acceptance_position_{k}" for k in tags}
     count = len(settings.all)
     for at, (setting, look) in enumerate(zip(settings.all, looks(settings.all), strict=True)):
@@ -47,7 +47,6 @@ def by_depth(settings: Settings, rate: str) -> Drawing:
         _keep_within(axes, 0, 1)
     axes.set_xticks(list(tags))
     axes.set(xlabel="depth", ylabel="nats per token" if rate == "loss" else "share of tokens")
-    legend(figure, axes)
     return drawing.drawn(figure)
 
 
@@ -71,20 +70,19 @@ def against_depth(settings: Settings, tag: str) -> Drawing:
     if not any(found for _, found in points):
         return drawing.lacking(f"no finished run has {tag}")
     families = _families(settings, "mtp.depth")
-    figure, axes = canvas(legend_rows=rows_of(list(families)))
+    standins = [standin for standin, _ in families]
+    figure, axes = canvas(key_to(standins, standins))
     deepest = max(s.depth for s, found in points if found and s.depth)
     ideal = [k + 1 for k in range(deepest + 1)] if per_step else [1] * (deepest + 1)
     axes.plot(range(deepest + 1), ideal, ":", color=QUIET, linewidth=1.2)
-    for (name, members), look in zip(families.items(), looks(_firsts(families)), strict=True):
+    for (standin, members), look in zip(families, looks(standins), strict=True):
         line = {s.depth: s.estimate(tag).interval for s in members if s.depth}
-        bars(axes, {k: v for k, v in line.items() if v}, look, name, 0)
+        bars(axes, {k: v for k, v in line.items() if v}, look, standin.label, 0)
     if any(setting.depth == 0 for setting in settings.all):
         axes.plot(0, 1, "o", color=QUIET, markerfacecolor="none")
     _keep_within(axes, 0, math.inf)
     axes.set_xticks(range(deepest + 1))
     axes.set(xlabel="D", ylabel="tokens per verify pass" if per_step else "times as fast")
-    if len(families) > 1:
-        legend(figure, axes)
     return drawing.drawn(figure)
 
 
@@ -99,23 +97,22 @@ def against_lambda(settings: Settings, tag: str, what: str) -> Drawing:
     if len(weights) < 2:
         return drawing.lacking("mtp_lambda is not varied")
     families = _families(settings, "mtp_lambda")
-    figure, axes = canvas(legend_rows=rows_of(list(families)))
+    standins = [standin for standin, _ in families]
+    figure, axes = canvas(key_to(standins, standins))
     numbers = all(isinstance(value, int | float) for value in weights.values())
     place: dict[str, Any] = {
         text: value if numbers else i for i, (text, value) in enumerate(weights.items())
     }
     drawn = False
-    for (name, members), look in zip(families.items(), looks(_firsts(families)), strict=True):
+    for (standin, members), look in zip(families, looks(standins), strict=True):
         line = {place[show(s.config.get("mtp_lambda"))]: s.estimate(tag).interval for s in members}
         known = {x: found for x, found in sorted(line.items()) if found}
-        bars(axes, known, look, name, 0)
+        bars(axes, known, look, standin.label, 0)
         drawn |= bool(known)
     if not drawn:
         return drawing.lacking(f"no finished run has {tag}")
     axes.set_xticks(list(place.values()), list(place))
     axes.set(xlabel="mtp_lambda", ylabel="nats per token")
-    if len(families) > 1:
-        legend(figure, axes)
     return drawing.drawn(figure)
 
 
@@ -124,13 +121,14 @@ def _line(setting: Setting, tags: dict[int, str]) -> dict[int, Interval]:
     return {k: value for k, value in found.items() if value}
 
 
-def _families(settings: Settings, key: str) -> dict[str, list[Setting]]:
-    """Settings that differ in one key alone, by what they have in common."""
-    families: dict[str, list[Setting]] = {}
+def _families(settings: Settings, key: str) -> list[tuple[Setting, list[Setting]]]:
+    """Settings that differ in one key alone, each family with a stand-in for what it shares."""
+    families: dict[str, tuple[Setting, list[Setting]]] = {}
     for setting in settings.all:
-        rest = ", ".join(f"{k}={show(v)}" for k, v in setting.values.items() if k != key)
-        families.setdefault(rest or "all", []).append(setting)
-    return families
+        shared = {k: value for k, value in setting.values.items() if k != key}
+        standin = Setting(values=shared, config={})
+        families.setdefault(standin.label, (standin, []))[1].append(setting)
+    return list(families.values())
 
 
 def _keep_within(axes: Axes, low: float, high: float) -> None:
@@ -138,8 +136,3 @@ def _keep_within(axes: Axes, low: float, high: float) -> None:
     bottom, top = axes.get_ylim()
     room = 0.03 * (min(top, high) - max(bottom, low))
     axes.set_ylim(max(bottom, low - room), min(top, high + room))
-
-
-def _firsts(families: dict[str, list[Setting]]) -> list[Setting]:
-    """A stand-in for every family, which gets the family's look."""
-    return [Setting(values={"family": name}, config={}) for name in families]

@@ -9,7 +9,7 @@ from typing import Any
 from sweeps.report.comparisons import pareto
 from sweeps.report.metrics import FLOPS, Metric
 from sweeps.report.settings import Setting, Settings, order, show
-from sweeps.report.style import QUIET, SEEDS, Drawing, canvas, legend, looks, rows_of, si_axis
+from sweeps.report.style import QUIET, SEEDS, Drawing, canvas, key_to, looks, si_axis
 
 
 def heat_maps(settings: Settings) -> list[Drawing]:
@@ -57,7 +57,7 @@ def _heat_map(
     if not known:
         return drawing.lacking(f"no finished run has {metric.tag}")
     low, high = min(known), max(known)
-    figure, axes = canvas(legend_rows=max(len(rows) - 5, 0))
+    figure, axes = canvas(rows=max(len(rows) - 5, 0))
     axes.grid(False)
     table = [[cells.get((row, column)) for column in columns] for row in rows]
     grid = [[math.nan if cell is None else cell.mean for cell in line] for line in table]
@@ -98,7 +98,7 @@ def front(settings: Settings, tag: str) -> Drawing:
         return drawing.lacking(f"no finished run has {tag} and {metric.tag}")
     sign = 1 if cheap else -1
     best = pareto([(sign * cost.mean, loss.mean) for _, cost, loss in points])
-    figure, axes = canvas(legend_rows=rows_of([s.label for s, _, _ in points]))
+    figure, axes = canvas(key_to(settings.all, [s for s, _, _ in points]))
     line = sorted((c.mean, v.mean) for (_, c, v), on in zip(points, best, strict=True) if on)
     axes.plot(*zip(*line, strict=True), color=QUIET, linewidth=1.2)
     look_of = {id(s): look for s, look in zip(settings.all, looks(settings.all), strict=True)}
@@ -119,7 +119,6 @@ def front(settings: Settings, tag: str) -> Drawing:
     x_label = "training FLOPs" if cheap else "tokens per second, greedy with drafts"
     axes.set(xlabel=x_label, ylabel=metric.unit)
     si_axis(axes)
-    legend(figure, axes)
     return drawing.drawn(figure)
 
 

@@ -76,7 +76,7 @@ def _differences(comparisons: Sequence[Comparison], metric: Metric) -> list[str]
         assert c.result is not None
         mean = c.result.difference.mean
         sentences.append(
-            f"{c.setting.label} is {'better' if mean < 0 else 'worse'} than {c.reference.label} by "
+            f"{c.setting.label} is {'better' if mean < 0 else 'worse'} than with {c.against} by "
             f"{number(abs(mean), 4)} {metric.unit}, beyond noise "
             f"(paired t-test over {c.result.difference.n} seeds, Holm's p {_equals(c.adjusted)})."
         )
@@ -128,11 +128,11 @@ def caveats(settings: Settings, sweeps: Sequence[Sweep]) -> list[str]:
             counted = ", ".join(f"{kind} ({n})" for kind, n in kinds.most_common(4))
             notes.append(f"The runs differ in the version of {package}: {counted}.")
     for setting in settings.all:
+        gaps: dict[str, list[str]] = {}
         for metric in TABLE:
-            if gap := setting.estimate(metric.tag).gap:
-                if gap == "no finished run":
-                    break
-                notes.append(f"{setting.label}: no mean of {metric.tag}, {gap} runs.")
+            if (gap := setting.estimate(metric.tag).gap) and setting.done:
+                gaps.setdefault(gap, []).append(metric.tag)
+        notes += [f"{setting.label}: no mean of {', '.join(t)}: {g} runs." for g, t in gaps.items()]
         if 0 < len(setting.done) < setting.planned:
             notes.append(
                 f"{setting.label}: means are of {len(setting.done)} of {setting.planned} runs. If "

@@ -13,7 +13,7 @@ from typing import Any
 
 from sweeps.report.comparisons import Comparison
 from sweeps.report.findings import answer, caveats
-from sweeps.report.metrics import TABLE, number, p_value
+from sweeps.report.metrics import BITS, TABLE, Metric, number, p_value
 from sweeps.report.read import LOG, Run, Sweep
 from sweeps.report.settings import Settings, show
 from sweeps.report.style import Drawing, as_inline, as_png, as_svg
@@ -71,7 +71,7 @@ def render(
         answer=answer(settings, comparisons, runs),
         caveats=caveats(settings, sweeps),
         varied=settings.varied,
-        metrics=[metric for metric in TABLE if _anyone_has(settings, metric.tag)],
+        metrics=_metrics(settings),
         rows=_rows(settings),
         headline="Validation loss of the main depth",
         unit=settings.headline.unit,
@@ -145,17 +145,18 @@ def write(path: Path, content: str | bytes) -> None:
     os.replace(temporary, path)
 
 
-def _anyone_has(settings: Settings, tag: str) -> bool:
-    return any(run.final(tag) is not None for setting in settings.all for run in setting.done)
+def _metrics(settings: Settings) -> list[Metric]:
+    """The table's columns: what some run has. Bits per byte say more than the loss per token only
+    where tokenizers differ."""
+    found = [m for m in TABLE if any(run.final(m.tag) is not None for run in settings.done)]
+    return [m for m in found if m.tag != BITS or settings.headline.tag == BITS]
 
 
 def _rows(settings: Settings) -> list[dict[str, Any]]:
     rows = []
     for setting in settings.all:
         cells = []
-        for metric in TABLE:
-            if not _anyone_has(settings, metric.tag):
-                continue
+        for metric in _metrics(settings):
             found = setting.estimate(metric.tag)
             cells.append(
                 {
@@ -182,7 +183,7 @@ def _comparison(found: Comparison) -> dict[str, Any]:
     result = found.result
     return {
         "setting": found.setting.label,
-        "reference": found.reference.label,
+        "reference": found.against,
         "n": result.difference.n if result else 0,
         "mean": number(result.difference.mean, 4) if result else "–",
         "half": number(result.difference.half, 4)

@@ -4,6 +4,7 @@ light page and on a dark one."""
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 # Told apart by people who confuse red and green, on white and on black (after Okabe & Ito 2008).
 COLOURS = ("#2f7fc1", "#d9761e", "#1f9a73", "#c0559a", "#8a7a1d", "#6b6fd0", "#b5473c", "#3f8f9b")
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MANY = 12  # settings that a legend still lists one by one
 _WIDE = 29  # letters of a legend's label that leave no room for a second column
 INK, GRID, PAPER = "#24292f", "#d3d9e0", "#ffffff"
 QUIET = "#8b949e"  # lines that are no setting's
@@ -105,22 +107,61 @@ def looks(settings: list[Setting]) -> list[Look]:
     others: dict[str, int] = {}
     found = []
     for setting in settings:
-        shown = [show(value) for value in setting.values.values()]
-        a = first.setdefault(shown[0] if shown else "", len(first))
-        b = others.setdefault(",".join(shown[1:]), len(others))
-        found.append(
-            Look(COLOURS[a % len(COLOURS)], DASHES[b % len(DASHES)], MARKERS[b % len(MARKERS)])
-        )
+        head, rest = _halves(setting)
+        a = first.setdefault(head, len(first))
+        b = others.setdefault(rest, len(others)) + a // len(COLOURS)
+        # Four dashes and seven markers come together again after 28 settings.
+        dash, marker = DASHES[b % len(DASHES)], MARKERS[b % len(MARKERS)]
+        found.append(Look(COLOURS[a % len(COLOURS)], dash, marker))
     return found
 
 
-def canvas(*, legend_rows: int = 0) -> tuple[Figure, Axes]:
-    """An empty figure with room for a legend of so many rows below."""
-    from matplotlib.figure import Figure
+def key_to(settings: list[Setting], shown: list[Setting]) -> list[tuple[str, Look]]:
+    """The legend of ``shown``: a line for each setting, or, if they are many, one for each value
+    of the first key (its colour) and one for each combination of the others (dash and marker)."""
+    pairs = [
+        (setting, look)
+        for setting, look in zip(settings, looks(settings), strict=True)
+        if any(setting is one for one in shown)
+    ]
+    if len(pairs) <= MANY or len(shown[0].values) < 2:
+        return [(setting.label, look) for setting, look in pairs]
+    colours = {_halves(s)[0]: Look(look.colour, "-", "") for s, look in pairs}
+    lines = {_halves(s)[1]: Look(QUIET, look.dash, look.marker) for s, look in pairs}
+    return [*colours.items(), *lines.items()]
 
-    figure = Figure(figsize=(5.2, 3.3 + 0.2 * legend_rows), layout="constrained", facecolor=PAPER)
+
+def _halves(setting: Setting) -> tuple[str, str]:
+    parts = [f"{key}={show(value)}" for key, value in setting.values.items()]
+    return ", ".join(parts[:1]), ", ".join(parts[1:])
+
+
+def canvas(key: list[tuple[str, Look]] | None = None, *, rows: int = 0) -> tuple[Figure, Axes]:
+    """An empty figure.
+
+    Args:
+        key: its legend, below it in one or two columns; None or a single entry for none.
+        rows: lines of text that it needs more room for, beside those of the legend.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    entries = [(brief(label), look) for label, look in key or []]
+    entries = entries if len(entries) > 1 else []
+    columns = 1 if any(len(label) >= _WIDE for label, _ in entries) else 2
+    rows += math.ceil(len(entries) / columns)
+    figure = Figure(figsize=(5.2, 3.3 + 0.2 * rows), layout="constrained", facecolor=PAPER)
     axes = figure.subplots()
     axes.set_facecolor("none")
+    if entries:
+        figure.legend(
+            handles=[
+                Line2D([], [], color=o.colour, linestyle=o.dash, marker=o.marker, label=label)
+                for label, o in entries
+            ],
+            loc="outside lower center",
+            ncols=columns,
+        )
     return figure, axes
 
 
@@ -128,21 +169,6 @@ def brief(label: str, letters: int = 46) -> str:
     """A label that fits into a figure: its beginning and its end."""
     half = letters // 2
     return label if len(label) <= letters else f"{label[:half]}…{label[-half:]}"
-
-
-def legend(figure: Figure, axes: Axes) -> None:
-    """Name the lines below the figure, in one or two columns."""
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        labels = [brief(label) for label in labels]
-        columns = 2 if max(len(label) for label in labels) < _WIDE else 1
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-
-
-def rows_of(labels: list[str]) -> int:
-    """Rows that :func:`legend` will take."""
-    wide = any(len(label) >= _WIDE for label in labels)
-    return len(labels) if wide else (len(labels) + 1) // 2
 
 
 def bars(axes: Axes, line: dict[Any, Interval], look: Look, label: str, aside: float) -> None:

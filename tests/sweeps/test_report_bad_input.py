@@ -110,8 +110,9 @@ def test_a_missing_number_is_a_gap(tmp_path: Path, value: float | None) -> None:
     found = one.estimate(LOSS)
     assert found.interval is None and found.gap == "not a number in 1 of 3"
     assert one.estimate(BITS).interval is not None  # which all three have
-    assert "mtp.depth=1: no mean of val/loss_depth_0, not a number in 1 of 3 runs." in notes
+    assert "mtp.depth=1: no mean of val/loss_depth_0: not a number in 1 of 3 runs." in notes
     (difference,) = compare(settings, LOSS)
+    assert difference.verdict == "no test: a mean is missing"
     assert difference.result is None and difference.adjusted is None
 
 

@@ -83,7 +83,9 @@ def test_comparisons_say_what_is_noise(tmp_path: Path) -> None:
     assert one.adjusted == pytest.approx(2 * one.result.p) and one.verdict == "beyond noise"
     assert two.adjusted == two.result.p and two.verdict == "within noise"
     text = " ".join(answer(settings, [one, two], settings.done))
-    assert "mtp.depth=1 is better than mtp.depth=0 by 0.1003 nats per token, beyond noise" in text
+    assert (
+        "mtp.depth=1 is better than with mtp.depth=0 by 0.1003 nats per token, beyond noise" in text
+    )
     assert "1 other difference is within noise" in text
     assert "The lowest validation loss of the main depth has mtp.depth=1: 2.0330 ±" in text
     assert "with mtp.depth=2: 1.20 ± 0.00 times as fast, at 2.00 ± 0.00 tokens" in text
@@ -113,6 +115,7 @@ def test_a_grid_is_compared_at_equal_lambda(tmp_path: Path) -> None:
     settings = of(tmp_path)
     labels = [r.label for r in references(settings)]
     assert labels == ["mtp.depth=0, mtp_lambda=0.1", "mtp.depth=0, mtp_lambda=0.3"] * 2
+    assert [c.against for c in compare(settings, LOSS)] == ["mtp.depth=0"] * 2
     chosen = references(settings, "mtp.depth=1, mtp_lambda=0.1")
     assert {r.label for r in chosen} == {"mtp.depth=1, mtp_lambda=0.1"}
     with pytest.raises(ValueError, match="'mtp.depth=1' names 2 settings: choose one of: mtp.de"):

@@ -18,8 +18,8 @@ from sweeps.report import figures
 from sweeps.report.__main__ import main, report
 from sweeps.report.metrics import LOSS
 from sweeps.report.read import read_sweep
-from sweeps.report.settings import collect
-from sweeps.report.style import Drawing, looks, styled
+from sweeps.report.settings import Setting, collect
+from sweeps.report.style import Drawing, key_to, looks, styled
 from tests.sweeps.fixture_runs import BASE, depth_sweep, write_plan, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -191,8 +191,21 @@ def test_many_settings_keep_their_looks_apart() -> None:
         for weight in (0.1, 0.2, 0.3):
             values = {"mtp.depth": depth, "mtp_lambda": weight}
             made.append(type("S", (), {"values": values})())
-    found = [(look.colour, look.dash) for look in looks(made)]
-    assert len(set(found)) == 12
+    assert len({(look.colour, look.dash) for look in looks(made)}) == 12
+
+
+def test_a_legend_of_many_settings_is_by_key() -> None:
+    every = [
+        Setting(values={"a": a, "b": b, "c": c}, config={})
+        for a in (0, 1, 2)
+        for b in range(9)
+        for c in "xy"
+    ]
+    assert len({(o.colour, o.dash, o.marker) for o in looks(every)}) == len(every)
+    key = [label for label, _ in key_to(every, every)]
+    assert key[:4] == ["a=0", "a=1", "a=2", "b=0, c=x"] and len(key) == 3 + 18
+    few = [label for label, _ in key_to(every, every[:3])]
+    assert few == ["a=0, b=0, c=x", "a=0, b=0, c=y", "a=0, b=1, c=x"]
 
 
 def test_a_sweep_that_is_still_running(tmp_path: Path) -> None:
@@ -237,7 +250,7 @@ def test_two_folders(tmp_path: Path) -> None:
     depth_sweep(tmp_path / "b", {0: (1.0, 1.1)})
     path, sentences = report([tmp_path / "a", tmp_path / "b"])
     assert path == tmp_path / "report_a_b" / "report.html"
-    assert any("folder=b is better than folder=a by 1.0000" in text for text in sentences)
+    assert any("folder=b is better than with folder=a by 1.0000" in text for text in sentences)
     with pytest.raises(ValueError, match="given twice"):
         report([tmp_path / "a", tmp_path / "b" / ".." / "a"])
 
@@ -253,7 +266,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     depth_sweep(tmp_path, {0: (2.0, 2.1), 1: (1.9, 2.0)})
     main([str(tmp_path), "--reference", "mtp.depth=1"])
     said = capsys.readouterr().out
-    assert "mtp.depth=0 is worse than mtp.depth=1" in said and f"{tmp_path}/report.html" in said
+    assert (
+        "mtp.depth=0 is worse than with mtp.depth=1" in said and f"{tmp_path}/report.html" in said
+    )
 
 
 def test_command_line_errors(tmp_path: Path) -> None:
