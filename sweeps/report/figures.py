@@ -102,7 +102,9 @@ def differences(comparisons: Sequence[Comparison], metric: Metric) -> Drawing:
     )
     if not shown:
         return drawing.lacking("no two finished settings share a seed")
-    labels = [textwrap.fill(brief(c.setting.label), 24) for c in reversed(shown)]
+    labels = [brief(c.setting.label, 36) for c in reversed(shown)]
+    if len(labels) <= MANY:
+        labels = [textwrap.fill(label, 24) for label in labels]
     lines = sum(label.count("\n") + 1 for label in labels)
     figure, axes = canvas(rows=max(lines - 14, 0))
     axes.axvline(0, color=QUIET, linewidth=1)
