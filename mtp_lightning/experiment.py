@@ -59,7 +59,16 @@ _PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 _STRATEGIES = ("auto", "ddp")
 
 # Where a run lives and who watches it change nothing in its numbers.
-_NOT_HYPERPARAMETERS = ("run_dir", "paths", "logger", "callbacks", "hydra")
+_NOT_HYPERPARAMETERS = (
+    "run_dir",
+    "paths",
+    "logger",
+    "callbacks",
+    "hydra",
+    "sweep",
+    "sweeps",
+    "sweep_dir",
+)
 
 # Keys of the stored model that say how it is trained, not what its weights are.
 _NOT_ARCHITECTURE = (
