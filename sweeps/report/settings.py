@@ -146,12 +146,11 @@ def collect(sweeps: Sequence[Sweep]) -> Settings:
     configured = [run for run in runs if run.config]
     follows = _seed_keys(configured)
     groups: dict[str, Setting] = {}
-    for run in _with_data(configured):
+    for run in configured:
         config = _comparable(run, follows)
-        key = json.dumps([config, run.sweep], sort_keys=True, default=str)
-        setting = groups.setdefault(key, Setting(values={}, config=config))
-        setting.runs.append(run)
-    settings = list(groups.values())
+        key = json.dumps(config, sort_keys=True, default=str)
+        groups.setdefault(key, Setting(values={}, config=config)).runs.append(run)
+    settings = [part for setting in groups.values() for part in _by_data(setting)]
     left_out = [run for setting in settings for run in _drop_repeats(setting)]
     asked = [key for sweep in sweeps for key in sweep.varied]
     varied = _name(settings, asked)
@@ -184,18 +183,20 @@ def _comparable(run: Run, follows: set[str]) -> dict[str, Any]:
     return config
 
 
-def _with_data(runs: list[Run]) -> list[Run]:
-    """The runs, with the fingerprint of their data in the config where settings could be mixed.
+def _by_data(setting: Setting) -> list[Setting]:
+    """The setting, or, where its runs read different data, one for each of these.
 
-    Equal configs can read different data: a text file may have changed between two runs. A run
-    that has not ended does not say which it reads, and its curve is not averaged with others then.
+    Equal configs can do that: a text file may have changed between two runs. A run that has not
+    ended does not say which it reads, and its curve is not averaged with the others' then.
     """
-    prints = {json.dumps(_data(run), sort_keys=True) for run in runs if run.summary}
-    if len(prints) > 1:
-        for run in runs:
-            known = _data(run)
-            run.config[DATA] = str(known)[:8] if known is not None else "unknown yet"
-    return runs
+    if len({str(_data(run)) for run in setting.done}) < 2:
+        return [setting]
+    parts: dict[str, Setting] = {}
+    for run in setting.runs:
+        known = "unknown" if _data(run) is None else str(_data(run))[:8]
+        part = Setting(values={}, config={**setting.config, DATA: known})
+        parts.setdefault(known, part).runs.append(run)
+    return list(parts.values())
 
 
 def _data(run: Run) -> Any:

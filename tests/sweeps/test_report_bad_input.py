@@ -255,10 +255,24 @@ def test_other_data_is_another_setting(tmp_path: Path) -> None:
     assert [(s.label, len(s.done)) for s in settings.all] == [
         ("data.fingerprint=dddddddd", 1),
         ("data.fingerprint=eeeeeeee", 1),
-        ("data.fingerprint=unknown yet", 0),
+        ("data.fingerprint=unknown", 0),
     ]
     assert "2 different data fingerprints" in notes and "tokenizer" not in notes
     assert settings.headline.tag == LOSS
+
+
+def test_data_that_follow_from_the_config_split_nothing(tmp_path: Path) -> None:
+    """Each vocabulary has its own tokens; the run that has not ended will have its setting's."""
+    data = {"fingerprint": "e" * 32, "tokenizer": {"fingerprint": "u" * 32}}
+    for size, summary in ((300, {}), (999, {"data": data})):
+        vocabulary = {"tokenizer.vocab_size": size}
+        write_run(tmp_path / f"{size}_a", {**vocabulary, "seed": 0}, summary=summary)
+        write_run(tmp_path / f"{size}_b", {**vocabulary, "seed": 1}, done=False)
+    settings, _ = of(tmp_path)
+    assert [(s.label, len(s.done), s.planned) for s in settings.all] == [
+        ("tokenizer.vocab_size=300", 1, 2),
+        ("tokenizer.vocab_size=999", 1, 2),
+    ]
 
 
 def test_other_tokenizers_are_compared_in_bits_per_byte(tmp_path: Path) -> None:
