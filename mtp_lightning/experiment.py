@@ -64,6 +64,18 @@ _OWN_TRAINER_KEYS = ("accumulate_grad_batches", "gradient_clip_val", "num_thread
 _PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 _STRATEGIES = ("auto", "ddp")
 
+# Where a run lives and who watches it change nothing in its numbers.
+_NOT_HYPERPARAMETERS = (
+    "run_dir",
+    "paths",
+    "logger",
+    "callbacks",
+    "hydra",
+    "sweep",
+    "sweeps",
+    "sweep_dir",
+)
+
 # Keys of the stored model that say how it is trained, not what its weights are.
 _NOT_ARCHITECTURE = (
     "trunk.recompute",
@@ -449,6 +461,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(run.asked, folder / "config.yaml", resolve=True)
         data.tokenizer.save(folder)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(hyperparameters(cfg))
     try:
         trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
     except SystemExit as stop:  # how Lightning ends after Ctrl-C and SIGTERM
@@ -462,12 +476,36 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         summary["init_from"] = str(cfg.init_from)
     if run.matched is not None:
         summary["compare"] = run.matched.to_dict()
+    for logger in trainer.loggers:
+        final = {tag: value for tag, value in summary.items() if "/" in tag}
+        logger.log_hyperparams(hyperparameters(cfg), final, trainer.global_step)
     if trainer.is_global_zero:
         write_summary(summary, folder / "summary.json")
         print_summary(summary, depth=module.model.depth)
         print_sample(module.model, data, seed=cfg.seed)
         print_paths(folder)
     return summary
+
+
+def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
+    """What tells this run from its neighbours: a few keys, and all that the command line names.
+
+    A key that names a group of the config (``mtp=parallel``) has the group's choice as its value.
+    """
+    keys = ["mtp.depth", "mtp_lambda", "seed"]
+    choices: dict[str, Any] = {}
+    if HydraConfig.initialized():
+        hydra_config = HydraConfig.get()
+        choices = dict(hydra_config.runtime.choices)
+        given = [override.split("=")[0] for override in hydra_config.overrides.task]
+        keys += [key.lstrip("+") for key in given if not key.startswith("~")]
+    chosen: dict[str, Any] = {}
+    for key in keys:
+        if key.partition(".")[0] in _NOT_HYPERPARAMETERS:
+            continue
+        value = choices[key] if key in choices else OmegaConf.select(cfg, key)
+        chosen[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return chosen
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:

@@ -248,8 +248,15 @@ class MTPModule(pl.LightningModule):
                 rates["val/loss_depth_0"], self.bytes_per_token
             )
         self.validated_step, self.validation = self.trainer.global_step, rates
+        # What this validation's model has cost, the x axes of a fair comparison.
+        cost = {
+            "progress/tokens": float(self.tokens),
+            "progress/flops": float(self.flops),
+            "progress/seconds": self.seconds,
+        }
         # Lightning takes the x axis from "step": optimizer steps done, as in training.
-        self.log_dict({**rates, "step": float(self.trainer.global_step)}, rank_zero_only=True)
+        step = float(self.trainer.global_step)
+        self.log_dict({**rates, **cost, "step": step}, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["model_config"] = self.model.config.to_dict()

@@ -125,6 +125,15 @@ def test_who_may_import_what(file: str) -> None:
     assert late == [], "slow to import: do it in the function that needs it"
 
 
+@pytest.mark.parametrize("file", sources("sweeps/report"))
+def test_the_report_reads_files_alone(file: str) -> None:
+    for name in imports(file):
+        own = takes(name, "sweeps.report", "mtp_lightning.cli")
+        assert own or not takes(name, "mtp_lightning", "data_modules", "torch", "hydra"), name
+    late = [name for name in imports(file, top_only=True) if takes(name, *LAZY, "scipy", "jinja2")]
+    assert late == [], "slow to import, and an extra: do it in the function that needs it"
+
+
 @pytest.mark.parametrize("file", sources("mtp_lightning/nn", "mtp_lightning/mtp"))
 def test_pure_torch(file: str) -> None:
     for name in imports(file):

@@ -15,15 +15,18 @@ log = logging.getLogger(__name__)
 
 
 class SpeculativeEval(Callback):
-    """Logs ``decode/acceptance_position_j``, ``decode/tokens_per_step`` and ``decode/speedup``.
+    """Logs ``decode/acceptance_position_j``, ``decode/tokens_per_step``, ``decode/speedup`` and
+    ``decode/tokens_per_second``.
 
     Acceptance at position j is conditional: drafts accepted there / drafts that reached it.
     Tokens per step are the tokens emitted by verify passes / verify passes, the model's own token
     included. Speed-up is the wall-clock of plain over that of speculative greedy decoding, one
-    prompt at a time: a figure of this machine at this moment. Greedy outputs that differ stop
-    the run. The first prompt's continuation is logged as text.
+    prompt at a time: a figure of this machine at this moment, as tokens per second are, which
+    compare models of different sizes too. Greedy outputs that differ stop the run. The first
+    prompt's continuation is logged as text.
 
-    A model without drafts (D = 0, or a head that does not draft) logs the text alone.
+    A model without drafts (D = 0, or a head that does not draft) logs the text, and tokens per
+    second of plain decoding.
 
     Args:
         n_prompts: held-out prompts, >= 1.
@@ -73,10 +76,14 @@ class SpeculativeEval(Callback):
         for logger in trainer.loggers:
             if hasattr(logger, "log_text"):
                 logger.log_text("decode/sample", text, trainer.global_step)
-        if "drafted" not in ways:
-            return
-        drafted = run.outputs["drafted"]
-        require_same_greedy(model, prompts, plain, drafted)
-        values = {**rates(drafted), "speedup": run.speedup("drafted")}
+        values: dict[str, float] = {}
+        if "drafted" in ways:
+            drafted = run.outputs["drafted"]
+            require_same_greedy(model, prompts, plain, drafted)
+            values = {**rates(drafted), "speedup": run.speedup("drafted")}
+        # As the model is used: with drafts if it has any.
+        fastest = list(ways)[-1]
+        emitted = sum(g.new_tokens for g in run.outputs[fastest])
+        values["tokens_per_second"] = emitted / run.seconds[fastest][0]
         tagged = {f"decode/{name}": value for name, value in values.items()}
         pl_module.log_dict(tagged, rank_zero_only=True)

@@ -41,6 +41,7 @@ class RunTensorBoard(TensorBoardLogger):
         )
         self.depth = depth
         self._layout_written = False
+        self._logged_at: dict[str, int | None] = {}  # step of the newest value of each tag
         if resume_from_step is not None:
             self.resume_from(resume_from_step)
 
@@ -57,6 +58,39 @@ class RunTensorBoard(TensorBoardLogger):
             add_depth_layout(self.experiment, self.depth)
             self._layout_written = True
         super().log_metrics(metrics, step)
+        self._logged_at.update(dict.fromkeys(metrics, step))
+
+    @rank_zero_only
+    def log_hyperparams(  # type: ignore[override]
+        self,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Put the run into the HPARAMS tab: when it begins, and again with metrics when it is done.
+
+        No list of columns is written, as Lightning and PyTorch do: TensorBoard would take the
+        first run's for all. Without one it shows every key and metric of any run.
+
+        Args:
+            params: what the run was started with, by config key.
+            metrics: the final ones, by log tag; None while the run goes on.
+            step: optimizer steps done.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {
+            key: value if isinstance(value, bool | int | float | str) else str(value)
+            for key, value in params.items()
+        }
+        _, begun, done = hparams(plain, {})
+        self.experiment._get_file_writer().add_summary(begun, None)
+        if metrics is not None:
+            # Metrics are read from the newest values, most of which the charts have already.
+            new = {tag: value for tag, value in metrics.items() if self._logged_at.get(tag) != step}
+            if new:
+                self.log_metrics(new, step)
+            self.experiment._get_file_writer().add_summary(done, None)
 
     @rank_zero_only
     def log_text(self, tag: str, text: str, step: int) -> None:
@@ -72,21 +106,26 @@ class RunTensorBoard(TensorBoardLogger):
 
 
 def depth_layout(depth: int) -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's custom-scalars layout: the losses, lambdas and rates of depths 0..D in one
-    chart each."""
-    every, heads = range(depth + 1), range(1, depth + 1)
+    """TensorBoard's custom-scalars layout: the losses, lambdas and rates of all depths in one
+    chart each.
+
+    Tags are patterns, so that runs of different D have the same charts: TensorBoard shows the
+    charts of all runs, equal ones once.
+    """
     charts = {
-        "train loss": [f"train/loss_depth_{k}" for k in every],
-        "validation loss": [f"val/loss_depth_{k}" for k in every],
-        "validation accuracy": [f"val/accuracy_depth_{k}" for k in every],
+        "train loss": "train/loss",
+        "validation loss": "val/loss",
+        "validation accuracy": "val/accuracy",
     }
     if depth:
-        charts["lambda"] = [f"train/lambda_depth_{k}" for k in heads]
-        charts["validation agreement"] = [f"val/agreement_depth_{k}" for k in heads]
-        charts["validation overlap"] = [f"val/overlap_depth_{k}" for k in heads]
-    return {"depths": {title: ["Multiline", tags] for title, tags in charts.items()}}
+        charts["lambda"] = "train/lambda"
+        charts["validation agreement"] = "val/agreement"
+        charts["validation overlap"] = "val/overlap"
+    return {
+        "depths": {title: ["Multiline", [rf"{tag}_depth_\d+$"]] for title, tag in charts.items()}
+    }
 
 
 def add_depth_layout(writer: Any, depth: int) -> None:
-    """Write the layout of D depths through a SummaryWriter."""
+    """Write the layout for a run of D depths through a SummaryWriter."""
     writer.add_custom_scalars(depth_layout(depth))

@@ -123,9 +123,10 @@ def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) ->
 
 
 def rows(run_dir: Path, *, timing: bool = False) -> list[dict[str, float]]:
-    """The rows of ``metrics.csv``, without speeds, which no two runs share."""
+    """The rows of ``metrics.csv``, without times and speeds, which no two runs share."""
+    timed = ("perf/", "progress/seconds", "decode/speedup", "decode/tokens_per_second")
     return [
-        {tag: value for tag, value in row.items() if timing or not tag.startswith("perf/")}
+        {tag: value for tag, value in row.items() if timing or not tag.startswith(timed)}
         for row in read_metrics(run_dir / "metrics.csv")
     ]
 

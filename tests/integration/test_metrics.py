@@ -163,6 +163,12 @@ def test_summary_and_csv_agree(run: Run) -> None:
         assert stored[tag] == pytest.approx(last[tag], rel=1e-6)
     assert stored["tokens"] == 20 * 4 * SEQ_LEN
     assert stored["flops"] == stored["tokens"] * stored["flops_per_token"]
+    # Every validation says what its model has cost, in full steps; the last one is the summary's.
+    assert column(run.folder, "progress/tokens") == {s: s * 4 * SEQ_LEN for s in (7, 14, 20)}
+    for name in ("flops", "seconds"):
+        costs = list(column(run.folder, f"progress/{name}").values())
+        assert costs == sorted(costs) and costs[0] > 0
+        assert costs[-1] == pytest.approx(stored[name], rel=1e-6)
     state = checkpoint(run.folder)["state_dict"]
     own = {name: t for name, t in state.items() if name.startswith("model.")}
     distinct = {t.data_ptr(): t.numel() for t in own.values()}
@@ -233,10 +239,15 @@ def test_every_tag_reaches_tensorboard(run: Run) -> None:
         for tag in ("train/lambda", "val/agreement", "val/overlap")
     }
     expected |= {"decode/tokens_per_step", "decode/speedup", "decode/acceptance_position_1"}
+    expected |= {"decode/tokens_per_second", "progress/tokens", "progress/seconds"}
     assert expected <= set(events.Tags()["scalars"])
     for tag in expected:
         seen = {event.step: event.value for event in events.Scalars(tag)}
         assert seen == pytest.approx(column(run.folder, tag), rel=1e-5), tag
+    # The run is a row of the HPARAMS tab, from its start and again when it was done.
+    assert {"_hparams_/session_start_info", "_hparams_/session_end_info"} <= set(
+        events.summary_metadata
+    )
     # The chart that groups all depths.
     assert "custom_scalars__config__" in events.Tags()["tensors"]
 
@@ -259,3 +270,12 @@ def test_a_depth_that_is_switched_off_leaves_the_log(tmp_path: Path, cache: Path
     train_here(tmp_path, cache, stages)
     for k, last in ((0, 9), (1, 6), (2, 3)):
         assert list(column(tmp_path, f"train/loss_depth_{k}")) == list(range(1, last + 1))
+
+
+def test_plain_decoding_has_a_speed_too(tmp_path: Path, cache: Path) -> None:
+    """A model without drafts has no acceptance and no speed-up, but tokens a second."""
+    more = {"mtp.depth": 0, "callbacks.speculative_eval.new_tokens": 8, "trainer.max_steps": 2}
+    summary = train_here(tmp_path, cache, more)
+    decoding = {tag: value for tag, value in summary.items() if tag.startswith("decode/")}
+    assert list(decoding) == ["decode/tokens_per_second"]
+    assert decoding["decode/tokens_per_second"] > 0

@@ -1,0 +1,113 @@
+"""`python -m sweeps.report FOLDER [FOLDER ...]`: compare the runs of one or more sweeps."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from mtp_lightning.cli import readable_errors
+from sweeps.report.comparisons import compare
+from sweeps.report.findings import answer
+from sweeps.report.read import Sweep, read_sweep
+from sweeps.report.settings import collect
+
+
+def report(
+    folders: Sequence[str | Path],
+    *,
+    output: str | Path | None = None,
+    reference: str | None = None,
+) -> tuple[Path, list[str]]:
+    """Write `report.html`, `runs.csv` and `figures/`.
+
+    Args:
+        folders: of sweeps or runs; several are told apart by their names.
+        output: where the files go; by default the folder itself, or for several a folder beside
+            the first.
+        reference: label of the setting that all are compared with; by default the one without
+            MTP, or the first.
+
+    Returns:
+        The page's path, and the answer that it begins with.
+
+    Raises:
+        FileNotFoundError: a folder without runs.
+        ValueError: ``reference`` names no setting, or a package is missing.
+    """
+    _require_packages()
+    from sweeps.report import events, figures, page, style
+
+    sweeps = _read(folders)
+    settings = collect(sweeps)
+    comparisons = compare(settings, settings.headline.tag, reference=reference)
+    target = Path(output) if output is not None else _default_output(sweeps)
+    target.mkdir(parents=True, exist_ok=True)
+    with style.styled():
+        drawings = figures.draw(settings, comparisons)
+        svgs, pngs = page.write_figures(drawings, target / page.FIGURES)
+    if len(sweeps) == 1:
+        events.write_events(target / page.FIGURES, settings, drawings, pngs)
+    page.write(target / "runs.csv", page.runs_csv(settings, sweeps))
+    html = page.render(
+        settings, comparisons, sweeps, drawings, svgs, folder=target, now=datetime.now()
+    )
+    page.write(target / "report.html", html)
+    runs = [run for sweep in sweeps for run in sweep.runs]
+    return target / "report.html", answer(settings, comparisons, runs)
+
+
+def _read(folders: Sequence[str | Path]) -> list[Sweep]:
+    if len(folders) == 1:
+        return [read_sweep(folders[0])]
+    paths = [Path(folder) for folder in folders]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError("A folder is given twice: each is compared with the others.")
+    parts = [path.resolve().parts for path in paths]
+    # As much of the paths as tells them apart: a/sweep and b/sweep.
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return [read_sweep(path, name=name) for path, name in zip(paths, names, strict=True)]
+
+
+def _default_output(sweeps: Sequence[Sweep]) -> Path:
+    if len(sweeps) == 1:
+        return sweeps[0].folder
+    names = "_".join(sweep.folder.resolve().name for sweep in sweeps)
+    return sweeps[0].folder.resolve().parent / f"report_{names}"
+
+
+def _require_packages() -> None:
+    wanted = ("matplotlib", "jinja2", "scipy")
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"The report needs {', '.join(missing)}: pip install 'mtp-lightning[report]' "
+            "(in a checkout: pip install -e '.[report]')."
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m sweeps.report", description=__doc__)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of a sweep, or of runs")
+    parser.add_argument("--output", metavar="DIR", help="where the report goes")
+    parser.add_argument(
+        "--reference",
+        metavar="SETTING",
+        help="what all are compared with, as 'mtp.depth=0' (default: no MTP, or the first setting)",
+    )
+    given = parser.parse_args(arguments)
+    with readable_errors():
+        path, sentences = report(given.folders, output=given.output, reference=given.reference)
+        print("\n".join(sentences))
+        print(f"\nreport    {path}")
+        print(f"numbers   {path.with_name('runs.csv')}")
+        print(f"figures   {path.with_name('figures')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The report's part of TensorBoard: the figures, and which columns the HPARAMS tab shows."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from sweeps.report.metrics import TABLE
+from sweeps.report.settings import FOLDER, Settings
+from sweeps.report.style import Drawing
+
+_SUFFIX = ".report"
+
+
+def write_events(
+    folder: Path, settings: Settings, drawings: Sequence[Drawing], pngs: Sequence[Path]
+) -> None:
+    """Replace the report's own event file.
+
+    Without one, TensorBoard lists every key that any command line named, and every metric. With
+    it, the HPARAMS tab has the varied keys, the seed and the metrics of the report's table.
+
+    Args:
+        folder: of the event file; TensorBoard names the figures' run after it.
+        settings: of the sweep.
+        drawings: for the figures' titles.
+        pngs: the figures' files.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    for old in folder.glob(f"events.out.tfevents.*{_SUFFIX}"):
+        old.unlink()
+    numbers = {key: _all_numbers(settings, key) for key in settings.varied if key != FOLDER}
+    keys = [*numbers, *(["seed"] if "seed" not in numbers else [])]
+    columns = api_pb2.Experiment(
+        hparam_infos=[
+            api_pb2.HParamInfo(
+                name=key,
+                type=api_pb2.DATA_TYPE_FLOAT64
+                if numbers.get(key, True)
+                else api_pb2.DATA_TYPE_STRING,
+            )
+            for key in keys
+        ],
+        metric_infos=[
+            api_pb2.MetricInfo(
+                name=api_pb2.MetricName(tag=_TAGS.get(metric.tag, metric.tag)),
+                display_name=f"{metric.name} ({metric.unit})",
+            )
+            for metric in TABLE
+        ],
+    )
+    writer = EventFileWriter(str(folder), filename_suffix=_SUFFIX)
+    titles = {drawing.name: drawing.title for drawing in drawings}
+    try:
+        content = plugin_data_pb2.HParamsPluginData(
+            version=metadata.PLUGIN_DATA_VERSION, experiment=columns
+        )
+        value = Summary.Value(
+            tag=metadata.EXPERIMENT_TAG, metadata=metadata.create_summary_metadata(content)
+        )
+        writer.add_event(Event(wall_time=time.time(), summary=Summary(value=[value])))
+        for png in pngs:
+            data = png.read_bytes()
+            # A PNG's header names its size at bytes 16 to 23.
+            width, height = struct.unpack(">II", data[16:24])
+            image = Summary.Image(width=width, height=height, encoded_image_string=data)
+            value = Summary.Value(tag=f"report/{titles[png.stem]}", image=image)
+            writer.add_event(Event(wall_time=time.time(), summary=Summary(value=[value])))
+    finally:
+        writer.close()
+
+
+# What a summary calls by a short name, as it is logged.
+_TAGS = {"flops": "progress/flops", "seconds": "progress/seconds"}
+
+
+def _all_numbers(settings: Settings, key: str) -> bool:
+    values = [setting.values.get(key) for setting in settings.all]
+    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)

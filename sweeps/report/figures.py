@@ -1,0 +1,130 @@
+"""The figures of a report: each function draws one, or says what it lacks."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+from sweeps.report.comparisons import Comparison
+from sweeps.report.figures_depth import against_depth, against_lambda, by_depth
+from sweeps.report.figures_tradeoff import front, heat_maps
+from sweeps.report.metrics import CURVE_AXES, DECODE_SPEED, FLOPS, LOSS, PER_STEP, SPEEDUP, Metric
+from sweeps.report.read import Run
+from sweeps.report.settings import Settings
+from sweeps.report.style import (
+    COLOURS,
+    MANY,
+    QUIET,
+    Drawing,
+    brief,
+    canvas,
+    key_to,
+    looks,
+    si_axis,
+)
+
+
+def draw(settings: Settings, comparisons: Sequence[Comparison]) -> list[Drawing]:
+    """Every figure that the runs have something to show in, in reading order."""
+    drawings = [
+        *(curve(settings, axis) for axis in CURVE_AXES),
+        differences(comparisons, settings.headline),
+        by_depth(settings, "loss"),
+        by_depth(settings, "agreement"),
+        against_depth(settings, PER_STEP),
+        against_depth(settings, SPEEDUP),
+        against_lambda(settings, LOSS, "main-depth validation loss"),
+        against_lambda(settings, "val/loss_depth_1", "validation loss of depth 1"),
+        *heat_maps(settings),
+        front(settings, FLOPS),
+        front(settings, DECODE_SPEED),
+    ]
+    return drawings
+
+
+def curve(settings: Settings, axis: str) -> Drawing:
+    """Main-depth validation loss against tokens, FLOPs or seconds."""
+    tag, x_label = CURVE_AXES[axis]
+    metric = settings.headline
+    title = f"Loss against {axis if axis != 'flops' else 'FLOPs'}"
+    drawing = Drawing(
+        f"loss_{axis}",
+        title,
+        "Bold: mean over seeds, at the validations that all of them have reached. Thin: single "
+        "seeds, running ones too. Losses above those of the last three quarters are cut off."
+        + (
+            " Seconds are the mean over seeds, and those of a shared machine." * (axis == "seconds")
+        ),
+    )
+    lines = [[_points(run, tag, metric.tag) for run in setting.runs] for setting in settings.all]
+    if not any(points for runs in lines for points in runs):
+        return drawing.lacking(f"no run has logged {tag} and {metric.tag}")
+    figure, axes = canvas(key_to(settings.all, settings.all))
+    late = []
+    furthest = max(x for runs in lines for points in runs for x, _ in points.values())
+    for setting, look, runs in zip(settings.all, looks(settings.all), lines, strict=True):
+        runs = [points for points in runs if points]
+        for points in runs:
+            late += [y for x, y in points.values() if x >= furthest / 4 and math.isfinite(y)]
+            if len(runs) > 1 and len(settings.all) <= MANY:
+                axes.plot(
+                    *zip(*points.values(), strict=True),
+                    look.dash,
+                    color=look.colour,
+                    linewidth=0.7,
+                    alpha=0.45,
+                )
+        common = sorted(set.intersection(*(set(points) for points in runs))) if runs else []
+        xs = [sum(points[step][0] for points in runs) / len(runs) for step in common]
+        ys = [sum(points[step][1] for points in runs) / len(runs) for step in common]
+        marker = look.marker if len(settings.all) > MANY else ""
+        style = {"linestyle": look.dash, "marker": marker, "markersize": 3.5}
+        axes.plot(xs, ys, color=look.colour, label=setting.label, **style)
+    if late and max(late) > min(late):
+        margin = 0.08 * (max(late) - min(late))
+        axes.set_ylim(min(late) - margin, max(late) + margin)
+    axes.set(xlabel=x_label, ylabel=metric.unit)
+    if axis != "seconds":
+        si_axis(axes)
+    return drawing.drawn(figure)
+
+
+def differences(comparisons: Sequence[Comparison], metric: Metric) -> Drawing:
+    """Every setting's difference to its reference."""
+    shown = [c for c in comparisons if c.result]
+    drawing = Drawing(
+        "differences",
+        "Differences to the reference",
+        "Main-depth validation loss of a setting minus its reference's, paired by seed, with the "
+        "95 % interval of that one difference (not corrected for the number of tests). Left of "
+        "the line is better; filled is beyond noise after Holm's correction.",
+    )
+    if not shown:
+        return drawing.lacking("no two finished settings share a seed")
+    labels = [brief(c.setting.label, 36) for c in reversed(shown)]
+    if len(labels) <= MANY:
+        labels = [textwrap.fill(label, 24) for label in labels]
+    lines = sum(label.count("\n") + 1 for label in labels)
+    figure, axes = canvas(rows=max(lines - 14, 0))
+    axes.axvline(0, color=QUIET, linewidth=1)
+    for y, found in enumerate(reversed(shown)):
+        assert found.result is not None
+        difference = found.result.difference
+        axes.errorbar(
+            difference.mean,
+            y,
+            xerr=difference.half,
+            fmt="o",
+            color=COLOURS[0],
+            markerfacecolor=COLOURS[0] if found.differs else "none",
+        )
+    axes.set_yticks(range(len(shown)), labels)
+    axes.set_ylim(-0.6, len(shown) - 0.4)
+    axes.set_xlabel(f"difference in {metric.unit}")
+    return drawing.drawn(figure)
+
+
+def _points(run: Run, tag: str, loss: str) -> dict[float, tuple[float, float]]:
+    """(cost, loss) of a run's validations, by step."""
+    return {row["step"]: (row[tag], row[loss]) for row in run.rows if tag in row and loss in row}

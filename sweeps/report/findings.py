@@ -1,0 +1,196 @@
+"""The answer in sentences, and what a reader must know before believing it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from sweeps.report.comparisons import Comparison, sparse
+from sweeps.report.metrics import BY_TAG, PER_STEP, SPEEDUP, TABLE, Metric, number, p_value
+from sweeps.report.metrics import with_interval as shown
+from sweeps.report.read import STATES, Run, Sweep
+from sweeps.report.settings import Setting, Settings
+
+
+def answer(settings: Settings, comparisons: Sequence[Comparison], runs: Sequence[Run]) -> list[str]:
+    """What came out, in a few sentences computed from the data."""
+    sentences = [_count(settings, runs)]
+    headline = settings.headline
+    ranked = _ranked(settings, headline.tag)
+    if not ranked:
+        return [*sentences, "No setting has a finished run with a validation loss yet."]
+    best = ranked[0]
+    found = best.estimate(headline.tag).interval
+    assert found is not None
+    if len(ranked) > 1:
+        sentences.append(
+            f"The lowest validation loss of the main depth has {best.label}: "
+            f"{shown(found, headline)} {headline.unit}{_seeds(found.n)}."
+        )
+    else:
+        sentences.append(
+            f"Validation loss of the main depth: {shown(found, headline)} "
+            f"{headline.unit}{_seeds(found.n)}."
+        )
+    sentences += _differences(comparisons, headline)
+    fastest = _ranked(settings, SPEEDUP, largest=True)
+    if fastest:
+        top = fastest[0]
+        speed = top.estimate(SPEEDUP).interval
+        steps = top.estimate(PER_STEP).interval
+        assert speed is not None
+        text = f"Decoding with drafts is fastest, against plain decoding, with {top.label}: "
+        text += f"{shown(speed, BY_TAG[SPEEDUP])} times as fast"
+        if steps:
+            text += f", at {shown(steps, BY_TAG[PER_STEP])} tokens per verify pass"
+        if speed.mean <= 1:
+            text += ". So no setting gains by its drafts"
+        elif speed.half is not None and speed.mean - speed.half <= 1:
+            text += ". The interval reaches below 1: a gain is not shown"
+        sentences.append(text + ".")
+    return sentences
+
+
+def _count(settings: Settings, runs: Sequence[Run]) -> str:
+    counts = Counter(run.state for run in runs)
+    parts = [f"{counts[state]} {state}" for state in STATES if counts[state]]
+    seeds = {run.seed for run in runs if run.seed is not None}
+    return (
+        f"{_plural(len(settings.all), 'setting')}, {_plural(len(seeds), 'seed')}, "
+        f"{_plural(len(runs), 'run')}: {', '.join(parts)}."
+    )
+
+
+def _differences(comparisons: Sequence[Comparison], metric: Metric) -> list[str]:
+    tested = [c for c in comparisons if c.adjusted is not None]
+    if not comparisons:
+        return []
+    if not tested:
+        return ["No difference can be tested: that takes two seeds that both settings have."]
+    beyond = [c for c in tested if c.differs]
+    same = [c for c in tested if c.verdict == "identical"]
+    sentences = []
+    for c in sorted(beyond, key=lambda c: c.adjusted or 0)[:4]:
+        assert c.result is not None
+        mean = c.result.difference.mean
+        sentences.append(
+            f"{c.setting.label} is {'better' if mean < 0 else 'worse'} than with {c.against} by "
+            f"{number(abs(mean), 4)} {metric.unit}, beyond noise "
+            f"(paired t-test over {c.result.difference.n} seeds, Holm's p {_equals(c.adjusted)})."
+        )
+    if len(beyond) > 4:
+        sentences.append(f"So are {len(beyond) - 4} more, in the table of differences.")
+    within = len(tested) - len(beyond) - len(same)
+    if not beyond:
+        closest = min((c.adjusted for c in tested if c.adjusted is not None), default=1.0)
+        sentences.append(
+            f"No setting's loss differs from its reference's by more than the seeds' noise "
+            f"({_plural(len(tested), 'paired t-test')}, smallest p after Holm's correction "
+            f"{p_value(closest)})."
+        )
+    elif within:
+        sentences.append(f"{_plural(within, 'other difference')} {_is(within)} within noise.")
+    if within and sparse(comparisons):
+        sentences.append("With fewer than five seeds only large differences can be seen at all.")
+    return sentences
+
+
+def caveats(settings: Settings, sweeps: Sequence[Sweep]) -> list[str]:
+    """What may make numbers incomparable, or is missing."""
+    runs = [run for sweep in sweeps for run in sweep.runs]
+    done = [run for run in runs if run.state == "done"]
+    notes = [note for sweep in sweeps for note in sweep.notes]
+    notes += [f"{run.name}: {note}." for run in runs for note in run.notes]
+    for run in settings.left_out:
+        notes.append(f"{run.name} repeats a seed of its setting and is left out of all means.")
+    differing = {
+        "data": "Losses per token and bits per byte are of different texts; runs with different "
+        "data are never averaged together.",
+        "tokenizer": "Losses per token do not compare across tokenizers: compare bits per byte.",
+    }
+    for what, meaning in differing.items():
+        if len(kinds := _kinds(done, what)) > 1:
+            notes.append(f"The runs have {len(kinds)} different {what} fingerprints. {meaning}")
+    for what, meaning in (
+        ("git_commit", "Differences may come from the code."),
+        ("machine", "Seconds and speeds do not compare."),
+        ("world_size", "Seconds do not compare."),
+    ):
+        if len(kinds := _kinds(done, what)) > 1:
+            counted = "; ".join(f"{kind[:60]} ({n})" for kind, n in kinds.most_common(4))
+            notes.append(f"The runs differ in {what.replace('_', ' ')}: {counted}. {meaning}")
+    packages = sorted({name for run in done for name in _versions(run)})
+    for package in packages:
+        kinds = Counter(str(_versions(run).get(package, "unknown")) for run in done)
+        if len(kinds) > 1:
+            counted = ", ".join(f"{kind} ({n})" for kind, n in kinds.most_common(4))
+            notes.append(f"The runs differ in the version of {package}: {counted}.")
+    for setting in settings.all:
+        gaps: dict[str, list[str]] = {}
+        for metric in TABLE:
+            if (gap := setting.estimate(metric.tag).gap) and setting.done:
+                gaps.setdefault(gap, []).append(metric.tag)
+        notes += [f"{setting.label}: no mean of {', '.join(t)}: {g} runs." for g, t in gaps.items()]
+        if 0 < len(setting.done) < setting.planned:
+            notes.append(
+                f"{setting.label}: means are of {len(setting.done)} of {setting.planned} runs. If "
+                "the others failed because of their seed, the mean is too good."
+            )
+    absent = [run.name for run in done if not any("progress/tokens" in row for row in run.rows)]
+    if absent:
+        notes.append(
+            f"{_plural(len(absent), 'finished run')} logged no tokens, FLOPs and seconds beside "
+            f"the losses and {_is(len(absent))} missing from the curves: {_some(absent)}."
+        )
+    return notes
+
+
+def _kinds(runs: Sequence[Run], what: str) -> Counter[str]:
+    """How many runs have which value of a field of their summaries."""
+    kinds: Counter[str] = Counter()
+    for run in runs:
+        data: Any = run.summary.get("data")
+        data = data if isinstance(data, dict) else {}
+        if what == "data":
+            value = data.get("fingerprint")
+        elif what == "tokenizer":
+            tokenizer = data.get("tokenizer")
+            value = tokenizer.get("fingerprint") if isinstance(tokenizer, dict) else None
+        else:
+            value = run.summary.get(what)
+        kinds["unknown" if value is None else json.dumps(value).strip('"')] += 1
+    return kinds
+
+
+def _versions(run: Run) -> dict[str, Any]:
+    versions = run.summary.get("versions")
+    return versions if isinstance(versions, dict) else {}
+
+
+def _ranked(settings: Settings, tag: str, *, largest: bool = False) -> list[Setting]:
+    """Settings with a mean of the metric, the best one first."""
+    known = [(found.mean, s) for s in settings.all if (found := s.estimate(tag).interval)]
+    return [s for _, s in sorted(known, key=lambda pair: pair[0], reverse=largest)]
+
+
+def _plural(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def _is(n: int) -> str:
+    return "is" if n == 1 else "are"
+
+
+def _seeds(n: int) -> str:
+    return f" (mean and 95 % interval over {n} seeds)" if n > 1 else " (one seed, no interval)"
+
+
+def _equals(p: float | None) -> str:
+    text = p_value(p)
+    return text if text.startswith("<") else f"= {text}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

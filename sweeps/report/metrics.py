@@ -1,0 +1,82 @@
+"""What is reported of every setting: names, units, and which way is better."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sweeps.report.statistics import Interval
+
+LOSS, BITS = "val/loss_depth_0", "val/bits_per_byte"
+FLOPS, SECONDS = "flops", "seconds"
+PER_STEP, SPEEDUP = "decode/tokens_per_step", "decode/speedup"
+DECODE_SPEED = "decode/tokens_per_second"
+
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column of the table of settings.
+
+    Attributes:
+        tag: in ``summary.json``.
+        name: for people.
+        unit: likewise.
+        form: ``%``, ``si``, or the digits after the point.
+    """
+
+    tag: str
+    name: str
+    unit: str
+    form: str | int
+
+    def show(self, value: float) -> str:
+        """The value in the metric's unit."""
+        return number(value, self.form)
+
+
+TABLE = (
+    Metric(LOSS, "Loss", "nats per token", 4),
+    Metric(BITS, "Loss", "bits per byte", 4),
+    Metric("val/agreement_depth_1", "Agreement", "of depth 1", "%"),
+    Metric(PER_STEP, "Tokens", "per verify pass", 2),
+    Metric(SPEEDUP, "Speed-up", "of decoding", 2),
+    Metric(DECODE_SPEED, "Decoding", "tokens per second", 0),
+    Metric(FLOPS, "Training", "FLOPs", "si"),
+    Metric(SECONDS, "Training", "seconds", 1),
+)
+
+BY_TAG = {metric.tag: metric for metric in TABLE}
+
+CURVE_AXES = {
+    "tokens": ("progress/tokens", "training tokens"),
+    "flops": ("progress/flops", "training FLOPs"),
+    "seconds": ("progress/seconds", "seconds of training, validation left out"),
+}
+
+
+def number(value: float, form: str | int) -> str:
+    """A number for people: ``0.4312`` as ``43.1 %``, ``1.97e11`` as ``197 G``, or with digits."""
+    if not math.isfinite(value):
+        return str(value)
+    if form == "%":
+        return f"{value:.1%}".replace("%", " %")
+    if form == "si":
+        power = min(max(int(math.log10(abs(value)) // 3), 0), 8) if value else 0
+        return f"{value / 1000**power:.3g} {_PREFIXES[power]}".strip()
+    return f"{value:,.{form}f}".replace("-", "−")
+
+
+def with_interval(found: Interval, metric: Metric) -> str:
+    """``2.3456 ± 0.0021``; without an interval, the value alone."""
+    if found.half is None:
+        return metric.show(found.mean)
+    return f"{metric.show(found.mean)} ± {metric.show(found.half)}"
+
+
+def p_value(p: float | None) -> str:
+    """``0.03``, ``< 0.001``; empty where there was no test."""
+    if p is None:
+        return ""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"

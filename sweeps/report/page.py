@@ -1,0 +1,212 @@
+"""From settings, comparisons and drawings to `report.html`, `runs.csv` and the figures' files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sweeps.report.comparisons import Comparison
+from sweeps.report.findings import answer, caveats
+from sweeps.report.metrics import BITS, TABLE, Metric, number, p_value
+from sweeps.report.read import LOG, Run, Sweep
+from sweeps.report.settings import Settings, show
+from sweeps.report.style import Drawing, as_inline, as_png, as_svg
+
+FIGURES = "figures"
+
+
+def render(
+    settings: Settings,
+    comparisons: Sequence[Comparison],
+    sweeps: Sequence[Sweep],
+    drawings: Sequence[Drawing],
+    svgs: dict[str, bytes],
+    *,
+    folder: Path,
+    now: datetime,
+) -> str:
+    """The page, complete in itself.
+
+    Args:
+        settings: of all sweeps.
+        comparisons: of the main loss.
+        sweeps: where the runs are.
+        drawings: drawn or lacking.
+        svgs: of those that are drawn, by name.
+        folder: where the page goes; links to logs are relative to it.
+        now: shown as the time of the report.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    runs = [run for sweep in sweeps for run in sweep.runs]
+    environment = Environment(
+        loader=PackageLoader("sweeps.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shown = [
+        {
+            "name": drawing.name,
+            "title": drawing.title,
+            "caption": drawing.caption,
+            "svg": Markup(as_inline(svgs[drawing.name], name=drawing.name, label=drawing.title)),
+        }
+        for drawing in drawings
+        if drawing.name in svgs
+    ]
+    return environment.get_template("report.html.jinja").render(
+        title=" and ".join(sweep.folder.resolve().name for sweep in sweeps),
+        folders=[str(sweep.folder) for sweep in sweeps],
+        now=now.strftime("%Y-%m-%d %H:%M"),
+        running=any(run.state in ("running", "pending") for run in runs),
+        answer=answer(settings, comparisons, runs),
+        caveats=caveats(settings, sweeps),
+        varied=settings.varied,
+        metrics=_metrics(settings),
+        rows=_rows(settings),
+        headline="Validation loss of the main depth",
+        unit=settings.headline.unit,
+        tests=sum(c.adjusted is not None for c in comparisons),
+        comparisons=[_comparison(c) for c in comparisons],
+        figures=shown,
+        absent=[f"{d.title}: {d.why}." for d in drawings if d.why],
+        jobs=[_job(run, folder) for run in runs if run.state != "done"],
+    )
+
+
+def write_figures(drawings: Sequence[Drawing], folder: Path) -> tuple[dict[str, bytes], list[Path]]:
+    """PNG and SVG of every drawing; the SVGs by name, and the PNGs' paths.
+
+    Figures of an earlier report that are not drawn any more are removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    svgs: dict[str, bytes] = {}
+    pngs = []
+    for drawing in drawings:
+        for ending in ("png", "svg"):
+            for old in folder.glob(f"{drawing.name}*.{ending}"):  # heat_map_1, too
+                old.unlink()
+    for drawing in drawings:
+        if drawing.figure is not None:
+            svgs[drawing.name] = as_svg(drawing.figure)
+            write(folder / f"{drawing.name}.svg", svgs[drawing.name])
+            write(folder / f"{drawing.name}.png", as_png(drawing.figure))
+            pngs.append(folder / f"{drawing.name}.png")
+    return svgs, pngs
+
+
+def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:
+    """One row a run, finished or not: state, varied keys, seed, and every number of its summary.
+
+    Numbers are written to the last bit, NaN as ``nan``; what does not exist is an empty cell.
+    """
+    runs = [run for sweep in sweeps for run in sweep.runs]
+    values = {run.folder: setting.values for setting in settings.all for run in setting.runs}
+    repeated = {run.folder for run in settings.left_out}
+    tags = {
+        tag: None
+        for run in runs
+        for tag, value in run.summary.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and tag != "seed"
+    }
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["run", "state", "reason", *settings.varied, "seed", "counted", *tags])
+    for run in runs:
+        own = values.get(run.folder, {**run.overrides, "folder": run.sweep})
+        writer.writerow(
+            [
+                run.name,
+                run.state,
+                run.reason,
+                *(show(own[key]) if key in own else "" for key in settings.varied),
+                "" if run.seed is None else run.seed,
+                int(run.state == "done" and run.folder not in repeated),
+                *(repr(run.summary[tag]) if tag in run.summary else "" for tag in tags),
+            ]
+        )
+    return buffer.getvalue()
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Replace a file as a whole, so that a reader never sees half of one."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def _metrics(settings: Settings) -> list[Metric]:
+    """The table's columns: what some run has. Bits per byte say more than the loss per token only
+    where tokenizers differ."""
+    found = [m for m in TABLE if any(run.final(m.tag) is not None for run in settings.done)]
+    return [m for m in found if m.tag != BITS or settings.headline.tag == BITS]
+
+
+def _rows(settings: Settings) -> list[dict[str, Any]]:
+    rows = []
+    for setting in settings.all:
+        cells = []
+        for metric in _metrics(settings):
+            found = setting.estimate(metric.tag)
+            cells.append(
+                {
+                    "sort": "" if found.interval is None else repr(found.interval.mean),
+                    "mean": metric.show(found.interval.mean) if found.interval else "–",
+                    "half": metric.show(found.interval.half)
+                    if found.interval and found.interval.half
+                    else "",
+                    "gap": found.gap,
+                }
+            )
+        rows.append(
+            {
+                "keys": [{"text": show(v), "sort": show(v)} for v in setting.values.values()],
+                "done": len(setting.done),
+                "planned": setting.planned,
+                "cells": cells,
+            }
+        )
+    return rows
+
+
+def _comparison(found: Comparison) -> dict[str, Any]:
+    result = found.result
+    return {
+        "setting": found.setting.label,
+        "reference": found.against,
+        "n": result.difference.n if result else 0,
+        "mean": number(result.difference.mean, 4) if result else "–",
+        "half": number(result.difference.half, 4)
+        if result and result.difference.half is not None
+        else "",
+        "sort": repr(result.difference.mean) if result else "",
+        "p": p_value(result.p) if result else "",
+        "p_sort": repr(result.p) if result and result.p is not None else "",
+        "adjusted": p_value(found.adjusted),
+        "adjusted_sort": "" if found.adjusted is None else repr(found.adjusted),
+        "verdict": found.verdict,
+        "differs": found.differs,
+    }
+
+
+def _job(run: Run, folder: Path) -> dict[str, Any]:
+    log = run.folder / LOG
+    steps = [row["step"] for row in run.rows if math.isfinite(row.get("step", math.nan))]
+    return {
+        "name": run.name,
+        "state": run.state,
+        "step": int(max(steps)) if steps else "",
+        "reason": run.reason,
+        "overrides": " ".join(f"{k}={v}" for k, v in run.overrides.items()),
+        "log": os.path.relpath(log, folder) if log.is_file() else "",
+    }

@@ -1,0 +1,263 @@
+"""From the files of runs, finished or not, to plain records; nothing in them is trusted."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SWEEP, STATUS, SUMMARY = "sweep.json", "status.json", "summary.json"
+CONFIG, METRICS, LOG = "config.yaml", "metrics.csv", "job.log"
+_RUN_FILES = (CONFIG, STATUS, SUMMARY, METRICS)
+
+# Plain data only; libyaml reads a sweep of hundreds of runs in seconds instead of minutes.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+STATES = ("done", "running", "pending", "interrupted", "failed", "missing", "unfinished")
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One job of a sweep, or one run of a plain folder.
+
+    Attributes:
+        folder: where its files are, or should be.
+        sweep: name of the folder that was asked for, when there are several; else empty.
+        state: one of :data:`STATES`; ``missing`` has no files, ``unfinished`` no summary and nobody
+            who says why.
+        reason: why it is not done.
+        overrides: the command line's, by key; values as text.
+        choices: the config groups' choices, by group.
+        config: the composed config by dotted key; empty if it was not written.
+        summary: what the run ended with; empty unless done.
+        rows: of ``metrics.csv``, by log tag.
+        notes: what was wrong with its files.
+    """
+
+    folder: Path
+    sweep: str = ""
+    state: str = "unfinished"
+    reason: str = ""
+    overrides: dict[str, str] = field(default_factory=dict)
+    choices: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The folder's name, after the sweep's where there are several."""
+        return f"{self.sweep}/{self.folder.name}" if self.sweep else self.folder.name
+
+    @property
+    def seed(self) -> Any:
+        """As configured, or as asked for by a run that has not begun; None if unknown."""
+        value = self.config.get("seed", self.overrides.get("seed"))
+        return int(value) if isinstance(value, str) and value.isdigit() else value
+
+    def final(self, tag: str) -> float | None:
+        """A metric of the finished run: None if it has none, NaN if that is its value."""
+        value = self.summary.get(tag)
+        return float(value) if isinstance(value, int | float) else None
+
+
+@dataclass(kw_only=True)
+class Sweep:
+    """What lies in one folder.
+
+    Attributes:
+        folder: as asked for.
+        runs: by name; jobs in the sweep's order.
+        varied: keys that the sweep's jobs differ in, in order; empty for a plain folder.
+        notes: what is worth knowing before its numbers are read.
+    """
+
+    folder: Path
+    runs: list[Run]
+    varied: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_sweep(folder: str | Path, *, name: str = "") -> Sweep:
+    """All runs directly below a folder, or the run that the folder is.
+
+    Args:
+        folder: of a sweep, or of runs.
+        name: of the sweep, put before its runs' names.
+
+    Raises:
+        FileNotFoundError: no such folder, or nothing in it that looks like a run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}: give a sweep's, or one with runs.")
+    sweep = Sweep(folder=folder, runs=[])
+    plan, problem = _read_json(folder / SWEEP)
+    if problem and (folder / SWEEP).exists():
+        sweep.notes.append(f"{SWEEP} {problem}: jobs that have not begun are unknown.")
+    sweep.varied = [str(key) for key in plan.get("varied") or []]
+    planned = [job for job in plan.get("jobs") or [] if isinstance(job, dict)]
+    jobs = {str(job["folder"]): job for job in planned if "folder" in job}
+    found = [path.name for path in sorted(folder.iterdir(), key=_natural) if _is_run(path)]
+    for run_name in [*jobs, *(n for n in found if n not in jobs)]:
+        run = read_run(folder / run_name, sweep=name)
+        run.overrides = _overrides(jobs.get(run_name, {}).get("overrides")) or run.overrides
+        sweep.runs.append(run)
+    if not sweep.runs and _is_run(folder):
+        sweep.runs.append(read_run(folder, sweep=name))
+    inner = [path.name for path in sorted(folder.iterdir()) if (path / SWEEP).is_file()]
+    if inner and not sweep.runs:
+        raise FileNotFoundError(
+            f"{folder} holds sweeps, not runs: give one of them, as {folder / inner[0]}."
+        )
+    if inner:
+        sweep.notes.append(f"Sweeps in subfolders are left out: {', '.join(inner)}.")
+    if not sweep.runs:
+        raise FileNotFoundError(
+            f"{folder} holds no runs: give the folder of a sweep, whose subfolders have a {CONFIG}."
+        )
+    return sweep
+
+
+def read_run(folder: Path, *, sweep: str = "") -> Run:
+    """One run, from whichever of its files exist and can be read."""
+    run = Run(folder=folder, sweep=sweep)
+    if not folder.is_dir():
+        run.state, run.reason = "missing", "its folder does not exist: it has not begun"
+        return run
+    run.config = _read_config(folder / CONFIG, run.notes)
+    run.choices = _read_choices(folder / ".hydra" / "hydra.yaml")
+    run.rows = _read_rows(folder / METRICS)
+    status, problem = _read_json(folder / STATUS)
+    if problem and (folder / STATUS).exists():
+        run.notes.append(f"{STATUS} {problem}")
+    run.overrides = _overrides(status.get("overrides")) or _overrides(
+        _read_yaml(folder / ".hydra" / "overrides.yaml")
+    )
+    summary, problem = _read_json(folder / SUMMARY)
+    state = status.get("state")
+    run.reason = str(status.get("reason") or "")
+    if state in STATES and state != "done":
+        run.state = state
+        if state == "running" and not run.reason:
+            run.reason = _last_sign(folder)
+        return run
+    if problem:
+        run.state = "unfinished"
+        run.reason = f"{SUMMARY} {problem}" + (", though its job ended well" if state else "")
+        return run
+    if not run.config:
+        run.state, run.reason = "unfinished", f"its {CONFIG} is missing or damaged"
+        return run
+    steps, wanted = summary.get("step"), run.config.get("trainer.max_steps")
+    if steps != wanted and "compare" not in summary:  # a matched run chooses its own steps
+        run.reason = f"its {SUMMARY} is of step {steps}, its config asks for {wanted}"
+        return run
+    run.state, run.summary = "done", summary
+    return run
+
+
+def _is_run(folder: Path) -> bool:
+    return folder.is_dir() and any((folder / name).is_file() for name in _RUN_FILES)
+
+
+def _natural(path: Path) -> list[tuple[int, float, str]]:
+    """Sort key under which depth-10 follows depth-2."""
+    parts: list[tuple[int, float, str]] = []
+    for part in _digits(path.name):
+        parts.append((0, int(part), "") if part.isdigit() else (1, 0, part))
+    return parts
+
+
+def _digits(text: str) -> Iterator[str]:
+    start = 0
+    for at in range(1, len(text) + 1):
+        if at == len(text) or text[at].isdecimal() != text[at - 1].isdecimal():
+            yield text[start:at]
+            start = at
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], str]:
+    """The mapping in a file, and what is wrong with it; one of the two is empty."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}, "is missing"
+    except (OSError, ValueError):
+        return {}, "is damaged"
+    return (content, "") if isinstance(content, dict) else ({}, "is damaged")
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _LOADER)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
+    content = _read_yaml(path)
+    if isinstance(content, dict):
+        return flatten(content)
+    if path.exists():
+        notes.append(f"{path.name} is damaged")
+    return {}
+
+
+def _read_choices(path: Path) -> dict[str, Any]:
+    content = _read_yaml(path)
+    try:
+        return dict(content["hydra"]["runtime"]["choices"])
+    except (TypeError, KeyError, ValueError):
+        return {}
+
+
+def _overrides(given: Any) -> dict[str, str]:
+    """Overrides by key, without the + that Hydra may ask for."""
+    if not isinstance(given, list):
+        return {}
+    pairs = (str(text).partition("=") for text in given)
+    return {key.lstrip("+"): value for key, sign, value in pairs if sign and key[:1] != "~"}
+
+
+def _read_rows(path: Path) -> list[dict[str, float]]:
+    """The whole rows; a line that is still being written is left out."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return []
+    table = list(csv.reader(text.split("\n")[:-1]))
+    rows = []
+    for cells in table[1:]:
+        if len(cells) == len(table[0]):
+            try:
+                row = {t: float(c) for t, c in zip(table[0], cells, strict=True) if c}
+            except ValueError:
+                continue
+            rows.append(row)
+    return rows
+
+
+def _last_sign(folder: Path) -> str:
+    """When a running job was last heard of, if that is long ago."""
+    files = [folder / METRICS, folder / LOG, folder / STATUS]
+    seen = [path.stat().st_mtime for path in files if path.exists()]
+    minutes = (time.time() - max(seen, default=math.inf)) / 60
+    return f"nothing written for {minutes:.0f} minutes: is it alive?" if minutes > 10 else ""
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config by dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat

@@ -1,0 +1,93 @@
+"""Means over seeds, and whether two settings differ: small samples, Student's t."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % confidence interval, ``mean - half .. mean + half``.
+
+    Attributes:
+        mean: of the values.
+        half: half of the interval's width; None for a single value, which has no interval.
+        n: number of values.
+    """
+
+    mean: float
+    half: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The differences between two settings, seed by seed.
+
+    Attributes:
+        difference: interval of ``setting - reference`` over the seeds that both have.
+        p: two-sided p-value of the paired t-test; None with fewer than two pairs.
+    """
+
+    difference: Interval
+    p: float | None
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and Student's t interval, ``t_{n-1} s / sqrt(n)`` with s over n - 1.
+
+    Args:
+        values: one a seed, at least one, all finite.
+    """
+    from scipy import stats
+
+    assert values and all(math.isfinite(value) for value in values)
+    n, mean = len(values), math.fsum(values) / len(values)
+    if n < 2:
+        return Interval(mean, None, n)
+    error = _standard_error(values, mean)
+    return Interval(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error, n)
+
+
+def paired(setting: Mapping[Any, float], reference: Mapping[Any, float]) -> Paired | None:
+    """The paired t-test over seeds (Student 1908); None without a common seed.
+
+    Args:
+        setting: one setting's values by seed, all finite.
+        reference: the other's.
+    """
+    from scipy import stats
+
+    seeds = sorted(setting.keys() & reference.keys(), key=str)
+    if not seeds:
+        return None
+    differences = [setting[seed] - reference[seed] for seed in seeds]
+    found = interval(differences)
+    if found.n < 2:
+        return Paired(found, None)
+    error = _standard_error(differences, found.mean)
+    if error == 0:  # the same difference at every seed, to the last bit
+        return Paired(found, 1.0 if found.mean == 0 else 0.0)
+    return Paired(found, float(2 * stats.t.sf(abs(found.mean) / error, found.n - 1)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) adjusted p-values, in the order given: the chance that any of the tests finds
+    a difference where there is none stays below the level that they are compared with."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def _standard_error(values: Sequence[float], mean: float) -> float:
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return math.sqrt(variance / len(values))

@@ -1,0 +1,56 @@
+"""What a run tells TensorBoard's HPARAMS tab about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from mtp_lightning.experiment import hyperparameters
+from tests.integration.helpers import CONF
+
+
+@pytest.fixture(autouse=True)
+def no_hydra_config() -> Iterator[None]:
+    yield
+    HydraConfig.instance().cfg = None
+
+
+def started_with(*overrides: str) -> DictConfig:
+    """The config of a command line, as Hydra leaves it for the app."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        HydraConfig.instance().set_config(
+            compose("config", overrides=list(overrides), return_hydra_config=True)
+        )
+        return compose("config", overrides=list(overrides))
+
+
+def test_a_command_line_names_its_keys() -> None:
+    cfg = started_with(
+        "mtp=parallel",
+        "mtp.depth=3",
+        "mtp_lambda=[0.3,0.2,0.1]",
+        "optimizer.lr=0.01",
+        "+trainer.profiler=simple",
+        "seed=7",
+        "run_dir=runs/x",
+        "logger=csv",
+        "callbacks.speculative_eval.n_prompts=1",
+    )
+    assert hyperparameters(cfg) == {
+        "mtp.depth": 3,
+        "mtp_lambda": [0.3, 0.2, 0.1],
+        "seed": 7,
+        "mtp": "parallel",
+        "optimizer.lr": 0.01,
+        "trainer.profiler": "simple",
+    }
+
+
+def test_without_a_command_line_a_few_keys_are_left() -> None:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("config", overrides=["optimizer.lr=0.01"])
+    assert hyperparameters(cfg) == {"mtp.depth": 2, "mtp_lambda": 0.3, "seed": 0}

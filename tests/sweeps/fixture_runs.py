@@ -1,0 +1,122 @@
+"""Run folders as training leaves them, written by hand: what a report of them says is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# What all runs share; a flat key goes to its place in the nested config.
+BASE: dict[str, Any] = {
+    "seed": 0,
+    "mtp_lambda": 0.3,
+    "mtp._target_": "mtp_lightning.mtp.sequential.SequentialConfig",
+    "mtp.depth": 1,
+    "model.d_model": 128,
+    "data.seed": 0,
+    "data.split_seed": 0,
+    "trainer.max_steps": 20,
+    "paths.output_dir": "",
+}
+VERSIONS = {"python": "3.11.7", "torch": "2.13.0"}
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys -> a nested mapping."""
+    result: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.split(".")
+        node = result
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return result
+
+
+def write_run(
+    folder: Path,
+    config: dict[str, Any] | None = None,
+    *,
+    loss: float | None = 2.0,
+    summary: dict[str, Any] | None = None,
+    status: dict[str, Any] | None = None,
+    done: bool = True,
+    curve: tuple[float, ...] = (3.0, 2.5),
+) -> Path:
+    """One run.
+
+    Args:
+        folder: made here.
+        config: over BASE, by dotted key; ``data.seed`` follows ``seed``, as in training.
+        loss: final ``val/loss_depth_0``; None leaves it out.
+        summary: more of it, over what is made up here; a value of None takes the key away.
+        status: of the launcher; None for a run that was started by hand.
+        done: whether there is a summary.
+        curve: main losses of the validations before the last one.
+    """
+    folder.mkdir(parents=True)
+    settings = {**BASE, **(config or {}), "paths.output_dir": str(folder)}
+    settings.setdefault("run_dir", str(folder))
+    settings["data.seed"] = settings["seed"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(nested(settings)))
+    losses = [*curve, *([loss] if done and loss is not None else [])]
+    lines = ["step,train/loss,val/loss_depth_0,progress/tokens,progress/flops,progress/seconds"]
+    for i, value in enumerate(losses, start=1):
+        lines.append(f"{10 * i},,{value!r},{1000.0 * i},{1e9 * i},{0.5 * i}")
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    if status is not None:
+        (folder / "status.json").write_text(json.dumps({"version": 1, **status}))
+    if done:
+        content = {
+            "val/loss_depth_0": loss,
+            "val/bits_per_byte": None if loss is None else loss / 2,
+            "step": settings["trainer.max_steps"],
+            "tokens": 3000,
+            "flops": 3_000_000_000,
+            "seconds": 1.5,
+            "seed": settings["seed"],
+            "world_size": 1,
+            "data": {"fingerprint": "d" * 32, "tokenizer": {"fingerprint": "t" * 32}},
+            "versions": VERSIONS,
+            "machine": "Linux x86_64, 2 cores",
+            "git_commit": "a" * 40,
+            **(summary or {}),
+        }
+        kept = {key: value for key, value in content.items() if value is not None}
+        (folder / "summary.json").write_text(json.dumps(kept))
+    return folder
+
+
+def depth_sweep(
+    folder: Path, losses: dict[int, tuple[float, ...]], **options: Any
+) -> dict[tuple[int, int], Path]:
+    """A sweep over the depth: for every depth the final losses of seeds 0, 1, ..."""
+    made = {}
+    for depth, values in losses.items():
+        for seed, loss in enumerate(values):
+            extra = {
+                "decode/tokens_per_step": 1.0 + 0.5 * depth,
+                "decode/speedup": 1.0 + 0.1 * depth,
+            }
+            made[depth, seed] = write_run(
+                folder / f"depth-{depth}_seed-{seed}",
+                {"mtp.depth": depth, "seed": seed},
+                loss=loss,
+                summary={
+                    **(extra if depth else {}),
+                    **{f"val/loss_depth_{k}": loss + 0.1 * k for k in range(1, depth + 1)},
+                    **{f"val/agreement_depth_{k}": 0.9 - 0.1 * k for k in range(1, depth + 1)},
+                },
+                **options,
+            )
+    return made
+
+
+def write_plan(folder: Path, overrides: dict[str, list[str]], varied: list[str]) -> None:
+    """The launcher's sweep.json: overrides by the job's folder."""
+    jobs = [{"folder": name, "overrides": given} for name, given in overrides.items()]
+    plan = {"version": 1, "name": folder.name, "varied": varied, "jobs": jobs}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sweep.json").write_text(json.dumps(plan))

@@ -1,0 +1,336 @@
+"""Runs that are half written, broken, or not alike: a clear message or a visible gap, never a wrong
+mean."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("scipy")
+
+from sweeps.report.comparisons import compare
+from sweeps.report.findings import answer, caveats
+from sweeps.report.metrics import BITS, LOSS
+from sweeps.report.read import Run, read_run, read_sweep
+from sweeps.report.settings import Settings, collect
+from tests.sweeps.fixture_runs import VERSIONS, depth_sweep, write_plan, write_run
+
+
+def of(*folders: Path) -> tuple[Settings, str]:
+    """The settings, and all caveats as one text."""
+    names = [folder.name if len(folders) > 1 else "" for folder in folders]
+    sweeps = [read_sweep(path, name=name) for path, name in zip(folders, names, strict=True)]
+    settings = collect(sweeps)
+    return settings, "\n".join(caveats(settings, sweeps))
+
+
+def states(folder: Path) -> dict[str, tuple[str, str]]:
+    return {run.folder.name: (run.state, run.reason) for run in read_sweep(folder).runs}
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="There is no folder .*/nowhere"):
+        read_sweep(tmp_path / "nowhere")
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("nothing")
+    with pytest.raises(FileNotFoundError, match="holds no runs: give the folder of a sweep"):
+        read_sweep(tmp_path)
+
+
+def test_a_folder_of_sweeps(tmp_path: Path) -> None:
+    write_plan(tmp_path / "sweep_a", {"x": ["seed=0"]}, ["seed"])
+    with pytest.raises(FileNotFoundError, match="holds sweeps, not runs.*sweep_a"):
+        read_sweep(tmp_path)
+    write_run(tmp_path / "run")
+    assert read_sweep(tmp_path).notes == ["Sweeps in subfolders are left out: sweep_a."]
+
+
+def test_one_run_alone(tmp_path: Path) -> None:
+    settings, _ = of(write_run(tmp_path / "run", loss=2.5))
+    assert [s.label for s in settings.all] == ["all runs"]
+    found = settings.all[0].estimate(LOSS).interval
+    assert found is not None and (found.mean, found.half) == (2.5, None)
+
+
+def test_half_written_runs(tmp_path: Path) -> None:
+    write_run(tmp_path / "a_good")
+    (write_run(tmp_path / "b_torn") / "summary.json").write_text('{"val/loss_depth_0": 2.')
+    (write_run(tmp_path / "c_list") / "summary.json").write_text("[1, 2]")
+    (write_run(tmp_path / "d_lost") / "config.yaml").unlink()
+    (write_run(tmp_path / "e_yaml") / "config.yaml").write_text("a: [1, 2")
+    write_run(tmp_path / "f_late", done=False)
+    torn = write_run(tmp_path / "g_rows", done=False) / "metrics.csv"
+    torn.write_text(torn.read_text() + "30,,2.")
+    write_run(tmp_path / "h_more", {"trainer.max_steps": 40}, summary={"step": 20})
+    found = states(tmp_path)
+    assert [state for state, _ in found.values()] == ["done"] + 7 * ["unfinished"]
+    assert "summary.json is damaged" in found["b_torn"][1]
+    assert "summary.json is damaged" in found["c_list"][1]
+    assert "config.yaml is missing or damaged" in found["d_lost"][1]
+    assert "config.yaml is missing or damaged" in found["e_yaml"][1]
+    assert "summary.json is missing" in found["f_late"][1]
+    assert "of step 20, its config asks for 40" in found["h_more"][1]
+    assert [row["step"] for row in read_run(tmp_path / "g_rows").rows] == [10.0, 20.0]
+
+
+def test_a_matched_run_may_have_other_steps(tmp_path: Path) -> None:
+    """compare.match=flops chooses the steps itself."""
+    matched = {"step": 17, "compare": {"match": "flops", "max_steps": 17}}
+    write_run(tmp_path / "run", {"compare.match": "flops"}, summary=matched)
+    assert states(tmp_path)["run"] == ("done", "")
+
+
+def test_only_half_written_runs(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", done=False)
+    settings, _ = of(tmp_path)
+    text = " ".join(answer(settings, compare(settings, LOSS), read_sweep(tmp_path).runs))
+    assert "1 run: 1 unfinished" in text and "No setting has a finished run" in text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+def test_a_missing_number_is_a_gap(tmp_path: Path, value: float | None) -> None:
+    made = depth_sweep(tmp_path, {0: (2.0, 2.1, 2.2), 1: (1.0, 1.1, 1.2)})
+    file = made[1, 1] / "summary.json"
+    content = json.loads(file.read_text())
+    content.pop(LOSS)
+    if value is not None:
+        content[LOSS] = value
+    file.write_text(json.dumps(content))
+    settings, notes = of(tmp_path)
+    zero, one = settings.all
+    assert zero.estimate(LOSS).interval is not None
+    found = one.estimate(LOSS)
+    assert found.interval is None and found.gap == "not a number in 1 of 3"
+    assert one.estimate(BITS).interval is not None  # which all three have
+    assert "mtp.depth=1: no mean of val/loss_depth_0: not a number in 1 of 3 runs." in notes
+    (difference,) = compare(settings, LOSS)
+    assert difference.verdict == "no test: a mean is missing"
+    assert difference.result is None and difference.adjusted is None
+
+
+def test_text_where_a_number_should_be(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", summary={LOSS: "2.5"})
+    settings, _ = of(tmp_path)
+    assert settings.all[0].estimate(LOSS).interval is None
+
+
+def test_failed_and_missing_jobs_are_named_and_not_averaged(tmp_path: Path) -> None:
+    jobs = {f"seed-{i}": [f"mtp.depth={d}", f"seed={i}"] for i, d in enumerate([1, 1, 1, 1, 1, 2])}
+    write_plan(tmp_path, jobs, ["mtp.depth", "seed"])
+    write_run(tmp_path / "seed-0", {"seed": 0}, status={"state": "done"})
+    failed = {"state": "failed", "reason": "the loss is not finite at step 10", "exit_code": 1}
+    # A summary of an earlier, finished attempt does not count.
+    write_run(tmp_path / "seed-1", {"seed": 1}, loss=100.0, status=failed)
+    write_run(tmp_path / "seed-2", {"seed": 2}, status={"state": "running"}, done=False)
+    write_run(tmp_path / "seed-3", {"seed": 3}, status={"state": "done"}, done=False)
+    pending = tmp_path / "seed-4"
+    pending.mkdir()
+    (pending / "status.json").write_text('{"version": 1, "state": "pending"}')
+    found = states(tmp_path)
+    assert found["seed-1"] == ("failed", "the loss is not finite at step 10")
+    assert found["seed-2"] == ("running", "")
+    assert found["seed-3"][0] == "unfinished" and "though its job ended well" in found["seed-3"][1]
+    assert found["seed-4"][0] == "pending" and found["seed-5"][0] == "missing"
+    settings, notes = of(tmp_path)
+    (setting,) = settings.all
+    assert setting.estimate(LOSS).values == {0: 2.0}
+    # Four have a config. Nothing tells the two others apart yet: their folders are empty.
+    assert len(setting.runs) == 4
+    assert "means are of 1 of" in notes
+
+
+def test_jobs_without_a_config_count_for_their_setting(tmp_path: Path) -> None:
+    depth_sweep(tmp_path, {0: (2.0, 2.1), 2: (1.9,)})
+    jobs = {f"depth-{d}_seed-{s}": [f"mtp.depth={d}", f"seed={s}"] for d in (0, 2) for s in (0, 1)}
+    write_plan(tmp_path, jobs, ["mtp.depth", "seed"])
+    settings, notes = of(tmp_path)
+    assert [(s.label, len(s.done), s.planned) for s in settings.all] == [
+        ("mtp.depth=0", 2, 2),
+        ("mtp.depth=2", 1, 2),
+    ]
+    assert "mtp.depth=2: means are of 1 of 2 runs." in notes
+
+
+def test_a_silent_running_job_is_suspected(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", status={"state": "running"}, done=False)
+    for file in folder.iterdir():
+        os.utime(file, (time.time() - 3600,) * 2)
+    assert states(tmp_path)["a"] == ("running", "nothing written for 60 minutes: is it alive?")
+
+
+def test_a_damaged_plan(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    (tmp_path / "sweep.json").write_text("{")
+    settings, notes = of(tmp_path)
+    assert len(settings.all) == 1 and "sweep.json is damaged" in notes
+
+
+def test_a_damaged_status(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", status={"state": "done"})
+    (folder / "status.json").write_text("")
+    _, notes = of(tmp_path)
+    assert "a: status.json is damaged." in notes
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_never_averaged(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"seed": 0})
+    write_run(tmp_path / "b", {"seed": 1, "model.d_model": 256})
+    write_run(tmp_path / "c", {"seed": 2, "data.split_seed": 7})
+    settings, _ = of(tmp_path)
+    assert sorted(s.label for s in settings.all) == [
+        "model.d_model=128, data.split_seed=0",
+        "model.d_model=128, data.split_seed=7",
+        "model.d_model=256, data.split_seed=0",
+    ]
+
+
+def test_a_seed_that_does_not_follow_is_a_setting(tmp_path: Path) -> None:
+    """data.seed=0 in one of two runs whose seed is 1."""
+    write_run(tmp_path / "a", {"seed": 1})
+    file = write_run(tmp_path / "b", {"seed": 1}) / "config.yaml"
+    file.write_text(file.read_text().replace("data:\n  seed: 1", "data:\n  seed: 0"))
+    settings, _ = of(tmp_path)
+    assert [s.label for s in settings.all] == ["data.seed=0", "data.seed=1"]
+
+
+def test_where_a_run_lives_is_no_setting(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"logger.csv.folder": "/a", "run_dir": "/a"})
+    write_run(tmp_path / "b", {"seed": 1, "logger.csv.folder": "/b", "run_dir": "/b"})
+    settings, _ = of(tmp_path)
+    assert len(settings.all) == 1 and len(settings.all[0].done) == 2
+
+
+def test_a_variant_is_named_after_its_class(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    target = "mtp_lightning.mtp.none.NoMTPConfig"
+    write_run(tmp_path / "b", {"mtp._target_": target, "mtp.depth": 0})
+    settings, _ = of(tmp_path)
+    assert [s.label for s in settings.all] == ["mtp=none", "mtp=sequential"]
+
+
+def test_a_repeated_seed_is_no_second_sample(tmp_path: Path) -> None:
+    old = write_run(tmp_path / "old", loss=9.0)
+    new = write_run(tmp_path / "new", loss=2.0)
+    write_run(tmp_path / "late", done=False)
+    os.utime(old / "summary.json", (1, 1))
+    os.utime(new / "summary.json", (2, 2))
+    settings, notes = of(tmp_path)
+    assert settings.all[0].estimate(LOSS).values == {0: 2.0}
+    assert "old repeats a seed of its setting and is left out" in notes
+    assert "late repeats a seed" in notes and "new repeats" not in notes
+
+
+def test_versions_commits_and_machines_that_differ_are_noted(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    other = {
+        "versions": {**VERSIONS, "torch": "2.11.0"},
+        "git_commit": "b" * 40,
+        "machine": "Linux x86_64, 64 cores",
+        "world_size": 2,
+    }
+    write_run(tmp_path / "b", {"seed": 1}, summary=other)
+    write_run(tmp_path / "c", {"seed": 2}, summary={"versions": None, "git_commit": None})
+    _, notes = of(tmp_path)
+    assert "version of torch: 2.13.0 (1), 2.11.0 (1), unknown (1)" in notes
+    assert f"git commit: {'a' * 40} (1); {'b' * 40} (1); unknown (1)." in notes
+    assert "64 cores (1). Seconds and speeds do not compare." in notes
+    assert "world size: 1 (2); 2 (1)" in notes
+
+
+def test_other_data_is_another_setting(tmp_path: Path) -> None:
+    """Two runs with equal configs, whose text file was changed in between."""
+    write_run(tmp_path / "a", loss=2.0)
+    data = {"fingerprint": "e" * 32, "tokenizer": {"fingerprint": "t" * 32}}
+    write_run(tmp_path / "b", {"seed": 1}, loss=3.0, summary={"data": data})
+    write_run(tmp_path / "c", {"seed": 2}, done=False)
+    settings, notes = of(tmp_path)
+    assert [(s.label, len(s.done)) for s in settings.all] == [
+        ("data.fingerprint=dddddddd", 1),
+        ("data.fingerprint=eeeeeeee", 1),
+        ("data.fingerprint=unknown", 0),
+    ]
+    assert "2 different data fingerprints" in notes and "tokenizer" not in notes
+    assert settings.headline.tag == LOSS
+
+
+def test_data_that_follow_from_the_config_split_nothing(tmp_path: Path) -> None:
+    """Each vocabulary has its own tokens; the run that has not ended will have its setting's."""
+    data = {"fingerprint": "e" * 32, "tokenizer": {"fingerprint": "u" * 32}}
+    for size, summary in ((300, {}), (999, {"data": data})):
+        vocabulary = {"tokenizer.vocab_size": size}
+        write_run(tmp_path / f"{size}_a", {**vocabulary, "seed": 0}, summary=summary)
+        write_run(tmp_path / f"{size}_b", {**vocabulary, "seed": 1}, done=False)
+    settings, _ = of(tmp_path)
+    assert [(s.label, len(s.done), s.planned) for s in settings.all] == [
+        ("tokenizer.vocab_size=300", 1, 2),
+        ("tokenizer.vocab_size=999", 1, 2),
+    ]
+
+
+def test_other_tokenizers_are_compared_in_bits_per_byte(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"tokenizer.vocab_size": 300})
+    data = {"fingerprint": "e" * 32, "tokenizer": {"fingerprint": "u" * 32}}
+    write_run(tmp_path / "b", {"tokenizer.vocab_size": 999}, loss=1.9, summary={"data": data})
+    settings, notes = of(tmp_path)
+    assert settings.headline.tag == BITS
+    assert "compare bits per byte" in notes
+    text = " ".join(answer(settings, compare(settings, BITS), settings.done))
+    assert "0.9500 bits per byte" in text and "nats" not in text
+
+
+def test_two_folders_are_told_apart(tmp_path: Path) -> None:
+    depth_sweep(tmp_path / "before", {0: (2.0, 2.1), 1: (1.9, 2.0)})
+    depth_sweep(tmp_path / "after", {0: (2.0, 2.1), 1: (1.7, 1.8)})
+    settings, _ = of(tmp_path / "before", tmp_path / "after")
+    assert settings.varied == ["folder", "mtp.depth"]
+    means = {s.label: s.estimate(LOSS).interval for s in settings.all}
+    assert {k: round(v.mean, 9) for k, v in means.items() if v} == {
+        "folder=before, mtp.depth=0": 2.05,
+        "folder=before, mtp.depth=1": 1.95,
+        "folder=after, mtp.depth=0": 2.05,
+        "folder=after, mtp.depth=1": 1.75,
+    }
+    # Each setting of the second folder against the same one of the first.
+    pairs = {c.setting.label: c.reference.label for c in compare(settings, LOSS)}
+    assert pairs == {
+        "folder=after, mtp.depth=0": "folder=before, mtp.depth=0",
+        "folder=after, mtp.depth=1": "folder=before, mtp.depth=1",
+    }
+
+
+def test_overrides_name_a_setting_that_configs_do_not(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", {"lambda_schedule.unit": "fraction"})
+    (folder / ".hydra").mkdir()
+    (folder / ".hydra" / "overrides.yaml").write_text(
+        "[lambda_schedule=constant, +lambda_schedule.unit=fraction]"
+    )
+    choices = "hydra: {runtime: {choices: {lambda_schedule: deepseek_v3}}}"
+    other = write_run(tmp_path / "b", {"lambda_schedule.length": 3})
+    (other / ".hydra").mkdir()
+    (other / ".hydra" / "hydra.yaml").write_text(choices)
+    settings, _ = of(tmp_path)
+    labels = [s.label for s in settings.all]
+    assert labels == [
+        "lambda_schedule=constant, lambda_schedule.unit=fraction",
+        "lambda_schedule=deepseek_v3, lambda_schedule.unit=null",
+    ]
+
+
+def test_names_are_sorted_as_people_do(tmp_path: Path) -> None:
+    for name in ("d-10", "d-2", "d-1"):
+        write_run(tmp_path / name, done=False)
+    assert list(states(tmp_path)) == ["d-1", "d-2", "d-10"]
+
+
+def test_a_run_knows_its_seed(tmp_path: Path) -> None:
+    assert Run(folder=tmp_path, overrides={"seed": "3"}).seed == 3
+    assert Run(folder=tmp_path, overrides={"seed": "x"}).seed == "x"
+    assert Run(folder=tmp_path).seed is None

@@ -1,0 +1,151 @@
+"""The page in a real browser: it sorts, shows its figures, complains of nothing, and reads on a
+narrow window and in the dark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+pytest.importorskip("scipy")
+
+from sweeps.report.__main__ import report
+from tests.sweeps.browser import CHROMIUM, Browser
+from tests.sweeps.fixture_runs import depth_sweep, write_run
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with everything on it: gaps, failures, long names."""
+    folder = tmp_path_factory.mktemp("sweep")
+    losses = {0: (2.0, 2.1, 2.2), 1: (1.9, 2.05, 2.0), 2: (1.8, 1.9, 2.0), 10: (1.85, float("nan"))}
+    depth_sweep(folder, losses)
+    failed = {
+        "state": "failed",
+        "reason": "a word" + 60 * "x" + " that does not end",
+        "overrides": [],
+    }
+    write_run(folder / ("job_" + 80 * "y"), {"seed": 9}, status=failed, done=False)
+    write_run(folder / "other_code", {"seed": 4}, loss=2.0, summary={"git_commit": "b" * 40})
+    return report([folder])[0]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+def column(browser: Browser, name: str) -> list[str]:
+    """The first table's cells under a header."""
+    return browser.run(
+        f"""(() => {{
+            const table = document.querySelector("table.sortable");
+            const heads = [...table.tHead.rows[0].cells];
+            const at = heads.findIndex(cell => cell.innerText.includes({name!r}));
+            return [...table.tBodies[0].rows].map(row => row.cells[at].innerText.trim());
+        }})()"""
+    )
+
+
+def click(browser: Browser, name: str) -> str:
+    """Press a header of the first table with the mouse; its aria-sort afterwards."""
+    find = f"""[...document.querySelectorAll("table.sortable th button")]
+        .find(button => button.parentElement.innerText.includes({name!r}))"""
+    browser.run(f"{find}.scrollIntoView({{block: 'center', inline: 'center'}})")
+    box = browser.run(f"{find}.getBoundingClientRect().toJSON()")
+    at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    for kind in ("mousePressed", "mouseReleased"):
+        browser.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **at)
+    return browser.run(f"{find}.parentElement.getAttribute('aria-sort')")
+
+
+def test_the_tables_sort(browser: Browser, page: Path) -> None:
+    browser.show(width=1280)
+    browser.open(page)
+    assert column(browser, "mtp.depth") == ["0", "1", "2", "10"]
+    assert click(browser, "nats per token") == "ascending"
+    # The gap of depth 10 stays below, whichever way the others go.
+    assert column(browser, "mtp.depth") == ["2", "1", "0", "10"]
+    assert click(browser, "nats per token") == "descending"
+    assert column(browser, "mtp.depth") == ["0", "1", "2", "10"]
+    assert click(browser, "mtp.depth") == "ascending"
+    assert click(browser, "mtp.depth") == "descending"
+    assert column(browser, "mtp.depth") == ["10", "2", "1", "0"]  # by number, not by letter
+    sorted_now = "document.querySelectorAll('th[aria-sort$=ending]').length"
+    assert browser.run(sorted_now) == 1
+
+
+def test_the_keyboard_sorts_too(browser: Browser, page: Path) -> None:
+    browser.show(width=1280)
+    browser.open(page)
+    browser.run("document.querySelector('table.sortable th button').focus()")
+    for kind in ("keyDown", "keyUp"):
+        key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+        browser.call("Input.dispatchKeyEvent", type=kind, **key)
+    assert browser.run("document.querySelector('th').getAttribute('aria-sort')") == "ascending"
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_reads(
+    browser: Browser, page: Path, tmp_path: Path, width: int, dark: bool
+) -> None:
+    browser.events.clear()
+    browser.show(width=width, dark=dark)
+    browser.open(page)
+    assert browser.complaints() == []
+    # Nothing sticks out: wide tables scroll in a frame of their own.
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    outside = f"""[...document.querySelectorAll("p, li, h1, h2, h3, figure, svg.figure, .table")]
+        .filter(one => one.getBoundingClientRect().right > {width}).length"""
+    assert browser.run(outside) == 0
+    drawn = browser.run("""[...document.querySelectorAll("figure svg")].map(svg =>
+        [svg.getBoundingClientRect().width, svg.querySelectorAll("path").length])""")
+    assert len(drawn) >= 8
+    assert all(wide > 300 and paths > 5 for wide, paths in drawn)
+    # Text of figures, in CSS pixels.
+    small = browser.run("""Math.min(...[...document.querySelectorAll("figure svg text")]
+        .map(text => text.getBoundingClientRect().height).filter(height => height > 0))""")
+    assert small >= 9
+    browser.screenshot(tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 50_000
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_text_has_contrast(browser: Browser, page: Path, dark: bool) -> None:
+    """WCAG's 4.5 : 1 for all text of the page, its figures' axes included."""
+    browser.show(width=1280, dark=dark)
+    browser.open(page)
+    ratios = browser.run("""(() => {
+        const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
+        const light = colour => numbers(colour).slice(0, 3).map(v => v / 255)
+            .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+            .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+        const behind = node => {
+            for (; node; node = node.parentElement) {
+                const colour = getComputedStyle(node).backgroundColor;
+                if ((numbers(colour)[3] ?? 1) > 0) return colour;
+            }
+        };
+        return [...document.querySelectorAll(
+            "p, li, h1, h2, h3, caption span, th, td, small, .half, .gap, a, figcaption, svg text"
+        )].filter(node => !(node.closest("#figure-heat_map") && node.tagName === "text"))
+        .map(node => {
+            const style = getComputedStyle(node);
+            const [a, b] = [light(node.tagName === "text" ? style.fill : style.color),
+                            light(behind(node))];
+            return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.textContent];
+        }).filter(([ratio]) => ratio < 4.5);
+    })()""")
+    assert ratios == []
+    page_is_dark = browser.run("getComputedStyle(document.body).backgroundColor")
+    assert (page_is_dark == "rgb(20, 24, 29)") == dark

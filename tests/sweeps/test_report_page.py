@@ -1,0 +1,297 @@
+"""The report's files: written where they should be, complete, safe, and right about each figure."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+pytest.importorskip("scipy")
+
+from sweeps.report import figures
+from sweeps.report.__main__ import main, report
+from sweeps.report.metrics import LOSS
+from sweeps.report.read import read_sweep
+from sweeps.report.settings import Setting, collect
+from sweeps.report.style import Drawing, key_to, looks, styled
+from tests.sweeps.fixture_runs import BASE, depth_sweep, write_plan, write_run
+
+ROOT = Path(__file__).parents[2]
+
+
+def drawings(folder: Path) -> dict[str, Drawing]:
+    with styled():
+        return {d.name: d for d in figures.draw(collect([read_sweep(folder)]), [])}
+
+
+def grid(folder: Path, *, without: tuple[int, float] | None = None) -> None:
+    for depth in (0, 1, 2):
+        for weight in (0.1, 0.3):
+            for seed in (0, 1):
+                if (depth, weight) != without:
+                    loss = 2.0 - 0.1 * depth + weight * 0.1 + 0.01 * seed
+                    write_run(
+                        folder / f"d{depth}_l{weight}_s{seed}",
+                        {"mtp.depth": depth, "mtp_lambda": weight, "seed": seed},
+                        loss=loss,
+                        summary={
+                            "flops": 1e9 * (1 + depth),
+                            "decode/tokens_per_second": 100.0 + depth,
+                            **{f"val/loss_depth_{k}": loss for k in range(1, depth + 1)},
+                        },
+                    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of a whole sweep."""
+    folder = tmp_path_factory.mktemp("sweep")
+    grid(folder)
+    report([folder])
+    return folder
+
+
+def test_the_files(made: Path) -> None:
+    assert (made / "report.html").is_file() and (made / "runs.csv").is_file()
+    names = {path.stem for path in (made / "figures").glob("*.png")}
+    assert names == {path.stem for path in (made / "figures").glob("*.svg")}
+    wanted = {"loss_tokens", "loss_flops", "loss_seconds", "loss_depth", "differences"}
+    wanted |= {"lambda_loss_depth_0", "heat_map", "pareto_flops", "pareto_decoding"}
+    assert wanted <= names
+    assert not list(made.rglob("*.tmp"))
+    for svg in (made / "figures").glob("*.svg"):
+        ElementTree.parse(svg)
+    for run in made.glob("d0*"):  # nothing was written into the runs
+        assert {p.name for p in run.iterdir()} == {"config.yaml", "metrics.csv", "summary.json"}
+
+
+def test_the_page_needs_nothing_else(made: Path) -> None:
+    html = (made / "report.html").read_text()
+    assert not re.findall(r'<(?:script|img|link|iframe)[^>]+(?:src|href)="(?!#)[^"]*"', html)
+    assert not re.findall(r"@import|url\((?!#)", html)
+    assert "default-src 'none'" in html
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids)) > 20
+    used = re.findall(r'(?:xlink:href="|url\()#([^")]+)', html)
+    assert used and set(used) <= set(ids)
+
+
+def test_the_page_has_every_setting_and_figure(made: Path) -> None:
+    html = (made / "report.html").read_text()
+    assert html.count("<figure") == len(list((made / "figures").glob("*.png")))
+    assert html.count('<th scope="row"') == 6 + 4
+    assert html.count('scope="col"') == html.count('aria-sort="none"')
+    assert "<caption>" in html and '<html lang="en">' in html
+    assert "1.9150" in html  # d1_l0.1: 1.91 and 1.92
+
+
+def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
+    grid(tmp_path)
+    report([tmp_path])
+    before = (tmp_path / "runs.csv").read_bytes()
+    for run in tmp_path.glob("d2*"):
+        for file in run.iterdir():
+            file.unlink()
+    for run in tmp_path.glob("*_l0.3_*"):
+        for file in run.iterdir():
+            file.unlink()
+    path, sentences = report([tmp_path])
+    assert path == tmp_path / "report.html" and sentences[0].startswith("2 settings")
+    assert not (tmp_path / "figures" / "heat_map.svg").exists()  # lambda is not varied any more
+    assert (tmp_path / "runs.csv").read_bytes() != before
+    assert len(list((tmp_path / "figures").glob("events*"))) == 1
+
+
+def test_the_same_runs_give_the_same_figures(tmp_path: Path) -> None:
+    depth_sweep(tmp_path, {0: (2.0, 2.1), 1: (1.9, 1.8)})
+    files = []
+    for name in ("a", "b"):
+        report([tmp_path], output=tmp_path / name)
+        files.append([p.read_bytes() for p in sorted((tmp_path / name / "figures").glob("*.svg"))])
+    assert files[0] == files[1]
+
+
+def test_curves_are_means_at_common_steps(tmp_path: Path) -> None:
+    """Seed 0 has ended, seed 1 is at its second validation: the mean ends there."""
+    write_run(tmp_path / "a", {"seed": 0}, loss=2.0, curve=(3.0, 2.5))
+    write_run(tmp_path / "b", {"seed": 1}, done=False, curve=(3.2, 2.9))
+    drawing = drawings(tmp_path)["loss_flops"]
+    assert drawing.figure is not None
+    (axes,) = drawing.figure.axes
+    (bold,) = [line for line in axes.lines if line.get_label() == "all runs"]
+    assert list(bold.get_xdata()) == [1e9, 2e9]
+    assert list(bold.get_ydata()) == pytest.approx([3.1, 2.7])
+    thin = [list(line.get_ydata()) for line in axes.lines if line is not bold]
+    assert thin == [[3.0, 2.5, 2.0], [3.2, 2.9]]
+
+
+def test_a_nan_breaks_the_curve(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", done=False, curve=(3.0, float("nan"), 2.0))
+    figure = drawings(tmp_path)["loss_tokens"].figure
+    assert figure is not None
+    (line,) = figure.axes[0].lines
+    assert [str(y) for y in line.get_ydata()] == ["3.0", "nan", "2.0"]
+
+
+def test_a_heat_map_has_gaps(tmp_path: Path) -> None:
+    grid(tmp_path, without=(2, 0.3))
+    drawing = drawings(tmp_path)["heat_map"]
+    assert drawing.figure is not None
+    texts = [text.get_text() for text in drawing.figure.axes[0].texts]
+    assert texts[:2] == ["2.0150\n± 0.0635", "2.0350\n± 0.0635"]  # t(1) = 12.706, s = 0.01 / sqrt 2
+    assert texts[-1] == "–" and len(texts) == 6
+
+
+def test_a_grid_of_three_keys_has_a_map_for_each_size(tmp_path: Path) -> None:
+    for size in (64, 128):
+        for depth in (1, 2):
+            for weight in (0.1, 0.3):
+                config = {"model.d_model": size, "mtp.depth": depth, "mtp_lambda": weight}
+                write_run(tmp_path / f"{size}{depth}{weight}", config)
+    maps = [d for name, d in drawings(tmp_path).items() if name.startswith("heat_map")]
+    titles = [d.title for d in maps]
+    assert titles == [f"mtp.depth by mtp_lambda at model.d_model={n}" for n in (64, 128)]
+    assert len({d.name for d in maps}) == 2
+
+
+def test_the_front_is_filled(tmp_path: Path) -> None:
+    for name, d_model, loss, flops in (
+        ("a", 64, 3.0, 1e9),
+        ("b", 128, 2.0, 2e9),
+        ("c", 256, 2.5, 3e9),
+    ):
+        write_run(tmp_path / name, {"model.d_model": d_model}, loss=loss, summary={"flops": flops})
+    figure = drawings(tmp_path)["pareto_flops"].figure
+    assert figure is not None
+    line = figure.axes[0].lines[0]
+    assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == [(1e9, 3.0), (2e9, 2.0)]
+    filled = {c.get_label(): c.lines[0].get_markerfacecolor() for c in figure.axes[0].containers}
+    assert [value != "none" for value in filled.values()] == [True, True, False]
+
+
+def test_what_cannot_be_drawn_says_why(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", loss=2.0)
+    lacking = {name: d.why for name, d in drawings(tmp_path).items() if d.why}
+    assert lacking["lambda_loss_depth_0"] == "mtp_lambda is not varied"
+    assert lacking["speedup"] == "no finished run has decode/speedup"
+    assert lacking["differences"] == "no two finished settings share a seed"
+    html = report([tmp_path])[0].read_text()
+    assert "Speed-up against D: no finished run has decode/speedup." in html
+
+
+def test_many_settings_keep_their_looks_apart() -> None:
+    made = []
+    for depth in range(4):
+        for weight in (0.1, 0.2, 0.3):
+            values = {"mtp.depth": depth, "mtp_lambda": weight}
+            made.append(type("S", (), {"values": values})())
+    assert len({(look.colour, look.dash) for look in looks(made)}) == 12
+
+
+def test_a_legend_of_many_settings_is_by_key() -> None:
+    every = [
+        Setting(values={"a": a, "b": b, "c": c}, config={})
+        for a in (0, 1, 2)
+        for b in range(9)
+        for c in "xy"
+    ]
+    assert len({(o.colour, o.dash, o.marker) for o in looks(every)}) == len(every)
+    key = [label for label, _ in key_to(every, every)]
+    assert key[:4] == ["a=0", "a=1", "a=2", "b=0, c=x"] and len(key) == 3 + 18
+    few = [label for label, _ in key_to(every, every[:3])]
+    assert few == ["a=0, b=0, c=x", "a=0, b=0, c=y", "a=0, b=1, c=x"]
+
+
+def test_a_sweep_that_is_still_running(tmp_path: Path) -> None:
+    depth_sweep(tmp_path, {0: (2.0, 2.1)}, status={"state": "done"})
+    running = {"state": "running", "overrides": ["mtp.depth=1", "seed=0"]}
+    folder = write_run(tmp_path / "new", {"mtp.depth": 1}, status=running, done=False)
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("30,,2.")  # a line that is being written
+    jobs = {f"depth-0_seed-{s}": ["mtp.depth=0", f"seed={s}"] for s in (0, 1)}
+    jobs |= {"new": running["overrides"], "next": ["mtp.depth=1", "seed=1"]}  # type: ignore[dict-item]
+    write_plan(tmp_path, jobs, ["mtp.depth", "seed"])
+    path, sentences = report([tmp_path])
+    assert sentences[0] == "2 settings, 2 seeds, 4 runs: 2 done, 1 running, 1 missing."
+    html = path.read_text()
+    assert "jobs were still running" in html and "0 of 2" in html
+    assert re.search(r'>next</th>\s*<td class="text state">missing', html)
+    write_run(tmp_path / "x", {"mtp.depth": 1, "seed": 2}, loss=1.5)
+    assert report([tmp_path])[1][0].startswith("2 settings, 3 seeds, 5 runs: 3 done")
+
+
+def test_text_from_files_is_only_text(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    status = {"state": "failed", "reason": evil, "overrides": [f"x={evil}"]}
+    write_run(tmp_path / "a", status=status, done=False)
+    write_run(tmp_path / "b", {"data.name": evil, "seed": 1}, loss=1.0)
+    write_run(tmp_path / "c", {"data.name": "$plain$", "seed": 1}, loss=1.1)
+    html = report([tmp_path])[0].read_text()
+    assert "alert(1)" in html and "<script>alert" not in html
+    assert html.count("<script>") == 1
+
+
+def test_logs_are_linked_from_where_the_page_is(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "s" / "a", status={"state": "failed"}, done=False)
+    (folder / "job.log").write_text("Traceback")
+    assert 'href="a/job.log"' in report([tmp_path / "s"])[0].read_text()
+    elsewhere = report([tmp_path / "s"], output=tmp_path / "out")[0]
+    assert 'href="../s/a/job.log"' in elsewhere.read_text()
+
+
+def test_two_folders(tmp_path: Path) -> None:
+    depth_sweep(tmp_path / "a", {0: (2.0, 2.1)})
+    depth_sweep(tmp_path / "b", {0: (1.0, 1.1)})
+    path, sentences = report([tmp_path / "a", tmp_path / "b"])
+    assert path == tmp_path / "report_a_b" / "report.html"
+    assert any("folder=b is better than with folder=a by 1.0000" in text for text in sentences)
+    with pytest.raises(ValueError, match="given twice"):
+        report([tmp_path / "a", tmp_path / "b" / ".." / "a"])
+
+
+def test_equal_names_are_told_apart(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        depth_sweep(tmp_path / name / "sweep", {0: (2.0,)})
+    path, _ = report([tmp_path / "x" / "sweep", tmp_path / "y" / "sweep"], output=tmp_path / "o")
+    assert "\nx/sweep/depth-0_seed-0" in (path.parent / "runs.csv").read_text()
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    depth_sweep(tmp_path, {0: (2.0, 2.1), 1: (1.9, 2.0)})
+    main([str(tmp_path), "--reference", "mtp.depth=1"])
+    said = capsys.readouterr().out
+    assert (
+        "mtp.depth=0 is worse than with mtp.depth=1" in said and f"{tmp_path}/report.html" in said
+    )
+
+
+def test_command_line_errors(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sweeps.report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {tmp_path} holds no runs")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "scipy" else name)
+    with pytest.raises(ValueError, match=r"needs scipy: pip install 'mtp-lightning\[report\]'"):
+        report([tmp_path])
+
+
+def test_fixtures_are_like_real_runs() -> None:
+    """The keys that the report reads are those that a run's config has."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        cfg = compose("config", overrides=["paths.output_dir=x"])
+    missing = object()
+    assert [k for k in BASE if OmegaConf.select(cfg, k, default=missing) is missing] == []
+    assert LOSS == "val/loss_depth_0"
