@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from mtp_lightning.cli import readable_errors
 from sweeps.files import Lock
-from sweeps.plan import Job, Plan, key_of, varied_keys
+from sweeps.plan import Job, Plan, key_of, varied_keys, without_housekeeping
 from sweeps.process import SUMMARY_FILE, Task, python_command
 from sweeps.status import describe_failure, read_status, state_of, write_status
 
@@ -78,10 +78,23 @@ def _launch(
     folder = Path(config.hydra.sweep.dir).absolute()
     plan = Plan(folder)
     jobs = plan.add(batch)
-    composed = {job: _compose(config, hydra_context, job, folder / job.folder) for job in jobs}
-    tasks = {
-        job: _make_task(job, config, composed[job], folder, _labels(job, jobs)) for job in jobs
-    }
+    paths = {frozenset(without_housekeeping(o)): _paths(o) for o in batch}
+    varied = varied_keys([job.overrides for job in jobs])
+    composed: dict[Job, DictConfig] = {}
+    tasks: dict[Job, Task] = {}
+    for job in jobs:
+        overrides = [*paths[frozenset(job.overrides)], *job.overrides]
+        run_folder = folder / job.folder
+        composed[job] = _compose(config, hydra_context, overrides, run_folder)
+        tasks[job] = Task(
+            folder=run_folder,
+            overrides=job.overrides,
+            command=_command(config, overrides, run_folder),
+            processes=_processes(composed[job]),
+            max_steps=composed[job].trainer.max_steps,
+            on_cpu=composed[job].trainer.accelerator == "cpu",
+            labels=tuple(o for o in job.overrides if key_of(o) in varied),
+        )
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder / ".lock")
     if not lock.acquire():
@@ -110,11 +123,16 @@ def _launch(
     return [_job_return(job, composed[job], folder / job.folder) for job in jobs]
 
 
+def _paths(overrides: Sequence[str]) -> list[str]:
+    """Overrides that are no part of what a job computes, but that it needs."""
+    return [o for o in overrides if key_of(o).startswith("paths.")]
+
+
 def _compose(
-    config: DictConfig, hydra_context: HydraContext, job: Job, folder: Path
+    config: DictConfig, hydra_context: HydraContext, overrides: list[str], folder: Path
 ) -> DictConfig:
     """The job's config; a value that is missing is found here, before any job has started."""
-    composed = hydra_context.config_loader.load_sweep_config(config, list(job.overrides))
+    composed = hydra_context.config_loader.load_sweep_config(config, overrides)
     with read_write(composed), open_dict(composed):
         if "run_dir" not in composed or "sweep" not in composed:
             raise ValueError("This launcher is for train.py: use hydra/launcher=basic.")
@@ -128,13 +146,11 @@ def _compose(
     return composed
 
 
-def _make_task(
-    job: Job, config: DictConfig, composed: DictConfig, folder: Path, labels: tuple[str, ...]
-) -> Task:
-    """The job as a command line.
+def _processes(composed: DictConfig) -> int:
+    """How many processes train together in a job.
 
     Raises:
-        ValueError: processes that cannot be counted, or more than one machine.
+        ValueError: they cannot be counted, or need more than one machine.
     """
     trainer = composed.trainer
     if trainer.num_nodes != 1:
@@ -149,31 +165,21 @@ def _make_task(
         )
     if int(devices) > 1 and trainer.strategy == "auto":
         raise ValueError(f"trainer.devices={devices} needs trainer.strategy=ddp.")
+    return int(devices)
+
+
+def _command(config: DictConfig, overrides: Sequence[str], folder: Path) -> tuple[str, ...]:
+    """The command line of a job: this one's program and config, and its own overrides."""
     hydra = config.hydra
-    options = []
+    options: list[str] = []
     if hydra.job.config_name != "config":
         options += ["--config-name", str(hydra.job.config_name)]
     for source in hydra.runtime.config_sources:
         if source.provider == "command-line":
             options += ["--config-dir", str(source.path)]
     settings = [o for o in hydra.overrides.hydra if not key_of(o).startswith(_SWEEP_SETTINGS)]
-    housekeeping = [o for o in hydra.overrides.task if key_of(o).startswith("paths.")]
-    overrides = [*options, *settings, *housekeeping, *job.overrides]
-    run_folder = folder / job.folder
-    return Task(
-        folder=run_folder,
-        overrides=job.overrides,
-        command=python_command(Path(sys.argv[0]).absolute(), overrides, run_folder),
-        processes=int(devices),
-        max_steps=trainer.max_steps,
-        on_cpu=trainer.accelerator == "cpu",
-        labels=labels,
-    )
-
-
-def _labels(job: Job, jobs: Sequence[Job]) -> tuple[str, ...]:
-    varied = varied_keys([other.overrides for other in jobs])
-    return tuple(o for o in job.overrides if key_of(o) in varied)
+    script = Path(sys.argv[0]).absolute()
+    return python_command(script, [*options, *settings, *overrides], folder)
 
 
 def _must_run(folder: Path, *, retry_failed: bool) -> bool:
