@@ -97,13 +97,30 @@ class DeviceQueue:
         self._free_gpus = list(self.gpus)
         self._free_slots = list(range(self.n_jobs))
 
+    def check(self, n: int) -> None:
+        """Whether ``n`` processes can ever have their devices.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        if self.gpus and n > len(self.gpus):
+            raise ValueError(
+                f"A job needs {n} GPUs, and there are {len(self.gpus)} "
+                f"({', '.join(self.gpus)}): lower trainer.devices, or give the sweep more."
+            )
+
     @property
     def has_room(self) -> bool:
         """Whether one more job may start, if it gets its devices."""
         return bool(self._free_slots) and (not self.gpus or bool(self._free_gpus))
 
     def take(self, n: int) -> Devices | None:
-        """Devices for a job of ``n`` processes; None when it has to wait."""
+        """Devices for a job of ``n`` processes; None when it has to wait.
+
+        Raises:
+            ValueError: it would wait for ever.
+        """
+        self.check(n)
         if not self._free_slots or (self.gpus and len(self._free_gpus) < n):
             return None
         taken = [self._free_gpus.pop(0) for _ in range(n)] if self.gpus else []

@@ -20,6 +20,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from mtp_lightning.cli import readable_errors
+from sweeps.compose import count_processes, settle
 from sweeps.files import Lock
 from sweeps.plan import Job, Plan, key_of, varied_keys, without_housekeeping
 from sweeps.process import SUMMARY_FILE, Task, python_command
@@ -90,7 +91,7 @@ def _launch(
             folder=run_folder,
             overrides=job.overrides,
             command=_command(config, overrides, run_folder),
-            processes=_processes(composed[job]),
+            processes=count_processes(composed[job]),
             max_steps=composed[job].trainer.max_steps,
             on_cpu=composed[job].trainer.accelerator == "cpu",
             labels=tuple(o for o in job.overrides if key_of(o) in varied),
@@ -131,41 +132,11 @@ def _paths(overrides: Sequence[str]) -> list[str]:
 def _compose(
     config: DictConfig, hydra_context: HydraContext, overrides: list[str], folder: Path
 ) -> DictConfig:
-    """The job's config; a value that is missing is found here, before any job has started."""
     composed = hydra_context.config_loader.load_sweep_config(config, overrides)
     with read_write(composed), open_dict(composed):
-        if "run_dir" not in composed or "sweep" not in composed:
-            raise ValueError("This launcher is for train.py: use hydra/launcher=basic.")
         del composed["hydra"]
-        composed.run_dir = str(folder)
-        composed.paths.output_dir = str(folder)
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ValueError(f"{missing[0]} has no value: give it as {missing[0]}=...")
-    OmegaConf.resolve(composed)
+    settle(composed, folder)
     return composed
-
-
-def _processes(composed: DictConfig) -> int:
-    """How many processes train together in a job.
-
-    Raises:
-        ValueError: they cannot be counted, or need more than one machine.
-    """
-    trainer = composed.trainer
-    if trainer.num_nodes != 1:
-        raise ValueError(
-            f"trainer.num_nodes={trainer.num_nodes} in a sweep: every job runs on one machine; "
-            "start runs on several machines one by one."
-        )
-    devices = trainer.devices
-    if isinstance(devices, bool) or not str(devices).isdigit() or int(devices) < 1:
-        raise ValueError(
-            f"trainer.devices={devices} in a sweep: give a number, so that jobs can share them."
-        )
-    if int(devices) > 1 and trainer.strategy == "auto":
-        raise ValueError(f"trainer.devices={devices} needs trainer.strategy=ddp.")
-    return int(devices)
 
 
 def _command(config: DictConfig, overrides: Sequence[str], folder: Path) -> tuple[str, ...]:

@@ -11,6 +11,25 @@ from sweeps.pool import Pool
 from sweeps.process import Task
 
 
+def make_pool(
+    n_tasks: int,
+    *,
+    devices: str | Sequence[int | str] = "auto",
+    n_jobs: int | None = None,
+    grace_seconds: float = 60.0,
+) -> Pool:
+    """A pool over this machine's devices, shown on the terminal.
+
+    Args:
+        n_tasks: jobs that there will be.
+        devices: auto, cpu, or the GPUs.
+        n_jobs: most jobs at once.
+        grace_seconds: that jobs have to save after Ctrl-C.
+    """
+    queue = DeviceQueue(gpus=choose_gpus(devices), n_jobs=n_jobs, n_tasks=n_tasks)
+    return Pool(queue=queue, display=make_display(n_tasks), grace_seconds=grace_seconds)
+
+
 def run(
     tasks: list[Task],
     *,
@@ -32,19 +51,18 @@ def run(
         ValueError: a job that can never have its devices.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have ended.
     """
-    gpus = [] if all(task.on_cpu for task in tasks) else choose_gpus(devices)
-    tasks = [_with_devices(task, gpus, devices_per_job) for task in tasks]
-    queue = DeviceQueue(gpus=gpus, n_jobs=n_jobs, n_tasks=len(tasks))
-    Pool(queue=queue, display=make_display(len(tasks)), grace_seconds=grace_seconds).run(tasks)
+    if all(task.on_cpu for task in tasks):
+        devices = "cpu"
+    pool = make_pool(len(tasks), devices=devices, n_jobs=n_jobs, grace_seconds=grace_seconds)
+    pool.run([_with_devices(task, pool.queue, devices_per_job) for task in tasks])
 
 
-def _with_devices(task: Task, gpus: Sequence[str], devices_per_job: int | None) -> Task:
+def _with_devices(task: Task, queue: DeviceQueue, devices_per_job: int | None) -> Task:
     wanted = task.processes if devices_per_job is None else devices_per_job
     if wanted < task.processes:
         raise ValueError(
             f"hydra.launcher.devices_per_job={devices_per_job} is less than what {task.label} "
             f"asks for, trainer.devices={task.processes}."
         )
-    if gpus and wanted > len(gpus):
-        raise ValueError(f"{task.label} needs {wanted} GPUs, and the sweep has {len(gpus)}.")
+    queue.check(wanted)
     return replace(task, processes=wanted)

@@ -79,7 +79,7 @@ def folder_name(overrides: Sequence[str], varied: Sequence[str]) -> str:
 
 def _item(override: str) -> str:
     text = override.lstrip("+~").replace("=", "-", 1).replace("'", "").replace('"', "")
-    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-._")
 
 
 class Plan:
@@ -112,15 +112,18 @@ class Plan:
                 "give the sweep another folder."
             ) from error
 
-    def add(self, batch: Sequence[Sequence[str]]) -> list[Job]:
+    def add(
+        self, batch: Sequence[Sequence[str]], *, varied: Sequence[str] | None = None
+    ) -> list[Job]:
         """The jobs of a call, known ones in the folder that they have.
 
         Args:
             batch: each job's overrides; the same job twice counts once.
+            varied: keys to name new folders by; by default those that differ in the batch.
         """
         known = {frozenset(job.overrides): job for job in self.jobs}
         wanted = [without_housekeeping(overrides) for overrides in batch]
-        varied = varied_keys(wanted)
+        varied = varied_keys(wanted) if varied is None else varied
         asked: dict[Job, None] = {}
         for overrides in wanted:
             job = known.get(frozenset(overrides))

@@ -55,7 +55,7 @@ class Pool:
     def __init__(
         self, *, queue: DeviceQueue, display: Display, grace_seconds: float = 60.0
     ) -> None:
-        self._queue = queue
+        self.queue = queue
         self._display = display
         self._grace = grace_seconds
         self._running: list[JobProcess] = []
@@ -99,11 +99,11 @@ class Pool:
     def _fill(self, source: Iterator[Task], waiting: Task | None, ended: Ended) -> Task | None:
         """Start jobs while there is room; the one that has to wait, if any, is next."""
         while True:
-            if waiting is None and self._queue.has_room:
+            if waiting is None and self.queue.has_room:
                 waiting = next(source, None)
             if waiting is None:
                 return None
-            devices = self._queue.take(waiting.processes)
+            devices = self.queue.take(waiting.processes)
             if devices is None:
                 # Nobody overtakes it: a job for two devices would wait for ever.
                 return waiting
@@ -116,14 +116,14 @@ class Pool:
             self._running.append(JobProcess(task, devices))
         except OSError as error:  # the others go on
             write_status(task.folder, task.overrides, "failed", reason=f"not started: {error}")
-            self._queue.give_back(devices)
+            self.queue.give_back(devices)
             self._tell(task, ended)
 
     def _collect(self, ended: Ended) -> None:
         for process in list(self._running):
             if process.ended():
                 self._running.remove(process)
-                self._queue.give_back(process.devices)
+                self.queue.give_back(process.devices)
                 self._tell(process.task, ended)
 
     def _tell(self, task: Task, ended: Ended) -> None:
