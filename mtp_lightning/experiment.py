@@ -424,7 +424,9 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
             f"{source} holds another architecture than this config ({'; '.join(differences)}): "
             "start in another run_dir, or go back to the settings that the run began with."
         )
-    changed = describe_differences(checkpoint["config"], module.extra["config"])
+    changed = describe_differences(
+        checkpoint["config"], module.extra["config"], ignore=("sweep_dir", "sweep.retry_failed")
+    )
     if changed:
         log.warning("Continuing with changed settings: %s.", "; ".join(changed))
     return int(checkpoint["global_step"])

@@ -141,16 +141,25 @@ class Devices:
         slot: which of the jobs at once this is.
         gpus: names of its GPUs; empty for the CPU; None for those that it finds.
         threads: of each of its processes.
+        name: what to call them, where neither GPUs nor the slot says it.
     """
 
     def __init__(
-        self, *, slot: int = 0, gpus: tuple[str, ...] | None = (), threads: int = 1
+        self,
+        *,
+        slot: int = 0,
+        gpus: tuple[str, ...] | None = (),
+        threads: int = 1,
+        name: str | None = None,
     ) -> None:
         self.slot = slot
+        self.name = name
         self.gpus = gpus
         self.threads = threads
 
     def __str__(self) -> str:
+        if self.name is not None:
+            return self.name
         return f"cuda:{','.join(self.gpus)}" if self.gpus else f"cpu:{self.slot}"
 
     def environment(self) -> dict[str, str]:

@@ -79,7 +79,7 @@ class Pool:
         """
         waiting: Task | None = None
         source = iter(tasks)
-        with self._display, _sigterm_as_interrupt():
+        with self._display, sigterm_as_interrupt():
             try:
                 while True:
                     waiting = self._fill(source, waiting, ended)
@@ -155,7 +155,7 @@ class Pool:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     """A cluster, or a shell that closes, ends a sweep as Ctrl-C does."""
 
     def interrupt(signum: int, frame: Any) -> None:

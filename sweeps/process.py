@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sweeps.devices import Devices
@@ -33,6 +33,7 @@ class Task:
         max_steps: optimizer steps, to tell how long it takes; None where not known.
         on_cpu: whether it asks for the CPU, whatever else there is.
         labels: the overrides that tell it from the others of its sweep.
+        cwd: where relative paths of its overrides start.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Task:
     max_steps: int | None = None
     on_cpu: bool = False
     labels: tuple[str, ...] = ()
+    cwd: Path = field(default_factory=Path.cwd)
 
     @property
     def label(self) -> str:
@@ -57,9 +59,17 @@ class JobProcess:
         devices: what it may use.
         bound: whether it ends when this process does, however that ends (Linux). Not where this
             process has other threads, of which one may hold a lock at the fork.
+        deaf_to: signals that are meant for this process, though its children get them, too.
     """
 
-    def __init__(self, task: Task, devices: Devices, *, bound: bool = True) -> None:
+    def __init__(
+        self,
+        task: Task,
+        devices: Devices,
+        *,
+        bound: bool = True,
+        deaf_to: Sequence[signal.Signals] = (),
+    ) -> None:
         self.task = task
         self.devices = devices
         self.began = time.monotonic()
@@ -82,7 +92,8 @@ class JobProcess:
                 pass_fds=(self._lock.file,),
                 # Ctrl-C reaches the terminal's group: jobs are told by this process, once.
                 start_new_session=True,
-                preexec_fn=_end_with(os.getpid()) if bound and sys.platform == "linux" else None,
+                preexec_fn=_setup(bound=bound and sys.platform == "linux", deaf_to=deaf_to),
+                cwd=task.cwd,
             )
         self._write("running")
 
@@ -153,13 +164,6 @@ class JobProcess:
         )
 
 
-def run_to_end(task: Task, devices: Devices) -> None:
-    """Start a task and wait for it; what launchers of other machines call there."""
-    process = JobProcess(task, devices, bound=False)
-    while not process.ended():
-        time.sleep(0.2)
-
-
 def _wait_for(lock: Lock, folder: Path, *, seconds: float = 60.0) -> None:
     """A sweep that was killed leaves jobs that are still saving."""
     until = time.monotonic() + seconds
@@ -169,21 +173,30 @@ def _wait_for(lock: Lock, folder: Path, *, seconds: float = 60.0) -> None:
         time.sleep(0.1)
 
 
-def _end_with(parent: int) -> Callable[[], None]:
-    """For the child, before its program: SIGTERM, at which it saves, when the parent is gone."""
-    prctl = ctypes.CDLL(None).prctl
+def _setup(*, bound: bool, deaf_to: Sequence[signal.Signals]) -> Callable[[], None] | None:
+    """What the child does before its program begins."""
+    if not (bound or deaf_to):
+        return None
+    parent = os.getpid()
+    prctl = ctypes.CDLL(None).prctl if bound else None
 
     def setup() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # gone already
-            os._exit(128 + signal.SIGTERM)
+        for signum in deaf_to:
+            signal.signal(signum, signal.SIG_IGN)
+        if prctl is not None:
+            # SIGTERM, at which a run saves, when the parent is gone.
+            prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # gone already
+                os._exit(128 + signal.SIGTERM)
 
     return setup
 
 
 def python_command(script: Path, overrides: Sequence[str], folder: Path) -> tuple[str, ...]:
-    """The command line of a run in ``folder``."""
-    return (sys.executable, str(script), *overrides, f"run_dir={quoted(str(folder))}")
+    """The command line of a run in ``folder``, which lies in the sweep's."""
+    # The sweep's folder too: its default holds the time, in which jobs would differ.
+    places = (f"run_dir={quoted(str(folder))}", f"sweep_dir={quoted(str(folder.parent))}")
+    return (sys.executable, str(script), *overrides, *places)
 
 
 def quoted(text: str) -> str:

@@ -53,10 +53,10 @@ class LocalPoolLauncher(_SweepLauncher):
 class SlurmLauncher(_SweepLauncher):
     """``hydra/launcher=slurm``"""
 
-    module = "sweeps.slurm"
+    module = "sweeps.slurm_cluster"
 
 
 class RayLauncher(_SweepLauncher):
     """``hydra/launcher=ray``"""
 
-    module = "sweeps.on_ray"
+    module = "sweeps.ray_cluster"
