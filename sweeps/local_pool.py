@@ -65,4 +65,4 @@ def _with_devices(task: Task, queue: DeviceQueue, devices_per_job: int | None) -
             f"asks for, trainer.devices={task.processes}."
         )
     queue.check(wanted)
-    return replace(task, processes=wanted)
+    return replace(task, devices=wanted)

@@ -73,7 +73,7 @@ def folder_name(overrides: Sequence[str], varied: Sequence[str]) -> str:
     name = "_".join(map(_item, overrides)) or "default"
     if len(name) <= _LONGEST:
         return name
-    shown = "_".join(_item(o) for o in overrides if key_of(o) in varied)
+    shown = "_".join(_item(o) for o in overrides if key_of(o) in varied) or name
     return "_".join(filter(None, (shown[: _LONGEST - 9].rstrip("_-."), digest(overrides))))
 
 

@@ -103,7 +103,7 @@ class Pool:
                 waiting = next(source, None)
             if waiting is None:
                 return None
-            devices = self.queue.take(waiting.processes)
+            devices = self.queue.take(waiting.devices or waiting.processes)
             if devices is None:
                 # Nobody overtakes it: a job for two devices would wait for ever.
                 return waiting
@@ -135,9 +135,7 @@ class Pool:
         """Let every job save and end; a second Ctrl-C, or the end of patience, kills."""
         if not self._running:
             return
-        self._display.say(
-            f"stopping {len(self._running)} jobs, which save first (again: kills them)"
-        )
+        self._display.say(f"stopping {len(self._running)} jobs (Ctrl-C again: at once)")
         for process in self._running:
             process.stop(reason)
         until = time.monotonic() + self._grace

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -18,7 +17,6 @@ from sweeps.status import LOG_FILE, last_words, now, write_status
 
 SUMMARY_FILE = "summary.json"
 _LOCK_FILE = ".lock"
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,8 @@ class Task:
         folder: the run's, absolute.
         overrides: what the job computes, for its status file.
         command: the whole command line, the folder included.
-        processes: that train together; each needs a device.
+        processes: that train together.
+        devices: that it gets; 0 for one a process.
         max_steps: optimizer steps, to tell how long it takes; None where not known.
         on_cpu: whether it asks for the CPU, whatever else there is.
         labels: the overrides that tell it from the others of its sweep.
@@ -40,6 +39,7 @@ class Task:
     overrides: tuple[str, ...]
     command: tuple[str, ...]
     processes: int = 1
+    devices: int = 0
     max_steps: int | None = None
     on_cpu: bool = False
     labels: tuple[str, ...] = ()
@@ -52,13 +52,11 @@ class Task:
 
 
 class JobProcess:
-    """A task that runs.
+    """A task that runs, for as long as this process does.
 
     Args:
         task: what to run.
         devices: what it may use.
-        bound: whether it ends when this process does, however that ends (Linux). Not where this
-            process has other threads, of which one may hold a lock at the fork.
         deaf_to: signals that are meant for this process, though its children get them, too.
     """
 
@@ -67,14 +65,15 @@ class JobProcess:
         task: Task,
         devices: Devices,
         *,
-        bound: bool = True,
         deaf_to: Sequence[signal.Signals] = (),
     ) -> None:
         self.task = task
         self.devices = devices
         self.began = time.monotonic()
         self._stopping: str | None = None
-        self._failing = False
+        # At SIGTERM, the processes of a data-parallel run wait for each other for ever (Lightning
+        # broadcasts in its signal handler). What they saved last is on the disk in either case.
+        self._end_signal = signal.SIGTERM if task.processes == 1 else signal.SIGKILL
         task.folder.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(task.folder / _LOCK_FILE)
         _wait_for(self._lock, task.folder)
@@ -92,9 +91,10 @@ class JobProcess:
                 pass_fds=(self._lock.file,),
                 # Ctrl-C reaches the terminal's group: jobs are told by this process, once.
                 start_new_session=True,
-                preexec_fn=_setup(bound=bound and sys.platform == "linux", deaf_to=deaf_to),
+                preexec_fn=_deaf_to(deaf_to) if deaf_to else None,
                 cwd=task.cwd,
             )
+        self._watchdog = _Watchdog(self._popen.pid, self._end_signal)
         self._write("running")
 
     @property
@@ -106,6 +106,7 @@ class JobProcess:
         """Whether it has ended; then its status file says how."""
         if os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return False
+        self._watchdog.dismiss()
         # Processes that it has left behind, before its number is free for others.
         self._signal(signal.SIGKILL)
         code = self._popen.wait()
@@ -114,16 +115,14 @@ class JobProcess:
         self._write(state, ended=now(), exit_code=code, reason=reason)
         return True
 
-    def stop(self, reason: str, *, failed: bool = False) -> None:
-        """Ask it to save and end.
+    def stop(self, reason: str) -> None:
+        """Ask it to save and end; data-parallel runs end where they are.
 
         Args:
             reason: for its status.
-            failed: whether it counts as failed instead of interrupted.
         """
-        self._stopping, self._failing = reason, failed
-        # The first process tells the others of its run itself.
-        os.kill(self._popen.pid, signal.SIGTERM)
+        self._stopping = reason
+        self._signal(self._end_signal)
 
     def kill(self) -> None:
         """End it at once."""
@@ -140,7 +139,7 @@ class JobProcess:
         if code == 0 and (self.task.folder / SUMMARY_FILE).is_file():
             return "done", None
         if self._stopping is not None:
-            return ("failed" if self._failing else "interrupted"), self._stopping
+            return "interrupted", self._stopping
         for signum in (signal.SIGINT, signal.SIGTERM):
             if code in (-signum, 128 + signum):
                 return "interrupted", f"ended by {signum.name}"
@@ -173,23 +172,40 @@ def _wait_for(lock: Lock, folder: Path, *, seconds: float = 60.0) -> None:
         time.sleep(0.1)
 
 
-def _setup(*, bound: bool, deaf_to: Sequence[signal.Signals]) -> Callable[[], None] | None:
-    """What the child does before its program begins."""
-    if not (bound or deaf_to):
-        return None
-    parent = os.getpid()
-    prctl = ctypes.CDLL(None).prctl if bound else None
+def _deaf_to(signals: Sequence[signal.Signals]) -> Callable[[], None]:
+    """For the child, before its program begins: ignore signals."""
 
     def setup() -> None:
-        for signum in deaf_to:
+        for signum in signals:
             signal.signal(signum, signal.SIG_IGN)
-        if prctl is not None:
-            # SIGTERM, at which a run saves, when the parent is gone.
-            prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # gone already
-                os._exit(128 + signal.SIGTERM)
 
     return setup
+
+
+class _Watchdog:
+    """Ends a group of processes when this process is gone, however it ended.
+
+    The system closes the pipe, at whose other end a shell waits for just that. A run's first
+    process alone would not do: the others of a data-parallel run do not notice its end.
+
+    Args:
+        group: number of the process group.
+        end_signal: that it gets.
+    """
+
+    def __init__(self, group: int, end_signal: signal.Signals) -> None:
+        name = end_signal.name.removeprefix("SIG")
+        self._shell = subprocess.Popen(
+            ["sh", "-c", 'read -r _; kill -s "$0" -- "-$1"', name, str(group)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def dismiss(self) -> None:
+        self._shell.kill()
+        self._shell.communicate()
 
 
 def python_command(script: Path, overrides: Sequence[str], folder: Path) -> tuple[str, ...]:

@@ -23,8 +23,7 @@ def run_remotely(task: Task, threads: int) -> None:
     """What a Ray worker does; Ray's cancellation is a KeyboardInterrupt."""
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     name = f"ray:{os.uname().nodename}" + (f":cuda:{gpus}" if gpus else "")
-    # Ray's worker has threads, and ends its children itself.
-    process = JobProcess(task, Devices(gpus=None, threads=threads, name=name), bound=False)
+    process = JobProcess(task, Devices(gpus=None, threads=threads, name=name))
     try:
         while not process.ended():
             time.sleep(0.2)
