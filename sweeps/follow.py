@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from sweeps.display import make_display
-from sweeps.pool import sigterm_as_interrupt
+from sweeps.pool import interrupts
 from sweeps.process import Task
 from sweeps.status import read_status, state_of, write_status
 
@@ -32,7 +32,7 @@ def follow(
         KeyboardInterrupt: Ctrl-C or SIGTERM; all tasks are over or cancelled.
     """
     left, running = list(tasks), set()
-    with make_display(len(tasks)) as display, sigterm_as_interrupt():
+    with make_display(len(tasks)) as display, interrupts() as check:
 
         def look(reason: str | None = None) -> None:
             ended = over()
@@ -49,6 +49,7 @@ def follow(
 
         try:
             while left:
+                check()
                 look()
                 time.sleep(_LOOK_SECONDS)
         except KeyboardInterrupt:

@@ -37,10 +37,16 @@ class Display(Protocol):
         """A line for the reader."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, treated as Ctrl-C; ``signum`` gives the exit code."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or SIGTERM or SIGHUP, which end a sweep likewise.
 
-    signum = signal.SIGTERM
+    Args:
+        signum: the signal; an app's exit code is 128 more.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__("Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name)
+        self.signum = signum
 
 
 class Pool:
@@ -79,9 +85,10 @@ class Pool:
         """
         waiting: Task | None = None
         source = iter(tasks)
-        with self._display, sigterm_as_interrupt():
+        with self._display, interrupts() as check:
             try:
                 while True:
+                    check()
                     waiting = self._fill(source, waiting, ended)
                     if not self._running:
                         return
@@ -93,7 +100,7 @@ class Pool:
                             process.stop(reason)
                     self._display.refresh()
             except BaseException as error:
-                self._stop_all("Ctrl-C" if isinstance(error, KeyboardInterrupt) else repr(error))
+                self._stop_all(str(error) if isinstance(error, Interrupted) else repr(error))
                 raise
 
     def _fill(self, source: Iterator[Task], waiting: Task | None, ended: Ended) -> Task | None:
@@ -153,15 +160,29 @@ class Pool:
 
 
 @contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """A cluster, or a shell that closes, ends a sweep as Ctrl-C does."""
+def interrupts() -> Iterator[Callable[[], None]]:
+    """Gives a function that raises when Ctrl-C or the like has come.
 
-    def interrupt(signum: int, frame: Any) -> None:
-        raise Terminated(signal.Signals(signum).name)
+    At its own time: in the middle of the start of a job, an exception would leave a process that
+    nobody knows. The second Ctrl-C is an exception at once.
+    """
+    received: list[int] = []
 
-    old = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    def receive(signum: int, frame: Any) -> None:
+        received.append(signum)
+        if len(received) > 1:
+            raise Interrupted(signum)
+
+    def check() -> None:
+        if received:
+            raise Interrupted(received[0])
+
+    old = {}
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+            old[signum] = signal.signal(signum, receive)
     try:
-        yield
+        yield check
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)

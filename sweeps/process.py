@@ -61,15 +61,10 @@ class JobProcess:
     """
 
     def __init__(
-        self,
-        task: Task,
-        devices: Devices,
-        *,
-        deaf_to: Sequence[signal.Signals] = (),
+        self, task: Task, devices: Devices, *, deaf_to: Sequence[signal.Signals] = ()
     ) -> None:
         self.task = task
         self.devices = devices
-        self.began = time.monotonic()
         self._stopping: str | None = None
         # At SIGTERM, the processes of a data-parallel run wait for each other for ever (Lightning
         # broadcasts in its signal handler). What they saved last is on the disk in either case.
@@ -78,24 +73,31 @@ class JobProcess:
         self._lock = Lock(task.folder / _LOCK_FILE)
         _wait_for(self._lock, task.folder)
         self._started = now()
-        with (task.folder / LOG_FILE).open("ab") as log:
+        self._watchdog = _Watchdog(self._end_signal)
+        try:
+            self._popen = self._start(deaf_to)
+        except OSError:
+            self._watchdog.dismiss()
+            self._lock.release()
+            raise
+        self._write("running")
+
+    def _start(self, deaf_to: Sequence[signal.Signals]) -> subprocess.Popen[bytes]:
+        with (self.task.folder / LOG_FILE).open("ab") as log:
             if log.tell():
                 log.write(f"\n--- started again {self._started}\n".encode())
                 log.flush()
-            self._popen = subprocess.Popen(
-                task.command,
+            return subprocess.Popen(
+                self.task.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=devices.environment(),
+                env=self.devices.environment(),
                 pass_fds=(self._lock.file,),
-                # Ctrl-C reaches the terminal's group: jobs are told by this process, once.
-                start_new_session=True,
+                process_group=self._watchdog.group,
                 preexec_fn=_deaf_to(deaf_to) if deaf_to else None,
-                cwd=task.cwd,
+                cwd=self.task.cwd,
             )
-        self._watchdog = _Watchdog(self._popen.pid, self._end_signal)
-        self._write("running")
 
     @property
     def stopping(self) -> bool:
@@ -104,12 +106,10 @@ class JobProcess:
 
     def ended(self) -> bool:
         """Whether it has ended; then its status file says how."""
-        if os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        code = self._popen.poll()
+        if code is None:
             return False
         self._watchdog.dismiss()
-        # Processes that it has left behind, before its number is free for others.
-        self._signal(signal.SIGKILL)
-        code = self._popen.wait()
         self._lock.release()
         state, reason = self._judge(code)
         self._write(state, ended=now(), exit_code=code, reason=reason)
@@ -122,18 +122,12 @@ class JobProcess:
             reason: for its status.
         """
         self._stopping = reason
-        self._signal(self._end_signal)
+        os.killpg(self._watchdog.group, self._end_signal)
 
     def kill(self) -> None:
         """End it at once."""
         self._stopping = self._stopping or "killed"
-        self._signal(signal.SIGKILL)
-
-    def _signal(self, signum: int) -> None:
-        try:
-            os.killpg(self._popen.pid, signum)
-        except (ProcessLookupError, PermissionError):  # nobody, or zombies alone, on some systems
-            return
+        os.killpg(self._watchdog.group, signal.SIGKILL)
 
     def _judge(self, code: int) -> tuple[str, str | None]:
         if code == 0 and (self.task.folder / SUMMARY_FILE).is_file():
@@ -183,28 +177,34 @@ def _deaf_to(signals: Sequence[signal.Signals]) -> Callable[[], None]:
 
 
 class _Watchdog:
-    """Ends a group of processes when this process is gone, however it ended.
+    """A process group that ends when this process is gone, however it ended.
 
     The system closes the pipe, at whose other end a shell waits for just that. A run's first
-    process alone would not do: the others of a data-parallel run do not notice its end.
+    process alone would not do: the others of a data-parallel run do not notice its end. Terminals
+    send Ctrl-C to the group in the foreground, which this one is not.
 
     Args:
-        group: number of the process group.
-        end_signal: that it gets.
+        end_signal: that the group gets.
     """
 
-    def __init__(self, group: int, end_signal: signal.Signals) -> None:
+    def __init__(self, end_signal: signal.Signals) -> None:
         name = end_signal.name.removeprefix("SIG")
         self._shell = subprocess.Popen(
-            ["sh", "-c", 'read -r _; kill -s "$0" -- "-$1"', name, str(group)],
+            ["sh", "-c", 'trap "" TERM; read -r _; kill -s "$0" 0', name],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            process_group=0,
         )
 
+    @property
+    def group(self) -> int:
+        """The number of the group, which is there as long as this object is not dismissed."""
+        return self._shell.pid
+
     def dismiss(self) -> None:
-        self._shell.kill()
+        """End all that is left of the group, itself included."""
+        os.killpg(self.group, signal.SIGKILL)
         self._shell.communicate()
 
 
