@@ -52,15 +52,16 @@ def follow(
                 check()
                 look()
                 time.sleep(_LOOK_SECONDS)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            reason = str(interrupt)
             display.say(f"cancelling {len(left)} jobs; those that run save first")
             cancel(left)
             until = time.monotonic() + grace_seconds
             while left and time.monotonic() < until:
-                look("Ctrl-C")
+                look(reason)
                 time.sleep(_LOOK_SECONDS)
             for task in left:
-                _judge(task, "did not end in time", interrupted="Ctrl-C")
+                _judge(task, "did not end in time", interrupted=reason)
             raise
 
 

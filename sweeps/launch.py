@@ -23,6 +23,7 @@ from mtp_lightning.cli import readable_errors
 from sweeps.compose import count_processes, settle
 from sweeps.files import Lock
 from sweeps.plan import Job, Plan, key_of, varied_keys, without_housekeeping
+from sweeps.pool import Interrupted
 from sweeps.process import SUMMARY_FILE, Task, python_command
 from sweeps.status import describe_failure, read_status, state_of, write_status
 
@@ -115,9 +116,9 @@ def _launch(
                     if read_status(task.folder) is None:
                         write_status(task.folder, task.overrides, "pending")
                 run(todo)
-        except KeyboardInterrupt as interrupt:
+        except Interrupted as interrupt:
             print(f"interrupted. The same command with sweep_dir={again} continues.", flush=True)
-            raise SystemExit(128 + getattr(interrupt, "signum", 2)) from interrupt
+            raise SystemExit(128 + interrupt.signum) from interrupt
     finally:
         lock.release()
     _say_end(folder, [tasks[job] for job in jobs])

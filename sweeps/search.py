@@ -17,13 +17,14 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mtp_lightning.cli import readable_errors
 from sweeps.compose import count_processes, settle
 from sweeps.files import Lock
 from sweeps.local_pool import make_pool
 from sweeps.plan import Plan
+from sweeps.pool import Interrupted
 from sweeps.process import SUMMARY_FILE, Task, python_command
 from sweeps.progress import read_column
 from sweeps.search_space import Space, parse
@@ -235,7 +236,8 @@ def report(search: Search) -> int:
     for trial in trials:
         if trial.state == TrialState.FAIL:
             folder = search.folder / trial.user_attrs["folder"]
-            print(f"failed: {folder}: {(read_status(folder) or {}).get('reason')}")
+            reason = (read_status(folder) or {}).get("reason")
+            print(f"failed: {folder}: {reason or f'its {search.metric} is not a finite number'}")
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     for trial in sorted(complete, key=lambda t: float(t.value or 0))[:5]:
         values = " ".join(f"{key}={value}" for key, value in trial.params.items())
@@ -255,22 +257,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lock = Lock(folder / ".lock")
         if not lock.acquire():
             raise BlockingIOError(f"Another search is at work in {folder}: wait, or stop it.")
-        search = Search(
-            folder,
-            space=space,
-            fixed=fixed,
-            metric=args.metric,
-            n_trials=args.trials,
-            prune=not args.no_pruning,
-            seed=args.seed,
-        )
-        devices: Any = args.devices
-        pool = make_pool(
-            args.trials,
-            devices=devices if devices in ("auto", "cpu") else devices.split(","),
-            n_jobs=args.n_jobs,
-        )
-        pool.run(search.tasks(), watch=search.watch, ended=search.ended)
+        try:
+            search = Search(
+                folder,
+                space=space,
+                fixed=fixed,
+                metric=args.metric,
+                n_trials=args.trials,
+                prune=not args.no_pruning,
+                seed=args.seed,
+            )
+            named = args.devices in ("auto", "cpu")
+            pool = make_pool(
+                args.trials,
+                devices=args.devices if named else args.devices.split(","),
+                n_jobs=args.n_jobs,
+            )
+            pool.run(search.tasks(), watch=search.watch, ended=search.ended)
+        except Interrupted as interrupt:
+            print("interrupted. The same command continues.", flush=True)
+            sys.exit(128 + interrupt.signum)
+        finally:
+            lock.release()
         code = report(search)
     sys.exit(code)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -86,7 +86,7 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
             continue
         try:
             override = OverridesParser.create().parse_override(argument)
-        except OverrideParseException as error:
+        except HydraException as error:
             raise ValueError(
                 f"{argument} is neither an override nor a range like interval(1e-4,1e-2,log), "
                 "int(1,4) or choice(a,b)."
