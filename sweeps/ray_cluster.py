@@ -103,5 +103,6 @@ def _error(ray: Any, ref: Any) -> str:
     try:
         ray.get(ref)
     except (ray.exceptions.RayError, OSError) as error:
-        return f"Ray: {str(error).strip().splitlines()[-1]}"
+        lines = str(error).strip().splitlines()
+        return f"Ray: {lines[-1] if lines else type(error).__name__}"
     return "Ray ended the job"
