@@ -604,7 +604,9 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
             f"{source} was trained with balance={rule}, whose state balance={module.balance.name} "
             f"cannot go on from: set balance={rule}, or start in another run_dir."
         )
-    changed = describe_differences(checkpoint["config"], module.extra["config"])
+    changed = describe_differences(
+        checkpoint["config"], module.extra["config"], ignore=("sweep_dir", "sweep.retry_failed")
+    )
     if changed:
         log.warning("Continuing with changed settings: %s.", "; ".join(changed))
     return int(checkpoint["global_step"])

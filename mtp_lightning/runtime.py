@@ -61,3 +61,5 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     # A window is read from a memory map in microseconds: worker processes would only cost.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    # Where Slurm is installed, a run that it did not start is no mistake.
+    warnings.filterwarnings("ignore", message=".*srun. command is available")

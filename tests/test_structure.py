@@ -140,6 +140,18 @@ def test_pure_torch(file: str) -> None:
         assert takes(name, "torch", "mtp_lightning") or _standard(name), name
 
 
+@pytest.mark.parametrize("file", sources("sweeps", "hydra_plugins"))
+def test_sweeps_talk_to_runs_through_files(file: str) -> None:
+    for name in imports(file):
+        assert not takes(name, "lightning", "data_modules", "conf", "tests", *_app_names()), name
+        assert not takes(name, "mtp_lightning") or takes(name, "mtp_lightning.cli"), name
+    slow = ("torch", "optuna", "submitit", "ray", "sweeps.launch", *LAZY)
+    for name in imports(file, top_only=True):
+        assert not takes(name, *slow), "slow to import: do it in the function that needs it"
+        if file.startswith("hydra_plugins/"):  # which Hydra imports at every start
+            assert takes(name, "hydra", "omegaconf") or _standard(name), name
+
+
 @pytest.mark.parametrize("app", APPS)
 def test_apps_wait_with_slow_imports(app: str) -> None:
     for name in imports(app, top_only=True):

@@ -1,0 +1,62 @@
+"""The launchers that conf/hydra/launcher/ configures. Hydra imports this at every start, so that
+what they need is imported when they run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class _SweepLauncher(Launcher):
+    """Keeps its settings for the module of ``sweeps/`` that runs the jobs."""
+
+    module: str
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+        self.config: DictConfig | None = None
+        self.hydra_context: HydraContext | None = None
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.hydra_context, self.config = hydra_context, config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        from importlib import import_module
+
+        from sweeps.launch import launch
+
+        assert self.config is not None and self.hydra_context is not None
+        return launch(
+            partial(import_module(self.module).run, **self.settings),
+            config=self.config,
+            hydra_context=self.hydra_context,
+            batch=job_overrides,
+        )
+
+
+class LocalPoolLauncher(_SweepLauncher):
+    """``hydra/launcher=local_pool``"""
+
+    module = "sweeps.local_pool"
+
+
+class SlurmLauncher(_SweepLauncher):
+    """``hydra/launcher=slurm``"""
+
+    module = "sweeps.slurm_cluster"
+
+
+class RayLauncher(_SweepLauncher):
+    """``hydra/launcher=ray``"""
+
+    module = "sweeps.ray_cluster"

@@ -1,0 +1,217 @@
+"""A sweep while it runs: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sweeps.pool import Display
+from sweeps.process import Task
+from sweeps.progress import Progress, read_progress
+from sweeps.status import LOG_FILE, read_status
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_MOST_ENDED = 6  # rows of jobs that have ended, in the live table
+
+
+def make_display(n_tasks: int, *, already_done: int = 0) -> Display:
+    """The table where stdout is a terminal, else lines."""
+    kind = LiveTable if sys.stdout.isatty() else Lines
+    return kind(n_tasks, already_done=already_done)
+
+
+@dataclass
+class Watched:
+    """A job that runs, and what its speed is measured from."""
+
+    task: Task
+    device: str
+    began: float = field(default_factory=time.monotonic)
+    progress: Progress = field(default_factory=Progress)
+    first: tuple[float, int] | None = None  # when its first steps were seen, and how many
+
+    def look(self) -> None:
+        """Read its newest step."""
+        self.progress = read_progress(self.task.folder)
+        if self.first is None and self.progress.step:
+            self.first = (time.monotonic(), self.progress.step)
+
+    @property
+    def steps(self) -> str:
+        total = f"/{self.task.max_steps}" if self.task.max_steps else ""
+        return f"{self.progress.step}{total}"
+
+    @property
+    def loss(self) -> str:
+        return "" if math.isnan(self.progress.loss) else f"{self.progress.loss:.3f}"
+
+    @property
+    def eta(self) -> str:
+        """Time that the rest of the steps takes at the speed seen so far."""
+        if self.first is None or not self.task.max_steps:
+            return ""
+        since, step = self.first
+        if self.progress.step <= step:
+            return ""
+        rate = (self.progress.step - step) / (time.monotonic() - since)
+        return duration(max(0, self.task.max_steps - self.progress.step) / rate)
+
+
+class _Base:
+    """What both displays keep."""
+
+    def __init__(self, n_tasks: int, *, already_done: int = 0) -> None:
+        self.n_tasks = n_tasks
+        self.already_done = already_done
+        self.running: dict[Task, Watched] = {}
+        self.counts: dict[str, int] = {}
+        self.began = time.monotonic()
+
+    def started(self, task: Task, device: str) -> None:
+        self.running[task] = Watched(task, device)
+
+    def ended(self, task: Task) -> None:
+        self.running.pop(task, None)
+        state = (read_status(task.folder) or {}).get("state", "pending")
+        self.counts[state] = self.counts.get(state, 0) + 1
+
+    @property
+    def n_ended(self) -> int:
+        return sum(self.counts.values())
+
+    def summary(self) -> str:
+        parts = [f"{self.n_ended} of {self.n_tasks} ended", f"{len(self.running)} running"]
+        parts += [f"{n} {state}" for state, n in self.counts.items() if state != "done"]
+        if self.already_done:
+            parts.append(f"{self.already_done} done before")
+        return ", ".join(parts) + f", {duration(time.monotonic() - self.began)}"
+
+
+class Lines(_Base):
+    """One line for every start and end, and one a running job now and then.
+
+    Args:
+        n_tasks: how many there are.
+        already_done: how many of the sweep's jobs needed nothing.
+        seconds: between two looks at the running jobs.
+    """
+
+    def __init__(self, n_tasks: int, *, already_done: int = 0, seconds: float = 30.0) -> None:
+        super().__init__(n_tasks, already_done=already_done)
+        self._seconds = seconds
+        self._shown = time.monotonic()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def started(self, task: Task, device: str) -> None:
+        super().started(task, device)
+        self.say(f"started {task.label} on {device}")
+
+    def ended(self, task: Task) -> None:
+        super().ended(task)
+        status = read_status(task.folder) or {}
+        why = f": {status['reason']} (log: {task.folder / LOG_FILE})" if status["reason"] else ""
+        self.say(f"{status['state']} {task.label} ({self.n_ended} of {self.n_tasks}){why}")
+
+    def refresh(self) -> None:
+        if time.monotonic() - self._shown < self._seconds:
+            return
+        self._shown = time.monotonic()
+        for job in self.running.values():
+            job.look()
+            eta = f", {job.eta} left" if job.eta else ""
+            self.say(f"  {job.task.label}: step {job.steps}, loss {job.loss or '-'}{eta}")
+        self.say(f"  {self.summary()}")
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+
+class LiveTable(_Base):
+    """The running jobs in a table that is drawn again every second.
+
+    Args:
+        n_tasks: how many there are.
+        already_done: how many of the sweep's jobs needed nothing.
+        console: where to draw; by default the terminal.
+        seconds: between two drawings.
+    """
+
+    def __init__(
+        self,
+        n_tasks: int,
+        *,
+        already_done: int = 0,
+        console: Console | None = None,
+        seconds: float = 1.0,
+    ) -> None:
+        super().__init__(n_tasks, already_done=already_done)
+        from rich.live import Live
+
+        # Without a thread of its own: processes are started from this one.
+        self._live = Live(console=console, auto_refresh=False)
+        self._seconds = seconds
+        self._shown = -math.inf
+        self._ended: list[tuple[Task, dict[str, Any]]] = []
+
+    def __enter__(self) -> LiveTable:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self._live.update(self.table(), refresh=True)
+        self._live.__exit__(*args)
+
+    def ended(self, task: Task) -> None:
+        super().ended(task)
+        self._ended.append((task, read_status(task.folder) or {}))
+        self._shown = -math.inf
+
+    def refresh(self) -> None:
+        if time.monotonic() - self._shown >= self._seconds:
+            self._shown = time.monotonic()
+            for job in self.running.values():
+                job.look()
+            self._live.update(self.table(), refresh=True)
+
+    def say(self, text: str) -> None:
+        self._live.console.print(text, highlight=False, markup=False)
+
+    def table(self) -> Table:
+        """The newest jobs that have ended, failures first to stay, and all that run."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=self.summary(), title_justify="left", expand=False)
+        for name, style in (("job", ""), ("state", ""), ("device", "dim")):
+            table.add_column(name, style=style, overflow="fold")
+        for name in ("step", "loss", "left"):
+            table.add_column(name, justify="right", no_wrap=True)
+        bad = [entry for entry in self._ended if entry[1].get("state") != "done"]
+        good = [entry for entry in self._ended if entry[1].get("state") == "done"]
+        for task, status in [*bad[-_MOST_ENDED:], *good[-_MOST_ENDED:]]:
+            state = status.get("state", "")
+            style = "green" if state == "done" else "red"
+            progress = read_progress(task.folder)
+            loss = "" if math.isnan(progress.loss) else f"{progress.loss:.3f}"
+            cells = (status.get("device") or "", str(progress.step), loss, "")
+            table.add_row(Text(task.label), Text(state, style=style), *cells)
+        for job in self.running.values():
+            table.add_row(Text(job.task.label), "running", job.device, job.steps, job.loss, job.eta)
+        return table
+
+
+def duration(seconds: float) -> str:
+    """75 -> 1:15; 3,700 -> 1:01:40."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

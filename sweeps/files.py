@@ -1,0 +1,54 @@
+"""Files that several processes read while one writes them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Lock:
+    """Held until it is released and every process that inherited it has ended, however it ended.
+
+    Process numbers are used again after a crash or a restart; the system's lock on a file is not
+    held a moment too long.
+
+    Args:
+        path: a file that is there for the lock alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: int | None = None
+
+    def acquire(self) -> bool:
+        """Whether it could be had, at once."""
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            return False
+        self._file = file
+        return True
+
+    @property
+    def file(self) -> int:
+        """The file descriptor, which a child process can be given (``pass_fds``)."""
+        assert self._file is not None, "not held"
+        return self._file
+
+    def release(self) -> None:
+        """Let go of it in this process."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None

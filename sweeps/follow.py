@@ -1,0 +1,75 @@
+"""Jobs that a cluster runs: shown by their status files, and judged where those say nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from sweeps.display import make_display
+from sweeps.pool import interrupts
+from sweeps.process import Task
+from sweeps.status import read_status, state_of, write_status
+
+_LOOK_SECONDS = 1.0
+
+
+def follow(
+    tasks: list[Task],
+    *,
+    over: Callable[[], dict[Task, str]],
+    cancel: Callable[[Iterable[Task]], None],
+    grace_seconds: float,
+) -> None:
+    """Wait until the cluster has no task any more.
+
+    Args:
+        tasks: that it was given.
+        over: the tasks that it has no more, with what it says of each.
+        cancel: takes tasks back; running ones may save first.
+        grace_seconds: that cancelled tasks may take.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; all tasks are over or cancelled.
+    """
+    left, running = list(tasks), set()
+    with make_display(len(tasks)) as display, interrupts() as check:
+
+        def look(reason: str | None = None) -> None:
+            ended = over()
+            for task in list(left):
+                status = read_status(task.folder) or {}
+                if status.get("state") == "running" and task not in running:
+                    running.add(task)
+                    display.started(task, str(status["device"]))
+                if task in ended:
+                    left.remove(task)
+                    _judge(task, ended[task], interrupted=reason)
+                    display.ended(task)
+            display.refresh()
+
+        try:
+            while left:
+                check()
+                look()
+                time.sleep(_LOOK_SECONDS)
+        except KeyboardInterrupt as interrupt:
+            reason = str(interrupt)
+            display.say(f"cancelling {len(left)} jobs; those that run save first")
+            cancel(left)
+            until = time.monotonic() + grace_seconds
+            while left and time.monotonic() < until:
+                look(reason)
+                time.sleep(_LOOK_SECONDS)
+            for task in left:
+                _judge(task, "did not end in time", interrupted=reason)
+            raise
+
+
+def _judge(task: Task, said: str, *, interrupted: str | None) -> None:
+    """A job that never began, or was ended without a chance to say so, has no last status."""
+    if state_of(task.folder) in ("done", "failed", "interrupted"):
+        return
+    old = read_status(task.folder) or {}
+    kept = {key: old.get(key) for key in ("device", "pid", "started")}
+    state = "failed" if interrupted is None else "interrupted"
+    write_status(task.folder, task.overrides, state, reason=interrupted or said, **kept)

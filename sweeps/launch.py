@@ -1,0 +1,244 @@
+"""What all launchers share: checks before any job starts, skipping, and the last word.
+
+Hydra's sweeper hands over the jobs of a sweep; a launcher differs from another in the one function
+that runs those which are not done yet.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from mtp_lightning.cli import readable_errors
+from sweeps.compose import count_processes, settle
+from sweeps.files import Lock
+from sweeps.plan import Job, Plan, key_of, varied_keys, without_housekeeping
+from sweeps.pool import Interrupted
+from sweeps.process import SUMMARY_FILE, Task, python_command
+from sweeps.status import describe_failure, read_status, state_of, write_status
+
+Run = Callable[[list[Task]], None]
+
+# Of Hydra's own settings, those that are about the sweep and not about a job.
+_SWEEP_SETTINGS = (
+    "hydra/launcher",
+    "hydra.launcher",
+    "hydra/sweeper",
+    "hydra.sweeper",
+    "hydra.sweep",
+    "hydra.mode",
+    "hydra.run",
+)
+# Keys that may differ between a finished run and a call that skips it.
+_NO_SETTING = ("run_dir", "sweep_dir", "sweep", "paths")
+
+
+def launch(
+    run: Run,
+    *,
+    config: DictConfig,
+    hydra_context: HydraContext,
+    batch: Sequence[Sequence[str]],
+) -> list[JobReturn]:
+    """Run the jobs of a sweep that are not done, and say what became of all.
+
+    Args:
+        run: runs tasks, each to its end; how it ended stands in its status file.
+        config: the sweep's own config.
+        hydra_context: composes the jobs' configs.
+        batch: every job's overrides.
+
+    Returns:
+        One entry a job, with its final validation loss.
+
+    Raises:
+        SystemExit: 1 when a job did not finish or something was wrong with the sweep; 128 + the
+            signal's number when it was interrupted.
+    """
+    with readable_errors():
+        return _launch(run, config=config, hydra_context=hydra_context, batch=batch)
+
+
+def _launch(
+    run: Run, *, config: DictConfig, hydra_context: HydraContext, batch: Sequence[Sequence[str]]
+) -> list[JobReturn]:
+    if config.hydra.sweeper.get("max_batch_size") is not None:
+        raise ValueError(
+            "hydra.sweeper.max_batch_size would start jobs before the later ones are checked: "
+            "leave it out; hydra.launcher.n_jobs says how many run at once."
+        )
+    folder = Path(config.hydra.sweep.dir).absolute()
+    plan = Plan(folder)
+    jobs = plan.add(batch)
+    paths = {frozenset(without_housekeeping(o)): _paths(o) for o in batch}
+    varied = varied_keys([job.overrides for job in jobs])
+    composed: dict[Job, DictConfig] = {}
+    tasks: dict[Job, Task] = {}
+    for job in jobs:
+        overrides = [*paths[frozenset(job.overrides)], *job.overrides]
+        run_folder = folder / job.folder
+        composed[job] = _compose(config, hydra_context, overrides, run_folder)
+        tasks[job] = Task(
+            folder=run_folder,
+            overrides=job.overrides,
+            command=_command(config, overrides, run_folder),
+            processes=count_processes(composed[job]),
+            max_steps=composed[job].trainer.max_steps,
+            on_cpu=composed[job].trainer.accelerator == "cpu",
+            labels=tuple(o for o in job.overrides if key_of(o) in varied),
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = Lock(folder / ".lock")
+    if not lock.acquire():
+        raise BlockingIOError(f"Another sweep is at work in {folder}: wait for it, or stop it.")
+    try:
+        plan.write([Path(sys.argv[0]).name, *sys.argv[1:]])
+        todo = [
+            tasks[job]
+            for job in jobs
+            if _must_run(folder / job.folder, retry_failed=config.sweep.retry_failed)
+        ]
+        again = _shown(folder)
+        _say_plan(jobs, tasks, todo, composed)
+        try:
+            if todo:
+                for task in todo:
+                    if read_status(task.folder) is None:
+                        write_status(task.folder, task.overrides, "pending")
+                run(todo)
+        except Interrupted as interrupt:
+            print(f"interrupted. The same command with sweep_dir={again} continues.", flush=True)
+            raise SystemExit(128 + interrupt.signum) from interrupt
+    finally:
+        lock.release()
+    _say_end(folder, [tasks[job] for job in jobs])
+    return [_job_return(job, composed[job], folder / job.folder) for job in jobs]
+
+
+def _paths(overrides: Sequence[str]) -> list[str]:
+    """Overrides that are no part of what a job computes, but that it needs."""
+    return [o for o in overrides if key_of(o).startswith("paths.")]
+
+
+def _compose(
+    config: DictConfig, hydra_context: HydraContext, overrides: list[str], folder: Path
+) -> DictConfig:
+    composed = hydra_context.config_loader.load_sweep_config(config, overrides)
+    with read_write(composed), open_dict(composed):
+        del composed["hydra"]
+    settle(composed, folder)
+    return composed
+
+
+def _command(config: DictConfig, overrides: Sequence[str], folder: Path) -> tuple[str, ...]:
+    """The command line of a job: this one's program and config, and its own overrides."""
+    hydra = config.hydra
+    options: list[str] = []
+    if hydra.job.config_name != "config":
+        options += ["--config-name", str(hydra.job.config_name)]
+    for source in hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            options += ["--config-dir", str(source.path)]
+    settings = [o for o in hydra.overrides.hydra if not key_of(o).startswith(_SWEEP_SETTINGS)]
+    script = Path(sys.argv[0]).absolute()
+    return python_command(script, [*options, *settings, *overrides], folder)
+
+
+def _must_run(folder: Path, *, retry_failed: bool) -> bool:
+    state = state_of(folder)
+    if state == "done":
+        return not (folder / SUMMARY_FILE).is_file()
+    return retry_failed or state != "failed"
+
+
+def _say_plan(
+    jobs: Sequence[Job],
+    tasks: dict[Job, Task],
+    todo: Sequence[Task],
+    composed: dict[Job, DictConfig],
+) -> None:
+    folder = tasks[jobs[0]].folder.parent
+    text = f"{len(jobs)} jobs in {_shown(folder)}"
+    skipped = [job for job in jobs if tasks[job] not in todo]
+    for state in ("done", "failed"):
+        n = sum(state_of(tasks[job].folder) == state for job in skipped)
+        text += f", {n} {state} before" if n else ""
+    going_on = sum(state_of(task.folder) in ("interrupted", "running") for task in todo)
+    text += f", {going_on} to be continued" if going_on else ""
+    print(text, flush=True)
+    for job in skipped:
+        changed = _changed_settings(composed[job], tasks[job].folder)
+        if changed:
+            print(f"warning: {job.folder} finished with other settings: {changed}", flush=True)
+
+
+def _changed_settings(composed: DictConfig, folder: Path) -> str:
+    """What a finished run's ``config.yaml`` has and this call would set otherwise."""
+    try:
+        stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return ""
+    old, new = _flat(stored), _flat(OmegaConf.to_container(composed))
+    there = str(folder)
+    changed = [
+        f"{key} was {old[key]}, is {new[key]}"
+        for key in old.keys() & new.keys()
+        if old[key] != new[key] and there not in str(new[key])
+    ]
+    return "; ".join(sorted(changed))
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {
+        name: value
+        for key, child in node.items()
+        if prefix or key not in _NO_SETTING
+        for name, value in _flat(child, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def _say_end(folder: Path, tasks: Sequence[Task]) -> None:
+    """The last lines: all is well, or every job that is not, with its log; then exit code 1."""
+    bad = [task for task in tasks if state_of(task.folder) != "done"]
+    if not bad:
+        print(f"all {len(tasks)} jobs done in {_shown(folder)}", flush=True)
+        return
+    failed = any(state_of(task.folder) == "failed" for task in bad)
+    retry = " sweep.retry_failed=true" if failed else ""
+    lines = [
+        f"{len(tasks) - len(bad)} of {len(tasks)} jobs done in {_shown(folder)}; "
+        f"the same command with sweep_dir={_shown(folder)}{retry} tries the others again:",
+        *(describe_failure(task.folder) for task in bad),
+    ]
+    print("\n".join(lines), flush=True)
+    raise SystemExit(1)
+
+
+def _shown(folder: Path) -> str:
+    """The folder as one would type it."""
+    here = Path.cwd()
+    return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
+
+
+def _job_return(job: Job, composed: DictConfig, folder: Path) -> JobReturn:
+    summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    result = JobReturn(
+        overrides=list(job.overrides),
+        cfg=copy.deepcopy(composed),
+        working_dir=str(Path.cwd()),
+        status=JobStatus.COMPLETED,
+    )
+    result.return_value = summary.get("val/loss_depth_0")
+    return result

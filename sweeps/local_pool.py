@@ -1,0 +1,68 @@
+"""``hydra/launcher=local_pool``: the jobs of a sweep on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sweeps.devices import DeviceQueue, choose_gpus
+from sweeps.display import make_display
+from sweeps.pool import Pool
+from sweeps.process import Task
+
+
+def make_pool(
+    n_tasks: int,
+    *,
+    devices: str | Sequence[int | str] = "auto",
+    n_jobs: int | None = None,
+    grace_seconds: float = 60.0,
+) -> Pool:
+    """A pool over this machine's devices, shown on the terminal.
+
+    Args:
+        n_tasks: jobs that there will be.
+        devices: auto, cpu, or the GPUs.
+        n_jobs: most jobs at once.
+        grace_seconds: that jobs have to save after Ctrl-C.
+    """
+    queue = DeviceQueue(gpus=choose_gpus(devices), n_jobs=n_jobs, n_tasks=n_tasks)
+    return Pool(queue=queue, display=make_display(n_tasks), grace_seconds=grace_seconds)
+
+
+def run(
+    tasks: list[Task],
+    *,
+    devices: str | Sequence[int | str],
+    devices_per_job: int | None,
+    n_jobs: int | None,
+    grace_seconds: float,
+) -> None:
+    """Run tasks, as many at once as there are devices.
+
+    Args:
+        tasks: to run.
+        devices: auto, cpu, or the GPUs.
+        devices_per_job: that each job gets; by default what its ``trainer.devices`` asks for.
+        n_jobs: most jobs at once.
+        grace_seconds: that jobs have to save after Ctrl-C.
+
+    Raises:
+        ValueError: a job that can never have its devices.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have ended.
+    """
+    if all(task.on_cpu for task in tasks):
+        devices = "cpu"
+    pool = make_pool(len(tasks), devices=devices, n_jobs=n_jobs, grace_seconds=grace_seconds)
+    pool.run([_with_devices(task, pool.queue, devices_per_job) for task in tasks])
+
+
+def _with_devices(task: Task, queue: DeviceQueue, devices_per_job: int | None) -> Task:
+    wanted = task.processes if devices_per_job is None else devices_per_job
+    if wanted < task.processes:
+        raise ValueError(
+            f"hydra.launcher.devices_per_job={devices_per_job} is less than what {task.label} "
+            f"asks for, trainer.devices={task.processes}."
+        )
+    queue.check(wanted)
+    return replace(task, devices=wanted)

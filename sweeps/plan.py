@@ -1,0 +1,162 @@
+"""Which jobs a sweep has, which folder each one lives in, and ``sweep.json`` that tells it.
+
+A job is what its overrides say. It keeps its folder when the sweep is started again, whatever
+values are added, so folders carry no job numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sweeps.files import write_json
+from sweeps.status import read_status
+
+SWEEP_FILE = "sweep.json"
+VERSION = 1
+
+# Where runs go and how a sweep is run: no part of what a job computes.
+_HOUSEKEEPING = ("run_dir", "sweep_dir", "sweep", "hydra", "paths")
+_LONGEST = 80  # of a folder's name; TensorBoard shows it beside every curve
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+        folder: its name below the sweep's folder.
+        overrides: what it computes, as Hydra's overrides, without housekeeping.
+    """
+
+    folder: str
+    overrides: tuple[str, ...]
+
+
+def key_of(override: str) -> str:
+    """``+mtp.depth=2`` -> ``mtp.depth``."""
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def without_housekeeping(overrides: Iterable[str]) -> tuple[str, ...]:
+    """The overrides that say what a job computes."""
+    return tuple(o for o in overrides if key_of(o).split(".")[0] not in _HOUSEKEEPING)
+
+
+def varied_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """Keys that do not have one and the same override in every job, in order of appearance."""
+    values: dict[str, set[str]] = {}
+    counts: dict[str, int] = {}
+    for overrides in jobs:
+        for override in overrides:
+            values.setdefault(key_of(override), set()).add(override)
+            counts[key_of(override)] = counts.get(key_of(override), 0) + 1
+    return [key for key in values if len(values[key]) > 1 or counts[key] < len(jobs)]
+
+
+def digest(overrides: Sequence[str]) -> str:
+    """Eight hexadecimal digits for a job, whatever the order of its overrides."""
+    return hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:8]
+
+
+def folder_name(overrides: Sequence[str], varied: Sequence[str]) -> str:
+    """A readable name that is safe in paths and, unquoted, in Hydra's overrides.
+
+    All overrides where they are short enough; else the varied ones and a digest of all.
+    """
+    name = "_".join(map(_item, overrides)) or "default"
+    if len(name) <= _LONGEST:
+        return name
+    shown = "_".join(_item(o) for o in overrides if key_of(o) in varied) or name
+    return "_".join(filter(None, (shown[: _LONGEST - 9].rstrip("_-."), digest(overrides))))
+
+
+def _item(override: str) -> str:
+    text = override.lstrip("+~").replace("=", "-", 1).replace("'", "").replace('"', "")
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-._")
+
+
+class Plan:
+    """The jobs that a sweep's folder is for, read from and written to ``sweep.json``.
+
+    Args:
+        folder: of the sweep; it need not exist.
+
+    Raises:
+        ValueError: its ``sweep.json`` is damaged or of another version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.jobs: list[Job] = []
+        self._stored: dict[str, Any] = {}
+        file = folder / SWEEP_FILE
+        if not file.exists():
+            return
+        try:
+            self._stored = json.loads(file.read_text(encoding="utf-8"))
+            if self._stored["version"] != VERSION:
+                raise ValueError(f"version {self._stored['version']}")
+            self.jobs = [
+                Job(str(job["folder"]), tuple(job["overrides"])) for job in self._stored["jobs"]
+            ]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} cannot be read as version {VERSION} of this file ({error}): "
+                "give the sweep another folder."
+            ) from error
+
+    def add(
+        self, batch: Sequence[Sequence[str]], *, varied: Sequence[str] | None = None
+    ) -> list[Job]:
+        """The jobs of a call, known ones in the folder that they have.
+
+        Args:
+            batch: each job's overrides; the same job twice counts once.
+            varied: keys to name new folders by; by default those that differ in the batch.
+        """
+        known = {frozenset(job.overrides): job for job in self.jobs}
+        wanted = [without_housekeeping(overrides) for overrides in batch]
+        varied = varied_keys(wanted) if varied is None else varied
+        asked: dict[Job, None] = {}
+        for overrides in wanted:
+            job = known.get(frozenset(overrides))
+            if job is None:
+                job = Job(self._free_name(overrides, varied), overrides)
+                known[frozenset(overrides)] = job
+                self.jobs.append(job)
+            asked[job] = None
+        return list(asked)
+
+    def write(self, command: Sequence[str]) -> None:
+        """Store all jobs, those of earlier calls included.
+
+        Args:
+            command: the command line of this call.
+        """
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        content = {
+            "version": VERSION,
+            "name": self.folder.name,
+            "command": list(command),
+            "varied": varied_keys([job.overrides for job in self.jobs]),
+            "jobs": [{"folder": j.folder, "overrides": list(j.overrides)} for j in self.jobs],
+            "created": self._stored.get("created", now),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(content, self.folder / SWEEP_FILE)
+
+    def _free_name(self, overrides: tuple[str, ...], varied: Sequence[str]) -> str:
+        name = folder_name(overrides, varied)
+        status = read_status(self.folder / name)
+        other = status is not None and set(status["overrides"]) != set(overrides)
+        # Two values may look alike once they are safe for a path.
+        if other or any(job.folder == name for job in self.jobs):
+            name = f"{name}_{digest(overrides)}"
+        return name

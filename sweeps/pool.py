@@ -1,0 +1,188 @@
+"""Jobs on one machine: as many at once as there are devices, the next as soon as one is free."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from sweeps.devices import DeviceQueue, Devices
+from sweeps.process import JobProcess, Task
+from sweeps.status import write_status
+
+_LOOK_SECONDS = 0.1
+
+Ended = Callable[[Task], None] | None
+
+
+class Display(Protocol):
+    """What shows a sweep while it runs."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def started(self, task: Task, device: str) -> None:
+        """A job has begun."""
+
+    def ended(self, task: Task) -> None:
+        """A job has ended; its status file says how."""
+
+    def refresh(self) -> None:
+        """Time has passed."""
+
+    def say(self, text: str) -> None:
+        """A line for the reader."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or SIGTERM or SIGHUP, which end a sweep likewise.
+
+    Args:
+        signum: the signal; an app's exit code is 128 more.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__("Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name)
+        self.signum = signum
+
+
+class Pool:
+    """Runs tasks, each in a process of its own; what becomes of one touches no other.
+
+    Args:
+        queue: of the devices.
+        display: shows what happens.
+        grace_seconds: that jobs have to save and end after Ctrl-C, before they are killed.
+    """
+
+    def __init__(
+        self, *, queue: DeviceQueue, display: Display, grace_seconds: float = 60.0
+    ) -> None:
+        self.queue = queue
+        self._display = display
+        self._grace = grace_seconds
+        self._running: list[JobProcess] = []
+
+    def run(
+        self,
+        tasks: Iterable[Task],
+        *,
+        watch: Callable[[Task], str | None] | None = None,
+        ended: Ended = None,
+    ) -> None:
+        """Run all tasks; how each one ended stands in its status file.
+
+        Args:
+            tasks: taken one by one, each when there is room for it.
+            watch: looks at a running task now and then; a text stops it, and is the reason.
+            ended: told of each task that has ended.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM, after all jobs have ended.
+        """
+        waiting: Task | None = None
+        source = iter(tasks)
+        with self._display, interrupts() as check:
+            try:
+                while True:
+                    check()
+                    waiting = self._fill(source, waiting, ended)
+                    if not self._running:
+                        return
+                    time.sleep(_LOOK_SECONDS)
+                    self._collect(ended)
+                    for process in self._running if watch is not None else ():
+                        reason = watch(process.task)  # type: ignore[misc]
+                        if reason is not None and not process.stopping:
+                            process.stop(reason)
+                    self._display.refresh()
+            except BaseException as error:
+                self._stop_all(str(error) if isinstance(error, Interrupted) else repr(error))
+                raise
+
+    def _fill(self, source: Iterator[Task], waiting: Task | None, ended: Ended) -> Task | None:
+        """Start jobs while there is room; the one that has to wait, if any, is next."""
+        while True:
+            if waiting is None and self.queue.has_room:
+                waiting = next(source, None)
+            if waiting is None:
+                return None
+            devices = self.queue.take(waiting.devices or waiting.processes)
+            if devices is None:
+                # Nobody overtakes it: a job for two devices would wait for ever.
+                return waiting
+            self._start(waiting, devices, ended)
+            waiting = None
+
+    def _start(self, task: Task, devices: Devices, ended: Ended) -> None:
+        self._display.started(task, str(devices))
+        try:
+            self._running.append(JobProcess(task, devices))
+        except OSError as error:  # the others go on
+            write_status(task.folder, task.overrides, "failed", reason=f"not started: {error}")
+            self.queue.give_back(devices)
+            self._tell(task, ended)
+
+    def _collect(self, ended: Ended) -> None:
+        for process in list(self._running):
+            if process.ended():
+                self._running.remove(process)
+                self.queue.give_back(process.devices)
+                self._tell(process.task, ended)
+
+    def _tell(self, task: Task, ended: Ended) -> None:
+        self._display.ended(task)
+        if ended is not None:
+            ended(task)
+
+    def _stop_all(self, reason: str) -> None:
+        """Let every job save and end; a second Ctrl-C, or the end of patience, kills."""
+        if not self._running:
+            return
+        self._display.say(f"stopping {len(self._running)} jobs (Ctrl-C again: at once)")
+        for process in self._running:
+            process.stop(reason)
+        until = time.monotonic() + self._grace
+        killed = False
+        while self._running:
+            try:
+                if not killed and time.monotonic() > until:
+                    raise KeyboardInterrupt
+                self._collect(None)
+                time.sleep(_LOOK_SECONDS)
+            except KeyboardInterrupt:
+                killed = True
+                for process in self._running:
+                    process.kill()
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], None]]:
+    """Gives a function that raises when Ctrl-C or the like has come.
+
+    At its own time: in the middle of the start of a job, an exception would leave a process that
+    nobody knows. The second Ctrl-C is an exception at once.
+    """
+    received: list[int] = []
+
+    def receive(signum: int, frame: Any) -> None:
+        received.append(signum)
+        if len(received) > 1:
+            raise Interrupted(signum)
+
+    def check() -> None:
+        if received:
+            raise Interrupted(received[0])
+
+    old = {}
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+            old[signum] = signal.signal(signum, receive)
+    try:
+        yield check
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,220 @@
+"""One job: a fresh process with a log, a status file and a lock."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sweeps.devices import Devices
+from sweeps.files import Lock
+from sweeps.status import LOG_FILE, last_words, now, write_status
+
+SUMMARY_FILE = "summary.json"
+_LOCK_FILE = ".lock"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What has to be run.
+
+    Attributes:
+        folder: the run's, absolute.
+        overrides: what the job computes, for its status file.
+        command: the whole command line, the folder included.
+        processes: that train together.
+        devices: that it gets; 0 for one a process.
+        max_steps: optimizer steps, to tell how long it takes; None where not known.
+        on_cpu: whether it asks for the CPU, whatever else there is.
+        labels: the overrides that tell it from the others of its sweep.
+        cwd: where relative paths of its overrides start.
+    """
+
+    folder: Path
+    overrides: tuple[str, ...]
+    command: tuple[str, ...]
+    processes: int = 1
+    devices: int = 0
+    max_steps: int | None = None
+    on_cpu: bool = False
+    labels: tuple[str, ...] = ()
+    cwd: Path = field(default_factory=Path.cwd)
+
+    @property
+    def label(self) -> str:
+        """What to call it in a line."""
+        return " ".join(self.labels) or self.folder.name
+
+
+class JobProcess:
+    """A task that runs, for as long as this process does.
+
+    Args:
+        task: what to run.
+        devices: what it may use.
+        deaf_to: signals that are meant for this process, though its children get them, too.
+    """
+
+    def __init__(
+        self, task: Task, devices: Devices, *, deaf_to: Sequence[signal.Signals] = ()
+    ) -> None:
+        self.task = task
+        self.devices = devices
+        self._stopping: str | None = None
+        # At SIGTERM, the processes of a data-parallel run wait for each other for ever (Lightning
+        # broadcasts in its signal handler). What they saved last is on the disk in either case.
+        self._end_signal = signal.SIGTERM if task.processes == 1 else signal.SIGKILL
+        task.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(task.folder / _LOCK_FILE)
+        _wait_for(self._lock, task.folder)
+        self._started = now()
+        self._watchdog = _Watchdog(self._end_signal)
+        try:
+            self._popen = self._start(deaf_to)
+        except OSError:
+            self._watchdog.dismiss()
+            self._lock.release()
+            raise
+        self._write("running")
+
+    def _start(self, deaf_to: Sequence[signal.Signals]) -> subprocess.Popen[bytes]:
+        with (self.task.folder / LOG_FILE).open("ab") as log:
+            if log.tell():
+                log.write(f"\n--- started again {self._started}\n".encode())
+                log.flush()
+            return subprocess.Popen(
+                self.task.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.devices.environment(),
+                pass_fds=(self._lock.file,),
+                process_group=self._watchdog.group,
+                preexec_fn=_deaf_to(deaf_to) if deaf_to else None,
+                cwd=self.task.cwd,
+            )
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was asked to end."""
+        return self._stopping is not None
+
+    def ended(self) -> bool:
+        """Whether it has ended; then its status file says how."""
+        code = self._popen.poll()
+        if code is None:
+            return False
+        self._watchdog.dismiss()
+        self._lock.release()
+        state, reason = self._judge(code)
+        self._write(state, ended=now(), exit_code=code, reason=reason)
+        return True
+
+    def stop(self, reason: str) -> None:
+        """Ask it to save and end; data-parallel runs end where they are.
+
+        Args:
+            reason: for its status.
+        """
+        self._stopping = reason
+        os.killpg(self._watchdog.group, self._end_signal)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._stopping = self._stopping or "killed"
+        os.killpg(self._watchdog.group, signal.SIGKILL)
+
+    def _judge(self, code: int) -> tuple[str, str | None]:
+        if code == 0 and (self.task.folder / SUMMARY_FILE).is_file():
+            return "done", None
+        if self._stopping is not None:
+            return "interrupted", self._stopping
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            if code in (-signum, 128 + signum):
+                return "interrupted", f"ended by {signum.name}"
+        if code == 0:
+            return "failed", f"ended without {SUMMARY_FILE}"
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = " (by the system, if its memory was full)" if -code == signal.SIGKILL else ""
+            return "failed", f"killed by {name}{hint}"
+        return "failed", f"exit code {code}: {last_words(self.task.folder / LOG_FILE)}"
+
+    def _write(self, state: str, **values: object) -> None:
+        write_status(
+            self.task.folder,
+            self.task.overrides,
+            state,
+            device=str(self.devices),
+            pid=self._popen.pid,
+            started=self._started,
+            **values,
+        )
+
+
+def _wait_for(lock: Lock, folder: Path, *, seconds: float = 60.0) -> None:
+    """A sweep that was killed leaves jobs that are still saving."""
+    until = time.monotonic() + seconds
+    while not lock.acquire():
+        if time.monotonic() > until:
+            raise BlockingIOError(f"{folder} is still in use by a process of an earlier start.")
+        time.sleep(0.1)
+
+
+def _deaf_to(signals: Sequence[signal.Signals]) -> Callable[[], None]:
+    """For the child, before its program begins: ignore signals."""
+
+    def setup() -> None:
+        for signum in signals:
+            signal.signal(signum, signal.SIG_IGN)
+
+    return setup
+
+
+class _Watchdog:
+    """A process group that ends when this process is gone, however it ended.
+
+    The system closes the pipe, at whose other end a shell waits for just that. A run's first
+    process alone would not do: the others of a data-parallel run do not notice its end. Terminals
+    send Ctrl-C to the group in the foreground, which this one is not.
+
+    Args:
+        end_signal: that the group gets.
+    """
+
+    def __init__(self, end_signal: signal.Signals) -> None:
+        name = end_signal.name.removeprefix("SIG")
+        self._shell = subprocess.Popen(
+            ["sh", "-c", 'trap "" TERM; read -r _; kill -s "$0" 0', name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            process_group=0,
+        )
+
+    @property
+    def group(self) -> int:
+        """The number of the group, which is there as long as this object is not dismissed."""
+        return self._shell.pid
+
+    def dismiss(self) -> None:
+        """End all that is left of the group, itself included."""
+        os.killpg(self.group, signal.SIGKILL)
+        self._shell.communicate()
+
+
+def python_command(script: Path, overrides: Sequence[str], folder: Path) -> tuple[str, ...]:
+    """The command line of a run in ``folder``, which lies in the sweep's."""
+    # The sweep's folder too: its default holds the time, in which jobs would differ.
+    places = (f"run_dir={quoted(str(folder))}", f"sweep_dir={quoted(str(folder.parent))}")
+    return (sys.executable, str(script), *overrides, *places)
+
+
+def quoted(text: str) -> str:
+    """A value as Hydra's grammar reads it back."""
+    return "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"

@@ -1,0 +1,108 @@
+"""``hydra/launcher=ray``: the jobs of a sweep on a Ray cluster, or on this machine by Ray.
+
+Each is one Ray task that starts the run as a process of its own, as the local pool does; Ray hands
+out the cores and GPUs. All machines have to see the sweep's folder.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sweeps.devices import Devices
+from sweeps.follow import follow
+from sweeps.process import JobProcess, Task
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_remotely(task: Task, threads: int) -> None:
+    """What a Ray worker does; Ray's cancellation is a KeyboardInterrupt."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    name = f"ray:{os.uname().nodename}" + (f":cuda:{gpus}" if gpus else "")
+    process = JobProcess(task, Devices(gpus=None, threads=threads, name=name))
+    try:
+        while not process.ended():
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        process.stop("cancelled")
+        while not process.ended():
+            time.sleep(0.1)
+
+
+def run(
+    tasks: list[Task],
+    *,
+    address: str | None,
+    cpus_per_process: int,
+    gpus_per_process: float,
+    grace_seconds: float,
+) -> None:
+    """Hand tasks to Ray and wait for them; see conf/hydra/launcher/ray.yaml for the settings.
+
+    Raises:
+        ValueError: Ray is not there, or has no cluster at the address.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs were cancelled.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise ValueError("hydra/launcher=ray needs Ray: pip install -e '.[ray]'") from None
+
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=False if address is None else None,
+            log_to_driver=False,
+            logging_level="WARNING",
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
+        )
+    except ConnectionError as error:
+        raise ValueError(f"hydra.launcher.address={address}: {error}") from error
+    try:
+        # A fresh worker for every job, and no second try behind the status file's back.
+        remote = ray.remote(max_calls=1, max_retries=0)(run_remotely)
+        refs: dict[Task, Any] = {}
+        for task in tasks:
+            n = task.processes
+            gpus = 0 if task.on_cpu else gpus_per_process * n
+            _check_room(ray, cpus=cpus_per_process * n, gpus=gpus)
+            options = remote.options(num_cpus=cpus_per_process * n, num_gpus=gpus)
+            refs[task] = options.remote(task, cpus_per_process)
+
+        def over() -> dict[Task, str]:
+            done, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=0)
+            return {task: _error(ray, ref) for task, ref in refs.items() if ref in set(done)}
+
+        def cancel(left: Iterable[Task]) -> None:
+            for task in left:
+                ray.cancel(refs[task], force=False)
+
+        follow(tasks, over=over, cancel=cancel, grace_seconds=grace_seconds)
+    finally:
+        ray.shutdown()
+
+
+def _check_room(ray: Any, *, cpus: float, gpus: float) -> None:
+    """Ray lets a task that no machine can ever run wait for ever."""
+    for node in ray.nodes():
+        there = node["Resources"]
+        if node["Alive"] and there.get("CPU", 0) >= cpus and there.get("GPU", 0) >= gpus:
+            return
+    raise ValueError(
+        f"A job asks for {cpus} cores and {gpus:g} GPUs, which no machine of the Ray cluster has: "
+        "lower hydra.launcher.cpus_per_process or gpus_per_process."
+    )
+
+
+def _error(ray: Any, ref: Any) -> str:
+    try:
+        ray.get(ref)
+    except (ray.exceptions.RayError, OSError) as error:
+        lines = str(error).strip().splitlines()
+        return f"Ray: {lines[-1] if lines else type(error).__name__}"
+    return "Ray ended the job"

@@ -1,0 +1,301 @@
+"""Search: an Optuna study whose trials are runs in the pool.
+
+    python -m sweeps.search runs/search optimizer.lr='interval(1e-3,1e-2,log)' mtp.depth=1,2,4 \\
+        trainer.max_steps=500 --trials 20
+
+The folder is one of a sweep (sweep.json, a folder a trial), with the study in ``study.db``: the
+same command on it goes on, first with the trials that were cut off. TPE (Bergstra et al. 2011)
+proposes; after a quarter of its steps, a trial whose validation loss is above the median of the
+others at the same step is stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mtp_lightning.cli import readable_errors
+from sweeps.compose import count_processes, settle
+from sweeps.files import Lock
+from sweeps.local_pool import make_pool
+from sweeps.plan import Plan
+from sweeps.pool import Interrupted
+from sweeps.process import SUMMARY_FILE, Task, python_command
+from sweeps.progress import read_column
+from sweeps.search_space import Space, parse
+from sweeps.status import read_status, state_of
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial, Trial
+
+ROOT = Path(__file__).parents[1]
+STUDY_FILE = "study.db"
+
+
+class Search:
+    """The study of a folder, and its trials as tasks.
+
+    Args:
+        folder: of the search, absolute.
+        space: ranges by key.
+        fixed: overrides of every trial.
+        metric: validation value that is minimised, a tag of ``metrics.csv`` and ``summary.json``.
+        n_trials: trials that the study has in the end, whatever became of them.
+        prune: whether hopeless trials are stopped.
+        seed: of the sampler.
+
+    Raises:
+        ValueError: the folder holds another search, or an override does not fit the config.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        space: Space,
+        fixed: Sequence[str],
+        metric: str,
+        n_trials: int,
+        prune: bool,
+        seed: int,
+    ) -> None:
+        self.folder, self.space, self.fixed = folder, space, list(fixed)
+        self.metric, self.n_trials = metric, n_trials
+        steps = self._check_composes()
+        self.study = _open_study(folder, warmup=steps // 4 if prune else None, seed=seed)
+        told = {"space": {k: str(v) for k, v in space.items()}, "fixed": self.fixed}
+        told["metric"] = metric  # type: ignore[assignment]
+        before = self.study.user_attrs.get("search", told)
+        if before != told:
+            raise ValueError(
+                f"{folder} holds another search ({json.dumps(before)}): give this one a folder of "
+                "its own."
+            )
+        self.study.set_user_attr("search", told)
+        self._plan = Plan(folder)
+        self._trials: dict[Path, list[Trial]] = {}  # those under way, by folder
+        self._pruned: set[Path] = set()
+
+    def tasks(self) -> Iterator[Task]:
+        """Trials, each asked for when there is room for it: first those that were cut off."""
+        from optuna.trial import Trial, TrialState
+
+        for cut_off in self.study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING)):
+            yield from self._task_of(Trial(self.study, cut_off._trial_id))
+        while len(self.study.trials) < self.n_trials:
+            yield from self._task_of(self.study.ask())
+
+    def watch(self, task: Task) -> str | None:
+        """Report new validations to the study; the reason to stop, if there is one."""
+        trial = self._trials[task.folder][0]
+        reported = self._frozen(trial).intermediate_values
+        for step, value in read_column(task.folder, self.metric).items():
+            if step in reported or not math.isfinite(value):
+                continue
+            trial.report(value, step)
+            if trial.should_prune():
+                self._pruned.add(task.folder)
+                return f"pruned: {self.metric} {value:.4f} at step {step} is above the median"
+        return None
+
+    def ended(self, task: Task) -> None:
+        """Tell the study what became of a trial; one that was interrupted stays open."""
+        from optuna.trial import TrialState
+
+        state = state_of(task.folder)
+        for trial in self._trials.pop(task.folder):
+            value = _result(task.folder, self.metric) if state == "done" else math.nan
+            if math.isfinite(value):
+                self.study.tell(trial, value)
+            elif task.folder in self._pruned:
+                self.study.tell(trial, state=TrialState.PRUNED)
+            elif state != "interrupted":
+                self.study.tell(trial, state=TrialState.FAIL)
+
+    def _task_of(self, trial: Trial) -> Iterator[Task]:
+        """The trial's task; none where the same job has run, or runs, for another trial."""
+        values = {key: space.suggest(trial, key) for key, space in self.space.items()}
+        overrides = [*(f"{key}={value}" for key, value in values.items()), *self.fixed]
+        (job,) = self._plan.add([overrides], varied=list(self.space))
+        folder = self.folder / job.folder
+        trial.set_user_attr("folder", job.folder)
+        if folder in self._trials:
+            self._trials[folder].append(trial)
+            return
+        twin = self._finished_twin(trial, job.folder)
+        if twin is not None:
+            self.study.tell(trial, twin.value, state=twin.state)
+            return
+        self._plan.write(["python -m sweeps.search", *sys.argv[1:]])
+        self._trials[folder] = [trial]
+        composed = self._compose(overrides, folder)
+        yield Task(
+            folder=folder,
+            overrides=job.overrides,
+            command=python_command(ROOT / "train.py", overrides, folder),
+            processes=count_processes(composed),
+            max_steps=composed.trainer.max_steps,
+            on_cpu=composed.trainer.accelerator == "cpu",
+            labels=tuple(f"{key}={_short(value)}" for key, value in values.items()),
+        )
+
+    def _finished_twin(self, trial: Trial, folder: str) -> FrozenTrial | None:
+        for other in self.study.trials:
+            same = other.user_attrs.get("folder") == folder and other.number != trial.number
+            if same and other.state.is_finished():
+                return other
+        return None
+
+    def _frozen(self, trial: Trial) -> FrozenTrial:
+        return self.study.trials[trial.number]
+
+    def _check_composes(self) -> int:
+        """Compose with every choice and every lower bound; the steps of a trial."""
+        steps = 0
+        base = {key: space.examples[0] for key, space in self.space.items()}
+        for key, space in self.space.items():
+            for example in space.examples:
+                values = {**base, key: example}
+                overrides = [f"{k}={v}" for k, v in values.items()] + self.fixed
+                composed = self._compose(overrides, self.folder / "trial")
+                count_processes(composed)
+                steps = composed.trainer.max_steps
+        return steps
+
+    def _compose(self, overrides: Sequence[str], folder: Path) -> DictConfig:
+        from hydra import compose, initialize_config_dir
+        from hydra.errors import HydraException
+
+        try:
+            with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+                composed = compose("config", overrides=list(overrides))
+        except HydraException as error:
+            raise ValueError(f"{' '.join(overrides)} does not compose: {error}") from error
+        settle(composed, folder)
+        return composed
+
+
+def _short(value: str) -> str:
+    """Few digits, for a line on the terminal."""
+    try:
+        return f"{float(value):.4g}"
+    except ValueError:
+        return value
+
+
+def _open_study(folder: Path, *, warmup: int | None, seed: int) -> Study:
+    """The study in the folder; ``warmup`` is the step before which no trial is pruned, or None."""
+    try:
+        import optuna
+    except ModuleNotFoundError:
+        raise ValueError("sweeps.search needs Optuna: pip install -e '.[search]'") from None
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=f"sqlite:///{folder / STUDY_FILE}",
+        study_name=folder.name,
+        direction="minimize",
+        load_if_exists=True,
+        pruner=(
+            optuna.pruners.NopPruner()
+            if warmup is None
+            else optuna.pruners.MedianPruner(n_warmup_steps=warmup)
+        ),
+    )
+    # A sampler that starts again must not propose its first values again. Trials under way count
+    # as bad ones, so that those beside them go elsewhere.
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials), constant_liar=True)
+    return study
+
+
+def _result(folder: Path, metric: str) -> float:
+    try:
+        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        return float(summary[metric])
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.nan
+
+
+def report(search: Search) -> int:
+    """Print the best trials and those that failed; the exit code."""
+    from optuna.trial import TrialState
+
+    trials = search.study.trials
+    count = {s: sum(t.state == s for t in trials) for s in TrialState}
+    print(
+        f"{len(trials)} trials: {count[TrialState.COMPLETE]} complete, "
+        f"{count[TrialState.PRUNED]} pruned, {count[TrialState.FAIL]} failed"
+    )
+    for trial in trials:
+        if trial.state == TrialState.FAIL:
+            folder = search.folder / trial.user_attrs["folder"]
+            reason = (read_status(folder) or {}).get("reason")
+            print(f"failed: {folder}: {reason or f'its {search.metric} is not a finite number'}")
+    complete = [t for t in trials if t.state == TrialState.COMPLETE]
+    for trial in sorted(complete, key=lambda t: float(t.value or 0))[:5]:
+        values = " ".join(f"{key}={value}" for key, value in trial.params.items())
+        print(f"{trial.value:.4f}  {values}")
+    return 0 if complete else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    args = _parser().parse_intermixed_args(arguments)
+    with readable_errors():
+        if args.trials < 1:
+            raise ValueError(f"--trials must be at least 1, not {args.trials}.")
+        space, fixed = parse(args.overrides)
+        folder = Path(args.folder).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = Lock(folder / ".lock")
+        if not lock.acquire():
+            raise BlockingIOError(f"Another search is at work in {folder}: wait, or stop it.")
+        try:
+            search = Search(
+                folder,
+                space=space,
+                fixed=fixed,
+                metric=args.metric,
+                n_trials=args.trials,
+                prune=not args.no_pruning,
+                seed=args.seed,
+            )
+            named = args.devices in ("auto", "cpu")
+            pool = make_pool(
+                args.trials,
+                devices=args.devices if named else args.devices.split(","),
+                n_jobs=args.n_jobs,
+            )
+            pool.run(search.tasks(), watch=search.watch, ended=search.ended)
+        except Interrupted as interrupt:
+            print("interrupted. The same command continues.", flush=True)
+            sys.exit(128 + interrupt.signum)
+        finally:
+            lock.release()
+        code = report(search)
+    sys.exit(code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sweeps.search", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folder", help="of the search; one that is there goes on")
+    parser.add_argument("overrides", nargs="+", metavar="KEY=RANGE", help="and fixed KEY=VALUE")
+    parser.add_argument("--trials", type=int, default=20, help="in all (default 20)")
+    parser.add_argument("--metric", default="val/loss_depth_0", help="to minimise")
+    parser.add_argument("--n-jobs", type=int, help="trials at once, as hydra.launcher.n_jobs")
+    parser.add_argument("--devices", default="auto", help="auto, cpu or GPUs: 0,1")
+    parser.add_argument("--no-pruning", action="store_true", help="let every trial end")
+    parser.add_argument("--seed", type=int, default=0, help="of the proposals (default 0)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""``status.json`` of a job: what became of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sweeps.files import write_json
+
+STATUS_FILE = "status.json"
+LOG_FILE = "job.log"
+VERSION = 1
+STATES = ("pending", "running", "done", "failed", "interrupted")
+
+
+def now() -> str:
+    """The time, as the files give it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_status(folder: Path) -> dict[str, Any] | None:
+    """What the file says; None where there is none, or none that can be read."""
+    try:
+        status = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(status, dict) or status.get("state") not in STATES:
+        return None
+    return {**_blank(()), **status}
+
+
+def state_of(folder: Path) -> str:
+    """The state alone; ``pending`` where there is no file."""
+    status = read_status(folder)
+    return "pending" if status is None else status["state"]
+
+
+def write_status(folder: Path, overrides: Sequence[str], state: str, **values: Any) -> None:
+    """Replace the file.
+
+    Args:
+        folder: of the job; made if it is not there.
+        overrides: of the job.
+        state: one of ``STATES``.
+        values: of the other keys; those not named are null.
+    """
+    assert state in STATES
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {**_blank(overrides), "state": state, **values}
+    write_json(content, folder / STATUS_FILE)
+
+
+def _blank(overrides: Sequence[str]) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "state": "pending",
+        "overrides": list(overrides),
+        "device": None,
+        "pid": None,
+        "started": None,
+        "ended": None,
+        "exit_code": None,
+        "reason": None,
+    }
+
+
+def describe_failure(folder: Path) -> str:
+    """One line: the job, why it did not finish, and its log."""
+    status = read_status(folder)
+    assert status is not None
+    return f"{status['state']}: {folder.name}: {status['reason']} (log: {folder / LOG_FILE})"
+
+
+def last_words(log: Path, *, size: int = 20_000) -> str:
+    """The line of a log that says best why its process ended: an error, else the last one."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - size))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return "no log"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    # An error of an earlier start may stand above; what follows it is at most the hint below it.
+    if errors and errors[-1] in lines[-3:]:
+        return errors[-1]
+    return lines[-1] if lines else "nothing in the log"

@@ -1,0 +1,226 @@
+"""Real sweeps, as they are typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweeps.process import quoted
+from tests.integration.helpers import ROOT, environment, overrides, rows, train_here
+
+pytest_plugins = ["tests.integration.conftest"]
+
+
+def command(folder: Path, cache: Path, settings: dict[str, Any], *more: str) -> list[str]:
+    own = [f"sweep_dir={quoted(str(folder))}", "hydra.launcher.n_jobs=2", *more]
+    return [sys.executable, str(ROOT / "train.py"), "-m", *overrides(cache, settings), *own]
+
+
+def execute(args: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        args, capture_output=True, text=True, timeout=240, env=environment(), cwd=cwd
+    )
+
+
+def plan(folder: Path) -> dict[str, Path]:
+    """The jobs' folders by their varied overrides."""
+    stored = json.loads((folder / "sweep.json").read_text())
+    return {
+        " ".join(o for o in job["overrides"] if o.split("=")[0] in stored["varied"]): folder
+        / job["folder"]
+        for job in stored["jobs"]
+    }
+
+
+def states(folder: Path) -> dict[str, str]:
+    found = {}
+    for name, job in plan(folder).items():
+        file = job / "status.json"
+        found[name] = json.loads(file.read_text())["state"] if file.exists() else "none"
+    return found
+
+
+def wait_until(what: Any, seconds: float = 120.0) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, "did not happen"
+        time.sleep(0.01)
+
+
+def test_two_by_two_killed_in_the_middle_and_resumed(tmp_path: Path, cache: Path) -> None:
+    folder = tmp_path / "it's a sweep"
+    settings = {
+        "mtp.depth": "0,1",
+        "seed": "0,1",
+        "trainer.max_steps": 120,
+        "trainer.val_check_interval": 50,
+        "callbacks.checkpoints.every_n_steps": 10,
+    }
+    args = command(folder, cache, settings)
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(args, stdout=log, stderr=log, env=environment(), cwd=tmp_path)
+
+    def in_the_middle() -> bool:
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        return any(job.joinpath("checkpoints/last.ckpt").exists() for job in _jobs(folder))
+
+    try:
+        wait_until(in_the_middle)
+    finally:
+        process.kill()
+        process.wait()
+    before = states(folder)
+    assert len(before) == 4 and "done" not in before.values()
+    assert "running" in before.values() and "pending" in before.values()
+
+    done = execute(args, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "to be continued" in done.stdout
+    assert set(states(folder).values()) == {"done"}
+    logs = "".join((job / "job.log").read_text() for job in _jobs(folder))
+    assert "Continuing" in logs and "changed settings" not in logs
+    # As though nothing had happened, and as without a sweep.
+    name = "mtp.depth=0 seed=0"
+    train_here(tmp_path / "alone", cache, {**settings, "mtp.depth": 0, "seed": 0})
+    assert rows(plan(folder)[name]) == rows(tmp_path / "alone")
+    # Once more: nothing is left to do.
+    began = {job: (job / "job.log").stat().st_mtime_ns for job in _jobs(folder)}
+    again = execute(args, tmp_path)
+    assert again.returncode == 0 and "4 done before" in again.stdout
+    assert "warning" not in again.stdout
+    assert began == {job: (job / "job.log").stat().st_mtime_ns for job in _jobs(folder)}
+
+
+def _jobs(folder: Path) -> list[Path]:
+    return [path.parent for path in folder.glob("*/status.json")]
+
+
+def test_a_failing_job_more_values_and_a_second_try(tmp_path: Path, cache: Path) -> None:
+    folder = tmp_path / "sweep"
+    # A negative seed composes, and is refused by the run.
+    done = execute(command(folder, cache, {"seed": "-1,0"}), tmp_path)
+    assert done.returncode == 1
+    assert states(folder) == {"seed=-1": "failed", "seed=0": "done"}
+    last = done.stdout.strip().splitlines()[-1]
+    log = plan(folder)["seed=-1"] / "job.log"
+    assert last.startswith("failed: ") and last.endswith(f"(log: {log})")
+    assert "error: seed" in last and "error: seed" in log.read_text()
+    assert "sweep.retry_failed=true" in done.stdout.splitlines()[-2]
+    assert "Traceback" not in done.stdout + done.stderr
+
+    old = {name: job / "summary.json" for name, job in plan(folder).items()}["seed=0"]
+    stamp = old.stat().st_mtime_ns
+    done = execute(command(folder, cache, {"seed": "-1,0,1"}), tmp_path)
+    assert done.returncode == 1, "the failed job is still failed"
+    assert "1 done before, 1 failed before" in done.stdout
+    assert states(folder) == {"seed=-1": "failed", "seed=0": "done", "seed=1": "done"}
+    assert old.stat().st_mtime_ns == stamp
+    assert log.read_text().count("error: seed") == 1, "not tried again without being asked"
+
+    done = execute(command(folder, cache, {"seed": "-1"}, "sweep.retry_failed=true"), tmp_path)
+    assert done.returncode == 1
+    assert log.read_text().count("error: seed") == 2
+    assert len(states(folder)) == 3
+
+
+def test_data_parallel_jobs_train_with_the_processes_asked_for(tmp_path: Path, cache: Path) -> None:
+    folder = tmp_path / "sweep"
+    settings = {"trainer.devices": "1,2", "trainer.strategy": "ddp"}
+    done = execute(command(folder, cache, settings), tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sizes = {
+        name: json.loads((job / "summary.json").read_text())["world_size"]
+        for name, job in plan(folder).items()
+    }
+    assert sizes == {"trainer.devices=1": 1, "trainer.devices=2": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep"], "no second folder"
+
+
+WRONG = {
+    "no such option": ({"mtp": "sequential,sequentail"}, (), "mtp/sequentail"),
+    "no such key": ({"mtp.depht": "0,1"}, (), "mtp.depht"),
+    "missing value": (
+        {"data": "synthetic,text"},
+        ("~data.source.size", "~data.source.documents"),
+        "",
+    ),
+    "several machines": ({"seed": "0,1", "trainer.num_nodes": 2}, (), "trainer.num_nodes=2"),
+    "unknown number": ({"trainer.devices": "1,-1"}, (), "trainer.devices=-1"),
+    "no strategy": ({"trainer.devices": "1,2"}, (), "needs trainer.strategy=ddp"),
+    "batches": ({"seed": "0,1"}, ("hydra.sweeper.max_batch_size=1",), "max_batch_size"),
+    "device": ({"seed": "0,1"}, ("hydra.launcher.n_jobs=0",), "n_jobs must be at least 1"),
+    "too few devices": (
+        {"trainer.devices": "1,2", "trainer.strategy": "ddp"},
+        ("hydra.launcher.devices_per_job=1",),
+        "devices_per_job=1 is less",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said_before_any_job_starts(
+    tmp_path: Path, cache: Path, case: str
+) -> None:
+    settings, more, told = WRONG[case]
+    done = execute(command(tmp_path / "sweep", cache, settings, *more), tmp_path)
+    assert done.returncode == 1, done.stdout
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.glob("sweep/*/job.log")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_interrupted_by_ctrl_c(tmp_path: Path, cache: Path, strategy: str) -> None:
+    folder = tmp_path / "sweep"
+    settings = {
+        "seed": "0,1,2",
+        "trainer.max_steps": 300,
+        "callbacks.checkpoints.every_n_steps": 10,
+        "trainer.strategy": strategy,
+        "trainer.devices": 2 if strategy == "ddp" else 1,
+    }
+    args = command(folder, cache, settings)
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(args, stdout=log, stderr=log, env=environment(), cwd=tmp_path)
+    wait_until(lambda: len(list(folder.glob("*/checkpoints/last.ckpt"))) == 2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    printed = (tmp_path / "log").read_text()
+    assert "Traceback" not in printed and printed.strip().endswith("continues.")
+    assert sorted(states(folder).values()) == ["interrupted", "interrupted", "pending"]
+    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(folder) not in left
+    done = execute(args, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(states(folder).values()) == {"done"}
+
+
+@pytest.mark.slow
+def test_a_prepared_sweep_narrowed(tmp_path: Path, cache: Path) -> None:
+    settings = {"mtp.depth": "0,2", "seed": 0, "trainer.max_steps": 6, "mtp": None}
+    done = execute(command(tmp_path / "sweep", cache, settings, "+sweeps=depth"), tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(plan(tmp_path / "sweep")) == {"mtp.depth=0", "mtp.depth=2"}
+    for job in _jobs(tmp_path / "sweep"):
+        assert json.loads((job / "summary.json").read_text())["step"] == 6
+
+
+@pytest.mark.slow
+def test_a_second_sweep_in_the_folder_is_refused(tmp_path: Path, cache: Path) -> None:
+    folder = tmp_path / "sweep"
+    args = command(folder, cache, {"seed": "0,1", "trainer.max_steps": 100})
+    with open(os.devnull, "wb") as nothing:
+        process = subprocess.Popen(args, stdout=nothing, env=environment(), cwd=tmp_path)
+    wait_until(lambda: _jobs(folder))
+    done = execute(args, tmp_path)
+    assert done.returncode == 1 and "Another sweep is at work" in done.stderr
+    assert process.wait(120) == 0

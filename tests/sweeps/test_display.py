@@ -1,0 +1,118 @@
+"""What a reader sees of a sweep, and what it is read from."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sweeps.display import Lines, LiveTable, duration, make_display
+from sweeps.process import Task
+from sweeps.progress import Progress, read_column, read_progress
+from sweeps.status import last_words, write_status
+
+HEAD = "step,train/loss,val/loss_depth_0"
+
+
+def csv(folder: Path, *rows: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.csv").write_text("\n".join([HEAD, *rows]))
+    return folder
+
+
+def test_progress(tmp_path: Path) -> None:
+    assert read_progress(tmp_path) == Progress() and math.isnan(Progress().loss)
+    # A row without a loss (a validation of its own), and one that is just being written.
+    folder = csv(tmp_path, "10,5.5,", "20,4.5,4.25", "30,,4.0", "40,9.")
+    assert read_progress(folder) == Progress(20, 4.5)
+    assert read_column(folder, "val/loss_depth_0") == {20: 4.25, 30: 4.0}
+    assert read_column(folder, "nothing") == {}
+    assert read_column(tmp_path / "none", "train/loss") == {}
+
+
+def test_progress_of_a_long_file(tmp_path: Path) -> None:
+    folder = csv(tmp_path, *(f"{i},{i / 8},{i / 4}" for i in range(1, 5000)), "")
+    assert read_progress(folder) == Progress(4999, 4999 / 8)
+    assert read_progress(folder, tail=30) == Progress(4999, 4999 / 8)
+
+
+def sweep(tmp_path: Path) -> list[Task]:
+    tasks = []
+    for i, state in enumerate(("running", "done", "failed")):
+        folder = csv(tmp_path / f"job{i}", "10,5.5,", "")
+        labels = (f"mtp.depth={i}", "mtp_lambda=[0.1,0.2]")
+        reason = "exit code 1: error: [bad] value" if state == "failed" else None
+        write_status(folder, labels, state, device="cpu:0", reason=reason)
+        tasks.append(
+            Task(folder=folder, overrides=labels, command=(), max_steps=100, labels=labels)
+        )
+    return tasks
+
+
+def test_live_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    out = io.StringIO()
+    console = Console(file=out, width=110, force_terminal=True, color_system=None)
+    tasks = sweep(tmp_path)
+    with LiveTable(3, console=console) as table:
+        for task in tasks:
+            table.started(task, "cpu:0")
+        for task in tasks[1:]:
+            table.ended(task)
+        table.refresh()  # sees step 10
+        clock[0] += 20
+        csv(tasks[0].folder, "10,5.5,", "50,4.25,", "")
+        table.refresh()
+    lines = out.getvalue().splitlines()
+    (running,) = [line for line in lines[-8:] if "mtp.depth=0" in line]
+    # 40 steps in 20 s: the other 50 take 25 s.
+    cells = [cell.strip() for cell in running.strip("│ ").split("│")]
+    assert cells[1:] == ["running", "cpu:0", "50/100", "4.250", "0:25"]
+    assert cells[0] == "mtp.depth=0 mtp_lambda=[0.1,0.2]"
+    assert "2 of 3 ended, 1 running, 1 failed, 0:20" in out.getvalue()
+    text = "\n".join(lines[-8:])
+    assert text.index("failed") < text.index("done")
+
+
+def test_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = sweep(tmp_path)
+    with Lines(3, seconds=0) as lines:
+        for task in tasks:
+            lines.started(task, "cuda:1")
+        lines.ended(tasks[2])
+        lines.refresh()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "started mtp.depth=0 mtp_lambda=[0.1,0.2] on cuda:1"
+    assert printed[3].startswith("failed mtp.depth=2") and "error: [bad] value" in printed[3]
+    assert printed[3].endswith(f"(log: {tasks[2].folder / 'job.log'})")
+    assert printed[4] == "  mtp.depth=0 mtp_lambda=[0.1,0.2]: step 10/100, loss 5.500"
+    assert printed[-1].strip() == "1 of 3 ended, 2 running, 1 failed, 0:00"
+
+
+def test_lines_where_nobody_looks() -> None:
+    assert isinstance(make_display(1), Lines)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.9, "1:15"), (3700, "1:01:40")])
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("step 1\nerror: a bad value\n(HYDRA_FULL_ERROR=1 shows where)\n", "error: a bad value"),
+        ("Traceback\n  File\nRuntimeError: broken\n\n", "RuntimeError: broken"),
+        ("error: earlier\na\nb\nc\nstep 7", "step 7"),
+        ("", "nothing in the log"),
+    ],
+)
+def test_last_words(tmp_path: Path, log: str, words: str) -> None:
+    (tmp_path / "job.log").write_text(log)
+    assert last_words(tmp_path / "job.log") == words
+    assert last_words(tmp_path / "none") == "no log"

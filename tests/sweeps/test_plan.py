@@ -1,0 +1,102 @@
+"""A job is what its overrides say, and keeps its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sweeps.plan import Plan, digest, folder_name, varied_keys, without_housekeeping
+from sweeps.process import quoted
+from sweeps.status import read_status, write_status
+
+GRID = [[f"mtp.depth={d}", f"seed={s}"] for d in (0, 2) for s in (0, 1)]
+LONG = [f"data.source.some_long_key_{i}={i}" for i in range(9)]
+
+
+def test_short_names_show_everything_and_long_ones_what_varies() -> None:
+    assert folder_name(["mtp.depth=2", "seed=0"], ["seed"]) == "mtp.depth-2_seed-0"
+    assert folder_name(["+sweeps=depth", "mtp.depth=0"], []) == "sweeps-depth_mtp.depth-0"
+    name = folder_name([*LONG, "seed=3"], ["seed"])
+    assert name == f"seed-3_{digest([*LONG, 'seed=3'])}"
+    assert folder_name([], []) == "default"
+
+
+@given(st.lists(st.text(min_size=1, max_size=60), max_size=12), st.text(max_size=200))
+def test_names_are_safe(values: list[str], last: str) -> None:
+    overrides = [f"key_{i}={value}" for i, value in enumerate([*values, last])]
+    name = folder_name(overrides, ["key_0"])
+    assert 0 < len(name) <= 80
+    assert set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
+    assert not name.startswith((".", "-"))
+
+
+def test_a_job_keeps_its_folder_when_values_are_added_or_reordered(tmp_path: Path) -> None:
+    plan = Plan(tmp_path)
+    first = plan.add([[*job, *LONG] for job in GRID[:2]])
+    plan.write(["train.py", "-m"])
+    again = Plan(tmp_path)
+    second = again.add([[*LONG, *reversed(job)] for job in GRID])
+    again.write(["train.py", "-m", "more"])
+    assert [job.folder for job in second[:2]] == [job.folder for job in first]
+    assert len({job.folder for job in second}) == 4
+    stored = json.loads((tmp_path / "sweep.json").read_text())
+    assert stored["varied"] == ["mtp.depth", "seed"]
+    assert [job["folder"] for job in stored["jobs"]] == [job.folder for job in second]
+    assert stored["command"][-1] == "more" and stored["version"] == 1
+
+
+def test_fewer_values_remove_nothing(tmp_path: Path) -> None:
+    plan = Plan(tmp_path)
+    plan.add(GRID)
+    plan.write([])
+    fewer = Plan(tmp_path)
+    assert len(fewer.add(GRID[:1])) == 1
+    fewer.write([])
+    assert len(Plan(tmp_path).jobs) == 4
+
+
+def test_values_that_look_alike_get_folders_of_their_own(tmp_path: Path) -> None:
+    folders = [job.folder for job in Plan(tmp_path).add([["x='a b'"], ["x=a-b"], ["x=a/b"]])]
+    assert len(set(folders)) == 3
+
+
+def test_a_folder_that_another_job_has_used_is_not_taken(tmp_path: Path) -> None:
+    write_status(tmp_path / "seed-0", ["seed=0", "other=1"], "done")
+    (job,) = Plan(tmp_path).add([["seed=0"]])
+    assert job.folder == f"seed-0_{digest(['seed=0'])}"
+
+
+def test_where_a_job_lives_is_no_part_of_it(tmp_path: Path) -> None:
+    batch = [["seed=0", "sweep.retry_failed=true", "sweep_dir=x", "paths.cache_dir=y"], ["seed=0"]]
+    assert [job.overrides for job in Plan(tmp_path).add(batch)] == [("seed=0",)]
+    assert without_housekeeping(["run_dir=a", "+sweeps=depth"]) == ("+sweeps=depth",)
+
+
+def test_varied_keys() -> None:
+    assert varied_keys([["a=1", "b=1"], ["a=1", "b=2", "+c=1"]]) == ["b", "c"]
+    assert varied_keys([["a=1"]]) == []
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"version": 2, "jobs": []}', '{"version": 1}', "["])
+def test_a_damaged_plan_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(ValueError, match=r"sweep\.json cannot be read .* another folder"):
+        Plan(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"state": "flying"}', "{"])
+def test_a_damaged_status_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "status.json").write_text(content)
+    assert read_status(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["plain", "with space", "it's", "a=b,c", "[x]", "${y}", "ä(ö)"])
+def test_quoted_values_come_back(text: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    override = OverridesParser.create().parse_override(f"run_dir={quoted(text)}")
+    assert override.value() == text

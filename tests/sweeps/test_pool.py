@@ -1,0 +1,228 @@
+"""The pool, with jobs that are small shell programs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweeps.devices import DeviceQueue
+from sweeps.display import Lines
+from sweeps.files import Lock
+from sweeps.pool import Pool
+from sweeps.process import Task
+from sweeps.status import LOG_FILE, read_status, state_of
+
+DONE = "echo '{}' > summary.json"
+
+
+def task(folder: Path, program: str, **values: Any) -> Task:
+    """A job that runs a shell program in its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ("sh", "-c", f"cd {folder}; {program}")
+    return Task(folder=folder, overrides=(f"job={folder.name}",), command=command, **values)
+
+
+def pool(n_tasks: int, *, n_jobs: int = 2, grace_seconds: float = 20.0, **queue: Any) -> Pool:
+    return Pool(
+        queue=DeviceQueue(n_jobs=n_jobs, n_tasks=n_tasks, **queue),
+        display=Lines(n_tasks),
+        grace_seconds=grace_seconds,
+    )
+
+
+def status(task: Task) -> dict[str, Any]:
+    found = read_status(task.folder)
+    assert found is not None
+    return found
+
+
+def wait_for(file: Path, seconds: float = 20.0) -> str:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if file.exists() and file.read_text():
+            return file.read_text()
+        time.sleep(0.01)
+    raise AssertionError(f"{file} did not come")
+
+
+def gone(pid: int, seconds: float = 20.0) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_what_becomes_of_one_job_touches_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = [
+        task(tmp_path / "good", f"sleep 0.3; {DONE}"),
+        task(tmp_path / "error", "echo 'error: a bad value' >&2; exit 1"),
+        task(tmp_path / "killed", "kill -9 $$"),
+        task(tmp_path / "empty", "true"),
+        task(tmp_path / "told", "exit 143"),
+        task(tmp_path / "last", DONE),
+    ]
+    pool(len(tasks)).run(tasks)
+    assert {t.folder.name: status(t)["state"] for t in tasks} == {
+        "good": "done",
+        "error": "failed",
+        "killed": "failed",
+        "empty": "failed",
+        "told": "interrupted",
+        "last": "done",
+    }
+    assert status(tasks[1])["reason"] == "exit code 1: error: a bad value"
+    assert status(tasks[1])["exit_code"] == 1
+    assert "SIGKILL" in status(tasks[2])["reason"]
+    assert "summary.json" in status(tasks[3])["reason"]
+    good = status(tasks[0])
+    assert good["device"] in ("cpu:0", "cpu:1") and good["overrides"] == ["job=good"]
+    assert good["started"] <= good["ended"] and good["reason"] is None
+    printed = capsys.readouterr().out
+    assert "failed error (" in printed and str(tmp_path / "error" / LOG_FILE) in printed
+
+
+def test_no_more_at_once_than_allowed_and_all_devices_in_use(tmp_path: Path) -> None:
+    program = (
+        f'echo "$CUDA_VISIBLE_DEVICES" > gpus; date +%s%N > a; sleep 0.3; date +%s%N > b; {DONE}'
+    )
+    needs = [1, 2, 1, 1]
+    tasks = [task(tmp_path / str(i), program, processes=n) for i, n in enumerate(needs)]
+    pool(len(tasks), n_jobs=2, gpus=["4", "7"]).run(tasks)
+    spans, gpus = [], []
+    for t in tasks:
+        spans.append(tuple(int((t.folder / name).read_text()) for name in "ab"))
+        gpus.append((t.folder / "gpus").read_text().strip().split(","))
+    assert [len(names) for names in gpus] == needs
+    for i, one in enumerate(spans):
+        for j in range(i):
+            if max(one[0], spans[j][0]) < min(one[1], spans[j][1]):  # at the same time
+                assert not set(gpus[i]) & set(gpus[j])
+    assert spans[3][0] < spans[2][1], "the last two fit side by side"
+
+
+def test_a_watcher_stops_a_job(tmp_path: Path) -> None:
+    tasks = [task(tmp_path / "slow", "echo up > up; exec sleep 60"), task(tmp_path / "b", DONE)]
+    ended = []
+    pool(2).run(
+        tasks,
+        watch=lambda t: "hopeless" if (t.folder / "up").exists() else None,
+        ended=lambda t: ended.append(t.folder.name),
+    )
+    assert (status(tasks[0])["state"], status(tasks[0])["reason"]) == ("interrupted", "hopeless")
+    assert state_of(tasks[1].folder) == "done"
+    assert sorted(ended) == ["b", "slow"]
+
+
+def test_nothing_is_left_of_a_job(tmp_path: Path) -> None:
+    one = task(tmp_path / "parent", f"(echo $$ > x; exec sleep 60) & echo $! > child; {DONE}")
+    pool(1).run([one])
+    assert state_of(one.folder) == "done"
+    assert gone(int((one.folder / "child").read_text()))
+
+
+def test_a_log_is_continued(tmp_path: Path) -> None:
+    one = task(tmp_path / "a", "echo 'error: first'; exit 1")
+    pool(1).run([one])
+    two = task(tmp_path / "a", f"echo second; {DONE}")
+    pool(1).run([two])
+    log = (tmp_path / "a" / LOG_FILE).read_text()
+    assert log.index("first") < log.index("--- started again") < log.index("second")
+    assert state_of(two.folder) == "done"
+
+
+SWEEP = """
+import sys
+from pathlib import Path
+from sweeps.devices import DeviceQueue
+from sweeps.display import Lines
+from sweeps.pool import Pool
+from sweeps.process import Task
+base = Path(sys.argv[1])
+saves = "trap 'echo saved > saved; exit 143' TERM; echo $$ > pid; while true; do sleep 0.05; done"
+deaf = "trap '' TERM; echo $$ > pid; while true; do sleep 0.05; done"
+tasks = []
+for name, program in (("one", saves), ("two", sys.argv[2] == "deaf" and deaf or saves)):
+    (base / name).mkdir()
+    command = ("sh", "-c", f"cd {base / name}; {program}")
+    n = 2 if sys.argv[2] == "ddp" else 1
+    tasks.append(Task(folder=base / name, overrides=(name,), command=command, processes=n))
+Pool(queue=DeviceQueue(n_jobs=2, n_tasks=2), display=Lines(2), grace_seconds=1).run(tasks)
+"""
+
+
+def start_sweep(tmp_path: Path, kind: str) -> tuple[subprocess.Popen[bytes], list[int]]:
+    program = tmp_path / "sweep.py"
+    program.write_text(textwrap.dedent(SWEEP))
+    root = str(Path(__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, str(program), str(tmp_path), kind],
+        env={**os.environ, "PYTHONPATH": root},
+        stderr=subprocess.DEVNULL,
+    )
+    return process, [int(wait_for(tmp_path / name / "pid")) for name in ("one", "two")]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", ["saving", "deaf"])
+def test_interrupt_ends_the_jobs_and_says_so(
+    tmp_path: Path, kind: str, signum: signal.Signals
+) -> None:
+    process, pids = start_sweep(tmp_path, kind)
+    process.send_signal(signum)
+    assert process.wait(20) != 0
+    assert all(map(gone, pids))
+    assert (tmp_path / "one" / "saved").exists()
+    # One that does not listen is killed when the time is over.
+    assert (tmp_path / "two" / "saved").exists() == (kind == "saving")
+    for name in ("one", "two"):
+        found = read_status(tmp_path / name)
+        assert found is not None
+        said = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
+        assert (found["state"], found["reason"]) == ("interrupted", said)
+
+
+@pytest.mark.parametrize("kind", ["saving", "ddp"])
+def test_a_sweep_that_was_killed_leaves_no_process(tmp_path: Path, kind: str) -> None:
+    process, pids = start_sweep(tmp_path, kind)
+    process.kill()
+    process.wait()
+    assert all(map(gone, pids))
+    assert (tmp_path / "one" / "saved").exists() == (kind == "saving")
+    assert state_of(tmp_path / "one") == "running"  # nobody was left to write
+
+
+def test_a_job_waits_for_what_an_earlier_sweep_left(tmp_path: Path) -> None:
+    one = task(tmp_path / "a", DONE)
+    holder = subprocess.Popen(["flock", str(one.folder / ".lock"), "sleep", "1"])
+    lock = Lock(one.folder / ".lock")
+    until = time.monotonic() + 20
+    while lock.acquire():
+        lock.release()
+        assert time.monotonic() < until
+    pool(1).run([one])
+    assert state_of(one.folder) == "done"
+    assert holder.wait(20) == 0  # it was over before the job could begin
+
+
+def test_a_job_that_cannot_start_fails_alone(tmp_path: Path) -> None:
+    missing = Task(folder=tmp_path / "a", overrides=(), command=("/no/such/program",))
+    good = task(tmp_path / "b", DONE)
+    pool(2).run([missing, good])
+    assert state_of(good.folder) == "done"
+    assert status(missing)["state"] == "failed" and "/no/such/program" in status(missing)["reason"]

@@ -1,0 +1,231 @@
+"""The search, with trials that are small programs, and once with real runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweeps import search as search_module
+from sweeps.search_space import Choice, Interval, parse
+from sweeps.status import read_status
+from tests.integration.helpers import ROOT, environment, overrides
+
+optuna = pytest.importorskip("optuna", reason="needs the extra search")
+
+pytest_plugins = ["tests.integration.conftest"]
+METRIC = "val/loss_depth_0"
+RANGES = ["optimizer.lr=interval(1e-4,1e-1,log)", "mtp.depth=1,2"]
+
+# A run that "trains": its loss is best at a learning rate of 0.01 and depth 1.
+RUN = """
+import json, math, sys, time
+folder, *overrides = sys.argv[1:]
+values = dict(o.lstrip("+").split("=", 1) for o in overrides)
+print("training", flush=True)
+best = math.log10(float(values["optimizer.lr"]) / 0.01) ** 2 + int(values["mtp.depth"])
+if float(values.get("seed", 0)) < 0:
+    sys.exit("error: told to fail")
+with open(f"{folder}/metrics.csv", "w") as file:
+    print("step,train/loss,METRIC", file=file, flush=True)
+    for step in range(1, 6):
+        print(f"{step},{best + 1 / step},{best + 1 / step}", file=file, flush=True)
+        time.sleep(float(values.get("data.val_fraction", 0)))
+json.dump({"METRIC": best if "nan" not in values.get("mtp_lambda", "") else math.nan},
+          open(f"{folder}/summary.json", "w"))
+""".replace("METRIC", METRIC)
+
+
+@pytest.fixture
+def fake_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "run.py"
+    program.write_text(RUN)
+
+    def command(script: Path, overrides: Sequence[str], folder: Path) -> tuple[str, ...]:
+        return (sys.executable, "-S", str(program), str(folder), *overrides)
+
+    monkeypatch.setattr(search_module, "python_command", command)
+
+
+def run(folder: Path, *arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        search_module.main([str(folder), *RANGES, "--n-jobs", "2", *arguments])
+    return int(ended.value.code or 0)
+
+
+def study(folder: Path) -> Any:
+    return optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder / 'study.db'}")
+
+
+def test_finds_the_better_half(
+    tmp_path: Path, fake_runs: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "search"
+    assert run(folder, "--trials", "14", "--no-pruning") == 0
+    trials = study(folder).trials
+    assert [trial.number for trial in trials] == list(range(14))
+    assert {trial.state.name for trial in trials} == {"COMPLETE"}
+    best = study(folder).best_trial
+    assert best.params["mtp.depth"] == "1"
+    for trial in trials:
+        summary = json.loads((folder / trial.user_attrs["folder"] / "summary.json").read_text())
+        assert trial.value == summary[METRIC]
+        status = read_status(folder / trial.user_attrs["folder"])
+        assert status is not None and status["state"] == "done"
+        assert f"optimizer.lr={trial.params['optimizer.lr']!r}" in status["overrides"]
+    printed = capsys.readouterr().out
+    assert "14 trials: 14 complete, 0 pruned, 0 failed" in printed
+    assert f"{best.value:.4f}" in printed
+    stored = json.loads((folder / "sweep.json").read_text())
+    assert stored["varied"] == ["optimizer.lr", "mtp.depth"] and len(stored["jobs"]) == 14
+
+
+def test_prunes_what_is_above_the_median(tmp_path: Path, fake_runs: None) -> None:
+    folder = tmp_path / "search"
+    # Slow enough to be seen, and too short for the default's warm-up of a quarter of 3500 steps.
+    fixed = ["data.val_fraction=0.3", "trainer.max_steps=5"]
+    assert run(folder, *fixed, "--trials", "9", "--n-jobs", "4") == 0
+    pruned = [t for t in study(folder).trials if t.state.name == "PRUNED"]
+    assert pruned
+    complete = [t for t in study(folder).trials if t.state.name == "COMPLETE"]
+    assert len(pruned) + len(complete) == 9
+    for trial in pruned:
+        folder_of = folder / trial.user_attrs["folder"]
+        status = read_status(folder_of)
+        assert status is not None and status["state"] == "interrupted"
+        assert "pruned: val/loss_depth_0" in status["reason"]
+        assert not (folder_of / "summary.json").exists()
+
+
+def test_goes_on_with_what_was_cut_off(
+    tmp_path: Path, fake_runs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "search"
+    calls: list[Path] = []
+
+    def cut_off(self: Any, task: Any) -> None:
+        calls.append(task.folder)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search_module.Search, "watch", cut_off)
+        assert run(folder, "data.val_fraction=0.2", "--trials", "4") == 130
+    open_trials = [t for t in study(folder).trials if t.state.name == "RUNNING"]
+    assert open_trials and len(study(folder).trials) < 4
+    assert run(folder, "data.val_fraction=0.2", "--trials", "4") == 0
+    trials = study(folder).trials
+    assert [t.state.name for t in trials] == ["COMPLETE"] * 4
+    for old in open_trials:
+        assert trials[old.number].params == old.params
+        log = (folder / old.user_attrs["folder"] / "job.log").read_text()
+        assert "started again" in log
+    # All trials are there: nothing more to do.
+    assert run(folder, "data.val_fraction=0.2", "--trials", "4") == 0
+    assert len(study(folder).trials) == 4
+    assert run(folder, "data.val_fraction=0.2", "--trials", "6") == 0
+    values = [t.params["optimizer.lr"] for t in study(folder).trials]
+    assert len(set(values)) == 6, "the sampler began again with its first proposals"
+
+
+def test_the_same_values_are_run_once(
+    tmp_path: Path, fake_runs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "RANGES", ["mtp.depth=1,2"])
+    folder = tmp_path / "search"
+    assert run(folder, "optimizer.lr=0.01", "--trials", "8") == 0
+    assert len(list(folder.glob("*/job.log"))) <= 2
+    assert {t.value for t in study(folder).trials if t.params["mtp.depth"] == "1"} <= {1.0}
+    assert len([t for t in study(folder).trials if t.state.name == "COMPLETE"]) == 8
+
+
+@pytest.mark.parametrize("fixed", ["seed=-1", "mtp_lambda=nan"])
+def test_failures_are_told(
+    tmp_path: Path, fake_runs: None, capsys: pytest.CaptureFixture[str], fixed: str
+) -> None:
+    assert run(tmp_path / "search", fixed, "--trials", "2") == 1
+    printed = capsys.readouterr().out
+    assert "2 trials: 0 complete, 0 pruned, 2 failed" in printed
+    assert ("told to fail" if fixed == "seed=-1" else "not a finite number") in printed
+
+
+def fails(capsys: pytest.CaptureFixture[str], call: Callable[[], int]) -> str:
+    assert call() == 1
+    return capsys.readouterr().err
+
+
+def test_another_search_in_the_folder_is_refused(
+    tmp_path: Path, fake_runs: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "search"
+    run(folder, "--trials", "1")
+    error = fails(capsys, lambda: run(folder, "seed=1", "--trials", "2"))
+    assert "holds another search" in error and "optimizer.lr" in error
+    assert len(study(folder).trials) == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("mtp.depht=1,2", "mtp.depht"),
+        ("mtp=sequential,sequentail", "sequentail"),
+        ("trainer.devices=-1", "trainer.devices=-1"),
+        ("model.d_ff=interval(4,1)", "the lower bound must come first"),
+        ("model.d_ff=interval(0,1,log)", "above 0"),
+        ("model.d_ff=int(1.5,4)", "must be numbers"),
+        ("model.d_ff=interval(1,2", "neither an override nor a range"),
+    ],
+)
+def test_bad_ranges_are_told_before_any_trial(
+    tmp_path: Path,
+    fake_runs: None,
+    capsys: pytest.CaptureFixture[str],
+    argument: str,
+    told: str,
+) -> None:
+    error = fails(capsys, lambda: run(tmp_path / "search", argument, "--trials", "2"))
+    assert error.startswith("error: ") and told in error
+    assert list(tmp_path.glob("search/*/job.log")) == []
+
+
+def test_parse() -> None:
+    space, fixed = parse(
+        [
+            "a=interval(1e-4,1e-2,log)",
+            "b=int(1, 8)",
+            "c=choice(x,y)",
+            "d=[1,2],[3]",
+            "e=5",
+            "f=[1,2]",
+        ]
+    )
+    assert space == {
+        "a": Interval(1e-4, 1e-2, log=True),
+        "b": Interval(1, 8, whole=True),
+        "c": Choice(("x", "y")),
+        "d": Choice(("[1,2]", "[3]")),
+    }
+    assert fixed == ["e=5", "f=[1,2]"]
+    with pytest.raises(ValueError, match="nothing to search"):
+        parse(["e=5"])
+
+
+@pytest.mark.slow
+def test_real_runs(tmp_path: Path, cache: Path) -> None:
+    settings = {"optimizer.lr": "interval(1e-4,3e-2,log)", "mtp.depth": "0,1"}
+    command = [sys.executable, "-m", "sweeps.search", str(tmp_path / "search")]
+    command += ["--trials", "3", "--n-jobs", "2", *overrides(cache, settings)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 trials: 3 complete" in done.stdout
+    for trial in study(tmp_path / "search").trials:
+        job = tmp_path / "search" / trial.user_attrs["folder"]
+        assert json.loads((job / "summary.json").read_text())[METRIC] == trial.value
+        assert trial.intermediate_values[10] == pytest.approx(trial.value)

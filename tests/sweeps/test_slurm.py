@@ -1,0 +1,118 @@
+"""Sweeps in a real Slurm queue: a cluster of this machine, as tests/install_slurm.sh makes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.helpers import ROOT, environment, overrides
+from tests.sweeps.test_command_line import execute, plan, states, wait_until
+
+pytest_plugins = ["tests.integration.conftest"]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+
+
+@pytest.fixture(autouse=True)
+def cluster() -> None:
+    pytest.importorskip("submitit", reason="needs the extra slurm")
+    if shutil.which("sinfo") is None:
+        pytest.skip("Slurm is not installed: bash tests/install_slurm.sh")
+    seen = subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True)
+    if seen.returncode != 0 or not seen.stdout.strip():
+        pytest.skip("Slurm does not run: bash tests/install_slurm.sh")
+
+
+def command(folder: Path, cache: Path, settings: dict[str, Any], *more: str) -> list[str]:
+    launcher = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_process=1", *more]
+    given = overrides(cache, settings)
+    return [
+        sys.executable, str(ROOT / "train.py"), "-m", f"sweep_dir={folder}", *launcher, *given
+    ]  # fmt: skip
+
+
+def test_jobs_fail_alone_and_train_with_the_processes_asked_for(
+    tmp_path: Path, cache: Path
+) -> None:
+    folder = tmp_path / "sweep"
+    settings = {"trainer.devices": "1,2", "trainer.strategy": "ddp", "seed": "-1,0"}
+    done = execute(command(folder, cache, settings), tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = states(folder)
+    assert sorted(found.values()) == ["done", "done", "failed", "failed"]
+    assert done.stdout.count("\nfailed: ") == 2
+    for name, job in plan(folder).items():
+        status = json.loads((job / "status.json").read_text())
+        assert re.fullmatch(r"slurm:\d+(_\d+)?", status["device"])
+        if "seed=0" in name:
+            size = json.loads((job / "summary.json").read_text())["world_size"]
+            assert f"trainer.devices={size}" in name
+        else:
+            assert "error: seed" in status["reason"]
+    again = execute(command(folder, cache, settings), tmp_path)
+    assert again.returncode == 1 and "2 done before, 2 failed before" in again.stdout
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_requeued_jobs_continue(tmp_path: Path, cache: Path, strategy: str) -> None:
+    """SIGUSR2 is what Slurm sends before it ends a job; the queue then has it wait for minutes."""
+    folder = tmp_path / f"sweep_{os.getpid()}"
+    settings = {
+        "trainer.max_steps": 400,
+        "trainer.val_check_interval": 200,
+        "callbacks.checkpoints.every_n_steps": 20,
+        "trainer.strategy": strategy,
+        "trainer.devices": 1 if strategy == "auto" else 2,
+    }
+    args = command(folder, cache, settings)
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(args, stdout=log, stderr=log, env=environment(), cwd=tmp_path)
+    wait_until(lambda: list(folder.glob("*/checkpoints/last.ckpt")))
+    (job,) = plan(folder).values()
+    number = json.loads((job / "status.json").read_text())["device"].removeprefix("slurm:")
+    subprocess.run(["scancel", "--signal=USR2", number], check=True)
+    wait_until(lambda: states(folder)[""] == "interrupted")
+    wait_until(lambda: "PENDING" in _queue(number))
+    subprocess.run(["scontrol", "update", f"jobid={number}", "starttime=now"], check=True)
+    assert process.wait(200) == 0, (tmp_path / "log").read_text()
+    assert states(folder) == {"": "done"}
+    text = (job / "job.log").read_text()
+    (step,) = {int(step) for step in re.findall(r"Continuing .* from step (\d+)", text)}
+    assert 0 < step < 400
+    if strategy == "auto":
+        assert f"interrupted; saved is step {step}" in text
+
+
+def _queue(number: str) -> str:
+    command = ["squeue", "-h", "-r", "-j", number, "-o", "%T"]
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def test_ctrl_c_empties_the_queue(tmp_path: Path, cache: Path) -> None:
+    folder = tmp_path / "sweep"
+    settings = {"seed": "0,1,2,3", "trainer.max_steps": 3000}
+    args = command(folder, cache, settings, "hydra.launcher.n_jobs=2")
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(args, stdout=log, stderr=log, env=environment(), cwd=tmp_path)
+    wait_until(lambda: len(list(folder.glob("*/metrics.csv"))) == 2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 130, (tmp_path / "log").read_text()
+    assert set(states(folder).values()) == {"interrupted"}
+    queue = ["squeue", "-h", "-t", "pending,running", "-n", "sweep"]
+    assert subprocess.run(queue, capture_output=True, text=True).stdout == ""
+
+
+def test_what_slurm_refuses_is_told(tmp_path: Path, cache: Path) -> None:
+    args = command(tmp_path / "sweep", cache, {}, "hydra.launcher.partition=nosuch")
+    done = execute(args, tmp_path)
+    assert done.returncode == 1
+    assert "error: Slurm refuses the job" in done.stderr and "artition" in done.stderr
+    assert "Traceback" not in done.stderr

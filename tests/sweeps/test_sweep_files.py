@@ -1,0 +1,68 @@
+"""sweeps/*.yaml: each one composes, says what it asks, and what it costs."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+ROOT = Path(__file__).parents[2]
+SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
+NAMES = {"depth", "lambda", "size", "variant", "schedule", "depth_lambda_size"}
+
+
+def params(file: Path) -> dict[str, list[str]]:
+    found = yaml.safe_load(file.read_text())["hydra"]["sweeper"]["params"]
+    return {key: str(values).split(",") for key, values in found.items()}
+
+
+def test_the_questions() -> None:
+    assert {file.stem for file in SWEEPS} >= NAMES
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_header(file: Path) -> None:
+    lines = file.read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].endswith("?"), "the question"
+    header = [line for line in lines if line.startswith("#")]
+    (command,) = [line[1:].strip() for line in header if "python train.py" in line]
+    words = shlex.split(command)
+    assert words[:4] == ["python", "train.py", "-m", f"+sweeps={file.stem}"]
+    jobs = math.prod(map(len, params(file).values()))
+    assert any(re.match(rf"# {jobs} jobs, about \d+ minutes on 2 cores", line) for line in header)
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_every_value_composes(file: Path) -> None:
+    varied = params(file)
+    assert len(varied["seed"]) >= 2, "without seeds there is no noise to compare with"
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for key, values in varied.items():
+            for value in values:
+                cfg = compose("config", overrides=[f"+sweeps={file.stem}", f"{key}={value}"])
+                assert cfg.trainer.max_steps == 1000
+        if file.stem == "lambda":
+            assert cfg.lambda_schedule._target_.endswith(".constant")
+
+
+def test_help_lists_them_from_anywhere(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    (group,) = [line for line in done.stdout.splitlines() if line.startswith("sweeps: ")]
+    assert set(group.removeprefix("sweeps: ").split(", ")) >= NAMES
+    assert "tests" not in done.stdout.split("Overrides used most")[0]
+
+
+def test_an_unknown_sweep_is_named_with_those_that_are_there(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "+sweeps=dept"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "sweeps/dept" in done.stderr and "depth_lambda_size" in done.stderr
