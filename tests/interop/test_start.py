@@ -136,6 +136,7 @@ class CommandLine:
 
     def __init__(self, overrides: list[str]) -> None:
         self.overrides = SimpleNamespace(task=overrides)
+        self.runtime = SimpleNamespace(choices={})
 
     def initialized(self) -> bool:
         return True

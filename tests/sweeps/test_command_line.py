@@ -16,7 +16,6 @@ import pytest
 from sweeps.process import quoted
 from tests.integration.helpers import ROOT, environment, overrides, rows, train_here
 
-pytest_plugins = ["tests.integration.conftest"]
 
 
 def command(folder: Path, cache: Path, settings: dict[str, Any], *more: str) -> list[str]:

@@ -20,7 +20,6 @@ from tests.integration.helpers import ROOT, environment, overrides
 
 optuna = pytest.importorskip("optuna", reason="needs the extra search")
 
-pytest_plugins = ["tests.integration.conftest"]
 METRIC = "val/loss_depth_0"
 RANGES = ["optimizer.lr=interval(1e-4,1e-1,log)", "mtp.depth=1,2"]
 

@@ -17,7 +17,6 @@ import pytest
 from tests.integration.helpers import ROOT, environment, overrides
 from tests.sweeps.test_command_line import execute, plan, states, wait_until
 
-pytest_plugins = ["tests.integration.conftest"]
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 
