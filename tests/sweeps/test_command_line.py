@@ -146,11 +146,7 @@ def test_data_parallel_jobs_train_with_the_processes_asked_for(tmp_path: Path, c
 WRONG = {
     "no such option": ({"mtp": "sequential,sequentail"}, (), "mtp/sequentail"),
     "no such key": ({"mtp.depht": "0,1"}, (), "mtp.depht"),
-    "missing value": (
-        {"data": "synthetic,text"},
-        ("~data.source.size", "~data.source.documents"),
-        "",
-    ),
+    "missing value": ({"data": "text", "seed": "0,1"}, (), "data.paths has no value"),
     "several machines": ({"seed": "0,1", "trainer.num_nodes": 2}, (), "trainer.num_nodes=2"),
     "unknown number": ({"trainer.devices": "1,-1"}, (), "trainer.devices=-1"),
     "no strategy": ({"trainer.devices": "1,2"}, (), "needs trainer.strategy=ddp"),
