@@ -17,7 +17,6 @@ from sweeps.process import quoted
 from tests.integration.helpers import ROOT, environment, overrides, rows, train_here
 
 
-
 def command(folder: Path, cache: Path, settings: dict[str, Any], *more: str) -> list[str]:
     own = [f"sweep_dir={quoted(str(folder))}", "hydra.launcher.n_jobs=2", *more]
     return [sys.executable, str(ROOT / "train.py"), "-m", *overrides(cache, settings), *own]
