@@ -26,7 +26,7 @@ import torch
 from benchmarks import common
 from data_modules.tokenizers.byte import ByteTokenizer
 from data_modules.windows import WindowBatch
-from mtp_lightning.decoding.measure import pass_costs, race, rates
+from mtp_lightning.decoding.measure import PassCosts, pass_costs, race, rates
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -37,6 +37,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "plain": {"speculative": False},
     "speculative": {},
     "auto": {"draft_depth": "auto"},
+}
+# Of one prompt at a time.
+COMPILED: dict[str, dict[str, Any]] = {
+    f"compiled_{name}": {**way, "compile": True} for name, way in WAYS.items()
 }
 
 
@@ -88,15 +92,30 @@ def measure(
     """Plain, speculative and adaptive decoding of a batch, and of its prompts one by one."""
     batch = len(prompts)
     ways = dict(WAYS)
-    if batch > 1:
+    if batch == 1:
+        ways |= COMPILED
+    else:
         ways |= {f"single_{name}": {**way, "batch_size": 1} for name, way in WAYS.items()}
+    began = time.perf_counter()
+    race(model, prompts, ways, max_new_tokens=min(new_tokens, 16))  # builds what is compiled
+    built = time.perf_counter() - began
     run = race(model, prompts, ways, repeats=repeats, max_new_tokens=new_tokens)
     texts = {name: [g.token_ids for g in outputs] for name, outputs in run.outputs.items()}
     loop = rates(run.outputs["speculative"])
     tokens_per_step = loop.pop("tokens_per_step")
     half = prompts[0] + texts["plain"][0][: new_tokens // 2]
-    costs = pass_costs(model, half, batch=batch)
-    possible = costs.speedup(tokens_per_step)
+
+    def compared(speculative: str, auto: str, plain: str, costs: PassCosts) -> dict[str, Any]:
+        speedup, possible = run.speedup(speculative, plain), costs.speedup(tokens_per_step)
+        return {
+            "speedup": speedup,
+            "auto_speedup": run.speedup(auto, plain),
+            "possible": possible,
+            "share": speedup / possible,
+            "verify_us": [1e6 * s for s in costs.verify],
+            "draft_us": [1e6 * s for s in costs.draft],
+        }
+
     result = {
         "batch": batch,
         "tokens_per_second": {
@@ -104,15 +123,17 @@ def measure(
         },
         "tokens_per_step": tokens_per_step,
         "acceptance": list(loop.values()),
-        "speedup": run.speedup("speculative"),
-        "auto_speedup": run.speedup("auto"),
-        "possible": possible,
-        "share": run.speedup("speculative") / possible,
+        **compared("speculative", "auto", "plain", pass_costs(model, half, batch=batch)),
         "greedy_equal": all(found == texts["plain"] for found in texts.values()),
-        "verify_us": [1e6 * s for s in costs.verify],
-        "draft_us": [1e6 * s for s in costs.draft],
     }
-    if batch > 1:
+    if batch == 1:
+        costs = pass_costs(model, half, compile=True)
+        result["compiled"] = compared(
+            "compiled_speculative", "compiled_auto", "compiled_plain", costs
+        )
+        result["compiled_over_eager"] = run.speedup("compiled_speculative", "speculative")
+        result["seconds_to_compile"] = built
+    else:
         result["against_single"] = {name: run.speedup(name, f"single_{name}") for name in WAYS}
     return result
 
@@ -146,7 +167,7 @@ def measure_transformers(
                     ids, new_tokens, use_mtp=name == "use_mtp"
                 )
                 seconds.setdefault(f"transformers_{name}", []).append(time.perf_counter() - began)
-            for name, way in WAYS.items():
+            for name, way in {**WAYS, **COMPILED}.items():
                 began = time.perf_counter()
                 (own,) = generate(model, [prompt], max_new_tokens=new_tokens, **way)
                 texts[name] = own.token_ids
@@ -159,9 +180,13 @@ def measure_transformers(
 
     return {
         "tokens_per_second": {name: new_tokens / median(s) for name, s in seconds.items()},
-        "plain_over_transformers_plain": ratio("transformers_plain", "plain"),
-        "speculative_over_transformers_use_mtp": ratio("transformers_use_mtp", "speculative"),
-        "auto_over_transformers_use_mtp": ratio("transformers_use_mtp", "auto"),
+        "over_transformers_plain": {
+            name: ratio("transformers_plain", name) for name in ("plain", "compiled_plain")
+        },
+        "over_transformers_use_mtp": {
+            name: ratio("transformers_use_mtp", name)
+            for name in ("speculative", "auto", "compiled_speculative", "compiled_auto")
+        },
         "transformers_use_mtp_over_plain": ratio("transformers_plain", "transformers_use_mtp"),
         "transformers_tokens_per_step": new_tokens / passes,
         # Rounding may part two implementations at a near-tie.
@@ -174,12 +199,16 @@ def show(name: str, result: dict[str, Any]) -> None:
     print(name)
     for key, value in result.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{k} {v:.4g}" for k, v in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(f"{v:.4g}" for v in value)
-        elif isinstance(value, float):
-            value = f"{value:.3f}"
-        print(f"  {key:<40} {value}")
+            value = ", ".join(f"{k} {_short(v)}" for k, v in value.items())
+        else:
+            value = _short(value)
+        print(f"  {key:<32} {value}")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_short(v) for v in value) + "]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def built_in(seconds: float) -> tuple[dict[str, MTPModel], torch.Tensor]:
@@ -227,7 +256,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     sizes = {"n": max(args.batches), "length": args.prompt_tokens}
     cases: dict[str, tuple[MTPModel, list[list[int]]]] = {}
     for path in args.checkpoint:
-        from mtp_lightning.experiment import validation_data
+        from mtp_lightning.experiment.evaluating import validation_data
         from mtp_lightning.runs import load_run
 
         run = load_run(path)

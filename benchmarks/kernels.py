@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         common.use_cpu_time()
     repeats = options.repeats or (5 if options.quick else 30)
 
-    from mtp_lightning.experiment import instantiate
+    from mtp_lightning.experiment.instantiate import instantiate
 
     cfg = common.compose_config([f"model={options.model}"])
     trunks = [instantiate(cfg.model, vocab_size=size) for size in options.vocab_sizes]

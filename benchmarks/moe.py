@@ -21,7 +21,7 @@ def measure(size: str, *, repeats: int) -> dict[str, Any]:
     """One row of the table."""
     import torch
 
-    from mtp_lightning.experiment import instantiate
+    from mtp_lightning.experiment.instantiate import instantiate
     from mtp_lightning.nn.feed_forward import FeedForward
     from mtp_lightning.nn.init import initialise
     from mtp_lightning.nn.moe import MoE

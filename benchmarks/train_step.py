@@ -91,7 +91,8 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
     import torch
 
     from data_modules.windows import WindowBatch
-    from mtp_lightning.experiment import build_model_config, instantiate
+    from mtp_lightning.experiment.build import build_model_config
+    from mtp_lightning.experiment.instantiate import instantiate
     from mtp_lightning.model import MTPModel
     from mtp_lightning.mtp.base import Draw
     from mtp_lightning.objective.lambda_schedule import Progress

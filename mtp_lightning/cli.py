@@ -37,7 +37,7 @@ def readable_errors() -> Iterator[None]:
         print(f"error: {error}\n(HYDRA_FULL_ERROR=1 shows where)", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        # omegaconf's, by name: importing it here would take it out of the apps and experiment.py.
+        # omegaconf's, by name: importing it here would take it out of the apps and experiment/.
         if type(error).__name__ != "MissingMandatoryValue":
             raise
         key = getattr(error, "full_key", None)

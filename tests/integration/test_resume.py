@@ -250,13 +250,13 @@ def stop_after(folder: Path, cache: Path, settings: dict, step: int) -> None:
     """
     import lightning.pytorch as pl
 
-    from mtp_lightning import experiment
+    from mtp_lightning.experiment import training
 
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *rest: object) -> None:
             trainer.should_stop = trainer.global_step >= step
 
-    build = experiment.build_trainer
+    build = training.build_trainer
 
     def stopping(*args: object, **kwargs: object) -> pl.Trainer:
         trainer = build(*args, **kwargs)  # type: ignore[arg-type]
@@ -264,5 +264,5 @@ def stop_after(folder: Path, cache: Path, settings: dict, step: int) -> None:
         return trainer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "build_trainer", stopping)
-        experiment.train(config(folder, cache, settings))
+        patch.setattr(training, "build_trainer", stopping)
+        training.train(config(folder, cache, settings))

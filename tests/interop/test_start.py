@@ -14,8 +14,8 @@ import torch
 from omegaconf import OmegaConf
 
 from data_modules.tokenizers import PretrainedTokenizer
-from mtp_lightning import experiment
 from mtp_lightning.decoding import generate
+from mtp_lightning.experiment import command_line
 from mtp_lightning.generation import generate_text
 from mtp_lightning.interop.reading import open_run, read_folder
 from mtp_lightning.runs import load_run
@@ -123,7 +123,7 @@ def test_a_folder_without_a_tokenizer(base: Path, caplog: pytest.LogCaptureFixtu
 def test_another_model_on_the_command_line_is_refused(
     base: Path, override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment, "HydraConfig", CommandLine([override, "seed=1"]))
+    monkeypatch.setattr(command_line, "HydraConfig", CommandLine([override, "seed=1"]))
     key, value = override.split("=")
     settings = {**WITHOUT, "init_from": base / "llama", key: value}
     with pytest.raises(ValueError, match=message):
@@ -150,7 +150,7 @@ def test_the_same_model_on_the_command_line_is_not(
 ) -> None:
     given = {"model.d_ff": 48, "model.recompute": "true", "+model.experts.bias_rate": 0.1}
     overrides = [f"{key}={value}" for key, value in given.items()]
-    monkeypatch.setattr(experiment, "HydraConfig", CommandLine(overrides))
+    monkeypatch.setattr(command_line, "HydraConfig", CommandLine(overrides))
     settings = {**WITHOUT, "init_from": base / "llama", **given, "trainer.max_steps": 1}
     helpers.train_here(tmp_path / "run", base / "cache", settings)
 

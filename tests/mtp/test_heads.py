@@ -291,7 +291,7 @@ def test_bad_switches_are_named(build_bad: Callable[[], object], message: str) -
 def test_configs_compose_to_the_variants_defaults_and_round_trip(
     tiny_trunk: TrunkConfig, variant: str
 ) -> None:
-    from mtp_lightning.experiment import instantiate
+    from mtp_lightning.experiment.instantiate import instantiate
 
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = compose("config", overrides=[f"mtp={variant}"])

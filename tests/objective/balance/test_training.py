@@ -256,7 +256,7 @@ def test_a_frozen_trunk_is_refused_by_rules_that_measure(tmp_path: Path, cache: 
 
 def test_matched_flops_know_what_a_rule_costs(tmp_path: Path, cache: Path) -> None:
     """The steps that are taken away pay for the measurements and give back what sampling saves."""
-    from mtp_lightning.experiment import match_reference
+    from mtp_lightning.experiment.build import match_reference
 
     def steps(rule: str) -> int:
         chosen = {"balance": rule, "lambda_schedule": "constant", "compare.match": "flops"}

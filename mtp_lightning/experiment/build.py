@@ -1,0 +1,263 @@
+"""A config's objects: data, model, module, trainer."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from omegaconf import DictConfig, OmegaConf
+
+from data_modules.tokenizers import tokenizer_from_state
+from mtp_lightning import compare
+from mtp_lightning.callbacks.checkpoint_plugin import AtomicCheckpointIO
+from mtp_lightning.callbacks.precision_plugin import TokenDoublePrecision
+from mtp_lightning.experiment.command_line import overridden
+from mtp_lightning.experiment.instantiate import instantiate
+from mtp_lightning.init_from import FREE
+from mtp_lightning.model import ModelConfig
+from mtp_lightning.module import MTPModule
+from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective.balance.base import Balance, NoBalance
+from mtp_lightning.runtime import pick_accelerator
+
+if TYPE_CHECKING:
+    from data_modules import TokenDataModule
+
+log = logging.getLogger(__name__)
+
+# Keys of the trainer group that are this project's, not lightning.pytorch.Trainer's.
+_OWN_TRAINER_KEYS = ("accumulate_grad_batches", "gradient_clip_val", "num_threads", "compile")
+_PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+_STRATEGIES = ("auto", "ddp")
+
+
+def build_data(
+    cfg: DictConfig, tokenizer_state: dict[str, Any] | None = None, *, brought: bool = False
+) -> TokenDataModule:
+    """The data module, its token store built or found.
+
+    Args:
+        cfg: the config.
+        tokenizer_state: of the run that this one starts from; by default the tokenizer is the
+            config's.
+        brought: it came with a trunk (:func:`adopt_trunk`), and takes the place of the config's
+            unless that was asked for.
+    """
+    if tokenizer_state is None:
+        data = instantiate(cfg.data)
+    elif brought and not overridden("tokenizer"):
+        data = instantiate(cfg.data, tokenizer=tokenizer_from_state(tokenizer_state))
+    else:
+        tokenizer = tokenizer_from_state(tokenizer_state)
+        asked = instantiate(cfg.tokenizer)
+        options = {k: cfg.tokenizer[k] for k in ("vocab_size", "train_bytes") if k in cfg.tokenizer}
+        same = asked.kind == tokenizer.kind and all(
+            tokenizer_state.get(key) == value for key, value in options.items()
+        )
+        if not same or (asked.kind == "pretrained" and asked.spec() != tokenizer.spec()):
+            stored = {k: v for k, v in tokenizer_state.items() if k != "tokenizer_json"}
+            raise ValueError(
+                f"init_from={cfg.init_from} was trained with the tokenizer {stored}, which this "
+                "run's tokenizer settings do not ask for: its weights mean nothing with another."
+            )
+        data = instantiate(cfg.data, tokenizer=tokenizer)
+    data.prepare()
+    return data
+
+
+def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
+    """Trunk and stack from the groups ``model`` and ``mtp``.
+
+    Args:
+        cfg: the config.
+        vocab_size: of the tokenizer. An imported trunk may have more rows than it needs.
+    """
+    rows = cfg.model.get("vocab_size", vocab_size)
+    if rows < vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocab_size} ids and the model only {rows} rows for them: "
+            "use the tokenizer that the model was trained with."
+        )
+    trunk = instantiate(cfg.model, vocab_size=rows)
+    mtp = instantiate(cfg.mtp)
+    if mtp.depth > cfg.data.seq_len:
+        raise ValueError(
+            f"mtp.depth={mtp.depth} is larger than the window, data.seq_len={cfg.data.seq_len}: "
+            "predict fewer tokens, or lengthen the window."
+        )
+    return ModelConfig(trunk=trunk, mtp=mtp)
+
+
+def build_balance(cfg: DictConfig) -> Balance:
+    """The rule of the group ``balance``; without MTP depths there is nothing to balance."""
+    balance: Balance = instantiate(cfg.balance)
+    if balance.depth == 0 and not isinstance(balance, NoBalance):
+        log.warning("balance=%s does nothing at mtp.depth=0.", balance.name)
+        return NoBalance(0)
+    return balance
+
+
+def build_module(cfg: DictConfig, data: TokenDataModule, *, asked: DictConfig) -> MTPModule:
+    """The LightningModule, with fresh weights.
+
+    Args:
+        cfg: the config.
+        data: for the vocabulary, and the tokenizer that checkpoints hold.
+        asked: the config before anything was matched, which checkpoints hold: given again, it
+            comes to the same layers and steps.
+    """
+    model_config = build_model_config(cfg, data.tokenizer.vocab_size)
+    if not model_config.mtp.trains_trunk:
+        weights = OmegaConf.to_container(cfg)["mtp_lambda"]  # type: ignore[index,call-overload]
+        if not any(weights if isinstance(weights, list) else [weights]):
+            raise ValueError(
+                "mtp.freeze_trunk=true with mtp_lambda=0 leaves nothing to train: "
+                "set mtp_lambda above 0."
+            )
+        if cfg.init_from is None:
+            log.warning("mtp.freeze_trunk=true without init_from: the frozen trunk is random.")
+    module = MTPModule(
+        model_config,
+        schedule=instantiate(cfg.lambda_schedule),
+        optimizer=instantiate(cfg.optimizer),
+        balance=build_balance(cfg),
+        seed=cfg.seed,
+        accumulate=cfg.trainer.accumulate_grad_batches,
+        clip_norm=cfg.trainer.gradient_clip_val,
+        bytes_per_token=data.bytes_per_token("val"),
+        extra={
+            "tokenizer": data.tokenizer.state(),
+            "config": OmegaConf.to_container(asked, resolve=True),
+        },
+    )
+    if cfg.trainer.compile:
+        # In place, block by block: the keys of checkpoints stay what they are.
+        for layer in module.modules():
+            if isinstance(layer, Block):
+                layer.compile()
+    return module
+
+
+def adopt_trunk(cfg: DictConfig, trunk: TrunkConfig, *, source: Path) -> DictConfig:
+    """The config with an imported trunk in the place of ``model``; how it is trained stays.
+
+    Raises:
+        ValueError: the command line asks for another trunk.
+    """
+    shape = asdict(trunk)
+    asked = OmegaConf.create({"model": shape})
+    for override in overridden("model"):
+        key = override.split("=")[0]
+        found = OmegaConf.select(asked, key) if key != "model" else None
+        if key.removeprefix("model.") in FREE or found == OmegaConf.select(cfg, key):
+            continue
+        raise ValueError(
+            f"{override} does not fit init_from={source}, which brings its own trunk"
+            + (f" with {key}={found}" if key != "model" else "")
+            + f": leave {key}= out."
+        )
+    for key in FREE:
+        value = OmegaConf.select(cfg.model, key)
+        *parents, last = key.split(".")
+        owner = shape[parents[0]] if parents else shape
+        if value is not None and owner is not None:
+            owner[last] = value
+    cfg = cfg.copy()
+    cfg.model = {"_target_": cfg.model["_target_"], **shape}
+    return cfg
+
+
+def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, compare.Matched | None]:
+    """The config with the layers or steps that ``compare.match`` asks for, and what was matched."""
+    settings = cfg.compare
+    compare.check(settings.match, settings.reference)
+    if settings.match == "none":
+        return cfg, None
+    config = build_model_config(cfg, vocab_size)
+    trainer = cfg.trainer
+    batch = cfg.data.batch_size * trainer.accumulate_grad_batches
+    length = {
+        "seq_len": cfg.data.seq_len,
+        "max_steps": trainer.max_steps,
+        "tokens_per_step": batch * cfg.data.seq_len * int(trainer.devices) * trainer.num_nodes,
+    }
+    reference = (
+        compare.plain_reference(config, **length)
+        if settings.reference is None
+        else compare.run_reference(settings.reference)
+    )
+    matched = compare.match(
+        config,
+        instantiate(cfg.lambda_schedule),
+        balance=build_balance(cfg),
+        match=settings.match,
+        reference=reference,
+        **length,
+    )
+    cfg = cfg.copy()
+    cfg.model.n_layers = matched.n_layers
+    cfg.trainer.max_steps = matched.max_steps
+    log.info("%s.", matched)
+    return cfg, matched
+
+
+def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -> pl.Trainer:
+    """The Trainer, with callbacks and loggers.
+
+    Args:
+        cfg: the config.
+        resume_step: the optimizer step that the run continues from; logs after it are dropped.
+        may_skip: whether some parameters get no gradient in some steps.
+    """
+    settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore
+    for key in _OWN_TRAINER_KEYS:
+        settings.pop(key)
+    _check_choice("precision", settings["precision"], _PRECISIONS)
+    _check_choice("strategy", settings["strategy"], _STRATEGIES)
+    for key in ("max_steps", "val_check_interval", "log_every_n_steps"):
+        value = settings[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"trainer.{key} must be a whole number of at least 1, not {value}.")
+    settings["accelerator"] = pick_accelerator(settings["accelerator"])
+    if settings["strategy"] == "ddp":
+        settings["strategy"] = "ddp_find_unused_parameters_true" if may_skip else "ddp"
+    elif settings["devices"] not in (1, "1"):
+        raise ValueError(
+            f"trainer.devices={settings['devices']} needs trainer.strategy=ddp: "
+            "several devices train one model together by data parallelism."
+        )
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if settings["precision"] == "64-true":
+        plugins.append(TokenDoublePrecision())
+        settings["precision"] = None
+    loggers = [instantiate(node) for node in cfg.logger.values()]
+    if resume_step is not None:
+        for logger in loggers:
+            logger.resume_from(resume_step)
+    try:
+        return pl.Trainer(
+            **settings,
+            default_root_dir=cfg.paths.output_dir,
+            max_epochs=-1,
+            # Validations are counted in optimizer steps, across epochs.
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            # The loaders shard themselves, so that their order can be resumed.
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            logger=loggers,
+            callbacks=[instantiate(node) for node in cfg.callbacks.values()],
+            plugins=plugins,
+        )
+    except TypeError as error:
+        raise ValueError(f"The trainer group has a key that Lightning refuses: {error}.") from error
+
+
+def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        known = ", ".join(choices)
+        raise ValueError(f"trainer.{key}={value} is not supported: choose one of {known}.")

@@ -1,0 +1,49 @@
+"""What an app's command line says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+# Where a run lives and who watches it change nothing in its numbers.
+_NOT_HYPERPARAMETERS = (
+    "run_dir",
+    "paths",
+    "logger",
+    "callbacks",
+    "hydra",
+    "sweep",
+    "sweeps",
+    "sweep_dir",
+)
+
+
+def overridden(group: str) -> list[str]:
+    """The overrides of a config group that were given on the command line of an app."""
+    if not HydraConfig.initialized():
+        return []
+    given = [o.lstrip("+~") for o in HydraConfig.get().overrides.task]
+    return [o for o in given if o.split("=")[0] == group or o.startswith(f"{group}.")]
+
+
+def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
+    """What tells this run from its neighbours: a few keys, and all that the command line names.
+
+    A key that names a group of the config (``mtp=parallel``) has the group's choice as its value.
+    """
+    keys = ["mtp.depth", "mtp_lambda", "seed"]
+    choices: dict[str, Any] = {}
+    if HydraConfig.initialized():
+        hydra_config = HydraConfig.get()
+        choices = dict(hydra_config.runtime.choices)
+        given = [override.split("=")[0] for override in hydra_config.overrides.task]
+        keys += [key.lstrip("+") for key in given if not key.startswith("~")]
+    chosen: dict[str, Any] = {}
+    for key in keys:
+        if key.partition(".")[0] in _NOT_HYPERPARAMETERS:
+            continue
+        value = choices[key] if key in choices else OmegaConf.select(cfg, key)
+        chosen[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return chosen

@@ -1,0 +1,96 @@
+"""A trained model's metrics: teacher-forced, and of the decoding loop."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mtp_lightning.decoding.measure import decoding_report
+from mtp_lightning.evaluation import evaluate_model
+from mtp_lightning.experiment.instantiate import instantiate
+from mtp_lightning.metrics.rates import bits_per_byte
+from mtp_lightning.model import MTPModel
+from mtp_lightning.runs import LoadedRun, load_run
+from mtp_lightning.runtime import pick_accelerator, quiet_lightning, set_threads
+from mtp_lightning.summary import environment, print_summary, write_summary
+
+if TYPE_CHECKING:
+    from data_modules import TokenDataModule
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(cfg: DictConfig) -> dict[str, Any]:
+    """Metrics of a trained model, on its own validation text or on other data: teacher-forced, and
+    of the decoding loop.
+
+    Raises:
+        ValueError: a damaged or foreign checkpoint, or data without a validation window.
+        OSError: a missing file.
+    """
+    quiet_lightning()
+    set_threads(cfg.num_threads)
+    run = load_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator))
+    data = validation_data(run, data=cfg.get("data"), cache_dir=cfg.paths.cache_dir)
+    rates = evaluate_model(run.model, data.val_dataloader(), limit=cfg.limit_batches)
+    per_byte = bits_per_byte(rates["loss_depth_0"], data.bytes_per_token("val"))
+    metrics = {
+        **{f"val/{name}": value for name, value in rates.items()},
+        "val/bits_per_byte": per_byte,
+        **evaluate_decoding(run.model, data, cfg.decode),
+        "parameters": run.model.config.num_params(),
+        "parameters_trunk": run.model.config.trunk.num_params(),
+        "flops_per_token": run.model.config.flops_per_token(data.seq_len),
+        "step": run.step,
+        "checkpoint": str(run.path),
+        "data": data.summary(),
+        **environment(),
+    }
+    print_summary(metrics, depth=run.model.depth)
+    if cfg.output is not None:
+        write_summary(metrics, Path(cfg.output))
+    return metrics
+
+
+def validation_data(
+    run: LoadedRun, *, data: DictConfig | None = None, cache_dir: str | None = None
+) -> TokenDataModule:
+    """The validation text of a run, or that of another data group in the run's setting.
+
+    Args:
+        run: its tokenizer reads the text.
+        data: the other group.
+        cache_dir: where token stores are; by default where the run's are.
+    """
+    config = OmegaConf.create(run.config)
+    if data is not None:
+        config.data = OmegaConf.to_container(data, resolve=False)
+    config.paths.cache_dir = cache_dir or config.paths.cache_dir
+    module = instantiate(config.data, tokenizer=run.tokenizer)
+    module.prepare("validate")
+    return module
+
+
+def evaluate_decoding(
+    model: MTPModel, data: TokenDataModule, settings: DictConfig
+) -> dict[str, float]:
+    """Acceptance and speed-up of the drafts, measured and expected; nothing without drafts.
+
+    Raises:
+        ValueError: settings out of range.
+    """
+    for key, least in (("n_prompts", 0), ("prompt_tokens", 1), ("new_tokens", 2)):
+        if not isinstance(settings[key], int) or settings[key] < least:
+            raise ValueError(f"decode.{key} must be at least {least}, not {settings[key]}.")
+    if not model.mtp.drafts or settings.n_prompts == 0:
+        return {}
+    try:
+        prompts = data.held_out_prompts(settings.n_prompts, settings.prompt_tokens)
+    except ValueError as error:  # the teacher-forced metrics are there all the same
+        log.warning("Nothing was decoded (%s): lower decode.n_prompts or prompt_tokens.", error)
+        return {}
+    report = decoding_report(model, prompts, new_tokens=settings.new_tokens)
+    return {f"decode/{name}": value for name, value in report.items()}

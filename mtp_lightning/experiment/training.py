@@ -1,0 +1,224 @@
+"""A run: built anew, from another run or from what its folder holds; trained; summarised."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from omegaconf import DictConfig, OmegaConf
+
+from mtp_lightning import checkpoint_io, compare
+from mtp_lightning.callbacks.throughput import Throughput
+from mtp_lightning.cli import Stopped
+from mtp_lightning.experiment.build import (
+    adopt_trunk,
+    build_data,
+    build_module,
+    build_trainer,
+    match_reference,
+)
+from mtp_lightning.experiment.command_line import hyperparameters
+from mtp_lightning.generation import print_sample
+from mtp_lightning.init_from import Start, brought_trunk, read_start, start_from
+from mtp_lightning.model import ModelConfig
+from mtp_lightning.module import MTPModule
+from mtp_lightning.runs import CHECKPOINTS, describe_differences, describe_interrupt, print_paths
+from mtp_lightning.runtime import keep_freed_memory, quiet_lightning, set_threads
+from mtp_lightning.summary import environment, print_summary, write_summary
+
+if TYPE_CHECKING:
+    from data_modules import TokenDataModule
+
+log = logging.getLogger(__name__)
+
+# Keys of the stored model that say how it is trained, not what its weights are.
+_NOT_ARCHITECTURE = (
+    "trunk.recompute",
+    "trunk.experts.bias_rate",
+    "trunk.experts.bias_frozen",
+    "trunk.experts.sequence_loss",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that is ready for its trainer.
+
+    Attributes:
+        asked: the config, with the trunk that ``init_from`` brought.
+        cfg: that, with the layers or steps that ``compare.match`` asked for.
+        matched: what was matched; None without a match.
+        data: its token store built or found.
+        module: with the weights that it starts from, unless it continues.
+        resume_from: the checkpoint that the run continues from; None for a new run.
+        resume_step: the optimizer step stored there.
+    """
+
+    asked: DictConfig
+    cfg: DictConfig
+    matched: compare.Matched | None
+    data: TokenDataModule
+    module: MTPModule
+    resume_from: Path | None
+    resume_step: int | None
+
+
+def prepare(cfg: DictConfig, folder: Path) -> Prepared:
+    """Build a run, from scratch, from another run, or from what its folder holds.
+
+    What is read of a checkpoint here is gone when this returns: training needs the memory.
+    """
+    resume_from = checkpoint_io.newest_intact(folder / CHECKPOINTS)
+    stored = None if resume_from is None else checkpoint_io.load(resume_from)
+    start: Start | None = None
+    tokenizer_state, brings_trunk = None, False
+    if cfg.init_from is not None:
+        if stored is None:
+            start = read_start(cfg.init_from)
+            tokenizer_state, brings_trunk = start.tokenizer_state, start.brings_trunk
+            if brings_trunk:
+                cfg = adopt_trunk(cfg, start.config.trunk, source=start.path)
+                if tokenizer_state is None:
+                    log.warning(
+                        "%s holds no tokenizer.json: this run's own tokenizer settings are used, "
+                        "which must be those that the model was trained with.",
+                        start.path,
+                    )
+        else:
+            # The run has begun: it goes on with what it has, whatever became of its start.
+            tokenizer_state = stored.get("tokenizer")
+            brings_trunk = brought_trunk(stored)
+            if brings_trunk:
+                trunk = ModelConfig.from_dict(stored["model_config"]).trunk
+                cfg = adopt_trunk(cfg, trunk, source=Path(cfg.init_from))
+    asked = cfg
+    data = build_data(cfg, tokenizer_state, brought=brings_trunk)
+    cfg, matched = match_reference(cfg, data.tokenizer.vocab_size)
+    module = build_module(cfg, data, asked=asked)
+    resume_step = None
+    if stored is not None:
+        resume_step = check_resumable(stored, module, source=resume_from)
+        log.info("Continuing %s from step %d.", folder, resume_step)
+    elif start is not None:
+        log.info("Starting from %s: %s.", start.path, start_from(module.model, start))
+    return Prepared(
+        asked=asked,
+        cfg=cfg,
+        matched=matched,
+        data=data,
+        module=module,
+        resume_from=resume_from,
+        resume_step=resume_step,
+    )
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Run an experiment, or continue it where its folder holds a checkpoint.
+
+    Returns:
+        The summary: every final metric, and what the run cost; also in ``summary.json``.
+
+    Raises:
+        ValueError: settings that do not fit together, or a loss that is not finite.
+        OSError: missing input, or a disk that is full.
+        Stopped: on Ctrl-C or SIGTERM; the message says what was saved.
+    """
+    quiet_lightning()
+    keep_freed_memory()
+    set_threads(cfg.trainer.num_threads)
+    folder = Path(cfg.paths.output_dir)
+    run = prepare(cfg, folder)
+    data, module = run.data, run.module
+    trainer = build_trainer(
+        run.cfg,
+        resume_step=run.resume_step,
+        may_skip=module.schedule.depth_ever_skipped or module.balance.skips,
+    )
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(run.asked, folder / "config.yaml", resolve=True)
+        data.tokenizer.save(folder)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(hyperparameters(cfg))
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
+    except SystemExit as stop:  # how Lightning ends after Ctrl-C and SIGTERM
+        signum = signal.SIGTERM if trainer.received_sigterm else signal.SIGINT
+        raise Stopped(describe_interrupt(folder), signum) from stop
+    if module.validated_step != trainer.global_step:
+        trainer.validate(module, datamodule=data, verbose=False)
+
+    summary = summarise(trainer, module, data)
+    if cfg.init_from is not None:
+        summary["init_from"] = str(cfg.init_from)
+    if run.matched is not None:
+        summary["compare"] = run.matched.to_dict()
+    for logger in trainer.loggers:
+        final = {tag: value for tag, value in summary.items() if "/" in tag}
+        logger.log_hyperparams(hyperparameters(cfg), final, trainer.global_step)
+    if trainer.is_global_zero:
+        write_summary(summary, folder / "summary.json")
+        print_summary(summary, depth=module.model.depth)
+        print_sample(module.model, data, seed=cfg.seed)
+        print_paths(folder)
+    return summary
+
+
+def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Path | None) -> int:
+    """The step of a checkpoint, after making sure that it holds this very architecture.
+
+    Raises:
+        ValueError: it holds another one; the differing keys are named.
+    """
+    wanted = module.model.config.to_dict()
+    try:  # settings that are newer than the checkpoint had their defaults
+        stored = ModelConfig.from_dict(checkpoint["model_config"]).to_dict()
+    except ValueError:
+        stored = checkpoint["model_config"]
+    differences = describe_differences(stored, wanted, ignore=_NOT_ARCHITECTURE)
+    if differences:
+        raise ValueError(
+            f"{source} holds another architecture than this config ({'; '.join(differences)}): "
+            "start in another run_dir, or go back to the settings that the run began with."
+        )
+    rule = checkpoint.get("balance", {"rule": "none"})["rule"]
+    if rule != module.balance.name:
+        raise ValueError(
+            f"{source} was trained with balance={rule}, whose state balance={module.balance.name} "
+            f"cannot go on from: set balance={rule}, or start in another run_dir."
+        )
+    changed = describe_differences(
+        checkpoint["config"], module.extra["config"], ignore=("sweep_dir", "sweep.retry_failed")
+    )
+    if changed:
+        log.warning("Continuing with changed settings: %s.", "; ".join(changed))
+    return int(checkpoint["global_step"])
+
+
+def summarise(trainer: pl.Trainer, module: MTPModule, data: TokenDataModule) -> dict[str, Any]:
+    """Everything a reader needs to compare this run with another."""
+    config = module.model.config
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    throughput = next((c.summary() for c in callbacks if isinstance(c, Throughput)), {})
+    return {
+        **module.validation,
+        **{n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("decode/")},
+        **throughput,
+        "step": trainer.global_step,
+        "tokens": module.tokens,
+        "flops": module.flops,
+        "seconds": module.seconds,
+        "parameters": config.num_params(),
+        "parameters_active": config.num_active_params(),
+        "parameters_trunk": config.trunk.num_params(),
+        "parameters_trained": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        "flops_per_token": config.flops_per_token(data.seq_len),
+        "world_size": trainer.world_size,
+        "seed": module.extra["config"]["seed"],
+        "data": data.summary(),
+        **environment(),
+    }
