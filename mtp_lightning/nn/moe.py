@@ -3,7 +3,7 @@
     s_i = sigmoid(u . e_i);  chosen = top-k of s + b;  g_i = scaling * s_i / sum of the chosen s
     out = shared(u) + sum of g_i expert_i(u) over the chosen
 
-The bias b chooses and does nothing else. It has no gradient: callbacks/expert_balance.py moves it
+The bias b chooses and does nothing else. It has no gradient: objective/expert_balance.py moves it
 after every optimizer step by what :attr:`Router.load` counted.
 
 Names in transformers' DeepseekV3MoE, whose weights fit as they are (HF -> here):
