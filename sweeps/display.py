@@ -8,10 +8,11 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sweeps.layout import LOG_FILE
 from sweeps.pool import Display
 from sweeps.process import Task
 from sweeps.progress import Progress, read_progress
-from sweeps.status import LOG_FILE, read_status
+from sweeps.status import read_status
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -22,9 +22,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from mtp_lightning.cli import readable_errors
 from sweeps.compose import count_processes, settle
 from sweeps.files import Lock
+from sweeps.layout import CONFIG_FILE, SUMMARY_FILE, flatten
 from sweeps.plan import Job, Plan, key_of, varied_keys, without_housekeeping
 from sweeps.pool import Interrupted
-from sweeps.process import SUMMARY_FILE, Task, python_command
+from sweeps.process import Task, python_command
 from sweeps.status import describe_failure, read_status, state_of, write_status
 
 Run = Callable[[list[Task]], None]
@@ -185,10 +186,10 @@ def _say_plan(
 def _changed_settings(composed: DictConfig, folder: Path) -> str:
     """What a finished run's ``config.yaml`` has and this call would set otherwise."""
     try:
-        stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        stored = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return ""
-    old, new = _flat(stored), _flat(OmegaConf.to_container(composed))
+    old, new = _settings(stored), _settings(OmegaConf.to_container(composed))
     there = str(folder)
     changed = [
         f"{key} was {old[key]}, is {new[key]}"
@@ -198,15 +199,10 @@ def _changed_settings(composed: DictConfig, folder: Path) -> str:
     return "; ".join(sorted(changed))
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {prefix: node}
-    return {
-        name: value
-        for key, child in node.items()
-        if prefix or key not in _NO_SETTING
-        for name, value in _flat(child, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
+def _settings(config: Any) -> dict[str, Any]:
+    if not isinstance(config, dict):
+        return {}
+    return flatten({key: value for key, value in config.items() if key not in _NO_SETTING})
 
 
 def _say_end(folder: Path, tasks: Sequence[Task]) -> None:

@@ -11,14 +11,13 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sweeps.files import write_json
-from sweeps.status import read_status
+from sweeps.layout import SWEEP_FILE
+from sweeps.status import now, read_status
 
-SWEEP_FILE = "sweep.json"
 VERSION = 1
 
 # Where runs go and how a sweep is run: no part of what a job computes.
@@ -140,14 +139,13 @@ class Plan:
         Args:
             command: the command line of this call.
         """
-        now = datetime.now(UTC).isoformat(timespec="seconds")
         content = {
             "version": VERSION,
             "name": self.folder.name,
             "command": list(command),
             "varied": varied_keys([job.overrides for job in self.jobs]),
             "jobs": [{"folder": j.folder, "overrides": list(j.overrides)} for j in self.jobs],
-            "created": self._stored.get("created", now),
+            "created": self._stored.get("created", now()),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(content, self.folder / SWEEP_FILE)

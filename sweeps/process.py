@@ -13,9 +13,9 @@ from pathlib import Path
 
 from sweeps.devices import Devices
 from sweeps.files import Lock
-from sweeps.status import LOG_FILE, last_words, now, write_status
+from sweeps.layout import LOG_FILE, SUMMARY_FILE
+from sweeps.status import last_words, now, write_status
 
-SUMMARY_FILE = "summary.json"
 _LOCK_FILE = ".lock"
 
 

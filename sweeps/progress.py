@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-METRICS_FILE = "metrics.csv"
+from sweeps.layout import METRICS_FILE
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING
 from mtp_lightning.cli import readable_errors
 from sweeps.compose import count_processes, settle
 from sweeps.files import Lock
+from sweeps.layout import SUMMARY_FILE
 from sweeps.local_pool import make_pool
 from sweeps.plan import Plan
 from sweeps.pool import Interrupted
-from sweeps.process import SUMMARY_FILE, Task, python_command
+from sweeps.process import Task, python_command
 from sweeps.progress import read_column
 from sweeps.search_space import Space, parse
 from sweeps.status import read_status, state_of

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sweeps.files import write_json
+from sweeps.layout import LOG_FILE, STATUS_FILE
 
-STATUS_FILE = "status.json"
-LOG_FILE = "job.log"
 VERSION = 1
 STATES = ("pending", "running", "done", "failed", "interrupted")
 

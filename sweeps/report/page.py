@@ -11,10 +11,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from sweeps.layout import LOG_FILE
 from sweeps.report.comparisons import Comparison
 from sweeps.report.findings import answer, caveats
 from sweeps.report.metrics import BITS, TABLE, Metric, number, p_value
-from sweeps.report.read import LOG, Run, Sweep
+from sweeps.report.read import Run, Sweep
 from sweeps.report.settings import Settings, show
 from sweeps.report.style import Drawing, as_inline, as_png, as_svg
 
@@ -200,7 +201,7 @@ def _comparison(found: Comparison) -> dict[str, Any]:
 
 
 def _job(run: Run, folder: Path) -> dict[str, Any]:
-    log = run.folder / LOG
+    log = run.folder / LOG_FILE
     steps = [row["step"] for row in run.rows if math.isfinite(row.get("step", math.nan))]
     return {
         "name": run.name,

@@ -13,9 +13,17 @@ from typing import Any
 
 import yaml
 
-SWEEP, STATUS, SUMMARY = "sweep.json", "status.json", "summary.json"
-CONFIG, METRICS, LOG = "config.yaml", "metrics.csv", "job.log"
-_RUN_FILES = (CONFIG, STATUS, SUMMARY, METRICS)
+from sweeps.layout import (
+    CONFIG_FILE,
+    LOG_FILE,
+    METRICS_FILE,
+    STATUS_FILE,
+    SUMMARY_FILE,
+    SWEEP_FILE,
+    flatten,
+)
+
+_RUN_FILES = (CONFIG_FILE, STATUS_FILE, SUMMARY_FILE, METRICS_FILE)
 
 # Plain data only; libyaml reads a sweep of hundreds of runs in seconds instead of minutes.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -100,9 +108,9 @@ def read_sweep(folder: str | Path, *, name: str = "") -> Sweep:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}: give a sweep's, or one with runs.")
     sweep = Sweep(folder=folder, runs=[])
-    plan, problem = _read_json(folder / SWEEP)
-    if problem and (folder / SWEEP).exists():
-        sweep.notes.append(f"{SWEEP} {problem}: jobs that have not begun are unknown.")
+    plan, problem = _read_json(folder / SWEEP_FILE)
+    if problem and (folder / SWEEP_FILE).exists():
+        sweep.notes.append(f"{SWEEP_FILE} {problem}: jobs that have not begun are unknown.")
     sweep.varied = [str(key) for key in plan.get("varied") or []]
     planned = [job for job in plan.get("jobs") or [] if isinstance(job, dict)]
     jobs = {str(job["folder"]): job for job in planned if "folder" in job}
@@ -113,7 +121,7 @@ def read_sweep(folder: str | Path, *, name: str = "") -> Sweep:
         sweep.runs.append(run)
     if not sweep.runs and _is_run(folder):
         sweep.runs.append(read_run(folder, sweep=name))
-    inner = [path.name for path in sorted(folder.iterdir()) if (path / SWEEP).is_file()]
+    inner = [path.name for path in sorted(folder.iterdir()) if (path / SWEEP_FILE).is_file()]
     if inner and not sweep.runs:
         raise FileNotFoundError(
             f"{folder} holds sweeps, not runs: give one of them, as {folder / inner[0]}."
@@ -122,7 +130,8 @@ def read_sweep(folder: str | Path, *, name: str = "") -> Sweep:
         sweep.notes.append(f"Sweeps in subfolders are left out: {', '.join(inner)}.")
     if not sweep.runs:
         raise FileNotFoundError(
-            f"{folder} holds no runs: give the folder of a sweep, whose subfolders have a {CONFIG}."
+            f"{folder} holds no runs: give the folder of a sweep, whose subfolders have a "
+            f"{CONFIG_FILE}."
         )
     return sweep
 
@@ -133,16 +142,16 @@ def read_run(folder: Path, *, sweep: str = "") -> Run:
     if not folder.is_dir():
         run.state, run.reason = "missing", "its folder does not exist: it has not begun"
         return run
-    run.config = _read_config(folder / CONFIG, run.notes)
+    run.config = _read_config(folder / CONFIG_FILE, run.notes)
     run.choices = _read_choices(folder / ".hydra" / "hydra.yaml")
-    run.rows = _read_rows(folder / METRICS)
-    status, problem = _read_json(folder / STATUS)
-    if problem and (folder / STATUS).exists():
-        run.notes.append(f"{STATUS} {problem}")
+    run.rows = _read_rows(folder / METRICS_FILE)
+    status, problem = _read_json(folder / STATUS_FILE)
+    if problem and (folder / STATUS_FILE).exists():
+        run.notes.append(f"{STATUS_FILE} {problem}")
     run.overrides = _overrides(status.get("overrides")) or _overrides(
         _read_yaml(folder / ".hydra" / "overrides.yaml")
     )
-    summary, problem = _read_json(folder / SUMMARY)
+    summary, problem = _read_json(folder / SUMMARY_FILE)
     state = status.get("state")
     run.reason = str(status.get("reason") or "")
     if state in STATES and state != "done":
@@ -152,14 +161,14 @@ def read_run(folder: Path, *, sweep: str = "") -> Run:
         return run
     if problem:
         run.state = "unfinished"
-        run.reason = f"{SUMMARY} {problem}" + (", though its job ended well" if state else "")
+        run.reason = f"{SUMMARY_FILE} {problem}" + (", though its job ended well" if state else "")
         return run
     if not run.config:
-        run.state, run.reason = "unfinished", f"its {CONFIG} is missing or damaged"
+        run.state, run.reason = "unfinished", f"its {CONFIG_FILE} is missing or damaged"
         return run
     steps, wanted = summary.get("step"), run.config.get("trainer.max_steps")
     if steps != wanted and "compare" not in summary:  # a matched run chooses its own steps
-        run.reason = f"its {SUMMARY} is of step {steps}, its config asks for {wanted}"
+        run.reason = f"its {SUMMARY_FILE} is of step {steps}, its config asks for {wanted}"
         return run
     run.state, run.summary = "done", summary
     return run
@@ -248,16 +257,7 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
 
 def _last_sign(folder: Path) -> str:
     """When a running job was last heard of, if that is long ago."""
-    files = [folder / METRICS, folder / LOG, folder / STATUS]
+    files = [folder / METRICS_FILE, folder / LOG_FILE, folder / STATUS_FILE]
     seen = [path.stat().st_mtime for path in files if path.exists()]
     minutes = (time.time() - max(seen, default=math.inf)) / 60
     return f"nothing written for {minutes:.0f} minutes: is it alive?" if minutes > 10 else ""
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config by dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
-    return flat

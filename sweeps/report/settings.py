@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sweeps.layout import SUMMARY_FILE
 from sweeps.report.metrics import BITS, BY_TAG, LOSS, Metric
 from sweeps.report.read import Run, Sweep
 from sweeps.report.statistics import Interval, interval
@@ -218,7 +219,7 @@ def _drop_repeats(setting: Setting) -> list[Run]:
 
 
 def _rank(run: Run) -> tuple[bool, float]:
-    file = run.folder / "summary.json"
+    file = run.folder / SUMMARY_FILE
     return run.state == "done", file.stat().st_mtime if file.exists() else 0.0
 
 

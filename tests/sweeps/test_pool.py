@@ -16,9 +16,10 @@ import pytest
 from sweeps.devices import DeviceQueue
 from sweeps.display import Lines
 from sweeps.files import Lock
+from sweeps.layout import LOG_FILE
 from sweeps.pool import Pool
 from sweeps.process import Task
-from sweeps.status import LOG_FILE, read_status, state_of
+from sweeps.status import read_status, state_of
 
 DONE = "echo '{}' > summary.json"
 
