@@ -31,7 +31,10 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.deepseek_config import ExpertsConfig, LatentAttentionConfig
-from mtp_lightning.objective.mtp_loss import mtp_loss
+from mtp_lightning.objective.balance.base import NoBalance
+from mtp_lightning.objective.schedule.base import Progress
+from mtp_lightning.objective.schedule.piecewise import Piecewise
+from mtp_lightning.objective.step import OptimizerStep
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"speculative": False},
@@ -49,19 +52,20 @@ def train(model: MTPModel, tokens: torch.Tensor, *, seconds: float, seq_len: int
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     generator = torch.Generator().manual_seed(0)
     width, batch_size, loss = seq_len + model.depth + 1, 16, torch.tensor(0.0)
+    step = OptimizerStep(
+        model,
+        schedule=Piecewise(model.depth, 0.3),
+        balance=NoBalance(model.depth),
+        clip_norm=1.0,
+    )
     began = time.perf_counter()
     while (elapsed := time.perf_counter() - began) < seconds:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, elapsed / seconds * 20) * (1 - 0.9 * elapsed / seconds)
         starts = torch.randint(0, len(tokens) - width, (batch_size, 1), generator=generator)
         batch = WindowBatch(tokens[starts + torch.arange(width)], model.depth)
-        weights = [0.3 / model.depth] * model.depth
-        loss, _ = mtp_loss(model, batch, weights, batch.counts().tolist())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return float(loss.detach())
+        loss = step(batch, Progress(step=0, max_steps=1), optimizer).loss
+    return float(loss)
 
 
 def byte_model(*, deepseek: bool) -> MTPModel:
@@ -273,7 +277,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             show(key, results[key])
         trunk = model.config.trunk
         deepseek = trunk.latent_attention is not None and trunk.experts is not None
-        if deepseek and model.config.variant == "sequential" and find_spec("transformers"):
+        if deepseek and model.config.mtp.variant == "sequential" and find_spec("transformers"):
             key = f"{name}, transformers"
             results[key] = measure_transformers(model, prompts[0], **options)
             show(key, results[key])

@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import common
-from mtp_lightning.objective import cross_entropy
-from mtp_lightning.objective.cross_entropy import DepthLoss, weighted_cross_entropy
+from mtp_lightning.objective import through_head
+from mtp_lightning.objective.stack_loss import joint_loss
+from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
+from mtp_lightning.objective.through_head import DepthTarget
 from mtp_lightning.runtime import keep_freed_memory
 
 MODULE = "benchmarks.head"
@@ -32,7 +34,8 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """This project's."""
-    return weighted_cross_entropy(weight, [DepthLoss(hidden, targets, 1.0 / len(targets))])[0]
+    target = DepthTarget(0, targets, 1.0 / len(targets), CrossEntropy())
+    return joint_loss(weight, [hidden], [target])[0]
 
 
 def whole_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -95,13 +98,13 @@ def measure_memory(task: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def chunk_numel(numel: int, device: str) -> Iterator[None]:
     """The chunk of logits holds ``numel`` numbers, however few rows that is."""
-    sizes, rows = dict(cross_entropy._CHUNK_NUMEL), cross_entropy._MIN_CHUNK_ROWS
-    cross_entropy._CHUNK_NUMEL[device], cross_entropy._MIN_CHUNK_ROWS = numel, 1
+    sizes, rows = dict(through_head._CHUNK_NUMEL), through_head._MIN_CHUNK_ROWS
+    through_head._CHUNK_NUMEL[device], through_head._MIN_CHUNK_ROWS = numel, 1
     try:
         yield
     finally:
-        cross_entropy._CHUNK_NUMEL.update(sizes)
-        cross_entropy._MIN_CHUNK_ROWS = rows
+        through_head._CHUNK_NUMEL.update(sizes)
+        through_head._MIN_CHUNK_ROWS = rows
 
 
 def compare(task: dict[str, Any], names: list[str], repeats: int) -> list[dict[str, Any]]:
@@ -134,7 +137,7 @@ def compare(task: dict[str, Any], names: list[str], repeats: int) -> list[dict[s
 def sweep(task: dict[str, Any], numels: list[int], repeats: int) -> list[dict[str, Any]]:
     """One row a chunk size, and which one this project takes."""
     tensors, device = inputs(task), task["device"]
-    taken = cross_entropy.chunk_rows(task["vocab_size"], torch.device(device))
+    taken = through_head.chunk_rows(task["vocab_size"], torch.device(device))
 
     def with_chunk(numel: int) -> None:
         with chunk_numel(numel, device):

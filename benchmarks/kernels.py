@@ -23,7 +23,7 @@ from mtp_lightning.nn.feed_forward import swiglu
 from mtp_lightning.nn.linear import matmul_transposed, uses_onednn, weight_gradient
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.rope import apply_rope, rope_table
-from mtp_lightning.objective.cross_entropy import chunk_rows
+from mtp_lightning.objective.through_head import chunk_rows
 from mtp_lightning.runtime import keep_freed_memory
 
 

@@ -1,11 +1,11 @@
 """What an optimizer step costs, in time and memory, by number of MTP depths and vocabulary.
 
-Run ``python -m benchmarks.train_step``. One step is what a run does: forward, backward, clipping,
-fused AdamW. Every configuration is measured in processes of its own (``--repeats`` of them, the
-configurations taking turns), so that its peak memory is its own. Between the steps the process
-measures its matrix-product rate: ``torch.matmul`` of 1024^3, which is MKL's on an x86 CPU, and the
-fastest one it has (``nn.linear``: oneDNN where that is faster). FLOPs count attention in full,
-without a causal discount, as the other libraries' figures do.
+Run ``python -m benchmarks.train_step``. One step is what a run does, without Lightning, callbacks
+and logging around it. Every configuration is measured in processes of its own (``--repeats`` of
+them, the configurations taking turns), so that its peak memory is its own. Between the steps the
+process measures its matrix-product rate: ``torch.matmul`` of 1024^3, which is MKL's on an x86 CPU,
+and the fastest one it has (``nn.linear``: oneDNN where that is faster). FLOPs count attention in
+full, without a causal discount, as the other libraries' figures do.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
     from mtp_lightning.experiment.build import build_model_config
     from mtp_lightning.experiment.instantiate import instantiate
     from mtp_lightning.model import MTPModel
-    from mtp_lightning.mtp.base import Draw
-    from mtp_lightning.objective.lambda_schedule import Progress
-    from mtp_lightning.objective.mtp_loss import mtp_loss
+    from mtp_lightning.objective.balance.base import NoBalance
+    from mtp_lightning.objective.schedule.base import Progress
+    from mtp_lightning.objective.step import OptimizerStep
 
     cfg = common.compose_config(
         [
@@ -113,28 +113,27 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
     task["rss_imported"] = common.current_rss()
     model = MTPModel(build_model_config(cfg, task["vocab_size"]))
     model.initialise(cfg.seed)
-    optimizer_config = instantiate(cfg.optimizer)
-    optimizer = optimizer_config.build(model)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    schedule = instantiate(cfg.lambda_schedule)
-    weights = schedule.weights(Progress(step=0, max_steps=cfg.trainer.max_steps, tokens=0))
+    optimizer = instantiate(cfg.optimizer).build(model)
+    one_step = OptimizerStep(
+        model,
+        schedule=instantiate(cfg.lambda_schedule),
+        balance=NoBalance(task["depth"]),
+        seed=cfg.seed,
+        clip_norm=cfg.trainer.gradient_clip_val,
+    )
+    progress = Progress(step=0, max_steps=cfg.trainer.max_steps)
     shape = (task["batch_size"], task["seq_len"] + task["depth"] + 1)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(task["vocab_size"], shape, generator=generator)
     batch = WindowBatch(tokens, task["depth"])
-    draw = Draw(cfg.seed, step=0, first_row=0)
-    counts = [task["batch_size"] * task["seq_len"]] * (task["depth"] + 1)
 
     def step() -> float:
-        loss, _ = mtp_loss(model, batch, weights, counts, draw=draw)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, cfg.trainer.gradient_clip_val)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+        return float(one_step(batch, progress, optimizer).loss)
 
     def forward() -> tuple[int, torch.Tensor]:
-        loss, _ = mtp_loss(model, batch, weights, counts, draw=draw)
+        plan = one_step.plan(batch, progress)
+        loss, _, _ = one_step.loss(plan, *plan.micro_batches[0])
+        counts = plan.counts
         d_model, element = model.config.trunk.d_model, next(model.parameters()).element_size()
         return sum(counts) * d_model * element, loss
 

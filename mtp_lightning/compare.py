@@ -17,9 +17,8 @@ from typing import Any
 
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.none import NoMTPConfig
-from mtp_lightning.objective.balance.base import Balance, NoBalance
-from mtp_lightning.objective.lambda_schedule import LambdaSchedule, Progress
-from mtp_lightning.objective.mtp_loss import active_depths
+from mtp_lightning.objective.balance.base import Balance, NoBalance, depths_of
+from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 
 MATCHES = ("none", "parameters", "flops")
 # Points of a run at which the cost of a step is looked up; between them it is taken as constant.
@@ -180,7 +179,7 @@ def total_flops(
         step = (2 * sample + 1) * max_steps // (2 * samples) if samples < max_steps else sample
         progress = Progress(step=step, max_steps=max_steps, tokens=step * tokens_per_step)
         base = [1.0, *schedule.weights(progress)]
-        kind = tuple(active_depths(base[1:])), balance.rests_at(progress)
+        kind = tuple(depths_of(base)), balance.rests_at(progress)
         if kind not in costs:
             measured = 0.0 if balance.rests_at(progress) else 1 / balance.every_n_steps
             costs[kind] = sum(

@@ -112,7 +112,7 @@ def start_from(model: MTPModel, start: Start) -> Inherited:
     """
     old, wanted = start.config, model.config
     _check_trunk(start.path, old, wanted)
-    same_stack = old.variant == wanted.variant
+    same_stack = old.mtp.variant == wanted.mtp.variant
     if same_stack:
         _check_meaning(start.path, old, wanted)
     stored = {name: t for name, t in start.weights.items() if not name.startswith("mtp.")}

@@ -5,34 +5,20 @@ Shapes: B batch, T positions, C d_model, K depths, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.mtp.base import Draw, MTPConfig, MTPStack
-from mtp_lightning.mtp.linear import LinearConfig
-from mtp_lightning.mtp.none import NoMTPConfig
-from mtp_lightning.mtp.parallel import ParallelConfig
-from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
-from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.init import initialise
+from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.trunk import Trunk
-
-# The names of the variants in checkpoints. A checkpoint's config is data: it can ask for these
-# and for nothing else.
-MTP_VARIANTS: dict[str, type[MTPConfig]] = {
-    "none": NoMTPConfig,
-    "sequential": SequentialConfig,
-    "parallel": ParallelConfig,
-    "linear": LinearConfig,
-    "parameter_free": ParameterFreeConfig,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,62 +63,26 @@ class ModelConfig:
         modules = self.mtp.module_flops(self.trunk, seq_len, active)
         return forward + 2 * modules + self.mtp.projections(active) * self.trunk.head_flops()
 
-    @property
-    def variant(self) -> str:
-        """The stack's name in :data:`MTP_VARIANTS`."""
-        (name,) = (name for name, kind in MTP_VARIANTS.items() if type(self.mtp) is kind)
-        return name
-
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, for a checkpoint."""
-        return {"trunk": asdict(self.trunk), "mtp": {"variant": self.variant, **asdict(self.mtp)}}
+        return {"trunk": asdict(self.trunk), "mtp": self.mtp.to_dict()}
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> ModelConfig:
+    def from_dict(data: dict[str, Any], *, allow: Collection[str] = ()) -> ModelConfig:
         """The inverse of :meth:`to_dict`.
 
+        Args:
+            data: from a checkpoint.
+            allow: packages whose variants may be imported.
+
         Raises:
-            ValueError: an unknown variant or field.
+            ValueError: an unknown variant or field, or a package that is not allowed.
         """
-        mtp = mtp_from_dict(data["mtp"])
+        mtp = MTPConfig.from_dict(data["mtp"], allow=allow)
         try:
             return ModelConfig(trunk=TrunkConfig(**data["trunk"]), mtp=mtp)
         except TypeError as error:
             raise ValueError(f"The model's config does not fit this version: {error}.") from error
-
-
-def mtp_from_dict(data: dict[str, Any]) -> MTPConfig:
-    """A stack's config from its variant and fields.
-
-    Raises:
-        ValueError: an unknown variant or field.
-    """
-    fields = dict(data)
-    variant = fields.pop("variant", None)
-    if variant not in MTP_VARIANTS:
-        known = ", ".join(MTP_VARIANTS)
-        raise ValueError(f"MTP variant '{variant}' is unknown here; known are {known}.")
-    try:
-        return MTP_VARIANTS[variant](**fields)
-    except TypeError as error:
-        raise ValueError(f"The model's config does not fit this version: {error}.") from error
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What the trunk made of a batch: all that the depths need.
-
-    Attributes:
-        final: the trunk's output [B, T, C], which the head projects.
-        branch: the state [B, T, C] that the stack starts from.
-        embedded: embedded tokens, [B, at least T, C].
-        positions: of the windows.
-    """
-
-    final: Tensor
-    branch: Tensor
-    embedded: Tensor
-    positions: Positions
 
 
 class MTPModel(nn.Module):
@@ -172,7 +122,7 @@ class MTPModel(nn.Module):
         batch: WindowBatch,
         active: Sequence[int] | None = None,
         *,
-        draw: Draw | None = None,
+        key: RandomKey | None = None,
     ) -> dict[int, Tensor]:
         """Hidden states of depth 0 and of the ``active`` MTP depths, ready for the head.
 
@@ -180,7 +130,7 @@ class MTPModel(nn.Module):
             batch: windows built for this model's depth.
             active: depths in 1 .. D whose hidden states are wanted; by default all. What none
                 of them needs is not computed.
-            draw: what a stack's random choices in training depend on; None makes none.
+            key: of a stack's random choices in training; None makes none.
 
         Returns:
             Depth -> [B, T, C], in the order of depths. Depth k at position i predicts token
@@ -189,29 +139,22 @@ class MTPModel(nn.Module):
         Raises:
             ValueError: the batch was built for another depth.
         """
-        active = range(1, self.depth + 1) if active is None else sorted(active)
-        return dict(self.states(batch, active, draw=draw))
+        active = range(1, self.depth + 1) if active is None else active
+        final_BTC, at = self.run_trunk(batch, active)
+        return {0: final_BTC, **dict(self.mtp.states(at, active, key))}
 
-    def states(
-        self, batch: WindowBatch, active: Sequence[int], *, draw: Draw | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        """What :meth:`forward` returns, depth by depth.
+    def run_trunk(
+        self, batch: WindowBatch, active: Sequence[int], *, ledger: Ledger | None = None
+    ) -> tuple[Tensor, BranchPoint]:
+        """The trunk over whole windows.
 
-        Of a depth that no other reads, nothing is kept when the next one is asked for.
-        """
-        reading = self.read(batch, active)
-        yield 0, reading.final
-        history = [reading.branch]
-        for k in self.mtp.steps(active):
-            hidden = self.predict(k, reading, self.mtp.input_of(k, history, draw))
-            if self.mtp.reads_tokens:
-                history.append(hidden)
-            if k in active:
-                yield k, hidden
-            del hidden
+        Args:
+            batch: windows built for this model's depth.
+            active: depths that are to start from it.
+            ledger: where the layers report; that of the branch point is the same.
 
-    def read(self, batch: WindowBatch, active: Sequence[int]) -> Reading:
-        """The trunk's pass over a batch, for the ``active`` depths to start from.
+        Returns:
+            The trunk's output [B, T, C], which the head projects, and where the stack starts.
 
         Raises:
             ValueError: the batch was built for another depth.
@@ -220,24 +163,14 @@ class MTPModel(nn.Module):
         seq_len = batch.seq_len
         documents = None if batch.documents is None else batch.documents[:, :seq_len]
         positions = Positions.of_window(
-            self.config.trunk, seq_len, device=batch.tokens.device, documents=documents
+            self.config.trunk,
+            seq_len,
+            device=batch.tokens.device,
+            documents=documents,
+            ledger=ledger,
         )
-        steps = self.mtp.steps(active)
-        ahead = max(steps, default=0) if self.mtp.reads_tokens else 0
         # One look-up for all depths: theirs are the same embeddings, shifted.
-        embedded = self.trunk.embedding(batch.tokens[:, : seq_len + ahead])
+        embedded = self.trunk.embedding(batch.tokens[:, : seq_len + self.mtp.ahead(active)])
         output = self.trunk(embedded[:, :seq_len], positions)
-        branch = self.mtp.branch(self.trunk, output) if steps else output.final
-        return Reading(output.final, branch, embedded, positions)
-
-    def predict(self, k: int, reading: Reading, previous_BTC: Tensor) -> Tensor:
-        """Hidden state [B, T, C] of depth ``k`` over whole windows."""
-        seq_len = reading.branch.shape[1]
-        ahead = k if self.mtp.reads_tokens else 0
-        return self.mtp.step(
-            k,
-            branch_BTC=reading.branch,
-            previous_BTC=previous_BTC,
-            embedded_BTC=reading.embedded[:, ahead : ahead + seq_len],
-            positions=reading.positions,
-        )
+        branch = self.mtp.branch(self.trunk, output) if active else output.final
+        return output.final, BranchPoint(branch, embedded, positions)

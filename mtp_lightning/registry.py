@@ -83,6 +83,12 @@ class Registered:
             ) from error
 
     @classmethod
+    def variants(cls) -> dict[str, type[Self]]:
+        """All that are known: the platform's own, and those that were imported, by name."""
+        _import_siblings(cls.__module__)
+        return dict(cls._variants)
+
+    @classmethod
     def find(cls, variant: Any, *, module: Any = None, allow: Collection[str] = ()) -> type[Self]:
         """The class of a variant's name; arguments and errors as :meth:`from_dict`."""
         if variant not in cls._variants:

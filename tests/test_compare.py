@@ -16,16 +16,16 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective.lambda_schedule import LambdaSchedule, constant, forward_curriculum
+from mtp_lightning.objective.schedule.curriculum import forward_curriculum
+from mtp_lightning.objective.schedule.piecewise import Piecewise
+from mtp_lightning.objective.schedule.published import constant
 from tests.integration import helpers
 
 TRUNK = TrunkConfig(vocab_size=257, d_model=32, n_layers=8, n_heads=4, n_kv_heads=2, d_ff=96)
 LENGTH: dict[str, Any] = {"seq_len": 64, "max_steps": 300, "tokens_per_step": 1024}
 
 
-def matched(
-    config: ModelConfig, what: str, schedule: LambdaSchedule | None = None
-) -> compare.Matched:
+def matched(config: ModelConfig, what: str, schedule: Piecewise | None = None) -> compare.Matched:
     return compare.match(
         config,
         schedule or constant(depth=config.mtp.depth, mtp_lambda=0.3),

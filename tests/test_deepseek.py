@@ -18,8 +18,8 @@ from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import routers_of
-from mtp_lightning.objective.mtp_loss import mtp_loss
 from tests import deepseek, deepseek_reference, reference
+from tests.losses import reported_loss
 
 CONF = Path(__file__).parents[1] / "conf"
 SIZES = ["nano", "micro", "tiny", "small", "medium", "large"]
@@ -171,16 +171,14 @@ def test_recomputation_changes_no_bit(kind: str, head: type) -> None:
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            reading = model.read(WindowBatch(tokens, 2), [1, 2])
-        assert reading.final.requires_grad
+            final, _ = model.run_trunk(WindowBatch(tokens, 2), [1, 2])
+        assert final.requires_grad
         saved.append(sum(kept.values()))
-        for router in routers_of(model).values():
-            router.load = None
-        loss, _ = mtp_loss(model, WindowBatch(tokens, 2), [0.1, 0.1], [74] * 3)
+        loss, _, reported = reported_loss(model, WindowBatch(tokens, 2), [0.1, 0.1], [74] * 3)
         loss.backward()
         losses.append(loss.item())
         gradients.append([p.grad for p in model.parameters()])
-        loads.append([router.load for router in routers_of(model).values()])
+        loads.append([reported.loads[router] for router in routers_of(model).values()])
     assert losses[0] == losses[1]
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)

@@ -13,17 +13,18 @@ import torch
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.init_from import Start, start_from
-from mtp_lightning.model import MTP_VARIANTS, ModelConfig, MTPModel
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective.mtp_loss import mtp_loss
 from tests.integration import helpers
+from tests.losses import mtp_loss
 
 
 def start_of(trunk: TrunkConfig, **mtp: Any) -> Start:
     """A checkpoint's content, of a model with other weights than a fresh one of seed 0."""
     variant = mtp.pop("variant", "sequential")
-    config = ModelConfig(trunk=trunk, mtp=MTP_VARIANTS[variant](**mtp))
+    config = ModelConfig(trunk=trunk, mtp=MTPConfig.find(variant)(**mtp))
     model = MTPModel(config)
     model.initialise(99)
     return Start(
@@ -32,7 +33,7 @@ def start_of(trunk: TrunkConfig, **mtp: Any) -> Start:
 
 
 def fresh(trunk: TrunkConfig, variant: str = "sequential", **mtp: Any) -> MTPModel:
-    model = MTPModel(ModelConfig(trunk=trunk, mtp=MTP_VARIANTS[variant](**mtp)))
+    model = MTPModel(ModelConfig(trunk=trunk, mtp=MTPConfig.find(variant)(**mtp)))
     model.initialise(0)
     return model
 

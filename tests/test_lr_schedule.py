@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_lightning.lr_schedule import KINDS, LRSchedule
+from mtp_lightning.optim.lr_schedule import KINDS, LRSchedule
 
 
 def points(schedule: LRSchedule, max_steps: int, *steps: int) -> list[float]:

@@ -208,5 +208,5 @@ def test_bad_switches_are_named(switch: dict, message: str) -> None:
 def test_unknown_variant_in_a_checkpoint(tiny_trunk: TrunkConfig) -> None:
     data = ModelConfig(trunk=tiny_trunk, mtp=NoMTPConfig()).to_dict()
     data["mtp"]["variant"] = "os.system"
-    with pytest.raises(ValueError, match="variant 'os.system' is unknown"):
+    with pytest.raises(ValueError, match="mtp=os.system is unknown"):
         ModelConfig.from_dict(data)

@@ -9,13 +9,9 @@ from lightning.pytorch.callbacks import Callback
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import Draw
-from mtp_lightning.objective.balance.gradients import (
-    require_trunk_gradients,
-    shared_parameters,
-    task_gradients,
-)
-from mtp_lightning.objective.mtp_loss import active_depths
+from mtp_lightning.objective.balance.base import depths_of
+from mtp_lightning.objective.balance.gradients import require_trunk_gradients, shared_parameters
+from mtp_lightning.settings import require_whole
 
 
 class GradientConflict(Callback):
@@ -41,13 +37,8 @@ class GradientConflict(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
-        whole = isinstance(every_n_steps, int) and not isinstance(every_n_steps, bool)
-        if not whole or every_n_steps < 1:
-            raise ValueError(
-                "callbacks.gradient_conflict.every_n_steps must be a whole number of at least 1, "
-                f"not {every_n_steps!r}."
-            )
-        self.every_n_steps = every_n_steps
+        key = "callbacks.gradient_conflict.every_n_steps"
+        self.every_n_steps = require_whole(key, every_n_steps, least=1)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a model without anything to measure.
@@ -70,18 +61,12 @@ class GradientConflict(Callback):
         if (step + 1) % self.every_n_steps:
             return
         model = module.model
-        weights = module.schedule.weights(module.progress(step))
+        plan = module.step.plan(batch, module.progress(step))
+        groups = {
+            "last_block": shared_parameters(model, "last_block"),
+            "embedding": [model.trunk.embedding.weight],
+        }
         with trainer.precision_plugin.train_step_context():
-            measured = task_gradients(
-                model,
-                batch.micro_batches(module.accumulate),
-                active_depths(weights),
-                module.step_counts(batch),
-                {
-                    "last_block": shared_parameters(model, "last_block"),
-                    "embedding": [model.trunk.embedding.weight],  # type: ignore[list-item]
-                },
-                draw=Draw(module.seed, step, first_row=len(batch) * trainer.global_rank),
-            )
+            measured = plan.task_gradients(model, depths_of(plan.base), groups)
         for group, gradients in measured.items():
             module.log_here(gradients.log_values(group), step + 1, always=True)

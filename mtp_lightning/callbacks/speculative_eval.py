@@ -68,7 +68,7 @@ class SpeculativeEval(Callback):
             "batch_size": 1,
         }
         ways: dict[str, dict[str, Any]] = {"plain": {"speculative": False}}
-        if model.mtp.drafts:
+        if model.mtp.max_draft_depth != 0:
             ways["drafted"] = {}
         run = race(model, prompts, ways, **options)
         plain = run.outputs["plain"]

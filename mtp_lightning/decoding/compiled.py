@@ -101,7 +101,7 @@ def _depth_pass(
     entries: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Logits [B, V] of the position ``last_B`` of the pass, and the hidden states [B, T, C]."""
-    hidden = model.mtp.step(
+    hidden = model.mtp.depth_state(
         k,
         branch_BTC=branch_BTC,
         previous_BTC=previous_BTC,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kv_cache import KVCache, PositionTables
 
@@ -131,7 +132,7 @@ class Session:
     def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
         token_starts = [start + k for start in starts]
         branch = self._read(self.states[0][rows], starts, width)
-        hidden = self.model.mtp.step(
+        hidden = self.model.mtp.depth_state(
             k,
             branch_BTC=branch,
             previous_BTC=branch if k == 1 else self._read(self.states[k - 1][rows], starts, width),
@@ -152,7 +153,7 @@ class Session:
             n_drafted: depths that have drafted since the last call.
         """
         for k in range(1, n_drafted + 1):
-            chain = k if self.model.mtp.reads_tokens else 1
+            chain = k if isinstance(self.model.mtp, Chain) else 1
             filled = self.filled[k]
             for row, a in enumerate(accepted):
                 # An entry that rested on accepted drafts has become true.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from data_modules.tokenizers import tokenizer_from_state
@@ -15,13 +16,17 @@ from mtp_lightning import compare
 from mtp_lightning.callbacks.checkpoint_plugin import AtomicCheckpointIO
 from mtp_lightning.callbacks.precision_plugin import TokenDoublePrecision
 from mtp_lightning.experiment.command_line import overridden
-from mtp_lightning.experiment.instantiate import instantiate
+from mtp_lightning.experiment.instantiate import instantiate, targets
 from mtp_lightning.init_from import FREE
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
+from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.balance.base import Balance, NoBalance
+from mtp_lightning.objective.schedule.base import LambdaSchedule
+from mtp_lightning.objective.terms.base import Term
+from mtp_lightning.optim.base import OptimizerConfig
 from mtp_lightning.runtime import pick_accelerator
 
 if TYPE_CHECKING:
@@ -82,8 +87,8 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
             f"the tokenizer has {vocab_size} ids and the model only {rows} rows for them: "
             "use the tokenizer that the model was trained with."
         )
-    trunk = instantiate(cfg.model, vocab_size=rows)
-    mtp = instantiate(cfg.mtp)
+    trunk = instantiate(cfg.model, kind=TrunkConfig, vocab_size=rows)
+    mtp = instantiate(cfg.mtp, kind=MTPConfig)
     if mtp.depth > cfg.data.seq_len:
         raise ValueError(
             f"mtp.depth={mtp.depth} is larger than the window, data.seq_len={cfg.data.seq_len}: "
@@ -94,7 +99,7 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
 
 def build_balance(cfg: DictConfig) -> Balance:
     """The rule of the group ``balance``; without MTP depths there is nothing to balance."""
-    balance: Balance = instantiate(cfg.balance)
+    balance: Balance = instantiate(cfg.balance, kind=Balance)
     if balance.depth == 0 and not isinstance(balance, NoBalance):
         log.warning("balance=%s does nothing at mtp.depth=0.", balance.name)
         return NoBalance(0)
@@ -122,9 +127,10 @@ def build_module(cfg: DictConfig, data: TokenDataModule, *, asked: DictConfig) -
             log.warning("mtp.freeze_trunk=true without init_from: the frozen trunk is random.")
     module = MTPModule(
         model_config,
-        schedule=instantiate(cfg.lambda_schedule),
-        optimizer=instantiate(cfg.optimizer),
+        schedule=instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
+        optimizer=instantiate(cfg.optimizer, kind=OptimizerConfig),
         balance=build_balance(cfg),
+        term=instantiate(cfg.objective, kind=Term),
         seed=cfg.seed,
         accumulate=cfg.trainer.accumulate_grad_batches,
         clip_norm=cfg.trainer.gradient_clip_val,
@@ -149,6 +155,8 @@ def adopt_trunk(cfg: DictConfig, trunk: TrunkConfig, *, source: Path) -> DictCon
         ValueError: the command line asks for another trunk.
     """
     shape = asdict(trunk)
+    if targets(shape):  # the config of a run is the user's own, and this is not
+        raise ValueError(f"init_from={source} is refused: its trunk asks for {targets(shape)[0]}.")
     asked = OmegaConf.create({"model": shape})
     for override in overridden("model"):
         key = override.split("=")[0]
@@ -192,7 +200,7 @@ def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, compa
     )
     matched = compare.match(
         config,
-        instantiate(cfg.lambda_schedule),
+        instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
         balance=build_balance(cfg),
         match=settings.match,
         reference=reference,
@@ -234,7 +242,7 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
     if settings["precision"] == "64-true":
         plugins.append(TokenDoublePrecision())
         settings["precision"] = None
-    loggers = [instantiate(node) for node in cfg.logger.values()]
+    loggers = [instantiate(node, kind=Logger) for node in cfg.logger.values()]
     if resume_step is not None:
         for logger in loggers:
             logger.resume_from(resume_step)
@@ -250,7 +258,7 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
             use_distributed_sampler=False,
             enable_model_summary=False,
             logger=loggers,
-            callbacks=[instantiate(node) for node in cfg.callbacks.values()],
+            callbacks=[instantiate(node, kind=pl.Callback) for node in cfg.callbacks.values()],
             plugins=plugins,
         )
     except TypeError as error:

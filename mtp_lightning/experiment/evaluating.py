@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning.decoding.measure import decoding_report
 from mtp_lightning.evaluation import evaluate_model
-from mtp_lightning.experiment.instantiate import instantiate
+from mtp_lightning.experiment.instantiate import instantiate, rebuild
 from mtp_lightning.metrics.rates import bits_per_byte
 from mtp_lightning.model import MTPModel
 from mtp_lightning.runs import LoadedRun, load_run
@@ -56,7 +57,11 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 
 def validation_data(
-    run: LoadedRun, *, data: DictConfig | None = None, cache_dir: str | None = None
+    run: LoadedRun,
+    *,
+    data: DictConfig | None = None,
+    cache_dir: str | None = None,
+    allow: Collection[str] = (),
 ) -> TokenDataModule:
     """The validation text of a run, or that of another data group in the run's setting.
 
@@ -64,12 +69,16 @@ def validation_data(
         run: its tokenizer reads the text.
         data: the other group.
         cache_dir: where token stores are; by default where the run's are.
+        allow: packages whose text sources the run's own config may build.
     """
     config = OmegaConf.create(run.config)
     if data is not None:
         config.data = OmegaConf.to_container(data, resolve=False)
     config.paths.cache_dir = cache_dir or config.paths.cache_dir
-    module = instantiate(config.data, tokenizer=run.tokenizer)
+    if data is None:
+        module = rebuild(config.data, allow=allow, tokenizer=run.tokenizer)
+    else:
+        module = instantiate(config.data, tokenizer=run.tokenizer)
     module.prepare("validate")
     return module
 
@@ -85,7 +94,7 @@ def evaluate_decoding(
     for key, least in (("n_prompts", 0), ("prompt_tokens", 1), ("new_tokens", 2)):
         if not isinstance(settings[key], int) or settings[key] < least:
             raise ValueError(f"decode.{key} must be at least {least}, not {settings[key]}.")
-    if not model.mtp.drafts or settings.n_prompts == 0:
+    if model.mtp.max_draft_depth == 0 or settings.n_prompts == 0:
         return {}
     try:
         prompts = data.held_out_prompts(settings.n_prompts, settings.prompt_tokens)

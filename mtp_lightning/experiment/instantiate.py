@@ -1,8 +1,15 @@
-"""Objects by the ``_target_`` of a config, and only such as this project's own conf/ builds."""
+"""Objects by the ``_target_`` of a config. Whom to trust is decided by where the config is from.
+
+What a user composed, on the command line or in a ``--config-dir`` of his own, may build any class
+that can be imported (:func:`instantiate`). What was stored by somebody, in a checkpoint or a
+downloaded folder, may build what this platform's own conf/ builds, and classes that are defined in
+packages the user allows by name (:func:`rebuild`).
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,43 +22,98 @@ CONF = Path(__file__).parents[2] / "conf"
 _TARGET = re.compile(r"^\s*_target_:\s*([\w.]+)\s*$", re.MULTILINE)
 
 
-def instantiate(config: DictConfig, **arguments: Any) -> Any:
-    """Build the object that a config node's ``_target_`` names.
+def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: Any) -> Any:
+    """Build what a node that the user composed names.
+
+    Args:
+        config: the node.
+        kind: what must come out; None is anything.
+        arguments: beside the node's own keys.
 
     Raises:
-        ValueError: a target that conf/ does not have, an unknown key, or what the object's own
-            checks refuse.
+        ValueError: a target that cannot be imported or gives something else, an unknown key, or
+            what the object's own checks refuse.
     """
-    for target in _targets(OmegaConf.to_container(config, resolve=True)):
-        if target not in known_targets():
-            raise ValueError(
-                f"_target_={target} is refused: a config may only build what this project's own "
-                "conf/ builds."
-            )
+    target = config.get("_target_")
     try:
-        return hydra.utils.instantiate(config, **arguments, _convert_="all")
+        built = hydra.utils.instantiate(config, **arguments, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, (ValueError, OSError)):
             raise cause from None
         if isinstance(cause, TypeError):
-            raise ValueError(f"{config.get('_target_')} refuses its settings: {cause}") from error
+            raise ValueError(f"{target} refuses its settings: {cause}") from error
+        if isinstance(cause, ImportError):
+            raise ValueError(_not_importable(str(target), cause)) from error
         raise
+    if kind is not None and not isinstance(built, kind):
+        raise ValueError(
+            f"_target_={target} gives a {type(built).__name__}, and {kind.__name__} is needed here."
+        )
+    return built
+
+
+def rebuild(config: DictConfig, *, allow: Collection[str] = (), **arguments: Any) -> Any:
+    """Build what a stored node names.
+
+    Args:
+        config: the node.
+        allow: packages whose own classes may be built.
+        arguments: beside the node's own keys.
+
+    Raises:
+        ValueError: a target from elsewhere; else as :func:`instantiate`.
+    """
+    for target in targets(OmegaConf.to_container(config, resolve=True)):
+        if target not in own_targets() and not _defined_in(target, allow):
+            package = target.partition(".")[0]
+            raise ValueError(
+                f"_target_={target} is refused: what was stored may only build what this "
+                f"platform's own conf/ builds. If you trust its package, say allow=[{package}]."
+            )
+    return instantiate(config, **arguments)
+
+
+def trusted_packages(cfg: DictConfig) -> list[str]:
+    """Packages whose variants a checkpoint may ask for: those the user allows, and those that he
+    composes classes of himself."""
+    composed = set(targets(OmegaConf.to_container(cfg))) - own_targets()
+    return sorted({*cfg.get("allow", []), *(target.partition(".")[0] for target in composed)})
 
 
 @cache
-def known_targets() -> frozenset[str]:
-    """What the files of conf/ build. A config may come from somebody else's checkpoint: it can
-    build these, and nothing else. (A package's name is no guard: ``mtp_lightning.runs.os.replace``
-    begins with it, too.)"""
+def own_targets() -> frozenset[str]:
+    """What the files of conf/ build. (A package's name is no guard:
+    ``mtp_lightning.runs.os.replace`` begins with it, too.)"""
     files = (file.read_text(encoding="utf-8") for file in CONF.rglob("*.yaml"))
     return frozenset(match for text in files for match in _TARGET.findall(text))
 
 
-def _targets(node: Any) -> list[str]:
+def targets(node: Any) -> list[str]:
+    """Every ``_target_`` in plain containers."""
     if isinstance(node, dict):
         own = [str(node["_target_"])] if "_target_" in node else []
-        return own + [target for value in node.values() for target in _targets(value)]
+        return own + [target for value in node.values() for target in targets(value)]
     if isinstance(node, list):
-        return [target for value in node for target in _targets(value)]
+        return [target for value in node for target in targets(value)]
     return []
+
+
+def _not_importable(target: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return (
+        f"_target_={target} cannot be imported ({reason}): check the name, and that its folder is "
+        "on PYTHONPATH."
+    )
+
+
+def _defined_in(target: str, allow: Collection[str]) -> bool:
+    """Whether a target is a class of an allowed package, and not one that the package imported."""
+    if target.partition(".")[0] not in allow:
+        return False
+    try:
+        found = hydra.utils.get_object(target)
+    except Exception as error:
+        raise ValueError(_not_importable(target, error)) from error
+    module = getattr(found, "__module__", "")
+    return isinstance(found, type) and module.partition(".")[0] in allow

@@ -90,10 +90,10 @@ def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
     elif contents.heads:
         yield (
             f"It was trained with {config.mtp.depth} MTP head(s) of the variant "
-            f"`{config.variant}`, which no layout of transformers, vLLM or SGLang has. They lie in "
-            f"`{heads.FILE}`, beside the plain trunk: tensors by mtp-lightning's names, and in "
-            "the file's metadata under `mtp_lightning` the JSON of their switches. mtp-lightning "
-            "reads them; everybody else sees the trunk."
+            f"`{config.mtp.variant}`, which no layout of transformers, vLLM or SGLang has. They "
+            f"lie in `{heads.FILE}`, beside the plain trunk: tensors by mtp-lightning's names, and "
+            "in the file's metadata under `mtp_lightning` the JSON of their switches. "
+            "mtp-lightning reads them; everybody else sees the trunk."
         )
     else:
         yield "It has no MTP modules to draft with."
@@ -155,7 +155,7 @@ def _training(
         yield f"It was trained on windows of {data['seq_len']} tokens."
     if "mtp_lambda" in run_config:
         yield (
-            f"mtp: {config.variant}, depth {config.mtp.depth}, "
+            f"mtp: {config.mtp.variant}, depth {config.mtp.depth}, "
             f"mtp_lambda {run_config['mtp_lambda']}, seed {run_config.get('seed')}."
         )
     yield ""

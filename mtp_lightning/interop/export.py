@@ -74,7 +74,7 @@ def export(cfg: Any) -> Path:
     print(f"{folder}: {contents.parameters:,} numbers in {contents.shards} file(s) of weights")
     if contents.heads:
         print(
-            f"mtp={model.config.variant} with these switches has no layout that transformers "
+            f"mtp={model.config.mtp.variant} with these switches has no layout that transformers "
             f"knows: the trunk is exported plainly, the heads beside it in {heads.FILE}."
         )
     if cfg.verify:

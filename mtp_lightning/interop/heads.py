@@ -7,14 +7,13 @@ Its tensors have this project's names and shapes (``mtp.depths.0...``). Its meta
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mtp_lightning.interop import tensor_files
-from mtp_lightning.model import ModelConfig, mtp_from_dict
+from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
 
 FILE = "mtp_heads.safetensors"
@@ -37,8 +36,7 @@ def tensors(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 
 def metadata(config: ModelConfig) -> dict[str, str]:
     """What the file says of its tensors. One key: of several, the order would not be fixed."""
-    description = {"variant": config.variant, **asdict(config.mtp)}
-    return {_KEY: json.dumps(description, sort_keys=True)}
+    return {_KEY: json.dumps(config.mtp.to_dict(), sort_keys=True)}
 
 
 def read(folder: Path) -> tuple[MTPConfig, dict[str, Tensor]]:
@@ -49,7 +47,7 @@ def read(folder: Path) -> tuple[MTPConfig, dict[str, Tensor]]:
     """
     found, described = tensor_files.read(folder / FILE)
     try:
-        config = mtp_from_dict(json.loads(described.get(_KEY, "")))
+        config = MTPConfig.from_dict(json.loads(described.get(_KEY, "")))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / FILE} does not say what its tensors are: {error}.") from error
     return config, {name: tensor.float() for name, tensor in found.items()}

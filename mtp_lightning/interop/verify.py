@@ -49,7 +49,7 @@ def check_trained(model: MTPModel, seed: int, weights: list[float]) -> str:
     """
     fresh = MTPModel(model.config)
     fresh.initialise(seed)
-    steps = {0, *model.mtp.steps([k for k, weight in enumerate(weights, start=1) if weight])}
+    steps = {0, *model.mtp.computed([k for k, weight in enumerate(weights, start=1) if weight])}
     start = dict(fresh.named_parameters())
     trained = 0
     for name, parameter in model.named_parameters():

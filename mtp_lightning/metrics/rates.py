@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.objective.cross_entropy import chunk_rows, log_probs_by_chunk
+from mtp_lightning.objective.through_head import chunk_rows, log_probs_by_chunk
 
 
 class DepthRates(Metric):

@@ -1,33 +1,40 @@
 """What every way of predicting several tokens has in common.
 
 Shapes: B batch, T positions, C d_model, K depths. Depth 0 is the next token, the trunk's own
-prediction; depths 1 .. D are the stack's.
+prediction; depths 1 .. D are the stack's. A stack is of one of the three kinds in ``kinds.py``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.switches import check_switches
+from mtp_lightning.mtp.switches import branch_state, check_switches
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.init import parameter_seed
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
+from mtp_lightning.registry import Registered
+from mtp_lightning.settings import require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class MTPConfig(ABC):
+class MTPConfig(Registered, ABC, family="mtp"):
     """Depth and switches of a stack, and what it costs, before it is built.
+
+    A variant adds the switches it has as fields; those of ``switches.py`` that it does not have
+    keep the values below.
 
     Attributes:
         depth: D, tokens predicted beyond the next one; 0 is plain next-token training.
 
     Raises:
-        ValueError: a negative depth.
+        ValueError: a depth that is no whole number of at least 0, or a switch out of range.
     """
 
     depth: int
@@ -36,15 +43,20 @@ class MTPConfig(ABC):
     # (init_from) where these agree.
     meaning: ClassVar[tuple[str, ...]] = ()
 
+    # No fields: what holds for a stack without the switch.
+    branch = "final"
+    input_norm = "post"
+    detach = "none"
+    freeze_trunk = False
+
     def __post_init__(self) -> None:
-        if not isinstance(self.depth, int) or isinstance(self.depth, bool) or self.depth < 0:
-            raise ValueError(f"mtp.depth must be a whole number of at least 0, not {self.depth}.")
+        require_whole("mtp.depth", self.depth, least=0)
         check_switches(self)
 
     @property
     def trains_trunk(self) -> bool:
         """Whether embedding, trunk and head are trained."""
-        return not getattr(self, "freeze_trunk", False)
+        return not self.freeze_trunk
 
     @abstractmethod
     def build(self, trunk: TrunkConfig) -> MTPStack:
@@ -73,7 +85,7 @@ class MTPConfig(ABC):
 
 
 @dataclass(frozen=True)
-class Draw:
+class RandomKey:
     """What a random choice in training depends on, and nothing else: so nothing need be stored.
 
     Attributes:
@@ -87,24 +99,67 @@ class Draw:
     step: int
     first_row: int = 0
 
+    def generator(self, what: str, row: int) -> torch.Generator:
+        """The random numbers of a purpose, which names the step, for one window."""
+        name = f"{what}:{self.first_row + row}"
+        return torch.Generator().manual_seed(parameter_seed(self.seed, name))
 
-class MTPStack(nn.Module, ABC):
-    """A stack on a trunk: a branch point, and one step a depth.
 
-    Training maps :meth:`step` over whole windows, decoding over the newest positions: it is the
-    one place where a depth is computed, so the two cannot drift apart.
+@dataclass(frozen=True)
+class BranchPoint:
+    """Where a stack leaves the trunk: all that its depths read of a pass over whole windows.
+
+    Attributes:
+        hidden: the trunk's state [B, T, C] that the stack starts from.
+        embedded: embedded tokens [B, at least T, C], those beyond T for the depths that read them.
+        positions: of the windows.
     """
 
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        self.depth = depth
+    hidden: Tensor
+    embedded: Tensor
+    positions: Positions = field(repr=False)
 
-    @abstractmethod
+    def embedded_at(self, k: int) -> Tensor:
+        """``Emb(w[k : T + k])`` [B, T, C]."""
+        return self.embedded[:, k : k + self.hidden.shape[1]]
+
+
+class MTPStack(nn.Module, ABC):
+    """A stack on a trunk: a branch point, and a hidden state a depth.
+
+    Args:
+        config: of the variant.
+    """
+
+    def __init__(self, config: MTPConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def depth(self) -> int:
+        """D."""
+        return self.config.depth
+
     def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
         """The trunk's hidden state [B, T, C] that the stack starts from."""
+        return branch_state(trunk, output, self.config)
 
     @abstractmethod
-    def step(
+    def states(
+        self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The ``active`` depths over whole windows, in order: (k, [B, T, C]) ready for the head.
+
+        Of a depth that no other reads, nothing is kept when the next one is asked for.
+
+        Args:
+            at: where the stack starts.
+            active: depths in 1 .. D.
+            key: of the random choices in training; None makes none.
+        """
+
+    @abstractmethod
+    def depth_state(
         self,
         k: int,
         *,
@@ -113,47 +168,30 @@ class MTPStack(nn.Module, ABC):
         embedded_BTC: Tensor,
         positions: Positions,
     ) -> Tensor:
-        """Hidden state of depth ``k`` (1 .. D), ready for the shared head.
+        """Depth ``k`` over decoding's newest positions, [B, T, C] ready for the head.
+
+        It computes what :meth:`states` does, so the two cannot drift apart.
 
         Args:
             k: the depth.
             branch_BTC: what :meth:`branch` gave.
             previous_BTC: the hidden state of depth ``k - 1``; at ``k = 1`` the branch.
-            embedded_BTC: embeddings of the tokens ``k`` places on: ``Emb(w[k : T + k])``.
-            positions: of the window's own positions, not shifted; its cache, if any, is depth
-                ``k``'s own.
-
-        Returns:
-            [B, T, C].
+            embedded_BTC: embeddings of the tokens ``k`` places on.
+            positions: of the tokens themselves, not shifted; its cache is depth ``k``'s own.
         """
+
+    def computed(self, active: Sequence[int]) -> list[int]:
+        """The depths that must be computed so that the ``active`` ones are known."""
+        return sorted(active)
+
+    def ahead(self, active: Sequence[int]) -> int:
+        """Tokens beyond the window's T that :meth:`states` reads."""
+        return 0
 
     @property
     def max_draft_depth(self) -> int | None:
         """Tokens that decoding can draft in one go; None is any number."""
         return self.depth
-
-    @property
-    def reads_tokens(self) -> bool:
-        """Whether a step depends on the embedded tokens or the previous depth.
-
-        Where it does, what decoding stored for a rejected draft is computed again.
-        """
-        return True
-
-    @property
-    def trains_head(self) -> bool:
-        """Whether the depths' losses reach the shared head's weight."""
-        return True
-
-    @property
-    def shares_hidden(self) -> bool:
-        """Whether every depth's hidden state is the trunk's, so that logits are made once."""
-        return False
-
-    @property
-    def drafts(self) -> bool:
-        """Whether decoding can draft with this stack."""
-        return self.max_draft_depth != 0
 
     def require_drafts(self) -> None:
         """Refuse to draft with a stack that cannot.
@@ -161,22 +199,8 @@ class MTPStack(nn.Module, ABC):
         Raises:
             ValueError: saying why.
         """
-        if not self.drafts:
+        if self.max_draft_depth == 0:
             raise ValueError("this model has no MTP depth to draft with: decode it without drafts.")
-
-    def steps(self, active: Sequence[int]) -> list[int]:
-        """The depths to compute, in order, so that the ``active`` ones are known."""
-        return list(range(1, max(active, default=0) + 1))
-
-    def input_of(self, k: int, history: Sequence[Tensor], draw: Draw | None) -> Tensor:
-        """The hidden state [B, T, C] that depth ``k`` starts from over whole windows.
-
-        Args:
-            k: the depth.
-            history: the branch, and the hidden states of the depths computed so far.
-            draw: what random choices depend on in training; None chooses nothing at random.
-        """
-        return history[-1]
 
     def initialise_own(self) -> None:
         """Set what does not start from the common random draw; called after it."""

@@ -18,16 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.independent import IndependentMTP
-from mtp_lightning.mtp.switches import Branch, Detach, branch_state
+from mtp_lightning.mtp.kinds import SideBySide
+from mtp_lightning.mtp.switches import Branch, Detach
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
-from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig(MTPConfig):
+class LinearConfig(MTPConfig, variant="linear"):
     """Switches of Medusa's heads; the defaults are the paper's.
 
     They have no norm of their own before the shared head, and so always read a state after the
@@ -60,30 +59,17 @@ class LinearConfig(MTPConfig):
         return len(active) * 2 * trunk.d_model**2
 
 
-class LinearMTP(IndependentMTP):
+class LinearMTP(SideBySide):
     """D matrices side by side."""
 
     def __init__(self, config: LinearConfig, trunk: TrunkConfig) -> None:
         heads = [Linear(trunk.d_model, trunk.d_model) for _ in range(config.depth)]
-        super().__init__(heads, detach=config.detach)
-        self.config = config
+        super().__init__(config, heads)
 
     @torch.no_grad()
     def initialise_own(self) -> None:
         for parameter in self.parameters():
             parameter.zero_()
 
-    def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
-        c = self.config
-        return branch_state(trunk, output, branch=c.branch, input_norm="post", detach=c.detach)
-
-    def step(
-        self,
-        k: int,
-        *,
-        branch_BTC: Tensor,
-        previous_BTC: Tensor,
-        embedded_BTC: Tensor,
-        positions: Positions,
-    ) -> Tensor:
+    def step(self, k: int, branch_BTC: Tensor, positions: Positions) -> Tensor:
         return branch_BTC + F.silu(self.depths[k - 1](branch_BTC))

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from mtp_lightning.mtp.base import MTPConfig, MTPStack
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.kinds import Targets
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoMTPConfig(MTPConfig):
+class NoMTPConfig(MTPConfig, variant="none"):
     """``mtp=none``: depth 0, no parameters, no cost.
 
     Raises:
@@ -28,7 +26,7 @@ class NoMTPConfig(MTPConfig):
             raise ValueError(f"mtp=none predicts one token, but mtp.depth={self.depth}: set it 0.")
 
     def build(self, trunk: TrunkConfig) -> NoMTP:
-        return NoMTP(0)
+        return NoMTP(self)
 
     def num_params(self, trunk: TrunkConfig) -> int:
         return 0
@@ -37,11 +35,5 @@ class NoMTPConfig(MTPConfig):
         return 0
 
 
-class NoMTP(MTPStack):
+class NoMTP(Targets):
     """The empty stack."""
-
-    def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
-        return output.final
-
-    def step(self, k: int, **inputs: object) -> Tensor:
-        raise ValueError(f"depth {k} does not exist: this model has no MTP modules (mtp=none).")

@@ -15,17 +15,16 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.independent import IndependentMTP
-from mtp_lightning.mtp.switches import Branch, Detach, InputNorm, branch_state
+from mtp_lightning.mtp.kinds import SideBySide
+from mtp_lightning.mtp.switches import Branch, Detach, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.norm import RMSNorm
-from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig(MTPConfig):
+class ParallelConfig(MTPConfig, variant="parallel"):
     """Switches of the parallel heads; the defaults are the paper's.
 
     Attributes:
@@ -73,27 +72,11 @@ class ParallelHead(nn.Module):
         return self.norm(self.block(branch_BTC, positions))
 
 
-class ParallelMTP(IndependentMTP):
+class ParallelMTP(SideBySide):
     """D heads side by side."""
 
     def __init__(self, config: ParallelConfig, trunk: TrunkConfig) -> None:
-        heads = [ParallelHead(trunk) for _ in range(config.depth)]
-        super().__init__(heads, detach=config.detach)
-        self.config = config
+        super().__init__(config, [ParallelHead(trunk) for _ in range(config.depth)])
 
-    def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
-        c = self.config
-        return branch_state(
-            trunk, output, branch=c.branch, input_norm=c.input_norm, detach=c.detach
-        )
-
-    def step(
-        self,
-        k: int,
-        *,
-        branch_BTC: Tensor,
-        previous_BTC: Tensor,
-        embedded_BTC: Tensor,
-        positions: Positions,
-    ) -> Tensor:
+    def step(self, k: int, branch_BTC: Tensor, positions: Positions) -> Tensor:
         return self.depths[k - 1](branch_BTC, positions)

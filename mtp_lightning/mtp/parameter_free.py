@@ -14,20 +14,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from mtp_lightning.mtp.base import MTPConfig, MTPStack
-from mtp_lightning.nn.attention import Positions
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.kinds import Targets
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParameterFreeConfig(MTPConfig):
+class ParameterFreeConfig(MTPConfig, variant="parameter_free"):
     """``mtp=parameter_free``: no weights, and no matrix product beyond the trunk's own."""
 
     def build(self, trunk: TrunkConfig) -> ParameterFreeMTP:
-        return ParameterFreeMTP(self.depth)
+        return ParameterFreeMTP(self)
 
     def num_params(self, trunk: TrunkConfig) -> int:
         return 0
@@ -39,40 +36,11 @@ class ParameterFreeConfig(MTPConfig):
         return 0
 
 
-class ParameterFreeMTP(MTPStack):
+class ParameterFreeMTP(Targets):
     """Every depth is the main prediction's hidden state."""
-
-    def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
-        return output.final
-
-    @property
-    def max_draft_depth(self) -> int | None:
-        return 0
-
-    @property
-    def reads_tokens(self) -> bool:
-        return False
-
-    @property
-    def shares_hidden(self) -> bool:
-        return True
 
     def require_drafts(self) -> None:
         raise ValueError(
             "mtp=parameter_free trains the next token's own logits on further targets and has no "
             "module to draft with: decode it without drafts, or train another mtp variant."
         )
-
-    def steps(self, active: Sequence[int]) -> list[int]:
-        return sorted(active)
-
-    def step(
-        self,
-        k: int,
-        *,
-        branch_BTC: Tensor,
-        previous_BTC: Tensor,
-        embedded_BTC: Tensor,
-        positions: Positions,
-    ) -> Tensor:
-        return branch_BTC

@@ -16,19 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.base import Draw, MTPConfig, MTPStack
-from mtp_lightning.mtp.switches import Branch, Concat, Detach, InputNorm, branch_state
+from mtp_lightning.mtp.base import MTPConfig, RandomKey
+from mtp_lightning.mtp.kinds import Chain
+from mtp_lightning.mtp.switches import Branch, Concat, Detach, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.init import parameter_seed
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
-from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequentialConfig(MTPConfig):
+class SequentialConfig(MTPConfig, variant="sequential"):
     """Switches of the sequential stack; where systems differ, the default is DeepSeek-V3's.
 
     Attributes:
@@ -108,50 +107,35 @@ class SequentialModule(nn.Module):
         return self.norm(self.block(self.eh_proj(torch.cat(halves, dim=-1)), positions))
 
 
-class SequentialMTP(MTPStack):
+class SequentialMTP(Chain):
     """D modules, or one applied D times."""
 
+    config: SequentialConfig
+
     def __init__(self, config: SequentialConfig, trunk: TrunkConfig) -> None:
-        super().__init__(config.depth)
-        self.config = config
+        super().__init__(config)
         self.depths = nn.ModuleList(
             SequentialModule(config, trunk) for _ in range(config.n_modules)
-        )
-
-    def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
-        c = self.config
-        return branch_state(
-            trunk, output, branch=c.branch, input_norm=c.input_norm, detach=c.detach
         )
 
     @property
     def max_draft_depth(self) -> int | None:
         return None if self.config.share_layers and self.depth else self.depth
 
-    @property
-    def trains_head(self) -> bool:
-        return self.config.detach != "all"
-
     def step(
-        self,
-        k: int,
-        *,
-        branch_BTC: Tensor,
-        previous_BTC: Tensor,
-        embedded_BTC: Tensor,
-        positions: Positions,
+        self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, positions: Positions
     ) -> Tensor:
         if self.config.detach == "all":
             embedded_BTC = embedded_BTC.detach()
         module = self.depths[0 if self.config.share_layers else k - 1]
         return module(previous_BTC, embedded_BTC, positions)
 
-    def input_of(self, k: int, history: Sequence[Tensor], draw: Draw | None) -> Tensor:
+    def input_of(self, k: int, history: Sequence[Tensor], key: RandomKey | None) -> Tensor:
         newest = history[-1]
-        if draw is None or not self.config.hidden_state_mixing or k == 1:
+        if key is None or not self.config.hidden_state_mixing or k == 1:
             return newest
         batch, seq_len, _ = newest.shape
-        back_BT = draw_states_back(k, batch, seq_len, draw).to(newest.device)
+        back_BT = draw_states_back(k, batch, seq_len, key).to(newest.device)
         mixed = newest
         for back in range(1, k):
             # Depth k - 1 at i has read the tokens up to i + k - 1, as has the depth ``back``
@@ -161,16 +145,15 @@ class SequentialMTP(MTPStack):
         return mixed
 
 
-def draw_states_back(k: int, batch: int, seq_len: int, draw: Draw) -> Tensor:
+def draw_states_back(k: int, batch: int, seq_len: int, key: RandomKey) -> Tensor:
     """How many depths back of k - 1 every position's input lies: int64 [B, T] on the CPU.
 
     Uniform in 0 .. k - 1; 0 where the window holds no such state. Every window of a step draws
     from a stream of its own.
     """
     rows = []
-    for row in range(draw.first_row, draw.first_row + batch):
-        stream = parameter_seed(draw.seed, f"hidden_state_mixing:{draw.step}:{k}:{row}")
-        generator = torch.Generator().manual_seed(stream)
+    for row in range(batch):
+        generator = key.generator(f"hidden_state_mixing:{key.step}:{k}", row)
         rows.append(torch.randint(0, k, (seq_len,), generator=generator))
     back_BT = torch.stack(rows)
     exists_BT = torch.arange(seq_len) + back_BT < seq_len

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import Tensor
 
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
+from mtp_lightning.settings import require_choice
+
+if TYPE_CHECKING:
+    from mtp_lightning.mtp.base import MTPConfig
 
 Branch = Literal["final", "before_last"]
 InputNorm = Literal["post", "pre"]
@@ -16,41 +20,36 @@ Detach = Literal["none", "trunk", "all"]
 _CHOICES = {"branch": Branch, "input_norm": InputNorm, "concat": Concat, "detach": Detach}
 
 
-def check_switches(config: object) -> None:
+def check_switches(config: MTPConfig) -> None:
     """Refuse a value that a switch of ``config`` does not know, and a stack that cannot train.
 
     Raises:
         ValueError: naming the switch, its value and the choices.
     """
     for name, choices in _CHOICES.items():
-        value: Any = getattr(config, name, None)
-        if value is not None and value not in get_args(choices):
-            known = ", ".join(get_args(choices))
-            raise ValueError(f"mtp.{name}={value} is unknown: choose one of {known}.")
-    if getattr(config, "freeze_trunk", False) and getattr(config, "depth", 0) == 0:
+        if hasattr(config, name):  # not every stack concatenates
+            require_choice(f"mtp.{name}", getattr(config, name), get_args(choices))
+    if config.freeze_trunk and config.depth == 0:
         raise ValueError(
             "mtp.freeze_trunk=true with mtp.depth=0 leaves nothing to train: "
             "set mtp.depth to 1 or more, or mtp.freeze_trunk=false."
         )
 
 
-def branch_state(
-    trunk: Trunk, output: TrunkOutput, *, branch: Branch, input_norm: InputNorm, detach: Detach
-) -> Tensor:
+def branch_state(trunk: Trunk, output: TrunkOutput, config: MTPConfig) -> Tensor:
     """The trunk's hidden state [B, T, C] that a stack starts from.
 
     Args:
         trunk: for its final norm.
         output: its hidden states.
-        branch: after all blocks, or after all but the last.
-        input_norm: after the trunk's final norm, or before it.
-        detach: where the depths' gradients stop.
+        config: ``branch`` is after all blocks, or after all but the last; ``input_norm`` after the
+            trunk's final norm, or before it; ``detach`` where the depths' gradients stop.
     """
-    if branch == "before_last":
+    if config.branch == "before_last":
         hidden = output.before_last
-        hidden = trunk.norm(hidden) if input_norm == "post" else hidden
+        hidden = trunk.norm(hidden) if config.input_norm == "post" else hidden
     else:
-        hidden = output.final if input_norm == "post" else output.last_block
+        hidden = output.final if config.input_norm == "post" else output.last_block
     # Once, before the loop over depths: cut at every depth, the earlier modules would learn from
     # their own loss alone.
-    return hidden if detach == "none" else hidden.detach()
+    return hidden if config.detach == "none" else hidden.detach()

@@ -5,7 +5,7 @@ Shapes: B batch, T positions, S stored positions, C d_model, N heads, H head siz
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mtp_lightning.nn.causal_attention import causal_attention, fits
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kv_cache import KVCache
+from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.rope import apply_rope, rope_table, turn_in_place
@@ -29,16 +30,24 @@ class Positions:
         mask: bool [B, 1, T, S], True where a query sees a key; None is plain causal. With a cache,
             what its ``attend`` expects.
         cache: keys and values to append to; None is a pass over whole windows.
+        ledger: where layers report what training wants beside their output; None where nobody
+            asks.
     """
 
     cos: Tensor
     sin: Tensor
     mask: Tensor | None = None
     cache: KVCache | StaticCache | None = None
+    ledger: Ledger | None = None
 
     @staticmethod
     def of_window(
-        config: TrunkConfig, seq_len: int, *, device: torch.device, documents: Tensor | None = None
+        config: TrunkConfig,
+        seq_len: int,
+        *,
+        device: torch.device,
+        documents: Tensor | None = None,
+        ledger: Ledger | None = None,
     ) -> Positions:
         """Positions 0 .. T-1 of whole windows.
 
@@ -47,6 +56,7 @@ class Positions:
             seq_len: T.
             device: of the tables.
             documents: ids [B, T]; a token then sees only its own document.
+            ledger: see above.
         """
         positions_T = torch.arange(seq_len, device=device)
         cos, sin = rope_table(positions_T, config.d_rope, config.rope_theta, config.rope_scaling)
@@ -55,7 +65,7 @@ class Positions:
             causal = positions_T.unsqueeze(0) <= positions_T.unsqueeze(1)
             same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
             mask = (causal & same).unsqueeze(1)
-        return Positions(cos.unsqueeze(-2), sin.unsqueeze(-2), mask)
+        return Positions(cos.unsqueeze(-2), sin.unsqueeze(-2), mask, ledger=ledger)
 
     @staticmethod
     def of_cache(cache: KVCache, starts: list[int], n_new: int) -> Positions:
@@ -65,6 +75,11 @@ class Positions:
         """
         cos, sin, mask = cache.begin(starts, n_new)
         return Positions(cos, sin, mask, cache)
+
+    def repeated(self) -> Positions:
+        """For the repetition of this pass under activation recomputation: the same is computed
+        (autograd compares), and nothing is reported a second time."""
+        return self if self.ledger is None else replace(self, ledger=Ledger(keep=False))
 
 
 class Attention(nn.Module):

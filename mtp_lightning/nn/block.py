@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from mtp_lightning.nn.attention import Attention, Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import FeedForward
 from mtp_lightning.nn.mla import LatentAttention
-from mtp_lightning.nn.moe import MoE, repetition
+from mtp_lightning.nn.moe import MoE
 from mtp_lightning.nn.norm import RMSNorm
 
 
@@ -39,23 +39,17 @@ class Block(nn.Module):
     def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
         """[B, T, C] -> [B, T, C]; ``layer`` is this block's place in the cache, if there is one."""
         if self.recompute and self.training and torch.is_grad_enabled():
+            # The first pass reports to the ledger, its repetitions do not.
+            passes = itertools.chain([positions], itertools.repeat(positions.repeated()))
             return checkpoint(
-                self._compute,
+                lambda x: self._compute(x, next(passes), layer),
                 x_BTC,
-                positions,
-                layer,
                 use_reentrant=False,
                 # Nothing in a block is random.
                 preserve_rng_state=False,
-                context_fn=_contexts,
             )
         return self._compute(x_BTC, positions, layer)
 
     def _compute(self, x_BTC: Tensor, positions: Positions, layer: int) -> Tensor:
         h_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), positions, layer)
-        return h_BTC + self.feed_forward(self.feed_forward_norm(h_BTC))
-
-
-def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around the first pass, and around its repetition in the backward pass."""
-    return nullcontext(), repetition()
+        return h_BTC + self.feed_forward(self.feed_forward_norm(h_BTC), positions)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.eager import eager_cpu
 from mtp_lightning.nn.linear import Linear
@@ -56,5 +57,6 @@ class FeedForward(nn.Module):
         self.gate_up = Linear(config.d_model, 2 * d_ff)
         self.down = Linear(d_ff, config.d_model)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, positions: Positions | None = None) -> Tensor:
+        """[B, T, C] -> [B, T, C]; what a layer has to report goes to ``positions.ledger``."""
         return self.down(swiglu(self.gate_up(x_BTC)))

@@ -4,7 +4,7 @@
     out = shared(u) + sum of g_i expert_i(u) over the chosen
 
 The bias b chooses and does nothing else. It has no gradient: objective/expert_balance.py moves it
-after every optimizer step by what :attr:`Router.load` counted.
+after every optimizer step by the loads that routers report (nn/ledger.py).
 
 Names in transformers' DeepseekV3MoE, whose weights fit as they are (HF -> here):
 gate.weight -> router.weight, gate.e_score_correction_bias -> router.expert_bias,
@@ -16,88 +16,19 @@ Shapes: B batch, T positions, C d_model, E routed experts, M tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.experts import Experts
 from mtp_lightning.nn.feed_forward import FeedForward
+from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.linear import Linear
 
 # Up to this many tokens, those of a verify pass, a token's numbers must be the same bits however
 # many others are computed with it: see KVCache.attend.
 _FEW_TOKENS = 64
-
-_counting: ContextVar[bool] = ContextVar("counting", default=True)
-_collected: ContextVar[list[Tensor] | None] = ContextVar("collected", default=None)
-
-
-@contextmanager
-def without_counting() -> Iterator[None]:
-    """Inside, routers count no loads: for passes over tokens that have been counted already."""
-    token = _counting.set(False)
-    try:
-        yield
-    finally:
-        _counting.reset(token)
-
-
-@contextmanager
-def collecting_balance_losses() -> Iterator[list[Tensor]]:
-    """Inside, every mixture that trains leaves its balance loss, summed over sequences and times
-    alpha, in the list. Outside of any such block none is computed."""
-    losses: list[Tensor] = []
-    token = _collected.set(losses)
-    try:
-        yield losses
-    finally:
-        _collected.reset(token)
-
-
-def report_balance_losses(losses: list[Tensor]) -> None:
-    """Leave values, without their gradients, in the list of the block around; see above."""
-    collected = _collected.get()
-    if collected is not None:
-        collected += [loss.detach() for loss in losses]
-
-
-def repetition() -> AbstractContextManager[None]:
-    """What activation recomputation puts around its repetition of a pass that begins now.
-
-    Nothing is counted or left in the collecting list a second time, but the same is computed:
-    autograd compares.
-    """
-    return _Repetition(_collected.get() is not None)
-
-
-class _Repetition(AbstractContextManager[None]):
-    """:func:`_repeat` as often as wanted: a pass is repeated once for every backward pass."""
-
-    def __init__(self, collecting: bool) -> None:
-        self._collecting = collecting
-        self._entered: list[AbstractContextManager[None]] = []
-
-    def __enter__(self) -> None:
-        self._entered.append(_repeat(collecting=self._collecting))
-        self._entered[-1].__enter__()
-
-    def __exit__(self, *raised: Any) -> None:
-        self._entered.pop().__exit__(*raised)
-
-
-@contextmanager
-def _repeat(*, collecting: bool) -> Iterator[None]:
-    token = _collected.set([] if collecting else None)
-    try:
-        with without_counting():
-            yield
-    finally:
-        _collected.reset(token)
 
 
 class Router(Linear):
@@ -105,9 +36,6 @@ class Router(Linear):
 
     Attributes:
         expert_bias: b [E], fp32.
-        load: int64 [E], tokens sent to every expert in this process since the last update of the
-            biases; None before the first. No buffer, because data parallelism overwrites those
-            with the first rank's.
     """
 
     expert_bias: Tensor
@@ -117,7 +45,6 @@ class Router(Linear):
         super().__init__(config.d_model, config.experts.n_routed)
         self.config = config.experts
         self.register_buffer("expert_bias", torch.zeros(self.config.n_routed))
-        self.load: Tensor | None = None
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)
@@ -128,9 +55,10 @@ class Router(Linear):
     def reset_buffers(self) -> None:
         """The biases of a fresh model."""
         self.expert_bias.zero_()
-        self.load = None
 
-    def forward(self, x_MC: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x_MC: Tensor, ledger: Ledger | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """[M, C] -> affinities [M, E], chosen experts [M, top_k] and their gates [M, top_k]."""
         with torch.autocast(x_MC.device.type, enabled=False):
             logits_ME = super().forward(x_MC.to(self.weight.dtype))
@@ -144,8 +72,8 @@ class Router(Linear):
         gates_MK = scores_ME.gather(1, chosen_MK)
         gates_MK = gates_MK / (gates_MK.sum(-1, keepdim=True) + 1e-20) * self.config.scaling
         # A frozen router's biases stay, too.
-        if self.training and torch.is_grad_enabled() and self.weight.requires_grad:
-            self._count(chosen_MK)
+        if ledger is not None and self.weight.requires_grad:
+            ledger.count(self, chosen_MK, self.config.n_routed)
         return scores_ME, chosen_MK, gates_MK
 
     @torch.no_grad()
@@ -162,13 +90,6 @@ class Router(Linear):
         # Unsorted, their order depends on the number of tokens, and the gates' rounding on that.
         return biased_ME.topk(c.top_k, dim=-1, sorted=not self.training).indices
 
-    @torch.no_grad()
-    def _count(self, chosen_MK: Tensor) -> None:
-        if not _counting.get():
-            return
-        counted = torch.bincount(chosen_MK.flatten(), minlength=self.config.n_routed)
-        self.load = counted if self.load is None else self.load + counted
-
 
 class MoE(nn.Module):
     """The mixture; it takes a :class:`FeedForward`'s place."""
@@ -182,15 +103,15 @@ class MoE(nn.Module):
         width = self.config.n_shared * self.config.d_expert
         self.shared = FeedForward(config, d_ff=width) if width else None
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        """[B, T, C] -> [B, T, C]."""
+    def forward(self, x_BTC: Tensor, positions: Positions | None = None) -> Tensor:
+        """[B, T, C] -> [B, T, C]; loads and the balance loss go to ``positions.ledger``."""
+        ledger = None if positions is None else positions.ledger
         x_MC = x_BTC.reshape(-1, x_BTC.shape[-1])
-        scores_ME, chosen_MK, gates_MK = self.router(x_MC)
-        losses = _collected.get() if self.training else None
-        if losses is not None and self.config.sequence_loss and scores_ME.requires_grad:
+        scores_ME, chosen_MK, gates_MK = self.router(x_MC, ledger)
+        if ledger is not None and self.config.sequence_loss and scores_ME.requires_grad:
             shape = (*x_BTC.shape[:-1], -1)
             per_sequence = sequence_balance_loss(scores_ME.view(shape), chosen_MK.view(shape))
-            losses.append(self.config.sequence_loss * per_sequence.sum())
+            ledger.add_loss(self.config.sequence_loss * per_sequence.sum())
         out = self.experts(x_MC, chosen_MK, gates_MK).view(x_BTC.shape)
         return out if self.shared is None else out + self.shared(x_BTC)
 

@@ -78,10 +78,10 @@ def test_head(tmp_path: Path) -> None:
 
 
 def test_head_sweep_restores_the_chunk_size() -> None:
-    before = head.cross_entropy.chunk_rows(4096, torch.device("cpu"))
+    before = head.through_head.chunk_rows(4096, torch.device("cpu"))
     with head.chunk_numel(4096 * 7, "cpu"):
-        assert head.cross_entropy.chunk_rows(4096, torch.device("cpu")) == 7
-    assert head.cross_entropy.chunk_rows(4096, torch.device("cpu")) == before
+        assert head.through_head.chunk_rows(4096, torch.device("cpu")) == 7
+    assert head.through_head.chunk_rows(4096, torch.device("cpu")) == before
 
 
 def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,25 +138,17 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["no/tokenizer.json"],
     ),
     "vocabulary": ({"tokenizer": "bpe", "tokenizer.vocab_size": 7}, ["vocab_size", "7", "257"]),
-    "foreign target": (
-        {"optimizer._target_": "os.system", "+optimizer.command": "'echo hello'"},
-        ["os.system", "refused"],
+    "settings of another class": (
+        {"optimizer._target_": "mtp_lightning.optim.lr_schedule.LRSchedule"},
+        ["LRSchedule refuses its settings", "argument"],
     ),
-    "foreign nested target": (
-        {"optimizer.schedule._target_": "subprocess.run"},
-        ["subprocess.run", "refused"],
+    "nowhere to import from": (
+        {"optimizer._target_": "my_ideas.Sophia"},
+        ["my_ideas", "PYTHONPATH"],
     ),
-    "foreign target by way of a module of this project": (
-        {"optimizer._target_": "mtp_lightning.runs.os.replace"},
-        ["mtp_lightning.runs.os.replace", "refused"],
-    ),
-    "own function that conf/ does not build": (
-        {"+callbacks.mine._target_": "mtp_lightning.checkpoint_io.save"},
-        ["mtp_lightning.checkpoint_io.save", "refused"],
-    ),
-    "foreign callback": (
-        {"+callbacks.mine._target_": "builtins.print"},
-        ["builtins.print", "refused"],
+    "a callback that is none": (
+        {"+callbacks.mine._target_": "builtins.dict"},
+        ["dict", "Callback is needed"],
     ),
 }
 

@@ -147,7 +147,7 @@ def test_declared_mtp_layers_may_be_left_out(deepseek_folder: Path) -> None:
 
     merge(deepseek_folder, change)
     folder = read_folder(deepseek_folder)
-    assert folder.config.variant == "none"
+    assert folder.config.mtp.variant == "none"
     folder.build()
 
 

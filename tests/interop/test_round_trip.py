@@ -13,7 +13,8 @@ from data_modules.tokenizers import PretrainedTokenizer
 from mtp_lightning.interop.names import places
 from mtp_lightning.interop.reading import Folder, read_folder
 from mtp_lightning.interop.writing import write_folder
-from mtp_lightning.model import MTP_VARIANTS, ModelConfig, MTPModel
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.base import MTPConfig
 from tests import deepseek
 from tests.interop import folders
 
@@ -79,7 +80,7 @@ def test_modules_of_another_form_are_converted(
 
 
 def model_of(variant: str, **mtp: Any) -> MTPModel:
-    config = ModelConfig(trunk=folders.DENSE, mtp=MTP_VARIANTS[variant](depth=2, **mtp))
+    config = ModelConfig(trunk=folders.DENSE, mtp=MTPConfig.find(variant)(depth=2, **mtp))
     model = MTPModel(config)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -126,7 +127,7 @@ def test_dense_modules_on_latent_attention_have_no_layout(tmp_path: Path) -> Non
 def test_a_stack_without_weights_is_a_plain_model(tmp_path: Path) -> None:
     contents = folders.write(tmp_path / "one", model_of("parameter_free"))
     assert contents.layer_depths == 0 and not contents.heads
-    assert read_folder(tmp_path / "one").config.variant == "none"
+    assert read_folder(tmp_path / "one").config.mtp.variant == "none"
 
 
 def test_the_layout_is_the_contracts(tmp_path: Path) -> None:

@@ -11,28 +11,36 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.model import MTP_VARIANTS, ModelConfig, MTPModel
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.moe import collecting_balance_losses, routers_of
-from mtp_lightning.objective import mtp_loss as objective
-from mtp_lightning.objective.mtp_loss import mtp_loss
+from mtp_lightning.nn.ledger import Ledger
+from mtp_lightning.objective.balance.base import depths_of
+from mtp_lightning.objective.stack_loss import joint_loss
+from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
+from mtp_lightning.objective.through_head import DepthTarget
+from tests.losses import mtp_loss, reported_loss
 from tests.mtp.test_heads import build, windows
 
 
 def joint(
-    model: MTPModel, batch: WindowBatch, weights: list[float], counts: list[int]
+    model: MTPModel,
+    batch: WindowBatch,
+    weights: list[float],
+    counts: list[int],
+    ledger: Ledger | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same objective with all heads forward before any backward."""
-    depths = [0, *objective.active_depths(weights)]
     factors = [1.0, *weights]
-    return objective._joint_loss(
-        model,
-        batch,
-        depths[1:],
-        [batch.targets(k) for k in depths],
-        [factors[k] / max(counts[k], 1) for k in depths],
-        None,
-    )
+    depths = depths_of(factors)
+    final, at = model.run_trunk(batch, depths, ledger=ledger)
+    states = [final, *(hidden for _, hidden in model.mtp.states(at, depths))]
+    targets = [
+        DepthTarget(k, batch.targets(k), factors[k] / max(counts[k], 1), CrossEntropy())
+        for k in (0, *depths)
+    ]
+    train_head = model.mtp.config.detach != "all"
+    return joint_loss(model.head.weight, states, targets, train_head=train_head)
 
 
 def gradients(model: MTPModel) -> dict[str, Tensor]:
@@ -61,7 +69,7 @@ def test_gradients_equal_the_joint_backwards(
     tiny_trunk: TrunkConfig, variant: str, switches: dict, masked: bool, tied: bool
 ) -> None:
     trunk = replace(tiny_trunk, tie_embeddings=tied)
-    model = build(trunk, MTP_VARIANTS[variant](depth=3, **switches)).double()
+    model = build(trunk, MTPConfig.find(variant)(depth=3, **switches)).double()
     batch = windows(3, 10, 3)
     if masked:
         borders = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(5)) < 0.15
@@ -86,15 +94,16 @@ def test_experts_of_heads_are_balanced_as_in_the_joint_backward(tiny_trunk: Trun
     """The heads' sequence-wise balance losses train in the same pass, and loads count once."""
     experts = {"n_routed": 4, "n_shared": 1, "top_k": 2, "d_expert": 16, "sequence_loss": 0.5}
     trunk = replace(tiny_trunk, experts=experts)  # type: ignore[arg-type]
-    model = build(trunk, MTP_VARIANTS["parallel"](depth=2)).double()
+    model = build(trunk, MTPConfig.find("parallel")(depth=2)).double()
     batch, counts, weights = windows(3, 10, 2), [30] * 3, [0.3, 0.1]
-    mtp_loss(model, batch, weights, counts, windows=6)[0].backward()
+    total, _, reported = reported_loss(model, batch, weights, counts, windows=6)
+    total.backward()
     found = gradients(model)
-    loads = {name: router.load.clone() for name, router in routers_of(model).items()}
-    assert all(int(load.sum()) == 30 * 2 for load in loads.values()) and len(loads) == 4
-    with collecting_balance_losses() as balance_losses:
-        total, _ = joint(model, batch, weights, counts)
-    (total + sum(balance_losses) / 6).backward()
+    loads = reported.loads.values()
+    assert all(int(load.sum()) == 30 * 2 for load in loads) and len(loads) == 4
+    ledger = Ledger()
+    total, _ = joint(model, batch, weights, counts, ledger)
+    (total + sum(ledger.losses) / 6).backward()
     for name, grad in gradients(model).items():
         torch.testing.assert_close(found[name], grad, rtol=1e-6, atol=1e-8, msg=name)
     # Without the balance losses the routers' gradients are others.
@@ -104,7 +113,7 @@ def test_experts_of_heads_are_balanced_as_in_the_joint_backward(tiny_trunk: Trun
 
 
 def test_gradients_add_up_over_micro_batches(tiny_trunk: TrunkConfig) -> None:
-    model = build(tiny_trunk, MTP_VARIANTS["parallel"](depth=2)).double()
+    model = build(tiny_trunk, MTPConfig.find("parallel")(depth=2)).double()
     batch = windows(4, 8, 2)
     mtp_loss(model, batch, [0.2, 0.2], [32] * 3)[0].backward()
     whole = gradients(model)
@@ -115,7 +124,7 @@ def test_gradients_add_up_over_micro_batches(tiny_trunk: TrunkConfig) -> None:
 
 
 def test_no_gradients_where_none_are_asked_for(tiny_trunk: TrunkConfig) -> None:
-    model = build(tiny_trunk, MTP_VARIANTS["parallel"](depth=2))
+    model = build(tiny_trunk, MTPConfig.find("parallel")(depth=2))
     with torch.no_grad():
         quiet, _ = mtp_loss(model, windows(2, 8, 2), [0.2, 0.2], [16] * 3)
     loud, _ = mtp_loss(model, windows(2, 8, 2), [0.2, 0.2], [16] * 3)
@@ -152,7 +161,7 @@ def counted() -> Iterator[dict[str, int]]:
 @pytest.mark.parametrize("variant", ["parallel", "linear"])
 def test_saved_activations_do_not_grow_with_depth(tiny_trunk: TrunkConfig, variant: str) -> None:
     def peak(depth: int, loss_of: object) -> int:
-        mtp = MTP_VARIANTS[variant](depth=depth)
+        mtp = MTPConfig.find(variant)(depth=depth)
         model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=mtp))
         model.initialise(0)
         batch = windows(4, 32, depth)

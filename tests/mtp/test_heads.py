@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.model import MTP_VARIANTS, ModelConfig, MTPModel
+from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.none import NoMTPConfig
@@ -21,8 +21,8 @@ from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective.mtp_loss import mtp_loss
 from tests import reference
+from tests.losses import mtp_loss
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -136,7 +136,7 @@ def test_parameter_free_counts_valid_targets_only(tiny_trunk: TrunkConfig) -> No
 
 @pytest.mark.parametrize("variant", ["parallel", "linear", "parameter_free"])
 def test_weight_zero_is_plain_training_bit_for_bit(tiny_trunk: TrunkConfig, variant: str) -> None:
-    mtp = MTP_VARIANTS[variant](depth=2)
+    mtp = MTPConfig.find(variant)(depth=2)
     batch = windows(2, 9, 2)
     totals, grads = [], []
     for config, rows in ((mtp, batch), (NoMTPConfig(), WindowBatch(batch.tokens[:, :-2], 0))):
@@ -208,7 +208,7 @@ def test_active_parameters_leave_idle_experts_out(
 
 @pytest.mark.parametrize("variant", ["parallel", "linear"])
 def test_a_depth_that_is_not_active_is_not_computed(tiny_trunk: TrunkConfig, variant: str) -> None:
-    model = build(tiny_trunk, MTP_VARIANTS[variant](depth=3))
+    model = build(tiny_trunk, MTPConfig.find(variant)(depth=3))
     calls: list[int] = []
     for index, module in enumerate(model.mtp.depths):
         module.register_forward_hook(lambda *_, index=index: calls.append(index + 1))
@@ -227,7 +227,7 @@ def test_before_last_leaves_the_last_block_to_the_main_prediction(
     tiny_trunk: TrunkConfig, variant: str
 ) -> None:
     def last_block_gradient(branch: str) -> Tensor:
-        model = build(tiny_trunk, MTP_VARIANTS[variant](depth=1, branch=branch))
+        model = build(tiny_trunk, MTPConfig.find(variant)(depth=1, branch=branch))
         grads = []
         for weight in (1.0, 0.0):
             mtp_loss(model, windows(2, 8, 1), [weight], [16, 16])[0].backward()
@@ -247,7 +247,7 @@ def test_detach_cuts_where_it_says(tiny_trunk: TrunkConfig, variant: str) -> Non
         ("trunk", True, False),
         ("all", True, True),
     ):
-        model = build(trunk, MTP_VARIANTS[variant](depth=2, detach=detach))
+        model = build(trunk, MTPConfig.find(variant)(depth=2, detach=detach))
         grads = []
         for weight in (1.0, 0.0):
             mtp_loss(model, windows(2, 8, 2), [weight] * 2, [16] * 3)[0].backward()
@@ -261,11 +261,11 @@ def test_detach_cuts_where_it_says(tiny_trunk: TrunkConfig, variant: str) -> Non
 
 
 def test_who_drafts(tiny_trunk: TrunkConfig) -> None:
-    for name, kind in MTP_VARIANTS.items():
+    for name, kind in MTPConfig.variants().items():
         mtp = kind() if name == "none" else kind(depth=2)
         stack = mtp.build(tiny_trunk)
-        assert stack.drafts == (name in ("sequential", "parallel", "linear"))
-        if stack.drafts:
+        assert (stack.max_draft_depth != 0) == (name in ("sequential", "parallel", "linear"))
+        if stack.max_draft_depth != 0:
             stack.require_drafts()
         else:
             with pytest.raises(ValueError, match="parameter_free|no MTP depth"):
@@ -287,7 +287,7 @@ def test_bad_switches_are_named(build_bad: Callable[[], object], message: str) -
         build_bad()
 
 
-@pytest.mark.parametrize("variant", sorted(MTP_VARIANTS))
+@pytest.mark.parametrize("variant", sorted(MTPConfig.variants()))
 def test_configs_compose_to_the_variants_defaults_and_round_trip(
     tiny_trunk: TrunkConfig, variant: str
 ) -> None:
@@ -296,8 +296,8 @@ def test_configs_compose_to_the_variants_defaults_and_round_trip(
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = compose("config", overrides=[f"mtp={variant}"])
     mtp = instantiate(cfg.mtp)
-    kind = MTP_VARIANTS[variant]
+    kind = MTPConfig.find(variant)
     assert mtp == (kind() if variant == "none" else kind(depth=2)), "YAML and class disagree"
     config = ModelConfig(trunk=tiny_trunk, mtp=mtp)
-    assert config.variant == variant
+    assert config.mtp.variant == variant
     assert ModelConfig.from_dict(config.to_dict()) == config

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_lightning import module
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.base import Draw
+from mtp_lightning.mtp.base import RandomKey
 from mtp_lightning.mtp.sequential import SequentialConfig, SequentialMTP, draw_states_back
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective.mtp_loss import mtp_loss
+from mtp_lightning.objective import step as step_room
+from mtp_lightning.objective.stack_loss import stack_loss
 from tests.integration import helpers
+from tests.losses import mtp_loss
 from tests.mtp.test_heads import build, windows
 
 
@@ -30,11 +31,11 @@ def test_every_position_gets_a_state_that_has_read_the_same_tokens(
 ) -> None:
     seq_len, depth = 50, 4
     stack = SequentialMTP(SequentialConfig(depth=depth, hidden_state_mixing=True), tiny_trunk)
-    draw = Draw(seed=0, step=3)
+    key = RandomKey(seed=0, step=3)
     for k in range(1, depth + 1):
         history = [labelled(j, seq_len) for j in range(k)]
-        mixed = stack.input_of(k, history, draw)
-        back = draw_states_back(k, 2, seq_len, draw)
+        mixed = stack.input_of(k, history, key)
+        back = draw_states_back(k, 2, seq_len, key)
         for row in range(2):
             for i in range(seq_len):
                 source, position = mixed[row, i].long().tolist()
@@ -45,7 +46,7 @@ def test_every_position_gets_a_state_that_has_read_the_same_tokens(
 
 def test_the_draw_is_uniform_over_depths_and_trunk() -> None:
     k, seq_len, batch = 3, 400, 50
-    back = draw_states_back(k, batch, seq_len, Draw(seed=1, step=0))
+    back = draw_states_back(k, batch, seq_len, RandomKey(seed=1, step=0))
     inner = back[:, : seq_len - k]
     share = torch.bincount(inner.flatten(), minlength=k) / inner.numel()
     # 20,000 draws: three standard deviations are 0.01.
@@ -53,14 +54,14 @@ def test_the_draw_is_uniform_over_depths_and_trunk() -> None:
     assert back[:, -1].eq(0).all(), "the window's end has no shallower state to offer"
     # Rows, steps, depths and seeds have streams of their own.
     assert not torch.equal(back[0], back[1])
-    for other in (Draw(seed=1, step=1), Draw(seed=2, step=0)):
+    for other in (RandomKey(seed=1, step=1), RandomKey(seed=2, step=0)):
         assert not torch.equal(draw_states_back(k, batch, seq_len, other), back)
 
 
 def test_the_draw_depends_on_the_window_alone() -> None:
     """Not on how the step is split into micro-batches or ranks."""
-    whole = draw_states_back(3, 6, 20, Draw(seed=1, step=7))
-    parts = [draw_states_back(3, 2, 20, Draw(seed=1, step=7, first_row=r)) for r in (0, 2, 4)]
+    whole = draw_states_back(3, 6, 20, RandomKey(seed=1, step=7))
+    parts = [draw_states_back(3, 2, 20, RandomKey(seed=1, step=7, first_row=r)) for r in (0, 2, 4)]
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -70,11 +71,11 @@ def test_training_mixes_and_evaluation_does_not(tiny_trunk: TrunkConfig) -> None
     batch = windows(2, 12, 3)
     for k, hidden in plain(batch).items():
         assert torch.equal(hidden, mixing(batch)[k])
-    drawn = mixing(batch, draw=Draw(seed=0, step=0))
+    drawn = mixing(batch, key=RandomKey(seed=0, step=0))
     assert torch.equal(drawn[0], plain(batch)[0]) and torch.equal(drawn[1], plain(batch)[1])
     assert not torch.allclose(drawn[2], plain(batch)[2])
     # A plain stack has no use for a draw.
-    assert torch.equal(plain(batch, draw=Draw(seed=0, step=0))[3], plain(batch)[3])
+    assert torch.equal(plain(batch, key=RandomKey(seed=0, step=0))[3], plain(batch)[3])
 
 
 def test_a_depth_never_sees_the_token_that_it_predicts(tiny_trunk: TrunkConfig) -> None:
@@ -82,12 +83,12 @@ def test_a_depth_never_sees_the_token_that_it_predicts(tiny_trunk: TrunkConfig) 
     model = build(tiny_trunk, SequentialConfig(depth=depth, hidden_state_mixing=True))
     batch = windows(1, seq_len, depth)
     for step in range(3):
-        draw = Draw(seed=0, step=step)
-        before = model(batch, draw=draw)
+        key = RandomKey(seed=0, step=step)
+        before = model(batch, key=key)
         for changed in range(1, seq_len + depth + 1):
             tokens = batch.tokens.clone()
             tokens[0, changed] = (tokens[0, changed] + 1) % 37
-            after = model(type(batch)(tokens, depth), draw=draw)
+            after = model(type(batch)(tokens, depth), key=key)
             for k in range(depth + 1):
                 unseen = max(min(changed - k, seq_len), 0)
                 assert torch.equal(before[k][0, :unseen], after[k][0, :unseen]), (changed, k)
@@ -101,7 +102,7 @@ def test_gradients_reach_all_mixed_depths(tiny_trunk: TrunkConfig) -> None:
         )
     )
     model.initialise(0)
-    loss, _ = mtp_loss(model, windows(2, 12, 2), [0.0, 1.0], [24] * 3, draw=Draw(0, 0))
+    loss, _ = mtp_loss(model, windows(2, 12, 2), [0.0, 1.0], [24] * 3, key=RandomKey(0, 0))
     loss.backward()
     assert all(p.grad is not None for p in model.mtp.parameters())
 
@@ -109,19 +110,19 @@ def test_gradients_reach_all_mixed_depths(tiny_trunk: TrunkConfig) -> None:
 def test_every_step_and_micro_batch_draws_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draws: list[Draw] = []
+    keys: list[RandomKey] = []
 
-    def recorded(*arguments: Any, draw: Draw, **options: Any) -> tuple[Tensor, Tensor]:
-        draws.append(draw)
-        return mtp_loss(*arguments, draw=draw, **options)
+    def recorded(*arguments: Any, key: RandomKey, **options: Any) -> tuple[Tensor, Tensor]:
+        keys.append(key)
+        return stack_loss(*arguments, key=key, **options)
 
-    monkeypatch.setattr(module, "mtp_loss", recorded)
+    monkeypatch.setattr(step_room, "stack_loss", recorded)
     settings = {"seed": 7, "trainer.accumulate_grad_batches": 2, "data.batch_size": 3}
     for steps in (2, 3):  # begun, and resumed
         helpers.train_here(
             tmp_path / "run", tmp_path / "cache", {**settings, "trainer.max_steps": steps}
         )
-    assert draws == [Draw(7, step, row) for step in range(3) for row in (0, 3)]
+    assert keys == [RandomKey(7, step, row) for step in range(3) for row in (0, 3)]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from mtp_lightning.nn import experts as experts_module
+from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.deepseek_config import ExpertsConfig
 from mtp_lightning.nn.experts import Experts, grouped
+from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.moe import (
     MoE,
     Router,
-    collecting_balance_losses,
     sequence_balance_loss,
-    without_counting,
 )
 from tests import deepseek, deepseek_reference
 
@@ -151,46 +151,50 @@ def test_choice_equals_sorting() -> None:
         assert sorted(found) == sorted(expected)
 
 
-def test_loads_count_training_passes_alone() -> None:
+def at(ledger: Ledger | None) -> Positions:
+    config = deepseek.trunk()
+    return Positions.of_window(config, 1, device=torch.device("cpu"), ledger=ledger)
+
+
+def test_loads_count_each_reported_pass_once() -> None:
     layer = layer_of()
     x = torch.randn(2, 30, 32)
-    layer.eval()(x)
-    with torch.no_grad():
-        layer.train()(x)
-    with without_counting():
-        layer(x)
-    assert layer.router.load is None
-    layer(x)
-    layer(x)
-    assert layer.router.load is not None and layer.router.load.sum() == 2 * 60 * 2
+    ledger = Ledger()
+    layer(x, at(ledger))
+    layer(x, at(ledger))
+    layer(x, at(None))
+    layer(x, at(ledger).repeated())
+    assert ledger.loads[layer.router].sum() == 2 * 60 * 2
     chosen = layer.router.choose(layer.router(x.view(-1, 32))[0])
     counted = torch.bincount(chosen.flatten(), minlength=8)
-    assert torch.equal(layer.router.load, 3 * counted)
+    assert torch.equal(ledger.loads[layer.router], 2 * counted)
 
 
 def test_frozen_router_counts_nothing() -> None:
     layer = layer_of().requires_grad_(False)
-    layer(torch.randn(1, 4, 32, requires_grad=True))
-    assert layer.router.load is None
+    ledger = Ledger()
+    layer(torch.randn(1, 4, 32, requires_grad=True), at(ledger))
+    assert ledger.loads == {}
 
 
 def test_sequence_loss_equals_the_equations() -> None:
     config = deepseek.trunk(experts={"sequence_loss": 0.01})
     layer = layer_of(sequence_loss=0.01)
     x = torch.randn(3, 20, 32)
-    with collecting_balance_losses() as losses:
-        layer(x)
+    ledger = Ledger()
+    layer(x, at(ledger))
+    (loss,) = ledger.losses
     expected = torch.zeros((), dtype=torch.float64)
     for row in x.double():
         scores = torch.sigmoid(row @ layer.router.weight.detach().double().T)
         bias = layer.router.expert_bias.double()
         chosen = [deepseek_reference.choose(s, bias, config) for s in scores]
         expected += 0.01 * deepseek_reference.balance_loss(scores, chosen, config)
-    torch.testing.assert_close(losses[0].double(), expected)
-    grad = torch.autograd.grad(losses[0], layer.router.weight)[0]
+    torch.testing.assert_close(loss.double(), expected)
+    grad = torch.autograd.grad(loss, layer.router.weight)[0]
     assert grad.abs().max() > 0
-    layer(x)  # outside of the block nothing is left anywhere
-    assert len(losses) == 1
+    layer(x, at(ledger).repeated())  # computed again, and not reported again
+    assert len(ledger.losses) == 1
 
 
 def test_sequence_loss_of_perfect_balance_is_one() -> None:

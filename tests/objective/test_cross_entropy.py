@@ -9,22 +9,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mtp_lightning.objective import cross_entropy
-from mtp_lightning.objective.cross_entropy import DepthLoss, weighted_cross_entropy
+from mtp_lightning.objective import through_head
+from mtp_lightning.objective.stack_loss import joint_loss
+from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
+from mtp_lightning.objective.through_head import DepthTarget
+
+Depths = list[tuple[Tensor, DepthTarget]]
+
+
+def target(depth: int, tokens: Tensor, coefficient: float) -> DepthTarget:
+    return DepthTarget(depth, tokens, coefficient, CrossEntropy())
+
+
+def weighted(weight: Tensor, depths: Depths, *, train_head: bool = True) -> tuple[Tensor, Tensor]:
+    states, targets = zip(*depths, strict=True)
+    return joint_loss(weight, states, targets, train_head=train_head)
 
 
 def expected(
-    weight: Tensor, depths: list[DepthLoss]
+    weight: Tensor, depths: Depths, *, train_head: bool = True
 ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
     """Total, sums and gradients from whole float64 logits."""
     w = weight.detach().double().requires_grad_()
-    hidden = [d.hidden.detach().double().requires_grad_() for d in depths]
+    hidden = [h.detach().double().requires_grad_() for h, _ in depths]
     total = torch.zeros((), dtype=torch.float64)
     sums = []
-    for depth, h in zip(depths, hidden, strict=True):
-        logits = h @ (w if depth.train_head else w.detach()).T
+    for (_, depth), h in zip(depths, hidden, strict=True):
+        logits = h @ (w if train_head or depth.depth == 0 else w.detach()).T
         nll = F.cross_entropy(
-            logits.flatten(0, -2), depth.targets.flatten(), ignore_index=-100, reduction="sum"
+            logits.flatten(0, -2), depth.tokens.flatten(), ignore_index=-100, reduction="sum"
         )
         sums.append(nll)
         total = total + depth.coefficient * nll
@@ -53,15 +66,17 @@ def test_values_and_gradients(
             targets[torch.rand(targets.shape, generator=generator) < 0.5] = -100
         hidden = torch.randn(2, rows, 16, generator=generator).requires_grad_()
         coefficient = float(torch.rand((), generator=generator)) + 0.1
-        depths.append(DepthLoss(hidden, targets, coefficient, train_head or k == 0))
-    total, sums = weighted_cross_entropy(weight, depths)
-    want_total, want_sums, want_weight, want_hidden = expected(weight, depths)
+        depths.append((hidden, target(k, targets, coefficient)))
+    total, sums = weighted(weight, depths, train_head=train_head)
+    want_total, want_sums, want_weight, want_hidden = expected(
+        weight, depths, train_head=train_head
+    )
     torch.testing.assert_close(total.double(), want_total, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(sums, torch.stack(want_sums).detach(), rtol=1e-5, atol=1e-4)
     (3.0 * total).backward()
     torch.testing.assert_close(weight.grad.double(), 3 * want_weight, rtol=1e-4, atol=1e-4)
-    for depth, want in zip(depths, want_hidden, strict=True):
-        torch.testing.assert_close(depth.hidden.grad.double(), 3 * want, rtol=1e-4, atol=1e-4)
+    for (hidden, _), want in zip(depths, want_hidden, strict=True):
+        torch.testing.assert_close(hidden.grad.double(), 3 * want, rtol=1e-4, atol=1e-4)
 
 
 def test_chunks_give_the_same_as_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,9 +85,9 @@ def test_chunks_give_the_same_as_one_piece(monkeypatch: pytest.MonkeyPatch) -> N
     targets = torch.randint(0, 50, (300,))
     results = []
     for rows in (300, 128, 7):
-        monkeypatch.setattr(cross_entropy, "chunk_rows", lambda *_, rows=rows: rows)
+        monkeypatch.setattr(through_head, "chunk_rows", lambda *_, rows=rows: rows)
         h = hidden.clone().requires_grad_()
-        total, sums = weighted_cross_entropy(weight, [DepthLoss(h, targets, 0.01)])
+        total, sums = weighted(weight, [(h, target(0, targets, 0.01))])
         total.backward()
         results.append((total.detach(), sums, h.grad, weight.grad))
         weight.grad = None
@@ -97,30 +112,30 @@ def test_no_tensor_holds_more_than_one_chunk_of_logits() -> None:
 
     weight = torch.randn(vocab, 8, requires_grad=True)
     depths = [
-        DepthLoss(torch.randn(rows, 8, requires_grad=True), torch.zeros(rows).long(), 1.0)
-        for _ in range(3)
+        (torch.randn(rows, 8, requires_grad=True), target(k, torch.zeros(rows).long(), 1.0))
+        for k in range(3)
     ]
     with Watch():
-        weighted_cross_entropy(weight, depths)[0].backward()
-    chunk = cross_entropy.chunk_rows(vocab, torch.device("cpu")) * vocab
+        weighted(weight, depths)[0].backward()
+    chunk = through_head.chunk_rows(vocab, torch.device("cpu")) * vocab
     assert vocab * 8 < largest <= chunk < rows * vocab
 
 
 def test_without_gradient_nothing_is_kept() -> None:
     weight = torch.randn(30, 8, requires_grad=True)
     with torch.no_grad():
-        depth = DepthLoss(torch.randn(5, 8), torch.zeros(5).long(), 1.0)
-        total, _ = weighted_cross_entropy(weight, [depth])
+        depth = torch.randn(5, 8), target(0, torch.zeros(5).long(), 1.0)
+        total, _ = weighted(weight, [depth])
     assert not total.requires_grad
 
 
 def test_bfloat16_autocast_stays_close() -> None:
     weight = torch.randn(100, 32, requires_grad=True)
     hidden = torch.randn(64, 32, requires_grad=True)
-    depth = DepthLoss(hidden, torch.randint(0, 100, (64,)), 1 / 64)
+    depth = hidden, target(0, torch.randint(0, 100, (64,)), 1 / 64)
     exact, _, want_weight, want_hidden = expected(weight, [depth])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total, _ = weighted_cross_entropy(weight, [depth])
+        total, _ = weighted(weight, [depth])
     total.backward()
     assert total.item() == pytest.approx(exact.item(), rel=0.02)
     assert weight.grad.dtype == hidden.grad.dtype == torch.float32

@@ -13,9 +13,9 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.moe import MoE, Router, routers_of
 from mtp_lightning.objective.expert_balance import balance_experts, label
-from mtp_lightning.objective.mtp_loss import mtp_loss
 from tests import deepseek
 from tests.integration.helpers import (
     checkpoint,
@@ -25,6 +25,7 @@ from tests.integration.helpers import (
     train_here,
     weights,
 )
+from tests.losses import mtp_loss, reported_loss
 
 GAMMA = 0.001
 
@@ -137,12 +138,12 @@ def test_schedule_rests_the_biases(tmp_path: Path, cache: Path) -> None:
 
 def test_one_update_by_hand() -> None:
     router = Router(deepseek.trunk(experts={"n_routed": 4, "n_groups": 1, "top_groups": 1}))
-    router.load = torch.tensor([5, 3, 4, 4])
-    values = balance_experts(router, done=0.0)
+    ledger = Ledger()
+    ledger.loads[router] = torch.tensor([5, 3, 4, 4])
+    values = balance_experts(router, ledger, done=0.0)
     assert router.expert_bias.tolist() == pytest.approx([-GAMMA, GAMMA, 0, 0])
     assert values["moe/max_violation"].item() == pytest.approx(0.25)
-    assert router.load is None
-    assert balance_experts(router, done=0.0) == {}  # an unused router stays as it is
+    assert balance_experts(router, Ledger(), done=0.0) == {}  # an unused router stays as it is
     assert router.expert_bias.tolist() == pytest.approx([-GAMMA, GAMMA, 0, 0])
 
 
@@ -155,8 +156,8 @@ def test_a_depth_of_weight_zero_keeps_its_biases() -> None:
     model = deepseek.build(deepseek.TRUNK, depth=2).train()
     before = {name: r.expert_bias.clone() for name, r in routers_of(model).items()}
     batch = WindowBatch(torch.randint(0, 37, (2, 19)), 2)
-    mtp_loss(model, batch, [0.3, 0.0], [32] * 3)[0].backward()
-    values = balance_experts(model, done=0.0)
+    _, _, ledger = reported_loss(model, batch, [0.3, 0.0], [32] * 3)
+    values = balance_experts(model, ledger, done=0.0)
     assert "moe/max_violation_depth_1" in values and "moe/max_violation_depth_2" not in values
     for name, router in routers_of(model).items():
         assert torch.equal(router.expert_bias, before[name]) == (".depths.1." in name)
@@ -177,8 +178,9 @@ def train_router(rate: float, steps: int = 600) -> float:
     for _ in range(steps):
         x = torch.randn(1, 256, 32)
         x[..., 0] += 3.0
-        layer.router(x[0])
-        violations.append(balance_experts(layer, done=0.0)["moe/max_violation"].item())
+        ledger = Ledger()
+        layer.router(x[0], ledger)
+        violations.append(balance_experts(layer, ledger, done=0.0)["moe/max_violation"].item())
     return sum(violations[-20:]) / 20
 
 

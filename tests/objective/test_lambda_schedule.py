@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from mtp_lightning.objective import lambda_schedule as ls
-from mtp_lightning.objective.lambda_schedule import LambdaSchedule, Progress
+from mtp_lightning.objective.schedule import curriculum, published
+from mtp_lightning.objective.schedule.base import Progress
+from mtp_lightning.objective.schedule.piecewise import INTERPOLATIONS, Piecewise
 
 CONF = Path(__file__).parents[2] / "conf"
 PRESETS = sorted(path.stem for path in (CONF / "lambda_schedule").glob("*.yaml"))
@@ -26,15 +27,15 @@ def at(fraction: float, *, max_steps: int = 10_000) -> Progress:
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        (ls.constant(2, 0.3), {0: [0.15, 0.15], 0.5: [0.15, 0.15], 1: [0.15, 0.15]}),
-        (ls.constant(2, [0.3, 0.1]), {0: [0.3, 0.1], 1: [0.3, 0.1]}),
-        (ls.deepseek_v3(1, 0.3), {0: [0.3], 0.6756: [0.3], 0.6757: [0.1], 1: [0.1]}),
-        (ls.deepseek_v3(2, [0.3, 0.6]), {0: [0.3, 0.6], 0.7: [0.1, 0.2]}),
-        (ls.linear_decay(1, 0.3), {0: [0.3], 0.5: [0.2], 0.75: [0.15], 1: [0.1]}),
-        (ls.geometric(2, 1.0), {0: [0.625, 0.375], 1: [0.625, 0.375]}),
-        (ls.geometric(3, 0.5, beta=1.0), {0: [1 / 6] * 3}),
+        (published.constant(2, 0.3), {0: [0.15, 0.15], 0.5: [0.15, 0.15], 1: [0.15, 0.15]}),
+        (published.constant(2, [0.3, 0.1]), {0: [0.3, 0.1], 1: [0.3, 0.1]}),
+        (published.deepseek_v3(1, 0.3), {0: [0.3], 0.6756: [0.3], 0.6757: [0.1], 1: [0.1]}),
+        (published.deepseek_v3(2, [0.3, 0.6]), {0: [0.3, 0.6], 0.7: [0.1, 0.2]}),
+        (published.linear_decay(1, 0.3), {0: [0.3], 0.5: [0.2], 0.75: [0.15], 1: [0.1]}),
+        (published.geometric(2, 1.0), {0: [0.625, 0.375], 1: [0.625, 0.375]}),
+        (published.geometric(3, 0.5, beta=1.0), {0: [1 / 6] * 3}),
         (
-            ls.forward_curriculum(2, 0.4),
+            curriculum.forward_curriculum(2, 0.4),
             {
                 0: [0, 0],
                 0.33: [0, 0],
@@ -45,25 +46,25 @@ def at(fraction: float, *, max_steps: int = 10_000) -> Progress:
             },
         ),
         (
-            ls.reverse_curriculum(2, [0.4, 0.1]),
+            curriculum.reverse_curriculum(2, [0.4, 0.1]),
             {0: [0.4, 0.1], 0.33: [0.4, 0.1], 0.34: [0.4, 0], 0.67: [0, 0], 1: [0, 0]},
         ),
         (
-            ls.modded_nanogpt(2, 0.3),
+            published.modded_nanogpt(2, 0.3),
             {0: [0.5, 0.25], 1 / 6: [0.5, 0.125], 0.5: [0.25, 0], 0.67: [0, 0], 1: [0, 0]},
         ),
         (
-            LambdaSchedule(2, 0.5, {0: [1, 2], 0.5: 1, 1: 0}, interpolation="cosine"),
+            Piecewise(2, 0.5, {0: [1, 2], 0.5: 1, 1: 0}, interpolation="cosine"),
             {0: [0.5, 1.0], 0.25: [0.375, 0.625], 0.5: [0.25, 0.25], 1: [0, 0]},
         ),
         (
-            LambdaSchedule(2, 0.3, {0.2: 1, 0.4: [0, 1]}, interpolation="step"),
+            Piecewise(2, 0.3, {0.2: 1, 0.4: [0, 1]}, interpolation="step"),
             {0: [0.15] * 2, 1: [0, 0.3]},
         ),
-        (ls.constant(0, 0.3), {0: [], 1: []}),
+        (published.constant(0, 0.3), {0: [], 1: []}),
     ],
 )
-def test_hand_computed_points(schedule: LambdaSchedule, expected: dict[float, list[float]]) -> None:
+def test_hand_computed_points(schedule: Piecewise, expected: dict[float, list[float]]) -> None:
     for fraction, weights in expected.items():
         got = schedule.weights(at(fraction, max_steps=600_000))
         assert got == pytest.approx(weights, abs=1e-12), fraction
@@ -71,24 +72,24 @@ def test_hand_computed_points(schedule: LambdaSchedule, expected: dict[float, li
 
 
 def test_cosine_is_slow_at_the_ends() -> None:
-    schedule = LambdaSchedule(1, 1.0, {0: 1, 1: 0}, interpolation="cosine")
+    schedule = Piecewise(1, 1.0, {0: 1, 1: 0}, interpolation="cosine")
     assert schedule.weights(at(0.25))[0] == pytest.approx(0.5 + math.sqrt(0.5) / 2)
 
 
 def test_one_number_is_divided_by_the_depth_and_a_list_is_not() -> None:
-    assert ls.constant(4, 0.3).weights(at(0)) == [0.3 / 4] * 4
-    assert LambdaSchedule(4, 0.3, {0: [1, 1, 1, 1]}).weights(at(0)) == [0.3] * 4
-    assert LambdaSchedule(2, [0.3, 0.1], {0: [2, 3]}).weights(at(0)) == pytest.approx([0.6, 0.3])
+    assert published.constant(4, 0.3).weights(at(0)) == [0.3 / 4] * 4
+    assert Piecewise(4, 0.3, {0: [1, 1, 1, 1]}).weights(at(0)) == [0.3] * 4
+    assert Piecewise(2, [0.3, 0.1], {0: [2, 3]}).weights(at(0)) == pytest.approx([0.6, 0.3])
 
 
 @pytest.mark.parametrize("unit", ["steps", "tokens"])
 def test_units(unit: str) -> None:
     def weights(amount: int) -> list[float]:
         where = {"steps": Progress(amount, 10**9), "tokens": Progress(0, 10**9, amount)}
-        return LambdaSchedule(1, 1.0, {0: 1, 100: 0}, unit=unit).weights(where[unit])
+        return Piecewise(1, 1.0, {0: 1, 100: 0}, unit=unit).weights(where[unit])
 
     assert [weights(a)[0] for a in (0, 25, 100, 1000)] == [1.0, 0.75, 0.0, 0.0]
-    v3 = ls.deepseek_v3(1, 0.3, unit=unit, length=14.8)
+    v3 = published.deepseek_v3(1, 0.3, unit=unit, length=14.8)
     place = {"steps": Progress(10, 15), "tokens": Progress(0, 15, 10)}[unit]
     before = {"steps": Progress(9, 15), "tokens": Progress(0, 15, 9)}[unit]
     assert (v3.weights(before)[0], v3.weights(place)[0]) == (0.3, pytest.approx(0.1))
@@ -96,45 +97,45 @@ def test_units(unit: str) -> None:
 
 def test_stages_change_at_whole_steps() -> None:
     for schedule in (
-        ls.forward_curriculum(2, 1.0),
-        ls.forward_curriculum(2, 1.0, unit="steps", length=300),
+        curriculum.forward_curriculum(2, 1.0),
+        curriculum.forward_curriculum(2, 1.0, unit="steps", length=300),
     ):
         seen = [schedule.weights(Progress(step, 300)) for step in (99, 100, 199, 200)]
         assert seen == [[0, 0], [0.5, 0], [0.5, 0], [0.5, 0.5]]
 
 
 def test_depth_ever_skipped() -> None:
-    assert not ls.constant(2, 0.3).depth_ever_skipped
-    assert not ls.constant(0, 0.3).depth_ever_skipped
-    assert ls.constant(2, 0.0).depth_ever_skipped
-    assert ls.constant(2, [0.3, 0]).depth_ever_skipped
-    assert ls.forward_curriculum(1, 0.3).depth_ever_skipped
-    assert ls.modded_nanogpt(2, 0.3).depth_ever_skipped
+    assert not published.constant(2, 0.3).depth_ever_skipped
+    assert not published.constant(0, 0.3).depth_ever_skipped
+    assert published.constant(2, 0.0).depth_ever_skipped
+    assert published.constant(2, [0.3, 0]).depth_ever_skipped
+    assert curriculum.forward_curriculum(1, 0.3).depth_ever_skipped
+    assert published.modded_nanogpt(2, 0.3).depth_ever_skipped
 
 
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: ls.constant(2, [0.3]), ["1 numbers", "mtp.depth is 2"]),
-        (lambda: LambdaSchedule(2, 0.3, {0: [1, 2, 3]}), ["3 numbers", "mtp.depth is 2"]),
-        (lambda: ls.constant(2, -0.3), ["-0.3"]),
-        (lambda: ls.constant(2, [0.3, float("nan")]), ["entry 2", "nan"]),
-        (lambda: LambdaSchedule(2, 0.3, {0: float("inf")}), ["inf"]),
-        (lambda: LambdaSchedule(2, 0.3, {1.5: 1}), ["1.5", "[0, 1]"]),
-        (lambda: LambdaSchedule(2, 0.3, {-1: 1}, unit="steps"), ["-1", "steps"]),
-        (lambda: LambdaSchedule(2, 0.3, "{0: 1}"), ["must map", "{0: 1}"]),
-        (lambda: LambdaSchedule(2, 0.3, {"10/14.8": 1}), ["10/14.8"]),
-        (lambda: LambdaSchedule(2, 0.3, {0: "0.3"}), ["'0.3'"]),
-        (lambda: LambdaSchedule(2, "0.3"), ["mtp_lambda", "'0.3'"]),
-        (lambda: LambdaSchedule(2, 0.3, {}), ["empty"]),
-        (lambda: LambdaSchedule(2, 0.3, {0: 1}, unit="epochs"), ["epochs", "tokens"]),
-        (lambda: LambdaSchedule(2, 0.3, {0: 1}, interpolation="spline"), ["spline", "cosine"]),
-        (lambda: LambdaSchedule(-1, 0.3), ["-1"]),
-        (lambda: ls.modded_nanogpt(3, 0.3), ["mtp.depth=2", "mtp.depth=3"]),
-        (lambda: ls.geometric(2, 0.3, beta=0), ["beta", "0"]),
-        (lambda: ls.deepseek_v3(2, 0.3, unit="tokens"), ["length", "tokens"]),
-        (lambda: ls.linear_decay(2, 0.3, length=10), ["length", "fraction"]),
-        (lambda: ls.linear_decay(2, 0.3).weights(Progress(1, -1)), ["max_steps", "-1"]),
+        (lambda: published.constant(2, [0.3]), ["1 numbers", "mtp.depth is 2"]),
+        (lambda: Piecewise(2, 0.3, {0: [1, 2, 3]}), ["3 numbers", "mtp.depth is 2"]),
+        (lambda: published.constant(2, -0.3), ["-0.3"]),
+        (lambda: published.constant(2, [0.3, float("nan")]), ["entry 2", "nan"]),
+        (lambda: Piecewise(2, 0.3, {0: float("inf")}), ["inf"]),
+        (lambda: Piecewise(2, 0.3, {1.5: 1}), ["1.5", "[0, 1]"]),
+        (lambda: Piecewise(2, 0.3, {-1: 1}, unit="steps"), ["-1", "steps"]),
+        (lambda: Piecewise(2, 0.3, "{0: 1}"), ["must map", "{0: 1}"]),
+        (lambda: Piecewise(2, 0.3, {"10/14.8": 1}), ["10/14.8"]),
+        (lambda: Piecewise(2, 0.3, {0: "0.3"}), ["'0.3'"]),
+        (lambda: Piecewise(2, "0.3"), ["mtp_lambda", "'0.3'"]),
+        (lambda: Piecewise(2, 0.3, {}), ["empty"]),
+        (lambda: Piecewise(2, 0.3, {0: 1}, unit="epochs"), ["epochs", "tokens"]),
+        (lambda: Piecewise(2, 0.3, {0: 1}, interpolation="spline"), ["spline", "cosine"]),
+        (lambda: Piecewise(-1, 0.3), ["-1"]),
+        (lambda: published.modded_nanogpt(3, 0.3), ["mtp.depth=2", "mtp.depth=3"]),
+        (lambda: published.geometric(2, 0.3, beta=0), ["beta", "0"]),
+        (lambda: published.deepseek_v3(2, 0.3, unit="tokens"), ["length", "tokens"]),
+        (lambda: published.linear_decay(2, 0.3, length=10), ["length", "fraction"]),
+        (lambda: published.linear_decay(2, 0.3).weights(Progress(1, -1)), ["max_steps", "-1"]),
     ],
 )
 def test_mistakes_are_named(build, words: list[str]) -> None:
@@ -149,9 +150,9 @@ knot_lists = st.dictionaries(
 )
 
 
-@given(knot_lists, st.sampled_from(ls.INTERPOLATIONS), st.integers(0, 1000))
+@given(knot_lists, st.sampled_from(INTERPOLATIONS), st.integers(0, 1000))
 def test_weights_lie_between_their_neighbours(knots, interpolation: str, step: int) -> None:
-    schedule = LambdaSchedule(3, 1.0, knots, interpolation=interpolation)
+    schedule = Piecewise(3, 1.0, knots, interpolation=interpolation)
     progress = Progress(step, 1000)
     weights = schedule.weights(progress)
     left = [p for p in schedule.positions if p <= progress.fraction] or [schedule.positions[0]]
@@ -165,20 +166,20 @@ def test_weights_lie_between_their_neighbours(knots, interpolation: str, step: i
 
 @given(knot_lists, st.lists(st.integers(0, 1000), min_size=2, max_size=20))
 def test_a_schedule_has_no_memory(knots, steps: list[int]) -> None:
-    used = LambdaSchedule(3, 0.3, knots)
+    used = Piecewise(3, 0.3, knots)
     in_order = {step: used.weights(Progress(step, 1000)) for step in steps}
     for step in reversed(steps):  # as after a resume: a new object, asked only about the later step
-        assert LambdaSchedule(3, 0.3, knots).weights(Progress(step, 1000)) == in_order[step]
+        assert Piecewise(3, 0.3, knots).weights(Progress(step, 1000)) == in_order[step]
 
 
 @given(st.floats(0.01, 10), st.integers(0, 100))
 def test_weights_scale_with_mtp_lambda(scale: float, step: int) -> None:
     for preset in (
-        ls.deepseek_v3,
-        ls.linear_decay,
-        ls.geometric,
-        ls.forward_curriculum,
-        ls.modded_nanogpt,
+        published.deepseek_v3,
+        published.linear_decay,
+        published.geometric,
+        curriculum.forward_curriculum,
+        published.modded_nanogpt,
     ):
         one = preset(2, 1.0).weights(Progress(step, 100))
         assert preset(2, scale).weights(Progress(step, 100)) == pytest.approx(
@@ -210,7 +211,7 @@ def test_every_preset_has_a_yaml() -> None:
 def test_every_yaml_composes_and_builds(name: str, mtp_lambda: str) -> None:
     cfg = composed(name, mtp_lambda=mtp_lambda)
     schedule = instantiate(cfg.lambda_schedule)
-    assert isinstance(schedule, LambdaSchedule)
+    assert isinstance(schedule, Piecewise)
     assert len(schedule.weights(at(0.5))) == 2
     with pytest.raises(Exception, match="unknown_key"):
         instantiate(composed(name, "+lambda_schedule.unknown_key=1").lambda_schedule)

@@ -12,7 +12,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective.mtp_loss import mtp_loss
+from tests.losses import mtp_loss
 
 
 def build(trunk: TrunkConfig, **mtp: object) -> MTPModel:

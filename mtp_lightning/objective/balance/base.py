@@ -13,25 +13,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from data_modules.windows import WindowBatch
-from mtp_lightning.mtp.base import Draw
+from mtp_lightning.model import ModelConfig
 from mtp_lightning.objective.balance.gradients import (
     Scope,
     TaskGradients,
     measuring_flops,
     require_trunk_gradients,
-    shared_parameters,
-    task_gradients,
 )
-from mtp_lightning.objective.lambda_schedule import Progress
-
-if TYPE_CHECKING:
-    from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.objective.schedule.base import Progress
+from mtp_lightning.settings import require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +73,7 @@ class Balance(ABC):
     observes: ClassVar[bool] = True
 
     def __init__(self, depth: int, *, every_n_steps: int = 1) -> None:
-        require_count("every_n_steps", every_n_steps)
+        require_whole("balance.every_n_steps", every_n_steps, least=1)
         self.depth = depth
         self.every_n_steps = every_n_steps
 
@@ -99,23 +94,6 @@ class Balance(ABC):
         """Whether the step that comes shall measure gradients."""
         due = (progress.step + 1) % self.every_n_steps == 0
         return self.scope is not None and due and not self.rests_at(progress)
-
-    def measure(
-        self,
-        model: MTPModel,
-        micro_batches: Sequence[WindowBatch],
-        factors: Sequence[float],
-        counts: Sequence[int],
-        *,
-        progress: Progress,
-        draw: Draw,
-    ) -> TaskGradients | None:
-        """The tasks' gradients, in a step that measures; see :func:`task_gradients`."""
-        if self.scope is None or not self.measures_at(progress):
-            return None
-        group: dict[str, list[nn.Parameter]] = {self.scope: shared_parameters(model, self.scope)}
-        depths = tasks_of(factors)[1:]
-        return task_gradients(model, micro_batches, depths, counts, group, draw=draw)[self.scope]
 
     def gate(self, base: Sequence[float], gradients: TaskGradients) -> None:  # noqa: B027
         """Change the gradients that training accumulated, before they are clipped."""
@@ -150,7 +128,7 @@ class Balance(ABC):
 
     def active_sets(self, base: Sequence[float]) -> list[tuple[float, list[int]]]:
         """Which MTP depths a step may compute, and with what probability."""
-        return [(1.0, tasks_of(base)[1:])]
+        return [(1.0, depths_of(base))]
 
     @property
     def skips(self) -> bool:
@@ -186,6 +164,11 @@ def tasks_of(factors: Sequence[float]) -> list[int]:
     return [k for k, factor in enumerate(factors) if factor != 0.0]
 
 
+def depths_of(factors: Sequence[float]) -> list[int]:
+    """The MTP depths (1 .. D) among them."""
+    return [k for k in tasks_of(factors) if k]
+
+
 def multiplied(base: Sequence[float], weights: Tensor) -> list[float]:
     """``w_k lambda_k``, with 0 where lambda_k is 0."""
     return [b * w if b else 0.0 for b, w in zip(base, weights.tolist(), strict=True)]
@@ -196,28 +179,3 @@ def softmax_weights(scores: Tensor, tasks: Sequence[int]) -> Tensor:
     weights = torch.ones_like(scores)
     weights[list(tasks)] = len(tasks) * torch.softmax(scores[list(tasks)], dim=0)
     return weights
-
-
-def require(condition: bool, what: str, value: Any, wanted: str) -> None:
-    """Refuse a setting of the group ``balance``.
-
-    Raises:
-        ValueError: unless the condition holds.
-    """
-    if not condition:
-        raise ValueError(f"balance.{what} must be {wanted}, not {value!r}.")
-
-
-def is_number(value: Any) -> bool:
-    """Whether a setting is a number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def require_count(what: str, value: Any) -> None:
-    """Refuse a setting that is no whole number of at least 1.
-
-    Raises:
-        ValueError: naming it.
-    """
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    require(whole, what, value, "a whole number of at least 1")

@@ -20,9 +20,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mtp_lightning.objective.balance.base import Balance, Observed, is_number, require
+from mtp_lightning.objective.balance.base import Balance, Observed
 from mtp_lightning.objective.balance.gradients import TaskGradients
-from mtp_lightning.objective.lambda_schedule import Progress
+from mtp_lightning.objective.schedule.base import Progress
+from mtp_lightning.settings import require_number
 
 
 class CosineGate(Balance):
@@ -41,8 +42,7 @@ class CosineGate(Balance):
 
     def __init__(self, depth: int, *, ema: float = 0.9) -> None:
         super().__init__(depth)
-        require(is_number(ema) and 0 <= ema < 1, "ema", ema, "a number in [0, 1)")
-        self.ema = ema
+        self.ema = require_number("balance.ema", ema, least=0, below=1)
         self._cosines: dict[int, float] = {}
 
     def factors(self, base: Sequence[float], progress: Progress) -> list[float]:

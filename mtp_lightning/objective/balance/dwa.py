@@ -20,14 +20,12 @@ from torch import Tensor
 from mtp_lightning.objective.balance.base import (
     Balance,
     Observed,
-    is_number,
     multiplied,
-    require,
-    require_count,
     softmax_weights,
     tasks_of,
 )
-from mtp_lightning.objective.lambda_schedule import Progress
+from mtp_lightning.objective.schedule.base import Progress
+from mtp_lightning.settings import require_number, require_whole
 
 
 class DWA(Balance):
@@ -47,11 +45,8 @@ class DWA(Balance):
 
     def __init__(self, depth: int, *, temperature: float = 2.0, window_steps: int = 50) -> None:
         super().__init__(depth)
-        number = is_number(temperature) and temperature > 0
-        require(number, "temperature", temperature, "a number above 0")
-        require_count("window_steps", window_steps)
-        self.temperature = temperature
-        self.window_steps = window_steps
+        self.temperature = require_number("balance.temperature", temperature, above=0)
+        self.window_steps = require_whole("balance.window_steps", window_steps, least=1)
         # Of the window that runs: summed losses and how many; NaN means no value.
         self._sums = torch.zeros(depth + 1, dtype=torch.float64)
         self._counts = torch.zeros(depth + 1, dtype=torch.float64)

@@ -7,22 +7,21 @@ and every depth has a backward pass of its own, without touching what training a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.mtp.base import Draw
-from mtp_lightning.nn.moe import without_counting
-from mtp_lightning.objective.cross_entropy import DepthLoss, add_depth
-
-if TYPE_CHECKING:
-    from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.base import RandomKey
+from mtp_lightning.objective.ranks import sum_over_ranks
+from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
+from mtp_lightning.objective.through_head import DepthTarget, Prediction, through_head
 
 Scope = Literal["trunk", "last_block"]
 """What a gradient is measured on: the whole shared trunk, or its last block alone."""
@@ -84,7 +83,7 @@ def shared_parameters(model: MTPModel, scope: Scope) -> list[nn.Parameter]:
     if scope == "last_block":
         return list(blocks[-1].parameters())
     parameters = [p for block in blocks for p in block.parameters()]
-    normed = getattr(model.config.mtp, "input_norm", "post") == "post"
+    normed = model.config.mtp.input_norm == "post"
     return [*parameters, *model.trunk.norm.parameters()] if normed else parameters
 
 
@@ -101,9 +100,8 @@ def require_trunk_gradients(config: ModelConfig, *, what: str) -> None:
     reason = None
     if not config.mtp.trains_trunk:
         reason = "mtp.freeze_trunk=true gives it none: set mtp.freeze_trunk=false"
-    elif getattr(config.mtp, "detach", "none") != "none":
-        detach = getattr(config.mtp, "detach", "none")
-        reason = f"mtp.detach={detach} cuts it off: set mtp.detach=none"
+    elif config.mtp.detach != "none":
+        reason = f"mtp.detach={config.mtp.detach} cuts it off: set mtp.detach=none"
     elif _shared_blocks(config) == 0:
         layers = config.trunk.n_layers
         reason = (
@@ -116,12 +114,10 @@ def require_trunk_gradients(config: ModelConfig, *, what: str) -> None:
 
 def task_gradients(
     model: MTPModel,
-    micro_batches: Sequence[WindowBatch],
+    micro_batches: Sequence[tuple[WindowBatch, RandomKey]],
     depths: Sequence[int],
     counts: Sequence[int],
     groups: Mapping[str, list[nn.Parameter]],
-    *,
-    draw: Draw,
 ) -> dict[str, TaskGradients]:
     """``g_k`` of the main prediction and of ``depths``, over all micro-batches and ranks.
 
@@ -132,11 +128,10 @@ def task_gradients(
 
     Args:
         model: the model.
-        micro_batches: this rank's part of the step.
+        micro_batches: this rank's part of the step, with the keys that the training pass has.
         depths: MTP depths to measure.
         counts: valid targets of depths 0 .. D in the whole step.
         groups: parameters, by any name. A tied embedding's gradient is the input side's alone.
-        draw: as the training pass over the first micro-batch has it.
 
     Returns:
         For every group, its gradients.
@@ -145,11 +140,9 @@ def task_gradients(
     tasks = [0, *depths]
     size = sum(p.numel() for p in parameters)
     total_KP = torch.zeros(len(tasks), size, dtype=parameters[0].dtype, device=parameters[0].device)
-    for micro in micro_batches:
-        _add_gradients(model, micro, tasks, counts, parameters, total_KP, draw)
-        draw = replace(draw, first_row=draw.first_row + len(micro))
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(total_KP)
+    for micro, key in micro_batches:
+        _add_gradients(model, micro, tasks, counts, parameters, total_KP, key)
+    total_KP = sum_over_ranks(total_KP)
     found, start = {}, 0
     for name, group in groups.items():
         end = start + sum(p.numel() for p in group)
@@ -170,8 +163,7 @@ def measuring_flops(config: ModelConfig, seq_len: int, active: Sequence[int], sc
 
 
 def _shared_blocks(config: ModelConfig) -> int:
-    before_last = getattr(config.mtp, "branch", "final") == "before_last"
-    return config.trunk.n_layers - before_last
+    return config.trunk.n_layers - (config.mtp.branch == "before_last")
 
 
 def _add_gradients(
@@ -181,22 +173,18 @@ def _add_gradients(
     counts: Sequence[int],
     parameters: list[nn.Parameter],
     total_KP: Tensor,
-    draw: Draw,
+    key: RandomKey,
 ) -> None:
     """One micro-batch's part of every task's gradient, added to the task's row."""
-    unused = total_KP.new_zeros((), dtype=torch.float64)
-    with torch.enable_grad(), without_counting():
-        for k, hidden in model.states(batch, tasks[1:], draw=draw):
-            d_hidden, _ = add_depth(
-                model.head.weight,
-                DepthLoss(hidden, batch.targets(k), 1.0 / max(counts[k], 1)),
-                unused,
-                None,
-                needs_hidden=True,
-                needs_weight=False,
-            )
+    unused = total_KP.new_zeros(1, dtype=torch.float64)
+    with torch.enable_grad():
+        final, at = model.run_trunk(batch, tasks[1:])
+        for k, hidden in itertools.chain([(0, final)], model.mtp.states(at, tasks[1:], key)):
+            target = DepthTarget(k, batch.targets(k), 1.0 / max(counts[k], 1), CrossEntropy())
+            prediction = Prediction(hidden, [target])
+            through_head(model.head.weight, prediction, unused)
             grads = torch.autograd.grad(
-                hidden, parameters, d_hidden, retain_graph=True, allow_unused=True
+                hidden, parameters, prediction.gradient, retain_graph=True, allow_unused=True
             )
             row_P, start = total_KP[tasks.index(k)], 0
             for parameter, grad in zip(parameters, grads, strict=True):

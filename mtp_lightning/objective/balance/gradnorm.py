@@ -21,14 +21,9 @@ from typing import Any
 
 import torch
 
-from mtp_lightning.objective.balance.base import (
-    Balance,
-    Observed,
-    is_number,
-    multiplied,
-    require,
-)
-from mtp_lightning.objective.lambda_schedule import Progress
+from mtp_lightning.objective.balance.base import Balance, Observed, multiplied
+from mtp_lightning.objective.schedule.base import Progress
+from mtp_lightning.settings import require_number
 
 _SMALLEST = 0.01
 
@@ -54,10 +49,8 @@ class GradNorm(Balance):
         self, depth: int, *, alpha: float = 1.5, lr: float = 0.025, every_n_steps: int = 1
     ) -> None:
         super().__init__(depth, every_n_steps=every_n_steps)
-        require(is_number(alpha) and alpha >= 0, "alpha", alpha, "a number of at least 0")
-        require(is_number(lr) and lr > 0, "lr", lr, "a number above 0")
-        self.alpha = alpha
-        self.lr = lr
+        self.alpha = require_number("balance.alpha", alpha, least=0)
+        self.lr = require_number("balance.lr", lr, above=0)
         self._weights = torch.ones(depth + 1, dtype=torch.float64)
         # L_k(0); NaN before it is known.
         self._first = torch.full((depth + 1,), torch.nan, dtype=torch.float64)

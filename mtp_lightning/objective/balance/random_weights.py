@@ -17,7 +17,7 @@ import torch
 
 from mtp_lightning.nn.init import parameter_seed
 from mtp_lightning.objective.balance.base import Balance, multiplied, softmax_weights, tasks_of
-from mtp_lightning.objective.lambda_schedule import Progress
+from mtp_lightning.objective.schedule.base import Progress
 
 
 class RandomWeights(Balance):

@@ -23,15 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.objective.balance.base import (
-    Balance,
-    Observed,
-    is_number,
-    require,
-    tasks_of,
-)
+from mtp_lightning.objective.balance.base import Balance, Observed, depths_of, tasks_of
 from mtp_lightning.objective.balance.random_weights import stream
-from mtp_lightning.objective.lambda_schedule import Progress
+from mtp_lightning.objective.schedule.base import Progress
+from mtp_lightning.settings import is_number, require
 
 _DECAY = 0.9
 
@@ -58,11 +53,11 @@ class SampledDepths(Balance):
         wanted = f"uniform, loss_ratio, or a list of mtp.depth={depth} numbers above 0"
         if isinstance(probabilities, str):
             known = probabilities in ("uniform", "loss_ratio")
-            require(known, "probabilities", probabilities, wanted)
+            require(known, "balance.probabilities", probabilities, wanted)
         else:
             listed = isinstance(probabilities, Sequence) and len(probabilities) == depth
             fits = listed and all(is_number(p) and p > 0 for p in probabilities)
-            require(fits, "probabilities", probabilities, wanted)
+            require(fits, "balance.probabilities", probabilities, wanted)
         self.seed = seed
         self.probabilities = probabilities
         # L_k(0), and the average of L_k since; NaN before a depth was drawn.
@@ -97,10 +92,10 @@ class SampledDepths(Balance):
                 self._first[k] = self._mean[k] = step.losses[k]
             else:
                 self._mean[k] = _DECAY * self._mean[k] + (1 - _DECAY) * step.losses[k]
-        return {f"balance/probability_depth_{k}": chances[k] for k in tasks_of(step.base)[1:]}
+        return {f"balance/probability_depth_{k}": chances[k] for k in depths_of(step.base)}
 
     def active_sets(self, base: Sequence[float]) -> list[tuple[float, list[int]]]:
-        depths = tasks_of(base)[1:]
+        depths = depths_of(base)
         chances = self.chances(base).tolist()
         return [(chances[k], [k]) for k in depths] or super().active_sets(base)
 

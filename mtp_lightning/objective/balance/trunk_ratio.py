@@ -19,13 +19,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mtp_lightning.objective.balance.base import (
-    Balance,
-    Observed,
-    is_number,
-    require,
-)
-from mtp_lightning.objective.lambda_schedule import Progress
+from mtp_lightning.objective.balance.base import Balance, Observed
+from mtp_lightning.objective.schedule.base import Progress
+from mtp_lightning.settings import require_number
 
 _SMALLEST, _LARGEST = 0.01, 1.0
 
@@ -59,14 +55,10 @@ class TrunkRatio(Balance):
         frozen: float = 0.05,
     ) -> None:
         super().__init__(depth, every_n_steps=every_n_steps)
-        require(is_number(rate) and rate > 0, "rate", rate, "a number above 0")
-        require(is_number(ratio) and ratio > 0, "ratio", ratio, "a number above 0")
-        require(is_number(ema) and 0 <= ema < 1, "ema", ema, "a number in [0, 1)")
-        require(is_number(frozen) and 0 <= frozen <= 1, "frozen", frozen, "a number in [0, 1]")
-        self.rate = rate
-        self.ratio = ratio
-        self.ema = ema
-        self.frozen = frozen
+        self.rate = require_number("balance.rate", rate, above=0)
+        self.ratio = require_number("balance.ratio", ratio, above=0)
+        self.ema = require_number("balance.ema", ema, least=0, below=1)
+        self.frozen = require_number("balance.frozen", frozen, least=0, most=1)
         # By depth; a depth is missing before it is first computed.
         self._lambdas: dict[int, float] = {}
         self._ratios: dict[int, float] = {}

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from mtp_lightning.objective.balance.base import Balance, Observed
-from mtp_lightning.objective.lambda_schedule import Progress
+from mtp_lightning.objective.schedule.base import Progress
 
 
 class Uncertainty(Balance):

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.model import MTP_VARIANTS, ModelConfig, MTPModel
-from mtp_lightning.mtp.base import Draw
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.base import MTPConfig, RandomKey
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.moe import routers_of
 from mtp_lightning.objective.balance.gradients import (
     TaskGradients,
     measuring_flops,
@@ -21,10 +20,20 @@ from mtp_lightning.objective.balance.gradients import (
     shared_parameters,
     task_gradients,
 )
-from mtp_lightning.objective.mtp_loss import mtp_loss
+from tests.losses import mtp_loss, reported_loss
 from tests.mtp.test_heads import build
 
-DRAW = Draw(seed=7, step=3)
+KEY = RandomKey(seed=7, step=3)
+
+
+def keyed(micro_batches: list[WindowBatch]) -> list[tuple[WindowBatch, RandomKey]]:
+    """Micro-batches of a step with the keys that training gives them."""
+    rows = [sum(map(len, micro_batches[:i])) for i in range(len(micro_batches))]
+    return [
+        (micro, replace(KEY, first_row=row)) for micro, row in zip(micro_batches, rows, strict=True)
+    ]
+
+
 EXPERTS = {"n_routed": 4, "n_shared": 1, "top_k": 2, "d_expert": 16, "sequence_loss": 0.5}
 
 MODELS = {
@@ -43,7 +52,7 @@ MODELS = {
 
 def make(trunk: TrunkConfig, name: str, depth: int = 3) -> MTPModel:
     variant, switches, changes = MODELS[name]
-    model = build(replace(trunk, **changes), MTP_VARIANTS[variant](depth=depth, **switches))
+    model = build(replace(trunk, **changes), MTPConfig.find(variant)(depth=depth, **switches))
     return model.double()
 
 
@@ -56,7 +65,7 @@ def masked(batch_size: int = 4, seq_len: int = 10, depth: int = 3) -> WindowBatc
 
 
 def brute_force(model: MTPModel, batch: WindowBatch, k: int, parameter: nn.Parameter) -> Tensor:
-    hidden = model(batch, draw=DRAW)[k]
+    hidden = model(batch, key=KEY)[k]
     logits = (hidden @ model.head.weight.detach().T).flatten(0, 1)
     loss = F.cross_entropy(logits, batch.targets(k).flatten(), ignore_index=-100)
     (grad,) = torch.autograd.grad(loss, [parameter], allow_unused=True)
@@ -72,7 +81,7 @@ def test_equals_autograd_on_the_whole_graph(tiny_trunk: TrunkConfig, name: str) 
         "embedding": [model.trunk.embedding.weight],
     }
     found = task_gradients(
-        model, batch.micro_batches(3), [1, 3], batch.counts().tolist(), groups, draw=DRAW
+        model, keyed(batch.micro_batches(3)), [1, 3], batch.counts().tolist(), groups
     )
     for group, parameters in groups.items():
         assert list(found[group].vectors) == [0, 1, 3]
@@ -89,33 +98,30 @@ def test_training_sees_nothing_of_it(tiny_trunk: TrunkConfig, name: str) -> None
 
     def train() -> tuple[dict[str, Tensor], list[Tensor]]:
         model.zero_grad(set_to_none=True)
-        for router in routers_of(model).values():
-            router.load = None
-        mtp_loss(model, batch, weights, counts, draw=DRAW)[0].backward()
+        loss, _, reported = reported_loss(model, batch, weights, counts, key=KEY)
+        loss.backward()
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        return grads, [r.load.clone() for r in routers_of(model).values()]  # type: ignore[union-attr]
+        return grads, list(reported.loads.values())
 
     before, loads = train()
+    counted = [load.clone() for load in loads]
     state = torch.get_rng_state()
     group = {"trunk": shared_parameters(model, "trunk")}
-    task_gradients(model, [batch], [1, 2, 3], counts, group, draw=DRAW)
+    task_gradients(model, [(batch, KEY)], [1, 2, 3], counts, group)
     assert torch.equal(state, torch.get_rng_state())
     for n, p in model.named_parameters():
         assert (p.grad is None) == (n not in before)
         assert p.grad is None or torch.equal(p.grad, before[n])
-    assert all(
-        torch.equal(router.load, load)
-        for router, load in zip(routers_of(model).values(), loads, strict=True)
-    )
+    assert all(torch.equal(load, then) for load, then in zip(loads, counted, strict=True))
 
 
 @pytest.mark.parametrize("name", ["sequential", "parallel", "parameter_free", "mixing"])
 def test_weighted_sum_is_what_training_accumulates(tiny_trunk: TrunkConfig, name: str) -> None:
     model, batch = make(tiny_trunk, name), masked()
     counts, weights = batch.counts().tolist(), [0.3, 0.2, 0.1]
-    mtp_loss(model, batch, weights, counts, draw=DRAW)[0].backward()
+    mtp_loss(model, batch, weights, counts, key=KEY)[0].backward()
     parameters = shared_parameters(model, "trunk")
-    found = task_gradients(model, [batch], [1, 2, 3], counts, {"": parameters}, draw=DRAW)[""]
+    found = task_gradients(model, [(batch, KEY)], [1, 2, 3], counts, {"": parameters})[""]
     for k, factor in enumerate([1.0, *weights]):
         found.subtract(k, factor)
     for parameter in parameters:
@@ -126,7 +132,7 @@ def test_weighted_sum_is_what_training_accumulates(tiny_trunk: TrunkConfig, name
 
 def test_what_is_shared(tiny_trunk: TrunkConfig) -> None:
     def names(variant: str, scope: str, **switches: str) -> set[str]:
-        model = build(tiny_trunk, MTP_VARIANTS[variant](depth=1, **switches))
+        model = build(tiny_trunk, MTPConfig.find(variant)(depth=1, **switches))
         chosen = {id(p) for p in shared_parameters(model, scope)}  # type: ignore[arg-type]
         found = [n for n, p in model.named_parameters() if id(p) in chosen]
         return {".".join(n.split(".")[:3]) for n in found}
@@ -166,7 +172,7 @@ def test_refuses_where_no_depth_reaches_the_trunk(
     tiny_trunk: TrunkConfig, variant: str, switches: dict, layers: int, wording: str
 ) -> None:
     trunk = replace(tiny_trunk, n_layers=layers)
-    config = ModelConfig(trunk=trunk, mtp=MTP_VARIANTS[variant](depth=1, **switches))
+    config = ModelConfig(trunk=trunk, mtp=MTPConfig.find(variant)(depth=1, **switches))
     with pytest.raises(ValueError, match=f"balance=gradnorm measures .*{wording}"):
         require_trunk_gradients(config, what="balance=gradnorm")
 
@@ -174,7 +180,7 @@ def test_refuses_where_no_depth_reaches_the_trunk(
 def test_flops_are_counted(tiny_trunk: TrunkConfig) -> None:
     """By hand: two blocks, one module and two tasks through the head forward; backward the two
     products of each task with head and blocks, and one with the module's weights."""
-    config = ModelConfig(trunk=tiny_trunk, mtp=MTP_VARIANTS["sequential"](depth=1))
+    config = ModelConfig(trunk=tiny_trunk, mtp=MTPConfig.find("sequential")(depth=1))
     block, head = tiny_trunk.block_flops(10, 0), tiny_trunk.head_flops()
     module = config.mtp.module_flops(tiny_trunk, 10, [1])
     forward = 2 * block + module + 2 * head

@@ -19,7 +19,7 @@ from mtp_lightning.objective.balance.random_weights import RandomWeights
 from mtp_lightning.objective.balance.sampled_depths import SampledDepths
 from mtp_lightning.objective.balance.trunk_ratio import TrunkRatio
 from mtp_lightning.objective.balance.uncertainty import Uncertainty
-from mtp_lightning.objective.lambda_schedule import Progress
+from mtp_lightning.objective.schedule.base import Progress
 
 BASE = [1.0, 0.3, 0.1]
 LOSSES = [[6.0, 7.0, 8.0], [5.0, 6.5, 7.9], [4.5, 5.0, 7.0], [4.0, 5.2, 6.0], [3.9, 4.1, 6.1]]

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_lightning.model import MTP_VARIANTS, MTPModel
+from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective import cross_entropy
+from mtp_lightning.objective import through_head
 from mtp_lightning.objective.balance.sampled_depths import SampledDepths
-from mtp_lightning.objective.lambda_schedule import Progress
-from mtp_lightning.objective.mtp_loss import mtp_loss
+from mtp_lightning.objective.schedule.base import Progress
+from tests.losses import mtp_loss
 from tests.mtp.test_heads import build, windows
 
 BASE = [1.0, 0.3, 0.2, 0.1]
@@ -35,7 +36,7 @@ def gradients(model: MTPModel, factors: Sequence[float]) -> dict[str, Tensor]:
 def test_the_mean_gradient_over_many_draws_is_the_full_gradient(
     tiny_trunk: TrunkConfig, variant: str, probabilities: str | list[float]
 ) -> None:
-    model = build(tiny_trunk, MTP_VARIANTS[variant](depth=3)).double()
+    model = build(tiny_trunk, MTPConfig.find(variant)(depth=3)).double()
     rule = SampledDepths(3, seed=11, probabilities=probabilities)
     drawn: dict[tuple[float, ...], int] = {}
     for step in range(3000):
@@ -71,14 +72,14 @@ def test_what_was_not_drawn_is_not_computed(
     computed: dict[int, list[int]],
     projected: int,
 ) -> None:
-    model = build(tiny_trunk, MTP_VARIANTS[variant](depth=3))
+    model = build(tiny_trunk, MTPConfig.find(variant)(depth=3))
     calls: list[int] = []
     for k, module in enumerate(model.mtp.depths, start=1):  # type: ignore[arg-type]
         module.register_forward_hook(lambda *_, k=k: calls.append(k))
     heads: list[int] = []
-    original = cross_entropy.log_probs_by_chunk
+    original = through_head.log_probs_by_chunk
     monkeypatch.setattr(
-        cross_entropy, "log_probs_by_chunk", lambda *a: heads.append(1) or original(*a)
+        through_head, "log_probs_by_chunk", lambda *a: heads.append(1) or original(*a)
     )
     rule = SampledDepths(3, seed=2)
     seen = set()

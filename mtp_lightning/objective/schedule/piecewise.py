@@ -1,64 +1,24 @@
-"""Lambda schedules: how much every MTP depth weighs in the loss, as a function of training
-progress.
+"""Knots of progress -> weight: the general form behind every published schedule.
 
-One piecewise form covers the published schedules: knots of progress -> weight, interpolated by
-step, linearly or by a half cosine. A schedule is a pure function of checkpointed progress (never of
-the clock or of Lightning's epoch counter), so that a resumed run has the same weights at the same
-step.
-
-The weights returned here are the *effective* multipliers of L_k in
-
-    L = L_0 + sum_k weight_k L_k,    k = 1..D
-
-so with one number ``mtp_lambda`` every depth gets ``mtp_lambda / D`` (DeepSeek-V3 report, eq. 25)
-and with a list depth k gets ``mtp_lambda[k]``. Knots are written as multiples of ``mtp_lambda``, so
+With one number ``mtp_lambda`` every depth gets ``mtp_lambda / D`` (DeepSeek-V3 report, eq. 25),
+with a list depth k gets ``mtp_lambda[k]``. Knots are written as multiples of ``mtp_lambda``, so
 that a sweep over ``mtp_lambda`` works under every preset.
-
-This file needs neither torch nor Lightning.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
+from mtp_lightning.settings import is_number, require_choice, require_whole
 
 UNITS = ("fraction", "steps", "tokens")
 INTERPOLATIONS = ("step", "linear", "cosine")
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is; everything in here is restored from a checkpoint.
-
-    Args:
-        step: optimizer steps done before the step that the weights are asked for (0 for the first).
-        max_steps: optimizer steps of the whole run (`trainer.max_steps`).
-        tokens: depth-0 targets seen so far, all ranks together.
-    """
-
-    step: int
-    max_steps: int
-    tokens: int = 0
-
-    @property
-    def fraction(self) -> float:
-        """step / max_steps, at most 1.
-
-        Raises:
-            ValueError: when the run has no length.
-        """
-        if self.max_steps <= 0:
-            raise ValueError(
-                f"A schedule by fraction needs a run length, but trainer.max_steps is "
-                f"{self.max_steps}: set trainer.max_steps, or write the schedule in unit=steps "
-                "or unit=tokens."
-            )
-        return min(self.step / self.max_steps, 1.0)
-
-
-class LambdaSchedule:
+class Piecewise(LambdaSchedule):
     """Piecewise weights of the MTP depths; the general form behind every preset.
 
     Each knot becomes effective per-depth weights first; then the weights of the two neighbouring
@@ -88,7 +48,7 @@ class LambdaSchedule:
         unit: str = "fraction",
         interpolation: str = "linear",
     ) -> None:
-        base = _base_weights(depth, mtp_lambda)
+        base = base_weights(depth, mtp_lambda)
         points = _knot_items({0: 1.0} if knots is None else knots, unit)
         weights = [_effective(at, value, mtp_lambda, base) for at, value in points]
         self._set([at for at, _ in points], weights, depth, unit, interpolation)
@@ -100,10 +60,10 @@ class LambdaSchedule:
         points: Mapping[float, Sequence[float]],
         unit: str = "fraction",
         interpolation: str = "linear",
-    ) -> LambdaSchedule:
+    ) -> Piecewise:
         """A schedule from effective weights, progress -> D multipliers of L_k, instead of
         multiples."""
-        _check_depth(depth)
+        require_whole("mtp.depth", depth, least=0)
         items = _knot_items(points, unit)
         schedule = cls.__new__(cls)
         weights = [_weight_list(value, f"the weights at {at:g}", depth) for at, value in items]
@@ -118,12 +78,8 @@ class LambdaSchedule:
         unit: str,
         interpolation: str,
     ) -> None:
-        if interpolation not in INTERPOLATIONS:
-            raise ValueError(
-                f"Unknown interpolation {interpolation!r} of the lambda schedule: choose one of "
-                f"{', '.join(INTERPOLATIONS)}."
-            )
-        self.depth = depth
+        require_choice("lambda_schedule.interpolation", interpolation, INTERPOLATIONS)
+        super().__init__(depth)
         self.unit = unit
         self.interpolation = interpolation
         self.positions = tuple(positions)
@@ -131,8 +87,6 @@ class LambdaSchedule:
 
     @property
     def depth_ever_skipped(self) -> bool:
-        """True when some depth's weight can be exactly 0, so that the depth is not computed
-        then."""
         return any(weight == 0.0 for values in self.knot_weights for weight in values)
 
     def weights(self, progress: Progress) -> list[float]:
@@ -163,125 +117,12 @@ class LambdaSchedule:
 
     def __repr__(self) -> str:
         knots = dict(zip(self.positions, map(list, self.knot_weights), strict=True))
-        return f"LambdaSchedule({knots}, unit={self.unit!r}, interpolation={self.interpolation!r})"
+        return f"Piecewise({knots}, unit={self.unit!r}, interpolation={self.interpolation!r})"
 
 
-# The presets. `length` is the schedule's whole length in `unit`: the published positions are
-# fractions of a run, so they need it in another unit (deepseek_v3 with unit=tokens, length=14.8e12
-# switches at 10e12).
-
-
-def constant(
-    depth: int,
-    mtp_lambda: float | Sequence[float],
-    unit: str = "fraction",
-    length: float | None = None,
-) -> LambdaSchedule:
-    """`mtp_lambda` from the beginning to the end. The unit changes nothing; it is taken (and
-    checked) so that a sweep over presets can set it for all of them."""
-    return LambdaSchedule(depth, mtp_lambda, _scaled({0: 1}, unit, length), unit, "step")
-
-
-def deepseek_v3(
-    depth: int,
-    mtp_lambda: float | Sequence[float],
-    unit: str = "fraction",
-    length: float | None = None,
-) -> LambdaSchedule:
-    """0.3 for the first 10T of 14.8T tokens, then 0.1 (DeepSeek-V3 report, section 4.2), in
-    multiples."""
-    return LambdaSchedule(
-        depth, mtp_lambda, _scaled({0: 1, 10 / 14.8: 1 / 3}, unit, length), unit, "step"
-    )
-
-
-def linear_decay(
-    depth: int,
-    mtp_lambda: float | Sequence[float],
-    unit: str = "fraction",
-    length: float | None = None,
-) -> LambdaSchedule:
-    """Falls linearly from `mtp_lambda` to a third of it."""
-    return LambdaSchedule(
-        depth, mtp_lambda, _scaled({0: 1, 1: 1 / 3}, unit, length), unit, "linear"
-    )
-
-
-def geometric(
-    depth: int,
-    mtp_lambda: float | Sequence[float],
-    beta: float = 0.6,
-    unit: str = "fraction",
-    length: float | None = None,
-) -> LambdaSchedule:
-    """Depth k weighs ``mtp_lambda * beta^k``, normalised over the depths to sum 1 (FastMTP,
-    2025)."""
-    if not _is_number(beta) or not math.isfinite(beta) or beta <= 0:
-        raise ValueError(
-            f"beta of the geometric lambda schedule must be a number > 0, not {beta!r}."
-        )
-    _check_depth(depth)
-    powers = [float(beta) ** k for k in range(1, depth + 1)]
-    total = sum(powers)
-    knots: dict[float, list[float]] = {0: [power / total for power in powers]}
-    return LambdaSchedule(depth, mtp_lambda, _scaled(knots, unit, length), unit, "step")
-
-
-def forward_curriculum(
-    depth: int,
-    mtp_lambda: float | Sequence[float],
-    unit: str = "fraction",
-    length: float | None = None,
-) -> LambdaSchedule:
-    """0, 1, .. D depths are active in D + 1 equal stages (Aynetdinov & Akbik 2025)."""
-    return _curriculum(depth, mtp_lambda, list(range(depth + 1)), unit, length)
-
-
-def reverse_curriculum(
-    depth: int,
-    mtp_lambda: float | Sequence[float],
-    unit: str = "fraction",
-    length: float | None = None,
-) -> LambdaSchedule:
-    """D, D - 1, .. 0 depths are active in D + 1 equal stages (Aynetdinov & Akbik 2025)."""
-    return _curriculum(depth, mtp_lambda, list(range(depth, -1, -1)), unit, length)
-
-
-def modded_nanogpt(
-    depth: int,
-    mtp_lambda: float | Sequence[float],
-    unit: str = "fraction",
-    length: float | None = None,
-) -> LambdaSchedule:
-    """Three equal stages for D = 2 (modded-nanogpt, 2025-12-22): [.5, .25] -> [.5, 0] -> [0, 0],
-    then nothing; these are the weights at ``mtp_lambda=0.3``, kept as multiples of it."""
-    if depth != 2:
-        raise ValueError(
-            f"lambda_schedule=modded_nanogpt is written for mtp.depth=2, but mtp.depth={depth}: "
-            "set mtp.depth=2 or choose another lambda_schedule."
-        )
-    knots = {0: [0.5 / 0.3, 0.25 / 0.3], 1 / 3: [0.5 / 0.3, 0.0], 2 / 3: [0.0, 0.0]}
-    return LambdaSchedule(depth, mtp_lambda, _scaled(knots, unit, length), unit, "linear")
-
-
-def _curriculum(
-    depth: int,
-    mtp_lambda: float | Sequence[float],
-    active: list[int],
-    unit: str,
-    length: float | None,
-) -> LambdaSchedule:
-    base = _base_weights(depth, mtp_lambda)
-    points = {
-        stage / (depth + 1): [base[k] if k < count else 0.0 for k in range(depth)]
-        for stage, count in enumerate(active)
-    }
-    return LambdaSchedule.from_weights(depth, _scaled(points, unit, length), unit, "step")
-
-
-def _scaled(knots: Mapping[float, Any], unit: str, length: float | None) -> dict[float, Any]:
+def scaled(knots: Mapping[float, Any], unit: str, length: float | None) -> dict[float, Any]:
     """Move a preset's knots from fractions of a run into `unit`."""
-    _check_unit(unit)
+    require_choice("lambda_schedule.unit", unit, UNITS)
     if unit == "fraction":
         if length is not None:
             raise ValueError(
@@ -292,7 +133,7 @@ def _scaled(knots: Mapping[float, Any], unit: str, length: float | None) -> dict
         return dict(knots)
     if len(knots) == 1 and length is None:
         return dict(knots)
-    if length is None or not _is_number(length) or not math.isfinite(length) or length <= 0:
+    if length is None or not is_number(length) or length <= 0:
         raise ValueError(
             f"With unit={unit} a preset needs lambda_schedule.length, its whole length in {unit} "
             f"(a number > 0), not {length!r}."
@@ -310,28 +151,12 @@ def _between(before: float, after: float, share: float) -> float:
     return min(max(before + (after - before) * share, low), high)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def _check_depth(depth: int) -> None:
-    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 0:
-        raise ValueError(f"mtp.depth must be a whole number >= 0, not {depth!r}.")
-
-
-def _check_unit(unit: str) -> None:
-    if unit not in UNITS:
-        raise ValueError(
-            f"Unknown unit {unit!r} of the lambda schedule: choose one of {', '.join(UNITS)}."
-        )
-
-
 def _weight(value: Any, what: str) -> float:
-    if not _is_number(value) or not math.isfinite(value) or value < 0:
+    if not is_number(value) or value < 0:
         raise ValueError(f"{what} must be a finite number >= 0, not {value!r}.")
     return float(value)
 
@@ -345,9 +170,9 @@ def _weight_list(values: Any, what: str, depth: int) -> list[float]:
     return [_weight(value, f"{what}, entry {i + 1},") for i, value in enumerate(values)]
 
 
-def _base_weights(depth: int, mtp_lambda: float | Sequence[float]) -> list[float]:
+def base_weights(depth: int, mtp_lambda: float | Sequence[float]) -> list[float]:
     """What every depth weighs at the multiple 1: mtp_lambda / D, or mtp_lambda[k]."""
-    _check_depth(depth)
+    require_whole("mtp.depth", depth, least=0)
     if _is_list(mtp_lambda):
         return _weight_list(mtp_lambda, "mtp_lambda", depth)
     value = _weight(mtp_lambda, "mtp_lambda")
@@ -356,7 +181,7 @@ def _base_weights(depth: int, mtp_lambda: float | Sequence[float]) -> list[float
 
 def _knot_items(knots: Any, unit: str) -> list[tuple[float, Any]]:
     """Validated (position, value) pairs in the order of progress."""
-    _check_unit(unit)
+    require_choice("lambda_schedule.unit", unit, UNITS)
     if not isinstance(knots, Mapping):
         raise ValueError(
             f"lambda_schedule.knots must map progress to multiples, like "
@@ -370,9 +195,9 @@ def _knot_items(knots: Any, unit: str) -> list[tuple[float, Any]]:
             "a fraction of the run in [0, 1]" if unit == "fraction" else f"a number of {unit} >= 0"
         )
         upper = 1.0 if unit == "fraction" else math.inf
-        if not _is_number(at) or not math.isfinite(at) or not 0 <= at <= upper:
+        if not is_number(at) or not 0 <= at <= upper:
             raise ValueError(f"The key {at!r} of lambda_schedule.knots must be {limit}.")
-        if not _is_number(value) and not _is_list(value):
+        if not is_number(value) and not _is_list(value):
             raise ValueError(
                 f"The value {value!r} at {at} in lambda_schedule.knots must be a number or a "
                 "list of them."

@@ -1,18 +1,19 @@
-"""AdamW over a model, with its learning-rate schedule."""
+"""AdamW (Loshchilov & Hutter 2019), weight decay on matrices only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from mtp_lightning.lr_schedule import LRSchedule
+from mtp_lightning.optim.base import OptimizerConfig
+from mtp_lightning.settings import is_number, require, require_number
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) and its learning-rate schedule.
+class AdamWConfig(OptimizerConfig):
+    """``optimizer=adamw``.
 
     Attributes:
         lr: peak learning rate.
@@ -20,25 +21,23 @@ class OptimizerConfig:
         eps: of the denominator.
         weight_decay: of matrices; norm gains and other vectors are never decayed.
         schedule: multiplier of ``lr``, a function of the step.
+
+    Raises:
+        ValueError: a setting out of range.
     """
 
     lr: float
     betas: Sequence[float]
     eps: float
     weight_decay: float
-    schedule: LRSchedule
+    schedule: Callable[[int, int], float]
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps", "weight_decay"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float):
-                raise ValueError(f"optimizer.{name} must be a number, not {value!r}.")
-        if not self.lr > 0:
-            raise ValueError(f"optimizer.lr must be above 0, not {self.lr}.")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas must be two numbers in [0, 1), not {self.betas}.")
-        if self.weight_decay < 0:
-            raise ValueError(f"optimizer.weight_decay must be 0 or more, not {self.weight_decay}.")
+        require_number("optimizer.lr", self.lr, above=0)
+        require_number("optimizer.eps", self.eps, least=0)
+        require_number("optimizer.weight_decay", self.weight_decay, least=0)
+        fits = len(self.betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in self.betas)
+        require(fits, "optimizer.betas", list(self.betas), "two numbers in [0, 1)")
 
     def build(
         self, model: torch.nn.Module, others: Sequence[torch.nn.Parameter] = ()

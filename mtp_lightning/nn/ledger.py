@@ -1,0 +1,41 @@
+"""What layers report of a training pass beside their output: router loads, auxiliary losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Ledger:
+    """Rides on the pass object that every block receives; a pass without one reports nothing.
+
+    Args:
+        keep: false for the repetition of a pass, whose reports have been taken down already.
+
+    Attributes:
+        losses: differentiable scalars, each summed over the pass's sequences, in the order of the
+            layers.
+        loads: router -> int64 [E], the tokens sent to each of its experts.
+    """
+
+    def __init__(self, *, keep: bool = True) -> None:
+        self.keep = keep
+        self.losses: list[Tensor] = []
+        self.loads: dict[nn.Module, Tensor] = {}
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Take down an auxiliary loss."""
+        if self.keep:
+            self.losses.append(loss)
+
+    @torch.no_grad()
+    def count(self, router: nn.Module, chosen_MK: Tensor, n_experts: int) -> None:
+        """Take down the experts [M, K] that a router chose."""
+        if self.keep:
+            load_E = torch.bincount(chosen_MK.flatten(), minlength=n_experts)
+            self.loads[router] = self.loads[router] + load_E if router in self.loads else load_E
+
+    def add_loads(self, other: Ledger) -> None:
+        """Count another pass of the same step, too."""
+        for router, load_E in other.loads.items():
+            self.loads[router] = self.loads[router] + load_E if router in self.loads else load_E

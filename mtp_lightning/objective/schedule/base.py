@@ -1,0 +1,67 @@
+"""How much every MTP depth weighs in the loss, as a function of training progress.
+
+The weights are the factors of ``L_k`` in
+
+    L = L_0 + sum_k weight_k L_k,    k = 1 .. D
+
+A schedule is a pure function of checkpointed progress, never of the clock or of Lightning's epoch
+counter, so that a resumed run has the same weights at the same step.
+
+The files of this room need neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; everything in here is restored from a checkpoint.
+
+    Args:
+        step: optimizer steps done before the step that the weights are asked for (0 for the first).
+        max_steps: optimizer steps of the whole run (`trainer.max_steps`).
+        tokens: depth-0 targets seen so far, all ranks together.
+    """
+
+    step: int
+    max_steps: int
+    tokens: int = 0
+
+    @property
+    def fraction(self) -> float:
+        """step / max_steps, at most 1.
+
+        Raises:
+            ValueError: when the run has no length.
+        """
+        if self.max_steps <= 0:
+            raise ValueError(
+                f"A schedule by fraction needs a run length, but trainer.max_steps is "
+                f"{self.max_steps}: set trainer.max_steps, or write the schedule in unit=steps "
+                "or unit=tokens."
+            )
+        return min(self.step / self.max_steps, 1.0)
+
+
+class LambdaSchedule(ABC):
+    """A schedule of the group ``lambda_schedule``.
+
+    Args:
+        depth: D, the number of MTP depths.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+
+    @abstractmethod
+    def weights(self, progress: Progress) -> list[float]:
+        """The factors of L_1 .. L_D in the step that comes; 0 switches a depth off."""
+
+    @property
+    def depth_ever_skipped(self) -> bool:
+        """Whether some depth's weight can be exactly 0 in some step, so that its parameters get no
+        gradient then. Data parallelism has to know; where in doubt, yes."""
+        return True

@@ -1,0 +1,291 @@
+"""One optimizer step: ``L = L_0 + sum_k lambda_k L_k`` (DeepSeek-V3, eq. 24-25), and what it takes.
+
+``L_k`` is the mean over the valid targets of depth k in the whole step: every rank's, every
+micro-batch's. A micro-batch therefore divides its sums by the step's counts, not its own, and the
+counts are known before the first backward pass.
+
+The way of a step: progress -> lambdas -> *factors* (what multiplies each loss, [D + 1]) ->
+micro-batches forward and backward -> clipping -> balancing -> optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.base import RandomKey
+from mtp_lightning.nn.ledger import Ledger
+from mtp_lightning.objective.balance.base import Balance, Observed, depths_of
+from mtp_lightning.objective.balance.gradients import (
+    TaskGradients,
+    shared_parameters,
+    task_gradients,
+)
+from mtp_lightning.objective.expert_balance import balance_experts
+from mtp_lightning.objective.ranks import rank, sum_over_ranks, world_size
+from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
+from mtp_lightning.objective.stack_loss import stack_loss
+from mtp_lightning.objective.terms.base import Term
+from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
+from mtp_lightning.objective.through_head import DepthTarget
+
+_MAIN_TERM = CrossEntropy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What an optimizer step is going to do; the same on every rank, but for the micro-batches.
+
+    Attributes:
+        progress: before the step.
+        base: [D + 1], 1 and the schedule's lambda_k.
+        factors: [D + 1], what the losses are multiplied by. A depth of factor 0 is not computed.
+        counts: [D + 1], valid targets of the whole step.
+        windows: in the whole step.
+        micro_batches: this rank's, each with the key of its random choices.
+    """
+
+    progress: Progress
+    base: Sequence[float]
+    factors: Sequence[float]
+    counts: Sequence[int]
+    windows: int
+    micro_batches: Sequence[tuple[WindowBatch, RandomKey]]
+
+    @property
+    def active(self) -> list[int]:
+        """The MTP depths that are computed."""
+        return depths_of(self.factors)
+
+    @property
+    def seq_len(self) -> int:
+        """T."""
+        return self.micro_batches[0][0].seq_len
+
+    def task_gradients(
+        self, model: MTPModel, depths: Sequence[int], groups: Mapping[str, list[nn.Parameter]]
+    ) -> dict[str, TaskGradients]:
+        """The gradients of the main prediction and of ``depths``, each alone; see
+        :func:`~mtp_lightning.objective.balance.gradients.task_gradients`."""
+        return task_gradients(model, self.micro_batches, depths, self.counts, groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What an optimizer step did, over all ranks.
+
+    Attributes:
+        plan: what it was to do.
+        loss: L.
+        losses: [D + 1], L_k, fp64; 0 where not computed.
+        flops: of the step.
+        values: by log tag, what balancing and clipping have to say.
+    """
+
+    plan: StepPlan
+    loss: Tensor
+    losses: Tensor
+    flops: int
+    values: dict[str, Tensor | float] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Valid targets of the main prediction."""
+        return self.plan.counts[0]
+
+    def log_values(self) -> dict[str, Tensor | float]:
+        """Everything by log tag, the losses unscaled."""
+        plan = self.plan
+        values: dict[str, Tensor | float] = {**self.values, "train/loss": self.loss.float()}
+        values |= {f"train/loss_depth_{k}": self.losses[k].float() for k in (0, *plan.active)}
+        lambdas = enumerate(plan.factors[1:], start=1)
+        return values | {f"train/lambda_depth_{k}": factor for k, factor in lambdas}
+
+
+class OptimizerStep:
+    """Trains a model, one call a step; the same with and without Lightning.
+
+    Args:
+        model: in training mode.
+        schedule: lambda_k as a function of progress.
+        balance: the rule that weighs the tasks by what is measured.
+        term: what the MTP depths are trained on; None is cross-entropy, the main prediction's.
+        seed: of the random choices in training.
+        accumulate: micro-batches that a rank's batch is split into.
+        clip_norm: bound on the gradient's global norm; None for no bound.
+    """
+
+    def __init__(
+        self,
+        model: MTPModel,
+        *,
+        schedule: LambdaSchedule,
+        balance: Balance,
+        term: Term | None = None,
+        seed: int = 0,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+    ) -> None:
+        self.model = model
+        self.schedule = schedule
+        self.balance = balance
+        self.term = _MAIN_TERM if term is None else term
+        self.seed = seed
+        self.accumulate = accumulate
+        self.clip_norm = clip_norm
+
+    def plan(self, batch: WindowBatch, progress: Progress) -> StepPlan:
+        """What the step over this rank's ``batch`` is going to do."""
+        base = [1.0, *self.schedule.weights(progress)]
+        key = RandomKey(self.seed, progress.step, first_row=len(batch) * rank())
+        micro_batches = []
+        for micro in batch.micro_batches(self.accumulate):
+            micro_batches.append((micro, key))
+            key = replace(key, first_row=key.first_row + len(micro))
+        return StepPlan(
+            progress=progress,
+            base=base,
+            factors=self.balance.factors(base, progress),
+            counts=step_counts(batch),
+            windows=len(batch) * world_size(),
+            micro_batches=micro_batches,
+        )
+
+    def __call__(
+        self,
+        batch: WindowBatch,
+        progress: Progress,
+        optimizer: torch.optim.Optimizer,
+        *,
+        backward: Callable[[Tensor], None] = torch.Tensor.backward,
+        no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> StepResult:
+        """One optimizer step.
+
+        Args:
+            batch: this rank's; every rank's has the same size.
+            progress: before the step.
+            optimizer: over the model's parameters and the rule's.
+            backward: what runs the backward pass of a micro-batch's loss.
+            no_sync: around all micro-batches but the last, whose gradients need not be summed over
+                ranks yet.
+
+        Raises:
+            ValueError: the batch was built for another depth, or has no valid target.
+        """
+        plan = self.plan(batch, progress)
+        sums = torch.zeros(self.model.depth + 1, dtype=torch.float64, device=batch.device)
+        ledger = Ledger()
+        for index, (micro, key) in enumerate(plan.micro_batches):
+            last = index == len(plan.micro_batches) - 1
+            with nullcontext() if last else no_sync():
+                loss, micro_sums, reported = self.loss(plan, micro, key)
+                # With a frozen trunk and all weights 0, a step trains nothing.
+                if loss.requires_grad:
+                    # Data-parallel ranks average their gradients; the parts of the loss add up.
+                    backward(loss * world_size())
+            sums += micro_sums
+            ledger.add_loads(reported)
+            ledger.losses += [auxiliary.detach() for auxiliary in reported.losses]
+        losses = sum_over_ranks(sums) / torch.tensor(plan.counts, device=sums.device)
+
+        gradients = None
+        if self.balance.scope is not None and self.balance.measures_at(progress):
+            group: dict[str, list[nn.Parameter]] = {
+                self.balance.scope: shared_parameters(self.model, self.balance.scope)
+            }
+            (gradients,) = plan.task_gradients(self.model, plan.active, group).values()
+            self.balance.gate(plan.base, gradients)
+        values: dict[str, Tensor | float] = {}
+        if self.clip_norm is not None:
+            # What a balance rule learns has no gradient yet, and so no part in the norm.
+            clipped = [p for group in optimizer.param_groups for p in group["params"]]
+            values["train/grad_norm"] = nn.utils.clip_grad_norm_(clipped, self.clip_norm)
+        if self.balance.observes:
+            values |= self.balance.learn(
+                Observed(
+                    progress=progress,
+                    base=plan.base,
+                    factors=plan.factors,
+                    losses=losses.cpu(),
+                    gradients=gradients,
+                )
+            )
+        if self.balance.weighs_main:
+            values["balance/main_factor"] = plan.factors[0]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        done = progress.step / max(progress.max_steps, 1)
+        values |= balance_experts(self.model, ledger, done=done)
+        if ledger.losses:
+            auxiliary = torch.stack(ledger.losses) * (1 / plan.windows)
+            values["moe/sequence_loss"] = sum_over_ranks(auxiliary.sum())
+        further = sum(plan.factors[k] * losses[k] for k in plan.active)
+        return StepResult(
+            plan=plan,
+            loss=plan.factors[0] * losses[0] + further,
+            losses=losses,
+            flops=self._flops(plan, measured=gradients is not None),
+            values=values,
+        )
+
+    def loss(
+        self, plan: StepPlan, micro: WindowBatch, key: RandomKey | None = None
+    ) -> tuple[Tensor, Tensor, Ledger]:
+        """One micro-batch's part of the step's loss.
+
+        The backward passes of heads side by side have happened when this returns (see
+        ``stack_loss.py``); ``backward()`` on the loss goes through the trunk and hands out all
+        gradients.
+
+        Returns:
+            The part of L (those of all micro-batches and ranks add up to it, the experts' balance
+            losses included), the summed losses [D + 1] of this micro-batch, fp64, 0 for depths not
+            computed, and what the layers reported.
+        """
+        if plan.counts[0] == 0:
+            raise ValueError(
+                "The batch holds no valid target: every position crosses a document border. "
+                "Use longer documents, or data.document_mask=false."
+            )
+        computed = [0, *plan.active]
+        targets = [
+            DepthTarget(
+                depth=k,
+                tokens=micro.targets(k),
+                coefficient=plan.factors[k] / max(plan.counts[k], 1),
+                term=self.term if k else _MAIN_TERM,
+            )
+            for k in computed
+        ]
+        ledger = Ledger()
+        final, at = self.model.run_trunk(micro, plan.active, ledger=ledger)
+        auxiliary = 1 / plan.windows
+        total, sums = stack_loss(self.model, final, at, targets, key=key, auxiliary=auxiliary)
+        for loss in ledger.losses:
+            if loss.requires_grad:  # those of heads side by side have had their backward pass
+                total = total + auxiliary * loss
+        all_sums = sums.new_zeros(self.model.depth + 1)
+        all_sums[computed] = sums
+        return total, all_sums, ledger
+
+    def _flops(self, plan: StepPlan, *, measured: bool) -> int:
+        config, active = self.model.config, plan.active
+        flops = plan.counts[0] * config.flops_per_token(plan.seq_len, active)
+        if measured:
+            flops += plan.counts[0] * self.balance.measuring_flops(config, plan.seq_len, active)
+        return flops
+
+
+def step_counts(batch: WindowBatch) -> list[int]:
+    """Valid targets of every depth in the whole step, all ranks together."""
+    if batch.documents is None:
+        # Known without looking; every rank's batch has the same size.
+        return [len(batch) * batch.seq_len * world_size()] * (batch.depth + 1)
+    return [int(count) for count in sum_over_ranks(batch.counts()).tolist()]

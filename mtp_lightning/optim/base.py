@@ -1,0 +1,61 @@
+"""What every choice of the group ``optimizer`` has: parameters in, one optimizer out, and a
+multiplier of its learning rates that depends on the step alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+
+class OptimizerConfig(ABC):
+    """An optimizer before it is built.
+
+    Attributes:
+        schedule: (step, steps of the run) -> multiplier of every group's peak learning rate.
+    """
+
+    schedule: Callable[[int, int], float]
+
+    @abstractmethod
+    def build(self, model: nn.Module, others: Sequence[nn.Parameter] = ()) -> torch.optim.Optimizer:
+        """The optimizer, its groups at their peak learning rates.
+
+        Args:
+            model: its parameters that require a gradient are trained.
+            others: scalars that a balance rule learns; without weight decay.
+        """
+
+
+class LearningRates:
+    """Moves an optimizer's learning rates along a schedule.
+
+    Args:
+        optimizer: as built, at its peak rates. (Checkpoints bring the rates of their own step; the
+            peaks are the config's, also when a run goes on with another.)
+        schedule: see :class:`OptimizerConfig`.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, schedule: Callable[[int, int], float]
+    ) -> None:
+        self.schedule = schedule
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+
+    def set(self, optimizer: torch.optim.Optimizer, step: int, max_steps: int) -> dict[str, float]:
+        """Set the rates for ``step``.
+
+        Returns:
+            What to log: ``train/lr``, that of the first group, and ``train/lr_NAME`` of the groups
+            that have a name.
+        """
+        scale = self.schedule(step, max_steps)
+        values: dict[str, float] = {}
+        for group, peak in zip(optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * scale
+            values.setdefault("train/lr", group["lr"])
+            if "name" in group:
+                values[f"train/lr_{group['name']}"] = group["lr"]
+        return values

@@ -1,0 +1,143 @@
+"""Groups of parameters, each with an algorithm and a learning rate of its own.
+
+For example Muon (Jordan et al. 2024) on the blocks' matrices beside AdamW on everything else:
+``conf/optimizer/muon.yaml``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mtp_lightning.optim.base import OptimizerConfig
+from mtp_lightning.settings import require_number
+
+_SHARED = re.compile(r"(^|\.)(embedding|head)\.")
+# What a group may be called for; anything else is a regular expression on the parameters' names.
+_KINDS: dict[str, Callable[[str, nn.Parameter], bool]] = {
+    "matrices": lambda name, p: p.dim() == 2 and not _SHARED.search(name),
+    "vectors": lambda name, p: p.dim() < 2,
+    "rest": lambda name, p: True,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Some parameters, and what trains them.
+
+    Attributes:
+        parameters: ``matrices`` (two axes, embedding and head left out), ``vectors``, ``rest``, or
+            a regular expression that is searched for in the names.
+        algorithm: parameters and ``lr`` -> optimizer; a class of ``torch.optim`` with its other
+            settings filled in.
+        lr: peak learning rate.
+    """
+
+    parameters: str
+    algorithm: Callable[..., torch.optim.Optimizer]
+    lr: float
+
+    def takes(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether a parameter belongs here."""
+        kind = _KINDS.get(self.parameters)
+        return bool(re.search(self.parameters, name)) if kind is None else kind(name, parameter)
+
+
+class GroupedConfig(OptimizerConfig):
+    """``optimizer=muon``, and whatever else is made of groups.
+
+    Args:
+        groups: by name; the first that takes a parameter has it.
+        schedule: of all learning rates.
+
+    Raises:
+        ValueError: a learning rate that is not above 0, or an expression that is none.
+    """
+
+    def __init__(
+        self, *, groups: Mapping[str, Mapping[str, Any]], schedule: Callable[[int, int], float]
+    ) -> None:
+        self.schedule = schedule
+        self.groups = {name: Group(**group) for name, group in groups.items()}
+        for name, group in self.groups.items():
+            require_number(f"optimizer.groups.{name}.lr", group.lr, above=0)
+            try:
+                re.compile(group.parameters)
+            except re.error as error:
+                raise ValueError(
+                    f"optimizer.groups.{name}.parameters={group.parameters} is neither "
+                    f"{', '.join(_KINDS)} nor a regular expression ({error})."
+                ) from error
+
+    def build(self, model: nn.Module, others: Sequence[nn.Parameter] = ()) -> Combined:
+        """See :meth:`OptimizerConfig.build`; ``others`` go to the group ``rest``.
+
+        Raises:
+            ValueError: a parameter that no group takes, or an algorithm that refuses its settings.
+        """
+        taken: dict[str, list[nn.Parameter]] = {name: [] for name in self.groups}
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                taken[self._group_of(parameter_name, parameter)].append(parameter)
+        if others:
+            taken[self._group_of("what the balance rule learns", others[0])] += others
+        return Combined({name: self._build(name, p) for name, p in taken.items() if p})
+
+    def _group_of(self, name: str, parameter: nn.Parameter) -> str:
+        for group_name, group in self.groups.items():
+            if group.takes(name, parameter):
+                return group_name
+        raise ValueError(
+            f"No group of optimizer.groups takes {name}: add one with parameters: rest."
+        )
+
+    def _build(self, name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        group = self.groups[name]
+        try:
+            return group.algorithm([{"params": parameters, "name": name}], lr=group.lr)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optimizer.groups.{name} is refused: {error}.") from error
+
+
+class Combined(torch.optim.Optimizer):
+    """Several optimizers that step together, as one.
+
+    Args:
+        optimizers: by name.
+    """
+
+    def __init__(self, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+        self.optimizers = dict(optimizers)
+        # The very same dictionaries: a learning rate that is set here is set there.
+        super().__init__([g for o in self.optimizers.values() for g in o.param_groups], {})
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Step all of them."""
+        loss = None if closure is None else closure()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every optimizer's own, by name."""
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            ValueError: it is of other groups.
+        """
+        if state_dict.keys() != self.optimizers.keys():
+            raise ValueError(
+                f"The optimizer's groups are {', '.join(self.optimizers)}, and those saved "
+                f"{', '.join(map(str, state_dict))}: go on with the settings the run began with."
+            )
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state_dict[name])
+        self.param_groups = [g for o in self.optimizers.values() for g in o.param_groups]

@@ -1,0 +1,126 @@
+"""Who may build what: all that the user composed, little of what was stored."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from data_modules.sources import SyntheticSource
+from mtp_lightning.experiment.instantiate import instantiate, rebuild, trusted_packages
+from mtp_lightning.optim.lr_schedule import LRSchedule
+
+THEIRS = """
+from os import system
+import os
+
+
+class Text:
+    def __init__(self, word="a"):
+        self.word = word
+
+
+def touch(path):
+    open(path, "w").close()
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A package of somebody's, on the path and not imported."""
+    name = f"theirs_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def node(**keys: Any) -> Any:
+    return OmegaConf.create(keys)
+
+
+def test_a_user_builds_what_can_be_imported(theirs: str) -> None:
+    assert instantiate(node(_target_=f"{theirs}.Text", word="b")).word == "b"
+    assert instantiate(node(_target_="builtins.dict", a=1), kind=dict) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind", "told"),
+    [
+        ({"_target_": "builtins.dict"}, LRSchedule, "gives a dict, and LRSchedule is needed"),
+        ({"_target_": "nowhere.Thing"}, None, "nowhere.*PYTHONPATH"),
+        ({"_target_": "collections.Nothing"}, None, "Nothing.*PYTHONPATH"),
+        (
+            {"_target_": "mtp_lightning.optim.lr_schedule.LRSchedule", "speed": 1},
+            LRSchedule,
+            "LRSchedule refuses its settings.*speed",
+        ),
+        (
+            {"_target_": "mtp_lightning.optim.lr_schedule.LRSchedule", "kind": "square"},
+            LRSchedule,
+            "square",
+        ),
+    ],
+)
+def test_mistakes_are_one_sentence(keys: dict[str, Any], kind: type | None, told: str) -> None:
+    with pytest.raises(ValueError, match=told) as raised:
+        instantiate(node(**keys), kind=kind)
+    assert "\n" not in str(raised.value)
+
+
+FOREIGN = [
+    "os.system",
+    "subprocess.run",
+    "builtins.exec",
+    "shutil.rmtree",
+    # The platform's own name is no guard,
+    "mtp_lightning.runs.os.replace",
+    "data_modules.cache.os.system",
+    # nor is being the platform's own: conf/ builds no such thing.
+    "mtp_lightning.checkpoint_io.save",
+    "torch.load",
+]
+
+
+@pytest.mark.parametrize("target", FOREIGN)
+@pytest.mark.parametrize("allow", [[], ["my_ideas"]])
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_was_stored_builds_nothing_foreign(
+    target: str, allow: list[str], nested: bool
+) -> None:
+    inner = node(_target_=target, command="echo hello")
+    stored = node(_target_="data_modules.sources.SyntheticSource", size=inner) if nested else inner
+    with pytest.raises(ValueError, match=f"_target_={target} is refused.*allow=") as raised:
+        rebuild(stored, allow=allow)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_was_stored_builds_the_platforms_own() -> None:
+    stored = node(_target_="data_modules.sources.SyntheticSource", seed=1, size=100, documents=2)
+    assert isinstance(rebuild(stored), SyntheticSource)
+
+
+def test_allowed_packages_give_their_own_classes_and_nothing_they_imported(
+    theirs: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"{theirs}.Text is refused.*allow=\[{theirs}\]"):
+        rebuild(node(_target_=f"{theirs}.Text"))
+    assert theirs not in sys.modules, "not even imported"
+    assert rebuild(node(_target_=f"{theirs}.Text", word="c"), allow=[theirs]).word == "c"
+    for target in (f"{theirs}.system", f"{theirs}.os.system", f"{theirs}.touch"):
+        with pytest.raises(ValueError, match=f"{target} is refused"):
+            rebuild(node(_target_=target, path=str(tmp_path / "x")), allow=[theirs])
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(ValueError, match=f"{theirs}.Nothing cannot be imported"):
+        rebuild(node(_target_=f"{theirs}.Nothing"), allow=[theirs])
+
+
+def test_whom_a_composed_config_trusts() -> None:
+    cfg = node(
+        allow=["friends"],
+        mtp={"_target_": "my_ideas.heads.Config", "inner": [{"_target_": "their.Thing"}]},
+        data={"_target_": "data_modules.TokenDataModule"},
+    )
+    assert trusted_packages(cfg) == ["friends", "my_ideas", "their"]
