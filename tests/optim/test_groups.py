@@ -1,0 +1,157 @@
+"""Groups of parameters with algorithms and learning rates of their own."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.optim.base import LearningRates
+from mtp_lightning.optim.groups import Combined, GroupedConfig
+from tests import deepseek
+from tests.integration.helpers import checkpoint, config, rows, train_here, weights
+from tests.mtp.test_heads import build
+
+SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
+
+
+def grouped(**groups: dict[str, Any]) -> GroupedConfig:
+    return GroupedConfig(groups=groups, schedule=lambda step, max_steps: 1.0 - step / max_steps)
+
+
+def names_in(model: nn.Module, optimizer: Combined) -> dict[str, set[str]]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {g["name"]: {names[id(p)] for p in g["params"]} for g in optimizer.param_groups}
+
+
+def muon(model: nn.Module, tmp_path: Path) -> Combined:
+    from mtp_lightning.experiment.instantiate import instantiate
+
+    cfg = config(tmp_path, tmp_path, {"optimizer": "muon", "optimizer.lr": None})
+    return instantiate(cfg.optimizer, kind=GroupedConfig).build(model)
+
+
+def test_every_parameter_has_one_group(tiny_trunk: TrunkConfig, tmp_path: Path) -> None:
+    for model in (build(tiny_trunk, SequentialConfig(depth=1)), deepseek.build(deepseek.TRUNK)):
+        found = names_in(model, muon(model, tmp_path))
+        assert sorted(sum(map(list, found.values()), [])) == sorted(
+            name for name, _ in model.named_parameters()
+        )
+        by_name = dict(model.named_parameters())
+        assert all(by_name[name].dim() == 2 for name in found["muon"])
+        assert all(by_name[name].dim() == 1 for name in found["rest"])
+        assert "trunk.embedding.weight" in found["decayed"]
+        assert not any("embedding" in name for name in found["muon"])
+
+
+def test_steps_are_those_of_its_optimizers(tiny_trunk: TrunkConfig) -> None:
+    """Against two optimizers of PyTorch by hand, at the scheduled rates."""
+    model, twin = (build(tiny_trunk, SequentialConfig(depth=1)) for _ in range(2))
+    combined = grouped(
+        heads={"parameters": r"^mtp\.", "lr": 0.1, "algorithm": partial(SGD, momentum=0.9)},
+        rest={"parameters": "rest", "lr": 0.01, "algorithm": ADAMW},
+    )
+    optimizer = combined.build(model)
+    rates = LearningRates(optimizer, combined.schedule)
+    heads = [p for name, p in twin.named_parameters() if name.startswith("mtp.")]
+    others = [p for name, p in twin.named_parameters() if not name.startswith("mtp.")]
+    by_hand = [SGD(heads, lr=0.1, momentum=0.9), ADAMW(others, lr=0.01)]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(3):
+        logged = rates.set(optimizer, step, 4)
+        assert logged["train/lr_heads"] == logged["train/lr"] == 0.1 * (1 - step / 4)
+        assert logged["train/lr_rest"] == 0.01 * (1 - step / 4)
+        for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        optimizer.step()
+        for other, lr in zip(by_hand, (0.1, 0.01), strict=True):
+            other.param_groups[0]["lr"] = lr * (1 - step / 4)
+            other.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_state_survives_saving(tiny_trunk: TrunkConfig, tmp_path: Path) -> None:
+    def stepped(model: nn.Module, optimizer: Combined, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+    model = build(tiny_trunk, SequentialConfig(depth=1))
+    optimizer = muon(model, tmp_path)
+    stepped(model, optimizer, 1)
+    torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
+    stepped(model, optimizer, 2)
+    again = build(tiny_trunk, SequentialConfig(depth=1))
+    resumed = muon(again, tmp_path)
+    weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
+    again.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    # The groups that a schedule sets are still those that the optimizers step by.
+    for group in resumed.param_groups:
+        assert any(group is g for o in resumed.optimizers.values() for g in o.param_groups)
+    stepped(again, resumed, 2)
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="groups are only.*muon, decayed, rest"):
+        grouped(only={"parameters": "rest", "lr": 0.1, "algorithm": SGD}).build(
+            model
+        ).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("groups", "told"),
+    [
+        (
+            {"a": {"parameters": "matrices", "lr": 0.1, "algorithm": SGD}},
+            "No group of optimizer.groups takes trunk",
+        ),
+        ({"a": {"parameters": "rest", "lr": 0, "algorithm": SGD}}, "optimizer.groups.a.lr .* 0"),
+        (
+            {"a": {"parameters": "(", "lr": 1, "algorithm": SGD}},
+            r"groups.a.parameters=\( is neither",
+        ),
+        ({"a": {"parameters": "rest", "lr": 1, "algorithm": torch.optim.Muon}}, "groups.a.*2D"),
+        (
+            {"a": {"parameters": "rest", "lr": 1, "algorithm": partial(SGD, speed=1)}},
+            "groups.a is refused: .*speed",
+        ),
+    ],
+)
+def test_mistakes_are_named(
+    tiny_trunk: TrunkConfig, groups: dict[str, dict[str, Any]], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        grouped(**groups).build(build(tiny_trunk, SequentialConfig(depth=1)))
+
+
+def test_a_run_with_muon_resumes_exactly(tmp_path: Path, cache: Path) -> None:
+    """A balance rule's own parameters are among those that are trained."""
+    settings = {
+        "optimizer": "muon",
+        "optimizer.lr": None,
+        "optimizer.schedule.kind": "constant",
+        "optimizer.schedule.warmup_fraction": "null",
+        "lambda_schedule": "constant",
+        "balance": "uncertainty",
+    }
+    train_here(tmp_path / "whole", cache, settings | {"trainer.max_steps": 8})
+    for steps in (4, 8):
+        train_here(tmp_path / "parts", cache, settings | {"trainer.max_steps": steps})
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    stored = [checkpoint(tmp_path / run)["balance"]["state"] for run in ("whole", "parts")]
+    assert stored[0] == stored[1] != {"log_variances": [0.0] * 3}
+    found = rows(tmp_path / "whole")[-1]
+    assert found["train/lr_muon"] == pytest.approx(0.02)
+    assert found["train/lr_rest"] == pytest.approx(0.003)
+    assert found["train/loss"] < rows(tmp_path / "whole")[0]["train/loss"]
+    assert set(checkpoint(tmp_path / "whole")["optimizer_states"][0]) == {"muon", "decayed", "rest"}
