@@ -1,0 +1,103 @@
+"""Checks of settings: each refuses a value with one sentence that names the key and the remedy.
+
+``True`` and ``False`` are no numbers here, though Python counts with them; nor are NaN and
+infinity, which no setting means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a setting is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def require(condition: bool, key: str, value: Any, wanted: str) -> None:
+    """Refuse a setting.
+
+    Args:
+        condition: what must hold.
+        key: as one types it, such as ``data.seq_len``.
+        value: that it has.
+        wanted: what it must be, to follow "must be".
+
+    Raises:
+        ValueError: unless the condition holds.
+    """
+    if not condition:
+        raise ValueError(f"{key} must be {wanted}, not {value!r}.")
+
+
+def require_whole(key: str, value: Any, *, least: int) -> int:
+    """The value, which must be a whole number of at least ``least``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    fits = is_whole(value) and value >= least
+    require(fits, key, value, f"a whole number of at least {least}")
+    return value
+
+
+def require_number(
+    key: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> float:
+    """The value, which must be a number within bounds.
+
+    Args:
+        key: as one types it.
+        value: that it has.
+        least: bound that belongs to the allowed values; ``above`` is one that does not.
+        above: see ``least``; at most one of the two.
+        most: upper bound that belongs to the allowed values; ``below`` is one that does not.
+        below: see ``most``; at most one of the two.
+
+    Raises:
+        ValueError: it is none, or out of bounds.
+    """
+    fits = (
+        is_number(value)
+        and (least is None or value >= least)
+        and (above is None or value > above)
+        and (most is None or value <= most)
+        and (below is None or value < below)
+    )
+    require(fits, key, value, "a number" + _bounds(least, above, most, below))
+    return value
+
+
+def require_choice(key: str, value: Any, choices: Sequence[str]) -> str:
+    """The value, which must be one of some words.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if value not in choices:
+        raise ValueError(f"{key}={value} is unknown: choose one of {', '.join(choices)}.")
+    return value
+
+
+def _bounds(
+    least: float | None, above: float | None, most: float | None, below: float | None
+) -> str:
+    low = above if least is None else least
+    high = below if most is None else most
+    if low is not None and high is not None:
+        return f" in {'(' if least is None else '['}{low}, {high}{')' if most is None else ']'}"
+    words = {" of at least": least, " above": above, " of at most": most, " below": below}
+    return "".join(f"{word} {bound}" for word, bound in words.items() if bound is not None)

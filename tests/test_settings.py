@@ -1,0 +1,73 @@
+"""Settings are refused with the key, the value and what it must be."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from mtp_lightning.settings import (
+    is_number,
+    is_whole,
+    require,
+    require_choice,
+    require_number,
+    require_whole,
+)
+
+NOT_NUMBERS = [True, False, None, "3", [3], math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("value", NOT_NUMBERS)
+def test_what_is_no_number(value: Any) -> None:
+    assert not is_number(value) and not is_whole(value)
+    for check in (require_number, lambda k, v: require_whole(k, v, least=0)):
+        with pytest.raises(ValueError, match="^data.seq_len must be a "):
+            check("data.seq_len", value)
+
+
+def test_what_is_one() -> None:
+    assert is_number(3) and is_number(-0.5) and is_whole(-3) and not is_whole(3.0)
+    assert require_whole("k", 1, least=1) == 1
+    assert require_number("k", 0.25, least=0, below=1) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("bounds", "inside", "outside", "words"),
+    [
+        ({}, [-1e9, 0], ["x"], "a number, not 'x'"),
+        ({"least": 0}, [0, 7], [-1], "a number of at least 0, not -1"),
+        ({"above": 0}, [1e-9], [0], "a number above 0, not 0"),
+        ({"most": 2}, [2], [2.5], "a number of at most 2, not 2.5"),
+        ({"below": 2}, [1.9], [2], "a number below 2, not 2"),
+        ({"least": 0, "below": 1}, [0, 0.9], [1], r"a number in \[0, 1\), not 1"),
+        ({"least": 0, "most": 1}, [0, 1], [1.1], r"a number in \[0, 1\], not 1.1"),
+        ({"above": 0, "most": 1}, [1], [0], r"a number in \(0, 1\], not 0"),
+    ],
+)
+def test_bounds(bounds: dict, inside: list, outside: list, words: str) -> None:
+    for value in inside:
+        assert require_number("key", value, **bounds) == value
+    for value in outside:
+        with pytest.raises(ValueError, match=f"^key must be {words}.$"):
+            require_number("key", value, **bounds)
+
+
+def test_whole_numbers_choices_and_conditions() -> None:
+    with pytest.raises(ValueError, match="^data.seq_len must be a whole number of at least 1, not"):
+        require_whole("data.seq_len", 0, least=1)
+    assert require_choice("mode", "min", ("min", "max")) == "min"
+    with pytest.raises(ValueError, match="^mode=low is unknown: choose one of min, max.$"):
+        require_choice("mode", "low", ("min", "max"))
+    require(True, "key", 1, "anything")
+    with pytest.raises(ValueError, match="^key must be two numbers, not \\[1\\].$"):
+        require(False, "key", [1], "two numbers")
+
+
+def test_needs_no_torch() -> None:
+    program = "import sys, mtp_lightning.settings; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
