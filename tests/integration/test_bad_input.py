@@ -147,12 +147,12 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["subprocess.run", "refused"],
     ),
     "foreign target by way of a module of this project": (
-        {"optimizer._target_": "mtp_lightning.runs.os.replace"},
-        ["mtp_lightning.runs.os.replace", "refused"],
+        {"optimizer._target_": "mtp_lightning.run.atomic.os.replace"},
+        ["mtp_lightning.run.atomic.os.replace", "refused"],
     ),
     "own function that conf/ does not build": (
-        {"+callbacks.mine._target_": "mtp_lightning.checkpoint_io.save"},
-        ["mtp_lightning.checkpoint_io.save", "refused"],
+        {"+callbacks.mine._target_": "mtp_lightning.run.checkpoints.save"},
+        ["mtp_lightning.run.checkpoints.save", "refused"],
     ),
     "foreign callback": (
         {"+callbacks.mine._target_": "builtins.print"},
@@ -221,7 +221,7 @@ def test_full_disk_while_saving(
     monkeypatch: pytest.MonkeyPatch,
     code: int,
 ) -> None:
-    from mtp_lightning import checkpoint_io
+    from mtp_lightning.run import checkpoints
 
     every = {"callbacks.checkpoints.every_n_steps": 3, "trainer.max_steps": 10}
     saves, real = [], torch.save
@@ -233,7 +233,7 @@ def test_full_disk_while_saving(
             raise OSError(code, "No space left on device")
         real(content, file)
 
-    monkeypatch.setattr(checkpoint_io.torch, "save", save)
+    monkeypatch.setattr(checkpoints.torch, "save", save)
     error = fails(capfd, tmp_path, cache, every)
     assert "No space left" in error and "last.ckpt" in error and "intact" in error
     assert saves[0] == 3 and len(saves) == 2
