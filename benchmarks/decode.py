@@ -261,7 +261,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     cases: dict[str, tuple[MTPModel, list[list[int]]]] = {}
     for path in args.checkpoint:
         from mtp_lightning.experiment.evaluating import validation_data
-        from mtp_lightning.runs import load_run
+        from mtp_lightning.run.loading import load_run
 
         run = load_run(path)
         held_out = validation_data(run).held_out_prompts(**sizes)

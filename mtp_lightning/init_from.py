@@ -15,7 +15,8 @@ import torch
 
 from mtp_lightning.interop.reading import is_folder, read_folder
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.runs import describe_differences, load_weights, model_weights, read_checkpoint
+from mtp_lightning.run.config import describe_differences
+from mtp_lightning.run.loading import load_weights, model_weights, read_checkpoint
 
 # Settings of a trunk that say how it is trained or started, not what its weights compute.
 FREE = (

@@ -8,11 +8,11 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sweeps.layout import LOG_FILE
+from mtp_lightning.run.layout import LOG_FILE, METRICS_FILE
+from mtp_lightning.run.metrics import read_newest
+from mtp_lightning.run.status import read_status
 from sweeps.pool import Display
 from sweeps.process import Task
-from sweeps.progress import Progress, read_progress
-from sweeps.status import read_status
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 _MOST_ENDED = 6  # rows of jobs that have ended, in the live table
 
 
-def make_display(n_tasks: int, *, already_done: int = 0) -> Display:
+def make_display(n_tasks: int) -> Display:
     """The table where stdout is a terminal, else lines."""
-    kind = LiveTable if sys.stdout.isatty() else Lines
-    return kind(n_tasks, already_done=already_done)
+    return LiveTable(n_tasks) if sys.stdout.isatty() else Lines(n_tasks)
 
 
 @dataclass
@@ -34,23 +33,20 @@ class Watched:
     task: Task
     device: str
     began: float = field(default_factory=time.monotonic)
-    progress: Progress = field(default_factory=Progress)
+    step: int = 0  # optimizer steps done
+    loss: str = ""  # of that step
     first: tuple[float, int] | None = None  # when its first steps were seen, and how many
 
     def look(self) -> None:
         """Read its newest step."""
-        self.progress = read_progress(self.task.folder)
-        if self.first is None and self.progress.step:
-            self.first = (time.monotonic(), self.progress.step)
+        self.step, self.loss = _newest(self.task)
+        if self.first is None and self.step:
+            self.first = (time.monotonic(), self.step)
 
     @property
     def steps(self) -> str:
         total = f"/{self.task.max_steps}" if self.task.max_steps else ""
-        return f"{self.progress.step}{total}"
-
-    @property
-    def loss(self) -> str:
-        return "" if math.isnan(self.progress.loss) else f"{self.progress.loss:.3f}"
+        return f"{self.step}{total}"
 
     @property
     def eta(self) -> str:
@@ -58,18 +54,17 @@ class Watched:
         if self.first is None or not self.task.max_steps:
             return ""
         since, step = self.first
-        if self.progress.step <= step:
+        if self.step <= step:
             return ""
-        rate = (self.progress.step - step) / (time.monotonic() - since)
-        return duration(max(0, self.task.max_steps - self.progress.step) / rate)
+        rate = (self.step - step) / (time.monotonic() - since)
+        return duration(max(0, self.task.max_steps - self.step) / rate)
 
 
 class _Base:
     """What both displays keep."""
 
-    def __init__(self, n_tasks: int, *, already_done: int = 0) -> None:
+    def __init__(self, n_tasks: int) -> None:
         self.n_tasks = n_tasks
-        self.already_done = already_done
         self.running: dict[Task, Watched] = {}
         self.counts: dict[str, int] = {}
         self.began = time.monotonic()
@@ -89,8 +84,6 @@ class _Base:
     def summary(self) -> str:
         parts = [f"{self.n_ended} of {self.n_tasks} ended", f"{len(self.running)} running"]
         parts += [f"{n} {state}" for state, n in self.counts.items() if state != "done"]
-        if self.already_done:
-            parts.append(f"{self.already_done} done before")
         return ", ".join(parts) + f", {duration(time.monotonic() - self.began)}"
 
 
@@ -99,12 +92,11 @@ class Lines(_Base):
 
     Args:
         n_tasks: how many there are.
-        already_done: how many of the sweep's jobs needed nothing.
         seconds: between two looks at the running jobs.
     """
 
-    def __init__(self, n_tasks: int, *, already_done: int = 0, seconds: float = 30.0) -> None:
-        super().__init__(n_tasks, already_done=already_done)
+    def __init__(self, n_tasks: int, *, seconds: float = 30.0) -> None:
+        super().__init__(n_tasks)
         self._seconds = seconds
         self._shown = time.monotonic()
 
@@ -142,20 +134,14 @@ class LiveTable(_Base):
 
     Args:
         n_tasks: how many there are.
-        already_done: how many of the sweep's jobs needed nothing.
         console: where to draw; by default the terminal.
         seconds: between two drawings.
     """
 
     def __init__(
-        self,
-        n_tasks: int,
-        *,
-        already_done: int = 0,
-        console: Console | None = None,
-        seconds: float = 1.0,
+        self, n_tasks: int, *, console: Console | None = None, seconds: float = 1.0
     ) -> None:
-        super().__init__(n_tasks, already_done=already_done)
+        super().__init__(n_tasks)
         from rich.live import Live
 
         # Without a thread of its own: processes are started from this one.
@@ -202,13 +188,18 @@ class LiveTable(_Base):
         for task, status in [*bad[-_MOST_ENDED:], *good[-_MOST_ENDED:]]:
             state = status.get("state", "")
             style = "green" if state == "done" else "red"
-            progress = read_progress(task.folder)
-            loss = "" if math.isnan(progress.loss) else f"{progress.loss:.3f}"
-            cells = (status.get("device") or "", str(progress.step), loss, "")
+            step, loss = _newest(task)
+            cells = (status.get("device") or "", str(step), loss, "")
             table.add_row(Text(task.label), Text(state, style=style), *cells)
         for job in self.running.values():
             table.add_row(Text(job.task.label), "running", job.device, job.steps, job.loss, job.eta)
         return table
+
+
+def _newest(task: Task) -> tuple[int, str]:
+    """The newest step that has a training loss, and that loss in words."""
+    step, loss = read_newest(task.folder / METRICS_FILE, "train/loss") or (0, math.nan)
+    return step, "" if math.isnan(loss) else f"{loss:.3f}"
 
 
 def duration(seconds: float) -> str:

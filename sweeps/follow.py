@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
+from mtp_lightning.run.status import read_status, state_of, write_status
 from sweeps.display import make_display
 from sweeps.pool import interrupts
 from sweeps.process import Task
-from sweeps.status import read_status, state_of, write_status
 
 _LOOK_SECONDS = 1.0
 

@@ -12,7 +12,6 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from hydra.core.utils import JobReturn, JobStatus
@@ -20,13 +19,14 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from mtp_lightning.cli import readable_errors
+from mtp_lightning.run.config import flatten, has_bearing, key_of
+from mtp_lightning.run.layout import CONFIG_FILE, SUMMARY_FILE
+from mtp_lightning.run.lock import Lock
+from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
 from sweeps.compose import count_processes, settle
-from sweeps.files import Lock
-from sweeps.layout import CONFIG_FILE, SUMMARY_FILE, flatten
-from sweeps.plan import Job, Plan, key_of, varied_keys, without_housekeeping
+from sweeps.plan import Job, Plan, varied_keys, without_housekeeping
 from sweeps.pool import Interrupted
 from sweeps.process import Task, python_command
-from sweeps.status import describe_failure, read_status, state_of, write_status
 
 Run = Callable[[list[Task]], None]
 
@@ -40,8 +40,6 @@ _SWEEP_SETTINGS = (
     "hydra.mode",
     "hydra.run",
 )
-# Keys that may differ between a finished run and a call that skips it.
-_NO_SETTING = ("run_dir", "sweep_dir", "sweep", "paths")
 
 
 def launch(
@@ -189,20 +187,15 @@ def _changed_settings(composed: DictConfig, folder: Path) -> str:
         stored = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return ""
-    old, new = _settings(stored), _settings(OmegaConf.to_container(composed))
+    old = flatten(stored) if isinstance(stored, dict) else {}
+    new = flatten(OmegaConf.to_container(composed))  # type: ignore[arg-type]
     there = str(folder)
     changed = [
         f"{key} was {old[key]}, is {new[key]}"
         for key in old.keys() & new.keys()
-        if old[key] != new[key] and there not in str(new[key])
+        if old[key] != new[key] and has_bearing(key) and there not in str(new[key])
     ]
     return "; ".join(sorted(changed))
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    if not isinstance(config, dict):
-        return {}
-    return flatten({key: value for key, value in config.items() if key not in _NO_SETTING})
 
 
 def _say_end(folder: Path, tasks: Sequence[Task]) -> None:

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sweeps.files import write_json
-from sweeps.layout import SWEEP_FILE
-from sweeps.status import now, read_status
+from mtp_lightning.run.atomic import write_json
+from mtp_lightning.run.config import PLACES, key_of, lies_in
+from mtp_lightning.run.layout import SWEEP_FILE
+from mtp_lightning.run.status import now, read_status
 
 VERSION = 1
 
-# Where runs go and how a sweep is run: no part of what a job computes.
-_HOUSEKEEPING = ("run_dir", "sweep_dir", "sweep", "hydra", "paths")
 _LONGEST = 80  # of a folder's name; TensorBoard shows it beside every curve
 
 
@@ -38,14 +37,9 @@ class Job:
     overrides: tuple[str, ...]
 
 
-def key_of(override: str) -> str:
-    """``+mtp.depth=2`` -> ``mtp.depth``."""
-    return override.split("=", 1)[0].lstrip("+~")
-
-
 def without_housekeeping(overrides: Iterable[str]) -> tuple[str, ...]:
     """The overrides that say what a job computes."""
-    return tuple(o for o in overrides if key_of(o).split(".")[0] not in _HOUSEKEEPING)
+    return tuple(o for o in overrides if not lies_in(key_of(o), PLACES))
 
 
 def varied_keys(jobs: Sequence[Sequence[str]]) -> list[str]:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from mtp_lightning.run.status import write_status
 from sweeps.devices import DeviceQueue, Devices
 from sweeps.process import JobProcess, Task
-from sweeps.status import write_status
 
 _LOOK_SECONDS = 0.1
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mtp_lightning.run.layout import LOG_FILE, SUMMARY_FILE
+from mtp_lightning.run.lock import Lock
+from mtp_lightning.run.status import last_words, now, write_status
 from sweeps.devices import Devices
-from sweeps.files import Lock
-from sweeps.layout import LOG_FILE, SUMMARY_FILE
-from sweeps.status import last_words, now, write_status
 
 _LOCK_FILE = ".lock"
 

@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtp_lightning.cli import readable_errors
+from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
+from mtp_lightning.run.lock import Lock
+from mtp_lightning.run.metrics import read_column
+from mtp_lightning.run.status import read_status, state_of
 from sweeps.compose import count_processes, settle
-from sweeps.files import Lock
-from sweeps.layout import SUMMARY_FILE
 from sweeps.local_pool import make_pool
 from sweeps.plan import Plan
 from sweeps.pool import Interrupted
 from sweeps.process import Task, python_command
-from sweeps.progress import read_column
 from sweeps.search_space import Space, parse
-from sweeps.status import read_status, state_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -97,7 +97,7 @@ class Search:
         """Report new validations to the study; the reason to stop, if there is one."""
         trial = self._trials[task.folder][0]
         reported = self._frozen(trial).intermediate_values
-        for step, value in read_column(task.folder, self.metric).items():
+        for step, value in read_column(task.folder / METRICS_FILE, self.metric).items():
             if step in reported or not math.isfinite(value):
                 continue
             trial.report(value, step)

@@ -23,16 +23,26 @@ APPS = sorted(path.name for path in ROOT.glob("*.py"))
 # Files of mtp_lightning/ that are not in a folder are rooms of their own.
 RANK = {
     # tools that know nothing of models
-    **dict.fromkeys(["cli", "checkpoint_io", "lr_schedule", "runtime", "summary", "nn"], 0),
+    **dict.fromkeys(["cli", "settings", "registry", "runtime"], 0),
+    **dict.fromkeys(["nn", "lr_schedule"], 0.5),
     **dict.fromkeys(["mtp", "optimizer"], 1),
     "objective": 2,  # reads a stack's interface, never the model built of it
     "model": 3,
-    **dict.fromkeys(["decoding", "metrics", "runs", "compare"], 4),
-    **dict.fromkeys(["evaluation", "interop"], 5),
+    **dict.fromkeys(["decoding", "metrics", "run"], 4),
+    **dict.fromkeys(["compare", "evaluation", "interop"], 5),
     **dict.fromkeys(["generation", "init_from"], 6),
     **dict.fromkeys(["module", "callbacks", "loggers"], 7),
     "experiment": 8,
 }
+
+# How errors are told, and the files of a run; what needs torch in run/ is not for sweeps.
+SHARED_WITH_SWEEPS = (
+    "mtp_lightning.cli",
+    *(
+        f"mtp_lightning.run.{name}"
+        for name in ("atomic", "config", "layout", "lock", "metrics", "status")
+    ),
+)
 
 LIGHTNING = ("mtp_lightning/module", "mtp_lightning/callbacks/", "mtp_lightning/loggers/")
 EXPERIMENT = "mtp_lightning/experiment/"
@@ -88,8 +98,8 @@ def test_the_checks_below_see_imports() -> None:
     found = set(imports(f"{EXPERIMENT}build.py"))
     assert "omegaconf.OmegaConf" in found and "mtp_lightning.module.MTPModule" in found
     assert "data_modules.TokenDataModule" not in found  # for the type checker alone
-    assert "rich.console.Console" in set(imports("mtp_lightning/summary.py"))
-    assert "rich.console.Console" not in set(imports("mtp_lightning/summary.py", top_only=True))
+    assert "rich.console.Console" in set(imports("mtp_lightning/run/summary.py"))
+    assert "rich.console.Console" not in set(imports("mtp_lightning/run/summary.py", top_only=True))
 
 
 @pytest.mark.parametrize("file", sources("mtp_lightning"))
@@ -114,11 +124,14 @@ def test_who_may_import_what(file: str) -> None:
         if takes(name, "hydra", "omegaconf"):
             assert file.startswith(EXPERIMENT), name
         if takes(name, "mtp_lightning"):
-            assert not file.startswith("data_modules/"), name
+            own = takes(name, "mtp_lightning.settings")  # how a setting is refused
+            assert own or not file.startswith("data_modules/"), name
         if takes(name, "data_modules") and not file.startswith("data_modules/"):
             # The batch is all that models and data share. experiment/ brings the two together,
-            # and runs.py hands out the tokenizer that is stored beside a run's weights.
-            stored = file == "mtp_lightning/runs.py" and takes(name, "data_modules.tokenizers")
+            # and run/loading.py hands out the tokenizer that is stored beside a run's weights.
+            stored = file == "mtp_lightning/run/loading.py" and takes(
+                name, "data_modules.tokenizers"
+            )
             together = stored or file.startswith(EXPERIMENT)
             assert takes(name, "data_modules.windows") or together, name
         assert not takes(name, "conf", "tests", "benchmarks", "sweeps", *_app_names()), name
@@ -129,7 +142,7 @@ def test_who_may_import_what(file: str) -> None:
 @pytest.mark.parametrize("file", sources("sweeps/report"))
 def test_the_report_reads_files_alone(file: str) -> None:
     for name in imports(file):
-        own = takes(name, "sweeps.report", "mtp_lightning.cli")
+        own = takes(name, "sweeps.report", *SHARED_WITH_SWEEPS)
         assert own or not takes(name, "mtp_lightning", "data_modules", "torch", "hydra"), name
     late = [name for name in imports(file, top_only=True) if takes(name, *LAZY, "scipy", "jinja2")]
     assert late == [], "slow to import, and an extra: do it in the function that needs it"
@@ -145,7 +158,7 @@ def test_pure_torch(file: str) -> None:
 def test_sweeps_talk_to_runs_through_files(file: str) -> None:
     for name in imports(file):
         assert not takes(name, "lightning", "data_modules", "conf", "tests", *_app_names()), name
-        assert not takes(name, "mtp_lightning") or takes(name, "mtp_lightning.cli"), name
+        assert not takes(name, "mtp_lightning") or takes(name, *SHARED_WITH_SWEEPS), name
     slow = ("torch", "optuna", "submitit", "ray", "sweeps.launch", *LAZY)
     for name in imports(file, top_only=True):
         assert not takes(name, *slow), "slow to import: do it in the function that needs it"

@@ -7,22 +7,22 @@ from typing import Any
 
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from mtp_lightning import checkpoint_io
+from mtp_lightning.run import checkpoints
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Saves and loads through `mtp_lightning.checkpoint_io`: give it to
+    """Saves and loads through `mtp_lightning.run.checkpoints`: give it to
     `Trainer(plugins=[...])`."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write atomically; see `checkpoint_io.save` for the errors."""
+        """Write atomically; see `checkpoints.save` for the errors."""
         if storage_options is not None:
             raise ValueError(
                 f"storage_options are not used for checkpoints here: {storage_options!r}."
             )
-        checkpoint_io.save(checkpoint, path)
+        checkpoints.save(checkpoint, path)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = None
@@ -32,7 +32,7 @@ class AtomicCheckpointIO(CheckpointIO):
             raise ValueError(
                 "Checkpoints are loaded with weights_only=True only: do not ask for False."
             )
-        return checkpoint_io.load(path, "cpu" if map_location is None else map_location)
+        return checkpoints.load(path, "cpu" if map_location is None else map_location)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove the file where it exists."""

@@ -13,16 +13,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
-from mtp_lightning.checkpoint_io import (
-    BEST,
-    LAST,
-    PREVIOUS,
-    intact,
-    link_or_copy,
-    load,
-    save,
-    stored_step,
-)
+from mtp_lightning.run.checkpoints import intact, link_or_copy, load, save, stored_step
+from mtp_lightning.run.layout import BEST, LAST, PREVIOUS
 
 
 class Checkpoints(Checkpoint):

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from mtp_lightning.callbacks.checkpoints import Checkpoints
-from mtp_lightning.checkpoint_io import stored_step
+from mtp_lightning.run.checkpoints import stored_step
 
 
 class NanGuard(Callback):

@@ -7,17 +7,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-# Where a run lives and who watches it change nothing in its numbers.
-_NOT_HYPERPARAMETERS = (
-    "run_dir",
-    "paths",
-    "logger",
-    "callbacks",
-    "hydra",
-    "sweep",
-    "sweeps",
-    "sweep_dir",
-)
+from mtp_lightning.run.config import has_bearing, key_of, lies_in
 
 
 def overridden(group: str) -> list[str]:
@@ -25,7 +15,7 @@ def overridden(group: str) -> list[str]:
     if not HydraConfig.initialized():
         return []
     given = [o.lstrip("+~") for o in HydraConfig.get().overrides.task]
-    return [o for o in given if o.split("=")[0] == group or o.startswith(f"{group}.")]
+    return [o for o in given if lies_in(key_of(o), [group])]
 
 
 def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
@@ -38,11 +28,10 @@ def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
     if HydraConfig.initialized():
         hydra_config = HydraConfig.get()
         choices = dict(hydra_config.runtime.choices)
-        given = [override.split("=")[0] for override in hydra_config.overrides.task]
-        keys += [key.lstrip("+") for key in given if not key.startswith("~")]
+        keys += [key_of(o) for o in hydra_config.overrides.task if not o.startswith("~")]
     chosen: dict[str, Any] = {}
     for key in keys:
-        if key.partition(".")[0] in _NOT_HYPERPARAMETERS:
+        if not has_bearing(key):
             continue
         value = choices[key] if key in choices else OmegaConf.select(cfg, key)
         chosen[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

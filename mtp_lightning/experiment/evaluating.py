@@ -14,9 +14,10 @@ from mtp_lightning.evaluation import evaluate_model
 from mtp_lightning.experiment.instantiate import instantiate, rebuild
 from mtp_lightning.metrics.rates import bits_per_byte
 from mtp_lightning.model import MTPModel
-from mtp_lightning.runs import LoadedRun, load_run
+from mtp_lightning.run.atomic import write_json
+from mtp_lightning.run.loading import LoadedRun, load_run
+from mtp_lightning.run.summary import environment, print_summary
 from mtp_lightning.runtime import pick_accelerator, quiet_lightning, set_threads
-from mtp_lightning.summary import environment, print_summary, write_summary
 
 if TYPE_CHECKING:
     from data_modules import TokenDataModule
@@ -52,7 +53,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     }
     print_summary(metrics, depth=run.model.depth)
     if cfg.output is not None:
-        write_summary(metrics, Path(cfg.output))
+        write_json(metrics, Path(cfg.output))
     return metrics
 
 

@@ -84,7 +84,7 @@ def trusted_packages(cfg: DictConfig) -> list[str]:
 @cache
 def own_targets() -> frozenset[str]:
     """What the files of conf/ build. (A package's name is no guard:
-    ``mtp_lightning.runs.os.replace`` begins with it, too.)"""
+    ``mtp_lightning.run.atomic.os.replace`` begins with it, too.)"""
     files = (file.read_text(encoding="utf-8") for file in CONF.rglob("*.yaml"))
     return frozenset(match for text in files for match in _TARGET.findall(text))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf
 
-from mtp_lightning import checkpoint_io, compare
+from mtp_lightning import compare
 from mtp_lightning.callbacks.throughput import Throughput
 from mtp_lightning.cli import Stopped
 from mtp_lightning.experiment.build import (
@@ -26,9 +26,13 @@ from mtp_lightning.generation import print_sample
 from mtp_lightning.init_from import Start, brought_trunk, read_start, start_from
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
-from mtp_lightning.runs import CHECKPOINTS, describe_differences, describe_interrupt, print_paths
+from mtp_lightning.run import checkpoints
+from mtp_lightning.run.atomic import write_json
+from mtp_lightning.run.config import WITHOUT_BEARING, describe_differences
+from mtp_lightning.run.layout import CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE
+from mtp_lightning.run.loading import describe_interrupt
+from mtp_lightning.run.summary import environment, print_paths, print_summary
 from mtp_lightning.runtime import keep_freed_memory, quiet_lightning, set_threads
-from mtp_lightning.summary import environment, print_summary, write_summary
 
 if TYPE_CHECKING:
     from data_modules import TokenDataModule
@@ -72,8 +76,8 @@ def prepare(cfg: DictConfig, folder: Path) -> Prepared:
 
     What is read of a checkpoint here is gone when this returns: training needs the memory.
     """
-    resume_from = checkpoint_io.newest_intact(folder / CHECKPOINTS)
-    stored = None if resume_from is None else checkpoint_io.load(resume_from)
+    resume_from = checkpoints.newest_intact(folder / CHECKPOINTS)
+    stored = None if resume_from is None else checkpoints.load(resume_from)
     start: Start | None = None
     tokenizer_state, brings_trunk = None, False
     if cfg.init_from is not None:
@@ -140,7 +144,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     )
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(run.asked, folder / "config.yaml", resolve=True)
+        OmegaConf.save(run.asked, folder / CONFIG_FILE, resolve=True)
         data.tokenizer.save(folder)
     for logger in trainer.loggers:
         logger.log_hyperparams(hyperparameters(cfg))
@@ -161,7 +165,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         final = {tag: value for tag, value in summary.items() if "/" in tag}
         logger.log_hyperparams(hyperparameters(cfg), final, trainer.global_step)
     if trainer.is_global_zero:
-        write_summary(summary, folder / "summary.json")
+        write_json(summary, folder / SUMMARY_FILE)
         print_summary(summary, depth=module.model.depth)
         print_sample(module.model, data, seed=cfg.seed)
         print_paths(folder)
@@ -192,7 +196,7 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
             f"cannot go on from: set balance={rule}, or start in another run_dir."
         )
     changed = describe_differences(
-        checkpoint["config"], module.extra["config"], ignore=("sweep_dir", "sweep.retry_failed")
+        checkpoint["config"], module.extra["config"], ignore=WITHOUT_BEARING
     )
     if changed:
         log.warning("Continuing with changed settings: %s.", "; ".join(changed))

@@ -20,7 +20,7 @@ from mtp_lightning.interop.verify import (
 from mtp_lightning.interop.writing import DTYPES, write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
-from mtp_lightning.runs import LoadedRun
+from mtp_lightning.run.loading import LoadedRun
 
 
 def export(cfg: Any) -> Path:

@@ -20,7 +20,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
-from mtp_lightning.runs import LoadedRun, load_run, load_weights, pretrained_state
+from mtp_lightning.run.loading import LoadedRun, load_run, load_weights, pretrained_state
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -89,7 +89,7 @@ def read_folder(path: str | Path) -> Folder:
 
 
 def open_run(path: str | Path, *, device: torch.device | str = "cpu") -> LoadedRun:
-    """:func:`~mtp_lightning.runs.load_run` for runs, checkpoints and Hugging Face folders alike.
+    """:func:`~mtp_lightning.run.loading.load_run`, for Hugging Face folders as well.
 
     Raises:
         FileNotFoundError: nothing there.

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from mtp_lightning.cli import readable_errors
+from mtp_lightning.run.atomic import write_bytes
 from sweeps.report.comparisons import compare
 from sweeps.report.findings import answer
 from sweeps.report.read import Sweep, read_sweep
@@ -50,11 +51,11 @@ def report(
         svgs, pngs = page.write_figures(drawings, target / page.FIGURES)
     if len(sweeps) == 1:
         events.write_events(target / page.FIGURES, settings, drawings, pngs)
-    page.write(target / "runs.csv", page.runs_csv(settings, sweeps))
+    write_bytes(page.runs_csv(settings, sweeps).encode(), target / "runs.csv")
     html = page.render(
         settings, comparisons, sweeps, drawings, svgs, folder=target, now=datetime.now()
     )
-    page.write(target / "report.html", html)
+    write_bytes(html.encode(), target / "report.html")
     runs = [run for sweep in sweeps for run in sweep.runs]
     return target / "report.html", answer(settings, comparisons, runs)
 

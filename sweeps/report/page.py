@@ -11,7 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sweeps.layout import LOG_FILE
+from mtp_lightning.run.atomic import write_bytes
+from mtp_lightning.run.layout import LOG_FILE
 from sweeps.report.comparisons import Comparison
 from sweeps.report.findings import answer, caveats
 from sweeps.report.metrics import BITS, TABLE, Metric, number, p_value
@@ -99,8 +100,8 @@ def write_figures(drawings: Sequence[Drawing], folder: Path) -> tuple[dict[str, 
     for drawing in drawings:
         if drawing.figure is not None:
             svgs[drawing.name] = as_svg(drawing.figure)
-            write(folder / f"{drawing.name}.svg", svgs[drawing.name])
-            write(folder / f"{drawing.name}.png", as_png(drawing.figure))
+            write_bytes(svgs[drawing.name], folder / f"{drawing.name}.svg")
+            write_bytes(as_png(drawing.figure), folder / f"{drawing.name}.png")
             pngs.append(folder / f"{drawing.name}.png")
     return svgs, pngs
 
@@ -136,14 +137,6 @@ def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:
             ]
         )
     return buffer.getvalue()
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Replace a file as a whole, so that a reader never sees half of one."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def _metrics(settings: Settings) -> list[Metric]:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sweeps.layout import (
+from mtp_lightning.run.config import flatten, key_of
+from mtp_lightning.run.layout import (
     CONFIG_FILE,
     LOG_FILE,
     METRICS_FILE,
     STATUS_FILE,
     SUMMARY_FILE,
     SWEEP_FILE,
-    flatten,
 )
+from mtp_lightning.run.metrics import read_metrics
 
 _RUN_FILES = (CONFIG_FILE, STATUS_FILE, SUMMARY_FILE, METRICS_FILE)
 
@@ -144,7 +145,8 @@ def read_run(folder: Path, *, sweep: str = "") -> Run:
         return run
     run.config = _read_config(folder / CONFIG_FILE, run.notes)
     run.choices = _read_choices(folder / ".hydra" / "hydra.yaml")
-    run.rows = _read_rows(folder / METRICS_FILE)
+    with suppress(OSError):  # nothing logged yet
+        run.rows = read_metrics(folder / METRICS_FILE)
     status, problem = _read_json(folder / STATUS_FILE)
     if problem and (folder / STATUS_FILE).exists():
         run.notes.append(f"{STATUS_FILE} {problem}")
@@ -233,26 +235,8 @@ def _overrides(given: Any) -> dict[str, str]:
     """Overrides by key, without the + that Hydra may ask for."""
     if not isinstance(given, list):
         return {}
-    pairs = (str(text).partition("=") for text in given)
-    return {key.lstrip("+"): value for key, sign, value in pairs if sign and key[:1] != "~"}
-
-
-def _read_rows(path: Path) -> list[dict[str, float]]:
-    """The whole rows; a line that is still being written is left out."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return []
-    table = list(csv.reader(text.split("\n")[:-1]))
-    rows = []
-    for cells in table[1:]:
-        if len(cells) == len(table[0]):
-            try:
-                row = {t: float(c) for t, c in zip(table[0], cells, strict=True) if c}
-            except ValueError:
-                continue
-            rows.append(row)
-    return rows
+    set_ones = [str(text) for text in given if "=" in str(text) and str(text)[:1] != "~"]
+    return {key_of(text): text.partition("=")[2] for text in set_ones}
 
 
 def _last_sign(folder: Path) -> str:

@@ -9,14 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sweeps.layout import SUMMARY_FILE
+from mtp_lightning.run.config import has_bearing
+from mtp_lightning.run.layout import SUMMARY_FILE
 from sweeps.report.metrics import BITS, BY_TAG, LOSS, Metric
 from sweeps.report.read import Run, Sweep
 from sweeps.report.statistics import Interval, interval
-
-# Where a run lives and who watches it change nothing in its numbers.
-_IGNORED = ("run_dir", "paths.", "logger.", "sweep", "callbacks.progress.", "data.cache_dir")
-_IGNORED_EXACT = ("seed", "callbacks.checkpoints.folder")
 
 # Keys that name a setting best, where the command lines do not say which are meant.
 _TELLING = (
@@ -167,8 +164,8 @@ def collect(sweeps: Sequence[Sweep]) -> Settings:
 
 
 def ignored(key: str) -> bool:
-    """Whether a config key has no bearing on what a run computes, the seed included."""
-    return key in _IGNORED_EXACT or key.startswith(_IGNORED)
+    """Whether a config key tells no setting from another: the seed, and what has no bearing."""
+    return key == "seed" or not has_bearing(key)
 
 
 def _seed_keys(runs: Iterable[Run]) -> set[str]:

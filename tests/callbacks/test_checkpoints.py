@@ -13,13 +13,14 @@ import pytest
 import torch
 from tiny_run import TinyModule, fit
 
-from mtp_lightning import checkpoint_io
 from mtp_lightning.callbacks.checkpoints import Checkpoints
-from mtp_lightning.loggers.csv import MetricsCSV, read_metrics
+from mtp_lightning.loggers.csv import MetricsCSV
+from mtp_lightning.run import checkpoints as files
+from mtp_lightning.run.metrics import read_metrics
 
 
 def step_of(path: Path) -> int:
-    return checkpoint_io.load(path)["global_step"]
+    return files.load(path)["global_step"]
 
 
 class KeepEvery(Checkpoints):
@@ -89,7 +90,7 @@ def test_a_finished_run_that_is_extended_equals_the_longer_run(
     fit(long, [], max_steps=11, epoch_steps=epoch_steps)
     checkpoints = Checkpoints(tmp_path, every_n_steps=100)
     fit(TinyModule(), [checkpoints], max_steps=6, epoch_steps=epoch_steps)
-    loops = checkpoint_io.load(checkpoints.last_path)["loops"]["fit_loop"]
+    loops = files.load(checkpoints.last_path)["loops"]["fit_loop"]
     assert loops["epoch_progress"]["current"]["processed"] == 6 // epoch_steps, "in mid epoch"
     more = TinyModule()
     fit(
@@ -198,7 +199,7 @@ def test_a_damaged_last_does_not_push_out_the_intact_previous(tmp_path: Path) ->
     (tmp_path / "best.ckpt").unlink()
     last.write_bytes(last.read_bytes()[:-100])
     with pytest.warns(UserWarning, match="last.ckpt is damaged"):
-        path = checkpoint_io.newest_intact(tmp_path)
+        path = files.newest_intact(tmp_path)
     assert path is not None and path.name == "previous.ckpt" and step_of(path) == 4
 
     class DiesInTheFirstSave(Checkpoints):

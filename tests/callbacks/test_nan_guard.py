@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_run import TinyModule, fit
 
-from mtp_lightning import checkpoint_io
 from mtp_lightning.callbacks.checkpoints import Checkpoints
 from mtp_lightning.callbacks.nan_guard import NanGuard
+from mtp_lightning.run import checkpoints as files
 
 
 class BadLoss(TinyModule):
@@ -31,13 +31,13 @@ def test_names_step_depth_and_the_last_good_checkpoint(tmp_path: Path) -> None:
         fit(BadLoss(), [Checkpoints(tmp_path, every_n_steps=3), NanGuard()])
     for words in ("step 7", "depth 1 (nan)", str(tmp_path / "last.ckpt"), "(step 6)"):
         assert words in str(error.value)
-    assert checkpoint_io.load(tmp_path / "last.ckpt")["global_step"] == 6
+    assert files.load(tmp_path / "last.ckpt")["global_step"] == 6
 
 
 def test_a_bad_step_that_is_also_a_checkpoint_step(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"step 7.*\(step 6\)"):
         fit(BadLoss(), [Checkpoints(tmp_path, every_n_steps=1), NanGuard()])
-    assert checkpoint_io.load(tmp_path / "last.ckpt")["global_step"] == 6
+    assert files.load(tmp_path / "last.ckpt")["global_step"] == 6
 
 
 def test_before_any_checkpoint(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_depths_that_were_not_computed_may_be_nan(tmp_path: Path) -> None:
     module = BadLoss()
     module.active = False
     fit(module, [NanGuard(), Checkpoints(tmp_path)])
-    assert checkpoint_io.load(tmp_path / "last.ckpt")["global_step"] == 12
+    assert files.load(tmp_path / "last.ckpt")["global_step"] == 12
 
 
 def test_weights_that_are_spoiled_before_a_loss_shows_it(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_weights_that_are_spoiled_before_a_loss_shows_it(tmp_path: Path) -> None
         ValueError, match=r"layer.weight is not finite after optimizer step 6.*\(step 3\)"
     ):
         fit(TinyModule(spoil), [NanGuard(), Checkpoints(tmp_path, every_n_steps=3, monitor=None)])
-    assert checkpoint_io.load(tmp_path / "last.ckpt")["global_step"] == 3
+    assert files.load(tmp_path / "last.ckpt")["global_step"] == 3
 
 
 def test_nothing_is_saved_after_a_failure(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from tiny_run import TinyModule, fit
 from mtp_lightning.callbacks import throughput as module_under_test
 from mtp_lightning.callbacks.checkpoints import Checkpoints
 from mtp_lightning.callbacks.throughput import Throughput, measure_matmul_rate, run_dtype
-from mtp_lightning.loggers.csv import MetricsCSV, read_metrics
+from mtp_lightning.loggers.csv import MetricsCSV
+from mtp_lightning.run.metrics import read_metrics
 
 
 class Clock:

@@ -76,10 +76,10 @@ FOREIGN = [
     "builtins.exec",
     "shutil.rmtree",
     # The platform's own name is no guard,
-    "mtp_lightning.runs.os.replace",
+    "mtp_lightning.run.atomic.os.replace",
     "data_modules.cache.os.system",
     # nor is being the platform's own: conf/ builds no such thing.
-    "mtp_lightning.checkpoint_io.save",
+    "mtp_lightning.run.checkpoints.save",
     "torch.load",
 ]
 

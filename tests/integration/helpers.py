@@ -14,7 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from mtp_lightning.loggers.csv import read_metrics
+from mtp_lightning.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"

@@ -213,7 +213,7 @@ def test_full_disk_while_saving(
     monkeypatch: pytest.MonkeyPatch,
     code: int,
 ) -> None:
-    from mtp_lightning import checkpoint_io
+    from mtp_lightning.run import checkpoints
 
     every = {"callbacks.checkpoints.every_n_steps": 3, "trainer.max_steps": 10}
     saves, real = [], torch.save
@@ -225,7 +225,7 @@ def test_full_disk_while_saving(
             raise OSError(code, "No space left on device")
         real(content, file)
 
-    monkeypatch.setattr(checkpoint_io.torch, "save", save)
+    monkeypatch.setattr(checkpoints.torch, "save", save)
     error = fails(capfd, tmp_path, cache, every)
     assert "No space left" in error and "last.ckpt" in error and "intact" in error
     assert saves[0] == 3 and len(saves) == 2

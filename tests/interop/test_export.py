@@ -14,7 +14,7 @@ from mtp_lightning.cli import readable_errors
 from mtp_lightning.interop import card, export, writing
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.verify import CheckFailed, check_trained
-from mtp_lightning.runs import load_run
+from mtp_lightning.run.loading import load_run
 from tests import deepseek
 from tests.integration import helpers
 from tests.interop import folders

@@ -18,7 +18,7 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.experiment import command_line
 from mtp_lightning.generation import generate_text
 from mtp_lightning.interop.reading import open_run, read_folder
-from mtp_lightning.runs import load_run
+from mtp_lightning.run.loading import load_run
 from tests import deepseek
 from tests.integration import helpers
 from tests.interop import folders

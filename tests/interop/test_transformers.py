@@ -26,7 +26,7 @@ from mtp_lightning.interop.verify import (
 )
 from mtp_lightning.interop.writing import write_tokenizer
 from mtp_lightning.model import MTPModel
-from mtp_lightning.runs import load_run
+from mtp_lightning.run.loading import load_run
 from tests import deepseek
 from tests.integration import helpers
 from tests.interop import folders

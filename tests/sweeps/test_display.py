@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import io
-import math
 import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from mtp_lightning.run.status import last_words, write_status
 from sweeps.display import Lines, LiveTable, duration, make_display
 from sweeps.process import Task
-from sweeps.progress import Progress, read_column, read_progress
-from sweeps.status import last_words, write_status
 
 HEAD = "step,train/loss,val/loss_depth_0"
 
@@ -22,22 +20,6 @@ def csv(folder: Path, *rows: str) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "metrics.csv").write_text("\n".join([HEAD, *rows]))
     return folder
-
-
-def test_progress(tmp_path: Path) -> None:
-    assert read_progress(tmp_path) == Progress() and math.isnan(Progress().loss)
-    # A row without a loss (a validation of its own), and one that is just being written.
-    folder = csv(tmp_path, "10,5.5,", "20,4.5,4.25", "30,,4.0", "40,9.")
-    assert read_progress(folder) == Progress(20, 4.5)
-    assert read_column(folder, "val/loss_depth_0") == {20: 4.25, 30: 4.0}
-    assert read_column(folder, "nothing") == {}
-    assert read_column(tmp_path / "none", "train/loss") == {}
-
-
-def test_progress_of_a_long_file(tmp_path: Path) -> None:
-    folder = csv(tmp_path, *(f"{i},{i / 8},{i / 4}" for i in range(1, 5000)), "")
-    assert read_progress(folder) == Progress(4999, 4999 / 8)
-    assert read_progress(folder, tail=30) == Progress(4999, 4999 / 8)
 
 
 def sweep(tmp_path: Path) -> list[Task]:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtp_lightning.run.status import read_status, write_status
 from sweeps.plan import Plan, digest, folder_name, varied_keys, without_housekeeping
 from sweeps.process import quoted
-from sweeps.status import read_status, write_status
 
 GRID = [[f"mtp.depth={d}", f"seed={s}"] for d in (0, 2) for s in (0, 1)]
 LONG = [f"data.source.some_long_key_{i}={i}" for i in range(9)]

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
+from mtp_lightning.run.layout import LOG_FILE
+from mtp_lightning.run.lock import Lock
+from mtp_lightning.run.status import read_status, state_of
 from sweeps.devices import DeviceQueue
 from sweeps.display import Lines
-from sweeps.files import Lock
-from sweeps.layout import LOG_FILE
 from sweeps.pool import Pool
 from sweeps.process import Task
-from sweeps.status import read_status, state_of
 
 DONE = "echo '{}' > summary.json"
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from mtp_lightning.run.status import read_status
 from sweeps import search as search_module
 from sweeps.search_space import Choice, Interval, parse
-from sweeps.status import read_status
 from tests.integration.helpers import ROOT, environment, overrides
 
 optuna = pytest.importorskip("optuna", reason="needs the extra search")

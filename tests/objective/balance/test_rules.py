@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_lightning.checkpoint_io import require_plain
 from mtp_lightning.objective.balance.base import Balance, NoBalance, Observed
 from mtp_lightning.objective.balance.cosine_gate import CosineGate
 from mtp_lightning.objective.balance.dwa import DWA
@@ -20,6 +19,7 @@ from mtp_lightning.objective.balance.sampled_depths import SampledDepths
 from mtp_lightning.objective.balance.trunk_ratio import TrunkRatio
 from mtp_lightning.objective.balance.uncertainty import Uncertainty
 from mtp_lightning.objective.schedule.base import Progress
+from mtp_lightning.run.checkpoints import require_plain
 
 BASE = [1.0, 0.3, 0.1]
 LOSSES = [[6.0, 7.0, 8.0], [5.0, 6.5, 7.9], [4.5, 5.0, 7.0], [4.0, 5.2, 6.0], [3.9, 4.1, 6.1]]

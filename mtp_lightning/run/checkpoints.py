@@ -1,9 +1,8 @@
 """Checkpoint files: written atomically, plain (`weights_only`), checked for damage before they are
 read.
 
-* A save goes to a temporary name in the same folder, is flushed to the disk and renamed over the
-  old file. A crash, a full disk or a kill at any moment leaves the old file or the new one, never
-  half of one.
+* A save replaces the file as a whole (``atomic.py``). A crash, a full disk or a kill at any moment
+  leaves the old file or the new one, never half of one.
 * `torch.load` does not compare the zip checksums that `torch.save` writes: a flipped byte in a
   weight loads silently (seen with torch 2.13). So every read here checks them first; that costs one
   sequential read of the file (256 MB: 0.05 s from the page cache, where loading takes 0.7 s).
@@ -24,15 +23,14 @@ import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-LAST = "last.ckpt"
-PREVIOUS = "previous.ckpt"
-BEST = "best.ckpt"
+from mtp_lightning.run.atomic import replacing
+from mtp_lightning.run.layout import BEST, LAST, PREVIOUS
 
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.Size, torch.dtype, torch.device)
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
@@ -50,26 +48,8 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
     path = Path(path)
     require_plain(checkpoint)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:  # an interrupt leaves no temporary behind either
-        with suppress(OSError):
-            temporary.unlink()
-        full = _no_space(error)
-        if full is not None:
-            raise OSError(full.errno, _full_disk_message(path)) from error
-        disk = next((link for link in _chain(error) if isinstance(link, OSError)), None)
-        if disk is not None and isinstance(error, RuntimeError):
-            raise OSError(
-                disk.errno, f"Cannot write the checkpoint {path}: {disk.strerror}."
-            ) from error
-        raise
-    sync_folder(path.parent)
+    with _disk_errors(path), replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
 
 
 def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -168,47 +148,13 @@ def require_plain(value: Any, where: str = "checkpoint") -> None:
 def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`, atomically: a hard link, or a copy where links are
     not known."""
-    temporary = temporary_name(target)
-    with suppress(FileNotFoundError):
-        temporary.unlink()
-    try:
+    with _disk_errors(target), replacing(target) as temporary:
         try:
             os.link(source, temporary)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             shutil.copyfile(source, temporary)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        full = _no_space(error)
-        if full is not None:
-            raise OSError(full.errno, _full_disk_message(target)) from error
-        raise
-    # rename() does nothing when both names already are the same file, and then leaves the temporary
-    with suppress(FileNotFoundError):
-        temporary.unlink()
-    sync_folder(target.parent)
-
-
-def temporary_name(path: Path) -> Path:
-    """Where `path` is written before it is renamed: a fixed name, so that what a kill left is
-    overwritten."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename durable. Not every system can open a folder; there the rename itself must
-    do."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _inspect(path: Path) -> tuple[str | None, int]:
@@ -253,13 +199,20 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _no_space(error: BaseException) -> OSError | None:
-    """The full-disk error behind `error`: torch's writer wraps it in a RuntimeError about
-    positions."""
-    for link in _chain(error):
-        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
-            return link
-    return None
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Say what the disk has refused: torch's writer wraps it in a RuntimeError about positions."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        disk = [link for link in _chain(error) if isinstance(link, OSError)]
+        full = [link for link in disk if link.errno in (errno.ENOSPC, errno.EDQUOT)]
+        if full:
+            raise OSError(full[0].errno, _full_disk_message(path)) from error
+        if disk and isinstance(error, RuntimeError):
+            text = f"Cannot write the checkpoint {path}: {disk[0].strerror}."
+            raise OSError(disk[0].errno, text) from error
+        raise
 
 
 def _full_disk_message(path: Path) -> str:

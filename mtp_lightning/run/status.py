@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sweeps.files import write_json
-from sweeps.layout import LOG_FILE, STATUS_FILE
+from mtp_lightning.run.atomic import write_json
+from mtp_lightning.run.layout import LOG_FILE, STATUS_FILE
 
 VERSION = 1
 STATES = ("pending", "running", "done", "failed", "interrupted")
@@ -49,7 +49,7 @@ def write_status(folder: Path, overrides: Sequence[str], state: str, **values: A
     assert state in STATES
     folder.mkdir(parents=True, exist_ok=True)
     content = {**_blank(overrides), "state": state, **values}
-    write_json(content, folder / STATUS_FILE)
+    write_json(content, folder / STATUS_FILE, shared=True)  # by a sweep and its cluster
 
 
 def _blank(overrides: Sequence[str]) -> dict[str, Any]:

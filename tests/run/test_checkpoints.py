@@ -17,7 +17,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from mtp_lightning import checkpoint_io as cio
+from mtp_lightning.run import checkpoints as cio
 
 
 def content(step: int, size: int = 50) -> dict:
@@ -136,7 +136,7 @@ def test_an_error_while_saving_leaves_no_temporary(tmp_path, monkeypatch, failin
 
 KILLED = """
 import sys, torch
-from mtp_lightning import checkpoint_io as cio
+from mtp_lightning.run import checkpoints as cio
 step = 1
 while True:
     weights = torch.full((200_000,), float(step))
@@ -149,7 +149,7 @@ while True:
 def test_kill_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     rng = random.Random(1)
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     for _ in range(3):
         command = [sys.executable, "-c", KILLED, str(path)]
         with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as child:

@@ -1,14 +1,15 @@
-"""What a run reports when it ends: `summary.json`, and a table on the terminal."""
+"""What a run reports when it ends: its versions and machine, and tables on the terminal."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST, METRICS_FILE, SUMMARY_FILE
 
 _PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "numpy", "tokenizers")
 
@@ -20,13 +21,6 @@ def environment() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "git_commit": _git_commit(),
     }
-
-
-def write_summary(summary: dict[str, Any], path: Path) -> None:
-    """Write JSON atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(summary, indent=2, allow_nan=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def print_summary(summary: dict[str, Any], *, depth: int) -> None:
@@ -75,6 +69,15 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
     console = Console()
     console.print(rates)
     console.print(cost)
+
+
+def print_paths(folder: Path) -> None:
+    """Where everything is that the run wrote."""
+    shown = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
+    print(f"checkpoints   {shown / CHECKPOINTS / BEST}, {LAST}")
+    print(f"metrics       {shown / METRICS_FILE}, {SUMMARY_FILE}")
+    print(f"charts        tensorboard --logdir {shown}")
+    print(f"text          python generate.py checkpoint={shown} prompt='...'")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mtp_lightning import checkpoint_io
 from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.run import checkpoints
+from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST
 
 if TYPE_CHECKING:
     from data_modules.tokenizers import Tokenizer
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +72,10 @@ def find_checkpoint(path: str | Path) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"There is no checkpoint or run folder at {path}.")
     for folder in (path / CHECKPOINTS, path):
-        best = folder / checkpoint_io.BEST
-        if best.is_file() and checkpoint_io.intact(best):
+        best = folder / BEST
+        if best.is_file() and checkpoints.intact(best):
             return best
-        newest = checkpoint_io.newest_intact(folder) if folder.is_dir() else None
+        newest = checkpoints.newest_intact(folder) if folder.is_dir() else None
         if newest is not None:
             return newest
     raise FileNotFoundError(
@@ -97,7 +95,7 @@ def read_checkpoint(path: str | Path, *, needs: Collection[str]) -> tuple[Path, 
         ValueError: it is damaged, or was not written by this platform.
     """
     file = find_checkpoint(path)
-    checkpoint = checkpoint_io.load(file)
+    checkpoint = checkpoints.load(file)
     missing = set(needs) - checkpoint.keys()
     if missing:
         raise ValueError(
@@ -157,45 +155,10 @@ def load_weights(model: MTPModel, weights: dict[str, torch.Tensor], *, source: s
     model.load_state_dict(weights)
 
 
-def describe_differences(
-    stored: dict[str, Any], wanted: dict[str, Any], *, ignore: Collection[str] = ()
-) -> list[str]:
-    """The keys in which two nested configs differ: ``trunk.n_layers: 4 -> 6``.
-
-    Args:
-        stored: one config.
-        wanted: the other.
-        ignore: keys, by their dotted names, that may differ.
-    """
-    a, b = _flatten(stored), _flatten(wanted)
-    return [
-        f"{key}: {a.get(key, 'nothing')} -> {b.get(key, 'nothing')}"
-        for key in sorted((a.keys() | b.keys()) - set(ignore))
-        if a.get(key) != b.get(key)
-    ]
-
-
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        flat.update(_flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
-    return flat
-
-
 def describe_interrupt(folder: Path) -> str:
     """What Ctrl-C left, and how to go on from there."""
-    last = folder / CHECKPOINTS / checkpoint_io.LAST
+    last = folder / CHECKPOINTS / LAST
     if not last.is_file():
         return "interrupted before the first checkpoint: nothing was saved."
-    step = checkpoint_io.stored_step(last)
+    step = checkpoints.stored_step(last)
     return f"interrupted; saved is step {step}: the same command with run_dir={folder} continues."
-
-
-def print_paths(folder: Path) -> None:
-    """Where everything is that the run wrote."""
-    shown = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
-    print(f"checkpoints   {shown / CHECKPOINTS / checkpoint_io.BEST}, {checkpoint_io.LAST}")
-    print(f"metrics       {shown / 'metrics.csv'}, summary.json")
-    print(f"charts        tensorboard --logdir {shown}")
-    print(f"text          python generate.py checkpoint={shown} prompt='...'")

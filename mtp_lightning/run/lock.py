@@ -1,19 +1,10 @@
-"""Files that several processes read while one writes them."""
+"""A lock that several processes ask for and one has."""
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from pathlib import Path
-from typing import Any
-
-
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class Lock:

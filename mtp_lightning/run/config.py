@@ -1,0 +1,61 @@
+"""A config by the dotted keys that people type, and which of them change no number of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+# Where a run's files lie, and how a sweep is run.
+PLACES = ("run_dir", "sweep_dir", "sweep", "hydra", "paths")
+# These, and who only watches a run.
+WITHOUT_BEARING = (
+    *PLACES,
+    "data.cache_dir",
+    "logger",
+    "callbacks.nan_guard",
+    "callbacks.throughput",
+    "callbacks.progress",
+    "callbacks.checkpoints",
+)
+
+
+def key_of(override: str) -> str:
+    """``+mtp.depth=2`` -> ``mtp.depth``."""
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def lies_in(key: str, groups: Collection[str]) -> bool:
+    """Whether a dotted key is one of some keys or below one of them."""
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
+
+
+def has_bearing(key: str) -> bool:
+    """Whether a dotted key says something about what a run computes."""
+    return not lies_in(key, WITHOUT_BEARING)
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config by dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def describe_differences(
+    stored: dict[str, Any], wanted: dict[str, Any], *, ignore: Collection[str] = ()
+) -> list[str]:
+    """The keys in which two nested configs differ: ``trunk.n_layers: 4 -> 6``.
+
+    Args:
+        stored: one config.
+        wanted: the other.
+        ignore: dotted keys that may differ, with all below them.
+    """
+    a, b = flatten(stored), flatten(wanted)
+    return [
+        f"{key}: {a.get(key, 'nothing')} -> {b.get(key, 'nothing')}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and not lies_in(key, ignore)
+    ]

@@ -1,0 +1,181 @@
+"""``metrics.csv``: one row a step, one column a log tag, numbers that survive the round trip to the
+last bit.
+
+A row that is still being written, or that a kill has torn, is no row yet.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mtp_lightning.run.atomic import replacing
+
+STEP = "step"
+
+Row = dict[str, str]
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """The rows of a ``metrics.csv`` with the values they have: ``step`` an int, the others floats.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}: has the run logged anything yet?")
+    rows = (_numbers(row) for row in _whole_rows(_whole_lines(path.read_bytes())))
+    return [row for row in rows if row is not None]
+
+
+def read_column(path: str | Path, tag: str) -> dict[int, float]:
+    """One column by step, without empty cells; nothing where there is no file."""
+    rows = read_metrics(path) if Path(path).is_file() else []
+    return {int(row[STEP]): row[tag] for row in rows if tag in row}
+
+
+def read_newest(path: Path, tag: str, *, tail: int = 4096) -> tuple[int, float] | None:
+    """Step and value of the newest row that has a tag; reads the head and the tail of the file
+    only.
+
+    Args:
+        path: of the file, which need not exist.
+        tag: a log tag.
+        tail: bytes at the end that are looked at.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.readline()
+            start = file.seek(max(file.tell(), file.seek(0, os.SEEK_END) - tail))
+            if start > len(head):
+                file.readline()  # the rest of a row
+            lines = _whole_lines(head + file.read())
+    except OSError:
+        return None
+    for text in reversed(_whole_rows(lines)):
+        row = _numbers(text)
+        if row is not None and tag in row:
+            return int(row[STEP]), row[tag]
+    return None
+
+
+class MetricsFile:
+    """Writes a ``metrics.csv``.
+
+    The columns are ``step`` and every tag seen so far. Rows are appended and handed to the system
+    at once, so that a killed process loses no finished row. Values of one step (train and
+    validation) share a row. A new tag rewrites the file with one more column. Floats are written by
+    ``repr``, which reads back as the same double; a missing value is an empty cell.
+
+    Args:
+        path: of the file; what an earlier process left there is gone on with.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._columns = [STEP]
+        self._row: Row = {}  # the newest row, which more values of its step may join
+        self._row_start = 0  # where it begins in the file
+        self._opened = False
+        self._last_step: int | None = None
+
+    def resume_from(self, step: int) -> None:
+        """Drop the rows after ``step``, the last one that the resumed run does not do again."""
+        self._last_step = step
+        self._opened = False
+
+    def write(self, values: Mapping[str, Any], step: int) -> None:
+        """Add values to the row of ``step``."""
+        self._open()
+        texts = {tag: _text(value) for tag, value in values.items() if tag != STEP}
+        merge = self._row.get(STEP) == str(step)
+        row = {**self._row, **texts} if merge else {STEP: str(step), **texts}
+        new = [tag for tag in texts if tag not in self._columns]
+        if new:
+            self._columns += new
+            self._rewrite(self._rows())
+        self._write_row(row, replace=merge)
+
+    def _open(self) -> None:
+        """Take over the file that is there: without rows after the resumed step, without a torn
+        last line."""
+        if self._opened:
+            return
+        self._opened = True
+        self._columns, self._row, self._row_start = [STEP], {}, 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = self._rows()
+        if rows:
+            self._columns = list(rows[0])
+        if self._last_step is not None:
+            rows = [row for row in rows if int(row[STEP]) <= self._last_step]
+        self._rewrite(rows)
+
+    def _rows(self) -> list[Row]:
+        return _whole_rows(_whole_lines(self.path.read_bytes())) if self.path.exists() else []
+
+    def _rewrite(self, rows: list[Row]) -> None:
+        lines = [_line(row.get(tag, "") for tag in self._columns) for row in rows]
+        with replacing(self.path) as temporary, open(temporary, "wb") as file:
+            file.write(_line(self._columns))
+            for line in lines:
+                self._row_start = file.tell()
+                file.write(line)
+        self._row = {tag: text for tag, text in rows[-1].items() if text} if rows else {}
+
+    def _write_row(self, row: Row, *, replace: bool) -> None:
+        line = _line(row.get(tag, "") for tag in self._columns)
+        with open(self.path, "r+b") as file:
+            if replace:
+                # the longer line overwrites the shorter in place: no moment at which the row is
+                # missing
+                file.seek(self._row_start)
+                file.write(line)
+                file.truncate()
+            else:
+                self._row_start = file.seek(0, os.SEEK_END)
+                file.write(line)
+        self._row = row
+
+
+def _whole_lines(content: bytes) -> list[str]:
+    """Without the last one, if no newline ends it."""
+    return content.decode("utf-8", errors="replace").split("\n")[:-1]
+
+
+def _whole_rows(lines: list[str]) -> list[Row]:
+    table = list(csv.reader(lines))
+    if not table or table[0][:1] != [STEP]:
+        return []
+    head = table[0]
+    return [
+        dict(zip(head, cells, strict=True))
+        for cells in table[1:]
+        if len(cells) == len(head) and cells[0].lstrip("-").isdigit()
+    ]
+
+
+def _numbers(row: Row) -> dict[str, float] | None:
+    """The cells that are not empty; None if one is no number, as in a file that is damaged."""
+    try:
+        return {t: int(c) if t == STEP else float(c) for t, c in row.items() if c}
+    except ValueError:
+        return None
+
+
+def _text(value: Any) -> str:
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, bool):
+        return str(int(value))
+    return repr(value) if isinstance(value, int) else repr(float(value))
+
+
+def _line(cells: Iterable[str]) -> bytes:
+    # tags and numbers need no quotes, but a tag of another's making may
+    quoted = ['"' + c.replace('"', '""') + '"' if any(x in c for x in ',"') else c for c in cells]
+    return (",".join(quoted) + "\n").encode()

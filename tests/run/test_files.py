@@ -1,0 +1,90 @@
+"""Files are replaced as a whole, and keys say what they have a bearing on, without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mtp_lightning.run.atomic import replacing, write_bytes, write_json
+from mtp_lightning.run.config import describe_differences, flatten, has_bearing, key_of, lies_in
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_error_keeps_the_old_file_and_leaves_nothing(tmp_path: Path, shared: bool) -> None:
+    path = tmp_path / "a.txt"
+    write_bytes(b"old", path, shared=shared)
+    with pytest.raises(KeyboardInterrupt), replacing(path, shared=shared) as temporary:
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_what_a_kill_left_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / ".a.txt.tmp").write_bytes(b"a long rest of an earlier process")
+    write_bytes(b"new", tmp_path / "a.txt")
+    assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_bytes() == b"new"
+
+
+def test_several_writers_do_not_share_a_temporary(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a.txt", shared=True) as temporary:
+        assert str(os.getpid()) in temporary.name and temporary.parent == tmp_path
+        temporary.write_bytes(b"")
+
+
+def test_json_keeps_what_python_has(tmp_path: Path) -> None:
+    write_json({"a": math.inf, "b": [1, None], "c": "漢"}, tmp_path / "a.json")
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == {"a": math.inf, "b": [1, None], "c": "漢"} and text.endswith("}\n")
+
+
+def test_keys() -> None:
+    assert flatten({"a": {"b": 1, "c": {"d": []}}, "e": None}) == {"a.b": 1, "a.c.d": [], "e": None}
+    assert [key_of(o) for o in ("a.b=1", "+a=x=y", "~a", "++a.b=")] == ["a.b", "a", "a", "a.b"]
+    assert lies_in("a.b", ["a"]) and lies_in("a", ["a"]) and not lies_in("ab", ["a"])
+
+
+@pytest.mark.parametrize(
+    ("key", "has"),
+    [
+        ("run_dir", False),
+        ("sweep.retry_failed", False),
+        ("logger.wandb.project", False),
+        ("data.cache_dir", False),
+        ("callbacks.progress.refresh_seconds", False),
+        ("callbacks.checkpoints.folder", False),
+        ("callbacks.early_stopping.patience", True),
+        ("callbacks.speculative_eval.n_prompts", True),
+        ("sweeps", True),
+        ("data.seq_len", True),
+        ("seed", True),
+    ],
+)
+def test_bearing(key: str, has: bool) -> None:
+    assert has_bearing(key) is has
+
+
+def test_differences() -> None:
+    stored, wanted = {"a": {"b": 1, "c": 2}, "d": {"e": 3}}, {"a": {"b": 2}, "d": {"e": 4}}
+    found = describe_differences(stored, wanted, ignore=["d"])
+    assert found == ["a.b: 1 -> 2", "a.c: 2 -> nothing"]
+
+
+def test_no_torch_is_needed() -> None:
+    modules = (
+        "",
+        *(f".{m}" for m in ("atomic", "config", "layout", "lock", "metrics", "status", "summary")),
+    )
+    slow = ("torch", "lightning", "numpy", "rich", "omegaconf")
+    program = (
+        "import importlib, sys\n"
+        f"for m in {modules}: importlib.import_module('mtp_lightning.run' + m)\n"
+        f"print([m for m in {slow} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr

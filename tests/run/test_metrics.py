@@ -1,0 +1,153 @@
+"""`metrics.csv` keeps every bit, survives kills, and forgets what a resumed run does again."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mtp_lightning.run.metrics import MetricsFile, read_column, read_metrics, read_newest
+
+HEAD = "step,train/loss,val/loss_depth_0"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.csv"
+
+
+def table(path: Path) -> list[list[str]]:
+    return list(csv.reader(path.read_text().splitlines()))
+
+
+def steps(path: Path) -> list[float]:
+    return [row["step"] for row in read_metrics(path)]
+
+
+def test_train_and_validation_share_the_row_of_their_step(path: Path) -> None:
+    file = MetricsFile(path)
+    file.write({"train/loss": 2.5}, 0)
+    file.write({"train/loss": 2.0}, 1)
+    file.write({"val/loss_depth_0": 3.0}, 1)
+    file.write({"train/loss": 1.0}, 2)
+    assert table(path) == [
+        ["step", "train/loss", "val/loss_depth_0"],
+        ["0", "2.5", ""],
+        ["1", "2.0", "3.0"],
+        ["2", "1.0", ""],
+    ]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["metrics.csv"]
+
+
+def test_every_row_is_on_disk_at_once(path: Path) -> None:
+    file = MetricsFile(path)
+    for step in range(3):
+        file.write({"a": float(step)}, step)
+        assert [row["a"] for row in read_metrics(path)] == list(range(step + 1))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@given(st.lists(st.floats(allow_nan=False), min_size=1, max_size=5))
+def test_floats_round_trip_to_the_last_bit(path: Path, values: list[float]) -> None:
+    path.unlink(missing_ok=True)
+    file = MetricsFile(path)
+    for step, value in enumerate(values):
+        file.write({"x": value}, step)
+    got = [row["x"] for row in read_metrics(path)]
+    assert [v.hex() for v in got] == [v.hex() for v in values]
+
+
+def test_nan_tensors_and_ints(path: Path) -> None:
+    values = {"a": float("nan"), "b": torch.tensor(0.1), "c": 3, 'odd,"tag"': 1.0, "on": True}
+    MetricsFile(path).write(values, 4)
+    (row,) = read_metrics(path)
+    assert math.isnan(row["a"])
+    assert row["b"] == torch.tensor(0.1).item()
+    assert (row["c"], row["step"], row['odd,"tag"'], row["on"]) == (3, 4, 1.0, 1)
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_resume_drops_the_rows_that_are_done_again(path: Path, step: int) -> None:
+    first = MetricsFile(path)
+    for done in range(6):
+        first.write({"a": float(done)}, done)
+    second = MetricsFile(path)
+    second.resume_from(3)
+    second.write({"a": 40.0}, step)
+    assert [(row["step"], row["a"]) for row in read_metrics(path)] == [
+        (0, 0), (1, 1), (2, 2), (3, 3), (step, 40),
+    ]  # fmt: skip
+
+
+def test_resume_joins_the_row_of_the_resumed_step(path: Path) -> None:
+    first = MetricsFile(path)
+    first.write({"a": 1.0}, 0)
+    first.write({"a": 123456789.0}, 1)
+    second = MetricsFile(path)
+    second.resume_from(1)
+    second.write({"a": 2.0, "b": 5.0}, 1)
+    second.write({"a": 3.0}, 2)
+    assert table(path) == [
+        ["step", "a", "b"],
+        ["0", "1.0", ""],
+        ["1", "2.0", "5.0"],
+        ["2", "3.0", ""],
+    ]
+
+
+def test_a_torn_last_line_is_dropped(path: Path) -> None:
+    first = MetricsFile(path)
+    for step in range(3):
+        first.write({"a": 0.1, "b": 0.25}, step)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
+    assert steps(path) == [0, 1]
+    MetricsFile(path).write({"a": 0.1, "b": 0.25}, 2)
+    assert path.read_bytes() == whole
+
+
+def test_there_is_no_file_yet(path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="metrics.csv"):
+        read_metrics(path)
+    assert read_column(path, "a") == {} and read_newest(path, "a") is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n",
+        b"not,a,metrics\n1,2,3\n",
+        b"step,a\n1,x\n",
+        b"step,a\n1,2,3\n",
+        b"step,a\n\xff,2\n",
+    ],
+)
+def test_a_damaged_file_has_no_rows(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    assert read_metrics(path) == [] and read_newest(path, "a") is None
+
+
+def test_newest_row_and_one_column(path: Path) -> None:
+    # A row without a loss (a validation of its own), and one that is just being written.
+    path.write_text("\n".join([HEAD, "10,5.5,", "20,4.5,4.25", "30,,4.0", "40,9."]))
+    assert read_newest(path, "train/loss") == (20, 4.5)
+    assert read_column(path, "val/loss_depth_0") == {20: 4.25, 30: 4.0}
+    assert read_column(path, "nothing") == {} and read_newest(path, "nothing") is None
+
+
+@pytest.mark.parametrize("tail", [30, 45, 4096])
+def test_newest_row_of_a_long_file(path: Path, tail: int) -> None:
+    path.write_text("\n".join([HEAD, *(f"{i},{i / 8},{i / 4}" for i in range(1, 5000)), ""]))
+    assert read_newest(path, "train/loss", tail=tail) == (4999, 4999 / 8)
+
+
+def test_half_a_row_at_the_edge_of_the_tail_is_not_read(path: Path) -> None:
+    path.write_text(f"{HEAD}\n10,1.5,2.5\n123,,2.5\n")
+    assert read_newest(path, "val/loss_depth_0", tail=7) is None
+    assert read_newest(path, "val/loss_depth_0") == (123, 2.5)
