@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mtp_lightning import checkpoint_io
+from mtp_lightning.cli import program
 from mtp_lightning.model import ModelConfig, MTPModel
 
 if TYPE_CHECKING:
@@ -198,4 +200,4 @@ def print_paths(folder: Path) -> None:
     print(f"checkpoints   {shown / CHECKPOINTS / checkpoint_io.BEST}, {checkpoint_io.LAST}")
     print(f"metrics       {shown / 'metrics.csv'}, summary.json")
     print(f"charts        tensorboard --logdir {shown}")
-    print(f"text          python generate.py checkpoint={shown} prompt='...'")
+    print(f"text          {program('generate')} checkpoint={shlex.quote(str(shown))} prompt='...'")
