@@ -64,7 +64,7 @@ def readable_errors() -> Iterator[None]:
         yield
     except Exception as error:
         if type(error).__name__ == "MissingMandatoryValue":
-            # omegaconf's, by name: importing it here would take it out of the apps and experiment/.
+            # omegaconf's, by name: importing it would make the tools wait for it.
             key = getattr(error, "full_key", None)
             print(f"error: {key} has no value: give it as {key}=...", file=sys.stderr)
         elif os.environ.get("HYDRA_FULL_ERROR") == "1" or not _is_readable(error):
