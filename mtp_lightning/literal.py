@@ -9,7 +9,7 @@ most of Unicode. A prompt or a path is what it is, so that every app quotes thes
 Three kinds of values go on meaning what they mean to Hydra: one in quotes, ``prompt='"a b"'`` (so
 that a quoted value can be handed on as it is); a list for a key that takes one,
 ``'data.paths=[a,b]'``; and, in a path, ``null`` and ``${now:%H-%M}``. With ``-m``, commas part the
-paths of a sweep, unless a path of the whole name is there.
+paths that are read, unless a path of the whole name is there.
 """
 
 from __future__ import annotations
@@ -20,31 +20,36 @@ from collections.abc import Callable, Sequence
 
 # Texts: nothing in them is for Hydra, neither null nor ${...}.
 TEXTS = frozenset({"prompt", "stop"})
-# Paths and names of any script.
-PATHS = frozenset(
+# Paths of what is written, which are never values of a sweep.
+PLACES = frozenset(
     {
         "callbacks.checkpoints.folder",
+        "data.cache_dir",
+        "data.source.cache_dir",
+        "output",
+        "paths.cache_dir",
+        "paths.output_dir",
+        "run_dir",
+        "sweep_dir",
+    }
+)
+# Paths of what is read, and names in it.
+INPUTS = frozenset(
+    {
         "checkpoint",
         "compare.reference",
-        "data.cache_dir",
         "data.field",
         "data.paths",
-        "data.source.cache_dir",
         "data.source.data_files",
         "data.source.field",
         "data.source.path",
         "init_from",
-        "output",
-        "paths.cache_dir",
-        "paths.output_dir",
         "prompts",
-        "run_dir",
-        "sweep_dir",
         "tokenizer.eot_token",
         "tokenizer.path",
     }
 )
-# Those of either that may be a list, and a mapping.
+# Those of all these that may be a list, and a mapping.
 LISTS = frozenset({"stop", "data.paths", "data.source.data_files"})
 MAPPINGS = frozenset({"data.source.data_files"})
 
@@ -79,9 +84,9 @@ def _literal(argument: str, *, multirun: bool) -> str:
         return argument
     if key in TEXTS:
         return f"{plus}{key}={_value(key, value, quoted)}"
-    if key not in PATHS or value.lower() == "null":
+    if key not in PLACES | INPUTS or value.lower() == "null":
         return argument
-    if multirun and "," in value and not os.path.exists(value):
+    if multirun and key in INPUTS and "," in value and not os.path.exists(value):
         kind = _kind(value)
         if kind == "none" and value[:1] != "[":
             return f"{plus}{key}={_each(value, _in_quotes)}"

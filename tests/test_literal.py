@@ -13,9 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from mtp_lightning.literal import LISTS, MAPPINGS, PATHS, TEXTS, literal, quoted
+from mtp_lightning.literal import INPUTS, LISTS, MAPPINGS, PLACES, TEXTS, literal, quoted
 from mtp_lightning.paths import CONF
 from sweeps.layout import flatten
+
+KEYS = TEXTS | PLACES | INPUTS
 
 # Random texts, and such as are made of what some grammar has a meaning for.
 SPECIAL = st.text(alphabet=st.sampled_from("\\'\"${}[](),=:#~ \n\ta1文"), max_size=12)
@@ -63,7 +65,7 @@ def test_a_path_is_the_text(text: str) -> None:
 
 
 @settings(derandomize=True, max_examples=400, deadline=None)
-@given(st.sampled_from(sorted(TEXTS | PATHS)), ANY, st.sampled_from([(), ("-m",)]))
+@given(st.sampled_from(sorted(KEYS)), ANY, st.sampled_from([(), ("-m",)]))
 @example("prompt", "\\'", ())
 @example("data.paths", "a,文,'x'", ("-m",))
 @example("stop", "[a(,b]", ())
@@ -139,6 +141,7 @@ def test_commas_part_a_sweeps_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "a,b").mkdir()
     assert values("init_from=a,b") == ["a,b"]
     assert values("prompt=a,b") == ["a,b"]
+    assert values("sweep_dir=c, d") == ["c, d"]
 
 
 def test_every_key_is_one_of_the_apps() -> None:
@@ -156,5 +159,5 @@ def test_every_key_is_one_of_the_apps() -> None:
             config = compose(app, overrides=groups)
         plain = OmegaConf.to_container(config)
         assert isinstance(plain, dict)
-        found |= flatten(plain).keys() & (TEXTS | PATHS)
-    assert found == TEXTS | PATHS and MAPPINGS <= LISTS <= found
+        found |= flatten(plain).keys() & KEYS
+    assert found == KEYS and MAPPINGS <= LISTS <= found
