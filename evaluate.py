@@ -1,21 +1,6 @@
 """Evaluate a trained model: `python evaluate.py checkpoint=RUN`; `--help` explains the rest."""
 
-from __future__ import annotations
-
-import hydra
-from omegaconf import DictConfig
-
-from mtp_lightning.cli import readable_errors
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
-def main(cfg: DictConfig) -> None:
-    with readable_errors():
-        # Imported here, so that --help does not wait for torch.
-        from mtp_lightning.experiment import evaluate
-
-        evaluate(cfg)
-
+from mtp_lightning.apps.evaluate import main
 
 if __name__ == "__main__":
     main()

@@ -1,21 +1,6 @@
-"""Train a model: `python train.py [overrides]`; `python train.py --help` explains them."""
+"""Train a model: `python train.py [overrides]`; `--help` explains the rest."""
 
-from __future__ import annotations
-
-import hydra
-from omegaconf import DictConfig
-
-from mtp_lightning.cli import readable_errors
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> float:
-    with readable_errors():
-        # Imported here, so that --help does not wait for torch.
-        from mtp_lightning.experiment import train
-
-        return train(cfg)["val/loss_depth_0"]
-
+from mtp_lightning.apps.train import main
 
 if __name__ == "__main__":
     main()

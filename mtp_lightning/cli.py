@@ -1,12 +1,24 @@
-"""How the apps speak to people when something is wrong."""
+"""How the apps speak to people: what they are called, and what they say when something is wrong."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.paths import ROOT
+
+_OWN = tuple(
+    f"{ROOT / name}/" for name in ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
+)
+_LIBRARIES = tuple(
+    f"{sysconfig.get_path(name)}/" for name in ("stdlib", "platstdlib", "purelib", "platlib")
+)
 
 
 class Stopped(KeyboardInterrupt):
@@ -22,27 +34,57 @@ class Stopped(KeyboardInterrupt):
         self.signum = signum
 
 
+def main_module() -> str | None:
+    """The module that this process was started as (``python -m``); None for a script."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return None if spec is None else str(spec.name)
+
+
+def this_program() -> list[str]:
+    """What Python is given to start this program again."""
+    module = main_module()
+    return [os.path.abspath(sys.argv[0])] if module is None else ["-m", module]
+
+
+def program(app: str) -> str:
+    """How a person starts another app (or this one) in the way this process was started."""
+    return f"python {app}.py" if main_module() is None else f"mtp-lightning {app}"
+
+
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """One line and exit code 1 for what a user can mend: ``ValueError`` and ``OSError``.
+    """One line and exit code 1 for what a user can mend.
 
-    Ctrl-C ends with one line, too, and with the shell's code for it, 130 (SIGTERM: 143).
-    Anything else is a defect and keeps its traceback; HYDRA_FULL_ERROR=1 shows all of them.
+    That is a :class:`UserError` or an ``OSError``, or a ``ValueError`` that this project's code or
+    a user's own raised. One from within a library is a defect, as is anything else, and keeps its
+    traceback; HYDRA_FULL_ERROR=1 shows all of them. Ctrl-C ends with one line, too, and with the
+    shell's code for it, 130 (SIGTERM: 143).
     """
     try:
         yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(f"error: {error}\n(HYDRA_FULL_ERROR=1 shows where)", file=sys.stderr)
-        sys.exit(1)
     except Exception as error:
-        # omegaconf's, by name: importing it here would take it out of the apps and experiment/.
-        if type(error).__name__ != "MissingMandatoryValue":
+        if type(error).__name__ == "MissingMandatoryValue":
+            # omegaconf's, by name: importing it would make the tools wait for it.
+            key = getattr(error, "full_key", None)
+            print(f"error: {key} has no value: give it as {key}=...", file=sys.stderr)
+        elif os.environ.get("HYDRA_FULL_ERROR") == "1" or not _is_readable(error):
             raise
-        key = getattr(error, "full_key", None)
-        print(f"error: {key} has no value: give it as {key}=...", file=sys.stderr)
+        else:
+            print(f"error: {error}\n(HYDRA_FULL_ERROR=1 shows where)", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted.", file=sys.stderr)
         sys.exit(128 + getattr(interrupt, "signum", signal.SIGINT))
+
+
+def _is_readable(error: Exception) -> bool:
+    if isinstance(error, UserError | OSError) or not isinstance(error, ValueError):
+        return isinstance(error, UserError | OSError)
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    file = "" if trace is None else trace.tb_frame.f_code.co_filename
+    in_library = file.startswith((*_LIBRARIES, "<frozen ")) or bool(
+        {"site-packages", "dist-packages"} & set(Path(file).parts)
+    )
+    return file.startswith(_OWN) or not in_library

@@ -18,7 +18,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from mtp_lightning.cli import readable_errors
+from mtp_lightning.cli import program, readable_errors, this_program
 from mtp_lightning.run.config import flatten, has_bearing, key_of
 from mtp_lightning.run.layout import CONFIG_FILE, SUMMARY_FILE
 from mtp_lightning.run.lock import Lock
@@ -101,7 +101,7 @@ def _launch(
     if not lock.acquire():
         raise BlockingIOError(f"Another sweep is at work in {folder}: wait for it, or stop it.")
     try:
-        plan.write([Path(sys.argv[0]).name, *sys.argv[1:]])
+        plan.write([program(Path(sys.argv[0]).stem), *sys.argv[1:]])
         todo = [
             tasks[job]
             for job in jobs
@@ -149,8 +149,7 @@ def _command(config: DictConfig, overrides: Sequence[str], folder: Path) -> tupl
         if source.provider == "command-line":
             options += ["--config-dir", str(source.path)]
     settings = [o for o in hydra.overrides.hydra if not key_of(o).startswith(_SWEEP_SETTINGS)]
-    script = Path(sys.argv[0]).absolute()
-    return python_command(script, [*options, *settings, *overrides], folder)
+    return python_command(this_program(), [*options, *settings, *overrides], folder)
 
 
 def _must_run(folder: Path, *, retry_failed: bool) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mtp_lightning.literal import quoted
 from mtp_lightning.run.layout import LOG_FILE, SUMMARY_FILE
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import last_words, now, write_status
@@ -208,13 +209,16 @@ class _Watchdog:
         self._shell.communicate()
 
 
-def python_command(script: Path, overrides: Sequence[str], folder: Path) -> tuple[str, ...]:
-    """The command line of a run in ``folder``, which lies in the sweep's."""
+def python_command(
+    program: Sequence[str], overrides: Sequence[str], folder: Path
+) -> tuple[str, ...]:
+    """The command line of a run in ``folder``, which lies in the sweep's.
+
+    Args:
+        program: what Python is given to start it: a script, or ``-m`` and a module.
+        overrides: of the job.
+        folder: of the run.
+    """
     # The sweep's folder too: its default holds the time, in which jobs would differ.
     places = (f"run_dir={quoted(str(folder))}", f"sweep_dir={quoted(str(folder.parent))}")
-    return (sys.executable, str(script), *overrides, *places)
-
-
-def quoted(text: str) -> str:
-    """A value as Hydra's grammar reads it back."""
-    return "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+    return (sys.executable, *program, *overrides, *places)

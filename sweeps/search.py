@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtp_lightning.cli import readable_errors
+from mtp_lightning.literal import literal
+from mtp_lightning.paths import CONF, app
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.metrics import read_column
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
-ROOT = Path(__file__).parents[1]
 STUDY_FILE = "study.db"
 
 
@@ -51,6 +52,7 @@ class Search:
         n_trials: trials that the study has in the end, whatever became of them.
         prune: whether hopeless trials are stopped.
         seed: of the sampler.
+        command: the command line of this call.
 
     Raises:
         ValueError: the folder holds another search, or an override does not fit the config.
@@ -66,8 +68,10 @@ class Search:
         n_trials: int,
         prune: bool,
         seed: int,
+        command: Sequence[str] = (),
     ) -> None:
         self.folder, self.space, self.fixed = folder, space, list(fixed)
+        self.command = list(command)
         self.metric, self.n_trials = metric, n_trials
         steps = self._check_composes()
         self.study = _open_study(folder, warmup=steps // 4 if prune else None, seed=seed)
@@ -134,13 +138,13 @@ class Search:
         if twin is not None:
             self.study.tell(trial, twin.value, state=twin.state)
             return
-        self._plan.write(["python -m sweeps.search", *sys.argv[1:]])
+        self._plan.write(self.command)
         self._trials[folder] = [trial]
         composed = self._compose(overrides, folder)
         yield Task(
             folder=folder,
             overrides=job.overrides,
-            command=python_command(ROOT / "train.py", overrides, folder),
+            command=python_command(app("train"), overrides, folder),
             processes=count_processes(composed),
             max_steps=composed.trainer.max_steps,
             on_cpu=composed.trainer.accelerator == "cpu",
@@ -175,7 +179,7 @@ class Search:
         from hydra.errors import HydraException
 
         try:
-            with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            with initialize_config_dir(str(CONF), version_base="1.3"):
                 composed = compose("config", overrides=list(overrides))
         except HydraException as error:
             raise ValueError(f"{' '.join(overrides)} does not compose: {error}") from error
@@ -246,13 +250,16 @@ def report(search: Search) -> int:
     return 0 if complete else 1
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(
+    arguments: Sequence[str] | None = None, *, program: str = "python -m sweeps.search"
+) -> None:
     """The command line."""
-    args = _parser().parse_intermixed_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = _parser(program).parse_intermixed_args(arguments)
     with readable_errors():
         if args.trials < 1:
             raise ValueError(f"--trials must be at least 1, not {args.trials}.")
-        space, fixed = parse(args.overrides)
+        space, fixed = parse(literal(["-m", *args.overrides])[1:])
         folder = Path(args.folder).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder / ".lock")
@@ -267,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 n_trials=args.trials,
                 prune=not args.no_pruning,
                 seed=args.seed,
+                command=[program, *arguments],
             )
             named = args.devices in ("auto", "cpu")
             pool = make_pool(
@@ -284,8 +292,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sweeps.search", description=__doc__)
+def _parser(program: str) -> argparse.ArgumentParser:
+    assert __doc__ is not None
+    about = __doc__.replace("python -m sweeps.search", program)
+    parser = argparse.ArgumentParser(prog=program, description=about)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", help="of the search; one that is there goes on")
     parser.add_argument("overrides", nargs="+", metavar="KEY=RANGE", help="and fixed KEY=VALUE")

@@ -17,27 +17,32 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
-APPS = sorted(path.name for path in ROOT.glob("*.py"))
+APPS = ["evaluate.py", "export.py", "generate.py", "train.py"]
 
 # A room imports itself and rooms of a lower number, never one of the same number or higher.
 # Files of mtp_lightning/ that are not in a folder are rooms of their own.
 RANK = {
+    # what the apps say and read before anything else is imported
+    **dict.fromkeys(["errors", "paths", "literal"], -1),
     # tools that know nothing of models
     **dict.fromkeys(["cli", "settings", "registry", "runtime"], 0),
-    **dict.fromkeys(["nn", "lr_schedule"], 0.5),
-    **dict.fromkeys(["mtp", "optimizer"], 1),
-    "objective": 2,  # reads a stack's interface, never the model built of it
-    "model": 3,
+    "nn": 0.5,
+    **dict.fromkeys(["mtp", "optim"], 1),
+    "model": 2,
+    "objective": 3,
     **dict.fromkeys(["decoding", "metrics", "run"], 4),
     **dict.fromkeys(["compare", "evaluation", "interop"], 5),
-    **dict.fromkeys(["generation", "init_from"], 6),
+    **dict.fromkeys(["init_from"], 6),
     **dict.fromkeys(["module", "callbacks", "loggers"], 7),
     "experiment": 8,
+    "apps": 9,
+    "console": 10,
 }
 
-# How errors are told, and the files of a run; what needs torch in run/ is not for sweeps.
+# What sweeps and hydra_plugins may know of mtp_lightning: the shell and the files of a run, nothing
+# that imports torch.
 SHARED_WITH_SWEEPS = (
-    "mtp_lightning.cli",
+    *(f"mtp_lightning.{name}" for name in ("cli", "literal", "paths")),
     *(
         f"mtp_lightning.run.{name}"
         for name in ("atomic", "config", "layout", "lock", "metrics", "status")
@@ -46,6 +51,7 @@ SHARED_WITH_SWEEPS = (
 
 LIGHTNING = ("mtp_lightning/module", "mtp_lightning/callbacks/", "mtp_lightning/loggers/")
 EXPERIMENT = "mtp_lightning/experiment/"
+CONFIGURED = (EXPERIMENT, "mtp_lightning/apps/", "mtp_lightning/literal.py")
 LAZY = (
     "tokenizers",
     "datasets",
@@ -122,7 +128,7 @@ def test_who_may_import_what(file: str) -> None:
         if takes(name, "lightning", "pytorch_lightning"):
             assert file.startswith((*LIGHTNING, EXPERIMENT, "data_modules/")), name
         if takes(name, "hydra", "omegaconf"):
-            assert file.startswith(EXPERIMENT), name
+            assert file.startswith(CONFIGURED), name
         if takes(name, "mtp_lightning"):
             own = takes(name, "mtp_lightning.settings")  # how a setting is refused
             assert own or not file.startswith("data_modules/"), name
@@ -163,16 +169,19 @@ def test_sweeps_talk_to_runs_through_files(file: str) -> None:
     for name in imports(file, top_only=True):
         assert not takes(name, *slow), "slow to import: do it in the function that needs it"
         if file.startswith("hydra_plugins/"):  # which Hydra imports at every start
-            assert takes(name, "hydra", "omegaconf") or _standard(name), name
+            assert takes(name, "hydra", "omegaconf", *SHARED_WITH_SWEEPS) or _standard(name), name
 
 
 @pytest.mark.parametrize("app", APPS)
 def test_apps_wait_with_slow_imports(app: str) -> None:
-    for name in imports(app, top_only=True):
-        allowed = takes(name, "hydra", "omegaconf", "mtp_lightning.cli")
+    files = [app, f"mtp_lightning/apps/{app}", "mtp_lightning/apps/__init__.py"]
+    for name in (name for file in files for name in imports(file, top_only=True)):
+        allowed = takes(name, "hydra", "omegaconf", "mtp_lightning.apps", *SHARED_WITH_SWEEPS)
         assert allowed or _standard(name), name
-    for name in imports("mtp_lightning/cli.py", top_only=True):
-        assert _standard(name), name
+    own = ("mtp_lightning.errors", *SHARED_WITH_SWEEPS)
+    for file in ("cli", "literal", "paths", "errors", "console"):
+        for name in imports(f"mtp_lightning/{file}.py", top_only=True):
+            assert takes(name, *own) or _standard(name), name
 
 
 def _standard(name: str) -> bool:

@@ -10,8 +10,9 @@ from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSou
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
+from mtp_lightning.paths import SWEEPS as FOLDER
+
 GROUP = "sweeps"
-FOLDER = Path(__file__).parents[2] / GROUP
 
 
 class SweepsSource(ConfigSource):

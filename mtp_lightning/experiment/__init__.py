@@ -2,8 +2,3 @@
 
 The way through a run: config -> data -> model -> module -> trainer -> summary.
 """
-
-from mtp_lightning.experiment.evaluating import evaluate
-from mtp_lightning.experiment.training import train
-
-__all__ = ["evaluate", "train"]

@@ -21,6 +21,7 @@ from mtp_lightning.init_from import FREE
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
 from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.balance.base import Balance, NoBalance
@@ -94,7 +95,8 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
             f"mtp.depth={mtp.depth} is larger than the window, data.seq_len={cfg.data.seq_len}: "
             "predict fewer tokens, or lengthen the window."
         )
-    return ModelConfig(trunk=trunk, mtp=mtp)
+    # Of whatever kind: a stack without depths is no stack, and one name for it is enough.
+    return ModelConfig(trunk=trunk, mtp=mtp if mtp.depth else NoMTPConfig())
 
 
 def build_balance(cfg: DictConfig) -> Balance:

@@ -22,6 +22,7 @@ def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
     """What tells this run from its neighbours: a few keys, and all that the command line names.
 
     A key that names a group of the config (``mtp=parallel``) has the group's choice as its value.
+    Without depths, ``mtp=none`` is all that can be said of the stack, however it was asked for.
     """
     keys = ["mtp.depth", "mtp_lambda", "seed"]
     choices: dict[str, Any] = {}
@@ -35,4 +36,7 @@ def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
             continue
         value = choices[key] if key in choices else OmegaConf.select(cfg, key)
         chosen[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    if chosen["mtp.depth"] == 0:
+        chosen = {k: v for k, v in chosen.items() if k.partition(".")[0] != "mtp"}
+        chosen |= {"mtp.depth": 0, "mtp": "none"}
     return chosen

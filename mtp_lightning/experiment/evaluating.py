@@ -12,10 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from mtp_lightning.decoding.measure import decoding_report
 from mtp_lightning.evaluation import evaluate_model
 from mtp_lightning.experiment.instantiate import instantiate, rebuild
+from mtp_lightning.interop.reading import open_run
 from mtp_lightning.metrics.rates import bits_per_byte
 from mtp_lightning.model import MTPModel
 from mtp_lightning.run.atomic import write_json
-from mtp_lightning.run.loading import LoadedRun, load_run
+from mtp_lightning.run.loading import LoadedRun
 from mtp_lightning.run.summary import environment, print_summary
 from mtp_lightning.runtime import pick_accelerator, quiet_lightning, set_threads
 
@@ -24,18 +25,27 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# What a data group refers to, where the model comes without a run's config.
+_BARE = {
+    "tokenizer": None,
+    "trainer": {"accumulate_grad_batches": 1},
+    "seed": 0,
+    "paths": {"cache_dir": None},
+}
+
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Metrics of a trained model, on its own validation text or on other data: teacher-forced, and
     of the decoding loop.
 
     Raises:
-        ValueError: a damaged or foreign checkpoint, or data without a validation window.
+        ValueError: a damaged or foreign checkpoint, data without a validation window, or a Hugging
+            Face folder without data.
         OSError: a missing file.
     """
     quiet_lightning()
     set_threads(cfg.num_threads)
-    run = load_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator))
+    run = open_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator))
     data = validation_data(run, data=cfg.get("data"), cache_dir=cfg.paths.cache_dir)
     rates = evaluate_model(run.model, data.val_dataloader(), limit=cfg.limit_batches)
     per_byte = bits_per_byte(rates["loss_depth_0"], data.bytes_per_token("val"))
@@ -71,8 +81,15 @@ def validation_data(
         data: the other group.
         cache_dir: where token stores are; by default where the run's are.
         allow: packages whose text sources the run's own config may build.
+
+    Raises:
+        ValueError: a Hugging Face folder, which has no text of its own, without other data.
     """
-    config = OmegaConf.create(run.config)
+    if data is None and "_target_" not in run.config["data"]:
+        raise ValueError(
+            f"{run.path} has no validation text of its own: give one, as data=text data.paths=FILE."
+        )
+    config = OmegaConf.create({**_BARE, "mtp": {"depth": run.model.depth}, **run.config})
     if data is not None:
         config.data = OmegaConf.to_container(data, resolve=False)
     config.paths.cache_dir = cache_dir or config.paths.cache_dir

@@ -22,7 +22,7 @@ from mtp_lightning.experiment.build import (
     match_reference,
 )
 from mtp_lightning.experiment.command_line import hyperparameters
-from mtp_lightning.generation import print_sample
+from mtp_lightning.experiment.generating import print_sample
 from mtp_lightning.init_from import Start, brought_trunk, read_start, start_from
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.cli import program
 from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST, METRICS_FILE, SUMMARY_FILE
 
 _PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "numpy", "tokenizers")
@@ -77,7 +79,7 @@ def print_paths(folder: Path) -> None:
     print(f"checkpoints   {shown / CHECKPOINTS / BEST}, {LAST}")
     print(f"metrics       {shown / METRICS_FILE}, {SUMMARY_FILE}")
     print(f"charts        tensorboard --logdir {shown}")
-    print(f"text          python generate.py checkpoint={shown} prompt='...'")
+    print(f"text          {program('generate')} checkpoint={shlex.quote(str(shown))} prompt='...'")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -92,8 +92,13 @@ def _require_packages() -> None:
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m sweeps.report", description=__doc__)
+def main(
+    arguments: Sequence[str] | None = None, *, program: str = "python -m sweeps.report"
+) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=program, description="Compare the runs of one or more sweeps."
+    )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of a sweep, or of runs")
     parser.add_argument("--output", metavar="DIR", help="where the report goes")
     parser.add_argument(

@@ -146,7 +146,7 @@ def collect(sweeps: Sequence[Sweep]) -> Settings:
     groups: dict[str, Setting] = {}
     for run in configured:
         config = _comparable(run, follows)
-        key = json.dumps(config, sort_keys=True, default=str)
+        key = json.dumps(_computed(config), sort_keys=True, default=str)
         groups.setdefault(key, Setting(values={}, config=config)).runs.append(run)
     settings = [part for setting in groups.values() for part in _by_data(setting)]
     left_out = [run for setting in settings for run in _drop_repeats(setting)]
@@ -179,6 +179,13 @@ def _comparable(run: Run, follows: set[str]) -> dict[str, Any]:
     if run.sweep:
         config[FOLDER] = run.sweep
     return config
+
+
+def _computed(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config is computed: ``mtp=none`` and any other stack of depth 0 are the same."""
+    if config.get("mtp.depth") != 0:
+        return config
+    return {k: v for k, v in config.items() if k == "mtp.depth" or not k.startswith("mtp.")}
 
 
 def _by_data(setting: Setting) -> list[Setting]:
@@ -257,6 +264,8 @@ def _value(setting: Setting, key: str) -> Any:
     if key in setting.config:
         value = setting.config[key]
         return _class_name(value) if key.endswith("._target_") else value
+    if key == "mtp" and setting.depth == 0:
+        return "none"
     for run in setting.runs:
         if key in run.overrides:
             return run.overrides[key]

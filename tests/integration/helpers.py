@@ -72,7 +72,7 @@ def train_here(
     run_dir: Path, cache: Path, settings: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """A quick run in this process; its summary."""
-    from mtp_lightning.experiment import train
+    from mtp_lightning.experiment.training import train
 
     return train(config(run_dir, cache, settings))
 

@@ -34,7 +34,7 @@ def fails(
     settings: dict[str, Any],
 ) -> str:
     """Run as the app does; the one line of the error."""
-    from mtp_lightning.experiment import train
+    from mtp_lightning.experiment.training import train
 
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended, readable_errors():
@@ -274,7 +274,7 @@ def test_evaluate_refuses_what_it_cannot_load(
 ) -> None:
     from hydra import compose, initialize_config_dir
 
-    from mtp_lightning.experiment import evaluate
+    from mtp_lightning.experiment.evaluating import evaluate
 
     def refused(path: Path) -> str:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):

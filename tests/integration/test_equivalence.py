@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.helpers import assert_same_weights, column, rows, train_here, weights
+from tests.integration.helpers import (
+    assert_same_weights,
+    checkpoint,
+    column,
+    rows,
+    train_here,
+    weights,
+)
 
 
 @pytest.mark.parametrize("clip", ["1.0", "null"])
@@ -32,6 +39,14 @@ def test_modules_change_plain_training_when_they_count(tmp_path: Path, cache: Pa
     train_here(tmp_path / "d0", cache, {"mtp": "none", "mtp.depth": 0})
     a, b = (column(tmp_path / name, "train/loss_depth_0") for name in ("d2", "d0"))
     assert a[1] == b[1] and a[10] != b[10]
+
+
+def test_no_depth_is_no_stack(tmp_path: Path, cache: Path) -> None:
+    train_here(tmp_path / "none", cache, {"mtp": "none", "mtp.depth": 0})
+    train_here(tmp_path / "zero", cache, {"mtp.depth": 0})
+    assert rows(tmp_path / "none") == rows(tmp_path / "zero")
+    stored = [checkpoint(tmp_path / name)["model_config"]["mtp"] for name in ("none", "zero")]
+    assert stored[0] == stored[1] and stored[0]["variant"] == "none"
 
 
 @pytest.mark.parametrize("mask", ["false", "true"])

@@ -52,6 +52,13 @@ def test_a_command_line_names_its_keys() -> None:
     }
 
 
+def test_no_depth_is_one_row_however_it_was_asked_for() -> None:
+    none = {"mtp.depth": 0, "mtp_lambda": 0.3, "seed": 0, "mtp": "none"}
+    assert hyperparameters(started_with("mtp=none")) == none
+    assert hyperparameters(started_with("mtp.depth=0")) == none
+    assert hyperparameters(started_with("mtp=linear", "mtp.depth=0", "mtp.branch=final")) == none
+
+
 def test_without_a_command_line_a_few_keys_are_left() -> None:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = compose("config", overrides=["optimizer.lr=0.01"])

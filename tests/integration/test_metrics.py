@@ -181,7 +181,7 @@ def test_summary_and_csv_agree(run: Run) -> None:
 
 
 def evaluate_here(run: Run, *overrides: str) -> dict[str, Any]:
-    from mtp_lightning.experiment import evaluate
+    from mtp_lightning.experiment.evaluating import evaluate
 
     given = [f"paths.cache_dir={run.cache}", "paths.output_dir=.", "num_threads=1", *overrides]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):

@@ -11,7 +11,8 @@ import torch
 from omegaconf import OmegaConf
 
 from mtp_lightning.cli import readable_errors
-from mtp_lightning.interop import card, export, writing
+from mtp_lightning.experiment.exporting import export
+from mtp_lightning.interop import card, writing
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.verify import CheckFailed, check_trained
 from mtp_lightning.run.loading import load_run
@@ -35,7 +36,7 @@ DEEPSEEK = {
 
 def run_export(checkpoint: Path, output: Path, **changes: Any) -> Path:
     cfg = OmegaConf.merge(DEFAULTS, {"checkpoint": str(checkpoint), "output": str(output)}, changes)
-    return export.export(cfg)
+    return export(cfg)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from data_modules.tokenizers import PretrainedTokenizer
 from mtp_lightning.decoding import generate
 from mtp_lightning.experiment import command_line
-from mtp_lightning.generation import generate_text
+from mtp_lightning.experiment.generating import generate_text
 from mtp_lightning.interop.reading import open_run, read_folder
 from mtp_lightning.run.loading import load_run
 from tests import deepseek

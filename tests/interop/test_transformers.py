@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
-from mtp_lightning.interop import check, export, tensor_files
+from mtp_lightning.experiment.exporting import export
+from mtp_lightning.interop import check, tensor_files
 from mtp_lightning.interop.names import places
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.transformers_model import one_line
@@ -141,7 +142,7 @@ def test_modules_for_their_model(name: str, tmp_path: Path) -> None:
     assert plain.token_ids == drafted.token_ids and drafted.drafts_reached[0] > 0
     cfg = OmegaConf.load(helpers.CONF / "export.yaml")
     asked = {"checkpoint": str(tmp_path / "run"), "output": str(tmp_path / "out")}
-    export.export(OmegaConf.merge(cfg, asked))
+    export(OmegaConf.merge(cfg, asked))
     back = read_folder(tmp_path / "out")
     assert back.config.mtp.depth == 1 and back.config.trunk == theirs.config.trunk
     for name_, tensor in theirs.weights.items():

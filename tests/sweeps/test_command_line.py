@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sweeps.process import quoted
+from mtp_lightning.literal import quoted
 from tests.integration.helpers import ROOT, environment, overrides, rows, train_here
 
 

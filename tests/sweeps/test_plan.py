@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from mtp_lightning.run.status import read_status, write_status
 from sweeps.plan import Plan, digest, folder_name, varied_keys, without_housekeeping
-from sweeps.process import quoted
 
 GRID = [[f"mtp.depth={d}", f"seed={s}"] for d in (0, 2) for s in (0, 1)]
 LONG = [f"data.source.some_long_key_{i}={i}" for i in range(9)]
@@ -92,11 +91,3 @@ def test_a_damaged_plan_is_named(tmp_path: Path, content: str) -> None:
 def test_a_damaged_status_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "status.json").write_text(content)
     assert read_status(tmp_path) is None
-
-
-@pytest.mark.parametrize("text", ["plain", "with space", "it's", "a=b,c", "[x]", "${y}", "ä(ö)"])
-def test_quoted_values_come_back(text: str) -> None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    override = OverridesParser.create().parse_override(f"run_dir={quoted(text)}")
-    assert override.value() == text

@@ -216,6 +216,14 @@ def test_a_variant_is_named_after_its_class(tmp_path: Path) -> None:
     assert [s.label for s in settings.all] == ["mtp=none", "mtp=sequential"]
 
 
+def test_no_depth_is_one_setting_however_it_was_asked_for(tmp_path: Path) -> None:
+    target = "mtp_lightning.mtp.none.NoMTPConfig"
+    write_run(tmp_path / "a", {"mtp._target_": target, "mtp.depth": 0})
+    write_run(tmp_path / "b", {"mtp.depth": 0, "mtp.concat": "hidden_first", "seed": 1})
+    settings, _ = of(tmp_path)
+    assert len(settings.all) == 1 and len(settings.all[0].done) == 2
+
+
 def test_a_repeated_seed_is_no_second_sample(tmp_path: Path) -> None:
     old = write_run(tmp_path / "old", loss=9.0)
     new = write_run(tmp_path / "new", loss=2.0)

@@ -62,7 +62,7 @@ def generate_text(cfg: Any) -> list[Generation]:
         top_k=cfg.top_k,
         top_p=cfg.top_p,
         seed=cfg.seed,
-        stop=list(cfg.stop),
+        stop=[cfg.stop] if isinstance(cfg.stop, str) else list(map(str, cfg.stop)),
         tokenizer=tokenizer,
         batch_size=(1 if cfg.compile else 8) if cfg.batch_size is None else cfg.batch_size,
         compile=cfg.compile,
@@ -116,7 +116,11 @@ def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list
     if prompt is not None:
         found = [str(prompt)]
     elif prompts is not None:
-        found = [line for line in Path(prompts).read_text(encoding="utf-8").splitlines() if line]
+        try:
+            text = Path(prompts).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"prompts={prompts} is not UTF-8: {error}.") from error
+        found = [line for line in text.splitlines() if line]
     elif stdin.isatty():
         raise ValueError("There is no prompt: give prompt=TEXT, prompts=FILE or standard input.")
     else:

@@ -1,0 +1,47 @@
+"""``mtp-lightning COMMAND ...``: the apps and the tools over runs, by one name."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import runpy
+import sys
+
+_NAME = "mtp-lightning"
+# Apps of Hydra, modules of mtp_lightning.apps.
+APPS = {
+    "train": "train a model with multi-token prediction; -m for sweeps",
+    "evaluate": "the metrics of a trained model",
+    "generate": "text from a trained model",
+    "export": "a trained model as a Hugging Face folder",
+}
+# Programs with options of their own: where their main() is, and what they do.
+TOOLS = {
+    "report": ("sweeps.report.__main__", "compare the runs of one or more sweeps"),
+    "search": ("sweeps.search", "look for good settings with Optuna"),
+}
+
+
+def main() -> None:
+    """The console command."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in APPS:
+        # As `python -m` would start it, so that the other processes of a run (a sweep's jobs, the
+        # ranks of a data-parallel run) are started in the same way. Unlike `python -m`, none of
+        # them imports packages from wherever the command is typed.
+        os.environ["PYTHONSAFEPATH"] = "1"
+        del sys.argv[1]
+        runpy.run_module(f"{_NAME.replace('-', '_')}.apps.{command}", None, "__main__", True)
+    elif command in TOOLS:
+        module = importlib.import_module(TOOLS[command][0])
+        module.main(sys.argv[2:], program=f"{_NAME} {command}")
+    elif command in ("-h", "--help", "help"):
+        print(_help())
+    else:
+        sys.exit(f"{command} is no command.\n\n{_help()}")
+
+
+def _help() -> str:
+    told = {**APPS, **{name: text for name, (_, text) in TOOLS.items()}}
+    lines = "\n".join(f"  {name:<10}{text}" for name, text in told.items())
+    return f"usage: {_NAME} COMMAND ...\n\n{lines}\n\n{_NAME} COMMAND --help explains each."

@@ -1,0 +1,163 @@
+"""What a person types reaches the app as it was typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from mtp_lightning.literal import INPUTS, LISTS, MAPPINGS, PLACES, TEXTS, literal, quoted
+from mtp_lightning.paths import CONF
+from mtp_lightning.run.config import flatten
+
+KEYS = TEXTS | PLACES | INPUTS
+
+# Random texts, and such as are made of what some grammar has a meaning for.
+SPECIAL = st.text(alphabet=st.sampled_from("\\'\"${}[](),=:#~ \n\ta1文"), max_size=12)
+ANY = st.one_of(st.text(max_size=40), SPECIAL)
+TYPED = [
+    "def main(", "Hello, world", "多任务", "/home/我/文本", "a=b", "it's", 'say "hi"', "'", '"',
+    "\\", "a\\'", "${x}", "\\${x", "${", "a #b", "two\nlines", "null", "true", "1e3", "", " ",
+    "$HOME", "{a: b}", "choice(a,b)", "interval(1,2)", "~x", "+x", "@", "a\\", "[INST] hi [/INST]",
+    "'a' or 'b'", "a [b", "-m",
+]  # fmt: skip
+
+
+def parse(argument: str) -> Override:
+    return OverridesParser.create().parse_override(argument)
+
+
+def read(key: str, text: str, *flags: str) -> Any:
+    """What the config says after Hydra and OmegaConf have read the argument."""
+    argument = literal([*flags, f"{key}={text}"])[-1]
+    config = OmegaConf.create({"value": parse(argument).value()})
+    return OmegaConf.to_container(config, resolve=True)["value"]  # type: ignore[index,call-overload]
+
+
+def in_quotes(text: str) -> bool:
+    """Whether Hydra reads a quoted string: then it stays what it is."""
+    try:
+        return isinstance(parse(f"key={text}")._value, QuotedString)
+    except Exception:
+        return False
+
+
+@settings(derandomize=True, max_examples=400, deadline=None)
+@given(ANY)
+def test_a_prompt_is_the_text(text: str) -> None:
+    if not in_quotes(text):
+        assert read("prompt", text) == text
+
+
+@settings(derandomize=True, max_examples=400, deadline=None)
+@given(ANY)
+def test_a_path_is_the_text(text: str) -> None:
+    if not (in_quotes(text) or "${" in text or text.lower() == "null"):
+        for key in ("run_dir", "checkpoint", "+init_from"):
+            assert read(key, text) == text
+
+
+@settings(derandomize=True, max_examples=400, deadline=None)
+@given(st.sampled_from(sorted(KEYS)), ANY, st.sampled_from([(), ("-m",)]))
+@example("prompt", "\\'", ())
+@example("data.paths", "a,文,'x'", ("-m",))
+@example("stop", "[a(,b]", ())
+def test_given_back_in_nothing_changes(key: str, text: str, flags: tuple[str, ...]) -> None:
+    """A sweep hands its jobs what it was given, and so does Lightning its ranks."""
+    once = literal([*flags, f"{key}={text}"])
+    assert literal(once) == once
+
+
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(ANY)
+def test_hydra_hands_a_quoted_text_on_as_it_is(text: str) -> None:
+    argument = f"prompt={quoted(text)}"
+    handed_on = f"prompt={parse(argument).get_value_element_as_str()}"
+    assert literal([handed_on]) == [handed_on] == [argument]
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_typed(text: str) -> None:
+    assert read("prompt", text) == text
+    for key in ("stop", "run_dir", "data.paths"):
+        for_hydra = key != "stop" and ("${" in text or text == "null")
+        # In brackets, a list is meant where there can be one.
+        if not (for_hydra or key in LISTS and text.startswith("[")):
+            assert read(key, text) == text
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ('prompt="def main():"', "def main():"),
+        ("prompt='it\\'s'", "it's"),
+        ("data.paths=[a,b]", ["a", "b"]),
+        ('data.paths=[books/, "logs/*.jsonl"]', ["books/", "logs/*.jsonl"]),
+        ("data.paths=[文本, b c, 'd,e']", ["文本", "b c", "d,e"]),
+        ("data.source.data_files={train: x}", {"train": "x"}),
+        ("stop=[a,b]", ["a", "b"]),
+        ("stop=[def main(, '完']", ["def main(", "完"]),
+        ("stop=[${x}(]", ["${x}("]),
+        ("init_from=null", None),
+        ("+data.paths=[a]", ["a"]),
+    ],
+)
+def test_what_hydra_reads_goes_on_meaning_it(argument: str, value: Any) -> None:
+    assert read(*argument.split("=", 1)) == value
+
+
+def test_interpolations_of_paths_are_hydras() -> None:
+    assert parse(literal(["run_dir=运行/${now:%H,%M}"])[0]).value() == "运行/${now:%H,%M}"
+
+
+def test_other_arguments_are_hydras() -> None:
+    given_ = ["-m", "mtp_lambda=[0.3,0.1]", "+sweeps=depth", "~callbacks.x", "--config-dir", "a b",
+              "model=nano,micro", "--cfg", "job", "mtp.depth=0,2"]  # fmt: skip
+    assert literal(given_) == given_
+
+
+def values(argument: str) -> list[str]:
+    override = parse(literal(["-m", argument])[1])
+    if not override.is_sweep_override():
+        return [str(override.value())]
+    strings = [str(value) for value in override.sweep_string_iterator()]
+    return [str(parse(f"key={string}").value()) for string in strings]
+
+
+def test_commas_part_a_sweeps_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert values("init_from=runs/a,runs/b") == ["runs/a", "runs/b"]
+    assert values("init_from=运行/a b,c(") == ["运行/a b", "c("]
+    assert values("init_from=choice(a,b)") == ["a", "b"]
+    assert values("data.paths=[a,b],[c]") == ["['a', 'b']", "['c']"]
+    assert values("init_from='a,b'") == ["a,b"]
+    (tmp_path / "a,b").mkdir()
+    assert values("init_from=a,b") == ["a,b"]
+    assert values("prompt=a,b") == ["a,b"]
+    assert values("sweep_dir=c, d") == ["c, d"]
+
+
+def test_every_key_is_one_of_the_apps() -> None:
+    """A key that was renamed would be parsed by Hydra again."""
+    found: set[str] = set()
+    for app, *groups in (
+        ("config", "data=text"),
+        ("config", "data=huggingface"),
+        ("config", "tokenizer=pretrained"),
+        ("evaluate",),
+        ("generate",),
+        ("export",),
+    ):
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            config = compose(app, overrides=groups)
+        plain = OmegaConf.to_container(config)
+        assert isinstance(plain, dict)
+        found |= flatten(plain).keys() & KEYS
+    assert found == KEYS and MAPPINGS <= LISTS <= found
