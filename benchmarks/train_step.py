@@ -1,11 +1,12 @@
 """What an optimizer step costs, in time and memory, by number of MTP depths and vocabulary.
 
-Run ``python -m benchmarks.train_step``. One step is what a run does: forward, backward, clipping,
-fused AdamW. Every configuration is measured in processes of its own (``--repeats`` of them, the
-configurations taking turns), so that its peak memory is its own. Between the steps the process
-measures its matrix-product rate: ``torch.matmul`` of 1024^3, which is MKL's on an x86 CPU, and the
-fastest one it has (``nn.linear``: oneDNN where that is faster). FLOPs count attention in full,
-without a causal discount, as the other libraries' figures do.
+Run ``python -m benchmarks.train_step``. One step is forward, backward, clipping and fused AdamW on
+one micro-batch, without what a run has around it: Lightning, callbacks, logging. Every
+configuration is measured in processes of its own (``--repeats`` of them, the configurations taking
+turns), so that its peak memory is its own. Between the steps the process measures its
+matrix-product rate: ``torch.matmul`` of 1024^3, which is MKL's on an x86 CPU, and the fastest one
+it has (``nn.linear``: oneDNN where that is faster). FLOPs count attention in full, without a
+causal discount, as the other libraries' figures do.
 """
 
 from __future__ import annotations

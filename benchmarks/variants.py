@@ -1,9 +1,10 @@
 """What every way of predicting several tokens costs on one trunk: time, memory, parameters, FLOPs.
 
-Run ``python -m benchmarks.variants``. One step is what a run does: forward, backward, clipping,
-fused AdamW. Every row is measured in processes of its own (``--repeats`` of them, the rows taking
-turns). ``activations`` is the most that autograd holds at once for backward passes: independent
-heads (parallel, linear) are trained one after another, so theirs does not grow with D.
+Run ``python -m benchmarks.variants``. One step is forward, backward, clipping and fused AdamW on
+one micro-batch, without what a run has around it. Every row is measured in processes of its own
+(``--repeats`` of them, the rows taking turns). ``activations`` is the most that autograd holds at
+once for backward passes: independent heads (parallel, linear) are trained one after another, so
+theirs does not grow with D.
 """
 
 from __future__ import annotations
