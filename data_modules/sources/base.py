@@ -17,7 +17,8 @@ class MissingPackageError(ImportError, ValueError):
 
     def __init__(self, what: str, *, package: str, extra: str) -> None:
         super().__init__(
-            f"{what} needs the package {package!r}: pip install 'mtp-lightning[{extra}]'"
+            f"{what} needs the package {package!r}: pip install {package} "
+            f"(in a checkout: pip install -e '.[{extra}]')"
         )
 
 

@@ -17,7 +17,7 @@ class TrunkOutput:
     """What prediction heads may read from the trunk, each [B, T, C].
 
     Attributes:
-        final: after all blocks and the final norm: h^0 of semantics, what the head projects.
+        final: after all blocks and the norm: h^0 of docs/semantics.md, what the head projects.
         last_block: after all blocks, before the final norm.
         before_last: after all blocks but the last, before any norm.
     """

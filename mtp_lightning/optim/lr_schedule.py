@@ -1,9 +1,10 @@
-"""Learning-rate schedules: a pure function of the optimizer step, so that a resumed run continues
-exactly.
+"""Learning-rate schedules: pure functions of the optimizer step, so that a resumed run goes on as
+it would have.
 
-cosine    warm-up, then half a cosine down to `min_ratio`
-wsd       warm-up, stable, then a linear decay to `min_ratio` (Hu et al. 2024, MiniCPM; Haegele et
-al. 2024) constant  warm-up, then 1
+- ``cosine``: warm-up, then half a cosine down to ``min_ratio``
+- ``wsd``: warm-up, stable, then a linear decay to ``min_ratio`` (MiniCPM, Hu et al. 2024; Haegele
+  et al. 2024)
+- ``constant``: warm-up, then 1
 """
 
 from __future__ import annotations

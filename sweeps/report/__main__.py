@@ -87,7 +87,7 @@ def _require_packages() -> None:
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"The report needs {', '.join(missing)}: pip install 'mtp-lightning[report]' "
+            f"The report needs {', '.join(missing)}: pip install {' '.join(missing)} "
             "(in a checkout: pip install -e '.[report]')."
         )
 

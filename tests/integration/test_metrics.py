@@ -83,7 +83,7 @@ def bpe(once: Once, cache: Path) -> Run:
 
 
 def validation_windows(ids: list[int]) -> list[torch.Tensor]:
-    """Windows that start T tokens apart, as semantics.md says."""
+    """Windows that start T tokens apart, as docs/semantics.md says."""
     n = (len(ids) - 1 - SEQ_LEN) // SEQ_LEN
     length = SEQ_LEN + DEPTH + 1
     assert n > 2
@@ -91,7 +91,7 @@ def validation_windows(ids: list[int]) -> list[torch.Tensor]:
 
 
 def recomputed(content: dict[str, Any], windows: list[torch.Tensor]) -> dict[str, float]:
-    """The rates of semantics.md in float64, position by position, from stored weights."""
+    """The rates of docs/semantics.md in float64, position by position, from stored weights."""
     trunk = TrunkConfig(**content["model_config"]["trunk"])
     weights = {
         name.removeprefix("model."): tensor.double()

@@ -131,7 +131,7 @@ def test_a_stack_without_weights_is_a_plain_model(tmp_path: Path) -> None:
 
 
 def test_the_layout_is_the_contracts(tmp_path: Path) -> None:
-    """shared/semantics: depth k is layer L + k - 1, with copies of embedding and head."""
+    """docs/semantics.md: depth k is layer L + k - 1, with copies of embedding and head."""
     model = deepseek.build(folders.TRUNKS["deepseek"], depth=2)
     folders.write(tmp_path / "one", model)
     index = json.loads((tmp_path / "one" / "model.safetensors.index.json").read_text())
