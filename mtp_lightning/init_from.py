@@ -7,6 +7,7 @@ hold begins fresh, one that the model does not have is dropped, and both are sai
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,18 +69,19 @@ class Inherited:
         return "; ".join(["trunk and head kept", *found])
 
 
-def read_start(path: str | Path) -> Start:
+def read_start(path: str | Path, *, allow: Collection[str] = ()) -> Start:
     """Read what a run is to start from.
 
     Args:
         path: a run folder (its best checkpoint), a .ckpt file, or a Hugging Face folder.
+        allow: packages whose variants it may ask for.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: a damaged or foreign checkpoint, or a folder that cannot be imported.
     """
     if is_folder(path):
-        folder = read_folder(path)
+        folder = read_folder(path, allow=allow)
         return Start(
             path=folder.path,
             config=folder.config,
@@ -91,7 +93,7 @@ def read_start(path: str | Path) -> Start:
     file, checkpoint = read_checkpoint(path, needs=needs)
     return Start(
         path=file,
-        config=ModelConfig.from_dict(checkpoint["model_config"]),
+        config=ModelConfig.from_dict(checkpoint["model_config"], allow=allow),
         weights=model_weights(checkpoint),
         tokenizer_state=checkpoint["tokenizer"],
         brings_trunk=brought_trunk(checkpoint),

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning.decoding.measure import decoding_report
 from mtp_lightning.evaluation import evaluate_model
-from mtp_lightning.experiment.instantiate import instantiate, rebuild
+from mtp_lightning.experiment.instantiate import rebuild, trusted_packages
 from mtp_lightning.interop.reading import open_run
 from mtp_lightning.metrics.rates import bits_per_byte
 from mtp_lightning.model import MTPModel
@@ -45,8 +45,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """
     quiet_lightning()
     set_threads(cfg.num_threads)
-    run = open_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator))
-    data = validation_data(run, data=cfg.get("data"), cache_dir=cfg.paths.cache_dir)
+    allow = trusted_packages(cfg)
+    run = open_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), allow=allow)
+    data = validation_data(run, data=cfg.get("data"), cache_dir=cfg.paths.cache_dir, allow=allow)
     rates = evaluate_model(run.model, data.val_dataloader(), limit=cfg.limit_batches)
     per_byte = bits_per_byte(rates["loss_depth_0"], data.bytes_per_token("val"))
     metrics = {
@@ -80,7 +81,7 @@ def validation_data(
         run: its tokenizer reads the text.
         data: the other group.
         cache_dir: where token stores are; by default where the run's are.
-        allow: packages whose text sources the run's own config may build.
+        allow: packages whose text sources may be built.
 
     Raises:
         ValueError: a Hugging Face folder, which has no text of its own, without other data.
@@ -93,10 +94,8 @@ def validation_data(
     if data is not None:
         config.data = OmegaConf.to_container(data, resolve=False)
     config.paths.cache_dir = cache_dir or config.paths.cache_dir
-    if data is None:
-        module = rebuild(config.data, allow=allow, tokenizer=run.tokenizer)
-    else:
-        module = instantiate(config.data, tokenizer=run.tokenizer)
+    # Also with the user's data, whose keys follow what was stored: seed, mtp.depth.
+    module = rebuild(config.data, allow=allow, tokenizer=run.tokenizer)
     module.prepare("validate")
     return module
 

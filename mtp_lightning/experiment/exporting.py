@@ -46,7 +46,7 @@ def export(cfg: Any) -> Path:
         raise FileExistsError(f"output={folder} is not empty: choose another folder or clear it.")
     if cfg.verify:
         import_transformers()  # before anything is written
-    run = open_run(cfg.checkpoint)
+    run = open_run(cfg.checkpoint, allow=cfg.allow)
     model = _trunk_alone(run.model) if cfg.depth == 0 else run.model
     contents = write_folder(
         folder,

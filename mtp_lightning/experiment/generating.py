@@ -44,7 +44,8 @@ def generate_text(cfg: Any) -> list[Generation]:
         raise ValueError(f"output={cfg.output} is unknown: choose text or json.")
     set_threads(cfg.num_threads)
     prompts = read_prompts(cfg.prompt, cfg.prompts, sys.stdin)
-    run = open_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator))
+    device = pick_accelerator(cfg.accelerator)
+    run = open_run(cfg.checkpoint, device=device, allow=cfg.allow)
     tokenizer = run.tokenizer
     # One prompt is shown as it grows; several, each when it is finished.
     streams = cfg.output == "text" and len(prompts) == 1

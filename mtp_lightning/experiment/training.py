@@ -23,6 +23,7 @@ from mtp_lightning.experiment.build import (
 )
 from mtp_lightning.experiment.command_line import hyperparameters
 from mtp_lightning.experiment.generating import print_sample
+from mtp_lightning.experiment.instantiate import trusted_packages
 from mtp_lightning.init_from import Start, brought_trunk, read_start, start_from
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
@@ -82,7 +83,7 @@ def prepare(cfg: DictConfig, folder: Path) -> Prepared:
     tokenizer_state, brings_trunk = None, False
     if cfg.init_from is not None:
         if stored is None:
-            start = read_start(cfg.init_from)
+            start = read_start(cfg.init_from, allow=trusted_packages(cfg))
             tokenizer_state, brings_trunk = start.tokenizer_state, start.brings_trunk
             if brings_trunk:
                 cfg = adopt_trunk(cfg, start.config.trunk, source=start.path)
@@ -97,7 +98,8 @@ def prepare(cfg: DictConfig, folder: Path) -> Prepared:
             tokenizer_state = stored.get("tokenizer")
             brings_trunk = brought_trunk(stored)
             if brings_trunk:
-                trunk = ModelConfig.from_dict(stored["model_config"]).trunk
+                allow = trusted_packages(cfg)
+                trunk = ModelConfig.from_dict(stored["model_config"], allow=allow).trunk
                 cfg = adopt_trunk(cfg, trunk, source=Path(cfg.init_from))
     asked = cfg
     data = build_data(cfg, tokenizer_state, brought=brings_trunk)

@@ -7,6 +7,7 @@ Its tensors have this project's names and shapes (``mtp.depths.0...``). Its meta
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -39,15 +40,19 @@ def metadata(config: ModelConfig) -> dict[str, str]:
     return {_KEY: json.dumps(config.mtp.to_dict(), sort_keys=True)}
 
 
-def read(folder: Path) -> tuple[MTPConfig, dict[str, Tensor]]:
+def read(folder: Path, *, allow: Collection[str] = ()) -> tuple[MTPConfig, dict[str, Tensor]]:
     """The stack and its weights, float32.
+
+    Args:
+        folder: with the file.
+        allow: packages whose variants it may ask for.
 
     Raises:
         ValueError: a damaged file, or a stack that this version does not know.
     """
     found, described = tensor_files.read(folder / FILE)
     try:
-        config = MTPConfig.from_dict(json.loads(described.get(_KEY, "")))
+        config = MTPConfig.from_dict(json.loads(described.get(_KEY, "")), allow=allow)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / FILE} does not say what its tensors are: {error}.") from error
     return config, {name: tensor.float() for name, tensor in found.items()}

@@ -6,6 +6,7 @@ Nothing in the folder is executed: no pickled file is opened, no code that it na
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,8 +66,12 @@ def is_folder(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
-def read_folder(path: str | Path) -> Folder:
+def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
     """Read model and weights.
+
+    Args:
+        path: the folder.
+        allow: packages whose variants its file of heads may ask for.
 
     Raises:
         FileNotFoundError: config.json or a file of weights is missing.
@@ -82,13 +87,15 @@ def read_folder(path: str | Path) -> Folder:
     config = ModelConfig(trunk=trunk, mtp=mtp)
     weights = from_folder(config, tensors, source=str(path))
     if heads.is_there(path):
-        mtp, extra = heads.read(path)
+        mtp, extra = heads.read(path, allow=allow)
         config = ModelConfig(trunk=trunk, mtp=mtp)
         weights |= extra
     return Folder(path=path, fields=fields, config=config, weights=weights)
 
 
-def open_run(path: str | Path, *, device: torch.device | str = "cpu") -> LoadedRun:
+def open_run(
+    path: str | Path, *, device: torch.device | str = "cpu", allow: Collection[str] = ()
+) -> LoadedRun:
     """:func:`~mtp_lightning.run.loading.load_run`, for Hugging Face folders as well.
 
     Raises:
@@ -96,8 +103,8 @@ def open_run(path: str | Path, *, device: torch.device | str = "cpu") -> LoadedR
         ValueError: it is damaged or does not fit; or a folder without a tokenizer.json.
     """
     if not is_folder(path):
-        return load_run(path, device=device)
-    folder = read_folder(path)
+        return load_run(path, device=device, allow=allow)
+    folder = read_folder(path, allow=allow)
     if folder.tokenizer_state is None:
         raise ValueError(f"{path} holds no tokenizer.json: put the model's own one there.")
     return LoadedRun(

@@ -104,20 +104,24 @@ def read_checkpoint(path: str | Path, *, needs: Collection[str]) -> tuple[Path, 
     return file, checkpoint
 
 
-def load_run(path: str | Path, *, device: torch.device | str = "cpu") -> LoadedRun:
+def load_run(
+    path: str | Path, *, device: torch.device | str = "cpu", allow: Collection[str] = ()
+) -> LoadedRun:
     """Build the model of a run and load its weights.
 
     Args:
         path: a run folder or a checkpoint file.
         device: where the model goes.
+        allow: packages whose variants the checkpoint may ask for.
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: it is damaged, or was not written by this platform, or does not fit its config.
+        ValueError: it is damaged, or was not written by this platform, or does not fit its config,
+            or needs a package that is not allowed.
     """
     needs = ("model_config", "state_dict", "tokenizer", "config")
     file, checkpoint = read_checkpoint(path, needs=needs)
-    model = MTPModel(ModelConfig.from_dict(checkpoint["model_config"]))
+    model = MTPModel(ModelConfig.from_dict(checkpoint["model_config"], allow=allow))
     load_weights(model, model_weights(checkpoint), source=str(file))
     return LoadedRun(
         model=model.to(device).eval(),
