@@ -172,6 +172,8 @@ class MTPModule(pl.LightningModule):
         if grad_norm is not None:
             values["train/grad_norm"] = grad_norm
         self._values = values | self._losses_by_tag(total, losses, factors, active)
+        # For callbacks that monitor a value, such as Lightning's EarlyStopping.
+        self.log_dict(self._values, logger=False)
         # Lightning takes the x axis, of what callbacks log too, from "step".
         self.log_dict({"train/lr": optimizer.param_groups[0]["lr"], "step": float(step + 1)})
         return {

@@ -16,6 +16,7 @@ from mtp_lightning.objective.balance.gradients import (
     task_gradients,
 )
 from mtp_lightning.objective.mtp_loss import active_depths
+from mtp_lightning.settings import require_whole
 
 
 class GradientConflict(Callback):
@@ -41,13 +42,8 @@ class GradientConflict(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
-        whole = isinstance(every_n_steps, int) and not isinstance(every_n_steps, bool)
-        if not whole or every_n_steps < 1:
-            raise ValueError(
-                "callbacks.gradient_conflict.every_n_steps must be a whole number of at least 1, "
-                f"not {every_n_steps!r}."
-            )
-        self.every_n_steps = every_n_steps
+        key = "callbacks.gradient_conflict.every_n_steps"
+        self.every_n_steps = require_whole(key, every_n_steps, least=1)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a model without anything to measure.
