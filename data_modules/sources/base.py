@@ -16,9 +16,7 @@ class MissingPackageError(ImportError, ValueError):
     """An optional package is not installed. A ValueError too: the apps print it as one line."""
 
     def __init__(self, what: str, *, package: str, extra: str) -> None:
-        super().__init__(
-            f"{what} needs the package {package!r}: pip install 'mtp-lightning[{extra}]'"
-        )
+        super().__init__(f"{what} needs the package {package!r}: pip install -e '.[{extra}]'")
 
 
 class Source(ABC):

@@ -86,10 +86,7 @@ def _require_packages() -> None:
     wanted = ("matplotlib", "jinja2", "scipy")
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(
-            f"The report needs {', '.join(missing)}: pip install 'mtp-lightning[report]' "
-            "(in a checkout: pip install -e '.[report]')."
-        )
+        raise ValueError(f"The report needs {', '.join(missing)}: pip install -e '.[report]'.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

