@@ -19,6 +19,7 @@ from data_modules.store_builder import prepare_store
 from data_modules.token_store import TokenStore
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.window_dataset import WindowDataset, window_count
+from mtp_lightning.settings import require_whole
 
 
 class TokenDataModule(LightningDataModule):
@@ -68,23 +69,16 @@ class TokenDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for key, value in (
-            ("data.seq_len", seq_len),
-            ("data.batch_size", batch_size),
-            ("trainer.accumulate_grad_batches", accumulate),
-            ("data.eval_batch_size", 1 if eval_batch_size is None else eval_batch_size),
-        ):
-            if not isinstance(value, int):
-                raise ValueError(f"{key} must be a whole number, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{key} must be at least 1, got {value}")
+        require_whole("data.seq_len", seq_len, least=1)
+        require_whole("data.batch_size", batch_size, least=1)
+        require_whole("trainer.accumulate_grad_batches", accumulate, least=1)
+        if eval_batch_size is not None:
+            require_whole("data.eval_batch_size", eval_batch_size, least=1)
+        require_whole("data.num_workers", num_workers, least=0)
+        require_whole("seed", seed, least=0)
         if not 0 <= depth <= seq_len:
             raise ValueError(
                 f"mtp.depth must lie between 0 and data.seq_len = {seq_len}, got {depth}"
-            )
-        if seed < 0 or num_workers < 0:
-            raise ValueError(
-                f"seed and data.num_workers must be 0 or more, got {seed} and {num_workers}"
             )
         self.source = source
         self.seq_len = seq_len

@@ -121,6 +121,8 @@ class MTPModule(pl.LightningModule):
         self.flops += result.flops
         self.seconds += time.perf_counter() - began
         self._values = result.log_values()
+        # For callbacks that monitor a value, such as Lightning's EarlyStopping.
+        self.log_dict(self._values, logger=False)
         # Lightning takes the x axis, of what callbacks log too, from "step".
         self.log_dict({**rates, "step": float(done + 1)})
         return {

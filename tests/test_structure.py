@@ -32,8 +32,8 @@ RANK = {
     "objective": 3,
     **dict.fromkeys(["decoding", "metrics", "run"], 4),
     **dict.fromkeys(["compare", "evaluation", "interop"], 5),
-    **dict.fromkeys(["init_from"], 6),
-    **dict.fromkeys(["module", "callbacks", "loggers"], 7),
+    **dict.fromkeys(["init_from", "loggers"], 6),
+    **dict.fromkeys(["module", "callbacks"], 7),
     "experiment": 8,
     "apps": 9,
     "console": 10,
@@ -284,7 +284,8 @@ NEEDS = {  # what has to be given with an option that has no default for it
     "data/huggingface": ["data.source.path=parquet", "data.source.data_files=x.parquet"],
     "tokenizer/pretrained": ["tokenizer.path=TOKENIZER"],
 }
-EXTRAS = {"data/huggingface", "data/shakespeare"}  # composed only: their packages may be missing
+# Composed only: their packages may be missing.
+EXTRAS = {"data/huggingface", "data/shakespeare", "logger/mlflow", "logger/trackio", "logger/wandb"}
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -13,8 +13,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
+from mtp_lightning.callbacks.base import run_callbacks
 from mtp_lightning.run.checkpoints import intact, link_or_copy, load, save, stored_step
 from mtp_lightning.run.layout import BEST, LAST, PREVIOUS
+from mtp_lightning.settings import require_choice, require_whole
 
 
 class Checkpoints(Checkpoint):
@@ -50,16 +52,11 @@ class Checkpoints(Checkpoint):
         monitor: str | None = "val/loss_depth_0",
         mode: str = "min",
     ) -> None:
-        if not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(
-                f"callbacks.checkpoints.every_n_steps must be >= 1, not {every_n_steps!r}."
-            )
-        if mode not in ("min", "max"):
-            raise ValueError(f"callbacks.checkpoints.mode must be min or max, not {mode!r}.")
+        group = "callbacks.checkpoints"
         self.folder = Path(folder)
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = require_whole(f"{group}.every_n_steps", every_n_steps, least=1)
         self.monitor = monitor
-        self.mode = mode
+        self.mode = require_choice(f"{group}.mode", mode, ("min", "max"))
         self.best_score: float | None = None
         self.best_step: int | None = None
         self._saved_step: int | None = None
@@ -214,9 +211,8 @@ class Checkpoints(Checkpoint):
         if self._saved_step == trainer.global_step:
             return
         with ExitStack() as stack:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if hasattr(callback, "paused"):  # the throughput's clock
-                    stack.enter_context(callback.paused())
+            for callback in run_callbacks(trainer):
+                stack.enter_context(callback.paused())
             # a damaged last.ckpt of an earlier process must not push an intact previous.ckpt out
             if trainer.is_global_zero and (self._last_is_good or intact(self.last_path)):
                 link_or_copy(self.last_path, self.folder / PREVIOUS)

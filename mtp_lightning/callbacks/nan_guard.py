@@ -12,18 +12,19 @@ from torch import Tensor
 
 from mtp_lightning.callbacks.checkpoints import Checkpoints
 from mtp_lightning.run.checkpoints import stored_step
+from mtp_lightning.settings import require_whole
 
 
 class NanGuard(Callback):
     """Raises ValueError naming the step, the depths and the last good checkpoint.
 
     Reads what the module's training step returns: `losses`, a tensor [D+1] of unscaled per-depth
-    means, `active`, which of them were computed (a list of D+1 bool; missing means all), and
-    `loss`. Reading a loss waits for the device, so on a GPU the steps are kept and looked at
-    together every `every_n_steps`; the first bad one is named exactly all the same. On the CPU
-    every step is looked at. Before a checkpoint is written the losses since the last look and all
-    parameters are checked in any case: a gradient that overflowed spoils the weights one step
-    before a loss shows it.
+    means, `active`, which of them were computed (a list of D+1 bool), and `loss`. Reading a loss
+    waits for the device, so on a GPU the steps are kept and looked at together every
+    `every_n_steps`; the first bad one is named exactly all the same. On the CPU every step is
+    looked at. Before a checkpoint is written the losses since the last look and all parameters are
+    checked in any case: a gradient that overflowed spoils the weights one step before a loss shows
+    it.
 
     Under several processes `losses` must be the same on all of them, or one would stop alone.
 
@@ -32,11 +33,8 @@ class NanGuard(Callback):
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
-        if not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(
-                f"callbacks.nan_guard.every_n_steps must be >= 1, not {every_n_steps!r}."
-            )
-        self.every_n_steps = every_n_steps
+        key = "callbacks.nan_guard.every_n_steps"
+        self.every_n_steps = require_whole(key, every_n_steps, least=1)
         self._pending: list[tuple[int, Tensor, list[bool]]] = []
         self._failure: str | None = None
 
@@ -54,7 +52,7 @@ class NanGuard(Callback):
     ) -> None:
         """Keep this step's losses, and look at the kept ones when it is time."""
         losses = torch.as_tensor(outputs["losses"]).detach()
-        active = [bool(flag) for flag in outputs.get("active", [True] * len(losses))]
+        active = [bool(flag) for flag in outputs["active"]]
         row = torch.cat(
             [losses.flatten(), torch.as_tensor(outputs["loss"]).detach().reshape(1).to(losses)]
         )

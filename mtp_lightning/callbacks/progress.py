@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from mtp_lightning.callbacks.base import run_callbacks
+
 
 class StepProgressBar(ProgressBar):
     """A bar of `max_steps` optimizer steps with every depth's loss, the lambdas and tokens per
@@ -20,8 +22,8 @@ class StepProgressBar(ProgressBar):
     lines. A resumed run starts at the step it resumes from. The losses are read from the device
     only when something is shown.
 
-    Reads the training step's `losses` (tensor [D+1]), `active` (D+1 bool) and, when present,
-    `lambdas` (D numbers); else the logged `train/lambda_depth_k`.
+    Reads the training step's `losses` (tensor [D+1]), `active` (D+1 bool) and `lambdas` (D
+    numbers), and what other callbacks have to show (`RunCallback.shown`).
 
     Args:
         refresh_seconds: seconds between two updates on a terminal.
@@ -160,28 +162,15 @@ class StepProgressBar(ProgressBar):
 
     def _describe(self, trainer: pl.Trainer, outputs: Any) -> str:
         losses = torch.as_tensor(outputs["losses"]).tolist()
-        active = outputs.get("active", [True] * len(losses))
         parts = [
             f"L{k} {loss:.2f}" if on else f"L{k} -"
-            for k, (loss, on) in enumerate(zip(losses, active, strict=True))
+            for k, (loss, on) in enumerate(zip(losses, outputs["active"], strict=True))
         ]
-        lambdas = outputs.get("lambdas")
-        if lambdas is None:
-            lambdas = _by_depth(trainer, "train/lambda_depth_").values()
-        shown = ",".join(f"{float(value):.3g}" for value in lambdas)
-        if shown:
-            parts.append(f"lambda {shown}")
-        rate = next(
-            (
-                callback.tokens_per_second
-                for callback in trainer.callbacks  # type: ignore[attr-defined]
-                if getattr(callback, "tokens_per_second", None)
-            ),
-            None,
-        )
-        if rate:
-            parts.append(f"{_short(rate)} tok/s")
-        return "  ".join(parts)
+        lambdas = ",".join(f"{float(value):.3g}" for value in outputs["lambdas"])
+        if lambdas:
+            parts.append(f"lambda {lambdas}")
+        parts += [callback.shown() for callback in run_callbacks(trainer)]
+        return "  ".join(filter(None, parts))
 
 
 def _by_depth(trainer: pl.Trainer, prefix: str) -> dict[int, float]:
@@ -192,11 +181,3 @@ def _by_depth(trainer: pl.Trainer, prefix: str) -> dict[int, float]:
         if name.startswith(prefix) and depth.isdigit():
             found[int(depth)] = float(value)
     return dict(sorted(found.items()))
-
-
-def _short(rate: float) -> str:
-    """12345 -> 12.3k"""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if rate >= size:
-            return f"{rate / size:.3g}{letter}"
-    return f"{rate:.3g}"

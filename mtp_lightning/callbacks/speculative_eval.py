@@ -9,7 +9,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from mtp_lightning.decoding.measure import race, rates, require_same_greedy
+from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.model import MTPModel
+from mtp_lightning.settings import require_whole
 
 log = logging.getLogger(__name__)
 
@@ -35,18 +37,10 @@ class SpeculativeEval(Callback):
     """
 
     def __init__(self, n_prompts: int = 4, prompt_tokens: int = 32, new_tokens: int = 64) -> None:
-        for name, value, least in (
-            ("n_prompts", n_prompts, 1),
-            ("prompt_tokens", prompt_tokens, 1),
-            ("new_tokens", new_tokens, 2),
-        ):
-            if value < least:
-                raise ValueError(
-                    f"callbacks.speculative_eval.{name} must be at least {least}, not {value}."
-                )
-        self.n_prompts = n_prompts
-        self.prompt_tokens = prompt_tokens
-        self.new_tokens = new_tokens
+        group = "callbacks.speculative_eval"
+        self.n_prompts = require_whole(f"{group}.n_prompts", n_prompts, least=1)
+        self.prompt_tokens = require_whole(f"{group}.prompt_tokens", prompt_tokens, least=1)
+        self.new_tokens = require_whole(f"{group}.new_tokens", new_tokens, least=2)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decode, compare, log; by the first process alone."""
@@ -74,8 +68,8 @@ class SpeculativeEval(Callback):
         plain = run.outputs["plain"]
         text = f"{data.tokenizer.decode(prompts[0].tolist())}|{plain[0].text}"
         for logger in trainer.loggers:
-            if hasattr(logger, "log_text"):
-                logger.log_text("decode/sample", text, trainer.global_step)
+            if isinstance(logger, RunLogger):
+                logger.write_text("decode/sample", text, trainer.global_step)
         values: dict[str, float] = {}
         if "drafted" in ways:
             drafted = run.outputs["drafted"]

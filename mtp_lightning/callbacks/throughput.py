@@ -9,10 +9,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+
+from mtp_lightning.callbacks.base import RunCallback
+from mtp_lightning.settings import require_whole
 
 
-class Throughput(Callback):
+class Throughput(RunCallback):
     """Logs `perf/tokens_per_second` and `perf/mfu`.
 
     Counted is the time of training, waiting for data included, validation and checkpoints excluded.
@@ -24,8 +26,7 @@ class Throughput(Callback):
     1024^3 on a CPU, 8192^3 on a GPU. FLOPs are those that the module's training step reports.
 
     The training step returns `tokens` (depth-0 targets of this optimizer step, all processes) and
-    `flops` (of this optimizer step, all processes), both Python numbers. Without `flops`,
-    `pl_module.flops_per_step` is used; without both, `perf/mfu` is not logged.
+    `flops` (of this optimizer step, all processes), both Python numbers.
 
     Args:
         every_n_steps: steps between two logs; null follows `trainer.log_every_n_steps`.
@@ -33,14 +34,12 @@ class Throughput(Callback):
     """
 
     def __init__(self, every_n_steps: int | None = None, measure_matmul: bool = True) -> None:
-        if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
-            raise ValueError(
-                f"callbacks.throughput.every_n_steps must be >= 1, not {every_n_steps!r}."
-            )
+        if every_n_steps is not None:
+            require_whole("callbacks.throughput.every_n_steps", every_n_steps, least=1)
         self.every_n_steps = every_n_steps
         self.measure_matmul = measure_matmul
         self.matmul_rate: float | None = None
-        self.tokens_per_second: float | None = None  # of the last window: the progress bar shows it
+        self._tokens_per_second: float | None = None  # of the last window
         self._reset()
 
     def _reset(self) -> None:
@@ -72,13 +71,12 @@ class Throughput(Callback):
             self._synchronize()
             self._mark = time.perf_counter()
             return
-        flops = outputs.get("flops", getattr(pl_module, "flops_per_step", None))
-        self._window.add(outputs["tokens"], flops)
+        self._window.add(outputs["tokens"], outputs["flops"])
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step % every != 0 and trainer.global_step != trainer.max_steps:
             return
         values = self._close_window().values(self.matmul_rate, self._processes)
-        self.tokens_per_second = values["perf/tokens_per_second"]
+        self._tokens_per_second = values["perf/tokens_per_second"]
         for name, value in values.items():
             pl_module.log(name, value, on_step=True, on_epoch=False, rank_zero_only=True)
 
@@ -102,6 +100,10 @@ class Throughput(Callback):
             yield
         finally:
             self._go_on()
+
+    def shown(self) -> str:
+        """Tokens per second of the last window."""
+        return f"{_short(self._tokens_per_second)} tok/s" if self._tokens_per_second else ""
 
     def summary(self) -> dict[str, float]:
         """Means over everything trained in this process; empty after fewer than two steps."""
@@ -161,6 +163,14 @@ class _Sum:
         if matmul_rate and self.flops:
             result["perf/mfu"] = self.flops / self.seconds / (matmul_rate * processes)
         return result
+
+
+def _short(rate: float) -> str:
+    """12345 -> 12.3k"""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if rate >= size:
+            return f"{rate / size:.3g}{letter}"
+    return f"{rate:.3g}"
 
 
 def run_dtype(precision: str) -> torch.dtype:

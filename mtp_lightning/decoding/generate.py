@@ -24,6 +24,7 @@ from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.speculative import Decoder
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.linear import packed_weights
+from mtp_lightning.settings import is_whole
 
 Prompt = Sequence[int] | Tensor
 OnTokens = Callable[[int, list[int], list[bool]], None]
@@ -230,7 +231,7 @@ def _max_draft(model: MTPModel, speculative: bool, draft_depth: object) -> int:
             # Shared layers have no end; twice the trained depth is where auto stops looking.
             most = model.depth if draft_depth is None else 2 * model.depth
         return most if speculative else 0
-    if not isinstance(draft_depth, int) or isinstance(draft_depth, bool) or draft_depth < 1:
+    if not is_whole(draft_depth) or draft_depth < 1:
         raise ValueError(
             f"draft_depth={draft_depth} must be a whole number of at least 1, or 'auto'; "
             "speculative=false is plain decoding."
@@ -286,7 +287,7 @@ def _stop_strings(stop: Sequence[str], tokenizer: Any) -> tuple[str, ...]:
 
 
 def _whole(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not is_whole(value):
         raise ValueError(f"{name}={value} must be a whole number.")
     return value
 

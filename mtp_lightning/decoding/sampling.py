@@ -5,16 +5,13 @@ Shapes: V vocabulary, anything in front of it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+from mtp_lightning.settings import is_number, is_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +34,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         t, k, p = self.temperature, self.top_k, self.top_p
-        if not _is_number(t) or not math.isfinite(t) or t < 0:
+        if not is_number(t) or t < 0:
             raise ValueError(f"temperature={t} must be a number of at least 0 (0 is greedy).")
-        if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+        if k is not None and (not is_whole(k) or k < 1):
             raise ValueError(f"top_k={k} must be a whole number of at least 1, or null for all.")
-        if p is not None and (not _is_number(p) or not 0 < p <= 1):
+        if p is not None and (not is_number(p) or not 0 < p <= 1):
             raise ValueError(f"top_p={p} must lie above 0 and at most at 1; null or 1 keeps all.")
 
     @property

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from data_modules.tokenizers import tokenizer_from_state
@@ -17,6 +16,7 @@ from mtp_lightning.callbacks.checkpoint_plugin import AtomicCheckpointIO
 from mtp_lightning.callbacks.precision_plugin import TokenDoublePrecision
 from mtp_lightning.experiment.command_line import overridden
 from mtp_lightning.experiment.instantiate import instantiate, targets
+from mtp_lightning.experiment.run_loggers import build_loggers
 from mtp_lightning.init_from import FREE
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
@@ -29,6 +29,7 @@ from mtp_lightning.objective.schedule.base import LambdaSchedule
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.optim.base import OptimizerConfig
 from mtp_lightning.runtime import pick_accelerator
+from mtp_lightning.settings import require_whole
 
 if TYPE_CHECKING:
     from data_modules import TokenDataModule
@@ -229,9 +230,7 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
     _check_choice("precision", settings["precision"], _PRECISIONS)
     _check_choice("strategy", settings["strategy"], _STRATEGIES)
     for key in ("max_steps", "val_check_interval", "log_every_n_steps"):
-        value = settings[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"trainer.{key} must be a whole number of at least 1, not {value}.")
+        require_whole(f"trainer.{key}", settings[key], least=1)
     settings["accelerator"] = pick_accelerator(settings["accelerator"])
     if settings["strategy"] == "ddp":
         settings["strategy"] = "ddp_find_unused_parameters_true" if may_skip else "ddp"
@@ -244,10 +243,6 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
     if settings["precision"] == "64-true":
         plugins.append(TokenDoublePrecision())
         settings["precision"] = None
-    loggers = [instantiate(node, kind=Logger) for node in cfg.logger.values()]
-    if resume_step is not None:
-        for logger in loggers:
-            logger.resume_from(resume_step)
     try:
         return pl.Trainer(
             **settings,
@@ -259,8 +254,11 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
             # The loaders shard themselves, so that their order can be resumed.
             use_distributed_sampler=False,
             enable_model_summary=False,
-            logger=loggers,
-            callbacks=[instantiate(node, kind=pl.Callback) for node in cfg.callbacks.values()],
+            logger=build_loggers(cfg, resume_step=resume_step),
+            callbacks=[
+                instantiate(node, kind=pl.Callback)
+                for node in (cfg.get("callbacks") or {}).values()
+            ],
             plugins=plugins,
         )
     except TypeError as error:

@@ -19,6 +19,7 @@ from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.loading import LoadedRun
 from mtp_lightning.run.summary import environment, print_summary
 from mtp_lightning.runtime import pick_accelerator, quiet_lightning, set_threads
+from mtp_lightning.settings import require_whole
 
 if TYPE_CHECKING:
     from data_modules import TokenDataModule
@@ -109,8 +110,7 @@ def evaluate_decoding(
         ValueError: settings out of range.
     """
     for key, least in (("n_prompts", 0), ("prompt_tokens", 1), ("new_tokens", 2)):
-        if not isinstance(settings[key], int) or settings[key] < least:
-            raise ValueError(f"decode.{key} must be at least {least}, not {settings[key]}.")
+        require_whole(f"decode.{key}", settings[key], least=least)
     if model.mtp.max_draft_depth == 0 or settings.n_prompts == 0:
         return {}
     try:

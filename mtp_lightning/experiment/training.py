@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning import compare
-from mtp_lightning.callbacks.throughput import Throughput
+from mtp_lightning.callbacks.base import run_callbacks
 from mtp_lightning.cli import Stopped
 from mtp_lightning.experiment.build import (
     adopt_trunk,
@@ -24,6 +24,7 @@ from mtp_lightning.experiment.build import (
 from mtp_lightning.experiment.command_line import hyperparameters
 from mtp_lightning.experiment.generating import print_sample
 from mtp_lightning.experiment.instantiate import trusted_packages
+from mtp_lightning.experiment.run_loggers import end_loggers
 from mtp_lightning.init_from import Start, brought_trunk, read_start, start_from
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
@@ -148,8 +149,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(run.asked, folder / CONFIG_FILE, resolve=True)
         data.tokenizer.save(folder)
+    params = hyperparameters(cfg)
     for logger in trainer.loggers:
-        logger.log_hyperparams(hyperparameters(cfg))
+        logger.log_hyperparams(params)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
     except SystemExit as stop:  # how Lightning ends after Ctrl-C and SIGTERM
@@ -163,11 +165,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         summary["init_from"] = str(cfg.init_from)
     if run.matched is not None:
         summary["compare"] = run.matched.to_dict()
-    for logger in trainer.loggers:
-        final = {tag: value for tag, value in summary.items() if "/" in tag}
-        logger.log_hyperparams(hyperparameters(cfg), final, trainer.global_step)
     if trainer.is_global_zero:
         write_json(summary, folder / SUMMARY_FILE)
+    end_loggers(trainer, params, summary)
+    if trainer.is_global_zero:
         print_summary(summary, depth=module.model.depth)
         print_sample(module.model, data, seed=cfg.seed)
         print_paths(folder)
@@ -181,17 +182,13 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
         ValueError: it holds another one; the differing keys are named.
     """
     wanted = module.model.config.to_dict()
-    try:  # settings that are newer than the checkpoint had their defaults
-        stored = ModelConfig.from_dict(checkpoint["model_config"]).to_dict()
-    except ValueError:
-        stored = checkpoint["model_config"]
-    differences = describe_differences(stored, wanted, ignore=_NOT_ARCHITECTURE)
+    differences = describe_differences(checkpoint["model_config"], wanted, ignore=_NOT_ARCHITECTURE)
     if differences:
         raise ValueError(
             f"{source} holds another architecture than this config ({'; '.join(differences)}): "
             "start in another run_dir, or go back to the settings that the run began with."
         )
-    rule = checkpoint.get("balance", {"rule": "none"})["rule"]
+    rule = checkpoint["balance"]["rule"]
     if rule != module.balance.name:
         raise ValueError(
             f"{source} was trained with balance={rule}, whose state balance={module.balance.name} "
@@ -208,13 +205,13 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
 def summarise(trainer: pl.Trainer, module: MTPModule, data: TokenDataModule) -> dict[str, Any]:
     """Everything a reader needs to compare this run with another."""
     config = module.model.config
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    throughput = next((c.summary() for c in callbacks if isinstance(c, Throughput)), {})
+    early = {"stopped_early": True} if trainer.global_step < trainer.max_steps else {}
     return {
         **module.validation,
         **{n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("decode/")},
-        **throughput,
+        **{name: value for c in run_callbacks(trainer) for name, value in c.summary().items()},
         "step": trainer.global_step,
+        **early,
         "tokens": module.tokens,
         "flops": module.flops,
         "seconds": module.seconds,

@@ -10,29 +10,25 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from mtp_lightning.loggers.base import RunLogger
+from mtp_lightning.settings import require_number
 
-class RunTensorBoard(TensorBoardLogger):
+
+class RunTensorBoard(RunLogger, TensorBoardLogger):
     """TensorBoard events directly in `folder`, so that `tensorboard --logdir SWEEP` lists one run a
     job.
 
     Args:
         folder: the run folder.
         depth: D; the custom charts group the depths 0..D.
-        resume_from_step: see `resume_from`; null keeps everything.
         flush_secs: seconds after which events are handed to the system, > 0.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        depth: int,
-        resume_from_step: int | None = None,
-        flush_secs: float = 30,
-    ) -> None:
-        if not flush_secs > 0:
-            # TensorBoard's writer thread would then never sleep, and take the time from training.
-            raise ValueError(f"logger.tensorboard.flush_secs must be above 0, not {flush_secs}.")
-        super().__init__(
+    def __init__(self, folder: str | Path, depth: int, flush_secs: float = 30) -> None:
+        # At 0 TensorBoard's writer thread would never sleep, and take the time from training.
+        require_number("logger.tensorboard.flush_secs", flush_secs, above=0)
+        TensorBoardLogger.__init__(
+            self,
             save_dir=str(folder),
             name="",
             version="",
@@ -42,8 +38,6 @@ class RunTensorBoard(TensorBoardLogger):
         self.depth = depth
         self._layout_written = False
         self._logged_at: dict[str, int | None] = {}  # step of the newest value of each tag
-        if resume_from_step is not None:
-            self.resume_from(resume_from_step)
 
     def resume_from(self, step: int) -> None:
         """Hide the events after `step`, the last one that the resumed run does not do again."""
@@ -61,39 +55,27 @@ class RunTensorBoard(TensorBoardLogger):
         self._logged_at.update(dict.fromkeys(metrics, step))
 
     @rank_zero_only
-    def log_hyperparams(  # type: ignore[override]
-        self,
-        params: Mapping[str, Any],
-        metrics: Mapping[str, float] | None = None,
-        step: int | None = None,
-    ) -> None:
-        """Put the run into the HPARAMS tab: when it begins, and again with metrics when it is done.
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Put the run into the HPARAMS tab, by config key.
 
         No list of columns is written, as Lightning and PyTorch do: TensorBoard would take the
         first run's for all. Without one it shows every key and metric of any run.
-
-        Args:
-            params: what the run was started with, by config key.
-            metrics: the final ones, by log tag; None while the run goes on.
-            step: optimizer steps done.
         """
-        from torch.utils.tensorboard.summary import hparams
-
-        plain = {
-            key: value if isinstance(value, bool | int | float | str) else str(value)
-            for key, value in params.items()
-        }
-        _, begun, done = hparams(plain, {})
-        self.experiment._get_file_writer().add_summary(begun, None)
-        if metrics is not None:
-            # Metrics are read from the newest values, most of which the charts have already.
-            new = {tag: value for tag, value in metrics.items() if self._logged_at.get(tag) != step}
-            if new:
-                self.log_metrics(new, step)
-            self.experiment._get_file_writer().add_summary(done, None)
+        self.experiment._get_file_writer().add_summary(_hparams(params)[1], None)
 
     @rank_zero_only
-    def log_text(self, tag: str, text: str, step: int) -> None:
+    def log_final(self, params: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
+        """Put the run into the HPARAMS tab again, with its metrics, as one that is done."""
+        # Metrics are read from the newest values, most of which the charts have already.
+        new = {tag: value for tag, value in metrics.items() if self._logged_at.get(tag) != step}
+        if new:
+            self.log_metrics(new, step)
+        _, begun, done = _hparams(params)
+        self.experiment._get_file_writer().add_summary(begun, None)
+        self.experiment._get_file_writer().add_summary(done, None)
+
+    @rank_zero_only
+    def write_text(self, tag: str, text: str, step: int) -> None:
         """Write a text, shown as it is, line ends and all."""
         as_code = "\n".join(f"    {line}" for line in text.splitlines())
         self.experiment.add_text(tag, as_code, step)
@@ -103,6 +85,17 @@ class RunTensorBoard(TensorBoardLogger):
         replaces."""
         if self._experiment is not None:
             self.experiment.flush()
+
+
+def _hparams(params: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """TensorBoard's records of a run's columns, its values, and its end."""
+    from torch.utils.tensorboard.summary import hparams
+
+    plain = {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in params.items()
+    }
+    return hparams(plain, {})
 
 
 def depth_layout(depth: int) -> dict[str, dict[str, list[Any]]]:

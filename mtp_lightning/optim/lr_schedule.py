@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 
+from mtp_lightning.settings import require_number, require_whole
+
 KINDS = ("cosine", "wsd", "constant")
 
 
@@ -49,19 +51,12 @@ class LRSchedule:
                 f"Give warmup_steps ({warmup_steps}) or warmup_fraction ({warmup_fraction}), not "
                 "both: set the other one to null."
             )
-        whole = isinstance(warmup_steps, int) and not isinstance(warmup_steps, bool)
-        if warmup_steps is not None and (not whole or warmup_steps < 0):
-            raise ValueError(f"warmup_steps must be a whole number >= 0, not {warmup_steps!r}.")
-        ratios = {
-            "warmup_fraction": warmup_fraction,
-            "decay_fraction": decay_fraction,
-            "min_ratio": min_ratio,
-        }
-        for name, value in ratios.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            missing = value is None and name == "warmup_fraction"
-            if not missing and (not number or not 0 <= value <= 1):  # type: ignore[operator]
-                raise ValueError(f"{name} must be a number in [0, 1], not {value!r}.")
+        if warmup_steps is not None:
+            require_whole("warmup_steps", warmup_steps, least=0)
+        if warmup_fraction is not None:
+            require_number("warmup_fraction", warmup_fraction, least=0, most=1)
+        require_number("decay_fraction", decay_fraction, least=0, most=1)
+        require_number("min_ratio", min_ratio, least=0, most=1)
         self.kind = kind
         self.warmup_steps = warmup_steps
         self.warmup_fraction = warmup_fraction

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -43,3 +46,23 @@ class Lock:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+    @contextmanager
+    def held(self, *, seconds: float) -> Iterator[None]:
+        """Have it for a block, after waiting for it.
+
+        Args:
+            seconds: to wait at most.
+
+        Raises:
+            BlockingIOError: another process still has it.
+        """
+        until = time.monotonic() + seconds
+        while not self.acquire():
+            if time.monotonic() > until:
+                raise BlockingIOError(f"{self._path} is held by another process.")
+            time.sleep(0.1)
+        try:
+            yield
+        finally:
+            self.release()

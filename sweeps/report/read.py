@@ -169,7 +169,8 @@ def read_run(folder: Path, *, sweep: str = "") -> Run:
         run.state, run.reason = "unfinished", f"its {CONFIG_FILE} is missing or damaged"
         return run
     steps, wanted = summary.get("step"), run.config.get("trainer.max_steps")
-    if steps != wanted and "compare" not in summary:  # a matched run chooses its own steps
+    # A matched run chooses its own steps, and a callback may have ended this one.
+    if steps != wanted and "compare" not in summary and not summary.get("stopped_early"):
         run.reason = f"its {SUMMARY_FILE} is of step {steps}, its config asks for {wanted}"
         return run
     run.state, run.summary = "done", summary

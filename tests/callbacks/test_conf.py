@@ -1,4 +1,4 @@
-"""conf/callbacks and conf/logger compose and build what they name, and every key is explained."""
+"""conf/callbacks and conf/logger compose and build what they name, one alone or several."""
 
 from __future__ import annotations
 
@@ -9,44 +9,46 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 CONF = Path(__file__).parents[2] / "conf"
+DEFAULT = {"NanGuard", "Throughput", "StepProgressBar", "Checkpoints", "SpeculativeEval"}
+LOGGERS = {"MetricsCSV", "RunTensorBoard"}
 
 
 @pytest.mark.parametrize(
-    ("group", "name", "classes"),
+    ("overrides", "callbacks", "loggers"),
     [
+        ([], DEFAULT, LOGGERS),
+        (["callbacks=gradient_conflict"], DEFAULT | {"GradientConflict"}, LOGGERS),
+        (["callbacks=early_stopping"], DEFAULT | {"EarlyStopping"}, LOGGERS),
         (
-            "callbacks",
-            "default",
-            {"NanGuard", "Throughput", "StepProgressBar", "Checkpoints", "SpeculativeEval"},
+            ["callbacks=[learning_rate,early_stopping]"],
+            DEFAULT | {"EarlyStopping", "LearningRateMonitor"},
+            LOGGERS,
         ),
-        (
-            "callbacks",
-            "gradient_conflict",
-            {
-                "NanGuard",
-                "Throughput",
-                "StepProgressBar",
-                "Checkpoints",
-                "SpeculativeEval",
-                "GradientConflict",
-            },
-        ),
-        ("logger", "default", {"MetricsCSV", "RunTensorBoard"}),
-        ("logger", "csv", {"MetricsCSV"}),
+        (["callbacks=[default,learning_rate]"], DEFAULT | {"LearningRateMonitor"}, LOGGERS),
+        (["callbacks=[nan_guard,progress]"], {"NanGuard", "StepProgressBar"}, LOGGERS),
+        (["~callbacks.progress"], DEFAULT - {"StepProgressBar"}, LOGGERS),
+        (["callbacks=[]", "logger=[]"], set(), set()),
+        (["logger=csv"], DEFAULT, {"MetricsCSV"}),
+        (["logger=[csv,default]"], DEFAULT, LOGGERS),
+        (["~logger.tensorboard"], DEFAULT, {"MetricsCSV"}),
     ],
 )
-def test_composes_and_builds(tmp_path: Path, group: str, name: str, classes: set[str]) -> None:
+def test_composes_and_builds(
+    tmp_path: Path, overrides: list[str], callbacks: set[str], loggers: set[str]
+) -> None:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("config", overrides=[*overrides, f"paths.output_dir={tmp_path}"])
+    for group, classes in (("callbacks", callbacks), ("logger", loggers)):
+        nodes = (cfg.get(group) or {}).values()
+        assert {type(instantiate(node)).__name__ for node in nodes} == classes
+
+
+def test_loggers_beside_the_default_ones() -> None:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = compose(
-            overrides=[f"+{group}={name}", "+mtp.depth=2", f"+paths.output_dir={tmp_path}"]
+            "config", overrides=["logger=[default,wandb,mlflow,trackio]", "paths.output_dir=r"]
         )
-    built = {type(instantiate(node)).__name__ for node in cfg[group].values()}
-    assert built == classes
-
-
-@pytest.mark.parametrize("file", ["callbacks/default", "logger/default", "logger/csv"])
-def test_every_key_is_explained(file: str) -> None:
-    lines = (CONF / f"{file}.yaml").read_text().splitlines()
-    for above, line in zip(lines, lines[1:], strict=False):
-        if line.startswith("  ") and not line.strip().startswith("#"):
-            assert above.strip().startswith("#"), line
+        alone = compose("config", overrides=["logger=wandb"])
+    assert list(cfg.logger) == ["csv", "tensorboard", "wandb", "mlflow", "trackio"]
+    assert {node.folder for node in cfg.logger.values()} == {"r"}
+    assert list(alone.logger) == ["wandb"]

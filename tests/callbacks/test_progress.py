@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from tiny_run import TinyModule, fit
 
+from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.callbacks.checkpoints import Checkpoints
-from mtp_lightning.callbacks.progress import StepProgressBar, _short
+from mtp_lightning.callbacks.progress import StepProgressBar
 
 
 def bar(**kwargs) -> StepProgressBar:
@@ -64,14 +65,15 @@ def test_a_depth_that_is_not_computed_is_a_dash(capsys) -> None:
     assert re.search(r"step 2/2  L0 \d+\.\d\d  L1 -  lambda 0$", capsys.readouterr().err, re.M)
 
 
-def test_tokens_per_second_come_from_the_throughput(capsys) -> None:
+def test_what_other_callbacks_have_to_show(capsys) -> None:
     progress = StepProgressBar()
 
-    class Rate(StepProgressBar):
-        tokens_per_second = 12345.0
+    class Shows(RunCallback):
+        def shown(self) -> str:
+            return "12.3k tok/s"
 
-    fit(TinyModule(), [Rate()], max_steps=2, val_every=100)
-    assert "12.3k tok/s" in capsys.readouterr().err
+    fit(TinyModule(), [progress, Shows(), RunCallback()], max_steps=2, val_every=100)
+    assert "lambda 0.3  12.3k tok/s\n" in capsys.readouterr().err
     progress.disable()
     fit(TinyModule(), [progress], max_steps=2)
     assert "step" not in capsys.readouterr().err
@@ -87,10 +89,3 @@ def test_the_bar_is_closed_on_an_error(capsys) -> None:
         fit(TinyModule(fail), [shown])
     assert shown._bar is None
     assert "3/12" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("rate", "text"), [(12.3, "12.3"), (12345, "12.3k"), (2.5e6, "2.5M"), (3e9, "3G")]
-)
-def test_short_numbers(rate: float, text: str) -> None:
-    assert _short(rate) == text

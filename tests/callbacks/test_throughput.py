@@ -72,27 +72,27 @@ def test_only_training_time_counts(tmp_path: Path, clock: Clock) -> None:
     # 100 tokens and 1e6 FLOPs in 0.5 s; the machine does 1e7 FLOP/s
     expected = {"perf/tokens_per_second": 200.0, "perf/mfu": 0.2}
     assert throughput.summary() == pytest.approx(expected)
-    assert throughput.tokens_per_second == pytest.approx(200.0)
+    assert throughput.shown() == "200 tok/s"
     rows = read_metrics(tmp_path / "metrics.csv")
     assert "perf/mfu" not in rows[0], "the first step is not measured"
     for row in rows[1:]:
         assert {tag: row[tag] for tag in expected} == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_module_may_give_its_flops_once(tmp_path: Path, clock: Clock) -> None:
-    class Constant(Slow):
-        flops_per_step = 2e6
-
-        def training_step(self, batch, batch_idx):
-            outputs = super().training_step(batch, batch_idx)
-            del outputs["flops"]
-            return outputs
-
-    module = Constant()
-    module.clock = clock
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [
+        (None, ""),
+        (12.3, "12.3 tok/s"),
+        (12345, "12.3k tok/s"),
+        (2.5e6, "2.5M tok/s"),
+        (3e9, "3G tok/s"),
+    ],
+)
+def test_what_the_progress_bar_shows(rate: float | None, text: str) -> None:
     throughput = Throughput()
-    fit(module, [throughput], max_steps=4)
-    assert throughput.summary()["perf/mfu"] == pytest.approx(0.4)
+    throughput._tokens_per_second = rate
+    assert throughput.shown() == text
 
 
 def test_a_run_of_one_step_has_no_rate(clock: Clock) -> None:

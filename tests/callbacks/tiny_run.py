@@ -70,7 +70,6 @@ class TinyModule(pl.LightningModule):
         self.log("train/loss", loss, on_step=True)
         for k in range(2):
             self.log(f"train/loss_depth_{k}", losses[k], on_step=True)
-        self.log("train/lambda_depth_1", 0.3, on_step=True)
         if self.at_step is not None:
             self.at_step(self, step)
         if self.factor != self.factor:
@@ -80,6 +79,7 @@ class TinyModule(pl.LightningModule):
             "loss": loss,
             "losses": losses.detach(),
             "active": [True, True],
+            "lambdas": [0.3],
             "tokens": 100,
             "flops": 1e6,
         }

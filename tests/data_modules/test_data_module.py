@@ -140,12 +140,12 @@ def test_too_little_text_names_the_minimum(tmp_path):
     [
         ({"depth": -1}, "mtp.depth must lie between 0 and data.seq_len = 32, got -1"),
         ({"depth": 33}, "mtp.depth .* got 33"),
-        ({"seq_len": 0, "depth": 0}, "data.seq_len must be at least 1, got 0"),
-        ({"batch_size": 0}, "data.batch_size must be at least 1, got 0"),
-        ({"accumulate": 0}, "accumulate_grad_batches must be at least 1"),
-        ({"eval_batch_size": -2}, "eval_batch_size must be at least 1, got -2"),
+        ({"seq_len": 0, "depth": 0}, "data.seq_len must be a whole number of at least 1, not 0"),
+        ({"batch_size": 0}, "data.batch_size must be a whole number of at least 1, not 0"),
+        ({"accumulate": 0}, "accumulate_grad_batches must be a whole number of at least 1"),
+        ({"eval_batch_size": -2}, "eval_batch_size must be a whole number of at least 1, not -2"),
         ({"val_fraction": 1.0}, "val_fraction"),
-        ({"num_workers": -1}, "num_workers must be 0 or more"),
+        ({"num_workers": -1}, "num_workers must be a whole number of at least 0"),
     ],
 )
 def test_numbers_out_of_range(tmp_path, options, message):

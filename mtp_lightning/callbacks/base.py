@@ -1,0 +1,31 @@
+"""What a callback of a run can do more than Lightning's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+
+class RunCallback(Callback):
+    """Lightning's hooks and three of a run, all of which may be left as they are."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Entered while the run does something beside training, such as writing a checkpoint."""
+        return nullcontext()
+
+    def shown(self) -> str:
+        """A few words for the progress bar, about the newest steps."""
+        return ""
+
+    def summary(self) -> dict[str, float]:
+        """What ``summary.json`` gets of this callback, by log tag; asked when the run has ended."""
+        return {}
+
+
+def run_callbacks(trainer: pl.Trainer) -> Iterator[RunCallback]:
+    """The trainer's callbacks that have these hooks."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return (callback for callback in callbacks if isinstance(callback, RunCallback))

@@ -1,0 +1,68 @@
+"""The loggers of a run: built, resumed, and told its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig
+
+from mtp_lightning.experiment.instantiate import instantiate
+from mtp_lightning.loggers.csv import MetricsCSV
+from mtp_lightning.loggers.guard import GuardedLogger, warn_of_failure
+from mtp_lightning.run.layout import METRICS_FILE
+
+
+def build_loggers(cfg: DictConfig, *, resume_step: int | None) -> list[GuardedLogger]:
+    """The loggers of the group ``logger``, ready to be logged to.
+
+    ``metrics.csv`` is always one of them: it is a file of the run, which sweeps, search and reports
+    read.
+
+    Args:
+        cfg: the config.
+        resume_step: the optimizer step that the run continues from; what was logged after it is
+            dropped.
+
+    Raises:
+        ValueError: a wrong setting, or a package that is not installed.
+    """
+    built: dict[str, Any] = {}
+    for key, node in (cfg.get("logger") or {}).items():
+        try:
+            built[str(key)] = instantiate(node, kind=Logger)
+        except ValueError:  # the user's to mend
+            raise
+        except Exception as error:
+            if isinstance(error, ImportError) or isinstance(error.__cause__, ImportError):
+                raise ValueError(f"logger.{key} needs what cannot be imported: {error}") from error
+            # A server that is away, for example.
+            warn_of_failure(str(key), "construction", error)
+    folder = Path(cfg.paths.output_dir)
+    if not any(isinstance(logger, MetricsCSV) for logger in built.values()):
+        built = {"csv": MetricsCSV(folder), **built}
+    loggers = [GuardedLogger(logger, key) for key, logger in built.items()]
+    if resume_step is None and (folder / METRICS_FILE).exists():
+        resume_step = 0  # killed before its first checkpoint, a run begins again
+    if resume_step is not None:
+        for logger in loggers:
+            logger.resume_from(resume_step)
+    return loggers
+
+
+def end_loggers(trainer: pl.Trainer, params: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    """Tell every logger the final metrics, and that the run has ended.
+
+    Args:
+        trainer: of the run.
+        params: its hyperparameters.
+        summary: as in ``summary.json``.
+    """
+    final = {tag: value for tag, value in summary.items() if "/" in tag}
+    for logger in trainer.loggers:
+        assert isinstance(logger, GuardedLogger)
+        logger.log_final(params, final, trainer.global_step)
+        logger.close()

@@ -1,0 +1,102 @@
+"""Trackio: a local database, and a dashboard that ``trackio show`` opens."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from mtp_lightning.loggers.base import RunLogger
+from mtp_lightning.loggers.memory import ServiceMemory, require_package
+
+
+class RunTrackio(RunLogger):
+    """Logs to Trackio, and goes on with its run when the run does.
+
+    Args:
+        folder: the run folder.
+        project: of the service.
+        name: of the run there, unique in its project; None makes one of the folder's.
+        options: further ones of ``trackio.init``, such as ``group`` or ``space_id``.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+
+    def __init__(
+        self, folder: str | Path, project: str, name: str | None = None, **options: Any
+    ) -> None:
+        super().__init__()
+        require_package("trackio", extra="trackio")
+        self._memory = ServiceMemory(folder, "trackio")
+        self._project = project
+        made = f"{self._memory.folder.name}-{uuid.uuid4().hex[:4]}"
+        self._run_name = self._memory.recall() or name or made
+        self._options = options
+        self._params: dict[str, Any] = {}
+        self._run: Any = None
+
+    @property
+    def name(self) -> str:
+        """The project."""
+        return self._project
+
+    @property
+    def version(self) -> str:
+        """The run's name in it."""
+        return self._run_name
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """Trackio's run, begun or found again when it is needed."""
+        if self._run is None:
+            import trackio
+
+            self._run = trackio.init(
+                project=self._project,
+                name=self._run_name,
+                config=self._params,
+                resume="allow",
+                **{"embed": False, **self._options},
+            )
+        return self._run
+
+    def resume_from(self, step: int) -> None:
+        """Go on with the run as it is in the database."""
+        self._memory.resume_from(step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:  # type: ignore[override]
+        """Begin the run, or find it again, with its settings."""
+        self._params = dict(params)
+        _ = self.experiment
+        self._memory.folder.mkdir(parents=True, exist_ok=True)
+        self._memory.remember(self._run_name)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log what the service does not have yet."""
+        news = self._memory.news(metrics, step)
+        if news:
+            self.experiment.log(news, step=step)
+
+    @rank_zero_only
+    def write_text(self, tag: str, text: str, step: int) -> None:
+        """Log a text, shown as it is."""
+        import trackio
+
+        self.experiment.log({tag: trackio.Markdown(f"```\n{text}\n```")}, step=step)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Wait until everything is stored."""
+        if self._run is not None:
+            import trackio
+
+            trackio.finish()
+            self._run = None

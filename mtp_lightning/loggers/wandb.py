@@ -1,0 +1,114 @@
+"""Weights & Biases; offline where its server cannot be reached."""
+
+from __future__ import annotations
+
+import html
+import logging
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from mtp_lightning.loggers.base import RunLogger
+from mtp_lightning.loggers.memory import ServiceMemory, require_package
+
+log = logging.getLogger(__name__)
+
+
+class RunWandb(RunLogger, WandbLogger):
+    """Lightning's logger for Weights & Biases, which goes on with its run when the run does.
+
+    Args:
+        folder: the run folder; the service's own files go to ``wandb/`` in it.
+        project: of the service.
+        name: of the run there; None takes the folder's.
+        offline: keep everything in the folder, for ``wandb sync``; None does so where nobody is
+            logged in or the server cannot be reached.
+        options: further ones, for Lightning's logger or ``wandb.init``, such as ``group``.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        project: str,
+        name: str | None = None,
+        offline: bool | None = None,
+        **options: Any,
+    ) -> None:
+        require_package("wandb", extra="wandb")
+        self._memory = ServiceMemory(folder, "wandb")
+        run = self._memory.recall() or uuid.uuid4().hex[:8]
+        if offline is None:
+            offline = _must_stay_offline(self._memory.folder, run)
+        if offline:
+            options["mode"] = "offline"
+        WandbLogger.__init__(
+            self,
+            name=name or self._memory.folder.name,
+            project=project,
+            save_dir=self._memory.folder,
+            id=run,
+            **options,
+        )
+
+    def resume_from(self, step: int) -> None:
+        """Go on with the run as it is at the service."""
+        self._memory.resume_from(step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:  # type: ignore[override]
+        """Begin the run, or find it again, and send its settings."""
+        self._memory.folder.mkdir(parents=True, exist_ok=True)
+        super().log_hyperparams(params)
+        self._memory.remember(self.experiment.id)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Send what the service does not have yet."""
+        news = self._memory.news(metrics, step)
+        if news:
+            super().log_metrics(news, step)
+
+    @rank_zero_only
+    def write_text(self, tag: str, text: str, step: int) -> None:
+        """Send a text, shown as it is."""
+        import wandb
+
+        shown = wandb.Html(f"<pre>{html.escape(text)}</pre>")
+        self.experiment.log({tag: shown, "trainer/global_step": step})
+
+    @rank_zero_only
+    def log_final(self, params: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
+        """Put the final metrics into the run's summary."""
+        self.experiment.summary.update(dict(metrics))
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """End the run at the service."""
+        super().finalize(status)
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=0 if status == "success" else 1)
+            self._experiment = None
+
+
+def _must_stay_offline(folder: Path, run: str) -> bool:
+    """Whether the server cannot be used, unless WANDB_MODE says what to do."""
+    if os.environ.get("WANDB_MODE"):
+        return False
+    import wandb
+
+    try:
+        reason = "" if wandb.login(prompt=False) else "nobody is logged in"
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if reason:
+        later = f"wandb sync --id {run} {folder}/wandb/offline-run-*"
+        log.info("wandb works offline (%s); to send it later: %s", reason, later)
+    return bool(reason)

@@ -1,0 +1,120 @@
+"""Lightning's own callbacks in a real run, as conf/callbacks builds them or beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from mtp_lightning.callbacks.base import RunCallback
+from mtp_lightning.run.metrics import read_column
+from sweeps.report.read import read_run
+from tests.integration.helpers import config, rows, train_here
+
+
+@pytest.mark.parametrize("monitor", ["train/loss", "train/loss_depth_2", "val/accuracy_depth_1"])
+def test_early_stopping(tmp_path: Path, cache: Path, monitor: str) -> None:
+    # Nothing gets better by that much, so that it stops at the third validation.
+    settings = {
+        "callbacks": "early_stopping",
+        "callbacks.early_stopping.monitor": monitor,
+        "callbacks.early_stopping.min_delta": 1000,
+        "callbacks.early_stopping.patience": 2,
+        "trainer.max_steps": 30,
+    }
+    summary = train_here(tmp_path, cache, settings)
+    assert summary["step"] == 15 and summary["stopped_early"]
+    run = read_run(tmp_path)
+    assert (run.state, run.reason) == ("done", "")
+
+
+def test_a_value_that_is_monitored_is_that_of_the_newest_step(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two logged steps, too."""
+    seen: dict[int, float] = {}
+
+    class Looks(EarlyStopping):
+        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            seen[trainer.global_step] = float(trainer.callback_metrics["train/loss"])
+
+    train_with(tmp_path, cache, monkeypatch, Looks("train/loss"), {"trainer.log_every_n_steps": 1})
+    losses = read_column(tmp_path / "metrics.csv", "train/loss")
+    assert seen == {step: losses[step] for step in (5, 10)}
+    before, _ = dict(seen), seen.clear()
+    settings = {"trainer.log_every_n_steps": 7}
+    train_with(tmp_path / "rare", cache, monkeypatch, Looks("train/loss"), settings)
+    assert seen == before
+
+
+def test_learning_rates(tmp_path: Path, cache: Path) -> None:
+    train_here(tmp_path, cache, {"callbacks": "[learning_rate,early_stopping]"})
+    train_here(tmp_path / "without", cache)
+    (tag,) = [tag for tag in rows(tmp_path)[0] if tag.startswith("lr-") and tag.endswith("pg1")]
+    logged = read_column(tmp_path / "metrics.csv", tag)
+    rates = read_column(tmp_path / "metrics.csv", "train/lr")
+    for step in range(1, 10):
+        assert logged[step] == pytest.approx(rates[step], rel=1e-6)  # Lightning's log is float32
+    kept = [{t: v for t, v in row.items() if not t.startswith("lr-")} for row in rows(tmp_path)]
+    assert [row for row in kept if len(row) > 1] == rows(tmp_path / "without")
+
+
+def train_with(
+    folder: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    callback: pl.Callback,
+    settings: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A quick run with one callback more."""
+    from mtp_lightning.experiment import train, training
+
+    build = training.build_trainer
+
+    def with_callback(*args: Any, **kwargs: Any) -> pl.Trainer:
+        trainer = build(*args, **kwargs)
+        trainer.callbacks.append(callback)  # type: ignore[attr-defined]
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "build_trainer", with_callback)
+        return train(config(folder, cache, settings))
+
+
+def test_model_checkpoint_beside_ours(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtp_lightning.run.loading import load_run
+
+    saves = ModelCheckpoint(
+        tmp_path / "theirs", "{step}", monitor="val/loss_depth_0", save_top_k=2,
+        every_n_train_steps=None, auto_insert_metric_name=False,
+    )  # fmt: skip
+    train_with(tmp_path / "run", cache, monkeypatch, saves)
+    assert {path.name for path in (tmp_path / "theirs").iterdir()} == {"5.ckpt", "10.ckpt"}
+    assert load_run(saves.best_model_path).step in (5, 10)
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    with pytest.warns(UserWarning, match="theirs exists and is not empty"):  # Lightning's word
+        train_with(tmp_path / "run", cache, monkeypatch, saves, {"trainer.max_steps": 15})
+    assert load_run(saves.last_model_path or saves.best_model_path).step > 0
+
+
+def test_a_callback_adds_to_the_summary(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counts(RunCallback):
+        pauses = 0
+
+        def paused(self) -> Any:
+            self.pauses += 1
+            return super().paused()
+
+        def summary(self) -> dict[str, float]:
+            return {"mine/pauses": float(self.pauses)}
+
+    train_with(tmp_path, cache, monkeypatch, Counts())
+    assert json.loads((tmp_path / "summary.json").read_text())["mine/pauses"] >= 1

@@ -1,0 +1,147 @@
+"""Any of Lightning's loggers works behind the guard, and one that fails is one warning."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import Logger
+
+from mtp_lightning.loggers.base import RunLogger
+from mtp_lightning.loggers.guard import GuardedLogger
+
+
+class Foreign(Logger):
+    """As a stranger writes one: Lightning's interface to the letter, and a method of its own."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails = fails
+        self.calls: list[tuple[str, Any]] = []
+
+    def note(self, method: str, *values: Any) -> None:
+        self.calls.append((method, values))
+        if method == self.fails:
+            raise ConnectionError("the server is away\nmore of it")
+
+    @property
+    def name(self) -> str:
+        self.note("name")
+        return "foreign"
+
+    @property
+    def version(self) -> int:
+        return 3
+
+    @property
+    def experiment(self) -> str:
+        self.note("experiment")
+        return "theirs"
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.note("log_metrics", metrics, step)
+
+    def log_hyperparams(self, params: dict[str, Any]) -> None:
+        self.note("log_hyperparams", params)
+
+    def finalize(self, status: str) -> None:
+        self.note("finalize", status)
+
+    def save(self) -> None:
+        self.note("save")
+
+    def watch(self, model: str) -> str:
+        self.note("watch", model)
+        return "watched"
+
+
+def use(logger: GuardedLogger) -> None:
+    """Every call of a run."""
+    logger.resume_from(1)
+    logger.log_hyperparams({"a": 1})
+    assert logger.experiment is not None
+    logger.log_metrics({"train/loss": 0.5}, 2)
+    logger.log_metrics(metrics={"train/loss": 0.5}, step=3)
+    logger.write_text("text", "a", 3)
+    _ = logger.name, logger.version, logger.save_dir, logger.log_dir, logger.group_separator
+    logger.watch("model")
+    logger.save()
+    logger.finalize("success")
+    logger.log_final({"a": 1}, {"val/loss": 0.5}, 3)
+    logger.close()
+
+
+def test_a_strangers_logger_gets_lightnings_calls_alone() -> None:
+    foreign = Foreign()
+    use(GuardedLogger(foreign, "mine"))
+    assert foreign.calls == [
+        ("log_hyperparams", ({"a": 1},)),
+        ("experiment", ()),
+        ("log_metrics", ({"train/loss": 0.5}, 2)),
+        ("log_metrics", ({"train/loss": 0.5}, 3)),
+        ("name", ()),
+        ("watch", ("model",)),
+        ("save", ()),
+        ("save", ()),  # the end of fit; the end of the run is what close() says
+        ("finalize", ("success",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "method", ["log_hyperparams", "log_metrics", "experiment", "name", "watch", "save", "finalize"]
+)
+def test_a_failure_is_one_line_and_the_last_call(
+    method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    foreign = Foreign(fails=method)
+    use(GuardedLogger(foreign, "mine"))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "\n" not in record.getMessage()
+    for words in ("logger.mine", method, "ConnectionError: the server is away", "the run goes on"):
+        assert words in record.getMessage()
+    assert foreign.calls[-1][0] == method and [m for m, _ in foreign.calls].count(method) == 1
+
+
+def test_ctrl_c_is_no_failure() -> None:
+    class Interrupted(Foreign):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        GuardedLogger(Interrupted(), "mine").log_metrics({}, 1)
+
+
+def test_a_failed_run_is_told_at_once() -> None:
+    foreign = Foreign()
+    GuardedLogger(foreign, "mine").finalize("failed")
+    assert foreign.calls == [("finalize", ("failed",))]
+
+
+def test_callbacks_find_the_logger_that_they_know(tmp_path: Path) -> None:
+    logger = GuardedLogger(CSVLogger(str(tmp_path)), "csv")
+    assert isinstance(logger, CSVLogger) and isinstance(logger, RunLogger)
+    assert not isinstance(GuardedLogger(Foreign(), "mine"), CSVLogger)
+    assert logger.log_dir == CSVLogger(str(tmp_path)).log_dir
+    assert not hasattr(logger, "watch")
+    assert copy.copy(logger).version == logger.version
+
+
+class Ours(RunLogger, Foreign):
+    def resume_from(self, step: int) -> None:
+        self.note("resume_from", step)
+
+    def write_text(self, tag: str, text: str, step: int) -> None:
+        self.note("write_text", tag, text, step)
+
+    def log_final(self, params: Any, metrics: Any, step: int) -> None:
+        self.note("log_final", params, metrics, step)
+
+
+def test_ours_can_do_more() -> None:
+    ours = Ours()
+    use(GuardedLogger(ours, "ours"))
+    names = [name for name, _ in ours.calls]
+    assert names[0] == "resume_from" and "write_text" in names
+    assert names[-2:] == ["log_final", "finalize"]

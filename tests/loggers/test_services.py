@@ -1,0 +1,207 @@
+"""Weights & Biases, MLflow and Trackio with their own libraries, without a network: what was logged
+is there, once, under one run, though the training was interrupted.
+
+A service's tests run where its package is installed: pip install -e '.[wandb,mlflow,trackio]'.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtp_lightning.loggers.base import RunLogger
+from mtp_lightning.loggers.csv import MetricsCSV
+
+# The libraries' own warnings, and the files and sockets that they leave to the end of the process.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+Points = dict[str, list[tuple[int, float]]]
+PARAMS = {"mtp.depth": 2, "mtp_lambda": [0.3, 0.1], "mtp": "parallel"}
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+
+
+def wandb(folder: Path) -> RunLogger:
+    pytest.importorskip("wandb", reason="pip install -e '.[wandb]'")
+    from mtp_lightning.loggers.wandb import RunWandb
+
+    return RunWandb(folder, "lab")
+
+
+def leveldb_records(log: bytes) -> Iterator[bytes]:
+    """The records of LevelDB's log format: blocks of 32 KiB, of parts with a header of 7 bytes."""
+    whole, at = b"", 0
+    while at + 7 <= len(log):
+        room = 32768 - (at + 7) % 32768  # the mark of 7 bytes is in the first block
+        if room < 7:
+            at += room
+            continue
+        size, kind = int.from_bytes(log[at + 4 : at + 6], "little"), log[at + 6]
+        whole += log[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # all, or the last part
+            yield whole
+            whole = b""
+
+
+def wandb_content(folder: Path) -> tuple[set[str], dict[str, Any], Points]:
+    """Runs, settings and values in the files of an offline run."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    runs, config, points = set(), {}, defaultdict(list)
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        for data in leveldb_records(file.read_bytes()[7:]):  # after the library's own mark
+            record = Record()
+            record.ParseFromString(data)
+            if record.HasField("run"):
+                runs.add(record.run.run_id)
+            for update in record.config.update:
+                config[update.key] = json.loads(update.value_json)
+            row = {
+                (i.key or i.nested_key[0]): json.loads(i.value_json) for i in record.history.item
+            }
+            for tag in row.keys() & {"train/loss", "val/loss", "decode/sample"}:
+                points[tag].append((row["trainer/global_step"], row[tag]))
+    return runs, config, points
+
+
+def mlflow(folder: Path) -> RunLogger:
+    pytest.importorskip("mlflow", reason="pip install -e '.[mlflow]'")
+    from mtp_lightning.loggers.mlflow import RunMLflow
+
+    return RunMLflow(folder, "lab")
+
+
+def mlflow_content(folder: Path) -> tuple[set[str], dict[str, Any], Points]:
+    """The same of the database beside the run folder."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder.parent / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("lab")
+    runs = client.search_runs([experiment.experiment_id])
+    run = runs[0]
+    assert run.info.run_name == "run" and run.info.status == "FINISHED"
+    tags = [tag for tag in run.data.metrics if tag != "val/final"]
+    points = {
+        tag: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, tag)]
+        for tag in tags
+    }
+    points["decode/sample"] = [(3, 0.0)] * len(client.list_artifacts(run.info.run_id, "decode"))
+    return {run.info.run_id for run in runs}, run.data.params, points
+
+
+def trackio(folder: Path) -> RunLogger:
+    pytest.importorskip("trackio", reason="pip install -e '.[trackio]'")
+    from mtp_lightning.loggers.trackio import RunTrackio
+
+    return RunTrackio(folder, "lab")
+
+
+def trackio_content(folder: Path) -> tuple[set[str], dict[str, Any], Points]:
+    """The same of Trackio's database."""
+    from trackio.sqlite_storage import SQLiteStorage
+
+    runs = SQLiteStorage.get_runs("lab")
+    points = defaultdict(list)
+    for row in SQLiteStorage.get_logs("lab", runs[0]):
+        for tag in row.keys() & {"train/loss", "val/loss", "decode/sample"}:
+            points[tag].append((row["step"], row[tag]))
+    return set(runs), SQLiteStorage.get_run_config("lab", runs[0]), points
+
+
+SERVICES: dict[str, tuple[Callable, Callable]] = {
+    "wandb": (wandb, wandb_content),
+    "mlflow": (mlflow, mlflow_content),
+    "trackio": (trackio, trackio_content),
+}
+
+
+def log_steps(loggers: list[RunLogger], first: int, last: int) -> None:
+    """Training at every step, and validation at every third."""
+    for logger in loggers:
+        logger.log_hyperparams(PARAMS)
+    for step in range(first, last + 1):
+        for logger in loggers:
+            logger.log_metrics({"train/loss": step / 8}, step)
+            if step % 3 == 0:
+                logger.log_metrics({"val/loss": step / 4}, step)
+                logger.write_text("decode/sample", "text|<b> of\nstep", step)
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_an_interrupted_run_is_one_run(
+    service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, content = SERVICES[service]
+    folder = tmp_path / "run"
+    if service == "trackio":
+        module = pytest.importorskip("trackio", reason="pip install -e '.[trackio]'")
+        # Read from the environment when it is imported, and by several of its modules.
+        for name in ("utils", "sqlite_storage"):
+            monkeypatch.setattr(getattr(module, name), "TRACKIO_DIR", tmp_path / "trackio")
+    first = [make(folder), MetricsCSV(folder)]
+    log_steps(first, 1, 4)
+    first[0].finalize("failed")
+
+    again = [make(folder), MetricsCSV(folder)]
+    for logger in again:
+        logger.resume_from(2)
+    log_steps(again, 3, 5)
+    for logger in again:
+        logger.log_final(PARAMS, {"val/final": 0.5}, 5)
+        logger.finalize("success")
+
+    runs, params, points = content(folder)
+    assert runs == set(json.loads((folder / "trackers.json").read_text()).values())
+    assert len(runs) == 1
+    assert str(params["mtp.depth"]) == "2" and params["mtp"] == "parallel"
+    assert points["train/loss"] == [(step, step / 8) for step in range(1, 6)]
+    assert points["val/loss"] == [(3, 0.75)]
+    assert points["decode/sample"][0][0] == 3
+
+
+def test_a_missing_package_is_named_with_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtp_lightning.loggers import memory
+    from mtp_lightning.loggers.mlflow import RunMLflow
+    from mtp_lightning.loggers.trackio import RunTrackio
+    from mtp_lightning.loggers.wandb import RunWandb
+
+    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: None)
+    for name, kind in (("wandb", RunWandb), ("mlflow", RunMLflow), ("trackio", RunTrackio)):
+        message = rf"^logger={name} needs the package {name}: pip install -e '.\[{name}\]'.$"
+        with pytest.raises(ValueError, match=message):
+            kind(tmp_path, "lab")
+
+
+def test_wandb_says_how_to_send_an_offline_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = pytest.importorskip("wandb", reason="pip install -e '.[wandb]'")
+    from mtp_lightning.loggers.wandb import RunWandb
+
+    def away(**_: Any) -> bool:
+        raise ConnectionError("no answer")
+
+    with caplog.at_level("INFO"):
+        assert RunWandb(tmp_path, "lab")._wandb_init["mode"] == "offline"
+        monkeypatch.setattr(library, "login", away)
+        assert RunWandb(tmp_path, "lab")._wandb_init["mode"] == "offline"
+        monkeypatch.setattr(library, "login", lambda **_: True)
+        assert "mode" not in RunWandb(tmp_path, "lab", group="g")._wandb_init
+    assert "nobody is logged in" in caplog.text and "no answer" in caplog.text
+    assert "wandb sync --id " in caplog.text and f"{tmp_path}/wandb/offline-run-*" in caplog.text
