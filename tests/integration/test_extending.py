@@ -1,0 +1,148 @@
+"""docs/extending.md: every recipe works as it stands, from a folder outside this repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import Once
+from tests.integration.helpers import ROOT, environment, overrides, rows
+
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
+FILES = dict(re.findall(r"^`([\w/.]+)`\n\n```(?:python|yaml)\n(.*?)^```", PAGE, re.M | re.DOTALL))
+RECIPES = {
+    name: re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S) for name, text in SECTIONS.items()
+}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def mine(once: Once) -> Path:
+    """A user's folder with all files of the page."""
+
+    def write(folder: Path) -> None:
+        for name, content in FILES.items():
+            file = folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(content)
+
+    return once("mine", write)
+
+
+def quick(words: list[str], cache: Path) -> list[str]:
+    """A command of the page, made short where it says nothing itself."""
+    program, *given = words
+    if program != "train.py":
+        return [sys.executable, str(ROOT / program), *given, "num_threads=1"]
+    options = [word for word in given if "=" not in word]
+    chosen = [word for word in given if "=" in word]
+    groups = {word.split("=")[0].split("/")[0] for word in chosen}
+    short = [
+        override
+        for override in overrides(cache, {"logger": None})
+        if override.split("=")[0].split(".")[0] not in groups - {"mtp.depth"}
+    ]
+    if (config_dir := "--config-dir") in options:
+        at = given.index(config_dir)
+        options = [config_dir, given[at + 1], *(o for o in options if o not in given[at : at + 2])]
+    return [sys.executable, str(ROOT / program), *options, *short, *chosen]
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=environment() | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_page_has_a_recipe_for_everything() -> None:
+    wanted = (
+        "head", "objective", "balance", "lambda", "text source", "optimizer", "callback", "logger",
+        "attention",
+    )  # fmt: skip
+    assert [w for w in wanted if not any(w in name.lower() for name in RECIPES)] == []
+    assert all(RECIPES.values())
+    for name, content in FILES.items():
+        assert len(content.splitlines()) <= 45, f"{name} is no recipe any more"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe(name: str, mine: Path, cache: Path) -> None:
+    for block in RECIPES[name]:
+        for line in block.strip().splitlines():
+            assert line.startswith("python ")
+            done = run(quick(shlex.split(line)[1:], cache), mine)
+            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+def trained(name: str, mine: Path, cache: Path, *more: str) -> Path:
+    """The run of a recipe's first command, made by this test where no other has."""
+    line = RECIPES[name][0].strip().splitlines()[0]
+    folder = mine / f"again-{os.getpid()}" / re.sub(r"\W", "", line + "".join(more))
+    words = [w for w in shlex.split(line)[1:] if not w.startswith("run_dir=")]
+    command = [*quick([*words, *more], cache), f"run_dir={folder}"]
+    done = run(command, mine)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_a_head_is_refused_by_name_where_nobody_allows_it(mine: Path, cache: Path) -> None:
+    folder = trained("A head", mine, cache)
+    for app, more in (
+        ("evaluate.py", []),
+        ("generate.py", ["prompt=a"]),
+        ("export.py", [f"output={folder}/out"]),
+    ):
+        done = run([sys.executable, str(ROOT / app), f"checkpoint={folder}", *more], mine)
+        assert done.returncode == 1, app
+        assert "mtp=gated is code of the package my_ideas" in done.stderr, app
+        assert "allow=[my_ideas]" in done.stderr and "Traceback" not in done.stderr, app
+    elsewhere = run(
+        [sys.executable, str(ROOT / "generate.py"), f"checkpoint={folder}", "prompt=a"]
+        + ["allow=[my_ideas]"],
+        folder,  # where the package is not
+    )
+    assert elsewhere.returncode == 1 and "my_ideas" in elsewhere.stderr
+
+
+def test_a_head_drafts_losslessly_and_resumes(mine: Path, cache: Path) -> None:
+    folder = trained("A head", mine, cache, "trainer.max_steps=20")
+    texts = []
+    for speculative in ("true", "false"):
+        done = run(
+            [sys.executable, str(ROOT / "generate.py"), f"checkpoint={folder}", "prompt=ga"]
+            + ["allow=[my_ideas]", f"speculative={speculative}", "output=json", "num_threads=1"],
+            mine,
+        )
+        assert done.returncode == 0, done.stderr
+        texts.append(json.loads(done.stdout))
+    assert texts[0]["text"] == texts[1]["text"]
+    assert texts[0]["verify_passes"] <= texts[1]["verify_passes"]
+    words = shlex.split(RECIPES["A head"][0].strip().splitlines()[0])[1:]
+    command = quick([w for w in words if not w.startswith("run_dir")], cache)
+    done = run([*command, "trainer.max_steps=30", f"run_dir={folder}"], mine)
+    assert done.returncode == 0, done.stderr
+    assert rows(folder)[-1]["step"] == 30
+
+
+def test_what_the_recipes_leave(mine: Path, cache: Path) -> None:
+    drift = trained("A callback", mine, cache)
+    assert any("drift/embedding" in row for row in rows(drift))
+    logged = trained("A logger", mine, cache)
+    lines = [json.loads(line) for line in (logged / "metrics.jsonl").read_text().splitlines()]
+    assert any("train/loss" in line for line in lines) and any("params" in line for line in lines)
+    balanced = trained("A balance rule", mine, cache)
+    assert all("balance/mean_loss_depth_1" in row for row in rows(balanced) if "train/loss" in row)
