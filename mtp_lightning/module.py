@@ -172,8 +172,11 @@ class MTPModule(pl.LightningModule):
         if grad_norm is not None:
             values["train/grad_norm"] = grad_norm
         self._values = values | self._losses_by_tag(total, losses, factors, active)
-        # For callbacks that monitor a value, such as Lightning's EarlyStopping.
-        self.log_dict(self._values, logger=False)
+        # For callbacks that monitor a value, such as Lightning's EarlyStopping. Its log() puts values
+        # there, too, but takes a quarter of a millisecond for each.
+        self.trainer.callback_metrics.update(
+            {tag: torch.as_tensor(value) for tag, value in self._values.items()}
+        )
         # Lightning takes the x axis, of what callbacks log too, from "step".
         self.log_dict({"train/lr": optimizer.param_groups[0]["lr"], "step": float(step + 1)})
         return {
