@@ -99,8 +99,9 @@ class RunWandb(RunLogger, WandbLogger):
 
 
 def _must_stay_offline(folder: Path, run: str) -> bool:
-    """Whether the server cannot be used, unless WANDB_MODE says what to do."""
-    if os.environ.get("WANDB_MODE"):
+    """Whether the server cannot be used, unless WANDB_MODE says what to do; asked by the one
+    process that logs."""
+    if os.environ.get("WANDB_MODE") or rank_zero_only.rank:
         return False
     import wandb
 

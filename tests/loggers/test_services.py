@@ -1,7 +1,7 @@
 """Weights & Biases, MLflow and Trackio with their own libraries, without a network: what was logged
 is there, once, under one run, though the training was interrupted.
 
-A service's tests run where its package is installed: pip install -e '.[wandb,mlflow,trackio]'.
+They are slow (the libraries' imports), and need these: pip install -e '.[loggers]'.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ def log_steps(loggers: list[RunLogger], first: int, last: int) -> None:
                 logger.write_text("decode/sample", "text|<b> of\nstep", step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("service", SERVICES)
 def test_an_interrupted_run_is_one_run(
     service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -188,6 +189,7 @@ def test_a_missing_package_is_named_with_its_command(
             kind(tmp_path, "lab")
 
 
+@pytest.mark.slow
 def test_wandb_says_how_to_send_an_offline_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
