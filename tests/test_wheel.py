@@ -22,6 +22,10 @@ NOT_SOURCE = (".*", "build", "dist", "runs", "outputs", "multirun", "*.egg-info"
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh environment with the project from its wheel, and all that it needs from this one."""
     base = tmp_path_factory.mktemp("wheel")
+    # The environment lies in somebody's repository, whose commits are not the project's.
+    git = ["git", "-C", str(base), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "theirs"], check=True)
     # From a copy, since building leaves folders beside the sources.
     shutil.copytree(helpers.ROOT, base / "src", ignore=shutil.ignore_patterns(*NOT_SOURCE))
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -87,7 +91,7 @@ def test_train_evaluate_and_generate(environment: Path, tmp_path: Path) -> None:
     said = command(environment, "train", *given, "run_dir=运行 1", cwd=tmp_path)
     assert "mtp-lightning generate checkpoint='运行 1'" in said
     summary = json.loads((tmp_path / "运行 1" / "summary.json").read_text())
-    assert summary["step"] == 20
+    assert summary["step"] == 20 and summary["git_commit"] is None
     # The name of a log is the app's, however it was started.
     assert (tmp_path / "运行 1" / "train.log").is_file()
     run = "checkpoint=运行 1"
