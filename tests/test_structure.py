@@ -30,7 +30,7 @@ RANK = {
     "objective": 2,  # reads a stack's interface, never the model built of it
     "model": 3,
     **dict.fromkeys(["decoding", "metrics", "runs", "compare"], 4),
-    **dict.fromkeys(["evaluation", "interop"], 5),
+    "interop": 5,
     **dict.fromkeys(["init_from"], 6),
     **dict.fromkeys(["module", "callbacks", "loggers"], 7),
     "experiment": 8,
