@@ -9,14 +9,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from mtp_lightning.paths import ROOT
 from sweeps.devices import Devices
 from sweeps.follow import follow
 from sweeps.process import JobProcess, Task
-
-ROOT = Path(__file__).parents[1]
 
 
 def run_remotely(task: Task, threads: int) -> None:

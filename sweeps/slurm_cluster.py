@@ -14,17 +14,15 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtp_lightning.paths import ROOT
 from sweeps.devices import Devices
 from sweeps.follow import follow
 from sweeps.process import JobProcess, Task
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
-
-ROOT = Path(__file__).parents[1]
 
 
 class SlurmRun:

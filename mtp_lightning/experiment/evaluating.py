@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
+from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.measure import decoding_report
-from mtp_lightning.evaluation import evaluate_model
 from mtp_lightning.experiment.instantiate import rebuild, trusted_packages
 from mtp_lightning.interop.reading import open_run
-from mtp_lightning.metrics.rates import bits_per_byte
+from mtp_lightning.metrics.rates import DepthRates, bits_per_byte
 from mtp_lightning.model import MTPModel
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.loading import LoadedRun
@@ -67,6 +69,30 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if cfg.output is not None:
         write_json(metrics, Path(cfg.output))
     return metrics
+
+
+@torch.inference_mode()
+def evaluate_model(
+    model: MTPModel, batches: Iterable[WindowBatch], *, limit: int | None = None
+) -> dict[str, float]:
+    """Loss, accuracy, agreement and overlap of every depth; see :class:`DepthRates`.
+
+    Args:
+        model: in evaluation mode.
+        batches: windows built for the model's depth.
+        limit: at most so many batches; None for all.
+
+    Raises:
+        ValueError: no batch, or one of another depth.
+    """
+    device = model.head.weight.device
+    rates = DepthRates(model.depth).to(device)
+    for batch in islice(batches, limit):
+        moved = batch.to(device)
+        rates.update(model(moved), model.head.weight, moved)
+    if not rates.update_called:
+        raise ValueError("There is nothing to evaluate: the data gave no batch.")
+    return rates.compute()
 
 
 def validation_data(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.cli import program
+from mtp_lightning.paths import ROOT
 from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST, METRICS_FILE, SUMMARY_FILE
 
 _PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "numpy", "tokenizers")
@@ -87,9 +88,12 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of the source tree that runs; None where it is not a checkout."""
+    """The commit of the source tree that runs; None where it is not a checkout (an environment with
+    an installed copy may lie in a repository of the user's)."""
+    if not (ROOT / ".git").exists():
+        return None
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None

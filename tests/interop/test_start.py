@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from data_modules.tokenizers import PretrainedTokenizer
 from mtp_lightning.decoding import generate
 from mtp_lightning.experiment import command_line
+from mtp_lightning.experiment.evaluating import evaluate
 from mtp_lightning.experiment.generating import generate_text
 from mtp_lightning.interop.reading import open_run, read_folder
 from mtp_lightning.run.loading import load_run
@@ -160,6 +162,21 @@ def test_the_real_command_line_is_read(base: Path, tmp_path: Path) -> None:
     done = helpers.execute(helpers.command(tmp_path / "run", base / "cache", settings))
     assert done.returncode == 1 and "with model.n_kv_heads=2: leave" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_evaluate_reads_a_folder(base: Path, tmp_path: Path) -> None:
+    folder = base / "deepseek"
+    given = [f"checkpoint={folder}", "accelerator=cpu", "num_threads=1", "decode.n_prompts=0",
+             f"paths.cache_dir={base / 'cache'}"]  # fmt: skip
+    text = ["data=synthetic", "data.source.size=60000", "data.val_fraction=0.05", "data.seq_len=16"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(helpers.CONF)):
+        alone, read = compose("evaluate", given), compose("evaluate", [*given, *text])
+    with pytest.raises(ValueError, match="deepseek has no validation text of its own: give one"):
+        evaluate(alone)
+    metrics = evaluate(read)
+    depths = read_folder(folder).config.mtp.depth
+    assert [k for k in range(9) if f"val/loss_depth_{k}" in metrics] == list(range(depths + 1))
+    assert metrics["val/bits_per_byte"] > 0 and metrics["checkpoint"] == str(folder)
 
 
 def test_generate_reads_a_folder(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,6 +63,13 @@ def study(folder: Path) -> Any:
     return optuna.load_study(study_name=folder.name, storage=f"sqlite:///{folder / 'study.db'}")
 
 
+def test_fixed_paths_are_taken_as_they_are_typed(tmp_path: Path, fake_runs: None) -> None:
+    folder = tmp_path / "找 (1), [2]"
+    assert run(folder, "data=text", "data.paths=文本 (1)", "--trials", "1") == 0
+    (job,) = json.loads((folder / "sweep.json").read_text())["jobs"]
+    assert "data.paths='文本 (1)'" in job["overrides"]
+
+
 def test_finds_the_better_half(
     tmp_path: Path, fake_runs: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

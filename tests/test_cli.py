@@ -1,0 +1,92 @@
+"""Which errors are the user's, and which are shown in full."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_lightning.cli import Stopped, readable_errors
+from mtp_lightning.errors import UserError
+from mtp_lightning.nn.config import TrunkConfig
+
+
+def user_error() -> None:
+    raise UserError("a sentence")
+
+
+def own_value_error() -> None:
+    TrunkConfig(vocab_size=37, d_model=33, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48)
+
+
+def users_value_error() -> None:
+    int("many")  # which C code raises, asked by a file outside of any library
+
+
+def missing_file() -> None:
+    Path("/no/such/file").read_text()
+
+
+@pytest.mark.parametrize("fails", [user_error, own_value_error, users_value_error, missing_file])
+def test_what_a_user_can_mend_is_one_line(
+    fails: Callable[[], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, readable_errors():
+        fails()
+    assert ended.value.code == 1
+    first, hint = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: ") and "HYDRA_FULL_ERROR=1" in hint
+
+
+def torchs_value_error() -> None:
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=-1.0)
+
+
+def standard_librarys_value_error() -> None:
+    json.loads("{")
+
+
+@pytest.mark.parametrize("fails", [torchs_value_error, standard_librarys_value_error])
+def test_a_librarys_value_error_is_a_defect(
+    fails: Callable[[], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError), readable_errors():
+        fails()
+    assert capsys.readouterr().err == ""
+
+
+def test_an_installed_extension_is_a_library_and_a_user_error_of_it_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "site-packages" / "theirs.py"
+    file.parent.mkdir()
+    file.write_text(
+        "from mtp_lightning.errors import UserError\n"
+        "def fail(kind):\n    raise {'user': UserError, 'value': ValueError}[kind]('theirs')\n"
+    )
+    spec = importlib.util.spec_from_file_location("theirs", file)
+    assert spec is not None and spec.loader is not None
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    with pytest.raises(ValueError), readable_errors():
+        theirs.fail("value")
+    with pytest.raises(SystemExit), readable_errors():
+        theirs.fail("user")
+    assert "error: theirs" in capsys.readouterr().err
+
+
+def test_all_errors_are_shown_in_full_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(UserError), readable_errors():
+        user_error()
+
+
+def test_a_stop_ends_with_the_signals_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, readable_errors():
+        raise Stopped("saved", 15)
+    assert ended.value.code == 143 and capsys.readouterr().err == "saved\n"

@@ -1,0 +1,127 @@
+"""An installed copy, from another folder: the console command finds all that a checkout has."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from tests.integration import helpers
+
+pytestmark = pytest.mark.slow
+
+NOT_SOURCE = (".*", "build", "dist", "runs", "outputs", "multirun", "*.egg-info", "__pycache__")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh environment with the project from its wheel, and all that it needs from this one."""
+    base = tmp_path_factory.mktemp("wheel")
+    # The environment lies in somebody's repository, whose commits are not the project's.
+    git = ["git", "-C", str(base), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "theirs"], check=True)
+    # From a copy, since building leaves folders beside the sources.
+    shutil.copytree(helpers.ROOT, base / "src", ignore=shutil.ignore_patterns(*NOT_SOURCE))
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", base, base / "src"], check=True)
+    (wheel,) = base.glob("*.whl")
+    shutil.rmtree(base / "src")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", base / "env"], check=True)
+    python = base / "env" / "bin" / "python"
+    subprocess.run([*pip, "--python", python, "install", "--no-deps", wheel], check=True)
+    # A line of a .pth file is searched last, and the .pth files there are not read: an editable
+    # install of the project stays invisible.
+    (site_packages(base / "env") / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return base / "env"
+
+
+def site_packages(environment: Path) -> Path:
+    (folder,) = environment.glob("lib/python*/site-packages")
+    return folder
+
+
+def command(environment: Path, *arguments: str, cwd: Path) -> str:
+    variables = {k: v for k, v in helpers.environment().items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [environment / "bin" / "mtp-lightning", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=cwd,
+        env=variables,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_what_it_leaves_in_site_packages(environment: Path) -> None:
+    folder = site_packages(environment)
+    left = {path.name for path in folder.iterdir() if path.suffix not in (".pth", ".dist-info")}
+    assert left == {"mtp_lightning", "data_modules", "sweeps", "hydra_plugins"}
+    for name in ("conf", "mtp_lightning", "data_modules", "sweeps", "hydra_plugins"):
+        installed = folder / ("mtp_lightning/conf" if name == "conf" else name)
+        for file in (helpers.ROOT / name).rglob("*"):
+            if file.suffix in (".py", ".yaml", ".jinja"):
+                assert (installed / file.relative_to(helpers.ROOT / name)).is_file(), file
+
+
+def test_the_copy_is_what_runs(environment: Path, tmp_path: Path) -> None:
+    program = "import mtp_lightning.paths as p; print(p.CONF, p.SWEEPS, *p.app('train'))"
+    done = subprocess.run(
+        [environment / "bin" / "python", "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    conf, sweeps, *app = done.stdout.split()
+    assert Path(conf) == site_packages(environment) / "mtp_lightning" / "conf"
+    assert Path(sweeps) == site_packages(environment) / "sweeps"
+    assert app == ["-m", "mtp_lightning.apps.train"]
+
+
+def test_train_evaluate_and_generate(environment: Path, tmp_path: Path) -> None:
+    given = helpers.overrides(tmp_path / "cache", {"trainer.max_steps": 20})
+    said = command(environment, "train", *given, "run_dir=运行 1", cwd=tmp_path)
+    assert "mtp-lightning generate checkpoint='运行 1'" in said
+    summary = json.loads((tmp_path / "运行 1" / "summary.json").read_text())
+    assert summary["step"] == 20 and summary["git_commit"] is None
+    # The name of a log is the app's, however it was started.
+    assert (tmp_path / "运行 1" / "train.log").is_file()
+    run = "checkpoint=运行 1"
+    assert "bits per byte" in command(environment, "evaluate", run, cwd=tmp_path)
+    text = command(
+        environment, "generate", run, "prompt=def main(", "max_new_tokens=5", cwd=tmp_path
+    )
+    assert text.startswith("def main(")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "运行 1"]
+
+
+def test_a_sweep_and_its_report(environment: Path, tmp_path: Path) -> None:
+    given = helpers.overrides(tmp_path / "cache", {"seed": "0,1", "trainer.max_steps": 4})
+    said = command(environment, "train", "-m", *given, "sweep_dir=sweep", cwd=tmp_path)
+    assert "all 2 jobs done in sweep" in said
+    stored = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert stored["command"][:2] == ["mtp-lightning train", "-m"]
+    pytest.importorskip("jinja2", reason="the report needs it: pip install -e '.[report]'")
+    assert "report.html" in command(environment, "report", "sweep", cwd=tmp_path)
+
+
+def test_the_ranks_of_a_run_are_started_alike(environment: Path, tmp_path: Path) -> None:
+    # What lies where the command is typed is nobody's business.
+    (tmp_path / "mtp_lightning.py").write_text("raise SystemExit('the wrong one')")
+    settings = {"trainer.devices": 2, "trainer.strategy": "ddp", "trainer.max_steps": 2}
+    given = helpers.overrides(tmp_path / "cache", settings)
+    command(environment, "train", *given, "run_dir=run", cwd=tmp_path)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
+
+
+def test_the_prepared_sweeps_are_there(environment: Path, tmp_path: Path) -> None:
+    shown = command(environment, "train", "+sweeps=depth", "--cfg", "hydra", cwd=tmp_path)
+    assert "mtp.depth: 0,1,2,4" in shown
