@@ -121,8 +121,8 @@ class MTPModule(pl.LightningModule):
         self.flops += result.flops
         self.seconds += time.perf_counter() - began
         self._values = result.log_values()
-        # For callbacks that monitor a value, such as Lightning's EarlyStopping. Its log() puts values
-        # there, too, but takes a quarter of a millisecond for each.
+        # For callbacks that monitor a value, such as Lightning's EarlyStopping. Its log() puts
+        # values there, too, but takes a quarter of a millisecond for each.
         self.trainer.callback_metrics.update(
             {tag: torch.as_tensor(value) for tag, value in self._values.items()}
         )
