@@ -172,8 +172,8 @@ class MTPModule(pl.LightningModule):
         if grad_norm is not None:
             values["train/grad_norm"] = grad_norm
         self._values = values | self._losses_by_tag(total, losses, factors, active)
-        # For callbacks that monitor a value, such as Lightning's EarlyStopping. Its log() puts values
-        # there, too, but takes a quarter of a millisecond for each.
+        # For callbacks that monitor a value, such as Lightning's EarlyStopping. log() would put the
+        # values there, too, but takes a quarter of a millisecond for each.
         self.trainer.callback_metrics.update(
             {tag: torch.as_tensor(value) for tag, value in self._values.items()}
         )
