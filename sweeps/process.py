@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +71,11 @@ class JobProcess:
         self._end_signal = signal.SIGTERM if task.processes == 1 else signal.SIGKILL
         task.folder.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(task.folder / _LOCK_FILE)
-        _wait_for(self._lock, task.folder)
+        # A sweep that was killed leaves jobs that are still saving.
+        if not self._lock.wait(seconds=60):
+            raise BlockingIOError(
+                f"{task.folder} is still in use by a process of an earlier start."
+            )
         self._started = now()
         self._watchdog = _Watchdog(self._end_signal)
         try:
@@ -156,15 +159,6 @@ class JobProcess:
             started=self._started,
             **values,
         )
-
-
-def _wait_for(lock: Lock, folder: Path, *, seconds: float = 60.0) -> None:
-    """A sweep that was killed leaves jobs that are still saving."""
-    until = time.monotonic() + seconds
-    while not lock.acquire():
-        if time.monotonic() > until:
-            raise BlockingIOError(f"{folder} is still in use by a process of an earlier start.")
-        time.sleep(0.1)
 
 
 def _deaf_to(signals: Sequence[signal.Signals]) -> Callable[[], None]:

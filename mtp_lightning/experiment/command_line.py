@@ -26,15 +26,20 @@ def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
     """
     keys = ["mtp.depth", "mtp_lambda", "seed"]
     choices: dict[str, Any] = {}
+    texts: dict[str, str] = {}
     if HydraConfig.initialized():
         hydra_config = HydraConfig.get()
         choices = dict(hydra_config.runtime.choices)
-        keys += [key_of(o) for o in hydra_config.overrides.task if not o.startswith("~")]
+        given = [o for o in hydra_config.overrides.task if not o.startswith("~")]
+        texts = {key_of(o): o.partition("=")[2] for o in given}
+        keys += texts
     chosen: dict[str, Any] = {}
     for key in keys:
         if not has_bearing(key):
             continue
-        value = choices[key] if key in choices else OmegaConf.select(cfg, key)
+        value = choices.get(key) or OmegaConf.select(cfg, key)
+        if OmegaConf.is_dict(value):  # several choices of one group
+            value = texts.get(key, "")
         chosen[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     if chosen["mtp.depth"] == 0:
         chosen = {k: v for k, v in chosen.items() if k.partition(".")[0] != "mtp"}

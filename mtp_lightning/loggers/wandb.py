@@ -101,7 +101,8 @@ class RunWandb(RunLogger, WandbLogger):
 def _must_stay_offline(folder: Path, run: str) -> bool:
     """Whether the server cannot be used, unless WANDB_MODE says what to do; asked by the one
     process that logs."""
-    if os.environ.get("WANDB_MODE") or rank_zero_only.rank:
+    other_rank = rank_zero_only.rank > 0  # type: ignore[attr-defined]
+    if other_rank or os.environ.get("WANDB_MODE"):
         return False
     import wandb
 

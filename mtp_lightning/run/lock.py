@@ -35,6 +35,15 @@ class Lock:
         self._file = file
         return True
 
+    def wait(self, *, seconds: float) -> bool:
+        """Whether it could be had within some seconds."""
+        until = time.monotonic() + seconds
+        while not self.acquire():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.1)
+        return True
+
     @property
     def file(self) -> int:
         """The file descriptor, which a child process can be given (``pass_fds``)."""
@@ -57,11 +66,8 @@ class Lock:
         Raises:
             BlockingIOError: another process still has it.
         """
-        until = time.monotonic() + seconds
-        while not self.acquire():
-            if time.monotonic() > until:
-                raise BlockingIOError(f"{self._path} is held by another process.")
-            time.sleep(0.1)
+        if not self.wait(seconds=seconds):
+            raise BlockingIOError(f"{self._path} is held by another process.")
         try:
             yield
         finally:

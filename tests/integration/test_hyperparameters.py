@@ -37,7 +37,8 @@ def test_a_command_line_names_its_keys() -> None:
         "+trainer.profiler=simple",
         "seed=7",
         "run_dir=runs/x",
-        "logger=csv",
+        "logger=[csv,wandb]",
+        "callbacks=[early_stopping,learning_rate]",
         "callbacks.progress.line_seconds=1",
         "callbacks.speculative_eval.n_prompts=1",
     )
@@ -48,6 +49,7 @@ def test_a_command_line_names_its_keys() -> None:
         "mtp": "parallel",
         "optimizer.lr": 0.01,
         "trainer.profiler": "simple",
+        "callbacks": "[early_stopping,learning_rate]",
         "callbacks.speculative_eval.n_prompts": 1,  # what decode/* is measured on
     }
 

@@ -13,6 +13,7 @@ import pytest
 
 from mtp_lightning.run.atomic import replacing, write_bytes, write_json
 from mtp_lightning.run.config import describe_differences, flatten, has_bearing, key_of, lies_in
+from mtp_lightning.run.lock import Lock
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -88,3 +89,13 @@ def test_no_torch_is_needed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_a_lock_is_waited_for_and_given_back(tmp_path: Path) -> None:
+    one, other = Lock(tmp_path / ".lock"), Lock(tmp_path / ".lock")
+    with one.held(seconds=0):
+        assert not other.wait(seconds=0)
+        with pytest.raises(BlockingIOError, match=r"\.lock is held"), other.held(seconds=0):
+            pass
+    assert other.wait(seconds=0)
+    other.release()
