@@ -21,9 +21,9 @@ from mtp_lightning.runs import describe_differences, load_weights, model_weights
 FREE = (
     "init_std",
     "recompute",
-    "experts.bias_rate",
-    "experts.bias_frozen",
-    "experts.sequence_loss",
+    "feed_forward.bias_rate",
+    "feed_forward.bias_frozen",
+    "feed_forward.sequence_loss",
 )
 
 

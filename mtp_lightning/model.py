@@ -85,7 +85,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, for a checkpoint."""
-        return {"trunk": asdict(self.trunk), "mtp": {"variant": self.variant, **asdict(self.mtp)}}
+        return {"trunk": self.trunk.to_dict(), "mtp": {"variant": self.variant, **asdict(self.mtp)}}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> ModelConfig:
@@ -95,10 +95,7 @@ class ModelConfig:
             ValueError: an unknown variant or field.
         """
         mtp = mtp_from_dict(data["mtp"])
-        try:
-            return ModelConfig(trunk=TrunkConfig(**data["trunk"]), mtp=mtp)
-        except TypeError as error:
-            raise ValueError(f"The model's config does not fit this version: {error}.") from error
+        return ModelConfig(trunk=TrunkConfig.from_dict(data["trunk"]), mtp=mtp)
 
 
 def mtp_from_dict(data: dict[str, Any]) -> MTPConfig:

@@ -23,7 +23,8 @@ APPS = sorted(path.name for path in ROOT.glob("*.py"))
 # Files of mtp_lightning/ that are not in a folder are rooms of their own.
 RANK = {
     # tools that know nothing of models
-    **dict.fromkeys(["cli", "checkpoint_io", "lr_schedule", "runtime", "summary", "nn"], 0),
+    **dict.fromkeys(["cli", "checkpoint_io", "lr_schedule", "runtime", "summary", "registry"], 0),
+    "nn": 0.5,
     **dict.fromkeys(["mtp", "optimizer"], 1),
     "objective": 2,  # reads a stack's interface, never the model built of it
     "model": 3,

@@ -148,7 +148,7 @@ def adopt_trunk(cfg: DictConfig, trunk: TrunkConfig, *, source: Path) -> DictCon
     Raises:
         ValueError: the command line asks for another trunk.
     """
-    shape = asdict(trunk)
+    shape = _with_targets(trunk)
     asked = OmegaConf.create({"model": shape})
     for override in overridden("model"):
         key = override.split("=")[0]
@@ -164,11 +164,23 @@ def adopt_trunk(cfg: DictConfig, trunk: TrunkConfig, *, source: Path) -> DictCon
         value = OmegaConf.select(cfg.model, key)
         *parents, last = key.split(".")
         owner = shape[parents[0]] if parents else shape
-        if value is not None and owner is not None:
+        if value is not None and last in owner:
             owner[last] = value
     cfg = cfg.copy()
     cfg.model = {"_target_": cfg.model["_target_"], **shape}
     return cfg
+
+
+def _with_targets(trunk: TrunkConfig) -> dict[str, Any]:
+    """A trunk as the group ``model`` has it: its layers by ``_target_``."""
+    layers = {
+        layer.family: {"_target_": f"{type(layer).__module__}.{type(layer).__qualname__}"}
+        for layer in (trunk.attention, trunk.feed_forward)
+    }
+    return {
+        name: {**layers[name], **value} if name in layers else value
+        for name, value in asdict(trunk).items()
+    }
 
 
 def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, compare.Matched | None]:

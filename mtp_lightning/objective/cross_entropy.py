@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX
-from mtp_lightning.nn.linear import matmul_transposed, weight_gradient
+from mtp_lightning.nn.kernels.matmul import matmul_transposed, weight_gradient
 
 # Numbers in one chunk of logits. On a CPU a chunk should stay in the cache between the passes
 # over it; on a GPU it must be large enough to fill the device. See benchmarks/head.py.

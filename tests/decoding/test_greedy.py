@@ -76,7 +76,7 @@ def test_speculative_equals_plain(seed, deepseek, monkeypatch):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_verify_pass_gives_the_bits_of_single_passes(threads, deepseek):
     """So no near-tie can ever be decided otherwise than by plain decoding."""
-    from mtp_lightning.nn.linear import _ONEDNN, packed_weights
+    from mtp_lightning.nn.kernels.matmul import _ONEDNN, packed_weights
 
     if not _ONEDNN:
         pytest.skip("needs oneDNN's AVX-512 kernels")

@@ -13,7 +13,7 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTP_VARIANTS, ModelConfig, MTPModel
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.moe import collecting_balance_losses, routers_of
+from mtp_lightning.nn.moe import ExpertsConfig, collecting_balance_losses, routers_of
 from mtp_lightning.objective import mtp_loss as objective
 from mtp_lightning.objective.mtp_loss import mtp_loss
 from tests.mtp.test_heads import build, windows
@@ -85,7 +85,7 @@ def test_gradients_equal_the_joint_backwards(
 def test_experts_of_heads_are_balanced_as_in_the_joint_backward(tiny_trunk: TrunkConfig) -> None:
     """The heads' sequence-wise balance losses train in the same pass, and loads count once."""
     experts = {"n_routed": 4, "n_shared": 1, "top_k": 2, "d_expert": 16, "sequence_loss": 0.5}
-    trunk = replace(tiny_trunk, experts=experts)  # type: ignore[arg-type]
+    trunk = replace(tiny_trunk, feed_forward=ExpertsConfig(**experts))
     model = build(trunk, MTP_VARIANTS["parallel"](depth=2)).double()
     batch, counts, weights = windows(3, 10, 2), [30] * 3, [0.3, 0.1]
     mtp_loss(model, batch, weights, counts, windows=6)[0].backward()

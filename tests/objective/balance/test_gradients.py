@@ -13,7 +13,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTP_VARIANTS, ModelConfig, MTPModel
 from mtp_lightning.mtp.base import Draw
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.moe import routers_of
+from mtp_lightning.nn.moe import ExpertsConfig, routers_of
 from mtp_lightning.objective.balance.gradients import (
     TaskGradients,
     measuring_flops,
@@ -25,7 +25,7 @@ from mtp_lightning.objective.mtp_loss import mtp_loss
 from tests.mtp.test_heads import build
 
 DRAW = Draw(seed=7, step=3)
-EXPERTS = {"n_routed": 4, "n_shared": 1, "top_k": 2, "d_expert": 16, "sequence_loss": 0.5}
+EXPERTS = ExpertsConfig(n_routed=4, n_shared=1, top_k=2, d_expert=16, sequence_loss=0.5)
 
 MODELS = {
     "sequential": ("sequential", {}, {}),
@@ -37,7 +37,7 @@ MODELS = {
     "linear": ("linear", {}, {"tie_embeddings": True}),
     "parameter_free": ("parameter_free", {}, {}),
     "recompute": ("sequential", {}, {"recompute": True}),
-    "experts": ("sequential", {}, {"experts": EXPERTS, "recompute": True}),
+    "experts": ("sequential", {}, {"feed_forward": EXPERTS, "recompute": True}),
 }
 
 
