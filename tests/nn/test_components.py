@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -226,3 +228,21 @@ def test_a_users_layer_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model.attention=test_window .* cannot be exported"):
         folders.write(tmp_path / "one", model)
     assert not (tmp_path / "one").exists()
+
+
+def test_one_yaml_names_a_users_layer(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    lines = [
+        "defaults: [nano]",
+        "attention:",
+        f"  _target_: {__name__}.WindowConfig",
+        "  window: 64",
+    ]
+    (tmp_path / "model" / "mine.yaml").write_text("\n".join(lines))
+    conf = str(Path(__file__).parents[2] / "conf")
+    with initialize_config_dir(version_base="1.3", config_dir=conf):
+        overrides = ["model=mine", f"hydra.searchpath=[file://{tmp_path}]"]
+        model = compose("config", overrides=overrides).model
+    trunk = instantiate(model, vocab_size=300, _convert_="all")
+    assert trunk.attention == WindowConfig(window=64)
+    assert (trunk.n_layers, trunk.feed_forward) == (8, DenseConfig())
