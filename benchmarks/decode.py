@@ -30,7 +30,8 @@ from mtp_lightning.decoding.measure import PassCosts, pass_costs, race, rates
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.deepseek_config import ExpertsConfig, LatentAttentionConfig
+from mtp_lightning.nn.mla import LatentAttentionConfig
+from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.objective.balance.base import NoBalance
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import Piecewise
@@ -73,10 +74,10 @@ def byte_model(*, deepseek: bool) -> MTPModel:
     if deepseek:
         trunk = TrunkConfig(
             vocab_size=257, d_model=128, n_layers=6, n_heads=4, n_kv_heads=4, d_ff=384,
-            latent_attention=LatentAttentionConfig(
+            attention=LatentAttentionConfig(
                 q_rank=None, kv_rank=32, d_nope=32, d_rope=16, d_value=32
             ),
-            experts=ExpertsConfig(
+            feed_forward=ExpertsConfig(
                 n_routed=16, n_shared=1, top_k=2, d_expert=96, first_k_dense=1, n_groups=1,
                 top_groups=1, scaling=1.0,
             ),
@@ -276,7 +277,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             results[key] = measure(model, prompts[:batch], **options)
             show(key, results[key])
         trunk = model.config.trunk
-        deepseek = trunk.latent_attention is not None and trunk.experts is not None
+        deepseek = (trunk.attention.variant, trunk.feed_forward.variant) == ("latent", "experts")
         if deepseek and model.config.mtp.variant == "sequential" and find_spec("transformers"):
             key = f"{name}, transformers"
             results[key] = measure_transformers(model, prompts[0], **options)

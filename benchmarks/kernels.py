@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import common, train_step
-from mtp_lightning.nn.causal_attention import causal_attention
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.feed_forward import swiglu
-from mtp_lightning.nn.linear import matmul_transposed, uses_onednn, weight_gradient
+from mtp_lightning.nn.kernels.matmul import matmul_transposed, uses_onednn, weight_gradient
+from mtp_lightning.nn.kernels.rope import apply_rope
+from mtp_lightning.nn.kernels.swiglu import swiglu
+from mtp_lightning.nn.kernels.window_attention import causal_attention
 from mtp_lightning.nn.norm import RMSNorm
-from mtp_lightning.nn.rope import apply_rope, rope_table
+from mtp_lightning.nn.rope import rope_table
 from mtp_lightning.objective.through_head import chunk_rows
 from mtp_lightning.runtime import keep_freed_memory
 
@@ -111,10 +112,11 @@ def pytorch_attention(query_BTNH: Tensor, key_BTMH: Tensor, value_BTMH: Tensor) 
 def linears(trunk: TrunkConfig, rows: int, repeats: int) -> list[dict[str, Any]]:
     """Every matrix of a block, of an MTP module, and the head by its chunk of rows."""
     d_model, vocab_size = trunk.d_model, trunk.vocab_size
+    heads = trunk.n_heads * trunk.d_head
     head_rows = min(rows, chunk_rows(vocab_size, torch.device("cpu")))
     shapes = {
-        "qkv": (rows, d_model, trunk.qkv_width),
-        "out": (rows, trunk.attention_width, d_model),
+        "qkv": (rows, d_model, heads + 2 * trunk.n_kv_heads * trunk.d_head),
+        "out": (rows, heads, d_model),
         "gate_up": (rows, d_model, 2 * trunk.d_ff),
         "down": (rows, trunk.d_ff, d_model),
         "eh_proj": (rows, 2 * d_model, d_model),
@@ -129,7 +131,6 @@ def linears(trunk: TrunkConfig, rows: int, repeats: int) -> list[dict[str, Any]]
 
 def layers(trunk: TrunkConfig, batch_size: int, seq_len: int, repeats: int) -> list[dict[str, Any]]:
     """The layers between the matrices."""
-    assert trunk.d_head is not None
     shape, heads = (batch_size, seq_len), (trunk.n_heads, trunk.n_kv_heads, trunk.n_kv_heads)
     norm = RMSNorm(trunk.d_model, trunk.norm_eps)
 

@@ -27,10 +27,10 @@ def measure(size: str, *, repeats: int) -> dict[str, Any]:
     from mtp_lightning.nn.moe import MoE
 
     config = instantiate(common.compose_config([f"model=deepseek_{size}"]).model, vocab_size=256)
-    experts = config.experts
+    experts = config.feed_forward
     batch, seq_len = SIZES[size]
     active = (experts.n_shared + experts.top_k) * experts.d_expert
-    layers = {"moe": MoE(config), "dense": FeedForward(config, d_ff=active)}
+    layers = {"moe": MoE(config.d_model, experts), "dense": FeedForward(config.d_model, active)}
     for layer in layers.values():
         initialise(layer, std=config.init_std, seed=0)
     generator = torch.Generator().manual_seed(0)

@@ -23,9 +23,9 @@ from mtp_lightning.run.loading import load_weights, model_weights, read_checkpoi
 FREE = (
     "init_std",
     "recompute",
-    "experts.bias_rate",
-    "experts.bias_frozen",
-    "experts.sequence_loss",
+    "feed_forward.bias_rate",
+    "feed_forward.bias_frozen",
+    "feed_forward.sequence_loss",
 )
 
 

@@ -6,7 +6,7 @@ Shapes: B batch, T positions, C d_model, K depths, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, for a checkpoint."""
-        return {"trunk": asdict(self.trunk), "mtp": self.mtp.to_dict()}
+        return {"trunk": self.trunk.to_dict(), "mtp": self.mtp.to_dict()}
 
     @staticmethod
     def from_dict(data: dict[str, Any], *, allow: Collection[str] = ()) -> ModelConfig:
@@ -78,11 +78,10 @@ class ModelConfig:
         Raises:
             ValueError: an unknown variant or field, or a package that is not allowed.
         """
-        mtp = MTPConfig.from_dict(data["mtp"], allow=allow)
-        try:
-            return ModelConfig(trunk=TrunkConfig(**data["trunk"]), mtp=mtp)
-        except TypeError as error:
-            raise ValueError(f"The model's config does not fit this version: {error}.") from error
+        return ModelConfig(
+            trunk=TrunkConfig.from_dict(data["trunk"], allow=allow),
+            mtp=MTPConfig.from_dict(data["mtp"], allow=allow),
+        )
 
 
 class MTPModel(nn.Module):

@@ -10,8 +10,8 @@ import torch
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.deepseek_config import ExpertsConfig, LatentAttentionConfig
-from mtp_lightning.nn.moe import routers_of
+from mtp_lightning.nn.mla import LatentAttentionConfig
+from mtp_lightning.nn.moe import ExpertsConfig, routers_of
 
 LATENT = LatentAttentionConfig(q_rank=12, kv_rank=10, d_nope=8, d_rope=4, d_value=6)
 EXPERTS = ExpertsConfig(
@@ -20,7 +20,7 @@ EXPERTS = ExpertsConfig(
 )  # fmt: skip
 TRUNK = TrunkConfig(
     vocab_size=37, d_model=32, n_layers=3, n_heads=4, n_kv_heads=4, d_ff=48,
-    latent_attention=LATENT, experts=EXPERTS,
+    attention=LATENT, feed_forward=EXPERTS,
 )  # fmt: skip
 
 
@@ -31,8 +31,8 @@ def trunk(
     base = replace(TRUNK, d_head=None)
     return replace(
         base,
-        latent_attention=replace(LATENT, **(latent or {})),
-        experts=replace(EXPERTS, **(experts or {})),
+        attention=replace(LATENT, **(latent or {})),
+        feed_forward=replace(EXPERTS, **(experts or {})),
         **rest,
     )
 

@@ -25,7 +25,7 @@ def latent_attention(
     x: Tensor, w: Weights, p: str, c: TrunkConfig, documents: list[int] | None = None
 ) -> Tensor:
     """x [T, C] of one window: eq. 1-11."""
-    a = c.latent_attention
+    a = c.attention
     assert a is not None
     out = torch.zeros(x.shape[0], c.n_heads * a.d_value, dtype=torch.float64)
     queries, keys, values = [], [], []
@@ -62,7 +62,7 @@ def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 def choose(scores: Tensor, bias: Tensor, c: TrunkConfig) -> list[int]:
     """Experts of one token, by sorting: eq. 16 with the groups of section 2.1.2."""
-    e = c.experts
+    e = c.feed_forward
     assert e is not None
     biased = (scores + bias).tolist()
     size = e.n_routed // e.n_groups
@@ -76,7 +76,7 @@ def choose(scores: Tensor, bias: Tensor, c: TrunkConfig) -> list[int]:
 
 def moe(x: Tensor, w: Weights, p: str, c: TrunkConfig) -> Tensor:
     """x [T, C]: eq. 12-16."""
-    e = c.experts
+    e = c.feed_forward
     assert e is not None
     rows = []
     for u in x:
@@ -95,7 +95,7 @@ def moe(x: Tensor, w: Weights, p: str, c: TrunkConfig) -> Tensor:
 
 def balance_loss(scores: Tensor, chosen: list[list[int]], c: TrunkConfig) -> Tensor:
     """One sequence's, scores [T, E]: eq. 17-20 without alpha."""
-    e = c.experts
+    e = c.feed_forward
     assert e is not None
     seq_len = scores.shape[0]
     total = torch.zeros((), dtype=torch.float64)

@@ -16,8 +16,10 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.moe import routers_of
+from mtp_lightning.nn.mla import LatentAttentionConfig
+from mtp_lightning.nn.moe import ExpertsConfig, routers_of
 from tests import deepseek, deepseek_reference, reference
 from tests.losses import reported_loss
 
@@ -55,8 +57,8 @@ def test_parameter_counts_from_the_config(variant: dict, mtp: SequentialConfig) 
     model = MTPModel(config)
     assert config.num_params() == sum(p.numel() for p in model.parameters())
     # Active: everything but the experts left out, and an embedding that is only looked up.
-    experts = config.trunk.experts
-    assert experts is not None
+    experts = config.trunk.feed_forward
+    assert isinstance(experts, ExpertsConfig)
     idle = sum(
         p[experts.top_k :].numel() for name, p in model.named_parameters() if ".experts." in name
     )
@@ -87,7 +89,7 @@ def test_config_round_trip() -> None:
         config = ModelConfig(trunk=deepseek.trunk(**variant), mtp=SequentialConfig(depth=1))
         assert ModelConfig.from_dict(config.to_dict()) == config
     stored = config.to_dict()
-    stored["trunk"]["experts"]["n_router"] = 4
+    stored["trunk"]["feed_forward"]["n_router"] = 4
     with pytest.raises(ValueError, match="n_router"):
         ModelConfig.from_dict(stored)
 
@@ -96,9 +98,8 @@ def test_config_round_trip() -> None:
     ("change", "message"),
     [
         ({"n_kv_heads": 2}, "n_kv_heads=2 must be model.n_heads=4 with latent attention"),
-        ({"qk_norm": True}, "qk_norm=true is for grouped-query attention"),
         ({"latent": {"d_rope": 3}}, "d_rope=3 must be even"),
-        ({"latent": {"kv_rank": 0}}, "latent_attention.kv_rank must be a whole number"),
+        ({"latent": {"kv_rank": 0}}, "attention.kv_rank must be a whole number"),
         ({"experts": {"first_k_dense": 4}}, "first_k_dense=4 is more than model.n_layers=3"),
     ],
 )
@@ -189,7 +190,7 @@ def test_recomputation_changes_no_bit(kind: str, head: type) -> None:
 
 def test_qk_norm_equals_the_equations() -> None:
     """Against plain attention on queries and keys that were normed by hand."""
-    config = dense(qk_norm=True)
+    config = dense(attention=GroupedQueryConfig(qk_norm=True))
     model = MTPModel(ModelConfig(trunk=config, mtp=NoMTPConfig()))
     model.initialise(0)
     assert config.num_params() == sum(p.numel() for p in model.parameters())
@@ -221,7 +222,11 @@ def test_qk_norm_equals_the_equations() -> None:
 @pytest.mark.parametrize("depth", [1, 2])
 def test_speculative_decoding_equals_plain(trunk: str, depth: int) -> None:
     untied = {"tie_embeddings": False, "init_std": 0.4}  # tied, it would repeat itself for ever
-    config = deepseek.trunk(**untied) if trunk == "deepseek" else dense(qk_norm=True, **untied)
+    config = (
+        deepseek.trunk(**untied)
+        if trunk == "deepseek"
+        else dense(attention=GroupedQueryConfig(qk_norm=True), **untied)
+    )
     model = deepseek.build(config, depth=depth, seed=3).eval()
     prompts = [[1, 2, 3], [5, 4, 3, 2, 1, 7, 8]]
     plain = generate(model, prompts, max_new_tokens=24, speculative=False)
@@ -239,7 +244,8 @@ def test_speculative_decoding_equals_plain(trunk: str, depth: int) -> None:
 def test_presets_are_as_large_as_the_dense_ones(size: str) -> None:
     vocab_size = 4096 if size in SIZES[:3] else 32_768
     config, same_word = preset(f"deepseek_{size}", vocab_size), preset(size, vocab_size)
-    assert config.latent_attention is not None and config.experts is not None
+    assert isinstance(config.attention, LatentAttentionConfig)
+    assert isinstance(config.feed_forward, ExpertsConfig)
     assert config.num_active_params() == pytest.approx(same_word.num_params(), rel=0.1)
     header = (CONF / f"model/deepseek_{size}.yaml").read_text().splitlines()[0]
     for value in (config.num_params(), config.num_active_params()):

@@ -8,6 +8,7 @@ import torch
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from tests import deepseek
 
@@ -91,7 +92,7 @@ def test_deepseek_v3(q_rank: int | None, n_shared: int) -> None:
     trunk = deepseek.trunk(
         latent={"q_rank": q_rank}, experts={"n_shared": n_shared}, tie_embeddings=False
     )
-    a, e = trunk.latent_attention, trunk.experts
+    a, e = trunk.attention, trunk.feed_forward
     assert a is not None and e is not None
     config = transformers.DeepseekV3Config(
         vocab_size=37, hidden_size=32, intermediate_size=48, moe_intermediate_size=e.d_expert,
@@ -112,7 +113,7 @@ def test_qwen3_for_qk_norm() -> None:
     )
     trunk = TrunkConfig(
         vocab_size=37, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48,
-        tie_embeddings=False, qk_norm=True,
+        tie_embeddings=False, attention=GroupedQueryConfig(qk_norm=True),
     )  # fmt: skip
     config = transformers.Qwen3Config(
         vocab_size=37, hidden_size=32, intermediate_size=48, num_hidden_layers=2,

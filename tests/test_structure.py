@@ -164,6 +164,12 @@ def test_pure_torch(file: str) -> None:
         assert takes(name, "torch", "mtp_lightning") or _standard(name), name
 
 
+@pytest.mark.parametrize("file", sources("mtp_lightning/nn/kernels"))
+def test_kernels_know_no_layer(file: str) -> None:
+    for name in imports(file):
+        assert takes(name, "mtp_lightning.nn.kernels") or not takes(name, "mtp_lightning"), name
+
+
 @pytest.mark.parametrize("file", sources("sweeps", "hydra_plugins"))
 def test_sweeps_talk_to_runs_through_files(file: str) -> None:
     for name in imports(file):

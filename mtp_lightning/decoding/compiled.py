@@ -23,8 +23,8 @@ from torch import Tensor
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.kernels.matmul import packed_weights
 from mtp_lightning.nn.kv_cache import KVCache
-from mtp_lightning.nn.linear import packed_weights
 from mtp_lightning.nn.static_cache import StaticCache
 
 # Prompts and texts of many lengths share a program: capacities are multiples of this.
@@ -63,12 +63,7 @@ def _positions(
 ) -> Positions:
     positions_BT = start_B.unsqueeze(1) + torch.arange(width, device=start_B.device)
     trunk = model.config.trunk
-    cache = StaticCache(
-        entries,
-        positions_BT,
-        n_kv_heads=trunk.n_kv_heads,
-        shared=trunk.latent_attention is not None,
-    )
+    cache = StaticCache(entries, positions_BT, trunk.attention.cache_entry(trunk))
     cos, sin = tables
     return Positions(cos[positions_BT], sin[positions_BT], cache=cache)
 

@@ -23,7 +23,7 @@ from mtp_lightning.decoding.sampling import Noise, Sampling
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.speculative import Decoder
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.linear import packed_weights
+from mtp_lightning.nn.kernels.matmul import packed_weights
 from mtp_lightning.settings import is_whole
 
 Prompt = Sequence[int] | Tensor

@@ -21,6 +21,7 @@ from torch import Tensor
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.kernels.exact import exact_pass
 from mtp_lightning.nn.kv_cache import KVCache, PositionTables
 
 
@@ -57,9 +58,7 @@ class Session:
         for row, prompt in enumerate(prompts):
             self.tokens_BS[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64)
         self.n = [0] * batch
-        self.trunk_cache = KVCache(
-            trunk, tables, n_layers=trunk.n_layers, batch_size=batch, exact=True
-        )
+        self.trunk_cache = KVCache(trunk, tables, n_layers=trunk.n_layers, batch_size=batch)
         self.depth_caches = [
             KVCache(trunk, tables, n_layers=1, batch_size=batch) for _ in range(max_draft)
         ]
@@ -99,7 +98,9 @@ class Session:
 
     def _trunk(self, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
         embedded = self.model.trunk.embedding(self._read(self.tokens_BS[rows], starts, width))
-        output = self.model.trunk(embedded, Positions.of_cache(cache, starts, width))
+        # The trunk alone decides what is written; drafts may round as they like.
+        with exact_pass(width, embedded.device):
+            output = self.model.trunk(embedded, Positions.of_cache(cache, starts, width))
         if self.max_draft:
             branch = self.model.mtp.branch(self.model.trunk, output)
             self._write(self.states[0][rows], starts, branch)

@@ -157,9 +157,9 @@ def adopt_trunk(cfg: DictConfig, trunk: TrunkConfig, *, source: Path) -> DictCon
     Raises:
         ValueError: the command line asks for another trunk.
     """
-    shape = asdict(trunk)
-    if targets(shape):  # the config of a run is the user's own, and this is not
-        raise ValueError(f"init_from={source} is refused: its trunk asks for {targets(shape)[0]}.")
+    if foreign := targets(asdict(trunk)):  # a run's config is the user's own, and this is not
+        raise ValueError(f"init_from={source} is refused: its trunk asks for {foreign[0]}.")
+    shape = _with_targets(trunk)
     asked = OmegaConf.create({"model": shape})
     for override in overridden("model"):
         key = override.split("=")[0]
@@ -175,11 +175,23 @@ def adopt_trunk(cfg: DictConfig, trunk: TrunkConfig, *, source: Path) -> DictCon
         value = OmegaConf.select(cfg.model, key)
         *parents, last = key.split(".")
         owner = shape[parents[0]] if parents else shape
-        if value is not None and owner is not None:
+        if value is not None and last in owner:
             owner[last] = value
     cfg = cfg.copy()
     cfg.model = {"_target_": cfg.model["_target_"], **shape}
     return cfg
+
+
+def _with_targets(trunk: TrunkConfig) -> dict[str, Any]:
+    """A trunk as the group ``model`` has it: its layers by ``_target_``."""
+    layers = {
+        layer.family: {"_target_": f"{type(layer).__module__}.{type(layer).__qualname__}"}
+        for layer in (trunk.attention, trunk.feed_forward)
+    }
+    return {
+        name: {**layers[name], **value} if name in layers else value
+        for name, value in asdict(trunk).items()
+    }
 
 
 def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, compare.Matched | None]:

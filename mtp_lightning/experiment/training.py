@@ -44,9 +44,9 @@ log = logging.getLogger(__name__)
 # Keys of the stored model that say how it is trained, not what its weights are.
 _NOT_ARCHITECTURE = (
     "trunk.recompute",
-    "trunk.experts.bias_rate",
-    "trunk.experts.bias_frozen",
-    "trunk.experts.sequence_loss",
+    "trunk.feed_forward.bias_rate",
+    "trunk.feed_forward.bias_frozen",
+    "trunk.feed_forward.sequence_loss",
 )
 
 

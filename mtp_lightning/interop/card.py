@@ -70,8 +70,9 @@ def render(
 
 def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
     trunk = config.trunk
-    kind = "latent" if trunk.latent_attention is not None else "grouped-query"
-    feed = "mixtures of experts" if trunk.experts is not None else "dense feed-forward layers"
+    kind = trunk.attention.variant.replace("_", "-")
+    mixture = trunk.feed_forward.variant == "experts"
+    feed = "mixtures of experts" if mixture else "dense feed-forward layers"
     yield (
         f"A decoder of {trunk.n_layers} layers (d_model {trunk.d_model}, {trunk.n_heads} heads, "
         f"{kind} attention, {feed}), vocabulary {trunk.vocab_size:,}; {contents.parameters:,} "

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from mtp_lightning.model import ModelConfig
+from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.feed_forward import DenseConfig
+from mtp_lightning.nn.mla import LatentAttentionConfig
+from mtp_lightning.nn.moe import ExpertsConfig
 
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -25,43 +29,55 @@ def model_type(trunk: TrunkConfig) -> str:
     Raises:
         ValueError: there is none.
     """
-    if trunk.latent_attention is not None:
-        own_eps = trunk.latent_attention.norm_eps
-        eps = trunk.norm_eps if own_eps is None else own_eps
-        if eps != LATENT_EPS:
-            raise ValueError(
-                f"norms on the latents with epsilon {eps} cannot be exported: DeepSeek-V3's layout "
-                f"has {LATENT_EPS} there (model.latent_attention.norm_eps)."
-            )
-        if trunk.experts is not None and trunk.experts.n_shared == 0:
-            raise ValueError(
-                "model.experts.n_shared=0 cannot be exported: DeepSeek-V3's layout always has a "
-                "shared expert."
-            )
-        if trunk.experts is not None and trunk.experts.n_routed // trunk.experts.n_groups < 2:
-            raise ValueError(
-                f"model.experts.n_routed={trunk.experts.n_routed} cannot be exported: "
-                "DeepSeek-V3's layout scores a group of experts by its best two."
-            )
+    attention, feed_forward = trunk.attention, trunk.feed_forward
+    # Exact classes: what is derived from them may compute something else.
+    kinds = type(attention), type(feed_forward)
+    if kinds in ((LatentAttentionConfig, DenseConfig), (LatentAttentionConfig, ExpertsConfig)):
+        _check_deepseek(trunk)
         return "deepseek_v3"
-    if trunk.experts is not None:
+    if kinds != (GroupedQueryConfig, DenseConfig):
         raise ValueError(
-            "a mixture of experts with grouped-query attention cannot be exported: no supported "
-            "layout has both. Trunks of model=deepseek_* and dense ones can."
+            f"model.attention={attention.variant} with model.feed_forward={feed_forward.variant} "
+            "cannot be exported: no supported layout has both. Trunks of model=deepseek_* and "
+            "dense ones with grouped-query attention can."
         )
-    if trunk.qk_norm and trunk.qkv_bias:
+    assert isinstance(attention, GroupedQueryConfig)
+    if attention.qk_norm and attention.qkv_bias:
         raise ValueError(
-            "model.qk_norm=true with model.qkv_bias=true cannot be exported: Qwen2's layout has "
-            "the biases, Qwen3's the norms, and none both."
+            "model.attention.qk_norm=true with model.attention.qkv_bias=true cannot be exported: "
+            "Qwen2's layout has the biases, Qwen3's the norms, and none both."
         )
-    if trunk.qk_norm or trunk.qkv_bias:
-        return "qwen3" if trunk.qk_norm else "qwen2"
+    if attention.qk_norm or attention.qkv_bias:
+        return "qwen3" if attention.qk_norm else "qwen2"
     if trunk.d_model % trunk.n_heads:
         raise ValueError(
             f"model.d_model={trunk.d_model} cannot be exported with model.n_heads="
             f"{trunk.n_heads}: transformers' Llama wants the one to be divisible by the other."
         )
     return "llama"
+
+
+def _check_deepseek(trunk: TrunkConfig) -> None:
+    a, e = trunk.attention, trunk.feed_forward
+    assert isinstance(a, LatentAttentionConfig)
+    eps = trunk.norm_eps if a.norm_eps is None else a.norm_eps
+    if eps != LATENT_EPS:
+        raise ValueError(
+            f"norms on the latents with epsilon {eps} cannot be exported: DeepSeek-V3's layout "
+            f"has {LATENT_EPS} there (model.attention.norm_eps)."
+        )
+    if not isinstance(e, ExpertsConfig):
+        return
+    if e.n_shared == 0:
+        raise ValueError(
+            "model.feed_forward.n_shared=0 cannot be exported: DeepSeek-V3's layout always has a "
+            "shared expert."
+        )
+    if e.n_routed // e.n_groups < 2:
+        raise ValueError(
+            f"model.feed_forward.n_routed={e.n_routed} cannot be exported: DeepSeek-V3's layout "
+            "scores a group of experts by its best two."
+        )
 
 
 def to_json(
@@ -133,8 +149,8 @@ def _rope_type(trunk: TrunkConfig) -> dict[str, Any]:
 
 
 def _deepseek_fields(trunk: TrunkConfig, depth: int) -> dict[str, Any]:
-    a, e = trunk.latent_attention, trunk.experts
-    assert a is not None
+    a, e = trunk.attention, trunk.feed_forward
+    assert isinstance(a, LatentAttentionConfig)
     fields: dict[str, Any] = {
         "attention_bias": False,
         "q_lora_rank": a.q_rank,
@@ -148,7 +164,7 @@ def _deepseek_fields(trunk: TrunkConfig, depth: int) -> dict[str, Any]:
         "norm_topk_prob": True,
         "moe_layer_freq": 1,
     }
-    if e is None or (e.first_k_dense == trunk.n_layers and depth == 0):
+    if not isinstance(e, ExpertsConfig) or (e.first_k_dense == trunk.n_layers and depth == 0):
         # No layer is a mixture; transformers wants the fields all the same.
         return fields | {
             "n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 1,

@@ -76,11 +76,11 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
     if kind == "deepseek_v3":
         shape |= _deepseek_shape(fields, need, depth=depth)
     else:
+        switches = {"qk_norm": kind == "qwen3", "qkv_bias": kind == "qwen2"}
         shape |= {
             "n_kv_heads": _given(fields, "num_key_value_heads", n_heads),
             "d_head": _given(fields, "head_dim", 128 if kind == "qwen3" else None),
-            "qkv_bias": kind == "qwen2",
-            "qk_norm": kind == "qwen3",
+            "attention": {"variant": "grouped_query", **switches},
         }
     try:
         return TrunkConfig(**shape)
@@ -103,7 +103,8 @@ def _deepseek_shape(
     eps = float(fields.get("rms_norm_eps", 1e-6))
     shape: dict[str, Any] = {
         "n_kv_heads": fields["num_attention_heads"],
-        "latent_attention": {
+        "attention": {
+            "variant": "latent",
             "q_rank": fields.get("q_lora_rank"),
             "kv_rank": need("kv_lora_rank"),
             "d_nope": need("qk_nope_head_dim"),
@@ -115,7 +116,8 @@ def _deepseek_shape(
     dense = _given(fields, "first_k_dense_replace", 3)
     if dense >= fields["num_hidden_layers"] and depth == 0:
         return shape
-    shape["experts"] = {
+    shape["feed_forward"] = {
+        "variant": "experts",
         "n_routed": need("n_routed_experts"),
         "n_shared": need("n_shared_experts"),
         "top_k": need("num_experts_per_tok"),

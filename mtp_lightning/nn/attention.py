@@ -5,19 +5,23 @@ Shapes: B batch, T positions, S stored positions, C d_model, N heads, H head siz
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.nn.causal_attention import causal_attention, fits
+from mtp_lightning.nn.components import AttentionConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.kernels.rope import apply_rope, turn_in_place
+from mtp_lightning.nn.kernels.window_attention import window_attention
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
-from mtp_lightning.nn.rope import apply_rope, rope_table, turn_in_place
+from mtp_lightning.nn.places import Place, renamed
+from mtp_lightning.nn.rope import rope_table
+from mtp_lightning.nn.shape import TrunkShape
 from mtp_lightning.nn.static_cache import StaticCache
 
 
@@ -82,24 +86,67 @@ class Positions:
         return self if self.ledger is None else replace(self, ledger=Ledger(keep=False))
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
+    """Grouped-query attention: ``n_heads / n_kv_heads`` query heads share a key-value head.
+
+    Attributes:
+        qk_norm: RMSNorm on every query and key head before RoPE (Qwen3).
+        qkv_bias: a bias on queries, keys and values, which starts at 0 (Qwen2).
+    """
+
+    qk_norm: bool = False
+    qkv_bias: bool = False
+
+    def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
+        return Attention(trunk, self)
+
+    def matrix_params(self, trunk: TrunkShape, layer: int | None) -> int:
+        out = trunk.n_heads * trunk.d_head
+        return trunk.d_model * (qkv_width(trunk) + out)
+
+    def num_params(self, trunk: TrunkShape, layer: int | None) -> int:
+        norms = 2 * trunk.d_head if self.qk_norm else 0
+        biases = qkv_width(trunk) if self.qkv_bias else 0
+        return self.matrix_params(trunk, layer) + norms + biases
+
+    def hf_places(self, trunk: TrunkShape, layer: int | None) -> Iterator[Place]:
+        d_model, d_head = trunk.d_model, trunk.d_head
+        heads = {"q": trunk.n_heads, "k": trunk.n_kv_heads, "v": trunk.n_kv_heads}
+        rows = {f"{name}_proj": n * d_head for name, n in heads.items()}
+        matrices = tuple((f"{name}.weight", (n, d_model)) for name, n in rows.items())
+        yield Place(own="qkv.weight", parts=matrices)
+        if self.qkv_bias:
+            yield Place(own="qkv_bias", parts=tuple((f"{n}.bias", (w,)) for n, w in rows.items()))
+        yield renamed("out.weight", "o_proj.weight", (d_model, trunk.n_heads * d_head))
+        if self.qk_norm:
+            yield renamed("query_norm.weight", "q_norm.weight", (d_head,))
+            yield renamed("key_norm.weight", "k_norm.weight", (d_head,))
+
+
+def qkv_width(trunk: TrunkShape) -> int:
+    """Output width of the fused query, key and value projection."""
+    return (trunk.n_heads + 2 * trunk.n_kv_heads) * trunk.d_head
+
+
 class Attention(nn.Module):
     """Query, key and value are one matrix, in this order; heads lie side by side in each."""
 
     qkv_bias: nn.Parameter | None
 
-    def __init__(self, config: TrunkConfig) -> None:
+    def __init__(self, trunk: TrunkShape, config: GroupedQueryConfig) -> None:
         super().__init__()
-        assert config.d_head is not None
-        self.n_heads = config.n_heads
-        self.n_kv_heads = config.n_kv_heads
-        self.d_head = config.d_head
-        self.qkv = Linear(config.d_model, config.qkv_width)
-        self.out = Linear(config.attention_width, config.d_model)
-        bias = nn.Parameter(torch.zeros(config.qkv_width)) if config.qkv_bias else None
+        self.n_heads = trunk.n_heads
+        self.n_kv_heads = trunk.n_kv_heads
+        self.d_head = trunk.d_head
+        width = qkv_width(trunk)
+        self.qkv = Linear(trunk.d_model, width)
+        self.out = Linear(trunk.n_heads * trunk.d_head, trunk.d_model)
+        bias = nn.Parameter(torch.zeros(width)) if config.qkv_bias else None
         self.register_parameter("qkv_bias", bias)
         # Of every query and key head before it is turned (Qwen3), one gain for all heads.
-        self.query_norm = RMSNorm(config.d_head, config.norm_eps) if config.qk_norm else None
-        self.key_norm = RMSNorm(config.d_head, config.norm_eps) if config.qk_norm else None
+        self.query_norm = RMSNorm(trunk.d_head, trunk.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(trunk.d_head, trunk.norm_eps) if config.qk_norm else None
 
     def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
         """[B, T, C] -> [B, T, C]; ``layer`` is this layer's place in ``positions.cache``."""
@@ -111,29 +158,17 @@ class Attention(nn.Module):
         if self.query_norm is not None:
             qkv = self._norm_heads(qkv)
         n_turned = self.n_heads + self.n_kv_heads
-        if positions.cache is not None:
+        if positions.cache is None:
+            query_key, value = qkv.split([n_turned, self.n_kv_heads], dim=2)
+            query_key = apply_rope(query_key, positions.cos, positions.sin)
+            query, key = query_key.split([self.n_heads, self.n_kv_heads], dim=2)
+            mixed = window_attention(query, key, value, positions.mask)
+        else:
             turn_in_place(qkv.narrow(2, 0, n_turned), positions.cos, positions.sin)
-            query = qkv.narrow(2, 0, self.n_heads)
-            cache = positions.cache
-            cache.append(layer, qkv.narrow(2, self.n_heads, 2 * self.n_kv_heads))
-            mixed = cache.attend(layer, query, positions.mask)
-            return self.out(mixed.reshape(batch, seq_len, -1))
-        query_key, value = qkv.split([n_turned, self.n_kv_heads], dim=2)
-        query_key = apply_rope(query_key, positions.cos, positions.sin)
-        query, key = query_key.split([self.n_heads, self.n_kv_heads], dim=2)
-        if positions.mask is None and fits(query):
-            mixed = causal_attention(query, key, value)
-            return self.out(mixed.view(batch, seq_len, -1))
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=positions.mask,
-            is_causal=positions.mask is None,
-            enable_gqa=self.n_heads != self.n_kv_heads,
-        )
-        return self.out(mixed.transpose(1, 2).reshape(batch, seq_len, -1))
+            query, entry = qkv.split([self.n_heads, 2 * self.n_kv_heads], dim=2)
+            positions.cache.append(layer, entry)
+            mixed = positions.cache.attend(layer, query, positions.mask)
+        return self.out(mixed.reshape(batch, seq_len, -1))
 
     def _norm_heads(self, qkv: Tensor) -> Tensor:
         assert self.query_norm is not None and self.key_norm is not None

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mtp_lightning.nn.attention import Attention, Positions
+from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.feed_forward import FeedForward
-from mtp_lightning.nn.mla import LatentAttention
-from mtp_lightning.nn.moe import MoE
 from mtp_lightning.nn.norm import RMSNorm
 
 
@@ -28,13 +25,9 @@ class Block(nn.Module):
         super().__init__()
         self.recompute = config.recompute
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention: Attention | LatentAttention
-        self.attention = (
-            Attention(config) if config.latent_attention is None else LatentAttention(config)
-        )
+        self.attention = config.attention.build(config, layer)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.feed_forward: FeedForward | MoE
-        self.feed_forward = MoE(config) if config.has_experts(layer) else FeedForward(config)
+        self.feed_forward = config.feed_forward.build(config, layer)
 
     def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
         """[B, T, C] -> [B, T, C]; ``layer`` is this block's place in the cache, if there is one."""

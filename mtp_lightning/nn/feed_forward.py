@@ -2,60 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.eager import eager_cpu
+from mtp_lightning.nn.components import FeedForwardConfig
+from mtp_lightning.nn.kernels.swiglu import swiglu
 from mtp_lightning.nn.linear import Linear
+from mtp_lightning.nn.places import Place, renamed
+from mtp_lightning.nn.shape import TrunkShape
 
 
-class _SwiGLUCPU(torch.autograd.Function):
-    """``silu(gate) * up``, keeping only its input: the sigmoid is cheaper to redo than to read."""
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig(FeedForwardConfig, variant="dense"):
+    """One SwiGLU layer for all tokens, ``model.d_ff`` wide inside."""
 
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+    def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
+        return FeedForward(trunk.d_model, trunk.d_ff)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (grad,) = grads
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        d_gate_up = torch.empty_like(gate_up)
-        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
-        scratch = F.silu(gate)
-        torch.mul(grad, scratch, out=d_up)
-        torch.mul(grad, up, out=scratch)
-        torch.ops.aten.silu_backward.grad_input(scratch, gate, grad_input=d_gate)
-        return d_gate_up
+    def matrix_params(self, trunk: TrunkShape, layer: int | None) -> int:
+        return 3 * trunk.d_model * trunk.d_ff
+
+    def num_params(self, trunk: TrunkShape, layer: int | None) -> int:
+        return self.matrix_params(trunk, layer)
+
+    def hf_places(self, trunk: TrunkShape, layer: int | None) -> Iterator[Place]:
+        return swiglu_places(trunk.d_model, trunk.d_ff)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """[..., 2F] -> [..., F]: the first half gates the second."""
-    grad = torch.is_grad_enabled()
-    if grad and eager_cpu(gate_up):
-        return _SwiGLUCPU.apply(gate_up)
-    gate, up = gate_up.chunk(2, dim=-1)
-    if not grad:
-        return F.silu(gate).mul_(up)
-    return F.silu(gate) * up
+def swiglu_places(d_model: int, d_ff: int) -> Iterator[Place]:
+    """Where the weights of one :class:`FeedForward` lie."""
+    up = tuple((f"{name}_proj.weight", (d_ff, d_model)) for name in ("gate", "up"))
+    yield Place(own="gate_up.weight", parts=up)
+    yield renamed("down.weight", "down_proj.weight", (d_model, d_ff))
 
 
 class FeedForward(nn.Module):
     """``down(silu(gate(x)) * up(x))``; gate and up are one matrix, gate first."""
 
-    def __init__(self, config: TrunkConfig, *, d_ff: int | None = None) -> None:
+    def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
-        d_ff = config.d_ff if d_ff is None else d_ff
-        self.gate_up = Linear(config.d_model, 2 * d_ff)
-        self.down = Linear(d_ff, config.d_model)
+        self.gate_up = Linear(d_model, 2 * d_ff)
+        self.down = Linear(d_ff, d_model)
 
     def forward(self, x_BTC: Tensor, positions: Positions | None = None) -> Tensor:
         """[B, T, C] -> [B, T, C]; what a layer has to report goes to ``positions.ledger``."""

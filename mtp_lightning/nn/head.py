@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.nn.linear import linear, packed_linear
+from mtp_lightning.nn.kernels.matmul import linear
 
 
 class Head(nn.Module):
@@ -18,6 +18,4 @@ class Head(nn.Module):
 
     def forward(self, h_BTC: Tensor) -> Tensor:
         """[..., C] -> logits [..., V]. Training never calls it: see objective/cross_entropy.py."""
-        if self.packed is not None and not torch.compiler.is_compiling():
-            return packed_linear(h_BTC, self.packed)
-        return linear(h_BTC, self.weight)
+        return linear(h_BTC, self.weight, self.packed)

@@ -1,7 +1,7 @@
 """Keys and values of the tokens already read: preallocated, static, rows free of each other.
 
 Shapes: B rows, T new positions, S capacity, P stored positions that a pass reads, N heads,
-M key and value heads together, H head size.
+M vectors of an entry, or its key heads, H head size.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.kernels.exact import FEW, attend_by_query, is_exact
 from mtp_lightning.nn.rope import whole_head_table
 
 # Passes read a multiple of this many positions. Attention over whole vectors of 16 fp32 gives the
 # same bits however many masked positions follow.
 _ROUND = 16
-# Up to this many queries a row are attended one at a time, see KVCache.attend.
-_FEW_QUERIES = 16
 
 
 def _round_up(n: int) -> int:
@@ -55,8 +54,8 @@ class PositionTables:
         # Query j of a pass that starts at n sees columns 0 .. n + j. One wide table holds the mask
         # of every n as a slice.
         self._center = self.capacity
-        columns = torch.arange(2 * self.capacity + _FEW_QUERIES, device=device)
-        rows = torch.arange(_FEW_QUERIES, device=device).unsqueeze(1) + self._center
+        columns = torch.arange(2 * self.capacity + FEW, device=device)
+        rows = torch.arange(FEW, device=device).unsqueeze(1) + self._center
         self._mask_TW = torch.zeros(rows.shape[0], columns.shape[0], device=device, dtype=dtype)
         self._mask_TW.masked_fill_(columns > rows, -math.inf)
 
@@ -67,7 +66,7 @@ class PositionTables:
 
     def mask(self, start: int, n_new: int, width: int) -> Tensor:
         """Additive mask [T, P] of queries that start at ``start`` over ``width`` positions."""
-        if n_new <= _FEW_QUERIES:
+        if n_new <= FEW:
             return self._mask_TW.narrow(0, 0, n_new).narrow(1, self._center - start, width)
         return self.mask_of(torch.arange(start, start + n_new, device=self.device), width)
 
@@ -90,7 +89,6 @@ class KVCache:
         tables: angles and masks; their capacity is the cache's.
         n_layers: attention layers that write here.
         batch_size: B, rows.
-        exact: results must not depend on how many positions are computed together (CPU).
     """
 
     def __init__(
@@ -100,24 +98,17 @@ class KVCache:
         *,
         n_layers: int,
         batch_size: int,
-        exact: bool = False,
     ) -> None:
         self.tables = tables
-        self.exact = exact and tables.device.type == "cpu"
-        self.n_kv_heads = config.n_kv_heads
-        latent = config.latent_attention
-        # Latent attention keeps one vector a token, which is key and value at once, of all heads:
-        # see nn/mla.py.
-        self.shared = latent is not None
-        self.grouped = config.n_heads != (1 if self.shared else config.n_kv_heads)
-        assert config.d_head is not None
-        entry = (1, latent.d_cached) if latent else (2 * config.n_kv_heads, config.d_head)
-        shape = (batch_size, tables.capacity, *entry)
+        self.entry = config.attention.cache_entry(config)
+        self.grouped = config.n_heads != self.entry.n_kv_heads
+        shape = (batch_size, tables.capacity, self.entry.n_vectors, self.entry.width)
         self.entries_L_BSMH = [
             torch.zeros(shape, dtype=tables.dtype, device=tables.device) for _ in range(n_layers)
         ]
         self.lengths = [0] * batch_size
-        self._start = self._n_new = self._width = 0
+        self._starts = [0] * batch_size
+        self._n_new = self._width = 0
         self._place: Tensor | None = None
         self._views: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
@@ -166,11 +157,11 @@ class KVCache:
         self.lengths = [start + n_new for start in starts]
         self._n_new = n_new
         self._width = _round_up(longest)
-        self._start = starts[0]
+        self._starts = starts
         if len(starts) == 1 or all(start == starts[0] for start in starts):
             self._place = None
             cos, sin = self.tables.at(starts[0], n_new)
-            if starts[0] == 0 and n_new > _FEW_QUERIES:
+            if starts[0] == 0 and n_new > FEW:
                 return cos, sin, None
             return cos, sin, self.tables.mask(starts[0], n_new, self._width)
         device = self.tables.device
@@ -189,7 +180,7 @@ class KVCache:
         """Store one layer's turned keys and values, [B, T, M, H], at the open pass's positions."""
         entries = self.entries_L_BSMH[layer]
         if self._place is None:
-            entries.narrow(1, self._start, self._n_new).copy_(entry_BTMH)
+            entries.narrow(1, self._starts[0], self._n_new).copy_(entry_BTMH)
         else:
             entry = entry_BTMH.flatten(0, 1).to(entries.dtype)
             entries.flatten(0, 1).index_copy_(0, self._place, entry)
@@ -199,69 +190,52 @@ class KVCache:
 
         Views; made once for as long as the width stays the same.
         """
-        one_row_few = self.batch_size == 1 and self._n_new <= _FEW_QUERIES and self.exact
-        copies = self._n_new if one_row_few else 1
+        copies = self._n_new if self.batch_size == 1 and is_exact() else 1
         key = (self._width, copies)
         if key not in self._views:
-            if len(self._views) > 2 * _FEW_QUERIES:
+            if len(self._views) > 2 * FEW:
                 self._views.clear()
             views = []
             for entries in self.entries_L_BSMH:
                 used = entries.narrow(1, 0, self._width).transpose(1, 2)
-                keys, values = (used, used) if self.shared else used.split(self.n_kv_heads, dim=1)
+                keys, values = self.entry.split(used)
                 if copies > 1:
                     keys, values = (x.expand(copies, -1, -1, -1) for x in (keys, values))
                 views.append((keys, values))
             self._views[key] = views
         return self._views[key][layer]
 
+    def distances(self) -> Tensor:
+        """How far before every query of the open pass every stored position lies, [B, T, P]; below
+        0 it lies behind. For layers that see less than all that came before."""
+        device = self.tables.device
+        positions_BT = torch.tensor(self._starts, device=device).unsqueeze(1) + torch.arange(
+            self._n_new, device=device
+        )
+        return positions_BT.unsqueeze(-1) - torch.arange(self._width, device=device)
+
     def attend(self, layer: int, query_BTNH: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of the open pass's queries over all that its rows hold: [B, T, N, H].
 
-        With ``exact``, every query is attended by itself, as decoding one token at a time does.
-        PyTorch's CPU kernel gives other roundings for several queries at a time, and in the
-        scratch memory of its second thread; so it runs on one here. The cost is a few
-        microseconds a layer, the gain that drafts cannot change a single bit of the output.
+        Args:
+            layer: which of the cache's.
+            query_BTNH: the new queries.
+            mask: what :meth:`begin` gave, or another additive one, [B, T, P].
         """
-        key_BNPH, value_BNPH = self._read(layer)
-        n_new = query_BTNH.shape[1]
-        if n_new > _FEW_QUERIES or not self.exact:
-            if mask is None:
-                key_BNPH, value_BNPH = key_BNPH[:, :, :n_new], value_BNPH[:, :, :n_new]
-            elif mask.dim() == 3:
-                mask = mask.unsqueeze(1)
-            return F.scaled_dot_product_attention(
-                query_BTNH.transpose(1, 2),
-                key_BNPH,
-                value_BNPH,
-                attn_mask=mask,
-                is_causal=mask is None,
-                enable_gqa=self.grouped,
-            ).transpose(1, 2)
-        assert mask is not None
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            if self.batch_size == 1:
-                # The queries are the rows of a batch that share their keys: [T, N, 1, H].
-                return F.scaled_dot_product_attention(
-                    query_BTNH.transpose(0, 1).transpose(1, 2),
-                    key_BNPH,
-                    value_BNPH,
-                    attn_mask=mask.reshape(n_new, 1, 1, -1),
-                    enable_gqa=self.grouped,
-                ).reshape(1, n_new, query_BTNH.shape[2], -1)
-            mask_BTP = mask.expand(self.batch_size, n_new, -1)
-            mixed = [
-                F.scaled_dot_product_attention(
-                    query_BTNH[:, j].unsqueeze(2),
-                    key_BNPH,
-                    value_BNPH,
-                    attn_mask=mask_BTP[:, j, None, None],
-                    enable_gqa=self.grouped,
-                )
-                for j in range(n_new)
-            ]
-            return torch.cat(mixed, dim=2).transpose(1, 2)
-        finally:
-            torch.set_num_threads(threads)
+        key_BMPH, value_BMPH = self._read(layer)
+        if is_exact():
+            assert mask is not None
+            return attend_by_query(query_BTNH, key_BMPH, value_BMPH, mask, grouped=self.grouped)
+        if mask is None:
+            n_new = query_BTNH.shape[1]
+            key_BMPH, value_BMPH = key_BMPH[:, :, :n_new], value_BMPH[:, :, :n_new]
+        elif mask.dim() == 3:
+            mask = mask.unsqueeze(1)
+        return F.scaled_dot_product_attention(
+            query_BTNH.transpose(1, 2),
+            key_BMPH,
+            value_BMPH,
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self.grouped,
+        ).transpose(1, 2)

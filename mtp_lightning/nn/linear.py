@@ -1,127 +1,19 @@
-"""A bias-free linear layer that takes the fastest fp32 kernel a CPU has.
-
-PyTorch sends fp32 matrix products on a CPU to MKL, which on AMD processors stays with AVX2 code.
-oneDNN, inside the same PyTorch, has AVX-512 code for every vendor: on an EPYC with AVX-512 it is
-about twice as fast (``python -m benchmarks.kernels``). Arithmetic is full fp32 either way.
-"""
+"""A linear layer without bias."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.nn.eager import eager_cpu
-
-# Below this many rows (decoding a few tokens) a product is a read of the weights, and the set-up
-# of a oneDNN primitive costs more than it saves.
-_MIN_ROWS = 32
-
-
-def _onednn_available() -> bool:
-    # A rule of the machine alone, never of a timing: two processes of one run must agree.
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
-
-
-_ONEDNN = _onednn_available()
-
-
-def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product of these two goes to oneDNN: fp32, on an AVX-512 CPU, many rows."""
-    return (
-        _ONEDNN
-        and eager_cpu(x)
-        and x.dtype == torch.float32
-        and weight.dtype == torch.float32
-        and x.shape[0] >= _MIN_ROWS
-    )
-
-
-def matmul_transposed(a_MK: Tensor, b_NK: Tensor) -> Tensor:
-    """``a @ b.T`` by the fastest kernel, without autograd; strides are free. Returns [M, N]."""
-    if uses_onednn(a_MK, b_NK):
-        return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
-    return a_MK @ b_NK.t()
-
-
-def weight_gradient(grad_MN: Tensor, x_MK: Tensor) -> Tensor:
-    """``grad.T @ x`` [N, K], the gradient of a linear layer's weight."""
-    n, k = grad_MN.shape[1], x_MK.shape[1]
-    # oneDNN is up to three times faster with the narrower matrix on the left.
-    if n > k:
-        return matmul_transposed(x_MK.t(), grad_MN.t()).t()
-    return matmul_transposed(grad_MN.t(), x_MK.t())
-
-
-class _OneDNNLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
-        ctx.save_for_backward(x_MK, weight_NK)
-        return matmul_transposed(x_MK, weight_NK)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (grad_MN,) = grads
-        x_MK, weight_NK = ctx.saved_tensors
-        d_x = matmul_transposed(grad_MN, weight_NK.t()) if ctx.needs_input_grad[0] else None
-        d_weight = weight_gradient(grad_MN, x_MK) if ctx.needs_input_grad[1] else None
-        return d_x, d_weight
-
-
-def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
-    """``x @ weight.T`` for ``x`` of [..., K]: :func:`torch.nn.functional.linear`, made fast."""
-    if eager_cpu(x) and not torch.is_autocast_enabled("cpu"):
-        x_MK = x.reshape(-1, x.shape[-1])
-        if uses_onednn(x_MK, weight_NK):
-            return _OneDNNLinear.apply(x_MK, weight_NK).view(*x.shape[:-1], -1)
-    return F.linear(x, weight_NK)
-
-
-def pack(weight_NK: Tensor) -> Tensor | None:
-    """A copy of a weight in oneDNN's blocked layout, or None where there is no such kernel.
-
-    For the few rows of decoding: three rows then cost what one does (about half of an unpacked
-    product), and a row's result does not depend, to the last bit, on how many others are computed
-    with it. Speculative decoding rests on both.
-    """
-    if not _ONEDNN or weight_NK.device.type != "cpu" or weight_NK.dtype != torch.float32:
-        return None
-    # 4 is a hint of how many rows to expect; with 1 the layout depends on the number of rows.
-    return torch.ops.mkldnn._reorder_linear_weight(weight_NK.detach(), 4)
-
-
-def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
-    """``x @ weight.T`` with a weight from :func:`pack`, without autograd."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-
-
-@contextmanager
-def packed_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, every linear layer of ``model`` computes with a packed copy of its weight.
-
-    The copies are made at the start (about 0.1 ms each) and dropped at the end, so they can never
-    outlive a change of the weights.
-    """
-    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "packed")]
-    try:
-        for layer in layers:
-            layer.packed = pack(layer.weight)
-        yield
-    finally:
-        for layer in layers:
-            layer.packed = None
+from mtp_lightning.nn.kernels.matmul import linear
 
 
 class Linear(nn.Module):
-    """A linear layer without bias; its weight is [out_features, in_features]."""
+    """``x @ weight.T``; the weight is [out_features, in_features].
+
+    Attributes:
+        packed: the weight as ``kernels.matmul.packed_weights`` lays it out for decoding.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -129,9 +21,7 @@ class Linear(nn.Module):
         self.packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None and not torch.compiler.is_compiling():
-            return packed_linear(x, self.packed)
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.packed)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"

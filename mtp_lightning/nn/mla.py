@@ -3,60 +3,144 @@
 Keys and values of all heads are made of one narrow latent a token; position enters by a rotary key
 of its own, which all heads share. Decoding keeps the latent and that key, nothing else.
 
-Names in transformers' DeepseekV3Attention, whose weights fit as they are (HF -> here):
-q_proj -> query, q_a_proj -> query_down, q_a_layernorm -> query_norm, q_b_proj -> query_up,
-kv_a_proj_with_mqa -> kv_down, kv_a_layernorm -> kv_norm, kv_b_proj -> kv_up, o_proj -> out.
-
 Shapes: B batch, T positions, C d_model, N heads, H size of a query or key head, R kv_rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.nn.causal_attention import causal_attention, fits
-from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.components import AttentionConfig, CacheEntry
+from mtp_lightning.nn.kernels.exact import by_token
+from mtp_lightning.nn.kernels.rope import apply_rope, turn_in_place
+from mtp_lightning.nn.kernels.window_attention import window_attention
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
-from mtp_lightning.nn.rope import apply_rope, turn_in_place
-
-# Up to this many tokens are multiplied one at a time when decoding, see _by_head.
-_FEW_TOKENS = 16
+from mtp_lightning.nn.places import Place, renamed
+from mtp_lightning.nn.shape import TrunkShape, check_whole
 
 
-def pairs_to_halves(x: Tensor) -> Tensor:
-    """[..., H] with rotary pairs (2j, 2j + 1), as DeepSeek's weights have them, to (j, j + H/2).
+@dataclass(frozen=True, kw_only=True)
+class LatentAttentionConfig(AttentionConfig, variant="latent"):
+    """Multi-head latent attention.
 
-    A permutation that query and key share leaves their product as it is.
+    Attributes:
+        q_rank: d_c', width of the query latent; None projects queries directly (V2-Lite).
+        kv_rank: d_c, width of the latent that keys and values are made of.
+        d_nope: part of a query or key head that carries no position.
+        d_rope: part that is turned by its position; the key's is shared by all heads. Even.
+        d_value: width of a value head.
+        norm_eps: epsilon of the norms on the latents; None is the trunk's.
+
+    Raises:
+        ValueError: a width is not positive, or ``d_rope`` is odd.
     """
-    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+    q_rank: int | None
+    kv_rank: int
+    d_nope: int
+    d_rope: int
+    d_value: int
+    norm_eps: float | None = None
+
+    def __post_init__(self) -> None:
+        check_whole("model.attention", self, ("kv_rank", "d_nope", "d_rope", "d_value"))
+        if self.q_rank is not None:
+            check_whole("model.attention", self, ("q_rank",))
+        if self.d_rope % 2:
+            raise ValueError(
+                f"model.attention.d_rope={self.d_rope} must be even: RoPE turns pairs of it."
+            )
+
+    @property
+    def d_head(self) -> int:
+        """Width of a query or key head."""
+        return self.d_nope + self.d_rope
+
+    @property
+    def d_cached(self) -> int:
+        """Numbers kept for a token when decoding: its latent and its rotary key."""
+        return self.kv_rank + self.d_rope
+
+    def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
+        return LatentAttention(trunk, self)
+
+    def head_size(self, trunk: TrunkShape) -> int:
+        if trunk.d_head not in (None, self.d_head):
+            raise ValueError(
+                f"model.d_head={trunk.d_head} must be null, or d_nope + d_rope = {self.d_head} of "
+                "model.attention."
+            )
+        return self.d_head
+
+    def rotary_size(self, trunk: TrunkShape) -> int:
+        return self.d_rope
+
+    def check(self, trunk: TrunkShape) -> None:
+        if trunk.n_kv_heads != trunk.n_heads:
+            raise ValueError(
+                f"model.n_kv_heads={trunk.n_kv_heads} must be model.n_heads={trunk.n_heads} with "
+                "latent attention: all heads read the same latent."
+            )
+
+    def cache_entry(self, trunk: TrunkShape) -> CacheEntry:
+        return CacheEntry(1, self.d_cached, shared=True)
+
+    def matrix_params(self, trunk: TrunkShape, layer: int | None) -> int:
+        return sum(rows * columns for _, _, (rows, columns) in self._matrices(trunk))
+
+    def num_params(self, trunk: TrunkShape, layer: int | None) -> int:
+        return self.matrix_params(trunk, layer) + self.kv_rank + (self.q_rank or 0)
+
+    def flops(self, trunk: TrunkShape, seq_len: int, layer: int | None) -> int:
+        mixing = 2 * seq_len * trunk.n_heads * (self.d_head + self.d_value)
+        return 2 * self.matrix_params(trunk, layer) + mixing
+
+    def hf_places(self, trunk: TrunkShape, layer: int | None) -> Iterator[Place]:
+        for own, theirs, shape in self._matrices(trunk):
+            yield renamed(f"{own}.weight", f"{theirs}.weight", shape)
+        if self.q_rank is not None:
+            yield renamed("query_norm.weight", "q_a_layernorm.weight", (self.q_rank,))
+        yield renamed("kv_norm.weight", "kv_a_layernorm.weight", (self.kv_rank,))
+
+    def _matrices(self, trunk: TrunkShape) -> Iterator[tuple[str, str, tuple[int, int]]]:
+        """Name here, name in transformers, and shape [out, in] of every projection."""
+        n_heads, d_model = trunk.n_heads, trunk.d_model
+        if self.q_rank is None:
+            yield "query", "q_proj", (n_heads * self.d_head, d_model)
+        else:
+            yield "query_down", "q_a_proj", (self.q_rank, d_model)
+            yield "query_up", "q_b_proj", (n_heads * self.d_head, self.q_rank)
+        yield "kv_down", "kv_a_proj_with_mqa", (self.d_cached, d_model)
+        yield "kv_up", "kv_b_proj", (n_heads * (self.d_nope + self.d_value), self.kv_rank)
+        yield "out", "o_proj", (d_model, n_heads * self.d_value)
 
 
 class LatentAttention(nn.Module):
     """In every head of ``query*`` and key the part without position comes first."""
 
-    def __init__(self, config: TrunkConfig) -> None:
+    def __init__(self, trunk: TrunkShape, config: LatentAttentionConfig) -> None:
         super().__init__()
-        latent = config.latent_attention
-        assert latent is not None
-        self.n_heads, self.d_head = config.n_heads, latent.d_head
-        self.d_nope, self.d_rope, self.d_value = latent.d_nope, latent.d_rope, latent.d_value
-        self.kv_rank, self.q_rank = latent.kv_rank, latent.q_rank
-        queries = config.n_heads * latent.d_head
-        eps = config.norm_eps if latent.norm_eps is None else latent.norm_eps
-        if latent.q_rank is None:
-            self.query = Linear(config.d_model, queries)
+        self.n_heads, self.d_head = trunk.n_heads, config.d_head
+        self.d_nope, self.d_rope, self.d_value = config.d_nope, config.d_rope, config.d_value
+        self.kv_rank, self.q_rank = config.kv_rank, config.q_rank
+        queries = trunk.n_heads * config.d_head
+        eps = trunk.norm_eps if config.norm_eps is None else config.norm_eps
+        if config.q_rank is None:
+            self.query = Linear(trunk.d_model, queries)
         else:
-            self.query_down = Linear(config.d_model, latent.q_rank)
-            self.query_norm = RMSNorm(latent.q_rank, eps)
-            self.query_up = Linear(latent.q_rank, queries)
-        self.kv_down = Linear(config.d_model, latent.kv_rank + latent.d_rope)
-        self.kv_norm = RMSNorm(latent.kv_rank, eps)
-        self.kv_up = Linear(latent.kv_rank, config.n_heads * (latent.d_nope + latent.d_value))
-        self.out = Linear(config.n_heads * latent.d_value, config.d_model)
+            self.query_down = Linear(trunk.d_model, config.q_rank)
+            self.query_norm = RMSNorm(config.q_rank, eps)
+            self.query_up = Linear(config.q_rank, queries)
+        self.kv_down = Linear(trunk.d_model, config.d_cached)
+        self.kv_norm = RMSNorm(config.kv_rank, eps)
+        self.kv_up = Linear(config.kv_rank, trunk.n_heads * (config.d_nope + config.d_value))
+        self.out = Linear(trunk.n_heads * config.d_value, trunk.d_model)
 
     def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
         """[B, T, C] -> [B, T, C]; ``layer`` is this layer's place in ``positions.cache``."""
@@ -80,13 +164,8 @@ class LatentAttention(nn.Module):
         key_nope, value = key_value.split([self.d_nope, self.d_value], dim=-1)
         query = torch.cat((query_nope, query_rope), dim=-1)
         key = torch.cat((key_nope, key_rope.expand(-1, -1, self.n_heads, -1)), dim=-1)
-        if positions.mask is None and fits(query):
-            return self.out(causal_attention(query, key, value).flatten(2))
-        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=positions.mask, is_causal=positions.mask is None
-        )
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        mixed = window_attention(query, key, value, positions.mask)
+        return self.out(mixed.flatten(2))
 
     def _decode(
         self,
@@ -118,11 +197,14 @@ class LatentAttention(nn.Module):
 
 def _by_head(x_BTNI: Tensor, weight_NIO: Tensor) -> Tensor:
     """Every head times a matrix of its own: [B, T, N, I] -> [B, T, N, O]."""
-    batch, seq_len, n_heads, _ = x_BTNI.shape
     rows_NMI = x_BTNI.flatten(0, 1).transpose(0, 1)
-    if batch * seq_len > _FEW_TOKENS or torch.compiler.is_compiling():
-        product_NMO = torch.bmm(rows_NMI, weight_NIO)
-    else:
-        # Drafts must not change a bit of the output: a token is computed as though it were alone.
-        product_NMO = torch.cat([torch.bmm(x, weight_NIO) for x in rows_NMI.split(1, 1)], dim=1)
-    return product_NMO.transpose(0, 1).reshape(batch, seq_len, n_heads, -1)
+    product_NMO = by_token(lambda rows: torch.bmm(rows, weight_NIO), rows_NMI, dim=1)
+    return product_NMO.transpose(0, 1).reshape(*x_BTNI.shape[:-1], -1)
+
+
+def pairs_to_halves(x: Tensor) -> Tensor:
+    """[..., H] with rotary pairs (2j, 2j + 1), as DeepSeek's weights have them, to (j, j + H/2).
+
+    A permutation that query and key share leaves their product as it is.
+    """
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)

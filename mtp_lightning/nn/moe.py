@@ -6,29 +6,151 @@
 The bias b chooses and does nothing else. It has no gradient: objective/expert_balance.py moves it
 after every optimizer step by the loads that routers report (nn/ledger.py).
 
-Names in transformers' DeepseekV3MoE, whose weights fit as they are (HF -> here):
-gate.weight -> router.weight, gate.e_score_correction_bias -> router.expert_bias,
-experts.gate_up_proj -> experts.gate_up, experts.down_proj -> experts.down,
-shared_experts.[gate_proj ; up_proj] -> shared.gate_up (one matrix), .down_proj -> shared.down.
-
 Shapes: B batch, T positions, C d_model, E routed experts, M tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.components import FeedForwardConfig
 from mtp_lightning.nn.experts import Experts
-from mtp_lightning.nn.feed_forward import FeedForward
+from mtp_lightning.nn.feed_forward import FeedForward, swiglu_places
+from mtp_lightning.nn.kernels.exact import by_token
 from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.linear import Linear
+from mtp_lightning.nn.places import Place, renamed
+from mtp_lightning.nn.shape import TrunkShape, check_whole
 
-# Up to this many tokens, those of a verify pass, a token's numbers must be the same bits however
-# many others are computed with it: see KVCache.attend.
-_FEW_TOKENS = 64
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig(FeedForwardConfig, variant="experts"):
+    """DeepSeekMoE with balancing free of an auxiliary loss (DeepSeek-V3, section 2.1.2).
+
+    Attributes:
+        n_routed: E, experts that tokens are routed to.
+        n_shared: experts that every token goes through, built as one of ``n_shared`` times the
+            width.
+        top_k: routed experts a token is sent to.
+        d_expert: inner width of one expert.
+        first_k_dense: the first layers of the trunk that stay dense.
+        n_groups: groups of neighbouring experts; 1 is no limit.
+        top_groups: groups that a token may choose its experts from, those with the largest sums
+            of their two best biased scores.
+        scaling: factor of the gates after they are renormalised over the chosen experts.
+        bias_rate: gamma, by how much an optimizer step moves an expert's bias.
+        bias_frozen: the last fraction of the run in which the biases no longer move.
+        sequence_loss: alpha of the sequence-wise balance loss (eq. 17-20); 0 is none.
+
+    Raises:
+        ValueError: sizes that do not fit together; the message names them.
+    """
+
+    n_routed: int
+    n_shared: int
+    top_k: int
+    d_expert: int
+    first_k_dense: int = 0
+    n_groups: int = 1
+    top_groups: int = 1
+    scaling: float = 1.0
+    bias_rate: float = 0.001
+    bias_frozen: float = 0.0
+    sequence_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        group = "model.feed_forward"
+        check_whole(group, self, ("n_routed", "top_k", "d_expert", "n_groups", "top_groups"))
+        check_whole(group, self, ("n_shared", "first_k_dense"), least=0)
+        if self.n_routed % self.n_groups:
+            raise ValueError(
+                f"{group}.n_routed={self.n_routed} is not divisible by {group}.n_groups="
+                f"{self.n_groups}: every group has the same number of experts."
+            )
+        if self.top_groups > self.n_groups:
+            raise ValueError(
+                f"{group}.top_groups={self.top_groups} is more than {group}.n_groups="
+                f"{self.n_groups}: lower it."
+            )
+        size = self.n_routed // self.n_groups
+        if self.n_groups > 1 and size < 2:
+            raise ValueError(
+                f"{group}.n_groups={self.n_groups} leaves {size} expert a group, and a group is "
+                "scored by its best two: use fewer groups."
+            )
+        if self.top_k > self.top_groups * size:
+            raise ValueError(
+                f"{group}.top_k={self.top_k} experts do not exist in {group}.top_groups="
+                f"{self.top_groups} groups of {size}: lower top_k, or allow more groups."
+            )
+        for name in ("bias_rate", "sequence_loss"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{group}.{name} must be 0 or more, not {getattr(self, name)}.")
+        if not 0 <= self.bias_frozen <= 1:
+            raise ValueError(f"{group}.bias_frozen must be in [0, 1], not {self.bias_frozen}.")
+        if not self.scaling > 0:
+            raise ValueError(f"{group}.scaling must be above 0, not {self.scaling}.")
+
+    def is_dense(self, layer: int | None) -> bool:
+        """Whether a layer of the trunk is no mixture; a prediction module's, None, always is one,
+        like the deeper layers."""
+        return layer is not None and layer < self.first_k_dense
+
+    def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
+        if self.is_dense(layer):
+            return FeedForward(trunk.d_model, trunk.d_ff)
+        return MoE(trunk.d_model, self)
+
+    def check(self, trunk: TrunkShape) -> None:
+        if self.first_k_dense > trunk.n_layers:
+            raise ValueError(
+                f"model.feed_forward.first_k_dense={self.first_k_dense} is more than "
+                f"model.n_layers={trunk.n_layers}: lower it."
+            )
+
+    def num_params(self, trunk: TrunkShape, layer: int | None) -> int:
+        return self.matrix_params(trunk, layer) + self.idle_params(trunk, layer)
+
+    def matrix_params(self, trunk: TrunkShape, layer: int | None) -> int:
+        """Of the experts, the shared and the chosen ones."""
+        if self.is_dense(layer):
+            return 3 * trunk.d_model * trunk.d_ff
+        experts = 3 * (self.top_k + self.n_shared) * self.d_expert
+        return trunk.d_model * (self.n_routed + experts)
+
+    def idle_params(self, trunk: TrunkShape, layer: int | None) -> int:
+        if self.is_dense(layer):
+            return 0
+        return 3 * (self.n_routed - self.top_k) * self.d_expert * trunk.d_model
+
+    def hf_places(self, trunk: TrunkShape, layer: int | None) -> Iterator[Place]:
+        d_model = trunk.d_model
+        if self.is_dense(layer):
+            yield from swiglu_places(d_model, trunk.d_ff)
+            return
+        yield renamed("router.weight", "gate.weight", (self.n_routed, d_model))
+        bias = ("gate.e_score_correction_bias", (self.n_routed,))
+        yield Place(own="router.expert_bias", parts=(bias,), precise=True)
+        experts = [
+            [place.under("", f"experts.{i}.") for place in swiglu_places(d_model, self.d_expert)]
+            for i in range(self.n_routed)
+        ]
+        for same in zip(*experts, strict=True):  # gate_up of every expert, then down
+            parts = tuple(part for place in same for part in place.parts)
+            own = f"experts.{same[0].own.removesuffix('.weight')}"
+            yield Place(own=own, parts=parts, stacked=self.n_routed)
+        if self.n_shared:
+            for place in swiglu_places(d_model, self.n_shared * self.d_expert):
+                yield place.under("shared.", "shared_experts.")
+
+    def rate(self, done: float) -> float:
+        """gamma when the fraction ``done`` of the run lies behind."""
+        return 0.0 if done >= 1.0 - self.bias_frozen else self.bias_rate
 
 
 class Router(Linear):
@@ -40,10 +162,9 @@ class Router(Linear):
 
     expert_bias: Tensor
 
-    def __init__(self, config: TrunkConfig) -> None:
-        assert config.experts is not None
-        super().__init__(config.d_model, config.experts.n_routed)
-        self.config = config.experts
+    def __init__(self, d_model: int, config: ExpertsConfig) -> None:
+        super().__init__(d_model, config.n_routed)
+        self.config = config
         self.register_buffer("expert_bias", torch.zeros(self.config.n_routed))
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
@@ -62,12 +183,8 @@ class Router(Linear):
         """[M, C] -> affinities [M, E], chosen experts [M, top_k] and their gates [M, top_k]."""
         with torch.autocast(x_MC.device.type, enabled=False):
             logits_ME = super().forward(x_MC.to(self.weight.dtype))
-            many = self.training or logits_ME.shape[0] > _FEW_TOKENS
-            if many or torch.compiler.is_compiling():
-                scores_ME = logits_ME.sigmoid()
-            else:
-                # Within a row of its own: the last of a tensor's numbers are rounded otherwise.
-                scores_ME = torch.cat([row.sigmoid() for row in logits_ME.split(1)])
+            # The last of a tensor's numbers are rounded otherwise than those before them.
+            scores_ME = by_token(torch.sigmoid, logits_ME)
         chosen_MK = self.choose(scores_ME.detach())
         gates_MK = scores_ME.gather(1, chosen_MK)
         gates_MK = gates_MK / (gates_MK.sum(-1, keepdim=True) + 1e-20) * self.config.scaling
@@ -94,14 +211,13 @@ class Router(Linear):
 class MoE(nn.Module):
     """The mixture; it takes a :class:`FeedForward`'s place."""
 
-    def __init__(self, config: TrunkConfig) -> None:
+    def __init__(self, d_model: int, config: ExpertsConfig) -> None:
         super().__init__()
-        assert config.experts is not None
-        self.config = config.experts
-        self.router = Router(config)
-        self.experts = Experts(config.d_model, self.config.d_expert, self.config.n_routed)
-        width = self.config.n_shared * self.config.d_expert
-        self.shared = FeedForward(config, d_ff=width) if width else None
+        self.config = config
+        self.router = Router(d_model, config)
+        self.experts = Experts(d_model, config.d_expert, config.n_routed)
+        width = config.n_shared * config.d_expert
+        self.shared = FeedForward(d_model, width) if width else None
 
     def forward(self, x_BTC: Tensor, positions: Positions | None = None) -> Tensor:
         """[B, T, C] -> [B, T, C]; loads and the balance loss go to ``positions.ledger``."""

@@ -20,9 +20,9 @@ def balance_experts(model: nn.Module, ledger: Ledger, *, done: float) -> dict[st
     """``b += gamma * sign(mean load - load)`` for every router, after an optimizer step.
 
     Loads are tokens sent to an expert in the whole step: all micro-batches, all ranks, each token
-    once under activation recomputation. gamma is ``model.experts.bias_rate``, and 0 in the last
-    ``model.experts.bias_frozen`` of the run. A router that the step did not use (a depth of weight
-    0) stays as it is.
+    once under activation recomputation. gamma is ``model.feed_forward.bias_rate``, and 0 in the
+    last ``model.feed_forward.bias_frozen`` of the run. A router that the step did not use (a depth
+    of weight 0) stays as it is.
 
     Args:
         model: its routers are those of the trunk and of the MTP modules.

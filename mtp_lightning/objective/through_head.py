@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX
-from mtp_lightning.nn.linear import matmul_transposed, weight_gradient
+from mtp_lightning.nn.kernels.matmul import matmul_transposed, weight_gradient
 from mtp_lightning.objective.terms.base import Chunk, Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 

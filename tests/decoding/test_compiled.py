@@ -13,7 +13,8 @@ from mtp_lightning.decoding.measure import pass_costs
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
-from mtp_lightning.nn.experts import Experts, _gathered
+from mtp_lightning.nn.experts import Experts
+from mtp_lightning.nn.kernels.experts import gathered
 from tests.decoding.models import random_prompts, small_model, steer_drafts
 
 NEW = 14
@@ -103,7 +104,7 @@ def test_gathered_experts_are_experts():
     x, gates = torch.randn(4, 8), torch.rand(4, 2)
     chosen = torch.tensor([[0, 1], [4, 2], [3, 0], [2, 1]])
     with torch.no_grad():
-        found = _gathered(x, chosen, gates, layer.gate_up, layer.down)
+        found = gathered(x, chosen, gates, layer.gate_up, layer.down)
         torch.testing.assert_close(found, layer(x, chosen, gates), rtol=1e-5, atol=1e-5)
 
 

@@ -73,10 +73,10 @@ def test_speculative_equals_plain(seed, deepseek, monkeypatch):
 
 
 @pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_verify_pass_gives_the_bits_of_single_passes(threads, deepseek):
+@pytest.mark.parametrize(("threads", "rows"), [(1, 1), (2, 1), (1, 24)])
+def test_a_verify_pass_gives_the_bits_of_single_passes(threads, rows, deepseek):
     """So no near-tie can ever be decided otherwise than by plain decoding."""
-    from mtp_lightning.nn.linear import _ONEDNN, packed_weights
+    from mtp_lightning.nn.kernels.matmul import _ONEDNN, packed_weights
 
     if not _ONEDNN:
         pytest.skip("needs oneDNN's AVX-512 kernels")
@@ -86,16 +86,16 @@ def test_a_verify_pass_gives_the_bits_of_single_passes(threads, deepseek):
     try:
         with torch.inference_mode(), packed_weights(model):
             together, single = (
-                Session(model, [tokens], capacity=48, max_draft=2) for _ in range(2)
+                Session(model, [tokens] * rows, capacity=48, max_draft=2) for _ in range(2)
             )
             for session in (together, single):
-                session.prefill([10])
+                session.prefill([10] * rows)
             for start in range(10, 34, 3):
                 wide = together.verify(2)
-                together.accept([2], 0)
+                together.accept([2] * rows, 0)
                 for j in range(3):
-                    assert torch.equal(single.verify(0)[0, 0], wide[0, j]), (start, j)
-                    single.accept([0], 0)
+                    assert torch.equal(single.verify(0)[:, 0], wide[:, j]), (start, j)
+                    single.accept([0] * rows, 0)
     finally:
         torch.set_num_threads(1)
 

@@ -11,6 +11,7 @@ from data_modules.tokenizers import ByteTokenizer
 from data_modules.windows import WindowBatch
 from mtp_lightning.interop.writing import Contents, write_folder
 from mtp_lightning.model import MTPModel
+from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.rope_scaling import RopeScaling
 from tests import deepseek
@@ -36,8 +37,8 @@ TRUNKS = {
     "llama-tied": dense(),
     "llama-wide-heads": dense(d_head=16),
     "llama3": dense(rope_scaling=STRETCHED),
-    "qwen2": dense(qkv_bias=True),
-    "qwen3": dense(qk_norm=True, d_head=16),
+    "qwen2": dense(attention=GroupedQueryConfig(qkv_bias=True)),
+    "qwen3": dense(attention=GroupedQueryConfig(qk_norm=True), d_head=16),
     "deepseek": deepseek.trunk(vocab_size=ROWS, tie_embeddings=False, norm_eps=1e-5,
                                 latent={"norm_eps": 1e-6}),
     "deepseek-tied": deepseek.trunk(vocab_size=ROWS, latent={"q_rank": None}),

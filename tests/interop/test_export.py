@@ -28,9 +28,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 DEFAULTS = OmegaConf.load(helpers.CONF / "export.yaml")
 DEEPSEEK = {
     "model": "deepseek_nano", "model.n_kv_heads": None, "model.n_heads": 2, "model.n_layers": 2,
-    "model.latent_attention.kv_rank": 10, "model.latent_attention.d_nope": 8,
-    "model.latent_attention.d_rope": 4, "model.latent_attention.d_value": 6,
-    "model.experts.n_routed": 4, "model.experts.d_expert": 16,
+    "model.attention.kv_rank": 10, "model.attention.d_nope": 8,
+    "model.attention.d_rope": 4, "model.attention.d_value": 6,
+    "model.feed_forward.n_routed": 4, "model.feed_forward.d_expert": 16,
 }  # fmt: skip
 
 

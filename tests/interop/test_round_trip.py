@@ -15,6 +15,7 @@ from mtp_lightning.interop.reading import Folder, read_folder
 from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.nn.attention import GroupedQueryConfig
 from tests import deepseek
 from tests.interop import folders
 
@@ -118,7 +119,7 @@ def test_heads_without_a_layout_have_a_file_of_their_own(
 
 def test_dense_modules_on_latent_attention_have_no_layout(tmp_path: Path) -> None:
     """Of DeepSeek's MTP layers transformers always makes mixtures of experts."""
-    trunk = folders.dense(n_kv_heads=4, latent_attention=deepseek.LATENT)
+    trunk = folders.dense(n_kv_heads=4, attention=deepseek.LATENT)
     model = deepseek.build(trunk, depth=1)
     assert folders.write(tmp_path / "one", model).heads
     assert read_folder(tmp_path / "one").config.mtp == model.config.mtp
@@ -156,8 +157,8 @@ def test_every_weight_has_one_place(name: str) -> None:
 @pytest.mark.parametrize(
     ("trunk", "message"),
     [
-        (folders.dense(experts=deepseek.EXPERTS), "no supported layout has both"),
-        (folders.dense(qk_norm=True, qkv_bias=True), "none both"),
+        (folders.dense(feed_forward=deepseek.EXPERTS), "no supported layout has both"),
+        (folders.dense(attention=GroupedQueryConfig(qk_norm=True, qkv_bias=True)), "none both"),
         (deepseek.trunk(experts={"n_shared": 0}), "always has a shared expert"),
         (deepseek.trunk(norm_eps=1e-5), "latents with epsilon 1e-05"),
         (folders.dense(n_heads=3, n_kv_heads=1, d_head=8), "divisible"),

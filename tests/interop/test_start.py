@@ -20,6 +20,8 @@ from mtp_lightning.experiment import command_line
 from mtp_lightning.experiment.evaluating import evaluate
 from mtp_lightning.experiment.generating import generate_text
 from mtp_lightning.interop.reading import open_run, read_folder
+from mtp_lightning.nn.attention import GroupedQueryConfig
+from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.run.loading import load_run
 from tests import deepseek
 from tests.integration import helpers
@@ -38,7 +40,9 @@ SHORT = {**WITHOUT, "trainer.max_steps": 4, "trainer.val_check_interval": 2}
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two folders, and the cache beside them."""
     path = tmp_path_factory.mktemp("start")
-    folders.write(path / "llama", deepseek.build(folders.dense(qkv_bias=True)))
+    folders.write(
+        path / "llama", deepseek.build(folders.dense(attention=GroupedQueryConfig(qkv_bias=True)))
+    )
     folders.write(path / "deepseek", deepseek.build(folders.TRUNKS["deepseek"], depth=1))
     return path
 
@@ -71,15 +75,15 @@ def test_modules_are_trained_on_a_frozen_trunk_and_decode_the_same_text(
 def test_mtp_layers_of_a_folder_go_on(base: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = {
         **SHORT, "init_from": base / "deepseek", "mtp.depth": 2,
-        "+model.experts.bias_rate": 0.0, "model.recompute": "true",
+        "+model.feed_forward.bias_rate": 0.0, "model.recompute": "true",
     }  # fmt: skip
     with caplog.at_level(logging.INFO):
         helpers.train_here(base / "more", base / "cache", settings)
     assert "kept: mtp.depths.0; new: mtp.depths.1" in caplog.text
     trunk = load_run(base / "more").model.config.trunk
-    assert trunk.experts is not None and trunk.recompute
-    assert trunk.experts.bias_rate == 0.0, "how it is trained is the run's to say"
-    assert trunk.experts.n_routed == 8
+    assert isinstance(trunk.feed_forward, ExpertsConfig) and trunk.recompute
+    assert trunk.feed_forward.bias_rate == 0.0, "how it is trained is the run's to say"
+    assert trunk.feed_forward.n_routed == 8
 
     again = {**SHORT, "init_from": base / "more", "mtp.depth": 2}
     helpers.train_here(base / "again", base / "cache", again)
@@ -150,7 +154,7 @@ class CommandLine:
 def test_the_same_model_on_the_command_line_is_not(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = {"model.d_ff": 48, "model.recompute": "true", "+model.experts.bias_rate": 0.1}
+    given = {"model.d_ff": 48, "model.recompute": "true", "+model.feed_forward.bias_rate": 0.1}
     overrides = [f"{key}={value}" for key, value in given.items()]
     monkeypatch.setattr(command_line, "HydraConfig", CommandLine(overrides))
     settings = {**WITHOUT, "init_from": base / "llama", **given, "trainer.max_steps": 1}

@@ -15,6 +15,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.ledger import Ledger
+from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.objective.balance.base import depths_of
 from mtp_lightning.objective.stack_loss import joint_loss
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
@@ -93,7 +94,7 @@ def test_gradients_equal_the_joint_backwards(
 def test_experts_of_heads_are_balanced_as_in_the_joint_backward(tiny_trunk: TrunkConfig) -> None:
     """The heads' sequence-wise balance losses train in the same pass, and loads count once."""
     experts = {"n_routed": 4, "n_shared": 1, "top_k": 2, "d_expert": 16, "sequence_loss": 0.5}
-    trunk = replace(tiny_trunk, experts=experts)  # type: ignore[arg-type]
+    trunk = replace(tiny_trunk, feed_forward=ExpertsConfig(**experts))
     model = build(trunk, MTPConfig.find("parallel")(depth=2)).double()
     batch, counts, weights = windows(3, 10, 2), [30] * 3, [0.3, 0.1]
     total, _, reported = reported_loss(model, batch, weights, counts, windows=6)

@@ -21,6 +21,7 @@ from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.moe import ExpertsConfig
 from tests import reference
 from tests.losses import mtp_loss
 
@@ -198,7 +199,7 @@ def test_active_parameters_leave_idle_experts_out(
     tiny_trunk: TrunkConfig, mtp: MTPConfig, idle: int
 ) -> None:
     experts = {"n_routed": 6, "n_shared": 1, "top_k": 2, "d_expert": 16}
-    trunk = replace(tiny_trunk, experts=experts)  # type: ignore[arg-type]
+    trunk = replace(tiny_trunk, feed_forward=ExpertsConfig(**experts))
     config = ModelConfig(trunk=trunk, mtp=mtp)
     built = sum(p.numel() for p in MTPModel(config).parameters())
     assert config.num_params() == built

@@ -10,25 +10,25 @@ import torch
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.attention import Attention, Positions
+from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions, qkv_width
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.mla import LatentAttention
 from mtp_lightning.nn.rope import rope_table, whole_head_table
 from mtp_lightning.nn.rope_scaling import RopeScaling
 from tests import deepseek
 
+BIASED = GroupedQueryConfig(qkv_bias=True)
 SCALING = RopeScaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=1024
 )
 
 
 def test_a_new_bias_is_zero_and_a_trained_one_counts(tiny_trunk: TrunkConfig) -> None:
-    trunk = replace(tiny_trunk, qkv_bias=True)
+    trunk = replace(tiny_trunk, attention=BIASED)
     model, without = deepseek.build(trunk), deepseek.build(tiny_trunk)
     model.initialise(0)
     without.initialise(0)
     attention, plain = model.trunk.blocks[0].attention, without.trunk.blocks[0].attention
-    assert torch.equal(attention.qkv_bias, torch.zeros(trunk.qkv_width))
+    assert torch.equal(attention.qkv_bias, torch.zeros(qkv_width(trunk)))
     x_BTC = torch.randn(2, 5, trunk.d_model)
     positions = Positions.of_window(trunk, 5, device=torch.device("cpu"))
     assert torch.equal(attention(x_BTC, positions), plain(x_BTC, positions))
@@ -40,8 +40,8 @@ def test_a_new_bias_is_zero_and_a_trained_one_counts(tiny_trunk: TrunkConfig) ->
 
 @torch.no_grad()
 def test_the_bias_of_the_values_reaches_the_output(tiny_trunk: TrunkConfig) -> None:
-    trunk = replace(tiny_trunk, qkv_bias=True)
-    attention = Attention(trunk)
+    trunk = replace(tiny_trunk, attention=BIASED)
+    attention = Attention(trunk, BIASED)
     attention.qkv.weight.zero_()
     attention.out.weight.normal_()
     attention.qkv_bias.normal_()
@@ -53,7 +53,7 @@ def test_the_bias_of_the_values_reaches_the_output(tiny_trunk: TrunkConfig) -> N
     torch.testing.assert_close(attention(x_BTC, positions), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"qkv_bias": True}, {"rope_scaling": SCALING}])
+@pytest.mark.parametrize("change", [{"attention": BIASED}, {"rope_scaling": SCALING}])
 def test_decoding_with_a_cache_knows_the_switch(tiny_trunk: TrunkConfig, change: dict) -> None:
     """Token by token, against whole windows read anew for every token."""
     model: MTPModel = deepseek.build(replace(tiny_trunk, **change), depth=2).eval()
@@ -102,17 +102,17 @@ def test_a_stretch_out_of_range(change: dict) -> None:
 
 
 def test_latent_norms_can_have_an_epsilon_of_their_own() -> None:
-    own = LatentAttention(deepseek.trunk(norm_eps=1e-5, latent={"norm_eps": 1e-3}))
+    own, trunks = (
+        trunk.attention.build(trunk, 0)
+        for trunk in (
+            deepseek.trunk(norm_eps=1e-5, latent={"norm_eps": 1e-3}),
+            deepseek.trunk(norm_eps=1e-5),
+        )
+    )
     assert (own.query_norm.eps, own.kv_norm.eps) == (1e-3, 1e-3)
-    trunks = LatentAttention(deepseek.trunk(norm_eps=1e-5))
     assert (trunks.query_norm.eps, trunks.kv_norm.eps) == (1e-5, 1e-5)
 
 
-def test_what_latent_attention_has_no_switch_for() -> None:
-    with pytest.raises(ValueError, match=r"qkv_bias=true is for grouped-query attention"):
-        deepseek.trunk(qkv_bias=True)
-
-
 def test_biases_are_counted(tiny_trunk: TrunkConfig) -> None:
-    model = deepseek.build(replace(tiny_trunk, qkv_bias=True), depth=1)
+    model = deepseek.build(replace(tiny_trunk, attention=BIASED), depth=1)
     assert model.config.num_params() == sum(p.numel() for p in model.parameters())

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mtp_lightning.nn.attention import Attention, Positions
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.kernels.exact import exact_pass
+from mtp_lightning.nn.kernels.rope import apply_rope, turn_in_place
 from mtp_lightning.nn.kv_cache import KVCache, PositionTables
-from mtp_lightning.nn.rope import apply_rope, rope_table, turn_in_place, whole_head_table
+from mtp_lightning.nn.rope import rope_table, whole_head_table
 
 
-def cache_of(config: TrunkConfig, rows: int, *, capacity: int = 40, exact: bool = True) -> KVCache:
+def cache_of(config: TrunkConfig, rows: int, *, capacity: int = 40) -> KVCache:
     tables = PositionTables(config, capacity)
-    return KVCache(config, tables, n_layers=1, batch_size=rows, exact=exact)
+    return KVCache(config, tables, n_layers=1, batch_size=rows)
+
+
+def passes(width: int, exact: bool) -> AbstractContextManager[None]:
+    return exact_pass(width, torch.device("cpu")) if exact else nullcontext()
 
 
 def attention(config: TrunkConfig) -> Attention:
     torch.manual_seed(0)
-    layer = Attention(config)
+    layer = Attention(config, config.attention)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return layer
@@ -41,10 +49,11 @@ def test_passes_of_any_width_equal_one_window(kv, exact):
     layer, x = attention(config), torch.randn(3, 30, 32)
     with torch.no_grad():
         expected = layer(x, Positions.of_window(config, 30, device=torch.device("cpu")))
-        cache, start = cache_of(config, 3, exact=exact), 0
+        cache, start = cache_of(config, 3), 0
         for width in (20, 1, 3, 5, 1):
             positions = Positions.of_cache(cache, [start] * 3, width)
-            got = layer(x[:, start : start + width], positions)
+            with passes(width, exact):
+                got = layer(x[:, start : start + width], positions)
             torch.testing.assert_close(got, expected[:, start : start + width])
             start += width
 
@@ -54,13 +63,14 @@ def test_rows_of_unequal_lengths_and_rejected_tokens(tiny_trunk, exact):
     layer, x = attention(tiny_trunk), torch.randn(2, 24, 32)
     with torch.no_grad():
         expected = layer(x, Positions.of_window(tiny_trunk, 24, device=torch.device("cpu")))
-        cache = cache_of(tiny_trunk, 2, exact=exact)
+        cache = cache_of(tiny_trunk, 2)
         layer(x[:, :18], Positions.of_cache(cache, [0, 0], 18))
         for starts in ([4, 11], [6, 12], [3, 20], [7, 7]):  # back and forth, over stale entries
             if max(s - held for s, held in zip(starts, cache.lengths, strict=True)) > 0:
                 continue
             new = torch.stack([x[row, s : s + 3] for row, s in enumerate(starts)])
-            got = layer(new, Positions.of_cache(cache, starts, 3))
+            with passes(3, exact):
+                got = layer(new, Positions.of_cache(cache, starts, 3))
             for row, s in enumerate(starts):
                 torch.testing.assert_close(got[row], expected[row, s : s + 3])
 

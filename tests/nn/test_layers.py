@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.nn.feed_forward import swiglu
-from mtp_lightning.nn.linear import _MIN_ROWS, linear, weight_gradient
+from mtp_lightning.nn.kernels.matmul import _MIN_ROWS, linear, weight_gradient
+from mtp_lightning.nn.kernels.rope import apply_rope
+from mtp_lightning.nn.kernels.swiglu import swiglu
 from mtp_lightning.nn.norm import RMSNorm
-from mtp_lightning.nn.rope import apply_rope, rope_table
+from mtp_lightning.nn.rope import rope_table
 from tests import reference
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.kernels.exact import exact_pass
 from mtp_lightning.nn.kv_cache import KVCache, PositionTables
 from mtp_lightning.nn.mla import LatentAttention, pairs_to_halves
 from tests import deepseek, deepseek_reference
@@ -14,7 +17,7 @@ from tests import deepseek, deepseek_reference
 
 def layer_of(config: TrunkConfig) -> LatentAttention:
     torch.manual_seed(0)
-    layer = LatentAttention(config)
+    layer = LatentAttention(config, config.attention)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(0.7 if parameter.dim() == 1 else 0.0, 0.3)
@@ -70,15 +73,15 @@ def test_gradients_equal_those_in_double_precision() -> None:
 def test_cached_passes_equal_a_whole_window(widths: list[int], exact: bool) -> None:
     layer, n = layer_of(deepseek.TRUNK), sum(widths)
     x = torch.randn(2, n, 32)
-    cache = KVCache(
-        deepseek.TRUNK, PositionTables(deepseek.TRUNK, 40), n_layers=1, batch_size=2, exact=exact
-    )
+    tables = PositionTables(deepseek.TRUNK, 40)
+    cache = KVCache(deepseek.TRUNK, tables, n_layers=1, batch_size=2)
     found, start = [], 0
     with torch.no_grad():
         whole = layer(x, Positions.of_window(deepseek.TRUNK, n, device=x.device))
         for width in widths:
             positions = Positions.of_cache(cache, [start, start], width)
-            found.append(layer(x[:, start : start + width], positions))
+            with exact_pass(width, x.device) if exact else nullcontext():
+                found.append(layer(x[:, start : start + width], positions))
             start += width
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-5)
 
@@ -86,15 +89,15 @@ def test_cached_passes_equal_a_whole_window(widths: list[int], exact: bool) -> N
 def test_rows_of_different_lengths_share_a_cache() -> None:
     layer = layer_of(deepseek.TRUNK)
     x = torch.randn(2, 12, 32)
-    cache = KVCache(
-        deepseek.TRUNK, PositionTables(deepseek.TRUNK, 16), n_layers=1, batch_size=2, exact=True
-    )
+    tables = PositionTables(deepseek.TRUNK, 16)
+    cache = KVCache(deepseek.TRUNK, tables, n_layers=1, batch_size=2)
     with torch.no_grad():
         whole = layer(x, Positions.of_window(deepseek.TRUNK, 12, device=x.device))
         layer(x[:, :8], Positions.of_cache(cache, [0, 0], 8))
         # The second row goes back to position 5: a rejected draft.
         new = torch.stack((x[0, 8:11], x[1, 5:8]))
-        found = layer(new, Positions.of_cache(cache, [8, 5], 3))
+        with exact_pass(3, x.device):
+            found = layer(new, Positions.of_cache(cache, [8, 5], 3))
     torch.testing.assert_close(found[0], whole[0, 8:11], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[1], whole[1, 5:8], rtol=1e-4, atol=1e-5)
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mtp_lightning.nn import experts as experts_module
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.nn.deepseek_config import ExpertsConfig
-from mtp_lightning.nn.experts import Experts, grouped
+from mtp_lightning.nn.experts import Experts
+from mtp_lightning.nn.kernels import experts as kernels
+from mtp_lightning.nn.kernels.experts import grouped
 from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.moe import (
+    ExpertsConfig,
     MoE,
     Router,
     sequence_balance_loss,
@@ -21,7 +22,7 @@ from tests import deepseek, deepseek_reference
 
 def layer_of(**experts: object) -> MoE:
     torch.manual_seed(0)
-    layer = MoE(deepseek.trunk(experts=experts))
+    layer = MoE(32, deepseek.trunk(experts=experts).feed_forward)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(0, 0.3)
@@ -66,7 +67,7 @@ def test_gradients_equal_those_of_a_dense_mask(
     kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kernel == "grouped":  # it needs a GPU to be fast, not to be right
-        monkeypatch.setattr(experts_module, "fits_grouped", lambda *_: True)
+        monkeypatch.setattr(kernels, "fits_grouped", lambda *_: True)
     torch.manual_seed(1)
     experts = Experts(16, 24, 6).to(dtype)
     for parameter in experts.parameters():
@@ -116,7 +117,7 @@ def test_grouped_equals_sorted_in_bf16() -> None:
 
 
 def test_bias_chooses_and_does_not_weigh() -> None:
-    router = Router(deepseek.trunk(experts={"n_groups": 1, "top_groups": 1}))
+    router = Router(32, deepseek.trunk(experts={"n_groups": 1, "top_groups": 1}).feed_forward)
     with torch.no_grad():
         router.weight.normal_()
         router.expert_bias.zero_()
@@ -133,7 +134,7 @@ def test_bias_chooses_and_does_not_weigh() -> None:
 def test_groups_limit_the_choice() -> None:
     """Hand-made: the best single expert lies in a group whose two best sum to less."""
     config = deepseek.trunk(experts={"n_groups": 4, "top_groups": 1, "top_k": 2})
-    router = Router(config)
+    router = Router(32, config.feed_forward)
     scores = torch.tensor([[0.95, 0.0, 0.6, 0.5, 0.1, 0.1, 0.0, 0.0]])
     router.expert_bias.zero_()
     assert sorted(router.choose(scores)[0].tolist()) == [2, 3]
@@ -143,7 +144,7 @@ def test_groups_limit_the_choice() -> None:
 
 def test_choice_equals_sorting() -> None:
     config = deepseek.trunk(experts={"n_routed": 24, "n_groups": 6, "top_groups": 3, "top_k": 5})
-    router = Router(config)
+    router = Router(32, config.feed_forward)
     router.expert_bias.normal_(0, 0.2)
     scores = torch.rand(200, 24)
     for row, found in zip(scores, router.choose(scores).tolist(), strict=True):
@@ -230,10 +231,13 @@ def test_other_precisions(precision: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_groups": 3}, "n_routed=8 is not divisible by model.experts.n_groups=3"),
+        ({"n_groups": 3}, "n_routed=8 is not divisible by model.feed_forward.n_groups=3"),
         ({"n_groups": 8}, "leaves 1 expert a group"),
-        ({"top_groups": 5}, "top_groups=5 is more than model.experts.n_groups=4"),
-        ({"top_k": 5}, "top_k=5 experts do not exist in model.experts.top_groups=2 groups of 2"),
+        ({"top_groups": 5}, "top_groups=5 is more than model.feed_forward.n_groups=4"),
+        (
+            {"top_k": 5},
+            "top_k=5 experts do not exist in model.feed_forward.top_groups=2 groups of 2",
+        ),
         ({"top_k": 0}, "top_k must be a whole number of at least 1, not 0"),
         ({"bias_frozen": 1.5}, r"bias_frozen must be in \[0, 1\], not 1.5"),
         ({"bias_rate": -1.0}, "bias_rate must be 0 or more"),

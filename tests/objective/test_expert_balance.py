@@ -34,13 +34,13 @@ RUN: dict[str, Any] = {
     "model": "deepseek_nano",
     "model.n_layers": 2,
     "model.n_kv_heads": None,
-    "model.latent_attention.kv_rank": 12,
-    "model.latent_attention.d_nope": 8,
-    "model.latent_attention.d_rope": 4,
-    "model.latent_attention.d_value": 8,
-    "model.experts.n_routed": 6,
-    "model.experts.d_expert": 16,
-    "model.experts.bias_frozen": 0,
+    "model.attention.kv_rank": 12,
+    "model.attention.d_nope": 8,
+    "model.attention.d_rope": 4,
+    "model.attention.d_value": 8,
+    "model.feed_forward.n_routed": 6,
+    "model.feed_forward.d_expert": 16,
+    "model.feed_forward.bias_frozen": 0,
     "mtp.depth": 1,
     "trainer.max_steps": 3,
     "trainer.val_check_interval": 2,
@@ -132,12 +132,13 @@ def test_biases_survive_resume(tmp_path: Path, cache: Path) -> None:
 
 
 def test_schedule_rests_the_biases(tmp_path: Path, cache: Path) -> None:
-    train_here(tmp_path, cache, RUN | {"model.experts.bias_frozen": 1.0})
+    train_here(tmp_path, cache, RUN | {"model.feed_forward.bias_frozen": 1.0})
     assert all(bias.eq(0).all() for bias in biases(weights(tmp_path)).values())
 
 
 def test_one_update_by_hand() -> None:
-    router = Router(deepseek.trunk(experts={"n_routed": 4, "n_groups": 1, "top_groups": 1}))
+    config = deepseek.trunk(experts={"n_routed": 4, "n_groups": 1, "top_groups": 1})
+    router = Router(32, config.feed_forward)
     ledger = Ledger()
     ledger.loads[router] = torch.tensor([5, 3, 4, 4])
     values = balance_experts(router, ledger, done=0.0)
@@ -169,7 +170,7 @@ def train_router(rate: float, steps: int = 600) -> float:
     config = deepseek.trunk(
         experts={"n_routed": 8, "n_groups": 1, "top_groups": 1, "bias_rate": rate}
     )
-    layer = MoE(config).train()
+    layer = MoE(config.d_model, config.feed_forward).train()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(0, 0.1)
@@ -221,7 +222,7 @@ def test_sequence_loss_is_a_mean_over_the_step(head: str, recompute: bool) -> No
 @pytest.mark.parametrize("mtp", ["sequential", "parallel"])
 def test_the_sequence_loss_is_logged_while_it_is_on(tmp_path: Path, cache: Path, mtp: str) -> None:
     """One layer of the trunk and one head have experts; 1e-4 is its value at perfect balance."""
-    on = RUN | {"mtp": mtp, "model.experts.sequence_loss": 1e-4}
+    on = RUN | {"mtp": mtp, "model.feed_forward.sequence_loss": 1e-4}
     train_here(tmp_path / "whole", cache, on | {"data.batch_size": 8})
     found = [row["moe/sequence_loss"] for row in rows(tmp_path / "whole")]
     assert len(found) == 3 and found == pytest.approx([2e-4] * 3, rel=0.1)
@@ -229,5 +230,5 @@ def test_the_sequence_loss_is_logged_while_it_is_on(tmp_path: Path, cache: Path,
     train_here(tmp_path / "split", cache, on | split)
     again = [row["moe/sequence_loss"] for row in rows(tmp_path / "split")]
     assert again == pytest.approx(found, rel=1e-3)
-    train_here(tmp_path / "off", cache, on | {"model.experts.sequence_loss": 0})
+    train_here(tmp_path / "off", cache, on | {"model.feed_forward.sequence_loss": 0})
     assert all("moe/sequence_loss" not in row for row in rows(tmp_path / "off"))

@@ -13,6 +13,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig, RandomKey
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.objective.balance.gradients import (
     TaskGradients,
     measuring_flops,
@@ -34,7 +35,7 @@ def keyed(micro_batches: list[WindowBatch]) -> list[tuple[WindowBatch, RandomKey
     ]
 
 
-EXPERTS = {"n_routed": 4, "n_shared": 1, "top_k": 2, "d_expert": 16, "sequence_loss": 0.5}
+EXPERTS = ExpertsConfig(n_routed=4, n_shared=1, top_k=2, d_expert=16, sequence_loss=0.5)
 
 MODELS = {
     "sequential": ("sequential", {}, {}),
@@ -46,7 +47,7 @@ MODELS = {
     "linear": ("linear", {}, {"tie_embeddings": True}),
     "parameter_free": ("parameter_free", {}, {}),
     "recompute": ("sequential", {}, {"recompute": True}),
-    "experts": ("sequential", {}, {"experts": EXPERTS, "recompute": True}),
+    "experts": ("sequential", {}, {"feed_forward": EXPERTS, "recompute": True}),
 }
 
 

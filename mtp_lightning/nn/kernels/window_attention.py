@@ -1,4 +1,4 @@
-"""Causal attention for training on a CPU, which skips the half that the mask would hide.
+"""Attention over whole windows, and a causal one for CPUs that skips what the mask would hide.
 
 PyTorch's CPU kernel multiplies every query with every key. Here a block of queries meets only the
 keys up to its end, grouped queries share their key-value head without copies of it, and the
@@ -14,16 +14,41 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.nn.eager import eager_cpu
+from mtp_lightning.nn.kernels.eager import eager_cpu
 
 _BLOCK = 32
 _MAX_SEQ_LEN = 512
 
 
+def window_attention(
+    query_BTNH: Tensor, key_BTMH: Tensor, value_BTMH: Tensor, mask: Tensor | None
+) -> Tensor:
+    """``softmax(q k^T / sqrt(H) + mask) v``, [B, T, N, H]; query head n reads n // G.
+
+    Args:
+        query_BTNH: queries.
+        key_BTMH: keys.
+        value_BTMH: values, whose width is the result's.
+        mask: bool, broadcast against [B, N, T, T], True where a query sees a key; None is causal.
+    """
+    if mask is None and fits(query_BTNH):
+        return causal_attention(query_BTNH, key_BTMH, value_BTMH)
+    query, key, value = (x.transpose(1, 2) for x in (query_BTNH, key_BTMH, value_BTMH))
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=query.shape[1] != key.shape[1],
+    ).transpose(1, 2)
+
+
 def fits(query_BTNH: Tensor) -> bool:
-    """Whether this implementation is the faster one: fp32 on a CPU, windows of up to 512."""
+    """Whether :func:`causal_attention` is the faster one: fp32 on a CPU, windows of up to 512."""
     return (
         eager_cpu(query_BTNH)
         and query_BTNH.dtype == torch.float32
@@ -32,7 +57,7 @@ def fits(query_BTNH: Tensor) -> bool:
 
 
 def causal_attention(query_BTNH: Tensor, key_BTMH: Tensor, value_BTMH: Tensor) -> Tensor:
-    """``softmax(q k^T / sqrt(H) + causal mask) v``, [B, T, N, H]; query head n reads n // G."""
+    """:func:`window_attention` without a mask, block by block."""
     return _CausalAttention.apply(query_BTNH, key_BTMH, value_BTMH)
 
 

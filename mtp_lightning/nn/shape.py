@@ -1,0 +1,88 @@
+"""What all layers of a trunk share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from mtp_lightning.nn.rope_scaling import RopeScaling
+
+# DeepSeek-V3 (section 4.2) initialises every matrix with std 0.006 at d_model 7168. The scale that
+# keeps activations alike at another width goes with 1 / sqrt(d_model).
+_DEEPSEEK_STD = 0.006
+_DEEPSEEK_WIDTH = 7168
+
+
+def check_whole(group: str, owner: Any, names: Sequence[str], *, least: int = 1) -> None:
+    """Refuse fields that are not whole numbers of at least ``least``.
+
+    Raises:
+        ValueError: naming the key and its value.
+    """
+    for name in names:
+        value = getattr(owner, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(
+                f"{group}.{name} must be a whole number of at least {least}, not {value}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrunkShape:
+    """Sizes and settings of a pre-norm decoder that its layers may read.
+
+    Attributes:
+        vocab_size: V, rows of the embedding and of the output head.
+        d_model: C, width of the residual stream.
+        n_layers: L, number of blocks.
+        n_heads: query heads.
+        n_kv_heads: key and value heads; ``n_heads`` must be a multiple of it.
+        d_ff: inner width of a dense feed-forward layer.
+        d_head: width of a query or key head; None lets the attention layer say, which for
+            grouped-query attention is ``d_model / n_heads``.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: how they are stretched; None leaves them. A mapping is taken, too.
+        norm_eps: epsilon of every RMSNorm.
+        tie_embeddings: the output head is the embedding matrix.
+        init_std: std of the normal initialisation; by default 0.006 * sqrt(7168 / d_model).
+        recompute: a training pass keeps only the blocks' inputs and computes the rest again
+            (Chen et al. 2016): less memory, a third more arithmetic, the same gradients.
+
+    Raises:
+        ValueError: a size is not positive, or sizes do not fit together.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_ff: int
+    d_head: int = None  # type: ignore[assignment]  # a number once the trunk's config is made
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    init_std: float | None = None
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
+        check_whole("model", self, sizes)
+        if isinstance(self.rope_scaling, dict):
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"model.n_heads={self.n_heads} is not divisible by model.n_kv_heads="
+                f"{self.n_kv_heads}: every key-value head serves the same number of query heads."
+            )
+        if self.init_std is None:
+            std = _DEEPSEEK_STD * (_DEEPSEEK_WIDTH / self.d_model) ** 0.5
+            object.__setattr__(self, "init_std", std)
+
+    @cached_property
+    def counted(self) -> dict[Any, tuple[int, int]]:
+        """Weights of layers that were built to count them, which need not be done twice."""
+        return {}

@@ -1,0 +1,248 @@
+"""Layers by their configs: every variant's facts against the built module, and a user's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from mtp_lightning.objective.mtp_loss import mtp_loss
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.decoding import compiled, generate
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions
+from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.components import AttentionConfig, FeedForwardConfig, LayerConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.feed_forward import DenseConfig
+from mtp_lightning.nn.mla import LatentAttentionConfig
+from mtp_lightning.nn.moe import ExpertsConfig
+from tests import deepseek
+from tests.decoding.models import random_prompts, steer_drafts, teacher_forced
+from tests.interop import folders
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowConfig(GroupedQueryConfig, variant="test_window"):
+    """A user's attention: every token sees the last ``window`` ones. All but ``build`` is left."""
+
+    window: int
+
+    def build(self, trunk, layer):
+        return WindowAttention(trunk, self)
+
+
+class WindowAttention(Attention):
+    def __init__(self, trunk, config: WindowConfig) -> None:
+        super().__init__(trunk, config)
+        self.window = config.window
+
+    def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
+        if positions.cache is not None:
+            distance = positions.cache.distances()
+            hidden = (distance < 0) | (distance >= self.window)
+            mask = torch.zeros(hidden.shape, dtype=x_BTC.dtype).masked_fill(hidden, -torch.inf)
+        else:
+            at = torch.arange(x_BTC.shape[1])
+            distance = at.unsqueeze(1) - at
+            mask = (distance >= 0) & (distance < self.window)
+            mask = mask if positions.mask is None else mask & positions.mask
+        return super().forward(x_BTC, replace(positions, mask=mask), layer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquaredConfig(FeedForwardConfig, variant="test_squared"):
+    """A user's feed-forward layer, narrower in the modules' blocks, with a list for a field."""
+
+    widths: list[int]
+
+    def build(self, trunk, layer):
+        return Squared(trunk.d_model, self.widths[0 if layer is None else 1])
+
+
+class Squared(nn.Module):
+    def __init__(self, d_model: int, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, width)
+        self.down = nn.Linear(width, d_model, bias=False)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return self.down(self.up(x_BTC).relu().square())
+
+
+def own_trunk(**changes) -> TrunkConfig:
+    sizes = {"vocab_size": 37, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+    layers = {"attention": WindowConfig(window=6), "feed_forward": SquaredConfig(widths=[24, 40])}
+    return TrunkConfig(**{**sizes, "d_ff": 48, "tie_embeddings": False, **layers, **changes})
+
+
+LATENT, EXPERTS = deepseek.LATENT, deepseek.EXPERTS
+LAYERS: dict[str, LayerConfig] = {
+    "grouped": GroupedQueryConfig(),
+    "grouped with all": GroupedQueryConfig(qk_norm=True, qkv_bias=True),
+    "latent": LATENT,
+    "latent, direct": replace(LATENT, q_rank=None),
+    "dense": DenseConfig(),
+    "experts": EXPERTS,
+    "experts alone": replace(EXPERTS, n_shared=0, first_k_dense=0),
+    "window": WindowConfig(window=3, qk_norm=True),
+    "squared": SquaredConfig(widths=[24, 40]),
+}
+
+
+def test_every_variant_is_among_them() -> None:
+    known = {*AttentionConfig._variants.values(), *FeedForwardConfig._variants.values()}
+    own = {kind for kind in known if kind.__module__.startswith(("mtp_lightning.", __name__))}
+    assert own == {type(layer) for layer in LAYERS.values()}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("layer", [0, 1, None])
+def test_counts_equal_those_of_the_built_layer(name: str, layer: int | None) -> None:
+    config = LAYERS[name]
+    trunk = own_trunk(n_kv_heads=4, **{config.family: config})
+    built = config.build(trunk, layer)
+    params = sum(p.numel() for p in built.parameters())
+    matrices = sum(p.numel() for p in built.parameters() if p.dim() > 1)
+    idle = config.idle_params(trunk, layer)
+    assert config.num_params(trunk, layer) == params
+    assert config.matrix_params(trunk, layer) == matrices - idle
+    assert (idle > 0) == (name.startswith("experts") and (layer != 0 or "alone" in name))
+    whole = Block(trunk, layer)
+    assert trunk.block_params(layer) == sum(p.numel() for p in whole.parameters())
+
+
+@pytest.mark.parametrize("name", ["grouped", "latent", "dense", "experts", "window", "squared"])
+@pytest.mark.parametrize("layer", [0, None])
+def test_flops_against_pytorchs_counter(name: str, layer: int | None) -> None:
+    config, seq_len = LAYERS[name], 12
+    trunk = own_trunk(n_kv_heads=4, **{config.family: config})
+    block = Block(trunk, layer).double()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, 0, 0.1)
+    positions = Positions.of_window(trunk, seq_len, device=torch.device("cpu"))
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, math:
+        block(torch.randn(1, seq_len, 32, dtype=torch.float64), positions)
+    assert counter.get_total_flops() == seq_len * trunk.block_flops(seq_len, layer)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layers_places_are_its_weights(name: str) -> None:
+    config = LAYERS[name]
+    trunk = own_trunk(n_kv_heads=4, **{config.family: config})
+    if name == "squared":
+        with pytest.raises(ValueError, match="feed_forward of the variant test_squared cannot be"):
+            config.hf_places(trunk, 1)
+        return
+    for layer in (0, 1, None):
+        weights = config.build(trunk, layer).state_dict()
+        found = list(config.hf_places(trunk, layer))
+        assert sorted(place.own for place in found) == sorted(weights)
+        for place in found:
+            rows = weights[place.own] if place.stacked is None else weights[place.own].flatten(0, 1)
+            assert sum(shape[0] for _, shape in place.parts) == rows.shape[0]
+            assert all(shape[1:] == rows.shape[1:] for _, shape in place.parts)
+
+
+def trained(mtp=SequentialConfig) -> MTPModel:
+    """A model of the user's layers after a few steps on one repeated text."""
+    model = MTPModel(ModelConfig(trunk=own_trunk(init_std=0.3), mtp=mtp(depth=2)))
+    model.initialise(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    tokens = torch.randint(0, 37, (4, 40), generator=torch.Generator().manual_seed(0))
+    batch, losses = WindowBatch(tokens, 2), []
+    for _ in range(12):
+        loss, _ = mtp_loss(model, batch, [0.1, 0.1], batch.counts().tolist())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    return model.eval()
+
+
+@pytest.mark.parametrize("mtp", [SequentialConfig, ParallelConfig])
+def test_a_users_layers_train_and_decode(mtp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the cache, drafts, rows together, a prompt wider than the window; all teacher-forced."""
+    model = trained(mtp)
+    assert model.config.num_params() == sum(p.numel() for p in model.parameters())
+    prompts = random_prompts(0, (2, 9, 21))
+    options = {"max_new_tokens": 14}
+    plain = [g.token_ids for g in generate(model, prompts, speculative=False, **options)]
+    for prompt, tokens in zip(prompts, plain, strict=True):
+        (logits,) = teacher_forced(model, prompt + tokens, 0)
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
+    steer_drafts(monkeypatch, [p + t for p, t in zip(prompts, plain, strict=True)], chance=0.7)
+    assert [g.token_ids for g in generate(model, prompts, **options)] == plain
+    monkeypatch.setattr(compiled, "_trunk_program", compiled._trunk_pass)
+    monkeypatch.setattr(compiled, "_depth_program", compiled._depth_pass)
+    one_by_one = generate(model, prompts, compile=True, batch_size=1, **options)
+    assert [g.token_ids for g in one_by_one] == plain
+
+
+def test_a_window_is_a_window() -> None:
+    model = trained()
+    tokens = torch.randint(0, 37, (1, 30), generator=torch.Generator().manual_seed(1))
+    other = F.pad(tokens[:, 11:], (11, 0))  # two layers of windows of 6 reach 10 tokens back
+    a, b = (model(WindowBatch(t, 2), [])[0] for t in (tokens, other))
+    torch.testing.assert_close(a[:, 21:], b[:, 21:])
+    assert not torch.allclose(a[:, 11:13], b[:, 11:13])
+
+
+def test_a_checkpoint_says_which_layers_and_where_they_are_from() -> None:
+    trunk = own_trunk()
+    stored = trunk.to_dict()
+    assert stored["attention"] == {
+        "variant": "test_window", "module": __name__,
+        "qk_norm": False, "qkv_bias": False, "window": 6,
+    }  # fmt: skip
+    assert TrunkConfig.from_dict(stored) == trunk
+    stored["attention"] = {"variant": "nowhere", "module": "my_ideas.window"}
+    with pytest.raises(ValueError, match=r"attention=nowhere .* say allow=\[my_ideas\]"):
+        TrunkConfig.from_dict(stored)
+    for config in (deepseek.TRUNK, deepseek.trunk(latent={"q_rank": None})):
+        assert TrunkConfig.from_dict(config.to_dict()) == config
+    assert isinstance(TrunkConfig.from_dict(deepseek.TRUNK.to_dict()).feed_forward, ExpertsConfig)
+
+
+@pytest.mark.parametrize("value", [None, "window", EXPERTS])
+def test_what_is_no_layer_is_named(value: object) -> None:
+    with pytest.raises(ValueError, match="model.attention must name a layer's config by _target_"):
+        own_trunk(attention=value)
+
+
+def test_a_users_layer_is_not_exported(tmp_path: Path) -> None:
+    """Not even one that has the weights of a known layout."""
+    assert isinstance(LATENT, LatentAttentionConfig)
+    model = deepseek.build(own_trunk(feed_forward=DenseConfig()), depth=1)
+    with pytest.raises(ValueError, match="model.attention=test_window .* cannot be exported"):
+        folders.write(tmp_path / "one", model)
+    assert not (tmp_path / "one").exists()
+
+
+def test_one_yaml_names_a_users_layer(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    lines = [
+        "defaults: [nano]",
+        "attention:",
+        f"  _target_: {__name__}.WindowConfig",
+        "  window: 64",
+    ]
+    (tmp_path / "model" / "mine.yaml").write_text("\n".join(lines))
+    conf = str(Path(__file__).parents[2] / "conf")
+    with initialize_config_dir(version_base="1.3", config_dir=conf):
+        overrides = ["model=mine", f"hydra.searchpath=[file://{tmp_path}]"]
+        model = compose("config", overrides=overrides).model
+    trunk = instantiate(model, vocab_size=300, _convert_="all")
+    assert trunk.attention == WindowConfig(window=64)
+    assert (trunk.n_layers, trunk.feed_forward) == (8, DenseConfig())
