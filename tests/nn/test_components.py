@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from mtp_lightning.objective.mtp_loss import mtp_loss
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,6 +28,7 @@ from mtp_lightning.nn.moe import ExpertsConfig
 from tests import deepseek
 from tests.decoding.models import random_prompts, steer_drafts, teacher_forced
 from tests.interop import folders
+from tests.losses import mtp_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Squared(nn.Module):
         self.up = nn.Linear(d_model, width)
         self.down = nn.Linear(width, d_model, bias=False)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, positions: Positions | None = None) -> Tensor:
         return self.down(self.up(x_BTC).relu().square())
 
 
