@@ -87,7 +87,7 @@ def log_run(folder: Path, depth: int, *, seed: int = 0, done: bool = True) -> No
     logger.log_metrics({"val/loss_depth_0": 3.0, "train/loss": 4.0}, 10)
     logger.log_metrics({"val/loss_depth_0": 2.0 - depth, "progress/seconds": 1.5}, 20)
     if done:
-        logger.log_hyperparams(params, final, 20)
+        logger.log_final(params, final, 20)
     logger.finalize("success")
 
 
@@ -97,7 +97,7 @@ def test_the_hparams_tab_of_runs_alone(tmp_path: Path) -> None:
     log_run(tmp_path / "depth-2", 2, done=False)
     extra = RunTensorBoard(tmp_path / "lr", 1)
     extra.log_hyperparams({"optimizer.lr": 0.1})
-    extra.log_hyperparams({"optimizer.lr": 0.1}, {"val/accuracy_depth_0": 0.5}, 20)
+    extra.log_final({"optimizer.lr": 0.1}, {"val/accuracy_depth_0": 0.5}, 20)
     extra.finalize("success")
     board = Board(tmp_path)
     assert board.runs == {"depth-0", "depth-2", "lr"}
