@@ -160,7 +160,7 @@ def in_process(tree: Path, case: str, folder: Path, data: Path, log: Any) -> Non
     """One run in this process: importing Lightning takes longer than most of them."""
     from hydra import compose, initialize_config_dir
 
-    from mtp_lightning.experiment import train
+    from mtp_lightning.experiment.training import train
 
     with initialize_config_dir(str(config_folder(tree)), version_base="1.3"):
         cfg = compose("config", overrides=overrides(case, folder, data))

@@ -180,8 +180,7 @@ class MTPModule(pl.LightningModule):
         progress = checkpoint["progress"]
         self.tokens, self.flops = progress["tokens"], progress["flops"]
         self.seconds = progress["seconds"]
-        if "balance" in checkpoint:  # older ones had fixed weights, which have no state
-            self.balance.load_state_dict(checkpoint["balance"]["state"])
+        self.balance.load_state_dict(checkpoint["balance"]["state"])
 
     def log_here(
         self, values: Mapping[str, Tensor | float], step: int, *, always: bool = False

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.switches import branch_state, check_switches
+from mtp_lightning.mtp.switches import Switches, branch_state, check_switches
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.init import parameter_seed
@@ -24,11 +24,11 @@ from mtp_lightning.settings import require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class MTPConfig(Registered, ABC, family="mtp"):
+class MTPConfig(Switches, Registered, ABC, family="mtp"):
     """Depth and switches of a stack, and what it costs, before it is built.
 
-    A variant adds the switches it has as fields; those of ``switches.py`` that it does not have
-    keep the values below.
+    A variant adds the switches it has as fields; those it does not have keep the values of
+    :class:`~mtp_lightning.mtp.switches.Switches`.
 
     Attributes:
         depth: D, tokens predicted beyond the next one; 0 is plain next-token training.
@@ -42,12 +42,6 @@ class MTPConfig(Registered, ABC, family="mtp"):
     # Settings without which the weights mean something else: a stack can only go on from another
     # (init_from) where these agree.
     meaning: ClassVar[tuple[str, ...]] = ()
-
-    # No fields: what holds for a stack without the switch.
-    branch = "final"
-    input_norm = "post"
-    detach = "none"
-    freeze_trunk = False
 
     def __post_init__(self) -> None:
         require_whole("mtp.depth", self.depth, least=0)

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 from mtp_lightning.settings import require_choice
 
-if TYPE_CHECKING:
-    from mtp_lightning.mtp.base import MTPConfig
-
 Branch = Literal["final", "before_last"]
 InputNorm = Literal["post", "pre"]
 Concat = Literal["embedding_first", "hidden_first"]
 Detach = Literal["none", "trunk", "all"]
 
+
+class Switches:
+    """What holds for a stack that does not have the switch; one that has it says so by a field."""
+
+    depth: int
+    branch = "final"
+    input_norm = "post"
+    detach = "none"
+    freeze_trunk = False
+
+
 _CHOICES = {"branch": Branch, "input_norm": InputNorm, "concat": Concat, "detach": Detach}
 
 
-def check_switches(config: MTPConfig) -> None:
+def check_switches(config: Switches) -> None:
     """Refuse a value that a switch of ``config`` does not know, and a stack that cannot train.
 
     Raises:
@@ -36,7 +44,7 @@ def check_switches(config: MTPConfig) -> None:
         )
 
 
-def branch_state(trunk: Trunk, output: TrunkOutput, config: MTPConfig) -> Tensor:
+def branch_state(trunk: Trunk, output: TrunkOutput, config: Switches) -> Tensor:
     """The trunk's hidden state [B, T, C] that a stack starts from.
 
     Args:

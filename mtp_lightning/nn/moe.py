@@ -26,6 +26,7 @@ from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.places import Place, renamed
 from mtp_lightning.nn.shape import TrunkShape, check_whole
+from mtp_lightning.settings import require_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +90,9 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
                 f"{self.top_groups} groups of {size}: lower top_k, or allow more groups."
             )
         for name in ("bias_rate", "sequence_loss"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{group}.{name} must be 0 or more, not {getattr(self, name)}.")
-        if not 0 <= self.bias_frozen <= 1:
-            raise ValueError(f"{group}.bias_frozen must be in [0, 1], not {self.bias_frozen}.")
-        if not self.scaling > 0:
-            raise ValueError(f"{group}.scaling must be above 0, not {self.scaling}.")
+            require_number(f"{group}.{name}", getattr(self, name), least=0)
+        require_number(f"{group}.bias_frozen", self.bias_frozen, least=0, most=1)
+        require_number(f"{group}.scaling", self.scaling, above=0)
 
     def is_dense(self, layer: int | None) -> bool:
         """Whether a layer of the trunk is no mixture; a prediction module's, None, always is one,

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from mtp_lightning.nn.rope_scaling import RopeScaling
+from mtp_lightning.settings import require_whole
 
 # DeepSeek-V3 (section 4.2) initialises every matrix with std 0.006 at d_model 7168. The scale that
 # keeps activations alike at another width goes with 1 / sqrt(d_model).
@@ -22,11 +23,7 @@ def check_whole(group: str, owner: Any, names: Sequence[str], *, least: int = 1)
         ValueError: naming the key and its value.
     """
     for name in names:
-        value = getattr(owner, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(
-                f"{group}.{name} must be a whole number of at least {least}, not {value}."
-            )
+        require_whole(f"{group}.{name}", getattr(owner, name), least=least)
 
 
 @dataclass(frozen=True, kw_only=True)
