@@ -44,7 +44,7 @@ class StepPlan:
 
     Attributes:
         progress: before the step.
-        base: [D + 1], 1 and the schedule's lambda_k.
+        base: [D + 1], 1 and the schedule's lambda_k, 0 for a depth without a valid target.
         factors: [D + 1], what the losses are multiplied by. A depth of factor 0 is not computed.
         counts: [D + 1], valid targets of the whole step.
         windows: in the whole step.
@@ -142,7 +142,10 @@ class OptimizerStep:
 
     def plan(self, batch: WindowBatch, progress: Progress) -> StepPlan:
         """What the step over this rank's ``batch`` is going to do."""
-        base = [1.0, *self.schedule.weights(progress)]
+        counts = step_counts(batch)
+        # A depth that a document mask left without a target is one that is switched off.
+        base = [1.0, *_where(counts[1:], self.schedule.weights(progress))]
+        main, *factors = self.balance.factors(base, progress)
         key = RandomKey(self.seed, progress.step, first_row=len(batch) * rank())
         micro_batches = []
         for micro in batch.micro_batches(self.accumulate):
@@ -151,8 +154,8 @@ class OptimizerStep:
         return StepPlan(
             progress=progress,
             base=base,
-            factors=self.balance.factors(base, progress),
-            counts=step_counts(batch),
+            factors=[main, *_where(counts[1:], factors)],
+            counts=counts,
             windows=len(batch) * world_size(),
             micro_batches=micro_batches,
         )
@@ -193,7 +196,8 @@ class OptimizerStep:
             sums += micro_sums
             ledger.add_loads(reported)
             ledger.losses += [auxiliary.detach() for auxiliary in reported.losses]
-        losses = sum_over_ranks(sums) / torch.tensor(plan.counts, device=sums.device)
+        counts = torch.tensor(plan.counts, device=sums.device)
+        losses = sum_over_ranks(sums) / counts.clamp(min=1)
 
         gradients = None
         if self.balance.scope is not None and self.balance.measures_at(progress):
@@ -259,7 +263,7 @@ class OptimizerStep:
             DepthTarget(
                 depth=k,
                 tokens=micro.targets(k),
-                coefficient=plan.factors[k] / max(plan.counts[k], 1),
+                coefficient=plan.factors[k] / plan.counts[k],
                 term=self.term if k else _MAIN_TERM,
             )
             for k in computed
@@ -281,6 +285,10 @@ class OptimizerStep:
         if measured:
             flops += plan.counts[0] * self.balance.measuring_flops(config, plan.seq_len, active)
         return flops
+
+
+def _where(counts: Sequence[int], factors: Sequence[float]) -> list[float]:
+    return [factor if count else 0.0 for factor, count in zip(factors, counts, strict=True)]
 
 
 def step_counts(batch: WindowBatch) -> list[int]:

@@ -1,0 +1,98 @@
+"""One optimizer step: what it computes, and what it counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective.balance.base import Balance, NoBalance
+from mtp_lightning.objective.balance.cosine_gate import CosineGate
+from mtp_lightning.objective.balance.dwa import DWA
+from mtp_lightning.objective.balance.gradnorm import GradNorm
+from mtp_lightning.objective.balance.random_weights import RandomWeights
+from mtp_lightning.objective.balance.sampled_depths import SampledDepths
+from mtp_lightning.objective.balance.trunk_ratio import TrunkRatio
+from mtp_lightning.objective.balance.uncertainty import Uncertainty
+from mtp_lightning.objective.schedule.base import Progress
+from mtp_lightning.objective.schedule.piecewise import Piecewise
+from mtp_lightning.objective.step import OptimizerStep, StepResult
+
+DEPTH = 2
+RULES = {
+    "none": lambda: NoBalance(DEPTH),
+    "dwa": lambda: DWA(DEPTH, window_steps=1),
+    "uncertainty": lambda: Uncertainty(DEPTH),
+    "gradnorm": lambda: GradNorm(DEPTH),
+    "cosine_gate": lambda: CosineGate(DEPTH),
+    "trunk_ratio": lambda: TrunkRatio(DEPTH, every_n_steps=1),
+    "random": lambda: RandomWeights(DEPTH, seed=0),
+    "sampled_depths": lambda: SampledDepths(DEPTH, seed=0, probabilities="loss_ratio"),
+}
+
+
+class Trained:
+    """A small model and what trains it."""
+
+    def __init__(self, trunk: TrunkConfig, variant: str, rule: Balance) -> None:
+        model = MTPModel(ModelConfig(trunk=trunk, mtp=MTPConfig.find(variant)(depth=DEPTH)))
+        model.initialise(0)
+        self.model, self.rule = model, rule
+        parameters = [*model.parameters(), *rule.parameters()]
+        self.optimizer = torch.optim.SGD(parameters, lr=0.01)
+        schedule = Piecewise(DEPTH, 0.3)
+        self.step = OptimizerStep(model, schedule=schedule, balance=rule, clip_norm=1.0)
+        self.steps = 0
+
+    def __call__(self, batch: WindowBatch) -> StepResult:
+        progress = Progress(step=self.steps, max_steps=100)
+        self.steps += 1
+        return self.step(batch, progress, self.optimizer)
+
+
+def documents_of(length: int, *, windows: int = 2, seq_len: int = 12) -> WindowBatch:
+    """Windows of documents of ``length`` tokens."""
+    generator = torch.Generator().manual_seed(length)
+    shape = (windows, seq_len + DEPTH + 1)
+    tokens = torch.randint(0, 37, shape, generator=generator)
+    return WindowBatch(tokens, DEPTH, (torch.arange(shape[1]) // length).expand(shape))
+
+
+@pytest.mark.parametrize("variant", ["sequential", "parallel", "parameter_free"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_depth_without_a_target_is_not_computed(
+    tiny_trunk: TrunkConfig, variant: str, rule: str
+) -> None:
+    """In documents of three tokens depth 2 has no target, in those of two depth 1 has none."""
+    trained = Trained(tiny_trunk, variant, RULES[rule]())
+    for length, with_targets in ((5, {1, 2}), (3, {1}), (2, set()), (3, {1}), (5, {1, 2})):
+        batch = documents_of(length)
+        assert {k for k in (1, 2) if batch.counts()[k]} == with_targets
+        result = trained(batch)
+        assert set(result.plan.active) <= with_targets
+        if rule != "sampled_depths":  # which computes one of them
+            assert set(result.plan.active) == with_targets
+        elif with_targets:
+            assert len(result.plan.active) == 1
+        assert torch.isfinite(result.losses).all() and torch.isfinite(result.loss)
+        values = {tag: float(value) for tag, value in result.log_values().items()}
+        assert all(value == value for value in values.values()), values
+        for k in {1, 2} - set(result.plan.active):
+            assert values[f"train/lambda_depth_{k}"] == 0.0
+            assert f"train/loss_depth_{k}" not in values
+        assert all(torch.isfinite(p).all() for p in trained.model.parameters())
+        if isinstance(trained.rule, DWA | GradNorm):
+            factors = trained.rule.factors([1.0, 0.5, 0.5], result.plan.progress)
+            assert all(factor == factor for factor in factors)
+
+
+def test_the_depth_without_a_target_is_taught_nothing(tiny_trunk: TrunkConfig) -> None:
+    trained = Trained(tiny_trunk, "sequential", NoBalance(DEPTH))
+    before = {n: p.detach().clone() for n, p in trained.model.named_parameters()}
+    trained(documents_of(3))
+    changed = {n for n, p in trained.model.named_parameters() if not torch.equal(p, before[n])}
+    assert any(name.startswith("mtp.depths.0") for name in changed)
+    assert not any(name.startswith("mtp.depths.1") for name in changed)
