@@ -84,7 +84,7 @@ class StepResult:
         plan: what it was to do.
         loss: L.
         losses: [D + 1], L_k, fp64; 0 where not computed.
-        flops: of the step.
+        flops: of the step, those of positions without a valid target included.
         values: by log tag, what balancing and clipping have to say.
     """
 
@@ -280,11 +280,12 @@ class OptimizerStep:
         return total, all_sums, ledger
 
     def _flops(self, plan: StepPlan, *, measured: bool) -> int:
-        config, active = self.model.config, plan.active
-        flops = plan.counts[0] * config.flops_per_token(plan.seq_len, active)
+        config, seq_len, active = self.model.config, plan.seq_len, plan.active
+        per_position = config.flops_per_token(seq_len, active)
         if measured:
-            flops += plan.counts[0] * self.balance.measuring_flops(config, plan.seq_len, active)
-        return flops
+            per_position += self.balance.measuring_flops(config, seq_len, active)
+        # A position that a document mask leaves without a target is computed all the same.
+        return plan.windows * seq_len * per_position
 
 
 def _where(counts: Sequence[int], factors: Sequence[float]) -> list[float]:

@@ -96,3 +96,13 @@ def test_the_depth_without_a_target_is_taught_nothing(tiny_trunk: TrunkConfig) -
     changed = {n for n, p in trained.model.named_parameters() if not torch.equal(p, before[n])}
     assert any(name.startswith("mtp.depths.0") for name in changed)
     assert not any(name.startswith("mtp.depths.1") for name in changed)
+
+
+def test_flops_count_positions_without_a_target(tiny_trunk: TrunkConfig) -> None:
+    plain, masked = (Trained(tiny_trunk, "sequential", NoBalance(DEPTH)) for _ in range(2))
+    batch = documents_of(5)
+    whole = plain(WindowBatch(batch.tokens, DEPTH))
+    result = masked(batch)
+    per_position = plain.model.config.flops_per_token(batch.seq_len)
+    assert result.flops == whole.flops == 2 * 12 * per_position
+    assert result.tokens < whole.tokens == 2 * 12
