@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from mtp_lightning.objective.balance.uncertainty import Uncertainty
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.step import OptimizerStep, StepResult
+from tests.flops import counted_flops
 
 DEPTH = 2
 RULES = {
@@ -37,11 +40,14 @@ RULES = {
 class Trained:
     """A small model and what trains it."""
 
-    def __init__(self, trunk: TrunkConfig, variant: str, rule: Balance) -> None:
-        model = MTPModel(ModelConfig(trunk=trunk, mtp=MTPConfig.find(variant)(depth=DEPTH)))
+    def __init__(self, trunk: TrunkConfig, variant: str, rule: Balance, **switches: Any) -> None:
+        mtp = MTPConfig.find(variant)(depth=DEPTH, **switches)
+        model = MTPModel(ModelConfig(trunk=trunk, mtp=mtp))
         model.initialise(0)
         self.model, self.rule = model, rule
+        rule.check(model.config)
         parameters = [*model.parameters(), *rule.parameters()]
+        parameters = [p for p in parameters if p.requires_grad]
         self.optimizer = torch.optim.SGD(parameters, lr=0.01)
         schedule = Piecewise(DEPTH, 0.3)
         self.step = OptimizerStep(model, schedule=schedule, balance=rule, clip_norm=1.0)
@@ -106,3 +112,28 @@ def test_flops_count_positions_without_a_target(tiny_trunk: TrunkConfig) -> None
     per_position = plain.model.config.flops_per_token(batch.seq_len)
     assert result.flops == whole.flops == 2 * 12 * per_position
     assert result.tokens < whole.tokens == 2 * 12
+
+
+CUT: list[dict[str, Any]] = [{"detach": "trunk"}, {"detach": "all"}, {"freeze_trunk": True}]
+
+
+@pytest.mark.parametrize("branch", ["final", "before_last"])
+@pytest.mark.parametrize("switches", [{}, *CUT], ids=str)
+@pytest.mark.parametrize("variant", ["sequential", "parallel", "linear"])
+def test_flops_are_those_of_pytorchs_operators(
+    tiny_trunk: TrunkConfig, variant: str, switches: dict[str, Any], branch: str
+) -> None:
+    trained = Trained(tiny_trunk, variant, NoBalance(DEPTH), branch=branch, **switches)
+    trained.model.double()
+    for length, active in ((5, [1, 2]), (3, [1]), (2, [])):
+        with counted_flops() as counted:
+            result = trained(documents_of(length))
+        assert result.plan.active == active
+        assert result.flops == counted.total > 0
+
+
+def test_flops_of_targets_alone(tiny_trunk: TrunkConfig) -> None:
+    trained = Trained(tiny_trunk, "parameter_free", NoBalance(DEPTH))
+    trained.model.double()
+    with counted_flops() as counted:
+        assert trained(documents_of(5)).flops == counted.total
