@@ -66,7 +66,7 @@ def train_with(
     """A quick run with loggers that are no part of conf/; an error in their place is raised."""
     from mtp_lightning.experiment.training import train
 
-    def instantiate(node: Any) -> Any:
+    def instantiate(node: Any, **_: Any) -> Any:
         made = loggers[node.which]
         if isinstance(made, Exception):
             raise made
