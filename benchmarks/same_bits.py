@@ -53,6 +53,8 @@ COMMON = [
 ]
 DENSE = ["model=nano", "model.d_model=48", "model.n_layers=2"]
 MOE = ["model=deepseek_nano", "model.d_model=48", "model.n_layers=2"]
+# What trees call otherwise whose layers own their switches.
+RENAMED = {"model.qk_norm=true": "+model.attention.qk_norm=true"}
 _CONFLICT = (
     "+callbacks.gradient_conflict={_target_:"
     "mtp_lightning.callbacks.gradient_conflict.GradientConflict,every_n_steps:5}"
@@ -130,10 +132,17 @@ def made_text() -> str:
     return "\n".join(lines) + "\n"
 
 
-def overrides(case: str, folder: Path, data: Path) -> list[str]:
-    """All of Hydra's overrides of a case."""
+def overrides(tree: Path, case: str, folder: Path, data: Path) -> list[str]:
+    """All of Hydra's overrides of a case, by the names that the tree has for them."""
     places = [f"data.paths={data / 'text.jsonl'}", f"paths.cache_dir={data / 'cache'}"]
-    return [*COMMON, *CASES[case], *places, f"paths.output_dir={folder}"]
+    given = [*COMMON, *CASES[case], *places, f"paths.output_dir={folder}"]
+    renamed = RENAMED if _has_components(config_folder(tree)) else {}
+    return [renamed.get(override, override) for override in given]
+
+
+def _has_components(conf: Path) -> bool:
+    """Whether a tree's models name their layers' configs."""
+    return "attention:" in (conf / "model" / "base.yaml").read_text(encoding="utf-8")
 
 
 def train_all(tree: Path, output: Path, data: Path, cases: list[str]) -> None:
@@ -163,14 +172,14 @@ def in_process(tree: Path, case: str, folder: Path, data: Path, log: Any) -> Non
     from mtp_lightning.experiment.training import train
 
     with initialize_config_dir(str(config_folder(tree)), version_base="1.3"):
-        cfg = compose("config", overrides=overrides(case, folder, data))
+        cfg = compose("config", overrides=overrides(tree, case, folder, data))
     with redirect_stdout(log), redirect_stderr(log):
         train(cfg)
 
 
 def by_command_line(tree: Path, case: str, folder: Path, data: Path, log: Any) -> None:
     """One run of several processes."""
-    command = [sys.executable, str(tree / "train.py"), *overrides(case, folder, data)]
+    command = [sys.executable, str(tree / "train.py"), *overrides(tree, case, folder, data)]
     command += [f"run_dir={folder}"]
     subprocess.run(command, stdout=log, stderr=log, cwd=folder, check=True)
 

@@ -16,17 +16,9 @@ import torch
 
 from mtp_lightning.interop.reading import is_folder, read_folder
 from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.run.config import describe_differences
 from mtp_lightning.run.loading import load_weights, model_weights, read_checkpoint
-
-# Settings of a trunk that say how it is trained or started, not what its weights compute.
-FREE = (
-    "init_std",
-    "recompute",
-    "feed_forward.bias_rate",
-    "feed_forward.bias_frozen",
-    "feed_forward.sequence_loss",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +127,14 @@ def start_from(model: MTPModel, start: Start) -> Inherited:
     return Inherited(kept=kept, new=new, dropped=[m for m in old_modules if m not in kept])
 
 
+def free_keys(trunk: TrunkConfig) -> list[str]:
+    """Dotted keys of a trunk in which a run may differ from what it starts from."""
+    return ["init_std", *trunk.training_keys]
+
+
 def _check_trunk(path: Path, old: ModelConfig, wanted: ModelConfig) -> None:
     before, now = old.to_dict()["trunk"], wanted.to_dict()["trunk"]
-    differences = describe_differences(before, now, ignore=FREE)
+    differences = describe_differences(before, now, ignore=free_keys(wanted.trunk))
     if differences:
         raise ValueError(
             f"init_from={path} has another trunk than this run ({'; '.join(differences)}): "

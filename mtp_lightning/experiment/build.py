@@ -17,7 +17,7 @@ from mtp_lightning.callbacks.precision_plugin import TokenDoublePrecision
 from mtp_lightning.experiment.command_line import overridden
 from mtp_lightning.experiment.instantiate import instantiate, targets
 from mtp_lightning.experiment.run_loggers import build_loggers
-from mtp_lightning.init_from import FREE
+from mtp_lightning.init_from import free_keys
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
 from mtp_lightning.mtp.base import MTPConfig
@@ -159,19 +159,19 @@ def adopt_trunk(cfg: DictConfig, trunk: TrunkConfig, *, source: Path) -> DictCon
     """
     if foreign := targets(asdict(trunk)):  # a run's config is the user's own, and this is not
         raise ValueError(f"init_from={source} is refused: its trunk asks for {foreign[0]}.")
-    shape = _with_targets(trunk)
+    shape, free = _with_targets(trunk), free_keys(trunk)
     asked = OmegaConf.create({"model": shape})
     for override in overridden("model"):
         key = override.split("=")[0]
         found = OmegaConf.select(asked, key) if key != "model" else None
-        if key.removeprefix("model.") in FREE or found == OmegaConf.select(cfg, key):
+        if key.removeprefix("model.") in free or found == OmegaConf.select(cfg, key):
             continue
         raise ValueError(
             f"{override} does not fit init_from={source}, which brings its own trunk"
             + (f" with {key}={found}" if key != "model" else "")
             + f": leave {key}= out."
         )
-    for key in FREE:
+    for key in free:
         value = OmegaConf.select(cfg.model, key)
         *parents, last = key.split(".")
         owner = shape[parents[0]] if parents else shape

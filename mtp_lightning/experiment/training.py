@@ -41,14 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Keys of the stored model that say how it is trained, not what its weights are.
-_NOT_ARCHITECTURE = (
-    "trunk.recompute",
-    "trunk.feed_forward.bias_rate",
-    "trunk.feed_forward.bias_frozen",
-    "trunk.feed_forward.sequence_loss",
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
@@ -183,8 +175,10 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
     Raises:
         ValueError: it holds another one; the differing keys are named.
     """
-    wanted = module.model.config.to_dict()
-    differences = describe_differences(checkpoint["model_config"], wanted, ignore=_NOT_ARCHITECTURE)
+    config = module.model.config
+    free = [f"trunk.{key}" for key in config.trunk.training_keys]
+    stored = checkpoint["model_config"]
+    differences = describe_differences(stored, config.to_dict(), ignore=free)
     if differences:
         raise ValueError(
             f"{source} holds another architecture than this config ({'; '.join(differences)}): "

@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,10 @@ class LayerConfig(Registered, ABC):
     In every method ``trunk`` is the trunk's config and ``layer`` the place in it, for layers that
     differ by place; None asks for the block of a prediction module.
     """
+
+    # Fields that say how the layer is trained, not what its weights compute: they may change
+    # between a run and what goes on from it.
+    training_keys: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:

@@ -42,6 +42,13 @@ class TrunkConfig(TrunkShape):
         for component in (self.attention, self.feed_forward):
             component.check(self)
 
+    @property
+    def training_keys(self) -> list[str]:
+        """Dotted keys that say how the trunk is trained, not what its weights compute."""
+        layers = (self.attention, self.feed_forward)
+        own = [f"{layer.family}.{key}" for layer in layers for key in layer.training_keys]
+        return ["recompute", *own]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, for a checkpoint."""
         layers = {c.family: c.to_dict() for c in (self.attention, self.feed_forward)}

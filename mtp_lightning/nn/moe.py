@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,8 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
     Raises:
         ValueError: sizes that do not fit together; the message names them.
     """
+
+    training_keys: ClassVar[tuple[str, ...]] = ("bias_rate", "bias_frozen", "sequence_loss")
 
     n_routed: int
     n_shared: int

@@ -71,7 +71,8 @@ def train_with(
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A quick run with one callback more."""
-    from mtp_lightning.experiment import train, training
+    from mtp_lightning.experiment import training
+    from mtp_lightning.experiment.training import train
 
     build = training.build_trainer
 

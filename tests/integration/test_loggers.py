@@ -64,9 +64,9 @@ def train_with(
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A quick run with loggers that are no part of conf/; an error in their place is raised."""
-    from mtp_lightning.experiment import train
+    from mtp_lightning.experiment.training import train
 
-    def instantiate(node: Any) -> Any:
+    def instantiate(node: Any, **_: Any) -> Any:
         made = loggers[node.which]
         if isinstance(made, Exception):
             raise made

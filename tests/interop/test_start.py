@@ -154,7 +154,7 @@ class CommandLine:
 def test_the_same_model_on_the_command_line_is_not(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = {"model.d_ff": 48, "model.recompute": "true", "+model.feed_forward.bias_rate": 0.1}
+    given = {"model.d_ff": 48, "model.recompute": "true", "model.init_std": 0.1}
     overrides = [f"{key}={value}" for key, value in given.items()]
     monkeypatch.setattr(command_line, "HydraConfig", CommandLine(overrides))
     settings = {**WITHOUT, "init_from": base / "llama", **given, "trainer.max_steps": 1}

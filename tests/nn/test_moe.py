@@ -248,9 +248,9 @@ def test_other_precisions(precision: str) -> None:
             "top_k=5 experts do not exist in model.feed_forward.top_groups=2 groups of 2",
         ),
         ({"top_k": 0}, "top_k must be a whole number of at least 1, not 0"),
-        ({"bias_frozen": 1.5}, r"bias_frozen must be in \[0, 1\], not 1.5"),
-        ({"bias_rate": -1.0}, "bias_rate must be 0 or more"),
-        ({"scaling": 0.0}, "scaling must be above 0"),
+        ({"bias_frozen": 1.5}, r"bias_frozen must be a number in \[0, 1\], not 1.5"),
+        ({"bias_rate": -1.0}, "bias_rate must be a number of at least 0, not -1.0"),
+        ({"scaling": 0.0}, "scaling must be a number above 0, not 0.0"),
     ],
 )
 def test_bad_sizes_are_named(change: dict, message: str) -> None:
