@@ -171,6 +171,7 @@ class MTPModel(nn.Module):
             self.config.trunk,
             seq_len,
             device=batch.tokens.device,
+            dtype=self.head.weight.dtype,
             documents=documents,
             ledger=ledger,
         )

@@ -85,6 +85,7 @@ class StepResult:
         loss: L.
         losses: [D + 1], L_k, fp64; 0 where not computed.
         flops: of the step, those of positions without a valid target included.
+        dtype: that the losses are logged in.
         values: by log tag, what balancing and clipping have to say.
     """
 
@@ -92,6 +93,7 @@ class StepResult:
     loss: Tensor
     losses: Tensor
     flops: int
+    dtype: torch.dtype
     values: dict[str, Tensor | float] = field(default_factory=dict)
 
     @property
@@ -102,8 +104,10 @@ class StepResult:
     def log_values(self) -> dict[str, Tensor | float]:
         """Everything by log tag, the losses unscaled."""
         plan = self.plan
-        values: dict[str, Tensor | float] = {**self.values, "train/loss": self.loss.float()}
-        values |= {f"train/loss_depth_{k}": self.losses[k].float() for k in (0, *plan.active)}
+        values: dict[str, Tensor | float] = {**self.values, "train/loss": self.loss.to(self.dtype)}
+        values |= {
+            f"train/loss_depth_{k}": self.losses[k].to(self.dtype) for k in (0, *plan.active)
+        }
         lambdas = enumerate(plan.factors[1:], start=1)
         return values | {f"train/lambda_depth_{k}": factor for k, factor in lambdas}
 
@@ -236,6 +240,7 @@ class OptimizerStep:
             loss=plan.factors[0] * losses[0] + further,
             losses=losses,
             flops=self._flops(plan, measured=gradients is not None),
+            dtype=torch.promote_types(self.model.head.weight.dtype, torch.float32),
             values=values,
         )
 
