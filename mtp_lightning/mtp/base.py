@@ -187,6 +187,12 @@ class MTPStack(nn.Module, ABC):
         return 0
 
     @property
+    def reads_tokens(self) -> bool:
+        """Whether depths are given true tokens beyond the main prediction's: then a depth's loss is
+        that of the token after one it has seen, else of a token k places beyond the next."""
+        return self.ahead(range(1, self.depth + 1)) > 0
+
+    @property
     def max_draft_depth(self) -> int | None:
         """Tokens that decoding can draft in one go; None is any number."""
         return self.depth

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from sweeps.report.metrics import PER_STEP
+from sweeps.report.metrics import LOSS, PER_STEP
+from sweeps.report.reading import meaning
 from sweeps.report.settings import Setting, Settings, show
 from sweeps.report.statistics import Interval
 from sweeps.report.style import QUIET, SEEDS, Drawing, bars, canvas, key_to, looks
@@ -20,11 +21,12 @@ def by_depth(settings: Settings, rate: str) -> Drawing:
     drawing = Drawing(
         f"{rate}_depth",
         f"{rate.capitalize()} per depth",
-        "Validation loss of every depth; depth 0 predicts the next token. " + SEEDS
+        "Validation loss of every depth; depth 0 predicts the next token. "
+        + _teacher_forced(settings)
         if rate == "loss"
         else "Lines: teacher-forced agreement of a depth's choice with the main model's choice of "
         "the same token. Crosses: drafts accepted at that position in the real verify loop. "
-        + SEEDS,
+        + _teacher_forced(settings),
     )
     deepest = max((s.depth or 0 for s in settings.all), default=0)
     tags = {k: f"val/{rate}_depth_{k}" for k in range(first, deepest + 1)}
@@ -91,7 +93,8 @@ def against_lambda(settings: Settings, tag: str, what: str) -> Drawing:
     drawing = Drawing(
         f"lambda_{tag.rpartition('/')[2]}",
         f"Lambda's effect on the {what}",
-        "One line for every setting of the other keys. " + SEEDS,
+        "One line for every setting of the other keys. "
+        + (SEEDS if tag == LOSS else _teacher_forced(settings)),
     )
     weights = {show(s.config.get("mtp_lambda")): s.config.get("mtp_lambda") for s in settings.all}
     if len(weights) < 2:
@@ -114,6 +117,10 @@ def against_lambda(settings: Settings, tag: str, what: str) -> Drawing:
     axes.set_xticks(list(place.values()), list(place))
     axes.set(xlabel="mtp_lambda", ylabel="nats per token")
     return drawing.drawn(figure)
+
+
+def _teacher_forced(settings: Settings) -> str:
+    return f"{SEEDS} {meaning(settings)}".rstrip()
 
 
 def _line(setting: Setting, tags: dict[int, str]) -> dict[int, Interval]:

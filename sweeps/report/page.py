@@ -17,6 +17,7 @@ from sweeps.report.comparisons import Comparison
 from sweeps.report.findings import answer, caveats
 from sweeps.report.metrics import BITS, TABLE, Metric, number, p_value
 from sweeps.report.read import Run, Sweep
+from sweeps.report.reading import meaning
 from sweeps.report.settings import Settings, show
 from sweeps.report.style import Drawing, as_inline, as_png, as_svg
 
@@ -72,6 +73,7 @@ def render(
         running=any(run.state in ("running", "pending") for run in runs),
         answer=answer(settings, comparisons, runs),
         caveats=caveats(settings, sweeps),
+        reading=meaning(settings),
         varied=settings.varied,
         metrics=_metrics(settings),
         rows=_rows(settings),

@@ -302,3 +302,10 @@ def test_configs_compose_to_the_variants_defaults_and_round_trip(
     config = ModelConfig(trunk=tiny_trunk, mtp=mtp)
     assert config.mtp.variant == variant
     assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+def test_who_reads_true_tokens(tiny_trunk: TrunkConfig) -> None:
+    kinds = {"sequential": True, "parallel": False, "linear": False, "parameter_free": False}
+    for variant, reads in kinds.items():
+        assert build(tiny_trunk, MTPConfig.find(variant)(depth=2)).mtp.reads_tokens is reads
+    assert not build(tiny_trunk, SequentialConfig(depth=0)).mtp.reads_tokens

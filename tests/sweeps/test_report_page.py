@@ -245,6 +245,35 @@ def test_logs_are_linked_from_where_the_page_is(tmp_path: Path) -> None:
     assert 'href="../s/a/job.log"' in elsewhere.read_text()
 
 
+def variants(folder: Path, readers: dict[str, bool | None]) -> None:
+    for name, reads in readers.items():
+        rates = {"val/loss_depth_1": 2.5, "val/agreement_depth_1": 0.6}
+        config = {
+            "mtp._target_": f"mtp_lightning.mtp.{name}",
+            "mtp.depth": 0 if reads is None else 1,
+        }
+        write_run(folder / name, config, summary={**rates, "mtp_reads_tokens": reads})
+
+
+def test_two_tasks_never_stand_side_by_side_without_a_word(tmp_path: Path) -> None:
+    variants(tmp_path / "both", {"sequential": True, "parallel": False, "linear": False})
+    drawn = drawings(tmp_path / "both")
+    html = report([tmp_path / "both"])[0].read_text()
+    for text in (drawn["loss_depth"].caption, drawn["agreement_depth"].caption, html):
+        assert "Two tasks stand side by side here" in text and "decode/*" in text
+        where = text.index("Two tasks")
+        given, blind = text[where : where + 400].split("reads the true tokens before its target")
+        assert "sequential" in given and "parallel" not in given
+        assert "parallel" in blind and "linear" in blind
+    table = re.search(r'<h2 id="settings">.*?</caption>', html, re.DOTALL)
+    assert table and "Two tasks" in table[0]
+    assert "Two tasks" not in drawn["loss_tokens"].caption
+    variants(tmp_path / "given", {"sequential": True, "none": None})
+    assert "reads the true tokens before its" in drawings(tmp_path / "given")["loss_depth"].caption
+    variants(tmp_path / "blind", {"parallel": False})
+    assert "reads no token beyond" in drawings(tmp_path / "blind")["agreement_depth"].caption
+
+
 def test_two_folders(tmp_path: Path) -> None:
     depth_sweep(tmp_path / "a", {0: (2.0, 2.1)})
     depth_sweep(tmp_path / "b", {0: (1.0, 1.1001)})
