@@ -6,6 +6,7 @@ into micro-batches itself: every depth's loss is then the mean over the whole st
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -24,6 +25,8 @@ from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.optim.base import LearningRates, OptimizerConfig
 from mtp_lightning.settings import require_number
+
+log = logging.getLogger(__name__)
 
 
 class MTPModule(pl.LightningModule):
@@ -173,10 +176,21 @@ class MTPModule(pl.LightningModule):
             "flops": self.flops,
             "seconds": self.seconds,
         }
+        checkpoint["threads"] = torch.get_num_threads()
         checkpoint["balance"] = {"rule": self.balance.name, "state": self.balance.state_dict()}
         checkpoint.update(self.extra)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        before, now = checkpoint["threads"], torch.get_num_threads()
+        if before != now and self.trainer.strategy.root_device.type == "cpu":
+            log.warning(
+                "This run was trained with %d CPU threads and goes on with %d: its numbers may "
+                "differ in the last bits from those of an uninterrupted run, which "
+                "trainer.num_threads=%d would equal.",
+                before,
+                now,
+                before,
+            )
         progress = checkpoint["progress"]
         self.tokens, self.flops = progress["tokens"], progress["flops"]
         self.seconds = progress["seconds"]

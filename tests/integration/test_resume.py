@@ -266,3 +266,19 @@ def stop_after(folder: Path, cache: Path, settings: dict, step: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "build_trainer", stopping)
         training.train(config(folder, cache, settings))
+
+
+def test_another_number_of_threads_is_said(
+    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_here(tmp_path, cache, {"trainer.max_steps": 4})
+    assert checkpoint(tmp_path)["threads"] == 1
+    train_here(tmp_path, cache, {"trainer.max_steps": 6})
+    assert "CPU threads" not in caplog.text
+    try:
+        train_here(tmp_path, cache, {"trainer.max_steps": 8, "trainer.num_threads": 2})
+    finally:
+        torch.set_num_threads(1)
+    assert "trained with 1 CPU threads and goes on with 2" in caplog.text
+    assert "trainer.num_threads=1 would equal" in caplog.text
+    assert checkpoint(tmp_path)["threads"] == 2
