@@ -22,7 +22,7 @@ from mtp_lightning.objective.balance.gradients import (
     task_gradients,
 )
 from tests.losses import mtp_loss, reported_loss
-from tests.mtp.test_heads import build
+from tests.models import build
 
 KEY = RandomKey(seed=7, step=3)
 
