@@ -50,18 +50,24 @@ class ModelConfig:
         return blocks + self.trunk.head_flops() + self.mtp.flops(self.trunk, seq_len, active)
 
     def flops_per_token(self, seq_len: int, active: Sequence[int] | None = None) -> int:
-        """FLOPs of training on one position: forward, and twice as much backward.
+        """FLOPs of training on one position: forward, and twice as much backward, without the
+        gradients that nobody asks for.
 
         A frozen trunk has no backward pass; the frozen head has the half of one that leads on to
-        the modules, and none for the main prediction.
+        the modules, and none for the main prediction. Nor does the head learn from the depths under
+        ``mtp.detach=all``.
         """
-        forward = self.forward_flops_per_token(seq_len, active)
-        if self.mtp.trains_trunk:
-            return 3 * forward
+        mtp, trunk = self.mtp, self.trunk
         if active is None:
-            active = range(1, self.mtp.depth + 1)
-        modules = self.mtp.module_flops(self.trunk, seq_len, active)
-        return forward + 2 * modules + self.mtp.projections(active) * self.trunk.head_flops()
+            active = range(1, mtp.depth + 1)
+        head = trunk.head_flops()
+        backward = mtp.module_backward_flops(trunk, seq_len, active)
+        backward += mtp.projections(active) * head
+        if mtp.trains_trunk:
+            backward += 2 * (trunk.blocks_flops(seq_len) + head)
+            if mtp.detach != "all":
+                backward += mtp.projections(active) * head
+        return self.forward_flops_per_token(seq_len, active) + backward
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, for a checkpoint."""
@@ -165,6 +171,7 @@ class MTPModel(nn.Module):
             self.config.trunk,
             seq_len,
             device=batch.tokens.device,
+            dtype=self.head.weight.dtype,
             documents=documents,
             ledger=ledger,
         )

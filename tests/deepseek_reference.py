@@ -93,10 +93,11 @@ def moe(x: Tensor, w: Weights, p: str, c: TrunkConfig) -> Tensor:
     return torch.stack(rows)
 
 
-def balance_loss(scores: Tensor, chosen: list[list[int]], c: TrunkConfig) -> Tensor:
-    """One sequence's, scores [T, E]: eq. 17-20 without alpha."""
+def balance_loss(scores: Tensor, c: TrunkConfig) -> Tensor:
+    """One sequence's, scores [T, E]: eq. 17-20 without alpha. Eq. 18 knows no bias and no group."""
     e = c.feed_forward
     assert e is not None
+    chosen = [sorted(range(e.n_routed), key=lambda i: -float(row[i]))[: e.top_k] for row in scores]
     seq_len = scores.shape[0]
     total = torch.zeros((), dtype=torch.float64)
     for i in range(e.n_routed):

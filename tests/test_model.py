@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -13,6 +14,7 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from tests import models, reference
+from tests.losses import mtp_loss
 
 
 def build(trunk: TrunkConfig, **mtp: Any) -> MTPModel:
@@ -56,6 +58,26 @@ def test_hidden_states_equal_the_papers_equations(
             torch.testing.assert_close(
                 hidden[k][row].double(), expected[k], rtol=1e-4, atol=1e-4, msg=f"depth {k}"
             )
+
+
+def test_double_precision_is_double_throughout(tiny_trunk: TrunkConfig) -> None:
+    """Rotary tables and losses too, of long windows: angles lose most in single precision."""
+    depth, seq_len = 1, 40
+    model = build(tiny_trunk, depth=depth).double()
+    tokens = torch.randint(0, 37, (1, seq_len + depth + 1))
+    batch = WindowBatch(tokens, depth)
+    hidden = model(batch)
+    expected = reference.sequential(tokens[0], weights_of(model), tiny_trunk, depth)
+    weights, counts, total = [1.0, 0.3], batch.counts().tolist(), 0.0
+    for k in range(depth + 1):
+        torch.testing.assert_close(hidden[k][0], expected[k], rtol=1e-12, atol=1e-12)
+        logits = expected[k] @ model.head.weight.detach().T
+        loss = F.cross_entropy(logits, batch.targets(k)[0])
+        total = total + weights[k] * loss
+    found, sums = mtp_loss(model, batch, weights[1:], counts)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, total, rtol=1e-13, atol=0)
+    assert sums[1] / counts[1] == pytest.approx(float(loss), rel=1e-13)
 
 
 def test_switches_change_the_result(tiny_trunk: TrunkConfig) -> None:

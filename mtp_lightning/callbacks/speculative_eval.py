@@ -22,10 +22,10 @@ class SpeculativeEval(Callback):
 
     Acceptance at position j is conditional: drafts accepted there / drafts that reached it.
     Tokens per step are the tokens emitted by verify passes / verify passes, the model's own token
-    included. Speed-up is the wall-clock of plain over that of speculative greedy decoding, one
-    prompt at a time: a figure of this machine at this moment, as tokens per second are, which
-    compare models of different sizes too. Greedy outputs that differ stop the run. The first
-    prompt's continuation is logged as text.
+    included. Speed-up is the wall-clock of plain over that of speculative greedy decoding, warm,
+    one prompt at a time in turns: a figure of this machine at this moment, as tokens per second
+    are, which compare models of different sizes too. Greedy outputs that differ stop the run. The
+    first prompt's continuation is logged as text.
 
     A model without drafts (D = 0, or a head that does not draft) logs the text, and tokens per
     second of plain decoding.

@@ -1,7 +1,8 @@
-"""Tokens per second and model FLOP utilisation of the training itself."""
+"""Tokens per second and model FLOP utilisation of the training itself, and a crowded machine."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,26 +12,40 @@ import lightning.pytorch as pl
 import torch
 
 from mtp_lightning.callbacks.base import RunCallback
+from mtp_lightning.callbacks.device_rate import measure_matmul_rate, peak_of, run_dtype
 from mtp_lightning.settings import require_whole
+
+log = logging.getLogger(__name__)
+
+# Seconds of products at a validation, and the ratio of two measurements from which seconds and
+# speeds of a run are no longer to be trusted.
+_AGAIN, _DRIFT = 0.05, 2.0
 
 
 class Throughput(RunCallback):
-    """Logs `perf/tokens_per_second` and `perf/mfu`.
+    """Logs `perf/tokens_per_second`, `perf/mfu` and `perf/of_matmul`.
 
     Counted is the time of training, waiting for data included, validation and checkpoints excluded.
     The first step of a process is left out (it compiles and allocates). Values are means over the
     steps since the last log; a GPU is waited for once per log.
 
-    `perf/mfu` = achieved training FLOP/s / (processes x matmul rate). The matmul rate is not a data
-    sheet's: it is measured in this process at the start of training, in the precision of the run:
-    1024^3 on a CPU, 8192^3 on a GPU. FLOPs are those that the module's training step reports.
+    `perf/mfu` is the training's FLOP/s over the devices' published peak for dense products in the
+    precision of the run, where that is known: on GPUs. `perf/of_matmul` is them over what a plain
+    matrix product reaches in this process, measured at the start of training: 1024^3 on a CPU,
+    8192^3 on a GPU. That is less than the peak, so the ratio is larger. FLOPs are those that the
+    module's training step reports.
+
+    On a CPU products are measured again at every validation. `perf/matmul_drift` in the summary is
+    the largest of these rates over the smallest; from 2 on it is a warning, once: others work on
+    the same cores, and seconds and speeds of the run mean little.
 
     The training step returns `tokens` (depth-0 targets of this optimizer step, all processes) and
     `flops` (of this optimizer step, all processes), both Python numbers.
 
     Args:
         every_n_steps: steps between two logs; null follows `trainer.log_every_n_steps`.
-        measure_matmul: measure the matmul rate (about 0.3 s); without it `perf/mfu` is not logged.
+        measure_matmul: measure products (0.3 s, and 0.05 s a validation); without it there is no
+            `perf/of_matmul` and no `perf/matmul_drift`.
     """
 
     def __init__(self, every_n_steps: int | None = None, measure_matmul: bool = True) -> None:
@@ -39,24 +54,30 @@ class Throughput(RunCallback):
         self.every_n_steps = every_n_steps
         self.measure_matmul = measure_matmul
         self.matmul_rate: float | None = None
+        self.peak: float | None = None
         self._tokens_per_second: float | None = None  # of the last window
         self._reset()
 
     def _reset(self) -> None:
         self._device = torch.device("cpu")
+        self._dtype = torch.float32
         self._processes = 1
+        self._typical: list[float] = []  # rates of products, at the start and at validations
         self._mark: float | None = None
         self._pause_began: float | None = None
         self._window = _Sum()
         self._total = _Sum()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the matmul rate before the clock starts."""
+        """Measure products before the clock starts."""
         self._reset()
         self._device = pl_module.device
         self._processes = trainer.world_size
+        self._dtype = run_dtype(str(trainer.precision))
+        self.peak = peak_of(self._device, self._dtype)
         if self.measure_matmul:
-            self.matmul_rate = measure_matmul_rate(self._device, run_dtype(str(trainer.precision)))
+            measured = measure_matmul_rate(self._device, self._dtype)
+            self.matmul_rate, self._typical = measured.fastest, [measured.typical]
 
     def on_train_batch_end(
         self,
@@ -75,14 +96,16 @@ class Throughput(RunCallback):
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step % every != 0 and trainer.global_step != trainer.max_steps:
             return
-        values = self._close_window().values(self.matmul_rate, self._processes)
+        values = self._values_of(self._close_window())
         self._tokens_per_second = values["perf/tokens_per_second"]
         for name, value in values.items():
             pl_module.log(name, value, on_step=True, on_epoch=False, rank_zero_only=True)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop the clock."""
+        """Stop the clock, and see whether the machine is as it was."""
         self._pause()
+        if self._typical and self._device.type == "cpu":
+            self._measure_again(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock again."""
@@ -107,9 +130,35 @@ class Throughput(RunCallback):
 
     def summary(self) -> dict[str, float]:
         """Means over everything trained in this process; empty after fewer than two steps."""
-        return (
-            self._total.values(self.matmul_rate, self._processes) if self._total.seconds > 0 else {}
-        )
+        if self._total.seconds <= 0:
+            return {}
+        values = self._values_of(self._total)
+        return values | ({"perf/matmul_drift": self._drift} if len(self._typical) > 1 else {})
+
+    def _values_of(self, done: _Sum) -> dict[str, float]:
+        values = {"perf/tokens_per_second": done.tokens / done.seconds}
+        per_process = done.flops / done.seconds / self._processes
+        for tag, rate in (("perf/mfu", self.peak), ("perf/of_matmul", self.matmul_rate)):
+            if rate and done.flops:
+                values[tag] = per_process / rate
+        return values
+
+    @property
+    def _drift(self) -> float:
+        return max(self._typical) / min(self._typical)
+
+    def _measure_again(self, trainer: pl.Trainer) -> None:
+        before = self._drift
+        rate = measure_matmul_rate(self._device, self._dtype, seconds=_AGAIN)
+        self._typical.append(rate.typical)
+        if before < _DRIFT <= self._drift and trainer.is_global_zero:
+            log.warning(
+                "Matrix products have run %.1f times as fast at one time of this run as at another "
+                "(noticed at step %d): others work on its cores. Losses are not touched, but "
+                "seconds and speeds do not compare with those of other runs.",
+                self._drift,
+                trainer.global_step,
+            )
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -158,12 +207,6 @@ class _Sum:
             setattr(result, name, getattr(self, name) + getattr(other, name))
         return result
 
-    def values(self, matmul_rate: float | None, processes: int) -> dict[str, float]:
-        result = {"perf/tokens_per_second": self.tokens / self.seconds}
-        if matmul_rate and self.flops:
-            result["perf/mfu"] = self.flops / self.seconds / (matmul_rate * processes)
-        return result
-
 
 def _short(rate: float) -> str:
     """12345 -> 12.3k"""
@@ -171,42 +214,3 @@ def _short(rate: float) -> str:
         if rate >= size:
             return f"{rate / size:.3g}{letter}"
     return f"{rate:.3g}"
-
-
-def run_dtype(precision: str) -> torch.dtype:
-    """The dtype that a run of Lightning's `trainer.precision` multiplies in."""
-    if precision.startswith("bf16"):
-        return torch.bfloat16
-    return torch.float16 if precision.startswith("16") else torch.float32
-
-
-def measure_matmul_rate(
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    size: int | None = None,
-    seconds: float = 0.3,
-) -> float:
-    """FLOP/s of `size`^3 matrix products (1024 on a CPU, 8192 on a GPU), the fastest of those that
-    fit in `seconds` (at least 3): the fastest is what the machine can do, and a busy neighbour does
-    not lower it."""
-    size = size or (8192 if device.type == "cuda" else 1024)
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    b = torch.randn(size, size, device=device, dtype=dtype)
-    out = torch.empty_like(a)
-
-    def once() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        torch.mm(a, b, out=out)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
-
-    with torch.no_grad():
-        once()  # allocates and picks kernels
-        began = time.perf_counter()
-        times = [once() for _ in range(3)]
-        while time.perf_counter() - began < seconds:
-            times.append(once())
-    return 2.0 * size**3 / min(times)

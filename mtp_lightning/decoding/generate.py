@@ -201,8 +201,7 @@ def _decode(
         for row, tokens, accepted, reached in zip(
             rows, outcome.tokens, outcome.accepted, outcome.reached, strict=True
         ):
-            row.count(accepted, reached)
-            row.extend(tokens, accepted)
+            row.take_round(tokens, accepted, reached)
         if any(row.finish_reason is not None for row in rows):
             finish()
 

@@ -21,8 +21,8 @@ class Generation:
         verify_passes: passes of the trunk after the prompt's.
         tokens_per_step: tokens emitted by verify passes / ``verify_passes``, the trunk's own token
             included: 1 in plain decoding. The first token is the prompt's pass's.
-        acceptance: by position, conditional: drafts accepted there / drafts that reached it;
-            None where none did.
+        acceptance: by position, conditional: drafts accepted there / drafts that reached it, those
+            behind the text's end left out; None where none did.
         drafts_accepted: the numerators.
         drafts_reached: the denominators.
         accepted_mask: which of ``token_ids`` were drafts.
@@ -86,11 +86,15 @@ class Row:
         """Tokens still wanted."""
         return self._options.max_new_tokens - len(self.token_ids)
 
-    def count(self, accepted: int, reached: int) -> None:
-        """Count one verify pass."""
+    def take_round(self, tokens: list[int], accepted: int, reached: int) -> None:
+        """Take and count one verify pass, as far as the text goes: what was drafted behind its end
+        was judged, but is no part of it."""
+        before = len(self.token_ids)
+        self.extend(tokens, accepted)
+        kept = len(self.token_ids) - before
         self._passes += 1
-        self._emitted += accepted + 1
-        for j in range(reached):
+        self._emitted += kept
+        for j in range(min(reached, kept)):
             self._reached[j] += 1
             self._accepted[j] += j < accepted
 

@@ -100,8 +100,9 @@ class Noise:
 
     def __init__(self, seed: int, indices: Sequence[int], device: torch.device | str) -> None:
         self._generators = [
-            # Far apart for every seed; neighbouring small seeds of one call never coincide.
-            torch.Generator().manual_seed((seed * 1_000_003 + index * 2_654_435_761) % 2**63)
+            # Far apart for every seed; neighbouring small seeds of one call never coincide. The
+            # generator takes 32 bits.
+            torch.Generator().manual_seed((seed * 1_000_003 + index * 2_654_435_761) % 2**32)
             for index in indices
         ]
         self._device = device

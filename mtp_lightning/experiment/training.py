@@ -135,7 +135,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     trainer = build_trainer(
         run.cfg,
         resume_step=run.resume_step,
-        may_skip=module.schedule.depth_ever_skipped or module.balance.skips,
+        may_skip=module.schedule.depth_ever_skipped
+        or module.balance.skips
+        or (data.document_mask and module.model.depth > 0),  # a depth may be left without a target
     )
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)

@@ -68,6 +68,10 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
     def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
         """Forward FLOPs of one position for the ``active`` depths, the shared head left out."""
 
+    def module_backward_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
+        """Backward FLOPs of the same; by default twice as many, for weights and for inputs."""
+        return 2 * self.module_flops(trunk, seq_len, active)
+
     def projections(self, active: Sequence[int]) -> int:
         """How many times more than the trunk alone a position goes through the shared head."""
         return len(active)

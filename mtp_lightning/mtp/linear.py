@@ -58,6 +58,11 @@ class LinearConfig(MTPConfig, variant="linear"):
     def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
         return len(active) * 2 * trunk.d_model**2
 
+    def module_backward_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
+        # No norm stands before the matrix: where the trunk is cut off, its input needs no gradient.
+        reaches_trunk = self.trains_trunk and self.detach == "none"
+        return (1 + reaches_trunk) * self.module_flops(trunk, seq_len, active)
+
 
 class LinearMTP(SideBySide):
     """D matrices side by side."""

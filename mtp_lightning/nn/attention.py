@@ -50,6 +50,7 @@ class Positions:
         seq_len: int,
         *,
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
         documents: Tensor | None = None,
         ledger: Ledger | None = None,
     ) -> Positions:
@@ -59,11 +60,14 @@ class Positions:
             config: the trunk's.
             seq_len: T.
             device: of the tables.
+            dtype: of the model.
             documents: ids [B, T]; a token then sees only its own document.
             ledger: see above.
         """
         positions_T = torch.arange(seq_len, device=device)
-        cos, sin = rope_table(positions_T, config.d_rope, config.rope_theta, config.rope_scaling)
+        cos, sin = rope_table(
+            positions_T, config.d_rope, config.rope_theta, config.rope_scaling, dtype=dtype
+        )
         mask = None
         if documents is not None:
             causal = positions_T.unsqueeze(0) <= positions_T.unsqueeze(1)

@@ -32,7 +32,7 @@ class PositionTables:
         config: the trunk's.
         capacity: S, positions.
         device: of the tables.
-        dtype: of the mask, that of the keys.
+        dtype: of the keys, and of the mask.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class PositionTables:
         self.dtype = dtype
         positions_S = torch.arange(self.capacity, device=device)
         cos, sin = whole_head_table(
-            positions_S, config.d_rope, config.rope_theta, config.rope_scaling
+            positions_S, config.d_rope, config.rope_theta, config.rope_scaling, dtype=dtype
         )
         self.cos_S1H, self.sin_S1H = cos.unsqueeze(1), sin.unsqueeze(1)
         # Query j of a pass that starts at n sees columns 0 .. n + j. One wide table holds the mask

@@ -226,23 +226,26 @@ class MoE(nn.Module):
         x_MC = x_BTC.reshape(-1, x_BTC.shape[-1])
         scores_ME, chosen_MK, gates_MK = self.router(x_MC, ledger)
         if ledger is not None and self.config.sequence_loss and scores_ME.requires_grad:
-            shape = (*x_BTC.shape[:-1], -1)
-            per_sequence = sequence_balance_loss(scores_ME.view(shape), chosen_MK.view(shape))
+            scores_BTE = scores_ME.view(*x_BTC.shape[:-1], -1)
+            per_sequence = sequence_balance_loss(scores_BTE, self.config.top_k)
             ledger.add_loss(self.config.sequence_loss * per_sequence.sum())
         out = self.experts(x_MC, chosen_MK, gates_MK).view(x_BTC.shape)
         return out if self.shared is None else out + self.shared(x_BTC)
 
 
-def sequence_balance_loss(scores_BTE: Tensor, chosen_BTK: Tensor) -> Tensor:
+def sequence_balance_loss(scores_BTE: Tensor, top_k: int) -> Tensor:
     """``sum_i f_i P_i`` of every sequence (eq. 17-20): [B], 1 at perfect balance.
 
-    ``f_i`` is the expert's share of the sequence's choices times E, ``P_i`` its mean share of a
-    token's affinities.
+    ``f_i`` is the expert's share of the sequence's ``top_k`` highest affinities times E, ``P_i``
+    its mean share of a token's affinities. Neither knows of biases or groups (eq. 18): the loss
+    judges the router, whatever the biases make of its scores.
     """
     batch, seq_len, n_experts = scores_BTE.shape
-    chosen = chosen_BTK.flatten(1)
-    one = scores_BTE.new_full((), n_experts / (chosen_BTK.shape[-1] * seq_len))
-    share_BE = scores_BTE.new_zeros(batch, n_experts).scatter_add_(1, chosen, one.expand_as(chosen))
+    highest = scores_BTE.detach().topk(top_k, dim=-1, sorted=False).indices.flatten(1)
+    one = scores_BTE.new_full((), n_experts / (top_k * seq_len))
+    share_BE = scores_BTE.new_zeros(batch, n_experts).scatter_add_(
+        1, highest, one.expand_as(highest)
+    )
     affinity_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
     return (share_BE * affinity_BE).sum(-1)
 

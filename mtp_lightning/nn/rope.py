@@ -11,7 +11,12 @@ from mtp_lightning.nn.rope_scaling import RopeScaling
 
 
 def rope_table(
-    positions: Tensor, d_head: int, theta: float, scaling: RopeScaling | None = None
+    positions: Tensor,
+    d_head: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every angle.
 
@@ -20,16 +25,18 @@ def rope_table(
         d_head: H, even.
         theta: base of the frequencies ``theta^(-2j/H)``.
         scaling: what is done to them.
+        dtype: of the model. A model of less than single precision is turned in that.
 
     Returns:
-        Two fp32 tensors of [..., H/2].
+        Two tensors of [..., H/2], fp32 or fp64.
     """
     half = d_head // 2
     # In double precision: the angle of position 100,000 is not exact in fp32.
     exponent = torch.arange(half, dtype=torch.float64, device=positions.device) / half
     frequency = theta**-exponent if scaling is None else _stretch(theta**-exponent, scaling)
     angle = positions.to(torch.float64).unsqueeze(-1) * frequency
-    return angle.cos().float(), angle.sin().float()
+    dtype = torch.promote_types(dtype, torch.float32)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def _stretch(frequency: Tensor, scaling: RopeScaling) -> Tensor:
@@ -40,8 +47,13 @@ def _stretch(frequency: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def whole_head_table(
-    positions: Tensor, d_head: int, theta: float, scaling: RopeScaling | None = None
+    positions: Tensor,
+    d_head: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """:func:`rope_table` over whole heads, [..., H], signs included, for ``turn_in_place``."""
-    cos, sin = rope_table(positions, d_head, theta, scaling)
+    cos, sin = rope_table(positions, d_head, theta, scaling, dtype=dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

@@ -51,8 +51,8 @@ def stack_loss(
             heads, and are left out of the total.
 
     Returns:
-        The weighted total, a differentiable fp32 scalar, and the plain sums of the losses
-        [len(targets)], fp64, without a gradient.
+        The weighted total, a differentiable scalar in fp32 (in a double precision model fp64), and
+        the plain sums of the losses [len(targets)], fp64, without a gradient.
     """
     stack, weight_VC = model.mtp, model.head.weight
     if isinstance(stack, Targets):
@@ -246,7 +246,8 @@ class _StackLoss(torch.autograd.Function):
         ctx.gradients = (d_weight, gradients)
         ctx.mark_non_differentiable(sums)
         coefficients = sums.new_tensor([target.coefficient for target in stream.targets])
-        return (sums * coefficients).sum().float(), sums
+        dtype = torch.promote_types(weight_VC.dtype, torch.float32)
+        return (sums * coefficients).sum().to(dtype), sums
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -44,7 +44,7 @@ class StepPlan:
 
     Attributes:
         progress: before the step.
-        base: [D + 1], 1 and the schedule's lambda_k.
+        base: [D + 1], 1 and the schedule's lambda_k, 0 for a depth without a valid target.
         factors: [D + 1], what the losses are multiplied by. A depth of factor 0 is not computed.
         counts: [D + 1], valid targets of the whole step.
         windows: in the whole step.
@@ -84,7 +84,8 @@ class StepResult:
         plan: what it was to do.
         loss: L.
         losses: [D + 1], L_k, fp64; 0 where not computed.
-        flops: of the step.
+        flops: of the step, those of positions without a valid target included.
+        dtype: that the losses are logged in.
         values: by log tag, what balancing and clipping have to say.
     """
 
@@ -92,6 +93,7 @@ class StepResult:
     loss: Tensor
     losses: Tensor
     flops: int
+    dtype: torch.dtype
     values: dict[str, Tensor | float] = field(default_factory=dict)
 
     @property
@@ -102,8 +104,10 @@ class StepResult:
     def log_values(self) -> dict[str, Tensor | float]:
         """Everything by log tag, the losses unscaled."""
         plan = self.plan
-        values: dict[str, Tensor | float] = {**self.values, "train/loss": self.loss.float()}
-        values |= {f"train/loss_depth_{k}": self.losses[k].float() for k in (0, *plan.active)}
+        values: dict[str, Tensor | float] = {**self.values, "train/loss": self.loss.to(self.dtype)}
+        values |= {
+            f"train/loss_depth_{k}": self.losses[k].to(self.dtype) for k in (0, *plan.active)
+        }
         lambdas = enumerate(plan.factors[1:], start=1)
         return values | {f"train/lambda_depth_{k}": factor for k, factor in lambdas}
 
@@ -142,7 +146,10 @@ class OptimizerStep:
 
     def plan(self, batch: WindowBatch, progress: Progress) -> StepPlan:
         """What the step over this rank's ``batch`` is going to do."""
-        base = [1.0, *self.schedule.weights(progress)]
+        counts = step_counts(batch)
+        # A depth that a document mask left without a target is one that is switched off.
+        base = [1.0, *_where(counts[1:], self.schedule.weights(progress))]
+        main, *factors = self.balance.factors(base, progress)
         key = RandomKey(self.seed, progress.step, first_row=len(batch) * rank())
         micro_batches = []
         for micro in batch.micro_batches(self.accumulate):
@@ -151,8 +158,8 @@ class OptimizerStep:
         return StepPlan(
             progress=progress,
             base=base,
-            factors=self.balance.factors(base, progress),
-            counts=step_counts(batch),
+            factors=[main, *_where(counts[1:], factors)],
+            counts=counts,
             windows=len(batch) * world_size(),
             micro_batches=micro_batches,
         )
@@ -193,7 +200,8 @@ class OptimizerStep:
             sums += micro_sums
             ledger.add_loads(reported)
             ledger.losses += [auxiliary.detach() for auxiliary in reported.losses]
-        losses = sum_over_ranks(sums) / torch.tensor(plan.counts, device=sums.device)
+        counts = torch.tensor(plan.counts, device=sums.device)
+        losses = sum_over_ranks(sums) / counts.clamp(min=1)
 
         gradients = None
         if self.balance.scope is not None and self.balance.measures_at(progress):
@@ -232,6 +240,7 @@ class OptimizerStep:
             loss=plan.factors[0] * losses[0] + further,
             losses=losses,
             flops=self._flops(plan, measured=gradients is not None),
+            dtype=torch.promote_types(self.model.head.weight.dtype, torch.float32),
             values=values,
         )
 
@@ -259,7 +268,7 @@ class OptimizerStep:
             DepthTarget(
                 depth=k,
                 tokens=micro.targets(k),
-                coefficient=plan.factors[k] / max(plan.counts[k], 1),
+                coefficient=plan.factors[k] / plan.counts[k],
                 term=self.term if k else _MAIN_TERM,
             )
             for k in computed
@@ -276,11 +285,16 @@ class OptimizerStep:
         return total, all_sums, ledger
 
     def _flops(self, plan: StepPlan, *, measured: bool) -> int:
-        config, active = self.model.config, plan.active
-        flops = plan.counts[0] * config.flops_per_token(plan.seq_len, active)
+        config, seq_len, active = self.model.config, plan.seq_len, plan.active
+        per_position = config.flops_per_token(seq_len, active)
         if measured:
-            flops += plan.counts[0] * self.balance.measuring_flops(config, plan.seq_len, active)
-        return flops
+            per_position += self.balance.measuring_flops(config, seq_len, active)
+        # A position that a document mask leaves without a target is computed all the same.
+        return plan.windows * seq_len * per_position
+
+
+def _where(counts: Sequence[int], factors: Sequence[float]) -> list[float]:
+    return [factor if count else 0.0 for factor, count in zip(factors, counts, strict=True)]
 
 
 def step_counts(batch: WindowBatch) -> list[int]:

@@ -71,7 +71,8 @@ def chunk_rows(vocab_size: int, device: torch.device) -> int:
 
 
 def log_probs_by_chunk(h_MC: Tensor, weight_VC: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """``log_softmax(h @ weight.T)`` in fp32, in chunks of positions, without autograd.
+    """``log_softmax(h @ weight.T)`` in chunks of positions, without autograd; in fp32, in a double
+    precision model in fp64.
 
     Yields:
         The chunk's place in M, and its log-probabilities [R, V], which the caller may overwrite.
@@ -80,7 +81,8 @@ def log_probs_by_chunk(h_MC: Tensor, weight_VC: Tensor) -> Iterator[tuple[slice,
     for start in range(0, h_MC.shape[0], rows):
         place = slice(start, min(start + rows, h_MC.shape[0]))
         logits_RV = matmul_transposed(h_MC[place], weight_VC)
-        chunk_RV = torch.log_softmax(logits_RV, dim=-1, dtype=torch.float32)
+        dtype = torch.promote_types(logits_RV.dtype, torch.float32)
+        chunk_RV = torch.log_softmax(logits_RV, dim=-1, dtype=dtype)
         # A generator keeps its names alive while it waits: two chunks would exist at once.
         del logits_RV
         yield place, chunk_RV

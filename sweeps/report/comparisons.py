@@ -119,10 +119,10 @@ def _verdict(
         return "no test: a mean is missing"
     if result is None:
         return "no seed in common"
+    if result.constant:
+        return "identical" if result.difference.mean == 0 else "the same at every seed: no test"
     if adjusted is None:
         return "one seed: no test"
-    if result.difference.mean == 0 and result.difference.half == 0:
-        return "identical"
     return "beyond noise" if adjusted < LEVEL else "within noise"
 
 

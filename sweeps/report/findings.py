@@ -64,14 +64,14 @@ def _count(settings: Settings, runs: Sequence[Run]) -> str:
 
 
 def _differences(comparisons: Sequence[Comparison], metric: Metric) -> list[str]:
-    tested = [c for c in comparisons if c.adjusted is not None]
     if not comparisons:
         return []
+    sentences = [_constant(c, metric) for c in comparisons if c.result and c.result.constant]
+    tested = [c for c in comparisons if c.adjusted is not None]
     if not tested:
-        return ["No difference can be tested: that takes two seeds that both settings have."]
+        lacking = "No difference can be tested: that takes two seeds that both settings have."
+        return sentences or [lacking]
     beyond = [c for c in tested if c.differs]
-    same = [c for c in tested if c.verdict == "identical"]
-    sentences = []
     for c in sorted(beyond, key=lambda c: c.adjusted or 0)[:4]:
         assert c.result is not None
         mean = c.result.difference.mean
@@ -82,19 +82,30 @@ def _differences(comparisons: Sequence[Comparison], metric: Metric) -> list[str]
         )
     if len(beyond) > 4:
         sentences.append(f"So are {len(beyond) - 4} more, in the table of differences.")
-    within = len(tested) - len(beyond) - len(same)
+    within = len(tested) - len(beyond)
     if not beyond:
         closest = min((c.adjusted for c in tested if c.adjusted is not None), default=1.0)
         sentences.append(
-            f"No setting's loss differs from its reference's by more than the seeds' noise "
-            f"({_plural(len(tested), 'paired t-test')}, smallest p after Holm's correction "
-            f"{p_value(closest)})."
+            f"No {'other ' * bool(sentences)}setting's loss differs from its reference's by more "
+            f"than the seeds' noise ({_plural(len(tested), 'paired t-test')}, smallest p after "
+            f"Holm's correction {p_value(closest)})."
         )
     elif within:
         sentences.append(f"{_plural(within, 'other difference')} {_is(within)} within noise.")
     if within and sparse(comparisons):
         sentences.append("With fewer than five seeds only large differences can be seen at all.")
     return sentences
+
+
+def _constant(found: Comparison, metric: Metric) -> str:
+    assert found.result is not None
+    mean, n = found.result.difference.mean, found.result.difference.n
+    if mean == 0:
+        return f"{found.setting.label} equals {found.against} at all {n} seeds, to the last bit."
+    return (
+        f"{found.setting.label} differs from {found.against} by {number(mean, 4)} {metric.unit} at "
+        f"all {n} seeds, to the last bit: that is a fact about this data, and has no test."
+    )
 
 
 def caveats(settings: Settings, sweeps: Sequence[Sweep]) -> list[str]:

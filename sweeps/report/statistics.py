@@ -31,11 +31,15 @@ class Paired:
 
     Attributes:
         difference: interval of ``setting - reference`` over the seeds that both have.
-        p: two-sided p-value of the paired t-test; None with fewer than two pairs.
+        p: two-sided p-value of the paired t-test; None with fewer than two pairs, and where there
+            is nothing to estimate noise from.
+        constant: the difference is the same at every one of several seeds, to the last bit: a fact
+            about this data, which has no test.
     """
 
     difference: Interval
     p: float | None
+    constant: bool = False
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -70,9 +74,11 @@ def paired(setting: Mapping[Any, float], reference: Mapping[Any, float]) -> Pair
     found = interval(differences)
     if found.n < 2:
         return Paired(found, None)
+    # What the subtraction rounded away is no noise between seeds.
+    bit = max(math.ulp(values[seed]) for values in (setting, reference) for seed in seeds)
+    if max(differences) - min(differences) <= bit:
+        return Paired(found, None, constant=True)
     error = _standard_error(differences, found.mean)
-    if error == 0:  # the same difference at every seed, to the last bit
-        return Paired(found, 1.0 if found.mean == 0 else 0.0)
     return Paired(found, float(2 * stats.t.sf(abs(found.mean) / error, found.n - 1)))
 
 

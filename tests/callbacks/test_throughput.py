@@ -1,4 +1,4 @@
-"""Tokens per second and MFU against a clock that the test turns."""
+"""Tokens per second, MFU and a crowded machine against a clock that the test turns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from tiny_run import TinyModule, fit
 
 from mtp_lightning.callbacks import throughput as module_under_test
 from mtp_lightning.callbacks.checkpoints import Checkpoints
-from mtp_lightning.callbacks.throughput import Throughput, measure_matmul_rate, run_dtype
+from mtp_lightning.callbacks.device_rate import (
+    MatmulRate,
+    measure_matmul_rate,
+    published_peak,
+    run_dtype,
+)
+from mtp_lightning.callbacks.throughput import Throughput
 from mtp_lightning.loggers.csv import MetricsCSV
 from mtp_lightning.run.metrics import read_metrics
 
@@ -30,8 +36,18 @@ class Clock:
 def clock(monkeypatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(module_under_test, "time", clock)
-    monkeypatch.setattr(module_under_test, "measure_matmul_rate", lambda *_args: 1e7)
+    monkeypatch.setattr(module_under_test, "measure_matmul_rate", rates(1e7))
     return clock
+
+
+def rates(fastest: float, *typical: float):
+    """A stand-in for measuring: the median as given, one after another, the last one for ever."""
+    left = list(typical or [fastest])
+
+    def measure(*_args, **_settings) -> MatmulRate:
+        return MatmulRate(fastest=fastest, typical=left.pop(0) if len(left) > 1 else left[0])
+
+    return measure
 
 
 class Slow(TinyModule):
@@ -70,13 +86,69 @@ def test_only_training_time_counts(tmp_path: Path, clock: Clock) -> None:
     fit(module, [save, throughput], max_steps=11, loggers=[MetricsCSV(tmp_path)])
     assert clock.now > 100 + 50 + 9 * 7  # validations did take their time
     # 100 tokens and 1e6 FLOPs in 0.5 s; the machine does 1e7 FLOP/s
-    expected = {"perf/tokens_per_second": 200.0, "perf/mfu": 0.2}
-    assert throughput.summary() == pytest.approx(expected)
+    expected = {"perf/tokens_per_second": 200.0, "perf/of_matmul": 0.2}
+    assert throughput.summary() == pytest.approx({**expected, "perf/matmul_drift": 1.0})
     assert throughput.shown() == "200 tok/s"
     rows = read_metrics(tmp_path / "metrics.csv")
-    assert "perf/mfu" not in rows[0], "the first step is not measured"
+    assert "perf/of_matmul" not in rows[0], "the first step is not measured"
+    assert not any("perf/mfu" in row for row in rows), "a CPU has no published peak"
     for row in rows[1:]:
         assert {tag: row[tag] for tag in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_mfu_is_of_the_published_peak(monkeypatch, clock: Clock) -> None:
+    monkeypatch.setattr(module_under_test, "peak_of", lambda device, dtype: 4e7)
+    module, throughput = Slow(), Throughput(every_n_steps=2)
+    module.clock = clock
+    fit(module, [throughput], max_steps=5)
+    found = throughput.summary()
+    assert found["perf/mfu"] == pytest.approx(0.05)
+    assert found["perf/of_matmul"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("typical", "drift", "warnings"),
+    [
+        ((1e7, 6e6, 1.1e7), 1.1e7 / 6e6, 0),
+        ((1e7, 4e6, 2e6), 5.0, 1),
+        ((4e6, 1e7), 2.5, 1),  # crowded at the start
+    ],
+)
+def test_a_crowded_machine_is_noticed(
+    monkeypatch, caplog, clock: Clock, typical: tuple[float, ...], drift: float, warnings: int
+) -> None:
+    monkeypatch.setattr(module_under_test, "measure_matmul_rate", rates(1e7, *typical))
+    module, throughput = Slow(), Throughput(every_n_steps=2)
+    module.clock = clock
+    fit(module, [throughput], max_steps=11)
+    assert throughput.summary()["perf/matmul_drift"] == pytest.approx(drift)
+    said = [r.getMessage() for r in caplog.records if "others work on its cores" in r.getMessage()]
+    assert len(said) == warnings
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tf32", "tera"),
+    [
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, False, 312.0),
+        ("NVIDIA A100-PCIE-40GB", torch.float32, True, 156.0),
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, False, 989.4),
+        ("NVIDIA H100 80GB HBM3", torch.float32, False, 66.9),
+        ("NVIDIA H100 PCIe", torch.float16, False, 756.0),
+        ("NVIDIA H100 NVL", torch.bfloat16, False, 835.5),
+        ("NVIDIA H200", torch.bfloat16, False, 989.4),
+        ("NVIDIA L4", torch.bfloat16, False, 121.0),
+        ("NVIDIA GeForce RTX 4090", torch.bfloat16, False, 165.2),
+        ("Tesla T4", torch.float16, False, 65.0),
+        ("Tesla T4", torch.bfloat16, False, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16, False, None),
+        ("NVIDIA GeForce RTX 4090 D", torch.bfloat16, False, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", torch.bfloat16, False, None),
+        ("NVIDIA A10G", torch.bfloat16, False, None),
+        ("A device of next year", torch.bfloat16, False, None),
+    ],
+)
+def test_published_peaks(name: str, dtype: torch.dtype, tf32: bool, tera: float | None) -> None:
+    assert published_peak(name, dtype, tf32=tf32) == (None if tera is None else tera * 1e12)
 
 
 @pytest.mark.parametrize(
@@ -105,18 +177,26 @@ def test_a_run_of_one_step_has_no_rate(clock: Clock) -> None:
 
 def test_the_matmul_rate_is_that_of_a_plain_product() -> None:
     device = torch.device("cpu")
-    rate = measure_matmul_rate(device, size=256, seconds=0.1)
+    state = torch.get_rng_state()
+    measured = measure_matmul_rate(device, size=256, seconds=0.1)
+    assert torch.equal(state, torch.get_rng_state()), "the run's random numbers are its own"
+    assert measured.typical <= measured.fastest
     a = torch.randn(256, 256)
     times = []
     for _ in range(30):
         began = time.perf_counter()
         a @ a
         times.append(time.perf_counter() - began)
-    assert 0.2 < rate / (2 * 256**3 / min(times)) < 5
+    assert 0.2 < measured.fastest / (2 * 256**3 / min(times)) < 5
 
 
 def test_the_dtype_follows_the_precision() -> None:
-    names = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    names = {
+        "32-true": torch.float32,
+        "64-true": torch.float64,
+        "bf16-mixed": torch.bfloat16,
+        "16-mixed": torch.float16,
+    }
     assert {name: run_dtype(name) for name in names} == names
 
 

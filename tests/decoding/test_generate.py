@@ -66,6 +66,33 @@ def test_end_of_text_ends_a_row_within_a_block(known):
         assert g.text == Letters().decode(tokens[:end])
 
 
+@pytest.mark.parametrize("ends_by", ["eot", "stop", "length"])
+def test_drafts_behind_the_end_are_not_counted(monkeypatch, ends_by):
+    """Every draft is right: each round would emit four tokens, and the last one is cut."""
+    model = small_model(21, 3)
+    (prompt,) = random_prompts(21, (5,))
+    tokens = generate(model, [prompt], max_new_tokens=60, speculative=False)[0].token_ids
+    steer_drafts(monkeypatch, [prompt + tokens], chance=1.0)
+    cut = 0
+    for n in range(2, 20):
+        end = {"max_new_tokens": 40, "eot_id": -1}
+        if ends_by == "length":
+            end["max_new_tokens"] = n
+        elif ends_by == "eot":
+            end["eot_id"] = tokens[n - 1]
+        else:
+            end["stop"] = Letters().decode(tokens[max(n - 4, 0) : n])
+        (g,) = generate(model, [prompt], tokenizer=Letters(), **end)
+        assert g.finish_reason == ends_by
+        emitted = len(g.token_ids) - 1  # the first one is the prompt's pass's
+        assert g.tokens_per_step * g.verify_passes == pytest.approx(emitted)
+        assert sum(g.drafts_accepted) == sum(g.drafts_reached) == sum(g.accepted_mask)
+        whole, rest = divmod(emitted, 4)
+        assert g.verify_passes == whole + (rest > 0)
+        cut += rest > 0
+    assert cut > 5
+
+
 def test_every_length_is_met_exactly(known):
     model, prompt, tokens = known
     for n in range(1, 12):

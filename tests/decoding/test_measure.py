@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.decoding import Generation, generate
+from mtp_lightning.decoding import Generation, generate, measure
 from mtp_lightning.decoding.measure import (
     PassCosts,
     Race,
@@ -108,6 +108,31 @@ def test_acceptance_and_agreement_of_a_trained_model_are_close() -> None:
 
     shifted = decoding_report(trained(shift=1), counting_prompts(), new_tokens=40, repeats=1)
     assert shifted["acceptance_position_1"] < 0.2 and shifted["agreement_position_1"] < 0.2
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_a_race_is_run_warm_and_in_turns(monkeypatch, batch_size: int) -> None:
+    """The first call of every way takes ten times as long, and all slow down on the way."""
+    calls: list[str] = []
+    now = 0.0
+
+    def decode(model, prompts, *, name, batch_size):
+        nonlocal now
+        pace = {"plain": 2.0, "drafted": 1.0}[name] * (1 + 0.1 * len(calls)) * len(prompts)
+        now += pace * (10.0 if name not in calls else 1.0)
+        calls.append(name)
+        return [f"{name} {p}" for p in prompts]
+
+    monkeypatch.setattr(measure, "generate", decode)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
+    ways = {name: {"name": name} for name in ("plain", "drafted")}
+    run = measure.race(None, ["a", "b"], ways, repeats=2, batch_size=batch_size)
+    there, back = ["plain", "drafted"], ["drafted", "plain"]
+    turns = [there, there, back, there, back] if batch_size == 1 else [there, there, back]
+    assert calls == [name for turn in turns for name in turn]
+    assert run.outputs["drafted"] == ["drafted a", "drafted b"]
+    assert len(run.seconds["plain"]) == 2 and max(run.seconds["drafted"]) < 5
+    assert run.speedup("drafted") == pytest.approx(2, rel=0.1)
 
 
 def counting_prompts() -> list[torch.Tensor]:

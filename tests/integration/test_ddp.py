@@ -37,6 +37,16 @@ CASES = {
     "mask": {"data.document_mask": "true", "data.source.documents": 1200},
     # Stages with 0, 1 and 2 depths: parameters without a gradient, and others a stage later.
     "skip": {"lambda_schedule": "forward_curriculum"},
+    # Documents of about 20 bytes in windows of 4: steps in which depth 3 has no target.
+    "empty": {
+        "data.document_mask": "true",
+        "data.source.documents": 3000,
+        "data.seq_len": 4,
+        "mtp.depth": 3,
+        "trainer.max_steps": 40,
+        "trainer.val_check_interval": 40,
+        "data.val_fraction": 0.01,
+    },
 }
 SIZES = {  # per process: (two processes, one process)
     "mask": (
@@ -44,6 +54,7 @@ SIZES = {  # per process: (two processes, one process)
         {"data.batch_size": 8},
     ),
     "skip": ({"data.batch_size": 4}, {"data.batch_size": 8}),
+    "empty": ({"data.batch_size": 1}, {"data.batch_size": 2}),
 }
 
 
@@ -57,7 +68,7 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None
     train_here(tmp_path / "one", cache, common | alone)
 
     two, one = rows(tmp_path / "two"), rows(tmp_path / "one")
-    assert [row["step"] for row in two] == list(range(1, 10))
+    assert [row["step"] for row in two] == list(range(1, common["trainer.max_steps"] + 1))
     for left, right in zip(two, one, strict=True):
         assert left == pytest.approx(right, rel=2e-6)
     left_weights, right_weights = weights(tmp_path / "two"), weights(tmp_path / "one")
@@ -76,6 +87,10 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None
     if case == "skip":
         assert len(column(tmp_path / "two", "train/loss_depth_0")) == 9
         assert 0 < len(column(tmp_path / "two", "train/loss_depth_2")) < 9
+    if case == "empty":
+        assert len(column(tmp_path / "two", "train/loss_depth_0")) == 40
+        assert 0 < len(column(tmp_path / "two", "train/loss_depth_3")) < 40
+        assert min(column(tmp_path / "two", "train/lambda_depth_3").values()) == 0.0
 
 
 @pytest.mark.slow

@@ -230,7 +230,7 @@ def test_every_tag_reaches_tensorboard(run: Run) -> None:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(run.folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
     each, further = range(DEPTH + 1), range(1, DEPTH + 1)
-    expected = {"train/loss", "val/bits_per_byte", "perf/tokens_per_second", "perf/mfu"}
+    expected = {"train/loss", "val/bits_per_byte", "perf/tokens_per_second", "perf/of_matmul"}
     expected |= {f"{tag}_depth_{k}" for k in each for tag in ("train/loss", "val/loss")}
     expected |= {f"val/accuracy_depth_{k}" for k in each}
     expected |= {

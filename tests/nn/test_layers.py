@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_lightning.nn.init import parameter_seed
 from mtp_lightning.nn.kernels.matmul import _MIN_ROWS, linear, weight_gradient
 from mtp_lightning.nn.kernels.rope import apply_rope
 from mtp_lightning.nn.kernels.swiglu import swiglu
@@ -85,3 +86,17 @@ def test_rope_against_rotation_and_its_gradient() -> None:
     found = apply_rope(x32, cos, sin)
     assert_close(found, expected)
     assert_close(gradients(found, x32)[0], gradients(expected, x)[0])
+
+
+def test_seeds_are_what_the_generator_takes() -> None:
+    """Every bit of a seed counts, and none is said that does not."""
+
+    def first(seed: int) -> int:
+        generator = torch.Generator().manual_seed(seed)
+        return int(torch.randint(2**62, (), generator=generator))
+
+    seeds = [parameter_seed(7, f"block.{i}.weight") for i in range(200)]
+    assert all(0 <= seed < 2**32 for seed in seeds) and len(set(seeds)) == 200
+    assert any(seed >= 2**31 for seed in seeds)
+    assert len({first(seeds[0] ^ (1 << bit)) for bit in range(32)} | {first(seeds[0])}) == 33
+    assert first(seeds[0] + 2**32) == first(seeds[0]), "the generator takes more: use it"

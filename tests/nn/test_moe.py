@@ -188,9 +188,7 @@ def test_sequence_loss_equals_the_equations() -> None:
     expected = torch.zeros((), dtype=torch.float64)
     for row in x.double():
         scores = torch.sigmoid(row @ layer.router.weight.detach().double().T)
-        bias = layer.router.expert_bias.double()
-        chosen = [deepseek_reference.choose(s, bias, config) for s in scores]
-        expected += 0.01 * deepseek_reference.balance_loss(scores, chosen, config)
+        expected += 0.01 * deepseek_reference.balance_loss(scores, config)
     torch.testing.assert_close(loss.double(), expected)
     grad = torch.autograd.grad(loss, layer.router.weight)[0]
     assert grad.abs().max() > 0
@@ -199,11 +197,22 @@ def test_sequence_loss_equals_the_equations() -> None:
 
 
 def test_sequence_loss_of_perfect_balance_is_one() -> None:
-    chosen = torch.arange(8).view(1, 4, 2)
-    assert sequence_balance_loss(torch.full((1, 4, 8), 0.3), chosen).item() == pytest.approx(1.0)
-    lopsided = torch.zeros(1, 4, 2, dtype=torch.int64) + torch.tensor([0, 1])
-    scores = torch.tensor([0.9, 0.9] + [0.1] * 6).expand(1, 4, 8)
-    assert sequence_balance_loss(scores, lopsided).item() == pytest.approx(4 * 1.8 / 2.4)
+    # Token t prefers experts 2t and 2t + 1 of eight.
+    scores = torch.full((1, 4, 8), 0.3) + 0.4 * torch.eye(4).repeat_interleave(2, 1)
+    assert sequence_balance_loss(scores, 2).item() == pytest.approx(1.0)
+    lopsided = torch.tensor([0.9, 0.9] + [0.1] * 6).expand(1, 4, 8)
+    assert sequence_balance_loss(lopsided, 2).item() == pytest.approx(4 * 1.8 / 2.4)
+
+
+def test_sequence_loss_knows_no_bias() -> None:
+    losses = []
+    for bias in (0.0, 1.0):
+        layer = layer_of(sequence_loss=0.01)
+        layer.router.expert_bias.copy_(bias * torch.arange(8))
+        ledger = Ledger()
+        layer(torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(1)), at(ledger))
+        losses.append(float(ledger.losses[0].detach()))
+    assert losses[0] == losses[1]
 
 
 def test_biases_stay_in_fp32() -> None:
@@ -239,9 +248,9 @@ def test_other_precisions(precision: str) -> None:
             "top_k=5 experts do not exist in model.feed_forward.top_groups=2 groups of 2",
         ),
         ({"top_k": 0}, "top_k must be a whole number of at least 1, not 0"),
-        ({"bias_frozen": 1.5}, r"bias_frozen must be in \[0, 1\], not 1.5"),
-        ({"bias_rate": -1.0}, "bias_rate must be 0 or more"),
-        ({"scaling": 0.0}, "scaling must be above 0"),
+        ({"bias_frozen": 1.5}, r"bias_frozen must be a number in \[0, 1\], not 1.5"),
+        ({"bias_rate": -1.0}, "bias_rate must be a number of at least 0, not -1.0"),
+        ({"scaling": 0.0}, "scaling must be a number above 0, not 0.0"),
     ],
 )
 def test_bad_sizes_are_named(change: dict, message: str) -> None:

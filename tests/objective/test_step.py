@@ -1,4 +1,4 @@
-"""The objective: normalisation over the whole step, weights, detaching."""
+"""One optimizer step: what it computes, and what it counts."""
 
 from __future__ import annotations
 
@@ -6,140 +6,134 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.none import NoMTPConfig
-from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
-from tests import models
-from tests.losses import mtp_loss
+from mtp_lightning.objective.balance.base import Balance, NoBalance
+from mtp_lightning.objective.balance.cosine_gate import CosineGate
+from mtp_lightning.objective.balance.dwa import DWA
+from mtp_lightning.objective.balance.gradnorm import GradNorm
+from mtp_lightning.objective.balance.random_weights import RandomWeights
+from mtp_lightning.objective.balance.sampled_depths import SampledDepths
+from mtp_lightning.objective.balance.trunk_ratio import TrunkRatio
+from mtp_lightning.objective.balance.uncertainty import Uncertainty
+from mtp_lightning.objective.schedule.base import Progress
+from mtp_lightning.objective.schedule.piecewise import Piecewise
+from mtp_lightning.objective.step import OptimizerStep, StepResult
+from tests.flops import counted_flops
+
+DEPTH = 2
+RULES = {
+    "none": lambda: NoBalance(DEPTH),
+    "dwa": lambda: DWA(DEPTH, window_steps=1),
+    "uncertainty": lambda: Uncertainty(DEPTH),
+    "gradnorm": lambda: GradNorm(DEPTH),
+    "cosine_gate": lambda: CosineGate(DEPTH),
+    "trunk_ratio": lambda: TrunkRatio(DEPTH, every_n_steps=1),
+    "random": lambda: RandomWeights(DEPTH, seed=0),
+    "sampled_depths": lambda: SampledDepths(DEPTH, seed=0, probabilities="loss_ratio"),
+}
 
 
-def build(trunk: TrunkConfig, **mtp: Any) -> MTPModel:
-    return models.build(trunk, SequentialConfig(**mtp))
+class Trained:
+    """A small model and what trains it."""
+
+    def __init__(self, trunk: TrunkConfig, variant: str, rule: Balance, **switches: Any) -> None:
+        mtp = MTPConfig.find(variant)(depth=DEPTH, **switches)
+        model = MTPModel(ModelConfig(trunk=trunk, mtp=mtp))
+        model.initialise(0)
+        self.model, self.rule = model, rule
+        rule.check(model.config)
+        parameters = [*model.parameters(), *rule.parameters()]
+        parameters = [p for p in parameters if p.requires_grad]
+        self.optimizer = torch.optim.SGD(parameters, lr=0.01)
+        schedule = Piecewise(DEPTH, 0.3)
+        self.step = OptimizerStep(model, schedule=schedule, balance=rule, clip_norm=1.0)
+        self.steps = 0
+
+    def __call__(self, batch: WindowBatch) -> StepResult:
+        progress = Progress(step=self.steps, max_steps=100)
+        self.steps += 1
+        return self.step(batch, progress, self.optimizer)
 
 
-def packed(batch_size: int, seq_len: int, depth: int, *, masked: bool) -> WindowBatch:
-    generator = torch.Generator().manual_seed(3)
-    shape = (batch_size, seq_len + depth + 1)
+def documents_of(length: int, *, windows: int = 2, seq_len: int = 12) -> WindowBatch:
+    """Windows of documents of ``length`` tokens."""
+    generator = torch.Generator().manual_seed(length)
+    shape = (windows, seq_len + DEPTH + 1)
     tokens = torch.randint(0, 37, shape, generator=generator)
-    borders = torch.rand(shape, generator=generator) < 0.15
-    return WindowBatch(tokens, depth, borders.long().cumsum(1) if masked else None)
+    return WindowBatch(tokens, DEPTH, (torch.arange(shape[1]) // length).expand(shape))
 
 
-def gradients(model: MTPModel) -> dict[str, Tensor]:
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return grads
+@pytest.mark.parametrize("variant", ["sequential", "parallel", "parameter_free"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_depth_without_a_target_is_not_computed(
+    tiny_trunk: TrunkConfig, variant: str, rule: str
+) -> None:
+    """In documents of three tokens depth 2 has no target, in those of two depth 1 has none."""
+    trained = Trained(tiny_trunk, variant, RULES[rule]())
+    for length, with_targets in ((5, {1, 2}), (3, {1}), (2, set()), (3, {1}), (5, {1, 2})):
+        batch = documents_of(length)
+        assert {k for k in (1, 2) if batch.counts()[k]} == with_targets
+        result = trained(batch)
+        assert set(result.plan.active) <= with_targets
+        if rule != "sampled_depths":  # which computes one of them
+            assert set(result.plan.active) == with_targets
+        elif with_targets:
+            assert len(result.plan.active) == 1
+        assert torch.isfinite(result.losses).all() and torch.isfinite(result.loss)
+        values = {tag: float(value) for tag, value in result.log_values().items()}
+        assert all(value == value for value in values.values()), values
+        for k in {1, 2} - set(result.plan.active):
+            assert values[f"train/lambda_depth_{k}"] == 0.0
+            assert f"train/loss_depth_{k}" not in values
+        assert all(torch.isfinite(p).all() for p in trained.model.parameters())
+        if isinstance(trained.rule, DWA | GradNorm):
+            factors = trained.rule.factors([1.0, 0.5, 0.5], result.plan.progress)
+            assert all(factor == factor for factor in factors)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_equals_the_formula(tiny_trunk: TrunkConfig, masked: bool) -> None:
-    model = build(tiny_trunk, depth=2)
-    batch = packed(3, 12, 2, masked=masked)
-    counts = batch.counts().tolist()
-    weights = [0.3, 0.05]
-    total, sums = mtp_loss(model, batch, weights, counts)
-    total.backward()
-    found = gradients(model)
-
-    hidden = model(batch)
-    means = []
-    for k in range(3):
-        logits = model.head(hidden[k]).flatten(0, 1)
-        means.append(F.cross_entropy(logits, batch.targets(k).flatten(), ignore_index=-100))
-    expected = means[0] + 0.3 * means[1] + 0.05 * means[2]
-    expected.backward()
-    torch.testing.assert_close(total, expected)
-    torch.testing.assert_close((sums / batch.counts()).float(), torch.stack(means))
-    for name, grad in gradients(model).items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+def test_the_depth_without_a_target_is_taught_nothing(tiny_trunk: TrunkConfig) -> None:
+    trained = Trained(tiny_trunk, "sequential", NoBalance(DEPTH))
+    before = {n: p.detach().clone() for n, p in trained.model.named_parameters()}
+    trained(documents_of(3))
+    changed = {n for n, p in trained.model.named_parameters() if not torch.equal(p, before[n])}
+    assert any(name.startswith("mtp.depths.0") for name in changed)
+    assert not any(name.startswith("mtp.depths.1") for name in changed)
 
 
-def test_micro_batches_add_up_to_the_whole_step(tiny_trunk: TrunkConfig) -> None:
-    """With documents of uneven length: a mean of means would weigh the micro-batches wrongly."""
-    model = build(tiny_trunk, depth=2)
-    batch = packed(4, 16, 2, masked=True)
-    counts = batch.counts().tolist()
-    whole, whole_sums = mtp_loss(model, batch, [0.2, 0.2], counts)
-    whole.backward()
-    expected = gradients(model)
-    parts = [mtp_loss(model, micro, [0.2, 0.2], counts) for micro in batch.micro_batches(4)]
-    for part, _ in parts:
-        part.backward()
-    torch.testing.assert_close(sum(part for part, _ in parts), whole)
-    torch.testing.assert_close(sum(sums for _, sums in parts), whole_sums)
-    for name, grad in gradients(model).items():
-        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
-    uneven = [micro.counts().tolist() for micro in batch.micro_batches(4)]
-    assert len({tuple(u) for u in uneven}) > 1
+def test_flops_count_positions_without_a_target(tiny_trunk: TrunkConfig) -> None:
+    plain, masked = (Trained(tiny_trunk, "sequential", NoBalance(DEPTH)) for _ in range(2))
+    batch = documents_of(5)
+    whole = plain(WindowBatch(batch.tokens, DEPTH))
+    result = masked(batch)
+    per_position = plain.model.config.flops_per_token(batch.seq_len)
+    assert result.flops == whole.flops == 2 * 12 * per_position
+    assert result.tokens < whole.tokens == 2 * 12
 
 
-def test_weight_zero_is_plain_next_token_training_bit_for_bit(tiny_trunk: TrunkConfig) -> None:
-    with_depths, plain = (
-        MTPModel(ModelConfig(trunk=tiny_trunk, mtp=mtp))
-        for mtp in (SequentialConfig(depth=2), NoMTPConfig())
-    )
-    with_depths.initialise(0)
-    plain.initialise(0)
-    batch = packed(2, 12, 2, masked=False)
-    short = WindowBatch(batch.tokens[:, :-2], 0)
-    total, _ = mtp_loss(with_depths, batch, [0.0, 0.0], [24] * 3)
-    expected, _ = mtp_loss(plain, short, [], [24])
-    assert torch.equal(total, expected)
-    total.backward()
-    expected.backward()
-    found, want = gradients(with_depths), gradients(plain)
-    assert found.keys() == want.keys(), "depths of weight 0 have no gradient at all"
-    assert all(torch.equal(found[name], want[name]) for name in want)
+CUT: list[dict[str, Any]] = [{"detach": "trunk"}, {"detach": "all"}, {"freeze_trunk": True}]
 
 
-def depth_gradients(trunk: TrunkConfig, detach: str) -> dict[str, Tensor]:
-    """Gradients of the depths' losses alone: those with the depths less those without."""
-    model = build(trunk, depth=2, detach=detach)
-    batch = packed(2, 12, 2, masked=False)
-    mtp_loss(model, batch, [1.0, 1.0], [24] * 3)[0].backward()
-    both = gradients(model)
-    mtp_loss(model, batch, [0.0, 0.0], [24] * 3)[0].backward()
-    main = gradients(model)
-    return {n: g - main[n] if n in main else g for n, g in both.items()}
+@pytest.mark.parametrize("branch", ["final", "before_last"])
+@pytest.mark.parametrize("switches", [{}, *CUT], ids=str)
+@pytest.mark.parametrize("variant", ["sequential", "parallel", "linear"])
+def test_flops_are_those_of_pytorchs_operators(
+    tiny_trunk: TrunkConfig, variant: str, switches: dict[str, Any], branch: str
+) -> None:
+    trained = Trained(tiny_trunk, variant, NoBalance(DEPTH), branch=branch, **switches)
+    trained.model.double()
+    for length, active in ((5, [1, 2]), (3, [1]), (2, [])):
+        with counted_flops() as counted:
+            result = trained(documents_of(length))
+        assert result.plan.active == active
+        assert result.flops == counted.total > 0
 
 
-def is_zero(grad: Tensor) -> bool:
-    return float(grad.abs().max()) < 1e-7
-
-
-def test_detach_cuts_where_it_says(tiny_trunk: TrunkConfig) -> None:
-    untied = TrunkConfig(
-        vocab_size=37, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48,
-        tie_embeddings=False,
-    )  # fmt: skip
-    by_detach = {d: depth_gradients(untied, d) for d in ("none", "trunk", "all")}
-    body = [n for n in by_detach["none"] if n.startswith("trunk.") and "embedding" not in n]
-    for detach, cut in (("none", False), ("trunk", True), ("all", True)):
-        for name in body:
-            assert is_zero(by_detach[detach][name]) == cut, (detach, name)
-    for name in ("trunk.embedding.weight", "head.weight"):
-        assert not is_zero(by_detach["none"][name]), name
-        assert not is_zero(by_detach["trunk"][name]), name
-        assert is_zero(by_detach["all"][name]), name
-
-
-def test_detach_is_once_before_the_loop(tiny_trunk: TrunkConfig) -> None:
-    """Depth 2's loss must reach depth 1's module even where the trunk is cut off."""
-    model = build(tiny_trunk, depth=2, detach="trunk")
-    batch = packed(2, 12, 2, masked=False)
-    mtp_loss(model, batch, [0.0, 1.0], [24] * 3)[0].backward()
-    grads = gradients(model)
-    first = [g for n, g in grads.items() if n.startswith("mtp.depths.0.") and "norm" not in n]
-    assert first and not any(is_zero(g) for g in first)
-
-
-def test_a_batch_without_any_target_is_refused(tiny_trunk: TrunkConfig) -> None:
-    model = build(tiny_trunk, depth=0)
-    batch = WindowBatch(torch.zeros(1, 4).long(), 0, torch.arange(4).unsqueeze(0))
-    with pytest.raises(ValueError, match="no valid target"):
-        mtp_loss(model, batch, [], batch.counts().tolist())
+def test_flops_of_targets_alone(tiny_trunk: TrunkConfig) -> None:
+    trained = Trained(tiny_trunk, "parameter_free", NoBalance(DEPTH))
+    trained.model.double()
+    with counted_flops() as counted:
+        assert trained(documents_of(5)).flops == counted.total

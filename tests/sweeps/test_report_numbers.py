@@ -50,9 +50,14 @@ def test_paired_at_its_limits() -> None:
     alone = paired({0: 1.0}, {0: 3.0})
     assert alone is not None and alone.p is None and alone.difference == Interval(-2.0, None, 1)
     same = paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
-    assert same is not None and same.p == 1.0
+    assert same is not None and same.p is None and same.constant
     shifted = paired({0: 1.5, 1: 2.5}, {0: 1.0, 1: 2.0})
-    assert shifted is not None and shifted.p == 0.0
+    assert shifted is not None and shifted.p is None and shifted.constant
+    # 2.1 - 2.0 and 1.1 - 1.0 differ in the last bits, by what a subtraction rounds away.
+    rounded = paired({0: 2.1, 1: 1.1}, {0: 2.0, 1: 1.0})
+    assert rounded is not None and rounded.p is None and rounded.constant
+    near = paired({0: 2.1, 1: 1.1 + 1e-9}, {0: 2.0, 1: 1.0})
+    assert near is not None and near.p is not None and not near.constant
 
 
 def test_holm_by_hand() -> None:
@@ -97,6 +102,27 @@ def test_no_gain_is_called_none(tmp_path: Path) -> None:
     text = " ".join(answer(settings, compare(settings, LOSS), settings.done))
     assert "No setting's loss differs from its reference's by more than the seeds' noise" in text
     assert "fewer than five seeds" in text and "better than" not in text
+
+
+def test_what_no_seed_changes_is_a_fact_and_no_test(tmp_path: Path) -> None:
+    losses = {0: (2.0, 2.1, 2.3), 1: (1.9, 2.0, 2.2), 2: (2.0, 2.1, 2.3), 3: (2.1, 2.1, 2.2)}
+    depth_sweep(tmp_path, losses)
+    settings = of(tmp_path)
+    found = compare(settings, LOSS)
+    assert [c.verdict for c in found] == [
+        "the same at every seed: no test",
+        "identical",
+        "within noise",
+    ]
+    assert not any(c.differs for c in found) and [c.adjusted is None for c in found] == [1, 1, 0]
+    text = " ".join(answer(settings, found, settings.done))
+    assert "mtp.depth=1 differs from mtp.depth=0 by −0.1000 nats per token at all 3 seeds" in text
+    assert "mtp.depth=2 equals mtp.depth=0 at all 3 seeds" in text and "(1 paired t-test" in text
+    del losses[3]
+    depth_sweep(tmp_path / "two", losses)
+    settings = of(tmp_path / "two")
+    text = " ".join(answer(settings, compare(settings, LOSS), settings.done))
+    assert "a fact about this data" in text and "No difference can be tested" not in text
 
 
 def test_one_seed_is_not_tested(tmp_path: Path) -> None:

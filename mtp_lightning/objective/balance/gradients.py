@@ -8,7 +8,8 @@ and every depth has a backward pass of its own, without touching what training a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -153,13 +154,37 @@ def task_gradients(
 
 def measuring_flops(config: ModelConfig, seq_len: int, active: Sequence[int], scope: Scope) -> int:
     """FLOPs a position that :func:`task_gradients` adds to a training step."""
-    trunk, tasks = config.trunk, 1 + len(active)
-    blocks = [trunk.n_layers - 1] if scope == "last_block" else range(_shared_blocks(config))
-    forward = trunk.blocks_flops(seq_len) + config.mtp.module_flops(trunk, seq_len, active)
-    # Through the modules the gradient passes on, and leaves none for their weights.
-    modules = sum(config.mtp.module_flops(trunk, seq_len, [k]) for k in active)
-    shared = sum(trunk.block_flops(seq_len, layer) for layer in blocks)
-    return forward + modules + tasks * 2 * (trunk.head_flops() + shared)
+    trunk, mtp, shared = config.trunk, config.mtp, _shared_blocks(config)
+
+    def blocks(first: int, last: int, seq_len: int) -> int:
+        return sum(trunk.block_flops(seq_len, layer) for layer in range(first, last))
+
+    def beyond(seq_len: int) -> int:
+        """Forward FLOPs between the shared blocks and the head, of all tasks together."""
+        own = sum(mtp.module_flops(trunk, seq_len, [k]) for k in active)
+        return own + blocks(shared, trunk.n_layers, seq_len)
+
+    forward = trunk.blocks_flops(seq_len) + mtp.module_flops(trunk, seq_len, active)
+    # What grows with the window has no weights, and so two gradients of inputs; the rest passes one
+    # on and leaves none for its weights.
+    passed_on = 2 * beyond(seq_len) - beyond(0)
+    asked = blocks(shared - 1 if scope == "last_block" else 0, shared, seq_len)
+    return forward + passed_on + (1 + len(active)) * 2 * (trunk.head_flops() + asked)
+
+
+@contextmanager
+def _only(model: MTPModel, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, nothing else of the model has a gradient: a product of a kernel of our own computes
+    that of its weight, asked for or not, if the weight could have one."""
+    wanted = {id(parameter) for parameter in parameters}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in wanted]
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 def _shared_blocks(config: ModelConfig) -> int:
@@ -177,7 +202,7 @@ def _add_gradients(
 ) -> None:
     """One micro-batch's part of every task's gradient, added to the task's row."""
     unused = total_KP.new_zeros(1, dtype=torch.float64)
-    with torch.enable_grad():
+    with torch.enable_grad(), _only(model, parameters):
         final, at = model.run_trunk(batch, tasks[1:])
         for k, hidden in itertools.chain([(0, final)], model.mtp.states(at, tasks[1:], key)):
             target = DepthTarget(k, batch.targets(k), 1.0 / max(counts[k], 1), CrossEntropy())

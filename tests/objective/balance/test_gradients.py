@@ -15,12 +15,14 @@ from mtp_lightning.mtp.base import MTPConfig, RandomKey
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.objective.balance.gradients import (
+    Scope,
     TaskGradients,
     measuring_flops,
     require_trunk_gradients,
     shared_parameters,
     task_gradients,
 )
+from tests.flops import counted_flops
 from tests.losses import mtp_loss, reported_loss
 from tests.models import build
 
@@ -178,13 +180,22 @@ def test_refuses_where_no_depth_reaches_the_trunk(
         require_trunk_gradients(config, what="balance=gradnorm")
 
 
-def test_flops_are_counted(tiny_trunk: TrunkConfig) -> None:
-    """By hand: two blocks, one module and two tasks through the head forward; backward the two
-    products of each task with head and blocks, and one with the module's weights."""
-    config = ModelConfig(trunk=tiny_trunk, mtp=MTPConfig.find("sequential")(depth=1))
-    block, head = tiny_trunk.block_flops(10, 0), tiny_trunk.head_flops()
-    module = config.mtp.module_flops(tiny_trunk, 10, [1])
-    forward = 2 * block + module + 2 * head
-    whole = forward + 2 * head + module + 2 * 2 * 2 * block
-    assert measuring_flops(config, 10, [1], "trunk") == whole
-    assert measuring_flops(config, 10, [1], "last_block") == whole - 2 * 2 * block
+@pytest.mark.parametrize("branch", ["final", "before_last"])
+@pytest.mark.parametrize("scope", ["trunk", "last_block"])
+@pytest.mark.parametrize("variant", ["sequential", "parallel", "linear", "parameter_free"])
+def test_flops_are_those_of_pytorchs_operators(
+    tiny_trunk: TrunkConfig, variant: str, scope: Scope, branch: str
+) -> None:
+    """With experts, too, whose products are a node of our own."""
+    switches = {} if variant == "parameter_free" else {"branch": branch}
+    experts = replace(tiny_trunk, feed_forward=replace(EXPERTS, sequence_loss=0.0))
+    for trunk in (tiny_trunk, experts):
+        model = build(trunk, MTPConfig.find(variant)(depth=3, **switches)).double()
+        batch = masked()
+        batch = WindowBatch(batch.tokens, batch.depth)
+        group = {"": shared_parameters(model, scope)}
+        for active in ([1, 2, 3], [2], []):
+            with counted_flops() as counted:
+                task_gradients(model, [(batch, KEY)], active, batch.counts().tolist(), group)
+            expected = measuring_flops(model.config, batch.seq_len, active, scope)
+            assert counted.total == len(batch) * batch.seq_len * expected

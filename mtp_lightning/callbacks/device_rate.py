@@ -1,0 +1,127 @@
+"""What a device can do: by its maker's number, where that is known, and in this process."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+# TFLOP/s of dense matrix products with accumulation in fp32, from the vendors' data sheets (which
+# print twice as much for sparse matrices). By the words of the device's name; fp16 is as bf16.
+_PEAKS: dict[str, dict[str, float]] = {
+    "V100 SXM2": {"fp16": 125.0, "fp32": 15.7},
+    "T4": {"fp16": 65.0, "fp32": 8.1},
+    "A10": {"bf16": 125.0, "tf32": 62.5, "fp32": 31.2},
+    "A100": {"bf16": 312.0, "tf32": 156.0, "fp32": 19.5, "fp64": 19.5},
+    "H100 HBM3": {"bf16": 989.4, "tf32": 494.7, "fp32": 66.9, "fp64": 66.9},
+    "H100 PCIE": {"bf16": 756.0, "tf32": 378.0, "fp32": 51.2, "fp64": 51.2},
+    "H100 NVL": {"bf16": 835.5, "tf32": 417.5, "fp32": 60.0, "fp64": 60.0},
+    "H200": {"bf16": 989.4, "tf32": 494.7, "fp32": 66.9, "fp64": 66.9},
+    "H200 NVL": {"bf16": 835.5, "tf32": 417.5, "fp32": 60.0, "fp64": 60.0},
+    "L4": {"bf16": 121.0, "tf32": 60.0, "fp32": 30.3},
+    "L40S": {"bf16": 362.0, "tf32": 183.0, "fp32": 91.6},
+    "RTX 3090": {"bf16": 71.0, "tf32": 35.6, "fp32": 35.6},
+    "RTX 4090": {"bf16": 165.2, "tf32": 82.6, "fp32": 82.6},
+    "MI300X": {"bf16": 1307.4, "fp32": 163.4, "fp64": 163.4},
+}
+# Parts of these, and slower ones of the same name.
+_OTHERS = {"MIG", "LAPTOP", "MAX", "TI", "D"}
+_KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+
+
+@dataclass(frozen=True)
+class MatmulRate:
+    """FLOP/s of plain matrix products in this process.
+
+    Attributes:
+        fastest: of the products measured. That is what the device can do: a busy neighbour hardly
+            lowers it.
+        typical: the median. That is what it does now: a busy neighbour does.
+    """
+
+    fastest: float
+    typical: float
+
+
+def published_peak(name: str, dtype: torch.dtype, *, tf32: bool = False) -> float | None:
+    """FLOP/s that a device's maker states for dense matrix products; None where it is not known.
+
+    Args:
+        name: as the driver gives it: ``NVIDIA H100 80GB HBM3``.
+        dtype: that is multiplied in.
+        tf32: whether fp32 products may be rounded to TF32.
+    """
+    words = set(re.split(r"[^A-Z0-9]+", name.upper()))
+    fitting = [key for key in _PEAKS if words >= set(key.split())]
+    if not fitting or words & _OTHERS:
+        return None
+    rates = _PEAKS[max(fitting, key=lambda key: len(key.split()))]
+    kind = _KINDS.get(dtype, "fp32")
+    if kind == "fp16":
+        return _tera(rates.get("fp16", rates.get("bf16")))
+    if kind == "fp32" and tf32:
+        return _tera(rates.get("tf32", rates["fp32"]))
+    return _tera(rates.get(kind))
+
+
+def peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
+    """:func:`published_peak` of a device of this machine; a CPU has none."""
+    if device.type != "cuda":
+        return None
+    tf32 = torch.get_float32_matmul_precision() != "highest"
+    return published_peak(torch.cuda.get_device_name(device), dtype, tf32=tf32)
+
+
+def run_dtype(precision: str) -> torch.dtype:
+    """The dtype that a run of Lightning's `trainer.precision` multiplies in."""
+    for start, dtype in (
+        ("bf16", torch.bfloat16),
+        ("16", torch.float16),
+        ("64", torch.float64),
+    ):
+        if precision.startswith(start):
+            return dtype
+    return torch.float32
+
+
+def measure_matmul_rate(
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    size: int | None = None,
+    seconds: float = 0.3,
+) -> MatmulRate:
+    """Time `size`^3 matrix products (1024 on a CPU, 8192 on a GPU), at least 3 and for `seconds`.
+
+    No random number of the run's is drawn.
+    """
+    size = size or (8192 if device.type == "cuda" else 1024)
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (
+        torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2)
+    )
+    out = torch.empty_like(a)
+
+    def once() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    with torch.no_grad():
+        once()  # allocates and picks kernels
+        began = time.perf_counter()
+        times = [once() for _ in range(3)]
+        while time.perf_counter() - began < seconds:
+            times.append(once())
+    flops = 2.0 * size**3
+    return MatmulRate(fastest=flops / min(times), typical=flops / median(times))
+
+
+def _tera(rate: float | None) -> float | None:
+    return None if rate is None else rate * 1e12
