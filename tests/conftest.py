@@ -1,18 +1,33 @@
-"""Shared by all tests: one thread a worker, so that workers do not fight over the cores."""
+"""Shared by all tests: one thread a worker, so that workers do not fight, and seeds."""
 
 from __future__ import annotations
 
 import os
+import random
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from mtp_lightning.mtp.sequential import SequentialConfig  # noqa: E402
 from mtp_lightning.nn.config import TrunkConfig  # noqa: E402
 
 torch.set_num_threads(1)
+# The same examples in every run; a search for new ones: HYPOTHESIS_PROFILE=default.
+settings.register_profile("seeded", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "seeded"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Every test draws the same numbers, alone and after others; so do its fixtures, of whatever
+    scope, since this comes before they are made."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture

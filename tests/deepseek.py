@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
-from mtp_lightning.nn.moe import ExpertsConfig, routers_of
+from mtp_lightning.nn.moe import ExpertsConfig
+from tests import models
 
 LATENT = LatentAttentionConfig(q_rank=12, kv_rank=10, d_nope=8, d_rope=4, d_value=6)
 EXPERTS = ExpertsConfig(
@@ -38,14 +37,5 @@ def trunk(
 
 
 def build(config: TrunkConfig, *, depth: int = 0, seed: int = 0, **mtp: Any) -> MTPModel:
-    """With gains that are not 1 and biases that are not 0, or a misplaced one would not be seen."""
-    model = MTPModel(ModelConfig(trunk=config, mtp=SequentialConfig(depth=depth, **mtp)))
-    model.initialise(seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
-        for router in routers_of(model).values():
-            router.expert_bias.normal_(0, 0.1, generator=generator)
-    return model
+    """A random model with sequential modules."""
+    return models.build(config, SequentialConfig(depth=depth, **mtp), seed)

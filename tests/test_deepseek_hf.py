@@ -83,6 +83,7 @@ def load(model: MTPModel, hf: torch.nn.Module, block_names: dict[str, str]) -> M
     return model.eval()
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize("q_rank", [12, None])
 @pytest.mark.parametrize("n_shared", [1, 2])
 def test_deepseek_v3(q_rank: int | None, n_shared: int) -> None:
@@ -107,6 +108,7 @@ def test_deepseek_v3(q_rank: int | None, n_shared: int) -> None:
     compare(transformers.DeepseekV3ForCausalLM(config), trunk, DEEPSEEK_NAMES)
 
 
+@pytest.mark.extras
 def test_qwen3_for_qk_norm() -> None:
     transformers = pytest.importorskip(
         "transformers", reason="parity with transformers needs it: pip install transformers"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,19 +13,12 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
-from tests import reference
+from tests import models, reference
 from tests.losses import mtp_loss
 
 
-def build(trunk: TrunkConfig, seed: int = 0, **mtp: object) -> MTPModel:
-    model = MTPModel(ModelConfig(trunk=trunk, mtp=SequentialConfig(**mtp)))
-    model.initialise(seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():  # gains that are not 1, or a misplaced norm would not be seen
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
-    return model
+def build(trunk: TrunkConfig, **mtp: Any) -> MTPModel:
+    return models.build(trunk, SequentialConfig(**mtp))
 
 
 def weights_of(model: MTPModel) -> reference.Weights:

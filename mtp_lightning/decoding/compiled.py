@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.base import DepthInputs
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kernels.matmul import packed_weights
 from mtp_lightning.nn.kv_cache import KVCache
@@ -96,13 +97,13 @@ def _depth_pass(
     entries: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Logits [B, V] of the position ``last_B`` of the pass, and the hidden states [B, T, C]."""
-    hidden = model.mtp.depth_state(
-        k,
-        branch_BTC=branch_BTC,
-        previous_BTC=previous_BTC,
-        embedded_BTC=model.trunk.embedding(tokens_BT),
+    read = DepthInputs(
+        branch=branch_BTC,
+        previous=previous_BTC,
+        embedded=model.trunk.embedding(tokens_BT),
         positions=_positions(model, start_B, tokens_BT.shape[1], tables, entries),
     )
+    hidden = model.mtp.depth_state(k, read)
     return model.head(hidden.index_select(1, last_B))[:, 0], hidden
 
 

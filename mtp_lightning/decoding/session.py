@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.base import DepthInputs
 from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kernels.exact import exact_pass
@@ -133,15 +134,15 @@ class Session:
     def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
         token_starts = [start + k for start in starts]
         branch = self._read(self.states[0][rows], starts, width)
-        hidden = self.model.mtp.depth_state(
-            k,
-            branch_BTC=branch,
-            previous_BTC=branch if k == 1 else self._read(self.states[k - 1][rows], starts, width),
-            embedded_BTC=self.model.trunk.embedding(
+        read = DepthInputs(
+            branch=branch,
+            previous=branch if k == 1 else self._read(self.states[k - 1][rows], starts, width),
+            embedded=self.model.trunk.embedding(
                 self._read(self.tokens_BS[rows], token_starts, width)
             ),
             positions=Positions.of_cache(cache, starts, width),
         )
+        hidden = self.model.mtp.depth_state(k, read)
         if k < self.max_draft:
             self._write(self.states[k][rows], starts, hidden)
         return hidden

@@ -122,6 +122,23 @@ class BranchPoint:
         return self.embedded[:, k : k + self.hidden.shape[1]]
 
 
+@dataclass(frozen=True)
+class DepthInputs:
+    """What one depth may read at decoding's newest positions, each [B, T, C].
+
+    Attributes:
+        branch: what :meth:`MTPStack.branch` gave.
+        previous: the hidden state of the depth before; of depth 1, the branch.
+        embedded: embeddings of the tokens as many places on as the depth says.
+        positions: of the tokens themselves, not shifted; its cache is the depth's own.
+    """
+
+    branch: Tensor
+    previous: Tensor
+    embedded: Tensor
+    positions: Positions
+
+
 class MTPStack(nn.Module, ABC):
     """A stack on a trunk: a branch point, and a hidden state a depth.
 
@@ -157,25 +174,14 @@ class MTPStack(nn.Module, ABC):
         """
 
     @abstractmethod
-    def depth_state(
-        self,
-        k: int,
-        *,
-        branch_BTC: Tensor,
-        previous_BTC: Tensor,
-        embedded_BTC: Tensor,
-        positions: Positions,
-    ) -> Tensor:
+    def depth_state(self, k: int, read: DepthInputs) -> Tensor:
         """Depth ``k`` over decoding's newest positions, [B, T, C] ready for the head.
 
         It computes what :meth:`states` does, so the two cannot drift apart.
 
         Args:
             k: the depth.
-            branch_BTC: what :meth:`branch` gave.
-            previous_BTC: the hidden state of depth ``k - 1``; at ``k = 1`` the branch.
-            embedded_BTC: embeddings of the tokens ``k`` places on.
-            positions: of the tokens themselves, not shifted; its cache is depth ``k``'s own.
+            read: what it may read.
         """
 
     def computed(self, active: Sequence[int]) -> list[int]:

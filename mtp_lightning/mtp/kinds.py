@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey
+from mtp_lightning.mtp.base import BranchPoint, DepthInputs, MTPConfig, MTPStack, RandomKey
 from mtp_lightning.nn.attention import Positions
 
 
@@ -53,16 +53,8 @@ class Chain(MTPStack):
             if k in active:
                 yield k, history[-1]
 
-    def depth_state(
-        self,
-        k: int,
-        *,
-        branch_BTC: Tensor,
-        previous_BTC: Tensor,
-        embedded_BTC: Tensor,
-        positions: Positions,
-    ) -> Tensor:
-        return self.step(k, previous_BTC, embedded_BTC, positions)
+    def depth_state(self, k: int, read: DepthInputs) -> Tensor:
+        return self.step(k, read.previous, read.embedded, read.positions)
 
     def computed(self, active: Sequence[int]) -> list[int]:
         return list(range(1, max(active, default=0) + 1))
@@ -97,16 +89,8 @@ class SideBySide(MTPStack):
         for k in self.computed(active):
             yield k, self.step(k, at.hidden, at.positions)
 
-    def depth_state(
-        self,
-        k: int,
-        *,
-        branch_BTC: Tensor,
-        previous_BTC: Tensor,
-        embedded_BTC: Tensor,
-        positions: Positions,
-    ) -> Tensor:
-        return self.step(k, branch_BTC, positions)
+    def depth_state(self, k: int, read: DepthInputs) -> Tensor:
+        return self.step(k, read.branch, read.positions)
 
 
 class Targets(MTPStack):
@@ -118,16 +102,8 @@ class Targets(MTPStack):
         for k in self.computed(active):
             yield k, at.hidden
 
-    def depth_state(
-        self,
-        k: int,
-        *,
-        branch_BTC: Tensor,
-        previous_BTC: Tensor,
-        embedded_BTC: Tensor,
-        positions: Positions,
-    ) -> Tensor:
-        return branch_BTC
+    def depth_state(self, k: int, read: DepthInputs) -> Tensor:
+        return read.branch
 
     @property
     def max_draft_depth(self) -> int | None:

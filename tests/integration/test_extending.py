@@ -84,8 +84,28 @@ def test_a_recipe(name: str, mine: Path, cache: Path) -> None:
     for block in RECIPES[name]:
         for line in block.strip().splitlines():
             assert line.startswith("python ")
-            done = run(quick(shlex.split(line)[1:], cache), mine)
+            command = quick(shlex.split(line)[1:], cache)
+            done = run(command, mine)
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+            if any(word.startswith("run_dir=") for word in command):
+                done = run([*command, "trainer.max_steps=12"], mine)
+                assert done.returncode == 0, f"again: {line}\n{done.stdout}\n{done.stderr}"
+                assert "from step 10" in done.stdout + done.stderr, "it goes on where it was"
+
+
+def test_ideas_meet_in_a_sweep(mine: Path, cache: Path) -> None:
+    words = ["train.py", "--config-dir", "my_conf", "-m", "objective=ce,focal", "mtp=gated"]
+    more = [
+        "balance=inverse_loss",
+        "optimizer=slow_trunk",
+        "lambda_schedule=breathing",
+        "data=sums",
+    ]
+    folder = mine / f"sweep-{os.getpid()}"
+    done = run(quick([*words, *more, "tokenizer=byte", f"sweep_dir={folder}"], cache), mine)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all 2 jobs done" in done.stdout
+    assert len(list(folder.glob("*/summary.json"))) == 2
 
 
 def trained(name: str, mine: Path, cache: Path, *more: str) -> Path:

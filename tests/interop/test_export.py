@@ -49,6 +49,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize(("name", "depth"), [("dense", 1), ("deepseek", 2)])
 def test_a_run_is_exported_and_verified(
     base: Path, name: str, depth: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -93,6 +94,7 @@ def test_the_card(base: Path, tmp_path: Path) -> None:
     assert "| 1 |  |  |  | 75.0% |" in text and "depth=0" in text and "Drafts accepted:" in text
 
 
+@pytest.mark.extras
 def test_a_lost_module_is_named_and_the_folder_stays(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +135,7 @@ def test_what_was_not_trained_may_be_as_it_began() -> None:
         check_trained(fresh, 5, [0.0, 0.1])
 
 
+@pytest.mark.extras
 def test_writing_the_wrong_tensor_is_found(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +158,7 @@ def test_without_the_modules(base: Path, tmp_path: Path) -> None:
     assert read_folder(tmp_path / "out").config.mtp.depth == 0
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize("variant", ["parallel", "linear"])
 def test_heads_without_a_layout_are_announced(
     base: Path, variant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

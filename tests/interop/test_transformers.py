@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,15 @@ from tests import deepseek
 from tests.integration import helpers
 from tests.interop import folders
 
-transformers = pytest.importorskip(
-    "transformers", reason="transformers is what is compared with: pip install -e '.[hf]'"
-)
+THERE = importlib.util.find_spec("transformers") is not None
+transformers = importlib.import_module("transformers") if THERE else None
 
-# transformers imports optional packages that warn; none of that is this project's.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [
+    pytest.mark.extras,
+    pytest.mark.skipif(not THERE, reason="transformers is compared with: pip install -e '.[hf]'"),
+    # transformers imports optional packages that warn; none of that is this project's.
+    pytest.mark.filterwarnings("ignore"),
+]
 
 SIZES = {
     "vocab_size": folders.ROWS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,

@@ -19,7 +19,7 @@ from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.loggers.csv import MetricsCSV
 
 # The libraries' own warnings, and the files and sockets that they leave to the end of the process.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.extras, pytest.mark.filterwarnings("ignore")]
 
 Points = dict[str, list[tuple[int, float]]]
 PARAMS = {"mtp.depth": 2, "mtp_lambda": [0.3, 0.1], "mtp": "parallel"}

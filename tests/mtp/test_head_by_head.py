@@ -21,7 +21,7 @@ from mtp_lightning.objective.stack_loss import joint_loss
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.through_head import DepthTarget
 from tests.losses import mtp_loss, reported_loss
-from tests.mtp.test_heads import build, windows
+from tests.models import build, windows
 
 
 def joint(

@@ -24,33 +24,13 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from tests import reference
 from tests.losses import mtp_loss
+from tests.models import build, windows
 
 CONF = Path(__file__).parents[2] / "conf"
 
 
-def build(trunk: TrunkConfig, mtp: MTPConfig, seed: int = 0) -> MTPModel:
-    """A model whose weights are all random: gains that are 1 and zero matrices hide mistakes."""
-    model = MTPModel(ModelConfig(trunk=trunk, mtp=mtp))
-    model.initialise(seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
-        for parameter in model.mtp.parameters():
-            if parameter.dim() == 2:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
-
-
 def weights_of(model: MTPModel) -> reference.Weights:
     return {name: tensor.double() for name, tensor in model.state_dict().items()}
-
-
-def windows(rows: int, seq_len: int, depth: int) -> WindowBatch:
-    generator = torch.Generator().manual_seed(1)
-    shape = (rows, seq_len + depth + 1)
-    return WindowBatch(torch.randint(0, 37, shape, generator=generator), depth)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from mtp_lightning.objective import step as step_room
 from mtp_lightning.objective.stack_loss import stack_loss
 from tests.integration import helpers
 from tests.losses import mtp_loss
-from tests.mtp.test_heads import build, windows
+from tests.models import build, windows
 
 
 def labelled(depth: int, seq_len: int, batch: int = 2) -> Tensor:

@@ -17,7 +17,7 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.terms.base import Chunk, Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from tests.losses import mtp_loss
-from tests.mtp.test_heads import build, windows
+from tests.models import build, windows
 
 
 class Traced(CrossEntropy):

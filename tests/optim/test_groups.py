@@ -16,7 +16,7 @@ from mtp_lightning.optim.base import LearningRates
 from mtp_lightning.optim.groups import Combined, GroupedConfig
 from tests import deepseek
 from tests.integration.helpers import checkpoint, config, rows, train_here, weights
-from tests.mtp.test_heads import build
+from tests.models import build
 
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 

@@ -24,7 +24,7 @@ from mtp_lightning.objective.balance.gradients import (
 )
 from tests.flops import counted_flops
 from tests.losses import mtp_loss, reported_loss
-from tests.mtp.test_heads import build
+from tests.models import build
 
 KEY = RandomKey(seed=7, step=3)
 

@@ -15,7 +15,7 @@ from mtp_lightning.objective import through_head
 from mtp_lightning.objective.balance.sampled_depths import SampledDepths
 from mtp_lightning.objective.schedule.base import Progress
 from tests.losses import mtp_loss
-from tests.mtp.test_heads import build, windows
+from tests.models import build, windows
 
 BASE = [1.0, 0.3, 0.2, 0.1]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,13 +14,12 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
+from tests import models
 from tests.losses import mtp_loss
 
 
-def build(trunk: TrunkConfig, **mtp: object) -> MTPModel:
-    model = MTPModel(ModelConfig(trunk=trunk, mtp=SequentialConfig(**mtp)))
-    model.initialise(0)
-    return model
+def build(trunk: TrunkConfig, **mtp: Any) -> MTPModel:
+    return models.build(trunk, SequentialConfig(**mtp))
 
 
 def packed(batch_size: int, seq_len: int, depth: int, *, masked: bool) -> WindowBatch:
@@ -78,8 +79,11 @@ def test_micro_batches_add_up_to_the_whole_step(tiny_trunk: TrunkConfig) -> None
 
 
 def test_weight_zero_is_plain_next_token_training_bit_for_bit(tiny_trunk: TrunkConfig) -> None:
-    with_depths = build(tiny_trunk, depth=2)
-    plain = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=NoMTPConfig()))
+    with_depths, plain = (
+        MTPModel(ModelConfig(trunk=tiny_trunk, mtp=mtp))
+        for mtp in (SequentialConfig(depth=2), NoMTPConfig())
+    )
+    with_depths.initialise(0)
     plain.initialise(0)
     batch = packed(2, 12, 2, masked=False)
     short = WindowBatch(batch.tokens[:, :-2], 0)

@@ -1,0 +1,73 @@
+"""conf/experiment: every preset composes, says its command, and trains when it is made short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from tests.integration.helpers import CONF, train_here
+
+PRESETS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+# What makes them short; the rest is theirs.
+SHORT = {
+    "data.source.size": 60_000,
+    "data.source.documents": 30,
+    "data.seq_len": 32,
+    "data.batch_size": 4,
+    "data.num_workers": 0,
+    "data.val_fraction": 0.05,
+    "trainer.max_steps": 4,
+    "trainer.val_check_interval": 2,
+    "trainer.num_threads": 1,
+    "trainer.accelerator": "cpu",
+    "trainer.compile": "false",
+    "model.n_layers": 2,
+    "model.d_model": 48,
+    "callbacks.throughput.measure_matmul": "false",
+    "callbacks.speculative_eval.new_tokens": 8,
+}
+
+
+def run(folder: Path, cache: Path, name: str, more: dict[str, object]) -> dict[str, object]:
+    from mtp_lightning.experiment.training import train
+
+    settings = {"experiment": name, "data": "synthetic", "tokenizer": "byte", **SHORT, **more}
+    given = [f"{key}={value}" for key, value in settings.items()]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose(
+            "config",
+            overrides=[*given, f"paths.cache_dir={cache}", f"paths.output_dir={folder}"],
+        )
+    return train(cfg)
+
+
+def test_the_presets_that_there_are() -> None:
+    assert {"main_job", "drafting", "posthoc_heads", "deepseek", "gpu"} <= set(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_says_how_it_is_run_and_what_comes_out(name: str) -> None:
+    lines = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# @package _global_"
+    header = " ".join(line.lstrip("# ") for line in lines[1:6] if line.startswith("#"))
+    assert f"python train.py experiment={name}" in header
+    assert "minutes" in header or "Not run" in header
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # PyTorch's, of bf16 on a CPU
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_trains(tmp_path: Path, cache: Path, name: str) -> None:
+    more: dict[str, object] = {}
+    if name == "posthoc_heads":
+        trunk = {"model.n_layers": 2, "model.d_model": 48, "model.n_heads": 3, "mtp": "none"}
+        train_here(
+            tmp_path / "trunk",
+            cache,
+            trunk | {"model.d_ff": 256, "mtp.depth": None, "trainer.max_steps": 2},
+        )
+        more = {"init_from": tmp_path / "trunk"}
+    summary = run(tmp_path / "run", cache, name, more)
+    assert summary["step"] == 4 and "val/loss_depth_1" in summary

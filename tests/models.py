@@ -1,0 +1,38 @@
+"""Small random models, and windows for them: what tests of every room build."""
+
+from __future__ import annotations
+
+import torch
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.moe import routers_of
+
+
+def build(trunk: TrunkConfig, mtp: MTPConfig, seed: int = 0) -> MTPModel:
+    """A model of which every weight is random.
+
+    Gains that are 1, matrices and experts' biases that are 0 would hide a mistake: a norm in the
+    wrong place, a head that does nothing.
+    """
+    model = MTPModel(ModelConfig(trunk=trunk, mtp=mtp))
+    model.initialise(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+            elif not parameter.any():  # Medusa's matrices start at zero
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        for router in routers_of(model).values():
+            router.expert_bias.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def windows(rows: int, seq_len: int, depth: int) -> WindowBatch:
+    """Random tokens below 37, the vocabulary of ``tiny_trunk``."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (rows, seq_len + depth + 1)
+    return WindowBatch(torch.randint(0, 37, shape, generator=generator), depth)
