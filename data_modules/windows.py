@@ -20,7 +20,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, eq=False)
 class WindowBatch:
-    """A batch of windows, with the shifted inputs and targets of every depth.
+    """A batch of windows, with the shifted targets of every depth.
 
     Args:
         tokens: ``[B, T+D+1]`` int64 token ids.
@@ -67,11 +67,6 @@ class WindowBatch:
     @property
     def device(self) -> torch.device:
         return self.tokens.device
-
-    def inputs(self, k: int) -> Tensor:
-        """``[B, T]`` input tokens of depth k: the view ``tokens[:, k : T+k]``."""
-        self._check(k)
-        return self.tokens[:, k : self.seq_len + k]
 
     def targets(self, k: int) -> Tensor:
         """``[B, T]`` targets of depth k.

@@ -19,9 +19,6 @@ def test_a_tiny_example_by_hand():
     # T = 4, D = 2: a window of 7 tokens. Documents: [10 11 12] [13 14 15 16].
     batch = batch_of([[10, 11, 12, 13, 14, 15, 16]], 2, [[5, 5, 5, 6, 6, 6, 6]])
     assert batch.seq_len == 4 and batch.batch_size == len(batch) == 1
-    assert batch.inputs(0).tolist() == [[10, 11, 12, 13]]
-    assert batch.inputs(1).tolist() == [[11, 12, 13, 14]]
-    assert batch.inputs(2).tolist() == [[12, 13, 14, 15]]
     assert batch.targets(0).tolist() == [[11, 12, -100, 14]]
     assert batch.targets(1).tolist() == [[12, -100, -100, 15]]
     # Position 1 asks for tokens 11..14 and position 3 for 13..16: only the latter is one document.
@@ -33,14 +30,11 @@ def test_without_a_mask_all_are_full_width_views_of_one_tensor():
     batch = batch_of([list(range(8)), list(range(10, 18))], 3)
     storage = batch.tokens.untyped_storage().data_ptr()
     for k in range(4):
-        for view, shift in ((batch.inputs(k), k), (batch.targets(k), k + 1)):
-            assert view.shape == (2, 4)
-            assert view.untyped_storage().data_ptr() == storage
-            assert view.data_ptr() == batch.tokens[:, shift:].data_ptr()
-            assert view.tolist() == [
-                [shift + i for i in range(4)],
-                [shift + 10 + i for i in range(4)],
-            ]
+        view = batch.targets(k)
+        assert view.shape == (2, 4)
+        assert view.untyped_storage().data_ptr() == storage
+        assert view.data_ptr() == batch.tokens[:, k + 1 :].data_ptr()
+        assert view.tolist() == [[k + 1 + i for i in range(4)], [k + 11 + i for i in range(4)]]
         assert batch.valid(k) is None
     assert batch.counts().tolist() == [8, 8, 8, 8]
 
