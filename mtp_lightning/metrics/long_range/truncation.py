@@ -22,9 +22,9 @@ NEGLIGIBLE = 0.01
 
 
 def contexts(seq_len: int) -> list[int]:
-    """8, 16, .. below ``seq_len``."""
+    """8, 16, .. up to half of ``seq_len``: together less than a window."""
     found, c = [], 8
-    while c < seq_len:
+    while 2 * c <= seq_len:
         found.append(c)
         c *= 2
     return found
