@@ -208,3 +208,12 @@ def test_random_repeats_are_drawn_alike() -> None:
     model = small()
     assert random_repeats(model, 32) == random_repeats(model, 32)
     assert set(random_repeats(model, 32)) == {f"accuracy_random_repeat_{p}" for p in (8, 16)}
+
+
+def test_shorter_windows_count_by_position_alone() -> None:
+    model = small()
+    measure = LongRange(model, 32, [bytes([i]) for i in range(37)])
+    measure.update(windows(2, 12, 2))
+    values = measure.compute()
+    assert measure.positions.count[0].tolist() == [2, 4, 8, 10, 0]
+    assert not [name for name in values if "context" in name]

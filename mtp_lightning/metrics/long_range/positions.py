@@ -67,8 +67,9 @@ class PositionLoss(Metric):
             self.add_state(name, default=zeros, dist_reduce_fx="sum")
 
     def update(self, reading: Reading) -> None:
-        """Count one batch of windows of the length given."""
-        index_T = torch.tensor(self.index, device=self.count.device)
+        """Count one batch of windows, of the length given or shorter."""
+        seq_len = reading.losses_KBT.shape[-1]
+        index_T = torch.tensor(self.index[:seq_len], device=self.count.device)
         self.count.index_add_(1, index_T, reading.valid_KBT.sum(1).double())
         self.loss.index_add_(1, index_T, reading.losses_KBT.sum(1).double())
 

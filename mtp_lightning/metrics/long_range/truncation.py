@@ -58,7 +58,10 @@ class TruncatedContext(Metric):
             self.add_state(name, default=zeros, dist_reduce_fx="sum")
 
     def update(self, model: MTPModel, batch: WindowBatch, reading: Reading) -> None:
-        """Count one batch; ``reading`` is that of the whole windows."""
+        """Count one batch; ``reading`` is that of the whole windows. Shorter ones than the length
+        given are left out: their last target has no whole window before it."""
+        if batch.seq_len < self.seq_len:
+            return
         valid_B = reading.valid_KBT[0, :, -1]
         self.count += valid_B.sum()
         for i, context in enumerate(self.contexts):
