@@ -59,6 +59,15 @@ class Tokenizer(ABC):
     def spec(self) -> dict[str, Any]:
         """What decides the ids of a given corpus: options before training, content after."""
 
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of the text that every id stands for, by id; a special token's are its name.
+
+        A token of a byte-level tokenizer may be part of a character. Where ids have holes, empty.
+        """
+        from data_modules.tokenizers.pieces import bytes_of_pieces
+
+        return bytes_of_pieces(self.library_json(), self.vocab_size)
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """``encode`` of every text; at once where that is faster."""
         return [self.encode(text) for text in texts]

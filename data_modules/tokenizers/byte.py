@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_modules.tokenizers.base import END_OF_TEXT, Tokenizer
+from data_modules.tokenizers.pieces import printable
 
 
 class ByteTokenizer(Tokenizer):
@@ -40,12 +41,15 @@ class ByteTokenizer(Tokenizer):
             part.astype(np.uint8).tobytes().decode("utf-8", "replace") for part in parts
         )
 
+    def token_bytes(self) -> list[bytes]:
+        return [*(bytes([byte]) for byte in range(256)), END_OF_TEXT.encode()]
+
     def library_json(self) -> str:
         """A byte-level BPE without merges: the library then gives every byte its own id."""
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        vocab = {_printable(byte): byte for byte in range(256)}
+        vocab = {printable(byte): byte for byte in range(256)}
         library = Tokenizer(models.BPE(vocab=vocab, merges=[]))
         library.pre_tokenizer = byte_level
         library.decoder = decoders.ByteLevel()
@@ -61,11 +65,3 @@ class ByteTokenizer(Tokenizer):
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> ByteTokenizer:
         return cls()
-
-
-def _printable(byte: int) -> str:
-    """GPT-2's character for a byte: itself where it can be seen, else one from 256 on, in order."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    if byte in seen:
-        return chr(byte)
-    return chr(256 + [b for b in range(256) if b not in seen].index(byte))

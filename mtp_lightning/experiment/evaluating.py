@@ -12,9 +12,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
 from mtp_lightning.decoding.measure import decoding_report
 from mtp_lightning.experiment.instantiate import rebuild, trusted_packages
 from mtp_lightning.interop.reading import open_run
+from mtp_lightning.metrics.long_range import LongRange
 from mtp_lightning.metrics.rates import DepthRates, bits_per_byte
 from mtp_lightning.model import MTPModel
 from mtp_lightning.run.atomic import write_json
@@ -57,6 +59,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         **{f"val/{name}": value for name, value in rates.items()},
         "val/bits_per_byte": per_byte,
         **evaluate_decoding(run.model, data, cfg.decode),
+        **(evaluate_long_range(run.model, data, cfg) if cfg.long_range else {}),
         "parameters": run.model.config.num_params(),
         "parameters_trunk": run.model.config.trunk.num_params(),
         "flops_per_token": run.model.config.flops_per_token(data.seq_len),
@@ -93,6 +96,19 @@ def evaluate_model(
     if not rates.update_called:
         raise ValueError("There is nothing to evaluate: the data gave no batch.")
     return rates.compute()
+
+
+def evaluate_long_range(
+    model: MTPModel, data: TokenDataModule, cfg: DictConfig
+) -> dict[str, float]:
+    """How far back the model looks, as ``callbacks=long_range`` measures it in training: about two
+    passes over the text, and ``decode.n_prompts`` texts of a window's length."""
+    measure = LongRange(model, data.seq_len, data.tokenizer.token_bytes())
+    for batch in islice(data.val_dataloader(), cfg.limit_batches):
+        measure.update(batch.to(model.head.weight.device))
+    found = {f"val/{name}": value for name, value in measure.compute().items()}
+    texts = acceptance_on_long_texts(model, data, n_prompts=cfg.decode.n_prompts)
+    return found | {f"decode/{name}": value for name, value in texts.items()}
 
 
 def validation_data(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from sweeps.report.comparisons import Comparison
 from sweeps.report.figures_depth import against_depth, against_lambda, by_depth
+from sweeps.report.figures_long_range import long_range
 from sweeps.report.figures_tradeoff import front, heat_maps
 from sweeps.report.metrics import CURVE_AXES, DECODE_SPEED, FLOPS, LOSS, PER_STEP, SPEEDUP, Metric
 from sweeps.report.read import Run
@@ -36,6 +37,7 @@ def draw(settings: Settings, comparisons: Sequence[Comparison]) -> list[Drawing]
         against_depth(settings, SPEEDUP),
         against_lambda(settings, LOSS, "main-depth validation loss"),
         against_lambda(settings, "val/loss_depth_1", "validation loss of depth 1"),
+        *long_range(settings),
         *heat_maps(settings),
         front(settings, FLOPS),
         front(settings, DECODE_SPEED),

@@ -28,6 +28,7 @@ LOGGERS = {"MetricsCSV", "RunTensorBoard"}
         (["callbacks=[nan_guard,progress]"], {"NanGuard", "StepProgressBar"}, LOGGERS),
         (["~callbacks.progress"], DEFAULT - {"StepProgressBar"}, LOGGERS),
         (["callbacks=[]", "logger=[]"], set(), set()),
+        (["callbacks=long_range"], DEFAULT | {"LongRange"}, LOGGERS),
         (["logger=csv"], DEFAULT, {"MetricsCSV"}),
         (["logger=[csv,default]"], DEFAULT, LOGGERS),
         (["~logger.tensorboard"], DEFAULT, {"MetricsCSV"}),

@@ -1,0 +1,104 @@
+"""How far back the model looks, measured at each validation."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import lightning.pytorch as pl
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.callbacks.base import RunCallback
+from mtp_lightning.decoding.acceptance import acceptance_by
+from mtp_lightning.decoding.generate import generate
+from mtp_lightning.metrics.long_range import LongRange as Measure
+from mtp_lightning.model import MTPModel
+from mtp_lightning.settings import require_whole
+
+log = logging.getLogger(__name__)
+
+
+class LongRange(RunCallback):
+    """Logs the loss by position, the worth of context, the use of repeats (``val/*``) and, of a
+    model with drafts, acceptance by position and entropy (``decode/*``): docs/long_range.md.
+
+    It changes nothing in training: it has a pass of its own over the validation's batches, and
+    draws from generators of its own. It costs about two validations: one pass over the whole
+    windows, less than one over shortened ones; then 32 windows of random tokens, and the decoding
+    of ``n_prompts`` texts of a window's length each.
+
+    Args:
+        n_prompts: held-out prompts to decode, >= 0.
+        prompt_tokens: their length, >= 1.
+    """
+
+    def __init__(self, n_prompts: int = 4, prompt_tokens: int = 8) -> None:
+        group = "callbacks.long_range"
+        self.n_prompts = require_whole(f"{group}.n_prompts", n_prompts, least=0)
+        self.prompt_tokens = require_whole(f"{group}.prompt_tokens", prompt_tokens, least=1)
+        self._measure: Measure | None = None
+        self._newest: dict[str, float] = {}
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start counting."""
+        self._measure = None
+        if not trainer.sanity_checking:
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            model = pl_module.model
+            assert isinstance(model, MTPModel)
+            self._measure = Measure(model, data.seq_len, data.tokenizer.token_bytes())
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: object,
+        batch: WindowBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count a batch."""
+        if self._measure is not None:
+            with trainer.precision_plugin.val_step_context():
+                self._measure.update(batch)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log."""
+        if self._measure is None:
+            return
+        with trainer.precision_plugin.val_step_context():
+            values = {f"val/{name}": value for name, value in self._measure.compute().items()}
+        self._measure = None
+        if trainer.is_global_zero:
+            model = pl_module.model
+            assert isinstance(model, MTPModel)
+            found = acceptance_on_long_texts(
+                model,
+                trainer.datamodule,  # type: ignore[attr-defined]
+                n_prompts=self.n_prompts,
+                prompt_tokens=self.prompt_tokens,
+            )
+            values |= {f"decode/{name}": value for name, value in found.items()}
+            self._newest = values
+            pl_module.log_dict(values, rank_zero_only=True)
+
+    def summary(self) -> dict[str, float]:
+        """The newest validation's values."""
+        return self._newest
+
+
+def acceptance_on_long_texts(
+    model: MTPModel, data: Any, *, n_prompts: int, prompt_tokens: int = 8
+) -> dict[str, float]:
+    """Acceptance by position and entropy, on greedy texts as long as a window; see
+    :func:`acceptance_by`. Nothing without drafts or prompts."""
+    room = data.seq_len - prompt_tokens
+    if model.mtp.max_draft_depth == 0 or n_prompts == 0 or room < 3:
+        return {}
+    try:
+        prompts = data.held_out_prompts(n_prompts, prompt_tokens)
+    except ValueError as error:  # a small corpus can be trained on all the same
+        log.warning("No acceptance by position: %s.", error)
+        return {}
+    texts = generate(model, prompts, max_new_tokens=room, tokenizer=data.tokenizer)
+    return acceptance_by(model, prompts, texts, max_new_tokens=room)

@@ -1,0 +1,108 @@
+"""Where in the text, and how sure of itself, the model accepts its drafts.
+
+Shapes: P positions of one text, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.decoding.generate import Prompt
+from mtp_lightning.decoding.row import Generation
+from mtp_lightning.model import MTPModel
+from mtp_lightning.objective.through_head import log_probs_by_chunk
+
+# Upper ends of the classes of entropy, in nats.
+_ENTROPIES = (0.5, 1.0, 2.0, 4.0, math.inf)
+
+
+def first_drafts(generation: Generation, max_new_tokens: int) -> list[tuple[int, bool]]:
+    """The first draft of every verify pass: its place in ``token_ids``, and whether the loop
+    accepted it.
+
+    The prompt's pass gives token 0; every later pass gives the accepted drafts and the trunk's own
+    token behind them. A pass with room for one token alone judges no draft.
+    """
+    found, at_start = [], True
+    for place in range(1, generation.new_tokens):
+        accepted = generation.accepted_mask[place]
+        if at_start and place < max_new_tokens - 1:
+            found.append((place, accepted))
+        at_start = not accepted
+    return found
+
+
+@torch.inference_mode()
+def acceptance_by(
+    model: MTPModel,
+    prompts: Sequence[Prompt],
+    generations: Sequence[Generation],
+    *,
+    max_new_tokens: int,
+) -> dict[str, float]:
+    """How often the loop accepts the first draft of a pass, by where it stands and by the main
+    prediction's entropy there.
+
+    Args:
+        model: in evaluation mode.
+        prompts: token ids.
+        generations: their greedy continuations, decoded with drafts.
+        max_new_tokens: that they were decoded with.
+
+    Returns:
+        ``acceptance_at_A-B``, by the token's position in the text (from 1, doubling);
+        ``acceptance_entropy_A-B``, by the entropy in nats of the main distribution that judges the
+        draft; ``acceptance_slope_position``, by least squares over single drafts, per doubling of
+        the position, and ``acceptance_slope_entropy``, per nat. Without a draft nothing.
+    """
+    positions, entropies, accepted = [], [], []
+    for prompt, generation in zip(prompts, generations, strict=True):
+        drafts = first_drafts(generation, max_new_tokens)
+        entropy_P = _entropies(model, [*map(int, prompt), *generation.token_ids])
+        for place, was_taken in drafts:
+            at = len(prompt) + place
+            positions.append(at + 1)
+            entropies.append(float(entropy_P[at - 1]))  # of the prediction of token `at`
+            accepted.append(float(was_taken))
+    if not accepted:
+        return {}
+    position, entropy, taken = (
+        torch.tensor(values, dtype=torch.float64) for values in (positions, entropies, accepted)
+    )
+    values: dict[str, float] = {}
+    low = 1
+    while low <= max(positions):
+        _add(values, f"acceptance_at_{low}-{2 * low - 1}", taken, position, low, 2 * low)
+        low *= 2
+    start = 0.0
+    for end in _ENTROPIES:
+        name = f"{start:g}-{end:g}" if end < math.inf else f"{start:g}-up"
+        _add(values, f"acceptance_entropy_{name}", taken, entropy, start, end)
+        start = end
+    for name, x in (("position", position.log2()), ("entropy", entropy)):
+        spread = (x - x.mean()).square().sum()
+        if spread > 0:
+            values[f"acceptance_slope_{name}"] = float(((x - x.mean()) * taken).sum() / spread)
+    return values
+
+
+def _add(
+    values: dict[str, float], name: str, taken: Tensor, x: Tensor, low: float, high: float
+) -> None:
+    inside = (x >= low) & (x < high)
+    if inside.any():
+        values[name] = float(taken[inside].mean())
+
+
+def _entropies(model: MTPModel, text: list[int]) -> Tensor:
+    """Entropy of the main prediction after every token of a text, [P], in nats."""
+    tokens = torch.tensor([text + [0] * (model.depth + 1)], device=model.head.weight.device)
+    h_PC = model(WindowBatch(tokens, model.depth), ())[0][0]
+    chunks = log_probs_by_chunk(h_PC.to(model.head.weight.dtype), model.head.weight)
+    # A probability of 0 adds nothing; its logarithm would make it NaN.
+    return torch.cat([-(c.exp() * c.clamp(min=-1e4)).sum(-1) for _, c in chunks]).cpu()

@@ -1,0 +1,53 @@
+"""All teacher-forced measures of how far back a model looks, over the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.metrics.long_range.positions import PositionLoss
+from mtp_lightning.metrics.long_range.reading import read
+from mtp_lightning.metrics.long_range.repeats import NaturalRepeats, random_repeats
+from mtp_lightning.metrics.long_range.truncation import TruncatedContext
+from mtp_lightning.model import MTPModel
+
+
+class LongRange:
+    """Counts batches of validation windows.
+
+    It costs about two passes over them: one of the whole windows, which positions and repeats
+    share, and less than one of shortened windows.
+
+    Args:
+        model: in evaluation mode when it is asked.
+        seq_len: T of the windows.
+        token_bytes: of every id of the tokenizer.
+    """
+
+    def __init__(self, model: MTPModel, seq_len: int, token_bytes: Sequence[bytes]) -> None:
+        device = model.head.weight.device
+        self.model, self.seq_len = model, seq_len
+        self.positions = PositionLoss(model.depth, seq_len).to(device)
+        self.truncation = TruncatedContext(seq_len).to(device)
+        self.repeats = NaturalRepeats(token_bytes).to(device)
+
+    @torch.no_grad()
+    def update(self, batch: WindowBatch) -> None:
+        """Count one batch, on the model's device."""
+        reading = read(self.model, batch)
+        self.positions.update(reading)
+        self.truncation.update(self.model, batch, reading)
+        self.repeats.update(batch, reading)
+
+    @torch.no_grad()
+    def compute(self) -> dict[str, float]:
+        """The values by name, over all ranks; what nothing was counted for is left out."""
+        values = {
+            **self.positions.compute(),
+            **self.truncation.compute(),
+            **self.repeats.compute(),
+            **random_repeats(self.model, self.seq_len),
+        }
+        return {name: value for name, value in values.items() if value == value}

@@ -1,0 +1,99 @@
+"""What the text further back than c tokens is worth.
+
+A mask that lets every layer see c tokens back does not truncate: what a deep layer reads has itself
+read c tokens further back. So the model reads the last c tokens alone. That is done for one target
+a window, its last: all contexts together then cost less than one pass over the text.
+
+Shapes: B batch, T positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.metrics.long_range.reading import Reading, read
+from mtp_lightning.model import MTPModel
+
+NEGLIGIBLE = 0.01
+"""Nats: a gain below it counts as none."""
+
+
+def contexts(seq_len: int) -> list[int]:
+    """8, 16, .. up to half of ``seq_len``: together less than a window."""
+    found, c = [], 8
+    while 2 * c <= seq_len:
+        found.append(c)
+        c *= 2
+    return found
+
+
+def last_tokens(batch: WindowBatch, context: int) -> WindowBatch:
+    """The same last targets, with only the last ``context`` tokens to read."""
+    start = batch.seq_len - context
+    documents = None if batch.documents is None else batch.documents[:, start:]
+    return WindowBatch(batch.tokens[:, start:], batch.depth, documents)
+
+
+class TruncatedContext(Metric):
+    """``context_gain_c``: depth 0's loss of every window's last target when the last c tokens are
+    all that the model reads, minus that with the whole window, in nats; ``context_gain_c_se``, the
+    standard error of this paired mean over windows; ``effective_context``, the smallest c from
+    which on every gain is below 0.01 nats, and T if there is none."""
+
+    full_state_update = False
+    count: Tensor
+    gain: Tensor
+    square: Tensor
+
+    def __init__(self, seq_len: int) -> None:
+        super().__init__()
+        self.seq_len = seq_len
+        self.contexts = contexts(seq_len)
+        self.add_state("count", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("gain", "square"):
+            zeros = torch.zeros(len(self.contexts), dtype=torch.float64)
+            self.add_state(name, default=zeros, dist_reduce_fx="sum")
+
+    def update(self, model: MTPModel, batch: WindowBatch, reading: Reading) -> None:
+        """Count one batch; ``reading`` is that of the whole windows. Shorter ones than the length
+        given are left out: their last target has no whole window before it."""
+        if batch.seq_len < self.seq_len:
+            return
+        valid_B = reading.valid_KBT[0, :, -1]
+        self.count += valid_B.sum()
+        for i, context in enumerate(self.contexts):
+            short = read(model, last_tokens(batch, context), depths=False)
+            gain_B = (short.losses_KBT[0, :, -1] - reading.losses_KBT[0, :, -1])[valid_B].double()
+            self.gain[i] += gain_B.sum()
+            self.square[i] += gain_B.square().sum()
+
+    def compute(self) -> dict[str, float]:
+        """By name; NaN where nothing was counted."""
+        if not self.contexts:
+            return {}
+        mean = self.gain / self.count
+        spread = (self.square / self.count - mean.square()).clamp(min=0) / (self.count - 1)
+        values: dict[str, float] = {}
+        for context, gain, se in zip(
+            self.contexts, mean.tolist(), spread.sqrt().tolist(), strict=True
+        ):
+            values[f"context_gain_{context}"] = gain
+            values[f"context_gain_{context}_se"] = se
+        if self.count:
+            values["effective_context"] = effective_context(
+                dict(zip(self.contexts, mean.tolist(), strict=True)), self.seq_len
+            )
+        return values
+
+
+def effective_context(gains: dict[int, float], seq_len: int) -> float:
+    """The smallest context from which on every gain is negligible; ``seq_len`` if there is none."""
+    enough = seq_len
+    for context in sorted(gains, reverse=True):
+        if not gains[context] < NEGLIGIBLE:
+            break
+        enough = context
+    return float(enough)

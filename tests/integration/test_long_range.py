@@ -1,0 +1,52 @@
+"""``callbacks=long_range`` in a real run, and the same numbers by ``evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from mtp_lightning.experiment.evaluating import evaluate
+from tests.integration.helpers import CONF, assert_same_weights, column, rows, train_here
+
+SETTINGS = {"callbacks": "long_range", "data.seq_len": 32}
+
+
+def evaluated(run: Path, *more: str) -> dict:
+    given = [f"checkpoint={run}/checkpoints/last.ckpt", "limit_batches=3", "num_threads=1", *more]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return evaluate(compose("evaluate", overrides=[*given, "accelerator=cpu"]))
+
+
+def test_training_is_the_same_and_evaluate_agrees(tmp_path: Path, cache: Path) -> None:
+    summary = train_here(tmp_path / "with", cache, SETTINGS)
+    train_here(tmp_path / "without", cache, {"data.seq_len": 32})
+    assert_same_weights(tmp_path / "with", tmp_path / "without")
+    for step, row in enumerate(rows(tmp_path / "without")):
+        assert row.items() <= rows(tmp_path / "with")[step].items()
+    tags = {tag for tag in summary if tag.startswith(("val/", "decode/"))}
+    assert {
+        "val/loss_position_1",
+        "val/loss_position_16-32_depth_2",
+        "val/context_score",
+        "val/context_gain_16",
+        "val/effective_context",
+        "val/accuracy_no_repeat",
+        "val/accuracy_random_repeat_16",
+        "decode/acceptance_slope_entropy",
+    } <= tags
+    assert set(column(tmp_path / "with", "val/context_gain_16")) == {5, 10}
+    found = evaluated(tmp_path / "with")
+    for tag in tags:
+        if tag.startswith(("val/loss_position", "val/context", "val/accuracy", "val/effective")):
+            assert found[tag] == pytest.approx(summary[tag], abs=1e-5), tag
+    without = evaluated(tmp_path / "with", "long_range=false", "decode.n_prompts=0")
+    assert not [tag for tag in without if "position" in tag or "context" in tag]
+
+
+def test_a_model_without_drafts(tmp_path: Path, cache: Path) -> None:
+    settings = {**SETTINGS, "mtp": "none", "mtp.depth": None}
+    summary = train_here(tmp_path, cache, settings)
+    assert "val/context_gain_16" in summary
+    assert not [tag for tag in summary if tag.startswith("decode/acceptance")]
