@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -154,18 +153,3 @@ def test_the_jobs_of_a_sweep_get_what_is_typed(base: Path) -> None:
     stored = [yaml.safe_load(file.read_text())["data"]["paths"] for file in configs]
     assert stored == [f"{ODD}/文本, 1.txt"] * 2
     assert "2 done before" in app("train", "-m", *given, cwd=base)
-
-
-@pytest.mark.parametrize("own", [None, "active"])
-def test_threads_sleep_where_they_wait(own: str | None) -> None:
-    """Said before torch brings OpenMP, which reads it once; one's own setting stays."""
-    program = (
-        "import sys, mtp_lightning.apps, os;"
-        "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    environment |= {} if own is None else {"OMP_WAIT_POLICY": own}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
-    )
-    assert done.stdout.split() == [own or "passive", "False"], done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 from mtp_lightning.cli import program, readable_errors
 from mtp_lightning.literal import literal
 from mtp_lightning.paths import CONF
-
-# Threads of a matrix product that wait for each other shall sleep. OpenMP's spin by default, and
-# where anything else needs a core they wait in vain for the one that it has taken: two threads then
-# do far less than one (python -m benchmarks.threads). Torch reads this when it is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Help texts name the program as it was started: ${program:train}.
 OmegaConf.register_new_resolver("program", program, replace=True)

@@ -88,7 +88,7 @@ class NaturalRepeats(Metric):
 
     def update(self, batch: WindowBatch, reading: Reading) -> None:
         """Count one batch."""
-        read_BT = batch.inputs(0).tolist()
+        read_BT = batch.tokens[:, : batch.seq_len].tolist()
         documents = [None] * len(read_BT)
         if batch.documents is not None:
             documents = batch.documents[:, : batch.seq_len].tolist()
