@@ -177,7 +177,7 @@ class _Copies(torch.nn.Module):
         self.config = type("Config", (), {"trunk": trunk})
 
     def forward(self, batch: WindowBatch, active: object = None) -> dict[int, Tensor]:
-        read_BT = batch.inputs(0)
+        read_BT = batch.tokens[:, : batch.seq_len]
         h_BTV = torch.zeros(*read_BT.shape, self.vocab)
         back = self.lag - 1
         if read_BT.shape[1] > back:
