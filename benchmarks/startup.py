@@ -51,7 +51,7 @@ def seconds_to_first_step(folder: Path, name: str, overrides: list[str]) -> dict
         _TRAIN,
         "model=nano",
         "trainer.max_steps=1",
-        "trainer.limit_val_batches=1",
+        "data.eval_bytes=1",
         f"run_dir={folder / name}",
         f"paths.cache_dir={folder / 'cache'}",
         "callbacks.progress.interactive=false",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from data_modules.cache import cache_folder
-from data_modules.loader import WindowLoader
+from data_modules.evaluation_text import EvaluationWindows, choose
+from data_modules.loader import EvaluationLoader, WindowLoader
 from data_modules.sources.base import Source
 from data_modules.sources.text import TextSource
 from data_modules.splitting import DocumentSplit
@@ -36,6 +38,8 @@ class TokenDataModule(LightningDataModule):
         batch_size: windows a micro-batch and rank.
         depth: D, the model's number of depths beyond the next token.
         accumulate: micro-batches an optimizer step.
+        eval_bytes: UTF-8 bytes of the evaluation text, which whole validation documents make up
+            (:func:`~data_modules.evaluation_text.choose`); ``all`` for all of them.
         eval_batch_size: windows a validation batch and rank; ``batch_size`` if None.
         document_mask: whether batches carry document ids, so that targets in another document do
             not count and attention is block-diagonal.
@@ -59,6 +63,7 @@ class TokenDataModule(LightningDataModule):
         batch_size: int = 16,
         depth: int = 0,
         accumulate: int = 1,
+        eval_bytes: int | Literal["all"] = 300_000,
         eval_batch_size: int | None = None,
         document_mask: bool = False,
         val_fraction: float = 0.05,
@@ -72,6 +77,8 @@ class TokenDataModule(LightningDataModule):
         require_whole("data.seq_len", seq_len, least=1)
         require_whole("data.batch_size", batch_size, least=1)
         require_whole("trainer.accumulate_grad_batches", accumulate, least=1)
+        if eval_bytes != "all":
+            require_whole("data.eval_bytes (all for the whole split)", eval_bytes, least=1)
         if eval_batch_size is not None:
             require_whole("data.eval_batch_size", eval_batch_size, least=1)
         require_whole("data.num_workers", num_workers, least=0)
@@ -85,6 +92,7 @@ class TokenDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.depth = depth
         self.accumulate = accumulate
+        self.eval_bytes = eval_bytes
         self.eval_batch_size = eval_batch_size or batch_size
         self.document_mask = document_mask
         self.cache_dir = cache_folder(cache_dir)
@@ -118,7 +126,7 @@ class TokenDataModule(LightningDataModule):
         """Builds or opens the token store and checks that there is enough text. Idempotent.
 
         Args:
-            stage: ``fit`` needs a training step and a validation window, any other stage
+            stage: ``fit`` needs a training step and an evaluation text, any other stage
                 (``validate``) only the latter.
 
         Raises:
@@ -126,8 +134,9 @@ class TokenDataModule(LightningDataModule):
             OSError: about files.
             MissingPackageError: if the source's package is not installed.
         """
-        for split in ("train", "val") if stage == "fit" else ("val",):
-            self._loader(split).check()
+        if stage == "fit":
+            self.train_dataloader().check()
+        self.val_dataloader().check()
 
     def prepare_data(self) -> None:
         """Lightning's hook, called by one process a node: builds the store."""
@@ -160,32 +169,65 @@ class TokenDataModule(LightningDataModule):
         return str(self.store.meta["fingerprint"])
 
     def train_dataloader(self) -> WindowLoader:
-        return self._loader("train")
-
-    def val_dataloader(self) -> WindowLoader:
-        return self._loader("val")
-
-    def _loader(self, split: str) -> WindowLoader:
         dataset = WindowDataset(
-            self.store[split],
+            self.store["train"],
             seq_len=self.seq_len,
             depth=self.depth,
             document_mask=self.document_mask,
         )
-        train = split == "train"
         return WindowLoader(
             dataset,
-            batch_size=self.batch_size * self.accumulate if train else self.eval_batch_size,
-            train=train,
+            batch_size=self.batch_size * self.accumulate,
             seed=self.seed,
             num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
-            name="training" if train else "validation",
+            pin_memory=self._pins_memory,
         )
 
-    def bytes_per_token(self, split: str) -> float:
-        """UTF-8 bytes of a split's text by its tokens: bits a byte = nats a token / ln 2 / this."""
-        return self.store.bytes_per_token(split)
+    def val_dataloader(self) -> EvaluationLoader:
+        return EvaluationLoader(
+            self.evaluation,
+            batch_size=self.eval_batch_size,
+            num_workers=self.num_workers,
+            pin_memory=self._pins_memory,
+        )
+
+    @property
+    def _pins_memory(self) -> bool:
+        return torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
+
+    @cached_property
+    def evaluation(self) -> EvaluationWindows:
+        """The evaluation text in this model's windows."""
+        text = choose(self.store["val"], None if self.eval_bytes == "all" else self.eval_bytes)
+        return EvaluationWindows(
+            text,
+            seq_len=self.seq_len,
+            depth=self.depth,
+            eot_id=self.tokenizer.eot_id,
+            document_mask=self.document_mask,
+        )
+
+    @cached_property
+    def evaluated_bytes(self) -> list[int]:
+        """UTF-8 bytes of what is predicted of each document of the evaluation text: all, or with
+        ``document_mask`` all but its first token's."""
+        text, tokenizer = self.evaluation.text, self.tokenizer
+        found = [int(n) for n in text.bytes]
+        if not self.document_mask:
+            return found
+        pieces, first = tokenizer.token_bytes(), text.file.tokens()[text.starts]
+        lost = [0 if i == tokenizer.eot_id else len(pieces[i]) for i in first.tolist()]
+        return [n - less for n, less in zip(found, lost, strict=True)]
+
+    def evaluation_summary(self) -> dict[str, Any]:
+        """What a validation's numbers rest on: the text's ``fingerprint``, its ``documents``, and
+        ``bytes`` and ``tokens`` of the depth-0 targets."""
+        return {
+            "fingerprint": self.evaluation.text.fingerprint,
+            "documents": len(self.evaluation.text.starts),
+            "bytes": sum(self.evaluated_bytes),
+            "tokens": self.evaluation.n_targets,
+        }
 
     def summary(self) -> dict[str, Any]:
         """Plain facts about the data, for the run's summary and checkpoints."""
@@ -205,9 +247,10 @@ class TokenDataModule(LightningDataModule):
                 "tokens": file.n_tokens,
                 "bytes": file.n_bytes,
                 "documents": file.n_documents,
-                "windows": window_count(file.n_tokens, self.seq_len, self.depth),
-                "bytes_per_token": self.bytes_per_token(split),
+                "bytes_per_token": self.store.bytes_per_token(split),
             }
+        n_tokens = facts["train"]["tokens"]
+        facts["train"]["windows"] = window_count(n_tokens, self.seq_len, self.depth)
         return facts
 
     def held_out_prompts(self, n: int, length: int) -> list[Tensor]:

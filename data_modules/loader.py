@@ -1,4 +1,4 @@
-"""The loader: an order that is a pure function of (seed, epoch, consumed samples), resumable."""
+"""The loaders. In training an order that is a pure function of (seed, epoch, consumed samples)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
+from data_modules.evaluation_text import EvaluationWindows
 from data_modules.window_dataset import WindowDataset
 from data_modules.windows import WindowBatch
 
@@ -24,30 +25,25 @@ def epoch_order(n: int, *, seed: int, epoch: int) -> np.ndarray:
 
 
 class WindowLoader:
-    """Batches of windows for this rank.
+    """Training batches of windows for this rank.
 
-    **Training** (``train=True``). Global batch g of an epoch is ``order[g*G : (g+1)*G]`` with
-    ``G = batch_size * world_size``, and rank r takes its r-th contiguous slice: two ranks of
-    B see together what one rank of 2B sees, and nothing depends on the number of workers. The
-    windows after the last full global batch are left out of that epoch. Each pass of ``iter``
-    is one epoch; the next one goes on with the next epoch.
+    Global batch g of an epoch is ``order[g*G : (g+1)*G]`` with ``G = batch_size * world_size``, and
+    rank r takes its r-th contiguous slice: two ranks of B see together what one rank of 2B sees,
+    and nothing depends on the number of workers. The windows after the last full global batch are
+    left out of that epoch. Each pass of ``iter`` is one epoch; the next one goes on with the next
+    epoch.
 
     ``state_dict`` is exact at any moment: a batch counts as consumed when it is handed to the
     caller, never when a worker has fetched it ahead. ``load_state_dict`` makes the next ``iter``
     start with the batch that would have come next, also after the last batch of an epoch. Lightning
     stores both with its checkpoints. One iterator at a time: a new one takes over from the old.
 
-    **Evaluation** (``train=False``). Every pass goes once over all windows in the file's order,
-    without overlap between ranks; the last batches may be smaller. All ranks have equally many.
-
     Args:
         dataset: the windows.
-        batch_size: windows a batch and rank; for training, those of one whole optimizer step.
-        train: see above.
+        batch_size: windows of one whole optimizer step of a rank.
         seed: of the order.
         num_workers: processes that fetch ahead; 0 fetches in this process.
         pin_memory: put batches into page-locked memory.
-        name: of the split, for messages.
 
     Raises:
         ValueError: for a ``batch_size`` below 1 or a negative seed.
@@ -58,25 +54,18 @@ class WindowLoader:
         dataset: WindowDataset,
         *,
         batch_size: int,
-        train: bool,
         seed: int = 0,
         num_workers: int = 0,
         pin_memory: bool = False,
-        name: str = "",
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"the batch size must be at least 1, got {batch_size}")
-        if seed < 0 or num_workers < 0:
-            raise ValueError(
-                f"seed and data.num_workers must be 0 or more, got {seed} and {num_workers}"
-            )
+        _check(batch_size, num_workers)
+        if seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {seed}")
         self.dataset = dataset
         self.batch_size = batch_size
-        self.train = train
         self.seed = seed
         self.num_workers = num_workers
         self.pin_memory = pin_memory
-        self.name = name or ("train" if train else "val")
         self.epoch = 0
         self.consumed = 0
 
@@ -87,33 +76,30 @@ class WindowLoader:
             ValueError: see :meth:`check`.
         """
         self.check()
-        n, G = len(self.dataset), self.batch_size * _world()[1]
-        return n // G if self.train else len(self._evaluation_batches())
+        return len(self.dataset) // (self.batch_size * _world()[1])
 
     def check(self) -> None:
         """Raises ``ValueError``, with the remedy, if there are too few windows for one batch."""
         n, world = len(self.dataset), _world()[1]
-        length = self.dataset.length
         if n == 0:
             raise ValueError(
-                f"the {self.name} split has {self.dataset.file.n_tokens} tokens but one window "
-                f"needs at least seq_len + depth + 1 = {length}: give more text, lower "
-                f"data.seq_len, or change data.val_fraction"
+                f"the training split has {self.dataset.file.n_tokens} tokens but one window "
+                f"needs at least seq_len + depth + 1 = {self.dataset.length}: give more text, "
+                f"lower data.seq_len, or change data.val_fraction"
             )
-        needed = self.batch_size * world if self.train else world
+        needed = self.batch_size * world
         if n < needed:
             raise ValueError(
-                f"the {self.name} split has {n} windows but one step needs {needed} "
-                f"({self.batch_size if self.train else 1} windows x {world} processes; a training "
-                f"step takes data.batch_size x trainer.accumulate_grad_batches of them): give "
-                f"more text, or lower data.batch_size, trainer.accumulate_grad_batches or "
-                f"data.seq_len"
+                f"the training split has {n} windows but one step needs {needed} "
+                f"({self.batch_size} windows x {world} processes; a step takes data.batch_size x "
+                f"trainer.accumulate_grad_batches of them): give more text, or lower "
+                f"data.batch_size, trainer.accumulate_grad_batches or data.seq_len"
             )
 
     def __iter__(self) -> Iterator[WindowBatch]:
         # A generator: Lightning makes iterators that it may never use, and nothing must move then.
         self.check()
-        return self._training_epoch() if self.train else self._fetch(self._evaluation_batches())
+        return self._epoch()
 
     def state_dict(self) -> dict[str, int]:
         """Plain ints: seed, epoch, samples of that epoch consumed by all ranks, and windows."""
@@ -139,7 +125,7 @@ class WindowLoader:
         self.epoch = int(state["epoch"])
         self.consumed = int(state["consumed"])
 
-    def _training_epoch(self) -> Iterator[WindowBatch]:
+    def _epoch(self) -> Iterator[WindowBatch]:
         rank, world = _world()
         n, G = len(self.dataset), self.batch_size * world
         if self.consumed + G > n:
@@ -151,39 +137,89 @@ class WindowLoader:
             for start in range(self.consumed, n - G + 1, G)
         ]
         epoch, consumed = self.epoch, self.consumed
-        for batch in self._fetch(batches):
+        for batch in _fetch(self.dataset, batches, self.num_workers, self.pin_memory):
             consumed += G
             self.epoch, self.consumed = epoch, consumed
             yield batch
 
-    def _evaluation_batches(self) -> list[np.ndarray]:
-        """This rank's batches of window numbers; equally many, and at least one window, each."""
-        rank, world = _world()
-        n, G = len(self.dataset), self.batch_size * world
-        full, rest = divmod(n, G)
-        chunks = list(np.arange(full * G).reshape(-1, self.batch_size))
-        if rest:
-            tail, pieces = np.arange(full * G, n), 1
-            if rest < world:
-                # Too few for every rank: spread the last full global batch out as well.
-                del chunks[-world:]
-                tail, pieces = np.arange(full * G - G, n), min(2, self.batch_size)
-            chunks += np.array_split(tail, pieces * world)
-        return chunks[rank::world]
 
-    def _fetch(self, batches: list[np.ndarray]) -> Iterator[WindowBatch]:
-        # The base class draws a seed for its workers: from a generator of our own, since the
-        # global one must not move (a resumed run would draw once more than an uninterrupted one).
-        loader: DataLoader[WindowBatch] = DataLoader(
-            self.dataset,
-            batch_size=None,
-            sampler=batches,
-            num_workers=self.num_workers,
-            collate_fn=_as_is,
-            pin_memory=self.pin_memory,
-            generator=torch.Generator(),
-        )
-        yield from loader
+class EvaluationLoader:
+    """Batches of the evaluation text's windows for this rank, once over all of them.
+
+    Batches hold ``batch_size`` windows in order, the last one what is left, however many ranks
+    there are, and rank r takes every ``world_size``-th: each window's loss is then the same to the
+    last bit. All ranks have equally many batches; a rank that has none left gets padding.
+
+    Args:
+        dataset: the windows.
+        batch_size: windows a batch.
+        num_workers: processes that fetch ahead; 0 fetches in this process.
+        pin_memory: put batches into page-locked memory.
+
+    Raises:
+        ValueError: for a ``batch_size`` below 1.
+    """
+
+    def __init__(
+        self,
+        dataset: EvaluationWindows,
+        *,
+        batch_size: int,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        _check(batch_size, num_workers)
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+
+    def __len__(self) -> int:
+        """Batches of this rank.
+
+        Raises:
+            ValueError: see :meth:`check`.
+        """
+        self.check()
+        return -(-len(self.dataset) // (self.batch_size * _world()[1]))
+
+    def check(self) -> None:
+        """Raises ``ValueError``, with the remedy, if there is no text."""
+        if len(self.dataset) == 0:
+            raise ValueError(
+                "the validation split has no document: give more text or raise data.val_fraction"
+            )
+
+    def __iter__(self) -> Iterator[WindowBatch]:
+        n, (rank, world) = len(self.dataset), _world()
+        starts = (rank + np.arange(len(self)) * world) * self.batch_size
+        ends = np.minimum(starts + self.batch_size, n)
+        batches = [np.arange(a, max(a + 1, b)) for a, b in zip(starts, ends, strict=True)]
+        return _fetch(self.dataset, batches, self.num_workers, self.pin_memory)
+
+
+def _check(batch_size: int, num_workers: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"the batch size must be at least 1, got {batch_size}")
+    if num_workers < 0:
+        raise ValueError(f"data.num_workers must be 0 or more, got {num_workers}")
+
+
+def _fetch(
+    dataset: Dataset[WindowBatch], batches: list[np.ndarray], num_workers: int, pin_memory: bool
+) -> Iterator[WindowBatch]:
+    # The base class draws a seed for its workers: from a generator of our own, since the global
+    # one must not move (a resumed run would draw once more than an uninterrupted one).
+    loader: DataLoader[WindowBatch] = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+    )
+    yield from loader
 
 
 def _as_is(batch: Any) -> Any:

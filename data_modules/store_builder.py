@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import platform
@@ -17,7 +18,7 @@ import numpy as np
 from data_modules.cache import build_once
 from data_modules.sources.base import digest
 from data_modules.splitting import SPLITS, DocumentSplit
-from data_modules.token_store import FORMAT, TokenStore, token_dtype
+from data_modules.token_store import FORMAT, PIECES, TokenStore, token_dtype
 from data_modules.tokenizers.base import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -102,11 +103,11 @@ def _write(folder: Path, tokenizer: Tokenizer, split: DocumentSplit) -> dict[str
             for (name, piece, last), ids in zip(batch, encoded, strict=True):
                 writer = writers[name]
                 # Proven encodable: the tokenizer has read the piece.
-                n_bytes = len(piece.encode("utf-8"))
-                writer.add(ids.astype(dtype), n_bytes)
+                text = piece.encode("utf-8")
+                writer.add(ids.astype(dtype), text)
                 if last:
                     writer.end_document(eot)
-                progress.add(n_bytes)
+                progress.add(len(text))
     finally:
         for writer in writers.values():
             writer.close()
@@ -133,7 +134,7 @@ def _write(folder: Path, tokenizer: Tokenizer, split: DocumentSplit) -> dict[str
 
 
 class _SplitWriter:
-    """Appends documents to one .bin file and remembers where they start."""
+    """Appends documents to one .bin file and remembers where they, and their pieces, start."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
         self.path = path
@@ -142,19 +143,30 @@ class _SplitWriter:
         self.n_tokens = 0
         self.n_bytes = 0
         self.starts = [0]
+        self.pieces: list[tuple[int, int, int, bytes]] | None = None
+        if path.stem == "val":  # of the training text nobody asks, and it may have billions
+            self.pieces = []
 
-    def add(self, ids: np.ndarray, n_bytes: int) -> None:
+    def add(self, ids: np.ndarray, text: bytes) -> None:
+        if self.pieces is not None:
+            name = hashlib.blake2b(text, digest_size=16).hexdigest().encode()
+            self.pieces.append((len(self.starts) - 1, self.n_tokens, len(text), name))
+        self._write(ids)
+        self.n_bytes += len(text)
+
+    def _write(self, ids: np.ndarray) -> None:
         self.file.write(ids.data)
         self.n_tokens += len(ids)
-        self.n_bytes += n_bytes
 
     def end_document(self, eot: np.ndarray) -> None:
-        self.add(eot, 0)
+        self._write(eot)
         self.starts.append(self.n_tokens)
 
     def close(self) -> None:
         self.file.close()
         np.save(self.path.with_suffix(".starts.npy"), np.array(self.starts[:-1], np.int64))
+        if self.pieces is not None:
+            np.save(self.path.with_suffix(".pieces.npy"), np.array(self.pieces, PIECES))
 
     def facts(self) -> dict[str, int]:
         return {"tokens": self.n_tokens, "bytes": self.n_bytes, "documents": len(self.starts) - 1}

@@ -5,6 +5,7 @@ A store is a folder::
     meta.json            tokens, bytes and documents per split, fingerprints, versions, dtype
     train.bin  val.bin   token ids of the documents in order, each closed by the end-of-text token
     train.starts.npy ... int64 offset of every document in the .bin file
+    val.pieces.npy       what the evaluation text is chosen by, see PIECES
     tokenizer_state.json the tokenizer that made the ids
 """
 
@@ -17,8 +18,13 @@ from typing import Any
 
 import numpy as np
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever a store written by older code must not be read by newer code."""
+
+PIECES = np.dtype([("document", "<i8"), ("start", "<i8"), ("bytes", "<i8"), ("digest", "S32")])
+"""Of every piece of a document, in order: the document's number in its split, offset of its first
+token, UTF-8 bytes, and a hex digest of its text. A document of up to 65,536 characters is one
+piece; where a longer one is cut does not depend on the tokenizer."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -53,6 +59,10 @@ class TokenFile:
     def starts(self) -> np.ndarray:
         """``[n_documents]`` int64 offset of each document's first token."""
         return np.load(self.path.with_suffix(".starts.npy"))
+
+    def pieces(self) -> np.ndarray:
+        """``[n_pieces]`` of dtype :data:`PIECES`; of the validation split."""
+        return np.load(self.path.with_suffix(".pieces.npy"))
 
 
 class TokenStore:

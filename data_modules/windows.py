@@ -9,6 +9,7 @@ Shape letters: B batch, T positions, D prediction depths beyond the next token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,10 @@ class WindowBatch:
         documents: ``[B, T+D+1]`` int64 ids of the document that each token belongs to (original
             ids: unique and contiguous, a document's end-of-text token belongs to it), or ``None``
             for no document mask.
+        scored: ``[B, T+D+1]`` bool: whether a token may be a target, of whatever depth; ``None``
+            if every one may. It is read all the same.
+        texts: ``[B, T+D+1]`` int64 number of the evaluated text whose loss a token counts for, as
+            a target; ``None`` in training. Unlike ``documents`` it masks nothing.
 
     Raises:
         ValueError: if the shapes or D do not fit together.
@@ -36,6 +41,8 @@ class WindowBatch:
     tokens: Tensor
     depth: int
     documents: Tensor | None = None
+    scored: Tensor | None = None
+    texts: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.depth < 0:
@@ -45,11 +52,13 @@ class WindowBatch:
                 f"tokens must be [B, T+D+1] with T >= 1 and D = {self.depth}, "
                 f"got {tuple(self.tokens.shape)}"
             )
-        if self.documents is not None and self.documents.shape != self.tokens.shape:
-            raise ValueError(
-                f"documents {tuple(self.documents.shape)} must have the shape of tokens "
-                f"{tuple(self.tokens.shape)}"
-            )
+        for name in ("documents", "scored", "texts"):
+            given = getattr(self, name)
+            if given is not None and given.shape != self.tokens.shape:
+                raise ValueError(
+                    f"{name} {tuple(given.shape)} must have the shape of tokens "
+                    f"{tuple(self.tokens.shape)}"
+                )
 
     def __len__(self) -> int:
         return self.batch_size
@@ -68,38 +77,59 @@ class WindowBatch:
     def device(self) -> torch.device:
         return self.tokens.device
 
+    @property
+    def every_target_counts(self) -> bool:
+        """Known without looking: there is no mask."""
+        return self.documents is None and self.scored is None
+
     def targets(self, k: int) -> Tensor:
         """``[B, T]`` targets of depth k.
 
-        A view of ``tokens`` without a document mask; with one, a copy that is -100 where
-        :meth:`valid` is false.
+        A view of ``tokens`` without a mask; with one, a copy that is -100 where :meth:`valid` is
+        false.
         """
-        self._check(k)
-        shifted = self.tokens[:, k + 1 : self.seq_len + k + 1]
+        shifted = self.shifted(self.tokens, k)
         valid = self.valid(k)
         return shifted if valid is None else shifted.masked_fill(~valid, IGNORE_INDEX)
 
     def valid(self, k: int) -> Tensor | None:
-        """``[B, T]`` bool: position i counts at depth k; ``None`` without a document mask.
+        """``[B, T]`` bool: position i counts at depth k; ``None`` where all do.
 
-        Tokens i .. i+k+1 lie in one document. Ids are contiguous, so comparing the two ends with
-        the total shift is enough; chained one-step comparisons of shifted masks leak at D >= 2.
+        Its target, token i+k+1, is scored, and tokens i .. i+k+1 lie in one document. Ids are
+        contiguous, so comparing the two ends with the total shift is enough; chained one-step
+        comparisons of shifted masks leak at D >= 2.
         """
-        self._check(k)
-        if self.documents is None:
-            return None
-        T = self.seq_len
-        return self.documents[:, :T] == self.documents[:, k + 1 : T + k + 1]
+        valid = None if self.scored is None else self.shifted(self.scored, k)
+        if self.documents is not None:
+            same = self.documents[:, : self.seq_len] == self.shifted(self.documents, k)
+            valid = same if valid is None else same & valid
+        return valid
 
     def counts(self) -> Tensor:
         """``[D+1]`` int64 number of valid targets of every depth, on the batch's device."""
-        if self.documents is None:
+        if self.every_target_counts:
             total = self.batch_size * self.seq_len
             return torch.full((self.depth + 1,), total, dtype=torch.int64, device=self.device)
-        T = self.seq_len
-        first = self.documents[:, :T]
-        return torch.stack(
-            [(first == self.documents[:, k + 1 : T + k + 1]).sum() for k in range(self.depth + 1)]
+        masks = [self.valid(k) for k in range(self.depth + 1)]
+        return torch.stack([mask.sum() for mask in masks if mask is not None])
+
+    def shifted(self, field: Tensor, k: int) -> Tensor:
+        """``[B, T]`` view of a ``[B, T+D+1]`` field at the targets of depth k.
+
+        Raises:
+            ValueError: for a k outside 0 .. D.
+        """
+        if not 0 <= k <= self.depth:
+            raise ValueError(f"depth k = {k} is outside 0..{self.depth} of this batch")
+        return field[:, k + 1 : self.seq_len + k + 1]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> WindowBatch:
+        """The batch with every field passed through ``function``, which may cut both dimensions."""
+        fields = (self.documents, self.scored, self.texts)
+        return WindowBatch(
+            function(self.tokens),
+            self.depth,
+            *(None if field is None else function(field) for field in fields),
         )
 
     def micro_batches(self, n: int) -> list[WindowBatch]:
@@ -113,22 +143,15 @@ class WindowBatch:
                 f"cannot split {self.batch_size} windows into {n} micro-batches: "
                 f"the number must be from 1 to {self.batch_size}"
             )
-        tokens = self.tokens.tensor_split(n)
-        documents = (None,) * n if self.documents is None else self.documents.tensor_split(n)
-        return [WindowBatch(t, self.depth, d) for t, d in zip(tokens, documents, strict=True)]
+        return [self.map(lambda field, i=i: field.tensor_split(n)[i]) for i in range(n)]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> WindowBatch:
         """The batch on another device (Lightning's transfer hook calls this)."""
-        tokens = self.tokens.to(device, non_blocking=non_blocking)
-        documents = self.documents
-        if documents is not None:
-            documents = documents.to(device, non_blocking=non_blocking)
-        return WindowBatch(tokens, self.depth, documents)
+        return self.map(lambda field: field.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> WindowBatch:
         """The batch in page-locked memory (torch's DataLoader calls this)."""
-        documents = None if self.documents is None else self.documents.pin_memory()
-        return WindowBatch(self.tokens.pin_memory(), self.depth, documents)
+        return self.map(torch.Tensor.pin_memory)
 
     def require_depth(self, depth: int) -> None:
         """Refuses a batch that was cut for another D than the model's.
@@ -141,7 +164,3 @@ class WindowBatch:
                 f"the batch was built for depth D = {self.depth} but the model predicts "
                 f"D = {depth} depths: give data and model the same mtp.depth"
             )
-
-    def _check(self, k: int) -> None:
-        if not 0 <= k <= self.depth:
-            raise ValueError(f"depth k = {k} is outside 0..{self.depth} of this batch")

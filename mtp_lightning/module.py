@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.metrics.rates import DepthRates, bits_per_byte
+from mtp_lightning.metrics.rates import DepthRates
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
@@ -41,7 +41,7 @@ class MTPModule(pl.LightningModule):
         seed: of the initial weights, and of random choices in training.
         accumulate: micro-batches an optimizer step of one rank is split into.
         clip_norm: bound on the gradient's global norm; None for no bound.
-        bytes_per_token: of the validation text, to turn nats per token into bits per byte.
+        text_bytes: evaluated bytes of every document of the evaluation text, for bits per byte.
         extra: plain containers stored in every checkpoint (tokenizer, composed config).
     """
 
@@ -56,7 +56,7 @@ class MTPModule(pl.LightningModule):
         seed: int,
         accumulate: int = 1,
         clip_norm: float | None = 1.0,
-        bytes_per_token: float | None = None,
+        text_bytes: Sequence[int] | None = None,
         extra: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -78,9 +78,8 @@ class MTPModule(pl.LightningModule):
             accumulate=accumulate,
             clip_norm=clip_norm,
         )
-        self.bytes_per_token = bytes_per_token
         self.extra = extra or {}
-        self.rates = DepthRates(self.model.depth)
+        self.rates = DepthRates(self.model.depth, text_bytes)
         # Progress that schedules and the summary read; restored from checkpoints.
         self.tokens = 0
         self.flops = 0
@@ -154,10 +153,6 @@ class MTPModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         rates = {f"val/{name}": value for name, value in self.rates.compute().items()}
         self.rates.reset()
-        if self.bytes_per_token is not None:
-            rates["val/bits_per_byte"] = bits_per_byte(
-                rates["val/loss_depth_0"], self.bytes_per_token
-            )
         self.validated_step, self.validation = self.trainer.global_step, rates
         # What this validation's model has cost, the x axes of a fair comparison.
         cost = {

@@ -140,7 +140,7 @@ def test_a_folder_is_exported_and_evaluated(base: Path) -> None:
         app("evaluate", checkpoint, *text, "data.val_fraction=0.5", "output=x.json", cwd=base)
         found.append(json.loads((base / "x.json").read_text()))
     values = [tag for tag in found[0] if tag.startswith("val/")]
-    assert len(values) == 7
+    assert {"val/loss_depth_1", "val/bits_per_byte", "val/context_score"} <= set(values)
     for tag in values:
         assert found[0][tag] == pytest.approx(found[1][tag], rel=1e-6), tag
 

@@ -43,7 +43,7 @@ def test_the_main_job_shortened(tmp_path: Path) -> None:
     for file in ("config.yaml", "metrics.csv", "summary.json", "checkpoints/last.ckpt"):
         assert (folder / file).is_file(), file
 
-    done = run(tmp_path, "evaluate.py", "checkpoint=runs/mine", "limit_batches=1")
+    done = run(tmp_path, "evaluate.py", "checkpoint=runs/mine", "eval_bytes=1000")
     assert done.returncode == 0 and "bits per byte" in done.stdout, done.stderr
     done = run(tmp_path, "generate.py", "checkpoint=runs/mine", "prompt='def '", "max_new_tokens=5")
     assert done.returncode == 0 and done.stdout.startswith("def "), done.stderr

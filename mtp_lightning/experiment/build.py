@@ -137,7 +137,7 @@ def build_module(cfg: DictConfig, data: TokenDataModule, *, asked: DictConfig) -
         seed=cfg.seed,
         accumulate=cfg.trainer.accumulate_grad_batches,
         clip_norm=cfg.trainer.gradient_clip_val,
-        bytes_per_token=data.bytes_per_token("val"),
+        text_bytes=data.evaluated_bytes,
         extra={
             "tokenizer": data.tokenizer.state(),
             "config": OmegaConf.to_container(asked, resolve=True),
@@ -256,7 +256,7 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
         plugins.append(TokenDoublePrecision())
         settings["precision"] = None
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             **settings,
             default_root_dir=cfg.paths.output_dir,
             max_epochs=-1,
@@ -275,6 +275,13 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
         )
     except TypeError as error:
         raise ValueError(f"The trainer group has a key that Lightning refuses: {error}.") from error
+    if trainer.limit_val_batches != 1.0:
+        raise ValueError(
+            f"trainer.limit_val_batches={trainer.limit_val_batches} would evaluate a part of the "
+            "evaluation text: leave it (and what sets it, fast_dev_run and overfit_batches) out, "
+            "and set data.eval_bytes."
+        )
+    return trainer
 
 
 def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
-from itertools import islice
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from data_modules.windows import WindowBatch
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
 from mtp_lightning.decoding.measure import decoding_report
+from mtp_lightning.experiment.command_line import overridden
 from mtp_lightning.experiment.instantiate import rebuild, trusted_packages
 from mtp_lightning.interop.reading import open_run
 from mtp_lightning.metrics.long_range import LongRange
-from mtp_lightning.metrics.rates import DepthRates, bits_per_byte
+from mtp_lightning.metrics.rates import DepthRates
 from mtp_lightning.model import MTPModel
 from mtp_lightning.run.atomic import write_json
+from mtp_lightning.run.config import key_of
 from mtp_lightning.run.loading import LoadedRun
 from mtp_lightning.run.summary import environment, print_summary
 from mtp_lightning.runtime import pick_accelerator, quiet_lightning, set_threads
@@ -37,11 +39,21 @@ _BARE = {
     "seed": 0,
     "paths": {"cache_dir": None},
 }
+# Keys of a data group that say how text is read, not which.
+_HOW = {
+    "seq_len",
+    "batch_size",
+    "eval_batch_size",
+    "eval_bytes",
+    "document_mask",
+    "val_fraction",
+    "split_seed",
+}
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Metrics of a trained model, on its own validation text or on other data: teacher-forced, and
-    of the decoding loop.
+    """Metrics of a trained model, on its own evaluation text or on other data: teacher-forced, and
+    of the decoding loop. On the run's own text, machine and threads, the run's own numbers.
 
     Raises:
         ValueError: a damaged or foreign checkpoint, data without a validation window, or a Hugging
@@ -49,22 +61,28 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         OSError: a missing file.
     """
     quiet_lightning()
-    set_threads(cfg.num_threads)
     allow = trusted_packages(cfg)
     run = open_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), allow=allow)
-    data = validation_data(run, data=cfg.get("data"), cache_dir=cfg.paths.cache_dir, allow=allow)
-    rates = evaluate_model(run.model, data.val_dataloader(), limit=cfg.limit_batches)
-    per_byte = bits_per_byte(rates["loss_depth_0"], data.bytes_per_token("val"))
+    set_threads(cfg.num_threads or run.threads)
+    data = validation_data(
+        run,
+        data=cfg.get("data"),
+        eval_bytes=cfg.eval_bytes,
+        cache_dir=cfg.paths.cache_dir,
+        allow=allow,
+    )
+    with precision_of(run):
+        rates = evaluate_model(run.model, data.val_dataloader(), text_bytes=data.evaluated_bytes)
     metrics = {
         **{f"val/{name}": value for name, value in rates.items()},
-        "val/bits_per_byte": per_byte,
         **evaluate_decoding(run.model, data, cfg.decode),
-        **(evaluate_long_range(run.model, data, cfg) if cfg.long_range else {}),
+        **(evaluate_long_range(run, data, cfg) if cfg.long_range else {}),
         "parameters": run.model.config.num_params(),
         "parameters_trunk": run.model.config.trunk.num_params(),
         "flops_per_token": run.model.config.flops_per_token(data.seq_len),
         "step": run.step,
         "checkpoint": str(run.path),
+        "evaluation": data.evaluation_summary(),
         "data": data.summary(),
         **environment(),
     }
@@ -76,21 +94,22 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 @torch.inference_mode()
 def evaluate_model(
-    model: MTPModel, batches: Iterable[WindowBatch], *, limit: int | None = None
+    model: MTPModel, batches: Iterable[WindowBatch], *, text_bytes: Sequence[int] | None = None
 ) -> dict[str, float]:
-    """Loss, accuracy, agreement and overlap of every depth; see :class:`DepthRates`.
+    """Loss, accuracy, agreement and overlap of every depth, and bits per byte; see
+    :class:`DepthRates`.
 
     Args:
         model: in evaluation mode.
         batches: windows built for the model's depth.
-        limit: at most so many batches; None for all.
+        text_bytes: of every document of an evaluation text that the windows are from.
 
     Raises:
         ValueError: no batch, or one of another depth.
     """
     device = model.head.weight.device
-    rates = DepthRates(model.depth).to(device)
-    for batch in islice(batches, limit):
+    rates = DepthRates(model.depth, text_bytes).to(device)
+    for batch in batches:
         moved = batch.to(device)
         rates.update(model(moved), model.head.weight, moved)
     if not rates.update_called:
@@ -98,16 +117,21 @@ def evaluate_model(
     return rates.compute()
 
 
-def evaluate_long_range(
-    model: MTPModel, data: TokenDataModule, cfg: DictConfig
-) -> dict[str, float]:
+def precision_of(run: LoadedRun) -> AbstractContextManager[Any]:
+    """What ``trainer.precision`` puts around a validation of the run."""
+    mixed = run.config.get("trainer", {}).get("precision") == "bf16-mixed"
+    return torch.autocast(run.model.head.weight.device.type, torch.bfloat16, enabled=mixed)
+
+
+def evaluate_long_range(run: LoadedRun, data: TokenDataModule, cfg: DictConfig) -> dict[str, float]:
     """How far back the model looks, as ``callbacks=long_range`` measures it in training: about two
     passes over the text, and ``decode.n_prompts`` texts of a window's length."""
-    measure = LongRange(model, data.seq_len, data.tokenizer.token_bytes())
-    for batch in islice(data.val_dataloader(), cfg.limit_batches):
-        measure.update(batch.to(model.head.weight.device))
-    found = {f"val/{name}": value for name, value in measure.compute().items()}
-    texts = acceptance_on_long_texts(model, data, n_prompts=cfg.decode.n_prompts)
+    measure = LongRange(run.model, data.seq_len, data.tokenizer.token_bytes())
+    with precision_of(run):
+        for batch in data.val_dataloader():
+            measure.update(batch.to(run.model.head.weight.device))
+        found = {f"val/{name}": value for name, value in measure.compute().items()}
+    texts = acceptance_on_long_texts(run.model, data, n_prompts=cfg.decode.n_prompts)
     return found | {f"decode/{name}": value for name, value in texts.items()}
 
 
@@ -115,14 +139,17 @@ def validation_data(
     run: LoadedRun,
     *,
     data: DictConfig | None = None,
+    eval_bytes: int | str | None = None,
     cache_dir: str | None = None,
     allow: Collection[str] = (),
 ) -> TokenDataModule:
-    """The validation text of a run, or that of another data group in the run's setting.
+    """The evaluation text of a run, or that of another data group in the run's setting.
 
     Args:
         run: its tokenizer reads the text.
-        data: the other group.
+        data: the other group. Of it counts what it reads; how (``data.seq_len``,
+            ``data.val_fraction`` ...) is the run's, but for what the command line names.
+        eval_bytes: of the evaluation text, or ``all``; by default as the run has it.
         cache_dir: where token stores are; by default where the run's are.
         allow: packages whose text sources may be built.
 
@@ -134,8 +161,15 @@ def validation_data(
             f"{run.path} has no validation text of its own: give one, as data=text data.paths=FILE."
         )
     config = OmegaConf.create({**_BARE, "mtp": {"depth": run.model.depth}, **run.config})
+    stored = config.data
     if data is not None:
         config.data = OmegaConf.to_container(data, resolve=False)
+        typed = {key_of(override) for override in overridden("data")}
+        for key in _HOW & stored.keys():
+            if f"data.{key}" not in typed:
+                config.data[key] = stored[key]
+    if eval_bytes is not None:
+        config.data.eval_bytes = eval_bytes
     config.paths.cache_dir = cache_dir or config.paths.cache_dir
     # Also with the user's data, whose keys follow what was stored: seed, mtp.depth.
     module = rebuild(config.data, allow=allow, tokenizer=run.tokenizer)

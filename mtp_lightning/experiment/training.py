@@ -219,6 +219,7 @@ def summarise(trainer: pl.Trainer, module: MTPModule, data: TokenDataModule) -> 
         **({"mtp_reads_tokens": module.model.mtp.reads_tokens} if config.mtp.depth else {}),
         "world_size": trainer.world_size,
         "seed": module.extra["config"]["seed"],
+        "evaluation": data.evaluation_summary(),
         "data": data.summary(),
         **environment(),
     }

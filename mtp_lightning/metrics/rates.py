@@ -9,13 +9,15 @@ Shapes: B batch, T positions, K depths (0 .. D), V vocabulary, P positions of on
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.metrics.bits_per_byte import bits_per_byte, bits_per_byte_se
 from mtp_lightning.objective.through_head import chunk_rows, log_probs_by_chunk
 
 
@@ -32,7 +34,18 @@ class DepthRates(Metric):
       accepted (Leviathan et al. 2023, theorem 3.5)
 
     The last k positions of a window have no main prediction in it to agree with and are left out
-    of the last two; so is every position that the document mask rules out, of all four.
+    of the last two; so is every position that is masked, of all four.
+
+    With ``text_bytes``, of windows over that evaluation text, also depth 0's ``bits_per_byte`` and
+    its standard error over the documents.
+
+    The head is computed in the weight's precision, whatever the autocast around: in bfloat16 one
+    choice in a hundred would be a tie. Sums are exact in any order, over batches and ranks, up to 8
+    million nats.
+
+    Args:
+        depth: D.
+        text_bytes: evaluated UTF-8 bytes of every document of the text.
     """
 
     full_state_update = False
@@ -43,10 +56,14 @@ class DepthRates(Metric):
     pairs: Tensor
     agreement: Tensor
     overlap: Tensor
+    text_loss: Tensor
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, text_bytes: Sequence[int] | None = None) -> None:
         super().__init__()
         self.depth = depth
+        self.text_bytes = text_bytes
+        zeros = torch.zeros(len(text_bytes or ()), dtype=torch.float64)
+        self.add_state("text_loss", default=zeros, dist_reduce_fx="sum")
         for name in ("count", "loss", "accuracy", "pairs", "agreement", "overlap"):
             zeros = torch.zeros(depth + 1, dtype=torch.float64)
             self.add_state(name, default=zeros, dist_reduce_fx="sum")
@@ -62,10 +79,16 @@ class DepthRates(Metric):
         """
         targets = [batch.targets(k) for k in range(self.depth + 1)]
         width = chunk_rows(weight_VC.shape[0], weight_VC.device)
-        for row in range(batch.batch_size):
-            for start in range(0, batch.seq_len, width):
-                end = min(start + width, batch.seq_len)
-                self._update_chunk(hidden, weight_VC, targets, row, start, end)
+        with torch.autocast(weight_VC.device.type, enabled=False):
+            for row in range(batch.batch_size):
+                texts_T = None
+                if self.text_bytes is not None and batch.texts is not None:
+                    texts_T = batch.shifted(batch.texts, 0)[row]
+                for start in range(0, batch.seq_len, width):
+                    place = slice(start, min(start + width, batch.seq_len))
+                    nll_P, valid_P = self._update_chunk(hidden, weight_VC, targets, row, place)
+                    if texts_T is not None:
+                        self.text_loss.index_add_(0, texts_T[place][valid_P], nll_P[valid_P])
 
     def _update_chunk(
         self,
@@ -73,9 +96,11 @@ class DepthRates(Metric):
         weight_VC: Tensor,
         targets: list[Tensor],
         row: int,
-        start: int,
-        end: int,
-    ) -> None:
+        place: slice,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns depth 0's losses [P], and which of them count [P]."""
+        start, end = place.start, place.stop
+        losses: list[tuple[Tensor, Tensor]] = []
         # Depth k is compared with the main prediction k positions on.
         main = _log_probs(hidden[0][row, start : end + self.depth], weight_VC)
         main_choice = main.argmax(-1)
@@ -87,9 +112,11 @@ class DepthRates(Metric):
             target_P = targets[k][row, start:end]
             valid_P = target_P >= 0
             choice_P = log_q.argmax(-1)
-            nll_P = -log_q.gather(-1, target_P.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            log_target_P = log_q.gather(-1, target_P.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            nll_P = _exact(-log_target_P)
+            losses.append((nll_P, valid_P))
             self.count[k] += valid_P.sum()
-            self.loss[k] += nll_P[valid_P].double().sum()
+            self.loss[k] += nll_P[valid_P].sum()
             self.accuracy[k] += (choice_P == target_P)[valid_P].sum()
             if k == 0:
                 continue
@@ -99,11 +126,13 @@ class DepthRates(Metric):
             shared = torch.minimum(log_q[:seen].exp(), main_probs[k : k + seen]).sum(-1)
             self.pairs[k] += paired.sum()
             self.agreement[k] += agrees[paired].sum()
-            self.overlap[k] += shared[paired].double().sum()
+            self.overlap[k] += _exact(shared[paired]).sum()
+        return losses[0]
 
     def compute(self) -> dict[str, float]:
         """``loss_depth_k`` and ``accuracy_depth_k`` for k = 0 .. D, ``agreement_depth_k`` and
-        ``overlap_depth_k`` for k = 1 .. D; NaN where nothing was counted."""
+        ``overlap_depth_k`` for k = 1 .. D; NaN where nothing was counted. With the bytes,
+        ``bits_per_byte`` and, of two documents or more, ``bits_per_byte_se``."""
         rates: dict[str, float] = {}
         for name, total in (("loss", self.count), ("accuracy", self.count)):
             for k in range(self.depth + 1):
@@ -111,12 +140,17 @@ class DepthRates(Metric):
         for name in ("agreement", "overlap"):
             for k in range(1, self.depth + 1):
                 rates[f"{name}_depth_{k}"] = float(getattr(self, name)[k] / self.pairs[k])
+        if self.text_bytes is not None:
+            nats_N, bytes_N = self.text_loss.cpu().numpy(), np.asarray(self.text_bytes)
+            rates["bits_per_byte"] = bits_per_byte(nats_N, bytes_N)
+            if len(bytes_N) > 1:
+                rates["bits_per_byte_se"] = bits_per_byte_se(nats_N, bytes_N)
         return rates
 
 
-def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """Nats per token -> bits per byte of text, which compares across tokenizers."""
-    return loss / math.log(2) / bytes_per_token
+def _exact(values: Tensor) -> Tensor:
+    """In fp64, rounded to multiples of 2^-30, whose sums below 2^23 need no rounding."""
+    return (values.double() * 2.0**30).round_() / 2.0**30
 
 
 def _log_probs(h_PC: Tensor, weight_VC: Tensor) -> Tensor:

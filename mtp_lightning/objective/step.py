@@ -299,7 +299,7 @@ def _where(counts: Sequence[int], factors: Sequence[float]) -> list[float]:
 
 def step_counts(batch: WindowBatch) -> list[int]:
     """Valid targets of every depth in the whole step, all ranks together."""
-    if batch.documents is None:
-        # Known without looking; every rank's batch has the same size.
+    if batch.every_target_counts:
+        # Every rank's batch has the same size.
         return [len(batch) * batch.seq_len * world_size()] * (batch.depth + 1)
     return [int(count) for count in sum_over_ranks(batch.counts()).tolist()]

@@ -28,6 +28,7 @@ class LoadedRun:
         config: the composed config that the run was started with, plain containers.
         step: optimizer steps trained.
         path: the checkpoint's file.
+        threads: of the CPU that it was trained with; None if unknown.
     """
 
     model: MTPModel
@@ -35,6 +36,7 @@ class LoadedRun:
     config: dict[str, Any]
     step: int
     path: Path
+    threads: int | None = None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -122,13 +124,17 @@ def load_run(
     needs = ("model_config", "state_dict", "tokenizer", "config")
     file, checkpoint = read_checkpoint(path, needs=needs)
     model = MTPModel(ModelConfig.from_dict(checkpoint["model_config"], allow=allow))
-    load_weights(model, model_weights(checkpoint), source=str(file))
+    weights = model_weights(checkpoint)
+    if any(tensor.dtype == torch.float64 for tensor in weights.values()):
+        model.double()
+    load_weights(model, weights, source=str(file))
     return LoadedRun(
         model=model.to(device).eval(),
         tokenizer_state=checkpoint["tokenizer"],
         config=checkpoint["config"],
         step=checkpoint["global_step"],
         path=file,
+        threads=checkpoint.get("threads"),
     )
 
 

@@ -93,8 +93,7 @@ def test_summary_and_bytes_per_token(tmp_path):
         ids = sum(len(data.tokenizer.encode(d)) + 1 for d in documents)
         assert facts[split]["documents"] == len(documents) and facts[split]["tokens"] == ids
         expected = sum(len(d.encode()) for d in documents) / ids
-        assert math.isclose(data.bytes_per_token(split), expected) and expected > 1.3
-        assert facts[split]["bytes_per_token"] == data.bytes_per_token(split)
+        assert math.isclose(facts[split]["bytes_per_token"], expected) and expected > 1.3
     train_windows = sum(len(batch) for batch in small(tmp_path, batch_size=1).train_dataloader())
     assert small(tmp_path).summary()["train"]["windows"] == train_windows
 
@@ -126,8 +125,8 @@ def test_too_little_text_names_the_minimum(tmp_path):
 
     with pytest.raises(ValueError, match="training split has .* at least .* = 258.*data.seq_len"):
         data(depth=1).prepare()
-    with pytest.raises(ValueError, match="validation split has 2 tokens .* at least .* = 4"):
-        data(depth=1, seq_len=2, batch_size=1).prepare()
+    # One character to validate on is enough.
+    data(depth=1, seq_len=2, batch_size=1).prepare()
     # Validation alone needs no training step's worth of windows.
     few = data(seq_len=2, batch_size=500, val_fraction=0.5)
     few.prepare("validate")

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_modules import loader as loader_module
-from data_modules.loader import WindowLoader, epoch_order
-from data_modules.token_store import TokenFile
+from data_modules.evaluation_text import EvaluationText, EvaluationWindows
+from data_modules.loader import EvaluationLoader, WindowLoader, epoch_order
+from data_modules.token_store import PIECES, TokenFile
 from data_modules.window_dataset import WindowDataset, window_count
 
 T = 8
@@ -39,12 +40,19 @@ def loader_of(
     windows: int = 25,
     depth: int = 2,
     batch_size: int = 4,
-    train: bool = True,
     **options,
 ) -> WindowLoader:
     dataset = WindowDataset(token_file(folder, (windows + 1) * T + 1), seq_len=T, depth=depth)
     assert len(dataset) == windows
-    return WindowLoader(dataset, batch_size=batch_size, train=train, **options)
+    return WindowLoader(dataset, batch_size=batch_size, **options)
+
+
+def evaluation_of(folder: Path, tokens: int, *, depth: int = 2) -> EvaluationWindows:
+    """Windows of one document, whose stream is [tokens, 0, 1, ..]: its token i is at i + 1."""
+    text = EvaluationText(
+        token_file(folder, tokens), np.array([0]), np.array([tokens]), np.array([tokens]), "text"
+    )
+    return EvaluationWindows(text, seq_len=T, depth=depth, eot_id=tokens)
 
 
 def numbers(batches) -> list[list[int]]:
@@ -163,28 +171,26 @@ def test_ranks_together_see_what_one_rank_of_a_larger_batch_sees(tmp_path, monke
 
 
 @settings(deadline=None, max_examples=100)
-@given(n=st.integers(1, 40), batch_size=st.integers(1, 6), world=st.integers(1, 5))
-def test_validation_covers_every_window_once(tmp_path_factory, n, batch_size, world):
-    folder = tmp_path_factory.mktemp("file")
+@given(n=st.integers(1, 300), batch_size=st.integers(1, 6), world=st.integers(1, 5))
+def test_ranks_share_the_batches_that_one_would_evaluate(tmp_path_factory, n, batch_size, world):
+    dataset = evaluation_of(tmp_path_factory.mktemp("file"), n)
+    one = list(EvaluationLoader(dataset, batch_size=batch_size))
+    scored = [batch.tokens[batch.scored][1:] for batch in one]
+    assert [len(batch) for batch in one[:-1]] == [batch_size] * (len(one) - 1)
+    assert len(scored) == len(one) == -(-n // (T * batch_size))
     with pytest.MonkeyPatch.context() as patch:
         shards = []
         for rank in range(world):
             as_rank(patch, rank, world)
-            loader = loader_of(folder, windows=n, batch_size=batch_size, train=False)
-            if n < world:
-                with pytest.raises(ValueError, match=f"has {n} windows but one step needs {world}"):
-                    len(loader)
-                return
-            shards.append(numbers(loader))
-            assert len(loader) == len(shards[-1]) and numbers(loader) == shards[-1]
-        assert len({len(shard) for shard in shards}) == 1
-        batches = [batch for shard in shards for batch in shard]
-        assert sorted(sum(batches, [])) == list(range(n))
-        assert all(
-            1 <= len(batch) <= max(batch_size, 2 if batch_size == 1 else 0) for batch in batches
-        )
-        if world == 1:
-            assert all(len(batch) == batch_size for batch in batches[:-1])
+            loader = EvaluationLoader(dataset, batch_size=batch_size)
+            shards.append(list(loader))
+            assert len(loader) == len(shards[-1])
+    assert len({len(shard) for shard in shards}) == 1
+    together = [batch for step in zip(*shards, strict=True) for batch in step]
+    for left, right in zip(together, one, strict=False):
+        assert torch.equal(left.tokens, right.tokens) and torch.equal(left.scored, right.scored)
+    for padding in together[len(one) :]:
+        assert len(padding) == 1 and padding.counts().tolist() == [0] * 3
 
 
 RANK = """
@@ -193,7 +199,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from data_modules.loader import WindowLoader
+from data_modules.evaluation_text import EvaluationWindows, choose
+from data_modules.loader import EvaluationLoader, WindowLoader
 from data_modules.token_store import TokenFile
 from data_modules.window_dataset import WindowDataset
 
@@ -201,10 +208,12 @@ bin_file, n_tokens, rank, meeting = sys.argv[1:]
 file = TokenFile(Path(bin_file), "uint32", int(n_tokens), int(n_tokens), 1)
 dataset = WindowDataset(file, seq_len=8, depth=2)
 # Made before the process group is there, as a launcher's main process does.
-train = WindowLoader(dataset, batch_size=2, train=True, seed=2)
-val = WindowLoader(dataset, batch_size=2, train=False)
+train = WindowLoader(dataset, batch_size=2, seed=2)
+windows = EvaluationWindows(choose(file, None), seq_len=8, depth=2, eot_id=0)
+val = EvaluationLoader(windows, batch_size=2)
 dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=2)
-both = [[(b.tokens[:, 0] // 8).tolist() for b in loader] for loader in (train, val)]
+both = [[(b.tokens[:, 0] // 8).tolist() for b in loader] for loader in (train,)]
+both += [[b.targets(0)[b.valid(0)].tolist() for b in val]]
 dist.destroy_process_group()
 print(both)
 """
@@ -214,6 +223,8 @@ def test_two_processes_share_the_windows(tmp_path):
     """Real process group: rank and world size are looked up when iteration starts."""
     one = loader_of(tmp_path, batch_size=4, seed=2)
     root = Path(loader_module.__file__).parents[1]
+    pieces = np.array([(0, 0, one.dataset.file.n_bytes, b"digest")], PIECES)
+    np.save(one.dataset.file.path.with_suffix(".pieces.npy"), pieces)
     arguments = [str(one.dataset.file.path), str(one.dataset.file.n_tokens)]
     processes = [
         subprocess.Popen(
@@ -228,23 +239,24 @@ def test_two_processes_share_the_windows(tmp_path):
     (train_0, val_0), (train_1, val_1) = (json.loads(output) for output in outputs)
     assert [a + b for a, b in zip(train_0, train_1, strict=True)] == numbers(one)
     assert len(val_0) == len(val_1)
-    assert sorted(sum(val_0 + val_1, [])) == list(range(25))
+    assert sorted(sum(val_0 + val_1, [])) == list(range(one.dataset.file.n_tokens))
 
 
 def test_too_little_text_is_said_with_the_minimum(tmp_path):
     short = WindowDataset(token_file(tmp_path, T + 2), seq_len=T, depth=2)
-    for train, name in ((True, "train"), (False, "val")):
-        loader = WindowLoader(short, batch_size=1, train=train)
-        with pytest.raises(ValueError, match=f"the {name} split has 10 tokens .* at least .* = 11"):
-            iter(loader)
+    with pytest.raises(ValueError, match="the training split has 10 tokens .* at least .* = 11"):
+        iter(WindowLoader(short, batch_size=1))
     exact = WindowDataset(token_file(tmp_path, T + 3), seq_len=T, depth=2)
-    assert numbers(WindowLoader(exact, batch_size=1, train=True)) == [[0]]
+    assert numbers(WindowLoader(exact, batch_size=1)) == [[0]]
     with pytest.raises(ValueError, match=r"has 25 windows but one step needs 26 \(26 windows x 1 "):
         len(loader_of(tmp_path, batch_size=26))
     with pytest.raises(ValueError, match="batch size must be at least 1, got 0"):
         loader_of(tmp_path, batch_size=0)
     with pytest.raises(ValueError, match="seed .* got -1"):
         loader_of(tmp_path, seed=-1)
+    with pytest.raises(ValueError, match="the validation split has no document: give more text"):
+        len(EvaluationLoader(evaluation_of(tmp_path, 0), batch_size=1))
+    assert len(EvaluationLoader(evaluation_of(tmp_path, 1), batch_size=1)) == 1
 
 
 def test_an_empty_file_has_no_window(tmp_path):

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from data_modules.windows import IGNORE_INDEX, WindowBatch
 
 
-def batch_of(tokens: list[list[int]], depth: int, documents=None) -> WindowBatch:
-    ids = None if documents is None else torch.tensor(documents)
-    return WindowBatch(torch.tensor(tokens), depth, ids)
+def batch_of(tokens: list[list[int]], depth: int, documents=None, scored=None) -> WindowBatch:
+    fields = (None if field is None else torch.tensor(field) for field in (documents, scored))
+    return WindowBatch(torch.tensor(tokens), depth, *fields)
 
 
 def test_a_tiny_example_by_hand():
@@ -55,11 +55,16 @@ def test_mask_against_brute_force_over_random_packings(data):
             document += 1
         documents.append(row[:length])
     tokens = [[1000 * r + i for i in range(length)] for r in range(rows)]
-    batch = batch_of(tokens, depth, documents)
+    flags = st.lists(st.booleans(), min_size=length, max_size=length)
+    scored = data.draw(st.none() | st.lists(flags, min_size=rows, max_size=rows))
+    batch = batch_of(tokens, depth, documents, scored)
     for k in range(depth + 1):
         expected = [
             [
-                tokens[r][i + k + 1] if len(set(documents[r][i : i + k + 2])) == 1 else IGNORE_INDEX
+                tokens[r][i + k + 1]
+                if len(set(documents[r][i : i + k + 2])) == 1
+                and (scored is None or scored[r][i + k + 1])
+                else IGNORE_INDEX
                 for i in range(seq_len)
             ]
             for r in range(rows)
@@ -71,6 +76,14 @@ def test_mask_against_brute_force_over_random_packings(data):
     assert batch.tokens.tolist() == tokens
 
 
+def test_what_is_not_scored_is_no_target_of_any_depth():
+    batch = batch_of([[10, 11, 12, 13, 14]], 1, scored=[[True, False, True, True, False]])
+    assert not batch.every_target_counts and batch_of([[1, 2]], 0).every_target_counts
+    assert batch.targets(0).tolist() == [[-100, 12, 13]]
+    assert batch.targets(1).tolist() == [[12, 13, -100]]
+    assert batch.counts().tolist() == [2, 2]
+
+
 def test_chained_one_step_masks_would_leak():
     # What the rule guards against: shifting an already shifted mask compares neighbours only.
     batch = batch_of([[1, 2, 3, 4, 5]], 2, [[0, 1, 1, 1, 1]])
@@ -79,7 +92,8 @@ def test_chained_one_step_masks_would_leak():
 
 
 def test_micro_batches_are_views_that_cover_the_batch():
-    batch = batch_of([[i, i + 1, i + 2] for i in range(5)], 1, [[0, 0, 1]] * 5)
+    scored = [[True, True, i > 1] for i in range(5)]
+    batch = batch_of([[i, i + 1, i + 2] for i in range(5)], 1, [[0, 0, 1]] * 5, scored)
     parts = batch.micro_batches(2)
     assert [len(part) for part in parts] == [3, 2]
     assert torch.equal(torch.cat([part.tokens for part in parts]), batch.tokens)
@@ -91,9 +105,10 @@ def test_micro_batches_are_views_that_cover_the_batch():
 
 
 def test_transfer_keeps_everything():
-    batch = batch_of([[1, 2, 3]], 1, [[0, 0, 1]])
+    batch = batch_of([[1, 2, 3]], 1, [[0, 0, 1]], [[True, True, False]])
     moved = batch.to("meta")
     assert moved.device.type == moved.documents.device.type == "meta" and moved.depth == 1
+    assert moved.scored.device.type == "meta" and moved.texts is None
     assert batch.to("cpu").tokens.tolist() == [[1, 2, 3]]
 
 
@@ -108,5 +123,6 @@ def test_mistakes_are_named():
         batch_of([[1, 2]], -1)
     with pytest.raises(ValueError, match="T >= 1"):
         batch_of([[1, 2]], 1)
-    with pytest.raises(ValueError, match="shape of tokens"):
-        batch_of([[1, 2]], 0, [[1]])
+    for fields in (([[1]],), (None, [[True]])):
+        with pytest.raises(ValueError, match="shape of tokens"):
+            batch_of([[1, 2]], 0, *fields)

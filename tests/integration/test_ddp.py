@@ -23,8 +23,8 @@ from tests.integration.helpers import (
 COMMON = {
     "trainer.max_steps": 9,
     "trainer.val_check_interval": 4,
-    # All of the 10 or so validation windows: also batches that do not divide evenly.
-    "trainer.limit_val_batches": 1.0,
+    # Of all validation windows: also batches that do not divide evenly.
+    "data.eval_bytes": "all",
     "data.val_fraction": 0.1,
     "data.eval_batch_size": 3,
     "trainer.precision": "64-true",

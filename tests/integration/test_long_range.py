@@ -14,7 +14,7 @@ SETTINGS = {"callbacks": "long_range", "data.seq_len": 32}
 
 
 def evaluated(run: Path, *more: str) -> dict:
-    given = [f"checkpoint={run}/checkpoints/last.ckpt", "limit_batches=3", "num_threads=1", *more]
+    given = [f"checkpoint={run}/checkpoints/last.ckpt", "num_threads=1", *more]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return evaluate(compose("evaluate", overrides=[*given, "accelerator=cpu"]))
 

@@ -33,8 +33,7 @@ def contexts(seq_len: int) -> list[int]:
 def last_tokens(batch: WindowBatch, context: int) -> WindowBatch:
     """The same last targets, with only the last ``context`` tokens to read."""
     start = batch.seq_len - context
-    documents = None if batch.documents is None else batch.documents[:, start:]
-    return WindowBatch(batch.tokens[:, start:], batch.depth, documents)
+    return batch.map(lambda field: field[:, start:])
 
 
 class TruncatedContext(Metric):

@@ -1,0 +1,182 @@
+"""The evaluation text: the same documents for every tokenizer, window, batch and depth, each of
+their tokens a target once."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_modules import TokenDataModule
+from data_modules.evaluation_text import EvaluationText, EvaluationWindows, choose
+from data_modules.sources import SyntheticSource, TextSource
+from data_modules.store_builder import pieces
+from data_modules.token_store import PIECES, TokenFile
+from data_modules.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer
+
+
+def module(folder: Path, source=None, tokenizer: Tokenizer | None = None, **options):
+    source = source or SyntheticSource(size=60_000, documents=120)
+    options = {"seq_len": 32, "batch_size": 4, "val_fraction": 0.2, "cache_dir": folder} | options
+    return TokenDataModule(source, tokenizer or ByteTokenizer(), **options)
+
+
+def documents_of(data: TokenDataModule) -> list[str]:
+    """The evaluated documents, read back from the windows' targets."""
+    ids = [i for b in data.val_dataloader() for i in b.targets(0)[b.valid(0)].tolist()]
+    at = [i for i, token in enumerate(ids) if token == data.tokenizer.eot_id]
+    starts = [0, *(i + 1 for i in at)]
+    return [
+        data.tokenizer.decode(ids[a:b])
+        for a, b in zip(starts, [*at, len(ids)], strict=True)
+        if a < b
+    ]
+
+
+def test_chosen_by_bytes_whole_and_in_the_order_of_their_digests(tmp_path):
+    data = module(tmp_path, eval_bytes=3000)
+    expected = sorted(
+        data.split.documents("val"),
+        key=lambda text: hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+    )
+    n = next(n for n in range(1, 99) if sum(len(d.encode()) for d in expected[:n]) >= 3000)
+    assert 3 < n < len(expected) and documents_of(data) == expected[:n]
+    assert data.evaluation_summary() == {
+        "fingerprint": data.evaluation.text.fingerprint,
+        "documents": n,
+        "bytes": sum(len(d.encode()) for d in expected[:n]),
+        "tokens": sum(len(d.encode()) + 1 for d in expected[:n]),
+    }
+    assert documents_of(module(tmp_path, eval_bytes="all")) == expected
+    assert documents_of(module(tmp_path, eval_bytes=10**9)) == expected
+    assert len(documents_of(module(tmp_path, eval_bytes=1))) == 1
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_the_same_whatever_reads_it(tmp_path, document_mask):
+    """Three tokenizers, windows, batches and depths: the same bytes of the same documents."""
+    readers = [
+        {"tokenizer": tokenizer, "seq_len": seq_len, "eval_batch_size": batch, "depth": depth}
+        for tokenizer in (ByteTokenizer(), BPETokenizer(300), BPETokenizer(400))
+        for seq_len, batch, depth in ((64, 1, 0), (64, 8, 3), (256, 1, 1), (256, 8, 0))
+    ]
+    found = []
+    for reader in readers:
+        data = module(tmp_path, eval_bytes=5000, document_mask=document_mask, **reader)
+        facts = data.evaluation_summary()
+        assert facts["tokens"] == sum(int(b.counts()[0]) for b in data.val_dataloader())
+        found.append((facts["fingerprint"], facts["documents"], sum(data.evaluation.text.bytes)))
+        if document_mask:  # all but what no token of the same document comes before
+            pieces = data.tokenizer.token_bytes()
+            first = [data.tokenizer.encode(d)[0] for d in documents_whole(data)]
+            lost = sum(len(pieces[i]) for i in first)
+            assert facts["bytes"] == found[-1][2] - lost < found[-1][2]
+        else:
+            assert facts["bytes"] == found[-1][2]
+    assert len(set(found)) == 1 and found[0][2] >= 5000
+
+
+def documents_whole(data: TokenDataModule) -> list[str]:
+    without = module(data.cache_dir, tokenizer=data.tokenizer, eval_bytes=5000)
+    return documents_of(without)
+
+
+def test_another_text_has_another_fingerprint(tmp_path):
+    one = module(tmp_path).evaluation.text.fingerprint
+    assert module(tmp_path, tokenizer=BPETokenizer(300)).evaluation.text.fingerprint == one
+    others = [{"eval_bytes": 1000}, {"split_seed": 1}, {"val_fraction": 0.3}]
+    others += [{"source": SyntheticSource(size=60_000, documents=120, seed=1)}]
+    assert len({one, *(module(tmp_path, **o).evaluation.text.fingerprint for o in others)}) == 5
+
+
+def test_of_a_long_document_only_the_pieces_up_to_the_number(tmp_path):
+    """A user's one file is one document, cut in two; its evaluation must not take hours."""
+    text = "".join(f"line {i} of a long book\n" for i in range(40_000))
+    (tmp_path / "book.txt").write_text(text)
+    source = TextSource(str(tmp_path / "book.txt"))
+    whole = next(module(tmp_path, source, eval_bytes="all").split.documents("val"))
+    assert len(whole) > 150_000
+    cuts = [piece for piece, _ in pieces(whole)]
+    for n_bytes, taken in (
+        (1, 1),
+        (len(cuts[0]) + 1, 2),
+        (len(whole), len(cuts)),
+        ("all", len(cuts)),
+    ):
+        for tokenizer in (ByteTokenizer(), BPETokenizer(300)):
+            data = module(tmp_path, source, tokenizer, eval_bytes=n_bytes)
+            assert documents_of(data) == ["".join(cuts[:taken])]
+            assert data.evaluated_bytes == [sum(map(len, cuts[:taken]))]
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_every_token_is_a_target_once_against_brute_force(tmp_path_factory, data):
+    depth = data.draw(st.integers(0, 4))
+    seq_len = data.draw(st.integers(max(depth, 1), 12))
+    lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=8))
+    masked = data.draw(st.booleans())
+    ends = np.cumsum(lengths)
+    file = stored(tmp_path_factory.mktemp("file"), int(ends[-1]))
+    order = np.array(data.draw(st.permutations(range(len(lengths)))))
+    text = EvaluationText(file, (ends - lengths)[order], ends[order], ends, "")
+    windows = EvaluationWindows(
+        text, seq_len=seq_len, depth=depth, eot_id=9999, document_mask=masked
+    )
+    stream = [9999, *(i for a, b in zip(text.starts, text.ends, strict=True) for i in range(a, b))]
+    owner = [-1, *(n for n, i in enumerate(order) for _ in range(lengths[i]))]
+    batch = windows[np.arange(len(windows) + 1)]  # one behind the last: padding
+    assert windows.n_targets == int(batch.counts()[0])
+    for k in range(depth + 1):
+        expected = [
+            (stream[i], owner[i])
+            for i in range(k + 1, len(stream))
+            if not masked or owner[i] == owner[i - k - 1]
+        ]
+        valid, texts = batch.valid(k), batch.shifted(batch.texts, k)
+        found = zip(batch.targets(k)[valid].tolist(), texts[valid].tolist(), strict=True)
+        assert list(found) == expected
+    inputs = [row[:seq_len] for row in batch.tokens.tolist()]
+    assert sum(inputs, [])[: len(stream) - 1] == stream[:-1]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_choose_against_brute_force(tmp_path_factory, data):
+    """Documents of one to three pieces with made-up digests."""
+    rows, documents, start = [], [], 0
+    for number in range(data.draw(st.integers(1, 6))):
+        document = []
+        for _ in range(data.draw(st.integers(1, 3))):
+            n_bytes, name = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 99))
+            rows.append((number, start, n_bytes, f"{name:032x}".encode()))
+            document.append(rows[-1])
+            start += n_bytes
+        start += 1  # the end-of-text token
+        documents.append((document, start))
+    file = stored(tmp_path_factory.mktemp("file"), start, rows)
+    budget = data.draw(st.none() | st.integers(1, 60))
+    found, left = [], budget if budget is not None else 10**9
+    for document, end in sorted(documents, key=lambda d: d[0][0][3]):
+        taken = []
+        for piece in document:
+            if left > 0:
+                taken.append(piece)
+                left -= piece[2]
+        if taken:
+            last = end if len(taken) == len(document) else document[len(taken)][1]
+            found.append((taken[0][1], last, sum(piece[2] for piece in taken)))
+    text = choose(file, budget)
+    assert list(zip(text.starts, text.ends, text.bytes, strict=True)) == found
+
+
+def stored(folder: Path, n_tokens: int, rows: list[tuple] | None = None) -> TokenFile:
+    """A token file whose token at position i is i."""
+    path = folder / "val.bin"
+    np.arange(n_tokens, dtype=np.uint32).tofile(path)
+    np.save(path.with_suffix(".pieces.npy"), np.array(rows or [], PIECES))
+    return TokenFile(path, "uint32", n_tokens, n_tokens, 1)
