@@ -143,7 +143,11 @@ class WindowBatch:
                 f"cannot split {self.batch_size} windows into {n} micro-batches: "
                 f"the number must be from 1 to {self.batch_size}"
             )
-        return [self.map(lambda field, i=i: field.tensor_split(n)[i]) for i in range(n)]
+
+        def part(i: int) -> WindowBatch:
+            return self.map(lambda field: field.tensor_split(n)[i])
+
+        return [part(i) for i in range(n)]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> WindowBatch:
         """The batch on another device (Lightning's transfer hook calls this)."""

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
+from mtp_lightning.experiment.evaluating import evaluate
 from tests.integration.helpers import (
+    CONF,
     checkpoint,
     column,
     command,
@@ -82,6 +85,13 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None
     assert left_summary["world_size"] == 2
     for key in (k for k in right_summary if k.startswith("val/")):
         assert left_summary[key] == pytest.approx(right_summary[key], rel=1e-6), key
+    # One process evaluates what two did, to the last bit.
+    last = f"checkpoint={tmp_path / 'two' / 'checkpoints' / 'last.ckpt'}"
+    given = [last, f"paths.cache_dir={cache}", "paths.output_dir=.", "long_range=false"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        again = evaluate(compose("evaluate", overrides=[*given, "decode.n_prompts=0"]))
+    for key in (k for k in right_summary if k.startswith("val/") or k == "evaluation"):
+        assert again[key] == left_summary[key], key
     # One process writes: one table, and no files of a second run.
     assert done.stdout.count("Validation") == 1
     if case == "skip":

@@ -196,6 +196,24 @@ def test_evaluate_repeats_the_last_validation(request: pytest.FixtureRequest, ki
         assert metrics[key] == run.summary[key]
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_evaluate_repeats_it_in_the_runs_precision(
+    tmp_path: Path, cache: Path, precision: str
+) -> None:
+    more = {"trainer.precision": precision, "trainer.max_steps": 3, "data.document_mask": "true"}
+    more["data.val_fraction"] = 0.3
+    summary = train_here(tmp_path / "run", cache, more)
+    run = Run(tmp_path / "run", cache, summary)
+    last = f"checkpoint={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"
+    metrics = evaluate_here(run, last, "long_range=false", "decode.n_prompts=0")
+    for tag in (tag for tag in summary if tag.startswith("val/")):
+        assert metrics[tag] == summary[tag], tag
+    everything = evaluate_here(run, last, "long_range=false", "eval_bytes=all")["evaluation"]
+    assert everything["bytes"] > summary["evaluation"]["bytes"]
+    assert everything["fingerprint"] != summary["evaluation"]["fingerprint"]
+
+
 def test_evaluate_a_folder_reads_its_best(run: Run) -> None:
     """Also where the best validation is the one after the last step."""
     best = checkpoint(run.folder, "best.ckpt")["global_step"]
@@ -209,12 +227,16 @@ def test_evaluate_other_text_from_the_command_line(run: Run, tmp_path: Path) -> 
     """Another text through the run's own tokenizer, from another folder, into a JSON file."""
     (tmp_path / "other.txt").write_text("12345 67890\n" * 60)
     args = [f"checkpoint={run.folder / 'checkpoints' / 'last.ckpt'}", "data=text"]
-    args += ["data.paths=other.txt", "data.val_fraction=0.99", "output=out.json"]
-    args += ["data.seq_len=16", f"paths.cache_dir={run.cache}"]
+    args += ["data.paths=other.txt", "data.val_fraction=0.9", "output=out.json"]
+    args += [f"paths.cache_dir={run.cache}"]
     done = execute([sys.executable, str(ROOT / "evaluate.py"), *args], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "out.json").read_text())
     assert metrics["val/loss_depth_0"] > run.summary["val/loss_depth_0"]
+    # What is not typed is as the run had it, not as this group's file has it.
+    assert metrics["data"]["val_fraction"] == 0.9
+    assert metrics["flops_per_token"] == run.summary["flops_per_token"]  # of windows of 16
+    assert metrics["evaluation"]["bytes"] == 12 * 54  # data.eval_bytes=all
     assert "bits per byte" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", "out.json"]
 
