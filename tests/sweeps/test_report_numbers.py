@@ -10,12 +10,13 @@ import pytest
 
 pytest.importorskip("scipy")
 
+from sweeps.report.collect import collect
 from sweeps.report.comparisons import compare, pareto, references
 from sweeps.report.findings import answer
 from sweeps.report.metrics import LOSS, number, p_value
 from sweeps.report.page import runs_csv
 from sweeps.report.read import read_sweep
-from sweeps.report.settings import Settings, collect
+from sweeps.report.settings import Settings
 from sweeps.report.statistics import Interval, holm, interval, paired
 from tests.sweeps.fixture_runs import depth_sweep, write_run
 
