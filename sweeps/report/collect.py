@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mtp_lightning.run.config import has_bearing
 from mtp_lightning.run.layout import SUMMARY_FILE
 from sweeps.report.read import Run, Sweep
 from sweeps.report.settings import Setting, Settings, order, show
+from sweeps.report.texts import text_of
 
 # Keys that name a setting best, where the command lines do not say which are meant.
 _TELLING = (
@@ -28,6 +29,7 @@ _TELLING = (
 
 FOLDER = "folder"  # the key by which settings of two sweeps are told apart
 DATA = "data.fingerprint"  # of the data that a finished run was really trained on
+TEXT = "evaluation.fingerprint"  # of the documents that it was evaluated on
 
 
 def collect(sweeps: Sequence[Sweep]) -> Settings:
@@ -44,7 +46,8 @@ def collect(sweeps: Sequence[Sweep]) -> Settings:
         config = _comparable(run, follows)
         key = json.dumps(_computed(config), sort_keys=True, default=str)
         groups.setdefault(key, Setting(values={}, config=config)).runs.append(run)
-    settings = [part for setting in groups.values() for part in _by_data(setting)]
+    settings = _apart(list(groups.values()), DATA, _data, _data_name)
+    settings = _apart(settings, TEXT, _text, _text_name)
     left_out = [run for setting in settings for run in _drop_repeats(setting)]
     asked = [key for sweep in sweeps for key in sweep.varied]
     varied = _name(settings, asked)
@@ -84,25 +87,48 @@ def _computed(config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k == "mtp.depth" or not k.startswith("mtp.")}
 
 
-def _by_data(setting: Setting) -> list[Setting]:
-    """The setting, or, where its runs read different data, one for each of these.
+def _apart(
+    settings: list[Setting], key: str, same: Callable[[Run], Any], name: Callable[[Run], str]
+) -> list[Setting]:
+    """The settings, or, where the finished runs of one differ in what ``same`` gives, one for each
+    of these, named by the key.
 
-    Equal configs can do that: a text file may have changed between two runs. A run that has not
-    ended does not say which it reads, and its curve is not averaged with the others' then.
+    Equal configs can do that: a text file may have changed between two runs, or what is evaluated
+    of it. A run that has not ended does not say which it reads, and its curve is not averaged with
+    the others' then.
     """
-    if len({str(_data(run)) for run in setting.done}) < 2:
-        return [setting]
-    parts: dict[str, Setting] = {}
-    for run in setting.runs:
-        known = "unknown" if _data(run) is None else str(_data(run))[:8]
-        part = Setting(values={}, config={**setting.config, DATA: known})
-        parts.setdefault(known, part).runs.append(run)
-    return list(parts.values())
+    if all(len({same(run) for run in setting.done}) < 2 for setting in settings):
+        return settings
+    parts: list[Setting] = []
+    for setting in settings:
+        kinds = {same(run): name(run) for run in setting.done}
+        only = next(iter(kinds.values()), "unknown") if len(kinds) < 2 else None
+        found: dict[Any, Setting] = {}
+        for run in setting.runs:
+            done = run.state == "done"
+            kind = only or (name(run) if done else "unknown")
+            part = Setting(values={}, config={**setting.config, key: kind})
+            found.setdefault(only or (done, same(run)), part).runs.append(run)
+        parts += found.values()
+    return parts
 
 
-def _data(run: Run) -> Any:
-    data = run.summary.get("data")
-    return data.get("fingerprint") if isinstance(data, dict) else None
+def _data(run: Run) -> str:
+    return str(run.fact("data", "fingerprint"))
+
+
+def _data_name(run: Run) -> str:
+    return "unknown" if run.fact("data", "fingerprint") is None else _data(run)[:8]
+
+
+def _text(run: Run) -> Any:
+    text = text_of(run)
+    return None if text is None else text.same
+
+
+def _text_name(run: Run) -> str:
+    text = text_of(run)
+    return "not mentioned" if text is None else text.short
 
 
 def _drop_repeats(setting: Setting) -> list[Run]:
@@ -139,7 +165,9 @@ def _name(settings: list[Setting], asked: list[str]) -> list[str]:
         if not (ignored(key) or key in chosen) and len({show(v) for v in values}) > 1:
             chosen.append(key)
     keys = {key for setting in settings for key in setting.config}
-    rest = [k for k in _TELLING if k in keys] + sorted(keys - set(_TELLING))
+    last = {DATA, TEXT}  # which follow from other keys, if any
+    rest = [k for k in _TELLING if k in keys] + sorted(keys - {*_TELLING, *last})
+    rest += sorted(keys & last)
     for key in rest:
         parts = _parts(settings, chosen)
         if len(parts) == len(settings):

@@ -10,6 +10,7 @@ from typing import Any
 from sweeps.report.metrics import BITS, BY_TAG, LOSS, Metric
 from sweeps.report.read import Run
 from sweeps.report.statistics import Interval, interval
+from sweeps.report.texts import Text, text_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Estimate:
 
 @dataclass(kw_only=True)
 class Setting:
-    """Runs whose configs are equal but for the seed, trained on the same data.
+    """Runs whose configs are equal but for the seed, trained on the same data and evaluated on
+    the same text.
 
     Attributes:
         values: of the varied keys.
@@ -51,6 +53,12 @@ class Setting:
     @property
     def done(self) -> list[Run]:
         return [run for run in self.runs if run.state == "done"]
+
+    @property
+    def text(self) -> Text | None:
+        """What its finished runs were evaluated on; None where there are none, or they do not
+        mention it."""
+        return text_of(self.done[0]) if self.done else None
 
     @property
     def depth(self) -> int | None:
@@ -97,10 +105,9 @@ class Settings:
         """What settings are compared by: the main depth's loss per token, or bits per byte where
         the tokenizers differ."""
         tokenizers = {
-            json.dumps(run.summary["data"]["tokenizer"].get("fingerprint"))
+            json.dumps(run.fact("data", "tokenizer", "fingerprint"))
             for run in self.done
-            if isinstance(run.summary.get("data"), dict)
-            and isinstance(run.summary["data"].get("tokenizer"), dict)
+            if isinstance(run.fact("data", "tokenizer"), dict)
         }
         return BY_TAG[BITS if len(tokenizers) > 1 else LOSS]
 
