@@ -11,6 +11,7 @@ from sweeps.report.statistics import Paired, holm, paired
 from sweeps.report.texts import rests_on_text
 
 LEVEL = 0.05
+FACT = "a fact about this data: the same at every seed, no test"
 OTHER_TEXT = "not compared: another evaluation text"
 
 
@@ -135,7 +136,7 @@ def _verdict(
     if result is None:
         return "no seed in common"
     if result.constant:
-        return "identical" if result.difference.mean == 0 else "the same at every seed: no test"
+        return "identical" if result.difference.mean == 0 else FACT
     if adjusted is None:
         return "one seed: no test"
     return "beyond noise" if adjusted < LEVEL else "within noise"

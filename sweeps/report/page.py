@@ -200,7 +200,7 @@ def _comparison(found: Comparison) -> dict[str, Any]:
         "n": result.difference.n if result else 0,
         "mean": number(result.difference.mean, 4) if result else "–",
         "half": number(result.difference.half, 4)
-        if result and result.difference.half is not None
+        if result and result.difference.half is not None and not result.constant
         else "",
         "sort": repr(result.difference.mean) if result else "",
         "p": p_value(result.p) if result else "",

@@ -16,7 +16,7 @@ from sweeps.report import figures
 from sweeps.report.__main__ import report
 from sweeps.report.collect import TEXT, collect
 from sweeps.report.comparable import REMEDY, by_text, refusal
-from sweeps.report.comparisons import OTHER_TEXT, Comparison, compare
+from sweeps.report.comparisons import FACT, OTHER_TEXT, Comparison, compare
 from sweeps.report.findings import answer, caveats
 from sweeps.report.metrics import FLOPS, LOSS, SPEEDUP
 from sweeps.report.read import read_sweep
@@ -84,7 +84,7 @@ def test_two_texts_are_not_compared(tmp_path: Path) -> None:
         assert "text b2b2b2b2 (1,000,001 bytes): mtp.depth=1" in where
         assert REMEDY in where and "data.eval_bytes" in where
     # What does not rest on the text may still be compared.
-    assert [c.verdict for c in compare(settings, FLOPS)] == ["the same at every seed: no test"] * 2
+    assert [c.verdict for c in compare(settings, FLOPS)] == [FACT] * 2
 
 
 def test_nothing_is_called_best_where_every_text_is_another(tmp_path: Path) -> None:
