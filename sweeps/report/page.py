@@ -53,7 +53,8 @@ def render(
     from markupsafe import Markup
 
     runs = [run for sweep in sweeps for run in sweep.runs]
-    beside = [text for text in [refusal(settings.all), *contexts(settings.all)] if text]
+    # What is said in the notes, too; whoever reads a table may not have read those.
+    beside = [*filter(None, [refusal(settings.all)]), *contexts(settings.all)]
     environment = Environment(
         loader=PackageLoader("sweeps.report", "."),
         autoescape=True,
@@ -78,10 +79,8 @@ def render(
         running=any(run.state in ("running", "pending") for run in runs),
         answer=answer(settings, comparisons, runs),
         caveats=caveats(settings, sweeps),
-        reading=" ".join(
-            text for text in [meaning(settings), text_errors(settings.all), *beside] if text
-        ),
-        compared=" ".join(beside),
+        remarks=[*filter(None, [meaning(settings), text_errors(settings.all)]), *beside],
+        beside=beside,
         varied=settings.varied,
         metrics=_metrics(settings),
         rows=_rows(settings),

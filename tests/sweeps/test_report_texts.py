@@ -143,11 +143,14 @@ def test_a_run_that_has_not_ended_goes_with_the_only_text(tmp_path: Path) -> Non
     two = sweep(tmp_path / "two", {1: (A, B)}, seeds=2)
     assert [len(s.done) for s in two.all] == [1, 1]
     write_run(tmp_path / "two" / "late", {"mtp.depth": 1, "seed": 7}, done=False)
+    write_run(tmp_path / "two" / "other", {"mtp.depth": 2}, summary=evaluated(A))
+    write_run(tmp_path / "two" / "later", {"mtp.depth": 2, "seed": 7}, done=False)
     three = collect([read_sweep(tmp_path / "two")])
-    assert [(s.label, len(s.done)) for s in three.all] == [
-        (f"{TEXT}=a1a1a1a1", 1),
-        (f"{TEXT}=b2b2b2b2", 1),
-        (f"{TEXT}=unknown", 0),
+    assert [(s.label, len(s.runs), len(s.done)) for s in three.all] == [
+        (f"mtp.depth=1, {TEXT}=a1a1a1a1", 1, 1),
+        (f"mtp.depth=1, {TEXT}=b2b2b2b2", 1, 1),
+        (f"mtp.depth=1, {TEXT}=unknown", 1, 0),
+        (f"mtp.depth=2, {TEXT}=a1a1a1a1", 2, 1),
     ]
 
 
