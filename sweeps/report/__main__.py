@@ -10,10 +10,10 @@ from pathlib import Path
 
 from mtp_lightning.cli import readable_errors
 from mtp_lightning.run.atomic import write_bytes
+from sweeps.report.collect import collect
 from sweeps.report.comparisons import compare
 from sweeps.report.findings import answer
 from sweeps.report.read import Sweep, read_sweep
-from sweeps.report.settings import collect
 
 
 def report(

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sweeps.report.comparable import same_text
 from sweeps.report.settings import Setting, Settings, show
 from sweeps.report.statistics import Paired, holm, paired
+from sweeps.report.texts import rests_on_text
 
 LEVEL = 0.05
+FACT = "a fact about this data: the same at every seed, no test"
+OTHER_TEXT = "not compared: another evaluation text"
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class Comparison:
     Attributes:
         setting: the one.
         reference: the other.
-        result: of the paired test; None where no seed has both.
+        result: of the paired test; None where no seed has both, a mean is missing, or the two were
+            evaluated on different texts.
         adjusted: Holm's p-value among all tests of the report; None where there is no test.
         verdict: in words.
     """
@@ -35,6 +40,11 @@ class Comparison:
         own = self.setting.values
         other = {k: v for k, v in self.reference.values.items() if show(v) != show(own.get(k))}
         return ", ".join(f"{key}={show(value)}" for key, value in other.items())
+
+    @property
+    def refused(self) -> bool:
+        """Whether the two are numbers of different evaluation texts."""
+        return self.verdict == OTHER_TEXT
 
     @property
     def differs(self) -> bool:
@@ -58,7 +68,7 @@ def compare(settings: Settings, tag: str, *, reference: str | None = None) -> li
     pairs = [(s, r) for s, r in zip(settings.all, chosen, strict=True) if s is not r]
     results = [
         paired(s.estimate(tag).values, r.estimate(tag).values)
-        if s.estimate(tag).interval and r.estimate(tag).interval
+        if s.estimate(tag).interval and r.estimate(tag).interval and _may(s, r, tag)
         else None
         for s, r in pairs
     ]
@@ -108,6 +118,10 @@ def _find(settings: Settings, named: str) -> Setting:
     return found[0]
 
 
+def _may(setting: Setting, reference: Setting, tag: str) -> bool:
+    return not rests_on_text(tag) or same_text(setting, reference)
+
+
 def _verdict(
     setting: Setting,
     reference: Setting,
@@ -117,10 +131,12 @@ def _verdict(
 ) -> str:
     if not (setting.estimate(tag).interval and reference.estimate(tag).interval):
         return "no test: a mean is missing"
+    if not _may(setting, reference, tag):
+        return OTHER_TEXT
     if result is None:
         return "no seed in common"
     if result.constant:
-        return "identical" if result.difference.mean == 0 else "the same at every seed: no test"
+        return "identical" if result.difference.mean == 0 else FACT
     if adjusted is None:
         return "one seed: no test"
     return "beyond noise" if adjusted < LEVEL else "within noise"

@@ -7,8 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sweeps.report.collect import FOLDER
 from sweeps.report.metrics import TABLE
-from sweeps.report.settings import FOLDER, Settings
+from sweeps.report.settings import Settings
 from sweeps.report.style import Drawing
 
 _SUFFIX = ".report"

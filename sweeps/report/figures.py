@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 
+from sweeps.report.comparable import by_text
 from sweeps.report.comparisons import Comparison
 from sweeps.report.figures_depth import against_depth, against_lambda, by_depth
 from sweeps.report.figures_long_range import long_range
@@ -42,7 +44,24 @@ def draw(settings: Settings, comparisons: Sequence[Comparison]) -> list[Drawing]
         front(settings, FLOPS),
         front(settings, DECODE_SPEED),
     ]
+    if len(by_text(settings.all)) > 1:
+        drawings = [_of_several_texts(drawing) for drawing in drawings]
     return drawings
+
+
+# What joins settings by a line, or ranks them: nothing is left of it where these may not be
+# compared. The other figures show every setting for itself.
+_COMPARING = ("tokens_per_step", "speedup", "lambda_", "heat_map", "pareto_")
+
+
+def _of_several_texts(drawing: Drawing) -> Drawing:
+    if drawing.figure is None:
+        return drawing
+    if drawing.name.startswith(_COMPARING):
+        why = "it would compare settings that were evaluated on different texts"
+        return replace(drawing, figure=None, why=why)
+    warning = " The settings were evaluated on different texts: compare none across these."
+    return replace(drawing, caption=drawing.caption + warning)
 
 
 def curve(settings: Settings, axis: str) -> Drawing:
@@ -102,6 +121,8 @@ def differences(comparisons: Sequence[Comparison], metric: Metric) -> Drawing:
         "95 % interval of that one difference (not corrected for the number of tests). Left of "
         "the line is better; filled is beyond noise after Holm's correction.",
     )
+    if not shown and any(c.refused for c in comparisons):
+        return drawing.lacking("no setting was evaluated on the same text as its reference")
     if not shown:
         return drawing.lacking("no two finished settings share a seed")
     labels = [brief(c.setting.label, 36) for c in reversed(shown)]

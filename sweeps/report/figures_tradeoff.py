@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from sweeps.report.comparisons import pareto
-from sweeps.report.metrics import FLOPS, Metric
+from sweeps.report.metrics import BITS, FLOPS, Metric
 from sweeps.report.settings import Setting, Settings, order, show
 from sweeps.report.style import QUIET, SEEDS, Drawing, canvas, key_to, looks, si_axis
+from sweeps.report.text_error import text_errors
 
 
 def heat_maps(settings: Settings) -> list[Drawing]:
@@ -41,7 +42,8 @@ def _heat_map(
         "heat_map",
         f"{down} by {across}" + (f" at {name}" if name else ""),
         f"Main-depth validation loss in {metric.unit}, mean over seeds and half of its 95 % "
-        "interval; darker is lower, and better. A dash is a gap: no run, or one without a number.",
+        "interval; darker is lower, and better. A dash is a gap: no run, or one without a number."
+        + _beside(members, metric),
     )
     rows = list(dict.fromkeys(show(s.values[down]) for s in members))
     columns = list(
@@ -90,7 +92,8 @@ def front(settings: Settings, tag: str) -> Drawing:
         "Filled points, joined by the line, are those that no other setting beats in both "
         "(by their means: whether two points differ at all, the table of differences says). "
         + ("" if cheap else "Speed is of greedy decoding with drafts on the machine of the run. ")
-        + SEEDS,
+        + SEEDS
+        + _beside(settings.all, metric),
     )
     found = [(s, s.estimate(tag).interval, s.estimate(metric.tag).interval) for s in settings.all]
     points = [(s, cost, loss) for s, cost, loss in found if cost and loss]
@@ -120,6 +123,12 @@ def front(settings: Settings, tag: str) -> Drawing:
     axes.set(xlabel=x_label, ylabel=metric.unit)
     si_axis(axes)
     return drawing.drawn(figure)
+
+
+def _beside(settings: list[Setting], metric: Metric) -> str:
+    """The error that the intervals over seeds leave out."""
+    error = text_errors(settings) if metric.tag == BITS else ""
+    return f" {error}".rstrip()
 
 
 def _spread(settings: list[Setting], key: str) -> int:

@@ -7,50 +7,72 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from sweeps.report.comparable import by_text, refusal
 from sweeps.report.comparisons import Comparison, sparse
-from sweeps.report.metrics import BY_TAG, PER_STEP, SPEEDUP, TABLE, Metric, number, p_value
+from sweeps.report.context import contexts
+from sweeps.report.metrics import BITS, BY_TAG, PER_STEP, SPEEDUP, TABLE, Metric, number, p_value
 from sweeps.report.metrics import with_interval as shown
 from sweeps.report.read import STATES, Run, Sweep
 from sweeps.report.settings import Setting, Settings
+from sweeps.report.text_error import error_of_text
+from sweeps.report.texts import text_of
 
 
 def answer(settings: Settings, comparisons: Sequence[Comparison], runs: Sequence[Run]) -> list[str]:
     """What came out, in a few sentences computed from the data."""
     sentences = [_count(settings, runs)]
     headline = settings.headline
-    ranked = _ranked(settings, headline.tag)
-    if not ranked:
+    groups = by_text(settings.all)
+    if not any(_ranked(group, headline.tag) for group in groups):
         return [*sentences, "No setting has a finished run with a validation loss yet."]
-    best = ranked[0]
-    found = best.estimate(headline.tag).interval
-    assert found is not None
-    if len(ranked) > 1:
-        sentences.append(
-            f"The lowest validation loss of the main depth has {best.label}: "
-            f"{shown(found, headline)} {headline.unit}{_seeds(found.n)}."
-        )
-    else:
-        sentences.append(
-            f"Validation loss of the main depth: {shown(found, headline)} "
-            f"{headline.unit}{_seeds(found.n)}."
-        )
-    sentences += _differences(comparisons, headline)
-    fastest = _ranked(settings, SPEEDUP, largest=True)
-    if fastest:
-        top = fastest[0]
-        speed = top.estimate(SPEEDUP).interval
-        steps = top.estimate(PER_STEP).interval
-        assert speed is not None
-        text = f"Decoding with drafts is fastest, against plain decoding, with {top.label}: "
-        text += f"{shown(speed, BY_TAG[SPEEDUP])} times as fast"
-        if steps:
-            text += f", at {shown(steps, BY_TAG[PER_STEP])} tokens per verify pass"
-        if speed.mean <= 1:
-            text += ". So no setting gains by its drafts"
-        elif speed.half is not None and speed.mean - speed.half <= 1:
-            text += ". The interval reaches below 1: a gain is not shown"
-        sentences.append(text + ".")
+    sentences += [text for text in [refusal(settings.all)] if text]
+    # Within each text; one setting alone on its text is the best of nothing.
+    shown_groups = groups if len(groups) == 1 else [group for group in groups if len(group) > 1]
+    wheres = [_where(group) if len(groups) > 1 else "" for group in shown_groups]
+    for group, where in zip(shown_groups, wheres, strict=True):
+        sentences += _best(group, headline, where)
+    sentences += _differences([c for c in comparisons if not c.refused], headline)
+    for group, where in zip(shown_groups, wheres, strict=True):
+        sentences += _fastest(group, where)
     return sentences
+
+
+def _where(group: Sequence[Setting]) -> str:
+    text = group[0].text
+    return f"Of those on text {text.short}: " if text else "Of those that mention no text: "
+
+
+def _best(group: Sequence[Setting], metric: Metric, where: str) -> list[str]:
+    ranked = _ranked(group, metric.tag)
+    if not ranked:
+        return []
+    found = ranked[0].estimate(metric.tag).interval
+    assert found is not None
+    many = len(ranked) > 1
+    which = f"The lowest validation loss of the main depth has {ranked[0].label}" * many
+    text = which or "Validation loss of the main depth"
+    error = error_of_text(ranked[0]) if metric.tag == BITS else None
+    beside = f"; the text's own standard error is {metric.show(error)}" if error else ""
+    return [f"{where}{text}: {shown(found, metric)} {metric.unit}{_seeds(found.n)}{beside}."]
+
+
+def _fastest(group: Sequence[Setting], where: str) -> list[str]:
+    fastest = _ranked(group, SPEEDUP, largest=True)
+    if not fastest:
+        return []
+    top = fastest[0]
+    speed = top.estimate(SPEEDUP).interval
+    steps = top.estimate(PER_STEP).interval
+    assert speed is not None
+    text = f"{where}Decoding with drafts is fastest, against plain decoding, with {top.label}: "
+    text += f"{shown(speed, BY_TAG[SPEEDUP])} times as fast"
+    if steps:
+        text += f", at {shown(steps, BY_TAG[PER_STEP])} tokens per verify pass"
+    if speed.mean <= 1:
+        text += ". So no setting gains by its drafts"
+    elif speed.half is not None and speed.mean - speed.half <= 1:
+        text += ". The interval reaches below 1: a gain is not shown"
+    return [text + "."]
 
 
 def _count(settings: Settings, runs: Sequence[Run]) -> str:
@@ -112,13 +134,20 @@ def caveats(settings: Settings, sweeps: Sequence[Sweep]) -> list[str]:
     """What may make numbers incomparable, or is missing."""
     runs = [run for sweep in sweeps for run in sweep.runs]
     done = [run for run in runs if run.state == "done"]
-    notes = [note for sweep in sweeps for note in sweep.notes]
+    notes = [text for text in [refusal(settings.all)] if text] + contexts(settings.all)
+    mentioned = [run for run in done if text_of(run)]
+    if len(done) > 1 and not mentioned:
+        notes.append(
+            "No run mentions the text that it was evaluated on (older ones do not): the losses "
+            "and rates of acceptance are compared as if it were one, which is unknown."
+        )
+    notes += [note for sweep in sweeps for note in sweep.notes]
     notes += [f"{run.name}: {note}." for run in runs for note in run.notes]
     for run in settings.left_out:
         notes.append(f"{run.name} repeats a seed of its setting and is left out of all means.")
     differing = {
-        "data": "Losses per token and bits per byte are of different texts; runs with different "
-        "data are never averaged together.",
+        "data": ("" if mentioned else "Losses per token and bits per byte are of different texts. ")
+        + "Runs with different data are never averaged together.",
         "tokenizer": "Losses per token do not compare across tokenizers: compare bits per byte.",
     }
     for what, meaning in differing.items():
@@ -162,15 +191,11 @@ def _kinds(runs: Sequence[Run], what: str) -> Counter[str]:
     """How many runs have which value of a field of their summaries."""
     kinds: Counter[str] = Counter()
     for run in runs:
-        data: Any = run.summary.get("data")
-        data = data if isinstance(data, dict) else {}
-        if what == "data":
-            value = data.get("fingerprint")
-        elif what == "tokenizer":
-            tokenizer = data.get("tokenizer")
-            value = tokenizer.get("fingerprint") if isinstance(tokenizer, dict) else None
-        else:
-            value = run.summary.get(what)
+        keys = {
+            "data": ("data", "fingerprint"),
+            "tokenizer": ("data", "tokenizer", "fingerprint"),
+        }
+        value = run.fact(*keys.get(what, (what,)))
         kinds["unknown" if value is None else json.dumps(value).strip('"')] += 1
     return kinds
 
@@ -180,9 +205,9 @@ def _versions(run: Run) -> dict[str, Any]:
     return versions if isinstance(versions, dict) else {}
 
 
-def _ranked(settings: Settings, tag: str, *, largest: bool = False) -> list[Setting]:
+def _ranked(settings: Sequence[Setting], tag: str, *, largest: bool = False) -> list[Setting]:
     """Settings with a mean of the metric, the best one first."""
-    known = [(found.mean, s) for s in settings.all if (found := s.estimate(tag).interval)]
+    known = [(found.mean, s) for s in settings if (found := s.estimate(tag).interval)]
     return [s for _, s in sorted(known, key=lambda pair: pair[0], reverse=largest)]
 
 

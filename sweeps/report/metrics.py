@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sweeps.report.statistics import Interval
 
 LOSS, BITS = "val/loss_depth_0", "val/bits_per_byte"
+BITS_ERROR = "val/bits_per_byte_se"  # over the documents of the text, by bootstrap
 FLOPS, SECONDS = "flops", "seconds"
 PER_STEP, SPEEDUP = "decode/tokens_per_step", "decode/speedup"
 DECODE_SPEED = "decode/tokens_per_second"
@@ -80,3 +82,9 @@ def p_value(p: float | None) -> str:
     if p is None:
         return ""
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def some(names: Sequence[str], *, most: int = 4, between: str = "; ") -> str:
+    """The first names, and how many more there are."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + rest

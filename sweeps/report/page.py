@@ -13,13 +13,17 @@ from typing import Any
 
 from mtp_lightning.run.atomic import write_bytes
 from mtp_lightning.run.layout import LOG_FILE
+from sweeps.report.comparable import refusal
 from sweeps.report.comparisons import Comparison
+from sweeps.report.context import contexts
 from sweeps.report.findings import answer, caveats
 from sweeps.report.metrics import BITS, TABLE, Metric, number, p_value
 from sweeps.report.read import Run, Sweep
 from sweeps.report.reading import meaning
 from sweeps.report.settings import Settings, show
 from sweeps.report.style import Drawing, as_inline, as_png, as_svg
+from sweeps.report.text_error import error_of_text, text_errors
+from sweeps.report.texts import text_of
 
 FIGURES = "figures"
 
@@ -49,6 +53,8 @@ def render(
     from markupsafe import Markup
 
     runs = [run for sweep in sweeps for run in sweep.runs]
+    # What is said in the notes, too; whoever reads a table may not have read those.
+    beside = [*filter(None, [refusal(settings.all)]), *contexts(settings.all)]
     environment = Environment(
         loader=PackageLoader("sweeps.report", "."),
         autoescape=True,
@@ -73,7 +79,8 @@ def render(
         running=any(run.state in ("running", "pending") for run in runs),
         answer=answer(settings, comparisons, runs),
         caveats=caveats(settings, sweeps),
-        reading=meaning(settings),
+        remarks=[*filter(None, [meaning(settings), text_errors(settings.all)]), *beside],
+        beside=beside,
         varied=settings.varied,
         metrics=_metrics(settings),
         rows=_rows(settings),
@@ -115,6 +122,7 @@ def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:
     """
     runs = [run for sweep in sweeps for run in sweep.runs]
     values = {run.folder: setting.values for setting in settings.all for run in setting.runs}
+    mentioned = any(map(text_of, runs))
     repeated = {run.folder for run in settings.left_out}
     tags = {
         tag: None
@@ -124,7 +132,9 @@ def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:
     }
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["run", "state", "reason", *settings.varied, "seed", "counted", *tags])
+    # In full, so that whoever averages these rows can keep texts apart.
+    texts = ["evaluated_text"] if mentioned else []
+    writer.writerow(["run", "state", "reason", *settings.varied, "seed", "counted", *texts, *tags])
     for run in runs:
         own = values.get(run.folder, {**run.overrides, "folder": run.sweep})
         writer.writerow(
@@ -135,6 +145,7 @@ def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:
                 *(show(own[key]) if key in own else "" for key in settings.varied),
                 "" if run.seed is None else run.seed,
                 int(run.state == "done" and run.folder not in repeated),
+                *([run.fact("evaluation", "fingerprint") or ""] if mentioned else []),
                 *(repr(run.summary[tag]) if tag in run.summary else "" for tag in tags),
             ]
         )
@@ -143,9 +154,12 @@ def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:
 
 def _metrics(settings: Settings) -> list[Metric]:
     """The table's columns: what some run has. Bits per byte say more than the loss per token only
-    where tokenizers differ."""
+    where tokenizers differ, or where the text's own error stands beside them."""
     found = [m for m in TABLE if any(run.final(m.tag) is not None for run in settings.done)]
-    return [m for m in found if m.tag != BITS or settings.headline.tag == BITS]
+    wanted = settings.headline.tag == BITS or any(
+        error_of_text(setting) is not None for setting in settings.all
+    )
+    return [m for m in found if m.tag != BITS or wanted]
 
 
 def _rows(settings: Settings) -> list[dict[str, Any]]:
@@ -154,6 +168,7 @@ def _rows(settings: Settings) -> list[dict[str, Any]]:
         cells = []
         for metric in _metrics(settings):
             found = setting.estimate(metric.tag)
+            error = error_of_text(setting) if metric.tag == BITS else None
             cells.append(
                 {
                     "sort": "" if found.interval is None else repr(found.interval.mean),
@@ -162,6 +177,7 @@ def _rows(settings: Settings) -> list[dict[str, Any]]:
                     if found.interval and found.interval.half
                     else "",
                     "gap": found.gap,
+                    "text": "" if error is None else metric.show(error),
                 }
             )
         rows.append(
@@ -183,7 +199,7 @@ def _comparison(found: Comparison) -> dict[str, Any]:
         "n": result.difference.n if result else 0,
         "mean": number(result.difference.mean, 4) if result else "–",
         "half": number(result.difference.half, 4)
-        if result and result.difference.half is not None
+        if result and result.difference.half is not None and not result.constant
         else "",
         "sort": repr(result.difference.mean) if result else "",
         "p": p_value(result.p) if result else "",

@@ -77,6 +77,13 @@ class Run:
         value = self.summary.get(tag)
         return float(value) if isinstance(value, int | float) else None
 
+    def fact(self, *keys: str) -> Any:
+        """What a finished run's summary has under nested keys; None if there is no such thing."""
+        value: Any = self.summary
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
 
 @dataclass(kw_only=True)
 class Sweep:

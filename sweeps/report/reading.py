@@ -7,6 +7,7 @@ overlaps of a depth are then those of two different tasks.
 
 from __future__ import annotations
 
+from sweeps.report.metrics import some
 from sweeps.report.settings import Setting, Settings
 
 MEANS = {
@@ -34,13 +35,9 @@ def meaning(settings: Settings) -> str:
             by_kind.setdefault(reads, []).append(setting.label)
     if len(by_kind) < 2:
         return "".join(MEANS[reads] for reads in by_kind)
-    given, blind = (_some(by_kind[reads]) for reads in (True, False))
+    given, blind = (some(by_kind[reads]) for reads in (True, False))
     return (
         f"Two tasks stand side by side here. With {given} depth k reads the true tokens before its "
         f"target, with {blind} none beyond the main prediction's. Loss, agreement and overlap of a "
         "depth do not compare between the two: compare what the decoding loop accepts, decode/*."
     )
-
-
-def _some(labels: list[str]) -> str:
-    return "; ".join(labels[:4]) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "")

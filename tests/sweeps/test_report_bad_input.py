@@ -13,11 +13,12 @@ import pytest
 
 pytest.importorskip("scipy")
 
+from sweeps.report.collect import collect
 from sweeps.report.comparisons import compare
 from sweeps.report.findings import answer, caveats
 from sweeps.report.metrics import BITS, LOSS
 from sweeps.report.read import Run, read_run, read_sweep
-from sweeps.report.settings import Settings, collect
+from sweeps.report.settings import Settings
 from tests.sweeps.fixture_runs import VERSIONS, depth_sweep, write_plan, write_run
 
 

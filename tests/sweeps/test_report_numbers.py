@@ -10,12 +10,13 @@ import pytest
 
 pytest.importorskip("scipy")
 
-from sweeps.report.comparisons import compare, pareto, references
+from sweeps.report.collect import collect
+from sweeps.report.comparisons import FACT, compare, pareto, references
 from sweeps.report.findings import answer
 from sweeps.report.metrics import LOSS, number, p_value
 from sweeps.report.page import runs_csv
 from sweeps.report.read import read_sweep
-from sweeps.report.settings import Settings, collect
+from sweeps.report.settings import Settings
 from sweeps.report.statistics import Interval, holm, interval, paired
 from tests.sweeps.fixture_runs import depth_sweep, write_run
 
@@ -110,7 +111,7 @@ def test_what_no_seed_changes_is_a_fact_and_no_test(tmp_path: Path) -> None:
     settings = of(tmp_path)
     found = compare(settings, LOSS)
     assert [c.verdict for c in found] == [
-        "the same at every seed: no test",
+        FACT,
         "identical",
         "within noise",
     ]

@@ -16,9 +16,10 @@ pytest.importorskip("scipy")
 
 from sweeps.report import figures
 from sweeps.report.__main__ import main, report
+from sweeps.report.collect import collect
 from sweeps.report.metrics import LOSS
 from sweeps.report.read import read_sweep
-from sweeps.report.settings import Setting, collect
+from sweeps.report.settings import Setting
 from sweeps.report.style import Drawing, key_to, looks, styled
 from tests.sweeps.fixture_runs import BASE, depth_sweep, write_plan, write_run
 
@@ -272,6 +273,16 @@ def test_two_tasks_never_stand_side_by_side_without_a_word(tmp_path: Path) -> No
     assert "reads the true tokens before its" in drawings(tmp_path / "given")["loss_depth"].caption
     variants(tmp_path / "blind", {"parallel": False})
     assert "reads no token beyond" in drawings(tmp_path / "blind")["agreement_depth"].caption
+
+
+def test_what_no_seed_changes_is_called_a_fact_and_has_no_interval(tmp_path: Path) -> None:
+    depth_sweep(tmp_path, {0: (2.0, 2.1), 1: (1.9, 2.0), 2: (1.9, 2.2)})
+    html = report([tmp_path])[0].read_text()
+    table = html.split('<h2 id="differences">')[1].split("</table>")[0]
+    one, two = re.findall(r"<tr>\s*<th scope=\"row\".*?</tr>", table, re.DOTALL)
+    assert ">a fact about this data: the same at every seed, no test<" in one
+    assert "−0.1000</td>" in one and "±" not in one
+    assert "±" in two and "within noise" in two
 
 
 def test_two_folders(tmp_path: Path) -> None:

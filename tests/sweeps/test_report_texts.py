@@ -1,0 +1,209 @@
+"""Numbers of different evaluation texts are never averaged, tested or ranked together."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+pytest.importorskip("scipy")
+
+from sweeps.report import figures
+from sweeps.report.__main__ import report
+from sweeps.report.collect import TEXT, collect
+from sweeps.report.comparable import REMEDY, by_text, refusal
+from sweeps.report.comparisons import FACT, OTHER_TEXT, Comparison, compare
+from sweeps.report.findings import answer, caveats
+from sweeps.report.metrics import FLOPS, LOSS, SPEEDUP
+from sweeps.report.read import read_sweep
+from sweeps.report.settings import Settings
+from sweeps.report.style import Drawing, styled
+from tests.sweeps.fixture_runs import evaluated, write_run
+
+A, B = "a1" * 16, "b2" * 16
+OLD: dict[str, Any] = {}  # a summary without the entry
+
+
+def sweep(folder: Path, texts: dict[int, Any], *, seeds: int = 3) -> Settings:
+    """Depths of clearly different losses, each evaluated on a text: a fingerprint, None for a part
+    that has none, OLD for a run that says nothing, or one of these for every seed."""
+    for depth, given in texts.items():
+        for seed in range(seeds):
+            text = given[seed] if isinstance(given, tuple) else given
+            write_run(
+                folder / f"d{depth}_s{seed}",
+                {"mtp.depth": depth, "seed": seed},
+                loss=2.0 - 0.1 * depth + 0.01 * seed + 0.0001 * (depth + 1) ** seed,
+                summary={
+                    "flops": 1e9 * (1 + depth) + seed,
+                    SPEEDUP: 1 + 0.1 * depth,
+                    **(text if text is OLD else evaluated(text, bytes=1_000_000 + depth)),
+                },
+            )
+    return collect([read_sweep(folder)])
+
+
+def said(settings: Settings, folder: Path) -> tuple[list[Comparison], str, str]:
+    """The comparisons, the answer and the notes."""
+    found = compare(settings, LOSS)
+    notes = caveats(settings, [read_sweep(folder)])
+    return found, " ".join(answer(settings, found, settings.done)), "\n".join(notes)
+
+
+def drawn(settings: Settings) -> dict[str, Drawing]:
+    with styled():
+        return {d.name: d for d in figures.draw(settings, compare(settings, LOSS))}
+
+
+def test_one_text_is_compared_as_ever(tmp_path: Path) -> None:
+    """Though a document mask may leave out a few bytes of it."""
+    settings = sweep(tmp_path, {0: A, 1: A})
+    (found,), text, notes = said(settings, tmp_path)
+    assert found.verdict == "beyond noise" and found.result is not None
+    assert "lowest validation loss of the main depth has mtp.depth=1" in text
+    assert refusal(settings.all) == "" and "text" not in notes + text
+    assert settings.varied == ["mtp.depth"]
+
+
+def test_two_texts_are_not_compared(tmp_path: Path) -> None:
+    settings = sweep(tmp_path, {0: A, 1: B, 2: A})
+    found, text, notes = said(settings, tmp_path)
+    assert [c.verdict for c in found] == [OTHER_TEXT, "beyond noise"]
+    assert found[0].result is None and found[0].adjusted is None and not found[0].differs
+    assert found[1].adjusted == found[1].result.p  # type: ignore[union-attr]  # one test alone
+    assert "mtp.depth=1 is better" not in text
+    assert "Of those on text a1a1a1a1: The lowest validation loss" in text
+    assert "has mtp.depth=2: 1.8" in text and "is better than with mtp.depth=0" in text
+    assert "fastest, against plain decoding, with mtp.depth=2" in text
+    for where in (text, notes):
+        assert "text a1a1a1a1 (1,000,000 to 1,000,002 bytes): mtp.depth=0; mtp.depth=2" in where
+        assert "text b2b2b2b2 (1,000,001 bytes): mtp.depth=1" in where
+        assert REMEDY in where and "data.eval_bytes" in where
+    # What does not rest on the text may still be compared.
+    assert [c.verdict for c in compare(settings, FLOPS)] == [FACT] * 2
+
+
+def test_nothing_is_called_best_where_every_text_is_another(tmp_path: Path) -> None:
+    settings = sweep(tmp_path, {0: A, 1: B})
+    found, text, _ = said(settings, tmp_path)
+    assert [c.verdict for c in found] == [OTHER_TEXT]
+    for word in ("lowest", "fastest", "better", "No difference can be tested", "noise"):
+        assert word not in text
+    assert "is averaged, tested or ranked across them" in text
+    drawings = drawn(settings)
+    for name in ("pareto_flops", "speedup"):
+        assert drawings[name].figure is None and "different texts" in drawings[name].why
+    assert drawings["differences"].why == (
+        "no setting was evaluated on the same text as its reference"
+    )
+    for name in ("loss_tokens", "loss_flops", "loss_depth"):
+        assert drawings[name].figure is not None
+        assert drawings[name].caption.endswith("different texts: compare none across these.")
+
+
+def test_the_page_says_it_beside_its_tables(tmp_path: Path) -> None:
+    sweep(tmp_path, {0: A, 1: B})
+    html = report([tmp_path])[0].read_text()
+    assert html.count("on text a1a1a1a1 (1,000,000 bytes): mtp.depth=0 | text b2b2b2b2") == 4
+    for heading in ("settings", "differences"):
+        where = html.index(f'<h2 id="{heading}">')
+        assert "evaluated on different texts" in html[where : html.index("</caption>", where)]
+    assert OTHER_TEXT in html and "beyond noise" not in html.split("How this is computed")[0]
+
+
+def test_seeds_of_two_texts_have_no_common_mean(tmp_path: Path) -> None:
+    settings = sweep(tmp_path, {0: A, 1: (A, A, B)})
+    assert settings.varied == ["mtp.depth", TEXT]
+    assert [(s.label, [run.seed for run in s.done]) for s in settings.all] == [
+        (f"mtp.depth=0, {TEXT}=a1a1a1a1", [0, 1, 2]),
+        (f"mtp.depth=1, {TEXT}=a1a1a1a1", [0, 1]),
+        (f"mtp.depth=1, {TEXT}=b2b2b2b2", [2]),
+    ]
+    # The part on the text of depth 0 is compared with it.
+    found, _, notes = said(settings, tmp_path)
+    verdicts = {c.setting.label.split("=")[-1]: c.verdict for c in found}
+    assert verdicts == {"a1a1a1a1": "beyond noise", "b2b2b2b2": OTHER_TEXT}
+    assert f"text b2b2b2b2 (1,000,001 bytes): mtp.depth=1, {TEXT}=b2b2b2b2" in notes
+
+
+def test_digests_that_begin_alike_are_two_texts(tmp_path: Path) -> None:
+    settings = sweep(tmp_path, {1: (A, A, A[:8] + 24 * "0")})
+    assert sorted(len(s.done) for s in settings.all) == [1, 2]
+    assert len(by_text(settings.all)) == 2
+
+
+def test_a_run_that_has_not_ended_goes_with_the_only_text(tmp_path: Path) -> None:
+    write_run(tmp_path / "late", {"mtp.depth": 1, "seed": 7}, done=False)
+    settings = sweep(tmp_path, {1: A})
+    assert [(len(s.runs), len(s.done)) for s in settings.all] == [(4, 3)]
+    two = sweep(tmp_path / "two", {1: (A, B)}, seeds=2)
+    assert [len(s.done) for s in two.all] == [1, 1]
+    write_run(tmp_path / "two" / "late", {"mtp.depth": 1, "seed": 7}, done=False)
+    write_run(tmp_path / "two" / "other", {"mtp.depth": 2}, summary=evaluated(A))
+    write_run(tmp_path / "two" / "later", {"mtp.depth": 2, "seed": 7}, done=False)
+    three = collect([read_sweep(tmp_path / "two")])
+    assert [(s.label, len(s.runs), len(s.done)) for s in three.all] == [
+        (f"mtp.depth=1, {TEXT}=a1a1a1a1", 1, 1),
+        (f"mtp.depth=1, {TEXT}=b2b2b2b2", 1, 1),
+        (f"mtp.depth=1, {TEXT}=unknown", 1, 0),
+        (f"mtp.depth=2, {TEXT}=a1a1a1a1", 2, 1),
+    ]
+
+
+def test_a_part_of_a_text_is_like_no_other(tmp_path: Path) -> None:
+    """Two settings may have evaluated two parts; the seeds of one have evaluated the same."""
+    settings = sweep(tmp_path, {0: None, 1: None})
+    assert [len(s.done) for s in settings.all] == [3, 3]
+    (found,), text, notes = said(settings, tmp_path)
+    assert found.verdict == OTHER_TEXT and "lowest" not in text
+    part = "an unknown text, or a part of one that each has for itself (1,000,000 to 1,000,001"
+    assert f"{part} bytes): mtp.depth=0; mtp.depth=1" in notes
+    # Other counts within one setting are another part.
+    more = {"seed": 3, "mtp.depth": 1}
+    write_run(tmp_path / "more", more, summary=evaluated(None, bytes=5))
+    parts = collect([read_sweep(tmp_path)]).all
+    assert [len(s.done) for s in parts if s.depth == 1] == [3, 1]
+
+
+def test_known_and_unmentioned_are_two_texts(tmp_path: Path) -> None:
+    settings = sweep(tmp_path, {0: OLD, 1: A, 2: OLD})
+    found, text, notes = said(settings, tmp_path)
+    assert [c.verdict for c in found] == [OTHER_TEXT, "beyond noise"]
+    assert "Of those that mention no text: The lowest validation loss" in text
+    assert "a text that older runs do not mention: mtp.depth=0; mtp.depth=2" in notes
+    mixed = sweep(tmp_path / "mixed", {1: (OLD, A, None)})
+    names = ["a1a1a1a1", "not mentioned", "unknown (1,000,001 bytes)"]
+    assert [s.values[TEXT] for s in mixed.all] == names
+
+
+def test_older_runs_are_compared_with_one_note(tmp_path: Path) -> None:
+    settings = sweep(tmp_path, {0: OLD, 1: OLD})
+    (found,), text, notes = said(settings, tmp_path)
+    assert found.verdict == "beyond noise" and "lowest validation loss" in text
+    assert notes.count("No run mentions the text that it was evaluated on") == 1
+    assert refusal(settings.all) == ""
+
+
+@pytest.mark.parametrize("entry", [[], "x", {"fingerprint": 7, "bytes": "many"}, {}])
+def test_an_entry_that_makes_no_sense_is_an_unknown_text(tmp_path: Path, entry: Any) -> None:
+    write_run(tmp_path / "a", {"mtp.depth": 0}, summary={"evaluation": entry})
+    write_run(tmp_path / "b", {"mtp.depth": 1}, summary=evaluated(A))
+    settings = collect([read_sweep(tmp_path)])
+    assert [c.verdict for c in compare(settings, LOSS)] == [OTHER_TEXT]
+
+
+def test_the_csv_names_the_text(tmp_path: Path) -> None:
+    sweep(tmp_path, {0: A, 1: B, 2: OLD}, seeds=1)
+    path, _ = report([tmp_path])
+    rows = list(csv.DictReader(path.with_name("runs.csv").read_text().splitlines()))
+    assert [row["evaluated_text"] for row in rows] == [A, B, ""]
+
+
+def test_a_named_reference_on_another_text_is_refused_too(tmp_path: Path) -> None:
+    settings = sweep(tmp_path, {0: A, 1: A, 2: B})
+    found = compare(settings, LOSS, reference="mtp.depth=2")
+    assert [c.verdict for c in found] == [OTHER_TEXT] * 2
