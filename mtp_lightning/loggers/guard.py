@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import DummyExperiment, Logger
 
 from mtp_lightning.loggers.base import RunLogger
+from mtp_lightning.metrics.long_range.curves import Curves
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,10 @@ class GuardedLogger(RunLogger):
     def write_text(self, tag: str, text: str, step: int) -> None:
         if isinstance(self._logger, RunLogger):
             self._call("write_text", tag, text, step)
+
+    def write_curves(self, tag: str, curves: Curves, step: int) -> None:
+        if isinstance(self._logger, RunLogger):
+            self._call("write_curves", tag, curves, step)
 
     def log_final(self, params: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
         if isinstance(self._logger, RunLogger):
