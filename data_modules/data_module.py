@@ -188,7 +188,11 @@ class TokenDataModule(LightningDataModule):
         return self.store.bytes_per_token(split)
 
     def summary(self) -> dict[str, Any]:
-        """Plain facts about the data, for the run's summary and checkpoints."""
+        """Plain facts about the data, for the run's summary and checkpoints.
+
+        ``val.lines_in_training`` is the share of the validation text's long lines that also stand
+        in training documents (:class:`LineOverlap`), between 0 and 1; ``None`` without any.
+        """
         meta = self.store.meta
         facts: dict[str, Any] = {
             "source": meta["source"],
@@ -208,6 +212,7 @@ class TokenDataModule(LightningDataModule):
                 "windows": window_count(file.n_tokens, self.seq_len, self.depth),
                 "bytes_per_token": self.bytes_per_token(split),
             }
+        facts["val"]["lines_in_training"] = meta["lines_in_training"]
         return facts
 
     def held_out_prompts(self, n: int, length: int) -> list[Tensor]:

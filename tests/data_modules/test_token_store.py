@@ -76,6 +76,14 @@ def test_store_holds_every_document_once(tmp_path):
         store["test"]
 
 
+def test_the_share_of_validation_lines_that_were_trained_on_is_in_the_store(tmp_path):
+    header = "# One licence that every document of this corpus begins with.\n"
+    documents = [header + f"{i} is all that document {i} has to say.\n{i}\n" for i in range(100)]
+    store = store_of(documents, tmp_path)
+    assert store["val"].n_documents > 1 and store.meta["lines_in_training"] == 0.5
+    assert store_of(["short\n"] * 3 + ["lines\n"], tmp_path).meta["lines_in_training"] is None
+
+
 def test_dtype_follows_the_vocabulary():
     assert [token_dtype(n).name for n in (257, 65536, 65537)] == ["uint16", "uint16", "uint32"]
 
