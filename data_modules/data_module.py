@@ -39,7 +39,8 @@ class TokenDataModule(LightningDataModule):
         eval_batch_size: windows a validation batch and rank; ``batch_size`` if None.
         document_mask: whether batches carry document ids, so that targets in another document do
             not count and attention is block-diagonal.
-        val_fraction: expected share of documents in the validation split.
+        val_fraction: expected share of documents in the validation split, which never parts a
+            group of near copies (:class:`DocumentSplit`).
         split_seed: of the split; runs of different ``seed`` have the same split.
         cache_dir: the cache folder; ``$MTP_LIGHTNING_CACHE`` or ``~/.cache/mtp-lightning`` if None.
         num_workers: processes that fetch batches ahead.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from hashlib import blake2b
 
 LONG = 32
 """Characters from which on a stripped line counts: shorter ones recur in any text of a kind."""
+LINE = re.compile(rf"[^\n]{{{LONG},}}")
 LIMIT = 2**18
 """Lines of a split that are remembered, so some 50 MB at most for the two."""
 
@@ -28,25 +29,34 @@ class LineOverlap:
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit = limit
         self._below = 2**64
-        self._train: set[int] = set()
-        self._val: Counter[int] = Counter()
+        self._counts: dict[str, dict[int, int]] = {"train": {}, "val": {}}
 
     def add(self, split: str, document: str) -> None:
         """Counts a document of ``train`` or ``val``; its text must be encodable as UTF-8."""
-        lines = (line.strip() for line in document.splitlines())
-        hashes = (_hash(line) for line in lines if len(line) >= LONG)
-        kept = (value for value in hashes if value < self._below)
-        (self._val if split == "val" else self._train).update(kept)
-        while max(len(self._train), len(self._val)) > self.limit:
+        counts = self._counts[split]
+        # One line at a time: a document may be the whole corpus.
+        for match in LINE.finditer(document):
+            line = match.group().strip()
+            if len(line) >= LONG and (value := _hash(line)) < self._below:
+                counts[value] = counts.get(value, 0) + 1
+                if len(counts) > self.limit:
+                    self._forget()
+                    counts = self._counts[split]
+
+    def _forget(self) -> None:
+        """Halves the sample until both splits are within the limit."""
+        while max(map(len, self._counts.values())) > self.limit:
             self._below //= 2
-            self._train = {value for value in self._train if value < self._below}
-            self._val = Counter({v: n for v, n in self._val.items() if v < self._below})
+            self._counts = {
+                split: {value: n for value, n in counts.items() if value < self._below}
+                for split, counts in self._counts.items()
+            }
 
     def share(self) -> float | None:
         """Validation lines that are training lines, too, by all of them; ``None`` without any."""
-        total = self._val.total()
-        shared = sum(n for value, n in self._val.items() if value in self._train)
-        return shared / total if total else None
+        train, val = self._counts["train"], self._counts["val"]
+        shared = sum(n for value, n in val.items() if value in train)
+        return shared / sum(val.values()) if val else None
 
 
 def _hash(line: str) -> int:

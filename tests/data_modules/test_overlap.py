@@ -73,10 +73,12 @@ def test_a_sample_keeps_within_its_limit_and_is_unbiased():
         overlap = LineOverlap(limit=1000)
         for split, text in texts:
             overlap.add(split, text)
-            assert max(len(overlap._train), len(overlap._val)) <= 1000
-        assert len(overlap._train) > 300 and overlap.share() != exact
+            assert max(map(len, overlap._counts.values())) <= 1000
+        assert len(overlap._counts["train"]) > 300 and overlap.share() != exact
         # Which lines are in the sample is decided by the lines, not by their order.
         assert overlap.share() == measured(sorted(texts), limit=1000)
+        whole = [(name, "\n".join(t for s, t in texts if s == name)) for name in ("val", "train")]
+        assert overlap.share() == measured(whole, limit=1000)
         errors.append(overlap.share() - exact)
     mean = sum(errors) / len(errors)
     spread = (sum(error**2 for error in errors) / len(errors)) ** 0.5
