@@ -43,7 +43,8 @@ class TokenDataModule(LightningDataModule):
         eval_batch_size: windows a validation batch and rank; ``batch_size`` if None.
         document_mask: whether batches carry document ids, so that targets in another document do
             not count and attention is block-diagonal.
-        val_fraction: expected share of documents in the validation split.
+        val_fraction: expected share of documents in the validation split, which never parts a
+            group of near copies (:class:`DocumentSplit`).
         split_seed: of the split; runs of different ``seed`` have the same split.
         cache_dir: the cache folder; ``$MTP_LIGHTNING_CACHE`` or ``~/.cache/mtp-lightning`` if None.
         num_workers: processes that fetch batches ahead.
@@ -230,7 +231,11 @@ class TokenDataModule(LightningDataModule):
         }
 
     def summary(self) -> dict[str, Any]:
-        """Plain facts about the data, for the run's summary and checkpoints."""
+        """Plain facts about the data, for the run's summary and checkpoints.
+
+        ``val.lines_in_training`` is the share of the validation text's long lines that also stand
+        in training documents (:class:`LineOverlap`), between 0 and 1; ``None`` without any.
+        """
         meta = self.store.meta
         facts: dict[str, Any] = {
             "source": meta["source"],
@@ -251,6 +256,7 @@ class TokenDataModule(LightningDataModule):
             }
         n_tokens = facts["train"]["tokens"]
         facts["train"]["windows"] = window_count(n_tokens, self.seq_len, self.depth)
+        facts["val"]["lines_in_training"] = meta["lines_in_training"]
         return facts
 
     def held_out_prompts(self, n: int, length: int) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from itertools import islice
+from functools import cached_property
 
 from data_modules.sources.base import Source
 
@@ -13,24 +13,27 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
 SMALL = 64
-"""Corpora of up to this many documents are given a validation document if the hash gives none."""
+"""Corpora of up to this many groups are given one for validation if the hash gives none."""
 
 
 class DocumentSplit:
-    """Sends every document of a source to train or validation, whole.
+    """Sends every group of a source's documents to train or validation, whole.
 
-    A document is a validation document if a hash of (split seed, its index), read as a fraction,
-    lies below ``val_fraction``: adding documents at the end moves none of the others. In a corpus
-    of up to 64 documents where that leaves a split empty, the document of the smallest hash goes
-    to validation, or the one of the largest to train.
+    The source says which documents belong together (:meth:`Source.grouped`), at least those of
+    the same text: what is validated on is then no copy of what was trained on. A group is for
+    validation if a hash of (split seed, group), read as a fraction, lies below ``val_fraction``:
+    adding documents moves none of the others. In a corpus of up to 64 groups where that leaves a
+    split empty, the group of the smallest hash goes to validation, or the one of the largest to
+    train.
 
-    A corpus of **one document** is cut into two, so that a user's first own text, often one file,
-    can be trained on: its first part, up to the line end nearest before ``1 - val_fraction`` of
-    the characters, is the training document and the rest the validation document.
+    The documents of a corpus of **one group** are cut into two, so that a user's first own text,
+    often one file, can be trained on: the first part, up to the line end nearest before
+    ``1 - val_fraction`` of the characters, is the training document and the rest the validation
+    document.
 
     Args:
         source: the corpus. Empty documents are dropped before they are counted.
-        val_fraction: expected share of validation documents, between 0 and 1.
+        val_fraction: expected share of validation groups, between 0 and 1.
         seed: of the hash. Not the run's seed: runs with other seeds share the split.
 
     Raises:
@@ -45,8 +48,6 @@ class DocumentSplit:
         self.source = source
         self.val_fraction = val_fraction
         self.seed = seed
-        self._exceptions: dict[int, str] | None = None
-        self._cut = False
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Yields (split, document), in the source's order.
@@ -54,56 +55,53 @@ class DocumentSplit:
         Raises:
             ValueError: if the source has no text.
         """
-        self._look()
-        assert self._exceptions is not None
-        for index, document in enumerate(nonempty(self.source)):
-            if self._cut:
+        below = self._below
+        for group, document in nonempty(self.source):
+            if below is None:
                 at = cut_point(document, 1 - self.val_fraction)
                 yield "train", document[:at]
                 yield "val", document[at:]
             else:
-                yield self._exceptions.get(index) or self.of(index), document
+                yield "val" if self.hash(group) < below else "train", document
 
-    def of(self, index: int) -> str:
-        """Split of document ``index`` by the hash alone."""
-        return "val" if self.hash(index) < self.val_fraction else "train"
-
-    def hash(self, index: int) -> float:
-        """Hash of (seed, index) as a fraction in [0, 1)."""
-        data = f"{self.seed}:{index}".encode()
-        return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") / 2**64
+    def hash(self, group: str) -> float:
+        """Hash of (seed, group) as a fraction in [0, 1)."""
+        # Texts that are no Unicode have their own error message, from who encodes them.
+        value = hashlib.blake2b(f"{self.seed}:".encode(), digest_size=8)
+        value.update(group.encode("utf-8", "surrogatepass"))
+        return int.from_bytes(value.digest(), "big") / 2**64
 
     def documents(self, split: str) -> Iterator[str]:
         """The documents of one split."""
         return (document for name, document in self if name == split)
 
-    def _look(self) -> None:
-        """Finds out once whether this is a corpus of one document, or a small one."""
-        if self._exceptions is not None:
-            return
-        n = sum(1 for _ in islice(nonempty(self.source), SMALL + 1))
-        if n == 0:
+    @cached_property
+    def _below(self) -> float | None:
+        """Groups whose hashes lie below this are for validation; ``None``: there is one group."""
+        hashes: set[float] = set()
+        for group, _ in nonempty(self.source):
+            hashes.add(self.hash(group))
+            if len(hashes) > SMALL:
+                return self.val_fraction
+        if not hashes:
             raise ValueError(
                 f"the corpus {self.source.name!r} has no text: every document is empty"
             )
-        self._exceptions = {}
-        if n == 1:
-            self._cut = True
+        if len(hashes) == 1:
             log.info(
-                "the corpus %r is one document: its last %.3g %% are the validation document",
+                "the documents of %r are one group: the last %.3g %% of each are for validation",
                 self.source.name,
                 100 * self.val_fraction,
             )
-        elif n <= SMALL:
-            if all(self.of(i) == "train" for i in range(n)):
-                self._exceptions = {min(range(n), key=self.hash): "val"}
-            elif all(self.of(i) == "val" for i in range(n)):
-                self._exceptions = {max(range(n), key=self.hash): "train"}
+            return None
+        order = sorted(hashes)
+        # Above the smallest hash and not above the largest: neither split is empty.
+        return min(max(self.val_fraction, order[1]), order[-1])
 
 
-def nonempty(source: Source) -> Iterator[str]:
-    """The documents of a source that hold text (datasets have empty rows)."""
-    return (document for document in source.documents() if document)
+def nonempty(source: Source) -> Iterator[tuple[str, str]]:
+    """(group, document) of the documents that hold text (datasets have empty rows)."""
+    return ((group, document) for group, document in source.grouped() if document)
 
 
 def cut_point(document: str, fraction: float) -> int:

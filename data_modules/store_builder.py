@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_modules.cache import build_once
+from data_modules.overlap import LineOverlap
 from data_modules.sources.base import digest
 from data_modules.splitting import SPLITS, DocumentSplit
 from data_modules.token_store import FORMAT, PIECES, TokenStore, token_dtype
@@ -96,9 +97,10 @@ def _write(folder: Path, tokenizer: Tokenizer, split: DocumentSplit) -> dict[str
     writers = {name: _SplitWriter(folder / f"{name}.bin", dtype) for name in SPLITS}
     eot = np.array([tokenizer.eot_id], dtype)
     source = split.source
+    overlap = LineOverlap()
     progress = _Progress(f"tokens of {source.name} ({tokenizer.kind})", source.total_bytes())
     try:
-        for batch in _batches(split):
+        for batch in _batches(split, overlap):
             encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
             for (name, piece, last), ids in zip(batch, encoded, strict=True):
                 writer = writers[name]
@@ -124,6 +126,7 @@ def _write(folder: Path, tokenizer: Tokenizer, split: DocumentSplit) -> dict[str
         },
         "val_fraction": split.val_fraction,
         "split_seed": split.seed,
+        "lines_in_training": overlap.share(),
         "splits": {name: writer.facts() for name, writer in writers.items()},
         "versions": {
             "python": platform.python_version(),
@@ -172,8 +175,11 @@ class _SplitWriter:
         return {"tokens": self.n_tokens, "bytes": self.n_bytes, "documents": len(self.starts) - 1}
 
 
-def _batches(split: DocumentSplit) -> Iterator[list[tuple[str, str, bool]]]:
-    """Lists of (split, piece of a document, whether its last one), about BATCH characters each."""
+def _batches(split: DocumentSplit, overlap: LineOverlap) -> Iterator[list[tuple[str, str, bool]]]:
+    """Lists of (split, piece of a document, whether its last one), about BATCH characters each.
+
+    ``overlap`` is shown every document on the way.
+    """
     batch: list[tuple[str, str, bool]] = []
     size = 0
     for number, (name, document) in enumerate(split):
@@ -186,6 +192,7 @@ def _batches(split: DocumentSplit) -> Iterator[list[tuple[str, str, bool]]]:
                     f"surrogate, U+{ord(document[error.start]):04X}) at character {error.start}, "
                     f"which is no Unicode text: mend that document"
                 ) from None
+        overlap.add(name, document)
         for piece, last in pieces(document):
             batch.append((name, piece, last))
             size += len(piece)

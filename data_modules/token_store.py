@@ -2,7 +2,8 @@
 
 A store is a folder::
 
-    meta.json            tokens, bytes and documents per split, fingerprints, versions, dtype
+    meta.json            tokens, bytes and documents per split, fingerprints, versions, dtype,
+                         share of the long validation lines that stand in training documents
     train.bin  val.bin   token ids of the documents in order, each closed by the end-of-text token
     train.starts.npy ... int64 offset of every document in the .bin file
     val.pieces.npy       what the evaluation text is chosen by, see PIECES

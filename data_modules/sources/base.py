@@ -38,7 +38,16 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hex digest that changes whenever the documents may have changed."""
+        """Hex digest that changes whenever the documents or their groups may have changed."""
+
+    def grouped(self) -> Iterator[tuple[str, str]]:
+        """Yields (group, document): the documents in their order, near copies with one group.
+
+        A group goes to train or validation as a whole. Here a document's own text is its group,
+        which keeps exact copies together; a source that knows more of its documents, such as the
+        project or the author that they are from, overrides this.
+        """
+        return ((document, document) for document in self.documents())
 
     def total_bytes(self) -> int | None:
         """About how many UTF-8 bytes will come, for the progress bar; ``None`` if unknown."""

@@ -94,6 +94,7 @@ def test_summary_and_bytes_per_token(tmp_path):
         assert facts[split]["documents"] == len(documents) and facts[split]["tokens"] == ids
         expected = sum(len(d.encode()) for d in documents) / ids
         assert math.isclose(facts[split]["bytes_per_token"], expected) and expected > 1.3
+    assert facts["val"]["lines_in_training"] == 0  # invented sentences do not come twice
     train_windows = sum(len(batch) for batch in small(tmp_path, batch_size=1).train_dataloader())
     assert small(tmp_path).summary()["train"]["windows"] == train_windows
 

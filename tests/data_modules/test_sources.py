@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 
 import pytest
@@ -27,6 +28,13 @@ def test_stdlib_is_the_running_library_without_tests():
         len(documents) == len(names)
         and "class JSONDecoder" in documents[names.index("json/decoder.py")]
     )
+    # No codec tables, nor other files that are nothing but a table.
+    assert not any("decoding_table" in document for document in documents)
+    assert not any(name.startswith(("encodings/", "pydoc_data/", "_sysconfig")) for name in names)
+    assert "html/entities.py" not in names and "html/parser.py" in names
+    table = re.compile(r"^[ \t]*['\"(\[{\d].*\n?", re.MULTILINE)
+    shares = [sum(map(len, table.findall(document))) / len(document) for document in documents]
+    assert max(shares) < 0.75
     assert platform.python_version() in source.summary()["python"]
     assert source.fingerprint() == StdlibSource().fingerprint()
 

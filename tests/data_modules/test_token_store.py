@@ -61,7 +61,7 @@ def test_store_holds_every_document_once(tmp_path):
     tokenizer = ByteTokenizer()
     for name in ("train", "val"):
         file = store[name]
-        expected = [d for i, d in enumerate(documents) if split.of(i) == name]
+        expected = [d for d in documents if (split.hash(d) < 0.1) == (name == "val")]
         tokens, starts = file.tokens(), file.starts()
         assert tokens.dtype == np.uint16 and starts.dtype == np.int64
         bounds = [*starts.tolist(), len(tokens)]
@@ -76,13 +76,21 @@ def test_store_holds_every_document_once(tmp_path):
         store["test"]
 
 
+def test_the_share_of_validation_lines_that_were_trained_on_is_in_the_store(tmp_path):
+    header = "# One licence that every document of this corpus begins with.\n"
+    documents = [header + f"{i} is all that document {i} has to say.\n{i}\n" for i in range(100)]
+    store = store_of(documents, tmp_path)
+    assert store["val"].n_documents > 1 and store.meta["lines_in_training"] == 0.5
+    assert store_of(["short\n"] * 3 + ["lines\n"], tmp_path).meta["lines_in_training"] is None
+
+
 def test_dtype_follows_the_vocabulary():
     assert [token_dtype(n).name for n in (257, 65536, 65537)] == ["uint16", "uint16", "uint32"]
 
 
 def test_bpe_is_trained_on_train_documents_only_and_cached(tmp_path, monkeypatch):
     documents = ["train words " * 40 if i % 2 else "zzqq" * 40 for i in range(10)]
-    monkeypatch.setattr(DocumentSplit, "of", lambda self, i: "train" if i % 2 else "val")
+    monkeypatch.setattr(DocumentSplit, "hash", lambda self, text: float("train" in text))
     split = DocumentSplit(Listed(documents))
     store, tokenizer = prepare_store(BPETokenizer(290), split, tmp_path)
     assert len(tokenizer.encode(" words")) == 1 and len(tokenizer.encode("zzqq")) == 4

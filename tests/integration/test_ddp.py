@@ -49,6 +49,8 @@ CASES = {
         "trainer.max_steps": 40,
         "trainer.val_check_interval": 40,
         "data.val_fraction": 0.01,
+        # Every fourth seed or so has such a step among the first 40, this one steps 2 and 15.
+        "seed": 47,
     },
 }
 SIZES = {  # per process: (two processes, one process)
