@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import sys
 import warnings
 
 import torch
+
+# PyTorch's own choice, before anyone else's.
+_CORES = torch.get_num_threads()
 
 # mallopt's parameters, from malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -41,16 +45,28 @@ def pick_accelerator(name: str) -> str:
     return name
 
 
-def set_threads(n: int | None) -> None:
-    """Limit the threads of a matrix product; None leaves PyTorch's choice (the cores).
+def set_threads(n: int | None, *, processes: int = 1) -> None:
+    """Limit the threads of a matrix product.
+
+    One thread for every core waits, spinning, for each of them: one neighbour that takes a core
+    costs most of a run's speed. With a core left free it costs next to nothing
+    (``python -m benchmarks.threads``).
+
+    Args:
+        n: threads; None for all cores but one, or what OMP_NUM_THREADS says.
+        processes: that train one model on this machine's CPU together, and share the cores.
 
     Raises:
         ValueError: fewer than one.
     """
     if n is None:
-        return
+        if "OMP_NUM_THREADS" in os.environ:
+            return
+        n = max(1, (_CORES - 1) // processes)
     if n < 1:
-        raise ValueError(f"trainer.num_threads must be at least 1, not {n}; null takes all cores.")
+        raise ValueError(
+            f"trainer.num_threads must be at least 1, not {n}; null takes all cores but one."
+        )
     torch.set_num_threads(n)
 
 

@@ -79,8 +79,11 @@ class DeviceQueue:
 
     Args:
         gpus: names of the GPUs; none for the CPU.
-        n_jobs: most jobs at once; by default one a GPU, or on a CPU one for every two cores.
-        n_tasks: jobs there are: fewer of them get larger shares of the cores.
+        n_jobs: most jobs at once; by default one a GPU, or on a CPU as many as have a core for each
+            of their processes, which then have one thread. That does most work, alone and beside
+            neighbours (``python -m benchmarks.threads``), and gives a job the same threads, and so
+            the same bits, however many others there are. Jobs of a given number share the cores.
+        n_tasks: jobs there are.
 
     Raises:
         ValueError: less than one job at once.
@@ -92,8 +95,9 @@ class DeviceQueue:
         if n_jobs is not None and n_jobs < 1:
             raise ValueError(f"hydra.launcher.n_jobs must be at least 1, not {n_jobs}.")
         self.gpus = list(gpus)
-        default = len(self.gpus) or max(1, cores() // 2)
-        self.n_jobs = min(n_jobs or default, max(n_tasks, 1))
+        self._by_core = n_jobs is None and not self.gpus
+        self._free_cores = cores()
+        self.n_jobs = min(n_jobs or len(self.gpus) or cores(), max(n_tasks, 1))
         self._free_gpus = list(self.gpus)
         self._free_slots = list(range(self.n_jobs))
 
@@ -112,7 +116,8 @@ class DeviceQueue:
     @property
     def has_room(self) -> bool:
         """Whether one more job may start, if it gets its devices."""
-        return bool(self._free_slots) and (not self.gpus or bool(self._free_gpus))
+        free = self._free_gpus if self.gpus else self._free_cores > 0 or not self._by_core
+        return bool(self._free_slots) and bool(free)
 
     def take(self, n: int) -> Devices | None:
         """Devices for a job of ``n`` processes; None when it has to wait.
@@ -123,13 +128,20 @@ class DeviceQueue:
         self.check(n)
         if not self._free_slots or (self.gpus and len(self._free_gpus) < n):
             return None
+        # More processes than cores have the machine for themselves.
+        wanted = min(n, cores()) if self._by_core else 0
+        if self._free_cores < wanted:
+            return None
+        self._free_cores -= wanted
         taken = [self._free_gpus.pop(0) for _ in range(n)] if self.gpus else []
-        share = max(1, cores() // self.n_jobs // n)
-        return Devices(slot=self._free_slots.pop(0), gpus=tuple(taken), threads=share)
+        share = 1 if self._by_core else max(1, cores() // self.n_jobs // n)
+        slot = self._free_slots.pop(0)
+        return Devices(slot=slot, gpus=tuple(taken), threads=share, cores=wanted)
 
     def give_back(self, devices: Devices) -> None:
         """Let the next job have them."""
         self._free_slots = sorted([*self._free_slots, devices.slot])
+        self._free_cores += devices.cores
         free = {*self._free_gpus, *(devices.gpus or ())}
         self._free_gpus = [name for name in self.gpus if name in free]
 
@@ -141,6 +153,7 @@ class Devices:
         slot: which of the jobs at once this is.
         gpus: names of its GPUs; empty for the CPU; None for those that it finds.
         threads: of each of its processes.
+        cores: that it has taken from a queue that counts them.
         name: what to call them, where neither GPUs nor the slot says it.
     """
 
@@ -150,12 +163,14 @@ class Devices:
         slot: int = 0,
         gpus: tuple[str, ...] | None = (),
         threads: int = 1,
+        cores: int = 0,
         name: str | None = None,
     ) -> None:
         self.slot = slot
         self.name = name
         self.gpus = gpus
         self.threads = threads
+        self.cores = cores
 
     def __str__(self) -> str:
         if self.name is not None:

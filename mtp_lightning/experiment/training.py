@@ -128,7 +128,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """
     quiet_lightning()
     keep_freed_memory()
-    set_threads(cfg.trainer.num_threads)
+    devices = cfg.trainer.devices
+    set_threads(
+        cfg.trainer.num_threads,
+        processes=devices if isinstance(devices, int) and devices > 0 else 1,
+    )
     folder = Path(cfg.paths.output_dir)
     run = prepare(cfg, folder)
     data, module = run.data, run.module

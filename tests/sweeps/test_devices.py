@@ -37,12 +37,16 @@ def test_a_job_that_can_never_run_is_refused() -> None:
 @pytest.mark.parametrize(
     ("n_jobs", "n_tasks", "processes", "at_once", "threads"),
     [
-        (None, 9, 1, 4, 2),  # a job for every two cores
+        (None, 9, 1, 8, 1),  # a job a core
+        (None, 9, 2, 4, 1),  # a core a process
+        (None, 9, 3, 2, 1),
+        (None, 9, 20, 1, 1),
         (8, 9, 1, 8, 1),
         (2, 9, 1, 2, 4),
         (2, 9, 2, 2, 2),  # the processes of a job share
         (8, 9, 2, 8, 1),
-        (None, 1, 1, 1, 8),  # a single job gets all
+        (None, 1, 1, 1, 1),  # as many threads, whatever other jobs there are
+        (1, 9, 1, 1, 8),  # a single job at a time gets all
         (20, 30, 1, 20, 1),
     ],
 )
@@ -57,6 +61,11 @@ def test_cores_are_divided(
     assert sorted(str(d) for d in taken) == sorted(f"cpu:{i}" for i in range(at_once))
     environment = first.environment()
     assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == str(threads)
+    for job in taken:
+        assert job is not None
+        queue.give_back(job)
+    again = [queue.take(processes) for _ in range(at_once)]
+    assert None not in again and queue.take(processes) is None
     # A job for the CPU does not find the GPU that is there.
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
 
