@@ -1,8 +1,8 @@
 """What should ``python train.py`` train? ``python -m benchmarks.main_job``
 
-Tokenizers, shapes of the trunk and depths at equal time: each is trained for as many steps as the
-seconds hold at its own speed, which a short run measures, on one thread; as many at once as there
-are cores. All are evaluated on one text, whatever their tokenizer. One seed: differences of a few
+Tokenizers, shapes of the trunk and depths at equal time: each is trained for as many steps as so
+many CPU seconds of one thread hold, by what two short runs differ in, as many at once as there are
+cores. All are evaluated on one text, whatever their tokenizer. One seed: differences of a few
 hundredths mean nothing. 240 seconds each take about half an hour on two cores.
 """
 
@@ -19,7 +19,8 @@ from typing import Any
 
 from benchmarks import common
 
-_SPEED_STEPS = 60
+# Of the two short runs.
+_SPEED_STEPS = (20, 80)
 
 
 def _shape(width: int, blocks: int, heads: int, d_ff: int) -> list[str]:
@@ -57,8 +58,8 @@ _COLUMNS = {
 _KEPT = ("val/bits_per_byte_se", "evaluation", "seconds", "tokens", "parameters")
 
 
-def train(folder: Path, overrides: list[str], steps: int, *more: str) -> dict[str, Any]:
-    """A run in a process of its own; its summary."""
+def train(folder: Path, overrides: list[str], steps: int, *more: str) -> float:
+    """A run in a process of its own; the CPU seconds that it took in all."""
     given = [
         *overrides,
         f"trainer.max_steps={steps}",
@@ -68,31 +69,29 @@ def train(folder: Path, overrides: list[str], steps: int, *more: str) -> dict[st
         f"run_dir={folder}",
         *more,
     ]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "train.py", *given],
         cwd=common.ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(given)} failed:\n{done.stderr}")
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return summary
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"train.py {' '.join(given)} failed: see {folder / 'train.log'}")
+    return usage.ru_utime + usage.ru_stime
 
 
 def measure(name: str, seconds: float, folder: Path) -> dict[str, Any]:
-    """Final metrics of a row after so many seconds of training steps."""
+    """Final metrics of a row after so many CPU seconds of training steps."""
     overrides = _ROWS[name]
-    short = train(
-        folder / "speed",
-        overrides,
-        _SPEED_STEPS,
-        "data.eval_bytes=1",
-        "~callbacks.speculative_eval",
-    )
-    steps = max(1, round(seconds * _SPEED_STEPS / short["seconds"]))
-    summary = train(folder / "run", overrides, steps)
+    short = ["data.eval_bytes=1", "~callbacks.speculative_eval"]
+    # The first also builds the token store, which the others find.
+    train(folder / "store", overrides, 1, *short)
+    few, many = (train(folder / str(n), overrides, n, *short) for n in _SPEED_STEPS)
+    steps = round(seconds * (_SPEED_STEPS[1] - _SPEED_STEPS[0]) / (many - few))
+    train(folder / "run", overrides, steps)
+    summary = json.loads((folder / "run" / "summary.json").read_text())
     kept = [*_KEPT, *(key.partition("|")[0] for key in _COLUMNS.values())]
     found = {key: summary[key] for key in kept if key in summary}
     common.progress(f"{name}: {found['val/bits_per_byte']:.3f} bits per byte")
@@ -111,7 +110,7 @@ def main() -> None:
         places = [Path(folder) / str(i) for i in range(len(names))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             rows = list(pool.map(measure, names, [seconds] * len(names), places))
-    common.print_table(f"{seconds:.0f} seconds of one thread each", _COLUMNS, rows)
+    common.print_table(f"{seconds:.0f} CPU seconds each", _COLUMNS, rows)
     machine = common.machine()
     common.write_json({"rows": rows, "seconds": seconds, "machine": machine}, args.output)
 
