@@ -28,7 +28,7 @@ from mtp_lightning.runtime import pick_accelerator, quiet_lightning, set_threads
 from mtp_lightning.settings import require_whole
 
 if TYPE_CHECKING:
-    from data_modules import TokenDataModule
+    from data_modules import WindowDataModule
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,9 @@ def precision_of(run: LoadedRun) -> AbstractContextManager[Any]:
     return torch.autocast(run.model.head.weight.device.type, torch.bfloat16, enabled=mixed)
 
 
-def evaluate_long_range(run: LoadedRun, data: TokenDataModule, cfg: DictConfig) -> dict[str, float]:
+def evaluate_long_range(
+    run: LoadedRun, data: WindowDataModule, cfg: DictConfig
+) -> dict[str, float]:
     """How far back the model looks, as ``callbacks=long_range`` measures it in training: about two
     passes over the text, and ``decode.n_prompts`` texts of a window's length."""
     measure = LongRange(run.model, data.seq_len, data.tokenizer.token_bytes())
@@ -142,7 +144,7 @@ def validation_data(
     eval_bytes: int | str | None = None,
     cache_dir: str | None = None,
     allow: Collection[str] = (),
-) -> TokenDataModule:
+) -> WindowDataModule:
     """The evaluation text of a run, or that of another data group in the run's setting.
 
     Args:
@@ -178,7 +180,7 @@ def validation_data(
 
 
 def evaluate_decoding(
-    model: MTPModel, data: TokenDataModule, settings: DictConfig
+    model: MTPModel, data: WindowDataModule, settings: DictConfig
 ) -> dict[str, float]:
     """Acceptance and speed-up of the drafts, measured and expected; nothing without drafts.
 

@@ -15,7 +15,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.runtime import pick_accelerator, set_threads
 
 if TYPE_CHECKING:
-    from data_modules import TokenDataModule
+    from data_modules import WindowDataModule
 
 _DRAFT_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
 # Tokens of the sample that ends a run: read from held-out text, and added to it.
@@ -83,7 +83,7 @@ def generate_text(cfg: Any) -> list[Generation]:
     return generations
 
 
-def print_sample(model: MTPModel, data: TokenDataModule, *, seed: int) -> None:
+def print_sample(model: MTPModel, data: WindowDataModule, *, seed: int) -> None:
     """A held-out beginning, and how the model goes on."""
     length = min(_PROMPT_LENGTH, data.seq_len)
     try:

@@ -1,0 +1,8 @@
+"""Planning and memory as data: tasks, one file each, behind the interface of ``base.py``."""
+
+from __future__ import annotations
+
+from data_modules.tasks.base import Example, Task
+from data_modules.tasks.copy import Copy
+
+__all__ = ["Copy", "Example", "Task"]
