@@ -46,7 +46,7 @@ class AnswerSet:
     @cached_property
     def group_names(self) -> list[str]:
         """What accuracies are reported by, in the order of first use."""
-        return list(dict.fromkeys(name for e in self.examples for name in self.task.groups(e)))
+        return list(dict.fromkeys(n for e in self.examples for n in self.task.groups(e) if n))
 
     @cached_property
     def n_positions(self) -> int:
@@ -71,7 +71,7 @@ class AnswerSet:
     def places(self, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
         """Which of its answer's asked tokens each token of a :meth:`batch` is, from 0, and its
         group's number, both [B, W] int64 and -1 elsewhere."""
-        batch = self.batch(numbers)
+        batch, number = self.batch(numbers), {n: i for i, n in enumerate(self.group_names)}
         position_BW = torch.full_like(batch.tokens, -1)
         group_BW = torch.full_like(batch.tokens, -1)
         for row, i in enumerate(numbers.tolist()):
@@ -80,8 +80,7 @@ class AnswerSet:
             place = slice(len(example.prompt), len(example))
             position_BW[row, place] = torch.where(asked, asked.cumsum(0) - 1, -1)
             if names := self.task.groups(example):
-                group = torch.tensor([self.group_names.index(name) for name in names])
-                group_BW[row, place] = torch.where(asked, group, -1)
+                group_BW[row, place] = torch.tensor([number.get(name, -1) for name in names])
         return position_BW, group_BW
 
     def right(self, numbers: np.ndarray, said_BW: Tensor) -> Tensor:

@@ -128,7 +128,8 @@ class Task(ABC):
         return {}
 
     def groups(self, example: Example) -> Sequence[str]:
-        """A name for each of the answer's tokens; accuracy is reported by it. Empty for none."""
+        """A name for each of the answer's tokens, by which accuracy is reported, "" for those that
+        are given; nothing for a task without groups."""
         return ()
 
     @property
