@@ -96,6 +96,11 @@ class WindowDataModule(LightningDataModule):
         raise NotImplementedError
 
     @property
+    def has_text(self) -> bool:
+        """Whether ids stand for text, and bytes can be counted."""
+        return self.evaluated_bytes is not None
+
+    @property
     def answer_length(self) -> int | None:
         """Tokens that answer one of :meth:`held_out_prompts`; None of text, which has no end."""
         return None

@@ -44,8 +44,10 @@ class LongRange(RunCallback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start counting."""
         self._measure = None
-        if not trainer.sanity_checking:
-            data = trainer.datamodule  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not data.has_text:
+            log.warning("callbacks=long_range measures text and has no meaning for a task.")
+        elif not trainer.sanity_checking:
             model = pl_module.model
             assert isinstance(model, MTPModel)
             self._measure = Measure(model, data.seq_len, data.tokenizer.token_bytes())
