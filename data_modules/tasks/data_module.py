@@ -38,6 +38,7 @@ class TaskDataModule(WindowDataModule):
         eval_batch_size: windows a validation batch and rank; ``batch_size`` if None.
         train_prompt: whether prompts are trained, too.
         document_mask: must be false, for examples are apart in any case.
+        eval_bytes: of text, and not used: presets for any data (``debug=fast``) set it.
         num_workers: processes that fetch batches ahead.
         pin_memory: page-locked batches; if there is a GPU, when None.
         seed: of the training examples.
@@ -60,6 +61,7 @@ class TaskDataModule(WindowDataModule):
         eval_batch_size: int | None = None,
         train_prompt: bool = False,
         document_mask: bool = False,
+        eval_bytes: object = None,
         num_workers: int = 0,
         pin_memory: bool | None = None,
         seed: int = 0,
