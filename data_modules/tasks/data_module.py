@@ -90,7 +90,7 @@ class TaskDataModule(WindowDataModule):
                 f"up to {task.longest} tokens: set it to {task.longest - 1} or more, or to null."
             )
         own = SymbolTokenizer(task.symbols)
-        if tokenizer is not None and tokenizer.state() != own.state():
+        if tokenizer is not None and not _same_symbols(tokenizer, own):
             raise ValueError(
                 f"data={task.name} with {own.vocab_size} symbols of its own cannot be read by a "
                 f"model that knows {tokenizer.vocab_size} ids of the kind {tokenizer.kind}: give "
@@ -214,6 +214,14 @@ class TaskDataModule(WindowDataModule):
             "train": {"examples": self.examples},
             "val": {"examples": self.eval_examples},
         }
+
+
+def _same_symbols(tokenizer: Tokenizer, own: SymbolTokenizer) -> bool:
+    """Whether a run's ids are the task's; a Hugging Face folder's tokenizer is of another kind."""
+    if tokenizer.kind == own.kind or tokenizer.vocab_size != own.vocab_size:
+        return tokenizer.state() == own.state()
+    ids = tokenizer.encode(" ".join(own.symbols))
+    return ids.tolist() == list(range(own.vocab_size))
 
 
 def _run(asked: list[bool], kind: bool) -> list[bool]:

@@ -59,10 +59,11 @@ class SymbolTokenizer(Tokenizer):
 
     def library_json(self) -> str:
         """A list of words, which the library parts at white space."""
-        from tokenizers import Tokenizer, models, pre_tokenizers
+        from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
         library = Tokenizer(models.WordLevel(self._ids, unk_token=self.symbols[0]))
         library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        library.add_special_tokens([AddedToken(self.symbols[0], special=True, normalized=False)])
         return str(library.to_str())
 
     def spec(self) -> dict[str, Any]:

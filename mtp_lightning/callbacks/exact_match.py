@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +28,6 @@ class ExactMatch(RunCallback):
     def __init__(self, batch_size: int = 256) -> None:
         group = "callbacks.exact_match"
         self.batch_size = require_whole(f"{group}.batch_size", batch_size, least=1)
-        self.seconds = 0.0
         self._newest: dict[str, float] = {}
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -39,7 +37,6 @@ class ExactMatch(RunCallback):
             return
         model = pl_module.model
         assert isinstance(model, MTPModel)
-        began = time.perf_counter()
         self._newest = answer_all(
             model,
             sets,
@@ -47,8 +44,12 @@ class ExactMatch(RunCallback):
             rank=trainer.global_rank,
             world=trainer.world_size,
         )
-        self.seconds += time.perf_counter() - began
         pl_module.log_dict(self._newest, rank_zero_only=True)
+
+    def shown(self) -> str:
+        """The newest validation's share of right answers."""
+        right = self._newest.get("val/exact_match")
+        return "" if right is None else f"right {right:.0%}"
 
     def summary(self) -> dict[str, float]:
         """The newest validation's values."""
