@@ -11,7 +11,7 @@ from torch import Tensor
 from data_modules.loader import EvaluationLoader
 from data_modules.sources.base import digest
 from data_modules.tasks.answers import AnswerSet
-from data_modules.tasks.base import Task
+from data_modules.tasks.base import Example, Task
 from data_modules.tasks.windows import ExampleLoader, TaskWindows, first_training_index
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.tokenizers.symbols import SymbolTokenizer
@@ -167,13 +167,14 @@ class TaskDataModule(WindowDataModule):
 
     @property
     def answer_length(self) -> int:
-        """Tokens of an answer up to the first one that is given."""
+        """Tokens of the longest answer, up to the first one that is given."""
         if self.task.ends:
             return self.task.longest_answer
-        return max(len(_run(e.asked, True)) for e in self.answer_sets()[""].examples)
+        return max(self._spoken(example) for example in self.answer_sets()[""].examples)
 
     def held_out_prompts(self, n: int, length: int = 0) -> list[Tensor]:
-        """The first n of the validation's prompts, whole, and what is given before an answer.
+        """Prompts of the validation that are answered at full length, whole, and what is given
+        before their answers.
 
         Args:
             n: how many.
@@ -182,16 +183,25 @@ class TaskDataModule(WindowDataModule):
         Raises:
             ValueError: there are not so many.
         """
-        if not 1 <= n <= self.eval_examples:
+        wanted = self.answer_length
+        prompts = [
+            torch.tensor(example.prompt + example.answer[: example.asked.index(True)])
+            for example in self.answer_sets()[""].examples
+            if self.task.ends or self._spoken(example) == wanted
+        ]
+        if not 1 <= n <= len(prompts):
             raise ValueError(
-                f"{n} prompts were asked for and the validation has data.eval_examples="
-                f"{self.eval_examples}: ask for 1 up to that many."
+                f"{n} prompts were asked for and of data.eval_examples={self.eval_examples} "
+                f"{len(prompts)} have an answer of {wanted} tokens: ask for fewer, or raise "
+                "data.eval_examples."
             )
-        prompts = []
-        for example in self.answer_sets()[""].examples[:n]:
-            given = len(_run(example.asked, False))
-            prompts.append(torch.tensor(example.prompt + example.answer[:given]))
-        return prompts
+        return prompts[:n]
+
+    @staticmethod
+    def _spoken(example: Example) -> int:
+        """Tokens that the model says in one go."""
+        asked = example.asked[example.asked.index(True) :]
+        return asked.index(False) if False in asked else len(asked)
 
     def evaluation_summary(self) -> dict[str, Any]:
         """``fingerprint`` of the validation set, its ``examples`` and ``tokens`` asked for."""
@@ -222,12 +232,3 @@ def _same_symbols(tokenizer: Tokenizer, own: SymbolTokenizer) -> bool:
         return tokenizer.state() == own.state()
     ids = tokenizer.encode(" ".join(own.symbols))
     return ids.tolist() == list(range(own.vocab_size))
-
-
-def _run(asked: list[bool], kind: bool) -> list[bool]:
-    """The answer's tokens that are asked for, or given, in a row: leading given ones apart."""
-    start = next((i for i, a in enumerate(asked) if a), len(asked))
-    if not kind:
-        return asked[:start]
-    end = next((i for i in range(start, len(asked)) if not asked[i]), len(asked))
-    return asked[start:end]

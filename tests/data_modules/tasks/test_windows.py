@@ -215,3 +215,18 @@ def test_symbols_come_back() -> None:
         tokenizer.encode("0 hello 1")
     library = pytest.importorskip("tokenizers").Tokenizer.from_str(tokenizer.library_json())
     assert library.encode(text).ids == example.prompt
+
+
+def test_prompts_to_decode_are_whole_and_their_answers_of_one_length() -> None:
+    data = module(Copy(periods=5), eval_examples=60)
+    prompts = data.held_out_prompts(4, 2)
+    assert data.answer_length == 5 and {len(prompt) for prompt in prompts} == {6}
+    recall = module(MQAR(pairs=3, slots=5), eval_examples=10)
+    assert recall.answer_length == 1
+    for prompt, example in zip(
+        recall.held_out_prompts(10), recall.answer_sets()[""].examples, strict=True
+    ):
+        # Up to the first query, which is one of the keys.
+        assert int(prompt[-1]) in example.prompt[:-1:2] and len(prompt) % 2 == 0
+    with pytest.raises(ValueError, match="11 prompts were asked for and of data.eval_examples=10"):
+        recall.held_out_prompts(11)
