@@ -1,7 +1,7 @@
-"""Data for multi-token prediction: sources, tokenizers, packed token store, resumable loader.
+"""Data for multi-token prediction: sources, tokenizers, packed token store, loader; tasks.
 
 ``import data_modules`` is cheap on purpose: the model imports ``data_modules.windows`` alone, and
-Lightning (seconds to import) is loaded only when ``TokenDataModule`` is asked for.
+Lightning (seconds to import) is loaded only when a data module is asked for.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data_modules.data_module import TokenDataModule
+    from data_modules.tasks.data_module import TaskDataModule
+    from data_modules.window_module import WindowDataModule
 
-__all__ = ["TokenDataModule"]
+__all__ = ["TaskDataModule", "TokenDataModule", "WindowDataModule"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +21,12 @@ def __getattr__(name: str) -> Any:
         from data_modules.data_module import TokenDataModule
 
         return TokenDataModule
+    if name == "TaskDataModule":
+        from data_modules.tasks.data_module import TaskDataModule
+
+        return TaskDataModule
+    if name == "WindowDataModule":
+        from data_modules.window_module import WindowDataModule
+
+        return WindowDataModule
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

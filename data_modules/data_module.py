@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from data_modules.cache import cache_folder
@@ -21,14 +20,12 @@ from data_modules.store_builder import prepare_store
 from data_modules.token_store import TokenStore
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.window_dataset import WindowDataset, window_count
+from data_modules.window_module import WindowDataModule
 from mtp_lightning.settings import require_whole
 
 
-class TokenDataModule(LightningDataModule):
+class TokenDataModule(WindowDataModule):
     """Windows of T + D + 1 tokens from any source, through a token store that is built once.
-
-    One batch of the training loader is **one optimizer step of this rank**: ``batch_size *
-    accumulate`` windows, which the module splits with :meth:`WindowBatch.micro_batches`.
 
     Args:
         source: the corpus.
@@ -74,32 +71,22 @@ class TokenDataModule(LightningDataModule):
         pin_memory: bool | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        require_whole("data.seq_len", seq_len, least=1)
-        require_whole("data.batch_size", batch_size, least=1)
-        require_whole("trainer.accumulate_grad_batches", accumulate, least=1)
+        super().__init__(
+            seq_len=seq_len,
+            batch_size=batch_size,
+            depth=depth,
+            accumulate=accumulate,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            seed=seed,
+        )
         if eval_bytes != "all":
             require_whole("data.eval_bytes (all for the whole split)", eval_bytes, least=1)
-        if eval_batch_size is not None:
-            require_whole("data.eval_batch_size", eval_batch_size, least=1)
-        require_whole("data.num_workers", num_workers, least=0)
-        require_whole("seed", seed, least=0)
-        if not 0 <= depth <= seq_len:
-            raise ValueError(
-                f"mtp.depth must lie between 0 and data.seq_len = {seq_len}, got {depth}"
-            )
         self.source = source
-        self.seq_len = seq_len
-        self.batch_size = batch_size
-        self.depth = depth
-        self.accumulate = accumulate
         self.eval_bytes = eval_bytes
-        self.eval_batch_size = eval_batch_size or batch_size
         self.document_mask = document_mask
         self.cache_dir = cache_folder(cache_dir)
-        self.num_workers = num_workers
-        self.pin_memory = pin_memory
-        self.seed = seed
         self.split = DocumentSplit(source, val_fraction=val_fraction, seed=split_seed)
         self._tokenizer = tokenizer
         self._store: TokenStore | None = None
@@ -135,9 +122,7 @@ class TokenDataModule(LightningDataModule):
             OSError: about files.
             MissingPackageError: if the source's package is not installed.
         """
-        if stage == "fit":
-            self.train_dataloader().check()
-        self.val_dataloader().check()
+        super().prepare(stage)
 
     def prepare_data(self) -> None:
         """Lightning's hook, called by one process a node: builds the store."""
@@ -163,6 +148,10 @@ class TokenDataModule(LightningDataModule):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, trained if it needed that."""
         return self._open()[1]
+
+    @property
+    def masks_targets(self) -> bool:
+        return self.document_mask
 
     @property
     def fingerprint(self) -> str:
@@ -191,10 +180,6 @@ class TokenDataModule(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=self._pins_memory,
         )
-
-    @property
-    def _pins_memory(self) -> bool:
-        return torch.cuda.is_available() if self.pin_memory is None else self.pin_memory
 
     @cached_property
     def evaluation(self) -> EvaluationWindows:

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from data_modules.evaluation_text import EvaluationWindows
-from data_modules.window_dataset import WindowDataset
 from data_modules.windows import WindowBatch
+
+
+class Windows(Protocol):
+    """Maps an array of window numbers to a batch of them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, numbers: np.ndarray, /) -> WindowBatch: ...
+
+
+class TrainingWindows(Windows, Protocol):
+    """Windows that can say why there are too few of them."""
+
+    def require(self, batch_size: int, world: int) -> None:
+        """Raises ``ValueError`` with the remedy if they are too few for one step.
+
+        Args:
+            batch_size: windows of one step of a process.
+            world: processes.
+        """
 
 
 def epoch_order(n: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -51,7 +69,7 @@ class WindowLoader:
 
     def __init__(
         self,
-        dataset: WindowDataset,
+        dataset: TrainingWindows,
         *,
         batch_size: int,
         seed: int = 0,
@@ -80,21 +98,7 @@ class WindowLoader:
 
     def check(self) -> None:
         """Raises ``ValueError``, with the remedy, if there are too few windows for one batch."""
-        n, world = len(self.dataset), _world()[1]
-        if n == 0:
-            raise ValueError(
-                f"the training split has {self.dataset.file.n_tokens} tokens but one window "
-                f"needs at least seq_len + depth + 1 = {self.dataset.length}: give more text, "
-                f"lower data.seq_len, or change data.val_fraction"
-            )
-        needed = self.batch_size * world
-        if n < needed:
-            raise ValueError(
-                f"the training split has {n} windows but one step needs {needed} "
-                f"({self.batch_size} windows x {world} processes; a step takes data.batch_size x "
-                f"trainer.accumulate_grad_batches of them): give more text, or lower "
-                f"data.batch_size, trainer.accumulate_grad_batches or data.seq_len"
-            )
+        self.dataset.require(self.batch_size, _world()[1])
 
     def __iter__(self) -> Iterator[WindowBatch]:
         # A generator: Lightning makes iterators that it may never use, and nothing must move then.
@@ -125,12 +129,16 @@ class WindowLoader:
         self.epoch = int(state["epoch"])
         self.consumed = int(state["consumed"])
 
+    def order(self, epoch: int) -> np.ndarray:
+        """Window numbers in the order of an epoch."""
+        return epoch_order(len(self.dataset), seed=self.seed, epoch=epoch)
+
     def _epoch(self) -> Iterator[WindowBatch]:
         rank, world = _world()
         n, G = len(self.dataset), self.batch_size * world
         if self.consumed + G > n:
             self.epoch, self.consumed = self.epoch + 1, 0
-        order = epoch_order(n, seed=self.seed, epoch=self.epoch)
+        order = self.order(self.epoch)
         offset = rank * self.batch_size
         batches = [
             order[start + offset : start + offset + self.batch_size]
@@ -162,7 +170,7 @@ class EvaluationLoader:
 
     def __init__(
         self,
-        dataset: EvaluationWindows,
+        dataset: Windows,
         *,
         batch_size: int,
         num_workers: int = 0,
@@ -206,12 +214,12 @@ def _check(batch_size: int, num_workers: int) -> None:
 
 
 def _fetch(
-    dataset: Dataset[WindowBatch], batches: list[np.ndarray], num_workers: int, pin_memory: bool
+    dataset: Windows, batches: list[np.ndarray], num_workers: int, pin_memory: bool
 ) -> Iterator[WindowBatch]:
     # The base class draws a seed for its workers: from a generator of our own, since the global
     # one must not move (a resumed run would draw once more than an uninterrupted one).
     loader: DataLoader[WindowBatch] = DataLoader(
-        dataset,
+        dataset,  # type: ignore[arg-type]  # it only maps numbers to batches
         batch_size=None,
         sampler=batches,
         num_workers=num_workers,

@@ -52,6 +52,28 @@ class WindowDataset(Dataset[WindowBatch]):
     def __len__(self) -> int:
         return window_count(self.file.n_tokens, self.seq_len, self.depth)
 
+    def require(self, batch_size: int, world: int) -> None:
+        """Raises ``ValueError``, with the remedy, if there are too few windows for one step.
+
+        Args:
+            batch_size: windows of one step of a process.
+            world: processes.
+        """
+        n, needed = len(self), batch_size * world
+        if n == 0:
+            raise ValueError(
+                f"the training split has {self.file.n_tokens} tokens but one window "
+                f"needs at least seq_len + depth + 1 = {self.length}: give more text, "
+                f"lower data.seq_len, or change data.val_fraction"
+            )
+        if n < needed:
+            raise ValueError(
+                f"the training split has {n} windows but one step needs {needed} "
+                f"({batch_size} windows x {world} processes; a step takes data.batch_size x "
+                f"trainer.accumulate_grad_batches of them): give more text, or lower "
+                f"data.batch_size, trainer.accumulate_grad_batches or data.seq_len"
+            )
+
     def __getitem__(self, numbers: np.ndarray) -> WindowBatch:
         if self._windows is None:
             self._open()

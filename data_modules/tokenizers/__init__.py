@@ -6,9 +6,10 @@ from data_modules.tokenizers.base import END_OF_TEXT, Tokenizer, tokenizer_from_
 from data_modules.tokenizers.bpe import BPETokenizer
 from data_modules.tokenizers.byte import ByteTokenizer
 from data_modules.tokenizers.pretrained import PretrainedTokenizer
+from data_modules.tokenizers.symbols import SymbolTokenizer
 
 KINDS: dict[str, type[Tokenizer]] = {
-    kind.kind: kind for kind in (ByteTokenizer, BPETokenizer, PretrainedTokenizer)
+    kind.kind: kind for kind in (ByteTokenizer, BPETokenizer, PretrainedTokenizer, SymbolTokenizer)
 }
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "BPETokenizer",
     "ByteTokenizer",
     "PretrainedTokenizer",
+    "SymbolTokenizer",
     "Tokenizer",
     "tokenizer_from_state",
 ]

@@ -40,12 +40,17 @@ class LongRange(RunCallback):
         self.prompt_tokens = require_whole(f"{group}.prompt_tokens", prompt_tokens, least=1)
         self._measure: Measure | None = None
         self._newest: dict[str, float] = {}
+        self._warned = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start counting."""
         self._measure = None
-        if not trainer.sanity_checking:
-            data = trainer.datamodule  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not data.has_text:
+            if not self._warned:
+                log.warning("callbacks=long_range measures text and has no meaning for a task.")
+            self._warned = True
+        elif not trainer.sanity_checking:
             model = pl_module.model
             assert isinstance(model, MTPModel)
             self._measure = Measure(model, data.seq_len, data.tokenizer.token_bytes())

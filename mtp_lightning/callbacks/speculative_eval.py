@@ -28,7 +28,8 @@ class SpeculativeEval(Callback):
     first prompt's continuation is logged as text.
 
     A model without drafts (D = 0, or a head that does not draft) logs the text, and tokens per
-    second of plain decoding.
+    second of plain decoding. Of a task, whole prompts are answered; where an answer is a single
+    token, nothing is decoded here.
 
     Args:
         n_prompts: held-out prompts, >= 1.
@@ -48,16 +49,17 @@ class SpeculativeEval(Callback):
             return
         model, data = pl_module.model, trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(model, MTPModel)
-        room = data.seq_len - self.new_tokens
-        if room < 1:
-            return  # the window is shorter than what would be decoded
+        new_tokens = self.new_tokens if data.answer_length is None else data.answer_length
+        room = data.seq_len - new_tokens
+        if room < 1 or new_tokens < 2:
+            return  # the window is shorter than what would be decoded, or that a single token
         try:
             prompts = data.held_out_prompts(self.n_prompts, min(self.prompt_tokens, room))
         except ValueError as error:  # a small corpus can be trained on all the same
             log.warning("No decoding at validation: %s.", error)
             return
         options: dict[str, Any] = {
-            "max_new_tokens": self.new_tokens,
+            "max_new_tokens": new_tokens,
             "tokenizer": data.tokenizer,
             "batch_size": 1,
         }

@@ -32,7 +32,7 @@ from mtp_lightning.runtime import pick_accelerator
 from mtp_lightning.settings import require_whole
 
 if TYPE_CHECKING:
-    from data_modules import TokenDataModule
+    from data_modules import WindowDataModule
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ _STRATEGIES = ("auto", "ddp")
 
 def build_data(
     cfg: DictConfig, tokenizer_state: dict[str, Any] | None = None, *, brought: bool = False
-) -> TokenDataModule:
-    """The data module, its token store built or found.
+) -> WindowDataModule:
+    """The data module, its token store built or found, or its task.
 
     Args:
         cfg: the config.
@@ -54,7 +54,9 @@ def build_data(
         brought: it came with a trunk (:func:`adopt_trunk`), and takes the place of the config's
             unless that was asked for.
     """
-    if tokenizer_state is None:
+    if "task" in cfg.data:
+        data = _build_task(cfg, tokenizer_state)
+    elif tokenizer_state is None:
         data = instantiate(cfg.data)
     elif brought and not overridden("tokenizer"):
         data = instantiate(cfg.data, tokenizer=tokenizer_from_state(tokenizer_state))
@@ -76,6 +78,24 @@ def build_data(
     return data
 
 
+def _build_task(cfg: DictConfig, tokenizer_state: dict[str, Any] | None) -> WindowDataModule:
+    if typed := overridden("tokenizer"):
+        raise ValueError(
+            f"{typed[0]} has no meaning for a task, which has symbols of its own: leave it out."
+        )
+    tokenizer = None if tokenizer_state is None else tokenizer_from_state(tokenizer_state)
+    data: WindowDataModule = instantiate(cfg.data, tokenizer=tokenizer)
+    return data
+
+
+def settle_windows(cfg: DictConfig, data: WindowDataModule) -> DictConfig:
+    """The config with the length of window that the data have found themselves."""
+    if cfg.data.seq_len is None:
+        cfg = cfg.copy()
+        cfg.data.seq_len = data.seq_len
+    return cfg
+
+
 def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
     """Trunk and stack from the groups ``model`` and ``mtp``.
 
@@ -91,7 +111,8 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
         )
     trunk = instantiate(cfg.model, kind=TrunkConfig, vocab_size=rows)
     mtp = instantiate(cfg.mtp, kind=MTPConfig)
-    if mtp.depth > cfg.data.seq_len:
+    # Without a length of its own, the data module has looked.
+    if mtp.depth > (cfg.data.seq_len or mtp.depth):
         raise ValueError(
             f"mtp.depth={mtp.depth} is larger than the window, data.seq_len={cfg.data.seq_len}: "
             "predict fewer tokens, or lengthen the window."
@@ -109,7 +130,7 @@ def build_balance(cfg: DictConfig) -> Balance:
     return balance
 
 
-def build_module(cfg: DictConfig, data: TokenDataModule, *, asked: DictConfig) -> MTPModule:
+def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) -> MTPModule:
     """The LightningModule, with fresh weights.
 
     Args:

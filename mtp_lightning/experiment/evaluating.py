@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.callbacks.exact_match import answer_all
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
 from mtp_lightning.decoding.measure import decoding_report
 from mtp_lightning.experiment.command_line import overridden
@@ -28,7 +29,7 @@ from mtp_lightning.runtime import pick_accelerator, quiet_lightning, set_threads
 from mtp_lightning.settings import require_whole
 
 if TYPE_CHECKING:
-    from data_modules import TokenDataModule
+    from data_modules import WindowDataModule
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ _HOW = {
     "val_fraction",
     "split_seed",
 }
+# Those of a task: its windows are as long as its examples need.
+_HOW_TASK = {"batch_size", "eval_batch_size"}
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -75,8 +78,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         rates = evaluate_model(run.model, data.val_dataloader(), text_bytes=data.evaluated_bytes)
     metrics = {
         **{f"val/{name}": value for name, value in rates.items()},
+        **answer_all(run.model, data.answer_sets()),
         **evaluate_decoding(run.model, data, cfg.decode),
-        **(evaluate_long_range(run, data, cfg) if cfg.long_range else {}),
+        **(evaluate_long_range(run, data, cfg) if cfg.long_range and data.has_text else {}),
         "parameters": run.model.config.num_params(),
         "parameters_trunk": run.model.config.trunk.num_params(),
         "flops_per_token": run.model.config.flops_per_token(data.seq_len),
@@ -123,7 +127,9 @@ def precision_of(run: LoadedRun) -> AbstractContextManager[Any]:
     return torch.autocast(run.model.head.weight.device.type, torch.bfloat16, enabled=mixed)
 
 
-def evaluate_long_range(run: LoadedRun, data: TokenDataModule, cfg: DictConfig) -> dict[str, float]:
+def evaluate_long_range(
+    run: LoadedRun, data: WindowDataModule, cfg: DictConfig
+) -> dict[str, float]:
     """How far back the model looks, as ``callbacks=long_range`` measures it in training: about two
     passes over the text, and ``decode.n_prompts`` texts of a window's length."""
     measure = LongRange(run.model, data.seq_len, data.tokenizer.token_bytes())
@@ -142,7 +148,7 @@ def validation_data(
     eval_bytes: int | str | None = None,
     cache_dir: str | None = None,
     allow: Collection[str] = (),
-) -> TokenDataModule:
+) -> WindowDataModule:
     """The evaluation text of a run, or that of another data group in the run's setting.
 
     Args:
@@ -165,9 +171,15 @@ def validation_data(
     if data is not None:
         config.data = OmegaConf.to_container(data, resolve=False)
         typed = {key_of(override) for override in overridden("data")}
-        for key in _HOW & stored.keys():
+        how = _HOW_TASK if "task" in config.data else _HOW
+        for key in how & stored.keys():
             if f"data.{key}" not in typed:
                 config.data[key] = stored[key]
+    if eval_bytes is not None and "task" in config.data:
+        raise ValueError(
+            f"eval_bytes={eval_bytes} has no meaning for a task: give it as data=..., with "
+            "data.eval_examples."
+        )
     if eval_bytes is not None:
         config.data.eval_bytes = eval_bytes
     config.paths.cache_dir = cache_dir or config.paths.cache_dir
@@ -178,7 +190,7 @@ def validation_data(
 
 
 def evaluate_decoding(
-    model: MTPModel, data: TokenDataModule, settings: DictConfig
+    model: MTPModel, data: WindowDataModule, settings: DictConfig
 ) -> dict[str, float]:
     """Acceptance and speed-up of the drafts, measured and expected; nothing without drafts.
 
@@ -194,5 +206,8 @@ def evaluate_decoding(
     except ValueError as error:  # the teacher-forced metrics are there all the same
         log.warning("Nothing was decoded (%s): lower decode.n_prompts or prompt_tokens.", error)
         return {}
-    report = decoding_report(model, prompts, new_tokens=settings.new_tokens)
+    new_tokens = settings.new_tokens if data.answer_length is None else data.answer_length
+    if new_tokens < 2:
+        return {}  # an answer of one token needs no draft
+    report = decoding_report(model, prompts, new_tokens=new_tokens)
     return {f"decode/{name}": value for name, value in report.items()}

@@ -15,7 +15,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.runtime import pick_accelerator, set_threads
 
 if TYPE_CHECKING:
-    from data_modules import TokenDataModule
+    from data_modules import WindowDataModule
 
 _DRAFT_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
 # Tokens of the sample that ends a run: read from held-out text, and added to it.
@@ -83,26 +83,30 @@ def generate_text(cfg: Any) -> list[Generation]:
     return generations
 
 
-def print_sample(model: MTPModel, data: TokenDataModule, *, seed: int) -> None:
-    """A held-out beginning, and how the model goes on."""
+def print_sample(model: MTPModel, data: WindowDataModule, *, seed: int) -> None:
+    """A held-out beginning, and how the model goes on; of a task, a question and its answer."""
     length = min(_PROMPT_LENGTH, data.seq_len)
     try:
         (prompt,) = data.held_out_prompts(1, length)
     except ValueError as error:
         print(f"no sample: {error}")
         return
+    answers = data.answer_length is not None
     (sample,) = generate(
         model,
         [prompt],
-        max_new_tokens=_SAMPLE_LENGTH,
-        temperature=0.5,
+        max_new_tokens=data.answer_length or _SAMPLE_LENGTH,
+        temperature=0.0 if answers else 0.5,
         seed=seed,
         tokenizer=data.tokenizer,
         max_context=data.seq_len,
         long="slide",
     )
     beginning = data.tokenizer.decode(prompt.tolist())
-    print(f"Sample (the text before | is held-out data)\n{beginning}|{sample.text}\n")
+    if answers:
+        print(f"Sample (a held-out question >> the model's answer)\n{beginning} >>{sample.text}\n")
+    else:
+        print(f"Sample (the text before | is held-out data)\n{beginning}|{sample.text}\n")
 
 
 def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list[str]:

@@ -20,6 +20,7 @@ from mtp_lightning.experiment.build import (
     build_module,
     build_trainer,
     match_reference,
+    settle_windows,
 )
 from mtp_lightning.experiment.command_line import hyperparameters
 from mtp_lightning.experiment.generating import print_sample
@@ -37,7 +38,7 @@ from mtp_lightning.run.summary import environment, print_paths, print_summary
 from mtp_lightning.runtime import keep_freed_memory, quiet_lightning, set_threads
 
 if TYPE_CHECKING:
-    from data_modules import TokenDataModule
+    from data_modules import WindowDataModule
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Prepared:
     asked: DictConfig
     cfg: DictConfig
     matched: compare.Matched | None
-    data: TokenDataModule
+    data: WindowDataModule
     module: MTPModule
     resume_from: Path | None
     resume_step: int | None
@@ -94,8 +95,8 @@ def prepare(cfg: DictConfig, folder: Path) -> Prepared:
                 allow = trusted_packages(cfg)
                 trunk = ModelConfig.from_dict(stored["model_config"], allow=allow).trunk
                 cfg = adopt_trunk(cfg, trunk, source=Path(cfg.init_from))
-    asked = cfg
     data = build_data(cfg, tokenizer_state, brought=brings_trunk)
+    cfg = asked = settle_windows(cfg, data)
     cfg, matched = match_reference(cfg, data.tokenizer.vocab_size)
     module = build_module(cfg, data, asked=asked)
     resume_step = None
@@ -141,7 +142,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         resume_step=run.resume_step,
         may_skip=module.schedule.depth_ever_skipped
         or module.balance.skips
-        or (data.document_mask and module.model.depth > 0),  # a depth may be left without a target
+        or (data.masks_targets and module.model.depth > 0),  # a depth may be left without a target
     )
     if trainer.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
@@ -202,7 +203,7 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
     return int(checkpoint["global_step"])
 
 
-def summarise(trainer: pl.Trainer, module: MTPModule, data: TokenDataModule) -> dict[str, Any]:
+def summarise(trainer: pl.Trainer, module: MTPModule, data: WindowDataModule) -> dict[str, Any]:
     """Everything a reader needs to compare this run with another."""
     config = module.model.config
     early = {"stopped_early": True} if trainer.global_step < trainer.max_steps else {}

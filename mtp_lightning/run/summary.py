@@ -56,6 +56,8 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
     for name, key, form in (
         ("bits per byte (depth 0)", "val/bits_per_byte", "{:.4f}"),
         ("  standard error over the text's documents", "val/bits_per_byte_se", "{:.4f}"),
+        ("right answers, decoded greedily", "val/exact_match", "{:.1%}"),
+        ("  by chance", "val/chance", "{:.2%}"),
         ("tokens per verify pass", "decode/tokens_per_step", "{:.2f}"),
         ("  expected from agreement there", "decode/expected_tokens_per_step", "{:.2f}"),
         ("decoding speed-up by drafts", "decode/speedup", "{:.2f}"),

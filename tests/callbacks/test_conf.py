@@ -9,7 +9,14 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 CONF = Path(__file__).parents[2] / "conf"
-DEFAULT = {"NanGuard", "Throughput", "StepProgressBar", "Checkpoints", "SpeculativeEval"}
+DEFAULT = {
+    "NanGuard",
+    "Throughput",
+    "StepProgressBar",
+    "Checkpoints",
+    "SpeculativeEval",
+    "ExactMatch",
+}
 LOGGERS = {"MetricsCSV", "RunTensorBoard"}
 
 

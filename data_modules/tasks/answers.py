@@ -1,0 +1,105 @@
+"""A fixed set of a task's examples, to be answered and judged.
+
+Shapes: B batch, W tokens of a window.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_modules.tasks.base import END, Example, Task
+from data_modules.tasks.windows import lay_out
+from data_modules.windows import WindowBatch
+
+
+class AnswerSet:
+    """Examples 0 .. n - 1 of a task, one a window. It knows nothing of models.
+
+    Args:
+        task: of the examples; an out-of-distribution variant, maybe.
+        n: how many, >= 1.
+        depth: D of the model that is to answer.
+    """
+
+    def __init__(self, task: Task, n: int, *, depth: int) -> None:
+        self.task = task
+        self.n = n
+        self.depth = depth
+
+    def __len__(self) -> int:
+        return self.n
+
+    @property
+    def chance(self) -> float:
+        """See :class:`Task`."""
+        return self.task.chance
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """In the order of their indices."""
+        return [self.task.example(i) for i in range(self.n)]
+
+    @cached_property
+    def group_names(self) -> list[str]:
+        """What accuracies are reported by, in the order of first use."""
+        return list(dict.fromkeys(n for e in self.examples for n in self.task.groups(e) if n))
+
+    @cached_property
+    def n_positions(self) -> int:
+        """Most tokens that an answer is asked for."""
+        return max(sum(example.asked) for example in self.examples)
+
+    def batch(self, numbers: np.ndarray) -> WindowBatch:
+        """Some of the examples, with :attr:`WindowBatch.scored` where the model is to speak.
+
+        Where answers close themselves, it may speak as long as the longest does.
+        """
+        held = [self.examples[i] for i in numbers.tolist()]
+        longest = max(len(example.prompt) for example in held) + self.task.longest_answer
+        batch = lay_out([[e] for e in held], width=longest + self.depth, depth=self.depth)
+        if self.task.ends:
+            assert batch.scored is not None
+            for row, example in enumerate(held):
+                start = len(example.prompt)
+                batch.scored[row, start : start + self.task.longest_answer] = True
+        return batch
+
+    def places(self, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Which of its answer's asked tokens each token of a :meth:`batch` is, from 0, and its
+        group's number, both [B, W] int64 and -1 elsewhere."""
+        batch, number = self.batch(numbers), {n: i for i, n in enumerate(self.group_names)}
+        position_BW = torch.full_like(batch.tokens, -1)
+        group_BW = torch.full_like(batch.tokens, -1)
+        for row, i in enumerate(numbers.tolist()):
+            example = self.examples[i]
+            asked = torch.tensor(example.asked)
+            place = slice(len(example.prompt), len(example))
+            position_BW[row, place] = torch.where(asked, asked.cumsum(0) - 1, -1)
+            if names := self.task.groups(example):
+                group_BW[row, place] = torch.tensor([number.get(name, -1) for name in names])
+        return position_BW, group_BW
+
+    def right(self, numbers: np.ndarray, said_BW: Tensor) -> Tensor:
+        """Which answers are right, [B] bool, by the task's own check.
+
+        Args:
+            numbers: of the examples.
+            said_BW: their windows with what the model said.
+        """
+        found = []
+        for i, row in zip(numbers.tolist(), said_BW.tolist(), strict=True):
+            prompt = self.examples[i].prompt
+            found.append(self.task.check(prompt, self.answer(i, row)))
+        return torch.tensor(found)
+
+    def answer(self, number: int, said: list[int]) -> list[int]:
+        """The answer in a window, up to its end."""
+        example, start = self.examples[number], len(self.examples[number].prompt)
+        if not self.task.ends:
+            return said[start : len(example)]
+        answer = said[start : start + self.task.longest_answer]
+        return answer[: answer.index(END) + 1] if END in answer else answer

@@ -1,0 +1,77 @@
+"""Copy a string of random symbols: ``r = r``. The plainest test of memory in the context.
+
+Olsson et al. 2022 (arXiv 2209.11895) measure in-context memory on repeated random tokens; its
+period is the distance to look back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
+
+from data_modules.tasks.base import Example, Task, log_bucket
+from mtp_lightning.settings import require, require_whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy(Task):
+    """Strings of ``shortest`` .. ``periods`` symbols, every length equally often.
+
+    Attributes:
+        letters: different symbols, >= 1.
+        shortest: least length of a string, >= 1.
+        periods: largest length of a string.
+    """
+
+    name: ClassVar[str] = "copy"
+
+    letters: int = 16
+    shortest: int = 1
+    periods: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("data.task.letters", self.letters, least=1)
+        require_whole("data.task.shortest", self.shortest, least=1)
+        require_whole("data.task.periods", self.periods, least=1)
+        require(
+            self.shortest <= self.periods,
+            "data.task.shortest",
+            self.shortest,
+            f"at most data.task.periods={self.periods}",
+        )
+
+    @cached_property
+    def symbols(self) -> tuple[str, ...]:
+        return (".", "=", *(f"s{i}" for i in range(self.letters)))
+
+    @property
+    def longest_prompt(self) -> int:
+        return self.periods + 1
+
+    @property
+    def longest_answer(self) -> int:
+        return self.periods
+
+    @property
+    def chance(self) -> float:
+        lengths = range(self.shortest, self.periods + 1)
+        return sum(self.letters**-n for n in lengths) / len(lengths)
+
+    def example(self, index: int) -> Example:
+        draws = self.draws(index)
+        length = self.shortest + draws.below(self.periods - self.shortest + 1)
+        string = [2 + letter for letter in draws.many_below(self.letters, length)]
+        return Example([*string, 1], string)
+
+    def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+        return [*answer, 1] == [*prompt]
+
+    def variants(self) -> dict[str, Task]:
+        return {"longer": replace(self, shortest=self.periods + 1, periods=2 * self.periods)}
+
+    def groups(self, example: Example) -> Sequence[str]:
+        period = len(example.answer)
+        return [f"period_{log_bucket(period)}"] * period

@@ -1,0 +1,234 @@
+"""The LightningDataModule of a task."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_modules.loader import EvaluationLoader
+from data_modules.sources.base import digest
+from data_modules.tasks.answers import AnswerSet
+from data_modules.tasks.base import Example, Task
+from data_modules.tasks.windows import ExampleLoader, TaskWindows, first_training_index
+from data_modules.tokenizers.base import Tokenizer
+from data_modules.tokenizers.symbols import SymbolTokenizer
+from data_modules.window_module import WindowDataModule
+from mtp_lightning.settings import require_whole
+
+
+class TaskDataModule(WindowDataModule):
+    """Windows of whole examples; only their answers are trained and evaluated.
+
+    Training reads examples that nobody has seen, or ``examples`` ones again and again; validation
+    the first ``eval_examples`` of the task, which no training reads, whatever the run's seed.
+
+    Args:
+        task: what is to be learned.
+        tokenizer: of the run that the task is given to; its symbols must be the task's.
+        seq_len: T; None is what the longest example needs. A longer window holds several examples,
+            each of which sees itself alone.
+        batch_size: windows a micro-batch and rank.
+        depth: D.
+        accumulate: micro-batches an optimizer step.
+        examples: of the training set; None for fresh ones without end.
+        eval_examples: of the validation set, and of each out-of-distribution set.
+        eval_batch_size: windows a validation batch and rank; ``batch_size`` if None.
+        train_prompt: whether prompts are trained, too.
+        document_mask: must be false, for examples are apart in any case.
+        eval_bytes: of text, and not used: presets for any data (``debug=fast``) set it.
+        num_workers: processes that fetch batches ahead.
+        pin_memory: page-locked batches; if there is a GPU, when None.
+        seed: of the training examples.
+
+    Raises:
+        ValueError: numbers out of range, a window too short for an example, another vocabulary.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: Tokenizer | None = None,
+        *,
+        seq_len: int | None = None,
+        batch_size: int = 64,
+        depth: int = 0,
+        accumulate: int = 1,
+        examples: int | None = None,
+        eval_examples: int = 512,
+        eval_batch_size: int | None = None,
+        train_prompt: bool = False,
+        document_mask: bool = False,
+        eval_bytes: object = None,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            seq_len=task.longest - 1 if seq_len is None else seq_len,
+            batch_size=batch_size,
+            depth=depth,
+            accumulate=accumulate,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            seed=seed,
+        )
+        if examples is not None:
+            require_whole("data.examples (null for fresh ones)", examples, least=1)
+        require_whole("data.eval_examples", eval_examples, least=1)
+        if document_mask:
+            raise ValueError(
+                f"data.document_mask={document_mask} has no meaning for data={task.name}, whose "
+                "examples never see each other: leave it out."
+            )
+        if self.seq_len + 1 < task.longest:
+            raise ValueError(
+                f"data.seq_len={seq_len} is too short for data={task.name}, whose examples have "
+                f"up to {task.longest} tokens: set it to {task.longest - 1} or more, or to null."
+            )
+        own = SymbolTokenizer(task.symbols)
+        if tokenizer is not None and not _same_symbols(tokenizer, own):
+            raise ValueError(
+                f"data={task.name} with {own.vocab_size} symbols of its own cannot be read by a "
+                f"model that knows {tokenizer.vocab_size} ids of the kind {tokenizer.kind}: give "
+                "the task the options that the model was trained with."
+            )
+        self.task = task
+        self.examples = examples
+        self.eval_examples = eval_examples
+        self.train_prompt = train_prompt
+        self._tokenizer = own
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    @property
+    def masks_targets(self) -> bool:
+        return True
+
+    @property
+    def evaluated_bytes(self) -> None:
+        return None
+
+    def train_dataloader(self) -> ExampleLoader:
+        # A fixed set is the same for every seed, as a corpus is.
+        seed = self.seed if self.examples is None else 0
+        dataset = TaskWindows(
+            self.task,
+            seq_len=self.seq_len,
+            depth=self.depth,
+            first=first_training_index(seed),
+            examples=self.examples,
+            train_prompt=self.train_prompt,
+        )
+        return ExampleLoader(
+            dataset,
+            batch_size=self.batch_size * self.accumulate,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            pin_memory=self._pins_memory,
+        )
+
+    def val_dataloader(self) -> EvaluationLoader:
+        return EvaluationLoader(
+            self.evaluation,
+            batch_size=self.eval_batch_size,
+            num_workers=self.num_workers,
+            pin_memory=self._pins_memory,
+        )
+
+    @cached_property
+    def evaluation(self) -> TaskWindows:
+        """The validation set in this model's windows."""
+        return TaskWindows(
+            self.task,
+            seq_len=self.seq_len,
+            depth=self.depth,
+            first=0,
+            examples=self.eval_examples,
+        )
+
+    @cached_property
+    def _answer_sets(self) -> dict[str, AnswerSet]:
+        tasks = {"": self.task, **self.task.variants()}
+        for name, task in tasks.items():
+            assert task.symbols == self.task.symbols, name
+        return {
+            name: AnswerSet(task, self.eval_examples, depth=self.depth)
+            for name, task in tasks.items()
+        }
+
+    def answer_sets(self) -> dict[str, AnswerSet]:
+        return self._answer_sets
+
+    @property
+    def answer_length(self) -> int:
+        """Tokens of the longest answer, up to the first one that is given."""
+        if self.task.ends:
+            return self.task.longest_answer
+        return max(self._spoken(example) for example in self.answer_sets()[""].examples)
+
+    def held_out_prompts(self, n: int, length: int = 0) -> list[Tensor]:
+        """Prompts of the validation that are answered at full length, whole, and what is given
+        before their answers.
+
+        Args:
+            n: how many.
+            length: not used: a question has the length it has.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        wanted = self.answer_length
+        prompts = [
+            torch.tensor(example.prompt + example.answer[: example.asked.index(True)])
+            for example in self.answer_sets()[""].examples
+            if self.task.ends or self._spoken(example) == wanted
+        ]
+        if not 1 <= n <= len(prompts):
+            raise ValueError(
+                f"{n} prompts were asked for and of data.eval_examples={self.eval_examples} "
+                f"{len(prompts)} have an answer of {wanted} tokens: ask for fewer, or raise "
+                "data.eval_examples."
+            )
+        return prompts[:n]
+
+    @staticmethod
+    def _spoken(example: Example) -> int:
+        """Tokens that the model says in one go."""
+        asked = example.asked[example.asked.index(True) :]
+        return asked.index(False) if False in asked else len(asked)
+
+    def evaluation_summary(self) -> dict[str, Any]:
+        """``fingerprint`` of the validation set, its ``examples`` and ``tokens`` asked for."""
+        validation = self.answer_sets()[""]
+        return {
+            "fingerprint": digest(self.task.fingerprint(), self.eval_examples),
+            "examples": self.eval_examples,
+            "tokens": sum(sum(example.asked) for example in validation.examples),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """The task, its options, and how often its examples come."""
+        return {
+            "task": self.task.spec(),
+            "tokenizer": {"kind": self._tokenizer.kind, "vocab_size": self._tokenizer.vocab_size},
+            "fingerprint": digest(self.task.fingerprint(), self.examples, self.train_prompt),
+            "chance": self.task.chance,
+            "longest": self.task.longest,
+            "examples_a_window": self.evaluation.per_window,
+            "train": {"examples": self.examples},
+            "val": {"examples": self.eval_examples},
+        }
+
+
+def _same_symbols(tokenizer: Tokenizer, own: SymbolTokenizer) -> bool:
+    """Whether a run's ids are the task's; a Hugging Face folder's tokenizer is of another kind."""
+    if tokenizer.kind == own.kind or tokenizer.vocab_size != own.vocab_size:
+        return tokenizer.state() == own.state()
+    ids = tokenizer.encode(" ".join(own.symbols))
+    return ids.tolist() == list(range(own.vocab_size))

@@ -1,0 +1,127 @@
+"""Recall values by their keys, several times over: multi-query associative recall.
+
+Arora et al. 2023, "Zoology" (arXiv 2312.04927), section 4 and appendix: pairs of key and value,
+then every key once more, and its value is asked for. Most queries come soon: the slot of each is
+drawn without repetition with a probability that falls as ``slot^(power - 1)``. Two things differ
+from the paper: an answer is the token behind its query, so that a language model can say it, and
+what lies between queries is one symbol and no random ones.
+
+    k3 v1 k0 v7 = k0 v7 _ _ k3 v1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+
+from data_modules.tasks.base import Example, Task, log_bucket
+from mtp_lightning.settings import require_number, require_whole
+
+EQUALS, BLANK, FIRST = 1, 2, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class MQAR(Task):
+    """``pairs`` pairs, and as many queries in ``slots`` slots of two tokens.
+
+    Attributes:
+        pairs: K, >= 1.
+        slots: places for queries, >= K; those that none is drawn for are blank.
+        keys: different keys, >= K; each stands in an example at most once.
+        values: different values, >= 1.
+        power: a of the gaps' law, in (0, 1]; 1 is uniform.
+    """
+
+    name: ClassVar[str] = "mqar"
+
+    pairs: int = 8
+    slots: int = 16
+    keys: int = 32
+    values: int = 32
+    power: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("data.task.pairs", self.pairs, least=1)
+        require_whole("data.task.values", self.values, least=1)
+        require_number("data.task.power", self.power, above=0, most=1)
+        for name, what in (("slots", "query"), ("keys", "pair")):
+            number = getattr(self, name)
+            require_whole(f"data.task.{name}", number, least=1)
+            if number < self.pairs:
+                raise ValueError(
+                    f"data.task.{name}={number} are too few for data.task.pairs={self.pairs}, "
+                    f"each {what} needing one of its own: raise data.task.{name}, or ask for fewer "
+                    "pairs."
+                )
+
+    @cached_property
+    def symbols(self) -> tuple[str, ...]:
+        keys, values = range(self.keys), range(self.values)
+        return (".", "=", "_", *(f"k{i}" for i in keys), *(f"v{i}" for i in values))
+
+    @property
+    def longest_prompt(self) -> int:
+        return 2 * self.pairs + 1
+
+    @property
+    def longest_answer(self) -> int:
+        return 2 * self.slots
+
+    @property
+    def chance(self) -> float:
+        """Of who says one of the values in sight for each query."""
+        return float(self.pairs**-self.pairs)
+
+    def example(self, index: int) -> Example:
+        draws = self.draws(index)
+        keys = [FIRST + i for i in draws.permutation(self.keys)[: self.pairs]]
+        values = [FIRST + self.keys + i for i in draws.many_below(self.values, self.pairs)]
+        prompt = [token for pair in zip(keys, values, strict=True) for token in pair] + [EQUALS]
+        # The smallest of exponential times are a draw without repetition (Efraimidis & Spirakis
+        # 2006), each slot with its weight.
+        times = -np.log1p(-draws.uniform(self.slots)) / self._weights
+        taken = np.argsort(times, kind="stable")[: self.pairs].tolist()
+        # Which pair takes which slot is drawn, too: the first slots are not for the first pairs.
+        order = draws.permutation(self.pairs)
+        answer, given = [BLANK] * (2 * self.slots), [True] * (2 * self.slots)
+        for pair, slot in zip(order, taken, strict=True):
+            answer[2 * slot : 2 * slot + 2] = [keys[pair], values[pair]]
+            given[2 * slot + 1] = False
+        # Nothing is asked behind the last query.
+        end = 2 * max(taken) + 2
+        return Example(prompt, answer[:end], given[:end])
+
+    def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+        """Whether every key of the prompt is followed by its value, once, and all else is blank."""
+        pairs = dict(zip(prompt[:-1:2], prompt[1:-1:2], strict=True))
+        slots = list(zip(answer[0::2], answer[1::2], strict=False))
+        asked = [slot for slot in slots if slot != (BLANK, BLANK)]
+        whole = len(answer) % 2 == 0 and len(asked) == len(pairs)
+        return whole and dict(asked) == pairs
+
+    def variants(self) -> dict[str, Task]:
+        """Twice as many pairs and slots, where there are keys enough."""
+        if 2 * self.pairs > self.keys:
+            return {}
+        return {"more": replace(self, pairs=2 * self.pairs, slots=2 * self.slots)}
+
+    def groups(self, example: Example) -> Sequence[str]:
+        """Distance from a query back to its pair's key, in tokens."""
+        place = {key: i for i, key in enumerate(example.prompt[:-1:2])}
+        names = []
+        for i, asked in enumerate(example.asked):
+            if asked:
+                back = len(example.prompt) + i - 1 - 2 * place[example.answer[i - 1]]
+                names.append(f"distance_{log_bucket(back)}")
+            else:
+                names.append("")
+        return names
+
+    @cached_property
+    def _weights(self) -> np.ndarray:
+        return np.arange(1, self.slots + 1) ** (self.power - 1.0)

@@ -1,0 +1,126 @@
+"""Find the way through a star graph: the least planning that next-token training fails at.
+
+Bachmann & Nagarajan 2024, "The pitfalls of next-token prediction" (arXiv 2403.06963), section 4.1.
+A node has ``degree`` arms; which of them leads to the goal can be read off from the goal alone,
+going backwards. Trained with the true path before it, a model learns to follow an arm that it has
+been given, and guesses the first step: 1 / degree.
+
+    0 5 | 7 3 | 0 7 | 5 9 / 0 3 = 0 7 3        degree 2, length 3: edges / start goal = path
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+from data_modules.tasks.base import Example, Task
+from mtp_lightning.settings import require_whole
+
+BAR, SLASH, EQUALS, FIRST = 1, 2, 3, 4
+"""Ids of the marks, and that of the first name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StarGraph(Task):
+    """G(degree, length). Prompts of 3 E + 3 tokens, E = degree (length - 1) edges; answers of
+    ``length``.
+
+    Attributes:
+        degree: d, arms that leave the start, >= 1.
+        length: l, nodes of the path from start to goal, both counted, >= 2; so of every arm.
+        nodes: N, names that the graph's 1 + d (l - 1) nodes are drawn from without repetition.
+        reverse: whether the answer is the path from the goal to the start.
+        fixed: graphs that there are; each example is of one of them, with a goal and an order of
+            edges of its own. None for a new graph every time.
+    """
+
+    name: ClassVar[str] = "star_graph"
+
+    degree: int = 2
+    length: int = 4
+    nodes: int = 12
+    reverse: bool = False
+    fixed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("data.task.degree", self.degree, least=1)
+        require_whole("data.task.length", self.length, least=2)
+        require_whole("data.task.nodes", self.nodes, least=1)
+        if self.fixed is not None:
+            require_whole("data.task.fixed (null for no end)", self.fixed, least=1)
+        if self.size > self.nodes:
+            raise ValueError(
+                f"data.task.nodes={self.nodes} names are too few for a star graph of "
+                f"data.task.degree={self.degree} and data.task.length={self.length}, which has "
+                f"{self.size} nodes: raise data.task.nodes to that, or take a smaller graph."
+            )
+
+    @property
+    def size(self) -> int:
+        """Nodes of a graph."""
+        return 1 + self.edges
+
+    @property
+    def edges(self) -> int:
+        """E."""
+        return self.degree * (self.length - 1)
+
+    @cached_property
+    def symbols(self) -> tuple[str, ...]:
+        return (".", "|", "/", "=", *map(str, range(self.nodes)))
+
+    @property
+    def longest_prompt(self) -> int:
+        return 3 * self.edges + 3
+
+    @property
+    def longest_answer(self) -> int:
+        return self.length
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.degree
+
+    def example(self, index: int) -> Example:
+        draws = self.draws(index)
+        graph, arm = draws, 0  # the names are drawn, so that no arm differs from another
+        if self.fixed is not None:
+            # Graphs have indices of their own, far behind those of examples.
+            graph = self.draws((1 << 127) + draws.below(self.fixed))
+            arm = draws.below(self.degree)
+        start, *others = (FIRST + i for i in graph.permutation(self.nodes)[: self.size])
+        steps = self.length - 1
+        arms = [[start, *others[a * steps : (a + 1) * steps]] for a in range(self.degree)]
+        edges = [edge for arm in arms for edge in zip(arm[:-1], arm[1:], strict=True)]
+        prompt: list[int] = []
+        for i in draws.permutation(self.edges):
+            prompt += [*edges[i], BAR]
+        path = arms[arm]
+        prompt[-1] = SLASH
+        prompt += [start, path[-1], EQUALS]
+        return Example(prompt, path[::-1] if self.reverse else path)
+
+    def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+        """Whether it is a walk along the prompt's edges from its start to its goal."""
+        *graph, start, goal, _ = prompt
+        edges = set(zip(graph[0::3], graph[1::3], strict=True))
+        path = list(reversed(answer)) if self.reverse else list(answer)
+        ends = len(path) > 1 and (path[0], path[-1]) == (start, goal)
+        return ends and all(step in edges for step in zip(path[:-1], path[1:], strict=True))
+
+    def variants(self) -> dict[str, Task]:
+        """One node more an arm, and one arm more, where there are names enough."""
+        if self.fixed is not None:
+            return {"new": replace(self, fixed=None)}
+        steps = self.length - 1
+        room = {"longer": self.size + self.degree, "wider": self.size + steps}
+        larger: dict[str, dict[str, Any]] = {
+            "longer": {"length": self.length + 1},
+            "wider": {"degree": self.degree + 1},
+        }
+        return {
+            name: replace(self, **larger[name]) for name, size in room.items() if size <= self.nodes
+        }

@@ -1,0 +1,161 @@
+"""Windows that hold whole examples, and the loader that never runs out of them.
+
+A window has room for as many of the longest examples as fit, and holds that many, whatever their
+sizes: which examples a window has is then a pure function of its number. What is left is padding.
+
+Shapes: B batch, T positions, D depths, W = T + D + 1 tokens of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from data_modules.loader import WindowLoader
+from data_modules.tasks.base import END, Example, Task
+from data_modules.windows import WindowBatch
+
+TRAINING = 48
+"""Training with seed s reads examples from ``(s + 1) << 48`` on; validation those below."""
+EPOCH = 1 << 20
+"""Windows of an epoch where examples are always fresh: a number to count in, nothing else."""
+
+
+def first_training_index(seed: int) -> int:
+    """Index of the first example that a run of this seed reads."""
+    return (seed + 1) << TRAINING
+
+
+class TaskWindows(Dataset[WindowBatch]):
+    """Maps an array of window numbers to a :class:`WindowBatch`.
+
+    Window i holds examples ``first + i * n`` to ``first + (i + 1) * n - 1``, n = ``per_window``.
+    Targets are the answers' tokens that are not given, at every depth. Where n > 1, document ids
+    keep attention and targets inside of each example.
+
+    Args:
+        task: of the examples.
+        seq_len: T, at least the longest example but one token.
+        depth: D.
+        first: index of the first example.
+        examples: how many; None for no end, in epochs of :data:`EPOCH` windows.
+        train_prompt: whether all of an example's tokens are targets.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        seq_len: int,
+        depth: int,
+        first: int,
+        examples: int | None,
+        train_prompt: bool = False,
+    ) -> None:
+        self.task = task
+        self.seq_len = seq_len
+        self.depth = depth
+        self.first = first
+        self.examples = examples
+        self.train_prompt = train_prompt
+        self.per_window = (seq_len + 1) // task.longest
+        assert self.per_window >= 1 and 0 <= depth <= seq_len
+
+    def __len__(self) -> int:
+        return EPOCH if self.examples is None else -(-self.examples // self.per_window)
+
+    def require(self, batch_size: int, world: int) -> None:
+        """Raises ``ValueError``, with the remedy, if there are too few windows for one step.
+
+        Args:
+            batch_size: windows of one step of a process.
+            world: processes.
+        """
+        n, needed = len(self), batch_size * world
+        if n < needed:
+            raise ValueError(
+                f"data.examples={self.examples} fill {n} windows but one step takes {needed} "
+                f"({batch_size} windows x {world} processes): raise data.examples, or lower "
+                "data.batch_size or trainer.accumulate_grad_batches."
+            )
+
+    def held(self, number: int) -> list[Example]:
+        """The examples of a window; none of one behind the last."""
+        n = self.per_window
+        end = (number + 1) * n if self.examples is None else min((number + 1) * n, self.examples)
+        return [self.task.example(self.first + i) for i in range(number * n, end)]
+
+    def __getitem__(self, numbers: np.ndarray) -> WindowBatch:
+        rows = [self.held(number) for number in numbers.tolist()]
+        return lay_out(
+            rows,
+            width=self.seq_len + self.depth + 1,
+            depth=self.depth,
+            train_prompt=self.train_prompt,
+            apart=self.per_window > 1,
+        )
+
+
+def lay_out(
+    rows: Sequence[Sequence[Example]],
+    *,
+    width: int,
+    depth: int,
+    train_prompt: bool = False,
+    apart: bool = False,
+) -> WindowBatch:
+    """Examples side by side, [B, W].
+
+    Args:
+        rows: the examples of every window.
+        width: W.
+        depth: D.
+        train_prompt: whether prompts are targets, too.
+        apart: whether the batch carries document ids: one for each example, one for the padding.
+    """
+    tokens, scored, documents = [], [], []
+    for row in rows:
+        ids: list[int] = []
+        asked: list[bool] = []
+        owner: list[int] = []
+        for i, example in enumerate(row):
+            ids += example.prompt + example.answer
+            asked += [train_prompt] * len(example.prompt)
+            asked += [True] * len(example.answer) if train_prompt else example.asked
+            owner += [i] * len(example)
+        free = width - len(ids)
+        assert free >= depth
+        tokens.append(ids + [END] * free)
+        scored.append(asked + [False] * free)
+        documents.append(owner + [len(row)] * free)
+    return WindowBatch(
+        torch.tensor(tokens),
+        depth,
+        torch.tensor(documents) if apart else None,
+        torch.tensor(scored),
+    )
+
+
+class ExampleLoader(WindowLoader):
+    """Training batches of a task: a :class:`WindowLoader` over windows that are always fresh, or
+    over those of a fixed set, in an order drawn for each epoch.
+
+    A resumed run goes on with the examples of the seed that it was begun with.
+    """
+
+    dataset: TaskWindows
+
+    def order(self, epoch: int) -> np.ndarray:
+        n = len(self.dataset)
+        if self.dataset.examples is None:
+            return epoch * n + np.arange(n)
+        return super().order(epoch)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.dataset.examples is None:
+            self.dataset.first = first_training_index(self.seed)

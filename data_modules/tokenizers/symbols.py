@@ -1,0 +1,77 @@
+"""A task's own symbols, parted by spaces: nothing to train, and no text of any other kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from data_modules.tokenizers.base import Tokenizer
+
+
+class SymbolTokenizer(Tokenizer):
+    """One id a symbol; the first is the end of a text.
+
+    Decoding writes a space before every symbol, so that texts can be joined.
+
+    Args:
+        symbols: by id, different ones, without white space.
+    """
+
+    kind: ClassVar[str] = "symbols"
+
+    def __init__(self, symbols: Sequence[str]) -> None:
+        self.symbols = tuple(symbols)
+        self._ids = {symbol: i for i, symbol in enumerate(self.symbols)}
+        self.eot_token = self.symbols[0]
+        assert len(self._ids) == len(self.symbols)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.symbols)
+
+    @property
+    def eot_id(self) -> int:
+        return 0
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of symbols parted by white space.
+
+        Raises:
+            ValueError: something else than a symbol.
+        """
+        found = text.split()
+        for symbol in found:
+            if symbol not in self._ids:
+                known = " ".join(self.symbols[1:9])
+                raise ValueError(
+                    f"{symbol!r} is no symbol of the task that this model was trained on: write "
+                    f"symbols with spaces between them ({known} ..)."
+                )
+        return np.array([self._ids[symbol] for symbol in found], np.int64)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return "".join(f" {self.symbols[i]}" for i in np.asarray(ids, np.int64).reshape(-1))
+
+    def token_bytes(self) -> list[bytes]:
+        return [f" {symbol}".encode() for symbol in self.symbols]
+
+    def library_json(self) -> str:
+        """A list of words, which the library parts at white space."""
+        from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+        library = Tokenizer(models.WordLevel(self._ids, unk_token=self.symbols[0]))
+        library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        library.add_special_tokens([AddedToken(self.symbols[0], special=True, normalized=False)])
+        return str(library.to_str())
+
+    def spec(self) -> dict[str, Any]:
+        return self.state()
+
+    def state(self) -> dict[str, Any]:
+        return {"kind": self.kind, "symbols": list(self.symbols)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> SymbolTokenizer:
+        return cls(state["symbols"])

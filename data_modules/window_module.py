@@ -1,0 +1,140 @@
+"""What every LightningDataModule of windows has: text's and tasks'."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from data_modules.loader import EvaluationLoader, WindowLoader
+from data_modules.tokenizers.base import Tokenizer
+from mtp_lightning.settings import require_whole
+
+
+class WindowDataModule(LightningDataModule):
+    """Windows of T + D + 1 tokens for training and validation.
+
+    One batch of the training loader is **one optimizer step of this rank**: ``batch_size *
+    accumulate`` windows, which the module splits with :meth:`WindowBatch.micro_batches`.
+
+    Args:
+        seq_len: T, the positions of a window.
+        batch_size: windows a micro-batch and rank.
+        depth: D, the model's number of depths beyond the next token.
+        accumulate: micro-batches an optimizer step.
+        eval_batch_size: windows a validation batch and rank; ``batch_size`` if None.
+        num_workers: processes that fetch batches ahead.
+        pin_memory: page-locked batches; if there is a GPU, when None.
+        seed: of the training windows.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        seq_len: int,
+        batch_size: int,
+        depth: int,
+        accumulate: int,
+        eval_batch_size: int | None,
+        num_workers: int,
+        pin_memory: bool | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        require_whole("data.seq_len", seq_len, least=1)
+        require_whole("data.batch_size", batch_size, least=1)
+        require_whole("trainer.accumulate_grad_batches", accumulate, least=1)
+        if eval_batch_size is not None:
+            require_whole("data.eval_batch_size", eval_batch_size, least=1)
+        require_whole("data.num_workers", num_workers, least=0)
+        require_whole("seed", seed, least=0)
+        if not 0 <= depth <= seq_len:
+            raise ValueError(
+                f"mtp.depth must lie between 0 and data.seq_len = {seq_len}, got {depth}"
+            )
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.depth = depth
+        self.accumulate = accumulate
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.seed = seed
+
+    def prepare(self, stage: str = "fit") -> None:
+        """Makes or finds what is read, and checks that there is enough of it. Idempotent.
+
+        Args:
+            stage: ``fit`` needs a training step and a validation, any other stage (``validate``)
+                only the latter.
+
+        Raises:
+            ValueError: about the data.
+        """
+        if stage == "fit":
+            self.train_dataloader().check()
+        self.val_dataloader().check()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What the ids stand for."""
+        raise NotImplementedError
+
+    @property
+    def masks_targets(self) -> bool:
+        """Whether a depth may be left without a target in some step."""
+        raise NotImplementedError
+
+    @property
+    def evaluated_bytes(self) -> list[int] | None:
+        """UTF-8 bytes of what is predicted of each document; None where there is no text."""
+        raise NotImplementedError
+
+    @property
+    def has_text(self) -> bool:
+        """Whether ids stand for text, and bytes can be counted."""
+        return self.evaluated_bytes is not None
+
+    @property
+    def answer_length(self) -> int | None:
+        """Tokens that answer one of :meth:`held_out_prompts`; None of text, which has no end."""
+        return None
+
+    def answer_sets(self) -> dict[str, Any]:
+        """What is to be answered and judged at validation, by name; "" is the validation itself."""
+        return {}
+
+    def train_dataloader(self) -> WindowLoader:
+        raise NotImplementedError
+
+    def val_dataloader(self) -> EvaluationLoader:
+        raise NotImplementedError
+
+    def evaluation_summary(self) -> dict[str, Any]:
+        """What a validation's numbers rest on; equal ``fingerprint`` is equal data."""
+        raise NotImplementedError
+
+    def summary(self) -> dict[str, Any]:
+        """Plain facts about the data, for the run's summary and checkpoints."""
+        raise NotImplementedError
+
+    def held_out_prompts(self, n: int, length: int) -> list[Tensor]:
+        """Prompts from validation data, int64.
+
+        Args:
+            n: how many.
+            length: tokens each, of text.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        raise NotImplementedError
+
+    @property
+    def _pins_memory(self) -> bool:
+        return torch.cuda.is_available() if self.pin_memory is None else self.pin_memory

@@ -1,0 +1,93 @@
+"""Answers a task's questions at each validation, and has them judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+
+from mtp_lightning.callbacks.base import RunCallback
+from mtp_lightning.decoding.answers import choose, say
+from mtp_lightning.metrics.answers import AnswerRates
+from mtp_lightning.model import MTPModel
+from mtp_lightning.settings import require_whole
+
+
+class ExactMatch(RunCallback):
+    """Logs ``val/exact_match``, the share of right answers of plain greedy decoding, ``val/chance``
+    and what else :class:`AnswerRates` has, of the validation examples; of each out-of-distribution
+    set as ``val/SET/..``. On text it does nothing.
+
+    Args:
+        batch_size: examples decoded together, >= 1.
+    """
+
+    def __init__(self, batch_size: int = 256) -> None:
+        group = "callbacks.exact_match"
+        self.batch_size = require_whole(f"{group}.batch_size", batch_size, least=1)
+        self._newest: dict[str, float] = {}
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Decode, judge, log; every process its share."""
+        sets = trainer.datamodule.answer_sets()  # type: ignore[attr-defined]
+        if not sets or trainer.sanity_checking:
+            return
+        model = pl_module.model
+        assert isinstance(model, MTPModel)
+        self._newest = answer_all(
+            model,
+            sets,
+            batch_size=self.batch_size,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+        )
+        pl_module.log_dict(self._newest, rank_zero_only=True)
+
+    def shown(self) -> str:
+        """The newest validation's share of right answers."""
+        right = self._newest.get("val/exact_match")
+        return "" if right is None else f"right {right:.0%}"
+
+    def summary(self) -> dict[str, float]:
+        """The newest validation's values."""
+        return self._newest
+
+
+def answer_all(
+    model: MTPModel,
+    sets: Mapping[str, Any],
+    *,
+    batch_size: int = 256,
+    rank: int = 0,
+    world: int = 1,
+) -> dict[str, float]:
+    """Every set's rates by log tag, over all ranks.
+
+    Args:
+        model: in evaluation mode.
+        sets: a task's ``AnswerSet`` by name; "" is the validation itself.
+        batch_size: examples decoded together.
+        rank: of this process, which answers every ``world``-th example.
+        world: processes.
+    """
+    device = model.head.weight.device
+    values: dict[str, float] = {}
+    for name, examples in sets.items():
+        rates = AnswerRates(examples.n_positions, examples.group_names).to(device)
+        own = np.arange(rank, len(examples), world)
+        for start in range(0, len(own), batch_size):
+            numbers = own[start : start + batch_size]
+            batch = examples.batch(numbers).to(device)
+            said_BW = say(model, batch)
+            right_B = examples.right(numbers, said_BW).to(device)
+            places = (place.to(device) for place in examples.places(numbers))
+            with torch.autocast(device.type, enabled=False):
+                forced_BW = choose(model, batch)
+            rates.update(right_B, said_BW, forced_BW, batch.tokens, *places)
+        found = {**rates.compute(), "chance": examples.chance}
+        prefix = f"val/{name}/" if name else "val/"
+        values |= {f"{prefix}{key}": value for key, value in found.items()}
+    return values

@@ -1,0 +1,103 @@
+"""How many answers are right, and which of their tokens.
+
+Shapes: B batch, W tokens of a window, P positions of an answer, G groups of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+_ALONE = 16  # positions that have a tag of their own; the others share one for each doubling
+
+
+class AnswerRates(Metric):
+    """Exact match, and accuracy by position and by group, over all ranks and batches.
+
+    - ``exact_match``: share of greedily decoded answers that the task's check takes for right
+    - ``accuracy_position_i``: share of decoded tokens that are the example's own at the i-th place,
+      from 1, that an answer is asked for; after a first mistake the model reads its own tokens.
+      Where several answers are right, another one than the example's counts as wrong here
+    - ``forced_accuracy_position_i``: the same, the tokens before being the example's
+    - ``accuracy_GROUP``: of decoded tokens, by what the task groups them by
+
+    Positions beyond 16 share a tag for each doubling: 17-32, 33-64, ..
+
+    Args:
+        n_positions: P, tokens of the longest answer.
+        groups: names of the G groups.
+    """
+
+    full_state_update = False
+    answers: Tensor
+    right: Tensor
+    position: Tensor
+    group: Tensor
+
+    def __init__(self, n_positions: int, groups: Sequence[str]) -> None:
+        super().__init__()
+        self.groups = tuple(groups)
+        # Whole numbers, so that they are the same for any number of ranks. The columns: tokens,
+        # those said right, those right with the example's own before them.
+        self._count("answers")
+        self._count("right")
+        self._count("position", n_positions, 3)
+        self._count("group", len(groups), 3)
+
+    def _count(self, name: str, *shape: int) -> None:
+        self.add_state(name, default=torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        right_B: Tensor,
+        said_BW: Tensor,
+        forced_BW: Tensor,
+        tokens_BW: Tensor,
+        position_BW: Tensor,
+        group_BW: Tensor,
+    ) -> None:
+        """Count one batch.
+
+        Args:
+            right_B: whether each answer is right.
+            said_BW: what was decoded.
+            forced_BW: the greedy choices, teacher-forced.
+            tokens_BW: the examples' own.
+            position_BW: number of the token among those asked for, from 0; -1 where none is.
+            group_BW: number of its group; -1 for none.
+        """
+        self.answers += len(right_B)
+        self.right += right_B.sum()
+        hits_BWS = torch.stack(
+            (torch.ones_like(said_BW), said_BW == tokens_BW, forced_BW == tokens_BW), dim=-1
+        )
+        for counts, index_BW in ((self.position, position_BW), (self.group, group_BW)):
+            there = index_BW >= 0
+            counts.index_add_(0, index_BW[there], hits_BWS[there])
+
+    def compute(self) -> dict[str, float]:
+        """The values by name; what nothing was counted for is left out."""
+        rates = {"exact_match": float(self.right / self.answers)}
+        for i, j in _spans(len(self.position)):
+            tokens, said, forced = self.position[i:j].sum(0).tolist()
+            name = str(i + 1) if j == i + 1 else f"{i + 1}-{j}"
+            if tokens:
+                rates[f"accuracy_position_{name}"] = said / tokens
+                rates[f"forced_accuracy_position_{name}"] = forced / tokens
+        for name, (tokens, said, _) in zip(self.groups, self.group.tolist(), strict=True):
+            if tokens:
+                rates[f"accuracy_{name}"] = said / tokens
+        return rates
+
+
+def _spans(n: int) -> list[tuple[int, int]]:
+    """First position and the one behind the last, of every tag."""
+    spans = [(i, i + 1) for i in range(min(n, _ALONE))]
+    start = _ALONE
+    while start < n:
+        spans.append((start, min(2 * start, n)))
+        start *= 2
+    return spans

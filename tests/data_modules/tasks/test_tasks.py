@@ -1,0 +1,218 @@
+"""Every task's examples: pure functions of (seed, index), right by their own check, in bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from data_modules.tasks import MQAR, Copy, StarGraph, Task
+from data_modules.tasks.base import END, Draws
+
+TASKS: list[Task] = [
+    Copy(),
+    Copy(letters=2, shortest=3, periods=5),
+    StarGraph(),
+    StarGraph(degree=5, length=3, nodes=20, reverse=True),
+    StarGraph(fixed=3),
+    StarGraph(degree=1, length=2, nodes=2),
+    MQAR(),
+    MQAR(pairs=4, slots=4, keys=4, values=1, power=1.0),
+]
+MANY = 2000
+
+
+@pytest.mark.parametrize("task", TASKS, ids=repr)
+def test_examples_are_right_and_in_bounds(task: Task) -> None:
+    for i in range(MANY):
+        example = task.example(i)
+        assert task.check(example.prompt, example.answer)
+        assert 1 <= len(example.prompt) <= task.longest_prompt
+        assert 1 <= len(example.answer) <= task.longest_answer and any(example.asked)
+        assert set(example.prompt + example.answer) <= set(range(1, len(task.symbols))) | {END}
+        assert (example.answer[-1] == END) == task.ends
+        assert len(task.groups(example)) in (0, len(example.answer))
+        assert task.show(example.prompt).count(" ") == len(example.prompt) - 1
+
+
+@pytest.mark.parametrize("task", TASKS, ids=repr)
+def test_an_example_depends_on_seed_and_index_alone(task: Task) -> None:
+    again = replace(task)
+    backwards = {i: again.example(i) for i in reversed(range(50))}
+    assert [task.example(i) for i in range(50)] == [backwards[i] for i in range(50)]
+    assert task.example(1 << 60) == again.example(1 << 60)
+    other = replace(task, seed=task.seed + 1)
+    assert [task.example(i) for i in range(50)] != [other.example(i) for i in range(50)]
+
+
+@pytest.mark.parametrize("task", TASKS, ids=repr)
+def test_wrong_answers_are_refused(task: Task) -> None:
+    random = np.random.default_rng(0)
+    for i in range(200):
+        example = task.example(i)
+        answer = list(example.answer)
+        place = int(random.choice(np.flatnonzero(example.asked)))
+        assert not task.check(example.prompt, answer[:-1])
+        assert not task.check(example.prompt, [*answer, answer[-1]])
+        assert not task.check(example.prompt, [])
+        answer[place] = END if answer[place] != END else 1
+        assert not task.check(example.prompt, answer)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=repr)
+def test_variants_share_symbols_and_are_other_examples(task: Task) -> None:
+    for variant in task.variants().values():
+        assert variant.symbols == task.symbols and variant.name == task.name
+        assert variant.longest > task.longest or task.spec()["fixed"]
+
+
+def test_the_numbers_of_two_examples_do_not_overlap() -> None:
+    key = np.random.SeedSequence(0).generate_state(2, np.uint64)
+    seen = [number for i in range(20) for number in Draws(key, i).many_below(1 << 60, 1000)]
+    assert len(set(seen)) == len(seen)
+
+
+def test_the_stream_never_changes() -> None:
+    shown = [task.show([*task.example(0).prompt, *task.example(0).answer]) for task in STREAMS]
+    assert shown == list(STREAMS.values())
+
+
+STREAMS: dict[Task, str] = {
+    Copy(): "s5 s4 s13 s6 s7 s5 s11 s3 s12 s6 = s5 s4 s13 s6 s7 s5 s11 s3 s12 s6",
+    StarGraph(): "9 3 | 0 7 | 5 1 | 7 5 | 8 9 | 0 8 / 0 3 = 0 8 9 3",
+    StarGraph(fixed=3): "8 3 | 9 2 | 11 6 | 11 8 | 6 9 | 3 0 / 11 2 = 11 6 9 2",
+    MQAR(pairs=3, slots=5): "k0 v5 k31 v23 k8 v0 = k31 v23 _ _ k8 v0 k0 v5",
+}
+
+
+# Independent of the tasks' own checks: from what a person would read.
+
+
+def test_star_graphs_against_brute_force() -> None:
+    first = [0, 0, 0]
+    for task in (StarGraph(degree=3, length=4, nodes=11), StarGraph(degree=3, nodes=11, fixed=4)):
+        for i in range(MANY):
+            example = task.example(i)
+            graph, question = task.show(example.prompt).split(" / ")
+            edges = [tuple(edge.split()) for edge in graph.split(" | ")]
+            start, goal, equals = question.split()
+            assert equals == "=" and len(set(edges)) == 9
+            out: dict[str, list[str]] = {}
+            for a, b in edges:
+                out.setdefault(a, []).append(b)
+            ways = [[start]]
+            for _ in range(3):
+                ways = [[*way, b] for way in ways for b in out[way[-1]]]
+            assert len({node for way in ways for node in way}) == 10
+            assert sum(way[-1] == goal for way in ways) == 1 and len(ways) == 3
+            way = next(way for way in ways if way[-1] == goal)
+            assert task.show(example.answer).split() == way
+            for other in ways:
+                ids = [task.symbols.index(name) for name in other]
+                assert task.check(example.prompt, ids) == (other == way)
+            first[[b for a, b in edges if a == start].index(way[1])] += 1
+    # Where the right arm's edge stands says nothing: 4,000 draws of one in three.
+    assert all(abs(n / 4000 - 1 / 3) < 0.04 for n in first)
+
+
+def test_fixed_graphs_are_few_and_new_ones_many() -> None:
+    def graphs(task: Task) -> set[frozenset[str]]:
+        prompts = (task.show(task.example(i).prompt).split(" / ")[0] for i in range(MANY))
+        return {frozenset(prompt.split(" | ")) for prompt in prompts}
+
+    assert len(graphs(StarGraph(fixed=3))) == 3
+    assert len(graphs(StarGraph())) > 0.99 * MANY
+
+
+def test_reverse_is_the_same_path_backwards() -> None:
+    for i in range(100):
+        forward, backward = StarGraph().example(i), StarGraph(reverse=True).example(i)
+        assert forward.prompt == backward.prompt and forward.answer == backward.answer[::-1]
+
+
+def test_recall_against_brute_force() -> None:
+    task = MQAR(pairs=4, slots=12, keys=9, values=5)
+    slots = np.zeros(12)
+    for i in range(MANY):
+        example = task.example(i)
+        said = [*task.show(example.prompt).split(), *task.show(example.answer).split()]
+        assert said.index("=") == 8
+        value_of = dict(zip(said[:8:2], said[1:8:2], strict=True))
+        assert len(value_of) == 4
+        asked = []
+        for place, is_asked in enumerate(example.asked, start=9):
+            if is_asked:
+                key = said[place - 1]
+                assert said[place] == value_of[key] and (place - 9) % 2 == 1
+                asked.append(key)
+                slots[(place - 9) // 2] += 1
+                back = place - 1 - said.index(key)
+                low, _, high = task.groups(example)[place - 9][9:].partition("-")
+                assert int(low) <= back <= int(high or low)
+            elif (place - 9) % 2 == 0:
+                assert said[place] == "_" or said[place] in value_of
+        assert sorted(asked) == sorted(value_of) and example.asked[-1]
+    random, weights = np.random.default_rng(0), np.arange(1, 13) ** (0.01 - 1)
+    drawn = [random.choice(12, 4, replace=False, p=weights / weights.sum()) for _ in range(MANY)]
+    expected = np.bincount(np.concatenate(drawn), minlength=12)
+    assert np.abs(slots - expected).max() < 0.05 * MANY
+
+
+def test_copies_against_brute_force() -> None:
+    lengths = np.zeros(17)
+    for i in range(MANY):
+        example = Copy().example(i)
+        string, equals = Copy().show(example.prompt).rsplit(" ", 1)
+        assert equals == "=" and Copy().show(example.answer) == string
+        lengths[len(example.answer)] += 1
+    assert lengths[0] == 0 and lengths[1:].min() > 0.7 * MANY / 16
+
+
+def test_chance_is_what_guessing_reaches() -> None:
+    random = np.random.default_rng(0)
+    for task in (
+        StarGraph(degree=3, length=3),
+        Copy(letters=3, shortest=1, periods=3),
+        MQAR(pairs=2),
+    ):
+        right = 0
+        for i in range(4000):
+            example = task.example(i)
+            guess = list(example.answer)
+            if isinstance(task, StarGraph):
+                graph = list(zip(example.prompt[:-3:3], example.prompt[1:-3:3], strict=True))
+                for j in (1, 2):
+                    ways = [b for a, b in graph if a == guess[j - 1]]
+                    guess[j] = int(random.choice(ways))
+            elif isinstance(task, Copy):
+                guess = random.integers(2, 5, len(guess)).tolist()
+            else:
+                for j, asked in enumerate(example.asked):
+                    guess[j] = int(random.choice(example.prompt[1:-1:2])) if asked else guess[j]
+            right += task.check(example.prompt, guess)
+        assert abs(right / 4000 - task.chance) < 0.03, task
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: StarGraph(nodes=6), ["data.task.nodes=6", "7 nodes"]),
+        (lambda: StarGraph(degree=0), ["data.task.degree", "at least 1"]),
+        (lambda: StarGraph(length=1), ["data.task.length", "at least 2"]),
+        (lambda: StarGraph(fixed=0), ["data.task.fixed", "at least 1"]),
+        (lambda: MQAR(slots=7), ["data.task.slots=7", "data.task.pairs=8"]),
+        (lambda: MQAR(keys=7), ["data.task.keys=7", "data.task.pairs=8"]),
+        (lambda: MQAR(power=0), ["data.task.power"]),
+        (lambda: Copy(shortest=3, periods=2), ["data.task.shortest", "data.task.periods=2"]),
+        (lambda: Copy(letters=0), ["data.task.letters"]),
+        (lambda: Copy(seed=-1), ["data.task.seed"]),
+    ],
+)
+def test_options_that_do_not_fit_are_one_sentence(
+    make: Callable[[], Task], told: list[str]
+) -> None:
+    with pytest.raises(ValueError) as refused:
+        make()
+    assert all(words in str(refused.value) for words in told) and "\n" not in str(refused.value)

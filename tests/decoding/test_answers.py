@@ -1,0 +1,194 @@
+"""Answers of whole batches: decoded as one would by hand, judged and counted as one would."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from data_modules.tasks import MQAR, Copy, StarGraph
+from data_modules.tasks.answers import AnswerSet
+from data_modules.tasks.base import END, Example, Task
+from data_modules.windows import WindowBatch
+from mtp_lightning.callbacks.exact_match import answer_all
+from mtp_lightning.decoding.answers import choose, say
+from mtp_lightning.decoding.generate import generate
+from mtp_lightning.metrics.answers import AnswerRates
+from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.parallel import ParallelConfig
+from tests.decoding.models import small_model
+
+D = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Count(Task):
+    """Any number of ones up to the prompt's, and an end: several answers are right."""
+
+    name: ClassVar[str] = "count"
+    ends: ClassVar[bool] = True
+    symbols = (".", "1")
+    longest_prompt = 6
+    longest_answer = 7
+    chance = 0.5
+
+    def example(self, index: int) -> Example:
+        n = 1 + self.draws(index).below(6)
+        return Example([1] * n, [1] * n + [END])
+
+    def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+        n = len(answer) - 1
+        return 0 <= n <= len(prompt) and list(answer) == [1] * n + [END]
+
+
+TASKS: list[Task] = [Copy(periods=6), StarGraph(), MQAR(pairs=3, slots=6), Count()]
+
+
+def model_for(task: Task, **options) -> MTPModel:
+    return small_model(3, D, vocab=len(task.symbols), **options)
+
+
+@torch.no_grad()
+def next_token(model: MTPModel, tokens: list[int]) -> int:
+    """By a pass over all of the text."""
+    batch = WindowBatch(torch.tensor([tokens + [0] * (D + 1)]), D)
+    return int(model.head(model(batch, ())[0][0, len(tokens) - 1]).argmax())
+
+
+def by_hand(model: MTPModel, task: Task, example: Example) -> list[int]:
+    """One token after the other, each from a pass over the whole text."""
+    text, asked = list(example.prompt), example.asked
+    limit = task.longest_answer if task.ends else len(example.answer)
+    for i in range(limit):
+        given = not task.ends and not asked[i]
+        text.append(example.answer[i] if given else next_token(model, text))
+        if task.ends and text[-1] == END:
+            break
+    return text[len(example.prompt) :]
+
+
+@pytest.mark.parametrize("task", TASKS, ids=repr)
+def test_answers_are_those_of_a_naive_decode(task: Task) -> None:
+    model = model_for(task)
+    questions = AnswerSet(task, 30, depth=D)
+    numbers = np.arange(30)
+    said_BW = say(model, questions.batch(numbers))
+    right = questions.right(numbers, said_BW)
+    for i, example in enumerate(questions.examples):
+        answer = by_hand(model, task, example)
+        assert questions.answer(i, said_BW[i].tolist()) == answer
+        assert bool(right[i]) == task.check(example.prompt, answer)
+    # The batch that a row is in changes nothing.
+    few = np.array([4, 17])
+    batch = questions.batch(few)
+    assert torch.equal(say(model, batch), said_BW[few][:, : batch.tokens.shape[1]])
+
+
+@pytest.mark.parametrize("stack", ["sequential", "parallel"])
+@pytest.mark.parametrize("task", [Copy(periods=6), StarGraph(), Count()], ids=repr)
+def test_drafts_give_the_same_answers(task: Task, stack: str) -> None:
+    options = {"stack": ParallelConfig} if stack == "parallel" else {}
+    model = model_for(task, **options)
+    questions = AnswerSet(task, 20, depth=D)
+    said_BW = say(model, questions.batch(np.arange(20)))
+    drafted = 0
+    for i, example in enumerate(questions.examples):
+        limit = task.longest_answer if task.ends else len(example.answer)
+        end = END if task.ends else len(task.symbols)  # which no text has
+        for speculative in (False, True):
+            (found,) = generate(
+                model,
+                [example.prompt],
+                max_new_tokens=limit,
+                speculative=speculative,
+                eot_id=end,
+            )
+            assert found.token_ids == questions.answer(i, said_BW[i].tolist())
+        drafted += sum(found.drafts_reached)
+    assert drafted > 0
+
+
+@pytest.mark.parametrize("task", TASKS, ids=repr)
+def test_teacher_forced_choices_against_a_loop(task: Task) -> None:
+    model, questions = model_for(task), AnswerSet(task, 6, depth=D)
+    chosen = choose(model, questions.batch(np.arange(6)))
+    for row, example in zip(chosen.tolist(), questions.examples, strict=True):
+        text = example.prompt + example.answer
+        for i, asked in enumerate(example.asked, start=len(example.prompt)):
+            assert row[i] == (next_token(model, text[:i]) if asked else text[i])
+
+
+@pytest.mark.parametrize("task", TASKS, ids=repr)
+def test_rates_against_a_loop(task: Task) -> None:
+    """Of a model that is right two times in three."""
+    questions, random = AnswerSet(task, 40, depth=D), np.random.default_rng(0)
+    rates = AnswerRates(questions.n_positions, questions.group_names)
+    counts: dict[str, list[bool]] = {}
+    for numbers in (np.arange(0, 25), np.arange(25, 40)):
+        batch = questions.batch(numbers)
+        wrong = torch.from_numpy(random.random((2, *batch.tokens.shape)) < 0.1)
+        assert batch.scored is not None
+        wrong &= batch.scored
+        said, forced = ((batch.tokens + w) % len(task.symbols) for w in wrong)
+        right = questions.right(numbers, said)
+        rates.update(right, said, forced, batch.tokens, *questions.places(numbers))
+        for row, i in enumerate(numbers.tolist()):
+            example, ordinal = questions.examples[i], 0
+            names = task.groups(example)
+            for j, asked in enumerate(example.asked):
+                if not asked:
+                    continue
+                ordinal += 1
+                at = len(example.prompt) + j
+                for key, given in (("", said), ("forced_", forced)):
+                    tag = f"{key}accuracy_position_{ordinal}"
+                    counts.setdefault(tag, []).append(bool(given[row, at] == example.answer[j]))
+                if names:
+                    hit = bool(said[row, at] == example.answer[j])
+                    counts.setdefault(f"accuracy_{names[j]}", []).append(hit)
+            answer = questions.answer(i, said[row].tolist())
+            counts.setdefault("exact_match", []).append(task.check(example.prompt, answer))
+    expected = {tag: sum(found) / len(found) for tag, found in counts.items()}
+    assert rates.compute() == pytest.approx(expected)
+    assert 0.1 < expected["exact_match"] < 1
+
+
+def test_far_positions_share_a_tag() -> None:
+    rates = AnswerRates(40, [])
+    tokens = torch.zeros(1, 40, dtype=torch.int64)
+    said = (torch.arange(40) >= 20).long().unsqueeze(0)
+    place = torch.arange(40).unsqueeze(0)
+    rates.update(torch.tensor([False]), said, said, tokens, place, torch.full_like(place, -1))
+    values = rates.compute()
+    assert values["accuracy_position_16"] == 1 and values["accuracy_position_17-32"] == 4 / 16
+    assert values["accuracy_position_33-40"] == 0 and "accuracy_position_17" not in values
+
+
+def test_ranks_together_count_what_one_counts() -> None:
+    task = StarGraph()
+    model, sets = model_for(task), {"": AnswerSet(task, 21, depth=D)}
+    whole = answer_all(model, sets)
+    parts = [answer_all(model, sets, rank=rank, world=2, batch_size=4) for rank in range(2)]
+    for tag, value in whole.items():
+        assert value == pytest.approx((11 * parts[0][tag] + 10 * parts[1][tag]) / 21), tag
+
+
+@pytest.mark.parametrize("task", [StarGraph(), Copy(shortest=3, periods=3, letters=3)], ids=repr)
+def test_right_answers_to_other_questions_are_at_chance(task: Task) -> None:
+    """A judge that looked at anything but the question's own answer would show here."""
+    n = 2000
+    questions = AnswerSet(task, n, depth=0)
+    numbers = np.arange(n)
+    batch = questions.batch(numbers)
+    assert bool(questions.right(numbers, batch.tokens).all())
+    asked = batch.scored
+    assert asked is not None
+    dealt = batch.tokens.clone()
+    dealt[asked] = batch.tokens.roll(1, 0)[asked]
+    share = float(questions.right(numbers, dealt).float().mean())
+    # One string in 27; paths of other graphs lead nowhere.
+    assert abs(share - (1 / 27 if isinstance(task, Copy) else 0)) < 0.015

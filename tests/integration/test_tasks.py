@@ -1,0 +1,183 @@
+"""Runs on a task: what they log, go on from, are evaluated to, and learn."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from mtp_lightning.experiment.evaluating import evaluate, validation_data
+from mtp_lightning.run.loading import load_run
+from tests.integration.helpers import (
+    CONF,
+    assert_same_weights,
+    command,
+    execute,
+    rows,
+    train_here,
+)
+
+# A quick run on a task: what is text's is left out.
+TASK: dict[str, Any] = {
+    "data": "copy",
+    "data.task.letters": 4,
+    "data.task.periods": 4,
+    "data.eval_examples": 30,
+    "data.seq_len": None,
+    "data.val_fraction": None,
+    "data.eval_bytes": None,
+    "tokenizer": None,
+    "callbacks.checkpoints.every_n_steps": 5,
+}
+TASKS: dict[str, dict[str, Any]] = {
+    "copy": {},
+    "star_graph": {"data": "star_graph", "data.task.letters": None, "data.task.periods": None},
+    "mqar": {"data": "mqar", "data.task.letters": None, "data.task.periods": None},
+    "packed": {"data.seq_len": 30},
+    "prompts": {"data.train_prompt": "true"},
+}
+
+
+def evaluated(run: Path, *more: str) -> dict[str, Any]:
+    given = [f"checkpoint={run}/checkpoints/last.ckpt", "num_threads=1", *more]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return evaluate(compose("evaluate", overrides=[*given, "accelerator=cpu"]))
+
+
+@pytest.mark.parametrize("case", TASKS)
+def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path, case: str) -> None:
+    summary = train_here(tmp_path, cache, TASK | TASKS[case])
+    measured = {tag: value for tag, value in summary.items() if tag.startswith("val/")}
+    assert {
+        "val/exact_match",
+        "val/chance",
+        "val/accuracy_position_1",
+        "val/forced_accuracy_position_2",
+        "val/loss_depth_2",
+    } <= measured.keys()
+    variant = {"star_graph": "longer", "mqar": "more"}.get(case, "longer")
+    assert f"val/{variant}/exact_match" in measured and "val/bits_per_byte" not in measured
+    assert ("decode/tokens_per_step" in summary) == (case != "mqar")
+    assert [row["step"] for row in rows(tmp_path) if "val/exact_match" in row] == [5, 10]
+    assert summary["evaluation"]["examples"] == 30
+    # The window that the data have found is the run's from then on.
+    stored = yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["seq_len"]
+    assert stored == {"copy": 8, "prompts": 8, "star_graph": 24, "mqar": 48, "packed": 30}[case]
+    again = evaluated(tmp_path)
+    assert {tag: again[tag] for tag in measured} == measured
+    assert again["evaluation"] == summary["evaluation"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"data.examples": 14, "data.num_workers": 2},  # three batches an epoch
+        {**TASKS["star_graph"], "data.seq_len": 60},
+    ],
+    ids=["fresh", "fixed", "packed"],
+)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.filterwarnings("ignore:.*num_workers")
+def test_resumes_exactly(tmp_path: Path, cache: Path, settings: dict[str, Any]) -> None:
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    train_here(whole, cache, TASK | settings)
+    shutil.copytree(whole, again)
+    # As it was after step 5.
+    shutil.move(again / "checkpoints" / "previous.ckpt", again / "checkpoints" / "last.ckpt")
+    (again / "summary.json").unlink()
+    train_here(again, cache, TASK | settings)
+    assert_same_weights(whole, again)
+    assert rows(whole) == rows(again)
+
+
+def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
+    common = TASK | {"trainer.precision": "64-true", "data.eval_examples": 31}
+    two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 2}
+    done = execute(command(tmp_path / "two", cache, common | two))
+    assert done.returncode == 0, done.stderr
+    train_here(tmp_path / "one", cache, common)
+    alone, together = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert len(alone) == len(together)
+    for one, other in zip(alone, together, strict=True):
+        counted = [tag for tag in one if tag.startswith(("val/", "train/"))]
+        assert {tag: other[tag] for tag in counted} == pytest.approx(
+            {tag: one[tag] for tag in counted}, rel=1e-9, abs=1e-12
+        )
+
+
+def test_starts_from_and_is_evaluated_on_another_size(tmp_path: Path, cache: Path) -> None:
+    train_here(tmp_path / "short", cache, TASK)
+    longer = {"data.task.periods": 6, "init_from": tmp_path / "short"}
+    summary = train_here(tmp_path / "longer", cache, TASK | longer)
+    assert "val/exact_match" in summary
+    found = evaluated(tmp_path / "short", "data=copy", "data.task.letters=4", "data.task.periods=9")
+    assert found["data"]["longest"] == 19 and "val/accuracy_position_9" in found
+    with pytest.raises(ValueError, match="18 symbols of its own"):
+        evaluated(tmp_path / "short", "data=copy")
+    with pytest.raises(ValueError, match="eval_bytes=9 has no meaning"):
+        evaluated(tmp_path / "short", "eval_bytes=9")
+    with pytest.raises(ValueError, match="14 symbols|18 symbols|symbols of its own"):
+        train_here(tmp_path / "other", cache, TASK | longer | {"data.task.letters": 9})
+
+
+def test_a_text_model_is_given_no_task(tmp_path: Path, cache: Path) -> None:
+    train_here(tmp_path, cache, {"trainer.max_steps": 5})
+    with pytest.raises(ValueError, match="knows 257 ids of the kind byte"):
+        evaluated(tmp_path, "data=star_graph")
+
+
+def test_long_range_says_that_it_does_not_apply(
+    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    summary = train_here(tmp_path, cache, TASK | {"callbacks": "long_range"})
+    assert caplog.text.count("has no meaning for a task") == 1
+    assert not any("loss_position" in tag for tag in summary)
+
+
+def test_the_command_line_refuses_a_tokenizer_and_generates_symbols(
+    tmp_path: Path, cache: Path
+) -> None:
+    refused = execute(command(tmp_path / "run", cache, TASK | {"tokenizer": "byte"}))
+    assert refused.returncode == 1
+    assert "error: tokenizer=byte has no meaning for a task" in refused.stderr
+    train_here(tmp_path / "run", cache, TASK)
+    program = command(tmp_path, cache, {}, app="generate.py")[:2]
+    given = [f"checkpoint={tmp_path / 'run'}", "max_new_tokens=2", "num_threads=1"]
+    done = execute([*program, *given, "prompt=s0 s3 ="])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("s0 s3 = ")
+    done = execute([*program, *given, "prompt=hello"])
+    assert "error: 'hello' is no symbol" in done.stderr
+
+
+@pytest.mark.slow
+def test_memory_is_learned(tmp_path: Path, cache: Path) -> None:
+    """About two minutes of one thread: nearly all copies are right; dealt to others, none."""
+    from mtp_lightning.decoding.answers import say
+    from mtp_lightning.experiment.training import train
+
+    given = ["experiment=copy", "trainer.num_threads=1", "trainer.accelerator=cpu", "logger=csv"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("config", overrides=[*given, f"paths.output_dir={tmp_path}"])
+    summary = train(cfg)
+    assert summary["val/exact_match"] > 0.95 > 0.1 > summary["val/chance"]
+    run = load_run(tmp_path)
+    questions = validation_data(run).answer_sets()[""]
+    numbers = np.arange(len(questions))
+    said_BW = say(run.model, questions.batch(numbers))
+    assert float(questions.right(numbers, said_BW).float().mean()) > 0.95
+    # Answers of the same length, dealt among their questions.
+    lengths = np.array([len(example.answer) for example in questions.examples])
+    dealt_BW = said_BW.clone()
+    for length in np.unique(lengths):
+        mine = np.flatnonzero(lengths == length)
+        place = slice(length + 1, 2 * length + 1)
+        dealt_BW[mine, place] = said_BW[np.roll(mine, 1), place]
+    share = float(questions.right(numbers, dealt_BW).float().mean())
+    assert abs(share - summary["val/chance"]) < 0.02
