@@ -7,10 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_modules.tasks import Copy, Task
+from data_modules.tasks import Copy, Sat, Task
 from data_modules.tasks.base import END, Draws
 
-TASKS: list[Task] = [Copy(), Copy(letters=2, shortest=3, periods=5)]
+TASKS: list[Task] = [
+    Copy(),
+    Copy(letters=2, shortest=3, periods=5),
+    Sat(),
+    Sat(variables=3, names=3, solutions=1),
+]
 MANY = 2000
 
 
