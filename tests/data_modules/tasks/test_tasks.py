@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_modules.tasks import Copy, Sat, Task
+from data_modules.tasks import Copy, Countdown, Sat, Task
 from data_modules.tasks.base import END, Draws
 
 TASKS: list[Task] = [
     Copy(),
     Copy(letters=2, shortest=3, periods=5),
+    Countdown(),
+    Countdown(numbers=2, largest=5),
     Sat(),
     Sat(variables=3, names=3, solutions=1),
 ]
