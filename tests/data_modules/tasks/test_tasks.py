@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_modules.tasks import Copy, Countdown, Sat, Task
+from data_modules.tasks import Copy, Countdown, Group, Sat, Task
 from data_modules.tasks.base import END, Draws
 
 TASKS: list[Task] = [
@@ -15,6 +15,8 @@ TASKS: list[Task] = [
     Copy(letters=2, shortest=3, periods=5),
     Countdown(),
     Countdown(numbers=2, largest=5),
+    Group(),
+    Group(generators="all", running=False, length=3),
     Sat(),
     Sat(variables=3, names=3, solutions=1),
 ]
