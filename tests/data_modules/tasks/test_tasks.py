@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_modules.tasks import Copy, Countdown, Group, Sat, Task
+from data_modules.tasks import Copy, Countdown, Group, Polynomial, Sat, Task
 from data_modules.tasks.base import END, Draws
 
 TASKS: list[Task] = [
@@ -17,6 +17,8 @@ TASKS: list[Task] = [
     Countdown(numbers=2, largest=5),
     Group(),
     Group(generators="all", running=False, length=3),
+    Polynomial(),
+    Polynomial(operations=1),
     Sat(),
     Sat(variables=3, names=3, solutions=1),
 ]
