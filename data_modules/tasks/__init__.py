@@ -6,8 +6,9 @@ from data_modules.tasks.base import Example, Task
 from data_modules.tasks.copy import Copy
 from data_modules.tasks.countdown import Countdown
 from data_modules.tasks.group import Group
+from data_modules.tasks.hmm import HMM
 from data_modules.tasks.induction import Induction
 from data_modules.tasks.polynomial import Polynomial
 from data_modules.tasks.sat import Sat
 
-__all__ = ["Copy", "Countdown", "Example", "Group", "Induction", "Polynomial", "Sat", "Task"]
+__all__ = ["HMM", "Copy", "Countdown", "Example", "Group", "Induction", "Polynomial", "Sat", "Task"]

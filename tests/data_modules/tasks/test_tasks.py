@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_modules.tasks import Copy, Countdown, Group, Induction, Polynomial, Sat, Task
+from data_modules.tasks import HMM, Copy, Countdown, Group, Induction, Polynomial, Sat, Task
 from data_modules.tasks.base import END, Draws
 
 TASKS: list[Task] = [
@@ -17,6 +17,8 @@ TASKS: list[Task] = [
     Countdown(numbers=2, largest=5),
     Group(),
     Group(generators="all", running=False, length=3),
+    HMM(),
+    HMM(process="rrxor", length=5),
     Induction(),
     Induction(sentences=3, names=2, beginnings=2, endings=1),
     Polynomial(),
