@@ -10,5 +10,17 @@ from data_modules.tasks.hmm import HMM
 from data_modules.tasks.induction import Induction
 from data_modules.tasks.polynomial import Polynomial
 from data_modules.tasks.sat import Sat
+from data_modules.tasks.sibling import Sibling
 
-__all__ = ["HMM", "Copy", "Countdown", "Example", "Group", "Induction", "Polynomial", "Sat", "Task"]
+__all__ = [
+    "HMM",
+    "Copy",
+    "Countdown",
+    "Example",
+    "Group",
+    "Induction",
+    "Polynomial",
+    "Sat",
+    "Sibling",
+    "Task",
+]

@@ -7,7 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_modules.tasks import HMM, Copy, Countdown, Group, Induction, Polynomial, Sat, Task
+from data_modules.tasks import (
+    HMM,
+    Copy,
+    Countdown,
+    Group,
+    Induction,
+    Polynomial,
+    Sat,
+    Sibling,
+    Task,
+)
 from data_modules.tasks.base import END, Draws
 
 TASKS: list[Task] = [
@@ -25,6 +35,8 @@ TASKS: list[Task] = [
     Polynomial(operations=1),
     Sat(),
     Sat(variables=3, names=3, solutions=1),
+    Sibling(),
+    Sibling(parents=1, children=2, hash=0),
 ]
 MANY = 2000
 
