@@ -4,7 +4,27 @@ from __future__ import annotations
 
 from data_modules.tasks.base import Example, Task
 from data_modules.tasks.copy import Copy
+from data_modules.tasks.countdown import Countdown
+from data_modules.tasks.group import Group
+from data_modules.tasks.hmm import HMM
+from data_modules.tasks.induction import Induction
 from data_modules.tasks.mqar import MQAR
+from data_modules.tasks.polynomial import Polynomial
+from data_modules.tasks.sat import Sat
+from data_modules.tasks.sibling import Sibling
 from data_modules.tasks.star_graph import StarGraph
 
-__all__ = ["MQAR", "Copy", "Example", "StarGraph", "Task"]
+__all__ = [
+    "HMM",
+    "MQAR",
+    "Copy",
+    "Countdown",
+    "Example",
+    "Group",
+    "Induction",
+    "Polynomial",
+    "Sat",
+    "Sibling",
+    "StarGraph",
+    "Task",
+]

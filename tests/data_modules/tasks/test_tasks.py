@@ -8,7 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_modules.tasks import MQAR, Copy, StarGraph, Task
+from data_modules.tasks import (
+    HMM,
+    MQAR,
+    Copy,
+    Countdown,
+    Group,
+    Induction,
+    Polynomial,
+    Sat,
+    Sibling,
+    StarGraph,
+    Task,
+)
 from data_modules.tasks.base import END, Draws
 
 TASKS: list[Task] = [
@@ -20,6 +32,20 @@ TASKS: list[Task] = [
     StarGraph(degree=1, length=2, nodes=2),
     MQAR(),
     MQAR(pairs=4, slots=4, keys=4, values=1, power=1.0),
+    Countdown(),
+    Countdown(numbers=2, largest=5),
+    Group(),
+    Group(generators="all", running=False, length=3),
+    HMM(),
+    HMM(process="rrxor", length=5),
+    Induction(),
+    Induction(sentences=3, names=2, beginnings=2, endings=1),
+    Polynomial(),
+    Polynomial(operations=1),
+    Sat(),
+    Sat(variables=3, names=3, solutions=1),
+    Sibling(),
+    Sibling(parents=1, children=2, hash=0),
 ]
 MANY = 2000
 

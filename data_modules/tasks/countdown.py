@@ -1,0 +1,145 @@
+"""Reach a target from given numbers by arithmetic, each number used once: the game Countdown.
+
+As a test of search for language models: Gandhi et al. 2024, "Stream of search" (arXiv 2404.03683).
+There an answer is the way that a search took; here it is the expression alone, in postfix form,
+which needs no brackets and always has 2 k - 1 tokens.
+
+    3 8 2 5 : 27 = 8 5 2 - * 3 +        numbers : target = expression
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar, TypeVar
+
+from data_modules.tasks.base import Draws, Example, Task
+from mtp_lightning.settings import require_whole
+
+TO, EQUALS, PLUS, MINUS, TIMES, OVER, FIRST = range(1, 8)
+OPERATORS = (PLUS, MINUS, TIMES, OVER)
+GUESSES = 1 << 127
+"""Index behind all examples, of the draws of guesses."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Countdown(Task):
+    """Numbers, and a target that an expression of all of them was drawn for.
+
+    As in the game, whatever is calculated on the way is a positive whole number: what is divided
+    leaves no remainder.
+
+    Attributes:
+        numbers: k, >= 2.
+        largest: of the numbers, of the target, and of what the drawn expression calculates on the
+            way, >= 2; an answer may go beyond on its way.
+    """
+
+    name: ClassVar[str] = "countdown"
+
+    numbers: int = 4
+    largest: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("data.task.numbers", self.numbers, least=2)
+        require_whole("data.task.largest", self.largest, least=2)
+
+    @cached_property
+    def symbols(self) -> tuple[str, ...]:
+        return (".", ":", "=", "+", "-", "*", "/", *map(str, range(1, self.largest + 1)))
+
+    @property
+    def longest_prompt(self) -> int:
+        return self.numbers + 3
+
+    @property
+    def longest_answer(self) -> int:
+        return 2 * self.numbers - 1
+
+    @cached_property
+    def chance(self) -> float:
+        """Of who combines two of what is there by any operator, until one is left: 4,096 tries."""
+        tries = 4096
+        return sum(self._guess(i) for i in range(tries)) / tries
+
+    def example(self, index: int) -> Example:
+        draws = self.draws(index)
+        numbers = [1 + n for n in draws.many_below(self.largest, self.numbers)]
+        pool = [(n, [_token(n)]) for n in numbers]
+        while len(pool) > 1:
+            (a, left), (b, right) = _take_two(pool, draws)
+            # Never empty: the smaller can be taken from the larger, or equals divided.
+            ways = [
+                (value, [*first, *second, operator])
+                for x, y, first, second in ((a, b, left, right), (b, a, right, left))
+                for operator in OPERATORS
+                if (value := _apply(operator, x, y)) is not None and value <= self.largest
+            ]
+            pool.append(ways[draws.below(len(ways))])
+        target, answer = pool[0]
+        return Example([*map(_token, numbers), TO, _token(target), EQUALS], answer)
+
+    def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+        """Whether it is an expression of each of the prompt's numbers once, equal to the target."""
+        *numbers, _, target, _ = prompt
+        if sorted(t for t in answer if t not in OPERATORS) != sorted(numbers):
+            return False
+        return _evaluate(answer) == _number(target)
+
+    def variants(self) -> dict[str, Task]:
+        """One number more."""
+        return {"more": replace(self, numbers=self.numbers + 1)}
+
+    def _guess(self, number: int) -> bool:
+        """Whether a random expression of an example's numbers is right."""
+        prompt = self.example(number).prompt
+        draws = self.draws(GUESSES + number)
+        pool = [[token] for token in prompt[: self.numbers]]
+        while len(pool) > 1:
+            left, right = _take_two(pool, draws)
+            pool.append([*left, *right, OPERATORS[draws.below(4)]])
+        return self.check(prompt, pool[0])
+
+
+def _token(number: int) -> int:
+    return FIRST + number - 1
+
+
+def _number(token: int) -> int:
+    return token - FIRST + 1
+
+
+def _take_two(pool: list[T], draws: Draws) -> tuple[T, T]:
+    """Two of a pool in random order, which are in it no longer."""
+    return pool.pop(draws.below(len(pool))), pool.pop(draws.below(len(pool)))
+
+
+def _apply(operator: int, a: int, b: int) -> int | None:
+    """a operator b, of positive numbers; None where that is no positive whole number."""
+    if operator == PLUS:
+        return a + b
+    if operator == MINUS:
+        return a - b if a > b else None
+    if operator == TIMES:
+        return a * b
+    return a // b if a % b == 0 else None
+
+
+def _evaluate(tokens: Sequence[int]) -> int | None:
+    """The value of a postfix expression; None if it is none, or leaves the positive numbers."""
+    stack: list[int] = []
+    for token in tokens:
+        if token not in OPERATORS:
+            stack.append(_number(token))
+            continue
+        if len(stack) < 2:
+            return None
+        b, a = stack.pop(), stack.pop()
+        value = _apply(token, a, b)
+        if value is None:
+            return None
+        stack.append(value)
+    return stack[0] if len(stack) == 1 else None

@@ -1,0 +1,116 @@
+"""Multiply out a word in the alternating group A5: the smallest test of a state that is tracked.
+
+The word problem of A5, which is not solvable, is complete for NC1, so that unless TC0 = NC1 no
+transformer of fixed depth reads off long products at once (Liu et al. 2023, arXiv 2210.10749;
+Merrill et al. 2024, arXiv 2404.08819). There the product at each position is a label and is not
+read. Here an answer is text: what has been said is read, and the next product takes one step more.
+A head that predicts k tokens further has k steps more to take at once; with ``running=false``, the
+whole word is to be taken at once, as there.
+
+    12340 12034 = 12340 20341        word = running products
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations
+from typing import ClassVar
+
+from data_modules.tasks.base import Example, Task, log_bucket
+from mtp_lightning.settings import require, require_choice, require_whole
+
+EQUALS, FIRST = 1, 2
+
+
+def _is_even(images: tuple[int, ...]) -> bool:
+    inversions = sum(a > b for i, a in enumerate(images) for b in images[i + 1 :])
+    return inversions % 2 == 0
+
+
+ELEMENTS = [images for images in permutations(range(5)) if _is_even(images)]
+"""The 60 even permutations, each as the images of 0 .. 4."""
+NUMBER = {images: i for i, images in enumerate(ELEMENTS)}
+PRODUCT = [[NUMBER[tuple(b[i] for i in a)] for b in ELEMENTS] for a in ELEMENTS]  # type: ignore[index]
+"""``PRODUCT[a][b]`` is what a does first, and then b."""
+GENERATORS = {
+    # A cycle of 3 and one of 5.
+    "two": [NUMBER[1, 2, 0, 3, 4], NUMBER[1, 2, 3, 4, 0]],
+    "all": list(range(60)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group(Task):
+    """Words of ``shortest`` .. ``length`` generators, every length equally often.
+
+    Attributes:
+        generators: what words are of: ``two``, or ``all`` 60 elements as in Merrill et al.
+        shortest: least length of a word, >= 1.
+        length: largest length of a word.
+        running: whether the products up to every position are asked for, or the last one alone.
+    """
+
+    name: ClassVar[str] = "group"
+
+    generators: str = "two"
+    shortest: int = 1
+    length: int = 16
+    running: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("data.task.generators", self.generators, list(GENERATORS))
+        require_whole("data.task.shortest", self.shortest, least=1)
+        require_whole("data.task.length", self.length, least=1)
+        require(
+            self.shortest <= self.length,
+            "data.task.shortest",
+            self.shortest,
+            f"at most data.task.length={self.length}",
+        )
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        return (".", "=", *("".join(map(str, images)) for images in ELEMENTS))
+
+    @property
+    def longest_prompt(self) -> int:
+        return self.length + 1
+
+    @property
+    def longest_answer(self) -> int:
+        return self.length if self.running else 1
+
+    @property
+    def chance(self) -> float:
+        """Of who says any of the 60 elements."""
+        lengths = range(self.shortest, self.length + 1) if self.running else [1]
+        return sum(60.0**-n for n in lengths) / len(lengths)
+
+    def example(self, index: int) -> Example:
+        draws = self.draws(index)
+        length = self.shortest + draws.below(self.length - self.shortest + 1)
+        generators = GENERATORS[self.generators]
+        drawn = draws.many_below(len(generators), length)
+        prompt = [*(FIRST + generators[i] for i in drawn), EQUALS]
+        return Example(prompt, self._products(prompt))
+
+    def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+        return list(answer) == self._products(prompt)
+
+    def variants(self) -> dict[str, Task]:
+        return {"longer": replace(self, shortest=self.length + 1, length=2 * self.length)}
+
+    def groups(self, example: Example) -> Sequence[str]:
+        """How many generators a product is of."""
+        length = len(example.prompt) - 1
+        factors = range(1, length + 1) if self.running else [length]
+        return [f"factors_{log_bucket(n)}" for n in factors]
+
+    def _products(self, prompt: Sequence[int]) -> list[int]:
+        product, found = NUMBER[0, 1, 2, 3, 4], []
+        for token in prompt[:-1]:
+            product = PRODUCT[product][token - FIRST]
+            found.append(FIRST + product)
+        return found if self.running else found[-1:]

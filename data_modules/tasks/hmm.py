@@ -1,0 +1,194 @@
+"""Predict a hidden Markov process, whose best prediction is known: it is made from a belief.
+
+Shai et al. 2024, "Transformers represent belief state geometry in their residual stream" (arXiv
+2405.15943): a model that predicts well holds an affine image of :meth:`HMM.beliefs`, the
+distribution over hidden states after what has been read. Nothing is asked but the next symbol, so
+that exact match says only whether the process could say what the model did; what tells is the
+loss, by :attr:`HMM.entropy_rate` and :meth:`HMM.surprisals`, and an affine probe's R^2.
+
+    > 0 1 1 0 1 1        rrxor: of three symbols, the last is the exclusive or of the others
+
+Shapes: T tokens, S states, M symbols.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+
+from data_modules.tasks.base import Example, Task
+from mtp_lightning.settings import require_choice, require_number, require_whole
+
+START, FIRST = 1, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class HMM(Task):
+    """``length`` symbols of a process that has gone on for ever.
+
+    Attributes:
+        process: ``mess3``, of three states that are never known for sure, or ``rrxor``.
+        length: T, symbols of an example, >= 1.
+        x: of mess3, the probability of each of the two other states to be next, in (0, 1/2).
+        a: of mess3, the probability that the next state shows its own symbol, in (0, 1).
+    """
+
+    name: ClassVar[str] = "hmm"
+
+    process: str = "mess3"
+    length: int = 32
+    x: float = 0.05
+    a: float = 0.85
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("data.task.process", self.process, ["mess3", "rrxor"])
+        require_whole("data.task.length", self.length, least=1)
+        require_number("data.task.x", self.x, above=0, below=0.5)
+        require_number("data.task.a", self.a, above=0, below=1)
+
+    @cached_property
+    def transitions(self) -> np.ndarray:
+        """``[M, S, S]`` float64: probability of a symbol and the next state, given a state."""
+        return _rrxor() if self.process == "rrxor" else _mess3(self.x, self.a)
+
+    @cached_property
+    def stationary(self) -> np.ndarray:
+        """``[S]`` float64: the distribution over states before anything is read."""
+        moves = self.transitions.sum(0)
+        n = len(moves)
+        equations = np.vstack([moves.T - np.eye(n), np.ones(n)])
+        return np.linalg.lstsq(equations, np.eye(n + 1)[n], rcond=None)[0]
+
+    @cached_property
+    def symbols(self) -> tuple[str, ...]:
+        return (".", ">", *map(str, range(len(self.transitions))))
+
+    @property
+    def longest_prompt(self) -> int:
+        return 1
+
+    @property
+    def longest_answer(self) -> int:
+        return self.length
+
+    @cached_property
+    def chance(self) -> float:
+        """Of who says any symbols: how many sequences the process can say. All, with mess3."""
+        # By the set of states that it may be in: those sets are few.
+        ways = {(True,) * len(self.stationary): 1}
+        for _ in range(self.length):
+            more: dict[tuple[bool, ...], int] = {}
+            for states, n in ways.items():
+                for table in self.transitions > 0:
+                    after = tuple(table[list(states)].any(0).tolist())
+                    more[after] = more.get(after, 0) + n
+            ways = {states: n for states, n in more.items() if any(states)}
+        return sum(ways.values()) / len(self.transitions) ** self.length
+
+    @cached_property
+    def entropy_rate(self) -> float:
+        """Least loss in nats a symbol, far from the start: ``H(x_10 | x_1 .. x_9, state before)``.
+
+        It bounds the rate from below (Cover & Thomas 2006, theorem 4.5.1), is the rate itself for
+        rrxor, and within 1e-6 of it for mess3's defaults; a smaller x needs more symbols.
+        """
+        # Probability of every word and last state, given the first state: [S, words, S].
+        words = np.eye(len(self.stationary))[:, None]
+        entropies = []
+        for _ in range(10):
+            words = np.einsum("iwj,mjk->imwk", words, self.transitions)
+            words = words.reshape(len(words), -1, len(words))
+            p = words.sum(-1)
+            nats = -(p * np.log(p, where=p > 0, out=np.zeros_like(p))).sum(-1)
+            entropies.append(self.stationary @ nats)
+        return float(entropies[-1] - entropies[-2])
+
+    def beliefs(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Distribution over states after each token, by Bayes' rule from the stationary one.
+
+        Args:
+            tokens: ``[.., T]`` ids, as of a window; only symbols of the process tell anything.
+
+        Returns:
+            ``[.., T, S]`` float64; NaN from where the process could not say them.
+        """
+        return self._filter(tokens)[0]
+
+    def surprisals(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """``[.., T]`` float64 nats of each token, given those before it: the least loss there is on
+        them, in expectation. 0 for what is no symbol of the process; see :meth:`beliefs`."""
+        return self._filter(tokens)[1]
+
+    def example(self, index: int) -> Example:
+        first, *drawn = self.draws(index).uniform(self.length + 1).tolist()
+        state = bisect(self._starts, first)
+        answer = []
+        for u in drawn:
+            bounds, edges = self._edges[state]
+            symbol, state = edges[bisect(bounds, u)]
+            answer.append(FIRST + symbol)
+        return Example([START], answer)
+
+    def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+        """Whether the process says it with more than no probability."""
+        ids = range(FIRST, len(self.symbols))
+        whole = len(answer) == self.length and all(token in ids for token in answer)
+        return whole and bool(np.isfinite(self.surprisals(answer)).all())
+
+    def variants(self) -> dict[str, Task]:
+        return {"longer": replace(self, length=2 * self.length)}
+
+    def _filter(self, tokens: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.asarray(tokens)
+        n = len(self.stationary)
+        read = np.concatenate([np.tile(np.eye(n), (FIRST, 1, 1)), self.transitions])
+        beliefs, surprisals = np.empty((*ids.shape, n)), np.empty(ids.shape)
+        belief = np.broadcast_to(self.stationary, beliefs[..., 0, :].shape)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for t in range(ids.shape[-1]):
+                joint = np.einsum("...i,...ij->...j", belief, read[ids[..., t]])
+                likelihood = joint.sum(-1)
+                belief = joint / likelihood[..., None]
+                beliefs[..., t, :], surprisals[..., t] = belief, -np.log(likelihood)
+        # What tells nothing has likelihood 1, but for the last bits.
+        return beliefs, np.where(ids < FIRST, 0.0, surprisals)
+
+    @cached_property
+    def _starts(self) -> list[float]:
+        """Upper bounds of each state but the last in [0, 1)."""
+        return np.cumsum(self.stationary)[:-1].tolist()  # type: ignore[no-any-return]
+
+    @cached_property
+    def _edges(self) -> list[tuple[list[float], list[tuple[int, int]]]]:
+        """Of each state: what can happen, a symbol and the next state, and the upper bounds of all
+        but the last in [0, 1)."""
+        found = []
+        for table_MS in self.transitions.transpose(1, 0, 2):
+            edges = [(int(m), int(s)) for m, s in zip(*np.nonzero(table_MS), strict=True)]
+            bounds = np.cumsum([table_MS[edge] for edge in edges])[:-1].tolist()
+            found.append((bounds, edges))
+        return found
+
+
+def _mess3(x: float, a: float) -> np.ndarray:
+    """States show their own symbol with probability a, each other one with (1 - a) / 2."""
+    moves = np.full((3, 3), x) + np.eye(3) * (1 - 3 * x)
+    shows = np.full((3, 3), (1 - a) / 2) + np.eye(3) * (a - (1 - a) / 2)
+    return np.einsum("ij,jm->mij", moves, shows)
+
+
+def _rrxor() -> np.ndarray:
+    """Nothing is known; the first bit was 0, or 1; the exclusive or is 0, or 1."""
+    nothing, was_0, was_1, is_0, is_1 = range(5)
+    table = np.zeros((2, 5, 5))
+    table[0, nothing, was_0] = table[1, nothing, was_1] = 0.5
+    table[0, was_0, is_0] = table[1, was_0, is_1] = 0.5
+    table[0, was_1, is_1] = table[1, was_1, is_0] = 0.5
+    table[0, is_0, nothing] = table[1, is_1, nothing] = 1
+    return table

@@ -1,0 +1,169 @@
+"""Tell stories about people whose names are two tokens: which goes with which, the story says.
+
+Gloeckle et al. 2024, "Better & faster large language models via multi-token prediction" (arXiv
+2404.19737), section 4.1: names in children's stories are replaced by random ones of two tokens,
+and accuracy on the second token of those mentioned before measures induction. Here the stories are
+made from templates, and nothing but second tokens is learned and asked.
+
+    > A3 b7 had a ball . at the lake A5 b2 found a cake . A3 b7 saw A5 b2 .
+
+A name that is new cannot be known. It is asked for all the same, as a control: accuracy is reported
+as ``first`` and ``repeat``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import ClassVar
+
+from data_modules.tasks.base import Example, Task
+from mtp_lightning.settings import require_whole
+
+BEGIN, FIRST = 1, 2
+FILLERS = {
+    "PLACE": ("lake", "school", "garden", "forest", "market", "house"),
+    "THING": ("ball", "cake", "kite", "book", "shell", "lamp"),
+}
+TEMPLATES = (
+    "NAME ENDING went to the PLACE .",
+    "NAME ENDING saw NAME ENDING .",
+    "NAME ENDING had a THING .",
+    "NAME ENDING gave NAME ENDING the THING .",
+    "then NAME ENDING and NAME ENDING were happy .",
+    "at the PLACE NAME ENDING found a THING .",
+    "NAME ENDING asked NAME ENDING for a THING .",
+    "hello , said NAME ENDING to NAME ENDING .",
+)
+SENTENCES = tuple(tuple(template.split()) for template in TEMPLATES)
+SLOTS = ("NAME", "ENDING", *FILLERS)
+KINDS = {
+    **{word: word for sentence in SENTENCES for word in sentence if word not in SLOTS},
+    **{word: kind for kind, words in FILLERS.items() for word in words},
+}
+"""Every word, and what it is called in a template."""
+ID = {word: FIRST + i for i, word in enumerate(KINDS)}
+NAMES = FIRST + len(KINDS)
+"""Id of the first beginning of a name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Induction(Task):
+    """Stories of ``sentences`` sentences about ``names`` people, drawn anew for each.
+
+    Attributes:
+        sentences: of a story; more than ``names``, so that some name is repeated.
+        names: people of a story, >= 2; their names begin differently and may end the same.
+        beginnings: different first tokens of names, >= ``names``.
+        endings: different second tokens of names, >= 1.
+    """
+
+    name: ClassVar[str] = "induction"
+
+    sentences: int = 8
+    names: int = 3
+    beginnings: int = 32
+    endings: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("data.task.sentences", self.sentences, least=1)
+        require_whole("data.task.names", self.names, least=2)
+        require_whole("data.task.beginnings", self.beginnings, least=1)
+        require_whole("data.task.endings", self.endings, least=1)
+        if self.sentences <= self.names:
+            raise ValueError(
+                f"data.task.sentences={self.sentences} may not repeat any of data.task.names="
+                f"{self.names} names: ask for more sentences than names."
+            )
+        if self.beginnings < self.names:
+            raise ValueError(
+                f"data.task.beginnings={self.beginnings} are too few for data.task.names="
+                f"{self.names}, each needing one of its own: raise data.task.beginnings, or ask "
+                "for fewer names."
+            )
+
+    @cached_property
+    def symbols(self) -> tuple[str, ...]:
+        beginnings = (f"A{i}" for i in range(self.beginnings))
+        endings = (f"b{i}" for i in range(self.endings))
+        return ("_", ">", *KINDS, *beginnings, *endings)
+
+    @property
+    def longest_prompt(self) -> int:
+        return 1
+
+    @property
+    def longest_answer(self) -> int:
+        return self.sentences * max(map(len, SENTENCES))
+
+    @cached_property
+    def chance(self) -> float:
+        """Of who repeats any of the names so far, over 256 stories."""
+        total = 0.0
+        for i in range(256):
+            p, new = 1.0, 0
+            for group in self.groups(self.example(i)):
+                new += group == "first"
+                p /= new if group == "repeat" else 1
+            total += p
+        return total / 256
+
+    def example(self, index: int) -> Example:
+        draws = self.draws(index)
+        beginnings = draws.permutation(self.beginnings)[: self.names]
+        endings = draws.many_below(self.endings, self.names)
+        story: list[int] = []
+        given: list[bool] = []
+        for _ in range(self.sentences):
+            people = draws.permutation(self.names)
+            for word in SENTENCES[draws.below(len(SENTENCES))]:
+                given.append(word != "ENDING")
+                if word == "NAME":
+                    person = people.pop()
+                    story.append(NAMES + beginnings[person])
+                elif word == "ENDING":
+                    story.append(NAMES + self.beginnings + endings[person])
+                elif word in FILLERS:
+                    words = FILLERS[word]
+                    story.append(ID[words[draws.below(len(words))]])
+                else:
+                    story.append(ID[word])
+        return Example([BEGIN], story, given)
+
+    def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+        """Whether it is a story whose names end whenever they are repeated as they did at first,
+        whatever that was."""
+        if any(not FIRST <= token < len(self.symbols) for token in answer):
+            return False
+        sentences: list[list[str]] = [[]]
+        for token in answer:
+            sentences[-1].append(self._kinds[token - FIRST])
+            if token == ID["."]:
+                sentences.append([])
+        *whole, rest = map(tuple, sentences)
+        ends: dict[int, int] = {}
+        same = all(ends.setdefault(a, b) == b for a, b in pairwise(answer) if self._begins(a))
+        return same and not rest and len(whole) == self.sentences and set(whole) <= set(SENTENCES)
+
+    def variants(self) -> dict[str, Task]:
+        """Twice as many sentences."""
+        return {"longer": replace(self, sentences=2 * self.sentences)}
+
+    def groups(self, example: Example) -> Sequence[str]:
+        """Whether a name that is to be ended is new."""
+        names, seen = [""], set()
+        for token in example.answer[:-1]:
+            names.append(("repeat" if token in seen else "first") if self._begins(token) else "")
+            seen.add(token)
+        return names
+
+    def _begins(self, token: int) -> bool:
+        return NAMES <= token < NAMES + self.beginnings
+
+    @cached_property
+    def _kinds(self) -> list[str]:
+        """What every id from :data:`FIRST` on is called in a template."""
+        return [*KINDS.values(), *["NAME"] * self.beginnings, *["ENDING"] * self.endings]

@@ -1,0 +1,141 @@
+"""Reduce an expression of polynomials over F7, modulo X^5: arithmetic of adjustable length.
+
+Gloeckle et al. 2024, "Better & faster large language models via multi-token prediction" (arXiv
+2404.19737), section 4.2: negation, addition, multiplication and composition, with a number of
+operations that is drawn. Coefficients and operations are uniform. Expressions are in prefix form,
+which needs no brackets, and coefficients begin with the constant one.
+
+    + 1 0 0 0 0 o 3 1 0 0 0 0 2 0 0 0 = 4 2 0 0 0        1 + (3 + X)(2 X)
+
+A composition p o q is p(q(X)) of p as it is written: where q has a constant term, other polynomials
+of p's class modulo X^5 would give something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from data_modules.tasks.base import Draws, Example, Task
+from mtp_lightning.settings import require, require_whole
+
+EQUALS, MINUS, PLUS, TIMES, OF, FIRST = range(1, 7)
+Q, N = 7, 5
+"""Of the field, and coefficients of a polynomial."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Polynomial(Task):
+    """Expressions of ``least`` .. ``operations`` operations, every number equally often.
+
+    Attributes:
+        least: operations of an expression, >= 1.
+        operations: most operations of an expression.
+    """
+
+    name: ClassVar[str] = "polynomial"
+
+    least: int = 1
+    operations: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("data.task.least", self.least, least=1)
+        require_whole("data.task.operations", self.operations, least=1)
+        require(
+            self.least <= self.operations,
+            "data.task.least",
+            self.least,
+            f"at most data.task.operations={self.operations}",
+        )
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        return (".", "=", "-", "+", "*", "o", *map(str, range(Q)))
+
+    @property
+    def longest_prompt(self) -> int:
+        """Of binary operations alone, each of which has one operand more."""
+        return self.operations + N * (self.operations + 1) + 1
+
+    @property
+    def longest_answer(self) -> int:
+        return N
+
+    @property
+    def chance(self) -> float:
+        return float(Q**-N)
+
+    def example(self, index: int) -> Example:
+        draws = self.draws(index)
+        number = self.least + draws.below(self.operations - self.least + 1)
+        prompt = [*_expression(number, draws), EQUALS]
+        return Example(prompt, _reduce(prompt))
+
+    def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+        return list(answer) == _reduce(prompt)
+
+    def variants(self) -> dict[str, Task]:
+        return {"more": replace(self, least=self.operations + 1, operations=2 * self.operations)}
+
+    def groups(self, example: Example) -> Sequence[str]:
+        """How many operations the expression has."""
+        number = sum(MINUS <= token <= OF for token in example.prompt)
+        return [f"operations_{number}"] * N
+
+
+def _expression(operations: int, draws: Draws) -> list[int]:
+    """In prefix form; a binary operation's left side has any number of those that are left."""
+    if operations == 0:
+        return [FIRST + c for c in draws.many_below(Q, N)]
+    operation = MINUS + draws.below(4)
+    if operation == MINUS:
+        return [MINUS, *_expression(operations - 1, draws)]
+    left = draws.below(operations)
+    return [
+        operation,
+        *_expression(left, draws),
+        *_expression(operations - 1 - left, draws),
+    ]
+
+
+def _reduce(prompt: Sequence[int]) -> list[int]:
+    """Tokens of the polynomial that an expression, closed by ``=``, is equal to."""
+    # From its end, operands are there before their operation, the left one on top.
+    stack: list[list[int]] = []
+    digits: list[int] = []
+    for token in reversed(prompt[:-1]):
+        if token >= FIRST:
+            digits.insert(0, token - FIRST)
+            if len(digits) == N:
+                stack.append(digits)
+                digits = []
+            continue
+        p = stack.pop()
+        if token == MINUS:
+            stack.append([-c % Q for c in p])
+        else:
+            stack.append(BINARY[token](p, stack.pop()))
+    (found,) = stack
+    return [FIRST + c for c in found]
+
+
+def _add(p: list[int], q: list[int]) -> list[int]:
+    return [(a + b) % Q for a, b in zip(p, q, strict=True)]
+
+
+def _multiply(p: list[int], q: list[int]) -> list[int]:
+    return [sum(p[j] * q[i - j] for j in range(i + 1)) % Q for i in range(N)]
+
+
+def _compose(p: list[int], q: list[int]) -> list[int]:
+    """By Horner's rule."""
+    found = [0] * N
+    for coefficient in reversed(p):
+        found = _multiply(found, q)
+        found[0] = (found[0] + coefficient) % Q
+    return found
+
+
+BINARY = {PLUS: _add, TIMES: _multiply, OF: _compose}

@@ -1,0 +1,117 @@
+"""Say two siblings and their parent that were never seen together: open-ended, yet judged.
+
+Nagarajan et al. 2025, "Roll the dice & look before you leap" (arXiv 2504.15266), sibling discovery:
+who learns token by token learns the parent from its children, and that each child follows from the
+one before; who plans chooses the parent first, though it is said last. The graph of parents and
+children stands in no prompt. A random string is what an example hangs on (the paper's hash
+conditioning), so that greedy decoding of new strings gives different answers.
+
+    q e u h = c17 c4 P2        hash = siblings, parent
+
+The creativity of what is said is :meth:`Sibling.score`. It takes a fixed training set
+(``data.examples``) of fewer triples than there are: with fresh examples none would remain new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from string import ascii_lowercase
+from typing import ClassVar
+
+from data_modules.tasks.base import Example, Task
+from mtp_lightning.settings import require_whole
+
+EQUALS, LETTERS = 1, 2
+PARENTS = LETTERS + len(ascii_lowercase)
+"""Ids of the first letter and of the first parent; children are behind the parents."""
+GRAPH = 1 << 127
+"""Index behind all examples, of the graph's draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sibling(Task):
+    """Triples of one graph, which the seed decides, each equally often.
+
+    Attributes:
+        parents: >= 1.
+        children: of each parent, >= 2; no two parents share one.
+        hash: letters of the random string, of 26 different ones, >= 0; 0 for none, with which
+            greedy decoding can say one answer only.
+    """
+
+    name: ClassVar[str] = "sibling"
+
+    parents: int = 5
+    children: int = 100
+    hash: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("data.task.parents", self.parents, least=1)
+        require_whole("data.task.children", self.children, least=2)
+        require_whole("data.task.hash", self.hash, least=0)
+
+    @cached_property
+    def symbols(self) -> tuple[str, ...]:
+        parents = (f"P{i}" for i in range(self.parents))
+        children = (f"c{i}" for i in range(self.parents * self.children))
+        return (".", "=", *ascii_lowercase, *parents, *children)
+
+    @property
+    def longest_prompt(self) -> int:
+        return self.hash + 1
+
+    @property
+    def longest_answer(self) -> int:
+        return 3
+
+    @property
+    def chance(self) -> float:
+        """Coherence of who says any two children and any parent."""
+        siblings = (self.children - 1) / (self.parents * self.children)
+        return siblings / self.parents
+
+    def example(self, index: int) -> Example:
+        draws = self.draws(index)
+        string = [LETTERS + i for i in draws.many_below(len(ascii_lowercase), self.hash)]
+        parent, one = draws.below(self.parents), draws.below(self.children)
+        other = (one + 1 + draws.below(self.children - 1)) % self.children
+        family = self._families[parent]
+        return Example([*string, EQUALS], [family[one], family[other], PARENTS + parent])
+
+    def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+        """Whether it is coherent: two children, and the parent of both. The prompt asks nothing."""
+        if len(answer) != 3 or answer[0] == answer[1]:
+            return False
+        one, other, parent = answer
+        return self._parent.get(one) == self._parent.get(other) == parent
+
+    def score(self, samples: Sequence[Sequence[int]], training: Sequence[Sequence[int]]) -> float:
+        """Creativity: the share of samples that are coherent, distinct and not in training.
+
+        A triple is the same with its siblings in the other order, and counts once.
+
+        Args:
+            samples: answers that were generated, of any ids and length; at least one.
+            training: answers of the training set.
+        """
+        coherent = {frozenset(sample) for sample in samples if self.check((), sample)}
+        return len(coherent - {frozenset(answer) for answer in training}) / len(samples)
+
+    @cached_property
+    def _families(self) -> list[list[int]]:
+        """Ids of each parent's children."""
+        names = self.draws(GRAPH).permutation(self.parents * self.children)
+        first = PARENTS + self.parents
+        return [
+            [first + name for name in names[i * self.children : (i + 1) * self.children]]
+            for i in range(self.parents)
+        ]
+
+    @cached_property
+    def _parent(self) -> dict[int, int]:
+        """Id of each child's parent."""
+        families = enumerate(self._families)
+        return {child: PARENTS + parent for parent, family in families for child in family}

@@ -1,0 +1,79 @@
+"""Products in A5 against matrices of permutations."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_modules.tasks import Group
+from data_modules.tasks.group import ELEMENTS, GENERATORS, PRODUCT
+
+
+def matrix(symbol: str) -> np.ndarray:
+    """That takes the row vector of a place to that of its image."""
+    return np.eye(5, dtype=int)[[int(digit) for digit in symbol]]
+
+
+def products(word: list[str]) -> list[str]:
+    """Running products; by rows, a product's first factor acts first."""
+    found, product = [], np.eye(5, dtype=int)
+    for symbol in word:
+        product = product @ matrix(symbol)
+        found.append("".join(map(str, product.argmax(1))))
+    return found
+
+
+def test_the_elements_are_the_even_permutations_and_two_generate_all() -> None:
+    symbols = Group().symbols[2:]
+    assert len(set(symbols)) == 60
+    assert all(round(np.linalg.det(matrix(symbol))) == 1 for symbol in symbols)
+    reached = {ELEMENTS.index((0, 1, 2, 3, 4))}
+    while more := {PRODUCT[a][g] for a in reached for g in GENERATORS["two"]} - reached:
+        reached |= more
+    assert reached == set(range(60))
+
+
+@pytest.mark.parametrize("generators, kinds", [("two", 2), ("all", 60)])
+def test_answers_are_the_running_products(generators: str, kinds: int) -> None:
+    task, seen = Group(generators=generators), set()
+    for i in range(2000):
+        example = task.example(i)
+        word = task.show(example.prompt).split()[:-1]
+        seen.update(word)
+        assert task.show(example.answer).split() == products(word)
+        wrong = list(example.answer)
+        wrong[i % len(wrong)] = 2 + (wrong[i % len(wrong)] - 1) % 60
+        assert not task.check(example.prompt, wrong)
+    assert len(seen) == kinds
+
+
+def test_the_last_product_alone() -> None:
+    task, every = Group(running=False), Group()
+    for i in range(500):
+        example, whole = task.example(i), every.example(i)
+        assert example.prompt == whole.prompt and example.answer == whole.answer[-1:]
+        assert task.groups(example)[0] == every.groups(whole)[-1]
+    assert task.chance == 1 / 60 and task.longest_answer == 1
+
+
+def test_chance_and_groups() -> None:
+    assert Group(length=2).chance == pytest.approx((1 / 60 + 1 / 3600) / 2)
+    task = Group(shortest=5, length=5)
+    names = ["factors_1", "factors_2-3", "factors_2-3", "factors_4-7", "factors_4-7"]
+    assert task.groups(task.example(0)) == names
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"generators": "three"}, "data.task.generators=three is unknown: choose one of two, all."),
+        ({"shortest": 17}, "data.task.shortest must be at most data.task.length=16, not 17."),
+        ({"length": 0}, "data.task.length must be a whole number of at least 1, not 0."),
+    ],
+)
+def test_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Group(**options)

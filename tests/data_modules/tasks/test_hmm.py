@@ -1,0 +1,117 @@
+"""Hidden Markov processes: filtering against the sum over all paths of hidden states."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_modules.tasks import HMM
+from data_modules.tasks.base import END
+from data_modules.tasks.hmm import FIRST, START
+
+BOTH = [HMM(length=6), HMM(process="rrxor", length=6), HMM(length=6, x=0.15, a=0.6)]
+
+
+def paths(task: HMM, word: tuple[int, ...]) -> np.ndarray:
+    """Probability of a word and each last state, a term for every path of states."""
+    n = len(task.stationary)
+    found = np.zeros(n)
+    for path in product(range(n), repeat=len(word) + 1):
+        p = task.stationary[path[0]]
+        for symbol, state, after in zip(word, path[:-1], path[1:], strict=True):
+            p = p * task.transitions[symbol, state, after]
+        found[path[-1]] += p
+    return found
+
+
+def test_the_processes_are_the_papers() -> None:
+    table = HMM().transitions
+    paper = [[0.765, 0.00375, 0.00375], [0.0425, 0.0675, 0.00375], [0.0425, 0.00375, 0.0675]]
+    np.testing.assert_allclose(table[0], paper, rtol=1e-12)
+    for task in BOTH:
+        np.testing.assert_allclose(task.transitions.sum((0, 2)), 1, rtol=1e-14)
+        moves = task.transitions.sum(0)
+        np.testing.assert_allclose(task.stationary @ moves, task.stationary, atol=1e-14)
+    np.testing.assert_allclose(BOTH[1].stationary, [1 / 3, 1 / 6, 1 / 6, 1 / 6, 1 / 6])
+
+
+@pytest.mark.parametrize("task", BOTH, ids=repr)
+def test_filtering_is_the_sum_over_all_paths(task: HMM) -> None:
+    for word in product(range(len(task.transitions)), repeat=4):
+        ids = [START, *(FIRST + symbol for symbol in word)]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            joint = np.array([paths(task, word[:t]) for t in range(5)])
+            expected = joint / joint.sum(1, keepdims=True)
+            nats = -np.diff(np.log(joint.sum(1)), prepend=0)
+        np.testing.assert_allclose(task.beliefs(ids), expected, rtol=1e-10, atol=1e-14)
+        possible = np.isfinite(nats)
+        found = task.surprisals(ids)
+        np.testing.assert_allclose(found[possible], nats[possible], rtol=1e-10, atol=1e-12)
+        assert not np.isfinite(found[~possible]).any()
+
+
+def test_filtering_takes_batches_and_marks_tell_nothing() -> None:
+    task = HMM(length=5)
+    rows = np.array([[START, *task.example(i).answer, END, END] for i in range(20)])
+    beliefs, nats = task.beliefs(rows), task.surprisals(rows)
+    for row, belief, nat in zip(rows, beliefs, nats, strict=True):
+        np.testing.assert_array_equal(task.beliefs(row), belief)
+        np.testing.assert_array_equal(task.surprisals(row), nat)
+    np.testing.assert_allclose(beliefs[:, 0], np.broadcast_to(task.stationary, (20, 3)))
+    np.testing.assert_allclose(beliefs[:, 5:7], beliefs[:, 6:8])
+    assert not nats[:, [0, 6, 7]].any()
+
+
+@pytest.mark.parametrize("task", BOTH, ids=repr)
+def test_examples_have_the_probabilities_of_the_process(task: HMM) -> None:
+    words = list(product(range(len(task.transitions)), repeat=3))
+    number = {word: i for i, word in enumerate(words)}
+    counts = np.zeros((2, len(words)))
+    n = 6000
+    for i in range(n):
+        symbols = [token - FIRST for token in task.example(i).answer]
+        counts[0, number[tuple(symbols[:3])]] += 1
+        counts[1, number[tuple(symbols[3:])]] += 1
+    p = np.array([paths(task, word).sum() for word in words])
+    assert (np.abs(counts - n * p) <= 5 * np.sqrt(n * p) + 1e-9).all()
+
+
+def test_the_entropy_rate() -> None:
+    rrxor = HMM(process="rrxor", length=1000)
+    assert rrxor.entropy_rate == pytest.approx(2 / 3 * np.log(2), rel=1e-12)
+    for task in (rrxor, HMM(length=1000), HMM(length=1000, x=0.15, a=0.6)):
+        rows = np.array([task.example(i).answer for i in range(100)])
+        # Far from the start, what the best prediction loses in the mean.
+        means = task.surprisals(rows)[:, 200:].mean(1)
+        assert abs(means.mean() - task.entropy_rate) < 4 * means.std() / 10 + 1e-6
+
+
+def test_what_the_process_can_say_is_right() -> None:
+    for task in BOTH:
+        ids = range(FIRST, FIRST + len(task.transitions))
+        right = [task.check([START], word) for word in product(ids, repeat=6)]
+        assert task.chance == pytest.approx(sum(right) / len(right))
+    assert BOTH[0].chance == 1
+    rrxor = HMM(process="rrxor", length=9)
+    # Two triples whole, at each of the three places that the first may begin at.
+    assert rrxor.check([START], [FIRST + b for b in (0, 1, 1, 1, 1, 0, 1, 0, 1)])
+    assert rrxor.check([START], [FIRST + b for b in (1, 0, 1, 1, 1, 1, 0, 1, 0)])
+    assert not rrxor.check([START], [FIRST + b for b in (1, 1, 1, 1, 1, 1, 1, 1, 1)])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"process": "even"}, "data.task.process=even is unknown: choose one of mess3, rrxor."),
+        ({"length": 0}, "data.task.length must be a whole number of at least 1, not 0."),
+        ({"x": 0.5}, "data.task.x must be a number in (0, 0.5), not 0.5."),
+        ({"a": 1}, "data.task.a must be a number in (0, 1), not 1."),
+    ],
+)
+def test_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        HMM(**options)

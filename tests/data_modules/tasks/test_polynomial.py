@@ -1,0 +1,82 @@
+"""Polynomials over F7 against numpy's, over the integers, reduced after each operation."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from numpy.polynomial import Polynomial as Integers
+
+from data_modules.tasks import Polynomial
+
+
+def reduced(p: Integers) -> Integers:
+    """Modulo 7 and X^5, by rounding, which is exact for numbers this small."""
+    coefficients = np.zeros(5)
+    kept = p.coef[:5]
+    assert np.abs(p.coef).max() < 2**50
+    coefficients[: len(kept)] = np.round(kept) % 7
+    return Integers(coefficients)
+
+
+def value(tokens: list[str]) -> Integers:
+    """By recursion from the front, which eats the tokens."""
+    if tokens[0].isdigit():
+        operand = [int(tokens.pop(0)) for _ in range(5)]
+        return Integers(operand)
+    operation = tokens.pop(0)
+    p = value(tokens)
+    if operation == "-":
+        return reduced(-p)
+    q = value(tokens)
+    if operation == "o":
+        return reduced(sum((c * q**i for i, c in enumerate(p.coef)), Integers([0])))
+    return reduced(p + q if operation == "+" else p * q)
+
+
+@pytest.mark.parametrize("least, most", [(1, 5), (6, 12)])
+def test_answers_are_the_reduced_polynomials(least: int, most: int) -> None:
+    task = Polynomial(least=least, operations=most)
+    seen: Counter[str] = Counter()
+    for i in range(2000):
+        example = task.example(i)
+        tokens = task.show(example.prompt).split()
+        operations = [t for t in tokens if t in ("-", "+", "*", "o")]
+        assert least <= len(operations) <= most
+        assert task.groups(example) == [f"operations_{len(operations)}"] * 5
+        seen.update(operations)
+        assert tokens.pop() == "="
+        expected = [int(c) for c in value(tokens).coef]
+        assert not tokens, "an expression and nothing else"
+        answer = [int(t) for t in task.show(example.answer).split()]
+        assert answer == expected + [0] * (5 - len(expected))
+        example.answer[i % 5] = 6 + (example.answer[i % 5] - 5) % 7
+        assert not task.check(example.prompt, example.answer)
+    # Each of the four equally often.
+    total = sum(seen.values())
+    assert all(abs(seen[o] - total / 4) < 4 * (total * 3 / 16) ** 0.5 for o in "-+*o")
+
+
+def test_the_docstrings_example() -> None:
+    task = Polynomial()
+
+    def read(text: str) -> list[int]:
+        return [task.symbols.index(symbol) for symbol in text.split()]
+
+    prompt = read("+ 1 0 0 0 0 o 3 1 0 0 0 0 2 0 0 0 =")
+    assert task.check(prompt, read("4 2 0 0 0"))
+    assert task.chance == 1 / 16807
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"least": 0}, "data.task.least must be a whole number of at least 1, not 0."),
+        ({"least": 6}, "data.task.least must be at most data.task.operations=5, not 6."),
+    ],
+)
+def test_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Polynomial(**options)

@@ -1,0 +1,90 @@
+"""3-SAT against a table of all assignments, read from what people read."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+from typing import Any
+
+import pytest
+
+from data_modules.tasks import Sat
+
+
+def solutions(formula: str) -> list[str]:
+    """Every assignment that satisfies a formula, as an answer is shown."""
+    clauses = [[int(n) for n in clause.split()] for clause in formula.rstrip("= ").split("|")]
+    assert all(len({abs(n) for n in clause}) == 3 for clause in clauses)
+    names = sorted({abs(n) for clause in clauses for n in clause})
+    found = []
+    for signs in product((1, -1), repeat=len(names)):
+        literals = [n * sign for n, sign in zip(names, signs, strict=True)]
+        if all(set(clause) & set(literals) for clause in clauses):
+            found.append(" ".join(map(str, literals)))
+    return found
+
+
+@pytest.mark.parametrize("variables, many", [(3, 2000), (5, 2000), (8, 300), (12, 15)])
+def test_formulas_have_few_solutions_and_the_answer_is_one(variables: int, many: int) -> None:
+    task = Sat(variables=variables)
+    for i in range(many):
+        example = task.example(i)
+        formula = task.show(example.prompt)
+        assert formula.count("|") + 1 == round(4.26 * variables) == task.clauses
+        found = solutions(formula)
+        assert 1 <= len(found) <= 3
+        assert task.show(example.answer) in found and len(example.answer) == variables
+
+
+def test_the_check_finds_every_solution_and_no_other() -> None:
+    task = Sat(variables=4, names=6)
+    for i in range(300):
+        example = task.example(i)
+        names = [(literal - 3) // 2 for literal in example.answer]
+        right = [
+            task.show(answer)
+            for signs in product((0, 1), repeat=4)
+            if task.check(
+                example.prompt,
+                answer := [3 + 2 * n + sign for n, sign in zip(names, signs, strict=True)],
+            )
+        ]
+        assert right == solutions(task.show(example.prompt))
+        assert not task.check(example.prompt, example.answer[::-1])
+        assert not task.check(example.prompt, [*example.answer[:-1], example.answer[0]])
+
+
+def test_every_number_of_solutions_occurs_and_each_solution_is_asked() -> None:
+    task = Sat(variables=6, solutions=2)
+    counts, first = [], 0
+    for i in range(1000):
+        example = task.example(i)
+        found = solutions(task.show(example.prompt))
+        counts.append(len(found))
+        first += len(found) == 2 and task.show(example.answer) == found[0]
+    assert set(counts) == {1, 2}
+    twos = counts.count(2)
+    assert abs(first - twos / 2) < 4 * (twos / 4) ** 0.5
+    assert task.chance == pytest.approx(sum(counts[:256]) / 256 / 2**6)
+
+
+def test_larger_formulas_use_the_same_names() -> None:
+    larger = Sat().variants()["larger"]
+    assert isinstance(larger, Sat) and larger.variables == 10
+    assert Sat(variables=11).variants() == {} == Sat(variables=15, names=20).variants()
+    used = {n for i in range(200) for n in Sat().example(i).answer}
+    assert used == set(range(3, 3 + 2 * 12))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"variables": 2}, "data.task.variables must be a whole number in [3, 16], not 2."),
+        ({"variables": 17}, "data.task.variables must be a whole number in [3, 16], not 17."),
+        ({"names": 7}, "data.task.names=7 are too few for data.task.variables=8"),
+        ({"solutions": 0}, "data.task.solutions must be a whole number of at least 1, not 0."),
+    ],
+)
+def test_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Sat(**options)

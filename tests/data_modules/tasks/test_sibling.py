@@ -1,0 +1,86 @@
+"""Siblings against a graph that is put together from the examples alone."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+
+import pytest
+
+from data_modules.tasks import Sibling
+
+
+def graph(task: Sibling, many: int) -> dict[str, set[str]]:
+    """Every parent's children, as the first examples tell."""
+    found: dict[str, set[str]] = {}
+    for i in range(many):
+        one, other, parent = task.show(task.example(i).answer).split()
+        assert one != other
+        found.setdefault(parent, set()).update((one, other))
+    return found
+
+
+def test_examples_are_of_one_graph_which_the_seed_decides() -> None:
+    task = Sibling(parents=4, children=30)
+    found = graph(task, 3000)
+    assert sorted(found) == ["P0", "P1", "P2", "P3"]
+    assert all(len(children) == 30 for children in found.values())
+    assert len(set().union(*found.values())) == 120
+    assert graph(Sibling(parents=4, children=30, seed=1), 3000) != found
+
+
+def test_the_check_agrees_on_all_triples() -> None:
+    task = Sibling(parents=3, children=3)
+    found = graph(task, 2000)
+    right = 0
+    for answer in product(range(len(task.symbols)), repeat=3):
+        one, other, parent = (task.symbols[i] for i in answer)
+        expected = one != other and {one, other} <= found.get(parent, set())
+        assert task.check([], answer) == expected
+        right += expected
+    # Of who says any of 9 children twice, and any of 3 parents.
+    assert task.chance == pytest.approx(right / (9 * 9 * 3))
+    assert not task.check([], []) and not task.check([], [*task.example(0).answer, 0])
+
+
+def test_each_triple_is_as_frequent_as_another() -> None:
+    task = Sibling(parents=2, children=3)
+    counts: dict[tuple[int, ...], int] = {}
+    for i in range(6000):
+        answer = tuple(task.example(i).answer)
+        counts[answer] = counts.get(answer, 0) + 1
+    assert len(counts) == 2 * 3 * 2
+    assert all(abs(n - 500) < 5 * 500**0.5 for n in counts.values())
+
+
+def test_strings_are_of_all_letters_and_differ() -> None:
+    strings = [Sibling().show(Sibling().example(i).prompt) for i in range(2000)]
+    assert len(set(strings)) == 2000
+    assert all(re.fullmatch("([a-z] ){10}=", string) for string in strings)
+    assert len(set("".join(strings))) == 28
+    assert Sibling(hash=0).example(0).prompt == [1]
+
+
+def test_the_score_counts_what_is_coherent_distinct_and_new() -> None:
+    task = Sibling(parents=3, children=4)
+    training = [task.example(i).answer for i in range(10)]
+    triples = {frozenset(answer) for answer in training}
+    new = [a for i in range(100) if frozenset(a := task.example(i).answer) not in triples]
+    fresh = [new[0], next(a for a in new if frozenset(a) != frozenset(new[0]))]
+    (one, other, parent), stranger = fresh[0], fresh[1]
+    assert task.score(fresh, training) == 1
+    assert task.score(fresh, [*training, stranger]) == 0.5
+    assert task.score(training, training) == 0
+    assert task.score([fresh[0]] * 4, training) == 0.25
+    # The same siblings in the other order are not new, neither in training nor twice.
+    assert task.score([[other, one, parent]], [fresh[0]]) == 0
+    assert task.score([fresh[0], [other, one, parent]], training) == 0.5
+    nonsense = [[one, one, parent], [one, other], [], [parent, other, one], [one, other, 0]]
+    assert task.score([*nonsense, stranger], training) == 1 / 6
+
+
+@pytest.mark.parametrize("key, least", [("parents", 1), ("children", 2), ("hash", 0)])
+def test_refused(key: str, least: int) -> None:
+    message = f"data.task.{key} must be a whole number of at least {least}, not {least - 1}."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Sibling(**{key: least - 1})
