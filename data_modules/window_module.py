@@ -96,6 +96,11 @@ class WindowDataModule(LightningDataModule):
         raise NotImplementedError
 
     @property
+    def scores_answers(self) -> bool:
+        """Whether an example's targets are its answer, and nothing else."""
+        return False
+
+    @property
     def has_text(self) -> bool:
         """Whether ids stand for text, and bytes can be counted."""
         return self.evaluated_bytes is not None

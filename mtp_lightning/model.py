@@ -179,7 +179,8 @@ class MTPModel(nn.Module):
             ledger=ledger,
         )
         # One look-up for all depths: theirs are the same embeddings, shifted.
-        embedded = self.trunk.embedding(batch.tokens[:, : seq_len + self.mtp.ahead(active)])
+        tokens = self.mtp.tokens_read(batch)
+        embedded = self.trunk.embedding(tokens[:, : seq_len + self.mtp.ahead(active)])
         output = self.trunk(embedded[:, :seq_len], positions)
         branch = self.mtp.branch(self.trunk, output) if active else output.final
         return output.final, BranchPoint(branch, embedded, positions)

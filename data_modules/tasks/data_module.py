@@ -111,6 +111,10 @@ class TaskDataModule(WindowDataModule):
         return True
 
     @property
+    def scores_answers(self) -> bool:
+        return not self.train_prompt
+
+    @property
     def evaluated_bytes(self) -> None:
         return None
 

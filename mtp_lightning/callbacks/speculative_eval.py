@@ -51,8 +51,8 @@ class SpeculativeEval(Callback):
         assert isinstance(model, MTPModel)
         new_tokens = self.new_tokens if data.answer_length is None else data.answer_length
         room = data.seq_len - new_tokens
-        if room < 1 or new_tokens < 2:
-            return  # the window is shorter than what would be decoded, or that a single token
+        if room < 1 or new_tokens < 2 or model.config.mtp.answers_at_once:
+            return  # a window shorter than what would be decoded, a single token, none by itself
         try:
             prompts = data.held_out_prompts(self.n_prompts, min(self.prompt_tokens, room))
         except ValueError as error:  # a small corpus can be trained on all the same

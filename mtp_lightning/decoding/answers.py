@@ -27,6 +27,8 @@ def say(model: MTPModel, batch: WindowBatch) -> Tensor:
         ``[B, W]`` the tokens, with the model's own in the scored places.
     """
     assert batch.scored is not None and not bool(batch.scored[:, 0].any())
+    if model.config.mtp.answers_at_once:
+        return choose(model, batch)  # which is not shown what is scored
     places = torch.arange(batch.tokens.shape[1], device=batch.device)
     first_B = batch.scored.int().argmax(1)
     last_B = torch.where(batch.scored, places, first_B.unsqueeze(1)).amax(1)

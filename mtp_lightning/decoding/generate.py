@@ -100,8 +100,14 @@ def generate(
         One :class:`Generation` a prompt, in order.
 
     Raises:
-        ValueError: an option out of range, an empty prompt, a prompt longer than the context.
+        ValueError: an option out of range, an empty prompt, a prompt longer than the context, a
+            model that gives its answers at once.
     """
+    if model.config.mtp.answers_at_once:
+        raise ValueError(
+            f"a model of mtp={model.config.mtp.variant} says a task's answers all at once and not "
+            "token by token: ask it by evaluate.py."
+        )
     ids = [_token_ids(prompt, i, model) for i, prompt in enumerate(prompts)]
     options = _Options(
         max_new_tokens=_positive("max_new_tokens", max_new_tokens),

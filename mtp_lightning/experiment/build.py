@@ -118,7 +118,8 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
             "predict fewer tokens, or lengthen the window."
         )
     # Of whatever kind: a stack without depths is no stack, and one name for it is enough.
-    return ModelConfig(trunk=trunk, mtp=mtp if mtp.depth else NoMTPConfig())
+    stack = mtp.depth or mtp.answers_at_once
+    return ModelConfig(trunk=trunk, mtp=mtp if stack else NoMTPConfig())
 
 
 def build_balance(cfg: DictConfig) -> Balance:
@@ -149,6 +150,11 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
             )
         if cfg.init_from is None:
             log.warning("mtp.freeze_trunk=true without init_from: the frozen trunk is random.")
+    if model_config.mtp.answers_at_once and not data.scores_answers:
+        raise ValueError(
+            f"mtp={model_config.mtp.variant} is not shown what it is to say, so it needs a task "
+            "(data=star_graph, copy, ..) without data.train_prompt."
+        )
     module = MTPModule(
         model_config,
         schedule=instantiate(cfg.lambda_schedule, kind=LambdaSchedule),

@@ -41,7 +41,7 @@ def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
         if OmegaConf.is_dict(value):  # several choices of one group
             value = texts.get(key, "")
         chosen[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    if chosen["mtp.depth"] == 0:
+    if chosen["mtp.depth"] == 0 and choices.get("mtp") != "teacherless":
         chosen = {k: v for k, v in chosen.items() if k.partition(".")[0] != "mtp"}
         chosen |= {"mtp.depth": 0, "mtp": "none"}
     return chosen

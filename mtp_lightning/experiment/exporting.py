@@ -47,6 +47,11 @@ def export(cfg: Any) -> Path:
     if cfg.verify:
         import_transformers()  # before anything is written
     run = open_run(cfg.checkpoint, allow=cfg.allow)
+    if run.model.config.mtp.answers_at_once:
+        raise ValueError(
+            f"a model of mtp={run.model.config.mtp.variant} gives its answers without reading them "
+            "token by token, as no other program would ask it: it cannot be exported."
+        )
     model = _trunk_alone(run.model) if cfg.depth == 0 else run.model
     contents = write_folder(
         folder,

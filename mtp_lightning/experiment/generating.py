@@ -86,6 +86,8 @@ def generate_text(cfg: Any) -> list[Generation]:
 def print_sample(model: MTPModel, data: WindowDataModule, *, seed: int) -> None:
     """A held-out beginning, and how the model goes on; of a task, a question and its answer."""
     length = min(_PROMPT_LENGTH, data.seq_len)
+    if model.config.mtp.answers_at_once:
+        return
     try:
         (prompt,) = data.held_out_prompts(1, length)
     except ValueError as error:

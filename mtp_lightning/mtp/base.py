@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.switches import Switches, branch_state, check_switches
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -42,6 +43,9 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
     # Settings without which the weights mean something else: a stack can only go on from another
     # (init_from) where these agree.
     meaning: ClassVar[tuple[str, ...]] = ()
+    # Whether the trunk reads windows without their answers: such a model gives a task's answers
+    # all at once, and cannot be decoded token by token.
+    answers_at_once: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_whole("mtp.depth", self.depth, least=0)
@@ -154,6 +158,10 @@ class MTPStack(nn.Module, ABC):
     def depth(self) -> int:
         """D."""
         return self.config.depth
+
+    def tokens_read(self, batch: WindowBatch) -> Tensor:
+        """The tokens [B, T + D + 1] that trunk and depths read of a batch."""
+        return batch.tokens
 
     def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
         """The trunk's hidden state [B, T, C] that the stack starts from."""

@@ -5,7 +5,8 @@ kind                    depth k reads                               variants
 ======================  ==========================================  =======================
 :class:`Chain`          the true tokens up to i + k, depth k - 1    sequential
 :class:`SideBySide`     the branch point alone                      parallel, linear
-:class:`Targets`        nothing: it is the main prediction's own    parameter_free, none
+:class:`Targets`        nothing: it is the main prediction's own    parameter_free, none,
+                                                                    teacherless
 ======================  ==========================================  =======================
 """
 

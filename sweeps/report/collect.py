@@ -82,7 +82,8 @@ def _comparable(run: Run, follows: set[str]) -> dict[str, Any]:
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
     """What of a config is computed: ``mtp=none`` and any other stack of depth 0 are the same."""
-    if config.get("mtp.depth") != 0:
+    teacherless = str(config.get("mtp._target_")).endswith(".TeacherlessConfig")
+    if config.get("mtp.depth") != 0 or teacherless:
         return config
     return {k: v for k, v in config.items() if k == "mtp.depth" or not k.startswith("mtp.")}
 

@@ -1,0 +1,59 @@
+"""Teacherless training (Bachmann & Nagarajan 2024, arXiv 2403.06963, section 5): no further head.
+
+The model does not read the answer's tokens while it learns to give them. In their places stands a
+dummy, so that the whole answer is predicted in one pass from the question alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.kinds import Targets
+from mtp_lightning.nn.config import TrunkConfig
+
+DUMMY = 0
+"""Id of the dummy: what pads a task's windows, and stands in no question."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherlessConfig(MTPConfig, variant="teacherless"):
+    """``mtp=teacherless``: depth 0, no parameters, no cost; for tasks only.
+
+    Raises:
+        ValueError: a depth other than 0.
+    """
+
+    answers_at_once: ClassVar[bool] = True
+
+    depth: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.depth:
+            raise ValueError(
+                f"mtp=teacherless has no further depth, but mtp.depth={self.depth}: set it 0."
+            )
+
+    def build(self, trunk: TrunkConfig) -> Teacherless:
+        return Teacherless(self)
+
+    def num_params(self, trunk: TrunkConfig) -> int:
+        return 0
+
+    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
+        return 0
+
+
+class Teacherless(Targets):
+    """The empty stack of a model that is not shown answers."""
+
+    def tokens_read(self, batch: WindowBatch) -> Tensor:
+        if batch.scored is None:
+            raise ValueError("mtp=teacherless needs a task, whose windows say what is an answer.")
+        return batch.tokens.masked_fill(batch.scored, DUMMY)

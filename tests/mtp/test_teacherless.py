@@ -1,0 +1,66 @@
+"""A model that is not shown the answer that it learns to give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from data_modules.tasks import MQAR, Copy
+from data_modules.tasks.answers import AnswerSet
+from data_modules.windows import WindowBatch
+from mtp_lightning.decoding.answers import choose, say
+from mtp_lightning.decoding.generate import generate
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.teacherless import DUMMY, TeacherlessConfig
+from mtp_lightning.nn.config import TrunkConfig
+from tests.models import build
+
+TASK = Copy(letters=8, shortest=4, periods=4)
+
+
+def answers(task: Any = TASK, n: int = 6) -> WindowBatch:
+    return AnswerSet(task, n, depth=0).batch(torch.arange(n).numpy())
+
+
+def test_it_reads_a_dummy_where_it_is_to_speak(tiny_trunk: TrunkConfig) -> None:
+    model = build(tiny_trunk, TeacherlessConfig()).eval()
+    plain = build(tiny_trunk, NoMTPConfig()).eval()
+    batch = answers()
+    hidden = model(batch)[0]
+    shown = batch.tokens.clone()
+    for row, i in batch.scored.nonzero().tolist():
+        shown[row, i] = DUMMY
+    assert torch.equal(hidden, plain(WindowBatch(shown, 0))[0])
+    # No leak: whatever the answer is, nothing that predicts it has seen it.
+    other = batch.tokens.masked_fill(batch.scored, 5)
+    assert torch.equal(hidden, model(WindowBatch(other, 0, None, batch.scored))[0])
+    # The targets are the true ones.
+    targets = batch.targets(0)[batch.valid(0)]
+    assert targets.tolist() == batch.tokens[batch.scored].tolist()
+
+
+def test_questions_between_answers_are_read(tiny_trunk: TrunkConfig) -> None:
+    model = build(tiny_trunk, TeacherlessConfig())
+    batch = answers(MQAR(pairs=3, slots=8, keys=6, values=6))
+    read = model.mtp.tokens_read(batch)
+    assert torch.equal(read[~batch.scored], batch.tokens[~batch.scored])
+
+
+def test_it_says_all_at_once_and_nothing_one_by_one(tiny_trunk: TrunkConfig) -> None:
+    model = build(tiny_trunk, TeacherlessConfig()).eval()
+    batch = answers()
+    assert torch.equal(say(model, batch), choose(model, batch))
+    with pytest.raises(ValueError, match="mtp=teacherless says a task's answers all at once"):
+        generate(model, [[1, 2, 3]], max_new_tokens=2)
+    with pytest.raises(ValueError, match="mtp=teacherless needs a task"):
+        model(WindowBatch(torch.ones(1, 5, dtype=torch.int64), 0))
+
+
+def test_it_is_a_variant_of_its_own() -> None:
+    config = TeacherlessConfig()
+    assert MTPConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="mtp.depth=2: set it 0"):
+        TeacherlessConfig(depth=2)
