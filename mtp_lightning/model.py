@@ -179,7 +179,7 @@ class MTPModel(nn.Module):
             ledger=ledger,
         )
         # One look-up for all depths: theirs are the same embeddings, shifted.
-        tokens = self.mtp.tokens_read(batch)
+        tokens = self.mtp.tokens_read(batch.tokens, batch.scored)
         embedded = self.trunk.embedding(tokens[:, : seq_len + self.mtp.ahead(active)])
         output = self.trunk(embedded[:, :seq_len], positions)
         branch = self.mtp.branch(self.trunk, output) if active else output.final

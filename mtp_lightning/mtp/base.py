@@ -14,7 +14,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.switches import Switches, branch_state, check_switches
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -159,9 +158,14 @@ class MTPStack(nn.Module, ABC):
         """D."""
         return self.config.depth
 
-    def tokens_read(self, batch: WindowBatch) -> Tensor:
-        """The tokens [B, T + D + 1] that trunk and depths read of a batch."""
-        return batch.tokens
+    def tokens_read(self, tokens_BW: Tensor, scored_BW: Tensor | None) -> Tensor:
+        """The tokens that trunk and depths read in the place of a batch's.
+
+        Args:
+            tokens_BW: of whole windows, W = T + D + 1.
+            scored_BW: which of them may be targets; None for all.
+        """
+        return tokens_BW
 
     def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
         """The trunk's hidden state [B, T, C] that the stack starts from."""

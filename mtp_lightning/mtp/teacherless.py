@@ -12,7 +12,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.kinds import Targets
 from mtp_lightning.nn.config import TrunkConfig
@@ -53,7 +52,7 @@ class TeacherlessConfig(MTPConfig, variant="teacherless"):
 class Teacherless(Targets):
     """The empty stack of a model that is not shown answers."""
 
-    def tokens_read(self, batch: WindowBatch) -> Tensor:
-        if batch.scored is None:
+    def tokens_read(self, tokens_BW: Tensor, scored_BW: Tensor | None) -> Tensor:
+        if scored_BW is None:
             raise ValueError("mtp=teacherless needs a task, whose windows say what is an answer.")
-        return batch.tokens.masked_fill(batch.scored, DUMMY)
+        return tokens_BW.masked_fill(scored_BW, DUMMY)

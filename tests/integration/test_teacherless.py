@@ -8,7 +8,6 @@ import pytest
 
 from tests.integration.helpers import train_here
 
-
 TRAINED = {
     "data": "copy",
     "data.task.letters": 3,

@@ -45,7 +45,7 @@ def test_it_reads_a_dummy_where_it_is_to_speak(tiny_trunk: TrunkConfig) -> None:
 def test_questions_between_answers_are_read(tiny_trunk: TrunkConfig) -> None:
     model = build(tiny_trunk, TeacherlessConfig())
     batch = answers(MQAR(pairs=3, slots=8, keys=6, values=6))
-    read = model.mtp.tokens_read(batch)
+    read = model.mtp.tokens_read(batch.tokens, batch.scored)
     assert torch.equal(read[~batch.scored], batch.tokens[~batch.scored])
 
 
