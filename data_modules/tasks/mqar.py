@@ -98,7 +98,7 @@ class MQAR(Task):
         return Example(prompt, answer[:end], given[:end])
 
     def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
-        """Whether there are as many keys as in the prompt, each followed by its value, and blanks."""
+        """Whether as many keys as the prompt has are there, each with its value, and blanks."""
         pairs = dict(zip(prompt[:-1:2], prompt[1:-1:2], strict=True))
         slots = list(zip(answer[0::2], answer[1::2], strict=False))
         asked = [slot for slot in slots if slot != (BLANK, BLANK)]
