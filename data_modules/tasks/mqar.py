@@ -1,12 +1,14 @@
 """Recall values by their keys, several times over: multi-query associative recall.
 
 Arora et al. 2023, "Zoology" (arXiv 2312.04927), section 4 and appendix: pairs of key and value,
-then every key once more, and its value is asked for. Most queries come soon: the slot of each is
-drawn without repetition with a probability that falls as ``slot^(power - 1)``. Two things differ
-from the paper: an answer is the token behind its query, so that a language model can say it, and
-what lies between queries is one symbol and no random ones.
+then keys once more, and their values are asked for. Most queries come soon: the slot of each is
+drawn without repetition with a probability that falls as ``slot^(power - 1)``. Three things differ
+from the paper. An answer is the token behind its query, so that a language model can say it. Then
+the values that were said are in sight, and a key is drawn for each query, whatever was asked
+before: were each asked once, the last values would be known without their keys. And what lies
+between queries is one symbol and no random ones.
 
-    k3 v1 k0 v7 = k0 v7 _ _ k3 v1
+    k3 v1 k0 v7 = k0 v7 _ _ k0 v7
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ class MQAR(Task):
 
     @property
     def chance(self) -> float:
-        """Of who says one of the values in sight for each query."""
+        """Of a guess among the values in sight, for each query."""
         return float(self.pairs**-self.pairs)
 
     def example(self, index: int) -> Example:
@@ -86,8 +88,7 @@ class MQAR(Task):
         # 2006), each slot with its weight.
         times = -np.log1p(-draws.uniform(self.slots)) / self._weights
         taken = np.argsort(times, kind="stable")[: self.pairs].tolist()
-        # Which pair takes which slot is drawn, too: the first slots are not for the first pairs.
-        order = draws.permutation(self.pairs)
+        order = draws.many_below(self.pairs, self.pairs)
         answer, given = [BLANK] * (2 * self.slots), [True] * (2 * self.slots)
         for pair, slot in zip(order, taken, strict=True):
             answer[2 * slot : 2 * slot + 2] = [keys[pair], values[pair]]
@@ -97,12 +98,12 @@ class MQAR(Task):
         return Example(prompt, answer[:end], given[:end])
 
     def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
-        """Whether every key of the prompt is followed by its value, once, and all else is blank."""
+        """Whether as many keys as the prompt has are there, each with its value, and blanks."""
         pairs = dict(zip(prompt[:-1:2], prompt[1:-1:2], strict=True))
         slots = list(zip(answer[0::2], answer[1::2], strict=False))
         asked = [slot for slot in slots if slot != (BLANK, BLANK)]
         whole = len(answer) % 2 == 0 and len(asked) == len(pairs)
-        return whole and dict(asked) == pairs
+        return whole and all(pairs.get(key) == value for key, value in asked)
 
     def variants(self) -> dict[str, Task]:
         """Twice as many pairs and slots, where there are keys enough."""
@@ -111,15 +112,16 @@ class MQAR(Task):
         return {"more": replace(self, pairs=2 * self.pairs, slots=2 * self.slots)}
 
     def groups(self, example: Example) -> Sequence[str]:
-        """Distance from a query back to its pair's key, in tokens."""
-        place = {key: i for i, key in enumerate(example.prompt[:-1:2])}
+        """Distance from a query back to where its key stood last, in tokens."""
+        last = {key: 2 * i for i, key in enumerate(example.prompt[:-1:2])}
         names = []
         for i, asked in enumerate(example.asked):
+            query = len(example.prompt) + i - 1
+            names.append("")
             if asked:
-                back = len(example.prompt) + i - 1 - 2 * place[example.answer[i - 1]]
-                names.append(f"distance_{log_bucket(back)}")
-            else:
-                names.append("")
+                key = example.answer[i - 1]
+                names[-1] = f"distance_{log_bucket(query - last[key])}"
+                last[key] = query
         return names
 
     @cached_property

@@ -106,8 +106,10 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> str:
         ValueError: transformers is missing.
     """
     theirs = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    found = theirs(_TEXT, add_special_tokens=False)["input_ids"]
-    wanted = [int(token) for token in tokenizer.encode(_TEXT)]
+    # A task's symbols are all the text that it knows.
+    text = " ".join(getattr(tokenizer, "symbols", ())) or _TEXT
+    found = theirs(text, add_special_tokens=False)["input_ids"]
+    wanted = [int(token) for token in tokenizer.encode(text)]
     if found != wanted or theirs.eos_token_id != tokenizer.eot_id:
         raise CheckFailed(
             f"tokenizer.json in {folder} gives other ids in transformers: {found[:8]}... with end "

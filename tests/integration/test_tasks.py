@@ -156,6 +156,21 @@ def test_the_command_line_refuses_a_tokenizer_and_generates_symbols(
     assert "error: 'hello' is no symbol" in done.stderr
 
 
+@pytest.mark.extras  # transformers
+def test_an_exported_model_reads_its_task(tmp_path: Path, cache: Path) -> None:
+    train_here(tmp_path / "run", cache, TASK | {"trainer.max_steps": 5})
+    program = command(tmp_path, cache, {}, app="export.py")[:2]
+    folder = tmp_path / "folder"
+    done = execute([*program, f"checkpoint={tmp_path / 'run'}", f"output={folder}"])
+    assert done.returncode == 0 and "verified" in done.stdout, done.stderr
+    given = [f"checkpoint={folder}", "num_threads=1", "accelerator=cpu", "data=copy"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        options = ["data.task.letters=4", "data.task.periods=4", "data.eval_examples=30"]
+        found = evaluate(compose("evaluate", overrides=[*given, *options]))
+    own = evaluated(tmp_path / "run")
+    assert found["val/exact_match"] == own["val/exact_match"]
+
+
 @pytest.mark.slow
 def test_memory_is_learned(tmp_path: Path, cache: Path) -> None:
     """About two minutes of one thread: nearly all copies are right; dealt to others, none."""

@@ -109,7 +109,7 @@ STREAMS: dict[Task, str] = {
     Copy(): "s5 s4 s13 s6 s7 s5 s11 s3 s12 s6 = s5 s4 s13 s6 s7 s5 s11 s3 s12 s6",
     StarGraph(): "9 3 | 0 7 | 5 1 | 7 5 | 8 9 | 0 8 / 0 3 = 0 8 9 3",
     StarGraph(fixed=3): "8 3 | 9 2 | 11 6 | 11 8 | 6 9 | 3 0 / 11 2 = 11 6 9 2",
-    MQAR(pairs=3, slots=5): "k0 v5 k31 v23 k8 v0 = k31 v23 _ _ k8 v0 k0 v5",
+    MQAR(pairs=3, slots=5): "k0 v5 k31 v23 k8 v0 = k31 v23 _ _ k0 v5 k31 v23",
 }
 
 
@@ -174,12 +174,12 @@ def test_recall_against_brute_force() -> None:
                 assert said[place] == value_of[key] and (place - 9) % 2 == 1
                 asked.append(key)
                 slots[(place - 9) // 2] += 1
-                back = place - 1 - said.index(key)
+                back = said[: place - 1][::-1].index(key) + 1
                 low, _, high = task.groups(example)[place - 9][9:].partition("-")
                 assert int(low) <= back <= int(high or low)
             elif (place - 9) % 2 == 0:
                 assert said[place] == "_" or said[place] in value_of
-        assert sorted(asked) == sorted(value_of) and example.asked[-1]
+        assert len(asked) == 4 and example.asked[-1]
     random, weights = np.random.default_rng(0), np.arange(1, 13) ** (0.01 - 1)
     drawn = [random.choice(12, 4, replace=False, p=weights / weights.sum()) for _ in range(MANY)]
     expected = np.bincount(np.concatenate(drawn), minlength=12)
