@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = "37ab057"
+BASE = "b4f10fd"
 STEPS = 60
 
 # What is compared; times, speeds and what is made of them differ from run to run.
@@ -38,6 +38,7 @@ COMMON = [
     "data=text",
     "data.seq_len=32",
     "data.batch_size=4",
+    "data.eval_bytes=1000",
     "data.eval_batch_size=4",
     "tokenizer=byte",
     "logger=csv",
@@ -46,15 +47,12 @@ COMMON = [
     "callbacks.checkpoints.every_n_steps=1000",
     f"trainer.max_steps={STEPS}",
     f"trainer.val_check_interval={STEPS // 2}",
-    "trainer.limit_val_batches=3",
     "trainer.log_every_n_steps=1",
     "trainer.num_threads=1",
     "trainer.accelerator=cpu",
 ]
 DENSE = ["model=nano", "model.d_model=48", "model.n_layers=2"]
 MOE = ["model=deepseek_nano", "model.d_model=48", "model.n_layers=2"]
-# What trees call otherwise whose layers own their switches.
-RENAMED = {"model.qk_norm=true": "+model.attention.qk_norm=true"}
 _CONFLICT = (
     "+callbacks.gradient_conflict={_target_:"
     "mtp_lightning.callbacks.gradient_conflict.GradientConflict,every_n_steps:5}"
@@ -88,7 +86,7 @@ CASES: dict[str, list[str]] = {
     "detach_all_linear": [*DENSE, "mtp=linear", "mtp.detach=all"],
     "freeze_trunk": [*DENSE, "mtp.freeze_trunk=true"],
     "freeze_trunk_linear": [*DENSE, "mtp=linear", "mtp.freeze_trunk=true"],
-    "untied_gpt": [*DENSE, "model.tie_embeddings=false", "model.qk_norm=true"],
+    "untied_gpt": [*DENSE, "model.tie_embeddings=false", "+model.attention.qk_norm=true"],
     "dwa": [*DENSE, "balance=dwa", "balance.window_steps=10"],
     "uncertainty": [*DENSE, "balance=uncertainty"],
     "gradnorm": [*DENSE, "balance=gradnorm"],
@@ -132,17 +130,10 @@ def made_text() -> str:
     return "\n".join(lines) + "\n"
 
 
-def overrides(tree: Path, case: str, folder: Path, data: Path) -> list[str]:
-    """All of Hydra's overrides of a case, by the names that the tree has for them."""
+def overrides(case: str, folder: Path, data: Path) -> list[str]:
+    """All of Hydra's overrides of a case."""
     places = [f"data.paths={data / 'text.jsonl'}", f"paths.cache_dir={data / 'cache'}"]
-    given = [*COMMON, *CASES[case], *places, f"paths.output_dir={folder}"]
-    renamed = RENAMED if _has_components(config_folder(tree)) else {}
-    return [renamed.get(override, override) for override in given]
-
-
-def _has_components(conf: Path) -> bool:
-    """Whether a tree's models name their layers' configs."""
-    return "attention:" in (conf / "model" / "base.yaml").read_text(encoding="utf-8")
+    return [*COMMON, *CASES[case], *places, f"paths.output_dir={folder}"]
 
 
 def train_all(tree: Path, output: Path, data: Path, cases: list[str]) -> None:
@@ -172,14 +163,14 @@ def in_process(tree: Path, case: str, folder: Path, data: Path, log: Any) -> Non
     from mtp_lightning.experiment.training import train
 
     with initialize_config_dir(str(config_folder(tree)), version_base="1.3"):
-        cfg = compose("config", overrides=overrides(tree, case, folder, data))
+        cfg = compose("config", overrides=overrides(case, folder, data))
     with redirect_stdout(log), redirect_stderr(log):
         train(cfg)
 
 
 def by_command_line(tree: Path, case: str, folder: Path, data: Path, log: Any) -> None:
     """One run of several processes."""
-    command = [sys.executable, str(tree / "train.py"), *overrides(tree, case, folder, data)]
+    command = [sys.executable, str(tree / "train.py"), *overrides(case, folder, data)]
     command += [f"run_dir={folder}"]
     subprocess.run(command, stdout=log, stderr=log, cwd=folder, check=True)
 

@@ -53,6 +53,9 @@ def choose(file: TokenFile, n_bytes: int | None) -> EvaluationText:
         n_bytes: at least so many UTF-8 bytes, where the split has them; None for all of it.
     """
     pieces = file.pieces()
+    if not len(pieces):
+        nothing = np.empty(0, np.int64)
+        return EvaluationText(file, nothing, nothing, nothing, digest())
     first = np.flatnonzero(np.diff(pieces["document"], prepend=-1))
     by_digest = np.argsort(pieces["digest"][first], kind="stable")
     place = np.empty(len(first), np.int64)
@@ -69,7 +72,7 @@ def choose(file: TokenFile, n_bytes: int | None) -> EvaluationText:
         file,
         starts=taken["start"][begins],
         ends=behind[last],
-        bytes=np.add.reduceat(taken["bytes"], begins) if len(taken) else taken["bytes"],
+        bytes=np.add.reduceat(taken["bytes"], begins),
         fingerprint=digest(*(name.decode() for name in taken["digest"].tolist())),
     )
 

@@ -53,21 +53,24 @@ class ModelConfig:
         """FLOPs of training on one position: forward, and twice as much backward, without the
         gradients that nobody asks for.
 
-        A frozen trunk has no backward pass; the frozen head has the half of one that leads on to
-        the modules, and none for the main prediction. Nor does the head learn from the depths under
-        ``mtp.detach=all``.
+        A frozen trunk has no backward pass, and its main prediction is not computed; the frozen
+        head has the half of a backward pass that leads on to the modules. Nor does the head learn
+        from the depths under ``mtp.detach=all``.
         """
         mtp, trunk = self.mtp, self.trunk
         if active is None:
             active = range(1, mtp.depth + 1)
         head = trunk.head_flops()
+        forward = self.forward_flops_per_token(seq_len, active)
         backward = mtp.module_backward_flops(trunk, seq_len, active)
         backward += mtp.projections(active) * head
         if mtp.trains_trunk:
             backward += 2 * (trunk.blocks_flops(seq_len) + head)
             if mtp.detach != "all":
                 backward += mtp.projections(active) * head
-        return self.forward_flops_per_token(seq_len, active) + backward
+        else:
+            forward -= head
+        return forward + backward
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, for a checkpoint."""

@@ -47,6 +47,7 @@ class StepProgressBar(ProgressBar):
         self._enabled = True
         self._bar: tqdm | None = None
         self._shown_at = 0.0
+        self._began = (0, 0.0)  # step and time at which this process began to train
         self._text = ""
 
     def disable(self) -> None:
@@ -65,6 +66,7 @@ class StepProgressBar(ProgressBar):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar at the step that the run starts or resumes from."""
         self._shown_at = 0.0
+        self._began = (trainer.global_step, time.monotonic())
         if not self._enabled or not self._is_terminal():
             return
         self._bar = tqdm(
@@ -105,7 +107,8 @@ class StepProgressBar(ProgressBar):
             due = now - self._shown_at >= self.line_seconds
         if last or due:
             total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-            self._line(f"step {step}{total}  {self._describe(trainer, outputs)}")
+            text = f"step {step}{total}  {self._describe(trainer, outputs)}"
+            self._line(f"{text}  {self._left(step, trainer.max_steps, now)}".rstrip())
             self._shown_at = now
 
     def on_validation_batch_end(
@@ -159,6 +162,14 @@ class StepProgressBar(ProgressBar):
             tqdm.write(text, file=sys.stderr)
         else:
             print(text, file=sys.stderr, flush=True)
+
+    def _left(self, step: int, max_steps: int, now: float) -> str:
+        """How long the rest takes at the speed so far, validations included."""
+        first, began = self._began
+        if not first < step < max_steps:
+            return ""
+        seconds = (now - began) / (step - first) * (max_steps - step)
+        return f"{seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
 
     def _describe(self, trainer: pl.Trainer, outputs: Any) -> str:
         losses = torch.as_tensor(outputs["losses"]).tolist()

@@ -66,7 +66,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     quiet_lightning()
     allow = trusted_packages(cfg)
     run = open_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), allow=allow)
-    set_threads(cfg.num_threads or run.threads)
+    set_threads(run.threads if cfg.num_threads is None else cfg.num_threads)
     data = validation_data(
         run,
         data=cfg.get("data"),

@@ -38,7 +38,7 @@ def has_layout(config: ModelConfig) -> bool:
     if not isinstance(mtp, SequentialConfig):
         return False
     layers = (config.trunk.attention.variant, config.trunk.feed_forward.variant)
-    plain_switches = mtp.branch == "final" and mtp.input_norm == "post"
+    plain_switches = mtp.branch == "final" and mtp.input_norm == "post" and mtp.reads_tokens
     return plain_switches and layers != ("latent", "dense")
 
 
@@ -47,7 +47,7 @@ def plain(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig,
     mtp = config.mtp
     if not isinstance(mtp, SequentialConfig):
         return config, weights
-    weights = dict(weights)
+    weights = {name: t for name, t in weights.items() if name != "mtp.blank"}  # of training
     if mtp.share_layers:
         first = {n: t for n, t in weights.items() if n.startswith("mtp.depths.0.")}
         for k in range(1, mtp.depth):

@@ -21,7 +21,13 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
-from mtp_lightning.run.loading import LoadedRun, load_run, load_weights, pretrained_state
+from mtp_lightning.run.loading import (
+    LoadedRun,
+    load_run,
+    load_weights,
+    pretrained_state,
+    require_held,
+)
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -85,11 +91,13 @@ def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
     trunk = config_reading.from_json(fields, depth=depth, source=str(path / CONFIG))
     mtp: MTPConfig = SequentialConfig(depth=depth) if depth else NoMTPConfig()
     config = ModelConfig(trunk=trunk, mtp=mtp)
+    require_held(config, tensors, source=str(path))
     weights = from_folder(config, tensors, source=str(path))
     if heads.is_there(path):
         mtp, extra = heads.read(path, allow=allow)
         config = ModelConfig(trunk=trunk, mtp=mtp)
         weights |= extra
+        require_held(config, weights, source=str(path))
     return Folder(path=path, fields=fields, config=config, weights=weights)
 
 

@@ -31,7 +31,7 @@ class Chain(MTPStack):
         self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, positions: Positions
     ) -> Tensor:
         """Hidden state [B, T, C] of depth ``k`` from that of depth ``k - 1`` (the branch at
-        ``k = 1``) and from the embeddings ``k`` places on."""
+        ``k = 1``) and from its token input."""
 
     def input_of(self, k: int, history: Sequence[Tensor], key: RandomKey | None) -> Tensor:
         """The hidden state [B, T, C] that depth ``k`` starts from over whole windows.
@@ -43,18 +43,30 @@ class Chain(MTPStack):
         """
         return history[-1]
 
+    def tokens_of(self, k: int, embedded_BTC: Tensor, key: RandomKey | None) -> Tensor:
+        """The token input [B, T, C] of depth ``k``.
+
+        Args:
+            k: the depth.
+            embedded_BTC: the true tokens' embeddings, ``k`` places on.
+            key: of the random choices in training; None makes none.
+        """
+        return embedded_BTC
+
     def states(
         self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
     ) -> Iterator[tuple[int, Tensor]]:
         history = [at.hidden]
         for k in self.computed(active):
             previous = self.input_of(k, history, key)
-            history.append(self.step(k, previous, at.embedded_at(k), at.positions))
+            tokens = self.tokens_of(k, at.embedded_at(k), key)
+            history.append(self.step(k, previous, tokens, at.positions))
             if k in active:
                 yield k, history[-1]
 
     def depth_state(self, k: int, read: DepthInputs) -> Tensor:
-        return self.step(k, read.previous, read.embedded, read.positions)
+        tokens = self.tokens_of(k, read.embedded, None)
+        return self.step(k, read.previous, tokens, read.positions)
 
     def computed(self, active: Sequence[int]) -> list[int]:
         return list(range(1, max(active, default=0) + 1))

@@ -24,6 +24,7 @@ from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
+from mtp_lightning.settings import require_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,10 @@ class SequentialConfig(MTPConfig, variant="sequential"):
         hidden_state_mixing: in training, every position of depth k >= 2 starts from a hidden state
             drawn uniformly from depth k - 1's, the earlier depths' and the trunk's, all of those
             that have read the same tokens (Megatron mtp_hsm).
+        token_dropout: probability, for each position of a depth in training, that a learned vector
+            takes the place of the token's embedding. At 0 the modules are DeepSeek's; at 1 they
+            are blind to tokens, always, like heads side by side: the continuum between the two
+            families (this project's own).
         freeze_trunk: embedding, trunk and head keep their weights; only the modules are trained.
 
     Raises:
@@ -57,10 +62,12 @@ class SequentialConfig(MTPConfig, variant="sequential"):
     detach: Detach = "none"
     share_layers: bool = False
     hidden_state_mixing: bool = False
+    token_dropout: float = 0.0
     freeze_trunk: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_number("mtp.token_dropout", self.token_dropout, least=0, most=1)
         if self.hidden_state_mixing and self.depth < 2:
             raise ValueError(
                 f"mtp.hidden_state_mixing=true has nothing to mix at mtp.depth={self.depth}: "
@@ -72,10 +79,16 @@ class SequentialConfig(MTPConfig, variant="sequential"):
 
     def num_params(self, trunk: TrunkConfig) -> int:
         c = trunk.d_model
-        return self.n_modules * (trunk.block_params() + 2 * c * c + 3 * c)
+        blank = c if self.token_dropout and self.depth else 0
+        return self.n_modules * (trunk.block_params() + 2 * c * c + 3 * c) + blank
 
     def num_idle_params(self, trunk: TrunkConfig) -> int:
         return self.n_modules * trunk.block_idle_params()
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether modules are given tokens where they are used."""
+        return self.token_dropout < 1
 
     @property
     def n_modules(self) -> int:
@@ -117,16 +130,34 @@ class SequentialMTP(Chain):
         self.depths = nn.ModuleList(
             SequentialModule(config, trunk) for _ in range(config.n_modules)
         )
+        if config.token_dropout and config.depth:
+            # A matrix, so that it is drawn as embeddings are.
+            self.blank = nn.Parameter(torch.empty(1, trunk.d_model))
 
     @property
     def max_draft_depth(self) -> int | None:
         return None if self.config.share_layers and self.depth else self.depth
 
+    @property
+    def reads_tokens(self) -> bool:
+        return super().reads_tokens and self.config.reads_tokens
+
+    def tokens_of(self, k: int, embedded_BTC: Tensor, key: RandomKey | None) -> Tensor:
+        if self.config.detach == "all":
+            embedded_BTC = embedded_BTC.detach()
+        p = self.config.token_dropout
+        if p == 0 or (p < 1 and key is None):
+            return embedded_BTC
+        blank_BTC = self.blank.to(embedded_BTC.dtype).expand_as(embedded_BTC)
+        if key is None or p == 1:
+            return blank_BTC
+        batch, seq_len, _ = embedded_BTC.shape
+        dropped_BT = draw_dropped(k, p, batch, seq_len, key).to(embedded_BTC.device)
+        return torch.where(dropped_BT.unsqueeze(-1), blank_BTC, embedded_BTC)
+
     def step(
         self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, positions: Positions
     ) -> Tensor:
-        if self.config.detach == "all":
-            embedded_BTC = embedded_BTC.detach()
         module = self.depths[0 if self.config.share_layers else k - 1]
         return module(previous_BTC, embedded_BTC, positions)
 
@@ -143,6 +174,15 @@ class SequentialMTP(Chain):
             aligned = F.pad(history[k - 1 - back][:, back:], (0, 0, 0, min(back, seq_len)))
             mixed = torch.where((back_BT == back).unsqueeze(-1), aligned, mixed)
         return mixed
+
+
+def draw_dropped(k: int, p: float, batch: int, seq_len: int, key: RandomKey) -> Tensor:
+    """Which positions of depth k are given no token: bool [B, T] on the CPU.
+
+    Every window of a step draws from a stream of its own.
+    """
+    rows = [key.generator(f"token_dropout:{key.step}:{k}", row) for row in range(batch)]
+    return torch.stack([torch.rand(seq_len, generator=generator) for generator in rows]) < p
 
 
 def draw_states_back(k: int, batch: int, seq_len: int, key: RandomKey) -> Tensor:

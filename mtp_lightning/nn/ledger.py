@@ -32,10 +32,12 @@ class Ledger:
     def count(self, router: nn.Module, chosen_MK: Tensor, n_experts: int) -> None:
         """Take down the experts [M, K] that a router chose."""
         if self.keep:
-            load_E = torch.bincount(chosen_MK.flatten(), minlength=n_experts)
-            self.loads[router] = self.loads[router] + load_E if router in self.loads else load_E
+            self._add(router, torch.bincount(chosen_MK.flatten(), minlength=n_experts))
 
     def add_loads(self, other: Ledger) -> None:
         """Count another pass of the same step, too."""
         for router, load_E in other.loads.items():
-            self.loads[router] = self.loads[router] + load_E if router in self.loads else load_E
+            self._add(router, load_E)
+
+    def _add(self, router: nn.Module, load_E: Tensor) -> None:
+        self.loads[router] = self.loads[router] + load_E if router in self.loads else load_E

@@ -45,7 +45,7 @@ class StepPlan:
     Attributes:
         progress: before the step.
         base: [D + 1], 1 and the schedule's lambda_k, 0 for a depth without a valid target.
-        factors: [D + 1], what the losses are multiplied by. A depth of factor 0 is not computed.
+        factors: [D + 1], what the losses are multiplied by. One of factor 0 is not computed.
         counts: [D + 1], valid targets of the whole step.
         windows: in the whole step.
         micro_batches: this rank's, each with the key of its random choices.
@@ -62,6 +62,11 @@ class StepPlan:
     def active(self) -> list[int]:
         """The MTP depths that are computed."""
         return depths_of(self.factors)
+
+    @property
+    def computed(self) -> list[int]:
+        """Those and, unless nothing learns from it, the main prediction."""
+        return [k for k in (0, *self.active) if self.factors[k]]
 
     @property
     def seq_len(self) -> int:
@@ -105,9 +110,7 @@ class StepResult:
         """Everything by log tag, the losses unscaled."""
         plan = self.plan
         values: dict[str, Tensor | float] = {**self.values, "train/loss": self.loss.to(self.dtype)}
-        values |= {
-            f"train/loss_depth_{k}": self.losses[k].to(self.dtype) for k in (0, *plan.active)
-        }
+        values |= {f"train/loss_depth_{k}": self.losses[k].to(self.dtype) for k in plan.computed}
         lambdas = enumerate(plan.factors[1:], start=1)
         return values | {f"train/lambda_depth_{k}": factor for k, factor in lambdas}
 
@@ -143,6 +146,8 @@ class OptimizerStep:
         self.seed = seed
         self.accumulate = accumulate
         self.clip_norm = clip_norm
+        # Of a frozen trunk nobody learns from the main prediction, but a rule may look at it.
+        self._computes_main = model.config.mtp.trains_trunk or balance.observes
 
     def plan(self, batch: WindowBatch, progress: Progress) -> StepPlan:
         """What the step over this rank's ``batch`` is going to do."""
@@ -158,7 +163,7 @@ class OptimizerStep:
         return StepPlan(
             progress=progress,
             base=base,
-            factors=[main, *_where(counts[1:], factors)],
+            factors=[main if self._computes_main else 0.0, *_where(counts[1:], factors)],
             counts=counts,
             windows=len(batch) * world_size(),
             micro_batches=micro_batches,
@@ -287,6 +292,8 @@ class OptimizerStep:
     def _flops(self, plan: StepPlan, *, measured: bool) -> int:
         config, seq_len, active = self.model.config, plan.seq_len, plan.active
         per_position = config.flops_per_token(seq_len, active)
+        if plan.factors[0] and not config.mtp.trains_trunk:
+            per_position += config.trunk.head_flops()
         if measured:
             per_position += self.balance.measuring_flops(config, seq_len, active)
         # A position that a document mask leaves without a target is computed all the same.

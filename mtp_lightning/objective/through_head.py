@@ -34,7 +34,8 @@ class DepthTarget:
     Attributes:
         depth: k.
         tokens: [...] token ids; -100 is ignored.
-        coefficient: factor of the depth's summed loss: its weight / valid targets of the step.
+        coefficient: factor of the depth's summed loss: its weight / valid targets of the step. A
+            loss of factor 0 that nothing learns from is not computed.
         term: what it is trained on.
     """
 
@@ -114,6 +115,9 @@ def through_head(
     dtype = _compute_dtype(h)
     weight = weight_VC.detach().to(dtype)
     trains_weight = needs_weight and prediction.train_head
+    learns = prediction.needs_gradient or trains_weight
+    if not learns and not any(target.coefficient for target in prediction.targets):
+        return d_weight
     with torch.autocast(weight.device.type, enabled=False):
         h_MC = h.detach().reshape(-1, h.shape[-1]).to(dtype)
         d_h = torch.empty_like(h_MC, dtype=h.dtype) if prediction.needs_gradient else None

@@ -17,6 +17,9 @@ from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST
 if TYPE_CHECKING:
     from data_modules.tokenizers import Tokenizer
 
+# More depths than any window has tokens are nobody's.
+_FREE_DEPTHS = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedRun:
@@ -123,8 +126,10 @@ def load_run(
     """
     needs = ("model_config", "state_dict", "tokenizer", "config")
     file, checkpoint = read_checkpoint(path, needs=needs)
-    model = MTPModel(ModelConfig.from_dict(checkpoint["model_config"], allow=allow))
+    config = ModelConfig.from_dict(checkpoint["model_config"], allow=allow)
     weights = model_weights(checkpoint)
+    require_held(config, weights, source=str(file))
+    model = MTPModel(config)
     if any(tensor.dtype == torch.float64 for tensor in weights.values()):
         model.double()
     load_weights(model, weights, source=str(file))
@@ -143,6 +148,28 @@ def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     prefix = "model."
     state = checkpoint["state_dict"]
     return {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
+
+
+def require_held(config: ModelConfig, weights: dict[str, torch.Tensor], *, source: str) -> None:
+    """Refuse a config that asks for more than the file's tensors hold, before anything is built:
+    a few bytes of it could take all memory, or hours.
+
+    Raises:
+        ValueError: with what is asked for and what is there.
+    """
+    for what, asked in (("layers", config.trunk.n_layers), ("MTP depths", config.mtp.depth)):
+        # Each has a tensor of its own, but for depths that share one or have none.
+        if asked > max(len(weights), _FREE_DEPTHS):
+            raise ValueError(
+                f"{source} is damaged or forged: its config asks for {asked:,} {what}, and it "
+                f"holds {len(weights):,} tensors."
+            )
+    held = sum(tensor.numel() for tensor in weights.values())
+    if config.num_params() > held:
+        raise ValueError(
+            f"{source} is damaged or forged: its config asks for {config.num_params():,} weights, "
+            f"and it holds {held:,}."
+        )
 
 
 def load_weights(model: MTPModel, weights: dict[str, torch.Tensor], *, source: str) -> None:

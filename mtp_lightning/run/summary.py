@@ -55,6 +55,7 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
     cost.add_column("value", justify="right")
     for name, key, form in (
         ("bits per byte (depth 0)", "val/bits_per_byte", "{:.4f}"),
+        ("  standard error over the text's documents", "val/bits_per_byte_se", "{:.4f}"),
         ("right answers, decoded greedily", "val/exact_match", "{:.1%}"),
         ("  by chance", "val/chance", "{:.2%}"),
         ("tokens per verify pass", "decode/tokens_per_step", "{:.2f}"),
@@ -76,6 +77,18 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
     console = Console()
     console.print(rates)
     console.print(cost)
+    if text := summary.get("evaluation"):
+        print(_evaluated(text, summary.get("data", {}).get("val", {}).get("lines_in_training")))
+
+
+def _evaluated(text: dict[str, Any], lines_in_training: float | None) -> str:
+    said = (
+        f"evaluated     {text['documents']} documents, {text['bytes']:,} bytes, "
+        f"{text['tokens']:,} tokens, fingerprint {text['fingerprint'][:8]}"
+    )
+    if lines_in_training is not None:
+        said += f"; {lines_in_training:.1%} of the split's long lines stand in training, too"
+    return said
 
 
 def print_paths(folder: Path) -> None:

@@ -47,6 +47,15 @@ def test_lines_where_stderr_is_not_a_terminal(capsys) -> None:
     assert [line.split()[1] for line in lines] == ["5/12", "10/12", "12/12"]
     assert f"L0 {module.losses[5][0]:.2f}  L1 {module.losses[5][1]:.2f}  lambda 0.3" in lines[0]
     assert "\r" not in captured.err and captured.out == ""
+    assert [bool(re.search(r"  \d+ s left$", line)) for line in lines] == [True, True, False]
+
+
+def test_how_long_the_rest_takes() -> None:
+    progress = StepProgressBar()
+    progress._began = (100, 1000.0)
+    assert progress._left(150, 350, 1050.0) == "3 min left"  # 200 steps at one a second
+    assert progress._left(150, 180, 1050.0) == "30 s left"
+    assert progress._left(100, 350, 1000.0) == progress._left(350, 350, 1250.0) == ""
 
 
 def test_lines_by_time(capsys) -> None:

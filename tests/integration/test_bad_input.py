@@ -64,7 +64,6 @@ TEXTS = {
     "not UTF-8": (b"ab\ncd" * 100 + b"\xff\xfe more", ["not UTF-8", "text.txt", "offset 500"]),
     # T + D + 1 = 16 + 2 + 1 tokens are the least that a window needs.
     "shorter than a window": (b"short text", ["19", "tokens"]),
-    "no validation window": (b"ab " * 80, ["validation", "19", "data.val_fraction"]),
     "only empty lines of JSON": (b"\n\n \n", ["no text"]),
     "JSON without the field": (b'{"body": "text"}\n', ["data.field", "body"]),
     "no JSON": (b"{nothing\n", ["line 1", "not JSON"]),
@@ -127,6 +126,16 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "learning rate": ({"optimizer.lr": 0}, ["optimizer.lr", "0"]),
     "learning rate is a word": ({"optimizer.lr": "fast"}, ["lr", "fast"]),
     "validation share": ({"data.val_fraction": 1.5}, ["data.val_fraction", "1.5"]),
+    "no validation document": (
+        {"data.val_fraction": 1e-12, "data.source.documents": 100},
+        ["validation split has no document", "data.val_fraction"],
+    ),
+    "no bytes to evaluate": ({"data.eval_bytes": 0}, ["data.eval_bytes", "0", "all"]),
+    "bytes to evaluate in words": ({"data.eval_bytes": "some"}, ["data.eval_bytes", "some"]),
+    "a part of the evaluation text": (
+        {"+trainer.limit_val_batches": 3},
+        ["trainer.limit_val_batches=3", "data.eval_bytes"],
+    ),
     "learning-rate schedule": ({"optimizer.schedule.kind": "square"}, ["square", "cosine"]),
     "fewer windows than a batch": (
         {"data.batch_size": 64, "trainer.accumulate_grad_batches": 100},

@@ -229,3 +229,14 @@ def test_heads_of_an_unknown_kind(llama: Path, metadata: dict[str, str]) -> None
     tensor_files.write(llama / heads.FILE, {"mtp.depths.0.weight": torch.ones(2, 2)}, metadata)
     with pytest.raises(ValueError, match=r"mtp_heads.safetensors does not say"):
         read_folder(llama)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vocab_size": 10**12}, {"num_hidden_layers": 10**9}, {"intermediate_size": 10**11}]
+)
+def test_a_config_that_asks_for_more_than_the_tensors_hold(
+    llama: Path, changes: dict[str, Any]
+) -> None:
+    change_config(llama, **changes, num_nextn_predict_layers="gone")
+    with pytest.raises(ValueError, match="is damaged or forged: its config asks for"):
+        read_folder(llama)

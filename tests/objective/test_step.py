@@ -132,6 +132,27 @@ def test_flops_are_those_of_pytorchs_operators(
         assert result.flops == counted.total > 0
 
 
+@pytest.mark.parametrize("variant", ["sequential", "parallel", "linear"])
+@pytest.mark.parametrize("rule", ["none", "dwa"])
+def test_nothing_is_computed_for_a_frozen_trunk(
+    tiny_trunk: TrunkConfig, variant: str, rule: str
+) -> None:
+    """Its main prediction, but where a rule looks at it; the modules learn the same."""
+    found = {}
+    for frozen in (True, False):
+        balance = RULES[rule]() if rule != "none" else NoBalance(DEPTH)
+        switches = {"freeze_trunk": True} if frozen else {"detach": "all"}
+        trained = Trained(tiny_trunk, variant, balance, **switches)
+        result = trained(documents_of(5))
+        found[frozen] = result
+        assert ("train/loss_depth_0" in result.log_values()) == (not frozen or rule == "dwa")
+    assert torch.equal(found[True].losses[1:], found[False].losses[1:])
+    if rule == "none":
+        assert found[True].losses[0] == 0 and found[True].plan.computed == [1, 2]
+        total = sum(found[True].plan.factors[k] * found[True].losses[k] for k in (1, 2))
+        assert float(found[True].loss) == pytest.approx(float(total))
+
+
 def test_flops_of_targets_alone(tiny_trunk: TrunkConfig) -> None:
     trained = Trained(tiny_trunk, "parameter_free", NoBalance(DEPTH))
     trained.model.double()

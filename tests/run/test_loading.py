@@ -1,0 +1,49 @@
+"""A checkpoint's config may ask for no more than its tensors hold."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mtp_lightning.model import ModelConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.run import loading
+from mtp_lightning.run.loading import load_run
+from tests.models import build
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"vocab_size": 10**12}, "weights, and it holds"),
+        ({"d_ff": 10**11}, "weights, and it holds"),
+        ({"n_layers": 10**9}, "asks for 1,000,000,000 layers"),
+    ],
+)
+def test_a_forged_config_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_trunk: TrunkConfig,
+    sequential: SequentialConfig,
+    change: dict[str, int],
+    said: str,
+) -> None:
+    model = build(tiny_trunk, sequential)
+    forged = ModelConfig(trunk=replace(tiny_trunk, **change), mtp=sequential)
+    checkpoint = {
+        "model_config": forged.to_dict(),
+        "state_dict": {f"model.{name}": t for name, t in model.state_dict().items()},
+        "tokenizer": {},
+        "config": {},
+        "global_step": 3,
+    }
+    monkeypatch.setattr(loading, "read_checkpoint", lambda *_, **__: (Path("x.ckpt"), checkpoint))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="x.ckpt is damaged or forged: its config asks") as error:
+        load_run("x.ckpt")
+    assert said in str(error.value) and time.monotonic() - began < 5
+    checkpoint["model_config"] = model.config.to_dict()
+    assert load_run("x.ckpt").step == 3
