@@ -77,18 +77,14 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
     console = Console()
     console.print(rates)
     console.print(cost)
-    if text := summary.get("evaluation"):
-        print(_evaluated(text, summary.get("data", {}).get("val", {}).get("lines_in_training")))
-
-
-def _evaluated(text: dict[str, Any], lines_in_training: float | None) -> str:
-    said = (
-        f"evaluated     {text['documents']} documents, {text['bytes']:,} bytes, "
-        f"{text['tokens']:,} tokens, fingerprint {text['fingerprint'][:8]}"
-    )
-    if lines_in_training is not None:
-        said += f"; {lines_in_training:.1%} of the split's long lines stand in training, too"
-    return said
+    data = summary.get("data", {}).get("val", {})
+    if "documents" in (text := summary.get("evaluation", {})):
+        print(
+            f"evaluated     {text['documents']} documents, {text['bytes']:,} bytes, "
+            f"{text['tokens']:,} tokens, fingerprint {text['fingerprint'][:8]}"
+        )
+    if (share := data.get("lines_in_training")) is not None:
+        print(f"              {share:.1%} of the split's long lines stand in training, too")
 
 
 def print_paths(folder: Path) -> None:
