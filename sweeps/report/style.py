@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -162,6 +163,18 @@ def canvas(key: list[tuple[str, Look]] | None = None, *, rows: int = 0) -> tuple
             loc="outside lower center",
             ncols=columns,
         )
+    return figure, axes
+
+
+def by_row(labels: list[str]) -> tuple[Figure, Axes]:
+    """An empty figure with a row for each label, the first one at the bottom, at y = 0."""
+    labels = [brief(label, 36) for label in labels]
+    if len(labels) <= MANY:
+        labels = [textwrap.fill(label, 24) for label in labels]
+    lines = sum(label.count("\n") + 1 for label in labels)
+    figure, axes = canvas(rows=max(lines - 14, 0))
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(-0.6, len(labels) - 0.4)
     return figure, axes
 
 
