@@ -8,7 +8,18 @@ from sweeps.report.figures_long_range import over_places, tags_like
 from sweeps.report.metrics import CHANCE, EXACT
 from sweeps.report.settings import Settings
 from sweeps.report.solving import solved_share, time_to_solve
-from sweeps.report.style import QUIET, SEEDS, Drawing, by_row, canvas, key_to, looks, si_axis
+from sweeps.report.style import (
+    QUIET,
+    SEEDS,
+    Drawing,
+    by_row,
+    canvas,
+    doubling_axis,
+    keep_within,
+    key_to,
+    looks,
+    si_axis,
+)
 
 _WHOLE = (-0.03, 1.03)  # limits of an axis for shares
 _NO_GROUPS = "depth|position|repeat|random_repeat"  # what else is called accuracy_.._NUMBER
@@ -132,8 +143,12 @@ def by_position(settings: Settings) -> Drawing:
         crosses = {x: value for x, tag in forced if (value := setting.estimate(tag).interval)}
         means = [found.mean for found in crosses.values()]
         axes.plot([*crosses], means, "x", color=look.colour)
-    if said[-1][0] > 16:  # from there on places share buckets that double
-        axes.set_xscale("log", base=2)
+    keep_within(axes, 0, 1)
+    places = [place for place, _ in said]
+    if places[-1] > 16:  # from there on places share buckets that double: 17-32, 33-64, ..
+        doubling_axis(axes, [x for x in places if x in (1, 2, 4, 8) or x > 16])
+    else:
+        axes.set_xticks(places)
     return drawing
 
 
@@ -152,6 +167,8 @@ def by_group(settings: Settings) -> list[Drawing]:
         )
         drawing = over_places(settings, drawing, sorted(places), name, "share of tokens")
         if drawing.figure is not None:
-            drawing.figure.axes[0].set_xscale("log", base=2)
+            (axes,) = drawing.figure.axes
+            keep_within(axes, 0, 1)
+            doubling_axis(axes, sorted({place for place, _ in places}))
             drawings.append(drawing)
     return drawings

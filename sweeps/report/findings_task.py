@@ -26,7 +26,8 @@ def how_many_solve(group: Sequence[Setting], level: float) -> list[str]:
         many = f"; so with {some(equal)}" if equal else ""
         return [f"No seed solves the task ({above}): with {best.label} {_shown(top)}{many}."]
     if len(shares) == 1:
-        first = f"{_shown(top)} solve the task ({above}) with {best.label}."
+        solve = "solves" if top.n == 1 else "solve"
+        first = f"{_shown(top)} {solve} the task ({above}) with {best.label}."
     else:
         many = f"; an equal share with {some(equal)}" if equal else ""
         first = f"The largest share of seeds solves the task ({above}) with {best.label}: "
@@ -112,4 +113,5 @@ def task_caveats(settings: Settings) -> list[str]:
 
 
 def _shown(share: Share) -> str:
-    return f"{share.count} of {share.n} seeds (95 % interval {ends(share)})"
+    seeds = "seed" if share.n == 1 else "seeds"
+    return f"{share.count} of {share.n} {seeds} (95 % interval {ends(share)})"

@@ -7,7 +7,7 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -206,6 +206,20 @@ def si_axis(axes: Axes) -> None:
 
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def doubling_axis(axes: Axes, places: Sequence[float]) -> None:
+    """An x axis on which what doubles is equally far apart, with ticks at the places."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.minorticks_off()
+
+
+def keep_within(axes: Axes, low: float, high: float) -> None:
+    """An interval may reach beyond what a rate can be; the axis does not."""
+    bottom, top = axes.get_ylim()
+    room = 0.03 * (min(top, high) - max(bottom, low))
+    axes.set_ylim(max(bottom, low - room), min(top, high + room))
 
 
 def as_png(figure: Figure) -> bytes:

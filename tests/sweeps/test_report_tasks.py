@@ -164,13 +164,13 @@ def test_none_solved_and_all_solved(tmp_path: Path) -> None:
 def test_one_seed_alone(tmp_path: Path) -> None:
     folder = sweep(tmp_path, {0: (LATE,), 1: (NEVER,)})
     text = sentences(folder)
-    assert "1 of 1 seeds (95 % interval 2.5 % to 100.0 %)" in text
+    assert "1 of 1 seed (95 % interval 2.5 % to 100.0 %)" in text
     assert "No difference can be tested: that takes two seeds of each setting." in text
     (found,) = compare_solved(of(folder))
     assert found.verdict == "one seed: no test" and smallest_p([found]) is None
     assert "one seed: no test" in report([folder])[0].read_text()
     alone = sweep(tmp_path / "alone", {0: (LATE,)})
-    assert "solve the task (a final val/exact_match above 0.95) with all runs." in sentences(alone)
+    assert "solves the task (a final val/exact_match above 0.95) with all runs." in sentences(alone)
 
 
 def test_before_the_first_run_is_done(tmp_path: Path) -> None:
@@ -275,6 +275,7 @@ def test_accuracy_by_position_and_by_group(tmp_path: Path) -> None:
     crosses = [line for line in axes.lines if line.get_marker() == "x"]
     assert list(crosses[0].get_ydata()) == pytest.approx([1.0, 0.9])
     assert axes.get_xscale() == "log"
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "17"]
 
 
 def test_the_table_has_shares_medians_and_other_sets(tmp_path: Path) -> None:
@@ -297,6 +298,22 @@ def test_the_table_has_shares_medians_and_other_sets(tmp_path: Path) -> None:
     table = html.split('<h2 id="differences">')[1].split("</table>")[0]
     assert "unpaired" in table and "Fisher" in table and "t-test" not in html
     assert "4 of 5<br>" in table and "0 of 5<br>" in table and ">0.048<" in table
+
+
+def test_the_page_is_whole(tmp_path: Path) -> None:
+    sweep(tmp_path, {0: (NEVER, LATE), 1: (EARLY, LATE)}, summary=TAGS)
+    html = report([tmp_path])[0].read_text()
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:xlink:href="|url\()#([^")]+)', html)) <= set(ids)
+    assert html.count("<figure") == len(list((tmp_path / "figures").glob("*.png")))
+    assert html.count('scope="col"') == html.count('aria-sort="none"')
+    for table in re.findall(r"<table.*?</table>", html, re.DOTALL):
+        columns = table.count('scope="col"')
+        for row in re.findall(r"<tr>\s*<th scope=\"row\".*?</tr>", table, re.DOTALL):
+            assert len(re.findall(r"<t[hd]\b", row)) == columns
+    drawn = [*(tmp_path / "figures").glob("accuracy_*.svg")]
+    assert len(drawn) == 3 and not any("mathdefault" in svg.read_text() for svg in drawn)
 
 
 def test_runs_csv_says_when_a_run_solved(tmp_path: Path) -> None:
