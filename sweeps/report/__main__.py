@@ -11,9 +11,11 @@ from pathlib import Path
 from mtp_lightning.cli import readable_errors
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.report.collect import collect
+from sweeps.report.compare_solved import compare_solved
 from sweeps.report.comparisons import compare
 from sweeps.report.findings import answer
 from sweeps.report.read import Sweep, read_sweep
+from sweeps.report.settings import SOLVED
 
 
 def report(
@@ -21,6 +23,7 @@ def report(
     *,
     output: str | Path | None = None,
     reference: str | None = None,
+    level: float = SOLVED,
 ) -> tuple[Path, list[str]]:
     """Write `report.html`, `runs.csv` and `figures/`.
 
@@ -30,20 +33,26 @@ def report(
             the first.
         reference: label of the setting that all are compared with; by default the one without
             MTP, or the first.
+        level: of a task, the exact match above which a seed solves it.
 
     Returns:
         The page's path, and the answer that it begins with.
 
     Raises:
         FileNotFoundError: a folder without runs.
-        ValueError: ``reference`` names no setting, or a package is missing.
+        ValueError: ``reference`` names no setting, ``level`` is none, or a package is missing.
     """
     _require_packages()
+    if not 0 <= level < 1:
+        raise ValueError(f"--solved {level:g} is no share below 1: give one such as {SOLVED}.")
     from sweeps.report import events, figures, page, style
 
     sweeps = _read(folders)
-    settings = collect(sweeps)
-    comparisons = compare(settings, settings.headline.tag, reference=reference)
+    settings = collect(sweeps, level=level)
+    if settings.is_task:
+        comparisons = compare_solved(settings, reference=reference)
+    else:
+        comparisons = compare(settings, settings.headline.tag, reference=reference)
     target = Path(output) if output is not None else _default_output(sweeps)
     target.mkdir(parents=True, exist_ok=True)
     with style.styled():
@@ -106,9 +115,18 @@ def main(
         metavar="SETTING",
         help="what all are compared with, as 'mtp.depth=0' (default: no MTP, or the first setting)",
     )
+    parser.add_argument(
+        "--solved",
+        type=float,
+        default=SOLVED,
+        metavar="LEVEL",
+        help="val/exact_match above which a seed solves its task (default: %(default)s)",
+    )
     given = parser.parse_args(arguments)
     with readable_errors():
-        path, sentences = report(given.folders, output=given.output, reference=given.reference)
+        path, sentences = report(
+            given.folders, output=given.output, reference=given.reference, level=given.solved
+        )
         print("\n".join(sentences))
         print(f"\nreport    {path}")
         print(f"numbers   {path.with_name('runs.csv')}")

@@ -11,7 +11,7 @@ from typing import Any
 from mtp_lightning.run.config import has_bearing
 from mtp_lightning.run.layout import SUMMARY_FILE
 from sweeps.report.read import Run, Sweep
-from sweeps.report.settings import Setting, Settings, order, show
+from sweeps.report.settings import SOLVED, Setting, Settings, order, show
 from sweeps.report.texts import text_of
 
 # Keys that name a setting best, where the command lines do not say which are meant.
@@ -32,8 +32,8 @@ DATA = "data.fingerprint"  # of the data that a finished run was really trained 
 TEXT = "evaluation.fingerprint"  # of the documents that it was evaluated on
 
 
-def collect(sweeps: Sequence[Sweep]) -> Settings:
-    """Group the runs of one or more sweeps.
+def collect(sweeps: Sequence[Sweep], *, level: float = SOLVED) -> Settings:
+    """Group the runs of one or more sweeps; ``level`` is :attr:`Settings.level`.
 
     A run without a config belongs to no setting; it counts as planned for the one that its
     overrides name.
@@ -59,7 +59,7 @@ def collect(sweeps: Sequence[Sweep]) -> Settings:
         ]
     )
     _count_planned(settings, [run for run in runs if not run.config])
-    return Settings(all=settings, varied=varied, left_out=left_out)
+    return Settings(all=settings, varied=varied, left_out=left_out, level=level)
 
 
 def ignored(key: str) -> bool:

@@ -13,6 +13,7 @@ REMEDY = (
     "data.eval_bytes, and let them evaluate all of it; or measure them with evaluate.py on one "
     "text."
 )
+REMEDY_OF_TASKS = "To compare them give all runs the same data, data.task.* and data.eval_examples."
 
 
 def same_text(one: Setting, other: Setting) -> bool:
@@ -41,6 +42,12 @@ def refusal(settings: Sequence[Setting]) -> str:
         f"{name}{_bytes(group)}: {some([setting.label for setting in group])}"
         for name, group in named.items()
     ]
+    if all(setting.answers for group in groups for setting in group):
+        return (
+            "The settings were asked different questions, so nothing that is measured on these "
+            "(val/*, decode/*) is averaged, tested or ranked across them. Asked were "
+            f"{some(parts, between=' | ')}. {REMEDY_OF_TASKS}"
+        )
     return (
         "The settings were evaluated on different texts, so nothing that is measured on these "
         "(val/*, decode/*) is averaged, tested or ranked across them. Evaluated on "
@@ -56,6 +63,8 @@ def _text(setting: Setting) -> Any:
 
 
 def _name(setting: Setting) -> str:
+    if setting.answers and setting.text and setting.text.fingerprint:
+        return f"questions {setting.text.short}"
     if setting.text is None:
         return "a text that older runs do not mention"
     if setting.text.fingerprint is None:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from sweeps.report.comparable import same_text
 from sweeps.report.settings import Setting, Settings, show
+from sweeps.report.shares import Unpaired
 from sweeps.report.statistics import Paired, holm, paired
 from sweeps.report.texts import rests_on_text
 
 LEVEL = 0.05
 FACT = "a fact about this data: the same at every seed, no test"
 OTHER_TEXT = "not compared: another evaluation text"
+OTHER_QUESTIONS = "not compared: other questions"
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,11 @@ class Comparison:
         setting: the one.
         reference: the other.
         result: of the paired test; None where no seed has both, a mean is missing, or the two were
-            evaluated on different texts.
+            evaluated on different texts, and for a task, whose settings are compared by the seeds
+            that solve it.
         adjusted: Holm's p-value among all tests of the report; None where there is no test.
         verdict: in words.
+        solved: of a task, the two shares of seeds with their test; None where there is no share.
     """
 
     setting: Setting
@@ -33,6 +37,7 @@ class Comparison:
     result: Paired | None
     adjusted: float | None
     verdict: str
+    solved: Unpaired | None = None
 
     @property
     def against(self) -> str:
@@ -44,7 +49,7 @@ class Comparison:
     @property
     def refused(self) -> bool:
         """Whether the two are numbers of different evaluation texts."""
-        return self.verdict == OTHER_TEXT
+        return self.verdict in (OTHER_TEXT, OTHER_QUESTIONS)
 
     @property
     def differs(self) -> bool:
@@ -68,7 +73,7 @@ def compare(settings: Settings, tag: str, *, reference: str | None = None) -> li
     pairs = [(s, r) for s, r in zip(settings.all, chosen, strict=True) if s is not r]
     results = [
         paired(s.estimate(tag).values, r.estimate(tag).values)
-        if s.estimate(tag).interval and r.estimate(tag).interval and _may(s, r, tag)
+        if s.estimate(tag).interval and r.estimate(tag).interval and may_compare(s, r, tag)
         else None
         for s, r in pairs
     ]
@@ -118,7 +123,8 @@ def _find(settings: Settings, named: str) -> Setting:
     return found[0]
 
 
-def _may(setting: Setting, reference: Setting, tag: str) -> bool:
+def may_compare(setting: Setting, reference: Setting, tag: str) -> bool:
+    """Whether a metric of two settings is measured on the same text, or on none."""
     return not rests_on_text(tag) or same_text(setting, reference)
 
 
@@ -131,7 +137,7 @@ def _verdict(
 ) -> str:
     if not (setting.estimate(tag).interval and reference.estimate(tag).interval):
         return "no test: a mean is missing"
-    if not _may(setting, reference, tag):
+    if not may_compare(setting, reference, tag):
         return OTHER_TEXT
     if result is None:
         return "no seed in common"

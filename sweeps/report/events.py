@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sweeps.report.collect import FOLDER
-from sweeps.report.metrics import TABLE
 from sweeps.report.settings import Settings
 from sweeps.report.style import Drawing
 
@@ -53,7 +52,7 @@ def write_events(
                 name=api_pb2.MetricName(tag=_TAGS.get(metric.tag, metric.tag)),
                 display_name=f"{metric.name} ({metric.unit})",
             )
-            for metric in TABLE
+            for metric in settings.columns
         ],
     )
     writer = EventFileWriter(str(folder), filename_suffix=_SUFFIX)

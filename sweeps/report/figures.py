@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 
 from sweeps.report.comparable import by_text
 from sweeps.report.comparisons import Comparison
+from sweeps.report.curves import Points, draw_curves
 from sweeps.report.figures_depth import against_depth, against_lambda, by_depth
 from sweeps.report.figures_long_range import long_range
+from sweeps.report.figures_task import task_figures
 from sweeps.report.figures_tradeoff import front, heat_maps
 from sweeps.report.metrics import CURVE_AXES, DECODE_SPEED, FLOPS, LOSS, PER_STEP, SPEEDUP, Metric
 from sweeps.report.read import Run
 from sweeps.report.settings import Settings
 from sweeps.report.style import (
     COLOURS,
-    MANY,
     QUIET,
     Drawing,
-    brief,
+    by_row,
     canvas,
     key_to,
-    looks,
     si_axis,
 )
 
@@ -31,8 +30,10 @@ from sweeps.report.style import (
 def draw(settings: Settings, comparisons: Sequence[Comparison]) -> list[Drawing]:
     """Every figure that the runs have something to show in, in reading order."""
     drawings = [
+        *task_figures(settings),
         *(curve(settings, axis) for axis in CURVE_AXES),
-        differences(comparisons, settings.headline),
+        # Settings of a task are compared by the seeds that solve it.
+        *([] if settings.is_task else [differences(comparisons, settings.headline)]),
         by_depth(settings, "loss"),
         by_depth(settings, "agreement"),
         against_depth(settings, PER_STEP),
@@ -45,7 +46,8 @@ def draw(settings: Settings, comparisons: Sequence[Comparison]) -> list[Drawing]
         front(settings, DECODE_SPEED),
     ]
     if len(by_text(settings.all)) > 1:
-        drawings = [_of_several_texts(drawing) for drawing in drawings]
+        which = "asked different questions" if settings.is_task else "evaluated on different texts"
+        drawings = [_of_several_texts(drawing, which) for drawing in drawings]
     return drawings
 
 
@@ -54,13 +56,13 @@ def draw(settings: Settings, comparisons: Sequence[Comparison]) -> list[Drawing]
 _COMPARING = ("tokens_per_step", "speedup", "lambda_", "heat_map", "pareto_")
 
 
-def _of_several_texts(drawing: Drawing) -> Drawing:
+def _of_several_texts(drawing: Drawing, which: str) -> Drawing:
     if drawing.figure is None:
         return drawing
     if drawing.name.startswith(_COMPARING):
-        why = "it would compare settings that were evaluated on different texts"
+        why = f"it would compare settings that were {which}"
         return replace(drawing, figure=None, why=why)
-    warning = " The settings were evaluated on different texts: compare none across these."
+    warning = f" The settings were {which}: compare none across these."
     return replace(drawing, caption=drawing.caption + warning)
 
 
@@ -82,26 +84,10 @@ def curve(settings: Settings, axis: str) -> Drawing:
     if not any(points for runs in lines for points in runs):
         return drawing.lacking(f"no run has logged {tag} and {metric.tag}")
     figure, axes = canvas(key_to(settings.all, settings.all))
-    late = []
-    furthest = max(x for runs in lines for points in runs for x, _ in points.values())
-    for setting, look, runs in zip(settings.all, looks(settings.all), lines, strict=True):
-        runs = [points for points in runs if points]
-        for points in runs:
-            late += [y for x, y in points.values() if x >= furthest / 4 and math.isfinite(y)]
-            if len(runs) > 1 and len(settings.all) <= MANY:
-                axes.plot(
-                    *zip(*points.values(), strict=True),
-                    look.dash,
-                    color=look.colour,
-                    linewidth=0.7,
-                    alpha=0.45,
-                )
-        common = sorted(set.intersection(*(set(points) for points in runs))) if runs else []
-        xs = [sum(points[step][0] for points in runs) / len(runs) for step in common]
-        ys = [sum(points[step][1] for points in runs) / len(runs) for step in common]
-        marker = look.marker if len(settings.all) > MANY else ""
-        style = {"linestyle": look.dash, "marker": marker, "markersize": 3.5}
-        axes.plot(xs, ys, color=look.colour, label=setting.label, **style)
+    draw_curves(axes, settings.all, lines)
+    places = [place for runs in lines for points in runs for place in points.values()]
+    furthest = max(x for x, _ in places)
+    late = [y for x, y in places if x >= furthest / 4 and math.isfinite(y)]
     if late and max(late) > min(late):
         margin = 0.08 * (max(late) - min(late))
         axes.set_ylim(min(late) - margin, max(late) + margin)
@@ -125,11 +111,7 @@ def differences(comparisons: Sequence[Comparison], metric: Metric) -> Drawing:
         return drawing.lacking("no setting was evaluated on the same text as its reference")
     if not shown:
         return drawing.lacking("no two finished settings share a seed")
-    labels = [brief(c.setting.label, 36) for c in reversed(shown)]
-    if len(labels) <= MANY:
-        labels = [textwrap.fill(label, 24) for label in labels]
-    lines = sum(label.count("\n") + 1 for label in labels)
-    figure, axes = canvas(rows=max(lines - 14, 0))
+    figure, axes = by_row([c.setting.label for c in reversed(shown)])
     axes.axvline(0, color=QUIET, linewidth=1)
     for y, found in enumerate(reversed(shown)):
         assert found.result is not None
@@ -142,12 +124,10 @@ def differences(comparisons: Sequence[Comparison], metric: Metric) -> Drawing:
             color=COLOURS[0],
             markerfacecolor=COLOURS[0] if found.differs else "none",
         )
-    axes.set_yticks(range(len(shown)), labels)
-    axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.set_xlabel(f"difference in {metric.unit}")
     return drawing.drawn(figure)
 
 
-def _points(run: Run, tag: str, loss: str) -> dict[float, tuple[float, float]]:
+def _points(run: Run, tag: str, loss: str) -> Points:
     """(cost, loss) of a run's validations, by step."""
     return {row["step"]: (row[tag], row[loss]) for row in run.rows if tag in row and loss in row}

@@ -9,10 +9,19 @@ from sweeps.report.metrics import LOSS, PER_STEP
 from sweeps.report.reading import meaning
 from sweeps.report.settings import Setting, Settings, show
 from sweeps.report.statistics import Interval
-from sweeps.report.style import QUIET, SEEDS, Drawing, bars, canvas, key_to, looks
+from sweeps.report.style import (
+    QUIET,
+    SEEDS,
+    Drawing,
+    bars,
+    canvas,
+    keep_within,
+    key_to,
+    looks,
+)
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 
 def by_depth(settings: Settings, rate: str) -> Drawing:
@@ -46,7 +55,7 @@ def by_depth(settings: Settings, rate: str) -> Drawing:
             means = [found.mean for found in crosses.values()]
             axes.plot([k + aside for k in crosses], means, "x", color=look.colour)
     if rate == "agreement":
-        _keep_within(axes, 0, 1)
+        keep_within(axes, 0, 1)
     axes.set_xticks(list(tags))
     axes.set(xlabel="depth", ylabel="nats per token" if rate == "loss" else "share of tokens")
     return drawing.drawn(figure)
@@ -82,7 +91,7 @@ def against_depth(settings: Settings, tag: str) -> Drawing:
         bars(axes, {k: v for k, v in line.items() if v}, look, standin.label, 0)
     if any(setting.depth == 0 for setting in settings.all):
         axes.plot(0, 1, "o", color=QUIET, markerfacecolor="none")
-    _keep_within(axes, 0, math.inf)
+    keep_within(axes, 0, math.inf)
     axes.set_xticks(range(deepest + 1))
     axes.set(xlabel="D", ylabel="tokens per verify pass" if per_step else "times as fast")
     return drawing.drawn(figure)
@@ -136,10 +145,3 @@ def _families(settings: Settings, key: str) -> list[tuple[Setting, list[Setting]
         standin = Setting(values=shared, config={})
         families.setdefault(standin.label, (standin, []))[1].append(setting)
     return list(families.values())
-
-
-def _keep_within(axes: Axes, low: float, high: float) -> None:
-    """An interval may reach beyond what a rate can be; the axis does not."""
-    bottom, top = axes.get_ylim()
-    room = 0.03 * (min(top, high) - max(bottom, low))
-    axes.set_ylim(max(bottom, low - room), min(top, high + room))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from sweeps.report.settings import Settings
 from sweeps.report.style import SEEDS, Drawing, bars, canvas, key_to, looks
@@ -62,20 +63,36 @@ def long_range(settings: Settings) -> list[Drawing]:
 def _curve(settings: Settings, name: str) -> Drawing:
     title, caption, pattern, (x_label, y_label) = _CURVES[name]
     drawing = Drawing(name, title, caption + SEEDS)
+    places = sorted((float(m[1] or 1), m[0]) for m in tags_like(settings, pattern))
+    drawing = over_places(settings, drawing, places, x_label, y_label)
+    if drawing.figure is not None and name != "acceptance_entropy":
+        drawing.figure.axes[0].set_xscale("log", base=2)
+    return drawing
+
+
+def tags_like(settings: Settings, pattern: str) -> list[re.Match[str]]:
+    """The tags of finished runs that match, in order."""
     tags = {tag for s in settings.all for run in s.done for tag in run.summary}
-    found = ((tag, re.fullmatch(pattern, tag)) for tag in tags)
-    places = sorted((float(match[1] or 1), tag) for tag, match in found if match)
+    return [match for tag in sorted(tags) if (match := re.fullmatch(pattern, tag))]
+
+
+def over_places(
+    settings: Settings,
+    drawing: Drawing,
+    places: Sequence[tuple[float, str]],
+    x_label: str,
+    y_label: str,
+) -> Drawing:
+    """A line for each setting: means and intervals of the tags at their places."""
     lines = [
         {x: value for x, tag in places if (value := setting.estimate(tag).interval)}
         for setting in settings.all
     ]
     shown = [s for s, line in zip(settings.all, lines, strict=True) if line]
     if not shown:
-        return drawing.lacking("no finished run measured it: callbacks=long_range")
+        return drawing.lacking("no finished run measured it")
     figure, axes = canvas(key_to(settings.all, shown))
     for setting, line, look in zip(settings.all, lines, looks(settings.all), strict=True):
         bars(axes, line, look, setting.label, 0)
-    if name != "acceptance_entropy":
-        axes.set_xscale("log", base=2)
     axes.set(xlabel=x_label, ylabel=y_label)
     return drawing.drawn(figure)

@@ -10,7 +10,18 @@ from typing import Any
 from sweeps.report.comparable import by_text, refusal
 from sweeps.report.comparisons import Comparison, sparse
 from sweeps.report.context import contexts
-from sweeps.report.metrics import BITS, BY_TAG, PER_STEP, SPEEDUP, TABLE, Metric, number, p_value
+from sweeps.report.findings_task import how_many_solve, task_caveats, which_differ
+from sweeps.report.metrics import (
+    BITS,
+    BY_TAG,
+    EXACT,
+    PER_STEP,
+    SPEEDUP,
+    Metric,
+    equals,
+    number,
+    p_value,
+)
 from sweeps.report.metrics import with_interval as shown
 from sweeps.report.read import STATES, Run, Sweep
 from sweeps.report.settings import Setting, Settings
@@ -23,15 +34,19 @@ def answer(settings: Settings, comparisons: Sequence[Comparison], runs: Sequence
     sentences = [_count(settings, runs)]
     headline = settings.headline
     groups = by_text(settings.all)
-    if not any(_ranked(group, headline.tag) for group in groups):
-        return [*sentences, "No setting has a finished run with a validation loss yet."]
+    task = settings.is_task
+    if not any(_ranked(group, EXACT if task else headline.tag) for group in groups):
+        what = EXACT if task else "a validation loss"
+        return [*sentences, f"No setting has a finished run with {what} yet."]
     sentences += [text for text in [refusal(settings.all)] if text]
     # Within each text; one setting alone on its text is the best of nothing.
     shown_groups = groups if len(groups) == 1 else [group for group in groups if len(group) > 1]
     wheres = [_where(group) if len(groups) > 1 else "" for group in shown_groups]
     for group, where in zip(shown_groups, wheres, strict=True):
-        sentences += _best(group, headline, where)
-    sentences += _differences([c for c in comparisons if not c.refused], headline)
+        best = how_many_solve(group, settings.level) if task else _best(group, headline)
+        sentences += [f"{where}{text}" for text in best]
+    compared = [c for c in comparisons if not c.refused]
+    sentences += which_differ(compared) if task else _differences(compared, headline)
     for group, where in zip(shown_groups, wheres, strict=True):
         sentences += _fastest(group, where)
     return sentences
@@ -39,10 +54,11 @@ def answer(settings: Settings, comparisons: Sequence[Comparison], runs: Sequence
 
 def _where(group: Sequence[Setting]) -> str:
     text = group[0].text
-    return f"Of those on text {text.short}: " if text else "Of those that mention no text: "
+    what = "questions" if group[0].answers else "text"
+    return f"Of those on {what} {text.short}: " if text else f"Of those that mention no {what}: "
 
 
-def _best(group: Sequence[Setting], metric: Metric, where: str) -> list[str]:
+def _best(group: Sequence[Setting], metric: Metric) -> list[str]:
     ranked = _ranked(group, metric.tag)
     if not ranked:
         return []
@@ -53,7 +69,7 @@ def _best(group: Sequence[Setting], metric: Metric, where: str) -> list[str]:
     text = which or "Validation loss of the main depth"
     error = error_of_text(ranked[0]) if metric.tag == BITS else None
     beside = f"; the text's own standard error is {metric.show(error)}" if error else ""
-    return [f"{where}{text}: {shown(found, metric)} {metric.unit}{_seeds(found.n)}{beside}."]
+    return [f"{text}: {shown(found, metric)} {metric.unit}{_seeds(found.n)}{beside}."]
 
 
 def _fastest(group: Sequence[Setting], where: str) -> list[str]:
@@ -100,7 +116,7 @@ def _differences(comparisons: Sequence[Comparison], metric: Metric) -> list[str]
         sentences.append(
             f"{c.setting.label} is {'better' if mean < 0 else 'worse'} than with {c.against} by "
             f"{number(abs(mean), 4)} {metric.unit}, beyond noise "
-            f"(paired t-test over {c.result.difference.n} seeds, Holm's p {_equals(c.adjusted)})."
+            f"(paired t-test over {c.result.difference.n} seeds, Holm's p {equals(c.adjusted)})."
         )
     if len(beyond) > 4:
         sentences.append(f"So are {len(beyond) - 4} more, in the table of differences.")
@@ -167,9 +183,10 @@ def caveats(settings: Settings, sweeps: Sequence[Sweep]) -> list[str]:
         if len(kinds) > 1:
             counted = ", ".join(f"{kind} ({n})" for kind, n in kinds.most_common(4))
             notes.append(f"The runs differ in the version of {package}: {counted}.")
+    notes += task_caveats(settings)
     for setting in settings.all:
         gaps: dict[str, list[str]] = {}
-        for metric in TABLE:
+        for metric in settings.columns:
             if (gap := setting.estimate(metric.tag).gap) and setting.done:
                 gaps.setdefault(gap, []).append(metric.tag)
         notes += [f"{setting.label}: no mean of {', '.join(t)}: {g} runs." for g, t in gaps.items()]
@@ -221,11 +238,6 @@ def _is(n: int) -> str:
 
 def _seeds(n: int) -> str:
     return f" (mean and 95 % interval over {n} seeds)" if n > 1 else " (one seed, no interval)"
-
-
-def _equals(p: float | None) -> str:
-    text = p_value(p)
-    return text if text.startswith("<") else f"= {text}"
 
 
 def _some(names: list[str]) -> str:

@@ -13,6 +13,7 @@ BITS_ERROR = "val/bits_per_byte_se"  # over the documents of the text, by bootst
 FLOPS, SECONDS = "flops", "seconds"
 PER_STEP, SPEEDUP = "decode/tokens_per_step", "decode/speedup"
 DECODE_SPEED = "decode/tokens_per_second"
+EXACT, CHANCE = "val/exact_match", "val/chance"  # of a task's answers: how many are right
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
@@ -49,6 +50,8 @@ TABLE = (
     Metric(SECONDS, "Training", "seconds", 1),
 )
 
+ANSWERS = Metric(EXACT, "Exact match", "of answers", "%")
+
 BY_TAG = {metric.tag: metric for metric in TABLE}
 
 CURVE_AXES = {
@@ -82,6 +85,12 @@ def p_value(p: float | None) -> str:
     if p is None:
         return ""
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def equals(p: float | None) -> str:
+    """``= 0.03``, ``< 0.001``."""
+    text = p_value(p)
+    return text if text.startswith("<") else f"= {text}"
 
 
 def some(names: Sequence[str], *, most: int = 4, between: str = "; ") -> str:

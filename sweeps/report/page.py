@@ -17,11 +17,13 @@ from sweeps.report.comparable import refusal
 from sweeps.report.comparisons import Comparison
 from sweeps.report.context import contexts
 from sweeps.report.findings import answer, caveats
-from sweeps.report.metrics import BITS, TABLE, Metric, number, p_value
+from sweeps.report.metrics import BITS, Metric, number, p_value
 from sweeps.report.read import Run, Sweep
 from sweeps.report.reading import meaning
 from sweeps.report.settings import Settings, show
+from sweeps.report.solving import wait_of
 from sweeps.report.style import Drawing, as_inline, as_png, as_svg
+from sweeps.report.table_task import SOLVED_COLUMNS, solved_cells, solved_test
 from sweeps.report.text_error import error_of_text, text_errors
 from sweeps.report.texts import text_of
 
@@ -42,7 +44,7 @@ def render(
 
     Args:
         settings: of all sweeps.
-        comparisons: of the main loss.
+        comparisons: of the main loss, or of a task's seeds that solve.
         sweeps: where the runs are.
         drawings: drawn or lacking.
         svgs: of those that are drawn, by name.
@@ -82,12 +84,14 @@ def render(
         remarks=[*filter(None, [meaning(settings), text_errors(settings.all)]), *beside],
         beside=beside,
         varied=settings.varied,
-        metrics=_metrics(settings),
+        task=settings.is_task,
+        level=f"{settings.level:g}",
+        metrics=[*(SOLVED_COLUMNS if settings.is_task else ()), *_metrics(settings)],
         rows=_rows(settings),
         headline="Validation loss of the main depth",
         unit=settings.headline.unit,
         tests=sum(c.adjusted is not None for c in comparisons),
-        comparisons=[_comparison(c) for c in comparisons],
+        comparisons=[(solved_test if settings.is_task else _comparison)(c) for c in comparisons],
         figures=shown,
         absent=[f"{d.title}: {d.why}." for d in drawings if d.why],
         jobs=[_job(run, folder) for run in runs if run.state != "done"],
@@ -134,7 +138,9 @@ def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     # In full, so that whoever averages these rows can keep texts apart.
     texts = ["evaluated_text"] if mentioned else []
-    writer.writerow(["run", "state", "reason", *settings.varied, "seed", "counted", *texts, *tags])
+    solving = ["solved_at_step"] if settings.is_task else []
+    head = ["run", "state", "reason", *settings.varied, "seed", "counted"]
+    writer.writerow([*head, *texts, *solving, *tags])
     for run in runs:
         own = values.get(run.folder, {**run.overrides, "folder": run.sweep})
         writer.writerow(
@@ -146,16 +152,25 @@ def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:
                 "" if run.seed is None else run.seed,
                 int(run.state == "done" and run.folder not in repeated),
                 *([run.fact("evaluation", "fingerprint") or ""] if mentioned else []),
+                *(_solved_at(run, settings.level) for _ in solving),
                 *(repr(run.summary[tag]) if tag in run.summary else "" for tag in tags),
             ]
         )
     return buffer.getvalue()
 
 
+def _solved_at(run: Run, level: float) -> str:
+    """The step of the first validation above the level; empty where there is none."""
+    wait = wait_of(run, level)
+    return str(int(wait.time)) if wait and wait.ended else ""
+
+
 def _metrics(settings: Settings) -> list[Metric]:
     """The table's columns: what some run has. Bits per byte say more than the loss per token only
     where tokenizers differ, or where the text's own error stands beside them."""
-    found = [m for m in TABLE if any(run.final(m.tag) is not None for run in settings.done)]
+    found = [
+        m for m in settings.columns if any(run.final(m.tag) is not None for run in settings.done)
+    ]
     wanted = settings.headline.tag == BITS or any(
         error_of_text(setting) is not None for setting in settings.all
     )
@@ -165,7 +180,7 @@ def _metrics(settings: Settings) -> list[Metric]:
 def _rows(settings: Settings) -> list[dict[str, Any]]:
     rows = []
     for setting in settings.all:
-        cells = []
+        cells = solved_cells(setting, settings.level) if settings.is_task else []
         for metric in _metrics(settings):
             found = setting.estimate(metric.tag)
             error = error_of_text(setting) if metric.tag == BITS else None
@@ -177,7 +192,7 @@ def _rows(settings: Settings) -> list[dict[str, Any]]:
                     if found.interval and found.interval.half
                     else "",
                     "gap": found.gap,
-                    "text": "" if error is None else metric.show(error),
+                    "beside": "" if error is None else f"text: s.e. {metric.show(error)}",
                 }
             )
         rows.append(

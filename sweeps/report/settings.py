@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from sweeps.report.metrics import BITS, BY_TAG, LOSS, Metric
+from sweeps.report.metrics import ANSWERS, BITS, BY_TAG, EXACT, LOSS, TABLE, Metric
 from sweeps.report.read import Run
 from sweeps.report.statistics import Interval, interval
 from sweeps.report.texts import Text, text_of
+
+SOLVED = 0.95  # exact match above which a seed solves its task
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ class Setting:
         return text_of(self.done[0]) if self.done else None
 
     @property
+    def answers(self) -> bool:
+        """Whether its runs answer a task's questions."""
+        return any(EXACT in row for run in self.runs for row in (run.summary, *run.rows))
+
+    @property
     def depth(self) -> int | None:
         """D, tokens predicted beyond the next one."""
         depth = self.config.get("mtp.depth")
@@ -89,11 +98,13 @@ class Settings:
         all: in the order of the varied keys' values.
         varied: the keys that tell them apart, seeds left out.
         left_out: runs that repeat a seed of their setting.
+        level: ``val/exact_match`` above which a seed solves its task, of 0 .. 1.
     """
 
     all: list[Setting]
     varied: list[str]
     left_out: list[Run]
+    level: float = SOLVED
 
     @property
     def done(self) -> list[Run]:
@@ -110,6 +121,22 @@ class Settings:
             if isinstance(run.fact("data", "tokenizer"), dict)
         }
         return BY_TAG[BITS if len(tokenizers) > 1 else LOSS]
+
+    @cached_property
+    def is_task(self) -> bool:
+        """Whether runs answer a task's questions: these are compared by how many seeds solve it."""
+        return any(setting.answers for setting in self.all)
+
+    @property
+    def columns(self) -> list[Metric]:
+        """What the table of settings may have; of a task exact match first, then that on every set
+        outside of the distribution."""
+        if not self.is_task:
+            return [*TABLE]
+        tags = dict.fromkeys(tag for run in self.done for tag in run.summary)
+        found = ((tag, re.fullmatch(r"val/([^/]+)/exact_match", tag)) for tag in tags)
+        sets = [Metric(tag, "Exact match", f"on {m[1]}", "%") for tag, m in found if m]
+        return [ANSWERS, *sets, *TABLE]
 
 
 def show(value: Any) -> str:

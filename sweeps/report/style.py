@@ -6,7 +6,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -165,6 +166,18 @@ def canvas(key: list[tuple[str, Look]] | None = None, *, rows: int = 0) -> tuple
     return figure, axes
 
 
+def by_row(labels: list[str]) -> tuple[Figure, Axes]:
+    """An empty figure with a row for each label, the first one at the bottom, at y = 0."""
+    labels = [brief(label, 36) for label in labels]
+    if len(labels) <= MANY:
+        labels = [textwrap.fill(label, 24) for label in labels]
+    lines = sum(label.count("\n") + 1 for label in labels)
+    figure, axes = canvas(rows=max(lines - 14, 0))
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(-0.6, len(labels) - 0.4)
+    return figure, axes
+
+
 def brief(label: str, letters: int = 46) -> str:
     """A label that fits into a figure: its beginning and its end."""
     half = letters // 2
@@ -193,6 +206,20 @@ def si_axis(axes: Axes) -> None:
 
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def doubling_axis(axes: Axes, places: Sequence[float]) -> None:
+    """An x axis on which what doubles is equally far apart, with ticks at the places."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.minorticks_off()
+
+
+def keep_within(axes: Axes, low: float, high: float) -> None:
+    """An interval may reach beyond what a rate can be; the axis does not."""
+    bottom, top = axes.get_ylim()
+    room = 0.03 * (min(top, high) - max(bottom, low))
+    axes.set_ylim(max(bottom, low - room), min(top, high + room))
 
 
 def as_png(figure: Figure) -> bytes:

@@ -30,7 +30,7 @@ with warnings.catch_warnings():
     from mtp_lightning.loggers.tensorboard import RunTensorBoard
 
 from sweeps.report.__main__ import report
-from tests.sweeps.fixture_runs import write_run
+from tests.sweeps.fixture_runs import task_run, write_run
 
 
 class Board:
@@ -153,6 +153,14 @@ def test_the_hparams_tab_of_a_reported_sweep(sweep: Path) -> None:
     found, values, _ = rows["mtp.depth-1_seed-1"]
     assert (found["mtp.depth"], found["seed"]) == (1, 1)
     assert values["val/loss_depth_0"] == 1.0 and values["progress/seconds"] == 1.5
+
+
+def test_the_hparams_tab_of_a_task(tmp_path: Path) -> None:
+    other = {"val/longer/exact_match": 0.1}
+    task_run(tmp_path / "a", rights=(0.5, 1.0), summary=other)
+    report([tmp_path])
+    _, metrics = Board(tmp_path).columns()
+    assert metrics[:3] == ["val/exact_match", "val/longer/exact_match", "val/loss_depth_0"]
 
 
 def test_the_figures_are_in_tensorboard(sweep: Path) -> None:

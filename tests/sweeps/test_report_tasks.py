@@ -1,0 +1,365 @@
+"""Reports of tasks: who solves, when, and what is said of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+pytest.importorskip("scipy")
+
+from sweeps.report import figures
+from sweeps.report.__main__ import main, report
+from sweeps.report.collect import collect
+from sweeps.report.compare_solved import compare_solved, smallest_p
+from sweeps.report.comparisons import OTHER_QUESTIONS
+from sweeps.report.findings import answer, caveats
+from sweeps.report.metrics import EXACT
+from sweeps.report.read import Run, read_sweep
+from sweeps.report.settings import Settings
+from sweeps.report.solving import solved_share, time_to_solve, wait_of
+from sweeps.report.statistics import holm
+from sweeps.report.style import Drawing, styled
+from sweeps.report.survival import Wait
+from tests.sweeps.fixture_runs import asked, depth_sweep, task_run, write_run
+
+EARLY, LATE, NEVER = (0.97, 0.99, 1.0), (0.4, 0.5, 0.96), (0.3, 0.5, 0.5)
+FELL = (0.2, 0.98, 0.6)
+
+
+def of(folder: Path, level: float = 0.95) -> Settings:
+    return collect([read_sweep(folder)], level=level)
+
+
+def sweep(folder: Path, seeds: dict[int, tuple[tuple[float, ...], ...]], **options: Any) -> Path:
+    """For every depth the exact match of seeds 0, 1, .. at steps 10, 20, .."""
+    for depth, curves in seeds.items():
+        for seed, rights in enumerate(curves):
+            config = {"mtp.depth": depth, "seed": seed}
+            task_run(folder / f"d{depth}_s{seed}", config, rights=rights, **options)
+    return folder
+
+
+def drawings(settings: Settings) -> dict[str, Drawing]:
+    with styled():
+        return {d.name: d for d in figures.draw(settings, [])}
+
+
+def sentences(folder: Path) -> str:
+    settings = of(folder)
+    return " ".join(answer(settings, compare_solved(settings), settings.done))
+
+
+def test_shares_of_seeds_that_solve(tmp_path: Path) -> None:
+    settings = of(sweep(tmp_path, {0: (NEVER, NEVER, FELL), 1: (EARLY, LATE, NEVER)}))
+    assert settings.is_task
+    shares = [solved_share(s, settings.level) for s in settings.all]
+    assert [(s.count, s.n) for s in shares if s] == [(0, 3), (2, 3)]
+    assert shares[0] and shares[0].high == pytest.approx(1 - 0.025 ** (1 / 3))
+    # The level itself is not above the level.
+    assert [s.count for one in settings.all if (s := solved_share(one, 0.96))] == [0, 1]
+    assert [s.count for one in settings.all if (s := solved_share(one, 0.5))] == [1, 2]
+
+
+def test_time_to_solve_is_the_first_validation_above(tmp_path: Path) -> None:
+    folder = sweep(tmp_path, {0: (EARLY, LATE, NEVER, FELL)})
+    runs = read_sweep(folder).runs
+    assert [wait_of(run, 0.95) for run in runs] == [
+        Wait(10, True),
+        Wait(30, True),
+        Wait(30, False),
+        Wait(20, True),  # though it does not solve in the end
+    ]
+    curve = time_to_solve(of(folder).all[0], 0.95)
+    assert curve is not None and curve.times == (10, 20, 30) and curve.median == 20
+    assert curve.shares == pytest.approx((0.75, 0.5, 0.25)) and curve.censored == (30,)
+
+
+def test_runs_that_go_on_or_failed_are_censored_and_in_no_share(tmp_path: Path) -> None:
+    sweep(tmp_path, {0: (LATE, NEVER)})
+    task_run(tmp_path / "runs", {"mtp.depth": 0, "seed": 2}, rights=(0.1, 0.2), done=False)
+    status = {"state": "failed", "reason": "it broke"}
+    config = {"mtp.depth": 0, "seed": 3}
+    task_run(tmp_path / "fails", config, rights=(0.99,), done=False, status=status)
+    task_run(tmp_path / "starts", {"mtp.depth": 0, "seed": 4}, rights=(), done=False)
+    (setting,) = of(tmp_path).all
+    share, curve = solved_share(setting, 0.95), time_to_solve(setting, 0.95)
+    assert share is not None and (share.count, share.n) == (1, 2)
+    assert curve is not None and (curve.n, curve.ended, curve.censored) == (4, 2, (20, 30))
+    # 3/4 after step 10; one is last looked at at 20; one of the two others solves at 30.
+    assert curve.shares == pytest.approx((3 / 4, 3 / 4, 3 / 8)) and curve.median == 30
+
+
+def test_what_is_no_number_is_no_validation(tmp_path: Path) -> None:
+    nan = math.nan
+    run = Run(folder=tmp_path, rows=[{"step": s, EXACT: r} for s, r in ((10, 0.1), (20, nan))])
+    assert wait_of(run, 0.95) == Wait(10, False)
+    assert wait_of(Run(folder=tmp_path, rows=[{"step": 10, EXACT: nan}]), 0.95) is None
+    assert wait_of(Run(folder=tmp_path, rows=[{"step": 10, "val/loss_depth_0": 1.0}]), 0.9) is None
+    settings = of(sweep(tmp_path, {0: (LATE, NEVER), 1: (LATE, (0.5, nan))}))
+    assert [solved_share(s, 0.95) is None for s in settings.all] == [False, True]
+    (found,) = compare_solved(settings)
+    assert (found.verdict, found.solved) == ("no test: a share is missing", None)
+    html = report([tmp_path])[0].read_text()
+    assert "not a number in 1 of 2" in html
+
+
+def test_the_test_is_fishers_with_holms_correction(tmp_path: Path) -> None:
+    seeds = {0: 5 * (NEVER,), 1: 5 * (LATE,), 2: (LATE, *(4 * (NEVER,))), 3: 5 * (NEVER,)}
+    settings = of(sweep(tmp_path, seeds))
+    found = compare_solved(settings)
+    assert [c.against for c in found] == 3 * ["mtp.depth=0"]
+    p = [2 / 252, 1.0, 1.0]  # five and one of ten solve, none of ten
+    assert [c.solved.p for c in found if c.solved] == pytest.approx(p)
+    assert [c.adjusted for c in found] == pytest.approx(holm(p))
+    assert [c.verdict for c in found] == ["beyond noise", "within noise", "within noise"]
+    assert smallest_p(found) == pytest.approx(3 * 2 / 252)
+    (other,) = {c.reference.label for c in compare_solved(settings, reference="mtp.depth=1")}
+    assert other == "mtp.depth=1"
+
+
+def test_the_answer_speaks_of_solving(tmp_path: Path) -> None:
+    folder = sweep(tmp_path, {0: 5 * (NEVER,), 1: 5 * (LATE,), 2: 5 * (EARLY,)})
+    text = sentences(folder)
+    assert (
+        "The largest share of seeds solves the task (a final val/exact_match above 0.95) with "
+        "mtp.depth=1: 5 of 5 seeds (95 % interval 47.8 % to 100.0 %); an equal share with "
+        "mtp.depth=2." in text
+    )
+    assert "Half of the seeds have solved it earliest by step 10, with mtp.depth=2 (Kapl" in text
+    assert (
+        "mtp.depth=1 has a larger share of seeds that solve than mtp.depth=0: 5 of 5 against 0 of "
+        "5, beyond noise (Fisher's exact test, unpaired, Holm's p = 0.016)" in text
+    )
+    assert "loss" not in text and "t-test" not in text and "So few seeds" not in text
+
+
+def test_three_seeds_can_show_nothing(tmp_path: Path) -> None:
+    text = sentences(sweep(tmp_path, {0: 3 * (NEVER,), 1: 3 * (LATE,)}))
+    assert "Fisher, 1 exact test, unpaired, smallest p after Holm's correction 0.10" in text
+    assert "So few seeds can show nothing" in text and "smallest p of 0.10" in text
+
+
+def test_none_solved_and_all_solved(tmp_path: Path) -> None:
+    none = sentences(sweep(tmp_path / "none", {0: 4 * (NEVER,), 1: 4 * (NEVER,)}))
+    assert (
+        "No seed solves the task (a final val/exact_match above 0.95): with mtp.depth=0 0 of 4 "
+        "seeds (95 % interval 0.0 % to 60.2 %); so with mtp.depth=1." in none
+    )
+    assert "Half of the seeds" not in none and "Holm's correction 1.00" in none
+    every = sentences(sweep(tmp_path / "all", {0: 4 * (EARLY,), 1: 4 * (EARLY,)}))
+    assert "4 of 4 seeds (95 % interval 39.8 % to 100.0 %); an equal share with" in every
+    for name in ("none", "all"):
+        html = report([tmp_path / name])[0].read_text()
+        assert ("not by step 30" in html) == (name == "none")
+
+
+def test_one_seed_alone(tmp_path: Path) -> None:
+    folder = sweep(tmp_path, {0: (LATE,), 1: (NEVER,)})
+    text = sentences(folder)
+    assert "1 of 1 seed (95 % interval 2.5 % to 100.0 %)" in text
+    assert "No difference can be tested: that takes two seeds of each setting." in text
+    (found,) = compare_solved(of(folder))
+    assert found.verdict == "one seed: no test" and smallest_p([found]) is None
+    assert "one seed: no test" in report([folder])[0].read_text()
+    alone = sweep(tmp_path / "alone", {0: (LATE,)})
+    assert "solves the task (a final val/exact_match above 0.95) with all runs." in sentences(alone)
+
+
+def test_before_the_first_run_is_done(tmp_path: Path) -> None:
+    folder = sweep(tmp_path, {0: (LATE,)}, done=False)
+    path, said = report([folder])
+    assert said[-1] == "No setting has a finished run with val/exact_match yet."
+    assert "Seeds that solve: no finished run has val/exact_match." in path.read_text()
+
+
+def test_other_questions_are_not_compared(tmp_path: Path) -> None:
+    for length in (3, 4):
+        for seed in range(4):
+            config = {"data.task.length": length, "seed": seed, "mtp.depth": 0}
+            evaluation = asked(str(length) * 32)
+            rights = LATE if length == 3 else NEVER
+            folder = tmp_path / f"{length}_{seed}"
+            task_run(folder, config, rights=rights, chance=1 / length, summary=evaluation)
+    settings = of(tmp_path)
+    (found,) = compare_solved(settings)
+    assert found.verdict == OTHER_QUESTIONS and found.refused and found.solved is None
+    text = sentences(tmp_path)
+    assert "asked different questions" in text and "data.task.*" in text and "beyond" not in text
+    assert "different text" not in report([tmp_path])[0].read_text()
+    axes = drawings(settings)["exact_match"].figure.axes[0]  # type: ignore[union-attr]
+    chances = [line.get_ydata()[0] for line in axes.lines if line.get_label() == "chance"]
+    assert chances == [1 / 4, 1 / 3]
+
+
+def test_curves_have_means_seeds_and_chance(tmp_path: Path) -> None:
+    settings = of(sweep(tmp_path, {0: (LATE, NEVER)}))
+    figure = drawings(settings)["exact_match"].figure
+    assert figure is not None
+    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+    assert lines["all runs"] == pytest.approx([0.35, 0.5, 0.73])
+    assert set(lines["chance"]) == {0.5} and set(lines["solved"]) == {0.95}
+    thin = [list(line.get_ydata()) for line in figure.axes[0].lines if line.get_linewidth() == 0.7]
+    assert thin == [list(LATE), list(NEVER)]
+    xs = {tuple(line.get_xdata()) for line in figure.axes[0].lines if len(line.get_xdata()) == 3}
+    assert xs == {(10, 20, 30)}
+
+
+def test_figures_of_shares_and_times(tmp_path: Path) -> None:
+    drawn = drawings(of(sweep(tmp_path, {0: 5 * (NEVER,), 1: (EARLY, EARLY, LATE, NEVER, FELL)})))
+    figure = drawn["solved"].figure
+    assert figure is not None
+    bars = {}
+    for container in figure.axes[0].containers:
+        (point, _, (reach,)) = container.lines
+        ends = reach.get_segments()[0][:, 0]
+        bars[container.get_label()] = (point.get_xdata()[0], *ends)
+    assert bars["mtp.depth=0"] == pytest.approx((0, 0, 1 - 0.025**0.2))
+    assert bars["mtp.depth=1"] == pytest.approx((0.6, 0.1466, 0.9473), abs=1e-4)  # a table's
+    ticks = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert ticks == ["mtp.depth=1", "mtp.depth=0"]
+    figure = drawn["time_to_solve"].figure
+    assert figure is not None
+    curve = {line.get_label(): line for line in figure.axes[0].lines}["mtp.depth=1"]
+    assert list(curve.get_xdata()) == [0, 10, 20, 30]
+    assert list(curve.get_ydata()) == pytest.approx([1, 0.6, 0.4, 0.2])
+    assert curve.get_drawstyle() == "steps-post"
+    assert "differences" not in drawn
+
+
+TAGS = {
+    "val/accuracy_position_1": 0.9,
+    "val/forced_accuracy_position_1": 0.95,
+    "val/accuracy_position_2": 0.8,
+    "val/forced_accuracy_position_2": 0.85,
+    "val/accuracy_position_17-20": 0.5,
+    "val/accuracy_period_1": 0.7,
+    "val/accuracy_period_2-3": 0.6,
+    "val/accuracy_distance_16-31": 0.4,
+    "val/accuracy_depth_0": 0.1,
+    "val/accuracy_repeat_1-64": 0.1,
+    "val/accuracy_random_repeat_8": 0.1,
+    "val/longer/exact_match": 0.25,
+    "val/longer/accuracy_position_1": 0.2,
+}
+
+
+def test_accuracy_by_position_and_by_group(tmp_path: Path) -> None:
+    for seed, more in enumerate((0.0, 0.1)):
+        summary = {tag: value + more for tag, value in TAGS.items()}
+        task_run(tmp_path / str(seed), {"seed": seed}, rights=LATE, summary=summary)
+    drawn = drawings(of(tmp_path))
+    named = [n for n in drawn if n.startswith("accuracy_")]
+    assert named == ["accuracy_position", "accuracy_distance", "accuracy_period"]
+    wanted = {
+        "accuracy_position": ([1, 2, 17], [0.95, 0.85, 0.55]),
+        "accuracy_period": ([1, 2], [0.75, 0.65]),
+        "accuracy_distance": ([16], [0.45]),
+    }
+    for name, (xs, ys) in wanted.items():
+        figure = drawn[name].figure
+        assert figure is not None
+        (container,) = figure.axes[0].containers
+        assert list(container.lines[0].get_xdata()) == xs
+        assert list(container.lines[0].get_ydata()) == pytest.approx(ys)
+        (low, high) = container.lines[2][0].get_segments()[0][:, 1]
+        assert high - low == pytest.approx(2 * 12.7062 * 0.05, rel=1e-4)  # t(1) s / sqrt(2)
+    axes = drawn["accuracy_position"].figure.axes[0]  # type: ignore[union-attr]
+    crosses = [line for line in axes.lines if line.get_marker() == "x"]
+    assert list(crosses[0].get_ydata()) == pytest.approx([1.0, 0.9])
+    assert axes.get_xscale() == "log"
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "17"]
+
+
+def test_the_table_has_shares_medians_and_other_sets(tmp_path: Path) -> None:
+    summary = {"val/longer/exact_match": 0.25, "val/wider/exact_match": 0.5}
+    sweep(tmp_path, {0: 5 * (NEVER,), 1: (EARLY, LATE, LATE, LATE, NEVER)}, summary=summary)
+    html = report([tmp_path])[0].read_text()
+    table = html.split('<h2 id="settings">')[1].split("</table>")[0]
+    heads = re.findall(r"<button type=\"button\">([^<]*)</button>(?:<small>([^<]*))?", table)
+    assert heads[2:7] == [
+        ("Solved", "of seeds"),
+        ("Median time", "steps to solve"),
+        ("Exact match", "of answers"),
+        ("Exact match", "on longer"),
+        ("Exact match", "on wider"),
+    ]
+    zero, one = re.findall(r"<tr>\s*<th scope=\"row\".*?</tr>", table, re.DOTALL)
+    assert 'data-sort="0.8">80.0 %' in one and "4 of 5: 28.4 % to 99.5 %" in one
+    assert 'data-sort="30' in one and "25.0 %" in one and "not by step" not in one
+    assert "0 of 5: 0.0 % to 52.2 %" in zero and "not by step 30" in zero
+    table = html.split('<h2 id="differences">')[1].split("</table>")[0]
+    assert "unpaired" in table and "Fisher" in table and "t-test" not in html
+    assert "4 of 5<br>" in table and "0 of 5<br>" in table and ">0.048<" in table
+
+
+def test_the_page_is_whole(tmp_path: Path) -> None:
+    sweep(tmp_path, {0: (NEVER, LATE), 1: (EARLY, LATE)}, summary=TAGS)
+    html = report([tmp_path])[0].read_text()
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:xlink:href="|url\()#([^")]+)', html)) <= set(ids)
+    assert html.count("<figure") == len(list((tmp_path / "figures").glob("*.png")))
+    assert html.count('scope="col"') == html.count('aria-sort="none"')
+    for table in re.findall(r"<table.*?</table>", html, re.DOTALL):
+        columns = table.count('scope="col"')
+        for row in re.findall(r"<tr>\s*<th scope=\"row\".*?</tr>", table, re.DOTALL):
+            assert len(re.findall(r"<t[hd]\b", row)) == columns
+    drawn = [*(tmp_path / "figures").glob("accuracy_*.svg")]
+    assert len(drawn) == 3 and not any("mathdefault" in svg.read_text() for svg in drawn)
+
+
+def test_runs_csv_says_when_a_run_solved(tmp_path: Path) -> None:
+    report([sweep(tmp_path, {0: (EARLY, LATE, NEVER)})])
+    rows = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
+    assert [row["solved_at_step"] for row in rows] == ["10", "30", ""]
+    assert [float(row[EXACT]) for row in rows] == [1.0, 0.96, 0.5]
+
+
+def test_the_level_is_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep(tmp_path, {0: (NEVER, NEVER)})
+    main([str(tmp_path), "--solved", "0.4"])
+    said = capsys.readouterr().out
+    assert "2 of 2 seeds" in said and "above 0.4" in said
+    for level in ("1", "-0.1", "nan"):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path), "--solved", level])
+        assert f"--solved {float(level):g} is no share below 1" in capsys.readouterr().err
+
+
+def test_text_beside_a_task_is_named(tmp_path: Path) -> None:
+    sweep(tmp_path, {0: (LATE, NEVER)})
+    write_run(tmp_path / "text", {"mtp.depth": 3})
+    found = read_sweep(tmp_path)
+    notes = " ".join(caveats(collect([found]), [found]))
+    assert "No run has val/exact_match with mtp.depth=3: nothing is said of solving" in notes
+    assert report([tmp_path])[0].is_file()
+
+
+def test_a_finished_run_without_its_curve_is_named(tmp_path: Path) -> None:
+    sweep(tmp_path, {0: (LATE, NEVER)})
+    (tmp_path / "d0_s0" / "metrics.csv").unlink()
+    found = read_sweep(tmp_path)
+    notes = " ".join(caveats(collect([found]), [found]))
+    assert "No validation with val/exact_match is logged by d0_s0: no time to solve." in notes
+    share = solved_share(collect([found]).all[0], 0.95)
+    assert share is not None and (share.count, share.n) == (1, 2)
+
+
+def test_text_stays_text(tmp_path: Path) -> None:
+    depth_sweep(tmp_path, {0: (2.0, 2.1, 2.3), 1: (1.9, 2.0, 2.199)})
+    settings = of(tmp_path)
+    assert not settings.is_task
+    path, said = report([tmp_path], level=0.5)
+    assert "lowest validation loss" in " ".join(said)
+    html = path.read_text()
+    assert "paired t-test" in html and "solve" not in html and "Fisher" not in html
+    assert "solved_at_step" not in (tmp_path / "runs.csv").read_text()
+    assert json.loads((tmp_path / "depth-0_seed-0" / "summary.json").read_text())["seed"] == 0
