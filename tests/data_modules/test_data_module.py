@@ -22,7 +22,11 @@ from data_modules.tokenizers import BPETokenizer, ByteTokenizer, PretrainedToken
 from data_modules.windows import WindowBatch
 
 CONF = Path(data_modules.__file__).parents[1] / "conf"
-SOURCES = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if path.stem != "base")
+SOURCES = sorted(
+    path.stem
+    for path in (CONF / "data").glob("*.yaml")
+    if path.stem not in ("base", "task") and "tasks" not in path.read_text(encoding="utf-8")
+)
 TOKENIZERS = sorted(path.stem for path in (CONF / "tokenizer").glob("*.yaml"))
 
 
