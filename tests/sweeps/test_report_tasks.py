@@ -102,6 +102,7 @@ def test_what_is_no_number_is_no_validation(tmp_path: Path) -> None:
     run = Run(folder=tmp_path, rows=[{"step": s, EXACT: r} for s, r in ((10, 0.1), (20, nan))])
     assert wait_of(run, 0.95) == Wait(10, False)
     assert wait_of(Run(folder=tmp_path, rows=[{"step": 10, EXACT: nan}]), 0.95) is None
+    assert wait_of(Run(folder=tmp_path, rows=[{"step": 10, EXACT: 0.5}]), 0.5) == Wait(10, False)
     assert wait_of(Run(folder=tmp_path, rows=[{"step": 10, "val/loss_depth_0": 1.0}]), 0.9) is None
     settings = of(sweep(tmp_path, {0: (LATE, NEVER), 1: (LATE, (0.5, nan))}))
     assert [solved_share(s, 0.95) is None for s in settings.all] == [False, True]
@@ -159,6 +160,9 @@ def test_none_solved_and_all_solved(tmp_path: Path) -> None:
     for name in ("none", "all"):
         html = report([tmp_path / name])[0].read_text()
         assert ("not by step 30" in html) == (name == "none")
+    # One ends at 10, of four; how late it was looked for is the last look of all.
+    sweep(tmp_path / "few", {0: (EARLY, NEVER, NEVER, NEVER)})
+    assert "not by step 30" in report([tmp_path / "few"])[0].read_text()
 
 
 def test_one_seed_alone(tmp_path: Path) -> None:
