@@ -3,7 +3,7 @@
 Tokenizers, shapes of the trunk and depths at equal time: each is trained for as many steps as so
 many CPU seconds of one thread hold, by what two short runs differ in, as many at once as there are
 cores. All are evaluated on one text, whatever their tokenizer. One seed: differences of a few
-hundredths mean nothing. 240 seconds each take about half an hour on two cores.
+hundredths mean nothing.
 """
 
 from __future__ import annotations
