@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data_modules.cache import cache_folder
 from data_modules.evaluation_text import EvaluationWindows, choose
-from data_modules.loader import EvaluationLoader, WindowLoader
+from data_modules.loader import WindowLoader
 from data_modules.sources.base import Source
 from data_modules.sources.text import TextSource
 from data_modules.splitting import DocumentSplit
@@ -110,20 +110,6 @@ class TokenDataModule(WindowDataModule):
         """
         return cls(TextSource(paths, field=field), tokenizer, **options)
 
-    def prepare(self, stage: str = "fit") -> None:
-        """Builds or opens the token store and checks that there is enough text. Idempotent.
-
-        Args:
-            stage: ``fit`` needs a training step and an evaluation text, any other stage
-                (``validate``) only the latter.
-
-        Raises:
-            ValueError: about the text (empty, not UTF-8, shorter than a window ...).
-            OSError: about files.
-            MissingPackageError: if the source's package is not installed.
-        """
-        super().prepare(stage)
-
     def prepare_data(self) -> None:
         """Lightning's hook, called by one process a node: builds the store."""
         self._open()
@@ -169,14 +155,6 @@ class TokenDataModule(WindowDataModule):
             dataset,
             batch_size=self.batch_size * self.accumulate,
             seed=self.seed,
-            num_workers=self.num_workers,
-            pin_memory=self._pins_memory,
-        )
-
-    def val_dataloader(self) -> EvaluationLoader:
-        return EvaluationLoader(
-            self.evaluation,
-            batch_size=self.eval_batch_size,
             num_workers=self.num_workers,
             pin_memory=self._pins_memory,
         )

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from data_modules.loader import EvaluationLoader, WindowLoader
+from data_modules.loader import EvaluationLoader, WindowLoader, Windows
 from data_modules.tokenizers.base import Tokenizer
 from mtp_lightning.settings import require_whole
 
 
-class WindowDataModule(LightningDataModule):
+class WindowDataModule(LightningDataModule, ABC):
     """Windows of T + D + 1 tokens for training and validation.
 
     One batch of the training loader is **one optimizer step of this rank**: ``batch_size *
@@ -74,26 +75,33 @@ class WindowDataModule(LightningDataModule):
                 only the latter.
 
         Raises:
-            ValueError: about the data.
+            ValueError: about the data (a text that is empty, not UTF-8, shorter than a window ...).
+            OSError: about files.
+            MissingPackageError: if a source's package is not installed.
         """
         if stage == "fit":
             self.train_dataloader().check()
         self.val_dataloader().check()
 
     @property
+    @abstractmethod
     def tokenizer(self) -> Tokenizer:
         """What the ids stand for."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def masks_targets(self) -> bool:
         """Whether a depth may be left without a target in some step."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
+    def evaluation(self) -> Windows:
+        """What every validation reads."""
+
+    @property
+    @abstractmethod
     def evaluated_bytes(self) -> list[int] | None:
         """UTF-8 bytes of what is predicted of each document; None where there is no text."""
-        raise NotImplementedError
 
     @property
     def scores_answers(self) -> bool:
@@ -114,20 +122,28 @@ class WindowDataModule(LightningDataModule):
         """What is to be answered and judged at validation, by name; "" is the validation itself."""
         return {}
 
+    @abstractmethod
     def train_dataloader(self) -> WindowLoader:
-        raise NotImplementedError
+        """Lightning's hook."""
 
     def val_dataloader(self) -> EvaluationLoader:
-        raise NotImplementedError
+        """Lightning's hook."""
+        return EvaluationLoader(
+            self.evaluation,
+            batch_size=self.eval_batch_size,
+            num_workers=self.num_workers,
+            pin_memory=self._pins_memory,
+        )
 
+    @abstractmethod
     def evaluation_summary(self) -> dict[str, Any]:
         """What a validation's numbers rest on; equal ``fingerprint`` is equal data."""
-        raise NotImplementedError
 
+    @abstractmethod
     def summary(self) -> dict[str, Any]:
         """Plain facts about the data, for the run's summary and checkpoints."""
-        raise NotImplementedError
 
+    @abstractmethod
     def held_out_prompts(self, n: int, length: int) -> list[Tensor]:
         """Prompts from validation data, int64.
 
@@ -138,7 +154,6 @@ class WindowDataModule(LightningDataModule):
         Raises:
             ValueError: there are not so many.
         """
-        raise NotImplementedError
 
     @property
     def _pins_memory(self) -> bool:

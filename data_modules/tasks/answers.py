@@ -68,12 +68,17 @@ class AnswerSet:
                 batch.scored[row, start : start + self.task.longest_answer] = True
         return batch
 
-    def places(self, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
+    def places(self, numbers: np.ndarray, width: int) -> tuple[Tensor, Tensor]:
         """Which of its answer's asked tokens each token of a :meth:`batch` is, from 0, and its
-        group's number, both [B, W] int64 and -1 elsewhere."""
-        batch, number = self.batch(numbers), {n: i for i, n in enumerate(self.group_names)}
-        position_BW = torch.full_like(batch.tokens, -1)
-        group_BW = torch.full_like(batch.tokens, -1)
+        group's number, both [B, W] int64 and -1 elsewhere.
+
+        Args:
+            numbers: of the examples.
+            width: W of their batch.
+        """
+        number = {name: i for i, name in enumerate(self.group_names)}
+        position_BW = torch.full((len(numbers), width), -1)
+        group_BW = torch.full_like(position_BW, -1)
         for row, i in enumerate(numbers.tolist()):
             example = self.examples[i]
             asked = torch.tensor(example.asked)

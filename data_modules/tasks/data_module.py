@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_modules.loader import EvaluationLoader
 from data_modules.sources.base import digest
 from data_modules.tasks.answers import AnswerSet
 from data_modules.tasks.base import Example, Task
@@ -133,14 +132,6 @@ class TaskDataModule(WindowDataModule):
             dataset,
             batch_size=self.batch_size * self.accumulate,
             seed=self.seed,
-            num_workers=self.num_workers,
-            pin_memory=self._pins_memory,
-        )
-
-    def val_dataloader(self) -> EvaluationLoader:
-        return EvaluationLoader(
-            self.evaluation,
-            batch_size=self.eval_batch_size,
             num_workers=self.num_workers,
             pin_memory=self._pins_memory,
         )

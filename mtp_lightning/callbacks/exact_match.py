@@ -83,7 +83,8 @@ def answer_all(
             batch = examples.batch(numbers).to(device)
             said_BW = say(model, batch)
             right_B = examples.right(numbers, said_BW).to(device)
-            places = (place.to(device) for place in examples.places(numbers))
+            width = batch.tokens.shape[1]
+            places = (place.to(device) for place in examples.places(numbers, width))
             with torch.autocast(device.type, enabled=False):
                 forced_BW = choose(model, batch)
             rates.update(right_B, said_BW, forced_BW, batch.tokens, *places)

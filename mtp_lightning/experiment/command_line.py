@@ -7,7 +7,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from mtp_lightning.run.config import has_bearing, key_of, lies_in
+from mtp_lightning.run.config import has_bearing, is_plain, key_of, lies_in
 
 
 def overridden(group: str) -> list[str]:
@@ -41,7 +41,7 @@ def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
         if OmegaConf.is_dict(value):  # several choices of one group
             value = texts.get(key, "")
         chosen[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    if chosen["mtp.depth"] == 0 and choices.get("mtp") != "teacherless":
+    if is_plain(chosen["mtp.depth"], OmegaConf.select(cfg, "mtp._target_")):
         chosen = {k: v for k, v in chosen.items() if k.partition(".")[0] != "mtp"}
         chosen |= {"mtp.depth": 0, "mtp": "none"}
     return chosen

@@ -100,7 +100,6 @@ class DepthRates(Metric):
     ) -> tuple[Tensor, Tensor]:
         """Returns depth 0's losses [P], and which of them count [P]."""
         start, end = place.start, place.stop
-        losses: list[tuple[Tensor, Tensor]] = []
         # Depth k is compared with the main prediction k positions on.
         main = _log_probs(hidden[0][row, start : end + self.depth], weight_VC)
         main_choice = main.argmax(-1)
@@ -114,11 +113,11 @@ class DepthRates(Metric):
             choice_P = log_q.argmax(-1)
             log_target_P = log_q.gather(-1, target_P.clamp(min=0).unsqueeze(-1)).squeeze(-1)
             nll_P = _exact(-log_target_P)
-            losses.append((nll_P, valid_P))
             self.count[k] += valid_P.sum()
             self.loss[k] += nll_P[valid_P].sum()
             self.accuracy[k] += (choice_P == target_P)[valid_P].sum()
             if k == 0:
+                of_main = nll_P, valid_P
                 continue
             seen = max(min(end - start, main.shape[0] - k), 0)
             paired = valid_P[:seen]
@@ -127,7 +126,7 @@ class DepthRates(Metric):
             self.pairs[k] += paired.sum()
             self.agreement[k] += agrees[paired].sum()
             self.overlap[k] += _exact(shared[paired]).sum()
-        return losses[0]
+        return of_main
 
     def compute(self) -> dict[str, float]:
         """``loss_depth_k`` and ``accuracy_depth_k`` for k = 0 .. D, ``agreement_depth_k`` and

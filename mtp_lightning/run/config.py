@@ -34,6 +34,17 @@ def has_bearing(key: str) -> bool:
     return not lies_in(key, WITHOUT_BEARING)
 
 
+def is_plain(depth: Any, target: Any) -> bool:
+    """Whether this is next-token training, however it was asked for: a stack without depths is
+    ``mtp=none``, but for ``mtp=teacherless``, which has none and reads something else.
+
+    Args:
+        depth: ``mtp.depth``.
+        target: ``mtp._target_``.
+    """
+    return bool(depth == 0 and not str(target).endswith(".TeacherlessConfig"))
+
+
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested config by dotted keys."""
     flat: dict[str, Any] = {}

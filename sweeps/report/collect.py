@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from mtp_lightning.run.config import has_bearing
+from mtp_lightning.run.config import has_bearing, is_plain
 from mtp_lightning.run.layout import SUMMARY_FILE
 from sweeps.report.read import Run, Sweep
 from sweeps.report.settings import SOLVED, Setting, Settings, order, show
@@ -81,11 +81,15 @@ def _comparable(run: Run, follows: set[str]) -> dict[str, Any]:
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a config is computed: ``mtp=none`` and any other stack of depth 0 are the same."""
-    teacherless = str(config.get("mtp._target_")).endswith(".TeacherlessConfig")
-    if config.get("mtp.depth") != 0 or teacherless:
+    """What of a config is computed: ``mtp=none`` and any other stack without depths are the
+    same."""
+    if not _is_plain(config):
         return config
     return {k: v for k, v in config.items() if k == "mtp.depth" or not k.startswith("mtp.")}
+
+
+def _is_plain(config: dict[str, Any]) -> bool:
+    return is_plain(config.get("mtp.depth"), config.get("mtp._target_"))
 
 
 def _apart(
@@ -189,7 +193,7 @@ def _value(setting: Setting, key: str) -> Any:
     if key in setting.config:
         value = setting.config[key]
         return _class_name(value) if key.endswith("._target_") else value
-    if key == "mtp" and setting.depth == 0:
+    if key == "mtp" and _is_plain(setting.config):
         return "none"
     for run in setting.runs:
         if key in run.overrides:

@@ -135,7 +135,9 @@ def test_rates_against_a_loop(task: Task) -> None:
         wrong &= batch.scored
         said, forced = ((batch.tokens + w) % len(task.symbols) for w in wrong)
         right = questions.right(numbers, said)
-        rates.update(right, said, forced, batch.tokens, *questions.places(numbers))
+        rates.update(
+            right, said, forced, batch.tokens, *questions.places(numbers, batch.tokens.shape[1])
+        )
         for row, i in enumerate(numbers.tolist()):
             example, ordinal = questions.examples[i], 0
             names = task.groups(example)

@@ -59,6 +59,8 @@ def test_no_depth_is_one_row_however_it_was_asked_for() -> None:
     assert hyperparameters(started_with("mtp=none")) == none
     assert hyperparameters(started_with("mtp.depth=0")) == none
     assert hyperparameters(started_with("mtp=linear", "mtp.depth=0", "mtp.branch=final")) == none
+    # It has no depth either, and is something else.
+    assert hyperparameters(started_with("mtp=teacherless"))["mtp"] == "teacherless"
 
 
 def test_without_a_command_line_a_few_keys_are_left() -> None:

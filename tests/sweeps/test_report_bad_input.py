@@ -343,3 +343,16 @@ def test_a_run_knows_its_seed(tmp_path: Path) -> None:
     assert Run(folder=tmp_path, overrides={"seed": "3"}).seed == 3
     assert Run(folder=tmp_path, overrides={"seed": "x"}).seed == "x"
     assert Run(folder=tmp_path).seed is None
+
+
+def test_teacherless_is_not_taken_for_no_mtp(tmp_path: Path) -> None:
+    """Neither has a depth. Sweeps name the group, whose choice is shown."""
+    for name in ("none", "teacherless"):
+        target = f"mtp_lightning.mtp.{name}.{'NoMTP' if name == 'none' else 'Teacherless'}Config"
+        for seed in (0, 1):
+            config = {"seed": seed, "mtp._target_": target, "mtp.depth": 0}
+            asked = {"state": "done", "overrides": [f"mtp={name}", f"seed={seed}"]}
+            write_run(tmp_path / f"{name}{seed}", config, status=asked)
+    settings, _ = of(tmp_path)
+    assert [s.label for s in settings.all] == ["mtp=none", "mtp=teacherless"]
+    assert [len(s.done) for s in settings.all] == [2, 2]
