@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from mtp_lightning.run.metrics import read_metrics
+from mtp_lightning.run.metrics import read_metrics, read_newest
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -108,16 +107,19 @@ def start(args: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
-    """Return as soon as ``metrics.csv`` holds ``step``, read without touching the file."""
+    """Return as soon as ``metrics.csv`` holds ``step``, read without touching the file.
+
+    By the platform's reader: where a row grows while it is read, what follows its old end is a line
+    that begins with the digits of any number.
+    """
     file = run_dir / "metrics.csv"
     began = time.monotonic()
     while time.monotonic() - began < 120:
         if process.poll() is not None:
             raise AssertionError(f"the run ended (code {process.returncode}) before step {step}")
-        if file.is_file():
-            found = re.findall(r"^(\d+),", file.read_text(), flags=re.MULTILINE)
-            if found and int(found[-1]) >= step:
-                return
+        newest = read_newest(file, "train/loss")
+        if newest is not None and newest[0] >= step:
+            return
         time.sleep(0.002)
     raise AssertionError(f"step {step} was not reached in 120 s")
 
