@@ -172,9 +172,12 @@ class TokenDataModule(WindowDataModule):
         )
 
     @cached_property
-    def evaluated_bytes(self) -> list[int]:
+    def evaluated_bytes(self) -> list[int] | None:
         """UTF-8 bytes of what is predicted of each document of the evaluation text: all, or with
-        ``document_mask`` all but its first token's."""
+        ``document_mask`` all but its first token's. None where an id of the store stands for no
+        text."""
+        if not self.store.meta.get("bytes_defined", True):
+            return None
         text, tokenizer = self.evaluation.text, self.tokenizer
         found = [int(n) for n in text.bytes]
         if not self.document_mask:
@@ -185,11 +188,12 @@ class TokenDataModule(WindowDataModule):
 
     def evaluation_summary(self) -> dict[str, Any]:
         """What a validation's numbers rest on: the text's ``fingerprint``, its ``documents``, and
-        ``bytes`` and ``tokens`` of the depth-0 targets."""
+        ``bytes`` (where ids stand for text) and ``tokens`` of the depth-0 targets."""
+        n_bytes = self.evaluated_bytes
         return {
             "fingerprint": self.evaluation.text.fingerprint,
             "documents": len(self.evaluation.text.starts),
-            "bytes": sum(self.evaluated_bytes),
+            **({} if n_bytes is None else {"bytes": sum(n_bytes)}),
             "tokens": self.evaluation.n_targets,
         }
 

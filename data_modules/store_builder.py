@@ -8,7 +8,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,12 +17,15 @@ import numpy as np
 
 from data_modules.cache import build_once
 from data_modules.overlap import LineOverlap
-from data_modules.sources.base import digest
+from data_modules.sources.base import Source, digest
 from data_modules.splitting import SPLITS, DocumentSplit
 from data_modules.token_store import FORMAT, PIECES, TokenStore, token_dtype
 from data_modules.tokenizers.base import Tokenizer
 
 log = logging.getLogger(__name__)
+
+Encoded = tuple[str, np.ndarray, bytes, bool]
+"""A piece of a document: its split, ids, UTF-8 text, and whether it is the document's last one."""
 
 PIECE = 65_536
 """Characters that a long document is encoded by: bounds memory, and lets threads share it."""
@@ -70,19 +73,34 @@ def prepare_store(
     """
     # Untrained options already decide the ids of a given corpus, so the key needs no training.
     key = _key("store", split, tokenizer)
-    target = cache / "stores" / key
+
+    def write(folder: Path) -> dict[str, Any]:
+        ready = prepare_tokenizer(tokenizer, split, cache)
+        overlap = LineOverlap()
+        encoded = _encoded(split, ready, overlap)
+        return write_documents(folder, ready, split, encoded, overlap)
+
+    store = keep_store(cache, key, write)
+    # The tokenizer beside the ids is the one that made them, whatever was trained since.
+    return store, Tokenizer.load(store.folder) if tokenizer.needs_training else tokenizer
+
+
+def keep_store(cache: Path, key: str, write: Callable[[Path], dict[str, Any]]) -> TokenStore:
+    """The store of a key, written if the cache has none.
+
+    Args:
+        cache: the cache folder.
+        key: hex digest of all that decides the tokens.
+        write: :func:`write_documents` into the folder that it is given.
+    """
 
     def build(folder: Path) -> None:
-        ready = prepare_tokenizer(tokenizer, split, cache)
         begun = time.perf_counter()
-        meta = _write(folder, ready, split)
+        meta = write(folder)
         meta |= {"fingerprint": key, "seconds": round(time.perf_counter() - begun, 3)}
-        ready.save(folder)
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
-    store = TokenStore(build_once(target, build))
-    # The tokenizer beside the ids is the one that made them, whatever was trained since.
-    return store, Tokenizer.load(target) if tokenizer.needs_training else tokenizer
+    return TokenStore(build_once(cache / "stores" / key, build))
 
 
 def _key(what: str, split: DocumentSplit, tokenizer: Tokenizer) -> str:
@@ -92,32 +110,45 @@ def _key(what: str, split: DocumentSplit, tokenizer: Tokenizer) -> str:
     )
 
 
-def _write(folder: Path, tokenizer: Tokenizer, split: DocumentSplit) -> dict[str, Any]:
-    dtype = token_dtype(tokenizer.vocab_size)
+def write_documents(
+    folder: Path,
+    tokenizer: Tokenizer,
+    split: DocumentSplit,
+    encoded: Iterable[Encoded],
+    overlap: LineOverlap,
+    *,
+    vocab_size: int | None = None,
+) -> dict[str, Any]:
+    """Write tokenizer and documents of a store.
+
+    Args:
+        folder: to write into.
+        tokenizer: whose ids they are.
+        split: that they were taken from.
+        encoded: pieces of documents, in order.
+        overlap: that was shown the documents by the time they are all written.
+        vocab_size: ids lie below; by default the tokenizer's own.
+
+    Returns:
+        What ``meta.json`` says of them.
+    """
+    dtype = token_dtype(vocab_size or tokenizer.vocab_size)
     writers = {name: _SplitWriter(folder / f"{name}.bin", dtype) for name in SPLITS}
     eot = np.array([tokenizer.eot_id], dtype)
-    source = split.source
-    overlap = LineOverlap()
-    progress = _Progress(f"tokens of {source.name} ({tokenizer.kind})", source.total_bytes())
     try:
-        for batch in _batches(split, overlap):
-            encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
-            for (name, piece, last), ids in zip(batch, encoded, strict=True):
-                writer = writers[name]
-                # Proven encodable: the tokenizer has read the piece.
-                text = piece.encode("utf-8")
-                writer.add(ids.astype(dtype), text)
-                if last:
-                    writer.end_document(eot)
-                progress.add(len(text))
+        for name, ids, text, last in encoded:
+            writer = writers[name]
+            writer.add(ids.astype(dtype), text)
+            if last:
+                writer.end_document(eot)
     finally:
         for writer in writers.values():
             writer.close()
-        progress.close()
+    tokenizer.save(folder)
     return {
         "format": FORMAT,
         "dtype": dtype.name,
-        "source": source.summary(),
+        "source": split.source.summary(),
         "tokenizer": {
             "kind": tokenizer.kind,
             "fingerprint": tokenizer.fingerprint(),
@@ -175,6 +206,21 @@ class _SplitWriter:
         return {"tokens": self.n_tokens, "bytes": self.n_bytes, "documents": len(self.starts) - 1}
 
 
+def _encoded(split: DocumentSplit, tokenizer: Tokenizer, overlap: LineOverlap) -> Iterator[Encoded]:
+    source = split.source
+    progress = Progress(f"tokens of {source.name} ({tokenizer.kind})", source.total_bytes())
+    try:
+        for batch in _batches(split, overlap):
+            encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
+            for (name, piece, last), ids in zip(batch, encoded, strict=True):
+                # Proven encodable: the tokenizer has read the piece.
+                text = piece.encode("utf-8")
+                yield name, ids, text, last
+                progress.add(len(text))
+    finally:
+        progress.close()
+
+
 def _batches(split: DocumentSplit, overlap: LineOverlap) -> Iterator[list[tuple[str, str, bool]]]:
     """Lists of (split, piece of a document, whether its last one), about BATCH characters each.
 
@@ -183,15 +229,7 @@ def _batches(split: DocumentSplit, overlap: LineOverlap) -> Iterator[list[tuple[
     batch: list[tuple[str, str, bool]] = []
     size = 0
     for number, (name, document) in enumerate(split):
-        if not document.isascii():
-            try:
-                document.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"document {number} of {split.source.name} holds half a character (a lone "
-                    f"surrogate, U+{ord(document[error.start]):04X}) at character {error.start}, "
-                    f"which is no Unicode text: mend that document"
-                ) from None
+        require_unicode(document, number, split.source)
         overlap.add(name, document)
         for piece, last in pieces(document):
             batch.append((name, piece, last))
@@ -201,6 +239,24 @@ def _batches(split: DocumentSplit, overlap: LineOverlap) -> Iterator[list[tuple[
                 batch, size = [], 0
     if batch:
         yield batch
+
+
+def require_unicode(document: str, number: int, source: Source) -> None:
+    """Refuse a document of a source that cannot be written as UTF-8.
+
+    Raises:
+        ValueError: naming its number and the character.
+    """
+    if document.isascii():
+        return
+    try:
+        document.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"document {number} of {source.name} holds half a character (a lone "
+            f"surrogate, U+{ord(document[error.start]):04X}) at character {error.start}, "
+            f"which is no Unicode text: mend that document"
+        ) from None
 
 
 def pieces(document: str, limit: int = PIECE) -> Iterator[tuple[str, bool]]:
@@ -222,30 +278,46 @@ def pieces(document: str, limit: int = PIECE) -> Iterator[tuple[str, bool]]:
     yield document[start:], True
 
 
-class _Progress:
-    """A bar on a terminal's stderr; elsewhere one line at the end."""
+class Progress:
+    """A bar on a terminal's stderr; elsewhere one line at the end.
 
-    def __init__(self, what: str, total: int | None) -> None:
+    Args:
+        what: it is the progress of.
+        total: in the unit, if known.
+        unit: of what is counted.
+    """
+
+    def __init__(self, what: str, total: int | None, unit: str = "B") -> None:
         self.what = what
+        self.unit = unit
         self.begun = time.perf_counter()
-        self.n_bytes = 0
+        self.done = 0
         self.bar: Any = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False)
+            self.bar = tqdm(total=total, desc=what, unit=unit, unit_scale=True, leave=False)
 
-    def add(self, n_bytes: int) -> None:
-        self.n_bytes += n_bytes
+    def add(self, n: int) -> None:
+        """Count what was done."""
+        self.done += n
         if self.bar is not None:
-            self.bar.update(n_bytes)
+            self.bar.update(n)
 
     def close(self) -> None:
+        """Say what it took."""
         if self.bar is not None:
             self.bar.close()
         seconds = time.perf_counter() - self.begun
-        rate = self.n_bytes / 1e6 / max(seconds, 1e-9)
-        _tell(f"{self.what}: {self.n_bytes / 1e6:.1f} MB in {seconds:.1f} s, {rate:.1f} MB/s")
+        millions = self.done / 1e6
+        rate = millions / max(seconds, 1e-9)
+        if self.unit == "B":
+            _tell(f"{self.what}: {millions:.1f} MB in {seconds:.1f} s, {rate:.1f} MB/s")
+        else:
+            _tell(
+                f"{self.what}: {self.done:,} {self.unit} in {seconds:.1f} s, "
+                f"{1e6 * rate:,.0f} a second"
+            )
 
 
 def _tell(line: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from data_modules.windows import WindowBatch
 from mtp_lightning.interop.reading import is_folder, read_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.nn.config import TrunkConfig
@@ -98,14 +99,20 @@ def brought_trunk(checkpoint: dict[str, Any]) -> bool:
     return "vocab_size" in checkpoint.get("config", {}).get("model", {})
 
 
-def start_from(model: MTPModel, start: Start) -> Inherited:
+def start_from(model: MTPModel, start: Start, windows: WindowBatch | None = None) -> Inherited:
     """Load the weights of ``start`` into a freshly initialised model.
+
+    Args:
+        model: whose modules that ``start`` does not hold begin as ``mtp.init`` says.
+        start: where the other weights are from.
+        windows: of training text, which ``mtp.init=last_block`` looks at.
 
     Raises:
         ValueError: another trunk, a stack whose weights mean something else, or names or shapes
             that do not fit.
     """
     old, wanted = start.config, model.config
+    model.mtp.check_beginning(model.trunk)
     _check_trunk(start.path, old, wanted)
     same_stack = old.mtp.variant == wanted.mtp.variant
     if same_stack:
@@ -116,6 +123,11 @@ def start_from(model: MTPModel, start: Start) -> Inherited:
     own_modules = _modules(own)
     kept = [name for name in own_modules if same_stack and name in old_modules]
     new = [name for name in own_modules if name not in kept]
+    if wanted.mtp.init != "random" and not new:
+        raise ValueError(
+            f"mtp.init={wanted.mtp.init} has nothing to begin: init_from={start.path} holds every "
+            "module of this run; leave mtp.init out."
+        )
     for name, tensor in start.weights.items():
         if _module(name) in kept:
             stored[name] = tensor
@@ -124,6 +136,12 @@ def start_from(model: MTPModel, start: Start) -> Inherited:
             stored[name] = tensor
     # All names and shapes that are left must fit exactly.
     load_weights(model, stored, source=str(start.path))
+    text = None
+    if wanted.mtp.init != "random":
+        assert windows is not None
+        text = model.read_text(windows)
+    fresh = [int(name.rpartition(".")[2]) for name in new if name.startswith("mtp.depths.")]
+    model.mtp.begin(fresh, model.trunk, text)
     return Inherited(kept=kept, new=new, dropped=[m for m in old_modules if m not in kept])
 
 

@@ -39,7 +39,9 @@ INPUTS = frozenset(
         "checkpoint",
         "compare.reference",
         "data.field",
+        "data.model",
         "data.paths",
+        "data.prompts.paths",
         "data.source.data_files",
         "data.source.field",
         "data.source.path",
@@ -50,7 +52,7 @@ INPUTS = frozenset(
     }
 )
 # Those of all these that may be a list, and a mapping.
-LISTS = frozenset({"stop", "data.paths", "data.source.data_files"})
+LISTS = frozenset({"stop", "data.paths", "data.prompts.paths", "data.source.data_files"})
 MAPPINGS = frozenset({"data.source.data_files"})
 
 # What Hydra reads as this very text, unquoted; the commonest paths stay as they are typed.

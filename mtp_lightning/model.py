@@ -9,10 +9,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey
+from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey, TrunkText
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
@@ -124,6 +125,28 @@ class MTPModel(nn.Module):
         assert self.config.trunk.init_std is not None
         initialise(self, std=self.config.trunk.init_std, seed=seed)
         self.mtp.initialise_own()
+
+    @torch.no_grad()
+    def read_text(self, batch: WindowBatch) -> TrunkText:
+        """What the trunk makes of whole windows, for modules that begin on it."""
+        seq_len, device = batch.seq_len, self.head.weight.device
+        end = seq_len + self.depth
+        documents = None if batch.documents is None else batch.documents[:, :end].to(device)
+
+        def positions(n: int) -> Positions:
+            return Positions.of_window(
+                self.config.trunk,
+                n,
+                device=device,
+                dtype=self.head.weight.dtype,
+                documents=None if documents is None else documents[:, :n],
+            )
+
+        embedded = self.trunk.embedding(batch.tokens[:, :end].to(device))
+        output = self.trunk(embedded, positions(end))
+        hidden = self.mtp.branch(self.trunk, output)[:, :seq_len]
+        at = BranchPoint(hidden, embedded, positions(seq_len))
+        return TrunkText(at, output.before_last, documents)
 
     def forward(
         self,

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from data_modules.tokenizers import tokenizer_from_state
+from data_modules.windows import WindowBatch
 from mtp_lightning import compare
 from mtp_lightning.callbacks.checkpoint_plugin import AtomicCheckpointIO
 from mtp_lightning.callbacks.precision_plugin import TokenDoublePrecision
 from mtp_lightning.experiment.command_line import overridden
-from mtp_lightning.experiment.instantiate import instantiate, targets
+from mtp_lightning.experiment.instantiate import instantiate, targets, trusted_packages
 from mtp_lightning.experiment.run_loggers import build_loggers
+from mtp_lightning.experiment.self_generated import SelfGenerated
 from mtp_lightning.init_from import free_keys
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
@@ -38,6 +41,8 @@ log = logging.getLogger(__name__)
 
 # Keys of the trainer group that are this project's, not lightning.pytorch.Trainer's.
 _OWN_TRAINER_KEYS = ("accumulate_grad_batches", "gradient_clip_val", "num_threads", "compile")
+# What mtp.init=last_block looks at: a pass of the trunk over more would take longer than it gains.
+BEGINNING_TOKENS = 8192
 _PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 _STRATEGIES = ("auto", "ddp")
 
@@ -74,6 +79,8 @@ def build_data(
                 "run's tokenizer settings do not ask for: its weights mean nothing with another."
             )
         data = instantiate(cfg.data, tokenizer=tokenizer)
+    if isinstance(data, SelfGenerated):
+        data.allow = trusted_packages(cfg)
     data.prepare()
     return data
 
@@ -88,11 +95,30 @@ def _build_task(cfg: DictConfig, tokenizer_state: dict[str, Any] | None) -> Wind
     return data
 
 
-def settle_windows(cfg: DictConfig, data: WindowDataModule) -> DictConfig:
-    """The config with the length of window that the data have found themselves."""
+def settle_data(cfg: DictConfig, data: WindowDataModule) -> DictConfig:
+    """The config with what the data have found themselves: the length of window, and the digest
+    of the model that generated them."""
+    cfg = cfg.copy()
     if cfg.data.seq_len is None:
-        cfg = cfg.copy()
         cfg.data.seq_len = data.seq_len
+    if isinstance(data, SelfGenerated):
+        cfg.data.weights = data.weights
+    return cfg
+
+
+def recall_data(cfg: DictConfig, stored: dict[str, Any]) -> DictConfig:
+    """The config of a run that goes on, with the digest of the model that generated its data: the
+    model itself may be gone, or trained on.
+
+    Args:
+        cfg: the config.
+        stored: that of the run's checkpoint.
+    """
+    before = stored.get("data", {})
+    same = "weights" in cfg.data and before.get("model") == cfg.data.model
+    if same and cfg.data.weights is None:
+        cfg = cfg.copy()
+        cfg.data.weights = before.get("weights")
     return cfg
 
 
@@ -150,6 +176,11 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
             )
         if cfg.init_from is None:
             log.warning("mtp.freeze_trunk=true without init_from: the frozen trunk is random.")
+    if model_config.mtp.init != "random" and cfg.init_from is None:
+        raise ValueError(
+            f"mtp.init={model_config.mtp.init} has no trunk to begin from: set init_from, or leave "
+            "mtp.init out."
+        )
     if model_config.mtp.answers_at_once and not data.scores_answers:
         raise ValueError(
             f"mtp={model_config.mtp.variant} is not shown what it is to say, so it needs a task "
@@ -176,6 +207,14 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
             if isinstance(layer, Block):
                 layer.compile()
     return module
+
+
+def beginning_windows(data: WindowDataModule) -> WindowBatch:
+    """Training windows from all over the corpus, of about :data:`BEGINNING_TOKENS` positions: the
+    same ones whatever the run's seed, batch and number of processes."""
+    dataset = data.train_dataloader().dataset
+    rows = min(len(dataset), -(-BEGINNING_TOKENS // data.seq_len))
+    return dataset[np.linspace(0, len(dataset) - 1, rows).astype(np.int64)]
 
 
 def adopt_trunk(cfg: DictConfig, trunk: TrunkConfig, *, source: Path) -> DictConfig:

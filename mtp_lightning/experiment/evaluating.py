@@ -17,6 +17,7 @@ from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
 from mtp_lightning.decoding.measure import decoding_report
 from mtp_lightning.experiment.command_line import overridden
 from mtp_lightning.experiment.instantiate import rebuild, trusted_packages
+from mtp_lightning.experiment.self_generated import SelfGenerated
 from mtp_lightning.interop.reading import open_run
 from mtp_lightning.metrics.long_range import LongRange
 from mtp_lightning.metrics.rates import DepthRates
@@ -36,7 +37,8 @@ log = logging.getLogger(__name__)
 # What a data group refers to, where the model comes without a run's config.
 _BARE = {
     "tokenizer": None,
-    "trainer": {"accumulate_grad_batches": 1},
+    "trainer": {"accumulate_grad_batches": 1, "accelerator": "auto"},
+    "init_from": None,
     "seed": 0,
     "paths": {"cache_dir": None},
 }
@@ -184,7 +186,9 @@ def validation_data(
         config.data.eval_bytes = eval_bytes
     config.paths.cache_dir = cache_dir or config.paths.cache_dir
     # Also with the user's data, whose keys follow what was stored: seed, mtp.depth.
-    module = rebuild(config.data, allow=allow, tokenizer=run.tokenizer)
+    module: WindowDataModule = rebuild(config.data, allow=allow, tokenizer=run.tokenizer)
+    if isinstance(module, SelfGenerated):
+        module.allow = allow
     module.prepare("validate")
     return module
 

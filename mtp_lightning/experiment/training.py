@@ -16,11 +16,13 @@ from mtp_lightning.callbacks.base import run_callbacks
 from mtp_lightning.cli import Stopped
 from mtp_lightning.experiment.build import (
     adopt_trunk,
+    beginning_windows,
     build_data,
     build_module,
     build_trainer,
     match_reference,
-    settle_windows,
+    recall_data,
+    settle_data,
 )
 from mtp_lightning.experiment.command_line import hyperparameters
 from mtp_lightning.experiment.generating import print_sample
@@ -73,6 +75,8 @@ def prepare(cfg: DictConfig, folder: Path) -> Prepared:
     """
     resume_from = checkpoints.newest_intact(folder / CHECKPOINTS)
     stored = None if resume_from is None else checkpoints.load(resume_from)
+    if stored is not None:
+        cfg = recall_data(cfg, stored.get("config", {}))
     start: Start | None = None
     tokenizer_state, brings_trunk = None, False
     if cfg.init_from is not None:
@@ -96,7 +100,7 @@ def prepare(cfg: DictConfig, folder: Path) -> Prepared:
                 trunk = ModelConfig.from_dict(stored["model_config"], allow=allow).trunk
                 cfg = adopt_trunk(cfg, trunk, source=Path(cfg.init_from))
     data = build_data(cfg, tokenizer_state, brought=brings_trunk)
-    cfg = asked = settle_windows(cfg, data)
+    cfg = asked = settle_data(cfg, data)
     cfg, matched = match_reference(cfg, data.tokenizer.vocab_size)
     module = build_module(cfg, data, asked=asked)
     resume_step = None
@@ -104,7 +108,9 @@ def prepare(cfg: DictConfig, folder: Path) -> Prepared:
         resume_step = check_resumable(stored, module, source=resume_from)
         log.info("Continuing %s from step %d.", folder, resume_step)
     elif start is not None:
-        log.info("Starting from %s: %s.", start.path, start_from(module.model, start))
+        begins = module.model.config.mtp.init != "random"
+        windows = beginning_windows(data) if begins else None
+        log.info("Starting from %s: %s.", start.path, start_from(module.model, start, windows))
     return Prepared(
         asked=asked,
         cfg=cfg,
@@ -181,8 +187,15 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
         ValueError: it holds another one; the differing keys are named.
     """
     config = module.model.config
-    free = [f"trunk.{key}" for key in config.trunk.training_keys]
+    free = ["mtp.init", *(f"trunk.{key}" for key in config.trunk.training_keys)]
     stored = checkpoint["model_config"]
+    begun = stored["mtp"].get("init", "random")
+    if begun != config.mtp.init:
+        raise ValueError(
+            f"{source} is of a run whose modules began with mtp.init={begun}, and one that goes on "
+            f"has nothing to begin with mtp.init={config.mtp.init}: set mtp.init={begun}, or start "
+            "in another run_dir."
+        )
     differences = describe_differences(stored, config.to_dict(), ignore=free)
     if differences:
         raise ValueError(

@@ -7,7 +7,7 @@ prediction; depths 1 .. D are the stack's. A stack is of one of the three kinds 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -126,6 +126,30 @@ class BranchPoint:
 
 
 @dataclass(frozen=True)
+class TrunkText:
+    """What a finished trunk makes of some windows of text.
+
+    Attributes:
+        at: where a stack starts, over T positions.
+        before_last: state before the last block [B, T + D, C].
+        documents: ids [B, T + D]; a state of another document is not to be guessed. None for one.
+    """
+
+    at: BranchPoint
+    before_last: Tensor
+    documents: Tensor | None
+
+    def wanted(self, k: int, x_BTX: Tensor) -> tuple[Tensor, Tensor]:
+        """What depth k reads, and the state that its block should be given: [N, ..] and [N, C]."""
+        seq_len = x_BTX.shape[1]
+        y_BTC = self.before_last[:, k : seq_len + k]
+        if self.documents is None:
+            return x_BTX.flatten(0, 1), y_BTC.flatten(0, 1)
+        same_BT = self.documents[:, :seq_len] == self.documents[:, k : seq_len + k]
+        return x_BTX[same_BT], y_BTC[same_BT]
+
+
+@dataclass(frozen=True)
 class DepthInputs:
     """What one depth may read at decoding's newest positions, each [B, T, C].
 
@@ -226,3 +250,19 @@ class MTPStack(nn.Module, ABC):
 
     def initialise_own(self) -> None:
         """Set what does not start from the common random draw; called after it."""
+
+    def check_beginning(self, trunk: Trunk) -> None:
+        """Refuse a trunk that the stack's modules cannot begin on.
+
+        Raises:
+            ValueError: ``mtp.init`` asks for what it does not have.
+        """
+
+    def begin(self, fresh: Collection[int], trunk: Trunk, text: TrunkText | None) -> None:
+        """Set what of the fresh modules starts from a finished trunk.
+
+        Args:
+            fresh: indices of modules without weights of their own yet.
+            trunk: with its weights.
+            text: what it makes of some text, unless ``mtp.init=random``.
+        """

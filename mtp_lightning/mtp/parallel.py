@@ -8,19 +8,22 @@ Embedding and output head are the trunk's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.base import MTPConfig, TrunkText
 from mtp_lightning.mtp.kinds import SideBySide
-from mtp_lightning.mtp.switches import Branch, Detach, InputNorm
+from mtp_lightning.mtp.starting import check_last_block, copy_last_block
+from mtp_lightning.mtp.switches import Branch, Detach, Init, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.norm import RMSNorm
+from mtp_lightning.nn.trunk import Trunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,9 @@ class ParallelConfig(MTPConfig, variant="parallel"):
         detach: ``trunk`` stops the depths' gradients at the branch point; ``all`` also at the
             shared head.
         freeze_trunk: embedding, trunk and head keep their weights; only the heads are trained.
+        init: how a head begins that ``init_from`` does not bring. ``random`` draws it, but for the
+            output norm, which is the trunk's; ``last_block`` makes it the trunk's last block: with
+            ``branch=before_last`` it is the main prediction at first.
 
     Raises:
         ValueError: a switch has a value that it does not know, or nothing to act on.
@@ -46,6 +52,16 @@ class ParallelConfig(MTPConfig, variant="parallel"):
     input_norm: InputNorm = "pre"
     detach: Detach = "none"
     freeze_trunk: bool = False
+    init: Init = "random"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init == "last_block" and self.input_norm == "post":
+            raise ValueError(
+                f"mtp.init={self.init} has no meaning for parallel heads with mtp.input_norm=post: "
+                "the trunk's last block reads the state before the final norm; set mtp.input_norm="
+                "pre, or mtp.init=random."
+            )
 
     def build(self, trunk: TrunkConfig) -> ParallelMTP:
         return ParallelMTP(self, trunk)
@@ -75,8 +91,26 @@ class ParallelHead(nn.Module):
 class ParallelMTP(SideBySide):
     """D heads side by side."""
 
+    config: ParallelConfig
+
     def __init__(self, config: ParallelConfig, trunk: TrunkConfig) -> None:
         super().__init__(config, [ParallelHead(trunk) for _ in range(config.depth)])
+
+    @property
+    def _built(self) -> list[ParallelHead]:
+        return cast(list[ParallelHead], list(self.depths))
+
+    def check_beginning(self, trunk: Trunk) -> None:
+        if self.config.init == "last_block":
+            for i, head in enumerate(self._built):
+                check_last_block(f"mtp.depths.{i}", head.block, trunk)
+
+    @torch.no_grad()
+    def begin(self, fresh: Collection[int], trunk: Trunk, text: TrunkText | None) -> None:
+        for head in (self._built[i] for i in fresh):
+            head.norm.load_state_dict(trunk.norm.state_dict())
+            if self.config.init == "last_block":
+                copy_last_block(head.block, trunk)
 
     def step(self, k: int, branch_BTC: Tensor, positions: Positions) -> Tensor:
         return self.depths[k - 1](branch_BTC, positions)

@@ -8,22 +8,24 @@ Embedding and output head are the trunk's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.base import MTPConfig, RandomKey
+from mtp_lightning.mtp.base import MTPConfig, RandomKey, TrunkText
 from mtp_lightning.mtp.kinds import Chain
-from mtp_lightning.mtp.switches import Branch, Concat, Detach, InputNorm
+from mtp_lightning.mtp.starting import check_last_block, copy_last_block, fit_projection
+from mtp_lightning.mtp.switches import Branch, Concat, Detach, Init, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
+from mtp_lightning.nn.trunk import Trunk
 from mtp_lightning.settings import require_number
 
 
@@ -49,6 +51,9 @@ class SequentialConfig(MTPConfig, variant="sequential"):
             are blind to tokens, always, like heads side by side: the continuum between the two
             families (this project's own).
         freeze_trunk: embedding, trunk and head keep their weights; only the modules are trained.
+        init: how a module begins that ``init_from`` does not bring. ``random`` draws it, but for
+            the output norm, which is the trunk's; ``last_block`` makes it the trunk's last block
+            behind a projection that is fitted to some text (``starting.py``).
 
     Raises:
         ValueError: a switch has a value that it does not know, or nothing to act on.
@@ -64,6 +69,7 @@ class SequentialConfig(MTPConfig, variant="sequential"):
     hidden_state_mixing: bool = False
     token_dropout: float = 0.0
     freeze_trunk: bool = False
+    init: Init = "random"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,10 +120,21 @@ class SequentialModule(nn.Module):
         self.norm = RMSNorm(trunk.d_model, trunk.norm_eps)
 
     def forward(self, hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor:
+        joined = self.joined(hidden_BTC, embedded_BTC)
+        return self.norm(self.block(self.eh_proj(joined), positions))
+
+    def joined(self, hidden_BTC: Tensor, embedded_BTC: Tensor) -> Tensor:
+        """What ``eh_proj`` reads, [B, T, 2 C]."""
         halves = [self.enorm(embedded_BTC), self.hnorm(hidden_BTC)]
         if self.hidden_first:
             halves.reverse()
-        return self.norm(self.block(self.eh_proj(torch.cat(halves, dim=-1)), positions))
+        return torch.cat(halves, dim=-1)
+
+    @property
+    def hidden_half(self) -> slice:
+        """Where the hidden state lies in what ``eh_proj`` reads."""
+        width = self.eh_proj.weight.shape[0]
+        return slice(0, width) if self.hidden_first else slice(width, 2 * width)
 
 
 class SequentialMTP(Chain):
@@ -133,6 +150,31 @@ class SequentialMTP(Chain):
         if config.token_dropout and config.depth:
             # A matrix, so that it is drawn as embeddings are.
             self.blank = nn.Parameter(torch.empty(1, trunk.d_model))
+
+    @property
+    def _built(self) -> list[SequentialModule]:
+        return cast(list[SequentialModule], list(self.depths))
+
+    def check_beginning(self, trunk: Trunk) -> None:
+        if self.config.init == "last_block":
+            for i, module in enumerate(self._built):
+                check_last_block(f"mtp.depths.{i}", module.block, trunk)
+
+    @torch.no_grad()
+    def begin(self, fresh: Collection[int], trunk: Trunk, text: TrunkText | None) -> None:
+        for i in fresh:
+            self._built[i].norm.load_state_dict(trunk.norm.state_dict())
+        if self.config.init == "random":
+            return
+        assert text is not None
+        hidden = text.at.hidden
+        for i, module in enumerate(self._built):  # of one that is shared, the first depth decides
+            tokens = self.tokens_of(i + 1, text.at.embedded_at(i + 1), None)
+            if i in fresh:
+                copy_last_block(module.block, trunk)
+                x, y = text.wanted(i + 1, module.joined(hidden, tokens))
+                module.eh_proj.weight.copy_(fit_projection(x, y, module.hidden_half))
+            hidden = module(hidden, tokens, text.at.positions)
 
     @property
     def max_draft_depth(self) -> int | None:

@@ -13,6 +13,7 @@ Branch = Literal["final", "before_last"]
 InputNorm = Literal["post", "pre"]
 Concat = Literal["embedding_first", "hidden_first"]
 Detach = Literal["none", "trunk", "all"]
+Init = Literal["random", "last_block"]
 
 
 class Switches:
@@ -23,9 +24,16 @@ class Switches:
     input_norm = "post"
     detach = "none"
     freeze_trunk = False
+    init = "random"
 
 
-_CHOICES = {"branch": Branch, "input_norm": InputNorm, "concat": Concat, "detach": Detach}
+_CHOICES = {
+    "branch": Branch,
+    "input_norm": InputNorm,
+    "concat": Concat,
+    "detach": Detach,
+    "init": Init,
+}
 
 
 def check_switches(config: Switches) -> None:

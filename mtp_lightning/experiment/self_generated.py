@@ -1,0 +1,249 @@
+"""``data=self_generated``: a model's own continuations as a corpus, for heads on its trunk.
+
+Heads draft what the trunk is about to say, not what somebody else wrote: of a model with weights
+from elsewhere, whose training text nobody has, the trunk's own text is also the one to be had
+(Medusa-2's self-distillation, Cai et al. 2024, arXiv 2401.10774, section 2.3.2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_modules import TokenDataModule
+from data_modules.overlap import LineOverlap
+from data_modules.prompts import take_prompts
+from data_modules.sources.base import Source, digest
+from data_modules.store_builder import Encoded, Progress, keep_store, write_documents
+from data_modules.token_store import FORMAT, TokenStore
+from data_modules.tokenizers import Tokenizer
+from mtp_lightning.decoding.generate import generate
+from mtp_lightning.decoding.sampling import Sampling
+from mtp_lightning.interop.reading import open_run
+from mtp_lightning.model import MTPModel
+from mtp_lightning.run.loading import LoadedRun
+from mtp_lightning.runtime import pick_accelerator
+from mtp_lightning.settings import require_whole
+
+
+class SelfGenerated(TokenDataModule):
+    """Windows of texts that a model has continued, in a token store that is built once.
+
+    A text is a prompt and the model's continuation, as the ids that it said. It is decoded without
+    drafts, so that it depends on the trunk alone; every prompt draws from a stream of its own. A
+    text of ``new_tokens`` ends there, with an end-of-text token as any document.
+
+    Args:
+        prompts: the corpus that prompts are from; ``val_fraction`` of them, and of the texts, are
+            from its validation documents.
+        tokenizer: the run's, which must be the model's; one still to be trained becomes it.
+        model: a run folder, a checkpoint or a Hugging Face folder.
+        n_prompts: texts, of training and validation together.
+        prompt_tokens: length of a prompt.
+        new_tokens: most tokens of a continuation.
+        temperature: 0 is greedy.
+        top_p: as in decoding; None keeps every token.
+        sample_seed: of the samples. Not the run's seed: runs with other seeds share the texts.
+        decode_batch_size: prompts that are decoded together.
+        accelerator: that decodes them.
+        weights: digest of the model's trunk, where it is known: then the model is not read, if
+            the cache has its texts. None to read it; :attr:`weights` is what it was.
+        options: all other arguments of :class:`TokenDataModule`.
+
+    Raises:
+        ValueError: numbers out of range. From the first use: no model, one of a task, one with
+            another vocabulary or a shorter context, or prompts that are too few.
+    """
+
+    def __init__(
+        self,
+        prompts: Source,
+        tokenizer: Tokenizer,
+        *,
+        model: str | None,
+        n_prompts: int = 2000,
+        prompt_tokens: int = 32,
+        new_tokens: int = 224,
+        temperature: float = 1.0,
+        top_p: float | None = None,
+        sample_seed: int = 0,
+        decode_batch_size: int = 32,
+        accelerator: str = "auto",
+        weights: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(prompts, tokenizer, **options)
+        require_whole("data.n_prompts", n_prompts, least=2)
+        require_whole("data.prompt_tokens", prompt_tokens, least=1)
+        require_whole("data.new_tokens", new_tokens, least=1)
+        require_whole("data.sample_seed", sample_seed, least=0)
+        require_whole("data.decode_batch_size", decode_batch_size, least=1)
+        self.sampling = Sampling(temperature=temperature, top_p=top_p)
+        self.model = model
+        self.n_prompts = n_prompts
+        self.prompt_tokens = prompt_tokens
+        self.new_tokens = new_tokens
+        self.sample_seed = sample_seed
+        self.decode_batch_size = decode_batch_size
+        self.accelerator = accelerator
+        self.weights = weights
+        # Packages that the model may bring classes from: the caller says it, never a config, which
+        # may be somebody else's.
+        self.allow: Collection[str] = ()
+
+    def _open(self) -> tuple[TokenStore, Tokenizer]:
+        if self._store is None:
+            # Read where its weights decide which texts are meant, or where they must be generated.
+            speaker: LoadedRun | None = None
+            if self.weights is None or self._tokenizer.needs_training:
+                speaker = self._read()
+            spoken = digest(json.dumps(_vocabulary(self._tokenizer), sort_keys=True))
+            key = digest("self_generated", FORMAT, self.weights, spoken, *self._settings().values())
+            self._store = keep_store(
+                self.cache_dir, key, lambda folder: self._write(folder, speaker or self._read())
+            )
+        return self._store, self._tokenizer
+
+    def _settings(self) -> dict[str, Any]:
+        """What the texts of a model depend on."""
+        return {
+            "prompts": self.split.source.fingerprint(),
+            "val_fraction": self.split.val_fraction,
+            "split_seed": self.split.seed,
+            "n_prompts": self.n_prompts,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "temperature": float(self.sampling.temperature),
+            "top_p": None if self.sampling.top_p in (None, 1) else self.sampling.top_p,
+            "sample_seed": self.sample_seed,
+        }
+
+    def _read(self) -> LoadedRun:
+        """The model, if it can speak in this run."""
+        if self.model is None:
+            raise ValueError(
+                "data=self_generated has no model whose texts it is to be: set init_from, or "
+                "data.model."
+            )
+        device = pick_accelerator(self.accelerator)
+        run = open_run(self.model, device=device, allow=self.allow)
+        own, theirs = self._tokenizer, run.tokenizer
+        if theirs.kind == "symbols":
+            raise ValueError(
+                f"data.model={self.model} was trained on a task, whose symbols are no text: give "
+                "a model of text."
+            )
+        if own.needs_training and _would_be(own, theirs):
+            own = self._tokenizer = theirs
+        if own.needs_training or _vocabulary(own) != _vocabulary(theirs):
+            raise ValueError(
+                f"data.model={self.model} speaks another vocabulary (tokenizer {theirs.kind}, "
+                f"{theirs.vocab_size} ids) than this run ({own.kind}): its texts are for a run "
+                "with its own tokenizer."
+            )
+        total = self.prompt_tokens + self.new_tokens - 1  # the last token is not read
+        if total > run.seq_len:
+            raise ValueError(
+                f"data.prompt_tokens={self.prompt_tokens} and data.new_tokens={self.new_tokens} "
+                f"make {total} tokens to read, and data.model={self.model} was trained on "
+                f"{run.seq_len}: lower one of them."
+            )
+        found = trunk_digest(run.model)
+        if self.weights not in (None, found):
+            raise ValueError(
+                f"data.model={self.model} has other weights now than when this run's texts were "
+                "generated, and these are not in the cache: give the model as it was."
+            )
+        self.weights = found
+        return run
+
+    def _write(self, folder: Path, speaker: LoadedRun) -> dict[str, Any]:
+        n_val = min(max(1, round(self.n_prompts * self.split.val_fraction)), self.n_prompts - 1)
+        prompts = take_prompts(
+            self.split,
+            speaker.tokenizer,
+            counts={"train": self.n_prompts - n_val, "val": n_val},
+            length=self.prompt_tokens,
+        )
+        texts = self._continue(speaker, [prompt for _, prompt in prompts])
+        pieces = speaker.tokenizer.token_bytes()
+        # A trunk may have more rows than its tokenizer has ids.
+        pieces += [b""] * (speaker.model.config.trunk.vocab_size - len(pieces))
+        overlap = LineOverlap()
+        encoded: list[Encoded] = []
+        for (name, _), ids in zip(prompts, texts, strict=True):
+            text = b"".join(pieces[i] for i in ids.tolist())
+            overlap.add(name, text.decode("utf-8", "replace"))
+            encoded.append((name, ids, text, True))
+        meta = write_documents(
+            folder,
+            speaker.tokenizer,
+            self.split,
+            encoded,
+            overlap,
+            vocab_size=len(pieces),
+        )
+        meta["bytes_defined"] = all(pieces[i] for ids in texts for i in np.unique(ids).tolist())
+        meta["source"] = {
+            "name": "self_generated",
+            "fingerprint": digest(self.weights, *self._settings().values()),
+            "model": str(speaker.path),
+            "weights": self.weights,
+            **self._settings(),
+            "prompts": self.split.source.summary(),
+        }
+        return meta
+
+    def _continue(self, speaker: LoadedRun, prompts: list[np.ndarray]) -> list[np.ndarray]:
+        """Every prompt with its continuation, without end-of-text token."""
+        progress = Progress(
+            f"texts of {speaker.path}", len(prompts) * self.new_tokens, unit="tokens"
+        )
+        eot = speaker.tokenizer.eot_id
+        try:
+            said = generate(
+                speaker.model,
+                [prompt.tolist() for prompt in prompts],
+                max_new_tokens=self.new_tokens,
+                speculative=False,
+                temperature=self.sampling.temperature,
+                top_p=self.sampling.top_p,
+                seed=self.sample_seed,
+                eot_id=eot,
+                batch_size=self.decode_batch_size,
+                on_tokens=lambda _, tokens, __: progress.add(len(tokens)),
+            )
+        finally:
+            progress.close()
+        return [
+            np.concatenate([prompt, [i for i in g.token_ids if i != eot]]).astype(np.int64)
+            for prompt, g in zip(prompts, said, strict=True)
+        ]
+
+
+def trunk_digest(model: MTPModel) -> str:
+    """Hex digest of all that decides what a model says without drafts: its trunk and its head."""
+    parts: list[object] = [json.dumps(model.config.trunk.to_dict(), sort_keys=True)]
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith("mtp."):
+            raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            content = hashlib.blake2b(raw.data, digest_size=16).hexdigest()
+            parts += [name, tensor.dtype, list(tensor.shape), content]
+    return digest(*parts)
+
+
+def _vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides the ids; not where the tokenizer was read from."""
+    return {key: value for key, value in tokenizer.state().items() if key != "path"}
+
+
+def _would_be(asked: Tokenizer, trained: Tokenizer) -> bool:
+    """Whether a tokenizer is what the one that is still to be trained was asked to become."""
+    state = trained.state()
+    return all(state.get(key, value) == value for key, value in asked.spec().items())
