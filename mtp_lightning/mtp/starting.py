@@ -33,7 +33,7 @@ def check_last_block(name: str, block: nn.Module, trunk: Trunk) -> None:
     """
     own, last = (_shapes(b) for b in (block, trunk.blocks[-1]))
     if own != last:
-        key = min(own.items() ^ last.items())[0]
+        key = min(name for name in own | last if own.get(name) != last.get(name))
         raise ValueError(
             f"mtp.init=last_block does not fit: {name}.block has {_told(own, key)} and the "
             f"trunk's last block {_told(last, key)}; set mtp.init=random."

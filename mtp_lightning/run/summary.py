@@ -79,8 +79,9 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
     console.print(cost)
     data = summary.get("data", {}).get("val", {})
     if "documents" in (text := summary.get("evaluation", {})):
+        held = f"{text['bytes']:,} bytes, " if "bytes" in text else ""
         print(
-            f"evaluated     {text['documents']} documents, {text['bytes']:,} bytes, "
+            f"evaluated     {text['documents']} documents, {held}"
             f"{text['tokens']:,} tokens, fingerprint {text['fingerprint'][:8]}"
         )
     if (share := data.get("lines_in_training")) is not None:

@@ -1,0 +1,263 @@
+"""``data=self_generated``: what a trunk says, as data for heads on it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from data_modules.sources import SyntheticSource
+from data_modules.splitting import DocumentSplit
+from data_modules.token_store import TokenStore
+from data_modules.tokenizers import ByteTokenizer
+from data_modules.windows import WindowBatch
+from mtp_lightning.experiment import self_generated
+from mtp_lightning.experiment.evaluating import evaluate
+from mtp_lightning.experiment.self_generated import SelfGenerated, trunk_digest
+from mtp_lightning.run.loading import load_run
+from tests import deepseek
+from tests.integration import helpers
+from tests.interop import folders
+
+EOT = 256
+TRUNK = {
+    "mtp": "none",
+    "mtp.depth": None,
+    "data.seq_len": 48,
+    "model.n_layers": 2,
+    "trainer.max_steps": 30,
+    "trainer.val_check_interval": 30,
+}
+OWN = {
+    "data": "self_generated",
+    "data.prompts._target_": "data_modules.sources.SyntheticSource",
+    "+data.prompts.size": 40_000,
+    "+data.prompts.documents": 90,
+    "data.n_prompts": 40,
+    "data.prompt_tokens": 8,
+    "data.new_tokens": 40,
+    "data.val_fraction": 0.2,
+    "data.seq_len": 24,
+    "model.n_layers": 2,
+    "mtp.freeze_trunk": "true",
+    "trainer.max_steps": 4,
+    "trainer.val_check_interval": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained trunk, and the cache beside it."""
+    folder = tmp_path_factory.mktemp("self_generated")
+    helpers.train_here(folder / "trunk", folder / "cache", TRUNK)
+    return folder
+
+
+def source() -> SyntheticSource:
+    return SyntheticSource(size=40_000, documents=90)
+
+
+def corpus(base: Path, cache: Path, **changes: Any) -> SelfGenerated:
+    settings: dict[str, Any] = {
+        "model": str(base / "trunk"), "n_prompts": 12, "prompt_tokens": 8, "new_tokens": 20,
+        "val_fraction": 0.25, "seq_len": 16, "batch_size": 2, "cache_dir": cache,
+        "accelerator": "cpu", "eval_bytes": "all", **changes,
+    }  # fmt: skip
+    return SelfGenerated(source(), settings.pop("tokenizer", ByteTokenizer()), **settings)
+
+
+def documents(store: TokenStore) -> dict[str, list[list[int]]]:
+    """Of every split, the texts without their end-of-text tokens."""
+    found = {}
+    for name, file in store.splits.items():
+        tokens, ends = file.tokens(), [*file.starts()[1:], file.n_tokens]
+        found[name] = [
+            tokens[start : end - 1].tolist() for start, end in zip(file.starts(), ends, strict=True)
+        ]
+        assert all(tokens[end - 1] == EOT for end in ends)
+    return found
+
+
+def test_texts_are_the_prompts_and_what_the_trunk_says(base: Path, tmp_path: Path) -> None:
+    """Greedy ones by a loop that reads everything anew for every token."""
+    data = corpus(base, tmp_path, temperature=0.0)
+    model = load_run(base / "trunk").model
+    found = documents(data.store)
+    assert {name: len(texts) for name, texts in found.items()} == {"train": 9, "val": 3}
+    sides: dict[str, list[bytes]] = {"train": [], "val": []}
+    for name, document in DocumentSplit(source(), val_fraction=0.25):
+        sides[name].append(document.encode())
+    for name, texts in found.items():
+        for text in texts:
+            assert any(bytes(text[:8]) in document for document in sides[name])
+            ids = text[:8]
+            while len(ids) < 28:
+                with torch.no_grad():
+                    hidden = model(WindowBatch(torch.tensor([[*ids, 0]]), 0))[0]
+                    ids.append(int(model.head(hidden[:, -1]).argmax()))
+                if ids[-1] == EOT:
+                    ids.pop()
+                    break
+            assert text == ids
+    prompts = [bytes(text[:8]) for texts in found.values() for text in texts]
+    assert len(set(prompts)) == 12
+
+
+def test_the_seed_decides_and_the_batch_does_not(base: Path, tmp_path: Path) -> None:
+    def files(where: str, **changes: Any) -> dict[str, bytes]:
+        store = corpus(base, tmp_path / where, **changes).store
+        return {name: file.path.read_bytes() for name, file in store.splits.items()}
+
+    first = files("a", decode_batch_size=5)
+    assert files("b", decode_batch_size=1) == files("c", decode_batch_size=64) == first
+    assert files("d", sample_seed=1) != first
+    assert files("e", temperature=0.5) != first and files("f", top_p=0.5) != first
+    assert files("g", top_p=1.0) == first
+
+
+def test_a_store_is_found_again_by_all_that_decides_it(base: Path, tmp_path: Path) -> None:
+    first = corpus(base, tmp_path)
+    # What decides nothing: the order of training, windows, how many are decoded together.
+    again = corpus(base, tmp_path, seed=7, seq_len=8, decode_batch_size=3)
+    assert again.store.folder == first.store.folder
+    assert (tmp_path / "stores").is_dir() and len(list((tmp_path / "stores").iterdir())) == 1
+    changes: list[dict[str, Any]] = [
+        {"temperature": 0.0}, {"top_p": 0.9}, {"sample_seed": 1}, {"new_tokens": 19},
+        {"prompt_tokens": 7}, {"n_prompts": 13}, {"val_fraction": 0.3}, {"split_seed": 1},
+    ]  # fmt: skip
+    names = {corpus(base, tmp_path, **change).fingerprint for change in changes}
+    assert len(names | {first.fingerprint}) == len(changes) + 1
+
+
+def test_other_weights_are_other_texts(base: Path) -> None:
+    model = load_run(base / "trunk").model
+    before = trunk_digest(model)
+    with torch.no_grad():
+        model.trunk.blocks[0].attention.out.weight[0, 0] += 1e-3
+    assert trunk_digest(model) != before
+
+
+def test_an_interruption_leaves_no_half_store(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*args: Any, **options: Any) -> None:
+        options["on_tokens"](0, [1, 2], [False, False])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(self_generated, "generate", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            corpus(base, tmp_path).prepare()
+    assert list((tmp_path / "stores").iterdir()) == []
+    corpus(base, tmp_path).prepare()
+    assert len(list((tmp_path / "stores").iterdir())) == 1
+
+
+def test_heads_are_trained_and_evaluated_on_it(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base / "trunk", base / "gone")
+    settings = {**OWN, "init_from": base / "gone"}
+    cache = tmp_path / "cache"
+    summary = helpers.train_here(tmp_path / "run", cache, settings)
+    digest = trunk_digest(load_run(base / "trunk").model)
+    facts = summary["data"]
+    assert facts["source"]["name"] == "self_generated" and facts["source"]["weights"] == digest
+    assert (facts["train"]["documents"], facts["val"]["documents"]) == (32, 8)
+    assert summary["val/bits_per_byte"] > 0 and summary["evaluation"]["bytes"] > 0
+
+    def evaluated() -> dict[str, Any]:
+        given = [f"checkpoint={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}", "accelerator=cpu",
+                 f"paths.cache_dir={cache}", "decode.n_prompts=2", "decode.prompt_tokens=4",
+                 "decode.new_tokens=4"]  # fmt: skip
+        with initialize_config_dir(version_base="1.3", config_dir=str(helpers.CONF)):
+            return evaluate(compose("evaluate", given))
+
+    for name, value in evaluated().items():
+        if name in summary and name.startswith(("val/", "evaluation")):
+            assert value == summary[name], name
+    # The texts can be made again, and are the same ones.
+    shutil.rmtree(cache)
+    assert evaluated()["evaluation"] == summary["evaluation"]
+
+    # A run goes on, and is evaluated, without what it started from.
+    shutil.rmtree(base / "gone")
+    more = helpers.train_here(tmp_path / "run", cache, {**settings, "trainer.max_steps": 6})
+    assert more["step"] == 6 and more["evaluation"] == summary["evaluation"]
+    assert evaluated()["evaluation"] == summary["evaluation"]
+    shutil.rmtree(cache)
+    with pytest.raises(FileNotFoundError, match="no checkpoint or run folder at"):
+        evaluated()
+
+
+def test_texts_of_a_model_that_was_trained_on_are_not_those(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has other weights now than when this run's texts"):
+        corpus(base, tmp_path, weights="0" * 32).prepare()
+
+
+def test_rows_without_a_text_have_no_bytes(base: Path, tmp_path: Path) -> None:
+    """A trunk may say ids that its tokenizer does not have."""
+    pytest.importorskip("safetensors", reason="Hugging Face folders need it")
+    folders.write(tmp_path / "llama", deepseek.build(folders.dense()))
+    without = {key: None for key in helpers.QUICK if key.startswith(("model.", "tokenizer"))}
+    settings = {**OWN, **without, "model.n_layers": None, "init_from": tmp_path / "llama"}
+    summary = helpers.train_here(tmp_path / "run", tmp_path / "cache", settings)
+    store = TokenStore(Path(summary["data"]["store"]))
+    ids = np.unique(np.concatenate([store[name].tokens() for name in ("train", "val")]))
+    assert ids.max() > EOT and ids.max() < folders.ROWS
+    assert "val/loss_depth_0" in summary and "val/bits_per_byte" not in summary
+    assert "bytes" not in summary["evaluation"]
+
+
+def test_a_run_without_init_from_takes_the_models_tokenizer(base: Path, tmp_path: Path) -> None:
+    bpe = {"tokenizer": "bpe", "tokenizer.vocab_size": 300, "trainer.max_steps": 4}
+    helpers.train_here(base / "bpe", base / "cache", {**TRUNK, **bpe})
+    settings = {**OWN, **bpe, "data.model": base / "bpe", "mtp.freeze_trunk": None}
+    helpers.train_here(tmp_path / "run", tmp_path / "cache", settings)
+    first, second = (helpers.checkpoint(f)["tokenizer"] for f in (base / "bpe", tmp_path / "run"))
+    assert first == second
+    with pytest.raises(ValueError, match=r"another vocabulary \(tokenizer bpe, 300 ids\) than"):
+        corpus(base, tmp_path, model=str(base / "bpe")).prepare()
+    other = {**settings, "tokenizer.vocab_size": 280}
+    with pytest.raises(ValueError, match="another vocabulary"):
+        helpers.train_here(tmp_path / "other", tmp_path / "cache", other)
+
+
+def test_what_cannot_speak(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no model whose texts it is to be: set init_from"):
+        corpus(base, tmp_path, model=None).prepare()
+    task = {"data": "star_graph", "data.seq_len": None, "data.eval_examples": 8,
+            "data.val_fraction": None, "data.eval_bytes": None, "tokenizer": None,
+            "trainer.max_steps": 1, "trainer.val_check_interval": 1}  # fmt: skip
+    helpers.train_here(base / "task", base / "cache", task)
+    with pytest.raises(ValueError, match="was trained on a task, whose symbols are no text"):
+        corpus(base, tmp_path, model=str(base / "task")).prepare()
+    with pytest.raises(ValueError, match=r"prompt_tokens=8 and data.new_tokens=42 make 49 tokens"):
+        corpus(base, tmp_path, new_tokens=42).prepare()
+    for key, value in (
+        ("n_prompts", 1), ("prompt_tokens", 0), ("new_tokens", 0.5), ("sample_seed", -1),
+        ("decode_batch_size", 0), ("temperature", -1.0), ("top_p", 0.0),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=key):
+            corpus(base, tmp_path, **{key: value})
+    assert not (tmp_path / "stores").exists()
+
+
+def test_from_the_command_line(base: Path, tmp_path: Path) -> None:
+    settings = {**OWN, "init_from": base / "trunk", "mtp.init": "last_block"}
+    done = helpers.execute(helpers.command(tmp_path / "run", tmp_path / "cache", settings))
+    assert done.returncode == 0, done.stderr
+    assert "tokens in" in done.stderr and "texts of" in done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["data"]["source"]["n_prompts"] == 40
+
+
+def test_a_forged_checkpoint_brings_no_package(base: Path, tmp_path: Path) -> None:
+    """Whom the model may import is the caller's to say, whatever a stored config has."""
+    assert corpus(base, tmp_path).allow == ()
+    with pytest.raises(TypeError, match="allow"):
+        corpus(base, tmp_path, allow=["evil"])

@@ -1,0 +1,227 @@
+"""``mtp.init``: modules that begin on a finished trunk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.init_from import Start, start_from
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.mtp.starting import RIDGE, fit_projection
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.moe import ExpertsConfig, MoE
+from tests import deepseek
+from tests.models import build
+
+
+def start_of(trunk: TrunkConfig, mtp: MTPConfig | None = None) -> Start:
+    """A trunk with random weights, gains and biases among them."""
+    model = build(trunk, mtp or NoMTPConfig(), seed=5)
+    return Start(
+        path=Path("old.ckpt"), config=model.config, weights=model.state_dict(), tokenizer_state={}
+    )
+
+
+def text(depth: int, *, rows: int = 12, seq_len: int = 20, documents: bool = False) -> WindowBatch:
+    generator = torch.Generator().manual_seed(2)
+    shape = (rows, seq_len + depth + 1)
+    tokens = torch.randint(0, 37, shape, generator=generator)
+    ids = (torch.arange(shape[1]) // 7).expand(shape) if documents else None
+    return WindowBatch(tokens, depth, ids)
+
+
+def begun(start: Start, mtp: MTPConfig, batch: WindowBatch) -> MTPModel:
+    model = MTPModel(ModelConfig(trunk=start.config.trunk, mtp=mtp))
+    model.initialise(0)
+    start_from(model, start, batch)
+    return model.eval()
+
+
+def reference(x: np.ndarray, y: np.ndarray, hidden: slice) -> np.ndarray:
+    """The projection by a solver for least squares, on rows and on rows for the ridge."""
+    root = 1 / np.sqrt((y**2).mean(axis=1, keepdims=True) * len(x))
+    x, y = x * root, y * root
+    h = x[:, hidden]
+    prior = np.zeros((x.shape[1], y.shape[1]))
+    prior[hidden] = np.eye(y.shape[1]) * (h * y).sum() / (h**2).sum()
+    ridge = np.sqrt(RIDGE * (x**2).sum() / x.shape[1])
+    rows = np.concatenate([x, ridge * np.eye(x.shape[1])])
+    return np.linalg.lstsq(rows, np.concatenate([y, ridge * prior]), rcond=None)[0].T
+
+
+SWITCHES: list[dict[str, Any]] = [
+    {"depth": 3},
+    {"depth": 1, "concat": "hidden_first", "input_norm": "pre"},
+    {"depth": 2, "branch": "before_last", "input_norm": "pre"},
+    {"depth": 2, "branch": "before_last", "concat": "hidden_first", "freeze_trunk": True},
+    {"depth": 3, "share_layers": True},
+    {"depth": 2, "token_dropout": 1.0},
+]
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+@pytest.mark.parametrize("kind", ["dense", "deepseek"])
+def test_every_weight_of_a_module(
+    tiny_trunk: TrunkConfig, kind: str, switches: dict[str, Any], documents: bool
+) -> None:
+    start = start_of(tiny_trunk if kind == "dense" else deepseek.TRUNK)
+    mtp = SequentialConfig(init="last_block", **switches)
+    batch = text(mtp.depth, documents=documents)
+    model = begun(start, mtp, batch)
+    trunk, n_blocks = model.trunk, start.config.trunk.n_layers
+    for name, tensor in start.weights.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+    # The trunk over windows that are longer by the depths, for what lies ahead.
+    plain = build(start.config.trunk, NoMTPConfig(), seed=5)
+    states: dict[str, torch.Tensor] = {}
+    blocks = list(plain.trunk.blocks)
+    blocks[-1].register_forward_pre_hook(lambda _, given: states.update(before=given[0]))
+    blocks[-1].register_forward_hook(lambda _, __, out: states.update(last=out))
+    with torch.no_grad():
+        plain(WindowBatch(batch.tokens, 0, batch.documents))
+    last = states["before" if mtp.branch == "before_last" else "last"]
+    hidden = last if mtp.input_norm == "pre" else trunk.norm(last)
+    hidden = hidden[:, : batch.seq_len]
+    _, at = model.run_trunk(batch, [1])
+    for k in range(1, mtp.depth + 1):
+        module = model.mtp.depths[0 if mtp.share_layers else k - 1]
+        token = model.trunk.embedding.weight[batch.tokens[:, k : batch.seq_len + k]]
+        if mtp.token_dropout:
+            token = model.mtp.blank.expand_as(token)
+        if k == 1 or not mtp.share_layers:
+            assert torch.equal(module.norm.weight, trunk.norm.weight)
+            assert torch.equal(module.enorm.weight, torch.ones(32))
+            assert torch.equal(module.hnorm.weight, torch.ones(32))
+            for name, tensor in trunk.blocks[n_blocks - 1].state_dict().items():
+                assert torch.equal(module.block.state_dict()[name], tensor), name
+            halves = [_rms(token), _rms(hidden)]
+            if mtp.concat == "hidden_first":
+                halves.reverse()
+            x, y = torch.cat(halves, -1), states["before"][:, k : batch.seq_len + k]
+            seen = torch.ones(x.shape[:2], dtype=torch.bool)
+            if batch.documents is not None:
+                seen = batch.documents[:, : batch.seq_len] == batch.shifted(batch.documents, k - 1)
+            half = slice(0, 32) if mtp.concat == "hidden_first" else slice(32, 64)
+            wanted = reference(x[seen].double().numpy(), y[seen].double().numpy(), half)
+            np.testing.assert_allclose(
+                module.eh_proj.weight.detach().numpy(), wanted, rtol=1e-3, atol=2e-4
+            )
+        with torch.no_grad():
+            hidden = module(hidden, token, at.positions)
+
+
+def _rms(x: torch.Tensor) -> torch.Tensor:
+    return (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()).detach()
+
+
+def test_biases_of_experts_are_copied() -> None:
+    model = begun(start_of(deepseek.TRUNK), SequentialConfig(depth=1, init="last_block"), text(1))
+    own, last = model.mtp.depths[0].block.feed_forward, model.trunk.blocks[-1].feed_forward
+    assert isinstance(own, MoE) and isinstance(last, MoE)
+    biases = [module.state_dict() for module in (own, last)]
+    names = [name for name in biases[0] if name.endswith("expert_bias")]
+    assert names and all(biases[0][n].any() for n in names)
+    assert all(torch.equal(biases[0][n], biases[1][n]) for n in names)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31), n=st.integers(1, 60), width=st.integers(1, 6), first=st.booleans()
+)
+def test_the_projection_is_the_minimum(seed: int, n: int, width: int, first: bool) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 2 * width))
+    y = rng.normal(size=(n, width)) * np.exp(rng.normal(size=(n, 1)) * 3)  # outliers
+    half = slice(0, width) if first else slice(width, 2 * width)
+    found = fit_projection(torch.from_numpy(x), torch.from_numpy(y), half).numpy()
+    np.testing.assert_allclose(found, reference(x, y, half), rtol=1e-6, atol=1e-8)
+
+
+def test_a_linear_relation_is_found_and_a_large_state_weighs_no_more() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 8, generator=generator).double()
+    wanted = torch.randn(4, 8, generator=generator).double()
+    found = fit_projection(x, x @ wanted.T, slice(4, 8))
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+    x[0], big = 1e-2, x @ wanted.T
+    big[0] = 1e4  # a state that nothing explains
+    torch.testing.assert_close(fit_projection(x, big, slice(4, 8)), wanted, rtol=0.05, atol=0.05)
+
+
+def test_with_hardly_a_token_the_state_is_the_trunks_own() -> None:
+    x, y = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([[3.0, 3.0]])
+    found = fit_projection(x, y, slice(2, 4))
+    torch.testing.assert_close(found, torch.cat([torch.zeros(2, 2), 3 * torch.eye(2)], 1))
+
+
+@pytest.mark.parametrize("trunk", ["dense", "deepseek"])
+def test_parallel_heads_are_the_main_prediction_at_first(
+    tiny_trunk: TrunkConfig, trunk: str
+) -> None:
+    start = start_of(tiny_trunk if trunk == "dense" else deepseek.TRUNK)
+    batch = text(3)
+    model = begun(start, ParallelConfig(depth=3, init="last_block"), batch)
+    states = model(batch)
+    assert all(torch.equal(states[0], states[k]) for k in (1, 2, 3))
+    drawn = begun(start, ParallelConfig(depth=3), batch)
+    assert not torch.equal(drawn(batch)[1], states[1])
+
+
+@pytest.mark.parametrize("config", [SequentialConfig, ParallelConfig])
+@pytest.mark.parametrize("tied", [True, False])
+def test_random_modules_have_the_trunks_norm(
+    tiny_trunk: TrunkConfig, config: type[MTPConfig], tied: bool
+) -> None:
+    """A head that was trained with other gains would turn gains of 1 into logits of any size."""
+    start = start_of(replace(tiny_trunk, tie_embeddings=tied))
+    model = MTPModel(ModelConfig(trunk=start.config.trunk, mtp=config(depth=2)))
+    model.initialise(0)
+    drawn = {name: tensor.clone() for name, tensor in model.mtp.state_dict().items()}
+    start_from(model, start)
+    for name, tensor in model.mtp.state_dict().items():
+        norm = name in ("depths.0.norm.weight", "depths.1.norm.weight")
+        assert torch.equal(tensor, start.weights["trunk.norm.weight"] if norm else drawn[name])
+
+
+def test_a_module_that_is_there_is_kept(tiny_trunk: TrunkConfig) -> None:
+    start = start_of(tiny_trunk, SequentialConfig(depth=1))
+    model = begun(start, SequentialConfig(depth=3, init="last_block"), text(3))
+    for name, tensor in start.weights.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    last = model.trunk.blocks[-1].state_dict()
+    for module in list(model.mtp.depths)[1:]:
+        assert isinstance(module, nn.Module)
+        assert torch.equal(
+            module.block.state_dict()["attention.out.weight"], last["attention.out.weight"]
+        )
+
+
+def test_what_cannot_begin(tiny_trunk: TrunkConfig) -> None:
+    last = SequentialConfig(depth=1, init="last_block")
+    with pytest.raises(ValueError, match=r"nothing to begin: init_from=old.ckpt holds every"):
+        begun(start_of(tiny_trunk, SequentialConfig(depth=1)), last, text(1))
+    experts = deepseek.TRUNK.feed_forward
+    assert isinstance(experts, ExpertsConfig)
+    dense = deepseek.trunk(experts={"first_k_dense": 3})
+    for mtp in (last, ParallelConfig(depth=1, init="last_block")):
+        with pytest.raises(ValueError, match=r"last_block does not fit: mtp.depths.0.block has"):
+            begun(start_of(dense), mtp, text(1))
+    with pytest.raises(ValueError, match=r"no meaning for parallel heads with mtp.input_norm=post"):
+        ParallelConfig(depth=1, init="last_block", input_norm="post")
+    with pytest.raises(ValueError, match=r"mtp.init=warm"):
+        SequentialConfig(depth=1, init="warm")  # type: ignore[arg-type]
