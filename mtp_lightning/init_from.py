@@ -126,7 +126,7 @@ def start_from(model: MTPModel, start: Start, windows: WindowBatch | None = None
     if wanted.mtp.init != "random" and not new:
         raise ValueError(
             f"mtp.init={wanted.mtp.init} has nothing to begin: init_from={start.path} holds every "
-            "module of this run; leave mtp.init out."
+            "module of this run; set mtp.init=random."
         )
     for name, tensor in start.weights.items():
         if _module(name) in kept:

@@ -261,3 +261,19 @@ def test_a_forged_checkpoint_brings_no_package(base: Path, tmp_path: Path) -> No
     assert corpus(base, tmp_path).allow == ()
     with pytest.raises(TypeError, match="allow"):
         corpus(base, tmp_path, allow=["evil"])
+
+
+@pytest.mark.parametrize("kind", ["run", "folder"])
+def test_any_model_is_evaluated_on_its_own_texts(base: Path, tmp_path: Path, kind: str) -> None:
+    model = base / "trunk"
+    if kind == "folder":
+        pytest.importorskip("safetensors", reason="Hugging Face folders need it")
+        model = tmp_path / "llama"
+        folders.write(model, deepseek.build(folders.dense()))
+    given = [f"checkpoint={model}", "data=self_generated", f"data.model={model}", "accelerator=cpu",
+             "data.n_prompts=20", "data.new_tokens=12", f"paths.cache_dir={tmp_path / 'cache'}",
+             "decode.n_prompts=0"]  # fmt: skip
+    with initialize_config_dir(version_base="1.3", config_dir=str(helpers.CONF)):
+        metrics = evaluate(compose("evaluate", given))
+    assert metrics["data"]["source"]["name"] == "self_generated"
+    assert metrics["evaluation"]["documents"] >= 1 and metrics["val/loss_depth_0"] > 0

@@ -1,0 +1,91 @@
+"""``mtp.init=last_block`` in whole runs: first losses, resuming, two processes, and refusals."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integration import helpers
+from tests.integration.conftest import Once
+
+SHAPE = {"model.n_layers": 2, "data.seq_len": 32, "data.batch_size": 8}
+HEADS = {
+    **SHAPE,
+    "mtp.depth": 3,
+    "mtp.freeze_trunk": "true",
+    "mtp.init": "last_block",
+    "lambda_schedule": "constant",
+    "optimizer.schedule.kind": "constant",
+    "optimizer.schedule.warmup_steps": 0,
+    "optimizer.schedule.warmup_fraction": "null",
+    "trainer.max_steps": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def trunk(once: Once, cache: Path) -> Path:
+    """A trunk that has learned something."""
+    settings = {
+        **SHAPE, "mtp": "none", "mtp.depth": None, "trainer.max_steps": 250,
+        "trainer.val_check_interval": 250, "optimizer.lr": 0.01,
+    }  # fmt: skip
+    return (
+        once("finished-trunk", lambda folder: helpers.train_here(folder / "run", cache, settings))
+        / "run"
+    )
+
+
+def first_losses(folder: Path) -> list[float]:
+    return [helpers.column(folder, f"train/loss_depth_{k}")[1] for k in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "switches", [{}, {"mtp.share_layers": "true", "mtp.concat": "hidden_first"}]
+)
+def test_first_losses_are_near_the_trunks_own(
+    trunk: Path, cache: Path, tmp_path: Path, switches: dict[str, Any]
+) -> None:
+    settings = {**HEADS, **switches, "init_from": trunk}
+    helpers.train_here(tmp_path / "last", cache, settings)
+    own = helpers.column(tmp_path / "last", "val/loss_depth_0")[4]
+    helpers.train_here(tmp_path / "drawn", cache, {**settings, "mtp.init": "random"})
+    last, drawn = first_losses(tmp_path / "last"), first_losses(tmp_path / "drawn")
+    assert own < 0.6 * math.log(257)
+    # Half of what a prediction knows without a training step, at the least.
+    assert max(last) < (own + math.log(257)) / 2 < min(drawn)
+
+
+def test_a_run_that_goes_on_begins_nothing(trunk: Path, cache: Path, tmp_path: Path) -> None:
+    settings = {**HEADS, "init_from": trunk, "callbacks.checkpoints.every_n_steps": 2}
+    helpers.train_here(tmp_path / "whole", cache, settings)
+    helpers.train_here(tmp_path / "halves", cache, {**settings, "trainer.max_steps": 2})
+    with pytest.raises(ValueError, match=r"began with mtp.init=last_block, and one that goes on"):
+        helpers.train_here(tmp_path / "halves", cache, {**settings, "mtp.init": "random"})
+    helpers.train_here(tmp_path / "halves", cache, settings)
+    helpers.assert_same_weights(tmp_path / "whole", tmp_path / "halves")
+    plain = {**settings, "mtp.init": "random", "trainer.max_steps": 2}
+    helpers.train_here(tmp_path / "drawn", cache, plain)
+    with pytest.raises(ValueError, match=r"has nothing to begin with mtp.init=last_block: set"):
+        helpers.train_here(tmp_path / "drawn", cache, {**plain, "mtp.init": "last_block"})
+
+
+def test_two_processes_begin_alike(trunk: Path, cache: Path, tmp_path: Path) -> None:
+    settings = {**HEADS, "init_from": trunk, "trainer.max_steps": 2}
+    two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 4}
+    done = helpers.execute(helpers.command(tmp_path / "two", cache, {**settings, **two}))
+    assert done.returncode == 0, done.stderr
+    helpers.train_here(tmp_path / "one", cache, settings)
+    assert first_losses(tmp_path / "two") == pytest.approx(first_losses(tmp_path / "one"), rel=2e-6)
+    left, right = (helpers.weights(tmp_path / name) for name in ("two", "one"))
+    for name, tensor in right.items():
+        torch.testing.assert_close(left[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_there_must_be_a_trunk(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no trunk to begin from: set init_from, or leave"):
+        helpers.train_here(tmp_path / "run", cache, {"mtp.init": "last_block"})
+    assert not (tmp_path / "run").exists()
