@@ -89,3 +89,15 @@ def test_there_must_be_a_trunk(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no trunk to begin from: set init_from, or leave"):
         helpers.train_here(tmp_path / "run", cache, {"mtp.init": "last_block"})
     assert not (tmp_path / "run").exists()
+
+
+def test_of_a_task_the_examples_are_looked_at(cache: Path, tmp_path: Path) -> None:
+    task = {
+        "data": "star_graph", "data.eval_examples": 16, "tokenizer": None, "data.eval_bytes": None,
+        "data.val_fraction": None, "data.seq_len": 60, "trainer.max_steps": 2,
+        "trainer.val_check_interval": 2, "model.n_layers": 2,
+    }  # fmt: skip
+    helpers.train_here(tmp_path / "trunk", cache, {**task, "mtp": "none", "mtp.depth": None})
+    heads = {**task, "init_from": tmp_path / "trunk", "mtp.init": "last_block"}
+    helpers.train_here(tmp_path / "heads", cache, {**heads, "mtp.freeze_trunk": "true"})
+    assert helpers.column(tmp_path / "heads", "train/loss_depth_2")[2] > 0
