@@ -150,6 +150,7 @@ def test_every_key_is_one_of_the_apps() -> None:
     for app, *groups in (
         ("config", "data=text"),
         ("config", "data=huggingface"),
+        ("config", "data=self_generated", "+data.prompts.paths=x"),
         ("config", "tokenizer=pretrained"),
         ("evaluate",),
         ("generate",),

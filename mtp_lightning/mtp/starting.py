@@ -52,7 +52,15 @@ def fit_projection(x_NX: Tensor, y_NC: Tensor, hidden_half: slice) -> Tensor:
         x_NX: what is read, X = 2 C.
         y_NC: what is to come out.
         hidden_half: where the hidden state lies in x.
+
+    Raises:
+        ValueError: there is no token.
     """
+    if not len(x_NX):
+        raise ValueError(
+            "mtp.init=last_block has no text to look at: with data.document_mask=true no document "
+            "of those it read is as long as the depth; lower mtp.depth, or set mtp.init=random."
+        )
     x, y = x_NX.double(), y_NC.double()
     weight_N1 = 1 / y.square().mean(dim=1, keepdim=True).clamp_min(1e-30)
     weighted = x * weight_N1 / len(x)
