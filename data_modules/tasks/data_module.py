@@ -37,7 +37,6 @@ class TaskDataModule(WindowDataModule):
         eval_batch_size: windows a validation batch and rank; ``batch_size`` if None.
         train_prompt: whether prompts are trained, too.
         document_mask: must be false, for examples are apart in any case.
-        eval_bytes: of text, and not used: presets for any data (``debug=fast``) set it.
         num_workers: processes that fetch batches ahead.
         pin_memory: page-locked batches; if there is a GPU, when None.
         seed: of the training examples.
@@ -60,7 +59,6 @@ class TaskDataModule(WindowDataModule):
         eval_batch_size: int | None = None,
         train_prompt: bool = False,
         document_mask: bool = False,
-        eval_bytes: object = None,
         num_workers: int = 0,
         pin_memory: bool | None = None,
         seed: int = 0,
@@ -152,10 +150,22 @@ class TaskDataModule(WindowDataModule):
         tasks = {"": self.task, **self.task.variants()}
         for name, task in tasks.items():
             assert task.symbols == self.task.symbols, name
+        fixed = None if self.examples is None else self._training_answers
         return {
-            name: AnswerSet(task, self.eval_examples, depth=self.depth)
+            name: AnswerSet(
+                task, self.eval_examples, depth=self.depth, training=None if name else fixed
+            )
             for name, task in tasks.items()
         }
+
+    def _training_answers(self) -> list[list[int]]:
+        """Of a fixed training set."""
+        return self._fixed_answers
+
+    @cached_property
+    def _fixed_answers(self) -> list[list[int]]:
+        windows = self.train_dataloader().dataset
+        return [e.answer for i in range(len(windows)) for e in windows.held(i)]
 
     def answer_sets(self) -> dict[str, AnswerSet]:
         return self._answer_sets
