@@ -31,9 +31,7 @@ class AnswerSet:
         training: the answers that it was trained on again and again; None for fresh ones.
     """
 
-    def __init__(
-        self, task: Task, n: int, *, depth: int, training: Training | None = None
-    ) -> None:
+    def __init__(self, task: Task, n: int, *, depth: int, training: Training | None = None) -> None:
         self.task = task
         self.n = n
         self.depth = depth

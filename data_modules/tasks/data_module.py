@@ -11,6 +11,7 @@ from torch import Tensor
 from data_modules.sources.base import digest
 from data_modules.tasks.answers import AnswerSet
 from data_modules.tasks.base import Example, Task
+from data_modules.tasks.measures import Training
 from data_modules.tasks.windows import ExampleLoader, TaskWindows, first_training_index
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.tokenizers.symbols import SymbolTokenizer
@@ -150,7 +151,7 @@ class TaskDataModule(WindowDataModule):
         tasks = {"": self.task, **self.task.variants()}
         for name, task in tasks.items():
             assert task.symbols == self.task.symbols, name
-        fixed = None if self.examples is None else self._training_answers
+        fixed: Training | None = None if self.examples is None else lambda: self._training_answers
         return {
             name: AnswerSet(
                 task, self.eval_examples, depth=self.depth, training=None if name else fixed
@@ -158,12 +159,9 @@ class TaskDataModule(WindowDataModule):
             for name, task in tasks.items()
         }
 
+    @cached_property
     def _training_answers(self) -> list[list[int]]:
         """Of a fixed training set."""
-        return self._fixed_answers
-
-    @cached_property
-    def _fixed_answers(self) -> list[list[int]]:
         windows = self.train_dataloader().dataset
         return [e.answer for i in range(len(windows)) for e in windows.held(i)]
 

@@ -28,9 +28,7 @@ class Outputs:
         uniforms: the random numbers [B, W] of :func:`say`, on whatever device.
     """
 
-    def __init__(
-        self, model: MTPModel, batch: WindowBatch, uniforms: Callable[[], Tensor]
-    ) -> None:
+    def __init__(self, model: MTPModel, batch: WindowBatch, uniforms: Callable[[], Tensor]) -> None:
         self._model = model
         self._uniforms = uniforms
         self.batch = batch

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from mtp_lightning.run.solved import SOLVED as SOLVED
 from sweeps.report.metrics import ANSWERS, BITS, BY_TAG, EXACT, LOSS, TABLE, Metric
 from sweeps.report.read import Run
 from sweeps.report.statistics import Interval, interval
 from sweeps.report.texts import Text, text_of
-
-SOLVED = 0.95  # exact match above which a seed solves its task
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,26 @@ TASKS: dict[str, dict[str, Any]] = {
     "mqar": {"data": "mqar", "data.task.letters": None, "data.task.periods": None},
     "packed": {"data.seq_len": 30},
     "prompts": {"data.train_prompt": "true"},
+    "sibling": {
+        "data": "sibling",
+        "data.task.letters": None,
+        "data.task.periods": None,
+        "data.task.parents": 2,
+        "data.task.children": 3,
+        "data.examples": 16,
+        "data.task.hash": 2,
+    },
+    "hmm": {
+        "data": "hmm",
+        "data.task.letters": None,
+        "data.task.periods": None,
+        "data.task.length": 6,
+    },
+}
+# What they report beside.
+BESIDE = {
+    "sibling": {"val/sampled_coherent", "val/sampled_distinct", "val/creativity"},
+    "hmm": {"val/belief_r2", "val/surprisal", "val/excess_loss", "val/longer/belief_r2"},
 }
 
 
@@ -61,13 +81,28 @@ def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path,
         "val/loss_depth_2",
     } <= measured.keys()
     variant = {"star_graph": "longer", "mqar": "more"}.get(case, "longer")
-    assert f"val/{variant}/exact_match" in measured and "val/bits_per_byte" not in measured
+    assert (f"val/{variant}/exact_match" in measured) == (case != "sibling")
+    assert "val/bits_per_byte" not in measured and BESIDE.get(case, set()) <= measured.keys()
     assert ("decode/tokens_per_step" in summary) == (case != "mqar")
     assert [row["step"] for row in rows(tmp_path) if "val/exact_match" in row] == [5, 10]
     assert summary["evaluation"]["examples"] == 30
     # The window that the data have found is the run's from then on.
     stored = yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["seq_len"]
-    assert stored == {"copy": 8, "prompts": 8, "star_graph": 24, "mqar": 48, "packed": 30}[case]
+    assert (
+        stored
+        == {
+            "copy": 8,
+            "prompts": 8,
+            "star_graph": 24,
+            "mqar": 48,
+            "packed": 30,
+            "sibling": 5,
+            "hmm": 6,
+        }[case]
+    )
+    if case == "hmm":  # the floor stands beside the loss, and is of the same tokens
+        above = measured["val/loss_depth_0"] - measured["val/surprisal"]
+        assert measured["val/excess_loss"] == pytest.approx(above, abs=1e-5) and above > 0
     again = evaluated(tmp_path)
     assert {tag: again[tag] for tag in measured} == measured
     assert again["evaluation"] == summary["evaluation"]
@@ -96,8 +131,9 @@ def test_resumes_exactly(tmp_path: Path, cache: Path, settings: dict[str, Any]) 
     assert rows(whole) == rows(again)
 
 
-def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
-    common = TASK | {"trainer.precision": "64-true", "data.eval_examples": 31}
+@pytest.mark.parametrize("case", ["copy", "sibling", "hmm"])
+def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None:
+    common = TASK | TASKS[case] | {"trainer.precision": "64-true", "data.eval_examples": 31}
     two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 2}
     done = execute(command(tmp_path / "two", cache, common | two))
     assert done.returncode == 0, done.stderr
@@ -109,6 +145,12 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
         assert {tag: other[tag] for tag in counted} == pytest.approx(
             {tag: one[tag] for tag in counted}, rel=1e-9, abs=1e-12
         )
+    few = train_here(tmp_path / "few", cache, common | {"callbacks.exact_match.batch_size": 7})
+    answers = {tag for tag in few if tag.startswith("val/")} & alone[-1].keys()
+    assert BESIDE.get(case, set()) <= answers
+    assert {tag: few[tag] for tag in answers} == pytest.approx(
+        {tag: alone[-1][tag] for tag in answers}, rel=1e-6
+    )
 
 
 def test_starts_from_and_is_evaluated_on_another_size(tmp_path: Path, cache: Path) -> None:
