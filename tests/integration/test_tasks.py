@@ -21,6 +21,7 @@ from tests.integration.helpers import (
     rows,
     train_here,
 )
+from tests.integration.test_bad_input import fails
 
 # A quick run on a task: what is text's is left out.
 TASK: dict[str, Any] = {
@@ -197,6 +198,56 @@ def test_the_command_line_refuses_a_tokenizer_and_generates_symbols(
     assert done.stdout.startswith("s0 s3 = ")
     done = execute([*program, *given, "prompt=hello"])
     assert "error: 'hello' is no symbol" in done.stderr
+
+
+STAR = TASK | TASKS["star_graph"]
+REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "graph and names": (STAR | {"data.task.nodes": 6}, ["data.task.nodes=6", "7 nodes"]),
+    "answer and window": (STAR | {"data.seq_len": 3}, ["data.seq_len=3", "25 tokens", "24"]),
+    "keys and symbols": (
+        TASK | TASKS["mqar"] | {"data.task.keys": 7},
+        ["data.task.keys=7", "data.task.pairs=8", "raise data.task.keys"],
+    ),
+    "document mask": (
+        STAR | {"data.document_mask": "true"},
+        ["data.document_mask", "leave it out"],
+    ),
+    "what is text's": (STAR | {"+data.eval_bytes": 9}, ["TaskDataModule", "'eval_bytes'"]),
+    "depth and window": (STAR | {"mtp.depth": 25}, ["mtp.depth", "24"]),
+    "a head and its answers": (
+        STAR | {"mtp": "teacherless", "mtp.depth": None, "data.train_prompt": "true"},
+        ["mtp=teacherless", "data.train_prompt"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_one_sentence(
+    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str], case: str
+) -> None:
+    settings, told = REFUSED[case]
+    error = fails(capfd, tmp_path / "run", cache, settings)
+    assert all(words in error for words in told), error
+
+
+@pytest.mark.parametrize("debug", ["fast", "profile"])
+def test_debugging_reads_little_of_a_text_or_a_task(debug: str) -> None:
+    """Without a key that one of them would ignore."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        task, text, typed, plain_task, plain_text = (
+            compose("config", overrides=given).data
+            for given in (
+                ["data=star_graph", f"debug={debug}"],
+                [f"debug={debug}"],
+                ["data=star_graph", f"debug={debug}", "data.eval_examples=7"],
+                ["data=star_graph"],
+                [],
+            )
+        )
+    assert task.eval_examples == 64 and "eval_bytes" not in task
+    assert text.eval_bytes == 10_000 and "eval_examples" not in text
+    assert typed.eval_examples == 7
+    assert plain_task.eval_examples == 512 and plain_text.eval_bytes == 300_000
 
 
 @pytest.mark.extras  # transformers
