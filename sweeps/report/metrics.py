@@ -52,6 +52,11 @@ TABLE = (
 )
 
 ANSWERS = Metric(EXACT, "Exact match", "of answers", "%")
+BESIDE = (  # what single tasks report
+    Metric("val/creativity", "Creativity", "of sampled answers", "%"),
+    Metric("val/excess_loss", "Excess loss", "nats per token", 4),
+    Metric("val/belief_r2", "Beliefs", "R² of an affine probe", 3),
+)
 
 BY_TAG = {metric.tag: metric for metric in TABLE}
 
