@@ -88,12 +88,18 @@ class SampledAnswers(Measure):
         return dict(self.judge(self.answers.tolist()))
 
 
+LEAST = 1e-4
+"""Singular value of what a probe still reads, relative to the largest."""
+
+
 class AffineProbe(Measure):
     """R^2 of the affine map that best (by least squares) reads something off the states from which
     the model speaks: fitted on the examples of even number, scored on the others.
 
     ``1 - sum |y - fit|^2 / sum |y - mean y|^2`` over all components and scored positions, y's mean
-    being theirs. Nothing is kept of a position but its part of a sum.
+    being theirs. Nothing is kept of a position but its part of a sum. What states vary in by less
+    than :data:`LEAST` of what they vary in most is left out: it is their rounding, which no two
+    batches share.
 
     Args:
         name: of the value.
@@ -131,17 +137,20 @@ class AffineProbe(Measure):
 
     def compute(self) -> dict[str, float]:
         fit, score = self.products.cpu().numpy()
-        inputs = slice(self.d_model + 1)
-        wanted = slice(self.d_model + 1, None)
-        n = score[self.d_model, self.d_model]
-        if not (fit[self.d_model, self.d_model] and n):
+        one = self.d_model
+        states, wanted = slice(one), slice(one + 1, None)
+        n_fit, n = fit[one, one], score[one, one]
+        if not (n_fit and n):
             return {}
-        means = score[self.d_model, wanted] / n
+        means = score[one, wanted] / n
         total = np.trace(score[wanted, wanted]) - n * means @ means
         if total <= 1e-12 * n:  # the same everywhere
             return {}
-        weights, *_ = np.linalg.lstsq(fit[inputs, inputs], fit[inputs, wanted], rcond=None)
-        error = np.concatenate([weights, -np.eye(weights.shape[1])])
+        varied = fit - np.outer(fit[one], fit[one]) / n_fit
+        # Of squares, so that the least is squared, too.
+        slope, *_ = np.linalg.lstsq(varied[states, states], varied[states, wanted], rcond=LEAST**2)
+        offset = (fit[one, wanted] - fit[one, states] @ slope) / n_fit
+        error = np.concatenate([slope, offset[None], -np.eye(len(offset))])
         return {self.name: float(1 - np.einsum("is,ij,js->", error, score, error) / total)}
 
 
