@@ -196,11 +196,12 @@ def test_a_matched_run_counts_what_it_used(tmp_path: Path, cache: Path) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_takes_it_for_done(tmp_path: Path, cache: Path) -> None:
-    args = [*command(tmp_path / "unused", cache, EASY)[:-1], "-m", f"sweep_dir={tmp_path / 's'}"]
-    done = execute([*args, "seed=0,1"])
+    python, app, *given, _ = command(tmp_path / "unused", cache, EASY)
+    args = [python, app, "-m", *given, f"sweep_dir={tmp_path / 's'}", "seed=0,1"]
+    done = execute(args)
     assert done.returncode == 0 and "all 2 jobs done" in done.stdout, done.stderr
     folders = [path for path in (tmp_path / "s").iterdir() if (path / "config.yaml").exists()]
     assert [state_of(folder) for folder in folders] == ["done", "done"]
     assert all(stored(folder)["solved"] for folder in folders)
-    again = execute([*args, "seed=0,1"])
+    again = execute(args)
     assert "2 done before" in again.stdout, again.stdout
