@@ -48,7 +48,7 @@ class Matched:
         match: ``parameters`` or ``flops``.
         reference: its name.
         n_layers: trunk layers of this run.
-        max_steps: optimizer steps of this run.
+        max_steps: optimizer steps of this run, unless something ends it before.
         target: what was to be reached: the reference's parameters or FLOPs.
         reached: what this run has of them.
     """
@@ -64,6 +64,10 @@ class Matched:
     def remaining(self) -> float:
         """What is left of the difference, relative to the reference."""
         return self.reached / self.target - 1
+
+    def used(self, flops: float) -> Matched:
+        """The same of a run that was ended early: what counts is what it cost."""
+        return replace(self, reached=flops) if self.match == "flops" else self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for the summary."""

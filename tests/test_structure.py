@@ -45,7 +45,7 @@ SHARED_WITH_SWEEPS = (
     *(f"mtp_lightning.{name}" for name in ("cli", "literal", "paths")),
     *(
         f"mtp_lightning.run.{name}"
-        for name in ("atomic", "config", "layout", "lock", "metrics", "status")
+        for name in ("atomic", "config", "layout", "lock", "metrics", "solved", "status")
     ),
 )
 

@@ -5,6 +5,7 @@ Shapes: B batch, W tokens of a window.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -12,8 +13,12 @@ import torch
 from torch import Tensor
 
 from data_modules.tasks.base import END, Example, Task
+from data_modules.tasks.measures import Measure, Training
 from data_modules.tasks.windows import lay_out
 from data_modules.windows import WindowBatch
+
+SAMPLES = 1 << 126
+"""Index behind all examples and before what tasks draw once, of the draws of sampled answers."""
 
 
 class AnswerSet:
@@ -23,12 +28,14 @@ class AnswerSet:
         task: of the examples; an out-of-distribution variant, maybe.
         n: how many, >= 1.
         depth: D of the model that is to answer.
+        training: the answers that it was trained on again and again; None for fresh ones.
     """
 
-    def __init__(self, task: Task, n: int, *, depth: int) -> None:
+    def __init__(self, task: Task, n: int, *, depth: int, training: Training | None = None) -> None:
         self.task = task
         self.n = n
         self.depth = depth
+        self.training = training
 
     def __len__(self) -> int:
         return self.n
@@ -37,6 +44,24 @@ class AnswerSet:
     def chance(self) -> float:
         """See :class:`Task`."""
         return self.task.chance
+
+    def measures(self, d_model: int) -> Sequence[Measure]:
+        """What the task reports beside exact match, new and empty.
+
+        Args:
+            d_model: of the model that is to answer.
+        """
+        return self.task.measures(n=self.n, d_model=d_model, training=self.training)
+
+    def uniforms(self, numbers: np.ndarray, width: int) -> Tensor:
+        """Random numbers to draw the tokens of answers by, [B, W] float64 of [0, 1).
+
+        Args:
+            numbers: of the examples; each has its own stream, of the task's seed.
+            width: W of their batch, which does not matter to the numbers.
+        """
+        rows = [self.task.draws(SAMPLES + i).uniform(width) for i in numbers.tolist()]
+        return torch.from_numpy(np.stack(rows))
 
     @cached_property
     def examples(self) -> list[Example]:

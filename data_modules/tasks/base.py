@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_modules.sources.base import digest
+from data_modules.tasks.measures import Measure, Training
 from mtp_lightning.settings import require_whole
 
 END = 0
@@ -130,6 +131,18 @@ class Task(ABC):
     def groups(self, example: Example) -> Sequence[str]:
         """A name for each of the answer's tokens, by which accuracy is reported, "" for those that
         are given; nothing for a task without groups."""
+        return ()
+
+    def measures(
+        self, *, n: int, d_model: int, training: Training | None = None
+    ) -> Sequence[Measure]:
+        """What is reported of a model beside exact match, and of which outputs of its.
+
+        Args:
+            n: examples, 0 .. n - 1, that it is reported of.
+            d_model: of the model.
+            training: the training set's answers, where it is a fixed one.
+        """
         return ()
 
     @property

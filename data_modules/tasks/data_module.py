@@ -11,6 +11,7 @@ from torch import Tensor
 from data_modules.sources.base import digest
 from data_modules.tasks.answers import AnswerSet
 from data_modules.tasks.base import Example, Task
+from data_modules.tasks.measures import Training
 from data_modules.tasks.windows import ExampleLoader, TaskWindows, first_training_index
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.tokenizers.symbols import SymbolTokenizer
@@ -37,7 +38,6 @@ class TaskDataModule(WindowDataModule):
         eval_batch_size: windows a validation batch and rank; ``batch_size`` if None.
         train_prompt: whether prompts are trained, too.
         document_mask: must be false, for examples are apart in any case.
-        eval_bytes: of text, and not used: presets for any data (``debug=fast``) set it.
         num_workers: processes that fetch batches ahead.
         pin_memory: page-locked batches; if there is a GPU, when None.
         seed: of the training examples.
@@ -60,7 +60,6 @@ class TaskDataModule(WindowDataModule):
         eval_batch_size: int | None = None,
         train_prompt: bool = False,
         document_mask: bool = False,
-        eval_bytes: object = None,
         num_workers: int = 0,
         pin_memory: bool | None = None,
         seed: int = 0,
@@ -152,10 +151,19 @@ class TaskDataModule(WindowDataModule):
         tasks = {"": self.task, **self.task.variants()}
         for name, task in tasks.items():
             assert task.symbols == self.task.symbols, name
+        fixed: Training | None = None if self.examples is None else lambda: self._training_answers
         return {
-            name: AnswerSet(task, self.eval_examples, depth=self.depth)
+            name: AnswerSet(
+                task, self.eval_examples, depth=self.depth, training=None if name else fixed
+            )
             for name, task in tasks.items()
         }
+
+    @cached_property
+    def _training_answers(self) -> list[list[int]]:
+        """Of a fixed training set."""
+        windows = self.train_dataloader().dataset
+        return [e.answer for i in range(len(windows)) for e in windows.held(i)]
 
     def answer_sets(self) -> dict[str, AnswerSet]:
         return self._answer_sets

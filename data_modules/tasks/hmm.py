@@ -4,7 +4,7 @@ Shai et al. 2024, "Transformers represent belief state geometry in their residua
 2405.15943): a model that predicts well holds an affine image of :meth:`HMM.beliefs`, the
 distribution over hidden states after what has been read. Nothing is asked but the next symbol, so
 that exact match says only whether the process could say what the model did; what tells is the
-loss, by :attr:`HMM.entropy_rate` and :meth:`HMM.surprisals`, and an affine probe's R^2.
+loss, by :meth:`HMM.surprisals` (and :attr:`HMM.entropy_rate`), and an affine probe's R^2.
 
     > 0 1 1 0 1 1        rrxor: of three symbols, the last is the exclusive or of the others
 
@@ -22,6 +22,7 @@ from typing import ClassVar
 import numpy as np
 
 from data_modules.tasks.base import Example, Task
+from data_modules.tasks.measures import AffineProbe, Excess, Measure, Training
 from mtp_lightning.settings import require_choice, require_number, require_whole
 
 START, FIRST = 1, 2
@@ -143,6 +144,17 @@ class HMM(Task):
 
     def variants(self) -> dict[str, Task]:
         return {"longer": replace(self, length=2 * self.length)}
+
+    def measures(
+        self, *, n: int, d_model: int, training: Training | None = None
+    ) -> Sequence[Measure]:
+        """``belief_r2`` of an affine probe from states to beliefs; ``surprisal``, the process's own
+        on the very symbols that the loss is a mean over, and the model's ``excess_loss``."""
+        size = len(self.stationary)
+        return (
+            AffineProbe("belief_r2", self.beliefs, size=size, d_model=d_model),
+            Excess("surprisal", self.surprisals),
+        )
 
     def _filter(self, tokens: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ids = np.asarray(tokens)

@@ -8,8 +8,9 @@ conditioning), so that greedy decoding of new strings gives different answers.
 
     q e u h = c17 c4 P2        hash = siblings, parent
 
-The creativity of what is said is :meth:`Sibling.score`. It takes a fixed training set
-(``data.examples``) of fewer triples than there are: with fresh examples none would remain new.
+The creativity of what is said is :meth:`Sibling.score`, of answers drawn at temperature 1. It takes
+a fixed training set (``data.examples``) of fewer triples than there are: with fresh examples none
+would remain new, and it is not reported.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from string import ascii_lowercase
 from typing import ClassVar
 
 from data_modules.tasks.base import Example, Task
+from data_modules.tasks.measures import Measure, SampledAnswers, Training
 from mtp_lightning.settings import require_whole
 
 EQUALS, LETTERS = 1, 2
@@ -99,6 +101,23 @@ class Sibling(Task):
         """
         coherent = {frozenset(sample) for sample in samples if self.check((), sample)}
         return len(coherent - {frozenset(answer) for answer in training}) / len(samples)
+
+    def measures(
+        self, *, n: int, d_model: int, training: Training | None = None
+    ) -> Sequence[Measure]:
+        """Shares of sampled answers: ``sampled_coherent``, ``sampled_distinct`` (coherent, each
+        triple once), and ``creativity`` (those not in training), of a fixed training set."""
+        place = slice(self.longest_prompt, self.longest)
+
+        def judge(samples: list[list[int]]) -> dict[str, float]:
+            shares = {
+                "sampled_coherent": sum(self.check((), s) for s in samples) / len(samples),
+                "sampled_distinct": self.score(samples, ()),
+            }
+            new = {} if training is None else {"creativity": self.score(samples, training())}
+            return shares | new
+
+        return (SampledAnswers(n, place, judge),)
 
     @cached_property
     def _families(self) -> list[list[int]]:

@@ -68,6 +68,11 @@ class Tokenizer(ABC):
 
         return bytes_of_pieces(self.library_json(), self.vocab_size)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether any text has ids, and not only words of the tokenizer's own."""
+        return True
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """``encode`` of every text; at once where that is faster."""
         return [self.encode(text) for text in texts]

@@ -35,6 +35,10 @@ class SymbolTokenizer(Tokenizer):
     def eot_id(self) -> int:
         return 0
 
+    @property
+    def reads_text(self) -> bool:
+        return False
+
     def encode(self, text: str) -> np.ndarray:
         """Ids of symbols parted by white space.
 

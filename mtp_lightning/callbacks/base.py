@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -20,8 +21,9 @@ class RunCallback(Callback):
         """A few words for the progress bar, about the newest steps."""
         return ""
 
-    def summary(self) -> dict[str, float]:
-        """What ``summary.json`` gets of this callback, by log tag; asked when the run has ended."""
+    def summary(self) -> dict[str, Any]:
+        """What ``summary.json`` gets of this callback, numbers by log tag; asked when the run has
+        ended."""
         return {}
 
 

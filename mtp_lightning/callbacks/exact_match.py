@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
 
 from mtp_lightning.callbacks.base import RunCallback
-from mtp_lightning.decoding.answers import choose, say
+from mtp_lightning.decoding.answers import Outputs
 from mtp_lightning.metrics.answers import AnswerRates
 from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import require_whole
@@ -18,8 +18,8 @@ from mtp_lightning.settings import require_whole
 
 class ExactMatch(RunCallback):
     """Logs ``val/exact_match``, the share of right answers of plain greedy decoding, ``val/chance``
-    and what else :class:`AnswerRates` has, of the validation examples; of each out-of-distribution
-    set as ``val/SET/..``. On text it does nothing.
+    what else :class:`AnswerRates` has, and what the task's own measures say, of the validation
+    examples; of each out-of-distribution set as ``val/SET/..``. On text it does nothing.
 
     Args:
         batch_size: examples decoded together, >= 1.
@@ -64,7 +64,7 @@ def answer_all(
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, float]:
-    """Every set's rates by log tag, over all ranks.
+    """Every set's rates, and its task's measures, by log tag, over all ranks.
 
     Args:
         model: in evaluation mode.
@@ -77,18 +77,21 @@ def answer_all(
     values: dict[str, float] = {}
     for name, examples in sets.items():
         rates = AnswerRates(examples.n_positions, examples.group_names).to(device)
+        measures = [m.to(device) for m in examples.measures(model.config.trunk.d_model)]
         own = np.arange(rank, len(examples), world)
         for start in range(0, len(own), batch_size):
             numbers = own[start : start + batch_size]
             batch = examples.batch(numbers).to(device)
-            said_BW = say(model, batch)
-            right_B = examples.right(numbers, said_BW).to(device)
             width = batch.tokens.shape[1]
+            outputs = Outputs(model, batch, partial(examples.uniforms, numbers, width))
+            right_B = examples.right(numbers, outputs.said_BW).to(device)
             places = (place.to(device) for place in examples.places(numbers, width))
-            with torch.autocast(device.type, enabled=False):
-                forced_BW = choose(model, batch)
-            rates.update(right_B, said_BW, forced_BW, batch.tokens, *places)
+            rates.update(right_B, outputs.said_BW, outputs.forced_BW, batch.tokens, *places)
+            for measure in measures:
+                measure.update(numbers, outputs)
         found = {**rates.compute(), "chance": examples.chance}
+        for measure in measures:
+            found |= measure.compute()
         prefix = f"val/{name}/" if name else "val/"
         values |= {f"{prefix}{key}": value for key, value in found.items()}
     return values

@@ -1,43 +1,96 @@
-"""What a model says where a batch leaves it the word: answers of whole batches, greedily.
+"""What a model says where a batch leaves it the word: answers of whole batches, greedily or drawn.
 
-Shapes: B rows, W tokens of a window, P its positions, C d_model.
+Shapes: B rows, W tokens of a window, P its positions, N its scored tokens, C d_model, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.generate import eager_decoding
+from mtp_lightning.decoding.sampling import Sampling, draw
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
 
 
-def say(model: MTPModel, batch: WindowBatch) -> Tensor:
-    """Plain greedy decoding of a batch's scored tokens; it reads all others as they are.
-
-    Where the scored tokens of a row are one run, that is what :func:`generate` says.
+class Outputs:
+    """What a model makes of a batch of questions; each thing is computed when first asked for.
 
     Args:
         model: any variant, in evaluation mode.
         batch: windows with ``scored``, the first token of each not among them.
+        uniforms: the random numbers [B, W] of :func:`say`, on whatever device.
+    """
+
+    def __init__(self, model: MTPModel, batch: WindowBatch, uniforms: Callable[[], Tensor]) -> None:
+        self._model = model
+        self._uniforms = uniforms
+        self.batch = batch
+
+    @cached_property
+    def said_BW(self) -> Tensor:
+        """The tokens, with the model's greedy answers in the scored places."""
+        return say(self._model, self.batch)
+
+    @cached_property
+    def sampled_BW(self) -> Tensor:
+        """The tokens, with answers drawn at temperature 1 in the scored places."""
+        return say(self._model, self.batch, self._uniforms().to(self.batch.device))
+
+    @cached_property
+    def states_BPC(self) -> Tensor:
+        """The trunk's final states, teacher-forced."""
+        return _states(self._model, self.batch)
+
+    @cached_property
+    def forced_BW(self) -> Tensor:
+        """The tokens, with the model's greedy choices after true ones in the scored places."""
+        return _in_place(self.batch, self._logits_NV.argmax(-1), self.batch.tokens)
+
+    @cached_property
+    def nats_BW(self) -> Tensor:
+        """float64 ``-log p`` of each scored token, teacher-forced; 0 elsewhere."""
+        target_N = _scored(self.batch, self.batch.tokens)
+        nats_N = F.cross_entropy(self._logits_NV.double(), target_N, reduction="none")
+        return _in_place(self.batch, nats_N, torch.zeros_like(self.batch.tokens).double())
+
+    @cached_property
+    def _logits_NV(self) -> Tensor:
+        return _logits(self._model, self.batch, self.states_BPC)
+
+
+def say(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) -> Tensor:
+    """Plain decoding of a batch's scored tokens; it reads all others as they are.
+
+    Where the scored tokens of a row are one run, greedy decoding is what :func:`generate` says.
+
+    Args:
+        model: any variant, in evaluation mode.
+        batch: windows with ``scored``, the first token of each not among them.
+        uniforms_BW: numbers of [0, 1), by which each token is drawn at temperature 1; None for
+            the most probable tokens.
 
     Returns:
         ``[B, W]`` the tokens, with the model's own in the scored places.
     """
     assert batch.scored is not None and not bool(batch.scored[:, 0].any())
     if model.config.mtp.answers_at_once:
-        return choose(model, batch)  # which is not shown what is scored
+        return choose(model, batch, uniforms_BW)  # which is not shown what is scored
     places = torch.arange(batch.tokens.shape[1], device=batch.device)
     first_B = batch.scored.int().argmax(1)
     last_B = torch.where(batch.scored, places, first_B.unsqueeze(1)).amax(1)
     first, last = first_B.tolist(), last_B.tolist()
     rounds = max(b - a for a, b in zip(first, last, strict=True)) + 1
     # Rows that are done early go on beyond their ends, where nobody looks.
-    beyond = (batch.batch_size, rounds)
-    said_BW = torch.cat((batch.tokens, batch.tokens.new_zeros(beyond)), dim=1)
-    scored_BW = torch.cat((batch.scored, batch.scored.new_zeros(beyond)), dim=1)
+    said_BW, scored_BW = F.pad(batch.tokens, (0, rounds)), F.pad(batch.scored, (0, rounds))
+    if uniforms_BW is not None:
+        uniforms_BW = F.pad(uniforms_BW, (0, rounds))
     with eager_decoding(model):
         session = Session(
             model,
@@ -48,7 +101,8 @@ def say(model: MTPModel, batch: WindowBatch) -> Tensor:
         logits_BV = session.prefill(first)
         for i in range(rounds):
             at_B1 = (first_B + i).unsqueeze(1)
-            choice_B1 = logits_BV.argmax(-1, keepdim=True)
+            uniform_B = None if uniforms_BW is None else uniforms_BW.gather(1, at_B1).squeeze(1)
+            choice_B1 = _pick(logits_BV, uniform_B).unsqueeze(1)
             given_B1 = said_BW.gather(1, at_B1)
             token_B1 = torch.where(scored_BW.gather(1, at_B1), choice_B1, given_B1)
             said_BW.scatter_(1, at_B1, token_B1)
@@ -60,14 +114,40 @@ def say(model: MTPModel, batch: WindowBatch) -> Tensor:
     return said_BW[:, : batch.tokens.shape[1]]
 
 
+def choose(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) -> Tensor:
+    """Teacher-forced: ``[B, W]`` the tokens, with the model's choice, all tokens before being the
+    true ones, in the scored places; chosen as in :func:`say`."""
+    logits_NV = _logits(model, batch, _states(model, batch))
+    uniform_N = None if uniforms_BW is None else _scored(batch, uniforms_BW)
+    return _in_place(batch, _pick(logits_NV, uniform_N), batch.tokens)
+
+
+def _pick(logits_NV: Tensor, uniform_N: Tensor | None) -> Tensor:
+    if uniform_N is None:
+        return logits_NV.argmax(-1)
+    return draw(Sampling(temperature=1.0).probabilities(logits_NV), uniform_N)
+
+
 @torch.no_grad()
-def choose(model: MTPModel, batch: WindowBatch) -> Tensor:
-    """Teacher-forced: ``[B, W]`` the tokens, with the model's greedy choice, all tokens before
-    being the true ones, in the scored places."""
-    valid_BP = batch.valid(0)
-    assert valid_BP is not None
-    hidden_BPC = model(batch, ())[0]
-    chosen = batch.tokens.clone()
-    # A view: what is written there is written into the tokens.
-    batch.shifted(chosen, 0)[valid_BP] = model.head(hidden_BPC[valid_BP]).argmax(-1)
-    return chosen
+def _states(model: MTPModel, batch: WindowBatch) -> Tensor:
+    with torch.autocast(batch.device.type, enabled=False):
+        return model(batch, ())[0]
+
+
+@torch.no_grad()
+def _logits(model: MTPModel, batch: WindowBatch, states_BPC: Tensor) -> Tensor:
+    with torch.autocast(batch.device.type, enabled=False):
+        return model.head(states_BPC[batch.valid(0)])
+
+
+def _scored(batch: WindowBatch, field_BW: Tensor) -> Tensor:
+    """A field's values [N] where tokens are scored."""
+    return batch.shifted(field_BW, 0)[batch.valid(0)]
+
+
+def _in_place(batch: WindowBatch, values_N: Tensor, elsewhere_BW: Tensor) -> Tensor:
+    """A field with values where tokens are scored."""
+    field_BW = elsewhere_BW.clone()
+    # A view: what is written there is written into the field.
+    batch.shifted(field_BW, 0)[batch.valid(0)] = values_N
+    return field_BW

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +35,10 @@ from mtp_lightning.module import MTPModule
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.config import WITHOUT_BEARING, describe_differences
-from mtp_lightning.run.layout import CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE
+from mtp_lightning.run.layout import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.loading import describe_interrupt
+from mtp_lightning.run.metrics import read_metrics
+from mtp_lightning.run.solved import time_to_solve
 from mtp_lightning.run.summary import environment, print_paths, print_summary
 from mtp_lightning.runtime import keep_freed_memory, quiet_lightning, set_threads
 
@@ -169,8 +172,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if cfg.init_from is not None:
         summary["init_from"] = str(cfg.init_from)
     if run.matched is not None:
-        summary["compare"] = run.matched.to_dict()
+        early = summary.get("stopped_early", False)
+        matched = run.matched.used(module.flops) if early else run.matched
+        summary["compare"] = matched.to_dict()
     if trainer.is_global_zero:
+        summary |= solving(data, folder)
         write_json(summary, folder / SUMMARY_FILE)
     end_loggers(trainer, params, summary)
     if trainer.is_global_zero:
@@ -178,6 +184,19 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         print_sample(module.model, data, seed=cfg.seed)
         print_paths(folder)
     return summary
+
+
+def solving(data: WindowDataModule, folder: Path) -> dict[str, Any]:
+    """``time_to_solve`` of a task's run, None if it was never solved; nothing of others.
+
+    From ``metrics.csv``, as the report has it: that goes on when a run is resumed, and holds the
+    validation behind the last step, too, which no checkpoint does.
+    """
+    if not data.answer_sets():
+        return {}
+    with suppress(OSError):  # a disk that was full: nobody knows
+        return {"time_to_solve": time_to_solve(read_metrics(folder / METRICS_FILE))}
+    return {}
 
 
 def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Path | None) -> int:

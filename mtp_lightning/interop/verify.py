@@ -106,8 +106,7 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> str:
         ValueError: transformers is missing.
     """
     theirs = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # A task's symbols are all the text that it knows.
-    text = " ".join(getattr(tokenizer, "symbols", ())) or _TEXT
+    text = _TEXT if tokenizer.reads_text else tokenizer.decode(range(tokenizer.vocab_size))
     found = theirs(text, add_special_tokens=False)["input_ids"]
     wanted = [int(token) for token in tokenizer.encode(text)]
     if found != wanted or theirs.eos_token_id != tokenizer.eot_id:

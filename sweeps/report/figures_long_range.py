@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from sweeps.report.settings import Settings
-from sweeps.report.style import SEEDS, Drawing, bars, canvas, key_to, looks
+from sweeps.report.style import SEEDS, Drawing, bars, canvas, doubling_axis, key_to, looks
 
 # Figure -> title, caption, the tags with the number that is their place, and the axes' names.
 _CURVES = {
@@ -66,7 +66,7 @@ def _curve(settings: Settings, name: str) -> Drawing:
     places = sorted((float(m[1] or 1), m[0]) for m in tags_like(settings, pattern))
     drawing = over_places(settings, drawing, places, x_label, y_label)
     if drawing.figure is not None and name != "acceptance_entropy":
-        drawing.figure.axes[0].set_xscale("log", base=2)
+        doubling_axis(drawing.figure.axes[0], sorted({place for place, _ in places}))
     return drawing
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mtp_lightning.run.solved import EXACT as EXACT
 from sweeps.report.statistics import Interval
 
 LOSS, BITS = "val/loss_depth_0", "val/bits_per_byte"
@@ -13,7 +14,7 @@ BITS_ERROR = "val/bits_per_byte_se"  # over the documents of the text, by bootst
 FLOPS, SECONDS = "flops", "seconds"
 PER_STEP, SPEEDUP = "decode/tokens_per_step", "decode/speedup"
 DECODE_SPEED = "decode/tokens_per_second"
-EXACT, CHANCE = "val/exact_match", "val/chance"  # of a task's answers: how many are right
+CHANCE = "val/chance"  # of EXACT, the share of a task's answers that are right
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
@@ -51,6 +52,11 @@ TABLE = (
 )
 
 ANSWERS = Metric(EXACT, "Exact match", "of answers", "%")
+BESIDE = (  # what single tasks report
+    Metric("val/creativity", "Creativity", "of sampled answers", "%"),
+    Metric("val/excess_loss", "Excess loss", "nats per token", 4),
+    Metric("val/belief_r2", "Beliefs", "R² of an affine probe", 3),
+)
 
 BY_TAG = {metric.tag: metric for metric in TABLE}
 

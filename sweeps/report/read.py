@@ -122,7 +122,9 @@ def read_sweep(folder: str | Path, *, name: str = "") -> Sweep:
     sweep.varied = [str(key) for key in plan.get("varied") or []]
     planned = [job for job in plan.get("jobs") or [] if isinstance(job, dict)]
     jobs = {str(job["folder"]): job for job in planned if "folder" in job}
-    found = [path.name for path in sorted(folder.iterdir(), key=_natural) if _is_run(path)]
+    # Names with a dot are a run's own folders, such as .hydra.
+    inside = [path for path in sorted(folder.iterdir(), key=_natural) if path.name[0] != "."]
+    found = [path.name for path in inside if _is_run(path)]
     for run_name in [*jobs, *(n for n in found if n not in jobs)]:
         run = read_run(folder / run_name, sweep=name)
         run.overrides = _overrides(jobs.get(run_name, {}).get("overrides")) or run.overrides

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from sweeps.report.metrics import ANSWERS, BITS, BY_TAG, EXACT, LOSS, TABLE, Metric
+from mtp_lightning.run.solved import SOLVED as SOLVED
+from sweeps.report.metrics import ANSWERS, BESIDE, BITS, BY_TAG, EXACT, LOSS, TABLE, Metric
 from sweeps.report.read import Run
 from sweeps.report.statistics import Interval, interval
 from sweeps.report.texts import Text, text_of
-
-SOLVED = 0.95  # exact match above which a seed solves its task
 
 
 @dataclass(frozen=True)
@@ -130,13 +129,14 @@ class Settings:
     @property
     def columns(self) -> list[Metric]:
         """What the table of settings may have; of a task exact match first, then that on every set
-        outside of the distribution."""
+        outside of the distribution and what the task reports beside."""
         if not self.is_task:
             return [*TABLE]
         tags = dict.fromkeys(tag for run in self.done for tag in run.summary)
         found = ((tag, re.fullmatch(r"val/([^/]+)/exact_match", tag)) for tag in tags)
         sets = [Metric(tag, "Exact match", f"on {m[1]}", "%") for tag, m in found if m]
-        return [ANSWERS, *sets, *TABLE]
+        beside = [metric for metric in BESIDE if metric.tag in tags]
+        return [ANSWERS, *sets, *beside, *TABLE]
 
 
 def show(value: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from mtp_lightning.run.solved import first_above
 from sweeps.report.metrics import EXACT
 from sweeps.report.read import Run
 from sweeps.report.settings import Setting
@@ -27,13 +28,11 @@ def solved_share(setting: Setting, level: float) -> Share | None:
 def wait_of(run: Run, level: float) -> Wait | None:
     """Optimizer steps to a run's first validation above the level, whatever came after it; to the
     last one, if there was none such yet. None without a validation."""
-    rights = [
-        (row["step"], row[EXACT]) for row in run.rows if math.isfinite(row.get(EXACT, math.nan))
-    ]
-    solved = [step for step, right in rights if right > level]
-    if solved:
-        return Wait(min(solved), True)
-    return Wait(max(step for step, _ in rights), False) if rights else None
+    solved = first_above(run.rows, level)
+    if solved is not None:
+        return Wait(solved["step"], True)
+    steps = [row["step"] for row in run.rows if math.isfinite(row.get(EXACT, math.nan))]
+    return Wait(max(steps), False) if steps else None
 
 
 def time_to_solve(setting: Setting, level: float) -> Survival | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, head, kernels, startup, train_step
+from benchmarks import common, head, kernels, startup, train_step, validation
 
 SHAPE = ["--batch-size", "2", "--seq-len", "32"]
 
@@ -127,6 +127,18 @@ def test_startup(tmp_path: Path) -> None:
     # Python alone takes some hundredths of a second; --help does not wait for torch.
     assert 0.02 < seconds["train.py --help"] < seconds["first step, full cache"]
     assert seconds["first step, full cache"] < seconds["run of one step, full cache"]
+
+
+def test_validation(tmp_path: Path) -> None:
+    output = tmp_path / "validation.json"
+    small = ["data.eval_examples=8", "data.batch_size=4", "trainer.accelerator=cpu"]
+    result = validation.main(["--quick", "--output", str(output), *small])
+    assert read(output) == result
+    assert sum(row["share"] for row in result["rows"]) == pytest.approx(1)
+    assert len(result["rows"]) == 4 and all(row["seconds"] > 0 for row in result["rows"])
+    step, *parts = result["rows"]
+    assert step["total"] == pytest.approx(5000 * step["seconds"])
+    assert [row["total"] / row["seconds"] for row in parts] == pytest.approx([10] * 3)
 
 
 def test_saved_tensors_counts_every_storage_once() -> None:

@@ -13,14 +13,19 @@ import torch
 from data_modules.tasks import MQAR, Copy, StarGraph
 from data_modules.tasks.answers import AnswerSet
 from data_modules.tasks.base import END, Example, Task
+from data_modules.tasks.data_module import TaskDataModule
 from data_modules.windows import WindowBatch
 from mtp_lightning.callbacks.exact_match import answer_all
-from mtp_lightning.decoding.answers import choose, say
+from mtp_lightning.decoding.answers import Outputs, choose, say
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.metrics.answers import AnswerRates
 from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.mtp.teacherless import TeacherlessConfig
 from tests.decoding.models import small_model
+from tests.models import build
 
 D = 2
 
@@ -52,11 +57,21 @@ def model_for(task: Task, **options) -> MTPModel:
     return small_model(3, D, vocab=len(task.symbols), **options)
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 @torch.no_grad()
-def next_token(model: MTPModel, tokens: list[int]) -> int:
+def logits_after(model: MTPModel, tokens: list[int]) -> torch.Tensor:
     """By a pass over all of the text."""
-    batch = WindowBatch(torch.tensor([tokens + [0] * (D + 1)]), D)
-    return int(model.head(model(batch, ())[0][0, len(tokens) - 1]).argmax())
+    rows = torch.tensor([tokens + [0] * (model.depth + 1)])
+    scored = torch.zeros_like(rows, dtype=torch.bool)  # what a model that needs a task is told
+    batch = WindowBatch(rows, model.depth, scored=scored)
+    return model.head(model(batch, ())[0][0, len(tokens) - 1])
+
+
+def next_token(model: MTPModel, tokens: list[int]) -> int:
+    return int(logits_after(model, tokens).argmax())
 
 
 def by_hand(model: MTPModel, task: Task, example: Example) -> list[int]:
@@ -88,11 +103,10 @@ def test_answers_are_those_of_a_naive_decode(task: Task) -> None:
     assert torch.equal(say(model, batch), said_BW[few][:, : batch.tokens.shape[1]])
 
 
-@pytest.mark.parametrize("stack", ["sequential", "parallel"])
+@pytest.mark.parametrize("stack", [SequentialConfig, ParallelConfig, LinearConfig])
 @pytest.mark.parametrize("task", [Copy(periods=6), StarGraph(), Count()], ids=repr)
-def test_drafts_give_the_same_answers(task: Task, stack: str) -> None:
-    options = {"stack": ParallelConfig} if stack == "parallel" else {}
-    model = model_for(task, **options)
+def test_drafts_give_the_same_answers(task: Task, stack: type) -> None:
+    model = model_for(task, stack=stack)
     questions = AnswerSet(task, 20, depth=D)
     said_BW = say(model, questions.batch(np.arange(20)))
     drafted = 0
@@ -110,6 +124,84 @@ def test_drafts_give_the_same_answers(task: Task, stack: str) -> None:
             assert found.token_ids == questions.answer(i, said_BW[i].tolist())
         drafted += sum(found.drafts_reached)
     assert drafted > 0
+
+
+@pytest.mark.parametrize("task", TASKS, ids=repr)
+def test_what_is_scored_is_not_read(task: Task) -> None:
+    """Neither to decode greedily nor to sample: other true answers, the same said ones."""
+    model, questions = model_for(task), AnswerSet(task, 30, depth=D)
+    numbers = np.arange(30)
+    batch = questions.batch(numbers)
+    other = questions.batch(numbers)
+    assert other.scored is not None
+    noise = torch.randint(len(task.symbols), other.tokens.shape, generator=seeded(0))
+    other.tokens[other.scored] = noise[other.scored]
+    uniforms = questions.uniforms(numbers, batch.tokens.shape[1])
+    assert not torch.equal(batch.tokens, other.tokens)
+    assert torch.equal(say(model, batch), say(model, other))
+    assert torch.equal(say(model, batch, uniforms), say(model, other, uniforms))
+
+
+@pytest.mark.parametrize("blind", [False, True])
+@pytest.mark.parametrize("task", TASKS, ids=repr)
+def test_sampled_answers_against_a_loop(task: Task, blind: bool) -> None:
+    """Each token by its own number, from the cumulated softmax of a pass over the whole text."""
+    model = model_for(task)
+    if blind:
+        model = build(model.config.trunk, TeacherlessConfig(), 0).eval()
+    questions = AnswerSet(task, 12, depth=model.depth)
+    numbers = np.arange(12)
+    batch = questions.batch(numbers)
+    assert batch.scored is not None
+    uniforms = questions.uniforms(numbers, batch.tokens.shape[1])
+    sampled = say(model, batch, uniforms)
+    assert not torch.equal(sampled, say(model, batch))
+    for row, scored in enumerate(batch.scored.tolist()):
+        text = batch.tokens[row].tolist()
+        for i in range(max(j for j, s in enumerate(scored) if s) + 1):
+            if scored[i]:
+                read = [0 if s and blind else t for t, s in zip(text, scored, strict=True)]
+                p = logits_after(model, read[:i]).double().softmax(-1).cumsum(0).numpy()
+                text[i] = int(np.searchsorted(p, float(uniforms[row, i]) * p[-1], side="right"))
+                assert int(sampled[row, i]) == text[i]
+    few = np.array([7, 2])  # the batch that a row is in changes nothing
+    part = questions.batch(few)
+    width = part.tokens.shape[1]
+    assert torch.equal(say(model, part, questions.uniforms(few, width)), sampled[few][:, :width])
+
+
+def test_samples_have_the_models_distribution() -> None:
+    task, n = StarGraph(), 4000
+    model, questions = model_for(task), AnswerSet(task, 1, depth=D)
+    batch = questions.batch(np.zeros(n, dtype=np.int64))
+    uniforms = torch.rand(batch.tokens.shape, generator=seeded(1), dtype=torch.float64)
+    start = len(questions.examples[0].prompt)
+    said = say(model, batch, uniforms)[:, start]
+    p = logits_after(model, questions.examples[0].prompt).double().softmax(-1)
+    found = torch.bincount(said, minlength=len(p)) / n
+    assert float(p.max()) < 0.9
+    assert bool(((found - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-3).all())
+
+
+@pytest.mark.parametrize("task", TASKS, ids=repr)
+def test_nats_and_states_against_a_loop(task: Task) -> None:
+    model, questions = model_for(task), AnswerSet(task, 5, depth=D)
+    batch = questions.batch(np.arange(5))
+    outputs = Outputs(model, batch, lambda: torch.empty(0))
+    assert batch.scored is not None
+    assert torch.equal(outputs.forced_BW, choose(model, batch))
+    for row, scored in enumerate(batch.scored.tolist()):
+        text = batch.tokens[row].tolist()
+        for i, asked in enumerate(scored):
+            nats = float(outputs.nats_BW[row, i])
+            if asked:
+                logits = logits_after(model, text[:i])
+                expected = -float(logits.double().log_softmax(-1)[text[i]])
+                assert nats == pytest.approx(expected, abs=1e-4)
+                read = model.head(outputs.states_BPC[row, i - 1])
+                torch.testing.assert_close(read, logits, rtol=1e-4, atol=1e-4)
+            else:
+                assert nats == 0
 
 
 @pytest.mark.parametrize("task", TASKS, ids=repr)
@@ -177,6 +269,37 @@ def test_ranks_together_count_what_one_counts() -> None:
     parts = [answer_all(model, sets, rank=rank, world=2, batch_size=4) for rank in range(2)]
     for tag, value in whole.items():
         assert value == pytest.approx((11 * parts[0][tag] + 10 * parts[1][tag]) / 21), tag
+
+
+@pytest.mark.parametrize("dealt", [False, True])
+def test_training_on_answers_dealt_among_prompts_stays_at_chance(dealt: bool) -> None:
+    """Whatever told a model the answer, in training or in decoding, would show here."""
+
+    class Dealt(Copy):
+        def example(self, index: int) -> Example:
+            own, other = super().example(index), super().example(index + (1 << 90))
+            return Example(own.prompt, other.answer) if dealt else own
+
+    task = Dealt(letters=4, shortest=2, periods=2)
+    model = small_model(0, D, vocab=len(task.symbols)).train()
+    data = iter(TaskDataModule(task, batch_size=32, depth=D).train_dataloader())
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        batch = next(data)
+        states = model(batch)
+        losses = [
+            torch.nn.functional.cross_entropy(
+                model.head(states[k]).flatten(0, 1), batch.targets(k).flatten()
+            )
+            for k in range(D + 1)
+        ]
+        optimizer.zero_grad()
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+    found = answer_all(model.eval(), {"": AnswerSet(task, 1000, depth=D)})
+    tags = ("val/accuracy_position_1", "val/accuracy_position_2")
+    for tag in (*tags, *(tag.replace("val/", "val/forced_") for tag in tags)):
+        assert abs(found[tag] - 0.25) < 0.07 if dealt else found[tag] > 0.95, tag
 
 
 @pytest.mark.parametrize("task", [StarGraph(), Copy(shortest=3, periods=3, letters=3)], ids=repr)

@@ -21,6 +21,7 @@ from tests.integration.helpers import (
     rows,
     train_here,
 )
+from tests.integration.test_bad_input import fails
 
 # A quick run on a task: what is text's is left out.
 TASK: dict[str, Any] = {
@@ -40,6 +41,26 @@ TASKS: dict[str, dict[str, Any]] = {
     "mqar": {"data": "mqar", "data.task.letters": None, "data.task.periods": None},
     "packed": {"data.seq_len": 30},
     "prompts": {"data.train_prompt": "true"},
+    "sibling": {
+        "data": "sibling",
+        "data.task.letters": None,
+        "data.task.periods": None,
+        "data.task.parents": 2,
+        "data.task.children": 3,
+        "data.examples": 16,
+        "data.task.hash": 2,
+    },
+    "hmm": {
+        "data": "hmm",
+        "data.task.letters": None,
+        "data.task.periods": None,
+        "data.task.length": 6,
+    },
+}
+# What they report beside.
+BESIDE = {
+    "sibling": {"val/sampled_coherent", "val/sampled_distinct", "val/creativity"},
+    "hmm": {"val/belief_r2", "val/surprisal", "val/excess_loss", "val/longer/belief_r2"},
 }
 
 
@@ -61,13 +82,29 @@ def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path,
         "val/loss_depth_2",
     } <= measured.keys()
     variant = {"star_graph": "longer", "mqar": "more"}.get(case, "longer")
-    assert f"val/{variant}/exact_match" in measured and "val/bits_per_byte" not in measured
-    assert ("decode/tokens_per_step" in summary) == (case != "mqar")
+    assert (f"val/{variant}/exact_match" in measured) == (case != "sibling")
+    assert "val/bits_per_byte" not in measured and BESIDE.get(case, set()) <= measured.keys()
+    # Nothing is drafted of a single token, nor after a question of one.
+    assert ("decode/tokens_per_step" in summary) == (case not in ("mqar", "hmm"))
     assert [row["step"] for row in rows(tmp_path) if "val/exact_match" in row] == [5, 10]
     assert summary["evaluation"]["examples"] == 30
     # The window that the data have found is the run's from then on.
     stored = yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["seq_len"]
-    assert stored == {"copy": 8, "prompts": 8, "star_graph": 24, "mqar": 48, "packed": 30}[case]
+    assert (
+        stored
+        == {
+            "copy": 8,
+            "prompts": 8,
+            "star_graph": 24,
+            "mqar": 48,
+            "packed": 30,
+            "sibling": 5,
+            "hmm": 6,
+        }[case]
+    )
+    if case == "hmm":  # the floor stands beside the loss, and is of the same tokens
+        above = measured["val/loss_depth_0"] - measured["val/surprisal"]
+        assert measured["val/excess_loss"] == pytest.approx(above, abs=1e-5) and above > 0
     again = evaluated(tmp_path)
     assert {tag: again[tag] for tag in measured} == measured
     assert again["evaluation"] == summary["evaluation"]
@@ -96,8 +133,9 @@ def test_resumes_exactly(tmp_path: Path, cache: Path, settings: dict[str, Any]) 
     assert rows(whole) == rows(again)
 
 
-def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
-    common = TASK | {"trainer.precision": "64-true", "data.eval_examples": 31}
+@pytest.mark.parametrize("case", ["copy", "sibling", "hmm"])
+def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None:
+    common = TASK | TASKS[case] | {"trainer.precision": "64-true", "data.eval_examples": 31}
     two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 2}
     done = execute(command(tmp_path / "two", cache, common | two))
     assert done.returncode == 0, done.stderr
@@ -109,6 +147,12 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
         assert {tag: other[tag] for tag in counted} == pytest.approx(
             {tag: one[tag] for tag in counted}, rel=1e-9, abs=1e-12
         )
+    few = train_here(tmp_path / "few", cache, common | {"callbacks.exact_match.batch_size": 7})
+    answers = {tag for tag in few if tag.startswith("val/")} & alone[-1].keys()
+    assert BESIDE.get(case, set()) <= answers
+    assert {tag: few[tag] for tag in answers} == pytest.approx(
+        {tag: alone[-1][tag] for tag in answers}, rel=1e-6
+    )
 
 
 def test_starts_from_and_is_evaluated_on_another_size(tmp_path: Path, cache: Path) -> None:
@@ -154,6 +198,56 @@ def test_the_command_line_refuses_a_tokenizer_and_generates_symbols(
     assert done.stdout.startswith("s0 s3 = ")
     done = execute([*program, *given, "prompt=hello"])
     assert "error: 'hello' is no symbol" in done.stderr
+
+
+STAR = TASK | TASKS["star_graph"]
+REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "graph and names": (STAR | {"data.task.nodes": 6}, ["data.task.nodes=6", "7 nodes"]),
+    "answer and window": (STAR | {"data.seq_len": 3}, ["data.seq_len=3", "25 tokens", "24"]),
+    "keys and symbols": (
+        TASK | TASKS["mqar"] | {"data.task.keys": 7},
+        ["data.task.keys=7", "data.task.pairs=8", "raise data.task.keys"],
+    ),
+    "document mask": (
+        STAR | {"data.document_mask": "true"},
+        ["data.document_mask", "leave it out"],
+    ),
+    "what is text's": (STAR | {"+data.eval_bytes": 9}, ["TaskDataModule", "'eval_bytes'"]),
+    "depth and window": (STAR | {"mtp.depth": 25}, ["mtp.depth", "24"]),
+    "a head and its answers": (
+        STAR | {"mtp": "teacherless", "mtp.depth": None, "data.train_prompt": "true"},
+        ["mtp=teacherless", "data.train_prompt"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_one_sentence(
+    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str], case: str
+) -> None:
+    settings, told = REFUSED[case]
+    error = fails(capfd, tmp_path / "run", cache, settings)
+    assert all(words in error for words in told), error
+
+
+@pytest.mark.parametrize("debug", ["fast", "profile"])
+def test_debugging_reads_little_of_a_text_or_a_task(debug: str) -> None:
+    """Without a key that one of them would ignore."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        task, text, typed, plain_task, plain_text = (
+            compose("config", overrides=given).data
+            for given in (
+                ["data=star_graph", f"debug={debug}"],
+                [f"debug={debug}"],
+                ["data=star_graph", f"debug={debug}", "data.eval_examples=7"],
+                ["data=star_graph"],
+                [],
+            )
+        )
+    assert task.eval_examples == 64 and "eval_bytes" not in task
+    assert text.eval_bytes == 10_000 and "eval_examples" not in text
+    assert typed.eval_examples == 7
+    assert plain_task.eval_examples == 512 and plain_text.eval_bytes == 300_000
 
 
 @pytest.mark.extras  # transformers

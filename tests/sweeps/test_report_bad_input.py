@@ -82,6 +82,15 @@ def test_half_written_runs(tmp_path: Path) -> None:
     assert [row["step"] for row in read_run(tmp_path / "g_rows").rows] == [10.0, 20.0]
 
 
+def test_a_single_runs_own_folders_are_no_runs(tmp_path: Path) -> None:
+    """Hydra's has a config.yaml, too."""
+    run = write_run(tmp_path / "run")
+    (run / ".hydra").mkdir()
+    (run / ".hydra" / "config.yaml").write_text("seed: 1")
+    assert [(r.folder, r.state) for r in read_sweep(run).runs] == [(run, "done")]
+    assert [r.folder for r in read_sweep(tmp_path).runs] == [run]
+
+
 def test_a_matched_run_may_have_other_steps(tmp_path: Path) -> None:
     """compare.match=flops chooses the steps itself."""
     matched = {"step": 17, "compare": {"match": "flops", "max_steps": 17}}

@@ -47,5 +47,14 @@ def test_a_curve_of_every_measure_with_its_interval() -> None:
         assert all(s[1, 1] - s[0, 1] > 1 for s in segments.get_segments())
 
 
+def test_places_that_double_are_equally_far_apart_and_written_plainly() -> None:
+    tags = ["val/loss_position_1", "val/loss_position_2-3", "val/loss_position_512-1023"]
+    (drawing,) = long_range(settings(dict.fromkeys(tags, 0.25)))
+    assert drawing.figure is not None
+    (axes,) = drawing.figure.axes
+    assert axes.get_xscale() == "log"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "512"]
+
+
 def test_without_the_callback_there_is_no_figure() -> None:
     assert long_range(settings({"val/loss_depth_0": 1.0})) == []

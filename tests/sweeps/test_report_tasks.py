@@ -304,6 +304,35 @@ def test_the_table_has_shares_medians_and_other_sets(tmp_path: Path) -> None:
     assert "4 of 5<br>" in table and "0 of 5<br>" in table and ">0.048<" in table
 
 
+def test_what_a_task_reports_beside_is_a_column(tmp_path: Path) -> None:
+    sweep(tmp_path / "plain", {0: (EARLY, LATE)})
+    beside = {"val/creativity": 0.125}
+    sweep(tmp_path / "more", {0: (EARLY, LATE)}, summary=beside)
+    assert "val/creativity" not in [metric.tag for metric in of(tmp_path / "plain").columns]
+    assert "val/creativity" in [metric.tag for metric in of(tmp_path / "more").columns]
+    target, _ = report([tmp_path / "more"])
+    text = target.read_text()
+    assert "Creativity" in text and "12.5 %" in text
+
+
+def test_a_run_that_stopped_when_solved_counts_what_it_used(tmp_path: Path) -> None:
+    for name, steps, flops in (("short", 20, 2e9), ("whole", 40, 4e9)):
+        early = {"stopped_early": True, "solved": True, "solved_at": {"step": steps}}
+        summary = {"step": steps, "flops": flops} | (early if name == "short" else {})
+        config = {"trainer.max_steps": 40, "mtp.depth": int(name == "short")}
+        task_run(
+            tmp_path / name, config, rights=(0.1,) * (steps // 10 - 1) + (1.0,), summary=summary
+        )
+    settings = of(tmp_path)
+    assert [len(setting.done) for setting in settings.all] == [1, 1]
+    found = [setting.estimate("flops").interval for setting in settings.all]
+    assert [interval.mean for interval in found if interval] == [4e9, 2e9]
+    assert [wait_of(setting.done[0], 0.95) for setting in settings.all] == [
+        Wait(40, True),
+        Wait(20, True),
+    ]
+
+
 def test_the_page_is_whole(tmp_path: Path) -> None:
     sweep(tmp_path, {0: (NEVER, LATE), 1: (EARLY, LATE)}, summary=TAGS)
     html = report([tmp_path])[0].read_text()

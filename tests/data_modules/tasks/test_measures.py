@@ -1,0 +1,188 @@
+"""What tasks report beside exact match, against numpy on everything at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from data_modules.tasks import HMM, Sibling
+from data_modules.tasks.answers import AnswerSet
+from data_modules.tasks.data_module import TaskDataModule
+from data_modules.tasks.measures import LEAST, AffineProbe, Measure
+from data_modules.windows import WindowBatch
+
+C, LENGTH = 6, 9
+
+
+@dataclass
+class Given:
+    """Outputs that a test has made up."""
+
+    batch: WindowBatch
+    states_BPC: Tensor
+    sampled_BW: Tensor
+    nats_BW: Tensor
+
+
+def outputs(task: HMM, numbers: np.ndarray, *, noise: float = 0.3, rank: int = C) -> Given:
+    """States that hold the beliefs, bent and with noise, each example's from its own number."""
+    batch = AnswerSet(task, 1000, depth=1).batch(numbers)
+    states = []
+    for i, row in zip(numbers.tolist(), batch.tokens.numpy(), strict=True):
+        random = np.random.default_rng(i)
+        beliefs = task.beliefs(row)[: batch.seq_len]
+        mixed = np.tanh(3 * beliefs @ np.random.default_rng(99).normal(size=(3, C)))
+        mixed += noise * random.normal(size=mixed.shape) + 5
+        mixed[:, rank:] = mixed[:, :1]  # the same in several places: no single best map
+        states.append(mixed)
+    nats = np.abs(np.random.default_rng(0).normal(size=batch.tokens.shape))
+    return Given(batch, torch.tensor(np.stack(states)), batch.tokens, torch.tensor(nats))
+
+
+def probed(measure: Measure, task: HMM, batches: list[np.ndarray], **how: float) -> float:
+    for numbers in batches:
+        measure.update(numbers, outputs(task, numbers, **how))  # type: ignore[arg-type]
+    return measure.compute()["belief_r2"]
+
+
+def by_lstsq(task: HMM, n: int, *, part: int, **how: float) -> float:
+    """With numpy, on all positions at once; fitted on the even or odd examples."""
+    given = outputs(task, np.arange(n), **how)  # type: ignore[arg-type]
+    valid = given.batch.valid(0)
+    assert valid is not None
+    beliefs = task.beliefs(given.batch.tokens.numpy())[:, : given.batch.seq_len]
+    sides = []
+    for of in (part, 1 - part):
+        mask = valid.numpy() & (np.arange(n) % 2 == of)[:, None]
+        x = given.states_BPC.numpy()[mask]
+        sides.append((x, beliefs[mask]))
+    (x, y), (x_new, y_new) = sides
+    weights, *_ = np.linalg.lstsq(x - x.mean(0), y - y.mean(0), rcond=LEAST)
+    error = ((y_new - y.mean(0) - (x_new - x.mean(0)) @ weights) ** 2).sum()
+    return float(1 - error / ((y_new - y_new.mean(0)) ** 2).sum())
+
+
+def probe(task: HMM) -> Measure:
+    return AffineProbe("belief_r2", task.beliefs, size=len(task.stationary), d_model=C)
+
+
+@pytest.mark.parametrize("rank", [C, 4])
+@pytest.mark.parametrize("noise", [0.0, 0.3, 100.0])
+def test_the_probe_against_numpy(noise: float, rank: int) -> None:
+    task = HMM(length=LENGTH)
+    how = {"noise": noise, "rank": rank}
+    batches = [np.arange(0, 7), np.arange(7, 30), np.array([30])]
+    found = probed(probe(task), task, batches, **how)
+    assert found == pytest.approx(by_lstsq(task, 31, part=0, **how), abs=1e-9)
+    # It is scored on what it was not fitted on.
+    assert abs(found - by_lstsq(task, 31, part=1, **how)) > 1e-6
+    assert (
+        {0.0: 0.9, 0.3: 0.4, 100.0: -1.0}[noise] < found < {0.0: 1.0, 0.3: 0.95, 100.0: 0.1}[noise]
+    )
+
+
+def test_what_varies_as_little_as_rounding_is_not_read() -> None:
+    """Or the probe would be of other bits with every batch size."""
+    task, numbers = HMM(length=LENGTH), np.arange(30)
+    exact, rounded = probe(task), probe(task)
+    given = outputs(task, numbers, rank=3)
+    exact.update(numbers, given)
+    given.states_BPC += 1e-6 * torch.randn(
+        given.states_BPC.shape, generator=torch.Generator().manual_seed(0)
+    )
+    rounded.update(numbers, given)
+    assert rounded.compute() == pytest.approx(exact.compute(), abs=1e-5)
+
+
+def test_no_probe_without_two_parts_or_anything_to_find() -> None:
+    task = HMM(length=LENGTH)
+    alone = probe(task)
+    alone.update(np.array([0]), outputs(task, np.array([0])))
+    assert alone.compute() == {}
+    short = HMM(length=1)  # the belief before the first symbol is always the same
+    nothing = probe(short)
+    nothing.update(np.arange(8), outputs(short, np.arange(8)))
+    assert nothing.compute() == {}
+
+
+def test_any_order_of_batches_is_the_same() -> None:
+    task = HMM(process="mess3", length=LENGTH)
+    one = probed(probe(task), task, [np.arange(40)])
+    ranks = [np.arange(rank, 40, 3) for rank in range(3)]
+    assert probed(probe(task), task, ranks) == pytest.approx(one, rel=1e-12)
+
+
+@pytest.mark.parametrize("process", ["mess3", "rrxor"])
+def test_the_excess_is_above_the_processes_own_surprisal(process: str) -> None:
+    task, n = HMM(process=process, length=LENGTH), 20
+    _, excess = task.measures(n=n, d_model=C)
+    surprisals, nats = [], []
+    for numbers in (np.arange(0, 13), np.arange(13, n)):
+        if process == "rrxor":  # five states are as good as three here
+            batch = AnswerSet(task, n, depth=1).batch(numbers)
+            made = np.abs(np.random.default_rng(0).normal(size=batch.tokens.shape))
+            given = Given(batch, batch.tokens, batch.tokens, torch.tensor(made))
+        else:
+            given = outputs(task, numbers)
+        excess.update(numbers, given)
+        for row, i in enumerate(numbers.tolist()):
+            example = task.example(i)
+            # The probability of the whole string, by the forward algorithm.
+            belief = task.stationary
+            for token in example.answer:
+                belief = belief @ task.transitions[token - 2]
+            surprisals.append(-np.log(belief.sum()))
+            nats.append(float(given.nats_BW[row, 1 : LENGTH + 1].sum()))
+    least = sum(surprisals) / (n * LENGTH)
+    assert excess.compute() == pytest.approx(
+        {"surprisal": least, "excess_loss": sum(nats) / (n * LENGTH) - least}, rel=1e-12
+    )
+
+
+def test_the_creativity_of_samples() -> None:
+    task = Sibling(parents=3, children=4, hash=2)
+    training = [task.example(i).answer for i in range(10)]
+    known = {frozenset(answer) for answer in training}
+    new = next(a for i in range(100) if frozenset(a := task.example(i).answer) not in known)
+    said = [new, [new[1], new[0], new[2]], training[0], [1, 2, 3], [new[0], new[0], new[2]]]
+    (measure,) = task.measures(n=5, d_model=C, training=lambda: training)
+    prompt = [2, 3, 1]
+    for numbers in (np.array([3, 1]), np.array([0, 4, 2])):  # whatever the order
+        rows = torch.tensor([[*prompt, *said[i], 0] for i in numbers])
+        measure.update(numbers, Given(WindowBatch(rows, 1), rows, rows, rows))
+    shares = {"sampled_coherent": 3 / 5, "sampled_distinct": 2 / 5}
+    assert measure.compute() == shares | {"creativity": 1 / 5}
+    (fresh,) = task.measures(n=5, d_model=C)
+    fresh.update(
+        np.arange(5),
+        Given(WindowBatch(rows, 1), rows, torch.tensor([[*prompt, *s, 0] for s in said]), rows),
+    )
+    assert fresh.compute() == shares
+
+
+def test_the_training_set_is_what_the_loader_reads() -> None:
+    options = {"hash": 2}
+    data = TaskDataModule(Sibling(**options), examples=37, batch_size=4, seq_len=11, seed=5)
+    training = data.answer_sets()[""].training
+    assert training is not None
+    read = set()
+    for batch in data.train_dataloader():
+        for row, scored in zip(batch.tokens, batch.scored, strict=True):
+            answers = row[scored].tolist()
+            read |= {tuple(answers[i : i + 3]) for i in range(0, len(answers), 3)}
+    assert read <= {tuple(answer) for answer in training()} and len(training()) == 37
+    assert len(read) > 20
+    assert TaskDataModule(Sibling(**options)).answer_sets()[""].training is None
+
+
+def test_numbers_to_draw_by_are_an_examples_own() -> None:
+    questions = AnswerSet(Sibling(), 50, depth=2)
+    wide = questions.uniforms(np.arange(50), 30)
+    assert torch.equal(questions.uniforms(np.array([7, 3]), 20), wide[[7, 3], :20])
+    assert wide.unique().numel() == wide.numel() and wide.min() >= 0 and wide.max() < 1
+    other = AnswerSet(Sibling(seed=1), 50, depth=2).uniforms(np.arange(50), 30)
+    assert not torch.isin(other, wide).any()

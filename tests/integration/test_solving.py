@@ -1,0 +1,207 @@
+"""Runs that end when their task is solved, and what every run says of when it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtp_lightning.experiment.training import train
+from mtp_lightning.run.status import state_of
+from mtp_lightning.run.summary import environment
+from sweeps.report.read import read_run
+from sweeps.report.solving import wait_of
+from sweeps.report.survival import Wait
+from tests.integration.helpers import (
+    assert_same_weights,
+    command,
+    config,
+    execute,
+    rows,
+    train_here,
+)
+
+# One letter, one place: solved as soon as its answer is the likeliest of all symbols.
+EASY: dict[str, Any] = {
+    "data": "copy",
+    "data.task.letters": 1,
+    "data.task.periods": 1,
+    "data.eval_examples": 20,
+    "data.seq_len": None,
+    "data.val_fraction": None,
+    "data.eval_bytes": None,
+    "tokenizer": None,
+    "mtp.depth": 1,
+    "optimizer.lr": 0.001,
+    "callbacks": "[stop_when_solved]",
+    "callbacks.checkpoints.every_n_steps": 5,
+    "trainer.max_steps": 60,
+}
+COST = ("tokens", "flops", "seconds")
+
+
+def rights(folder: Path) -> dict[int, float]:
+    return {int(r["step"]): r["val/exact_match"] for r in rows(folder) if "val/exact_match" in r}
+
+
+def stops_at(found: dict[int, float], level: float = 0.98, count: int = 2) -> int | None:
+    """By hand: the last of the first validations in a row."""
+    steps = sorted(found)
+    for i in range(count - 1, len(steps)):
+        if all(found[step] > level for step in steps[i - count + 1 : i + 1]):
+            return steps[i]
+    return None
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
+def said(summary: dict[str, Any]) -> dict[str, Any]:
+    """Without how fast this machine was just now, and the texts of speculative decoding's clock."""
+    timed = ("perf/", "decode/speedup", "decode/tokens_per_second")
+    return {k: v for k, v in summary.items() if not k.startswith(timed) and k not in environment()}
+
+
+def test_it_stops_is_finished_and_says_what_it_took(tmp_path: Path, cache: Path) -> None:
+    summary = train_here(tmp_path, cache, EASY)
+    step = summary["step"]
+    assert step == stops_at(rights(tmp_path)) and 10 <= step < 60
+    assert summary["solved"] is True and summary["stopped_early"] is True
+    assert summary["solved_at"] == {"step": step} | {name: summary[name] for name in COST}
+    first = min(s for s, right in rights(tmp_path).items() if right > 0.95)
+    row = next(r for r in rows(tmp_path, timing=True) if r["step"] == first)
+    spent = {name: pytest.approx(row[f"progress/{name}"]) for name in COST}
+    assert summary["time_to_solve"] == {"step": first} | spent
+    assert 0 < summary["time_to_solve"]["tokens"] < summary["tokens"]
+    # Finished, for the report too, in which it cost what it used.
+    run = read_run(tmp_path)
+    assert (run.state, run.reason) == ("done", "") and run.final("flops") == summary["flops"]
+    assert wait_of(run, 0.95) == Wait(first, True)
+    # Started again, it trains no more and says the same.
+    before, weights_before = rows(tmp_path), (tmp_path / "checkpoints/last.ckpt").read_bytes()
+    again = train_here(tmp_path, cache, EASY)
+    assert rows(tmp_path) == before
+    assert (tmp_path / "checkpoints/last.ckpt").read_bytes() == weights_before
+    assert said(again) == said(summary) == said(stored(tmp_path))
+    # Asked for more, it goes on.
+    more = train_here(tmp_path, cache, EASY | {"callbacks.stop_when_solved.validations": 4})
+    assert more["step"] > step and more["solved"]
+
+
+def test_it_survives_an_interruption_between_the_two(tmp_path: Path, cache: Path) -> None:
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    summary = train_here(whole, cache, EASY)
+    shutil.copytree(whole, again)
+    shutil.move(again / "checkpoints" / "previous.ckpt", again / "checkpoints" / "last.ckpt")
+    (again / "summary.json").unlink()
+    resumed = train_here(again, cache, EASY)
+    assert_same_weights(whole, again)
+    assert rows(whole) == rows(again) and resumed["step"] == summary["step"]
+    for key in ("solved_at", "time_to_solve"):
+        assert {**resumed[key], "seconds": 0} == {**summary[key], "seconds": 0}
+
+
+def test_what_is_never_solved_is_null(tmp_path: Path, cache: Path) -> None:
+    hard = {"data.task.letters": 26, "data.task.periods": 9, "trainer.max_steps": 10}
+    summary = train_here(tmp_path, cache, EASY | hard)
+    assert summary["solved"] is False and "stopped_early" not in summary
+    assert summary["solved_at"] is None and summary["time_to_solve"] is None
+    assert stored(tmp_path)["time_to_solve"] is None
+    assert wait_of(read_run(tmp_path), 0.95) == Wait(10, False)
+
+
+def test_a_validation_behind_the_last_step_counts(tmp_path: Path, cache: Path) -> None:
+    """That at the end of training, where the interval does not divide it."""
+    solved = train_here(tmp_path / "whole", cache, EASY)
+    step = solved["step"]
+    late = {
+        "trainer.max_steps": step - 2,
+        "lambda_schedule": "constant",
+        "optimizer.schedule.kind": "constant",
+    }
+    summary = train_here(tmp_path / "late", cache, EASY | late)
+    found = rights(tmp_path / "late")
+    assert max(found) == step - 2 and found[step - 2] > 0.98
+    assert summary["solved"] is (stops_at(found) is not None)
+    again = train_here(tmp_path / "late", cache, EASY | late)
+    assert rights(tmp_path / "late") == found and said(again) == said(summary)
+
+
+def test_without_the_callback_the_time_is_told_all_the_same(tmp_path: Path, cache: Path) -> None:
+    plain = {"callbacks": None, "trainer.max_steps": 25}
+    summary = train_here(tmp_path, cache, EASY | plain)
+    first = min(s for s, right in rights(tmp_path).items() if right > 0.95)
+    assert summary["time_to_solve"]["step"] == first and summary["step"] == 25
+    assert "solved" not in summary
+    shutil.move(tmp_path / "checkpoints" / "previous.ckpt", tmp_path / "checkpoints" / "last.ckpt")
+    again = train_here(tmp_path, cache, EASY | plain)
+    assert {**again["time_to_solve"], "seconds": 0} == {**summary["time_to_solve"], "seconds": 0}
+    text = train_here(tmp_path / "text", cache, {"trainer.max_steps": 5})
+    assert "time_to_solve" not in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"callbacks": "[stop_when_solved]"}, "needs a task .* no answers"),
+        (EASY | {"callbacks.stop_when_solved.level": 1}, "level must be .* not 1"),
+        (EASY | {"callbacks.stop_when_solved.validations": 0}, "at least 1, not 0"),
+    ],
+    ids=["text", "level", "validations"],
+)
+def test_refused(tmp_path: Path, cache: Path, settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told) as refused:
+        train_here(tmp_path, cache, settings)
+    assert "\n" not in str(refused.value)
+
+
+def test_refused_without_a_judge(tmp_path: Path, cache: Path) -> None:
+    cfg = config(tmp_path, cache, EASY)
+    del cfg.callbacks.exact_match
+    with pytest.raises(ValueError, match="which nobody measures here: add exact_match"):
+        train(cfg)
+
+
+@pytest.mark.parametrize("restart", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_stop_together(tmp_path: Path, cache: Path, restart: bool) -> None:
+    common = EASY | {"trainer.precision": "64-true"}
+    two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 2}
+    done = execute(command(tmp_path / "two", cache, common | two))
+    assert done.returncode == 0, done.stderr
+    alone, together = train_here(tmp_path / "one", cache, common), stored(tmp_path / "two")
+    for key in ("solved_at", "time_to_solve"):
+        assert {**together[key], "seconds": 0} == {**alone[key], "seconds": 0}
+    if restart:
+        again = execute(command(tmp_path / "two", cache, common | two))
+        assert again.returncode == 0, again.stderr
+        assert stored(tmp_path / "two")["solved_at"] == together["solved_at"]
+
+
+def test_a_matched_run_counts_what_it_used(tmp_path: Path, cache: Path) -> None:
+    """As one that is matched, and as the reference of another."""
+    summary = train_here(tmp_path / "a", cache, EASY | {"compare.match": "flops"})
+    compared = summary["compare"]
+    assert compared["reached"] == summary["flops"] < 0.9 * compared["target"]
+    assert compared["remaining"] == pytest.approx(summary["flops"] / compared["target"] - 1)
+    other = {"compare.match": "flops", "compare.reference": tmp_path / "a", "callbacks": None}
+    matched = train_here(tmp_path / "b", cache, EASY | other)
+    assert matched["compare"]["target"] == summary["flops"]
+    assert matched["flops"] == pytest.approx(summary["flops"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_sweep_takes_it_for_done(tmp_path: Path, cache: Path) -> None:
+    python, app, *given, _ = command(tmp_path / "unused", cache, EASY)
+    args = [python, app, "-m", *given, f"sweep_dir={tmp_path / 's'}", "seed=0,1"]
+    done = execute(args)
+    assert done.returncode == 0 and "all 2 jobs done" in done.stdout, done.stderr
+    folders = [path for path in (tmp_path / "s").iterdir() if (path / "config.yaml").exists()]
+    assert [state_of(folder) for folder in folders] == ["done", "done"]
+    assert all(stored(folder)["solved"] for folder in folders)
+    again = execute(args)
+    assert "2 done before" in again.stdout, again.stdout
