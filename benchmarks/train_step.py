@@ -91,7 +91,7 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
     import torch
 
     from data_modules.windows import WindowBatch
-    from mtp_lightning.experiment.build import build_model_config
+    from mtp_lightning.experiment.build import build_model_config, build_objective
     from mtp_lightning.experiment.instantiate import instantiate
     from mtp_lightning.model import MTPModel
     from mtp_lightning.objective.balance.base import NoBalance
@@ -118,6 +118,7 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
         model,
         schedule=instantiate(cfg.lambda_schedule),
         balance=NoBalance(task["depth"]),
+        objective=build_objective(cfg),
         seed=cfg.seed,
         clip_norm=cfg.trainer.gradient_clip_val,
     )
@@ -133,7 +134,7 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
     def forward() -> tuple[int, torch.Tensor]:
         plan = one_step.plan(batch, progress)
         loss, _, _ = one_step.loss(plan, *plan.micro_batches[0])
-        counts = plan.counts
+        counts = plan.counts.valid
         d_model, element = model.config.trunk.d_model, next(model.parameters()).element_size()
         return sum(counts) * d_model * element, loss
 

@@ -25,6 +25,7 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.balance.base import Balance, NoBalance
+from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.schedule.base import LambdaSchedule
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.optim.base import OptimizerConfig
@@ -131,6 +132,17 @@ def build_balance(cfg: DictConfig) -> Balance:
     return balance
 
 
+def build_objective(cfg: DictConfig) -> Objective:
+    """What the depths are trained on: the term of the group ``objective``, and the keys that all
+    of its options have (conf/objective/base.yaml)."""
+    node = cfg.objective
+    options = {key: node[key] for key in Objective.options() if key in node}
+    term = instantiate(
+        OmegaConf.masked_copy(node, [k for k in node if k not in options]), kind=Term
+    )
+    return Objective(term=term, **options)
+
+
 def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) -> MTPModule:
     """The LightningModule, with fresh weights.
 
@@ -160,7 +172,7 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
         schedule=instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
         optimizer=instantiate(cfg.optimizer, kind=OptimizerConfig),
         balance=build_balance(cfg),
-        term=instantiate(cfg.objective, kind=Term),
+        objective=build_objective(cfg),
         seed=cfg.seed,
         accumulate=cfg.trainer.accumulate_grad_batches,
         clip_norm=cfg.trainer.gradient_clip_val,

@@ -11,10 +11,16 @@ happens in the node's forward pass; its backward pass hands the gradients on.
   through the trunk. The peak holds the activations of the trunk and of one head, whatever D is. To
   data parallelism, with its hooks on every parameter, the node is like any other.
 - With targets alone, one hidden state is asked for several tokens.
+
+Where a term compares with the main prediction, a chain's depths go through the head together, and
+one teacher serves them all, which is the main prediction's own pass. Heads side by side, of which
+only one is there at a time, have it made anew for each. With targets alone every depth goes through
+the head by itself, since its teacher stands at another position.
 """
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
@@ -27,7 +33,12 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint, RandomKey
 from mtp_lightning.mtp.kinds import SideBySide, Targets
 from mtp_lightning.nn.ledger import Ledger
-from mtp_lightning.objective.through_head import DepthTarget, Prediction, through_head
+from mtp_lightning.objective.through_head import (
+    DepthTarget,
+    HeadWeight,
+    Prediction,
+    through_head,
+)
 
 
 def stack_loss(
@@ -38,6 +49,7 @@ def stack_loss(
     *,
     key: RandomKey | None = None,
     auxiliary: float = 1.0,
+    train_head: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The weighted loss of the main prediction and of some depths.
 
@@ -45,23 +57,33 @@ def stack_loss(
         model: the model.
         final_BTC: the trunk's output, and ...
         at: ... the branch point, both from :meth:`MTPModel.run_trunk`.
-        targets: of the main prediction, then of the depths to compute, in order.
+        targets: of the main prediction, then of the depths to compute, in order; of a depth, one
+            for every term.
         key: of a stack's random choices in training; None makes none.
         auxiliary: factor of the auxiliary losses that heads side by side report; they train those
             heads, and are left out of the total.
+        train_head: whether the depths reach the head's weight, unless ``mtp.detach`` says no.
 
     Returns:
         The weighted total, a differentiable scalar in fp32 (in a double precision model fp64), and
         the plain sums of the losses [len(targets)], fp64, without a gradient.
     """
     stack, weight_VC = model.mtp, model.head.weight
-    if isinstance(stack, Targets):
-        return one_state_loss(weight_VC, final_BTC, targets)
+    train_head = train_head and stack.config.detach != "all"
     if isinstance(stack, SideBySide):
-        return _apply(weight_VC, _HeadByHead(stack, final_BTC, at, targets, auxiliary))
-    depths = [target.depth for target in targets[1:]]
+        stream = _HeadByHead(stack, final_BTC, at, targets, auxiliary, train_head=train_head)
+        return _apply(weight_VC, stream)
+    depths = list(by_depth(targets))[1:]
+    if isinstance(stack, Targets) and not any(target.term.needs_teacher for target in targets):
+        return one_state_loss(weight_VC, final_BTC, targets)
     states = [final_BTC, *(hidden for _, hidden in stack.states(at, depths, key))]
-    return joint_loss(weight_VC, states, targets, train_head=stack.config.detach != "all")
+    return joint_loss(weight_VC, states, targets, train_head=train_head)
+
+
+def by_depth(targets: Sequence[DepthTarget]) -> dict[int, list[DepthTarget]]:
+    """The targets of every depth, in their order."""
+    groups = itertools.groupby(targets, key=lambda target: target.depth)
+    return {depth: list(group) for depth, group in groups}
 
 
 def joint_loss(
@@ -71,7 +93,7 @@ def joint_loss(
     *,
     train_head: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`stack_loss` of hidden states [..., C] that are parts of the graph, one a target.
+    """:func:`stack_loss` of hidden states [..., C] that are parts of the graph, one a depth.
 
     Args:
         train_head: whether the states behind the first one reach the head's weight.
@@ -91,10 +113,11 @@ def _apply(weight_VC: Tensor, stream: _Stream) -> tuple[Tensor, Tensor]:
 
 
 class _Stream(ABC):
-    """Hidden states for the head, one at a time.
+    """Hidden states for the head, one at a time, or together those that one teacher serves.
 
     Attributes:
-        inputs: what autograd sees: tensors of the graph, and parameters.
+        inputs: what autograd sees: tensors of the graph, and parameters. The first one is the main
+            prediction's hidden state.
         targets: of all of them, in order.
         grad: whether anybody wants gradients.
     """
@@ -108,7 +131,7 @@ class _Stream(ABC):
     @abstractmethod
     def predictions(
         self, needs: Sequence[bool], gradients: list[Tensor | None]
-    ) -> Iterator[Prediction]:
+    ) -> Iterator[Sequence[Prediction]]:
         """Yields every hidden state with its targets; when resumed, its gradient is known.
 
         Args:
@@ -129,15 +152,19 @@ class _Joint(_Stream):
 
     def predictions(
         self, needs: Sequence[bool], gradients: list[Tensor | None]
-    ) -> Iterator[Prediction]:
-        for slot, target in enumerate(self.targets):
-            prediction = Prediction(
+    ) -> Iterator[Sequence[Prediction]]:
+        predictions = [
+            Prediction(
                 self.inputs[slot],
-                [target],
+                targets,
                 train_head=slot == 0 or self.train_head,
                 needs_gradient=needs[slot],
             )
-            yield prediction
+            for slot, targets in enumerate(by_depth(self.targets).values())
+        ]
+        together = any(prediction.needs_teacher for prediction in predictions)
+        yield from [predictions] if together else ([each] for each in predictions)
+        for slot, prediction in enumerate(predictions):
             gradients[slot] = prediction.gradient
 
 
@@ -150,9 +177,9 @@ class _OneState(_Stream):
 
     def predictions(
         self, needs: Sequence[bool], gradients: list[Tensor | None]
-    ) -> Iterator[Prediction]:
+    ) -> Iterator[Sequence[Prediction]]:
         prediction = Prediction(self.inputs[0], self.targets, needs_gradient=needs[0])
-        yield prediction
+        yield [prediction]
         gradients[0] = prediction.gradient
 
 
@@ -166,32 +193,35 @@ class _HeadByHead(_Stream):
         at: BranchPoint,
         targets: Sequence[DepthTarget],
         auxiliary: float,
+        *,
+        train_head: bool,
     ) -> None:
         super().__init__(targets)
         self.stack, self.at, self.auxiliary = stack, at, auxiliary
+        self.train_head = train_head
+        (self.main, *_), *self.depths = by_depth(targets).values()
         # Only parameters that the pass uses: to the rest, autograd and DDP see no path.
-        used = [p for target in targets[1:] for p in stack.parameters_of(target.depth)]
+        used = [p for own, *_ in self.depths for p in stack.parameters_of(own.depth)]
         self.inputs = [final_BTC, at.hidden, *used]
 
     def predictions(
         self, needs: Sequence[bool], gradients: list[Tensor | None]
-    ) -> Iterator[Prediction]:
-        main, *depths = self.targets
-        prediction = Prediction(self.inputs[0], [main], needs_gradient=needs[0])
-        yield prediction
+    ) -> Iterator[Sequence[Prediction]]:
+        prediction = Prediction(self.inputs[0], [self.main], needs_gradient=needs[0])
+        yield [prediction]
         gradients[0] = prediction.gradient
         slot = 2
-        for target in depths:
-            own = self.stack.parameters_of(target.depth)
-            d_branch, d_own = yield from self._one_head(target, own, needs_branch=needs[1])
+        for targets in self.depths:
+            own = self.stack.parameters_of(targets[0].depth)
+            d_branch, d_own = yield from self._one_head(targets, own, needs_branch=needs[1])
             gradients[slot : slot + len(own)] = d_own
             slot += len(own)
             if d_branch is not None:
                 gradients[1] = d_branch if gradients[1] is None else gradients[1].add_(d_branch)
 
     def _one_head(
-        self, target: DepthTarget, own: list[nn.Parameter], *, needs_branch: bool
-    ) -> Generator[Prediction, None, tuple[Tensor | None, list[Tensor | None]]]:
+        self, targets: list[DepthTarget], own: list[nn.Parameter], *, needs_branch: bool
+    ) -> Generator[Sequence[Prediction], None, tuple[Tensor | None, list[Tensor | None]]]:
         """A head forward, through the loss, and backward; its activations end with this call.
 
         Returns:
@@ -201,14 +231,16 @@ class _HeadByHead(_Stream):
         ledger = None if outer is None else Ledger()
         with torch.set_grad_enabled(self.grad):
             leaf = self.at.hidden.detach().requires_grad_(needs_branch)
-            hidden = self.stack.step(target.depth, leaf, replace(self.at.positions, ledger=ledger))
+            hidden = self.stack.step(
+                targets[0].depth, leaf, replace(self.at.positions, ledger=ledger)
+            )
         prediction = Prediction(
             hidden,
-            [target],
-            train_head=self.stack.config.detach != "all",
+            targets,
+            train_head=self.train_head,
             needs_gradient=hidden.requires_grad,
         )
-        yield prediction
+        yield [prediction]
         auxiliary: list[Tensor] = []
         if outer is not None and ledger is not None:
             auxiliary = ledger.losses
@@ -235,15 +267,13 @@ class _StackLoss(torch.autograd.Function):
         needs_weight, _, *needs = (wanted and stream.grad for wanted in ctx.needs_input_grad)
         sums = torch.zeros(len(stream.targets), dtype=torch.float64, device=weight_VC.device)
         gradients: list[Tensor | None] = [None] * len(inputs)
-        d_weight: Tensor | None = None
+        head = HeadWeight(weight_VC, needs_gradient=needs_weight)
         done = 0
-        for prediction in stream.predictions(needs, gradients):
-            own_sums = sums[done : done + len(prediction.targets)]
-            d_weight = through_head(
-                weight_VC, prediction, own_sums, d_weight, needs_weight=needs_weight
-            )
-            done += len(prediction.targets)
-        ctx.gradients = (d_weight, gradients)
+        for predictions in stream.predictions(needs, gradients):
+            end = done + sum(len(prediction.targets) for prediction in predictions)
+            through_head(head, predictions, sums[done:end], main_hidden=inputs[0])
+            done = end
+        ctx.gradients = (head.gradient, gradients)
         ctx.mark_non_differentiable(sums)
         coefficients = sums.new_tensor([target.coefficient for target in stream.targets])
         dtype = torch.promote_types(weight_VC.dtype, torch.float32)

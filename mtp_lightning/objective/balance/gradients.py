@@ -22,7 +22,12 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import RandomKey
 from mtp_lightning.objective.ranks import sum_over_ranks
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
-from mtp_lightning.objective.through_head import DepthTarget, Prediction, through_head
+from mtp_lightning.objective.through_head import (
+    DepthTarget,
+    HeadWeight,
+    Prediction,
+    through_head,
+)
 
 Scope = Literal["trunk", "last_block"]
 """What a gradient is measured on: the whole shared trunk, or its last block alone."""
@@ -207,7 +212,7 @@ def _add_gradients(
         for k, hidden in itertools.chain([(0, final)], model.mtp.states(at, tasks[1:], key)):
             target = DepthTarget(k, batch.targets(k), 1.0 / max(counts[k], 1), CrossEntropy())
             prediction = Prediction(hidden, [target])
-            through_head(model.head.weight, prediction, unused)
+            through_head(HeadWeight(model.head.weight), [prediction], unused)
             grads = torch.autograd.grad(
                 hidden, parameters, prediction.gradient, retain_graph=True, allow_unused=True
             )
