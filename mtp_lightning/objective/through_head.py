@@ -241,7 +241,7 @@ class _Way:
             d_h_RC = matmul_transposed(d_logits_RV, self.weight.t())
             if scale_R1 is not None:
                 d_h_RC = d_h_RC * (scale_R1 * factor)
-            self.d_h[rows] = d_h_RC if d_hidden_RC is None else d_h_RC.add_(d_hidden_RC)
+            self.d_h[rows] = d_h_RC if d_hidden_RC is None else d_h_RC + d_hidden_RC
         if self.trains_weight:
             part_VC = weight_gradient(d_logits_RV, h_RC if scale_R1 is None else h_RC * scale_R1)
             self.head.add(part_VC, factor)

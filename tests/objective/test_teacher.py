@@ -1,8 +1,9 @@
-"""Terms that compare with the main prediction: alignment, gradients, memory, through every stack."""
+"""Terms that compare with the main prediction: alignment, gradients, memory, by every stack."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,13 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective import through_head
 from mtp_lightning.objective.objective import Objective, count_taught
 from mtp_lightning.objective.terms.base import Term
+from mtp_lightning.objective.terms.js import JS
 from mtp_lightning.objective.terms.kl import KL
+from mtp_lightning.objective.terms.lk import LK
+from mtp_lightning.objective.terms.mixture import Mixture
+from mtp_lightning.objective.terms.nla import NLA
+from mtp_lightning.objective.terms.reverse_kl import ReverseKL
+from mtp_lightning.objective.terms.tv import TV
 from tests.losses import mtp_loss
 from tests.models import build, windows
 from tests.objective.teaching import expected, gradients
@@ -37,6 +44,17 @@ OBJECTIVES: dict[str, tuple[dict[str, float], Term]] = {
     "kl": ({"kl": 1.0}, KL()),
     "kl and ce": ({"kl": 0.7, "ce": 0.3}, KL(beta=0.7)),
     "warm kl": ({"kl at temperature 2": 1.0}, KL(temperature=2)),
+    "reverse_kl": ({"reverse_kl": 1.0}, ReverseKL()),
+    "js": ({"js": 1.0}, JS()),
+    "tv": ({"tv": 1.0}, TV()),
+    "nla": ({"nla": 1.0}, NLA()),
+    "lk": ({"lk": 1.0}, LK()),
+    "mix": ({"ce": 0.1, "tv": 0.9, "js": 2.0}, Mixture({"ce": 0.1, "tv": 0.9, "js": 2})),
+    "feature": ({"kl": 0.1, "feature": 1.0}, Mixture({"kl": 0.1, "feature": 1})),
+    "nextlat": (
+        {"kl": 1.0, "raw feature": 1.0},
+        Mixture({"kl": 1, "feature": {"weight": 1, "normalise": False}}),
+    ),
 }
 
 
@@ -45,20 +63,24 @@ def masked(batch: WindowBatch, length: int) -> WindowBatch:
     return WindowBatch(batch.tokens, batch.depth, documents)
 
 
-@pytest.mark.parametrize("rows", [1000, 7])
-@pytest.mark.parametrize("document", [None, 5])
-@pytest.mark.parametrize(("variant", "switches"), CASES, ids=str)
-@pytest.mark.parametrize("objective", OBJECTIVES)
+def cases() -> Iterator[Any]:
+    """Every objective by every stack; the switches, masks and chunks for some."""
+    for objective in OBJECTIVES:
+        thorough = objective in ("kl and ce", "feature")
+        for variant, switches in CASES if thorough else CASES[: len(VARIANTS)]:
+            for document in (None, 5) if thorough else (5,):
+                for rows in (1000, 7) if thorough else (7,):
+                    yield objective, variant, switches, document, rows
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_values_and_gradients(
     tiny_trunk: TrunkConfig,
-    objective: str,
-    variant: str,
-    switches: dict[str, Any],
-    document: int | None,
-    rows: int,
+    case: tuple[str, str, dict[str, Any], int | None, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Against autograd over the formulas, whole, and in chunks that straddle windows."""
+    objective, variant, switches, document, rows = case
     monkeypatch.setattr(through_head, "chunk_rows", lambda *_: rows)
     mixture, term = OBJECTIVES[objective]
     model = build(tiny_trunk, MTPConfig.find(variant)(depth=2, **switches)).double()
@@ -82,21 +104,6 @@ def test_values_and_gradients(
     want_total.backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
-
-
-@pytest.mark.parametrize("term", [KL()], ids=lambda term: term.name)
-def test_it_is_nothing_where_the_depth_says_what_the_main_prediction_says(
-    tiny_trunk: TrunkConfig, term: Term
-) -> None:
-    """A text of one token, and Medusa's heads at their start: all predictions are the same."""
-    model = build(tiny_trunk, MTPConfig.find("linear")(depth=2))
-    model.mtp.initialise_own()
-    model.double()
-    batch = WindowBatch(torch.full((2, 12), 5), 2)
-    total, sums = mtp_loss(model, batch, [1.0, 1.0], [18] * 3, main=0.0, term=term)
-    total.backward()
-    assert sums[1:].abs().max() < 1e-12
-    assert all(g.abs().max() < 1e-12 for n, g in gradients(model).items() if n.startswith("mtp"))
 
 
 @pytest.mark.parametrize("variant", ["sequential", "parallel"])
@@ -185,8 +192,11 @@ class LiveMemory(TorchDispatchMode):
         self.peak = max(self.peak, sum(once.values()))
 
 
+MEMORY = [KL(temperature=2), JS(), LK(), Mixture({"ce": 1, "kl": 1, "tv": 1, "feature": 1})]
+
+
 @pytest.mark.parametrize("variant", ["sequential", "parallel", "parameter_free"])
-@pytest.mark.parametrize("term", [KL(), KL(beta=0.5), KL(temperature=2)], ids=["kl", "mix", "warm"])
+@pytest.mark.parametrize("term", MEMORY, ids=lambda term: term.name)
 def test_a_few_chunks_are_all_that_there_is_of_size_v(
     tiny_trunk: TrunkConfig, variant: str, term: Term, monkeypatch: pytest.MonkeyPatch
 ) -> None:
