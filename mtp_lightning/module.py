@@ -173,6 +173,7 @@ class MTPModule(pl.LightningModule):
         }
         checkpoint["threads"] = torch.get_num_threads()
         checkpoint["balance"] = {"rule": self.balance.name, "state": self.balance.state_dict()}
+        checkpoint["objective"] = self.step.objective.state_dict()
         checkpoint.update(self.extra)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -190,6 +191,7 @@ class MTPModule(pl.LightningModule):
         self.tokens, self.flops = progress["tokens"], progress["flops"]
         self.seconds = progress["seconds"]
         self.balance.load_state_dict(checkpoint["balance"]["state"])
+        self.step.objective.load_state_dict(checkpoint.get("objective", {}))
 
     def log_here(
         self, values: Mapping[str, Tensor | float], step: int, *, always: bool = False

@@ -111,7 +111,8 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
             "use the tokenizer that the model was trained with."
         )
     trunk = instantiate(cfg.model, kind=TrunkConfig, vocab_size=rows)
-    mtp = instantiate(cfg.mtp, kind=MTPConfig)
+    more = {"confidence": True} if cfg.objective.get("confidence") else {}
+    mtp = instantiate(cfg.mtp, kind=MTPConfig, **more)
     # Without a length of its own, the data module has looked.
     if mtp.depth > (cfg.data.seq_len or mtp.depth):
         raise ValueError(
@@ -167,12 +168,15 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
             f"mtp={model_config.mtp.variant} is not shown what it is to say, so it needs a task "
             "(data=star_graph, copy, ..) without data.train_prompt."
         )
+    objective = build_objective(cfg)
+    if model_config.mtp.depth == 0 and objective.needs_teacher:
+        log.warning("objective=%s does nothing at mtp.depth=0.", objective.term.name)
     module = MTPModule(
         model_config,
         schedule=instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
         optimizer=instantiate(cfg.optimizer, kind=OptimizerConfig),
         balance=build_balance(cfg),
-        objective=build_objective(cfg),
+        objective=objective,
         seed=cfg.seed,
         accumulate=cfg.trainer.accumulate_grad_batches,
         clip_norm=cfg.trainer.gradient_clip_val,
@@ -256,6 +260,7 @@ def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, compa
         config,
         instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
         balance=build_balance(cfg),
+        objective=build_objective(cfg),
         match=settings.match,
         reference=reference,
         **length,

@@ -33,6 +33,9 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint, RandomKey
 from mtp_lightning.mtp.kinds import SideBySide, Targets
 from mtp_lightning.nn.ledger import Ledger
+from mtp_lightning.objective.ahead import Seen, Wanted, look_ahead
+from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective, tokens_of
+from mtp_lightning.objective.terms.base import HiddenTerm
 from mtp_lightning.objective.through_head import (
     DepthTarget,
     HeadWeight,
@@ -49,7 +52,7 @@ def stack_loss(
     *,
     key: RandomKey | None = None,
     auxiliary: float = 1.0,
-    train_head: bool = True,
+    objective: Objective = CROSS_ENTROPY,
 ) -> tuple[Tensor, Tensor]:
     """The weighted loss of the main prediction and of some depths.
 
@@ -62,22 +65,51 @@ def stack_loss(
         key: of a stack's random choices in training; None makes none.
         auxiliary: factor of the auxiliary losses that heads side by side report; they train those
             heads, and are left out of the total.
-        train_head: whether the depths reach the head's weight, unless ``mtp.detach`` says no.
+        objective: that the targets are of.
 
     Returns:
         The weighted total, a differentiable scalar in fp32 (in a double precision model fp64), and
         the plain sums of the losses [len(targets)], fp64, without a gradient.
     """
     stack, weight_VC = model.mtp, model.head.weight
-    train_head = train_head and stack.config.detach != "all"
+    train_head = objective.train_head and stack.config.detach != "all"
+    depths = list(by_depth(targets))[1:]
     if isinstance(stack, SideBySide):
+        seen = _look_at_heads(stack, weight_VC, final_BTC, at, targets, objective.wanted)
+        targets = objective.settle(targets, seen)
         stream = _HeadByHead(stack, final_BTC, at, targets, auxiliary, train_head=train_head)
         return _apply(weight_VC, stream)
-    depths = list(by_depth(targets))[1:]
+    states = [final_BTC, *(hidden for _, hidden in stack.states(at, depths, key))]
+    seen = Seen()
+    if objective.wanted.anything:
+        pairs = list(zip(depths, states[1:], strict=True))
+        look_ahead(weight_VC, final_BTC, pairs, tokens_of(targets), objective.wanted, seen)
+    targets = objective.settle(targets, seen)
     if isinstance(stack, Targets) and not any(target.term.needs_teacher for target in targets):
         return one_state_loss(weight_VC, final_BTC, targets)
-    states = [final_BTC, *(hidden for _, hidden in stack.states(at, depths, key))]
     return joint_loss(weight_VC, states, targets, train_head=train_head)
+
+
+def _look_at_heads(
+    stack: SideBySide,
+    weight_VC: Tensor,
+    final_BTC: Tensor,
+    at: BranchPoint,
+    targets: Sequence[DepthTarget],
+    wanted: Wanted,
+) -> Seen:
+    """What heads side by side will say, each computed once more for that."""
+    seen, tokens = Seen(), tokens_of(targets)
+    if not wanted.of_depths:
+        if wanted.anything:
+            look_ahead(weight_VC, final_BTC, [], tokens, wanted, seen)
+        return seen
+    positions = replace(at.positions, ledger=None)  # what routers do is counted in training
+    with torch.no_grad():
+        for k in list(tokens)[1:]:
+            state = k, stack.step(k, at.hidden.detach(), positions)
+            look_ahead(weight_VC, final_BTC, [state], tokens, wanted, seen)
+    return seen
 
 
 def by_depth(targets: Sequence[DepthTarget]) -> dict[int, list[DepthTarget]]:
@@ -119,6 +151,7 @@ class _Stream(ABC):
         inputs: what autograd sees: tensors of the graph, and parameters. The first one is the main
             prediction's hidden state.
         targets: of all of them, in order.
+        of_terms: parameters of the targets' terms, which come last among the inputs.
         grad: whether anybody wants gradients.
     """
 
@@ -127,6 +160,13 @@ class _Stream(ABC):
     def __init__(self, targets: Sequence[DepthTarget]) -> None:
         self.targets = targets
         self.grad = torch.is_grad_enabled()
+        owned = {
+            id(parameter): parameter
+            for target in targets
+            if isinstance(target.term, HiddenTerm)
+            for parameter in target.term.parameters
+        }
+        self.of_terms = list(owned.values())
 
     @abstractmethod
     def predictions(
@@ -139,6 +179,15 @@ class _Stream(ABC):
             gradients: of the inputs, to be filled in.
         """
 
+    def add_of_terms(
+        self, predictions: Sequence[Prediction], gradients: list[Tensor | None]
+    ) -> None:
+        """Add what the terms' own parameters learned of predictions that are done."""
+        for prediction in predictions:
+            for slot, part in enumerate(prediction.of_parameters, -len(self.of_terms)):
+                before = gradients[slot]
+                gradients[slot] = part if before is None else before + part
+
 
 class _Joint(_Stream):
     """All depths have run forward before; any stack can be trained so."""
@@ -147,7 +196,7 @@ class _Joint(_Stream):
         self, states: list[Tensor], targets: Sequence[DepthTarget], *, train_head: bool
     ) -> None:
         super().__init__(targets)
-        self.inputs = states
+        self.inputs = [*states, *self.of_terms]
         self.train_head = train_head
 
     def predictions(
@@ -166,6 +215,7 @@ class _Joint(_Stream):
         yield from [predictions] if together else ([each] for each in predictions)
         for slot, prediction in enumerate(predictions):
             gradients[slot] = prediction.gradient
+        self.add_of_terms(predictions, gradients)
 
 
 class _OneState(_Stream):
@@ -202,7 +252,7 @@ class _HeadByHead(_Stream):
         (self.main, *_), *self.depths = by_depth(targets).values()
         # Only parameters that the pass uses: to the rest, autograd and DDP see no path.
         used = [p for own, *_ in self.depths for p in stack.parameters_of(own.depth)]
-        self.inputs = [final_BTC, at.hidden, *used]
+        self.inputs = [final_BTC, at.hidden, *used, *self.of_terms]
 
     def predictions(
         self, needs: Sequence[bool], gradients: list[Tensor | None]
@@ -213,14 +263,21 @@ class _HeadByHead(_Stream):
         slot = 2
         for targets in self.depths:
             own = self.stack.parameters_of(targets[0].depth)
-            d_branch, d_own = yield from self._one_head(targets, own, needs_branch=needs[1])
+            d_branch, d_own = yield from self._one_head(
+                targets, own, gradients, needs_branch=needs[1]
+            )
             gradients[slot : slot + len(own)] = d_own
             slot += len(own)
             if d_branch is not None:
                 gradients[1] = d_branch if gradients[1] is None else gradients[1].add_(d_branch)
 
     def _one_head(
-        self, targets: list[DepthTarget], own: list[nn.Parameter], *, needs_branch: bool
+        self,
+        targets: list[DepthTarget],
+        own: list[nn.Parameter],
+        gradients: list[Tensor | None],
+        *,
+        needs_branch: bool,
     ) -> Generator[Sequence[Prediction], None, tuple[Tensor | None, list[Tensor | None]]]:
         """A head forward, through the loss, and backward; its activations end with this call.
 
@@ -241,6 +298,7 @@ class _HeadByHead(_Stream):
             needs_gradient=hidden.requires_grad,
         )
         yield [prediction]
+        self.add_of_terms([prediction], gradients)
         auxiliary: list[Tensor] = []
         if outer is not None and ledger is not None:
             auxiliary = ledger.losses

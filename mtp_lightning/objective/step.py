@@ -24,6 +24,7 @@ from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.objective.balance.base import Balance, Observed, depths_of
 from mtp_lightning.objective.balance.gradients import (
     TaskGradients,
+    require_separable,
     shared_parameters,
     task_gradients,
 )
@@ -33,7 +34,6 @@ from mtp_lightning.objective.objective import (
     Objective,
     PositionCounts,
     count_taught,
-    taught_targets,
 )
 from mtp_lightning.objective.ranks import rank, sum_over_ranks, world_size
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
@@ -55,6 +55,7 @@ class StepPlan:
         counts: of the whole step.
         windows: in the whole step.
         micro_batches: this rank's, each with the key of its random choices.
+        objective: what the depths are trained on.
     """
 
     progress: Progress
@@ -63,6 +64,7 @@ class StepPlan:
     counts: PositionCounts
     windows: int
     micro_batches: Sequence[tuple[WindowBatch, RandomKey]]
+    objective: Objective = CROSS_ENTROPY
 
     @property
     def active(self) -> list[int]:
@@ -84,7 +86,9 @@ class StepPlan:
     ) -> dict[str, TaskGradients]:
         """The gradients of the main prediction and of ``depths``, each alone; see
         :func:`~mtp_lightning.objective.balance.gradients.task_gradients`."""
-        return task_gradients(model, self.micro_batches, depths, self.counts.valid, groups)
+        return task_gradients(
+            model, self.micro_batches, depths, self.counts, groups, self.objective
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +152,10 @@ class OptimizerStep:
         self.model = model
         self.schedule = schedule
         self.balance = balance
-        self.objective = objective or CROSS_ENTROPY
+        self.objective = (objective or CROSS_ENTROPY).for_model(model)
+        self.objective.check(model.depth)
+        if balance.scope is not None:
+            require_separable(self.objective, what=f"balance={balance.name}")
         self.seed = seed
         self.accumulate = accumulate
         self.clip_norm = clip_norm
@@ -175,6 +182,7 @@ class OptimizerStep:
             counts=counts,
             windows=len(batch) * world_size(),
             micro_batches=micro_batches,
+            objective=self.objective,
         )
 
     def __call__(
@@ -239,6 +247,8 @@ class OptimizerStep:
                     gradients=gradients,
                 )
             )
+        if self.objective.entropy_mask is not None:
+            values |= self.objective.entropy_mask.learn()
         if self.balance.weighs_main:
             values["balance/main_factor"] = plan.factors[0]
         optimizer.step()
@@ -248,9 +258,10 @@ class OptimizerStep:
         if ledger.losses:
             auxiliary = torch.stack(ledger.losses) * (1 / plan.windows)
             values["moe/sequence_loss"] = sum_over_ranks(auxiliary.sum())
+        dtype = torch.promote_types(self.model.head.weight.dtype, torch.float32)
         if len(self.objective.parts) > 1:
             values |= {
-                f"train/loss_depth_{k}/{term.name}": losses_KP[k, index]
+                term.tag(k): losses_KP[k, index].to(dtype)
                 for k in plan.active
                 for index, (_, term) in enumerate(self.objective.parts)
             }
@@ -260,7 +271,7 @@ class OptimizerStep:
             loss=plan.factors[0] * losses[0] + further,
             losses=losses,
             flops=self._flops(plan, measured=gradients is not None),
-            dtype=torch.promote_types(self.model.head.weight.dtype, torch.float32),
+            dtype=dtype,
             values=values,
         )
 
@@ -295,7 +306,7 @@ class OptimizerStep:
             targets,
             key=key,
             auxiliary=auxiliary,
-            train_head=self.objective.train_head,
+            objective=self.objective,
         )
         for loss in ledger.losses:
             if loss.requires_grad:  # those of heads side by side have had their backward pass
@@ -309,28 +320,40 @@ class OptimizerStep:
         self, plan: StepPlan, micro: WindowBatch
     ) -> tuple[list[DepthTarget], list[tuple[int, int]]]:
         """What the head is asked for, and each target's place in the sums [D + 1, P]."""
-        counts = plan.counts
-        main = plan.factors[0] / counts.valid[0]
+        main = plan.factors[0] / plan.counts.valid[0]
         targets, places = [DepthTarget(0, micro.targets(0), main, _MAIN_TERM)], [(0, 0)]
+        columns = {id(term): index for index, (_, term) in enumerate(self.objective.parts)}
         for k in plan.active:
-            for index, (weight, term) in enumerate(self.objective.parts):
-                count = counts.of(k, term)
-                if count:
-                    tokens = taught_targets(micro, k) if term.needs_teacher else micro.targets(k)
-                    coefficient = plan.factors[k] * weight / count
-                    targets.append(DepthTarget(k, tokens, coefficient, term))
-                    places.append((k, index))
+            own = self.objective.targets(k, micro, plan.factors[k], plan.counts)
+            targets += own
+            places += [(k, columns[id(target.term)]) for target in own]
         return targets, places
+
+    def flops_per_token(
+        self, seq_len: int, active: Sequence[int] | None = None, *, main: bool | None = None
+    ) -> int:
+        """FLOPs of training on one position, the objective's own included.
+
+        Args:
+            seq_len: T.
+            active: the MTP depths computed; by default all.
+            main: whether the main prediction is, too; by default if anything learns from it.
+        """
+        config = self.model.config
+        active = list(range(1, self.model.depth + 1) if active is None else active)
+        main = config.mtp.trains_trunk if main is None else main
+        further = self.objective.further_flops(config, self.model.mtp, seq_len, active, main=main)
+        return config.flops_per_token(seq_len, active) + further
 
     def _flops(self, plan: StepPlan, *, measured: bool) -> int:
         config, seq_len, active = self.model.config, plan.seq_len, plan.active
-        per_position = config.flops_per_token(seq_len, active)
         main = plan.factors[0] != 0
+        per_position = self.flops_per_token(seq_len, active, main=main)
         if main and not config.mtp.trains_trunk:
             per_position += config.trunk.head_flops()
-        per_position += self.objective.further_flops(config, self.model.mtp, active, main=main)
         if measured:
             per_position += self.balance.measuring_flops(config, seq_len, active)
+            per_position += self.objective.measuring_flops(config, active)
         # A position that a document mask leaves without a target is computed all the same.
         return plan.windows * seq_len * per_position
 

@@ -17,7 +17,7 @@ Shapes: M positions (B x T), C d_model, V vocabulary, R positions of one chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -43,12 +43,17 @@ class DepthTarget:
         coefficient: factor of the term's summed loss: its weight / positions that count in the
             step. A loss of factor 0 that nothing learns from is not computed.
         term: what it is trained on.
+        weights: [...] of the positions, which multiply loss and gradient; None is 1.
+        values: [...] the losses, where they are known beforehand and rest on other depths, too;
+            ``weights`` then multiply the gradient alone.
     """
 
     depth: int
     tokens: Tensor
     coefficient: float
     term: Term
+    weights: Tensor | None = None
+    values: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -62,6 +67,7 @@ class Prediction:
         train_head: whether the head's weight gets a gradient from it.
         needs_gradient: whether the hidden state does.
         gradient: that gradient, [..., C], once it is known.
+        of_parameters: the gradients of the terms' own parameters, once they are known.
     """
 
     hidden: Tensor
@@ -69,6 +75,7 @@ class Prediction:
     train_head: bool = True
     needs_gradient: bool = True
     gradient: Tensor | None = None
+    of_parameters: list[Tensor] = field(default_factory=list)
 
     @property
     def needs_teacher(self) -> bool:
@@ -145,7 +152,7 @@ def through_head(
             to it, in place.
         main_hidden: the main prediction's hidden state [..., C], from which teachers are made.
     """
-    dtype = _compute_dtype(predictions[0].hidden)
+    dtype = compute_dtype(predictions[0].hidden)
     weight = head.weight_VC.detach().to(dtype)
     ways, done = [], 0
     for prediction in predictions:
@@ -174,7 +181,7 @@ def _with_teacher(main_hidden: Tensor, weight: Tensor, ways: Sequence[_Way]) -> 
         teacher = Teacher(main_RV, main_MC[place])
         for way in ways:
             if way.depth:
-                rows = _places_left(place, way.depth, main_MC)
+                rows = places_left(place, way.depth, main_MC)
                 way.go(rows, log_probs(way.h_MC[rows], weight), teacher)
         del teacher
         for way in ways:  # at the end, since it overwrites what the depths compare with
@@ -182,7 +189,7 @@ def _with_teacher(main_hidden: Tensor, weight: Tensor, ways: Sequence[_Way]) -> 
                 way.go(place, main_RV)
 
 
-def _places_left(place: slice, k: int, h_MC: Tensor) -> slice | Tensor:
+def places_left(place: slice, k: int, h_MC: Tensor) -> slice | Tensor:
     """``place`` moved by ``k`` to the left; what falls off comes in again at the end."""
     if place.start >= k:
         return slice(place.start - k, place.stop - k)
@@ -231,7 +238,7 @@ class _Way:
             self._add(0, value_R, target)
             # The coefficient and the mask of a single target go onto the C-wide factors, not onto
             # the V-wide one.
-            scale_R1, factor = target.valid_R.unsqueeze(-1), target.coefficient
+            scale_R1, factor = target.counts_R.unsqueeze(-1), target.coefficient
         else:
             d_logits_RV = self._of_several(targets, chunk_RV, h_RC, main)
             scale_R1, factor = None, 1.0
@@ -247,7 +254,10 @@ class _Way:
             self.head.add(part_VC, factor)
 
     def _add(self, index: int, value_R: Tensor, target: _ChunkTarget) -> None:
-        self.sums[index] += (value_R * target.valid_R).double().sum()
+        counts_R = target.counts_R
+        if target.values_R is not None:
+            value_R, counts_R = target.values_R, target.valid_R
+        self.sums[index] += (value_R * counts_R).double().sum()
 
     def _of_hidden(
         self, targets: list[_ChunkTarget], chunk_RV: Tensor, h_RC: Tensor, main: Teacher | None
@@ -255,11 +265,22 @@ class _Way:
         """The gradient [R, C] of terms that read the state, mask and coefficients included."""
         total_RC: Tensor | None = None
         for index, target in enumerate(targets):
-            if isinstance(target.term, HiddenTerm):
-                value_R, d_hidden_RC = target.term.gradient(target.chunk(chunk_RV, h_RC, main))
-                self._add(index, value_R, target)
-                d_hidden_RC = d_hidden_RC * target.scale_R1(d_hidden_RC.dtype)
-                total_RC = d_hidden_RC if total_RC is None else total_RC.add_(d_hidden_RC)
+            if not isinstance(target.term, HiddenTerm):
+                continue
+            if not target.coefficient:  # looked at, and learned from by nobody
+                self._add(index, target.term.value(target.chunk(chunk_RV, h_RC, main)), target)
+                continue
+            parameters = list(target.term.parameters)
+            with torch.enable_grad():
+                hidden_RC = h_RC.detach().requires_grad_()
+                value_R = target.term.value(target.chunk(chunk_RV, hidden_RC, main))
+                loss = (value_R * target.scale_R1(value_R.dtype).squeeze(-1)).sum()
+                d_hidden_RC, *own = torch.autograd.grad(loss, [hidden_RC, *parameters])
+            self._add(index, value_R.detach(), target)
+            total_RC = d_hidden_RC if total_RC is None else total_RC + d_hidden_RC
+            if own:
+                before = self.prediction.of_parameters or [torch.zeros_like(p) for p in parameters]
+                self.prediction.of_parameters = [a + b for a, b in zip(before, own, strict=True)]
         return total_RC
 
     def _of_several(
@@ -297,21 +318,26 @@ class _Way:
 
 
 class _ChunkTarget:
-    """A target of some positions: token ids [R], and which of them count [R]."""
+    """A target of some positions: token ids [R], and how much each of them counts [R]."""
 
     def __init__(self, target: DepthTarget, rows: slice | Tensor) -> None:
         tokens_R = target.tokens.reshape(-1)[rows]
         self.depth, self.coefficient, self.term = target.depth, target.coefficient, target.term
         self.tokens_R, self.valid_R = tokens_R.clamp(min=0), tokens_R != IGNORE_INDEX
+        # Mask and weights.
+        self.counts_R = self.valid_R
+        if target.weights is not None:
+            self.counts_R = target.weights.reshape(-1)[rows] * self.valid_R
+        self.values_R = None if target.values is None else target.values.reshape(-1)[rows]
 
     def scale_R1(self, dtype: torch.dtype) -> Tensor:
-        """Mask and coefficient."""
-        return self.valid_R.to(dtype).mul_(self.coefficient).unsqueeze(-1)
+        """Mask, weights and coefficient."""
+        return (self.counts_R.to(dtype) * self.coefficient).unsqueeze(-1)
 
     def chunk(self, log_probs_RV: Tensor, h_RC: Tensor, main: Teacher | None) -> Chunk:
         return Chunk(self.depth, log_probs_RV, self.tokens_R, h_RC, main)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
+def compute_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

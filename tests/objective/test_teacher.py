@@ -113,10 +113,10 @@ def test_the_teacher_is_the_prediction_of_the_same_token(
     model = build(tiny_trunk, MTPConfig.find(variant)(depth=2)).double()
     batch = windows(2, 9, 2)
     right, _ = mtp_loss(model, batch, [0.5, 0.5], [18] * 3, term=KL())
-    original = through_head._places_left
+    original = through_head.places_left
     for shift in (-1, 1):
         monkeypatch.setattr(
-            through_head, "_places_left", lambda place, k, h, s=shift: original(place, k + s, h)
+            through_head, "places_left", lambda place, k, h, s=shift: original(place, k + s, h)
         )
         wrong, _ = mtp_loss(model, batch, [0.5, 0.5], [18] * 3, term=KL())
         assert abs(wrong.item() - right.item()) > 1e-3

@@ -10,13 +10,13 @@ Shapes: R positions of one chunk, V vocabulary, C d_model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(eq=False)
@@ -71,10 +71,12 @@ class Term(ABC):
     Attributes:
         name: what it is called in messages and in the log.
         needs_teacher: whether :attr:`Chunk.teacher` is read. Only positions that have one count.
+        is_word: whether a mixture may name it.
     """
 
     name: ClassVar[str]
     needs_teacher: ClassVar[bool] = False
+    is_word: ClassVar[bool] = True
 
     @abstractmethod
     def value(self, chunk: Chunk) -> Tensor:
@@ -91,20 +93,25 @@ class Term(ABC):
         total_R1 = d_log_probs_RV.sum(-1, keepdim=True)
         return value_R.detach(), d_log_probs_RV - probs_RV * total_R1
 
+    def tag(self, k: int) -> str:
+        """What its loss of depth ``k`` is called in the log, where it is not the only one."""
+        return f"train/loss_depth_{k}/{self.name}"
+
     def parts(self) -> Iterator[tuple[float, Term]]:
         """What a mixture is made of, each with its weight; of any other term, itself."""
         yield 1.0, self
 
 
 class HiddenTerm(Term):
-    """A term of the depth's hidden state itself, which no head stands between: an addition to a
-    term of the log-probabilities. Its gradient is by ``chunk.hidden_RC``."""
+    """A term of the depth's hidden state itself, an addition to a term of the log-probabilities.
+    ``value`` is differentiable by ``chunk.hidden_RC`` and by the term's own parameters; what it
+    reads of the log-probabilities has no gradient.
+
+    Attributes:
+        parameters: of its own, which are part of the model.
+    """
+
+    parameters: Sequence[nn.Parameter] = ()
 
     def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """The loss of every position [R], and its derivative by ``chunk.hidden_RC`` [R, C]."""
-        assert chunk.hidden_RC is not None
-        with torch.enable_grad():
-            hidden_RC = chunk.hidden_RC.detach().requires_grad_()
-            value_R = self.value(replace(chunk, hidden_RC=hidden_RC))
-            (d_hidden_RC,) = torch.autograd.grad(value_R.sum(), hidden_RC)
-        return value_R.detach(), d_hidden_RC
+        raise AssertionError("of a term of hidden states, the gradient is not by logits")

@@ -63,12 +63,13 @@ def known_terms() -> dict[str, type[Term]]:
     package = importlib.import_module(_PACKAGE)
     for found in pkgutil.iter_modules(package.__path__, prefix=f"{_PACKAGE}."):
         importlib.import_module(found.name)
-    return {kind.name: kind for kind in _subclasses(Term) if kind is not Mixture}
+    kinds = _subclasses(Term)  # type: ignore[type-abstract]
+    return {kind.name: kind for kind in kinds if kind is not Mixture}
 
 
 def _subclasses(kind: type[Term]) -> Iterator[type[Term]]:
     for sub in kind.__subclasses__():
-        if not inspect.isabstract(sub) and "name" in vars(sub):
+        if not inspect.isabstract(sub) and "name" in vars(sub) and sub.is_word:
             yield sub
         yield from _subclasses(sub)
 
