@@ -68,10 +68,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     return {
         "loss": float(loss),
         "parameters": config.num_params(),
-        "gflop_per_step": config.flops_per_token(task["seq_len"])
-        * task["batch_size"]
-        * task["seq_len"]
-        / 1e9,
+        "gflop_per_step": task["flops_per_token"] * task["batch_size"] * task["seq_len"] / 1e9,
         "ms_per_step": statistics.median(step_seconds) * 1e3,
         "matmul_gflops": flops_of_matmul / statistics.median(matmul_seconds) / 1e9,
         "fastest_gflops": flops_of_matmul / statistics.median(fastest_seconds) / 1e9,
@@ -122,6 +119,7 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
         seed=cfg.seed,
         clip_norm=cfg.trainer.gradient_clip_val,
     )
+    task["flops_per_token"] = one_step.flops_per_token(task["seq_len"])
     progress = Progress(step=0, max_steps=cfg.trainer.max_steps)
     shape = (task["batch_size"], task["seq_len"] + task["depth"] + 1)
     generator = torch.Generator().manual_seed(0)

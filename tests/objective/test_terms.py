@@ -222,15 +222,18 @@ def test_a_feature_is_learned_by_the_state_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, main = 2 * torch.randn(2, 5, 8, generator=generator, dtype=torch.float64)
     for normalise, formula in ((True, feature), (False, raw_feature)):
-        chunk = Chunk(1, hidden, torch.zeros(5).long(), hidden, Teacher(main, main))
-        value, gradient = Feature(normalise).gradient(chunk)
+        state = hidden.clone().requires_grad_()
+        chunk = Chunk(1, hidden, torch.zeros(5).long(), state, Teacher(main, main))
+        value = Feature(normalise).value(chunk)
         leaf = hidden.clone().requires_grad_()
         want = torch.stack(
             [formula(Position(*[leaf[0]] * 2, 0, leaf[r], main[r])) for r in range(5)]
         )
-        want.sum().backward()
-        torch.testing.assert_close(value, want.detach())
-        torch.testing.assert_close(gradient, leaf.grad)
+        torch.testing.assert_close(value, want)
+        for loss, at in ((value, state), (want, leaf)):
+            loss.sum().backward()
+            assert at.grad is not None
+        torch.testing.assert_close(state.grad, leaf.grad)
 
 
 @pytest.mark.parametrize(
