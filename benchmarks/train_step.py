@@ -68,10 +68,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     return {
         "loss": float(loss),
         "parameters": config.num_params(),
-        "gflop_per_step": config.flops_per_token(task["seq_len"])
-        * task["batch_size"]
-        * task["seq_len"]
-        / 1e9,
+        "gflop_per_step": task["flops_per_token"] * task["batch_size"] * task["seq_len"] / 1e9,
         "ms_per_step": statistics.median(step_seconds) * 1e3,
         "matmul_gflops": flops_of_matmul / statistics.median(matmul_seconds) / 1e9,
         "fastest_gflops": flops_of_matmul / statistics.median(fastest_seconds) / 1e9,
@@ -91,7 +88,7 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
     import torch
 
     from data_modules.windows import WindowBatch
-    from mtp_lightning.experiment.build import build_model_config
+    from mtp_lightning.experiment.build import build_model_config, build_objective
     from mtp_lightning.experiment.instantiate import instantiate
     from mtp_lightning.model import MTPModel
     from mtp_lightning.objective.balance.base import NoBalance
@@ -118,9 +115,11 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
         model,
         schedule=instantiate(cfg.lambda_schedule),
         balance=NoBalance(task["depth"]),
+        objective=build_objective(cfg),
         seed=cfg.seed,
         clip_norm=cfg.trainer.gradient_clip_val,
     )
+    task["flops_per_token"] = one_step.flops_per_token(task["seq_len"])
     progress = Progress(step=0, max_steps=cfg.trainer.max_steps)
     shape = (task["batch_size"], task["seq_len"] + task["depth"] + 1)
     generator = torch.Generator().manual_seed(0)
@@ -133,7 +132,7 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
     def forward() -> tuple[int, torch.Tensor]:
         plan = one_step.plan(batch, progress)
         loss, _, _ = one_step.loss(plan, *plan.micro_batches[0])
-        counts = plan.counts
+        counts = plan.counts.valid
         d_model, element = model.config.trunk.d_model, next(model.parameters()).element_size()
         return sum(counts) * d_model * element, loss
 

@@ -29,6 +29,10 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "parallel": ("parallel", []),
     "linear": ("linear", []),
     "parameter_free": ("parameter_free", []),
+    "sequential, kl": ("sequential", ["objective=kl"]),
+    "parallel, kl": ("parallel", ["objective=kl"]),
+    "sequential, nextlat's objective": ("sequential", ["objective=nextlat"]),
+    "sequential, e2e_tv": ("sequential", ["objective=e2e_tv"]),
 }
 
 
@@ -111,7 +115,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "saved_peak": saved.peak,
         "parameters": config.num_params(),
         "parameters_active": config.num_active_params(),
-        "flops_per_token": config.flops_per_token(task["seq_len"]),
+        "flops_per_token": task["flops_per_token"],
     }
 
 

@@ -15,9 +15,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.objective.balance.base import Balance, NoBalance, depths_of
+from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 
 MATCHES = ("none", "parameters", "flops")
@@ -170,14 +173,19 @@ def total_flops(
     max_steps: int,
     tokens_per_step: int,
     balance: Balance | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> float:
     """Training FLOPs of a whole run: depths whose weight is 0 at a step are not computed there.
 
-    What a balance rule measures counts. Rules that learn are taken as they are at the start.
+    What a balance rule measures counts, and what the objective looks at. Rules that learn are taken
+    as they are at the start.
     """
     balance = NoBalance(schedule.depth) if balance is None else balance
     samples = min(max_steps, _SAMPLES)
     costs: dict[tuple[tuple[int, ...], bool], float] = {}
+    with torch.device("meta"):
+        stack = config.mtp.build(config.trunk)  # for its kind
+    main = config.mtp.trains_trunk
     total = 0.0
     for sample in range(samples):
         step = (2 * sample + 1) * max_steps // (2 * samples) if samples < max_steps else sample
@@ -190,7 +198,12 @@ def total_flops(
                 chance
                 * (
                     config.flops_per_token(seq_len, active)
-                    + measured * balance.measuring_flops(config, seq_len, active)
+                    + objective.further_flops(config, stack, seq_len, active, main=main)
+                    + measured
+                    * (
+                        balance.measuring_flops(config, seq_len, active)
+                        + objective.measuring_flops(config, active)
+                    )
                 )
                 for chance, active in balance.active_sets(base)
             )
@@ -207,6 +220,7 @@ def match_steps(
     max_steps: int,
     tokens_per_step: int,
     balance: Balance | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> tuple[int, float]:
     """The number of optimizer steps whose FLOPs are closest to ``target``, and those FLOPs."""
 
@@ -218,6 +232,7 @@ def match_steps(
             max_steps=steps,
             tokens_per_step=tokens_per_step,
             balance=balance,
+            objective=objective,
         )
 
     steps = max_steps
@@ -241,6 +256,7 @@ def match(
     max_steps: int,
     tokens_per_step: int,
     balance: Balance | None = None,
+    objective: Objective = CROSS_ENTROPY,
 ) -> Matched:
     """Trunk layers and steps for a comparison with ``reference``.
 
@@ -253,6 +269,7 @@ def match(
         max_steps: optimizer steps as asked for.
         tokens_per_step: depth-0 targets of one optimizer step, all ranks.
         balance: its rule of balancing; None for fixed weights.
+        objective: what its depths are trained on.
 
     Raises:
         ValueError: the trunk has not enough layers to give up.
@@ -276,6 +293,7 @@ def match(
         max_steps=max_steps,
         tokens_per_step=tokens_per_step,
         balance=balance,
+        objective=objective,
     )
     return Matched(
         match=match,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey, TrunkText
+from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
@@ -31,12 +32,16 @@ class ModelConfig:
 
     def num_params(self) -> int:
         """All weights, tied ones once."""
-        return self.trunk.num_params() + self.mtp.num_params(self.trunk)
+        return self.trunk.num_params() + self._stack_params()
 
     def num_active_params(self) -> int:
         """Those of them that one token goes through: all but the experts it is not sent to."""
-        stack = self.mtp.num_params(self.trunk) - self.mtp.num_idle_params(self.trunk)
+        stack = self._stack_params() - self.mtp.num_idle_params(self.trunk)
         return self.trunk.num_active_params() + stack
+
+    def _stack_params(self) -> int:
+        confidence = self.mtp.depth * (self.trunk.d_model + 1) if self.mtp.confidence else 0
+        return self.mtp.num_params(self.trunk) + confidence
 
     def forward_flops_per_token(self, seq_len: int, active: Sequence[int] | None = None) -> int:
         """FLOPs of a forward pass for one position, attention and heads included.
@@ -111,6 +116,8 @@ class MTPModel(nn.Module):
         tied = embedding if config.trunk.tie_embeddings else None
         self.head = Head(config.trunk.vocab_size, config.trunk.d_model, tied=tied)
         self.mtp: MTPStack = config.mtp.build(config.trunk)
+        if config.mtp.confidence and config.mtp.depth:
+            self.mtp.confidence = Confidence(config.mtp.depth, config.trunk.d_model)
         if not config.mtp.trains_trunk:
             self.trunk.requires_grad_(False)
             self.head.requires_grad_(False)

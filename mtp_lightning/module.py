@@ -20,9 +20,9 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.metrics.rates import DepthRates
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.objective.balance.base import Balance, NoBalance
+from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.objective.step import OptimizerStep
-from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.optim.base import LearningRates, OptimizerConfig
 from mtp_lightning.settings import require_number
 
@@ -37,7 +37,7 @@ class MTPModule(pl.LightningModule):
         schedule: lambda_k as a function of progress.
         optimizer: what it is trained by.
         balance: the rule that weighs the tasks by what is measured; None keeps the weights fixed.
-        term: what the MTP depths are trained on; None is cross-entropy.
+        objective: what the MTP depths are trained on; None is cross-entropy.
         seed: of the initial weights, and of random choices in training.
         accumulate: micro-batches an optimizer step of one rank is split into.
         clip_norm: bound on the gradient's global norm; None for no bound.
@@ -52,7 +52,7 @@ class MTPModule(pl.LightningModule):
         schedule: LambdaSchedule,
         optimizer: OptimizerConfig,
         balance: Balance | None = None,
-        term: Term | None = None,
+        objective: Objective | None = None,
         seed: int,
         accumulate: int = 1,
         clip_norm: float | None = 1.0,
@@ -73,7 +73,7 @@ class MTPModule(pl.LightningModule):
             self.model,
             schedule=schedule,
             balance=self.balance,
-            term=term,
+            objective=objective,
             seed=seed,
             accumulate=accumulate,
             clip_norm=clip_norm,
@@ -173,6 +173,7 @@ class MTPModule(pl.LightningModule):
         }
         checkpoint["threads"] = torch.get_num_threads()
         checkpoint["balance"] = {"rule": self.balance.name, "state": self.balance.state_dict()}
+        checkpoint["objective"] = self.step.objective.state_dict()
         checkpoint.update(self.extra)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -190,6 +191,7 @@ class MTPModule(pl.LightningModule):
         self.tokens, self.flops = progress["tokens"], progress["flops"]
         self.seconds = progress["seconds"]
         self.balance.load_state_dict(checkpoint["balance"]["state"])
+        self.step.objective.load_state_dict(checkpoint.get("objective", {}))
 
     def log_here(
         self, values: Mapping[str, Tensor | float], step: int, *, always: bool = False

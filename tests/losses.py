@@ -11,20 +11,24 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import RandomKey
 from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.objective.balance.base import NoBalance
+from mtp_lightning.objective.objective import Objective, PositionCounts, count_taught
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.step import OptimizerStep, StepPlan
 from mtp_lightning.objective.terms.base import Term
 
 
-def step_of(model: MTPModel, term: Term | None = None, **settings: object) -> OptimizerStep:
+def step_of(
+    model: MTPModel, term: Term | Objective | None = None, **settings: object
+) -> OptimizerStep:
     """A step with all lambdas 1 / D."""
     depth = model.depth
+    objective = Objective(term=term) if isinstance(term, Term) else term
     return OptimizerStep(
         model,
         schedule=Piecewise(depth, 1.0),
         balance=NoBalance(depth),
-        term=term,
+        objective=objective,
         **settings,  # type: ignore[arg-type]
     )
 
@@ -38,19 +42,23 @@ def reported_loss(
     main: float = 1.0,
     key: RandomKey | None = None,
     windows: int | None = None,
-    term: Term | None = None,
+    term: Term | Objective | None = None,
+    taught: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Ledger]:
-    """A micro-batch's part of L, its summed losses [D + 1], and what the layers reported."""
+    """A micro-batch's part of L, its summed losses [D + 1], or [D + 1, P] of P terms, and what the
+    layers reported. Unless ``taught`` says otherwise, the micro-batch is the whole step to terms
+    that have a teacher."""
     factors = [main, *weights]
     plan = StepPlan(
         progress=Progress(step=0, max_steps=1),
         base=factors,
         factors=factors,
-        counts=counts,
+        counts=PositionCounts(list(counts), list(taught or count_taught(batch).tolist())),
         windows=len(batch) if windows is None else windows,
         micro_batches=[(batch, key or RandomKey(0, 0))],
     )
-    return step_of(model, term).loss(plan, batch, key)
+    total, sums_KP, ledger = step_of(model, term).loss(plan, batch, key)
+    return total, sums_KP[:, 0] if sums_KP.shape[1] == 1 else sums_KP, ledger
 
 
 def mtp_loss(
@@ -62,10 +70,19 @@ def mtp_loss(
     main: float = 1.0,
     key: RandomKey | None = None,
     windows: int | None = None,
-    term: Term | None = None,
+    term: Term | Objective | None = None,
+    taught: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`reported_loss` without the reports."""
     total, sums, _ = reported_loss(
-        model, batch, weights, counts, main=main, key=key, windows=windows, term=term
+        model,
+        batch,
+        weights,
+        counts,
+        main=main,
+        key=key,
+        windows=windows,
+        term=term,
+        taught=taught,
     )
     return total, sums

@@ -273,7 +273,14 @@ def _keys(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
 
 
 # parts of other files
-SHARED = {"model/base", "model/deepseek_base", "data/base", "data/task", "paths/default"}
+SHARED = {
+    "model/base",
+    "model/deepseek_base",
+    "data/base",
+    "data/task",
+    "objective/base",
+    "paths/default",
+}
 OPTIONS = [
     option.removesuffix(".yaml")
     for option in CONFIGS

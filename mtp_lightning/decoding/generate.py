@@ -24,7 +24,7 @@ from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.speculative import Decoder
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.kernels.matmul import packed_weights
-from mtp_lightning.settings import is_whole
+from mtp_lightning.settings import is_whole, require_number
 
 Prompt = Sequence[int] | Tensor
 OnTokens = Callable[[int, list[int], list[bool]], None]
@@ -44,6 +44,7 @@ class _Options:
     long: str
     on_tokens: OnTokens | None
     compile: bool
+    min_confidence: float
 
 
 def generate(
@@ -65,6 +66,7 @@ def generate(
     long: Literal["refuse", "slide"] = "refuse",
     on_tokens: OnTokens | None = None,
     compile: bool = False,
+    min_confidence: float = 0.0,
 ) -> list[Generation]:
     """Continue every prompt.
 
@@ -95,6 +97,9 @@ def generate(
         compile: run compiled passes, see ``compiled.py``: several times as fast once they are
             built, which takes about ten seconds a program. One prompt at a time; greedy texts can
             part from plain decoding where two tokens' logits agree to about 1e-5.
+        min_confidence: stop drafting where the model believes that the drafts so far are accepted
+            with less than this probability; 0 never does. For models trained with
+            ``objective.confidence=true``.
 
     Returns:
         One :class:`Generation` a prompt, in order.
@@ -122,7 +127,10 @@ def generate(
         long=long,
         on_tokens=on_tokens,
         compile=compile,
+        min_confidence=require_number("min_confidence", min_confidence, least=0, most=1),
     )
+    if min_confidence:
+        _check_confidence(model, options)
     _check_lengths(ids, options)
     size = len(ids) if batch_size is None else _positive("batch_size", batch_size)
     if compile:
@@ -166,7 +174,13 @@ def _decode(
         max_draft=options.max_draft,
     )
     noise = Noise(options.seed, list(prompts), session.tokens_BS.device)
-    decoder = Decoder(session, options.sampling, noise, max_draft=options.max_draft)
+    decoder = Decoder(
+        session,
+        options.sampling,
+        noise,
+        max_draft=options.max_draft,
+        min_confidence=options.min_confidence,
+    )
     rows = [Row(index, options.max_draft, options) for index in prompts]
     auto = AutoDepth(options.max_draft) if options.auto and options.max_draft else None
 
@@ -248,6 +262,19 @@ def _max_draft(model: MTPModel, speculative: bool, draft_depth: object) -> int:
             f"draft_depth={draft_depth}, but the model drafts {most} tokens: use at most {most}."
         )
     return draft_depth if speculative else 0
+
+
+def _check_confidence(model: MTPModel, options: _Options) -> None:
+    asked = f"min_confidence={options.min_confidence}"
+    if model.mtp.confidence is None:
+        raise ValueError(
+            f"{asked} needs a model that says how sure it is of its drafts: train one with "
+            "objective.confidence=true, or leave it 0."
+        )
+    if options.auto or options.compile or not options.max_draft:
+        other = "draft_depth=auto" if options.auto else "compile=true"
+        other = other if options.max_draft else "speculative=false"
+        raise ValueError(f"{asked} does not go together with {other}: leave one of them out.")
 
 
 def _token_ids(prompt: Prompt, index: int, model: MTPModel) -> list[int]:

@@ -38,6 +38,8 @@ class Session:
     Attributes:
         tokens_BS: int64 token ids: read, pending and drafted.
         n: tokens that the trunk has read, one number a row.
+        confidence_B: how likely every row's newest draft is accepted, by the model's own estimate;
+            None of a model that makes none.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Session:
             for _ in range(max_draft)
         ]
         self.filled = [[0] * batch for _ in range(max_draft + 1)]
+        self.confidence_B: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -129,6 +132,8 @@ class Session:
             last = hidden.gather(1, at.expand(-1, 1, hidden.shape[-1]))
         # Entries whose tokens are all known; the last k - 1 rest on drafts.
         self.filled[k] = [max(0, n - k + 1) for n in self.n]
+        if self.model.mtp.confidence is not None:
+            self.confidence_B = self.model.mtp.confidence(k, last[:, 0]).sigmoid()
         return self.model.head(last)[:, 0]
 
     def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:

@@ -10,7 +10,7 @@ Shapes: B rows, M drafts, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,14 +43,24 @@ class Decoder:
         sampling: how tokens are chosen, by the trunk and by the drafts alike.
         noise: uniform numbers; not used if greedy.
         max_draft: most drafts that any round will have.
+        min_confidence: a round ends its drafts where every row's product of confidences is below
+            it. The draft that the last one is of is not made, so what is judged does not depend on
+            what was drawn for it: the text's distribution stays the trunk's.
     """
 
     def __init__(
-        self, session: Session, sampling: Sampling, noise: Noise, *, max_draft: int
+        self,
+        session: Session,
+        sampling: Sampling,
+        noise: Noise,
+        *,
+        max_draft: int,
+        min_confidence: float = 0.0,
     ) -> None:
         self.session = session
         self.sampling = sampling
         self.noise = noise
+        self.min_confidence = min_confidence
         # Every round takes the same amount, so that a row's numbers depend on its rounds alone.
         self._n_noise = 2 * max_draft + 1
 
@@ -72,19 +82,33 @@ class Decoder:
             caps: the most drafts a row may accept: fewer than M near its end.
         """
         choose = self._greedy if self.sampling.greedy else self._sample
-        tokens, accepted = choose(n_drafts, caps)
+        tokens, accepted, n_drafts = choose(n_drafts, caps)
         limits = [min(n_drafts, cap) for cap in caps]
         reached = [min(a + 1, limit) for a, limit in zip(accepted, limits, strict=True)]
         self.session.accept(accepted, n_drafts)
         return Round(tokens, accepted, reached)
 
-    def _greedy(self, n_drafts: int, caps: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+    def _drafts(self, n_drafts: int) -> Iterator[tuple[int, Tensor]]:
+        """Every depth and its logits [B, V], until none is believed any more."""
+        product_B: Tensor | None = None
+        for k in range(1, n_drafts + 1):
+            logits_BV = self.session.draft(k)
+            if self.min_confidence:
+                sure_B = self.session.confidence_B
+                assert sure_B is not None
+                product_B = sure_B if product_B is None else product_B * sure_B
+                if bool((product_B < self.min_confidence).all()):
+                    return
+            yield k, logits_BV
+
+    def _greedy(self, n_drafts: int, caps: Sequence[int]) -> tuple[list[list[int]], list[int], int]:
         session = self.session
         drafts = []
-        for k in range(1, n_drafts + 1):
-            draft_B1 = session.draft(k).argmax(dim=-1, keepdim=True)
+        for k, logits_BV in self._drafts(n_drafts):
+            draft_B1 = logits_BV.argmax(dim=-1, keepdim=True)
             session.put(draft_B1, k)
             drafts.append(draft_B1)
+        n_drafts = len(drafts)
         choice_BT = session.verify(n_drafts).argmax(dim=-1)
         # Up to the first mismatch the choices are the drafts, and the next one is the new pending
         # token: they can be written before anybody has counted.
@@ -99,23 +123,24 @@ class Decoder:
                 a += 1
             tokens.append(choice[: a + 1])
             accepted.append(a)
-        return tokens, accepted
+        return tokens, accepted, n_drafts
 
-    def _sample(self, n_drafts: int, caps: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+    def _sample(self, n_drafts: int, caps: Sequence[int]) -> tuple[list[list[int]], list[int], int]:
         session = self.session
         noise_BR = self.noise.next(self._n_noise)
         drafts, proposals = [], []
-        for k in range(1, n_drafts + 1):
-            q_BV = self.sampling.probabilities(session.draft(k))
+        for k, logits_BV in self._drafts(n_drafts):
+            q_BV = self.sampling.probabilities(logits_BV)
             draft_B1 = draw(q_BV, noise_BR[:, k - 1]).unsqueeze(1)
             session.put(draft_B1, k)
             drafts.append(draft_B1)
             proposals.append(q_BV)
+        n_drafts = len(drafts)
         p_BTV = self.sampling.probabilities(session.verify(n_drafts))
         if not n_drafts:
             tokens_B1 = draw(p_BTV, noise_BR[:, -1:])
             session.put(tokens_B1, 1)
-            return tokens_B1.tolist(), [0] * len(caps)
+            return tokens_B1.tolist(), [0] * len(caps), 0
         draft_BM, q_BMV = torch.cat(drafts, dim=1), torch.stack(proposals, dim=1)
         half = self._n_noise // 2
         limit_B = torch.tensor([min(n_drafts, c) for c in caps], device=p_BTV.device)
@@ -125,7 +150,8 @@ class Decoder:
         session.put(tokens_BT, 1)
         host = torch.cat((tokens_BT, accepted_B.unsqueeze(1)), dim=1).tolist()
         accepted = [row[-1] for row in host]
-        return [row[: a + 1] for row, a in zip(host, accepted, strict=True)], accepted
+        tokens = [row[: a + 1] for row, a in zip(host, accepted, strict=True)]
+        return tokens, accepted, n_drafts
 
 
 def accept_or_resample(

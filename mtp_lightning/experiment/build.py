@@ -28,6 +28,7 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.balance.base import Balance, NoBalance
+from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.schedule.base import LambdaSchedule
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.optim.base import OptimizerConfig
@@ -136,7 +137,8 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
             "use the tokenizer that the model was trained with."
         )
     trunk = instantiate(cfg.model, kind=TrunkConfig, vocab_size=rows)
-    mtp = instantiate(cfg.mtp, kind=MTPConfig)
+    more = {"confidence": True} if cfg.objective.get("confidence") else {}
+    mtp = instantiate(cfg.mtp, kind=MTPConfig, **more)
     # Without a length of its own, the data module has looked.
     if mtp.depth > (cfg.data.seq_len or mtp.depth):
         raise ValueError(
@@ -155,6 +157,17 @@ def build_balance(cfg: DictConfig) -> Balance:
         log.warning("balance=%s does nothing at mtp.depth=0.", balance.name)
         return NoBalance(0)
     return balance
+
+
+def build_objective(cfg: DictConfig) -> Objective:
+    """What the depths are trained on: the term of the group ``objective``, and the keys that all
+    of its options have (conf/objective/base.yaml)."""
+    node = cfg.objective
+    options = {key: node[key] for key in Objective.options() if key in node}
+    term = instantiate(
+        OmegaConf.masked_copy(node, [k for k in node if k not in options]), kind=Term
+    )
+    return Objective(term=term, **options)
 
 
 def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) -> MTPModule:
@@ -186,12 +199,15 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
             f"mtp={model_config.mtp.variant} is not shown what it is to say, so it needs a task "
             "(data=star_graph, copy, ..) without data.train_prompt."
         )
+    objective = build_objective(cfg)
+    if model_config.mtp.depth == 0 and objective.needs_teacher:
+        log.warning("objective=%s does nothing at mtp.depth=0.", objective.term.name)
     module = MTPModule(
         model_config,
         schedule=instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
         optimizer=instantiate(cfg.optimizer, kind=OptimizerConfig),
         balance=build_balance(cfg),
-        term=instantiate(cfg.objective, kind=Term),
+        objective=objective,
         seed=cfg.seed,
         accumulate=cfg.trainer.accumulate_grad_batches,
         clip_norm=cfg.trainer.gradient_clip_val,
@@ -283,6 +299,7 @@ def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, compa
         config,
         instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
         balance=build_balance(cfg),
+        objective=build_objective(cfg),
         match=settings.match,
         reference=reference,
         **length,

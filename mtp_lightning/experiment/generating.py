@@ -67,6 +67,7 @@ def generate_text(cfg: Any) -> list[Generation]:
         tokenizer=tokenizer,
         batch_size=(1 if cfg.compile else 8) if cfg.batch_size is None else cfg.batch_size,
         compile=cfg.compile,
+        min_confidence=cfg.min_confidence,
         max_context=run.seq_len,
         long=cfg.long,
         on_tokens=stream,

@@ -252,7 +252,7 @@ def summarise(trainer: pl.Trainer, module: MTPModule, data: WindowDataModule) ->
         "parameters_active": config.num_active_params(),
         "parameters_trunk": config.trunk.num_params(),
         "parameters_trained": sum(p.numel() for p in module.parameters() if p.requires_grad),
-        "flops_per_token": config.flops_per_token(data.seq_len),
+        "flops_per_token": module.step.flops_per_token(data.seq_len),
         **({"mtp_reads_tokens": module.model.mtp.reads_tokens} if config.mtp.depth else {}),
         "world_size": trainer.world_size,
         "seed": module.extra["config"]["seed"],

@@ -9,11 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.mtp.switches import Switches, branch_state, check_switches
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -32,12 +33,14 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
 
     Attributes:
         depth: D, tokens predicted beyond the next one; 0 is plain next-token training.
+        confidence: whether every depth also says how sure it is (``objective.confidence``).
 
     Raises:
         ValueError: a depth that is no whole number of at least 0, or a switch out of range.
     """
 
     depth: int
+    confidence: bool = False
 
     # Settings without which the weights mean something else: a stack can only go on from another
     # (init_from) where these agree.
@@ -49,6 +52,11 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
     def __post_init__(self) -> None:
         require_whole("mtp.depth", self.depth, least=0)
         check_switches(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        data = super().to_dict()
+        # Stacks that have none are stored as ever.
+        return data if self.confidence else {k: v for k, v in data.items() if k != "confidence"}
 
     @property
     def trains_trunk(self) -> bool:
@@ -171,11 +179,17 @@ class MTPStack(nn.Module, ABC):
 
     Args:
         config: of the variant.
+
+    Attributes:
+        confidence: how sure the depths are of their drafts; None without ``config.confidence``.
     """
+
+    confidence: Confidence | None
 
     def __init__(self, config: MTPConfig) -> None:
         super().__init__()
         self.config = config
+        self.confidence = None
 
     @property
     def depth(self) -> int:

@@ -11,10 +11,16 @@ happens in the node's forward pass; its backward pass hands the gradients on.
   through the trunk. The peak holds the activations of the trunk and of one head, whatever D is. To
   data parallelism, with its hooks on every parameter, the node is like any other.
 - With targets alone, one hidden state is asked for several tokens.
+
+Where a term compares with the main prediction, a chain's depths go through the head together, and
+one teacher serves them all, which is the main prediction's own pass. Heads side by side, of which
+only one is there at a time, have it made anew for each. With targets alone every depth goes through
+the head by itself, since its teacher stands at another position.
 """
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
@@ -27,7 +33,15 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint, RandomKey
 from mtp_lightning.mtp.kinds import SideBySide, Targets
 from mtp_lightning.nn.ledger import Ledger
-from mtp_lightning.objective.through_head import DepthTarget, Prediction, through_head
+from mtp_lightning.objective.ahead import Seen, Wanted, look_ahead
+from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective, tokens_of
+from mtp_lightning.objective.terms.base import HiddenTerm
+from mtp_lightning.objective.through_head import (
+    DepthTarget,
+    HeadWeight,
+    Prediction,
+    through_head,
+)
 
 
 def stack_loss(
@@ -38,6 +52,7 @@ def stack_loss(
     *,
     key: RandomKey | None = None,
     auxiliary: float = 1.0,
+    objective: Objective = CROSS_ENTROPY,
 ) -> tuple[Tensor, Tensor]:
     """The weighted loss of the main prediction and of some depths.
 
@@ -45,23 +60,62 @@ def stack_loss(
         model: the model.
         final_BTC: the trunk's output, and ...
         at: ... the branch point, both from :meth:`MTPModel.run_trunk`.
-        targets: of the main prediction, then of the depths to compute, in order.
+        targets: of the main prediction, then of the depths to compute, in order; of a depth, one
+            for every term.
         key: of a stack's random choices in training; None makes none.
         auxiliary: factor of the auxiliary losses that heads side by side report; they train those
             heads, and are left out of the total.
+        objective: that the targets are of.
 
     Returns:
         The weighted total, a differentiable scalar in fp32 (in a double precision model fp64), and
         the plain sums of the losses [len(targets)], fp64, without a gradient.
     """
     stack, weight_VC = model.mtp, model.head.weight
-    if isinstance(stack, Targets):
-        return one_state_loss(weight_VC, final_BTC, targets)
+    train_head = objective.train_head and stack.config.detach != "all"
+    depths = list(by_depth(targets))[1:]
     if isinstance(stack, SideBySide):
-        return _apply(weight_VC, _HeadByHead(stack, final_BTC, at, targets, auxiliary))
-    depths = [target.depth for target in targets[1:]]
+        seen = _look_at_heads(stack, weight_VC, final_BTC, at, targets, objective.wanted)
+        targets = objective.settle(targets, seen)
+        stream = _HeadByHead(stack, final_BTC, at, targets, auxiliary, train_head=train_head)
+        return _apply(weight_VC, stream)
     states = [final_BTC, *(hidden for _, hidden in stack.states(at, depths, key))]
-    return joint_loss(weight_VC, states, targets, train_head=stack.config.detach != "all")
+    seen = Seen()
+    if objective.wanted.anything:
+        pairs = list(zip(depths, states[1:], strict=True))
+        look_ahead(weight_VC, final_BTC, pairs, tokens_of(targets), objective.wanted, seen)
+    targets = objective.settle(targets, seen)
+    if isinstance(stack, Targets) and not any(target.term.needs_teacher for target in targets):
+        return one_state_loss(weight_VC, final_BTC, targets)
+    return joint_loss(weight_VC, states, targets, train_head=train_head)
+
+
+def _look_at_heads(
+    stack: SideBySide,
+    weight_VC: Tensor,
+    final_BTC: Tensor,
+    at: BranchPoint,
+    targets: Sequence[DepthTarget],
+    wanted: Wanted,
+) -> Seen:
+    """What heads side by side will say, each computed once more for that."""
+    seen, tokens = Seen(), tokens_of(targets)
+    if not wanted.of_depths:
+        if wanted.anything:
+            look_ahead(weight_VC, final_BTC, [], tokens, wanted, seen)
+        return seen
+    positions = replace(at.positions, ledger=None)  # what routers do is counted in training
+    with torch.no_grad():
+        for k in list(tokens)[1:]:
+            state = k, stack.step(k, at.hidden.detach(), positions)
+            look_ahead(weight_VC, final_BTC, [state], tokens, wanted, seen)
+    return seen
+
+
+def by_depth(targets: Sequence[DepthTarget]) -> dict[int, list[DepthTarget]]:
+    """The targets of every depth, in their order."""
+    groups = itertools.groupby(targets, key=lambda target: target.depth)
+    return {depth: list(group) for depth, group in groups}
 
 
 def joint_loss(
@@ -71,7 +125,7 @@ def joint_loss(
     *,
     train_head: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`stack_loss` of hidden states [..., C] that are parts of the graph, one a target.
+    """:func:`stack_loss` of hidden states [..., C] that are parts of the graph, one a depth.
 
     Args:
         train_head: whether the states behind the first one reach the head's weight.
@@ -91,11 +145,13 @@ def _apply(weight_VC: Tensor, stream: _Stream) -> tuple[Tensor, Tensor]:
 
 
 class _Stream(ABC):
-    """Hidden states for the head, one at a time.
+    """Hidden states for the head, one at a time, or together those that one teacher serves.
 
     Attributes:
-        inputs: what autograd sees: tensors of the graph, and parameters.
+        inputs: what autograd sees: tensors of the graph, and parameters. The first one is the main
+            prediction's hidden state.
         targets: of all of them, in order.
+        of_terms: parameters of the targets' terms, which come last among the inputs.
         grad: whether anybody wants gradients.
     """
 
@@ -104,17 +160,33 @@ class _Stream(ABC):
     def __init__(self, targets: Sequence[DepthTarget]) -> None:
         self.targets = targets
         self.grad = torch.is_grad_enabled()
+        owned = {
+            id(parameter): parameter
+            for target in targets
+            if isinstance(target.term, HiddenTerm)
+            for parameter in target.term.parameters
+        }
+        self.of_terms = list(owned.values())
 
     @abstractmethod
     def predictions(
         self, needs: Sequence[bool], gradients: list[Tensor | None]
-    ) -> Iterator[Prediction]:
+    ) -> Iterator[Sequence[Prediction]]:
         """Yields every hidden state with its targets; when resumed, its gradient is known.
 
         Args:
             needs: which of the inputs want a gradient.
             gradients: of the inputs, to be filled in.
         """
+
+    def add_of_terms(
+        self, predictions: Sequence[Prediction], gradients: list[Tensor | None]
+    ) -> None:
+        """Add what the terms' own parameters learned of predictions that are done."""
+        for prediction in predictions:
+            for slot, part in enumerate(prediction.of_parameters, -len(self.of_terms)):
+                before = gradients[slot]
+                gradients[slot] = part if before is None else before + part
 
 
 class _Joint(_Stream):
@@ -124,21 +196,26 @@ class _Joint(_Stream):
         self, states: list[Tensor], targets: Sequence[DepthTarget], *, train_head: bool
     ) -> None:
         super().__init__(targets)
-        self.inputs = states
+        self.inputs = [*states, *self.of_terms]
         self.train_head = train_head
 
     def predictions(
         self, needs: Sequence[bool], gradients: list[Tensor | None]
-    ) -> Iterator[Prediction]:
-        for slot, target in enumerate(self.targets):
-            prediction = Prediction(
+    ) -> Iterator[Sequence[Prediction]]:
+        predictions = [
+            Prediction(
                 self.inputs[slot],
-                [target],
+                targets,
                 train_head=slot == 0 or self.train_head,
                 needs_gradient=needs[slot],
             )
-            yield prediction
+            for slot, targets in enumerate(by_depth(self.targets).values())
+        ]
+        together = any(prediction.needs_teacher for prediction in predictions)
+        yield from [predictions] if together else ([each] for each in predictions)
+        for slot, prediction in enumerate(predictions):
             gradients[slot] = prediction.gradient
+        self.add_of_terms(predictions, gradients)
 
 
 class _OneState(_Stream):
@@ -150,9 +227,9 @@ class _OneState(_Stream):
 
     def predictions(
         self, needs: Sequence[bool], gradients: list[Tensor | None]
-    ) -> Iterator[Prediction]:
+    ) -> Iterator[Sequence[Prediction]]:
         prediction = Prediction(self.inputs[0], self.targets, needs_gradient=needs[0])
-        yield prediction
+        yield [prediction]
         gradients[0] = prediction.gradient
 
 
@@ -166,32 +243,42 @@ class _HeadByHead(_Stream):
         at: BranchPoint,
         targets: Sequence[DepthTarget],
         auxiliary: float,
+        *,
+        train_head: bool,
     ) -> None:
         super().__init__(targets)
         self.stack, self.at, self.auxiliary = stack, at, auxiliary
+        self.train_head = train_head
+        (self.main, *_), *self.depths = by_depth(targets).values()
         # Only parameters that the pass uses: to the rest, autograd and DDP see no path.
-        used = [p for target in targets[1:] for p in stack.parameters_of(target.depth)]
-        self.inputs = [final_BTC, at.hidden, *used]
+        used = [p for own, *_ in self.depths for p in stack.parameters_of(own.depth)]
+        self.inputs = [final_BTC, at.hidden, *used, *self.of_terms]
 
     def predictions(
         self, needs: Sequence[bool], gradients: list[Tensor | None]
-    ) -> Iterator[Prediction]:
-        main, *depths = self.targets
-        prediction = Prediction(self.inputs[0], [main], needs_gradient=needs[0])
-        yield prediction
+    ) -> Iterator[Sequence[Prediction]]:
+        prediction = Prediction(self.inputs[0], [self.main], needs_gradient=needs[0])
+        yield [prediction]
         gradients[0] = prediction.gradient
         slot = 2
-        for target in depths:
-            own = self.stack.parameters_of(target.depth)
-            d_branch, d_own = yield from self._one_head(target, own, needs_branch=needs[1])
+        for targets in self.depths:
+            own = self.stack.parameters_of(targets[0].depth)
+            d_branch, d_own = yield from self._one_head(
+                targets, own, gradients, needs_branch=needs[1]
+            )
             gradients[slot : slot + len(own)] = d_own
             slot += len(own)
             if d_branch is not None:
                 gradients[1] = d_branch if gradients[1] is None else gradients[1].add_(d_branch)
 
     def _one_head(
-        self, target: DepthTarget, own: list[nn.Parameter], *, needs_branch: bool
-    ) -> Generator[Prediction, None, tuple[Tensor | None, list[Tensor | None]]]:
+        self,
+        targets: list[DepthTarget],
+        own: list[nn.Parameter],
+        gradients: list[Tensor | None],
+        *,
+        needs_branch: bool,
+    ) -> Generator[Sequence[Prediction], None, tuple[Tensor | None, list[Tensor | None]]]:
         """A head forward, through the loss, and backward; its activations end with this call.
 
         Returns:
@@ -201,14 +288,17 @@ class _HeadByHead(_Stream):
         ledger = None if outer is None else Ledger()
         with torch.set_grad_enabled(self.grad):
             leaf = self.at.hidden.detach().requires_grad_(needs_branch)
-            hidden = self.stack.step(target.depth, leaf, replace(self.at.positions, ledger=ledger))
+            hidden = self.stack.step(
+                targets[0].depth, leaf, replace(self.at.positions, ledger=ledger)
+            )
         prediction = Prediction(
             hidden,
-            [target],
-            train_head=self.stack.config.detach != "all",
+            targets,
+            train_head=self.train_head,
             needs_gradient=hidden.requires_grad,
         )
-        yield prediction
+        yield [prediction]
+        self.add_of_terms([prediction], gradients)
         auxiliary: list[Tensor] = []
         if outer is not None and ledger is not None:
             auxiliary = ledger.losses
@@ -235,15 +325,13 @@ class _StackLoss(torch.autograd.Function):
         needs_weight, _, *needs = (wanted and stream.grad for wanted in ctx.needs_input_grad)
         sums = torch.zeros(len(stream.targets), dtype=torch.float64, device=weight_VC.device)
         gradients: list[Tensor | None] = [None] * len(inputs)
-        d_weight: Tensor | None = None
+        head = HeadWeight(weight_VC, needs_gradient=needs_weight)
         done = 0
-        for prediction in stream.predictions(needs, gradients):
-            own_sums = sums[done : done + len(prediction.targets)]
-            d_weight = through_head(
-                weight_VC, prediction, own_sums, d_weight, needs_weight=needs_weight
-            )
-            done += len(prediction.targets)
-        ctx.gradients = (d_weight, gradients)
+        for predictions in stream.predictions(needs, gradients):
+            end = done + sum(len(prediction.targets) for prediction in predictions)
+            through_head(head, predictions, sums[done:end], main_hidden=inputs[0])
+            done = end
+        ctx.gradients = (head.gradient, gradients)
         ctx.mark_non_differentiable(sums)
         coefficients = sums.new_tensor([target.coefficient for target in stream.targets])
         dtype = torch.promote_types(weight_VC.dtype, torch.float32)

@@ -24,14 +24,20 @@ from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.objective.balance.base import Balance, Observed, depths_of
 from mtp_lightning.objective.balance.gradients import (
     TaskGradients,
+    require_separable,
     shared_parameters,
     task_gradients,
 )
 from mtp_lightning.objective.expert_balance import balance_experts
+from mtp_lightning.objective.objective import (
+    CROSS_ENTROPY,
+    Objective,
+    PositionCounts,
+    count_taught,
+)
 from mtp_lightning.objective.ranks import rank, sum_over_ranks, world_size
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.objective.stack_loss import stack_loss
-from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.through_head import DepthTarget
 
@@ -46,17 +52,19 @@ class StepPlan:
         progress: before the step.
         base: [D + 1], 1 and the schedule's lambda_k, 0 for a depth without a valid target.
         factors: [D + 1], what the losses are multiplied by. One of factor 0 is not computed.
-        counts: [D + 1], valid targets of the whole step.
+        counts: of the whole step.
         windows: in the whole step.
         micro_batches: this rank's, each with the key of its random choices.
+        objective: what the depths are trained on.
     """
 
     progress: Progress
     base: Sequence[float]
     factors: Sequence[float]
-    counts: Sequence[int]
+    counts: PositionCounts
     windows: int
     micro_batches: Sequence[tuple[WindowBatch, RandomKey]]
+    objective: Objective = CROSS_ENTROPY
 
     @property
     def active(self) -> list[int]:
@@ -78,7 +86,9 @@ class StepPlan:
     ) -> dict[str, TaskGradients]:
         """The gradients of the main prediction and of ``depths``, each alone; see
         :func:`~mtp_lightning.objective.balance.gradients.task_gradients`."""
-        return task_gradients(model, self.micro_batches, depths, self.counts, groups)
+        return task_gradients(
+            model, self.micro_batches, depths, self.counts, groups, self.objective
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +114,7 @@ class StepResult:
     @property
     def tokens(self) -> int:
         """Valid targets of the main prediction."""
-        return self.plan.counts[0]
+        return self.plan.counts.valid[0]
 
     def log_values(self) -> dict[str, Tensor | float]:
         """Everything by log tag, the losses unscaled."""
@@ -122,7 +132,7 @@ class OptimizerStep:
         model: in training mode.
         schedule: lambda_k as a function of progress.
         balance: the rule that weighs the tasks by what is measured.
-        term: what the MTP depths are trained on; None is cross-entropy, the main prediction's.
+        objective: what the MTP depths are trained on; None is cross-entropy, the main prediction's.
         seed: of the random choices in training.
         accumulate: micro-batches that a rank's batch is split into.
         clip_norm: bound on the gradient's global norm; None for no bound.
@@ -134,7 +144,7 @@ class OptimizerStep:
         *,
         schedule: LambdaSchedule,
         balance: Balance,
-        term: Term | None = None,
+        objective: Objective | None = None,
         seed: int = 0,
         accumulate: int = 1,
         clip_norm: float | None = None,
@@ -142,7 +152,10 @@ class OptimizerStep:
         self.model = model
         self.schedule = schedule
         self.balance = balance
-        self.term = _MAIN_TERM if term is None else term
+        self.objective = (objective or CROSS_ENTROPY).for_model(model)
+        self.objective.check(model.depth)
+        if balance.scope is not None:
+            require_separable(self.objective, what=f"balance={balance.name}")
         self.seed = seed
         self.accumulate = accumulate
         self.clip_norm = clip_norm
@@ -151,9 +164,11 @@ class OptimizerStep:
 
     def plan(self, batch: WindowBatch, progress: Progress) -> StepPlan:
         """What the step over this rank's ``batch`` is going to do."""
-        counts = step_counts(batch)
+        counts = step_counts(batch, taught=self.objective.needs_teacher)
         # A depth that a document mask left without a target is one that is switched off.
-        base = [1.0, *_where(counts[1:], self.schedule.weights(progress))]
+        depths = range(1, self.model.depth + 1)
+        usable = [max(counts.of(k, term) for _, term in self.objective.parts) for k in depths]
+        base = [1.0, *_where(usable, self.schedule.weights(progress))]
         main, *factors = self.balance.factors(base, progress)
         key = RandomKey(self.seed, progress.step, first_row=len(batch) * rank())
         micro_batches = []
@@ -163,10 +178,11 @@ class OptimizerStep:
         return StepPlan(
             progress=progress,
             base=base,
-            factors=[main if self._computes_main else 0.0, *_where(counts[1:], factors)],
+            factors=[main if self._computes_main else 0.0, *_where(usable, factors)],
             counts=counts,
             windows=len(batch) * world_size(),
             micro_batches=micro_batches,
+            objective=self.objective,
         )
 
     def __call__(
@@ -192,7 +208,8 @@ class OptimizerStep:
             ValueError: the batch was built for another depth, or has no valid target.
         """
         plan = self.plan(batch, progress)
-        sums = torch.zeros(self.model.depth + 1, dtype=torch.float64, device=batch.device)
+        shape = (self.model.depth + 1, len(self.objective.parts))
+        sums = torch.zeros(shape, dtype=torch.float64, device=batch.device)
         ledger = Ledger()
         for index, (micro, key) in enumerate(plan.micro_batches):
             last = index == len(plan.micro_batches) - 1
@@ -205,8 +222,8 @@ class OptimizerStep:
             sums += micro_sums
             ledger.add_loads(reported)
             ledger.losses += [auxiliary.detach() for auxiliary in reported.losses]
-        counts = torch.tensor(plan.counts, device=sums.device)
-        losses = sum_over_ranks(sums) / counts.clamp(min=1)
+        losses_KP = self.objective.losses(sum_over_ranks(sums), plan.counts)
+        losses = self.objective.mixed(losses_KP)
 
         gradients = None
         if self.balance.scope is not None and self.balance.measures_at(progress):
@@ -230,6 +247,8 @@ class OptimizerStep:
                     gradients=gradients,
                 )
             )
+        if self.objective.entropy_mask is not None:
+            values |= self.objective.entropy_mask.learn()
         if self.balance.weighs_main:
             values["balance/main_factor"] = plan.factors[0]
         optimizer.step()
@@ -239,13 +258,20 @@ class OptimizerStep:
         if ledger.losses:
             auxiliary = torch.stack(ledger.losses) * (1 / plan.windows)
             values["moe/sequence_loss"] = sum_over_ranks(auxiliary.sum())
+        dtype = torch.promote_types(self.model.head.weight.dtype, torch.float32)
+        if len(self.objective.parts) > 1:
+            values |= {
+                term.tag(k): losses_KP[k, index].to(dtype)
+                for k in plan.active
+                for index, (_, term) in enumerate(self.objective.parts)
+            }
         further = sum(plan.factors[k] * losses[k] for k in plan.active)
         return StepResult(
             plan=plan,
             loss=plan.factors[0] * losses[0] + further,
             losses=losses,
             flops=self._flops(plan, measured=gradients is not None),
-            dtype=torch.promote_types(self.model.head.weight.dtype, torch.float32),
+            dtype=dtype,
             values=values,
         )
 
@@ -260,42 +286,74 @@ class OptimizerStep:
 
         Returns:
             The part of L (those of all micro-batches and ranks add up to it, the experts' balance
-            losses included), the summed losses [D + 1] of this micro-batch, fp64, 0 for depths not
-            computed, and what the layers reported.
+            losses included), the summed losses [D + 1, P] of this micro-batch, fp64, of every depth
+            (0 where not computed) and term of the objective (the main prediction's in the first
+            column), and what the layers reported.
         """
-        if plan.counts[0] == 0:
+        if plan.counts.valid[0] == 0:
             raise ValueError(
                 "The batch holds no valid target: every position crosses a document border. "
                 "Use longer documents, or data.document_mask=false."
             )
-        computed = [0, *plan.active]
-        targets = [
-            DepthTarget(
-                depth=k,
-                tokens=micro.targets(k),
-                coefficient=plan.factors[k] / plan.counts[k],
-                term=self.term if k else _MAIN_TERM,
-            )
-            for k in computed
-        ]
+        targets, places = self._targets(plan, micro)
         ledger = Ledger()
         final, at = self.model.run_trunk(micro, plan.active, ledger=ledger)
         auxiliary = 1 / plan.windows
-        total, sums = stack_loss(self.model, final, at, targets, key=key, auxiliary=auxiliary)
+        total, sums = stack_loss(
+            self.model,
+            final,
+            at,
+            targets,
+            key=key,
+            auxiliary=auxiliary,
+            objective=self.objective,
+        )
         for loss in ledger.losses:
             if loss.requires_grad:  # those of heads side by side have had their backward pass
                 total = total + auxiliary * loss
-        all_sums = sums.new_zeros(self.model.depth + 1)
-        all_sums[computed] = sums
+        all_sums = sums.new_zeros(self.model.depth + 1, len(self.objective.parts))
+        depths, columns = zip(*places, strict=True)
+        all_sums[depths, columns] = sums
         return total, all_sums, ledger
+
+    def _targets(
+        self, plan: StepPlan, micro: WindowBatch
+    ) -> tuple[list[DepthTarget], list[tuple[int, int]]]:
+        """What the head is asked for, and each target's place in the sums [D + 1, P]."""
+        main = plan.factors[0] / plan.counts.valid[0]
+        targets, places = [DepthTarget(0, micro.targets(0), main, _MAIN_TERM)], [(0, 0)]
+        columns = {id(term): index for index, (_, term) in enumerate(self.objective.parts)}
+        for k in plan.active:
+            own = self.objective.targets(k, micro, plan.factors[k], plan.counts)
+            targets += own
+            places += [(k, columns[id(target.term)]) for target in own]
+        return targets, places
+
+    def flops_per_token(
+        self, seq_len: int, active: Sequence[int] | None = None, *, main: bool | None = None
+    ) -> int:
+        """FLOPs of training on one position, the objective's own included.
+
+        Args:
+            seq_len: T.
+            active: the MTP depths computed; by default all.
+            main: whether the main prediction is, too; by default if anything learns from it.
+        """
+        config = self.model.config
+        active = list(range(1, self.model.depth + 1) if active is None else active)
+        main = config.mtp.trains_trunk if main is None else main
+        further = self.objective.further_flops(config, self.model.mtp, seq_len, active, main=main)
+        return config.flops_per_token(seq_len, active) + further
 
     def _flops(self, plan: StepPlan, *, measured: bool) -> int:
         config, seq_len, active = self.model.config, plan.seq_len, plan.active
-        per_position = config.flops_per_token(seq_len, active)
-        if plan.factors[0] and not config.mtp.trains_trunk:
+        main = plan.factors[0] != 0
+        per_position = self.flops_per_token(seq_len, active, main=main)
+        if main and not config.mtp.trains_trunk:
             per_position += config.trunk.head_flops()
         if measured:
             per_position += self.balance.measuring_flops(config, seq_len, active)
+            per_position += self.objective.measuring_flops(config, active)
         # A position that a document mask leaves without a target is computed all the same.
         return plan.windows * seq_len * per_position
 
@@ -304,9 +362,17 @@ def _where(counts: Sequence[int], factors: Sequence[float]) -> list[float]:
     return [factor if count else 0.0 for factor, count in zip(factors, counts, strict=True)]
 
 
-def step_counts(batch: WindowBatch) -> list[int]:
-    """Valid targets of every depth in the whole step, all ranks together."""
-    if batch.every_target_counts:
-        # Every rank's batch has the same size.
-        return [len(batch) * batch.seq_len * world_size()] * (batch.depth + 1)
-    return [int(count) for count in sum_over_ranks(batch.counts()).tolist()]
+def step_counts(batch: WindowBatch, *, taught: bool = False) -> PositionCounts:
+    """Positions of every depth that count in the whole step, all ranks together.
+
+    Args:
+        batch: this rank's; every rank's has the same size.
+        taught: whether those with a teacher are to be counted, too.
+    """
+    if batch.every_target_counts:  # known without looking: every rank's batch has the same size
+        windows = len(batch) * world_size()
+        valid = [windows * batch.seq_len] * (batch.depth + 1)
+        seen = [windows * max(batch.seq_len - k, 0) for k in range(batch.depth + 1)]
+        return PositionCounts(valid, seen if taught else None)
+    counts_NK = torch.stack([batch.counts(), *([count_taught(batch)] if taught else [])])
+    return PositionCounts(*sum_over_ranks(counts_NK).tolist())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -14,10 +16,20 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective.terms.base import Chunk, Term
+from mtp_lightning.objective.objective import Objective
+from mtp_lightning.objective.terms.base import Chunk, Teacher, Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
+from mtp_lightning.objective.terms.feature import Feature
+from mtp_lightning.objective.terms.js import JS
+from mtp_lightning.objective.terms.kl import KL
+from mtp_lightning.objective.terms.lk import LK
+from mtp_lightning.objective.terms.mixture import Mixture, known_terms
+from mtp_lightning.objective.terms.nla import NLA
+from mtp_lightning.objective.terms.reverse_kl import ReverseKL
+from mtp_lightning.objective.terms.tv import TV
 from tests.losses import mtp_loss
 from tests.models import build, windows
+from tests.objective.teaching import FORMULAS, Position, feature, raw_feature
 
 
 class Traced(CrossEntropy):
@@ -98,3 +110,168 @@ def test_cross_entropy_by_autograd_is_cross_entropy(tiny_trunk: TrunkConfig) -> 
         total, _ = mtp_loss(model, batch, [0.5, 0.25], [18] * 3, term=term)
         losses.append(total.item())
     assert losses[0] == losses[2] == pytest.approx(losses[1], rel=1e-12)
+
+
+TAUGHT: dict[str, Term] = {
+    "kl": KL(),
+    "kl at temperature 2": KL(temperature=2),
+    "reverse_kl": ReverseKL(),
+    "js": JS(),
+    "tv": TV(),
+    "nla": NLA(),
+    "lk": LK(),
+}
+
+
+def chunk_of(logits_q: Tensor, logits_p: Tensor, tokens: Tensor) -> Chunk:
+    main = Teacher(torch.log_softmax(logits_p, -1), torch.empty(0))
+    return Chunk(1, torch.log_softmax(logits_q, -1), tokens, None, main)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    rows=st.integers(1, 5),
+    vocab=st.integers(2, 12),
+    sharp=st.sampled_from([0.3, 1.0, 6.0]),
+)
+@pytest.mark.parametrize("name", TAUGHT)
+def test_a_distance_is_its_formula(
+    name: str, seed: int, rows: int, vocab: int, sharp: float
+) -> None:
+    """Value and gradient, written down and made by autograd, against a loop over the vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_q, logits_p = sharp * torch.randn(
+        2, rows, vocab, generator=generator, dtype=torch.float64
+    )
+    tokens = torch.randint(0, vocab, (rows,), generator=generator)
+    leaf = logits_q.clone().requires_grad_()
+    log_q, log_p = torch.log_softmax(leaf, -1), torch.log_softmax(logits_p, -1)
+    none = torch.empty(0)
+    want = torch.stack(
+        [
+            FORMULAS[name](Position(log_q[r], log_p[r], int(tokens[r]), none, none))
+            for r in range(rows)
+        ]
+    )
+    want.sum().backward()
+    term = TAUGHT[name]
+    for gradient in (term.gradient, lambda chunk: Term.gradient(term, chunk)):
+        chunk = chunk_of(logits_q, logits_p, tokens)
+        value, d_logits = gradient(chunk)
+        torch.testing.assert_close(value, want.detach(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(d_logits, leaf.grad, rtol=1e-9, atol=1e-12)
+        # What the next depth reads has not been written on.
+        assert torch.equal(chunk.teacher.log_probs_RV, log_p)
+        assert torch.equal(chunk.teacher.probs_RV, log_p.exp())
+    assert torch.equal(term.value(chunk_of(logits_q, logits_p, tokens)), value)
+    assert value.min() > -1e-12
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**20), vocab=st.integers(2, 30))
+def test_total_variations_gradient_is_the_papers(seed: int, vocab: int) -> None:
+    """arXiv 2606.12370, eq. 11: ``-q_j ([q_j <= p_j] - S)``."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_q, logits_p = torch.randn(2, 1, vocab, generator=generator, dtype=torch.float64)
+    _, found = TV().gradient(chunk_of(logits_q, logits_p, torch.zeros(1).long()))
+    q, p = torch.softmax(logits_q[0], 0).tolist(), torch.softmax(logits_p[0], 0).tolist()
+    s = sum(q[v] for v in range(vocab) if q[v] <= p[v])
+    want = [-q[j] * ((q[j] <= p[j]) - s) for j in range(vocab)]
+    assert found[0].tolist() == pytest.approx(want, abs=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", TAUGHT)
+def test_a_distance_is_nothing_between_equals(name: str, dtype: torch.dtype) -> None:
+    logits = 3 * torch.randn(6, 50, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    value, gradient = TAUGHT[name].gradient(chunk_of(logits, logits, torch.zeros(6).long()))
+    assert value.abs().max() < 10 * torch.finfo(dtype).eps
+    assert gradient.abs().max() < 10 * torch.finfo(dtype).eps
+
+
+def test_where_the_teacher_is_sure_of_the_target_it_is_cross_entropy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 20, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(0, 20, (6,), generator=generator)
+    sure = 1e3 * F.one_hot(tokens, 20).double()
+    want_value, want = CrossEntropy().gradient(chunk_of(logits, sure, tokens))
+    for term in (NLA(), KL()):
+        value, gradient = term.gradient(chunk_of(logits, sure, tokens))
+        torch.testing.assert_close(value, want_value)
+        torch.testing.assert_close(gradient, want)
+    # The chance to be rejected is that of another token, and an unlikely target teaches nothing.
+    value, _ = TV().gradient(chunk_of(logits, sure, tokens))
+    torch.testing.assert_close(value, 1 - (-want_value).exp())
+    far = torch.zeros(1, 2, dtype=torch.float64)
+    far[0, 0] = 20.0
+    value, gradient = NLA().gradient(chunk_of(far, -far, torch.tensor([1])))
+    assert value.item() == pytest.approx(-math.log(1e-5)) and not gradient.any()
+
+
+def test_js_is_at_most_ln_2_and_symmetric() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = 8 * torch.randn(2, 30, 10, generator=generator, dtype=torch.float64)
+    tokens = torch.zeros(30).long()
+    there, back = JS().value(chunk_of(a, b, tokens)), JS().value(chunk_of(b, a, tokens))
+    torch.testing.assert_close(there, back)
+    assert there.max() <= math.log(2) and there.max() > 0.5
+
+
+def test_a_feature_is_learned_by_the_state_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, main = 2 * torch.randn(2, 5, 8, generator=generator, dtype=torch.float64)
+    for normalise, formula in ((True, feature), (False, raw_feature)):
+        state = hidden.clone().requires_grad_()
+        chunk = Chunk(1, hidden, torch.zeros(5).long(), state, Teacher(main, main))
+        value = Feature(normalise).value(chunk)
+        leaf = hidden.clone().requires_grad_()
+        want = torch.stack(
+            [formula(Position(*[leaf[0]] * 2, 0, leaf[r], main[r])) for r in range(5)]
+        )
+        torch.testing.assert_close(value, want)
+        for loss, at in ((value, state), (want, leaf)):
+            loss.sum().backward()
+            assert at.grad is not None
+        torch.testing.assert_close(state.grad, leaf.grad)
+
+
+@pytest.mark.parametrize(
+    ("build_it", "message"),
+    [
+        (lambda: KL(temperature=0), "objective.temperature must be a number above 0, not 0"),
+        (lambda: KL(temperature=-1), "temperature must be a number above 0"),
+        (lambda: KL(beta=0), r"objective.beta \(0 is objective=ce\) must be a number in \(0, 1\]"),
+        (lambda: LK(rate=-1), "objective.rate must be a number of at least 0"),
+        (lambda: Feature(normalise=2), "feature.normalise must be true or false"),
+        (lambda: Mixture({}), "objective.terms names no term"),
+        (lambda: Mixture({"cee": 1}), "has cee, which is unknown: choose among .*ce"),
+        (
+            lambda: Mixture({"ce": 0}),
+            "the weight of ce in objective.terms must be a number above 0",
+        ),
+        (lambda: Mixture({"kl": {"temperature": 2}}), "the weight of kl .* not None"),
+        (lambda: Mixture({"kl": {"weight": 1, "heat": 2}}), "terms.kl refuses its settings"),
+        (lambda: Mixture({"ce": 1, "kl": {"weight": 1, "beta": 0.5}}), "has ce twice"),
+        (lambda: Mixture({"feature": 1}), "does not look at what the depths predict"),
+        (lambda: Mixture({"own": {"weight": 1, "term": "x"}}), "terms.own must be {weight"),
+        (lambda: Objective(term=KL(), train_head="no"), "objective.train_head must be true or"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(build_it: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_it()
+
+
+def test_a_mixture_takes_a_term_of_ones_own(tiny_trunk: TrunkConfig) -> None:
+    mixture = Mixture({"ce": 0.5, "focal": {"weight": 2, "term": Focal(1.5)}})
+    assert [(w, term.name) for w, term in mixture.parts()] == [(0.5, "ce"), (2.0, "focal")]
+    assert "focal" in known_terms() and "mix" not in known_terms()
+    model = build(tiny_trunk, MTPConfig.find("sequential")(depth=1)).double()
+    batch = windows(2, 9, 1)
+    alone = [
+        mtp_loss(model, batch, [1.0], [18] * 2, main=0.0, term=term)[0].item()
+        for term in (CrossEntropy(), Focal(1.5))
+    ]
+    both, _ = mtp_loss(model, batch, [1.0], [18] * 2, main=0.0, term=mixture)
+    assert both.item() == pytest.approx(0.5 * alone[0] + 2 * alone[1], rel=1e-6)

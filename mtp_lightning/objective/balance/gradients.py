@@ -20,9 +20,16 @@ from torch import Tensor, nn
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import RandomKey
+from mtp_lightning.objective.ahead import Seen
+from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective, PositionCounts
 from mtp_lightning.objective.ranks import sum_over_ranks
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
-from mtp_lightning.objective.through_head import DepthTarget, Prediction, through_head
+from mtp_lightning.objective.through_head import (
+    DepthTarget,
+    HeadWeight,
+    Prediction,
+    through_head,
+)
 
 Scope = Literal["trunk", "last_block"]
 """What a gradient is measured on: the whole shared trunk, or its last block alone."""
@@ -113,12 +120,32 @@ def require_trunk_gradients(config: ModelConfig, *, what: str) -> None:
         raise ValueError(f"{what} measures every depth's gradient on the trunk, but {reason}.")
 
 
+def require_separable(objective: Objective, *, what: str) -> None:
+    """Refuse to measure where a depth's loss is not its own.
+
+    Args:
+        objective: of the depths.
+        what: who wants to measure, for the message.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if objective.wanted.anything:
+        raise ValueError(
+            f"{what} looks at one depth after another, but objective={objective.term.name} with "
+            f"objective.weights={objective.weights} and objective.mask={objective.mask} needs all "
+            "of them, or the main prediction's entropy, beforehand: take another objective, or "
+            "leave the measuring out."
+        )
+
+
 def task_gradients(
     model: MTPModel,
     micro_batches: Sequence[tuple[WindowBatch, RandomKey]],
     depths: Sequence[int],
-    counts: Sequence[int],
+    counts: PositionCounts,
     groups: Mapping[str, list[nn.Parameter]],
+    objective: Objective = CROSS_ENTROPY,
 ) -> dict[str, TaskGradients]:
     """``g_k`` of the main prediction and of ``depths``, over all micro-batches and ranks.
 
@@ -131,18 +158,23 @@ def task_gradients(
         model: the model.
         micro_batches: this rank's part of the step, with the keys that the training pass has.
         depths: MTP depths to measure.
-        counts: valid targets of depths 0 .. D in the whole step.
+        counts: positions that count in the whole step.
         groups: parameters, by any name. A tied embedding's gradient is the input side's alone.
+        objective: what the depths are trained on.
 
     Returns:
         For every group, its gradients.
+
+    Raises:
+        ValueError: a depth's loss rests on other depths.
     """
+    require_separable(objective, what="What measures every depth's gradient")
     parameters = [p for group in groups.values() for p in group]
     tasks = [0, *depths]
     size = sum(p.numel() for p in parameters)
     total_KP = torch.zeros(len(tasks), size, dtype=parameters[0].dtype, device=parameters[0].device)
     for micro, key in micro_batches:
-        _add_gradients(model, micro, tasks, counts, parameters, total_KP, key)
+        _add_gradients(model, micro, tasks, counts, parameters, total_KP, key, objective)
     total_KP = sum_over_ranks(total_KP)
     found, start = {}, 0
     for name, group in groups.items():
@@ -195,19 +227,23 @@ def _add_gradients(
     model: MTPModel,
     batch: WindowBatch,
     tasks: Sequence[int],
-    counts: Sequence[int],
+    counts: PositionCounts,
     parameters: list[nn.Parameter],
     total_KP: Tensor,
     key: RandomKey,
+    objective: Objective,
 ) -> None:
     """One micro-batch's part of every task's gradient, added to the task's row."""
-    unused = total_KP.new_zeros(1, dtype=torch.float64)
+    unused = total_KP.new_zeros(1 + len(objective.parts), dtype=torch.float64)
     with torch.enable_grad(), _only(model, parameters):
         final, at = model.run_trunk(batch, tasks[1:])
         for k, hidden in itertools.chain([(0, final)], model.mtp.states(at, tasks[1:], key)):
-            target = DepthTarget(k, batch.targets(k), 1.0 / max(counts[k], 1), CrossEntropy())
-            prediction = Prediction(hidden, [target])
-            through_head(model.head.weight, prediction, unused)
+            targets = [DepthTarget(0, batch.targets(0), 1 / counts.valid[0], CrossEntropy())]
+            if k:
+                targets = objective.settle(objective.targets(k, batch, 1.0, counts), Seen())
+            prediction = Prediction(hidden, targets)
+            head = HeadWeight(model.head.weight)
+            through_head(head, [prediction], unused, main_hidden=final)
             grads = torch.autograd.grad(
                 hidden, parameters, prediction.gradient, retain_graph=True, allow_unused=True
             )

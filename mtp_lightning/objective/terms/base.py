@@ -1,19 +1,41 @@
 """What a depth is trained on: a loss a position, of the depth's log-probabilities and its target.
 
 A term is one file: a class with ``value``, the formula. Its gradient is then made by autograd,
-chunk by chunk; a term may write it down instead, where the closed form is cheaper.
+chunk by chunk; a term may write it down instead, where the closed form is cheaper. A term with
+``needs_teacher`` is also given what the main prediction says of the same target tokens.
 
-Shapes: R positions of one chunk, V vocabulary.
+Shapes: R positions of one chunk, V vocabulary, C d_model.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+@dataclass(eq=False)
+class Teacher:
+    """The main prediction ``p_{t+k}`` for the tokens that depth k predicts at t; no gradient goes
+    back to it. All depths and terms read the same one: nothing of it may be overwritten.
+
+    Attributes:
+        log_probs_RV: ``log p``, fp32.
+        hidden_RC: the main prediction's state ``h_{t+k}``, the one that the head projects.
+    """
+
+    log_probs_RV: Tensor
+    hidden_RC: Tensor
+
+    @cached_property
+    def probs_RV(self) -> Tensor:
+        """``p``, computed once for all depths."""
+        return self.log_probs_RV.exp()
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,21 +47,36 @@ class Chunk:
         log_probs_RV: ``log q``, fp32.
         targets_R: ids of the target tokens; any id where the position does not count, whose value
             and gradient are multiplied by 0.
+        hidden_RC: the depth's state ``h^k``.
+        main: see :attr:`teacher`; None unless a term needs it.
     """
 
     depth: int
     log_probs_RV: Tensor
     targets_R: Tensor
+    hidden_RC: Tensor | None = None
+    main: Teacher | None = field(default=None, repr=False)
+
+    @property
+    def teacher(self) -> Teacher:
+        """What a term with ``needs_teacher`` compares with. Where the position has none, which
+        then does not count, it is another position's."""
+        assert self.main is not None, "a term that reads the teacher says needs_teacher = True"
+        return self.main
 
 
 class Term(ABC):
     """One objective of the MTP depths (group ``objective``).
 
     Attributes:
-        name: what it is called in messages.
+        name: what it is called in messages and in the log.
+        needs_teacher: whether :attr:`Chunk.teacher` is read. Only positions that have one count.
+        is_word: whether a mixture may name it.
     """
 
     name: ClassVar[str]
+    needs_teacher: ClassVar[bool] = False
+    is_word: ClassVar[bool] = True
 
     @abstractmethod
     def value(self, chunk: Chunk) -> Tensor:
@@ -55,3 +92,26 @@ class Term(ABC):
         probs_RV = log_probs_RV.detach().exp()
         total_R1 = d_log_probs_RV.sum(-1, keepdim=True)
         return value_R.detach(), d_log_probs_RV - probs_RV * total_R1
+
+    def tag(self, k: int) -> str:
+        """What its loss of depth ``k`` is called in the log, where it is not the only one."""
+        return f"train/loss_depth_{k}/{self.name}"
+
+    def parts(self) -> Iterator[tuple[float, Term]]:
+        """What a mixture is made of, each with its weight; of any other term, itself."""
+        yield 1.0, self
+
+
+class HiddenTerm(Term):
+    """A term of the depth's hidden state itself, an addition to a term of the log-probabilities.
+    ``value`` is differentiable by ``chunk.hidden_RC`` and by the term's own parameters; what it
+    reads of the log-probabilities has no gradient.
+
+    Attributes:
+        parameters: of its own, which are part of the model.
+    """
+
+    parameters: Sequence[nn.Parameter] = ()
+
+    def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        raise AssertionError("of a term of hidden states, the gradient is not by logits")

@@ -22,6 +22,7 @@ from mtp_lightning.objective.balance.gradients import (
     shared_parameters,
     task_gradients,
 )
+from mtp_lightning.objective.objective import PositionCounts
 from tests.flops import counted_flops
 from tests.losses import mtp_loss, reported_loss
 from tests.models import build
@@ -84,7 +85,11 @@ def test_equals_autograd_on_the_whole_graph(tiny_trunk: TrunkConfig, name: str) 
         "embedding": [model.trunk.embedding.weight],
     }
     found = task_gradients(
-        model, keyed(batch.micro_batches(3)), [1, 3], batch.counts().tolist(), groups
+        model,
+        keyed(batch.micro_batches(3)),
+        [1, 3],
+        PositionCounts(batch.counts().tolist()),
+        groups,
     )
     for group, parameters in groups.items():
         assert list(found[group].vectors) == [0, 1, 3]
@@ -110,7 +115,7 @@ def test_training_sees_nothing_of_it(tiny_trunk: TrunkConfig, name: str) -> None
     counted = [load.clone() for load in loads]
     state = torch.get_rng_state()
     group = {"trunk": shared_parameters(model, "trunk")}
-    task_gradients(model, [(batch, KEY)], [1, 2, 3], counts, group)
+    task_gradients(model, [(batch, KEY)], [1, 2, 3], PositionCounts(counts), group)
     assert torch.equal(state, torch.get_rng_state())
     for n, p in model.named_parameters():
         assert (p.grad is None) == (n not in before)
@@ -124,7 +129,9 @@ def test_weighted_sum_is_what_training_accumulates(tiny_trunk: TrunkConfig, name
     counts, weights = batch.counts().tolist(), [0.3, 0.2, 0.1]
     mtp_loss(model, batch, weights, counts, key=KEY)[0].backward()
     parameters = shared_parameters(model, "trunk")
-    found = task_gradients(model, [(batch, KEY)], [1, 2, 3], counts, {"": parameters})[""]
+    found = task_gradients(
+        model, [(batch, KEY)], [1, 2, 3], PositionCounts(counts), {"": parameters}
+    )[""]
     for k, factor in enumerate([1.0, *weights]):
         found.subtract(k, factor)
     for parameter in parameters:
@@ -196,6 +203,8 @@ def test_flops_are_those_of_pytorchs_operators(
         group = {"": shared_parameters(model, scope)}
         for active in ([1, 2, 3], [2], []):
             with counted_flops() as counted:
-                task_gradients(model, [(batch, KEY)], active, batch.counts().tolist(), group)
+                task_gradients(
+                    model, [(batch, KEY)], active, PositionCounts(batch.counts().tolist()), group
+                )
             expected = measuring_flops(model.config, batch.seq_len, active, scope)
             assert counted.total == len(batch) * batch.seq_len * expected

@@ -1,0 +1,107 @@
+"""Depths do not learn to predict across what nobody could foresee (AdaMTP, arXiv 2608.00434).
+
+With ``H_s`` the entropy of the main prediction at position s, depth k at t counts only if no jump
+``H_{s+1} - H_s > tau`` lies in t .. t + k + 1. What lies beyond the window is not known, and no
+jump.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.objective.ranks import sum_over_ranks
+from mtp_lightning.settings import require_number
+
+# Jumps are counted in bins of a sixteenth of a nat; entropies differ by less than ln V.
+_BINS, _REACH = 512, 16.0
+
+
+class EntropyMask:
+    """``objective.mask=entropy``.
+
+    A running quantile rests on the steps before: the newest counts with 1 - decay. Before the first
+    step it is infinite. Jumps are counted in bins, so that tau depends neither on ranks nor on
+    micro-batches, nor on whether the run was interrupted.
+
+    Args:
+        tau: the least jump that is one, in nats; None for the running quantile.
+        quantile: share of steps between positions that are no jump.
+        decay: of the counts, a step.
+
+    Raises:
+        ValueError: a quantile outside of (0, 1).
+    """
+
+    def __init__(self, tau: float | None, *, quantile: float = 0.95, decay: float = 0.99) -> None:
+        self.fixed = tau
+        self.quantile = require_number("objective.quantile", quantile, above=0, below=1)
+        self.decay = decay
+        self._counts = torch.zeros(_BINS, dtype=torch.float64)
+        # Of the step under way: jumps by bin, then positions of every depth that are kept.
+        self._pending: Tensor | None = None
+
+    @property
+    def tau(self) -> float:
+        """The least jump that is one."""
+        if self.fixed is not None:
+            return self.fixed
+        total = float(self._counts.sum())
+        if total == 0:
+            return math.inf
+        below = self._counts.cumsum(0)
+        bin_ = int(torch.searchsorted(below, self.quantile * total))
+        return (min(bin_, _BINS - 1) + 1) * 2 * _REACH / _BINS - _REACH
+
+    def keep(self, entropy_BT: Tensor, tokens: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Depth -> bool [B, T], whether it counts at a position.
+
+        Args:
+            entropy_BT: of the main prediction.
+            tokens: depth -> targets [B, T], the main prediction's at 0; -100 is ignored.
+        """
+        jump_BT = torch.zeros_like(entropy_BT, dtype=torch.bool)
+        change_BT = entropy_BT[:, 1:] - entropy_BT[:, :-1]
+        jump_BT[:, :-1] = change_BT > self.tau
+        kept = {}
+        for k in tokens:
+            if k:
+                broken_BT = jump_BT.clone()
+                for ahead in range(1, min(k, jump_BT.shape[1] - 1) + 1):
+                    broken_BT[:, :-ahead] |= jump_BT[:, ahead:]
+                kept[k] = ~broken_BT
+        self._count(change_BT[tokens[0][:, :-1] >= 0], kept, tokens)
+        return kept
+
+    def _count(self, changes: Tensor, kept: dict[int, Tensor], tokens: dict[int, Tensor]) -> None:
+        bins = ((changes + _REACH) * (_BINS / (2 * _REACH))).long().clamp_(0, _BINS - 1)
+        counts = torch.zeros(_BINS + 2 * (max(tokens) + 1), dtype=torch.int64, device=bins.device)
+        counts[:_BINS] = torch.bincount(bins, minlength=_BINS)
+        for k, kept_BT in kept.items():
+            valid_BT = tokens[k] >= 0
+            counts[_BINS + 2 * k] = valid_BT.sum()
+            counts[_BINS + 2 * k + 1] = (valid_BT & kept_BT).sum()
+        self._pending = counts if self._pending is None else self._pending + counts
+
+    def learn(self) -> dict[str, float]:
+        """Take note of the step that is over. Returns what to log of it."""
+        if self._pending is None:
+            return {}
+        tau = self.tau
+        counts = sum_over_ranks(self._pending).cpu()
+        self._pending = None
+        self._counts = self.decay * self._counts + counts[:_BINS].double()
+        valid, kept = counts[_BINS::2].tolist(), counts[_BINS + 1 :: 2].tolist()
+        values = {f"objective/kept_depth_{k}": kept[k] / n for k, n in enumerate(valid) if n}
+        return values | ({"objective/tau": tau} if math.isfinite(tau) else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that :meth:`load_state_dict` needs to go on."""
+        return {"counts": self._counts.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._counts = torch.tensor(state["counts"], dtype=torch.float64)

@@ -1,0 +1,57 @@
+"""The depth learns how often it will be believed (DSpark, arXiv 2607.05147)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_lightning.mtp.confidence import Confidence
+from mtp_lightning.objective.terms.base import Chunk, HiddenTerm
+from mtp_lightning.objective.terms.tv import acceptance
+
+
+class ConfidenceTerm(HiddenTerm):
+    """``BCE(Linear(h^k), sg alpha_k)`` with ``alpha = sum_v min(p_v, q_v)``.
+
+    Args:
+        head: of the stack.
+    """
+
+    name = "confidence"
+    needs_teacher = True
+    is_word = False  # a switch of the objective: it needs a part of the model
+
+    def __init__(self, head: Confidence) -> None:
+        self.head = head
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:  # type: ignore[override]
+        return list(self.head.parameters())
+
+    def value(self, chunk: Chunk) -> Tensor:
+        logit_R, alpha_R = self._both(chunk)
+        return F.binary_cross_entropy_with_logits(logit_R, alpha_R, reduction="none")
+
+    def _both(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """The logit and the acceptance [R]."""
+        assert chunk.hidden_RC is not None
+        with torch.no_grad():
+            alpha_R = acceptance(chunk.teacher.probs_RV, chunk.log_probs_RV.exp())
+        return self.head(chunk.depth, chunk.hidden_RC.to(alpha_R.dtype)), alpha_R.clamp(max=1)
+
+
+class ConfidenceError(ConfidenceTerm):
+    """Mean distance of the confidence from the acceptance: logged, and learned from by nobody."""
+
+    name = "confidence_error"
+    parameters = ()
+
+    def tag(self, k: int) -> str:
+        return f"confidence/error_depth_{k}"
+
+    def value(self, chunk: Chunk) -> Tensor:
+        logit_R, alpha_R = self._both(chunk)
+        return (logit_R.sigmoid() - alpha_R).abs()

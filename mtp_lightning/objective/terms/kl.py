@@ -1,0 +1,65 @@
+"""Self-distillation: the depth learns what the main prediction says of the same token.
+
+FastMTP (arXiv 2509.18362) and the soft-target heads of reinforcement learning trainers; the
+distance is that of Hinton et al. 2015 (arXiv 1503.02531).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.objective.terms.base import Chunk, Term
+from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
+from mtp_lightning.settings import require_number
+
+
+class KL(Term):
+    """``objective=kl``: ``beta KL(sg p_{t+k} || q^k_t) + (1 - beta) CE``.
+
+    Args:
+        temperature: divides the logits of both distributions before their softmax. The loss is not
+            multiplied by its square, which keeps gradients alike in Hinton et al.: ``mtp_lambda``
+            is there for that.
+        beta: share of the distance; the rest is cross-entropy with the text, at temperature 1.
+
+    Raises:
+        ValueError: a temperature that is not above 0, or a share outside of (0, 1].
+    """
+
+    name = "kl"
+    needs_teacher = True
+
+    def __init__(self, temperature: float = 1.0, beta: float = 1.0) -> None:
+        self.temperature = require_number("objective.temperature", temperature, above=0)
+        self.beta = require_number("objective.beta (0 is objective=ce)", beta, above=0, most=1)
+
+    def value(self, chunk: Chunk) -> Tensor:
+        log_p_RV, p_RV = self._teacher(chunk)
+        return ((log_p_RV - self._log_q(chunk)) * p_RV).sum(-1)
+
+    def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        # (q - p) / temperature, in the place of the log-probabilities.
+        log_p_RV, p_RV = self._teacher(chunk)
+        log_q_RV = self._log_q(chunk)
+        value_R = (log_p_RV - log_q_RV).mul_(p_RV).sum(-1)
+        d_logits_RV = log_q_RV.exp_().sub_(p_RV)
+        return value_R, d_logits_RV if self.temperature == 1 else d_logits_RV / self.temperature
+
+    def parts(self) -> Iterator[tuple[float, Term]]:
+        yield self.beta, self
+        if self.beta < 1:
+            yield 1 - self.beta, CrossEntropy()
+
+    def _log_q(self, chunk: Chunk) -> Tensor:
+        if self.temperature == 1:
+            return chunk.log_probs_RV
+        return torch.log_softmax(chunk.log_probs_RV / self.temperature, dim=-1)
+
+    def _teacher(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        if self.temperature == 1:
+            return chunk.teacher.log_probs_RV, chunk.teacher.probs_RV
+        log_p_RV = torch.log_softmax(chunk.teacher.log_probs_RV / self.temperature, dim=-1)
+        return log_p_RV, log_p_RV.exp()

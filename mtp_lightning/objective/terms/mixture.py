@@ -1,0 +1,98 @@
+"""Several terms at once, each with a weight."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mtp_lightning.objective.terms.base import Chunk, HiddenTerm, Term
+from mtp_lightning.settings import require_number
+
+_PACKAGE = __name__.rpartition(".")[0]
+
+
+class Mixture(Term):
+    """``objective=mix``: ``L_k = sum_TERM weight_TERM * L_k/TERM``.
+
+    Args:
+        terms: a term's word -> its weight, or ``{weight: 0.5, ..}`` with settings of the term, or
+            ``{weight: 0.5, term: ..}`` with a term of the user's own.
+
+    Raises:
+        ValueError: an unknown word, a weight that is not above 0, a setting that a term refuses, a
+            term that stands in it twice, or nothing but terms of hidden states.
+    """
+
+    name = "mix"
+
+    def __init__(self, terms: Mapping[str, Any]) -> None:
+        if not isinstance(terms, Mapping) or not terms:
+            raise ValueError(
+                "objective.terms names no term: give words and weights, like "
+                "'objective.terms={ce: 0.1, tv: 0.9}'."
+            )
+        self._parts: dict[str, tuple[float, Term]] = {}
+        for word, asked in terms.items():
+            weight, term = _term(str(word), asked)
+            for share, part in term.parts():
+                if part.name in self._parts:
+                    raise ValueError(
+                        f"objective.terms has {part.name} twice (with {word}): name it once."
+                    )
+                self._parts[part.name] = weight * share, part
+        if all(isinstance(part, HiddenTerm) for _, part in self._parts.values()):
+            raise ValueError(
+                f"objective.terms={{{', '.join(self._parts)}}} does not look at what the depths "
+                "predict: add a term that does, such as ce or kl."
+            )
+
+    def parts(self) -> Iterator[tuple[float, Term]]:
+        yield from self._parts.values()
+
+    def value(self, chunk: Chunk) -> Tensor:
+        raise AssertionError("a mixture's parts are computed, each over positions of its own")
+
+
+def known_terms() -> dict[str, type[Term]]:
+    """The platform's own terms, and those that were imported, by their words."""
+    package = importlib.import_module(_PACKAGE)
+    for found in pkgutil.iter_modules(package.__path__, prefix=f"{_PACKAGE}."):
+        importlib.import_module(found.name)
+    kinds = _subclasses(Term)  # type: ignore[type-abstract]
+    return {kind.name: kind for kind in kinds if kind is not Mixture}
+
+
+def _subclasses(kind: type[Term]) -> Iterator[type[Term]]:
+    for sub in kind.__subclasses__():
+        if not inspect.isabstract(sub) and "name" in vars(sub) and sub.is_word:
+            yield sub
+        yield from _subclasses(sub)
+
+
+def _term(word: str, asked: Any) -> tuple[float, Term]:
+    """A term and its weight, as they stand in the config."""
+    settings = dict(asked) if isinstance(asked, Mapping) else {"weight": asked}
+    weight = settings.pop("weight", None)
+    weight = require_number(f"the weight of {word} in objective.terms", weight, above=0)
+    own = settings.pop("term", None)
+    if own is not None:
+        if not isinstance(own, Term) or settings:
+            raise ValueError(
+                f"objective.terms.{word} must be {{weight: .., term: {{_target_: .., ..}}}}, the "
+                "settings beside the term's own _target_."
+            )
+        return weight, own
+    known = known_terms()
+    if word not in known:
+        raise ValueError(
+            f"objective.terms has {word}, which is unknown: choose among {', '.join(known)}."
+        )
+    try:
+        return weight, known[word](**settings)
+    except TypeError as error:
+        raise ValueError(f"objective.terms.{word} refuses its settings: {error}.") from error

@@ -1,0 +1,166 @@
+"""Every objective from the command line to the checkpoint: words, ranks, precision, resuming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_lightning.decoding import generate
+from mtp_lightning.experiment.evaluating import evaluate
+from mtp_lightning.run.loading import load_run
+from tests.integration.helpers import (
+    CONF,
+    assert_same_weights,
+    checkpoint,
+    column,
+    command,
+    execute,
+    rows,
+    train_here,
+    weights,
+)
+
+WORDS = sorted(file.stem for file in (CONF / "objective").glob("*.yaml") if file.stem != "base")
+ALL = {
+    "objective": "mix",
+    "objective.terms": "{kl: 1, e2e_tv: 0.5, feature: 0.1, ce: 0.2}",
+    "objective.weights": "acceptance",
+    "objective.mask": "entropy",
+    "objective.quantile": 0.8,
+    "objective.confidence": "true",
+}
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_every_word_trains(tmp_path: Path, cache: Path, word: str) -> None:
+    terms = {"objective.terms": "{ce: 0.1, tv: 0.9}"} if word == "mix" else {}
+    settings: dict[str, Any] = {"objective": word, **terms, "trainer.max_steps": 4}
+    summary = train_here(tmp_path / word, cache, settings)
+    assert summary["step"] == 4 and summary["val/loss_depth_1"] > 0
+    tags = rows(tmp_path / word)[0].keys()
+    logged = {tag.rpartition("/")[2] for tag in tags if tag.startswith("train/loss_depth_1/")}
+    mixtures = {"mix": {"ce", "tv"}, "feature": {"kl", "feature"}, "nextlat": {"kl", "feature"}}
+    assert logged == mixtures.get(word, set())
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # PyTorch's, of bf16 on a CPU
+@pytest.mark.parametrize("variant", ["sequential", "parallel"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_in_every_precision(tmp_path: Path, cache: Path, precision: str, variant: str) -> None:
+    settings = {**ALL, "mtp": variant, "trainer.precision": precision, "trainer.max_steps": 6}
+    train_here(tmp_path / "run", cache, settings)
+    losses = list(column(tmp_path / "run", "train/loss").values())
+    assert len(losses) == 6 and all(loss == loss for loss in losses) and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("variant", ["sequential", "parallel"])
+def test_two_processes_equal_one(tmp_path: Path, cache: Path, variant: str) -> None:
+    common = {
+        **ALL,
+        "mtp": variant,
+        "trainer.precision": "64-true",
+        "data.document_mask": "true",
+        "data.source.documents": 1200,
+        "trainer.max_steps": 6,
+    }
+    two = {"data.batch_size": 2, "trainer.accumulate_grad_batches": 2}
+    two |= {"trainer.devices": 2, "trainer.strategy": "ddp"}
+    done = execute(command(tmp_path / "two", cache, common | two))
+    assert done.returncode == 0, done.stderr
+    train_here(tmp_path / "one", cache, common | {"data.batch_size": 8})
+    left, right = rows(tmp_path / "two"), rows(tmp_path / "one")
+    assert len(left) == len(right) == 6
+    for a, b in zip(left, right, strict=True):
+        assert a == pytest.approx(b, rel=2e-6)
+    assert "objective/tau" in right[-1] and "confidence/error_depth_2" in right[-1]
+    mine, theirs = weights(tmp_path / "two"), weights(tmp_path / "one")
+    assert "mtp.confidence.weight" in " ".join(mine)
+    for name, weight in theirs.items():
+        torch.testing.assert_close(mine[name], weight, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_resumes_exactly(tmp_path: Path, cache: Path) -> None:
+    """The running quantile goes on from where it was."""
+    long = {**ALL, "trainer.max_steps": 12, "lambda_schedule": "constant"}
+    long |= {"optimizer.schedule.kind": "constant"}
+    train_here(tmp_path / "whole", cache, long)
+    train_here(tmp_path / "parts", cache, {**long, "trainer.max_steps": 6})
+    stored = checkpoint(tmp_path / "parts")
+    assert sum(stored["objective"]["counts"]) > 0
+    train_here(tmp_path / "parts", cache, long)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    for tag in ("objective/tau", "train/loss", "confidence/error_depth_1"):
+        assert column(tmp_path / "whole", tag) == column(tmp_path / "parts", tag), tag
+
+
+def test_a_model_that_says_how_sure_it_is(tmp_path: Path, cache: Path) -> None:
+    train_here(tmp_path / "run", cache, {"objective.confidence": "true"})
+    run = load_run(tmp_path / "run")
+    assert run.model.mtp.confidence is not None
+    prompt = [list(b"abc")]
+    plain = generate(run.model, prompt, max_new_tokens=12, speculative=False)
+    sure = generate(run.model, prompt, max_new_tokens=12, min_confidence=0.5)
+    assert plain[0].token_ids == sure[0].token_ids
+
+
+@pytest.mark.parametrize("objective", ["kl", "e2e_tv"])
+@pytest.mark.parametrize("variant", ["sequential", "parallel"])
+def test_a_match_of_compute_counts_the_teacher(
+    tmp_path: Path, cache: Path, variant: str, objective: str
+) -> None:
+    common = {"mtp": variant, "compare.match": "flops", "trainer.max_steps": 60}
+    common |= {"trainer.val_check_interval": 60}
+    found = {}
+    for word in ("ce", objective):
+        found[word] = train_here(tmp_path / word, cache, {**common, "objective": word})
+        assert found[word]["flops"] == found[word]["compare"]["reached"]
+    shared = objective == "kl" and variant == "sequential"  # the main prediction's own pass
+    cost = [found[word]["flops_per_token"] for word in ("ce", objective)]
+    assert cost[0] == cost[1] if shared else cost[0] < cost[1]
+    assert (found[objective]["step"] < found["ce"]["step"]) == (not shared)
+
+
+def test_a_frozen_trunk_is_distilled(tmp_path: Path, cache: Path) -> None:
+    train_here(tmp_path / "trunk", cache, {"mtp": "none", "mtp.depth": None})
+    frozen = {"mtp.freeze_trunk": "true", "init_from": tmp_path / "trunk", "objective": "kl"}
+    train_here(tmp_path / "head", cache, {**frozen, "trainer.max_steps": 30})
+    losses = list(column(tmp_path / "head", "train/loss_depth_1").values())
+    assert losses[-1] < losses[0]
+    before, after = weights(tmp_path / "trunk"), weights(tmp_path / "head")
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "kl", "objective.temperature": 0}, "objective.temperature must be a number"),
+        ({"objective": "mix"}, "objective.terms names no term"),
+        ({"objective": "mix", "objective.terms": "{cee: 1}"}, "has cee, which is unknown"),
+        ({"objective": "mix", "objective.terms": "{feature: 1}"}, "does not look at what"),
+        ({"objective": "e2e_tv", "mtp.depth": 0}, "objective=e2e_tv has nothing to act on"),
+        ({"objective.weights": "exp_decay", "mtp.depth": 0}, "has nothing to act on at mtp.depth"),
+        ({"objective.confidence": "true", "mtp.depth": 0}, "confidence=true has nothing to act on"),
+        ({"objective.tau": 1}, "read by objective.mask=entropy alone"),
+        (
+            {"objective": "e2e_tv", "balance": "gradnorm"},
+            "balance=gradnorm looks at one depth after another, but objective=e2e_tv",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence(
+    tmp_path: Path, cache: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_here(tmp_path / "run", cache, settings)
+
+
+def test_evaluate_takes_a_run_of_any_objective(tmp_path: Path, cache: Path) -> None:
+    from hydra import compose, initialize_config_dir
+
+    summary = train_here(tmp_path / "run", cache, ALL)
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("evaluate", overrides=[f"checkpoint={tmp_path / 'run'}"])
+    assert evaluate(cfg)["val/loss_depth_1"] == summary["val/loss_depth_1"]
