@@ -27,7 +27,12 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "sequential": ("sequential", []),
     "sequential, shared": ("sequential", ["mtp.share_layers=true"]),
     "parallel": ("parallel", []),
+    "parallel, mlp": ("parallel", ["mtp.correction=mlp"]),
     "linear": ("linear", []),
+    "linear, mlp": ("linear", ["mtp.correction=mlp"]),
+    "linear, markov": ("linear", ["mtp.correction=markov"]),
+    "joint": ("joint", []),
+    "nextlat": ("nextlat", []),
     "parameter_free": ("parameter_free", []),
 }
 

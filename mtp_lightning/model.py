@@ -180,7 +180,8 @@ class MTPModel(nn.Module):
         )
         # One look-up for all depths: theirs are the same embeddings, shifted.
         tokens = self.mtp.tokens_read(batch.tokens, batch.scored)
-        embedded = self.trunk.embedding(tokens[:, : seq_len + self.mtp.ahead(active)])
+        tokens = tokens[:, : seq_len + self.mtp.ahead(active)]
+        embedded = self.trunk.embedding(tokens)
         output = self.trunk(embedded[:, :seq_len], positions)
         branch = self.mtp.branch(self.trunk, output) if active else output.final
-        return output.final, BranchPoint(branch, embedded, positions)
+        return output.final, BranchPoint(branch, tokens, embedded, positions)

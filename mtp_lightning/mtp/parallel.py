@@ -3,7 +3,8 @@
     h^k = norm_k(Block_k(z)),    k = 1 .. D
 
 where ``z`` is the trunk's state at the branch point and no head reads a token or another head.
-Embedding and output head are the trunk's own.
+Embedding and output head are the trunk's own. ``correction`` lets the heads see the tokens between
+(``correction.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.correction import CorrectionSwitches, Kind
 from mtp_lightning.mtp.kinds import SideBySide
 from mtp_lightning.mtp.switches import Branch, Detach, InputNorm
 from mtp_lightning.nn.attention import Positions
@@ -24,7 +26,7 @@ from mtp_lightning.nn.norm import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig(MTPConfig, variant="parallel"):
+class ParallelConfig(CorrectionSwitches, MTPConfig, variant="parallel"):
     """Switches of the parallel heads; the defaults are the paper's.
 
     Attributes:
@@ -35,6 +37,9 @@ class ParallelConfig(MTPConfig, variant="parallel"):
         detach: ``trunk`` stops the depths' gradients at the branch point; ``all`` also at the
             shared head.
         freeze_trunk: embedding, trunk and head keep their weights; only the heads are trained.
+        correction: ``mlp`` adds what an MLP makes of branch and tokens since (Hydra), ``markov``
+            what a table of rank ``correction_rank`` says of the last token.
+        correction_rank: r.
 
     Raises:
         ValueError: a switch has a value that it does not know, or nothing to act on.
@@ -46,18 +51,30 @@ class ParallelConfig(MTPConfig, variant="parallel"):
     input_norm: InputNorm = "pre"
     detach: Detach = "none"
     freeze_trunk: bool = False
+    correction: Kind = "none"
+    correction_rank: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_correction()
 
     def build(self, trunk: TrunkConfig) -> ParallelMTP:
         return ParallelMTP(self, trunk)
 
     def num_params(self, trunk: TrunkConfig) -> int:
-        return self.depth * (trunk.block_params() + trunk.d_model)
+        heads = self.depth * (trunk.block_params() + trunk.d_model)
+        return heads + self.correction_params(trunk)
 
     def num_idle_params(self, trunk: TrunkConfig) -> int:
         return self.depth * trunk.block_idle_params()
 
     def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        return len(active) * trunk.block_flops(seq_len)
+        corrections = sum(self.correction_flops(trunk, k) for k in active)
+        return len(active) * trunk.block_flops(seq_len) + corrections
+
+    def module_backward_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
+        corrections = sum(self.correction_backward_flops(trunk, k) for k in active)
+        return 2 * len(active) * trunk.block_flops(seq_len) + corrections
 
 
 class ParallelHead(nn.Module):
@@ -76,7 +93,8 @@ class ParallelMTP(SideBySide):
     """D heads side by side."""
 
     def __init__(self, config: ParallelConfig, trunk: TrunkConfig) -> None:
-        super().__init__(config, [ParallelHead(trunk) for _ in range(config.depth)])
+        heads = [ParallelHead(trunk) for _ in range(config.depth)]
+        super().__init__(config, heads, config.build_corrections(trunk))
 
     def step(self, k: int, branch_BTC: Tensor, positions: Positions) -> Tensor:
         return self.depths[k - 1](branch_BTC, positions)

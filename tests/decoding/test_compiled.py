@@ -11,7 +11,9 @@ from mtp_lightning.decoding import compiled, generate
 from mtp_lightning.decoding.compiled import CompiledSession
 from mtp_lightning.decoding.measure import pass_costs
 from mtp_lightning.decoding.session import Session
+from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.nn.experts import Experts
 from mtp_lightning.nn.kernels.experts import gathered
@@ -25,6 +27,10 @@ VARIANTS = {
     "before last, pre": {"depth": 2, "branch": "before_last", "input_norm": "pre"},
     "parallel": {"depth": 3, "stack": ParallelConfig},
     "linear": {"depth": 2, "stack": LinearConfig},
+    "joint": {"depth": 3, "stack": JointConfig},
+    "nextlat": {"depth": 2, "stack": NextLatConfig},
+    "parallel, mlp": {"depth": 2, "stack": ParallelConfig, "correction": "mlp"},
+    "linear, markov": {"depth": 3, "stack": LinearConfig, "correction": "markov"},
     "plain": {"depth": 0},
 }
 

@@ -182,7 +182,9 @@ def test_refuses_where_no_depth_reaches_the_trunk(
 
 @pytest.mark.parametrize("branch", ["final", "before_last"])
 @pytest.mark.parametrize("scope", ["trunk", "last_block"])
-@pytest.mark.parametrize("variant", ["sequential", "parallel", "linear", "parameter_free"])
+@pytest.mark.parametrize(
+    "variant", ["sequential", "parallel", "linear", "parameter_free", "nextlat"]
+)
 def test_flops_are_those_of_pytorchs_operators(
     tiny_trunk: TrunkConfig, variant: str, scope: Scope, branch: str
 ) -> None:
