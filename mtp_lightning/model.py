@@ -167,7 +167,7 @@ class MTPModel(nn.Module):
         Raises:
             ValueError: the batch was built for another depth.
         """
-        batch.require_depth(self.depth)
+        batch.require_depth(self.depth, self.config.mtp.stride)
         seq_len = batch.seq_len
         documents = None if batch.documents is None else batch.documents[:, :seq_len]
         positions = Positions.of_window(

@@ -23,12 +23,14 @@ class AnswerSet:
         task: of the examples; an out-of-distribution variant, maybe.
         n: how many, >= 1.
         depth: D of the model that is to answer.
+        stride: of its depths.
     """
 
-    def __init__(self, task: Task, n: int, *, depth: int) -> None:
+    def __init__(self, task: Task, n: int, *, depth: int, stride: int = 1) -> None:
         self.task = task
         self.n = n
         self.depth = depth
+        self.stride = stride
 
     def __len__(self) -> int:
         return self.n
@@ -60,7 +62,8 @@ class AnswerSet:
         """
         held = [self.examples[i] for i in numbers.tolist()]
         longest = max(len(example.prompt) for example in held) + self.task.longest_answer
-        batch = lay_out([[e] for e in held], width=longest + self.depth, depth=self.depth)
+        width = longest + self.stride * self.depth
+        batch = lay_out([[e] for e in held], width=width, depth=self.depth, stride=self.stride)
         if self.task.ends:
             assert batch.scored is not None
             for row, example in enumerate(held):

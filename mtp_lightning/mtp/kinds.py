@@ -139,6 +139,19 @@ class SideBySide(MTPStack):
     def first_token(self, k: int) -> int:
         return 1 if self.corrections else k
 
+    @property
+    def max_draft_depth(self) -> int | None:
+        return self.depth if self.config.stride == 1 else 0
+
+    def require_drafts(self) -> None:
+        if self.config.stride > 1:
+            raise ValueError(
+                f"a model of mtp.stride={self.config.stride} predicts every "
+                f"{self.config.stride}th token and leaves those between out, so it cannot draft: "
+                "decode it without drafts, or train one with mtp.stride=1."
+            )
+        super().require_drafts()
+
 
 class Targets(MTPStack):
     """No module: every depth is the main prediction, asked for a target further on."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.correction import CorrectionSwitches, Kind
 from mtp_lightning.mtp.kinds import SideBySide
+from mtp_lightning.mtp.stride import StrideSwitch
 from mtp_lightning.mtp.switches import Branch, Detach
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -28,7 +29,7 @@ from mtp_lightning.nn.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig(CorrectionSwitches, MTPConfig, variant="linear"):
+class LinearConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="linear"):
     """Switches of Medusa's heads; the defaults are the paper's.
 
     They have no norm of their own before the shared head, and so always read a state after the
@@ -43,22 +44,26 @@ class LinearConfig(CorrectionSwitches, MTPConfig, variant="linear"):
         correction: ``mlp`` adds what an MLP makes of branch and tokens since (Hydra), ``markov``
             what a table of rank ``correction_rank`` says of the last token.
         correction_rank: r.
+        stride: s; depth k predicts ``x_{t+1+sk}`` (leap multi-token prediction, arXiv 2505.17505).
+            Only 1 can draft.
 
     Raises:
         ValueError: a switch has a value that it does not know, or nothing to act on.
     """
 
-    meaning: ClassVar[tuple[str, ...]] = ("branch",)
+    meaning: ClassVar[tuple[str, ...]] = ("branch", "stride")
 
     branch: Branch = "final"
     detach: Detach = "none"
     freeze_trunk: bool = False
     correction: Kind = "none"
     correction_rank: int = 64
+    stride: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_correction()
+        self.check_stride()
 
     def build(self, trunk: TrunkConfig) -> LinearMTP:
         return LinearMTP(self, trunk)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.correction import CorrectionSwitches, Kind
 from mtp_lightning.mtp.kinds import SideBySide
+from mtp_lightning.mtp.stride import StrideSwitch
 from mtp_lightning.mtp.switches import Branch, Detach, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
@@ -26,7 +27,7 @@ from mtp_lightning.nn.norm import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig(CorrectionSwitches, MTPConfig, variant="parallel"):
+class ParallelConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="parallel"):
     """Switches of the parallel heads; the defaults are the paper's.
 
     Attributes:
@@ -40,12 +41,14 @@ class ParallelConfig(CorrectionSwitches, MTPConfig, variant="parallel"):
         correction: ``mlp`` adds what an MLP makes of branch and tokens since (Hydra), ``markov``
             what a table of rank ``correction_rank`` says of the last token.
         correction_rank: r.
+        stride: s; depth k predicts ``x_{t+1+sk}`` (leap multi-token prediction, arXiv 2505.17505).
+            Only 1 can draft.
 
     Raises:
         ValueError: a switch has a value that it does not know, or nothing to act on.
     """
 
-    meaning: ClassVar[tuple[str, ...]] = ("branch", "input_norm")
+    meaning: ClassVar[tuple[str, ...]] = ("branch", "input_norm", "stride")
 
     branch: Branch = "before_last"
     input_norm: InputNorm = "pre"
@@ -53,10 +56,12 @@ class ParallelConfig(CorrectionSwitches, MTPConfig, variant="parallel"):
     freeze_trunk: bool = False
     correction: Kind = "none"
     correction_rank: int = 64
+    stride: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_correction()
+        self.check_stride()
 
     def build(self, trunk: TrunkConfig) -> ParallelMTP:
         return ParallelMTP(self, trunk)

@@ -23,6 +23,7 @@ class Switches:
     input_norm = "post"
     detach = "none"
     freeze_trunk = False
+    stride = 1
 
 
 _CHOICES = {"branch": Branch, "input_norm": InputNorm, "concat": Concat, "detach": Detach}
