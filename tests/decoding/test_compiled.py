@@ -126,9 +126,21 @@ def test_bad_settings_are_named(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
-@pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
-def test_compiled_for_real(deepseek):
-    model = small_model(5, 2, deepseek=deepseek)
+@pytest.mark.parametrize(
+    "mtp",
+    [
+        {},
+        {"deepseek": True},
+        {"stack": JointConfig},
+        {"stack": JointConfig, "deepseek": True},
+        {"stack": NextLatConfig},
+        {"stack": LinearConfig, "correction": "mlp"},
+        {"stack": LinearConfig, "correction": "markov"},
+    ],
+    ids=str,
+)
+def test_compiled_for_real(mtp):
+    model = small_model(5, 2, **mtp)
     prompts = random_prompts(5, (1, 4, 21))
     expected = generate(model, prompts, max_new_tokens=NEW, batch_size=1)
     for way in ({"speculative": False}, {}):
