@@ -69,7 +69,8 @@ class WindowDataModule(LightningDataModule, ABC):
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.depth = depth
-        self.stride = stride
+        # Without depths there is nothing to leap over, and the model knows of none.
+        self.stride = stride if depth else 1
         self.accumulate = accumulate
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers

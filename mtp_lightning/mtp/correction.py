@@ -27,29 +27,43 @@ from mtp_lightning.settings import require_choice, require_whole
 
 Kind = Literal["none", "markov", "mlp"]
 
+_RANK = 64
+
 
 class CorrectionSwitches:
     """The fields of a config whose heads may be corrected, and what that costs.
 
     Attributes:
         correction: ``none``, ``mlp`` or ``markov``.
-        correction_rank: r, columns of ``markov``'s table.
+        correction_rank: r, columns of ``markov``'s table; None is 64.
     """
 
     depth: int
     detach: Detach
     freeze_trunk: bool
     correction: Kind
-    correction_rank: int
+    correction_rank: int | None
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return _RANK if self.correction_rank is None else self.correction_rank
 
     def check_correction(self) -> None:
-        """Refuse a kind that there is not, and a rank that is none.
+        """Refuse a kind that there is not, and a rank that is none or has nothing to act on.
 
         Raises:
             ValueError: naming the switch and its value.
         """
         require_choice("mtp.correction", self.correction, get_args(Kind))
+        if self.correction_rank is None:
+            return
         require_whole("mtp.correction_rank", self.correction_rank, least=1)
+        if self.correction != "markov":
+            raise ValueError(
+                f"mtp.correction_rank={self.correction_rank} has no meaning with mtp.correction="
+                f"{self.correction}: set mtp.correction=markov, or mtp.correction_rank=null."
+            )
 
     def build_corrections(self, trunk: TrunkConfig) -> list[Correction]:
         """One a depth; none at all without a correction."""
@@ -57,12 +71,12 @@ class CorrectionSwitches:
         if self.correction == "mlp":
             return [TokensMLP(trunk, k) for k in depths]
         if self.correction == "markov":
-            return [Bigrams(trunk, self.correction_rank) for _ in depths]
+            return [Bigrams(trunk, self.rank) for _ in depths]
         return []
 
     def correction_params(self, trunk: TrunkConfig) -> int:
         """Weights of all depths together."""
-        c, rank = trunk.d_model, self.correction_rank
+        c, rank = trunk.d_model, self.rank
         if self.correction == "mlp":
             return sum((k + 2) * c * c for k in range(1, self.depth + 1))
         return self.depth * rank * (trunk.vocab_size + c) if self.correction == "markov" else 0
@@ -72,7 +86,7 @@ class CorrectionSwitches:
         c = trunk.d_model
         if self.correction == "mlp":
             return 2 * (k + 2) * c * c
-        return 2 * c * self.correction_rank if self.correction == "markov" else 0
+        return 2 * c * self.rank if self.correction == "markov" else 0
 
     def correction_backward_flops(self, trunk: TrunkConfig, k: int) -> int:
         """Backward FLOPs of the same: no gradient leads on to a trunk that takes none."""

@@ -38,12 +38,12 @@ class LinearConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="linear"
     Attributes:
         branch: ``final`` reads the whole trunk; ``before_last`` all blocks but the last.
         detach: ``trunk`` stops the depths' gradients at the branch point; ``all`` also at the
-            shared head.
+            shared head and, of corrected heads, at the embedding.
         freeze_trunk: embedding, trunk and head keep their weights; only the heads are trained
             (Medusa-1).
         correction: ``mlp`` adds what an MLP makes of branch and tokens since (Hydra), ``markov``
             what a table of rank ``correction_rank`` says of the last token.
-        correction_rank: r.
+        correction_rank: r, of ``markov`` alone; None is 64.
         stride: s; depth k predicts ``x_{t+1+sk}`` (leap multi-token prediction, arXiv 2505.17505).
             Only 1 can draft.
 
@@ -57,7 +57,7 @@ class LinearConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="linear"
     detach: Detach = "none"
     freeze_trunk: bool = False
     correction: Kind = "none"
-    correction_rank: int = 64
+    correction_rank: int | None = None
     stride: int = 1
 
     def __post_init__(self) -> None:

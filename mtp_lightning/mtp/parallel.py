@@ -36,11 +36,11 @@ class ParallelConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="paral
         input_norm: ``pre`` gives the heads the residual stream itself, as though they were the
             trunk's next block; ``post`` the state after the trunk's final norm.
         detach: ``trunk`` stops the depths' gradients at the branch point; ``all`` also at the
-            shared head.
+            shared head and, of corrected heads, at the embedding.
         freeze_trunk: embedding, trunk and head keep their weights; only the heads are trained.
         correction: ``mlp`` adds what an MLP makes of branch and tokens since (Hydra), ``markov``
             what a table of rank ``correction_rank`` says of the last token.
-        correction_rank: r.
+        correction_rank: r, of ``markov`` alone; None is 64.
         stride: s; depth k predicts ``x_{t+1+sk}`` (leap multi-token prediction, arXiv 2505.17505).
             Only 1 can draft.
 
@@ -55,7 +55,7 @@ class ParallelConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="paral
     detach: Detach = "none"
     freeze_trunk: bool = False
     correction: Kind = "none"
-    correction_rank: int = 64
+    correction_rank: int | None = None
     stride: int = 1
 
     def __post_init__(self) -> None:

@@ -65,3 +65,10 @@ def test_leaps_beyond_the_window_are_refused(tmp_path: Path, cache: Path) -> Non
     settings = {"mtp": "linear", "mtp.depth": 3, "mtp.stride": 6}
     with pytest.raises(ValueError, match="mtp.depth=3 x mtp.stride=6"):
         train_here(tmp_path / "run", cache, settings)
+
+
+def test_a_sweep_over_strides_holds_plain_runs_too(tmp_path: Path, cache: Path) -> None:
+    summary = train_here(
+        tmp_path / "run", cache, {"mtp": "parallel", "mtp.depth": 0, "mtp.stride": 3}
+    )
+    assert summary["val/loss_depth_0"] > 0 and "val/loss_depth_1" not in summary

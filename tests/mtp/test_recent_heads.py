@@ -125,7 +125,8 @@ def test_a_head_starts_as_it_is_without_what_starts_at_zero(
     if head == "nextlat":
         expected = {k: found[0] for k in range(3)}
     else:
-        plain = MTPModel(replace(model.config, mtp=replace(model.config.mtp, correction="none")))
+        bare = replace(model.config.mtp, correction="none", correction_rank=None)
+        plain = MTPModel(replace(model.config, mtp=bare))
         plain.initialise(0)
         expected = plain(windows(1, 8, 2))
     for k in range(3):
@@ -285,6 +286,10 @@ def test_who_reads_true_tokens(tiny_trunk: TrunkConfig) -> None:
         (lambda: NextLatConfig(depth=0, freeze_trunk=True), "leaves nothing to train"),
         (lambda: LinearConfig(depth=1, correction="rnn"), "correction=rnn is unknown: choose one"),
         (lambda: ParallelConfig(depth=1, correction_rank=0), "correction_rank must be a whole"),
+        (
+            lambda: LinearConfig(depth=1, correction_rank=8),
+            "has no meaning with mtp.correction=none",
+        ),
     ],
 )
 def test_bad_switches_are_named(build_bad: Callable[[], object], message: str) -> None:
