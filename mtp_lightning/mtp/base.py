@@ -75,6 +75,11 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
         """Backward FLOPs of the same; by default twice as many, for weights and for inputs."""
         return 2 * self.module_flops(trunk, seq_len, active)
 
+    def alone_flops(self, trunk: TrunkConfig, seq_len: int, k: int, active: Sequence[int]) -> int:
+        """Forward FLOPs of one position that a backward pass of depth ``k`` alone goes back
+        through, where the ``active`` depths were computed together."""
+        return self.module_flops(trunk, seq_len, [k])
+
     def projections(self, active: Sequence[int]) -> int:
         """How many times more than the trunk alone a position goes through the shared head."""
         return len(active)

@@ -70,6 +70,10 @@ class JointConfig(MTPConfig, variant="joint"):
         places = max(active) + 1 if active else 0
         return places * trunk.attention.flops(trunk, min(seq_len, 1) * places, None)
 
+    def alone_flops(self, trunk: TrunkConfig, seq_len: int, k: int, active: Sequence[int]) -> int:
+        # The layer's backward pass is over all places, whichever of them was asked.
+        return self.module_flops(trunk, seq_len, active)
+
 
 class JointMTP(MTPStack):
     """One attention layer for all depths, which are computed in one pass."""
