@@ -34,6 +34,7 @@ class TokenDataModule(WindowDataModule):
         seq_len: T, the positions of a window.
         batch_size: windows a micro-batch and rank.
         depth: D, the model's number of depths beyond the next token.
+        stride: s, places from one depth's target to the next one's.
         accumulate: micro-batches an optimizer step.
         eval_bytes: UTF-8 bytes of the evaluation text, which whole validation documents make up
             (:func:`~data_modules.evaluation_text.choose`); ``all`` for all of them.
@@ -60,6 +61,7 @@ class TokenDataModule(WindowDataModule):
         seq_len: int = 256,
         batch_size: int = 16,
         depth: int = 0,
+        stride: int = 1,
         accumulate: int = 1,
         eval_bytes: int | Literal["all"] = 300_000,
         eval_batch_size: int | None = None,
@@ -75,6 +77,7 @@ class TokenDataModule(WindowDataModule):
             seq_len=seq_len,
             batch_size=batch_size,
             depth=depth,
+            stride=stride,
             accumulate=accumulate,
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
@@ -149,6 +152,7 @@ class TokenDataModule(WindowDataModule):
             self.store["train"],
             seq_len=self.seq_len,
             depth=self.depth,
+            stride=self.stride,
             document_mask=self.document_mask,
         )
         return WindowLoader(
@@ -167,6 +171,7 @@ class TokenDataModule(WindowDataModule):
             text,
             seq_len=self.seq_len,
             depth=self.depth,
+            stride=self.stride,
             eot_id=self.tokenizer.eot_id,
             document_mask=self.document_mask,
         )
@@ -222,7 +227,7 @@ class TokenDataModule(WindowDataModule):
                 "bytes_per_token": self.store.bytes_per_token(split),
             }
         n_tokens = facts["train"]["tokens"]
-        facts["train"]["windows"] = window_count(n_tokens, self.seq_len, self.depth)
+        facts["train"]["windows"] = window_count(n_tokens, self.seq_len, self.stride * self.depth)
         facts["val"]["lines_in_training"] = meta["lines_in_training"]
         return facts
 

@@ -89,6 +89,7 @@ class EvaluationWindows(Dataset[WindowBatch]):
         text: the documents.
         seq_len: T.
         depth: D.
+        stride: s, places from one depth's target to the next one's.
         eot_id: the end-of-text token.
         document_mask: whether batches carry document ids; every document's first token, which
             nothing before it predicts, is then no target.
@@ -100,12 +101,14 @@ class EvaluationWindows(Dataset[WindowBatch]):
         *,
         seq_len: int,
         depth: int,
+        stride: int = 1,
         eot_id: int,
         document_mask: bool = False,
     ) -> None:
         self.text = text
         self.seq_len = seq_len
         self.depth = depth
+        self.stride = stride
         self.eot_id = eot_id
         self.document_mask = document_mask
         self._stream: np.ndarray | None = None
@@ -123,7 +126,8 @@ class EvaluationWindows(Dataset[WindowBatch]):
             self._open()
         assert self._stream is not None
         end = len(self._stream) - 1
-        at = numbers[:, None] * self.seq_len + np.arange(self.seq_len + self.depth + 1)
+        width = self.seq_len + self.stride * self.depth + 1
+        at = numbers[:, None] * self.seq_len + np.arange(width)
         inside = np.minimum(at, end)
         texts = torch.from_numpy(self._last.searchsorted(inside).clip(max=len(self._last) - 1))
         # The token before the first document belongs to none.
@@ -136,6 +140,7 @@ class EvaluationWindows(Dataset[WindowBatch]):
             documents,
             torch.from_numpy(at < end),
             texts,
+            self.stride,
         )
 
     def _open(self) -> None:

@@ -33,24 +33,32 @@ class WindowDataset(Dataset[WindowBatch]):
     Args:
         file: the token file.
         seq_len: T.
-        depth: D, at most T.
+        depth: D.
+        stride: s, places from one depth's target to the next one's; s D is at most T.
         document_mask: whether batches carry document ids.
     """
 
     def __init__(
-        self, file: TokenFile, *, seq_len: int, depth: int, document_mask: bool = False
+        self,
+        file: TokenFile,
+        *,
+        seq_len: int,
+        depth: int,
+        stride: int = 1,
+        document_mask: bool = False,
     ) -> None:
-        assert 0 <= depth <= seq_len
+        assert 0 <= stride * depth <= seq_len
         self.file = file
         self.seq_len = seq_len
         self.depth = depth
+        self.stride = stride
         self.document_mask = document_mask
-        self.length = seq_len + depth + 1
+        self.length = seq_len + stride * depth + 1
         self._windows: np.ndarray | None = None
         self._starts: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return window_count(self.file.n_tokens, self.seq_len, self.depth)
+        return window_count(self.file.n_tokens, self.seq_len, self.stride * self.depth)
 
     def require(self, batch_size: int, world: int) -> None:
         """Raises ``ValueError``, with the remedy, if there are too few windows for one step.
@@ -80,7 +88,7 @@ class WindowDataset(Dataset[WindowBatch]):
         assert self._windows is not None
         tokens = torch.from_numpy(self._windows[numbers].astype(np.int64))
         documents = torch.from_numpy(self._documents(numbers)) if self.document_mask else None
-        return WindowBatch(tokens, self.depth, documents)
+        return WindowBatch(tokens, self.depth, documents, stride=self.stride)
 
     def _open(self) -> None:
         tokens = self.file.tokens()

@@ -24,6 +24,7 @@ class WindowDataModule(LightningDataModule, ABC):
         seq_len: T, the positions of a window.
         batch_size: windows a micro-batch and rank.
         depth: D, the model's number of depths beyond the next token.
+        stride: s, places from one depth's target to the next one's.
         accumulate: micro-batches an optimizer step.
         eval_batch_size: windows a validation batch and rank; ``batch_size`` if None.
         num_workers: processes that fetch batches ahead.
@@ -40,6 +41,7 @@ class WindowDataModule(LightningDataModule, ABC):
         seq_len: int,
         batch_size: int,
         depth: int,
+        stride: int = 1,
         accumulate: int,
         eval_batch_size: int | None,
         num_workers: int,
@@ -54,13 +56,21 @@ class WindowDataModule(LightningDataModule, ABC):
             require_whole("data.eval_batch_size", eval_batch_size, least=1)
         require_whole("data.num_workers", num_workers, least=0)
         require_whole("seed", seed, least=0)
+        require_whole("mtp.stride", stride, least=1)
         if not 0 <= depth <= seq_len:
             raise ValueError(
                 f"mtp.depth must lie between 0 and data.seq_len = {seq_len}, got {depth}"
             )
+        if stride * depth > seq_len:
+            raise ValueError(
+                f"mtp.depth={depth} x mtp.stride={stride} reaches beyond data.seq_len={seq_len}: "
+                "lower one of the two, or lengthen the window."
+            )
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.depth = depth
+        # Without depths there is nothing to leap over, and the model knows of none.
+        self.stride = stride if depth else 1
         self.accumulate = accumulate
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers

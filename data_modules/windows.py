@@ -2,7 +2,8 @@
 
 A window ``w`` serves every prediction depth (DeepSeek-V3, arXiv 2412.19437, fig. 3): depth k reads
 ``w[k : T+k]`` and predicts ``w[k+1 : T+k+1]``. All of them are views of one tensor, and all have
-the full width T: no depth loses targets at the window's end.
+the full width T: no depth loses targets at the window's end. With a stride s (leap multi-token
+prediction, arXiv 2505.17505) depth k predicts ``w[s k + 1 : T + s k + 1]``, of T + s D + 1 tokens.
 
 Shape letters: B batch, T positions, D prediction depths beyond the next token.
 """
@@ -33,6 +34,8 @@ class WindowBatch:
             if every one may. It is read all the same.
         texts: ``[B, T+D+1]`` int64 number of the evaluated text whose loss a token counts for, as
             a target; ``None`` in training. Unlike ``documents`` it masks nothing.
+        stride: s, places from one depth's target to the next one's. Where it is not 1, all fields
+            are ``[B, T+sD+1]``.
 
     Raises:
         ValueError: if the shapes or D do not fit together.
@@ -43,13 +46,17 @@ class WindowBatch:
     documents: Tensor | None = None
     scored: Tensor | None = None
     texts: Tensor | None = None
+    stride: int = 1
 
     def __post_init__(self) -> None:
         if self.depth < 0:
             raise ValueError(f"depth must be 0 or more, got {self.depth}")
-        if self.tokens.ndim != 2 or self.tokens.shape[1] < self.depth + 2:
+        if self.stride < 1:
+            raise ValueError(f"stride must be 1 or more, got {self.stride}")
+        if self.tokens.ndim != 2 or self.seq_len < 1:
+            beyond = "D" if self.stride == 1 else f"{self.stride} D"
             raise ValueError(
-                f"tokens must be [B, T+D+1] with T >= 1 and D = {self.depth}, "
+                f"tokens must be [B, T+{beyond}+1] with T >= 1 and D = {self.depth}, "
                 f"got {tuple(self.tokens.shape)}"
             )
         for name in ("documents", "scored", "texts"):
@@ -71,7 +78,7 @@ class WindowBatch:
     @property
     def seq_len(self) -> int:
         """T, the positions that every depth is trained on."""
-        return int(self.tokens.shape[1]) - self.depth - 1
+        return int(self.tokens.shape[1]) - self.stride * self.depth - 1
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +102,7 @@ class WindowBatch:
     def valid(self, k: int) -> Tensor | None:
         """``[B, T]`` bool: position i counts at depth k; ``None`` where all do.
 
-        Its target, token i+k+1, is scored, and tokens i .. i+k+1 lie in one document. Ids are
+        Its target, token i+sk+1, is scored, and tokens i .. i+sk+1 lie in one document. Ids are
         contiguous, so comparing the two ends with the total shift is enough; chained one-step
         comparisons of shifted masks leak at D >= 2.
         """
@@ -114,23 +121,25 @@ class WindowBatch:
         return torch.stack([mask.sum() for mask in masks if mask is not None])
 
     def shifted(self, field: Tensor, k: int) -> Tensor:
-        """``[B, T]`` view of a ``[B, T+D+1]`` field at the targets of depth k.
+        """``[B, T]`` view of a ``[B, T+sD+1]`` field at the targets of depth k.
 
         Raises:
             ValueError: for a k outside 0 .. D.
         """
         if not 0 <= k <= self.depth:
             raise ValueError(f"depth k = {k} is outside 0..{self.depth} of this batch")
-        return field[:, k + 1 : self.seq_len + k + 1]
+        start = self.stride * k + 1
+        return field[:, start : start + self.seq_len]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> WindowBatch:
         """The batch with every field passed through ``function``, which may cut both dimensions."""
+
+        def passed(field: Tensor | None) -> Tensor | None:
+            return None if field is None else function(field)
+
         fields = (self.documents, self.scored, self.texts)
-        return WindowBatch(
-            function(self.tokens),
-            self.depth,
-            *(None if field is None else function(field) for field in fields),
-        )
+        documents, scored, texts = map(passed, fields)
+        return WindowBatch(function(self.tokens), self.depth, documents, scored, texts, self.stride)
 
     def micro_batches(self, n: int) -> list[WindowBatch]:
         """Splits the batch along B into n batches of views, as even as possible.
@@ -157,14 +166,19 @@ class WindowBatch:
         """The batch in page-locked memory (torch's DataLoader calls this)."""
         return self.map(torch.Tensor.pin_memory)
 
-    def require_depth(self, depth: int) -> None:
-        """Refuses a batch that was cut for another D than the model's.
+    def require_depth(self, depth: int, stride: int = 1) -> None:
+        """Refuses a batch that was cut for another D or stride than the model's.
 
         Raises:
-            ValueError: naming both depths.
+            ValueError: naming both.
         """
         if self.depth != depth:
             raise ValueError(
                 f"the batch was built for depth D = {self.depth} but the model predicts "
                 f"D = {depth} depths: give data and model the same mtp.depth"
+            )
+        if self.stride != stride:
+            raise ValueError(
+                f"the batch was built for mtp.stride={self.stride} but the model predicts every "
+                f"{stride}th token: give data and model the same mtp.stride"
             )

@@ -197,7 +197,7 @@ class MTPModel(nn.Module):
         Raises:
             ValueError: the batch was built for another depth.
         """
-        batch.require_depth(self.depth)
+        batch.require_depth(self.depth, self.config.mtp.stride)
         seq_len = batch.seq_len
         documents = None if batch.documents is None else batch.documents[:, :seq_len]
         positions = Positions.of_window(
@@ -210,7 +210,8 @@ class MTPModel(nn.Module):
         )
         # One look-up for all depths: theirs are the same embeddings, shifted.
         tokens = self.mtp.tokens_read(batch.tokens, batch.scored)
-        embedded = self.trunk.embedding(tokens[:, : seq_len + self.mtp.ahead(active)])
+        tokens = tokens[:, : seq_len + self.mtp.ahead(active)]
+        embedded = self.trunk.embedding(tokens)
         output = self.trunk(embedded[:, :seq_len], positions)
         branch = self.mtp.branch(self.trunk, output) if active else output.final
-        return output.final, BranchPoint(branch, embedded, positions)
+        return output.final, BranchPoint(branch, tokens, embedded, positions)

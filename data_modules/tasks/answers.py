@@ -28,13 +28,23 @@ class AnswerSet:
         task: of the examples; an out-of-distribution variant, maybe.
         n: how many, >= 1.
         depth: D of the model that is to answer.
+        stride: of its depths.
         training: the answers that it was trained on again and again; None for fresh ones.
     """
 
-    def __init__(self, task: Task, n: int, *, depth: int, training: Training | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        n: int,
+        *,
+        depth: int,
+        stride: int = 1,
+        training: Training | None = None,
+    ) -> None:
         self.task = task
         self.n = n
         self.depth = depth
+        self.stride = stride
         self.training = training
 
     def __len__(self) -> int:
@@ -85,7 +95,8 @@ class AnswerSet:
         """
         held = [self.examples[i] for i in numbers.tolist()]
         longest = max(len(example.prompt) for example in held) + self.task.longest_answer
-        batch = lay_out([[e] for e in held], width=longest + self.depth, depth=self.depth)
+        width = longest + self.stride * self.depth
+        batch = lay_out([[e] for e in held], width=width, depth=self.depth, stride=self.stride)
         if self.task.ends:
             assert batch.scored is not None
             for row, example in enumerate(held):

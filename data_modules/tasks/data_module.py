@@ -32,6 +32,7 @@ class TaskDataModule(WindowDataModule):
             each of which sees itself alone.
         batch_size: windows a micro-batch and rank.
         depth: D.
+        stride: s, places from one depth's target to the next one's.
         accumulate: micro-batches an optimizer step.
         examples: of the training set; None for fresh ones without end.
         eval_examples: of the validation set, and of each out-of-distribution set.
@@ -54,6 +55,7 @@ class TaskDataModule(WindowDataModule):
         seq_len: int | None = None,
         batch_size: int = 64,
         depth: int = 0,
+        stride: int = 1,
         accumulate: int = 1,
         examples: int | None = None,
         eval_examples: int = 512,
@@ -68,6 +70,7 @@ class TaskDataModule(WindowDataModule):
             seq_len=task.longest - 1 if seq_len is None else seq_len,
             batch_size=batch_size,
             depth=depth,
+            stride=stride,
             accumulate=accumulate,
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
@@ -123,6 +126,7 @@ class TaskDataModule(WindowDataModule):
             self.task,
             seq_len=self.seq_len,
             depth=self.depth,
+            stride=self.stride,
             first=first_training_index(seed),
             examples=self.examples,
             train_prompt=self.train_prompt,
@@ -142,6 +146,7 @@ class TaskDataModule(WindowDataModule):
             self.task,
             seq_len=self.seq_len,
             depth=self.depth,
+            stride=self.stride,
             first=0,
             examples=self.eval_examples,
         )
@@ -154,7 +159,11 @@ class TaskDataModule(WindowDataModule):
         fixed: Training | None = None if self.examples is None else lambda: self._training_answers
         return {
             name: AnswerSet(
-                task, self.eval_examples, depth=self.depth, training=None if name else fixed
+                task,
+                self.eval_examples,
+                depth=self.depth,
+                stride=self.stride,
+                training=None if name else fixed,
             )
             for name, task in tasks.items()
         }

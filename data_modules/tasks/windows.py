@@ -41,6 +41,7 @@ class TaskWindows(Dataset[WindowBatch]):
         task: of the examples.
         seq_len: T, at least the longest example but one token.
         depth: D.
+        stride: s, places from one depth's target to the next one's.
         first: index of the first example.
         examples: how many; None for no end, in epochs of :data:`EPOCH` windows.
         train_prompt: whether all of an example's tokens are targets.
@@ -52,6 +53,7 @@ class TaskWindows(Dataset[WindowBatch]):
         *,
         seq_len: int,
         depth: int,
+        stride: int = 1,
         first: int,
         examples: int | None,
         train_prompt: bool = False,
@@ -59,11 +61,12 @@ class TaskWindows(Dataset[WindowBatch]):
         self.task = task
         self.seq_len = seq_len
         self.depth = depth
+        self.stride = stride
         self.first = first
         self.examples = examples
         self.train_prompt = train_prompt
         self.per_window = (seq_len + 1) // task.longest
-        assert self.per_window >= 1 and 0 <= depth <= seq_len
+        assert self.per_window >= 1 and 0 <= stride * depth <= seq_len
 
     def __len__(self) -> int:
         return EPOCH if self.examples is None else -(-self.examples // self.per_window)
@@ -93,8 +96,9 @@ class TaskWindows(Dataset[WindowBatch]):
         rows = [self.held(number) for number in numbers.tolist()]
         return lay_out(
             rows,
-            width=self.seq_len + self.depth + 1,
+            width=self.seq_len + self.stride * self.depth + 1,
             depth=self.depth,
+            stride=self.stride,
             train_prompt=self.train_prompt,
             apart=self.per_window > 1,
         )
@@ -105,6 +109,7 @@ def lay_out(
     *,
     width: int,
     depth: int,
+    stride: int = 1,
     train_prompt: bool = False,
     apart: bool = False,
 ) -> WindowBatch:
@@ -114,6 +119,7 @@ def lay_out(
         rows: the examples of every window.
         width: W.
         depth: D.
+        stride: s.
         train_prompt: whether prompts are targets, too.
         apart: whether the batch carries document ids: one for each example, one for the padding.
     """
@@ -128,7 +134,7 @@ def lay_out(
             asked += [True] * len(example.answer) if train_prompt else example.asked
             owner += [i] * len(example)
         free = width - len(ids)
-        assert free >= depth
+        assert free >= stride * depth
         tokens.append(ids + [END] * free)
         scored.append(asked + [False] * free)
         documents.append(owner + [len(row)] * free)
@@ -137,6 +143,7 @@ def lay_out(
         depth,
         torch.tensor(documents) if apart else None,
         torch.tensor(scored),
+        stride=stride,
     )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import DepthInputs
+from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kernels.matmul import packed_weights
 from mtp_lightning.nn.kv_cache import KVCache
@@ -88,7 +88,7 @@ def _trunk_pass(
 def _depth_pass(
     model: MTPModel,
     k: int,
-    tokens_BT: Tensor,
+    tokens_BS: Tensor,
     branch_BTC: Tensor,
     previous_BTC: Tensor,
     start_B: Tensor,
@@ -96,14 +96,16 @@ def _depth_pass(
     tables: Sequence[Tensor],
     entries: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Logits [B, V] of the position ``last_B`` of the pass, and the hidden states [B, T, C]."""
-    read = DepthInputs(
-        branch=branch_BTC,
-        previous=previous_BTC,
-        embedded=model.trunk.embedding(tokens_BT),
-        positions=_positions(model, start_B, tokens_BT.shape[1], tables, entries),
+    """Logits [B, V] of the position ``last_B`` of the pass, and the hidden states [B, T, C];
+    ``tokens_BS`` are those that the depth reads."""
+    at = BranchPoint(
+        hidden=branch_BTC,
+        tokens=tokens_BS,
+        embedded=model.trunk.embedding(tokens_BS),
+        positions=_positions(model, start_B, branch_BTC.shape[1], tables, entries),
+        first=model.mtp.first_token(k),
     )
-    hidden = model.mtp.depth_state(k, read)
+    hidden = model.mtp.depth_state(k, at, previous_BTC)
     return model.head(hidden.index_select(1, last_B))[:, 0], hidden
 
 
@@ -152,10 +154,11 @@ class CompiledSession(Session):
         start = max(end - self._width, 0)
         cache: KVCache = self.depth_caches[k - 1]
         branch = self.states[0].narrow(1, start, self._width).clone()
+        first = self.model.mtp.first_token(k)
         logits, hidden = _depth_program(
             self.model,
             k,
-            self.tokens_BS.narrow(1, start + k, self._width).clone(),
+            self.tokens_BS.narrow(1, start + first, self._width + k - first).clone(),
             branch,
             branch if k == 1 else self.states[k - 1].narrow(1, start, self._width).clone(),
             self._at(start),

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import DepthInputs
-from mtp_lightning.mtp.kinds import Chain
+from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kernels.exact import exact_pass
 from mtp_lightning.nn.kv_cache import KVCache, PositionTables
@@ -137,17 +136,19 @@ class Session:
         return self.model.head(last)[:, 0]
 
     def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
-        token_starts = [start + k for start in starts]
-        branch = self._read(self.states[0][rows], starts, width)
-        read = DepthInputs(
-            branch=branch,
-            previous=branch if k == 1 else self._read(self.states[k - 1][rows], starts, width),
-            embedded=self.model.trunk.embedding(
-                self._read(self.tokens_BS[rows], token_starts, width)
-            ),
+        mtp = self.model.mtp
+        first = mtp.first_token(k)
+        token_starts = [start + first for start in starts]
+        tokens = self._read(self.tokens_BS[rows], token_starts, width + k - first)
+        at = BranchPoint(
+            hidden=self._read(self.states[0][rows], starts, width),
+            tokens=tokens,
+            embedded=self.model.trunk.embedding(tokens),
             positions=Positions.of_cache(cache, starts, width),
+            first=first,
         )
-        hidden = self.model.mtp.depth_state(k, read)
+        previous = at.hidden if k == 1 else self._read(self.states[k - 1][rows], starts, width)
+        hidden = mtp.depth_state(k, at, previous)
         if k < self.max_draft:
             self._write(self.states[k][rows], starts, hidden)
         return hidden
@@ -160,11 +161,11 @@ class Session:
             n_drafted: depths that have drafted since the last call.
         """
         for k in range(1, n_drafted + 1):
-            chain = k if isinstance(self.model.mtp, Chain) else 1
+            ahead = self.model.mtp.ahead([k])
             filled = self.filled[k]
             for row, a in enumerate(accepted):
                 # An entry that rested on accepted drafts has become true.
-                filled[row] = max(0, min(self.n[row], self.n[row] + a - chain + 1))
+                filled[row] = max(0, min(self.n[row], self.n[row] + a - ahead + 1))
         self.n = [n + a + 1 for n, a in zip(self.n, accepted, strict=True)]
 
     def put(self, tokens_BT: Tensor, offset: int) -> None:

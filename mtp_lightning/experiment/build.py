@@ -140,10 +140,12 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
     more = {"confidence": True} if cfg.objective.get("confidence") else {}
     mtp = instantiate(cfg.mtp, kind=MTPConfig, **more)
     # Without a length of its own, the data module has looked.
-    if mtp.depth > (cfg.data.seq_len or mtp.depth):
+    reach = mtp.depth * mtp.stride
+    if reach > (cfg.data.seq_len or reach):
+        stride = "" if mtp.stride == 1 else f" x mtp.stride={mtp.stride}"
         raise ValueError(
-            f"mtp.depth={mtp.depth} is larger than the window, data.seq_len={cfg.data.seq_len}: "
-            "predict fewer tokens, or lengthen the window."
+            f"mtp.depth={mtp.depth}{stride} is larger than the window, "
+            f"data.seq_len={cfg.data.seq_len}: predict fewer tokens, or lengthen the window."
         )
     # Of whatever kind: a stack without depths is no stack, and one name for it is enough.
     stack = mtp.depth or mtp.answers_at_once

@@ -168,7 +168,7 @@ def validation_data(
         raise ValueError(
             f"{run.path} has no validation text of its own: give one, as data=text data.paths=FILE."
         )
-    config = OmegaConf.create({**_BARE, "mtp": {"depth": run.model.depth}, **run.config})
+    config = OmegaConf.create({**_BARE, "mtp": run.model.config.mtp.to_dict(), **run.config})
     stored = config.data
     if data is not None:
         config.data = OmegaConf.to_container(data, resolve=False)

@@ -144,7 +144,7 @@ def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
             raise CheckFailed(f"{names[0]} {what} in {folder}, transformers says.")
 
     generator = torch.Generator().manual_seed(0)
-    ahead = model.depth + 1
+    ahead = model.config.mtp.stride * model.depth + 1
     tokens = torch.randint(trunk.vocab_size, (_BATCH, _LENGTH + ahead), generator=generator)
     own = _logits(model, tokens)
     for k, found in enumerate(theirs.logits(tokens[:, : _LENGTH + depth])):
@@ -164,7 +164,7 @@ def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
 
 @torch.inference_mode()
 def _logits(model: MTPModel, tokens: Tensor) -> list[Tensor]:
-    hidden = model(WindowBatch(tokens, model.depth))
+    hidden = model(WindowBatch(tokens, model.depth, stride=model.config.mtp.stride))
     return [model.head(h_BTC) for h_BTC in hidden.values()]
 
 

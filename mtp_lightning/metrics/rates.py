@@ -33,6 +33,8 @@ class DepthRates(Metric):
     - ``overlap`` (k >= 1): mean of ``sum_v min(p, q)``, the chance that a token sampled from q is
       accepted (Leviathan et al. 2023, theorem 3.5)
 
+    With a stride s it is i + s k in the place of i + k.
+
     The last k positions of a window have no main prediction in it to agree with and are left out
     of the last two; so is every position that is masked, of all four.
 
@@ -86,7 +88,9 @@ class DepthRates(Metric):
                     texts_T = batch.shifted(batch.texts, 0)[row]
                 for start in range(0, batch.seq_len, width):
                     place = slice(start, min(start + width, batch.seq_len))
-                    nll_P, valid_P = self._update_chunk(hidden, weight_VC, targets, row, place)
+                    nll_P, valid_P = self._update_chunk(
+                        hidden, weight_VC, targets, row, place, batch.stride
+                    )
                     if texts_T is not None:
                         self.text_loss.index_add_(0, texts_T[place][valid_P], nll_P[valid_P])
 
@@ -97,11 +101,12 @@ class DepthRates(Metric):
         targets: list[Tensor],
         row: int,
         place: slice,
+        stride: int,
     ) -> tuple[Tensor, Tensor]:
         """Returns depth 0's losses [P], and which of them count [P]."""
         start, end = place.start, place.stop
-        # Depth k is compared with the main prediction k positions on.
-        main = _log_probs(hidden[0][row, start : end + self.depth], weight_VC)
+        # Depth k is compared with the main prediction k strides on.
+        main = _log_probs(hidden[0][row, start : end + stride * self.depth], weight_VC)
         main_choice = main.argmax(-1)
         main_probs = main.exp()
         for k in range(self.depth + 1):
@@ -119,10 +124,11 @@ class DepthRates(Metric):
             if k == 0:
                 of_main = nll_P, valid_P
                 continue
-            seen = max(min(end - start, main.shape[0] - k), 0)
+            on = stride * k
+            seen = max(min(end - start, main.shape[0] - on), 0)
             paired = valid_P[:seen]
-            agrees = choice_P[:seen] == main_choice[k : k + seen]
-            shared = torch.minimum(log_q[:seen].exp(), main_probs[k : k + seen]).sum(-1)
+            agrees = choice_P[:seen] == main_choice[on : on + seen]
+            shared = torch.minimum(log_q[:seen].exp(), main_probs[on : on + seen]).sum(-1)
             self.pairs[k] += paired.sum()
             self.agreement[k] += agrees[paired].sum()
             self.overlap[k] += _exact(shared[paired]).sum()

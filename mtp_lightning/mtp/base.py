@@ -83,6 +83,11 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
         """Backward FLOPs of the same; by default twice as many, for weights and for inputs."""
         return 2 * self.module_flops(trunk, seq_len, active)
 
+    def alone_flops(self, trunk: TrunkConfig, seq_len: int, k: int, active: Sequence[int]) -> int:
+        """Forward FLOPs of one position that a backward pass of depth ``k`` alone goes back
+        through, where the ``active`` depths were computed together."""
+        return self.module_flops(trunk, seq_len, [k])
+
     def projections(self, active: Sequence[int]) -> int:
         """How many times more than the trunk alone a position goes through the shared head."""
         return len(active)
@@ -116,21 +121,30 @@ class RandomKey:
 
 @dataclass(frozen=True)
 class BranchPoint:
-    """Where a stack leaves the trunk: all that its depths read of a pass over whole windows.
+    """Where a stack leaves the trunk: all that its depths read of the trunk and of the text, over
+    whole windows or at decoding's newest positions.
 
     Attributes:
         hidden: the trunk's state [B, T, C] that the stack starts from.
-        embedded: embedded tokens [B, at least T, C], those beyond T for the depths that read them.
-        positions: of the windows.
+        tokens: int64 token ids [B, at least T], those beyond T for the depths that read them.
+        embedded: their embeddings [B, at least T, C].
+        positions: of the T tokens, not shifted; at decoding, its cache is one depth's own.
+        first: how many places on the first of ``tokens`` stands from the first of the T positions.
     """
 
     hidden: Tensor
+    tokens: Tensor
     embedded: Tensor
     positions: Positions = field(repr=False)
+    first: int = 0
+
+    def tokens_at(self, k: int) -> Tensor:
+        """The tokens ``k`` places on, ``w[k : T + k]`` [B, T]."""
+        return self.tokens[:, k - self.first : k - self.first + self.hidden.shape[1]]
 
     def embedded_at(self, k: int) -> Tensor:
-        """``Emb(w[k : T + k])`` [B, T, C]."""
-        return self.embedded[:, k : k + self.hidden.shape[1]]
+        """Their embeddings [B, T, C]."""
+        return self.embedded[:, k - self.first : k - self.first + self.hidden.shape[1]]
 
 
 @dataclass(frozen=True)
@@ -155,23 +169,6 @@ class TrunkText:
             return x_BTX.flatten(0, 1), y_BTC.flatten(0, 1)
         same_BT = self.documents[:, :seq_len] == self.documents[:, k : seq_len + k]
         return x_BTX[same_BT], y_BTC[same_BT]
-
-
-@dataclass(frozen=True)
-class DepthInputs:
-    """What one depth may read at decoding's newest positions, each [B, T, C].
-
-    Attributes:
-        branch: what :meth:`MTPStack.branch` gave.
-        previous: the hidden state of the depth before; of depth 1, the branch.
-        embedded: embeddings of the tokens as many places on as the depth says.
-        positions: of the tokens themselves, not shifted; its cache is the depth's own.
-    """
-
-    branch: Tensor
-    previous: Tensor
-    embedded: Tensor
-    positions: Positions
 
 
 class MTPStack(nn.Module, ABC):
@@ -224,15 +221,20 @@ class MTPStack(nn.Module, ABC):
         """
 
     @abstractmethod
-    def depth_state(self, k: int, read: DepthInputs) -> Tensor:
+    def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
         """Depth ``k`` over decoding's newest positions, [B, T, C] ready for the head.
 
         It computes what :meth:`states` does, so the two cannot drift apart.
 
         Args:
             k: the depth.
-            read: what it may read.
+            at: what it may read: of tokens, those from ``first_token(k)`` to k places on.
+            previous_BTC: the hidden state of the depth before; of depth 1, the branch.
         """
+
+    def first_token(self, k: int) -> int:
+        """How many places on the first token stands that depth ``k`` reads by itself."""
+        return k
 
     def computed(self, active: Sequence[int]) -> list[int]:
         """The depths that must be computed so that the ``active`` ones are known."""

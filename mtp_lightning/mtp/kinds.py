@@ -3,21 +3,26 @@
 ======================  ==========================================  =======================
 kind                    depth k reads                               variants
 ======================  ==========================================  =======================
-:class:`Chain`          the true tokens up to i + k, depth k - 1    sequential
-:class:`SideBySide`     the branch point alone                      parallel, linear
+:class:`Chain`          the true tokens up to i + k, depth k - 1    sequential, nextlat
+:class:`SideBySide`     the branch point, and with a correction     parallel, linear
+                        the true tokens up to i + k
 :class:`Targets`        nothing: it is the main prediction's own    parameter_free, none,
                                                                     teacherless
 ======================  ==========================================  =======================
+
+``joint`` is of none: its depths read the branch point and the true tokens, all in one pass.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.base import BranchPoint, DepthInputs, MTPConfig, MTPStack, RandomKey
+from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey
+from mtp_lightning.mtp.correction import Correction
 from mtp_lightning.nn.attention import Positions
 
 
@@ -65,9 +70,9 @@ class Chain(MTPStack):
             if k in active:
                 yield k, history[-1]
 
-    def depth_state(self, k: int, read: DepthInputs) -> Tensor:
-        tokens = self.tokens_of(k, read.embedded, None)
-        return self.step(k, read.previous, tokens, read.positions)
+    def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
+        tokens = self.tokens_of(k, at.embedded_at(k), None)
+        return self.step(k, previous_BTC, tokens, at.positions)
 
     def computed(self, active: Sequence[int]) -> list[int]:
         return list(range(1, max(active, default=0) + 1))
@@ -82,28 +87,70 @@ class SideBySide(MTPStack):
     Args:
         config: of the variant.
         heads: one a depth.
+        corrections: what is added to the heads' hidden states, one a depth; empty for heads that
+            read no token.
     """
 
-    def __init__(self, config: MTPConfig, heads: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        config: MTPConfig,
+        heads: Sequence[nn.Module],
+        corrections: Sequence[Correction] = (),
+    ) -> None:
         super().__init__(config)
         self.depths = nn.ModuleList(heads)
+        self.corrections = nn.ModuleList(corrections)
 
     @abstractmethod
     def step(self, k: int, branch_BTC: Tensor, positions: Positions) -> Tensor:
         """Hidden state [B, T, C] of depth ``k`` from the branch."""
 
+    def state(self, k: int, at: BranchPoint) -> Tensor:
+        """Hidden state [B, T, C] of depth ``k``, its correction included."""
+        hidden = self.step(k, at.hidden, at.positions)
+        if not self.corrections:
+            return hidden
+        if self.config.detach == "all":
+            at = replace(at, embedded=at.embedded.detach())
+        return hidden + self.corrections[k - 1](k, at)
+
     def parameters_of(self, k: int) -> list[nn.Parameter]:
         """The parameters of depth ``k``."""
-        return list(self.depths[k - 1].parameters())
+        modules = (self.depths, self.corrections) if self.corrections else (self.depths,)
+        return [p for of_depths in modules for p in of_depths[k - 1].parameters()]
+
+    def initialise_own(self) -> None:
+        for module in self.corrections:
+            assert isinstance(module, Correction)
+            module.initialise_own()
 
     def states(
         self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
     ) -> Iterator[tuple[int, Tensor]]:
         for k in self.computed(active):
-            yield k, self.step(k, at.hidden, at.positions)
+            yield k, self.state(k, at)
 
-    def depth_state(self, k: int, read: DepthInputs) -> Tensor:
-        return self.step(k, read.branch, read.positions)
+    def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
+        return self.state(k, at)
+
+    def ahead(self, active: Sequence[int]) -> int:
+        return max(active, default=0) if self.corrections else 0
+
+    def first_token(self, k: int) -> int:
+        return 1 if self.corrections else k
+
+    @property
+    def max_draft_depth(self) -> int | None:
+        return self.depth if self.config.stride == 1 else 0
+
+    def require_drafts(self) -> None:
+        if self.config.stride > 1:
+            raise ValueError(
+                f"a model of mtp.stride={self.config.stride} predicts every "
+                f"{self.config.stride}th token and leaves those between out, so it cannot draft: "
+                "decode it without drafts, or train one with mtp.stride=1."
+            )
+        super().require_drafts()
 
 
 class Targets(MTPStack):
@@ -115,8 +162,8 @@ class Targets(MTPStack):
         for k in self.computed(active):
             yield k, at.hidden
 
-    def depth_state(self, k: int, read: DepthInputs) -> Tensor:
-        return read.branch
+    def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
+        return at.hidden
 
     @property
     def max_draft_depth(self) -> int | None:

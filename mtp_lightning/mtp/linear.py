@@ -4,7 +4,8 @@
 
 where ``z`` is the trunk's state at the branch point. ``W_k`` starts at zero, so that every head
 starts as a copy of the main prediction. Medusa has an output matrix for every head; here it is the
-trunk's own, as for all stacks.
+trunk's own, as for all stacks. ``correction`` lets the heads see the tokens between
+(``correction.py``).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.correction import CorrectionSwitches, Kind
 from mtp_lightning.mtp.kinds import SideBySide
+from mtp_lightning.mtp.stride import StrideSwitch
 from mtp_lightning.mtp.switches import Branch, Detach
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -26,7 +29,7 @@ from mtp_lightning.nn.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig(MTPConfig, variant="linear"):
+class LinearConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="linear"):
     """Switches of Medusa's heads; the defaults are the paper's.
 
     They have no norm of their own before the shared head, and so always read a state after the
@@ -35,33 +38,47 @@ class LinearConfig(MTPConfig, variant="linear"):
     Attributes:
         branch: ``final`` reads the whole trunk; ``before_last`` all blocks but the last.
         detach: ``trunk`` stops the depths' gradients at the branch point; ``all`` also at the
-            shared head.
+            shared head and, of corrected heads, at the embedding.
         freeze_trunk: embedding, trunk and head keep their weights; only the heads are trained
             (Medusa-1).
+        correction: ``mlp`` adds what an MLP makes of branch and tokens since (Hydra), ``markov``
+            what a table of rank ``correction_rank`` says of the last token.
+        correction_rank: r, of ``markov`` alone; None is 64.
+        stride: s; depth k predicts ``x_{t+1+sk}`` (leap multi-token prediction, arXiv 2505.17505).
+            Only 1 can draft.
 
     Raises:
         ValueError: a switch has a value that it does not know, or nothing to act on.
     """
 
-    meaning: ClassVar[tuple[str, ...]] = ("branch",)
+    meaning: ClassVar[tuple[str, ...]] = ("branch", "stride")
 
     branch: Branch = "final"
     detach: Detach = "none"
     freeze_trunk: bool = False
+    correction: Kind = "none"
+    correction_rank: int | None = None
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_correction()
+        self.check_stride()
 
     def build(self, trunk: TrunkConfig) -> LinearMTP:
         return LinearMTP(self, trunk)
 
     def num_params(self, trunk: TrunkConfig) -> int:
-        return self.depth * trunk.d_model**2
+        return self.depth * trunk.d_model**2 + self.correction_params(trunk)
 
     def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        return len(active) * 2 * trunk.d_model**2
+        return sum(2 * trunk.d_model**2 + self.correction_flops(trunk, k) for k in active)
 
     def module_backward_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
         # No norm stands before the matrix: where the trunk is cut off, its input needs no gradient.
         reaches_trunk = self.trains_trunk and self.detach == "none"
-        return (1 + reaches_trunk) * self.module_flops(trunk, seq_len, active)
+        own = (1 + reaches_trunk) * 2 * trunk.d_model**2
+        return sum(own + self.correction_backward_flops(trunk, k) for k in active)
 
 
 class LinearMTP(SideBySide):
@@ -69,11 +86,12 @@ class LinearMTP(SideBySide):
 
     def __init__(self, config: LinearConfig, trunk: TrunkConfig) -> None:
         heads = [Linear(trunk.d_model, trunk.d_model) for _ in range(config.depth)]
-        super().__init__(config, heads)
+        super().__init__(config, heads, config.build_corrections(trunk))
 
     @torch.no_grad()
     def initialise_own(self) -> None:
-        for parameter in self.parameters():
+        super().initialise_own()
+        for parameter in self.depths.parameters():
             parameter.zero_()
 
     def step(self, k: int, branch_BTC: Tensor, positions: Positions) -> Tensor:

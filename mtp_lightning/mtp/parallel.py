@@ -3,7 +3,8 @@
     h^k = norm_k(Block_k(z)),    k = 1 .. D
 
 where ``z`` is the trunk's state at the branch point and no head reads a token or another head.
-Embedding and output head are the trunk's own.
+Embedding and output head are the trunk's own. ``correction`` lets the heads see the tokens between
+(``correction.py``).
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.mtp.base import MTPConfig, TrunkText
+from mtp_lightning.mtp.correction import CorrectionSwitches, Kind
 from mtp_lightning.mtp.kinds import SideBySide
 from mtp_lightning.mtp.starting import check_last_block, copy_last_block
+from mtp_lightning.mtp.stride import StrideSwitch
 from mtp_lightning.mtp.switches import Branch, Detach, Init, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
@@ -27,7 +30,7 @@ from mtp_lightning.nn.trunk import Trunk
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig(MTPConfig, variant="parallel"):
+class ParallelConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="parallel"):
     """Switches of the parallel heads; the defaults are the paper's.
 
     Attributes:
@@ -36,8 +39,13 @@ class ParallelConfig(MTPConfig, variant="parallel"):
         input_norm: ``pre`` gives the heads the residual stream itself, as though they were the
             trunk's next block; ``post`` the state after the trunk's final norm.
         detach: ``trunk`` stops the depths' gradients at the branch point; ``all`` also at the
-            shared head.
+            shared head and, of corrected heads, at the embedding.
         freeze_trunk: embedding, trunk and head keep their weights; only the heads are trained.
+        correction: ``mlp`` adds what an MLP makes of branch and tokens since (Hydra), ``markov``
+            what a table of rank ``correction_rank`` says of the last token.
+        correction_rank: r, of ``markov`` alone; None is 64.
+        stride: s; depth k predicts ``x_{t+1+sk}`` (leap multi-token prediction, arXiv 2505.17505).
+            Only 1 can draft.
         init: how a head begins that ``init_from`` does not bring. ``random`` draws it, but for the
             output norm, which is the trunk's; ``last_block`` makes it the trunk's last block: with
             ``branch=before_last`` it is the main prediction at first.
@@ -46,16 +54,21 @@ class ParallelConfig(MTPConfig, variant="parallel"):
         ValueError: a switch has a value that it does not know, or nothing to act on.
     """
 
-    meaning: ClassVar[tuple[str, ...]] = ("branch", "input_norm")
+    meaning: ClassVar[tuple[str, ...]] = ("branch", "input_norm", "stride")
 
     branch: Branch = "before_last"
     input_norm: InputNorm = "pre"
     detach: Detach = "none"
     freeze_trunk: bool = False
+    correction: Kind = "none"
+    correction_rank: int | None = None
+    stride: int = 1
     init: Init = "random"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_correction()
+        self.check_stride()
         if self.init == "last_block" and self.input_norm == "post":
             raise ValueError(
                 f"mtp.init={self.init} has no meaning for parallel heads with mtp.input_norm=post: "
@@ -67,13 +80,19 @@ class ParallelConfig(MTPConfig, variant="parallel"):
         return ParallelMTP(self, trunk)
 
     def num_params(self, trunk: TrunkConfig) -> int:
-        return self.depth * (trunk.block_params() + trunk.d_model)
+        heads = self.depth * (trunk.block_params() + trunk.d_model)
+        return heads + self.correction_params(trunk)
 
     def num_idle_params(self, trunk: TrunkConfig) -> int:
         return self.depth * trunk.block_idle_params()
 
     def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        return len(active) * trunk.block_flops(seq_len)
+        corrections = sum(self.correction_flops(trunk, k) for k in active)
+        return len(active) * trunk.block_flops(seq_len) + corrections
+
+    def module_backward_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
+        corrections = sum(self.correction_backward_flops(trunk, k) for k in active)
+        return 2 * len(active) * trunk.block_flops(seq_len) + corrections
 
 
 class ParallelHead(nn.Module):
@@ -94,7 +113,8 @@ class ParallelMTP(SideBySide):
     config: ParallelConfig
 
     def __init__(self, config: ParallelConfig, trunk: TrunkConfig) -> None:
-        super().__init__(config, [ParallelHead(trunk) for _ in range(config.depth)])
+        heads = [ParallelHead(trunk) for _ in range(config.depth)]
+        super().__init__(config, heads, config.build_corrections(trunk))
 
     @property
     def _built(self) -> list[ParallelHead]:

@@ -25,6 +25,7 @@ class Switches:
     detach = "none"
     freeze_trunk = False
     init = "random"
+    stride = 1
 
 
 _CHOICES = {

@@ -252,7 +252,10 @@ class _HeadByHead(_Stream):
         (self.main, *_), *self.depths = by_depth(targets).values()
         # Only parameters that the pass uses: to the rest, autograd and DDP see no path.
         used = [p for own, *_ in self.depths for p in stack.parameters_of(own.depth)]
-        self.inputs = [final_BTC, at.hidden, *used, *self.of_terms]
+        # What the heads have in common: the branch and, of those that read tokens, the embeddings.
+        reads_tokens = stack.ahead([own.depth for own, *_ in self.depths]) > 0
+        self.common = [at.hidden, at.embedded] if reads_tokens else [at.hidden]
+        self.inputs = [final_BTC, *self.common, *used, *self.of_terms]
 
     def predictions(
         self, needs: Sequence[bool], gradients: list[Tensor | None]
@@ -260,37 +263,47 @@ class _HeadByHead(_Stream):
         prediction = Prediction(self.inputs[0], [self.main], needs_gradient=needs[0])
         yield [prediction]
         gradients[0] = prediction.gradient
-        slot = 2
+        slot = 1 + len(self.common)
+        wanted = needs[1:slot]
         for targets in self.depths:
             own = self.stack.parameters_of(targets[0].depth)
-            d_branch, d_own = yield from self._one_head(
-                targets, own, gradients, needs_branch=needs[1]
-            )
+            d_common, d_own = yield from self._one_head(targets, own, gradients, wanted)
             gradients[slot : slot + len(own)] = d_own
             slot += len(own)
-            if d_branch is not None:
-                gradients[1] = d_branch if gradients[1] is None else gradients[1].add_(d_branch)
+            for place, gradient in enumerate(d_common, start=1):
+                if gradient is not None:
+                    so_far = gradients[place]
+                    gradients[place] = gradient if so_far is None else so_far.add_(gradient)
 
     def _one_head(
         self,
         targets: list[DepthTarget],
         own: list[nn.Parameter],
         gradients: list[Tensor | None],
-        *,
-        needs_branch: bool,
-    ) -> Generator[Sequence[Prediction], None, tuple[Tensor | None, list[Tensor | None]]]:
+        needs: Sequence[bool],
+    ) -> Generator[Sequence[Prediction], None, tuple[list[Tensor | None], list[Tensor | None]]]:
         """A head forward, through the loss, and backward; its activations end with this call.
 
+        Args:
+            targets: of the head.
+            own: its parameters.
+            gradients: of the stream's inputs; those of terms' own parameters are added to.
+            needs: which of what the heads have in common want a gradient.
+
         Returns:
-            The gradients of the branch and of the head's own parameters.
+            The gradients of what they have in common, and of the head's own parameters.
         """
         outer = self.at.positions.ledger
         ledger = None if outer is None else Ledger()
         with torch.set_grad_enabled(self.grad):
-            leaf = self.at.hidden.detach().requires_grad_(needs_branch)
-            hidden = self.stack.step(
-                targets[0].depth, leaf, replace(self.at.positions, ledger=ledger)
-            )
+            leaves = [
+                tensor.detach().requires_grad_(wanted)
+                for tensor, wanted in zip(self.common, needs, strict=True)
+            ]
+            branch, embedded = leaves if len(leaves) == 2 else (leaves[0], self.at.embedded)
+            positions = replace(self.at.positions, ledger=ledger)
+            at = replace(self.at, hidden=branch, embedded=embedded, positions=positions)
+            hidden = self.stack.state(targets[0].depth, at)
         prediction = Prediction(
             hidden,
             targets,
@@ -306,15 +319,18 @@ class _HeadByHead(_Stream):
             for loss in auxiliary:  # whose backward pass is the one below
                 outer.add_loss(loss.detach())
         if prediction.gradient is None:
-            return None, [None] * len(own)
+            return [None] * len(leaves), [None] * len(own)
+        asked = [leaf for leaf in leaves if leaf.requires_grad]
         # A head's own experts are balanced in the same backward pass.
         grads = torch.autograd.grad(
             [hidden, *auxiliary],
-            [leaf, *own] if needs_branch else own,
+            [*asked, *own],
             [prediction.gradient, *(torch.full_like(loss, self.auxiliary) for loss in auxiliary)],
             allow_unused=True,
         )
-        return (grads[0], list(grads[1:])) if needs_branch else (None, list(grads))
+        of_common = iter(grads)
+        d_common = [next(of_common) if leaf.requires_grad else None for leaf in leaves]
+        return d_common, list(grads[len(asked) :])
 
 
 class _StackLoss(torch.autograd.Function):

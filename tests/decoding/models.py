@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -57,7 +59,7 @@ def teacher_forced(model: MTPModel, tokens: list[int], depth: int) -> list[Tenso
     """
     seq_len = len(tokens) - depth
     if depth > model.depth:
-        config = SequentialConfig(depth=depth, share_layers=True)
+        config = replace(model.config.mtp, depth=depth)
         deeper = MTPModel(ModelConfig(trunk=model.config.trunk, mtp=config))
         deeper.load_state_dict(model.state_dict())
         model = deeper

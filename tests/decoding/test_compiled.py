@@ -11,7 +11,9 @@ from mtp_lightning.decoding import compiled, generate
 from mtp_lightning.decoding.compiled import CompiledSession
 from mtp_lightning.decoding.measure import pass_costs
 from mtp_lightning.decoding.session import Session
+from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.nn.experts import Experts
 from mtp_lightning.nn.kernels.experts import gathered
@@ -25,6 +27,10 @@ VARIANTS = {
     "before last, pre": {"depth": 2, "branch": "before_last", "input_norm": "pre"},
     "parallel": {"depth": 3, "stack": ParallelConfig},
     "linear": {"depth": 2, "stack": LinearConfig},
+    "joint": {"depth": 3, "stack": JointConfig},
+    "nextlat": {"depth": 2, "stack": NextLatConfig},
+    "parallel, mlp": {"depth": 2, "stack": ParallelConfig, "correction": "mlp"},
+    "linear, markov": {"depth": 3, "stack": LinearConfig, "correction": "markov"},
     "plain": {"depth": 0},
 }
 
@@ -120,9 +126,21 @@ def test_bad_settings_are_named(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own
-@pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
-def test_compiled_for_real(deepseek):
-    model = small_model(5, 2, deepseek=deepseek)
+@pytest.mark.parametrize(
+    "mtp",
+    [
+        {},
+        {"deepseek": True},
+        {"stack": JointConfig},
+        {"stack": JointConfig, "deepseek": True},
+        {"stack": NextLatConfig},
+        {"stack": LinearConfig, "correction": "mlp"},
+        {"stack": LinearConfig, "correction": "markov"},
+    ],
+    ids=str,
+)
+def test_compiled_for_real(mtp):
+    model = small_model(5, 2, **mtp)
     prompts = random_prompts(5, (1, 4, 21))
     expected = generate(model, prompts, max_new_tokens=NEW, batch_size=1)
     for way in ({"speculative": False}, {}):

@@ -7,7 +7,9 @@ import torch
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.session import Session
+from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from tests.decoding.models import random_prompts, small_model, steer_drafts, teacher_forced
@@ -20,6 +22,10 @@ VARIANTS = [
     {"branch": "before_last", "input_norm": "pre"},
     {"stack": ParallelConfig},
     {"stack": LinearConfig},
+    {"stack": JointConfig},
+    {"stack": NextLatConfig},
+    {"stack": ParallelConfig, "correction": "mlp"},
+    {"stack": LinearConfig, "correction": "markov"},
 ]
 
 
@@ -47,7 +53,7 @@ def test_plain_equals_decoding_without_a_cache():
 
 
 @pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(4 * len(VARIANTS)))
 def test_speculative_equals_plain(seed, deepseek, monkeypatch):
     depth = 1 + seed % 4
     trunk = {"deepseek": True} if deepseek else {"kv": (1, 2, 4)[seed % 3]}
@@ -110,6 +116,12 @@ def test_a_verify_pass_gives_the_bits_of_single_passes(threads, rows, deepseek):
         (2, 2, {"branch": "before_last"}),
         (3, 3, {"stack": ParallelConfig}),
         (2, 2, {"stack": LinearConfig}),
+        (3, 3, {"stack": JointConfig}),
+        (2, 2, {"stack": JointConfig, "deepseek": True}),
+        (2, 4, {"stack": NextLatConfig}),
+        (3, 3, {"stack": ParallelConfig, "correction": "mlp"}),
+        (2, 2, {"stack": LinearConfig, "correction": "mlp"}),
+        (3, 3, {"stack": LinearConfig, "correction": "markov"}),
     ],
 )
 @pytest.mark.parametrize("together", [False, True])

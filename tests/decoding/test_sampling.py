@@ -11,6 +11,10 @@ import torch
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.sampling import Noise, Sampling, draw
 from mtp_lightning.decoding.speculative import accept_or_resample
+from mtp_lightning.mtp.joint import JointConfig
+from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.nextlat import NextLatConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
 from tests.decoding.models import random_prompts, small_model, teacher_forced
 
 VOCAB = 8
@@ -122,8 +126,26 @@ def test_the_rejection_rule_gives_p_whatever_q(n_drafts):
 )
 @pytest.mark.parametrize("drafted", [1, 2])
 def test_samples_of_the_loop_have_the_models_distribution(options, drafted):
+    require_the_models_distribution(small_model(11, 2, vocab=VOCAB), options, drafted)
+
+
+@pytest.mark.parametrize(
+    "mtp",
+    [
+        {"stack": JointConfig},
+        {"stack": NextLatConfig},
+        {"stack": ParallelConfig, "correction": "mlp"},
+        {"stack": LinearConfig, "correction": "markov"},
+    ],
+)
+def test_samples_of_heads_that_read_drafts_have_the_models_distribution(mtp):
+    """The second draft's distribution depends on the first draft."""
+    model = small_model(11, 2, vocab=VOCAB, **mtp)
+    require_the_models_distribution(model, {"temperature": 1.0}, 2)
+
+
+def require_the_models_distribution(model, options, drafted):
     """Three tokens; the second and third come from the first round's drafts."""
-    model = small_model(11, 2, vocab=VOCAB)
     (prompt,) = random_prompts(11, (4,), VOCAB)
     sampling = Sampling(**options)
     probs = torch.zeros(VOCAB, VOCAB, VOCAB)

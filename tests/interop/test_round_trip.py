@@ -97,6 +97,10 @@ def model_of(variant: str, **mtp: Any) -> MTPModel:
         ("linear", {"branch": "before_last"}),
         ("sequential", {"input_norm": "pre"}),
         ("sequential", {"branch": "before_last"}),
+        ("joint", {}),
+        ("nextlat", {"branch": "before_last"}),
+        ("linear", {"correction": "mlp"}),
+        ("parallel", {"correction": "markov", "correction_rank": 5}),
     ],
 )
 def test_heads_without_a_layout_have_a_file_of_their_own(

@@ -19,9 +19,20 @@ COMMON = {
 }
 
 
-def test_two_processes_train_parallel_heads_as_one_does(tmp_path: Path) -> None:
-    # One block of the trunk is left for the heads to branch from.
-    common = {**COMMON, "mtp": "parallel", "model.n_layers": 2}
+@pytest.mark.parametrize(
+    "mtp",
+    [
+        # One block of the trunk is left for the heads to branch from.
+        {"mtp": "parallel", "model.n_layers": 2},
+        {"mtp": "linear", "mtp.correction": "mlp"},
+        {"mtp": "linear", "mtp.correction": "markov"},
+        {"mtp": "joint"},
+        {"mtp": "nextlat"},
+    ],
+    ids=lambda mtp: " ".join(map(str, mtp.values())),
+)
+def test_two_processes_train_heads_as_one_does(tmp_path: Path, mtp: dict[str, object]) -> None:
+    common = {**COMMON, **mtp}
     two = {
         "trainer.devices": 2,
         "trainer.strategy": "ddp",

@@ -245,7 +245,9 @@ def test_who_drafts(tiny_trunk: TrunkConfig) -> None:
     for name, kind in MTPConfig.variants().items():
         mtp = kind() if name in ("none", "teacherless") else kind(depth=2)
         stack = mtp.build(tiny_trunk)
-        assert (stack.max_draft_depth != 0) == (name in ("sequential", "parallel", "linear"))
+        assert (stack.max_draft_depth != 0) == (
+            name not in ("none", "teacherless", "parameter_free")
+        )
         if stack.max_draft_depth != 0:
             stack.require_drafts()
         else:

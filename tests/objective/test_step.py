@@ -119,11 +119,29 @@ CUT: list[dict[str, Any]] = [{"detach": "trunk"}, {"detach": "all"}, {"freeze_tr
 
 @pytest.mark.parametrize("branch", ["final", "before_last"])
 @pytest.mark.parametrize("switches", [{}, *CUT], ids=str)
-@pytest.mark.parametrize("variant", ["sequential", "parallel", "linear"])
+@pytest.mark.parametrize(
+    ("variant", "correction"),
+    [
+        ("sequential", {}),
+        ("parallel", {}),
+        ("linear", {}),
+        ("joint", {}),
+        ("nextlat", {}),
+        ("parallel", {"correction": "mlp"}),
+        ("linear", {"correction": "mlp"}),
+        ("linear", {"correction": "markov"}),
+    ],
+    ids=str,
+)
 def test_flops_are_those_of_pytorchs_operators(
-    tiny_trunk: TrunkConfig, variant: str, switches: dict[str, Any], branch: str
+    tiny_trunk: TrunkConfig,
+    variant: str,
+    correction: dict[str, Any],
+    switches: dict[str, Any],
+    branch: str,
 ) -> None:
-    trained = Trained(tiny_trunk, variant, NoBalance(DEPTH), branch=branch, **switches)
+    own = {"branch": branch, **correction, **switches}
+    trained = Trained(tiny_trunk, variant, NoBalance(DEPTH), **own)
     trained.model.double()
     for length, active in ((5, [1, 2]), (3, [1]), (2, [])):
         with counted_flops() as counted:

@@ -128,14 +128,14 @@ def random_repeats(
         ``accuracy_random_repeat_P``.
     """
     generator = torch.Generator().manual_seed(seed)
-    vocab, depth = model.config.trunk.vocab_size, model.depth
+    vocab, depth, stride = model.config.trunk.vocab_size, model.depth, model.config.mtp.stride
     values: dict[str, float] = {}
     period = 8
     while 2 * period <= seq_len:
         ids = torch.randint(0, vocab, (rows, period), generator=generator)
         # As many tokens as a window of 2 P - 1 positions has, those of the depths never looked at.
-        tokens = torch.cat((ids, ids, ids[:, :1].expand(-1, depth)), dim=1)
-        batch = WindowBatch(tokens.to(model.head.weight.device), depth)
+        tokens = torch.cat((ids, ids, ids[:, :1].expand(-1, stride * depth)), dim=1)
+        batch = WindowBatch(tokens.to(model.head.weight.device), depth, stride=stride)
         right_BT = read(model, batch, depths=False).right_BT
         values[f"accuracy_random_repeat_{period}"] = float(right_BT[:, period:].double().mean())
         period *= 2

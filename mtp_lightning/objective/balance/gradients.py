@@ -193,7 +193,7 @@ def measuring_flops(config: ModelConfig, seq_len: int, active: Sequence[int], sc
 
     def beyond(seq_len: int) -> int:
         """Forward FLOPs between the shared blocks and the head, of all tasks together."""
-        own = sum(mtp.module_flops(trunk, seq_len, [k]) for k in active)
+        own = sum(mtp.alone_flops(trunk, seq_len, k, active) for k in active)
         return own + blocks(shared, trunk.n_layers, seq_len)
 
     forward = trunk.blocks_flops(seq_len) + mtp.module_flops(trunk, seq_len, active)

@@ -1,0 +1,122 @@
+"""Joint multi-token prediction (JTP; Ahn, Lamb & Langford 2025, arXiv 2503.21801).
+
+    c_j = gamma h_t + Emb(x_{t+j}),    j = 0 .. D
+    h^k = h_t + Attention(norm(c_0), .., norm(c_k)),    k = 1 .. D
+
+where ``h_t`` is the trunk's state at the branch point. One causal attention layer runs over j, at
+every t by itself, and the shared head predicts ``x_{t+1+k}`` from ``h^k``. All that a depth knows
+of the text before t it has from ``h_t``: the representation bottleneck. The place ``j = 0`` is the
+first that the others see. The paper's prediction of ``x_{t+1}`` is the trunk's own here, as for
+every stack, so that it is the same with and without the depths.
+
+The paper leaves the layer's form open. Here it is the trunk's own kind of attention behind an
+RMSNorm, with j as the rotary position, and ``gamma`` is learned and starts at 1.
+
+Shapes: J places of the window of one t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey
+from mtp_lightning.mtp.switches import Branch, Detach
+from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.norm import RMSNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointConfig(MTPConfig, variant="joint"):
+    """Switches of the joint head; the defaults are the paper's.
+
+    It has no norm of its own before the shared head, and so always reads a state after the trunk's
+    final norm.
+
+    Attributes:
+        branch: ``final`` reads the whole trunk; ``before_last`` all blocks but the last.
+        detach: ``trunk`` stops the depths' gradients at the branch point; ``all`` also at the
+            shared embedding and head.
+        freeze_trunk: embedding, trunk and head keep their weights; only the layer is trained.
+
+    Raises:
+        ValueError: a switch has a value that it does not know, or nothing to act on.
+    """
+
+    meaning: ClassVar[tuple[str, ...]] = ("branch",)
+
+    branch: Branch = "final"
+    detach: Detach = "none"
+    freeze_trunk: bool = False
+
+    def build(self, trunk: TrunkConfig) -> JointMTP:
+        return JointMTP(self, trunk)
+
+    def num_params(self, trunk: TrunkConfig) -> int:
+        layer = trunk.attention.num_params(trunk, None) + trunk.d_model + 1
+        return layer if self.depth else 0
+
+    def num_idle_params(self, trunk: TrunkConfig) -> int:
+        return trunk.attention.idle_params(trunk, None) if self.depth else 0
+
+    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
+        # One layer over the places up to the deepest, whatever depths between are wanted. Its
+        # window is its own, but what is asked for 0 tokens is the part that has weights.
+        places = max(active) + 1 if active else 0
+        return places * trunk.attention.flops(trunk, min(seq_len, 1) * places, None)
+
+    def alone_flops(self, trunk: TrunkConfig, seq_len: int, k: int, active: Sequence[int]) -> int:
+        # The layer's backward pass is over all places, whichever of them was asked.
+        return self.module_flops(trunk, seq_len, active)
+
+
+class JointMTP(MTPStack):
+    """One attention layer for all depths, which are computed in one pass."""
+
+    config: JointConfig
+
+    def __init__(self, config: JointConfig, trunk: TrunkConfig) -> None:
+        super().__init__(config)
+        self.trunk_config = trunk
+        if config.depth:
+            self.gamma = nn.Parameter(torch.ones(1))
+            self.norm = RMSNorm(trunk.d_model, trunk.norm_eps)
+            self.attention = trunk.attention.build(trunk, None)
+
+    def states(
+        self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        if active:
+            hidden_BTJC = self._read(at, max(active) + 1)
+            for k in self.computed(active):
+                yield k, hidden_BTJC[:, :, k]
+
+    def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
+        return self._read(at, k + 1)[:, :, k]
+
+    def _read(self, at: BranchPoint, places: int) -> Tensor:
+        """Every place's hidden state [B, T, J, C], from the places up to it."""
+        tokens_BTJC = torch.stack([at.embedded_at(j) for j in range(places)], dim=2)
+        if self.config.detach == "all":
+            tokens_BTJC = tokens_BTJC.detach()
+        branch_BT1C = at.hidden.unsqueeze(2)
+        window = self.norm((self.gamma * branch_BT1C + tokens_BTJC).flatten(0, 1))
+        positions = Positions.of_window(
+            self.trunk_config,
+            places,
+            device=window.device,
+            dtype=self.gamma.dtype,
+            ledger=at.positions.ledger,
+        )
+        return branch_BT1C + self.attention(window, positions).view_as(tokens_BTJC)
+
+    def ahead(self, active: Sequence[int]) -> int:
+        return max(active, default=0)
+
+    def first_token(self, k: int) -> int:
+        return 0

@@ -1,0 +1,108 @@
+"""NextLat's model of the next hidden state (arXiv 2511.05963), applied again and again.
+
+    g_{t+1} = h_t + MLP(LN[h_t ; Emb(x_{t+1})]),    g_{t+i+1} = g_{t+i} + MLP(LN[g_{t+i} ; ..])
+
+where ``h_t`` is the trunk's state after its final norm. ``g_{t+k}`` foretells ``h_{t+k}`` and is
+depth k, which the shared head projects. The MLP has three layers of the trunk's width with GELU
+between them, without biases, and its last one starts at zero: every depth starts as the main
+prediction. One module serves all depths, so it drafts as many tokens as one likes.
+
+The head says nothing of what it is trained on. The paper's own loss, the distance to ``sg h_{t+k}``
+and the divergence of what the head makes of the two, is a matter of ``objective=``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_lightning.mtp.base import MTPConfig, RandomKey
+from mtp_lightning.mtp.kinds import Chain
+from mtp_lightning.mtp.switches import Branch, Detach
+from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.linear import Linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextLatConfig(MTPConfig, variant="nextlat"):
+    """Switches of the state model; the defaults are the paper's.
+
+    It has no norm of its own before the shared head, and so always reads a state after the trunk's
+    final norm.
+
+    Attributes:
+        branch: ``final`` reads the whole trunk; ``before_last`` all blocks but the last.
+        detach: ``trunk`` stops the depths' gradients at the branch point, once, before the first
+            depth; ``all`` also at the shared embedding and head.
+        freeze_trunk: embedding, trunk and head keep their weights; only the module is trained.
+
+    Raises:
+        ValueError: a switch has a value that it does not know, or nothing to act on.
+    """
+
+    meaning: ClassVar[tuple[str, ...]] = ("branch",)
+
+    branch: Branch = "final"
+    detach: Detach = "none"
+    freeze_trunk: bool = False
+
+    def build(self, trunk: TrunkConfig) -> NextLatMTP:
+        return NextLatMTP(self, trunk)
+
+    def num_params(self, trunk: TrunkConfig) -> int:
+        c = trunk.d_model
+        return 4 * c * c + 2 * 2 * c if self.depth else 0
+
+    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
+        # A depth needs all shallower ones, but not their logits.
+        return max(active, default=0) * 2 * 4 * trunk.d_model**2
+
+
+class StateModel(nn.Module):
+    """The next hidden state from this one and the token between them."""
+
+    def __init__(self, trunk: TrunkConfig) -> None:
+        super().__init__()
+        c = trunk.d_model
+        self.norm = nn.LayerNorm(2 * c, trunk.norm_eps)
+        self.first = Linear(2 * c, c)
+        self.second = Linear(c, c)
+        self.last = Linear(c, c)
+
+    def forward(self, hidden_BTC: Tensor, embedded_BTC: Tensor) -> Tensor:
+        x = self.norm(torch.cat((hidden_BTC, embedded_BTC), dim=-1))
+        return hidden_BTC + self.last(F.gelu(self.second(F.gelu(self.first(x)))))
+
+
+class NextLatMTP(Chain):
+    """One module, applied D times."""
+
+    config: NextLatConfig
+
+    def __init__(self, config: NextLatConfig, trunk: TrunkConfig) -> None:
+        super().__init__(config)
+        self.depths = nn.ModuleList(StateModel(trunk) for _ in range(min(config.depth, 1)))
+
+    @torch.no_grad()
+    def initialise_own(self) -> None:
+        for module in self.depths:
+            assert isinstance(module, StateModel)
+            module.last.weight.zero_()
+
+    @property
+    def max_draft_depth(self) -> int | None:
+        return None if self.depth else 0
+
+    def tokens_of(self, k: int, embedded_BTC: Tensor, key: RandomKey | None) -> Tensor:
+        return embedded_BTC.detach() if self.config.detach == "all" else embedded_BTC
+
+    def step(
+        self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, positions: Positions
+    ) -> Tensor:
+        return self.depths[0](previous_BTC, embedded_BTC)

@@ -1,0 +1,74 @@
+"""Heads of recent papers in real runs: trained, stopped, resumed, evaluated, decoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtp_lightning.decoding import generate
+from mtp_lightning.run.loading import load_run
+from tests.integration.helpers import assert_same_weights, rows, train_here
+from tests.integration.test_resume import stop_after
+from tests.integration.test_teacherless import TRAINED as TASK
+
+HEADS: dict[str, dict[str, Any]] = {
+    "joint": {"mtp": "joint"},
+    "nextlat": {"mtp": "nextlat"},
+    "mlp": {"mtp": "parallel", "mtp.correction": "mlp"},
+    "markov": {"mtp": "linear", "mtp.correction": "markov", "mtp.correction_rank": 8},
+    "stride": {"mtp": "linear", "mtp.stride": 2},
+}
+SETTINGS = {
+    "data.document_mask": "true",
+    "trainer.accumulate_grad_batches": 2,
+    "callbacks.checkpoints.every_n_steps": 4,
+}
+
+
+def settings_of(head: str) -> dict[str, Any]:
+    return HEADS[head] | SETTINGS
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_resumed_is_uninterrupted_and_drafts_are_lossless(
+    tmp_path: Path, cache: Path, head: str
+) -> None:
+    settings = settings_of(head)
+    summary = train_here(tmp_path / "whole", cache, settings)
+    stop_after(tmp_path / "parts", cache, settings, 5)  # where it validates anyway
+    train_here(tmp_path / "parts", cache, settings)
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
+    assert summary["val/loss_depth_2"] > 0
+    assert summary["mtp_reads_tokens"] is (head != "stride")
+    model = load_run(tmp_path / "whole").model
+    assert model.config.mtp.variant == settings["mtp"]
+    prompts = [[1, 2, 3], [200, 7]]
+    drafted, plain = (
+        generate(model, prompts, max_new_tokens=12, speculative=way) for way in (True, False)
+    )
+    assert [g.token_ids for g in drafted] == [g.token_ids for g in plain]
+    assert (sum(g.drafts_reached[0] for g in drafted if g.drafts_reached) > 0) is (head != "stride")
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_tasks(tmp_path: Path, cache: Path, head: str) -> None:
+    """Whose targets are answers alone."""
+    settings = HEADS[head]
+    summary = train_here(tmp_path / "run", cache, {**TASK, "mtp.depth": 1, **settings})
+    assert 0 <= summary["val/exact_match"] <= 1 and summary["val/loss_depth_1"] > 0
+
+
+def test_leaps_beyond_the_window_are_refused(tmp_path: Path, cache: Path) -> None:
+    settings = {"mtp": "linear", "mtp.depth": 3, "mtp.stride": 6}
+    with pytest.raises(ValueError, match="mtp.depth=3 x mtp.stride=6"):
+        train_here(tmp_path / "run", cache, settings)
+
+
+def test_a_sweep_over_strides_holds_plain_runs_too(tmp_path: Path, cache: Path) -> None:
+    summary = train_here(
+        tmp_path / "run", cache, {"mtp": "parallel", "mtp.depth": 0, "mtp.stride": 3}
+    )
+    assert summary["val/loss_depth_0"] > 0 and "val/loss_depth_1" not in summary

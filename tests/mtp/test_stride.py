@@ -1,0 +1,125 @@
+"""Heads that leap: depth k predicts the token s k places beyond the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.decoding import generate
+from mtp_lightning.metrics.rates import DepthRates
+from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.nn.config import TrunkConfig
+from tests.losses import mtp_loss
+from tests.models import build
+
+every_head = pytest.mark.parametrize("variant", ["parallel", "linear"])
+
+
+def leaping(rows: int, seq_len: int, depth: int, stride: int) -> WindowBatch:
+    """Windows with documents and unscored tokens."""
+    generator = torch.Generator().manual_seed(2)
+    shape = (rows, seq_len + stride * depth + 1)
+    tokens = torch.randint(0, 37, shape, generator=generator)
+    documents = (torch.rand(shape, generator=generator) < 0.1).long().cumsum(1)
+    scored = torch.rand(shape, generator=generator) < 0.8
+    return WindowBatch(tokens, depth, documents, scored, stride=stride)
+
+
+def pair(trunk: TrunkConfig, variant: str) -> tuple[MTPModel, MTPModel]:
+    """Two heads that leap by 3, and six that do not, of which the third and sixth are the same."""
+    kind = MTPConfig.find(variant)
+    leaps, walks = build(trunk, kind(depth=2, stride=3)), build(trunk, kind(depth=6))
+    state = walks.state_dict()
+    for name in leaps.state_dict():
+        if name.startswith("mtp."):
+            head = int(name.split(".")[2])
+            wide = name.replace(f"depths.{head}.", f"depths.{3 * head + 2}.")
+            state[name] = state.pop(wide)
+    leaps.load_state_dict({n: t for n, t in state.items() if n in leaps.state_dict()})
+    return leaps, walks
+
+
+@given(st.integers(1, 4), st.integers(0, 3), st.integers(1, 6))
+def test_targets_are_those_of_deeper_windows(stride: int, depth: int, seq_len: int) -> None:
+    batch = leaping(3, seq_len, depth, stride)
+    deep = WindowBatch(batch.tokens, stride * depth, batch.documents, batch.scored)
+    assert batch.seq_len == deep.seq_len == seq_len
+    for k in range(depth + 1):
+        assert torch.equal(batch.targets(k), deep.targets(stride * k))
+        for row in range(3):
+            for i in range(seq_len):
+                target = int(batch.targets(k)[row, i])
+                if target >= 0:
+                    assert target == batch.tokens[row, i + 1 + stride * k]
+    assert batch.counts().tolist() == deep.counts().tolist()[::stride]
+    for part in batch.micro_batches(2):
+        assert part.stride == stride and part.seq_len == seq_len
+
+
+@every_head
+def test_loss_and_gradients_are_those_of_the_same_heads_among_more(
+    tiny_trunk: TrunkConfig, variant: str
+) -> None:
+    leaps, walks = pair(tiny_trunk, variant)
+    batch = leaping(3, 10, 2, 3)
+    deep = WindowBatch(batch.tokens, 6, batch.documents, batch.scored)
+    total, sums = mtp_loss(leaps, batch, [0.3, 0.2], batch.counts().tolist())
+    total.backward()
+    others = [0.0, 0.0, 0.3, 0.0, 0.0, 0.2]
+    expected, all_sums = mtp_loss(walks, deep, others, deep.counts().tolist())
+    expected.backward()
+    assert torch.equal(total, expected) and torch.equal(sums, all_sums[::3])
+    gradients = dict(walks.named_parameters())
+    for name, parameter in leaps.named_parameters():
+        wide = name.replace("depths.1.", "depths.5.").replace("depths.0.", "depths.2.")
+        assert torch.equal(parameter.grad, gradients[wide].grad), name
+
+
+@every_head
+def test_rates_compare_the_same_token(tiny_trunk: TrunkConfig, variant: str) -> None:
+    leaps, walks = pair(tiny_trunk, variant)
+    batch = leaping(3, 10, 2, 3)
+    deep = WindowBatch(batch.tokens, 6, batch.documents, batch.scored)
+    found = {}
+    for model, windows in ((leaps, batch), (walks, deep)):
+        rates = DepthRates(model.depth)
+        with torch.no_grad():
+            rates.update(model(windows), model.head.weight, windows)
+        found[model] = rates.compute()
+    for name in ("loss", "accuracy", "agreement", "overlap"):
+        for k in (1, 2):
+            value = found[leaps][f"{name}_depth_{k}"]
+            assert value == found[walks][f"{name}_depth_{3 * k}"]
+
+
+@every_head
+def test_only_neighbours_can_be_drafted(tiny_trunk: TrunkConfig, variant: str) -> None:
+    model = build(tiny_trunk, MTPConfig.find(variant)(depth=2, stride=2)).eval()
+    assert model.mtp.max_draft_depth == 0 and not model.mtp.reads_tokens
+    (plain,) = generate(model, [[1, 2, 3]], max_new_tokens=5)
+    assert len(plain.token_ids) == 5 and plain.verify_passes == 4
+    with pytest.raises(ValueError, match="mtp.stride=2 predicts every 2th token"):
+        generate(model, [[1, 2, 3]], max_new_tokens=5, draft_depth=1)
+
+
+@pytest.mark.parametrize(
+    ("build_bad", "message"),
+    [
+        (lambda: ParallelConfig(depth=1, stride=0), "mtp.stride must be a whole number"),
+        (lambda: LinearConfig(depth=1, stride=2, correction="mlp"), "would have to read"),
+        (lambda: WindowBatch(torch.zeros(1, 5).long(), 2, stride=2), r"\[B, T\+2 D\+1\]"),
+        (lambda: leaping(1, 4, 2, 2).require_depth(2), "built for mtp.stride=2"),
+        (lambda: WindowBatch(torch.zeros(1, 5).long(), 2, stride=0), "stride must be 1 or more"),
+    ],
+)
+def test_what_is_refused(build_bad: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_bad()
