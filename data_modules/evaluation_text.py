@@ -92,6 +92,7 @@ class EvaluationWindows(Dataset[WindowBatch]):
         eot_id: the end-of-text token.
         document_mask: whether batches carry document ids; every document's first token, which
             nothing before it predicts, is then no target.
+        extra: E, tokens of a window behind its T + D + 1.
     """
 
     def __init__(
@@ -102,12 +103,14 @@ class EvaluationWindows(Dataset[WindowBatch]):
         depth: int,
         eot_id: int,
         document_mask: bool = False,
+        extra: int = 0,
     ) -> None:
         self.text = text
         self.seq_len = seq_len
         self.depth = depth
         self.eot_id = eot_id
         self.document_mask = document_mask
+        self.extra = extra
         self._stream: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -123,7 +126,8 @@ class EvaluationWindows(Dataset[WindowBatch]):
             self._open()
         assert self._stream is not None
         end = len(self._stream) - 1
-        at = numbers[:, None] * self.seq_len + np.arange(self.seq_len + self.depth + 1)
+        width = self.seq_len + self.depth + 1 + self.extra
+        at = numbers[:, None] * self.seq_len + np.arange(width)
         inside = np.minimum(at, end)
         texts = torch.from_numpy(self._last.searchsorted(inside).clip(max=len(self._last) - 1))
         # The token before the first document belongs to none.
@@ -136,6 +140,7 @@ class EvaluationWindows(Dataset[WindowBatch]):
             documents,
             torch.from_numpy(at < end),
             texts,
+            extra=self.extra,
         )
 
     def _open(self) -> None:

@@ -2,9 +2,11 @@
 
 A window ``w`` serves every prediction depth (DeepSeek-V3, arXiv 2412.19437, fig. 3): depth k reads
 ``w[k : T+k]`` and predicts ``w[k+1 : T+k+1]``. All of them are views of one tensor, and all have
-the full width T: no depth loses targets at the window's end.
+the full width T: no depth loses targets at the window's end. A head that looks further ahead than
+its depth is given E tokens more behind them.
 
-Shape letters: B batch, T positions, D prediction depths beyond the next token.
+Shape letters: B batch, T positions, D prediction depths beyond the next token, E extra tokens,
+0 where a comment does not speak of them.
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ class WindowBatch:
             if every one may. It is read all the same.
         texts: ``[B, T+D+1]`` int64 number of the evaluated text whose loss a token counts for, as
             a target; ``None`` in training. Unlike ``documents`` it masks nothing.
+        extra: E, tokens of every window, and entries of the other fields, behind its T+D+1.
 
     Raises:
-        ValueError: if the shapes or D do not fit together.
+        ValueError: if the shapes, D and E do not fit together.
     """
 
     tokens: Tensor
@@ -43,13 +46,16 @@ class WindowBatch:
     documents: Tensor | None = None
     scored: Tensor | None = None
     texts: Tensor | None = None
+    extra: int = 0
 
     def __post_init__(self) -> None:
-        if self.depth < 0:
-            raise ValueError(f"depth must be 0 or more, got {self.depth}")
-        if self.tokens.ndim != 2 or self.tokens.shape[1] < self.depth + 2:
+        for name in ("depth", "extra"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.tokens.ndim != 2 or self.seq_len < 1:
+            more = f" and {self.extra} extra tokens" if self.extra else ""
             raise ValueError(
-                f"tokens must be [B, T+D+1] with T >= 1 and D = {self.depth}, "
+                f"tokens must be [B, T+D+1] with T >= 1 and D = {self.depth}{more}, "
                 f"got {tuple(self.tokens.shape)}"
             )
         for name in ("documents", "scored", "texts"):
@@ -71,7 +77,7 @@ class WindowBatch:
     @property
     def seq_len(self) -> int:
         """T, the positions that every depth is trained on."""
-        return int(self.tokens.shape[1]) - self.depth - 1
+        return int(self.tokens.shape[1]) - self.depth - 1 - self.extra
 
     @property
     def device(self) -> torch.device:
@@ -126,10 +132,9 @@ class WindowBatch:
     def map(self, function: Callable[[Tensor], Tensor]) -> WindowBatch:
         """The batch with every field passed through ``function``, which may cut both dimensions."""
         fields = (self.documents, self.scored, self.texts)
+        documents, scored, texts = (None if f is None else function(f) for f in fields)
         return WindowBatch(
-            function(self.tokens),
-            self.depth,
-            *(None if field is None else function(field) for field in fields),
+            function(self.tokens), self.depth, documents, scored, texts, extra=self.extra
         )
 
     def micro_batches(self, n: int) -> list[WindowBatch]:

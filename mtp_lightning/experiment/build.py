@@ -20,6 +20,7 @@ from mtp_lightning.experiment.run_loggers import build_loggers
 from mtp_lightning.init_from import free_keys
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
+from mtp_lightning.mtp.bag import BagMTP
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.nn.block import Block
@@ -27,6 +28,7 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.schedule.base import LambdaSchedule
 from mtp_lightning.objective.terms.base import Term
+from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.optim.base import OptimizerConfig
 from mtp_lightning.runtime import pick_accelerator
 from mtp_lightning.settings import require_whole
@@ -54,12 +56,15 @@ def build_data(
         brought: it came with a trunk (:func:`adopt_trunk`), and takes the place of the config's
             unless that was asked for.
     """
+    further: dict[str, Any] = {}
+    if "lookahead" in cfg.mtp:
+        further["lookahead"] = cfg.mtp.lookahead
     if "task" in cfg.data:
-        data = _build_task(cfg, tokenizer_state)
+        data = _build_task(cfg, tokenizer_state, **further)
     elif tokenizer_state is None:
-        data = instantiate(cfg.data)
+        data = instantiate(cfg.data, **further)
     elif brought and not overridden("tokenizer"):
-        data = instantiate(cfg.data, tokenizer=tokenizer_from_state(tokenizer_state))
+        data = instantiate(cfg.data, tokenizer=tokenizer_from_state(tokenizer_state), **further)
     else:
         tokenizer = tokenizer_from_state(tokenizer_state)
         asked = instantiate(cfg.tokenizer)
@@ -73,18 +78,20 @@ def build_data(
                 f"init_from={cfg.init_from} was trained with the tokenizer {stored}, which this "
                 "run's tokenizer settings do not ask for: its weights mean nothing with another."
             )
-        data = instantiate(cfg.data, tokenizer=tokenizer)
+        data = instantiate(cfg.data, tokenizer=tokenizer, **further)
     data.prepare()
     return data
 
 
-def _build_task(cfg: DictConfig, tokenizer_state: dict[str, Any] | None) -> WindowDataModule:
+def _build_task(
+    cfg: DictConfig, tokenizer_state: dict[str, Any] | None, **further: Any
+) -> WindowDataModule:
     if typed := overridden("tokenizer"):
         raise ValueError(
             f"{typed[0]} has no meaning for a task, which has symbols of its own: leave it out."
         )
     tokenizer = None if tokenizer_state is None else tokenizer_from_state(tokenizer_state)
-    data: WindowDataModule = instantiate(cfg.data, tokenizer=tokenizer)
+    data: WindowDataModule = instantiate(cfg.data, tokenizer=tokenizer, **further)
     return data
 
 
@@ -155,12 +162,18 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
             f"mtp={model_config.mtp.variant} is not shown what it is to say, so it needs a task "
             "(data=star_graph, copy, ..) without data.train_prompt."
         )
+    term: Term = instantiate(cfg.objective, kind=Term)
+    if not (model_config.mtp.predicts_tokens or isinstance(term, CrossEntropy)):
+        raise ValueError(
+            f"objective={term.name} says what depths that predict a token are trained on, and "
+            f"mtp={model_config.mtp.variant} has a loss of its own: leave objective=ce."
+        )
     module = MTPModule(
         model_config,
         schedule=instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
         optimizer=instantiate(cfg.optimizer, kind=OptimizerConfig),
         balance=build_balance(cfg),
-        term=instantiate(cfg.objective, kind=Term),
+        term=term,
         seed=cfg.seed,
         accumulate=cfg.trainer.accumulate_grad_batches,
         clip_norm=cfg.trainer.gradient_clip_val,
@@ -170,6 +183,9 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
             "config": OmegaConf.to_container(asked, resolve=True),
         },
     )
+    stack = module.model.mtp
+    if isinstance(stack, BagMTP) and stack.config.weights == "idf":
+        stack.weigh(*data.document_frequency())
     if cfg.trainer.compile:
         # In place, block by block: the keys of checkpoints stay what they are.
         for layer in module.modules():

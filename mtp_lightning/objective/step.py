@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import RandomKey
+from mtp_lightning.mtp.base import MTPStack, RandomKey
+from mtp_lightning.mtp.summary import Summary
 from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.objective.balance.base import Balance, Observed, depths_of
 from mtp_lightning.objective.balance.gradients import (
@@ -31,6 +32,7 @@ from mtp_lightning.objective.expert_balance import balance_experts
 from mtp_lightning.objective.ranks import rank, sum_over_ranks, world_size
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.objective.stack_loss import stack_loss
+from mtp_lightning.objective.summary_loss import stack_loss_with_summary
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.through_head import DepthTarget
@@ -151,11 +153,11 @@ class OptimizerStep:
 
     def plan(self, batch: WindowBatch, progress: Progress) -> StepPlan:
         """What the step over this rank's ``batch`` is going to do."""
-        counts = step_counts(batch)
+        key = RandomKey(self.seed, progress.step, first_row=len(batch) * rank())
+        counts = step_counts(batch, self.model.mtp, key)
         # A depth that a document mask left without a target is one that is switched off.
         base = [1.0, *_where(counts[1:], self.schedule.weights(progress))]
         main, *factors = self.balance.factors(base, progress)
-        key = RandomKey(self.seed, progress.step, first_row=len(batch) * rank())
         micro_batches = []
         for micro in batch.micro_batches(self.accumulate):
             micro_batches.append((micro, key))
@@ -272,16 +274,19 @@ class OptimizerStep:
         targets = [
             DepthTarget(
                 depth=k,
-                tokens=micro.targets(k),
+                tokens=self.model.mtp.targets(micro, k, key),
                 coefficient=plan.factors[k] / plan.counts[k],
                 term=self.term if k else _MAIN_TERM,
             )
             for k in computed
         ]
         ledger = Ledger()
-        final, at = self.model.run_trunk(micro, plan.active, ledger=ledger)
+        final, at = self.model.run_trunk(micro, plan.active, ledger=ledger, key=key)
         auxiliary = 1 / plan.windows
-        total, sums = stack_loss(self.model, final, at, targets, key=key, auxiliary=auxiliary)
+        if isinstance(self.model.mtp, Summary):
+            total, sums = stack_loss_with_summary(self.model, final, at, micro, targets)
+        else:
+            total, sums = stack_loss(self.model, final, at, targets, key=key, auxiliary=auxiliary)
         for loss in ledger.losses:
             if loss.requires_grad:  # those of heads side by side have had their backward pass
                 total = total + auxiliary * loss
@@ -304,9 +309,9 @@ def _where(counts: Sequence[int], factors: Sequence[float]) -> list[float]:
     return [factor if count else 0.0 for factor, count in zip(factors, counts, strict=True)]
 
 
-def step_counts(batch: WindowBatch) -> list[int]:
+def step_counts(batch: WindowBatch, stack: MTPStack, key: RandomKey) -> list[int]:
     """Valid targets of every depth in the whole step, all ranks together."""
     if batch.every_target_counts:
         # Every rank's batch has the same size.
         return [len(batch) * batch.seq_len * world_size()] * (batch.depth + 1)
-    return [int(count) for count in sum_over_ranks(batch.counts()).tolist()]
+    return [int(count) for count in sum_over_ranks(stack.counts(batch, key)).tolist()]
