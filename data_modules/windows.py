@@ -123,10 +123,11 @@ class WindowBatch:
         """``[B, T]`` view of a ``[B, T+D+1]`` field at the targets of depth k.
 
         Raises:
-            ValueError: for a k outside 0 .. D.
+            ValueError: for a k outside 0 .. D + E.
         """
-        if not 0 <= k <= self.depth:
-            raise ValueError(f"depth k = {k} is outside 0..{self.depth} of this batch")
+        if not 0 <= k <= self.depth + self.extra:
+            most = self.depth + self.extra
+            raise ValueError(f"depth k = {k} is outside 0..{most} of this batch")
         return field[:, k + 1 : self.seq_len + k + 1]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> WindowBatch:

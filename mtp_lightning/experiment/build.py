@@ -23,6 +23,7 @@ from mtp_lightning.module import MTPModule
 from mtp_lightning.mtp.bag import BagMTP
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.registers import RegistersConfig
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.balance.base import Balance, NoBalance
@@ -162,6 +163,8 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
             f"mtp={model_config.mtp.variant} is not shown what it is to say, so it needs a task "
             "(data=star_graph, copy, ..) without data.train_prompt."
         )
+    if isinstance(model_config.mtp, RegistersConfig):
+        model_config.mtp.check_window(data.seq_len)
     term: Term = instantiate(cfg.objective, kind=Term)
     if not (model_config.mtp.predicts_tokens or isinstance(term, CrossEntropy)):
         raise ValueError(

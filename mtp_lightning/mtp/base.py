@@ -14,7 +14,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.switches import Switches, branch_state, check_switches
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -195,20 +194,14 @@ class MTPStack(nn.Module, ABC):
         """
         return tokens_BW
 
-    def targets(self, batch: WindowBatch, k: int, key: RandomKey | None = None) -> Tensor:
-        """The tokens [B, T] that depth ``k`` is trained on, -100 where a position does not count.
+    def target_depth(self, k: int, key: RandomKey | None = None) -> int:
+        """Whose targets depth ``k`` is trained on: those ``target_depth + 1`` places on.
 
         Args:
-            batch: windows.
             k: 0 for the main prediction.
             key: of the random choices in training.
         """
-        return batch.targets(k)
-
-    def counts(self, batch: WindowBatch, key: RandomKey | None = None) -> Tensor:
-        """Positions that count, int64 [D + 1]; arguments as :meth:`targets`. Asked only where
-        there is a mask: without one, all do."""
-        return batch.counts()
+        return k
 
     def through_trunk(
         self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None = None

@@ -12,32 +12,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from data_modules.windows import WindowBatch
-
 
 class Future:
-    """What lies ahead of the positions of a batch.
+    """What lies ahead of the positions of windows.
 
     Args:
-        batch: windows.
+        tokens_BW: of whole windows.
+        seq_len: T.
+        documents_BW: ids of the documents that they belong to; None for no document mask.
+        scored_BW: which of them may be targets; None for all.
         first: places ahead of the nearest token that is looked at, 1 for the next one.
         last: of the farthest; tokens behind the window's last one are not there.
     """
 
-    def __init__(self, batch: WindowBatch, first: int, last: int) -> None:
-        tokens_BW = batch.tokens
+    def __init__(
+        self,
+        tokens_BW: Tensor,
+        seq_len: int,
+        *,
+        documents_BW: Tensor | None,
+        scored_BW: Tensor | None,
+        first: int,
+        last: int,
+    ) -> None:
         width = tokens_BW.shape[1]
-        self.seq_len, self.first = batch.seq_len, first
+        self.seq_len, self.first = seq_len, first
         self.last = min(last, width - 1)
-        self.tokens_BW = tokens_BW
-        self.scored_BW = batch.scored
-        places_T = torch.arange(self.seq_len, device=batch.device)
+        self.tokens_BW, self.scored_BW = tokens_BW, scored_BW
+        places_T = torch.arange(seq_len, device=tokens_BW.device)
         # The farthest token that each position looks at.
-        self.stop_BT = (places_T + self.last).clamp(max=width - 1).expand(len(batch), -1)
-        if batch.documents is not None:
-            ends_BW = _last_of_document(batch.documents)
-            self.stop_BT = torch.minimum(self.stop_BT, ends_BW[:, : self.seq_len])
-        self.before_BW = _before(tokens_BW, self.scored_BW)
+        self.stop_BT = (places_T + self.last).clamp(max=width - 1).expand(len(tokens_BW), -1)
+        if documents_BW is not None:
+            ends_BW = _last_of_document(documents_BW)
+            self.stop_BT = torch.minimum(self.stop_BT, ends_BW[:, :seq_len])
+        self.before_BW = _before(tokens_BW, scored_BW)
 
     def valid(self) -> Tensor:
         """Which positions have a token ahead that counts: bool [B, T]."""

@@ -27,7 +27,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from data_modules.windows import IGNORE_INDEX, WindowBatch
 from mtp_lightning.mtp.base import BranchPoint, RandomKey
 from mtp_lightning.mtp.training_only import TrainingOnly, TrainingOnlyConfig
 from mtp_lightning.nn.attention import Positions
@@ -49,6 +48,18 @@ class RegistersConfig(TrainingOnlyConfig, variant="registers"):
 
     def build(self, trunk: TrunkConfig) -> Registers:
         return Registers(self, trunk)
+
+    def check_window(self, seq_len: int) -> None:
+        """Refuse targets that windows of ``seq_len`` do not hold.
+
+        Raises:
+            ValueError: naming both.
+        """
+        if self.lookahead > seq_len + 1:
+            raise ValueError(
+                f"mtp.lookahead={self.lookahead} is beyond the windows, which hold data.seq_len + "
+                f"1 = {seq_len + 1} tokens ahead: lower it, or lengthen the window."
+            )
 
     def num_params(self, trunk: TrunkConfig) -> int:
         return trunk.d_model
@@ -91,31 +102,11 @@ class Registers(TrainingOnly):
         generator = torch.Generator().manual_seed(seed)
         return int(torch.randint(1, self.config.lookahead + 1, (), generator=generator))
 
-    def targets(self, batch: WindowBatch, k: int, key: RandomKey | None = None) -> Tensor:
+    def target_depth(self, k: int, key: RandomKey | None = None) -> int:
         if k == 0:
-            return batch.targets(0)
-        tokens, valid = self._ahead(batch, self.offset(_needed(key)))
-        return tokens if valid is None else tokens.masked_fill(~valid, IGNORE_INDEX)
-
-    def counts(self, batch: WindowBatch, key: RandomKey | None = None) -> Tensor:
-        main = batch.counts()[0]
-        _, valid = self._ahead(batch, self.offset(_needed(key)))
-        return torch.stack((main, main if valid is None else valid.sum()))
-
-    def _ahead(self, batch: WindowBatch, d: int) -> tuple[Tensor, Tensor | None]:
-        """Tokens d places on [B, T], and which of them are targets; None for all."""
-        place, seq_len = slice(d, d + batch.seq_len), batch.seq_len
-        tokens = batch.tokens[:, place]
-        if tokens.shape[1] < seq_len:
-            raise ValueError(
-                f"mtp.lookahead={self.config.lookahead} is larger than the window, data.seq_len="
-                f"{seq_len}, by more than one: lower it, or lengthen the window."
-            )
-        valid = None if batch.scored is None else batch.scored[:, place]
-        if batch.documents is not None:
-            same = batch.documents[:, :seq_len] == batch.documents[:, place]
-            valid = same if valid is None else same & valid
-        return tokens, valid
+            return 0
+        assert key is not None, "registers are drawn, and stand in training alone"
+        return self.offset(key) - 1
 
     def through_trunk(
         self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None = None
@@ -157,8 +148,3 @@ class Registers(TrainingOnly):
         by_token = torch.cat((sees, torch.zeros_like(sees)), dim=-1)
         mask = torch.cat((by_token, torch.cat((sees, itself), dim=-1)), dim=-2)
         return replace(tokens, cos=cos.unsqueeze(-2), sin=sin.unsqueeze(-2), mask=mask)
-
-
-def _needed(key: RandomKey | None) -> RandomKey:
-    assert key is not None, "registers are drawn, and stand in training alone"
-    return key

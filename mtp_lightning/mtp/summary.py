@@ -10,12 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from data_modules.windows import WindowBatch
-from mtp_lightning.mtp.base import RandomKey
-from mtp_lightning.mtp.future import Future
 from mtp_lightning.mtp.switches import Detach
 from mtp_lightning.mtp.training_only import TrainingOnly, TrainingOnlyConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -74,11 +68,3 @@ class Summary(TrainingOnly):
     def __init__(self, config: SummaryConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)
         self.head = Linear(trunk.d_model, trunk.vocab_size)
-
-    def future(self, batch: WindowBatch) -> Future:
-        """What the head looks at."""
-        return Future(batch, self.config.first_ahead, self.config.lookahead)
-
-    def counts(self, batch: WindowBatch, key: RandomKey | None = None) -> Tensor:
-        main = batch.counts()[0]
-        return torch.stack((main, self.future(batch).valid().sum()))

@@ -32,7 +32,7 @@ from mtp_lightning.objective.expert_balance import balance_experts
 from mtp_lightning.objective.ranks import rank, sum_over_ranks, world_size
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.objective.stack_loss import stack_loss
-from mtp_lightning.objective.summary_loss import stack_loss_with_summary
+from mtp_lightning.objective.summary_loss import future_of, stack_loss_with_summary
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.through_head import DepthTarget
@@ -274,7 +274,7 @@ class OptimizerStep:
         targets = [
             DepthTarget(
                 depth=k,
-                tokens=self.model.mtp.targets(micro, k, key),
+                tokens=micro.targets(self.model.mtp.target_depth(k, key)),
                 coefficient=plan.factors[k] / plan.counts[k],
                 term=self.term if k else _MAIN_TERM,
             )
@@ -314,4 +314,8 @@ def step_counts(batch: WindowBatch, stack: MTPStack, key: RandomKey) -> list[int
     if batch.every_target_counts:
         # Every rank's batch has the same size.
         return [len(batch) * batch.seq_len * world_size()] * (batch.depth + 1)
-    return [int(count) for count in sum_over_ranks(stack.counts(batch, key)).tolist()]
+    masks = [batch.valid(stack.target_depth(k, key)) for k in range(batch.depth + 1)]
+    if isinstance(stack, Summary):
+        masks[1] = future_of(stack, batch).valid()
+    counts = torch.stack([mask.sum() for mask in masks if mask is not None])
+    return [int(count) for count in sum_over_ranks(counts).tolist()]

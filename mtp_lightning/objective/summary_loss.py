@@ -54,6 +54,18 @@ def stack_loss_with_summary(
     return total, sums
 
 
+def future_of(head: Summary, batch: WindowBatch) -> Future:
+    """What a head looks at."""
+    return Future(
+        batch.tokens,
+        batch.seq_len,
+        documents_BW=batch.documents,
+        scored_BW=batch.scored,
+        first=head.config.first_ahead,
+        last=head.config.lookahead,
+    )
+
+
 def summary_loss(
     head: Summary, hidden_BTC: Tensor, batch: WindowBatch, coefficient: float
 ) -> tuple[Tensor, Tensor]:
@@ -69,7 +81,9 @@ def summary_loss(
         ``coefficient * sum``, a differentiable scalar in fp32 (in a double precision model fp64),
         and the plain sum, fp64, without a gradient.
     """
-    return _SummaryLoss.apply(hidden_BTC, head.head.weight, head, head.future(batch), coefficient)
+    return _SummaryLoss.apply(
+        hidden_BTC, head.head.weight, head, future_of(head, batch), coefficient
+    )
 
 
 @torch.no_grad()
@@ -78,7 +92,8 @@ def summary_values(head: Summary, hidden_BTC: Tensor, batch: WindowBatch) -> tup
     and which of them count, bool [B, T]."""
     weight_VC = head.head.weight
     with torch.autocast(weight_VC.device.type, enabled=False):
-        chunks = list(_chunks(head, hidden_BTC.to(weight_VC.dtype), weight_VC, head.future(batch)))
+        h_BTC, future = hidden_BTC.to(weight_VC.dtype), future_of(head, batch)
+        chunks = list(_chunks(head, h_BTC, weight_VC, future))
     shape = hidden_BTC.shape[:2]
     value_M = torch.cat([value_R for _, value_R, _, _ in chunks])
     valid_M = torch.cat([valid_R for _, _, valid_R, _ in chunks])

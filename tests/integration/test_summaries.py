@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from torch import Tensor
 
 from mtp_lightning.experiment.evaluating import evaluate
 from mtp_lightning.experiment.exporting import export
 from mtp_lightning.experiment.generating import generate_text
+from mtp_lightning.objective.terms.base import Chunk, Term
 from mtp_lightning.run.loading import load_run
 from tests.integration.helpers import (
     CONF,
@@ -41,6 +43,15 @@ TASK: dict[str, Any] = {
     "mtp.depth": None,
     "mtp.lookahead": 5,
 }
+
+
+class Squared(Term):
+    """An objective of depths that predict a token."""
+
+    name = "squared"
+
+    def value(self, chunk: Chunk) -> Tensor:
+        return chunk.log_probs_RV[:, 0].square()
 
 
 def app(name: str, *given: str) -> Any:
@@ -215,9 +226,13 @@ def test_what_is_not_meant_for_it_is_refused(tmp_path: Path, cache: Path) -> Non
         ({"mtp.depth": 2}, "mtp=top has one loss"),
         ({"mtp.lookahead": 0}, "mtp.lookahead must be a whole number of at least"),
         ({"mtp.detach": "all"}, "set mtp.detach=trunk"),
+        (
+            {"objective._target_": "tests.integration.test_summaries.Squared"},
+            "objective=squared .* mtp=top has a loss of its own",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             train_here(tmp_path / "run", cache, text("top") | more)
     long = text("registers") | {"mtp.lookahead": 40, "trainer.max_steps": 30}
-    with pytest.raises(ValueError, match="mtp.lookahead=40 is larger than the window"):
+    with pytest.raises(ValueError, match="mtp.lookahead=40 is beyond the windows"):
         train_here(tmp_path / "long", cache, long)

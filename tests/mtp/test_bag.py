@@ -16,7 +16,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.bag import BagConfig
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective.summary_loss import summary_loss, summary_values
+from mtp_lightning.objective.summary_loss import future_of, summary_loss, summary_values
 from tests.models import build
 from tests.mtp.summaries import ahead_windows, nearest
 
@@ -69,7 +69,7 @@ def test_loss_and_gradients(
     wanted = torch.autograd.grad(0.25 * expected, [hidden, weight])
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
-    assert int(model.mtp.counts(batch)[1]) == count
+    assert int(future_of(model.mtp, batch).valid().sum()) == count
     values, valid = summary_values(model.mtp, hidden, batch)
     assert int(valid.sum()) == count
     torch.testing.assert_close((values * valid).sum(), expected.detach())

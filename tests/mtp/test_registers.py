@@ -90,7 +90,8 @@ def test_states_and_loss(tiny_trunk: TrunkConfig, documents: bool) -> None:
                 logits = weights["head.weight"] @ state
                 summed = summed + torch.logsumexp(logits, 0) - logits[tokens[j + d]]
                 count += 1
-        assert int(model.mtp.counts(batch, keys[d])[1]) == count
+        assert model.mtp.target_depth(1, keys[d]) == d - 1
+        assert int((batch.targets(d - 1) >= 0).sum()) == count
         _, sums = mtp_loss(model, batch, [1.0], [6, max(count, 1)], key=keys[d])
         torch.testing.assert_close(sums[1], summed)
 
@@ -100,7 +101,7 @@ def test_the_first_register_repeats_the_next_token_from_its_own_vector(
 ) -> None:
     model = build(tiny_trunk, RegistersConfig(lookahead=1))
     batch = ahead_windows(2, 6, 1)
-    assert torch.equal(model.mtp.targets(batch, 1, KEYS[0]), batch.targets(0))
+    assert torch.equal(batch.targets(model.mtp.target_depth(1, KEYS[0])), batch.targets(0))
 
 
 TRUNKS = {
@@ -184,8 +185,7 @@ def test_bad_settings_are_named(tiny_trunk: TrunkConfig) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             RegistersConfig(**settings)
-    model = build(tiny_trunk, RegistersConfig(lookahead=9))
-    key = next(k for k in (RandomKey(0, s) for s in range(99)) if model.mtp.offset(k) == 9)
-    with pytest.raises(ValueError, match=r"mtp.lookahead=9 .* data.seq_len=5, by more than one"):
-        model.mtp.targets(ahead_windows(1, 5, 9), 1, key)
+    RegistersConfig(lookahead=9).check_window(8)
+    with pytest.raises(ValueError, match=r"mtp.lookahead=9 is beyond .* data.seq_len \+ 1 = 8 tok"):
+        RegistersConfig(lookahead=9).check_window(7)
     assert MTPConfig.from_dict(RegistersConfig().to_dict()) == RegistersConfig()

@@ -16,7 +16,7 @@ from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.top import TopConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.summaries.order import Order
-from mtp_lightning.objective.summary_loss import summary_loss, summary_values
+from mtp_lightning.objective.summary_loss import future_of, summary_loss, summary_values
 from tests.losses import mtp_loss
 from tests.models import build
 from tests.mtp.summaries import ahead_windows, nearest
@@ -71,7 +71,7 @@ def test_loss_and_gradients(
     wanted = torch.autograd.grad(0.25 * expected, [hidden, weight])
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
-    assert int(model.mtp.counts(batch)[1]) == count
+    assert int(future_of(model.mtp, batch).valid().sum()) == count
     values, valid = summary_values(model.mtp, hidden, batch)
     assert int(valid.sum()) == count
     torch.testing.assert_close((values * valid).sum(), expected.detach())
@@ -84,7 +84,7 @@ def test_the_target_is_a_distribution_that_is_reached(seed: int, tau: float, row
     and nothing is left to learn."""
     batch = ahead_windows(rows, 5, 8, ids=12, seed=seed)
     model = stack_of(TopConfig(lookahead=8, tau=tau))
-    future = model.future(batch)
+    future = future_of(model, batch)
     tokens, counts = future.rows(slice(0, rows * 5))
     scores = torch.full((rows * 5, 12), -torch.inf, dtype=torch.float64)
     for m in range(rows * 5):
@@ -125,7 +125,7 @@ def test_distances_beyond_float16_are_told_apart() -> None:
     batch = WindowBatch(tokens, 1, None, scored, extra=3001)
     stack = stack_of(TopConfig(lookahead=3002))
     term = Order(stack)
-    chosen, counts = stack.future(batch).rows(slice(0, 1))
+    chosen, counts = future_of(stack, batch).rows(slice(0, 1))
     value, d_logits = term.gradient(torch.zeros(1, 12), chosen, counts)
     # softmax(0, -1): the nearer one has e / (1 + e).
     expected = torch.tensor([1.0, torch.e]) / (1 + torch.e)

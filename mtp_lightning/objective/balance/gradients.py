@@ -216,7 +216,7 @@ def _add_gradients(
             if k and isinstance(stack, Summary):
                 hidden, _ = summary_loss(stack, hidden, batch, coefficient)
             else:
-                tokens = stack.targets(batch, k, key)
+                tokens = batch.targets(stack.target_depth(k, key))
                 prediction = Prediction(
                     hidden, [DepthTarget(k, tokens, coefficient, CrossEntropy())]
                 )
