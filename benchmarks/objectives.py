@@ -59,7 +59,7 @@ def one_pass(
     counts = PositionCounts(batch.counts().tolist(), count_taught(batch).tolist())
     targets = [DepthTarget(0, batch.targets(0), 1 / counts.valid[0], CrossEntropy())]
     for k in range(1, batch.depth + 1):
-        targets += objective.targets(k, batch, 0.1, counts)
+        targets += objective.targets(k, batch, 0.1, counts, place=k)
     seen = Seen()
     if objective.wanted.anything:
         pairs = list(enumerate(states))[1:]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data_modules.cache import cache_folder
+from data_modules.document_frequency import document_frequency
 from data_modules.evaluation_text import EvaluationWindows, choose
 from data_modules.loader import WindowLoader
 from data_modules.sources.base import Source
@@ -48,6 +49,7 @@ class TokenDataModule(WindowDataModule):
         num_workers: processes that fetch batches ahead.
         pin_memory: page-locked batches; if there is a GPU, when None.
         seed: of the order of the training windows.
+        lookahead: see :class:`WindowDataModule`.
 
     Raises:
         ValueError: for numbers out of range.
@@ -72,6 +74,7 @@ class TokenDataModule(WindowDataModule):
         num_workers: int = 0,
         pin_memory: bool | None = None,
         seed: int = 0,
+        lookahead: int = 0,
     ) -> None:
         super().__init__(
             seq_len=seq_len,
@@ -83,6 +86,7 @@ class TokenDataModule(WindowDataModule):
             num_workers=num_workers,
             pin_memory=pin_memory,
             seed=seed,
+            lookahead=lookahead,
         )
         if eval_bytes != "all":
             require_whole("data.eval_bytes (all for the whole split)", eval_bytes, least=1)
@@ -147,6 +151,11 @@ class TokenDataModule(WindowDataModule):
         """Hex digest of source, tokenizer and split options: equal ones have equal tokens."""
         return str(self.store.meta["fingerprint"])
 
+    def document_frequency(self) -> tuple[Tensor, int]:
+        file = self.store["train"]
+        holding = document_frequency(file, self.tokenizer.vocab_size)
+        return torch.from_numpy(holding), file.n_documents
+
     def train_dataloader(self) -> WindowLoader:
         dataset = WindowDataset(
             self.store["train"],
@@ -154,6 +163,7 @@ class TokenDataModule(WindowDataModule):
             depth=self.depth,
             stride=self.stride,
             document_mask=self.document_mask,
+            extra=self.extra,
         )
         return WindowLoader(
             dataset,
@@ -174,6 +184,7 @@ class TokenDataModule(WindowDataModule):
             stride=self.stride,
             eot_id=self.tokenizer.eot_id,
             document_mask=self.document_mask,
+            extra=self.extra,
         )
 
     @cached_property
@@ -227,7 +238,8 @@ class TokenDataModule(WindowDataModule):
                 "bytes_per_token": self.store.bytes_per_token(split),
             }
         n_tokens = facts["train"]["tokens"]
-        facts["train"]["windows"] = window_count(n_tokens, self.seq_len, self.stride * self.depth)
+        beyond = self.stride * self.depth + self.extra
+        facts["train"]["windows"] = window_count(n_tokens, self.seq_len, beyond)
         facts["val"]["lines_in_training"] = meta["lines_in_training"]
         return facts
 

@@ -93,6 +93,7 @@ class EvaluationWindows(Dataset[WindowBatch]):
         eot_id: the end-of-text token.
         document_mask: whether batches carry document ids; every document's first token, which
             nothing before it predicts, is then no target.
+        extra: E, tokens of a window behind its T + D + 1.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class EvaluationWindows(Dataset[WindowBatch]):
         stride: int = 1,
         eot_id: int,
         document_mask: bool = False,
+        extra: int = 0,
     ) -> None:
         self.text = text
         self.seq_len = seq_len
@@ -111,6 +113,7 @@ class EvaluationWindows(Dataset[WindowBatch]):
         self.stride = stride
         self.eot_id = eot_id
         self.document_mask = document_mask
+        self.extra = extra
         self._stream: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -126,7 +129,7 @@ class EvaluationWindows(Dataset[WindowBatch]):
             self._open()
         assert self._stream is not None
         end = len(self._stream) - 1
-        width = self.seq_len + self.stride * self.depth + 1
+        width = self.seq_len + self.stride * self.depth + 1 + self.extra
         at = numbers[:, None] * self.seq_len + np.arange(width)
         inside = np.minimum(at, end)
         texts = torch.from_numpy(self._last.searchsorted(inside).clip(max=len(self._last) - 1))
@@ -140,7 +143,8 @@ class EvaluationWindows(Dataset[WindowBatch]):
             documents,
             torch.from_numpy(at < end),
             texts,
-            self.stride,
+            stride=self.stride,
+            extra=self.extra,
         )
 
     def _open(self) -> None:

@@ -36,6 +36,7 @@ class WindowDataset(Dataset[WindowBatch]):
         depth: D.
         stride: s, places from one depth's target to the next one's; s D is at most T.
         document_mask: whether batches carry document ids.
+        extra: E, tokens of a window behind its T + D + 1; D + E is at most T.
     """
 
     def __init__(
@@ -46,19 +47,22 @@ class WindowDataset(Dataset[WindowBatch]):
         depth: int,
         stride: int = 1,
         document_mask: bool = False,
+        extra: int = 0,
     ) -> None:
-        assert 0 <= stride * depth <= seq_len
+        assert 0 <= stride * depth <= stride * depth + extra <= seq_len
         self.file = file
         self.seq_len = seq_len
         self.depth = depth
         self.stride = stride
         self.document_mask = document_mask
-        self.length = seq_len + stride * depth + 1
+        self.extra = extra
+        self.beyond = stride * depth + extra
+        self.length = seq_len + self.beyond + 1
         self._windows: np.ndarray | None = None
         self._starts: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return window_count(self.file.n_tokens, self.seq_len, self.stride * self.depth)
+        return window_count(self.file.n_tokens, self.seq_len, self.beyond)
 
     def require(self, batch_size: int, world: int) -> None:
         """Raises ``ValueError``, with the remedy, if there are too few windows for one step.
@@ -88,12 +92,12 @@ class WindowDataset(Dataset[WindowBatch]):
         assert self._windows is not None
         tokens = torch.from_numpy(self._windows[numbers].astype(np.int64))
         documents = torch.from_numpy(self._documents(numbers)) if self.document_mask else None
-        return WindowBatch(tokens, self.depth, documents, stride=self.stride)
+        return WindowBatch(tokens, self.depth, documents, stride=self.stride, extra=self.extra)
 
     def _open(self) -> None:
         tokens = self.file.tokens()
         step = tokens.strides[0]
-        # A view: row i is window i, rows overlap by D + 1 tokens.
+        # A view: row i is window i, rows overlap by D + E + 1 tokens.
         self._windows = as_strided(
             tokens, (len(self), self.length), (self.seq_len * step, step), writeable=False
         )

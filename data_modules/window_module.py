@@ -30,6 +30,8 @@ class WindowDataModule(LightningDataModule, ABC):
         num_workers: processes that fetch batches ahead.
         pin_memory: page-locked batches; if there is a GPU, when None.
         seed: of the training windows.
+        lookahead: places ahead of a position that the model's head looks at, if more than D + 1.
+            Windows hold them, but no more than T + 1 places beyond their last position.
 
     Raises:
         ValueError: for numbers out of range.
@@ -47,6 +49,7 @@ class WindowDataModule(LightningDataModule, ABC):
         num_workers: int,
         pin_memory: bool | None,
         seed: int,
+        lookahead: int = 0,
     ) -> None:
         super().__init__()
         require_whole("data.seq_len", seq_len, least=1)
@@ -57,6 +60,7 @@ class WindowDataModule(LightningDataModule, ABC):
         require_whole("data.num_workers", num_workers, least=0)
         require_whole("seed", seed, least=0)
         require_whole("mtp.stride", stride, least=1)
+        require_whole("mtp.lookahead", lookahead, least=0)
         if not 0 <= depth <= seq_len:
             raise ValueError(
                 f"mtp.depth must lie between 0 and data.seq_len = {seq_len}, got {depth}"
@@ -71,6 +75,7 @@ class WindowDataModule(LightningDataModule, ABC):
         self.depth = depth
         # Without depths there is nothing to leap over, and the model knows of none.
         self.stride = stride if depth else 1
+        self.extra = max(min(lookahead, seq_len + 1) - depth - 1, 0)
         self.accumulate = accumulate
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
@@ -131,6 +136,17 @@ class WindowDataModule(LightningDataModule, ABC):
     def answer_sets(self) -> dict[str, Any]:
         """What is to be answered and judged at validation, by name; "" is the validation itself."""
         return {}
+
+    def document_frequency(self) -> tuple[Tensor, int]:
+        """Of the training documents: how many hold each id, int64 [V], and how many there are.
+
+        Raises:
+            ValueError: there are none.
+        """
+        raise ValueError(
+            "mtp.weights=idf counts the documents of a text, and a task has none: set "
+            "mtp.weights=none."
+        )
 
     @abstractmethod
     def train_dataloader(self) -> WindowLoader:

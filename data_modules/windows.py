@@ -4,8 +4,10 @@ A window ``w`` serves every prediction depth (DeepSeek-V3, arXiv 2412.19437, fig
 ``w[k : T+k]`` and predicts ``w[k+1 : T+k+1]``. All of them are views of one tensor, and all have
 the full width T: no depth loses targets at the window's end. With a stride s (leap multi-token
 prediction, arXiv 2505.17505) depth k predicts ``w[s k + 1 : T + s k + 1]``, of T + s D + 1 tokens.
+A head that looks further ahead than its depth is given E tokens more behind them.
 
-Shape letters: B batch, T positions, D prediction depths beyond the next token.
+Shape letters: B batch, T positions, D prediction depths beyond the next token, E extra tokens,
+0 where a comment does not speak of them.
 """
 
 from __future__ import annotations
@@ -36,9 +38,10 @@ class WindowBatch:
             a target; ``None`` in training. Unlike ``documents`` it masks nothing.
         stride: s, places from one depth's target to the next one's. Where it is not 1, all fields
             are ``[B, T+sD+1]``.
+        extra: E, tokens of every window, and entries of the other fields, behind its T+sD+1.
 
     Raises:
-        ValueError: if the shapes or D do not fit together.
+        ValueError: if the shapes, D and E do not fit together.
     """
 
     tokens: Tensor
@@ -47,16 +50,19 @@ class WindowBatch:
     scored: Tensor | None = None
     texts: Tensor | None = None
     stride: int = 1
+    extra: int = 0
 
     def __post_init__(self) -> None:
-        if self.depth < 0:
-            raise ValueError(f"depth must be 0 or more, got {self.depth}")
+        for name in ("depth", "extra"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.stride < 1:
             raise ValueError(f"stride must be 1 or more, got {self.stride}")
         if self.tokens.ndim != 2 or self.seq_len < 1:
             beyond = "D" if self.stride == 1 else f"{self.stride} D"
+            more = f" and {self.extra} extra tokens" if self.extra else ""
             raise ValueError(
-                f"tokens must be [B, T+{beyond}+1] with T >= 1 and D = {self.depth}, "
+                f"tokens must be [B, T+{beyond}+1] with T >= 1 and D = {self.depth}{more}, "
                 f"got {tuple(self.tokens.shape)}"
             )
         for name in ("documents", "scored", "texts"):
@@ -78,7 +84,7 @@ class WindowBatch:
     @property
     def seq_len(self) -> int:
         """T, the positions that every depth is trained on."""
-        return int(self.tokens.shape[1]) - self.stride * self.depth - 1
+        return int(self.tokens.shape[1]) - self.stride * self.depth - 1 - self.extra
 
     @property
     def device(self) -> torch.device:
@@ -124,10 +130,11 @@ class WindowBatch:
         """``[B, T]`` view of a ``[B, T+sD+1]`` field at the targets of depth k.
 
         Raises:
-            ValueError: for a k outside 0 .. D.
+            ValueError: for a k outside 0 .. D + E.
         """
-        if not 0 <= k <= self.depth:
-            raise ValueError(f"depth k = {k} is outside 0..{self.depth} of this batch")
+        if not 0 <= k <= self.depth + self.extra:
+            most = self.depth + self.extra
+            raise ValueError(f"depth k = {k} is outside 0..{most} of this batch")
         start = self.stride * k + 1
         return field[:, start : start + self.seq_len]
 
@@ -139,7 +146,15 @@ class WindowBatch:
 
         fields = (self.documents, self.scored, self.texts)
         documents, scored, texts = map(passed, fields)
-        return WindowBatch(function(self.tokens), self.depth, documents, scored, texts, self.stride)
+        return WindowBatch(
+            function(self.tokens),
+            self.depth,
+            documents,
+            scored,
+            texts,
+            stride=self.stride,
+            extra=self.extra,
+        )
 
     def micro_batches(self, n: int) -> list[WindowBatch]:
         """Splits the batch along B into n batches of views, as even as possible.

@@ -52,7 +52,7 @@ class ModelConfig:
         """
         if active is None:
             active = range(1, self.mtp.depth + 1)
-        blocks = self.trunk.blocks_flops(seq_len)
+        blocks = self.mtp.trunk_flops(self.trunk, seq_len, active)
         return blocks + self.trunk.head_flops() + self.mtp.flops(self.trunk, seq_len, active)
 
     def flops_per_token(self, seq_len: int, active: Sequence[int] | None = None) -> int:
@@ -71,7 +71,7 @@ class ModelConfig:
         backward = mtp.module_backward_flops(trunk, seq_len, active)
         backward += mtp.projections(active) * head
         if mtp.trains_trunk:
-            backward += 2 * (trunk.blocks_flops(seq_len) + head)
+            backward += 2 * (mtp.trunk_flops(trunk, seq_len, active) + head)
             if mtp.detach != "all":
                 backward += mtp.projections(active) * head
         else:
@@ -127,6 +127,11 @@ class MTPModel(nn.Module):
         """D."""
         return self.config.mtp.depth
 
+    @property
+    def token_depth(self) -> int:
+        """Depths that predict a token each: D, or 0 of a stack that predicts something else."""
+        return self.depth if self.config.mtp.predicts_tokens else 0
+
     def initialise(self, seed: int) -> None:
         """Draw all weights anew."""
         assert self.config.trunk.init_std is not None
@@ -149,10 +154,11 @@ class MTPModel(nn.Module):
                 documents=None if documents is None else documents[:, :n],
             )
 
-        embedded = self.trunk.embedding(batch.tokens[:, :end].to(device))
+        tokens = batch.tokens[:, :end].to(device)
+        embedded = self.trunk.embedding(tokens)
         output = self.trunk(embedded, positions(end))
         hidden = self.mtp.branch(self.trunk, output)[:, :seq_len]
-        at = BranchPoint(hidden, embedded, positions(seq_len))
+        at = BranchPoint(hidden, tokens, embedded, positions(seq_len))
         return TrunkText(at, output.before_last, documents)
 
     def forward(
@@ -178,11 +184,16 @@ class MTPModel(nn.Module):
             ValueError: the batch was built for another depth.
         """
         active = range(1, self.depth + 1) if active is None else active
-        final_BTC, at = self.run_trunk(batch, active)
+        final_BTC, at = self.run_trunk(batch, active, key=key)
         return {0: final_BTC, **dict(self.mtp.states(at, active, key))}
 
     def run_trunk(
-        self, batch: WindowBatch, active: Sequence[int], *, ledger: Ledger | None = None
+        self,
+        batch: WindowBatch,
+        active: Sequence[int],
+        *,
+        ledger: Ledger | None = None,
+        key: RandomKey | None = None,
     ) -> tuple[Tensor, BranchPoint]:
         """The trunk over whole windows.
 
@@ -190,6 +201,7 @@ class MTPModel(nn.Module):
             batch: windows built for this model's depth.
             active: depths that are to start from it.
             ledger: where the layers report; that of the branch point is the same.
+            key: of a stack's random choices in training; None makes none.
 
         Returns:
             The trunk's output [B, T, C], which the head projects, and where the stack starts.
@@ -212,6 +224,11 @@ class MTPModel(nn.Module):
         tokens = self.mtp.tokens_read(batch.tokens, batch.scored)
         tokens = tokens[:, : seq_len + self.mtp.ahead(active)]
         embedded = self.trunk.embedding(tokens)
-        output = self.trunk(embedded[:, :seq_len], positions)
-        branch = self.mtp.branch(self.trunk, output) if active else output.final
+        if active:
+            output, branch = self.mtp.through_trunk(
+                self.trunk, embedded[:, :seq_len], positions, key
+            )
+        else:
+            output = self.trunk(embedded[:, :seq_len], positions)
+            branch = output.final
         return output.final, BranchPoint(branch, tokens, embedded, positions)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.metrics.rates import DepthRates
+from mtp_lightning.metrics.summary_rates import rates_of
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.objective import Objective
@@ -79,7 +79,7 @@ class MTPModule(pl.LightningModule):
             clip_norm=clip_norm,
         )
         self.extra = extra or {}
-        self.rates = DepthRates(self.model.depth, text_bytes)
+        self.rates = rates_of(self.model, text_bytes)
         # Progress that schedules and the summary read; restored from checkpoints.
         self.tokens = 0
         self.flops = 0

@@ -42,6 +42,7 @@ class TaskDataModule(WindowDataModule):
         num_workers: processes that fetch batches ahead.
         pin_memory: page-locked batches; if there is a GPU, when None.
         seed: of the training examples.
+        lookahead: see :class:`WindowDataModule`.
 
     Raises:
         ValueError: numbers out of range, a window too short for an example, another vocabulary.
@@ -65,6 +66,7 @@ class TaskDataModule(WindowDataModule):
         num_workers: int = 0,
         pin_memory: bool | None = None,
         seed: int = 0,
+        lookahead: int = 0,
     ) -> None:
         super().__init__(
             seq_len=task.longest - 1 if seq_len is None else seq_len,
@@ -76,6 +78,7 @@ class TaskDataModule(WindowDataModule):
             num_workers=num_workers,
             pin_memory=pin_memory,
             seed=seed,
+            lookahead=lookahead,
         )
         if examples is not None:
             require_whole("data.examples (null for fresh ones)", examples, least=1)
@@ -130,6 +133,7 @@ class TaskDataModule(WindowDataModule):
             first=first_training_index(seed),
             examples=self.examples,
             train_prompt=self.train_prompt,
+            extra=self.extra,
         )
         return ExampleLoader(
             dataset,
@@ -149,6 +153,7 @@ class TaskDataModule(WindowDataModule):
             stride=self.stride,
             first=0,
             examples=self.eval_examples,
+            extra=self.extra,
         )
 
     @cached_property

@@ -45,6 +45,7 @@ class TaskWindows(Dataset[WindowBatch]):
         first: index of the first example.
         examples: how many; None for no end, in epochs of :data:`EPOCH` windows.
         train_prompt: whether all of an example's tokens are targets.
+        extra: E, tokens of a window behind its T + D + 1.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class TaskWindows(Dataset[WindowBatch]):
         first: int,
         examples: int | None,
         train_prompt: bool = False,
+        extra: int = 0,
     ) -> None:
         self.task = task
         self.seq_len = seq_len
@@ -65,6 +67,7 @@ class TaskWindows(Dataset[WindowBatch]):
         self.first = first
         self.examples = examples
         self.train_prompt = train_prompt
+        self.extra = extra
         self.per_window = (seq_len + 1) // task.longest
         assert self.per_window >= 1 and 0 <= stride * depth <= seq_len
 
@@ -96,11 +99,12 @@ class TaskWindows(Dataset[WindowBatch]):
         rows = [self.held(number) for number in numbers.tolist()]
         return lay_out(
             rows,
-            width=self.seq_len + self.stride * self.depth + 1,
+            width=self.seq_len + self.stride * self.depth + 1 + self.extra,
             depth=self.depth,
             stride=self.stride,
             train_prompt=self.train_prompt,
             apart=self.per_window > 1,
+            extra=self.extra,
         )
 
 
@@ -112,6 +116,7 @@ def lay_out(
     stride: int = 1,
     train_prompt: bool = False,
     apart: bool = False,
+    extra: int = 0,
 ) -> WindowBatch:
     """Examples side by side, [B, W].
 
@@ -122,6 +127,7 @@ def lay_out(
         stride: s.
         train_prompt: whether prompts are targets, too.
         apart: whether the batch carries document ids: one for each example, one for the padding.
+        extra: E.
     """
     tokens, scored, documents = [], [], []
     for row in rows:
@@ -144,6 +150,7 @@ def lay_out(
         torch.tensor(documents) if apart else None,
         torch.tensor(scored),
         stride=stride,
+        extra=extra,
     )
 
 

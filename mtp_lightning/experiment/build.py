@@ -23,8 +23,10 @@ from mtp_lightning.experiment.self_generated import SelfGenerated
 from mtp_lightning.init_from import free_keys
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
+from mtp_lightning.mtp.bag import BagMTP
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.registers import RegistersConfig
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.balance.base import Balance, NoBalance
@@ -60,12 +62,15 @@ def build_data(
         brought: it came with a trunk (:func:`adopt_trunk`), and takes the place of the config's
             unless that was asked for.
     """
+    further: dict[str, Any] = {}
+    if "lookahead" in cfg.mtp:
+        further["lookahead"] = cfg.mtp.lookahead
     if "task" in cfg.data:
-        data = _build_task(cfg, tokenizer_state)
+        data = _build_task(cfg, tokenizer_state, **further)
     elif tokenizer_state is None:
-        data = instantiate(cfg.data)
+        data = instantiate(cfg.data, **further)
     elif brought and not overridden("tokenizer"):
-        data = instantiate(cfg.data, tokenizer=tokenizer_from_state(tokenizer_state))
+        data = instantiate(cfg.data, tokenizer=tokenizer_from_state(tokenizer_state), **further)
     else:
         tokenizer = tokenizer_from_state(tokenizer_state)
         asked = instantiate(cfg.tokenizer)
@@ -79,20 +84,22 @@ def build_data(
                 f"init_from={cfg.init_from} was trained with the tokenizer {stored}, which this "
                 "run's tokenizer settings do not ask for: its weights mean nothing with another."
             )
-        data = instantiate(cfg.data, tokenizer=tokenizer)
+        data = instantiate(cfg.data, tokenizer=tokenizer, **further)
     if isinstance(data, SelfGenerated):
         data.allow = trusted_packages(cfg)
     data.prepare()
     return data
 
 
-def _build_task(cfg: DictConfig, tokenizer_state: dict[str, Any] | None) -> WindowDataModule:
+def _build_task(
+    cfg: DictConfig, tokenizer_state: dict[str, Any] | None, **further: Any
+) -> WindowDataModule:
     if typed := overridden("tokenizer"):
         raise ValueError(
             f"{typed[0]} has no meaning for a task, which has symbols of its own: leave it out."
         )
     tokenizer = None if tokenizer_state is None else tokenizer_from_state(tokenizer_state)
-    data: WindowDataModule = instantiate(cfg.data, tokenizer=tokenizer)
+    data: WindowDataModule = instantiate(cfg.data, tokenizer=tokenizer, **further)
     return data
 
 
@@ -204,6 +211,8 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
     objective = build_objective(cfg)
     if model_config.mtp.depth == 0 and objective.needs_teacher:
         log.warning("objective=%s does nothing at mtp.depth=0.", objective.term.name)
+    if isinstance(model_config.mtp, RegistersConfig):
+        model_config.mtp.check_window(data.seq_len)
     module = MTPModule(
         model_config,
         schedule=instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
@@ -219,6 +228,9 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
             "config": OmegaConf.to_container(asked, resolve=True),
         },
     )
+    stack = module.model.mtp
+    if isinstance(stack, BagMTP) and stack.config.weights == "idf":
+        stack.weigh(*data.document_frequency())
     if cfg.trainer.compile:
         # In place, block by block: the keys of checkpoints stay what they are.
         for layer in module.modules():

@@ -20,7 +20,7 @@ from mtp_lightning.experiment.instantiate import rebuild, trusted_packages
 from mtp_lightning.experiment.self_generated import SelfGenerated
 from mtp_lightning.interop.reading import open_run
 from mtp_lightning.metrics.long_range import LongRange
-from mtp_lightning.metrics.rates import DepthRates
+from mtp_lightning.metrics.summary_rates import rates_of
 from mtp_lightning.model import MTPModel
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.config import key_of
@@ -103,7 +103,7 @@ def evaluate_model(
     model: MTPModel, batches: Iterable[WindowBatch], *, text_bytes: Sequence[int] | None = None
 ) -> dict[str, float]:
     """Loss, accuracy, agreement and overlap of every depth, and bits per byte; see
-    :class:`DepthRates`.
+    :func:`rates_of`.
 
     Args:
         model: in evaluation mode.
@@ -114,7 +114,7 @@ def evaluate_model(
         ValueError: no batch, or one of another depth.
     """
     device = model.head.weight.device
-    rates = DepthRates(model.depth, text_bytes).to(device)
+    rates = rates_of(model, text_bytes).to(device)
     for batch in batches:
         moved = batch.to(device)
         rates.update(model(moved), model.head.weight, moved)
@@ -186,7 +186,9 @@ def validation_data(
         config.data.eval_bytes = eval_bytes
     config.paths.cache_dir = cache_dir or config.paths.cache_dir
     # Also with the user's data, whose keys follow what was stored: seed, mtp.depth.
-    module: WindowDataModule = rebuild(config.data, allow=allow, tokenizer=run.tokenizer)
+    mtp = run.model.config.mtp
+    further = {} if mtp.predicts_tokens else {"lookahead": mtp.places_ahead}
+    module: WindowDataModule = rebuild(config.data, allow=allow, tokenizer=run.tokenizer, **further)
     if isinstance(module, SelfGenerated):
         module.allow = allow
     module.prepare("validate")

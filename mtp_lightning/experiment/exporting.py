@@ -52,7 +52,15 @@ def export(cfg: Any) -> Path:
             f"a model of mtp={run.model.config.mtp.variant} gives its answers without reading them "
             "token by token, as no other program would ask it: it cannot be exported."
         )
-    model = _trunk_alone(run.model) if cfg.depth == 0 else run.model
+    model = run.model
+    if cfg.depth == 0:
+        model = _trunk_alone(model)
+    elif not model.config.mtp.predicts_tokens:
+        model = _trunk_alone(model)
+        print(
+            f"mtp={run.model.config.mtp.variant} shaped the trunk in training and is of no use "
+            "without it: the trunk is exported alone."
+        )
     contents = write_folder(
         folder,
         model,

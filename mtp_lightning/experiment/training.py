@@ -254,6 +254,7 @@ def summarise(trainer: pl.Trainer, module: MTPModule, data: WindowDataModule) ->
         "parameters_trained": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "flops_per_token": module.step.flops_per_token(data.seq_len),
         **({"mtp_reads_tokens": module.model.mtp.reads_tokens} if config.mtp.depth else {}),
+        **({} if config.mtp.predicts_tokens else {"mtp_predicts_tokens": False}),
         "world_size": trainer.world_size,
         "seed": module.extra["config"]["seed"],
         "evaluation": data.evaluation_summary(),

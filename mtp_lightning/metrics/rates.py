@@ -117,7 +117,7 @@ class DepthRates(Metric):
             valid_P = target_P >= 0
             choice_P = log_q.argmax(-1)
             log_target_P = log_q.gather(-1, target_P.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            nll_P = _exact(-log_target_P)
+            nll_P = exact(-log_target_P)
             self.count[k] += valid_P.sum()
             self.loss[k] += nll_P[valid_P].sum()
             self.accuracy[k] += (choice_P == target_P)[valid_P].sum()
@@ -131,7 +131,7 @@ class DepthRates(Metric):
             shared = torch.minimum(log_q[:seen].exp(), main_probs[on : on + seen]).sum(-1)
             self.pairs[k] += paired.sum()
             self.agreement[k] += agrees[paired].sum()
-            self.overlap[k] += _exact(shared[paired]).sum()
+            self.overlap[k] += exact(shared[paired]).sum()
         return of_main
 
     def compute(self) -> dict[str, float]:
@@ -153,7 +153,7 @@ class DepthRates(Metric):
         return rates
 
 
-def _exact(values: Tensor) -> Tensor:
+def exact(values: Tensor) -> Tensor:
     """In fp64, rounded to multiples of 2^-30, whose sums below 2^23 need no rounding."""
     return (values.double() * 2.0**30).round_() / 2.0**30
 

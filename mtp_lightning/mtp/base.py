@@ -48,6 +48,9 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
     # Whether the trunk reads windows without their answers: such a model gives a task's answers
     # all at once, and cannot be decoded token by token.
     answers_at_once: ClassVar[bool] = False
+    # Whether a depth's hidden state predicts one token, through the shared head: then it has an
+    # accuracy, an agreement and an overlap. Else it has a loss alone, if that, and drafts nothing.
+    predicts_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_whole("mtp.depth", self.depth, least=0)
@@ -62,6 +65,11 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
     def trains_trunk(self) -> bool:
         """Whether embedding, trunk and head are trained."""
         return not self.freeze_trunk
+
+    @property
+    def places_ahead(self) -> int:
+        """How far ahead of a position the stack looks; windows hold D + 1 places in any case."""
+        return self.depth + 1
 
     @abstractmethod
     def build(self, trunk: TrunkConfig) -> MTPStack:
@@ -78,6 +86,25 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
     @abstractmethod
     def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
         """Forward FLOPs of one position for the ``active`` depths, the shared head left out."""
+
+    def trunk_flops(
+        self,
+        trunk: TrunkConfig,
+        seq_len: int,
+        active: Sequence[int],
+        layers: Sequence[int] | None = None,
+    ) -> int:
+        """Forward FLOPs of the trunk's blocks for one position, where the ``active`` depths are
+        computed.
+
+        Args:
+            trunk: its config.
+            seq_len: T.
+            active: depths.
+            layers: which blocks; None for all.
+        """
+        layers = range(trunk.n_layers) if layers is None else layers
+        return sum(trunk.block_flops(seq_len, layer) for layer in layers)
 
     def module_backward_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
         """Backward FLOPs of the same; by default twice as many, for weights and for inputs."""
@@ -201,6 +228,29 @@ class MTPStack(nn.Module, ABC):
             scored_BW: which of them may be targets; None for all.
         """
         return tokens_BW
+
+    def target_depth(self, k: int, key: RandomKey | None = None) -> int:
+        """Whose targets depth ``k`` is trained on: those ``target_depth + 1`` places on.
+
+        Args:
+            k: 0 for the main prediction.
+            key: of the random choices in training.
+        """
+        return k
+
+    def through_trunk(
+        self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None = None
+    ) -> tuple[TrunkOutput, Tensor]:
+        """The trunk over whole windows, and the hidden state [B, T, C] that the stack starts from.
+
+        Args:
+            trunk: the trunk.
+            embedded_BTC: of the windows' tokens.
+            positions: of them.
+            key: of the random choices in training.
+        """
+        output = trunk(embedded_BTC, positions)
+        return output, self.branch(trunk, output)
 
     def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
         """The trunk's hidden state [B, T, C] that the stack starts from."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX, WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.base import MTPStack
+from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.kinds import SideBySide, Targets
 from mtp_lightning.objective.ahead import Seen, Wanted
 from mtp_lightning.objective.entropy_mask import EntropyMask
@@ -108,12 +108,33 @@ class Objective:
         more = ((1.0, ConfidenceTerm(head)), (0.0, ConfidenceError(head)))
         return replace(self, _more_parts=more)
 
-    def check(self, depth: int) -> None:
-        """Refuse a model that has nothing for an option to act on.
+    @property
+    def compares_positions(self) -> bool:
+        """Whether anything rests on depth k at t and the main prediction at t + k being asked for
+        the same token."""
+        weights = self.position_weights
+        weighs = weights is not None and weights.needs_target_probs
+        return self.needs_teacher or weighs or self.mask != "none" or self.confidence
+
+    def check(self, mtp: MTPConfig) -> None:
+        """Refuse a stack that an option has no meaning for.
 
         Raises:
-            ValueError: there is no depth.
+            ValueError: there is no depth, or the depths are asked for other tokens.
         """
+        plain = isinstance(self.term, CrossEntropy) and self == Objective(term=self.term)
+        if mtp.depth and not mtp.predicts_tokens and not plain:
+            raise ValueError(
+                f"objective={self.term.name} and its options say what depths that predict a token "
+                f"are trained on, and mtp={mtp.variant} has a loss of its own: leave objective=ce."
+            )
+        if mtp.stride > 1 and self.compares_positions:
+            raise ValueError(
+                f"objective={self.term.name} compares depth k with the main prediction k places "
+                f"on, and with mtp.stride={mtp.stride} they are asked for different tokens: set "
+                "mtp.stride=1, or objective=ce without mask, weights and confidence."
+            )
+        depth = mtp.depth
         asked = {
             f"objective={self.term.name}": self.couples,
             f"objective.weights={self.weights}": self.weights != "none",
@@ -169,7 +190,7 @@ class Objective:
         )
 
     def targets(
-        self, k: int, batch: WindowBatch, factor: float, counts: PositionCounts
+        self, k: int, batch: WindowBatch, factor: float, counts: PositionCounts, *, place: int
     ) -> list[DepthTarget]:
         """What depth ``k`` is asked for: a target for every term that has a position in the step.
 
@@ -178,11 +199,13 @@ class Objective:
             batch: a micro-batch.
             factor: of L_k.
             counts: of the whole step.
+            place: :meth:`MTPStack.target_depth` of ``k``.
         """
         found = []
         for weight, term in self.parts:
             if count := counts.of(k, term):
-                tokens_BT = taught_targets(batch, k) if term.needs_teacher else batch.targets(k)
+                taught = term.needs_teacher
+                tokens_BT = taught_targets(batch, k) if taught else batch.targets(place)
                 found.append(DepthTarget(k, tokens_BT, factor * weight / count, term))
         return found
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import RandomKey
+from mtp_lightning.mtp.base import MTPStack, RandomKey
+from mtp_lightning.mtp.summary import Summary
 from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.objective.balance.base import Balance, Observed, depths_of
 from mtp_lightning.objective.balance.gradients import (
@@ -38,6 +39,7 @@ from mtp_lightning.objective.objective import (
 from mtp_lightning.objective.ranks import rank, sum_over_ranks, world_size
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.objective.stack_loss import stack_loss
+from mtp_lightning.objective.summary_loss import future_of, stack_loss_with_summary
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.through_head import DepthTarget
 
@@ -153,7 +155,7 @@ class OptimizerStep:
         self.schedule = schedule
         self.balance = balance
         self.objective = (objective or CROSS_ENTROPY).for_model(model)
-        self.objective.check(model.depth)
+        self.objective.check(model.config.mtp)
         if balance.scope is not None:
             require_separable(self.objective, what=f"balance={balance.name}")
         self.seed = seed
@@ -164,13 +166,13 @@ class OptimizerStep:
 
     def plan(self, batch: WindowBatch, progress: Progress) -> StepPlan:
         """What the step over this rank's ``batch`` is going to do."""
-        counts = step_counts(batch, taught=self.objective.needs_teacher)
+        key = RandomKey(self.seed, progress.step, first_row=len(batch) * rank())
+        counts = step_counts(batch, self.model.mtp, key, taught=self.objective.needs_teacher)
         # A depth that a document mask left without a target is one that is switched off.
         depths = range(1, self.model.depth + 1)
         usable = [max(counts.of(k, term) for _, term in self.objective.parts) for k in depths]
         base = [1.0, *_where(usable, self.schedule.weights(progress))]
         main, *factors = self.balance.factors(base, progress)
-        key = RandomKey(self.seed, progress.step, first_row=len(batch) * rank())
         micro_batches = []
         for micro in batch.micro_batches(self.accumulate):
             micro_batches.append((micro, key))
@@ -295,19 +297,22 @@ class OptimizerStep:
                 "The batch holds no valid target: every position crosses a document border. "
                 "Use longer documents, or data.document_mask=false."
             )
-        targets, places = self._targets(plan, micro)
+        targets, places = self._targets(plan, micro, key)
         ledger = Ledger()
-        final, at = self.model.run_trunk(micro, plan.active, ledger=ledger)
+        final, at = self.model.run_trunk(micro, plan.active, ledger=ledger, key=key)
         auxiliary = 1 / plan.windows
-        total, sums = stack_loss(
-            self.model,
-            final,
-            at,
-            targets,
-            key=key,
-            auxiliary=auxiliary,
-            objective=self.objective,
-        )
+        if isinstance(self.model.mtp, Summary):
+            total, sums = stack_loss_with_summary(self.model, final, at, micro, targets)
+        else:
+            total, sums = stack_loss(
+                self.model,
+                final,
+                at,
+                targets,
+                key=key,
+                auxiliary=auxiliary,
+                objective=self.objective,
+            )
         for loss in ledger.losses:
             if loss.requires_grad:  # those of heads side by side have had their backward pass
                 total = total + auxiliary * loss
@@ -317,14 +322,15 @@ class OptimizerStep:
         return total, all_sums, ledger
 
     def _targets(
-        self, plan: StepPlan, micro: WindowBatch
+        self, plan: StepPlan, micro: WindowBatch, key: RandomKey | None
     ) -> tuple[list[DepthTarget], list[tuple[int, int]]]:
         """What the head is asked for, and each target's place in the sums [D + 1, P]."""
         main = plan.factors[0] / plan.counts.valid[0]
         targets, places = [DepthTarget(0, micro.targets(0), main, _MAIN_TERM)], [(0, 0)]
         columns = {id(term): index for index, (_, term) in enumerate(self.objective.parts)}
         for k in plan.active:
-            own = self.objective.targets(k, micro, plan.factors[k], plan.counts)
+            place = self.model.mtp.target_depth(k, key)
+            own = self.objective.targets(k, micro, plan.factors[k], plan.counts, place=place)
             targets += own
             places += [(k, columns[id(target.term)]) for target in own]
         return targets, places
@@ -362,11 +368,15 @@ def _where(counts: Sequence[int], factors: Sequence[float]) -> list[float]:
     return [factor if count else 0.0 for factor, count in zip(factors, counts, strict=True)]
 
 
-def step_counts(batch: WindowBatch, *, taught: bool = False) -> PositionCounts:
+def step_counts(
+    batch: WindowBatch, stack: MTPStack, key: RandomKey | None = None, *, taught: bool = False
+) -> PositionCounts:
     """Positions of every depth that count in the whole step, all ranks together.
 
     Args:
         batch: this rank's; every rank's has the same size.
+        stack: that is trained.
+        key: of its random choices in training.
         taught: whether those with a teacher are to be counted, too.
     """
     if batch.every_target_counts:  # known without looking: every rank's batch has the same size
@@ -374,5 +384,9 @@ def step_counts(batch: WindowBatch, *, taught: bool = False) -> PositionCounts:
         valid = [windows * batch.seq_len] * (batch.depth + 1)
         seen = [windows * max(batch.seq_len - k, 0) for k in range(batch.depth + 1)]
         return PositionCounts(valid, seen if taught else None)
-    counts_NK = torch.stack([batch.counts(), *([count_taught(batch)] if taught else [])])
+    masks = [batch.valid(stack.target_depth(k, key)) for k in range(batch.depth + 1)]
+    if isinstance(stack, Summary):
+        masks[1] = future_of(stack, batch).valid()
+    counts_K = torch.stack([mask.sum() for mask in masks if mask is not None])
+    counts_NK = torch.stack([counts_K, *([count_taught(batch)] if taught else [])])
     return PositionCounts(*sum_over_ranks(counts_NK).tolist())

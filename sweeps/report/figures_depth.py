@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from sweeps.report.metrics import LOSS, PER_STEP
-from sweeps.report.reading import meaning
+from sweeps.report.reading import meaning, predicts_tokens
 from sweeps.report.settings import Setting, Settings, show
 from sweeps.report.statistics import Interval
 from sweeps.report.style import (
@@ -39,7 +39,8 @@ def by_depth(settings: Settings, rate: str) -> Drawing:
     )
     deepest = max((s.depth or 0 for s in settings.all), default=0)
     tags = {k: f"val/{rate}_depth_{k}" for k in range(first, deepest + 1)}
-    lines = [_line(setting, tags) for setting in settings.all]
+    main = {k: tag for k, tag in tags.items() if k == 0}
+    lines = [_line(s, tags if predicts_tokens(s) else main) for s in settings.all]
     if not any(lines):
         return drawing.lacking(f"no finished run has val/{rate}_depth_{first}")
     shown = [s for s, line in zip(settings.all, lines, strict=True) if line]

@@ -2,7 +2,8 @@
 
 Sequential modules are given the true tokens up to i + k before they predict the next one; parallel
 and linear heads and bare targets predict it from the tokens up to i. The losses, agreements and
-overlaps of a depth are then those of two different tasks.
+overlaps of a depth are then those of two different tasks. The depth of a head that summarises what
+comes, or of registers, predicts no token of its own at all.
 """
 
 from __future__ import annotations
@@ -22,12 +23,29 @@ def reads_tokens(setting: Setting) -> bool | None:
     """Whether the depths of a setting read true tokens; None where there is no depth, or no
     finished run that says it."""
     said = {run.summary.get("mtp_reads_tokens") for run in setting.done if setting.depth}
-    return said.pop() if len(said) == 1 else None
+    return said.pop() if len(said) == 1 and predicts_tokens(setting) else None
+
+
+def predicts_tokens(setting: Setting) -> bool:
+    """Whether the depths of a setting predict a token each, unless a finished run says it not."""
+    return all(run.summary.get("mtp_predicts_tokens", True) for run in setting.done)
 
 
 def meaning(settings: Settings) -> str:
     """What the teacher-forced numbers of these settings' depths are, for beneath a chart or table
     of them; empty where no run says it."""
+    others = [setting.label for setting in settings.all if not predicts_tokens(setting)]
+    remark = _of_tokens(settings)
+    if others:
+        remark += (
+            f" The depth of {some(others)} predicts no token of its own: its loss is of another "
+            "kind, stands in no chart of losses by depth, and compares with no other head's."
+        )
+    return remark.lstrip()
+
+
+def _of_tokens(settings: Settings) -> str:
+    """:func:`meaning` of the settings whose depths predict tokens."""
     by_kind: dict[bool, list[str]] = {}
     for setting in settings.all:
         reads = reads_tokens(setting)

@@ -166,7 +166,7 @@ class _Copies(torch.nn.Module):
     """Predicts, with near certainty, the token that stood ``lag`` places before the target, and
     nothing where it has not read that far: its effective context is known."""
 
-    depth = 0
+    depth = token_depth = 0
 
     def __init__(self, lag: int, vocab: int) -> None:
         super().__init__()

@@ -241,9 +241,13 @@ def test_detach_cuts_where_it_says(tiny_trunk: TrunkConfig, variant: str) -> Non
             assert bool((a - b).abs().max() < 1e-7) == cut, detach
 
 
+# Variants of one depth, or of none.
+FIXED_DEPTH = ("none", "teacherless", "top", "bag", "registers")
+
+
 def test_who_drafts(tiny_trunk: TrunkConfig) -> None:
     for name, kind in MTPConfig.variants().items():
-        mtp = kind() if name in ("none", "teacherless") else kind(depth=2)
+        mtp = kind() if name in FIXED_DEPTH else kind(depth=2)
         stack = mtp.build(tiny_trunk)
         assert (stack.max_draft_depth != 0) == (
             name not in ("none", "teacherless", "parameter_free")
@@ -251,7 +255,7 @@ def test_who_drafts(tiny_trunk: TrunkConfig) -> None:
         if stack.max_draft_depth != 0:
             stack.require_drafts()
         else:
-            with pytest.raises(ValueError, match="parameter_free|no MTP depth"):
+            with pytest.raises(ValueError, match=f"parameter_free|no MTP depth|mtp={name} shapes"):
                 stack.require_drafts()
 
 
@@ -280,9 +284,7 @@ def test_configs_compose_to_the_variants_defaults_and_round_trip(
         cfg = compose("config", overrides=[f"mtp={variant}"])
     mtp = instantiate(cfg.mtp)
     kind = MTPConfig.find(variant)
-    assert mtp == (kind() if variant in ("none", "teacherless") else kind(depth=2)), (
-        "YAML and class disagree"
-    )
+    assert mtp == (kind() if variant in FIXED_DEPTH else kind(depth=2)), "YAML and class disagree"
     config = ModelConfig(trunk=tiny_trunk, mtp=mtp)
     assert config.mtp.variant == variant
     assert ModelConfig.from_dict(config.to_dict()) == config

@@ -275,6 +275,18 @@ def test_two_tasks_never_stand_side_by_side_without_a_word(tmp_path: Path) -> No
     assert "reads no token beyond" in drawings(tmp_path / "blind")["agreement_depth"].caption
 
 
+def test_a_loss_that_is_no_tokens_stands_apart(tmp_path: Path) -> None:
+    variants(tmp_path, {"sequential": True, "none": None})
+    config = {"mtp._target_": "mtp_lightning.mtp.bag", "mtp.depth": 1}
+    said = {"mtp_reads_tokens": False, "mtp_predicts_tokens": False}
+    write_run(tmp_path / "bag", config, summary={"val/loss_depth_1": 912.5, **said})
+    caption = drawings(tmp_path)["loss_depth"].caption
+    assert "Two tasks" not in caption and "reads the true tokens before its" in caption
+    where = caption.index("predicts no token of its own")
+    assert "bag" in caption[where - 60 : where]
+    report([tmp_path])
+
+
 def test_what_no_seed_changes_is_called_a_fact_and_has_no_interval(tmp_path: Path) -> None:
     depth_sweep(tmp_path, {0: (2.0, 2.1), 1: (1.9, 2.0), 2: (1.9, 2.2)})
     html = report([tmp_path])[0].read_text()

@@ -29,14 +29,14 @@ class LongRange:
     def __init__(self, model: MTPModel, seq_len: int, token_bytes: Sequence[bytes]) -> None:
         device = model.head.weight.device
         self.model, self.seq_len = model, seq_len
-        self.positions = PositionLoss(model.depth, seq_len).to(device)
+        self.positions = PositionLoss(model.token_depth, seq_len).to(device)
         self.truncation = TruncatedContext(seq_len).to(device)
         self.repeats = NaturalRepeats(token_bytes).to(device)
 
     @torch.no_grad()
     def update(self, batch: WindowBatch) -> None:
         """Count one batch, on the model's device."""
-        reading = read(self.model, batch)
+        reading = read(self.model, batch, depths=self.model.token_depth > 0)
         self.positions.update(reading)
         self.truncation.update(self.model, batch, reading)
         self.repeats.update(batch, reading)

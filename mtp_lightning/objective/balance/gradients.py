@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import RandomKey
+from mtp_lightning.mtp.summary import Summary, SummaryConfig
 from mtp_lightning.objective.ahead import Seen
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective, PositionCounts
 from mtp_lightning.objective.ranks import sum_over_ranks
+from mtp_lightning.objective.summary_loss import summary_loss
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.through_head import (
     DepthTarget,
@@ -189,19 +191,22 @@ def measuring_flops(config: ModelConfig, seq_len: int, active: Sequence[int], sc
     trunk, mtp, shared = config.trunk, config.mtp, _shared_blocks(config)
 
     def blocks(first: int, last: int, seq_len: int) -> int:
-        return sum(trunk.block_flops(seq_len, layer) for layer in range(first, last))
+        return mtp.trunk_flops(trunk, seq_len, active, range(first, last))
 
     def beyond(seq_len: int) -> int:
         """Forward FLOPs between the shared blocks and the head, of all tasks together."""
         own = sum(mtp.alone_flops(trunk, seq_len, k, active) for k in active)
         return own + blocks(shared, trunk.n_layers, seq_len)
 
-    forward = trunk.blocks_flops(seq_len) + mtp.module_flops(trunk, seq_len, active)
+    forward = blocks(0, trunk.n_layers, seq_len) + mtp.module_flops(trunk, seq_len, active)
     # What grows with the window has no weights, and so two gradients of inputs; the rest passes one
     # on and leaves none for its weights.
     passed_on = 2 * beyond(seq_len) - beyond(0)
     asked = blocks(shared - 1 if scope == "last_block" else 0, shared, seq_len)
-    return forward + passed_on + (1 + len(active)) * 2 * (trunk.head_flops() + asked)
+    # A head of its own is a module.
+    shared_head = 1 + (0 if isinstance(mtp, SummaryConfig) else len(active))
+    tasks = 1 + len(active)
+    return forward + passed_on + 2 * (shared_head * trunk.head_flops() + tasks * asked)
 
 
 @contextmanager
@@ -236,16 +241,24 @@ def _add_gradients(
     """One micro-batch's part of every task's gradient, added to the task's row."""
     unused = total_KP.new_zeros(1 + len(objective.parts), dtype=torch.float64)
     with torch.enable_grad(), _only(model, parameters):
-        final, at = model.run_trunk(batch, tasks[1:])
-        for k, hidden in itertools.chain([(0, final)], model.mtp.states(at, tasks[1:], key)):
-            targets = [DepthTarget(0, batch.targets(0), 1 / counts.valid[0], CrossEntropy())]
-            if k:
-                targets = objective.settle(objective.targets(k, batch, 1.0, counts), Seen())
-            prediction = Prediction(hidden, targets)
-            head = HeadWeight(model.head.weight)
-            through_head(head, [prediction], unused, main_hidden=final)
+        stack = model.mtp
+        final, at = model.run_trunk(batch, tasks[1:], key=key)
+        for k, hidden in itertools.chain([(0, final)], stack.states(at, tasks[1:], key)):
+            d_hidden: Tensor | None = None
+            if k and isinstance(stack, Summary):
+                hidden, _ = summary_loss(stack, hidden, batch, 1 / counts.valid[k])
+            else:
+                targets = [DepthTarget(0, batch.targets(0), 1 / counts.valid[0], CrossEntropy())]
+                if k:
+                    place = stack.target_depth(k, key)
+                    targets = objective.targets(k, batch, 1.0, counts, place=place)
+                    targets = objective.settle(targets, Seen())
+                prediction = Prediction(hidden, targets)
+                head = HeadWeight(model.head.weight)
+                through_head(head, [prediction], unused, main_hidden=final)
+                d_hidden = prediction.gradient
             grads = torch.autograd.grad(
-                hidden, parameters, prediction.gradient, retain_graph=True, allow_unused=True
+                hidden, parameters, d_hidden, retain_graph=True, allow_unused=True
             )
             row_P, start = total_KP[tasks.index(k)], 0
             for parameter, grad in zip(parameters, grads, strict=True):

@@ -1,0 +1,81 @@
+"""A bag of the tokens ahead: future summary prediction, handcrafted (Mahajan et al. 2025, arXiv
+2510.14751, section 3).
+
+One head U2 says of every id whether it stands among ``x_{t+2} .. x_{t+tau}`` (the next token is the
+main prediction's):
+
+    L_bag = -sum_v w_v [a_v log sigmoid(z_v) + (1 - a_v) log(1 - sigmoid(z_v))],    z = U2 h_t
+
+with ``a_v`` 1 for ids of the bag. It is a sum over the vocabulary, in nats of the whole bag: at the
+start ``V ln 2``, after a few steps about what the ids that do come cost. The weights are inverse
+document frequencies, ``w_v = ln((1 + N) / (1 + n_v)) + 1`` for an id that n_v of the N training
+documents hold (the smoothed form, which is never 0 and 1 where a corpus is one document), or 1.
+
+Documents, tasks and the window's end: see ``future.py``. A position whose bag is empty does not
+count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.mtp.summary import Summary, SummaryConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.settings import require_choice
+
+Weights = Literal["idf", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BagConfig(SummaryConfig, variant="bag"):
+    """``mtp=bag``: which ids come, in one further loss.
+
+    Attributes:
+        lookahead: tau, places ahead of the farthest token of the bag.
+        weights: of the ids: ``idf``, counted in the training documents, or ``none``, all 1.
+
+    Raises:
+        ValueError: a reach that leaves no bag, or an unknown weighting.
+    """
+
+    meaning: ClassVar[tuple[str, ...]] = ("weights",)
+    first_ahead: ClassVar[int] = 2
+    least_lookahead: ClassVar[int] = 2
+
+    lookahead: int = 12
+    weights: Weights = "idf"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("mtp.weights", self.weights, get_args(Weights))
+
+    def build(self, trunk: TrunkConfig) -> BagMTP:
+        return BagMTP(self, trunk)
+
+
+class BagMTP(Summary):
+    """The head, and the weights of the ids, which are in every checkpoint: a run that starts from
+    another one's head goes on with that one's."""
+
+    config: BagConfig
+    weights_V: Tensor
+
+    def __init__(self, config: BagConfig, trunk: TrunkConfig) -> None:
+        super().__init__(config, trunk)
+        self.register_buffer("weights_V", torch.ones(trunk.vocab_size))
+
+    def weigh(self, holding: Tensor, documents: int) -> None:
+        """Set the weights to inverse document frequencies.
+
+        Args:
+            holding: int64 documents that hold each id, of the tokenizer's; the model may have more
+                rows, of which no document holds any.
+            documents: N.
+        """
+        counts_V = torch.zeros(len(self.weights_V), dtype=torch.float64)
+        counts_V[: len(holding)] = holding.double()
+        self.weights_V.copy_(((1 + documents) / (1 + counts_V)).log() + 1)

@@ -1,0 +1,95 @@
+"""The tokens ahead of every position: which of them count, and which are an id's first.
+
+A position looks at the tokens ``first`` to ``last`` places on, as far as its window and, with a
+document mask, its document go. Of these, tokens that may be no target (the prompts of a task,
+padding) do not count; of an id that occurs several times, the nearest that counts does.
+
+Shapes: B windows, T positions, W tokens of a window, R positions of one chunk, S places looked at.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Future:
+    """What lies ahead of the positions of windows.
+
+    Args:
+        tokens_BW: of whole windows.
+        seq_len: T.
+        documents_BW: ids of the documents that they belong to; None for no document mask.
+        scored_BW: which of them may be targets; None for all.
+        first: places ahead of the nearest token that is looked at, 1 for the next one.
+        last: of the farthest; tokens behind the window's last one are not there.
+    """
+
+    def __init__(
+        self,
+        tokens_BW: Tensor,
+        seq_len: int,
+        *,
+        documents_BW: Tensor | None,
+        scored_BW: Tensor | None,
+        first: int,
+        last: int,
+    ) -> None:
+        width = tokens_BW.shape[1]
+        self.seq_len, self.first = seq_len, first
+        self.last = min(last, width - 1)
+        self.tokens_BW, self.scored_BW = tokens_BW, scored_BW
+        places_T = torch.arange(seq_len, device=tokens_BW.device)
+        # The farthest token that each position looks at.
+        self.stop_BT = (places_T + self.last).clamp(max=width - 1).expand(len(tokens_BW), -1)
+        if documents_BW is not None:
+            ends_BW = _last_of_document(documents_BW)
+            self.stop_BT = torch.minimum(self.stop_BT, ends_BW[:, :seq_len])
+        self.before_BW = _before(tokens_BW, scored_BW)
+
+    def valid(self) -> Tensor:
+        """Which positions have a token ahead that counts: bool [B, T]."""
+        start_T = torch.arange(self.seq_len, device=self.stop_BT.device) + self.first
+        if self.scored_BW is None:
+            return self.stop_BT >= start_T
+        n_scored_BW = self.scored_BW.cumsum(1)
+        until_start_BT = n_scored_BW[:, start_T - 1]
+        return n_scored_BW.gather(1, self.stop_BT.clamp(min=0)) > until_start_BT
+
+    def rows(self, place: slice) -> tuple[Tensor, Tensor]:
+        """The places ahead of the positions ``place`` of B x T, the nearest first.
+
+        Returns:
+            The tokens [R, S] there, any id where none is, and which of them count and are the
+            nearest of their id, bool [R, S].
+        """
+        width = self.tokens_BW.shape[1]
+        index_R1 = torch.arange(place.start, place.stop, device=self.stop_BT.device).unsqueeze(1)
+        row_R1, at_R1 = index_R1 // self.seq_len, index_R1 % self.seq_len
+        ahead_S = torch.arange(self.first, self.last + 1, device=index_R1.device)
+        seen_RS = at_R1 + ahead_S
+        inside_RS = seen_RS <= self.stop_BT.reshape(-1)[place].unsqueeze(1)
+        flat_RS = row_R1 * width + seen_RS.clamp_(max=width - 1)
+        nearest_RS = self.before_BW.reshape(-1)[flat_RS] < at_R1 + self.first
+        return self.tokens_BW.reshape(-1)[flat_RS], inside_RS & nearest_RS
+
+
+def _last_of_document(documents_BW: Tensor) -> Tensor:
+    """Place of the last token in the window of each token's document [B, W]."""
+    width = documents_BW.shape[1]
+    places_W = torch.arange(width, device=documents_BW.device)
+    inner_BV = documents_BW[:, 1:] == documents_BW[:, :-1]
+    ends_BW = places_W.repeat(len(documents_BW), 1)
+    ends_BW[:, :-1].masked_fill_(inner_BV, width)
+    return ends_BW.flip(1).cummin(1).values.flip(1)
+
+
+def _before(tokens_BW: Tensor, scored_BW: Tensor | None) -> Tensor:
+    """Place of the token before that has the same id and may be a target, too [B, W]: -1 for none,
+    W where the token itself may not."""
+    key_BW = tokens_BW if scored_BW is None else tokens_BW.masked_fill(~scored_BW, -1)
+    sorted_BW, order_BW = key_BW.sort(dim=1, stable=True)
+    same_BV = sorted_BW[:, 1:] == sorted_BW[:, :-1]
+    before_BW = torch.full_like(order_BW, -1)
+    before_BW.scatter_(1, order_BW[:, 1:], order_BW[:, :-1].where(same_BV, -1))
+    return before_BW.masked_fill_(key_BW < 0, tokens_BW.shape[1])

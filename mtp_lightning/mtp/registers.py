@@ -1,0 +1,150 @@
+"""Register tokens (MuToR: Gerontopoulos et al. 2025, arXiv 2505.10518, section 3).
+
+In training a register follows every token. All of a step predict ``d`` tokens ahead, d drawn
+uniformly from 1 .. d_max: the one after token j has the rotary position ``j + d - 1``, that of the
+token before its target, and the target ``x_{j+d}``. A register sees the tokens up to j and itself;
+nobody else sees it. So the tokens' states are those without registers, and validation and decoding
+have none.
+
+The registers run behind the tokens in one pass of the trunk, [tokens ; registers]: order is a
+matter of positions and of the mask. That doubles the positions of the trunk, and attention's share
+grows fourfold. Every register starts from one learned vector; which d is meant, its position says.
+
+The main prediction's states are the same numbers up to rounding: a mask that is not causal goes to
+PyTorch's attention kernel, where a window of tokens alone may go to another. What the registers
+hold changes no bit of them; with experts, whose products round by how many tokens each gets, no
+more than rounding.
+
+Routers of experts see registers as they see tokens: both count in loads, biases and the
+sequence-wise balance loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from mtp_lightning.mtp.base import BranchPoint, RandomKey
+from mtp_lightning.mtp.training_only import TrainingOnly, TrainingOnlyConfig
+from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.init import parameter_seed
+from mtp_lightning.nn.rope import rope_table
+from mtp_lightning.nn.trunk import Trunk, TrunkOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegistersConfig(TrainingOnlyConfig, variant="registers"):
+    """``mtp=registers``: registers that predict a token further on, in one further loss.
+
+    Attributes:
+        lookahead: d_max, places ahead of the farthest target; at most T + 1.
+    """
+
+    lookahead: int = 4
+
+    def build(self, trunk: TrunkConfig) -> Registers:
+        return Registers(self, trunk)
+
+    def check_window(self, seq_len: int) -> None:
+        """Refuse targets that windows of ``seq_len`` do not hold.
+
+        Raises:
+            ValueError: naming both.
+        """
+        if self.lookahead > seq_len + 1:
+            raise ValueError(
+                f"mtp.lookahead={self.lookahead} is beyond the windows, which hold data.seq_len + "
+                f"1 = {seq_len + 1} tokens ahead: lower it, or lengthen the window."
+            )
+
+    def num_params(self, trunk: TrunkConfig) -> int:
+        return trunk.d_model
+
+    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
+        return 0
+
+    def trunk_flops(
+        self,
+        trunk: TrunkConfig,
+        seq_len: int,
+        active: Sequence[int],
+        layers: Sequence[int] | None = None,
+    ) -> int:
+        if not active:
+            return super().trunk_flops(trunk, seq_len, active, layers)
+        return 2 * super().trunk_flops(trunk, 2 * seq_len, active, layers)
+
+
+class Registers(TrainingOnly):
+    """The vector that registers start from."""
+
+    config: RegistersConfig
+
+    def __init__(self, config: RegistersConfig, trunk: TrunkConfig) -> None:
+        super().__init__(config)
+        self.trunk_config = trunk
+        # A matrix, so that it is drawn as embeddings are.
+        self.register = nn.Parameter(torch.empty(1, trunk.d_model))
+
+    def states(
+        self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        # Without random choices there are no registers.
+        return iter(()) if key is None else super().states(at, active, key)
+
+    def offset(self, key: RandomKey) -> int:
+        """d, the same for all windows of a step, on every rank."""
+        seed = parameter_seed(key.seed, f"registers:{key.step}")
+        generator = torch.Generator().manual_seed(seed)
+        return int(torch.randint(1, self.config.lookahead + 1, (), generator=generator))
+
+    def target_depth(self, k: int, key: RandomKey | None = None) -> int:
+        if k == 0:
+            return 0
+        assert key is not None, "registers are drawn, and stand in training alone"
+        return self.offset(key) - 1
+
+    def through_trunk(
+        self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None = None
+    ) -> tuple[TrunkOutput, Tensor]:
+        if key is None:
+            output = trunk(embedded_BTC, positions)
+            return output, output.final
+        seq_len = embedded_BTC.shape[1]
+        registers_BTC = self.register.to(embedded_BTC.dtype).expand_as(embedded_BTC)
+        both = torch.cat((embedded_BTC, registers_BTC), dim=1)
+        output = trunk(both, self.positions(positions, seq_len, self.offset(key)))
+        tokens, registers = (
+            TrunkOutput(*(hidden[:, half] for hidden in vars(output).values()))
+            for half in (slice(seq_len), slice(seq_len, None))
+        )
+        return tokens, registers.final
+
+    def positions(self, tokens: Positions, seq_len: int, d: int) -> Positions:
+        """Those of [tokens ; registers], 2 T.
+
+        Args:
+            tokens: of the tokens alone.
+            seq_len: T.
+            d: the registers' offset.
+        """
+        config, device = self.trunk_config, tokens.cos.device
+        places_T = torch.arange(seq_len, device=device)
+        cos, sin = rope_table(
+            torch.cat((places_T, places_T + d - 1)),
+            config.d_rope,
+            config.rope_theta,
+            config.rope_scaling,
+            dtype=tokens.cos.dtype,
+        )
+        sees = tokens.mask
+        if sees is None:
+            sees = (places_T <= places_T.unsqueeze(1))[None, None]
+        itself = torch.eye(seq_len, dtype=torch.bool, device=device).expand_as(sees)
+        by_token = torch.cat((sees, torch.zeros_like(sees)), dim=-1)
+        mask = torch.cat((by_token, torch.cat((sees, itself), dim=-1)), dim=-2)
+        return replace(tokens, cos=cos.unsqueeze(-2), sin=sin.unsqueeze(-2), mask=mask)

@@ -1,0 +1,59 @@
+"""Windows that hold more tokens ahead than their depth asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_modules.data_module import TokenDataModule
+from data_modules.sources.synthetic import SyntheticSource
+from data_modules.tasks import Copy
+from data_modules.tasks.data_module import TaskDataModule
+from data_modules.tokenizers import ByteTokenizer
+
+
+def text(cache: Path, **options: int) -> TokenDataModule:
+    source = SyntheticSource(size=6000, documents=40)
+    data = TokenDataModule(
+        source, ByteTokenizer(), seq_len=8, batch_size=2, depth=1, cache_dir=cache,
+        eval_bytes=200, document_mask=True, **options,
+    )  # fmt: skip
+    data.prepare()
+    return data
+
+
+@pytest.mark.parametrize(("lookahead", "held"), [(0, 2), (1, 2), (2, 2), (5, 5), (9, 9), (50, 9)])
+def test_text(tmp_path: Path, lookahead: int, held: int) -> None:
+    data, plain = text(tmp_path, lookahead=lookahead), text(tmp_path)
+    tokens = data.store["train"].tokens()
+    dataset, other = data.train_dataloader().dataset, plain.train_dataloader().dataset
+    assert len(dataset) == len(other)  # the same windows, with more behind them
+    numbers = np.array([0, 3, len(dataset) - 1])
+    batch, short = dataset[numbers], other[numbers]
+    assert batch.seq_len == 8 and batch.tokens.shape == (3, 8 + held)
+    for row, number in zip(batch.tokens, numbers, strict=True):
+        assert row.tolist() == tokens[number * 8 : number * 8 + 8 + held].tolist()
+    for k in (0, 1):
+        assert batch.targets(k).equal(short.targets(k))
+    assert batch.documents is not None
+    assert batch.counts().equal(short.counts())
+    parts = batch.micro_batches(3)
+    assert all(part.seq_len == 8 and part.extra == batch.extra for part in parts)
+    last = len(data.evaluation) - 1
+    evaluated, shorter = data.evaluation[np.array([0, last])], plain.evaluation[np.array([0, last])]
+    assert evaluated.seq_len == 8 and evaluated.tokens.shape == (2, 8 + held)
+    assert evaluated.tokens[:, :10].equal(shorter.tokens[:, :10])
+    assert evaluated.scored is not None and not evaluated.scored[1, -1]  # padding
+
+
+def test_tasks() -> None:
+    task = Copy(letters=3, shortest=2, periods=2)
+    data, plain = (TaskDataModule(task, depth=1, lookahead=n, seq_len=14) for n in (40, 0))
+    numbers = np.array([0, 1])
+    batch, short = (d.train_dataloader().dataset[numbers] for d in (data, plain))
+    assert batch.seq_len == short.seq_len == 14 and batch.tokens.shape == (2, 14 + 15)
+    assert batch.tokens[:, :16].equal(short.tokens) and batch.extra == 13
+    assert batch.scored is not None and not batch.scored[:, 16:].any()
+    assert batch.documents is not None and batch.documents.shape == batch.tokens.shape

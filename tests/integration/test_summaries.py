@@ -1,0 +1,238 @@
+"""``mtp=top``, ``bag`` and ``registers`` in real runs: trained, resumed, split, evaluated, decoded,
+exported."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+
+from mtp_lightning.experiment.evaluating import evaluate
+from mtp_lightning.experiment.exporting import export
+from mtp_lightning.experiment.generating import generate_text
+from mtp_lightning.objective.terms.base import Chunk, Term
+from mtp_lightning.run.loading import load_run
+from tests.integration.helpers import (
+    CONF,
+    assert_same_weights,
+    checkpoint,
+    command,
+    execute,
+    rows,
+    train_here,
+)
+
+HEADS = ("top", "bag", "registers")
+SUMMARIES = ("top", "bag")  # those that a validation has a loss of
+
+
+TASK: dict[str, Any] = {
+    "data": "copy",
+    "data.task.letters": 4,
+    "data.task.periods": 4,
+    "data.eval_examples": 30,
+    "data.seq_len": None,
+    "data.val_fraction": None,
+    "data.eval_bytes": None,
+    "tokenizer": None,
+    "mtp.depth": None,
+    "mtp.lookahead": 5,
+}
+
+
+class Squared(Term):
+    """An objective of depths that predict a token."""
+
+    name = "squared"
+
+    def value(self, chunk: Chunk) -> Tensor:
+        return chunk.log_probs_RV[:, 0].square()
+
+
+def app(name: str, *given: str) -> Any:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return compose(name, overrides=list(given))
+
+
+def text(head: str) -> dict[str, Any]:
+    """A quick run on text with a document mask."""
+    return {
+        "mtp": head,
+        "mtp.depth": 1,
+        "mtp.lookahead": 6,
+        "data.document_mask": "true",
+        "data.source.documents": 600,  # of about 100 bytes: ends within windows
+        "callbacks.checkpoints.every_n_steps": 5,
+    }
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_what_a_run_logs_and_evaluate_gives_again(tmp_path: Path, cache: Path, head: str) -> None:
+    summary = train_here(tmp_path, cache, text(head))
+    table = rows(tmp_path)
+    assert all(row["train/loss_depth_1"] > 0 and row["train/lambda_depth_1"] > 0 for row in table)
+    for row in table:
+        total = row["train/loss_depth_0"] + row["train/lambda_depth_1"] * row["train/loss_depth_1"]
+        assert row["train/loss"] == pytest.approx(total, rel=1e-5)
+    assert table[-1]["train/loss_depth_1"] < table[0]["train/loss_depth_1"]
+    measured = {tag: value for tag, value in summary.items() if tag.startswith("val/")}
+    further = {"val/loss_depth_1"} if head in SUMMARIES else set()
+    assert {t for t in measured if "_depth_" in t} == {
+        "val/loss_depth_0",
+        "val/accuracy_depth_0",
+        *further,
+    }
+    assert all(value == value for value in measured.values())
+    assert summary["mtp_predicts_tokens"] is False and summary["mtp_reads_tokens"] is False
+    assert summary["flops"] == summary["step"] * 4 * 16 * summary["flops_per_token"]
+    assert not any(tag.startswith("decode/acceptance") for tag in summary)
+    given = [f"checkpoint={tmp_path}/checkpoints/last.ckpt", "num_threads=1", "accelerator=cpu"]
+    again = evaluate(app("evaluate", *given))
+    assert {tag: again[tag] for tag in measured} == measured
+    # How far back the main prediction looks is measured all the same.
+    assert "val/loss_position_1" in again and "val/loss_position_1_depth_1" not in again
+    if head == "bag":
+        weights_V = checkpoint(tmp_path)["state_dict"]["model.mtp.weights_V"]
+        assert weights_V.min() >= 1 and len(set(weights_V.tolist())) > 10
+        model = load_run(tmp_path).model
+        assert torch.equal(model.mtp.weights_V, weights_V)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_it_resumes_exactly(tmp_path: Path, cache: Path, head: str) -> None:
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    train_here(whole, cache, text(head))
+    shutil.copytree(whole, again)
+    shutil.move(again / "checkpoints" / "previous.ckpt", again / "checkpoints" / "last.ckpt")
+    (again / "summary.json").unlink()
+    train_here(again, cache, text(head))
+    assert_same_weights(whole, again)
+    assert rows(whole) == rows(again)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_accumulation_and_workers_change_nothing(tmp_path: Path, cache: Path, head: str) -> None:
+    exact = text(head) | {"trainer.precision": "64-true"}
+    split = {"data.batch_size": 1, "trainer.accumulate_grad_batches": 4}
+    train_here(tmp_path / "whole", cache, exact)
+    train_here(tmp_path / "split", cache, exact | split)
+    _same_rows(tmp_path / "whole", tmp_path / "split")
+
+
+def _same_rows(one: Path, other: Path) -> None:
+    left, right = rows(one), rows(other)
+    assert len(left) == len(right) == 10
+    for a, b in zip(left, right, strict=True):
+        counted = [tag for tag in a if tag.startswith(("val/", "train/"))]
+        assert {tag: b[tag] for tag in counted} == pytest.approx(
+            {tag: a[tag] for tag in counted}, rel=1e-7, abs=1e-12
+        )
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_two_processes_equal_one(tmp_path: Path, cache: Path, head: str) -> None:
+    exact = text(head) | {"trainer.precision": "64-true"}
+    two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 2}
+    done = execute(command(tmp_path / "two", cache, exact | two))
+    assert done.returncode == 0, done.stderr
+    train_here(tmp_path / "one", cache, exact)
+    _same_rows(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_tasks(tmp_path: Path, cache: Path, head: str) -> None:
+    more = {"mtp": head} | ({"mtp.weights": "none"} if head == "bag" else {})
+    summary = train_here(tmp_path, cache, TASK | more)
+    assert "val/exact_match" in summary
+    assert ("val/loss_depth_1" in summary) == (head in SUMMARIES)
+    given = [f"checkpoint={tmp_path}/checkpoints/last.ckpt", "num_threads=1", "accelerator=cpu"]
+    again = evaluate(app("evaluate", *given))
+    assert all(again[t] == v for t, v in summary.items() if t.startswith("val/"))
+
+
+def test_a_task_has_no_documents_to_count(tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(ValueError, match="a task has none: set mtp.weights=none"):
+        train_here(tmp_path, cache, TASK | {"mtp": "bag"})
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_it_decodes_plainly_and_is_exported_alone(
+    tmp_path: Path, cache: Path, head: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_here(tmp_path / "run", cache, text(head))
+    given = [f"checkpoint={tmp_path / 'run'}", "prompt=abc", "max_new_tokens=5", "accelerator=cpu"]
+    (generation,) = generate_text(app("generate", *given))
+    assert generation.new_tokens >= 1
+    with pytest.raises(ValueError, match=f"mtp={head} shapes the trunk in training"):
+        generate_text(app("generate", *given, "draft_depth=1"))
+    out = tmp_path / "exported"
+    asked = [f"checkpoint={tmp_path / 'run'}", f"output={out}", "verify=false"]
+    export(app("export", *asked))
+    assert f"mtp={head} shaped the trunk in training" in capsys.readouterr().out
+    read = load_run(tmp_path / "run").model
+    from mtp_lightning.interop.reading import open_run
+
+    alone = open_run(out).model
+    assert alone.depth == 0
+    assert torch.equal(alone.trunk.embedding.weight, read.trunk.embedding.weight)
+
+
+def test_a_probe_leaves_the_trunk_alone(tmp_path: Path, cache: Path) -> None:
+    train_here(
+        tmp_path / "plain",
+        cache,
+        text("top") | {"mtp": "none", "mtp.depth": None, "mtp.lookahead": None},
+    )
+    start = {"init_from": tmp_path / "plain", "mtp.freeze_trunk": "true"}
+    summary = train_here(tmp_path / "probe", cache, text("top") | start)
+    before, after = (
+        load_run(tmp_path / name).model.trunk.state_dict() for name in ("plain", "probe")
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (
+        summary["parameters_trained"]
+        == 32 * load_run(tmp_path / "plain").model.config.trunk.vocab_size
+    )
+    assert [r for r in rows(tmp_path / "probe") if "train/loss_depth_0" in r] == []
+    first, last = (rows(tmp_path / "probe")[i]["train/loss_depth_1"] for i in (0, -1))
+    assert last < first
+
+
+@pytest.mark.parametrize("rule", ["gradnorm", "cosine_gate"])
+@pytest.mark.parametrize("head", HEADS)
+def test_balance_rules_measure_it(tmp_path: Path, cache: Path, head: str, rule: str) -> None:
+    summary = train_here(tmp_path, cache, text(head) | {"balance": rule})
+    assert summary["step"] == 10
+    assert any(tag.startswith("grad/") and "_depth_1" in tag for tag in rows(tmp_path)[-1])
+
+
+@pytest.mark.parametrize("match", ["parameters", "flops"])
+@pytest.mark.parametrize("head", HEADS)
+def test_it_can_be_compared(tmp_path: Path, cache: Path, head: str, match: str) -> None:
+    more = {"compare.match": match, "model.n_layers": 3, "data.document_mask": "false"}
+    if match == "parameters" and head != "registers":
+        more["tokenizer"] = "byte"
+    summary = train_here(tmp_path, cache, text(head) | more)
+    assert abs(summary["compare"]["remaining"]) < (0.6 if match == "parameters" else 0.1)
+
+
+def test_what_is_not_meant_for_it_is_refused(tmp_path: Path, cache: Path) -> None:
+    for more, message in (
+        ({"mtp.depth": 2}, "mtp=top has one loss"),
+        ({"mtp.lookahead": 0}, "mtp.lookahead must be a whole number of at least"),
+        ({"mtp.detach": "all"}, "set mtp.detach=trunk"),
+        (
+            {"objective._target_": "tests.integration.test_summaries.Squared"},
+            "objective=squared .* mtp=top has a loss of its own",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_here(tmp_path / "run", cache, text("top") | more)
+    long = text("registers") | {"mtp.lookahead": 40, "trainer.max_steps": 30}
+    with pytest.raises(ValueError, match="mtp.lookahead=40 is beyond the windows"):
+        train_here(tmp_path / "long", cache, long)
