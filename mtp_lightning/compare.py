@@ -193,7 +193,8 @@ def total_flops(
         base = [1.0, *schedule.weights(progress)]
         kind = tuple(depths_of(base)), balance.rests_at(progress)
         if kind not in costs:
-            measured = 0.0 if balance.rests_at(progress) else 1 / balance.every_n_steps
+            rests = balance.scope is None or balance.rests_at(progress)
+            measured = 0.0 if rests else 1 / balance.every_n_steps
             costs[kind] = sum(
                 chance
                 * (

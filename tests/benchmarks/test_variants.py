@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks import variants
+import pytest
+
+from benchmarks import objectives, variants
 
 
 def row(name: str, depth: int) -> dict[str, Any]:
@@ -33,3 +35,15 @@ def test_numbers_are_those_of_the_variants() -> None:
     free = row("parameter_free", 4)
     variants.compare(free, plain)
     assert free["parameters_added"] == 0 and free["stack_share"] == 0
+
+
+def test_an_objective_costs_what_its_teacher_costs() -> None:
+    """A chain's is free, that of heads side by side is a pass for each; both learn the same."""
+    flops = {name: row(name, 2)["flops_per_token"] for name in ("sequential", "parallel")}
+    taught = {name: row(f"{name}, kl", 2)["flops_per_token"] for name in flops}
+    assert taught["sequential"] == flops["sequential"]
+    assert taught["parallel"] == flops["parallel"] + 2 * 2 * 40 * 96
+    names = ["kl", objectives.ALONE]
+    together, alone = objectives.measure(37, 16, 2, repeats=1, names=names, windows=1)
+    assert alone["loss"] == pytest.approx(together["loss"], rel=1e-5)
+    assert together["over_first"] == 1 and alone["ms"] > 0
