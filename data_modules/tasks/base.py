@@ -21,6 +21,14 @@ from mtp_lightning.settings import require_whole
 END = 0
 """Id of the symbol that pads windows and, in tasks with ``ends``, closes an answer."""
 
+_WORD = (1 << 64) - 1
+# To make a generator takes ten times as long as to set one, so a process has this one. It is set
+# for every look, and keeps nothing between two.
+_PHILOX = np.random.Philox(0)
+_FRESH = _PHILOX.state
+# Random numbers that an example is given to begin with: most need fewer.
+_AHEAD = 64
+
 
 @dataclass(frozen=True)
 class Example:
@@ -55,23 +63,38 @@ class Draws:
     """
 
     def __init__(self, key: np.ndarray, index: int) -> None:
-        self._philox = np.random.Philox(key=key, counter=index << 128)
+        counter = np.array([0, 0, index & _WORD, index >> 64], dtype=np.uint64)
+        self._start = {**_FRESH, "state": {"counter": counter, "key": key}}
+        self._ahead = self._read(_AHEAD)
+        self._taken = 0
+
+    def raw(self, size: int) -> np.ndarray:
+        """The next ``size`` numbers of the stream, uint64."""
+        first, self._taken = self._taken, self._taken + size
+        if self._taken > len(self._ahead):
+            self._ahead = self._read(2 * self._taken)
+        return self._ahead[first : self._taken]
+
+    def _read(self, size: int) -> np.ndarray:
+        """The first ``size`` numbers of the stream."""
+        _PHILOX.state = self._start
+        return _PHILOX.random_raw(size)  # type: ignore[no-any-return]
 
     def permutation(self, n: int) -> list[int]:
         """0 .. n - 1 in random order."""
-        return np.argsort(self._philox.random_raw(n), kind="stable").tolist()  # type: ignore[no-any-return]
+        return np.argsort(self.raw(n), kind="stable").tolist()  # type: ignore[no-any-return]
 
     def below(self, n: int) -> int:
         """One of 0 .. n - 1."""
-        return int(self._philox.random_raw()) % n
+        return int(self.raw(1)[0]) % n
 
     def many_below(self, n: int, size: int) -> list[int]:
         """``size`` of 0 .. n - 1, with repetition."""
-        return (self._philox.random_raw(size) % np.uint64(n)).tolist()  # type: ignore[no-any-return]
+        return (self.raw(size) % np.uint64(n)).tolist()  # type: ignore[no-any-return]
 
     def uniform(self, size: int) -> np.ndarray:
         """``[size]`` float64 of [0, 1)."""
-        return (self._philox.random_raw(size) >> np.uint64(11)) * 2.0**-53
+        return (self.raw(size) >> np.uint64(11)) * 2.0**-53
 
 
 @dataclass(frozen=True, kw_only=True)

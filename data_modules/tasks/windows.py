@@ -129,26 +129,25 @@ def lay_out(
         apart: whether the batch carries document ids: one for each example, one for the padding.
         extra: E.
     """
-    tokens, scored, documents = [], [], []
-    for row in rows:
-        ids: list[int] = []
-        asked: list[bool] = []
-        owner: list[int] = []
+    tokens = np.full((len(rows), width), END, dtype=np.int64)
+    scored = np.zeros((len(rows), width), dtype=np.bool_)
+    documents = np.zeros((len(rows), width), dtype=np.int64)
+    for number, row in enumerate(rows):
+        end = 0
         for i, example in enumerate(row):
-            ids += example.prompt + example.answer
-            asked += [train_prompt] * len(example.prompt)
-            asked += [True] * len(example.answer) if train_prompt else example.asked
-            owner += [i] * len(example)
-        free = width - len(ids)
-        assert free >= stride * depth
-        tokens.append(ids + [END] * free)
-        scored.append(asked + [False] * free)
-        documents.append(owner + [len(row)] * free)
+            start, answer, end = end, end + len(example.prompt), end + len(example)
+            tokens[number, start:end] = example.prompt + example.answer
+            asked = True if train_prompt or example.given is None else example.asked
+            scored[number, answer:end] = asked
+            scored[number, start:answer] = train_prompt
+            documents[number, start:end] = i
+        assert width - end >= stride * depth
+        documents[number, end:] = len(row)
     return WindowBatch(
-        torch.tensor(tokens),
+        torch.from_numpy(tokens),
         depth,
-        torch.tensor(documents) if apart else None,
-        torch.tensor(scored),
+        torch.from_numpy(documents) if apart else None,
+        torch.from_numpy(scored),
         stride=stride,
         extra=extra,
     )
