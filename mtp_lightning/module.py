@@ -122,14 +122,16 @@ class MTPModule(pl.LightningModule):
         self.tokens += result.tokens
         self.flops += result.flops
         self.seconds += time.perf_counter() - began
-        self._values = result.log_values()
+        # The rates in the precision that Lightning's log() gives a number.
+        logged_rates = {tag: torch.tensor(rate) for tag, rate in rates.items()}
+        self._values = {**result.log_values(), **logged_rates}
         # For callbacks that monitor a value, such as Lightning's EarlyStopping. Its log() puts
         # values there, too, but takes a quarter of a millisecond for each.
         self.trainer.callback_metrics.update(
             {tag: torch.as_tensor(value) for tag, value in self._values.items()}
         )
-        # Lightning takes the x axis, of what callbacks log too, from "step".
-        self.log_dict({**rates, "step": float(done + 1)})
+        if self._due(done + 1):
+            self._log_axis(done + 1)
         return {
             "loss": result.loss,
             "losses": result.losses,
@@ -141,7 +143,13 @@ class MTPModule(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: WindowBatch, batch_idx: int) -> None:
         # After the callbacks: what they save has no row in the log yet.
-        self.log_here(self._values, self.trainer.global_step)
+        step = self.trainer.global_step
+        self.log_here(self._values, step)
+        if self.trainer.should_stop and not self._due(step):
+            # Lightning logs the step that a callback stops at, due or not.
+            self._log_axis(step)
+            rates = {tag: v for tag, v in self._values.items() if tag.startswith("train/lr")}
+            self.log_here(rates, step, always=True)
 
     def progress(self, step: int) -> Progress:
         """Where the run stands before optimizer step ``step`` (counted from 0)."""
@@ -205,8 +213,18 @@ class MTPModule(pl.LightningModule):
             step: optimizer steps done when this one is.
             always: also between the steps that ``trainer.log_every_n_steps`` chooses.
         """
-        due = always or step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if values and due:
+        if values and (always or self._due(step)):
             plain = {tag: float(value) for tag, value in values.items()}
             for logger in self.trainer.loggers:
                 logger.log_metrics(plain, step)
+
+    def _due(self, step: int) -> bool:
+        """Whether ``trainer.log_every_n_steps`` chooses a step."""
+        return bool(step % self.trainer.log_every_n_steps == 0)  # type: ignore[attr-defined]
+
+    def _log_axis(self, step: int) -> None:
+        """Tell Lightning the x axis of what callbacks log, which it takes from "step".
+
+        Only where it hands that on: its log() takes a quarter of a millisecond.
+        """
+        self.log("step", float(step))

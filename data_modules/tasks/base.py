@@ -64,7 +64,7 @@ class Draws:
 
     def __init__(self, key: np.ndarray, index: int) -> None:
         counter = np.array([0, 0, index & _WORD, index >> 64], dtype=np.uint64)
-        self._start = {**_FRESH, "state": {"counter": counter, "key": key}}
+        self._start: Any = {**_FRESH, "state": {"counter": counter, "key": key}}
         self._ahead = self._read(_AHEAD)
         self._taken = 0
 

@@ -34,9 +34,9 @@ def balance_experts(model: nn.Module, ledger: Ledger, *, done: float) -> dict[st
         ``moe/max_violation_depth_k`` of the module of depth k, each MaxVio = max load / mean load
         - 1 of the step, and their mean, ``moe/max_violation``. Empty without experts.
     """
-    used = {name: router for name, router in routers_of(model).items() if router in ledger.loads}
-    if not used:
+    if not ledger.loads:
         return {}
+    used = {name: router for name, router in routers_of(model).items() if router in ledger.loads}
     # All have the same number of experts, and all ranks have used the same routers.
     load_LE = sum_over_ranks(torch.stack([ledger.loads[router] for router in used.values()]))
     for router, load_E in zip(used.values(), load_LE, strict=True):
