@@ -24,12 +24,10 @@ def solved_share(setting: Setting, level: float) -> Share | None:
     return share(sum(value > level for value in found.values.values()), len(found.values))
 
 
-def wait_of(run: Run, level: float) -> Wait | None:
+def wait_of(run: Run, level: float, tag: str = EXACT) -> Wait | None:
     """Optimizer steps to a run's first validation above the level, whatever came after it; to the
     last one, if there was none such yet. None without a validation."""
-    rights = [
-        (row["step"], row[EXACT]) for row in run.rows if math.isfinite(row.get(EXACT, math.nan))
-    ]
+    rights = [(row["step"], row[tag]) for row in run.rows if math.isfinite(row.get(tag, math.nan))]
     solved = [step for step, right in rights if right > level]
     if solved:
         return Wait(min(solved), True)
