@@ -50,6 +50,8 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if min(args.seeds or [0]) < 0:
+        raise ValueError(f"--seeds {min(args.seeds)}: give whole numbers >= 0.")
     claims = {
         args.claims / f"{name}.yaml": _at(args, read_claim(name, args.claims))
         for name in args.names

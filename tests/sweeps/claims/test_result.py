@@ -209,6 +209,20 @@ def test_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         pages(tmp_path, claims)
 
 
+def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_claim(tmp_path)
+    where = ["--claims", tmp_path, "--runs", tmp_path / "runs"]
+    for arguments, said in (
+        (["run", "mine", "--seeds", 1, -1], "--seeds -1: give whole numbers >= 0"),
+        (["run", "mine", "--gpu"], "has no gpu setting"),
+        (["run", "yours"], "choose one of mine"),
+        (["verdict", "mine", "--all"], "wants names of claims, or --all"),
+    ):
+        assert run(*arguments, *where) == 1
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_figures_by_measure(tmp_path: Path) -> None:
     own = {"tag": "decode/tokens_per_step"}
     more = [
