@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+from mtp_lightning.paths import CONF
+
+
+def compose_run(overrides: Sequence[str]) -> DictConfig:
+    """The config that train.py composes from overrides; its folder is not settled yet.
+
+    Raises:
+        ValueError: they do not fit the config.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("config", overrides=list(overrides))
+    except HydraException as error:
+        raise ValueError(f"{' '.join(overrides)} does not compose: {error}") from error
 
 
 def settle(composed: DictConfig, folder: Path) -> None:

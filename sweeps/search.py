@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 
 from mtp_lightning.cli import readable_errors
 from mtp_lightning.literal import literal
-from mtp_lightning.paths import CONF, app
+from mtp_lightning.paths import app
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.metrics import read_column
 from mtp_lightning.run.status import read_status, state_of
-from sweeps.compose import count_processes, settle
+from sweeps.compose import compose_run, count_processes, settle
 from sweeps.local_pool import make_pool
 from sweeps.plan import Plan
 from sweeps.pool import Interrupted
@@ -175,14 +175,7 @@ class Search:
         return steps
 
     def _compose(self, overrides: Sequence[str], folder: Path) -> DictConfig:
-        from hydra import compose, initialize_config_dir
-        from hydra.errors import HydraException
-
-        try:
-            with initialize_config_dir(str(CONF), version_base="1.3"):
-                composed = compose("config", overrides=list(overrides))
-        except HydraException as error:
-            raise ValueError(f"{' '.join(overrides)} does not compose: {error}") from error
+        composed = compose_run(overrides)
         settle(composed, folder)
         return composed
 

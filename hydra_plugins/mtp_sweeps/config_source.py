@@ -51,7 +51,9 @@ class SweepsSource(ConfigSource):
 
     def _file(self, config_path: str) -> Path:
         group, _, name = self._normalize_file_name(config_path).partition("/")
-        return FOLDER / name if group == GROUP else FOLDER / "none" / "such"
+        # What lies deeper is no config of Hydra's: sweeps/claims/NAME.yaml is a claim.
+        flat = group == GROUP and "/" not in name
+        return FOLDER / name if flat else FOLDER / "none" / "such"
 
 
 class SweepsSearchPath(SearchPathPlugin):

@@ -15,7 +15,7 @@ _ROUNDING = 1e-7  # of what Lightning logs: in single precision 0.98 is above 0.
 
 
 def first_above(
-    rows: Iterable[Mapping[str, float]], level: float = SOLVED
+    rows: Iterable[Mapping[str, float]], level: float = SOLVED, tag: str = EXACT
 ) -> Mapping[str, float] | None:
     """The first validation with exact match above a level, whatever came after it; None if there
     is none yet.
@@ -23,9 +23,10 @@ def first_above(
     Args:
         rows: of ``metrics.csv``, in order.
         level: of 0 .. 1.
+        tag: of exact match, such as that of another test set.
     """
     # What is no number is above nothing.
-    return next((row for row in rows if row.get(EXACT, math.nan) - level > _ROUNDING), None)
+    return next((row for row in rows if row.get(tag, math.nan) - level > _ROUNDING), None)
 
 
 def time_to_solve(

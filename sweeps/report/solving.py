@@ -25,13 +25,13 @@ def solved_share(setting: Setting, level: float) -> Share | None:
     return share(sum(value > level for value in found.values.values()), len(found.values))
 
 
-def wait_of(run: Run, level: float) -> Wait | None:
+def wait_of(run: Run, level: float, tag: str = EXACT) -> Wait | None:
     """Optimizer steps to a run's first validation above the level, whatever came after it; to the
     last one, if there was none such yet. None without a validation."""
-    solved = first_above(run.rows, level)
+    solved = first_above(run.rows, level, tag)
     if solved is not None:
         return Wait(solved["step"], True)
-    steps = [row["step"] for row in run.rows if math.isfinite(row.get(EXACT, math.nan))]
+    steps = [row["step"] for row in run.rows if math.isfinite(row.get(tag, math.nan))]
     return Wait(max(steps), False) if steps else None
 
 

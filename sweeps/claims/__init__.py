@@ -1,0 +1,1 @@
+"""Claims about multi-token prediction: predicted first, run by one command, judged by code."""

@@ -1,0 +1,152 @@
+"""Claims, each by one command: what was predicted, what was run, and whether it holds.
+
+python -m sweeps.claims list
+python -m sweeps.claims run star_graph_heads          # what is missing; again: it goes on
+python -m sweeps.claims run lambda curriculum --seeds 0 1
+python -m sweeps.claims verdict star_graph_heads
+python -m sweeps.claims verdict --all                 # and the pages made anew
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtp_lightning.cli import readable_errors
+from mtp_lightning.paths import ROOT
+from sweeps.claims import words
+from sweeps.claims.claim import Claim
+from sweeps.claims.figure import write_figures
+from sweeps.claims.pages import NOT_RUN, STALE, write_pages
+from sweeps.claims.read import FOLDER, names, read_claim
+from sweeps.claims.result import Result, is_stale, judge, read_result, write_result
+from sweeps.claims.run import run
+from sweeps.pool import Interrupted
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    args = _parser().parse_args(arguments)
+    with readable_errors():
+        try:
+            sys.exit({"list": _list, "run": _run, "verdict": _verdict}[args.action](args))
+        except Interrupted as interrupt:
+            print("interrupted. The same command continues.", flush=True)
+            sys.exit(128 + interrupt.signum)
+
+
+def _list(args: argparse.Namespace) -> int:
+    for name in names(args.claims):
+        claim = read_claim(name, args.claims)
+        result = read_result(claim.label, args.root / "results")
+        state = NOT_RUN if result is None else result["verdict"]
+        if result is not None and is_stale(result, claim):
+            state = STALE
+        print(f"{name}: {state}. {claim.sentence} ({claim.scale.minutes:g} minutes)")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    if min(args.seeds or [0]) < 0:
+        raise ValueError(f"--seeds {min(args.seeds)}: give whole numbers >= 0.")
+    claims = {
+        args.claims / f"{name}.yaml": _at(args, read_claim(name, args.claims))
+        for name in args.names
+    }
+    left = run(
+        claims,
+        args.runs.absolute(),
+        seeds=args.seeds,
+        n_jobs=args.jobs,
+        retry_failed=args.retry_failed,
+        command=["python -m sweeps.claims", *sys.argv[1:]],
+    )
+    return 1 if left else 0
+
+
+def _verdict(args: argparse.Namespace) -> int:
+    if args.all == bool(args.names):
+        raise ValueError("verdict wants names of claims, or --all.")
+    code = 0
+    for name in args.names or names(args.claims):
+        claim = read_claim(name, args.claims)
+        scales = [claim, *([claim.on_gpu()] if claim.gpu else [])] if args.all else [None]
+        for at in scales:
+            code |= _judge(args, at or _at(args, claim))
+    if args.all:
+        for page in write_pages(args.root, args.claims):
+            print(f"wrote {page}")
+    return code
+
+
+def _judge(args: argparse.Namespace, claim: Claim) -> int:
+    """Print and store a verdict; 1 where it is stale."""
+    folder = args.root / "results"
+    try:
+        result = judge(claim, args.runs)
+    except ValueError as error:
+        if not args.all:
+            raise
+        print(f"{claim.label}: {error}")
+        return 1
+    if result is not None:
+        write_result(result, claim.label, folder)
+    elif (result := read_result(claim.label, folder)) is None:
+        print(f"{claim.label}: {NOT_RUN}; {claim.command}")
+        return 0
+    write_figures(result, claim.label, folder)
+    stale = is_stale(result, claim)
+    print(f"{claim.label}: {STALE if stale else result['verdict']}. {claim.sentence}")
+    _say(result)
+    return int(stale)
+
+
+def _say(result: Result) -> None:
+    for entry in result["predictions"]:
+        print(
+            f"  {entry['verdict']}: {words.subject(entry)}, {words.quantity(entry['measure'])} "
+            f"{words.predicted(entry)}: {words.measured(entry)}"
+        )
+        details = "; ".join(filter(None, (words.tested(entry), entry["why"])))
+        print(f"    {details}")
+    for line in result["unfinished"]:
+        print(f"  unfinished: {line}")
+
+
+def _at(args: argparse.Namespace, claim: Claim) -> Claim:
+    return claim.on_gpu() if args.gpu else claim
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sweeps.claims",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = parser.add_subparsers(dest="action", required=True)
+    listing = actions.add_parser("list", help="all claims, and what became of them")
+    running = actions.add_parser("run", help="run what is missing, seed by seed")
+    judging = actions.add_parser("verdict", help="decide from what has run")
+    running.add_argument("names", nargs="+", metavar="NAME", help="of claims")
+    running.add_argument("--seeds", nargs="+", type=int, help="instead of the claim's")
+    running.add_argument("--jobs", type=int, default=1, help="at once (default 1)")
+    running.add_argument("--retry-failed", action="store_true", help="start failed runs again")
+    judging.add_argument("names", nargs="*", metavar="NAME", help="of claims")
+    judging.add_argument("--all", action="store_true", help="all claims, and the pages")
+    for action in (running, judging):
+        action.add_argument("--gpu", action="store_true", help="at the published scale")
+        action.add_argument(
+            "--runs", type=Path, default=Path("runs/claims"), help="their folder (runs/claims)"
+        )
+    for action in (listing, running, judging):
+        action.add_argument("--claims", type=Path, default=FOLDER, help="the folder of the YAMLs")
+    for action in (listing, judging):
+        action.add_argument("--root", type=Path, default=ROOT, help="has results/ and the pages")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

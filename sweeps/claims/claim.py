@@ -1,0 +1,135 @@
+"""A claim as data: what is said, what is run, what is measured, and what would make it hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+EQUALS = ("steps", "flops", "parameters", "seconds")
+SIDES = ("above", "below", "within")
+CPU, GPU = "cpu", "gpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """What is read of a finished run.
+
+    Attributes:
+        tag: of ``summary.json``.
+        solved: level that the value must exceed; then the measure is the share of seeds that do.
+            None for the value itself.
+        last: part of the run, from its end, over whose rows of ``metrics.csv`` the tag is averaged,
+            for what the summary does not have; 0 < last <= 1. None for the summary.
+    """
+
+    tag: str
+    solved: float | None = None
+    last: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One arm, alone or against another, on one side of a threshold.
+
+    Attributes:
+        arm: whose measure it is.
+        against: the arm that is subtracted, seed by seed; None for the arm's own value.
+        side: where the effect lies: above ``by``, below it, or within -by .. by.
+        by: the threshold, in the measure's unit.
+        expected: the size that is predicted; decides nothing.
+        published: the source's own number, beside which ours is printed.
+        measure: by default the claim's.
+    """
+
+    arm: str
+    against: str | None = None
+    side: str
+    by: float = 0.0
+    expected: float | None = None
+    published: str = ""
+    measure: Measure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much is run: what a GPU changes.
+
+    Attributes:
+        shared: overrides of every arm, instead of the claim's; None for those.
+        arms: overrides of some arms, instead of the claim's.
+        seeds: in the order in which they are run.
+        minimum: seeds of an arm, or pairs of two, below which nothing is decided.
+        minutes: of all runs: two CPU cores, or one GPU.
+    """
+
+    shared: tuple[str, ...] | None = None
+    arms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    seeds: tuple[int, ...]
+    minimum: int
+    minutes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a claim's file says.
+
+    Attributes:
+        name: of the file.
+        sentence: the claim.
+        source: who says so.
+        note: what a reader of the verdict should know.
+        equal: what the arms have the same of.
+        shared: overrides of every arm.
+        arms: overrides by name.
+        measure: what is measured.
+        predictions: all of them have to hold.
+        scale: of the setting.
+        setting: ``cpu`` or ``gpu``.
+        digest: of all that the file says; comments do not count.
+        gpu: the published scale's, where a CPU does not reach it.
+    """
+
+    name: str
+    sentence: str
+    source: str
+    note: str = ""
+    equal: str
+    shared: tuple[str, ...]
+    arms: Mapping[str, tuple[str, ...]]
+    measure: Measure
+    predictions: tuple[Prediction, ...]
+    scale: Scale
+    setting: str = CPU
+    digest: str
+    gpu: Scale | None = field(default=None, repr=False)
+
+    @property
+    def label(self) -> str:
+        """``NAME``, and ``NAME.gpu`` at the other scale: of the files of its results."""
+        return self.name if self.setting == CPU else f"{self.name}.{self.setting}"
+
+    @property
+    def command(self) -> str:
+        """What runs it."""
+        on = "" if self.setting == CPU else f" --{self.setting}"
+        return f"python -m sweeps.claims run {self.name}{on}"
+
+    def overrides(self, arm: str) -> tuple[str, ...]:
+        """All overrides of an arm, in the order in which they are given."""
+        shared = self.shared if self.scale.shared is None else self.scale.shared
+        return (*shared, *self.scale.arms.get(arm, self.arms[arm]))
+
+    def on_gpu(self) -> Claim:
+        """The claim at the published scale.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.gpu is None:
+            raise ValueError(f"The claim {self.name} has no gpu setting: run it without --gpu.")
+        return replace(self, scale=self.gpu, setting=GPU)
+
+    @property
+    def measures(self) -> list[Measure]:
+        """Those of the predictions, in their order, each once."""
+        return list(dict.fromkeys(prediction.measure for prediction in self.predictions))

@@ -1,0 +1,248 @@
+"""From numbers to a verdict: by the claim's own threshold, and by nothing else.
+
+The effect of a prediction lies inside the region that it names or outside. Its p-value is the
+smallest level at which the interval leaves the boundary nearest to the effect, so that interval and
+test agree; Holm's correction is over all predictions of the claim, those without a test counted as
+p = 1, so that what is run later cannot make an earlier verdict weaker.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sweeps.claims.claim import Claim, Measure, Prediction
+from sweeps.claims.observe import Arms, Seed, key
+from sweeps.report.comparisons import FACT, LEVEL
+from sweeps.report.shares import Share, share, unpaired
+from sweeps.report.statistics import Interval, holm, interval, paired
+
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
+PAIRED, ALONE, FISHER, BINOMIAL = "paired t", "t", "Fisher", "binomial"
+
+# How far two arms may be apart in what they are said to have the same of.
+_APART = {"steps": 0.0, "flops": 0.02, "parameters": 0.02, "seconds": 0.1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What became of one prediction.
+
+    Attributes:
+        prediction: as the claim has it.
+        verdict: HOLDS, FAILS or UNDECIDED.
+        why: of a verdict that is undecided.
+        test: by which; None where there are no numbers.
+        effect: mean difference, mean, difference of shares, or share; None without numbers.
+        low: lower end of its 95 % interval, of this one effect; None for two shares and one seed.
+        high: upper end.
+        n: seeds, or pairs; of two shares the seeds of the arm.
+        p: of the test against the boundary; None without one.
+        adjusted: Holm's, among the claim's predictions.
+        own: the arm's share of seeds that solve, where that is measured.
+        other: likewise of the arm that it is against.
+    """
+
+    prediction: Prediction
+    verdict: str
+    why: str = ""
+    test: str | None = None
+    effect: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    p: float | None = None
+    adjusted: float | None = None
+    own: Share | None = None
+    other: Share | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Test:
+    name: str
+    effect: float
+    interval: tuple[float, float] | None
+    n: int
+    p: float | None
+    own: Share | None = None
+    other: Share | None = None
+    constant: bool = False
+
+
+def decide(claim: Claim, arms: Arms) -> list[Finding]:
+    """Every prediction's verdict.
+
+    Args:
+        claim: with its thresholds.
+        arms: what was observed.
+    """
+    tests = [_test(prediction, arms) for prediction in claim.predictions]
+    adjusted = holm([1.0 if t is None or t.p is None else t.p for t in tests])
+    found = zip(claim.predictions, tests, adjusted, strict=True)
+    return [_finding(claim, prediction, arms, test, p) for prediction, test, p in found]
+
+
+def overall(verdicts: Sequence[str]) -> str:
+    """A claim's verdict: all its predictions have to hold, and one that does not is enough."""
+    if FAILS in verdicts:
+        return FAILS
+    return HOLDS if all(verdict == HOLDS for verdict in verdicts) else UNDECIDED
+
+
+def arm_share(seeds: Mapping[int, Seed], measure: Measure) -> Share | None:
+    """Of an arm's finished seeds those above the level; None without one."""
+    assert measure.solved is not None
+    values = _values(seeds, measure)
+    if not values:
+        return None
+    return share(sum(value > measure.solved for value in values.values()), len(values))
+
+
+def arm_mean(seeds: Mapping[int, Seed], measure: Measure) -> Interval | None:
+    """An arm's mean over its finished seeds; None without one."""
+    values = list(_values(seeds, measure).values())
+    return interval(values) if values else None
+
+
+def _values(seeds: Mapping[int, Seed], measure: Measure) -> dict[int, float]:
+    name = key(measure)
+    return {s: seed.values[name] for s, seed in seeds.items() if seed.done and name in seed.values}
+
+
+def _finding(
+    claim: Claim, prediction: Prediction, arms: Arms, test: _Test | None, adjusted: float
+) -> Finding:
+    why = _obstacle(claim, prediction, arms, test)
+    if test is None:
+        return Finding(prediction=prediction, verdict=UNDECIDED, why=why)
+    verdict = UNDECIDED
+    if not why and adjusted < LEVEL:
+        verdict = HOLDS if _inside(prediction, test.effect) else FAILS
+    elif not why:
+        tests = len(claim.predictions)
+        beyond = test.p is not None and test.p < LEVEL
+        within = "the threshold is within the noise"
+        why = f"not beyond noise by Holm's correction over {tests}" if beyond else within
+    low, high = test.interval or (None, None)
+    return Finding(
+        prediction=prediction,
+        verdict=verdict,
+        why=why,
+        test=test.name,
+        effect=test.effect,
+        low=low,
+        high=high,
+        n=test.n,
+        p=test.p,
+        adjusted=None if test.p is None else adjusted,
+        own=test.own,
+        other=test.other,
+    )
+
+
+def _inside(prediction: Prediction, effect: float) -> bool:
+    if prediction.side == "within":
+        return abs(effect) < prediction.by
+    return effect > prediction.by if prediction.side == "above" else effect < prediction.by
+
+
+def _boundary(prediction: Prediction, effect: float) -> float:
+    """The end of the region that is nearest to the effect."""
+    if prediction.side == "within" and effect < 0:
+        return -prediction.by
+    return prediction.by
+
+
+def _test(prediction: Prediction, arms: Arms) -> _Test | None:
+    """The numbers; None where a finished seed is missing on either side."""
+    measure = prediction.measure
+    own = arms[prediction.arm]
+    other = None if prediction.against is None else arms[prediction.against]
+    if measure.solved is None:
+        values = _values(own, measure)
+        reference = None if other is None else _values(other, measure)
+        return _of_values(prediction, values, reference)
+    mine = arm_share(own, measure)
+    if mine is None:
+        return None
+    if other is None:
+        return _of_share(prediction, mine)
+    theirs = arm_share(other, measure)
+    return None if theirs is None else _of_shares(mine, theirs)
+
+
+def _of_values(
+    prediction: Prediction, own: Mapping[int, float], other: Mapping[int, float] | None
+) -> _Test | None:
+    zero = dict.fromkeys(own, 0.0)
+    effect = paired(own, zero if other is None else other)
+    if effect is None:
+        return None
+    mean, half = effect.difference.mean, effect.difference.half
+    boundary = _boundary(prediction, mean)
+    shifted = {s: v + boundary for s, v in (zero if other is None else other).items()}
+    from_boundary = paired(own, shifted)
+    assert from_boundary is not None
+    return _Test(
+        name=ALONE if other is None else PAIRED,
+        effect=mean,
+        interval=None if half is None else (mean - half, mean + half),
+        n=effect.difference.n,
+        p=from_boundary.p,
+        constant=from_boundary.constant,
+    )
+
+
+def _of_share(prediction: Prediction, own: Share) -> _Test:
+    """By the binomial, two-sided as its interval is: twice the smaller tail."""
+    from scipy import stats
+
+    by = min(max(_boundary(prediction, own.rate), 0.0), 1.0)
+    tails = (stats.binom.sf(own.count - 1, own.n, by), stats.binom.cdf(own.count, own.n, by))
+    p = min(1.0, 2 * float(min(tails)))
+    ends = (own.low, own.high)
+    return _Test(name=BINOMIAL, effect=own.rate, interval=ends, n=own.n, p=p, own=own)
+
+
+def _of_shares(own: Share, other: Share) -> _Test:
+    return _Test(
+        name=FISHER,
+        effect=own.rate - other.rate,
+        interval=None,
+        n=min(own.n, other.n),
+        p=unpaired(own, other).p,
+        own=own,
+        other=other,
+    )
+
+
+def _obstacle(claim: Claim, prediction: Prediction, arms: Arms, test: _Test | None) -> str:
+    """Why nothing is decided, whatever the numbers are; empty where that is not so."""
+    names = [n for n in (prediction.arm, prediction.against) if n is not None]
+    for name in names:
+        for seed, run in arms[name].items():
+            if run.state == "failed":
+                return f"{name} failed at seed {seed}, and no seed is dropped"
+            if run.done and key(prediction.measure) not in run.values:
+                return f"{name} has no {prediction.measure.tag} at seed {seed}"
+    if test is None:
+        return "no seed is finished" if len(names) < 2 else "no seed is finished in both arms"
+    if test.n < claim.scale.minimum:
+        return f"n = {test.n} is below the claim's minimum of {claim.scale.minimum}"
+    done = {name: [run for run in arms[name].values() if run.done] for name in names}
+    if len({run.text for runs in done.values() for run in runs}) > 1:
+        return "the arms were evaluated on different texts"
+    if test.constant:
+        return FACT
+    return _unequal(claim.equal, *done.values()) if len(names) == 2 else ""
+
+
+def _unequal(what: str, own: Sequence[Seed], other: Sequence[Seed]) -> str:
+    """In what two arms differ that are said to have the same of it; empty where they have."""
+    costs = [[run.costs[what] for run in runs if what in run.costs] for runs in (own, other)]
+    if not all(costs):
+        return f"the runs do not say their {what}"
+    a, b = (math.fsum(values) / len(values) for values in costs)
+    apart = abs(a - b) / max(b, 1e-300)
+    return f"the arms differ by {apart:.1%} in {what}" if apart > _APART[what] else ""

@@ -1,0 +1,110 @@
+"""A claim's figure: for every measure the effects with their intervals and thresholds, or the arms'
+shares of seeds that solve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtp_lightning.run.atomic import write_bytes
+from sweeps.claims.decide import UNDECIDED
+from sweeps.claims.result import Result
+from sweeps.claims.words import quantity, subject
+from sweeps.report.shares import share
+from sweeps.report.style import COLOURS, QUIET, as_svg, by_row, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def write_figures(result: Result, label: str, folder: Path) -> list[Path]:
+    """``LABEL.svg``, and ``LABEL_2.svg`` .. for further measures; those without numbers are left
+    out.
+
+    Args:
+        result: of a claim.
+        label: of the claim.
+        folder: of the files; it exists.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    files = []
+    with _styled():
+        for file, entries in zip(files_of(result, label, folder), _drawn(result), strict=True):
+            write_bytes(as_svg(_draw(result, entries)), file)
+            files.append(file)
+    return files
+
+
+def files_of(result: Result, label: str, folder: Path) -> list[Path]:
+    """Where the figures of a result are."""
+    n = len(_drawn(result))
+    return [folder / f"{label}{f'_{i}' if i > 1 else ''}.svg" for i in range(1, n + 1)]
+
+
+def _styled() -> Any:
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        raise ValueError("The figures need matplotlib: pip install -e '.[report]'.") from None
+    return styled()
+
+
+def _drawn(result: Result) -> list[list[dict[str, Any]]]:
+    """The predictions that have numbers, those of one measure together."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in result["predictions"]:
+        if entry["effect"] is not None:
+            groups.setdefault(quantity(entry["measure"]), []).append(entry)
+    return list(groups.values())
+
+
+def _draw(result: Result, entries: Sequence[dict[str, Any]]) -> Figure:
+    measure = entries[0]["measure"]
+    return _effects(entries) if measure["solved"] is None else _shares(result, measure)
+
+
+def _effects(entries: Sequence[dict[str, Any]]) -> Figure:
+    """Filled is decided; a tick is a threshold."""
+    shown = list(reversed(entries))
+    figure, axes = by_row([subject(entry) for entry in shown])
+    axes.axvline(0, color=QUIET, linewidth=1)
+    for y, entry in enumerate(shown):
+        ends = (entry["low"], entry["high"])
+        reach = None if None in ends else [[entry["effect"] - ends[0]], [ends[1] - entry["effect"]]]
+        axes.errorbar(
+            entry["effect"],
+            y,
+            xerr=reach,
+            fmt="o",
+            color=COLOURS[0],
+            markerfacecolor="none" if entry["verdict"] == UNDECIDED else COLOURS[0],
+        )
+        bounds = [entry["by"], -entry["by"]] if entry["side"] == "within" else [entry["by"]]
+        axes.plot(bounds, [y] * len(bounds), "|", color=COLOURS[1], markersize=14)
+    axes.set_xlabel(quantity(entries[0]["measure"]))
+    return figure
+
+
+def _shares(result: Result, measure: dict[str, Any]) -> Figure:
+    """Of all arms, with the interval of each."""
+    counts = {arm: _count(content, measure) for arm, content in result["arms"].items()}
+    shown = [(arm, share(*count)) for arm, count in reversed(counts.items()) if count[1]]
+    figure, axes = by_row([arm for arm, _ in shown])
+    for y, (_, found) in enumerate(shown):
+        reach = [[found.rate - found.low], [found.high - found.rate]]
+        axes.errorbar(found.rate, y, xerr=reach, fmt="o", color=COLOURS[0])
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_xlabel(quantity(measure))
+    return figure
+
+
+def _count(content: dict[str, Any], measure: dict[str, Any]) -> tuple[int, int]:
+    values = [
+        seed["values"][measure["tag"]]
+        for seed in content["seeds"].values()
+        if seed["state"] == "done" and measure["tag"] in seed["values"]
+    ]
+    return sum(value > measure["solved"] for value in values), len(values)

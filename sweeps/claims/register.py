@@ -1,0 +1,101 @@
+"""What has been started for a claim, and which prediction stood when the first of it was.
+
+A file beside the runs, ``LABEL.claim.json``. It is what makes a verdict: every seed that was ever
+started is in it and none is dropped, and a claim that has been changed since is found out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mtp_lightning.run.atomic import write_json
+from mtp_lightning.run.status import now
+from sweeps.claims.claim import Claim
+from sweeps.claims.jobs import ClaimJob
+
+VERSION = 1
+
+
+@dataclass(kw_only=True)
+class Register:
+    """Attributes:
+    digest: of the claim, when its first run was asked for.
+    commit: that the prediction was in then; None outside of a repository.
+    began: when that was.
+    runs: by arm and seed, the folder of the run.
+    """
+
+    digest: str
+    commit: str | None
+    began: str = field(default_factory=now)
+    runs: dict[str, dict[int, str]] = field(default_factory=dict)
+
+    def is_of(self, claim: Claim) -> bool:
+        """Whether the prediction still is what it was."""
+        return self.digest == claim.digest
+
+    def add(self, claim: Claim, jobs: Sequence[ClaimJob]) -> None:
+        """Take jobs in.
+
+        Raises:
+            ValueError: an arm at a seed has another config than when it was run, as after a change
+                of the code's defaults: old and new runs would be one arm.
+        """
+        for job in jobs:
+            known = self.runs.setdefault(job.arm, {}).setdefault(job.seed, job.folder)
+            if known != job.folder:
+                raise ValueError(
+                    f"{claim.label} has run {job.arm} at seed {job.seed} in {known}, and its "
+                    f"config is now that of {job.folder}: go on from the commit that those runs "
+                    "were made from, or give --runs another folder and run all of it anew."
+                )
+
+
+def file_of(claim: Claim, runs: Path) -> Path:
+    """Where a claim's register is."""
+    return runs / f"{claim.label}.claim.json"
+
+
+def read_register(claim: Claim, runs: Path) -> Register | None:
+    """A claim's register; None where nothing was run.
+
+    Raises:
+        ValueError: its file is damaged.
+    """
+    file = file_of(claim, runs)
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']}")
+        return Register(
+            digest=str(content["digest"]),
+            commit=content["commit"],
+            began=str(content["began"]),
+            runs={
+                str(arm): {int(seed): str(folder) for seed, folder in seeds.items()}
+                for arm, seeds in content["runs"].items()
+            },
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} cannot be read as version {VERSION} of this file ({error}): give --runs "
+            "another folder."
+        ) from error
+
+
+def write_register(register: Register, claim: Claim, runs: Path) -> None:
+    """Store a claim's register."""
+    content = {
+        "version": VERSION,
+        "claim": claim.label,
+        "digest": register.digest,
+        "commit": register.commit,
+        "began": register.began,
+        "runs": register.runs,
+    }
+    write_json(content, file_of(claim, runs))

@@ -1,0 +1,164 @@
+"""``results/LABEL.json``: a claim's verdict with all numbers that it was made of.
+
+It is written by code from what the runs left, and never by hand. Pages and figures are made of it
+alone, so that they can be made anew where the runs are no more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mtp_lightning.run.atomic import write_json
+from sweeps.claims.claim import Claim
+from sweeps.claims.decide import Finding, decide, overall
+from sweeps.claims.observe import Arms, Seed, key, observe
+from sweeps.claims.register import Register, read_register
+from sweeps.report.survival import survival
+
+VERSION = 1
+
+Result = dict[str, Any]
+
+
+def judge(claim: Claim, runs: Path) -> Result | None:
+    """A claim's result from its runs; None where none was started.
+
+    Args:
+        claim: as it is now.
+        runs: the folder of all claims' runs.
+
+    Raises:
+        ValueError: the claim was changed after its runs began.
+    """
+    register = read_register(claim, runs)
+    if register is None:
+        return None
+    if not register.is_of(claim):
+        raise ValueError(
+            f"The claim {claim.label} is stale: it was changed after its runs began "
+            f"({register.began}). Give the changed one another name, or --runs another folder."
+        )
+    arms = observe(claim, runs, register.runs)
+    return make_result(claim, register, arms)
+
+
+def make_result(claim: Claim, register: Register, arms: Arms) -> Result:
+    """All of it as plain data."""
+    findings = decide(claim, arms)
+    seeds = [seed for of_arm in arms.values() for seed in of_arm.values()]
+    ended = sorted(seed.ended for seed in seeds if seed.done and seed.ended)
+    return {
+        "version": VERSION,
+        "claim": claim.name,
+        "setting": claim.setting,
+        "sentence": claim.sentence,
+        "source": claim.source,
+        "command": claim.command,
+        "digest": claim.digest,
+        "predicted_in": register.commit,
+        "began": register.began,
+        "verdict": overall([finding.verdict for finding in findings]),
+        "unfinished": unfinished(claim, arms),
+        "predictions": [_finding(finding) for finding in findings],
+        "arms": {arm: _arm(claim, arm, of_arm) for arm, of_arm in arms.items()},
+        "date": ended[-1][:10] if ended else None,
+        "minutes": round(sum(_minutes(seed) for seed in seeds), 1),
+        "machines": sorted({seed.machine for seed in seeds if seed.machine}),
+        "commits": sorted({seed.commit for seed in seeds if seed.commit}),
+    }
+
+
+def unfinished(claim: Claim, arms: Arms) -> list[str]:
+    """What is not done, an arm a line; a verdict rests on the rest."""
+    lines = []
+    for arm in claim.arms:
+        states = [seed.state for seed in arms[arm].values()]
+        others = {state: states.count(state) for state in states if state != "done"}
+        if others:
+            named = ", ".join(f"{n} {state}" for state, n in others.items())
+            lines.append(f"{arm}: {states.count('done')} of {len(states)} seeds done, {named}")
+    return lines
+
+
+def is_stale(result: Result, claim: Claim) -> bool:
+    """Whether the claim was changed since the result's runs began."""
+    return bool(result["digest"] != claim.digest)
+
+
+def file_of(label: str, folder: Path) -> Path:
+    """Where a claim's result is."""
+    return folder / f"{label}.json"
+
+
+def write_result(result: Result, label: str, folder: Path) -> None:
+    """Replace a claim's result."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(result, file_of(label, folder))
+
+
+def read_result(label: str, folder: Path) -> Result | None:
+    """A claim's result; None where there is none.
+
+    Raises:
+        ValueError: its file is damaged.
+    """
+    file = file_of(label, folder)
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']}")
+        return dict(content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} cannot be read as version {VERSION} of this file ({error}): make it anew by "
+            f"python -m sweeps.claims verdict {label}."
+        ) from error
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    flat = asdict(finding)
+    return {**flat.pop("prediction"), **flat}
+
+
+def _arm(claim: Claim, arm: str, seeds: dict[int, Seed] | Any) -> dict[str, Any]:
+    return {
+        "overrides": list(claim.overrides(arm)),
+        "time_to_solve": _times(claim, list(seeds.values())),
+        "seeds": {str(seed): asdict(run) for seed, run in seeds.items()},
+    }
+
+
+def _times(claim: Claim, seeds: Sequence[Seed]) -> dict[str, Any]:
+    """By Kaplan and Meier, of every measure of solving."""
+    found = {}
+    for measure in claim.measures:
+        if measure.solved is None:
+            continue
+        curve = survival([wait for seed in seeds if (wait := seed.wait(measure))])
+        if curve is not None:
+            found[key(measure)] = {
+                "median_steps": curve.median,
+                "solved": curve.ended,
+                "seeds": curve.n,
+                "times": list(curve.times),
+                "waiting": list(curve.shares),
+                "censored": list(curve.censored),
+            }
+    return found
+
+
+def _minutes(seed: Seed) -> float:
+    """Of the clock. A run that was continued says when it was started last: at least the training
+    counts."""
+    training = seed.costs.get("seconds", 0.0) / 60
+    if not (seed.done and seed.started and seed.ended):
+        return training
+    took = datetime.fromisoformat(seed.ended) - datetime.fromisoformat(seed.started)
+    return max(training, took.total_seconds() / 60)

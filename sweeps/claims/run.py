@@ -1,0 +1,109 @@
+"""Runs what claims still lack, by the machinery of sweeps: resumable, one job at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mtp_lightning.run.layout import SUMMARY_FILE
+from mtp_lightning.run.lock import Lock
+from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
+from sweeps.claims.claim import Claim
+from sweeps.claims.commit import commit_of
+from sweeps.claims.jobs import ClaimJob, jobs
+from sweeps.claims.register import Register, read_register, write_register
+from sweeps.local_pool import make_pool
+from sweeps.plan import Job, Plan
+
+
+def run(
+    claims: Mapping[Path, Claim],
+    runs: Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    n_jobs: int = 1,
+    retry_failed: bool = False,
+    command: Sequence[str] = (),
+) -> int:
+    """Run all arms of claims at all seeds, what is finished left out, seed by seed.
+
+    Args:
+        claims: by their files.
+        runs: the folder of all claims' runs, absolute; it need not exist.
+        seeds: by default each claim's own.
+        n_jobs: jobs at once.
+        retry_failed: start failed ones again.
+        command: the command line, for ``sweep.json``.
+
+    Returns:
+        How many of the asked-for runs are not done.
+
+    Raises:
+        ValueError: a prediction is in no commit or was changed after its runs began, an arm does
+            not compose, or it has other settings than when it was run.
+        BlockingIOError: another process is at work there.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have saved and ended.
+    """
+    commits = {claim.label: commit_of(file) for file, claim in claims.items()}
+    asked = {
+        claim.label: jobs(claim, seeds or claim.scale.seeds, runs) for claim in claims.values()
+    }
+    runs.mkdir(parents=True, exist_ok=True)
+    lock = Lock(runs / ".lock")
+    if not lock.acquire():
+        raise BlockingIOError(f"Claims are being run in {runs}: wait for that, or stop it.")
+    try:
+        for claim in claims.values():
+            _register(claim, asked[claim.label], runs, commits[claim.label])
+        todo = _in_turn(list(asked.values()))
+        _plan(todo, runs, command)
+        waiting = [job for job in todo if _must_run(runs / job.folder, retry_failed=retry_failed)]
+        print(f"{len(todo)} runs in {runs}, {len(todo) - len(waiting)} ended before", flush=True)
+        if waiting:
+            tasks = [job.task(runs) for job in waiting]
+            for task in tasks:
+                if read_status(task.folder) is None:
+                    write_status(task.folder, task.overrides, "pending")
+            devices = "cpu" if all(task.on_cpu for task in tasks) else "auto"
+            make_pool(len(tasks), devices=devices, n_jobs=n_jobs).run(tasks)
+    finally:
+        lock.release()
+    bad = [runs / job.folder for job in todo if state_of(runs / job.folder) != "done"]
+    for folder in bad:
+        print(describe_failure(folder), flush=True)
+    return len(bad)
+
+
+def _register(claim: Claim, asked: Sequence[ClaimJob], runs: Path, commit: str | None) -> None:
+    register = read_register(claim, runs) or Register(digest=claim.digest, commit=commit)
+    if not register.is_of(claim):
+        raise ValueError(
+            f"The claim {claim.label} was changed after its runs began in {runs} "
+            f"({register.began}): give the changed one another name, or --runs another folder."
+        )
+    register.add(claim, asked)
+    write_register(register, claim, runs)
+
+
+def _in_turn(asked: Sequence[Sequence[ClaimJob]]) -> list[ClaimJob]:
+    """All claims' jobs by seed, then by claim and arm, a shared one once."""
+    by_seed: dict[int, dict[str, ClaimJob]] = {}
+    for claim_jobs in asked:
+        for job in claim_jobs:
+            by_seed.setdefault(job.seed, {}).setdefault(job.folder, job)
+    return [job for of_seed in by_seed.values() for job in of_seed.values()]
+
+
+def _plan(todo: Sequence[ClaimJob], runs: Path, command: Sequence[str]) -> None:
+    """``sweep.json``, by which the report reads the folder like any sweep's."""
+    plan = Plan(runs)
+    known = {job.folder for job in plan.jobs}
+    plan.jobs += [Job(job.folder, job.overrides) for job in todo if job.folder not in known]
+    plan.write(command)
+
+
+def _must_run(folder: Path, *, retry_failed: bool) -> bool:
+    state = state_of(folder)
+    if state == "done":
+        return not (folder / SUMMARY_FILE).is_file()
+    return retry_failed or state != "failed"

@@ -1,0 +1,95 @@
+"""A result's numbers and predictions for people."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from sweeps.report.metrics import BY_TAG, number, p_value
+
+_RATES = re.compile(r"accuracy|acceptance|agreement|overlap|exact_match")
+
+Entry = Mapping[str, Any]  # one of a result's predictions
+
+
+def subject(entry: Entry) -> str:
+    """``parallel − next_token``, or the arm alone."""
+    against = "" if entry["against"] is None else f" − {entry['against']}"
+    return f"{entry['arm']}{against}"
+
+
+def quantity(measure: Entry) -> str:
+    """What is measured: ``share of seeds with val/exact_match > 0.95``."""
+    if measure["solved"] is not None:
+        return f"share of seeds with {measure['tag']} > {measure['solved']:g}"
+    if measure["last"] is not None:
+        return f"{measure['tag']}, mean over the last {measure['last']:.0%} of the run"
+    return str(measure["tag"])
+
+
+def predicted(entry: Entry) -> str:
+    """``above 0``, ``within ±0.01``, and the size that is expected."""
+    by = _brief(entry, entry["by"])
+    region = f"within ±{by}" if entry["side"] == "within" else f"{entry['side']} {by}"
+    size = entry["expected"]
+    return region if size is None else f"{region}, expected {_brief(entry, size)}"
+
+
+def measured(entry: Entry) -> str:
+    """The effect with its interval, or the two shares."""
+    if entry["effect"] is None:
+        return "no numbers yet"
+    shares = [share(entry[name]) for name in ("own", "other") if entry[name] is not None]
+    if shares:
+        return " against ".join(shares)
+    effect = show(entry, entry["effect"])
+    if entry["low"] is None:
+        return f"{effect}, one seed"
+    low, high = (show(entry, entry[name]) for name in ("low", "high"))
+    return f"{effect} [{low}, {high}]"
+
+
+def share(found: Entry) -> str:
+    """``3 of 5 seeds [15 %, 95 %]``."""
+    low, high = (f"{found[name]:.0%}".replace("%", " %") for name in ("low", "high"))
+    return f"{found['count']} of {found['n']} seeds [{low}, {high}]"
+
+
+def tested(entry: Entry) -> str:
+    """``paired t, n = 5, p = 0.03 (Holm 0.06)``."""
+    if entry["test"] is None:
+        return ""
+    text = f"{entry['test']}, n = {entry['n']}"
+    if entry["p"] is None:
+        return text
+    return f"{text}, p {_equals(entry['p'])} (Holm {p_value(entry['adjusted'])})"
+
+
+def verdict(entry: Entry) -> str:
+    """The verdict, with the reason of one that is undecided."""
+    return f"**{entry['verdict']}**" + (f": {entry['why']}" if entry["why"] else "")
+
+
+def show(entry: Entry, value: float) -> str:
+    """A value in the unit of what the prediction measures; a difference with its sign."""
+    tag = entry["measure"]["tag"]
+    form: str | int = BY_TAG[tag].form if tag in BY_TAG else 4
+    text = number(value, "%" if _is_rate(entry) else form).replace("-", "−")
+    return f"+{text}" if entry["against"] is not None and value >= 0 else text
+
+
+def _brief(entry: Entry, value: float) -> str:
+    """As it stands in the claim's file, or in per cent."""
+    text = f"{100 * value:g} %" if _is_rate(entry) and value else f"{value:g}"
+    return text.replace("-", "−")
+
+
+def _is_rate(entry: Entry) -> bool:
+    measure = entry["measure"]
+    return measure["solved"] is not None or _RATES.search(measure["tag"]) is not None
+
+
+def _equals(p: float) -> str:
+    text = p_value(p)
+    return text if text.startswith("<") else f"= {text}"

@@ -1,0 +1,132 @@
+"""A small claim from its file to its verdict, by real runs, interrupted and continued."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sweeps.claims.pages import BEGIN, END
+from tests.integration.helpers import ROOT, environment, overrides
+from tests.sweeps.claims.fixture_claims import write_claim
+
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "sweeps.claims", *map(str, arguments)]
+
+
+def execute(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env=environment(),
+    )
+
+
+def states(runs: Path) -> dict[str, dict[str, str]]:
+    files = runs.glob("*/status.json")
+    return {file.parent.name: json.loads(file.read_text()) for file in files}
+
+
+def test_a_claim_is_run_interrupted_continued_and_judged(tmp_path: Path, cache: Path) -> None:
+    claims, runs = tmp_path / "claims", tmp_path / "runs"
+    quick = {
+        "mtp": None,
+        "mtp.depth": None,
+        "trainer.max_steps": 40,
+        "trainer.val_check_interval": 40,
+    }
+    shared = overrides(cache, {**quick, "callbacks.checkpoints.every_n_steps": 5})
+    write_claim(
+        claims,
+        seeds=[0, 1],
+        minimum=2,
+        shared=shared,
+        predictions=[{"arm": "mtp", "against": "plain", "side": "within", "by": 5}],
+    )
+    where = ["--claims", claims, "--runs", runs]
+    started = subprocess.Popen(
+        command("run", "mine", *where),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+    )
+    try:
+        # Until one run is done and the next one trains.
+        began = time.monotonic()
+        while sorted(s["state"] for s in states(runs).values())[:3] != [
+            "done",
+            "pending",
+            "pending",
+        ]:
+            assert time.monotonic() - began < 200 and started.poll() is None, started.communicate()
+            time.sleep(0.1)
+        started.send_signal(signal.SIGINT)
+        said, _ = started.communicate(timeout=120)
+    finally:
+        started.kill()
+    assert started.returncode == 130, said
+    assert "interrupted. The same command continues." in said
+    first = {name: s for name, s in states(runs).items() if s["state"] == "done"}
+    assert len(first) == 1 and len(states(runs)) == 4
+
+    page = f"{BEGIN}\n{END}\n"
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results.md").write_text(page)
+    (tmp_path / "README.md").write_text(page)
+    judged = execute("verdict", "mine", *where, "--root", tmp_path)
+    assert judged.returncode == 0, judged.stderr
+    assert "mine: undecided." in judged.stdout and "unfinished: mtp: 0 of 2" in judged.stdout
+
+    # Another claim that asks for the same control.
+    write_claim(
+        claims,
+        "yours",
+        seeds=[0, 1],
+        minimum=2,
+        shared=shared,
+        arms={"control": ["mtp=none"], "heads": ["mtp=linear", "mtp.depth=1"]},
+        predictions=[{"arm": "heads", "against": "control", "side": "below"}],
+    )
+    done = execute("run", "mine", "yours", *where, "--seeds", 0, 1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 runs in" in done.stdout and "1 ended before" in done.stdout
+    after = states(runs)
+    assert len(after) == 6 and {s["state"] for s in after.values()} == {"done"}
+    for name, status in first.items():
+        assert after[name] == status, "it was not run again"
+    assert "nothing" not in done.stderr
+
+    judged = execute("verdict", "--all", *where, "--root", tmp_path)
+    assert judged.returncode == 0, judged.stderr
+    result = json.loads((tmp_path / "results" / "mine.json").read_text())
+    assert result["verdict"] == "holds" and result["unfinished"] == []
+    yours = json.loads((tmp_path / "results" / "yours.json").read_text())
+    folders = [
+        {seed: run["folder"] for seed, run in arm["seeds"].items()}
+        for arm in (result["arms"]["plain"], yours["arms"]["control"])
+    ]
+    assert folders[0] == folders[1], "one control for both"
+    for arm in result["arms"].values():
+        for seed in arm["seeds"].values():
+            summary = json.loads((runs / seed["folder"] / "summary.json").read_text())
+            assert seed["values"]["val/bits_per_byte"] == summary["val/bits_per_byte"]
+    assert "### mine: holds" in (tmp_path / "docs" / "results.md").read_text()
+
+    refused = execute("run", "nope", *where)
+    assert refused.returncode == 1 and "choose one of mine, yours" in refused.stderr
+    neither = execute("verdict", *where)
+    assert neither.returncode == 1 and "verdict wants names of claims, or --all" in neither.stderr

@@ -1,0 +1,126 @@
+"""What a claim runs, in which order, and which runs are one."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from sweeps.claims.commit import commit_of
+from sweeps.claims.jobs import digest, jobs
+from sweeps.claims.register import Register, read_register, write_register
+from sweeps.compose import compose_run
+from tests.sweeps.claims.fixture_claims import claim_of, write_claim
+
+RUNS = Path("/nowhere/runs")
+
+
+def folders(folder: Path, arms: dict[str, list[str]], **changes: object) -> dict[str, str]:
+    """By arm, at seed 0."""
+    pairs = [{"arm": arm, "side": "below", "by": 1} for arm in arms]
+    claim = claim_of(folder, arms=arms, predictions=pairs, **changes)
+    return {job.arm: job.folder for job in jobs(claim, [0], RUNS)}
+
+
+def test_seed_by_seed_over_all_arms(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path)
+    found = jobs(claim, [3, 1], RUNS)
+    assert [(job.seed, job.arm) for job in found] == [
+        (3, "plain"), (3, "mtp"), (1, "plain"), (1, "mtp"),
+    ]  # fmt: skip
+    job = found[1]
+    assert (
+        job.folder.startswith("sequential_depth-2_seed-3_") and len({j.folder for j in found}) == 4
+    )
+    assert job.overrides[:2] == ("mtp.depth=2", "mtp=sequential") and "seed=3" in job.overrides
+    task = job.task(RUNS)
+    assert task.on_cpu and task.folder == RUNS / job.folder and task.max_steps == 3500
+    assert f"run_dir={task.folder}" in " ".join(task.command).replace("'", "")
+
+
+def test_the_same_config_is_the_same_run_in_another_claim(tmp_path: Path) -> None:
+    one = folders(tmp_path / "a", {"x": ["mtp=none", "mtp.depth=0"], "y": ["mtp_lambda=0.3"]})
+    # said otherwise, computed alike
+    other = folders(
+        tmp_path / "b",
+        {
+            "control": ["mtp=none"],
+            "heads": ["mtp=sequential", "balance=none"],
+            "logs": ["mtp_lambda=0.3", "logger=default", "callbacks.progress.line_seconds=3"],
+            "else": ["mtp_lambda=0.4"],
+        },
+        shared=[],
+    )
+    assert one["x"] == other["control"]
+    assert one["y"] == other["heads"] == other["logs"] != other["else"]
+
+
+def test_weights_of_depths_are_nothing_to_a_run_without_depths(tmp_path: Path) -> None:
+    found = folders(
+        tmp_path,
+        {
+            "a": ["mtp=none", "mtp_lambda=0.1"],
+            "b": ["mtp=none", "mtp_lambda=3", "lambda_schedule=linear_decay"],
+            "c": ["mtp.depth=0"],
+            "d": ["mtp=none", "optimizer.lr=0.1"],
+            "teacherless": ["mtp=teacherless", "data=star_graph"],
+            "plain_star": ["mtp=none", "data=star_graph"],
+        },
+        shared=[],
+    )
+    assert found["a"] == found["b"] == found["c"] != found["d"]
+    assert found["teacherless"] != found["plain_star"]
+
+
+def test_the_digest_leaves_out_where_it_lies() -> None:
+    def of(*overrides: str) -> str:
+        content = OmegaConf.to_container(compose_run([*overrides, "paths.output_dir=x"]))
+        assert isinstance(content, dict)
+        return digest(content)  # type: ignore[arg-type]
+
+    assert of() == of("run_dir=elsewhere", "paths.cache_dir=there", "sweep.retry_failed=true")
+    assert of() != of("trainer.num_threads=1") != of("seed=1")
+
+
+def test_an_arm_that_does_not_compose_is_named(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path, arms={"plain": ["mtp=nope"], "mtp": []})
+    with pytest.raises(ValueError, match="The arm plain of the claim mine: .*does not compose"):
+        jobs(claim, [0], RUNS)
+
+
+def test_a_register_keeps_every_run_and_refuses_another_config(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path)
+    found = jobs(claim, [0, 1], RUNS)
+    register = Register(digest=claim.digest, commit="c" * 40)
+    register.add(claim, found)
+    write_register(register, claim, tmp_path)
+    again = read_register(claim, tmp_path)
+    assert again == register and again is not None and again.is_of(claim)
+    assert again.runs["mtp"] == {0: found[1].folder, 1: found[3].folder}
+    other = claim_of(tmp_path, shared=["mtp.depth=3"])
+    assert not again.is_of(other)
+    with pytest.raises(ValueError, match="has run mtp at seed 0 in sequential_depth-2"):
+        again.add(claim, jobs(other, [0], RUNS)[1:])
+    (tmp_path / "mine.claim.json").write_text('{"version": 1, "runs": []}')
+    with pytest.raises(ValueError, match="cannot be read as version 1"):
+        read_register(claim, tmp_path)
+    assert read_register(claim, tmp_path / "empty") is None
+
+
+def test_a_prediction_is_in_a_commit_before_it_is_run(tmp_path: Path) -> None:
+    file = write_claim(tmp_path)
+    assert commit_of(file) is None, "no repository, no commit"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    with pytest.raises(ValueError, match="mine.yaml is in no commit as it stands"):
+        commit_of(file)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "--quiet", "-m", "predict"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "else"], check=True)
+    said = subprocess.run([*git, "rev-parse", "HEAD~1"], capture_output=True, text=True, check=True)
+    assert commit_of(file) == said.stdout.strip()
+    file.write_text(file.read_text() + "# more\n")
+    with pytest.raises(ValueError, match="commit the prediction before its runs"):
+        commit_of(file)

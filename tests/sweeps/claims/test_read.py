@@ -1,0 +1,126 @@
+"""Claims' files: what they may say, and the sentence that refuses the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweeps.claims.read import FOLDER, names, read_claim
+from tests.sweeps.claims.fixture_claims import CONTENT, SOLVED, claim_of, write_claim
+
+ARMS = CONTENT["arms"]
+PREDICTION = {"arm": "mtp", "against": "plain", "side": "below"}
+
+
+def predicted(**changes: Any) -> dict[str, Any]:
+    return {"predictions": [{**PREDICTION, **changes}]}
+
+
+def test_what_a_file_says(tmp_path: Path) -> None:
+    own = {"tag": "decode/tokens_per_step", "last": 0.5}
+    claim = claim_of(
+        tmp_path,
+        predictions=[
+            {**PREDICTION, "by": -0.1, "expected": -0.2, "published": "2.1"},
+            {
+                "arm": "mtp",
+                "side": "above",
+                "by": 1,
+                "measure": own,
+            },
+        ],
+    )
+    assert claim.name == claim.label == "mine" and claim.scale.seeds == (0, 1, 2, 3, 4)
+    assert claim.overrides("plain") == ("mtp.depth=2", "mtp=none", "mtp.depth=0")
+    first, second = claim.predictions
+    assert (first.by, first.expected, first.published) == (-0.1, -0.2, "2.1")
+    assert first.measure == claim.measure and second.against is None
+    assert second.measure.last == 0.5 and len(claim.measures) == 2
+
+
+def test_the_gpu_setting_replaces_what_it_names(tmp_path: Path) -> None:
+    gpu = {
+        "shared": ["experiment=gpu"],
+        "arms": {"mtp": ["mtp=parallel"]},
+        "seeds": [7, 8],
+        "minimum": 2,
+        "minutes": 600,
+    }
+    claim = claim_of(tmp_path, gpu=gpu)
+    large = claim.on_gpu()
+    assert large.label == "mine.gpu" and large.command.endswith("run mine --gpu")
+    assert large.overrides("plain") == ("experiment=gpu", "mtp=none", "mtp.depth=0")
+    assert large.overrides("mtp") == ("experiment=gpu", "mtp=parallel")
+    assert large.scale.seeds == (7, 8) and claim.scale.seeds == (0, 1, 2, 3, 4)
+    assert large.digest == claim.digest, "one file, one prediction"
+    with pytest.raises(ValueError, match="no gpu setting"):
+        claim_of(tmp_path).on_gpu()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"treshold": 1}, "the key treshold: known are arms"),
+        (predicted(treshold=1), r"the key treshold in predictions\[0\]"),
+        ({"measure": {"tag": "a", "levl": 1}}, "the key levl in measure"),
+        ({"source": None}, "without source"),
+        ({"minimum": None}, "without minimum"),
+        (predicted(arm="mpt"), r"predictions\[0\].arm: mpt: choose one of plain, mtp"),
+        (predicted(against="none"), "choose one of plain, mtp"),
+        (predicted(side="smaller"), "choose one of above, below, within"),
+        (predicted(by="0.1 bits"), "give a number"),
+        (predicted(by=float("nan")), "give a number"),
+        (predicted(side="within"), "within needs a threshold above 0"),
+        (predicted(by=0.1, measure=SOLVED), "Fisher's test"),
+        ({"equal": "time"}, "choose one of steps, flops"),
+        ({"seeds": [0, 0, 1]}, "different whole numbers"),
+        ({"seeds": [True, 1]}, "different whole numbers"),
+        ({"minimum": 6}, "give 2 to 5"),
+        ({"minimum": 1}, "one seed has no interval"),
+        ({"arms": {"mtp": "mtp=none"}}, "give a list of overrides"),
+        ({"shared": ["mtp.depth"]}, "give a list of overrides"),
+        ({"shared": ["seed=3"]}, "seeds: says which seeds are run"),
+        ({"measure": {"tag": "a", "last": 2}}, "a part of the run"),
+        ({"predictions": []}, "at least one"),
+        ({"gpu": {"seeds": [0, 1], "minimum": 2}}, "gpu without minutes"),
+        (
+            {"gpu": {"arms": {"x": []}, "seeds": [0], "minimum": 2, "minutes": 1}},
+            "the key x in gpu",
+        ),
+        ({"sentence": 3}, "give a text"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    write_claim(tmp_path, **changes)
+    with pytest.raises(ValueError, match=said) as error:
+        read_claim("mine", tmp_path)
+    assert str(tmp_path / "mine.yaml") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_claim_that_is_not_there_and_one_that_is_no_yaml(tmp_path: Path) -> None:
+    write_claim(tmp_path, "yours")
+    with pytest.raises(ValueError, match="no claim mine in .*: choose one of yours"):
+        read_claim("mine", tmp_path)
+    (tmp_path / "mine.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="is no YAML"):
+        read_claim("mine", tmp_path)
+
+
+def test_the_digest_is_of_what_is_said_and_not_of_comments(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path)
+    file = tmp_path / "mine.yaml"
+    file.write_text("# why\n" + file.read_text())
+    assert read_claim("mine", tmp_path).digest == claim.digest
+    assert claim_of(tmp_path, **predicted(by=-0.001)).digest != claim.digest
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_claims_that_there_are(name: str) -> None:
+    text = (FOLDER / f"{name}.yaml").read_text()
+    assert text.startswith("# "), "the first line says what is asked"
+    claim = read_claim(name)
+    assert any(digits in claim.source for digits in ("arXiv", "this project"))
+    used = {arm for p in claim.predictions for arm in (p.arm, p.against)} - {None}
+    assert used == set(claim.arms), "an arm that nothing is predicted of"

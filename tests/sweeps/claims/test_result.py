@@ -1,0 +1,260 @@
+"""Results in files: stale ones, unfinished ones, figures, and the pages made of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
+
+from mtp_lightning.paths import ROOT
+from sweeps.claims.__main__ import main
+from sweeps.claims.claim import Claim
+from sweeps.claims.figure import write_figures
+from sweeps.claims.pages import BEGIN, END, pages, write_pages
+from sweeps.claims.read import names, read_claim
+from sweeps.claims.register import Register, write_register
+from sweeps.claims.result import (
+    Result,
+    is_stale,
+    judge,
+    make_result,
+    read_result,
+    write_result,
+)
+from tests.sweeps.claims.fixture_claims import SOLVED, claim_of, observed, write_claim
+from tests.sweeps.claims.test_decide import PLAIN, moved, rights
+from tests.sweeps.fixture_runs import evaluated, task_run, write_run
+
+
+def result_of(claim: Claim, values: dict[str, Any]) -> Result:
+    register = Register(digest=claim.digest, commit="d" * 40, began="2026-11-25T09:00:00+00:00")
+    return make_result(claim, register, observed(claim, values))
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+def root(folder: Path) -> Path:
+    """With pages that have their markers."""
+    (folder / "docs").mkdir()
+    for page in (folder / "docs" / "results.md", folder / "README.md"):
+        page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    return folder
+
+
+def test_all_numbers_are_in_the_file(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path)
+    result = result_of(claim, {"plain": PLAIN, "mtp": [*moved(-0.05)[:4], "running"]})
+    write_result(result, claim.label, tmp_path)
+    stored = read_result(claim.label, tmp_path)
+    assert stored == json.loads(json.dumps(result))
+    assert stored is not None and stored["verdict"] == "holds"
+    seeds = stored["arms"]["mtp"]["seeds"]
+    assert [seeds[str(s)]["values"]["val/bits_per_byte"] for s in range(4)] == [*moved(-0.05)[:4]]
+    assert seeds["4"]["state"] == "running" and seeds["4"]["values"] == {}
+    assert stored["unfinished"] == ["mtp: 4 of 5 seeds done, 1 running"]
+    assert stored["predicted_in"] == "d" * 40 and stored["digest"] == claim.digest
+    assert stored["minutes"] == 9.0 and stored["date"] == "2026-11-25"
+    assert stored["commits"] == ["c" * 40] and stored["machines"] == ["Linux x86_64, 2 cores"]
+    (tmp_path / "mine.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be read as version 1"):
+        read_result(claim.label, tmp_path)
+
+
+def test_time_to_solve_is_kaplan_and_meiers(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path, measure=SOLVED, minimum=2)
+    arms = observed(claim, {"plain": rights(0, 3), "mtp": rights(3, 3)})
+    steps = {"plain": [(100, False)] * 3, "mtp": [(10, True), (20, True), (30, True)]}
+    with_waits = {
+        arm: {s: replace(seed, waits={"val/exact_match": steps[arm][s]}) for s, seed in of.items()}
+        for arm, of in arms.items()
+    }
+    result = make_result(claim, Register(digest=claim.digest, commit=None), with_waits)
+    found = {arm: c["time_to_solve"]["val/exact_match"] for arm, c in result["arms"].items()}
+    assert found["mtp"]["median_steps"] == 20 and found["mtp"]["waiting"] == pytest.approx(
+        [2 / 3, 1 / 3, 0]
+    )
+    assert found["plain"]["median_steps"] is None and found["plain"]["censored"] == [100] * 3
+
+
+def test_what_is_read_of_runs(tmp_path: Path) -> None:
+    own = {"tag": "moe/max_violation", "last": 0.5}
+    claim = claim_of(
+        tmp_path,
+        predictions=[
+            {"arm": "mtp", "against": "plain", "side": "below"},
+            {"arm": "mtp", "side": "below", "measure": own},
+        ],
+    )
+    runs = tmp_path / "runs"
+    for seed, bits in enumerate(PLAIN):
+        write_run(runs / f"p{seed}", {"seed": seed}, loss=2 * bits, summary=evaluated("a" * 32))
+        write_run(runs / f"m{seed}", {"seed": seed}, loss=2 * bits - 0.1 - seed / 1000)
+        lines = ["step,moe/max_violation", "5,9.0", "11,1.0", "20,2.0", "21,"]
+        (runs / f"m{seed}" / "metrics.csv").write_text("\n".join(lines) + "\n")
+    folders = {a: {s: f"{a[0]}{s}" for s in range(5)} for a in ("plain", "mtp")}
+    register = Register(digest=claim.digest, commit=None, runs=folders)
+    write_register(register, claim, runs)
+    result = judge(claim, runs)
+    assert result is not None
+    values = result["arms"]["mtp"]["seeds"]["3"]["values"]
+    assert values["val/bits_per_byte"] == pytest.approx(PLAIN[3] - 0.0515)
+    assert values["moe/max_violation, last 0.5"] == 1.5, "of steps 11 to 20"
+    assert "different texts" in result["predictions"][0]["why"]
+    assert "no moe/max_violation at seed 0" not in result["predictions"][1]["why"]
+    # An extra seed that was ever started counts; a planned one that was not is shown.
+    write_run(runs / "p9", {"seed": 9}, done=False)
+    register.runs["plain"][9] = "p9"
+    del register.runs["plain"][0]
+    write_register(register, claim, runs)
+    again = judge(claim, runs)
+    assert again is not None
+    assert again["unfinished"] == ["plain: 4 of 6 seeds done, 1 missing, 1 unfinished"]
+
+
+def test_solving_is_read_of_runs(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path, measure=SOLVED, seeds=[0, 1], minimum=2)
+    runs = tmp_path / "runs"
+    for seed in (0, 1):
+        task_run(runs / f"p{seed}", {"seed": seed}, rights=(0.4, 0.5))
+        task_run(runs / f"m{seed}", {"seed": seed}, rights=(0.4, 0.97))
+    folders = {a: {s: f"{a[0]}{s}" for s in range(2)} for a in ("plain", "mtp")}
+    write_register(Register(digest=claim.digest, commit=None, runs=folders), claim, runs)
+    result = judge(claim, runs)
+    assert result is not None
+    assert result["arms"]["mtp"]["seeds"]["1"]["waits"] == {"val/exact_match": (20, True)}
+    (entry,) = result["predictions"]
+    assert (entry["own"]["count"], entry["other"]["count"]) == (2, 0)
+    assert entry["verdict"] == "undecided", "two seeds against two"
+
+
+def test_a_result_whose_claim_was_changed_is_stale(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    claims, runs = tmp_path / "claims", tmp_path / "runs"
+    runs.mkdir()
+    claim = claim_of(claims)
+    where = ["--claims", claims, "--root", root(tmp_path)]
+    write_register(Register(digest=claim.digest, commit=None), claim, runs)
+    write_result(
+        result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)}), "mine", tmp_path / "results"
+    )
+    before = (tmp_path / "results" / "mine.json").read_bytes()
+    # The threshold moves to where the result would no longer hold.
+    moved_to = [{"arm": "mtp", "against": "plain", "side": "below", "by": -0.06}]
+    changed = claim_of(claims, predictions=moved_to)
+    stored = read_result("mine", tmp_path / "results")
+    assert stored is not None and is_stale(stored, changed)
+    assert run("verdict", "mine", "--runs", runs, *where) == 1
+    assert "is stale: it was changed after its runs began" in capsys.readouterr().err
+    assert run("verdict", "--all", "--runs", runs, *where) == 1
+    assert run("list", *where) == 0
+    assert "mine: stale." in capsys.readouterr().out
+    assert (tmp_path / "results" / "mine.json").read_bytes() == before
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "### mine: stale" in page and "changed after these runs began" in page
+    with pytest.raises(ValueError, match="was changed after its runs began"):
+        judge(changed, runs)
+
+
+def test_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    claims = tmp_path / "claims"
+    gpu = {"seeds": [0, 1], "minimum": 2, "minutes": 900}
+    published = [
+        {"arm": "mtp", "against": "plain", "side": "below", "expected": -0.1, "published": "2.1"}
+    ]
+    claim = claim_of(claims, gpu=gpu, predictions=published)
+    write_claim(claims, "other", note="Nobody knows.")
+    where = ["--claims", claims, "--root", root(tmp_path), "--runs", tmp_path / "none"]
+    result = result_of(claim, {"plain": PLAIN, "mtp": [*moved(-0.05)[:4], "failed"]})
+    write_result(result, "mine", tmp_path / "results")
+    assert run("verdict", "--all", *where) == 0
+    said = capsys.readouterr().out
+    assert "mine: undecided. MTP helps." in said and "other: not run" in said
+    assert "unfinished: mtp: 4 of 5 seeds done, 1 failed" in said
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
+    for part in (
+        "### mine: undecided",
+        "MTP helps. Source: Somebody 2024, arXiv 2404.00000. At equal steps.",
+        "![mine](../results/mine.svg)",
+        "below 0, expected −0.1 | 2.1 | −0.049",
+        "paired t, n = 4, p < 0.001 (Holm < 0.001)",
+        "**undecided**: mtp failed at seed 4, and no seed is dropped",
+        "Unfinished: mtp: 4 of 5 seeds done, 1 failed.",
+        "`python -m sweeps.claims run mine`; 9 minutes on Linux x86_64, 2 cores, 2026-11-25; "
+        "predicted in dddddddd, run by cccccccc.",
+        "(`python -m sweeps.claims run mine --gpu`, about 900 minutes on one GPU): not run.",
+        "### other: not run",
+        "Nobody knows.",
+        "`python -m sweeps.claims run other`, about 7 minutes on two cores.",
+    ):
+        assert part in page, part
+    readme = (tmp_path / "README.md").read_text()
+    assert "| [mine](docs/results.md) | MTP helps. | undecided | 4 to 5 |" in readme
+    assert "| [other](docs/results.md) | MTP helps. | not run | 0 |" in readme
+    assert (tmp_path / "results" / "mine.svg").read_text().count("<svg") == 1
+    assert write_pages(tmp_path, claims) == [], "nothing changes"
+    (tmp_path / "README.md").write_text("no markers")
+    with pytest.raises(ValueError, match="needs the lines <!-- claims"):
+        pages(tmp_path, claims)
+
+
+def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_claim(tmp_path)
+    where = ["--claims", tmp_path, "--runs", tmp_path / "runs"]
+    for arguments, said in (
+        (["run", "mine", "--seeds", 1, -1], "--seeds -1: give whole numbers >= 0"),
+        (["run", "mine", "--gpu"], "has no gpu setting"),
+        (["run", "yours"], "choose one of mine"),
+        (["verdict", "mine", "--all"], "wants names of claims, or --all"),
+    ):
+        assert run(*arguments, *where) == 1
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_figures_by_measure(tmp_path: Path) -> None:
+    own = {"tag": "decode/tokens_per_step"}
+    more = [
+        {"arm": "mtp", "against": "plain", "side": "within", "by": 0.1},
+        {"arm": "mtp", "side": "above", "by": 1, "measure": own},
+    ]
+    claim = claim_of(tmp_path, predictions=more)
+    result = result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
+    assert [f.name for f in write_figures(result, "mine", tmp_path)] == ["mine.svg"]
+    solved = claim_of(tmp_path, measure=SOLVED)
+    result = result_of(solved, {"plain": rights(0), "mtp": rights(7)})
+    (file,) = write_figures(result, "mine", tmp_path)
+    assert "share of seeds with val/exact_match" in file.read_text()
+    empty = result_of(solved, {"plain": ["missing"], "mtp": ["missing"]})
+    assert write_figures(empty, "mine", tmp_path) == []
+
+
+@pytest.mark.parametrize("page", ["docs/results.md", "README.md"])
+def test_the_projects_pages_are_those_of_its_results(page: str) -> None:
+    """``python -m sweeps.claims verdict --all`` makes them."""
+    assert pages(ROOT)[ROOT / page] == (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_every_result_is_of_a_claim_and_has_its_figures() -> None:
+    for file in sorted((ROOT / "results").glob("*.json")):
+        name, _, setting = file.stem.partition(".")
+        assert name in names()
+        claim = read_claim(name)
+        result = read_result(file.stem, file.parent)
+        assert result is not None and result["claim"] == name
+        assert (
+            result["setting"]
+            == (setting or "cpu")
+            == (claim.on_gpu() if setting else claim).setting
+        )
