@@ -7,8 +7,8 @@ They are slow (the libraries' imports), and need these: pip install -e '.[logger
 from __future__ import annotations
 
 import json
-import time
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,7 +167,7 @@ def test_an_interrupted_run_is_one_run(
         logger.finalize("success")
 
     runs, params, points = content(folder)
-    until = time.monotonic() + 60  # wandb's own process may write a little longer, on a busy machine
+    until = time.monotonic() + 60  # on a busy machine wandb writes a little longer
     while len(points["train/loss"]) < 5 and time.monotonic() < until:
         time.sleep(0.5)
         runs, params, points = content(folder)
