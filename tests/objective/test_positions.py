@@ -372,3 +372,28 @@ def test_without_a_depth_there_is_nothing_to_act_on(tiny_trunk: TrunkConfig, nam
     model = build(tiny_trunk, MTPConfig.find("sequential")(depth=0))
     with pytest.raises(ValueError, match="has nothing to act on at mtp.depth=0"):
         step_of(model, Objective(**OBJECTIVES[name]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"term": KL()},
+        {"weights": "acceptance"},
+        {"mask": "entropy"},
+        {"confidence": True},
+        {"weights": "exp_decay"},
+        {},
+    ],
+    ids=str,
+)
+def test_depths_that_leap_are_compared_with_nobody(
+    tiny_trunk: TrunkConfig, settings: dict[str, Any]
+) -> None:
+    """Depth k and the main prediction k places on are asked for different tokens."""
+    model = build(tiny_trunk, MTPConfig.find("linear")(depth=2, stride=2))
+    objective = Objective(**{"term": CrossEntropy(), **settings})
+    if settings in ({}, {"weights": "exp_decay"}):
+        step_of(model, objective)
+        return
+    with pytest.raises(ValueError, match="with mtp.stride=2 they are asked for different tokens"):
+        step_of(model, objective)
