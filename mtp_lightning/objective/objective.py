@@ -224,7 +224,7 @@ class Objective:
             kept = self.entropy_mask.keep(seen.entropy, tokens)
             targets = [
                 replace(t, tokens=t.tokens.masked_fill(~kept[t.depth], IGNORE_INDEX))
-                if t.depth
+                if t.depth and not isinstance(t.term, ConfidenceError)
                 else t
                 for t in targets
             ]

@@ -248,7 +248,9 @@ class _Way:
             d_h_RC = matmul_transposed(d_logits_RV, self.weight.t())
             if scale_R1 is not None:
                 d_h_RC = d_h_RC * (scale_R1 * factor)
-            self.d_h[rows] = d_h_RC if d_hidden_RC is None else d_h_RC + d_hidden_RC
+            if d_hidden_RC is not None:
+                d_h_RC = d_h_RC + d_hidden_RC
+            self.d_h[rows] = d_h_RC.to(self.d_h.dtype)
         if self.trains_weight:
             part_VC = weight_gradient(d_logits_RV, h_RC if scale_R1 is None else h_RC * scale_R1)
             self.head.add(part_VC, factor)
