@@ -387,7 +387,7 @@ def test_without_a_depth_there_is_nothing_to_act_on(tiny_trunk: TrunkConfig, nam
         {"weights": "exp_decay"},
         {},
     ],
-    ids=str,
+    ids=["kl", "acceptance", "mask", "confidence", "exp_decay", "plain"],
 )
 def test_depths_that_leap_are_compared_with_nobody(
     tiny_trunk: TrunkConfig, settings: dict[str, Any]
