@@ -23,6 +23,8 @@ from tests.integration.helpers import (
     weights,
 )
 
+pytestmark = pytest.mark.slow
+
 WORDS = sorted(file.stem for file in (CONF / "objective").glob("*.yaml") if file.stem != "base")
 ALL = {
     "objective": "mix",

@@ -13,6 +13,8 @@ from tests.integration.helpers import assert_same_weights, rows, train_here
 from tests.integration.test_resume import stop_after
 from tests.integration.test_teacherless import TRAINED as TASK
 
+pytestmark = pytest.mark.slow
+
 HEADS: dict[str, dict[str, Any]] = {
     "joint": {"mtp": "joint"},
     "nextlat": {"mtp": "nextlat"},

@@ -27,6 +27,8 @@ from tests.integration.helpers import (
     train_here,
 )
 
+pytestmark = pytest.mark.slow
+
 HEADS = ("top", "bag", "registers")
 SUMMARIES = ("top", "bag")  # those that a validation has a loss of
 
