@@ -3,12 +3,11 @@
 Gloeckle et al. 2024, "Better & faster large language models via multi-token prediction" (arXiv
 2404.19737), section 4.1: names in children's stories are replaced by random ones of two tokens,
 and accuracy on the second token of those mentioned before measures induction. Here the stories are
-made from templates, and nothing but second tokens is learned and asked.
+made from templates, and nothing is learned and asked but the second tokens of names that were
+mentioned before. Those of new names cannot be known: they are given. Were they asked, a model that
+ends all names alike would tell faultless stories.
 
     > A3 b7 had a ball . at the lake A5 b2 found a cake . A3 b7 saw A5 b2 .
-
-A name that is new cannot be known. It is asked for all the same, as a control: accuracy is reported
-as ``first`` and ``repeat``.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import ClassVar
 
-from data_modules.tasks.base import Example, Task
+from data_modules.tasks.base import Example, Task, log_bucket
 from mtp_lightning.settings import require_whole
 
 BEGIN, FIRST = 1, 2
@@ -104,10 +103,12 @@ class Induction(Task):
         """Of who repeats any of the names so far, over 256 stories."""
         total = 0.0
         for i in range(256):
-            p, new = 1.0, 0
-            for group in self.groups(self.example(i)):
-                new += group == "first"
-                p /= new if group == "repeat" else 1
+            example = self.example(i)
+            p, seen = 1.0, set()
+            for (before, _), asked in zip(pairwise(example.answer), example.asked[1:], strict=True):
+                if self._begins(before):
+                    p /= len(seen) if asked else 1
+                    seen.add(before)
             total += p
         return total / 256
 
@@ -117,6 +118,7 @@ class Induction(Task):
         endings = draws.many_below(self.endings, self.names)
         story: list[int] = []
         given: list[bool] = []
+        known: set[int] = set()
         for _ in range(self.sentences):
             people = draws.permutation(self.names)
             for word in SENTENCES[draws.below(len(SENTENCES))]:
@@ -126,6 +128,8 @@ class Induction(Task):
                     story.append(NAMES + beginnings[person])
                 elif word == "ENDING":
                     story.append(NAMES + self.beginnings + endings[person])
+                    given[-1] = person not in known
+                    known.add(person)
                 elif word in FILLERS:
                     words = FILLERS[word]
                     story.append(ID[words[draws.below(len(words))]])
@@ -134,8 +138,7 @@ class Induction(Task):
         return Example([BEGIN], story, given)
 
     def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
-        """Whether it is a story whose names end whenever they are repeated as they did at first,
-        whatever that was."""
+        """Whether it is a story whose names end whenever they are repeated as they did at first."""
         if any(not FIRST <= token < len(self.symbols) for token in answer):
             return False
         sentences: list[list[str]] = [[]]
@@ -153,11 +156,13 @@ class Induction(Task):
         return {"longer": replace(self, sentences=2 * self.sentences)}
 
     def groups(self, example: Example) -> Sequence[str]:
-        """Whether a name that is to be ended is new."""
-        names, seen = [""], set()
-        for token in example.answer[:-1]:
-            names.append(("repeat" if token in seen else "first") if self._begins(token) else "")
-            seen.add(token)
+        """How many tokens back the name was last mentioned."""
+        names, last = [""], dict[int, int]()
+        for place, (token, asked) in enumerate(
+            zip(example.answer, example.asked[1:], strict=False)
+        ):
+            names.append(f"distance_{log_bucket(place - last[token])}" if asked else "")
+            last[token] = place
         return names
 
     def _begins(self, token: int) -> bool:
