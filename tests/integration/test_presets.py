@@ -11,7 +11,7 @@ from tests.integration.helpers import CONF, train_here
 
 PRESETS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
-TASKS = {"star_graph", "copy", "mqar"}
+TASKS = set("copy countdown group hmm induction mqar polynomial sat sibling star_graph".split(" "))
 TEXT = {
     "data": "synthetic",
     "tokenizer": "byte",
