@@ -11,7 +11,10 @@ from tests.integration.helpers import CONF, train_here
 
 PRESETS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
-TASKS = set("copy countdown group hmm induction mqar polynomial sat sibling star_graph".split(" "))
+TASKS = {
+    "copy", "countdown", "group", "hmm", "induction", "mqar", "polynomial", "sat", "sibling",
+    "star_graph",
+}  # fmt: skip
 TEXT = {
     "data": "synthetic",
     "tokenizer": "byte",
