@@ -28,7 +28,7 @@ from mtp_lightning.metrics.long_range.truncation import (
     contexts,
     effective_context,
 )
-from mtp_lightning.model import MTPModel
+from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -174,7 +174,7 @@ class _Copies(torch.nn.Module):
         self.head = torch.nn.Linear(vocab, vocab, bias=False)
         torch.nn.init.eye_(self.head.weight)
         trunk = TrunkConfig(**{**TRUNK, "vocab_size": vocab})  # type: ignore[arg-type]
-        self.config = type("Config", (), {"trunk": trunk})
+        self.config = ModelConfig(trunk=trunk, mtp=NoMTPConfig())
 
     def forward(self, batch: WindowBatch, active: object = None) -> dict[int, Tensor]:
         read_BT = batch.tokens[:, : batch.seq_len]

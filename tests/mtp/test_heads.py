@@ -249,9 +249,7 @@ def test_who_drafts(tiny_trunk: TrunkConfig) -> None:
     for name, kind in MTPConfig.variants().items():
         mtp = kind() if name in FIXED_DEPTH else kind(depth=2)
         stack = mtp.build(tiny_trunk)
-        assert (stack.max_draft_depth != 0) == (
-            name not in ("none", "teacherless", "parameter_free")
-        )
+        assert (stack.max_draft_depth != 0) == (name not in (*FIXED_DEPTH, "parameter_free"))
         if stack.max_draft_depth != 0:
             stack.require_drafts()
         else:
