@@ -104,7 +104,8 @@ class Induction(Task):
         total = 0.0
         for i in range(256):
             example = self.example(i)
-            p, seen = 1.0, set()
+            p = 1.0
+            seen: set[int] = set()
             for (before, _), asked in zip(pairwise(example.answer), example.asked[1:], strict=True):
                 if self._begins(before):
                     p /= len(seen) if asked else 1
