@@ -6,15 +6,16 @@ started is in it and none is dropped, and a claim that has been changed since is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.status import now
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import ClaimJob
+from sweeps.claims.stored import read_stored
 
 VERSION = 1
 
@@ -65,27 +66,19 @@ def read_register(claim: Claim, runs: Path) -> Register | None:
     Raises:
         ValueError: its file is damaged.
     """
-    file = file_of(claim, runs)
-    if not file.exists():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["version"] != VERSION:
-            raise ValueError(f"version {content['version']}")
-        return Register(
-            digest=str(content["digest"]),
-            commit=content["commit"],
-            began=str(content["began"]),
-            runs={
-                str(arm): {int(seed): str(folder) for seed, folder in seeds.items()}
-                for arm, seeds in content["runs"].items()
-            },
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file} cannot be read as version {VERSION} of this file ({error}): give --runs "
-            "another folder."
-        ) from error
+    return read_stored(file_of(claim, runs), VERSION, _parse, remedy="give --runs another folder")
+
+
+def _parse(content: dict[str, Any]) -> Register:
+    return Register(
+        digest=str(content["digest"]),
+        commit=content["commit"],
+        began=str(content["began"]),
+        runs={
+            str(arm): {int(seed): str(folder) for seed, folder in seeds.items()}
+            for arm, seeds in content["runs"].items()
+        },
+    )
 
 
 def write_register(register: Register, claim: Claim, runs: Path) -> None:

@@ -6,7 +6,6 @@ alone, so that they can be made anew where the runs are no more.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -18,6 +17,7 @@ from sweeps.claims.claim import Claim
 from sweeps.claims.decide import Finding, decide, overall
 from sweeps.claims.observe import Arms, Seed, key, observe
 from sweeps.claims.register import Register, read_register
+from sweeps.claims.stored import read_stored
 from sweeps.report.survival import survival
 
 VERSION = 1
@@ -107,19 +107,12 @@ def read_result(label: str, folder: Path) -> Result | None:
     Raises:
         ValueError: its file is damaged.
     """
-    file = file_of(label, folder)
-    if not file.exists():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["version"] != VERSION:
-            raise ValueError(f"version {content['version']}")
-        return dict(content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} cannot be read as version {VERSION} of this file ({error}): make it anew by "
-            f"python -m sweeps.claims verdict {label}."
-        ) from error
+    return read_stored(
+        file_of(label, folder),
+        VERSION,
+        dict,
+        remedy=f"make it anew by python -m sweeps.claims verdict {label}",
+    )
 
 
 def _finding(finding: Finding) -> dict[str, Any]:

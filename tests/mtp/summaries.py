@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.model import MTPModel
+from mtp_lightning.objective.summary_loss import future_of, summary_loss, summary_values
 
 
 def ahead_windows(
@@ -43,3 +48,32 @@ def nearest(batch: WindowBatch, row: int, i: int, first: int, last: int) -> dict
         if batch.scored is None or batch.scored[row, at]:
             found.setdefault(int(batch.tokens[row, at]), ahead)
     return found
+
+
+def assert_loss_is(
+    model: MTPModel,
+    batch: WindowBatch,
+    reference: Callable[[Tensor, Tensor], tuple[Tensor, int]],
+) -> None:
+    """The loss of a head in double precision, its gradients, its count and its values are those of
+    a reference.
+
+    Args:
+        model: whose head is meant.
+        batch: windows of T = 7.
+        reference: of hidden states and the head's weight: summed loss, and positions that count.
+    """
+    hidden = torch.randn(2, 7, 32, dtype=torch.float64, requires_grad=True)
+    weight = model.mtp.head.weight
+    loss, plain = summary_loss(model.mtp, hidden, batch, 0.25)
+    found = torch.autograd.grad(loss, [hidden, weight])
+    expected, count = reference(hidden, weight)
+    torch.testing.assert_close(loss, 0.25 * expected)
+    torch.testing.assert_close(plain, expected.detach())
+    wanted = torch.autograd.grad(0.25 * expected, [hidden, weight])
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    assert int(future_of(model.mtp, batch).valid().sum()) == count
+    values, valid = summary_values(model.mtp, hidden, batch)
+    assert int(valid.sum()) == count
+    torch.testing.assert_close((values * valid).sum(), expected.detach())

@@ -16,9 +16,9 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.bag import BagConfig
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective.summary_loss import future_of, summary_loss, summary_values
+from mtp_lightning.objective.summary_loss import summary_values
 from tests.models import build
-from tests.mtp.summaries import ahead_windows, nearest
+from tests.mtp.summaries import ahead_windows, assert_loss_is, nearest
 
 
 def bag_loss(logits_V: Tensor, bag: set[int], weights_V: Tensor) -> Tensor:
@@ -59,20 +59,7 @@ def test_loss_and_gradients(
     weights_V = model.mtp.weights_V
     assert bool((weights_V == 1).all()) == (weights == "none")
     batch = ahead_windows(2, 7, tau, ids=9, documents=documents, scored=scored)
-    hidden = torch.randn(2, 7, 32, dtype=torch.float64, requires_grad=True)
-    weight = model.mtp.head.weight
-    loss, plain = summary_loss(model.mtp, hidden, batch, 0.25)
-    found = torch.autograd.grad(loss, [hidden, weight])
-    expected, count = reference(hidden, weight, batch, tau, weights_V)
-    torch.testing.assert_close(loss, 0.25 * expected)
-    torch.testing.assert_close(plain, expected.detach())
-    wanted = torch.autograd.grad(0.25 * expected, [hidden, weight])
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other)
-    assert int(future_of(model.mtp, batch).valid().sum()) == count
-    values, valid = summary_values(model.mtp, hidden, batch)
-    assert int(valid.sum()) == count
-    torch.testing.assert_close((values * valid).sum(), expected.detach())
+    assert_loss_is(model, batch, lambda h, weight: reference(h, weight, batch, tau, weights_V))
 
 
 def test_the_next_token_is_not_in_the_bag(tiny_trunk: TrunkConfig) -> None:

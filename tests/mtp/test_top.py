@@ -16,10 +16,10 @@ from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.top import TopConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.summaries.order import Order
-from mtp_lightning.objective.summary_loss import future_of, summary_loss, summary_values
+from mtp_lightning.objective.summary_loss import future_of, summary_loss
 from tests.losses import mtp_loss
 from tests.models import build
-from tests.mtp.summaries import ahead_windows, nearest
+from tests.mtp.summaries import ahead_windows, assert_loss_is, nearest
 
 
 def order_loss(logits_V: Tensor, near: dict[int, int], tau: float) -> Tensor:
@@ -61,20 +61,7 @@ def test_loss_and_gradients(
     config = TopConfig(lookahead=lookahead, tau=tau)
     model = build(tiny_trunk, config).double()
     batch = ahead_windows(2, 7, lookahead, ids=9, documents=documents, scored=scored)
-    hidden = torch.randn(2, 7, 32, dtype=torch.float64, requires_grad=True)
-    weight = model.mtp.head.weight
-    loss, plain = summary_loss(model.mtp, hidden, batch, 0.25)
-    found = torch.autograd.grad(loss, [hidden, weight])
-    expected, count = reference(hidden, weight, batch, config)
-    torch.testing.assert_close(loss, 0.25 * expected)
-    torch.testing.assert_close(plain, expected.detach())
-    wanted = torch.autograd.grad(0.25 * expected, [hidden, weight])
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other)
-    assert int(future_of(model.mtp, batch).valid().sum()) == count
-    values, valid = summary_values(model.mtp, hidden, batch)
-    assert int(valid.sum()) == count
-    torch.testing.assert_close((values * valid).sum(), expected.detach())
+    assert_loss_is(model, batch, lambda h, weight: reference(h, weight, batch, config))
 
 
 @settings(deadline=None, max_examples=40)

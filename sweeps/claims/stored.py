@@ -1,0 +1,37 @@
+"""How what is stored of a claim is read again: JSON of a known version, or a sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def read_stored(
+    file: Path, version: int, parse: Callable[[dict[str, Any]], T], *, remedy: str
+) -> T | None:
+    """What a file holds; None where there is none.
+
+    Args:
+        file: with ``version`` among its keys.
+        version: the one that is understood.
+        parse: from the content to what is wanted.
+        remedy: what to do with a file that cannot be read.
+
+    Raises:
+        ValueError: it is damaged, or of another version.
+    """
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["version"] != version:
+            raise ValueError(f"version {content['version']}")
+        return parse(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} cannot be read as version {version} of this file ({error}): {remedy}."
+        ) from error
