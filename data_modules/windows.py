@@ -13,7 +13,7 @@ Shape letters: B batch, T positions, D prediction depths beyond the next token, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class WindowBatch:
         stride: s, places from one depth's target to the next one's. Where it is not 1, all fields
             are ``[B, T+sD+1]``.
         extra: E, tokens of every window, and entries of the other fields, behind its T+sD+1.
+        host: the batch that this one was copied from to another device: counted there, its masks
+            need not be waited for.
 
     Raises:
         ValueError: if the shapes, D and E do not fit together.
@@ -51,6 +53,7 @@ class WindowBatch:
     texts: Tensor | None = None
     stride: int = 1
     extra: int = 0
+    host: WindowBatch | None = None
 
     def __post_init__(self) -> None:
         for name in ("depth", "extra"):
@@ -175,7 +178,9 @@ class WindowBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> WindowBatch:
         """The batch on another device (Lightning's transfer hook calls this)."""
-        return self.map(lambda field: field.to(device, non_blocking=non_blocking))
+        moved = self.map(lambda field: field.to(device, non_blocking=non_blocking))
+        copied = self.device.type == "cpu" != moved.device.type
+        return replace(moved, host=self) if copied else moved
 
     def pin_memory(self) -> WindowBatch:
         """The batch in page-locked memory (torch's DataLoader calls this)."""

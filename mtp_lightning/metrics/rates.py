@@ -88,11 +88,9 @@ class DepthRates(Metric):
                     texts_T = batch.shifted(batch.texts, 0)[row]
                 for start in range(0, batch.seq_len, width):
                     place = slice(start, min(start + width, batch.seq_len))
-                    nll_P, valid_P = self._update_chunk(
-                        hidden, weight_VC, targets, row, place, batch.stride
-                    )
+                    nll_P = self._update_chunk(hidden, weight_VC, targets, row, place, batch.stride)
                     if texts_T is not None:
-                        self.text_loss.index_add_(0, texts_T[place][valid_P], nll_P[valid_P])
+                        self.text_loss.index_add_(0, texts_T[place], nll_P)
 
     def _update_chunk(
         self,
@@ -102,8 +100,8 @@ class DepthRates(Metric):
         row: int,
         place: slice,
         stride: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Returns depth 0's losses [P], and which of them count [P]."""
+    ) -> Tensor:
+        """Returns depth 0's losses [P], 0 where a position does not count."""
         start, end = place.start, place.stop
         # Depth k is compared with the main prediction k strides on.
         main = _log_probs(hidden[0][row, start : end + stride * self.depth], weight_VC)
@@ -117,12 +115,14 @@ class DepthRates(Metric):
             valid_P = target_P >= 0
             choice_P = log_q.argmax(-1)
             log_target_P = log_q.gather(-1, target_P.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            nll_P = exact(-log_target_P)
+            # Masked by a product of truth values or zeros, not by an index: its length would have
+            # to be known, and the host would wait for the device.
+            nll_P = exact(-log_target_P).where(valid_P, 0)
             self.count[k] += valid_P.sum()
-            self.loss[k] += nll_P[valid_P].sum()
-            self.accuracy[k] += (choice_P == target_P)[valid_P].sum()
+            self.loss[k] += nll_P.sum()
+            self.accuracy[k] += ((choice_P == target_P) & valid_P).sum()
             if k == 0:
-                of_main = nll_P, valid_P
+                nll_of_main = nll_P
                 continue
             on = stride * k
             seen = max(min(end - start, main.shape[0] - on), 0)
@@ -130,9 +130,9 @@ class DepthRates(Metric):
             agrees = choice_P[:seen] == main_choice[on : on + seen]
             shared = torch.minimum(log_q[:seen].exp(), main_probs[on : on + seen]).sum(-1)
             self.pairs[k] += paired.sum()
-            self.agreement[k] += agrees[paired].sum()
-            self.overlap[k] += exact(shared[paired]).sum()
-        return of_main
+            self.agreement[k] += (agrees & paired).sum()
+            self.overlap[k] += exact(shared).where(paired, 0).sum()
+        return nll_of_main
 
     def compute(self) -> dict[str, float]:
         """``loss_depth_k`` and ``accuracy_depth_k`` for k = 0 .. D, ``agreement_depth_k`` and

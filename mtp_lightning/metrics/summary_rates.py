@@ -52,7 +52,7 @@ class SummaryRates(DepthRates):
         super().update(hidden, weight_VC, batch)
         value_BT, valid_BT = self._values(hidden[1], batch)
         self.summary_count += valid_BT.sum()
-        self.summary_loss += exact(value_BT[valid_BT]).sum()
+        self.summary_loss += exact(value_BT).where(valid_BT, 0).sum()
 
     def compute(self) -> dict[str, float]:
         """As :meth:`DepthRates.compute`, with ``loss_depth_1``."""

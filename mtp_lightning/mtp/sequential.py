@@ -194,7 +194,7 @@ class SequentialMTP(Chain):
         if key is None or p == 1:
             return blank_BTC
         batch, seq_len, _ = embedded_BTC.shape
-        dropped_BT = draw_dropped(k, p, batch, seq_len, key).to(embedded_BTC.device)
+        dropped_BT = _sent(draw_dropped(k, p, batch, seq_len, key), embedded_BTC.device)
         return torch.where(dropped_BT.unsqueeze(-1), blank_BTC, embedded_BTC)
 
     def step(
@@ -208,7 +208,7 @@ class SequentialMTP(Chain):
         if key is None or not self.config.hidden_state_mixing or k == 1:
             return newest
         batch, seq_len, _ = newest.shape
-        back_BT = draw_states_back(k, batch, seq_len, key).to(newest.device)
+        back_BT = _sent(draw_states_back(k, batch, seq_len, key), newest.device)
         mixed = newest
         for back in range(1, k):
             # Depth k - 1 at i has read the tokens up to i + k - 1, as has the depth ``back``
@@ -216,6 +216,13 @@ class SequentialMTP(Chain):
             aligned = F.pad(history[k - 1 - back][:, back:], (0, 0, 0, min(back, seq_len)))
             mixed = torch.where((back_BT == back).unsqueeze(-1), aligned, mixed)
         return mixed
+
+
+def _sent(drawn: Tensor, device: torch.device) -> Tensor:
+    """What was drawn on the CPU, on a device that need not be waited for."""
+    if device.type == "cuda":
+        drawn = drawn.pin_memory()
+    return drawn.to(device, non_blocking=True)
 
 
 def draw_dropped(k: int, p: float, batch: int, seq_len: int, key: RandomKey) -> Tensor:

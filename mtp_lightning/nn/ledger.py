@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mtp_lightning.nn.kernels.experts import loads
+
 
 class Ledger:
     """Rides on the pass object that every block receives; a pass without one reports nothing.
@@ -32,7 +34,7 @@ class Ledger:
     def count(self, router: nn.Module, chosen_MK: Tensor, n_experts: int) -> None:
         """Take down the experts [M, K] that a router chose."""
         if self.keep:
-            self._add(router, torch.bincount(chosen_MK.flatten(), minlength=n_experts))
+            self._add(router, loads(chosen_MK, n_experts))
 
     def add_loads(self, other: Ledger) -> None:
         """Count another pass of the same step, too."""

@@ -274,18 +274,19 @@ class Objective:
             sums_KP: of the whole step; of the main prediction in the first column.
             counts: of the whole step.
         """
-        rows = [[n, *(0 for _ in self.parts[1:])] for n in counts.valid[:1]]
-        rows += [
-            [counts.of(k, term) for _, term in self.parts] for k in range(1, len(counts.valid))
-        ]
-        return sums_KP / torch.tensor(rows, device=sums_KP.device).clamp(min=1)
+        losses_KP = sums_KP.clone()
+        losses_KP[0, 0] /= max(counts.valid[0], 1)
+        for k in range(1, len(counts.valid)):
+            for part, (_, term) in enumerate(self.parts):
+                losses_KP[k, part] /= max(counts.of(k, term), 1)
+        return losses_KP
 
     def mixed(self, losses_KP: Tensor) -> Tensor:
         """The loss of every depth [D + 1]: its terms, weighted."""
         if len(self.parts) == 1 and self.parts[0][0] == 1:
             return losses_KP[:, 0]
-        weights = losses_KP.new_tensor([weight for weight, _ in self.parts])
-        return torch.cat((losses_KP[:1, 0], losses_KP[1:] @ weights))
+        weighted = [losses_KP[1:, part] * weight for part, (weight, _) in enumerate(self.parts)]
+        return torch.cat((losses_KP[:1, 0], torch.stack(weighted).sum(0)))
 
     def further_flops(
         self,

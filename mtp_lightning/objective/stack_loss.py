@@ -349,9 +349,13 @@ class _StackLoss(torch.autograd.Function):
             done = end
         ctx.gradients = (head.gradient, gradients)
         ctx.mark_non_differentiable(sums)
-        coefficients = sums.new_tensor([target.coefficient for target in stream.targets])
+        # Number by number: written out as a tensor, the coefficients would be copied from the host,
+        # which waits for the device.
+        weighted = [
+            total * target.coefficient for total, target in zip(sums, stream.targets, strict=True)
+        ]
         dtype = torch.promote_types(weight_VC.dtype, torch.float32)
-        return (sums * coefficients).sum().to(dtype), sums
+        return torch.stack(weighted).sum().to(dtype), sums
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

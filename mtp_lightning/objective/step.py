@@ -317,8 +317,8 @@ class OptimizerStep:
             if loss.requires_grad:  # those of heads side by side have had their backward pass
                 total = total + auxiliary * loss
         all_sums = sums.new_zeros(self.model.depth + 1, len(self.objective.parts))
-        depths, columns = zip(*places, strict=True)
-        all_sums[depths, columns] = sums
+        for place, own_sum in zip(places, sums, strict=True):
+            all_sums[place] = own_sum
         return total, all_sums, ledger
 
     def _targets(
@@ -384,9 +384,12 @@ def step_counts(
         valid = [windows * batch.seq_len] * (batch.depth + 1)
         seen = [windows * max(batch.seq_len - k, 0) for k in range(batch.depth + 1)]
         return PositionCounts(valid, seen if taught else None)
-    masks = [batch.valid(stack.target_depth(k, key)) for k in range(batch.depth + 1)]
+    seen = batch.host or batch
+    masks = [seen.valid(stack.target_depth(k, key)) for k in range(batch.depth + 1)]
     if isinstance(stack, Summary):
-        masks[1] = future_of(stack, batch).valid()
+        masks[1] = future_of(stack, seen).valid()
     counts_K = torch.stack([mask.sum() for mask in masks if mask is not None])
-    counts_NK = torch.stack([counts_K, *([count_taught(batch)] if taught else [])])
-    return PositionCounts(*sum_over_ranks(counts_NK).tolist())
+    counts_NK = torch.stack([counts_K, *([count_taught(seen)] if taught else [])])
+    if world_size() > 1:  # ranks speak by their devices
+        counts_NK = sum_over_ranks(counts_NK.to(batch.device))
+    return PositionCounts(*counts_NK.tolist())

@@ -43,10 +43,18 @@ def mix_experts(
         if x_MC.device.type == "cpu":
             return _one_by_one(x_MC, chosen_MK, gates_MK, gate_up, down)
     order_R = chosen_MK.flatten().argsort(stable=True)
-    load_E = torch.bincount(chosen_MK.flatten(), minlength=gate_up.shape[0])
+    load_E = loads(chosen_MK, gate_up.shape[0])
     if fits_grouped(x_MC, down):
         return grouped(x_MC, gates_MK, gate_up, down, order_R, load_E)
     return _SortedExperts.apply(x_MC, gates_MK, gate_up, down, order_R, load_E)
+
+
+def loads(chosen_MK: Tensor, n_experts: int) -> Tensor:
+    """int64 [E], how many tokens each expert was chosen for."""
+    # bincount looks at the numbers first, and so waits for a GPU.
+    load_E = torch.zeros(n_experts, dtype=torch.int64, device=chosen_MK.device)
+    chosen = chosen_MK.flatten()
+    return load_E.scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
 def _one_by_one(

@@ -1,0 +1,129 @@
+"""A training step and a validation look at nothing of the device: the host runs ahead of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import mtp_lightning.nn.kernels.experts as experts
+from data_modules.windows import WindowBatch
+from mtp_lightning.metrics.summary_rates import rates_of
+from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.objective.balance.base import NoBalance
+from mtp_lightning.objective.objective import Objective
+from mtp_lightning.objective.schedule.base import Progress
+from mtp_lightning.objective.schedule.piecewise import Piecewise
+from mtp_lightning.objective.step import OptimizerStep
+from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
+from mtp_lightning.objective.terms.kl import KL
+from tests import deepseek
+from tests.models import build, windows
+from tests.objective.waits import HostCopies, no_autocast_on_meta
+
+STACKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "none": ("none", {}),
+    "sequential": ("sequential", {"depth": 2}),
+    "mixing": ("sequential", {"depth": 2, "hidden_state_mixing": True, "token_dropout": 0.5}),
+    "parallel": ("parallel", {"depth": 2}),
+    "linear": ("linear", {"depth": 2}),
+    "parameter_free": ("parameter_free", {"depth": 2}),
+    "joint": ("joint", {"depth": 2}),
+    "registers": ("registers", {"depth": 1, "lookahead": 3}),
+}
+OBJECTIVES = {"ce": Objective(term=CrossEntropy()), "kl": Objective(term=KL())}
+CASES = [
+    (stack, objective)
+    for stack in STACKS
+    for objective in OBJECTIVES
+    # Without a depth that predicts a token there is none to teach.
+    if objective == "ce" or stack not in ("none", "registers")
+]
+
+
+@pytest.fixture(autouse=True)
+def on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with no_autocast_on_meta(monkeypatch):
+        yield
+
+
+def masked(batch: WindowBatch) -> WindowBatch:
+    """The batch with documents of five tokens, evaluated as one text."""
+    shape = batch.tokens.shape
+    documents = (torch.arange(shape[1]) // 5).expand(shape)
+    texts = torch.zeros(shape, dtype=torch.int64)
+    return WindowBatch(batch.tokens, batch.depth, documents, texts == 0, texts)
+
+
+def copies_of_a_step(model: MTPModel, batch: WindowBatch, objective: Objective) -> list[str]:
+    """What one optimizer step of two micro-batches copies from the host."""
+    model = model.to("meta").train()
+    step = OptimizerStep(
+        model,
+        schedule=Piecewise(model.depth, 0.3),
+        balance=NoBalance(model.depth),
+        objective=objective,
+        accumulate=2,
+        clip_norm=1.0,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    moved = batch.to("meta")
+    with HostCopies() as copies:
+        result = step(moved, Progress(step=0, max_steps=10), optimizer)
+        assert result.loss.device.type == "meta"
+    return copies.found
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["plain", "documents"])
+@pytest.mark.parametrize(("stack", "objective"), CASES)
+def test_a_step_copies_nothing_from_the_host(
+    tiny_trunk: TrunkConfig, stack: str, documents: bool, objective: str
+) -> None:
+    variant, switches = STACKS[stack]
+    config = MTPConfig.find(variant)(**{"depth": 0, **switches})
+    batch = windows(4, 12, config.depth)
+    batch = masked(batch) if documents else batch
+    model = build(tiny_trunk, config)
+    assert copies_of_a_step(model, batch, OBJECTIVES[objective]) == []
+
+
+def test_experts_copy_nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, where one grouped product takes all experts."""
+    monkeypatch.setattr(experts, "fits_grouped", lambda x_MC, down: True)
+    model = deepseek.build(deepseek.TRUNK, depth=2).to(torch.bfloat16)
+    assert copies_of_a_step(model, windows(4, 12, 2), OBJECTIVES["ce"]) == []
+
+
+def test_a_validation_copies_nothing_from_the_host(tiny_trunk: TrunkConfig) -> None:
+    model = build(tiny_trunk, MTPConfig.find("sequential")(depth=2)).to("meta").eval()
+    batch = masked(windows(4, 12, 2)).to("meta")
+    rates = rates_of(model, [60]).to("meta")
+    with HostCopies() as copies, torch.no_grad():
+        rates.update(model(batch), model.head.weight, batch)
+    assert copies.found == []
+
+
+def test_what_waits_is_found() -> None:
+    """The instrument itself: numbers written out, lists as indices, tensors of the host."""
+    x = torch.empty(4, 3, device="meta")
+    with HostCopies() as copies:
+        x.new_tensor([1.0, 2.0])
+        torch.tensor([1.0], device="meta")
+        x[[0, 1]]
+        x[0, 1] = 1.0
+        torch.arange(3).to("meta")
+        torch.arange(3).to("meta", non_blocking=True)
+        x * torch.tensor(2.0)
+    assert [found.split(" in ")[0] for found in copies.found] == [
+        "new_tensor",
+        "tensor",
+        "__getitem__",
+        "to",
+    ]
+    for look in (torch.Tensor.tolist, torch.nonzero, torch.Tensor.item, lambda x: x[x > 0]):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            look(x[0, :1])
