@@ -84,7 +84,10 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[], Any]]:
-    """One optimizer step of a run with this config, the model, and the step's forward pass."""
+    """One optimizer step of a run with this config, the model, and the step's forward pass.
+
+    On the CPU, or on the task's ``device``.
+    """
     import torch
 
     from data_modules.windows import WindowBatch
@@ -110,6 +113,7 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
     task["rss_imported"] = common.current_rss()
     model = MTPModel(build_model_config(cfg, task["vocab_size"]))
     model.initialise(cfg.seed)
+    model.to(task.get("device", "cpu"))
     optimizer = instantiate(cfg.optimizer).build(model)
     one_step = OptimizerStep(
         model,
@@ -124,10 +128,10 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
     shape = (task["batch_size"], task["seq_len"] + task["depth"] + 1)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(task["vocab_size"], shape, generator=generator)
-    batch = WindowBatch(tokens, task["depth"])
+    batch = WindowBatch(tokens, task["depth"]).to(task.get("device", "cpu"))
 
-    def step() -> float:
-        return float(one_step(batch, progress, optimizer).loss)
+    def step() -> torch.Tensor:
+        return one_step(batch, progress, optimizer).loss
 
     def forward() -> tuple[int, torch.Tensor]:
         plan = one_step.plan(batch, progress)

@@ -99,6 +99,13 @@ class MTPModule(pl.LightningModule):
         self._learning_rates = LearningRates(optimizer, self.optimizer_config.schedule)
         return optimizer
 
+    def transfer_batch_to_device(
+        self, batch: WindowBatch, device: torch.device, dataloader_idx: int
+    ) -> WindowBatch:
+        """To a GPU while that still works on the step before; Lightning waits for all but plain
+        tensors."""
+        return batch.to(device, non_blocking=True)
+
     def training_step(self, batch: WindowBatch, batch_idx: int) -> dict[str, Any]:
         """One optimizer step.
 

@@ -17,6 +17,7 @@ from mtp_lightning import compare
 from mtp_lightning.callbacks.checkpoint_plugin import AtomicCheckpointIO
 from mtp_lightning.callbacks.precision_plugin import TokenDoublePrecision
 from mtp_lightning.experiment.command_line import overridden
+from mtp_lightning.experiment.device import settle_device
 from mtp_lightning.experiment.instantiate import instantiate, targets, trusted_packages
 from mtp_lightning.experiment.run_loggers import build_loggers
 from mtp_lightning.experiment.self_generated import SelfGenerated
@@ -34,7 +35,6 @@ from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.schedule.base import LambdaSchedule
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.optim.base import OptimizerConfig
-from mtp_lightning.runtime import pick_accelerator
 from mtp_lightning.settings import require_whole
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 _OWN_TRAINER_KEYS = ("accumulate_grad_batches", "gradient_clip_val", "num_threads", "compile")
 # What mtp.init=last_block looks at: a pass of the trunk over more would take longer than it gains.
 BEGINNING_TOKENS = 8192
-_PRECISIONS = ("32-true", "bf16-mixed", "64-true")
+_PRECISIONS = ("auto", "32-true", "bf16-mixed", "64-true")
 _STRATEGIES = ("auto", "ddp")
 
 
@@ -231,7 +231,7 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
     stack = module.model.mtp
     if isinstance(stack, BagMTP) and stack.config.weights == "idf":
         stack.weigh(*data.document_frequency())
-    if cfg.trainer.compile:
+    if settle_device(cfg).trainer.compile:
         # In place, block by block: the keys of checkpoints stay what they are.
         for layer in module.modules():
             if isinstance(layer, Block):
@@ -333,14 +333,14 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
         resume_step: the optimizer step that the run continues from; logs after it are dropped.
         may_skip: whether some parameters get no gradient in some steps.
     """
-    settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore
+    trainer_cfg = settle_device(cfg).trainer
+    settings: dict[str, Any] = OmegaConf.to_container(trainer_cfg, resolve=True)  # type: ignore
     for key in _OWN_TRAINER_KEYS:
         settings.pop(key)
     _check_choice("precision", settings["precision"], _PRECISIONS)
     _check_choice("strategy", settings["strategy"], _STRATEGIES)
     for key in ("max_steps", "val_check_interval", "log_every_n_steps"):
         require_whole(f"trainer.{key}", settings[key], least=1)
-    settings["accelerator"] = pick_accelerator(settings["accelerator"])
     if settings["strategy"] == "ddp":
         settings["strategy"] = "ddp_find_unused_parameters_true" if may_skip else "ddp"
     elif settings["devices"] not in (1, "1"):

@@ -26,6 +26,7 @@ from mtp_lightning.experiment.build import (
     settle_data,
 )
 from mtp_lightning.experiment.command_line import hyperparameters
+from mtp_lightning.experiment.device import settle_device, use_tensor_cores
 from mtp_lightning.experiment.generating import print_sample
 from mtp_lightning.experiment.instantiate import trusted_packages
 from mtp_lightning.experiment.run_loggers import end_loggers
@@ -76,6 +77,7 @@ def prepare(cfg: DictConfig, folder: Path) -> Prepared:
 
     What is read of a checkpoint here is gone when this returns: training needs the memory.
     """
+    cfg = settle_device(cfg)
     resume_from = checkpoints.newest_intact(folder / CHECKPOINTS)
     stored = None if resume_from is None else checkpoints.load(resume_from)
     if stored is not None:
@@ -145,6 +147,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     )
     folder = Path(cfg.paths.output_dir)
     run = prepare(cfg, folder)
+    use_tensor_cores(run.cfg)
     data, module = run.data, run.module
     trainer = build_trainer(
         run.cfg,

@@ -384,12 +384,12 @@ def step_counts(
         valid = [windows * batch.seq_len] * (batch.depth + 1)
         seen = [windows * max(batch.seq_len - k, 0) for k in range(batch.depth + 1)]
         return PositionCounts(valid, seen if taught else None)
-    seen = batch.host or batch
-    masks = [seen.valid(stack.target_depth(k, key)) for k in range(batch.depth + 1)]
+    masked = batch.host or batch  # a GPU need not be waited for
+    masks = [masked.valid(stack.target_depth(k, key)) for k in range(batch.depth + 1)]
     if isinstance(stack, Summary):
-        masks[1] = future_of(stack, seen).valid()
+        masks[1] = future_of(stack, masked).valid()
     counts_K = torch.stack([mask.sum() for mask in masks if mask is not None])
-    counts_NK = torch.stack([counts_K, *([count_taught(seen)] if taught else [])])
+    counts_NK = torch.stack([counts_K, *([count_taught(masked)] if taught else [])])
     if world_size() > 1:  # ranks speak by their devices
         counts_NK = sum_over_ranks(counts_NK.to(batch.device))
     return PositionCounts(*counts_NK.tolist())

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, head, kernels, startup, train_step, validation
+from benchmarks import common, gpu, head, kernels, startup, train_step, validation
 
 SHAPE = ["--batch-size", "2", "--seq-len", "32"]
 
@@ -50,6 +50,24 @@ def test_train_step(tmp_path: Path) -> None:
     assert deep["cost_over_share"] == pytest.approx(
         deep["ms_per_step"] / plain["ms_per_step"] / share
     )
+
+
+def test_gpu_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it measures, at sizes of a CPU; a row that fails costs no other."""
+    arguments = ["--device", "cpu", "--rows", "pico:1:2", "nope:0:1", "--vocab-size", "300"]
+    small = ["--seq-len", "32", "--steps", "1", "--no-compile", "--no-tests", "--quick"]
+    output = tmp_path / "gpu.json"
+    result = gpu.main([*arguments, *small, "--output", str(output)])
+    assert read(output) == result
+    row, failed = result["rows"]
+    assert "error" not in row and failed["error"]
+    assert row["tokens_per_second"] == pytest.approx(2 * 32 / row["ms"] * 1e3)
+    assert row["mfu"] is None and 0 < row["of_matmul"] < 10 and 1 < row["loss"] < 10
+    assert len(row["verify_ms"]) == 2 and len(row["draft_ms"]) == 1
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            gpu.main([])
+        assert "no CUDA device" in capsys.readouterr().err
 
 
 def test_head(tmp_path: Path) -> None:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from mtp_lightning.decoding import generate
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.kernels.experts import fits_grouped
+from mtp_lightning.nn.moe import MoE
+from mtp_lightning.objective.balance.base import NoBalance
+from mtp_lightning.objective.schedule.base import Progress
+from mtp_lightning.objective.schedule.piecewise import Piecewise
+from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.run.loading import load_run
+from tests import deepseek
 from tests.integration.helpers import rows, train_here
+from tests.models import build, windows
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
-]
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("there is no CUDA device here", allow_module_level=True)
 
 
 @pytest.mark.parametrize("mtp", ["sequential", "parallel"])
@@ -37,3 +49,52 @@ def test_greedy_drafts_change_nothing(tmp_path: Path, cache: Path) -> None:
         for speculative in (True, False)
     )
     assert [g.token_ids for g in drafted] == [g.token_ids for g in plain]
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["plain", "documents"])
+@pytest.mark.parametrize("case", ["sequential", "parallel", "experts"])
+def test_a_step_does_not_wait_for_the_device(
+    tiny_trunk: TrunkConfig, case: str, documents: bool
+) -> None:
+    """tests/objective/test_waits.py finds on a CPU what CUDA itself refuses here."""
+    if case == "experts":
+        model = deepseek.build(deepseek.TRUNK, depth=2).to("cuda", torch.bfloat16).train()
+    else:
+        model = build(tiny_trunk, MTPConfig.find(case)(depth=2)).to("cuda").train()
+    batch = windows(4, 12, 2)
+    if documents:
+        ids = (torch.arange(batch.tokens.shape[1]) // 5).expand(batch.tokens.shape)
+        batch = replace(batch, documents=ids)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    step = OptimizerStep(
+        model, schedule=Piecewise(2, 0.3), balance=NoBalance(2), accumulate=2, clip_norm=1.0
+    )
+    moved, progress = (
+        batch.pin_memory().to("cuda", non_blocking=True),
+        Progress(step=0, max_steps=10),
+    )
+    step(moved, progress, optimizer)  # kernels are loaded, and the optimizer's state is made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(moved, progress, optimizer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_grouped_experts_are_the_formula() -> None:
+    """In bfloat16 on a GPU one grouped product takes all experts."""
+    model = deepseek.build(deepseek.TRUNK)
+    layer = next(m for m in model.modules() if isinstance(m, MoE)).bfloat16().cuda()
+    x = torch.randn(2, 16, deepseek.TRUNK.d_model, dtype=torch.bfloat16, device="cuda")
+    assert fits_grouped(x.flatten(0, 1), layer.experts.down)
+    expected = copy.deepcopy(layer).double().cpu()(x.double().cpu())
+    torch.testing.assert_close(layer(x).double().cpu(), expected, rtol=0.05, atol=0.05)
+
+
+def test_defaults_of_a_gpu(tmp_path: Path, cache: Path) -> None:
+    settings = {"trainer.accelerator": "auto", "trainer.max_steps": 6}
+    train_here(tmp_path, cache, settings)
+    trainer = load_run(tmp_path, device="cuda").config["trainer"]
+    assert trainer["accelerator"] == "cuda" and trainer["precision"] == "bf16-mixed"
+    losses = [row["train/loss"] for row in rows(tmp_path) if "train/loss" in row]
+    assert losses and all(math.isfinite(loss) for loss in losses)

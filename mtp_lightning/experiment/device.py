@@ -1,0 +1,49 @@
+"""What a run does by default on the device that it finds: precision, and compiled blocks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+from omegaconf import DictConfig
+
+from mtp_lightning.runtime import pick_accelerator
+from mtp_lightning.settings import require
+
+AUTO = "auto"
+
+
+def settle_device(cfg: DictConfig) -> DictConfig:
+    """The config with the device's own choice in the place of every ``auto``, so that what is
+    stored says how a run was computed.
+
+    On a CUDA device the precision is bf16-mixed, and blocks are compiled if there is the C compiler
+    that this takes; on a CPU fp32 and eager.
+
+    Raises:
+        ValueError: an accelerator that is not there, or a compile that is neither.
+    """
+    cfg = cfg.copy()
+    trainer = cfg.trainer
+    known = trainer.compile in (AUTO, True, False)
+    require(known, "trainer.compile", trainer.compile, "auto, true or false")
+    trainer.accelerator = pick_accelerator(trainer.accelerator)
+    gpu = trainer.accelerator == "cuda"
+    if trainer.precision == AUTO:
+        trainer.precision = "bf16-mixed" if gpu else "32-true"
+    if trainer.compile == AUTO:
+        trainer.compile = gpu and has_compiler()
+    return cfg
+
+
+def has_compiler() -> bool:
+    """Whether the C compiler is there that torch.compile calls to start its GPU kernels."""
+    return any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang"))
+
+
+def use_tensor_cores(cfg: DictConfig) -> None:
+    """Let a mixed-precision run on a GPU round to TF32 what it multiplies in fp32: the routers'
+    affinities, the head at validations. With ``trainer.precision=32-true``, fp32 is fp32."""
+    if cfg.trainer.accelerator == "cuda" and cfg.trainer.precision == "bf16-mixed":
+        torch.set_float32_matmul_precision("high")

@@ -1,0 +1,67 @@
+"""What a run does by default on the device that it finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from mtp_lightning.experiment import device
+from mtp_lightning.run.loading import load_run
+from tests.integration.helpers import train_here
+
+
+def config(**trainer: object) -> DictConfig:
+    defaults = {"accelerator": "auto", "precision": "auto", "compile": "auto"}
+    return OmegaConf.create({"trainer": {**defaults, **trainer}})
+
+
+def settled(**trainer: object) -> tuple[object, ...]:
+    given = config(**trainer)
+    found = device.settle_device(given).trainer
+    assert given == config(**trainer)  # it is left as it was
+    return found.accelerator, found.precision, found.compile
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch, compiler: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device, "has_compiler", lambda: compiler)
+    assert settled() == ("cuda", "bf16-mixed", compiler)
+    assert settled(accelerator="cpu") == ("cpu", "32-true", False)
+    assert settled(precision="32-true", compile=False) == ("cuda", "32-true", False)
+
+
+def test_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert settled() == ("cpu", "32-true", False)
+    assert settled(precision="bf16-mixed", compile=True) == ("cpu", "bf16-mixed", True)
+    with pytest.raises(ValueError, match="no CUDA device"):
+        settled(accelerator="cuda")
+    with pytest.raises(ValueError, match="trainer.compile must be auto, true or false, not 'yes'"):
+        settled(compile="yes")
+
+
+def test_the_run_says_what_it_did(tmp_path: Path) -> None:
+    settings = {"trainer.accelerator": "cpu", "trainer.max_steps": 2}
+    train_here(tmp_path / "run", tmp_path / "cache", settings)
+    trainer = load_run(tmp_path / "run").config["trainer"]
+    assert (trainer["precision"], trainer["compile"]) == ("32-true", False)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "precision", "expected"),
+    [
+        ("cuda", "bf16-mixed", "high"),
+        ("cuda", "32-true", "highest"),
+        ("cpu", "bf16-mixed", "highest"),
+    ],
+)
+def test_tensor_cores(accelerator: str, precision: str, expected: str) -> None:
+    try:
+        device.use_tensor_cores(config(accelerator=accelerator, precision=precision))
+        assert torch.get_float32_matmul_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision("highest")
