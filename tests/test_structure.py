@@ -36,7 +36,7 @@ RANK = {
     **dict.fromkeys(["module", "callbacks"], 7),
     "experiment": 8,
     "apps": 9,
-    "console": 10,
+    **dict.fromkeys(["console", "notebook"], 10),
 }
 
 # What sweeps and hydra_plugins may know of mtp_lightning: the shell and the files of a run, nothing
@@ -59,6 +59,7 @@ LAZY = (
     "transformers",
     "safetensors",
     "matplotlib",
+    "pandas",
     "tensorboard",
 )
 
@@ -116,7 +117,8 @@ def test_the_checks_below_see_imports() -> None:
 def test_import_direction(file: str) -> None:
     own = room(file.split("/"))
     if own == "__init__":
-        assert list(imports(file)) == []
+        assert list(imports(file, top_only=True)) == []
+        assert all(takes(name, "mtp_lightning.notebook") for name in imports(file))
         return
     assert own in RANK, f"give {own} a place in RANK, and in the rooms of CONTRIBUTING.md"
     for name in imports(file):

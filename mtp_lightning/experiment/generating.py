@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mtp_lightning.decoding import Generation, generate
+from mtp_lightning.decoding.generate import OnTokens
+from mtp_lightning.decoding.pieces import Pieces
 from mtp_lightning.interop.reading import open_run
 from mtp_lightning.model import MTPModel
+from mtp_lightning.run.loading import LoadedRun
 from mtp_lightning.runtime import pick_accelerator, set_threads
 
 if TYPE_CHECKING:
@@ -42,36 +45,15 @@ def generate_text(cfg: Any) -> list[Generation]:
     """
     if cfg.output not in ("text", "json"):
         raise ValueError(f"output={cfg.output} is unknown: choose text or json.")
-    set_threads(cfg.num_threads)
     prompts = read_prompts(cfg.prompt, cfg.prompts, sys.stdin)
-    device = pick_accelerator(cfg.accelerator)
-    run = open_run(cfg.checkpoint, device=device, allow=cfg.allow)
-    tokenizer = run.tokenizer
+    run = open_for(cfg)
     # One prompt is shown as it grows; several, each when it is finished.
     streams = cfg.output == "text" and len(prompts) == 1
     colour = bool(cfg.show_drafts) and sys.stdout.isatty()
-    stream = TextStream(tokenizer, sys.stdout, colour=colour) if streams else None
+    stream = TextStream(run.tokenizer, sys.stdout, colour=colour) if streams else None
     if stream is not None:
         stream.write(prompts[0])
-    generations = generate(
-        run.model,
-        [list(map(int, tokenizer.encode(prompt))) for prompt in prompts],
-        max_new_tokens=cfg.max_new_tokens,
-        speculative=cfg.speculative,
-        draft_depth=cfg.draft_depth,
-        temperature=cfg.temperature,
-        top_k=cfg.top_k,
-        top_p=cfg.top_p,
-        seed=cfg.seed,
-        stop=[cfg.stop] if isinstance(cfg.stop, str) else list(map(str, cfg.stop)),
-        tokenizer=tokenizer,
-        batch_size=(1 if cfg.compile else 8) if cfg.batch_size is None else cfg.batch_size,
-        compile=cfg.compile,
-        min_confidence=cfg.min_confidence,
-        max_context=run.seq_len,
-        long=cfg.long,
-        on_tokens=stream,
-    )
+    generations = continue_prompts(cfg, run, prompts, on_tokens=stream)
     if stream is not None:
         stream.write("\n")
     elif cfg.output == "json":
@@ -82,6 +64,53 @@ def generate_text(cfg: Any) -> list[Generation]:
         for prompt, generation in zip(prompts, generations, strict=True):
             print(f"{prompt}{generation.text}\n")
     return generations
+
+
+def open_for(cfg: Any) -> LoadedRun:
+    """The model of ``conf/generate.yaml``, on its device.
+
+    Raises:
+        ValueError: a damaged or foreign checkpoint.
+        OSError: a missing file.
+    """
+    set_threads(cfg.num_threads)
+    device = pick_accelerator(cfg.accelerator)
+    return open_run(cfg.checkpoint, device=device, allow=cfg.allow)
+
+
+def continue_prompts(
+    cfg: Any, run: LoadedRun, prompts: Sequence[str], *, on_tokens: OnTokens | None = None
+) -> list[Generation]:
+    """What a model makes of prompts by ``conf/generate.yaml``.
+
+    Args:
+        cfg: the config.
+        run: the model.
+        prompts: texts.
+        on_tokens: see :func:`~mtp_lightning.decoding.generate`.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+    return generate(
+        run.model,
+        [list(map(int, run.tokenizer.encode(prompt))) for prompt in prompts],
+        max_new_tokens=cfg.max_new_tokens,
+        speculative=cfg.speculative,
+        draft_depth=cfg.draft_depth,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        seed=cfg.seed,
+        stop=[cfg.stop] if isinstance(cfg.stop, str) else list(map(str, cfg.stop)),
+        tokenizer=run.tokenizer,
+        batch_size=(1 if cfg.compile else 8) if cfg.batch_size is None else cfg.batch_size,
+        compile=cfg.compile,
+        min_confidence=cfg.min_confidence,
+        max_context=run.seq_len,
+        long=cfg.long,
+        on_tokens=on_tokens,
+    )
 
 
 def print_sample(model: MTPModel, data: WindowDataModule, *, seed: int) -> None:
@@ -139,28 +168,15 @@ def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list
 
 
 class TextStream:
-    """Prints tokens as text while they are accepted; drafts in colour if asked.
-
-    A character that several tokens make up appears with its last one.
-    """
+    """Prints tokens as text while they are accepted; drafts in colour if asked."""
 
     def __init__(self, tokenizer: Any, out: TextIO, *, colour: bool) -> None:
-        self._decode: Callable[[list[int]], str] = tokenizer.decode
-        self._eot_id = tokenizer.eot_id
+        self._pieces = Pieces(tokenizer)
         self._out = out
         self._colour = colour
-        self._pending: list[int] = []
 
     def __call__(self, index: int, token_ids: list[int], accepted: list[bool]) -> None:
-        for token, draft in zip(token_ids, accepted, strict=True):
-            if token == self._eot_id:
-                continue
-            self._pending.append(token)
-            text = self._decode(self._pending)
-            # An incomplete character; four bytes are the longest, so the wait has an end.
-            if text.endswith("\ufffd") and len(self._pending) < 4:
-                continue
-            self._pending.clear()
+        for text, draft in self._pieces.add(token_ids, accepted):
             self.write(f"{_DRAFT_COLOUR}{text}{_PLAIN}" if draft and self._colour else text)
 
     def write(self, text: str) -> None:

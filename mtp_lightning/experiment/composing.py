@@ -1,0 +1,17 @@
+"""An app's config without the app: for a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from mtp_lightning.literal import literal
+from mtp_lightning.paths import CONF
+
+
+def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
+    """The config ``name`` of conf/ with overrides as one types them on the command line."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return compose(name, overrides=literal(list(overrides)))

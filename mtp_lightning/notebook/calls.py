@@ -1,0 +1,113 @@
+"""The four words of a notebook."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtp_lightning.notebook.process import start
+from mtp_lightning.notebook.text import Text
+from mtp_lightning.paths import app
+
+if TYPE_CHECKING:
+    from mtp_lightning.notebook.run import Run
+    from mtp_lightning.notebook.sweep import Sweep
+
+
+def train(*overrides: str, quiet: bool = False) -> Run:
+    """``python train.py OVERRIDES``: a run, or the rest of one whose ``run_dir`` is given again.
+
+    Args:
+        overrides: as one types them: ``"mtp.depth=2"``, ``"data=text"``.
+        quiet: show nothing of what it says.
+
+    Raises:
+        RuntimeError: it failed, in one sentence.
+    """
+    from mtp_lightning.notebook.run import Run
+
+    folder, given = _folder("run_dir", "runs/{}", overrides)
+    start([*app("train"), *given], quiet=quiet)
+    return Run(folder)
+
+
+def sweep(*overrides: str, quiet: bool = False) -> Sweep:
+    """``python train.py -m OVERRIDES``: a run for every combination of values that commas part.
+
+    Args:
+        overrides: as one types them: ``"mtp.depth=0,2"``, ``"seed=0,1,2"``.
+        quiet: show nothing of what it says.
+
+    Raises:
+        RuntimeError: it, or one of its jobs, failed.
+    """
+    from mtp_lightning.notebook.sweep import Sweep
+
+    folder, given = _folder("sweep_dir", "runs/sweep_{}", overrides)
+    start([*app("train"), "-m", *given], quiet=quiet)
+    return Sweep(folder)
+
+
+def evaluate(*overrides: str, quiet: bool = True) -> dict[str, Any]:
+    """``python evaluate.py OVERRIDES``: the metrics of a trained model by log tag.
+
+    Args:
+        overrides: as one types them: ``"checkpoint=runs/mine"``.
+        quiet: show nothing of what it says.
+
+    Raises:
+        RuntimeError: it failed, in one sentence.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # Of two, Hydra takes the last.
+        output = Path(_value("output", overrides) or f"{folder}/metrics.json")
+        start([*app("evaluate"), *overrides, f"output={output}"], quiet=quiet)
+        found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    return found
+
+
+def generate(*overrides: str) -> Text:
+    """``python generate.py OVERRIDES`` for one prompt, in this process.
+
+    Args:
+        overrides: as one types them: ``"checkpoint=runs/mine"``, ``"prompt=def main("``.
+
+    Raises:
+        ValueError: no prompt, a damaged or foreign checkpoint, an option out of range.
+        OSError: there is no such checkpoint.
+    """
+    from mtp_lightning.experiment.composing import compose_config
+    from mtp_lightning.experiment.generating import continue_prompts, open_for
+
+    cfg = compose_config("generate", overrides)
+    if cfg.prompt is None:
+        raise ValueError("There is no prompt: give prompt=TEXT.")
+    run = open_for(cfg)
+    prompt = str(cfg.prompt)
+    (generation,) = continue_prompts(cfg, run, [prompt])
+    return Text(prompt, generation, run.tokenizer)
+
+
+def _folder(key: str, pattern: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
+    """The folder that a call writes to, and the overrides that say so."""
+    value = _value(key, overrides)
+    if value is not None:
+        return Path(value), list(overrides)
+    folder = Path(pattern.format(datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")))
+    return folder, [*overrides, f"{key}={folder}"]
+
+
+def _value(key: str, overrides: Sequence[str]) -> str | None:
+    """The path that the last override of a key gives; None where there is none."""
+    given = [text.partition("=")[2] for text in overrides if text.startswith(f"{key}=")]
+    if not given:
+        return None
+    path = given[-1]
+    if "${" in path:
+        raise ValueError(f"{key}={path} is known to the run alone: give the path itself.")
+    quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
+    return path[1:-1] if quoted else path

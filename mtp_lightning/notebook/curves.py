@@ -1,0 +1,73 @@
+"""A run's curves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+# Told apart by people who confuse red and green (after Okabe & Ito 2008); depth k takes colour k.
+_COLOURS = ("#2f7fc1", "#d9761e", "#1f9a73", "#c0559a", "#8a7a1d", "#6b6fd0")
+
+
+def draw(metrics: DataFrame, tags: Sequence[str]) -> Figure:
+    """The curves of some tags, each under its own name."""
+    figure, (axes,) = _figure(1)
+    for number, tag in enumerate(tags):
+        _curve(axes, metrics, tag, label=tag, color=_COLOURS[number % len(_COLOURS)])
+    _finish(axes)
+    return figure
+
+
+def draw_overview(metrics: DataFrame) -> Figure:
+    """The loss of every depth in training and validation; beside it what drafts are worth, or the
+    share of right answers of a task, where either was logged."""
+    losses = [tag for tag in metrics if re.fullmatch(r"val/loss_depth_\d+", tag)]
+    second = [tag for tag in metrics if re.fullmatch(r"decode/acceptance_position_\d+", tag)]
+    if "val/exact_match" in metrics:
+        second = ["val/exact_match"]
+    figure, axes = _figure(2 if second else 1)
+    for tag in losses:
+        depth = int(tag.rpartition("_")[2])
+        colour = _COLOURS[depth % len(_COLOURS)]
+        trained = tag.replace("val/", "train/")
+        if trained in metrics:
+            _curve(axes[0], metrics, trained, color=colour, alpha=0.35, linewidth=0.8)
+        name = "next token" if depth == 0 else f"depth {depth}"
+        _curve(axes[0], metrics, tag, label=name, color=colour, marker="o")
+    axes[0].set_ylabel("loss, nats a token (thin: in training)")
+    _finish(axes[0])
+    for tag in second:
+        number = int(tag.rpartition("_")[2]) if tag != "val/exact_match" else 0
+        name = f"draft {number}" if number else "right answers"
+        colour = _COLOURS[number % len(_COLOURS)]
+        _curve(axes[1], metrics, tag, label=name, color=colour, marker="o")
+    if second:
+        axes[1].set_ylim(0, 1)
+        axes[1].set_ylabel("share of drafts accepted" if number else "share")
+        _finish(axes[1])
+    return figure
+
+
+def _figure(n: int) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * n, 3.6), layout="constrained")
+    return figure, [figure.add_subplot(1, n, i + 1) for i in range(n)]
+
+
+def _curve(axes: Axes, metrics: DataFrame, tag: str, **style: Any) -> None:
+    values = metrics[tag].dropna()
+    axes.plot(values.index, values, **style)
+
+
+def _finish(axes: Axes) -> None:
+    axes.set_xlabel("optimizer steps")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)

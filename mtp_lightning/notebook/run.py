@@ -1,0 +1,123 @@
+"""A run's folder as an object: its numbers, its curves, its text."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtp_lightning.notebook.calls import evaluate, generate
+from mtp_lightning.notebook.text import Text
+from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
+from mtp_lightning.run.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+# What a run's first line in a notebook says, where it has it.
+_SHOWN = {
+    "val/bits_per_byte": "bits per byte",
+    "val/exact_match": "exact match",
+    "val/loss_depth_0": "loss, next token",
+    "val/loss_depth_1": "loss, depth 1",
+    "val/loss_depth_2": "loss, depth 2",
+    "decode/acceptance_position_1": "first draft accepted",
+    "decode/tokens_per_step": "tokens a verify pass",
+    "parameters": "parameters",
+    "tokens": "tokens",
+}
+
+
+class Run:
+    """What a run left in its folder, read anew whenever it is asked for.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """``summary.json``: every final metric, and what the run cost.
+
+        Raises:
+            FileNotFoundError: the run has not ended.
+        """
+        file = self.folder / SUMMARY_FILE
+        if not file.is_file():
+            raise FileNotFoundError(f"There is no {file}: the run has not ended yet.")
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+
+    @property
+    def metrics(self) -> DataFrame:
+        """All logged values: a row a step, a column a log tag, NaN where a step has none."""
+        from pandas import DataFrame
+
+        return DataFrame(read_metrics(self.folder / METRICS_FILE)).set_index("step").sort_index()
+
+    def plot(self, *tags: str) -> Figure:
+        """Curves over the steps; by default the losses of every depth, and what drafts are worth.
+
+        Args:
+            tags: of the log (``train/loss_depth_0``), all in one picture.
+
+        Raises:
+            KeyError: a tag that the run has not logged.
+        """
+        from mtp_lightning.notebook.curves import draw, draw_overview
+
+        metrics = self.metrics
+        if unknown := [tag for tag in tags if tag not in metrics]:
+            raise KeyError(f"{unknown[0]} is not logged; there are {', '.join(metrics.columns)}")
+        return draw(metrics, tags) if tags else draw_overview(metrics)
+
+    def generate(self, prompt: str, **options: Any) -> Text:
+        """Text from the run's best checkpoint.
+
+        Args:
+            prompt: that it goes on from.
+            options: keys of ``generate.py``: ``max_new_tokens``, ``temperature``, ...
+        """
+        given = (f"{key}={_typed(value)}" for key, value in options.items())
+        return generate(f"checkpoint={self.folder}", f"prompt={prompt}", *given)
+
+    def evaluate(self, *overrides: str) -> dict[str, Any]:
+        """Metrics of the run's best checkpoint, on its own evaluation text or another (``data=``).
+
+        Args:
+            overrides: of ``evaluate.py``.
+        """
+        return evaluate(f"checkpoint={self.folder}", *overrides)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    def _repr_html_(self) -> str:
+        try:
+            cells = shown(self.summary)
+        except FileNotFoundError:
+            cells = {"": "not ended yet"}
+        row = "".join(
+            f"<tr><td style='text-align:left'>{html.escape(name)}</td><td>{value}</td></tr>"
+            for name, value in cells.items()
+        )
+        return f"<b>{html.escape(str(self.folder))}</b><table>{row}</table>"
+
+
+def shown(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The numbers of a summary that are looked at first."""
+    found = {name: summary[tag] for tag, name in _SHOWN.items() if tag in summary}
+    return {k: f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for k, v in found.items()}
+
+
+def _typed(value: Any) -> str:
+    """A value as one types it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

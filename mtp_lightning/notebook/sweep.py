@@ -1,0 +1,78 @@
+"""A sweep's folder as an object: its runs, side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtp_lightning.notebook.process import start
+from mtp_lightning.notebook.run import Run
+from mtp_lightning.run.layout import SUMMARY_FILE, SWEEP_FILE
+from mtp_lightning.run.status import read_status
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+class Sweep:
+    """What a sweep left in its folder, read anew whenever it is asked for.
+
+    Args:
+        folder: of the sweep.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @property
+    def runs(self) -> list[Run]:
+        """All that were asked for, in the sweep's order.
+
+        Raises:
+            FileNotFoundError: there is no sweep.
+        """
+        return [Run(self.folder / job["folder"]) for job in self._plan["jobs"]]
+
+    @property
+    def table(self) -> DataFrame:
+        """A row a run: its state, what it was told that others were not, and its summary's
+        numbers."""
+        from pandas import DataFrame
+
+        varied = self._plan["varied"]
+        rows, index = [], []
+        for job, run in zip(self._plan["jobs"], self.runs, strict=True):
+            status = read_status(run.folder)
+            told = dict(override.partition("=")[::2] for override in job["overrides"])
+            row: dict[str, Any] = {"state": "pending" if status is None else status["state"]}
+            row |= {key: told.get(key) for key in varied}
+            if (run.folder / SUMMARY_FILE).is_file():
+                numbers = run.summary.items()
+                row |= {k: v for k, v in numbers if isinstance(v, int | float) and k not in row}
+            rows.append(row)
+            index.append(job["folder"])
+        return DataFrame(rows, index=index)
+
+    def report(self) -> Path:
+        """``python -m sweeps.report``: means, intervals, tests and figures, as one page.
+
+        Returns:
+            The page's file.
+        """
+        start(["-m", "sweeps.report", str(self.folder)], quiet=True)
+        return self.folder / "report.html"
+
+    @property
+    def _plan(self) -> dict[str, Any]:
+        file = self.folder / SWEEP_FILE
+        if not file.is_file():
+            raise FileNotFoundError(f"There is no sweep in {self.folder}: it has no {SWEEP_FILE}.")
+        plan: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return plan
+
+    def __repr__(self) -> str:
+        return f"Sweep({str(self.folder)!r})"
+
+    def _repr_html_(self) -> str:
+        return f"<b>{self.folder}</b>{self.table._repr_html_()}"

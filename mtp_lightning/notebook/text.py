@@ -1,0 +1,57 @@
+"""Generated text that shows which of its tokens were drafts."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from mtp_lightning.decoding import Generation
+from mtp_lightning.decoding.pieces import Pieces
+
+_STYLE = "white-space:pre-wrap;font-family:monospace;margin:0"
+_PROMPT, _DRAFT = "opacity:.55", "color:#1a7f37;text-decoration:underline dotted"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt and how the model went on; in a notebook the accepted drafts are coloured.
+
+    Attributes:
+        prompt: what it read.
+        generation: what came, with the counts of the draft-verify loop.
+        tokenizer: of the model.
+    """
+
+    prompt: str
+    generation: Generation
+    tokenizer: Any
+
+    def __str__(self) -> str:
+        return f"{self.prompt}{self.generation.text}"
+
+    def pieces(self) -> Iterator[tuple[str, bool]]:
+        """The generated text in parts, and whether each was an accepted draft."""
+        left = len(self.generation.text or "")  # a stop string is no part of it
+        pieces = Pieces(self.tokenizer)
+        for text, draft in pieces.add(self.generation.token_ids, self.generation.accepted_mask):
+            if text[:left]:
+                yield text[:left], draft
+            left = max(left - len(text), 0)
+
+    def _repr_html_(self) -> str:
+        spans = [_span(self.prompt, _PROMPT)]
+        for draft, group in groupby(self.pieces(), key=lambda piece: piece[1]):
+            text = "".join(piece for piece, _ in group)
+            spans.append(_span(text, _DRAFT) if draft else html.escape(text))
+        g = self.generation
+        told = f"{g.new_tokens} tokens, {g.tokens_per_second:.0f} a second"
+        if any(g.accepted_mask):
+            told += f", {g.tokens_per_step:.2f} a verify pass; accepted drafts are underlined"
+        return f'<pre style="{_STYLE}">{"".join(spans)}</pre><small>{told}</small>'
+
+
+def _span(text: str, style: str) -> str:
+    return f'<span style="{style}">{html.escape(text)}</span>'

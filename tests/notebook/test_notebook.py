@@ -1,0 +1,160 @@
+"""Three lines of a notebook: the command line's runs, numbers and text as objects."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+import mtp_lightning
+from mtp_lightning import Run, Sweep, Text, evaluate, generate, sweep, train
+from mtp_lightning.decoding import Generation
+from mtp_lightning.notebook import process
+from mtp_lightning.notebook.curves import draw_overview
+from tests.integration.helpers import QUICK, overrides, train_here, wait_for_step
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The overrides of a quick run, with a cache of this module's own."""
+    return overrides(tmp_path_factory.mktemp("cache"), {})
+
+
+@pytest.fixture(scope="module")
+def run(given: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(*given, f"run_dir={tmp_path_factory.mktemp('runs')}/a (b), c", quiet=True)
+
+
+def test_a_run_is_the_command_lines(run: Run, tmp_path: Path) -> None:
+    assert run.folder.name == "a (b), c"
+    reference = train_here(tmp_path / "run", tmp_path / "cache")
+    assert run.summary["val/loss_depth_0"] == reference["val/loss_depth_0"]
+    metrics = run.metrics
+    assert list(metrics.index) == list(range(1, QUICK["trainer.max_steps"] + 1))
+    newest = metrics["val/loss_depth_1"].dropna()
+    assert list(newest.index) == [5, 10]
+    # Logged in single precision.
+    assert newest.iloc[-1] == pytest.approx(run.summary["val/loss_depth_1"], rel=1e-6)
+
+
+def test_it_draws_its_curves(run: Run) -> None:
+    (losses,) = run.plot().axes  # its windows are too short to draft in
+    assert [text.get_text() for text in losses.get_legend().get_texts()] == [
+        "next token",
+        "depth 1",
+        "depth 2",
+    ]
+    more = run.metrics.assign(**{"decode/acceptance_position_1": 0.5, "val/exact_match": 0.25})
+    drafts = draw_overview(more.drop(columns="val/exact_match")).axes[1]
+    assert drafts.get_ylim() == (0, 1) and "accepted" in drafts.get_ylabel()
+    right = draw_overview(more).axes[1].get_lines()
+    assert [set(line.get_ydata()) for line in right] == [{0.25}]
+    (axes,) = run.plot("train/lr").axes
+    (line,) = axes.get_lines()
+    assert list(line.get_ydata()) == list(run.metrics["train/lr"])
+    with pytest.raises(KeyError, match="train/nope is not logged; there are .*train/loss"):
+        run.plot("train/nope")
+
+
+def test_it_evaluates_and_generates(run: Run) -> None:
+    found = run.evaluate("long_range=false")
+    assert found["val/loss_depth_0"] == run.summary["val/loss_depth_0"]
+    assert evaluate(f"checkpoint={run.folder}", "long_range=false")["step"] == found["step"]
+    text = run.generate("a [b] = 'c'", max_new_tokens=12, speculative=True, top_k=None)
+    assert str(text).startswith("a [b] = 'c'") and text.generation.new_tokens == 12
+    again = generate(f"checkpoint={run.folder}", "prompt=a [b] = 'c'", "max_new_tokens=12")
+    assert str(again) == str(text)
+    assert "".join(piece for piece, _ in text.pieces()) == text.generation.text
+    with pytest.raises(ValueError, match="There is no prompt"):
+        generate(f"checkpoint={run.folder}")
+    assert "bits per byte" in run._repr_html_() and "a (b), c" in run._repr_html_()
+
+
+class Letters:
+    """A tokenizer of single letters."""
+
+    eot_id = 0
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+def test_drafts_are_coloured_and_text_is_text() -> None:
+    """Markup in a text stays text; a stop string is no part of it."""
+    ids = [ord(letter) for letter in "x<b>;;"]
+    mask = [False, True, True, False, True, True]
+    generation = Generation(ids, "x<b>", "stop", 6, 1.0, 6.0, 3, 2.0, [0.5], [3], [6], mask)
+    text = Text("<i>", generation, Letters())
+    assert list(text.pieces()) == [("x", False), ("<", True), ("b", True), (">", False)]
+    page = text._repr_html_()
+    assert "&lt;i&gt;</span>x<span" in page and ">&lt;b</span>&gt;</pre>" in page
+    assert "2.00 a verify pass" in page
+
+
+def test_what_is_wrong_is_one_sentence(given: list[str], tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"^mtp.depth must .* -1$"):
+        train(*given, "mtp.depth=-1", f"run_dir={tmp_path / 'run'}", quiet=True)
+    with pytest.raises(RuntimeError, match="no checkpoint|There is no"):
+        evaluate(f"checkpoint={tmp_path / 'nothing'}")
+    with pytest.raises(ValueError, match="give the path itself"):
+        train("run_dir=runs/${now:%H}")
+    with pytest.raises(FileNotFoundError, match="has not ended"):
+        _ = Run(tmp_path).summary
+    assert "not ended" in Run(tmp_path)._repr_html_()
+    with pytest.raises(FileNotFoundError, match=r"sweep\.json"):
+        _ = Sweep(tmp_path).runs
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = mtp_lightning.nothing
+
+
+def test_a_defect_keeps_its_trace() -> None:
+    with pytest.raises(RuntimeError, match="(?s)Traceback.*ZeroDivisionError"):
+        process.start(["-c", "1 / 0"], quiet=True)
+
+
+def test_progress_takes_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = "print('begun'); print('step 1/2'); print('step 2/2'); print('done')"
+    process.start(["-c", lines])
+    shown = capsys.readouterr().out
+    assert shown == f"begun\n\r{'step 1/2':<100}\r{'step 2/2':<100}\ndone\n"
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_the_run_in_good_order(given: list[str], tmp_path: Path) -> None:
+    """As a notebook's stop button does; the same line goes on."""
+    folder = tmp_path / "run"
+    program = f"""
+        from mtp_lightning import train
+        train(*{given!r}, "trainer.max_steps=100000", "run_dir={folder}")
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as notebook:
+        wait_for_step(notebook, folder, 20)  # type: ignore[arg-type]
+        notebook.send_signal(signal.SIGINT)
+        said, _ = notebook.communicate(timeout=120)
+    assert "KeyboardInterrupt" in said and "saved" in said
+    step = int(Run(folder).metrics.index[-1])
+    began = time.monotonic()
+    run = train(*given, f"trainer.max_steps={step + 2}", f"run_dir={folder}", quiet=True)
+    assert run.summary["step"] == step + 2 and time.monotonic() - began < 120
+
+
+@pytest.mark.slow
+def test_a_sweep_is_a_table(given: list[str], tmp_path: Path) -> None:
+    kept = [text for text in given if not text.startswith("mtp.depth=")]
+    found = sweep(*kept, "mtp.depth=0,1", f"sweep_dir={tmp_path / 'sweep'}", quiet=True)
+    table = found.table
+    assert list(table["state"]) == ["done", "done"] and list(table["mtp.depth"]) == ["0", "1"]
+    assert [run.folder.name for run in found.runs] == list(table.index)
+    assert table["val/loss_depth_0"].notna().all()
+    assert found.report().is_file() and "mtp.depth" in found._repr_html_()
