@@ -195,7 +195,8 @@ class EvaluationLoader:
         """Raises ``ValueError``, with the remedy, if there is no text."""
         if len(self.dataset) == 0:
             raise ValueError(
-                "the validation split has no document: give more text or raise data.val_fraction"
+                "the validation split has no document: give more text, or hold out more of it "
+                "(data.val_fraction; of token files data.held_out)"
             )
 
     def __iter__(self) -> Iterator[WindowBatch]:

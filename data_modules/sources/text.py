@@ -58,7 +58,7 @@ class TextSource(Source):
         if self._files is None:
             found: dict[Path, str] = {}
             for given in self.paths:
-                for name, path in _expand(given):
+                for name, path in expand(given):
                     if path.stat().st_size == 0:
                         raise ValueError(
                             f"{path} is empty: give text, or leave the file out of data.paths"
@@ -108,27 +108,33 @@ class TextSource(Source):
         return super().summary() | {"files": len(self.files()), "paths": self.paths}
 
 
-def _expand(given: str) -> list[tuple[str, Path]]:
-    """The files that one entry of ``paths`` stands for, with names free of the place they are."""
+def expand(given: str, key: str = "data.paths") -> list[tuple[str, Path]]:
+    """The files that a path, folder or glob stands for, with names free of the place they are.
+
+    Args:
+        given: ``~`` is expanded, and a folder stands for all files below it that are not hidden.
+        key: that the user set it by.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     path = Path(given).expanduser()
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, key)
     if path.exists():
         return [(path.name, path)]
     if not glob.has_magic(given):
-        raise FileNotFoundError(
-            f"{given} does not exist (looked from {Path.cwd()}): check data.paths"
-        )
+        raise FileNotFoundError(f"{given} does not exist (looked from {Path.cwd()}): check {key}")
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     files = [(match.name, match) for match in matches if match.is_file()]
     if not files:
         raise FileNotFoundError(
-            f"no file matches {given!r} (looked from {Path.cwd()}): check data.paths"
+            f"no file matches {given!r} (looked from {Path.cwd()}): check {key}"
         )
     return files
 
 
-def _folder(folder: Path) -> list[tuple[str, Path]]:
+def _folder(folder: Path, key: str) -> list[tuple[str, Path]]:
     below = [(path.relative_to(folder), path) for path in folder.rglob("*") if path.is_file()]
     files = sorted(
         (relative.as_posix(), path)
@@ -136,7 +142,7 @@ def _folder(folder: Path) -> list[tuple[str, Path]]:
         if not any(part.startswith(".") for part in relative.parts)
     )
     if not files:
-        raise FileNotFoundError(f"the folder {folder} holds no files: check data.paths")
+        raise FileNotFoundError(f"the folder {folder} holds no files: check {key}")
     if len(files) < len(below):
         log.info("%s: %d hidden files are left out", folder, len(below) - len(files))
     return files
