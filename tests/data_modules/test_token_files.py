@@ -16,8 +16,7 @@ from data_modules.sources import SyntheticSource, TextSource
 from data_modules.token_files.formats import read_header
 from data_modules.token_files.shards import Shard, ShardedTokens, cut
 from data_modules.token_files.view import look_through
-from data_modules.tokenizers import BPETokenizer, ByteTokenizer
-from data_modules.tokenizers.ids import IdTokenizer
+from data_modules.tokenizers import BPETokenizer, ByteTokenizer, IdTokenizer
 from tests.data_modules.token_formats import llm_c, megatron, nanogpt, numpy_file
 
 EOT = 256
