@@ -12,6 +12,7 @@ from data_modules.store_builder import prepare_store
 from data_modules.store_module import StoreDataModule
 from data_modules.token_store import TokenStore
 from data_modules.tokenizers.base import Tokenizer
+from mtp_lightning.settings import require_whole
 
 
 class TokenDataModule(StoreDataModule):
@@ -24,6 +25,8 @@ class TokenDataModule(StoreDataModule):
         val_fraction: expected share of documents in the validation split, which never parts a
             group of near copies (:class:`DocumentSplit`).
         split_seed: of the split; runs of different ``seed`` have the same split.
+        build_workers: processes that encode a new corpus, whose number the ids do not depend on;
+            0 for this one alone, None for one a core if the corpus has 64 MiB or more.
         options: of :class:`StoreDataModule` and :class:`WindowDataModule`.
 
     Raises:
@@ -37,10 +40,14 @@ class TokenDataModule(StoreDataModule):
         *,
         val_fraction: float = 0.05,
         split_seed: int = 0,
+        build_workers: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        if build_workers is not None:
+            require_whole("data.build_workers (null: one a core)", build_workers, least=0)
         self.source = source
+        self.build_workers = build_workers
         self.split = DocumentSplit(source, val_fraction=val_fraction, seed=split_seed)
         self._tokenizer = tokenizer
 
@@ -66,7 +73,7 @@ class TokenDataModule(StoreDataModule):
     def _open(self) -> tuple[TokenStore, Tokenizer]:
         if self._store is None:
             self._store, self._tokenizer = prepare_store(
-                self._tokenizer, self.split, self.cache_dir
+                self._tokenizer, self.split, self.cache_dir, workers=self.build_workers
             )
         return self._store, self._tokenizer
 

@@ -16,12 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_modules import cache, store_builder
+from data_modules import cache, encoding, store_builder
 from data_modules.cache import build_once, cache_folder
+from data_modules.encoding import pieces
 from data_modules.sources import SyntheticSource, TextSource
 from data_modules.sources.base import Source
 from data_modules.splitting import DocumentSplit, cut_point
-from data_modules.store_builder import pieces, prepare_store
+from data_modules.store_builder import prepare_store
 from data_modules.token_store import TokenStore, token_dtype
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer
 
@@ -108,7 +109,7 @@ def test_long_documents_in_pieces_give_the_ids_of_the_whole(tmp_path, monkeypatc
     text = "".join(f"def f{i}():\n    return {i}\n\nx = {i}\ny = 1\n" for i in range(400))
     tokenizer = BPETokenizer(300).train([text])
     whole = tokenizer.encode(text).tolist()
-    monkeypatch.setattr(store_builder, "PIECE", 1000)
+    monkeypatch.setattr(encoding, "PIECE", 1000)
     cut = [piece for piece, _ in pieces(text, 1000)]
     assert len(cut) > 10 and "".join(cut) == text
     assert np.concatenate([tokenizer.encode(piece) for piece in cut]).tolist() == whole
