@@ -47,6 +47,7 @@ class TokenDataModule(StoreDataModule):
         if build_workers is not None:
             require_whole("data.build_workers (null: one a core)", build_workers, least=0)
         self.source = source
+        source.digests = self.cache_dir / "digests"
         self.build_workers = build_workers
         self.split = DocumentSplit(source, val_fraction=val_fraction, seed=split_seed)
         self._tokenizer = tokenizer

@@ -114,7 +114,7 @@ class HuggingFaceSource(Source):
             )
             files = self._local_files()
             if files:
-                self._fingerprint = digest_files(files, *what)
+                self._fingerprint = digest_files(files, *what, remember=self.digests)
             elif self.streaming:
                 self._fingerprint = digest(*what, "streaming")
             else:

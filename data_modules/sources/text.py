@@ -1,4 +1,4 @@
-"""The user's own text: files, folders or globs of plain text, and JSON lines."""
+"""The user's own text: files, folders or globs of plain text, JSON lines and parquet."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_modules.sources.base import Source, decode_utf8, digest_files
+from data_modules.sources.packed import COMPRESSED, open_plain, parquet_column
 
 log = logging.getLogger(__name__)
 
@@ -19,20 +20,22 @@ class TextSource(Source):
     """Documents from files on disk.
 
     A plain file is one document. A ``.jsonl`` file holds one document a line, the string under
-    ``field``. A folder stands for all files below it (hidden ones apart, and those are counted in
+    ``field``, and a ``.parquet`` file one a row. ``.gz`` and ``.zst`` behind a name are unpacked on
+    the way. A folder stands for all files below it (hidden ones apart, and those are counted in
     a log line), a glob for what it matches. Files are taken in the order of ``paths``, sorted
     inside a folder or glob; a file named twice is read once.
 
     Args:
         paths: one path, folder or glob, or a list of them; ``~`` is expanded and relative paths
             start at the current folder.
-        field: name of the text in JSON lines.
+        field: name of the text in JSON lines and parquet.
 
     Raises:
         FileNotFoundError: from ``documents`` and ``fingerprint``: a path that does not exist, a
             glob or folder without a file.
         ValueError: likewise: an empty file, one that is not UTF-8 (with the byte offset), a line
-            that is not a JSON object with that field.
+            that is not a JSON object with that field, a compressed file that is damaged.
+        MissingPackageError: likewise: parquet or ``.zst`` without pyarrow.
     """
 
     name = "text"
@@ -69,14 +72,20 @@ class TextSource(Source):
 
     def documents(self) -> Iterator[str]:
         for _, path in self.files():
-            if path.suffix.lower() == ".jsonl":
+            kind = "".join(path.suffixes[-2:]).lower()
+            if kind.endswith(".parquet"):
+                yield from parquet_column(path, self.field)
+            elif kind.endswith((".jsonl", *(f".jsonl{suffix}" for suffix in COMPRESSED))):
                 yield from self._json_lines(path)
+            elif path.suffix.lower() in COMPRESSED:
+                with open_plain(path) as file:
+                    yield decode_utf8(file.read(), str(path))
             else:
                 yield decode_utf8(path.read_bytes(), str(path))
 
     def _json_lines(self, path: Path) -> Iterator[str]:
         offset = 0
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             for number, line in enumerate(file, start=1):
                 text = decode_utf8(line, str(path), offset=offset)
                 offset += len(line)
@@ -98,10 +107,14 @@ class TextSource(Source):
 
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            self._fingerprint = digest_files(self.files(), "text", self.field)
+            self._fingerprint = digest_files(
+                self.files(), "text", self.field, remember=self.digests
+            )
         return self._fingerprint
 
-    def total_bytes(self) -> int:
+    def total_bytes(self) -> int | None:
+        if any(path.suffix.lower() in (*COMPRESSED, ".parquet") for _, path in self.files()):
+            return None
         return sum(path.stat().st_size for _, path in self.files())
 
     def summary(self) -> dict[str, Any]:

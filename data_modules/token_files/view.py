@@ -89,7 +89,8 @@ def open_view(
 def _content(files: Sequence[TokenSource], cache: Path) -> str:
     """Digest of what files say: names do not matter, their order and types do."""
     named = [(str(i), path) for i, file in enumerate(files) for path in file.files]
-    return digest_files(named, *(file.shard.dtype for file in files))
+    types = (file.shard.dtype for file in files)
+    return digest_files(named, *types, remember=cache / "digests")
 
 
 @dataclass(frozen=True)

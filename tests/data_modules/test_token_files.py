@@ -75,7 +75,8 @@ def test_evaluation_is_that_of_the_same_text(tmp_path):
     source = TextSource(tmp_path / "text")
     for tokenizer in (ByteTokenizer(), bpe):
         for masked in (False, True):
-            options = {"seq_len": 64, "depth": 2, "eval_bytes": 4000, "document_mask": masked}
+            options = {"seq_len": 64, "eval_bytes": 4000, "document_mask": masked}
+            options |= {"depth": 2, "batch_size": 4}
             text = TokenDataModule(source, tokenizer, cache_dir=tmp_path / "c", **options)
             eot = tokenizer.eot_id
             train, val = (
