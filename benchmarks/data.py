@@ -4,11 +4,18 @@ Run ``python -m benchmarks.data``. It prints a table and writes JSON (``--output
 epochs in one process on the standard-library corpus, T = 256, D = 2, the median of ``--repeats``.
 Store: the whole build with byte and with bpe, files written and synced, tokenizer training timed
 apart. Page caches are warm.
+
+``python -m benchmarks.data --megabytes 100`` builds the stores of so much invented text instead,
+once by this process alone and once by ``--workers`` processes, in turns, and says what share of
+the cores they were given: on a machine that others use, time says little without it. ``encode`` is
+the CPU time of one thread that encodes the standard library again and again, words known.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -17,7 +24,7 @@ from typing import Any
 
 from benchmarks import common
 from data_modules.loader import WindowLoader
-from data_modules.sources import StdlibSource
+from data_modules.sources import StdlibSource, SyntheticSource, TextSource
 from data_modules.splitting import DocumentSplit
 from data_modules.store_builder import prepare_store, prepare_tokenizer
 from data_modules.token_store import TokenStore
@@ -62,7 +69,7 @@ def time_loader(
     dataset = WindowDataset(
         store["train"], seq_len=SEQ_LEN, depth=DEPTH, document_mask=document_mask
     )
-    loader = WindowLoader(dataset, batch_size=batch_size, train=True, num_workers=workers)
+    loader = WindowLoader(dataset, batch_size=batch_size, num_workers=workers)
     rates = []
     for _ in range(repeats + 1):
         begun, tokens = time.perf_counter(), 0
@@ -81,15 +88,68 @@ def time_loader(
     }
 
 
+def time_workers(folder: Path, megabytes: int, workers: int, repeats: int) -> list[dict[str, Any]]:
+    """Builds by one process and by several, in turns, in cache folders of their own."""
+    text = folder / "text"
+    text.mkdir()
+    source = SyntheticSource(size=megabytes * 1_000_000, documents=megabytes * 50, words=20_000)
+    for i, document in enumerate(source.documents()):
+        (text / f"{i:06}.txt").write_text(document)
+    split = DocumentSplit(TextSource(text))
+    ready = prepare_tokenizer(BPETokenizer(), split, folder / "tokenizer")
+    rows = []
+    for i in range(repeats):
+        for n in (0, workers):
+            used, begun = _cpu_seconds(), time.perf_counter()
+            store, _ = prepare_store(ready, split, folder / f"{i}-{n}", workers=n)
+            seconds, cpu = time.perf_counter() - begun, _cpu_seconds() - used
+            size = sum(store[name].n_bytes or 0 for name in store.splits) / 1e6
+            rows.append(
+                {
+                    "what": "workers",
+                    "workers": n,
+                    "megabytes": size,
+                    "seconds": seconds,
+                    "cpu_seconds": cpu,
+                    "cores": cpu / seconds,
+                }
+            )
+            shutil.rmtree(folder / f"{i}-{n}")
+    return rows
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
+
+
+def time_encode(repeats: int) -> dict[str, Any]:
+    """CPU time of one thread for text whose words are all known: the rate of a long corpus."""
+    documents = list(StdlibSource().documents())
+    tokenizer = BPETokenizer().train(documents)
+    rates = []
+    for _ in range(repeats + 1):
+        begun = time.thread_time()
+        for document in documents:
+            tokenizer.encode(document)
+        rates.append(sum(len(d.encode()) for d in documents) / 1e6 / (time.thread_time() - begun))
+    return {"what": "encode", "tokenizer": "bpe", "megabytes_per_second": max(rates[1:])}
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measures, prints the table, writes the JSON and returns it."""
     parser = argparse.ArgumentParser(description="Measures the loader and the token store.")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/data.json"))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--megabytes", type=int, help="measure several processes on so much text")
+    parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(arguments)
 
     with tempfile.TemporaryDirectory(prefix="mtp-bench-") as folder:
-        rows = _measure(Path(folder), options.repeats)
+        if options.megabytes is None:
+            rows = _measure(Path(folder), options.repeats)
+        else:
+            rows = time_workers(Path(folder), options.megabytes, options.workers, options.repeats)
     result = {
         "benchmark": "data",
         "seq_len": SEQ_LEN,
@@ -104,7 +164,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def _measure(folder: Path, repeats: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = [time_encode(repeats)]
     for tokenizer in (ByteTokenizer(), BPETokenizer()):
         row, store = time_store(tokenizer, folder, repeats)
         rows.append(row)
@@ -123,7 +183,11 @@ def _measure(folder: Path, repeats: int) -> list[dict[str, Any]]:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    print(f"\n{'store of':<10}{'MB':>8}{'tokens':>12}{'seconds':>9}{'MB/s':>8}{'training s':>12}")
+    kinds = {row["what"] for row in rows}
+    if "store" in kinds:
+        print(
+            f"\n{'store of':<10}{'MB':>8}{'tokens':>12}{'seconds':>9}{'MB/s':>8}{'training s':>12}"
+        )
     for row in rows:
         if row["what"] == "store":
             print(
@@ -131,7 +195,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
                 f"{row['seconds']:>9.2f}{row['megabytes_per_second']:>8.1f}"
                 f"{row['tokenizer_training_seconds']:>12.2f}"
             )
-    print(f"\n{'loader of':<10}{'batch':>6}{'mask':>6}{'workers':>9}{'Mtokens/s':>11}")
+    if "loader" in kinds:
+        print(f"\n{'loader of':<10}{'batch':>6}{'mask':>6}{'workers':>9}{'Mtokens/s':>11}")
     for row in rows:
         if row["what"] == "loader":
             print(

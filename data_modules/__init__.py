@@ -1,4 +1,4 @@
-"""Data for multi-token prediction: sources, tokenizers, packed token store, loader; tasks.
+"""Data for multi-token prediction: sources, tokenizers, token store and files, loader; tasks.
 
 ``import data_modules`` is cheap on purpose: the model imports ``data_modules.windows`` alone, and
 Lightning (seconds to import) is loaded only when a data module is asked for.
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from data_modules.data_module import TokenDataModule
     from data_modules.tasks.data_module import TaskDataModule
+    from data_modules.token_files.data_module import TokenFilesDataModule
     from data_modules.window_module import WindowDataModule
 
-__all__ = ["TaskDataModule", "TokenDataModule", "WindowDataModule"]
+__all__ = ["TaskDataModule", "TokenDataModule", "TokenFilesDataModule", "WindowDataModule"]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,6 +26,10 @@ def __getattr__(name: str) -> Any:
         from data_modules.tasks.data_module import TaskDataModule
 
         return TaskDataModule
+    if name == "TokenFilesDataModule":
+        from data_modules.token_files.data_module import TokenFilesDataModule
+
+        return TokenFilesDataModule
     if name == "WindowDataModule":
         from data_modules.window_module import WindowDataModule
 

@@ -7,15 +7,20 @@ import logging
 import os
 import re
 import shutil
-import socket
+import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 ENVIRONMENT = "MTP_LIGHTNING_CACHE"
-_TEMPORARY = re.compile(r"^\.(?P<key>.+)\.building-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}$")
+LEASE = 600.0
+"""Seconds without a sign of life after which a build is taken for dead."""
+BEAT = 15.0
+"""Seconds between two signs of life."""
+_TEMPORARY = re.compile(r"^\..+\.building-.+$")
 
 
 def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
@@ -28,9 +33,9 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """Makes sure that the folder ``target`` exists, complete.
 
     ``build`` fills a temporary folder beside it, which is then renamed. A folder is renamed in one
-    step: a killed build leaves only the temporary one (removed by a later call, once the process
-    that made it is gone), and of two builds at once the first to finish wins, the other takes the
-    winner's folder.
+    step: a killed build leaves only the temporary one (removed by a later call, once it has shown
+    no sign of life for :data:`LEASE`), and of two builds at once the first to finish wins, the
+    other takes the winner's folder.
 
     Args:
         target: the folder to have; if it exists nothing is done.
@@ -44,20 +49,21 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """
     if target.is_dir():
         return target
-    name = f".{target.name}.building-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    temporary = target.parent / name
+    temporary = target.parent / f".{target.name}.building-{uuid.uuid4().hex}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(target.parent)
         temporary.mkdir()
+        # The new folder's time is the disk's own clock, which hosts that share it may not have.
+        remove_stale(target.parent, now=temporary.stat().st_mtime)
     except OSError as error:
         raise OSError(
             f"cannot write in the cache folder {target.parent} ({error.strerror}): "
             f"set data.cache_dir or the environment variable {ENVIRONMENT}"
         ) from error
     try:
-        build(temporary)
-        _sync(temporary)
+        with _alive(temporary):
+            build(temporary)
+            _sync(temporary)
         try:
             os.rename(temporary, target)
         except OSError as error:
@@ -79,32 +85,46 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     return target
 
 
-def remove_stale(folder: Path) -> list[Path]:
-    """Removes what killed builds left behind: temporary folders of dead processes of this host.
+def remove_stale(folder: Path, *, now: float) -> list[Path]:
+    """Removes what killed builds left behind: temporary folders without a sign of life.
 
-    Folders of live processes, and those of other hosts that share the disk, stay.
+    Neither host nor process are asked: containers share the name of the one without seeing the
+    other.
+
+    Args:
+        folder: where folders are built.
+        now: seconds of the disk's clock.
 
     Returns:
         The removed folders.
     """
     removed = []
     for path in folder.iterdir():
-        match = _TEMPORARY.match(path.name)
-        if match and match["host"] == socket.gethostname() and not _alive(int(match["pid"])):
-            log.info("removing what a killed build left behind: %s", path)
-            shutil.rmtree(path, ignore_errors=True)
-            removed.append(path)
+        with suppress(FileNotFoundError):  # finished just now
+            if _TEMPORARY.match(path.name) and path.stat().st_mtime < now - LEASE:
+                log.info("removing what a killed build left behind: %s", path)
+                shutil.rmtree(path, ignore_errors=True)
+                removed.append(path)
     return removed
 
 
-def _alive(pid: int) -> bool:
+@contextmanager
+def _alive(folder: Path) -> Iterator[None]:
+    """Touches a folder every :data:`BEAT` seconds while the block runs."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT):
+            with suppress(OSError):
+                os.utime(folder)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _sync(folder: Path) -> None:

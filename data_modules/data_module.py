@@ -1,55 +1,33 @@
-"""The LightningDataModule: source + tokenizer -> token store -> loaders."""
+"""The LightningDataModule of text: source + tokenizer -> token store -> loaders."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from data_modules.cache import cache_folder
-from data_modules.document_frequency import document_frequency
-from data_modules.evaluation_text import EvaluationWindows, choose
-from data_modules.loader import WindowLoader
 from data_modules.sources.base import Source
 from data_modules.sources.text import TextSource
 from data_modules.splitting import DocumentSplit
 from data_modules.store_builder import prepare_store
+from data_modules.store_module import StoreDataModule
 from data_modules.token_store import TokenStore
 from data_modules.tokenizers.base import Tokenizer
-from data_modules.window_dataset import WindowDataset, window_count
-from data_modules.window_module import WindowDataModule
 from mtp_lightning.settings import require_whole
 
 
-class TokenDataModule(WindowDataModule):
+class TokenDataModule(StoreDataModule):
     """Windows of T + D + 1 tokens from any source, through a token store that is built once.
 
     Args:
         source: the corpus.
         tokenizer: a tokenizer, or a bpe one still to be trained (:attr:`tokenizer` is the trained
             one).
-        seq_len: T, the positions of a window.
-        batch_size: windows a micro-batch and rank.
-        depth: D, the model's number of depths beyond the next token.
-        stride: s, places from one depth's target to the next one's.
-        accumulate: micro-batches an optimizer step.
-        eval_bytes: UTF-8 bytes of the evaluation text, which whole validation documents make up
-            (:func:`~data_modules.evaluation_text.choose`); ``all`` for all of them.
-        eval_batch_size: windows a validation batch and rank; ``batch_size`` if None.
-        document_mask: whether batches carry document ids, so that targets in another document do
-            not count and attention is block-diagonal.
         val_fraction: expected share of documents in the validation split, which never parts a
             group of near copies (:class:`DocumentSplit`).
         split_seed: of the split; runs of different ``seed`` have the same split.
-        cache_dir: the cache folder; ``$MTP_LIGHTNING_CACHE`` or ``~/.cache/mtp-lightning`` if None.
-        num_workers: processes that fetch batches ahead.
-        pin_memory: page-locked batches; if there is a GPU, when None.
-        seed: of the order of the training windows.
-        lookahead: see :class:`WindowDataModule`.
+        build_workers: processes that encode a new corpus, whose number the ids do not depend on;
+            0 for this one alone, None for one a core if the corpus has 64 MiB or more.
+        options: of :class:`StoreDataModule` and :class:`WindowDataModule`.
 
     Raises:
         ValueError: for numbers out of range.
@@ -60,43 +38,19 @@ class TokenDataModule(WindowDataModule):
         source: Source,
         tokenizer: Tokenizer,
         *,
-        seq_len: int = 256,
-        batch_size: int = 16,
-        depth: int = 0,
-        stride: int = 1,
-        accumulate: int = 1,
-        eval_bytes: int | Literal["all"] = 300_000,
-        eval_batch_size: int | None = None,
-        document_mask: bool = False,
         val_fraction: float = 0.05,
         split_seed: int = 0,
-        cache_dir: str | os.PathLike[str] | None = None,
-        num_workers: int = 0,
-        pin_memory: bool | None = None,
-        seed: int = 0,
-        lookahead: int = 0,
+        build_workers: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            seq_len=seq_len,
-            batch_size=batch_size,
-            depth=depth,
-            stride=stride,
-            accumulate=accumulate,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            seed=seed,
-            lookahead=lookahead,
-        )
-        if eval_bytes != "all":
-            require_whole("data.eval_bytes (all for the whole split)", eval_bytes, least=1)
+        super().__init__(**options)
+        if build_workers is not None:
+            require_whole("data.build_workers (null: one a core)", build_workers, least=0)
         self.source = source
-        self.eval_bytes = eval_bytes
-        self.document_mask = document_mask
-        self.cache_dir = cache_folder(cache_dir)
+        source.digests = self.cache_dir / "digests"
+        self.build_workers = build_workers
         self.split = DocumentSplit(source, val_fraction=val_fraction, seed=split_seed)
         self._tokenizer = tokenizer
-        self._store: TokenStore | None = None
 
     @classmethod
     def from_text(
@@ -117,165 +71,13 @@ class TokenDataModule(WindowDataModule):
         """
         return cls(TextSource(paths, field=field), tokenizer, **options)
 
-    def prepare_data(self) -> None:
-        """Lightning's hook, called by one process a node: builds the store."""
-        self._open()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Lightning's hook, called by every process."""
-        self.prepare(stage or "fit")
-
-    @property
-    def store(self) -> TokenStore:
-        """The token store, built or opened on first use."""
-        return self._open()[0]
-
     def _open(self) -> tuple[TokenStore, Tokenizer]:
         if self._store is None:
             self._store, self._tokenizer = prepare_store(
-                self._tokenizer, self.split, self.cache_dir
+                self._tokenizer, self.split, self.cache_dir, workers=self.build_workers
             )
         return self._store, self._tokenizer
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer, trained if it needed that."""
-        return self._open()[1]
-
-    @property
-    def masks_targets(self) -> bool:
-        return self.document_mask
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest of source, tokenizer and split options: equal ones have equal tokens."""
-        return str(self.store.meta["fingerprint"])
-
-    def document_frequency(self) -> tuple[Tensor, int]:
-        file = self.store["train"]
-        holding = document_frequency(file, self.tokenizer.vocab_size)
-        return torch.from_numpy(holding), file.n_documents
-
-    def train_dataloader(self) -> WindowLoader:
-        dataset = WindowDataset(
-            self.store["train"],
-            seq_len=self.seq_len,
-            depth=self.depth,
-            stride=self.stride,
-            document_mask=self.document_mask,
-            extra=self.extra,
-        )
-        return WindowLoader(
-            dataset,
-            batch_size=self.batch_size * self.accumulate,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            pin_memory=self._pins_memory,
-        )
-
-    @cached_property
-    def evaluation(self) -> EvaluationWindows:
-        """The evaluation text in this model's windows."""
-        text = choose(self.store["val"], None if self.eval_bytes == "all" else self.eval_bytes)
-        return EvaluationWindows(
-            text,
-            seq_len=self.seq_len,
-            depth=self.depth,
-            stride=self.stride,
-            eot_id=self.tokenizer.eot_id,
-            document_mask=self.document_mask,
-            extra=self.extra,
-        )
-
-    @cached_property
-    def evaluated_bytes(self) -> list[int] | None:
-        """UTF-8 bytes of what is predicted of each document of the evaluation text: all, or with
-        ``document_mask`` all but its first token's. None where an id of the store stands for no
-        text."""
-        if not self.store.meta.get("bytes_defined", True):
-            return None
-        text, tokenizer = self.evaluation.text, self.tokenizer
-        found = [int(n) for n in text.bytes]
-        if not self.document_mask:
-            return found
-        pieces, first = tokenizer.token_bytes(), text.file.tokens()[text.starts]
-        lost = [0 if i == tokenizer.eot_id else len(pieces[i]) for i in first.tolist()]
-        return [n - less for n, less in zip(found, lost, strict=True)]
-
-    def evaluation_summary(self) -> dict[str, Any]:
-        """What a validation's numbers rest on: the text's ``fingerprint``, its ``documents``, and
-        ``bytes`` (where ids stand for text) and ``tokens`` of the depth-0 targets."""
-        n_bytes = self.evaluated_bytes
-        return {
-            "fingerprint": self.evaluation.text.fingerprint,
-            "documents": len(self.evaluation.text.starts),
-            **({} if n_bytes is None else {"bytes": sum(n_bytes)}),
-            "tokens": self.evaluation.n_targets,
-        }
-
     def summary(self) -> dict[str, Any]:
-        """Plain facts about the data, for the run's summary and checkpoints.
-
-        ``val.lines_in_training`` is the share of the validation text's long lines that also stand
-        in training documents (:class:`LineOverlap`), between 0 and 1; ``None`` without any.
-        """
-        meta = self.store.meta
-        facts: dict[str, Any] = {
-            "source": meta["source"],
-            "tokenizer": meta["tokenizer"],
-            "fingerprint": self.fingerprint,
-            "val_fraction": meta["val_fraction"],
-            "split_seed": meta["split_seed"],
-            "versions": meta["versions"],
-            "store": str(self.store.folder),
-        }
-        for split in self.store.splits:
-            file = self.store[split]
-            facts[split] = {
-                "tokens": file.n_tokens,
-                "bytes": file.n_bytes,
-                "documents": file.n_documents,
-                "bytes_per_token": self.store.bytes_per_token(split),
-            }
-        n_tokens = facts["train"]["tokens"]
-        beyond = self.stride * self.depth + self.extra
-        facts["train"]["windows"] = window_count(n_tokens, self.seq_len, beyond)
-        facts["val"]["lines_in_training"] = meta["lines_in_training"]
-        return facts
-
-    def held_out_prompts(self, n: int, length: int) -> list[Tensor]:
-        """Prompts from validation documents, for samples and decoding.
-
-        The first ``length`` tokens of each validation document in turn; where there are fewer than
-        n documents, then the ``length`` tokens after those, and so on. None crosses a document's
-        end.
-
-        Args:
-            n: how many.
-            length: tokens each.
-
-        Returns:
-            n tensors ``[length]`` int64.
-
-        Raises:
-            ValueError: if the validation documents do not hold n such prompts.
-        """
-        if n < 1 or length < 1:
-            raise ValueError(f"need n >= 1 prompts of length >= 1, got {n} of {length}")
-        file = self.store["val"]
-        tokens, starts = file.tokens(), file.starts()
-        # Without the end-of-text token that closes each document.
-        ends = [*(starts[1:] - 1).tolist(), file.n_tokens - 1]
-        at = [(start, end) for start, end in zip(starts.tolist(), ends, strict=True)]
-        prompts: list[Tensor] = []
-        while at:
-            at = [(start, end) for start, end in at if start + length <= end]
-            for start, _ in at:
-                prompts.append(torch.from_numpy(tokens[start : start + length].astype("int64")))
-                if len(prompts) == n:
-                    return prompts
-            at = [(start + length, end) for start, end in at]
-        raise ValueError(
-            f"the validation documents hold only {len(prompts)} prompts of {length} tokens, "
-            f"{n} were asked for: ask for fewer or shorter ones, or raise data.val_fraction"
-        )
+        split = {key: self.store.meta[key] for key in ("val_fraction", "split_seed")}
+        return super().summary() | split

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from data_modules.order import Order, window_order
 from data_modules.windows import WindowBatch
 
 
@@ -30,16 +31,6 @@ class TrainingWindows(Windows, Protocol):
             batch_size: windows of one step of a process.
             world: processes.
         """
-
-
-def epoch_order(n: int, *, seed: int, epoch: int) -> np.ndarray:
-    """``[n]`` permutation of the windows for one epoch.
-
-    It sorts raw Philox numbers, whose stream numpy promises never to change (it makes no such
-    promise for ``Generator.permutation``).
-    """
-    keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n)
-    return np.argsort(keys, kind="stable")
 
 
 class WindowLoader:
@@ -129,9 +120,9 @@ class WindowLoader:
         self.epoch = int(state["epoch"])
         self.consumed = int(state["consumed"])
 
-    def order(self, epoch: int) -> np.ndarray:
+    def order(self, epoch: int) -> Order:
         """Window numbers in the order of an epoch."""
-        return epoch_order(len(self.dataset), seed=self.seed, epoch=epoch)
+        return window_order(len(self.dataset), seed=self.seed, epoch=epoch)
 
     def _epoch(self) -> Iterator[WindowBatch]:
         rank, world = _world()
@@ -140,10 +131,10 @@ class WindowLoader:
             self.epoch, self.consumed = self.epoch + 1, 0
         order = self.order(self.epoch)
         offset = rank * self.batch_size
-        batches = [
+        batches = (
             order[start + offset : start + offset + self.batch_size]
             for start in range(self.consumed, n - G + 1, G)
-        ]
+        )
         epoch, consumed = self.epoch, self.consumed
         for batch in _fetch(self.dataset, batches, self.num_workers, self.pin_memory):
             consumed += G
@@ -195,7 +186,8 @@ class EvaluationLoader:
         """Raises ``ValueError``, with the remedy, if there is no text."""
         if len(self.dataset) == 0:
             raise ValueError(
-                "the validation split has no document: give more text or raise data.val_fraction"
+                "the validation split has no document: give more text, or hold out more of it "
+                "(data.val_fraction; of token files data.held_out)"
             )
 
     def __iter__(self) -> Iterator[WindowBatch]:
@@ -214,14 +206,14 @@ def _check(batch_size: int, num_workers: int) -> None:
 
 
 def _fetch(
-    dataset: Windows, batches: list[np.ndarray], num_workers: int, pin_memory: bool
+    dataset: Windows, batches: Iterable[np.ndarray], num_workers: int, pin_memory: bool
 ) -> Iterator[WindowBatch]:
     # The base class draws a seed for its workers: from a generator of our own, since the global
     # one must not move (a resumed run would draw once more than an uninterrupted one).
     loader: DataLoader[WindowBatch] = DataLoader(
         dataset,  # type: ignore[arg-type]  # it only maps numbers to batches
         batch_size=None,
-        sampler=batches,
+        sampler=batches,  # type: ignore[arg-type]  # it is gone through once
         num_workers=num_workers,
         collate_fn=_as_is,
         pin_memory=pin_memory,

@@ -43,6 +43,15 @@ class LineOverlap:
                     self._forget()
                     counts = self._counts[split]
 
+    def merge(self, other: LineOverlap) -> None:
+        """Adds what another one has counted, of other documents: as if one had seen them all."""
+        self._below = min(self._below, other._below)
+        for split, counts in self._counts.items():
+            for value, n in other._counts[split].items():
+                counts[value] = counts.get(value, 0) + n
+            self._counts[split] = {v: n for v, n in counts.items() if v < self._below}
+        self._forget()
+
     def _forget(self) -> None:
         """Halves the sample until both splits are within the limit."""
         while max(map(len, self._counts.values())) > self.limit:

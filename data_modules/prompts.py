@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from data_modules.encoding import pieces, require_unicode
 from data_modules.splitting import SPLITS, DocumentSplit
-from data_modules.store_builder import pieces, require_unicode
 from data_modules.tokenizers.base import Tokenizer
 
 

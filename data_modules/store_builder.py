@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import platform
 import sys
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -16,21 +16,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_modules.cache import build_once
+from data_modules.encoding import PIECE, Encoded, batches, encode_batch
+from data_modules.encoding_pool import EncodingPool, pick_workers
 from data_modules.overlap import LineOverlap
-from data_modules.sources.base import Source, digest
+from data_modules.sources.base import digest
 from data_modules.splitting import SPLITS, DocumentSplit
 from data_modules.token_store import FORMAT, PIECES, TokenStore, token_dtype
 from data_modules.tokenizers.base import Tokenizer
 
 log = logging.getLogger(__name__)
-
-Encoded = tuple[str, np.ndarray, bytes, bool]
-"""A piece of a document: its split, ids, UTF-8 text, and whether it is the document's last one."""
-
-PIECE = 65_536
-"""Characters that a long document is encoded by: bounds memory, and lets threads share it."""
-BATCH = 1_048_576
-"""Characters that are encoded at once."""
 
 
 def prepare_tokenizer(tokenizer: Tokenizer, split: DocumentSplit, cache: Path) -> Tokenizer:
@@ -55,7 +49,7 @@ def prepare_tokenizer(tokenizer: Tokenizer, split: DocumentSplit, cache: Path) -
 
 
 def prepare_store(
-    tokenizer: Tokenizer, split: DocumentSplit, cache: Path
+    tokenizer: Tokenizer, split: DocumentSplit, cache: Path, *, workers: int | None = None
 ) -> tuple[TokenStore, Tokenizer]:
     """The store of a corpus, built if the cache has none, and the tokenizer, trained if need be.
 
@@ -66,6 +60,8 @@ def prepare_store(
         tokenizer: ready, or one that :func:`prepare_tokenizer` trains.
         split: the source and its split.
         cache: the cache folder.
+        workers: processes that encode, whose number the store does not depend on; 0 for this one
+            alone, None for one a core if the corpus is large.
 
     Raises:
         ValueError: from the source or the tokenizer, about the user's text.
@@ -77,7 +73,7 @@ def prepare_store(
     def write(folder: Path) -> dict[str, Any]:
         ready = prepare_tokenizer(tokenizer, split, cache)
         overlap = LineOverlap()
-        encoded = _encoded(split, ready, overlap)
+        encoded = _encoded(split, ready, overlap, workers)
         return write_documents(folder, ready, split, encoded, overlap)
 
     store = keep_store(cache, key, write)
@@ -136,11 +132,10 @@ def write_documents(
     writers = {name: _SplitWriter(folder / f"{name}.bin", dtype) for name in SPLITS}
     eot = np.array([tokenizer.eot_id], dtype)
     try:
-        for name, ids, text, last in encoded:
-            writer = writers[name]
-            writer.add(ids.astype(dtype), text)
-            if last:
-                writer.end_document(eot)
+        for piece in encoded:
+            writers[piece.split].add(piece)
+            if piece.last:
+                writers[piece.split].end_document(eot)
     finally:
         for writer in writers.values():
             writer.close()
@@ -176,17 +171,17 @@ class _SplitWriter:
         self.file: BinaryIO = path.open("wb", buffering=1 << 20)
         self.n_tokens = 0
         self.n_bytes = 0
-        self.starts = [0]
+        self.starts = array("q", [0])
         self.pieces: list[tuple[int, int, int, bytes]] | None = None
         if path.stem == "val":  # of the training text nobody asks, and it may have billions
             self.pieces = []
 
-    def add(self, ids: np.ndarray, text: bytes) -> None:
+    def add(self, piece: Encoded) -> None:
         if self.pieces is not None:
-            name = hashlib.blake2b(text, digest_size=16).hexdigest().encode()
-            self.pieces.append((len(self.starts) - 1, self.n_tokens, len(text), name))
-        self._write(ids)
-        self.n_bytes += len(text)
+            here = (len(self.starts) - 1, self.n_tokens)
+            self.pieces.append((*here, piece.n_bytes, piece.digest))
+        self._write(piece.ids.astype(self.dtype, copy=False))
+        self.n_bytes += piece.n_bytes
 
     def _write(self, ids: np.ndarray) -> None:
         self.file.write(ids.data)
@@ -206,76 +201,31 @@ class _SplitWriter:
         return {"tokens": self.n_tokens, "bytes": self.n_bytes, "documents": len(self.starts) - 1}
 
 
-def _encoded(split: DocumentSplit, tokenizer: Tokenizer, overlap: LineOverlap) -> Iterator[Encoded]:
-    source = split.source
-    progress = Progress(f"tokens of {source.name} ({tokenizer.kind})", source.total_bytes())
+def _encoded(
+    split: DocumentSplit, tokenizer: Tokenizer, overlap: LineOverlap, workers: int | None
+) -> Iterator[Encoded]:
+    """The documents' pieces in order, whoever encodes them. ``overlap`` has seen all at the end."""
+    source, dtype = split.source, token_dtype(tokenizer.vocab_size)
+    total_bytes = source.total_bytes()
+    n = pick_workers(workers, tokenizer, total_bytes)
+    progress = Progress(f"tokens of {source.name} ({tokenizer.kind})", total_bytes)
+    pool = EncodingPool(tokenizer, dtype, n) if n else None
+    todo = batches(split, overlap)
     try:
-        for batch in _batches(split, overlap):
-            encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
-            for (name, piece, last), ids in zip(batch, encoded, strict=True):
-                # Proven encodable: the tokenizer has read the piece.
-                text = piece.encode("utf-8")
-                yield name, ids, text, last
-                progress.add(len(text))
+        for batch in (
+            pool.map(todo)
+            if pool is not None
+            else (encode_batch(pieces, tokenizer, dtype, overlap) for pieces in todo)
+        ):
+            for piece in batch:
+                yield piece
+                progress.add(piece.n_bytes)
+        for other in pool.overlaps() if pool is not None else ():
+            overlap.merge(other)
     finally:
         progress.close()
-
-
-def _batches(split: DocumentSplit, overlap: LineOverlap) -> Iterator[list[tuple[str, str, bool]]]:
-    """Lists of (split, piece of a document, whether its last one), about BATCH characters each.
-
-    ``overlap`` is shown every document on the way.
-    """
-    batch: list[tuple[str, str, bool]] = []
-    size = 0
-    for number, (name, document) in enumerate(split):
-        require_unicode(document, number, split.source)
-        overlap.add(name, document)
-        for piece, last in pieces(document):
-            batch.append((name, piece, last))
-            size += len(piece)
-            if size >= BATCH:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def require_unicode(document: str, number: int, source: Source) -> None:
-    """Refuse a document of a source that cannot be written as UTF-8.
-
-    Raises:
-        ValueError: naming its number and the character.
-    """
-    if document.isascii():
-        return
-    try:
-        document.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"document {number} of {source.name} holds half a character (a lone "
-            f"surrogate, U+{ord(document[error.start]):04X}) at character {error.start}, "
-            f"which is no Unicode text: mend that document"
-        ) from None
-
-
-def pieces(document: str, limit: int = PIECE) -> Iterator[tuple[str, bool]]:
-    """Cuts a long document into pieces of at most ``limit`` characters.
-
-    Cuts lie between a line end and a line that begins without white space, where no tokenizer in
-    use would join the two sides, or anywhere if a piece has no such place.
-    """
-    start = 0
-    while len(document) - start > limit:
-        end = start + limit
-        cut = end
-        while (cut := document.rfind("\n", start, cut)) > start:
-            if not document[cut - 1].isspace() and not document[cut + 1].isspace():
-                break
-        end = cut + 1 if cut > start else end
-        yield document[start:end], False
-        start = end
-    yield document[start:], True
+        if pool is not None:
+            pool.close()
 
 
 class Progress:

@@ -8,16 +8,22 @@ A store is a folder::
     train.starts.npy ... int64 offset of every document in the .bin file
     val.pieces.npy       what the evaluation text is chosen by, see PIECES
     tokenizer_state.json the tokenizer that made the ids
+
+A view (``data_modules/token_files``) is a store without .bin files: its ids are in files that other
+programs wrote.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from data_modules.token_files.shards import Shard, ShardedTokens, cut
 
 FORMAT = 2
 """Raised whenever a store written by older code must not be read by newer code."""
@@ -38,28 +44,32 @@ class TokenFile:
     """One split of a store. Cheap to pickle: loader workers open the file themselves.
 
     Attributes:
-        path: the ``.bin`` file.
+        path: the ``.bin`` file, or its name if the tokens are in ``shards``.
         dtype: name of its dtype.
         n_tokens: number of tokens, end-of-text tokens included.
-        n_bytes: UTF-8 bytes of the text, end-of-text tokens not counted.
+        n_bytes: UTF-8 bytes of the text, end-of-text tokens not counted; None if unknown.
         n_documents: number of documents.
+        shards: of a view, the parts of files that hold the tokens.
     """
 
     path: Path
     dtype: str
     n_tokens: int
-    n_bytes: int
+    n_bytes: int | None
     n_documents: int
+    shards: tuple[Shard, ...] | None = None
 
-    def tokens(self) -> np.ndarray:
-        """``[n_tokens]`` read-only memory map."""
+    def tokens(self) -> np.ndarray | ShardedTokens:
+        """``[n_tokens]`` read-only memory map, or several that are read as one."""
         if self.n_tokens == 0:  # mmap refuses empty files
             return np.empty(0, self.dtype)
-        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n_tokens,))
+        if self.shards is None:
+            return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n_tokens,))
+        return self.shards[0].tokens() if len(self.shards) == 1 else ShardedTokens(self.shards)
 
     def starts(self) -> np.ndarray:
-        """``[n_documents]`` int64 offset of each document's first token."""
-        return np.load(self.path.with_suffix(".starts.npy"))
+        """``[n_documents]`` int64 offset of each document's first token, a memory map."""
+        return np.load(self.path.with_suffix(".starts.npy"), mmap_mode="r")
 
     def pieces(self) -> np.ndarray:
         """``[n_pieces]`` of dtype :data:`PIECES`; of the validation split."""
@@ -71,38 +81,50 @@ class TokenStore:
 
     Args:
         folder: the store.
+        shards: of a view, where the tokens are, for all splits together in their order.
 
     Raises:
         ValueError: if the files are not what ``meta.json`` says (damaged after they were built).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shards: Sequence[Shard] | None = None) -> None:
         self.folder = folder
+        self.splits: dict[str, TokenFile] = {}
         try:
             self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text("utf-8"))
-            self.splits = {name: self._open(name) for name in self.meta["splits"]}
+            for name, facts in self.meta["splits"].items():
+                own = None
+                if shards is not None:
+                    own, shards = cut(shards, facts["tokens"])
+                self.splits[name] = self._open(name, own)
         except (FileNotFoundError, KeyError, json.JSONDecodeError) as error:
             raise _damaged(folder, str(error)) from error
 
-    def _open(self, name: str) -> TokenFile:
+    def _open(self, name: str, shards: tuple[Shard, ...] | None) -> TokenFile:
         path = self.folder / f"{name}.bin"
         dtype = np.dtype(self.meta["dtype"])
         facts = self.meta["splits"][name]
+        counts = (facts["tokens"], facts["bytes"], facts["documents"])
+        if shards is not None:
+            return TokenFile(path, dtype.name, *counts, shards)
         expected = facts["tokens"] * dtype.itemsize
         if path.stat().st_size != expected:
             raise _damaged(
                 self.folder, f"{path.name} has {path.stat().st_size} bytes instead of {expected}"
             )
-        return TokenFile(path, dtype.name, facts["tokens"], facts["bytes"], facts["documents"])
+        return TokenFile(path, dtype.name, *counts)
 
     def __getitem__(self, split: str) -> TokenFile:
         if split not in self.splits:
             raise ValueError(f"no split {split!r}: the splits are {', '.join(self.splits)}")
         return self.splits[split]
 
-    def bytes_per_token(self, split: str) -> float:
-        """UTF-8 bytes of the split's text by its tokens, end-of-text tokens counted."""
+    def bytes_per_token(self, split: str) -> float | None:
+        """UTF-8 bytes of the split's text by its tokens, end-of-text tokens counted; None where no
+        bytes are known."""
         file = self[split]
+        if file.n_bytes is None:
+            return None
         return file.n_bytes / file.n_tokens if file.n_tokens else float("nan")
 
 

@@ -7,6 +7,7 @@ import torch
 from numpy.lib.stride_tricks import as_strided
 from torch.utils.data import Dataset
 
+from data_modules.token_files.shards import ShardedTokens
 from data_modules.token_store import TokenFile
 from data_modules.windows import WindowBatch
 
@@ -58,7 +59,7 @@ class WindowDataset(Dataset[WindowBatch]):
         self.extra = extra
         self.beyond = stride * depth + extra
         self.length = seq_len + self.beyond + 1
-        self._windows: np.ndarray | None = None
+        self._windows: np.ndarray | ShardedTokens | None = None
         self._starts: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -76,7 +77,7 @@ class WindowDataset(Dataset[WindowBatch]):
             raise ValueError(
                 f"the training split has {self.file.n_tokens} tokens but one window "
                 f"needs at least seq_len + depth + 1 = {self.length}: give more text, "
-                f"lower data.seq_len, or change data.val_fraction"
+                f"lower data.seq_len, or change data.val_fraction (of token files data.held_out)"
             )
         if n < needed:
             raise ValueError(
@@ -89,19 +90,27 @@ class WindowDataset(Dataset[WindowBatch]):
     def __getitem__(self, numbers: np.ndarray) -> WindowBatch:
         if self._windows is None:
             self._open()
-        assert self._windows is not None
-        tokens = torch.from_numpy(self._windows[numbers].astype(np.int64))
+        if isinstance(self._windows, ShardedTokens):
+            windows = self._windows.windows(numbers * self.seq_len, self.length)
+        else:
+            assert self._windows is not None
+            windows = self._windows[numbers]
+        tokens = torch.from_numpy(windows.astype(np.int64))
         documents = torch.from_numpy(self._documents(numbers)) if self.document_mask else None
         return WindowBatch(tokens, self.depth, documents, stride=self.stride, extra=self.extra)
 
     def _open(self) -> None:
         tokens = self.file.tokens()
-        step = tokens.strides[0]
-        # A view: row i is window i, rows overlap by D + E + 1 tokens.
-        self._windows = as_strided(
-            tokens, (len(self), self.length), (self.seq_len * step, step), writeable=False
-        )
-        self._starts = self.file.starts()
+        if isinstance(tokens, ShardedTokens):
+            self._windows = tokens
+        else:
+            step = tokens.strides[0]
+            # A view: row i is window i, rows overlap by D + E + 1 tokens.
+            self._windows = as_strided(
+                tokens, (len(self), self.length), (self.seq_len * step, step), writeable=False
+            )
+        if self.document_mask:
+            self._starts = self.file.starts()
 
     def _documents(self, numbers: np.ndarray) -> np.ndarray:
         """``[B, T+D+1]`` int64 number of the document that each token belongs to."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from data_modules.sources.digests import content_digest, digest
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ class Source(ABC):
 
     name: str
     """Short name for tables and log lines."""
+    digests: Path | None = None
+    """Folder that remembers the digests of large files; set by who has a cache."""
 
     @abstractmethod
     def documents(self) -> Iterator[str]:
@@ -58,31 +61,23 @@ class Source(ABC):
         return {"name": self.name, "fingerprint": self.fingerprint()}
 
 
-def digest(*parts: object) -> str:
-    """Hex digest of the parts' text forms, unambiguous about where one part ends."""
-    h = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        data = str(part).encode("utf-8", "surrogateescape")
-        h.update(len(data).to_bytes(8, "little"))
-        h.update(data)
-    return h.hexdigest()
-
-
-def digest_files(files: Iterable[tuple[str, Path]], *options: object) -> str:
+def digest_files(
+    files: Iterable[tuple[str, Path]], *options: object, remember: Path | None = None
+) -> str:
     """Hex digest of options and of every file's name, size and content, read once in blocks.
 
     Args:
         files: (name that enters the digest, path) in a fixed order.
         options: whatever else decides the documents.
+        remember: folder that keeps the digests of large files, so that they are not read again
+            until they change; None to read them all.
 
     Raises:
         OSError: if a file cannot be read.
     """
     parts: list[object] = list(options)
     for name, path in files:
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
-            parts += [name, file.tell(), content.hexdigest()]
+        parts += [name, *content_digest(path, remember)]
     return digest(*parts)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_modules.sources.base import MissingPackageError, Source, digest, digest_files
-from data_modules.sources.text import _expand
+from data_modules.sources.text import expand
 
 
 class HuggingFaceSource(Source):
@@ -114,7 +114,7 @@ class HuggingFaceSource(Source):
             )
             files = self._local_files()
             if files:
-                self._fingerprint = digest_files(files, *what)
+                self._fingerprint = digest_files(files, *what, remember=self.digests)
             elif self.streaming:
                 self._fingerprint = digest(*what, "streaming")
             else:
@@ -139,7 +139,7 @@ class HuggingFaceSource(Source):
         if any("://" in item for item in given):
             return []
         root = Path(self.path) if Path(self.path).is_dir() else Path()
-        return [file for item in given for file in _expand(_under(root, item, self.data_files))]
+        return [file for item in given for file in expand(_under(root, item, self.data_files))]
 
 
 def _under(root: Path, item: str, data_files: object) -> str:

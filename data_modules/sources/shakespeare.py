@@ -48,7 +48,7 @@ class ShakespeareSource(Source):
 
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            self._fingerprint = digest_files(self.files(), "shakespeare")
+            self._fingerprint = digest_files(self.files(), "shakespeare", remember=self.digests)
         return self._fingerprint
 
     def total_bytes(self) -> int:

@@ -88,7 +88,9 @@ class StdlibSource(Source):
 
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            self._fingerprint = digest_files(self.files(), "stdlib", platform.python_version())
+            self._fingerprint = digest_files(
+                self.files(), "stdlib", platform.python_version(), remember=self.digests
+            )
         return self._fingerprint
 
     def total_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""The user's own text: files, folders or globs of plain text, and JSON lines."""
+"""The user's own text: files, folders or globs of plain text, JSON lines and parquet."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_modules.sources.base import Source, decode_utf8, digest_files
+from data_modules.sources.packed import COMPRESSED, open_plain, parquet_column
 
 log = logging.getLogger(__name__)
 
@@ -19,20 +20,22 @@ class TextSource(Source):
     """Documents from files on disk.
 
     A plain file is one document. A ``.jsonl`` file holds one document a line, the string under
-    ``field``. A folder stands for all files below it (hidden ones apart, and those are counted in
+    ``field``, and a ``.parquet`` file one a row. ``.gz`` and ``.zst`` behind a name are unpacked on
+    the way. A folder stands for all files below it (hidden ones apart, and those are counted in
     a log line), a glob for what it matches. Files are taken in the order of ``paths``, sorted
     inside a folder or glob; a file named twice is read once.
 
     Args:
         paths: one path, folder or glob, or a list of them; ``~`` is expanded and relative paths
             start at the current folder.
-        field: name of the text in JSON lines.
+        field: name of the text in JSON lines and parquet.
 
     Raises:
         FileNotFoundError: from ``documents`` and ``fingerprint``: a path that does not exist, a
             glob or folder without a file.
         ValueError: likewise: an empty file, one that is not UTF-8 (with the byte offset), a line
-            that is not a JSON object with that field.
+            that is not a JSON object with that field, a compressed file that is damaged.
+        MissingPackageError: likewise: parquet or ``.zst`` without pyarrow.
     """
 
     name = "text"
@@ -58,7 +61,7 @@ class TextSource(Source):
         if self._files is None:
             found: dict[Path, str] = {}
             for given in self.paths:
-                for name, path in _expand(given):
+                for name, path in expand(given):
                     if path.stat().st_size == 0:
                         raise ValueError(
                             f"{path} is empty: give text, or leave the file out of data.paths"
@@ -69,14 +72,20 @@ class TextSource(Source):
 
     def documents(self) -> Iterator[str]:
         for _, path in self.files():
-            if path.suffix.lower() == ".jsonl":
+            kind = "".join(path.suffixes[-2:]).lower()
+            if kind.endswith(".parquet"):
+                yield from parquet_column(path, self.field)
+            elif kind.endswith((".jsonl", *(f".jsonl{suffix}" for suffix in COMPRESSED))):
                 yield from self._json_lines(path)
+            elif path.suffix.lower() in COMPRESSED:
+                with open_plain(path) as file:
+                    yield decode_utf8(file.read(), str(path))
             else:
                 yield decode_utf8(path.read_bytes(), str(path))
 
     def _json_lines(self, path: Path) -> Iterator[str]:
         offset = 0
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             for number, line in enumerate(file, start=1):
                 text = decode_utf8(line, str(path), offset=offset)
                 offset += len(line)
@@ -98,37 +107,47 @@ class TextSource(Source):
 
     def fingerprint(self) -> str:
         if self._fingerprint is None:
-            self._fingerprint = digest_files(self.files(), "text", self.field)
+            self._fingerprint = digest_files(
+                self.files(), "text", self.field, remember=self.digests
+            )
         return self._fingerprint
 
-    def total_bytes(self) -> int:
+    def total_bytes(self) -> int | None:
+        if any(path.suffix.lower() in (*COMPRESSED, ".parquet") for _, path in self.files()):
+            return None
         return sum(path.stat().st_size for _, path in self.files())
 
     def summary(self) -> dict[str, Any]:
         return super().summary() | {"files": len(self.files()), "paths": self.paths}
 
 
-def _expand(given: str) -> list[tuple[str, Path]]:
-    """The files that one entry of ``paths`` stands for, with names free of the place they are."""
+def expand(given: str, key: str = "data.paths") -> list[tuple[str, Path]]:
+    """The files that a path, folder or glob stands for, with names free of the place they are.
+
+    Args:
+        given: ``~`` is expanded, and a folder stands for all files below it that are not hidden.
+        key: that the user set it by.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     path = Path(given).expanduser()
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, key)
     if path.exists():
         return [(path.name, path)]
     if not glob.has_magic(given):
-        raise FileNotFoundError(
-            f"{given} does not exist (looked from {Path.cwd()}): check data.paths"
-        )
+        raise FileNotFoundError(f"{given} does not exist (looked from {Path.cwd()}): check {key}")
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     files = [(match.name, match) for match in matches if match.is_file()]
     if not files:
         raise FileNotFoundError(
-            f"no file matches {given!r} (looked from {Path.cwd()}): check data.paths"
+            f"no file matches {given!r} (looked from {Path.cwd()}): check {key}"
         )
     return files
 
 
-def _folder(folder: Path) -> list[tuple[str, Path]]:
+def _folder(folder: Path, key: str) -> list[tuple[str, Path]]:
     below = [(path.relative_to(folder), path) for path in folder.rglob("*") if path.is_file()]
     files = sorted(
         (relative.as_posix(), path)
@@ -136,7 +155,7 @@ def _folder(folder: Path) -> list[tuple[str, Path]]:
         if not any(part.startswith(".") for part in relative.parts)
     )
     if not files:
-        raise FileNotFoundError(f"the folder {folder} holds no files: check data.paths")
+        raise FileNotFoundError(f"the folder {folder} holds no files: check {key}")
     if len(files) < len(below):
         log.info("%s: %d hidden files are left out", folder, len(below) - len(files))
     return files

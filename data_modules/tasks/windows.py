@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from data_modules.loader import WindowLoader
+from data_modules.order import Order
 from data_modules.tasks.base import END, Example, Task
 from data_modules.windows import WindowBatch
 
@@ -162,7 +163,7 @@ class ExampleLoader(WindowLoader):
 
     dataset: TaskWindows
 
-    def order(self, epoch: int) -> np.ndarray:
+    def order(self, epoch: int) -> Order:
         n = len(self.dataset)
         if self.dataset.examples is None:
             return epoch * n + np.arange(n)

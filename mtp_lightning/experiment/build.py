@@ -74,7 +74,8 @@ def build_data(
     else:
         tokenizer = tokenizer_from_state(tokenizer_state)
         asked = instantiate(cfg.tokenizer)
-        options = {k: cfg.tokenizer[k] for k in ("vocab_size", "train_bytes") if k in cfg.tokenizer}
+        named = ("vocab_size", "train_bytes", "eot_id")
+        options = {k: cfg.tokenizer[k] for k in named if k in cfg.tokenizer}
         same = asked.kind == tokenizer.kind and all(
             tokenizer_state.get(key) == value for key, value in options.items()
         )

@@ -174,7 +174,7 @@ def validation_data(
         config.data = OmegaConf.to_container(data, resolve=False)
         typed = {key_of(override) for override in overridden("data")}
         how = _HOW_TASK if "task" in config.data else _HOW
-        for key in how & stored.keys():
+        for key in how & stored.keys() & config.data.keys():
             if f"data.{key}" not in typed:
                 config.data[key] = stored[key]
     if eval_bytes is not None and "task" in config.data:

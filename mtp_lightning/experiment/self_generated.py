@@ -17,10 +17,12 @@ import numpy as np
 import torch
 
 from data_modules import TokenDataModule
+from data_modules.encoding import Encoded
+from data_modules.encoding import encoded as encoded_piece
 from data_modules.overlap import LineOverlap
 from data_modules.prompts import take_prompts
 from data_modules.sources.base import Source, digest
-from data_modules.store_builder import Encoded, Progress, keep_store, write_documents
+from data_modules.store_builder import Progress, keep_store, write_documents
 from data_modules.token_store import FORMAT, TokenStore
 from data_modules.tokenizers import Tokenizer
 from mtp_lightning.decoding.generate import generate
@@ -180,7 +182,7 @@ class SelfGenerated(TokenDataModule):
         for (name, _), ids in zip(prompts, texts, strict=True):
             text = b"".join(pieces[i] for i in ids.tolist())
             overlap.add(name, text.decode("utf-8", "replace"))
-            encoded.append((name, ids, text, True))
+            encoded.append(encoded_piece(name, ids, text, True))
         meta = write_documents(
             folder,
             speaker.tokenizer,

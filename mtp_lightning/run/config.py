@@ -11,6 +11,7 @@ PLACES = ("run_dir", "sweep_dir", "sweep", "hydra", "paths")
 WITHOUT_BEARING = (
     *PLACES,
     "data.cache_dir",
+    "data.build_workers",
     "logger",
     "callbacks.nan_guard",
     "callbacks.throughput",

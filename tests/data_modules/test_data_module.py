@@ -18,15 +18,15 @@ from omegaconf import OmegaConf
 import data_modules
 from data_modules import TokenDataModule
 from data_modules.sources import SyntheticSource
-from data_modules.tokenizers import BPETokenizer, ByteTokenizer, PretrainedTokenizer
+from data_modules.tokenizers import BPETokenizer, ByteTokenizer, IdTokenizer, PretrainedTokenizer
 from data_modules.windows import WindowBatch
 
 CONF = Path(data_modules.__file__).parents[1] / "conf"
 SOURCES = sorted(
     path.stem
     for path in (CONF / "data").glob("*.yaml")
-    # A model's own texts are tested with the model, in tests/experiment.
-    if path.stem not in ("base", "task", "self_generated")
+    # A model's own texts are tested with the model, in tests/experiment; tokens are no source.
+    if path.stem not in ("base", "task", "self_generated", "tokens")
     and "tasks" not in path.read_text(encoding="utf-8")
 )
 TOKENIZERS = sorted(path.stem for path in (CONF / "tokenizer").glob("*.yaml"))
@@ -173,11 +173,15 @@ def test_every_source_composes_and_builds(tmp_path, source):
 def test_every_tokenizer_composes_and_builds(tmp_path, name):
     kinds = {
         "byte": ByteTokenizer,
+        "ids": IdTokenizer,
         "bpe": BPETokenizer,
         "bpe_small": BPETokenizer,
         "pretrained": PretrainedTokenizer,
     }
-    needs = {"pretrained": ["tokenizer.path=x"]}
+    needs = {
+        "pretrained": ["tokenizer.path=x"],
+        "ids": ["tokenizer.vocab_size=9", "tokenizer.eot_id=0"],
+    }
     config = composed(tmp_path, f"+tokenizer={name}", *needs.get(name, []))
     assert type(instantiate(config.tokenizer)) is kinds[name]
 

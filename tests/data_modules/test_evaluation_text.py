@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_modules import TokenDataModule
+from data_modules.encoding import pieces
 from data_modules.evaluation_text import EvaluationText, EvaluationWindows, choose
 from data_modules.sources import SyntheticSource, TextSource
-from data_modules.store_builder import pieces
 from data_modules.token_store import PIECES, TokenFile
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from data_modules import loader as loader_module
 from data_modules.evaluation_text import EvaluationText, EvaluationWindows
-from data_modules.loader import EvaluationLoader, WindowLoader, epoch_order
+from data_modules.loader import EvaluationLoader, WindowLoader
+from data_modules.order import epoch_order
 from data_modules.token_store import PIECES, TokenFile
 from data_modules.window_dataset import WindowDataset, window_count
 

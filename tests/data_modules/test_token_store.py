@@ -16,12 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_modules import cache, store_builder
+from data_modules import cache, encoding, store_builder
 from data_modules.cache import build_once, cache_folder
+from data_modules.encoding import pieces
 from data_modules.sources import SyntheticSource, TextSource
 from data_modules.sources.base import Source
 from data_modules.splitting import DocumentSplit, cut_point
-from data_modules.store_builder import pieces, prepare_store
+from data_modules.store_builder import prepare_store
 from data_modules.token_store import TokenStore, token_dtype
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer
 
@@ -108,7 +109,7 @@ def test_long_documents_in_pieces_give_the_ids_of_the_whole(tmp_path, monkeypatc
     text = "".join(f"def f{i}():\n    return {i}\n\nx = {i}\ny = 1\n" for i in range(400))
     tokenizer = BPETokenizer(300).train([text])
     whole = tokenizer.encode(text).tolist()
-    monkeypatch.setattr(store_builder, "PIECE", 1000)
+    monkeypatch.setattr(encoding, "PIECE", 1000)
     cut = [piece for piece, _ in pieces(text, 1000)]
     assert len(cut) > 10 and "".join(cut) == text
     assert np.concatenate([tokenizer.encode(piece) for piece in cut]).tolist() == whole
@@ -215,21 +216,31 @@ def test_the_loser_of_two_builds_uses_the_winners_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
-def test_only_leftovers_of_dead_processes_of_this_host_are_removed(tmp_path):
-    host = cache.socket.gethostname()
-    child = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    dead = tmp_path / f".k.building-{host}-{int(child.stdout)}-01234567"
-    alive = tmp_path / f".k.building-{host}-{os.getpid()}-01234567"
-    elsewhere = tmp_path / f".k.building-other.{host}-{int(child.stdout)}-01234567"
-    for folder in (dead, alive, elsewhere):
+def test_only_leftovers_without_a_sign_of_life_are_removed(tmp_path):
+    silent, alive = tmp_path / ".k.building-host-1-01234567", tmp_path / ".k.building-89abcdef"
+    finished = tmp_path / "finished"
+    for folder, age in ((silent, cache.LEASE + 60), (alive, cache.LEASE - 60), (finished, 1e6)):
         folder.mkdir()
+        os.utime(folder, (time.time() - age,) * 2)
     build_once(tmp_path / "target", lambda folder: None)
-    assert not dead.exists() and alive.exists() and elsewhere.exists()
+    assert not silent.exists() and alive.exists() and finished.exists()
+
+
+def test_a_long_build_shows_that_it_lives(tmp_path, monkeypatch):
+    """Another host, container or process that looks on leaves it alone."""
+    monkeypatch.setattr(cache, "LEASE", 0.5)
+    monkeypatch.setattr(cache, "BEAT", 0.05)
+
+    def build(folder: Path) -> None:
+        for i in range(8):
+            time.sleep(0.2)
+            build_once(folder.with_name(f"{folder.name[-8:]}{i}"), lambda folder: None)
+        (folder / "whole").write_text("")
+
+    assert (build_once(tmp_path / "target", build) / "whole").exists()
+    monkeypatch.setattr(cache, "BEAT", 60)
+    with pytest.raises(FileNotFoundError):
+        build_once(tmp_path / "slow", build)
 
 
 BUILD = """
@@ -281,6 +292,7 @@ def test_a_build_killed_in_the_middle_leaves_no_half_store(tmp_path, text):
     assert len(left) == 1 and left[0].name.startswith(".") and "building" in left[0].name
     assert not (left[0] / "meta.json").exists() and (left[0] / "train.bin").stat().st_size > 0
 
+    os.utime(left[0], (time.time() - cache.LEASE - 60,) * 2)
     split = DocumentSplit(TextSource(text))
     store, _ = prepare_store(ByteTokenizer(), split, tmp_path / "cache")
     assert list((tmp_path / "cache" / "stores").iterdir()) == [store.folder]

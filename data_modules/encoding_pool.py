@@ -1,0 +1,151 @@
+"""Processes that encode documents.
+
+Neither forked nor multiprocessing's own: those would inherit the threads of the tokenizers library
+and of torch, or import the program that was started once more. A worker is this very module, which
+reads batches from its standard input and writes ids to its standard output.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from data_modules.encoding import Encoded, Piece, encode_batch
+from data_modules.overlap import LineOverlap
+from data_modules.tokenizers import KINDS, Tokenizer, tokenizer_from_state
+
+LARGE = 1 << 26
+"""Bytes of a corpus from which on it is encoded by several processes."""
+
+
+def pick_workers(asked: int | None, tokenizer: Tokenizer, total_bytes: int | None) -> int:
+    """How many processes encode a corpus; 0 for this one alone.
+
+    Args:
+        asked: by the user; None for one a core of a large corpus.
+        tokenizer: one of one's own stays in this process.
+        total_bytes: of the corpus; None if unknown, which counts as large.
+    """
+    if KINDS.get(tokenizer.kind) is not type(tokenizer):
+        return 0
+    if asked is not None:
+        return asked
+    if total_bytes is not None and total_bytes < LARGE:
+        return 0
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return own if own > 1 else 0
+
+
+class EncodingPool:
+    """Processes that encode batches of pieces, in order.
+
+    Args:
+        tokenizer: a trained one of the platform's.
+        dtype: of the ids.
+        workers: number of processes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> None:
+        # A worker encodes with one thread: there is one a core.
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+            "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": "1",
+        }
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "data_modules.encoding_pool"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+            )
+            for _ in range(workers)
+        ]
+        self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
+        self._threads = ThreadPoolExecutor(workers)
+        for process in self._processes:
+            _send(process.stdin, (tokenizer.state(), dtype.str))
+            self._idle.put(process)
+
+    def map(self, batches: Iterable[list[Piece]]) -> Iterator[list[Encoded]]:
+        """What :func:`encode_batch` gives of every batch, in order.
+
+        Raises:
+            RuntimeError: a worker was killed, or failed.
+        """
+        ahead: deque[Future[list[Encoded]]] = deque()
+        for batch in batches:
+            ahead.append(self._threads.submit(self._encode, batch))
+            if len(ahead) > 2 * len(self._processes):
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+    def _encode(self, batch: list[Piece]) -> list[Encoded]:
+        process = self._idle.get()
+        try:
+            return self._ask(process, batch)
+        finally:
+            self._idle.put(process)
+
+    @staticmethod
+    def _ask(process: subprocess.Popen[bytes], question: Any) -> Any:
+        try:
+            _send(process.stdin, question)
+            return pickle.load(process.stdout)  # type: ignore[arg-type]  # our own worker's
+        except (OSError, EOFError, pickle.UnpicklingError):
+            raise RuntimeError(
+                f"a process that encodes text ended with code {process.wait()}: memory may have "
+                "been short; data.build_workers=0 encodes without such processes"
+            ) from None
+
+    def overlaps(self) -> list[LineOverlap]:
+        """What the workers counted; call it behind :meth:`map`."""
+        return [self._ask(process, None) for process in self._processes]
+
+    def close(self) -> None:
+        """Ends the workers, busy or not."""
+        for process in self._processes:
+            process.kill()
+        self._threads.shutdown()
+        for process in self._processes:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with suppress(OSError):  # what was not sent stays so
+                    pipe.close()  # type: ignore[union-attr]
+
+
+def _send(file: Any, message: Any) -> None:
+    pickle.dump(message, file, protocol=5)
+    file.flush()
+
+
+def _work() -> None:
+    """A worker's life: it ends with its standard input."""
+    questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not stand between the answers
+    state, dtype = pickle.load(questions)
+    tokenizer, overlap = tokenizer_from_state(state), LineOverlap()
+    while True:
+        try:
+            batch = pickle.load(questions)
+        except EOFError:
+            return
+        found: Any = overlap
+        if batch is not None:
+            found = encode_batch(batch, tokenizer, np.dtype(dtype), overlap)
+        _send(answers, found)
+
+
+if __name__ == "__main__":
+    _work()

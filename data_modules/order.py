@@ -1,0 +1,89 @@
+"""The order of an epoch's windows: a pure function of (number of windows, seed, epoch)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+LARGE = 2**26
+"""Windows above which the order is computed where it is read and never stands in memory."""
+_ROUNDS = 8
+
+
+class Order(Protocol):
+    """A permutation of 0 .. n - 1 that is read by slices."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: slice, /) -> np.ndarray: ...
+
+
+def window_order(n: int, *, seed: int, epoch: int, large: int = LARGE) -> Order:
+    """The permutation of an epoch: shuffled for up to ``large`` windows, enciphered above."""
+    kind = epoch_order if n <= large else FeistelOrder
+    return kind(n, seed=seed, epoch=epoch)
+
+
+def epoch_order(n: int, *, seed: int, epoch: int) -> np.ndarray:
+    """``[n]`` permutation of the windows for one epoch.
+
+    It sorts raw Philox numbers, whose stream numpy promises never to change (it makes no such
+    promise for ``Generator.permutation``).
+    """
+    keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n)
+    return np.argsort(keys, kind="stable")
+
+
+class FeistelOrder:
+    """A keyed permutation in no memory: each place's window is computed on its own.
+
+    A place is written as a pair (left, right) with ``left < a``, ``right < b``, ``a b >= n``, and
+    in every round a keyed hash of one half is added to the other, modulo a or b. Every round can be
+    undone, so all of them together permute the a b pairs; a place that lands at n or above is
+    enciphered again until it lies below, which permutes 0 .. n - 1 (generalised Feistel cipher with
+    cycle walking: Black & Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). The keys
+    are Philox's.
+
+    Args:
+        n: windows, at most 2**62.
+        seed: of the order.
+        epoch: of the order, too.
+    """
+
+    def __init__(self, n: int, *, seed: int, epoch: int) -> None:
+        self.n = n
+        root = int(np.ceil(np.sqrt(max(n, 1))))
+        while root * root < n:  # the root of a large number is a rounded one
+            root += 1
+        self._a, self._b = np.uint64(root), np.uint64(-(-max(n, 1) // root))
+        self._keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(_ROUNDS)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, places: slice) -> np.ndarray:
+        """``[k]`` int64 windows at the places of a slice."""
+        found = np.arange(*places.indices(self.n)).astype(np.uint64)
+        todo = np.arange(len(found))
+        while len(todo):
+            found[todo] = self._encipher(found[todo])
+            todo = todo[found[todo] >= self.n]
+        return found.astype(np.int64)
+
+    def _encipher(self, places: np.ndarray) -> np.ndarray:
+        left, right = np.divmod(places, self._b)
+        for i, key in enumerate(self._keys):
+            if i % 2 == 0:
+                left = (left + _hash(right, key) % self._a) % self._a
+            else:
+                right = (right + _hash(left, key) % self._b) % self._b
+        return left * self._b + right
+
+
+def _hash(half: np.ndarray, key: np.uint64) -> np.ndarray:
+    """64 bits of which each depends on all of (half, key): splitmix64 (Steele et al. 2014)."""
+    x = half + key
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

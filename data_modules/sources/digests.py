@@ -1,0 +1,60 @@
+"""Digests of parts and of files; those of large files are remembered while the files stay."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+LARGE = 1 << 20
+"""Bytes of a file from which on its digest is remembered: a smaller one is read as fast."""
+_YOUNG = 2_000_000_000  # nanoseconds in which a file may change again within its clock's tick
+
+
+def digest(*parts: object) -> str:
+    """Hex digest of the parts' text forms, unambiguous about where one part ends."""
+    h = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = str(part).encode("utf-8", "surrogateescape")
+        h.update(len(data).to_bytes(8, "little"))
+        h.update(data)
+    return h.hexdigest()
+
+
+def content_digest(path: Path, remember: Path | None = None) -> tuple[int, str]:
+    """Size and hex digest of a file's content.
+
+    Args:
+        path: the file.
+        remember: a folder, in which a large file has a record under its absolute path: size, times
+            of the last change of content and of the entry, digest. Records of files that changed a
+            moment ago are not made; what cannot be written or read there is done without.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    found = path.stat()
+    stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    record = None
+    if remember is not None and found.st_size >= LARGE:
+        record = remember / f"{digest(path.resolve())}.json"
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            known = json.loads(record.read_text(encoding="utf-8"))
+            if known["stamp"] == stamp and len(bytes.fromhex(known["digest"])) == 16:
+                return found.st_size, str(known["digest"])
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+        size = file.tell()
+    after = path.stat()
+    old = max(after.st_mtime_ns, after.st_ctime_ns) < time.time_ns() - _YOUNG
+    if record is not None and old and stamp == [size, after.st_mtime_ns, after.st_ctime_ns]:
+        with suppress(OSError):
+            record.parent.mkdir(parents=True, exist_ok=True)
+            temporary = record.with_suffix(f".{os.getpid()}.tmp")
+            entry = {"path": str(path.resolve()), "stamp": stamp, "digest": content.hexdigest()}
+            temporary.write_text(json.dumps(entry), encoding="utf-8")
+            temporary.replace(record)
+    return size, content.hexdigest()

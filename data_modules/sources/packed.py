@@ -1,0 +1,108 @@
+"""Text in packed files: compressed by gzip or zstd, or a column of parquet."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from data_modules.sources.base import MissingPackageError
+
+COMPRESSED = (".gz", ".zst")
+"""Suffixes of files that are unpacked as they are read."""
+
+
+@contextmanager
+def open_plain(path: Path) -> Iterator[IO[bytes]]:
+    """A file's bytes, unpacked where its suffix says so.
+
+    Raises:
+        ValueError: what is packed is damaged or cut off; also from reading in the block.
+        MissingPackageError: ``.zst`` without pyarrow.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in COMPRESSED:
+        with path.open("rb") as file:
+            yield file
+        return
+    with path.open("rb") as file:
+        begins = file.read(4)
+        file.seek(0)
+        magic, name = (b"\x1f\x8b", "gzip") if suffix == ".gz" else (b"\x28\xb5\x2f\xfd", "zstd")
+        damaged = ValueError(f"{path} is no {name} file, or is damaged: pack it again")
+        if not begins.startswith(magic):
+            raise damaged
+        try:
+            # Not the file itself: a block of one byte would be asked for again and again.
+            unpacked = gzip.GzipFile(fileobj=file) if suffix == ".gz" else _zstd(file)
+            with io.BufferedReader(unpacked, 1 << 20) as plain:
+                yield plain
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise damaged from error
+        except OSError as error:  # pyarrow's word for a damaged stream has no number
+            if error.errno is None:
+                raise damaged from error
+            raise
+
+
+def _pyarrow(what: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingPackageError(str(what), package="pyarrow", extra="hf") from None
+    return pyarrow
+
+
+class _Frames(io.RawIOBase):
+    """The text of a zstd file, of one frame or several."""
+
+    def __init__(self, pyarrow: Any, file: IO[bytes]) -> None:
+        self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _zstd(file: IO[bytes]) -> io.RawIOBase:
+    return _Frames(_pyarrow(Path(file.name)), file)
+
+
+def parquet_column(path: Path, field: str) -> Iterator[str]:
+    """The rows of a column, read a group at a time.
+
+    Raises:
+        ValueError: it is no parquet, or has no such column of strings.
+        MissingPackageError: without pyarrow.
+    """
+    pyarrow = _pyarrow(path)
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid:
+        raise ValueError(f"{path} is no parquet file, or is damaged: write it again") from None
+    with file:
+        columns = file.schema_arrow.names
+        if field not in columns:
+            raise ValueError(
+                f"{path} has no column {field!r} (it has {sorted(columns)}): set data.field to the "
+                "name of the text"
+            )
+        row = 0
+        for batch in file.iter_batches(columns=[field], batch_size=1024):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f"{path}, row {row}, has no string under {field!r} but "
+                        f"{type(text).__name__}: set data.field to the name of the text"
+                    )
+                yield text

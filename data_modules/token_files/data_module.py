@@ -1,0 +1,110 @@
+"""The LightningDataModule of token files: ids that other programs wrote -> a view -> loaders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_modules.sources.text import expand
+from data_modules.store_module import StoreDataModule
+from data_modules.token_files.formats import TokenSource, read_header
+from data_modules.token_files.view import open_view
+from data_modules.token_store import TokenStore
+from data_modules.tokenizers.base import Tokenizer
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+HELD_OUT = 0.05
+
+
+class TokenFilesDataModule(StoreDataModule):
+    """Windows of T + D + 1 tokens of files that hold ids already; none of them is copied.
+
+    Args:
+        tokenizer: the one that made the ids, or an
+            :class:`~data_modules.tokenizers.ids.IdTokenizer`.
+        path: files of the training text: ``.bin`` or ``.npy``, Megatron's also without the suffix;
+            folders, globs, or a list, read as one text.
+        val_path: the same of the validation text; None for the end of ``path``.
+        held_out: share of the tokens that this end is, in whole documents; 0.05 if None.
+        dtype: type of the ids in files without header; uint16 if None.
+        options: of :class:`StoreDataModule` and :class:`WindowDataModule`.
+
+    Raises:
+        ValueError: numbers out of range, or a tokenizer that would have to be trained. From the
+            first use: a file that is damaged, foreign or in both texts; an id that the tokenizer
+            does not have.
+        FileNotFoundError: likewise, no such file.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        path: Paths,
+        val_path: Paths | None = None,
+        held_out: float | None = None,
+        dtype: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if tokenizer.needs_training:
+            raise ValueError(
+                f"data=tokens holds ids, and tokenizer={tokenizer.kind} would have to be trained "
+                "on text: give the one that made them (tokenizer=pretrained tokenizer.path=...), "
+                "or tokenizer=ids with tokenizer.vocab_size and tokenizer.eot_id"
+            )
+        if held_out is not None and val_path is not None:
+            raise ValueError(
+                f"data.held_out={held_out} has no meaning beside data.val_path: leave one out"
+            )
+        if held_out is not None and not 0 < held_out < 1:
+            raise ValueError(
+                f"data.held_out must lie between 0 and 1, both excluded, got {held_out}"
+            )
+        self.path = path
+        self.val_path = val_path
+        self.held_out = HELD_OUT if held_out is None else held_out
+        self.dtype = dtype
+        self._tokenizer = tokenizer
+
+    def _open(self) -> tuple[TokenStore, Tokenizer]:
+        if self._store is None:
+            train = self._files("data.path", self.path)
+            val = None if self.val_path is None else self._files("data.val_path", self.val_path)
+            both = {file.shard.path for file in train} & {file.shard.path for file in val or ()}
+            if both:
+                raise ValueError(
+                    f"{min(both)} is in data.path and in data.val_path: what is validated on must "
+                    "not be trained on"
+                )
+            self._store = open_view(
+                train,
+                val,
+                held_out=self.held_out,
+                tokenizer=self._tokenizer,
+                cache=self.cache_dir,
+            )
+        return self._store, self._tokenizer
+
+    def _files(self, key: str, paths: Paths) -> list[TokenSource]:
+        given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+        if not given or not all(isinstance(p, str | os.PathLike) and str(p) for p in given):
+            raise ValueError(
+                f"{key} must name a file, a folder or a glob, or a list of them, got {paths!r}"
+            )
+        found: dict[Path, None] = {}
+        for item in given:
+            one = os.fspath(item)
+            # Megatron's own way to name the pair of files.
+            pair = Path(f"{one}.bin").expanduser()
+            whole = f"{one}.bin" if pair.is_file() and not Path(one).exists() else one
+            for _, path in expand(whole, key):
+                own = path.with_suffix(".bin")
+                index = path.suffix == ".idx" and own.is_file()
+                found[(own if index else path).resolve()] = None
+        return [read_header(path, self.dtype) for path in found]
+
+    def summary(self) -> dict[str, Any]:
+        return super().summary() | {"held_out": self.store.meta["held_out"]}

@@ -1,0 +1,222 @@
+"""Files of token ids as other programs write them: where in a file the ids are, and of what type.
+
+====================  ============================================================================
+Megatron-LM, NeMo,    ``.bin``: the ids alone. ``.idx``: ``MMIDIDX`` and two zeros, version (uint64,
+GPT-NeoX              1), code of the type (uint8), numbers of sequences and of document entries
+                      (uint64), the sequences' lengths (int32) and byte offsets (int64), and the
+                      sequence that each document begins with (int64), their count at the end
+llm.c,                ``.bin``: 256 int32, of which magic, version and number of ids, then the ids:
+modded-nanogpt        uint16 behind magic 20240520, uint32 behind 20240801 (Llama 3)
+nanoGPT               ``.bin``: the ids alone, uint16
+numpy                 ``.npy`` of one dimension
+====================  ============================================================================
+
+A file says itself what it is. Of a header nothing but numbers is read, all of them checked against
+the file's size before they are used.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_modules.token_files.shards import Shard
+
+MEGATRON = b"MMIDIDX\x00\x00"
+_MEGATRON_HEADER = struct.Struct("<QBQQ")
+_MEGATRON_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_LLM_C_HEADER = 256 * 4
+_LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
+"""By magic number: version and type."""
+_FOREIGN = {
+    b"\x93NUMPY": "a .npy file: name it so",
+    b"PK\x03\x04": "a zip or .npz archive: unpack it",
+    b"\x1f\x8b": "compressed by gzip: unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
+    b"PAR1": "parquet: read its text with data=huggingface",
+    b"\x89HDF": "HDF5: write its ids as .npy",
+    (20240522).to_bytes(4, "little"): "llm.c's file of multiple-choice questions: give one of text",
+    MEGATRON: "Megatron's index: name it .idx, beside the .bin of the same name",
+}
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """What a file holds.
+
+    Attributes:
+        format: ``megatron``, ``llm.c``, ``raw`` or ``npy``.
+        shard: where its ids are.
+        starts: int64 first token of every document; None where end-of-text tokens alone part them.
+        files: all files that say so.
+    """
+
+    format: str
+    shard: Shard
+    starts: np.ndarray | None
+    files: tuple[Path, ...]
+
+
+def read_header(path: Path, dtype: str | None = None) -> TokenSource:
+    """Find the ids of a file.
+
+    Args:
+        path: a ``.bin`` or ``.npy`` file.
+        dtype: type of the ids in a file without header; None for uint16. Others know theirs.
+
+    Raises:
+        ValueError: naming the file: it is empty, truncated, foreign, or of another type than
+            ``dtype``.
+        OSError: it cannot be read.
+    """
+    if dtype not in (None, "uint16", "uint32", "int32", "int64"):
+        raise ValueError(f"data.dtype must be uint16, uint32, int32, int64 or null, not {dtype!r}")
+    if path.suffix not in (".bin", ".npy"):
+        raise ValueError(
+            f"{path} is no file of token ids: give .bin (Megatron, nanoGPT, llm.c) or .npy files, "
+            f"of a folder with others by a glob such as data.path='{path.parent}/*.bin'"
+        )
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty: leave the file out of data.path")
+    with path.open("rb") as file:
+        head = file.read(_LLM_C_HEADER)
+    if path.suffix == ".npy":
+        found = _numpy(path)
+    elif path.with_suffix(".idx").is_file():
+        found = _megatron(path)
+    elif int.from_bytes(head[:4], "little") in _LLM_C:
+        found = _llm_c(path, head)
+    else:
+        return _raw(path, head, dtype)
+    if dtype is not None and np.dtype(found.shard.dtype) != np.dtype(dtype):
+        own = np.dtype(found.shard.dtype).name
+        raise ValueError(
+            f"{path} ({found.format}) says that its ids are {own}, not data.dtype={dtype}: leave "
+            "data.dtype out"
+        )
+    return found
+
+
+def _raw(path: Path, head: bytes, dtype: str | None) -> TokenSource:
+    for magic, what in _FOREIGN.items():
+        if head.startswith(magic):
+            raise ValueError(f"{path} holds no token ids but is {what}")
+    if dtype is None and _looks_wide(head):
+        raise ValueError(
+            f"{path} has no header and looks like ids of 32 bits: set data.dtype=uint32, or "
+            "data.dtype=uint16 if every second id is 0 indeed"
+        )
+    kind = np.dtype(dtype or "uint16").newbyteorder("<")
+    n_tokens = _whole(path, path.stat().st_size, kind)
+    return TokenSource("raw", Shard(path, kind.str, 0, n_tokens), None, (path,))
+
+
+def _looks_wide(head: bytes) -> bool:
+    """Whether every upper half of 32 bits is 0, as in ids below 65,536 written as int32."""
+    halves = np.frombuffer(head[: len(head) // 4 * 4], "<u2")
+    return len(halves) >= 32 and not halves[1::2].any() and bool(halves[::2].any())
+
+
+def _whole(path: Path, n_bytes: int, dtype: np.dtype) -> int:
+    n_tokens, rest = divmod(n_bytes, dtype.itemsize)
+    if rest:
+        raise ValueError(
+            f"{path} is truncated, or its ids are not {dtype.name}: {n_bytes:,} bytes are no "
+            f"multiple of {dtype.itemsize}; copy the file again, or set data.dtype"
+        )
+    return n_tokens
+
+
+def _llm_c(path: Path, head: bytes) -> TokenSource:
+    if len(head) < _LLM_C_HEADER:
+        raise ValueError(f"{path} is truncated in its header of llm.c: copy the file again")
+    magic, version, n_tokens = struct.unpack_from("<3i", head)
+    known, dtype = _LLM_C[magic]
+    if version != known:
+        raise ValueError(
+            f"{path} is of version {version} of llm.c's format, and only version {known} is known: "
+            "write it again with llm.c's own scripts"
+        )
+    size = path.stat().st_size
+    expected = _LLM_C_HEADER + n_tokens * np.dtype(dtype).itemsize
+    if n_tokens < 1 or size != expected:
+        raise ValueError(
+            f"{path} is truncated or damaged: its header says {n_tokens:,} ids, so {expected:,} "
+            f"bytes, and it has {size:,}; copy the file again"
+        )
+    return TokenSource("llm.c", Shard(path, dtype, _LLM_C_HEADER, n_tokens), None, (path,))
+
+
+def _numpy(path: Path) -> TokenSource:
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
+    except OSError:
+        raise
+    except Exception as error:  # a header of any kind of nonsense
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(
+            f"{path} is no .npy file of ids, or is truncated ({reason}): write it again with "
+            "numpy.save"
+        ) from None
+    if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
+        raise ValueError(
+            f"{path} holds {array.dtype} of shape {array.shape} and not one row of whole numbers: "
+            "save ids.reshape(-1) of an integer type"
+        )
+    shard = Shard(path, array.dtype.str, array.offset, len(array))  # type: ignore[attr-defined]
+    return TokenSource("npy", shard, None, (path,))
+
+
+def _megatron(path: Path) -> TokenSource:
+    index = path.with_suffix(".idx")
+
+    def damaged(why: str) -> ValueError:
+        return ValueError(
+            f"{index} is no index of {path.name}, or is damaged ({why}): copy both files again, or "
+            "move the index away to read the .bin alone"
+        )
+
+    size = index.stat().st_size
+    with index.open("rb") as file:
+        magic, header = file.read(len(MEGATRON)), file.read(_MEGATRON_HEADER.size)
+    if magic != MEGATRON or len(header) < _MEGATRON_HEADER.size:
+        raise damaged("it does not begin as Megatron's do")
+    version, code, n_sequences, n_entries = _MEGATRON_HEADER.unpack(header)
+    if version != 1 or code not in _MEGATRON_TYPES:
+        raise damaged(f"version {version} with ids of type {code} is not known")
+    at = len(MEGATRON) + _MEGATRON_HEADER.size
+    expected = at + 12 * n_sequences + 8 * n_entries
+    if size == expected + n_sequences and n_sequences:
+        raise ValueError(f"{index} is of images and text, which no model here reads: give text")
+    if size != expected or n_sequences < 1 or n_entries < 2:
+        raise damaged(f"its numbers ask for {expected:,} bytes, and it has {size:,}")
+    dtype = np.dtype(_MEGATRON_TYPES[code])
+    n_tokens = _whole(path, path.stat().st_size, dtype)
+    lengths = np.memmap(index, "<i4", "r", at, (n_sequences,))
+    pointers = np.memmap(index, "<i8", "r", at + 4 * n_sequences, (n_sequences,))
+    entries = np.memmap(index, "<i8", "r", at + 12 * n_sequences, (n_entries,))
+    end = 0  # bytes of the sequences so far: they must stand end to end to be read as one text
+    for i in range(0, n_sequences, _BLOCK):
+        sizes = lengths[i : i + _BLOCK].astype(np.int64) * dtype.itemsize
+        ends = end + np.cumsum(sizes)
+        if sizes.min() < 0 or not np.array_equal(pointers[i : i + _BLOCK], ends - sizes):
+            raise damaged("its sequences do not stand one behind the other")
+        end = int(ends[-1])
+    if end != n_tokens * dtype.itemsize:
+        raise damaged(
+            f"its sequences are {end:,} bytes, and {path.name} has {path.stat().st_size:,}"
+        )
+    first, last = int(entries[0]), int(entries[-1])
+    if first != 0 or last != n_sequences or (np.diff(entries) < 0).any():
+        raise damaged("its documents are not in order")
+    # A document of nothing begins where the next one does.
+    begins = np.unique(entries[:-1])
+    starts = np.unique(pointers[begins[begins < n_sequences]] // dtype.itemsize)
+    starts = starts[starts < n_tokens]
+    if n_tokens == 0:
+        raise damaged("it holds no ids")
+    return TokenSource("megatron", Shard(path, dtype.str, 0, n_tokens), starts, (path, index))

@@ -1,0 +1,99 @@
+"""Parts of files read as one array of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Token ids that stand end to end in a file, in numpy's own layout.
+
+    Attributes:
+        path: the file.
+        dtype: numpy's name of an integer type, byte order included (``<u2``).
+        offset: bytes before the first id.
+        n_tokens: number of ids.
+    """
+
+    path: Path
+    dtype: str
+    offset: int
+    n_tokens: int
+
+    def tokens(self) -> np.ndarray:
+        """``[n_tokens]`` read-only memory map."""
+        return np.memmap(
+            self.path, dtype=self.dtype, mode="r", offset=self.offset, shape=(self.n_tokens,)
+        )
+
+    def part(self, first: int, last: int) -> Shard:
+        """Tokens ``first`` to ``last - 1`` of it."""
+        offset = self.offset + first * np.dtype(self.dtype).itemsize
+        return replace(self, offset=offset, n_tokens=last - first)
+
+
+def cut(shards: Sequence[Shard], at: int) -> tuple[tuple[Shard, ...], tuple[Shard, ...]]:
+    """The first ``at`` tokens of shards, and those behind them."""
+    before: list[Shard] = []
+    behind: list[Shard] = []
+    for shard in shards:
+        here = min(max(at, 0), shard.n_tokens)
+        if here:
+            before.append(shard.part(0, here))
+        if here < shard.n_tokens:
+            behind.append(shard.part(here, shard.n_tokens))
+        at -= shard.n_tokens
+    return tuple(before), tuple(behind)
+
+
+class ShardedTokens:
+    """Memory maps read as one array: by slices, by places, and by windows.
+
+    Args:
+        shards: in order, none of them empty.
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = list(shards)
+        # Plain arrays of the maps: indexing a np.memmap costs more.
+        self._maps = [np.asarray(shard.tokens()) for shard in shards]
+        self._ends = np.cumsum([shard.n_tokens for shard in shards], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, places: slice | np.ndarray) -> np.ndarray:
+        """Ids of a slice without a step, a view where one shard holds it, or of places, a copy."""
+        if isinstance(places, slice):
+            first, last, step = places.indices(len(self))
+            assert step == 1
+            return self._span(first, last)
+        return self.windows(places, 1)[:, 0]
+
+    def windows(self, first: np.ndarray, length: int) -> np.ndarray:
+        """``[B, length]`` ids from each of the places ``first`` [B] on."""
+        return np.stack([self._span(int(a), int(a) + length) for a in first])
+
+    def place(self, at: int) -> tuple[Path, int]:
+        """The file that a token is in, and its number there."""
+        number = int(self._ends.searchsorted(at, side="right"))
+        return self.shards[number].path, at - self._begin(number)
+
+    def _begin(self, number: int) -> int:
+        return int(self._ends[number - 1]) if number else 0
+
+    def _span(self, first: int, last: int) -> np.ndarray:
+        number = int(self._ends.searchsorted(first, side="right"))
+        found: list[np.ndarray] = []
+        while first < last:
+            begin, end = self._begin(number), int(self._ends[number])
+            found.append(self._maps[number][first - begin : min(last, end) - begin])
+            first, number = end, number + 1
+        if len(found) == 1:
+            return found[0]
+        return np.concatenate(found) if found else np.empty(0, self._maps[0].dtype)

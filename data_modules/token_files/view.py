@@ -1,0 +1,299 @@
+"""A token store whose ids stay in the files that other programs wrote.
+
+The cache keeps what one reading of the files finds: counts, document starts, and the pieces that an
+evaluation text is chosen from. The ids themselves are memory-mapped where they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_modules.cache import build_once
+from data_modules.encoding import PIECE, pieces
+from data_modules.sources.base import digest, digest_files
+from data_modules.store_builder import Progress
+from data_modules.token_files.formats import TokenSource
+from data_modules.token_files.shards import Shard, ShardedTokens, cut
+from data_modules.token_store import FORMAT, PIECES, TokenStore
+from data_modules.tokenizers.base import Tokenizer
+
+log = logging.getLogger(__name__)
+
+UNKNOWN_BYTES = 4
+"""Bytes that a token counts as, for the size of the evaluation text, where its text is unknown."""
+_BLOCK = 1 << 22  # tokens looked at in one go
+
+
+def open_view(
+    train: Sequence[TokenSource],
+    val: Sequence[TokenSource] | None,
+    *,
+    held_out: float,
+    tokenizer: Tokenizer,
+    cache: Path,
+) -> TokenStore:
+    """The store of token files, looked through if the cache has nothing of them.
+
+    Args:
+        train: files of the training text, in order.
+        val: of the validation text; None for the end of the training text: from the first document
+            that begins behind ``1 - held_out`` of the tokens, or the last one cut there.
+        held_out: share of the tokens.
+        tokenizer: that made the ids.
+        cache: the cache folder.
+
+    Raises:
+        ValueError: an id that the tokenizer does not have; files with and without an index mixed.
+        OSError: about files.
+    """
+    splits = {"train": train} if val is None else {"train": train, "val": val}
+    key = digest(
+        "view",
+        FORMAT,
+        json.dumps(tokenizer.spec(), sort_keys=True),
+        PIECE,
+        held_out if val is None else None,
+        *(_content(files, cache) for files in splits.values()),
+    )
+
+    def build(folder: Path) -> None:
+        begun = time.perf_counter()
+        texts = {name: look_through(files, tokenizer) for name, files in splits.items()}
+        if val is None:
+            texts = dict(zip(("train", "val"), texts["train"].cut(held_out), strict=True))
+        meta = _write(folder, texts, tokenizer)
+        meta["source"] = {
+            "name": "tokens",
+            "fingerprint": key,
+            "formats": sorted({file.format for files in splits.values() for file in files}),
+            "files": {name: len(files) for name, files in splits.items()},
+        }
+        meta |= {"held_out": held_out if val is None else None, "fingerprint": key}
+        meta |= {"seconds": round(time.perf_counter() - begun, 3)}
+        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+    folder = build_once(cache / "views" / key, build)
+    return TokenStore(folder, [file.shard for files in splits.values() for file in files])
+
+
+def _content(files: Sequence[TokenSource], cache: Path) -> str:
+    """Digest of what files say: names do not matter, their order and types do."""
+    named = [(str(i), path) for i, file in enumerate(files) for path in file.files]
+    types = (file.shard.dtype for file in files)
+    return digest_files(named, *types, remember=cache / "digests")
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is known of a text after one reading.
+
+    Attributes:
+        shards: where its tokens are.
+        starts: int64 first token of every document.
+        counts: ``[V]`` int64 how often each id comes.
+    """
+
+    shards: Sequence[Shard]
+    starts: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(shard.n_tokens for shard in self.shards)
+
+    def cut(self, held_out: float) -> tuple[Text, Text]:
+        """Beginning and end; see :func:`open_view`."""
+        at = min(max(1, round(self.n_tokens * (1 - held_out))), max(1, self.n_tokens - 1))
+        behind = int(self.starts.searchsorted(at))
+        if behind < len(self.starts):
+            at = int(self.starts[behind])
+        before, after = cut(self.shards, at)
+        tokens = ShardedTokens(after)
+        counts = np.zeros_like(self.counts)
+        for first in range(0, len(tokens), _BLOCK):
+            block = tokens[first : min(first + _BLOCK, len(tokens))]
+            counts += np.bincount(block, minlength=len(counts))
+        starts = np.union1d([0], self.starts[behind:] - at)
+        return (
+            Text(before, self.starts[:behind], self.counts - counts),
+            Text(after, starts, counts),
+        )
+
+
+def look_through(files: Sequence[TokenSource], tokenizer: Tokenizer) -> Text:
+    """Count a text's ids and find its documents.
+
+    An index says where documents start; without one a document starts behind end-of-text tokens.
+
+    Raises:
+        ValueError: see :func:`open_view`.
+    """
+    indexed = [file.starts is not None for file in files]
+    if any(indexed) and not all(indexed):
+        with_index = files[indexed.index(True)].shard.path
+        without = files[indexed.index(False)].shard.path
+        raise ValueError(
+            f"{with_index} has an index of its documents and {without} has none: give both kinds "
+            "in runs of their own, or write one of them anew"
+        )
+    tokens = ShardedTokens([file.shard for file in files])
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    progress = Progress("token files looked through", len(tokens), unit="tokens")
+    found: list[np.ndarray] = [np.zeros(1, np.int64)]
+    behind_eot = False
+    try:
+        for first in range(0, len(tokens), _BLOCK):
+            block = tokens[first : min(first + _BLOCK, len(tokens))]
+            _require_known(block, first, tokens, tokenizer)
+            counts += np.bincount(block, minlength=len(counts))
+            if not all(indexed):
+                eot = block == tokenizer.eot_id
+                before = np.concatenate([[behind_eot], eot[:-1]])
+                found.append(np.flatnonzero(before & ~eot) + first)
+                behind_eot = bool(eot[-1])
+            progress.add(len(block))
+    finally:
+        progress.close()
+    if all(indexed):
+        begins = np.cumsum([0, *(file.shard.n_tokens for file in files[:-1])])
+        found = [np.asarray(f.starts) + a for f, a in zip(files, begins, strict=True)]
+        _warn_without_end(tokens, np.concatenate(found), tokenizer)
+    starts = np.concatenate(found)
+    if not all(indexed) and len(starts) > 1 and tokens[:1][0] == tokenizer.eot_id:
+        starts = np.delete(starts, 1)  # end-of-text tokens at the very beginning end nothing
+    return Text(tokens.shards, starts, counts)
+
+
+def _require_known(
+    block: np.ndarray, first: int, tokens: ShardedTokens, tokenizer: Tokenizer
+) -> None:
+    low, high = int(block.min()), int(block.max())
+    if low >= 0 and high < tokenizer.vocab_size:
+        return
+    wrong = int(np.flatnonzero((block < 0) | (block >= tokenizer.vocab_size))[0])
+    path, at = tokens.place(first + wrong)
+    raise ValueError(
+        f"{path} has the id {int(block[wrong])} at token {at}, and the tokenizer "
+        f"({tokenizer.kind}) has ids from 0 to {tokenizer.vocab_size - 1}: give the tokenizer that "
+        "made the file, or the type of its ids as data.dtype"
+    )
+
+
+def _warn_without_end(tokens: ShardedTokens, starts: np.ndarray, tokenizer: Tokenizer) -> None:
+    """Megatron writes end-of-text tokens only where it was asked for them."""
+    ends = starts[1:1001] - 1
+    if len(ends) and (without := int((tokens[ends] != tokenizer.eot_id).sum())):
+        log.warning(
+            "of the first %d documents %d do not end in the end-of-text token %d: windows run from "
+            "one into the next without a mark (data.document_mask=true parts them).",
+            len(ends),
+            without,
+            tokenizer.eot_id,
+        )
+
+
+def _write(folder: Path, texts: dict[str, Text], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Document starts, validation pieces and tokenizer; returns what ``meta.json`` says of them."""
+    names = tokenizer.token_bytes()
+    names += [b""] * (tokenizer.vocab_size - len(names))
+    names[tokenizer.eot_id] = b""
+    lengths = np.fromiter(map(len, names), np.int64, len(names))
+    silent = (texts["val"].counts > 0) & (lengths == 0)
+    silent[tokenizer.eot_id] = False
+    known = not silent.any()
+    if not known:
+        log.warning(
+            "the tokenizer (%s) does not know the text of %s of the validation text's ids, so "
+            "that there are no bits per byte.",
+            tokenizer.kind,
+            "some" if lengths.any() else "any",
+        )
+    splits: dict[str, dict[str, int | None]] = {}
+    for name, text in texts.items():
+        np.save(folder / f"{name}.starts.npy", text.starts)
+        splits[name] = {
+            "tokens": text.n_tokens,
+            "bytes": int(text.counts @ lengths) if known else None,
+            "documents": len(text.starts),
+        }
+    rows = _pieces(texts["val"], names if known else None, tokenizer.eot_id)
+    np.save(folder / "val.pieces.npy", np.array(list(rows), PIECES))
+    tokenizer.save(folder)
+    return {
+        "format": FORMAT,
+        "dtype": np.dtype(texts["train"].shards[0].dtype).name,
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "fingerprint": tokenizer.fingerprint(),
+            "vocab_size": tokenizer.vocab_size,
+            "eot_id": tokenizer.eot_id,
+        },
+        "bytes_defined": known,
+        "lines_in_training": None,
+        "splits": splits,
+        "versions": {"python": platform.python_version(), "numpy": np.__version__},
+    }
+
+
+def _pieces(
+    text: Text, names: Sequence[bytes] | None, eot_id: int
+) -> Iterator[tuple[int, int, int, bytes]]:
+    """Rows of :data:`PIECES`, of documents with text.
+
+    Args:
+        text: of the validation.
+        names: bytes of every id; None if unknown: then pieces are of a fixed number of tokens, and
+            their digest is that of the ids.
+        eot_id: the end-of-text token, which is no text.
+    """
+    tokens = ShardedTokens(text.shards)
+    lengths = None if names is None else np.fromiter(map(len, names), np.int64, len(names))
+    for number, (start, end) in enumerate(
+        zip(text.starts, [*text.starts[1:], len(tokens)], strict=True)
+    ):
+        ids = tokens[start:end].astype(np.int64)
+        said = np.flatnonzero(ids != eot_id)
+        if not len(said):
+            continue
+        ids, start = ids[said[0] : said[-1] + 1], int(start + said[0])
+        for first, last in _cuts(ids, names, lengths):
+            here = ids[first:last]
+            data = here.tobytes() if names is None else b"".join(names[i] for i in here.tolist())
+            size = UNKNOWN_BYTES * len(here) if names is None else len(data)
+            name = hashlib.blake2b(data, digest_size=16).hexdigest().encode()
+            yield number, start + first, size, name
+
+
+def _cuts(
+    ids: np.ndarray, names: Sequence[bytes] | None, lengths: np.ndarray | None
+) -> Iterator[tuple[int, int]]:
+    """First token, and the one behind the last, of the pieces of a document: a piece ends with the
+    token that holds the place where the document's text would be cut."""
+    if names is None or lengths is None:
+        step = PIECE // UNKNOWN_BYTES
+        yield from ((i, min(i + step, len(ids))) for i in range(0, len(ids), step))
+        return
+    ends = np.cumsum(lengths[ids])
+    if ends[-1] <= PIECE:
+        yield 0, len(ids)
+        return
+    blocks = (ids[i : i + _BLOCK].tolist() for i in range(0, len(ids), _BLOCK))
+    data = b"".join(names[i] for block in blocks for i in block)
+    first = n_bytes = 0
+    # Bytes that are no UTF-8 are characters, too, so that every byte is in one.
+    for piece, final in pieces(data.decode("utf-8", "surrogateescape"), PIECE):
+        n_bytes += len(piece.encode("utf-8", "surrogateescape"))
+        last = len(ids) if final else int(ends.searchsorted(n_bytes)) + 1
+        if last > first:
+            yield first, last
+            first = last

@@ -1,0 +1,89 @@
+"""Ids of which nobody knows the text: a vocabulary's size and its end-of-text token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from data_modules.tokenizers.base import Tokenizer
+
+
+class IdTokenizer(Tokenizer):
+    """Reads and writes ids as numbers parted by spaces; what they stand for is not known.
+
+    Args:
+        vocab_size: number of ids.
+        eot_id: the one that ends a document.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+
+    kind: ClassVar[str] = "ids"
+
+    def __init__(self, vocab_size: int, eot_id: int) -> None:
+        if vocab_size < 2:
+            raise ValueError(f"tokenizer.vocab_size must be at least 2, got {vocab_size}")
+        if not 0 <= eot_id < vocab_size:
+            raise ValueError(
+                f"tokenizer.eot_id must be one of the {vocab_size:,} ids from 0 on, got {eot_id}"
+            )
+        self._vocab_size = vocab_size
+        self._eot_id = eot_id
+        self.eot_token = str(eot_id)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    @property
+    def eot_id(self) -> int:
+        return self._eot_id
+
+    @property
+    def reads_text(self) -> bool:
+        return False
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of numbers parted by white space.
+
+        Raises:
+            ValueError: something else than an id.
+        """
+        found = text.split()
+        for word in found:
+            if not (word.isascii() and word.isdigit() and int(word) < self.vocab_size):
+                raise ValueError(
+                    f"{word[:40]!r} is no id: tokenizer=ids knows no text, so write ids from 0 to "
+                    f"{self.vocab_size - 1} with spaces between them, or give tokenizer=pretrained"
+                )
+        return np.array([int(word) for word in found], np.int64)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return "".join(f" {i}" for i in np.asarray(ids, np.int64).reshape(-1).tolist())
+
+    def token_bytes(self) -> list[bytes]:
+        """Nothing is known of any id."""
+        return [b""] * self.vocab_size
+
+    def library_json(self) -> str:
+        """A list of words, which the library parts at white space."""
+        from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+        words = {str(i): i for i in range(self.vocab_size)}
+        library = Tokenizer(models.WordLevel(words, unk_token=str(self.eot_id)))
+        library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        library.add_special_tokens([AddedToken(str(self.eot_id), special=True, normalized=False)])
+        return str(library.to_str())
+
+    def spec(self) -> dict[str, Any]:
+        return self.state()
+
+    def state(self) -> dict[str, Any]:
+        return {"kind": self.kind, "vocab_size": self.vocab_size, "eot_id": self.eot_id}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> IdTokenizer:
+        return cls(state["vocab_size"], state["eot_id"])

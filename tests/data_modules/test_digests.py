@@ -1,0 +1,93 @@
+"""Remembered digests: large files are read once, and again when they may have changed."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from data_modules import TokenDataModule
+from data_modules.sources import digests
+from data_modules.sources.base import digest_files
+from data_modules.sources.digests import LARGE, content_digest
+from data_modules.tokenizers import ByteTokenizer
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    """Names of the files whose content was read, in order."""
+    seen: list[str] = []
+    real = digests.hashlib.file_digest
+    monkeypatch.setattr(
+        digests.hashlib,
+        "file_digest",
+        lambda file, how: seen.append(Path(file.name).name) or real(file, how),
+    )
+    return seen
+
+
+@pytest.fixture
+def later(monkeypatch) -> None:
+    """As though every file had been written long ago."""
+    now = time.time_ns
+    monkeypatch.setattr(digests.time, "time_ns", lambda: now() + 10_000_000_000)
+
+
+def test_a_large_file_is_read_once(tmp_path, reads, later):
+    large, small, memory = tmp_path / "large", tmp_path / "small", tmp_path / "memory"
+    large.write_bytes(b"x" * LARGE)
+    small.write_bytes(b"x" * (LARGE - 1))
+    files = [("a", large), ("b", small)]
+    expected = digest_files(files)
+    reads.clear()
+    assert digest_files(files, remember=memory) == expected and reads == ["large", "small"]
+    reads.clear()
+    assert digest_files(files, remember=memory) == expected and reads == ["small"]
+    assert len(list(memory.iterdir())) == 1
+
+
+def test_any_change_is_seen(tmp_path, reads, later):
+    file, memory = tmp_path / "file", tmp_path / "memory"
+    file.write_bytes(b"x" * LARGE)
+    first = content_digest(file, memory)
+    stamp = file.stat()
+    file.write_bytes(b"y" * LARGE)
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # same size and time, as cp -p leaves
+    second = content_digest(file, memory)
+    assert second != first and second == content_digest(file) and first[0] == second[0] == LARGE
+    other = tmp_path / "other"
+    other.write_bytes(b"z" * LARGE)
+    other.replace(file)
+    assert content_digest(file, memory) == content_digest(file) != second
+
+
+def test_a_file_of_this_moment_is_not_remembered(tmp_path):
+    """Its next change might fall into the same tick of the file system's clock."""
+    (tmp_path / "file").write_bytes(b"x" * LARGE)
+    content_digest(tmp_path / "file", tmp_path / "memory")
+    assert not (tmp_path / "memory").exists()
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"stamp": 1}', '{"stamp": [1], "digest": 3}'])
+def test_a_damaged_record_is_done_without(tmp_path, later, damage):
+    file, memory = tmp_path / "file", tmp_path / "memory"
+    file.write_bytes(b"x" * LARGE)
+    expected = content_digest(file, memory)
+    (record,) = memory.iterdir()
+    record.write_text(damage)
+    assert content_digest(file, memory) == expected
+    (tmp_path / "blocked").write_text("")  # a folder that cannot be
+    assert content_digest(file, tmp_path / "blocked") == expected
+
+
+def test_a_data_module_remembers_in_its_cache(tmp_path, reads, later):
+    (tmp_path / "a.txt").write_text("some line of text\n" * 80_000)
+
+    def module() -> TokenDataModule:
+        path = str(tmp_path / "a.txt")
+        return TokenDataModule.from_text(path, ByteTokenizer(), cache_dir=tmp_path / "cache")
+
+    first = module().fingerprint
+    assert reads == ["a.txt"] and module().fingerprint == first and reads == ["a.txt"]

@@ -1,0 +1,126 @@
+"""Documents encoded by several processes: the bytes of one process's store, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_modules import encoding, encoding_pool
+from data_modules.encoding import Piece, batches, encode_batch
+from data_modules.encoding_pool import EncodingPool, pick_workers
+from data_modules.overlap import LineOverlap
+from data_modules.sources import SyntheticSource, TextSource
+from data_modules.splitting import DocumentSplit
+from data_modules.store_builder import prepare_store
+from data_modules.tokenizers import BPETokenizer, ByteTokenizer
+from tests.data_modules.test_token_store import contents
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory) -> DocumentSplit:
+    """Documents short and of several pieces, with lines that recur, and characters of any size."""
+    folder = tmp_path_factory.mktemp("text")
+    shared = "a line of forty characters and some more \u00fc \u4e16\n"
+    for i, document in enumerate(SyntheticSource(size=600_000, documents=60).documents()):
+        times = 20 if i % 9 == 0 else 1
+        text = (shared * (i % 3) + document + f"\U0001f600{i}\n") * times
+        (folder / f"{i:03}.txt").write_text(text, encoding="utf-8")
+    return DocumentSplit(TextSource(folder), val_fraction=0.2)
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPETokenizer(300)], ids=["byte", "bpe"])
+def test_the_store_of_several_is_that_of_one(tmp_path, monkeypatch, split, tokenizer):
+    monkeypatch.setattr(encoding, "BATCH", 50_000)
+    one, _ = prepare_store(tokenizer, split, tmp_path / "one", workers=0)
+    pools = []
+    monkeypatch.setattr(
+        "data_modules.store_builder.EncodingPool",
+        lambda *args: pools.append(EncodingPool(*args)) or pools[-1],
+    )
+    several, _ = prepare_store(tokenizer, split, tmp_path / "several", workers=3)
+    assert len(pools) == 1 and several.folder.name == one.folder.name
+    assert contents(several.folder) == contents(one.folder)
+    assert 0 < one.meta["lines_in_training"] < 1
+    assert all(process.returncode is not None for process in pools[0]._processes)
+
+
+def test_results_come_in_order_whoever_is_first(split):
+    """Batches of very different sizes, three times as many as may wait."""
+    tokenizer, dtype = ByteTokenizer(), np.dtype(np.uint16)
+    todo = [[Piece("val", chr(97 + i) * (1 + 200_000 * (i % 2)), True, True)] for i in range(26)]
+    pool = EncodingPool(tokenizer, dtype, 3)
+    try:
+        found = [batch for batch in pool.map(iter(todo))]
+    finally:
+        pool.close()
+    for batch, given_ in zip(found, todo, strict=True):
+        (expected,) = encode_batch(given_, tokenizer, dtype, LineOverlap())
+        assert batch[0].ids.tolist() == expected.ids.tolist() and batch[0][2:] == expected[2:]
+
+
+def test_a_killed_worker_is_said_and_leaves_nothing(tmp_path, monkeypatch, split):
+    monkeypatch.setattr(encoding, "BATCH", 20_000)
+
+    def killed(*args):
+        pool = EncodingPool(*args)
+        os.kill(pool._processes[1].pid, signal.SIGKILL)
+        return pool
+
+    monkeypatch.setattr("data_modules.store_builder.EncodingPool", killed)
+    with pytest.raises(RuntimeError, match=r"ended with code -9: .*data.build_workers=0"):
+        prepare_store(ByteTokenizer(), split, tmp_path, workers=2)
+    assert list((tmp_path / "stores").iterdir()) == []
+
+
+class Own(ByteTokenizer):
+    pass
+
+
+def test_who_encodes(monkeypatch):
+    monkeypatch.setattr(encoding_pool.os, "sched_getaffinity", lambda _: {0, 1, 5}, raising=False)
+    for tokenizer, asked, size, workers in (
+        (ByteTokenizer(), None, 10_000, 0),
+        (ByteTokenizer(), None, 1 << 26, 3),
+        (ByteTokenizer(), None, None, 3),
+        (ByteTokenizer(), 5, 10, 5),
+        (ByteTokenizer(), 0, 1 << 40, 0),
+        (Own(), 4, 1 << 40, 0),
+    ):
+        assert pick_workers(asked, tokenizer, size) == workers
+
+
+@given(st.data())
+def test_merged_overlaps_are_one(data):
+    lines = st.integers(0, 30).map(lambda i: f"{i} is a line that is long enough to be counted {i}")
+    documents = data.draw(
+        st.lists(
+            st.tuples(
+                st.sampled_from(["train", "val"]), st.lists(lines, max_size=5).map("\n".join)
+            ),
+            max_size=12,
+        )
+    )
+    limit = data.draw(st.integers(1, 12))
+    whole = LineOverlap(limit)
+    parts = [LineOverlap(limit) for _ in range(3)]
+    for name, document in documents:
+        whole.add(name, document)
+        parts[data.draw(st.integers(0, 2))].add(name, document)
+    for part in parts[1:]:
+        parts[0].merge(part)
+    assert parts[0].share() == whole.share()
+    assert parts[0]._counts == whole._counts and parts[0]._below == whole._below
+
+
+def test_batches_hold_every_piece_once(split):
+    overlap = LineOverlap()
+    found = [piece for batch in batches(split, overlap) for piece in batch]
+    documents = list(split)
+    assert "".join(piece.text for piece in found) == "".join(text for _, text in documents)
+    assert sum(piece.first for piece in found) == len(documents) == sum(p.last for p in found)
+    assert any(not piece.first for piece in found)

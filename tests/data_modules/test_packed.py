@@ -1,0 +1,74 @@
+"""Compressed text and parquet: the documents of the plain files, and what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+
+import pytest
+
+from data_modules.sources import TextSource
+
+TEXTS = ["one", "zwei \u00fc\nlines", "drei \u4e16" * 50_000]
+ROWS = "".join(json.dumps({"body": text, "n": i}) + "\n" for i, text in enumerate(TEXTS)).encode()
+
+
+def zstd(data: bytes) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow", reason="extra 'hf' is not installed")
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("suffix", [".gz", pytest.param(".zst", marks=pytest.mark.extras)])
+def test_compressed_text_is_the_plain_text(tmp_path, suffix):
+    pack = gzip.compress if suffix == ".gz" else zstd
+    file = tmp_path / f"rows.jsonl{suffix}"
+    # Two members behind each other are one file, as cat makes it.
+    cut = ROWS.index(b"\n") + 3
+    file.write_bytes(pack(ROWS[:cut]) + pack(ROWS[cut:]))
+    source = TextSource(file, field="body")
+    assert list(source.documents()) == TEXTS == list(source.documents())
+    assert source.total_bytes() is None
+    plain = tmp_path / f"b.txt{suffix}"
+    plain.write_bytes(pack(TEXTS[1].encode()))
+    assert list(TextSource(plain).documents()) == [TEXTS[1]]
+    with pytest.raises(ValueError, match=r"line 1, has no string under 'text'.*data.field"):
+        list(TextSource(file).documents())
+    for damage in (file.read_bytes()[:-20], b"plain", pack(ROWS)[:12] + b"\xff" * 40):
+        file.write_bytes(damage)
+        with pytest.raises(ValueError, match=rf"rows\.jsonl\{suffix} .*damaged.*pack it again"):
+            list(TextSource(file, field="body").documents())
+    file.write_bytes(pack(b'{"body": "caf\xe9"}\n'))
+    with pytest.raises(ValueError, match="not UTF-8: byte 0xe9 at byte offset 13"):
+        list(TextSource(file, field="body").documents())
+
+
+@pytest.mark.extras
+def test_parquet_rows_are_documents(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="extra 'hf' is not installed")
+    from pyarrow import parquet
+
+    file = tmp_path / "rows.parquet"
+    parquet.write_table(
+        pyarrow.table({"body": TEXTS, "n": [1, 2, 3]}), file, row_group_size=2, compression="zstd"
+    )
+    (tmp_path / "zz.txt").write_text("text")
+    assert list(TextSource(tmp_path, field="body").documents()) == [*TEXTS, "text"]
+    with pytest.raises(ValueError, match=r"has no column 'text' \(it has \['body', 'n'\]\)"):
+        list(TextSource(file).documents())
+    with pytest.raises(ValueError, match="row 1, has no string under 'n' but int"):
+        list(TextSource(file, field="n").documents())
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="rows.parquet is no parquet file, or is damaged"):
+        list(TextSource(file, field="body").documents())
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl.zst"])
+def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(ValueError, match=r"needs the package 'pyarrow'.*\.\[hf\]"):
+        list(TextSource(tmp_path / name).documents())

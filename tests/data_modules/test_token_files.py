@@ -1,0 +1,389 @@
+"""Token files of other programs: what is read of them, where, and what is refused."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_modules import TokenDataModule, TokenFilesDataModule
+from data_modules.sources import SyntheticSource, TextSource
+from data_modules.token_files.formats import read_header
+from data_modules.token_files.shards import Shard, ShardedTokens, cut
+from data_modules.token_files.view import look_through
+from data_modules.tokenizers import BPETokenizer, ByteTokenizer, IdTokenizer
+from tests.data_modules.token_formats import llm_c, megatron, nanogpt, numpy_file
+
+EOT = 256
+WRITERS = {
+    "raw": lambda path, documents: nanogpt(path.with_suffix(".bin"), documents),
+    "llm.c": lambda path, documents: llm_c(path.with_suffix(".bin"), documents),
+    "llama": lambda path, documents: llm_c(path.with_suffix(".bin"), documents, llama=True),
+    "npy": lambda path, documents: numpy_file(path.with_suffix(".npy"), documents),
+    "megatron": lambda path, documents: megatron(path.with_suffix(".bin"), documents, sentences=3),
+    "int32": lambda path, documents: megatron(path.with_suffix(".bin"), documents, code=4),
+}
+
+
+def texts(n: int = 60, *, size: int = 30_000, seed: int = 0) -> list[str]:
+    return list(SyntheticSource(size=size, documents=n, seed=seed).documents())
+
+
+def ids_of(documents: list[str]) -> list[list[int]]:
+    return [[*document.encode(), EOT] for document in documents]
+
+
+def module(cache: Path, path, tokenizer=None, **options) -> TokenFilesDataModule:
+    options = {"seq_len": 32, "batch_size": 4, "depth": 2, "cache_dir": cache} | options
+    return TokenFilesDataModule(tokenizer or ByteTokenizer(), path=path, **options)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_format_gives_the_tokens_of_the_text(tmp_path, kind):
+    train, val = ids_of(texts()), ids_of(texts(20, seed=1))
+    files = [WRITERS[kind](tmp_path / name, ids) for name, ids in (("a", train), ("b", val))]
+    data = module(tmp_path / "cache", str(files[0]), val_path=files[1])
+    for name, documents in (("train", train), ("val", val)):
+        file = data.store[name]
+        assert file.tokens().tolist() == sum(documents, [])
+        assert not file.tokens().flags.writeable and isinstance(file.tokens(), np.memmap)
+        lengths = [len(document) for document in documents]
+        assert file.starts().tolist() == [sum(lengths[:i]) for i in range(len(lengths))]
+        assert file.n_bytes == sum(lengths) - len(lengths) and file.n_documents == len(lengths)
+    # A view: no file in the cache is of the size of the tokens.
+    size = files[0].stat().st_size
+    assert max(p.stat().st_size for p in tmp_path.rglob("cache/views/*/*")) < size / 2
+    batch = next(iter(data.train_dataloader()))
+    assert batch.tokens.shape == (4, 35)
+    flat = sum(train, [])
+    first = next(iter(data.train_dataloader().order(0)))
+    assert batch.tokens[0].tolist() == flat[first * 32 : first * 32 + 35]
+
+
+def test_evaluation_is_that_of_the_same_text(tmp_path):
+    """Ids that a tokenizer made elsewhere: documents, bytes and fingerprint as of its text."""
+    documents = texts(40, size=60_000, seed=3)
+    (tmp_path / "text").mkdir()
+    for i, document in enumerate(documents):
+        (tmp_path / "text" / f"{i:03}.txt").write_text(document)
+    bpe = BPETokenizer(300).train(documents)
+    source = TextSource(tmp_path / "text")
+    for tokenizer in (ByteTokenizer(), bpe):
+        for masked in (False, True):
+            options = {"seq_len": 64, "eval_bytes": 4000, "document_mask": masked}
+            options |= {"depth": 2, "batch_size": 4}
+            text = TokenDataModule(source, tokenizer, cache_dir=tmp_path / "c", **options)
+            eot = tokenizer.eot_id
+            train, val = (
+                [[*tokenizer.encode(d).tolist(), eot] for d in text.split.documents(name)]
+                for name in ("train", "val")
+            )
+            # Not the order of the corpus: the evaluation's own is that of the digests.
+            random.Random(0).shuffle(val)
+            folder = tmp_path / tokenizer.kind
+            folder.mkdir(exist_ok=True)
+            nanogpt(folder / "train.bin", train)
+            megatron(folder / "val.bin", val)
+            files = module(
+                tmp_path / "c",
+                folder / "train.bin",
+                tokenizer,
+                val_path=folder / "val.bin",
+                **options,
+            )
+            assert files.evaluation_summary() == text.evaluation_summary()
+            assert files.evaluated_bytes == text.evaluated_bytes
+            one, other = next(iter(files.val_dataloader())), next(iter(text.val_dataloader()))
+            assert (one.tokens == other.tokens).all() and (one.texts == other.texts).all()
+
+
+def test_a_long_document_is_evaluated_in_the_pieces_of_its_text(tmp_path):
+    text = "".join(f"line {i} of a long book \u00fc\n" for i in range(20_000))
+    book = tmp_path / "book.txt"
+    book.write_text(text, encoding="utf-8")
+    for tokenizer in (ByteTokenizer(), BPETokenizer(300).train([text])):
+        plain = TokenDataModule.from_text(
+            str(book), tokenizer, cache_dir=tmp_path / "c", eval_bytes=70_000, val_fraction=0.5
+        )
+        train, val = plain.split.documents("train"), plain.split.documents("val")
+        for name, documents in (("t", train), ("v", val)):
+            nanogpt(tmp_path / f"{name}.bin", [[*tokenizer.encode(d).tolist()] for d in documents])
+        files = module(
+            tmp_path / "c",
+            tmp_path / "t.bin",
+            tokenizer,
+            val_path=tmp_path / "v.bin",
+            eval_bytes=70_000,
+        )
+        assert len(files.store["val"].pieces()) == len(plain.store["val"].pieces()) > 3
+        assert files.evaluation_summary() == plain.evaluation_summary()
+
+
+@pytest.mark.parametrize("kind", ["raw", "megatron"])
+def test_shards_are_one_text(tmp_path, kind):
+    documents = ids_of(texts())
+    whole = WRITERS[kind](tmp_path / "whole", documents)
+    flat = sum(documents, [])
+    (tmp_path / "s").mkdir()
+    if kind == "raw":  # llm.c's shards end anywhere
+        for i, at in enumerate(range(0, len(flat), 7001)):
+            llm_c(tmp_path / "s" / f"{i:06}.bin", [flat[at : at + 7001]])
+    else:
+        for i in range(0, len(documents), 13):
+            megatron(tmp_path / "s" / f"{i:06}.bin", documents[i : i + 13])
+    one = module(tmp_path / "c", whole, document_mask=True)
+    many = module(tmp_path / "c", f"{tmp_path}/s/*.bin", document_mask=True)
+    for name in ("train", "val"):
+        a, b = one.store[name], many.store[name]
+        assert np.array_equal(a.tokens()[:], b.tokens()[:]) and a.n_bytes == b.n_bytes
+        assert np.array_equal(a.starts(), b.starts())
+    assert one.evaluation_summary() == many.evaluation_summary()
+    batches = zip(one.train_dataloader(), many.train_dataloader(), strict=True)
+    for x, y in batches:
+        assert (x.tokens == y.tokens).all() and (x.documents == y.documents).all()
+    assert one.evaluated_bytes == many.evaluated_bytes
+    assert [p.tolist() for p in one.held_out_prompts(3, 9)] == [
+        p.tolist() for p in many.held_out_prompts(3, 9)
+    ]
+    holding, n = one.document_frequency()
+    assert (holding == many.document_frequency()[0]).all() and n == one.store["train"].n_documents
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.data())
+def test_sharded_tokens_against_one_array(tmp_path_factory, data):
+    sizes = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+    folder = tmp_path_factory.mktemp("shards")
+    flat = np.arange(sum(sizes), dtype=np.uint16)
+    shards, at = [], 0
+    for i, n in enumerate(sizes):
+        head = data.draw(st.integers(0, 5))
+        (folder / str(i)).write_bytes(bytes(head) + flat[at : at + n].tobytes())
+        shards.append(Shard(folder / str(i), "<u2", head, n))
+        at += n
+    tokens = ShardedTokens(shards)
+    first = data.draw(st.integers(0, len(flat)))
+    last = data.draw(st.integers(0, len(flat)))
+    assert len(tokens) == len(flat) and np.array_equal(tokens[first:last], flat[first:last])
+    places = np.array(data.draw(st.lists(st.integers(0, len(flat) - 1), min_size=1)))
+    assert np.array_equal(tokens[places], flat[places])
+    length = data.draw(st.integers(1, len(flat)))
+    begins = places.clip(max=len(flat) - length)
+    assert np.array_equal(tokens.windows(begins, length), flat[begins[:, None] + np.arange(length)])
+    path, there = tokens.place(int(places[0]))
+    begin = sum(sizes[: int(path.name)])
+    assert begin + there == places[0] and there < sizes[int(path.name)]
+    for part, expected in zip(cut(shards, first), (flat[:first], flat[first:]), strict=True):
+        found = [shard.tokens().tolist() for shard in part]
+        assert sum(found, []) == expected.tolist() and all(found)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_documents_of_a_text_without_index_against_brute_force(tmp_path_factory, data):
+    """A document starts at every token that stands behind an end-of-text token, and at the first;
+    end-of-text tokens at the beginning, as llm.c writes one, are no document."""
+    flat = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=30))
+    at = sorted({0, len(flat), *data.draw(st.lists(st.integers(0, len(flat)), max_size=3))})
+    folder = tmp_path_factory.mktemp("text")
+    files = [
+        read_header(nanogpt(folder / f"{i}.bin", [flat[a:b]]))
+        for i, (a, b) in enumerate(zip(at, at[1:], strict=False))
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_modules.token_files.view._BLOCK", data.draw(st.integers(1, 8)))
+        text = look_through(files, IdTokenizer(3, eot_id=0))
+        held_out = data.draw(st.floats(0.01, 0.99))
+        parts = text.cut(held_out) if len(flat) > 1 else ()
+    expected = [0]
+    for i in range(1, len(flat)):
+        if flat[i] != 0 and flat[i - 1] == 0 and any(flat[:i]):
+            expected.append(i)
+    assert text.starts.tolist() == expected
+    assert text.counts.tolist() == [flat.count(i) for i in range(3)]
+    if parts:
+        train, val = parts
+        assert 0 < train.n_tokens < len(flat) and train.n_tokens + val.n_tokens == len(flat)
+        assert train.counts.tolist() == [flat[: train.n_tokens].count(i) for i in range(3)]
+        assert val.counts.tolist() == [flat[train.n_tokens :].count(i) for i in range(3)]
+        assert val.starts.tolist() == sorted(
+            {0, *(s - train.n_tokens for s in expected if s > train.n_tokens)}
+        )
+        behind = [
+            s
+            for s in expected
+            if s >= min(max(1, round(len(flat) * (1 - held_out))), len(flat) - 1)
+        ]
+        assert not behind or train.n_tokens == behind[0]
+
+
+def test_the_end_is_held_out_in_whole_documents(tmp_path):
+    documents = ids_of(texts(50))
+    data = module(tmp_path / "c", nanogpt(tmp_path / "x.bin", documents), held_out=0.2)
+    n = data.store["train"].n_documents
+    assert data.store["train"].tokens().tolist() == sum(documents[:n], [])
+    assert data.store["val"].tokens().tolist() == sum(documents[n:], [])
+    share = data.store["val"].n_tokens / sum(map(len, documents))
+    assert 0.15 < share <= 0.2 and data.summary()["held_out"] == 0.2
+    # One document without end: cut there.
+    single = module(tmp_path / "c", nanogpt(tmp_path / "y.bin", [list(range(200)) * 10]))
+    assert (single.store["train"].n_tokens, single.store["val"].n_tokens) == (1900, 100)
+
+
+def test_without_a_text_there_are_no_bytes(tmp_path, caplog):
+    documents = [[*range(1, 200), 0]] * 100
+    path = nanogpt(tmp_path / "x.bin", documents)
+    data = module(tmp_path / "c", path, IdTokenizer(50257, eot_id=0), eval_bytes=1600)
+    assert data.evaluated_bytes is None and not data.has_text
+    assert "no bits per byte" in caplog.text
+    # A token counts as four bytes: 199 of a document are 796.
+    assert (
+        data.evaluation_summary()["documents"] == 3 and data.evaluation_summary()["tokens"] == 600
+    )
+    assert "bytes" not in data.evaluation_summary()
+    facts = data.summary()
+    assert facts["train"]["bytes"] is facts["train"]["bytes_per_token"] is None
+    assert data.tokenizer.decode([5, 17]) == " 5 17"
+    assert data.tokenizer.encode("5 17").tolist() == [5, 17]
+    with pytest.raises(ValueError, match="'def' is no id: tokenizer=ids knows no text"):
+        data.tokenizer.encode("def f")
+    with pytest.raises(ValueError, match="must be one of the 5 ids from 0 on, got 5"):
+        IdTokenizer(5, 5)
+    with pytest.raises(ValueError, match="at least 2, got 1"):
+        IdTokenizer(1, 0)
+
+
+def test_megatron_without_end_of_text_tokens_is_said(tmp_path, caplog):
+    documents = [document[:-1] for document in ids_of(texts())]
+    data = module(tmp_path / "c", str(megatron(tmp_path / "x.bin", documents).with_suffix("")))
+    data.prepare()
+    assert "of the first 59 documents 59 do not end in the end-of-text token 256" in caplog.text
+    assert data.store["train"].n_documents + data.store["val"].n_documents == 60
+    n_bytes = data.store["train"].n_bytes + data.store["val"].n_bytes
+    assert n_bytes == sum(map(len, documents))
+
+
+def test_files_that_moved_or_changed(tmp_path):
+    """What was found is kept by content: it is found again elsewhere, and not of other content."""
+    documents = ids_of(texts())
+    one = module(tmp_path / "c", nanogpt(tmp_path / "x.bin", documents))
+    first = one.fingerprint
+    (tmp_path / "x.bin").rename(tmp_path / "y.bin")
+    moved = module(tmp_path / "c", tmp_path / "y.bin")
+    assert moved.fingerprint == first and moved.store["train"].shards[0].path.name == "y.bin"
+    documents[0][0] = 7
+    assert module(tmp_path / "c", nanogpt(tmp_path / "y.bin", documents)).fingerprint != first
+    assert module(tmp_path / "c", tmp_path / "y.bin", IdTokenizer(257, 256)).fingerprint != first
+
+
+def test_ids_beyond_the_vocabulary_are_named(tmp_path):
+    nanogpt(tmp_path / "a.bin", [[1, 2, 3]] * 50)
+    nanogpt(tmp_path / "b.bin", [[1, 2, 300]] * 50)
+    with pytest.raises(
+        ValueError, match=r"b\.bin has the id 300 at token 2, .*byte\) has ids from 0 to 256: give"
+    ):
+        module(tmp_path / "c", f"{tmp_path}/*.bin").prepare()
+    megatron(tmp_path / "d.bin", [[1, -2, 3]] * 50, code=4)
+    with pytest.raises(ValueError, match="has the id -2 at token 1"):
+        module(tmp_path / "c", tmp_path / "d.bin").prepare()
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    good = nanogpt(tmp_path / "x.bin", ids_of(texts()))
+    with pytest.raises(ValueError, match="tokenizer=bpe would have to be trained on text"):
+        module(tmp_path, good, BPETokenizer(300))
+    with pytest.raises(ValueError, match=r"held_out=0.1 has no meaning beside data.val_path"):
+        module(tmp_path, good, val_path=good, held_out=0.1)
+    with pytest.raises(ValueError, match="held_out must lie between 0 and 1"):
+        module(tmp_path, good, held_out=1)
+    with pytest.raises(ValueError, match="x.bin is in data.path and in data.val_path"):
+        module(tmp_path, good, val_path=str(good)).prepare()
+    with pytest.raises(FileNotFoundError, match="nowhere.bin does not exist.*check data.val_path"):
+        module(tmp_path, good, val_path="nowhere.bin").prepare()
+    with pytest.raises(ValueError, match="data.path must name a file"):
+        module(tmp_path, []).prepare()
+    with pytest.raises(ValueError, match=r"x\.bin has none: give both kinds in runs of their own"):
+        module(tmp_path, [megatron(tmp_path / "m.bin", ids_of(texts())), good]).prepare()
+    with pytest.raises(ValueError, match="data.dtype must be uint16.*not 'float32'"):
+        module(tmp_path, good, dtype="float32").prepare()
+    with pytest.raises(ValueError, match="says that its ids are uint16, not data.dtype=uint32"):
+        module(tmp_path, llm_c(tmp_path / "l.bin", [[1]]), dtype="uint32").prepare()
+    (tmp_path / "notes.md").write_text("x")
+    with pytest.raises(ValueError, match=r"notes\.md is no file of token ids: .*/\*\.bin'"):
+        module(tmp_path, tmp_path / "notes.md").prepare()
+
+
+def test_wide_ids_without_header_are_asked_for(tmp_path):
+    path = nanogpt(tmp_path / "x.bin", ids_of(texts()), code="I")
+    with pytest.raises(ValueError, match="looks like ids of 32 bits: set data.dtype=uint32"):
+        module(tmp_path / "c", path).prepare()
+    data = module(tmp_path / "c", path, dtype="uint32")
+    assert data.store["train"].tokens().dtype == np.uint32
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('executed')",))
+
+
+def test_foreign_files_are_named_and_nothing_is_executed(tmp_path):
+    path = tmp_path / "x.bin"
+    for content, message in (
+        (b"", "is empty"),
+        (b"\x01", "truncated, or its ids are not uint16"),
+        (b"PK\x03\x04" + b"0" * 60, "is a zip or .npz archive"),
+        (b"\x1f\x8b" + b"0" * 60, "is compressed by gzip"),
+        (b"MMIDIDX\x00\x00" + b"0" * 60, "is Megatron's index"),
+        ((20240522).to_bytes(4, "little") + bytes(2000), "multiple-choice questions"),
+        ((20240520).to_bytes(4, "little") + bytes(9), "truncated in its header"),
+        (np.array([20240520, 2, 1] + [0] * 253, "<i4").tobytes(), "version 2 of llm.c's format"),
+        (np.array([20240520, 1, 9] + [0] * 253, "<i4").tobytes() + b"12", "truncated or damaged"),
+        (np.array([20240520, 1, -1] + [0] * 253, "<i4").tobytes(), "truncated or damaged"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"x.bin.* {message}"):
+            read_header(path)
+    path = tmp_path / "x.npy"
+    np.save(path, np.array([Bomb()], object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"x\.npy is no \.npy file of ids"):
+        read_header(path)
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match=r"x\.npy is no \.npy file of ids"):
+        read_header(path)
+    for array in (np.zeros(3), np.zeros((2, 3), int), np.zeros(0, int)):
+        np.save(path, array)
+        with pytest.raises(ValueError, match="not one row of whole numbers"):
+            read_header(path)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_damaged_headers_are_one_sentence(tmp_path_factory, data):
+    """Bytes changed, cut off or added: a sentence about the file, or numbers that hold for it."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    documents = [[1, 2, 3, 0], [4, 5, 0], [6, 0]]
+    kind = data.draw(st.sampled_from(["megatron", "llm.c", "npy"]))
+    path = WRITERS[kind](folder / "x", documents)
+    victim = path.with_suffix(".idx") if kind == "megatron" else path
+    content = bytearray(victim.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at] = data.draw(st.integers(0, 255))
+    end = data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))
+    victim.write_bytes(bytes(content[:end]) + data.draw(st.binary(max_size=3)))
+    try:
+        found = read_header(path)
+    except ValueError as error:
+        assert "x." in str(error) and "\n" not in str(error)
+        return
+    shard = found.shard
+    end = shard.offset + shard.n_tokens * np.dtype(shard.dtype).itemsize
+    assert end <= path.stat().st_size and len(shard.tokens()) == shard.n_tokens > 0
+    if found.starts is not None:
+        starts = found.starts.tolist()
+        assert starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < shard.n_tokens

@@ -1,0 +1,92 @@
+"""Runs on files of token ids: trained, resumed, evaluated and continued as any other."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from data_modules.sources import SyntheticSource
+from tests.data_modules.token_formats import llm_c, megatron
+from tests.integration.helpers import (
+    CONF,
+    ROOT,
+    assert_same_weights,
+    command,
+    execute,
+    rows,
+    start,
+    train_here,
+    wait_for_step,
+)
+
+GENERATE = [sys.executable, str(ROOT / "generate.py")]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run on three shards of bytes, and a validation text of Megatron's."""
+    documents = [[*d.encode(), 256] for d in SyntheticSource(size=9000, documents=30).documents()]
+    for i in range(3):
+        llm_c(tmp_path / f"shard{i}.bin", documents[8 * i : 8 * i + 8])
+    megatron(tmp_path / "val.bin", documents[24:])
+    return {
+        "data": "tokens",
+        "data.val_fraction": None,
+        "data.path": f"{tmp_path}/shard*.bin",
+        "data.val_path": f"{tmp_path}/val",
+    }
+
+
+def evaluated(*overrides: str) -> dict[str, Any]:
+    from mtp_lightning.experiment.evaluating import evaluate
+
+    given = ["accelerator=cpu", "num_threads=1", "output=null", *overrides]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return evaluate(compose("evaluate", overrides=given))
+
+
+def test_trained_resumed_evaluated_and_continued(tmp_path, files) -> None:
+    cache = tmp_path / "cache"
+    # Epochs end in between: the files hold about 110 steps.
+    settings = files | {"trainer.max_steps": 150, "callbacks.checkpoints.every_n_steps": 20}
+    whole = train_here(tmp_path / "whole", cache, settings)
+    process = start(command(tmp_path / "parts", cache, settings), tmp_path / "log")
+    wait_for_step(process, tmp_path / "parts", 60)
+    process.kill()
+    process.wait()
+    train_here(tmp_path / "parts", cache, settings)
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert whole["val/bits_per_byte"] > 0 and whole["evaluation"]["bytes"] >= 1000
+    metrics = evaluated(f"checkpoint={tmp_path / 'whole' / 'checkpoints' / 'last.ckpt'}")
+    for name in ("val/loss_depth_0", "val/loss_depth_2", "val/bits_per_byte"):
+        assert metrics[name] == whole[name]
+    assert metrics["evaluation"] == whole["evaluation"]
+
+
+def test_ids_alone(tmp_path, files) -> None:
+    settings = files | {"tokenizer": "ids", "tokenizer.vocab_size": 300, "tokenizer.eot_id": 256}
+    settings["data.document_mask"] = "true"
+    summary = train_here(tmp_path / "run", tmp_path / "cache", settings)
+    assert summary["data"]["tokenizer"]["vocab_size"] == 300
+    assert not [name for name in summary if "bits_per_byte" in name]
+    run = f"checkpoint={tmp_path / 'run'}"
+    assert "bits_per_byte" not in str(evaluated(run))
+    done = execute([*GENERATE, run, "prompt=72 101", "max_new_tokens=4", "num_threads=1"])
+    assert done.returncode == 0 and len(done.stdout.split()) == 6
+    assert all(word.isdigit() for word in done.stdout.split())
+    done = execute([*GENERATE, run, "prompt=hello", "num_threads=1"])
+    assert done.returncode != 0 and "'hello' is no id" in done.stderr
+
+
+def test_mistakes_are_one_sentence(tmp_path, files) -> None:
+    for settings, message in (
+        ({"tokenizer": "bpe"}, "data=tokens holds ids, and tokenizer=bpe would have to be trained"),
+        ({"tokenizer": "ids", "tokenizer.vocab_size": 99, "tokenizer.eot_id": 0}, "has the id"),
+    ):
+        done = execute(command(tmp_path / "run", tmp_path / "cache", files | settings))
+        assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
