@@ -6,24 +6,24 @@ that runs those which are not done yet.
 
 from __future__ import annotations
 
-import copy
 import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig
 
 from mtp_lightning.cli import program, readable_errors, this_program
 from mtp_lightning.run.config import flatten, has_bearing, key_of
 from mtp_lightning.run.layout import CONFIG_FILE, SUMMARY_FILE
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
-from sweeps.compose import count_processes, settle
+from sweeps.compose import Composer, count_processes, settle
 from sweeps.plan import Job, Plan, varied_keys, without_housekeeping
 from sweeps.pool import Interrupted
 from sweeps.process import Task, python_command
@@ -81,19 +81,21 @@ def _launch(
     jobs = plan.add(batch)
     paths = {frozenset(without_housekeeping(o)): _paths(o) for o in batch}
     varied = varied_keys([job.overrides for job in jobs])
-    composed: dict[Job, DictConfig] = {}
-    tasks: dict[Job, Task] = {}
+    composer = Composer(config, hydra_context)
+    settled: dict[str, dict[str, Any]] = {}  # by the jobs' folders, as all below
+    tasks: dict[str, Task] = {}
     for job in jobs:
         overrides = [*paths[frozenset(job.overrides)], *job.overrides]
         run_folder = folder / job.folder
-        composed[job] = _compose(config, hydra_context, overrides, run_folder)
-        tasks[job] = Task(
+        config_of_job = settle(composer.compose(overrides), run_folder)
+        settled[job.folder] = config_of_job
+        tasks[job.folder] = Task(
             folder=run_folder,
             overrides=job.overrides,
             command=_command(config, overrides, run_folder),
-            processes=count_processes(composed[job]),
-            max_steps=composed[job].trainer.max_steps,
-            on_cpu=composed[job].trainer.accelerator == "cpu",
+            processes=count_processes(config_of_job),
+            max_steps=config_of_job["trainer"]["max_steps"],
+            on_cpu=config_of_job["trainer"]["accelerator"] == "cpu",
             labels=tuple(o for o in job.overrides if key_of(o) in varied),
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,12 +105,12 @@ def _launch(
     try:
         plan.write([program(Path(sys.argv[0]).stem), *sys.argv[1:]])
         todo = [
-            tasks[job]
+            tasks[job.folder]
             for job in jobs
             if _must_run(folder / job.folder, retry_failed=config.sweep.retry_failed)
         ]
         again = _shown(folder)
-        _say_plan(jobs, tasks, todo, composed)
+        _say_plan(folder, jobs, todo, settled)
         try:
             if todo:
                 for task in todo:
@@ -120,23 +122,13 @@ def _launch(
             raise SystemExit(128 + interrupt.signum) from interrupt
     finally:
         lock.release()
-    _say_end(folder, [tasks[job] for job in jobs])
-    return [_job_return(job, composed[job], folder / job.folder) for job in jobs]
+    _say_end(folder, list(tasks.values()))
+    return [_job_return(job, folder / job.folder) for job in jobs]
 
 
 def _paths(overrides: Sequence[str]) -> list[str]:
     """Overrides that are no part of what a job computes, but that it needs."""
     return [o for o in overrides if key_of(o).startswith("paths.")]
-
-
-def _compose(
-    config: DictConfig, hydra_context: HydraContext, overrides: list[str], folder: Path
-) -> DictConfig:
-    composed = hydra_context.config_loader.load_sweep_config(config, overrides)
-    with read_write(composed), open_dict(composed):
-        del composed["hydra"]
-    settle(composed, folder)
-    return composed
 
 
 def _command(config: DictConfig, overrides: Sequence[str], folder: Path) -> tuple[str, ...]:
@@ -160,34 +152,31 @@ def _must_run(folder: Path, *, retry_failed: bool) -> bool:
 
 
 def _say_plan(
-    jobs: Sequence[Job],
-    tasks: dict[Job, Task],
-    todo: Sequence[Task],
-    composed: dict[Job, DictConfig],
+    folder: Path, jobs: Sequence[Job], todo: Sequence[Task], settled: dict[str, dict[str, Any]]
 ) -> None:
-    folder = tasks[jobs[0]].folder.parent
     text = f"{len(jobs)} jobs in {_shown(folder)}"
-    skipped = [job for job in jobs if tasks[job] not in todo]
+    waiting = {task.folder for task in todo}
+    skipped = [folder / job.folder for job in jobs if folder / job.folder not in waiting]
     for state in ("done", "failed"):
-        n = sum(state_of(tasks[job].folder) == state for job in skipped)
+        n = sum(state_of(job) == state for job in skipped)
         text += f", {n} {state} before" if n else ""
     going_on = sum(state_of(task.folder) in ("interrupted", "running") for task in todo)
     text += f", {going_on} to be continued" if going_on else ""
     print(text, flush=True)
     for job in skipped:
-        changed = _changed_settings(composed[job], tasks[job].folder)
+        changed = _changed_settings(settled[job.name], job)
         if changed:
-            print(f"warning: {job.folder} finished with other settings: {changed}", flush=True)
+            print(f"warning: {job.name} finished with other settings: {changed}", flush=True)
 
 
-def _changed_settings(composed: DictConfig, folder: Path) -> str:
+def _changed_settings(settled: dict[str, Any], folder: Path) -> str:
     """What a finished run's ``config.yaml`` has and this call would set otherwise."""
     try:
         stored = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return ""
     old = flatten(stored) if isinstance(stored, dict) else {}
-    new = flatten(OmegaConf.to_container(composed))  # type: ignore[arg-type]
+    new = flatten(settled)
     there = str(folder)
     changed = [
         f"{key} was {old[key]}, is {new[key]}"
@@ -220,11 +209,10 @@ def _shown(folder: Path) -> str:
     return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
 
 
-def _job_return(job: Job, composed: DictConfig, folder: Path) -> JobReturn:
+def _job_return(job: Job, folder: Path) -> JobReturn:
     summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     result = JobReturn(
         overrides=list(job.overrides),
-        cfg=copy.deepcopy(composed),
         working_dir=str(Path.cwd()),
         status=JobStatus.COMPLETED,
     )

@@ -115,13 +115,15 @@ class Plan:
             varied: keys to name new folders by; by default those that differ in the batch.
         """
         known = {frozenset(job.overrides): job for job in self.jobs}
+        taken = {job.folder for job in self.jobs}
         wanted = [without_housekeeping(overrides) for overrides in batch]
         varied = varied_keys(wanted) if varied is None else varied
         asked: dict[Job, None] = {}
         for overrides in wanted:
             job = known.get(frozenset(overrides))
             if job is None:
-                job = Job(self._free_name(overrides, varied), overrides)
+                job = Job(self._free_name(overrides, varied, taken), overrides)
+                taken.add(job.folder)
                 known[frozenset(overrides)] = job
                 self.jobs.append(job)
             asked[job] = None
@@ -144,11 +146,11 @@ class Plan:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(content, self.folder / SWEEP_FILE)
 
-    def _free_name(self, overrides: tuple[str, ...], varied: Sequence[str]) -> str:
+    def _free_name(self, overrides: tuple[str, ...], varied: Sequence[str], taken: set[str]) -> str:
         name = folder_name(overrides, varied)
         status = read_status(self.folder / name)
         other = status is not None and set(status["overrides"]) != set(overrides)
         # Two values may look alike once they are safe for a path.
-        if other or any(job.folder == name for job in self.jobs):
+        if other or name in taken:
             name = f"{name}_{digest(overrides)}"
         return name

@@ -14,9 +14,15 @@ from omegaconf import DictConfig
 
 
 class _SweepLauncher(Launcher):
-    """Keeps its settings for the module of ``sweeps/`` that runs the jobs."""
+    """Keeps its settings for the module of ``sweeps/`` that runs the jobs.
+
+    Attributes:
+        module: that one.
+        composes: all jobs' configs, before the first one starts: no sweeper need do it.
+    """
 
     module: str
+    composes = True
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
