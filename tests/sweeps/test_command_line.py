@@ -182,7 +182,9 @@ def test_interrupted_by_ctrl_c(tmp_path: Path, cache: Path, strategy: str) -> No
         "trainer.strategy": strategy,
         "trainer.devices": 2 if strategy == "ddp" else 1,
     }
-    args = command(folder, cache, settings)
+    # Each process of a data-parallel job takes a place.
+    places = settings["trainer.devices"] * 2
+    args = command(folder, cache, settings, f"hydra.launcher.n_jobs={places}")
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(args, stdout=log, stderr=log, env=environment(), cwd=tmp_path)
     wait_until(lambda: len(list(folder.glob("*/checkpoints/last.ckpt"))) == 2)
