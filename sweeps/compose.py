@@ -120,25 +120,21 @@ def settle(composed: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 def count_processes(settled: dict[str, Any]) -> int:
-    """How many processes train together in a job.
+    """How many processes of a job train together on each of its machines.
 
     Args:
         settled: its config.
 
     Raises:
-        ValueError: they cannot be counted, or need more than one machine.
+        ValueError: they cannot be counted, or would not train together.
     """
     trainer = settled["trainer"]
-    if trainer["num_nodes"] != 1:
-        raise ValueError(
-            f"trainer.num_nodes={trainer['num_nodes']} in a sweep: every job runs on one machine; "
-            "start runs on several machines one by one."
-        )
     devices = trainer["devices"]
     if isinstance(devices, bool) or not str(devices).isdigit() or int(devices) < 1:
         raise ValueError(
             f"trainer.devices={devices} in a sweep: give a number, so that jobs can share them."
         )
-    if int(devices) > 1 and trainer["strategy"] == "auto":
-        raise ValueError(f"trainer.devices={devices} needs trainer.strategy=ddp.")
+    for key in ("devices", "num_nodes"):
+        if int(trainer[key]) > 1 and trainer["strategy"] == "auto":
+            raise ValueError(f"trainer.{key}={trainer[key]} needs trainer.strategy=ddp.")
     return int(devices)

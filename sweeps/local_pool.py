@@ -8,7 +8,7 @@ from dataclasses import replace
 from sweeps.devices import DeviceQueue, choose_gpus
 from sweeps.display import make_display
 from sweeps.pool import Pool
-from sweeps.process import Task
+from sweeps.process import Task, refuse_several_machines
 
 
 def make_pool(
@@ -68,6 +68,7 @@ def run(
 
 
 def _with_devices(task: Task, queue: DeviceQueue, devices_per_job: int | None) -> Task:
+    refuse_several_machines(task)
     wanted = task.processes if devices_per_job is None else devices_per_job
     if wanted < task.processes:
         raise ValueError(

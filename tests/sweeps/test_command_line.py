@@ -146,7 +146,12 @@ WRONG = {
     "no such option": ({"mtp": "sequential,sequentail"}, (), "mtp/sequentail"),
     "no such key": ({"mtp.depht": "0,1"}, (), "mtp.depht"),
     "missing value": ({"data": "text", "seed": "0,1"}, (), "data.paths has no value"),
-    "several machines": ({"seed": "0,1", "trainer.num_nodes": 2}, (), "trainer.num_nodes=2"),
+    "several machines": (
+        {"trainer.num_nodes": "1,2", "trainer.strategy": "ddp"},
+        (),
+        "trainer.num_nodes=2 in a",
+    ),
+    "machines without a strategy": ({"trainer.num_nodes": "1,2"}, (), "trainer.num_nodes=2 needs"),
     "unknown number": ({"trainer.devices": "1,-1"}, (), "trainer.devices=-1"),
     "no strategy": ({"trainer.devices": "1,2"}, (), "needs trainer.strategy=ddp"),
     "batches": ({"seed": "0,1"}, ("hydra.sweeper.max_batch_size=1",), "max_batch_size"),
