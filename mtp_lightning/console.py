@@ -18,6 +18,8 @@ APPS = {
 # Programs with options of their own: where their main() is, and what they do.
 TOOLS = {
     "report": ("sweeps.report.__main__", "compare the runs of one or more sweeps"),
+    "work": ("sweeps.work", "run the jobs of a planned sweep; as many of it as you like"),
+    "status": ("sweeps.status", "what has become of a sweep's jobs"),
     "search": ("sweeps.search", "look for good settings with Optuna"),
 }
 

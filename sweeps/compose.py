@@ -1,13 +1,21 @@
-"""What is looked at in a job's config before any job starts."""
+"""Jobs' configs, and what is looked at in them before any job starts."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
 from mtp_lightning.paths import CONF
+from mtp_lightning.run.config import flatten
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from hydra.types import HydraContext
 
 
 def compose_run(overrides: Sequence[str]) -> DictConfig:
@@ -26,12 +34,73 @@ def compose_run(overrides: Sequence[str]) -> DictConfig:
         raise ValueError(f"{' '.join(overrides)} does not compose: {error}") from error
 
 
-def settle(composed: DictConfig, folder: Path) -> None:
+class Composer:
+    """Composes jobs as Hydra does: once a set of group choices, whose copies then get the values.
+
+    A quarter of a second goes into reading and merging a config's files, a millisecond into a copy.
+    Values are set by Hydra's own function, in its order and, as there, after the groups.
+
+    Args:
+        config: the sweep's own config.
+        hydra_context: of the sweep.
+    """
+
+    def __init__(self, config: DictConfig, hydra_context: HydraContext) -> None:
+        from hydra._internal.config_loader_impl import ConfigLoaderImpl
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        loader = hydra_context.config_loader
+        assert isinstance(loader, ConfigLoaderImpl)
+        self._config, self._loader = config, loader
+        self._parser = OverridesParser.create(config_loader=loader)
+        # With the folders that hydra.searchpath adds, whose groups are groups, too.
+        _, self._repository = loader._parse_overrides_and_create_caching_repo(
+            config.hydra.job.config_name, list(config.hydra.overrides.hydra)
+        )
+        self._parsed: dict[str, tuple[Override, bool]] = {}
+        self._bases: dict[tuple[str, ...], bytes] = {}
+
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
+        """A job's config, without Hydra's own settings.
+
+        Args:
+            overrides: of the job.
+
+        Raises:
+            HydraException: they do not fit the config.
+        """
+        parsed = [self._parse(override) for override in overrides]
+        groups = tuple(str(override.input_line) for override, value in parsed if not value)
+        if groups not in self._bases:
+            base = self._loader.load_sweep_config(self._config, list(groups))
+            with open_dict(base):
+                del base["hydra"]
+            self._bases[groups] = pickle.dumps(base)  # of which copies are made five times faster
+        composed: DictConfig = pickle.loads(self._bases[groups])
+        values = [override for override, value in parsed if value]
+        self._loader._apply_overrides_to_config(values, composed)
+        return composed
+
+    def _parse(self, text: str) -> tuple[Override, bool]:
+        """An override, and whether it sets a value; what chooses a file, or is about Hydra itself,
+        takes composing."""
+        if text not in self._parsed:
+            (override,) = self._parser.parse_overrides([text])
+            grouped = self._repository.group_exists(override.key_or_group)
+            value = not grouped or isinstance(override.value(), dict)
+            self._parsed[text] = override, value and not override.is_hydra_override()
+        return self._parsed[text]
+
+
+def settle(composed: DictConfig, folder: Path) -> dict[str, Any]:
     """Give a job's config its folder, and find out whether every value is there.
 
     Args:
-        composed: without Hydra's own settings; resolved in place.
+        composed: without Hydra's own settings.
         folder: of the run.
+
+    Returns:
+        The config, resolved.
 
     Raises:
         ValueError: it is another program's config, or a value is missing.
@@ -40,29 +109,32 @@ def settle(composed: DictConfig, folder: Path) -> None:
         raise ValueError("Sweeps of this kind are for train.py: use hydra/launcher=basic here.")
     with open_dict(composed):
         composed.run_dir = composed.paths.output_dir = str(folder)
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ValueError(f"{missing[0]} has no value: give it as {missing[0]}=...")
-    OmegaConf.resolve(composed)
+    try:
+        settled = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (MissingMandatoryValue, InterpolationToMissingValueError):
+        plain: dict[str, Any] = OmegaConf.to_container(composed)  # type: ignore[assignment]
+        missing = sorted(key for key, value in flatten(plain).items() if value == "???")
+        raise ValueError(f"{missing[0]} has no value: give it as {missing[0]}=...") from None
+    assert isinstance(settled, dict)
+    return settled  # type: ignore[return-value]
 
 
-def count_processes(composed: DictConfig) -> int:
-    """How many processes train together in a job.
+def count_processes(settled: dict[str, Any]) -> int:
+    """How many processes of a job train together on each of its machines.
+
+    Args:
+        settled: its config.
 
     Raises:
-        ValueError: they cannot be counted, or need more than one machine.
+        ValueError: they cannot be counted, or would not train together.
     """
-    trainer = composed.trainer
-    if trainer.num_nodes != 1:
-        raise ValueError(
-            f"trainer.num_nodes={trainer.num_nodes} in a sweep: every job runs on one machine; "
-            "start runs on several machines one by one."
-        )
-    devices = trainer.devices
+    trainer = settled["trainer"]
+    devices = trainer["devices"]
     if isinstance(devices, bool) or not str(devices).isdigit() or int(devices) < 1:
         raise ValueError(
             f"trainer.devices={devices} in a sweep: give a number, so that jobs can share them."
         )
-    if int(devices) > 1 and trainer.strategy == "auto":
-        raise ValueError(f"trainer.devices={devices} needs trainer.strategy=ddp.")
+    for key in ("devices", "num_nodes"):
+        if int(trainer[key]) > 1 and trainer["strategy"] == "auto":
+            raise ValueError(f"trainer.{key}={trainer[key]} needs trainer.strategy=ddp.")
     return int(devices)

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 
+from sweeps.cores import cores
+
 # Left by a launcher, another job or a cluster's step, these make a run take itself for a part of
 # something else (Lightning 11300).
 _LEAKS = (
@@ -27,13 +29,6 @@ _LEAKS = (
     "SLURM_LOCALID",
     "SLURM_NODEID",
 )
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def find_gpus() -> list[str]:
@@ -75,29 +70,52 @@ def choose_gpus(devices: str | Sequence[int | str]) -> list[str]:
 
 
 class DeviceQueue:
-    """Hands out GPUs, or shares of the cores.
+    """Hands out GPUs, or cores.
 
     Args:
         gpus: names of the GPUs; none for the CPU.
-        n_jobs: most jobs at once; by default one a GPU, or on a CPU as many as have a core for each
-            of their processes, which then have one thread. That does most work, alone and beside
-            neighbours (``python -m benchmarks.threads``), and gives a job the same threads, and so
-            the same bits, however many others there are. Jobs of a given number share the cores.
-        n_tasks: jobs there are.
+        n_jobs: most jobs at once; by default one a GPU, or on a CPU as many as there are cores for.
+            More than that share the cores, at the cost of all.
+        threads: of each process. By default one on a CPU: that does most work, alone and beside
+            neighbours (``python -m benchmarks.threads``). ``auto`` parts the cores among the jobs
+            at once (by default one) and their processes, and is the default with GPUs, where each
+            process has its GPU's share. However many jobs there are, or are left, a job has the
+            same threads, and so the same bits.
+        host: what to call this machine, where there are others.
 
     Raises:
-        ValueError: less than one job at once.
+        ValueError: less than one job at once, or less than one thread.
     """
 
     def __init__(
-        self, *, gpus: Sequence[str] = (), n_jobs: int | None = None, n_tasks: int = 1
+        self,
+        *,
+        gpus: Sequence[str] = (),
+        n_jobs: int | None = None,
+        threads: int | str | None = None,
+        host: str = "",
     ) -> None:
         if n_jobs is not None and n_jobs < 1:
             raise ValueError(f"hydra.launcher.n_jobs must be at least 1, not {n_jobs}.")
+        if not (threads in (None, "auto") or isinstance(threads, int) and threads >= 1):
+            raise ValueError(
+                f"hydra.launcher.threads_per_process={threads}: give a number of at least 1, auto "
+                "or null."
+            )
         self.gpus = list(gpus)
-        self._by_core = n_jobs is None and not self.gpus
-        self._free_cores = cores()
-        self.n_jobs = min(n_jobs or len(self.gpus) or cores(), max(n_tasks, 1))
+        self._host = f"{host}:" if host else ""
+        threads = threads or ("auto" if self.gpus else 1)
+        # Of the jobs at once, where their cores are parted among them.
+        self._shares = (len(self.gpus) or n_jobs or 1) if threads == "auto" else None
+        self._threads = threads if isinstance(threads, int) else 1
+        if self._shares is not None:
+            at_once = n_jobs or len(self.gpus) or 1
+        else:
+            at_once = n_jobs or len(self.gpus) or max(1, cores() // self._threads)
+        self.n_jobs = at_once
+        # Cores are counted where each thread has one.
+        self._all_cores = max(cores(), at_once * self._threads)
+        self._free_cores = self._all_cores
         self._free_gpus = list(self.gpus)
         self._free_slots = list(range(self.n_jobs))
 
@@ -116,7 +134,7 @@ class DeviceQueue:
     @property
     def has_room(self) -> bool:
         """Whether one more job may start, if it gets its devices."""
-        free = self._free_gpus if self.gpus else self._free_cores > 0 or not self._by_core
+        free = self._free_gpus if self.gpus else self._free_cores >= self._threads
         return bool(self._free_slots) and bool(free)
 
     def take(self, n: int) -> Devices | None:
@@ -128,15 +146,21 @@ class DeviceQueue:
         self.check(n)
         if not self._free_slots or (self.gpus and len(self._free_gpus) < n):
             return None
-        # More processes than cores have the machine for themselves.
-        wanted = min(n, cores()) if self._by_core else 0
+        if self._shares is None:
+            threads = self._threads
+            # More processes than cores have the machine for themselves.
+            wanted = 0 if self.gpus else min(n * threads, self._all_cores)
+        else:
+            wanted = 0
+            threads = max(1, cores() // self._shares // (1 if self.gpus else n))
         if self._free_cores < wanted:
             return None
         self._free_cores -= wanted
         taken = [self._free_gpus.pop(0) for _ in range(n)] if self.gpus else []
-        share = 1 if self._by_core else max(1, cores() // self.n_jobs // n)
         slot = self._free_slots.pop(0)
-        return Devices(slot=slot, gpus=tuple(taken), threads=share, cores=wanted)
+        own = f"cuda:{','.join(taken)}" if taken else f"cpu:{slot}"
+        name = f"{self._host}{own}"
+        return Devices(slot=slot, gpus=tuple(taken), threads=threads, cores=wanted, name=name)
 
     def give_back(self, devices: Devices) -> None:
         """Let the next job have them."""
@@ -150,32 +174,30 @@ class Devices:
     """What one job may use.
 
     Args:
+        name: what to call them.
         slot: which of the jobs at once this is.
         gpus: names of its GPUs; empty for the CPU; None for those that it finds.
         threads: of each of its processes.
         cores: that it has taken from a queue that counts them.
-        name: what to call them, where neither GPUs nor the slot says it.
     """
 
     def __init__(
         self,
         *,
+        name: str,
         slot: int = 0,
         gpus: tuple[str, ...] | None = (),
         threads: int = 1,
         cores: int = 0,
-        name: str | None = None,
     ) -> None:
-        self.slot = slot
         self.name = name
+        self.slot = slot
         self.gpus = gpus
         self.threads = threads
         self.cores = cores
 
     def __str__(self) -> str:
-        if self.name is not None:
-            return self.name
-        return f"cuda:{','.join(self.gpus)}" if self.gpus else f"cpu:{self.slot}"
+        return self.name
 
     def environment(self) -> dict[str, str]:
         """The environment of its process."""

@@ -11,6 +11,7 @@ from sweeps.pool import interrupts
 from sweeps.process import Task
 
 _LOOK_SECONDS = 1.0
+_LOOKS_A_SECOND = 200  # at status files, which lie on everybody's file server
 
 
 def follow(
@@ -32,26 +33,32 @@ def follow(
         KeyboardInterrupt: Ctrl-C or SIGTERM; all tasks are over or cancelled.
     """
     left, running = list(tasks), set()
+    before = {task: read_status(task.folder) for task in tasks}
     with make_display(len(tasks)) as display, interrupts() as check:
 
         def look(reason: str | None = None) -> None:
-            ended = over()
+            ended, gone = over(), set()
             for task in list(left):
                 status = read_status(task.folder) or {}
                 if status.get("state") == "running" and task not in running:
                     running.add(task)
                     display.started(task, str(status["device"]))
-                if task in ended:
-                    left.remove(task)
-                    _judge(task, ended[task], interrupted=reason)
+                # What has ended in good order says so itself, and sooner than the cluster.
+                over_itself = status.get("state") in ("done", "failed") and status != before[task]
+                if task in ended or over_itself:
+                    _judge(task, ended.get(task, ""), interrupted=reason)
                     display.ended(task)
+                    gone.add(task)
+            left[:] = [task for task in left if task not in gone]
             display.refresh()
 
         try:
             while left:
-                check()
                 look()
-                time.sleep(_LOOK_SECONDS)
+                until = time.monotonic() + max(_LOOK_SECONDS, len(left) / _LOOKS_A_SECOND)
+                while left and time.monotonic() < until:
+                    check()
+                    time.sleep(0.1)
         except KeyboardInterrupt as interrupt:
             reason = str(interrupt)
             display.say(f"cancelling {len(left)} jobs; those that run save first")

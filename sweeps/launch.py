@@ -6,27 +6,30 @@ that runs those which are not done yet.
 
 from __future__ import annotations
 
-import copy
 import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig
 
-from mtp_lightning.cli import program, readable_errors, this_program
+from mtp_lightning.cli import program as typed
+from mtp_lightning.cli import readable_errors, this_program
 from mtp_lightning.run.config import flatten, has_bearing, key_of
 from mtp_lightning.run.layout import CONFIG_FILE, SUMMARY_FILE
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
-from sweeps.compose import count_processes, settle
-from sweeps.plan import Job, Plan, varied_keys, without_housekeeping
+from sweeps.compose import Composer, count_processes, settle
+from sweeps.lease import live
+from sweeps.plan import Job, Plan, must_run, varied_labels, without_housekeeping
 from sweeps.pool import Interrupted
-from sweeps.process import Task, python_command
+from sweeps.process import Task
+from sweeps.recipe import Recipe, name_of_program
 
 Run = Callable[[list[Task]], None]
 
@@ -43,7 +46,7 @@ _SWEEP_SETTINGS = (
 
 
 def launch(
-    run: Run,
+    run: Run | None,
     *,
     config: DictConfig,
     hydra_context: HydraContext,
@@ -52,13 +55,14 @@ def launch(
     """Run the jobs of a sweep that are not done, and say what became of all.
 
     Args:
-        run: runs tasks, each to its end; how it ended stands in its status file.
+        run: runs tasks, each to its end; how it ended stands in its status file. None leaves them
+            to workers.
         config: the sweep's own config.
         hydra_context: composes the jobs' configs.
         batch: every job's overrides.
 
     Returns:
-        One entry a job, with its final validation loss.
+        One entry a job, with its final validation loss; none for jobs that are left to workers.
 
     Raises:
         SystemExit: 1 when a job did not finish or something was wrong with the sweep; 128 + the
@@ -69,7 +73,11 @@ def launch(
 
 
 def _launch(
-    run: Run, *, config: DictConfig, hydra_context: HydraContext, batch: Sequence[Sequence[str]]
+    run: Run | None,
+    *,
+    config: DictConfig,
+    hydra_context: HydraContext,
+    batch: Sequence[Sequence[str]],
 ) -> list[JobReturn]:
     if config.hydra.sweeper.get("max_batch_size") is not None:
         raise ValueError(
@@ -80,48 +88,61 @@ def _launch(
     plan = Plan(folder)
     jobs = plan.add(batch)
     paths = {frozenset(without_housekeeping(o)): _paths(o) for o in batch}
-    varied = varied_keys([job.overrides for job in jobs])
-    composed: dict[Job, DictConfig] = {}
-    tasks: dict[Job, Task] = {}
+    labels = varied_labels(jobs)
+    options, program = _options(config), name_of_program()
+    composer = Composer(config, hydra_context)
+    settled: dict[str, dict[str, Any]] = {}  # by the jobs' folders, as all below
+    tasks: dict[str, Task] = {}
     for job in jobs:
-        overrides = [*paths[frozenset(job.overrides)], *job.overrides]
-        run_folder = folder / job.folder
-        composed[job] = _compose(config, hydra_context, overrides, run_folder)
-        tasks[job] = Task(
-            folder=run_folder,
-            overrides=job.overrides,
-            command=_command(config, overrides, run_folder),
-            processes=count_processes(composed[job]),
-            max_steps=composed[job].trainer.max_steps,
-            on_cpu=composed[job].trainer.accelerator == "cpu",
-            labels=tuple(o for o in job.overrides if key_of(o) in varied),
+        places, run_folder = paths[frozenset(job.overrides)], folder / job.folder
+        config_of_job = settle(composer.compose([*places, *job.overrides]), run_folder)
+        settled[job.folder] = config_of_job
+        plan.recipes[job.folder] = recipe = Recipe(
+            program=program,
+            options=(*options, *places),
+            cwd=str(Path.cwd()),
+            processes=count_processes(config_of_job),
+            nodes=config_of_job["trainer"]["num_nodes"],
+            max_steps=config_of_job["trainer"]["max_steps"],
+            on_cpu=config_of_job["trainer"]["accelerator"] == "cpu",
+        )
+        tasks[job.folder] = recipe.task(
+            run_folder, job.overrides, labels=labels[job.folder], program=this_program()
         )
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder / ".lock")
     if not lock.acquire():
         raise BlockingIOError(f"Another sweep is at work in {folder}: wait for it, or stop it.")
     try:
-        plan.write([program(Path(sys.argv[0]).stem), *sys.argv[1:]])
+        if run is not None and live(folder):
+            raise BlockingIOError(
+                f"Workers are at work in {folder}: wait for them, or plan with hydra/launcher=plan."
+            )
+        plan.write([typed(Path(sys.argv[0]).stem), *sys.argv[1:]])
         todo = [
-            tasks[job]
+            tasks[job.folder]
             for job in jobs
-            if _must_run(folder / job.folder, retry_failed=config.sweep.retry_failed)
+            if must_run(folder / job.folder, retry_failed=config.sweep.retry_failed)
         ]
         again = _shown(folder)
-        _say_plan(jobs, tasks, todo, composed)
+        _say_plan(folder, jobs, todo, settled)
+        for task in todo:
+            failed = run is None and state_of(task.folder) == "failed"
+            if failed or read_status(task.folder) is None:
+                write_status(task.folder, task.overrides, "pending")
+        if run is None:
+            print(f"planned; python -m sweeps.work {again} runs them, as often as it is started")
+            return []
         try:
             if todo:
-                for task in todo:
-                    if read_status(task.folder) is None:
-                        write_status(task.folder, task.overrides, "pending")
                 run(todo)
         except Interrupted as interrupt:
             print(f"interrupted. The same command with sweep_dir={again} continues.", flush=True)
             raise SystemExit(128 + interrupt.signum) from interrupt
     finally:
         lock.release()
-    _say_end(folder, [tasks[job] for job in jobs])
-    return [_job_return(job, composed[job], folder / job.folder) for job in jobs]
+    _say_end(folder, list(tasks.values()))
+    return [_job_return(job, folder / job.folder) for job in jobs]
 
 
 def _paths(overrides: Sequence[str]) -> list[str]:
@@ -129,18 +150,8 @@ def _paths(overrides: Sequence[str]) -> list[str]:
     return [o for o in overrides if key_of(o).startswith("paths.")]
 
 
-def _compose(
-    config: DictConfig, hydra_context: HydraContext, overrides: list[str], folder: Path
-) -> DictConfig:
-    composed = hydra_context.config_loader.load_sweep_config(config, overrides)
-    with read_write(composed), open_dict(composed):
-        del composed["hydra"]
-    settle(composed, folder)
-    return composed
-
-
-def _command(config: DictConfig, overrides: Sequence[str], folder: Path) -> tuple[str, ...]:
-    """The command line of a job: this one's program and config, and its own overrides."""
+def _options(config: DictConfig) -> list[str]:
+    """Of every job's command line: this call's config and Hydra settings."""
     hydra = config.hydra
     options: list[str] = []
     if hydra.job.config_name != "config":
@@ -148,46 +159,39 @@ def _command(config: DictConfig, overrides: Sequence[str], folder: Path) -> tupl
     for source in hydra.runtime.config_sources:
         if source.provider == "command-line":
             options += ["--config-dir", str(source.path)]
-    settings = [o for o in hydra.overrides.hydra if not key_of(o).startswith(_SWEEP_SETTINGS)]
-    return python_command(this_program(), [*options, *settings, *overrides], folder)
+    return [*options, *(o for o in hydra.overrides.hydra if not _is_of_the_sweep(o))]
 
 
-def _must_run(folder: Path, *, retry_failed: bool) -> bool:
-    state = state_of(folder)
-    if state == "done":
-        return not (folder / SUMMARY_FILE).is_file()
-    return retry_failed or state != "failed"
+def _is_of_the_sweep(override: str) -> bool:
+    return key_of(override).startswith(_SWEEP_SETTINGS)
 
 
 def _say_plan(
-    jobs: Sequence[Job],
-    tasks: dict[Job, Task],
-    todo: Sequence[Task],
-    composed: dict[Job, DictConfig],
+    folder: Path, jobs: Sequence[Job], todo: Sequence[Task], settled: dict[str, dict[str, Any]]
 ) -> None:
-    folder = tasks[jobs[0]].folder.parent
     text = f"{len(jobs)} jobs in {_shown(folder)}"
-    skipped = [job for job in jobs if tasks[job] not in todo]
+    waiting = {task.folder for task in todo}
+    skipped = [folder / job.folder for job in jobs if folder / job.folder not in waiting]
     for state in ("done", "failed"):
-        n = sum(state_of(tasks[job].folder) == state for job in skipped)
+        n = sum(state_of(job) == state for job in skipped)
         text += f", {n} {state} before" if n else ""
     going_on = sum(state_of(task.folder) in ("interrupted", "running") for task in todo)
     text += f", {going_on} to be continued" if going_on else ""
     print(text, flush=True)
     for job in skipped:
-        changed = _changed_settings(composed[job], tasks[job].folder)
+        changed = _changed_settings(settled[job.name], job)
         if changed:
-            print(f"warning: {job.folder} finished with other settings: {changed}", flush=True)
+            print(f"warning: {job.name} finished with other settings: {changed}", flush=True)
 
 
-def _changed_settings(composed: DictConfig, folder: Path) -> str:
+def _changed_settings(settled: dict[str, Any], folder: Path) -> str:
     """What a finished run's ``config.yaml`` has and this call would set otherwise."""
     try:
         stored = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return ""
     old = flatten(stored) if isinstance(stored, dict) else {}
-    new = flatten(OmegaConf.to_container(composed))  # type: ignore[arg-type]
+    new = flatten(settled)
     there = str(folder)
     changed = [
         f"{key} was {old[key]}, is {new[key]}"
@@ -220,11 +224,10 @@ def _shown(folder: Path) -> str:
     return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
 
 
-def _job_return(job: Job, composed: DictConfig, folder: Path) -> JobReturn:
+def _job_return(job: Job, folder: Path) -> JobReturn:
     summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     result = JobReturn(
         overrides=list(job.overrides),
-        cfg=copy.deepcopy(composed),
         working_dir=str(Path.cwd()),
         status=JobStatus.COMPLETED,
     )

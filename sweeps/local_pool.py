@@ -8,7 +8,7 @@ from dataclasses import replace
 from sweeps.devices import DeviceQueue, choose_gpus
 from sweeps.display import make_display
 from sweeps.pool import Pool
-from sweeps.process import Task
+from sweeps.process import Task, refuse_several_machines
 
 
 def make_pool(
@@ -16,6 +16,7 @@ def make_pool(
     *,
     devices: str | Sequence[int | str] = "auto",
     n_jobs: int | None = None,
+    threads_per_process: int | str | None = None,
     grace_seconds: float = 60.0,
 ) -> Pool:
     """A pool over this machine's devices, shown on the terminal.
@@ -24,9 +25,10 @@ def make_pool(
         n_tasks: jobs that there will be.
         devices: auto, cpu, or the GPUs.
         n_jobs: most jobs at once.
+        threads_per_process: a number, auto, or None for one on a CPU and auto with GPUs.
         grace_seconds: that jobs have to save after Ctrl-C.
     """
-    queue = DeviceQueue(gpus=choose_gpus(devices), n_jobs=n_jobs, n_tasks=n_tasks)
+    queue = DeviceQueue(gpus=choose_gpus(devices), n_jobs=n_jobs, threads=threads_per_process)
     return Pool(queue=queue, display=make_display(n_tasks), grace_seconds=grace_seconds)
 
 
@@ -36,6 +38,7 @@ def run(
     devices: str | Sequence[int | str],
     devices_per_job: int | None,
     n_jobs: int | None,
+    threads_per_process: int | str | None,
     grace_seconds: float,
 ) -> None:
     """Run tasks, as many at once as there are devices.
@@ -45,6 +48,7 @@ def run(
         devices: auto, cpu, or the GPUs.
         devices_per_job: that each job gets; by default what its ``trainer.devices`` asks for.
         n_jobs: most jobs at once.
+        threads_per_process: a number, auto, or None for one on a CPU and auto with GPUs.
         grace_seconds: that jobs have to save after Ctrl-C.
 
     Raises:
@@ -53,11 +57,18 @@ def run(
     """
     if all(task.on_cpu for task in tasks):
         devices = "cpu"
-    pool = make_pool(len(tasks), devices=devices, n_jobs=n_jobs, grace_seconds=grace_seconds)
+    pool = make_pool(
+        len(tasks),
+        devices=devices,
+        n_jobs=n_jobs,
+        threads_per_process=threads_per_process,
+        grace_seconds=grace_seconds,
+    )
     pool.run([_with_devices(task, pool.queue, devices_per_job) for task in tasks])
 
 
 def _with_devices(task: Task, queue: DeviceQueue, devices_per_job: int | None) -> Task:
+    refuse_several_machines(task)
     wanted = task.processes if devices_per_job is None else devices_per_job
     if wanted < task.processes:
         raise ValueError(

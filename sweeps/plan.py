@@ -16,8 +16,9 @@ from typing import Any
 
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.config import PLACES, key_of, lies_in
-from mtp_lightning.run.layout import SWEEP_FILE
-from mtp_lightning.run.status import now, read_status
+from mtp_lightning.run.layout import SUMMARY_FILE, SWEEP_FILE
+from mtp_lightning.run.status import now, read_status, state_of
+from sweeps.recipe import Recipe
 
 VERSION = 1
 
@@ -37,6 +38,19 @@ class Job:
     overrides: tuple[str, ...]
 
 
+def must_run(folder: Path, *, retry_failed: bool = False) -> bool:
+    """Whether a job is still to be run, to its end.
+
+    Args:
+        folder: of the run.
+        retry_failed: whether a failed one is.
+    """
+    state = state_of(folder)
+    if state == "done":
+        return not (folder / SUMMARY_FILE).is_file()
+    return retry_failed or state != "failed"
+
+
 def without_housekeeping(overrides: Iterable[str]) -> tuple[str, ...]:
     """The overrides that say what a job computes."""
     return tuple(o for o in overrides if not lies_in(key_of(o), PLACES))
@@ -51,6 +65,12 @@ def varied_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
             values.setdefault(key_of(override), set()).add(override)
             counts[key_of(override)] = counts.get(key_of(override), 0) + 1
     return [key for key in values if len(values[key]) > 1 or counts[key] < len(jobs)]
+
+
+def varied_labels(jobs: Sequence[Job]) -> dict[str, tuple[str, ...]]:
+    """By folder, the overrides that tell each job from the others."""
+    varied = set(varied_keys([job.overrides for job in jobs]))
+    return {job.folder: tuple(o for o in job.overrides if key_of(o) in varied) for job in jobs}
 
 
 def digest(overrides: Sequence[str]) -> str:
@@ -78,6 +98,9 @@ def _item(override: str) -> str:
 class Plan:
     """The jobs that a sweep's folder is for, read from and written to ``sweep.json``.
 
+    Attributes:
+        recipes: how jobs are run, by their folders; claims, which run their own, have none.
+
     Args:
         folder: of the sweep; it need not exist.
 
@@ -88,6 +111,7 @@ class Plan:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.jobs: list[Job] = []
+        self.recipes: dict[str, Recipe] = {}
         self._stored: dict[str, Any] = {}
         file = folder / SWEEP_FILE
         if not file.exists():
@@ -99,6 +123,11 @@ class Plan:
             self.jobs = [
                 Job(str(job["folder"]), tuple(job["overrides"])) for job in self._stored["jobs"]
             ]
+            self.recipes = {
+                job["folder"]: Recipe.from_dict(job["run"])
+                for job in self._stored["jobs"]
+                if "run" in job
+            }
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file} cannot be read as version {VERSION} of this file ({error}): "
@@ -115,13 +144,15 @@ class Plan:
             varied: keys to name new folders by; by default those that differ in the batch.
         """
         known = {frozenset(job.overrides): job for job in self.jobs}
+        taken = {job.folder for job in self.jobs}
         wanted = [without_housekeeping(overrides) for overrides in batch]
         varied = varied_keys(wanted) if varied is None else varied
         asked: dict[Job, None] = {}
         for overrides in wanted:
             job = known.get(frozenset(overrides))
             if job is None:
-                job = Job(self._free_name(overrides, varied), overrides)
+                job = Job(self._free_name(overrides, varied, taken), overrides)
+                taken.add(job.folder)
                 known[frozenset(overrides)] = job
                 self.jobs.append(job)
             asked[job] = None
@@ -138,17 +169,22 @@ class Plan:
             "name": self.folder.name,
             "command": list(command),
             "varied": varied_keys([job.overrides for job in self.jobs]),
-            "jobs": [{"folder": j.folder, "overrides": list(j.overrides)} for j in self.jobs],
+            "jobs": [self._entry(job) for job in self.jobs],
             "created": self._stored.get("created", now()),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(content, self.folder / SWEEP_FILE)
 
-    def _free_name(self, overrides: tuple[str, ...], varied: Sequence[str]) -> str:
+    def _entry(self, job: Job) -> dict[str, Any]:
+        entry: dict[str, Any] = {"folder": job.folder, "overrides": list(job.overrides)}
+        recipe = self.recipes.get(job.folder)
+        return entry if recipe is None else {**entry, "run": recipe.to_dict()}
+
+    def _free_name(self, overrides: tuple[str, ...], varied: Sequence[str], taken: set[str]) -> str:
         name = folder_name(overrides, varied)
         status = read_status(self.folder / name)
         other = status is not None and set(status["overrides"]) != set(overrides)
         # Two values may look alike once they are safe for a path.
-        if other or any(job.folder == name for job in self.jobs):
+        if other or name in taken:
             name = f"{name}_{digest(overrides)}"
         return name

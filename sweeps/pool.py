@@ -16,6 +16,8 @@ _LOOK_SECONDS = 0.1
 
 Ended = Callable[[Task], None] | None
 
+LOST = "another worker has it"  # of a watcher: the job is not this pool's any more
+
 
 class Display(Protocol):
     """What shows a sweep while it runs."""
@@ -77,7 +79,8 @@ class Pool:
 
         Args:
             tasks: taken one by one, each when there is room for it.
-            watch: looks at a running task now and then; a text stops it, and is the reason.
+            watch: looks at a running task now and then; a text stops it, and is the reason. At
+                ``LOST`` it is ended without a word in its status.
             ended: told of each task that has ended.
 
         Raises:
@@ -97,7 +100,7 @@ class Pool:
                     for process in self._running if watch is not None else ():
                         reason = watch(process.task)  # type: ignore[misc]
                         if reason is not None and not process.stopping:
-                            process.stop(reason)
+                            process.abandon() if reason is LOST else process.stop(reason)
                     self._display.refresh()
             except BaseException as error:
                 self._stop_all(str(error) if isinstance(error, Interrupted) else repr(error))

@@ -27,7 +27,8 @@ class Task:
         folder: the run's, absolute.
         overrides: what the job computes, for its status file.
         command: the whole command line, the folder included.
-        processes: that train together.
+        processes: that train together on each machine.
+        nodes: machines that train together.
         devices: that it gets; 0 for one a process.
         max_steps: optimizer steps, to tell how long it takes; None where not known.
         on_cpu: whether it asks for the CPU, whatever else there is.
@@ -39,6 +40,7 @@ class Task:
     overrides: tuple[str, ...]
     command: tuple[str, ...]
     processes: int = 1
+    nodes: int = 1
     devices: int = 0
     max_steps: int | None = None
     on_cpu: bool = False
@@ -49,6 +51,19 @@ class Task:
     def label(self) -> str:
         """What to call it in a line."""
         return " ".join(self.labels) or self.folder.name
+
+
+def refuse_several_machines(task: Task) -> None:
+    """Whether a launcher that gives each job one machine can run it.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if task.nodes != 1:
+        raise ValueError(
+            f"trainer.num_nodes={task.nodes} in a sweep takes hydra/launcher=slurm: elsewhere a "
+            "job runs on one machine."
+        )
 
 
 class JobProcess:
@@ -66,9 +81,11 @@ class JobProcess:
         self.task = task
         self.devices = devices
         self._stopping: str | None = None
+        self._abandoned = False
         # At SIGTERM, the processes of a data-parallel run wait for each other for ever (Lightning
         # broadcasts in its signal handler). What they saved last is on the disk in either case.
-        self._end_signal = signal.SIGTERM if task.processes == 1 else signal.SIGKILL
+        alone = task.processes == task.nodes == 1
+        self._end_signal = signal.SIGTERM if alone else signal.SIGKILL
         task.folder.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(task.folder / _LOCK_FILE)
         # A sweep that was killed leaves jobs that are still saving.
@@ -99,7 +116,7 @@ class JobProcess:
                 env=self.devices.environment(),
                 pass_fds=(self._lock.file,),
                 process_group=self._watchdog.group,
-                preexec_fn=_deaf_to(deaf_to) if deaf_to else None,
+                preexec_fn=ignoring(deaf_to) if deaf_to else None,
                 cwd=self.task.cwd,
             )
 
@@ -115,6 +132,8 @@ class JobProcess:
             return False
         self._watchdog.dismiss()
         self._lock.release()
+        if self._abandoned:
+            return True
         state, reason = self._judge(code)
         self._write(state, ended=now(), exit_code=code, reason=reason)
         return True
@@ -127,6 +146,11 @@ class JobProcess:
         """
         self._stopping = reason
         os.killpg(self._watchdog.group, self._end_signal)
+
+    def abandon(self) -> None:
+        """End it at once and leave its status alone: the job is another's, who has begun it."""
+        self._abandoned = True
+        self.kill()
 
     def kill(self) -> None:
         """End it at once."""
@@ -161,8 +185,8 @@ class JobProcess:
         )
 
 
-def _deaf_to(signals: Sequence[signal.Signals]) -> Callable[[], None]:
-    """For the child, before its program begins: ignore signals."""
+def ignoring(signals: Sequence[signal.Signals]) -> Callable[[], None]:
+    """What a child does before its program begins, to ignore signals."""
 
     def setup() -> None:
         for signum in signals:

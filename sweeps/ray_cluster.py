@@ -14,7 +14,7 @@ from typing import Any
 from mtp_lightning.paths import ROOT
 from sweeps.devices import Devices
 from sweeps.follow import follow
-from sweeps.process import JobProcess, Task
+from sweeps.process import JobProcess, Task, refuse_several_machines
 
 
 def run_remotely(task: Task, threads: int) -> None:
@@ -66,15 +66,21 @@ def run(
         remote = ray.remote(max_calls=1, max_retries=0)(run_remotely)
         refs: dict[Task, Any] = {}
         for task in tasks:
+            refuse_several_machines(task)
             n = task.processes
             gpus = 0 if task.on_cpu else gpus_per_process * n
             _check_room(ray, cpus=cpus_per_process * n, gpus=gpus)
             options = remote.options(num_cpus=cpus_per_process * n, num_gpus=gpus)
             refs[task] = options.remote(task, cpus_per_process)
 
+        ended: dict[Task, str] = {}
+
         def over() -> dict[Task, str]:
-            done, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=0)
-            return {task: _error(ray, ref) for task, ref in refs.items() if ref in set(done)}
+            left = {ref: task for task, ref in refs.items() if task not in ended}
+            if left:
+                done, _ = ray.wait(list(left), num_returns=len(left), timeout=0)
+                ended.update((left[ref], _error(ray, ref)) for ref in done)
+            return ended
 
         def cancel(left: Iterable[Task]) -> None:
             for task in left:

@@ -17,7 +17,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.cli import readable_errors
 from mtp_lightning.literal import literal
@@ -34,7 +34,6 @@ from sweeps.process import Task, python_command
 from sweeps.search_space import Space, parse
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
@@ -140,14 +139,14 @@ class Search:
             return
         self._plan.write(self.command)
         self._trials[folder] = [trial]
-        composed = self._compose(overrides, folder)
+        settled = self._compose(overrides, folder)
         yield Task(
             folder=folder,
             overrides=job.overrides,
             command=python_command(app("train"), overrides, folder),
-            processes=count_processes(composed),
-            max_steps=composed.trainer.max_steps,
-            on_cpu=composed.trainer.accelerator == "cpu",
+            processes=count_processes(settled),
+            max_steps=settled["trainer"]["max_steps"],
+            on_cpu=settled["trainer"]["accelerator"] == "cpu",
             labels=tuple(f"{key}={_short(value)}" for key, value in values.items()),
         )
 
@@ -169,15 +168,13 @@ class Search:
             for example in space.examples:
                 values = {**base, key: example}
                 overrides = [f"{k}={v}" for k, v in values.items()] + self.fixed
-                composed = self._compose(overrides, self.folder / "trial")
-                count_processes(composed)
-                steps = composed.trainer.max_steps
+                settled = self._compose(overrides, self.folder / "trial")
+                count_processes(settled)
+                steps = settled["trainer"]["max_steps"]
         return steps
 
-    def _compose(self, overrides: Sequence[str], folder: Path) -> DictConfig:
-        composed = compose_run(overrides)
-        settle(composed, folder)
-        return composed
+    def _compose(self, overrides: Sequence[str], folder: Path) -> dict[str, Any]:
+        return settle(compose_run(overrides), folder)
 
 
 def _short(value: str) -> str:

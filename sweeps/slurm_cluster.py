@@ -1,7 +1,8 @@
 """``hydra/launcher=slurm``: the jobs of a sweep in a Slurm queue, by submitit.
 
 Each is one Slurm task that starts the run as a process of its own, as the local pool does:
-Lightning sees no Slurm, and starts the processes of data-parallel training itself. When Slurm is
+Lightning sees no Slurm, and starts the processes of data-parallel training itself. A run on several
+machines is one Slurm task on each, which starts torchrun. When Slurm is
 about to end a job (its time, a preemption), it sends SIGUSR2 first: the run saves, the job is
 queued again, and the run continues from its checkpoint.
 """
@@ -10,23 +11,30 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.paths import ROOT
 from sweeps.devices import Devices
 from sweeps.follow import follow
-from sweeps.process import JobProcess, Task
+from sweeps.process import JobProcess, Task, ignoring
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
 
+_ASK_SECONDS = 15.0  # the queue is everybody's
+
+
 class SlurmRun:
-    """What a Slurm job does; submitit stores it in a file, and again when it is requeued.
+    """What a Slurm job does, on each of its machines; submitit stores it in a file, and again when
+    it is requeued.
 
     Args:
         task: the run.
@@ -42,8 +50,22 @@ class SlurmRun:
         index = os.environ.get("SLURM_ARRAY_TASK_ID")
         name = f"slurm:{number}" if index is None else f"slurm:{number}_{index}"
         devices = Devices(gpus=None, threads=self.threads, name=name)
+        task, node = self.task, int(os.environ.get("SLURM_NODEID", 0))
+        if task.nodes > 1:
+            task = replace(task, command=torchrun(task, node=node))
         # Slurm sends its signals to all processes of a job.
-        self._process = JobProcess(self.task, devices, deaf_to=(signal.SIGUSR2,))
+        deaf_to = (signal.SIGUSR2,)
+        if node > 0:  # the first machine's process has the run's lock, log and status
+            subprocess.run(
+                task.command,
+                stdin=subprocess.DEVNULL,
+                env=devices.environment(),
+                cwd=task.cwd,
+                preexec_fn=ignoring(deaf_to),
+                check=True,
+            )
+            return
+        self._process = JobProcess(task, devices, deaf_to=deaf_to)
         while not self._process.ended():
             time.sleep(0.2)
 
@@ -55,6 +77,51 @@ class SlurmRun:
         while not self._process.ended():
             time.sleep(0.1)
         return DelayedSubmission(SlurmRun(self.task, self.threads))
+
+
+def torchrun(task: Task, *, node: int) -> tuple[str, ...]:
+    """The command line of a run's processes on one of its machines.
+
+    Args:
+        task: the run.
+        node: the machine's number, from 0; the first one is where all meet.
+    """
+    listed = os.environ["SLURM_JOB_NODELIST"]
+    command = ["scontrol", "show", "hostnames", listed]
+    hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    # A port of the job's own: machines may be shared.
+    port = 20_000 + int(os.environ["SLURM_JOB_ID"]) % 10_000
+    return (
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *(f"--nnodes={task.nodes}", f"--node-rank={node}", f"--nproc-per-node={task.processes}"),
+        *(f"--master-addr={hosts[0]}", f"--master-port={port}", "--max-restarts=0"),
+        *task.command[1:],
+    )
+
+
+def in_arrays(tasks: Sequence[Task], limit: int) -> list[list[Task]]:
+    """The tasks by arrays: all of one ask for the same, and none is longer than Slurm takes."""
+
+    def asks_for(task: Task) -> tuple[int, int, bool]:
+        return task.processes, task.nodes, task.on_cpu
+
+    arrays: list[list[Task]] = []
+    for _, group in itertools.groupby(sorted(tasks, key=asks_for), asks_for):
+        same = list(group)
+        arrays += [same[i : i + limit] for i in range(0, len(same), limit)]
+    return arrays
+
+
+def max_array_size() -> int:
+    """Jobs that this cluster takes in an array; Slurm's own default where it does not say."""
+    try:
+        command = ["scontrol", "show", "config"]
+        shown = subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:
+        shown = ""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
+    # The largest index is one less than this, and the first is 0.
+    return max(1, int(found[1])) if found else 1001
 
 
 def run(
@@ -84,9 +151,9 @@ def run(
 
     folder = tasks[0].folder.parent / ".slurm"
     ids: dict[Task, str] = {}
-    # One array a number of processes: what a job asks for is the array's.
-    by_processes = sorted(tasks, key=lambda task: (task.processes, task.on_cpu))
-    for (n, on_cpu), group in itertools.groupby(by_processes, lambda t: (t.processes, t.on_cpu)):
+    arrays = in_arrays(tasks, max_array_size())
+    for same in arrays:
+        n, nodes, on_cpu = same[0].processes, same[0].nodes, same[0].on_cpu
         try:
             executor = submitit.SlurmExecutor(folder / "%j", max_num_timeout=max_requeues)
         except RuntimeError as error:
@@ -96,19 +163,19 @@ def run(
             "partition": partition,
             "account": account,
             "time": timeout_min,
-            "nodes": 1,
+            "nodes": nodes,
             "ntasks_per_node": 1,
             "cpus_per_task": cpus_per_process * n,
             "gpus_per_node": 0 if on_cpu else gpus_per_process * n,
             "mem": None if mem_gb is None else f"{round(mem_gb * 1024)}M",
-            "array_parallelism": n_jobs,
+            # Slurm counts an array at a time.
+            "array_parallelism": max(1, n_jobs * len(same) // len(tasks)),
             "signal_delay_s": signal_delay_s,
             "stderr_to_stdout": True,
             "additional_parameters": dict(additional or {}),
             "setup": [f"export PYTHONPATH={ROOT}:$PYTHONPATH"],
         }
         executor.update_parameters(**{k: v for k, v in settings.items() if v not in (None, 0)})
-        same = list(group)
         try:
             with executor.batch():
                 jobs = [executor.submit(SlurmRun(task, cpus_per_process)) for task in same]
@@ -127,8 +194,16 @@ class _Queue:
     def __init__(self, ids: dict[Task, str]) -> None:
         self._ids = ids
         self._missed: dict[Task, int] = dict.fromkeys(ids, 0)
+        self._asked = -float("inf")
+        self._over: dict[Task, str] = {}
 
     def over(self) -> dict[Task, str]:
+        if time.monotonic() - self._asked >= _ASK_SECONDS:
+            self._asked = time.monotonic()
+            self._over = self._ask()
+        return self._over
+
+    def _ask(self) -> dict[Task, str]:
         command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:

@@ -35,7 +35,7 @@ RANK = {
     **dict.fromkeys(["init_from", "loggers"], 6),
     **dict.fromkeys(["module", "callbacks"], 7),
     "experiment": 8,
-    "apps": 9,
+    **dict.fromkeys(["apps", "plan"], 9),
     **dict.fromkeys(["console", "notebook"], 10),
 }
 
@@ -51,7 +51,7 @@ SHARED_WITH_SWEEPS = (
 
 LIGHTNING = ("mtp_lightning/module", "mtp_lightning/callbacks/", "mtp_lightning/loggers/")
 EXPERIMENT = "mtp_lightning/experiment/"
-CONFIGURED = (EXPERIMENT, "mtp_lightning/apps/", "mtp_lightning/literal.py")
+CONFIGURED = (EXPERIMENT, *(f"mtp_lightning/{n}" for n in ("apps/", "literal.py", "plan.py")))
 LAZY = (
     "tokenizers",
     "datasets",

@@ -14,9 +14,15 @@ from omegaconf import DictConfig
 
 
 class _SweepLauncher(Launcher):
-    """Keeps its settings for the module of ``sweeps/`` that runs the jobs."""
+    """Keeps its settings for the module of ``sweeps/`` that runs the jobs.
 
-    module: str
+    Attributes:
+        module: that one; None for a launcher that leaves them to workers.
+        composes: all jobs' configs, before the first one starts: no sweeper need do it.
+    """
+
+    module: str | None
+    composes = True
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -36,8 +42,9 @@ class _SweepLauncher(Launcher):
         from sweeps.launch import launch
 
         assert self.config is not None and self.hydra_context is not None
+        run = self.module and partial(import_module(self.module).run, **self.settings)
         return launch(
-            partial(import_module(self.module).run, **self.settings),
+            run or None,
             config=self.config,
             hydra_context=self.hydra_context,
             batch=job_overrides,
@@ -48,6 +55,12 @@ class LocalPoolLauncher(_SweepLauncher):
     """``hydra/launcher=local_pool``"""
 
     module = "sweeps.local_pool"
+
+
+class PlanLauncher(_SweepLauncher):
+    """``hydra/launcher=plan``"""
+
+    module = None
 
 
 class SlurmLauncher(_SweepLauncher):

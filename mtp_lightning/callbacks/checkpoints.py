@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 from mtp_lightning.callbacks.base import run_callbacks
-from mtp_lightning.run.checkpoints import intact, link_or_copy, load, save, stored_step
+from mtp_lightning.run.checkpoints import KEEP, intact, link_or_copy, load, save, stored_step
 from mtp_lightning.run.layout import BEST, LAST, PREVIOUS
 from mtp_lightning.settings import require_choice, require_whole
 
@@ -40,6 +40,7 @@ class Checkpoints(Checkpoint):
         every_n_steps: optimizer steps between two `last.ckpt`, >= 1.
         monitor: the logged validation value that decides the best file; null keeps no best file.
         mode: `min` or `max`.
+        keep: what is left of a run that has ended well: `all`, `weights` or `none`.
 
     Raises:
         ValueError: on a wrong setting, or when `monitor` was not logged by a validation.
@@ -51,12 +52,14 @@ class Checkpoints(Checkpoint):
         every_n_steps: int = 100,
         monitor: str | None = "val/loss_depth_0",
         mode: str = "min",
+        keep: str = "all",
     ) -> None:
         group = "callbacks.checkpoints"
         self.folder = Path(folder)
         self.every_n_steps = require_whole(f"{group}.every_n_steps", every_n_steps, least=1)
         self.monitor = monitor
         self.mode = require_choice(f"{group}.mode", mode, ("min", "max"))
+        self.keep = require_choice(f"{group}.keep", keep, KEEP)
         self.best_score: float | None = None
         self.best_step: int | None = None
         self._saved_step: int | None = None

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning import compare
 from mtp_lightning.callbacks.base import run_callbacks
+from mtp_lightning.callbacks.checkpoints import Checkpoints
 from mtp_lightning.cli import Stopped
 from mtp_lightning.experiment.build import (
     adopt_trunk,
@@ -80,6 +81,12 @@ def prepare(cfg: DictConfig, folder: Path) -> Prepared:
     cfg = settle_device(cfg)
     resume_from = checkpoints.newest_intact(folder / CHECKPOINTS)
     stored = None if resume_from is None else checkpoints.load(resume_from)
+    keeps_none = OmegaConf.select(cfg, "callbacks.checkpoints.keep") == "none"
+    if stored is None and keeps_none and (folder / SUMMARY_FILE).is_file():
+        raise ValueError(
+            f"{folder} holds a finished run that kept no checkpoint to go on from: take another "
+            "run_dir."
+        )
     if stored is not None:
         cfg = recall_data(cfg, stored.get("config", {}))
     start: Start | None = None
@@ -185,6 +192,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if trainer.is_global_zero:
         print_summary(summary, depth=module.model.depth)
         print_sample(module.model, data, seed=cfg.seed)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Checkpoints):
+                checkpoints.keep(callback.folder, callback.keep)
         print_paths(folder)
     return summary
 
@@ -223,6 +233,11 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
         raise ValueError(
             f"{source} holds another architecture than this config ({'; '.join(differences)}): "
             "start in another run_dir, or go back to the settings that the run began with."
+        )
+    if checkpoint.get("optimizer_states") == []:
+        raise ValueError(
+            f"{source} holds the weights alone (callbacks.checkpoints.keep=weights), from which no "
+            "run goes on: start another one by init_from."
         )
     rule = checkpoint["balance"]["rule"]
     if rule != module.balance.name:

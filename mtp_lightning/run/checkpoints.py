@@ -121,6 +121,36 @@ def newest_intact(folder: str | Path) -> Path | None:
     return max(found)[2] if found else None
 
 
+KEEP = ("all", "weights", "none")
+
+
+def keep(folder: str | Path, what: str) -> None:
+    """Of the checkpoints of a run that has ended well, what is still wanted.
+
+    Args:
+        folder: of the checkpoints.
+        what: ``all``; ``weights``: `last.ckpt` and `best.ckpt` without the optimizer's state, a
+            third of the bytes, from which no run goes on; ``none``: no file.
+    """
+    folder = Path(folder)
+    last, best = folder / LAST, folder / BEST
+    if what == "all":
+        return
+    (folder / PREVIOUS).unlink(missing_ok=True)
+    if what == "none":
+        last.unlink(missing_ok=True)
+        best.unlink(missing_ok=True)
+        return
+    one = last.is_file() and best.is_file() and last.samefile(best)
+    for path in (last,) if one else (last, best):
+        if path.is_file():
+            content = load(path)
+            content["optimizer_states"] = []
+            save(content, path)
+    if one:
+        link_or_copy(last, best)
+
+
 def require_plain(value: Any, where: str = "checkpoint") -> None:
     """Refuse what `weights_only=True` would not load, at saving time, when it can still be mended.
 

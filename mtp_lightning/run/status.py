@@ -49,6 +49,10 @@ def write_status(folder: Path, overrides: Sequence[str], state: str, **values: A
     assert state in STATES
     folder.mkdir(parents=True, exist_ok=True)
     content = {**_blank(overrides), "state": state, **values}
+    if state == "pending":
+        # As good as no file: a thousand of them need not wait for the disk.
+        (folder / STATUS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        return
     write_json(content, folder / STATUS_FILE, shared=True)  # by a sweep and its cluster
 
 

@@ -94,11 +94,14 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
 def print_paths(folder: Path) -> None:
     """Where everything is that the run wrote."""
     shown = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
-    print(f"checkpoints   {shown / CHECKPOINTS / BEST}, {LAST}")
+    kept = (folder / CHECKPOINTS / LAST).is_file()
+    if kept:
+        print(f"checkpoints   {shown / CHECKPOINTS / BEST}, {LAST}")
     print(f"metrics       {shown / METRICS_FILE}, {SUMMARY_FILE}")
     typed = shlex.quote(str(shown))
     print(f"charts        tensorboard --logdir {typed}")
-    print(f"text          {program('generate')} checkpoint={typed} prompt='...'")
+    if kept:
+        print(f"text          {program('generate')} checkpoint={typed} prompt='...'")
 
 
 def _number(value: float | None, form: str) -> str:

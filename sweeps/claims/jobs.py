@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import open_dict
 
 from mtp_lightning.paths import app
 from mtp_lightning.run.config import flatten, has_bearing, is_plain, lies_in
@@ -112,21 +112,19 @@ class _Arm:
         composed = copy.deepcopy(self._composed)
         with open_dict(composed):
             composed.seed = seed
-        settle(composed, runs / "run")
+        settled = settle(composed, runs / "run")
         return ClaimJob(
             arm=self._name,
             seed=seed,
-            folder=_folder(composed, seed),
+            folder=_folder(settled, seed),
             overrides=(*self._overrides, f"seed={seed}"),
-            max_steps=composed.trainer.max_steps,
-            processes=count_processes(composed),
+            max_steps=settled["trainer"]["max_steps"],
+            processes=count_processes(settled),
         )
 
 
-def _folder(composed: DictConfig, seed: int) -> str:
+def _folder(settled: dict[str, Any], seed: int) -> str:
     """``sequential_depth-2_seed-0_0123456789ab``: to be found by people, and told apart."""
-    config = OmegaConf.to_container(composed)
-    assert isinstance(config, dict)
-    depth, target = composed.mtp.depth, str(composed.mtp._target_)
+    depth, target = settled["mtp"]["depth"], str(settled["mtp"]["_target_"])
     head = "none" if is_plain(depth, target) else f"{target.split('.')[-2]}_depth-{depth}"
-    return f"{head}_seed-{seed}_{digest(config)}"  # type: ignore[arg-type]
+    return f"{head}_seed-{seed}_{digest(settled)}"

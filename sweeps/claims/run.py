@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mtp_lightning.run.layout import SUMMARY_FILE
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
 from sweeps.claims.claim import Claim
@@ -13,7 +12,7 @@ from sweeps.claims.commit import commit_of
 from sweeps.claims.jobs import ClaimJob, jobs
 from sweeps.claims.register import Register, read_register, write_register
 from sweeps.local_pool import make_pool
-from sweeps.plan import Job, Plan
+from sweeps.plan import Job, Plan, must_run
 
 
 def run(
@@ -57,7 +56,7 @@ def run(
             _register(claim, asked[claim.label], runs, commits[claim.label])
         todo = _in_turn(list(asked.values()))
         _plan(todo, runs, command)
-        waiting = [job for job in todo if _must_run(runs / job.folder, retry_failed=retry_failed)]
+        waiting = [job for job in todo if must_run(runs / job.folder, retry_failed=retry_failed)]
         print(f"{len(todo)} runs in {runs}, {len(todo) - len(waiting)} ended before", flush=True)
         if waiting:
             tasks = [job.task(runs) for job in waiting]
@@ -100,10 +99,3 @@ def _plan(todo: Sequence[ClaimJob], runs: Path, command: Sequence[str]) -> None:
     known = {job.folder for job in plan.jobs}
     plan.jobs += [Job(job.folder, job.overrides) for job in todo if job.folder not in known]
     plan.write(command)
-
-
-def _must_run(folder: Path, *, retry_failed: bool) -> bool:
-    state = state_of(folder)
-    if state == "done":
-        return not (folder / SUMMARY_FILE).is_file()
-    return retry_failed or state != "failed"

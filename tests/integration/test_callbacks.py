@@ -8,12 +8,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.run.metrics import read_column
 from sweeps.report.read import read_run
-from tests.integration.helpers import config, rows, train_here
+from tests.integration.helpers import config, rows, train_here, weights
 
 
 @pytest.mark.parametrize("monitor", ["train/loss", "train/loss_depth_2", "val/accuracy_depth_1"])
@@ -119,3 +120,29 @@ def test_a_callback_adds_to_the_summary(
 
     train_with(tmp_path, cache, monkeypatch, Counts())
     assert json.loads((tmp_path / "summary.json").read_text())["mine/pauses"] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["weights", "none"])
+def test_what_is_kept_of_a_run_that_has_ended_well(tmp_path: Path, cache: Path, kept: str) -> None:
+    settings = {"callbacks.checkpoints.every_n_steps": 4, "mtp.depth": 1}
+    whole, small = tmp_path / "whole", tmp_path / "small"
+    train_here(whole, cache, settings)
+    train_here(small, cache, {**settings, "callbacks.checkpoints.keep": kept})
+    assert rows(whole) == rows(small)
+    files = {path.name: path.stat().st_size for path in (small / "checkpoints").iterdir()}
+    if kept == "none":
+        assert files == {}
+        told = "kept no checkpoint"
+    else:
+        assert set(files) == {"last.ckpt", "best.ckpt"}
+        assert files["last.ckpt"] < 0.6 * (whole / "checkpoints" / "last.ckpt").stat().st_size
+        for name in files:
+            a, b = weights(whole, name), weights(small, name)
+            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        same = [(run / "checkpoints" / name) for run in (whole, small) for name in files]
+        assert same[0].samefile(same[1]) == same[2].samefile(same[3])
+        told = "holds the weights alone"
+        train_here(tmp_path / "next", cache, {**settings, "init_from": small})
+    with pytest.raises(ValueError, match=told):
+        train_here(small, cache, {**settings, "trainer.max_steps": 20})

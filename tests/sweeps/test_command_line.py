@@ -146,7 +146,12 @@ WRONG = {
     "no such option": ({"mtp": "sequential,sequentail"}, (), "mtp/sequentail"),
     "no such key": ({"mtp.depht": "0,1"}, (), "mtp.depht"),
     "missing value": ({"data": "text", "seed": "0,1"}, (), "data.paths has no value"),
-    "several machines": ({"seed": "0,1", "trainer.num_nodes": 2}, (), "trainer.num_nodes=2"),
+    "several machines": (
+        {"trainer.num_nodes": "1,2", "trainer.strategy": "ddp"},
+        (),
+        "trainer.num_nodes=2 in a",
+    ),
+    "machines without a strategy": ({"trainer.num_nodes": "1,2"}, (), "trainer.num_nodes=2 needs"),
     "unknown number": ({"trainer.devices": "1,-1"}, (), "trainer.devices=-1"),
     "no strategy": ({"trainer.devices": "1,2"}, (), "needs trainer.strategy=ddp"),
     "batches": ({"seed": "0,1"}, ("hydra.sweeper.max_batch_size=1",), "max_batch_size"),
@@ -182,7 +187,9 @@ def test_interrupted_by_ctrl_c(tmp_path: Path, cache: Path, strategy: str) -> No
         "trainer.strategy": strategy,
         "trainer.devices": 2 if strategy == "ddp" else 1,
     }
-    args = command(folder, cache, settings)
+    # Each process of a data-parallel job takes a place.
+    places = settings["trainer.devices"] * 2
+    args = command(folder, cache, settings, f"hydra.launcher.n_jobs={places}")
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(args, stdout=log, stderr=log, env=environment(), cwd=tmp_path)
     wait_until(lambda: len(list(folder.glob("*/checkpoints/last.ckpt"))) == 2)

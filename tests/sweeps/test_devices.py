@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from sweeps import devices
+from sweeps.cores import cores, cpu_quota
 from sweeps.devices import DeviceQueue, choose_gpus, clean_environment
 
 
@@ -15,7 +18,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gpus_are_handed_out_once() -> None:
-    queue = DeviceQueue(gpus=["0", "1", "2"], n_tasks=9)
+    queue = DeviceQueue(gpus=["0", "1", "2"])
     one, two = queue.take(1), queue.take(2)
     assert one is not None and two is not None
     assert (one.gpus, two.gpus) == (("0",), ("1", "2"))
@@ -35,25 +38,32 @@ def test_a_job_that_can_never_run_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_jobs", "n_tasks", "processes", "at_once", "threads"),
+    ("n_jobs", "given", "processes", "at_once", "threads"),
     [
-        (None, 9, 1, 8, 1),  # a job a core
-        (None, 9, 2, 4, 1),  # a core a process
-        (None, 9, 3, 2, 1),
-        (None, 9, 20, 1, 1),
-        (8, 9, 1, 8, 1),
-        (2, 9, 1, 2, 4),
-        (2, 9, 2, 2, 2),  # the processes of a job share
-        (8, 9, 2, 8, 1),
-        (None, 1, 1, 1, 1),  # as many threads, whatever other jobs there are
-        (1, 9, 1, 1, 8),  # a single job at a time gets all
-        (20, 30, 1, 20, 1),
+        (None, None, 1, 8, 1),  # a job a core
+        (None, None, 2, 4, 1),  # a core a process
+        (None, None, 3, 2, 1),
+        (None, None, 20, 1, 1),
+        (8, None, 1, 8, 1),
+        (2, None, 1, 2, 1),
+        (2, None, 2, 2, 1),
+        (8, None, 2, 4, 1),  # a job of two processes takes two places
+        (20, None, 1, 20, 1),  # who asks for more than there is gets it
+        (20, None, 2, 10, 1),
+        (None, 2, 1, 4, 2),
+        (None, 2, 2, 2, 2),
+        (None, 16, 1, 1, 16),
+        (None, "auto", 1, 1, 8),  # a single job at a time gets all
+        (None, "auto", 2, 1, 4),  # and its processes share
+        (2, "auto", 1, 2, 4),
+        (2, "auto", 2, 2, 2),
+        (20, "auto", 1, 20, 1),
     ],
 )
 def test_cores_are_divided(
-    n_jobs: int | None, n_tasks: int, processes: int, at_once: int, threads: int
+    n_jobs: int | None, given: int | str | None, processes: int, at_once: int, threads: int
 ) -> None:
-    queue = DeviceQueue(n_jobs=n_jobs, n_tasks=n_tasks)
+    queue = DeviceQueue(n_jobs=n_jobs, threads=given)
     taken = [queue.take(processes) for _ in range(at_once)]
     assert queue.take(processes) is None
     first = taken[0]
@@ -68,6 +78,61 @@ def test_cores_are_divided(
     assert None not in again and queue.take(processes) is None
     # A job for the CPU does not find the GPU that is there.
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_with_gpus_a_process_has_its_gpus_share_of_the_cores() -> None:
+    queue = DeviceQueue(gpus=["0", "1", "2", "3"], host="node1")
+    one, two = queue.take(1), queue.take(2)
+    assert one is not None and two is not None
+    assert one.threads == two.threads == 2
+    assert (str(one), str(two)) == ("node1:cuda:0", "node1:cuda:1,2")
+    given = DeviceQueue(gpus=["0", "1"], threads=3).take(1)
+    assert given is not None and given.threads == 3
+
+
+@pytest.mark.parametrize("wrong", [0, -1, "all", 1.5])
+def test_threads_are_a_number_or_auto(wrong: object) -> None:
+    with pytest.raises(ValueError, match=rf"threads_per_process={wrong}: give a number"):
+        DeviceQueue(threads=wrong)  # type: ignore[arg-type]
+
+
+GROUPS = {
+    "no limit": ({"sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
+    "nothing to read": ({}, None),
+    "a container": ({"sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2.0),
+    "a group in a group": (
+        {
+            "proc/self/cgroup": "0::/user.slice/job.scope\n",
+            "sys/fs/cgroup/user.slice/cpu.max": "150000 50000\n",
+            "sys/fs/cgroup/user.slice/job.scope/cpu.max": "max 100000\n",
+        },
+        3.0,
+    ),
+    "version 1": (
+        {
+            "proc/self/cgroup": "3:cpu,cpuacct:/docker/1\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "50000\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+        },
+        0.5,
+    ),
+    "version 1 without": ({"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n"}, None),
+    "damaged": ({"sys/fs/cgroup/cpu.max": "what\n"}, None),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_the_quota_of_control_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    files, quota = GROUPS[case]
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cpu_quota(tmp_path) == quota
+    monkeypatch.setattr("sweeps.cores.cpu_quota", lambda: quota)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
+    assert cores() == (16 if quota is None else max(1, int(quota)))
 
 
 def test_no_jobs_at_once_are_refused() -> None:

@@ -33,7 +33,7 @@ def task(folder: Path, program: str, **values: Any) -> Task:
 
 def pool(n_tasks: int, *, n_jobs: int = 2, grace_seconds: float = 20.0, **queue: Any) -> Pool:
     return Pool(
-        queue=DeviceQueue(n_jobs=n_jobs, n_tasks=n_tasks, **queue),
+        queue=DeviceQueue(n_jobs=n_jobs, **queue),
         display=Lines(n_tasks),
         grace_seconds=grace_seconds,
     )
@@ -163,7 +163,7 @@ for name, program in (("one", saves), ("two", sys.argv[2] == "deaf" and deaf or 
     command = ("sh", "-c", f"cd {base / name}; {program}")
     n = 2 if sys.argv[2] == "ddp" else 1
     tasks.append(Task(folder=base / name, overrides=(name,), command=command, processes=n))
-Pool(queue=DeviceQueue(n_jobs=2, n_tasks=2), display=Lines(2), grace_seconds=1).run(tasks)
+Pool(queue=DeviceQueue(n_jobs=4), display=Lines(2), grace_seconds=1).run(tasks)
 """
 
 

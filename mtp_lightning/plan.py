@@ -1,0 +1,344 @@
+"""What a training would take on GPUs, on paper, from the code's own counts.
+
+    python -m mtp_lightning.plan model=large mtp.depth=1 data.seq_len=4096 data.batch_size=4 \\
+        devices=8,64 tokens=1e11
+
+Parameters, memory a device by strategy, tokens a second and days. Everything is an estimate: no GPU
+was used, and the rates are assumed and shown. Every further KEY=VALUE is one of train.py's; one
+micro-batch of a device is ``data.batch_size`` windows of ``data.seq_len``.
+
+Bytes of a weight: 4 + 4 + 8 for the fp32 weight, its gradient and AdamW's two moments, as train.py
+keeps them under bf16-mixed, and 2 for the bf16 copy where it is used.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from mtp_lightning.cli import readable_errors
+from mtp_lightning.model import ModelConfig
+from mtp_lightning.nn.attention import GroupedQueryConfig, qkv_width
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.feed_forward import DenseConfig
+from mtp_lightning.nn.mla import LatentAttentionConfig
+from mtp_lightning.nn.moe import ExpertsConfig
+from mtp_lightning.objective.through_head import chunk_rows
+
+STRATEGIES = ("ddp", "fsdp", "hsdp")
+_STATES = 16  # bytes of a weight: itself, its gradient and two moments, in fp32
+_HALF = 2  # bytes of a bf16 number
+_SINGLE = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """What is assumed of them; the defaults are an H100's (SXM), with eight in a machine.
+
+    Attributes:
+        peak: bf16 FLOP/s of a device, as published for dense matrices.
+        mfu: part of it that training reaches, where nothing waits for the network.
+        memory: bytes of a device.
+        in_machine: devices of one machine, which are one hsdp shard.
+        near: bytes a second that a device sends to others of its machine (NVLink, as seen).
+        far: the same between machines (400 Gb/s a device).
+    """
+
+    peak: float = 989e12
+    mfu: float = 0.4
+    memory: float = 80e9
+    in_machine: int = 8
+    near: float = 350e9
+    far: float = 45e9
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) <= 0:
+                raise ValueError(f"{field.name} must be above 0, not {getattr(self, field.name)}.")
+        if self.mfu > 1:
+            raise ValueError(f"mfu={self.mfu} is a part of the peak: at most 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of a device.
+
+    Attributes:
+        states: weights, gradients and moments that it keeps.
+        gathered: weights that are whole for a while, and the gradients that go with them.
+        activations: kept for the backward pass of one micro-batch.
+        head: logits of a chunk.
+    """
+
+    states: float
+    gathered: float
+    activations: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        """Of all; what the allocator and the libraries take comes on top."""
+        return self.states + self.gathered + self.activations + self.head
+
+
+def kept_bytes(trunk: TrunkConfig, layer: int | None = None) -> int:
+    """Bytes a token that a block keeps for its backward pass, its attention fused (no [T, T]).
+
+    Inputs of matrices and of attention in bf16, the two norms' inputs in fp32, as the residual
+    stream is under autocast. With ``recompute`` the block's input alone.
+
+    Args:
+        trunk: its config.
+        layer: of the trunk; None is a prediction module's.
+
+    Raises:
+        ValueError: a layer that is not this project's, which this does not know.
+    """
+    if trunk.recompute:
+        return _SINGLE * trunk.d_model
+    numbers = _of_attention(trunk) + _of_feed_forward(trunk, layer)
+    return _HALF * numbers + _SINGLE * (2 * trunk.d_model + trunk.n_heads)
+
+
+def _of_attention(trunk: TrunkConfig) -> int:
+    layer, heads = trunk.attention, trunk.n_heads
+    if isinstance(layer, GroupedQueryConfig):
+        return trunk.d_model + qkv_width(trunk) + heads * trunk.d_head
+    if isinstance(layer, LatentAttentionConfig):
+        latents = 2 * (layer.q_rank or 0) + 2 * layer.kv_rank + layer.d_rope
+        return trunk.d_model + latents + heads * (2 * layer.d_head + 2 * layer.d_value)
+    raise ValueError(f"What {type(layer).__name__} keeps for its backward pass is not known here.")
+
+
+def _of_feed_forward(trunk: TrunkConfig, layer: int | None) -> int:
+    config, d_model = trunk.feed_forward, trunk.d_model
+    if isinstance(config, DenseConfig) or (
+        isinstance(config, ExpertsConfig) and config.is_dense(layer)
+    ):
+        return d_model + 3 * trunk.d_ff
+    if isinstance(config, ExpertsConfig):
+        routed = config.top_k * (2 * d_model + 3 * config.d_expert)
+        return d_model + 2 * config.n_routed + routed + 3 * config.n_shared * config.d_expert
+    raise ValueError(f"What {type(config).__name__} keeps for its backward pass is not known here.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A training on paper.
+
+    Attributes:
+        model: trunk and stack.
+        seq_len: T.
+        batch: windows of a device's micro-batch.
+        devices: of all machines.
+        machines: what is assumed of them.
+    """
+
+    model: ModelConfig
+    seq_len: int
+    batch: int
+    devices: int
+    machines: Machines = Machines()
+
+    @property
+    def shard(self) -> int:
+        """Devices that an hsdp replica is split over."""
+        return min(self.devices, self.machines.in_machine)
+
+    def memory(self, strategy: str) -> Memory:
+        """Bytes of a device.
+
+        ddp keeps everything, a second copy of the gradients in its buckets, and bf16 copies. fsdp
+        keeps its part, and whole in bf16 the root (embedding, head and what is in no block), this
+        block and the next one, with one block's fp32 gradient on its way.
+
+        Args:
+            strategy: ``ddp``, ``fsdp`` over all devices, or ``hsdp``, a replica a machine.
+        """
+        params, block = self.model.num_params(), self._largest_block()
+        if strategy == "ddp":
+            states, gathered = float(_STATES * params), (_SINGLE + _HALF) * params
+        else:
+            shard = self.devices if strategy == "fsdp" else self.shard
+            states = _STATES * params / shard
+            gathered = _HALF * (self._root_params() + 2 * block) + _SINGLE * block
+            gathered = gathered if shard > 1 else _HALF * params
+        trunk = self.model.trunk
+        rows = min(chunk_rows(trunk.vocab_size, torch.device("cuda")), self.batch * self.seq_len)
+        return Memory(
+            states=states,
+            gathered=gathered,
+            activations=self.batch * self.seq_len * self._kept(),
+            head=(_SINGLE + _HALF) * rows * trunk.vocab_size,
+        )
+
+    def compute_seconds(self) -> float:
+        """Of one micro-batch, at the assumed MFU."""
+        flops = self.model.flops_per_token(self.seq_len) * self.batch * self.seq_len
+        return flops / (self.machines.peak * self.machines.mfu)
+
+    def network_seconds(self, strategy: str) -> float:
+        """Of one step of one micro-batch: rings, each over its slowest link, one after the other.
+
+        ddp: all-reduce of fp32 gradients. fsdp: bf16 weights gathered for the forward and again for
+        the backward pass, fp32 gradients reduced and scattered. hsdp: that within machines, then an
+        all-reduce of each device's part between them.
+        """
+        params, n = self.model.num_params(), self.devices
+        if strategy == "ddp":
+            return self._ring(2 * _SINGLE * params, n, self._link(n))
+        moved = (2 * _HALF + _SINGLE) * params
+        if strategy == "fsdp":
+            return self._ring(moved, n, self._link(n))
+        replicas = n // self.shard
+        between = self._ring(2 * _SINGLE * params / self.shard, replicas, self.machines.far)
+        return self._ring(moved, self.shard, self.machines.near) + between
+
+    def tokens_per_second(self, strategy: str) -> float:
+        """Of all devices, when the longer of arithmetic and network hides the other."""
+        seconds = max(self.compute_seconds(), self.network_seconds(strategy))
+        return self.devices * self.batch * self.seq_len / seconds
+
+    def _link(self, n: int) -> float:
+        machines = self.machines
+        return machines.near if n <= machines.in_machine else machines.far
+
+    def _ring(self, moved: float, n: int, link: float) -> float:
+        return moved * (n - 1) / n / link
+
+    def _kept(self) -> float:
+        """Bytes a token of all blocks; a stack's modules as so many blocks as their FLOPs are."""
+        trunk, mtp = self.model.trunk, self.model.mtp
+        own = sum(kept_bytes(trunk, layer) for layer in range(trunk.n_layers))
+        flops = mtp.module_flops(trunk, self.seq_len, range(1, mtp.depth + 1))
+        outputs = _SINGLE * trunk.d_model * (1 + mtp.depth)
+        # Of the one block that is just computed again.
+        again = kept_bytes(replace(trunk, recompute=False)) if trunk.recompute else 0
+        return own + flops / trunk.block_flops(self.seq_len) * kept_bytes(trunk) + outputs + again
+
+    def _largest_block(self) -> int:
+        trunk = self.model.trunk
+        return max(trunk.block_params(layer) for layer in range(trunk.n_layers))
+
+    def _root_params(self) -> int:
+        """Of what is in no block: embedding, head, norms, and a stack's parts beside its blocks."""
+        trunk = self.model.trunk
+        blocks = sum(trunk.block_params(layer) for layer in range(trunk.n_layers))
+        stack = self.model.num_params() - trunk.num_params()
+        in_blocks = stack // trunk.block_params() * trunk.block_params()
+        return trunk.num_params() - blocks + stack - in_blocks
+
+
+def describe(plans: Sequence[Plan], tokens: float) -> Iterator[str]:
+    """The lines that tell of a training on several numbers of devices.
+
+    Args:
+        plans: of one model.
+        tokens: that it is trained on.
+    """
+    first, machines = plans[0], plans[0].machines
+    model = first.model
+    flops = model.flops_per_token(first.seq_len)
+    yield (
+        f"{model.num_params() / 1e9:.3f}B parameters, {model.num_active_params() / 1e9:.3f}B for a "
+        f"token; {flops / 1e9:.2f} GFLOPs a token at T={first.seq_len}; {first.batch} windows a "
+        f"device"
+    )
+    yield (
+        f"estimated, not run: MFU {machines.mfu:g} of {machines.peak / 1e12:g} TFLOP/s, "
+        f"{machines.memory / 1e9:g} GB, {machines.in_machine} devices a machine, "
+        f"{machines.near / 1e9:g} GB/s within and {machines.far / 1e9:g} GB/s between machines"
+    )
+    yield (
+        "devices  strategy  states  gathered  activations  head  total GB  fits  network/compute  "
+        f"tokens/s  days for {tokens:.3g}"
+    )
+    for plan in plans:
+        for strategy in STRATEGIES:
+            memory = plan.memory(strategy)
+            parts = (memory.states, memory.gathered, memory.activations, memory.head, memory.total)
+            gigabytes = "  ".join(f"{part / 1e9:.1f}" for part in parts)
+            fits = "yes" if memory.total <= 0.9 * machines.memory else "no"
+            rate = plan.tokens_per_second(strategy)
+            network = plan.network_seconds(strategy) / plan.compute_seconds()
+            yield (
+                f"{plan.devices}  {strategy}  {gigabytes}  {fits}  {network:.2f}  {rate:,.0f}  "
+                f"{tokens / rate / 86_400:.1f}"
+            )
+
+
+def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
+    """From a command line: the plans, and the tokens.
+
+    Args:
+        arguments: ``devices``, ``tokens``, ``vocab_size`` and what is assumed of machines, by
+            ``KEY=VALUE``; all others are train.py's.
+
+    Raises:
+        ValueError: a value that is no number, or settings that do not fit together.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    from mtp_lightning.experiment.build import build_model_config
+    from mtp_lightning.paths import CONF
+
+    own = {"devices": "8", "tokens": "1e11", "vocab_size": "32768"}
+    own |= {field.name: str(field.default) for field in fields(Machines)}
+    given = dict(a.split("=", 1) for a in arguments if a.split("=", 1)[0] in own and "=" in a)
+    rest = [a for a in arguments if a.split("=", 1)[0] not in given]
+    own |= given
+    try:
+        numbers = {key: float(value) for key, value in own.items() if key != "devices"}
+        devices = [int(n) for n in own["devices"].split(",")]
+    except ValueError as error:
+        raise ValueError(f"devices, tokens and what is assumed are numbers: {error}.") from None
+    machines = Machines(
+        **{f.name: type(f.default)(numbers[f.name]) for f in fields(Machines)}  # type: ignore[misc]
+    )
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("config", overrides=["paths.output_dir=plan", *rest])
+    except HydraException as error:
+        raise ValueError(f"{' '.join(rest)} does not compose: {error}") from error
+    if cfg.data.seq_len is None:
+        raise ValueError("data.seq_len has no value: give it as data.seq_len=...")
+    model = build_model_config(cfg, int(numbers["vocab_size"]))
+    for n in devices:
+        if n < 1 or (n > machines.in_machine and n % machines.in_machine):
+            raise ValueError(
+                f"devices={n}: give at least 1, and whole machines of {machines.in_machine}."
+            )
+    plans = [
+        Plan(
+            model=model,
+            seq_len=cfg.data.seq_len,
+            batch=cfg.data.batch_size,
+            devices=n,
+            machines=machines,
+        )
+        for n in devices
+    ]
+    return plans, numbers["tokens"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        print("\n".join(f"{f.name}={f.default:g}" for f in fields(Machines)))
+        return
+    with readable_errors():
+        lines = list(describe(*plans_of(arguments)))
+        head, rows = lines[:2], [line.split("  ") for line in lines[2:]]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+        print("\n".join([*head, *table]))
+
+
+if __name__ == "__main__":
+    main()

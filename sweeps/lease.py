@@ -1,0 +1,179 @@
+"""Which worker has which job, settled by files in the sweep's folder alone.
+
+``.leases/JOB.N`` is created exclusively (O_EXCL), so that of all workers on all machines one gets
+it. Its owner touches it every few seconds; a lease that nobody has touched for some minutes is
+stale, and is taken over by creating ``JOB.N+1``, which again one can. Nothing is ever removed, so
+that nobody can remove what another has just made. An owner that was only asleep finds the next
+number, and lets go.
+
+All times are the file server's, which sets them and is asked for its present one in the same way:
+clocks of machines need not agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+FOLDER = ".leases"
+STALE_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The newest lease of a job.
+
+    Attributes:
+        job: the name of its folder.
+        number: how many workers have had it, this one included.
+        age: seconds since it was touched; infinite when its owner has let go.
+    """
+
+    job: str
+    number: int
+    age: float
+
+
+class Leases:
+    """The leases of a sweep, as one worker sees and takes them. Threads may share it.
+
+    Args:
+        folder: of the sweep.
+        owner: what this worker is called; no other has the same.
+        stale_seconds: after which a lease that nobody touches is free.
+    """
+
+    def __init__(self, folder: Path, *, owner: str, stale_seconds: float = STALE_SECONDS) -> None:
+        self._folder = folder / FOLDER
+        self._owner = owner
+        self._stale = stale_seconds
+        self._held: dict[str, int] = {}
+        self._lock = Lock()
+
+    @property
+    def held(self) -> list[str]:
+        """The jobs that this worker has."""
+        with self._lock:
+            return list(self._held)
+
+    def look(self) -> dict[str, Lease]:
+        """The newest lease of every job that ever had one."""
+        newest: dict[str, int] = {}
+        for name in _names(self._folder):
+            job, _, digits = name.rpartition(".")
+            newest[job] = max(newest.get(job, 0), int(digits))
+        found = {}
+        now = self._now() if newest else 0.0
+        for job, number in newest.items():
+            file = self._folder / f"{job}.{number}"
+            with suppress(OSError):
+                touched = file.stat().st_mtime
+                age = float("inf") if touched == 0 else now - touched
+                found[job] = Lease(job, number, age)
+        return found
+
+    def owner(self, lease: Lease) -> str:
+        """Who has it, for people; empty while it is just being made."""
+        try:
+            file = self._folder / f"{lease.job}.{lease.number}"
+            return str(json.loads(file.read_text(encoding="utf-8"))["owner"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def free(self, lease: Lease | None) -> bool:
+        """Whether a job with this lease may be taken."""
+        return lease is None or lease.age > self._stale
+
+    def take(self, job: str, lease: Lease | None) -> bool:
+        """Try to have a job.
+
+        Args:
+            job: the name of its folder.
+            lease: its newest one as it was just looked at, which is free; None if it has none.
+
+        Returns:
+            Whether this worker has it now; else another was faster.
+        """
+        number = 1 if lease is None else lease.number + 1
+        self._folder.mkdir(parents=True, exist_ok=True)
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        try:
+            file = os.open(self._folder / f"{job}.{number}", flags, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(file, "w") as opened:
+            json.dump({"owner": self._owner}, opened)
+        with self._lock:
+            self._held[job] = number
+        return True
+
+    def beat(self) -> list[str]:
+        """Touch all that this worker has.
+
+        Returns:
+            The jobs that it has no more: another took them over when this one did not beat.
+        """
+        with self._lock:
+            lost = []
+            for job, number in list(self._held.items()):
+                if (self._folder / f"{job}.{number + 1}").exists():
+                    del self._held[job]
+                    lost.append(job)
+                else:
+                    with suppress(OSError):  # a file server that is away for a moment
+                        os.utime(self._folder / f"{job}.{number}")
+            return lost
+
+    def release(self, job: str) -> None:
+        """Let go of a job, if it is this worker's: whoever wants it need not wait."""
+        with self._lock:
+            number = self._held.pop(job, None)
+            if number is not None:
+                with suppress(OSError):
+                    os.utime(self._folder / f"{job}.{number}", (0, 0))
+
+    def release_all(self) -> None:
+        """Let go of all."""
+        for job in self.held:
+            self.release(job)
+        with suppress(OSError):
+            self._clock.unlink()
+
+    @property
+    def _clock(self) -> Path:
+        return self._folder / f"clock-{self._owner}"
+
+    def _now(self) -> float:
+        """The time by the clock that the leases' times are of."""
+        try:
+            self._clock.touch()
+            return self._clock.stat().st_mtime
+        except OSError:  # a folder that may only be read, by who looks at it
+            return time.time()
+
+
+def live(folder: Path) -> list[Lease]:
+    """The leases of a sweep whose workers are at work."""
+    leases = Leases(folder, owner=this_process())
+    try:
+        return [lease for lease in leases.look().values() if not leases.free(lease)]
+    finally:
+        leases.release_all()  # its clock
+
+
+def this_process() -> str:
+    """A name that no other process has, on any machine."""
+    return f"{os.uname().nodename}-{os.getpid()}"
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return [name for name in names if name.rpartition(".")[2].isdecimal() and "." in name]

@@ -1,0 +1,258 @@
+"""A worker: takes the jobs of a planned sweep one after the other, until all have ended.
+
+    python train.py -m +sweeps=depth sweep_dir=runs/depth hydra/launcher=plan
+    python -m sweeps.work runs/depth        # as often as you like, wherever the folder is seen
+
+Workers know of each other by the folder alone (``lease.py``). What a worker that is gone has begun
+is taken over after two minutes, and continues from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mtp_lightning.cli import readable_errors
+from mtp_lightning.run.lock import Lock
+from mtp_lightning.run.status import describe_failure, state_of
+from sweeps.devices import DeviceQueue, choose_gpus
+from sweeps.display import Lines
+from sweeps.lease import STALE_SECONDS, Lease, Leases, this_process
+from sweeps.plan import Job, Plan, must_run, varied_labels
+from sweeps.pool import LOST, Interrupted, Pool, interrupts
+from sweeps.process import Task
+from sweeps.recipe import TRAIN
+
+_BEATS = 8  # in the time after which a lease is stale
+
+
+class Worker:
+    """An iterator over the tasks that can be had: at its end for now, it may go on later.
+
+    Args:
+        plan: of the sweep.
+        leases: of this worker.
+        queue: of its devices.
+        look_seconds: between two looks at what others have left.
+        program: that starts a user's own program; empty for this project's train app.
+
+    Raises:
+        ValueError: the folder has no plan, or one whose jobs cannot be run from it.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        leases: Leases,
+        queue: DeviceQueue,
+        look_seconds: float,
+        program: Sequence[str] = (),
+    ) -> None:
+        self._folder, self._leases, self._look_seconds = plan.folder, leases, look_seconds
+        self._lost: set[str] = set()
+        labels = varied_labels(plan.jobs)
+        self.tasks = {
+            job.folder: _task(plan, job, labels[job.folder], program) for job in plan.jobs
+        }
+        self.too_large = {n: task for n, task in self.tasks.items() if not _fits(task, queue)}
+        self._left = [name for name in self.tasks if name not in self.too_large]
+        self._free: deque[tuple[str, Lease | None]] = deque()
+        self._looked = -float("inf")
+
+    def __iter__(self) -> Worker:
+        return self
+
+    def __next__(self) -> Task:
+        # What was free may be no more when its turn comes: taking it is what decides.
+        if not self._free and time.monotonic() - self._looked >= self._look_seconds:
+            self._looked = time.monotonic()
+            self._free.extend(self._look())
+        while self._free:
+            name, lease = self._free.popleft()
+            if not must_run(self._folder / name) or not self._leases.take(name, lease):
+                continue
+            # Looked at again: whoever had it may have ended it just before.
+            if must_run(self._folder / name):
+                return self.tasks[name]
+            self._leases.release(name)
+        raise StopIteration
+
+    def _look(self) -> Iterator[tuple[str, Lease | None]]:
+        newest = self._leases.look()
+        mine = set(self._leases.held)
+        for name in self._left:
+            lease = newest.get(name)
+            if name not in mine and self._leases.free(lease):
+                yield name, lease
+
+    @property
+    def left(self) -> bool:
+        """Whether a job that this worker could run has not ended, whoever has it."""
+        self._left = [name for name in self._left if must_run(self._folder / name)]
+        return bool(self._left)
+
+    def beat(self) -> None:
+        """Tell the others that this worker lives; called by a thread of its own."""
+        self._lost.update(self._leases.beat())
+
+    def watch(self, task: Task) -> str | None:
+        """Whether a job has to be stopped because another worker has it."""
+        return LOST if task.folder.name in self._lost else None
+
+    def ended(self, task: Task) -> None:
+        """Let go of a job."""
+        self._lost.discard(task.folder.name)
+        self._leases.release(task.folder.name)
+
+
+def work(worker: Worker, pool: Pool, *, beat_seconds: float, wait: bool = True) -> None:
+    """Run what can be had until every job has ended.
+
+    Args:
+        worker: whose tasks they are.
+        pool: that runs them.
+        beat_seconds: between two signs of life.
+        wait: for the jobs that others have, which may be left; else end when there are no more.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; this worker's jobs have ended.
+    """
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(beat_seconds):
+            worker.beat()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        while worker.left:
+            pool.run(worker, watch=worker.watch, ended=worker.ended)
+            if not wait:
+                return
+            with interrupts() as check:
+                until = time.monotonic() + beat_seconds
+                while time.monotonic() < until:
+                    check()
+                    time.sleep(0.1)
+    finally:
+        over.set()
+        thread.join()
+
+
+def _task(plan: Plan, job: Job, labels: Sequence[str], program: Sequence[str]) -> Task:
+    folder, recipe = plan.folder, plan.recipes.get(job.folder)
+    if recipe is None:
+        raise ValueError(
+            f"{folder}/sweep.json does not say how {job.folder} is run: start the sweep's own "
+            "command on it, with hydra/launcher=plan."
+        )
+    if recipe.program != TRAIN and not program:
+        raise ValueError(
+            f"The jobs in {folder} are of a program of their own: start this with "
+            f"--program {recipe.program}."
+        )
+    if not Path(recipe.cwd).is_dir():
+        raise ValueError(
+            f"The sweep was planned in {recipe.cwd}, where the relative paths of its jobs start, "
+            "and which is not there on this machine."
+        )
+    own = program if recipe.program != TRAIN else None
+    return recipe.task(folder / job.folder, job.overrides, labels=labels, program=own)
+
+
+def _fits(task: Task, queue: DeviceQueue) -> bool:
+    """Whether this machine can run it at all; a worker on a larger one takes it."""
+    return task.nodes == 1 and (not queue.gpus or task.on_cpu or task.processes <= len(queue.gpus))
+
+
+def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sweeps.work") -> None:
+    """The command line."""
+    args = _parser(program).parse_args(arguments)
+    with readable_errors():
+        if args.stale <= 0:
+            raise ValueError(f"--stale must be above 0 seconds, not {args.stale}.")
+        folder = Path(args.folder).absolute()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder}.")
+        lock = Lock(folder / ".lock")
+        if not lock.wait(seconds=60):  # it is being planned
+            raise BlockingIOError(f"A sweep is at work in {folder}: wait for it, or stop it.")
+        lock.release()
+        plan = Plan(folder)
+        if not plan.jobs:
+            raise ValueError(f"{folder} holds no planned sweep: add hydra/launcher=plan to its -m.")
+        queue = _queue(args, on_cpu=all(recipe.on_cpu for recipe in plan.recipes.values()))
+        leases = Leases(folder, owner=this_process(), stale_seconds=args.stale)
+        beat = args.stale / _BEATS
+        own = args.program.split()
+        worker = Worker(plan, leases=leases, queue=queue, look_seconds=beat, program=own)
+        for name, task in worker.too_large.items():
+            wanted = f"{task.nodes} machines" if task.nodes > 1 else f"{task.processes} GPUs"
+            print(f"left to others: {name}, which needs {wanted}", flush=True)
+        display = Lines(len(worker.tasks))
+        pool = Pool(queue=queue, display=display, grace_seconds=args.grace_seconds)
+        try:
+            work(worker, pool, beat_seconds=beat, wait=not args.no_wait)
+        except Interrupted as interrupt:
+            print("interrupted. What had begun is free for others.", flush=True)
+            sys.exit(128 + interrupt.signum)
+        finally:
+            leases.release_all()
+        _say_end(worker)
+
+
+def _queue(args: argparse.Namespace, *, on_cpu: bool) -> DeviceQueue:
+    devices = "cpu" if on_cpu else args.devices
+    gpus = choose_gpus(devices if devices in ("auto", "cpu") else devices.split(","))
+    threads = int(args.threads) if str(args.threads).isdecimal() else args.threads
+    return DeviceQueue(gpus=gpus, n_jobs=args.n_jobs, threads=threads, host=os.uname().nodename)
+
+
+def _say_end(worker: Worker) -> None:
+    """What has become of all jobs, whoever ran them. That some failed is no failure of a worker,
+    which whatever started it might start again."""
+    states = [state_of(task.folder) for task in worker.tasks.values()]
+    print(f"{states.count('done')} of {len(states)} jobs done", flush=True)
+    for task in worker.tasks.values():
+        if state_of(task.folder) == "failed":
+            print(describe_failure(task.folder), flush=True)
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    assert __doc__ is not None
+    about = __doc__.replace("python -m sweeps.work", program)
+    parser = argparse.ArgumentParser(prog=program, description=about)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folder", help="of a sweep that was planned or started")
+    parser.add_argument("--devices", default="auto", help="auto, cpu or GPUs: 0,1")
+    parser.add_argument("--n-jobs", type=int, help="most jobs at once, as hydra.launcher.n_jobs")
+    parser.add_argument(
+        "--threads", help="of each process: a number, or auto (threads_per_process)"
+    )
+    parser.add_argument(
+        "--stale",
+        type=float,
+        default=STALE_SECONDS,
+        help="seconds without a sign of life after which a job is taken over (default 120); the "
+        "same for all workers",
+    )
+    parser.add_argument(
+        "--grace-seconds", type=float, default=60.0, help="that jobs have to save (default 60)"
+    )
+    parser.add_argument(
+        "--no-wait", action="store_true", help="end when no job is free, though others have some"
+    )
+    parser.add_argument("--program", default="", help="that starts a training script of your own")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

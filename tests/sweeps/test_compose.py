@@ -1,0 +1,131 @@
+"""Jobs' configs are Hydra's, made faster."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from mtp_lightning.paths import CONF
+from sweeps.compose import Composer, settle
+
+# What a job may be given: overrides that choose files, set values, add, remove or interpolate.
+CHOICES = {
+    "mtp": ["mtp=parallel", "mtp=none", "mtp=linear"],
+    "model": ["model=micro", "model=deepseek_nano"],
+    "balance": ["balance=dwa", "balance=none"],
+    "depth": ["mtp.depth=0", "mtp.depth=3", "++mtp.depth=1"],
+    "weight": ["mtp_lambda=[0.3,0.1]", "mtp_lambda=0.1"],
+    "seed": ["seed=1", "seed=7"],
+    "more": ["+callbacks.mine.every=3", "+sweeps=depth", "++data.seq_len=64"],
+    "less": ["~callbacks.nan_guard"],
+    "other": ["trainer.max_steps=${data.batch_size}", "run_dir='a b'", "logger=csv"],
+    "whole": ["optimizer={lr: 0.5}"],
+}
+
+
+@pytest.fixture
+def sweep() -> Iterator[tuple[DictConfig, HydraContext]]:
+    from hydra._internal.callbacks import Callbacks
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        typed = ["seed=0,1", "hydra.job.chdir=false", "hydra.mode=MULTIRUN"]
+        config = loader.load_configuration("config", typed, run_mode=RunMode.MULTIRUN)
+        assert config.sweep_dir  # the time in it, once for all jobs
+        yield config, HydraContext(config_loader=loader, callbacks=Callbacks())
+
+
+def by_hydra(config: DictConfig, context: HydraContext, job: list[str]) -> DictConfig:
+    composed = context.config_loader.load_sweep_config(config, job)
+    with open_dict(composed):
+        del composed["hydra"]
+    return composed
+
+
+def test_random_jobs_are_what_hydra_composes(sweep: tuple[DictConfig, HydraContext]) -> None:
+    chance = random.Random(0)
+    composer = Composer(*sweep)
+    for _ in range(6):
+        keys = chance.sample(list(CHOICES), chance.randint(1, 7))
+        job = [chance.choice(CHOICES[key]) for key in keys]
+        # Other values for the same groups, before and after: no job may leave a trace in another.
+        composer.compose([*job, "seed=99", "optimizer.lr=99"])
+        ours, theirs = composer.compose(job), by_hydra(*sweep, job)
+        assert OmegaConf.to_container(ours) == OmegaConf.to_container(theirs), job
+        assert list(ours) == list(theirs)
+        assert settle(ours, Path("/x")) == settle(theirs, Path("/x")), job
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "mtp.depht=1", "mtp=sequentail", "+seed=1", "~mtp.nothing", "seed@here=1",
+        "++mtp=none", "optimiser=adamw", "seed.inner=1",
+    ],
+)  # fmt: skip
+def test_what_hydra_refuses_is_refused_in_its_words(
+    sweep: tuple[DictConfig, HydraContext], wrong: str
+) -> None:
+    said = []
+    for compose in (lambda job: by_hydra(*sweep, job), Composer(*sweep).compose):
+        with pytest.raises(HydraException) as refused:
+            compose(["trainer.max_steps=3", wrong])
+        said.append(str(refused.value))
+    assert said[0] == said[1]
+
+
+def test_a_value_that_is_missing_is_named(sweep: tuple[DictConfig, HydraContext]) -> None:
+    composer = Composer(*sweep)
+    for overrides in (["data=text"], ["data=text", "seed='${data.paths}'"]):
+        with pytest.raises(ValueError, match=r"data\.paths has no value"):
+            settle(composer.compose(overrides), Path("/x"))
+
+
+def test_a_thousand_jobs_read_the_files_once(
+    sweep: tuple[DictConfig, HydraContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, context = sweep
+    calls = []
+    load = type(context.config_loader).load_sweep_config
+
+    def counted(self: object, config: DictConfig, overrides: list[str]) -> DictConfig:
+        calls.append(overrides)
+        return load(self, config, overrides)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(context.config_loader), "load_sweep_config", counted)
+    composer = Composer(config, context)
+    for seed in range(20):
+        for mtp in ("parallel", "linear"):
+            composed = composer.compose([f"mtp={mtp}", f"seed={seed}", "mtp.depth=1"])
+            assert composed.seed == seed and mtp in composed.mtp._target_
+    assert sorted(calls) == [["mtp=linear"], ["mtp=parallel"]]
+
+
+def test_the_sweeper_leaves_composing_to_the_launcher() -> None:
+    Plugins.instance()  # Hydra imports its plugins anew
+    from hydra_plugins.mtp_sweeps.launchers import LocalPoolLauncher
+    from hydra_plugins.mtp_sweeps.sweepers import GridSweeper
+
+    looked = []
+
+    class Loader:
+        def load_sweep_config(self, *, master_config: object, sweep_overrides: list[str]) -> None:
+            looked.append(sweep_overrides)
+
+    sweeper: Any = GridSweeper(max_batch_size=None)
+    sweeper.config, sweeper.hydra_context = DictConfig({}), SimpleNamespace(config_loader=Loader())
+    for launcher in (LocalPoolLauncher(), SimpleNamespace()):
+        sweeper.launcher = launcher
+        sweeper.validate_batch_is_legal([["seed=1"]])
+    assert looked == [["seed=1"]], "another launcher composes a job when its turn comes"

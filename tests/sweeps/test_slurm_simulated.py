@@ -1,0 +1,211 @@
+"""What Slurm is asked for and how its answers are taken, with programs in place of its own.
+
+``test_slurm.py`` has the real one, where it is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mtp_lightning.run.status import state_of, write_status
+from sweeps import slurm_cluster
+from sweeps.follow import follow
+from sweeps.process import Task
+from sweeps.slurm_cluster import _Queue, in_arrays, max_array_size, torchrun
+from tests.integration.helpers import ROOT, environment, overrides, rows, train_here
+
+SETTINGS: dict[str, Any] = {
+    "partition": None, "account": None, "timeout_min": 5, "cpus_per_process": 2,
+    "gpus_per_process": 1, "mem_gb": None, "n_jobs": 100, "signal_delay_s": 9, "max_requeues": 1,
+    "additional": None,
+}  # fmt: skip
+
+
+def tasks_of(folder: Path, n: int, **values: Any) -> list[Task]:
+    return [
+        Task(folder=folder / f"{i}", overrides=(f"seed={i}",), command=("x",), **values)
+        for i in range(n)
+    ]
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    file = folder / name
+    file.write_text(f"#!/bin/sh\n{text}\n")
+    file.chmod(0o755)
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose programs go before all others."""
+    (folder := tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
+def test_arrays_are_of_one_kind_and_no_longer_than_slurm_takes(tmp_path: Path) -> None:
+    single, double = tasks_of(tmp_path, 7), tasks_of(tmp_path, 2, processes=2)
+    far, cpu = tasks_of(tmp_path, 1, processes=2, nodes=2), tasks_of(tmp_path, 1, on_cpu=True)
+    given = [*double, *single, *far, *cpu]
+    arrays = in_arrays(given, 3)
+    assert [len(array) for array in arrays] == [3, 3, 1, 1, 2, 1]
+    assert sorted(map(id, given)) == sorted(id(task) for array in arrays for task in array)
+    for array in arrays:
+        assert len({(task.processes, task.nodes, task.on_cpu) for task in array}) == 1
+
+
+def test_the_clusters_limit_is_asked_for(slurm: Path) -> None:
+    program(slurm, "scontrol", "echo 'MaxArraySize            = 40'; echo 'MaxJobCount = 9'")
+    assert max_array_size() == 40
+    program(slurm, "scontrol", "exit 1")
+    assert max_array_size() == 1001
+
+
+def test_the_queue_is_asked_at_most_every_fifteen_seconds(
+    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = tmp_path / "asked"
+    program(slurm, "squeue", f"echo x >> {asked}; echo 5_0")
+    one, two = tasks_of(tmp_path, 2)
+    queue = _Queue({one: "5_0", two: "5_1"})
+    clock = [1000.0]
+    monkeypatch.setattr(slurm_cluster, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    found = []
+    for _ in range(61):
+        found.append(queue.over())
+        clock[0] += 1
+    assert asked.read_text().count("x") == 5
+    assert found[0] == {} and list(found[15]) == [two] and "5_1" in found[60][two]
+    program(slurm, "squeue", "exit 1")  # a controller that is away says nothing of any job
+    clock[0] += 15
+    assert list(queue.over()) == [two]
+
+
+class Executor:
+    """In place of submitit's."""
+
+    asked: list[tuple[dict[str, Any], int]] = []
+
+    def __init__(self, folder: Path, max_num_timeout: int) -> None:
+        self._settings: dict[str, Any] = {}
+        self._n = 0
+
+    def update_parameters(self, **settings: Any) -> None:
+        self._settings = settings
+        self.asked.append((settings, 0))
+
+    def batch(self) -> Any:
+        return nullcontext()
+
+    def submit(self, function: Any) -> Any:
+        settings, n = self.asked[-1]
+        self.asked[-1] = settings, n + 1
+        return SimpleNamespace(job_id=f"{len(self.asked)}_{n}")
+
+
+def test_a_thousand_and_more_jobs_are_submitted_in_parts(
+    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(slurm, "scontrol", "echo 'MaxArraySize = 1001'")
+    program(slurm, "squeue", "exit 0")
+    fake = SimpleNamespace(SlurmExecutor=Executor)
+    monkeypatch.setitem(sys.modules, "submitit", fake)
+    followed = []
+    monkeypatch.setattr(slurm_cluster, "follow", lambda tasks, **values: followed.append(tasks))
+    Executor.asked = []
+    tasks = [*tasks_of(tmp_path, 1500), *tasks_of(tmp_path / "far", 2, processes=4, nodes=2)]
+    slurm_cluster.run(tasks, **SETTINGS)
+    assert followed == [tasks]
+    assert [n for _, n in Executor.asked] == [1001, 499, 2]
+    first, second, far = (settings for settings, _ in Executor.asked)
+    assert first["array_parallelism"] + second["array_parallelism"] <= 100
+    assert (first["nodes"], first["cpus_per_task"], first["gpus_per_node"]) == (1, 2, 1)
+    assert (far["nodes"], far["cpus_per_task"], far["gpus_per_node"]) == (2, 8, 4)
+    assert far["ntasks_per_node"] == 1 and far["array_parallelism"] == 1
+
+
+def test_jobs_that_say_how_they_ended_are_not_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is a failure of an earlier start taken for one of this."""
+    tasks = tasks_of(tmp_path, 3)
+    write_status(tasks[0].folder, (), "failed", reason="before")
+    write_status(tasks[1].folder, (), "pending")
+    rounds = []
+
+    def over() -> dict[Task, str]:
+        rounds.append(1)
+        if len(rounds) == 1:
+            write_status(tasks[1].folder, (), "done", device="slurm:1")
+        if len(rounds) == 2:
+            write_status(tasks[0].folder, (), "running", device="slurm:2")
+            return {tasks[2]: "Slurm ended job 3"}
+        if len(rounds) == 3:
+            write_status(tasks[0].folder, (), "done", device="slurm:2")
+        return {}
+
+    follow(tasks, over=over, cancel=lambda left: None, grace_seconds=1)
+    assert len(rounds) == 3
+    assert [state_of(task.folder) for task in tasks] == ["done", "done", "failed"]
+    ended = [line for line in capsys.readouterr().out.splitlines() if " of 3)" in line]
+    assert len(ended) == 3
+
+
+def test_torchrun_on_each_machine(
+    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(slurm, "scontrol", 'test "$3" = "n[1-2]" && printf "n1\\nn2\\n"')
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    monkeypatch.setenv("SLURM_JOB_ID", "1234567")
+    command = ("python", "-m", "mtp_lightning.apps.train", "seed=1")
+    task = Task(folder=tmp_path, overrides=(), command=command, processes=4, nodes=2)
+    told = torchrun(task, node=1)
+    assert told[:3] == (sys.executable, "-m", "torch.distributed.run")
+    assert told[-3:] == ("-m", "mtp_lightning.apps.train", "seed=1")
+    assert {"--nnodes=2", "--node-rank=1", "--nproc-per-node=4"} <= set(told)
+    assert {"--master-addr=n1", "--master-port=24567"} <= set(told)
+
+
+MACHINE = """
+import json, sys
+from pathlib import Path
+from sweeps.process import Task
+from sweeps.slurm_cluster import SlurmRun
+folder, command = Path(sys.argv[1]), tuple(json.loads(sys.argv[2]))
+SlurmRun(Task(folder=folder, overrides=("x",), command=command, nodes=2), threads=1)()
+"""
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one(tmp_path: Path, cache: Path, slurm: Path) -> None:
+    """Each a process of its own on this one; Slurm's part is what it puts into the environment."""
+    program(slurm, "scontrol", "echo 127.0.0.1")
+    settings = {"trainer.num_nodes": 2, "trainer.strategy": "ddp", "data.batch_size": 4}
+    # What they share is built before.
+    train_here(tmp_path / "alone", cache, {"trainer.max_steps": 1})
+    folder = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), *overrides(cache, settings)]
+    command += [f"run_dir={folder}", f"sweep_dir={tmp_path}"]
+    machines = []
+    for node in ("0", "1"):
+        own = {
+            "SLURM_JOB_ID": str(int(time.time()) % 10_000), "SLURM_JOB_NODELIST": "here",
+            "SLURM_NODEID": node, "SLURM_NTASKS": "2", "SLURM_PROCID": node,
+        }  # fmt: skip
+        machine = [sys.executable, "-c", MACHINE, str(folder), json.dumps(command)]
+        env = {**environment(), **own, "PYTHONPATH": str(ROOT)}
+        machines.append(subprocess.Popen(machine, env=env, cwd=tmp_path))
+    assert [machine.wait(240) for machine in machines] == [0, 0]
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "done" and status["device"].startswith("slurm:")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["world_size"] == 2 and rows(folder)

@@ -1,0 +1,279 @@
+"""Workers that share a sweep through its folder, of which some do not live to its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mtp_lightning.run.status import read_status, state_of, write_status
+from sweeps.devices import DeviceQueue
+from sweeps.display import Lines
+from sweeps.lease import Leases
+from sweeps.plan import Plan
+from sweeps.pool import Pool
+from sweeps.process import Task
+from sweeps.recipe import Recipe
+from sweeps.work import Worker
+from tests.integration.helpers import ROOT, environment, overrides, rows, train_here
+from tests.sweeps.test_command_line import execute, plan, states, wait_until
+
+# In place of a run: it says that it ended, once only, or fails where its seed is 13.
+STUB = """
+import json, os, sys, time
+if "-m" in sys.argv:
+    from mtp_lightning.apps.train import main
+    main()
+    sys.exit()
+values = dict(argument.split("=", 1) for argument in sys.argv[1:])
+folder = values["run_dir"].strip("'")
+with open(f"{folder}/begun", "a") as begun:
+    begun.write("x")
+time.sleep(float(os.environ["STUB_SECONDS"]))
+if values["seed"] == "13" and "FAIL" in os.environ:
+    sys.exit("error: unlucky")
+os.close(os.open(f"{folder}/ended", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+with open(f"{folder}/summary.json", "w") as file:
+    json.dump({"seed": int(values["seed"])}, file)
+"""
+
+
+def stub(folder: Path) -> Path:
+    file = folder / "stub.py"
+    file.write_text(textwrap.dedent(STUB))
+    return file
+
+
+def planned(tmp_path: Path, seeds: str) -> Path:
+    """A sweep of stubs, planned as any sweep is."""
+    folder = tmp_path / "sweep"
+    launcher = ["hydra/launcher=plan", f"sweep_dir={folder}", "trainer.accelerator=cpu"]
+    args = [sys.executable, str(stub(tmp_path)), "-m", f"seed={seeds}", *launcher]
+    done = subprocess.run(args, capture_output=True, text=True, env=own_environment(), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"python -m sweeps.work {folder.name}" in done.stdout
+    return folder
+
+
+def own_environment(**values: str) -> dict[str, str]:
+    return {**environment(), "PYTHONPATH": str(ROOT), "STUB_SECONDS": "0", **values}
+
+
+def start(folder: Path, *more: str, **values: str) -> subprocess.Popen[str]:
+    own = ["--program", str(folder.parent / "stub.py")] if "--stub" not in more else []
+    command = [sys.executable, "-m", "sweeps.work", str(folder), *own, *more]
+    with (folder.parent / "workers.log").open("ab") as log:
+        return subprocess.Popen(
+            [part for part in command if part != "--stub"], stdout=log, stderr=log,
+            env=own_environment(**values), text=True, cwd=folder.parent,
+        )  # fmt: skip
+
+
+def status_of(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sweeps.status", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, env=own_environment())
+
+
+def log_of(folder: Path) -> str:
+    return (folder.parent / "workers.log").read_text()
+
+
+@pytest.mark.slow
+def test_two_workers_do_each_job_once(tmp_path: Path) -> None:
+    folder = planned(tmp_path, "range(10,20)")
+    assert "10 jobs: 10 pending" in status_of(folder).stdout
+    workers = [start(folder, "--n-jobs=2", "--stale=4", FAIL="1") for _ in range(2)]
+    for worker in workers:
+        assert worker.wait(120) == 0, log_of(folder)
+    begun = {job.parent.name: job.read_text() for job in folder.glob("*/begun")}
+    assert begun == {f"seed-{i}_trainer.accelerator-cpu": "x" for i in range(10, 20)}
+    assert sorted(states(folder).values()) == ["done"] * 9 + ["failed"]
+    told = status_of(folder)
+    assert told.returncode == 1 and "10 jobs: 9 done, 1 failed" in told.stdout
+    assert "error: unlucky" in told.stdout and "9 of 10 jobs done" in log_of(folder)
+    assert set(log_of(folder).split()) & {"started", "done", "failed"}
+    # A failed job stays failed until its sweep is planned again so.
+    assert start(folder, FAIL="1").wait(60) == 0
+    assert {job.read_text() for job in folder.glob("*/begun")} == {"x"}
+    again = [sys.executable, str(tmp_path / "stub.py"), "-m", "seed=range(10,20)"]
+    more = ["trainer.accelerator=cpu", "hydra/launcher=plan", f"sweep_dir={folder}"]
+    execute_own = {"capture_output": True, "text": True, "env": own_environment(), "cwd": tmp_path}
+    done = subprocess.run([*again, *more, "sweep.retry_failed=true"], **execute_own)  # type: ignore[call-overload]
+    assert done.returncode == 0 and "9 done before" in done.stdout, done.stdout + done.stderr
+    assert start(folder).wait(60) == 0
+    assert set(states(folder).values()) == {"done"} and status_of(folder).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_asked_to_end_leaves_its_jobs_to_others(tmp_path: Path) -> None:
+    folder = planned(tmp_path, "0,1,2")
+    first = start(folder, "--n-jobs=1", STUB_SECONDS="60")
+    wait_until(lambda: list(folder.glob("*/begun")))
+    told = status_of(folder)
+    assert told.returncode == 2 and "1 running" in told.stdout
+    assert f"{os.uname().nodename}-{first.pid}" in told.stdout
+    # Nobody else may run the jobs meanwhile.
+    args = [sys.executable, str(tmp_path / "stub.py"), "-m", "seed=0,1,2"]
+    other = subprocess.run(
+        [*args, "trainer.accelerator=cpu", f"sweep_dir={folder}"],
+        capture_output=True, text=True, env=own_environment(), cwd=tmp_path,
+    )  # fmt: skip
+    assert other.returncode == 1 and "Workers are at work" in other.stderr
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 143, log_of(folder)
+    assert sorted(states(folder).values()) == ["interrupted", "pending", "pending"]
+    # At once, though the time after which one takes over has not passed.
+    assert start(folder, "--n-jobs=2").wait(60) == 0
+    assert set(states(folder).values()) == {"done"}
+    assert sorted(job.read_text() for job in folder.glob("*/begun")) == ["x", "x", "xx"]
+
+
+def test_a_job_that_another_has_taken_over_is_given_up_at_once(tmp_path: Path) -> None:
+    """Here the worker slept too long; what the other writes into the status is left alone."""
+    recipe = Recipe(
+        program="sh", options=(), cwd="/", processes=1, nodes=1, max_steps=1, on_cpu=True
+    )  # fmt: skip
+    laid = Plan(tmp_path)
+    laid.add([["seed=0"], ["seed=1"]])
+    laid.recipes = {job.folder: recipe for job in laid.jobs}
+    leases, other = (Leases(tmp_path, owner=name, stale_seconds=9) for name in ("a", "b"))
+    queue = DeviceQueue(n_jobs=2)
+    worker = Worker(laid, leases=leases, queue=queue, look_seconds=0, program=["x"])
+    sleeps = "trap '' TERM; echo > begun; sleep 60"
+    programs = {"seed-0": sleeps, "seed-1": "echo {} > summary.json"}
+    for name, task in worker.tasks.items():
+        task.folder.mkdir()
+        command = ("sh", "-c", f"cd {task.folder}; {programs[name]}")
+        worker.tasks[name] = replace(task, command=command)
+    began = time.monotonic()
+
+    def watch(task: Task) -> str | None:
+        if (tmp_path / "seed-0" / "begun").exists() and not other.held:
+            (lease,) = (found for found in leases.look().values() if found.job == "seed-0")
+            assert other.take("seed-0", lease)
+            write_status(tmp_path / "seed-0", ["seed=0"], "running", device="other")
+            worker.beat()
+        return worker.watch(task)
+
+    Pool(queue=queue, display=Lines(2)).run(worker, watch=watch, ended=worker.ended)
+    assert time.monotonic() - began < 30
+    status = read_status(tmp_path / "seed-0")
+    assert status is not None and (status["state"], status["device"]) == ("running", "other")
+    assert state_of(tmp_path / "seed-1") == "done" and leases.held == []
+    assert not leases.free(leases.look()["seed-0"]), "it is the other's"
+    assert worker.left
+    write_status(tmp_path / "seed-0", ["seed=0"], "failed")
+    assert not worker.left
+
+
+def test_a_machine_takes_what_it_can_run(tmp_path: Path) -> None:
+    laid = Plan(tmp_path)
+    laid.add([["a=1"], ["a=2"], ["a=3"], ["a=4"]])
+    facts = [(1, 1, False), (4, 1, False), (4, 1, True), (1, 2, False)]
+    laid.recipes = {
+        job.folder: Recipe(
+            program="train", options=(), cwd="/", processes=n, nodes=m, max_steps=1, on_cpu=cpu
+        )
+        for job, (n, m, cpu) in zip(laid.jobs, facts, strict=True)
+    }  # fmt: skip
+    laid.write([])
+    stored = Plan(tmp_path)
+    assert stored.recipes == laid.recipes
+    leases = Leases(tmp_path, owner="a")
+    queue = DeviceQueue(gpus=["0", "1"])
+    worker = Worker(stored, leases=leases, queue=queue, look_seconds=0)
+    assert list(worker.too_large) == ["a-2", "a-4"]
+    assert [task.folder.name for task in worker] == ["a-1", "a-3"] == leases.held
+
+
+def test_what_cannot_be_worked_is_told(tmp_path: Path) -> None:
+    folder = planned(tmp_path, "0,1")
+    (empty := tmp_path / "empty").mkdir()
+    stored = json.loads((folder / "sweep.json").read_text())
+    cases = [
+        ([str(empty)], "holds no planned sweep"),
+        ([str(tmp_path / "none")], "There is no folder"),
+        ([str(folder)], f"--program {tmp_path / 'stub.py'}"),
+        ([str(folder), "--stale=0"], "--stale must be above 0"),
+        ([str(folder), "--threads=many"], "threads_per_process=many"),
+    ]
+    for name in ("cwd", "run"):
+        (copy := tmp_path / name).mkdir()
+        jobs = [{**job, "run": {**job["run"], "cwd": "/not/here"}} for job in stored["jobs"]]
+        if name == "run":
+            jobs = [{key: job[key] for key in ("folder", "overrides")} for job in jobs]
+        (copy / "sweep.json").write_text(json.dumps({**stored, "jobs": jobs}))
+        told = "which is not there" if name == "cwd" else "does not say how"
+        cases.append(([str(copy), "--program=x"], told))
+    for arguments, told in cases:
+        command = [sys.executable, "-m", "sweeps.work", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=own_environment())
+        assert done.returncode == 1 and told in done.stderr, (arguments, done.stderr)
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_thousand_jobs_by_three_workers_of_which_one_is_killed(tmp_path: Path) -> None:
+    began = time.process_time(), time.monotonic()
+    folder = planned(tmp_path, "range(1000)")
+    assert len(Plan(folder).jobs) == 1000
+    print(f"planned in {time.monotonic() - began[1]:.1f} s")
+    began_work = time.monotonic()
+    settings = ("--n-jobs=4", "--stale=5")
+    workers = [start(folder, *settings, STUB_SECONDS="0.1") for _ in range(3)]
+    wait_until(lambda: len(list(folder.glob("*/ended"))) > 100)
+    workers[0].kill()
+    assert workers[0].wait() == -signal.SIGKILL
+    held = [job for job in plan(folder).values() if _is_of(job, workers[0].pid, folder)]
+    assert held, "it had begun some"
+    for worker in workers[1:]:
+        assert worker.wait(400) == 0, log_of(folder)
+    print(f"worked in {time.monotonic() - began_work:.1f} s")
+    assert set(states(folder).values()) == {"done"}
+    # None was lost and none ended twice: the stub's own file is made exclusively.
+    assert len(list(folder.glob("*/ended"))) == 1000
+    twice = {job.parent for job in folder.glob("*/begun") if job.read_text() != "x"}
+    assert twice <= set(held), "only what the killed one had was begun again"
+    assert all((folder / ".leases" / f"{job.name}.2").exists() for job in twice)
+    assert not list((folder / ".leases").glob("*.3"))
+
+
+def _is_of(job: Path, pid: int, folder: Path) -> bool:
+    file = folder / ".leases" / f"{job.name}.1"
+    mine = file.exists() and json.loads(file.read_text() or "{}").get("owner", "").endswith(
+        f"-{pid}"
+    )
+    return mine and not (job / "ended").exists()
+
+
+@pytest.mark.slow
+def test_a_run_whose_worker_is_killed_goes_on_elsewhere(tmp_path: Path, cache: Path) -> None:
+    folder = tmp_path / "sweep"
+    settings = {
+        "seed": "0,1",
+        "trainer.max_steps": 150,
+        "trainer.val_check_interval": 50,
+        "callbacks.checkpoints.every_n_steps": 10,
+    }
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *overrides(cache, settings)]
+    done = execute([*command, f"sweep_dir={folder}", "hydra/launcher=plan"], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first = start(folder, "--stub", "--n-jobs=1", "--stale=6")
+    wait_until(lambda: list(folder.glob("*/checkpoints/last.ckpt")))
+    second = start(folder, "--stub", "--n-jobs=1", "--stale=6")
+    first.kill()
+    first.wait()
+    assert second.wait(300) == 0, log_of(folder)
+    assert set(states(folder).values()) == {"done"}
+    logs = {job.name: (job / "job.log").read_text() for job in plan(folder).values()}
+    assert sum("Continuing" in text for text in logs.values()) == 1
+    train_here(tmp_path / "alone", cache, {**settings, "seed": 0})
+    assert rows(plan(folder)["seed=0"]) == rows(tmp_path / "alone")

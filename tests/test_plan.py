@@ -1,0 +1,162 @@
+"""Trainings on paper, against sums done by hand and against what blocks really keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_lightning.model import ModelConfig
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.plan import STRATEGIES, Machines, Plan, describe, kept_bytes, main, plans_of
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 100, "d_model": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "d_ff": 160,
+}  # fmt: skip
+LATENT = {
+    "n_kv_heads": 4,
+    "attention": {
+        "variant": "latent", "q_rank": 24, "kv_rank": 16, "d_nope": 16, "d_rope": 8, "d_value": 16,
+    },
+    "feed_forward": {
+        "variant": "experts", "n_routed": 8, "n_shared": 1, "top_k": 2, "d_expert": 48,
+        "first_k_dense": 1,
+    },
+}  # fmt: skip
+
+
+def plan_of(*, devices: int, **values: Any) -> Plan:
+    trunk = TrunkConfig(**{**SIZES, **values})
+    return Plan(
+        model=ModelConfig(trunk=trunk, mtp=NoMTPConfig()), seq_len=32, batch=2, devices=devices
+    )
+
+
+def test_memory_by_hand() -> None:
+    plan = plan_of(devices=16)
+    trunk, params = plan.model.trunk, plan.model.num_params()
+    block = trunk.block_params(0)
+    assert params == 100 * 64 + 3 * block + 64
+    ddp, fsdp, hsdp = (plan.memory(strategy) for strategy in STRATEGIES)
+    assert (ddp.states, fsdp.states, hsdp.states) == (16 * params, params, 2 * params)
+    assert ddp.gathered == 6 * params
+    root = params - 3 * block
+    assert fsdp.gathered == hsdp.gathered == 2 * root + 8 * block
+    kept = 3 * kept_bytes(trunk) + 4 * 64
+    assert ddp.activations == fsdp.activations == 2 * 32 * kept
+    assert ddp.head == 6 * 64 * 100, "no more rows than there are"
+    assert ddp.total == ddp.states + ddp.gathered + ddp.activations + ddp.head
+    # One device shards nothing.
+    alone = plan_of(devices=1)
+    assert alone.memory("fsdp").states == ddp.states
+    recomputed = plan_of(devices=16, recompute=True)
+    assert recomputed.memory("ddp").activations == 2 * 32 * (
+        3 * 4 * 64 + 4 * 64 + kept_bytes(trunk)
+    )
+
+
+def test_time_by_hand() -> None:
+    plan = plan_of(devices=16)
+    params, machines = plan.model.num_params(), plan.machines
+    flops = plan.model.flops_per_token(32) * 64
+    assert plan.compute_seconds() == pytest.approx(flops / (989e12 * 0.4))
+    assert plan.network_seconds("ddp") == pytest.approx(8 * params * 15 / 16 / machines.far)
+    assert plan.network_seconds("fsdp") == pytest.approx(8 * params * 15 / 16 / machines.far)
+    within = 8 * params * 7 / 8 / machines.near
+    between = 8 * params / 8 * 1 / 2 / machines.far
+    assert plan.network_seconds("hsdp") == pytest.approx(within + between)
+    for strategy in STRATEGIES:  # so small a batch waits for the network
+        rate = 16 * 64 / plan.network_seconds(strategy)
+        assert plan.tokens_per_second(strategy) == pytest.approx(rate)
+    one = plan_of(devices=1)
+    assert [one.network_seconds(strategy) for strategy in STRATEGIES] == [0, 0, 0]
+    assert one.tokens_per_second("ddp") == pytest.approx(64 / one.compute_seconds())
+
+
+@pytest.mark.parametrize("kind", ["dense", "latent dense", "latent experts"])
+def test_what_a_block_keeps(kind: str) -> None:
+    """In fp32 on this machine, whose attention keeps no [T, T] either: twice the bf16 numbers, and
+    what eager kernels keep beside."""
+    trunk = TrunkConfig(**{**SIZES, **(LATENT if "latent" in kind else {})})
+    layer = 0 if "dense" in kind else 2
+    block = Block(trunk, layer)
+    T = 64
+    positions = Positions.of_window(
+        trunk, T, device=torch.device("cpu"), dtype=torch.float32, documents=None
+    )
+    given = {p.untyped_storage()._cdata for p in block.parameters()}
+    given |= {t.untyped_storage()._cdata for t in (positions.cos, positions.sin)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in given:
+            kept[storage._cdata] = storage.nbytes()
+        held.append(storage)  # no two of them in one place
+        return tensor
+
+    held: list[Any] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(torch.randn(1, T, trunk.d_model, requires_grad=True), positions)
+    single = 4 * (2 * trunk.d_model + trunk.n_heads)
+    expected = 2 * (kept_bytes(trunk, layer) - single) + single
+    assert 0.6 < sum(kept.values()) / T / expected < 1.6
+
+
+def test_deepseek_v3_as_published() -> None:
+    given = ["model=deepseek_v3", "mtp.depth=1", "vocab_size=129280", "data.seq_len=4096"]
+    plans, tokens = plans_of([*given, "data.batch_size=1", "devices=2048", "tokens=14.8e12"])
+    (plan,) = plans
+    # 671B, and 11.5B of a module that shares embedding and head; 37B for a token.
+    assert plan.model.trunk.num_params() == pytest.approx(671.0e9, rel=1e-3)
+    assert plan.model.num_params() - plan.model.trunk.num_params() == pytest.approx(
+        11.6e9, rel=0.01
+    )
+    assert tokens == 14.8e12 and plan.devices == 2048
+    lines = list(describe(plans, tokens))
+    assert "estimated, not run" in lines[1] and len(lines) == 3 + len(STRATEGIES)
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["model=nano", "devices=1,16", "mfu=0.5", "near=1e11"])
+    told = capsys.readouterr().out
+    rows = [line.split() for line in told.splitlines()[3:]]
+    assert [(row[0], row[1]) for row in rows] == [(n, s) for n in ("1", "16") for s in STRATEGIES]
+    assert "MFU 0.5" in told and "100 GB/s within" in told
+    with pytest.raises(SystemExit):
+        main(["devices=none"])
+    assert "error: devices" in capsys.readouterr().err
+    main(["--help"])
+    assert "an estimate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("devices=12", "whole machines of 8"),
+        ("devices=0", "at least 1"),
+        ("devices=many", "are numbers"),
+        ("mfu=40", "at most 1"),
+        ("memory=0", "must be above 0"),
+        ("modle=nano", "modle"),
+        ("mtp.depth=-1", "depth"),
+    ],
+)
+def test_what_is_wrong_is_told(given: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        plans_of([given])
+
+
+def test_layers_of_others_are_not_guessed() -> None:
+    class Mine:
+        pass
+
+    trunk = TrunkConfig(**SIZES)
+    object.__setattr__(trunk, "attention", Mine())
+    with pytest.raises(ValueError, match="What Mine keeps"):
+        kept_bytes(trunk)
+    assert Machines(in_machine=4).in_machine == 4
