@@ -118,7 +118,11 @@ def test_processes_that_lightning_starts_are_told(monkeypatch: pytest.MonkeyPatc
             {"devices": 2, "num_nodes": 2},
             "4 of them on this machine",
         ),
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, {}, "4 processes"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+            {},
+            "4 processes",
+        ),
         ({}, {"num_nodes": 2}, "nothing says where the other machines are"),
         ({"MASTER_ADDR": "a", "MASTER_PORT": "1", "NODE_RANK": "1"}, {"num_nodes": 2}, None),
     ],
