@@ -97,6 +97,8 @@ class Checkpoints(Checkpoint):
         self._last_is_good = False
         self._saved_step = trainer.global_step or None
         self._interrupted = self._terminated = False
+        if isinstance(trainer._signal_connector, Termination):
+            trainer._signal_connector.saves = True
         # only where nobody else has a handler, and only in the main thread, where Python allows it
         default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if (
@@ -166,8 +168,8 @@ class Checkpoints(Checkpoint):
         self._restore_handler()
 
     def _hear_sigterm(self, trainer: pl.Trainer) -> None:
-        """Of several processes: whether any was asked to end. Each steps once more, or less, than
-        another when it hears of it, so that all of them ask each other, and stop after one step."""
+        """Of several processes: whether any was asked to end. All ask each other at the same
+        points, or they would stop at different steps."""
         connector = trainer._signal_connector
         if isinstance(connector, Termination) and trainer.world_size > 1:
             self._terminated = self._terminated or connector.agreed()

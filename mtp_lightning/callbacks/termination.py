@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
 class Termination(_SignalConnector):
@@ -23,6 +24,8 @@ class Termination(_SignalConnector):
     def __init__(self, trainer: pl.Trainer) -> None:
         super().__init__(trainer)
         self.noted = False
+        # Whether a callback asks after every step, saves, and ends the run.
+        self.saves = False
         self._group: Any = None
 
     def _sigterm_notifier_fn(self, signum: Any, _: FrameType) -> None:
@@ -50,15 +53,15 @@ class Termination(_SignalConnector):
         """Let Lightning end the run where it looks next."""
         self.received_sigterm = True
 
+    def before_step(self) -> None:
+        """In the place of Lightning's broadcast before every step, which waits for the device."""
+        if not self.saves and self.agreed():
+            self.end()
+            raise SIGTERMException
+
 
 def stop_together(trainer: pl.Trainer) -> None:
-    """Give a trainer the above in the place of what Lightning does.
-
-    Lightning also broadcasts the signal before every training step, and waits for the device.
-    """
-    trainer._signal_connector = Termination(trainer)
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
-
-
-def _nothing() -> None:
-    pass
+    """Give a trainer the above in the place of what Lightning does."""
+    connector = trainer._signal_connector = Termination(trainer)
+    loop = trainer.fit_loop.epoch_loop
+    loop._broadcast_sigterm_tensor = connector.before_step  # type: ignore[method-assign]

@@ -116,6 +116,23 @@ def test_sigterm_to_one_ends_all_and_the_run_goes_on_exactly(
 
 
 @pytest.mark.slow
+def test_sigterm_without_checkpoints_ends_all(tmp_path: Path, cache: Path) -> None:
+    settings = (
+        LONG | DDP | {"callbacks": "[nan_guard]", "callbacks.throughput.measure_matmul": None}
+    )
+    settings["callbacks.checkpoints.every_n_steps"] = None
+    run = tmp_path / "run"
+    run.mkdir()
+    process = start(lightning(cache, settings, run), run / "first.log")
+    wait_for_step(process, run, 20)
+    ranks = _ranks(process, lightning)
+    os.kill(ranks[1], signal.SIGTERM)
+    assert process.wait(60) != 0
+    assert ended(ranks, seconds=20)
+    assert "interrupted before the first checkpoint" in (run / "first.log").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["first", "second"])
 @pytest.mark.parametrize("how", [lightning, standalone])
 def test_one_that_dies_takes_the_others_along(
