@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from tests.integration.helpers import config, execute
+from tests.integration.helpers import ROOT, config, environment
 
 Runs = dict[str, dict[str, Any]]
 
@@ -24,7 +25,14 @@ def run_all(folder: Path, cache: Path, runs: Runs, *, processes: int) -> None:
     plan = folder / "plan.json"
     plan.write_text(json.dumps({"cache": str(cache), "runs": runs}))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = execute([sys.executable, *torchrun, "-m", "tests.integration.several", str(plan)])
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "tests.integration.several", str(plan)],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        env=environment(),
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
 
