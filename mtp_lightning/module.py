@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,12 +20,17 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.metrics.summary_rates import rates_of
 from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.kinds import SideBySide
+from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.init import drawn_anew
+from mtp_lightning.nn.moe import routers_of
 from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.optim.base import LearningRates, OptimizerConfig
 from mtp_lightning.settings import require_number
+from mtp_lightning.sharding import gathered, is_sharded, no_sync, shard
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +45,7 @@ class MTPModule(pl.LightningModule):
         balance: the rule that weighs the tasks by what is measured; None keeps the weights fixed.
         objective: what the MTP depths are trained on; None is cross-entropy.
         seed: of the initial weights, and of random choices in training.
+        deferred: draw the weights when the model is sharded, each process its part alone.
         accumulate: micro-batches an optimizer step of one rank is split into.
         clip_norm: bound on the gradient's global norm; None for no bound.
         text_bytes: evaluated bytes of every document of the evaluation text, for bits per byte.
@@ -54,6 +61,7 @@ class MTPModule(pl.LightningModule):
         balance: Balance | None = None,
         objective: Objective | None = None,
         seed: int,
+        deferred: bool = False,
         accumulate: int = 1,
         clip_norm: float | None = 1.0,
         text_bytes: Sequence[int] | None = None,
@@ -63,8 +71,13 @@ class MTPModule(pl.LightningModule):
         if clip_norm is not None:
             require_number("trainer.gradient_clip_val (null for no bound)", clip_norm, above=0)
         self.automatic_optimization = False
-        self.model = MTPModel(model_config)
-        self.model.initialise(seed)
+        with torch.device("meta") if deferred else nullcontext():
+            model = MTPModel(model_config)
+        self._deferred = deferred and drawn_anew(model)
+        self.seed = seed
+        self.model = MTPModel(model_config) if deferred and not self._deferred else model
+        if not self._deferred:
+            self.model.initialise(seed)
         self.schedule = schedule
         self.optimizer_config = optimizer
         self.balance = NoBalance(self.model.depth) if balance is None else balance
@@ -89,6 +102,50 @@ class MTPModule(pl.LightningModule):
         # The newest validation: the optimizer steps before it, and its metrics by log tag.
         self.validated_step: int | None = None
         self.validation: dict[str, float] = {}
+
+    def configure_model(self) -> None:
+        """Shard the model, where the strategy has laid the processes out for it."""
+        if self.device_mesh is None or is_sharded(self):
+            return
+        # Heads side by side are gathered with the root: the gradients of all of them are taken by
+        # hand, in the midst of a forward pass (objective/stack_loss.py).
+        alone = isinstance(self.model.mtp, SideBySide)
+        units = [
+            m for m in (self.model.trunk if alone else self.model).modules() if isinstance(m, Block)
+        ]
+        mixed = self.trainer.precision == "bf16-mixed"
+        shard(
+            self,
+            self.device_mesh,
+            units,
+            # Which expert a token goes to must not hang on a rounding.
+            precise=[router for unit in units for router in routers_of(unit).values()],
+            low=torch.bfloat16 if mixed else None,
+        )
+        if self._deferred:
+            self.model.to_empty(device=self.trainer.strategy.root_device)
+            self.model.initialise(self.seed)
+
+    def forward(self, work: Callable[..., Any], *args: Any) -> Any:
+        """``work(*args)`` with the model's weights at hand: of a sharded model they are gathered
+        for this call alone, and whatever computes with the model goes through it."""
+        return work(*args)
+
+    def whole_model(self, *, everywhere: bool = False) -> MTPModel | None:
+        """The model for what one process does by itself, such as decoding: itself, or a copy of a
+        sharded one, for which every process must ask.
+
+        Args:
+            everywhere: whether each process wants it; else, it is None on all but the first.
+        """
+        if not is_sharded(self):
+            return self.model
+        state = gathered(self.model.state_dict(), everywhere=everywhere)
+        if not state:
+            return None
+        copy = MTPModel(self.model.config)
+        copy.to(self.model.head.weight.dtype).load_state_dict(state)
+        return copy.to(self.device).train(self.model.training)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         others = self.balance.parameters()
@@ -123,8 +180,11 @@ class MTPModule(pl.LightningModule):
             batch,
             self.progress(done),
             optimizer,  # type: ignore[arg-type]
+            run=self,
             backward=self.manual_backward,
-            no_sync=getattr(self.trainer.strategy.model, "no_sync", nullcontext),
+            no_sync=partial(no_sync, self)
+            if is_sharded(self)
+            else getattr(self.trainer.strategy.model, "no_sync", nullcontext),
         )
         self.tokens += result.tokens
         self.flops += result.flops
@@ -163,6 +223,9 @@ class MTPModule(pl.LightningModule):
         return Progress(step=step, max_steps=self.trainer.max_steps, tokens=self.tokens)
 
     def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
+        self(self._rate, batch)
+
+    def _rate(self, batch: WindowBatch) -> None:
         self.rates.update(self.model(batch), self.model.head.weight, batch)
 
     def on_validation_epoch_end(self) -> None:

@@ -25,7 +25,7 @@ RANK = {
     # what the apps say and read before anything else is imported
     **dict.fromkeys(["errors", "paths", "literal"], -1),
     # tools that know nothing of models
-    **dict.fromkeys(["cli", "settings", "registry", "runtime"], 0),
+    **dict.fromkeys(["cli", "settings", "registry", "runtime", "sharding"], 0),
     "nn": 0.5,
     **dict.fromkeys(["mtp", "optim"], 1),
     "model": 2,

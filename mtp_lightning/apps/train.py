@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from omegaconf import DictConfig
 
 from mtp_lightning.apps import readable_errors, start
+
+_RUN_DIR = "run_dir"
 
 
 def task(cfg: DictConfig) -> float:
     """What Hydra calls with the composed config."""
     with readable_errors():
         # Imported here, so that --help does not wait for torch.
+        from mtp_lightning.experiment.peers import find_peers
         from mtp_lightning.experiment.training import train
 
+        peers = find_peers()
+        if peers.rank == 0:  # the others have asked for it before they composed their config
+            peers.told(_RUN_DIR, lambda: cfg.run_dir)
         return train(cfg)["val/loss_depth_0"]
 
 
 def main() -> None:
     """The command."""
+    with readable_errors():
+        _take_run_dir()
     start("config", task)
+
+
+def _take_run_dir() -> None:
+    """Of processes that are started together, all but the first take its run folder, whose name
+    may be made of the time."""
+    ranks = [os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "NODE_RANK")]
+    if set(ranks) == {"0"} or "-m" in sys.argv or "--multirun" in sys.argv:
+        return
+    from mtp_lightning.experiment.peers import find_peers
+
+    peers = find_peers()
+    if peers.rank:
+        run_dir = peers.told(_RUN_DIR, lambda: None)
+        sys.argv += [f"run_dir={run_dir}"]
 
 
 if __name__ == "__main__":

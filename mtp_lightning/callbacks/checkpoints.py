@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 from mtp_lightning.callbacks.base import run_callbacks
+from mtp_lightning.callbacks.termination import Termination
 from mtp_lightning.run.checkpoints import KEEP, intact, link_or_copy, load, save, stored_step
 from mtp_lightning.run.layout import BEST, LAST, PREVIOUS
 from mtp_lightning.settings import require_choice, require_whole
@@ -32,8 +33,8 @@ class Checkpoints(Checkpoint):
       left when the newest is damaged.
 
     An exception in the middle of a step leaves the model between two states, so nothing is saved
-    then; the newest file stays. Signals are handled here for one process only: several would stop
-    at different steps.
+    then; the newest file stays. Of several processes, Ctrl-C ends each where it is, and SIGTERM to
+    any of them all of them after the same step (``termination.py``).
 
     Args:
         folder: where the files go.
@@ -66,6 +67,7 @@ class Checkpoints(Checkpoint):
         self._last_is_good = False
         self._old_handler: Any = None
         self._interrupted = False
+        self._terminated = False
 
     @property
     def last_path(self) -> Path:
@@ -97,7 +99,9 @@ class Checkpoints(Checkpoint):
             )
         self._last_is_good = False
         self._saved_step = trainer.global_step or None
-        self._interrupted = False
+        self._interrupted = self._terminated = False
+        if isinstance(trainer._signal_connector, Termination):
+            trainer._signal_connector.saves = True
         # only where nobody else has a handler, and only in the main thread, where Python allows it
         default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if (
@@ -129,9 +133,11 @@ class Checkpoints(Checkpoint):
     ) -> None:
         """Save unless a validation follows now; then `on_validation_end` does."""
         terminated = trainer.received_sigterm and trainer.world_size == 1
+        self._hear_sigterm(trainer)
         # Lightning abandons a validation on SIGTERM, so that the step could not be saved after it
         if terminated or (self._due(trainer) and not self._validation_follows(trainer)):
             self._save(trainer)
+            self._end_if_terminated(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save when due or when the monitored value has improved."""
@@ -139,11 +145,13 @@ class Checkpoints(Checkpoint):
             self._crown_last(trainer)
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        self._hear_sigterm(trainer)  # it may have come since
         improved = self._update_best(trainer)
         if improved or self._due(trainer):
             self._save(trainer)
         if improved and trainer.is_global_zero:
             link_or_copy(self.last_path, self.best_path)
+        self._end_if_terminated(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save a run that ended for another reason than its last step (a time limit, an early
@@ -162,11 +170,27 @@ class Checkpoints(Checkpoint):
         """Give Ctrl-C back."""
         self._restore_handler()
 
+    def _hear_sigterm(self, trainer: pl.Trainer) -> None:
+        """Of several processes: whether any was asked to end. All ask each other at the same
+        points, or they would stop at different steps."""
+        connector = trainer._signal_connector
+        if isinstance(connector, Termination) and trainer.world_size > 1:
+            self._terminated = self._terminated or connector.agreed()
+
+    def _end_if_terminated(self, trainer: pl.Trainer) -> None:
+        connector = trainer._signal_connector
+        if self._terminated and isinstance(connector, Termination):
+            connector.end()
+
     def _due(self, trainer: pl.Trainer) -> bool:
         step = trainer.global_step
         finished = 0 < trainer.max_steps <= step
         return (
-            finished or trainer.should_stop or self._interrupted or step % self.every_n_steps == 0
+            finished
+            or trainer.should_stop
+            or self._interrupted
+            or self._terminated
+            or step % self.every_n_steps == 0
         )
 
     def _validation_follows(self, trainer: pl.Trainer) -> bool:

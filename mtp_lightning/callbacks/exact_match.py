@@ -35,7 +35,7 @@ class ExactMatch(RunCallback):
         sets = trainer.datamodule.answer_sets()  # type: ignore[attr-defined]
         if not sets or trainer.sanity_checking:
             return
-        model = pl_module.model
+        model = pl_module.whole_model(everywhere=True)  # type: ignore[operator]
         assert isinstance(model, MTPModel)
         self._newest = answer_all(
             model,

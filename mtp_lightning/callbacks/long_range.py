@@ -39,6 +39,7 @@ class LongRange(RunCallback):
         self.n_prompts = require_whole(f"{group}.n_prompts", n_prompts, least=0)
         self.prompt_tokens = require_whole(f"{group}.prompt_tokens", prompt_tokens, least=1)
         self._measure: Measure | None = None
+        self._model: MTPModel | None = None
         self._newest: dict[str, float] = {}
         self._warned = False
 
@@ -51,8 +52,9 @@ class LongRange(RunCallback):
                 log.warning("callbacks=long_range measures text and has no meaning for a task.")
             self._warned = True
         elif not trainer.sanity_checking:
-            model = pl_module.model
+            model = pl_module.whole_model(everywhere=True)  # type: ignore[operator]
             assert isinstance(model, MTPModel)
+            self._model = model
             self._measure = Measure(model, data.seq_len, data.tokenizer.token_bytes())
 
     def on_validation_batch_end(
@@ -77,10 +79,9 @@ class LongRange(RunCallback):
             values = {f"val/{name}": value for name, value in self._measure.compute().items()}
         self._measure = None
         if trainer.is_global_zero:
-            model = pl_module.model
-            assert isinstance(model, MTPModel)
+            assert self._model is not None
             found = acceptance_on_long_texts(
-                model,
+                self._model,
                 trainer.datamodule,  # type: ignore[attr-defined]
                 n_prompts=self.n_prompts,
                 prompt_tokens=self.prompt_tokens,
@@ -93,6 +94,7 @@ class LongRange(RunCallback):
                     if isinstance(logger, RunLogger):
                         tag = f"long_range/{chart.name}"
                         logger.write_curves(tag, chart, trainer.global_step)
+        self._model = None
 
     def summary(self) -> dict[str, float]:
         """The newest validation's values."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from mtp_lightning.callbacks.checkpoints import Checkpoints
 from mtp_lightning.run.checkpoints import stored_step
 from mtp_lightning.settings import require_whole
+from mtp_lightning.sharding import local
 
 
 class NanGuard(Callback):
@@ -73,8 +74,12 @@ class NanGuard(Callback):
         self._look(trainer)
         named = [(name, p) for name, p in pl_module.named_parameters() if p.is_floating_point()]
         finite = (
-            torch.stack([torch.isfinite(p.detach()).all() for _, p in named]) if named else None
+            torch.stack([torch.isfinite(local(p.detach())).all() for _, p in named])
+            if named
+            else None
         )
+        if finite is not None and trainer.world_size > 1:  # none may stop alone
+            finite = trainer.strategy.reduce(finite.float(), reduce_op="min").bool()
         if finite is not None and not bool(finite.all()):
             bad = [name for (name, _), ok in zip(named, finite.tolist(), strict=True) if not ok]
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""

@@ -45,9 +45,12 @@ class SpeculativeEval(Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decode, compare, log; by the first process alone."""
-        if not trainer.is_global_zero or trainer.sanity_checking:
+        if trainer.sanity_checking:
             return
-        model, data = pl_module.model, trainer.datamodule  # type: ignore[attr-defined]
+        model = pl_module.whole_model()  # type: ignore[operator]  # which all processes gather
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not trainer.is_global_zero:
+            return
         assert isinstance(model, MTPModel)
         new_tokens = self.new_tokens if data.answer_length is None else data.answer_length
         room = data.seq_len - new_tokens

@@ -15,12 +15,15 @@ from data_modules.tokenizers import tokenizer_from_state
 from data_modules.windows import WindowBatch
 from mtp_lightning import compare
 from mtp_lightning.callbacks.checkpoint_plugin import AtomicCheckpointIO
+from mtp_lightning.callbacks.gradient_conflict import GradientConflict
 from mtp_lightning.callbacks.precision_plugin import TokenDoublePrecision
+from mtp_lightning.callbacks.termination import stop_together
 from mtp_lightning.experiment.command_line import overridden
 from mtp_lightning.experiment.device import settle_device
 from mtp_lightning.experiment.instantiate import instantiate, targets, trusted_packages
 from mtp_lightning.experiment.run_loggers import build_loggers
 from mtp_lightning.experiment.self_generated import SelfGenerated
+from mtp_lightning.experiment.strategy import choose_strategy, require_whole_gradients
 from mtp_lightning.init_from import free_keys
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
@@ -43,11 +46,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Keys of the trainer group that are this project's, not lightning.pytorch.Trainer's.
-_OWN_TRAINER_KEYS = ("accumulate_grad_batches", "gradient_clip_val", "num_threads", "compile")
+_OWN_TRAINER_KEYS = (
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "num_threads",
+    "compile",
+    "shard_size",
+)
 # What mtp.init=last_block looks at: a pass of the trunk over more would take longer than it gains.
 BEGINNING_TOKENS = 8192
 _PRECISIONS = ("auto", "32-true", "bf16-mixed", "64-true")
-_STRATEGIES = ("auto", "ddp")
 
 
 def build_data(
@@ -209,6 +217,9 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
             f"mtp={model_config.mtp.variant} is not shown what it is to say, so it needs a task "
             "(data=star_graph, copy, ..) without data.train_prompt."
         )
+    balance = build_balance(cfg)
+    if balance.scope is not None:
+        require_whole_gradients(cfg.trainer, f"balance={balance.name}")
     objective = build_objective(cfg)
     if model_config.mtp.depth == 0 and objective.needs_teacher:
         log.warning("objective=%s does nothing at mtp.depth=0.", objective.term.name)
@@ -218,9 +229,10 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
         model_config,
         schedule=instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
         optimizer=instantiate(cfg.optimizer, kind=OptimizerConfig),
-        balance=build_balance(cfg),
+        balance=balance,
         objective=objective,
         seed=cfg.seed,
+        deferred=cfg.trainer.strategy == "fsdp" and cfg.init_from is None,
         accumulate=cfg.trainer.accumulate_grad_batches,
         clip_norm=cfg.trainer.gradient_clip_val,
         text_bytes=data.evaluated_bytes,
@@ -339,16 +351,9 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
     for key in _OWN_TRAINER_KEYS:
         settings.pop(key)
     _check_choice("precision", settings["precision"], _PRECISIONS)
-    _check_choice("strategy", settings["strategy"], _STRATEGIES)
-    for key in ("max_steps", "val_check_interval", "log_every_n_steps"):
+    for key in ("max_steps", "val_check_interval", "log_every_n_steps", "num_nodes"):
         require_whole(f"trainer.{key}", settings[key], least=1)
-    if settings["strategy"] == "ddp":
-        settings["strategy"] = "ddp_find_unused_parameters_true" if may_skip else "ddp"
-    elif settings["devices"] not in (1, "1"):
-        raise ValueError(
-            f"trainer.devices={settings['devices']} needs trainer.strategy=ddp: "
-            "several devices train one model together by data parallelism."
-        )
+    settings["strategy"] = choose_strategy(trainer_cfg, may_skip=may_skip)
     plugins: list[Any] = [AtomicCheckpointIO()]
     if settings["precision"] == "64-true":
         plugins.append(TokenDoublePrecision())
@@ -373,6 +378,9 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
         )
     except TypeError as error:
         raise ValueError(f"The trainer group has a key that Lightning refuses: {error}.") from error
+    stop_together(trainer)
+    if any(isinstance(callback, GradientConflict) for callback in trainer.callbacks):  # type: ignore
+        require_whole_gradients(cfg.trainer, "callbacks=gradient_conflict")
     if trainer.limit_val_batches != 1.0:
         raise ValueError(
             f"trainer.limit_val_batches={trainer.limit_val_batches} would evaluate a part of the "

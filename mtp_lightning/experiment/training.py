@@ -30,6 +30,7 @@ from mtp_lightning.experiment.command_line import hyperparameters
 from mtp_lightning.experiment.device import settle_device, use_tensor_cores
 from mtp_lightning.experiment.generating import print_sample
 from mtp_lightning.experiment.instantiate import trusted_packages
+from mtp_lightning.experiment.peers import Peers, check_world, find_peers
 from mtp_lightning.experiment.run_loggers import end_loggers
 from mtp_lightning.init_from import Start, brought_trunk, read_start, start_from
 from mtp_lightning.model import ModelConfig
@@ -73,14 +74,22 @@ class Prepared:
     resume_step: int | None
 
 
-def prepare(cfg: DictConfig, folder: Path) -> Prepared:
+def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepared:
     """Build a run, from scratch, from another run, or from what its folder holds.
 
     What is read of a checkpoint here is gone when this returns: training needs the memory.
+
+    Args:
+        cfg: the config.
+        folder: of the run.
+        peers: the processes that prepare it together; None for this one alone.
     """
     cfg = settle_device(cfg)
-    resume_from = checkpoints.newest_intact(folder / CHECKPOINTS)
-    stored = None if resume_from is None else checkpoints.load(resume_from)
+    peers = Peers() if peers is None else peers
+    newest = peers.told("resume", lambda: _named(checkpoints.newest_intact(folder / CHECKPOINTS)))
+    resume_from = None if newest is None else folder / CHECKPOINTS / newest
+    # Looked through a moment ago, and the weights are read when they are wanted.
+    stored = None if resume_from is None else checkpoints.load(resume_from, mapped=True)
     keeps_none = OmegaConf.select(cfg, "callbacks.checkpoints.keep") == "none"
     if stored is None and keeps_none and (folder / SUMMARY_FILE).is_file():
         raise ValueError(
@@ -111,7 +120,8 @@ def prepare(cfg: DictConfig, folder: Path) -> Prepared:
                 allow = trusted_packages(cfg)
                 trunk = ModelConfig.from_dict(stored["model_config"], allow=allow).trunk
                 cfg = adopt_trunk(cfg, trunk, source=Path(cfg.init_from))
-    data = build_data(cfg, tokenizer_state, brought=brings_trunk)
+    with peers.in_turn():
+        data = build_data(cfg, tokenizer_state, brought=brings_trunk)
     cfg = asked = settle_data(cfg, data)
     cfg, matched = match_reference(cfg, data.tokenizer.vocab_size)
     module = build_module(cfg, data, asked=asked)
@@ -134,6 +144,10 @@ def prepare(cfg: DictConfig, folder: Path) -> Prepared:
     )
 
 
+def _named(path: Path | None) -> str | None:
+    return None if path is None else path.name
+
+
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Run an experiment, or continue it where its folder holds a checkpoint.
 
@@ -153,7 +167,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         processes=devices if isinstance(devices, int) and devices > 0 else 1,
     )
     folder = Path(cfg.paths.output_dir)
-    run = prepare(cfg, folder)
+    peers = find_peers()
+    check_world(cfg.trainer, peers)
+    peers.require_shared(folder)
+    run = prepare(cfg, folder, peers)
     use_tensor_cores(run.cfg)
     data, module = run.data, run.module
     trainer = build_trainer(
@@ -171,7 +188,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     for logger in trainer.loggers:
         logger.log_hyperparams(params)
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
+        with peers.handing_on():
+            trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
     except SystemExit as stop:  # how Lightning ends after Ctrl-C and SIGTERM
         signum = signal.SIGTERM if trainer.received_sigterm else signal.SIGINT
         raise Stopped(describe_interrupt(folder), signum) from stop
@@ -189,9 +207,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         summary |= solving(data, folder)
         write_json(summary, folder / SUMMARY_FILE)
     end_loggers(trainer, params, summary)
+    model = module.whole_model()  # which all processes gather
     if trainer.is_global_zero:
         print_summary(summary, depth=module.model.depth)
-        print_sample(module.model, data, seed=cfg.seed)
+        assert model is not None
+        print_sample(model, data, seed=cfg.seed)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Checkpoints):
                 checkpoints.keep(callback.folder, callback.keep)

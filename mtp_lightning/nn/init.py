@@ -11,6 +11,8 @@ import hashlib
 import torch
 from torch import nn
 
+from mtp_lightning.sharding import own_part
+
 
 def parameter_seed(seed: int, name: str) -> int:
     """A 32-bit seed from a run's seed and a parameter's name: all that PyTorch's generator on a CPU
@@ -37,4 +39,14 @@ def initialise(model: nn.Module, *, std: float, seed: int) -> None:
             continue
         generator = torch.Generator().manual_seed(parameter_seed(seed, name))
         drawn = torch.empty(parameter.shape, dtype=torch.float32)
-        parameter.copy_(drawn.normal_(0.0, std, generator=generator))
+        drawn.normal_(0.0, std, generator=generator)
+        # Of a sharded one, every process draws all and keeps its part.
+        parameter.copy_(own_part(drawn, parameter))
+
+
+def drawn_anew(model: nn.Module) -> bool:
+    """Whether :func:`initialise` sets all that a model holds: else it must be built with it."""
+    return all(
+        callable(getattr(module, "reset_buffers", None)) or not list(module.buffers(recurse=False))
+        for module in model.modules()
+    )

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from operator import call
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ from mtp_lightning.objective.stack_loss import stack_loss
 from mtp_lightning.objective.summary_loss import future_of, stack_loss_with_summary
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.through_head import DepthTarget
+from mtp_lightning.sharding import whole
 
 _MAIN_TERM = CrossEntropy()
 
@@ -193,6 +195,7 @@ class OptimizerStep:
         progress: Progress,
         optimizer: torch.optim.Optimizer,
         *,
+        run: Callable[..., tuple[Tensor, Tensor, Ledger]] = call,
         backward: Callable[[Tensor], None] = torch.Tensor.backward,
         no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> StepResult:
@@ -202,6 +205,8 @@ class OptimizerStep:
             batch: this rank's; every rank's has the same size.
             progress: before the step.
             optimizer: over the model's parameters and the rule's.
+            run: what calls a micro-batch's forward pass; a sharded model's weights are gathered
+                there.
             backward: what runs the backward pass of a micro-batch's loss.
             no_sync: around all micro-batches but the last, whose gradients need not be summed over
                 ranks yet.
@@ -216,7 +221,7 @@ class OptimizerStep:
         for index, (micro, key) in enumerate(plan.micro_batches):
             last = index == len(plan.micro_batches) - 1
             with nullcontext() if last else no_sync():
-                loss, micro_sums, reported = self.loss(plan, micro, key)
+                loss, micro_sums, reported = run(self.loss, plan, micro, key)
                 # With a frozen trunk and all weights 0, a step trains nothing.
                 if loss.requires_grad:
                     # Data-parallel ranks average their gradients; the parts of the loss add up.
@@ -238,7 +243,7 @@ class OptimizerStep:
         if self.clip_norm is not None:
             # What a balance rule learns has no gradient yet, and so no part in the norm.
             clipped = [p for group in optimizer.param_groups for p in group["params"]]
-            values["train/grad_norm"] = nn.utils.clip_grad_norm_(clipped, self.clip_norm)
+            values["train/grad_norm"] = whole(nn.utils.clip_grad_norm_(clipped, self.clip_norm))
         if self.balance.observes:
             values |= self.balance.learn(
                 Observed(

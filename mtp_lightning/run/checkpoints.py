@@ -52,8 +52,14 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
         torch.save(checkpoint, file)
 
 
-def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+def load(path: str | Path, map_location: Any = "cpu", *, mapped: bool = False) -> dict[str, Any]:
     """Read a checkpoint of tensors and plain containers, after checking it for damage.
+
+    Args:
+        path: the file.
+        map_location: where its tensors go.
+        mapped: leave them in the file, on the CPU, until they are looked at, and the file
+            unchecked: for one that :func:`newest_intact` has just chosen.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -62,14 +68,14 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
-    reason = _broken_archive(path)
+    reason = None if mapped else _broken_archive(path)
     if reason is not None:
         raise ValueError(
             f"The checkpoint {path} is damaged ({reason}): use another one, for example "
             f"{PREVIOUS} or {BEST} in the same folder."
         )
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"The checkpoint {path} holds more than tensors and plain containers, and is not "

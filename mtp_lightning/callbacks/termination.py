@@ -1,0 +1,67 @@
+"""SIGTERM, heard by one process of several and acted on by all of them, before the same step."""
+
+from __future__ import annotations
+
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+
+class Termination(_SignalConnector):
+    """Lightning's handler of SIGTERM, without the broadcast that it does in there.
+
+    A handler runs wherever the signal finds the process. In the midst of a backward pass,
+    Lightning's waits for the other processes, which wait for this one's gradients: they hang for
+    ever (Lightning issue 20806). Here it makes a note, hands the signal on to the processes that
+    this one has started, and :meth:`agreed` asks all of them after every step.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        super().__init__(trainer)
+        self.noted = False
+        # Whether a callback asks after every step, saves, and ends the run.
+        self.saves = False
+        self._group: Any = None
+
+    def _sigterm_notifier_fn(self, signum: Any, _: FrameType) -> None:
+        launcher = self.trainer.strategy.launcher
+        if launcher is not None and not self.noted:
+            launcher.kill(signum)
+        self.noted = True
+        if self.trainer.world_size == 1:
+            self.received_sigterm = True
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to end; every one asks at the same point.
+
+        On a CPU, so that no device is waited for.
+        """
+        if self.trainer.world_size == 1:
+            return self.noted
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        flag = torch.tensor(int(self.noted))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        return bool(flag)
+
+    def end(self) -> None:
+        """Let Lightning end the run where it looks next."""
+        self.received_sigterm = True
+
+    def before_step(self) -> None:
+        """In the place of Lightning's broadcast before every step, which waits for the device."""
+        if not self.saves and self.agreed():
+            self.end()
+            raise SIGTERMException
+
+
+def stop_together(trainer: pl.Trainer) -> None:
+    """Give a trainer the above in the place of what Lightning does."""
+    connector = trainer._signal_connector = Termination(trainer)
+    loop = trainer.fit_loop.epoch_loop
+    loop._broadcast_sigterm_tensor = connector.before_step  # type: ignore[method-assign]

@@ -1,0 +1,274 @@
+"""The processes that prepare one run together: what the first decides, all of them do.
+
+They come into being in one of three ways:
+
+- torchrun, or srun with a task a device: all of them run the program from its first line;
+- one process a machine, by hand (``MASTER_ADDR``, ``MASTER_PORT``, ``NODE_RANK``);
+- a machine's other processes are started by Lightning when its first one has prepared: these are
+  told in their environment what was decided.
+
+They talk through a key-value store, since there is no process group yet: whether a run goes on is
+known before there is a model, and the corpus is packed before there is either.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from omegaconf import DictConfig
+
+# What a process was told that Lightning has started.
+_TOLD = "MTP_LIGHTNING_TOLD"
+_POLL_SECONDS = 0.05
+# A network disk may show a new file some seconds late.
+_SHOWN_SECONDS = 10.0
+
+
+class Peers:
+    """This process and the others, before training.
+
+    Args:
+        rank: of this process among those that prepare together.
+        size: how many those are.
+        local_rank: of this process on its machine.
+        node: the machine's number.
+        store: through which they talk; None alone.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        *,
+        local_rank: int = 0,
+        node: int = 0,
+        store: dist.Store | None = None,
+    ) -> None:
+        self.rank, self.size = rank, size
+        self.local_rank, self.node = local_rank, node
+        self._store = store
+        # By the process that has started this one.
+        self._told: dict[str, Any] = json.loads(os.environ.get(_TOLD, "{}"))
+        self._decided: dict[str, Any] = {}
+        # Of each key, how often it was used: a process may train several runs in turn.
+        self._uses: Counter[str] = Counter()
+
+    def told(self, key: str, decide: Callable[[], Any]) -> Any:
+        """What the first process decides, the same in all of them and, inside of
+        :meth:`handing_on`, in those that Lightning starts; plain enough for JSON.
+
+        Args:
+            key: of the decision.
+            decide: called in the first process alone.
+
+        Raises:
+            ValueError: the first process could not.
+        """
+        if key in self._told:
+            return self._told[key]
+        place = self._place(key)
+        if self.rank == 0:
+            with self._failing_for_all():
+                value = decide()
+            self._set(place, json.dumps(value))
+        else:
+            value = json.loads(self._get(place))
+        self._decided[key] = value
+        return value
+
+    @contextmanager
+    def handing_on(self) -> Iterator[None]:
+        """Processes that are started inside are told what was decided so far."""
+        os.environ[_TOLD] = json.dumps({**self._told, **self._decided})
+        try:
+            yield
+        finally:
+            del os.environ[_TOLD]
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """A block that the first process goes through before the others: what it leaves on the
+        disk, they find. On disks that are a machine's own, each machine's first process is next.
+
+        Raises:
+            ValueError: a process that goes before could not.
+        """
+        done = self._place("done")
+        if self.rank > 0:
+            self._get(done if self.local_rank == 0 else f"{done} on {self.node}")
+        with self._failing_for_all():
+            yield
+        if self.local_rank == 0:
+            self._set(f"{done} on {self.node}", "")
+        if self.rank == 0:
+            self._set(done, "")
+
+    def require_shared(self, folder: Path) -> None:
+        """Make sure that all processes see the same run folder.
+
+        Raises:
+            ValueError: one does not; in all of them.
+        """
+        if self._store is None:
+            return
+        name = self.told("witness", lambda: f".seen_by_all_{uuid.uuid4().hex}")
+        if self.rank == 0:
+            with self._failing_for_all():
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / name).touch()
+            self._set(f"{name} is there", "")
+        self._get(f"{name} is there")
+        until = time.monotonic() + _SHOWN_SECONDS
+        while not (seen := folder.is_dir() and name in os.listdir(folder)):
+            if time.monotonic() > until:
+                break
+            time.sleep(_POLL_SECONDS)
+        self._set(f"{name} by {self.rank}", "" if seen else socket.gethostname())
+        hosts = [self._get(f"{name} by {rank}") for rank in range(self.size)]
+        if self.rank == 0:
+            (folder / name).unlink()
+        for rank, host in enumerate(hosts):
+            if host:
+                raise ValueError(
+                    f"run_dir={folder} is not one folder for all processes: process {rank}, on "
+                    f"{host}, does not see what process 0 writes there. Give a run_dir on a disk "
+                    "that all machines share."
+                )
+
+    @contextmanager
+    def _failing_for_all(self) -> Iterator[None]:
+        """Tell the others of an error, which they would wait for in vain."""
+        try:
+            yield
+        except BaseException as error:
+            self._set("failed", f"{self.rank}: {error}")
+            raise
+
+    def _place(self, key: str) -> str:
+        self._uses[key] += 1
+        return f"{key} {self._uses[key]}"
+
+    def _set(self, key: str, value: str) -> None:
+        if self._store is not None:
+            self._store.set(key, f"{value} ")  # a store may take nothing for no value
+
+    def _get(self, key: str) -> str:
+        """What was set, once it is; asked for again and again, so that signals are heard."""
+        assert self._store is not None
+        while not self._store.check([key]):
+            if self._store.check(["failed"]):
+                rank, _, reason = self._read("failed").partition(": ")
+                raise ValueError(f"Process {rank} could not prepare the run: {reason}")
+            time.sleep(_POLL_SECONDS)
+        return self._read(key)
+
+    def _read(self, key: str) -> str:
+        assert self._store is not None
+        return self._store.get(key).decode()[:-1]
+
+
+def find_peers() -> Peers:
+    """The processes that the environment tells of, connected."""
+    if _TOLD not in os.environ:
+        if (ranks := _of_all()) is not None and ranks[1] > 1:
+            return _connected(*ranks)
+        if ranks is None and _by_hand():
+            # One a machine; how many machines, the config says.
+            node = int(os.environ["NODE_RANK"])
+            return _connected(node, 0, 0, node)
+    return Peers()
+
+
+@cache
+def _connected(rank: int, size: int, local_rank: int, node: int) -> Peers:
+    env = os.environ
+    agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    tcp = dist.TCPStore(
+        *_main_address(),
+        is_master=rank == 0 and not agent,
+        timeout=timedelta(minutes=10),
+        wait_for_workers=False,
+        # The process group's own store will stand at the same port.
+        multi_tenant=True,
+    )
+    start = f"{env.get('TORCHELASTIC_RUN_ID')}/{env.get('TORCHELASTIC_RESTART_COUNT')}"
+    store = dist.PrefixStore(f"mtp-lightning/{start}", tcp)
+    return Peers(rank, size, local_rank=local_rank, node=node, store=store)
+
+
+def check_world(trainer: DictConfig, peers: Peers) -> None:
+    """Compare the processes that were started with those that the config asks for.
+
+    Args:
+        trainer: the group ``trainer``.
+        peers: these processes; their number is completed where only the config has it.
+
+    Raises:
+        ValueError: they are not as many, or there is no way to reach the other machines.
+    """
+    devices, nodes = _whole(trainer.devices), trainer.num_nodes
+    ranks = _of_all()
+    if ranks is not None and ranks[1] > 1 or dist.is_torchelastic_launched():
+        started = ranks[1] if ranks is not None else 1
+        here = _whole(os.environ.get("LOCAL_WORLD_SIZE"))
+        if devices is not None and (
+            started != devices * nodes or (here is not None and here != devices)
+        ):
+            on_this = "" if here is None else f", {here} of them on this machine"
+            raise ValueError(
+                f"{started} processes were started{on_this}, and trainer.devices={devices} with "
+                f"trainer.num_nodes={nodes} asks for {devices * nodes}: set trainer.devices to the "
+                "processes of a machine, trainer.num_nodes to the machines, and "
+                "trainer.strategy=ddp or fsdp."
+            )
+    elif nodes > 1 and not (_by_hand() or _TOLD in os.environ or "LOCAL_RANK" in os.environ):
+        raise ValueError(
+            f"trainer.num_nodes={nodes}, and nothing says where the other machines are: start it "
+            "by torchrun or srun, or on every machine with MASTER_ADDR, MASTER_PORT and NODE_RANK "
+            "in the environment (docs/scale.md)."
+        )
+    if peers.size == 0:
+        peers.size = nodes
+
+
+def _whole(value: Any) -> int | None:
+    return int(value) if str(value).isdigit() else None
+
+
+def _of_all() -> tuple[int, int, int, int] | None:
+    """(rank, processes, rank on this machine, machine) where all processes are started alike."""
+    env = os.environ
+    if "SLURM_STEP_NUM_TASKS" in env and not dist.is_torchelastic_launched():
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODEID")
+    else:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK")
+    if not all(name in env for name in names[:2]):
+        return None
+    rank, size, local_rank, node = (int(env.get(name, 0)) for name in names)
+    return rank, size, local_rank, node
+
+
+def _by_hand() -> bool:
+    names = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+    return all(name in os.environ for name in names) and "LOCAL_RANK" not in os.environ
+
+
+def _main_address() -> tuple[str, int]:
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    slurm = SLURMEnvironment()
+    return slurm.main_address, slurm.main_port

@@ -1,0 +1,181 @@
+"""``trainer.strategy=fsdp``: Lightning's strategy for sharded models, with this project's files.
+
+A checkpoint is the same plain file that one process writes, and can be continued by any number of
+processes: the first process gathers and writes it, reads it, and hands out the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mtp_lightning.settings import require_whole
+from mtp_lightning.sharding import build_mesh, gathered, local, outlined, spread
+
+_STRATEGIES = ("auto", "ddp", "fsdp")
+
+
+def choose_strategy(trainer: DictConfig, *, may_skip: bool) -> str | Strategy:
+    """What Lightning calls a strategy, of the group ``trainer``.
+
+    Args:
+        trainer: the group.
+        may_skip: whether some parameters get no gradient in some steps.
+
+    Raises:
+        ValueError: an unknown one, several devices without one, or a setting of another.
+    """
+    name, shard_size = trainer.strategy, trainer.shard_size
+    if name not in _STRATEGIES:
+        known = ", ".join(_STRATEGIES)
+        raise ValueError(f"trainer.strategy={name} is not supported: choose one of {known}.")
+    if name == "auto" and trainer.devices not in (1, "1"):
+        raise ValueError(
+            f"trainer.devices={trainer.devices} needs trainer.strategy=ddp (each has the whole "
+            "model) or fsdp (each has a part of it): several devices train one model together."
+        )
+    if shard_size is not None:
+        require_whole("trainer.shard_size (null for all processes)", shard_size, least=2)
+        if name != "fsdp":
+            raise ValueError(
+                f"trainer.shard_size={shard_size} has no meaning for trainer.strategy={name}: set "
+                "trainer.strategy=fsdp, or leave it null."
+            )
+    if name == "fsdp":
+        return ShardedStrategy(shard_size)
+    if name == "ddp" or trainer.num_nodes > 1:
+        return "ddp_find_unused_parameters_true" if may_skip else "ddp"
+    return "auto"
+
+
+def require_whole_gradients(trainer: DictConfig, what: str) -> None:
+    """Refuse a sharded model to what takes the gradients of one task alone.
+
+    Raises:
+        ValueError: the model is to be sharded.
+    """
+    if trainer.strategy == "fsdp":
+        raise ValueError(
+            f"{what} takes every task's gradient by itself, which trainer.strategy=fsdp has on no "
+            "process as a whole: use trainer.strategy=ddp, or leave it out."
+        )
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2 on a mesh of (parts) or of (copies, parts).
+
+    Args:
+        shard_size: processes that a copy of the model is spread over; None for all.
+    """
+
+    def __init__(self, shard_size: int | None = None) -> None:
+        super().__init__(save_distributed_checkpoint=False)
+        self.shard_size = shard_size
+
+    def setup_environment(self) -> None:
+        """Connect the processes, and lay them out.
+
+        Raises:
+            ValueError: they cannot be parted into copies of ``shard_size``.
+        """
+        assert self.lightning_module is not None
+        # Not Lightning's setup_environment, which lays them out for tensor parallelism.
+        self._setup_distributed()
+        if self.shard_size is not None and self.world_size % self.shard_size:
+            raise ValueError(
+                f"trainer.shard_size={self.shard_size} does not divide the {self.world_size} "
+                "processes: every copy of the model is spread over as many."
+            )
+        if self._device_mesh is None:
+            self._device_mesh = build_mesh(self.root_device.type, self.world_size, self.shard_size)
+        self.lightning_module._device_mesh = self._device_mesh
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Every process has data of its own."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Whether Lightning hands the optimizer's state to this strategy."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The weights, whole, on the first process; nothing on the others."""
+        assert self.lightning_module is not None
+        return gathered(self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The same of an optimizer, numbered as a plain one's."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        return gathered(optimizer.state_dict())
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read by the first process alone; the others get the outline of what is sharded."""
+        content: list[Any] = [None]
+        checkpoint: dict[str, Any] = {}
+        if self.is_global_zero:
+            checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path)
+            sharded = ("state_dict", "optimizer_states")
+            content = [{k: outlined(v) if k in sharded else v for k, v in checkpoint.items()}]
+        dist.broadcast_object_list(content)
+        return checkpoint or content[0]
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Hand the weights out."""
+        assert self.lightning_module is not None
+        own, stored = self.lightning_module.state_dict(), checkpoint["state_dict"]
+        if own.keys() != stored.keys():
+            names = ", ".join(sorted(own.keys() ^ stored.keys()))
+            raise ValueError(f"The checkpoint's weights are not the model's: {names}.")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(spread(stored[name], tensor))
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Hand the optimizer's state out: what has a parameter's shape is sharded as that is."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(_spread_state(state, _parameters(optimizer, state)))
+
+
+def _parameters(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, dict[int, Tensor]]:
+    """An optimizer's parameters by their numbers, of each that it consists of."""
+    parts = getattr(optimizer, "optimizers", {"": optimizer})
+    found = {}
+    for name, part in parts.items():
+        listed = [p for group in part.param_groups for p in group["params"]]
+        found[name] = dict(enumerate(listed))
+    return found
+
+
+def _spread_state(
+    state: Mapping[str, Any], parameters: Mapping[str, Mapping[int, Tensor]]
+) -> dict[str, Any]:
+    if "param_groups" not in state:
+        return {name: _spread_state(part, {"": parameters[name]}) for name, part in state.items()}
+    (own,) = parameters.values()
+    entries = {
+        number: {key: _spread_entry(value, own[number]) for key, value in entry.items()}
+        for number, entry in state["state"].items()
+    }
+    return {**state, "state": entries}
+
+
+def _spread_entry(value: Any, parameter: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if value.shape == parameter.shape:
+        return spread(value, parameter)
+    return spread(value, local(parameter).new_empty(0))

@@ -1,0 +1,146 @@
+"""Processes that prepare a run together, here as threads with one store."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from mtp_lightning.experiment import peers as module
+from mtp_lightning.experiment.peers import Peers, check_world, find_peers
+
+# (rank, rank on its machine, machine)
+RANKS = [(0, 0, 0), (1, 1, 0), (2, 0, 1), (3, 1, 1)]
+
+
+def together(work: Callable[[Peers], Any]) -> list[Any]:
+    """What each of four processes on two machines returns or raises."""
+    store = dist.HashStore()
+    results: list[Any] = [None] * len(RANKS)
+
+    def one(rank: int, local_rank: int, node: int) -> None:
+        peers = Peers(rank, len(RANKS), local_rank=local_rank, node=node, store=store)
+        try:
+            results[rank] = work(peers)
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=one, args=who) for who in RANKS]
+    for thread in reversed(threads):  # the first comes last
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    return results
+
+
+def test_one_decides_for_all_each_time_anew() -> None:
+    def work(peers: Peers) -> tuple[Any, Any]:
+        return (
+            peers.told("resume", lambda: {"from": peers.rank}),
+            peers.told("resume", lambda: None),
+        )
+
+    assert together(work) == [({"from": 0}, None)] * 4
+
+
+def test_the_first_goes_first_then_the_first_of_each_machine() -> None:
+    order: list[tuple[str, int]] = []
+
+    def work(peers: Peers) -> None:
+        for _ in range(2):  # twice, for two runs in one process
+            with peers.in_turn():
+                order.append(("in", peers.rank))
+                time.sleep(0.05)
+                order.append(("out", peers.rank))
+
+    together(work)
+    assert order[:2] == [("in", 0), ("out", 0)] and len(order) == 16
+    assert order.index(("out", 2)) < order.index(("in", 3))
+
+
+def test_what_one_could_not_the_others_do_not_wait_for() -> None:
+    def work(peers: Peers) -> None:
+        with peers.in_turn():
+            if peers.rank == 0:
+                raise ValueError("there is no text")
+
+    found = together(work)
+    assert str(found[0]) == "there is no text"
+    assert {str(error) for error in found[1:]} == {
+        "Process 0 could not prepare the run: there is no text"
+    }
+
+
+def test_a_run_folder_that_one_does_not_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together(lambda peers: peers.require_shared(tmp_path / "run"))
+    assert list((tmp_path / "run").iterdir()) == []
+    monkeypatch.setattr(module, "_SHOWN_SECONDS", 0.3)
+
+    def work(peers: Peers) -> None:
+        peers.require_shared(tmp_path / ("run" if peers.node == 0 else "elsewhere"))
+
+    found = [str(error) for error in together(work)]
+    assert all("process 2, on " in text and "a disk that all machines share" in text
+               for text in found)  # fmt: skip
+
+
+def test_processes_that_lightning_starts_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Peers()
+    assert first.told("resume", lambda: "last.ckpt") == "last.ckpt"
+    assert first.told("resume", lambda: None) is None  # alone, nothing is remembered
+    with first.handing_on():
+        second = find_peers()
+        assert second.told("resume", lambda: "another") is None
+    assert find_peers().told("resume", lambda: "another") == "another"
+
+
+@pytest.mark.parametrize(
+    ("environment", "trainer", "refusal"),
+    [
+        ({}, {}, None),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, {"devices": 2}, None),  # the others are to be started
+        ({"WORLD_SIZE": "2", "RANK": "0"}, {}, "2 processes were started"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, {"devices": 2}, None),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, {"devices": "2"}, None),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, {"num_nodes": 2}, None),
+        ({"WORLD_SIZE": "4", "RANK": "1"}, {"devices": 2, "num_nodes": 2}, None),
+        (
+            {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+            {"devices": 2, "num_nodes": 2},
+            "4 of them on this machine",
+        ),
+        (
+            {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+            {},
+            "4 processes",
+        ),
+        ({}, {"num_nodes": 2}, "nothing says where the other machines are"),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "1", "NODE_RANK": "1"}, {"num_nodes": 2}, None),
+    ],
+)  # fmt: skip
+def test_as_many_processes_as_were_asked_for(
+    environment: dict[str, str],
+    trainer: dict[str, Any],
+    refusal: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+                 "MASTER_PORT", "NODE_RANK", "TORCHELASTIC_RUN_ID"):  # fmt: skip
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    cfg = OmegaConf.create({"devices": 1, "num_nodes": 1, **trainer})
+    if refusal is None:
+        check_world(cfg, Peers())
+        return
+    with pytest.raises(ValueError, match=refusal):
+        check_world(cfg, Peers())

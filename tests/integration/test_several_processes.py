@@ -1,0 +1,219 @@
+"""Several processes of one run: under torchrun, asked to end, and when one of them dies."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.helpers import (
+    ROOT,
+    assert_same_weights,
+    checkpoint,
+    command,
+    environment,
+    execute,
+    overrides,
+    rows,
+    start,
+    wait_for_step,
+)
+
+DDP = {"trainer.devices": 2, "trainer.strategy": "ddp"}
+LONG = {"trainer.max_steps": 4000, "trainer.val_check_interval": 4000, "model.n_layers": 2}
+
+
+def torchrun(
+    cache: Path, settings: dict[str, Any], *, more: list[str], run_dir: str | None = None
+) -> list[str]:
+    """The command line of a run under torchrun."""
+    place = [] if run_dir is None else [f"run_dir={run_dir}"]
+    agent = [sys.executable, "-m", "torch.distributed.run", *more, str(ROOT / "train.py")]
+    return [*agent, *overrides(cache, settings), *place]
+
+
+def standalone(cache: Path, settings: dict[str, Any], run_dir: Path) -> list[str]:
+    more = ["--standalone", "--nproc-per-node=2"]
+    return torchrun(cache, settings, more=more, run_dir=str(run_dir))
+
+
+def lightning(cache: Path, settings: dict[str, Any], run_dir: Path) -> list[str]:
+    return command(run_dir, cache, settings)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started, and that train."""
+    listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in listed.stdout.split()]
+
+
+def trains(pid: int) -> bool:
+    try:
+        return "train.py" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
+
+
+def ended(pids: list[int], *, seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while any(trains(pid) for pid in pids):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _ranks(process: subprocess.Popen[bytes], how: Callable[..., list[str]]) -> list[int]:
+    """The two processes that train, the first rank's first."""
+    started = sorted(pid for pid in children(process.pid) if trains(pid))
+    ranks = [process.pid, *started] if how is lightning else started
+    assert len(ranks) == 2
+    return ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "strategy"), [(lightning, "fsdp"), (standalone, "ddp")])
+def test_sigterm_to_one_ends_all_and_the_run_goes_on_exactly(
+    tmp_path: Path,
+    cache: Path,
+    how: Callable[[Path, dict[str, Any], Path], list[str]],
+    strategy: str,
+) -> None:
+    """To the second process, which nobody waits for."""
+    settings = LONG | {
+        "trainer.devices": 2,
+        "trainer.strategy": strategy,
+        "trainer.max_steps": 300,
+        "trainer.val_check_interval": 150,
+        "callbacks": "[nan_guard,checkpoints]",
+        "callbacks.throughput.measure_matmul": None,
+    }
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    run.mkdir()
+    process = start(how(cache, settings, run), run / "first.log")
+    wait_for_step(process, run, 30)
+    ranks = _ranks(process, how)
+    os.kill(ranks[1], signal.SIGTERM)
+    assert process.wait(60) != 0
+    assert ended(ranks, seconds=20)
+    log = (run / "first.log").read_text()
+    stopped = checkpoint(run)["global_step"]
+    assert 30 <= stopped < 300 and f"interrupted; saved is step {stopped}" in log
+    assert int(rows(run)[-1]["step"]) == stopped
+    for folder in (run, whole):
+        done = execute(how(cache, settings, folder))
+        assert done.returncode == 0, done.stderr
+    assert rows(run) == rows(whole)
+    assert_same_weights(run, whole)
+
+
+@pytest.mark.slow
+def test_sigterm_without_checkpoints_ends_all(tmp_path: Path, cache: Path) -> None:
+    settings = (
+        LONG | DDP | {"callbacks": "[nan_guard]", "callbacks.throughput.measure_matmul": None}
+    )
+    settings["callbacks.checkpoints.every_n_steps"] = None
+    run = tmp_path / "run"
+    run.mkdir()
+    process = start(lightning(cache, settings, run), run / "first.log")
+    wait_for_step(process, run, 20)
+    ranks = _ranks(process, lightning)
+    os.kill(ranks[1], signal.SIGTERM)
+    assert process.wait(60) != 0
+    assert ended(ranks, seconds=20)
+    assert "interrupted before the first checkpoint" in (run / "first.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["first", "second"])
+@pytest.mark.parametrize("how", [lightning, standalone])
+def test_one_that_dies_takes_the_others_along(
+    tmp_path: Path,
+    cache: Path,
+    how: Callable[[Path, dict[str, Any], Path], list[str]],
+    victim: str,
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    process = start(how(cache, LONG | DDP, run), run / "first.log")
+    wait_for_step(process, run, 20)
+    ranks = _ranks(process, how)
+    os.kill(ranks[0 if victim == "first" else 1], signal.SIGKILL)
+    assert process.wait(60) != 0
+    assert ended(ranks, seconds=60)
+
+
+@pytest.mark.slow
+def test_two_machines_train_in_one_folder(tmp_path: Path) -> None:
+    """Two torchrun agents, a name made of the time, an empty cache, and the same numbers."""
+    cache, common = tmp_path / "cache", {"tokenizer": "bpe", "tokenizer.vocab_size": 300}
+    both = common | {"trainer.num_nodes": 2}
+    logs = _machines(cache, both, [tmp_path, tmp_path])
+    (run,) = (tmp_path / "runs").iterdir()
+    assert len(rows(run)) == 10
+    assert logs.count("training the bpe tokenizer") == 1, logs
+    alone = execute(command(tmp_path / "one", cache, common | {"data.batch_size": 8}))
+    assert alone.returncode == 0, alone.stderr
+    for one, other in zip(rows(run), rows(tmp_path / "one"), strict=True):
+        assert one == pytest.approx(other, rel=2e-6)
+    logs = _machines(cache, both | {"trainer.max_steps": 12}, [tmp_path] * 2, run_dir=str(run))
+    assert len(rows(run)) == 12
+
+
+@pytest.mark.slow
+def test_machines_whose_folders_are_their_own_are_refused(tmp_path: Path, cache: Path) -> None:
+    places = [tmp_path / "a", tmp_path / "b"]
+    for place in places:
+        place.mkdir()
+    settings = {"trainer.num_nodes": 2}
+    logs = _machines(cache, settings, places, run_dir="runs/mine", fails=True)
+    assert len(re.findall(r"error: run_dir=\S+ is not one folder for all processes", logs)) == 2, (
+        logs
+    )
+
+
+@pytest.mark.slow
+def test_as_many_processes_as_the_config_says(tmp_path: Path, cache: Path) -> None:
+    done = execute(standalone(cache, {}, tmp_path / "run"))
+    assert done.returncode == 1
+    assert "error: 2 processes were started, 2 of them on this machine, and" in done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def _machines(
+    cache: Path,
+    settings: dict[str, Any],
+    places: list[Path],
+    *,
+    run_dir: str | None = None,
+    fails: bool = False,
+) -> str:
+    """Two torchrun agents on this machine, each in a folder of its own; what they print."""
+    port = 20000 + os.getpid() % 20000
+    processes = []
+    for rank, place in enumerate(places):
+        more = ["--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}", "--rdzv-backend=c10d"]
+        more += [f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-id=test{port}"]
+        args = torchrun(cache, settings, more=more, run_dir=run_dir)
+        processes.append(
+            subprocess.Popen(
+                args,
+                cwd=place,
+                env=environment() | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    logs = [process.communicate(timeout=240)[0] for process in processes]
+    for process, log in zip(processes, logs, strict=True):
+        assert (process.returncode != 0) == fails, log
+    return re.sub(r"\x1b\[[0-9;]*m", "", "".join(logs))

@@ -1,0 +1,254 @@
+"""A sharded model (trainer.strategy=fsdp) trains, validates, decodes and resumes as a whole one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integration.conftest import Once
+from tests.integration.helpers import (
+    assert_same_weights,
+    checkpoint,
+    command,
+    config,
+    execute,
+    rows,
+    train_here,
+    weights,
+)
+from tests.integration.several import run_all
+
+TWO = {"trainer.devices": 2, "trainer.strategy": "fsdp", "data.batch_size": 4}
+FOUR = {"trainer.devices": 4, "trainer.strategy": "fsdp", "data.batch_size": 2}
+COPIES = FOUR | {"trainer.shard_size": 2}
+ALONE = {"data.batch_size": 8}
+COMMON = {
+    "trainer.max_steps": 4,
+    "trainer.val_check_interval": 2,  # and steps behind a validation with decoding
+    "model.n_layers": 2,
+    "callbacks.speculative_eval.n_prompts": 1,
+    "callbacks.speculative_eval.new_tokens": 8,
+    "callbacks.speculative_eval.prompt_tokens": 4,
+}
+MOE = {
+    "model": "deepseek_nano",
+    "model.n_kv_heads": None,
+    "model.attention.kv_rank": 12,
+    "model.attention.d_nope": 8,
+    "model.attention.d_rope": 4,
+    "model.attention.d_value": 8,
+    "model.feed_forward.n_routed": 4,
+    "model.feed_forward.d_expert": 16,
+    "model.feed_forward.sequence_loss": 0.01,
+}
+TASK = {
+    "data": "star_graph",
+    "tokenizer": None,
+    "data.seq_len": None,
+    "data.eval_bytes": None,
+    "data.val_fraction": None,
+    "data.examples": 400,
+    "data.eval_examples": 24,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "untied": {"model.tie_embeddings": "false"},
+    "recomputed": {"model.recompute": "true", "+model.attention.qk_norm": "true"},
+    "parallel": {"mtp": "parallel"},
+    "linear": {"mtp": "linear", "mtp.correction": "mlp"},
+    "parameter_free": {"mtp": "parameter_free"},
+    "shared_layers": {"mtp.share_layers": "true", "mtp.hidden_state_mixing": "true"},
+    "curriculum": {"lambda_schedule": "forward_curriculum"},
+    "nextlat": {"mtp": "nextlat"},
+    "bag": {"mtp": "bag", "mtp.depth": None},
+    "teacher": {"objective": "kl"},
+    "teacher_parallel": {"mtp": "parallel", "objective": "js"},
+    "confidence": {"objective.confidence": "true"},
+    "experts": MOE | {"data.document_mask": "true", "data.source.documents": 1200},
+    "uncertainty": {"balance": "uncertainty"},
+    "double": {"trainer.precision": "64-true", "mtp.detach": "all"},
+    "task": TASK,
+    "long_range": {"callbacks": "[default,long_range]"},
+}
+ACCUMULATED = {"untied", "experts"}
+SPLIT = {"data.batch_size": 2, "trainer.accumulate_grad_batches": 2}
+
+
+def assert_same_run(run: Path, reference: Path, *, rel: float = 2e-6) -> None:
+    """Every column of every row, and a checkpoint of the same form."""
+    left, right = rows(run), rows(reference)
+    assert [row["step"] for row in left] == [row["step"] for row in right] and left
+    for one, other in zip(left, right, strict=True):
+        assert one == pytest.approx(other, rel=rel)
+    assert form(checkpoint(run)) == form(checkpoint(reference))
+
+
+def form(content: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds, without the numbers."""
+    of_weights = {name: (t.shape, t.dtype) for name, t in content["state_dict"].items()}
+    state = content["optimizer_states"][0]
+    parts = {"": state} if "state" in state else state  # several optimizers, by name
+    of_state = {
+        (part, number): {name: (t.shape, t.dtype) for name, t in entry.items()}
+        for part, own in parts.items()
+        for number, entry in own["state"].items()
+    }
+    groups = [group["params"] for own in parts.values() for group in own["param_groups"]]
+    return {"keys": set(content), "weights": of_weights, "state": of_state, "groups": groups}
+
+
+def test_two_processes_with_a_part_each_equal_one_with_all(tmp_path: Path, cache: Path) -> None:
+    """Masks and accumulation, decoding at validation, and Lightning's own launcher."""
+    masked = {"data.document_mask": "true", "data.source.documents": 1200}
+    done = execute(command(tmp_path / "two", cache, COMMON | masked | TWO | SPLIT))
+    assert done.returncode == 0, done.stderr
+    train_here(tmp_path / "one", cache, COMMON | masked | ALONE)
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    names = ("decode/tokens_per_step", "val/loss_depth_2", "train/grad_norm")
+    assert set(names) <= set().union(*rows(tmp_path / "two"))
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=1e-4, atol=2e-5)
+
+
+@pytest.fixture(scope="session")
+def two(once: Once, cache: Path) -> Path:
+    """Every case, by two processes."""
+
+    def make(folder: Path) -> None:
+        split = {name: SPLIT for name in ACCUMULATED}
+        runs = {name: COMMON | case | TWO | split.get(name, {}) for name, case in CASES.items()}
+        ddp = {"trainer.strategy": "ddp"}
+        for name, case in NEAR.items():
+            runs[name], runs[f"{name}_ddp"] = COMMON | case | TWO, COMMON | case | TWO | ddp
+        run_all(folder, cache, runs, processes=2)
+
+    return once("sharded-two", make)
+
+
+# What rounds so coarsely that data-parallel runs, too, equal one process in a few digits alone.
+NEAR = {
+    "bf16": MOE | {"trainer.precision": "bf16-mixed"},
+    "muon": {"optimizer": "muon", "optimizer.lr": None},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(tmp_path: Path, cache: Path, two: Path, case: str) -> None:
+    train_here(tmp_path / "one", cache, COMMON | CASES[case] | ALONE)
+    assert_same_run(two / case, tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", NEAR)
+def test_coarse_arithmetic_is_near(two: Path, case: str) -> None:
+    left, right = rows(two / case), rows(two / f"{case}_ddp")
+    for one, other in zip(left, right, strict=True):
+        losses = [tag for tag in other if "/loss" in tag]
+        assert len(losses) >= 3
+        assert [one[t] for t in losses] == pytest.approx([other[t] for t in losses], rel=2e-3)
+    assert form(checkpoint(two / case)) == form(checkpoint(two / f"{case}_ddp"))
+
+
+STAGES = {
+    "trainer.max_steps": 8,
+    "callbacks.checkpoints.every_n_steps": 4,
+    "callbacks.checkpoints.monitor": "null",  # the best one would be saved between them
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "one": ALONE,
+    "ddp2": TWO | {"trainer.strategy": "ddp"},
+    "fsdp2": TWO,
+    "fsdp4": FOUR,
+    "hsdp4": COPIES,
+}
+PROCESSES = {"one": 1, "ddp2": 2, "fsdp2": 2, "fsdp4": 4, "hsdp4": 4}
+WAYS = [
+    ("one", "fsdp2"),
+    ("ddp2", "fsdp2"),
+    ("fsdp2", "fsdp2"),
+    ("fsdp4", "fsdp2"),
+    ("fsdp2", "ddp2"),
+    ("hsdp4", "ddp2"),
+    ("one", "fsdp4"),
+    ("fsdp2", "fsdp4"),
+    ("hsdp4", "fsdp4"),
+    ("one", "hsdp4"),
+    ("fsdp4", "hsdp4"),
+    ("hsdp4", "hsdp4"),
+    ("fsdp2", "one"),
+    ("fsdp4", "one"),
+    ("hsdp4", "one"),
+]
+
+
+@pytest.fixture(scope="session")
+def resumed(once: Once, cache: Path) -> Path:
+    """Whole runs of every kind, and their first halves continued by another kind."""
+
+    def make(folder: Path) -> None:
+        common = COMMON | STAGES
+        for n in (2, 4):
+            kinds = {k: common | s for k, s in KINDS.items() if PROCESSES[k] == n}
+            run_all(folder, cache, kinds, processes=n)
+        train_here(folder / "one", cache, common | KINDS["one"])
+        for before, after in WAYS:
+            halfway = folder / f"{before}_{after}" / "checkpoints"
+            halfway.mkdir(parents=True)
+            shutil.copy(folder / before / "checkpoints" / "previous.ckpt", halfway / "last.ckpt")
+            shutil.copy(folder / before / "metrics.csv", halfway.parent)
+            if after == "one":
+                train_here(halfway.parent, cache, common | KINDS["one"])
+        for n in (2, 4):
+            runs = {f"{b}_{a}": common | KINDS[a] for b, a in WAYS if PROCESSES[a] == n}
+            run_all(folder, cache, runs, processes=n)
+
+    return once("sharded-resumed", make)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "one"])
+def test_every_kind_trains_alike(resumed: Path, kind: str) -> None:
+    assert checkpoint(resumed / kind, "previous.ckpt")["global_step"] == 4
+    assert_same_run(resumed / kind, resumed / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), WAYS)
+def test_any_number_of_processes_goes_on(resumed: Path, before: str, after: str) -> None:
+    run = resumed / f"{before}_{after}"
+    assert_same_run(run, resumed / "one")
+    if before == after:  # exactly
+        assert rows(run) == rows(resumed / after)
+        assert_same_weights(run, resumed / after)
+
+
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [
+        ({"balance": "gradnorm"}, "balance=gradnorm takes every task's gradient by itself"),
+        ({"callbacks": "[default,gradient_conflict]"}, "callbacks=gradient_conflict takes"),
+        ({"trainer.shard_size": 1}, "trainer.shard_size"),
+        ({"trainer.shard_size": 2, "trainer.strategy": "ddp"}, "has no meaning for"),
+        ({"trainer.strategy": "auto"}, "ddp .each has the whole model. or fsdp"),
+        ({"trainer.strategy": "deepspeed"}, "choose one of auto, ddp, fsdp"),
+        ({"trainer.num_nodes": 2}, "nothing says where the other machines are"),
+    ],
+)
+def test_what_a_sharded_run_cannot_do_is_refused(
+    tmp_path: Path, cache: Path, settings: dict[str, Any], refusal: str
+) -> None:
+    from mtp_lightning.experiment.training import train
+
+    with pytest.raises(ValueError, match=refusal):
+        train(config(tmp_path / "run", cache, COMMON | TWO | settings))
+
+
+@pytest.mark.slow
+def test_parts_that_do_not_come_out_even_are_refused(tmp_path: Path, cache: Path) -> None:
+    done = execute(command(tmp_path / "run", cache, COMMON | TWO | {"trainer.shard_size": 3}))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "trainer.shard_size=3 does not divide the 2 processes" in done.stderr
