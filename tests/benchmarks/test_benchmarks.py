@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, head, kernels, startup, train_step, validation
+from benchmarks import common, head, kernels, layer_profile, startup, train_step, validation
 
 SHAPE = ["--batch-size", "2", "--seq-len", "32"]
 
@@ -50,6 +50,40 @@ def test_train_step(tmp_path: Path) -> None:
     assert deep["cost_over_share"] == pytest.approx(
         deep["ms_per_step"] / plain["ms_per_step"] / share
     )
+
+
+def test_profile_of_a_step_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {"vocab_size": 300, "depth": 2, "batch_size": 2, "seq_len": 32, "steps": 2}
+    step, model, _ = train_step.build_step({"model": "nano", **tiny})
+    step()
+    rows = layer_profile.measure(step, seconds_per_step=0.5, n_steps=2)
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    assert sum(row["ms"] for row in rows) == pytest.approx(500)
+    by_place = {(row["part"], row["direction"]): row for row in rows}
+    kinds = ["linear", "attention", "norm", "activation", "rope", "embedding"]
+    assert {(kind, way) for kind in kinds for way in ("forward", "backward")} <= by_place.keys()
+    assert {("head", "both"), ("loss", "both"), ("optimizer", "after")} <= by_place.keys()
+    # The work of linear layers and head, by hand: all their matrices, and three passes.
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2)
+    matrices -= 300 * 96  # the embedding, tied to the head
+    linear = by_place["linear", "forward"]
+    assert linear["gflop"] == pytest.approx(2 * 2 * 32 * matrices / 1e9)
+    assert by_place["linear", "backward"]["gflop"] == pytest.approx(2 * linear["gflop"])
+    assert by_place["head", "both"]["gflop"] == pytest.approx(3 * 3 * 2 * 64 * 96 * 300 / 1e9)
+    assert linear["products_ms"] > 0 and linear["operators"] >= 8 * 4 + 2 * 5
+
+
+def test_profile_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"vocab_size": 50, "depth": 1, "batch_size": 1, "seq_len": 16}
+    monkeypatch.setitem(train_step.PROFILED, "pico", {**shape, "mtp": "parallel"})
+    output = tmp_path / "profile.json"
+    arguments = ["--quick", "--profile", "pico", "--threads", "1", "--output", str(output)]
+    result = train_step.main(arguments)
+    assert read(output) == result
+    (found,) = result["profiles"]
+    assert found["model"] == "pico" and found["threads"] == 1
+    ms = sum(row["ms"] for row in found["rows"])
+    assert ms == pytest.approx(found["ms_per_step"])
 
 
 def test_head(tmp_path: Path) -> None:
