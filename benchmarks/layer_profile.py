@@ -4,8 +4,8 @@ PyTorch's profiler sees every operator. The autograd function around it, or the 
 backward pass, says the kind of layer; the shapes of what it reads say its work. Three bounds stand
 beside each time: what the products would take at the rate of the fastest product of 1024^3, what
 the numbers read would take at the rate of a copy in the cache, and what the operators would take
-if each cost what one on a single number does. Profiled operators are slower: shares of the profile
-are shares of a step's time without it.
+if each cost what one on a single number does. What the layers' C++ code does inside is not among
+these. Profiled operators are slower: shares of the profile are shares of a step's time without it.
 """
 
 from __future__ import annotations

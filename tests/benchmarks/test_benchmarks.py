@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import common, head, kernels, layer_profile, startup, train_step, validation
+from mtp_lightning.nn.kernels import native
 
 SHAPE = ["--batch-size", "2", "--seq-len", "32"]
 
@@ -52,7 +54,9 @@ def test_train_step(tmp_path: Path) -> None:
     )
 
 
-def test_profile_of_a_step_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("library", [None, native.library])
+def test_profile_of_a_step_adds_up(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", library)
     tiny = {"vocab_size": 300, "depth": 2, "batch_size": 2, "seq_len": 32, "steps": 2}
     step, model, _ = train_step.build_step({"model": "nano", **tiny})
     step()
@@ -60,7 +64,8 @@ def test_profile_of_a_step_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sum(row["share"] for row in rows) == pytest.approx(1)
     assert sum(row["ms"] for row in rows) == pytest.approx(500)
     by_place = {(row["part"], row["direction"]): row for row in rows}
-    kinds = ["linear", "attention", "norm", "activation", "rope", "embedding"]
+    kinds = ["linear", "attention", "norm", "activation", "embedding"]
+    kinds += [] if library else ["rope"]  # which is part of attention there
     assert {(kind, way) for kind in kinds for way in ("forward", "backward")} <= by_place.keys()
     assert {("head", "both"), ("loss", "both"), ("optimizer", "after")} <= by_place.keys()
     # The work of linear layers and head, by hand: all their matrices, and three passes.
@@ -140,7 +145,9 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "RoPE",
         "causal attention",
     ]
-    for row in result["linear"] + result["layers"]:
+    own = ["RMSNorm", "SwiGLU", "RoPE and attention", "log-softmax and exp"]
+    assert [row["kernel"] for row in result["native"]] == (own if native.library else [])
+    for row in result["linear"] + result["layers"] + result["native"][:3]:
         assert row["ms"] > 0 and row["ms_pytorch"] > 0
         assert row["speedup"] == pytest.approx(row["ms_pytorch"] / row["ms"])
     swiglu = result["layers"][1]
