@@ -2,7 +2,8 @@
 
 Run ``python -m benchmarks.kernels``. Linear layers at micro's shapes (the product, and the two of
 its backward pass) by oneDNN and by MKL; RMSNorm, SwiGLU, RoPE and causal attention, forward and
-backward, against PyTorch's own; and a whole optimizer step with and without
+backward, against PyTorch's own; the layers' code in C++ (``nn/kernels/native.py``) against what
+stands for it where that is not built; and a whole optimizer step with and without
 ``keep_freed_memory()``, each in processes of its own. The two sides of a ratio take turns.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +20,12 @@ from torch import Tensor
 
 from benchmarks import common, train_step
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.kernels import native
 from mtp_lightning.nn.kernels.matmul import matmul_transposed, uses_onednn, weight_gradient
 from mtp_lightning.nn.kernels.rope import apply_rope
+from mtp_lightning.nn.kernels.softmax import exp_, log_softmax_
 from mtp_lightning.nn.kernels.swiglu import swiglu
-from mtp_lightning.nn.kernels.window_attention import causal_attention
+from mtp_lightning.nn.kernels.window_attention import causal_attention, turned_attention
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.rope import rope_table
 from mtp_lightning.objective.through_head import chunk_rows
@@ -90,6 +94,16 @@ def time_pair(
     }
 
 
+def plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``function`` without the C++ library; its backward pass is that of its forward pass."""
+
+    def without(*tensors: Tensor) -> Tensor:
+        with mock.patch.object(native, "library", None):
+            return function(*tensors)
+
+    return without
+
+
 def composed_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE from PyTorch's elementary steps."""
     left, right = x.chunk(2, dim=-1)
@@ -142,12 +156,12 @@ def layers(trunk: TrunkConfig, batch_size: int, seq_len: int, repeats: int) -> l
     return [
         time_pair(
             "RMSNorm",
-            norm,
+            plain(norm),
             lambda x: F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps),
             leaf(trunk.d_model),
             repeats=repeats,
         ),
-        time_pair("SwiGLU", swiglu, composed_swiglu, leaf(2 * trunk.d_ff), repeats=repeats),
+        time_pair("SwiGLU", plain(swiglu), composed_swiglu, leaf(2 * trunk.d_ff), repeats=repeats),
         time_pair(
             "RoPE",
             lambda x: apply_rope(x, cos, sin),
@@ -162,6 +176,44 @@ def layers(trunk: TrunkConfig, batch_size: int, seq_len: int, repeats: int) -> l
             *(leaf(n, trunk.d_head) for n in heads),
             repeats=repeats,
         ),
+    ]
+
+
+def in_cpp(trunk: TrunkConfig, batch_size: int, seq_len: int, repeats: int) -> list[dict[str, Any]]:
+    """The layers' code in C++ against what stands for it; none where it was not built."""
+    if native.library is None:
+        return []
+    norm, rows = RMSNorm(trunk.d_model, trunk.norm_eps), batch_size * seq_len
+    cos, sin = (x.unsqueeze(-2) for x in rope_table(torch.arange(seq_len), trunk.d_head, 1e4))
+    heads = trunk.n_heads + 2 * trunk.n_kv_heads
+
+    def attention(qkv: Tensor) -> Tensor:
+        return turned_attention(qkv, cos, sin, None, trunk.n_heads, trunk.n_kv_heads)
+
+    def pair(name: str, function: Callable[..., Tensor], *sizes: int) -> dict[str, Any]:
+        leaf = torch.randn(*sizes).requires_grad_()
+        return time_pair(name, function, plain(function), leaf, repeats=repeats)
+
+    logits = torch.randn(chunk_rows(trunk.vocab_size, torch.device("cpu")), trunk.vocab_size)
+
+    def softmax() -> Tensor:
+        return exp_(log_softmax_(logits.clone(), torch.float32))
+
+    seconds = common.median_times(
+        {"ours": softmax, "theirs": plain(softmax), "copy": logits.clone}, repeats=repeats, warmup=3
+    )
+    ours, theirs = (seconds[side] - seconds["copy"] for side in ("ours", "theirs"))
+    return [
+        pair("RMSNorm", norm, rows, trunk.d_model),
+        pair("SwiGLU", swiglu, rows, 2 * trunk.d_ff),
+        pair("RoPE and attention", attention, batch_size, seq_len, heads, trunk.d_head),
+        {
+            "kernel": "log-softmax and exp",
+            "shape": " x ".join(str(size) for size in logits.shape),
+            "ms": ours * 1e3,
+            "ms_pytorch": theirs * 1e3,
+            "speedup": theirs / ours,
+        },
     ]
 
 
@@ -212,6 +264,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         products += linears(trunk, options.batch_size * options.seq_len, repeats)[-3:]
     common.progress("layers between them")
     between = layers(trunks[0], options.batch_size, options.seq_len, repeats)
+    own = in_cpp(trunks[0], options.batch_size, options.seq_len, repeats)
     task = {
         "model": options.model,
         "vocab_size": options.vocab_sizes[0],
@@ -229,6 +282,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "onednn": uses_onednn(torch.empty(64, 64), torch.empty(64, 64)),
         "linear": products,
         "layers": between,
+        "native": own,
         "freed_memory": freed_memory(task, options.step_repeats or (1 if options.quick else 3)),
         "machine": common.machine(),
     }
@@ -265,6 +319,19 @@ def print_tables(result: dict[str, Any]) -> None:
             "PyTorch's, MB": "saved_mb_pytorch|.1f",
         },
         result["layers"],
+    )
+    common.print_table(
+        "The layers in C++, and without it, forward and backward",
+        {
+            "layer": "kernel",
+            "shape": "shape",
+            "ms": "ms|.3f",
+            "without": "ms_pytorch|.3f",
+            "times as fast": "speedup|.2f",
+            "kept for backward, MB": "saved_mb|.1f",
+            "without, MB": "saved_mb_pytorch|.1f",
+        },
+        result["native"],
     )
     common.print_table(
         "Optimizer step by what happens to freed memory (keep_freed_memory)",

@@ -5,11 +5,13 @@ and logging around it. Every configuration is measured in processes of its own (
 them, the configurations taking turns), so that its peak memory is its own. Between the steps the
 process measures its matrix-product rate: ``torch.matmul`` of 1024^3, which is MKL's on an x86 CPU,
 and the fastest one it has (``nn.kernels.matmul``: oneDNN where that is faster). FLOPs count
-attention in full, without a causal discount, as the other libraries' figures do.
+attention in full, without a causal discount, as the other libraries' figures do. ``--profile`` says
+instead where the step of nano, micro, tiny and a task's model goes, by kind of layer.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -21,6 +23,14 @@ from benchmarks import common
 MODULE = "benchmarks.train_step"
 SIZE = 1024
 _WARMUP_STEPS = 2
+
+# Steps that are profiled: the main job's, two of the tables', and a task's (star_graph).
+PROFILED: dict[str, dict[str, Any]] = {
+    "nano": {"vocab_size": 1024, "depth": 2, "batch_size": 4, "seq_len": 256},
+    "micro": {"vocab_size": 4096, "depth": 2, "batch_size": 8, "seq_len": 256},
+    "tiny": {"vocab_size": 4096, "depth": 2, "batch_size": 4, "seq_len": 256},
+    "pico": {"vocab_size": 64, "depth": 3, "batch_size": 64, "seq_len": 24, "mtp": "parallel"},
+}
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
@@ -143,6 +153,51 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
     return step, model, forward
 
 
+def measure_profile(task: dict[str, Any]) -> dict[str, Any]:
+    """Where the steps of one model go, in this process.
+
+    Args:
+        task: as :func:`measure` has it, and ``threads``.
+    """
+    import torch
+
+    from benchmarks import layer_profile
+    from mtp_lightning.runtime import keep_freed_memory
+
+    torch.set_num_threads(task["threads"])
+    keep_freed_memory()
+    step, _, _ = build_step(task)
+    for _ in range(_WARMUP_STEPS):
+        step()
+    seconds = layer_profile.median_step(step, 2 * task["steps"])
+    rows = layer_profile.measure(step, seconds_per_step=seconds, n_steps=task["steps"])
+    gflop = task["flops_per_token"] * task["batch_size"] * task["seq_len"] / 1e9
+    return {"ms_per_step": seconds * 1e3, "gflop_per_step": gflop, "rows": rows}
+
+
+def profiles(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures the profiles of all models and threads, prints and writes them."""
+    from benchmarks.layer_profile import print_rows as print_profile
+
+    done = []
+    for threads in [1] if options.cpu_time else options.threads:
+        for name in options.profile or PROFILED:
+            common.progress(f"profile of {name}, {threads} threads")
+            steps = options.steps or (2 if options.quick else 10)
+            task = {"model": name, "threads": threads, "steps": steps, **PROFILED[name]}
+            found = common.run_child(MODULE, {**task, "profile": True})
+            done.append({"model": name, "threads": threads, **found})
+    result = {"benchmark": "train_step --profile", "profiles": done, "machine": common.machine()}
+    for found in done:
+        threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
+        print_profile(
+            f"A step of model={found['model']}, {threads}: {found['ms_per_step']:.1f} ms",
+            found["rows"],
+        )
+    common.write_json(result, options.output)
+    return result
+
+
 def combine(task: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The medians of one configuration's processes, and what follows from them."""
     row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
@@ -186,12 +241,22 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--steps", type=int, help="a process; default 12, with --quick 4")
     parser.add_argument("--repeats", type=int, help="processes; default 3, with --quick 1")
+    parser.add_argument(
+        "--profile",
+        nargs="*",
+        choices=list(PROFILED),
+        help="where the time of a step goes, of these models; alone: of all",
+    )
+    parser.add_argument("--threads", type=common.whole_numbers, default=[1, 2], help="of profiles")
     common.add_cpu_time(parser)
     options = parser.parse_args(arguments)
     if options.cpu_time:
         common.use_cpu_time()
+    if options.profile is not None:
+        return profiles(options)
     if options.child:
-        result = measure(json.loads(options.child))
+        task = json.loads(options.child)
+        result = measure_profile(task) if task.get("profile") else measure(task)
         common.answer_parent(result)
         return result
     steps = options.steps or (4 if options.quick else 12)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mtp_lightning.nn.components import AttentionConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.kernels.rope import apply_rope, turn_in_place
-from mtp_lightning.nn.kernels.window_attention import window_attention
+from mtp_lightning.nn.kernels.rope import turn_in_place
+from mtp_lightning.nn.kernels.window_attention import turned_attention
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.linear import Linear
@@ -161,13 +161,12 @@ class Attention(nn.Module):
         qkv = qkv.view(batch, seq_len, -1, self.d_head)
         if self.query_norm is not None:
             qkv = self._norm_heads(qkv)
-        n_turned = self.n_heads + self.n_kv_heads
         if positions.cache is None:
-            query_key, value = qkv.split([n_turned, self.n_kv_heads], dim=2)
-            query_key = apply_rope(query_key, positions.cos, positions.sin)
-            query, key = query_key.split([self.n_heads, self.n_kv_heads], dim=2)
-            mixed = window_attention(query, key, value, positions.mask)
+            mixed = turned_attention(
+                qkv, positions.cos, positions.sin, positions.mask, self.n_heads, self.n_kv_heads
+            )
         else:
+            n_turned = self.n_heads + self.n_kv_heads
             turn_in_place(qkv.narrow(2, 0, n_turned), positions.cos, positions.sin)
             query, entry = qkv.split([self.n_heads, 2 * self.n_kv_heads], dim=2)
             positions.cache.append(layer, entry)

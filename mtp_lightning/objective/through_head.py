@@ -24,6 +24,7 @@ from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX
 from mtp_lightning.nn.kernels.matmul import matmul_transposed, weight_gradient
+from mtp_lightning.nn.kernels.softmax import exp_, log_softmax_
 from mtp_lightning.objective.terms.base import Chunk, HiddenTerm, Teacher, Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 
@@ -132,7 +133,7 @@ def log_probs(h_RC: Tensor, weight_VC: Tensor) -> Tensor:
     """``log_softmax(h @ weight.T)`` [R, V] of one chunk; see :func:`log_probs_by_chunk`."""
     logits_RV = matmul_transposed(h_RC, weight_VC)
     dtype = torch.promote_types(logits_RV.dtype, torch.float32)
-    return torch.log_softmax(logits_RV, dim=-1, dtype=dtype)
+    return log_softmax_(logits_RV, dtype)
 
 
 @torch.no_grad()
@@ -312,7 +313,7 @@ class _Way:
             assert others_RV is not None
             return others_RV
         minus_RK = torch.cat([minus_R1 for _, minus_R1 in plain], dim=1)
-        d_logits_RV = chunk_RV.exp_().mul_(-minus_RK.sum(1, keepdim=True))
+        d_logits_RV = exp_(chunk_RV).mul_(-minus_RK.sum(1, keepdim=True))
         # One target at a time: two depths of a row may have the same token.
         for target_R1, minus_R1 in plain:
             d_logits_RV.scatter_add_(1, target_R1, minus_R1)

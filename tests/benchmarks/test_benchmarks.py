@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import common, gpu, head, kernels, startup, train_step, validation
+from benchmarks import common, gpu, head, kernels, layer_profile, startup, train_step, validation
+from mtp_lightning.nn.kernels import native
 
 SHAPE = ["--batch-size", "2", "--seq-len", "32"]
 
@@ -70,6 +72,43 @@ def test_gpu_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert "no CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("library", [None, native.library])
+def test_profile_of_a_step_adds_up(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", library)
+    tiny = {"vocab_size": 300, "depth": 2, "batch_size": 2, "seq_len": 32, "steps": 2}
+    step, model, _ = train_step.build_step({"model": "nano", **tiny})
+    step()
+    rows = layer_profile.measure(step, seconds_per_step=0.5, n_steps=2)
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    assert sum(row["ms"] for row in rows) == pytest.approx(500)
+    by_place = {(row["part"], row["direction"]): row for row in rows}
+    kinds = ["linear", "attention", "norm", "activation", "embedding"]
+    kinds += [] if library else ["rope"]  # which is part of attention there
+    assert {(kind, way) for kind in kinds for way in ("forward", "backward")} <= by_place.keys()
+    assert {("head", "both"), ("loss", "both"), ("optimizer", "after")} <= by_place.keys()
+    # The work of linear layers and head, by hand: all their matrices, and three passes.
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2)
+    matrices -= 300 * 96  # the embedding, tied to the head
+    linear = by_place["linear", "forward"]
+    assert linear["gflop"] == pytest.approx(2 * 2 * 32 * matrices / 1e9)
+    assert by_place["linear", "backward"]["gflop"] == pytest.approx(2 * linear["gflop"])
+    assert by_place["head", "both"]["gflop"] == pytest.approx(3 * 3 * 2 * 64 * 96 * 300 / 1e9)
+    assert linear["products_ms"] > 0 and linear["operators"] >= 8 * 4 + 2 * 5
+
+
+def test_profile_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"vocab_size": 50, "depth": 1, "batch_size": 1, "seq_len": 16}
+    monkeypatch.setitem(train_step.PROFILED, "pico", {**shape, "mtp": "parallel"})
+    output = tmp_path / "profile.json"
+    arguments = ["--quick", "--profile", "pico", "--threads", "1", "--output", str(output)]
+    result = train_step.main(arguments)
+    assert read(output) == result
+    (found,) = result["profiles"]
+    assert found["model"] == "pico" and found["threads"] == 1
+    ms = sum(row["ms"] for row in found["rows"])
+    assert ms == pytest.approx(found["ms_per_step"])
+
+
 def test_head(tmp_path: Path) -> None:
     output = tmp_path / "head.json"
     arguments = ["--vocab-sizes", "16384", "--d-model", "8", "--rows", "512", "--repeats", "1"]
@@ -124,7 +163,9 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "RoPE",
         "causal attention",
     ]
-    for row in result["linear"] + result["layers"]:
+    own = ["RMSNorm", "SwiGLU", "RoPE and attention", "log-softmax and exp"]
+    assert [row["kernel"] for row in result["native"]] == (own if native.library else [])
+    for row in result["linear"] + result["layers"] + result["native"][:3]:
         assert row["ms"] > 0 and row["ms_pytorch"] > 0
         assert row["speedup"] == pytest.approx(row["ms_pytorch"] / row["ms"])
     swiglu = result["layers"][1]

@@ -15,6 +15,8 @@ from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.rope import rope_table
 from tests import reference
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 
 def gradients(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(1)

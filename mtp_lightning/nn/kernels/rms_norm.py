@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_lightning.nn.kernels import native
 from mtp_lightning.nn.kernels.eager import eager_cpu
 from mtp_lightning.nn.kernels.exact import is_exact
 
@@ -20,6 +21,8 @@ def rms_norm(x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     small = not torch.is_grad_enabled() and (x.numel() <= _SMALL or is_exact())
     if not small and eager_cpu(x) and x.dtype == weight_C.dtype:
         flat_MC = x.reshape(-1, x.shape[-1])
+        if native.fits(flat_MC, weight_C):
+            return _RMSNormNative.apply(flat_MC.contiguous(), weight_C, eps).view(x.shape)
         return _RMSNormCPU.apply(flat_MC, weight_C, eps).view(x.shape)
     return F.rms_norm(x, weight_C.shape, weight_C, eps)
 
@@ -47,3 +50,25 @@ class _RMSNormCPU(torch.autograd.Function):
         mean_M1 = torch.mv(product_MC, weight_C).div_(x_MC.shape[-1]).unsqueeze_(-1)
         d_x = torch.mul(grad_MC, weight_C, out=product_MC)
         return d_x.addcmul_(unit_MC, mean_M1, value=-1).mul_(scale_M1), d_weight, None
+
+
+class _RMSNormNative(torch.autograd.Function):
+    """The same, each way in two passes over a row while it is in the first cache."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+        out_MC, scale_M = torch.empty_like(x_MC), x_MC.new_empty(x_MC.shape[0])
+        pointers = (t.data_ptr() for t in (x_MC, weight_C, out_MC, scale_M))
+        native.lib().norm_forward(*pointers, *x_MC.shape, eps)
+        ctx.save_for_backward(x_MC, weight_C, scale_M)
+        return out_MC
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_MC, weight_C, scale_M = ctx.saved_tensors
+        d_x = torch.empty_like(x_MC)
+        # The gain's gradient by every 64 rows, whatever thread has them.
+        parts_PC = x_MC.new_empty(-(-x_MC.shape[0] // 64), x_MC.shape[1])
+        used = (x_MC, weight_C, scale_M, grads[0].contiguous(), d_x, parts_PC)
+        native.lib().norm_backward(*(t.data_ptr() for t in used), *x_MC.shape)
+        return d_x, parts_PC.sum(0), None

@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_lightning.nn.kernels import native
 from mtp_lightning.nn.kernels.eager import eager_cpu
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up``, [..., 2F] -> [..., F]: the first half gates the second."""
     grad = torch.is_grad_enabled()
+    if grad and native.fits(gate_up) and gate_up.is_contiguous():
+        return _SwiGLUNative.apply(gate_up)
     if grad and eager_cpu(gate_up):
         return _SwiGLUCPU.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
@@ -42,4 +45,27 @@ class _SwiGLUCPU(torch.autograd.Function):
         torch.mul(grad, scratch, out=d_up)
         torch.mul(grad, up, out=scratch)
         torch.ops.aten.silu_backward.grad_input(scratch, gate, grad_input=d_gate)
+        return d_gate_up
+
+
+class _SwiGLUNative(torch.autograd.Function):
+    """The same, each way in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        width = gate_up.shape[-1] // 2
+        out = gate_up.new_empty(*gate_up.shape[:-1], width)
+        rows = out.numel() // max(width, 1)
+        native.lib().swiglu_forward(gate_up.data_ptr(), out.data_ptr(), rows, width)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        d_gate_up = torch.empty_like(gate_up)
+        width = grad.shape[-1]
+        pointers = (x.data_ptr() for x in (gate_up, grad, d_gate_up))
+        native.lib().swiglu_backward(*pointers, grad.numel() // max(width, 1), width)
         return d_gate_up

@@ -1,9 +1,11 @@
-"""Attention over whole windows, and a causal one for CPUs that skips what the mask would hide.
+"""Attention over whole windows, and causal ones for CPUs that skip what the mask would hide.
 
 PyTorch's CPU kernel multiplies every query with every key. Here a block of queries meets only the
 keys up to its end, grouped queries share their key-value head without copies of it, and the
 probabilities are kept for the backward pass: about 1.5 times as fast at 256 tokens
 (``python -m benchmarks.kernels``). They grow with T^2, so long windows stay with PyTorch's kernel.
+The same in C++ keeps eight queries in the first cache from scores to output, and turns queries and
+keys on the way.
 
 Shapes: B batch, T positions, W positions of a block, S keys it sees, N heads, M key-value heads,
 G = N / M queries a key-value head, H head size (the value's own may differ).
@@ -11,16 +13,41 @@ G = N / M queries a key-value head, H head size (the value's own may differ).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from ctypes import c_int64
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_lightning.nn.kernels import native
 from mtp_lightning.nn.kernels.eager import eager_cpu
+from mtp_lightning.nn.kernels.rope import apply_rope
+
+_Shape = c_int64 * 12  # cpp/attention.cpp has it
 
 _BLOCK = 32
 _MAX_SEQ_LEN = 512
+
+
+def turned_attention(
+    qkv_BTNH: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, n_heads: int, n_kv: int
+) -> Tensor:
+    """:func:`window_attention` of queries and keys turned by their rotary angles, [B, T, N, H].
+
+    Args:
+        qkv_BTNH: the heads of queries, keys and values, in this order.
+        cos, sin: of the angles, [T, 1, H/2].
+        mask: see :func:`window_attention`.
+        n_heads, n_kv: N, and M of keys as of values.
+    """
+    if mask is None and fits_native(qkv_BTNH) and cos.dtype == torch.float32:
+        return _TurnedAttentionNative.apply(qkv_BTNH, cos, sin, n_heads)
+    query_key, value = qkv_BTNH.split([n_heads + n_kv, n_kv], dim=2)
+    query_key = apply_rope(query_key, cos, sin)
+    query, key = query_key.split([n_heads, n_kv], dim=2)
+    return window_attention(query, key, value, mask)
 
 
 def window_attention(
@@ -34,6 +61,8 @@ def window_attention(
         value_BTMH: values, whose width is the result's.
         mask: bool, broadcast against [B, N, T, T], True where a query sees a key; None is causal.
     """
+    if mask is None and fits_native(query_BTNH, key_BTMH, value_BTMH):
+        return _CausalAttentionNative.apply(query_BTNH, key_BTMH, value_BTMH)
     if mask is None and fits(query_BTNH):
         return causal_attention(query_BTNH, key_BTMH, value_BTMH)
     query, key, value = (x.transpose(1, 2) for x in (query_BTNH, key_BTMH, value_BTMH))
@@ -53,6 +82,15 @@ def fits(query_BTNH: Tensor) -> bool:
         eager_cpu(query_BTNH)
         and query_BTNH.dtype == torch.float32
         and query_BTNH.shape[1] <= _MAX_SEQ_LEN
+    )
+
+
+def fits_native(*heads: Tensor) -> bool:
+    """Whether the C++ kernel takes these, each [B, T, ., H]: whole vectors of 16 in every head."""
+    return (
+        fits(heads[0])
+        and native.fits(*heads)
+        and all(x.shape[3] % 16 == 0 and x.stride(2) == x.shape[3] for x in heads)
     )
 
 
@@ -121,3 +159,82 @@ class _CausalAttention(torch.autograd.Function):
             )
         shape = (batch, n_kv, seq_len, -1)
         return d_query, d_key.view(shape).transpose(1, 2), d_value.view(shape).transpose(1, 2)
+
+
+class _CausalAttentionNative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, kept = _native_forward(query, key, value)
+        ctx.save_for_backward(query, key, value, kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, kept = ctx.saved_tensors
+        d_query, d_key, d_value = (
+            torch.empty_strided(x.shape, x.stride()) for x in (query, key, value)
+        )
+        _native_backward((query, key, value), (d_query, d_key, d_value), kept, grads[0])
+        return d_query, d_key, d_value
+
+
+class _TurnedAttentionNative(torch.autograd.Function):
+    """Reads queries, keys and values where the projection left them; their gradients lie alike."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> Tensor:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        ctx.sizes = _sizes(qkv, n_heads)
+        query, key, value = qkv.split(ctx.sizes, dim=2)
+        out, kept = _native_forward(query, key, value, cos, sin)
+        ctx.save_for_backward(qkv, kept, cos, sin)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        qkv, kept, cos, sin = ctx.saved_tensors
+        d_qkv = torch.empty_like(qkv)
+        heads, d_heads = (x.split(ctx.sizes, dim=2) for x in (qkv, d_qkv))
+        _native_backward(heads, d_heads, kept, grads[0], cos, sin)
+        return d_qkv, None, None, None
+
+
+def _sizes(qkv: Tensor, n_heads: int) -> list[int]:
+    n_kv = (qkv.shape[2] - n_heads) // 2
+    return [n_heads, n_kv, n_kv]
+
+
+def _shape(query: Tensor, key: Tensor, value: Tensor) -> Any:
+    strides = [stride for x in (query, key, value) for stride in x.stride()[:2]]
+    return _Shape(*query.shape[:3], key.shape[2], query.shape[3], value.shape[3], *strides)
+
+
+def _native_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    batch, seq_len, n_heads, _ = query.shape
+    out = query.new_empty(batch, seq_len, n_heads, value.shape[-1])
+    kept = query.new_empty(batch * n_heads * native.lib().attention_kept(seq_len))
+    used = (query, key, value, cos, sin, out, kept)
+    native.lib().attention_forward(*map(_pointer, used), _shape(query, key, value))
+    return out, kept
+
+
+def _native_backward(
+    heads: Sequence[Tensor],
+    d_heads: Sequence[Tensor],
+    kept: Tensor,
+    grad: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> None:
+    used = (*heads, cos, sin, kept, grad.contiguous(), *d_heads)
+    native.lib().attention_backward(*map(_pointer, used), _shape(*heads))
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mtp_lightning.nn.kernels.softmax import exp_
 from mtp_lightning.objective.terms.base import Chunk, Term
 
 
@@ -19,7 +20,7 @@ class CrossEntropy(Term):
         # softmax - one_hot, in the place of the log-probabilities.
         value_R = self.value(chunk)
         target_R1 = chunk.targets_R.unsqueeze(-1)
-        d_logits_RV = chunk.log_probs_RV.exp_()
+        d_logits_RV = exp_(chunk.log_probs_RV)
         minus_one = d_logits_RV.new_full((1, 1), -1.0)
         d_logits_RV.scatter_add_(1, target_R1, minus_one.expand_as(target_R1))
         return value_R, d_logits_RV

@@ -1,0 +1,220 @@
+// Causal attention over whole windows, with the rotary turn of queries and keys in it.
+//
+// The same arithmetic as window_attention.py: probabilities are kept for the backward pass. Here
+// eight queries at a time stay in the first cache from scores to output.
+//
+// Shapes: B batch, T positions (P padded to a multiple of 16), N heads, M key-value heads, H head
+// size of queries and keys, D of values, both multiples of 16.
+#include <cstdlib>
+
+#include "vector.h"
+
+struct Shape {
+    int64_t batch, length, heads, kv_heads, head, value_head;
+    // Distance of two windows, of two positions; two heads lie head (value_head) apart.
+    int64_t query_batch, query_step, key_batch, key_step, value_batch, value_step;
+};
+
+// Probabilities lie in blocks of 64 queries, each as wide as the last of them sees.
+constexpr int64_t BLOCK = 64;
+
+static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t block_start(int64_t block) { return BLOCK * BLOCK * block * (block + 1) / 2; }
+static inline int64_t block_width(int64_t block, int64_t length) {
+    return least(BLOCK * (block + 1), padded(length));
+}
+
+extern "C" int64_t attention_kept(int64_t length) {
+    int64_t last = (padded(length) - 1) / BLOCK;
+    return block_start(last) + (padded(length) - last * BLOCK) * block_width(last, length);
+}
+
+static float* scratch(int64_t numbers) {
+    return (float*)aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64);
+}
+
+// One head turned by its angle (back: the other way) and multiplied by scale. cos = NULL: unturned.
+static inline void turn(const float* from, float* to, const float* cos, const float* sin,
+                        int64_t head, float scale, bool back) {
+    int64_t half = head / 2;
+    if (!cos) {
+        for (int64_t j = 0; j < head; j += LANES) store(to + j, load(from + j) * all(scale));
+        return;
+    }
+    Half even = scale - (Half){}, odd = (back ? -scale : scale) - (Half){};
+    for (int64_t j = 0; j < half; j += 8) {
+        Half left = *(const LooseHalf*)(from + j), right = *(const LooseHalf*)(from + half + j);
+        Half c = *(const LooseHalf*)(cos + j) * even, s = *(const LooseHalf*)(sin + j) * odd;
+        *(LooseHalf*)(to + j) = left * c - right * s;
+        *(LooseHalf*)(to + half + j) = right * c + left * s;
+    }
+}
+
+// All positions of one head, [P, head], zeros behind the last.
+static void gather(const float* from, int64_t step, float* to, const float* cos, const float* sin,
+                   int64_t length, int64_t head, float scale) {
+    for (int64_t t = 0; t < length; t++)
+        turn(from + t * step, to + t * head, cos ? cos + t * head / 2 : nullptr,
+             sin ? sin + t * head / 2 : nullptr, head, scale, false);
+    memset(to + length * head, 0, (padded(length) - length) * head * sizeof(float));
+}
+
+// [P, head] -> [head, P].
+static void transpose_head(const float* from, float* to, int64_t wide, int64_t head) {
+    for (int64_t t = 0; t < wide; t += LANES)
+        for (int64_t j = 0; j < head; j += LANES) {
+            Vector rows[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) rows[i] = load(from + (t + i) * head + j);
+            transpose(rows);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) store(to + (j + i) * wide + t, rows[i]);
+        }
+}
+
+// Softmax of a row of scores whose first `seen` count; the others up to `width` become 0.
+static inline void softmax(float* row, int64_t seen, int64_t width) {
+    int64_t last = (seen - 1) / LANES * LANES;
+    Whole counts = before(last, seen);
+    Vector tail = counts ? load(row + last) : all(-INFINITY), top = tail;
+    for (int64_t j = 0; j < last; j += LANES) top = larger(load(row + j), top);
+    Vector shift = all(largest_of(top)), total = all(0.0f);
+    for (int64_t j = 0; j < last; j += LANES) {
+        Vector e = exp_of(load(row + j) - shift);
+        total += e;
+        store(row + j, e);
+    }
+    tail = counts ? exp_of(tail - shift) : all(0.0f);
+    Vector scale = all(1.0f / sum_of(total + tail));
+    for (int64_t j = 0; j < last; j += LANES) store(row + j, load(row + j) * scale);
+    store(row + last, tail * scale);
+    for (int64_t j = last + LANES; j < width; j += LANES) store(row + j, all(0.0f));
+}
+
+extern "C" void attention_forward(const float* query, const float* key, const float* value,
+                                  const float* cos, const float* sin, float* out, float* kept,
+                                  const Shape* shape) {
+    const Shape s = *shape;
+    int64_t group = s.heads / s.kv_heads, wide = padded(s.length);
+    float scale = 1.0f / sqrtf((float)s.head);
+#pragma omp parallel for schedule(static)
+    for (int64_t job = 0; job < s.batch * s.kv_heads; job++) {
+        int64_t b = job / s.kv_heads, m = job % s.kv_heads;
+        float* keys = scratch(wide * s.head);  // [H, P]
+        float* queries = scratch(wide * s.head);
+        float* mixed = scratch(ROWS * s.value_head);
+        const float* values = value + b * s.value_batch + m * s.value_head;
+        gather(key + b * s.key_batch + m * s.head, s.key_step, queries, cos, sin, s.length, s.head,
+               1.0f);
+        transpose_head(queries, keys, wide, s.head);
+        for (int64_t n = m * group; n < (m + 1) * group; n++) {
+            gather(query + b * s.query_batch + n * s.head, s.query_step, queries, cos, sin,
+                   s.length, s.head, scale);
+            float* own = kept + (b * s.heads + n) * attention_kept(s.length);
+            for (int64_t t = 0; t < s.length; t += ROWS) {
+                int64_t block = t / BLOCK, ld = block_width(block, s.length);
+                int64_t width = padded(t + ROWS);
+                float* probs = own + block_start(block) + (t - block * BLOCK) * ld;
+                product(queries + t * s.head, s.head, 1, keys, wide, s.head, probs, ld, width,
+                        false);
+                for (int64_t i = 0; i < ROWS; i++) {
+                    if (t + i < s.length)
+                        softmax(probs + i * ld, t + i + 1, width);
+                    else
+                        memset(probs + i * ld, 0, width * sizeof(float));
+                }
+                product(probs, ld, 1, values, s.value_step, least(width, s.length), mixed,
+                        s.value_head, s.value_head, false);
+                for (int64_t i = 0; i < least(ROWS, s.length - t); i++)
+                    memcpy(out + ((b * s.length + t + i) * s.heads + n) * s.value_head,
+                           mixed + i * s.value_head, s.value_head * sizeof(float));
+            }
+        }
+        free(keys), free(queries), free(mixed);
+    }
+}
+
+// Gradients lie as their inputs do.
+extern "C" void attention_backward(const float* query, const float* key, const float* value,
+                                   const float* cos, const float* sin, const float* kept,
+                                   const float* grad, float* d_query, float* d_key, float* d_value,
+                                   const Shape* shape) {
+    const Shape s = *shape;
+    int64_t group = s.heads / s.kv_heads, wide = padded(s.length);
+    float scale = 1.0f / sqrtf((float)s.head);
+#pragma omp parallel for schedule(static)
+    for (int64_t job = 0; job < s.batch * s.kv_heads; job++) {
+        int64_t b = job / s.kv_heads, m = job % s.kv_heads;
+        float* keys = scratch(wide * s.head);
+        float* values = scratch(wide * s.value_head);  // [D, P]
+        float* queries = scratch(wide * s.head);
+        float* grads = scratch(wide * s.value_head);
+        float* d_keys = scratch(wide * s.head);
+        float* d_values = scratch(wide * s.value_head);
+        float* d_queries = scratch(ROWS * s.head);
+        float* d_scores = scratch(BLOCK * wide);
+        memset(d_keys, 0, wide * s.head * sizeof(float));
+        memset(d_values, 0, wide * s.value_head * sizeof(float));
+        gather(key + b * s.key_batch + m * s.head, s.key_step, keys, cos, sin, s.length, s.head,
+               1.0f);
+        gather(value + b * s.value_batch + m * s.value_head, s.value_step, grads, nullptr, nullptr,
+               s.length, s.value_head, 1.0f);
+        transpose_head(grads, values, wide, s.value_head);
+        for (int64_t n = m * group; n < (m + 1) * group; n++) {
+            gather(query + b * s.query_batch + n * s.head, s.query_step, queries, cos, sin,
+                   s.length, s.head, scale);
+            gather(grad + (b * s.length * s.heads + n) * s.value_head, s.heads * s.value_head,
+                   grads, nullptr, nullptr, s.length, s.value_head, 1.0f);
+            const float* own = kept + (b * s.heads + n) * attention_kept(s.length);
+            for (int64_t first = 0; first < s.length; first += BLOCK) {
+                int64_t block = first / BLOCK, ld = block_width(block, s.length);
+                int64_t end = (least(first + BLOCK, s.length) + ROWS - 1) / ROWS * ROWS;
+                const float* probs = own + block_start(block);
+                for (int64_t t = first; t < end; t += ROWS) {
+                    int64_t width = padded(t + ROWS);
+                    float* rows = d_scores + (t - first) * ld;
+                    product(grads + t * s.value_head, s.value_head, 1, values, wide, s.value_head,
+                            rows, ld, width, false);
+                    for (int64_t i = 0; i < ROWS; i++) {
+                        const float* p = probs + (t - first + i) * ld;
+                        float* d = rows + i * ld;
+                        Vector total = all(0.0f);
+                        for (int64_t j = 0; j < width; j += LANES)
+                            total += load(p + j) * load(d + j);
+                        Vector mean = all(sum_of(total));
+                        for (int64_t j = 0; j < width; j += LANES)
+                            store(d + j, load(p + j) * (load(d + j) - mean));
+                    }
+                    product(rows, ld, 1, keys, s.head, width, d_queries, s.head, s.head, false);
+                    for (int64_t i = 0; i < least(ROWS, s.length - t); i++) {
+                        int64_t at = t + i;
+                        turn(d_queries + i * s.head,
+                             d_query + b * s.query_batch + at * s.query_step + n * s.head,
+                             cos ? cos + at * s.head / 2 : nullptr,
+                             sin ? sin + at * s.head / 2 : nullptr, s.head, scale, true);
+                    }
+                }
+                // Keys beside or before the block's queries; a key's first reader is its own query.
+                for (int64_t j = 0; j < end; j += ROWS) {
+                    int64_t from = j > first ? j : first;
+                    int64_t at = (from - first) * ld + j;
+                    product(d_scores + at, 1, ld, queries + from * s.head, s.head, end - from,
+                            d_keys + j * s.head, s.head, s.head, true);
+                    product(probs + at, 1, ld, grads + from * s.value_head, s.value_head,
+                            end - from, d_values + j * s.value_head, s.value_head, s.value_head,
+                            true);
+                }
+            }
+        }
+        for (int64_t t = 0; t < s.length; t++) {
+            turn(d_keys + t * s.head, d_key + b * s.key_batch + t * s.key_step + m * s.head,
+                 cos ? cos + t * s.head / 2 : nullptr, sin ? sin + t * s.head / 2 : nullptr,
+                 s.head, 1.0f, true);
+            memcpy(d_value + b * s.value_batch + t * s.value_step + m * s.value_head,
+                   d_values + t * s.value_head, s.value_head * sizeof(float));
+        }
+        free(keys), free(values), free(queries), free(grads);
+        free(d_keys), free(d_values), free(d_queries), free(d_scores);
+    }
+}

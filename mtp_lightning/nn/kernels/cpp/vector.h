@@ -1,0 +1,146 @@
+// Sixteen numbers at a time, and products of small tiles.
+//
+// The compiler's own vectors: one register of AVX-512, two of AVX2. Nothing here is for one
+// processor alone; setup.py says which instructions the compiler may use.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+constexpr int64_t LANES = 16;
+
+typedef float Vector __attribute__((vector_size(64)));
+typedef float Loose __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Whole __attribute__((vector_size(64)));
+
+static inline Vector load(const float* from) { return *(const Loose*)from; }
+static inline void store(float* to, Vector x) { *(Loose*)to = x; }
+static inline Vector all(float x) { return x - (Vector){}; }
+
+// The first n of sixteen; the others are `other`.
+static inline Vector load_some(const float* from, int64_t n, float other = 0.0f) {
+    Vector x = all(other);
+    memcpy(&x, from, n * sizeof(float));
+    return x;
+}
+
+static inline void store_some(float* to, Vector x, int64_t n) {
+    memcpy(to, &x, n * sizeof(float));
+}
+
+// The lanes that count, of those that begin at `at`: all ones before `end`.
+static inline Whole before(int64_t at, int64_t end) {
+    const Whole lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return lanes < (int32_t)(end - at) - (Whole){};
+}
+
+// Rows become columns, by exchanging halves, quarters, and so on.
+template <int STEP>
+static inline void exchange(Vector* rows) {
+    Whole upper, lower;
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; j++) {
+        upper[j] = j & STEP ? LANES + j - STEP : j;
+        lower[j] = j & STEP ? LANES + j : j + STEP;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+        if (i & STEP) continue;
+        Vector a = rows[i], b = rows[i + STEP];
+        rows[i] = __builtin_shuffle(a, b, upper);
+        rows[i + STEP] = __builtin_shuffle(a, b, lower);
+    }
+}
+
+static inline void transpose(Vector* rows) {
+    exchange<8>(rows);
+    exchange<4>(rows);
+    exchange<2>(rows);
+    exchange<1>(rows);
+}
+
+static inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+typedef float Half __attribute__((vector_size(32)));
+typedef float LooseHalf __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float Quarter __attribute__((vector_size(16)));
+
+static inline float sum_of(Vector x) {
+    Half halves[2];
+    Quarter quarters[2];
+    memcpy(halves, &x, sizeof(x));
+    halves[0] += halves[1];
+    memcpy(quarters, halves, sizeof(quarters));
+    Quarter four = quarters[0] + quarters[1];
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+static inline float largest_of(Vector x) {
+    Half halves[2];
+    Quarter quarters[2];
+    memcpy(halves, &x, sizeof(x));
+    halves[0] = halves[0] > halves[1] ? halves[0] : halves[1];
+    memcpy(quarters, halves, sizeof(quarters));
+    Quarter four = quarters[0] > quarters[1] ? quarters[0] : quarters[1];
+    float a = four[0] > four[2] ? four[0] : four[2], b = four[1] > four[3] ? four[1] : four[3];
+    return a > b ? a : b;
+}
+
+// exp to about one unit in the last place; below -87 it is 0 as good as (1e-38). NaN stays NaN.
+static inline Vector exp_of(Vector x) {
+    x = x < all(-87.0f) ? all(-87.0f) : x;
+    x = x > all(88.0f) ? all(88.0f) : x;
+    const Vector magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    Vector shifted = x * all(1.44269504088896341f) + magic;
+    Vector n = shifted - magic;
+    Vector r = x - n * all(0.693359375f);
+    r = r - n * all(-2.12194440e-4f);
+    // Taylor coefficients bent for |r| <= ln(2) / 2 (Cephes' expf).
+    Vector p = all(1.9875691500e-4f);
+    p = p * r + all(1.3981999507e-3f);
+    p = p * r + all(8.3334519073e-3f);
+    p = p * r + all(4.1665795894e-2f);
+    p = p * r + all(1.6666665459e-1f);
+    p = p * r + all(5.0000001201e-1f);
+    p = p * r * r + r + all(1.0f);
+    Whole exponent = ((Whole)shifted) << 23;  // the whole number lies in the lowest bits
+    return (Vector)((Whole)p + exponent);
+}
+
+// c[R, 16 V] (+)= a[R, k] b[k, 16 V]; a's element (i, j) lies at i * rows + j * columns.
+template <int R, int V>
+static inline void tile(const float* a, int64_t rows, int64_t columns, const float* b, int64_t ldb,
+                        int64_t k, float* c, int64_t ldc, bool add) {
+    Vector sum[R][V];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sum[i][v] = add ? load(c + i * ldc + v * LANES) : all(0.0f);
+    for (int64_t j = 0; j < k; j++) {
+        Vector right[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) right[v] = load(b + j * ldb + v * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++) {
+            Vector left = all(a[i * rows + j * columns]);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) sum[i][v] += left * right[v];
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) store(c + i * ldc + v * LANES, sum[i][v]);
+}
+
+constexpr int64_t ROWS = 8;  // of a tile: 8 x 2 sums leave room for what they are made of
+
+// The same for eight rows and n columns, a multiple of 16.
+static inline void product(const float* a, int64_t rows, int64_t columns, const float* b,
+                           int64_t ldb, int64_t k, float* c, int64_t ldc, int64_t n, bool add) {
+    int64_t at = 0;
+    for (; at + 2 * LANES <= n; at += 2 * LANES)
+        tile<ROWS, 2>(a, rows, columns, b + at, ldb, k, c + at, ldc, add);
+    if (at < n) tile<ROWS, 1>(a, rows, columns, b + at, ldb, k, c + at, ldc, add);
+}

@@ -1,0 +1,68 @@
+"""The layers' own code in C++, where it was built: few passes over memory between the products.
+
+``pip install`` builds ``cpp/`` if there is a compiler for it (setup.py); without it the layers take
+the compositions of PyTorch's operators that stand beside every call, and which the tests hold it
+against. What it gains: ``python -m benchmarks.kernels``. It is for fp32 on CPUs with AVX-512, a
+rule of the machine and the installation alone, never of a timing: two processes of one run agree.
+It runs on PyTorch's own threads, and no result depends on their number. A run's last bits do depend
+on whether it is there: ``MTP_LIGHTNING_NATIVE=0`` in the environment does without.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sysconfig
+from ctypes import c_double, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.nn.kernels.eager import eager_cpu
+
+_FILE = Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+
+# Name -> what it takes; pointers first. See cpp/.
+_FUNCTIONS = {
+    "attention_forward": (*[c_void_p] * 7, c_void_p),
+    "attention_backward": (*[c_void_p] * 10, c_void_p),
+    "swiglu_forward": (*[c_void_p] * 2, c_int64, c_int64),
+    "swiglu_backward": (*[c_void_p] * 3, c_int64, c_int64),
+    "norm_forward": (*[c_void_p] * 4, c_int64, c_int64, c_double),
+    "norm_backward": (*[c_void_p] * 6, c_int64, c_int64),
+    "log_softmax": (c_void_p, c_int64, c_int64),
+    "exponential": (c_void_p, c_int64),
+}
+
+
+def load(file: Path = _FILE) -> ctypes.CDLL | None:
+    """The library in ``file``; None where it is not there or not for this machine."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not file.exists():
+        return None
+    try:
+        # It finds OpenMP where PyTorch has it, whose threads are then the same.
+        found = ctypes.CDLL(str(file))
+        for name, arguments in _FUNCTIONS.items():
+            function = getattr(found, name)
+            function.argtypes, function.restype = arguments, None
+        found.attention_kept.argtypes, found.attention_kept.restype = (c_int64,), c_int64
+    except (OSError, AttributeError):
+        return None
+    return found
+
+
+library = None if os.environ.get("MTP_LIGHTNING_NATIVE") == "0" else load()
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether the library is there and made for these: fp32 on a CPU, with contiguous rows."""
+    return library is not None and all(
+        eager_cpu(x) and x.dtype == torch.float32 and x.stride(-1) == 1 for x in tensors
+    )
+
+
+def lib() -> ctypes.CDLL:
+    """The library, where :func:`fits` has said that there is one."""
+    assert library is not None
+    return library

@@ -1,0 +1,150 @@
+"""The layers' code in C++ against float64, at sizes that fill no vector and at those that do."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtp_lightning.nn.kernels import native
+from mtp_lightning.nn.kernels.rms_norm import rms_norm
+from mtp_lightning.nn.kernels.softmax import exp_, log_softmax_
+from mtp_lightning.nn.kernels.swiglu import swiglu
+from mtp_lightning.nn.kernels.window_attention import turned_attention, window_attention
+from mtp_lightning.nn.rope import rope_table
+from tests import reference
+
+SHAPES = [(1, 1, 1, 1), (2, 7, 3, 1), (1, 16, 4, 4), (2, 65, 4, 2), (1, 130, 2, 1)]
+
+
+@pytest.fixture(autouse=True)
+def own(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", library)
+
+
+def exact_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The formula, queries [B, T, N, H] of fp64."""
+    group = query.shape[2] // key.shape[2]
+    key, value = (x.repeat_interleave(group, dim=2) for x in (key, value))
+    scores = torch.einsum("btnh,bsnh->bnts", query, key) / query.shape[-1] ** 0.5
+    hidden = torch.ones(scores.shape[-2:]).triu(1).bool()
+    probs = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return torch.einsum("bnts,bsnh->btnh", probs, value)
+
+
+def compare(found: Tensor, expected: Tensor, inputs: list[Tensor], exact: list[Tensor]) -> None:
+    """Values, and gradients of a random direction."""
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    grad = torch.randn(found.shape)
+    ours = torch.autograd.grad(found, inputs, grad)
+    theirs = torch.autograd.grad(expected, exact, grad.double())
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("d_head", [16, 48])
+def test_turned_attention(shape: tuple[int, int, int, int], d_head: int) -> None:
+    batch, seq_len, n_heads, n_kv = shape
+    qkv = torch.randn(batch, seq_len, n_heads + 2 * n_kv, d_head).requires_grad_()
+    cos, sin = (x.unsqueeze(-2) for x in rope_table(torch.arange(seq_len), d_head, 100.0))
+    found = turned_attention(qkv, cos, sin, None, n_heads, n_kv)
+    assert found.grad_fn is not None and "TurnedAttentionNative" in found.grad_fn.name()
+
+    exact = qkv.detach().double().requires_grad_()
+    query_key, value = exact.split([n_heads + n_kv, n_kv], dim=2)
+    left, right = query_key.chunk(2, dim=-1)
+    c, s = cos.double(), sin.double()
+    query_key = torch.cat((left * c - right * s, right * c + left * s), dim=-1)
+    query, key = query_key.split([n_heads, n_kv], dim=2)
+    compare(found, exact_attention(query, key, value), [qkv], [exact])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_of_values_of_another_width(shape: tuple[int, int, int, int]) -> None:
+    batch, seq_len, n_heads, n_kv = shape
+    joined = torch.randn(batch, seq_len, n_kv, 32 + 16)
+    sizes = [(n_heads, 32), (n_kv, 32), (n_kv, 16)]
+    inputs = [torch.randn(batch, seq_len, n, h).requires_grad_() for n, h in sizes]
+    found = window_attention(*inputs, None)
+    assert found.grad_fn is not None and "CausalAttentionNative" in found.grad_fn.name()
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    compare(found, exact_attention(*exact), inputs, exact)
+    # Heads that do not lie side by side, as a split of the last axis leaves them, go elsewhere.
+    parts = joined.split([32, 16], dim=-1)
+    apart = window_attention(inputs[0].detach(), parts[0], parts[1], None)
+    wanted = exact_attention(*(x.double() for x in (inputs[0].detach(), *parts)))
+    torch.testing.assert_close(apart.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_says_where_it_has_no_numbers() -> None:
+    qkv = torch.randn(1, 20, 3, 16)
+    qkv[0, 5, 0, 3] = torch.nan  # of a query
+    out = window_attention(*qkv.split(1, dim=2), None)
+    assert out[0, 5].isnan().all() and out[0, [*range(5), *range(6, 20)]].isfinite().all()
+    far = torch.randn(1, 20, 3, 16) * 100  # scores far beyond what exp can hold
+    found = window_attention(*far.split(1, dim=2), None)
+    wanted = exact_attention(*(x.double() for x in far.split(1, dim=2)))
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-2)
+
+
+def test_attention_is_the_same_on_any_number_of_threads() -> None:
+    qkv = torch.randn(3, 40, 6, 16).requires_grad_()
+    cos, sin = (x.unsqueeze(-2) for x in rope_table(torch.arange(40), 16, 100.0))
+    gain, found = torch.randn(96).requires_grad_(), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            out = turned_attention(qkv, cos, sin, None, 2, 2)
+            normed = rms_norm(qkv.flatten(2).flatten(0, 1), gain, 1e-6)
+            found.append((out, normed, *torch.autograd.grad(out.sum() + normed.sum(), [qkv, gain])))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 16), (130, 37), (64, 96), (0, 8)])
+def test_norm_and_gate(rows: int, width: int) -> None:
+    x, gain = (torch.randn(rows, width) * 3).requires_grad_(), torch.randn(width).requires_grad_()
+    exact = [t.detach().double().requires_grad_() for t in (x, gain)]
+    found = rms_norm(x, gain, 1e-5)
+    assert found.grad_fn is not None
+    compare(found, reference.rms_norm(*exact, 1e-5), [x, gain], exact)
+
+    gate_up = (torch.randn(rows, 2 * width) * 4).requires_grad_()
+    both = gate_up.detach().double().requires_grad_()
+    gate, up = both.chunk(2, dim=-1)
+    gated = swiglu(gate_up)
+    assert gated.grad_fn is not None and "Native" in gated.grad_fn.name()
+    compare(gated, F.silu(gate) * up, [gate_up], [both])
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 16), (3, 61), (2, 5000), (0, 7)])
+def test_softmax(rows: int, width: int) -> None:
+    logits = torch.randn(rows, width) * 10
+    expected = torch.log_softmax(logits.double(), -1)
+    found = log_softmax_(logits, torch.float32)
+    assert found is logits
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(exp_(found).double(), expected.exp(), rtol=1e-5, atol=1e-7)
+
+
+def test_exp_over_its_whole_range() -> None:
+    x = torch.cat((torch.linspace(-86, 0, 5001), torch.tensor([-torch.inf, -200.0, torch.nan])))
+    found, expected = exp_(x.clone()), x.double().exp()
+    torch.testing.assert_close(found[:5001].double(), expected[:5001], rtol=3e-7, atol=0)
+    assert found[-3] < 1e-37 and found[-2] < 1e-37 and found[-1].isnan()
+
+
+def test_what_is_not_for_it_goes_elsewhere(tmp_path: Path) -> None:
+    assert native.fits(torch.empty(2, 3))
+    assert not native.fits(torch.empty(2, 3, dtype=torch.float64))
+    assert not native.fits(torch.empty(2, 3).t())
+    assert native.load(tmp_path / "none.so") is None
+    (tmp_path / "text.so").write_text("no library")
+    assert native.load(tmp_path / "text.so") is None
