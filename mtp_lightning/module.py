@@ -23,6 +23,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.kinds import SideBySide
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.init import drawn_anew
+from mtp_lightning.nn.kernels import native
 from mtp_lightning.nn.moe import routers_of
 from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.objective import Objective
@@ -250,26 +251,36 @@ class MTPModule(pl.LightningModule):
             "seconds": self.seconds,
         }
         checkpoint["threads"] = torch.get_num_threads()
+        checkpoint["cpu_kernels"] = native.in_use()
         checkpoint["balance"] = {"rule": self.balance.name, "state": self.balance.state_dict()}
         checkpoint["objective"] = self.step.objective.state_dict()
         checkpoint.update(self.extra)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        before, now = checkpoint["threads"], torch.get_num_threads()
-        if before != now and self.trainer.strategy.root_device.type == "cpu":
-            log.warning(
-                "This run was trained with %d CPU threads and goes on with %d: its numbers may "
-                "differ in the last bits from those of an uninterrupted run, which "
-                "trainer.num_threads=%d would equal.",
-                before,
-                now,
-                before,
-            )
+        if self.trainer.strategy.root_device.type == "cpu":
+            self._warn_of_other_roundings(checkpoint)
         progress = checkpoint["progress"]
         self.tokens, self.flops = progress["tokens"], progress["flops"]
         self.seconds = progress["seconds"]
         self.balance.load_state_dict(checkpoint["balance"]["state"])
         self.step.objective.load_state_dict(checkpoint.get("objective", {}))
+
+    @staticmethod
+    def _warn_of_other_roundings(checkpoint: Mapping[str, Any]) -> None:
+        """Say what the run was computed with until now, where that is something else."""
+        text = (
+            "This run was trained with %s and goes on with %s: its numbers may differ in the last "
+            "bits from those of an uninterrupted run, which %s would equal."
+        )
+        before, now = checkpoint["threads"], torch.get_num_threads()
+        if before != now:
+            threads = f"trainer.num_threads={before}"
+            log.warning(text, f"{before} CPU threads", now, threads)
+        before, now = checkpoint.get("cpu_kernels", "pytorch"), native.in_use()
+        if before != now:
+            remedy = "pip install -e . with a C++ compiler"
+            remedy = remedy if before == "native" else "MTP_LIGHTNING_NATIVE=0"
+            log.warning(text, f"the {before} layers", f"the {now} ones", remedy)
 
     def log_here(
         self, values: Mapping[str, Tensor | float], step: int, *, always: bool = False

@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version()} | {p: version(p) for p in _PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "cpu_kernels": "native" if native.library is not None else "pytorch",
+        "cpu_kernels": native.in_use(),
         "git_commit": _git_commit(),
     }
 

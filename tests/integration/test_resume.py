@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mtp_lightning.cli import Stopped
+from mtp_lightning.nn.kernels import native
 from tests.integration.conftest import Once
 from tests.integration.helpers import (
     assert_same_weights,
@@ -282,3 +283,19 @@ def test_another_number_of_threads_is_said(
     assert "trained with 1 CPU threads and goes on with 2" in caplog.text
     assert "trainer.num_threads=1 would equal" in caplog.text
     assert checkpoint(tmp_path)["threads"] == 2
+
+
+def test_other_kernels_are_said(
+    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that began with the layers' C++ code, and one that began without."""
+    monkeypatch.setattr(native, "in_use", lambda: "native")
+    train_here(tmp_path, cache, {"trainer.max_steps": 4})
+    assert checkpoint(tmp_path)["cpu_kernels"] == "native"
+    monkeypatch.setattr(native, "in_use", lambda: "pytorch")
+    train_here(tmp_path, cache, {"trainer.max_steps": 6})
+    assert "trained with the native layers and goes on with the pytorch ones" in caplog.text
+    assert "with a C++ compiler would equal" in caplog.text
+    monkeypatch.setattr(native, "in_use", lambda: "native")
+    train_here(tmp_path, cache, {"trainer.max_steps": 8})
+    assert "MTP_LIGHTNING_NATIVE=0 would equal" in caplog.text

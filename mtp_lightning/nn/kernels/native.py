@@ -55,6 +55,11 @@ def load(file: Path = _FILE) -> ctypes.CDLL | None:
 library = None if os.environ.get("MTP_LIGHTNING_NATIVE") == "0" else load()
 
 
+def in_use() -> str:
+    """What computes the layers on a CPU: ``native``, or ``pytorch`` without the library."""
+    return "pytorch" if library is None else "native"
+
+
 def fits(*tensors: Tensor) -> bool:
     """Whether the library is there and made for these: fp32 on a CPU, with contiguous rows."""
     return library is not None and all(
