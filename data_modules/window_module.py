@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data_modules.loader import EvaluationLoader, WindowLoader, Windows
 from data_modules.tokenizers.base import Tokenizer
+from data_modules.windows import WindowBatch
 from mtp_lightning.settings import require_whole
 
 
@@ -97,6 +98,13 @@ class WindowDataModule(LightningDataModule, ABC):
         if stage == "fit":
             self.train_dataloader().check()
         self.val_dataloader().check()
+
+    def transfer_batch_to_device(
+        self, batch: WindowBatch, device: torch.device, dataloader_idx: int
+    ) -> WindowBatch:
+        """To a GPU while that still works on the step before; Lightning waits for all but plain
+        tensors."""
+        return batch.to(device, non_blocking=True)
 
     @property
     @abstractmethod

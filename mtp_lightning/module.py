@@ -157,13 +157,6 @@ class MTPModule(pl.LightningModule):
         self._learning_rates = LearningRates(optimizer, self.optimizer_config.schedule)
         return optimizer
 
-    def transfer_batch_to_device(
-        self, batch: WindowBatch, device: torch.device, dataloader_idx: int
-    ) -> WindowBatch:
-        """To a GPU while that still works on the step before; Lightning waits for all but plain
-        tensors."""
-        return batch.to(device, non_blocking=True)
-
     def training_step(self, batch: WindowBatch, batch_idx: int) -> dict[str, Any]:
         """One optimizer step.
 
@@ -272,15 +265,15 @@ class MTPModule(pl.LightningModule):
             "This run was trained with %s and goes on with %s: its numbers may differ in the last "
             "bits from those of an uninterrupted run, which %s would equal."
         )
-        before, now = checkpoint["threads"], torch.get_num_threads()
-        if before != now:
-            threads = f"trainer.num_threads={before}"
-            log.warning(text, f"{before} CPU threads", now, threads)
-        before, now = checkpoint.get("cpu_kernels", "pytorch"), native.in_use()
-        if before != now:
-            remedy = "pip install -e . with a C++ compiler"
-            remedy = remedy if before == "native" else "MTP_LIGHTNING_NATIVE=0"
-            log.warning(text, f"the {before} layers", f"the {now} ones", remedy)
+        threads = checkpoint["threads"]
+        if threads != torch.get_num_threads():
+            same = f"trainer.num_threads={threads}"
+            log.warning(text, f"{threads} CPU threads", torch.get_num_threads(), same)
+        kernels = checkpoint.get("cpu_kernels", "pytorch")
+        if kernels != native.in_use():
+            built = "pip install -e . with a C++ compiler"
+            same = built if kernels == "native" else "MTP_LIGHTNING_NATIVE=0"
+            log.warning(text, f"the {kernels} layers", f"the {native.in_use()} ones", same)
 
     def log_here(
         self, values: Mapping[str, Tensor | float], step: int, *, always: bool = False
