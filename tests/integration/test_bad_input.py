@@ -110,7 +110,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "optimizer key": ({"+optimizer.no_such_key": 1}, ["no_such_key"]),
     "model key": ({"+model.no_such_key": 1}, ["no_such_key"]),
     "precision": ({"trainer.precision": "8-bit"}, ["precision", "8-bit", "bf16-mixed"]),
-    "strategy": ({"trainer.strategy": "fsdp"}, ["strategy", "fsdp", "ddp"]),
+    "strategy": ({"trainer.strategy": "deepspeed"}, ["strategy", "deepspeed", "ddp"]),
     "devices": ({"trainer.devices": 2}, ["devices", "2", "trainer.strategy=ddp"]),
     "no devices": ({"trainer.devices": 0}, ["devices", "0"]),
     "accelerator": ({"trainer.accelerator": "tpu"}, ["accelerator", "tpu", "cpu"]),
