@@ -196,7 +196,8 @@ def _changed_settings(settled: dict[str, Any], folder: Path) -> str:
     changed = [
         f"{key} was {old[key]}, is {new[key]}"
         for key in old.keys() & new.keys()
-        if old[key] != new[key] and has_bearing(key) and there not in str(new[key])
+        # What "auto" stood for was the run's to say.
+        if new[key] not in (old[key], "auto") and has_bearing(key) and there not in str(new[key])
     ]
     return "; ".join(sorted(changed))
 
