@@ -135,7 +135,9 @@ def test_no_gradients_where_none_are_asked_for(tiny_trunk: TrunkConfig) -> None:
     with torch.no_grad():
         quiet, _ = mtp_loss(model, windows(2, 8, 2), [0.2, 0.2], [16] * 3)
     loud, _ = mtp_loss(model, windows(2, 8, 2), [0.2, 0.2], [16] * 3)
-    assert not quiet.requires_grad and torch.equal(quiet, loud)
+    assert not quiet.requires_grad
+    # For a gradient, layers may take other kernels.
+    torch.testing.assert_close(quiet, loud.detach())
 
 
 class _Saved:
