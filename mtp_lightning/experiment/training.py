@@ -90,8 +90,7 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
     resume_from = None if newest is None else folder / CHECKPOINTS / newest
     # Looked through a moment ago, and the weights are read when they are wanted.
     stored = None if resume_from is None else checkpoints.load(resume_from, mapped=True)
-    keeps_none = OmegaConf.select(cfg, "callbacks.checkpoints.keep") == "none"
-    if stored is None and keeps_none and (folder / SUMMARY_FILE).is_file():
+    if stored is None and _kept_none(folder):
         raise ValueError(
             f"{folder} holds a finished run that kept no checkpoint to go on from: take another "
             "run_dir."
@@ -142,6 +141,14 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
         resume_from=resume_from,
         resume_step=resume_step,
     )
+
+
+def _kept_none(folder: Path) -> bool:
+    """Whether a folder is of a finished run whose own config had its checkpoints removed."""
+    if not ((folder / SUMMARY_FILE).is_file() and (folder / CONFIG_FILE).is_file()):
+        return False
+    own = OmegaConf.load(folder / CONFIG_FILE)
+    return OmegaConf.select(own, "callbacks.checkpoints.keep") == "none"
 
 
 def _named(path: Path | None) -> str | None:

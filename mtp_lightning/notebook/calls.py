@@ -15,7 +15,7 @@ from mtp_lightning.paths import app
 
 if TYPE_CHECKING:
     from mtp_lightning.notebook.run import Run
-    from mtp_lightning.notebook.sweep import Sweep
+    from mtp_lightning.notebook.jobs import Sweep
 
 
 def train(*overrides: str, quiet: bool = False) -> Run:
@@ -45,7 +45,7 @@ def sweep(*overrides: str, quiet: bool = False) -> Sweep:
     Raises:
         RuntimeError: it, or one of its jobs, failed.
     """
-    from mtp_lightning.notebook.sweep import Sweep
+    from mtp_lightning.notebook.jobs import Sweep
 
     folder, given = _folder("sweep_dir", "runs/sweep_{}", overrides)
     start([*app("train"), "-m", *given], quiet=quiet)
