@@ -11,8 +11,8 @@ this one.
 """
 
 from mtp_lightning.notebook.calls import evaluate, generate, sweep, train
-from mtp_lightning.notebook.run import Run
 from mtp_lightning.notebook.jobs import Sweep
+from mtp_lightning.notebook.run import Run
 from mtp_lightning.notebook.text import Text
 
 __all__ = ["Run", "Sweep", "Text", "evaluate", "generate", "sweep", "train"]

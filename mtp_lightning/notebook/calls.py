@@ -14,8 +14,8 @@ from mtp_lightning.notebook.text import Text
 from mtp_lightning.paths import app
 
 if TYPE_CHECKING:
-    from mtp_lightning.notebook.run import Run
     from mtp_lightning.notebook.jobs import Sweep
+    from mtp_lightning.notebook.run import Run
 
 
 def train(*overrides: str, quiet: bool = False) -> Run:

@@ -170,17 +170,11 @@ WAYS = [
     ("one", "fsdp2"),
     ("ddp2", "fsdp2"),
     ("fsdp2", "fsdp2"),
-    ("fsdp4", "fsdp2"),
     ("fsdp2", "ddp2"),
-    ("hsdp4", "ddp2"),
     ("one", "fsdp4"),
-    ("fsdp2", "fsdp4"),
     ("hsdp4", "fsdp4"),
-    ("one", "hsdp4"),
-    ("fsdp4", "hsdp4"),
     ("hsdp4", "hsdp4"),
     ("fsdp2", "one"),
-    ("fsdp4", "one"),
     ("hsdp4", "one"),
 ]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.helpers import column, command, execute, train_here, weights
+from tests.integration.helpers import column, train_here, weights
+from tests.integration.several import run_all
 
 COMMON = {
     "mtp.depth": 3,
@@ -19,38 +20,36 @@ COMMON = {
 }
 
 
-@pytest.mark.parametrize(
-    "mtp",
-    [
-        # One block of the trunk is left for the heads to branch from.
-        {"mtp": "parallel", "model.n_layers": 2},
-        {"mtp": "linear", "mtp.correction": "mlp"},
-        {"mtp": "linear", "mtp.correction": "markov"},
-        {"mtp": "joint"},
-        {"mtp": "nextlat"},
-    ],
-    ids=lambda mtp: " ".join(map(str, mtp.values())),
-)
-def test_two_processes_train_heads_as_one_does(tmp_path: Path, mtp: dict[str, object]) -> None:
-    common = {**COMMON, **mtp}
+HEADS: dict[str, dict[str, object]] = {
+    # One block of the trunk is left for the heads to branch from.
+    "parallel": {"mtp": "parallel", "model.n_layers": 2},
+    "linear_mlp": {"mtp": "linear", "mtp.correction": "mlp"},
+    "linear_markov": {"mtp": "linear", "mtp.correction": "markov"},
+    "joint": {"mtp": "joint"},
+    "nextlat": {"mtp": "nextlat"},
+}
+
+
+def test_two_processes_train_heads_as_one_does(tmp_path: Path) -> None:
     two = {
         "trainer.devices": 2,
         "trainer.strategy": "ddp",
         "data.batch_size": 2,
         "trainer.accumulate_grad_batches": 2,
     }
-    cache = tmp_path / "cache"
-    done = execute(command(tmp_path / "two", cache, common | two))
-    assert done.returncode == 0, done.stderr
-    train_here(tmp_path / "one", cache, common | {"data.batch_size": 8})
-    for k in range(4):
-        tag = f"train/loss_depth_{k}"
-        shared, alone = column(tmp_path / "two", tag), column(tmp_path / "one", tag)
-        assert list(shared) == list(alone) == [1, 2, 3, 4, 5]
-        assert list(shared.values()) == pytest.approx(list(alone.values()), rel=1e-5)
-    expected = weights(tmp_path / "one")
-    for name, tensor in weights(tmp_path / "two").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    cache, runs = tmp_path / "cache", tmp_path / "two"
+    runs.mkdir()
+    run_all(runs, cache, {name: COMMON | mtp | two for name, mtp in HEADS.items()}, processes=2)
+    for name, mtp in HEADS.items():
+        train_here(tmp_path / name, cache, COMMON | mtp | {"data.batch_size": 8})
+        for k in range(4):
+            tag = f"train/loss_depth_{k}"
+            shared, alone = column(runs / name, tag), column(tmp_path / name, tag)
+            assert list(shared) == list(alone) == [1, 2, 3, 4, 5]
+            assert list(shared.values()) == pytest.approx(list(alone.values()), rel=1e-5), name
+        expected = weights(tmp_path / name)
+        for key, tensor in weights(runs / name).items():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-6, msg=key)
 
 
 def test_accumulation_does_not_change_what_is_mixed(tmp_path: Path) -> None:
