@@ -80,7 +80,10 @@ def _ranks(process: subprocess.Popen[bytes], how: Callable[..., list[str]]) -> l
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "strategy"), [(lightning, "fsdp"), (standalone, "ddp")])
+@pytest.mark.parametrize(
+    ("how", "strategy"),
+    [(lightning, "fsdp"), pytest.param(standalone, "ddp", marks=pytest.mark.long)],
+)
 def test_sigterm_to_one_ends_all_and_the_run_goes_on_exactly(
     tmp_path: Path,
     cache: Path,
@@ -133,8 +136,15 @@ def test_sigterm_without_checkpoints_ends_all(tmp_path: Path, cache: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["first", "second"])
-@pytest.mark.parametrize("how", [lightning, standalone])
+@pytest.mark.parametrize(
+    ("how", "victim"),
+    [
+        (lightning, "second"),
+        (standalone, "first"),
+        pytest.param(lightning, "first", marks=pytest.mark.long),
+        pytest.param(standalone, "second", marks=pytest.mark.long),
+    ],
+)
 def test_one_that_dies_takes_the_others_along(
     tmp_path: Path,
     cache: Path,

@@ -170,11 +170,17 @@ WAYS = [
     ("one", "fsdp2"),
     ("ddp2", "fsdp2"),
     ("fsdp2", "fsdp2"),
+    ("fsdp4", "fsdp2"),
     ("fsdp2", "ddp2"),
+    ("hsdp4", "ddp2"),
     ("one", "fsdp4"),
+    ("fsdp2", "fsdp4"),
     ("hsdp4", "fsdp4"),
+    ("one", "hsdp4"),
+    ("fsdp4", "hsdp4"),
     ("hsdp4", "hsdp4"),
     ("fsdp2", "one"),
+    ("fsdp4", "one"),
     ("hsdp4", "one"),
 ]
 
@@ -203,14 +209,14 @@ def resumed(once: Once, cache: Path) -> Path:
     return once("sharded-resumed", make)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "one"])
 def test_every_kind_trains_alike(resumed: Path, kind: str) -> None:
     assert checkpoint(resumed / kind, "previous.ckpt")["global_step"] == 4
     assert_same_run(resumed / kind, resumed / "one")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("before", "after"), WAYS)
 def test_any_number_of_processes_goes_on(resumed: Path, before: str, after: str) -> None:
     run = resumed / f"{before}_{after}"

@@ -223,7 +223,7 @@ def test_what_cannot_be_worked_is_told(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_thousand_jobs_by_three_workers_of_which_one_is_killed(tmp_path: Path) -> None:
     began = time.process_time(), time.monotonic()
     folder = planned(tmp_path, "range(1000)")
