@@ -78,10 +78,9 @@ def synchronize() -> None:
 
 def compose_config(overrides: Sequence[str]) -> Any:
     """The config of ``train.py`` with these overrides."""
-    from hydra import compose, initialize_config_dir
+    from mtp_lightning.experiment.composing import compose_config
 
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+    return compose_config("config", overrides)
 
 
 def peak_rss() -> int:

@@ -55,14 +55,12 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     from benchmarks.train_step import build_step
     from mtp_lightning.callbacks.device_rate import measure_matmul_rate, peak_of
     from mtp_lightning.decoding.measure import pass_costs
-    from mtp_lightning.nn.block import Block
+    from mtp_lightning.nn.block import compile_blocks
 
     device = torch.device(task["device"])
     step, model, _ = build_step(task)
     if task["compile"]:
-        for layer in model.modules():
-            if isinstance(layer, Block):
-                layer.compile()
+        compile_blocks(model)
 
     def timed(n: int) -> float:
         began = time.perf_counter()

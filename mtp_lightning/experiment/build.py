@@ -31,7 +31,7 @@ from mtp_lightning.mtp.bag import BagMTP
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.registers import RegistersConfig
-from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.block import compile_blocks
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.objective import Objective
@@ -245,10 +245,7 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
     if isinstance(stack, BagMTP) and stack.config.weights == "idf":
         stack.weigh(*data.document_frequency())
     if settle_device(cfg).trainer.compile:
-        # In place, block by block: the keys of checkpoints stay what they are.
-        for layer in module.modules():
-            if isinstance(layer, Block):
-                layer.compile()
+        compile_blocks(module)
     return module
 
 

@@ -1,4 +1,4 @@
-"""An app's config without the app: for a notebook."""
+"""An app's config without the app: for a notebook and for benchmarks."""
 
 from __future__ import annotations
 
