@@ -58,10 +58,12 @@ def acceptance_by(
         ``acceptance_at_A-B``, by the token's position in the text (from 1, doubling);
         ``acceptance_entropy_A-B``, by the entropy in nats of the main distribution that judges the
         draft; ``acceptance_slope_position``, by least squares over single drafts, per doubling of
-        the position, and ``acceptance_slope_entropy``, per nat. Without a draft nothing.
+        the position, and ``acceptance_slope_entropy``, per nat; both slopes with ``_se``, which
+        takes texts as independent and the drafts of one text as not (Liang & Zeger 1986), and
+        which one text alone does not give. Without a draft nothing.
     """
-    positions, entropies, accepted = [], [], []
-    for prompt, generation in zip(prompts, generations, strict=True):
+    positions, entropies, accepted, texts = [], [], [], []
+    for text, (prompt, generation) in enumerate(zip(prompts, generations, strict=True)):
         drafts = first_drafts(generation, max_new_tokens)
         entropy_P = _entropies(model, [*map(int, prompt), *generation.token_ids])
         for place, was_taken in drafts:
@@ -69,6 +71,7 @@ def acceptance_by(
             positions.append(at + 1)
             entropies.append(float(entropy_P[at - 1]))  # of the prediction of token `at`
             accepted.append(float(was_taken))
+            texts.append(text)
     if not accepted:
         return {}
     position, entropy, taken = (
@@ -85,9 +88,7 @@ def acceptance_by(
         _add(values, f"acceptance_entropy_{name}", taken, entropy, start, end)
         start = end
     for name, x in (("position", position.log2()), ("entropy", entropy)):
-        spread = (x - x.mean()).square().sum()
-        if spread > 0:
-            values[f"acceptance_slope_{name}"] = float(((x - x.mean()) * taken).sum() / spread)
+        _add_slope(values, f"acceptance_slope_{name}", taken, x, torch.tensor(texts))
     return values
 
 
@@ -97,6 +98,21 @@ def _add(
     inside = (x >= low) & (x < high)
     if inside.any():
         values[name] = float(taken[inside].mean())
+
+
+def _add_slope(values: dict[str, float], name: str, taken: Tensor, x: Tensor, text: Tensor) -> None:
+    x = x - x.mean()
+    spread = x.square().sum()
+    if spread == 0:
+        return
+    slope = (x * taken).sum() / spread
+    values[name] = float(slope)
+    residual = taken - taken.mean() - slope * x
+    pull_G = torch.zeros(int(text.max()) + 1, dtype=x.dtype).index_add_(0, text, x * residual)
+    n_texts = len(text.unique())
+    if n_texts > 1:
+        variance = pull_G.square().sum() * n_texts / (n_texts - 1)
+        values[f"{name}_se"] = float(variance.sqrt() / spread)
 
 
 def _entropies(model: MTPModel, text: list[int]) -> Tensor:
