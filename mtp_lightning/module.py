@@ -98,8 +98,9 @@ class MTPModule(pl.LightningModule):
         self.tokens = 0
         self.flops = 0
         self.seconds = 0.0
-        # The newest step's values by log tag.
+        # The newest step's values by log tag, and the newest step that was logged.
         self._values: dict[str, Tensor | float] = {}
+        self._row_step: int | None = None
         # The newest validation: the optimizer steps before it, and its metrics by log tag.
         self.validated_step: int | None = None
         self.validation: dict[str, float] = {}
@@ -203,14 +204,24 @@ class MTPModule(pl.LightningModule):
         }
 
     def on_train_batch_end(self, outputs: Any, batch: WindowBatch, batch_idx: int) -> None:
-        # After the callbacks: what they save has no row in the log yet.
+        self._log_row()
+        if self._stops_between_rows():
+            self._log_axis(self.trainer.global_step)
+
+    def _log_row(self) -> None:
+        """Log the newest step, once."""
         step = self.trainer.global_step
+        if self._row_step == step:
+            return
+        self._row_step = step
         self.log_here(self._values, step)
-        if self.trainer.should_stop and not self._due(step):
-            # Lightning logs the step that a callback stops at, due or not.
-            self._log_axis(step)
+        if self._stops_between_rows():
             rates = {tag: v for tag, v in self._values.items() if tag.startswith("train/lr")}
             self.log_here(rates, step, always=True)
+
+    def _stops_between_rows(self) -> bool:
+        """Whether a callback stops here, at a step that is not due: Lightning logs it, too."""
+        return self.trainer.should_stop and not self._due(self.trainer.global_step)
 
     def progress(self, step: int) -> Progress:
         """Where the run stands before optimizer step ``step`` (counted from 0)."""
@@ -237,6 +248,9 @@ class MTPModule(pl.LightningModule):
         self.log_dict({**rates, **cost, "step": step}, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Before the file: a run that is killed between the two goes on behind this step, and would
+        # never log it.
+        self._log_row()
         checkpoint["model_config"] = self.model.config.to_dict()
         checkpoint["progress"] = {
             "tokens": self.tokens,

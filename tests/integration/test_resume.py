@@ -225,6 +225,27 @@ def test_a_signal_after_the_step_was_logged(
     assert_same_weights(tmp_path, whole)
 
 
+def test_killed_right_behind_a_save(
+    tmp_path: Path, cache: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on behind the saved step, so that its row must be there."""
+    from mtp_lightning.callbacks.checkpoints import Checkpoints
+
+    save = Checkpoints._save
+
+    def save_and_die(self: Checkpoints, trainer: Any) -> None:
+        save(self, trainer)
+        if trainer.global_step == 2 * EVERY:
+            raise KeyError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
+        patch.setattr(Checkpoints, "_save", save_and_die)
+        train_here(tmp_path, cache, LONG)
+    assert checkpoint(tmp_path)["global_step"] == 2 * EVERY
+    train_here(tmp_path, cache, LONG)
+    assert rows(tmp_path) == rows(whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 21, 35, 36, 71, 120])
 def test_killed_at_any_step(tmp_path: Path, cache: Path, whole: Path, step: int) -> None:

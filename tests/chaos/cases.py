@@ -1,0 +1,63 @@
+"""What a case is, and what becomes of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class Broken(Exception):
+    """A promise that did not hold; the message says which."""
+
+
+def hold(true: bool, broken: str) -> None:
+    """Raise :class:`Broken` unless something is so."""
+    if not true:
+        raise Broken(broken)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to try.
+
+    Attributes:
+        kind: the room it is counted in: kills, bad input, hostile input, faults.
+        name: what is tried; together with the seed it says all.
+        attempt: tries it in an empty folder with randomness of its own, and says in a few words
+            what happened. Raises :class:`Broken` if a promise did not hold.
+    """
+
+    kind: str
+    name: str
+    attempt: Callable[[Path, random.Random], str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a case."""
+
+    kind: str
+    name: str
+    seed: str
+    held: bool
+    told: str
+    seconds: float
+
+
+def shuffled(cases: list[Case], seed: int) -> Iterator[tuple[Case, str]]:
+    """Cases and their seeds without end, each round in another order, the kinds in turn."""
+    round_ = 0
+    while True:
+        order = random.Random(f"{seed}/{round_}")
+        kinds: dict[str, list[Case]] = {}
+        for case in cases:
+            kinds.setdefault(case.kind, []).append(case)
+        for each in kinds.values():
+            order.shuffle(each)
+        for turn in range(max(map(len, kinds.values()))):
+            for each in kinds.values():
+                if turn < len(each):
+                    yield each[turn], f"{seed}/{round_}/{each[turn].kind}/{each[turn].name}"
+        round_ += 1

@@ -1,0 +1,237 @@
+"""What is ended in the middle: commands, and when two of their folders are the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mtp_lightning.run.checkpoints import damage
+from tests.chaos.cases import hold
+from tests.integration.helpers import overrides, rows
+
+# Steps, validations and checkpoints that fall on different steps, and several epochs.
+SMALL: dict[str, Any] = {
+    "data.source.size": 8_000,
+    "data.source.documents": 20,
+    "data.eval_bytes": 300,
+    "trainer.max_steps": 40,
+    "trainer.val_check_interval": 15,
+    "callbacks.checkpoints.every_n_steps": 4,
+    "callbacks.speculative_eval.n_prompts": 1,
+    "callbacks.speculative_eval.new_tokens": 8,
+}
+_TASK: dict[str, Any] = {
+    "data.seq_len": None,
+    "data.eval_bytes": None,
+    "data.val_fraction": None,
+    "data.eval_examples": 16,
+    "data.batch_size": 8,
+    "tokenizer": None,
+}
+_MODEL = {f"model.{key}": None for key in ("n_heads", "n_kv_heads", "d_ff")}
+# Every head, objective, rule and source that has a state of its own to go on from.
+RUNS: dict[str, dict[str, Any]] = {
+    "sequential": {"lambda_schedule": "linear_decay"},
+    "shared": {"mtp.share_layers": "true"},
+    "parallel": {"mtp": "parallel"},
+    "linear": {"mtp": "linear"},
+    "parameter_free": {"mtp": "parameter_free"},
+    "joint": {"mtp": "joint"},
+    "top": {"mtp": "top"},
+    "bag": {"mtp": "bag"},
+    "nextlat": {"mtp": "nextlat"},
+    "registers": {"mtp": "registers"},
+    "kl": {"objective": "kl"},
+    "experts": {"model": "deepseek_nano", "model.n_layers": 2, **_MODEL},
+    "gradnorm": {"balance": "gradnorm"},
+    "dwa": {"balance": "dwa"},
+    "uncertainty": {"balance": "uncertainty"},
+    "trunk_ratio": {"balance": "trunk_ratio"},
+    "sampled_depths": {"balance": "sampled_depths"},
+    "random_weights": {"balance": "random"},
+    "cosine_gate": {"balance": "cosine_gate"},
+    "muon": {"optimizer": "muon", "optimizer.lr": None},
+    "token_dropout": {"mtp.token_dropout": 0.5, "mtp.hidden_state_mixing": "true"},
+    "accumulated": {"trainer.accumulate_grad_batches": 2},
+    "workers": {"data.num_workers": 2},
+    "tensorboard": {"logger": "default"},
+    "task": {"data": "copy", **_TASK},
+    "sibling": {"data": "sibling", "data.examples": 64, **_TASK},
+}
+_TIMED = ("perf/", "seconds", "progress/seconds", "decode/speedup", "decode/tokens_per_second")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command whose result is known.
+
+    Attributes:
+        name: of it.
+        arguments: the app and what it is given, of the folder that it works in.
+        same: raises Broken unless two folders hold the same.
+        processes: whether it starts others, which take seconds to begin.
+    """
+
+    name: str
+    arguments: Callable[[Path], list[str]]
+    same: Callable[[Path, Path], None]
+    processes: bool = False
+
+
+def train_job(name: str, cache: Path, settings: dict[str, Any], *, processes: bool = False) -> Job:
+    """A run in ``FOLDER/run``; one of several processes for ``processes``."""
+    given = overrides(cache, SMALL | settings)
+    return Job(
+        name,
+        lambda folder: ["train.py", *given, f"run_dir={folder / 'run'}"],
+        lambda one, other: same_runs(one / "run", other / "run"),
+        processes,
+    )
+
+
+def store_job(cache: Path) -> Job:
+    """A run of two steps that first learns a vocabulary and builds a store with two processes, in
+    a cache of its own."""
+    text = cache.parent / "text"
+    text.mkdir(parents=True, exist_ok=True)
+    for i in range(40):
+        words = [f"{(i * 7919 + j * j * 31) % 997:x}" for j in range(6000)]
+        (text / f"{i}.txt").write_text(f"text {i}\n" + " ".join(words) + "\n")
+    settings = {
+        "data": "text",
+        "data.paths": f"[{text}]",
+        "data.val_fraction": 0.1,
+        "data.build_workers": 2,
+        "tokenizer": "bpe",
+        "tokenizer.vocab_size": 400,
+        "trainer.max_steps": 2,
+    }
+
+    def arguments(folder: Path) -> list[str]:
+        given = overrides(folder / "cache", SMALL | settings)
+        return ["train.py", *given, f"run_dir={folder / 'run'}"]
+
+    def same(one: Path, other: Path) -> None:
+        same_runs(one / "run", other / "run")
+        same_files(one / "cache", other / "cache")
+
+    return Job("store", arguments, same)
+
+
+def sweep_job(cache: Path) -> Job:
+    """Two jobs of a sweep, one after another, in ``FOLDER/sweep``."""
+    given = [part for part in overrides(cache, SMALL) if not part.startswith("mtp.depth=")]
+
+    def arguments(folder: Path) -> list[str]:
+        where = [f"sweep_dir={folder / 'sweep'}", "hydra.launcher.n_jobs=1"]
+        return ["train.py", "-m", *given, "mtp.depth=0,1", *where]
+
+    def same(one: Path, other: Path) -> None:
+        runs = sorted(file.parent.name for file in (one / "sweep").glob("*/summary.json"))
+        hold(len(runs) == 2, f"the sweep has {len(runs)} finished runs")
+        for name in runs:
+            same_runs(one / "sweep" / name, other / "sweep" / name)
+
+    return Job("sweep", arguments, same, processes=True)
+
+
+def export_job(cache: Path, run: Path) -> Job:
+    """A finished run exported into ``FOLDER/out``."""
+    return Job(
+        "export",
+        lambda folder: ["export.py", f"checkpoint={run}", f"output={folder / 'out'}"],
+        lambda one, other: same_files(one / "out", other / "out"),
+    )
+
+
+def same_runs(one: Path, other: Path) -> None:
+    """Weights, optimizer, counters, logged columns and summary of two runs are the same."""
+    a, b = (read(folder / "checkpoints" / "last.ckpt") for folder in (one, other))
+    for key in ("state_dict", "optimizer_states", "progress", "balance"):
+        hold(_same(a[key], b[key]), f"{key} of last.ckpt differs")
+    for line, (row, as_it_was) in enumerate(zip(rows(one), rows(other), strict=False), start=1):
+        differ = [
+            tag for tag in row.keys() | as_it_was.keys() if row.get(tag) != as_it_was.get(tag)
+        ]
+        hold(not differ, f"metrics.csv line {line}, columns {differ[:3]} differ")
+    hold(len(rows(one)) == len(rows(other)), "metrics.csv has another number of rows")
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
+    for key in summaries[0].keys() | summaries[1].keys():
+        if not key.startswith(_TIMED):
+            pair = [summary.get(key) for summary in summaries]
+            hold(str(pair[0]) == str(pair[1]), f"summary's {key}: {pair[0]} and {pair[1]}")
+    nothing_left(one)
+
+
+def same_files(one: Path, other: Path) -> None:
+    """Two folders hold the same files with the same bytes; locks and times aside."""
+    found = [
+        {
+            str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(folder.rglob("*"))
+            if file.is_file() and file.stat().st_size and file.suffix != ".lock"
+        }
+        for folder in (one, other)
+    ]
+    differ = [
+        name
+        for name in found[0].keys() | found[1].keys()
+        if found[0].get(name) != found[1].get(name)
+    ]
+    hold(not differ, f"files differ: {sorted(differ)[:4]}")
+    nothing_left(one)
+
+
+def nothing_left(folder: Path) -> None:
+    """No temporary file or folder is left."""
+    left = [
+        path for path in folder.rglob("*") if path.name.startswith(".") and path.name != ".hydra"
+    ]
+    left += [path for path in folder.rglob("*.tmp")]
+    left = [path for path in left if path.suffix != ".lock"]
+    hold(not left, f"left behind: {[str(path.relative_to(folder)) for path in left[:4]]}")
+
+
+def whole_files(folder: Path) -> None:
+    """Every file under its own name can be read to its end."""
+    for file in folder.rglob("*"):
+        if not file.is_file() or any(
+            part.startswith(".") for part in file.relative_to(folder).parts
+        ):
+            continue
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text())
+            elif file.suffix == ".yaml":
+                yaml.safe_load(file.read_text())
+            elif file.suffix == ".ckpt":
+                reason = damage(file)
+                hold(reason is None, f"{file.name} is damaged: {reason}")
+        except (ValueError, yaml.YAMLError) as error:
+            hold(False, f"{file.relative_to(folder)} cannot be read: {error}")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint, by torch alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        keys = [key for key in a if key != "seconds"]
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in keys)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)

@@ -1,0 +1,277 @@
+"""Kills and full disks: what is ended at any moment goes on as though nothing had been.
+
+Every job is done once without a fault. Then it is started in another folder, ended by a signal or
+by a disk that is full, looked at, in one case of three ended once more, and started again by the
+same command. What it leaves must equal what the first one left, to the last bit.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.cases import Case, hold
+from tests.chaos.jobs import RUNS, Job, export_job, store_job, sweep_job, train_job, whole_files
+from tests.chaos.processes import Ended, Process, run
+
+SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
+# The functions that change what a name stands for, or make it durable.
+OPERATIONS = ("fsync", "replace", "rename", "link", "unlink", "mkdir")
+_SEVERAL = {"trainer.devices": 2, "trainer.max_steps": 24}
+
+
+class Whole:
+    """The jobs as nothing happens to them, each done when it is first wanted.
+
+    Args:
+        folder: for all of them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._ended: dict[str, Ended] = {}
+
+    def of(self, job: Job) -> tuple[Path, Ended]:
+        """The folder of a job, and how it ended there."""
+        folder = self.folder / job.name
+        if job.name not in self._ended:
+            folder.mkdir(parents=True, exist_ok=True)
+            counted = folder / "operations"
+            ended = run(
+                job.arguments(folder), folder / "log", change=_counting(counted), timeout=600
+            )
+            hold(ended.code == 0, f"without a fault {job.name} fails: {ended.out[-2000:]}")
+            self._ended[job.name] = ended
+        return folder, self._ended[job.name]
+
+    def operations(self, job: Job) -> int:
+        """How many operations on files its first process does."""
+        return int((self.of(job)[0] / "operations").read_text())
+
+
+def cases(folder: Path) -> list[Case]:
+    """All jobs, each in all ways."""
+    cache = folder / "cache"
+    whole = Whole(folder / "whole")
+    runs = {name: train_job(name, cache, settings) for name, settings in RUNS.items()}
+    jobs = [
+        *runs.values(),
+        store_job(cache),
+        train_job("ddp", cache, _SEVERAL | {"trainer.strategy": "ddp"}, processes=True),
+        train_job("fsdp", cache, _SEVERAL | {"trainer.strategy": "fsdp"}, processes=True),
+        sweep_job(cache),
+    ]
+    with suppress(ImportError):
+        import transformers  # noqa: F401
+
+        sequential = whole.folder / "sequential" / "run"
+        jobs.append(export_job(cache, sequential))
+        # What is exported is there before it is asked for.
+    made = []
+    for job in jobs:
+        ways: dict[str, Callable[[Path, random.Random], str]] = {
+            name: _killed(job, whole, number) for name, number in SIGNALS.items()
+        }
+        if job.processes:
+            ways["SIGKILL to any process"] = _killed(job, whole, signal.SIGKILL, anyone=True)
+        else:
+            ways["SIGKILL at a file operation"] = _at_operation(job, whole, None)
+            ways["no space at a file operation"] = _at_operation(job, whole, errno.ENOSPC)
+            if can_mount():
+                ways["a full disk"] = _full_disk(job, whole)
+        if job.name == "export":
+            first = runs["sequential"]
+            ways = {name: _after(whole, first, attempt) for name, attempt in ways.items()}
+        made += [Case("kills", f"{job.name}, {way}", attempt) for way, attempt in ways.items()]
+    return made
+
+
+Attempt = Callable[[Path, random.Random], str]
+
+
+def _after(whole: Whole, first: Job, attempt: Attempt) -> Attempt:
+    def both(folder: Path, chance: random.Random) -> str:
+        whole.of(first)
+        return attempt(folder, chance)
+
+    return both
+
+
+def _killed(job: Job, whole: Whole, number: int, *, anyone: bool = False) -> Attempt:
+    """By a signal after a random share of the time that it takes."""
+
+    def attempt(folder: Path, chance: random.Random) -> str:
+        _, reference = whole.of(job)
+        told = []
+        for _ in range(2 if chance.random() < 1 / 3 else 1):
+            process = Process(job.arguments(folder), folder / "log")
+            share = chance.uniform(0.02, 1.0)
+            if job.processes:
+                process.sleep(share * reference.seconds)
+            else:
+                process.sleep_busy(share * reference.busy)
+            victim = chance.choice(process.members()) if anyone else process.pid
+            late = process.ended()
+            with suppress(ProcessLookupError):
+                os.kill(victim, number)
+            ended = process.end(timeout=300)
+            told.append("too late" if late else f"at {share:.0%}, code {ended.code}")
+            hold(not ended.timed_out, f"it still runs {ended.seconds:.0f} s later")
+            if not (late or anyone):
+                expected = {0, -number, 128 + number}
+                hold(ended.code in expected, f"code {ended.code}: {ended.out[-1500:]}")
+            hold(anyone or "Traceback" not in ended.out or ended.code < 0, ended.out[-3000:])
+            process.alone(seconds=20)
+            whole_files(folder)
+        return _again(job, whole, folder, told)
+
+    return attempt
+
+
+def _at_operation(job: Job, whole: Whole, code: int | None) -> Attempt:
+    """Killed just before, in, or just behind its n-th operation on a file, or told there that the
+    disk is full."""
+
+    def attempt(folder: Path, chance: random.Random) -> str:
+        n = chance.randint(1, whole.operations(job))
+        after = chance.random() < 0.5
+        change = _ending(n, after) if code is None else _refusing(n, code)
+        ended = run(job.arguments(folder), folder / "log", change=change)
+        told = [f"operation {n}, code {ended.code}"]
+        hold(not ended.timed_out, "it hangs")
+        if code is None:
+            hold(ended.code in (0, -signal.SIGKILL), f"code {ended.code}: {ended.out[-1500:]}")
+        else:
+            _said_full(ended)
+        whole_files(folder)
+        return _again(job, whole, folder, told)
+
+    return attempt
+
+
+def _full_disk(job: Job, whole: Whole) -> Attempt:
+    """On a disk of its own that has less room than the job takes, and later more."""
+
+    def attempt(folder: Path, chance: random.Random) -> str:
+        kept, _ = whole.of(job)
+        used = sum(file.stat().st_blocks * 512 for file in kept.rglob("*") if file.is_file())
+        room = chance.randint(8, max(9, int(1.3 * used / 1024)))
+        disk = folder / "disk"
+        with mounted(disk, room):
+            ended = run(job.arguments(disk), folder / "log")
+            told = [f"{room} of {used // 1024} kB, code {ended.code}"]
+            hold(not ended.timed_out, "it hangs")
+            _said_full(ended)
+            whole_files(disk)
+            subprocess.run(["mount", "-o", "remount,size=512m", str(disk)], check=True)
+            return _again(job, whole, disk, told, log=folder / "log")
+
+    return attempt
+
+
+def _said_full(ended: Ended) -> None:
+    """It ended well, or with one line that says what was in the way."""
+    hold(ended.code in (0, 1), f"code {ended.code}: {ended.out[-1500:]}")
+    hold("Traceback" not in ended.out, ended.out[-3000:])
+    if ended.code:
+        errors = [line for line in ended.out.splitlines() if line.startswith("error: ")]
+        hold(len(errors) == 1 and "No space left" in errors[0], f"it says {errors}")
+
+
+def _again(
+    job: Job, whole: Whole, folder: Path, told: list[str], *, log: Path | None = None
+) -> str:
+    ended = run(job.arguments(folder), log or folder / "log", timeout=600)
+    hold(ended.code == 0, f"{told}; started again it ends with {ended.code}: {ended.out[-2500:]}")
+    job.same(folder, whole.of(job)[0])
+    return "; ".join(told)
+
+
+def can_mount() -> bool:
+    """Whether this user may mount a disk."""
+    if os.geteuid() != 0:
+        return False
+    with suppress(OSError, subprocess.CalledProcessError):
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder, mounted(Path(folder) / "disk", 16):
+            return True
+    return False
+
+
+@contextmanager
+def mounted(folder: Path, kilobytes: int) -> Iterator[None]:
+    """A disk of so many kilobytes at a folder."""
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+    subprocess.run(mount, check=True, capture_output=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def _wrap(around: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> None:
+    """Have every operation on a file of this process go through a function."""
+
+    def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: around(real, args, kwargs)
+
+    for name in OPERATIONS:
+        setattr(os, name, wrapped(getattr(os, name)))
+
+
+def _counting(file: Path) -> Callable[[], None]:
+    def change() -> None:
+        count, pid = [0], os.getpid()
+
+        def around(real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if os.getpid() == pid:
+                count[0] += 1
+                file.write_text(str(count[0]))
+            return real(*args, **kwargs)
+
+        _wrap(around)
+
+    return change
+
+
+def _ending(n: int, after: bool) -> Callable[[], None]:
+    def change() -> None:
+        count = [0]
+
+        def around(real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            count[0] += 1
+            if count[0] == n and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            value = real(*args, **kwargs)
+            if count[0] == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return value
+
+        _wrap(around)
+
+    return change
+
+
+def _refusing(n: int, code: int) -> Callable[[], None]:
+    def change() -> None:
+        count = [0]
+
+        def around(real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            count[0] += 1
+            # What is full stays full, but what is there can be removed.
+            if count[0] >= n and real.__name__ != "unlink":
+                raise OSError(code, os.strerror(code), str(args[0]))
+            return real(*args, **kwargs)
+
+        _wrap(around)
+
+    return change

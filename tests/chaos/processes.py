@@ -1,0 +1,217 @@
+"""The project's commands in processes that begin warm: forks of one that has imported everything.
+
+A command of its own takes some seconds to import torch and Lightning, and a tenth of that to do
+what is tried here. What a fork runs is the command's own ``main`` with its own ``sys.argv``, in a
+session of its own with the default signal handlers; it ends as an interpreter does.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import resource
+import runpy
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.integration.helpers import ROOT, environment
+
+# What changes a process before its command begins.
+Change = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a command ended.
+
+    Attributes:
+        code: exit status; minus the signal that ended it.
+        out: what it said on both of its outputs.
+        seconds: that it took.
+        busy: seconds of CPU that it took, with its children's.
+        timed_out: whether it was ended for taking too long.
+        memory: the most that it held, in bytes.
+    """
+
+    code: int
+    out: str
+    seconds: float
+    busy: float
+    timed_out: bool
+    memory: int
+
+
+class Process:
+    """A command that runs.
+
+    Args:
+        arguments: the app (``train.py``) and what it is given.
+        log: the file that both outputs go to.
+        folder: where it is started.
+        change: done in the process before its command begins.
+        memory: bytes that it may take beyond what it begins with; None for no limit.
+    """
+
+    def __init__(
+        self,
+        arguments: list[str],
+        log: Path,
+        *,
+        folder: Path = ROOT,
+        change: Change | None = None,
+        memory: int | None = None,
+    ) -> None:
+        self.log = log
+        self.began = time.monotonic()
+        self._memory, self._busy = 0, 0.0
+        log.parent.mkdir(parents=True, exist_ok=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become(arguments, log, folder, change, memory)
+        self.code: int | None = None
+
+    def ended(self) -> bool:
+        """Whether it has ended by now."""
+        if self.code is None:
+            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+                self._memory = usage.ru_maxrss * 1024
+                self._busy = usage.ru_utime + usage.ru_stime
+                self.seconds = time.monotonic() - self.began
+        return self.code is not None
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it still runs."""
+        if not self.ended():
+            os.kill(self.pid, number)
+
+    def sleep(self, seconds: float) -> bool:
+        """Wait so long, or until it has ended; whether it has."""
+        until = time.monotonic() + seconds
+        while not self.ended() and time.monotonic() < until:
+            time.sleep(0.002)
+        return self.ended()
+
+    def sleep_busy(self, seconds: float) -> bool:
+        """Wait until it has used so many seconds of CPU, or has ended; whether it has."""
+        tick = os.sysconf("SC_CLK_TCK")
+        while not self.ended():
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            if (int(fields[11]) + int(fields[12])) / tick >= seconds:
+                break
+            time.sleep(0.002)
+        return self.ended()
+
+    def members(self) -> list[int]:
+        """The processes of its session, itself among them."""
+        found = [self.pid]
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except OSError:  # ended meanwhile
+                continue
+            if int(fields[3]) == self.pid and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+        return sorted(set(found))
+
+    def alone(self, *, seconds: float) -> None:
+        """Wait until nothing is left of what it started; what stays longer is ended."""
+        until = time.monotonic() + seconds
+        while (left := [pid for pid in self.members() if pid != self.pid]) and (
+            time.monotonic() < until
+        ):
+            time.sleep(0.02)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+
+    def end(self, *, timeout: float = 120) -> Ended:
+        """Wait for its end, or bring it about."""
+        timed_out = not self.sleep(timeout)
+        if timed_out:
+            os.killpg(self.pid, signal.SIGKILL)
+            self.sleep(10)
+        assert self.code is not None
+        return Ended(
+            code=self.code,
+            out=self.log.read_text(errors="replace"),
+            seconds=self.seconds,
+            busy=self._busy,
+            timed_out=timed_out,
+            memory=self._memory,
+        )
+
+
+def run(
+    arguments: list[str],
+    log: Path,
+    *,
+    folder: Path = ROOT,
+    change: Change | None = None,
+    memory: int | None = None,
+    timeout: float = 120,
+) -> Ended:
+    """Run a command to its end; arguments as :class:`Process`."""
+    return Process(arguments, log, folder=folder, change=change, memory=memory).end(timeout=timeout)
+
+
+def warm() -> None:
+    """Import what the commands import, so that no fork has to."""
+    os.environ.update(environment())
+    import mtp_lightning.decoding.generate
+    import mtp_lightning.experiment.evaluating
+    import mtp_lightning.experiment.exporting
+    import mtp_lightning.experiment.training  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
+def _become(
+    arguments: list[str], log: Path, folder: Path, change: Change | None, memory: int | None
+) -> None:
+    """Turn this fork into the command. Never returns."""
+    code = 1
+    try:
+        os.setsid()
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(folder)
+        if memory is not None:
+            held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (held + memory, held + memory))
+        if change is not None:
+            change()
+        app, *rest = arguments
+        sys.argv = [str(ROOT / app), *rest]
+        code = 0
+        runpy.run_path(str(ROOT / app), run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        code = 130
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        try:
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
