@@ -26,9 +26,12 @@ from mtp_lightning.run.loading import LoadedRun
 def export(cfg: Any) -> Path:
     """Write the folder that ``conf/export.yaml`` asks for, and verify it.
 
+    It has its name when it is whole and verified; until then it is ``.NAME.partial`` beside it,
+    which the next export to that name clears away.
+
     Raises:
         ValueError: an option out of range, a model that no layout fits, a check that failed (what
-            was written stays).
+            was written stays under the other name).
         OSError: a missing checkpoint, or an output folder that is not empty.
     """
     if cfg.dtype not in DTYPES:
@@ -61,8 +64,11 @@ def export(cfg: Any) -> Path:
             f"mtp={run.model.config.mtp.variant} shaped the trunk in training and is of no use "
             "without it: the trunk is exported alone."
         )
+    whole = folder.resolve()
+    partial = whole.with_name(f".{whole.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     contents = write_folder(
-        folder,
+        partial,
         model,
         run.tokenizer,
         dtype=cfg.dtype,
@@ -71,7 +77,7 @@ def export(cfg: Any) -> Path:
     )
     old_card = Path(cfg.checkpoint) / card.FILE
     if cfg.depth is None and old_card.is_file() and _dtype(cfg.checkpoint) == cfg.dtype:
-        shutil.copyfile(old_card, folder / card.FILE)
+        shutil.copyfile(old_card, partial / card.FILE)
     else:
         text = card.render(
             folder.name,
@@ -83,7 +89,7 @@ def export(cfg: Any) -> Path:
             run_config=run.config,
             summary=_summary(run),
         )
-        (folder / card.FILE).write_text(text, encoding="utf-8")
+        (partial / card.FILE).write_text(text, encoding="utf-8")
     print(f"{folder}: {contents.parameters:,} numbers in {contents.shards} file(s) of weights")
     if contents.heads:
         print(
@@ -91,9 +97,10 @@ def export(cfg: Any) -> Path:
             f"knows: the trunk is exported plainly, the heads beside it in {heads.FILE}."
         )
     if cfg.verify:
-        _verify(folder, run, model, dtype=cfg.dtype)
+        _verify(partial, run, model, dtype=cfg.dtype)
     else:
         print(f"NOT VERIFIED: verify=false left out the check that {folder} is the model.")
+    partial.replace(whole)
     return folder
 
 

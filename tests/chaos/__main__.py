@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from tests.chaos import kills
+from tests.chaos import bad_input, kills
 from tests.chaos.cases import Broken, Case, Result, shuffled
 from tests.chaos.processes import warm
 
-KINDS = {"kills": kills.cases}
+KINDS = {"kills": kills.cases, "bad input": bad_input.cases}
 
 
 def attempt(case: Case, seed: str, folder: Path) -> Result:

@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {
     "callbacks.speculative_eval.n_prompts": 1,
     "callbacks.speculative_eval.new_tokens": 8,
 }
-_TASK: dict[str, Any] = {
+TASK: dict[str, Any] = {
     "data.seq_len": None,
     "data.eval_bytes": None,
     "data.val_fraction": None,
@@ -63,8 +63,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "accumulated": {"trainer.accumulate_grad_batches": 2},
     "workers": {"data.num_workers": 2},
     "tensorboard": {"logger": "default"},
-    "task": {"data": "copy", **_TASK},
-    "sibling": {"data": "sibling", "data.examples": 64, **_TASK},
+    "task": {"data": "copy", **TASK},
+    "sibling": {"data": "sibling", "data.examples": 64, **TASK},
 }
 _TIMED = ("perf/", "seconds", "progress/seconds", "decode/speedup", "decode/tokens_per_second")
 
@@ -107,6 +107,8 @@ def store_job(cache: Path) -> Job:
         (text / f"{i}.txt").write_text(f"text {i}\n" + " ".join(words) + "\n")
     settings = {
         "data": "text",
+        "data.source.size": None,
+        "data.source.documents": None,
         "data.paths": f"[{text}]",
         "data.val_fraction": 0.1,
         "data.build_workers": 2,

@@ -95,7 +95,7 @@ def test_the_card(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.extras
-def test_a_lost_module_is_named_and_the_folder_stays(
+def test_a_lost_module_is_named_and_no_folder_has_the_name(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The defect of others: MTP weights as they were initialised, exit code 0."""
@@ -110,7 +110,8 @@ def test_a_lost_module_is_named_and_the_folder_stays(
         run_export(tmp_path / "lost.ckpt", tmp_path / "out")
     assert stop.value.code == 1
     assert f"error: {name} is exactly as seed 0" in capsys.readouterr().err
-    assert (tmp_path / "out" / "config.json").is_file()
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / ".out.partial" / "config.json").is_file()
 
 
 def test_the_command_without_a_check_is_loud(base: Path, tmp_path: Path) -> None:
@@ -150,7 +151,8 @@ def test_writing_the_wrong_tensor_is_found(
     monkeypatch.setattr(writing, "to_folder", wrong)
     with pytest.raises(CheckFailed, match=r"model.layers.2.hnorm.weight in .* is not the model's"):
         run_export(base / "deepseek", tmp_path / "out")
-    assert (tmp_path / "out" / "config.json").is_file()
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / ".out.partial" / "config.json").is_file()
 
 
 def test_without_the_modules(base: Path, tmp_path: Path) -> None:
