@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import sysconfig
@@ -19,6 +20,15 @@ _OWN = tuple(
 _LIBRARIES = tuple(
     f"{sysconfig.get_path(name)}/" for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """A text that no terminal obeys: of a file or a model, it may hold codes that retitle, recolour
+    or type. Line ends and tabs stay; other control characters are shown as Python writes them."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 class Stopped(KeyboardInterrupt):
@@ -70,10 +80,11 @@ def readable_errors() -> Iterator[None]:
         elif os.environ.get("HYDRA_FULL_ERROR") == "1" or not _is_readable(error):
             raise
         else:
-            print(f"error: {error}\n(HYDRA_FULL_ERROR=1 shows where)", file=sys.stderr)
+            told = printable(str(error))
+            print(f"error: {told}\n(HYDRA_FULL_ERROR=1 shows where)", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted.", file=sys.stderr)
+        print(printable(str(interrupt)) or "interrupted.", file=sys.stderr)
         sys.exit(128 + getattr(interrupt, "signum", signal.SIGINT))
 
 

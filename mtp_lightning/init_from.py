@@ -19,7 +19,12 @@ from mtp_lightning.interop.reading import is_folder, read_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.run.config import describe_differences
-from mtp_lightning.run.loading import load_weights, model_weights, read_checkpoint
+from mtp_lightning.run.loading import (
+    load_weights,
+    model_config,
+    model_weights,
+    read_checkpoint,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +91,7 @@ def read_start(path: str | Path, *, allow: Collection[str] = ()) -> Start:
     file, checkpoint = read_checkpoint(path, needs=needs)
     return Start(
         path=file,
-        config=ModelConfig.from_dict(checkpoint["model_config"], allow=allow),
+        config=model_config(checkpoint, source=file, allow=allow),
         weights=model_weights(checkpoint),
         tokenizer_state=checkpoint["tokenizer"],
         brings_trunk=brought_trunk(checkpoint),

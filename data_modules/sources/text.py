@@ -77,11 +77,8 @@ class TextSource(Source):
                 yield from parquet_column(path, self.field)
             elif kind.endswith((".jsonl", *(f".jsonl{suffix}" for suffix in COMPRESSED))):
                 yield from self._json_lines(path)
-            elif path.suffix.lower() in COMPRESSED:
-                with open_plain(path) as file:
-                    yield decode_utf8(file.read(), str(path))
             else:
-                yield decode_utf8(path.read_bytes(), str(path))
+                yield _one_document(path)
 
     def _json_lines(self, path: Path) -> Iterator[str]:
         offset = 0
@@ -93,10 +90,9 @@ class TextSource(Source):
                     continue
                 try:
                     row = json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{path}, line {number}, is not JSON ({error.msg} at column {error.colno})"
-                    ) from None
+                except (ValueError, RecursionError) as error:
+                    # RecursionError: a list in a list in a list ..
+                    raise ValueError(f"{path}, line {number}, is not JSON ({error})") from None
                 if not isinstance(row, dict) or not isinstance(row.get(self.field), str):
                     has = sorted(row) if isinstance(row, dict) else type(row).__name__
                     raise ValueError(
@@ -159,3 +155,17 @@ def _folder(folder: Path, key: str) -> list[tuple[str, Path]]:
     if len(files) < len(below):
         log.info("%s: %d hidden files are left out", folder, len(below) - len(files))
     return files
+
+
+def _one_document(path: Path) -> str:
+    """A file's text, compressed or not."""
+    try:
+        if path.suffix.lower() not in COMPRESSED:
+            return decode_utf8(path.read_bytes(), str(path))
+        with open_plain(path) as file:
+            return decode_utf8(file.read(), str(path))
+    except MemoryError:
+        raise ValueError(
+            f"{path} is one document and larger than the memory: give it in parts, as lines of "
+            ".jsonl for example"
+        ) from None

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from mtp_lightning.cli import printable
 from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding.generate import OnTokens
 from mtp_lightning.decoding.pieces import Pieces
@@ -52,7 +53,7 @@ def generate_text(cfg: Any) -> list[Generation]:
     colour = bool(cfg.show_drafts) and sys.stdout.isatty()
     stream = TextStream(run.tokenizer, sys.stdout, colour=colour) if streams else None
     if stream is not None:
-        stream.write(prompts[0])
+        stream.write(_shown(prompts[0], sys.stdout))
     generations = continue_prompts(cfg, run, prompts, on_tokens=stream)
     if stream is not None:
         stream.write("\n")
@@ -62,7 +63,7 @@ def generate_text(cfg: Any) -> list[Generation]:
             print(json.dumps({name: fields[name] for name in _REPORTED}))
     else:
         for prompt, generation in zip(prompts, generations, strict=True):
-            print(f"{prompt}{generation.text}\n")
+            print(_shown(f"{prompt}{generation.text}", sys.stdout) + "\n")
     return generations
 
 
@@ -134,11 +135,17 @@ def print_sample(model: MTPModel, data: WindowDataModule, *, seed: int) -> None:
         max_context=data.seq_len,
         long="slide",
     )
-    beginning = data.tokenizer.decode(prompt.tolist())
+    beginning = printable(data.tokenizer.decode(prompt.tolist()))
+    text = printable(sample.text)
     if answers:
-        print(f"Sample (a held-out question >> the model's answer)\n{beginning} >>{sample.text}\n")
+        print(f"Sample (a held-out question >> the model's answer)\n{beginning} >>{text}\n")
     else:
-        print(f"Sample (the text before | is held-out data)\n{beginning}|{sample.text}\n")
+        print(f"Sample (the text before | is held-out data)\n{beginning}|{text}\n")
+
+
+def _shown(text: str, stream: TextIO) -> str:
+    """A text as it is, but for a terminal."""
+    return printable(text) if stream.isatty() else text
 
 
 def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list[str]:
@@ -176,7 +183,8 @@ class TextStream:
         self._colour = colour
 
     def __call__(self, index: int, token_ids: list[int], accepted: list[bool]) -> None:
-        for text, draft in self._pieces.add(token_ids, accepted):
+        for piece, draft in self._pieces.add(token_ids, accepted):
+            text = _shown(piece, self._out)
             self.write(f"{_DRAFT_COLOUR}{text}{_PLAIN}" if draft and self._colour else text)
 
     def write(self, text: str) -> None:

@@ -81,6 +81,11 @@ def load(path: str | Path, map_location: Any = "cpu", *, mapped: bool = False) -
             f"The checkpoint {path} holds more than tensors and plain containers, and is not "
             f"loaded because that could run foreign code ({_first_line(error)})."
         ) from error
+    except (RuntimeError, EOFError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"The checkpoint {path} is damaged or no checkpoint ({_first_line(error)}): use "
+            f"another one, for example {PREVIOUS} or {BEST} in the same folder."
+        ) from error
 
 
 def damage(path: str | Path) -> str | None:
@@ -214,6 +219,9 @@ def _broken_archive(path: Path) -> str | None:
         return "the file is empty"
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                # which may be a thousand times as large as the file
+                return "its parts are compressed, as no checkpoint's are"
             broken = archive.testzip()
     except Exception as error:  # zipfile raises many kinds on a damaged directory
         return f"not a whole checkpoint file: {_first_line(error)}"

@@ -109,6 +109,25 @@ def read_checkpoint(path: str | Path, *, needs: Collection[str]) -> tuple[Path, 
     return file, checkpoint
 
 
+def model_config(
+    checkpoint: dict[str, Any], *, source: Path, allow: Collection[str] = ()
+) -> ModelConfig:
+    """The model that a checkpoint describes.
+
+    Args:
+        checkpoint: its content.
+        source: its file, for messages.
+        allow: packages whose variants it may ask for.
+
+    Raises:
+        ValueError: a description that no model has, or that needs a package that is not allowed.
+    """
+    try:
+        return ModelConfig.from_dict(checkpoint["model_config"], allow=allow)
+    except ValueError as error:
+        raise ValueError(f"{source} describes no model: {error}") from error
+
+
 def load_run(
     path: str | Path, *, device: torch.device | str = "cpu", allow: Collection[str] = ()
 ) -> LoadedRun:
@@ -126,7 +145,7 @@ def load_run(
     """
     needs = ("model_config", "state_dict", "tokenizer", "config")
     file, checkpoint = read_checkpoint(path, needs=needs)
-    config = ModelConfig.from_dict(checkpoint["model_config"], allow=allow)
+    config = model_config(checkpoint, source=file, allow=allow)
     weights = model_weights(checkpoint)
     require_held(config, weights, source=str(file))
     model = MTPModel(config)

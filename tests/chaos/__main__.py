@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from tests.chaos import bad_input, kills
+from tests.chaos import bad_input, hostile, kills
 from tests.chaos.cases import Broken, Case, Result, shuffled
 from tests.chaos.processes import warm
 
-KINDS = {"kills": kills.cases, "bad input": bad_input.cases}
+KINDS = {"kills": kills.cases, "bad input": bad_input.cases, "hostile input": hostile.cases}
 
 
 def attempt(case: Case, seed: str, folder: Path) -> Result:
@@ -32,6 +32,8 @@ def attempt(case: Case, seed: str, folder: Path) -> Result:
         told, held = case.attempt(folder, random.Random(seed)), True
     except Broken as broken:
         told, held = str(broken), False
+    except Exception as error:  # of the harness itself, or of a file that is not what it should be
+        told, held = f"{type(error).__name__}: {error}", False
     if held:
         shutil.rmtree(folder, ignore_errors=True)
     return Result(case.kind, case.name, seed, held, told, time.monotonic() - began)

@@ -24,7 +24,7 @@ from tests.chaos.jobs import SMALL, TASK
 from tests.chaos.processes import Ended, run
 from tests.integration.helpers import CONF, overrides
 
-_QUICK = {**SMALL, "trainer.max_steps": 1, "trainer.val_check_interval": 1}
+QUICK = {**SMALL, "trainer.max_steps": 1, "trainer.val_check_interval": 1}
 # What an option needs beside its name to be a sound run; None for one that is not tried here, for
 # it needs a package, a network or a model.
 _NEEDS: dict[str, dict[str, Any] | None] = {
@@ -153,7 +153,7 @@ def cases(folder: Path) -> list[Case]:
 
 
 def _settings(group: str, option: str, needs: dict[str, Any]) -> dict[str, Any]:
-    settings = {**_QUICK, **needs}
+    settings = {**QUICK, **needs}
     if group == "data" and option != "synthetic":
         settings |= TASK | {"data": option}
     elif group == "optimizer/schedule":
@@ -269,7 +269,7 @@ def _app_of(app: str, make: Callable[[Path, Finished], Path], finished: Finished
 def _start_from(make: Callable[[Path, Finished], Path], finished: Finished, cache: Path) -> Attempt:
     def attempt(folder: Path, chance: random.Random) -> str:
         given = make(folder, finished)
-        arguments = [*overrides(cache, {**_QUICK, "init_from": given}), f"run_dir={folder / 'run'}"]
+        arguments = [*overrides(cache, {**QUICK, "init_from": given}), f"run_dir={folder / 'run'}"]
         ended = run(["train.py", *arguments], folder.with_suffix(".log"))
         told = refused(ended, naming=[str(given), given.name])
         hold(not (folder / "run").exists(), "a folder is left of a run that never began")
@@ -283,7 +283,7 @@ def _text(content: bytes, cache: Path) -> Attempt:
         name = "given.jsonl" if content[:1] in (b"{", b"[") else "given.txt"
         file = folder / name
         file.write_bytes(content)
-        settings = {**_QUICK, "data": "text", "data.paths": f"[{file}]", "data.val_fraction": 0.3}
+        settings = {**QUICK, "data": "text", "data.paths": f"[{file}]", "data.val_fraction": 0.3}
         arguments = [*overrides(cache, settings), f"run_dir={folder / 'run'}"]
         ended = run(["train.py", *arguments], folder / "log")
         return refused(ended, naming=[str(file), "data.", "token"])
@@ -352,7 +352,7 @@ def _directory(folder: Path, finished: Finished) -> Path:
     return folder / "empty"
 
 
-_LLAMA = {
+LLAMA = {
     "model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 1, "intermediate_size": 16, "vocab_size": 257, "rms_norm_eps": 1e-6,
     "rope_theta": 1e4, "max_position_embeddings": 64, "tie_word_embeddings": True,
@@ -376,16 +376,16 @@ FILES: dict[str, Callable[[Path, Finished], Path]] = {
     "a model of words": _changed(lambda c: c["model_config"]["trunk"].update(n_layers="many")),
     "a list": _changed(lambda c: c.update(model_config=[1, 2])),
     "weights that are words": _changed(lambda c: c.update(state_dict={"a": "b"})),
-    "an unknown family": _hugging_face({**_LLAMA, "model_type": "nobody"}, {}),
+    "an unknown family": _hugging_face({**LLAMA, "model_type": "nobody"}, {}),
     "a config that is no JSON": _hugging_face("{", {}),
     "a config that is a list": _hugging_face([1], {}),
     "a config without a family": _hugging_face({"hidden_size": 8}, {}),
     "a config without a width": _hugging_face(
-        {k: v for k, v in _LLAMA.items() if k != "hidden_size"}, {}
+        {k: v for k, v in LLAMA.items() if k != "hidden_size"}, {}
     ),
-    "a config with a word": _hugging_face({**_LLAMA, "hidden_size": "wide"}, {}),
-    "a folder without tensors": _hugging_face(_LLAMA, None),
-    "a folder of no tensor": _hugging_face(_LLAMA, {}),
+    "a config with a word": _hugging_face({**LLAMA, "hidden_size": "wide"}, {}),
+    "a folder without tensors": _hugging_face(LLAMA, None),
+    "a folder of no tensor": _hugging_face(LLAMA, {}),
 }  # fmt: skip
 TEXTS = {
     "empty": b"",

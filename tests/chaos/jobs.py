@@ -29,6 +29,8 @@ SMALL: dict[str, Any] = {
     "callbacks.speculative_eval.new_tokens": 8,
 }
 TASK: dict[str, Any] = {
+    "data.source.size": None,
+    "data.source.documents": None,
     "data.seq_len": None,
     "data.eval_bytes": None,
     "data.val_fraction": None,
