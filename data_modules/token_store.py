@@ -65,7 +65,7 @@ class TokenFile:
             return np.empty(0, self.dtype)
         if self.shards is None:
             return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n_tokens,))
-        return self.shards[0].tokens() if len(self.shards) == 1 else ShardedTokens(self.shards)
+        return ShardedTokens(self.shards)
 
     def starts(self) -> np.ndarray:
         """``[n_documents]`` int64 offset of each document's first token, a memory map."""

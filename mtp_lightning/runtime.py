@@ -10,6 +10,8 @@ import warnings
 
 import torch
 
+from mtp_lightning.settings import is_whole, require
+
 # PyTorch's own choice, before anyone else's.
 _CORES = torch.get_num_threads()
 
@@ -63,10 +65,8 @@ def set_threads(n: int | None, *, processes: int = 1) -> None:
         if "OMP_NUM_THREADS" in os.environ:
             return
         n = max(1, (_CORES - 1) // processes)
-    if n < 1:
-        raise ValueError(
-            f"trainer.num_threads must be at least 1, not {n}; null takes all cores but one."
-        )
+    wanted = "a whole number of at least 1, or null for all cores but one"
+    require(is_whole(n) and n >= 1, "num_threads", n, wanted)
     torch.set_num_threads(n)
 
 

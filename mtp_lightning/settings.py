@@ -81,6 +81,16 @@ def require_number(
     return value
 
 
+def require_bool(key: str, value: Any) -> bool:
+    """The value, which must be true or false.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    require(isinstance(value, bool), key, value, "true or false")
+    return value
+
+
 def require_choice(key: str, value: Any, choices: Sequence[str]) -> str:
     """The value, which must be one of some words.
 

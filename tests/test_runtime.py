@@ -36,4 +36,7 @@ def test_a_core_is_left_free(cores: int, processes: int, expected: int) -> None:
 def test_what_is_asked_for_counts() -> None:
     assert threads(8, 2) == "2"
     assert threads(8, 0, OMP_NUM_THREADS="1") == "1"
-    assert "trainer.num_threads must be at least 1, not -1; null takes" in threads(2, -1)
+    assert (
+        "num_threads must be a whole number of at least 1, or null for all cores but one, not -1"
+        in threads(2, -1)
+    )

@@ -54,6 +54,10 @@ def cut(shards: Sequence[Shard], at: int) -> tuple[tuple[Shard, ...], tuple[Shar
 class ShardedTokens:
     """Memory maps read as one array: by slices, by places, and by windows.
 
+    What is mapped is the file itself: if somebody writes to it, ids change under whoever reads
+    them, and if it is cut off, the system ends the process. So each look at a file's ids looks
+    first whether it is still as it was.
+
     Args:
         shards: in order, none of them empty.
     """
@@ -62,6 +66,7 @@ class ShardedTokens:
         self.shards = list(shards)
         # Plain arrays of the maps: indexing a np.memmap costs more.
         self._maps = [np.asarray(shard.tokens()) for shard in shards]
+        self._stamps = [_stamp(shard.path) for shard in shards]
         self._ends = np.cumsum([shard.n_tokens for shard in shards], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -87,13 +92,28 @@ class ShardedTokens:
     def _begin(self, number: int) -> int:
         return int(self._ends[number - 1]) if number else 0
 
+    def _require_unchanged(self, number: int) -> None:
+        path = self.shards[number].path
+        try:
+            unchanged = _stamp(path) == self._stamps[number]
+        except FileNotFoundError:  # removed, and kept by the system for whoever has mapped it
+            return
+        if not unchanged:
+            raise ValueError(f"{path} was written to while it is being read: start again on it.")
+
     def _span(self, first: int, last: int) -> np.ndarray:
         number = int(self._ends.searchsorted(first, side="right"))
         found: list[np.ndarray] = []
         while first < last:
+            self._require_unchanged(number)
             begin, end = self._begin(number), int(self._ends[number])
             found.append(self._maps[number][first - begin : min(last, end) - begin])
             first, number = end, number + 1
         if len(found) == 1:
             return found[0]
         return np.concatenate(found) if found else np.empty(0, self._maps[0].dtype)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns

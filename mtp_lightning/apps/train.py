@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from omegaconf import DictConfig
 
 from mtp_lightning.apps import readable_errors, start
 
 _RUN_DIR = "run_dir"
-# What Hydra writes into a run's folder: its own copy of the config, and a log.
-_HYDRAS = {".hydra", "train.log"}
 
 
 def task(cfg: DictConfig) -> float:
     """What Hydra calls with the composed config."""
-    with readable_errors(), _nothing_left(Path(cfg.paths.output_dir)):
+    with readable_errors():
         # Imported here, so that --help does not wait for torch.
         from mtp_lightning.experiment.peers import find_peers
         from mtp_lightning.experiment.training import train
@@ -36,19 +30,6 @@ def main() -> None:
     with readable_errors():
         _take_run_dir()
     start("config", task)
-
-
-@contextmanager
-def _nothing_left(folder: Path) -> Iterator[None]:
-    """Take away the folder of a run that never began: what Hydra wrote into it, before anybody had
-    looked at the settings."""
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            if {entry.name for entry in folder.iterdir()} <= _HYDRAS:
-                shutil.rmtree(folder)
-        raise
 
 
 def _take_run_dir() -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from mtp_lightning.callbacks.base import run_callbacks
+from mtp_lightning.settings import require_number, require_whole
 
 
 class StepProgressBar(ProgressBar):
@@ -40,9 +41,12 @@ class StepProgressBar(ProgressBar):
         interactive: bool | None = None,
     ) -> None:
         super().__init__()
-        self.refresh_seconds = refresh_seconds
-        self.line_seconds = line_seconds
+        key = "callbacks.progress"
+        self.refresh_seconds = require_number(f"{key}.refresh_seconds", refresh_seconds, least=0)
+        self.line_seconds = require_number(f"{key}.line_seconds", line_seconds, least=0)
         self.line_every_n_steps = line_every_n_steps
+        if line_every_n_steps is not None:
+            require_whole(f"{key}.line_every_n_steps", line_every_n_steps, least=1)
         self.interactive = interactive
         self._enabled = True
         self._bar: tqdm | None = None

@@ -38,7 +38,7 @@ from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.schedule.base import LambdaSchedule
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.optim.base import OptimizerConfig
-from mtp_lightning.settings import require_whole
+from mtp_lightning.settings import require, require_whole
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
@@ -350,6 +350,9 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
     _check_choice("precision", settings["precision"], _PRECISIONS)
     for key in ("max_steps", "val_check_interval", "log_every_n_steps", "num_nodes"):
         require_whole(f"trainer.{key}", settings[key], least=1)
+    found = settings["deterministic"]
+    known = isinstance(found, bool) or found == "warn"
+    require(known, "trainer.deterministic", found, "true, false or warn")
     settings["strategy"] = choose_strategy(trainer_cfg, may_skip=may_skip)
     plugins: list[Any] = [AtomicCheckpointIO()]
     if settings["precision"] == "64-true":

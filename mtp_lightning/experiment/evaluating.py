@@ -27,7 +27,7 @@ from mtp_lightning.run.config import key_of
 from mtp_lightning.run.loading import LoadedRun
 from mtp_lightning.run.summary import environment, print_summary
 from mtp_lightning.runtime import pick_accelerator, quiet_lightning, set_threads
-from mtp_lightning.settings import require_whole
+from mtp_lightning.settings import require_bool, require_whole
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
@@ -66,6 +66,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         OSError: a missing file.
     """
     quiet_lightning()
+    require_bool("long_range", cfg.long_range)
     allow = trusted_packages(cfg)
     run = open_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), allow=allow)
     set_threads(run.threads if cfg.num_threads is None else cfg.num_threads)

@@ -21,6 +21,7 @@ from mtp_lightning.interop.writing import DTYPES, write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.run.loading import LoadedRun
+from mtp_lightning.settings import require_bool
 
 
 def export(cfg: Any) -> Path:
@@ -44,6 +45,7 @@ def export(cfg: Any) -> Path:
         raise ValueError(f"max_positions must be a whole number above 0, not {cfg.max_positions}.")
     if cfg.depth not in (None, 0):
         raise ValueError(f"depth={cfg.depth}: give 0 to leave the MTP modules out, or null.")
+    require_bool("verify", cfg.verify)
     folder = Path(cfg.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"output={folder} is not empty: choose another folder or clear it.")

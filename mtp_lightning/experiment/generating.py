@@ -17,6 +17,7 @@ from mtp_lightning.interop.reading import open_run
 from mtp_lightning.model import MTPModel
 from mtp_lightning.run.loading import LoadedRun
 from mtp_lightning.runtime import pick_accelerator, set_threads
+from mtp_lightning.settings import require_bool
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
@@ -46,6 +47,8 @@ def generate_text(cfg: Any) -> list[Generation]:
     """
     if cfg.output not in ("text", "json"):
         raise ValueError(f"output={cfg.output} is unknown: choose text or json.")
+    for key in ("speculative", "compile", "show_drafts"):
+        require_bool(key, cfg[key])
     prompts = read_prompts(cfg.prompt, cfg.prompts, sys.stdin)
     run = open_for(cfg)
     # One prompt is shown as it grows; several, each when it is finished.

@@ -44,6 +44,7 @@ def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: An
         if isinstance(cause, (ValueError, OSError)):
             raise cause from None
         if isinstance(cause, TypeError):
+            _require_kinds(config)
             raise ValueError(f"{target} refuses its settings: {cause}") from error
         if isinstance(cause, ImportError):
             raise ValueError(_not_importable(str(target), cause)) from error

@@ -65,6 +65,11 @@ class Peers:
         # Of each key, how often it was used: a process may train several runs in turn.
         self._uses: Counter[str] = Counter()
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first process of all; one that Lightning has started is not."""
+        return self.rank == 0 and not self._told
+
     def told(self, key: str, decide: Callable[[], Any]) -> Any:
         """What the first process decides, the same in all of them and, inside of
         :meth:`handing_on`, in those that Lightning starts; plain enough for JSON.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ from mtp_lightning.module import MTPModule
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.config import WITHOUT_BEARING, describe_differences
+from mtp_lightning.run.folder import claimed
 from mtp_lightning.run.layout import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.loading import describe_interrupt
 from mtp_lightning.run.metrics import read_metrics
@@ -165,6 +166,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         ValueError: settings that do not fit together, or a loss that is not finite.
         OSError: missing input, or a disk that is full.
         Stopped: on Ctrl-C or SIGTERM; the message says what was saved.
+        BlockingIOError: another process trains in the same folder.
     """
     quiet_lightning()
     keep_freed_memory()
@@ -177,6 +179,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     peers = find_peers()
     check_world(cfg.trainer, peers)
     peers.require_shared(folder)
+    with claimed(folder) if peers.leads else nullcontext():
+        return _train(cfg, folder, peers)
+
+
+def _train(cfg: DictConfig, folder: Path, peers: Peers) -> dict[str, Any]:
     run = prepare(cfg, folder, peers)
     use_tensor_cores(run.cfg)
     data, module = run.data, run.module

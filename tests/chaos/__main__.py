@@ -16,11 +16,16 @@ from pathlib import Path
 
 import torch
 
-from tests.chaos import bad_input, hostile, kills
+from tests.chaos import bad_input, faults, hostile, kills
 from tests.chaos.cases import Broken, Case, Result, shuffled
 from tests.chaos.processes import warm
 
-KINDS = {"kills": kills.cases, "bad input": bad_input.cases, "hostile input": hostile.cases}
+KINDS = {
+    "kills": kills.cases,
+    "bad input": bad_input.cases,
+    "hostile input": hostile.cases,
+    "faults": faults.cases,
+}
 
 
 def attempt(case: Case, seed: str, folder: Path) -> Result:
@@ -31,7 +36,7 @@ def attempt(case: Case, seed: str, folder: Path) -> Result:
     try:
         told, held = case.attempt(folder, random.Random(seed)), True
     except Broken as broken:
-        told, held = str(broken), False
+        told, held = str(broken)[-1500:], False
     except Exception as error:  # of the harness itself, or of a file that is not what it should be
         told, held = f"{type(error).__name__}: {error}", False
     if held:
@@ -39,11 +44,13 @@ def attempt(case: Case, seed: str, folder: Path) -> Result:
     return Result(case.kind, case.name, seed, held, told, time.monotonic() - began)
 
 
-def try_all(cases: list[Case], seed: int, folder: Path, minutes: float) -> Iterable[Result]:
-    """Results as they come, until the time is over."""
+def try_all(
+    cases: list[Case], seed: int, folder: Path, *, minutes: float, number_of: int | None
+) -> Iterable[Result]:
+    """Results as they come, until the time is over or so many were tried."""
     until = time.monotonic() + 60 * minutes
     for number, (case, its_seed) in enumerate(shuffled(cases, seed)):
-        if time.monotonic() > until:
+        if time.monotonic() > until or number == number_of:
             return
         yield attempt(case, its_seed, folder / "attempts" / str(number))
 
@@ -52,6 +59,8 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="stop beginning cases then")
+    parser.add_argument("--alone", action="store_true", help="no runs of several processes")
+    parser.add_argument("--cases", type=int, help="stop after so many of them")
     parser.add_argument("--seed", type=int, default=0, help="of the order and of every case")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--match", default="", help="a part of the names of the cases to try")
@@ -63,9 +72,10 @@ def main() -> None:
     torch.set_num_threads(1)
     warm()
     cases = [case for kind in given.only for case in KINDS[kind](folder)]
-    cases = [case for case in cases if given.match in case.name]
+    cases = [c for c in cases if given.match in c.name and not (given.alone and c.several)]
     results = []
-    for result in try_all(cases, given.seed, folder, given.minutes):
+    limits = {"minutes": given.minutes, "number_of": given.cases}
+    for result in try_all(cases, given.seed, folder, **limits):
         results.append(result)
         mark = "held  " if result.held else "BROKEN"
         print(

@@ -41,10 +41,13 @@ _NEEDS: dict[str, dict[str, Any] | None] = {
     "tokenizer/ids": None,
     "objective/nextlat": None,
     "callbacks/early_stopping": None,
+    "callbacks/stop_when_solved": {**TASK, "data": "copy"},
     "model/deepseek_v3": None,
     "optimizer/muon": {"optimizer.lr": None},
     "mtp/none": {"mtp.depth": None},
-    "mtp/registers": {},
+    "mtp/top": {"mtp.depth": 1},
+    "mtp/bag": {"mtp.depth": 1},
+    "mtp/registers": {"mtp.depth": 1},
     "mtp/teacherless": None,
 }
 # Keys that follow others by an interpolation, or take anything.
@@ -187,6 +190,7 @@ def refused(ended: Ended, *, naming: list[str]) -> str:
         len(errors) <= 1 and len(ended.out.strip().splitlines()) <= 30,
         f"it says {ended.out[:1500]}",
     )
+    hold("Could not override" not in said, f"the case itself is wrong: {said[:500]}")
     hold(any(word in said for word in naming), f"it does not name it: {said[:500]}")
     return said[:160].replace("\n", " ")
 
@@ -283,7 +287,14 @@ def _text(content: bytes, cache: Path) -> Attempt:
         name = "given.jsonl" if content[:1] in (b"{", b"[") else "given.txt"
         file = folder / name
         file.write_bytes(content)
-        settings = {**QUICK, "data": "text", "data.paths": f"[{file}]", "data.val_fraction": 0.3}
+        settings = {
+            **QUICK,
+            "data": "text",
+            "data.source.size": None,
+            "data.source.documents": None,
+            "data.paths": f"[{file}]",
+            "data.val_fraction": 0.3,
+        }
         arguments = [*overrides(cache, settings), f"run_dir={folder / 'run'}"]
         ended = run(["train.py", *arguments], folder / "log")
         return refused(ended, naming=[str(file), "data.", "token"])

@@ -27,11 +27,13 @@ class Case:
         name: what is tried; together with the seed it says all.
         attempt: tries it in an empty folder with randomness of its own, and says in a few words
             what happened. Raises :class:`Broken` if a promise did not hold.
+        several: whether it starts other processes, which take seconds to begin.
     """
 
     kind: str
     name: str
     attempt: Callable[[Path, random.Random], str]
+    several: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.chaos.cases import Case, hold
 from tests.chaos.jobs import RUNS, Job, export_job, store_job, sweep_job, train_job, whole_files
-from tests.chaos.processes import Ended, Process, run
+from tests.chaos.processes import Change, Ended, Process, run
 
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 # The functions that change what a name stands for, or make it durable.
@@ -73,7 +73,6 @@ def cases(folder: Path) -> list[Case]:
 
         sequential = whole.folder / "sequential" / "run"
         jobs.append(export_job(cache, sequential))
-        # What is exported is there before it is asked for.
     made = []
     for job in jobs:
         ways: dict[str, Callable[[Path, random.Random], str]] = {
@@ -89,7 +88,8 @@ def cases(folder: Path) -> list[Case]:
         if job.name == "export":
             first = runs["sequential"]
             ways = {name: _after(whole, first, attempt) for name, attempt in ways.items()}
-        made += [Case("kills", f"{job.name}, {way}", attempt) for way, attempt in ways.items()]
+        for way, attempt in ways.items():
+            made.append(Case("kills", f"{job.name}, {way}", attempt, several=job.processes))
     return made
 
 
@@ -142,7 +142,7 @@ def _at_operation(job: Job, whole: Whole, code: int | None) -> Attempt:
     def attempt(folder: Path, chance: random.Random) -> str:
         n = chance.randint(1, whole.operations(job))
         after = chance.random() < 0.5
-        change = _ending(n, after) if code is None else _refusing(n, code)
+        change = _ending(n, after) if code is None else refusing(n, code)
         ended = run(job.arguments(folder), folder / "log", change=change)
         told = [f"operation {n}, code {ended.code}"]
         hold(not ended.timed_out, "it hangs")
@@ -228,7 +228,7 @@ def _wrap(around: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
         setattr(os, name, wrapped(getattr(os, name)))
 
 
-def _counting(file: Path) -> Callable[[], None]:
+def _counting(file: Path) -> Change:
     def change() -> None:
         count, pid = [0], os.getpid()
 
@@ -243,7 +243,7 @@ def _counting(file: Path) -> Callable[[], None]:
     return change
 
 
-def _ending(n: int, after: bool) -> Callable[[], None]:
+def _ending(n: int, after: bool) -> Change:
     def change() -> None:
         count = [0]
 
@@ -261,7 +261,14 @@ def _ending(n: int, after: bool) -> Callable[[], None]:
     return change
 
 
-def _refusing(n: int, code: int) -> Callable[[], None]:
+def refusing(n: int, code: int) -> Change:
+    """From its n-th operation on a file on, the process is told that there is an error.
+
+    Args:
+        n: counted from 1.
+        code: the system's number of the error.
+    """
+
     def change() -> None:
         count = [0]
 

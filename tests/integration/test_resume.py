@@ -246,7 +246,7 @@ def test_killed_right_behind_a_save(
     assert rows(tmp_path) == rows(whole)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("step", [1, 21, 35, 36, 71, 120])
 def test_killed_at_any_step(tmp_path: Path, cache: Path, whole: Path, step: int) -> None:
     args = command(tmp_path, cache, LONG)

@@ -1,0 +1,52 @@
+"""A run's folder is had by one process, and goes if nothing came of the run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mtp_lightning.run.folder import claimed
+
+
+def test_it_is_made_and_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "run"
+    with claimed(folder):
+        (folder / "metrics.csv").write_text("step\n")
+    with claimed(folder):  # let go of, it can be had again
+        pass
+    assert (folder / "metrics.csv").exists()
+
+
+def test_another_process_is_told(tmp_path: Path) -> None:
+    code = (
+        "import pathlib; from mtp_lightning.run.folder import claimed\n"
+        f"with claimed(pathlib.Path({str(tmp_path)!r})): pass"
+    )
+    with claimed(tmp_path):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert f"Another process trains in {tmp_path}" in done.stderr
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_error_takes_it_away_before_the_first_step(tmp_path: Path, begun: bool) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(KeyError), claimed(folder):
+        (folder / ".hydra").mkdir()
+        (folder / "config.yaml").write_text("a: 1\n")
+        (folder / "checkpoints").mkdir()
+        if begun:
+            (folder / "checkpoints" / "last.ckpt").write_bytes(b"weights")
+        raise KeyError
+    assert folder.exists() == begun
+
+
+def test_what_a_user_had_there_stays(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(KeyError), claimed(tmp_path):
+        raise KeyError
+    assert (tmp_path / "notes.txt").read_text() == "mine"
