@@ -82,7 +82,7 @@ def _trunk_pass(
     positions = _positions(model, start_B, tokens_BT.shape[1], tables, entries)
     output = model.trunk(model.trunk.embedding(tokens_BT), positions)
     branch = model.mtp.branch(model.trunk, output) if drafts else None
-    return model.head(output.final), branch
+    return model.head(model.mtp.main_state(output.final)), branch
 
 
 def _depth_pass(
@@ -104,6 +104,7 @@ def _depth_pass(
         embedded=model.trunk.embedding(tokens_BS),
         positions=_positions(model, start_B, branch_BTC.shape[1], tables, entries),
         first=model.mtp.first_token(k),
+        head=model.head,
     )
     hidden = model.mtp.depth_state(k, at, previous_BTC)
     return model.head(hidden.index_select(1, last_B))[:, 0], hidden

@@ -65,11 +65,10 @@ class Session:
             KVCache(trunk, tables, n_layers=1, batch_size=batch) for _ in range(max_draft)
         ]
         # states[k]: hidden states of depth k, what depth k + 1 reads; states[0] is the branch.
+        widths = [trunk.d_model, *[model.mtp.state_width(trunk.d_model)] * max_draft]
         self.states = [
-            torch.zeros(
-                batch, self.capacity, trunk.d_model, dtype=weight.dtype, device=weight.device
-            )
-            for _ in range(max_draft)
+            torch.zeros(batch, self.capacity, width, dtype=weight.dtype, device=weight.device)
+            for width in widths[:max_draft]
         ]
         self.filled = [[0] * batch for _ in range(max_draft + 1)]
         self.confidence_B: Tensor | None = None
@@ -104,10 +103,11 @@ class Session:
         # The trunk alone decides what is written; drafts may round as they like.
         with exact_pass(width, embedded.device):
             output = self.model.trunk(embedded, Positions.of_cache(cache, starts, width))
+            main = self.model.mtp.main_state(output.final)
         if self.max_draft:
             branch = self.model.mtp.branch(self.model.trunk, output)
             self._write(self.states[0][rows], starts, branch)
-        return output.final
+        return main
 
     def draft(self, k: int) -> Tensor:
         """Bring depth ``k`` up to date, shallower depths having been. Returns its logits [B, V].
@@ -146,6 +146,7 @@ class Session:
             embedded=self.model.trunk.embedding(tokens),
             positions=Positions.of_cache(cache, starts, width),
             first=first,
+            head=self.model.head,
         )
         previous = at.hidden if k == 1 else self._read(self.states[k - 1][rows], starts, width)
         hidden = mtp.depth_state(k, at, previous)

@@ -136,6 +136,7 @@ def test_samples_of_the_loop_have_the_models_distribution(options, drafted):
         {"stack": NextLatConfig},
         {"stack": ParallelConfig, "correction": "mlp"},
         {"stack": LinearConfig, "correction": "markov"},
+        {"stack": LinearConfig, "rank": 3},
     ],
 )
 def test_samples_of_heads_that_read_drafts_have_the_models_distribution(mtp):
