@@ -134,6 +134,11 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _here(task: dict[str, Any]) -> dict[str, Any]:
+    """:func:`measure`, after others in the same process."""
+    return measure(task) | {"rss_peak": float("nan")}
+
+
 def combine(task: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The medians of one row's processes."""
     row = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
@@ -163,6 +168,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--steps", type=int, help="a process; default 10, with --quick 3")
     parser.add_argument("--repeats", type=int, help="processes; default 3, with --quick 1")
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="all rows in this process, without its peak memory: where starting one takes minutes",
+    )
     common.add_cpu_time(parser)
     options = parser.parse_args(arguments)
     if options.cpu_time:
@@ -197,7 +207,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for repeat in range(repeats):
         for task, done in zip(tasks, runs, strict=True):
             common.progress(f"{repeat + 1}/{repeats}  {task['name']} D={task['depth']}")
-            done.append(common.run_child(MODULE, task))
+            done.append(_here(task) if options.together else common.run_child(MODULE, task))
             loads.append(os.getloadavg()[0])
     measured = [combine(task, done) for task, done in zip(tasks, runs, strict=True)]
     for row in measured:
