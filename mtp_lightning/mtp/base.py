@@ -316,6 +316,11 @@ class MTPStack(nn.Module, ABC):
         """Tokens that decoding can draft in one go; None is any number."""
         return self.depth
 
+    @property
+    def is_recursive(self) -> bool:
+        """Whether one module with a cache reads its own output, so that one cache can do."""
+        return False
+
     def require_drafts(self) -> None:
         """Refuse to draft with a stack that cannot.
 
