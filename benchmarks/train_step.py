@@ -135,10 +135,14 @@ def build_step(task: dict[str, Any]) -> tuple[Callable[[], Any], Any, Callable[[
     )
     task["flops_per_token"] = one_step.flops_per_token(task["seq_len"])
     progress = Progress(step=0, max_steps=cfg.trainer.max_steps)
-    shape = (task["batch_size"], task["seq_len"] + task["depth"] + 1)
+    mtp, depth = model.config.mtp, task["depth"]
+    extra = max(mtp.places_ahead - depth - 1, 0)
+    width = task["seq_len"] + mtp.stride * depth + 1 + extra
+    shape = (task["batch_size"], width)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(task["vocab_size"], shape, generator=generator)
-    batch = WindowBatch(tokens, task["depth"]).to(task.get("device", "cpu"))
+    batch = WindowBatch(tokens, depth, stride=mtp.stride, extra=extra)
+    batch = batch.to(task.get("device", "cpu"))
 
     def step() -> torch.Tensor:
         return one_step(batch, progress, optimizer).loss

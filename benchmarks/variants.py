@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,14 +30,25 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "linear": ("linear", []),
     "linear, mlp": ("linear", ["mtp.correction=mlp"]),
     "linear, markov": ("linear", ["mtp.correction=markov"]),
+    "linear, rank 4": ("linear", ["mtp.rank=4"]),
+    "linear, stride 2": ("linear", ["mtp.stride=2"]),
+    "sequential, token dropout": ("sequential", ["mtp.token_dropout=0.5"]),
     "joint": ("joint", []),
     "nextlat": ("nextlat", []),
     "parameter_free": ("parameter_free", []),
-    "sequential, kl": ("sequential", ["objective=kl"]),
+    "top": ("top", []),
+    "bag": ("bag", ["mtp.weights=none"]),
+    "registers": ("registers", []),
+    **{
+        f"sequential, {word}": ("sequential", [f"objective={word}"])
+        for word in ("kl", "reverse_kl", "js", "tv", "nla", "lk", "feature")
+    },
     "parallel, kl": ("parallel", ["objective=kl"]),
     "sequential, nextlat's objective": ("sequential", ["objective=nextlat"]),
     "sequential, e2e_tv": ("sequential", ["objective=e2e_tv"]),
 }
+# Of these, depth 1 is all that there is.
+ONE_DEPTH = ("top", "bag", "registers")
 
 
 class _Saved:
@@ -104,10 +114,10 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     step, model, forward = build_step(task)
     seconds = []
     for index in range(_WARMUP_STEPS + task["steps"]):
-        began = time.perf_counter()
+        began = common.clock()
         step()
         if index >= _WARMUP_STEPS:
-            seconds.append(time.perf_counter() - began)
+            seconds.append(common.clock() - began)
     peak = common.peak_rss()  # before the count below, which is not part of a run
     saved = LiveSavedTensors(list(model.parameters()))
     with saved.counting():
@@ -122,6 +132,11 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "parameters_active": config.num_active_params(),
         "flops_per_token": task["flops_per_token"],
     }
+
+
+def _here(task: dict[str, Any]) -> dict[str, Any]:
+    """:func:`measure`, after others in the same process."""
+    return measure(task) | {"rss_peak": float("nan")}
 
 
 def combine(task: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -153,7 +168,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--steps", type=int, help="a process; default 10, with --quick 3")
     parser.add_argument("--repeats", type=int, help="processes; default 3, with --quick 1")
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="all rows in this process, without its peak memory: where starting one takes minutes",
+    )
+    common.add_cpu_time(parser)
     options = parser.parse_args(arguments)
+    if options.cpu_time:
+        common.use_cpu_time()
     if options.child:
         result = measure(json.loads(options.child))
         common.answer_parent(result)
@@ -163,7 +186,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     rows = [("none", "none", 0, [])]
     rows += [(name, VARIANTS[name][0], depth, VARIANTS[name][1])
-             for name in options.variants for depth in options.depths]  # fmt: skip
+             for name in options.variants for depth in options.depths
+             if depth == 1 or name not in ONE_DEPTH]  # fmt: skip
     tasks = [
         {
             "name": name,
@@ -183,7 +207,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for repeat in range(repeats):
         for task, done in zip(tasks, runs, strict=True):
             common.progress(f"{repeat + 1}/{repeats}  {task['name']} D={task['depth']}")
-            done.append(common.run_child(MODULE, task))
+            done.append(_here(task) if options.together else common.run_child(MODULE, task))
             loads.append(os.getloadavg()[0])
     measured = [combine(task, done) for task, done in zip(tasks, runs, strict=True)]
     for row in measured:

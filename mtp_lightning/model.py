@@ -6,7 +6,7 @@ Shapes: B batch, T positions, C d_model, K depths, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -185,7 +185,9 @@ class MTPModel(nn.Module):
         """
         active = range(1, self.depth + 1) if active is None else active
         final_BTC, at = self.run_trunk(batch, active, key=key)
-        return {0: final_BTC, **dict(self.mtp.states(at, active, key))}
+        at = replace(at, head=self.head)
+        main = self.mtp.main_state(final_BTC)
+        return {0: main, **dict(self.mtp.states(at, active, key))}
 
     def run_trunk(
         self,

@@ -46,7 +46,7 @@ class Outputs:
     @cached_property
     def states_BPC(self) -> Tensor:
         """The trunk's final states, teacher-forced."""
-        return _states(self._model, self.batch)
+        return self._main_BPX[..., : self._model.config.trunk.d_model]  # a mixture's first
 
     @cached_property
     def forced_BW(self) -> Tensor:
@@ -62,7 +62,11 @@ class Outputs:
 
     @cached_property
     def _logits_NV(self) -> Tensor:
-        return _logits(self._model, self.batch, self.states_BPC)
+        return _logits(self._model, self.batch, self._main_BPX)
+
+    @cached_property
+    def _main_BPX(self) -> Tensor:
+        return _states(self._model, self.batch)
 
 
 def say(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) -> Tensor:

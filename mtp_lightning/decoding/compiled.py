@@ -82,7 +82,7 @@ def _trunk_pass(
     positions = _positions(model, start_B, tokens_BT.shape[1], tables, entries)
     output = model.trunk(model.trunk.embedding(tokens_BT), positions)
     branch = model.mtp.branch(model.trunk, output) if drafts else None
-    return model.head(output.final), branch
+    return model.head(model.mtp.main_state(output.final)), branch
 
 
 def _depth_pass(
@@ -95,18 +95,23 @@ def _depth_pass(
     last_B: Tensor,
     tables: Sequence[Tensor],
     entries: list[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Logits [B, V] of the position ``last_B`` of the pass, and the hidden states [B, T, C];
-    ``tokens_BS`` are those that the depth reads."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits [B, V] of the position ``last_B`` of the pass, the hidden states [B, T, C], and how
+    sure the depth is [B]; ``tokens_BS`` are those that it reads."""
     at = BranchPoint(
         hidden=branch_BTC,
         tokens=tokens_BS,
         embedded=model.trunk.embedding(tokens_BS),
         positions=_positions(model, start_B, branch_BTC.shape[1], tables, entries),
         first=model.mtp.first_token(k),
+        head=model.head,
     )
     hidden = model.mtp.depth_state(k, at, previous_BTC)
-    return model.head(hidden.index_select(1, last_B))[:, 0], hidden
+    last_B1C = hidden.index_select(1, last_B)
+    sure_B = None
+    if model.mtp.confidence is not None:
+        sure_B = model.mtp.confidence(k, last_B1C[:, 0]).sigmoid()
+    return model.head(last_B1C)[:, 0], hidden, sure_B
 
 
 # The wrapper around the kernels in C++, too: it is half of the time.
@@ -155,7 +160,7 @@ class CompiledSession(Session):
         cache: KVCache = self.depth_caches[k - 1]
         branch = self.states[0].narrow(1, start, self._width).clone()
         first = self.model.mtp.first_token(k)
-        logits, hidden = _depth_program(
+        logits, hidden, self.confidence_B = _depth_program(
             self.model,
             k,
             self.tokens_BS.narrow(1, start + first, self._width + k - first).clone(),

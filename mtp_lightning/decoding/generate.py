@@ -21,10 +21,11 @@ from mtp_lightning.decoding.compiled import CompiledSession, compiled_decoding, 
 from mtp_lightning.decoding.row import Generation, Row
 from mtp_lightning.decoding.sampling import Noise, Sampling
 from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.single_cache import SingleCacheSession
 from mtp_lightning.decoding.speculative import Decoder
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.kernels.matmul import packed_weights
-from mtp_lightning.settings import is_whole, require_number
+from mtp_lightning.settings import is_whole, require_choice, require_number
 
 Prompt = Sequence[int] | Tensor
 OnTokens = Callable[[int, list[int], list[bool]], None]
@@ -45,6 +46,7 @@ class _Options:
     on_tokens: OnTokens | None
     compile: bool
     min_confidence: float
+    cache: str
 
 
 def generate(
@@ -67,6 +69,7 @@ def generate(
     on_tokens: OnTokens | None = None,
     compile: bool = False,
     min_confidence: float = 0.0,
+    cache: Literal["per_depth", "single"] = "per_depth",
 ) -> list[Generation]:
     """Continue every prompt.
 
@@ -78,9 +81,9 @@ def generate(
         prompts: token ids, at least one each.
         max_new_tokens: for every prompt.
         speculative: draft with the MTP modules; False is plain decoding.
-        draft_depth: tokens to draft in a round; by default the model's depth. Shared layers can
-            draft more. ``"auto"`` measures what pays, down to plain decoding; with a temperature
-            its samples then depend on timing, their distribution does not.
+        draft_depth: tokens to draft in a round; by default the model's depth. A single module
+            can draft more. ``"auto"`` measures what pays, down to plain decoding; with a
+            temperature its samples then depend on timing, their distribution does not.
         temperature: 0 is greedy.
         top_k: see :class:`~mtp_lightning.decoding.sampling.Sampling`.
         top_p: likewise.
@@ -100,6 +103,8 @@ def generate(
         min_confidence: stop drafting where the model believes that the drafts so far are accepted
             with less than this probability; 0 never does. For models trained with
             ``objective.confidence=true``.
+        cache: of a single sequential module that drafts several tokens: ``per_depth`` keeps one for
+            each draft, at the positions of training, ``single`` one for all (``single_cache.py``).
 
     Returns:
         One :class:`Generation` a prompt, in order.
@@ -128,9 +133,12 @@ def generate(
         on_tokens=on_tokens,
         compile=compile,
         min_confidence=require_number("min_confidence", min_confidence, least=0, most=1),
+        cache=require_choice("cache", cache, ("per_depth", "single")),
     )
     if min_confidence:
         _check_confidence(model, options)
+    if cache == "single":
+        _check_single_cache(model, options)
     _check_lengths(ids, options)
     size = len(ids) if batch_size is None else _positive("batch_size", batch_size)
     if compile:
@@ -167,7 +175,8 @@ def _decode(
         # Only long="slide" lets a longer prompt pass.
         windows = [w if len(w) <= limit else w[-_kept(limit) :] for w in windows]
     capacity = max(len(window) for window in windows) + options.max_new_tokens
-    session = (CompiledSession if options.compile else Session)(
+    kind = SingleCacheSession if options.cache == "single" else Session
+    session = (CompiledSession if options.compile else kind)(
         model,
         windows,
         capacity=capacity if limit is None else min(capacity, limit),
@@ -217,7 +226,12 @@ def _decode(
         start = time.perf_counter()
         outcome = decoder.round(n_drafts, caps)
         if auto is not None and n_drafts == wanted:
-            auto.record(n_drafts, time.perf_counter() - start, outcome.accepted, outcome.reached)
+            seconds, reached_by = time.perf_counter() - start, outcome.reached
+            if options.min_confidence:  # a draft that was not believed in is one that failed
+                reached_by = [
+                    min(a + 1, n_drafts, cap) for a, cap in zip(outcome.accepted, caps, strict=True)
+                ]
+            auto.record(n_drafts, seconds, outcome.accepted, reached_by)
         for row, tokens, accepted, reached in zip(
             rows, outcome.tokens, outcome.accepted, outcome.reached, strict=True
         ):
@@ -247,7 +261,7 @@ def _max_draft(model: MTPModel, speculative: bool, draft_depth: object) -> int:
     most = model.mtp.max_draft_depth
     if draft_depth is None or draft_depth == "auto":
         if most is None:
-            # Shared layers have no end; twice the trained depth is where auto stops looking.
+            # A single module has no end; twice the trained depth is where auto stops looking.
             most = model.depth if draft_depth is None else 2 * model.depth
         return most if speculative else 0
     if not is_whole(draft_depth) or draft_depth < 1:
@@ -271,10 +285,24 @@ def _check_confidence(model: MTPModel, options: _Options) -> None:
             f"{asked} needs a model that says how sure it is of its drafts: train one with "
             "objective.confidence=true, or leave it 0."
         )
-    if options.auto or options.compile or not options.max_draft:
-        other = "draft_depth=auto" if options.auto else "compile=true"
-        other = other if options.max_draft else "speculative=false"
-        raise ValueError(f"{asked} does not go together with {other}: leave one of them out.")
+    if not options.max_draft:
+        raise ValueError(
+            f"{asked} does not go together with speculative=false: leave one of them out."
+        )
+
+
+def _check_single_cache(model: MTPModel, options: _Options) -> None:
+    if not model.mtp.is_recursive:
+        raise ValueError(
+            f"cache={options.cache} is for a single module that reads its own output: decode a "
+            "model of mtp=sequential with mtp.depth=1 or mtp.share_layers=true, or leave it "
+            "per_depth."
+        )
+    if options.compile or not options.max_draft:
+        other = "compile=true" if options.max_draft else "speculative=false"
+        raise ValueError(
+            f"cache={options.cache} does not go together with {other}: leave one of them out."
+        )
 
 
 def _token_ids(prompt: Prompt, index: int, model: MTPModel) -> list[int]:

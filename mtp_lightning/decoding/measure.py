@@ -25,6 +25,7 @@ from mtp_lightning.model import MTPModel
 
 # Two tokens whose logits differ by less are a tie: rounding may choose either.
 _TIE = 1e-3
+_DRAFTING = {"draft_depth": None, "min_confidence": 0.0, "cache": "per_depth"}
 
 
 @dataclass(frozen=True)
@@ -215,9 +216,23 @@ def _seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def decoding_report(
-    model: MTPModel, prompts: Sequence[Tensor], *, new_tokens: int, repeats: int = 3
+    model: MTPModel,
+    prompts: Sequence[Tensor],
+    *,
+    new_tokens: int,
+    repeats: int = 3,
+    **drafting: Any,
 ) -> dict[str, float]:
     """Drafting measured and expected, on the same greedy texts, one prompt at a time.
+
+    Args:
+        model: in evaluation mode.
+        prompts: token ids.
+        new_tokens: for each.
+        repeats: how often all prompts are decoded.
+        drafting: options of :func:`generate` for the drafts, ``draft_depth``, ``min_confidence``
+            and ``cache``. With any but the default ones nothing is expected: what is known of the
+            depths teacher-forced is not what they then draft.
 
     Returns:
         The values of :func:`rates` and :func:`teacher_forced_rates`, ``speedup`` (wall-clock over
@@ -229,13 +244,16 @@ def decoding_report(
         ValueError: the model does not draft.
     """
     model.mtp.require_drafts()
-    ways: dict[str, dict[str, Any]] = {"plain": {"speculative": False}, "drafted": {}}
+    ways: dict[str, dict[str, Any]] = {"plain": {"speculative": False}, "drafted": drafting}
     options = {"max_new_tokens": new_tokens, "batch_size": 1}
     run = race(model, prompts, ways, repeats=repeats, **options)
     plain, drafted = run.outputs["plain"], run.outputs["drafted"]
     require_same_greedy(model, prompts, plain, drafted)
-    values = rates(drafted) | teacher_forced_rates(model, prompts, plain)
+    values = rates(drafted)
     values["speedup"] = run.speedup("drafted")
+    if any(value != _DRAFTING[name] for name, value in drafting.items()):
+        return values
+    values |= teacher_forced_rates(model, prompts, plain)
     if "expected_tokens_per_step" in values:
         half = [*prompts[0].tolist(), *plain[0].token_ids[: new_tokens // 2]]
         costs = pass_costs(model, half)

@@ -39,6 +39,7 @@ class Session:
         n: tokens that the trunk has read, one number a row.
         confidence_B: how likely every row's newest draft is accepted, by the model's own estimate;
             None of a model that makes none.
+        newest_B1C: the hidden state that every row's newest draft was made of.
     """
 
     def __init__(
@@ -61,18 +62,24 @@ class Session:
             self.tokens_BS[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64)
         self.n = [0] * batch
         self.trunk_cache = KVCache(trunk, tables, n_layers=trunk.n_layers, batch_size=batch)
+        kept = self.depths_kept(max_draft)
         self.depth_caches = [
-            KVCache(trunk, tables, n_layers=1, batch_size=batch) for _ in range(max_draft)
+            KVCache(trunk, tables, n_layers=1, batch_size=batch) for _ in range(kept)
         ]
         # states[k]: hidden states of depth k, what depth k + 1 reads; states[0] is the branch.
+        widths = [trunk.d_model, *[model.mtp.state_width(trunk.d_model)] * max_draft]
         self.states = [
-            torch.zeros(
-                batch, self.capacity, trunk.d_model, dtype=weight.dtype, device=weight.device
-            )
-            for _ in range(max_draft)
+            torch.zeros(batch, self.capacity, width, dtype=weight.dtype, device=weight.device)
+            for width in widths[:kept]
         ]
         self.filled = [[0] * batch for _ in range(max_draft + 1)]
         self.confidence_B: Tensor | None = None
+        self.newest_B1C: Tensor | None = None
+
+    @staticmethod
+    def depths_kept(max_draft: int) -> int:
+        """Depths with a cache and a buffer of states of their own."""
+        return max_draft
 
     @property
     def batch_size(self) -> int:
@@ -104,10 +111,11 @@ class Session:
         # The trunk alone decides what is written; drafts may round as they like.
         with exact_pass(width, embedded.device):
             output = self.model.trunk(embedded, Positions.of_cache(cache, starts, width))
+            main = self.model.mtp.main_state(output.final)
         if self.max_draft:
             branch = self.model.mtp.branch(self.model.trunk, output)
             self._write(self.states[0][rows], starts, branch)
-        return output.final
+        return main
 
     def draft(self, k: int) -> Tensor:
         """Bring depth ``k`` up to date, shallower depths having been. Returns its logits [B, V].
@@ -131,9 +139,14 @@ class Session:
             last = hidden.gather(1, at.expand(-1, 1, hidden.shape[-1]))
         # Entries whose tokens are all known; the last k - 1 rest on drafts.
         self.filled[k] = [max(0, n - k + 1) for n in self.n]
+        return self._said(k, last)
+
+    def _said(self, k: int, last_B1C: Tensor) -> Tensor:
+        """The logits [B, V] of a draft's state."""
+        self.newest_B1C = last_B1C
         if self.model.mtp.confidence is not None:
-            self.confidence_B = self.model.mtp.confidence(k, last[:, 0]).sigmoid()
-        return self.model.head(last)[:, 0]
+            self.confidence_B = self.model.mtp.confidence(k, last_B1C[:, 0]).sigmoid()
+        return self.model.head(last_B1C)[:, 0]
 
     def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
         mtp = self.model.mtp
@@ -146,10 +159,11 @@ class Session:
             embedded=self.model.trunk.embedding(tokens),
             positions=Positions.of_cache(cache, starts, width),
             first=first,
+            head=self.model.head,
         )
         previous = at.hidden if k == 1 else self._read(self.states[k - 1][rows], starts, width)
         hidden = mtp.depth_state(k, at, previous)
-        if k < self.max_draft:
+        if k < len(self.states):
             self._write(self.states[k][rows], starts, hidden)
         return hidden
 
@@ -192,7 +206,7 @@ class Session:
             return
         self._trunk(keep - 1, self.trunk_cache.row(row), rows, [0])
         self.trunk_cache.lengths[row] = keep - 1
-        for k in range(1, self.max_draft + 1):
+        for k in range(1, len(self.depth_caches) + 1):
             width = keep - k  # the entries whose tokens are all known
             if width < 1:
                 break

@@ -111,6 +111,7 @@ def continue_prompts(
         batch_size=(1 if cfg.compile else 8) if cfg.batch_size is None else cfg.batch_size,
         compile=cfg.compile,
         min_confidence=cfg.min_confidence,
+        cache=cfg.cache,
         max_context=run.seq_len,
         long=cfg.long,
         on_tokens=on_tokens,

@@ -64,6 +64,11 @@ def write_folder(
         OSError: a full disk, among others.
     """
     config = model.config
+    if config.mtp.rank > 1:
+        raise ValueError(
+            f"mtp.rank={config.mtp.rank} makes the next token a mixture of predictions, which no "
+            "Hugging Face layout computes: export a model of mtp.rank=1."
+        )
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     extra = has_extra_file(config)
     depth = 0 if extra or not has_layout(config) else config.mtp.depth

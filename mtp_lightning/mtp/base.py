@@ -18,6 +18,7 @@ from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.mtp.switches import Switches, branch_state, check_switches
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.init import parameter_seed
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 from mtp_lightning.registry import Registered
@@ -157,6 +158,7 @@ class BranchPoint:
         embedded: their embeddings [B, at least T, C].
         positions: of the T tokens, not shifted; at decoding, its cache is one depth's own.
         first: how many places on the first of ``tokens`` stands from the first of the T positions.
+        head: the shared one, for depths that rest on how likely a token was; None in training.
     """
 
     hidden: Tensor
@@ -164,6 +166,7 @@ class BranchPoint:
     embedded: Tensor
     positions: Positions = field(repr=False)
     first: int = 0
+    head: Head | None = field(default=None, repr=False)
 
     def tokens_at(self, k: int) -> Tensor:
         """The tokens ``k`` places on, ``w[k : T + k]`` [B, T]."""
@@ -256,6 +259,10 @@ class MTPStack(nn.Module, ABC):
         """The trunk's hidden state [B, T, C] that the stack starts from."""
         return branch_state(trunk, output, self.config)
 
+    def main_state(self, final_BTC: Tensor) -> Tensor:
+        """What of the trunk's output [..., C] the head makes the main prediction of."""
+        return final_BTC
+
     @abstractmethod
     def states(
         self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
@@ -282,6 +289,10 @@ class MTPStack(nn.Module, ABC):
             previous_BTC: the hidden state of the depth before; of depth 1, the branch.
         """
 
+    def state_width(self, d_model: int) -> int:
+        """Numbers of a depth's hidden state."""
+        return d_model
+
     def first_token(self, k: int) -> int:
         """How many places on the first token stands that depth ``k`` reads by itself."""
         return k
@@ -304,6 +315,11 @@ class MTPStack(nn.Module, ABC):
     def max_draft_depth(self) -> int | None:
         """Tokens that decoding can draft in one go; None is any number."""
         return self.depth
+
+    @property
+    def is_recursive(self) -> bool:
+        """Whether one module with a cache reads its own output, so that one cache can do."""
+        return False
 
     def require_drafts(self) -> None:
         """Refuse to draft with a stack that cannot.

@@ -45,7 +45,7 @@ class CorrectionSwitches:
     correction_rank: int | None
 
     @property
-    def rank(self) -> int:
+    def columns(self) -> int:
         """r."""
         return _RANK if self.correction_rank is None else self.correction_rank
 
@@ -71,12 +71,12 @@ class CorrectionSwitches:
         if self.correction == "mlp":
             return [TokensMLP(trunk, k) for k in depths]
         if self.correction == "markov":
-            return [Bigrams(trunk, self.rank) for _ in depths]
+            return [Bigrams(trunk, self.columns) for _ in depths]
         return []
 
     def correction_params(self, trunk: TrunkConfig) -> int:
         """Weights of all depths together."""
-        c, rank = trunk.d_model, self.rank
+        c, rank = trunk.d_model, self.columns
         if self.correction == "mlp":
             return sum((k + 2) * c * c for k in range(1, self.depth + 1))
         return self.depth * rank * (trunk.vocab_size + c) if self.correction == "markov" else 0
@@ -86,7 +86,7 @@ class CorrectionSwitches:
         c = trunk.d_model
         if self.correction == "mlp":
             return 2 * (k + 2) * c * c
-        return 2 * c * self.rank if self.correction == "markov" else 0
+        return 2 * c * self.columns if self.correction == "markov" else 0
 
     def correction_backward_flops(self, trunk: TrunkConfig, k: int) -> int:
         """Backward FLOPs of the same: no gradient leads on to a trunk that takes none."""

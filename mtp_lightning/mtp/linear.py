@@ -5,7 +5,7 @@
 where ``z`` is the trunk's state at the branch point. ``W_k`` starts at zero, so that every head
 starts as a copy of the main prediction. Medusa has an output matrix for every head; here it is the
 trunk's own, as for all stacks. ``correction`` lets the heads see the tokens between
-(``correction.py``).
+(``correction.py``); ``rank`` joins the predictions of all depths (``rank.py``).
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.correction import CorrectionSwitches, Kind
 from mtp_lightning.mtp.kinds import SideBySide
+from mtp_lightning.mtp.rank import JointLinearMTP, check_rank
 from mtp_lightning.mtp.stride import StrideSwitch
 from mtp_lightning.mtp.switches import Branch, Detach
 from mtp_lightning.nn.attention import Positions
@@ -46,12 +47,14 @@ class LinearConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="linear"
         correction_rank: r, of ``markov`` alone; None is 64.
         stride: s; depth k predicts ``x_{t+1+sk}`` (leap multi-token prediction, arXiv 2505.17505).
             Only 1 can draft.
+        rank: r, components of one joint prediction of all tokens (arXiv 2410.17765). Above 1 the
+            next token's prediction is a mixture, too.
 
     Raises:
         ValueError: a switch has a value that it does not know, or nothing to act on.
     """
 
-    meaning: ClassVar[tuple[str, ...]] = ("branch", "stride")
+    meaning: ClassVar[tuple[str, ...]] = ("branch", "stride", "rank")
 
     branch: Branch = "final"
     detach: Detach = "none"
@@ -59,22 +62,39 @@ class LinearConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="linear"
     correction: Kind = "none"
     correction_rank: int | None = None
     stride: int = 1
+    rank: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_correction()
         self.check_stride()
+        check_rank(self)
 
-    def build(self, trunk: TrunkConfig) -> LinearMTP:
-        return LinearMTP(self, trunk)
+    def build(self, trunk: TrunkConfig) -> MTPStack:
+        return LinearMTP(self, trunk) if self.rank == 1 else JointLinearMTP(self, trunk)
 
     def num_params(self, trunk: TrunkConfig) -> int:
+        if self.rank > 1:
+            return self._joint_params(trunk, self.depth)
         return self.depth * trunk.d_model**2 + self.correction_params(trunk)
 
+    def _joint_params(self, trunk: TrunkConfig, depth: int) -> int:
+        matrices = self.rank * (depth + 1) - 1
+        return matrices * trunk.d_model**2 + self.rank * trunk.d_model
+
+    def projections(self, active: Sequence[int]) -> int:
+        # All components of the next token and of every depth up to the deepest.
+        joint = self.rank * (max(active, default=0) + 1) - 1
+        return len(active) if self.rank == 1 else joint
+
     def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
+        if self.rank > 1:
+            return 2 * self._joint_params(trunk, max(active, default=0))
         return sum(2 * trunk.d_model**2 + self.correction_flops(trunk, k) for k in active)
 
     def module_backward_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
+        if self.rank > 1:
+            return 2 * self.module_flops(trunk, seq_len, active)
         # No norm stands before the matrix: where the trunk is cut off, its input needs no gradient.
         reaches_trunk = self.trains_trunk and self.detach == "none"
         own = (1 + reaches_trunk) * 2 * trunk.d_model**2

@@ -178,7 +178,11 @@ class SequentialMTP(Chain):
 
     @property
     def max_draft_depth(self) -> int | None:
-        return None if self.config.share_layers and self.depth else self.depth
+        return None if len(self.depths) == 1 else self.depth
+
+    @property
+    def is_recursive(self) -> bool:
+        return len(self.depths) == 1
 
     @property
     def reads_tokens(self) -> bool:
@@ -200,7 +204,7 @@ class SequentialMTP(Chain):
     def step(
         self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, positions: Positions
     ) -> Tensor:
-        module = self.depths[0 if self.config.share_layers else k - 1]
+        module = self.depths[0 if len(self.depths) == 1 else k - 1]
         return module(previous_BTC, embedded_BTC, positions)
 
     def input_of(self, k: int, history: Sequence[Tensor], key: RandomKey | None) -> Tensor:

@@ -26,6 +26,7 @@ class Switches:
     freeze_trunk = False
     init = "random"
     stride = 1
+    rank = 1
 
 
 _CHOICES = {

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.nn.kernels.matmul import linear
+from mtp_lightning.nn.mixture import mixed_log_probs
 
 
 class Head(nn.Module):
@@ -17,5 +18,14 @@ class Head(nn.Module):
         self.packed: Tensor | None = None
 
     def forward(self, h_BTC: Tensor) -> Tensor:
-        """[..., C] -> logits [..., V]. Training never calls it: see objective/cross_entropy.py."""
-        return linear(h_BTC, self.weight, self.packed)
+        """[..., C] -> logits [..., V]; of a mixture [..., X] (``mixture.py``) log-probabilities.
+        Training never calls it: see objective/through_head.py."""
+        d_model = self.weight.shape[1]
+        if h_BTC.shape[-1] == d_model:
+            return linear(h_BTC, self.weight, self.packed)
+        return mixed_log_probs(h_BTC, d_model, self.log_probs)
+
+    def log_probs(self, h_BTC: Tensor) -> Tensor:
+        """[..., C] -> log-probabilities [..., V], fp32, of a double precision model fp64."""
+        logits = linear(h_BTC.to(self.weight.dtype), self.weight, self.packed)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX, WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.base import MTPConfig, MTPStack
+from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.kinds import SideBySide, Targets
 from mtp_lightning.objective.ahead import Seen, Wanted
 from mtp_lightning.objective.entropy_mask import EntropyMask
@@ -108,46 +108,6 @@ class Objective:
         more = ((1.0, ConfidenceTerm(head)), (0.0, ConfidenceError(head)))
         return replace(self, _more_parts=more)
 
-    @property
-    def compares_positions(self) -> bool:
-        """Whether anything rests on depth k at t and the main prediction at t + k being asked for
-        the same token."""
-        weights = self.position_weights
-        weighs = weights is not None and weights.needs_target_probs
-        return self.needs_teacher or weighs or self.mask != "none" or self.confidence
-
-    def check(self, mtp: MTPConfig) -> None:
-        """Refuse a stack that an option has no meaning for.
-
-        Raises:
-            ValueError: there is no depth, or the depths are asked for other tokens.
-        """
-        plain = isinstance(self.term, CrossEntropy) and self == Objective(term=self.term)
-        if mtp.depth and not mtp.predicts_tokens and not plain:
-            raise ValueError(
-                f"objective={self.term.name} and its options say what depths that predict a token "
-                f"are trained on, and mtp={mtp.variant} has a loss of its own: leave objective=ce."
-            )
-        if mtp.stride > 1 and self.compares_positions:
-            raise ValueError(
-                f"objective={self.term.name} compares depth k with the main prediction k places "
-                f"on, and with mtp.stride={mtp.stride} they are asked for different tokens: set "
-                "mtp.stride=1, or objective=ce without mask, weights and confidence."
-            )
-        depth = mtp.depth
-        asked = {
-            f"objective={self.term.name}": self.couples,
-            f"objective.weights={self.weights}": self.weights != "none",
-            f"objective.mask={self.mask}": self.mask != "none",
-            "objective.confidence=true": self.confidence,
-        }
-        for what, needs_depth in asked.items():
-            if needs_depth and depth == 0:
-                raise ValueError(
-                    f"{what} has nothing to act on at mtp.depth=0: set mtp.depth to 1 or more, or "
-                    "leave it out."
-                )
-
     @cached_property
     def parts(self) -> list[tuple[float, Term]]:
         """The terms that are computed, each with its weight."""
@@ -206,7 +166,8 @@ class Objective:
             if count := counts.of(k, term):
                 taught = term.needs_teacher
                 tokens_BT = taught_targets(batch, k) if taught else batch.targets(place)
-                found.append(DepthTarget(k, tokens_BT, factor * weight / count, term))
+                coefficient = factor * weight / count
+                found.append(DepthTarget(k, tokens_BT, coefficient, term, stride=batch.stride))
         return found
 
     def settle(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
@@ -314,6 +275,8 @@ class Objective:
         flops = self._flops_ahead(config, seq_len, active, alone=alone)
         if self.confidence:
             flops += depths * 4 * 2 * config.trunk.d_model  # two products, and one's two backward
+        if self.needs_teacher and config.mtp.rank > 1:
+            return flops + depths * config.mtp.rank * head  # each depth's by itself
         if self.needs_teacher:
             # One head at a time needs a teacher of its own; a chain's is the main prediction.
             flops += (depths if alone else not main) * head
@@ -378,9 +341,9 @@ class PositionCounts:
 
 def taught_targets(batch: WindowBatch, k: int) -> Tensor:
     """``[B, T]`` targets of depth k, -100 also where the main prediction of the same token lies
-    beyond the window: at the last k positions."""
+    beyond the window: at the last k positions, with a stride the last s k."""
     targets_BT = batch.targets(k).clone()
-    targets_BT[:, max(batch.seq_len - k, 0) :] = IGNORE_INDEX
+    targets_BT[:, max(batch.seq_len - batch.stride * k, 0) :] = IGNORE_INDEX
     return targets_BT
 
 

@@ -16,6 +16,8 @@ Where a term compares with the main prediction, a chain's depths go through the 
 one teacher serves them all, which is the main prediction's own pass. Heads side by side, of which
 only one is there at a time, have it made anew for each. With targets alone every depth goes through
 the head by itself, since its teacher stands at another position.
+
+Depths that one mixture joins have a node of their own (``mixture_loss.py``).
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ from torch import Tensor, nn
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint, RandomKey
 from mtp_lightning.mtp.kinds import SideBySide, Targets
+from mtp_lightning.mtp.rank import JointLinearMTP
 from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.objective.ahead import Seen, Wanted, look_ahead
+from mtp_lightning.objective.mixture_loss import mixture_loss
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective, tokens_of
 from mtp_lightning.objective.terms.base import HiddenTerm
 from mtp_lightning.objective.through_head import (
@@ -74,6 +78,8 @@ def stack_loss(
     stack, weight_VC = model.mtp, model.head.weight
     train_head = objective.train_head and stack.config.detach != "all"
     depths = list(by_depth(targets))[1:]
+    if isinstance(stack, JointLinearMTP):
+        return mixture_loss(model, final_BTC, at, objective.settle(targets, Seen()))
     if isinstance(stack, SideBySide):
         seen = _look_at_heads(stack, weight_VC, final_BTC, at, targets, objective.wanted)
         targets = objective.settle(targets, seen)

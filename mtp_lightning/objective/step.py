@@ -38,6 +38,7 @@ from mtp_lightning.objective.objective import (
     count_taught,
 )
 from mtp_lightning.objective.ranks import rank, sum_over_ranks, world_size
+from mtp_lightning.objective.refusals import check_together
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.objective.stack_loss import stack_loss
 from mtp_lightning.objective.summary_loss import future_of, stack_loss_with_summary
@@ -157,7 +158,7 @@ class OptimizerStep:
         self.schedule = schedule
         self.balance = balance
         self.objective = (objective or CROSS_ENTROPY).for_model(model)
-        self.objective.check(model.config.mtp)
+        check_together(self.objective, model.config.mtp)
         if balance.scope is not None:
             require_separable(self.objective, what=f"balance={balance.name}")
         self.seed = seed
@@ -303,9 +304,8 @@ class OptimizerStep:
                 "Use longer documents, or data.document_mask=false."
             )
         targets, places = self._targets(plan, micro, key)
-        ledger = Ledger()
+        ledger, auxiliary = Ledger(), 1 / plan.windows
         final, at = self.model.run_trunk(micro, plan.active, ledger=ledger, key=key)
-        auxiliary = 1 / plan.windows
         if isinstance(self.model.mtp, Summary):
             total, sums = stack_loss_with_summary(self.model, final, at, micro, targets)
         else:
@@ -385,9 +385,9 @@ def step_counts(
         taught: whether those with a teacher are to be counted, too.
     """
     if batch.every_target_counts:  # known without looking: every rank's batch has the same size
-        windows = len(batch) * world_size()
-        valid = [windows * batch.seq_len] * (batch.depth + 1)
-        seen = [windows * max(batch.seq_len - k, 0) for k in range(batch.depth + 1)]
+        windows, depths = len(batch) * world_size(), range(batch.depth + 1)
+        seen = [windows * max(batch.seq_len - batch.stride * k, 0) for k in depths]
+        valid = [windows * batch.seq_len for _ in depths]
         return PositionCounts(valid, seen if taught else None)
     masked = batch.host or batch  # a GPU need not be waited for
     masks = [masked.valid(stack.target_depth(k, key)) for k in range(batch.depth + 1)]

@@ -7,9 +7,9 @@ the weight, shared by all depths.
 
 A teacher (the main prediction of the same target tokens) is made along the way, too: a chunk of it
 serves every depth before the next chunk is made. Depth k at position t is taught by the main
-prediction at t + k, so a chunk of main positions meets every depth k places to the left. The first
-k main positions of a window meet the last k of the window before, which have no teacher: so nothing
-is left out, and nothing comes twice.
+prediction at t + k, so a chunk of main positions meets every depth k places to the left (s k, where
+depths leap by a stride of s). The first k main positions of a window meet the last k of the window
+before, which have no teacher: so nothing is left out, and nothing comes twice.
 
 Shapes: M positions (B x T), C d_model, V vocabulary, R positions of one chunk.
 """
@@ -25,6 +25,7 @@ from torch import Tensor
 from data_modules.windows import IGNORE_INDEX
 from mtp_lightning.nn.kernels.matmul import matmul_transposed, weight_gradient
 from mtp_lightning.nn.kernels.softmax import exp_, log_softmax_
+from mtp_lightning.nn.mixture import mixed_log_probs
 from mtp_lightning.objective.terms.base import Chunk, HiddenTerm, Teacher, Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 
@@ -47,6 +48,7 @@ class DepthTarget:
         weights: [...] of the positions, which multiply loss and gradient; None is 1.
         values: [...] the losses, where they are known beforehand and rest on other depths, too;
             ``weights`` then multiply the gradient alone.
+        stride: s, of depths that leap: the main prediction of the same token stands s k places on.
     """
 
     depth: int
@@ -55,6 +57,7 @@ class DepthTarget:
     term: Term
     weights: Tensor | None = None
     values: Tensor | None = None
+    stride: int = 1
 
 
 @dataclass(eq=False)
@@ -130,7 +133,11 @@ def log_probs_by_chunk(h_MC: Tensor, weight_VC: Tensor) -> Iterator[tuple[slice,
 
 
 def log_probs(h_RC: Tensor, weight_VC: Tensor) -> Tensor:
-    """``log_softmax(h @ weight.T)`` [R, V] of one chunk; see :func:`log_probs_by_chunk`."""
+    """``log_softmax(h @ weight.T)`` [R, V] of one chunk; see :func:`log_probs_by_chunk`. Of a
+    mixture (``nn/mixture.py``), its logarithm."""
+    d_model = weight_VC.shape[1]
+    if h_RC.shape[1] != d_model:
+        return mixed_log_probs(h_RC, d_model, lambda h: log_probs(h, weight_VC))
     logits_RV = matmul_transposed(h_RC, weight_VC)
     dtype = torch.promote_types(logits_RV.dtype, torch.float32)
     return log_softmax_(logits_RV, dtype)
@@ -182,7 +189,7 @@ def _with_teacher(main_hidden: Tensor, weight: Tensor, ways: Sequence[_Way]) -> 
         teacher = Teacher(main_RV, main_MC[place])
         for way in ways:
             if way.depth:
-                rows = places_left(place, way.depth, main_MC)
+                rows = places_left(place, way.to_teacher, main_MC)
                 way.go(rows, log_probs(way.h_MC[rows], weight), teacher)
         del teacher
         for way in ways:  # at the end, since it overwrites what the depths compare with
@@ -223,10 +230,15 @@ class _Way:
         """k, of the first of its targets."""
         return self.prediction.targets[0].depth
 
+    @property
+    def to_teacher(self) -> int:
+        """How many places on the main prediction of the same token stands."""
+        return self.depth * self.prediction.targets[0].stride
+
     def go(self, rows: slice | Tensor, chunk_RV: Tensor, main: Teacher | None = None) -> None:
         """Losses and gradients of the positions ``rows``, whose ``chunk_RV`` is overwritten."""
         h_RC = self.h_MC[rows]
-        targets = [_ChunkTarget(target, rows) for target in self.prediction.targets]
+        targets = [ChunkTarget(target, rows) for target in self.prediction.targets]
         if not self.learns:
             for index, target in enumerate(targets):
                 value_R = target.term.value(target.chunk(chunk_RV, h_RC, main))
@@ -256,14 +268,14 @@ class _Way:
             part_VC = weight_gradient(d_logits_RV, h_RC if scale_R1 is None else h_RC * scale_R1)
             self.head.add(part_VC, factor)
 
-    def _add(self, index: int, value_R: Tensor, target: _ChunkTarget) -> None:
+    def _add(self, index: int, value_R: Tensor, target: ChunkTarget) -> None:
         counts_R = target.counts_R
         if target.values_R is not None:
             value_R, counts_R = target.values_R, target.valid_R
         self.sums[index] += (value_R * counts_R).double().sum()
 
     def _of_hidden(
-        self, targets: list[_ChunkTarget], chunk_RV: Tensor, h_RC: Tensor, main: Teacher | None
+        self, targets: list[ChunkTarget], chunk_RV: Tensor, h_RC: Tensor, main: Teacher | None
     ) -> Tensor | None:
         """The gradient [R, C] of terms that read the state, mask and coefficients included."""
         total_RC: Tensor | None = None
@@ -287,7 +299,7 @@ class _Way:
         return total_RC
 
     def _of_several(
-        self, targets: list[_ChunkTarget], chunk_RV: Tensor, h_RC: Tensor, main: Teacher | None
+        self, targets: list[ChunkTarget], chunk_RV: Tensor, h_RC: Tensor, main: Teacher | None
     ) -> Tensor:
         """The gradient by logits that all targets share, mask and coefficients included.
 
@@ -320,7 +332,7 @@ class _Way:
         return d_logits_RV if others_RV is None else d_logits_RV.add_(others_RV)
 
 
-class _ChunkTarget:
+class ChunkTarget:
     """A target of some positions: token ids [R], and how much each of them counts [R]."""
 
     def __init__(self, target: DepthTarget, rows: slice | Tensor) -> None:

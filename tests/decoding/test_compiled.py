@@ -136,6 +136,7 @@ def test_bad_settings_are_named(monkeypatch):
         {"stack": NextLatConfig},
         {"stack": LinearConfig, "correction": "mlp"},
         {"stack": LinearConfig, "correction": "markov"},
+        {"stack": LinearConfig, "rank": 2},
     ],
     ids=str,
 )

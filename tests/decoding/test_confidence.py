@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
-from mtp_lightning.decoding import generate
+from mtp_lightning.decoding import compiled, generate
+from mtp_lightning.decoding.adaptive import AutoDepth
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -50,6 +53,50 @@ def test_greedy_text_is_that_of_plain_decoding(tiny_trunk: TrunkConfig, variant:
         assert [row.token_ids for row in found] == [row.token_ids for row in plain]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_compiled_passes_stop_where_eager_ones_do(
+    tiny_trunk: TrunkConfig, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "_trunk_program", compiled._trunk_pass)
+    monkeypatch.setattr(compiled, "_depth_program", compiled._depth_pass)
+    for sure, least in ((0.8, 0.6), (None, 0.3), (None, 0.5)):
+        made = build(tiny_trunk, MTPConfig.find("sequential")(depth=3, confidence=True))
+        made = made if sure is None else model(tiny_trunk, "sequential", sure)
+        settings = {"temperature": temperature, "min_confidence": least, "batch_size": 1}
+        eager, found = (
+            generate(made, PROMPTS, max_new_tokens=24, compile=way, **settings)  # type: ignore[arg-type]
+            for way in (False, True)
+        )
+        assert [row.token_ids for row in found] == [row.token_ids for row in eager]
+        assert [r.drafts_accepted for r in found] == [r.drafts_accepted for r in eager]
+
+
+def test_auto_takes_what_is_not_believed_for_what_fails(
+    tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the tokens it expects of a number of drafts are those that come."""
+    rounds: list[tuple[int, list[int], list[int]]] = []
+
+    def record(
+        self: AutoDepth, m: int, seconds: float, accepted: Sequence[int], reached: Sequence[int]
+    ) -> None:
+        rounds.append((m, list(accepted), list(reached)))
+        real(self, m, seconds, accepted, reached)
+
+    real = AutoDepth.record
+    monkeypatch.setattr(AutoDepth, "record", record)
+    made = model(tiny_trunk, "sequential", 0.8)
+    options = {"max_new_tokens": 40, "min_confidence": 0.7}
+    plain = generate(made, PROMPTS, max_new_tokens=40, speculative=False)
+    found = generate(made, PROMPTS, draft_depth="auto", **options)  # type: ignore[arg-type]
+    assert [row.token_ids for row in found] == [row.token_ids for row in plain]
+    assert {m for m, _, _ in rounds} >= {0, 1, 2, 3}
+    for m, accepted, reached in rounds:
+        # One draft at most is made; the second is the one that was not.
+        assert max(accepted) <= min(m, 1)
+        assert all(r == min(a + 1, m) for a, r in zip(accepted, reached, strict=True))
+
+
 def test_what_makes_no_sense_is_refused(tiny_trunk: TrunkConfig) -> None:
     made = model(tiny_trunk, "sequential", 0.8)
     without = build(tiny_trunk, MTPConfig.find("sequential")(depth=3))
@@ -58,7 +105,5 @@ def test_what_makes_no_sense_is_refused(tiny_trunk: TrunkConfig) -> None:
         generate(without, PROMPTS, **settings)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="does not go together with speculative=false"):
         generate(made, PROMPTS, speculative=False, **settings)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="does not go together with draft_depth=auto"):
-        generate(made, PROMPTS, draft_depth="auto", **settings)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"min_confidence must be a number in \[0, 1\], not 2"):
         generate(made, PROMPTS, max_new_tokens=4, min_confidence=2)

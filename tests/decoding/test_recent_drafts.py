@@ -22,6 +22,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "parallel markov": {"stack": ParallelConfig, "correction": "markov"},
     "linear mlp": {"stack": LinearConfig, "correction": "mlp"},
     "linear markov": {"stack": LinearConfig, "correction": "markov"},
+    "linear, rank 3": {"stack": LinearConfig, "rank": 3},
 }
 
 

@@ -21,6 +21,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "mlp": {"mtp": "parallel", "mtp.correction": "mlp"},
     "markov": {"mtp": "linear", "mtp.correction": "markov", "mtp.correction_rank": 8},
     "stride": {"mtp": "linear", "mtp.stride": 2},
+    "rank": {"mtp": "linear", "mtp.rank": 3},
 }
 SETTINGS = {
     "data.document_mask": "true",

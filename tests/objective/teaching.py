@@ -119,13 +119,13 @@ def expected(
     means: dict[str, list[float]] = {name: [] for name in mixture}
     for k, weight in enumerate([1.0, *weights]):
         for name, share in mixture.items() if k else [("ce", 1.0)]:
-            losses = []
+            losses, on = [], batch.stride * k
             for b in range(len(batch)):
                 for t in range(batch.seq_len):
                     target = int(batch.targets(k)[b, t])
-                    if target < 0 or (k and name != "ce" and t + k >= batch.seq_len):
+                    if target < 0 or (k and name != "ce" and t + on >= batch.seq_len):
                         continue
-                    u = min(t + k, batch.seq_len - 1)
+                    u = min(t + on, batch.seq_len - 1)
                     hidden, known = states[k][b, t], states[0][b, u].detach()
                     at = Position(log_probs[k][b, t], main[b, u], target, hidden, known)
                     losses.append(FORMULAS[name](at))

@@ -17,6 +17,7 @@ from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective import through_head
 from mtp_lightning.objective.objective import Objective, count_taught
+from mtp_lightning.objective.step import step_counts
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.js import JS
 from mtp_lightning.objective.terms.kl import KL
@@ -217,3 +218,30 @@ def test_a_few_chunks_are_all_that_there_is_of_size_v(
     assert peaks[1] <= peaks[0] + 4 * rows * vocab
     # Two of the head's: its gradient, and a chunk's part of it.
     assert peaks[1] <= 4 * (7 * rows * vocab + 2 * head) < 4 * 512 * vocab
+
+
+@pytest.mark.parametrize("variant", ["parallel", "linear"])
+@pytest.mark.parametrize("objective", ["kl and ce", "tv", "feature"])
+def test_depths_that_leap_are_taught_where_they_land(
+    tiny_trunk: TrunkConfig, variant: str, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stride s, by the main prediction s k places on: the same token's."""
+    monkeypatch.setattr(through_head, "chunk_rows", lambda *_: 7)
+    mixture, term = OBJECTIVES[objective]
+    model = build(tiny_trunk, MTPConfig.find(variant)(depth=2, stride=3)).double()
+    plain = windows(2, 9, 6)
+    documents = (torch.arange(16) // 9).expand_as(plain.tokens)
+    for batch in (
+        WindowBatch(plain.tokens, 2, stride=3),
+        WindowBatch(plain.tokens, 2, documents, stride=3),
+    ):
+        total, _ = mtp_loss(model, batch, [0.5, 0.25], batch.counts().tolist(), term=term)
+        total.backward()
+        found = gradients(model)
+        want, _ = expected(model, batch, [0.5, 0.25], mixture)
+        assert total.item() == pytest.approx(want.item(), rel=1e-6)
+        want.backward()
+        for name, gradient in gradients(model).items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+        counts = step_counts(batch, model.mtp, taught=True)
+        assert counts.taught == count_taught(batch).tolist()

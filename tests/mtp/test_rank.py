@@ -1,0 +1,300 @@
+"""Linear heads that predict the next tokens jointly, by a tensor of rank r."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.head import Head
+from mtp_lightning.nn.mixture import pack, unpack
+from mtp_lightning.objective import mixture_loss
+from mtp_lightning.objective.objective import Objective, count_taught
+from mtp_lightning.objective.schedule.base import Progress
+from mtp_lightning.objective.terms.base import Term
+from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
+from mtp_lightning.objective.terms.js import JS
+from mtp_lightning.objective.terms.kl import KL
+from mtp_lightning.objective.terms.lk import LK
+from mtp_lightning.objective.terms.mixture import Mixture
+from tests.flops import counted_flops
+from tests.losses import mtp_loss, step_of
+from tests.models import build, windows
+from tests.objective.teaching import expected, gradients
+from tests.objective.test_teacher import LiveMemory
+from tests.reference import branch_point
+
+
+def of_rank(trunk: TrunkConfig, rank: int, depth: int, seed: int = 0) -> MTPModel:
+    """In float64, with components that all differ and say something."""
+    model = build(trunk, LinearConfig(depth=depth, rank=rank), seed).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.mtp.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(0.4 * drawn)
+    return model
+
+
+def components(
+    window: Tensor, w: dict[str, Tensor], trunk: TrunkConfig, rank: int, depth: int
+) -> tuple[Tensor, Tensor]:
+    """By loops: ``w_a`` [T, A] and ``p_a^k`` [T, D + 1, A, V] of one window (arXiv 2410.17765)."""
+    _, h = branch_point(window, w, trunk, depth, "final", "post")
+    head = w.get("head.weight", w["trunk.embedding.weight"])
+    shares, probs = [], []
+    for t in range(h.shape[0]):
+        shares.append(torch.softmax(w["mtp.weigh.weight"] @ h[t], 0))
+        for k, a in itertools.product(range(depth + 1), range(rank)):
+            state = h[t]
+            if (k, a) != (0, 0):
+                name = f"mtp.next.{a - 1}" if k == 0 else f"mtp.depths.{k - 1}.{a}"
+                x = w[f"{name}.weight"] @ h[t]
+                state = h[t] + x / (1 + torch.exp(-x))
+            probs.append(torch.softmax(head @ state, 0))
+    return torch.stack(shares), torch.stack(probs).view(len(shares), depth + 1, rank, -1)
+
+
+@pytest.mark.parametrize(("rank", "depth"), [(2, 1), (2, 3), (4, 2)])
+@pytest.mark.parametrize("rows", [1000, 15])
+def test_the_loss_is_that_of_the_joint_distribution(
+    tiny_trunk: TrunkConfig, rank: int, depth: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every lambda 1, ``-log sum_a w_a prod_k p_a^k(x_{t+1+k})``, value and gradients."""
+    monkeypatch.setattr(mixture_loss, "chunk_rows", lambda *_: rows)
+    model = of_rank(tiny_trunk, rank, depth)
+    batch = windows(2, 6, depth)
+    total, sums = mtp_loss(model, batch, [1.0] * depth, [12] * (depth + 1))
+    total.backward()
+    found = gradients(model)
+    weights = dict(model.named_parameters())
+    want, marginal = torch.zeros((), dtype=torch.float64), 0.0
+    for window in batch.tokens:
+        shares, probs = components(window, weights, tiny_trunk, rank, depth)
+        for t in range(6):
+            joint = torch.zeros((), dtype=torch.float64)
+            for a in range(rank):
+                product = shares[t, a]
+                for k in range(depth + 1):
+                    product = product * probs[t, k, a, window[t + 1 + k]]
+                joint = joint + product
+            want = want - torch.log(joint) / 12
+            marginal -= torch.log(shares[t] @ probs[t, 0, :, window[t + 1]]).item()
+    torch.testing.assert_close(total, want, rtol=1e-6, atol=1e-8)
+    assert float(sums[0]) == pytest.approx(marginal, rel=1e-6)
+    want.backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_depth_is_the_conditional_of_the_joint_distribution(tiny_trunk: TrunkConfig) -> None:
+    """``q^k`` is a quotient of sums over all texts, and the next token's the marginal."""
+    trunk = replace(tiny_trunk, vocab_size=4)
+    model = of_rank(trunk, 3, 2)
+    generator = torch.Generator().manual_seed(1)
+    batch = WindowBatch(torch.randint(0, 4, (1, 8), generator=generator), 2)
+    shares, probs = components(batch.tokens[0], model.state_dict(), trunk, 3, 2)
+    found = {k: model.head(h)[0].exp() for k, h in model(batch).items()}
+    for t in range(5):
+        joint = torch.einsum("a,ax,ay,az->xyz", shares[t], *probs[t])
+        x, y = batch.tokens[0, t + 1 : t + 3].tolist()
+        exact = joint.sum((1, 2)), joint[x].sum(1) / joint[x].sum(), joint[x, y] / joint[x, y].sum()
+        for k in range(3):
+            torch.testing.assert_close(found[k][t], exact[k], rtol=1e-6, atol=1e-9)
+
+
+def masked(depth: int) -> WindowBatch:
+    plain = windows(3, 9, depth)
+    shape = plain.tokens.shape
+    generator = torch.Generator().manual_seed(4)
+    documents = (torch.rand(shape, generator=generator) < 0.1).long().cumsum(1)
+    return WindowBatch(plain.tokens, depth, documents, torch.rand(shape, generator=generator) < 0.8)
+
+
+TERMS: dict[str, tuple[dict[str, float], Term]] = {
+    "ce": ({"ce": 1.0}, CrossEntropy()),
+    "kl and ce": ({"kl": 0.7, "ce": 0.3}, KL(beta=0.7)),
+    "js": ({"js": 1.0}, JS()),
+    "lk": ({"lk": 1.0}, LK()),
+    "mix": ({"ce": 0.1, "tv": 0.9}, Mixture({"ce": 0.1, "tv": 0.9})),
+}
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.25], [0.0, 0.4], [0.3, 0.0]], ids=str)
+@pytest.mark.parametrize("name", TERMS)
+def test_every_objective_of_distributions(
+    tiny_trunk: TrunkConfig, name: str, weights: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under masks, in chunks, with weights of one's own and depths that are switched off."""
+    monkeypatch.setattr(mixture_loss, "chunk_rows", lambda *_: 15)
+    mixture, term = TERMS[name]
+    model, batch = of_rank(tiny_trunk, 2, 2), masked(2)
+    counts, taught = batch.counts().tolist(), count_taught(batch).tolist()
+    total, _ = mtp_loss(model, batch, weights, counts, term=term)
+    total.backward()
+    found = gradients(model)
+    want, _ = expected(model, batch, weights, mixture)
+    assert total.item() == pytest.approx(want.item(), rel=1e-6)
+    want.backward()
+    for parameter, gradient in gradients(model).items():
+        if parameter in found:
+            torch.testing.assert_close(
+                found[parameter], gradient, rtol=1e-5, atol=1e-7, msg=parameter
+            )
+        else:  # of a depth that is switched off
+            assert not gradient.any()
+    # A step in parts is the step.
+    parts = [
+        mtp_loss(model, part, weights, counts, term=term, taught=taught)[0]
+        for part in batch.micro_batches(3)
+    ]
+    assert torch.stack(parts).sum().item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_equal_components_are_linear_heads(tiny_trunk: TrunkConfig) -> None:
+    """Whatever their weights are."""
+    plain = build(tiny_trunk, LinearConfig(depth=2)).double()
+    joint = of_rank(tiny_trunk, 3, 2)
+    with torch.no_grad():
+        joint.trunk.load_state_dict(plain.trunk.state_dict())
+        joint.head.load_state_dict(plain.head.state_dict())
+        for matrix in joint.mtp.next:
+            matrix.weight.zero_()
+        for k, matrices in enumerate(joint.mtp.depths):
+            for matrix in matrices:
+                matrix.weight.copy_(plain.mtp.depths[k].weight)
+    batch = windows(2, 7, 2)
+    found, exact = joint(batch), plain(batch)
+    for k in range(3):
+        torch.testing.assert_close(
+            joint.head(found[k]), plain.head.log_probs(exact[k]), rtol=1e-6, atol=1e-9
+        )
+    losses = [mtp_loss(m, batch, [0.3, 0.2], [14] * 3)[1] for m in (joint, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-8)
+
+
+def test_rank_1_is_linear_to_the_bit(tiny_trunk: TrunkConfig) -> None:
+    found = []
+    for mtp in (LinearConfig(depth=2), LinearConfig(depth=2, rank=1)):
+        model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=mtp))
+        model.initialise(3)
+        total, _ = mtp_loss(model, windows(2, 9, 2), [0.3, 0.1], [18] * 3)
+        total.backward()
+        found.append((total, gradients(model), model.config.flops_per_token(9)))
+    (a, of_a, flops_a), (b, of_b, flops_b) = found
+    assert torch.equal(a, b) and of_a.keys() == of_b.keys() and flops_a == flops_b
+    assert all(torch.equal(of_a[name], of_b[name]) for name in of_a)
+
+
+def test_components_start_apart_and_the_first_as_the_main_prediction(
+    tiny_trunk: TrunkConfig,
+) -> None:
+    model = MTPModel(ModelConfig(trunk=tiny_trunk, mtp=LinearConfig(depth=2, rank=3)))
+    model.initialise(0)
+    hidden = model(windows(1, 8, 2))
+    parts = [unpack(h, tiny_trunk.d_model) for h in hidden.values()]
+    for states, log_weights in parts:
+        assert torch.equal(states[..., 0, :], parts[0][0][..., 0, :])
+        assert not torch.equal(states[..., 1, :], states[..., 2, :])
+        torch.testing.assert_close(log_weights.exp().sum(-1), torch.ones(1, 8))
+    assert not torch.equal(parts[1][1], parts[0][1])  # one token is known by then
+
+
+@given(rank=st.integers(1, 4), d_model=st.integers(1, 5), seed=st.integers(0, 9))
+@settings(max_examples=20, deadline=None)
+def test_a_packed_mixture_is_what_was_packed(rank: int, d_model: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(2, 3, rank, d_model, generator=generator)
+    weights = torch.randn(2, 3, rank, generator=generator).log_softmax(-1)
+    packed = pack(states, weights)
+    for found, exact in zip(unpack(packed, d_model), (states, weights), strict=True):
+        assert torch.equal(found, exact)
+    head = Head(7, d_model)
+    torch.nn.init.normal_(head.weight, generator=generator)
+    exact = (weights.exp().unsqueeze(-1) * (states @ head.weight.T).softmax(-1)).sum(-2)
+    torch.testing.assert_close(head(packed).exp(), exact)
+
+
+def test_parameters_and_flops_from_the_config(tiny_trunk: TrunkConfig) -> None:
+    for depth, term in ((1, CrossEntropy()), (3, CrossEntropy()), (3, KL())):
+        model = of_rank(tiny_trunk, 3, depth)
+        config = model.config
+        assert config.num_params() == sum(p.numel() for p in model.parameters())
+        step = step_of(model, term)
+        batch = windows(2, 16, depth)
+        with counted_flops() as counted:
+            result = step(batch, Progress(step=0, max_steps=9), torch.optim.SGD(model.parameters()))
+        assert result.flops == counted.total
+        for active in ([], [1], [depth]):
+            with counted_flops() as counted:
+                for hidden in model(batch, active).values():
+                    model.head(hidden)
+            # Reading a text, a depth's weights rest on what the head makes of those before it, the
+            # next token's components included, which are computed once more.
+            again = 3 * max(active, default=0) * config.trunk.head_flops()
+            again += config.mtp.module_flops(config.trunk, 16, []) if active else 0
+            once = sum(3 for _ in (0, *active)) * config.trunk.head_flops()
+            blocks = config.mtp.trunk_flops(config.trunk, 16, active)
+            own = config.mtp.module_flops(config.trunk, 16, active)
+            assert counted.total == 32 * (blocks + own + again + once)
+
+
+def test_one_chunk_is_all_that_there_is_of_size_v(
+    tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, vocab = 40, 5_000
+    monkeypatch.setattr(mixture_loss, "chunk_rows", lambda *_: rows)
+    trunk = replace(tiny_trunk, vocab_size=vocab)
+    for depth, term in ((1, CrossEntropy()), (4, CrossEntropy()), (4, KL())):
+        model = build(trunk, LinearConfig(depth=depth, rank=2))
+        batch = windows(2, 64, depth)
+        with LiveMemory(least=rows * vocab // 2) as memory:
+            mtp_loss(model, batch, [0.1] * depth, [128] * (depth + 1), term=term)[0].backward()
+        assert memory.largest <= max(rows * vocab, vocab * trunk.d_model) < 128 * vocab
+
+
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ({"rank": 0}, "mtp.rank must be"),
+        ({"branch": "before_last"}, "mtp.branch=before_last has no meaning with mtp.rank=2"),
+        ({"detach": "trunk"}, "mtp.detach=trunk has no meaning with mtp.rank=2"),
+        ({"freeze_trunk": True}, "mtp.freeze_trunk=true has no meaning with mtp.rank=2"),
+        ({"stride": 2}, "mtp.stride=2 has no meaning with mtp.rank=2"),
+        ({"correction": "mlp"}, "mtp.correction=mlp has no meaning with mtp.rank=2"),
+        ({"depth": 0}, "mtp.rank=2 has no tokens to join at mtp.depth=0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(switches: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LinearConfig(**({"depth": 2, "rank": 2} | switches))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"term": Mixture({"kl": 1, "feature": 1})},
+        {"weights": "acceptance"},
+        {"mask": "entropy"},
+        {"confidence": True},
+        {"train_head": False},
+    ],
+    ids=str,
+)
+def test_what_looks_at_a_depth_alone_is_refused(
+    tiny_trunk: TrunkConfig, options: dict[str, Any]
+) -> None:
+    model = build(tiny_trunk, LinearConfig(depth=2, rank=2))
+    with pytest.raises(ValueError, match="has no meaning with mtp.rank=2"):
+        step_of(model, Objective(**({"term": CrossEntropy()} | options)))
+    step_of(model, Objective(term=KL(), weights="exp_decay"))
