@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.interop import config_reading, heads, tensor_files
+from mtp_lightning.interop import config_reading, gguf_file, heads, tensor_files
 from mtp_lightning.interop.names import from_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
@@ -38,7 +38,7 @@ class Folder:
     """A model from elsewhere.
 
     Attributes:
-        path: the folder.
+        path: the folder, or a GGUF file.
         fields: the content of its config.json.
         config: the matching model.
         weights: float32, by this project's names.
@@ -57,6 +57,8 @@ class Folder:
     @cached_property
     def tokenizer_state(self) -> dict[str, Any] | None:
         """Its tokenizer as plain data; None where it holds no tokenizer.json."""
+        if gguf_file.is_gguf(self.path):
+            return gguf_file.tokenizer_state(self.path)
         found = (self.path / "tokenizer.json").is_file()
         return pretrained_state(self.path) if found else None
 
@@ -68,15 +70,15 @@ class Folder:
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether this is a folder in Hugging Face's layout, and not a run's."""
-    return (Path(path) / CONFIG).is_file()
+    """Whether this is a folder in Hugging Face's layout, or a GGUF file, and not a run's."""
+    return (Path(path) / CONFIG).is_file() or gguf_file.is_gguf(path)
 
 
 def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
     """Read model and weights.
 
     Args:
-        path: the folder.
+        path: the folder, or a GGUF file, which is dequantised.
         allow: packages whose variants its file of heads may ask for.
 
     Raises:
@@ -84,11 +86,17 @@ def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
         ValueError: a model or tensor that does not fit, pickled or damaged weights.
     """
     path = Path(path)
-    fields = read_json(path / CONFIG)
-    config_reading.require_known(fields, source=str(path / CONFIG))
-    tensors = read_tensors(path)
+    if gguf_file.is_gguf(path):
+        described = str(path)
+        fields, tensors = gguf_file.read(path)
+        config_reading.require_known(fields, source=described)
+    else:
+        described = str(path / CONFIG)
+        fields = read_json(path / CONFIG)
+        config_reading.require_known(fields, source=described)
+        tensors = read_tensors(path)
     depth = _mtp_layers(fields, tensors, source=str(path))
-    trunk = config_reading.from_json(fields, depth=depth, source=str(path / CONFIG))
+    trunk = config_reading.from_json(fields, depth=depth, source=described)
     mtp: MTPConfig = SequentialConfig(depth=depth) if depth else NoMTPConfig()
     config = ModelConfig(trunk=trunk, mtp=mtp)
     require_held(config, tensors, source=str(path))
