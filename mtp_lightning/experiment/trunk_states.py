@@ -22,7 +22,6 @@ from mtp_lightning.experiment.self_generated import trunk_digest
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.nn.kernels import native
-from mtp_lightning.nn.moe import ExpertsConfig
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ def check_cached(model: MTPModel) -> None:
     Raises:
         ValueError: saying why.
     """
-    mtp, feed_forward = model.config.mtp, model.config.trunk.feed_forward
+    mtp = model.config.mtp
     if mtp.trains_trunk:
         raise ValueError(
             "data.cache_states=true keeps what a frozen trunk says, and this run trains its "
@@ -47,11 +46,6 @@ def check_cached(model: MTPModel) -> None:
         raise ValueError(
             f"data.cache_states=true has no meaning for mtp={mtp.variant}, which gives the trunk "
             "other tokens in training: set data.cache_states=false."
-        )
-    if isinstance(feed_forward, ExpertsConfig) and feed_forward.bias_rate:
-        raise ValueError(
-            "data.cache_states=true keeps what a frozen trunk says, and its routers' biases move "
-            f"with model.feed_forward.bias_rate={feed_forward.bias_rate}: set it to 0."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mtp_lightning.interop.names import is_mimo
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -13,6 +14,7 @@ from mtp_lightning.nn.moe import ExpertsConfig
 
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "mimo": "MiMoForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -23,7 +25,20 @@ ARCHITECTURES = {
 LATENT_EPS = 1e-6
 
 
-def model_type(trunk: TrunkConfig) -> str:
+# What transformers has for a layout whose own class comes with the model as code.
+STANDS_FOR = {"mimo": "qwen2"}
+
+
+def model_type(config: ModelConfig) -> str:
+    """The layout that computes what a model does, or its trunk, where the stack has none.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return "mimo" if is_mimo(config) else trunk_type(config.trunk)
+
+
+def trunk_type(trunk: TrunkConfig) -> str:
     """The layout that computes what a trunk does.
 
     Raises:
@@ -93,7 +108,7 @@ def to_json(
         eot_id: the end-of-text token.
     """
     trunk = config.trunk
-    kind = model_type(trunk)
+    kind = model_type(config) if depth else trunk_type(trunk)
     fields: dict[str, Any] = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
@@ -124,7 +139,7 @@ def to_json(
         return fields | _deepseek_fields(trunk, depth)
     fields["head_dim"] = trunk.d_head
     fields["num_mtp_layers"] = depth
-    if kind != "qwen2":
+    if kind not in ("qwen2", "mimo"):
         fields["attention_bias"] = False
     if kind == "llama":
         fields["mlp_bias"] = False

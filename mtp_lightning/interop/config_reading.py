@@ -76,7 +76,7 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
     if kind == "deepseek_v3":
         shape |= _deepseek_shape(fields, need, depth=depth)
     else:
-        switches = {"qk_norm": kind == "qwen3", "qkv_bias": kind == "qwen2"}
+        switches = {"qk_norm": kind == "qwen3", "qkv_bias": kind in ("qwen2", "mimo")}
         shape |= {
             "n_kv_heads": _given(fields, "num_key_value_heads", n_heads),
             "d_head": _given(fields, "head_dim", 128 if kind == "qwen3" else None),
@@ -142,7 +142,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "moe_layer_freq": (1,),
     "rope_interleave": (True, None),
     "partial_rotary_factor": (1.0, None),
-    "quantization_config": (None,),
     "mtp_hidden_states_first": (False, None),
 }
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.interop import config_reading, gguf_file, heads, tensor_files
-from mtp_lightning.interop.names import from_folder
+from mtp_lightning.interop import config_reading, fp8, gguf_file, heads, tensor_files
+from mtp_lightning.interop.names import from_folder, mimo_stack
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
@@ -94,11 +94,10 @@ def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
         described = str(path / CONFIG)
         fields = read_json(path / CONFIG)
         config_reading.require_known(fields, source=described)
-        tensors = read_tensors(path)
+        tensors = read_tensors(path, block=fp8.block_size(fields, source=described))
     depth = _mtp_layers(fields, tensors, source=str(path))
     trunk = config_reading.from_json(fields, depth=depth, source=described)
-    mtp: MTPConfig = SequentialConfig(depth=depth) if depth else NoMTPConfig()
-    config = ModelConfig(trunk=trunk, mtp=mtp)
+    config = ModelConfig(trunk=trunk, mtp=_stack(fields, depth))
     require_held(config, tensors, source=str(path))
     weights = from_folder(config, tensors, source=str(path))
     if heads.is_there(path):
@@ -181,8 +180,12 @@ def files_of(folder: Path) -> dict[Path, set[str] | None]:
     raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}.")
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path, *, block: tuple[int, int] | None = None) -> dict[str, Tensor]:
     """All tensors of a folder, as they are stored.
+
+    Args:
+        folder: the folder.
+        block: of matrices in fp8, which are dequantised.
 
     Raises:
         FileNotFoundError: as :func:`files_of`.
@@ -196,6 +199,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             where = "the index" if name in promised else "the file"
             raise ValueError(f"{file} does not agree with the index: {name} is only in {where}.")
         tensors |= found
+    if block is not None:
+        fp8.dequantised(tensors, block, source=str(folder))
     for name, tensor in tensors.items():
         if tensor.dtype not in _FLOATS:
             raise ValueError(
@@ -205,11 +210,18 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _stack(fields: dict[str, Any], depth: int) -> MTPConfig:
+    """What the MTP layers of a layout compute."""
+    if not depth:
+        return NoMTPConfig()
+    return mimo_stack(depth) if fields["model_type"] == "mimo" else SequentialConfig(depth=depth)
+
+
 def _mtp_layers(fields: dict[str, Any], tensors: dict[str, Tensor], *, source: str) -> int:
     """MTP layers among the tensors: all that config.json declares, or none."""
     declared = config_reading.declared_depth(fields)
     first = fields.get("num_hidden_layers")
     if not declared or not isinstance(first, int):
         return 0
-    prefix = f"model.layers.{first}."
+    prefix = "model.mtp_layers.0." if fields["model_type"] == "mimo" else f"model.layers.{first}."
     return declared if any(name.startswith(prefix) for name in tensors) else 0

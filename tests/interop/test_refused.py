@@ -52,6 +52,7 @@ def deepseek_folder(tmp_path: Path) -> Path:
         {"layer_types": ["full_attention", "sliding_attention"]},
         {"model_type": "mistral", "sliding_window": 64},
         {"quantization_config": {"quant_method": "fp8"}},
+        {"quantization_config": {"quant_method": "gptq", "weight_block_size": [128, 128]}},
         {"model_type": "gpt2"},
         {"model_type": ["llama"]},
         {"hidden_size": "gone"},
