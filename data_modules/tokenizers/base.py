@@ -89,6 +89,11 @@ class Tokenizer(ABC):
             "with a tokenizer of its own (tokenizer=pretrained) can be asked."
         )
 
+    def special_ids(self) -> dict[str, int]:
+        """Ids of the beginning-of-text and the padding token, by their names in a config.json;
+        without those that it does not have."""
+        return {}
+
     @property
     def needs_training(self) -> bool:
         """Whether :meth:`train` has to be called before ids can be had."""

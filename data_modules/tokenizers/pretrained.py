@@ -61,7 +61,7 @@ class PretrainedTokenizer(Tokenizer):
     def _load(self) -> Any:
         if self._library is None:
             library, self.beside = _read(self.path)
-            named = _named_eot(self.beside)
+            named = _named(self.beside, "eos_token")
             self._adopt(library, self.eot_token or named)
         return self._library
 
@@ -115,6 +115,14 @@ class PretrainedTokenizer(Tokenizer):
         finally:
             library.encode_special_tokens = True
 
+    def special_ids(self) -> dict[str, int]:
+        library, found = self._load(), {}
+        for role in ("bos", "pad"):
+            name = _named(self.beside, f"{role}_token")
+            if name is not None and (number := library.token_to_id(name)) is not None:
+                found[f"{role}_token_id"] = int(number)
+        return found
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         array = np.asarray(ids, dtype=np.int64).reshape(-1)
         return str(self._load().decode(array.tolist(), skip_special_tokens=False))
@@ -145,7 +153,8 @@ class PretrainedTokenizer(Tokenizer):
 
         tokenizer = cls(state["path"], eot_token=state["eot_token"])
         tokenizer._adopt(Library.from_str(state["tokenizer_json"]), state["eot_token"])
-        tokenizer.beside = dict(state.get("beside", {}))
+        found = state.get("beside", {})
+        tokenizer.beside = {name: found[name] for name in BESIDE if name in found}
         return tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,7 +195,7 @@ def _read(given: str) -> tuple[Any, dict[str, str]]:
         ) from None
 
 
-def _named_eot(beside: dict[str, str]) -> str | None:
-    """The end-of-text token that a tokenizer_config.json names."""
-    named = json.loads(beside.get("tokenizer_config.json", "{}")).get("eos_token")
+def _named(beside: dict[str, str], role: str) -> str | None:
+    """The special token of a role, such as ``eos_token``, that a tokenizer_config.json names."""
+    named = json.loads(beside.get("tokenizer_config.json", "{}")).get(role)
     return named["content"] if isinstance(named, dict) else named

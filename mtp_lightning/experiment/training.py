@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf
 
+from data_modules.store_module import StoreDataModule
 from mtp_lightning import compare
 from mtp_lightning.callbacks.base import run_callbacks
 from mtp_lightning.callbacks.checkpoints import Checkpoints
@@ -133,7 +134,7 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
         begins = module.model.config.mtp.init != "random"
         windows = beginning_windows(data) if begins else None
         log.info("Starting from %s: %s.", start.path, start_from(module.model, start, windows))
-    if getattr(data, "cache_states", False):
+    if isinstance(data, StoreDataModule) and data.cache_states:
         if stored is not None:  # the trunk's weights, which Lightning would bring too late
             module.model.load_state_dict(model_weights(stored))
         with peers.in_turn():

@@ -27,8 +27,8 @@ def block_size(fields: Mapping[str, Any], *, source: str) -> tuple[int, int] | N
     settings = fields.get("quantization_config")
     if settings is None:
         return None
-    kind = settings.get("quant_method") if isinstance(settings, Mapping) else settings
-    size = settings.get("weight_block_size") if isinstance(settings, Mapping) else None
+    kind: Any = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+    size: Any = settings.get("weight_block_size") if isinstance(settings, Mapping) else None
     whole = isinstance(size, list | tuple) and len(size) == 2
     if kind != "fp8" or not whole or not all(isinstance(n, int) and n > 0 for n in size):
         raise ValueError(

@@ -97,7 +97,7 @@ def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
         tensors = read_tensors(path, block=fp8.block_size(fields, source=described))
     depth = _mtp_layers(fields, tensors, source=str(path))
     trunk = config_reading.from_json(fields, depth=depth, source=described)
-    config = ModelConfig(trunk=trunk, mtp=_stack(fields, depth))
+    config = ModelConfig(trunk=trunk, mtp=stack_of(fields, depth))
     require_held(config, tensors, source=str(path))
     weights = from_folder(config, tensors, source=str(path))
     if heads.is_there(path):
@@ -210,7 +210,7 @@ def read_tensors(folder: Path, *, block: tuple[int, int] | None = None) -> dict[
     return tensors
 
 
-def _stack(fields: dict[str, Any], depth: int) -> MTPConfig:
+def stack_of(fields: dict[str, Any], depth: int) -> MTPConfig:
     """What the MTP layers of a layout compute."""
     if not depth:
         return NoMTPConfig()
