@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from mtp_lightning.interop.names import is_mimo
@@ -11,6 +12,7 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import DenseConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.nn.moe import ExpertsConfig
+from mtp_lightning.nn.rope_scaling import YarnScaling
 
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -154,6 +156,11 @@ def _rope_type(trunk: TrunkConfig) -> dict[str, Any]:
     scaling = trunk.rope_scaling
     if scaling is None:
         return {"rope_type": "default"}
+    if isinstance(scaling, YarnScaling):
+        fields = asdict(scaling)
+        original = fields.pop("original_positions")
+        given = {name: value for name, value in fields.items() if value is not None}
+        return {"rope_type": "yarn", **given, "original_max_position_embeddings": original}
     return {
         "rope_type": "llama3",
         "factor": scaling.factor,

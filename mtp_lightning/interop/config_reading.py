@@ -168,10 +168,10 @@ def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any]
         if not rope:
             continue
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3"):
+        if kind not in ("default", "llama3", "yarn"):
             raise ValueError(
                 f"{source} has {name} of type {kind}, which this project does not compute: only "
-                "plain rotary positions and those of type llama3 can be imported."
+                "plain rotary positions and those of type llama3 or yarn can be imported."
             )
         if rope.get("partial_rotary_factor") not in (None, 1.0):
             raise ValueError(
@@ -179,6 +179,8 @@ def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any]
                 "whole can be imported."
             )
         theta = _given(rope, "rope_theta", theta)
+        if kind == "yarn":
+            scaling = _yarn(rope, fields, source)
         if kind == "llama3":
             scaling = {
                 "factor": rope.get("factor"),
@@ -191,3 +193,25 @@ def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any]
                 ),
             }
     return float(10_000.0 if theta is None else theta), scaling
+
+
+def _yarn(rope: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> dict[str, Any]:
+    original, positions = (
+        rope.get("original_max_position_embeddings"),
+        fields.get("max_position_embeddings"),
+    )
+    if original is None:
+        raise ValueError(
+            f"{source} has rotary positions of type yarn without original_max_position_embeddings: "
+            "how far they are stretched is not known without it."
+        )
+    factor = rope.get("factor")
+    optional = ("mscale", "mscale_all_dim", "attention_factor")
+    return {
+        "factor": positions / original if factor is None and positions else factor,
+        "original_positions": original,
+        "beta_fast": float(rope.get("beta_fast") or 32),
+        "beta_slow": float(rope.get("beta_slow") or 1),
+        **{name: rope[name] for name in optional if rope.get(name) is not None},
+        "truncate": bool(_given(rope, "truncate", True)),
+    }

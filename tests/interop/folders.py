@@ -13,7 +13,7 @@ from mtp_lightning.interop.writing import Contents, write_folder
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.rope_scaling import RopeScaling
+from mtp_lightning.nn.rope_scaling import RopeScaling, YarnScaling
 from tests import deepseek
 
 # More rows than the byte tokenizer needs, as padded vocabularies have.
@@ -37,6 +37,11 @@ TRUNKS = {
     "llama-tied": dense(),
     "llama-wide-heads": dense(d_head=16),
     "llama3": dense(rope_scaling=STRETCHED),
+    "yarn": dense(rope_scaling=YarnScaling(factor=4.0, original_positions=32)),
+    "deepseek-yarn": deepseek.trunk(
+        vocab_size=ROWS,
+        rope_scaling=YarnScaling(factor=8.0, original_positions=32, mscale=1.0, mscale_all_dim=0.7),
+    ),
     "qwen2": dense(attention=GroupedQueryConfig(qkv_bias=True)),
     "qwen3": dense(attention=GroupedQueryConfig(qk_norm=True), d_head=16),
     "deepseek": deepseek.trunk(vocab_size=ROWS, tie_embeddings=False, norm_eps=1e-5,

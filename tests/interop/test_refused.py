@@ -45,7 +45,7 @@ def deepseek_folder(tmp_path: Path) -> Path:
         {"hidden_act": "gelu"},
         {"attention_bias": True},
         {"mlp_bias": True},
-        {"rope_scaling": {"type": "yarn", "factor": 40}},
+        {"rope_scaling": {"type": "linear", "factor": 40}},
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         {"use_sliding_window": True},
