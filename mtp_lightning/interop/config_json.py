@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 
 # What transformers gives DeepSeek-V3's norms on the latents, whatever rms_norm_eps says.
@@ -52,11 +53,13 @@ def trunk_type(trunk: TrunkConfig) -> str:
     if kinds in ((LatentAttentionConfig, DenseConfig), (LatentAttentionConfig, ExpertsConfig)):
         _check_deepseek(trunk)
         return "deepseek_v3"
+    if _is_qwen3_moe(trunk):
+        return "qwen3_moe"
     if kinds != (GroupedQueryConfig, DenseConfig):
         raise ValueError(
             f"model.attention={attention.variant} with model.feed_forward={feed_forward.variant} "
-            "cannot be exported: no supported layout has both. Trunks of model=deepseek_* and "
-            "dense ones with grouped-query attention can."
+            "cannot be exported: no supported layout has both. Trunks of model=deepseek_*, dense "
+            "ones with grouped-query attention and those of Qwen3's mixtures can."
         )
     assert isinstance(attention, GroupedQueryConfig)
     if attention.qk_norm and attention.qkv_bias:
@@ -74,6 +77,15 @@ def trunk_type(trunk: TrunkConfig) -> str:
     return "llama"
 
 
+def _is_qwen3_moe(trunk: TrunkConfig) -> bool:
+    """Norms on heads, and experts alone, by softmax."""
+    a, e = trunk.attention, trunk.feed_forward
+    if type(a) is not GroupedQueryConfig or type(e) is not ExpertsConfig:
+        return False
+    plain = (e.n_shared, e.n_groups, e.scaling, a.qkv_bias) == (0, 1, 1.0, False)
+    return plain and a.qk_norm and e.scoring == "softmax"
+
+
 def _check_deepseek(trunk: TrunkConfig) -> None:
     a, e = trunk.attention, trunk.feed_forward
     assert isinstance(a, LatentAttentionConfig)
@@ -89,6 +101,11 @@ def _check_deepseek(trunk: TrunkConfig) -> None:
         raise ValueError(
             "model.feed_forward.n_shared=0 cannot be exported: DeepSeek-V3's layout always has a "
             "shared expert."
+        )
+    if e.scoring != "sigmoid":
+        raise ValueError(
+            f"model.feed_forward.scoring={e.scoring} cannot be exported with latent attention: "
+            "DeepSeek-V3's layout has sigmoids."
         )
     if e.n_routed // e.n_groups < 2:
         raise ValueError(
@@ -148,8 +165,23 @@ def to_json(
     else:
         fields |= {"use_sliding_window": False, "sliding_window": None}
         fields["layer_types"] = ["full_attention"] * trunk.n_layers
+        fields |= _mixture_fields(trunk)
         fields["mtp_layer_types"] = ["full_attention"] * depth
     return fields
+
+
+def _mixture_fields(trunk: TrunkConfig) -> dict[str, Any]:
+    e = trunk.feed_forward
+    if not isinstance(e, ExpertsConfig):
+        return {}
+    return {
+        "num_experts": e.n_routed,
+        "num_experts_per_tok": e.top_k,
+        "moe_intermediate_size": e.d_expert,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(range(e.first_k_dense)),
+    }
 
 
 def _rope_type(trunk: TrunkConfig) -> dict[str, Any]:

@@ -76,12 +76,17 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
     if kind == "deepseek_v3":
         shape |= _deepseek_shape(fields, need, depth=depth)
     else:
-        switches = {"qk_norm": kind == "qwen3", "qkv_bias": kind in ("qwen2", "mimo")}
+        switches = {
+            "qk_norm": kind in ("qwen3", "qwen3_moe"),
+            "qkv_bias": kind in ("qwen2", "mimo"),
+        }
         shape |= {
             "n_kv_heads": _given(fields, "num_key_value_heads", n_heads),
             "d_head": _given(fields, "head_dim", 128 if kind == "qwen3" else None),
             "attention": {"variant": "grouped_query", **switches},
         }
+        if kind == "qwen3_moe":
+            shape["feed_forward"] = _mixture(fields, need, source)
     try:
         return TrunkConfig(**shape)
     except (ValueError, TypeError) as error:
@@ -130,6 +135,31 @@ def _deepseek_shape(
     return shape
 
 
+def _mixture(fields: Mapping[str, Any], need: Callable[[str], Any], source: str) -> dict[str, Any]:
+    """Of Qwen3's experts."""
+    dense = list(fields.get("mlp_only_layers") or ())
+    if dense != list(range(len(dense))):
+        raise ValueError(
+            f"{source} has mlp_only_layers={dense}: only the first layers can be dense here."
+        )
+    if need("norm_topk_prob") is not True:
+        raise ValueError(
+            f"{source} has norm_topk_prob={fields['norm_topk_prob']}, which this project does not "
+            "compute: it can import only norm_topk_prob=True."
+        )
+    many = fields.get("num_experts", fields.get("num_local_experts"))
+    return {
+        "variant": "experts",
+        "n_routed": need("num_experts") if many is None else many,
+        "n_shared": 0,
+        "top_k": need("num_experts_per_tok"),
+        "d_expert": need("moe_intermediate_size"),
+        "first_k_dense": len(dense),
+        "scoring": "softmax",
+        "bias_rate": 0.0,
+    }
+
+
 # Fields that change the arithmetic, and the only values that mean what is computed here.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -140,6 +170,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "topk_method": ("noaux_tc",),
     "norm_topk_prob": (True,),
     "moe_layer_freq": (1,),
+    "decoder_sparse_step": (1,),
     "rope_interleave": (True, None),
     "partial_rotary_factor": (1.0, None),
     "mtp_hidden_states_first": (False, None),

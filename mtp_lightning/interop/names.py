@@ -24,6 +24,7 @@ from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import DenseConfig
+from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.nn.places import Place, renamed
 
 # This project's names of a module's own parts, and the layouts'.
@@ -55,6 +56,9 @@ def has_layout(config: ModelConfig) -> bool:
         return False
     if mtp.input_norm == "pre":
         return is_mimo(config)
+    experts = config.trunk.feed_forward
+    if isinstance(experts, ExpertsConfig) and layers[0] == "grouped_query":
+        return not experts.first_k_dense  # transformers takes the first MTP layer for the first one
     return layers != ("latent", "dense")
 
 

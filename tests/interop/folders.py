@@ -13,6 +13,7 @@ from mtp_lightning.interop.writing import Contents, write_folder
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.nn.rope_scaling import RopeScaling, YarnScaling
 from tests import deepseek
 
@@ -44,6 +45,11 @@ TRUNKS = {
     ),
     "qwen2": dense(attention=GroupedQueryConfig(qkv_bias=True)),
     "qwen3": dense(attention=GroupedQueryConfig(qk_norm=True), d_head=16),
+    "qwen3_moe": dense(
+        attention=GroupedQueryConfig(qk_norm=True), d_head=16, tie_embeddings=False,
+        feed_forward=ExpertsConfig(n_routed=8, n_shared=0, top_k=2, d_expert=16,
+                                   scoring="softmax", bias_rate=0.0),
+    ),
     "deepseek": deepseek.trunk(vocab_size=ROWS, tie_embeddings=False, norm_eps=1e-5,
                                 latent={"norm_eps": 1e-6}),
     "deepseek-tied": deepseek.trunk(vocab_size=ROWS, latent={"q_rank": None}),

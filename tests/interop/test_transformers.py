@@ -89,6 +89,18 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {**SIZES, "sliding_window": None}),
     "qwen2": ("Qwen2", {**SIZES, **ROPE}),
     "qwen3": ("Qwen3", {**SIZES, "head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            **SIZES,
+            "head_dim": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 16,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+        },
+    ),
     "deepseek": ("DeepseekV3", DEEPSEEK),
     "deepseek-v2-queries": ("DeepseekV3", {**DEEPSEEK, "q_lora_rank": None, **ROPE}),
     "deepseek-yarn": (
