@@ -63,9 +63,13 @@ class Folder:
         return pretrained_state(self.path) if found else None
 
     def build(self) -> MTPModel:
-        """The model, in evaluation mode."""
-        model = MTPModel(self.config)
-        load_weights(model, self.weights, source=str(self.path))
+        """The model, in evaluation mode. Its weights are :attr:`weights` themselves: a second copy
+        of a large model would not fit beside them."""
+        with torch.device("meta"):
+            model = MTPModel(self.config)
+        if any(b.is_meta for name, b in model.named_buffers() if name not in self.weights):
+            model = MTPModel(self.config)  # what is not stored must be made
+        load_weights(model, self.weights, source=str(self.path), assign=True)
         return model.eval()
 
 
