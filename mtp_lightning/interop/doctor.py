@@ -43,7 +43,7 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.mtp.switches import Concat, InputNorm
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.run.loading import pretrained_state, require_held
+from mtp_lightning.run.loading import LoadedRun, pretrained_state, require_held
 
 # The trunk goes on with these, and the drafts are judged on what it says.
 _BEGINNINGS = (
@@ -192,7 +192,7 @@ def _measured(
     model = MTPModel(one)
     model.load_state_dict(from_folder(one, own, source=str(found.folder)))
     model.eval()
-    prompts = _prompts(found.folder, config.trunk.vocab_size)
+    prompts = _prompts(found.folder, model)
     texts = _texts(model, prompts, new_tokens)
     assert isinstance(one.mtp, SequentialConfig)
     meant = (one.mtp.input_norm, one.mtp.concat)
@@ -211,13 +211,13 @@ def _of_mtp(name: str, config: ModelConfig) -> bool:
     return any(name.startswith(mtp_prefix(config, k)) for k in range(config.mtp.depth))
 
 
-def _prompts(folder: Path, vocab_size: int) -> list[list[int]]:
+def _prompts(folder: Path, model: MTPModel) -> list[list[int]]:
     """Beginnings of texts, or, without a tokenizer, random ids."""
+    vocab_size = model.config.trunk.vocab_size
     if (folder / "tokenizer.json").is_file():
-        from data_modules.tokenizers import tokenizer_from_state
-
-        tokenizer = tokenizer_from_state(pretrained_state(folder))
-        found = [[int(i) for i in tokenizer.encode(text)] for text in _BEGINNINGS]
+        state = pretrained_state(folder)
+        run = LoadedRun(model=model, tokenizer_state=state, config={}, step=0, path=folder)
+        found = [[int(i) for i in run.tokenizer.encode(text)] for text in _BEGINNINGS]
         if max(map(max, found)) < vocab_size:
             return found
     generator = torch.Generator().manual_seed(0)
@@ -343,7 +343,7 @@ def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
     """Heads of this project's, which say themselves what they are."""
     folder = read_folder(path)
     model = folder.build()
-    prompts = _prompts(path, model.config.trunk.vocab_size)
+    prompts = _prompts(path, model)
     acceptance = _accepted(model, prompts, new_tokens)
     layout = f"mtp-lightning's {heads.FILE} (mtp={model.config.mtp.variant})"
     found = Diagnosis(folder=path, layout=layout, verdict="", sound=False, acceptance=acceptance)
