@@ -25,7 +25,7 @@ TEXT = {
 }
 # The model's own texts, of a small model.
 SELF_GENERATED = {
-    "data.n_prompts": 24,
+    "data.n_prompts": 80,
     "data.prompt_tokens": 4,
     "data.new_tokens": 12,
     "data.chat_share": 0,
@@ -92,7 +92,7 @@ def test_a_preset_trains(tmp_path: Path, cache: Path, name: str) -> None:
         )
         more = {"init_from": tmp_path / "trunk"}
     if name == "smollm2_heads":
-        texts = [f'{{"text": "{word} and more of it, a line of text"}}' for word in range(40)]
+        texts = [f'{{"text": "{word} and more of it, a line of text"}}' for word in range(200)]
         (tmp_path / "prompts.jsonl").write_text("\n".join(texts))
         more |= {"data.prompts.paths": tmp_path / "prompts.jsonl"}
     summary = run(tmp_path / "run", cache, name, more)

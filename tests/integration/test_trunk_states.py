@@ -44,10 +44,12 @@ def heads(trunk: Path, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "switches",
     [
-        {},
-        {"mtp.input_norm": "pre", "data.document_mask": "true"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param(
+            {"mtp.input_norm": "pre", "data.document_mask": "true"}, marks=pytest.mark.slow
+        ),
         {"objective": "kl", "mtp.init": "last_block", "trainer.accumulate_grad_batches": 2},
-        {"mtp": "parallel"},
+        pytest.param({"mtp": "parallel"}, marks=pytest.mark.slow),
     ],
     ids=["final", "two-states-and-a-mask", "taught", "side-by-side"],
 )
@@ -66,6 +68,7 @@ def test_read_states_train_as_computed_ones(
     assert kept["flops"] < 0.9 * plain["flops"], "what is read is not computed"
 
 
+@pytest.mark.slow
 def test_they_are_made_once_and_a_run_goes_on_with_them(trunk: Path, tmp_path: Path) -> None:
     settings = heads(trunk, **CACHED)
     cache = tmp_path / "cache"

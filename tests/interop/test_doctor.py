@@ -58,6 +58,7 @@ def depth(k: int, tensors: Tensors) -> list[str]:
     return [n for n in names if "embed_tokens" not in n and "shared_head.head" not in n]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["post", "mimo"])
 def test_a_sound_folder(runs: Path, tmp_path: Path, name: str) -> None:
     found = doctor.examine(written(runs / name, tmp_path / "x"))
@@ -120,6 +121,7 @@ def other_head(tensors: Tensors) -> None:
     tensors["model.layers.1.shared_head.head.weight"] += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -144,6 +146,7 @@ def test_what_is_not_sound(
     assert re.search(message, found.verdict), found.verdict
 
 
+@pytest.mark.slow
 def test_a_state_of_the_wrong_side_of_the_norm(runs: Path, tmp_path: Path) -> None:
     """Modules that read the state before the norm, in a layout that gives them the one after."""
     folder = written(runs / "mimo", tmp_path / "mimo")
@@ -165,6 +168,7 @@ def test_a_state_of_the_wrong_side_of_the_norm(runs: Path, tmp_path: Path) -> No
     assert shares["pre", "hidden_first"] > shares["post", "hidden_first"]
 
 
+@pytest.mark.slow
 def test_the_command_and_its_exit_codes(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
