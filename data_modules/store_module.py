@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,8 +30,13 @@ class StoreDataModule(WindowDataModule):
             (:func:`~data_modules.evaluation_text.choose`); ``all`` for all of them.
         document_mask: whether batches carry document ids, so that targets in another document do
             not count and attention is block-diagonal.
+        cache_states: whether a frozen trunk's states of the training windows are kept on disk, for
+            every epoch and run; who has the model sets :attr:`states`.
         cache_dir: the cache folder; ``$MTP_LIGHTNING_CACHE`` or ``~/.cache/mtp-lightning`` if None.
         options: of :class:`WindowDataModule`.
+
+    Attributes:
+        states: the folder with these states; None without.
 
     Raises:
         ValueError: for numbers out of range.
@@ -45,6 +51,7 @@ class StoreDataModule(WindowDataModule):
         eval_bytes: int | Literal["all"] = 300_000,
         eval_batch_size: int | None = None,
         document_mask: bool = False,
+        cache_states: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
         num_workers: int = 0,
         pin_memory: bool | None = None,
@@ -63,6 +70,8 @@ class StoreDataModule(WindowDataModule):
             require_whole("data.eval_bytes (all for the whole split)", eval_bytes, least=1)
         self.eval_bytes = eval_bytes
         self.document_mask = document_mask
+        self.cache_states = cache_states
+        self.states: Path | None = None
         self.cache_dir = cache_folder(cache_dir)
         self._store: TokenStore | None = None
 
@@ -110,6 +119,7 @@ class StoreDataModule(WindowDataModule):
             stride=self.stride,
             document_mask=self.document_mask,
             extra=self.extra,
+            states=self.states,
         )
         return WindowLoader(
             dataset,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
@@ -10,6 +12,9 @@ from torch.utils.data import Dataset
 from data_modules.token_files.shards import ShardedTokens
 from data_modules.token_store import TokenFile
 from data_modules.windows import WindowBatch
+
+STATES = "states.npy"
+"""The file of a frozen trunk's states of all windows, ``[windows, S, T, C]``; bf16 as uint16."""
 
 
 def window_count(n_tokens: int, seq_len: int, depth: int) -> int:
@@ -38,6 +43,7 @@ class WindowDataset(Dataset[WindowBatch]):
         stride: s, places from one depth's target to the next one's; s D is at most T.
         document_mask: whether batches carry document ids.
         extra: E, tokens of a window behind its T + D + 1; D + E is at most T.
+        states: folder with what a frozen trunk makes of every window, for the batches to carry.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class WindowDataset(Dataset[WindowBatch]):
         stride: int = 1,
         document_mask: bool = False,
         extra: int = 0,
+        states: Path | None = None,
     ) -> None:
         assert 0 <= stride * depth <= stride * depth + extra <= seq_len
         self.file = file
@@ -61,6 +68,8 @@ class WindowDataset(Dataset[WindowBatch]):
         self.length = seq_len + self.beyond + 1
         self._windows: np.ndarray | ShardedTokens | None = None
         self._starts: np.ndarray | None = None
+        self.states = states
+        self._kept: np.ndarray | None = None
 
     def __len__(self) -> int:
         return window_count(self.file.n_tokens, self.seq_len, self.beyond)
@@ -97,7 +106,20 @@ class WindowDataset(Dataset[WindowBatch]):
             windows = self._windows[numbers]
         tokens = torch.from_numpy(windows.astype(np.int64))
         documents = torch.from_numpy(self._documents(numbers)) if self.document_mask else None
-        return WindowBatch(tokens, self.depth, documents, stride=self.stride, extra=self.extra)
+        return WindowBatch(
+            tokens,
+            self.depth,
+            documents,
+            stride=self.stride,
+            extra=self.extra,
+            states=None if self.states is None else self._states(self.states, numbers),
+        )
+
+    def _states(self, folder: Path, numbers: np.ndarray) -> torch.Tensor:
+        if self._kept is None:
+            self._kept = np.load(folder / STATES, mmap_mode="r")
+        found = torch.from_numpy(self._kept[numbers])
+        return found.view(torch.bfloat16) if found.dtype == torch.uint16 else found
 
     def _open(self) -> None:
         tokens = self.file.tokens()
@@ -127,4 +149,4 @@ class WindowDataset(Dataset[WindowBatch]):
         return documents
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_windows": None, "_starts": None}
+        return self.__dict__ | {"_windows": None, "_starts": None, "_kept": None}

@@ -39,6 +39,8 @@ class WindowBatch:
         stride: s, places from one depth's target to the next one's. Where it is not 1, all fields
             are ``[B, T+sD+1]``.
         extra: E, tokens of every window, and entries of the other fields, behind its T+sD+1.
+        states: ``[B, S, T, C]``, what a frozen trunk makes of the windows, where that is known: its
+            final state, and with S = 2 the state that the depths start from.
         host: the batch that this one was copied from to another device: counted there, its masks
             need not be waited for.
 
@@ -53,6 +55,7 @@ class WindowBatch:
     texts: Tensor | None = None
     stride: int = 1
     extra: int = 0
+    states: Tensor | None = None
     host: WindowBatch | None = None
 
     def __post_init__(self) -> None:
@@ -142,7 +145,8 @@ class WindowBatch:
         return field[:, start : start + self.seq_len]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> WindowBatch:
-        """The batch with every field passed through ``function``, which may cut both dimensions."""
+        """The batch with every field passed through ``function``, which may cut both dimensions;
+        ``states``, which are of whole windows, are left out."""
 
         def passed(field: Tensor | None) -> Tensor | None:
             return None if field is None else function(field)
@@ -172,19 +176,24 @@ class WindowBatch:
             )
 
         def part(i: int) -> WindowBatch:
-            return self.map(lambda field: field.tensor_split(n)[i])
+            return self._map_rows(lambda field: field.tensor_split(n)[i])
 
         return [part(i) for i in range(n)]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> WindowBatch:
         """The batch on another device (Lightning's transfer hook calls this)."""
-        moved = self.map(lambda field: field.to(device, non_blocking=non_blocking))
+        moved = self._map_rows(lambda field: field.to(device, non_blocking=non_blocking))
         copied = self.device.type == "cpu" != moved.device.type
         return replace(moved, host=self) if copied else moved
 
     def pin_memory(self) -> WindowBatch:
         """The batch in page-locked memory (torch's DataLoader calls this)."""
-        return self.map(torch.Tensor.pin_memory)
+        return self._map_rows(torch.Tensor.pin_memory)
+
+    def _map_rows(self, function: Callable[[Tensor], Tensor]) -> WindowBatch:
+        """:meth:`map` by a function that leaves windows whole."""
+        mapped = self.map(function)
+        return mapped if self.states is None else replace(mapped, states=function(self.states))
 
     def require_depth(self, depth: int, stride: int = 1) -> None:
         """Refuses a batch that was cut for another D or stride than the model's.

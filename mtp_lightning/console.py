@@ -21,6 +21,7 @@ TOOLS = {
     "work": ("sweeps.work", "run the jobs of a planned sweep; as many of it as you like"),
     "status": ("sweeps.status", "what has become of a sweep's jobs"),
     "search": ("sweeps.search", "look for good settings with Optuna"),
+    "doctor": ("mtp_lightning.interop.doctor", "are the MTP layers of a folder whole and trained"),
 }
 
 

@@ -197,7 +197,7 @@ class MTPModel(nn.Module):
         ledger: Ledger | None = None,
         key: RandomKey | None = None,
     ) -> tuple[Tensor, BranchPoint]:
-        """The trunk over whole windows.
+        """The trunk over whole windows, or what the batch knows that it says.
 
         Args:
             batch: windows built for this model's depth.
@@ -226,6 +226,9 @@ class MTPModel(nn.Module):
         tokens = self.mtp.tokens_read(batch.tokens, batch.scored)
         tokens = tokens[:, : seq_len + self.mtp.ahead(active)]
         embedded = self.trunk.embedding(tokens)
+        if batch.states is not None:
+            kept = [state.contiguous() for state in batch.states.unbind(1)]
+            return kept[0], BranchPoint(kept[-1], tokens, embedded, positions)
         if active:
             output, branch = self.mtp.through_trunk(
                 self.trunk, embedded[:, :seq_len], positions, key

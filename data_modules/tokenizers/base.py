@@ -77,6 +77,23 @@ class Tokenizer(ABC):
         """``encode`` of every text; at once where that is faster."""
         return [self.encode(text) for text in texts]
 
+    def encode_specials(self, text: str) -> np.ndarray:
+        """``encode`` of a text in which names of special tokens are those tokens, as in what a
+        program writes around a question.
+
+        Raises:
+            ValueError: a tokenizer without special tokens of that kind.
+        """
+        raise ValueError(
+            f"the {self.kind} tokenizer has no special tokens to write a chat with: only a model "
+            "with a tokenizer of its own (tokenizer=pretrained) can be asked."
+        )
+
+    def special_ids(self) -> dict[str, int]:
+        """Ids of the beginning-of-text and the padding token, by their names in a config.json;
+        without those that it does not have."""
+        return {}
+
     @property
     def needs_training(self) -> bool:
         """Whether :meth:`train` has to be called before ids can be had."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from data_modules.sources.base import digest
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.tokenizers.bpe import _quiet_forks
 
@@ -23,6 +24,9 @@ KNOWN_EOT = (
 )
 """Names of the token that ends a document in the tokenizers in use, the first found is taken."""
 
+BESIDE = ("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+"""Files beside a ``tokenizer.json`` that say how others use it; they are kept as text."""
+
 
 class PretrainedTokenizer(Tokenizer):
     """A tokenizer of the ``tokenizers`` library.
@@ -36,6 +40,9 @@ class PretrainedTokenizer(Tokenizer):
             ``tokenizer_config.json`` beside it, else the first known name among its special
             tokens.
 
+    Attributes:
+        beside: the files of :data:`BESIDE` that lay beside it, by name.
+
     Raises:
         FileNotFoundError: from the first use, if there is no such file, folder or hub name.
         ValueError: likewise, if the file is no tokenizer or has no such end-of-text token.
@@ -46,13 +53,15 @@ class PretrainedTokenizer(Tokenizer):
     def __init__(self, path: str, *, eot_token: str | None = None) -> None:
         self.path = str(path)
         self.eot_token = eot_token
+        self.beside: dict[str, str] = {}
         self._library: Any = None
         self._eot_id = -1
         self._vocab_size = 0
 
     def _load(self) -> Any:
         if self._library is None:
-            library, named = _read(self.path)
+            library, self.beside = _read(self.path)
+            named = _named(self.beside, "eos_token")
             self._adopt(library, self.eot_token or named)
         return self._library
 
@@ -98,6 +107,22 @@ class PretrainedTokenizer(Tokenizer):
         encoded = self._load().encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int64) for encoding in encoded]
 
+    def encode_specials(self, text: str) -> np.ndarray:
+        library = self._load()
+        library.encode_special_tokens = False
+        try:
+            return np.asarray(library.encode(text, add_special_tokens=False).ids, np.int64)
+        finally:
+            library.encode_special_tokens = True
+
+    def special_ids(self) -> dict[str, int]:
+        library, found = self._load(), {}
+        for role in ("bos", "pad"):
+            name = _named(self.beside, f"{role}_token")
+            if name is not None and (number := library.token_to_id(name)) is not None:
+                found[f"{role}_token_id"] = int(number)
+        return found
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         array = np.asarray(ids, dtype=np.int64).reshape(-1)
         return str(self._load().decode(array.tolist(), skip_special_tokens=False))
@@ -105,7 +130,15 @@ class PretrainedTokenizer(Tokenizer):
     def spec(self) -> dict[str, Any]:
         return {"kind": self.kind, "content": self.fingerprint()}
 
+    def fingerprint(self) -> str:
+        return digest(json.dumps(self._ids_state(), sort_keys=True))
+
     def state(self) -> dict[str, Any]:
+        beside = {"beside": self.beside} if self._load() and self.beside else {}
+        return self._ids_state() | beside
+
+    def _ids_state(self) -> dict[str, Any]:
+        """What decides the ids."""
         text = self._load().to_str()
         return {
             "kind": self.kind,
@@ -120,6 +153,8 @@ class PretrainedTokenizer(Tokenizer):
 
         tokenizer = cls(state["path"], eot_token=state["eot_token"])
         tokenizer._adopt(Library.from_str(state["tokenizer_json"]), state["eot_token"])
+        found = state.get("beside", {})
+        tokenizer.beside = {name: found[name] for name in BESIDE if name in found}
         return tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,8 +164,8 @@ class PretrainedTokenizer(Tokenizer):
         self.__dict__.update(type(self).from_state(state).__dict__)
 
 
-def _read(given: str) -> tuple[Any, str | None]:
-    """The library's tokenizer, and the end-of-text token that a config beside it names."""
+def _read(given: str) -> tuple[Any, dict[str, str]]:
+    """The library's tokenizer, and the files of :data:`BESIDE`."""
     from tokenizers import Tokenizer as Library
 
     _quiet_forks()
@@ -147,17 +182,20 @@ def _read(given: str) -> tuple[Any, str | None]:
             library = Library.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path} is not a tokenizer.json that can be read: {error}") from None
-        config = path.with_name("tokenizer_config.json")
-        named = None
-        if config.is_file():
-            named = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        return library, named["content"] if isinstance(named, dict) else named
+        files = [path.with_name(name) for name in BESIDE]
+        return library, {f.name: f.read_text(encoding="utf-8") for f in files if f.is_file()}
     if path.suffix == ".json" or given.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{given} does not exist: check tokenizer.path")
     try:
-        return Library.from_pretrained(given), None
+        return Library.from_pretrained(given), {}
     except Exception as error:
         raise FileNotFoundError(
             f"{given!r} is neither a file nor a folder, and the Hugging Face hub did not give a "
             f"tokenizer of that name ({' '.join(str(error).split())[:200]}): check tokenizer.path"
         ) from None
+
+
+def _named(beside: dict[str, str], role: str) -> str | None:
+    """The special token of a role, such as ``eos_token``, that a tokenizer_config.json names."""
+    named = json.loads(beside.get("tokenizer_config.json", "{}")).get(role)
+    return named["content"] if isinstance(named, dict) else named

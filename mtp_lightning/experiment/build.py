@@ -53,6 +53,8 @@ _OWN_TRAINER_KEYS = (
     "compile",
     "shard_size",
 )
+# Of a tokenizer's state what no message repeats.
+_LONG = ("tokenizer_json", "beside")
 # What mtp.init=last_block looks at: a pass of the trunk over more would take longer than it gains.
 BEGINNING_TOKENS = 8192
 _PRECISIONS = ("auto", "32-true", "bf16-mixed", "64-true")
@@ -88,7 +90,7 @@ def build_data(
             tokenizer_state.get(key) == value for key, value in options.items()
         )
         if not same or (asked.kind == "pretrained" and asked.spec() != tokenizer.spec()):
-            stored = {k: v for k, v in tokenizer_state.items() if k != "tokenizer_json"}
+            stored = {k: v for k, v in tokenizer_state.items() if k not in _LONG}
             raise ValueError(
                 f"init_from={cfg.init_from} was trained with the tokenizer {stored}, which this "
                 "run's tokenizer settings do not ask for: its weights mean nothing with another."

@@ -85,7 +85,7 @@ def export(cfg: Any) -> Path:
             folder.name,
             model.config,
             contents,
-            model_type=config_json.model_type(model.config.trunk),
+            model_type=config_json.model_type(model.config),
             dtype=cfg.dtype,
             step=run.step,
             run_config=run.config,

@@ -29,9 +29,10 @@ from mtp_lightning.decoding.generate import generate
 from mtp_lightning.decoding.sampling import Sampling
 from mtp_lightning.interop.reading import open_run
 from mtp_lightning.model import MTPModel
+from mtp_lightning.nn.init import parameter_seed
 from mtp_lightning.run.loading import LoadedRun
 from mtp_lightning.runtime import pick_accelerator
-from mtp_lightning.settings import require_whole
+from mtp_lightning.settings import require_number, require_whole
 
 
 class SelfGenerated(TokenDataModule):
@@ -54,6 +55,10 @@ class SelfGenerated(TokenDataModule):
         sample_seed: of the samples. Not the run's seed: runs with other seeds share the texts.
         decode_batch_size: prompts that are decoded together.
         accelerator: that decodes them.
+        chat_share: of the texts, those that are a question, of up to ``prompt_tokens``, which the
+            model makes up, and its answer: 0 to 1.
+        chat_before: what its chat format has before a question, special tokens by their names.
+        chat_after: what it has between a question and the answer.
         weights: digest of the model's trunk, where it is known: then the model is not read, if
             the cache has its texts. None to read it; :attr:`weights` is what it was.
         options: all other arguments of :class:`TokenDataModule`.
@@ -77,6 +82,9 @@ class SelfGenerated(TokenDataModule):
         sample_seed: int = 0,
         decode_batch_size: int = 32,
         accelerator: str = "auto",
+        chat_share: float = 0.0,
+        chat_before: str | None = None,
+        chat_after: str | None = None,
         weights: str | None = None,
         **options: Any,
     ) -> None:
@@ -86,6 +94,13 @@ class SelfGenerated(TokenDataModule):
         require_whole("data.new_tokens", new_tokens, least=1)
         require_whole("data.sample_seed", sample_seed, least=0)
         require_whole("data.decode_batch_size", decode_batch_size, least=1)
+        require_number("data.chat_share", chat_share, least=0, most=1)
+        if chat_share and not chat_after:
+            raise ValueError(
+                f"data.chat_share={chat_share} needs the model's chat format: give "
+                "data.chat_before and data.chat_after, what stands before a question and between "
+                "it and the answer."
+            )
         self.sampling = Sampling(temperature=temperature, top_p=top_p)
         self.model = model
         self.n_prompts = n_prompts
@@ -94,6 +109,8 @@ class SelfGenerated(TokenDataModule):
         self.sample_seed = sample_seed
         self.decode_batch_size = decode_batch_size
         self.accelerator = accelerator
+        self.chat_share = chat_share
+        self.chat = (chat_before or "", chat_after or "")
         self.weights = weights
         # Packages that the model may bring classes from: the caller says it, never a config, which
         # may be somebody else's.
@@ -114,6 +131,7 @@ class SelfGenerated(TokenDataModule):
 
     def _settings(self) -> dict[str, Any]:
         """What the texts of a model depend on."""
+        chat = {"chat_share": self.chat_share, "chat": list(self.chat)} if self.chat_share else {}
         return {
             "prompts": self.split.source.fingerprint(),
             "val_fraction": self.split.val_fraction,
@@ -124,6 +142,7 @@ class SelfGenerated(TokenDataModule):
             "temperature": float(self.sampling.temperature),
             "top_p": None if self.sampling.top_p in (None, 1) else self.sampling.top_p,
             "sample_seed": self.sample_seed,
+            **chat,
         }
 
     def _read(self) -> LoadedRun:
@@ -149,12 +168,15 @@ class SelfGenerated(TokenDataModule):
                 f"{theirs.vocab_size} ids) than this run ({own.kind}): its texts are for a run "
                 "with its own tokenizer."
             )
-        total = self.prompt_tokens + self.new_tokens - 1  # the last token is not read
+        chat = sum(map(len, self._chat_ids(theirs)))
+        # The last token is not read.
+        total = self.prompt_tokens + chat + self.new_tokens - 1
         if total > run.seq_len:
+            around = f", the chat format ({chat})" if chat else ""
             raise ValueError(
-                f"data.prompt_tokens={self.prompt_tokens} and data.new_tokens={self.new_tokens} "
-                f"make {total} tokens to read, and data.model={self.model} was trained on "
-                f"{run.seq_len}: lower one of them."
+                f"data.prompt_tokens={self.prompt_tokens}{around} and "
+                f"data.new_tokens={self.new_tokens} make {total} tokens to read, and "
+                f"data.model={self.model} was trained on {run.seq_len}: lower one of them."
             )
         found = trunk_digest(run.model)
         if self.weights not in (None, found):
@@ -167,12 +189,16 @@ class SelfGenerated(TokenDataModule):
 
     def _write(self, folder: Path, speaker: LoadedRun) -> dict[str, Any]:
         n_val = min(max(1, round(self.n_prompts * self.split.val_fraction)), self.n_prompts - 1)
+        counts = {"train": self.n_prompts - n_val, "val": n_val}
+        chats = {name: round(n * self.chat_share) for name, n in counts.items()}
         prompts = take_prompts(
             self.split,
             speaker.tokenizer,
-            counts={"train": self.n_prompts - n_val, "val": n_val},
+            counts={name: n - chats[name] for name, n in counts.items()},
             length=self.prompt_tokens,
         )
+        asked = self._questions(speaker, sum(chats.values()))
+        prompts += zip([name for name, n in chats.items() for _ in range(n)], asked, strict=True)
         texts = self._continue(speaker, [prompt for _, prompt in prompts])
         pieces = speaker.tokenizer.token_bytes()
         # A trunk may have more rows than its tokenizer has ids.
@@ -202,31 +228,56 @@ class SelfGenerated(TokenDataModule):
         }
         return meta
 
+    def _chat_ids(self, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+        """What stands before a question, and between it and the answer."""
+        if not self.chat_share:
+            return [], []
+        before, after = (tokenizer.encode_specials(text).tolist() for text in self.chat)
+        return before, after
+
+    def _questions(self, speaker: LoadedRun, n: int) -> list[np.ndarray]:
+        """Chats up to the answer, whose questions the model makes up (Magpie, Xu et al. 2024, arXiv
+        2406.08464): asked to go on behind what stands before a question, it asks one."""
+        before, after = self._chat_ids(speaker.tokenizer)
+        if not n:
+            return []
+        said = self._say(
+            speaker, [before] * n, self.prompt_tokens, seed=parameter_seed(self.sample_seed, "chat")
+        )
+        return [np.asarray([*before, *question, *after], np.int64) for question in said]
+
     def _continue(self, speaker: LoadedRun, prompts: list[np.ndarray]) -> list[np.ndarray]:
         """Every prompt with its continuation, without end-of-text token."""
-        progress = Progress(
-            f"texts of {speaker.path}", len(prompts) * self.new_tokens, unit="tokens"
+        said = self._say(
+            speaker, [p.tolist() for p in prompts], self.new_tokens, seed=self.sample_seed
         )
+        return [
+            np.concatenate([prompt, ids]).astype(np.int64)
+            for prompt, ids in zip(prompts, said, strict=True)
+        ]
+
+    def _say(
+        self, speaker: LoadedRun, prompts: list[list[int]], n: int, *, seed: int
+    ) -> list[list[int]]:
+        """What the model says behind each prompt, up to ``n`` tokens, without end-of-text token."""
+        progress = Progress(f"texts of {speaker.path}", len(prompts) * n, unit="tokens")
         eot = speaker.tokenizer.eot_id
         try:
             said = generate(
                 speaker.model,
-                [prompt.tolist() for prompt in prompts],
-                max_new_tokens=self.new_tokens,
+                prompts,
+                max_new_tokens=n,
                 speculative=False,
                 temperature=self.sampling.temperature,
                 top_p=self.sampling.top_p,
-                seed=self.sample_seed,
+                seed=seed,
                 eot_id=eot,
                 batch_size=self.decode_batch_size,
                 on_tokens=lambda _, tokens, __: progress.add(len(tokens)),
             )
         finally:
             progress.close()
-        return [
-            np.concatenate([prompt, [i for i in g.token_ids if i != eot]]).astype(np.int64)
-            for prompt, g in zip(prompts, said, strict=True)
-        ]
+        return [[i for i in g.token_ids if i != eot] for g in said]
 
 
 def trunk_digest(model: MTPModel) -> str:
@@ -241,8 +292,8 @@ def trunk_digest(model: MTPModel) -> str:
 
 
 def _vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What decides the ids; not where the tokenizer was read from."""
-    return {key: value for key, value in tokenizer.state().items() if key != "path"}
+    """What decides the ids; not where the tokenizer was read from, or what lay beside it."""
+    return {k: v for k, v in tokenizer.state().items() if k not in ("path", "beside")}
 
 
 def _would_be(asked: Tokenizer, trained: Tokenizer) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf
 
+from data_modules.store_module import StoreDataModule
 from mtp_lightning import compare
 from mtp_lightning.callbacks.base import run_callbacks
 from mtp_lightning.callbacks.checkpoints import Checkpoints
@@ -32,6 +33,7 @@ from mtp_lightning.experiment.generating import print_sample
 from mtp_lightning.experiment.instantiate import trusted_packages
 from mtp_lightning.experiment.peers import Peers, check_world, find_peers
 from mtp_lightning.experiment.run_loggers import end_loggers
+from mtp_lightning.experiment.trunk_states import keep_states
 from mtp_lightning.init_from import Start, brought_trunk, read_start, start_from
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
@@ -40,7 +42,7 @@ from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.config import WITHOUT_BEARING, describe_differences
 from mtp_lightning.run.folder import claimed
 from mtp_lightning.run.layout import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
-from mtp_lightning.run.loading import describe_interrupt
+from mtp_lightning.run.loading import describe_interrupt, model_weights
 from mtp_lightning.run.metrics import read_metrics
 from mtp_lightning.run.solved import time_to_solve
 from mtp_lightning.run.summary import environment, print_paths, print_summary
@@ -133,6 +135,11 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
         begins = module.model.config.mtp.init != "random"
         windows = beginning_windows(data) if begins else None
         log.info("Starting from %s: %s.", start.path, start_from(module.model, start, windows))
+    if isinstance(data, StoreDataModule) and data.cache_states:
+        if stored is not None:  # the trunk's weights, which Lightning would bring too late
+            module.model.load_state_dict(model_weights(stored))
+        with peers.in_turn():
+            data.states = keep_states(module.model, data, cfg.trainer)
     return Prepared(
         asked=asked,
         cfg=cfg,

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from mtp_lightning.interop import heads
+from mtp_lightning.interop.config_json import STANDS_FOR
+from mtp_lightning.interop.names import is_mimo
 from mtp_lightning.interop.transformers_model import one_line
 from mtp_lightning.interop.writing import Contents
 from mtp_lightning.model import ModelConfig
@@ -81,7 +83,14 @@ def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
     )
     yield ""
     first = trunk.n_layers
-    if contents.layer_depths:
+    if contents.layer_depths and is_mimo(config):
+        yield (
+            f"It was trained to predict several tokens. Its {contents.layer_depths} MTP module(s) "
+            "of MiMo's form are `model.mtp_layers.0` and on: `token_layernorm`, "
+            "`hidden_layernorm`, `input_proj` (the hidden state first, before the final norm), the "
+            "block, `final_layernorm`. Embedding and head are the trunk's."
+        )
+    elif contents.layer_depths:
         last = first + contents.layer_depths - 1
         yield (
             f"It was trained to predict several tokens. Its {contents.layer_depths} MTP module(s) "
@@ -103,6 +112,13 @@ def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
 
 def _use(config: ModelConfig, contents: Contents, model_type: str) -> Iterator[str]:
     depth, layers = contents.layer_depths, config.trunk.n_layers
+    if depth and model_type in STANDS_FOR:
+        yield (
+            "Who reads the MTP layers: mtp-lightning. vLLM and SGLang have loaders for MiMo's, "
+            "which is this layout; neither was tried with this folder. transformers has no class "
+            "of this type of model: its `Qwen2ForCausalLM.from_pretrained(FOLDER)` is the trunk."
+        )
+        return
     yield "```python"
     yield "import transformers"
     yield ""

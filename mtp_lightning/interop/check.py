@@ -18,13 +18,14 @@ def check(path: str) -> None:
         OSError: a missing file.
     """
     from mtp_lightning.interop import heads
+    from mtp_lightning.interop.config_json import STANDS_FOR
     from mtp_lightning.interop.reading import read_folder
     from mtp_lightning.interop.transformers_model import one_line
     from mtp_lightning.interop.verify import check_with_transformers
 
     folder = read_folder(path)
     depth = 0 if heads.is_there(folder.path) else folder.config.mtp.depth
-    if depth:
+    if depth and folder.fields["model_type"] not in STANDS_FOR:
         line = one_line(folder.fields["model_type"], folder.config.trunk.n_layers, depth)
         print(f"{depth} MTP layer(s). What transformers needs before it loads them:\n\n  {line}\n")
     for found in check_with_transformers(folder.path, folder.build()):

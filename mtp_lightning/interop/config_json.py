@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
+from mtp_lightning.interop.names import is_mimo
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import DenseConfig
 from mtp_lightning.nn.mla import LatentAttentionConfig
 from mtp_lightning.nn.moe import ExpertsConfig
+from mtp_lightning.nn.rope_scaling import YarnScaling
 
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "mimo": "MiMoForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 
 # What transformers gives DeepSeek-V3's norms on the latents, whatever rms_norm_eps says.
 LATENT_EPS = 1e-6
 
 
-def model_type(trunk: TrunkConfig) -> str:
+# What transformers has for a layout whose own class comes with the model as code.
+STANDS_FOR = {"mimo": "qwen2"}
+
+
+def model_type(config: ModelConfig) -> str:
+    """The layout that computes what a model does, or its trunk, where the stack has none.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return "mimo" if is_mimo(config) else trunk_type(config.trunk)
+
+
+def trunk_type(trunk: TrunkConfig) -> str:
     """The layout that computes what a trunk does.
 
     Raises:
@@ -35,11 +53,13 @@ def model_type(trunk: TrunkConfig) -> str:
     if kinds in ((LatentAttentionConfig, DenseConfig), (LatentAttentionConfig, ExpertsConfig)):
         _check_deepseek(trunk)
         return "deepseek_v3"
+    if _is_qwen3_moe(trunk):
+        return "qwen3_moe"
     if kinds != (GroupedQueryConfig, DenseConfig):
         raise ValueError(
             f"model.attention={attention.variant} with model.feed_forward={feed_forward.variant} "
-            "cannot be exported: no supported layout has both. Trunks of model=deepseek_* and "
-            "dense ones with grouped-query attention can."
+            "cannot be exported: no supported layout has both. Trunks of model=deepseek_*, dense "
+            "ones with grouped-query attention and those of Qwen3's mixtures can."
         )
     assert isinstance(attention, GroupedQueryConfig)
     if attention.qk_norm and attention.qkv_bias:
@@ -57,6 +77,15 @@ def model_type(trunk: TrunkConfig) -> str:
     return "llama"
 
 
+def _is_qwen3_moe(trunk: TrunkConfig) -> bool:
+    """Norms on heads, and experts alone, by softmax."""
+    a, e = trunk.attention, trunk.feed_forward
+    if type(a) is not GroupedQueryConfig or type(e) is not ExpertsConfig:
+        return False
+    plain = (e.n_shared, e.n_groups, e.scaling, a.qkv_bias) == (0, 1, 1.0, False)
+    return plain and a.qk_norm and e.scoring == "softmax"
+
+
 def _check_deepseek(trunk: TrunkConfig) -> None:
     a, e = trunk.attention, trunk.feed_forward
     assert isinstance(a, LatentAttentionConfig)
@@ -72,6 +101,11 @@ def _check_deepseek(trunk: TrunkConfig) -> None:
         raise ValueError(
             "model.feed_forward.n_shared=0 cannot be exported: DeepSeek-V3's layout always has a "
             "shared expert."
+        )
+    if e.scoring != "sigmoid":
+        raise ValueError(
+            f"model.feed_forward.scoring={e.scoring} cannot be exported with latent attention: "
+            "DeepSeek-V3's layout has sigmoids."
         )
     if e.n_routed // e.n_groups < 2:
         raise ValueError(
@@ -93,7 +127,7 @@ def to_json(
         eot_id: the end-of-text token.
     """
     trunk = config.trunk
-    kind = model_type(trunk)
+    kind = model_type(config) if depth else trunk_type(trunk)
     fields: dict[str, Any] = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
@@ -124,21 +158,41 @@ def to_json(
         return fields | _deepseek_fields(trunk, depth)
     fields["head_dim"] = trunk.d_head
     fields["num_mtp_layers"] = depth
-    if kind != "qwen2":
+    if kind not in ("qwen2", "mimo"):
         fields["attention_bias"] = False
     if kind == "llama":
         fields["mlp_bias"] = False
     else:
         fields |= {"use_sliding_window": False, "sliding_window": None}
         fields["layer_types"] = ["full_attention"] * trunk.n_layers
+        fields |= _mixture_fields(trunk)
         fields["mtp_layer_types"] = ["full_attention"] * depth
     return fields
+
+
+def _mixture_fields(trunk: TrunkConfig) -> dict[str, Any]:
+    e = trunk.feed_forward
+    if not isinstance(e, ExpertsConfig):
+        return {}
+    return {
+        "num_experts": e.n_routed,
+        "num_experts_per_tok": e.top_k,
+        "moe_intermediate_size": e.d_expert,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(range(e.first_k_dense)),
+    }
 
 
 def _rope_type(trunk: TrunkConfig) -> dict[str, Any]:
     scaling = trunk.rope_scaling
     if scaling is None:
         return {"rope_type": "default"}
+    if isinstance(scaling, YarnScaling):
+        fields = asdict(scaling)
+        original = fields.pop("original_positions")
+        given = {name: value for name, value in fields.items() if value is not None}
+        return {"rope_type": "yarn", **given, "original_max_position_embeddings": original}
     return {
         "rope_type": "llama3",
         "factor": scaling.factor,

@@ -76,12 +76,17 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
     if kind == "deepseek_v3":
         shape |= _deepseek_shape(fields, need, depth=depth)
     else:
-        switches = {"qk_norm": kind == "qwen3", "qkv_bias": kind == "qwen2"}
+        switches = {
+            "qk_norm": kind in ("qwen3", "qwen3_moe"),
+            "qkv_bias": kind in ("qwen2", "mimo"),
+        }
         shape |= {
             "n_kv_heads": _given(fields, "num_key_value_heads", n_heads),
             "d_head": _given(fields, "head_dim", 128 if kind == "qwen3" else None),
             "attention": {"variant": "grouped_query", **switches},
         }
+        if kind == "qwen3_moe":
+            shape["feed_forward"] = _mixture(fields, need, source)
     try:
         return TrunkConfig(**shape)
     except (ValueError, TypeError) as error:
@@ -130,6 +135,31 @@ def _deepseek_shape(
     return shape
 
 
+def _mixture(fields: Mapping[str, Any], need: Callable[[str], Any], source: str) -> dict[str, Any]:
+    """Of Qwen3's experts."""
+    dense = list(fields.get("mlp_only_layers") or ())
+    if dense != list(range(len(dense))):
+        raise ValueError(
+            f"{source} has mlp_only_layers={dense}: only the first layers can be dense here."
+        )
+    if need("norm_topk_prob") is not True:
+        raise ValueError(
+            f"{source} has norm_topk_prob={fields['norm_topk_prob']}, which this project does not "
+            "compute: it can import only norm_topk_prob=True."
+        )
+    many = fields.get("num_experts", fields.get("num_local_experts"))
+    return {
+        "variant": "experts",
+        "n_routed": need("num_experts") if many is None else many,
+        "n_shared": 0,
+        "top_k": need("num_experts_per_tok"),
+        "d_expert": need("moe_intermediate_size"),
+        "first_k_dense": len(dense),
+        "scoring": "softmax",
+        "bias_rate": 0.0,
+    }
+
+
 # Fields that change the arithmetic, and the only values that mean what is computed here.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -140,9 +170,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "topk_method": ("noaux_tc",),
     "norm_topk_prob": (True,),
     "moe_layer_freq": (1,),
+    "decoder_sparse_step": (1,),
     "rope_interleave": (True, None),
     "partial_rotary_factor": (1.0, None),
-    "quantization_config": (None,),
     "mtp_hidden_states_first": (False, None),
 }
 
@@ -169,10 +199,10 @@ def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any]
         if not rope:
             continue
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3"):
+        if kind not in ("default", "llama3", "yarn"):
             raise ValueError(
                 f"{source} has {name} of type {kind}, which this project does not compute: only "
-                "plain rotary positions and those of type llama3 can be imported."
+                "plain rotary positions and those of type llama3 or yarn can be imported."
             )
         if rope.get("partial_rotary_factor") not in (None, 1.0):
             raise ValueError(
@@ -180,6 +210,8 @@ def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any]
                 "whole can be imported."
             )
         theta = _given(rope, "rope_theta", theta)
+        if kind == "yarn":
+            scaling = _yarn(rope, fields, source)
         if kind == "llama3":
             scaling = {
                 "factor": rope.get("factor"),
@@ -192,3 +224,25 @@ def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any]
                 ),
             }
     return float(10_000.0 if theta is None else theta), scaling
+
+
+def _yarn(rope: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> dict[str, Any]:
+    original, positions = (
+        rope.get("original_max_position_embeddings"),
+        fields.get("max_position_embeddings"),
+    )
+    if original is None:
+        raise ValueError(
+            f"{source} has rotary positions of type yarn without original_max_position_embeddings: "
+            "how far they are stretched is not known without it."
+        )
+    factor = rope.get("factor")
+    optional = ("mscale", "mscale_all_dim", "attention_factor")
+    return {
+        "factor": positions / original if factor is None and positions else factor,
+        "original_positions": original,
+        "beta_fast": float(rope.get("beta_fast") or 32),
+        "beta_slow": float(rope.get("beta_slow") or 1),
+        **{name: rope[name] for name in optional if rope.get(name) is not None},
+        "truncate": bool(_given(rope, "truncate", True)),
+    }

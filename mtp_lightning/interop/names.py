@@ -6,7 +6,9 @@ of an attention or feed-forward layer its config knows (``hf_places``).
 
 The layouts are Llama's (Qwen2's and Qwen3's too, with biases or norms on heads) and DeepSeek-V3's.
 MTP depth k is layer L + k - 1 of either, as in README_WEIGHTS of DeepSeek-V3's release: the two
-norms, the projection, the block, the output norm, and copies of embedding and head.
+norms, the projection, the block, the output norm, and copies of embedding and head. MiMo has its
+own names for them, on a Qwen2 trunk: ``model.mtp_layers.{k - 1}``, which reads the state before the
+final norm, and that first.
 """
 
 from __future__ import annotations
@@ -19,9 +21,20 @@ from torch import Tensor
 
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.feed_forward import DenseConfig
+from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.nn.places import Place, renamed
 
+# This project's names of a module's own parts, and the layouts'.
+_DEEPSEEK = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
+_MIMO = {
+    "enorm": "token_layernorm",
+    "hnorm": "hidden_layernorm",
+    "eh_proj": "input_proj",
+    "norm": "final_layernorm",
+}
 _EMBEDDING, _HEAD = "trunk.embedding.weight", "head.weight"
 # Tables that old checkpoints hold beside the weights; they follow from the config.
 _DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -30,7 +43,8 @@ _DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 def has_layout(config: ModelConfig) -> bool:
     """Whether transformers' MTP layers compute what this model's stack does (after :func:`plain`).
 
-    They read the state after the final norm, and of a DeepSeek trunk they are mixtures of experts.
+    They read the state after the final norm, but for MiMo's, and of a DeepSeek trunk they are
+    mixtures of experts.
     """
     mtp = config.mtp
     if mtp.depth == 0:
@@ -38,12 +52,39 @@ def has_layout(config: ModelConfig) -> bool:
     if not isinstance(mtp, SequentialConfig):
         return False
     layers = (config.trunk.attention.variant, config.trunk.feed_forward.variant)
-    plain_switches = mtp.branch == "final" and mtp.input_norm == "post" and mtp.reads_tokens
-    return plain_switches and layers != ("latent", "dense")
+    if mtp.branch != "final" or not mtp.reads_tokens:
+        return False
+    if mtp.input_norm == "pre":
+        return is_mimo(config)
+    experts = config.trunk.feed_forward
+    if isinstance(experts, ExpertsConfig) and layers[0] == "grouped_query":
+        return not experts.first_k_dense  # transformers takes the first MTP layer for the first one
+    return layers != ("latent", "dense")
+
+
+def is_mimo(config: ModelConfig) -> bool:
+    """Whether MiMo's layout is the one of a model: of the trunks it can be, Qwen2's, modules that
+    read the state before the final norm."""
+    trunk, mtp = config.trunk, config.mtp
+    return (
+        isinstance(mtp, SequentialConfig)
+        and mtp.depth > 0
+        and (mtp.input_norm, mtp.branch) == ("pre", "final")
+        and isinstance(trunk.attention, GroupedQueryConfig)
+        and trunk.attention.qkv_bias
+        and not trunk.attention.qk_norm
+        and isinstance(trunk.feed_forward, DenseConfig)
+    )
+
+
+def mimo_stack(depth: int) -> SequentialConfig:
+    """A stack of MiMo's."""
+    return SequentialConfig(depth=depth, input_norm="pre", concat="hidden_first")
 
 
 def plain(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The same model with modules as the layouts have them: one a depth, embedding first."""
+    """The same model with modules as its layout has them: one a depth, embedding first, or with
+    MiMo the state."""
     mtp = config.mtp
     if not isinstance(mtp, SequentialConfig):
         return config, weights
@@ -52,11 +93,12 @@ def plain(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig,
         first = {n: t for n, t in weights.items() if n.startswith("mtp.depths.0.")}
         for k in range(1, mtp.depth):
             weights.update({n.replace(".0.", f".{k}.", 1): t for n, t in first.items()})
-    if mtp.concat == "hidden_first":
+    stack = mimo_stack(mtp.depth) if is_mimo(config) else SequentialConfig(depth=mtp.depth)
+    if mtp.concat != stack.concat:
         for k in range(mtp.depth):
             name = f"mtp.depths.{k}.eh_proj.weight"
             weights[name] = torch.cat(weights[name].chunk(2, dim=1)[::-1], dim=1)
-    return ModelConfig(trunk=config.trunk, mtp=SequentialConfig(depth=mtp.depth)), weights
+    return ModelConfig(trunk=config.trunk, mtp=stack), weights
 
 
 def places(config: ModelConfig) -> Iterator[Place]:
@@ -70,16 +112,27 @@ def places(config: ModelConfig) -> Iterator[Place]:
     yield renamed(_HEAD, "lm_head.weight", wide, copy=trunk.tie_embeddings)
     if not isinstance(mtp, SequentialConfig):
         return
+    mimo = is_mimo(config)
+    names = _MIMO if mimo else _DEEPSEEK
+    square = (trunk.d_model, 2 * trunk.d_model)
     for k in range(mtp.depth):
-        own, theirs = f"mtp.depths.{k}.", f"model.layers.{trunk.n_layers + k}."
-        yield renamed(_EMBEDDING, f"{theirs}embed_tokens.weight", wide, copy=True)
+        own, theirs = f"mtp.depths.{k}.", mtp_prefix(config, k)
+        if not mimo:
+            yield renamed(_EMBEDDING, f"{theirs}embed_tokens.weight", wide, copy=True)
         for norm in ("enorm", "hnorm"):
-            yield renamed(f"{own}{norm}.weight", f"{theirs}{norm}.weight", vector)
-        square = (trunk.d_model, 2 * trunk.d_model)
-        yield renamed(f"{own}eh_proj.weight", f"{theirs}eh_proj.weight", square)
+            yield renamed(f"{own}{norm}.weight", f"{theirs}{names[norm]}.weight", vector)
+        yield renamed(f"{own}eh_proj.weight", f"{theirs}{names['eh_proj']}.weight", square)
         yield from _block(trunk, None, f"{own}block.", theirs)
-        yield renamed(f"{own}norm.weight", f"{theirs}shared_head.norm.weight", vector)
-        yield renamed(_HEAD, f"{theirs}shared_head.head.weight", wide, copy=True)
+        yield renamed(f"{own}norm.weight", f"{theirs}{names['norm']}.weight", vector)
+        if not mimo:
+            yield renamed(_HEAD, f"{theirs}shared_head.head.weight", wide, copy=True)
+
+
+def mtp_prefix(config: ModelConfig, index: int) -> str:
+    """Before the names of a module's tensors; ``index`` counts from 0."""
+    if is_mimo(config):
+        return f"model.mtp_layers.{index}."
+    return f"model.layers.{config.trunk.n_layers + index}."
 
 
 def _block(trunk: TrunkConfig, layer: int | None, own: str, theirs: str) -> Iterator[Place]:

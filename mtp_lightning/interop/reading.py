@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.interop import config_reading, heads, tensor_files
-from mtp_lightning.interop.names import from_folder
+from mtp_lightning.interop import config_reading, fp8, gguf_file, heads, tensor_files
+from mtp_lightning.interop.names import from_folder, mimo_stack
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
@@ -38,7 +38,7 @@ class Folder:
     """A model from elsewhere.
 
     Attributes:
-        path: the folder.
+        path: the folder, or a GGUF file.
         fields: the content of its config.json.
         config: the matching model.
         weights: float32, by this project's names.
@@ -57,26 +57,32 @@ class Folder:
     @cached_property
     def tokenizer_state(self) -> dict[str, Any] | None:
         """Its tokenizer as plain data; None where it holds no tokenizer.json."""
+        if gguf_file.is_gguf(self.path):
+            return gguf_file.tokenizer_state(self.path)
         found = (self.path / "tokenizer.json").is_file()
         return pretrained_state(self.path) if found else None
 
     def build(self) -> MTPModel:
-        """The model, in evaluation mode."""
-        model = MTPModel(self.config)
-        load_weights(model, self.weights, source=str(self.path))
+        """The model, in evaluation mode. Its weights are :attr:`weights` themselves: a second copy
+        of a large model would not fit beside them."""
+        with torch.device("meta"):
+            model = MTPModel(self.config)
+        if any(b.is_meta for name, b in model.named_buffers() if name not in self.weights):
+            model = MTPModel(self.config)  # what is not stored must be made
+        load_weights(model, self.weights, source=str(self.path), assign=True)
         return model.eval()
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether this is a folder in Hugging Face's layout, and not a run's."""
-    return (Path(path) / CONFIG).is_file()
+    """Whether this is a folder in Hugging Face's layout, or a GGUF file, and not a run's."""
+    return (Path(path) / CONFIG).is_file() or gguf_file.is_gguf(path)
 
 
 def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
     """Read model and weights.
 
     Args:
-        path: the folder.
+        path: the folder, or a GGUF file, which is dequantised.
         allow: packages whose variants its file of heads may ask for.
 
     Raises:
@@ -84,13 +90,18 @@ def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
         ValueError: a model or tensor that does not fit, pickled or damaged weights.
     """
     path = Path(path)
-    fields = read_json(path / CONFIG)
-    config_reading.require_known(fields, source=str(path / CONFIG))
-    tensors = read_tensors(path)
+    if gguf_file.is_gguf(path):
+        described = str(path)
+        fields, tensors = gguf_file.read(path)
+        config_reading.require_known(fields, source=described)
+    else:
+        described = str(path / CONFIG)
+        fields = read_json(path / CONFIG)
+        config_reading.require_known(fields, source=described)
+        tensors = read_tensors(path, block=fp8.block_size(fields, source=described))
     depth = _mtp_layers(fields, tensors, source=str(path))
-    trunk = config_reading.from_json(fields, depth=depth, source=str(path / CONFIG))
-    mtp: MTPConfig = SequentialConfig(depth=depth) if depth else NoMTPConfig()
-    config = ModelConfig(trunk=trunk, mtp=mtp)
+    trunk = config_reading.from_json(fields, depth=depth, source=described)
+    config = ModelConfig(trunk=trunk, mtp=stack_of(fields, depth))
     require_held(config, tensors, source=str(path))
     weights = from_folder(config, tensors, source=str(path))
     if heads.is_there(path):
@@ -173,8 +184,12 @@ def files_of(folder: Path) -> dict[Path, set[str] | None]:
     raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}.")
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path, *, block: tuple[int, int] | None = None) -> dict[str, Tensor]:
     """All tensors of a folder, as they are stored.
+
+    Args:
+        folder: the folder.
+        block: of matrices in fp8, which are dequantised.
 
     Raises:
         FileNotFoundError: as :func:`files_of`.
@@ -188,6 +203,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             where = "the index" if name in promised else "the file"
             raise ValueError(f"{file} does not agree with the index: {name} is only in {where}.")
         tensors |= found
+    if block is not None:
+        fp8.dequantised(tensors, block, source=str(folder))
     for name, tensor in tensors.items():
         if tensor.dtype not in _FLOATS:
             raise ValueError(
@@ -197,11 +214,18 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def stack_of(fields: dict[str, Any], depth: int) -> MTPConfig:
+    """What the MTP layers of a layout compute."""
+    if not depth:
+        return NoMTPConfig()
+    return mimo_stack(depth) if fields["model_type"] == "mimo" else SequentialConfig(depth=depth)
+
+
 def _mtp_layers(fields: dict[str, Any], tensors: dict[str, Tensor], *, source: str) -> int:
     """MTP layers among the tensors: all that config.json declares, or none."""
     declared = config_reading.declared_depth(fields)
     first = fields.get("num_hidden_layers")
     if not declared or not isinstance(first, int):
         return 0
-    prefix = f"model.layers.{first}."
+    prefix = "model.mtp_layers.0." if fields["model_type"] == "mimo" else f"model.layers.{first}."
     return declared if any(name.startswith(prefix) for name in tensors) else 0

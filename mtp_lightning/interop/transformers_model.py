@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.interop.config_json import ARCHITECTURES
+from mtp_lightning.interop.config_json import ARCHITECTURES, STANDS_FOR
+
+# Of MTP layers that no class of transformers has.
+MIMO_PATTERN = r"model\.mtp_layers\."
 
 
 def patterns(n_layers: int, depth: int) -> list[str]:
@@ -38,7 +41,7 @@ class Loaded:
         folder: the folder.
         model_type: of its config.json.
         n_layers: L.
-        depth: MTP depths among its layers.
+        depth: MTP depths among its layers that transformers has.
 
     Attributes:
         model: the trunk with its head.
@@ -51,10 +54,11 @@ class Loaded:
 
     def __init__(self, folder: Path, *, model_type: str, n_layers: int, depth: int) -> None:
         transformers = import_transformers()
-        kind = getattr(transformers, ARCHITECTURES[model_type])
+        kind = getattr(transformers, ARCHITECTURES[STANDS_FOR.get(model_type, model_type)])
         self.depth = depth
         # A subclass of its own, so that the process' class keeps what it says; see one_line.
-        ignored = {"_keys_to_ignore_on_load_unexpected": patterns(n_layers, depth)}
+        names = patterns(n_layers, depth) if model_type not in STANDS_FOR else [MIMO_PATTERN]
+        ignored = {"_keys_to_ignore_on_load_unexpected": names}
         with _quiet(transformers):
             try:
                 named: Any = type(kind.__name__, (kind,), ignored)

@@ -75,6 +75,8 @@ def write_folder(
     fields = config_json.to_json(
         config, depth=depth, max_positions=max_positions, dtype=dtype, eot_id=tokenizer.eot_id
     )
+    specials = tokenizer.special_ids()
+    fields |= specials
     laid_out, plain_weights = plain(config, weights)
     if depth == 0:
         laid_out = ModelConfig(trunk=config.trunk, mtp=NoMTPConfig())
@@ -88,7 +90,7 @@ def write_folder(
         tensor_files.write(folder / heads.FILE, stack, heads.metadata(config))
         tensors |= stack
     write_tokenizer(folder, tokenizer, max_positions=max_positions)
-    generation = {"do_sample": False, "eos_token_id": tokenizer.eot_id}
+    generation = {"do_sample": False, **specials, "eos_token_id": tokenizer.eot_id}
     _write_json(folder / "generation_config.json", generation)
     return Contents(
         layer_depths=depth,
@@ -104,8 +106,14 @@ def has_extra_file(config: ModelConfig) -> bool:
 
 
 def write_tokenizer(folder: Path, tokenizer: Any, *, max_positions: int) -> None:
-    """tokenizer.json, as the tokenizers library reads it, and tokenizer_config.json."""
+    """tokenizer.json, as the tokenizers library reads it, and tokenizer_config.json; of a tokenizer
+    that came with such files (chat template, special tokens), those."""
     (folder / "tokenizer.json").write_text(tokenizer.library_json(), encoding="utf-8")
+    beside: dict[str, str] = getattr(tokenizer, "beside", {})
+    for name, text in beside.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if "tokenizer_config.json" in beside:
+        return
     _write_json(
         folder / "tokenizer_config.json",
         {

@@ -22,6 +22,7 @@ from mtp_lightning.nn.kernels.window_attention import window_attention
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.places import Place, renamed
+from mtp_lightning.nn.rope_scaling import YarnScaling
 from mtp_lightning.nn.shape import TrunkShape, check_whole
 
 
@@ -141,6 +142,8 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(config.kv_rank, eps)
         self.kv_up = Linear(config.kv_rank, trunk.n_heads * (config.d_nope + config.d_value))
         self.out = Linear(trunk.n_heads * config.d_value, trunk.d_model)
+        stretch = trunk.rope_scaling
+        self.score_factor = stretch.score_factor if isinstance(stretch, YarnScaling) else 1.0
 
     def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
         """[B, T, C] -> [B, T, C]; ``layer`` is this layer's place in ``positions.cache``."""
@@ -163,6 +166,8 @@ class LatentAttention(nn.Module):
         key_value = self.kv_up(latent_BTR).view(batch, seq_len, self.n_heads, -1)
         key_nope, value = key_value.split([self.d_nope, self.d_value], dim=-1)
         query = torch.cat((query_nope, query_rope), dim=-1)
+        if self.score_factor != 1.0:
+            query = query * self.score_factor
         key = torch.cat((key_nope, key_rope.expand(-1, -1, self.n_heads, -1)), dim=-1)
         mixed = window_attention(query, key, value, positions.mask)
         return self.out(mixed.flatten(2))
@@ -190,7 +195,7 @@ class LatentAttention(nn.Module):
         key_up, value_up = up.split([self.d_nope, self.d_value], dim=1)
         query = torch.cat((_by_head(query_nope, key_up), query_rope), dim=-1)
         # The cache divides by the root of the entry's width; the head's own is meant.
-        query = query * (entry.shape[-1] / self.d_head) ** 0.5
+        query = query * (self.score_factor * (entry.shape[-1] / self.d_head) ** 0.5)
         mixed = positions.cache.attend(layer, query, positions.mask)[..., : self.kv_rank]
         return self.out(_by_head(mixed, value_up.transpose(1, 2)).flatten(2))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.places import Place, renamed
 from mtp_lightning.nn.shape import TrunkShape, check_whole
-from mtp_lightning.settings import require_number
+from mtp_lightning.settings import require, require_number
+
+Scoring = Literal["sigmoid", "softmax"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,8 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
         bias_rate: gamma, by how much an optimizer step moves an expert's bias.
         bias_frozen: the last fraction of the run in which the biases no longer move.
         sequence_loss: alpha of the sequence-wise balance loss (eq. 17-20); 0 is none.
+        scoring: of affinities, ``sigmoid`` (DeepSeek-V3) or ``softmax`` over all experts, without a
+            bias (Qwen3).
 
     Raises:
         ValueError: sizes that do not fit together; the message names them.
@@ -66,6 +70,7 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
     bias_rate: float = 0.001
     bias_frozen: float = 0.0
     sequence_loss: float = 0.0
+    scoring: Scoring = "sigmoid"
 
     def __post_init__(self) -> None:
         group = "model.feed_forward"
@@ -96,6 +101,18 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
             require_number(f"{group}.{name}", getattr(self, name), least=0)
         require_number(f"{group}.bias_frozen", self.bias_frozen, least=0, most=1)
         require_number(f"{group}.scaling", self.scaling, above=0)
+        require(self.scoring in get_args(Scoring), f"{group}.scoring", self.scoring,
+                "sigmoid or softmax")  # fmt: skip
+        if self.scoring == "softmax" and self.bias_rate:
+            raise ValueError(
+                f"{group}.scoring=softmax has no bias that {group}.bias_rate={self.bias_rate} "
+                "could move: set it to 0."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        data = super().to_dict()
+        # DeepSeek-V3's are stored as ever.
+        return data if self.scoring != "sigmoid" else {k: data[k] for k in data if k != "scoring"}
 
     def is_dense(self, layer: int | None) -> bool:
         """Whether a layer of the trunk is no mixture; a prediction module's, None, always is one,
@@ -135,8 +152,9 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
             yield from swiglu_places(d_model, trunk.d_ff)
             return
         yield renamed("router.weight", "gate.weight", (self.n_routed, d_model))
-        bias = ("gate.e_score_correction_bias", (self.n_routed,))
-        yield Place(own="router.expert_bias", parts=(bias,), precise=True)
+        if self.scoring == "sigmoid":
+            bias = ("gate.e_score_correction_bias", (self.n_routed,))
+            yield Place(own="router.expert_bias", parts=(bias,), precise=True)
         experts = [
             [place.under("", f"experts.{i}.") for place in swiglu_places(d_model, self.d_expert)]
             for i in range(self.n_routed)
@@ -166,7 +184,8 @@ class Router(Linear):
     def __init__(self, d_model: int, config: ExpertsConfig) -> None:
         super().__init__(d_model, config.n_routed)
         self.config = config
-        self.register_buffer("expert_bias", torch.zeros(self.config.n_routed))
+        kept = config.scoring == "sigmoid"  # else it is 0 for ever
+        self.register_buffer("expert_bias", torch.zeros(config.n_routed), persistent=kept)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)
@@ -185,7 +204,8 @@ class Router(Linear):
         with torch.autocast(x_MC.device.type, enabled=False):
             logits_ME = super().forward(x_MC.to(self.weight.dtype))
             # The last of a tensor's numbers are rounded otherwise than those before them.
-            scores_ME = by_token(torch.sigmoid, logits_ME)
+            law = torch.sigmoid if self.config.scoring == "sigmoid" else _softmax
+            scores_ME = by_token(law, logits_ME)
         chosen_MK = self.choose(scores_ME.detach())
         gates_MK = scores_ME.gather(1, chosen_MK)
         gates_MK = gates_MK / (gates_MK.sum(-1, keepdim=True) + 1e-20) * self.config.scaling
@@ -197,8 +217,8 @@ class Router(Linear):
     @torch.no_grad()
     def choose(self, scores_ME: Tensor) -> Tensor:
         """The experts [M, top_k] of every token; in training, in no order."""
-        biased_ME = scores_ME + self.expert_bias
         c = self.config
+        biased_ME = scores_ME + self.expert_bias if c.scoring == "sigmoid" else scores_ME
         if c.n_groups > 1:
             grouped = biased_ME.unflatten(-1, (c.n_groups, -1))
             best = grouped.topk(2, dim=-1).values.sum(-1).topk(c.top_groups, dim=-1).indices
@@ -207,6 +227,10 @@ class Router(Linear):
             biased_ME = grouped.masked_fill(shut.unsqueeze(-1), -torch.inf).flatten(1)
         # Unsorted, their order depends on the number of tokens, and the gates' rounding on that.
         return biased_ME.topk(c.top_k, dim=-1, sorted=not self.training).indices
+
+
+def _softmax(logits_ME: Tensor) -> Tensor:
+    return logits_ME.softmax(-1)
 
 
 class MoE(nn.Module):

@@ -7,14 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from mtp_lightning.nn.rope_scaling import RopeScaling
+from mtp_lightning.nn.rope_scaling import RopeScaling, YarnScaling
 
 
 def rope_table(
     positions: Tensor,
     d_head: int,
     theta: float,
-    scaling: RopeScaling | None = None,
+    scaling: RopeScaling | YarnScaling | None = None,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
@@ -33,10 +33,23 @@ def rope_table(
     half = d_head // 2
     # In double precision: the angle of position 100,000 is not exact in fp32.
     exponent = torch.arange(half, dtype=torch.float64, device=positions.device) / half
-    frequency = theta**-exponent if scaling is None else _stretch(theta**-exponent, scaling)
+    frequency = theta**-exponent
+    if isinstance(scaling, YarnScaling):
+        frequency = _blend(frequency, scaling, *scaling.blend(d_head, theta))
+    elif scaling is not None:
+        frequency = _stretch(frequency, scaling)
     angle = positions.to(torch.float64).unsqueeze(-1) * frequency
     dtype = torch.promote_types(dtype, torch.float32)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos(), angle.sin()
+    if isinstance(scaling, YarnScaling):
+        cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
+    return cos.to(dtype), sin.to(dtype)
+
+
+def _blend(frequency: Tensor, scaling: YarnScaling, low: float, high: float) -> Tensor:
+    place = torch.arange(len(frequency), dtype=frequency.dtype, device=frequency.device)
+    divided = ((place - low) / (high - low)).clamp(0, 1)
+    return frequency * (1 - divided + divided / scaling.factor)
 
 
 def _stretch(frequency: Tensor, scaling: RopeScaling) -> Tensor:
@@ -50,7 +63,7 @@ def whole_head_table(
     positions: Tensor,
     d_head: int,
     theta: float,
-    scaling: RopeScaling | None = None,
+    scaling: RopeScaling | YarnScaling | None = None,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mtp_lightning.nn.rope_scaling import RopeScaling
+from mtp_lightning.nn.rope_scaling import RopeScaling, YarnScaling, rope_scaling
 from mtp_lightning.settings import require_whole
 
 # DeepSeek-V3 (section 4.2) initialises every matrix with std 0.006 at d_model 7168. The scale that
@@ -59,7 +59,7 @@ class TrunkShape:
     d_ff: int
     d_head: int = None  # type: ignore[assignment]  # a number once the trunk's config is made
     rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | YarnScaling | None = None
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     init_std: float | None = None
@@ -69,7 +69,7 @@ class TrunkShape:
         sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
         check_whole("model", self, sizes)
         if isinstance(self.rope_scaling, dict):
-            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+            object.__setattr__(self, "rope_scaling", rope_scaling(self.rope_scaling))
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"model.n_heads={self.n_heads} is not divisible by model.n_kv_heads="

@@ -362,6 +362,8 @@ class OptimizerStep:
         per_position = self.flops_per_token(seq_len, active, main=main)
         if main and not config.mtp.trains_trunk:
             per_position += config.trunk.head_flops()
+        if plan.micro_batches[0][0].states is not None:  # the trunk's are read
+            per_position -= config.mtp.trunk_flops(config.trunk, seq_len, active)
         if measured:
             per_position += self.balance.measuring_flops(config, seq_len, active)
             per_position += self.objective.measuring_flops(config, active)

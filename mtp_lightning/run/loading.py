@@ -191,8 +191,16 @@ def require_held(config: ModelConfig, weights: dict[str, torch.Tensor], *, sourc
         )
 
 
-def load_weights(model: MTPModel, weights: dict[str, torch.Tensor], *, source: str) -> None:
+def load_weights(
+    model: MTPModel, weights: dict[str, torch.Tensor], *, source: str, assign: bool = False
+) -> None:
     """Load all weights or none.
+
+    Args:
+        model: of the same names and shapes.
+        weights: by the model's names.
+        source: for messages.
+        assign: these tensors become the model's own, rather than copied into what it has.
 
     Raises:
         ValueError: names or shapes differ; the message names them.
@@ -208,7 +216,9 @@ def load_weights(model: MTPModel, weights: dict[str, torch.Tensor], *, source: s
     if problems:
         shown = "; ".join(sorted(problems)[:8]) + ("; ..." if len(problems) > 8 else "")
         raise ValueError(f"The weights in {source} do not fit the model: {shown}.")
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=assign)
+    if assign and model.config.trunk.tie_embeddings:
+        model.head.weight = model.trunk.embedding.weight  # type: ignore[assignment]
 
 
 def describe_interrupt(folder: Path) -> str:

@@ -23,6 +23,18 @@ TEXT = {
     "data.seq_len": 32,
     "data.val_fraction": 0.05,
 }
+# The model's own texts, of a small model.
+SELF_GENERATED = {
+    "data.n_prompts": 80,
+    "data.prompt_tokens": 4,
+    "data.new_tokens": 12,
+    "data.chat_share": 0,
+    "data.seq_len": 16,
+    "data.val_fraction": 0.3,
+    "tokenizer": "byte",
+    "callbacks.speculative_eval.n_prompts": 1,
+    "callbacks.speculative_eval.prompt_tokens": 4,
+}
 # What makes them short; the rest is theirs.
 SHORT = {
     "data.batch_size": 4,
@@ -43,6 +55,7 @@ def run(folder: Path, cache: Path, name: str, more: dict[str, object]) -> dict[s
     from mtp_lightning.experiment.training import train
 
     data = {"data.eval_examples": 20} if name in TASKS else TEXT
+    data = SELF_GENERATED if name == "smollm2_heads" else data
     settings = {"experiment": name, **data, **SHORT, **more}
     given = [f"{key}={value}" for key, value in settings.items()]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
@@ -70,7 +83,7 @@ def test_a_preset_says_how_it_is_run_and_what_comes_out(name: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_trains(tmp_path: Path, cache: Path, name: str) -> None:
     more: dict[str, object] = {}
-    if name == "posthoc_heads":
+    if name in ("posthoc_heads", "smollm2_heads"):
         trunk = {"model.n_layers": 2, "model.d_model": 48, "model.n_heads": 3, "mtp": "none"}
         train_here(
             tmp_path / "trunk",
@@ -78,6 +91,10 @@ def test_a_preset_trains(tmp_path: Path, cache: Path, name: str) -> None:
             trunk | {"model.d_ff": 256, "mtp.depth": None, "trainer.max_steps": 2},
         )
         more = {"init_from": tmp_path / "trunk"}
+    if name == "smollm2_heads":
+        texts = [f'{{"text": "{word} and more of it, a line of text"}}' for word in range(200)]
+        (tmp_path / "prompts.jsonl").write_text("\n".join(texts))
+        more |= {"data.prompts.paths": tmp_path / "prompts.jsonl"}
     summary = run(tmp_path / "run", cache, name, more)
     assert summary["step"] == 4 and "val/loss_depth_1" in summary
     assert ("val/exact_match" in summary) == (name in TASKS)

@@ -13,7 +13,8 @@ from mtp_lightning.interop.writing import Contents, write_folder
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.rope_scaling import RopeScaling
+from mtp_lightning.nn.moe import ExpertsConfig
+from mtp_lightning.nn.rope_scaling import RopeScaling, YarnScaling
 from tests import deepseek
 
 # More rows than the byte tokenizer needs, as padded vocabularies have.
@@ -37,8 +38,18 @@ TRUNKS = {
     "llama-tied": dense(),
     "llama-wide-heads": dense(d_head=16),
     "llama3": dense(rope_scaling=STRETCHED),
+    "yarn": dense(rope_scaling=YarnScaling(factor=4.0, original_positions=32)),
+    "deepseek-yarn": deepseek.trunk(
+        vocab_size=ROWS,
+        rope_scaling=YarnScaling(factor=8.0, original_positions=32, mscale=1.0, mscale_all_dim=0.7),
+    ),
     "qwen2": dense(attention=GroupedQueryConfig(qkv_bias=True)),
     "qwen3": dense(attention=GroupedQueryConfig(qk_norm=True), d_head=16),
+    "qwen3_moe": dense(
+        attention=GroupedQueryConfig(qk_norm=True), d_head=16, tie_embeddings=False,
+        feed_forward=ExpertsConfig(n_routed=8, n_shared=0, top_k=2, d_expert=16,
+                                   scoring="softmax", bias_rate=0.0),
+    ),
     "deepseek": deepseek.trunk(vocab_size=ROWS, tie_embeddings=False, norm_eps=1e-5,
                                 latent={"norm_eps": 1e-6}),
     "deepseek-tied": deepseek.trunk(vocab_size=ROWS, latent={"q_rank": None}),

@@ -95,7 +95,7 @@ def model_of(variant: str, **mtp: Any) -> MTPModel:
     [
         ("parallel", {}),
         ("linear", {"branch": "before_last"}),
-        ("sequential", {"input_norm": "pre"}),
+        ("sequential", {"input_norm": "pre"}),  # on a trunk that is not Qwen2's
         ("sequential", {"branch": "before_last"}),
         ("joint", {}),
         ("nextlat", {"branch": "before_last"}),
@@ -117,6 +117,32 @@ def test_heads_without_a_layout_have_a_file_of_their_own(
     assert folder.config == model.config
     for found, wanted in zip(folders.logits(folder.build()), folders.logits(model), strict=True):
         assert torch.equal(found, wanted)
+    rewrite(folder, tmp_path / "two")
+    assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
+
+
+@pytest.mark.parametrize("concat", ["hidden_first", "embedding_first"])
+def test_the_state_before_the_norm_on_qwen2_is_mimos_layout(concat: str, tmp_path: Path) -> None:
+    """Names and order of vLLM's mimo_mtp.py, and of the modeling_mimo.py of MiMo-7B."""
+    trunk = folders.dense(tie_embeddings=False, attention=GroupedQueryConfig(qkv_bias=True))
+    model = deepseek.build(trunk, depth=2, input_norm="pre", concat=concat).eval()
+    contents = folders.write(tmp_path / "one", model)
+    assert contents.layer_depths == 2 and not contents.heads
+    fields = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert (fields["model_type"], fields["num_nextn_predict_layers"]) == ("mimo", 2)
+    index = json.loads((tmp_path / "one" / "model.safetensors.index.json").read_text())
+    found = {n.removeprefix("model.mtp_layers.1.") for n in index["weight_map"] if "_layers.1" in n}
+    assert {n for n in found if not n.startswith("model.")} == {
+        "token_layernorm.weight", "hidden_layernorm.weight", "input_proj.weight",
+        "input_layernorm.weight", "post_attention_layernorm.weight", "final_layernorm.weight",
+        *(f"self_attn.{n}_proj.weight" for n in "qkvo"),
+        *(f"self_attn.{n}_proj.bias" for n in "qkv"),
+        *(f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")),
+    }  # fmt: skip
+    folder = read_folder(tmp_path / "one")
+    assert folder.config.mtp.to_dict()["concat"] == "hidden_first"
+    for found_, wanted in zip(folders.logits(folder.build()), folders.logits(model), strict=True):
+        torch.testing.assert_close(found_, wanted, rtol=1e-5, atol=1e-5)
     rewrite(folder, tmp_path / "two")
     assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
 

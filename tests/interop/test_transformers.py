@@ -50,6 +50,9 @@ SIZES = {
     "eos_token_id": None, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
 DEEPSEEK = {
     **SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 8,
     "n_shared_experts": 1, "kv_lora_rank": 10, "q_lora_rank": 12, "qk_rope_head_dim": 4,
@@ -74,11 +77,36 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "yarn": ("Llama", {**SIZES, "max_position_embeddings": 64, "rope_parameters": YARN}),
+    "qwen3-yarn": (
+        "Qwen3",
+        {
+            **SIZES,
+            "head_dim": 16,
+            "rope_parameters": {**YARN, "attention_factor": 1.3, "beta_fast": 4, "truncate": False},
+        },
+    ),
     "mistral": ("Mistral", {**SIZES, "sliding_window": None}),
     "qwen2": ("Qwen2", {**SIZES, **ROPE}),
     "qwen3": ("Qwen3", {**SIZES, "head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            **SIZES,
+            "head_dim": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 16,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+        },
+    ),
     "deepseek": ("DeepseekV3", DEEPSEEK),
     "deepseek-v2-queries": ("DeepseekV3", {**DEEPSEEK, "q_lora_rank": None, **ROPE}),
+    "deepseek-yarn": (
+        "DeepseekV3",
+        {**DEEPSEEK, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}},
+    ),
     "deepseek-dense": ("DeepseekV3", {**DEEPSEEK, "first_k_dense_replace": 3}),
 }
 

@@ -1,0 +1,115 @@
+"""A frozen trunk's states of all training windows, computed once and kept on disk.
+
+A trunk that is not trained says the same of a window in every epoch and in every run: only the
+heads on it differ. Its states are most of what training heads costs.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from data_modules.cache import build_once
+from data_modules.sources.base import digest
+from data_modules.store_builder import Progress
+from data_modules.store_module import StoreDataModule
+from data_modules.window_dataset import STATES, WindowDataset
+from mtp_lightning.experiment.self_generated import trunk_digest
+from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.base import MTPStack
+from mtp_lightning.nn.kernels import native
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_DTYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16}
+
+
+def check_cached(model: MTPModel) -> None:
+    """Refuse a run in which the trunk's states of a window are not always the same.
+
+    Raises:
+        ValueError: saying why.
+    """
+    mtp = model.config.mtp
+    if mtp.trains_trunk:
+        raise ValueError(
+            "data.cache_states=true keeps what a frozen trunk says, and this run trains its "
+            "trunk: set mtp.freeze_trunk=true, or data.cache_states=false."
+        )
+    stack = type(model.mtp)
+    if (stack.through_trunk, stack.tokens_read) != (MTPStack.through_trunk, MTPStack.tokens_read):
+        raise ValueError(
+            f"data.cache_states=true has no meaning for mtp={mtp.variant}, which gives the trunk "
+            "other tokens in training: set data.cache_states=false."
+        )
+
+
+def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> Path:
+    """The folder with the states of all training windows, computed if the cache has none.
+
+    In passes of as many windows as a micro-batch has, in training mode and with gradients enabled
+    (which nothing asks for), so that they are to the last bit those that a step would compute.
+
+    Args:
+        model: with the trunk's weights.
+        data: whose training windows they are.
+        trainer: the group of the config, for the device and the precision that compute them.
+
+    Raises:
+        ValueError: as :func:`check_cached`.
+        OSError: a full disk.
+    """
+    check_cached(model)
+    device, precision = str(trainer.accelerator), str(trainer.precision)
+    windows = data.train_dataloader().dataset
+    assert isinstance(windows, WindowDataset)
+    mtp = model.config.mtp
+    weight = model.head.weight
+    key = digest(
+        "trunk_states", _FORMAT, trunk_digest(model), data.fingerprint, data.seq_len,
+        data.document_mask, data.batch_size, device, precision, native.in_use(),
+        getattr(mtp, "branch", None), getattr(mtp, "input_norm", None),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    mixed = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed")
+
+    def write(folder: Path) -> None:
+        progress = Progress("states of the trunk", len(windows) * data.seq_len, unit="tokens")
+        kept: np.memmap | None = None
+        home = weight.device
+        training = model.training
+        model.to(device).train()
+        try:
+            for start in range(0, len(windows), data.batch_size):
+                # The last ones again, rather than a smaller pass.
+                numbers = np.arange(start, start + data.batch_size) % len(windows)
+                with mixed:
+                    batch = windows[numbers].to(device)
+                    final, at = model.run_trunk(batch, range(1, model.depth + 1))
+                both = [final] if at.hidden is final else [final, at.hidden]
+                states = torch.stack(both, dim=1).cpu()
+                if kept is None:
+                    shape = (len(windows), *states.shape[1:])
+                    kept = np.lib.format.open_memmap(
+                        folder / STATES, mode="w+", dtype=_DTYPES[states.dtype], shape=shape
+                    )
+                raw = states.view(torch.uint16) if states.dtype == torch.bfloat16 else states
+                fresh = min(data.batch_size, len(windows) - start)
+                kept[start : start + fresh] = raw[:fresh].numpy()
+                progress.add(fresh * data.seq_len)
+            assert kept is not None
+            kept.flush()
+        finally:
+            progress.close()
+            model.to(home).train(training)
+
+    folder = build_once(data.cache_dir / "trunk_states" / key, write)
+    n_bytes = (folder / STATES).stat().st_size
+    log.info("The trunk's states of every training window, %.2f GB, are in %s.", n_bytes / 1e9,
+             folder)  # fmt: skip
+    return folder

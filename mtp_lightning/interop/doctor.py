@@ -1,0 +1,380 @@
+"""``python doctor.py FOLDER``: are a checkpoint's MTP layers whole, trained, and read as they mean?
+
+Three questions, from the outside in: which tensors are there (``inventory.py``), which convention
+the weights agree with, and how many of their drafts the trunk accepts. What systems differ in is
+the state that depth 1 reads (after the trunk's final norm or before it) and the order in which the
+projection reads state and embedding. A wrong one does not crash: it only drafts worse. So every
+convention is tried on the same text, which is the trunk's own.
+
+The exit code is 0 for a sound folder, 2 for one that is not, 1 for one that cannot be examined.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.cli import readable_errors
+from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.measure import rates
+from mtp_lightning.interop import config_reading, fp8, heads
+from mtp_lightning.interop.inventory import Module, take_inventory
+from mtp_lightning.interop.names import from_folder, mtp_prefix
+from mtp_lightning.interop.reading import (
+    CONFIG,
+    read_folder,
+    read_json,
+    read_tensors,
+    stack_of,
+)
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.base import BranchPoint
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.mtp.switches import Concat, InputNorm
+from mtp_lightning.nn.attention import Positions
+from mtp_lightning.run.loading import LoadedRun, pretrained_state, require_held
+
+# The trunk goes on with these, and the drafts are judged on what it says.
+_BEGINNINGS = (
+    "The history of the city begins with the river, which",
+    "def read_lines(path):\n    with open(path) as file:\n        ",
+    "Question: Why is the sky blue?\nAnswer: The sky is blue because",
+    "Once upon a time there was a small village, and in it",
+)
+_PROMPT = 8
+_CONVENTIONS = tuple(itertools.product(get_args(InputNorm), get_args(Concat)))
+_SAID = {
+    "post": "the state after the final norm",
+    "pre": "the state before the final norm",
+    "embedding_first": "embedding first",
+    "hidden_first": "state first",
+}
+_COPY = re.compile(r"embed_tokens|shared_head\.head")
+# Standard errors by which one convention must beat another on the same positions.
+_ERRORS = 3.0
+Convention = tuple[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What was found in a folder.
+
+    Attributes:
+        folder: the folder.
+        layout: whose names its MTP tensors have; None without any.
+        modules: the tensors of every depth; empty for heads in a file of this project's.
+        meant: the convention that the layout says; None of heads that have none.
+        best: the convention that the weights agree with; what is meant, unless another is clearly
+            better.
+        agreement: by convention, the share of positions at which depth 1's choice is the trunk's.
+        constant: the share that one and the same token would get: no draft at all.
+        acceptance: of first drafts in the real loop, greedy, as the layout says; None if it was not
+            decoded.
+        verdict: one sentence.
+        sound: whether it says that all is well.
+    """
+
+    folder: Path
+    layout: str | None
+    verdict: str
+    sound: bool
+    modules: list[Module] = field(default_factory=list)
+    meant: Convention | None = None
+    best: Convention | None = None
+    agreement: dict[Convention, float] = field(default_factory=dict)
+    constant: float = 0.0
+    acceptance: float | None = None
+
+    def lines(self) -> list[str]:
+        """Everything, for a terminal."""
+        found = [f"layout      {self.layout or 'no MTP tensors'}"]
+        for module in self.modules:
+            found.append(f"depth {module.depth}     {module}")
+            for state, names in module.lost.items():
+                shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+                found.append(f"            {state}: {shown}")
+        for convention, share in self.agreement.items():
+            mark = "  <- the layout's" if convention == self.meant else ""
+            found.append(f"agreement   {share:6.1%}  {described(convention)}{mark}")
+        if self.agreement:
+            found.append(f"            {self.constant:6.1%}  the same token everywhere")
+        if self.acceptance is not None:
+            found.append(f"accepted    {self.acceptance:6.1%}  of first drafts, decoding greedily")
+        return [*found, "", self.verdict]
+
+
+def described(convention: Convention) -> str:
+    """A convention in words."""
+    return ", ".join(_SAID[part] for part in convention)
+
+
+def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
+    """Examine a folder in Hugging Face's layout.
+
+    Args:
+        path: the folder.
+        new_tokens: that the trunk says behind each of four beginnings; what is judged.
+
+    Raises:
+        FileNotFoundError: no config.json, or no weights.
+        ValueError: a trunk that cannot be read.
+    """
+    path = Path(path)
+    if heads.is_there(path):
+        return _examine_heads(path, new_tokens)
+    source = str(path / CONFIG)
+    fields = read_json(path / CONFIG)
+    config_reading.require_known(fields, source=source)
+    tensors = read_tensors(path, block=fp8.block_size(fields, source=source))
+    declared = config_reading.declared_depth(fields)
+    trunk = config_reading.from_json(fields, depth=declared or 1, source=source)
+    most = ModelConfig(trunk=trunk, mtp=stack_of(fields, max(declared, 1)))
+    stored = _stored_depth(most, tensors)
+    if not max(declared, stored):
+        said = f"{path} holds no MTP tensors and declares no MTP layers: there is nothing to draft."
+        return Diagnosis(folder=path, layout=None, verdict=said, sound=False)
+    require_held(ModelConfig(trunk=trunk, mtp=NoMTPConfig()), tensors, source=str(path))
+    config = ModelConfig(trunk=trunk, mtp=stack_of(fields, max(declared, stored)))
+    layout = "MiMo" if fields["model_type"] == "mimo" else "DeepSeek-V3"
+    named = f"{layout} ({mtp_prefix(config, 0)}* ..)"
+    if not stored:
+        said = (
+            f"{path} declares {declared} MTP layer(s) and holds none of their tensors: they were "
+            "lost when it was written."
+        )
+        return Diagnosis(folder=path, layout=None, verdict=said, sound=False)
+    modules = take_inventory(config, tensors)
+    lost = next(((m, state, names) for m in modules for state, names in m.lost.items()), None)
+    complete = not any(m.named("missing") or m.named("misshapen") for m in modules[:1])
+    found = Diagnosis(folder=path, layout=named, verdict="", sound=False, modules=modules)
+    if complete:
+        found = _measured(found, config, tensors, new_tokens, whole=lost is None)
+    verdict, sound = _judged(found, declared, stored, lost)
+    return replace(found, verdict=verdict, sound=sound)
+
+
+def _stored_depth(config: ModelConfig, tensors: dict[str, Tensor]) -> int:
+    """Depths that any tensor of the folder belongs to."""
+    stem, _, first = mtp_prefix(config, 0).removesuffix(".").rpartition(".")
+    layers = (re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in tensors)
+    return max([0, *(int(layer[1]) - int(first) + 1 for layer in layers if layer)])
+
+
+def _measured(
+    found: Diagnosis,
+    config: ModelConfig,
+    tensors: dict[str, Tensor],
+    new_tokens: int,
+    *,
+    whole: bool,
+) -> Diagnosis:
+    """The diagnosis with what depth 1 drafts under every convention, and what is accepted of it."""
+    one = ModelConfig(trunk=config.trunk, mtp=replace(config.mtp, depth=1))
+    first = mtp_prefix(config, 0)
+    own = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.startswith(first) or not _of_mtp(name, config)
+    }
+    for name in [name for name in own if _COPY.search(name) and name.startswith(first)]:
+        del own[name]  # judged already, and not needed
+    model = MTPModel(one)
+    model.load_state_dict(from_folder(one, own, source=str(found.folder)))
+    model.eval()
+    prompts = _prompts(found.folder, model)
+    texts = _texts(model, prompts, new_tokens)
+    assert isinstance(one.mtp, SequentialConfig)
+    meant = (one.mtp.input_norm, one.mtp.concat)
+    agreement, rights, constant = agreements(model, texts)
+    return replace(
+        found,
+        meant=meant,
+        best=_clearly_best(rights, meant),
+        agreement=agreement,
+        constant=constant,
+        acceptance=_accepted(model, prompts, new_tokens) if whole else None,
+    )
+
+
+def _of_mtp(name: str, config: ModelConfig) -> bool:
+    return any(name.startswith(mtp_prefix(config, k)) for k in range(config.mtp.depth))
+
+
+def _prompts(folder: Path, model: MTPModel) -> list[list[int]]:
+    """Beginnings of texts, or, without a tokenizer, random ids."""
+    vocab_size = model.config.trunk.vocab_size
+    if (folder / "tokenizer.json").is_file():
+        state = pretrained_state(folder)
+        run = LoadedRun(model=model, tokenizer_state=state, config={}, step=0, path=folder)
+        found = [[int(i) for i in run.tokenizer.encode(text)] for text in _BEGINNINGS]
+        if max(map(max, found)) < vocab_size:
+            return found
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, (len(_BEGINNINGS), _PROMPT), generator=generator).tolist()
+
+
+def _texts(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Tensor]:
+    """What the trunk says behind the prompts, sampled: greedy texts soon repeat themselves."""
+    said = generate(
+        model, prompts, max_new_tokens=new_tokens, speculative=False, temperature=1.0, eot_id=None
+    )
+    return [torch.tensor([*p, *g.token_ids]) for p, g in zip(prompts, said, strict=True)]
+
+
+@torch.inference_mode()
+def agreements(
+    model: MTPModel, texts: Sequence[Tensor]
+) -> tuple[dict[Convention, float], dict[Convention, Tensor], float]:
+    """How often depth 1 and the trunk choose alike, with a sequential module of any convention.
+
+    Returns:
+        The share of positions by convention; at which of them, bool [N]; and the share that the
+        trunk's commonest choice would get everywhere.
+    """
+    stacks, trunk = {}, model.config.trunk
+    for input_norm, concat in _CONVENTIONS:
+        config = SequentialConfig(depth=1, input_norm=input_norm, concat=concat)  # type: ignore[arg-type]
+        stack = config.build(trunk)
+        stack.load_state_dict(model.mtp.state_dict())
+        stacks[input_norm, concat] = stack.eval()
+    rights: dict[Convention, list[Tensor]] = {convention: [] for convention in stacks}
+    choices: Counter[int] = Counter()
+    for text in texts:
+        tokens = text.unsqueeze(0)
+        embedded = model.trunk.embedding(tokens)
+        n = len(text) - 1  # the last one has no next token to read
+        output = model.trunk(embedded, Positions.of_window(trunk, len(text), device=text.device))
+        chosen = model.head(output.final)[0].argmax(-1)
+        choices.update(chosen[1:].tolist())
+        for (input_norm, concat), stack in stacks.items():
+            hidden = output.final if input_norm == "post" else output.last_block
+            positions = Positions.of_window(trunk, n, device=text.device)
+            at = BranchPoint(hidden[:, :n], tokens, embedded, positions)
+            drafted = model.head(dict(stack.states(at, [1]))[1])[0].argmax(-1)
+            rights[input_norm, concat].append(drafted == chosen[1:])
+    joined = {convention: torch.cat(found) for convention, found in rights.items()}
+    shares = {convention: float(found.float().mean()) for convention, found in joined.items()}
+    return shares, joined, max(choices.values()) / sum(choices.values())
+
+
+def _clearly_best(rights: dict[Convention, Tensor], meant: Convention) -> Convention:
+    """The convention that chooses best, or what is meant, unless it is clearly beaten: on the
+    positions where the two differ (McNemar's test)."""
+    best = max(rights, key=lambda convention: int(rights[convention].sum()))
+    won = int((rights[best] & ~rights[meant]).sum())
+    lost = int((rights[meant] & ~rights[best]).sum())
+    return best if won - lost > _ERRORS * (won + lost) ** 0.5 else meant
+
+
+def _accepted(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> float | None:
+    said = generate(model, prompts, max_new_tokens=new_tokens, eot_id=None)
+    return rates(said).get("acceptance_position_1")
+
+
+def _judged(
+    found: Diagnosis, declared: int, stored: int, lost: tuple[Module, str, list[str]] | None
+) -> tuple[str, bool]:
+    """Verdict and soundness."""
+    folder = found.folder
+    if lost is not None:
+        module, state, names = lost
+        said = {
+            "missing": "are missing",
+            "misshapen": "have another shape than config.json says",
+            "zero": "are all zero",
+            "fresh": "are as an initialisation draws them",
+            "copied": "are the trunk's last block, as an initialisation copies it",
+            "different": "differ from the trunk's, whose copies they are taken for",
+        }[state]
+        verdict = (
+            f"{folder} is not sound: {len(names)} of {len(module.states)} tensors of MTP depth "
+            f"{module.depth} {said} ({names[0]}{', ...' if len(names) > 1 else ''})."
+        )
+    elif stored != declared:
+        verdict = (
+            f"{folder} is not sound: its config.json declares {declared} MTP layer(s) and its "
+            f"tensors are of {stored}, so that readers pass over some."
+        )
+    else:
+        return _judged_by_drafts(found, stored)
+    return verdict, False
+
+
+def _judged_by_drafts(found: Diagnosis, depth: int) -> tuple[str, bool]:
+    meant, best = found.meant, found.best
+    assert meant is not None and best is not None
+    shares = found.agreement
+    if shares[best] <= found.constant + 0.02:
+        verdict = (
+            f"{found.folder} is not sound: its {depth} MTP layer(s) are there, but under no "
+            f"convention do they choose what the trunk will ({shares[best]:.1%} at best, "
+            f"{found.constant:.1%} with one token everywhere)."
+        )
+        return verdict, False
+    if best != meant:
+        verdict = (
+            f"{found.folder} is not sound: its weights were trained on {described(best)} "
+            f"(agreement {shares[best]:.1%}), and its layout gives them {described(meant)} "
+            f"({shares[meant]:.1%})."
+        )
+        return verdict, False
+    accepted = "" if found.acceptance is None else (
+        f", and the trunk accepts {found.acceptance:.1%} of their first drafts"
+    )  # fmt: skip
+    verdict = (
+        f"{found.folder} is sound: its {depth} MTP layer(s) are whole and trained, agree with "
+        f"{described(meant)} as their layout has it ({shares[meant]:.1%}){accepted}."
+    )
+    return verdict, True
+
+
+def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
+    """Heads of this project's, which say themselves what they are."""
+    folder = read_folder(path)
+    model = folder.build()
+    prompts = _prompts(path, model)
+    acceptance = _accepted(model, prompts, new_tokens)
+    layout = f"mtp-lightning's {heads.FILE} (mtp={model.config.mtp.variant})"
+    found = Diagnosis(folder=path, layout=layout, verdict="", sound=False, acceptance=acceptance)
+    texts = _texts(model, prompts, new_tokens)
+    choices = Counter(itertools.chain.from_iterable(text.tolist() for text in texts))
+    constant = max(choices.values()) / sum(choices.values())
+    sound = acceptance is not None and acceptance > constant
+    accepted = "no" if acceptance is None else f"{acceptance:.1%} of their first"
+    verdict = f"{path} is {'' if sound else 'not '}sound: the trunk accepts {accepted} drafts."
+    return replace(found, verdict=verdict, sound=sound, constant=constant)
+
+
+def main(argv: list[str] | None = None, *, program: str = "python doctor.py") -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Are a checkpoint's MTP layers whole, trained, and read as they mean?",
+        epilog="exit code: 0 sound, 2 not sound, 1 not to be examined",
+    )
+    parser.add_argument("folder", help="with config.json and safetensors")
+    parser.add_argument(
+        "--new-tokens", type=int, default=64, help="of each of four texts that are judged (64)"
+    )
+    args = parser.parse_args(argv)
+    with readable_errors():
+        if args.new_tokens < 8:
+            raise ValueError(f"--new-tokens={args.new_tokens} judges nothing: give 8 or more.")
+        found = examine(args.folder, new_tokens=args.new_tokens)
+        print("\n".join(found.lines()))
+    sys.exit(0 if found.sound else 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Weights in fp8 with a scale a block, as DeepSeek-V3 was released: dequantised to float32.
+
+A matrix [R, C] of ``float8_e4m3fn`` comes with ``weight_scale_inv`` [R / b, C / b], rounded up, by
+which its blocks of b x b are multiplied (README_WEIGHTS of DeepSeek-V3; b = 128).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+SCALE = "_scale_inv"
+
+
+def block_size(fields: Mapping[str, Any], *, source: str) -> tuple[int, int] | None:
+    """The blocks that a config.json's weights are scaled in; None where they are not quantised.
+
+    Raises:
+        ValueError: another quantisation.
+    """
+    settings = fields.get("quantization_config")
+    if settings is None:
+        return None
+    kind: Any = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+    size: Any = settings.get("weight_block_size") if isinstance(settings, Mapping) else None
+    whole = isinstance(size, list | tuple) and len(size) == 2
+    if kind != "fp8" or not whole or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ValueError(
+            f"{source} has quantization_config of quant_method={kind} with weight_block_size="
+            f"{size}: only fp8 with a scale a block, as DeepSeek-V3 has it, can be imported."
+        )
+    return int(size[0]), int(size[1])
+
+
+def dequantised(tensors: dict[str, Tensor], block: tuple[int, int], *, source: str) -> None:
+    """Replace every fp8 matrix and its scales by their product, in place, float32.
+
+    Raises:
+        ValueError: scales without their matrix, or of another shape.
+    """
+    names = [name for name in tensors if name.endswith(SCALE)]
+    for name in names:
+        own = name.removesuffix(SCALE)
+        scale = tensors.pop(name)
+        if own not in tensors:
+            raise ValueError(f"{name} in {source} scales {own}, which is not there.")
+        tensors[own] = scaled(tensors[own], scale, block, name=own, source=source)
+    if names:
+        log.warning("%s: %d matrices in fp8 are dequantised to float32.", source, len(names))
+
+
+def scaled(
+    weight: Tensor, scale: Tensor, block: tuple[int, int], *, name: str, source: str
+) -> Tensor:
+    """One matrix times its blocks' scales, float32."""
+    rows, columns = weight.shape
+    wanted = (-(-rows // block[0]), -(-columns // block[1]))
+    if tuple(scale.shape) != wanted:
+        raise ValueError(
+            f"{name}{SCALE} in {source} has the shape {list(scale.shape)} where {list(wanted)} is "
+            f"needed, one a block of {block[0]} x {block[1]}."
+        )
+    found = weight.to(torch.float32)
+    by_row = scale.float().repeat_interleave(block[0], 0)[:rows]
+    for start in range(0, columns, block[1]):  # no second matrix of the whole size
+        found[:, start : start + block[1]] *= by_row[:, start // block[1]].unsqueeze(1)
+    return found

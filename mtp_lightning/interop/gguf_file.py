@@ -1,0 +1,115 @@
+"""A GGUF file as a model in Hugging Face's layout, by transformers' own reading of it.
+
+GGUF holds weights in blocks of few bits. They are dequantised, to float32: what is trained and
+decoded here is the model that those numbers say, without the kernels that compute on blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mtp_lightning.run.loading import pretrained_state
+
+log = logging.getLogger(__name__)
+
+# Tensors of GGUF that hold no weight and follow from the config, or are other numbers for it.
+_FREQUENCIES = "rope_freqs.weight"
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether a path is of a GGUF file."""
+    path = Path(path)
+    return path.suffix == ".gguf" and path.is_file()
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The fields of a config.json, and the tensors by Hugging Face's names, float32.
+
+    Raises:
+        ValueError: a damaged file, an architecture that transformers does not read from GGUF,
+            tensors that it passes over, or packages that are missing.
+    """
+    transformers, reader = _libraries(path)
+    _refuse_what_is_passed_over(path, reader)
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    fields = _parsed(path, load_gguf_checkpoint)["config"]
+    import torch
+
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(**fields)
+        shape = transformers.AutoModelForCausalLM.from_config(config)
+    tensors = _parsed(path, load_gguf_checkpoint, return_tensors=True, model_to_load=shape)
+    held = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+    kinds = ", ".join(f"{count} of {name}" for name, count in sorted(held.items()))
+    log.warning(
+        "%s is dequantised to float32 (tensors: %s): from here on the model is what these rounded "
+        "numbers say.",
+        path,
+        kinds,
+    )
+    return fields, tensors["tensors"]
+
+
+def tokenizer_state(path: Path) -> dict[str, Any]:
+    """The tokenizer in a GGUF file, its special tokens and chat template included.
+
+    Raises:
+        ValueError: it holds none that transformers reads.
+    """
+    transformers, _ = _libraries(path)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(path.parent), gguf_file=path.name, local_files_only=True
+            )
+            tokenizer.save_pretrained(folder)
+        except (ValueError, KeyError, NotImplementedError, OSError) as error:
+            raise ValueError(f"transformers reads no tokenizer from {path}: {error}") from error
+        return pretrained_state(folder) | {"path": str(path)}
+
+
+def _libraries(path: Path) -> tuple[Any, Any]:
+    """transformers, and gguf's reader on a file."""
+    try:
+        import gguf
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f"{path} needs the packages gguf and transformers: pip install -e '.[hf]'"
+        ) from error
+    try:
+        return transformers, gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or no GGUF file: {error}.") from error
+
+
+def _parsed(path: Path, load: Any, **options: Any) -> dict[str, Any]:
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar of progress
+            return dict(load(str(path), **options))
+    except (ValueError, KeyError, IndexError, NotImplementedError) as error:
+        raise ValueError(f"transformers cannot read {path}: {error}") from error
+
+
+def _refuse_what_is_passed_over(path: Path, reader: Any) -> None:
+    """What changes the arithmetic and is not handed on by transformers."""
+    if any(tensor.name == _FREQUENCIES for tensor in reader.tensors):
+        raise ValueError(
+            f"{path} holds stretched rotary frequencies ({_FREQUENCIES}), which transformers does "
+            "not read from GGUF: import the model's own folder of safetensors."
+        )
+    for name, field in reader.fields.items():
+        if name.endswith(".rope.scaling.type") and field.contents() != "none":
+            raise ValueError(
+                f"{path} has {name}={field.contents()}, which transformers does not read from "
+                "GGUF: import the model's own folder of safetensors."
+            )

@@ -1,0 +1,153 @@
+"""What became of a folder's MTP tensors: there, missing, all zero, or as they were initialised.
+
+Systems have written MTP layers that were never trained, and never loaded, without a word. A tensor
+tells: an initialisation draws every number of a matrix alike and alone, and no training leaves it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.interop.names import places
+from mtp_lightning.model import ModelConfig
+
+State = Literal["trained", "missing", "misshapen", "zero", "fresh", "copied", "different"]
+# Of these a module cannot be used, or has not been trained.
+LOST: tuple[State, ...] = ("missing", "misshapen", "zero", "fresh", "copied", "different")
+# Fewer numbers than these are no evidence.
+_FEWEST_ROWS, _FEWEST = 16, 2048
+# Kurtosis of the two laws that layers are initialised by, and what it varies by over n numbers.
+_NORMAL, _UNIFORM = (3.0, 24.0), (1.8, 0.92)
+# Standard errors that chance may bring.
+_ERRORS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    """One MTP module of a folder.
+
+    Attributes:
+        depth: k, from 1.
+        states: of every tensor that the layout has for it, by the folder's names.
+    """
+
+    depth: int
+    states: dict[str, State]
+
+    def named(self, state: State) -> list[str]:
+        """The tensors in a state."""
+        return [name for name, found in self.states.items() if found == state]
+
+    @property
+    def lost(self) -> dict[State, list[str]]:
+        """The tensors that are not as training leaves them, by their state.
+
+        An expert that hardly a token was sent to may stay as it began: experts count only where no
+        expert's matrix has moved.
+        """
+        experts = {n: s for n, s in self.states.items() if ".experts." in n}
+        counted = {n: s for n, s in self.states.items() if n not in experts or s != "fresh"}
+        if experts and all(state == "fresh" for state in experts.values()):
+            counted |= experts
+        found: dict[State, list[str]] = {}
+        for state in LOST:
+            names = [name for name, own in counted.items() if own == state]
+            if names:
+                found[state] = names
+        return found
+
+    def __str__(self) -> str:
+        counts = Counter(self.states.values())
+        return ", ".join(f"{count} {state}" for state, count in counts.most_common())
+
+
+def take_inventory(config: ModelConfig, tensors: dict[str, Tensor]) -> list[Module]:
+    """The modules of a layout, and the state of every tensor of theirs.
+
+    Args:
+        config: of the model, with as many depths as the folder speaks of.
+        tensors: of the folder, by its names.
+    """
+    last = {
+        place.own.removeprefix(f"trunk.blocks.{config.trunk.n_layers - 1}."): place.parts
+        for place in places(config)
+        if place.own.startswith(f"trunk.blocks.{config.trunk.n_layers - 1}.")
+    }
+    modules: dict[int, dict[str, State]] = {k: {} for k in range(1, config.mtp.depth + 1)}
+    copied_blocks: dict[int, list[str]] = {k: [] for k in modules}
+    current = 0
+    for place in places(config):
+        if place.own.startswith("mtp.depths."):
+            current = int(place.own.split(".")[2]) + 1
+            twins = last.get(place.own.split(".block.", 1)[-1], ())
+            for index, (name, shape) in enumerate(place.parts):
+                modules[current][name] = state = _state(name, tensors.get(name), shape)
+                twin = tensors.get(twins[index][0]) if len(twins) == len(place.parts) else None
+                if twin is None or state != "trained" or len(shape) < 2:
+                    continue
+                if torch.equal(tensors[name], twin):
+                    copied_blocks[current].append(name)
+        elif place.copy and not place.parts[0][0].startswith("lm_head"):
+            # Copies of embedding and head may be left out.
+            name, shape = place.parts[0]
+            own = tensors.get(_source(place.own, tensors))
+            depth = _depth_of(name, config)
+            if name in tensors and own is not None and not torch.equal(tensors[name], own):
+                modules[depth][name] = "different"
+    for depth, names in copied_blocks.items():
+        block = [n for n in modules[depth] if "self_attn" in n or ".mlp." in n]
+        matrices = [n for n in block if n in tensors and tensors[n].dim() > 1]
+        if names and len(names) == len(matrices):  # a whole block that nobody has trained
+            modules[depth] |= dict.fromkeys(names, "copied")
+    return [Module(depth=k, states=states) for k, states in modules.items()]
+
+
+def _source(own: str, tensors: dict[str, Tensor]) -> str:
+    """The trunk's tensor that a copy is of; a tied head is the embedding."""
+    head = own == "head.weight" and "lm_head.weight" in tensors
+    return "lm_head.weight" if head else "model.embed_tokens.weight"
+
+
+def _depth_of(name: str, config: ModelConfig) -> int:
+    return int(name.split(".")[2]) - config.trunk.n_layers + 1
+
+
+def _state(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> State:
+    """Biases begin at 0 and gains at 1, and may be found so after training."""
+    if tensor is None:
+        return "missing"
+    if tuple(tensor.shape) != shape:
+        return "misshapen"
+    numbers = tensor.detach().double()
+    if not numbers.any():
+        return "trained" if name.endswith("bias") else "zero"
+    return "fresh" if tensor.dim() > 1 and is_fresh(numbers) else "trained"
+
+
+def is_fresh(matrix: Tensor) -> bool:
+    """Whether a matrix's numbers look drawn alike and alone: their kurtosis is that of a normal or
+    a uniform law, and rows and columns differ in length by no more than those of such numbers."""
+    rows, columns = matrix.shape
+    n = matrix.numel()
+    if min(rows, columns) < _FEWEST_ROWS or n < _FEWEST:
+        return False
+    square = (matrix - matrix.mean()) ** 2
+    variance = square.mean()
+    if variance == 0:
+        return True
+    kurtosis = float((square**2).mean() / variance**2)
+    if not any(
+        abs(kurtosis - law) < _ERRORS * (spread / n) ** 0.5 for law, spread in (_NORMAL, _UNIFORM)
+    ):
+        return False
+    for means, size in ((square.mean(1), columns), (square.mean(0), rows)):
+        expected = (kurtosis - 1) / size
+        found = float((means / variance).var())
+        if found > expected * (1 + _ERRORS * (2 / (len(means) - 1)) ** 0.5):
+            return False
+    return True

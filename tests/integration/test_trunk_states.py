@@ -1,0 +1,104 @@
+"""``data.cache_states``: a frozen trunk's states from the disk train the same heads, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_modules.window_dataset import STATES
+from tests.integration import helpers
+from tests.integration.conftest import Once
+
+HEADS = {
+    "mtp.freeze_trunk": "true",
+    "data.source.size": 3_000,  # several epochs
+    "data.source.documents": 12,
+    "lambda_schedule": "constant",
+    "optimizer.schedule.kind": "constant",
+    "optimizer.schedule.warmup_steps": 0,
+    "optimizer.schedule.warmup_fraction": "null",
+    "trainer.max_steps": 100,
+    "trainer.val_check_interval": 50,
+    "callbacks.checkpoints.every_n_steps": 50,
+}
+CACHED = {"data.cache_states": "true"}
+
+
+@pytest.fixture(scope="module")
+def trunk(once: Once, cache: Path) -> Path:
+    settings = {"mtp": "none", "mtp.depth": None, "model.n_layers": 2, "trainer.max_steps": 20,
+                "trainer.val_check_interval": 20}  # fmt: skip
+    return (
+        once("trunk-of-states", lambda folder: helpers.train_here(folder / "run", cache, settings))
+        / "run"
+    )
+
+
+def heads(trunk: Path, **changes: Any) -> dict[str, Any]:
+    return {**HEADS, "model.n_layers": 2, "init_from": trunk, **changes}
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param(
+            {"mtp.input_norm": "pre", "data.document_mask": "true"}, marks=pytest.mark.slow
+        ),
+        {"objective": "kl", "mtp.init": "last_block", "trainer.accumulate_grad_batches": 2},
+        pytest.param({"mtp": "parallel"}, marks=pytest.mark.slow),
+    ],
+    ids=["final", "two-states-and-a-mask", "taught", "side-by-side"],
+)
+def test_read_states_train_as_computed_ones(
+    trunk: Path, tmp_path: Path, switches: dict[str, Any]
+) -> None:
+    settings = heads(trunk, **switches)
+    plain = helpers.train_here(tmp_path / "computed", tmp_path / "cache", settings)
+    kept = helpers.train_here(tmp_path / "read", tmp_path / "cache", {**settings, **CACHED})
+    helpers.assert_same_weights(tmp_path / "computed", tmp_path / "read")
+    columns = [
+        helpers.column(tmp_path / name, "train/loss_depth_2") for name in ("computed", "read")
+    ]
+    assert columns[0] == columns[1] and len(columns[0]) == 100
+    assert plain["val/loss_depth_1"] == kept["val/loss_depth_1"]
+    assert kept["flops"] < 0.9 * plain["flops"], "what is read is not computed"
+
+
+@pytest.mark.slow
+def test_they_are_made_once_and_a_run_goes_on_with_them(trunk: Path, tmp_path: Path) -> None:
+    settings = heads(trunk, **CACHED)
+    cache = tmp_path / "cache"
+    helpers.train_here(tmp_path / "whole", cache, settings)
+    (file,) = cache.glob(f"trunk_states/*/{STATES}")
+    before = file.stat().st_mtime_ns
+    helpers.train_here(tmp_path / "halves", cache, {**settings, "trainer.max_steps": 50})
+    helpers.train_here(tmp_path / "halves", cache, settings)
+    helpers.assert_same_weights(tmp_path / "whole", tmp_path / "halves")
+    helpers.train_here(tmp_path / "other", cache, {**settings, "mtp": "linear", "seed": 3})
+    assert [file] == list(cache.glob(f"trunk_states/*/{STATES}"))
+    assert file.stat().st_mtime_ns == before
+    # It is these that are read: of other numbers, other heads come.
+    states = np.load(file, mmap_mode="r+")
+    states[:] = states[:] * 2
+    states.flush()
+    helpers.train_here(tmp_path / "doubled", cache, settings)
+    with pytest.raises(AssertionError):
+        helpers.assert_same_weights(tmp_path / "whole", tmp_path / "doubled")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mtp.freeze_trunk": "false"}, "this run trains its trunk: set mtp.freeze_trunk=true"),
+        ({"mtp": "none", "mtp.depth": None, "mtp.freeze_trunk": None}, "trains its trunk"),
+    ],
+)
+def test_a_trunk_that_moves_is_refused(
+    trunk: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        helpers.train_here(tmp_path / "run", tmp_path / "cache", heads(trunk, **CACHED, **changes))

@@ -1,0 +1,218 @@
+"""The doctor on folders that are sound, and on those that systems have written and called sound."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.interop import doctor, tensor_files
+from mtp_lightning.interop.inventory import is_fresh
+from mtp_lightning.interop.reading import INDEX, SINGLE
+from mtp_lightning.interop.writing import write_folder
+from mtp_lightning.run.loading import load_run
+from tests import deepseek
+from tests.integration import helpers
+from tests.interop import folders
+
+pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
+
+# Trained long enough that a module knows which of its inputs is which.
+SETTINGS = {
+    "mtp.depth": 2, "trainer.max_steps": 400, "trainer.val_check_interval": 400,
+    "optimizer.lr": 0.01, "data.batch_size": 8,
+}  # fmt: skip
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the layout's convention, and one that reads the state before the final norm."""
+    path = tmp_path_factory.mktemp("doctor")
+    helpers.train_here(path / "post", path / "cache", SETTINGS)
+    qwen2 = {"mtp.input_norm": "pre", "+model.attention.qkv_bias": "true"}
+    helpers.train_here(path / "mimo", path / "cache", {**SETTINGS, **qwen2})
+    return path
+
+
+def written(run: Path, folder: Path, change: Callable[[Tensors], None] | None = None) -> Path:
+    """A run as a folder of one file, with a change to its tensors."""
+    loaded = load_run(run)
+    write_folder(folder, loaded.model, loaded.tokenizer, dtype="float32", max_positions=512,
+                 shard_bytes=10**9)  # fmt: skip
+    if change is not None:
+        (file,) = folder.glob("model-*.safetensors")
+        tensors = tensor_files.read(file)[0]
+        file.unlink()
+        (folder / INDEX).unlink()
+        change(tensors)
+        tensor_files.write(folder / SINGLE, tensors, {"format": "pt"})
+    return folder
+
+
+def depth(k: int, tensors: Tensors) -> list[str]:
+    """Names of a depth's tensors, copies left out; the trunk has one layer."""
+    names = [name for name in tensors if name.startswith(f"model.layers.{k}.")]
+    return [n for n in names if "embed_tokens" not in n and "shared_head.head" not in n]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["post", "mimo"])
+def test_a_sound_folder(runs: Path, tmp_path: Path, name: str) -> None:
+    found = doctor.examine(written(runs / name, tmp_path / "x"))
+    assert found.sound, found.verdict
+    assert "is sound: its 2 MTP layer(s) are whole and trained" in found.verdict
+    assert found.meant == found.best
+    assert found.meant == ("post", "embedding_first") if name == "post" else ("pre", "hidden_first")
+    best = found.agreement[found.best]
+    assert best > max(max(found.agreement.values()) - 0.03, found.constant + 0.05)
+    assert found.acceptance is not None and found.acceptance > 0.15
+    assert [len(m.lost) for m in found.modules] == [0, 0]
+
+
+def zeroed(tensors: Tensors) -> None:
+    for name in depth(1, tensors):
+        tensors[name] = torch.zeros_like(tensors[name])
+
+
+def fresh(tensors: Tensors) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for name in depth(1, tensors):
+        shape = tensors[name].shape
+        drawn = torch.randn(shape, generator=generator) * 0.02
+        tensors[name] = torch.ones(shape) if len(shape) < 2 else drawn
+
+
+def half_missing(tensors: Tensors) -> None:
+    for name in depth(2, tensors)[::2]:
+        del tensors[name]
+
+
+def all_missing(tensors: Tensors) -> None:
+    for k in (1, 2):
+        for name in [name for name in tensors if name.startswith(f"model.layers.{k}.")]:
+            del tensors[name]
+
+
+def one_missing(tensors: Tensors) -> None:
+    for name in [name for name in tensors if name.startswith("model.layers.2.")]:
+        del tensors[name]
+
+
+def swapped(tensors: Tensors) -> None:
+    name = "model.layers.1.eh_proj.weight"
+    tensors[name] = torch.cat(tensors[name].chunk(2, dim=1)[::-1], dim=1)
+
+
+def copied(tensors: Tensors) -> None:
+    for name in depth(1, tensors):
+        twin = name.replace("layers.1.", "layers.0.")
+        if twin in tensors:
+            tensors[name] = tensors[twin].clone()
+
+
+def misshapen(tensors: Tensors) -> None:
+    tensors["model.layers.1.enorm.weight"] = torch.ones(3)
+
+
+def other_head(tensors: Tensors) -> None:
+    tensors["model.layers.1.shared_head.head.weight"] += 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (zeroed, r"of MTP depth 1 are all zero \(model.layers.1."),
+        (fresh, r"of MTP depth 1 are as an initialisation draws them"),
+        (half_missing, r"of MTP depth 2 are missing \(model.layers.2.hnorm.weight"),
+        (all_missing, r"declares 2 MTP layer\(s\) and holds none of their tensors"),
+        (one_missing, r"of MTP depth 2 are missing"),
+        (swapped, r"trained on the state after the final norm, state first \(agreement .*its "
+                  r"layout gives them the state after the final norm, embedding first"),
+        (copied, r"of MTP depth 1 are the trunk's last block"),
+        (misshapen, r"1 of 13 tensors of MTP depth 1 have another shape"),
+        (other_head, r"of MTP depth 1 differ from the trunk's"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)  # fmt: skip
+def test_what_is_not_sound(
+    runs: Path, tmp_path: Path, change: Callable[[Tensors], None], message: str
+) -> None:
+    found = doctor.examine(written(runs / "post", tmp_path / "x", change))
+    assert not found.sound
+    assert re.search(message, found.verdict), found.verdict
+
+
+def test_every_convention_is_computed_as_a_model_of_it_would() -> None:
+    """Against whole models, one a convention, with norm gains that tell the two states apart."""
+    trunk = folders.dense(tie_embeddings=False)
+    model = deepseek.build(trunk, depth=1).eval()
+    texts = [torch.randint(folders.ROWS, (40,), generator=torch.Generator().manual_seed(3))]
+    shares, rights, _ = doctor.agreements(model, texts)
+    for (norm, order), share in shares.items():
+        twin = deepseek.build(trunk, depth=1, input_norm=norm, concat=order).eval()
+        twin.load_state_dict(model.state_dict())
+        padded = torch.cat((texts[0], texts[0][:1])).unsqueeze(0)  # T = 39 positions
+        with torch.no_grad():
+            hidden = twin(WindowBatch(padded, 1))
+        drafted = twin.head(hidden[1])[0].argmax(-1)
+        chosen = twin.head(twin(WindowBatch(torch.cat((padded, padded[:, :1]), 1), 1))[0])
+        right = drafted == chosen[0].argmax(-1)[1:]
+        assert torch.equal(rights[norm, order], right)
+        assert share == pytest.approx(float(right.float().mean()))
+
+
+def test_one_convention_must_clearly_beat_another(tmp_path: Path) -> None:
+    """A module that was trained on the state before the norm, under a layout that gives the other:
+    the share of positions that other systems were measured at, 0.58 against 1.00."""
+    meant, other = ("post", "embedding_first"), ("pre", "embedding_first")
+    right = torch.arange(200) % 100 < 58
+    rights = {meant: right, other: torch.ones(200, dtype=torch.bool)}
+    assert doctor._clearly_best(rights, meant) == other
+    assert doctor._clearly_best({meant: right, other: right.roll(1)}, meant) == meant
+    found = doctor.Diagnosis(
+        folder=tmp_path, layout="x", verdict="", sound=True, meant=meant, best=other,
+        agreement={meant: 0.58, other: 1.0}, constant=0.1,
+    )  # fmt: skip
+    verdict, sound = doctor._judged_by_drafts(found, 1)
+    assert not sound and verdict.endswith(
+        "its weights were trained on the state before the final norm, embedding first (agreement "
+        "100.0%), and its layout gives them the state after the final norm, embedding first "
+        "(58.0%)."
+    )
+
+
+@pytest.mark.slow
+def test_the_command_and_its_exit_codes(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = helpers.execute([sys.executable, str(helpers.ROOT / "doctor.py"),
+                            str(written(runs / "post", tmp_path / "x"))])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "<- the layout's" in done.stdout and "is sound" in done.stdout.splitlines()[-1]
+    for folder, code in (
+        (written(runs / "post", tmp_path / "zero", zeroed), 2),
+        (tmp_path / "nowhere", 1),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            doctor.main([str(folder)])
+        assert stop.value.code == code
+    assert "not sound" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (32, 100), (576, 1152)])
+def test_fresh_matrices_are_known_and_trained_ones_not(shape: tuple[int, int]) -> None:
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        normal = torch.randn(shape, generator=generator).double()
+        uniform = torch.rand(shape, generator=generator).double() - 0.5
+        assert is_fresh(normal * 0.02) and is_fresh(uniform)
+        rows = torch.linspace(0.5, 1.5, shape[0]).unsqueeze(1)
+        assert not is_fresh(normal * rows), "rows of unequal length"
+        assert not is_fresh(normal * (1 + 0.5 * normal**2)), "heavy tails"

@@ -1,0 +1,198 @@
+"""GGUF files against transformers' reading of them, and what a tokenizer of theirs brings along."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_modules.tokenizers import PretrainedTokenizer, tokenizer_from_state
+from data_modules.windows import WindowBatch
+from mtp_lightning.interop import gguf_file
+from mtp_lightning.interop.reading import open_run, read_folder
+from mtp_lightning.interop.writing import write_folder
+from tests import fetch_smollm2
+from tests.interop import folders
+
+THERE = all(importlib.util.find_spec(name) for name in ("transformers", "gguf"))
+gguf: Any = importlib.import_module("gguf") if THERE else None
+transformers: Any = importlib.import_module("transformers") if THERE else None
+
+pytestmark = [
+    pytest.mark.extras,
+    pytest.mark.skipif(not THERE, reason="GGUF files need pip install -e '.[hf]'"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+WIDTH, LAYERS, HEADS, KV = 64, 2, 4, 2
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+WORDS = [*(chr(c) for c in range(33, 127)), "\u0120", "\u010a", "ab"]
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def write_gguf(path: Path, *, kind: str = "llama", extra: Any = None) -> Path:
+    """A random model of 4-bit blocks, as llama.cpp's converter lays it out."""
+    generator = np.random.default_rng(0)
+    tokens = [*SPECIALS, *WORDS]
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_name("tiny")
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(128)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(50_000.0)
+    if kind == "llama":
+        writer.add_rope_dimension_count(WIDTH // HEADS)
+        writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * len(SPECIALS) + [1] * len(WORDS))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        numbers = generator.normal(0, 0.1, (rows, columns)).astype(np.float32)
+        blocks = gguf.quants.quantize(numbers, gguf.GGMLQuantizationType.Q4_1)
+        writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+
+    def vector(name: str, size: int) -> None:
+        writer.add_tensor(name, generator.uniform(0.5, 1.5, size).astype(np.float32))
+
+    matrix("token_embd.weight", len(tokens), WIDTH)
+    vector("output_norm.weight", WIDTH)
+    narrow = KV * WIDTH // HEADS
+    for layer in range(LAYERS):
+        block = f"blk.{layer}."
+        vector(f"{block}attn_norm.weight", WIDTH)
+        vector(f"{block}ffn_norm.weight", WIDTH)
+        for name, rows in (("q", WIDTH), ("k", narrow), ("v", narrow), ("output", WIDTH)):
+            matrix(f"{block}attn_{name}.weight", rows, WIDTH)
+        if kind == "qwen2":
+            for name, rows in (("q", WIDTH), ("k", narrow), ("v", narrow)):
+                vector(f"{block}attn_{name}.bias", rows)
+        matrix(f"{block}ffn_gate.weight", 96, WIDTH)
+        matrix(f"{block}ffn_up.weight", 96, WIDTH)
+        matrix(f"{block}ffn_down.weight", WIDTH, 96)
+    if extra is not None:
+        extra(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def loaded(file: Path) -> Any:
+    """transformers' own model of a file; its from_pretrained wants one more package for that."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    found = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)
+    missing, unexpected = model.load_state_dict(found["tensors"], strict=False)
+    assert not unexpected and missing == ["lm_head.weight"]
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_logits_are_transformers(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", kind=kind)
+    theirs = loaded(file)
+    model = read_folder(file).build()
+    assert "is dequantised to float32 (tensors: " in caplog.text and "of Q4_1" in caplog.text
+    tokens = torch.randint(len(SPECIALS) + len(WORDS), (2, 40))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        batch = WindowBatch(torch.cat((tokens, tokens[:, :1]), dim=1), 0)
+        found = model.head(model(batch)[0])
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_template_and_special_tokens_survive(tmp_path: Path) -> None:
+    """From a GGUF file through a checkpoint's state to a folder, and from there to another."""
+    run = open_run(write_gguf(tmp_path / "tiny.gguf"))
+    assert run.seq_len == 128
+    state = json.loads(json.dumps(run.tokenizer_state))
+    tokenizer = tokenizer_from_state(state)
+    assert tokenizer.encode("<|im_start|>").tolist() != [1], "in a text, names are text"
+    assert tokenizer.encode_specials("<|im_start|>a").tolist()[0] == 1
+    options: dict[str, Any] = {"dtype": "float32", "max_positions": 128, "shard_bytes": 10**6}
+    write_folder(tmp_path / "one", run.model, tokenizer, **options)
+    again = open_run(tmp_path / "one")
+    write_folder(tmp_path / "two", again.model, again.tokenizer, **options)
+    assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "two")
+    said = theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert said == "<|im_start|>user\nhi<|im_end|>\n"
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 0)
+    fields = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert [fields[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [1, 2, 0]
+    first = PretrainedTokenizer(str(tmp_path / "one"))
+    assert set(first.state()["beside"]) == {"tokenizer_config.json", "chat_template.jinja"}
+
+
+def frequencies(writer: Any) -> None:
+    writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
+
+
+def stretched(writer: Any) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+
+
+@pytest.mark.parametrize("extra", [frequencies, stretched])
+def test_what_transformers_passes_over_is_refused(extra: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not read from GGUF"):
+        read_folder(write_gguf(tmp_path / "tiny.gguf", extra=extra))
+
+
+def test_a_damaged_file(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + b"\0" * 40)
+    with pytest.raises(ValueError, match=r"x.gguf"):
+        read_folder(tmp_path / "x.gguf")
+    assert not gguf_file.is_gguf(tmp_path / "none.gguf")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (fetch_smollm2.FOLDER / fetch_smollm2.MODEL).is_file(),
+    reason="python tests/fetch_smollm2.py",
+)
+def test_greedy_texts_of_a_real_model_do_not_change() -> None:
+    from mtp_lightning.decoding import generate
+    from mtp_lightning.decoding.measure import require_same_greedy
+    from mtp_lightning.model import ModelConfig, MTPModel
+    from mtp_lightning.mtp.sequential import SequentialConfig
+
+    run = open_run(fetch_smollm2.FOLDER / fetch_smollm2.MODEL)
+    config = ModelConfig(trunk=run.model.config.trunk, mtp=SequentialConfig(depth=1))
+    model = MTPModel(config)
+    model.initialise(0)
+    model.load_state_dict(run.model.state_dict(), strict=False)
+    prompts = [run.tokenizer.encode(t).tolist() for t in ("def main():\n", "The sea is")]
+    plain = generate(model, prompts, max_new_tokens=24, speculative=False)
+    drafted = generate(model, prompts, max_new_tokens=24)
+    require_same_greedy(model, prompts, plain, drafted)
+    theirs = loaded(fetch_smollm2.FOLDER / fetch_smollm2.MODEL)
+    with torch.no_grad():
+        expected = theirs(torch.tensor([prompts[0]])).logits
+        batch = WindowBatch(torch.tensor([[*prompts[0], 0, 0]]), 1)
+        found = model.head(model(batch)[0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
