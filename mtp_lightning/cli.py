@@ -19,6 +19,8 @@ _OWN = tuple(
 _LIBRARIES = tuple(
     f"{sysconfig.get_path(name)}/" for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
+# Set to 1, a process and those that it starts show no progress (--quiet).
+QUIET = "MTP_LIGHTNING_QUIET"
 
 
 class Stopped(KeyboardInterrupt):
