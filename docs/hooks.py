@@ -36,6 +36,9 @@ DOORS = (
 )
 
 
+_SEARCH = 'data-md-component="search" role="dialog" aria-label="Search"'
+
+
 def on_config(config: Any) -> Any:
     """Give every page of docs/ a place in the navigation: what has none is a how-to."""
     named = set(re.findall(r"[\w/]+\.md", json.dumps(config.nav)))
@@ -82,6 +85,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     if page.file.src_uri.startswith("tutorial/"):  # ../methods.md is a page of the site
         return markdown
     return re.sub(outward, link, markdown)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Name the search dialog, which the theme leaves to be guessed."""
+    return output.replace('data-md-component="search" role="dialog"', _SEARCH)
 
 
 def _settings() -> str:
@@ -152,7 +160,7 @@ def _output(output: dict[str, Any]) -> str:
     data = {kind: "".join(text) for kind, text in output.get("data", {}).items()}
     if "image/png" in data:
         png = base64.b64encode(base64.b64decode(data["image/png"])).decode()
-        return f'<img alt="{html.escape(data["text/plain"])}" src="data:image/png;base64,{png}">'
+        return f'<img alt="what this cell draws" src="data:image/png;base64,{png}">'
     if "text/html" in data:
         return f'<div class="output" markdown="0">{data["text/html"]}</div>'
     plain = data.get("text/plain") or "".join(output.get("text", ""))
