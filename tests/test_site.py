@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -98,17 +97,16 @@ def test_the_notebook_was_executed_as_it_stands() -> None:
 
 
 @pytest.mark.long
-def test_the_notebook_runs(tmp_path: Path) -> None:
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient = pytest.importorskip("nbclient", reason="needs pip install -e '.[docs]'")
     nbformat = pytest.importorskip("nbformat")
     text = NOTEBOOK.read_text(encoding="utf-8")
     text = text.replace("max_steps=200", "max_steps=4").replace("interval=50", "interval=2")
     notebook = nbformat.reads(text, 4)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    client = nbclient.NotebookClient(
-        notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
-    )
-    client.execute(env=env)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
     table = notebook.cells[-1].outputs[0]["data"]["text/plain"]
     assert "val/bits_per_byte" in table and len(table.splitlines()) == 3, table
 
