@@ -65,7 +65,7 @@ def points_of(figure: Figure, labels: Sequence[str]) -> dict[str, Any]:
             if number is not None and line is not None:
                 for point in _points(line, axes, height):
                     found.append([number, *point, *_halves(container, point[2:])])
-        within = {id(c.lines[0]) for c in axes.containers if getattr(c, "lines", None)}
+        within = {id(lines[0]) for c in axes.containers if (lines := getattr(c, "lines", None))}
         for line in axes.lines:
             number = numbers.get(str(line.get_label()))
             if number is not None and id(line) not in within:
