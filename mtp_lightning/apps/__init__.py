@@ -11,7 +11,6 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning.cli import QUIET, program, readable_errors
-from mtp_lightning.explained import help_for
 from mtp_lightning.literal import literal
 from mtp_lightning.paths import CONF
 
@@ -45,6 +44,8 @@ def start(config_name: str, task: Callable[[DictConfig], Any]) -> None:
 def _explain(arguments: list[str]) -> None:
     """What ``--help`` with a word behind it asks for."""
     if len(arguments) == 2 and arguments[0] in ("--help", "-h", "help"):
+        from mtp_lightning.explained import help_for
+
         print(help_for(arguments[1]))
         sys.exit(0)
 
