@@ -20,6 +20,8 @@ _OWN = tuple(
 _LIBRARIES = tuple(
     f"{sysconfig.get_path(name)}/" for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
+# Set to 1, a process and those that it starts show no progress (--quiet).
+QUIET = "MTP_LIGHTNING_QUIET"
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

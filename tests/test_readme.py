@@ -6,17 +6,39 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
+from mtp_lightning.literal import literal
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL))
-COMMANDS = [line.split(" #")[0].strip() for line in BLOCKS.splitlines() if line.strip()]
+PAGES = {
+    "README.md": README,
+    "README.zh-CN.md": (ROOT / "README.zh-CN.md").read_text(encoding="utf-8"),
+    "docs/recipes.md": (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"),
+}
+
+
+def commands(page: str) -> list[str]:
+    """All that one may type: blocks of bash, and commands in tables and sentences."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL))
+    lines = [line.split(" #")[0].strip() for line in blocks.splitlines() if line.strip()]
+    return [*lines, *re.findall(r"`((?:python|pip) [^`]+)`", page)]
+
+
+COMMANDS = commands(README)
 APPS = {
-    app: [shlex.split(c)[2:] for c in COMMANDS if c.startswith(f"python {app}.py")]
+    app: [
+        words[2:]
+        for words in dict.fromkeys(
+            tuple(shlex.split(c)) for c in commands("\n".join(PAGES.values()))
+        )
+        if words[:2] == ("python", f"{app}.py") and not {"--help", "-sc", "..."} & set(words)
+    ]
     for app in ("train", "evaluate", "generate", "export")
 }
 SHORT = ["debug=fast", "trainer.max_steps=10", "logger=csv"]
@@ -52,12 +74,57 @@ def test_the_main_job_shortened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("app", "overrides"),
     [(app, overrides) for app, commands in APPS.items() for overrides in commands],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )
-def test_every_other_command_composes(app: str, overrides: list[str]) -> None:
+def test_every_other_command_composes(app: str, overrides: Sequence[str]) -> None:
     name = "config" if app == "train" else app
     if "-m" in overrides:  # the first job of a sweep
         overrides = [re.sub(r"=([^\[,]*),.*", r"=\1", o) for o in overrides if o != "-m"]
-    overrides = [o for o in overrides if not o.startswith("-")]
+    overrides = literal([o for o in overrides if not o.startswith("-")])
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         compose(name, overrides)
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def prose(page: str) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_both_languages_say_the_same() -> None:
+    """Commands and code in the same order; links, pictures and numbers, which a sentence of another
+    language may have in another."""
+    english, chinese = PAGES["README.md"], PAGES["README.zh-CN.md"]
+    assert commands(english) == commands(chinese)
+    blocks = [
+        re.findall(r"^```.*?^```$", page, re.DOTALL | re.MULTILINE) for page in (english, chinese)
+    ]
+    assert blocks[0] == blocks[1]
+    for what in (
+        r"\]\((?!README)([^)]+)\)",
+        r'(?:src|srcset)="([^"]+)"',
+        r"^(#+) ",
+        r"\d[\d.,]*\d|\d",
+    ):
+        both = [re.findall(what, prose(page), re.MULTILINE) for page in (english, chinese)]
+        assert sorted(both[0]) == sorted(both[1]), what
+    assert re.findall(r"[\u4e00-\u9fff]", english) == ["中", "文"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    """Files, and sections of them."""
+    links = r"\]\(([^)\s]+)\)|(?:srcset|src)=\"([^\"]+)\""
+    for target in map("".join, re.findall(links, prose(PAGES[page]))):
+        path, _, anchor = target.partition("#")
+        if path.startswith(("http:", "https:", "reference/")):
+            continue  # the last is a page of the site, made when it is built
+        file = (ROOT / page).parent / path
+        assert file.exists(), path
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in slugs, f"{path}#{anchor}"

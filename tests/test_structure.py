@@ -24,6 +24,7 @@ APPS = ["evaluate.py", "export.py", "generate.py", "train.py"]
 RANK = {
     # what the apps say and read before anything else is imported
     **dict.fromkeys(["errors", "paths", "literal"], -1),
+    "explained": -0.5,
     # tools that know nothing of models
     **dict.fromkeys(["cli", "settings", "registry", "runtime", "sharding"], 0),
     "nn": 0.5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from mtp_lightning.cli import program, readable_errors
+from mtp_lightning.cli import QUIET, program, readable_errors
 from mtp_lightning.literal import literal
 from mtp_lightning.paths import CONF
+
+_QUIET = "--quiet"
 
 # Help texts name the program as it was started: ${program:train}.
 OmegaConf.register_new_resolver("program", program, replace=True)
@@ -20,12 +23,31 @@ OmegaConf.register_new_resolver("program", program, replace=True)
 def start(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """Run an app on this process's command line.
 
+    ``--help GROUP`` explains a group of conf/ and ``--help GROUP=NAME`` the keys of an option;
+    ``--quiet`` shows no progress and gives way to whatever else the machine has to do.
+
     Args:
         config_name: of its config in conf/.
         task: what it does; where it is defined, Hydra takes the app's name from.
     """
+    with readable_errors():
+        _explain(sys.argv[1:])
+    if _QUIET in sys.argv:
+        sys.argv.remove(_QUIET)
+        # Inherited by all processes of a run, and by the jobs of a sweep.
+        os.environ[QUIET] = "1"
+        os.nice(19)
     sys.argv[1:] = literal(sys.argv[1:])
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
+
+
+def _explain(arguments: list[str]) -> None:
+    """What ``--help`` with a word behind it asks for."""
+    if len(arguments) == 2 and arguments[0] in ("--help", "-h", "help"):
+        from mtp_lightning.explained import help_for
+
+        print(help_for(arguments[1]))
+        sys.exit(0)
 
 
 __all__ = ["readable_errors", "start"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from mtp_lightning.callbacks.base import run_callbacks
+from mtp_lightning.cli import QUIET
 from mtp_lightning.settings import require_number, require_whole
 
 
@@ -48,7 +50,7 @@ class StepProgressBar(ProgressBar):
         if line_every_n_steps is not None:
             require_whole(f"{key}.line_every_n_steps", line_every_n_steps, least=1)
         self.interactive = interactive
-        self._enabled = True
+        self._enabled = os.environ.get(QUIET) != "1"
         self._bar: tqdm | None = None
         self._shown_at = 0.0
         self._began = (0, 0.0)  # step and time at which this process began to train

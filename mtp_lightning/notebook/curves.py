@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,15 @@ def draw_overview(metrics: DataFrame) -> Figure:
 def _figure(n: int) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * n, 3.6), layout="constrained")
+    class Picture(Figure):
+        """A figure that a notebook shows, whatever its backend."""
+
+        def _repr_png_(self) -> bytes:
+            buffer = io.BytesIO()
+            self.savefig(buffer, format="png", dpi=110)
+            return buffer.getvalue()
+
+    figure = Picture(figsize=(5.2 * n, 3.6), layout="constrained")
     return figure, [figure.add_subplot(1, n, i + 1) for i in range(n)]
 
 

@@ -12,7 +12,8 @@ from mtp_lightning.decoding import Generation
 from mtp_lightning.decoding.pieces import Pieces
 
 _STYLE = "white-space:pre-wrap;font-family:monospace;margin:0"
-_PROMPT, _DRAFT = "opacity:.55", "color:#1a7f37;text-decoration:underline dotted"
+# Backgrounds, so that the text keeps the page's own contrast, light or dark.
+_PROMPT, _DRAFT = "opacity:.8", "background:rgba(31,154,115,.2);text-decoration:underline dotted"
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from mtp_lightning.paths import ROOT
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
 from sweeps.claims.figure import write_figures
-from sweeps.claims.pages import NOT_RUN, STALE, write_pages
+from sweeps.claims.pages import write_pages
 from sweeps.claims.read import FOLDER, names, read_claim
+from sweeps.claims.readme import NOT_RUN, state
 from sweeps.claims.result import Result, is_stale, judge, read_result, write_result
 from sweeps.claims.run import run
 from sweeps.pool import Interrupted
@@ -42,10 +43,7 @@ def _list(args: argparse.Namespace) -> int:
     for name in names(args.claims):
         claim = read_claim(name, args.claims)
         result = read_result(claim.label, args.root / "results")
-        state = NOT_RUN if result is None else result["verdict"]
-        if result is not None and is_stale(result, claim):
-            state = STALE
-        print(f"{name}: {state}. {claim.sentence} ({claim.scale.minutes:g} minutes)")
+        print(f"{name}: {state(claim, result)}. {claim.sentence} ({claim.scale.minutes:g} minutes)")
     return 0
 
 
@@ -99,7 +97,7 @@ def _judge(args: argparse.Namespace, claim: Claim) -> int:
         return 0
     write_figures(result, claim.label, folder)
     stale = is_stale(result, claim)
-    print(f"{claim.label}: {STALE if stale else result['verdict']}. {claim.sentence}")
+    print(f"{claim.label}: {state(claim, result)}. {claim.sentence}")
     _say(result)
     return int(stale)
 

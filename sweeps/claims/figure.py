@@ -3,6 +3,8 @@ shares of seeds that solve."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +35,7 @@ def write_figures(result: Result, label: str, folder: Path) -> list[Path]:
     files = []
     with _styled():
         for file, entries in zip(files_of(result, label, folder), _drawn(result), strict=True):
-            write_bytes(as_svg(_draw(result, entries)), file)
+            write_bytes(as_svg(_draw(result, entries), of=digest(result)), file)
             files.append(file)
     return files
 
@@ -42,6 +44,11 @@ def files_of(result: Result, label: str, folder: Path) -> list[Path]:
     """Where the figures of a result are."""
     n = len(_drawn(result))
     return [folder / f"{label}{f'_{i}' if i > 1 else ''}.svg" for i in range(1, n + 1)]
+
+
+def digest(result: Result) -> str:
+    """Of all numbers of a result; it stands in the metadata of the figures that show them."""
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
 def _styled() -> Any:

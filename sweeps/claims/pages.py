@@ -1,4 +1,4 @@
-"""docs/results.md and the README's table, between their markers, from ``results/*.json``."""
+"""docs/results.md and the READMEs' part, between their markers, from ``results/*.json``."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from sweeps.claims import words
 from sweeps.claims.claim import Claim
 from sweeps.claims.figure import files_of
 from sweeps.claims.read import FOLDER, names, read_claim
+from sweeps.claims.readme import LANGUAGES, NOT_RUN, part, state
 from sweeps.claims.result import Result, is_stale, read_result
 
 BEGIN, END = "<!-- claims: made by python -m sweeps.claims verdict --all -->", "<!-- /claims -->"
-STALE = "stale"
-NOT_RUN = "not run"
 
 
 def write_pages(root: Path, claims: Path = FOLDER) -> list[Path]:
-    """Replace what is between the markers of both pages.
+    """Replace what is between the markers of the pages.
 
     Args:
-        root: has ``results/``, ``docs/results.md`` and ``README.md``.
+        root: has ``results/``, ``docs/results.md``, ``README.md`` and, perhaps, its translations.
         claims: the folder of the claims' files.
 
     Returns:
@@ -40,12 +39,13 @@ def write_pages(root: Path, claims: Path = FOLDER) -> list[Path]:
 
 
 def pages(root: Path, claims: Path = FOLDER) -> dict[Path, str]:
-    """What both pages should be; arguments and errors as :func:`write_pages`."""
+    """What the pages should be; arguments and errors as :func:`write_pages`."""
     found = [(claim, read_result(claim.label, root / "results")) for claim in _all(claims)]
-    return {
-        root / "docs" / "results.md": _between(root / "docs" / "results.md", _long(found)),
-        root / "README.md": _between(root / "README.md", _short(found)),
-    }
+    texts = {root / "docs" / "results.md": _long(found)}
+    for name, language in LANGUAGES.items():
+        if name == "README.md" or (root / name).exists():
+            texts[root / name] = part(found, language)
+    return {page: _between(page, text) for page, text in texts.items()}
 
 
 def _all(claims: Path) -> list[Claim]:
@@ -71,8 +71,8 @@ def _section(claim: Claim, result: Result | None) -> list[str]:
         where = f"At the published scale (`{claim.command}`, {_minutes(claim)})"
         if result is None:
             return [f"{where}: {NOT_RUN}."]
-        return [f"{where}: {_state(claim, result)}.", *_body(claim, result)]
-    title = f"### {claim.name}: {_state(claim, result)}"
+        return [f"{where}: {state(claim, result)}.", *_body(claim, result)]
+    title = f"### {claim.name}: {state(claim, result)}"
     equal = claim.equal if claim.equal != "flops" else "FLOPs"
     said = f"{claim.sentence} Source: {claim.source}. At equal {equal}. {claim.note}".strip()
     if result is None:
@@ -110,34 +110,6 @@ def _body(claim: Claim, result: Result) -> list[str]:
         f"{result['date'] or 'none finished yet'}; predicted in {_commit(result['predicted_in'])}, "
         f"run by {', '.join(map(_commit, result['commits'])) or 'no finished run'}.",
     ]
-
-
-def _short(found: Sequence[tuple[Claim, Result | None]]) -> str:
-    rows = [
-        f"| [{claim.name}](docs/results.md) | {claim.sentence} | {_state(claim, result)} "
-        f"| {_n(result)} |"
-        for claim, result in found
-        if claim.setting == "cpu"
-    ]
-    return "\n".join(["| claim | | verdict | seeds an arm |", "|---|---|---|---|", *rows])
-
-
-def _state(claim: Claim, result: Result | None) -> str:
-    if result is None:
-        return NOT_RUN
-    return STALE if is_stale(result, claim) else str(result["verdict"])
-
-
-def _n(result: Result | None) -> str:
-    """Of the arm with the fewest finished, and of the one with the most."""
-    if result is None:
-        return "0"
-    counts = [
-        sum(seed["state"] == "done" for seed in arm["seeds"].values())
-        for arm in result["arms"].values()
-    ]
-    least, most = min(counts), max(counts)
-    return str(most) if least == most else f"{least} to {most}"
 
 
 def _predictions(claim: Claim) -> str:

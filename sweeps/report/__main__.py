@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from mtp_lightning.cli import readable_errors
@@ -13,9 +14,11 @@ from mtp_lightning.run.atomic import write_bytes
 from sweeps.report.collect import collect
 from sweeps.report.compare_solved import compare_solved
 from sweeps.report.comparisons import compare
+from sweeps.report.differing import describe
 from sweeps.report.findings import answer
 from sweeps.report.read import Sweep, read_sweep
 from sweeps.report.settings import SOLVED
+from sweeps.report.watch import SECONDS, watch
 
 
 def report(
@@ -24,6 +27,7 @@ def report(
     output: str | Path | None = None,
     reference: str | None = None,
     level: float = SOLVED,
+    every: float | None = None,
 ) -> tuple[Path, list[str]]:
     """Write `report.html`, `runs.csv` and `figures/`.
 
@@ -34,6 +38,7 @@ def report(
         reference: label of the setting that all are compared with; by default the one without
             MTP, or the first.
         level: of a task, the exact match above which a seed solves it.
+        every: seconds after which the page loads itself again; None for a page that stays.
 
     Returns:
         The page's path, and the answer that it begins with.
@@ -57,16 +62,34 @@ def report(
     target.mkdir(parents=True, exist_ok=True)
     with style.styled():
         drawings = figures.draw(settings, comparisons)
-        svgs, pngs = page.write_figures(drawings, target / page.FIGURES)
+        labels = [setting.label for setting in settings.all]
+        svgs, pngs, points = page.write_figures(drawings, target / page.FIGURES, labels)
     if len(sweeps) == 1:
         events.write_events(target / page.FIGURES, settings, drawings, pngs)
     write_bytes(page.runs_csv(settings, sweeps).encode(), target / "runs.csv")
     html = page.render(
-        settings, comparisons, sweeps, drawings, svgs, folder=target, now=datetime.now()
+        settings,
+        comparisons,
+        sweeps,
+        drawings,
+        svgs,
+        folder=target,
+        now=datetime.now(),
+        points=points,
+        every=every,
     )
     write_bytes(html.encode(), target / "report.html")
     runs = [run for sweep in sweeps for run in sweep.runs]
     return target / "report.html", answer(settings, comparisons, runs)
+
+
+def _again(
+    make: Callable[..., tuple[Path, list[str]]], folders: Sequence[str]
+) -> tuple[Path, bool]:
+    """A report that loads itself again while there are jobs to come, and whether there are."""
+    runs = [run for sweep in _read(folders) for run in sweep.runs]
+    running = any(run.state in ("running", "pending") for run in runs)
+    return make(every=SECONDS if running else None)[0], running
 
 
 def _read(folders: Sequence[str | Path]) -> list[Sweep]:
@@ -122,11 +145,35 @@ def main(
         metavar="LEVEL",
         help="val/exact_match above which a seed solves its task (default: %(default)s)",
     )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="make it again while jobs run, and serve it on 127.0.0.1",
+    )
+    parser.add_argument(
+        "--port", type=int, default=0, help="of --watch (default: a free one)", metavar="PORT"
+    )
+    parser.add_argument(
+        "--diff", action="store_true", help="of two runs' configs instead of a report"
+    )
     given = parser.parse_args(arguments)
     with readable_errors():
-        path, sentences = report(
-            given.folders, output=given.output, reference=given.reference, level=given.solved
+        if given.diff:
+            if len(given.folders) != 2:
+                raise ValueError(f"--diff wants two runs, and got {len(given.folders)}.")
+            print("\n".join(describe(*given.folders)) or "no difference")
+            return
+        make = partial(
+            report,
+            given.folders,
+            output=given.output,
+            reference=given.reference,
+            level=given.solved,
         )
+        if given.watch:
+            watch(lambda: _again(make, given.folders), port=given.port)
+            return
+        path, sentences = make()
         print("\n".join(sentences))
         print(f"\nreport    {path}")
         print(f"numbers   {path.with_name('runs.csv')}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sweeps.report.interactive import SEED
 from sweeps.report.settings import Setting
 from sweeps.report.style import MANY, looks
 
@@ -34,6 +35,7 @@ def draw_curves(axes: Axes, settings: list[Setting], lines: Sequence[Sequence[Po
                     color=look.colour,
                     linewidth=0.7,
                     alpha=0.45,
+                    label=f"{SEED}{setting.label}",
                 )
         common = sorted(set.intersection(*(set(points) for points in runs))) if runs else []
         xs = [sum(points[step][0] for points in runs) / len(runs) for step in common]

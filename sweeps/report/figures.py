@@ -123,6 +123,7 @@ def differences(comparisons: Sequence[Comparison], metric: Metric) -> Drawing:
             fmt="o",
             color=COLOURS[0],
             markerfacecolor=COLOURS[0] if found.differs else "none",
+            label=found.setting.label,
         )
     axes.set_xlabel(f"difference in {metric.unit}")
     return drawing.drawn(figure)

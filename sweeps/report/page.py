@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -16,7 +17,9 @@ from mtp_lightning.run.layout import LOG_FILE
 from sweeps.report.comparable import refusal
 from sweeps.report.comparisons import Comparison
 from sweeps.report.context import contexts
+from sweeps.report.differing import configs
 from sweeps.report.findings import answer, caveats
+from sweeps.report.interactive import mark, points_of
 from sweeps.report.metrics import BITS, Metric, number, p_value
 from sweeps.report.read import Run, Sweep
 from sweeps.report.reading import meaning
@@ -39,6 +42,8 @@ def render(
     *,
     folder: Path,
     now: datetime,
+    points: dict[str, Any] | None = None,
+    every: float | None = None,
 ) -> str:
     """The page, complete in itself.
 
@@ -50,6 +55,8 @@ def render(
         svgs: of those that are drawn, by name.
         folder: where the page goes; links to logs are relative to it.
         now: shown as the time of the report.
+        points: of the figures, by name, for the page's script; None for none.
+        every: seconds after which the page loads itself again; None for a page that stays.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -74,7 +81,17 @@ def render(
         for drawing in drawings
         if drawing.name in svgs
     ]
+    compared = configs(runs)
+    data = {
+        "settings": [setting.label for setting in settings.all],
+        "figures": points or {},
+        "configs": compared,
+    }
     return environment.get_template("report.html.jinja").render(
+        # Within a script, "<" could only end it.
+        data=Markup(json.dumps(data).replace("<", "\\u003c")),
+        every=every,
+        compared=list(compared) if len(compared) > 1 else [],
         title=" and ".join(sweep.folder.resolve().name for sweep in sweeps),
         folders=[str(sweep.folder) for sweep in sweeps],
         now=now.strftime("%Y-%m-%d %H:%M"),
@@ -98,13 +115,21 @@ def render(
     )
 
 
-def write_figures(drawings: Sequence[Drawing], folder: Path) -> tuple[dict[str, bytes], list[Path]]:
-    """PNG and SVG of every drawing; the SVGs by name, and the PNGs' paths.
+def write_figures(
+    drawings: Sequence[Drawing], folder: Path, labels: Sequence[str]
+) -> tuple[dict[str, bytes], list[Path], dict[str, Any]]:
+    """PNG and SVG of every drawing; the SVGs by name, the PNGs' paths, and the points by name.
 
     Figures of an earlier report that are not drawn any more are removed.
+
+    Args:
+        drawings: drawn or lacking.
+        folder: of the files.
+        labels: of the settings, as the figures have them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     svgs: dict[str, bytes] = {}
+    points: dict[str, Any] = {}
     pngs = []
     for drawing in drawings:
         for ending in ("png", "svg"):
@@ -112,11 +137,13 @@ def write_figures(drawings: Sequence[Drawing], folder: Path) -> tuple[dict[str, 
                 old.unlink()
     for drawing in drawings:
         if drawing.figure is not None:
+            mark(drawing.figure, labels)
             svgs[drawing.name] = as_svg(drawing.figure)
+            points[drawing.name] = points_of(drawing.figure, labels)
             write_bytes(svgs[drawing.name], folder / f"{drawing.name}.svg")
             write_bytes(as_png(drawing.figure), folder / f"{drawing.name}.png")
             pngs.append(folder / f"{drawing.name}.png")
-    return svgs, pngs
+    return svgs, pngs, points
 
 
 def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:

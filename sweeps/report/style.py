@@ -227,9 +227,9 @@ def as_png(figure: Figure) -> bytes:
     return _save(figure, format="png", dpi=160)
 
 
-def as_svg(figure: Figure) -> bytes:
-    """A file of its own, on white."""
-    return _save(figure, format="svg", metadata={"Date": None})
+def as_svg(figure: Figure, *, of: str | None = None) -> bytes:
+    """A file of its own, on white; ``of`` says in its metadata what it was drawn from."""
+    return _save(figure, format="svg", metadata={"Date": None, "Identifier": of})
 
 
 def as_inline(svg: bytes, *, name: str, label: str) -> str:

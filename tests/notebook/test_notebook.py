@@ -43,6 +43,7 @@ def test_a_run_is_the_command_lines(run: Run, tmp_path: Path) -> None:
 
 
 def test_it_draws_its_curves(run: Run) -> None:
+    assert run.plot()._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
     (losses,) = run.plot().axes  # its windows are too short to draft in
     assert [text.get_text() for text in losses.get_legend().get_texts()] == [
         "next token",

@@ -149,3 +149,56 @@ def test_text_has_contrast(browser: Browser, page: Path, dark: bool) -> None:
     assert ratios == []
     page_is_dark = browser.run("getComputedStyle(document.body).backgroundColor")
     assert (page_is_dark == "rgb(20, 24, 29)") == dark
+
+
+def test_a_point_says_its_values_and_a_legend_hides(browser: Browser, page: Path) -> None:
+    browser.show(width=1280)
+    browser.open(page)
+    browser.run("sessionStorage.clear()")
+    browser.open(page)
+    # Over the third setting's point at depth 0, whose mean is (1.8 + 1.9 + 2.0) / 3.
+    browser.run("document.querySelector('#figure-loss_depth').scrollIntoView({block: 'center'})")
+    at = browser.run("""(() => {
+        const point = data.figures.loss_depth.points
+            .find(one => one[0] === 2 && Math.abs(one[3]) < 0.5);
+        const svg = document.querySelector("#figure-loss_depth svg");
+        const box = svg.getBoundingClientRect(), scale = box.width / svg.viewBox.baseVal.width;
+        return {x: box.left + point[1] * scale, y: box.top + point[2] * scale};
+    })()""")
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", **at)
+    tip = browser.run("document.getElementById('tip').hidden ? '' : tip.textContent")
+    assert tip.splitlines()[0] == "mtp.depth=2"
+    assert "nats per token: 1.9 ± 0.24841" in tip, tip
+    assert browser.run("document.querySelectorAll('circle.here').length") >= 1
+    # A switch hides its setting in every figure, and says so; again shows it.
+    hidden = """[...document.querySelectorAll('[id*="-series-2-"]')]
+        .filter(one => getComputedStyle(one).display === 'none').length"""
+    every = browser.run("document.querySelectorAll('[id*=\"-series-2-\"]').length")
+    switch = "document.querySelector('[id^=\"loss_depth-switch-2-\"][role=button]')"
+    press = f"{switch}.dispatchEvent(new MouseEvent('click', {{bubbles: true}}))"
+    assert every > 3 and browser.run(hidden) == 0
+    browser.run(press)
+    assert browser.run(hidden) == every
+    assert browser.run(f"{switch}.getAttribute('aria-pressed')") == "false"
+    browser.open(page)
+    assert browser.run(hidden) == every, "kept while the page loads itself again"
+    browser.run(press)
+    assert browser.run(hidden) == 0
+    assert browser.complaints() == []
+
+
+def test_two_runs_are_compared(browser: Browser, page: Path) -> None:
+    browser.show(width=1280)
+    browser.open(page)
+    rows = "[...document.querySelectorAll('#diff tbody th')].map(cell => cell.textContent)"
+    browser.run("""(() => {
+        const find = (depth, seed) => Object.entries(data.configs)
+            .find(([, c]) => c["mtp.depth"] === depth && c.seed === seed)[0];
+        left.value = find("0", "0");
+        right.value = find("2", "0");
+        right.dispatchEvent(new Event("change"));
+    })()""")
+    assert browser.run(rows) == ["mtp.depth"]
+    browser.run("right.value = left.value; right.dispatchEvent(new Event('change'))")
+    assert browser.run(rows) == []
+    assert not browser.run("document.getElementById('same').hidden")

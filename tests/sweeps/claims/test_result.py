@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
 from mtp_lightning.paths import ROOT
+from sweeps.claims import words
 from sweeps.claims.__main__ import main
 from sweeps.claims.claim import Claim
-from sweeps.claims.figure import write_figures
+from sweeps.claims.figure import digest, files_of, write_figures
 from sweeps.claims.pages import BEGIN, END, pages, write_pages
 from sweeps.claims.read import names, read_claim
+from sweeps.claims.readme import CHINESE, ENGLISH, LANGUAGES, QUESTION, part
 from sweeps.claims.register import Register, write_register
 from sweeps.claims.result import (
     Result,
@@ -183,7 +186,7 @@ def test_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "unfinished: mtp: 4 of 5 seeds done, 1 failed" in said
     page = (tmp_path / "docs" / "results.md").read_text()
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
-    for part in (
+    for said_there in (
         "### mine: undecided",
         "MTP helps. Source: Somebody 2024, arXiv 2404.00000. At equal steps.",
         "![mine](../results/mine.svg)",
@@ -198,10 +201,11 @@ def test_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "Nobody knows.",
         "`python -m sweeps.claims run other`, about 7 minutes on two cores.",
     ):
-        assert part in page, part
+        assert said_there in page, said_there
     readme = (tmp_path / "README.md").read_text()
-    assert "| [mine](docs/results.md) | MTP helps. | undecided | 4 to 5 |" in readme
-    assert "| [other](docs/results.md) | MTP helps. | not run | 0 |" in readme
+    assert "| [mine](docs/results.md#mine-undecided) | undecided | 4–5 |" in readme
+    assert "Predicted, and not run yet: other." in readme
+    assert "### mine: undecided" in page, "which the link leads to"
     assert (tmp_path / "results" / "mine.svg").read_text().count("<svg") == 1
     assert write_pages(tmp_path, claims) == [], "nothing changes"
     (tmp_path / "README.md").write_text("no markers")
@@ -240,7 +244,37 @@ def test_figures_by_measure(tmp_path: Path) -> None:
     assert write_figures(empty, "mine", tmp_path) == []
 
 
-@pytest.mark.parametrize("page", ["docs/results.md", "README.md"])
+def test_the_readme_answers_its_first_question_in_every_language(tmp_path: Path) -> None:
+    claims = tmp_path / "claims"
+    more = [
+        {"arm": "mtp", "against": "plain", "side": "above", "expected": 0.1},
+        {"arm": "mtp", "against": "plain", "side": "below", "by": -0.2},
+    ]
+    write_claim(claims, QUESTION, predictions=more)
+    claim = read_claim(QUESTION, claims)
+    for language, waits in ((ENGLISH, "Not judged yet"), (CHINESE, "尚无结论")):
+        text = part([(claim, None)], language)
+        assert f"{language.question} {waits}" in text and claim.command in text
+        assert "| " not in text and "![" not in text, "no empty table, no picture of nothing"
+    result = result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
+    told = {
+        "README.md": (
+            "**does not hold**",
+            "0 worse beyond noise, 2 better",
+            "| does not hold | 5 |",
+        ),
+        "README.zh-CN.md": ("**不成立**", "0 种变差", "2 种变好", "| 不成立 | 5 |"),
+    }
+    for page, language in LANGUAGES.items():
+        text = part([(claim, result)], language)
+        shown = words.measured(result["predictions"][0])
+        assert text.count(shown) == 2 and shown.count("[") == 1, "the least and the most"
+        assert f"](results/{QUESTION}.svg)" in text
+        for words_ in told[page]:
+            assert words_ in text, words_
+
+
+@pytest.mark.parametrize("page", ["docs/results.md", *LANGUAGES])
 def test_the_projects_pages_are_those_of_its_results(page: str) -> None:
     """``python -m sweeps.claims verdict --all`` makes them."""
     assert pages(ROOT)[ROOT / page] == (ROOT / page).read_text(encoding="utf-8")
@@ -258,3 +292,8 @@ def test_every_result_is_of_a_claim_and_has_its_figures() -> None:
             == (setting or "cpu")
             == (claim.on_gpu() if setting else claim).setting
         )
+        for figure in files_of(result, file.stem, file.parent):
+            drawn_from = re.search(r"<dc:identifier>(\w+)</", figure.read_text(encoding="utf-8"))
+            assert drawn_from is not None and drawn_from[1] == digest(result), (
+                f"{figure.name} shows an earlier result: python -m sweeps.claims verdict --all"
+            )

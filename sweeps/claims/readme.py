@@ -1,0 +1,203 @@
+"""The README's part between the markers, in each of its languages: the answer to its first
+question, two pictures, and the verdicts of the claims that were run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sweeps.claims import words
+from sweeps.claims.claim import Claim
+from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED
+from sweeps.claims.figure import files_of
+from sweeps.claims.result import Result, is_stale
+
+STALE = "stale"
+NOT_RUN = "not run"
+
+# Whether the main prediction gains at equal compute, and what a head is good for.
+QUESTION = "text_equal_flops"
+PLANNING = ("star_graph_heads_5000", "star_graph_heads")
+# Shown in the place of the first while it has no numbers.
+INSTEAD = "drafts_best"
+
+
+@dataclass(frozen=True)
+class Language:
+    """What the part says; the numbers are the same in all.
+
+    Attributes:
+        question: the first one, in bold.
+        waiting: where it has no numbers yet; takes ``command``.
+        answer: takes ``verdict``, ``n``, ``worse``, ``better``, ``open``, ``least`` and ``most``.
+        figures: what the pictures show, by the claim's name.
+        head: of the table's three columns.
+        states: a verdict's words.
+        missing: in front of the claims that were not run.
+    """
+
+    question: str
+    waiting: str
+    answer: str
+    figures: Mapping[str, str]
+    head: tuple[str, str, str]
+    states: Mapping[str, str]
+    missing: str
+
+
+ENGLISH = Language(
+    question="**Is the main prediction better with MTP, at equal training compute?**",
+    waiting="Not judged yet: `{command}`.",
+    answer=(
+        "The claim that it is not, at this small scale: **{verdict}**. "
+        "Bits per byte against plain training at equal FLOPs, {n} settings of head and depth: "
+        "{worse} worse beyond noise, {better} better beyond noise, {open} undecided; "
+        "from {least} to {most} (95 % intervals over seeds)."
+    ),
+    figures={
+        QUESTION: (
+            "Bits per byte of each head and depth minus plain training's at equal FLOPs, with 95 % "
+            "intervals over seeds: right of the line is worse."
+        ),
+        INSTEAD: (
+            "Drafts: tokens that a verify pass gives with other heads minus those with sequential "
+            "modules, at equal FLOPs, with 95 % intervals over seeds."
+        ),
+        **dict.fromkeys(
+            PLANNING,
+            "Planning: the share of seeds that learn the way through a star graph, by head.",
+        ),
+    },
+    head=("claim", "verdict", "seeds an arm"),
+    states={},
+    missing="Predicted, and not run yet",
+)
+
+CHINESE = Language(
+    question="**在训练计算量相同的条件下，MTP 能让主预测更好吗？**",
+    waiting="尚无结论：`{command}`。",
+    answer=(
+        "论断“在这样的小规模下不能”：**{verdict}**。"
+        "与 FLOPs 相同的普通训练相比（比特/字节），{n} 种预测头与深度的组合中，"
+        "{worse} 种变差且超出噪声，{better} 种变好且超出噪声，{open} 种未决；"
+        "差值从 {least} 到 {most}（跨种子的 95 % 置信区间）。"
+    ),
+    figures={
+        QUESTION: (
+            "相同 FLOPs 下，各预测头与深度的比特/字节减去普通训练的差值，"
+            "误差线为跨种子的 95 % 置信区间；竖线右侧表示更差。"
+        ),
+        INSTEAD: (
+            "草稿：相同 FLOPs 下，其他预测头每次验证得到的词元数减去串行模块的，"
+            "误差线为跨种子的 95 % 置信区间。"
+        ),
+        **dict.fromkeys(PLANNING, "规划：各预测头中学会在星形图里找到路径的种子比例。"),
+    },
+    head=("论断", "结论", "每组种子数"),
+    states={
+        HOLDS: "成立",
+        FAILS: "不成立",
+        UNDECIDED: "未决",
+        STALE: "已过期",
+        NOT_RUN: "未运行",
+    },
+    missing="已写下预测、尚未运行",
+)
+
+LANGUAGES = {"README.md": ENGLISH, "README.zh-CN.md": CHINESE}
+
+Found = Sequence[tuple[Claim, Result | None]]
+
+
+def part(found: Found, language: Language) -> str:
+    """What stands between the markers.
+
+    Args:
+        found: all claims, with their results where there are any.
+        language: of the page.
+    """
+    on_cpu = {claim.name: (claim, result) for claim, result in found if claim.setting == "cpu"}
+    return "\n\n".join(
+        filter(
+            None,
+            [*_answer(on_cpu, language), *_pictures(on_cpu, language), _table(on_cpu, language)],
+        )
+    )
+
+
+def state(claim: Claim, result: Result | None) -> str:
+    """A claim's verdict, or why it has none."""
+    if result is None:
+        return NOT_RUN
+    return STALE if is_stale(result, claim) else str(result["verdict"])
+
+
+def _answer(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Language) -> list[str]:
+    if QUESTION not in on_cpu:
+        return []
+    claim, result = on_cpu[QUESTION]
+    entries = [] if result is None else [e for e in result["predictions"] if e["low"] is not None]
+    if result is None or not entries:
+        return [f"{language.question} {language.waiting.format(command=claim.command)}"]
+    verdicts = [entry["verdict"] for entry in entries]
+    by_size = sorted(entries, key=lambda entry: float(entry["effect"]))
+    least, most = (f"{words.measured(e)} ({e['arm']})" for e in (by_size[0], by_size[-1]))
+    said = language.answer.format(
+        verdict=_word(state(claim, result), language),
+        n=len(entries),
+        worse=verdicts.count(HOLDS),
+        better=verdicts.count(FAILS),
+        open=verdicts.count(UNDECIDED),
+        least=least,
+        most=most,
+    )
+    return [f"{language.question} {said}"]
+
+
+def _pictures(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Language) -> list[str]:
+    """One of each group: the first that has numbers."""
+    shown = []
+    for group in ((QUESTION, INSTEAD), PLANNING):
+        for name in group:
+            claim, result = on_cpu.get(name, (None, None))
+            if claim is None or result is None:
+                continue
+            if files := files_of(result, claim.label, Path("results")):
+                said = language.figures[name]
+                shown.append(f"![{said}]({files[0].as_posix()})<br>\n{said}")
+                break
+    return shown
+
+
+def _table(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Language) -> str:
+    """A line for each claim that was run, and one for all that were not."""
+    run = [
+        f"| [{name}]({_anchor(claim, result)}) | {_word(state(claim, result), language)} "
+        f"| {_n(result)} |"
+        for name, (claim, result) in on_cpu.items()
+        if result is not None
+    ]
+    rest = [name for name, (_, result) in on_cpu.items() if result is None]
+    head = [f"| {' | '.join(language.head)} |", "|---|---|---|"]
+    missing = f"{language.missing}: {', '.join(rest)}." if rest else ""
+    return "\n\n".join(filter(None, ["\n".join([*head, *run]) if run else "", missing]))
+
+
+def _word(verdict: str, language: Language) -> str:
+    return language.states.get(verdict, verdict)
+
+
+def _anchor(claim: Claim, result: Result) -> str:
+    """The section of docs/results.md, whose title ends in the verdict."""
+    return f"docs/results.md#{claim.name}-{state(claim, result).replace(' ', '-')}"
+
+
+def _n(result: Result) -> str:
+    """Of the arm with the fewest finished, and of the one with the most."""
+    counts = [
+        sum(seed["state"] == "done" for seed in arm["seeds"].values())
+        for arm in result["arms"].values()
+    ]
+    least, most = min(counts), max(counts)
+    return str(most) if least == most else f"{least}–{most}"

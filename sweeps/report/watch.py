@@ -1,0 +1,80 @@
+"""A report that is made again while a sweep runs, served to this machine alone."""
+
+from __future__ import annotations
+
+import posixpath
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+HOST = "127.0.0.1"
+SECONDS = 10.0
+
+
+class Pages(SimpleHTTPRequestHandler):
+    """The report's own files, as they are now; nothing else of its folder."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+    def end_headers(self) -> None:
+        """Forbid keeping what changes."""
+        self.send_header("Cache-Control", "no-store")
+        super().end_headers()
+
+    def send_head(self) -> Any:
+        """Only the page, its table and its figures."""
+        path = posixpath.normpath(unquote(self.path.partition("?")[0]))
+        if path == "/":
+            self.path = "/report.html"
+        elif path not in ("/report.html", "/runs.csv") and not path.startswith("/figures/"):
+            self.send_error(404)
+            return None
+        return super().send_head()
+
+    def list_directory(self, path: Any) -> None:
+        """No lists of files."""
+        self.send_error(404)
+
+
+def watch(
+    make: Callable[[], tuple[Path, bool]],
+    *,
+    port: int = 0,
+    seconds: float = SECONDS,
+    tell: Callable[[str], None] = print,
+) -> None:
+    """Make a report again and again, and serve it, until its jobs have ended or Ctrl-C.
+
+    Args:
+        make: makes it; returns the page and whether jobs are still running or to run.
+        port: of 127.0.0.1; 0 takes a free one.
+        seconds: between two reports.
+        tell: says where it is.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    page, running = make()
+    handler = partial(Pages, directory=str(page.parent))
+    with ThreadingHTTPServer((HOST, port), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        tell(
+            f"http://{HOST}:{server.server_port}/ until the sweep has ended; Ctrl-C ends it sooner"
+        )
+        try:
+            while running:
+                time.sleep(seconds)
+                _, running = make()
+            # Whoever looks at the page gets its last state.
+            time.sleep(min(seconds, SECONDS))
+        except KeyboardInterrupt:
+            pass
+        finally:
+            server.shutdown()
+    tell(f"the last report is {page}")

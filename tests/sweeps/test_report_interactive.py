@@ -1,0 +1,143 @@
+"""What the page's script is given: points where the figures have them, the settings' marks by name,
+two runs' configs; and the report that is made again while a sweep runs."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+pytest.importorskip("scipy")
+
+from sweeps.report import watch as watching
+from sweeps.report.__main__ import main, report
+from sweeps.report.watch import watch
+from tests.sweeps.fixture_runs import depth_sweep, write_run
+
+LOSSES = {0: (2.0, 2.1, 2.2), 1: (1.9, 2.05, 2.0), 2: (1.8, 1.9, 2.0)}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("sweep")
+    depth_sweep(folder, LOSSES)
+    return report([folder])[0].read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def data(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_points_say_what_the_figures_show(data: dict[str, Any]) -> None:
+    assert data["settings"] == ["mtp.depth=0", "mtp.depth=1", "mtp.depth=2"]
+    shown = data["figures"]["loss_depth"]
+    main_depth = {
+        point[0]: point for point in shown["points"] if point[3] == pytest.approx(0, abs=0.5)
+    }
+    for number, losses in enumerate(LOSSES.values()):
+        mean = sum(losses) / 3
+        deviation = (sum((loss - mean) ** 2 for loss in losses) / 2) ** 0.5
+        assert main_depth[number][4] == pytest.approx(mean)
+        # t(0.975, 2)
+        assert main_depth[number][6] == pytest.approx(4.302653 * deviation / 3**0.5, rel=1e-5)
+        assert main_depth[number][5] is None
+
+
+def test_places_are_those_of_the_marks(page: str, data: dict[str, Any]) -> None:
+    """A marker of matplotlib's SVG is a ``use`` at its place."""
+    figure = page[page.index('id="figure-loss_depth"') :]
+    for number in range(3):
+        marks = re.findall(rf'<g id="loss_depth-series-{number}-\d+".*?</g>\s*</g>', figure, re.S)
+        places = re.findall(r'<use xlink:href="[^"]*" x="([\d.]+)" y="([\d.]+)"', "".join(marks))
+        drawn = {(round(float(x), 1), round(float(y), 1)) for x, y in places}
+        points = [tuple(p[1:3]) for p in data["figures"]["loss_depth"]["points"] if p[0] == number]
+        assert points
+        for x, y in points:
+            assert any(abs(x - a) <= 0.1 and abs(y - b) <= 0.1 for a, b in drawn), (x, y, drawn)
+
+
+def test_legends_are_switches_of_all_figures(page: str) -> None:
+    for name in ("loss_tokens", "loss_flops", "loss_depth"):
+        for number in range(3):
+            # Its handle and its text.
+            assert len(re.findall(f'id="{name}-switch-{number}-\\d+"', page)) == 2
+            assert f'id="{name}-series-{number}-' in page
+
+
+def test_configs_are_compared(
+    data: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert all(set(c) <= {"mtp.depth", "seed", "data.seed"} for c in data["configs"].values())
+    assert len(data["configs"]) == 9
+    for name, changes in (("a", {"mtp.depth": 1}), ("b", {"mtp.depth": 2, "x": "<b>"})):
+        write_run(tmp_path / name, {"seed": 0, "run_dir": name, **changes}, loss=2.0)
+    main(["--diff", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert capsys.readouterr().out == "mtp.depth: 1 | 2\nx: – | <b>\n"
+    main(["--diff", str(tmp_path / "a"), str(tmp_path / "a")])
+    assert capsys.readouterr().out == "no difference\n"
+    for wrong, said in (
+        (["--diff", str(tmp_path / "a")], "wants two runs, and got 1"),
+        (["--diff", str(tmp_path / "a"), str(tmp_path)], "is no run with a config.yaml"),
+    ):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert said in capsys.readouterr().err
+    page = report([tmp_path])[0].read_text(encoding="utf-8")
+    assert "<b>" not in page.partition('id="data">')[2].partition("</script>")[0]
+
+
+def test_a_watched_page_is_made_again_and_served_to_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("0")
+    (tmp_path / "config.yaml").write_text("secret")
+    made, said, got = [], [], {}
+    ready = threading.Event()
+
+    def make() -> tuple[Path, bool]:
+        made.append(len(made))
+        if len(made) > 1:  # the first one has been served before
+            assert ready.wait(30)
+        (tmp_path / "report.html").write_text(str(made[-1]))
+        return tmp_path / "report.html", len(made) < 3
+
+    def look(text: str) -> None:
+        said.append(text)
+        if found := re.match(r"http://127\.0\.0\.1:(\d+)/", text):
+            for path in (
+                "/",
+                "/report.html",
+                "/config.yaml",
+                "/figures/",
+                "/figures/../config.yaml",
+            ):
+                connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=10)
+                connection.request("GET", path)
+                answer = connection.getresponse()
+                got[path] = (answer.status, answer.read())
+                connection.close()
+            ready.set()
+
+    watch(make, seconds=0.01, tell=look)
+    assert made == [0, 1, 2]
+    assert got["/"] == got["/report.html"] == (200, b"0")
+    assert [got[path][0] for path in list(got)[2:]] == [404, 404, 404]
+    assert "the last report is" in said[-1]
+    assert watching.HOST == "127.0.0.1"
+
+
+def test_only_a_page_of_running_jobs_loads_itself_again(tmp_path: Path) -> None:
+    running = {"state": "running", "reason": "", "overrides": []}
+    write_run(tmp_path / "a", {"seed": 0}, loss=2.0)
+    write_run(tmp_path / "b", {"seed": 1}, status=running, done=False)
+    refresh = '<meta http-equiv="refresh" content="10">'
+    assert refresh in report([tmp_path], every=10.0)[0].read_text(encoding="utf-8")
+    assert 'http-equiv="refresh"' not in report([tmp_path])[0].read_text(encoding="utf-8")

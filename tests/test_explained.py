@@ -1,0 +1,82 @@
+"""conf/'s comments as help: a group's options, an option's keys; and the quiet mode beside it."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mtp_lightning.callbacks.progress import StepProgressBar
+from mtp_lightning.cli import QUIET
+from mtp_lightning.explained import Key, groups, help_for, read_option
+from mtp_lightning.paths import CONF
+from tests.integration.helpers import ROOT, environment
+
+
+def test_a_files_comments(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "# @package _global_\n# What it is. And more:\n#   a command\n"
+        "defaults:\n  - base\n_target_: a.B\n\n"
+        "# one;\n# in two lines\nfirst: 1\nsecond:\n  # inner\n  third: null\n  fourth: [1, 2]\n"
+        "# gone\n\n# kept\nfifth: ${data}\n"
+    )
+    option = read_option(file, "group")
+    assert (option.name, option.brief) == ("mine", "What it is")
+    assert option.says == "What it is. And more:\n  a command"
+    assert option.keys == (
+        Key("first", "1", "one; in two lines"),
+        Key("second.third", "null", "inner"),
+        Key("second.fourth", "[1, 2]", ""),
+        Key("fifth", "${data}", "kept"),
+    )
+
+
+def test_every_option_is_told() -> None:
+    found = groups()
+    files = {file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.rglob("*.yaml")}
+    told = {f"{g}/{o.name}".lstrip("/") for g, options in found.items() for o in options}
+    assert told - files == {f"sweeps/{option.name}" for option in found["sweeps"]}
+    assert files <= told
+    for options in found.values():
+        for option in options:
+            assert option.says and option.brief, f"{option.group}={option.name} says nothing"
+
+
+def test_help_for_groups_and_options() -> None:
+    mtp = help_for("mtp")
+    assert "  sequential " in mtp and "DeepSeek-V3" in mtp and "depth =" not in mtp
+    option = help_for("mtp=sequential")
+    assert "  depth = 2\n      D, tokens predicted beyond the next one" in option
+    assert max(map(len, option.splitlines())) <= 100
+    with pytest.raises(ValueError, match="no group 'nope'; choose one of balance, callbacks"):
+        help_for("nope")
+    with pytest.raises(ValueError, match="mtp has no option 'nope'; choose one of .*sequential"):
+        help_for("mtp=nope")
+
+
+def test_the_command_line_helps() -> None:
+    def execute(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "train.py"), *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment(), timeout=120
+        )
+
+    whole = execute("--help")
+    assert whole.returncode == 0 and len(whole.stdout.splitlines()) <= 55, "one screen"
+    assert "--help GROUP" in whole.stdout
+    assert execute("--help", "mtp").stdout.strip() == help_for("mtp")
+    refused = execute("--help", "nope")
+    assert refused.returncode == 1 and "no group 'nope'" in refused.stderr
+
+
+def test_quiet_is_inherited_by_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", shown)
+    StepProgressBar(interactive=False).print("said")
+    monkeypatch.setenv(QUIET, "1")
+    StepProgressBar(interactive=False).print("not said")
+    assert shown.getvalue().strip() == "said"

@@ -1,0 +1,143 @@
+"""The tutorial's commands, which a newcomer types: all of them compose, and all of them run, in a
+short form (the first and the last chapter in CI)."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from mtp_lightning.literal import literal
+from tests.integration.helpers import ROOT, environment, overrides
+
+FOLDER = ROOT / "docs" / "tutorial"
+CHAPTERS = ("first_run", "depths", "drafting", "sweep", "your_head")
+PAGES = {name: (FOLDER / f"{name}.md").read_text(encoding="utf-8") for name in CHAPTERS}
+COMMANDS = {
+    name: [
+        shlex.split(line.split(" #")[0])
+        for block in re.findall(r"^```bash\n(.*?)^```", page, re.M | re.S)
+        for line in block.splitlines()
+    ]
+    for name, page in PAGES.items()
+}
+# What a chapter goes on from.
+BEFORE = {"drafting": "first_run", "depths": "first_run"}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_chapters_are_in_order() -> None:
+    links = re.findall(r"^\d\. \[.*\]\((\w+)\.md\)", (FOLDER / "index.md").read_text(), re.M)
+    assert tuple(links) == CHAPTERS
+    assert all(COMMANDS.values())
+    for name, page in PAGES.items():
+        assert page.startswith(f"# {CHAPTERS.index(name) + 1}. ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [words for commands in COMMANDS.values() for words in commands if words[1:2] == ["train.py"]],
+    ids=" ".join,
+)
+def test_every_training_composes(words: list[str]) -> None:
+    if "--config-dir" in words:
+        return  # of a head that is not there yet; it is run below
+    first = [re.sub(r"=([^\[,]*),.*", r"=\1", word) for word in words[2:] if word != "-m"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        compose("config", literal(first))
+
+
+def short(words: list[str], cache: Path) -> list[str]:
+    """A training of the tutorial in a second: its own keys, on little data and few steps."""
+    given = [word for word in words if "=" in word]
+    keys = {word.split("=")[0] for word in given}
+    groups = {key for key in keys if "." not in key}
+    if "init_from" in keys:  # which brings its model and tokenizer
+        groups |= {"model", "tokenizer"}
+    small = [
+        override
+        for override in overrides(cache, {"logger": "csv"})
+        if (key := override.split("=")[0]) not in keys
+        and key.split(".")[0] not in groups - {"mtp"}
+        and not (key == "mtp" and "mtp" in groups)
+    ]
+    steps = [word for word in small if word.startswith("trainer.")]
+    given = [re.sub(r"^seed=0,.*", "seed=0", word) for word in given]
+    given = [word for word in given if not word.startswith("trainer.max_steps=")]
+    return [
+        *small,
+        *given,
+        *(["trainer.max_steps=10"] if "trainer.max_steps" in keys else []),
+        *steps,
+    ]
+
+
+def type_in(words: list[str], folder: Path, cache: Path) -> str:
+    """Execute one command of a page; what it printed."""
+    program, *rest = words[1:]
+    if program == "-m":
+        command = ["-m", *rest]
+    elif program == "train.py":
+        options = [word for word in rest if "=" not in word]  # -m, --config-dir and its folder
+        command = [str(ROOT / program), *options, *short(rest, cache)]
+    else:
+        tokens = [f"max_new_tokens={6}"] if program == "generate.py" else ["decode.n_prompts=0"]
+        kept = [word for word in rest if not word.startswith(("max_new_tokens=", "decode."))]
+        command = [str(ROOT / program), *kept, *tokens, "num_threads=1"]
+    env = {**environment(), "PYTHONPATH": f"{ROOT}:{folder}", "MTP_LIGHTNING_CACHE": str(cache)}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def write_files(page: str, folder: Path) -> None:
+    """The files of a page: each name in backticks above its block."""
+    found = re.findall(r"^`([\w/.]+)`\n\n```(?:python|yaml)\n(.*?)^```", page, re.M | re.S)
+    for name, content in found:
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "first_run" else pytest.mark.long)
+        for name in CHAPTERS
+    ],
+)
+def test_a_chapter_runs(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    chapters = [*([BEFORE[name]] if name in BEFORE else []), name]
+    for chapter in chapters:
+        write_files(PAGES[chapter], tmp_path)
+        for words in COMMANDS[chapter]:
+            if words[0] == "python":
+                type_in(words, tmp_path, tmp_path / "cache")
+    if name == "first_run":
+        assert (tmp_path / "runs" / "mine" / "summary.json").is_file()
+    if name == "sweep":
+        assert (tmp_path / "runs" / "two" / "report.html").is_file()
+    if name == "your_head":
+        assert (tmp_path / "runs" / "stretches" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_readmes_own_head_runs(tmp_path: Path) -> None:
+    section = README.partition("## Your own idea")[2]
+    python, yaml = re.findall(r"^`{3}(?:python|yaml)\n(.*?)^`{3}", section, re.M | re.S)
+    names = re.findall(r"`mine/([\w/.]+)`", section)
+    assert len([*python.splitlines(), *yaml.splitlines()]) <= 25
+    write_files(
+        f"`{names[0]}`\n\n```python\n{python}```\n\n`{names[1]}`\n\n```yaml\n{yaml}```", tmp_path
+    )
+    (command,) = re.findall(r"^PYTHONPATH=mine (python .*)$", section, re.M)
+    words = [word.removeprefix("mine/") for word in shlex.split(command)]
+    assert "depth 2" in type_in([*words, "run_dir=run"], tmp_path, tmp_path / "cache")
