@@ -140,7 +140,7 @@ def print_sample(model: MTPModel, data: WindowDataModule, *, seed: int) -> None:
         long="slide",
     )
     beginning = printable(data.tokenizer.decode(prompt.tolist()))
-    text = printable(sample.text)
+    text = printable(sample.text or "")
     if answers:
         print(f"Sample (a held-out question >> the model's answer)\n{beginning} >>{text}\n")
     else:

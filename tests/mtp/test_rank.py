@@ -289,7 +289,7 @@ def test_what_makes_no_sense_is_refused(switches: dict[str, Any], message: str) 
         {"confidence": True},
         {"train_head": False},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_what_looks_at_a_depth_alone_is_refused(
     tiny_trunk: TrunkConfig, options: dict[str, Any]
