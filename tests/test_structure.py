@@ -23,10 +23,10 @@ APPS = ["evaluate.py", "export.py", "generate.py", "train.py"]
 # Files of mtp_lightning/ that are not in a folder are rooms of their own.
 RANK = {
     # what the apps say and read before anything else is imported
-    **dict.fromkeys(["errors", "paths", "literal"], -1),
+    **dict.fromkeys(["errors", "paths", "literal", "settings"], -1),
     "explained": -0.5,
     # tools that know nothing of models
-    **dict.fromkeys(["cli", "settings", "registry", "runtime", "sharding"], 0),
+    **dict.fromkeys(["cli", "registry", "runtime", "sharding"], 0),
     "nn": 0.5,
     **dict.fromkeys(["mtp", "optim"], 1),
     "model": 2,
