@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.run.atomic import write_bytes
+from sweeps.claims import curve
 from sweeps.claims.decide import UNDECIDED
 from sweeps.claims.result import Result
 from sweeps.claims.words import quantity, subject
@@ -19,10 +20,13 @@ from sweeps.report.style import COLOURS, QUIET, as_svg, by_row, styled
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Behind the name of a claim, that of its figure of curves.
+CURVE = "_curve"
+
 
 def write_figures(result: Result, label: str, folder: Path) -> list[Path]:
     """``LABEL.svg``, and ``LABEL_2.svg`` .. for further measures; those without numbers are left
-    out.
+    out. ``LABEL_curve.svg`` where arms have the same FLOPs.
 
     Args:
         result: of a claim.
@@ -34,16 +38,20 @@ def write_figures(result: Result, label: str, folder: Path) -> list[Path]:
     """
     files = []
     with _styled():
-        for file, entries in zip(files_of(result, label, folder), _drawn(result), strict=True):
-            write_bytes(as_svg(_draw(result, entries), of=digest(result)), file)
+        drawn = [lambda e=entries: _draw(result, e) for entries in _drawn(result)]
+        if curve.panels(result):
+            drawn.append(lambda: curve.draw(result))
+        for file, draw in zip(files_of(result, label, folder), drawn, strict=True):
+            write_bytes(as_svg(draw(), of=digest(result)), file)
             files.append(file)
     return files
 
 
 def files_of(result: Result, label: str, folder: Path) -> list[Path]:
-    """Where the figures of a result are."""
+    """Where the figures of a result are; the curves' is the last."""
     n = len(_drawn(result))
-    return [folder / f"{label}{f'_{i}' if i > 1 else ''}.svg" for i in range(1, n + 1)]
+    files = [folder / f"{label}{f'_{i}' if i > 1 else ''}.svg" for i in range(1, n + 1)]
+    return [*files, folder / f"{label}{CURVE}.svg"] if curve.panels(result) else files
 
 
 def digest(result: Result) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mtp_lightning.run.status import read_status
 from sweeps.claims.claim import Claim, Measure
+from sweeps.claims.curve import curve_of
 from sweeps.report.read import Run, read_run
 from sweeps.report.solving import wait_of
 from sweeps.report.survival import Wait
@@ -29,6 +30,7 @@ class Seed:
         values: by :func:`key` of the measures, finite ones alone.
         waits: by :func:`key` of the measures of solving: (optimizer step, whether it solved then).
         costs: steps given (``steps``), steps done, FLOPs, parameters, seconds, tokens.
+        curve: FLOPs and training loss of the next token (``curve.py``), where FLOPs are the same.
         text: fingerprint of what it was evaluated on.
         commit: of the code.
         machine: as the run describes it.
@@ -42,6 +44,7 @@ class Seed:
     values: dict[str, float] = field(default_factory=dict)
     waits: dict[str, tuple[float, bool]] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
+    curve: list[tuple[float, float]] = field(default_factory=list)
     text: str | None = None
     commit: str | None = None
     machine: str | None = None
@@ -79,7 +82,7 @@ def observe(claim: Claim, runs: Path, registered: Mapping[str, Mapping[int, str]
         folders = registered.get(arm, {})
         seeds = dict.fromkeys([*claim.scale.seeds, *folders])
         arms[arm] = {
-            seed: _seed(read_run(runs / folders[seed]), claim.measures)
+            seed: _seed(read_run(runs / folders[seed]), claim)
             if seed in folders
             else Seed(folder="", state="missing", reason="it was not started")
             for seed in seeds
@@ -87,7 +90,8 @@ def observe(claim: Claim, runs: Path, registered: Mapping[str, Mapping[int, str]
     return arms
 
 
-def _seed(run: Run, measures: Sequence[Measure]) -> Seed:
+def _seed(run: Run, claim: Claim) -> Seed:
+    measures = claim.measures
     status = read_status(run.folder) or {}
     seed = Seed(
         folder=run.folder.name,
@@ -105,6 +109,8 @@ def _seed(run: Run, measures: Sequence[Measure]) -> Seed:
     numbers: dict[str, Any] = {name: run.summary.get(name) for name in COSTS}
     numbers["steps"] = run.config.get("trainer.max_steps")
     seed.costs = {name: float(v) for name, v in numbers.items() if isinstance(v, int | float)}
+    if claim.equal == "flops":
+        seed.curve = curve_of(run)
     text = text_of(run)
     seed.text = None if text is None else text.fingerprint
     seed.commit, seed.machine = run.fact("git_commit"), run.fact("machine")

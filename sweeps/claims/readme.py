@@ -10,7 +10,7 @@ from pathlib import Path
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED
-from sweeps.claims.figure import files_of
+from sweeps.claims.figure import CURVE, files_of
 from sweeps.claims.result import Result, is_stale
 
 STALE = "stale"
@@ -31,7 +31,7 @@ class Language:
         question: the first one, in bold.
         waiting: where it has no numbers yet; takes ``command``.
         answer: takes ``verdict``, ``n``, ``worse``, ``better``, ``open``, ``least`` and ``most``.
-        figures: what the pictures show, by the claim's name.
+        figures: what the pictures show, by the claim's name; of curves by :data:`CURVE`.
         head: of the table's three columns.
         states: a verdict's words.
         missing: in front of the claims that were not run.
@@ -60,6 +60,10 @@ ENGLISH = Language(
             "Bits per byte of each head and depth minus plain training's at equal FLOPs, with 95 % "
             "intervals over seeds: right of the line is worse."
         ),
+        CURVE: (
+            "Training loss of the next token against training FLOPs, by head and depth, with 95 % "
+            "intervals over seeds."
+        ),
         INSTEAD: (
             "Drafts: tokens that a verify pass gives with other heads minus those with sequential "
             "modules, at equal FLOPs, with 95 % intervals over seeds."
@@ -87,6 +91,10 @@ CHINESE = Language(
         QUESTION: (
             "相同 FLOPs 下，各预测头与深度的比特/字节减去普通训练的差值，"
             "误差线为跨种子的 95 % 置信区间；竖线右侧表示更差。"
+        ),
+        CURVE: (
+            "下一词元的训练损失与训练 FLOPs 的关系，按预测头与深度区分，"
+            "阴影为跨种子的 95 % 置信区间。"
         ),
         INSTEAD: (
             "草稿：相同 FLOPs 下，其他预测头每次验证得到的词元数减去串行模块的，"
@@ -164,8 +172,9 @@ def _pictures(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Langu
             if claim is None or result is None:
                 continue
             if files := files_of(result, claim.label, Path("results")):
-                said = language.figures[name]
-                shown.append(f"![{said}]({files[0].as_posix()})<br>\n{said}")
+                file = files[-1] if name == QUESTION else files[0]
+                said = language.figures[CURVE if file.stem.endswith(CURVE) else name]
+                shown.append(f"![{said}]({file.as_posix()})<br>\n{said}")
                 break
     return shown
 

@@ -60,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="stop beginning cases then")
     parser.add_argument("--alone", action="store_true", help="no runs of several processes")
+    parser.add_argument("--repeatable", action="store_true", help="nothing that the clock decides")
     parser.add_argument("--cases", type=int, help="stop after so many of them")
     parser.add_argument("--seed", type=int, default=0, help="of the order and of every case")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
@@ -73,6 +74,7 @@ def main() -> None:
     warm()
     cases = [case for kind in given.only for case in KINDS[kind](folder)]
     cases = [c for c in cases if given.match in c.name and not (given.alone and c.several)]
+    cases = [case for case in cases if not (given.repeatable and case.timed)]
     results = []
     limits = {"minutes": given.minutes, "number_of": given.cases}
     for result in try_all(cases, given.seed, folder, **limits):

@@ -28,12 +28,14 @@ class Case:
         attempt: tries it in an empty folder with randomness of its own, and says in a few words
             what happened. Raises :class:`Broken` if a promise did not hold.
         several: whether it starts other processes, which take seconds to begin.
+        timed: whether the clock decides what happens, and no two tries are the same.
     """
 
     kind: str
     name: str
     attempt: Callable[[Path, random.Random], str]
     several: bool = False
+    timed: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,10 @@ from tests.integration.helpers import ROOT, environment
 @pytest.mark.slow
 def test_what_is_promised_holds(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.chaos", "--alone", "--cases", "36", "--folder", tmp_path],
+        [
+            *(sys.executable, "-m", "tests.chaos", "--alone", "--repeatable"),
+            *("--cases", "36", "--folder", tmp_path),
+        ],
         capture_output=True,
         text=True,
         timeout=900,

@@ -1,0 +1,78 @@
+"""The training loss against compute is that of the logged steps, by arm and tokenizer."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
+
+from sweeps.claims.curve import PARTS, TAG, curve_of, panels
+from sweeps.claims.figure import files_of, write_figures
+from sweeps.claims.register import Register, write_register
+from sweeps.claims.result import judge
+from sweeps.report.read import read_run
+from tests.sweeps.claims.fixture_claims import claim_of
+from tests.sweeps.fixture_runs import write_run
+
+
+def logged(folder: Path, losses: dict[int, float], **settings: object) -> Path:
+    """A finished run of as many steps, with some of their losses."""
+    steps = max(losses)
+    write_run(folder, {"trainer.max_steps": steps, **settings}, summary={"step": steps})
+    lines = [f"step,{TAG}", *(f"{step},{loss!r}" for step, loss in losses.items())]
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("steps", [100, 173])
+def test_a_point_is_the_mean_of_its_part(tmp_path: Path, steps: int, every: int) -> None:
+    chance = random.Random(steps)
+    losses = {step: chance.uniform(1, 5) for step in range(every, steps + 1, every)}
+    losses[steps] = 3.0
+    found = curve_of(read_run(logged(tmp_path / "run", losses)))
+    assert len(found) == PARTS
+    for i, (flops, mean) in enumerate(found):
+        assert flops == pytest.approx(3_000_000_000 * (i + 0.5) / PARTS)
+        inside = [v for s, v in losses.items() if i / PARTS < s / steps <= (i + 1) / PARTS]
+        part = [v for s, v in losses.items() if int((s - 1) / steps * PARTS) == i]
+        assert mean == pytest.approx(sum(part) / len(part))
+        if steps % PARTS == 0:
+            assert part == inside
+
+
+def test_a_part_without_a_step_is_no_curve(tmp_path: Path) -> None:
+    assert curve_of(read_run(logged(tmp_path / "run", {50: 2.0, 100: 1.0}))) == []
+
+
+@pytest.mark.parametrize("equal", ["flops", "steps"])
+def test_a_panel_a_tokenizer(tmp_path: Path, equal: str) -> None:
+    arms = {
+        "plain": ["mtp=none", "mtp.depth=0"],
+        "mtp": ["mtp=sequential"],
+        "bpe": ["mtp=none", "mtp.depth=0", "tokenizer=bpe_small"],
+    }
+    claim = claim_of(tmp_path, equal=equal, arms=arms, seeds=[0, 1], minimum=2)
+    runs, folders = tmp_path / "runs", {}
+    for arm in arms:
+        folders[arm] = {seed: f"{arm}{seed}" for seed in (0, 1)}
+        for seed, name in folders[arm].items():
+            logged(runs / name, {step: 5 - step / 50 + seed for step in range(1, 101)}, seed=seed)
+    write_register(Register(digest=claim.digest, commit=None, runs=folders), claim, runs)
+    result = judge(claim, runs)
+    assert result is not None
+    if equal == "steps":
+        assert panels(result) == {}
+        return
+    assert panels(result) == {
+        "the experiment's tokenizer": ["plain", "mtp"],
+        "tokenizer=bpe_small": ["bpe"],
+    }
+    files = write_figures(result, "mine", tmp_path)
+    assert files == files_of(result, "mine", tmp_path) and files[-1].name == "mine_curve.svg"
+    text = files[-1].read_text()
+    assert "tokenizer=bpe_small" in text and "training FLOPs" in text and ">plain<" in text
