@@ -181,7 +181,7 @@ def same_files(one: Path, other: Path) -> None:
         {
             str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
             for file in sorted(folder.rglob("*"))
-            if file.is_file() and file.stat().st_size and file.suffix != ".lock"
+            if file.is_file() and file.stat().st_size and not file.name.endswith(".lock")
         }
         for folder in (one, other)
     ]
@@ -200,7 +200,7 @@ def nothing_left(folder: Path) -> None:
         path for path in folder.rglob("*") if path.name.startswith(".") and path.name != ".hydra"
     ]
     left += [path for path in folder.rglob("*.tmp")]
-    left = [path for path in left if path.suffix != ".lock"]
+    left = [path for path in left if not path.name.endswith(".lock")]
     hold(not left, f"left behind: {[str(path.relative_to(folder)) for path in left[:4]]}")
 
 
@@ -232,7 +232,8 @@ def read(path: Path) -> dict[str, Any]:
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        alike = isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape
+        return alike and bool((torch.eq(a, b) | (a.isnan() & b.isnan())).all())
     if isinstance(a, dict):
         keys = [key for key in a if key != "seconds"]
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in keys)
