@@ -68,7 +68,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "task": {"data": "copy", **TASK},
     "sibling": {"data": "sibling", "data.examples": 64, **TASK},
 }
-_TIMED = ("perf/", "seconds", "progress/seconds", "decode/speedup", "decode/tokens_per_second")
+# Of a summary: when, how fast, and by which commit, which may be another by then.
+_TIMED = (
+    "perf/",
+    "seconds",
+    "git_commit",
+    "progress/seconds",
+    "decode/speedup",
+    "decode/tokens_per_second",
+)
 
 
 @dataclass(frozen=True)
