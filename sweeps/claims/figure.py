@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +39,9 @@ def write_figures(result: Result, label: str, folder: Path) -> list[Path]:
     """
     files = []
     with _styled():
-        drawn = [lambda e=entries: _draw(result, e) for entries in _drawn(result)]
+        drawn = [partial(_draw, result, entries) for entries in _drawn(result)]
         if curve.panels(result):
-            drawn.append(lambda: curve.draw(result))
+            drawn.append(partial(curve.draw, result))
         for file, draw in zip(files_of(result, label, folder), drawn, strict=True):
             write_bytes(as_svg(draw(), of=digest(result)), file)
             files.append(file)
