@@ -38,7 +38,8 @@ def start(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         os.environ[QUIET] = "1"
         os.nice(19)
     sys.argv[1:] = literal(sys.argv[1:])
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
+    with readable_errors():  # Ctrl-C while the config is composed
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
 
 
 def _explain(arguments: list[str]) -> None:

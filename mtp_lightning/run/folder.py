@@ -17,6 +17,8 @@ _BEGUN = {
     *(_LOCK_FILE, ".hydra", "train.log", CONFIG_FILE, CHECKPOINTS),
     *("tokenizer.json", "tokenizer_state.json"),
 }
+# Processes that fetch batches have the lock, too, and outlive a run that is killed by seconds.
+_SECONDS = 15.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -35,7 +37,7 @@ def claimed(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder / _LOCK_FILE)
     try:
-        had = lock.acquire()
+        had = lock.wait(seconds=_SECONDS)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise

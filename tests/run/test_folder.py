@@ -22,8 +22,9 @@ def test_it_is_made_and_stays(tmp_path: Path) -> None:
 
 def test_another_process_is_told(tmp_path: Path) -> None:
     code = (
-        "import pathlib; from mtp_lightning.run.folder import claimed\n"
-        f"with claimed(pathlib.Path({str(tmp_path)!r})): pass"
+        "import pathlib; from mtp_lightning.run import folder\n"
+        "folder._SECONDS = 0.1\n"
+        f"with folder.claimed(pathlib.Path({str(tmp_path)!r})): pass"
     )
     with claimed(tmp_path):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
