@@ -62,6 +62,12 @@ class _Whole:
             hold(ended.code == 0, f"without a fault it fails: {ended.out[-1500:]}")
         return self._folder
 
+    def goes_on(self, folder: Path) -> None:
+        """Make sure that a run in ``folder/run``, started again, ends as this one did."""
+        again = run(self.arguments(folder / "run"), folder / "log")
+        hold(again.code == 0, f"started again it ends with {again.code}: {again.out[-1500:]}")
+        same_runs(folder / "run", self.run)
+
 
 def one_sentence(ended: Ended, *, naming: str) -> None:
     """It ended with code 1 and one line that has some words in it."""
@@ -118,9 +124,7 @@ def _not_finite(place: str, value: float, whole: _Whole) -> Attempt:
         )
         one_sentence(ended, naming="not finite")
         _all_finite(folder / "run")
-        again = run(whole.arguments(folder / "run"), folder / "log")
-        hold(again.code == 0, f"started again it ends with {again.code}: {again.out[-1500:]}")
-        same_runs(folder / "run", whole.run)
+        whole.goes_on(folder)
         return f"in step {step + 1}"
 
     return attempt
@@ -241,9 +245,7 @@ def _read_only(whole: _Whole) -> Attempt:
         ended = run(whole.arguments(folder / "run"), folder / "log", change=change)
         one_sentence(ended, naming="Read-only")
         whole_files(folder)
-        again = run(whole.arguments(folder / "run"), folder / "log")
-        hold(again.code == 0, f"started again it ends with {again.code}: {again.out[-1500:]}")
-        same_runs(folder / "run", whole.run)
+        whole.goes_on(folder)
         return f"from operation {n} on"
 
     return attempt

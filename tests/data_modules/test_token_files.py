@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import random
 from pathlib import Path
@@ -389,23 +388,3 @@ def test_damaged_headers_are_one_sentence(tmp_path_factory, data):
     if found.starts is not None:
         starts = found.starts.tolist()
         assert starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < shard.n_tokens
-
-
-@pytest.mark.parametrize("what", ["written to", "cut off", "removed"])
-def test_a_file_that_changes_while_it_is_read(tmp_path: Path, what: str) -> None:
-    """Else ids would change under a run, or the system would end it; what is removed is kept."""
-    file = tmp_path / "ids.bin"
-    file.write_bytes(np.arange(4000, dtype="<u2").tobytes())
-    tokens = ShardedTokens([Shard(file, "<u2", 0, 4000)])
-    assert tokens[10:12].tolist() == [10, 11]
-    if what == "removed":
-        file.unlink()
-        assert tokens[10:12].tolist() == [10, 11]
-        return
-    with file.open("r+b") as handle:
-        handle.truncate(100) if what == "cut off" else handle.write(b"\0" * 40)
-    os.utime(file, (0, 0))  # within a clock's tick, too
-    with pytest.raises(ValueError, match="ids.bin was written to while it is being read"):
-        tokens[10:12]
-    with pytest.raises(ValueError, match="was written to"):
-        tokens.windows(np.array([3]), 5)

@@ -76,3 +76,14 @@ def logits(model: MTPModel, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(ROWS, (2, 24 + model.depth + 1), generator=generator)
     return [model.head(h) for h in model(WindowBatch(tokens, model.depth)).values()]
+
+
+def assert_equal_logits(model: MTPModel, theirs: Any, *, rows: int) -> None:
+    """The main prediction of random tokens is that of a model of transformers."""
+    tokens = torch.randint(rows, (2, 40))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        batch = WindowBatch(torch.cat((tokens, tokens[:, :1]), dim=1), 0)
+        found = model.head(model(batch)[0])
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)

@@ -13,7 +13,6 @@ import torch
 from omegaconf import OmegaConf
 
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer
-from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
 from mtp_lightning.experiment.exporting import export
 from mtp_lightning.interop import check, tensor_files
@@ -135,13 +134,7 @@ def test_their_models_give_equal_logits_here(name: str, tmp_path: Path) -> None:
     folder = read_folder(tmp_path)
     model = folder.build()
     assert model.depth == 0
-    tokens = torch.randint(folders.ROWS, (2, 40))
-    with torch.no_grad():
-        expected = theirs(tokens).logits
-        batch = WindowBatch(torch.cat((tokens, tokens[:, :1]), dim=1), 0)
-        found = model.head(model(batch)[0])
-    assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    folders.assert_equal_logits(model, theirs, rows=folders.ROWS)
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek"])
