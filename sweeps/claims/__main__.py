@@ -58,6 +58,7 @@ def _run(args: argparse.Namespace) -> int:
         claims,
         args.runs.absolute(),
         seeds=args.seeds,
+        results=args.root / "results",
         n_jobs=args.jobs,
         retry_failed=args.retry_failed,
         command=["python -m sweeps.claims", *sys.argv[1:]],
@@ -84,7 +85,7 @@ def _judge(args: argparse.Namespace, claim: Claim) -> int:
     """Print and store a verdict; 1 where it is stale."""
     folder = args.root / "results"
     try:
-        result = judge(claim, args.runs)
+        result = judge(claim, args.runs, read_result(claim.label, folder))
     except ValueError as error:
         if not args.all:
             raise
@@ -141,7 +142,6 @@ def _parser() -> argparse.ArgumentParser:
         )
     for action in (listing, running, judging):
         action.add_argument("--claims", type=Path, default=FOLDER, help="the folder of the YAMLs")
-    for action in (listing, judging):
         action.add_argument("--root", type=Path, default=ROOT, help="has results/ and the pages")
     return parser
 

@@ -16,7 +16,8 @@ from mtp_lightning.run.atomic import write_json
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import Finding, decide, overall
 from sweeps.claims.observe import Arms, Seed, key, observe
-from sweeps.claims.register import Register, read_register
+from sweeps.claims.recall import beginning, with_stored
+from sweeps.claims.register import read_register
 from sweeps.claims.stored import read_stored
 from sweeps.report.survival import survival
 
@@ -25,12 +26,13 @@ VERSION = 1
 Result = dict[str, Any]
 
 
-def judge(claim: Claim, runs: Path) -> Result | None:
+def judge(claim: Claim, runs: Path, stored: Result | None = None) -> Result | None:
     """A claim's result from its runs; None where none was started.
 
     Args:
         claim: as it is now.
         runs: the folder of all claims' runs.
+        stored: the result so far, whose finished runs count where they are gone.
 
     Raises:
         ValueError: the claim was changed after its runs began.
@@ -43,12 +45,18 @@ def judge(claim: Claim, runs: Path) -> Result | None:
             f"The claim {claim.label} is stale: it was changed after its runs began "
             f"({register.began}). Give the changed one another name, or --runs another folder."
         )
-    arms = observe(claim, runs, register.runs)
-    return make_result(claim, register, arms)
+    arms = with_stored(observe(claim, runs, register.runs), claim, stored)
+    return make_result(claim, arms, beginning(register, claim, stored))
 
 
-def make_result(claim: Claim, register: Register, arms: Arms) -> Result:
-    """All of it as plain data."""
+def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Result:
+    """All of it as plain data.
+
+    Args:
+        claim: as it is now.
+        arms: what its runs have come to.
+        began: when the first was asked for, and the commit that had the prediction then.
+    """
     findings = decide(claim, arms)
     seeds = [seed for of_arm in arms.values() for seed in of_arm.values()]
     ended = sorted(seed.ended for seed in seeds if seed.done and seed.ended)
@@ -60,8 +68,8 @@ def make_result(claim: Claim, register: Register, arms: Arms) -> Result:
         "source": claim.source,
         "command": claim.command,
         "digest": claim.digest,
-        "predicted_in": register.commit,
-        "began": register.began,
+        "predicted_in": began[1],
+        "began": began[0],
         "verdict": overall([finding.verdict for finding in findings]),
         "unfinished": unfinished(claim, arms),
         "predictions": [_finding(finding) for finding in findings],

@@ -9,8 +9,10 @@ from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
 from sweeps.claims.claim import Claim
 from sweeps.claims.commit import commit_of
-from sweeps.claims.jobs import ClaimJob, jobs
+from sweeps.claims.jobs import ClaimJob
+from sweeps.claims.recall import left_to_run
 from sweeps.claims.register import Register, read_register, write_register
+from sweeps.claims.result import read_result
 from sweeps.local_pool import make_pool
 from sweeps.plan import Job, Plan, must_run
 
@@ -20,6 +22,7 @@ def run(
     runs: Path,
     *,
     seeds: Sequence[int] | None = None,
+    results: Path | None = None,
     n_jobs: int = 1,
     retry_failed: bool = False,
     command: Sequence[str] = (),
@@ -30,6 +33,7 @@ def run(
         claims: by their files.
         runs: the folder of all claims' runs, absolute; it need not exist.
         seeds: by default each claim's own.
+        results: the folder of the claims' results: what one has as done is not run again.
         n_jobs: jobs at once.
         retry_failed: start failed ones again.
         command: the command line, for ``sweep.json``.
@@ -39,13 +43,19 @@ def run(
 
     Raises:
         ValueError: a prediction is in no commit or was changed after its runs began, an arm does
-            not compose, or it has other settings than when it was run.
+            not compose, or it has other settings than when it was run; a damaged result.
         BlockingIOError: another process is at work there.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have saved and ended.
     """
     commits = {claim.label: commit_of(file) for file, claim in claims.items()}
     asked = {
-        claim.label: jobs(claim, seeds or claim.scale.seeds, runs) for claim in claims.values()
+        claim.label: left_to_run(
+            claim,
+            seeds or claim.scale.seeds,
+            runs,
+            None if results is None else read_result(claim.label, results),
+        )
+        for claim in claims.values()
     }
     runs.mkdir(parents=True, exist_ok=True)
     lock = Lock(runs / ".lock")

@@ -101,7 +101,7 @@ def test_a_claim_is_run_interrupted_continued_and_judged(tmp_path: Path, cache: 
         arms={"control": ["mtp=none"], "heads": ["mtp=linear", "mtp.depth=1"]},
         predictions=[{"arm": "heads", "against": "control", "side": "below"}],
     )
-    done = execute("run", "mine", "yours", *where, "--seeds", 0, 1)
+    done = execute("run", "mine", "yours", *where, "--seeds", 0, 1, "--root", tmp_path / "none")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 runs in" in done.stdout and "1 ended before" in done.stdout
     after = states(runs)
@@ -125,6 +125,13 @@ def test_a_claim_is_run_interrupted_continued_and_judged(tmp_path: Path, cache: 
             summary = json.loads((runs / seed["folder"] / "summary.json").read_text())
             assert seed["values"]["val/bits_per_byte"] == summary["val/bits_per_byte"]
     assert "### mine: holds" in (tmp_path / "docs" / "results.md").read_text()
+
+    # On another machine, with the result alone.
+    elsewhere = ["--claims", claims, "--runs", tmp_path / "elsewhere", "--root", tmp_path]
+    nothing = execute("run", "mine", *elsewhere)
+    assert nothing.returncode == 0 and "0 runs in" in nothing.stdout, nothing.stderr
+    assert execute("verdict", "mine", *elsewhere).returncode == 0
+    assert json.loads((tmp_path / "results" / "mine.json").read_text()) == result
 
     refused = execute("run", "nope", *where)
     assert refused.returncode == 1 and "choose one of mine, yours" in refused.stderr

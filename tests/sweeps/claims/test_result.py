@@ -34,10 +34,11 @@ from tests.sweeps.claims.fixture_claims import SOLVED, claim_of, observed, write
 from tests.sweeps.claims.test_decide import PLAIN, moved, rights
 from tests.sweeps.fixture_runs import evaluated, task_run, write_run
 
+BEGAN = ("2026-11-25T09:00:00+00:00", "d" * 40)
+
 
 def result_of(claim: Claim, values: dict[str, Any]) -> Result:
-    register = Register(digest=claim.digest, commit="d" * 40, began="2026-11-25T09:00:00+00:00")
-    return make_result(claim, register, observed(claim, values))
+    return make_result(claim, observed(claim, values), BEGAN)
 
 
 def run(*arguments: object) -> int:
@@ -81,7 +82,7 @@ def test_time_to_solve_is_kaplan_and_meiers(tmp_path: Path) -> None:
         arm: {s: replace(seed, waits={"val/exact_match": steps[arm][s]}) for s, seed in of.items()}
         for arm, of in arms.items()
     }
-    result = make_result(claim, Register(digest=claim.digest, commit=None), with_waits)
+    result = make_result(claim, with_waits, BEGAN)
     found = {arm: c["time_to_solve"]["val/exact_match"] for arm, c in result["arms"].items()}
     assert found["mtp"]["median_steps"] == 20 and found["mtp"]["waiting"] == pytest.approx(
         [2 / 3, 1 / 3, 0]

@@ -1,0 +1,98 @@
+"""A claim goes on where its runs are gone: the committed result knows what was done."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("scipy")
+
+from sweeps.claims.claim import Claim
+from sweeps.claims.jobs import jobs
+from sweeps.claims.recall import beginning, left_to_run, with_stored
+from sweeps.claims.register import Register, write_register
+from sweeps.claims.result import Result, judge, make_result
+from tests.sweeps.claims.fixture_claims import claim_of, observed
+from tests.sweeps.claims.test_decide import PLAIN, moved
+from tests.sweeps.fixture_runs import evaluated, write_run
+
+BEGAN = ("2026-11-25T09:00:00+00:00", "d" * 40)
+
+
+def elsewhere(claim: Claim, runs: Path) -> Result:
+    """Three of five seeds done, one failed and one never begun, with the folders that they have."""
+    values = {"plain": PLAIN[:3], "mtp": moved(-0.05)[:3]}
+    arms = observed(claim, {arm: [*of, "failed", "missing"] for arm, of in values.items()})
+    folders = {(job.arm, job.seed): job.folder for job in jobs(claim, range(5), runs)}
+    named = {
+        arm: {n: replace(seed, folder=folders[arm, n]) for n, seed in seeds.items()}
+        for arm, seeds in arms.items()
+    }
+    return json.loads(json.dumps(make_result(claim, named, BEGAN)))
+
+
+def test_what_is_done_elsewhere_is_not_run_again(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path)
+    stored = elsewhere(claim, tmp_path)
+    assert {(job.arm, job.seed) for job in left_to_run(claim, range(5), tmp_path, stored)} == {
+        (arm, seed) for arm in claim.arms for seed in (3, 4)
+    }
+    assert left_to_run(claim, [1, 2], tmp_path, stored) == []
+    assert left_to_run(claim, [1, 2], tmp_path, None) == jobs(claim, [1, 2], tmp_path)
+    other = claim_of(tmp_path, seeds=[0, 1, 2])  # another prediction
+    assert len(left_to_run(other, [0], tmp_path, stored)) == 2
+
+
+def test_another_config_than_the_stored_one_is_refused(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path)
+    stored = elsewhere(claim, tmp_path)
+    stored["arms"]["mtp"]["seeds"]["1"]["folder"] = "of_another_default"
+    with pytest.raises(ValueError, match="mtp at seed 1, of_another_default.*commit cccc"):
+        left_to_run(claim, [4], tmp_path, stored)
+
+
+def test_a_verdict_counts_what_was_done_elsewhere(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path)
+    stored = elsewhere(claim, tmp_path)
+    runs = tmp_path / "runs"
+    here = {a: {s: f"{a}{s}" for s in (3, 4)} for a in claim.arms}
+    for seed in (3, 4):
+        for arm, less in (("plain", 0.0), ("mtp", 0.1)):
+            summary = evaluated("e" * 32)
+            write_run(
+                runs / f"{arm}{seed}", {"seed": seed}, loss=2 * PLAIN[seed] - less, summary=summary
+            )
+    write_register(Register(digest=claim.digest, commit="a" * 40, runs=here), claim, runs)
+    alone, both = judge(claim, runs), judge(claim, runs, stored)
+    assert alone is not None and both is not None
+    assert alone["verdict"] == "undecided" and both["verdict"] == "holds"
+    assert both["unfinished"] == [] and both["predictions"][0]["n"] == 5
+    assert (both["began"], both["predicted_in"]) == BEGAN
+    seeds = both["arms"]["plain"]["seeds"]
+    assert list(seeds) == ["0", "1", "2", "3", "4"]
+    assert seeds["1"] == stored["arms"]["plain"]["seeds"]["1"]
+    assert judge(claim, runs, both) == both
+
+
+def test_nothing_that_was_started_elsewhere_is_dropped(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path)
+    stored = elsewhere(claim, tmp_path)
+    observed_here = observed(claim, {"plain": [*["missing"] * 3, "running"], "mtp": []})
+    both = with_stored(observed_here, claim, stored)
+    assert [seed.state for seed in both["plain"].values()] == [*["done"] * 3, "running", "missing"]
+    assert [seed.state for seed in both["mtp"].values()] == [*["done"] * 3, "failed", "missing"]
+    changed = claim_of(tmp_path, sentence="MTP helps a lot.")
+    assert with_stored(observed_here, changed, stored) == {
+        arm: dict(seeds) for arm, seeds in observed_here.items()
+    }
+
+
+def test_a_claim_began_with_the_first_of_its_runs(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path)
+    stored = elsewhere(claim, tmp_path)
+    later = Register(digest=claim.digest, commit="a" * 40, began="2026-11-26T00:00:00+00:00")
+    assert beginning(later, claim, stored) == BEGAN
+    assert beginning(later, claim, None) == (later.began, later.commit)
