@@ -25,7 +25,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kernels.matmul import packed_weights
-from mtp_lightning.nn.kv_cache import KVCache
+from mtp_lightning.nn.kv_cache import KVCache, PositionTables
 from mtp_lightning.nn.static_cache import StaticCache
 
 # Prompts and texts of many lengths share a program: capacities are multiples of this.
@@ -123,17 +123,18 @@ _depth_program = torch.compile(_depth_pass, fullgraph=True, dynamic=False, optio
 class CompiledSession(Session):
     """A :class:`Session` of one row whose narrow passes are compiled."""
 
-    def __init__(
-        self, model: MTPModel, prompts: Sequence[Sequence[int]], *, capacity: int, max_draft: int
-    ) -> None:
-        assert len(prompts) == 1
-        slack = max_draft + 1
+    def __init__(self, model: MTPModel, *, places: int, capacity: int, max_draft: int) -> None:
+        assert places == 1
+        super().__init__(model, places=places, capacity=capacity, max_draft=max_draft)
+        self._width = max_draft + 1
+
+    def _tables_for(self, capacity: int) -> PositionTables:
+        slack = self.max_draft + 1
         capacity = -(-(capacity + slack) // _CAPACITY) * _CAPACITY - slack
-        super().__init__(model, prompts, capacity=capacity, max_draft=max_draft)
-        tables = self.trunk_cache.tables
+        tables = super()._tables_for(capacity)
         # Tensors of their own: views of one another would be programs of their own.
         self._tables = (tables.cos_S1H.clone(), tables.sin_S1H.clone())
-        self._width = max_draft + 1
+        return tables
 
     def verify(self, n_drafts: int) -> Tensor:
         n, width = self.n[0], n_drafts + 1

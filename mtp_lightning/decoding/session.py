@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.model import MTPModel
@@ -26,12 +27,12 @@ from mtp_lightning.nn.kv_cache import KVCache, PositionTables
 
 
 class Session:
-    """Decoding state of a batch; it knows nothing of how tokens are chosen.
+    """Decoding state of a batch whose rows come and go; it knows nothing of how tokens are chosen.
 
     Args:
         model: in eval mode, on its device.
-        prompts: token ids of every row, at least one each.
-        capacity: most tokens a row can hold, drafts included.
+        places: most rows at a time.
+        capacity: most tokens a row can hold, drafts included, until :meth:`reserve` asks for more.
         max_draft: deepest draft that will be asked for.
 
     Attributes:
@@ -42,39 +43,48 @@ class Session:
         newest_B1C: the hidden state that every row's newest draft was made of.
     """
 
-    def __init__(
-        self, model: MTPModel, prompts: Sequence[Sequence[int]], *, capacity: int, max_draft: int
-    ) -> None:
+    def __init__(self, model: MTPModel, *, places: int, capacity: int, max_draft: int) -> None:
         weight = model.trunk.embedding.weight
         trunk = model.config.trunk
         self.model = model
         self.max_draft = max_draft
-        # A pass over rows of different lengths is as wide as the widest and may overshoot.
-        tables = PositionTables(
-            trunk, capacity + max_draft + 1, device=weight.device, dtype=weight.dtype
-        )
+        self.n: list[int] = []
+        self.filled: list[list[int]] = [[] for _ in range(max_draft + 1)]
+        tables = self._tables_for(capacity)
         self.capacity = tables.capacity
-        batch = len(prompts)
-        self.tokens_BS = torch.zeros(
-            batch, self.capacity + max_draft + 1, dtype=torch.int64, device=weight.device
-        )
-        for row, prompt in enumerate(prompts):
-            self.tokens_BS[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64)
-        self.n = [0] * batch
-        self.trunk_cache = KVCache(trunk, tables, n_layers=trunk.n_layers, batch_size=batch)
+        self.trunk_cache = KVCache(trunk, tables, n_layers=trunk.n_layers, batch_size=places)
         kept = self.depths_kept(max_draft)
         self.depth_caches = [
-            KVCache(trunk, tables, n_layers=1, batch_size=batch) for _ in range(kept)
+            KVCache(trunk, tables, n_layers=1, batch_size=places) for _ in range(kept)
         ]
-        # states[k]: hidden states of depth k, what depth k + 1 reads; states[0] is the branch.
+        self._tokens = torch.zeros(
+            places, self.capacity + max_draft + 1, dtype=torch.int64, device=weight.device
+        )
+        # Hidden states of depth k, what depth k + 1 reads; those of depth 0 are the branch's.
         widths = [trunk.d_model, *[model.mtp.state_width(trunk.d_model)] * max_draft]
-        self.states = [
-            torch.zeros(batch, self.capacity, width, dtype=weight.dtype, device=weight.device)
+        self._states = [
+            torch.zeros(places, self.capacity, width, dtype=weight.dtype, device=weight.device)
             for width in widths[:kept]
         ]
-        self.filled = [[0] * batch for _ in range(max_draft + 1)]
         self.confidence_B: Tensor | None = None
         self.newest_B1C: Tensor | None = None
+        self._resize()
+
+    def _tables_for(self, capacity: int) -> PositionTables:
+        weight = self.model.trunk.embedding.weight
+        # A pass over rows of different lengths is as wide as the widest and may overshoot.
+        slack = self.max_draft + 1
+        return PositionTables(
+            self.model.config.trunk, capacity + slack, device=weight.device, dtype=weight.dtype
+        )
+
+    def _resize(self) -> None:
+        """Show the rows that there are; they are the first ones of the storage."""
+        batch = len(self.n)
+        for cache in (self.trunk_cache, *self.depth_caches):
+            cache.resize(batch)
+        self.tokens_BS = self._tokens[:batch]
+        self.states = [states[:batch] for states in self._states]
 
     @staticmethod
     def depths_kept(max_draft: int) -> int:
@@ -86,17 +96,53 @@ class Session:
         """Rows alive."""
         return len(self.n)
 
-    def prefill(self, lengths: Sequence[int]) -> Tensor:
-        """Read ``lengths`` tokens of every row. Returns the last ones' logits [B, V]."""
-        width = max(lengths)
-        hidden = self._trunk(width, self.trunk_cache, slice(None), self.n)
-        self.n = list(lengths)
-        if min(lengths) == width:
-            last = hidden[:, -1:]
-        else:
-            index = torch.tensor(lengths, device=hidden.device) - 1
-            last = hidden.gather(1, index.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1]))
+    def reserve(self, capacity: int) -> None:
+        """Make room for rows of ``capacity`` tokens, drafts included."""
+        if capacity + self.max_draft + 1 <= self.capacity:
+            return
+        tables = self._tables_for(capacity)
+        for cache in (self.trunk_cache, *self.depth_caches):
+            cache.grow(tables)
+        more = tables.capacity - self.capacity
+        self.capacity = tables.capacity
+        self._tokens = F.pad(self._tokens, (0, more))
+        self._states = [F.pad(states, (0, 0, 0, more)) for states in self._states]
+        self._resize()
+
+    def join(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Add rows behind the others and read their prompts, at least one token each.
+
+        Returns:
+            The logits of every new row's next token, [new rows, V].
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        rows = slice(len(self.n), len(self.n) + len(prompts))
+        for row, prompt in enumerate(prompts, start=rows.start):
+            self._tokens[row, len(prompt) :] = 0  # of whoever had the place
+            self._tokens[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64)
+        for column in (self.n, *self.filled):
+            column += [0] * len(prompts)
+        self._resize()
+        hidden = self._read_anew(rows, lengths)
+        index = torch.tensor(lengths, device=hidden.device) - 1
+        last = hidden.gather(1, index.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1]))
         return self.model.head(last)[:, 0]
+
+    def _read_anew(self, rows: slice, lengths: list[int]) -> Tensor:
+        """Read the first tokens of some rows from position 0, ``lengths`` of them, by trunk and
+        depths. Returns the trunk's states, [rows, T, C]."""
+        starts, width = [0] * len(lengths), max(lengths)
+        hidden = self._trunk(width, self.trunk_cache.rows(rows), rows, starts)
+        self.n[rows] = lengths
+        self.trunk_cache.lengths[rows] = lengths
+        for k in range(1, len(self.depth_caches) + 1):
+            # The entries whose tokens are all known.
+            known = [max(length - k, 0) for length in lengths]
+            cache = self.depth_caches[k - 1]
+            if max(known):
+                self._depth(k, max(known), cache.rows(rows), rows, starts)
+            cache.lengths[rows] = self.filled[k][rows] = known
+        return hidden
 
     def verify(self, n_drafts: int) -> Tensor:
         """Read every row's pending token and its drafts. Returns logits [B, n_drafts + 1, V].
@@ -182,6 +228,11 @@ class Session:
                 filled[row] = max(0, min(self.n[row], self.n[row] + a - ahead + 1))
         self.n = [n + a + 1 for n, a in zip(self.n, accepted, strict=True)]
 
+    def put_pending(self, token_B: Tensor) -> None:
+        """Write the first pending tokens of the rows that joined last."""
+        rows = slice(self.batch_size - len(token_B), None)
+        self._write(self.tokens_BS[rows], self.n[rows], token_B.unsqueeze(1))
+
     def put(self, tokens_BT: Tensor, offset: int) -> None:
         """Write tokens ``offset`` places behind every row's pending one."""
         self._write(self.tokens_BS, [n + offset for n in self.n], tokens_BT)
@@ -195,39 +246,27 @@ class Session:
         assert 1 <= keep <= n
         tokens = self.tokens_BS[row, n + 1 - keep : n + 1].clone()
         self.tokens_BS[row, :keep] = tokens
-        self.n[row] = keep - 1
-        rows = slice(row, row + 1)
-        self.trunk_cache.lengths[row] = 0
-        for cache in self.depth_caches:
+        for column in (self.n, *self.filled):
+            column[row] = 0
+        for cache in (self.trunk_cache, *self.depth_caches):
             cache.lengths[row] = 0
-        for filled in self.filled:
-            filled[row] = 0
-        if keep == 1:
-            return
-        self._trunk(keep - 1, self.trunk_cache.row(row), rows, [0])
-        self.trunk_cache.lengths[row] = keep - 1
-        for k in range(1, len(self.depth_caches) + 1):
-            width = keep - k  # the entries whose tokens are all known
-            if width < 1:
-                break
-            cache = self.depth_caches[k - 1]
-            self._depth(k, width, cache.row(row), rows, [0])
-            cache.lengths[row] = self.filled[k][row] = width
+        if keep > 1:
+            self._read_anew(slice(row, row + 1), [keep - 1])
 
     def drop_row(self, row: int) -> None:
-        """Forget a finished row; the last one takes its place."""
+        """Forget a row; the last one takes its place."""
         last = self.batch_size - 1
         for cache in (self.trunk_cache, *self.depth_caches):
             cache.drop_row(row)
         if row != last:
-            self.tokens_BS[row] = self.tokens_BS[last]
-            for states in self.states:
-                states[row] = states[last]
-        self.tokens_BS = self.tokens_BS[:last]
-        self.states = [states[:last] for states in self.states]
+            n = self.n[last]
+            self._tokens[row] = self._tokens[last]
+            for states in self._states:
+                states[row, :n] = states[last, :n]
         for column in (self.n, *self.filled):
             column[row] = column[last]
             column.pop()
+        self._resize()
 
     @staticmethod
     def _uniform(starts: Sequence[int]) -> bool:

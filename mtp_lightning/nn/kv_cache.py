@@ -88,7 +88,7 @@ class KVCache:
         config: the trunk's, for the heads.
         tables: angles and masks; their capacity is the cache's.
         n_layers: attention layers that write here.
-        batch_size: B, rows.
+        batch_size: B, rows; later it may be fewer (:meth:`resize`), and these many again.
     """
 
     def __init__(
@@ -103,9 +103,10 @@ class KVCache:
         self.entry = config.attention.cache_entry(config)
         self.grouped = config.n_heads != self.entry.n_kv_heads
         shape = (batch_size, tables.capacity, self.entry.n_vectors, self.entry.width)
-        self.entries_L_BSMH = [
+        self._stored = [
             torch.zeros(shape, dtype=tables.dtype, device=tables.device) for _ in range(n_layers)
         ]
+        self.entries_L_BSMH = self._stored
         self.lengths = [0] * batch_size
         self._starts = [0] * batch_size
         self._n_new = self._width = 0
@@ -117,25 +118,42 @@ class KVCache:
         """Rows held."""
         return len(self.lengths)
 
-    def row(self, row: int) -> KVCache:
-        """A cache of one row that shares this one's storage."""
+    def rows(self, rows: slice) -> KVCache:
+        """A cache of some rows that shares this one's storage."""
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
-        view.entries_L_BSMH = [entries[row : row + 1] for entries in self.entries_L_BSMH]
-        view.lengths = [self.lengths[row]]
+        view.entries_L_BSMH = [entries[rows] for entries in self.entries_L_BSMH]
+        view.lengths = self.lengths[rows]
         view._views = {}
         return view
+
+    def resize(self, batch_size: int) -> None:
+        """Hold the first so many rows; new ones have read nothing."""
+        places = self._stored[0].shape[0] if self._stored else batch_size
+        assert batch_size <= places
+        whole = batch_size == places
+        self.entries_L_BSMH = self._stored if whole else [s[:batch_size] for s in self._stored]
+        self.lengths = (self.lengths + [0] * batch_size)[:batch_size]
+        self._views = {}
 
     def drop_row(self, row: int) -> None:
         """Forget a row; the last one takes its place."""
         last = self.batch_size - 1
         if row != last:
-            for entries in self.entries_L_BSMH:
-                entries[row].copy_(entries[last])
-            self.lengths[row] = self.lengths[last]
-        self.lengths.pop()
-        self.entries_L_BSMH = [entries[:last] for entries in self.entries_L_BSMH]
-        self._views = {}
+            length = self.lengths[last]
+            for entries in self._stored:
+                entries[row, :length] = entries[last, :length]
+            self.lengths[row] = length
+        self.resize(last)
+
+    def grow(self, tables: PositionTables) -> None:
+        """Move to larger tables, and as much storage."""
+        used = self.tables.capacity
+        for layer, old in enumerate(self._stored):
+            self._stored[layer] = old.new_zeros(old.shape[0], tables.capacity, *old.shape[2:])
+            self._stored[layer][:, :used] = old
+        self.tables = tables
+        self.resize(self.batch_size)
 
     def begin(self, starts: list[int], n_new: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Open a pass over ``n_new`` positions of every row, the first of them at ``starts``.
