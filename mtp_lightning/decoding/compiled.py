@@ -129,11 +129,10 @@ class CompiledSession(Session):
         self._width = max_draft + 1
 
     def _tables_for(self, capacity: int) -> PositionTables:
-        slack = self.max_draft + 1
-        capacity = -(-(capacity + slack) // _CAPACITY) * _CAPACITY - slack
+        capacity = -(-(capacity + self._slack) // _CAPACITY) * _CAPACITY - self._slack
         tables = super()._tables_for(capacity)
         # Tensors of their own: views of one another would be programs of their own.
-        self._tables = (tables.cos_S1H.clone(), tables.sin_S1H.clone())
+        self._angles = (tables.cos_S1H.clone(), tables.sin_S1H.clone())
         return tables
 
     def verify(self, n_drafts: int) -> Tensor:
@@ -143,13 +142,13 @@ class CompiledSession(Session):
             self.model,
             self.tokens_BS.narrow(1, n, width).clone(),
             self._at(n),
-            self._tables,
+            self._angles,
             cache.entries_L_BSMH,
             drafts=self.max_draft > 0,
         )
         cache.lengths = [n + width]
         if branch is not None:
-            self._write(self.states[0], [n], branch)
+            self.states[0].narrow(1, n, width).copy_(branch)
         return logits
 
     def draft(self, k: int) -> Tensor:
@@ -169,12 +168,12 @@ class CompiledSession(Session):
             branch if k == 1 else self.states[k - 1].narrow(1, start, self._width).clone(),
             self._at(start),
             self._at(end - 1 - start),
-            self._tables,
+            self._angles,
             cache.entries_L_BSMH,
         )
         cache.lengths = [start + self._width]
         if k < self.max_draft:
-            self._write(self.states[k], [start], hidden)
+            self.states[k].narrow(1, start, self._width).copy_(hidden)
         self.filled[k] = [max(0, self.n[0] - k + 1)]
         return logits
 

@@ -23,7 +23,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kernels.exact import exact_pass
-from mtp_lightning.nn.kv_cache import KVCache, PositionTables
+from mtp_lightning.nn.kv_cache import KVCache, PositionTables, Runs
 
 
 class Session:
@@ -50,20 +50,17 @@ class Session:
         self.max_draft = max_draft
         self.n: list[int] = []
         self.filled: list[list[int]] = [[] for _ in range(max_draft + 1)]
-        tables = self._tables_for(capacity)
-        self.capacity = tables.capacity
+        tables = self._tables = self._tables_for(capacity)
         self.trunk_cache = KVCache(trunk, tables, n_layers=trunk.n_layers, batch_size=places)
         kept = self.depths_kept(max_draft)
         self.depth_caches = [
             KVCache(trunk, tables, n_layers=1, batch_size=places) for _ in range(kept)
         ]
-        self._tokens = torch.zeros(
-            places, self.capacity + max_draft + 1, dtype=torch.int64, device=weight.device
-        )
+        self._tokens = torch.zeros(places, tables.capacity, dtype=torch.int64, device=weight.device)
         # Hidden states of depth k, what depth k + 1 reads; those of depth 0 are the branch's.
         widths = [trunk.d_model, *[model.mtp.state_width(trunk.d_model)] * max_draft]
         self._states = [
-            torch.zeros(places, self.capacity, width, dtype=weight.dtype, device=weight.device)
+            torch.zeros(places, tables.capacity, width, dtype=weight.dtype, device=weight.device)
             for width in widths[:kept]
         ]
         self.confidence_B: Tensor | None = None
@@ -72,11 +69,23 @@ class Session:
 
     def _tables_for(self, capacity: int) -> PositionTables:
         weight = self.model.trunk.embedding.weight
-        # A pass over rows of different lengths is as wide as the widest and may overshoot.
-        slack = self.max_draft + 1
         return PositionTables(
-            self.model.config.trunk, capacity + slack, device=weight.device, dtype=weight.dtype
+            self.model.config.trunk,
+            capacity + self._slack,
+            device=weight.device,
+            dtype=weight.dtype,
         )
+
+    @property
+    def _slack(self) -> int:
+        """Positions beyond a row's capacity: a pass over rows of different lengths is as wide as
+        the widest and overshoots by a round's width, and so do the tokens that it reads."""
+        return 2 * (self.max_draft + 1)
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens a row can hold."""
+        return self._tables.capacity - self._slack
 
     def _resize(self) -> None:
         """Show the rows that there are; they are the first ones of the storage."""
@@ -98,13 +107,13 @@ class Session:
 
     def reserve(self, capacity: int) -> None:
         """Make room for rows of ``capacity`` tokens, drafts included."""
-        if capacity + self.max_draft + 1 <= self.capacity:
+        if capacity <= self.capacity:
             return
         tables = self._tables_for(capacity)
+        more = tables.capacity - self._tables.capacity
+        self._tables = tables
         for cache in (self.trunk_cache, *self.depth_caches):
             cache.grow(tables)
-        more = tables.capacity - self.capacity
-        self.capacity = tables.capacity
         self._tokens = F.pad(self._tokens, (0, more))
         self._states = [F.pad(states, (0, 0, 0, more)) for states in self._states]
         self._resize()
@@ -153,14 +162,15 @@ class Session:
         return self.model.head(hidden)
 
     def _trunk(self, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
-        embedded = self.model.trunk.embedding(self._read(self.tokens_BS[rows], starts, width))
+        positions = Positions.of_cache(cache, starts, width)
+        embedded = self.model.trunk.embedding(cache.runs.read(self.tokens_BS[rows]))
         # The trunk alone decides what is written; drafts may round as they like.
         with exact_pass(width, embedded.device):
-            output = self.model.trunk(embedded, Positions.of_cache(cache, starts, width))
+            output = self.model.trunk(embedded, positions)
             main = self.model.mtp.main_state(output.final)
         if self.max_draft:
             branch = self.model.mtp.branch(self.model.trunk, output)
-            self._write(self.states[0][rows], starts, branch)
+            cache.runs.write(self.states[0][rows], branch)
         return main
 
     def draft(self, k: int) -> Tensor:
@@ -175,17 +185,18 @@ class Session:
         starts = [min(held, end - 1) for held, end in zip(self.filled[k], ends, strict=True)]
         width = max(end - start for end, start in zip(ends, starts, strict=True))
         # Rows with little to do start earlier rather than write beyond the buffer.
-        starts = [min(start, self.capacity - width) for start in starts]
+        last = self._tables.capacity - self.max_draft - 1 - width
+        starts = [min(start, last) for start in starts]
         hidden = self._depth(k, width, self.depth_caches[k - 1], slice(None), starts)
-        if self._uniform(starts) and self._uniform(ends):
-            last = hidden[:, ends[0] - starts[0] - 1].unsqueeze(1)
+        index = [end - start - 1 for end, start in zip(ends, starts, strict=True)]
+        if all(place == index[0] for place in index):
+            newest = hidden[:, index[0]].unsqueeze(1)
         else:
-            index = [end - start - 1 for end, start in zip(ends, starts, strict=True)]
             at = torch.tensor(index, device=hidden.device).view(-1, 1, 1)
-            last = hidden.gather(1, at.expand(-1, 1, hidden.shape[-1]))
+            newest = hidden.gather(1, at.expand(-1, 1, hidden.shape[-1]))
         # Entries whose tokens are all known; the last k - 1 rest on drafts.
         self.filled[k] = [max(0, n - k + 1) for n in self.n]
-        return self._said(k, last)
+        return self._said(k, newest)
 
     def _said(self, k: int, last_B1C: Tensor) -> Tensor:
         """The logits [B, V] of a draft's state."""
@@ -196,21 +207,22 @@ class Session:
 
     def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
         mtp = self.model.mtp
+        positions, runs = Positions.of_cache(cache, starts, width), cache.runs
         first = mtp.first_token(k)
-        token_starts = [start + first for start in starts]
-        tokens = self._read(self.tokens_BS[rows], token_starts, width + k - first)
+        read = runs if first == k else Runs(self._tables, starts, width + k - first)
+        tokens = read.moved(first).read(self.tokens_BS[rows])
         at = BranchPoint(
-            hidden=self._read(self.states[0][rows], starts, width),
+            hidden=runs.read(self.states[0][rows]),
             tokens=tokens,
             embedded=self.model.trunk.embedding(tokens),
-            positions=Positions.of_cache(cache, starts, width),
+            positions=positions,
             first=first,
             head=self.model.head,
         )
-        previous = at.hidden if k == 1 else self._read(self.states[k - 1][rows], starts, width)
+        previous = at.hidden if k == 1 else runs.read(self.states[k - 1][rows])
         hidden = mtp.depth_state(k, at, previous)
         if k < len(self.states):
-            self._write(self.states[k][rows], starts, hidden)
+            runs.write(self.states[k][rows], hidden)
         return hidden
 
     def accept(self, accepted: Sequence[int], n_drafted: int) -> None:
@@ -231,11 +243,12 @@ class Session:
     def put_pending(self, token_B: Tensor) -> None:
         """Write the first pending tokens of the rows that joined last."""
         rows = slice(self.batch_size - len(token_B), None)
-        self._write(self.tokens_BS[rows], self.n[rows], token_B.unsqueeze(1))
+        Runs(self._tables, self.n[rows], 1).write(self.tokens_BS[rows], token_B.unsqueeze(1))
 
     def put(self, tokens_BT: Tensor, offset: int) -> None:
         """Write tokens ``offset`` places behind every row's pending one."""
-        self._write(self.tokens_BS, [n + offset for n in self.n], tokens_BT)
+        starts = [n + offset for n in self.n]
+        Runs(self._tables, starts, tokens_BT.shape[1]).write(self.tokens_BS, tokens_BT)
 
     def slide(self, row: int, keep: int) -> None:
         """Start a row's context anew from its last ``keep`` tokens, the pending one included.
@@ -267,33 +280,3 @@ class Session:
             column[row] = column[last]
             column.pop()
         self._resize()
-
-    @staticmethod
-    def _uniform(starts: Sequence[int]) -> bool:
-        return len(starts) == 1 or all(start == starts[0] for start in starts)
-
-    def _place(self, buffer: Tensor, starts: Sequence[int], width: int) -> Tensor:
-        """Where the rows' runs lie in a buffer whose rows and positions are one axis, [B * T]."""
-        size = buffer.shape[1]
-        # What overshoots is of no use to anybody, but must stay in its row.
-        start_B1 = torch.tensor(
-            [row * size + min(start, size - width) for row, start in enumerate(starts)],
-            device=buffer.device,
-        ).unsqueeze(1)
-        return (start_B1 + torch.arange(width, device=buffer.device)).flatten()
-
-    def _read(self, buffer: Tensor, starts: Sequence[int], width: int) -> Tensor:
-        if self._uniform(starts):
-            return buffer.narrow(1, starts[0], width)
-        place = self._place(buffer, starts, width)
-        flat = buffer.flatten(0, 1).index_select(0, place)
-        return flat.view(len(starts), width, *buffer.shape[2:])
-
-    def _write(self, buffer: Tensor, starts: Sequence[int], values: Tensor) -> None:
-        width = values.shape[1]
-        if self._uniform(starts):
-            buffer.narrow(1, starts[0], width).copy_(values)
-        else:
-            assert max(starts) + width <= buffer.shape[1]
-            place = self._place(buffer, starts, width)
-            buffer.flatten(0, 1).index_copy_(0, place, values.flatten(0, 1))
