@@ -6,9 +6,11 @@ transformers with the same weights.
 
 Every comparison is of the same greedy tokens, which is checked. ``possible`` is the speed-up that
 tokens_per_step and the measured cost of verify and draft passes allow; ``share`` is how much of it
-is reached. ``against_single`` is a batch's tokens/s over those of its prompts one by one. Times are
-medians, ratios medians of pairs. transformers (extra ``hf``) decodes models with a DeepSeek-V3
-trunk and sequential modules, one prompt at a time, as its ``use_mtp=True`` does.
+is reached. A batch decodes several prompts a place, as a file of prompts is decoded: the place of
+one that has ended is taken by the next. ``against_single`` is its tokens/s over those of as many
+prompts as it has places, one by one. Times are medians, ratios medians of pairs. transformers
+(extra ``hf``) decodes models with a DeepSeek-V3 trunk and sequential modules, one prompt at a time,
+as its ``use_mtp=True`` does.
 """
 
 from __future__ import annotations
@@ -91,16 +93,18 @@ def byte_model(*, deepseek: bool) -> MTPModel:
     return model.eval()
 
 
+# Prompts of a batch for each of its places.
+_PER_PLACE = 4
+
+
 def measure(
-    model: MTPModel, prompts: list[list[int]], *, new_tokens: int, repeats: int
+    model: MTPModel, prompts: list[list[int]], *, batch: int, new_tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """Plain, speculative and adaptive decoding of a batch, and of its prompts one by one."""
-    batch = len(prompts)
-    ways = dict(WAYS)
+    """Plain, speculative and adaptive decoding of a batch, and of single prompts one by one."""
+    prompts = prompts[: batch * _PER_PLACE] if batch > 1 else prompts[:1]
+    ways = {name: {**way, "batch_size": batch} for name, way in WAYS.items()}
     if batch == 1:
         ways |= COMPILED
-    else:
-        ways |= {f"single_{name}": {**way, "batch_size": 1} for name, way in WAYS.items()}
     began = time.perf_counter()
     race(model, prompts, ways, max_new_tokens=min(new_tokens, 16))  # builds what is compiled
     built = time.perf_counter() - began
@@ -124,7 +128,7 @@ def measure(
     result = {
         "batch": batch,
         "tokens_per_second": {
-            name: batch * new_tokens / median(s) for name, s in run.seconds.items()
+            name: len(prompts) * new_tokens / median(s) for name, s in run.seconds.items()
         },
         "tokens_per_step": tokens_per_step,
         "acceptance": list(loop.values()),
@@ -139,7 +143,10 @@ def measure(
         result["compiled_over_eager"] = run.speedup("compiled_speculative", "speculative")
         result["seconds_to_compile"] = built
     else:
-        result["against_single"] = {name: run.speedup(name, f"single_{name}") for name in WAYS}
+        alone = race(model, prompts[:batch], WAYS, max_new_tokens=new_tokens, batch_size=1)
+        result["against_single"] = {
+            name: _PER_PLACE * sum(alone.seconds[name]) / median(run.seconds[name]) for name in WAYS
+        }
     return result
 
 
@@ -258,7 +265,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(arguments)
     options = {"new_tokens": args.new_tokens, "repeats": 1 if args.quick else args.repeats}
-    sizes = {"n": max(args.batches), "length": args.prompt_tokens}
+    sizes = {"n": _PER_PLACE * max(args.batches), "length": args.prompt_tokens}
     cases: dict[str, tuple[MTPModel, list[list[int]]]] = {}
     for path in args.checkpoint:
         from mtp_lightning.experiment.evaluating import validation_data
@@ -274,7 +281,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for name, (model, prompts) in cases.items():
         for batch in args.batches:
             key = f"{name}, batch {batch}"
-            results[key] = measure(model, prompts[:batch], **options)
+            results[key] = measure(model, prompts, batch=batch, **options)
             show(key, results[key])
         trunk = model.config.trunk
         deepseek = (trunk.attention.variant, trunk.feed_forward.variant) == ("latent", "experts")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.decoding.generate import eager_decoding
+from mtp_lightning.decoding.engine import eager_decoding
 from mtp_lightning.decoding.sampling import Sampling, draw
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
@@ -96,13 +96,9 @@ def say(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) 
     if uniforms_BW is not None:
         uniforms_BW = F.pad(uniforms_BW, (0, rounds))
     with eager_decoding(model):
-        session = Session(
-            model,
-            [row[:n] for row, n in zip(batch.tokens.tolist(), first, strict=True)],
-            capacity=max(first) + rounds,
-            max_draft=0,
-        )
-        logits_BV = session.prefill(first)
+        session = Session(model, places=batch.batch_size, capacity=max(first) + rounds, max_draft=0)
+        rows = zip(batch.tokens.tolist(), first, strict=True)
+        logits_BV = session.join([row[:n] for row, n in rows])
         for i in range(rounds):
             at_B1 = (first_B + i).unsqueeze(1)
             uniform_B = None if uniforms_BW is None else uniforms_BW.gather(1, at_B1).squeeze(1)

@@ -25,7 +25,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kernels.matmul import packed_weights
-from mtp_lightning.nn.kv_cache import KVCache
+from mtp_lightning.nn.kv_cache import KVCache, PositionTables
 from mtp_lightning.nn.static_cache import StaticCache
 
 # Prompts and texts of many lengths share a program: capacities are multiples of this.
@@ -123,17 +123,17 @@ _depth_program = torch.compile(_depth_pass, fullgraph=True, dynamic=False, optio
 class CompiledSession(Session):
     """A :class:`Session` of one row whose narrow passes are compiled."""
 
-    def __init__(
-        self, model: MTPModel, prompts: Sequence[Sequence[int]], *, capacity: int, max_draft: int
-    ) -> None:
-        assert len(prompts) == 1
-        slack = max_draft + 1
-        capacity = -(-(capacity + slack) // _CAPACITY) * _CAPACITY - slack
-        super().__init__(model, prompts, capacity=capacity, max_draft=max_draft)
-        tables = self.trunk_cache.tables
-        # Tensors of their own: views of one another would be programs of their own.
-        self._tables = (tables.cos_S1H.clone(), tables.sin_S1H.clone())
+    def __init__(self, model: MTPModel, *, places: int, capacity: int, max_draft: int) -> None:
+        assert places == 1
+        super().__init__(model, places=places, capacity=capacity, max_draft=max_draft)
         self._width = max_draft + 1
+
+    def _tables_for(self, capacity: int) -> PositionTables:
+        capacity = -(-(capacity + self._slack) // _CAPACITY) * _CAPACITY - self._slack
+        tables = super()._tables_for(capacity)
+        # Tensors of their own: views of one another would be programs of their own.
+        self._angles = (tables.cos_S1H.clone(), tables.sin_S1H.clone())
+        return tables
 
     def verify(self, n_drafts: int) -> Tensor:
         n, width = self.n[0], n_drafts + 1
@@ -142,13 +142,13 @@ class CompiledSession(Session):
             self.model,
             self.tokens_BS.narrow(1, n, width).clone(),
             self._at(n),
-            self._tables,
+            self._angles,
             cache.entries_L_BSMH,
             drafts=self.max_draft > 0,
         )
         cache.lengths = [n + width]
         if branch is not None:
-            self._write(self.states[0], [n], branch)
+            self.states[0].narrow(1, n, width).copy_(branch)
         return logits
 
     def draft(self, k: int) -> Tensor:
@@ -168,12 +168,12 @@ class CompiledSession(Session):
             branch if k == 1 else self.states[k - 1].narrow(1, start, self._width).clone(),
             self._at(start),
             self._at(end - 1 - start),
-            self._tables,
+            self._angles,
             cache.entries_L_BSMH,
         )
         cache.lengths = [start + self._width]
         if k < self.max_draft:
-            self._write(self.states[k], [start], hidden)
+            self.states[k].narrow(1, start, self._width).copy_(hidden)
         self.filled[k] = [max(0, self.n[0] - k + 1)]
         return logits
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.compiled import CompiledSession, compiled_decoding
-from mtp_lightning.decoding.generate import Prompt, eager_decoding, generate
+from mtp_lightning.decoding.engine import eager_decoding
+from mtp_lightning.decoding.generate import Prompt, generate
 from mtp_lightning.decoding.row import Generation
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
@@ -186,8 +187,9 @@ def pass_costs(
     """
     kind = CompiledSession if compile else Session
     with compiled_decoding(model) if compile else eager_decoding(model):
-        session = kind(model, [prompt] * batch, capacity=len(prompt) + 64, max_draft=model.depth)
-        session.prefill([len(prompt)] * batch)
+        capacity = len(prompt) + 64
+        session = kind(model, places=batch, capacity=capacity, max_draft=model.depth)
+        session.join([prompt] * batch)
 
         def verify(n_drafts: int) -> list[list[int]]:
             return session.verify(n_drafts).argmax(-1).tolist()

@@ -1,10 +1,48 @@
-"""One prompt's continuation: its tokens, its end, its counts."""
+"""One text that is being made: its tokens, its end, its counts.
+
+Shapes: T tokens of a round, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.decoding.request import Request
+
+
+@dataclass(frozen=True)
+class LogProb:
+    """How likely the trunk took a token for, before temperature, ``top_k`` and ``top_p``.
+
+    Attributes:
+        token: its id.
+        logprob: its log-probability, in nats.
+        top: the most likely tokens and their log-probabilities, best first.
+    """
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Tokens that a row has got and that nobody has been shown.
+
+    Attributes:
+        token_ids: their ids.
+        accepted_mask: which of them were drafts.
+        logprobs: one a token if the request asked for them, else empty.
+    """
+
+    token_ids: list[int]
+    accepted_mask: list[bool]
+    logprobs: list[LogProb]
 
 
 @dataclass(frozen=True)
@@ -16,7 +54,7 @@ class Generation:
         text: their text, without either; None without a tokenizer.
         finish_reason: ``length``, ``eot`` or ``stop``.
         new_tokens: number of ``token_ids``.
-        seconds: from the start of its batch, the prompt's reading included.
+        seconds: from when the engine took it, the prompt's reading included.
         tokens_per_second: ``new_tokens / seconds``.
         verify_passes: passes of the trunk after the prompt's.
         tokens_per_step: tokens emitted by verify passes / ``verify_passes``, the trunk's own token
@@ -26,6 +64,7 @@ class Generation:
         drafts_accepted: the numerators.
         drafts_reached: the denominators.
         accepted_mask: which of ``token_ids`` were drafts.
+        logprobs: one a token if the request asked for them, else None.
     """
 
     token_ids: list[int]
@@ -40,57 +79,60 @@ class Generation:
     drafts_accepted: list[int]
     drafts_reached: list[int]
     accepted_mask: list[bool]
-
-
-class RowOptions(Protocol):
-    """What a row needs to know of the call."""
-
-    @property
-    def max_new_tokens(self) -> int: ...
-    @property
-    def stop(self) -> tuple[str, ...]: ...
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def eot_id(self) -> int | None: ...
-    @property
-    def on_tokens(self) -> Callable[[int, list[int], list[bool]], None] | None: ...
+    logprobs: list[LogProb] | None = None
 
 
 class Row:
-    """Collects one prompt's tokens and notices its end.
+    """Collects one request's tokens and notices its end.
 
     Args:
-        index: the prompt's.
+        request: what is wanted.
         max_draft: positions to count acceptance for.
-        options: of the call.
+        tokenizer: with ``decode(ids)`` and ``eot_id``, or None.
+
+    Attributes:
+        token_ids: what was emitted; the last of them may still turn out to be behind the text's
+            end, see :meth:`fresh`.
+        finish_reason: ``length``, ``eot`` or ``stop``; None while the row lives.
     """
 
-    def __init__(self, index: int, max_draft: int, options: RowOptions) -> None:
-        self.index = index
+    def __init__(self, request: Request, max_draft: int, tokenizer: Any) -> None:
+        self.request = request
         self.token_ids: list[int] = []
         self.accepted_mask: list[bool] = []
+        self.logprobs: list[LogProb] = []
         self.finish_reason: str | None = None
-        self._options = options
-        self._streamed = 0
+        own = request.eot_id
+        self.eot_id = getattr(tokenizer, "eot_id", None) if own is None else own
+        self._tokenizer = tokenizer
+        self._began = time.perf_counter()
+        self._seconds = 0.0
+        self._shown = 0
         self._text: str | None = None
         self._passes = 0
         self._emitted = 0
         self._accepted = [0] * max_draft
         self._reached = [0] * max_draft
         # A token is a byte at least, so this many hold every stop string.
-        self._stop_bytes = max((len(s.encode()) for s in options.stop), default=0)
+        self._stop_bytes = max((len(s.encode()) for s in request.stop), default=0)
 
     @property
     def remaining(self) -> int:
         """Tokens still wanted."""
-        return self._options.max_new_tokens - len(self.token_ids)
+        return self.request.max_new_tokens - len(self.token_ids)
 
-    def take_round(self, tokens: list[int], accepted: int, reached: int) -> None:
+    def take_round(self, tokens: list[int], accepted: int, reached: int, logits_TV: Tensor) -> None:
         """Take and count one verify pass, as far as the text goes: what was drafted behind its end
-        was judged, but is no part of it."""
+        was judged, but is no part of it.
+
+        Args:
+            tokens: the accepted drafts and the trunk's own token.
+            accepted: how many drafts.
+            reached: how many were judged.
+            logits_TV: the trunk's, at least one row a token.
+        """
         before = len(self.token_ids)
-        self.extend(tokens, accepted)
+        self.extend(tokens, accepted, logits_TV)
         kept = len(self.token_ids) - before
         self._passes += 1
         self._emitted += kept
@@ -98,30 +140,31 @@ class Row:
             self._reached[j] += 1
             self._accepted[j] += j < accepted
 
-    def extend(self, tokens: list[int], accepted: int) -> None:
+    def extend(self, tokens: list[int], accepted: int, logits_TV: Tensor) -> None:
         """Take a round's tokens, the first ``accepted`` of them drafts, as far as the end."""
-        options = self._options
         tokens = tokens[: self.remaining]
-        if options.eot_id in tokens:
-            tokens = tokens[: tokens.index(options.eot_id) + 1]
+        if self.eot_id in tokens:
+            tokens = tokens[: tokens.index(self.eot_id) + 1]
             self.finish_reason = "eot"
         before = len(self.token_ids)
         self.token_ids += tokens
         self.accepted_mask += [j < accepted for j in range(len(tokens))]
-        if options.stop:
+        if self.request.stop:
             self._look_for_stop(before)
         if self.finish_reason is None and self.remaining <= 0:
             self.finish_reason = "length"
-        if options.on_tokens is not None:
-            self._stream()
+        if self.request.logprobs is not None:
+            self.logprobs += _logprobs(logits_TV, self.token_ids[before:], self.request.logprobs)
+        if self.finish_reason is not None:
+            self._seconds = time.perf_counter() - self._began
 
     def _decode(self, ids: list[int]) -> str:
-        ids = [token for token in ids if token != self._options.eot_id]
-        return self._options.tokenizer.decode(ids)
+        ids = [token for token in ids if token != self.eot_id]
+        return self._tokenizer.decode(ids)
 
     def _look_for_stop(self, before: int) -> None:
         """Cut the tokens behind the one that completes a stop string, if a new one does."""
-        stop = self._options.stop
+        stop = self.request.stop
         first = max(0, before - self._stop_bytes)
         if not any(s in self._decode(self.token_ids[first:]) for s in stop):
             return
@@ -134,34 +177,33 @@ class Row:
                 self.finish_reason = "stop"
                 return
 
-    def _stream(self) -> None:
-        """Hand on the new tokens, but hold back what may become a stop string."""
-        assert self._options.on_tokens is not None
+    def fresh(self) -> Fresh:
+        """The tokens since the last call that are surely the text's: what may become a stop string
+        is held back, and a stop string is never handed out."""
+        start, end = self._shown, max(self._shown, self._known_end())
+        self._shown = end
+        return Fresh(
+            self.token_ids[start:end], self.accepted_mask[start:end], self.logprobs[start:end]
+        )
+
+    def _known_end(self) -> int:
         end = len(self.token_ids)
         if self.finish_reason == "stop":
             assert self._text is not None
-            while end > self._streamed and len(self._decode(self.token_ids[:end])) > len(
-                self._text
-            ):
+            while end and len(self._decode(self.token_ids[:end])) > len(self._text):
                 end -= 1
-        elif self.finish_reason is None and self._options.stop:
+        elif self.finish_reason is None and self.request.stop:
             tail = self._decode(self.token_ids[max(0, end - self._stop_bytes) :])
-            for s in self._options.stop:
+            for s in self.request.stop:
                 if any(tail.endswith(s[:n]) for n in range(1, len(s))):
-                    return
-        if end > self._streamed:
-            self._options.on_tokens(
-                self.index,
-                self.token_ids[self._streamed : end],
-                self.accepted_mask[self._streamed : end],
-            )
-            self._streamed = end
+                    return 0
+        return end
 
-    def generation(self, seconds: float) -> Generation:
-        """The result, ``seconds`` after the batch began."""
+    def generation(self) -> Generation:
+        """The result of a finished row."""
         assert self.finish_reason is not None
         text = self._text
-        if text is None and self._options.tokenizer is not None:
+        if text is None and self._tokenizer is not None:
             text = self._decode(self.token_ids)
         n = len(self.token_ids)
         return Generation(
@@ -169,8 +211,8 @@ class Row:
             text=text,
             finish_reason=self.finish_reason,
             new_tokens=n,
-            seconds=seconds,
-            tokens_per_second=n / max(seconds, 1e-9),
+            seconds=self._seconds,
+            tokens_per_second=n / max(self._seconds, 1e-9),
             verify_passes=self._passes,
             tokens_per_step=self._emitted / self._passes if self._passes else 1.0,
             acceptance=[
@@ -179,4 +221,13 @@ class Row:
             drafts_accepted=self._accepted,
             drafts_reached=self._reached,
             accepted_mask=self.accepted_mask,
+            logprobs=self.logprobs if self.request.logprobs is not None else None,
         )
+
+
+def _logprobs(logits_TV: Tensor, tokens: list[int], n_top: int) -> list[LogProb]:
+    log_probs_TV = logits_TV[: len(tokens)].float().log_softmax(-1)
+    own_T = log_probs_TV.gather(1, torch.tensor(tokens, device=logits_TV.device).unsqueeze(1))[:, 0]
+    top = log_probs_TV.topk(min(n_top, log_probs_TV.shape[1]), dim=-1)
+    rows = zip(tokens, own_T.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+    return [LogProb(t, own, list(zip(ids, p, strict=True))) for t, own, ids, p in rows]

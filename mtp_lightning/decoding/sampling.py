@@ -1,6 +1,6 @@
-"""From logits to a distribution to a token: temperature, top-k, nucleus; randomness by row.
+"""From logits to a distribution to a token: temperature, top-k, nucleus.
 
-Shapes: V vocabulary, anything in front of it.
+Shapes: B rows, V vocabulary, anything in front of it.
 """
 
 from __future__ import annotations
@@ -85,47 +85,27 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     return (cumulative <= aim).sum(dim=-1).clamp_(max=probs.shape[-1] - 1)
 
 
-class Noise:
-    """Uniform numbers in [0, 1), every row from a generator of its own.
+class RowSampling:
+    """A :class:`Sampling` a row.
 
-    So a row's sample depends on ``seed`` and its prompt's index, not on its neighbours.
+    Every row is computed by its own settings, whatever its neighbours' are.
 
     Args:
-        seed: of the whole call.
-        indices: one a row: which prompt it is.
-        device: where the numbers are wanted.
+        rows: the settings, one a row.
     """
 
-    _BLOCK = 1024
+    def __init__(self, rows: Sequence[Sampling]) -> None:
+        self.greedy = all(sampling.greedy for sampling in rows)
+        self._groups: dict[Sampling, list[int]] = {}
+        for row, sampling in enumerate(rows):
+            self._groups.setdefault(sampling, []).append(row)
 
-    def __init__(self, seed: int, indices: Sequence[int], device: torch.device | str) -> None:
-        self._generators = [
-            # Far apart for every seed; neighbouring small seeds of one call never coincide. The
-            # generator takes 32 bits.
-            torch.Generator().manual_seed((seed * 1_000_003 + index * 2_654_435_761) % 2**32)
-            for index in indices
-        ]
-        self._device = device
-        self._used = self._BLOCK
-        self._block = torch.empty(0)
-
-    def next(self, n: int) -> Tensor:
-        """The next ``n`` numbers of every row, [B, n] fp64."""
-        if self._used + n > self._BLOCK:
-            assert n <= self._BLOCK
-            rows = [
-                torch.rand(self._BLOCK, generator=g, dtype=torch.float64) for g in self._generators
-            ]
-            self._block = torch.stack(rows).to(self._device)
-            self._used = 0
-        self._used += n
-        return self._block[:, self._used - n : self._used]
-
-    def drop_row(self, row: int) -> None:
-        """Forget a row; the last one takes its place."""
-        last = len(self._generators) - 1
-        self._generators[row] = self._generators[last]
-        self._generators.pop()
-        if self._used < self._BLOCK:
-            self._block[row] = self._block[last]
-        self._block = self._block[:last]
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits [B, ..., V] -> probabilities [B, ..., V], fp32."""
+        if len(self._groups) == 1:
+            (sampling,) = self._groups
+            return sampling.probabilities(logits)
+        probs = torch.empty(logits.shape, device=logits.device)
+        for sampling, rows in self._groups.items():
+            probs[rows] = sampling.probabilities(logits[rows])
+        return probs

@@ -16,22 +16,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kernels.exact import exact_pass
-from mtp_lightning.nn.kv_cache import KVCache, PositionTables
+from mtp_lightning.nn.kv_cache import KVCache, PositionTables, Runs
 
 
 class Session:
-    """Decoding state of a batch; it knows nothing of how tokens are chosen.
+    """Decoding state of a batch whose rows come and go; it knows nothing of how tokens are chosen.
 
     Args:
         model: in eval mode, on its device.
-        prompts: token ids of every row, at least one each.
-        capacity: most tokens a row can hold, drafts included.
+        places: most rows at a time.
+        capacity: most tokens a row can hold, drafts included, until :meth:`reserve` asks for more.
         max_draft: deepest draft that will be asked for.
 
     Attributes:
@@ -42,39 +43,57 @@ class Session:
         newest_B1C: the hidden state that every row's newest draft was made of.
     """
 
-    def __init__(
-        self, model: MTPModel, prompts: Sequence[Sequence[int]], *, capacity: int, max_draft: int
-    ) -> None:
+    def __init__(self, model: MTPModel, *, places: int, capacity: int, max_draft: int) -> None:
         weight = model.trunk.embedding.weight
         trunk = model.config.trunk
         self.model = model
         self.max_draft = max_draft
-        # A pass over rows of different lengths is as wide as the widest and may overshoot.
-        tables = PositionTables(
-            trunk, capacity + max_draft + 1, device=weight.device, dtype=weight.dtype
-        )
-        self.capacity = tables.capacity
-        batch = len(prompts)
-        self.tokens_BS = torch.zeros(
-            batch, self.capacity + max_draft + 1, dtype=torch.int64, device=weight.device
-        )
-        for row, prompt in enumerate(prompts):
-            self.tokens_BS[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64)
-        self.n = [0] * batch
-        self.trunk_cache = KVCache(trunk, tables, n_layers=trunk.n_layers, batch_size=batch)
+        self.n: list[int] = []
+        self.filled: list[list[int]] = [[] for _ in range(max_draft + 1)]
+        tables = self._tables = self._tables_for(capacity)
+        self.trunk_cache = KVCache(trunk, tables, n_layers=trunk.n_layers, batch_size=places)
         kept = self.depths_kept(max_draft)
         self.depth_caches = [
-            KVCache(trunk, tables, n_layers=1, batch_size=batch) for _ in range(kept)
+            KVCache(trunk, tables, n_layers=1, batch_size=places) for _ in range(kept)
         ]
-        # states[k]: hidden states of depth k, what depth k + 1 reads; states[0] is the branch.
+        self._tokens = torch.zeros(places, tables.capacity, dtype=torch.int64, device=weight.device)
+        # Hidden states of depth k, what depth k + 1 reads; those of depth 0 are the branch's.
         widths = [trunk.d_model, *[model.mtp.state_width(trunk.d_model)] * max_draft]
-        self.states = [
-            torch.zeros(batch, self.capacity, width, dtype=weight.dtype, device=weight.device)
+        self._states = [
+            torch.zeros(places, tables.capacity, width, dtype=weight.dtype, device=weight.device)
             for width in widths[:kept]
         ]
-        self.filled = [[0] * batch for _ in range(max_draft + 1)]
         self.confidence_B: Tensor | None = None
         self.newest_B1C: Tensor | None = None
+        self._resize()
+
+    def _tables_for(self, capacity: int) -> PositionTables:
+        weight = self.model.trunk.embedding.weight
+        return PositionTables(
+            self.model.config.trunk,
+            capacity + self._slack,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+
+    @property
+    def _slack(self) -> int:
+        """Positions beyond a row's capacity: a pass over rows of different lengths is as wide as
+        the widest and overshoots by a round's width, and so do the tokens that it reads."""
+        return 2 * (self.max_draft + 1)
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens a row can hold."""
+        return self._tables.capacity - self._slack
+
+    def _resize(self) -> None:
+        """Show the rows that there are; they are the first ones of the storage."""
+        batch = len(self.n)
+        for cache in (self.trunk_cache, *self.depth_caches):
+            cache.resize(batch)
+        self.tokens_BS = self._tokens[:batch]
+        self.states = [states[:batch] for states in self._states]
 
     @staticmethod
     def depths_kept(max_draft: int) -> int:
@@ -86,17 +105,53 @@ class Session:
         """Rows alive."""
         return len(self.n)
 
-    def prefill(self, lengths: Sequence[int]) -> Tensor:
-        """Read ``lengths`` tokens of every row. Returns the last ones' logits [B, V]."""
-        width = max(lengths)
-        hidden = self._trunk(width, self.trunk_cache, slice(None), self.n)
-        self.n = list(lengths)
-        if min(lengths) == width:
-            last = hidden[:, -1:]
-        else:
-            index = torch.tensor(lengths, device=hidden.device) - 1
-            last = hidden.gather(1, index.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1]))
+    def reserve(self, capacity: int) -> None:
+        """Make room for rows of ``capacity`` tokens, drafts included."""
+        if capacity <= self.capacity:
+            return
+        tables = self._tables_for(capacity)
+        more = tables.capacity - self._tables.capacity
+        self._tables = tables
+        for cache in (self.trunk_cache, *self.depth_caches):
+            cache.grow(tables)
+        self._tokens = F.pad(self._tokens, (0, more))
+        self._states = [F.pad(states, (0, 0, 0, more)) for states in self._states]
+        self._resize()
+
+    def join(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Add rows behind the others and read their prompts, at least one token each.
+
+        Returns:
+            The logits of every new row's next token, [new rows, V].
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        rows = slice(len(self.n), len(self.n) + len(prompts))
+        for row, prompt in enumerate(prompts, start=rows.start):
+            self._tokens[row, len(prompt) :] = 0  # of whoever had the place
+            self._tokens[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64)
+        for column in (self.n, *self.filled):
+            column += [0] * len(prompts)
+        self._resize()
+        hidden = self._read_anew(rows, lengths)
+        index = torch.tensor(lengths, device=hidden.device) - 1
+        last = hidden.gather(1, index.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1]))
         return self.model.head(last)[:, 0]
+
+    def _read_anew(self, rows: slice, lengths: list[int]) -> Tensor:
+        """Read the first tokens of some rows from position 0, ``lengths`` of them, by trunk and
+        depths. Returns the trunk's states, [rows, T, C]."""
+        starts, width = [0] * len(lengths), max(lengths)
+        hidden = self._trunk(width, self.trunk_cache.rows(rows), rows, starts)
+        self.n[rows] = lengths
+        self.trunk_cache.lengths[rows] = lengths
+        for k in range(1, len(self.depth_caches) + 1):
+            # The entries whose tokens are all known.
+            known = [max(length - k, 0) for length in lengths]
+            cache = self.depth_caches[k - 1]
+            if max(known):
+                self._depth(k, max(known), cache.rows(rows), rows, starts)
+            cache.lengths[rows] = self.filled[k][rows] = known
+        return hidden
 
     def verify(self, n_drafts: int) -> Tensor:
         """Read every row's pending token and its drafts. Returns logits [B, n_drafts + 1, V].
@@ -107,14 +162,15 @@ class Session:
         return self.model.head(hidden)
 
     def _trunk(self, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
-        embedded = self.model.trunk.embedding(self._read(self.tokens_BS[rows], starts, width))
+        positions = Positions.of_cache(cache, starts, width)
+        embedded = self.model.trunk.embedding(cache.runs.read(self.tokens_BS[rows]))
         # The trunk alone decides what is written; drafts may round as they like.
         with exact_pass(width, embedded.device):
-            output = self.model.trunk(embedded, Positions.of_cache(cache, starts, width))
+            output = self.model.trunk(embedded, positions)
             main = self.model.mtp.main_state(output.final)
         if self.max_draft:
             branch = self.model.mtp.branch(self.model.trunk, output)
-            self._write(self.states[0][rows], starts, branch)
+            cache.runs.write(self.states[0][rows], branch)
         return main
 
     def draft(self, k: int) -> Tensor:
@@ -129,17 +185,18 @@ class Session:
         starts = [min(held, end - 1) for held, end in zip(self.filled[k], ends, strict=True)]
         width = max(end - start for end, start in zip(ends, starts, strict=True))
         # Rows with little to do start earlier rather than write beyond the buffer.
-        starts = [min(start, self.capacity - width) for start in starts]
+        last = self._tables.capacity - self.max_draft - 1 - width
+        starts = [min(start, last) for start in starts]
         hidden = self._depth(k, width, self.depth_caches[k - 1], slice(None), starts)
-        if self._uniform(starts) and self._uniform(ends):
-            last = hidden[:, ends[0] - starts[0] - 1].unsqueeze(1)
+        index = [end - start - 1 for end, start in zip(ends, starts, strict=True)]
+        if all(place == index[0] for place in index):
+            newest = hidden[:, index[0]].unsqueeze(1)
         else:
-            index = [end - start - 1 for end, start in zip(ends, starts, strict=True)]
             at = torch.tensor(index, device=hidden.device).view(-1, 1, 1)
-            last = hidden.gather(1, at.expand(-1, 1, hidden.shape[-1]))
+            newest = hidden.gather(1, at.expand(-1, 1, hidden.shape[-1]))
         # Entries whose tokens are all known; the last k - 1 rest on drafts.
         self.filled[k] = [max(0, n - k + 1) for n in self.n]
-        return self._said(k, last)
+        return self._said(k, newest)
 
     def _said(self, k: int, last_B1C: Tensor) -> Tensor:
         """The logits [B, V] of a draft's state."""
@@ -150,21 +207,22 @@ class Session:
 
     def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
         mtp = self.model.mtp
+        positions, runs = Positions.of_cache(cache, starts, width), cache.runs
         first = mtp.first_token(k)
-        token_starts = [start + first for start in starts]
-        tokens = self._read(self.tokens_BS[rows], token_starts, width + k - first)
+        read = runs if first == k else Runs(self._tables, starts, width + k - first)
+        tokens = read.moved(first).read(self.tokens_BS[rows])
         at = BranchPoint(
-            hidden=self._read(self.states[0][rows], starts, width),
+            hidden=runs.read(self.states[0][rows]),
             tokens=tokens,
             embedded=self.model.trunk.embedding(tokens),
-            positions=Positions.of_cache(cache, starts, width),
+            positions=positions,
             first=first,
             head=self.model.head,
         )
-        previous = at.hidden if k == 1 else self._read(self.states[k - 1][rows], starts, width)
+        previous = at.hidden if k == 1 else runs.read(self.states[k - 1][rows])
         hidden = mtp.depth_state(k, at, previous)
         if k < len(self.states):
-            self._write(self.states[k][rows], starts, hidden)
+            runs.write(self.states[k][rows], hidden)
         return hidden
 
     def accept(self, accepted: Sequence[int], n_drafted: int) -> None:
@@ -182,9 +240,15 @@ class Session:
                 filled[row] = max(0, min(self.n[row], self.n[row] + a - ahead + 1))
         self.n = [n + a + 1 for n, a in zip(self.n, accepted, strict=True)]
 
+    def put_pending(self, token_B: Tensor) -> None:
+        """Write the first pending tokens of the rows that joined last."""
+        rows = slice(self.batch_size - len(token_B), None)
+        Runs(self._tables, self.n[rows], 1).write(self.tokens_BS[rows], token_B.unsqueeze(1))
+
     def put(self, tokens_BT: Tensor, offset: int) -> None:
         """Write tokens ``offset`` places behind every row's pending one."""
-        self._write(self.tokens_BS, [n + offset for n in self.n], tokens_BT)
+        starts = [n + offset for n in self.n]
+        Runs(self._tables, starts, tokens_BT.shape[1]).write(self.tokens_BS, tokens_BT)
 
     def slide(self, row: int, keep: int) -> None:
         """Start a row's context anew from its last ``keep`` tokens, the pending one included.
@@ -195,66 +259,24 @@ class Session:
         assert 1 <= keep <= n
         tokens = self.tokens_BS[row, n + 1 - keep : n + 1].clone()
         self.tokens_BS[row, :keep] = tokens
-        self.n[row] = keep - 1
-        rows = slice(row, row + 1)
-        self.trunk_cache.lengths[row] = 0
-        for cache in self.depth_caches:
+        for column in (self.n, *self.filled):
+            column[row] = 0
+        for cache in (self.trunk_cache, *self.depth_caches):
             cache.lengths[row] = 0
-        for filled in self.filled:
-            filled[row] = 0
-        if keep == 1:
-            return
-        self._trunk(keep - 1, self.trunk_cache.row(row), rows, [0])
-        self.trunk_cache.lengths[row] = keep - 1
-        for k in range(1, len(self.depth_caches) + 1):
-            width = keep - k  # the entries whose tokens are all known
-            if width < 1:
-                break
-            cache = self.depth_caches[k - 1]
-            self._depth(k, width, cache.row(row), rows, [0])
-            cache.lengths[row] = self.filled[k][row] = width
+        if keep > 1:
+            self._read_anew(slice(row, row + 1), [keep - 1])
 
     def drop_row(self, row: int) -> None:
-        """Forget a finished row; the last one takes its place."""
+        """Forget a row; the last one takes its place."""
         last = self.batch_size - 1
         for cache in (self.trunk_cache, *self.depth_caches):
             cache.drop_row(row)
         if row != last:
-            self.tokens_BS[row] = self.tokens_BS[last]
-            for states in self.states:
-                states[row] = states[last]
-        self.tokens_BS = self.tokens_BS[:last]
-        self.states = [states[:last] for states in self.states]
+            n = self.n[last]
+            self._tokens[row] = self._tokens[last]
+            for states in self._states:
+                states[row, :n] = states[last, :n]
         for column in (self.n, *self.filled):
             column[row] = column[last]
             column.pop()
-
-    @staticmethod
-    def _uniform(starts: Sequence[int]) -> bool:
-        return len(starts) == 1 or all(start == starts[0] for start in starts)
-
-    def _place(self, buffer: Tensor, starts: Sequence[int], width: int) -> Tensor:
-        """Where the rows' runs lie in a buffer whose rows and positions are one axis, [B * T]."""
-        size = buffer.shape[1]
-        # What overshoots is of no use to anybody, but must stay in its row.
-        start_B1 = torch.tensor(
-            [row * size + min(start, size - width) for row, start in enumerate(starts)],
-            device=buffer.device,
-        ).unsqueeze(1)
-        return (start_B1 + torch.arange(width, device=buffer.device)).flatten()
-
-    def _read(self, buffer: Tensor, starts: Sequence[int], width: int) -> Tensor:
-        if self._uniform(starts):
-            return buffer.narrow(1, starts[0], width)
-        place = self._place(buffer, starts, width)
-        flat = buffer.flatten(0, 1).index_select(0, place)
-        return flat.view(len(starts), width, *buffer.shape[2:])
-
-    def _write(self, buffer: Tensor, starts: Sequence[int], values: Tensor) -> None:
-        width = values.shape[1]
-        if self._uniform(starts):
-            buffer.narrow(1, starts[0], width).copy_(values)
-        else:
-            assert max(starts) + width <= buffer.shape[1]
-            place = self._place(buffer, starts, width)
-            buffer.flatten(0, 1).index_copy_(0, place, values.flatten(0, 1))
+        self._resize()

@@ -34,12 +34,14 @@ class SingleCacheSession(Session):
             return super().draft(k)
         assert self.newest_B1C is not None
         starts = [max(n, 1) + k - 2 for n in self.n]
-        tokens = self._read(self.tokens_BS, [start + 1 for start in starts], 1)
+        cache = self.depth_caches[0]
+        positions = Positions.of_cache(cache, starts, 1)
+        tokens = cache.runs.moved(1).read(self.tokens_BS)
         at = BranchPoint(
             hidden=self.newest_B1C,
             tokens=tokens,
             embedded=self.model.trunk.embedding(tokens),
-            positions=Positions.of_cache(self.depth_caches[0], starts, 1),
+            positions=positions,
             first=1,
             head=self.model.head,
         )

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.sampling import Noise, Sampling, draw
+from mtp_lightning.decoding.noise import Noise
+from mtp_lightning.decoding.sampling import RowSampling, Sampling, draw
 from mtp_lightning.decoding.session import Session
 
 
@@ -28,51 +29,74 @@ class Round:
         tokens: the accepted drafts and the trunk's own token behind them.
         accepted: how many of them were drafts.
         reached: how many drafts were judged, the first rejected one included.
+        logits_BTV: the trunk's, of every draft's place and the next.
     """
 
     tokens: list[list[int]]
     accepted: list[int]
     reached: list[int]
+    logits_BTV: Tensor
 
 
 class Decoder:
-    """Chooses tokens for a session.
+    """Chooses tokens for a session: the session, the noise and how rows are sampled move together.
 
     Args:
-        session: the state it moves on.
-        sampling: how tokens are chosen, by the trunk and by the drafts alike.
-        noise: uniform numbers; not used if greedy.
+        session: the state it moves on, still without rows.
+        places: most rows at a time.
         max_draft: most drafts that any round will have.
         min_confidence: a round ends its drafts where every row's product of confidences is below
-            it. The draft that the last one is of is not made, so what is judged does not depend on
-            what was drawn for it: the text's distribution stays the trunk's.
+            it, and a sampled row is judged no further than where its own is. The draft that the
+            last one is of is not made, so what is judged does not depend on what was drawn for it:
+            the text's distribution stays the trunk's.
     """
 
     def __init__(
-        self,
-        session: Session,
-        sampling: Sampling,
-        noise: Noise,
-        *,
-        max_draft: int,
-        min_confidence: float = 0.0,
+        self, session: Session, *, places: int, max_draft: int, min_confidence: float = 0.0
     ) -> None:
         self.session = session
-        self.sampling = sampling
-        self.noise = noise
         self.min_confidence = min_confidence
         # Every round takes the same amount, so that a row's numbers depend on its rounds alone.
-        self._n_noise = 2 * max_draft + 1
+        self._noise = Noise(places, 2 * max_draft + 1, session.tokens_BS.device)
+        self._max_draft = max_draft
+        self._samplings: list[Sampling] = []
+        self._sampling = RowSampling([])
 
-    def first(self, logits_BV: Tensor) -> list[int]:
-        """Choose every row's first token from the prompt's logits."""
-        if self.sampling.greedy:
+    def join(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samplings: Sequence[Sampling],
+        streams: Sequence[tuple[int, int]],
+    ) -> tuple[list[int], Tensor]:
+        """Add rows behind the others.
+
+        Args:
+            prompts: what they read.
+            samplings: how their tokens are chosen, by the trunk and by the drafts alike.
+            streams: seed and index of their random numbers.
+
+        Returns:
+            Every new row's first token, and the logits [new rows, V] that it was chosen by.
+        """
+        logits_BV = self.session.join(prompts)
+        noise_BR = self._noise.join(streams)
+        self._samplings += samplings
+        self._sampling = RowSampling(self._samplings)
+        chosen = RowSampling(samplings)
+        if chosen.greedy:
             token_B = logits_BV.argmax(dim=-1)
         else:
-            noise = self.noise.next(self._n_noise)
-            token_B = draw(self.sampling.probabilities(logits_BV), noise[:, -1])
-        self.session.put(token_B.unsqueeze(1), 0)
-        return token_B.tolist()
+            token_B = draw(chosen.probabilities(logits_BV), noise_BR[:, -1])
+        self.session.put_pending(token_B)
+        return token_B.tolist(), logits_BV
+
+    def drop_row(self, row: int) -> None:
+        """Forget a row; the last one takes its place."""
+        self.session.drop_row(row)
+        self._noise.drop_row(row)
+        self._samplings[row] = self._samplings[-1]
+        self._samplings.pop()
+        self._sampling = RowSampling(self._samplings)
 
     def round(self, n_drafts: int, caps: Sequence[int]) -> Round:
         """Draft, verify, accept.
@@ -81,41 +105,43 @@ class Decoder:
             n_drafts: M, drafts of every row.
             caps: the most drafts a row may accept: fewer than M near its end.
         """
-        choose = self._greedy if self.sampling.greedy else self._sample
-        tokens, accepted, n_drafts = choose(n_drafts, caps)
-        limits = [min(n_drafts, cap) for cap in caps]
-        reached = [min(a + 1, limit) for a, limit in zip(accepted, limits, strict=True)]
-        self.session.accept(accepted, n_drafts)
-        return Round(tokens, accepted, reached)
+        choose = self._greedy if self._sampling.greedy else self._sample
+        done = choose(n_drafts, caps)
+        self.session.accept(done.accepted, done.logits_BTV.shape[1] - 1)
+        return done
 
-    def _drafts(self, n_drafts: int) -> Iterator[tuple[int, Tensor]]:
-        """Every depth and its logits [B, V], until none is believed any more."""
+    def _drafts(self, n_drafts: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Every depth, its logits [B, V] and which rows believe in it [B] (None: all), until none
+        is believed any more."""
         product_B: Tensor | None = None
         for k in range(1, n_drafts + 1):
             logits_BV = self.session.draft(k)
+            believed_B = None
             if self.min_confidence:
                 sure_B = self.session.confidence_B
                 assert sure_B is not None
                 product_B = sure_B if product_B is None else product_B * sure_B
-                if bool((product_B < self.min_confidence).all()):
+                believed_B = product_B >= self.min_confidence
+                if not bool(believed_B.any()):
                     return
-            yield k, logits_BV
+            yield k, logits_BV, believed_B
 
-    def _greedy(self, n_drafts: int, caps: Sequence[int]) -> tuple[list[list[int]], list[int], int]:
+    def _greedy(self, n_drafts: int, caps: Sequence[int]) -> Round:
         session = self.session
         drafts = []
-        for k, logits_BV in self._drafts(n_drafts):
+        for k, logits_BV, _ in self._drafts(n_drafts):
             draft_B1 = logits_BV.argmax(dim=-1, keepdim=True)
             session.put(draft_B1, k)
             drafts.append(draft_B1)
         n_drafts = len(drafts)
-        choice_BT = session.verify(n_drafts).argmax(dim=-1)
+        logits_BTV = session.verify(n_drafts)
+        choice_BT = logits_BTV.argmax(dim=-1)
         # Up to the first mismatch the choices are the drafts, and the next one is the new pending
         # token: they can be written before anybody has counted.
         session.put(choice_BT, 1)
         # The round's only synchronisation.
         host = torch.cat((*drafts, choice_BT), dim=1).tolist()
-        tokens, accepted = [], []
+        tokens, accepted, reached = [], [], []
         for row, cap in zip(host, caps, strict=True):
             draft, choice = row[:n_drafts], row[n_drafts:]
             a, most = 0, min(n_drafts, cap)
@@ -123,35 +149,43 @@ class Decoder:
                 a += 1
             tokens.append(choice[: a + 1])
             accepted.append(a)
-        return tokens, accepted, n_drafts
+            reached.append(min(a + 1, most))
+        return Round(tokens, accepted, reached, logits_BTV)
 
-    def _sample(self, n_drafts: int, caps: Sequence[int]) -> tuple[list[list[int]], list[int], int]:
+    def _sample(self, n_drafts: int, caps: Sequence[int]) -> Round:
         session = self.session
-        noise_BR = self.noise.next(self._n_noise)
+        noise_BR = self._noise.next()
+        limit_B = torch.tensor(caps, device=noise_BR.device)
         drafts, proposals = [], []
-        for k, logits_BV in self._drafts(n_drafts):
-            q_BV = self.sampling.probabilities(logits_BV)
+        for k, logits_BV, believed_B in self._drafts(n_drafts):
+            q_BV = self._sampling.probabilities(logits_BV)
             draft_B1 = draw(q_BV, noise_BR[:, k - 1]).unsqueeze(1)
             session.put(draft_B1, k)
             drafts.append(draft_B1)
             proposals.append(q_BV)
+            if believed_B is not None:
+                limit_B = torch.where(believed_B, limit_B, limit_B.clamp(max=k - 1))
         n_drafts = len(drafts)
-        p_BTV = self.sampling.probabilities(session.verify(n_drafts))
+        limit_B = limit_B.clamp(max=n_drafts)
+        logits_BTV = session.verify(n_drafts)
+        p_BTV = self._sampling.probabilities(logits_BTV)
         if not n_drafts:
             tokens_B1 = draw(p_BTV, noise_BR[:, -1:])
             session.put(tokens_B1, 1)
-            return tokens_B1.tolist(), [0] * len(caps), 0
+            none = [0] * len(caps)
+            return Round(tokens_B1.tolist(), none, none, logits_BTV)
         draft_BM, q_BMV = torch.cat(drafts, dim=1), torch.stack(proposals, dim=1)
-        half = self._n_noise // 2
-        limit_B = torch.tensor([min(n_drafts, c) for c in caps], device=p_BTV.device)
+        half = self._max_draft
         tokens_BT, accepted_B = accept_or_resample(
             p_BTV, q_BMV, draft_BM, noise_BR[:, half : half + n_drafts], noise_BR[:, -1], limit_B
         )
         session.put(tokens_BT, 1)
-        host = torch.cat((tokens_BT, accepted_B.unsqueeze(1)), dim=1).tolist()
-        accepted = [row[-1] for row in host]
+        reached_B = (accepted_B + 1).minimum(limit_B)
+        counts_B2 = torch.stack((accepted_B, reached_B), dim=1)
+        host = torch.cat((tokens_BT, counts_B2), dim=1).tolist()
+        accepted, reached = [row[-2] for row in host], [row[-1] for row in host]
         tokens = [row[: a + 1] for row, a in zip(host, accepted, strict=True)]
-        return tokens, accepted, n_drafts
+        return Round(tokens, accepted, reached, logits_BTV)
 
 
 def accept_or_resample(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from mtp_lightning.cli import printable
 from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding.generate import OnTokens
+from mtp_lightning.decoding.measure import rates
 from mtp_lightning.decoding.pieces import Pieces
 from mtp_lightning.interop.reading import open_run
 from mtp_lightning.model import MTPModel
@@ -57,7 +59,9 @@ def generate_text(cfg: Any) -> list[Generation]:
     stream = TextStream(run.tokenizer, sys.stdout, colour=colour) if streams else None
     if stream is not None:
         stream.write(_shown(prompts[0], sys.stdout))
+    began = time.perf_counter()
     generations = continue_prompts(cfg, run, prompts, on_tokens=stream)
+    seconds = time.perf_counter() - began
     if stream is not None:
         stream.write("\n")
     elif cfg.output == "json":
@@ -67,7 +71,19 @@ def generate_text(cfg: Any) -> list[Generation]:
     else:
         for prompt, generation in zip(prompts, generations, strict=True):
             print(_shown(f"{prompt}{generation.text}", sys.stdout) + "\n")
+    if len(prompts) > 1:
+        # The texts and objects are for whoever reads standard output.
+        print(job_line(generations, seconds), file=sys.stderr)
     return generations
+
+
+def job_line(generations: Sequence[Generation], seconds: float) -> str:
+    """What several prompts took together: their tokens a second, and the tokens of a pass."""
+    tokens = sum(generation.new_tokens for generation in generations)
+    told = f"{len(generations)} prompts, {tokens} new tokens in {seconds:.1f} s"
+    told += f": {tokens / max(seconds, 1e-9):.0f} tokens/s"
+    per_step = rates(generations).get("tokens_per_step", 1.0)
+    return f"{told}, {per_step:.2f} a verify pass and prompt" if per_step > 1 else told
 
 
 def open_for(cfg: Any) -> LoadedRun:

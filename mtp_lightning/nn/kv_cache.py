@@ -7,6 +7,7 @@ M vectors of an entry, or its key heads, H head size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,57 @@ _ROUND = 16
 
 def _round_up(n: int) -> int:
     return -(-n // _ROUND) * _ROUND
+
+
+class Runs:
+    """A run of as many positions in every row of buffers [B, S, ..] of one capacity S.
+
+    Args:
+        tables: of that capacity.
+        starts: where the rows' runs begin.
+        width: T, positions of each.
+
+    Attributes:
+        positions_BT: all of them; None where every row's are the same.
+    """
+
+    def __init__(self, tables: PositionTables, starts: Sequence[int], width: int) -> None:
+        self.tables = tables
+        self.starts = starts
+        self.width = width
+        self.positions_BT: Tensor | None = None
+        if len(starts) > 1 and any(start != starts[0] for start in starts):
+            start_B1 = torch.tensor(starts, device=tables.device).unsqueeze(1)
+            self._place(start_B1 + tables.columns_S[:width])
+
+    def _place(self, positions_BT: Tensor) -> None:
+        """Rows and positions as one axis: by one index, storing is several times faster."""
+        self.positions_BT = positions_BT
+        self._flat = (positions_BT + self.tables.first_columns(len(self.starts))).flatten()
+
+    def moved(self, by: int) -> Runs:
+        """The same, so many positions on."""
+        moved = object.__new__(Runs)
+        moved.__dict__.update(self.__dict__)
+        moved.starts = [start + by for start in self.starts]
+        if self.positions_BT is not None:
+            moved.positions_BT, moved._flat = self.positions_BT + by, self._flat + by
+        return moved
+
+    def read(self, buffer: Tensor) -> Tensor:
+        """[B, S, ..] -> [B, T, ..]; a view where all runs are the same."""
+        if self.positions_BT is None:
+            return buffer.narrow(1, self.starts[0], self.width)
+        found = buffer.flatten(0, 1).index_select(0, self._flat)
+        return found.view(len(self.starts), self.width, *buffer.shape[2:])
+
+    def write(self, buffer: Tensor, values: Tensor) -> None:
+        """[B, T, ..] into [B, S, ..]."""
+        if self.positions_BT is None:
+            buffer.narrow(1, self.starts[0], self.width).copy_(values)
+        else:
+            values = values.flatten(0, 1).to(buffer.dtype)
+            buffer.flatten(0, 1).index_copy_(0, self._flat, values)
 
 
 class PositionTables:
@@ -46,11 +98,14 @@ class PositionTables:
         self.capacity = _round_up(capacity)
         self.device = torch.device(device)
         self.dtype = dtype
-        positions_S = torch.arange(self.capacity, device=device)
+        self.columns_S = torch.arange(self.capacity, device=device)
+        self._first_columns: dict[int, Tensor] = {}
         cos, sin = whole_head_table(
-            positions_S, config.d_rope, config.rope_theta, config.rope_scaling, dtype=dtype
+            self.columns_S, config.d_rope, config.rope_theta, config.rope_scaling, dtype=dtype
         )
         self.cos_S1H, self.sin_S1H = cos.unsqueeze(1), sin.unsqueeze(1)
+        self._before = torch.zeros((), device=device, dtype=dtype)
+        self._behind = torch.full_like(self._before, -math.inf)
         # Query j of a pass that starts at n sees columns 0 .. n + j. One wide table holds the mask
         # of every n as a slice.
         self._center = self.capacity
@@ -58,6 +113,13 @@ class PositionTables:
         rows = torch.arange(FEW, device=device).unsqueeze(1) + self._center
         self._mask_TW = torch.zeros(rows.shape[0], columns.shape[0], device=device, dtype=dtype)
         self._mask_TW.masked_fill_(columns > rows, -math.inf)
+
+    def first_columns(self, batch: int) -> Tensor:
+        """Where every row begins if rows and positions are one axis, [B, 1]."""
+        if batch not in self._first_columns:
+            rows = torch.arange(batch, device=self.device).unsqueeze(1)
+            self._first_columns[batch] = rows * self.capacity
+        return self._first_columns[batch]
 
     def at(self, start: int, n_new: int) -> tuple[Tensor, Tensor]:
         """Rotary table of one run of positions: views [1, T, 1, H]."""
@@ -72,10 +134,8 @@ class PositionTables:
 
     def mask_of(self, positions: Tensor, width: int) -> Tensor:
         """Additive mask [..., P] of queries at ``positions`` [...]."""
-        hidden = torch.arange(width, device=self.device) > positions.unsqueeze(-1)
-        return torch.zeros(hidden.shape, device=self.device, dtype=self.dtype).masked_fill_(
-            hidden, -math.inf
-        )
+        hidden = self.columns_S[:width] > positions.unsqueeze(-1)
+        return torch.where(hidden, self._behind, self._before)
 
 
 class KVCache:
@@ -88,7 +148,10 @@ class KVCache:
         config: the trunk's, for the heads.
         tables: angles and masks; their capacity is the cache's.
         n_layers: attention layers that write here.
-        batch_size: B, rows.
+        batch_size: B, rows; later it may be fewer (:meth:`resize`), and these many again.
+
+    Attributes:
+        runs: the positions of the open pass.
     """
 
     def __init__(
@@ -103,13 +166,13 @@ class KVCache:
         self.entry = config.attention.cache_entry(config)
         self.grouped = config.n_heads != self.entry.n_kv_heads
         shape = (batch_size, tables.capacity, self.entry.n_vectors, self.entry.width)
-        self.entries_L_BSMH = [
+        self._stored = [
             torch.zeros(shape, dtype=tables.dtype, device=tables.device) for _ in range(n_layers)
         ]
+        self.entries_L_BSMH = self._stored
         self.lengths = [0] * batch_size
-        self._starts = [0] * batch_size
-        self._n_new = self._width = 0
-        self._place: Tensor | None = None
+        self.runs = Runs(tables, [0] * batch_size, 0)
+        self._width = 0
         self._views: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     @property
@@ -117,25 +180,42 @@ class KVCache:
         """Rows held."""
         return len(self.lengths)
 
-    def row(self, row: int) -> KVCache:
-        """A cache of one row that shares this one's storage."""
+    def rows(self, rows: slice) -> KVCache:
+        """A cache of some rows that shares this one's storage."""
         view = object.__new__(type(self))
         view.__dict__.update(self.__dict__)
-        view.entries_L_BSMH = [entries[row : row + 1] for entries in self.entries_L_BSMH]
-        view.lengths = [self.lengths[row]]
+        view.entries_L_BSMH = [entries[rows] for entries in self.entries_L_BSMH]
+        view.lengths = self.lengths[rows]
         view._views = {}
         return view
+
+    def resize(self, batch_size: int) -> None:
+        """Hold the first so many rows; new ones have read nothing."""
+        places = self._stored[0].shape[0] if self._stored else batch_size
+        assert batch_size <= places
+        whole = batch_size == places
+        self.entries_L_BSMH = self._stored if whole else [s[:batch_size] for s in self._stored]
+        self.lengths = (self.lengths + [0] * batch_size)[:batch_size]
+        self._views = {}
 
     def drop_row(self, row: int) -> None:
         """Forget a row; the last one takes its place."""
         last = self.batch_size - 1
         if row != last:
-            for entries in self.entries_L_BSMH:
-                entries[row].copy_(entries[last])
-            self.lengths[row] = self.lengths[last]
-        self.lengths.pop()
-        self.entries_L_BSMH = [entries[:last] for entries in self.entries_L_BSMH]
-        self._views = {}
+            length = self.lengths[last]
+            for entries in self._stored:
+                entries[row, :length] = entries[last, :length]
+            self.lengths[row] = length
+        self.resize(last)
+
+    def grow(self, tables: PositionTables) -> None:
+        """Move to larger tables, and as much storage."""
+        used = self.tables.capacity
+        for layer, old in enumerate(self._stored):
+            self._stored[layer] = old.new_zeros(old.shape[0], tables.capacity, *old.shape[2:])
+            self._stored[layer][:, :used] = old
+        self.tables = tables
+        self.resize(self.batch_size)
 
     def begin(self, starts: list[int], n_new: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Open a pass over ``n_new`` positions of every row, the first of them at ``starts``.
@@ -155,42 +235,29 @@ class KVCache:
         assert len(starts) == self.batch_size
         assert all(start <= held for start, held in zip(starts, self.lengths, strict=True))
         self.lengths = [start + n_new for start in starts]
-        self._n_new = n_new
+        self.runs = runs = Runs(self.tables, starts, n_new)
         self._width = _round_up(longest)
-        self._starts = starts
-        if len(starts) == 1 or all(start == starts[0] for start in starts):
-            self._place = None
+        if runs.positions_BT is None:
             cos, sin = self.tables.at(starts[0], n_new)
             if starts[0] == 0 and n_new > FEW:
                 return cos, sin, None
             return cos, sin, self.tables.mask(starts[0], n_new, self._width)
-        device = self.tables.device
-        start_B1 = torch.tensor(starts, device=device).unsqueeze(1)
-        positions_BT = start_B1 + torch.arange(n_new, device=device)
-        # Into rows and positions as one axis: by one index, storing is several times faster.
-        first_B1 = torch.arange(len(starts), device=device).unsqueeze(1) * self.tables.capacity
-        self._place = (first_B1 + positions_BT).flatten()
-        flat = positions_BT.flatten()
-        shape = (*positions_BT.shape, 1, -1)
+        flat = runs.positions_BT.flatten()
+        shape = (*runs.positions_BT.shape, 1, -1)
         cos = self.tables.cos_S1H.index_select(0, flat).view(shape)
         sin = self.tables.sin_S1H.index_select(0, flat).view(shape)
-        return cos, sin, self.tables.mask_of(positions_BT, self._width)
+        return cos, sin, self.tables.mask_of(runs.positions_BT, self._width)
 
     def append(self, layer: int, entry_BTMH: Tensor) -> None:
         """Store one layer's turned keys and values, [B, T, M, H], at the open pass's positions."""
-        entries = self.entries_L_BSMH[layer]
-        if self._place is None:
-            entries.narrow(1, self._starts[0], self._n_new).copy_(entry_BTMH)
-        else:
-            entry = entry_BTMH.flatten(0, 1).to(entries.dtype)
-            entries.flatten(0, 1).index_copy_(0, self._place, entry)
+        self.runs.write(self.entries_L_BSMH[layer], entry_BTMH)
 
     def _read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, N, P, H], for a pass of one row's few queries [T, N, P, H].
 
         Views; made once for as long as the width stays the same.
         """
-        copies = self._n_new if self.batch_size == 1 and is_exact() else 1
+        copies = self.runs.width if self.batch_size == 1 and is_exact() else 1
         key = (self._width, copies)
         if key not in self._views:
             if len(self._views) > 2 * FEW:
@@ -208,11 +275,12 @@ class KVCache:
     def distances(self) -> Tensor:
         """How far before every query of the open pass every stored position lies, [B, T, P]; below
         0 it lies behind. For layers that see less than all that came before."""
-        device = self.tables.device
-        positions_BT = torch.tensor(self._starts, device=device).unsqueeze(1) + torch.arange(
-            self._n_new, device=device
-        )
-        return positions_BT.unsqueeze(-1) - torch.arange(self._width, device=device)
+        columns, runs = self.tables.columns_S, self.runs
+        positions_BT = runs.positions_BT
+        if positions_BT is None:
+            run = columns[runs.starts[0] : runs.starts[0] + runs.width]
+            positions_BT = run.expand(len(runs.starts), -1)
+        return positions_BT.unsqueeze(-1) - columns[: self._width]
 
     def attend(self, layer: int, query_BTNH: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of the open pass's queries over all that its rows hold: [B, T, N, H].

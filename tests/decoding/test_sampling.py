@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.sampling import Noise, Sampling, draw
+from mtp_lightning.decoding.sampling import RowSampling, Sampling, draw
 from mtp_lightning.decoding.speculative import accept_or_resample
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
@@ -66,13 +66,23 @@ def test_draw_inverts_the_distribution():
     assert draw(probs, uniform).tolist() == [1, 1, 3, 3, 3]
 
 
-def test_noise_belongs_to_the_prompt():
-    three, two = Noise(5, [0, 1, 2], "cpu"), Noise(5, [1, 2], "cpu")
-    for _ in range(300):  # beyond one block
-        assert torch.equal(three.next(7)[1:], two.next(7))
-    three.drop_row(0)  # prompt 2 takes its place
-    assert torch.equal(three.next(7), two.next(7)[[1, 0]])
-    assert not torch.equal(Noise(6, [0], "cpu").next(3), Noise(5, [0], "cpu").next(3))
+def test_every_row_is_sampled_by_its_own_settings():
+    """To the last bit, whoever stands beside it."""
+    settings = [
+        Sampling(temperature=1.0),
+        Sampling(),
+        Sampling(temperature=0.7, top_k=3),
+        Sampling(temperature=1.0),
+        Sampling(temperature=1.3, top_k=6, top_p=0.8),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((5, VOCAB), (5, 3, VOCAB)):
+        logits = 3 * torch.randn(shape, generator=generator)
+        together = RowSampling(settings)
+        assert not together.greedy and RowSampling(settings[1:2]).greedy
+        found = together.probabilities(logits)
+        for row, own in enumerate(settings):
+            assert torch.equal(found[row : row + 1], own.probabilities(logits[row : row + 1]))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,6 +189,26 @@ def test_generate_reads_a_folder(base: Path, capsys: pytest.CaptureFixture[str])
     asked = {"checkpoint": str(base / "deepseek"), "prompt": "abc", "max_new_tokens": 5,
              "output": "json", "accelerator": "cpu", "num_threads": 1}  # fmt: skip
     generate_text(OmegaConf.merge(cfg, asked))
-    shown = json.loads(capsys.readouterr().out)
-    wanted = generate(open_run(base / "deepseek").model, [list(b"abc")], max_new_tokens=5)[0]
-    assert shown["token_ids"] == wanted.token_ids
+    said = capsys.readouterr()
+    shown, model = json.loads(said.out), open_run(base / "deepseek").model
+    wanted = generate(model, [list(b"abc")], max_new_tokens=5)[0]
+    assert shown["token_ids"] == wanted.token_ids and not said.err
+
+
+def test_a_file_of_prompts_says_what_it_took(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["abc", "d", "efg h"]
+    (tmp_path / "prompts").write_text("\n".join(prompts))
+    cfg = OmegaConf.load(helpers.CONF / "generate.yaml")
+    asked = {"checkpoint": str(base / "deepseek"), "prompts": str(tmp_path / "prompts"),
+             "max_new_tokens": 6, "output": "json", "accelerator": "cpu", "num_threads": 1,
+             "batch_size": 2}  # fmt: skip
+    generate_text(OmegaConf.merge(cfg, asked))
+    said = capsys.readouterr()
+    model = open_run(base / "deepseek").model
+    wanted = [generate(model, [list(p.encode())], max_new_tokens=6)[0] for p in prompts]
+    shown = [json.loads(line)["token_ids"] for line in said.out.splitlines()]
+    assert shown == [g.token_ids for g in wanted]
+    line = re.fullmatch(r"3 prompts, (\d+) new tokens in ([\d.]+) s: (\d+) tokens/s.*\n", said.err)
+    assert line and int(line[1]) == sum(g.new_tokens for g in wanted)

@@ -87,10 +87,28 @@ def test_dropping_a_row_moves_the_last_one_in(tiny_trunk):
         got = layer(x[[2, 1], 10:], Positions.of_cache(cache, [10, 10], 2))
         torch.testing.assert_close(got, expected[[2, 1], 10:])
         # A row's own view writes into the same storage.
-        layer(x[:1, :4], Positions.of_cache(cache.row(1), [0], 4))
+        layer(x[:1, :4], Positions.of_cache(cache.rows(slice(1, 2)), [0], 4))
         cache.lengths[1] = 4
         got = layer(x[:1, 4:6].expand(2, -1, -1), Positions.of_cache(cache, [4, 4], 2))
         torch.testing.assert_close(got[1], expected[0, 4:6])
+
+
+def test_rows_come_back_and_storage_grows(tiny_trunk):
+    layer, x = attention(tiny_trunk), torch.randn(3, 40, 32)
+    with torch.no_grad():
+        expected = layer(x, Positions.of_window(tiny_trunk, 40, device=torch.device("cpu")))
+        cache = cache_of(tiny_trunk, 3, capacity=16)
+        layer(x[:, :10], Positions.of_cache(cache, [0, 0, 0], 10))
+        cache.drop_row(0)
+        cache.resize(3)  # x[2], x[1], and a new row
+        assert cache.lengths == [10, 10, 0]
+        layer(x[:1, :10], Positions.of_cache(cache.rows(slice(2, 3)), [0], 10))
+        cache.lengths[2] = 10
+        cache.grow(PositionTables(tiny_trunk, 48))
+        order = [2, 1, 0]
+        for start in range(10, 40, 5):
+            got = layer(x[order, start : start + 5], Positions.of_cache(cache, [start] * 3, 5))
+            torch.testing.assert_close(got, expected[order, start : start + 5])
 
 
 def test_a_full_cache_names_the_numbers(tiny_trunk):

@@ -73,17 +73,15 @@ def attend_by_query(
                 attn_mask=mask.reshape(n_new, 1, 1, -1),
                 enable_gqa=grouped,
             ).reshape(1, n_new, n_heads, -1)
-        mask_BTP = mask.expand(batch, n_new, -1)
-        mixed = [
-            F.scaled_dot_product_attention(
-                query_BTNH[:, j].unsqueeze(2),
-                key_BMPH,
-                value_BMPH,
-                attn_mask=mask_BTP[:, j, None, None],
-                enable_gqa=grouped,
-            )
-            for j in range(n_new)
-        ]
-        return torch.cat(mixed, dim=2).transpose(1, 2)
+        # They are heads of one query: [B, N T, 1, H], those of a key head side by side.
+        mask_BNTP = mask.expand(batch, n_new, -1).unsqueeze(1).expand(-1, n_heads, -1, -1)
+        mixed = F.scaled_dot_product_attention(
+            query_BTNH.transpose(1, 2).reshape(batch, n_heads * n_new, 1, -1),
+            key_BMPH,
+            value_BMPH,
+            attn_mask=mask_BNTP.reshape(batch, n_heads * n_new, 1, -1),
+            enable_gqa=grouped or n_new > 1,
+        )
+        return mixed.view(batch, n_heads, n_new, -1).transpose(1, 2)
     finally:
         torch.set_num_threads(threads)

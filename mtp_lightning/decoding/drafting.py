@@ -1,0 +1,104 @@
+"""How the rounds of decoding draft: what was asked for, and whether a model can do it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mtp_lightning.decoding.compiled import require_compiler
+from mtp_lightning.model import MTPModel
+from mtp_lightning.settings import is_whole, require_choice, require_number
+
+Cache = Literal["per_depth", "single"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafting:
+    """Settings of all rows of an engine; see :func:`~mtp_lightning.decoding.generate`.
+
+    Attributes:
+        speculative: draft with the MTP modules; False is plain decoding.
+        draft_depth: tokens to draft in a round; None is the model's depth, ``"auto"`` what pays.
+        min_confidence: stop drafting where the model believes less than this in what it drafted.
+        cache: of a single sequential module, one a depth or one for all.
+        compile: run compiled passes, of one row at a time.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    speculative: bool = True
+    draft_depth: int | Literal["auto"] | None = None
+    min_confidence: float = 0.0
+    cache: Cache = "per_depth"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        require_number("min_confidence", self.min_confidence, least=0, most=1)
+        require_choice("cache", self.cache, ("per_depth", "single"))
+        depth = self.draft_depth
+        if depth is None or depth == "auto" or (is_whole(depth) and depth >= 1):
+            return
+        raise ValueError(
+            f"draft_depth={depth} must be a whole number of at least 1, or 'auto'; "
+            "speculative=false is plain decoding."
+        )
+
+    @property
+    def auto(self) -> bool:
+        """Whether the number of drafts is measured."""
+        return self.speculative and self.draft_depth == "auto"
+
+    def max_draft(self, model: MTPModel) -> int:
+        """The most tokens that a round drafts.
+
+        Raises:
+            ValueError: the model cannot draft as it is asked to.
+        """
+        drafted = self._max_draft(model) if self.speculative else 0
+        if self.min_confidence:
+            self._check_confidence(model, drafted)
+        if self.cache == "single":
+            self._check_single_cache(model, drafted)
+        if self.compile:
+            require_compiler(model)
+        return drafted
+
+    def _max_draft(self, model: MTPModel) -> int:
+        most, depth = model.mtp.max_draft_depth, self.draft_depth
+        if depth is None or depth == "auto":
+            if most is not None:
+                return most
+            # A single module has no end; twice the trained depth is where auto stops looking.
+            return model.depth if depth is None else 2 * model.depth
+        model.mtp.require_drafts()
+        if most is not None and depth > most:
+            raise ValueError(
+                f"draft_depth={depth}, but the model drafts {most} tokens: use at most {most}."
+            )
+        return depth
+
+    def _check_confidence(self, model: MTPModel, drafted: int) -> None:
+        asked = f"min_confidence={self.min_confidence}"
+        if model.mtp.confidence is None:
+            raise ValueError(
+                f"{asked} needs a model that says how sure it is of its drafts: train one with "
+                "objective.confidence=true, or leave it 0."
+            )
+        if not drafted:
+            raise ValueError(
+                f"{asked} does not go together with speculative=false: leave one of them out."
+            )
+
+    def _check_single_cache(self, model: MTPModel, drafted: int) -> None:
+        if not model.mtp.is_recursive:
+            raise ValueError(
+                f"cache={self.cache} is for a single module that reads its own output: decode a "
+                "model of mtp=sequential with mtp.depth=1 or mtp.share_layers=true, or leave it "
+                "per_depth."
+            )
+        if self.compile or not drafted:
+            other = "compile=true" if drafted else "speculative=false"
+            raise ValueError(
+                f"cache={self.cache} does not go together with {other}: leave one of them out."
+            )

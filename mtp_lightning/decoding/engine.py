@@ -1,0 +1,297 @@
+"""A batch whose rows come and go: what ``generate`` and a server are loops over.
+
+    with Engine(model, places=8, tokenizer=tokenizer, max_context=256) as engine:
+        rows = engine.add([Request(prompt=[1, 2], max_new_tokens=20)])
+        while engine.rows:
+            for row in engine.step():
+                print(row.request.index, row.fresh().token_ids, row.finish_reason)
+
+A row's text depends on its own request alone, not on who else is there, who joins or leaves: greedy
+text is that of plain decoding token for token, and a sample is decided by ``seed`` and ``index``
+(unless ``draft_depth="auto"`` decides by the clock how much is drafted; the distribution is the
+trunk's in any case).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+
+from mtp_lightning.decoding.adaptive import AutoDepth
+from mtp_lightning.decoding.compiled import CompiledSession, compiled_decoding
+from mtp_lightning.decoding.drafting import Drafting
+from mtp_lightning.decoding.request import Request
+from mtp_lightning.decoding.row import Row
+from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.single_cache import SingleCacheSession
+from mtp_lightning.decoding.speculative import Decoder, Round
+from mtp_lightning.model import MTPModel
+from mtp_lightning.nn.kernels.matmul import packed_weights
+from mtp_lightning.settings import is_whole, require_choice, require_whole
+
+
+class Engine:
+    """Decodes up to ``places`` requests together, in rounds.
+
+    It is a context manager, and works inside alone: the model is then in eval mode, with packed
+    weights. All calls must come from the thread that entered it (:meth:`check`, which changes
+    nothing, from any).
+
+    Args:
+        model: any variant that decodes token by token, on its device.
+        places: most rows at a time.
+        drafting: how rounds draft; the default is with all of the model's depths.
+        tokenizer: with ``decode(ids)`` and ``eot_id``, for texts and stop strings.
+        max_context: most tokens the model may read at once: the ``seq_len`` it was trained on.
+        long: what happens beyond: ``"refuse"`` raises, ``"slide"`` goes on from the last half
+            of the context, read anew.
+        capacity: tokens a row to make room for at once; it grows where a request needs more.
+
+    Raises:
+        ValueError: an option out of range, a model that cannot do what is asked.
+    """
+
+    def __init__(
+        self,
+        model: MTPModel,
+        *,
+        places: int,
+        drafting: Drafting | None = None,
+        tokenizer: Any = None,
+        max_context: int | None = None,
+        long: Literal["refuse", "slide"] = "refuse",
+        capacity: int = 0,
+    ) -> None:
+        if model.config.mtp.answers_at_once:
+            raise ValueError(
+                f"a model of mtp={model.config.mtp.variant} says a task's answers all at once and "
+                "not token by token: ask it by evaluate.py."
+            )
+        require_choice("long", long, ("refuse", "slide"))
+        if max_context is not None:
+            require_whole("max_context", max_context, least=1)
+        self.places = require_whole("places", places, least=1)
+        self.drafting = Drafting() if drafting is None else drafting
+        if self.drafting.compile and places != 1:
+            raise ValueError(
+                f"compile=true decodes one prompt at a time: set batch_size=1, not {places}."
+            )
+        self.max_draft = self.drafting.max_draft(model)
+        self.tokenizer = tokenizer
+        self.max_context = max_context
+        self._slides = long == "slide"
+        self._model = model
+        self._rows: list[Row] = []
+        self._capacity = capacity
+        self._decoder: Decoder | None = None
+        self._auto = AutoDepth(self.max_draft) if self.drafting.auto and self.max_draft else None
+        self._timed_rows = 0
+        self._inside = ExitStack()
+
+    def __enter__(self) -> Engine:
+        compiled = self.drafting.compile
+        with ExitStack() as inside:
+            inside.callback(self._model.train, self._model.training)
+            self._model.eval()
+            inside.enter_context((compiled_decoding if compiled else eager_decoding)(self._model))
+            self._inside = inside.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._rows.clear()
+        self._decoder = None
+        self._inside.close()
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """The rows alive, in no order."""
+        return tuple(self._rows)
+
+    @property
+    def free(self) -> int:
+        """Places without a row."""
+        return self.places - len(self._rows)
+
+    def check(self, request: Request) -> None:
+        """Refuse what :meth:`add` would.
+
+        Raises:
+            ValueError: an empty prompt, a token that the model does not have, more tokens than its
+                context holds, stop strings without a tokenizer.
+        """
+        ids, name = request.prompt, f"Prompt {request.index}"
+        vocab = self._model.config.trunk.vocab_size
+        if not len(ids):
+            raise ValueError(f"{name} is empty: give at least one token.")
+        for token in ids:
+            if not is_whole(token) or not 0 <= token < vocab:
+                raise ValueError(
+                    f"{name} holds {token!r}, not a token id of the model (0 to {vocab - 1}): "
+                    "encode it with the tokenizer that the model was trained with."
+                )
+        if request.stop and self.tokenizer is None:
+            raise ValueError(f"stop={list(request.stop)} needs a tokenizer: pass tokenizer=.")
+        # The last new token is never read.
+        total = len(ids) + request.max_new_tokens - 1
+        if self.max_context is not None and not self._slides and total > self.max_context:
+            raise ValueError(
+                f"{name} has {len(ids)} tokens and {request.max_new_tokens} new ones are "
+                f"asked for: {total} to read, but the model was trained on {self.max_context}. "
+                "Shorten the prompt, lower max_new_tokens, or set long=slide."
+            )
+
+    def add(self, requests: Sequence[Request]) -> list[Row]:
+        """Read the prompts of new rows, in one pass, and choose their first tokens.
+
+        A request whose first token is its last gives a finished row, which takes no place.
+
+        Args:
+            requests: at most :attr:`free`.
+
+        Returns:
+            One row a request, in order.
+
+        Raises:
+            ValueError: too many requests, or what :meth:`check` says.
+        """
+        if len(requests) > self.free:
+            raise ValueError(
+                f"{len(requests)} requests for {self.free} free places of {self.places}: wait "
+                "until a row has finished."
+            )
+        for request in requests:
+            self.check(request)
+        if not requests:
+            return []
+        limit = self.max_context
+        windows = [list(request.prompt) for request in requests]
+        if limit is not None:
+            # Only long="slide" lets a longer prompt pass.
+            windows = [w if len(w) <= limit else w[-_kept(limit) :] for w in windows]
+        needed = [len(w) + r.max_new_tokens for w, r in zip(windows, requests, strict=True)]
+        decoder = self._with_room(max(needed) if limit is None else min(max(needed), limit))
+        rows = [Row(request, self.max_draft, self.tokenizer) for request in requests]
+        tokens, logits_BV = decoder.join(
+            windows, [r.sampling for r in requests], [(r.seed, r.index) for r in requests]
+        )
+        self._rows += rows
+        for row, token, logits_V in zip(rows, tokens, logits_BV, strict=True):
+            row.extend([token], 0, logits_V.unsqueeze(0))
+        self._let_go()
+        return rows
+
+    def step(self) -> list[Row]:
+        """One round: draft, verify, accept, for every row.
+
+        Returns:
+            The rows that took part, each with at least one new token (:meth:`Row.fresh`). Those
+            with a ``finish_reason`` are done, and their places are free.
+        """
+        rows = list(self._rows)
+        if not rows:
+            return []
+        assert self._decoder is not None
+        self._slide(self._decoder.session)
+        outcome = self._round(self._decoder)
+        for i, row in enumerate(rows):
+            row.take_round(
+                outcome.tokens[i], outcome.accepted[i], outcome.reached[i], outcome.logits_BTV[i]
+            )
+        self._let_go()
+        return rows
+
+    def remove(self, row: Row) -> None:
+        """Forget a row before its end; nothing of it is computed any more.
+
+        Raises:
+            ValueError: the row is not here, or no longer.
+        """
+        if row not in self._rows:
+            raise ValueError(f"the row of prompt {row.request.index} is not in this engine.")
+        self._drop(self._rows.index(row))
+
+    def _with_room(self, tokens: int) -> Decoder:
+        """The decoder, with room for rows of so many tokens."""
+        if self._decoder is not None:
+            self._decoder.session.reserve(tokens)
+            return self._decoder
+        kind = SingleCacheSession if self.drafting.cache == "single" else Session
+        session = (CompiledSession if self.drafting.compile else kind)(
+            self._model,
+            places=self.places,
+            capacity=max(tokens, self._capacity),
+            max_draft=self.max_draft,
+        )
+        self._decoder = Decoder(
+            session,
+            places=self.places,
+            max_draft=self.max_draft,
+            min_confidence=self.drafting.min_confidence,
+        )
+        return self._decoder
+
+    def _slide(self, session: Session) -> None:
+        limit = self.max_context
+        if limit is None:
+            return
+        for i, n in enumerate(session.n):
+            if n >= limit:
+                session.slide(i, _kept(limit))
+
+    def _round(self, decoder: Decoder) -> Round:
+        caps = [row.remaining - 1 for row in self._rows]
+        limit = self.max_context
+        if limit is not None:
+            lengths = decoder.session.n
+            caps = [min(cap, limit - n - 1) for cap, n in zip(caps, lengths, strict=True)]
+        auto = self._auto
+        if auto is not None and not self._timed_rows / 2 < len(self._rows) < 2 * self._timed_rows:
+            if self._timed_rows:
+                auto.forget_times()
+            self._timed_rows = len(self._rows)
+        wanted = self.max_draft if auto is None else auto.depth
+        # A compiled pass has one width; what is drafted beyond a cap is not judged.
+        n_drafts = wanted if self.drafting.compile else min(wanted, max(caps))
+        start = time.perf_counter()
+        outcome = decoder.round(n_drafts, caps)
+        if auto is not None and n_drafts == wanted:
+            seconds, reached_by = time.perf_counter() - start, outcome.reached
+            if self.drafting.min_confidence:  # a draft that was not believed in is one that failed
+                reached_by = [
+                    min(a + 1, n_drafts, cap) for a, cap in zip(outcome.accepted, caps, strict=True)
+                ]
+            auto.record(n_drafts, seconds, outcome.accepted, reached_by)
+        return outcome
+
+    def _let_go(self) -> None:
+        """Free the places of rows that are done."""
+        for i in range(len(self._rows) - 1, -1, -1):
+            if self._rows[i].finish_reason is not None:
+                self._drop(i)
+
+    def _drop(self, i: int) -> None:
+        assert self._decoder is not None
+        self._rows[i] = self._rows[-1]
+        self._rows.pop()
+        self._decoder.drop_row(i)
+
+
+@contextmanager
+def eager_decoding(model: MTPModel) -> Iterator[None]:
+    """How passes of a :class:`Session` run: without autograd, with packed weights, uncompiled.
+
+    What was compiled for training is left alone: passes of ever other sizes would be compiled.
+    """
+    compiled = any(m._compiled_call_impl is not None for m in model.modules())
+    stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with torch.inference_mode(), packed_weights(model), stance:
+        yield
+
+
+def _kept(limit: int) -> int:
+    """Tokens of a full context of ``limit`` that sliding keeps."""
+    return max(limit // 2, 1)

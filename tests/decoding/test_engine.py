@@ -1,0 +1,234 @@
+"""Rows that come and go, each with settings of its own, against the same rows by themselves."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.drafting import Drafting
+from mtp_lightning.decoding.engine import Engine
+from mtp_lightning.decoding.request import Request
+from mtp_lightning.decoding.sampling import Sampling
+from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from tests.decoding.models import random_prompts, small_model, steer_drafts, teacher_forced
+from tests.decoding.test_generate import Letters
+from tests.models import build
+
+SAMPLINGS = (
+    Sampling(),
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.7, top_p=0.8),
+    Sampling(temperature=1.3, top_k=5),
+)
+
+
+def requests_of(seed: int, n: int) -> list[Request]:
+    """All lengths and settings, in no order."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 24, (n,), generator=generator).tolist()
+    new = torch.randint(1, 30, (n,), generator=generator).tolist()
+    return [
+        Request(
+            prompt=prompt,
+            max_new_tokens=new[i],
+            sampling=SAMPLINGS[i % len(SAMPLINGS)],
+            seed=seed + i // 5,
+            index=i,
+        )
+        for i, prompt in enumerate(random_prompts(seed, tuple(lengths)))
+    ]
+
+
+def by_itself(model: Any, request: Request, **options: Any) -> list[int]:
+    with Engine(model, places=1, **options) as engine:
+        (row,) = engine.add([request])
+        while engine.rows:
+            engine.step()
+    return row.token_ids
+
+
+@pytest.mark.parametrize(
+    ("mtp", "drafting", "options"),
+    [
+        ({"depth": 2}, {}, {}),
+        ({"depth": 2, "deepseek": True}, {}, {}),
+        ({"depth": 2, "stack": LinearConfig, "correction": "markov"}, {}, {}),
+        ({"depth": 2}, {"speculative": False}, {}),
+        ({"depth": 1}, {"cache": "single", "draft_depth": 3}, {}),
+        ({"depth": 3, "confidence": True}, {"min_confidence": 0.4}, {}),
+        ({"depth": 2}, {}, {"max_context": 16, "long": "slide"}),
+    ],
+    ids=str,
+)
+def test_rows_that_come_and_go_are_those_by_themselves(mtp, drafting, options):
+    """Greedy and sampled side by side; some are removed halfway, and change nothing."""
+    model = small_model(3, **mtp)
+    options = {"drafting": Drafting(**drafting), **options}
+    requests = requests_of(3, 24)
+    expected = [by_itself(model, request, **options) for request in requests]
+    generator = torch.Generator().manual_seed(0)
+    waiting, found, removed = deque(requests), {}, set()
+    with Engine(model, places=4, **options) as engine:
+        while waiting or engine.rows:
+            wanted = int(torch.randint(0, 3, (1,), generator=generator))
+            some = [waiting.popleft() for _ in range(min(wanted, len(waiting), engine.free))]
+            rows = [*engine.add(some), *engine.step()]
+            for row in rows:
+                if row.finish_reason is not None:
+                    found[row.request.index] = row.token_ids
+            if engine.rows and torch.rand((), generator=generator) < 0.05:
+                engine.remove(engine.rows[0])
+                removed.add(len(waiting))
+    assert removed and len(found) > 15
+    for index, token_ids in found.items():
+        assert token_ids == expected[index], index
+
+
+def test_unequal_acceptance(monkeypatch):
+    """Drafts that are right for some rows and wrong for others."""
+    model = small_model(6, 3)
+    prompts = random_prompts(6, tuple(range(1, 13)))
+    plain = generate(model, prompts, max_new_tokens=25, speculative=False, batch_size=1)
+    right = [p + g.token_ids for p, g in zip(prompts, plain, strict=True)]
+    steer_drafts(monkeypatch, right[::2], chance=0.8)
+    found = generate(model, prompts, max_new_tokens=25, batch_size=5)
+    assert [g.token_ids for g in found] == [g.token_ids for g in plain]
+    steps = [g.tokens_per_step for g in found]
+    assert min(steps[::2]) > 1.5 > max(steps[1::2])
+
+
+def test_a_place_is_taken_by_the_next_prompt():
+    """Nobody waits for the longest text of his batch: 4 places are full until none waits."""
+    model = small_model(2, 1)
+    new = [3, 30, 3, 3, 12, 3, 3, 3, 9, 3]
+    requests = [Request(prompt=[i], max_new_tokens=n, index=i) for i, n in enumerate(new)]
+    waiting, rounds = deque(requests), []
+    with Engine(model, places=4, drafting=Drafting(speculative=False)) as engine:
+        while waiting or engine.rows:
+            engine.add([waiting.popleft() for _ in range(min(engine.free, len(waiting)))])
+            rounds.append((len(engine.step()), len(waiting)))
+        storage = engine._decoder.session.trunk_cache._stored[0]
+        assert storage.shape[0] == 4
+    assert all(alive == 4 for alive, left in rounds if left)
+    assert len(rounds) == 29  # the longest text's alone: all others went on beside it
+
+
+def test_log_probabilities_are_the_trunks():
+    model = small_model(9, 2)
+    prompts = random_prompts(9, (1, 6, 17))
+    for options in ({}, {"temperature": 0.8, "top_k": 4, "seed": 1}):
+        done = generate(model, prompts, max_new_tokens=12, batch_size=2, logprobs=3, **options)
+        for prompt, g in zip(prompts, done, strict=True):
+            (logits_TV,) = teacher_forced(model, prompt + g.token_ids[:-1], 0)
+            log_probs_TV = logits_TV[len(prompt) - 1 :].log_softmax(-1)
+            assert [said.token for said in g.logprobs] == g.token_ids
+            for said, log_probs_V in zip(g.logprobs, log_probs_TV, strict=True):
+                assert said.logprob == pytest.approx(float(log_probs_V[said.token]), abs=1e-4)
+                best = log_probs_V.topk(3)
+                assert [token for token, _ in said.top] == best.indices.tolist()
+                values = [value for _, value in said.top]
+                assert values == pytest.approx(best.values.tolist(), abs=1e-4)
+    (own,) = generate(model, prompts[:1], max_new_tokens=3, logprobs=0)
+    assert all(said.top == [] and said.logprob < 0 for said in own.logprobs)
+    (none,) = generate(model, prompts[:1], max_new_tokens=3)
+    assert none.logprobs is None
+
+
+def test_fresh_tokens_make_up_the_text():
+    model = small_model(21, 3)
+    (prompt,) = random_prompts(21, (5,))
+    (whole,) = generate(model, [prompt], max_new_tokens=20, logprobs=1)
+    text = Letters().decode(whole.token_ids)
+    stops = [(), (text[7:10],), (text[3:5], "zzz"), (text[0],)]
+    with Engine(model, places=4, tokenizer=Letters()) as engine:
+        rows = engine.add(
+            [
+                Request(prompt=prompt, max_new_tokens=20, stop=stop, eot_id=-1, logprobs=1, index=i)
+                for i, stop in enumerate(stops)
+            ]
+        )
+        assert [row.finish_reason for row in rows] == [None, None, None, "stop"]
+        assert engine.free == 1
+        shown: list[list[int]] = [[] for _ in rows]
+        logprobs: list[list[Any]] = [[] for _ in rows]
+        for row in itertools.chain(rows, *iter(engine.step, [])):
+            fresh = row.fresh()
+            assert len(fresh.token_ids) == len(fresh.accepted_mask) == len(fresh.logprobs)
+            shown[row.request.index] += fresh.token_ids
+            logprobs[row.request.index] += fresh.logprobs
+    for row, ids, said in zip(rows, shown, logprobs, strict=True):
+        done = row.generation()
+        assert Letters().decode(ids) == done.text
+        assert [s.token for s in said] == ids and done.logprobs[: len(ids)] == said
+        assert len(done.logprobs) == len(done.token_ids)
+
+
+def test_room_is_made_for_longer_requests():
+    model = small_model(4, 2)
+    requests = [
+        Request(prompt=prompt, max_new_tokens=20 * (i + 1), index=i)
+        for i, prompt in enumerate(random_prompts(4, (3, 40, 90)))
+    ]
+    expected = [by_itself(model, request) for request in requests]
+    rows = []
+    with Engine(model, places=3) as engine:
+        for request in requests:  # each joins while the shorter ones go on
+            rows += engine.add([request])
+            engine.step()
+        while engine.rows:
+            engine.step()
+    assert [row.token_ids for row in rows] == expected
+
+
+def test_beliefs_of_neighbours_do_not_matter_to_samples():
+    """One row's drafts are believed in, the other's are not: each is judged as by itself."""
+    trunk = small_model(0, 1).config.trunk
+    model = build(trunk, SequentialConfig(depth=3, confidence=True), 5).eval()
+    requests = [
+        Request(prompt=[i + 1], max_new_tokens=30, sampling=SAMPLINGS[1], index=i) for i in range(8)
+    ]
+    options = {"drafting": Drafting(min_confidence=0.3)}
+    expected = [by_itself(model, request, **options) for request in requests]
+    with Engine(model, places=8, **options) as engine:
+        rows = engine.add(requests)
+        while engine.rows:
+            engine.step()
+    assert [row.token_ids for row in rows] == expected
+
+
+def test_what_does_not_fit_is_refused():
+    model = small_model(0, 1)
+    request = Request(prompt=[1, 2], max_new_tokens=4)
+    with Engine(model, places=1, max_context=8) as engine:
+        (row,) = engine.add([request])
+        with pytest.raises(ValueError, match="1 requests for 0 free places of 1"):
+            engine.add([request])
+        engine.remove(row)
+        assert engine.free == 1 and engine.step() == []
+        with pytest.raises(ValueError, match="the row of prompt 0 is not in this engine"):
+            engine.remove(row)
+        for wrong, message in (
+            (Request(prompt=[], max_new_tokens=1), "Prompt 0 is empty"),
+            (Request(prompt=[1, 99], max_new_tokens=1, index=3), "Prompt 3 holds 99"),
+            (Request(prompt=[1], max_new_tokens=9), "9 to read, but the model was trained on 8"),
+            (Request(prompt=[1], max_new_tokens=2, stop=("a",)), "needs a tokenizer"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                engine.add([request, wrong][1:])
+            assert engine.free == 1  # nothing of it is here
+        assert len(engine.add([request])) == 1
+    for bad, message in (
+        ({"logprobs": -1}, "logprobs must be a whole number of at least 0, not -1"),
+        ({"stop": ("",)}, "at least one character"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Request(**{"prompt": [1], "max_new_tokens": 1, **bad})
+    with pytest.raises(ValueError, match="places must be a whole number of at least 1, not 0"):
+        Engine(model, places=0)
