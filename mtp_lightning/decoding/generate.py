@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decoding.adaptive import AutoDepth
-from mtp_lightning.decoding.compiled import CompiledSession, compiled_decoding, require_compiler
+from mtp_lightning.decoding.compiled import CompiledSession, compiled_decoding
 from mtp_lightning.decoding.row import Generation, Row
 from mtp_lightning.decoding.sampling import Noise, Sampling
 from mtp_lightning.decoding.session import Session
@@ -142,7 +142,6 @@ def generate(
     _check_lengths(ids, options)
     size = len(ids) if batch_size is None else _positive("batch_size", batch_size)
     if compile:
-        require_compiler(model)
         if batch_size not in (None, 1):
             raise ValueError(
                 f"compile=true decodes one prompt at a time: set batch_size=1, not {batch_size}."

@@ -117,6 +117,11 @@ class KVCache:
         """Rows held."""
         return len(self.lengths)
 
+    @property
+    def starts(self) -> list[int]:
+        """Where every row's new positions start in the open pass."""
+        return self._starts
+
     def row(self, row: int) -> KVCache:
         """A cache of one row that shares this one's storage."""
         view = object.__new__(type(self))

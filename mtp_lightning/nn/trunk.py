@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.narrow import NarrowBlocks
 from mtp_lightning.nn.norm import RMSNorm
 
 
@@ -28,7 +29,11 @@ class TrunkOutput:
 
 
 class Trunk(nn.Module):
-    """A pre-norm decoder without its output head."""
+    """A pre-norm decoder without its output head.
+
+    Attributes:
+        packed: all blocks but the last as narrow passes of decoding compute them, while they do.
+    """
 
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()
@@ -36,6 +41,10 @@ class Trunk(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.packed: NarrowBlocks | None = None
+
+    def pack(self) -> NarrowBlocks | None:
+        return NarrowBlocks.of(list(self.blocks)[:-1])
 
     def forward(self, embedded_BTC: Tensor, positions: Positions) -> TrunkOutput:
         """Embedded tokens [B, T, C] -> hidden states.
@@ -44,6 +53,10 @@ class Trunk(nn.Module):
         serves them all.
         """
         h_BTC = before_last = embedded_BTC
-        for layer, block in enumerate(self.blocks):
+        first = 0
+        if self.packed is not None and self.packed.fits(h_BTC, positions):
+            h_BTC = self.packed(h_BTC, positions, first)
+            first = len(self.blocks) - 1
+        for layer, block in enumerate(self.blocks[first:], first):
             before_last, h_BTC = h_BTC, block(h_BTC, positions, layer)
         return TrunkOutput(self.norm(h_BTC), h_BTC, before_last)

@@ -33,6 +33,15 @@ _FUNCTIONS = {
     "norm_backward": (*[c_void_p] * 6, c_int64, c_int64),
     "log_softmax": (c_void_p, c_int64, c_int64),
     "exponential": (c_void_p, c_int64),
+    "narrow_blocks": (c_void_p, c_int64, c_void_p, c_void_p),
+    "narrow_linear": (*[c_void_p] * 3, *[c_int64] * 4),
+    "pack_full": (*[c_void_p] * 2, c_int64, c_int64),
+}
+# The same for those that return a number.
+_NUMBERS = {
+    "attention_kept": (c_int64,),
+    "packed_size": (c_int64,) * 3,
+    "pack_half": (*[c_void_p] * 2, c_int64, c_int64),
 }
 
 
@@ -43,10 +52,10 @@ def load(file: Path = _FILE) -> ctypes.CDLL | None:
     try:
         # It finds OpenMP where PyTorch has it, whose threads are then the same.
         found = ctypes.CDLL(str(file))
-        for name, arguments in _FUNCTIONS.items():
-            function = getattr(found, name)
-            function.argtypes, function.restype = arguments, None
-        found.attention_kept.argtypes, found.attention_kept.restype = (c_int64,), c_int64
+        for functions, result in ((_FUNCTIONS, None), (_NUMBERS, c_int64)):
+            for name, arguments in functions.items():
+                function = getattr(found, name)
+                function.argtypes, function.restype = arguments, result
     except (OSError, AttributeError):
         return None
     return found
