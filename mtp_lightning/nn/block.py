@@ -40,7 +40,7 @@ class Block(nn.Module):
     def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
         """[B, T, C] -> [B, T, C]; ``layer`` is this block's place in the cache, if there is one."""
         if self.packed is not None and self.packed.fits(x_BTC, positions):
-            return self.packed(x_BTC, positions, layer)
+            return self.packed(x_BTC, positions, layer)[0]
         if self.recompute and self.training and torch.is_grad_enabled():
             # The first pass reports to the ledger, its repetitions do not.
             passes = itertools.chain([positions], itertools.repeat(positions.repeated()))

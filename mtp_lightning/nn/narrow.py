@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_double, c_int64, c_void_p
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from mtp_lightning.nn.kernels import native
 from mtp_lightning.nn.kernels.exact import FEW
 from mtp_lightning.nn.kernels.few_rows import FewRows
 from mtp_lightning.nn.kv_cache import KVCache
+from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 
 
@@ -33,6 +34,16 @@ class _Block(ctypes.Structure):
         *((name, c_void_p) for name in ("attention_norm", "feed_forward_norm")),
         *((name, c_void_p) for name in ("query_norm", "key_norm", "bias")),
         *((name, c_void_p) for name in ("qkv", "out", "gate_up", "down")),
+    )
+
+
+class _Join(ctypes.Structure):
+    """``Join`` of narrow.cpp."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("width", "half", "hidden_first")),
+        *((name, c_double) for name in ("embedded_eps", "hidden_eps")),
+        *((name, c_void_p) for name in ("embedded_norm", "hidden_norm", "projection")),
     )
 
 
@@ -50,19 +61,22 @@ class NarrowBlocks:
 
     Args:
         described: one for each of them.
+        last: the norm behind them, if there is one.
     """
 
-    def __init__(self, described: Sequence[_Block]) -> None:
+    def __init__(self, described: Sequence[_Block], last: RMSNorm | None = None) -> None:
         self._n = len(described)
         self._blocks = (_Block * self._n)(*described)
+        self._gain = None if last is None else last.weight.data_ptr()
+        self._eps = 0.0 if last is None else last.eps
 
     @staticmethod
-    def of(blocks: Sequence[Any]) -> NarrowBlocks | None:
+    def of(blocks: Sequence[Any], last: nn.Module | None = None) -> NarrowBlocks | None:
         """None where one of them is of other layers than narrow.cpp knows, or not packed."""
         described = [_describe(block) for block in blocks]
-        if not described or None in described:
+        if not described or None in described or not (last is None or _is_plain(last)):
             return None
-        return NarrowBlocks([block for block in described if block is not None])
+        return NarrowBlocks([block for block in described if block is not None], last)
 
     def fits(self, x_BTC: Tensor, positions: Positions) -> bool:
         """Whether a pass is narrow, over a cache."""
@@ -73,17 +87,23 @@ class NarrowBlocks:
             and native.fits(x_BTC, cache.tables.cos_S1H)
         )
 
-    def __call__(self, x_BTC: Tensor, positions: Positions, layer: int) -> Tensor:
-        """[B, T, C] -> [B, T, C].
+    def __call__(
+        self, x_BTC: Tensor, positions: Positions, layer: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """What the blocks make of new tokens [B, T, C], and its norm; without a norm, itself.
 
         Args:
-            x_BTC: new tokens; not written to.
+            x_BTC: not written to.
             positions: of a pass that :meth:`fits`.
             layer: place of the first block in the cache.
         """
+        return self._through(x_BTC.clone(memory_format=torch.contiguous_format), positions, layer)
+
+    def _through(self, h_BTC: Tensor, positions: Positions, layer: int) -> tuple[Tensor, Tensor]:
+        """In the place of ``h_BTC``."""
         cache = positions.cache
         assert isinstance(cache, KVCache)
-        batch, n_new, _ = x_BTC.shape
+        batch, n_new, _ = h_BTC.shape
         tables = cache.tables
         entries = cache.entries_L_BSMH[layer : layer + self._n]
         starts = (c_int64 * batch)(*cache.starts)
@@ -97,9 +117,57 @@ class NarrowBlocks:
             tables.sin_S1H.data_ptr(),
             ctypes.addressof(pointers),
         )
-        h_BTC = x_BTC.clone(memory_format=torch.contiguous_format)
-        native.lib().narrow_blocks(self._blocks, self._n, ctypes.byref(over), h_BTC.data_ptr())
-        return h_BTC
+        normed = h_BTC if self._gain is None else torch.empty_like(h_BTC)
+        native.lib().narrow_blocks(
+            self._blocks, self._n, ctypes.byref(over), h_BTC.data_ptr(), self._gain,
+            normed.data_ptr(), self._eps,
+        )  # fmt: skip
+        return h_BTC, normed
+
+
+class NarrowModule:
+    """A sequential module: the norms of its two inputs, their projection, a block, a norm."""
+
+    def __init__(self, join: _Join, blocks: NarrowBlocks) -> None:
+        self._join = join
+        self._blocks = blocks
+
+    @staticmethod
+    def of(
+        enorm: nn.Module,
+        hnorm: nn.Module,
+        projection: Linear,
+        block: nn.Module,
+        norm: nn.Module,
+        *,
+        hidden_first: bool,
+    ) -> NarrowModule | None:
+        """None where narrow.cpp does not know its layers, or they are not packed."""
+        blocks, weight = NarrowBlocks.of([block], norm), projection.packed
+        if blocks is None or not isinstance(weight, FewRows):
+            return None
+        if not (_is_plain(enorm) and _is_plain(hnorm)):
+            return None
+        gains = enorm.weight.data_ptr(), hnorm.weight.data_ptr()
+        join = _Join(
+            weight.outputs, weight.half, hidden_first, enorm.eps, hnorm.eps, *gains,
+            weight.numbers.data_ptr(),
+        )  # fmt: skip
+        return NarrowModule(join, blocks)
+
+    def fits(self, hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> bool:
+        """Whether a pass is narrow, over a cache."""
+        return self._blocks.fits(embedded_BTC, positions) and native.fits(hidden_BTC)
+
+    def __call__(self, hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor:
+        """[B, T, C] of both -> [B, T, C]."""
+        hidden, embedded = hidden_BTC.contiguous(), embedded_BTC.contiguous()
+        h_BTC = torch.empty_like(hidden)
+        native.lib().narrow_join(
+            ctypes.byref(self._join), embedded.data_ptr(), hidden.data_ptr(), h_BTC.data_ptr(),
+            hidden.shape[0] * hidden.shape[1],
+        )  # fmt: skip
+        return self._blocks._through(h_BTC, positions, 0)[1]
 
 
 def _describe(block: Any) -> _Block | None:
@@ -136,5 +204,5 @@ def _describe(block: Any) -> _Block | None:
     )
 
 
-def _is_plain(norm: nn.Module) -> bool:
+def _is_plain(norm: nn.Module) -> TypeGuard[RMSNorm]:
     return type(norm) is RMSNorm and native.fits(norm.weight) and norm.weight.is_contiguous()

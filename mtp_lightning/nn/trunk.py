@@ -32,7 +32,8 @@ class Trunk(nn.Module):
     """A pre-norm decoder without its output head.
 
     Attributes:
-        packed: all blocks but the last as narrow passes of decoding compute them, while they do.
+        packed: all blocks but the last, and the last with the norm, as narrow passes of decoding
+            compute them, while they do.
     """
 
     def __init__(self, config: TrunkConfig) -> None:
@@ -41,10 +42,12 @@ class Trunk(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.packed: NarrowBlocks | None = None
+        self.packed: tuple[NarrowBlocks, NarrowBlocks] | None = None
 
-    def pack(self) -> NarrowBlocks | None:
-        return NarrowBlocks.of(list(self.blocks)[:-1])
+    def pack(self) -> tuple[NarrowBlocks, NarrowBlocks] | None:
+        *before, last = self.blocks
+        shared, own = NarrowBlocks.of(before), NarrowBlocks.of([last], self.norm)
+        return None if shared is None or own is None else (shared, own)
 
     def forward(self, embedded_BTC: Tensor, positions: Positions) -> TrunkOutput:
         """Embedded tokens [B, T, C] -> hidden states.
@@ -53,10 +56,10 @@ class Trunk(nn.Module):
         serves them all.
         """
         h_BTC = before_last = embedded_BTC
-        first = 0
-        if self.packed is not None and self.packed.fits(h_BTC, positions):
-            h_BTC = self.packed(h_BTC, positions, first)
-            first = len(self.blocks) - 1
-        for layer, block in enumerate(self.blocks[first:], first):
+        if self.packed is not None and self.packed[0].fits(h_BTC, positions):
+            before_last, _ = self.packed[0](h_BTC, positions)
+            h_BTC, final_BTC = self.packed[1](before_last, positions, len(self.blocks) - 1)
+            return TrunkOutput(final_BTC, h_BTC, before_last)
+        for layer, block in enumerate(self.blocks):
             before_last, h_BTC = h_BTC, block(h_BTC, positions, layer)
         return TrunkOutput(self.norm(h_BTC), h_BTC, before_last)

@@ -14,9 +14,6 @@ from torch import Tensor, nn
 
 from mtp_lightning.nn.kernels import native
 
-# A product of more rows is no read of the weights any more, and oneDNN's is faster.
-MOST_ROWS = 16
-
 
 @dataclass(frozen=True)
 class FewRows:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mtp_lightning.nn.kernels import few_rows
 from mtp_lightning.nn.kernels.eager import eager_cpu
-from mtp_lightning.nn.kernels.exact import is_exact
-from mtp_lightning.nn.kernels.few_rows import MOST_ROWS, FewRows
+from mtp_lightning.nn.kernels.exact import FEW, is_exact
+from mtp_lightning.nn.kernels.few_rows import FewRows
 
 Packed = FewRows | Tensor
 
@@ -87,13 +87,13 @@ def linear(x: Tensor, weight_NK: Tensor, packed: Packed | None = None) -> Tensor
     Args:
         x: rows.
         weight_NK: the weight.
-        packed: its copy from :func:`pack`, which is taken instead, without autograd, where it is
-            faster and in exact passes.
+        packed: its copy from :func:`pack`, which is taken instead, without autograd. Where it is
+            this project's own, only for few tokens of every row of a batch, and in exact passes.
     """
     if packed is not None and not torch.compiler.is_compiling():
         if isinstance(packed, Tensor):
             return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-        if is_exact() or x.numel() <= MOST_ROWS * packed.inputs:
+        if is_exact() or x.dim() < 2 or x.shape[-2] <= FEW:
             return packed.linear(x)
     if eager_cpu(x) and not torch.is_autocast_enabled("cpu"):
         x_MK = x.reshape(-1, x.shape[-1])

@@ -19,8 +19,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtp_lightning.nn.kernels.eager import eager_cpu
-
 _FILE = Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
 
 # Name -> what it takes; pointers first. See cpp/.
@@ -33,7 +31,9 @@ _FUNCTIONS = {
     "norm_backward": (*[c_void_p] * 6, c_int64, c_int64),
     "log_softmax": (c_void_p, c_int64, c_int64),
     "exponential": (c_void_p, c_int64),
-    "narrow_blocks": (c_void_p, c_int64, c_void_p, c_void_p),
+    "narrow_blocks": (c_void_p, c_int64, *[c_void_p] * 4, c_double),
+    "narrow_join": (*[c_void_p] * 4, c_int64),
+    "narrow_norm": (*[c_void_p] * 3, c_int64, c_int64, c_double),
     "narrow_linear": (*[c_void_p] * 3, *[c_int64] * 4),
     "pack_full": (*[c_void_p] * 2, c_int64, c_int64),
 }
@@ -71,9 +71,9 @@ def in_use() -> str:
 
 def fits(*tensors: Tensor) -> bool:
     """Whether the library is there and made for these: fp32 on a CPU, with contiguous rows."""
-    return library is not None and all(
-        eager_cpu(x) and x.dtype == torch.float32 and x.stride(-1) == 1 for x in tensors
-    )
+    if library is None or torch.compiler.is_compiling():
+        return False
+    return all(x.is_cpu and x.dtype == torch.float32 and x.stride(-1) == 1 for x in tensors)
 
 
 def lib() -> ctypes.CDLL:

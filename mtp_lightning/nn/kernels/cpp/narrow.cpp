@@ -17,6 +17,14 @@ struct Block {
     const void *qkv, *out, *gate_up, *down;           // packed
 };
 
+// A module's two norms and the projection of what they give, side by side.
+struct Join {
+    int64_t width, half, hidden_first;
+    double embedded_eps, hidden_eps;
+    const float *embedded_norm, *hidden_norm;
+    const void* projection;
+};
+
 struct Pass {
     int64_t rows, length, capacity;
     const int64_t* starts;    // [B], where every row's new tokens stand
@@ -183,10 +191,36 @@ static void block(const Block& b, const Pass& pass, float* entries, float* x, Sc
     few_rows(s.inner.data(), b.down, b.half, x, tokens, c, f, true);
 }
 
-// x[M, C] through n blocks, in place.
-extern "C" void narrow_blocks(const Block* blocks, int64_t n, const Pass* pass, float* x) {
+// x[M, C] through n blocks, in place; then, with a gain, normed[M, C] of it.
+extern "C" void narrow_blocks(const Block* blocks, int64_t n, const Pass* pass, float* x,
+                              const float* gain, float* normed, double eps) {
     static thread_local Scratch scratch;
     for (int64_t i = 0; i < n; i++) block(blocks[i], *pass, pass->entries[i], x, scratch);
+    if (!gain) return;
+    int64_t c = blocks[0].width;
+    for (int64_t i = 0; i < pass->rows * pass->length; i++)
+        norm(x + i * c, gain, normed + i * c, c, eps);
+}
+
+// What a module's block reads, out[M, C], of embeddings and hidden states [M, C].
+extern "C" void narrow_join(const Join* join, const float* embedded, const float* hidden,
+                            float* out, int64_t tokens) {
+    static thread_local std::vector<float> both;
+    int64_t c = join->width;
+    if ((int64_t)both.size() < tokens * 2 * c) both.resize(tokens * 2 * c);
+    for (int64_t i = 0; i < tokens; i++) {
+        float* to = both.data() + i * 2 * c;
+        norm(embedded + i * c, join->embedded_norm, to + join->hidden_first * c, c,
+             join->embedded_eps);
+        norm(hidden + i * c, join->hidden_norm, to + !join->hidden_first * c, c, join->hidden_eps);
+    }
+    few_rows(both.data(), join->projection, join->half, out, tokens, c, 2 * c, false);
+}
+
+// out = x / sqrt(mean(x^2) + eps) * gain, of every row.
+extern "C" void narrow_norm(const float* x, const float* gain, float* out, int64_t rows,
+                            int64_t width, double eps) {
+    for (int64_t i = 0; i < rows; i++) norm(x + i * width, gain, out + i * width, width, eps);
 }
 
 // out[M, N] = x[M, K] weight.T
