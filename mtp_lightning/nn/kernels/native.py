@@ -19,6 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+# What it takes to have the library, for who asks for what only it can do.
+NEEDED = (
+    "a CPU with AVX-512 (avx512bw in /proc/cpuinfo), the layers' C++ that pip install builds where "
+    "there is g++, and no MTP_LIGHTNING_NATIVE=0"
+)
+
 _FILE = Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
 
 # Name -> what it takes; pointers first. See cpp/.
