@@ -141,11 +141,15 @@ def test_who_may_import_what(file: str) -> None:
             assert own or not file.startswith("data_modules/"), name
         if takes(name, "data_modules") and not file.startswith("data_modules/"):
             # The batch is all that models and data share. experiment/ brings the two together,
-            # and run/loading.py hands out the tokenizer that is stored beside a run's weights.
+            # run/loading.py hands out the tokenizer that is stored beside a run's weights, and
+            # programs lie in the same cache folder as tokens.
             stored = file == "mtp_lightning/run/loading.py" and takes(
                 name, "data_modules.tokenizers"
             )
-            together = stored or file.startswith(EXPERIMENT)
+            kept = file == "mtp_lightning/decoding/programs.py" and takes(
+                name, "data_modules.cache"
+            )
+            together = stored or kept or file.startswith(EXPERIMENT)
             assert takes(name, "data_modules.windows") or together, name
         assert not takes(name, "conf", "tests", "benchmarks", "sweeps", *_app_names()), name
     late = [name for name in imports(file, top_only=True) if takes(name, *LAZY)]

@@ -1,9 +1,10 @@
-"""The passes of decoding as compiled programs (``torch.compile``), for one prompt at a time.
+"""The passes of decoding as compiled programs (``programs.py``), for one prompt at a time.
 
 A pass of a small model is hundreds of small operators, and calling them takes most of its time.
 Compiled, it is one call. The programs have static shapes: a pass of the trunk is as wide as the
 drafts asked for, one of a module as wide as a round can leave behind, and attention reads the whole
-capacity; a program is made at the first pass that needs it, which takes about ten seconds.
+capacity; a program is made at the first pass that needs it, which takes about ten seconds, and is
+kept for later processes.
 
 A verify pass and a single pass are different programs, which may round differently: texts can part
 from plain decoding where two tokens' logits agree to about 1e-5.
@@ -11,113 +12,107 @@ from plain decoding where two tokens' logits agree to about 1e-5.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mtp_lightning.decoding.programs import Program, program
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kernels.matmul import packed_weights
-from mtp_lightning.nn.kv_cache import KVCache, PositionTables
+from mtp_lightning.nn.kv_cache import PositionTables
 from mtp_lightning.nn.static_cache import StaticCache
 
 # Prompts and texts of many lengths share a program: capacities are multiples of this.
 _CAPACITY = 256
-# Programs are kept for every model, width and capacity of the process.
-_PROGRAMS = 256
-_COMPILERS = ("c++", "g++", "clang++", "cl")
-
-
-def require_compiler(model: MTPModel) -> None:
-    """Make sure that programs can be built.
-
-    Raises:
-        ValueError: there is no C++ compiler, which a CPU's programs need.
-    """
-    if model.head.weight.device.type != "cpu":
-        return
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), *_COMPILERS)):
-        raise ValueError(
-            "compile=true needs a C++ compiler, and none is on the PATH: install g++ or clang++, "
-            "or decode with compile=false."
-        )
 
 
 @contextmanager
 def compiled_decoding(model: MTPModel) -> Iterator[None]:
     """How passes of a :class:`CompiledSession` run."""
-    limits = {"recompile_limit": _PROGRAMS, "accumulated_recompile_limit": _PROGRAMS}
     # The prompt's pass, and the modules' first, are not compiled: they are wide.
-    with torch.inference_mode(), packed_weights(model), torch._dynamo.config.patch(limits):
+    with torch.inference_mode(), packed_weights(model):
         yield
 
 
-def _positions(
-    model: MTPModel, start_B: Tensor, width: int, tables: Sequence[Tensor], entries: list[Tensor]
-) -> Positions:
-    positions_BT = start_B.unsqueeze(1) + torch.arange(width, device=start_B.device)
-    trunk = model.config.trunk
-    cache = StaticCache(entries, positions_BT, trunk.attention.cache_entry(trunk))
-    cos, sin = tables
-    return Positions(cos[positions_BT], sin[positions_BT], cache=cache)
+class _Pass(nn.Module):
+    """What is compiled: a function of a model and of the tensors that a pass reads."""
+
+    def __init__(self, model: MTPModel) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def _positions(
+        self, start_B: Tensor, width: int, cos: Tensor, sin: Tensor, entries: Sequence[Tensor]
+    ) -> Positions:
+        positions_BT = start_B.unsqueeze(1) + torch.arange(width, device=start_B.device)
+        trunk = self.model.config.trunk
+        cache = StaticCache(entries, positions_BT, trunk.attention.cache_entry(trunk))
+        return Positions(cos[positions_BT], sin[positions_BT], cache=cache)
 
 
-def _trunk_pass(
-    model: MTPModel,
-    tokens_BT: Tensor,
-    start_B: Tensor,
-    tables: Sequence[Tensor],
-    entries: list[Tensor],
-    *,
-    drafts: bool,
-) -> tuple[Tensor, Tensor | None]:
+class _TrunkPass(_Pass):
     """Logits [B, T, V], and what the stack starts from [B, T, C] if it drafts."""
-    positions = _positions(model, start_B, tokens_BT.shape[1], tables, entries)
-    output = model.trunk(model.trunk.embedding(tokens_BT), positions)
-    branch = model.mtp.branch(model.trunk, output) if drafts else None
-    return model.head(model.mtp.main_state(output.final)), branch
+
+    def __init__(self, model: MTPModel, *, drafts: bool) -> None:
+        super().__init__(model)
+        self.drafts = drafts
+
+    def extra_repr(self) -> str:
+        return f"drafts={self.drafts}"
+
+    def forward(
+        self, tokens_BT: Tensor, start_B: Tensor, cos: Tensor, sin: Tensor, *entries: Tensor
+    ) -> tuple[Tensor, ...]:
+        model = self.model
+        positions = self._positions(start_B, tokens_BT.shape[1], cos, sin, entries)
+        output = model.trunk(model.trunk.embedding(tokens_BT), positions)
+        logits = model.head(model.mtp.main_state(output.final))
+        return (logits, model.mtp.branch(model.trunk, output)) if self.drafts else (logits,)
 
 
-def _depth_pass(
-    model: MTPModel,
-    k: int,
-    tokens_BS: Tensor,
-    branch_BTC: Tensor,
-    previous_BTC: Tensor,
-    start_B: Tensor,
-    last_B: Tensor,
-    tables: Sequence[Tensor],
-    entries: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor | None]:
+class _DepthPass(_Pass):
     """Logits [B, V] of the position ``last_B`` of the pass, the hidden states [B, T, C], and how
-    sure the depth is [B]; ``tokens_BS`` are those that it reads."""
-    at = BranchPoint(
-        hidden=branch_BTC,
-        tokens=tokens_BS,
-        embedded=model.trunk.embedding(tokens_BS),
-        positions=_positions(model, start_B, branch_BTC.shape[1], tables, entries),
-        first=model.mtp.first_token(k),
-        head=model.head,
-    )
-    hidden = model.mtp.depth_state(k, at, previous_BTC)
-    last_B1C = hidden.index_select(1, last_B)
-    sure_B = None
-    if model.mtp.confidence is not None:
-        sure_B = model.mtp.confidence(k, last_B1C[:, 0]).sigmoid()
-    return model.head(last_B1C)[:, 0], hidden, sure_B
+    sure the depth is [B] if it says so; ``tokens_BS`` are those that it reads."""
 
+    def __init__(self, model: MTPModel, k: int) -> None:
+        super().__init__(model)
+        self.k = k
 
-# The wrapper around the kernels in C++, too: it is half of the time.
-_OPTIONS: dict[str, Any] = {"cpp_wrapper": True}
-_trunk_program = torch.compile(_trunk_pass, fullgraph=True, dynamic=False, options=_OPTIONS)
-_depth_program = torch.compile(_depth_pass, fullgraph=True, dynamic=False, options=_OPTIONS)
+    def extra_repr(self) -> str:
+        return f"depth {self.k}"
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        branch_BTC: Tensor,
+        previous_BTC: Tensor,
+        start_B: Tensor,
+        last_B: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *entries: Tensor,
+    ) -> tuple[Tensor, ...]:
+        model, k = self.model, self.k
+        at = BranchPoint(
+            hidden=branch_BTC,
+            tokens=tokens_BS,
+            embedded=model.trunk.embedding(tokens_BS),
+            positions=self._positions(start_B, branch_BTC.shape[1], cos, sin, entries),
+            first=model.mtp.first_token(k),
+            head=model.head,
+        )
+        hidden = model.mtp.depth_state(k, at, previous_BTC)
+        last_B1C = hidden.index_select(1, last_B)
+        said = model.head(last_B1C)[:, 0], hidden
+        if model.mtp.confidence is None:
+            return said
+        return *said, model.mtp.confidence(k, last_B1C[:, 0]).sigmoid()
 
 
 class CompiledSession(Session):
@@ -128,27 +123,40 @@ class CompiledSession(Session):
         super().__init__(model, places=places, capacity=capacity, max_draft=max_draft)
         self._width = max_draft + 1
 
+    def _run(self, kind: str, number: int, *inputs: Tensor) -> list[Tensor]:
+        """One pass: of the trunk over ``number`` tokens, or of the depth ``number``."""
+        key = kind, number
+        if key not in self._programs:
+            function: _Pass
+            if kind == "trunk":
+                function = _TrunkPass(self.model, drafts=self.max_draft > 0)
+            else:
+                function = _DepthPass(self.model, number)
+            self._programs[key] = program(function, inputs)
+        return self._programs[key](*inputs)
+
     def _tables_for(self, capacity: int) -> PositionTables:
         capacity = -(-(capacity + self._slack) // _CAPACITY) * _CAPACITY - self._slack
         tables = super()._tables_for(capacity)
-        # Tensors of their own: views of one another would be programs of their own.
-        self._angles = (tables.cos_S1H.clone(), tables.sin_S1H.clone())
+        self._angles = (tables.cos_S1H, tables.sin_S1H)
+        # Of one capacity each.
+        self._programs: dict[tuple[str, int], Program] = {}
         return tables
 
     def verify(self, n_drafts: int) -> Tensor:
         n, width = self.n[0], n_drafts + 1
         cache = self.trunk_cache
-        logits, branch = _trunk_program(
-            self.model,
-            self.tokens_BS.narrow(1, n, width).clone(),
+        logits, *branch = self._run(
+            "trunk",
+            width,
+            self.tokens_BS.narrow(1, n, width),
             self._at(n),
-            self._angles,
-            cache.entries_L_BSMH,
-            drafts=self.max_draft > 0,
+            *self._angles,
+            *cache.entries_L_BSMH,
         )
         cache.lengths = [n + width]
-        if branch is not None:
-            self.states[0].narrow(1, n, width).copy_(branch)
+        if branch:
+            self.states[0].narrow(1, n, width).copy_(branch[0])
         return logits
 
     def draft(self, k: int) -> Tensor:
@@ -157,20 +165,21 @@ class CompiledSession(Session):
         if end - held > self._width:
             return super().draft(k)  # catching up with the prompt
         start = max(end - self._width, 0)
-        cache: KVCache = self.depth_caches[k - 1]
-        branch = self.states[0].narrow(1, start, self._width).clone()
+        cache = self.depth_caches[k - 1]
+        branch = self.states[0].narrow(1, start, self._width)
         first = self.model.mtp.first_token(k)
-        logits, hidden, self.confidence_B = _depth_program(
-            self.model,
+        logits, hidden, *sure = self._run(
+            "depth",
             k,
-            self.tokens_BS.narrow(1, start + first, self._width + k - first).clone(),
+            self.tokens_BS.narrow(1, start + first, self._width + k - first),
             branch,
-            branch if k == 1 else self.states[k - 1].narrow(1, start, self._width).clone(),
+            branch if k == 1 else self.states[k - 1].narrow(1, start, self._width),
             self._at(start),
             self._at(end - 1 - start),
-            self._angles,
-            cache.entries_L_BSMH,
+            *self._angles,
+            *cache.entries_L_BSMH,
         )
+        self.confidence_B = sure[0] if sure else None
         cache.lengths = [start + self._width]
         if k < self.max_draft:
             self.states[k].narrow(1, start, self._width).copy_(hidden)

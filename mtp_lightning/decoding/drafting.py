@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mtp_lightning.decoding.compiled import require_compiler
 from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import is_whole, require_choice, require_number
 
@@ -60,8 +59,6 @@ class Drafting:
             self._check_confidence(model, drafted)
         if self.cache == "single":
             self._check_single_cache(model, drafted)
-        if self.compile:
-            require_compiler(model)
         return drafted
 
     def _max_draft(self, model: MTPModel) -> int:

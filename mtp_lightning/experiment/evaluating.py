@@ -15,6 +15,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.callbacks.exact_match import answer_all
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
 from mtp_lightning.decoding.measure import decoding_report
+from mtp_lightning.decoding.precision import use_precision
 from mtp_lightning.experiment.command_line import overridden
 from mtp_lightning.experiment.instantiate import rebuild, trusted_packages
 from mtp_lightning.experiment.self_generated import SelfGenerated
@@ -61,14 +62,15 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     of the decoding loop. On the run's own text, machine and threads, the run's own numbers.
 
     Raises:
-        ValueError: a damaged or foreign checkpoint, data without a validation window, or a Hugging
-            Face folder without data.
+        ValueError: a damaged or foreign checkpoint, data without a validation window, a Hugging
+            Face folder without data, or a precision that is not there.
         OSError: a missing file.
     """
     quiet_lightning()
     require_bool("long_range", cfg.long_range)
     allow = trusted_packages(cfg)
     run = open_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), allow=allow)
+    use_precision(run.model, cfg.precision)
     set_threads(run.threads if cfg.num_threads is None else cfg.num_threads)
     data = validation_data(
         run,

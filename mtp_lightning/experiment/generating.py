@@ -15,6 +15,7 @@ from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding.generate import OnTokens
 from mtp_lightning.decoding.measure import rates
 from mtp_lightning.decoding.pieces import Pieces
+from mtp_lightning.decoding.precision import use_precision
 from mtp_lightning.interop.reading import open_run
 from mtp_lightning.model import MTPModel
 from mtp_lightning.run.loading import LoadedRun
@@ -90,12 +91,19 @@ def open_for(cfg: Any) -> LoadedRun:
     """The model of ``conf/generate.yaml``, on its device.
 
     Raises:
-        ValueError: a damaged or foreign checkpoint.
+        ValueError: a damaged or foreign checkpoint, or a precision that is not there.
         OSError: a missing file.
     """
     set_threads(cfg.num_threads)
     device = pick_accelerator(cfg.accelerator)
-    return open_run(cfg.checkpoint, device=device, allow=cfg.allow)
+    run = open_run(cfg.checkpoint, device=device, allow=cfg.allow)
+    if cfg.compile and cfg.precision != "fp32":
+        raise ValueError(
+            f"precision={cfg.precision} does not go together with compile=true, whose programs "
+            "read fp32: leave one of them out."
+        )
+    use_precision(run.model, cfg.precision)
+    return run
 
 
 def continue_prompts(

@@ -24,6 +24,7 @@ from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
+from mtp_lightning.nn.narrow import NarrowModule
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.trunk import Trunk
 from mtp_lightning.settings import require_number
@@ -118,8 +119,16 @@ class SequentialModule(nn.Module):
         self.eh_proj = Linear(2 * trunk.d_model, trunk.d_model)
         self.block = Block(trunk)
         self.norm = RMSNorm(trunk.d_model, trunk.norm_eps)
+        self.packed: NarrowModule | None = None
+
+    def pack(self) -> NarrowModule | None:
+        """The module as narrow passes of decoding compute it."""
+        parts = self.enorm, self.hnorm, self.eh_proj, self.block, self.norm
+        return NarrowModule.of(*parts, hidden_first=self.hidden_first)
 
     def forward(self, hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor:
+        if self.packed is not None and self.packed.fits(hidden_BTC, embedded_BTC, positions):
+            return self.packed(hidden_BTC, embedded_BTC, positions)
         joined = self.joined(hidden_BTC, embedded_BTC)
         return self.norm(self.block(self.eh_proj(joined), positions))
 

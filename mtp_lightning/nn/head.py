@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.nn.kernels.matmul import linear
+from mtp_lightning.nn.kernels.matmul import Packed, linear, pack
 from mtp_lightning.nn.mixture import mixed_log_probs
 
 
@@ -15,7 +15,7 @@ class Head(nn.Module):
     def __init__(self, vocab_size: int, d_model: int, *, tied: nn.Parameter | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model)) if tied is None else tied
-        self.packed: Tensor | None = None
+        self.packed: Packed | None = None
 
     def forward(self, h_BTC: Tensor) -> Tensor:
         """[..., C] -> logits [..., V]; of a mixture [..., X] (``mixture.py``) log-probabilities.
@@ -24,6 +24,9 @@ class Head(nn.Module):
         if h_BTC.shape[-1] == d_model:
             return linear(h_BTC, self.weight, self.packed)
         return mixed_log_probs(h_BTC, d_model, self.log_probs)
+
+    def pack(self) -> Packed | None:
+        return pack(self.weight)
 
     def log_probs(self, h_BTC: Tensor) -> Tensor:
         """[..., C] -> log-probabilities [..., V], fp32, of a double precision model fp64."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.nn.kernels.matmul import linear
+from mtp_lightning.nn.kernels.matmul import Packed, linear, pack
 
 
 class Linear(nn.Module):
@@ -18,10 +18,13 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.packed: Tensor | None = None
+        self.packed: Packed | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.packed)
+
+    def pack(self) -> Packed | None:
+        return pack(self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"

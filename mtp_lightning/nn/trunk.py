@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.narrow import NarrowBlocks
 from mtp_lightning.nn.norm import RMSNorm
 
 
@@ -28,7 +29,12 @@ class TrunkOutput:
 
 
 class Trunk(nn.Module):
-    """A pre-norm decoder without its output head."""
+    """A pre-norm decoder without its output head.
+
+    Attributes:
+        packed: all blocks but the last, and the last with the norm, as narrow passes of decoding
+            compute them, while they do.
+    """
 
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()
@@ -36,6 +42,12 @@ class Trunk(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.packed: tuple[NarrowBlocks, NarrowBlocks] | None = None
+
+    def pack(self) -> tuple[NarrowBlocks, NarrowBlocks] | None:
+        *before, last = self.blocks
+        shared, own = NarrowBlocks.of(before), NarrowBlocks.of([last], self.norm)
+        return None if shared is None or own is None else (shared, own)
 
     def forward(self, embedded_BTC: Tensor, positions: Positions) -> TrunkOutput:
         """Embedded tokens [B, T, C] -> hidden states.
@@ -44,6 +56,10 @@ class Trunk(nn.Module):
         serves them all.
         """
         h_BTC = before_last = embedded_BTC
+        if self.packed is not None and self.packed[0].fits(h_BTC, positions):
+            before_last, _ = self.packed[0](h_BTC, positions)
+            h_BTC, final_BTC = self.packed[1](before_last, positions, len(self.blocks) - 1)
+            return TrunkOutput(final_BTC, h_BTC, before_last)
         for layer, block in enumerate(self.blocks):
             before_last, h_BTC = h_BTC, block(h_BTC, positions, layer)
         return TrunkOutput(self.norm(h_BTC), h_BTC, before_last)

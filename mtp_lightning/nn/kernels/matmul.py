@@ -9,13 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_lightning.nn.kernels import few_rows
 from mtp_lightning.nn.kernels.eager import eager_cpu
+from mtp_lightning.nn.kernels.exact import FEW, is_exact
+from mtp_lightning.nn.kernels.few_rows import FewRows
+
+Packed = FewRows | Tensor
 
 # Below this many rows (decoding a few tokens) a product is a read of the weights, and the set-up
 # of a oneDNN primitive costs more than it saves.
@@ -76,16 +81,20 @@ class _OneDNNLinear(torch.autograd.Function):
         return d_x, d_weight
 
 
-def linear(x: Tensor, weight_NK: Tensor, packed: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight_NK: Tensor, packed: Packed | None = None) -> Tensor:
     """``x @ weight.T`` for ``x`` of [..., K]: :func:`torch.nn.functional.linear`, made fast.
 
     Args:
         x: rows.
         weight_NK: the weight.
-        packed: its copy from :func:`pack`, which is taken instead, without autograd.
+        packed: its copy from :func:`pack`, which is taken instead, without autograd. Where it is
+            this project's own, only for few tokens of every row of a batch, and in exact passes.
     """
     if packed is not None and not torch.compiler.is_compiling():
-        return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        if isinstance(packed, Tensor):
+            return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        if is_exact() or x.dim() < 2 or x.shape[-2] <= FEW:
+            return packed.linear(x)
     if eager_cpu(x) and not torch.is_autocast_enabled("cpu"):
         x_MK = x.reshape(-1, x.shape[-1])
         if uses_onednn(x_MK, weight_NK):
@@ -93,31 +102,46 @@ def linear(x: Tensor, weight_NK: Tensor, packed: Tensor | None = None) -> Tensor
     return F.linear(x, weight_NK)
 
 
-def pack(weight_NK: Tensor) -> Tensor | None:
-    """A copy of a weight in oneDNN's blocked layout, or None where there is no such kernel.
+def pack(weight_NK: Tensor) -> Packed | None:
+    """A copy of a weight in the layout of the fastest kernel for the few rows of decoding, or None
+    where there is none.
 
-    For the few rows of decoding: three rows then cost what one does (about half of an unpacked
-    product), and a row's result does not depend, to the last bit, on how many others are computed
-    with it. Speculative decoding rests on both.
+    Three rows then cost what one does, and a row's result does not depend, to the last bit, on how
+    many others are computed with it. Speculative decoding rests on both. Without the layers' own
+    code it is oneDNN's blocked layout, in about half of an unpacked product's time.
     """
+    own = few_rows.pack(weight_NK)
+    if own is not None:
+        return own
     if not _ONEDNN or weight_NK.device.type != "cpu" or weight_NK.dtype != torch.float32:
         return None
     # 4 is a hint of how many rows to expect; with 1 the layout depends on the number of rows.
     return torch.ops.mkldnn._reorder_linear_weight(weight_NK.detach(), 4)
 
 
+class Packs(Protocol):
+    """A layer that has a form of its own for decoding."""
+
+    packed: Any
+
+    def pack(self) -> Any:
+        """What ``packed`` is while decoding; None leaves the layer as it is."""
+
+
 @contextmanager
 def packed_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, every layer of ``model`` with an attribute ``packed`` has a packed copy of its weight
-    there.
+    """Inside, every layer of ``model`` with an attribute ``packed`` has there what its ``pack()``
+    makes: a linear layer a packed copy of its weight, a block or trunk what it takes to be computed
+    in one call.
 
-    The copies are made at the start (about 0.1 ms each) and dropped at the end, so they can never
-    outlive a change of the weights.
+    The copies are made at the start and dropped at the end, so they can never outlive a change of
+    the weights.
     """
-    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "packed")]
+    layers: list[Packs] = [layer for layer in model.modules() if hasattr(layer, "packed")]  # type: ignore[misc]
     try:
-        for layer in layers:
-            layer.packed = pack(layer.weight)
+        # What a layer is made of comes before it.
+        for layer in reversed(layers):
+            layer.packed = layer.pack()
         yield
     finally:
         for layer in layers:

@@ -19,7 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtp_lightning.nn.kernels.eager import eager_cpu
+# What it takes to have the library, for who asks for what only it can do.
+NEEDED = (
+    "a CPU with AVX-512 (avx512bw in /proc/cpuinfo), the layers' C++ that pip install builds where "
+    "there is g++, and no MTP_LIGHTNING_NATIVE=0"
+)
 
 _FILE = Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
 
@@ -33,6 +37,17 @@ _FUNCTIONS = {
     "norm_backward": (*[c_void_p] * 6, c_int64, c_int64),
     "log_softmax": (c_void_p, c_int64, c_int64),
     "exponential": (c_void_p, c_int64),
+    "narrow_blocks": (c_void_p, c_int64, *[c_void_p] * 4, c_double),
+    "narrow_join": (*[c_void_p] * 4, c_int64),
+    "narrow_norm": (*[c_void_p] * 3, c_int64, c_int64, c_double),
+    "narrow_linear": (*[c_void_p] * 3, *[c_int64] * 4),
+    "pack_full": (*[c_void_p] * 2, c_int64, c_int64),
+}
+# The same for those that return a number.
+_NUMBERS = {
+    "attention_kept": (c_int64,),
+    "packed_size": (c_int64,) * 3,
+    "pack_half": (*[c_void_p] * 2, c_int64, c_int64),
 }
 
 
@@ -43,10 +58,10 @@ def load(file: Path = _FILE) -> ctypes.CDLL | None:
     try:
         # It finds OpenMP where PyTorch has it, whose threads are then the same.
         found = ctypes.CDLL(str(file))
-        for name, arguments in _FUNCTIONS.items():
-            function = getattr(found, name)
-            function.argtypes, function.restype = arguments, None
-        found.attention_kept.argtypes, found.attention_kept.restype = (c_int64,), c_int64
+        for functions, result in ((_FUNCTIONS, None), (_NUMBERS, c_int64)):
+            for name, arguments in functions.items():
+                function = getattr(found, name)
+                function.argtypes, function.restype = arguments, result
     except (OSError, AttributeError):
         return None
     return found
@@ -62,9 +77,9 @@ def in_use() -> str:
 
 def fits(*tensors: Tensor) -> bool:
     """Whether the library is there and made for these: fp32 on a CPU, with contiguous rows."""
-    return library is not None and all(
-        eager_cpu(x) and x.dtype == torch.float32 and x.stride(-1) == 1 for x in tensors
-    )
+    if library is None or torch.compiler.is_compiling():
+        return False
+    return all(x.is_cpu and x.dtype == torch.float32 and x.stride(-1) == 1 for x in tensors)
 
 
 def lib() -> ctypes.CDLL:

@@ -1,8 +1,10 @@
 // Sixteen numbers at a time, and products of small tiles.
 //
-// The compiler's own vectors: one register of AVX-512, two of AVX2. Nothing here is for one
-// processor alone; setup.py says which instructions the compiler may use.
+// The compiler's own vectors, each a register of AVX-512; setup.py says which instructions the
+// compiler may use.
 #pragma once
+
+#include <immintrin.h>
 
 #include <cmath>
 #include <cstdint>
@@ -58,6 +60,12 @@ static inline void transpose(Vector* rows) {
     exchange<4>(rows);
     exchange<2>(rows);
     exchange<1>(rows);
+}
+
+// a * b + c, rounded once. Spelled out where a sum must be the same in loops of every shape: of its own
+// accord the compiler takes two roundings in some.
+static inline Vector multiply_add(Vector a, Vector b, Vector c) {
+    return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 
 static inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }

@@ -1,0 +1,186 @@
+"""Compiled programs that are kept on disk (AOTInductor): built once, then read in milliseconds.
+
+A program is a function of tensors with static shapes, compiled ahead of time. It holds no weights:
+those of the model are bound to it where they lie, so that whatever changes them in place changes
+what the program computes. It lies in the cache folder under everything that it depends on: PyTorch,
+the processor, threads, the shapes of weights and inputs, the model's config and the source that it
+was made from. Whatever of it is another has another program; the folder may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_modules.cache import build_once, cache_folder
+
+log = logging.getLogger(__name__)
+
+_PACKAGE = Path(__file__).parents[1]
+# What the passes of decoding are made of.
+_SOURCES = ("nn", "mtp", "decoding", "model.py")
+_COMPILERS = ("c++", "g++", "clang++", "cl")
+_FILE = "program.pt2"
+
+
+class Program:
+    """A program of this process.
+
+    Args:
+        file: where it lies.
+
+    Raises:
+        RuntimeError: the file is damaged.
+    """
+
+    def __init__(self, file: Path) -> None:
+        # One runner: decoding calls one program after another.
+        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, -1)
+        self._names = self._loader.get_constant_fqns()
+        self._bound: list[Tensor] = []
+
+    def bind(self, function: nn.Module) -> None:
+        """Use the weights of ``function``, the module that was compiled or one like it."""
+        tensors = dict(_weights(function))
+        bound = [tensors[name] for name in self._names]
+        same = len(bound) == len(self._bound) and all(
+            a.data_ptr() == b.data_ptr() for a, b in zip(bound, self._bound, strict=True)
+        )
+        if not same:
+            named = dict(zip(self._names, bound, strict=True))
+            self._loader.load_constants(named, False, True, True)
+        self._bound = bound  # alive for as long as their memory is used
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        return self._loader.boxed_run(list(inputs))
+
+
+_loaded: dict[str, Program] = {}
+
+
+def program(function: nn.Module, inputs: Sequence[Tensor]) -> Program:
+    """The program of ``function(*inputs)``, bound to its weights; built if it is nowhere yet.
+
+    Args:
+        function: returns a tuple of tensors; what depends on more than its config and its classes'
+            source, such as a switch of its own, belongs into its ``extra_repr``.
+        inputs: of the shapes that it will be called with. Those that it writes to, it writes to.
+
+    Raises:
+        ValueError: it must be built, and there is no C++ compiler, which a CPU's programs need.
+        OSError: the cache folder cannot be written.
+    """
+    key = _key(function, inputs)
+    if key not in _loaded:
+        folder = cache_folder() / "programs" / key
+        try:
+            _loaded[key] = Program(_built(folder, function, inputs))
+        except RuntimeError as error:
+            if not folder.exists():
+                raise
+            log.info("%s is damaged and built anew: %s", folder, str(error).partition("\n")[0])
+            shutil.rmtree(folder)
+            _loaded[key] = Program(_built(folder, function, inputs))
+    found = _loaded[key]
+    found.bind(function)
+    return found
+
+
+def _built(folder: Path, function: nn.Module, inputs: Sequence[Tensor]) -> Path:
+    if not folder.is_dir():
+        _require_compiler(inputs[0].device)
+        log.info("building a compiled pass, once for this model and machine: %s", folder)
+        build_once(folder, lambda path: _build(path / _FILE, function, inputs))
+    return folder / _FILE
+
+
+def _require_compiler(device: torch.device) -> None:
+    if device.type != "cpu":
+        return
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), *_COMPILERS)):
+        raise ValueError(
+            "compile=true needs a C++ compiler, and none is on the PATH: install g++ or clang++, "
+            "or decode with compile=false."
+        )
+
+
+def _build(file: Path, function: nn.Module, inputs: Sequence[Tensor]) -> None:
+    import torch._inductor
+
+    # What is traced writes, and must not to the caller's; tensors of inference mode cannot be.
+    with torch.inference_mode(False), torch.no_grad():
+        examples = tuple(torch.zeros_like(x) for x in inputs)
+        exported = torch.export.export(function, examples, strict=False)
+        lifted = exported.constants.keys() - dict(_weights(function)).keys()
+        assert not lifted, f"{sorted(lifted)} would be no weights"
+        torch._inductor.aoti_compile_and_package(
+            exported,
+            package_path=str(file),
+            inductor_configs={"aot_inductor.package_constants_in_so": False},
+        )
+
+
+def _weights(function: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by every name that they have."""
+    for name, parameter in function.named_parameters(remove_duplicate=False):
+        yield name, parameter.detach()
+    yield from function.named_buffers(remove_duplicate=False)
+
+
+def _key(function: nn.Module, inputs: Sequence[Tensor]) -> str:
+    """Of all that a program depends on."""
+    facts = {
+        "torch": torch.__version__,
+        "machine": _machine(),
+        "threads": torch.get_num_threads(),
+        "device": str(inputs[0].device),
+        "function": repr(function),
+        "config": getattr(getattr(function, "model", None), "config", None),
+        "weights": [(n, x.shape, x.dtype, x.stride()) for n, x in _weights(function)],
+        "inputs": [(x.shape, x.dtype, x.stride()) for x in inputs],
+        "source": _source(frozenset(type(m) for m in function.modules())),
+    }
+    text = json.dumps({name: repr(fact) for name, fact in facts.items()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _machine() -> str:
+    """The processor with its instructions, or what is known of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    told = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return "\n".join((platform.machine(), torch.backends.cpu.get_cpu_capability(), *told))
+
+
+@functools.cache
+def _source(classes: frozenset[type[Any]]) -> str:
+    """Digest of the project's own passes, and of the files of classes from elsewhere."""
+    files = {file for name in _SOURCES for file in _python(_PACKAGE / name)}
+    for found in classes:
+        if not found.__module__.startswith("torch."):
+            source = inspect.getsourcefile(found)
+            if source is not None:
+                files.add(Path(source))
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _python(path: Path) -> list[Path]:
+    return [path] if path.is_file() else list(path.rglob("*.py"))

@@ -1,0 +1,269 @@
+// Narrow passes of decoding: few new tokens through whole blocks, one call for all of them.
+//
+// Pre-norm blocks of grouped-query attention and SwiGLU. Every token is computed by itself, in an
+// order that depends on nothing but its place: the same bits alone and beside others.
+//
+// Shapes: M tokens (B rows of T), C width, N heads, P key heads, H head size, F inner width, S
+// capacity of the cache, whose entry of a token is [2 P, H], keys first.
+#include <vector>
+
+#include "few.h"
+
+struct Block {
+    int64_t width, heads, kv_heads, head, inner, half;
+    double eps, head_eps;
+    const float *attention_norm, *feed_forward_norm;  // [C]
+    const float *query_norm, *key_norm, *bias;        // [H], [H], [(N + 2 P) H], or NULL
+    const void *qkv, *out, *gate_up, *down;           // packed
+};
+
+// A module's two norms and the projection of what they give, side by side.
+struct Join {
+    int64_t width, half, hidden_first;
+    double embedded_eps, hidden_eps;
+    const float *embedded_norm, *hidden_norm;
+    const void* projection;
+};
+
+struct Pass {
+    int64_t rows, length, capacity;
+    const int64_t* starts;    // [B], where every row's new tokens stand
+    const float *cos, *sin;   // [S, H], over whole heads, signs included
+    float* const* entries;    // of every block [B, S, 2 P, H]
+};
+
+template <typename Body>
+static inline void columns(int64_t width, Body body) {
+    int64_t at = 0;
+    for (; at + LANES <= width; at += LANES) body(at, LANES);
+    if (at < width) body(at, width - at);
+}
+
+static inline Vector take(const float* from, int64_t n) {
+    return n == LANES ? load(from) : load_some(from, n);
+}
+
+static inline void put(float* to, Vector x, int64_t n) {
+    n == LANES ? store(to, x) : store_some(to, x, n);
+}
+
+static inline void norm(const float* x, const float* gain, float* out, int64_t width, double eps) {
+    Vector squares = all(0.0f);
+    columns(width, [&](int64_t at, int64_t n) {
+        Vector v = take(x + at, n);
+        squares = multiply_add(v, v, squares);
+    });
+    Vector scale = all((float)(1.0 / sqrt((double)sum_of(squares) / width + eps)));
+    columns(width, [&](int64_t at, int64_t n) {
+        put(out + at, take(x + at, n) * scale * take(gain + at, n), n);
+    });
+}
+
+// One head turned by the angles of its position.
+static inline void turn(float* head, const float* cos, const float* sin, int64_t size) {
+    int64_t half = size / 2;
+    for (int64_t j = 0; j < half; j++) {
+        float left = head[j], right = head[half + j];
+        head[j] = left * cos[j] + right * sin[j];
+        head[half + j] = right * cos[half + j] + left * sin[half + j];
+    }
+}
+
+// Sums across the lanes of sixteen vectors.
+static inline Vector sums_of(Vector* rows) {
+    transpose(rows);
+    Vector parts[4];
+    for (int i = 0; i < 4; i++)
+        parts[i] = (rows[i] + rows[i + 8]) + (rows[i + 4] + rows[i + 12]);
+    return (parts[0] + parts[2]) + (parts[1] + parts[3]);
+}
+
+// One query over the `seen` first positions of its key head; keys and values lie `step` apart.
+static void attend(const float* query, const float* keys, const float* values, int64_t step,
+                   int64_t seen, int64_t head, float* scores, float* out) {
+    float scale = 1.0f / sqrtf((float)head);
+    Vector top = all(-INFINITY);
+    for (int64_t s = 0; s < seen; s += LANES) {
+        Vector dots[LANES];
+        int64_t n = seen - s < LANES ? seen - s : LANES;
+        for (int64_t i = 0; i < LANES; i++) {
+            dots[i] = all(0.0f);
+            if (i >= n) continue;
+            const float* key = keys + (s + i) * step;
+            columns(head, [&](int64_t at, int64_t m) {
+                dots[i] = multiply_add(take(query + at, m), take(key + at, m), dots[i]);
+            });
+        }
+        Vector score = sums_of(dots) * all(scale);
+        score = before(s, seen) ? score : all(-INFINITY);
+        store(scores + s, score);
+        top = larger(score, top);
+    }
+    Vector shift = all(largest_of(top)), total = all(0.0f);
+    for (int64_t s = 0; s < seen; s += LANES) {
+        Vector e = before(s, seen) ? exp_of(load(scores + s) - shift) : all(0.0f);
+        total += e;
+        store(scores + s, e);
+    }
+    float whole = 1.0f / sum_of(total);
+    columns(head, [&](int64_t at, int64_t m) {
+        Vector mixed = all(0.0f);
+        for (int64_t s = 0; s < seen; s++)
+            mixed = multiply_add(all(scores[s]), take(values + s * step + at, m), mixed);
+        put(out + at, mixed * all(whole), m);
+    });
+}
+
+struct Scratch {
+    std::vector<float> normed, qkv, mixed, gate_up, inner;
+    void fit(int64_t rows, const Block& b) {
+        auto grow = [](std::vector<float>& v, int64_t n) {
+            if ((int64_t)v.size() < n) v.resize(n);
+        };
+        grow(normed, rows * b.width);
+        grow(qkv, rows * (b.heads + 2 * b.kv_heads) * b.head);
+        grow(mixed, rows * b.heads * b.head);
+        grow(gate_up, rows * 2 * b.inner);
+        grow(inner, rows * b.inner);
+    }
+};
+
+// Keys and values of a token go into the cache, queries and keys turned.
+static void store_token(const Block& b, const Pass& pass, float* qkv, float* entries, int64_t row,
+                        int64_t position) {
+    int64_t turned = b.heads + b.kv_heads, all_heads = turned + b.kv_heads;
+    if (b.bias)
+        for (int64_t j = 0; j < all_heads * b.head; j++) qkv[j] += b.bias[j];
+    for (int64_t h = 0; h < turned; h++) {
+        float* head = qkv + h * b.head;
+        const float* gain = h < b.heads ? b.query_norm : b.key_norm;
+        if (gain) norm(head, gain, head, b.head, b.head_eps);
+        turn(head, pass.cos + position * b.head, pass.sin + position * b.head, b.head);
+    }
+    int64_t size = 2 * b.kv_heads * b.head;
+    memcpy(entries + (row * pass.capacity + position) * size, qkv + b.heads * b.head,
+           size * sizeof(float));
+}
+
+static void attention(const Block& b, const Pass& pass, float* entries, Scratch& s) {
+    int64_t tokens = pass.rows * pass.length, per_token = (b.heads + 2 * b.kv_heads) * b.head;
+    int64_t size = 2 * b.kv_heads * b.head, group = b.heads / b.kv_heads, work = 0;
+    for (int64_t i = 0; i < tokens; i++) {
+        int64_t row = i / pass.length, position = pass.starts[row] + i % pass.length;
+        store_token(b, pass, s.qkv.data() + i * per_token, entries, row, position);
+        work += position * b.heads * b.head;
+    }
+    const float* qkv = s.qkv.data();
+    float* mixed = s.mixed.data();
+#pragma omp parallel for schedule(static) if (work > WORTH_THREADS)
+    for (int64_t i = 0; i < tokens * b.heads; i++) {
+        static thread_local std::vector<float> scores;
+        int64_t token = i / b.heads, h = i % b.heads, row = token / pass.length;
+        int64_t seen = pass.starts[row] + token % pass.length + 1;
+        if ((int64_t)scores.size() < seen + LANES) scores.resize(pass.capacity + LANES);
+        const float* keys = entries + row * pass.capacity * size + h / group * b.head;
+        attend(qkv + token * per_token + h * b.head, keys, keys + b.kv_heads * b.head, size, seen,
+               b.head, scores.data(), mixed + i * b.head);
+    }
+}
+
+static inline Vector silu(Vector x) { return x / (all(1.0f) + exp_of(-x)); }
+
+static void block(const Block& b, const Pass& pass, float* entries, float* x, Scratch& s) {
+    int64_t tokens = pass.rows * pass.length, c = b.width, f = b.inner, mixed = b.heads * b.head;
+    s.fit(tokens, b);
+    for (int64_t i = 0; i < tokens; i++)
+        norm(x + i * c, b.attention_norm, s.normed.data() + i * c, c, b.eps);
+    few_rows(s.normed.data(), b.qkv, b.half, s.qkv.data(), tokens,
+             (b.heads + 2 * b.kv_heads) * b.head, c, false);
+    attention(b, pass, entries, s);
+    few_rows(s.mixed.data(), b.out, b.half, x, tokens, c, mixed, true);
+    for (int64_t i = 0; i < tokens; i++)
+        norm(x + i * c, b.feed_forward_norm, s.normed.data() + i * c, c, b.eps);
+    few_rows(s.normed.data(), b.gate_up, b.half, s.gate_up.data(), tokens, 2 * f, c, false);
+    for (int64_t i = 0; i < tokens; i++) {
+        const float *gate = s.gate_up.data() + 2 * i * f, *up = gate + f;
+        float* to = s.inner.data() + i * f;
+        columns(f, [&](int64_t at, int64_t n) {
+            put(to + at, silu(take(gate + at, n)) * take(up + at, n), n);
+        });
+    }
+    few_rows(s.inner.data(), b.down, b.half, x, tokens, c, f, true);
+}
+
+// x[M, C] through n blocks, in place; then, with a gain, normed[M, C] of it.
+extern "C" void narrow_blocks(const Block* blocks, int64_t n, const Pass* pass, float* x,
+                              const float* gain, float* normed, double eps) {
+    static thread_local Scratch scratch;
+    for (int64_t i = 0; i < n; i++) block(blocks[i], *pass, pass->entries[i], x, scratch);
+    if (!gain) return;
+    int64_t c = blocks[0].width;
+    for (int64_t i = 0; i < pass->rows * pass->length; i++)
+        norm(x + i * c, gain, normed + i * c, c, eps);
+}
+
+// What a module's block reads, out[M, C], of embeddings and hidden states [M, C].
+extern "C" void narrow_join(const Join* join, const float* embedded, const float* hidden,
+                            float* out, int64_t tokens) {
+    static thread_local std::vector<float> both;
+    int64_t c = join->width;
+    if ((int64_t)both.size() < tokens * 2 * c) both.resize(tokens * 2 * c);
+    for (int64_t i = 0; i < tokens; i++) {
+        float* to = both.data() + i * 2 * c;
+        norm(embedded + i * c, join->embedded_norm, to + join->hidden_first * c, c,
+             join->embedded_eps);
+        norm(hidden + i * c, join->hidden_norm, to + !join->hidden_first * c, c, join->hidden_eps);
+    }
+    few_rows(both.data(), join->projection, join->half, out, tokens, c, 2 * c, false);
+}
+
+// out = x / sqrt(mean(x^2) + eps) * gain, of every row.
+extern "C" void narrow_norm(const float* x, const float* gain, float* out, int64_t rows,
+                            int64_t width, double eps) {
+    for (int64_t i = 0; i < rows; i++) norm(x + i * width, gain, out + i * width, width, eps);
+}
+
+// out[M, N] = x[M, K] weight.T
+extern "C" void narrow_linear(const float* x, const void* weight, float* out, int64_t rows,
+                              int64_t outputs, int64_t inputs, int64_t half) {
+    few_rows(x, weight, half, out, rows, outputs, inputs, false);
+}
+
+// Numbers that a packed weight takes.
+extern "C" int64_t packed_size(int64_t outputs, int64_t inputs, int64_t half) {
+    int64_t panels = (outputs - 1) / PANEL;
+    return (panels * PANEL + panel_width(outputs - panels * PANEL, half)) * inputs;
+}
+
+// weight[N, K] -> panels, fp32.
+extern "C" void pack_full(const float* weight, float* packed, int64_t outputs, int64_t inputs) {
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < (outputs + PANEL - 1) / PANEL; p++) {
+        int64_t n = outputs - p * PANEL, width = panel_width(n, false);
+        float* to = packed + p * PANEL * inputs;
+        for (int64_t k = 0; k < inputs; k++)
+            for (int64_t j = 0; j < width; j++)
+                to[k * width + j] = j < n ? weight[(p * PANEL + j) * inputs + k] : 0.0f;
+    }
+}
+
+// The same in bf16. Whether nothing was lost: every number is one of bf16.
+extern "C" int64_t pack_half(const float* weight, uint16_t* packed, int64_t outputs,
+                             int64_t inputs) {
+    const uint32_t* bits = (const uint32_t*)weight;
+    for (int64_t i = 0; i < outputs * inputs; i++)
+        if (bits[i] & 0xffff) return 0;
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < (outputs + PANEL - 1) / PANEL; p++) {
+        int64_t n = outputs - p * PANEL, width = panel_width(n, true);
+        uint16_t* to = packed + p * PANEL * inputs;
+        for (int64_t k = 0; k < inputs; k++)
+            for (int64_t j = 0; j < width; j++) {
+                // Two vectors of outputs share 32 numbers, one in the even places.
+                int64_t pair = j / (2 * LANES), lane = j % LANES, upper = j / LANES % 2;
+                int64_t at = pair * 2 * LANES + 2 * lane + upper;
+                to[k * width + at] = j < n ? bits[(p * PANEL + j) * inputs + k] >> 16 : 0;
+            }
+    }
+    return 1;
+}

@@ -1,0 +1,111 @@
+"""precision=bf16: the rounded model, and nothing else about it, in every pass."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.precision import use_precision
+from mtp_lightning.decoding.session import Session
+from mtp_lightning.experiment import generating
+from mtp_lightning.nn.kernels import native
+from mtp_lightning.nn.kernels.matmul import packed_weights
+from tests.decoding.models import random_prompts, small_model, steer_drafts
+from tests.nn.conftest import library  # noqa: F401
+
+NEW = 14
+
+
+@pytest.fixture(autouse=True)
+def own(library, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(native, "library", library)
+
+
+def rounded(seed: int, depth: int, **mtp):
+    model = small_model(seed, depth, **mtp)
+    use_precision(model, "bf16")
+    return model
+
+
+@pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
+def test_drafts_give_the_rounded_models_plain_text(deepseek, monkeypatch):
+    model = rounded(4, 2, deepseek=deepseek)
+    prompts = random_prompts(4, (5, 1, 13))
+    options = {"max_new_tokens": NEW}
+    expected = [g.token_ids for g in generate(model, prompts, speculative=False, **options)]
+    right = [p + e for p, e in zip(prompts, expected, strict=True)]
+    assert [g.token_ids for g in generate(model, prompts, **options)] == expected
+    with monkeypatch.context() as patch:
+        steer_drafts(patch, right, chance=0.6, seed=1)
+        together = generate(model, prompts, **options)
+        assert [g.token_ids for g in together] == expected
+        assert any(any(g.accepted_mask) for g in together)
+    # The same model by PyTorch's operators in fp32.
+    monkeypatch.setattr(native, "library", None)
+    assert [g.token_ids for g in generate(model, prompts, **options)] == expected
+
+
+@pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
+@pytest.mark.parametrize(("threads", "rows"), [(1, 1), (2, 1), (1, 7)])
+def test_a_verify_pass_gives_the_bits_of_single_passes(deepseek, threads, rows):
+    model = rounded(3, 2, deepseek=deepseek)
+    (tokens,) = random_prompts(3, (40,))
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode(), packed_weights(model):
+            assert model.head.packed.half
+            together, single = (
+                Session(model, [tokens] * rows, capacity=48, max_draft=2) for _ in range(2)
+            )
+            for session in (together, single):
+                session.prefill([10] * rows)
+            for start in range(10, 34, 3):
+                wide = together.verify(2)
+                together.accept([2] * rows, 0)
+                for j in range(3):
+                    assert torch.equal(single.verify(0)[:, 0], wide[:, j]), (start, j)
+                    single.accept([0] * rows, 0)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_what_is_rounded_is_read_in_half_and_the_rest_is_left():
+    model = small_model(2, 1)
+    before = copy.deepcopy(model)
+    use_precision(model, "fp32")
+    for a, b in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with packed_weights(model):
+        assert not model.head.packed.half
+    use_precision(model, "bf16")
+    assert torch.equal(model.head.weight, before.head.weight.bfloat16().float())
+    assert torch.equal(model.trunk.norm.weight, before.trunk.norm.weight)
+    with packed_weights(model):
+        assert model.head.packed.half
+        assert model.trunk.packed is not None
+
+
+def test_refusals_name_the_remedy(monkeypatch):
+    model = small_model(2, 1)
+    with pytest.raises(ValueError, match="precision must be .*, not 'int8'|precision=int8"):
+        use_precision(model, "int8")
+    monkeypatch.setattr(native, "library", None)
+    with pytest.raises(ValueError, match="needs a CPU with AVX-512 .*leave precision=fp32"):
+        use_precision(model, "bf16")
+
+
+def test_generate_takes_it(monkeypatch):
+    model = small_model(2, 1)
+    run = SimpleNamespace(model=model)
+    monkeypatch.setattr(generating, "open_run", lambda *args, **options: run)
+    settings = {"num_threads": 1, "accelerator": "cpu", "checkpoint": "x", "allow": []}
+    cfg = SimpleNamespace(**settings, precision="bf16", compile=False)
+    assert generating.open_for(cfg) is run
+    assert torch.equal(model.head.weight, model.head.weight.bfloat16().float())
+    cfg.compile = True
+    with pytest.raises(ValueError, match="precision=bf16 does not go together with compile=true"):
+        generating.open_for(cfg)

@@ -1,0 +1,162 @@
+"""Programs on disk: what they depend on, that they are found again, and follow weights."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from mtp_lightning.decoding import programs
+from mtp_lightning.decoding.compiled import _DepthPass, _TrunkPass
+from mtp_lightning.decoding.programs import program
+from mtp_lightning.model import MTPModel
+from tests.decoding.models import small_model
+
+needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+
+
+class Scaled(nn.Module):
+    """Writes to an input, and returns what it read from a weight."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width))
+
+    def forward(self, x, kept):
+        kept.add_(1.0)
+        return (x @ self.weight.t(),)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache folder and a memory of their own."""
+    monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path))
+    monkeypatch.setattr(programs, "_loaded", {})
+    return tmp_path / "programs"
+
+
+def trunk_pass(**changes) -> _TrunkPass:
+    model = small_model(0, 2)
+    if changes:
+        config = replace(model.config, trunk=replace(model.config.trunk, **changes))
+        model = MTPModel(config).eval()
+    return _TrunkPass(model, drafts=True)
+
+
+def test_whatever_a_program_depends_on_makes_another(monkeypatch):
+    inputs = (torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 4))
+    function = trunk_pass()
+    key = programs._key(function, inputs)
+    assert programs._key(trunk_pass(), inputs) == key
+    others = [
+        programs._key(trunk_pass(d_ff=64), inputs),  # a weight's shape
+        programs._key(trunk_pass(rope_theta=5e4), inputs),
+        programs._key(_TrunkPass(function.model, drafts=False), inputs),
+        programs._key(_DepthPass(function.model, 1), inputs),
+        programs._key(_DepthPass(function.model, 2), inputs),
+        programs._key(function, (inputs[0][:, :2], inputs[1])),
+        programs._key(function, (inputs[0], inputs[1].double())),
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "9.9.9")
+        others.append(programs._key(function, inputs))
+    with monkeypatch.context() as patch:
+        patch.setattr(programs, "_machine", lambda: "another processor")
+        others.append(programs._key(function, inputs))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 7)
+        others.append(programs._key(function, inputs))
+    with monkeypatch.context() as patch:
+        patch.setattr(programs, "_source", lambda classes: "other code")
+        others.append(programs._key(function, inputs))
+    assert len({key, *others}) == 1 + len(others)
+
+
+def test_the_source_is_the_platforms_and_that_of_classes_from_elsewhere(tmp_path, monkeypatch):
+    own = programs._source(frozenset({nn.Linear}))
+    assert programs._source(frozenset({Scaled})) != own
+    shutil.copytree(programs._PACKAGE / "nn", tmp_path / "nn")
+    for name in ("mtp", "decoding"):
+        shutil.copytree(programs._PACKAGE / name, tmp_path / name)
+    shutil.copy(programs._PACKAGE / "model.py", tmp_path)
+    monkeypatch.setattr(programs, "_PACKAGE", tmp_path)
+    source = programs._source.__wrapped__
+    assert source(frozenset({nn.Linear})) == own
+    with (tmp_path / "nn" / "static_cache.py").open("a") as file:
+        file.write("\n")
+    assert source(frozenset({nn.Linear})) != own
+
+
+def test_without_a_compiler_what_is_missing_is_named(cache, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler, and none is on the PATH"):
+        program(Scaled(), (torch.ones(2, 8), torch.zeros(3)))
+    assert not cache.exists()
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_program_is_built_once_follows_its_weights_and_is_mended(cache, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    function, x, kept = Scaled(), torch.randn(2, 8), torch.zeros(3)
+
+    def check(function):
+        (found,) = program(function, (x, kept))(x, kept)
+        torch.testing.assert_close(found, x @ function.weight.detach().t())
+
+    check(function)
+    assert kept.tolist() == [1.0] * 3  # written to once: building has left it alone
+    with torch.no_grad():
+        function.weight.mul_(-2.0)
+    check(function)
+    check(Scaled())  # another model of the same shapes
+    check(function)
+    (folder,) = cache.iterdir()
+    # Another process: it needs no compiler.
+    monkeypatch.setattr(programs, "_loaded", {})
+    monkeypatch.setattr(programs, "_build", None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    check(function)
+    monkeypatch.undo()
+    monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(cache.parent))
+    monkeypatch.setattr(programs, "_loaded", {})
+    (folder / programs._FILE).write_bytes(b"no program")
+    check(function)
+    assert "is damaged and built anew" in caplog.text
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+
+
+_DECODE = """
+import sys, time, torch
+torch.set_num_threads(1)
+from mtp_lightning.decoding import generate
+from tests.decoding.models import small_model
+model = small_model(5, 2)
+began = time.process_time()
+(found,) = generate(model, [[1, 2, 3, 4]], max_new_tokens=12, compile=True)
+print(time.process_time() - began, *found.token_ids, "torch._dynamo" in sys.modules)
+"""
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_second_process_starts_in_two_seconds(cache):
+    def decode() -> list[str]:
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", _DECODE], capture_output=True, text=True
+        )
+        assert not run.returncode, run.stderr
+        return run.stdout.split()
+
+    first, second = decode(), decode()
+    assert float(second[0]) < 2 < float(first[0])
+    assert second[1:-1] == first[1:-1]
+    assert second[-1] == "False"  # nothing is traced

@@ -1,0 +1,165 @@
+"""Few rows at a time: packed products, and whole blocks in one call, against float64 and layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.kernels import few_rows, native
+from mtp_lightning.nn.kernels.few_rows import FewRows, round_weights
+from mtp_lightning.nn.kernels.matmul import packed_weights
+from mtp_lightning.nn.kv_cache import KVCache, PositionTables
+from mtp_lightning.nn.narrow import NarrowBlocks
+from mtp_lightning.nn.trunk import Trunk
+
+SHAPES = [(1, 1), (7, 5), (16, 16), (33, 20), (48, 9), (64, 96), (100, 7), (160, 96), (257, 64)]
+
+
+@pytest.fixture(autouse=True)
+def own(library, monkeypatch):
+    monkeypatch.setattr(native, "library", library)
+
+
+def packed(weight: torch.Tensor) -> FewRows:
+    found = few_rows.pack(weight)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("half", [False, True])
+def test_products_are_right_and_a_row_is_alone(shape, half):
+    weight = torch.randn(shape)
+    if half:
+        weight = weight.bfloat16().float()
+    product = packed(weight)
+    assert product.half == half
+    for rows in (1, 2, 3, 4, 5, 6, 7, 13):
+        x = torch.randn(rows, shape[1])
+        found = product.linear(x)
+        expected = x.double() @ weight.double().t()
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found, torch.cat([product.linear(row) for row in x.split(1)]))
+
+
+def test_bf16_loses_nothing_to_the_last_bit():
+    weight = torch.randn(130, 40).bfloat16().float()
+    weight[3, 5], weight[7, 0] = float("inf"), -0.0
+    half = packed(weight)
+    weight[129, 39] += 2**-20  # the last number is none of bf16's any more
+    full = packed(weight)
+    assert half.half and not full.half
+    assert half.numbers.nbytes * 2 <= full.numbers.nbytes * 1.25
+    x = torch.randn(3, 40)
+    x[:, 5] = x[:, 5].abs()
+    assert torch.equal(half.linear(x)[:, :129], full.linear(x)[:, :129])
+
+
+def test_threads_change_no_bit():
+    product, x = packed(torch.randn(4096, 128)), torch.randn(3, 128)
+    alone = product.linear(x)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(product.linear(x), alone)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_only_matrices_are_rounded():
+    trunk = build()
+    before = {name: p.clone() for name, p in trunk.named_parameters()}
+    round_weights(trunk)
+    for name, p in trunk.named_parameters():
+        expected = before[name].bfloat16().float() if p.dim() > 1 else before[name]
+        assert torch.equal(p, expected), name
+    with packed_weights(trunk):
+        assert all(m.packed.half for m in trunk.modules() if hasattr(m, "weight")
+                   and getattr(m, "packed", None) is not None)  # fmt: skip
+
+
+def build(*, heads=4, kv=2, d_head=None, layers=3, **attention) -> Trunk:
+    config = TrunkConfig(
+        vocab_size=11, d_model=32, n_layers=layers, n_heads=heads, n_kv_heads=kv, d_ff=40,
+        d_head=d_head, attention=GroupedQueryConfig(**attention),
+    )  # fmt: skip
+    trunk = Trunk(config).eval().requires_grad_(False)
+    for parameter in trunk.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return trunk
+
+
+def run(trunk, x, starts, *, packed, before):
+    """What a pass gives over a cache that holds ``before``, and the cache after it."""
+    tables = PositionTables(trunk.config, 48, dtype=x.dtype)
+    cache = KVCache(trunk.config, tables, n_layers=len(trunk.blocks), batch_size=x.shape[0])
+    for entries, held in zip(cache.entries_L_BSMH, before, strict=True):
+        entries.copy_(held)
+    cache.lengths = list(starts)
+    positions = Positions.of_cache(cache, list(starts), x.shape[1])
+    if packed:
+        with packed_weights(trunk):
+            assert trunk.packed is not None or len(trunk.blocks) == 1
+            return trunk(x, positions), cache.entries_L_BSMH
+    return trunk(x, positions), cache.entries_L_BSMH
+
+
+CASES = {
+    "grouped": {},
+    "one key head": {"heads": 3, "kv": 1, "d_head": 10},
+    "every head": {"kv": 4, "d_head": 16},
+    "wide heads": {"heads": 2, "kv": 1, "d_head": 48},
+    "norms": {"qk_norm": True},
+    "biases": {"qkv_bias": True},
+    "one layer": {"layers": 1},
+}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("starts", [(0,), (9,), (31,), (5, 5), (17, 3, 30)])
+@pytest.mark.parametrize("width", [1, 3, 16])
+def test_blocks_are_the_layers_in_double_precision(name, starts, width):
+    trunk = build(**CASES[name])
+    x = torch.randn(len(starts), width, 32)
+    shape = KVCache(
+        trunk.config, PositionTables(trunk.config, 48), n_layers=1, batch_size=len(starts)
+    ).entries_L_BSMH[0].shape  # fmt: skip
+    before = [torch.randn(shape) for _ in trunk.blocks]
+    kept = x.clone()
+    found, entries = run(trunk, x, starts, packed=True, before=before)
+    assert torch.equal(x, kept)
+    # Every token by itself, in another batch: the same bits.
+    for row, start in enumerate(starts):
+        held = [layer[row : row + 1].clone() for layer in before]
+        for j in range(width):
+            token = x[row : row + 1, j : j + 1]
+            alone, held = run(trunk, token, [start + j], packed=True, before=held)
+            assert torch.equal(alone.final[0, 0], found.final[row, j])
+            assert torch.equal(alone.before_last[0, 0], found.before_last[row, j])
+    exact = [layer.double() for layer in before]
+    expected, stored = run(trunk.double(), x.double(), starts, packed=False, before=exact)
+    for value in ("final", "last_block", "before_last"):
+        torch.testing.assert_close(
+            getattr(found, value).double(), getattr(expected, value), rtol=1e-4, atol=1e-4
+        )
+    for ours, theirs in zip(entries, stored, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+
+class Other(Attention):
+    """A layer of somebody's own."""
+
+
+def test_other_layers_keep_their_own_passes(monkeypatch):
+    trunk = build()
+    with packed_weights(trunk):
+        assert all(isinstance(block.packed, NarrowBlocks) for block in trunk.blocks)
+    trunk.blocks[1].attention.__class__ = Other
+    with packed_weights(trunk):
+        assert trunk.packed is None and trunk.blocks[1].packed is None
+        assert trunk.blocks[0].packed is not None
+    monkeypatch.setattr(native, "library", None)
+    with packed_weights(trunk):
+        assert trunk.packed is None and trunk.blocks[0].packed is None
