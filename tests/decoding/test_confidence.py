@@ -57,8 +57,7 @@ def test_greedy_text_is_that_of_plain_decoding(tiny_trunk: TrunkConfig, variant:
 def test_compiled_passes_stop_where_eager_ones_do(
     tiny_trunk: TrunkConfig, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "_trunk_program", compiled._trunk_pass)
-    monkeypatch.setattr(compiled, "_depth_program", compiled._depth_pass)
+    monkeypatch.setattr(compiled, "program", lambda function, inputs: function)
     for sure, least in ((0.8, 0.6), (None, 0.3), (None, 0.5)):
         made = build(tiny_trunk, MTPConfig.find("sequential")(depth=3, confidence=True))
         made = made if sure is None else model(tiny_trunk, "sequential", sure)

@@ -59,10 +59,11 @@ def test_a_verify_pass_gives_the_bits_of_single_passes(deepseek, threads, rows):
         with torch.inference_mode(), packed_weights(model):
             assert model.head.packed.half
             together, single = (
-                Session(model, [tokens] * rows, capacity=48, max_draft=2) for _ in range(2)
+                Session(model, places=rows, capacity=48, max_draft=2) for _ in range(2)
             )
             for session in (together, single):
-                session.prefill([10] * rows)
+                session.join([tokens[:10]] * rows)
+                session.tokens_BS[:, : len(tokens)] = torch.tensor(tokens)
             for start in range(10, 34, 3):
                 wide = together.verify(2)
                 together.accept([2] * rows, 0)
