@@ -23,6 +23,7 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_train_step(tmp_path: Path) -> None:
     output = tmp_path / "folder" / "train_step.json"
     arguments = ["--model", "nano", "--vocab-sizes", "300", "--depths", "0,2", *SHAPE]
@@ -54,6 +55,7 @@ def test_train_step(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_gpu_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What it measures, at sizes of a CPU; a row that fails costs no other."""
     arguments = ["--device", "cpu", "--rows", "pico:1:2", "nope:0:1", "--vocab-size", "300"]
@@ -96,6 +98,7 @@ def test_profile_of_a_step_adds_up(library: Any, monkeypatch: pytest.MonkeyPatch
     assert linear["products_ms"] > 0 and linear["operators"] >= 8 * 4 + 2 * 5
 
 
+@pytest.mark.slow
 def test_profile_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = {"vocab_size": 50, "depth": 1, "batch_size": 1, "seq_len": 16}
     monkeypatch.setitem(train_step.PROFILED, "pico", {**shape, "mtp": "parallel"})
@@ -109,6 +112,7 @@ def test_profile_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert ms == pytest.approx(found["ms_per_step"])
 
 
+@pytest.mark.slow
 def test_head(tmp_path: Path) -> None:
     output = tmp_path / "head.json"
     arguments = ["--vocab-sizes", "16384", "--d-model", "8", "--rows", "512", "--repeats", "1"]
@@ -177,6 +181,7 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert given_back["speedup"] == 1 and kept["speedup"] == given_back["ms"] / kept["ms"]
 
 
+@pytest.mark.slow
 def test_startup(tmp_path: Path) -> None:
     output = tmp_path / "startup.json"
     synthetic = ["data=synthetic", "data.source.size=20000", "data.seq_len=32", "data.batch_size=2"]

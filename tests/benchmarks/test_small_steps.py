@@ -13,6 +13,7 @@ TINY = ["model.d_model=8", "model.d_ff=8", "model.n_layers=1", "model.n_heads=1"
 TINY += ["model.n_kv_heads=1", "data.batch_size=2", "data.eval_examples=2"]
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path) -> None:
     output = tmp_path / "small_steps.json"
     arguments = ["--quick", "--steps", "3", "--cases", "parallel, D=3", "--profile"]

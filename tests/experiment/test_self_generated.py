@@ -247,6 +247,7 @@ def test_what_cannot_speak(base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "stores").exists()
 
 
+@pytest.mark.slow
 def test_from_the_command_line(base: Path, tmp_path: Path) -> None:
     settings = {**OWN, "init_from": base / "trunk", "mtp.init": "last_block"}
     done = helpers.execute(helpers.command(tmp_path / "run", tmp_path / "cache", settings))

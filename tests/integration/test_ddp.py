@@ -63,6 +63,7 @@ SIZES = {  # per process: (two processes, one process)
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None:
     common = COMMON | CASES[case]

@@ -223,6 +223,7 @@ def test_evaluate_a_folder_reads_its_best(run: Run) -> None:
     assert metrics["val/loss_depth_0"] == pytest.approx(by_step[best], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_evaluate_other_text_from_the_command_line(run: Run, tmp_path: Path) -> None:
     """Another text through the run's own tokenizer, from another folder, into a JSON file."""
     (tmp_path / "other.txt").write_text("12345 67890\n" * 60)

@@ -304,6 +304,7 @@ def stop_after(folder: Path, cache: Path, settings: dict, step: int) -> None:
         training.train(config(folder, cache, settings))
 
 
+@pytest.mark.slow
 def test_another_number_of_threads_is_said(
     tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -100,6 +100,7 @@ def form(content: dict[str, Any]) -> dict[str, Any]:
     return {"keys": set(content), "weights": of_weights, "state": of_state, "groups": groups}
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_part_each_equal_one_with_all(tmp_path: Path, cache: Path) -> None:
     """Masks and accumulation, decoding at validation, and Lightning's own launcher."""
     masked = {"data.document_mask": "true", "data.source.documents": 1200}

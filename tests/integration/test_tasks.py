@@ -21,6 +21,7 @@ from tests.integration.helpers import (
     rows,
     train_here,
 )
+from tests.integration.several import run_all
 from tests.integration.test_bad_input import fails
 
 # A quick run on a task: what is text's is left out.
@@ -133,26 +134,28 @@ def test_resumes_exactly(tmp_path: Path, cache: Path, settings: dict[str, Any]) 
     assert rows(whole) == rows(again)
 
 
-@pytest.mark.parametrize("case", ["copy", "sibling", "hmm"])
-def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None:
-    common = TASK | TASKS[case] | {"trainer.precision": "64-true", "data.eval_examples": 31}
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
     two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 2}
-    done = execute(command(tmp_path / "two", cache, common | two))
-    assert done.returncode == 0, done.stderr
-    train_here(tmp_path / "one", cache, common)
-    alone, together = rows(tmp_path / "one"), rows(tmp_path / "two")
-    assert len(alone) == len(together)
-    for one, other in zip(alone, together, strict=True):
-        counted = [tag for tag in one if tag.startswith(("val/", "train/"))]
-        assert {tag: other[tag] for tag in counted} == pytest.approx(
-            {tag: one[tag] for tag in counted}, rel=1e-9, abs=1e-12
-        )
-    few = train_here(tmp_path / "few", cache, common | {"callbacks.exact_match.batch_size": 7})
-    answers = {tag for tag in few if tag.startswith("val/")} & alone[-1].keys()
-    assert BESIDE.get(case, set()) <= answers
-    assert {tag: few[tag] for tag in answers} == pytest.approx(
-        {tag: alone[-1][tag] for tag in answers}, rel=1e-6
-    )
+    more = {"trainer.precision": "64-true", "data.eval_examples": 31}
+    cases = {case: TASK | TASKS[case] | more for case in ("copy", "sibling", "hmm")}
+    run_all(tmp_path, cache, {case: common | two for case, common in cases.items()}, processes=2)
+    for case, common in cases.items():
+        train_here(tmp_path / f"{case}_alone", cache, common)
+        alone, together = rows(tmp_path / f"{case}_alone"), rows(tmp_path / case)
+        assert len(alone) == len(together)
+        for one, other in zip(alone, together, strict=True):
+            counted = [tag for tag in one if tag.startswith(("val/", "train/"))]
+            assert {tag: other[tag] for tag in counted} == pytest.approx(
+                {tag: one[tag] for tag in counted}, rel=1e-9, abs=1e-12
+            ), case
+        fewer = common | {"callbacks.exact_match.batch_size": 7}
+        few = train_here(tmp_path / f"{case}_few", cache, fewer)
+        answers = {tag for tag in few if tag.startswith("val/")} & alone[-1].keys()
+        assert BESIDE.get(case, set()) <= answers
+        assert {tag: few[tag] for tag in answers} == pytest.approx(
+            {tag: alone[-1][tag] for tag in answers}, rel=1e-6
+        ), case
 
 
 def test_starts_from_and_is_evaluated_on_another_size(tmp_path: Path, cache: Path) -> None:
@@ -184,6 +187,7 @@ def test_long_range_says_that_it_does_not_apply(
     assert not any("loss_position" in tag for tag in summary)
 
 
+@pytest.mark.slow
 def test_the_command_line_refuses_a_tokenizer_and_generates_symbols(
     tmp_path: Path, cache: Path
 ) -> None:

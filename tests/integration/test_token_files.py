@@ -49,6 +49,7 @@ def evaluated(*overrides: str) -> dict[str, Any]:
         return evaluate(compose("evaluate", overrides=given))
 
 
+@pytest.mark.slow
 def test_trained_resumed_evaluated_and_continued(tmp_path, files) -> None:
     cache = tmp_path / "cache"
     # Epochs end in between: the files hold about 110 steps.
@@ -68,6 +69,7 @@ def test_trained_resumed_evaluated_and_continued(tmp_path, files) -> None:
     assert metrics["evaluation"] == whole["evaluation"]
 
 
+@pytest.mark.slow
 def test_ids_alone(tmp_path, files) -> None:
     settings = files | {"tokenizer": "ids", "tokenizer.vocab_size": 300, "tokenizer.eot_id": 256}
     settings["data.document_mask"] = "true"
@@ -83,6 +85,7 @@ def test_ids_alone(tmp_path, files) -> None:
     assert done.returncode != 0 and "'hello' is no id" in done.stderr
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_sentence(tmp_path, files) -> None:
     for settings, message in (
         ({"tokenizer": "bpe"}, "data=tokens holds ids, and tokenizer=bpe would have to be trained"),

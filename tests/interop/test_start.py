@@ -162,6 +162,7 @@ def test_the_same_model_on_the_command_line_is_not(
     helpers.train_here(tmp_path / "run", base / "cache", settings)
 
 
+@pytest.mark.slow
 def test_the_real_command_line_is_read(base: Path, tmp_path: Path) -> None:
     settings = {**WITHOUT, "init_from": base / "llama", "model.n_kv_heads": 4}
     done = helpers.execute(helpers.command(tmp_path / "run", base / "cache", settings))

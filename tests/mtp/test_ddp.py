@@ -30,6 +30,7 @@ HEADS: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.slow
 def test_two_processes_train_heads_as_one_does(tmp_path: Path) -> None:
     two = {
         "trainer.devices": 2,

@@ -62,6 +62,7 @@ def test_it_draws_its_curves(run: Run) -> None:
         run.plot("train/nope")
 
 
+@pytest.mark.slow
 def test_it_evaluates_and_generates(run: Run) -> None:
     found = run.evaluate("long_range=false")
     assert found["val/loss_depth_0"] == run.summary["val/loss_depth_0"]
@@ -96,6 +97,7 @@ def test_drafts_are_coloured_and_text_is_text() -> None:
     assert "2.00 a verify pass" in page
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_one_sentence(given: list[str], tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"^mtp.depth must .* -1$"):
         train(*given, "mtp.depth=-1", f"run_dir={tmp_path / 'run'}", quiet=True)

@@ -98,6 +98,7 @@ def test_biases_do_not_depend_on_how_a_step_is_computed(
     same_biases(tmp_path, plain)
 
 
+@pytest.mark.slow
 def test_two_ranks_move_the_biases_of_one(tmp_path: Path, cache: Path, plain: Path) -> None:
     settings = RUN | {"data.batch_size": 4, "trainer.devices": 2, "trainer.strategy": "ddp"}
     done = execute(command(tmp_path, cache, settings))

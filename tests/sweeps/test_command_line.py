@@ -53,6 +53,7 @@ def wait_until(what: Any, seconds: float = 120.0) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_two_by_two_killed_in_the_middle_and_resumed(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "it's a sweep"
     settings = {

@@ -21,6 +21,7 @@ from tests.integration.helpers import (
     train_here,
     weights,
 )
+from tests.integration.several import run_all
 
 RULES = [
     "dwa",
@@ -136,11 +137,9 @@ def test_accumulation_is_a_larger_batch(tmp_path: Path, cache: Path, rule: str, 
         torch.testing.assert_close(tensor, right[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize(
-    "rule", [r if r == "cosine_gate" else pytest.param(r, marks=pytest.mark.slow) for r in RULES]
-)
-def test_two_processes_equal_one(tmp_path: Path, cache: Path, rule: str) -> None:
-    common = settings(rule) | {
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
+    common = {
         "data.document_mask": "true",
         "data.source.documents": 1200,
         "trainer.max_steps": 6,
@@ -152,22 +151,25 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path, rule: str) -> None
         "data.batch_size": 2,
         "trainer.accumulate_grad_batches": 2,
     }
-    done = execute(command(tmp_path / "two", cache, common | two))
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    train_here(tmp_path / "one", cache, common | {"data.batch_size": 8})
-    shared, alone = rows(tmp_path / "two"), rows(tmp_path / "one")
-    assert [row["step"] for row in shared] == list(range(1, 7))
-    train_only = ("train/", "balance/", "grad/")
-    for left, right in zip(shared, alone, strict=True):
-        left, right = (
-            {tag: v for tag, v in row.items() if tag.startswith(train_only)}
-            for row in (left, right)
-        )
-        assert left == pytest.approx(right, rel=1e-5)
-    expected = weights(tmp_path / "one")
-    for name, tensor in weights(tmp_path / "two").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    runs = {rule: settings(rule) | common | two for rule in RULES}
+    run_all(tmp_path, cache, runs, processes=2)
+    for rule in RULES:
+        one = tmp_path / f"{rule}_alone"
+        train_here(one, cache, settings(rule) | common | {"data.batch_size": 8})
+        shared, alone = rows(tmp_path / rule), rows(one)
+        assert [row["step"] for row in shared] == list(range(1, 7))
+        train_only = ("train/", "balance/", "grad/")
+        for left, right in zip(shared, alone, strict=True):
+            left, right = (
+                {tag: v for tag, v in row.items() if tag.startswith(train_only)}
+                for row in (left, right)
+            )
+            assert left == pytest.approx(right, rel=1e-5), rule
+        expected = weights(one)
+        for name, tensor in weights(tmp_path / rule).items():
+            torch.testing.assert_close(
+                tensor, expected[name], rtol=1e-4, atol=1e-6, msg=f"{rule}, {name}"
+            )
 
 
 @pytest.mark.parametrize("rule", MEASURING)

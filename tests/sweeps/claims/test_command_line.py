@@ -39,6 +39,7 @@ def states(runs: Path) -> dict[str, dict[str, str]]:
     return {file.parent.name: json.loads(file.read_text()) for file in files}
 
 
+@pytest.mark.slow
 def test_a_claim_is_run_interrupted_continued_and_judged(tmp_path: Path, cache: Path) -> None:
     claims, runs = tmp_path / "claims", tmp_path / "runs"
     quick = {
