@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -52,7 +53,7 @@ class StepProgressBar(ProgressBar):
         self.interactive = interactive
         self._enabled = os.environ.get(QUIET) != "1"
         self._bar: tqdm | None = None
-        self._shown_at = 0.0
+        self._shown_at = -math.inf
         self._began = (0, 0.0)  # step and time at which this process began to train
         self._text = ""
 
@@ -71,7 +72,7 @@ class StepProgressBar(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar at the step that the run starts or resumes from."""
-        self._shown_at = 0.0
+        self._shown_at = -math.inf
         self._began = (trainer.global_step, time.monotonic())
         if not self._enabled or not self._is_terminal():
             return

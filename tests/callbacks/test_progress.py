@@ -4,6 +4,7 @@ terminal."""
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,10 @@ def test_how_long_the_rest_takes() -> None:
     assert progress._left(100, 350, 1000.0) == progress._left(350, 350, 1250.0) == ""
 
 
-def test_lines_by_time(capsys) -> None:
+def test_lines_by_time(capsys, monkeypatch) -> None:
+    # Of a machine that has been up for seconds.
+    began = time.monotonic()
+    monkeypatch.setattr("time.monotonic", lambda now=time.monotonic: now() - began)
     fit(TinyModule(), [StepProgressBar(line_seconds=1000.0)], max_steps=12, val_every=100)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["1/12", "12/12"]

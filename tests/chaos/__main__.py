@@ -36,12 +36,17 @@ def attempt(case: Case, seed: str, folder: Path) -> Result:
     try:
         told, held = case.attempt(folder, random.Random(seed)), True
     except Broken as broken:
-        told, held = str(broken)[-1500:], False
+        told, held = _brief(str(broken)), False
     except Exception as error:  # of the harness itself, or of a file that is not what it should be
         told, held = f"{type(error).__name__}: {error}", False
     if held:
         shutil.rmtree(folder, ignore_errors=True)
     return Result(case.kind, case.name, seed, held, told, time.monotonic() - began)
+
+
+def _brief(text: str) -> str:
+    """What was promised, and how it ended."""
+    return text if len(text) <= 1500 else f"{text[:300]} [..] {text[-1200:]}"
 
 
 def try_all(

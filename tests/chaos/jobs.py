@@ -89,12 +89,14 @@ class Job:
         arguments: the app and what it is given, of the folder that it works in.
         same: raises Broken unless two folders hold the same.
         processes: whether it starts others, which take seconds to begin.
+        once: whether it refuses to do again what is done.
     """
 
     name: str
     arguments: Callable[[Path], list[str]]
     same: Callable[[Path, Path], None]
     processes: bool = False
+    once: bool = False
 
 
 def train_job(name: str, cache: Path, settings: dict[str, Any], *, processes: bool = False) -> Job:
@@ -180,6 +182,7 @@ def export_job(cache: Path, run: Path) -> Job:
         "export",
         lambda folder: ["export.py", f"checkpoint={run}", f"output={folder / 'out'}"],
         lambda one, other: same_files(one / "out", other / "out"),
+        once=True,
     )
 
 
