@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tests.chaos import bad_input, faults, hostile, kills
+from tests.chaos import bad_input, faults, hostile, kills, requests
 from tests.chaos.cases import Broken, Case, Result, shuffled
 from tests.chaos.processes import warm
 
@@ -25,6 +25,7 @@ KINDS = {
     "bad input": bad_input.cases,
     "hostile input": hostile.cases,
     "faults": faults.cases,
+    "requests": requests.cases,
 }
 
 

@@ -23,7 +23,7 @@ class Case:
     """One thing to try.
 
     Attributes:
-        kind: the room it is counted in: kills, bad input, hostile input, faults.
+        kind: the room it is counted in: kills, bad input, hostile input, faults, requests.
         name: what is tried; together with the seed it says all.
         attempt: tries it in an empty folder with randomness of its own, and says in a few words
             what happened. Raises :class:`Broken` if a promise did not hold.

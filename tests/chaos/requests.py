@@ -1,0 +1,234 @@
+"""Requests to a server: fields of wrong kinds, bytes that are no JSON, clients that hang up.
+
+Each is answered in a sentence with a code of HTTP, and the server lives.
+"""
+
+from __future__ import annotations
+
+import atexit
+import http.client
+import importlib.util
+import json
+import random
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.bad_input import Finished
+from tests.chaos.cases import Case, hold
+from tests.chaos.processes import Process
+
+Answer = tuple[int, bytes]
+
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
+# What each field takes: the kinds of JSON, by the names in _VALUES.
+_FIELDS = {
+    "prompt": ("string", "list"),
+    "max_tokens": ("whole",),
+    "temperature": ("whole", "number"),
+    "top_p": ("whole", "number"),
+    "top_k": ("whole",),
+    "seed": ("whole",),
+    "stop": ("string", "list"),
+    "stream": ("bool",),
+    "stream_options": ("object",),
+    "logprobs": ("whole",),
+    "n": ("whole",),
+    "echo": ("bool",),
+    "suffix": ("string",),
+    "logit_bias": ("object",),
+    "model": ("string",),
+}
+_VALUES: dict[str, list[Any]] = {
+    "whole": [3, -3],
+    "number": [1.5, -1.5, 1e300],
+    "string": ["many", "\x1b]0;title\x07", "<script>"],
+    "bool": [True],
+    "list": [["a", 1], [[[[]]]]],
+    "object": [{"a": {"b": []}}],
+}
+_MEMORY = 300 << 20  # that all requests together may add
+
+
+def cases(folder: Path) -> list[Case]:
+    """None where what serving needs is not installed."""
+    if any(importlib.util.find_spec(name) is None for name in _PACKAGES):
+        return []
+    served = Served(folder / "served", Finished(folder / "finished", folder / "cache"))
+    made: dict[str, Callable[[random.Random], list[bytes]]] = {}
+    for field, taken in _FIELDS.items():
+        for kind, values in _VALUES.items():
+            if kind not in taken:
+                bodies = [{"prompt": "ab", "max_tokens": 3, field: value} for value in values]
+                made[f"{field} that is a {kind}"] = _same([json.dumps(b).encode() for b in bodies])
+    sound = json.dumps({"prompt": "ab", "max_tokens": 3}).encode()
+    made |= {
+        "a body that is cut": lambda chance: [sound[: chance.randrange(len(sound))]],
+        "random bytes": lambda chance: [chance.randbytes(chance.randrange(1, 5000))],
+        "a body in a million brackets": _same([b"[" * 1_000_000, b'{"prompt": ' + b"[" * 10**6]),
+        "a body of ten megabytes": _same([b'{"prompt": "' + b"a" * 10**7 + b'"}']),
+        "a number of a million digits": _same([b'{"prompt": "a", "seed": ' + b"9" * 10**6 + b"}"]),
+    }
+    found = [
+        Case("requests", name, _refused(served, bodies), timed=False)
+        for name, bodies in made.items()
+    ]
+    for name, attempt in {
+        "a client that hangs up": _hung_up(served),
+        "bytes that are no HTTP": _no_http(served),
+        "many at once": _many(served),
+    }.items():
+        found.append(Case("requests", name, attempt, timed=True))
+    return found
+
+
+class Served:
+    """A server of a finished run, started when it is first asked."""
+
+    def __init__(self, folder: Path, finished: Finished) -> None:
+        self._folder, self._finished = folder, finished
+        self._process: Process | None = None
+        self._port = self._memory = 0
+
+    def start(self) -> None:
+        """Unless it runs."""
+        if self._process is not None:
+            return
+        given = ["port=0", "batch_size=2", "queue=4", "max_new_tokens=64", "num_threads=1"]
+        arguments = ["serve.py", f"checkpoint={self._finished.run}", *given]
+        log = self._folder / "log"
+        self._process = Process(arguments, log)
+        atexit.register(self.end)
+        until = time.monotonic() + 120
+        while (found := re.search(r"127\.0\.0\.1:(\d+)", log.read_text())) is None:
+            hold(not self._process.ended(), f"it ends: {log.read_text()[-1500:]}")
+            hold(time.monotonic() < until, "it does not begin to answer")
+            time.sleep(0.05)
+        self._port = int(found[1])
+        self._memory = self._held()
+
+    def end(self) -> None:
+        """By SIGTERM."""
+        if self._process is not None:
+            self._process.signal(signal.SIGTERM)
+            self._process.end(timeout=60)
+            self._process = None
+
+    def begin(self) -> http.client.HTTPConnection:
+        """A client."""
+        return http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
+
+    def connect(self) -> socket.socket:
+        """To it."""
+        return socket.create_connection(("127.0.0.1", self._port), timeout=60)
+
+    def ask(self, body: bytes) -> Answer:
+        """The code and the body that a request for a text is answered with."""
+        connection = self.begin()
+        try:
+            _send(connection, body)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        except (BrokenPipeError, ConnectionResetError):  # it had seen enough of a long body
+            return 413, b""
+        finally:
+            connection.close()
+
+    def lives(self) -> None:
+        """Make sure that it answers as before, and holds no more than it may."""
+        assert self._process is not None
+        hold(not self._process.ended(), "the server ended")
+        body = json.dumps({"prompt": "ab", "max_tokens": 3, "temperature": 0}).encode()
+        until = time.monotonic() + 60
+        while (answer := self.ask(body))[0] == 429:
+            hold(time.monotonic() < until, "its rows are not freed")
+            time.sleep(0.05)
+        hold(answer[0] == 200, f"a sound request gives {answer}")
+        said = self._process.log.read_text(errors="replace")
+        hold("Traceback" not in said and "\x1b]" not in said, f"it says {said[-1500:]}")
+        more = self._held() - self._memory
+        hold(more < _MEMORY, f"{more >> 20} MiB more than at its start")
+
+    def _held(self) -> int:
+        assert self._process is not None
+        pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
+        return int(pages) * 4096
+
+
+Attempt = Callable[[Path, random.Random], str]
+
+
+def _send(connection: http.client.HTTPConnection, body: bytes) -> None:
+    kind = {"content-type": "application/json"}
+    connection.request("POST", "/v1/completions", body, kind)
+
+
+def _same(bodies: list[bytes]) -> Callable[[random.Random], list[bytes]]:
+    return lambda chance: bodies
+
+
+def _refused(served: Served, make: Callable[[random.Random], list[bytes]]) -> Attempt:
+    def attempt(folder: Path, chance: random.Random) -> str:
+        served.start()
+        told = ""
+        for body in make(chance):
+            status, answer = served.ask(body)
+            hold(400 <= status < 500, f"{body[:200]!r} gives {status}: {answer[:300]!r}")
+            if answer:
+                told = str(json.loads(answer)["error"]["message"])
+                hold("\n" not in told and len(told) < 500, f"it says {told[:800]}")
+        served.lives()
+        return told
+
+    return attempt
+
+
+def _hung_up(served: Served) -> Attempt:
+    def attempt(folder: Path, chance: random.Random) -> str:
+        served.start()
+        body = json.dumps({"prompt": "ab", "max_tokens": 64, "stream": True}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        sent = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+        for _ in range(8):
+            with served.connect() as connection:
+                connection.sendall(sent[: chance.randrange(1, len(sent) + 1)])
+                time.sleep(chance.uniform(0, 0.05))
+        served.lives()
+        return "its rows are free"
+
+    return attempt
+
+
+def _no_http(served: Served) -> Attempt:
+    def attempt(folder: Path, chance: random.Random) -> str:
+        served.start()
+        for _ in range(8):
+            with served.connect() as connection:
+                connection.sendall(chance.randbytes(chance.randrange(1, 20_000)))
+        served.lives()
+        return "it answers others"
+
+    return attempt
+
+
+def _many(served: Served) -> Attempt:
+    """More than there are places and a queue for: a place, a text or 429."""
+
+    def attempt(folder: Path, chance: random.Random) -> str:
+        served.start()
+        body = json.dumps({"prompt": "ab", "max_tokens": 64}).encode()
+        connections = [served.begin() for _ in range(12)]
+        for connection in connections:
+            _send(connection, body)
+        codes = [connection.getresponse().status for connection in connections]
+        for connection in connections:
+            connection.close()
+        hold(set(codes) <= {200, 429}, f"codes {codes}")
+        served.lives()
+        return f"{codes.count(200)} texts, {codes.count(429)} refused"
+
+    return attempt
