@@ -1,4 +1,4 @@
-.PHONY: test lint types checks site notebook image
+.PHONY: test lint types checks lock site notebook image
 
 test:
 	python -m pytest
@@ -11,6 +11,15 @@ types:
 	mypy
 
 checks: lint types test
+
+# What .ci/run installs, with hashes, anew from the newest versions. Torch is left to the machine; so that what its
+# CUDA builds bring is not locked, say where a build for CPUs lies:
+#   make lock LOCK_FLAGS='--find-links FOLDER --constraint FILE'
+LOCK = uv pip compile pyproject.toml --python-version 3.11 --upgrade --quiet $(LOCK_FLAGS) \
+	--generate-hashes --no-emit-package torch --no-annotate --no-header
+lock:
+	$(LOCK) --extra test --extra hf --extra corpora --extra loggers --extra docs -o .ci/extras.txt
+	$(LOCK) --extra test --constraint .ci/extras.txt -o .ci/test.txt
 
 # The documentation, in site/index.html; pip install -e '.[docs]'
 site:

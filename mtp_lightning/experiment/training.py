@@ -211,11 +211,11 @@ def _train(cfg: DictConfig, folder: Path, peers: Peers) -> dict[str, Any]:
     try:
         with peers.handing_on():
             trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
+        if module.validated_step != trainer.global_step:
+            trainer.validate(module, datamodule=data, verbose=False)
     except SystemExit as stop:  # how Lightning ends after Ctrl-C and SIGTERM
         signum = signal.SIGTERM if trainer.received_sigterm else signal.SIGINT
         raise Stopped(describe_interrupt(folder), signum) from stop
-    if module.validated_step != trainer.global_step:
-        trainer.validate(module, datamodule=data, verbose=False)
 
     summary = summarise(trainer, module, data)
     if cfg.init_from is not None:

@@ -251,13 +251,33 @@ def _read_only(whole: _Whole) -> Attempt:
     return attempt
 
 
+def _waiting_for(file: Path, *, step: int) -> Change:
+    """Hold this process at a step until a file is there."""
+
+    def change() -> None:
+        from mtp_lightning.module import MTPModule
+
+        train = MTPModule.training_step
+
+        def training_step(self: MTPModule, batch: Any, batch_idx: int) -> Any:
+            while self.trainer.global_step == step and not file.exists():
+                time.sleep(0.01)
+            return train(self, batch, batch_idx)
+
+        MTPModule.training_step = training_step  # type: ignore[method-assign]
+
+    return change
+
+
 def _two_at_once(whole: _Whole) -> Attempt:
     def attempt(folder: Path, chance: random.Random) -> str:
-        first = Process(whole.arguments(folder / "run"), folder / "first.log")
+        told = folder / "told"
+        arguments = whole.arguments(folder / "run")
+        first = Process(arguments, folder / "first.log", change=_waiting_for(told, step=4))
         while not first.ended() and _steps(folder / "run") < 2:
             time.sleep(0.01)
-        second = Process(whole.arguments(folder / "run"), folder / "second.log").end()
-        hold(not first.ended(), "the first had ended before the second was told")
+        second = run(arguments, folder / "second.log")
+        told.touch()
         one_sentence(second, naming=str(folder / "run"))
         ended = first.end()
         hold(ended.code == 0, f"the first ends with {ended.code}: {ended.out[-1500:]}")

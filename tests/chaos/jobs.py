@@ -16,6 +16,7 @@ import yaml
 from mtp_lightning.run.checkpoints import damage
 from tests.chaos.cases import hold
 from tests.integration.helpers import overrides, rows
+from tests.sweeps.claims.fixture_claims import write_claim
 
 # Steps, validations and checkpoints that fall on different steps, and several epochs.
 SMALL: dict[str, Any] = {
@@ -155,6 +156,24 @@ def sweep_job(cache: Path) -> Job:
     return Job("sweep", arguments, same, processes=True)
 
 
+def claims_job(cache: Path) -> Job:
+    """A claim of two arms, its runs in ``FOLDER/runs``."""
+    short = {**SMALL, "trainer.max_steps": 12, "mtp": None, "mtp.depth": None}
+    write_claim(cache.parent, "killed", seeds=[0, 1], minimum=2, shared=overrides(cache, short))
+
+    def arguments(folder: Path) -> list[str]:
+        where = ["--claims", str(cache.parent), "--runs", str(folder / "runs")]
+        return ["-m", "sweeps.claims", "run", "killed", *where]
+
+    def same(one: Path, other: Path) -> None:
+        runs = sorted(file.parent.name for file in (one / "runs").glob("*/summary.json"))
+        hold(len(runs) == 4, f"the claim has {len(runs)} finished runs")
+        for name in runs:
+            same_runs(one / "runs" / name, other / "runs" / name)
+
+    return Job("claims", arguments, same, processes=True)
+
+
 def export_job(cache: Path, run: Path) -> Job:
     """A finished run exported into ``FOLDER/out``."""
     return Job(
@@ -189,7 +208,7 @@ def same_files(one: Path, other: Path) -> None:
     """Two folders hold the same files with the same bytes; locks and times aside."""
     found = [
         {
-            str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+            str(file.relative_to(folder)): hashlib.sha256(_untimed(file)).hexdigest()
             for file in sorted(folder.rglob("*"))
             if file.is_file() and file.stat().st_size and not file.name.endswith(".lock")
         }
@@ -202,6 +221,14 @@ def same_files(one: Path, other: Path) -> None:
     ]
     hold(not differ, f"files differ: {sorted(differ)[:4]}")
     nothing_left(one)
+
+
+def _untimed(file: Path) -> bytes:
+    """What a file holds; of JSON, without how long it took."""
+    if file.suffix != ".json":
+        return file.read_bytes()
+    content = json.loads(file.read_text())
+    return json.dumps({k: v for k, v in content.items() if k != "seconds"}).encode()
 
 
 def nothing_left(folder: Path) -> None:

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.cases import Case, hold
-from tests.chaos.jobs import RUNS, Job, export_job, store_job, sweep_job, train_job, whole_files
+from tests.chaos.jobs import (
+    RUNS,
+    Job,
+    claims_job,
+    export_job,
+    store_job,
+    sweep_job,
+    train_job,
+    whole_files,
+)
 from tests.chaos.processes import Change, Ended, Process, run
 
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
@@ -67,6 +76,7 @@ def cases(folder: Path) -> list[Case]:
         train_job("ddp", cache, _SEVERAL | {"trainer.strategy": "ddp"}, processes=True),
         train_job("fsdp", cache, _SEVERAL | {"trainer.strategy": "fsdp"}, processes=True),
         sweep_job(cache),
+        claims_job(cache),
     ]
     with suppress(ImportError):
         import transformers  # noqa: F401
@@ -92,6 +102,9 @@ def cases(folder: Path) -> list[Case]:
             timed = way.split()[0] in SIGNALS and "operation" not in way
             name = f"{job.name}, {way}"
             made.append(Case("kills", name, attempt, several=job.processes, timed=timed))
+    for way, number in SIGNALS.items():
+        attempt = _killed_beside(store_job(cache), whole, number)
+        made.append(Case("kills", f"two stores at once, {way} to one", attempt, timed=True))
     return made
 
 
@@ -134,6 +147,33 @@ def _killed(job: Job, whole: Whole, number: int, *, anyone: bool = False) -> Att
             hold(anyone or "Traceback" not in said or ended.code < 0, ended.out[-3000:])
             process.alone(seconds=20)
             whole_files(folder)
+        return _again(job, whole, folder, told)
+
+    return attempt
+
+
+def _killed_beside(job: Job, whole: Whole, number: int) -> Attempt:
+    """Two processes do it in the same folders but for their runs, and one of them is ended: the
+    other goes on as though it had been alone."""
+
+    def attempt(folder: Path, chance: random.Random) -> str:
+        kept, reference = whole.of(job)
+        (run_dir,) = [part for part in job.arguments(folder) if part.startswith("run_dir=")]
+        beside = [part for part in job.arguments(folder) if part != run_dir]
+        processes = [
+            Process(job.arguments(folder), folder / "log"),
+            Process([*beside, f"run_dir={folder / 'other'}"], folder / "other.log"),
+        ]
+        place, share = chance.randrange(2), chance.uniform(0.02, 1.0)
+        victim, other = processes[place], processes[1 - place]
+        victim.sleep_busy(share * reference.busy)
+        victim.signal(number)
+        ended, survived = victim.end(timeout=300), other.end(timeout=300)
+        told = [f"at {share:.0%}, code {ended.code}"]
+        hold(not ended.timed_out, "what was ended still runs")
+        hold(survived.code == 0, f"the other, code {survived.code}: {survived.out[-2500:]}")
+        victim.alone(seconds=20)
+        whole_files(folder)
         return _again(job, whole, folder, told)
 
     return attempt

@@ -51,7 +51,7 @@ class Process:
     """A command that runs.
 
     Args:
-        arguments: the app (``train.py``) and what it is given.
+        arguments: the app (``train.py``) and what it is given; a module behind ``-m``.
         log: the file that both outputs go to.
         folder: where it is started.
         change: done in the process before its command begins.
@@ -195,9 +195,13 @@ def _become(
         if change is not None:
             change()
         app, *rest = arguments
-        sys.argv = [str(ROOT / app), *rest]
         code = 0
-        runpy.run_path(str(ROOT / app), run_name="__main__")
+        if app == "-m":
+            sys.argv = rest
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = [str(ROOT / app), *rest]
+            runpy.run_path(str(ROOT / app), run_name="__main__")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if isinstance(stop.code, str):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mtp_lightning.cli import Stopped
+from mtp_lightning.module import MTPModule
 from mtp_lightning.nn.kernels import native
 from tests.integration.conftest import Once
 from tests.integration.helpers import (
@@ -223,6 +224,19 @@ def test_a_signal_after_the_step_was_logged(
     train_here(tmp_path, cache, LONG)
     assert rows(tmp_path) == rows(whole)
     assert_same_weights(tmp_path, whole)
+
+
+def test_interrupt_in_the_validation_behind_the_last_step(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: MTPModule, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+    short = {**LONG, "trainer.max_steps": 12}
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="saved is step 12:"):
+        patch.setattr(MTPModule, "validation_step", interrupted)
+        train_here(tmp_path, cache, short)
+    assert train_here(tmp_path, cache, short)["step"] == 12
 
 
 def test_killed_right_behind_a_save(
