@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mtp_lightning.decoding.request import Request
@@ -64,12 +64,13 @@ class Reader:
     ) -> None:
         self.name = name
         self.template = ChatTemplate.of(run.tokenizer_state)
-        self._tokenizer = run.tokenizer
+        # One of its own: encode_specials changes it, which must not be while the worker decodes.
+        self._tokenizer = replace(run).tokenizer
         self._vocab = run.model.config.trunk.vocab_size
         self._max_tokens = max_tokens
         self._max_prompt = max_prompt
         self._room = room
-        # encode_specials changes the tokenizer for a moment.
+        # Nor may two threads encode in two ways.
         self._encoding = threading.Lock()
 
     def read(self, body: bytes, *, chat: bool) -> Asked:

@@ -55,9 +55,9 @@ class Serving:
 
     def meter(self, name: str) -> float:
         """A value of /metrics, 0 where it has not been counted yet."""
-        import httpx
+        import httpx2
 
-        text = httpx.get(f"http://127.0.0.1:{self.port}/metrics").text
+        text = httpx2.get(f"http://127.0.0.1:{self.port}/metrics").text
         found = [line for line in text.splitlines() if line.startswith(f"{name} ")]
         return float(found[0].split()[1]) if found else 0.0
 

@@ -66,24 +66,24 @@ def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 )
 def test_a_signal_in_the_midst(trained: Path, grace: int, number: int, code: int) -> None:
     """Who waits is told at once; running texts end, or are cut when their time is up."""
-    import httpx
+    import httpx2
 
     settings = [f"checkpoint={trained}", f"grace={grace}", "batch_size=1", "long=slide"]
     body = {**FIELDS, "max_tokens": 4000}
     waited: list[int] = []
     with app(*settings, "max_new_tokens=4000") as (process, name, url):
         assert name == "mine"
-        with httpx.stream("POST", f"{url}/completions", json=body, timeout=120) as response:
+        with httpx2.stream("POST", f"{url}/completions", json=body, timeout=120) as response:
             found = events(response.iter_lines())
             told = [next(found)]
 
             def wait() -> None:
-                waited.append(httpx.post(f"{url}/completions", json=body).status_code)
+                waited.append(httpx2.post(f"{url}/completions", json=body).status_code)
 
             waiting = threading.Thread(target=wait)
             waiting.start()
             metrics = f"{url.removesuffix('/v1')}/metrics"
-            while "mtp_queue_length 1.0" not in httpx.get(metrics).text:
+            while "mtp_queue_length 1.0" not in httpx2.get(metrics).text:
                 time.sleep(0.01)
             process.send_signal(number)
             waiting.join(60)

@@ -170,8 +170,25 @@ def test_without_a_length_a_chat_has_all_there_is(served: Serving) -> None:
     ids=str,
 )
 def test_refusals(served: Serving, fields: dict[str, Any], told: str) -> None:
-    import httpx
+    import httpx2
 
     body = {"model": NAME, "messages": MESSAGES, **fields}
-    response = httpx.post(f"{served.base_url}/chat/completions", json=body)
+    response = httpx2.post(f"{served.base_url}/chat/completions", json=body)
     assert response.status_code == 400 and told in response.json()["error"]["message"]
+
+
+def test_prompts_are_encoded_while_texts_are_decoded(served: Serving) -> None:
+    """A tokenizer of the library cannot change, as it does for special tokens, while it decodes."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    api = client(served)
+
+    def ask(seed: int) -> str:
+        answer = api.chat.completions.create(
+            model=NAME, messages=MESSAGES * 2, seed=seed % 4, max_tokens=20, stop=["never"]
+        )
+        return answer.choices[0].message.content
+
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(ask, range(64)))
+    assert texts == texts[:4] * 16 and len(set(texts)) == 4

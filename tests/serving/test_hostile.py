@@ -24,11 +24,11 @@ def served(run: LoadedRun) -> Iterator[Serving]:
 
 
 def post(served: Serving, body: bytes, kind: str = "application/json", chat: bool = False) -> Any:
-    import httpx
+    import httpx2
 
     path = "chat/completions" if chat else "completions"
     headers = {"content-type": kind}
-    return httpx.post(f"{served.base_url}/{path}", content=body, headers=headers, timeout=60)
+    return httpx2.post(f"{served.base_url}/{path}", content=body, headers=headers, timeout=60)
 
 
 def refused(response: Any, status: int, told: str) -> None:
@@ -127,12 +127,12 @@ def test_extreme_settings_give_a_text(served: Serving) -> None:
 
 
 def test_paths_methods_and_kinds(served: Serving) -> None:
-    import httpx
+    import httpx2
 
     refused(post(served, b"{}", kind="text/plain"), 415, "application/json")
-    refused(httpx.get(f"{served.base_url}/completions"), 405, "Method Not Allowed")
-    refused(httpx.get(f"{served.base_url}/engines"), 404, "Not Found")
-    refused(httpx.get(f"http://127.0.0.1:{served.port}/docs"), 404, "Not Found")
+    refused(httpx2.get(f"{served.base_url}/completions"), 405, "Method Not Allowed")
+    refused(httpx2.get(f"{served.base_url}/engines"), 404, "Not Found")
+    refused(httpx2.get(f"http://127.0.0.1:{served.port}/docs"), 404, "Not Found")
 
 
 def test_what_is_no_http_and_bodies_that_never_come(served: Serving) -> None:
@@ -152,9 +152,9 @@ def test_what_is_no_http_and_bodies_that_never_come(served: Serving) -> None:
 
 def test_it_lives(served: Serving) -> None:
     """The last of this file, after all that was sent."""
-    import httpx
+    import httpx2
 
-    assert httpx.get(f"http://127.0.0.1:{served.port}/health").json() == {"status": "ok"}
+    assert httpx2.get(f"http://127.0.0.1:{served.port}/health").json() == {"status": "ok"}
     body = json.dumps({"prompt": "a", "max_tokens": 3}).encode()
     assert post(served, body).json()["usage"]["completion_tokens"] == 3
     assert served.server.worker.failure is None

@@ -183,10 +183,10 @@ def test_who_hangs_up_frees_a_row_and_a_place_in_the_queue(run: LoadedRun) -> No
 
 
 def _ask_and_drop(found: Serving, fields: dict[str, Any]) -> None:
-    import httpx
+    import httpx2
 
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{found.base_url}/completions", json=fields, timeout=0.5)
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(f"{found.base_url}/completions", json=fields, timeout=0.5)
 
 
 def test_a_full_queue_says_when_to_come_again(run: LoadedRun, gate: threading.Event) -> None:
