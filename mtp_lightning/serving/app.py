@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from mtp_lightning.decoding.pieces import Pieces
 from mtp_lightning.serving.asked import Reader
+from mtp_lightning.serving.fields import shown
 from mtp_lightning.serving.job import Job, News
 from mtp_lightning.serving.meters import Meters
 from mtp_lightning.serving.refusal import HUNG_UP, Refusal
@@ -121,20 +122,17 @@ class Endpoint:
         reply = Reply(asked, model=self._reader.name, words=self._words)
         self._worker.submit(job)
         watch = asyncio.create_task(self._watch(request, job))
-        if not asked.stream:
-            try:
-                return JSONResponse(await _whole(job, reply))
-            finally:
-                watch.cancel()
-                self._worker.cancel(job)
-        # Until the first news a refusal still has a status of its own.
         news = job.news()
         try:
-            first = await anext(news)
+            if not asked.stream:
+                return JSONResponse(await _whole(news, reply))
+            first = await anext(news)  # until then, a refusal has a status of its own
         except BaseException:
-            watch.cancel()
             self._worker.cancel(job)
             raise
+        finally:
+            if not asked.stream or job.over:
+                watch.cancel()
         events = self._events(job, reply, first, news, watch)
         return StreamingResponse(events, media_type="text/event-stream", headers=_UNCACHED)
 
@@ -194,11 +192,11 @@ class Endpoint:
 _UNCACHED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-async def _whole(job: Job, reply: Reply) -> dict[str, Any]:
+async def _whole(news: AsyncIterator[News], reply: Reply) -> dict[str, Any]:
     logprobs, done = [], None
-    async for news in job.news():
-        logprobs += news.logprobs
-        done = news.done
+    async for more in news:
+        logprobs += more.logprobs
+        done = more.done
     assert done is not None
     return reply.whole(done, logprobs)
 
@@ -214,7 +212,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    told = f"{request.method} {request.url.path}: {error.detail}."
+    told = f"{request.method} {shown(request.url.path)}: {error.detail}."
     refusal = Refusal(told, status=error.status_code)
     return JSONResponse(refusal.body, status_code=error.status_code, headers=error.headers)
 

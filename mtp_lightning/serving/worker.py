@@ -135,18 +135,17 @@ class Worker:
         with self._changed:
             while not (self._waiting or self._running or self._ends_at is not None):
                 self._changed.wait()
+            # Read here alone: what is taken from the queue after an end was noticed would be lost.
+            ends_at = self._ends_at
             gone = [row for row, job in self._running.items() if job.over]
-            free = self._engine.free + len(gone)
+            free = 0 if ends_at is not None else self._engine.free + len(gone)
             joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
             self._joining = len(joining)
         for row in gone:
             self._forget(row)
-        if self._ends_at is not None:
-            if not self._running:
-                return False
-            if time.monotonic() >= self._ends_at:
-                self._end_all()
-                return False
+        if ends_at is not None and (not self._running or time.monotonic() >= ends_at):
+            self._end_all()
+            return False
         self._join(joining)
         began = time.perf_counter()
         rows = self._engine.step()
