@@ -13,6 +13,7 @@ APPS = {
     "train": "train a model with multi-token prediction; -m for sweeps",
     "evaluate": "the metrics of a trained model",
     "generate": "text from a trained model",
+    "serve": "text from a trained model for programs that speak OpenAI's HTTP",
     "export": "a trained model as a Hugging Face folder",
 }
 # Programs with options of their own: where their main() is, and what they do.

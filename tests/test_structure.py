@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
-APPS = ["evaluate.py", "export.py", "generate.py", "train.py"]
+APPS = ["evaluate.py", "export.py", "generate.py", "serve.py", "train.py"]
 
 # A room imports itself and rooms of a lower number, never one of the same number or higher.
 # Files of mtp_lightning/ that are not in a folder are rooms of their own.
@@ -36,6 +36,7 @@ RANK = {
     **dict.fromkeys(["init_from", "loggers"], 6),
     **dict.fromkeys(["module", "callbacks"], 7),
     "experiment": 8,
+    "serving": 8.5,
     **dict.fromkeys(["apps", "plan"], 9),
     **dict.fromkeys(["console", "notebook"], 10),
 }

@@ -9,7 +9,8 @@ from typing import Any
 class Pieces:
     """Takes the tokens of one text as they come.
 
-    A character that several tokens make up comes with the last of them.
+    A character that several tokens make up comes with the last of them. Joined, the pieces are the
+    text of all tokens, but for a character at its end that has not become whole.
 
     Args:
         tokenizer: of the model.
@@ -18,17 +19,22 @@ class Pieces:
     def __init__(self, tokenizer: Any) -> None:
         self._decode: Callable[[list[int]], str] = tokenizer.decode
         self._eot_id = tokenizer.eot_id
-        self._pending: list[int] = []
+        # The tokens of the last piece, before which some tokenizers would drop a space, and those
+        # whose text is not whole; how many characters of theirs are out.
+        self._window: list[int] = []
+        self._out = 0
 
     def add(self, token_ids: Sequence[int], accepted: Sequence[bool]) -> Iterator[tuple[str, bool]]:
         """The text that is whole now, in pieces, and whether each was an accepted draft."""
         for token, draft in zip(token_ids, accepted, strict=True):
             if token == self._eot_id:
                 continue
-            self._pending.append(token)
-            text = self._decode(self._pending)
-            # An incomplete character; four bytes are the longest, so the wait has an end.
-            if text.endswith("\ufffd") and len(self._pending) < 4:
-                continue
-            self._pending.clear()
-            yield text, draft
+            self._window.append(token)
+            text = self._decode(self._window)
+            whole = len(text.rstrip("\ufffd"))  # what is behind may be part of a character
+            if whole > self._out:
+                yield text[self._out : whole], draft
+                self._out = whole
+            if whole == len(text):
+                self._window = [token]
+                self._out = len(self._decode(self._window))

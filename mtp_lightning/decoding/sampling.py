@@ -13,6 +13,9 @@ from torch import Tensor
 
 from mtp_lightning.settings import is_number, is_whole
 
+# Below it a setting would be 0 in the precision of probabilities.
+_LEAST = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -56,10 +59,10 @@ class Sampling:
             best = logits.argmax(dim=-1, keepdim=True)
             return torch.zeros_like(logits).scatter_(-1, best, 1.0)
         # The maximum goes first: at a tiny temperature a quotient of large logits would overflow.
-        scaled = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
+        scaled = (logits - logits.amax(dim=-1, keepdim=True)) / max(self.temperature, _LEAST)
         probs = torch.softmax(scaled, dim=-1)
         narrow_k = self.top_k is not None and self.top_k < logits.shape[-1]
-        top_p = 1.0 if self.top_p is None else self.top_p
+        top_p = 1.0 if self.top_p is None else max(self.top_p, _LEAST)
         if not narrow_k and top_p == 1:
             return probs
         ordered, ids = probs.sort(dim=-1, descending=True, stable=True)

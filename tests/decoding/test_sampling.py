@@ -60,6 +60,13 @@ def test_a_tiny_temperature_is_finite():
     assert probs.tolist() == [0, 1, 0]
 
 
+def test_settings_that_are_nothing_in_single_precision_are_greedy():
+    logits = torch.tensor([[0.0, 2.0, 1.0]])
+    best = torch.tensor([[0.0, 1.0, 0.0]])
+    for options in ({"temperature": 1e-320}, {"temperature": 1.0, "top_p": 1e-320}):
+        assert torch.equal(Sampling(**options).probabilities(logits), best)
+
+
 def test_draw_inverts_the_distribution():
     probs = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0]).expand(5, -1)
     uniform = torch.tensor([0.0, 0.2499, 0.25, 0.6, 1 - 2**-53], dtype=torch.float64)

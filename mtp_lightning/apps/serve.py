@@ -1,0 +1,25 @@
+"""Answer requests: ``mtp-lightning serve``; ``--help`` explains it."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from mtp_lightning.apps import readable_errors, start
+
+
+def task(cfg: DictConfig) -> None:
+    """What Hydra calls with the composed config."""
+    with readable_errors():
+        # Imported here, so that --help does not wait for torch.
+        from mtp_lightning.serving.start import serve
+
+        serve(cfg)
+
+
+def main() -> None:
+    """The command."""
+    start("serve", task)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""The HTTP side: routes, bodies within limits, streams, and clients that hang up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from mtp_lightning.decoding.pieces import Pieces
+from mtp_lightning.serving.asked import Reader
+from mtp_lightning.serving.fields import shown
+from mtp_lightning.serving.job import Job, News
+from mtp_lightning.serving.meters import Meters
+from mtp_lightning.serving.refusal import HUNG_UP, Refusal
+from mtp_lightning.serving.replies import Reply, Words
+from mtp_lightning.serving.worker import Worker
+
+_BODY_SECONDS = 30  # that a client has to send a body in
+_METRICS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Endpoint:
+    """Answers requests by a worker.
+
+    Args:
+        reader: understands bodies.
+        worker: has the model.
+        meters: are told what happens.
+        tokenizer: of the model.
+        max_body: bytes.
+        created: when the server began, seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        *,
+        reader: Reader,
+        worker: Worker,
+        meters: Meters,
+        tokenizer: Any,
+        max_body: int,
+        created: int,
+    ) -> None:
+        self._reader = reader
+        self._worker = worker
+        self._meters = meters
+        self._tokenizer = tokenizer
+        self._words = Words(tokenizer)
+        self._max_body = max_body
+        self._created = created
+
+    def app(self) -> FastAPI:
+        """The application. It has no page of its own: those that FastAPI makes need a network."""
+        app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+        app.add_api_route("/health", self.health)
+        app.add_api_route("/metrics", self.metrics)
+        app.add_api_route("/v1/models", self.models)
+        app.add_api_route("/v1/models/{name:path}", self.model)
+        app.add_api_route("/v1/completions", self.completions, methods=["POST"])
+        app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        app.add_exception_handler(Refusal, _refused)
+        app.add_exception_handler(HTTPException, _no_route)
+        app.add_exception_handler(Exception, _defect)
+        return app
+
+    async def health(self) -> JSONResponse:
+        """Whether requests are taken."""
+        alive = self._worker.alive
+        told = {"status": "ok" if alive else "ending"}
+        return JSONResponse(told, status_code=200 if alive else 503)
+
+    async def metrics(self) -> Response:
+        """For Prometheus."""
+        return Response(self._meters.text(), media_type=_METRICS)
+
+    async def models(self) -> dict[str, Any]:
+        """The one that is here."""
+        return {"object": "list", "data": [self._model()]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """The same, asked for by its name."""
+        if name != self._reader.name:
+            told = f"There is no model of that name, only {self._reader.name}."
+            raise Refusal(told, status=404, param="model", code="model_not_found")
+        return self._model()
+
+    def _model(self) -> dict[str, Any]:
+        name, owner = self._reader.name, "mtp-lightning"
+        return {"id": name, "object": "model", "created": self._created, "owned_by": owner}
+
+    async def completions(self, request: Request) -> Response:
+        """Continue a text."""
+        return await self._counted(request, chat=False)
+
+    async def chat(self, request: Request) -> Response:
+        """Answer messages."""
+        return await self._counted(request, chat=True)
+
+    async def _counted(self, request: Request, *, chat: bool) -> Response:
+        try:
+            response = await self._answer(request, chat=chat)
+        except Refusal as refusal:
+            self._meters.ended(refusal.status)
+            raise
+        except Exception:
+            self._meters.ended(500)
+            raise
+        if not isinstance(response, StreamingResponse):  # which counts itself, at its end
+            self._meters.ended(response.status_code)
+        return response
+
+    async def _answer(self, request: Request, *, chat: bool) -> Response:
+        body = await self._body(request)
+        asked = await asyncio.to_thread(self._reader.read, body, chat=chat)
+        job = Job(asked.request, Pieces(self._tokenizer))
+        reply = Reply(asked, model=self._reader.name, words=self._words)
+        self._worker.submit(job)
+        watch = asyncio.create_task(self._watch(request, job))
+        news = job.news()
+        try:
+            if not asked.stream:
+                return JSONResponse(await _whole(news, reply))
+            first = await anext(news)  # until then, a refusal has a status of its own
+        except BaseException:
+            self._worker.cancel(job)
+            raise
+        finally:
+            if not asked.stream or job.over:
+                watch.cancel()
+        events = self._events(job, reply, first, news, watch)
+        return StreamingResponse(events, media_type="text/event-stream", headers=_UNCACHED)
+
+    async def _events(
+        self,
+        job: Job,
+        reply: Reply,
+        first: News,
+        news: AsyncIterator[News],
+        watch: asyncio.Task[None],
+    ) -> AsyncIterator[bytes]:
+        """A text as server-sent events; whatever ends it, its row is freed and its end counted."""
+        status = HUNG_UP
+        try:
+            for chunk in reply.chunks(first, first=True):
+                yield _event(chunk)
+            if first.done is None:
+                async for more in news:
+                    for chunk in reply.chunks(more, first=False):
+                        yield _event(chunk)
+            yield b"data: [DONE]\n\n"
+            status = 200
+        except Refusal as refusal:
+            status = refusal.status
+            yield _event(refusal.body)
+        finally:
+            watch.cancel()
+            self._worker.cancel(job)
+            self._meters.ended(status)
+
+    async def _watch(self, request: Request, job: Job) -> None:
+        """Free a job's place when its client hangs up."""
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self._worker.cancel(job)
+
+    async def _body(self, request: Request) -> bytes:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # which no page of another site can send unasked
+            raise Refusal("The content-type must be application/json.", status=415)
+        body = bytearray()
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > self._max_body:
+                        told = f"The body has more than {self._max_body} bytes: shorten it."
+                        raise Refusal(told, status=413)
+        except TimeoutError:
+            told = f"The body did not come within {_BODY_SECONDS} seconds."
+            raise Refusal(told, status=408) from None
+        except ClientDisconnect:
+            raise Refusal("The client has hung up.", status=HUNG_UP) from None
+        return bytes(body)
+
+
+_UNCACHED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+async def _whole(news: AsyncIterator[News], reply: Reply) -> dict[str, Any]:
+    logprobs, done = [], None
+    async for more in news:
+        logprobs += more.logprobs
+        done = more.done
+    assert done is not None
+    return reply.whole(done, logprobs)
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    told = f"{request.method} {shown(request.url.path)}: {error.detail}."
+    refusal = Refusal(told, status=error.status_code)
+    return JSONResponse(refusal.body, status_code=error.status_code, headers=error.headers)
+
+
+async def _defect(request: Request, error: Exception) -> Response:
+    """The traceback is on the server's standard error."""
+    return JSONResponse(Refusal("The server has a defect.", status=500).body, status_code=500)

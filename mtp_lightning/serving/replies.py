@@ -1,0 +1,137 @@
+"""Finished texts and growing ones as objects of OpenAI's shape."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from codecs import getincrementaldecoder
+from collections.abc import Sequence
+from typing import Any
+
+from mtp_lightning.decoding.row import Generation, LogProb
+from mtp_lightning.serving.asked import Asked
+from mtp_lightning.serving.job import News
+
+_REASONS = {"eot": "stop", "stop": "stop", "length": "length"}
+# OpenAI's for what cannot be: JSON has no infinity.
+_IMPOSSIBLE = -9999.0
+
+
+class Words:
+    """What is written for a token.
+
+    Args:
+        tokenizer: of the model.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._bytes: list[bytes] = tokenizer.token_bytes()
+        self.eot_id: int = tokenizer.eot_id
+
+    def text(self, token: int) -> str:
+        """Its text; of part of a character, its bytes as OpenAI writes them."""
+        try:
+            return self.raw(token).decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.raw(token))
+
+    def raw(self, token: int) -> bytes:
+        """Its bytes."""
+        return self._bytes[token] if token < len(self._bytes) else b""
+
+
+class Reply:
+    """The answer to one request, whole or in chunks.
+
+    Args:
+        asked: the request.
+        model: what clients call it.
+        words: of its tokenizer.
+    """
+
+    def __init__(self, asked: Asked, *, model: str, words: Words) -> None:
+        self._asked = asked
+        self._words = words
+        # Where the next token begins in the text.
+        self._offset = 0
+        self._characters = getincrementaldecoder("utf-8")("replace")
+        kind = "chat.completion" if asked.chat else "text_completion"
+        self._head = {
+            "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": f"{kind}.chunk" if asked.chat and asked.stream else kind,
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def whole(self, done: Generation, logprobs: Sequence[LogProb]) -> dict[str, Any]:
+        """The object of a finished text."""
+        content: dict[str, Any] = {"text": done.text}
+        if self._asked.chat:
+            content = {"message": {"role": "assistant", "content": done.text, "refusal": None}}
+        choice = self._choice(content, logprobs, done)
+        return {**self._head, "choices": [choice], "usage": self._usage(done)}
+
+    def chunks(self, news: News, *, first: bool) -> list[dict[str, Any]]:
+        """The objects of a stream that tell of news; a chat's begins with who speaks."""
+        done, choices = news.done, []
+        if not self._asked.chat:
+            choices.append(self._choice({"text": news.text}, news.logprobs, done))
+        elif first:
+            choices.append(self._choice({"delta": {"role": "assistant", "content": ""}}))
+        if self._asked.chat and (news.text or news.logprobs):
+            choices.append(self._choice({"delta": {"content": news.text}}, news.logprobs))
+        if self._asked.chat and done:
+            choices.append(self._choice({"delta": {}}, done=done))
+        counted: dict[str, Any] = {"usage": None} if self._asked.usage else {}
+        found = [{**self._head, "choices": [choice], **counted} for choice in choices]
+        if done and self._asked.usage:
+            found.append({**self._head, "choices": [], "usage": self._usage(done)})
+        return found
+
+    def _choice(
+        self,
+        content: dict[str, Any],
+        logprobs: Sequence[LogProb] = (),
+        done: Generation | None = None,
+    ) -> dict[str, Any]:
+        # The end of text is no part of the text.
+        known = [logprob for logprob in logprobs if logprob.token != self._words.eot_id]
+        told = None
+        if self._asked.request.logprobs is not None and (known or not self._asked.stream):
+            told = self._chat_logprobs(known) if self._asked.chat else self._logprobs(known)
+        reason = None if done is None else _REASONS[done.finish_reason]
+        return {"index": 0, **content, "logprobs": told, "finish_reason": reason}
+
+    def _logprobs(self, logprobs: Sequence[LogProb]) -> dict[str, Any]:
+        text, offsets = self._words.text, []
+        for logprob in logprobs:
+            offsets.append(self._offset)
+            self._offset += len(self._characters.decode(self._words.raw(logprob.token)))
+        return {
+            "tokens": [text(logprob.token) for logprob in logprobs],
+            "token_logprobs": [_finite(logprob.logprob) for logprob in logprobs],
+            "top_logprobs": [{text(t): _finite(p) for t, p in logprob.top} for logprob in logprobs],
+            "text_offset": offsets,
+        }
+
+    def _chat_logprobs(self, logprobs: Sequence[LogProb]) -> dict[str, Any]:
+        content = [
+            {**self._token(own.token, own.logprob), "top_logprobs": [*self._tops(own)]}
+            for own in logprobs
+        ]
+        return {"content": content, "refusal": None}
+
+    def _tops(self, logprob: LogProb) -> list[dict[str, Any]]:
+        return [self._token(token, value) for token, value in logprob.top]
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text, raw = self._words.text(token), self._words.raw(token)
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(raw)}
+
+    def _usage(self, done: Generation) -> dict[str, int]:
+        prompt, new = len(self._asked.request.prompt), done.new_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+def _finite(logprob: float) -> float:
+    return max(_IMPOSSIBLE, logprob)

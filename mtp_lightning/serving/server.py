@@ -1,0 +1,125 @@
+"""The server's life: it begins with its worker, a signal ends both, running texts first."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from mtp_lightning.decoding.drafting import Drafting
+from mtp_lightning.decoding.engine import Engine
+from mtp_lightning.run.loading import LoadedRun
+from mtp_lightning.serving.app import Endpoint
+from mtp_lightning.serving.asked import Reader
+from mtp_lightning.serving.meters import Meters
+from mtp_lightning.serving.worker import Worker
+
+# Beyond the grace: for the round that is under way, and for what is still to be sent.
+_SPARE_SECONDS = 5
+
+
+class Server(uvicorn.Server):
+    """One model behind one address.
+
+    Args:
+        cfg: ``conf/serve.yaml``.
+        run: the model.
+        name: what clients call it.
+
+    Attributes:
+        signum: of the signal that ended it; None before.
+
+    Raises:
+        ValueError: an option out of range, a model that cannot do what is asked.
+    """
+
+    def __init__(self, cfg: Any, run: LoadedRun, *, name: str) -> None:
+        self.signum: int | None = None
+        self._grace = float(cfg.grace)
+        refuses = cfg.long == "refuse"
+        prompt = run.seq_len if cfg.max_prompt is None else cfg.max_prompt
+        reader = Reader(
+            run,
+            name=name,
+            max_tokens=cfg.max_new_tokens,
+            max_prompt=min(prompt, run.seq_len) if refuses else prompt,
+            room=run.seq_len if refuses else None,
+        )
+        engine = Engine(
+            run.model,
+            places=(1 if cfg.compile else 8) if cfg.batch_size is None else cfg.batch_size,
+            drafting=Drafting(
+                speculative=cfg.speculative,
+                draft_depth=cfg.draft_depth,
+                min_confidence=cfg.min_confidence,
+                cache=cfg.cache,
+                compile=cfg.compile,
+            ),
+            tokenizer=run.tokenizer,
+            max_context=run.seq_len,
+            long=cfg.long,
+        )
+        meters = Meters()
+        self.worker = Worker(engine, queue=cfg.queue, meters=meters, on_failure=self._stop)
+        endpoint = Endpoint(
+            reader=reader,
+            worker=self.worker,
+            meters=meters,
+            tokenizer=run.tokenizer,
+            max_body=cfg.max_body,
+            created=int(time.time()),
+        )
+        config = uvicorn.Config(
+            endpoint.app(),
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=int(self._grace) + _SPARE_SECONDS,
+        )
+        super().__init__(config)
+
+    def _stop(self) -> None:
+        self.should_exit = True
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer until a signal comes, or a defect: then :attr:`worker` has what was raised."""
+        self.worker.start()
+        try:
+            super().run(sockets)
+        finally:
+            self.worker.close(0)
+            self.worker.join(_SPARE_SECONDS)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Those that wait are refused now, those that run have the grace."""
+        self.worker.close(self._grace)
+        await super().shutdown(sockets)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take SIGINT and SIGTERM for as long as it runs. Unlike uvicorn, do not raise them again
+        at the end: the app has a code and a sentence for it."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        old = {n: signal.signal(n, self.handle_exit) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal ends in good order, a second one at once."""
+        if self.should_exit:
+            self.force_exit = True
+            self.worker.hurry()
+        self.signum = sig
+        self.should_exit = True

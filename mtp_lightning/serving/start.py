@@ -1,0 +1,99 @@
+"""From ``conf/serve.yaml`` to a server: what is checked before, and what is said."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+from mtp_lightning.cli import Stopped
+from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.generating import open_for
+from mtp_lightning.run.layout import CHECKPOINTS
+from mtp_lightning.settings import require_bool, require_choice, require_number, require_whole
+
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
+
+
+def serve(cfg: Any) -> None:
+    """Answer requests until a signal comes.
+
+    Raises:
+        ValueError: an option out of range, a package that is missing, a damaged or foreign
+            checkpoint.
+        OSError: a missing file.
+        Stopped: a signal ended it.
+    """
+    _check(cfg)
+    _require_packages()
+    from mtp_lightning.serving.server import Server
+
+    with listen(str(cfg.host), cfg.port) as listening:  # before a large model is read for nothing
+        run = open_for(cfg)
+        server = Server(cfg, run, name=_name(cfg, run.path))
+        print(f"{_name(cfg, run.path)} answers at {_address(listening)}", flush=True)
+        server.run([listening])
+    if server.worker.failure is not None:
+        raise server.worker.failure
+    cut = server.worker.cut
+    told = f"{cut} texts were cut short" if cut else "no text was cut short"
+    raise Stopped(f"ended; {told}.", signal.SIGINT if server.signum is None else server.signum)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that clients may connect to; from then on they wait.
+
+    Args:
+        host: a name or an address.
+        port: its number; 0 takes a free one.
+
+    Raises:
+        ValueError: the address cannot be had.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        told = error.strerror or str(error)
+        raise UserError(
+            f"host={host} port={port} cannot be listened at ({told}): give another port= or host=."
+        ) from error
+
+
+def _check(cfg: Any) -> None:
+    for key in ("speculative", "compile"):
+        require_bool(key, cfg[key])
+    for key in ("queue", "max_new_tokens", "max_body"):
+        require_whole(key, cfg[key], least=1)
+    for key in ("batch_size", "max_prompt"):
+        if cfg[key] is not None:
+            require_whole(key, cfg[key], least=1)
+    require_whole("port", cfg.port, least=0)
+    require_number("port", cfg.port, most=65535)
+    require_number("grace", cfg.grace, least=0, most=3600)
+    require_choice("long", cfg.long, ("refuse", "slide"))
+
+
+def _require_packages() -> None:
+    for package in _PACKAGES:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise UserError(
+                f"serving needs the package {package}: pip install -e '.[serve]'."
+            ) from error
+
+
+def _name(cfg: Any, file: Path) -> str:
+    """What clients call the model: the name of its run or folder, unless told."""
+    if cfg.name is not None:
+        return str(cfg.name)
+    file = file.resolve()
+    return file.parent.parent.name if file.parent.name == CHECKPOINTS else file.stem
+
+
+def _address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"

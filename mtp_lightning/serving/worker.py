@@ -1,0 +1,202 @@
+"""The thread that owns the engine: jobs wait for a place, rows grow round by round.
+
+Everything that touches the model happens in it; other threads put jobs in, and take them away,
+under one lock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from mtp_lightning.decoding.engine import Engine
+from mtp_lightning.decoding.row import Row
+from mtp_lightning.serving.job import Job, News
+from mtp_lightning.serving.meters import Meters
+from mtp_lightning.serving.refusal import HUNG_UP, Refusal
+
+_RETRY_AFTER = 1  # seconds
+
+
+class Worker:
+    """Decodes jobs in a thread of its own.
+
+    Args:
+        engine: nobody else's.
+        queue: most jobs that wait.
+        meters: are told what happens.
+        on_failure: called from the thread if a defect ends it.
+
+    Attributes:
+        failure: the defect that ended it.
+        cut: texts that were ended before their time because the server's had come.
+    """
+
+    def __init__(
+        self, engine: Engine, *, queue: int, meters: Meters, on_failure: Callable[[], None]
+    ) -> None:
+        self.failure: BaseException | None = None
+        self.cut = 0
+        self._engine = engine
+        self._queue = queue
+        self._meters = meters
+        self._on_failure = on_failure
+        self._waiting: deque[Job] = deque()
+        self._running: dict[Row, Job] = {}
+        self._joining = 0
+        self._changed = threading.Condition()
+        self._ends_at: float | None = None  # by time.monotonic()
+        self._threads = torch.get_num_threads()
+        self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
+        meters.watch(lambda: len(self._waiting), lambda: len(self._running))
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are taken."""
+        return self._thread.is_alive() and self._ends_at is None
+
+    def submit(self, job: Job) -> None:
+        """Put a job behind the others.
+
+        Raises:
+            Refusal: the model cannot read it, there are too many, or the server ends.
+        """
+        try:
+            self._engine.check(job.request)
+        except ValueError as error:
+            raise Refusal(str(error)) from error
+        with self._changed:
+            if not self.alive:
+                raise _ending()
+            free = self._engine.places - len(self._running) - self._joining
+            if len(self._waiting) >= self._queue + free:
+                raise Refusal(
+                    f"{self._queue} requests are waiting already: try again later.",
+                    status=429,
+                    code="queue_full",
+                    retry_after=_RETRY_AFTER,
+                )
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Forget a job whose client has gone: it waits no more, and its row is freed after the
+        round that is under way. One that is over is left alone."""
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+            job.tell(Refusal("The client has hung up.", status=HUNG_UP))
+
+    def close(self, grace: float) -> None:
+        """Take no more jobs, refuse those that wait, and end.
+
+        Args:
+            grace: seconds that running texts have to finish.
+        """
+        with self._changed:
+            if self._ends_at is None:
+                self._ends_at = time.monotonic() + grace
+            while self._waiting:
+                self._waiting.popleft().tell(_ending())
+            self._changed.notify()
+
+    def hurry(self) -> None:
+        """Give running texts no more time. It takes no lock: signals' handlers call it."""
+        self._ends_at = time.monotonic()
+
+    def join(self, seconds: float) -> bool:
+        """Wait for the end of the thread; whether it came."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)  # a setting of every thread
+        try:
+            with self._engine:
+                while self._turn():
+                    pass
+        except BaseException as error:
+            self.failure = error
+            self._on_failure()
+        finally:
+            self.close(0)
+            self._end_all()
+
+    def _turn(self) -> bool:
+        """One round of all rows, new ones among them; whether there will be another."""
+        with self._changed:
+            while not (self._waiting or self._running or self._ends_at is not None):
+                self._changed.wait()
+            # Read here alone: what is taken from the queue after an end was noticed would be lost.
+            ends_at = self._ends_at
+            gone = [row for row, job in self._running.items() if job.over]
+            free = 0 if ends_at is not None else self._engine.free + len(gone)
+            joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+            self._joining = len(joining)
+        for row in gone:
+            self._forget(row)
+        if ends_at is not None and (not self._running or time.monotonic() >= ends_at):
+            self._end_all()
+            return False
+        self._join(joining)
+        began = time.perf_counter()
+        rows = self._engine.step()
+        if rows:
+            self._meters.round(time.perf_counter() - began)
+        for row in rows:
+            self._tell(row)
+        return True
+
+    def _join(self, jobs: list[Job]) -> None:
+        try:
+            rows = self._engine.add([job.request for job in jobs])
+        except BaseException:
+            for job in jobs:
+                job.tell(_ending())
+            raise
+        with self._changed:
+            self._running.update(zip(rows, jobs, strict=True))
+            self._joining = 0
+        for row, job in zip(rows, jobs, strict=True):
+            self._meters.read(len(job.request.prompt))
+            self._meters.first_token(time.perf_counter() - job.asked_at)
+            self._tell(row)
+
+    def _tell(self, row: Row) -> None:
+        job, fresh = self._running[row], row.fresh()
+        self._meters.emitted(len(row.token_ids) - job.tokens)
+        job.tokens = len(row.token_ids)
+        text = "".join(piece for piece, _ in job.pieces.add(fresh.token_ids, fresh.accepted_mask))
+        done = None
+        if row.finish_reason is not None:
+            done = row.generation()
+            # Characters that never became whole, and those before a stop string in its token.
+            text += (done.text or "")[job.length + len(text) :]
+            self._meters.drafts(done.drafts_accepted, done.drafts_reached)
+            del self._running[row]
+        job.length += len(text)
+        if text or fresh.logprobs or done:
+            job.tell(News(text=text, logprobs=fresh.logprobs, done=done))
+
+    def _forget(self, row: Row) -> None:
+        self._engine.remove(row)
+        del self._running[row]
+
+    def _end_all(self) -> None:
+        """Tell those whose time is up."""
+        for job in self._running.values():
+            self.cut += not job.over
+            job.tell(_ending())
+        self._running.clear()
+
+
+def _ending() -> Refusal:
+    return Refusal("The server is ending: ask again when it is back.", status=503, code="ending")

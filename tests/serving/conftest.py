@@ -1,0 +1,107 @@
+"""A real server on loopback, over a small random model, in a thread of the test's process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from data_modules.tokenizers import ByteTokenizer
+from mtp_lightning.decoding.engine import Engine
+from mtp_lightning.paths import CONF
+from mtp_lightning.run.loading import LoadedRun
+from tests.decoding.models import small_model
+
+SEQ_LEN = 2048
+NAME = "tiny"
+
+
+@pytest.fixture(scope="session")
+def run() -> LoadedRun:
+    """Its texts are bytes of all kinds, few of them characters."""
+    torch.manual_seed(0)
+    return LoadedRun(
+        model=small_model(3, 2, vocab=257),
+        tokenizer_state=ByteTokenizer().state(),
+        config={"data": {"seq_len": SEQ_LEN}},
+        step=0,
+        path=Path(NAME),
+    )
+
+
+def config(**settings: Any) -> Any:
+    """``conf/serve.yaml`` with settings."""
+    cfg = OmegaConf.load(CONF / "serve.yaml")
+    for name in ("hydra", "defaults"):
+        del cfg[name]
+    cfg.checkpoint, cfg.grace = NAME, 5
+    return OmegaConf.merge(cfg, settings)
+
+
+class Serving:
+    """A server that answers, and where."""
+
+    def __init__(self, server: Any, port: int) -> None:
+        self.server = server
+        self.port = port
+        self.base_url = f"http://127.0.0.1:{port}/v1"
+
+    def meter(self, name: str) -> float:
+        """A value of /metrics, 0 where it has not been counted yet."""
+        import httpx2
+
+        text = httpx2.get(f"http://127.0.0.1:{self.port}/metrics").text
+        found = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+        return float(found[0].split()[1]) if found else 0.0
+
+    def wait_for(self, name: str, value: float) -> None:
+        """Until a meter has a value."""
+        until(lambda: self.meter(name) == value, f"{name} == {value}")
+
+
+def until(condition: Callable[[], bool], told: str) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, f"not in 60 s: {told}"
+        time.sleep(0.01)
+
+
+@contextmanager
+def serving(run: LoadedRun, **settings: Any) -> Iterator[Serving]:
+    from mtp_lightning.serving.server import Server
+    from mtp_lightning.serving.start import listen
+
+    with listen("127.0.0.1", 0) as listening:
+        server = Server(config(**settings), run, name=NAME)
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            until(lambda: server.started, "the server has started")
+            yield Serving(server, listening.getsockname()[1])
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """While it is clear, no round begins."""
+    opened = threading.Event()
+    step = Engine.step
+
+    def waits(self: Engine) -> Any:
+        if self.rows:
+            assert opened.wait(60)
+        return step(self)
+
+    monkeypatch.setattr(Engine, "step", waits)
+    yield opened
+    opened.set()

@@ -1,0 +1,143 @@
+"""``python serve.py``: what it says, what it refuses, and how a signal ends it."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.serving import start
+from tests.integration.helpers import ROOT, environment, execute, train_here
+from tests.serving.conftest import config
+
+APP = [sys.executable, str(ROOT / "serve.py")]
+FIELDS = {"prompt": "def ", "temperature": 0, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serve")
+    train_here(folder / "mine", folder / "cache")
+    return folder / "mine"
+
+
+@contextmanager
+def app(*settings: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """The process, the model's name and its address."""
+    process = subprocess.Popen(
+        [*APP, "port=0", "num_threads=1", *settings],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.fullmatch(r"(\S+) answers at (http://127\.0\.0\.1:\d+/v1)\n", line)
+        assert found, line + (process.communicate(timeout=60)[1] if not line else "")
+        yield process, found[1], found[2]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        if line.startswith("data: {"):
+            yield json.loads(line.removeprefix("data: "))
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize(
+    ("grace", "number", "code"), [(60, signal.SIGTERM, 143), (0, signal.SIGINT, 130)]
+)
+def test_a_signal_in_the_midst(trained: Path, grace: int, number: int, code: int) -> None:
+    """Who waits is told at once; running texts end, or are cut when their time is up."""
+    import httpx2
+
+    settings = [f"checkpoint={trained}", f"grace={grace}", "batch_size=1", "long=slide"]
+    body = {**FIELDS, "max_tokens": 4000}
+    waited: list[int] = []
+    with app(*settings, "max_new_tokens=4000") as (process, name, url):
+        assert name == "mine"
+        with httpx2.stream("POST", f"{url}/completions", json=body, timeout=120) as response:
+            found = events(response.iter_lines())
+            told = [next(found)]
+
+            def wait() -> None:
+                waited.append(httpx2.post(f"{url}/completions", json=body).status_code)
+
+            waiting = threading.Thread(target=wait)
+            waiting.start()
+            metrics = f"{url.removesuffix('/v1')}/metrics"
+            while "mtp_queue_length 1.0" not in httpx2.get(metrics).text:
+                time.sleep(0.01)
+            process.send_signal(number)
+            waiting.join(60)
+            told += list(found)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == code and waited == [503]
+    if grace:
+        assert told[-1]["choices"][0]["finish_reason"] == "length"
+        assert errors == "ended; no text was cut short.\n"
+    else:
+        assert told[-1]["error"]["code"] == "ending" and len(told) < 4000
+        assert errors == "ended; 1 texts were cut short.\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"port": 70000}, "port must be"),
+        ({"queue": 0}, "queue must be"),
+        ({"batch_size": "two"}, "batch_size must be"),
+        ({"max_prompt": 0}, "max_prompt must be"),
+        ({"grace": -1}, "grace must be"),
+        ({"long": "cut"}, "long=cut is unknown"),
+        ({"speculative": 1}, "speculative must be true or false"),
+    ],
+    ids=str,
+)
+def test_settings_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        start.serve(config(**settings))
+
+
+@pytest.mark.extras
+def test_a_refusal_is_one_sentence_and_a_code(trained: Path) -> None:
+    done = execute([*APP, f"checkpoint={trained}", "port=0", "draft_depth=7"])
+    assert done.returncode == 1 and done.stdout == "", done
+    assert done.stderr.startswith("error: draft_depth=7, but the model drafts 2 tokens")
+    assert "Traceback" not in done.stderr
+
+
+def test_an_address_that_no_machine_has() -> None:
+    with pytest.raises(UserError, match="host=no.such.host.invalid port=0 cannot be listened at"):
+        start.listen("no.such.host.invalid", 0)
+
+
+def test_an_address_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port={port} cannot be listened at .*in use"):
+            start.listen("127.0.0.1", port)
+
+
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.setitem(sys.modules, "fastapi", type(sys)("fastapi"))
+    with pytest.raises(UserError, match=r"package uvicorn: pip install -e '\.\[serve\]'"):
+        start._require_packages()

@@ -1,0 +1,194 @@
+"""Chat: the template beside a tokenizer, messages, and their answers by OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_modules.tokenizers import PretrainedTokenizer
+from mtp_lightning.decoding import generate
+from mtp_lightning.run.loading import LoadedRun, pretrained_state
+from mtp_lightning.serving.chat import ChatTemplate
+from mtp_lightning.serving.refusal import Refusal
+from tests.decoding.models import small_model
+from tests.serving.conftest import NAME, Serving, serving
+
+pytestmark = pytest.mark.extras
+
+TEMPLATE = """{%- if messages[0]['role'] == 'assistant' %}
+    {{- raise_exception('A user speaks first') }}
+{%- endif %}
+{% for message in messages %}
+    {%- if loop.index0 > 5 %}{% break %}{% endif %}
+    {{- bos_token + '<|im_start|>' + message['role'] + ' ' }}
+    {{- message['content'] | trim + eos_token }}
+{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif -%}
+"""
+MESSAGES = [
+    {"role": "system", "content": "Be  brief. "},
+    {"role": "user", "content": "\u4f60\u597d <b>\n"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer with special tokens and a template, as a Hugging Face folder has it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    path = tmp_path_factory.mktemp("chat")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|begin|>"])
+    library.save(str(path / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": {"content": "<|begin|>", "__type": "AddedToken"},
+        "eos_token": "<|im_end|>",
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def talking(folder: Path, run: LoadedRun) -> LoadedRun:
+    model = small_model(5, 2, vocab=259)
+    return replace(run, model=model, tokenizer_state=pretrained_state(folder))
+
+
+@pytest.fixture(scope="module")
+def served(talking: LoadedRun) -> Iterator[Serving]:
+    with serving(talking, batch_size=2) as found:
+        yield found
+
+
+def test_the_prompt_is_that_of_transformers(folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = PretrainedTokenizer(str(folder))
+    template = ChatTemplate.of(tokenizer.state())
+    assert template is not None
+    text = template.render(MESSAGES)
+    wanted = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert text == wanted and "<|im_start|>assistant" in text and "Be  brief.<" in text
+    assert tokenizer.encode_specials(text).tolist() == theirs(text).input_ids
+
+
+def test_where_a_template_is_kept() -> None:
+    assert ChatTemplate.of({"kind": "byte"}) is None
+    named = [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}]
+    for given, wanted in (("x", "x"), (named, "d")):
+        config = json.dumps({"chat_template": given})
+        template = ChatTemplate.of({"beside": {"tokenizer_config.json": config}})
+        assert template is not None and template.render([]) == wanted
+    with pytest.raises(ValueError, match="not one of Jinja"):
+        ChatTemplate("{% if %}", {})
+
+
+def test_a_template_sees_messages_alone() -> None:
+    for source in (
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{% include '/etc/passwd' %}",
+        "{{ 1 / 0 }}",
+    ):
+        with pytest.raises(Refusal, match="does not take these messages"):
+            ChatTemplate(source, {}).render([{"role": "user", "content": "a"}])
+
+
+def client(found: Serving) -> Any:
+    from openai import OpenAI
+
+    return OpenAI(base_url=found.base_url, api_key="none", max_retries=0)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 0.8, "seed": 3}], ids=str)
+def test_answers_are_generates(talking: LoadedRun, served: Serving, settings: Any) -> None:
+    template = ChatTemplate.of(talking.tokenizer_state)
+    assert template is not None
+    prompt = talking.tokenizer.encode_specials(template.render(MESSAGES)).tolist()
+    (wanted,) = generate(
+        talking.model, [prompt], max_new_tokens=50, tokenizer=talking.tokenizer, **settings
+    )
+    api = client(served).chat.completions
+    fields = {"model": NAME, "messages": MESSAGES, "max_completion_tokens": 50, **settings}
+    whole = api.create(**fields, logprobs=True, top_logprobs=2)
+    (choice,) = whole.choices
+    assert choice.message.content == wanted.text and choice.message.role == "assistant"
+    assert whole.usage.prompt_tokens == len(prompt)
+    assert whole.usage.completion_tokens == wanted.new_tokens
+    parts = [[{"type": "text", "text": m["content"]}] for m in MESSAGES]
+    in_parts = [{**m, "content": part} for m, part in zip(MESSAGES, parts, strict=True)]
+    chunks = list(api.create(**{**fields, "messages": in_parts}, logprobs=True, stream=True))
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert deltas[0].role == "assistant" and chunks[0].object == "chat.completion.chunk"
+    assert "".join(delta.content or "" for delta in deltas) == wanted.text
+    assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == [
+        choice.finish_reason
+    ]
+    told = [c.choices[0].logprobs.content for c in chunks if c.choices[0].logprobs]
+    tokens = [token for part in told for token in part]
+    assert [t.token for t in tokens] == [t.token for t in choice.logprobs.content]
+    read = b"".join(bytes(t.bytes) for t in choice.logprobs.content)
+    assert read.decode("utf-8", "replace") == wanted.text
+    assert all(len(t.top_logprobs) == 2 for t in choice.logprobs.content)
+
+
+def test_without_a_length_a_chat_has_all_there_is(served: Serving) -> None:
+    answer = client(served).chat.completions.create(model=NAME, messages=MESSAGES, seed=1)
+    assert answer.usage.completion_tokens > 16 or answer.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"messages": []}, "at least one message"),
+        ({"messages": "hi"}, "at least one message"),
+        ({"messages": ["hi"]}, 'A message must be an object, not "hi"'),
+        ({"messages": [{"role": "king", "content": "a"}]}, "A role must be one of assistant"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "A role must be one of"),
+        ({"messages": [{"role": "user"}]}, "content must be a string, not null"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": []}]}, "not known here"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "of type text"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "A user speaks first"),
+        ({"top_logprobs": 2}, "needs logprobs=true"),
+        ({"logprobs": 2}, "logprobs must be true or false"),
+        ({"max_tokens": 2, "max_completion_tokens": 3}, "differ"),
+        ({"tools": [{"type": "function"}]}, "tools=a list of 1 is not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format=an object is not"),
+        ({"reasoning_effort": "high"}, "not known here"),
+        ({"prompt": "a"}, "not known here"),
+    ],
+    ids=str,
+)
+def test_refusals(served: Serving, fields: dict[str, Any], told: str) -> None:
+    import httpx2
+
+    body = {"model": NAME, "messages": MESSAGES, **fields}
+    response = httpx2.post(f"{served.base_url}/chat/completions", json=body)
+    assert response.status_code == 400 and told in response.json()["error"]["message"]
+
+
+def test_prompts_are_encoded_while_texts_are_decoded(served: Serving) -> None:
+    """A tokenizer of the library cannot change, as it does for special tokens, while it decodes."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    api = client(served)
+
+    def ask(seed: int) -> str:
+        answer = api.chat.completions.create(
+            model=NAME, messages=MESSAGES * 2, seed=seed % 4, max_tokens=20, stop=["never"]
+        )
+        return answer.choices[0].message.content
+
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(ask, range(64)))
+    assert texts == texts[:4] * 16 and len(set(texts)) == 4

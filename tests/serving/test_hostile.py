@@ -1,0 +1,160 @@
+"""Bodies that no client of good faith sends: a sentence for each, and the server lives."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from mtp_lightning.run.loading import LoadedRun
+from tests.serving.conftest import NAME, SEQ_LEN, Serving, serving
+
+pytestmark = pytest.mark.extras
+
+BODY_LIMIT = 100_000
+
+
+@pytest.fixture(scope="module")
+def served(run: LoadedRun) -> Iterator[Serving]:
+    with serving(run, batch_size=2, max_body=BODY_LIMIT) as found:
+        yield found
+
+
+def post(served: Serving, body: bytes, kind: str = "application/json", chat: bool = False) -> Any:
+    import httpx2
+
+    path = "chat/completions" if chat else "completions"
+    headers = {"content-type": kind}
+    return httpx2.post(f"{served.base_url}/{path}", content=body, headers=headers, timeout=60)
+
+
+def refused(response: Any, status: int, told: str) -> None:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert told in error["message"], error["message"]
+    assert "\n" not in error["message"] and len(error["message"]) < 400
+
+
+RAW = {
+    "empty": (b"", 400, "not JSON"),
+    "a list": (b"[1, 2]", 400, "must be a JSON object, not a list of 2"),
+    "cut short": (b'{"prompt": "a"', 400, "not JSON"),
+    "deep": (b'{"prompt": ' + b"[" * 40_000, 400, "nested too deeply"),
+    "bad UTF-8": (b'{"prompt": "\xff\xfe"}', 400, "not UTF-8"),
+    "UTF-16": ('{"prompt": "a"}'.encode("utf-16"), 400, "not UTF-8"),
+    "NaN": (b'{"prompt": "a", "temperature": NaN}', 400, "NaN is no number of JSON"),
+    "infinity": (b'{"prompt": "a", "top_p": -Infinity}', 400, "no number of JSON"),
+    "overflow": (b'{"prompt": "a", "temperature": 1e999}', 400, "temperature must be"),
+    "many digits": (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", 400, "not JSON"),
+    "a long seed": (b'{"prompt": "a", "seed": ' + b"9" * 500 + b"}", 400, "seed must be"),
+    "half a character": (b'{"prompt": "\\ud800"}', 400, "surrogate"),
+    "an odd name": (b'{"prompt": "a", "\\ud800": 1}', 400, "not known"),
+    "huge": (b'{"prompt": "' + b"a" * BODY_LIMIT + b'"}', 413, f"more than {BODY_LIMIT} bytes"),
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_bytes(served: Serving, name: str) -> None:
+    body, status, told = RAW[name]
+    refused(post(served, body), status, told)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"prompt": 5}, "prompt must be one string or one list of token ids"),
+        ({"prompt": ["a", "b"]}, "send a request for each prompt"),
+        ({"prompt": []}, "prompt is empty"),
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": None}, "prompt must be"),
+        ({"prompt": [1, 257]}, "257 is no token id: the model's are 0 to 256"),
+        ({"prompt": [-1]}, "-1 is no token id"),
+        ({"prompt": [True]}, "true is no token id"),
+        ({"prompt": [1.5]}, "1.5 is no token id"),
+        ({"prompt": "a" * (SEQ_LEN + 1)}, f"has 2049 tokens, and at most {SEQ_LEN} are read"),
+        ({"prompt": "a" * SEQ_LEN, "max_tokens": 2}, "there is room for 1"),
+        ({"max_tokens": 0}, "max_tokens must be a whole number from 1 to 1024, not 0"),
+        ({"max_tokens": "5"}, 'not "5"'),
+        ({"max_tokens": 10**9}, "not 1000000000"),
+        ({"temperature": -1}, "temperature must be a number from 0 to 100, not -1"),
+        ({"temperature": "hot"}, "temperature must be"),
+        ({"temperature": True}, "temperature must be"),
+        ({"top_p": 0}, "top_p=0.0 must lie above 0"),
+        ({"top_k": 0}, "top_k must be a whole number from 1"),
+        ({"seed": 1.5}, "seed must be"),
+        ({"stop": 5}, "stop must be a string or a list, not 5"),
+        ({"stop": [""]}, "stop must be a string of 1 to 256 characters"),
+        ({"stop": ["a" * 300]}, "stop must be a string of 1 to 256 characters"),
+        ({"stop": ["a"] * 17}, "stop holds 17 strings"),
+        ({"stop": [{}]}, "stop must be a string, not an object"),
+        ({"logprobs": 21}, "logprobs must be a whole number from 0 to 20"),
+        ({"logprobs": True}, "logprobs must be"),
+        ({"stream": "yes"}, 'stream must be true or false, not "yes"'),
+        ({"stream_options": {"include_usage": True}}, "stream_options is for stream=true"),
+        ({"stream": True, "stream_options": []}, "stream_options must be an object"),
+        ({"n": 2}, "n=2 is not supported, only 1"),
+        ({"n": True}, "n=true is not supported"),
+        ({"best_of": 3}, "best_of=3 is not supported"),
+        ({"echo": True}, "echo=true is not supported"),
+        ({"suffix": "b"}, 'suffix="b" is not supported'),
+        ({"logit_bias": {"5": 1}}, "logit_bias=an object is not supported"),
+        ({"presence_penalty": 0.5}, "presence_penalty=0.5 is not supported"),
+        ({"messages": []}, 'field "messages" is not known'),
+        ({"min_p": 0.1}, 'field "min_p" is not known here'),
+    ],
+    ids=str,
+)
+def test_fields(served: Serving, fields: dict[str, Any], told: str) -> None:
+    body = json.dumps({"model": NAME, "prompt": "a", **fields}).encode()
+    refused(post(served, body), 400, told)
+
+
+def test_what_asks_for_nothing_is_accepted(served: Serving) -> None:
+    neutral = {"n": 1, "best_of": 1, "echo": False, "logit_bias": {}, "presence_penalty": 0.0}
+    ignored = {"user": "me", "metadata": {"a": "b"}, "suffix": None, "stop": None, "seed": None}
+    body = json.dumps({"prompt": "a", "max_tokens": 3, **neutral, **ignored}).encode()
+    assert post(served, body).status_code == 200
+
+
+def test_extreme_settings_give_a_text(served: Serving) -> None:
+    for fields in ({"temperature": 1e-300}, {"top_p": 1e-300}, {"temperature": 100, "top_k": 1}):
+        body = json.dumps({"prompt": "a", "max_tokens": 5, "logprobs": 20, **fields})
+        assert post(served, body.encode()).status_code == 200, fields
+
+
+def test_paths_methods_and_kinds(served: Serving) -> None:
+    import httpx2
+
+    refused(post(served, b"{}", kind="text/plain"), 415, "application/json")
+    refused(httpx2.get(f"{served.base_url}/completions"), 405, "Method Not Allowed")
+    refused(httpx2.get(f"{served.base_url}/engines"), 404, "Not Found")
+    refused(httpx2.get(f"http://127.0.0.1:{served.port}/docs"), 404, "Not Found")
+
+
+def test_what_is_no_http_and_bodies_that_never_come(served: Serving) -> None:
+    for sent in (
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20,
+        b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        b"content-length: 1000\r\n\r\n{",
+        b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        b"content-length: -5\r\n\r\n{}",
+    ):
+        with socket.create_connection(("127.0.0.1", served.port)) as connection:
+            connection.sendall(sent)
+    body = json.dumps({"prompt": "a", "max_tokens": 3}).encode()
+    assert post(served, body).status_code == 200
+    served.wait_for("mtp_rows", 0)
+
+
+def test_it_lives(served: Serving) -> None:
+    """The last of this file, after all that was sent."""
+    import httpx2
+
+    assert httpx2.get(f"http://127.0.0.1:{served.port}/health").json() == {"status": "ok"}
+    body = json.dumps({"prompt": "a", "max_tokens": 3}).encode()
+    assert post(served, body).json()["usage"]["completion_tokens"] == 3
+    assert served.server.worker.failure is None

@@ -1,0 +1,261 @@
+"""OpenAI's own client against the server: texts, streams, counts, and those who hang up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from mtp_lightning.decoding import generate
+from mtp_lightning.run.loading import LoadedRun
+from tests.serving.conftest import NAME, SEQ_LEN, Serving, serving, until
+
+pytestmark = pytest.mark.extras
+
+PROMPTS = (
+    "def main(",
+    "import os",
+    "x = ",
+    "\u00e9t\u00e9 \u4f60\u597d",
+    "a",
+    "class A:\n    def ",
+)
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 1.0, "seed": 7},
+    {"temperature": 0.7, "top_p": 0.8, "seed": 2**40},
+    {"temperature": 1.3, "seed": -1, "stop": ["e", "\n"]},
+)
+
+
+@pytest.fixture(scope="module")
+def served(run: LoadedRun) -> Iterator[Serving]:
+    with serving(run, batch_size=4) as found:
+        yield found
+
+
+def client(found: Serving) -> Any:
+    from openai import OpenAI
+
+    return OpenAI(base_url=found.base_url, api_key="none", max_retries=0)
+
+
+def expected(run: LoadedRun, prompt: str, max_tokens: int, **settings: Any) -> Any:
+    (generation,) = generate(
+        run.model,
+        [run.tokenizer.encode(prompt).tolist()],
+        max_new_tokens=max_tokens,
+        tokenizer=run.tokenizer,
+        **settings,
+    )
+    return generation
+
+
+def test_sixteen_streams_are_each_their_own_text(run: LoadedRun) -> None:
+    from openai import AsyncOpenAI
+
+    asked = [
+        {"prompt": PROMPTS[i % len(PROMPTS)], "max_tokens": 20 + 7 * i, **SETTINGS[i % 4]}
+        for i in range(16)
+    ]
+
+    async def one(api: AsyncOpenAI, fields: dict[str, Any]) -> tuple[str, str, int]:
+        text, reason, tokens = "", "", 0
+        usage = {"include_usage": True}
+        stream = await api.completions.create(
+            model=NAME, stream=True, stream_options=usage, **fields
+        )
+        async for chunk in stream:
+            if chunk.choices:
+                assert not reason, "nothing comes after the end"
+                text += chunk.choices[0].text
+                reason = chunk.choices[0].finish_reason or ""
+            else:
+                tokens = chunk.usage.completion_tokens
+        return text, reason, tokens
+
+    async def everyone() -> list[tuple[str, str, int]]:
+        async with AsyncOpenAI(base_url=served.base_url, api_key="none", max_retries=0) as api:
+            return await asyncio.gather(*(one(api, fields) for fields in asked))
+
+    wanted = [expected(run, **fields) for fields in asked]
+    with serving(run, batch_size=4) as served:
+        found = asyncio.run(everyone())
+        served.wait_for('mtp_requests_total{status="200"}', 16)
+        assert served.meter("mtp_tokens_total") == sum(w.new_tokens for w in wanted)
+        for position in (1, 2):
+            label = f'{{position="{position}"}}'
+            reached = sum(w.drafts_reached[position - 1] for w in wanted)
+            accepted = sum(w.drafts_accepted[position - 1] for w in wanted)
+            assert served.meter(f"mtp_drafts_reached_total{label}") == reached > 0
+            assert served.meter(f"mtp_drafts_accepted_total{label}") == accepted
+        assert served.meter("mtp_rows") == served.meter("mtp_queue_length") == 0
+        assert served.meter("mtp_first_token_seconds_count") == 16
+        assert 0 < served.meter("mtp_round_seconds_sum") < 60
+    assert [text for text, _, _ in found] == [w.text for w in wanted]
+    assert [n for _, _, n in found] == [w.new_tokens for w in wanted]
+    reasons = [{"eot": "stop"}.get(w.finish_reason, w.finish_reason) for w in wanted]
+    assert [reason for _, reason, _ in found] == reasons
+    assert len({w.text for w in wanted}) == 16 and {"stop", "length"} <= set(reasons)
+
+
+def test_whole_answers_and_their_log_probabilities(run: LoadedRun, served: Serving) -> None:
+    fields = {"prompt": "import os", "max_tokens": 30, "temperature": 0.9, "seed": 6}
+    answer = client(served).completions.create(model=NAME, logprobs=3, **fields)
+    wanted = expected(run, **fields, logprobs=3)
+    (choice,) = answer.choices
+    assert choice.text == wanted.text and choice.finish_reason == "length"
+    assert answer.usage.prompt_tokens == 9 and answer.usage.total_tokens == 39
+    found = choice.logprobs
+    assert found.token_logprobs == pytest.approx([p.logprob for p in wanted.logprobs])
+    assert len(found.tokens) == 30 and all(len(top) == 3 for top in found.top_logprobs)
+    # Part of a character is told by its bytes.
+    named = {bytes([b]).decode() if b < 128 else f"bytes:\\x{b:02x}" for b in wanted.token_ids}
+    assert set(found.tokens) == named and len(named) > 10
+    ids = client(served).completions.create(
+        model=NAME, **{**fields, "prompt": list(b"import os")}, logprobs=0
+    )
+    assert ids.choices[0].text == wanted.text
+    assert ids.choices[0].logprobs.top_logprobs == [{}] * 30
+
+
+def test_a_stream_tells_the_log_probabilities_of_a_whole_answer(served: Serving) -> None:
+    fields = {"model": NAME, "prompt": "a", "max_tokens": 25, "seed": 4, "logprobs": 1}
+    whole = client(served).completions.create(**fields).choices[0].logprobs
+    streamed = [
+        c.choices[0].logprobs for c in client(served).completions.create(**fields, stream=True)
+    ]
+    told = [part for part in streamed if part is not None]
+    assert [t for part in told for t in part.tokens] == whole.tokens
+    assert [o for part in told for o in part.text_offset] == whole.text_offset
+    assert [p for part in told for p in part.token_logprobs] == pytest.approx(whole.token_logprobs)
+
+
+def test_samples_without_a_seed_differ(served: Serving) -> None:
+    fields = {"model": NAME, "prompt": "a", "max_tokens": 30}
+    texts = {client(served).completions.create(**fields).choices[0].text for _ in range(3)}
+    assert len(texts) == 3
+
+
+def test_models_are_listed(served: Serving) -> None:
+    from openai import NotFoundError
+
+    api = client(served)
+    assert [model.id for model in api.models.list()] == [NAME]
+    assert api.models.retrieve(NAME).owned_by == "mtp-lightning"
+    with pytest.raises(NotFoundError, match="only tiny"):
+        api.models.retrieve("gpt-4")
+    with pytest.raises(NotFoundError, match="only tiny"):
+        api.completions.create(model="gpt-4", prompt="a")
+
+
+def test_no_chat_without_a_template(served: Serving) -> None:
+    from openai import BadRequestError
+
+    with pytest.raises(BadRequestError, match="no chat template: ask it by /v1/completions"):
+        client(served).chat.completions.create(
+            model=NAME, messages=[{"role": "user", "content": "a"}]
+        )
+
+
+def test_who_hangs_up_frees_a_row_and_a_place_in_the_queue(run: LoadedRun) -> None:
+    fields = {"model": NAME, "prompt": "a", "max_tokens": 1000, "temperature": 0}
+    gone = 'mtp_requests_total{status="499"}'
+    with serving(run, batch_size=1) as found, client(found) as api, client(found) as other:
+        running = api.completions.create(**fields, stream=True)
+        next(iter(running))
+        waiting = threading.Thread(target=_ask_and_drop, args=(found, fields))
+        waiting.start()  # it waits for the row, and goes before it has it
+        found.wait_for("mtp_queue_length", 1)
+        waiting.join()
+        found.wait_for("mtp_queue_length", 0)
+        assert found.meter("mtp_rows") == 1
+        running.close()
+        found.wait_for("mtp_rows", 0)
+        found.wait_for(gone, 2)
+        answer = other.completions.create(**{**fields, "max_tokens": 5})
+        assert answer.choices[0].text == expected(run, "a", 5).text
+        assert found.meter("mtp_tokens_total") < 1000
+
+
+def _ask_and_drop(found: Serving, fields: dict[str, Any]) -> None:
+    import httpx2
+
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(f"{found.base_url}/completions", json=fields, timeout=0.5)
+
+
+def test_a_full_queue_says_when_to_come_again(run: LoadedRun, gate: threading.Event) -> None:
+    from openai import RateLimitError
+
+    fields = {"model": NAME, "prompt": "a", "max_tokens": 10, "temperature": 0}
+    texts: list[str] = []
+    with serving(run, batch_size=1, queue=2) as found, client(found) as api:
+
+        def ask() -> None:
+            texts.append(api.completions.create(**fields).choices[0].text)
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        found.wait_for("mtp_queue_length", 2)
+        with pytest.raises(RateLimitError, match="2 requests are waiting already") as refused:
+            api.completions.create(**fields)
+        assert refused.value.response.headers["retry-after"] == "1"
+        gate.set()
+        for thread in threads:
+            thread.join(30)
+        assert texts == [expected(run, "a", 10).text] * 3
+        found.wait_for('mtp_requests_total{status="429"}', 1)
+
+
+def test_memory_is_flat(run: LoadedRun) -> None:
+    """Some hundreds of requests, one in four of which hangs up."""
+    fields = {"model": NAME, "prompt": "a" * 40, "max_tokens": 12, "logprobs": 2, "seed": 1}
+
+    def rounds(found: Serving, api: Any, n: int) -> int:
+        for i in range(n):
+            stream = api.completions.create(**fields, stream=True)
+            if i % 4:
+                assert len(list(stream)) > 1
+            else:
+                next(iter(stream))
+            stream.close()
+        found.wait_for("mtp_rows", 0)
+        return _resident()
+
+    with serving(run, batch_size=2) as found, client(found) as api:
+        before = rounds(found, api, 100)
+        after = rounds(found, api, 300)
+        assert not found.server.worker._running and not found.server.worker._waiting
+        until(lambda: found.meter('mtp_requests_total{status="200"}') >= 300, "300 are counted")
+    assert after - before < 4 * 2**20, f"{(after - before) / 2**20:.1f} MiB by 300 requests"
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_defect_ends_the_server_and_tells_everyone(
+    run: LoadedRun, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from openai import InternalServerError
+
+    with serving(run) as found, client(found) as api:
+        step = type(found.server.worker._engine).step
+
+        def breaks(self: Any) -> Any:
+            step(self)
+            raise ZeroDivisionError("a defect")
+
+        monkeypatch.setattr(type(found.server.worker._engine), "step", breaks)
+        gate.set()
+        with pytest.raises(InternalServerError, match="The server is ending"):
+            api.completions.create(model=NAME, prompt="a", max_tokens=SEQ_LEN // 2)
+        until(lambda: found.server.should_exit, "the server ends")
+        assert isinstance(found.server.worker.failure, ZeroDivisionError)

@@ -1,0 +1,71 @@
+"""The thread that decodes: whoever asked hears something, whenever it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from threading import Event
+from typing import Any
+
+import pytest
+
+from mtp_lightning.decoding.engine import Engine
+from mtp_lightning.decoding.pieces import Pieces
+from mtp_lightning.decoding.request import Request
+from mtp_lightning.run.loading import LoadedRun
+from mtp_lightning.serving.job import Job
+from mtp_lightning.serving.refusal import Refusal
+
+pytestmark = pytest.mark.extras
+
+
+async def heard(worker: Any, run: LoadedRun) -> str:
+    """How the text of a job ended, or what it was refused with."""
+    job = Job(Request(prompt=[1, 2], max_new_tokens=6), Pieces(run.tokenizer))
+    try:
+        worker.submit(job)
+        return [news async for news in job.news()][-1].done.finish_reason
+    except Refusal as refusal:
+        return str(refusal.code)
+
+
+def worker_of(run: LoadedRun) -> Any:
+    from mtp_lightning.serving.meters import Meters
+    from mtp_lightning.serving.worker import Worker
+
+    engine = Engine(run.model, places=2, tokenizer=run.tokenizer, max_context=run.seq_len)
+    worker = Worker(engine, queue=9, meters=Meters(), on_failure=lambda: None)
+    worker.start()
+    return worker
+
+
+def test_who_waits_for_a_free_place_when_time_is_up(run: LoadedRun, gate: Event) -> None:
+    async def both() -> list[str]:
+        worker = worker_of(run)
+        tasks = [asyncio.create_task(heard(worker, run))]
+        while not worker._running:
+            await asyncio.sleep(0.001)
+        tasks.append(asyncio.create_task(heard(worker, run)))
+        while not worker._waiting:
+            await asyncio.sleep(0.001)
+        worker.hurry()
+        gate.set()
+        return await asyncio.wait_for(asyncio.gather(*tasks), 60)
+
+    assert asyncio.run(both()) == ["ending", "ending"]
+
+
+def test_nobody_is_forgotten_at_the_end(run: LoadedRun) -> None:
+    async def one(seconds: float) -> list[str]:
+        worker = worker_of(run)
+        tasks = [asyncio.create_task(heard(worker, run)) for _ in range(5)]
+        await asyncio.sleep(seconds)
+        worker.close(grace=0)
+        told = await asyncio.wait_for(asyncio.gather(*tasks), 60)
+        worker._thread.join(60)
+        assert not worker._thread.is_alive() and worker.failure is None
+        return told
+
+    drawn = random.Random(0)
+    told = [reason for _ in range(60) for reason in asyncio.run(one(drawn.random() * 0.04))]
+    assert set(told) == {"length", "ending"}, told
