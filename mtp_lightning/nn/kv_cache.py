@@ -104,8 +104,8 @@ class PositionTables:
             self.columns_S, config.d_rope, config.rope_theta, config.rope_scaling, dtype=dtype
         )
         self.cos_S1H, self.sin_S1H = cos.unsqueeze(1), sin.unsqueeze(1)
-        self._before = torch.zeros((), device=device, dtype=dtype)
-        self._behind = torch.full_like(self._before, -math.inf)
+        self.before = torch.zeros((), device=device, dtype=dtype)
+        self.behind = torch.full_like(self.before, -math.inf)
         # Query j of a pass that starts at n sees columns 0 .. n + j. One wide table holds the mask
         # of every n as a slice.
         self._center = self.capacity
@@ -126,6 +126,12 @@ class PositionTables:
         place = (start, n_new)
         return self.cos_S1H.narrow(0, *place)[None], self.sin_S1H.narrow(0, *place)[None]
 
+    def at_each(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary table of any positions, [B, T, 1, H]."""
+        flat, shape = positions_BT.flatten(), (*positions_BT.shape, 1, -1)
+        cos, sin = self.cos_S1H.index_select(0, flat), self.sin_S1H.index_select(0, flat)
+        return cos.view(shape), sin.view(shape)
+
     def mask(self, start: int, n_new: int, width: int) -> Tensor:
         """Additive mask [T, P] of queries that start at ``start`` over ``width`` positions."""
         if n_new <= FEW:
@@ -135,7 +141,7 @@ class PositionTables:
     def mask_of(self, positions: Tensor, width: int) -> Tensor:
         """Additive mask [..., P] of queries at ``positions`` [...]."""
         hidden = self.columns_S[:width] > positions.unsqueeze(-1)
-        return torch.where(hidden, self._behind, self._before)
+        return torch.where(hidden, self.behind, self.before)
 
 
 class KVCache:
@@ -226,6 +232,16 @@ class KVCache:
         Raises:
             ValueError: a row would outgrow the cache.
         """
+        runs = self._open(starts, n_new)
+        if runs.positions_BT is None:
+            cos, sin = self.tables.at(starts[0], n_new)
+            if starts[0] == 0 and n_new > FEW:
+                return cos, sin, None
+            return cos, sin, self.tables.mask(starts[0], n_new, self._width)
+        cos, sin = self.tables.at_each(runs.positions_BT)
+        return cos, sin, self.tables.mask_of(runs.positions_BT, self._width)
+
+    def _open(self, starts: list[int], n_new: int) -> Runs:
         longest = max(starts) + n_new
         if longest > self.tables.capacity:
             raise ValueError(
@@ -235,29 +251,20 @@ class KVCache:
         assert len(starts) == self.batch_size
         assert all(start <= held for start, held in zip(starts, self.lengths, strict=True))
         self.lengths = [start + n_new for start in starts]
-        self.runs = runs = Runs(self.tables, starts, n_new)
+        self.runs = Runs(self.tables, starts, n_new)
         self._width = _round_up(longest)
-        if runs.positions_BT is None:
-            cos, sin = self.tables.at(starts[0], n_new)
-            if starts[0] == 0 and n_new > FEW:
-                return cos, sin, None
-            return cos, sin, self.tables.mask(starts[0], n_new, self._width)
-        flat = runs.positions_BT.flatten()
-        shape = (*runs.positions_BT.shape, 1, -1)
-        cos = self.tables.cos_S1H.index_select(0, flat).view(shape)
-        sin = self.tables.sin_S1H.index_select(0, flat).view(shape)
-        return cos, sin, self.tables.mask_of(runs.positions_BT, self._width)
+        return self.runs
 
     def append(self, layer: int, entry_BTMH: Tensor) -> None:
         """Store one layer's turned keys and values, [B, T, M, H], at the open pass's positions."""
         self.runs.write(self.entries_L_BSMH[layer], entry_BTMH)
 
-    def _read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, N, P, H], for a pass of one row's few queries [T, N, P, H].
+    def _read(self, layer: int, n_queries: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, N, P, H], for one row's few queries in an exact pass [T, N, P, H].
 
         Views; made once for as long as the width stays the same.
         """
-        copies = self.runs.width if self.batch_size == 1 and is_exact() else 1
+        copies = n_queries if self.batch_size == 1 and is_exact() else 1
         key = (self._width, copies)
         if key not in self._views:
             if len(self._views) > 2 * FEW:
@@ -290,7 +297,7 @@ class KVCache:
             query_BTNH: the new queries.
             mask: what :meth:`begin` gave, or another additive one, [B, T, P].
         """
-        key_BMPH, value_BMPH = self._read(layer)
+        key_BMPH, value_BMPH = self._read(layer, query_BTNH.shape[1])
         if is_exact():
             assert mask is not None
             return attend_by_query(query_BTNH, key_BMPH, value_BMPH, mask, grouped=self.grouped)
