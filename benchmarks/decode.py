@@ -3,6 +3,7 @@ transformers with the same weights.
 
     python -m benchmarks.decode                          # trains two small models on bytes first
     python -m benchmarks.decode --checkpoint FILE        # a checkpoint of train.py, or a run folder
+    python -m benchmarks.decode --checkpoint FILE --trees 2,1 3,2    # trees of drafts
 
 Every comparison is of the same greedy tokens, which is checked. ``possible`` is the speed-up that
 tokens_per_step and the measured cost of verify and draft passes allow; ``share`` is how much of it
@@ -94,7 +95,36 @@ def byte_model(*, deepseek: bool) -> MTPModel:
 
 
 # Prompts of a batch for each of its places.
-_PER_PLACE = 4
+_PER_PLACE = 8
+
+
+def measure_trees(
+    model: MTPModel,
+    prompts: list[list[int]],
+    trees: list[list[int]],
+    *,
+    batch: int,
+    new_tokens: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """Trees of drafts against the chain, several prompts a place."""
+    ways = {"plain": {"speculative": False}, "chain": {}}
+    ways |= {str(tree): {"tree": tree} for tree in trees}
+    prompts = prompts[: batch * _PER_PLACE]
+    options = {"max_new_tokens": new_tokens, "batch_size": batch}
+    run = race(model, prompts, ways, repeats=repeats, **options)
+    texts = {name: [g.token_ids for g in outputs] for name, outputs in run.outputs.items()}
+    return {
+        "batch": batch,
+        "tokens_per_second": {
+            name: len(prompts) * new_tokens / median(s) for name, s in run.seconds.items()
+        },
+        "tokens_per_step": {
+            name: rates(outputs)["tokens_per_step"] for name, outputs in run.outputs.items()
+        },
+        "over_chain": {name: run.speedup(name, "chain") for name in ways},
+        "greedy_equal": all(found == texts["plain"] for found in texts.values()),
+    }
 
 
 def measure(
@@ -263,6 +293,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--trees", nargs="+", default=[], help="such as 3,2,1: trees against the chain, alone"
+    )
     args = parser.parse_args(arguments)
     options = {"new_tokens": args.new_tokens, "repeats": 1 if args.quick else args.repeats}
     sizes = {"n": _PER_PLACE * max(args.batches), "length": args.prompt_tokens}
@@ -279,6 +312,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         cases = {name: (model, prompts_of(text, **sizes)) for name, model in models.items()}
     results: dict[str, Any] = {}
     for name, (model, prompts) in cases.items():
+        if args.trees:
+            trees = [[int(width) for width in tree.split(",")] for tree in args.trees]
+            for batch in args.batches:
+                key = f"{name}, trees, batch {batch}"
+                results[key] = measure_trees(model, prompts, trees, batch=batch, **options)
+                show(key, results[key])
+            continue
         for batch in args.batches:
             key = f"{name}, batch {batch}"
             results[key] = measure(model, prompts, batch=batch, **options)

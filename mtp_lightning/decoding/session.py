@@ -23,7 +23,8 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kernels.exact import exact_pass
-from mtp_lightning.nn.kv_cache import KVCache, PositionTables, Runs
+from mtp_lightning.nn.kv_cache import KVCache
+from mtp_lightning.nn.position_tables import PositionTables, Runs
 
 
 class Session:

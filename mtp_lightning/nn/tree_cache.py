@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.nn.kernels.exact import attend_by_query, is_exact
-from mtp_lightning.nn.kv_cache import KVCache, Runs
+from mtp_lightning.nn.kv_cache import KVCache
+from mtp_lightning.nn.position_tables import Runs
 
 
 class Branches:
@@ -60,6 +61,10 @@ class TreeCache(KVCache):
 
     _branches: Branches | None = None
 
+    @property
+    def is_chain(self) -> bool:
+        return self._branches is None
+
     def begin(self, starts: list[int], n_new: int) -> tuple[Tensor, Tensor, Tensor | None]:
         self._branches = None
         return super().begin(starts, n_new)
@@ -85,13 +90,13 @@ class TreeCache(KVCache):
 
     def append(self, layer: int, entry_BTMH: Tensor) -> None:
         super().append(layer, entry_BTMH)
-        if self._branches is not None:
+        if not self.is_chain:
             self._kept[layer] = entry_BTMH
 
     def attend(self, layer: int, query_BTNH: Tensor, mask: Tensor | None) -> Tensor:
         """In an exact pass, path by path, each with its entries where a chain has them: a token's
         numbers are then those of a pass over its path alone, to the last bit."""
-        if self._branches is None or not is_exact():
+        if self.is_chain or not is_exact():
             return super().attend(layer, query_BTNH, mask)
         assert mask is not None
         entries, kept = self.entries_L_BSMH[layer], self._kept[layer]
@@ -112,7 +117,7 @@ class TreeCache(KVCache):
         return mixed
 
     def distances(self) -> Tensor:
-        if self._branches is None:
+        if self.is_chain:
             return super().distances()
         return self._positions_BT.unsqueeze(-1) - self.tables.columns_S[: self._width]
 
@@ -122,7 +127,7 @@ class TreeCache(KVCache):
         Args:
             path_BE: indices of its tokens; those behind a path's end may be any.
         """
-        runs = Runs(self.tables, self.runs.starts, path_BE.shape[1])
+        runs = Runs(self.tables, self.starts, path_BE.shape[1])
         for layer, kept in self._kept.items():
             runs.write(self.entries_L_BSMH[layer], along(kept, path_BE))
         self._kept = {}

@@ -8,7 +8,7 @@ import torch
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kernels.exact import exact_pass
 from mtp_lightning.nn.kernels.matmul import _ONEDNN, packed_weights
-from mtp_lightning.nn.kv_cache import PositionTables
+from mtp_lightning.nn.position_tables import PositionTables
 from mtp_lightning.nn.tree_cache import Branches, TreeCache
 from tests.deepseek import trunk as deepseek_trunk
 
