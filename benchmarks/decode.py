@@ -3,6 +3,7 @@ transformers with the same weights.
 
     python -m benchmarks.decode                          # trains two small models on bytes first
     python -m benchmarks.decode --checkpoint FILE        # a checkpoint of train.py, or a run folder
+    python -m benchmarks.decode --checkpoint FILE --trees 2,1 3,2    # trees of drafts
 
 Every comparison is of the same greedy tokens, which is checked. ``possible`` is the speed-up that
 tokens_per_step and the measured cost of verify and draft passes allow; ``share`` is how much of it
@@ -18,6 +19,7 @@ from __future__ import annotations
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -94,11 +96,47 @@ def byte_model(*, deepseek: bool) -> MTPModel:
 
 
 # Prompts of a batch for each of its places.
-_PER_PLACE = 4
+_PER_PLACE = 8
+
+
+def measure_trees(
+    model: MTPModel,
+    prompts: list[list[int]],
+    trees: list[list[int]],
+    *,
+    batch: int,
+    new_tokens: int,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """Trees of drafts against the chain, several prompts a place."""
+    ways = {"plain": {"speculative": False}, "chain": {}}
+    ways |= {str(tree): {"tree": tree} for tree in trees}
+    prompts = prompts[: batch * _PER_PLACE]
+    options = {"max_new_tokens": new_tokens, "batch_size": batch}
+    run = race(model, prompts, ways, repeats=repeats, clock=clock, **options)
+    texts = {name: [g.token_ids for g in outputs] for name, outputs in run.outputs.items()}
+    return {
+        "batch": batch,
+        "tokens_per_second": {
+            name: len(prompts) * new_tokens / median(s) for name, s in run.seconds.items()
+        },
+        "tokens_per_step": {
+            name: rates(outputs)["tokens_per_step"] for name, outputs in run.outputs.items()
+        },
+        "over_chain": {name: run.speedup(name, "chain") for name in ways},
+        "greedy_equal": all(found == texts["plain"] for found in texts.values()),
+    }
 
 
 def measure(
-    model: MTPModel, prompts: list[list[int]], *, batch: int, new_tokens: int, repeats: int
+    model: MTPModel,
+    prompts: list[list[int]],
+    *,
+    batch: int,
+    new_tokens: int,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Plain, speculative and adaptive decoding of a batch, and of single prompts one by one."""
     prompts = prompts[: batch * _PER_PLACE] if batch > 1 else prompts[:1]
@@ -108,7 +146,7 @@ def measure(
     began = time.perf_counter()
     race(model, prompts, ways, max_new_tokens=min(new_tokens, 16))  # builds what is compiled
     built = time.perf_counter() - began
-    run = race(model, prompts, ways, repeats=repeats, max_new_tokens=new_tokens)
+    run = race(model, prompts, ways, repeats=repeats, clock=clock, max_new_tokens=new_tokens)
     texts = {name: [g.token_ids for g in outputs] for name, outputs in run.outputs.items()}
     loop = rates(run.outputs["speculative"])
     tokens_per_step = loop.pop("tokens_per_step")
@@ -132,18 +170,22 @@ def measure(
         },
         "tokens_per_step": tokens_per_step,
         "acceptance": list(loop.values()),
-        **compared("speculative", "auto", "plain", pass_costs(model, half, batch=batch)),
+        **compared(
+            "speculative", "auto", "plain", pass_costs(model, half, batch=batch, clock=clock)
+        ),
         "greedy_equal": all(found == texts["plain"] for found in texts.values()),
     }
     if batch == 1:
-        costs = pass_costs(model, half, compile=True)
+        costs = pass_costs(model, half, compile=True, clock=clock)
         result["compiled"] = compared(
             "compiled_speculative", "compiled_auto", "compiled_plain", costs
         )
         result["compiled_over_eager"] = run.speedup("compiled_speculative", "speculative")
         result["seconds_to_compile"] = built
     else:
-        alone = race(model, prompts[:batch], WAYS, max_new_tokens=new_tokens, batch_size=1)
+        alone = race(
+            model, prompts[:batch], WAYS, clock=clock, max_new_tokens=new_tokens, batch_size=1
+        )
         result["against_single"] = {
             name: _PER_PLACE * sum(alone.seconds[name]) / median(run.seconds[name]) for name in WAYS
         }
@@ -263,8 +305,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="CPU seconds: others have most of the machine"
+    )
+    parser.add_argument(
+        "--trees", nargs="+", default=[], help="such as 3,2,1: trees against the chain, alone"
+    )
     args = parser.parse_args(arguments)
     options = {"new_tokens": args.new_tokens, "repeats": 1 if args.quick else args.repeats}
+    timed = {**options, "clock": time.process_time if args.cpu_time else time.perf_counter}
     sizes = {"n": _PER_PLACE * max(args.batches), "length": args.prompt_tokens}
     cases: dict[str, tuple[MTPModel, list[list[int]]]] = {}
     for path in args.checkpoint:
@@ -279,9 +328,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         cases = {name: (model, prompts_of(text, **sizes)) for name, model in models.items()}
     results: dict[str, Any] = {}
     for name, (model, prompts) in cases.items():
+        if args.trees:
+            trees = [[int(width) for width in tree.split(",")] for tree in args.trees]
+            for batch in args.batches:
+                key = f"{name}, trees, batch {batch}"
+                results[key] = measure_trees(model, prompts, trees, batch=batch, **timed)
+                show(key, results[key])
+            continue
         for batch in args.batches:
             key = f"{name}, batch {batch}"
-            results[key] = measure(model, prompts, batch=batch, **options)
+            results[key] = measure(model, prompts, batch=batch, **timed)
             show(key, results[key])
         trunk = model.config.trunk
         deepseek = (trunk.attention.variant, trunk.feed_forward.variant) == ("latent", "experts")

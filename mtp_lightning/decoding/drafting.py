@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import is_whole, require_choice, require_number
 
@@ -21,6 +22,7 @@ class Drafting:
         min_confidence: stop drafting where the model believes less than this in what it drafted.
         cache: of a single sequential module, one a depth or one for all.
         compile: run compiled passes, of one row at a time.
+        tree: candidates of every token that is drafted, one number a depth; None drafts a chain.
 
     Raises:
         ValueError: a value out of range.
@@ -31,6 +33,7 @@ class Drafting:
     min_confidence: float = 0.0
     cache: Cache = "per_depth"
     compile: bool = False
+    tree: Tree | None = None
 
     def __post_init__(self) -> None:
         require_number("min_confidence", self.min_confidence, least=0, most=1)
@@ -54,12 +57,42 @@ class Drafting:
         Raises:
             ValueError: the model cannot draft as it is asked to.
         """
+        if self.tree is not None:
+            return self._tree_depth(self.tree, model)
         drafted = self._max_draft(model) if self.speculative else 0
         if self.min_confidence:
             self._check_confidence(model, drafted)
         if self.cache == "single":
             self._check_single_cache(model, drafted)
         return drafted
+
+    def _tree_depth(self, tree: Tree, model: MTPModel) -> int:
+        others = {
+            "speculative=false": not self.speculative,
+            f"draft_depth={self.draft_depth}": self.draft_depth is not None,
+            f"min_confidence={self.min_confidence}": self.min_confidence > 0,
+            "cache=single": self.cache == "single",
+            "compile=true": self.compile,
+        }
+        for other, is_set in others.items():
+            if is_set:
+                raise ValueError(
+                    f"tree={list(tree.widths)} does not go together with {other}: leave one of "
+                    "them out."
+                )
+        if max(tree.widths) > model.config.trunk.vocab_size:
+            raise ValueError(
+                f"tree={list(tree.widths)} has more candidates than the model has tokens, "
+                f"{model.config.trunk.vocab_size}."
+            )
+        model.mtp.require_drafts()
+        most = model.mtp.max_draft_depth
+        if most is not None and tree.depth > most:
+            raise ValueError(
+                f"tree={list(tree.widths)} drafts {tree.depth} tokens deep, but the model drafts "
+                f"{most}: give at most {most} numbers."
+            )
+        return tree.depth
 
     def _max_draft(self, model: MTPModel) -> int:
         most, depth = model.mtp.max_draft_depth, self.draft_depth

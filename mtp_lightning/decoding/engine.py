@@ -29,6 +29,8 @@ from mtp_lightning.decoding.row import Row
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.single_cache import SingleCacheSession
 from mtp_lightning.decoding.speculative import Decoder, Round
+from mtp_lightning.decoding.tree_session import TreeSession
+from mtp_lightning.decoding.tree_speculative import TreeDecoder
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.kernels.matmul import packed_weights
 from mtp_lightning.settings import is_whole, require_choice, require_whole
@@ -219,20 +221,22 @@ class Engine:
         if self._decoder is not None:
             self._decoder.session.reserve(tokens)
             return self._decoder
-        kind = SingleCacheSession if self.drafting.cache == "single" else Session
-        session = (CompiledSession if self.drafting.compile else kind)(
-            self._model,
-            places=self.places,
-            capacity=max(tokens, self._capacity),
-            max_draft=self.max_draft,
-        )
-        self._decoder = Decoder(
-            session,
-            places=self.places,
-            max_draft=self.max_draft,
-            min_confidence=self.drafting.min_confidence,
-        )
+        self._decoder = self._new_decoder(max(tokens, self._capacity))
         return self._decoder
+
+    def _new_decoder(self, capacity: int) -> Decoder:
+        drafting, room = self.drafting, {"places": self.places, "capacity": capacity}
+        if drafting.tree is not None:
+            trees = TreeSession(self._model, **room, tree=drafting.tree)
+            return TreeDecoder(trees, places=self.places)
+        kind = SingleCacheSession if drafting.cache == "single" else Session
+        kind = CompiledSession if drafting.compile else kind
+        return Decoder(
+            kind(self._model, **room, max_draft=self.max_draft),
+            places=self.places,
+            max_draft=self.max_draft,
+            min_confidence=drafting.min_confidence,
+        )
 
     def _slide(self, session: Session) -> None:
         limit = self.max_context

@@ -18,6 +18,7 @@ from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.request import Request
 from mtp_lightning.decoding.row import Generation
 from mtp_lightning.decoding.sampling import Sampling
+from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import is_whole
 
@@ -47,6 +48,7 @@ def generate(
     min_confidence: float = 0.0,
     cache: Literal["per_depth", "single"] = "per_depth",
     logprobs: int | None = None,
+    tree: Sequence[int] | None = None,
 ) -> list[Generation]:
     """Continue every prompt.
 
@@ -84,6 +86,8 @@ def generate(
         cache: of a single sequential module that drafts several tokens: ``per_depth`` keeps one for
             each draft, at the positions of training, ``single`` one for all (``single_cache.py``).
         logprobs: also say how likely the trunk took every token for, and so many alternatives.
+        tree: draft several candidates a depth, ``[3, 2, 1]`` three for the next token, two behind
+            each of them, one behind each of these, and judge all in one pass.
 
     Returns:
         One :class:`Generation` a prompt, in order.
@@ -104,6 +108,7 @@ def generate(
             min_confidence=min_confidence,
             cache=cache,
             compile=compile,
+            tree=None if tree is None else Tree(tuple(tree)),
         ),
         tokenizer=tokenizer,
         max_context=max_context,

@@ -23,7 +23,8 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kernels.exact import exact_pass
-from mtp_lightning.nn.kv_cache import KVCache, PositionTables, Runs
+from mtp_lightning.nn.kv_cache import KVCache
+from mtp_lightning.nn.position_tables import PositionTables, Runs
 
 
 class Session:
@@ -51,11 +52,9 @@ class Session:
         self.n: list[int] = []
         self.filled: list[list[int]] = [[] for _ in range(max_draft + 1)]
         tables = self._tables = self._tables_for(capacity)
-        self.trunk_cache = KVCache(trunk, tables, n_layers=trunk.n_layers, batch_size=places)
+        self.trunk_cache = self._cache(tables, trunk.n_layers, places)
         kept = self.depths_kept(max_draft)
-        self.depth_caches = [
-            KVCache(trunk, tables, n_layers=1, batch_size=places) for _ in range(kept)
-        ]
+        self.depth_caches = [self._cache(tables, 1, places) for _ in range(kept)]
         self._tokens = torch.zeros(places, tables.capacity, dtype=torch.int64, device=weight.device)
         # Hidden states of depth k, what depth k + 1 reads; those of depth 0 are the branch's.
         widths = [trunk.d_model, *[model.mtp.state_width(trunk.d_model)] * max_draft]
@@ -66,6 +65,9 @@ class Session:
         self.confidence_B: Tensor | None = None
         self.newest_B1C: Tensor | None = None
         self._resize()
+
+    def _cache(self, tables: PositionTables, n_layers: int, places: int) -> KVCache:
+        return KVCache(self.model.config.trunk, tables, n_layers=n_layers, batch_size=places)
 
     def _tables_for(self, capacity: int) -> PositionTables:
         weight = self.model.trunk.embedding.weight
@@ -80,7 +82,12 @@ class Session:
     def _slack(self) -> int:
         """Positions beyond a row's capacity: a pass over rows of different lengths is as wide as
         the widest and overshoots by a round's width, and so do the tokens that it reads."""
-        return 2 * (self.max_draft + 1)
+        return 2 * self._widest
+
+    @property
+    def _widest(self) -> int:
+        """Tokens of a round's widest pass."""
+        return self.max_draft + 1
 
     @property
     def capacity(self) -> int:
@@ -162,11 +169,11 @@ class Session:
         return self.model.head(hidden)
 
     def _trunk(self, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
-        positions = Positions.of_cache(cache, starts, width)
-        embedded = self.model.trunk.embedding(cache.runs.read(self.tokens_BS[rows]))
         # The trunk alone decides what is written; drafts may round as they like.
-        with exact_pass(width, embedded.device):
-            output = self.model.trunk(embedded, positions)
+        with exact_pass(width, self.tokens_BS.device):
+            positions = Positions.of_cache(cache, starts, width)
+            tokens = cache.runs.read(self.tokens_BS[rows])
+            output = self.model.trunk(self.model.trunk.embedding(tokens), positions)
             main = self.model.mtp.main_state(output.final)
         if self.max_draft:
             branch = self.model.mtp.branch(self.model.trunk, output)
@@ -185,7 +192,7 @@ class Session:
         starts = [min(held, end - 1) for held, end in zip(self.filled[k], ends, strict=True)]
         width = max(end - start for end, start in zip(ends, starts, strict=True))
         # Rows with little to do start earlier rather than write beyond the buffer.
-        last = self._tables.capacity - self.max_draft - 1 - width
+        last = self._tables.capacity - self._widest - width
         starts = [min(start, last) for start in starts]
         hidden = self._depth(k, width, self.depth_caches[k - 1], slice(None), starts)
         index = [end - start - 1 for end, start in zip(ends, starts, strict=True)]

@@ -136,6 +136,7 @@ def continue_prompts(
         compile=cfg.compile,
         min_confidence=cfg.min_confidence,
         cache=cfg.cache,
+        tree=cfg.tree,
         max_context=run.seq_len,
         long=cfg.long,
         on_tokens=on_tokens,

@@ -158,6 +158,8 @@ class BranchPoint:
         embedded: their embeddings [B, at least T, C].
         positions: of the T tokens, not shifted; at decoding, its cache is one depth's own.
         first: how many places on the first of ``tokens`` stands from the first of the T positions.
+        stride: how far the tokens one place on are from these, among ``tokens``: 1 in a text; T
+            where those of every place are a list of their own, [B, places T].
         head: the shared one, for depths that rest on how likely a token was; None in training.
     """
 
@@ -166,15 +168,18 @@ class BranchPoint:
     embedded: Tensor
     positions: Positions = field(repr=False)
     first: int = 0
+    stride: int = 1
     head: Head | None = field(default=None, repr=False)
 
     def tokens_at(self, k: int) -> Tensor:
         """The tokens ``k`` places on, ``w[k : T + k]`` [B, T]."""
-        return self.tokens[:, k - self.first : k - self.first + self.hidden.shape[1]]
+        start = (k - self.first) * self.stride
+        return self.tokens[:, start : start + self.hidden.shape[1]]
 
     def embedded_at(self, k: int) -> Tensor:
         """Their embeddings [B, T, C]."""
-        return self.embedded[:, k - self.first : k - self.first + self.hidden.shape[1]]
+        start = (k - self.first) * self.stride
+        return self.embedded[:, start : start + self.hidden.shape[1]]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from mtp_lightning.nn.places import Place, renamed
 from mtp_lightning.nn.rope import rope_table
 from mtp_lightning.nn.shape import TrunkShape
 from mtp_lightning.nn.static_cache import StaticCache
+from mtp_lightning.nn.tree_cache import Branches, TreeCache
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,12 @@ class Positions:
         The table is over whole heads here, for :func:`turn_in_place`: [1 | B, T, 1, H].
         """
         cos, sin, mask = cache.begin(starts, n_new)
+        return Positions(cos, sin, mask, cache)
+
+    @staticmethod
+    def of_tree(cache: TreeCache, starts: list[int], branches: Branches) -> Positions:
+        """Positions of a tree in every row of ``cache``, its first token at ``starts``."""
+        cos, sin, mask = cache.begin_tree(starts, branches)
         return Positions(cos, sin, mask, cache)
 
     def repeated(self) -> Positions:

@@ -84,6 +84,7 @@ class NarrowBlocks:
         return (
             x_BTC.shape[1] <= FEW
             and isinstance(cache, KVCache)
+            and cache.is_chain
             and native.fits(x_BTC, cache.tables.cos_S1H)
         )
 
@@ -106,7 +107,7 @@ class NarrowBlocks:
         batch, n_new, _ = h_BTC.shape
         tables = cache.tables
         entries = cache.entries_L_BSMH[layer : layer + self._n]
-        starts = (c_int64 * batch)(*cache.runs.starts)
+        starts = (c_int64 * batch)(*cache.starts)
         pointers = (c_void_p * self._n)(*[x.data_ptr() for x in entries])
         over = _Pass(
             batch,

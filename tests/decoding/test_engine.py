@@ -14,6 +14,7 @@ from mtp_lightning.decoding.drafting import Drafting
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.request import Request
 from mtp_lightning.decoding.sampling import Sampling
+from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from tests.decoding.models import random_prompts, small_model, steer_drafts, teacher_forced
@@ -63,6 +64,7 @@ def by_itself(model: Any, request: Request, **options: Any) -> list[int]:
         ({"depth": 1}, {"cache": "single", "draft_depth": 3}, {}),
         ({"depth": 3, "confidence": True}, {"min_confidence": 0.4}, {}),
         ({"depth": 2}, {}, {"max_context": 16, "long": "slide"}),
+        ({"depth": 2}, {"tree": Tree((3, 2))}, {}),
     ],
     ids=str,
 )

@@ -162,9 +162,9 @@ def test_samples_of_heads_that_read_drafts_have_the_models_distribution(mtp):
     require_the_models_distribution(model, {"temperature": 1.0}, 2)
 
 
-def require_the_models_distribution(model, options, drafted):
+def require_the_models_distribution(model, options, drafted, prompt_length=4):
     """Three tokens; the second and third come from the first round's drafts."""
-    (prompt,) = random_prompts(11, (4,), VOCAB)
+    (prompt,) = random_prompts(11, (prompt_length,), VOCAB)
     cut = {"temperature", "top_k", "top_p"}
     sampling = Sampling(**{name: options[name] for name in options.keys() & cut})
     probs = torch.zeros(VOCAB, VOCAB, VOCAB)

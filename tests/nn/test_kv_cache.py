@@ -12,7 +12,8 @@ from mtp_lightning.nn.attention import Attention, Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kernels.exact import exact_pass
 from mtp_lightning.nn.kernels.rope import apply_rope, turn_in_place
-from mtp_lightning.nn.kv_cache import KVCache, PositionTables
+from mtp_lightning.nn.kv_cache import KVCache
+from mtp_lightning.nn.position_tables import PositionTables
 from mtp_lightning.nn.rope import rope_table, whole_head_table
 
 

@@ -10,8 +10,9 @@ import torch
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kernels.exact import exact_pass
-from mtp_lightning.nn.kv_cache import KVCache, PositionTables
+from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.mla import LatentAttention, pairs_to_halves
+from mtp_lightning.nn.position_tables import PositionTables
 from tests import deepseek, deepseek_reference
 
 

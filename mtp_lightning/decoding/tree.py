@@ -1,0 +1,88 @@
+"""The shape of a tree of drafts: so many candidates for every token that may stand before them.
+
+Node 0 is the pending token; the nodes of depth e are the candidates for the token e places behind
+it. They are numbered depth by depth, those that follow one node side by side, the likeliest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mtp_lightning.nn.kernels.exact import FEW
+from mtp_lightning.settings import is_whole
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A tree of drafts.
+
+    Attributes:
+        widths: candidates of every node at depth 0, 1, ..
+
+    Raises:
+        ValueError: a width is none, or the tree is too large for a verify pass.
+    """
+
+    widths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        shown = list(self.widths)
+        if not shown or not all(is_whole(width) and width >= 1 for width in shown):
+            raise ValueError(f"tree={shown} must be a list of whole numbers of at least 1.")
+        if len(self) >= FEW:
+            raise ValueError(
+                f"tree={shown} drafts {len(self)} tokens a round: use one of at most {FEW - 1}, "
+                f"as a pass of more than {FEW} tokens would not give plain decoding's text."
+            )
+
+    def __len__(self) -> int:
+        """Candidates, all depths together."""
+        return len(self.parents) - 1
+
+    @property
+    def depth(self) -> int:
+        """Tokens of a path."""
+        return len(self.widths)
+
+    def level(self, depth: int) -> range:
+        """The nodes of a depth."""
+        first, size = 0, 1
+        for width in self.widths[:depth]:
+            first, size = first + size, size * width
+        return range(first, first + size)
+
+    def children(self, node: int, depth: int) -> range:
+        """The nodes that follow one of ``depth``."""
+        width, below = self.widths[depth], self.level(depth + 1)
+        first = below.start + (node - self.level(depth).start) * width
+        return range(first, first + width)
+
+    @property
+    def parents(self) -> list[int]:
+        """Of every node; -1 of node 0."""
+        return self.parents_to(self.depth)
+
+    def parents_to(self, depth: int) -> list[int]:
+        """Of the nodes down to a depth."""
+        found = [-1]
+        for e in range(depth):
+            found += [node for node in self.level(e) for _ in range(self.widths[e])]
+        return found
+
+
+def ancestor(parents: Sequence[int], node: int, up: int) -> int | None:
+    """The node so many levels above; None if the tree begins below."""
+    for _ in range(up):
+        node = parents[node]
+        if node < 0:
+            return None
+    return node
+
+
+def depth_of(parents: Sequence[int], node: int) -> int:
+    """Levels below node 0."""
+    depth = 0
+    while parents[node] >= 0:
+        node, depth = parents[node], depth + 1
+    return depth

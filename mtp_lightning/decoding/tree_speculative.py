@@ -1,0 +1,184 @@
+"""The draft-verify loop's one round where every depth drafts several candidates.
+
+Greedy follows the candidate that the trunk would have chosen, as far as there is one. Sampling
+draws a node's candidates without replacement and judges them in their order, each as a single draft
+is judged, with what the rejected ones left of both distributions (Jeon et al. 2024, arXiv
+2402.14160, section 3.2; with replacement SpecInfer, arXiv 2305.09781, algorithm 2):
+
+    accept x_j with probability min(1, p_j(x_j) / q_j(x_j)), else
+    p_(j+1) = norm(max(p_j - q_j, 0)),  q_(j+1) = norm(q_j without x_j)
+
+Every step gives p_j whatever q_j, so what comes out has the trunk's distribution p_1.
+
+Shapes: B rows, P nodes of a depth, W candidates of each, V vocabulary, E tokens of a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.decoding.sampling import draw
+from mtp_lightning.decoding.speculative import Decoder, Round
+from mtp_lightning.decoding.tree import Tree
+from mtp_lightning.decoding.tree_session import TreeSession
+from mtp_lightning.nn.tree_cache import along
+
+
+class TreeDecoder(Decoder):
+    """A :class:`Decoder` of trees.
+
+    Args:
+        session: the state it moves on, still without rows.
+        places: most rows at a time.
+    """
+
+    session: TreeSession
+
+    def __init__(self, session: TreeSession, *, places: int) -> None:
+        self.tree = session.tree
+        super().__init__(session, places=places, max_draft=len(self.tree))
+
+    def round(self, n_drafts: int, caps: Sequence[int]) -> Round:
+        """Draft, verify, accept: always the whole tree, of which ``caps`` limits what is judged."""
+        short = [self.session.is_short(row) for row in range(len(caps))]
+        depth = self.tree.depth
+        limits = [0 if s else min(cap, depth) for s, cap in zip(short, caps, strict=True)]
+        if self._sampling.greedy:
+            return self._greedy_tree(limits)
+        return self._sample_tree(limits)
+
+    def _greedy_tree(self, limits: list[int]) -> Round:
+        session, tree = self.session, self.tree
+        drafts = []
+        for k in range(1, tree.depth + 1):
+            best_BPW = session.draft_tree(k).topk(tree.widths[k - 1], dim=-1).indices
+            drafts.append(best_BPW.flatten(1))
+            session.put_nodes(drafts[-1], k)
+        logits_BTV = session.verify_tree()
+        host = torch.cat((*drafts, logits_BTV.argmax(dim=-1)), dim=1).tolist()
+        paths, tokens = [], []
+        for row, limit in zip(host, limits, strict=True):
+            draft, choice = [None, *row[: len(tree)]], row[len(tree) :]
+            path = [0]
+            while len(path) <= limit:
+                children = tree.children(path[-1], len(path) - 1)
+                right = [node for node in children if draft[node] == choice[path[-1]]]
+                if not right:
+                    break
+                path.append(right[0])
+            paths.append(path)
+            tokens.append([choice[node] for node in path])
+        pad = tree.depth + 1
+        device = logits_BTV.device
+        path_BE = torch.tensor([p + [0] * (pad - len(p)) for p in paths], device=device)
+        session.put(torch.tensor([t + [0] * (pad - len(t)) for t in tokens], device=device), 1)
+        accepted = [len(path) - 1 for path in paths]
+        session.accept_path(path_BE, accepted)
+        reached = [min(a + 1, limit) for a, limit in zip(accepted, limits, strict=True)]
+        return Round(tokens, accepted, reached, along(logits_BTV, path_BE))
+
+    def _sample_tree(self, limits: list[int]) -> Round:
+        session, tree = self.session, self.tree
+        noise_BR = self._noise.next()
+        drafts, proposals = [], []
+        for k in range(1, tree.depth + 1):
+            level = tree.level(k)
+            noise_BN = noise_BR[:, level.start - 1 : level.stop - 1]
+            q_BPV = self._sampling.probabilities(session.draft_tree(k))
+            draft_BPW, q_BPWV = draw_without_replacement(
+                q_BPV, noise_BN.unflatten(1, (q_BPV.shape[1], tree.widths[k - 1]))
+            )
+            drafts.append(draft_BPW.flatten(1))
+            proposals.append(q_BPWV)
+            session.put_nodes(drafts[-1], k)
+        logits_BTV = session.verify_tree()
+        tokens_BE, path_BE, accepted_B = accept_path_or_resample(
+            tree,
+            self._sampling.probabilities(logits_BTV),
+            proposals,
+            torch.cat(drafts, dim=1),
+            noise_BR[:, len(tree) : 2 * len(tree)],
+            noise_BR[:, -1],
+            torch.tensor(limits, device=logits_BTV.device),
+        )
+        session.put(tokens_BE, 1)
+        host = torch.cat((tokens_BE, accepted_B.unsqueeze(1)), dim=1).tolist()
+        accepted = [row[-1] for row in host]
+        tokens = [row[: a + 1] for row, a in zip(host, accepted, strict=True)]
+        session.accept_path(path_BE, accepted)
+        reached = [min(a + 1, limit) for a, limit in zip(accepted, limits, strict=True)]
+        return Round(tokens, accepted, reached, along(logits_BTV, path_BE))
+
+
+def draw_without_replacement(q_BPV: Tensor, noise_BPW: Tensor) -> tuple[Tensor, Tensor]:
+    """Candidates [B, P, W] in the order in which they were drawn, and what each was drawn from,
+    [B, P, W, V]: of probability 0 throughout where nothing was left."""
+    left_BPV = q_BPV
+    drafts, proposals = [], []
+    for j in range(noise_BPW.shape[-1]):
+        total_BP1 = left_BPV.sum(dim=-1, keepdim=True)
+        left_BPV = left_BPV / total_BP1.masked_fill(total_BP1 == 0, 1)
+        draft_BP = draw(left_BPV, noise_BPW[..., j])
+        drafts.append(draft_BP)
+        proposals.append(left_BPV)
+        left_BPV = left_BPV.scatter(-1, draft_BP.unsqueeze(-1), 0)
+    return torch.stack(drafts, dim=-1), torch.stack(proposals, dim=-2)
+
+
+def accept_path_or_resample(
+    tree: Tree,
+    p_BTV: Tensor,
+    proposals: Sequence[Tensor],
+    draft_BN: Tensor,
+    accept_noise_BN: Tensor,
+    final_noise_B: Tensor,
+    limit_B: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rejection rule of a tree.
+
+    Args:
+        tree: its shape.
+        p_BTV: the trunk's distributions behind every node, node 0 included.
+        proposals: of every depth, what its candidates were drawn from, [B, P, W, V].
+        draft_BN: the candidates, of nodes 1 to N.
+        accept_noise_BN, final_noise_B: uniform numbers of [0, 1).
+        limit_B: only candidates down to this depth are judged, the others do not exist.
+
+    Returns:
+        Tokens [B, E], of which the first ``accepted + 1`` count, the path's nodes [B, E], node 0
+        included, and ``accepted`` [B].
+    """
+    rows = torch.arange(p_BTV.shape[0], device=p_BTV.device)
+    node_B, accepted_B = torch.zeros_like(rows), torch.zeros_like(rows)
+    p_BV, tokens, path = p_BTV[:, 0], [], [node_B]
+    for depth, q_BPWV in enumerate(proposals):
+        place_B = (node_B - tree.level(depth).start).clamp(min=0)
+        open_B = (accepted_B == depth) & (limit_B > depth)
+        went_B = torch.zeros_like(open_B)
+        for j in range(q_BPWV.shape[2]):
+            child_B = tree.level(depth + 1).start + place_B * q_BPWV.shape[2] + j
+            token_B = draft_BN[rows, child_B - 1]
+            q_BV = q_BPWV[rows, place_B, j]
+            q_B, p_B = q_BV[rows, token_B], p_BV[rows, token_B]
+            # A candidate of probability 0 was drawn from nothing: there is none.
+            judged_B = open_B & (q_B > 0)
+            ok_B = judged_B & (accept_noise_BN[rows, child_B - 1] * q_B < p_B)
+            node_B = torch.where(ok_B, child_B, node_B)
+            went_B |= ok_B
+            open_B = open_B & ~ok_B
+            rest_BV = (p_BV - q_BV).clamp(min=0)
+            total_B1 = rest_BV.sum(dim=-1, keepdim=True)
+            # p = q up to rounding leaves nothing to draw from; then p itself is right.
+            rejected_B1 = (judged_B & ~ok_B).unsqueeze(1) & (total_B1 > 0)
+            p_BV = torch.where(rejected_B1, rest_BV / total_B1.clamp(min=1e-45), p_BV)
+        accepted_B = accepted_B + went_B
+        path.append(node_B)
+        tokens.append(draft_BN[rows, (node_B - 1).clamp(min=0)])
+        p_BV = torch.where(went_B.unsqueeze(1), p_BTV[rows, node_B], p_BV)
+    final_B1 = draw(p_BV, final_noise_B).unsqueeze(1)
+    tokens_BE = torch.cat((torch.stack(tokens, dim=1), final_B1), dim=1)
+    tokens_BE = tokens_BE.scatter(1, accepted_B.unsqueeze(1), final_B1)
+    return tokens_BE, torch.stack(path, dim=1), accepted_B

@@ -1,0 +1,142 @@
+"""What passes over a cache share: where its positions lie, their angles and their masks.
+
+Shapes: B rows, T new positions, S capacity, P stored positions that a pass reads, H head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.kernels.exact import FEW
+from mtp_lightning.nn.rope import whole_head_table
+
+# Passes read a multiple of this many positions. Attention over whole vectors of 16 fp32 gives the
+# same bits however many masked positions follow.
+_ROUND = 16
+
+
+def round_up(n: int) -> int:
+    return -(-n // _ROUND) * _ROUND
+
+
+class Runs:
+    """A run of as many positions in every row of buffers [B, S, ..] of one capacity S.
+
+    Args:
+        tables: of that capacity.
+        starts: where the rows' runs begin.
+        width: T, positions of each.
+
+    Attributes:
+        positions_BT: all of them; None where every row's are the same.
+    """
+
+    def __init__(self, tables: PositionTables, starts: Sequence[int], width: int) -> None:
+        self.tables = tables
+        self.starts = starts
+        self.width = width
+        self.positions_BT: Tensor | None = None
+        if len(starts) > 1 and any(start != starts[0] for start in starts):
+            start_B1 = torch.tensor(starts, device=tables.device).unsqueeze(1)
+            self._place(start_B1 + tables.columns_S[:width])
+
+    def _place(self, positions_BT: Tensor) -> None:
+        """Rows and positions as one axis: by one index, storing is several times faster."""
+        self.positions_BT = positions_BT
+        self._flat = (positions_BT + self.tables.first_columns(len(self.starts))).flatten()
+
+    def moved(self, by: int) -> Runs:
+        """The same, so many positions on."""
+        moved = object.__new__(Runs)
+        moved.__dict__.update(self.__dict__)
+        moved.starts = [start + by for start in self.starts]
+        if self.positions_BT is not None:
+            moved.positions_BT, moved._flat = self.positions_BT + by, self._flat + by
+        return moved
+
+    def read(self, buffer: Tensor) -> Tensor:
+        """[B, S, ..] -> [B, T, ..]; a view where all runs are the same."""
+        if self.positions_BT is None:
+            return buffer.narrow(1, self.starts[0], self.width)
+        found = buffer.flatten(0, 1).index_select(0, self._flat)
+        return found.view(len(self.starts), self.width, *buffer.shape[2:])
+
+    def write(self, buffer: Tensor, values: Tensor) -> None:
+        """[B, T, ..] into [B, S, ..]."""
+        if self.positions_BT is None:
+            buffer.narrow(1, self.starts[0], self.width).copy_(values)
+        else:
+            values = values.flatten(0, 1).to(buffer.dtype)
+            buffer.flatten(0, 1).index_copy_(0, self._flat, values)
+
+
+class PositionTables:
+    """Rotary angles and causal masks of all positions up to a capacity, computed once.
+
+    Args:
+        config: the trunk's.
+        capacity: S, positions.
+        device: of the tables.
+        dtype: of the keys, and of the mask.
+    """
+
+    def __init__(
+        self,
+        config: TrunkConfig,
+        capacity: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.capacity = round_up(capacity)
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.columns_S = torch.arange(self.capacity, device=device)
+        self._first_columns: dict[int, Tensor] = {}
+        cos, sin = whole_head_table(
+            self.columns_S, config.d_rope, config.rope_theta, config.rope_scaling, dtype=dtype
+        )
+        self.cos_S1H, self.sin_S1H = cos.unsqueeze(1), sin.unsqueeze(1)
+        self.before = torch.zeros((), device=device, dtype=dtype)
+        self.behind = torch.full_like(self.before, -math.inf)
+        # Query j of a pass that starts at n sees columns 0 .. n + j. One wide table holds the mask
+        # of every n as a slice.
+        self._center = self.capacity
+        columns = torch.arange(2 * self.capacity + FEW, device=device)
+        rows = torch.arange(FEW, device=device).unsqueeze(1) + self._center
+        self._mask_TW = torch.zeros(rows.shape[0], columns.shape[0], device=device, dtype=dtype)
+        self._mask_TW.masked_fill_(columns > rows, -math.inf)
+
+    def first_columns(self, batch: int) -> Tensor:
+        """Where every row begins if rows and positions are one axis, [B, 1]."""
+        if batch not in self._first_columns:
+            rows = torch.arange(batch, device=self.device).unsqueeze(1)
+            self._first_columns[batch] = rows * self.capacity
+        return self._first_columns[batch]
+
+    def at(self, start: int, n_new: int) -> tuple[Tensor, Tensor]:
+        """Rotary table of one run of positions: views [1, T, 1, H]."""
+        place = (start, n_new)
+        return self.cos_S1H.narrow(0, *place)[None], self.sin_S1H.narrow(0, *place)[None]
+
+    def at_each(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary table of any positions, [B, T, 1, H]."""
+        flat, shape = positions_BT.flatten(), (*positions_BT.shape, 1, -1)
+        cos, sin = self.cos_S1H.index_select(0, flat), self.sin_S1H.index_select(0, flat)
+        return cos.view(shape), sin.view(shape)
+
+    def mask(self, start: int, n_new: int, width: int) -> Tensor:
+        """Additive mask [T, P] of queries that start at ``start`` over ``width`` positions."""
+        if n_new <= FEW:
+            return self._mask_TW.narrow(0, 0, n_new).narrow(1, self._center - start, width)
+        return self.mask_of(torch.arange(start, start + n_new, device=self.device), width)
+
+    def mask_of(self, positions: Tensor, width: int) -> Tensor:
+        """Additive mask [..., P] of queries at ``positions`` [...]."""
+        hidden = self.columns_S[:width] > positions.unsqueeze(-1)
+        return torch.where(hidden, self.behind, self.before)

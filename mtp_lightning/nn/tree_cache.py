@@ -1,0 +1,141 @@
+"""Keys and values of a pass whose new tokens form a tree: each follows another, not its neighbour.
+
+A token at depth e of the tree stands e positions behind the first and sees what was stored before
+the pass, those that it follows, and itself. Entries lie in the order of the tokens until
+:meth:`TreeCache.settle` has put those of one path into their positions.
+
+Shapes: B rows, T new tokens, E tokens of a path, P stored positions that a pass reads, N heads,
+M vectors of an entry, H head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.nn.kernels.exact import attend_by_query, is_exact
+from mtp_lightning.nn.kv_cache import KVCache
+from mtp_lightning.nn.position_tables import Runs
+
+
+class Branches:
+    """Who follows whom among the tokens of a pass.
+
+    Args:
+        parents: of every token the index of the one it follows, a smaller one; -1 of the first.
+        device: of the tables.
+
+    Attributes:
+        offsets_T: positions behind the first.
+        tails: the paths to all leaves, one after the other, each without the tokens that it shares
+            with the path before: their first offset, and their indices.
+    """
+
+    def __init__(self, parents: Sequence[int], device: torch.device) -> None:
+        self.width = width = len(parents)
+        paths: list[list[int]] = []
+        for token, parent in enumerate(parents):
+            assert parent < token
+            paths.append([*(paths[parent] if token else []), token])
+        self.offsets_T = torch.tensor([len(path) - 1 for path in paths], device=device)
+        # Columns: stored before the pass, its tokens, behind it.
+        sees_TW = torch.zeros(width, width + 2, dtype=torch.bool)
+        sees_TW[:, 0] = True
+        for token, path in enumerate(paths):
+            sees_TW[token, [seen + 1 for seen in path]] = True
+        self.sees_TW = sees_TW.to(device)
+        inner = set(parents)
+        leaves = sorted(path for path in paths if path[-1] not in inner)
+        self.tails: list[tuple[int, Tensor]] = []
+        before: list[int] = []
+        for path in leaves:
+            shared = sum(1 for a, b in zip(path, before, strict=False) if a == b)
+            self.tails.append((shared, torch.tensor(path[shared:], device=device)))
+            before = path
+
+
+class TreeCache(KVCache):
+    """A :class:`KVCache` that a tree of tokens can be read into."""
+
+    _branches: Branches | None = None
+
+    @property
+    def is_chain(self) -> bool:
+        return self._branches is None
+
+    def begin(self, starts: list[int], n_new: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        self._branches = None
+        return super().begin(starts, n_new)
+
+    def begin_tree(self, starts: list[int], branches: Branches) -> tuple[Tensor, Tensor, Tensor]:
+        """Open a pass over a tree in every row, its first token at ``starts``; as :meth:`begin`."""
+        self._open(starts, branches.width)
+        self._branches = branches
+        self._kept: dict[int, Tensor] = {}
+        tables, columns_P = self.tables, self.tables.columns_S[: self._width]
+        start_B1 = torch.tensor(starts, device=tables.device).unsqueeze(1)
+        self._positions_BT = start_B1 + branches.offsets_T
+        cos, sin = tables.at_each(self._positions_BT)
+        if is_exact():
+            self._tails = [
+                (Runs(tables, [start + first for start in starts], len(index)), index)
+                for first, index in branches.tails
+            ]
+            return cos, sin, tables.mask_of(self._positions_BT, self._width)
+        place_BP = (columns_P - start_B1 + 1).clamp_(0, branches.width + 1)
+        sees_BTP = branches.sees_TW[:, place_BP].transpose(0, 1)
+        return cos, sin, torch.where(sees_BTP, tables.before, tables.behind)
+
+    def append(self, layer: int, entry_BTMH: Tensor) -> None:
+        super().append(layer, entry_BTMH)
+        if not self.is_chain:
+            self._kept[layer] = entry_BTMH
+
+    def attend(self, layer: int, query_BTNH: Tensor, mask: Tensor | None) -> Tensor:
+        """In an exact pass, path by path, each with its entries where a chain has them: a token's
+        numbers are then those of a pass over its path alone, to the last bit."""
+        if self.is_chain or not is_exact():
+            return super().attend(layer, query_BTNH, mask)
+        assert mask is not None
+        entries, kept = self.entries_L_BSMH[layer], self._kept[layer]
+        mask = mask.expand(query_BTNH.shape[0], -1, -1)
+        mixed: Tensor | None = None
+        for runs, index in self._tails:
+            runs.write(entries, kept.index_select(1, index))
+            found = attend_by_query(
+                query_BTNH.index_select(1, index),
+                *self._read(layer, len(index)),
+                mask.index_select(1, index),
+                grouped=self.grouped,
+            )
+            if mixed is None:
+                mixed = found.new_empty(*query_BTNH.shape[:3], found.shape[-1])
+            mixed.index_copy_(1, index, found)
+        assert mixed is not None
+        return mixed
+
+    def distances(self) -> Tensor:
+        if self.is_chain:
+            return super().distances()
+        return self._positions_BT.unsqueeze(-1) - self.tables.columns_S[: self._width]
+
+    def settle(self, path_BE: Tensor) -> None:
+        """Keep one path of the last pass's tree in every row, from its first token on.
+
+        Args:
+            path_BE: indices of its tokens; those behind a path's end may be any.
+        """
+        runs = Runs(self.tables, self.starts, path_BE.shape[1])
+        for layer, kept in self._kept.items():
+            runs.write(self.entries_L_BSMH[layer], along(kept, path_BE))
+        self._kept = {}
+
+
+def along(values: Tensor, path_BE: Tensor) -> Tensor:
+    """Those of the tokens of a path: [B, T, ..] -> [B, E, ..]."""
+    batch, width = values.shape[:2]
+    first_B1 = torch.arange(batch, device=path_BE.device).unsqueeze(1) * width
+    found = values.flatten(0, 1).index_select(0, (path_BE + first_B1).flatten())
+    return found.view(*path_BE.shape, *values.shape[2:])

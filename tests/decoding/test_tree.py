@@ -1,0 +1,277 @@
+"""Several candidates a depth: what they are, what is accepted of them, and what comes out."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+import pytest
+import torch
+
+from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.tree import Tree, ancestor
+from mtp_lightning.decoding.tree_session import TreeSession
+from mtp_lightning.decoding.tree_speculative import (
+    accept_path_or_resample,
+    draw_without_replacement,
+)
+from mtp_lightning.mtp.joint import JointConfig
+from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.nextlat import NextLatConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
+from tests.decoding.models import random_prompts, small_model, teacher_forced
+from tests.decoding.test_sampling import chi_square, require_the_models_distribution
+
+VOCAB = 5  # random heads are right now and then
+VARIANTS = [
+    {},
+    {"deepseek": True},
+    {"share_layers": True},
+    {"branch": "before_last", "input_norm": "pre"},
+    {"stack": ParallelConfig},
+    {"stack": LinearConfig},
+    {"stack": LinearConfig, "rank": 2},
+    {"stack": JointConfig},
+    {"stack": JointConfig, "deepseek": True},
+    {"stack": NextLatConfig},
+    {"stack": ParallelConfig, "correction": "mlp"},
+    {"stack": LinearConfig, "correction": "markov"},
+]
+
+
+def test_nodes_are_numbered_by_depth():
+    tree = Tree((3, 2, 1))
+    assert len(tree) == 15 and tree.depth == 3
+    assert [tree.level(e) for e in range(4)] == [
+        range(0, 1),
+        range(1, 4),
+        range(4, 10),
+        range(10, 16),
+    ]
+    assert tree.parents == [-1, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9]
+    for depth in range(3):
+        for node in tree.level(depth):
+            assert all(tree.parents[child] == node for child in tree.children(node, depth))
+    assert [ancestor(tree.parents, 15, up) for up in range(5)] == [15, 9, 3, 0, None]
+
+
+@pytest.mark.parametrize("mtp", VARIANTS, ids=str)
+@pytest.mark.parametrize("lengths", [(9,), (8, 12, 21)])
+def test_every_nodes_logits_are_teacher_forced_logits(mtp, lengths, monkeypatch):
+    """Of the trunk and of every depth, over the text and the node's path, round after round."""
+    model = small_model(1, 3, vocab=VOCAB, **mtp)
+    prompts = random_prompts(1, lengths, VOCAB)
+    seen = dict.fromkeys(range(4), 0)
+    draft, verify = TreeSession.draft_tree, TreeSession.verify_tree
+
+    def check(session, row, node, k, logits_V):
+        """Depth k's logits behind a node, which stands at depth k - 1, or the trunk's, k = 0."""
+        held = session.tokens_BS[row].tolist()
+        n, parents = session.n[row], session.tree.parents
+        path = [node]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        text = held[:n] + [held[n + i] for i in path]
+        (expected,) = teacher_forced(model, text, k)[k:]
+        torch.testing.assert_close(logits_V, expected[-1], rtol=1e-3, atol=1e-3)
+        seen[k] += 1
+
+    def checked_draft(session, k):
+        logits_BPV = draft(session, k)
+        for row, i in itertools.product(range(len(session.n)), range(logits_BPV.shape[1])):
+            if not session.is_short(row):
+                check(session, row, session.tree.level(k - 1)[i], k, logits_BPV[row, i])
+        return logits_BPV
+
+    def checked_verify(session):
+        logits_BTV = verify(session)
+        for row, node in itertools.product(range(len(session.n)), range(logits_BTV.shape[1])):
+            check(session, row, node, 0, logits_BTV[row, node])
+        return logits_BTV
+
+    monkeypatch.setattr(TreeSession, "draft_tree", checked_draft)
+    monkeypatch.setattr(TreeSession, "verify_tree", checked_verify)
+    done = generate(model, prompts, max_new_tokens=9, tree=[2, 2, 1])
+    assert all(seen.values()), seen
+    assert len(lengths) == 1 or any(any(g.accepted_mask) for g in done)
+
+
+@pytest.mark.parametrize("mtp", VARIANTS, ids=str)
+def test_greedy_text_is_that_of_plain_decoding(mtp):
+    """Rows join, are short at first, accept unequally; and more is accepted than of a chain."""
+    wide = chain = 0.0
+    for seed in range(2):
+        model = small_model(seed, 3, vocab=VOCAB, **mtp)
+        prompts = random_prompts(seed, (5, 1, 13, 2, 30, 8), VOCAB)
+        options = {"max_new_tokens": 40, "batch_size": 4}
+        plain = generate(model, prompts, speculative=False, **options)
+        found = generate(model, prompts, tree=[3, 2, 1], **options)
+        assert [g.token_ids for g in found] == [g.token_ids for g in plain]
+        wide += sum(g.tokens_per_step for g in found)
+        chain += sum(g.tokens_per_step for g in generate(model, prompts, **options))
+        for g in found:
+            assert sum(g.drafts_accepted) == sum(g.accepted_mask)
+            assert g.drafts_reached[1] <= g.drafts_accepted[0] <= g.drafts_reached[0]
+    assert wide > chain > 0
+
+
+def test_a_chain_of_one_candidate_is_the_chain():
+    model = small_model(4, 3, vocab=VOCAB)
+    prompts = random_prompts(4, (12, 20), VOCAB)
+    for options in ({}, {"temperature": 1.0, "seed": 2}):
+        chain, tree = (
+            generate(model, prompts, max_new_tokens=30, **options, **way)
+            for way in ({}, {"tree": [1, 1, 1]})
+        )
+        assert [g.token_ids for g in tree] == [g.token_ids for g in chain]
+        assert [g.drafts_accepted for g in tree] == [g.drafts_accepted for g in chain]
+        assert [g.drafts_reached for g in tree] == [g.drafts_reached for g in chain]
+
+
+def test_ends_are_met_and_contexts_slide():
+    model = small_model(5, 2, vocab=VOCAB)
+    prompts = random_prompts(5, (12, 3), VOCAB)
+    plain = generate(model, prompts, max_new_tokens=60, speculative=False)
+    for n in range(1, 12):
+        for g, whole in zip(
+            generate(model, prompts, max_new_tokens=n, tree=[3, 2]), plain, strict=True
+        ):
+            assert g.token_ids == whole.token_ids[:n] and g.finish_reason == "length"
+    slide = {"max_new_tokens": 60, "max_context": 24, "long": "slide"}
+    expected = generate(model, prompts, speculative=False, **slide)
+    found = generate(model, prompts, tree=[3, 2], **slide)
+    assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+
+
+def rule(p: list[Fraction], q: list[Fraction], width: int) -> tuple[list[Fraction], Fraction]:
+    """What the rejection rule makes of a node, and how often it accepts a candidate, by going
+    through every possible draw."""
+    out, accepted = [Fraction(0)] * len(p), Fraction(0)
+
+    def judge(p: list[Fraction], q: list[Fraction], left: int, chance: Fraction) -> None:
+        nonlocal accepted
+        if not left or not sum(q):
+            for token, value in enumerate(p):
+                out[token] += chance * value
+            return
+        q = [value / sum(q) for value in q]
+        rest = [max(a - b, Fraction(0)) for a, b in zip(p, q, strict=True)]
+        for token, value in enumerate(q):
+            if not value:
+                continue
+            accept = min(Fraction(1), p[token] / value)
+            out[token] += chance * value * accept
+            accepted += chance * value * accept
+            if accept < 1:
+                after = [0 * v if i == token else v for i, v in enumerate(q)]
+                norm = [v / sum(rest) for v in rest]
+                judge(norm, after, left - 1, chance * value * (1 - accept))
+
+    judge(p, q, width, Fraction(1))
+    return out, accepted
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_the_rule_is_exact_in_fractions(width):
+    generator = torch.Generator().manual_seed(width)
+    for _ in range(30):
+        p, q = torch.randint(0, 7, (2, 4), generator=generator).tolist()
+        if sum(p) and sum(q):
+            p, q = ([Fraction(v, sum(x)) for v in x] for x in (p, q))
+            assert rule(p, q, width)[0] == p
+
+
+@pytest.mark.parametrize("widths", [(3,), (2, 2), (3, 2, 1)])
+def test_what_is_accepted_has_the_trunks_distribution(widths):
+    """Of every token given its path, with distributions that differ from node to node."""
+    tree, vocab, n = Tree(widths), 6, 60_000
+    generator = torch.Generator().manual_seed(len(widths))
+    # Keyed by the tokens before, so that a path's distribution is known whichever node it is.
+    p_of = {}
+    q_of = {}
+    for length in range(tree.depth + 1):
+        for path in itertools.product(range(vocab), repeat=length):
+            p, q = torch.rand(2, vocab, generator=generator) ** 3
+            q[torch.randint(vocab, (1,), generator=generator)] = 0
+            p_of[path], q_of[path] = p / p.sum(), q / q.sum()
+    tables = {
+        name: [
+            torch.stack([of[path] for path in itertools.product(range(vocab), repeat=length)])
+            for length in range(tree.depth + 1)
+        ]
+        for name, of in (("p", p_of), ("q", q_of))
+    }
+    noise = torch.rand(n, 2 * len(tree) + 1, generator=generator, dtype=torch.float64)
+    drafts, proposals = [], []
+    number = [torch.zeros(n, 1, dtype=torch.long)]  # every node's path, as a number
+    for depth, width in enumerate(widths):
+        level = tree.level(depth + 1)
+        q = tables["q"][depth][number[depth]]
+        own = noise[:, level.start - 1 : level.stop - 1].unflatten(1, (q.shape[1], width))
+        draft, drawn_from = draw_without_replacement(q, own)
+        assert all(len(set(row)) == width for row in draft[:50].flatten(0, 1).tolist())
+        drafts.append(draft.flatten(1))
+        proposals.append(drawn_from)
+        number.append((number[depth].unsqueeze(-1) * vocab + draft).flatten(1))
+    p = torch.cat([tables["p"][depth][number[depth]] for depth in range(tree.depth + 1)], dim=1)
+    judged = noise[:, len(tree) : -1]
+    rest = (torch.cat(drafts, dim=1), judged, noise[:, -1])
+    for limit in range(tree.depth + 1):
+        limits = torch.full((n,), limit)
+        tokens, path, accepted = accept_path_or_resample(tree, p, proposals, *rest, limits)
+        assert accepted.max() == limit
+        before = torch.zeros(n, dtype=torch.long)
+        for j in range(limit + 1):
+            there = accepted >= j
+            for number_before in before[there].unique().tolist():
+                some = there & (before == number_before)
+                if some.sum() > 500:
+                    counts = torch.bincount(tokens[some, j], minlength=vocab)
+                    assert chi_square(counts, tables["p"][j][number_before]) < 5
+            before = before * vocab + tokens[:, j]
+        on = accepted > 0
+        chosen = torch.cat(drafts, dim=1).gather(1, path[:, 1:2].clamp(min=1) - 1)[:, 0]
+        assert torch.equal(chosen[on], tokens[on, 0])
+    p, q = ([Fraction(v) for v in tables[name][0][0].tolist()] for name in "pq")
+    expected = [float(rule(p, [v / sum(q) for v in q], w)[1]) for w in (widths[0], 1)]
+    found = (accepted >= 1).double().mean()
+    assert abs(found - expected[0]) < 0.007 < 0.01 < expected[0] - expected[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "mtp"),
+    [
+        ({"temperature": 1.0}, {}),
+        ({"temperature": 0.7, "top_p": 0.8}, {}),
+        ({"temperature": 1.3, "top_k": 2}, {}),  # fewer tokens than candidates
+        ({"temperature": 1.0}, {"stack": JointConfig}),
+        ({"temperature": 1.0}, {"stack": ParallelConfig}),
+        ({"temperature": 1.0}, {"stack": LinearConfig, "correction": "markov"}),
+    ],
+    ids=str,
+)
+def test_samples_of_the_loop_have_the_models_distribution(options, mtp):
+    model = small_model(11, 2, vocab=8, **mtp)
+    require_the_models_distribution(model, {**options, "tree": [3, 2]}, None, prompt_length=7)
+
+
+def test_what_makes_no_sense_is_refused():
+    model = small_model(0, 2)
+    for options, message in (
+        ({"tree": [3, 2, 1]}, r"tree=\[3, 2, 1\] drafts 3 tokens deep, but the model drafts 2"),
+        ({"tree": []}, "must be a list of whole numbers"),
+        ({"tree": [2, 0]}, "must be a list of whole numbers"),
+        ({"tree": [4, 3]}, "drafts 16 tokens a round: use one of at most 15"),
+        ({"tree": [2], "draft_depth": "auto"}, "does not go together with draft_depth=auto"),
+        ({"tree": [2], "compile": True}, "does not go together with compile=true"),
+        ({"tree": [2], "cache": "single"}, "does not go together with cache=single"),
+        ({"tree": [2], "min_confidence": 0.5}, "does not go together with min_confidence=0.5"),
+        ({"tree": [2], "speculative": False}, "does not go together with speculative=false"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(model, [[1]], max_new_tokens=2, **options)
+    with pytest.raises(ValueError, match="more candidates than the model has tokens, 5"):
+        generate(small_model(0, 1, vocab=5), [[1]], max_new_tokens=2, tree=[6])
+    with pytest.raises(ValueError, match="no module to draft with"):
+        generate(small_model(0, 2, stack=ParameterFreeConfig), [[1]], max_new_tokens=2, tree=[2])
