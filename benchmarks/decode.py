@@ -6,15 +6,15 @@ transformers with the same weights.
 
 Every comparison is of the same greedy tokens, which is checked. ``possible`` is the speed-up that
 tokens_per_step and the measured cost of verify and draft passes allow; ``share`` is how much of it
-is reached. ``against_single`` is a batch's tokens/s over those of its prompts one by one. Times are
-medians, ratios medians of pairs. transformers (extra ``hf``) decodes models with a DeepSeek-V3
-trunk and sequential modules, one prompt at a time, as its ``use_mtp=True`` does.
+is reached. ``against_single`` is a batch's tokens/s over those of its prompts one by one.
+``memory`` is the rate at which passes read weights beside a plain read's. Times are medians, ratios
+medians of pairs. transformers (extra ``hf``) decodes one prompt at a time, as its ``use_mtp=True``
+does; a model of SmolLM2-135M's shape ends the run.
 """
 
 from __future__ import annotations
 
 import sysconfig
-import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from data_modules.tokenizers.byte import ByteTokenizer
+from benchmarks.decode_limits import against_transformers, memory_rate, of_wide_model
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.measure import PassCosts, pass_costs, race, rates
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -92,19 +92,25 @@ def byte_model(*, deepseek: bool) -> MTPModel:
 
 
 def measure(
-    model: MTPModel, prompts: list[list[int]], *, new_tokens: int, repeats: int
+    model: MTPModel,
+    prompts: list[list[int]],
+    *,
+    new_tokens: int,
+    repeats: int,
+    compile: bool,
 ) -> dict[str, Any]:
     """Plain, speculative and adaptive decoding of a batch, and of its prompts one by one."""
     batch = len(prompts)
     ways = dict(WAYS)
-    if batch == 1:
-        ways |= COMPILED
-    else:
+    if batch > 1:
         ways |= {f"single_{name}": {**way, "batch_size": 1} for name, way in WAYS.items()}
+    elif compile:
+        ways |= COMPILED
     began = time.perf_counter()
     race(model, prompts, ways, max_new_tokens=min(new_tokens, 16))  # builds what is compiled
     built = time.perf_counter() - began
-    run = race(model, prompts, ways, repeats=repeats, max_new_tokens=new_tokens)
+    timed = {"repeats": repeats, "clock": common.clock}
+    run = race(model, prompts, ways, max_new_tokens=new_tokens, **timed)
     texts = {name: [g.token_ids for g in outputs] for name, outputs in run.outputs.items()}
     loop = rates(run.outputs["speculative"])
     tokens_per_step = loop.pop("tokens_per_step")
@@ -121,6 +127,7 @@ def measure(
             "draft_us": [1e6 * s for s in costs.draft],
         }
 
+    costs = pass_costs(model, half, batch=batch, clock=common.clock)
     result = {
         "batch": batch,
         "tokens_per_second": {
@@ -128,75 +135,19 @@ def measure(
         },
         "tokens_per_step": tokens_per_step,
         "acceptance": list(loop.values()),
-        **compared("speculative", "auto", "plain", pass_costs(model, half, batch=batch)),
+        **compared("speculative", "auto", "plain", costs),
         "greedy_equal": all(found == texts["plain"] for found in texts.values()),
     }
-    if batch == 1:
-        costs = pass_costs(model, half, compile=True)
+    if batch > 1:
+        result["against_single"] = {name: run.speedup(name, f"single_{name}") for name in WAYS}
+    elif compile:
+        costs = pass_costs(model, half, compile=True, clock=common.clock)
         result["compiled"] = compared(
             "compiled_speculative", "compiled_auto", "compiled_plain", costs
         )
         result["compiled_over_eager"] = run.speedup("compiled_speculative", "speculative")
         result["seconds_to_compile"] = built
-    else:
-        result["against_single"] = {name: run.speedup(name, f"single_{name}") for name in WAYS}
     return result
-
-
-def measure_transformers(
-    model: MTPModel, prompt: list[int], *, new_tokens: int, repeats: int
-) -> dict[str, Any]:
-    """transformers' plain and ``use_mtp`` decoding of an exported model, beside this project's."""
-    from mtp_lightning.decoding import generate
-    from mtp_lightning.interop.transformers_model import Loaded
-    from mtp_lightning.interop.writing import write_folder
-
-    trunk = model.config.trunk
-    ids = torch.tensor(prompt)
-    seconds: dict[str, list[float]] = {}
-    texts: dict[str, list[int]] = {}
-    passes = 0
-    with tempfile.TemporaryDirectory() as folder:
-        write_folder(
-            Path(folder), model, ByteTokenizer(), dtype="float32",
-            max_positions=len(prompt) + new_tokens + model.depth, shard_bytes=2**30,
-        )  # fmt: skip
-        theirs = Loaded(
-            Path(folder), model_type="deepseek_v3", n_layers=trunk.n_layers, depth=model.depth
-        )
-        for _ in range(repeats + 1):
-            for name in ("plain", "use_mtp"):
-                # With use_mtp, generate() reads the modules from the folder in every call.
-                began = time.perf_counter()
-                texts[f"transformers_{name}"], passes = theirs.greedy(
-                    ids, new_tokens, use_mtp=name == "use_mtp"
-                )
-                seconds.setdefault(f"transformers_{name}", []).append(time.perf_counter() - began)
-            for name, way in {**WAYS, **COMPILED}.items():
-                began = time.perf_counter()
-                (own,) = generate(model, [prompt], max_new_tokens=new_tokens, **way)
-                texts[name] = own.token_ids
-                seconds.setdefault(name, []).append(time.perf_counter() - began)
-    for times in seconds.values():
-        del times[0]  # the first round warms up
-
-    def ratio(slow: str, fast: str) -> float:
-        return median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
-
-    return {
-        "tokens_per_second": {name: new_tokens / median(s) for name, s in seconds.items()},
-        "over_transformers_plain": {
-            name: ratio("transformers_plain", name) for name in ("plain", "compiled_plain")
-        },
-        "over_transformers_use_mtp": {
-            name: ratio("transformers_use_mtp", name)
-            for name in ("speculative", "auto", "compiled_speculative", "compiled_auto")
-        },
-        "transformers_use_mtp_over_plain": ratio("transformers_plain", "transformers_use_mtp"),
-        "transformers_tokens_per_step": new_tokens / passes,
-        # Rounding may part two implementations at a near-tie.
-        "greedy_equal": all(text == texts["plain"] for text in texts.values()),
-    }
 
 
 def show(name: str, result: dict[str, Any]) -> None:
@@ -256,7 +207,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--no-wide", dest="wide", action="store_false", help="not SmolLM2's shape")
+    common.add_cpu_time(parser)
     args = parser.parse_args(arguments)
+    if args.cpu_time:
+        common.use_cpu_time()
     options = {"new_tokens": args.new_tokens, "repeats": 1 if args.quick else args.repeats}
     sizes = {"n": max(args.batches), "length": args.prompt_tokens}
     cases: dict[str, tuple[MTPModel, list[list[int]]]] = {}
@@ -274,14 +230,26 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for name, (model, prompts) in cases.items():
         for batch in args.batches:
             key = f"{name}, batch {batch}"
-            results[key] = measure(model, prompts[:batch], **options)
+            results[key] = measure(model, prompts[:batch], compile=args.compile, **options)
             show(key, results[key])
-        trunk = model.config.trunk
-        deepseek = (trunk.attention.variant, trunk.feed_forward.variant) == ("latent", "experts")
-        if deepseek and model.config.mtp.variant == "sequential" and find_spec("transformers"):
+        key = f"{name}, memory"
+        results[key] = memory_rate(model, prompts[0], repeats=4 * options["repeats"])
+        show(key, results[key])
+        if find_spec("transformers"):
             key = f"{name}, transformers"
-            results[key] = measure_transformers(model, prompts[0], **options)
+            ways = {**WAYS, **(COMPILED if args.compile else {})}
+            results[key] = against_transformers(model, prompts[0], ways, **options)
             show(key, results[key])
+    if args.wide and find_spec("transformers"):
+        found = of_wide_model(
+            list(range(1, args.prompt_tokens + 1)),
+            new_tokens=min(args.new_tokens, 48),
+            repeats=options["repeats"],
+        )
+        for precision, result in found.items():
+            key = f"SmolLM2's shape, {precision}"
+            results[key] = result
+            show(key, result)
     result = {"machine": common.machine(), "results": results}
     common.write_json(result, args.output)
     return result

@@ -52,6 +52,7 @@ def race(
     ways: Mapping[str, Mapping[str, Any]],
     *,
     repeats: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
     **options: Any,
 ) -> Race:
     """Decode ``prompts`` in several ways.
@@ -65,6 +66,7 @@ def race(
         prompts: token ids.
         ways: name -> options of :func:`generate` that differ.
         repeats: how often all prompts are decoded.
+        clock: seconds.
         options: of :func:`generate`, for all.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -79,9 +81,9 @@ def race(
             seconds[name].append(0.0)
         for group in groups:
             for name in order:
-                began = time.perf_counter()
+                began = clock()
                 outputs[name] += generate(model, group, **options, **ways[name])
-                seconds[name][-1] += time.perf_counter() - began
+                seconds[name][-1] += clock() - began
             order.reverse()
     return Race(outputs, seconds)
 
@@ -174,6 +176,7 @@ def pass_costs(
     batch: int = 1,
     compile: bool = False,
     repeats: int = 60,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> PassCosts:
     """Time the passes that a round of decoding consists of.
 
@@ -183,6 +186,7 @@ def pass_costs(
         batch: rows.
         compile: compiled passes, of one row.
         repeats: timed calls of each.
+        clock: seconds.
     """
     kind = CompiledSession if compile else Session
     with compiled_decoding(model) if compile else eager_decoding(model):
@@ -197,21 +201,23 @@ def pass_costs(
             session.filled[k] = [n - max(2, k) for n in session.n]
             session.put(session.draft(k).argmax(-1, keepdim=True), k)
 
-        verify_seconds = [_seconds(partial(verify, m), repeats) for m in range(model.depth + 1)]
+        verify_seconds = [
+            _seconds(partial(verify, m), repeats, clock) for m in range(model.depth + 1)
+        ]
         draft_seconds = []
         for k in range(1, model.depth + 1):
             session.draft(k)  # all that it has to catch up with
-            draft_seconds.append(_seconds(partial(draft, k), repeats))
+            draft_seconds.append(_seconds(partial(draft, k), repeats, clock))
     return PassCosts(verify_seconds, draft_seconds)
 
 
-def _seconds(call: Callable[[], Any], repeats: int) -> float:
+def _seconds(call: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:
     times = []
     warm_up = 10
     for _ in range(warm_up + repeats):
-        began = time.perf_counter()
+        began = clock()
         call()
-        times.append(time.perf_counter() - began)
+        times.append(clock() - began)
     return median(times[warm_up:])
 
 
@@ -245,7 +251,7 @@ def decoding_report(
     """
     model.mtp.require_drafts()
     ways: dict[str, dict[str, Any]] = {"plain": {"speculative": False}, "drafted": drafting}
-    options = {"max_new_tokens": new_tokens, "batch_size": 1}
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "batch_size": 1}
     run = race(model, prompts, ways, repeats=repeats, **options)
     plain, drafted = run.outputs["plain"], run.outputs["drafted"]
     require_same_greedy(model, prompts, plain, drafted)
