@@ -43,8 +43,8 @@ def _packed(model: nn.Module) -> list[torch.Tensor]:
 
 
 def memory_rate(model: MTPModel, prompt: list[int], *, repeats: int) -> dict[str, float]:
-    """How fast the trunk's passes at batch 1 read its weights, and how fast a plain read of the same
-    memory is, its sum, in turn with them. Without the layers' C++, nothing."""
+    """How fast the trunk's passes at batch 1 read its weights, and how fast a plain read of the
+    same memory is, its sum, in turn with them. Without the layers' C++, nothing."""
     with eager_decoding(model):
         weights = [x.view(torch.float32) for x in _packed(model.trunk) + _packed(model.head)]
         if not weights:
