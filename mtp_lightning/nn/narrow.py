@@ -24,8 +24,8 @@ from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 
-# So many tokens cost no more here than layer by layer, a short prompt's or what modules have to catch
-# up with among them.
+# So many tokens cost no more here than layer by layer: those of a short prompt, or what modules
+# have to catch up with.
 _MOST_TOKENS = 128
 
 

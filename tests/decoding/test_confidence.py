@@ -57,8 +57,7 @@ def test_greedy_text_is_that_of_plain_decoding(tiny_trunk: TrunkConfig, variant:
 def test_compiled_passes_stop_where_eager_ones_do(
     tiny_trunk: TrunkConfig, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "_trunk_program", compiled._trunk_pass)
-    monkeypatch.setattr(compiled, "_depth_program", compiled._depth_pass)
+    monkeypatch.setattr(compiled, "program", lambda function, inputs: function)
     for sure, least in ((0.8, 0.6), (None, 0.3), (None, 0.5)):
         made = build(tiny_trunk, MTPConfig.find("sequential")(depth=3, confidence=True))
         made = made if sure is None else model(tiny_trunk, "sequential", sure)
@@ -90,7 +89,7 @@ def test_auto_takes_what_is_not_believed_for_what_fails(
     plain = generate(made, PROMPTS, max_new_tokens=40, speculative=False)
     found = generate(made, PROMPTS, draft_depth="auto", **options)  # type: ignore[arg-type]
     assert [row.token_ids for row in found] == [row.token_ids for row in plain]
-    assert {m for m, _, _ in rounds} >= {0, 1, 2, 3}
+    assert {m for m, _, _ in rounds} >= {0, 3}
     for m, accepted, reached in rounds:
         # One draft at most is made; the second is the one that was not.
         assert max(accepted) <= min(m, 1)
