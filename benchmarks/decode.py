@@ -9,17 +9,15 @@ Every comparison is of the same greedy tokens, which is checked. ``possible`` is
 tokens_per_step and the measured cost of verify and draft passes allow; ``share`` is how much of it
 is reached. A batch decodes several prompts a place, as a file of prompts is decoded: the place of
 one that has ended is taken by the next. ``against_single`` is its tokens/s over those of as many
-prompts as it has places, one by one. Times are medians, ratios medians of pairs. transformers
-(extra ``hf``) decodes models with a DeepSeek-V3 trunk and sequential modules, one prompt at a time,
-as its ``use_mtp=True`` does.
+prompts as it has places, one by one. ``memory`` is the rate at which passes read weights beside a
+plain read's. Times are medians, ratios medians of pairs. transformers (extra ``hf``) decodes one
+prompt at a time, as its ``use_mtp=True`` does; a model of SmolLM2-135M's shape ends the run.
 """
 
 from __future__ import annotations
 
 import sysconfig
-import tempfile
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -28,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from data_modules.tokenizers.byte import ByteTokenizer
+from benchmarks.decode_limits import against_transformers, memory_rate, of_wide_model
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.measure import PassCosts, pass_costs, race, rates
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -107,14 +105,13 @@ def measure_trees(
     batch: int,
     new_tokens: int,
     repeats: int,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Trees of drafts against the chain, several prompts a place."""
     ways = {"plain": {"speculative": False}, "chain": {}}
     ways |= {str(tree): {"tree": tree} for tree in trees}
     prompts = prompts[: batch * _PER_PLACE]
-    options = {"max_new_tokens": new_tokens, "batch_size": batch}
-    run = race(model, prompts, ways, repeats=repeats, clock=clock, **options)
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "batch_size": batch}
+    run = race(model, prompts, ways, repeats=repeats, clock=common.clock, **options)
     texts = {name: [g.token_ids for g in outputs] for name, outputs in run.outputs.items()}
     return {
         "batch": batch,
@@ -136,17 +133,18 @@ def measure(
     batch: int,
     new_tokens: int,
     repeats: int,
-    clock: Callable[[], float] = time.perf_counter,
+    compile: bool,
 ) -> dict[str, Any]:
     """Plain, speculative and adaptive decoding of a batch, and of single prompts one by one."""
     prompts = prompts[: batch * _PER_PLACE] if batch > 1 else prompts[:1]
     ways = {name: {**way, "batch_size": batch} for name, way in WAYS.items()}
-    if batch == 1:
+    if batch == 1 and compile:
         ways |= COMPILED
     began = time.perf_counter()
     race(model, prompts, ways, max_new_tokens=min(new_tokens, 16))  # builds what is compiled
     built = time.perf_counter() - began
-    run = race(model, prompts, ways, repeats=repeats, clock=clock, max_new_tokens=new_tokens)
+    timed: dict[str, Any] = {"repeats": repeats, "clock": common.clock}
+    run = race(model, prompts, ways, max_new_tokens=new_tokens, **timed)
     texts = {name: [g.token_ids for g in outputs] for name, outputs in run.outputs.items()}
     loop = rates(run.outputs["speculative"])
     tokens_per_step = loop.pop("tokens_per_step")
@@ -163,6 +161,7 @@ def measure(
             "draft_us": [1e6 * s for s in costs.draft],
         }
 
+    costs = pass_costs(model, half, batch=batch, clock=common.clock)
     result = {
         "batch": batch,
         "tokens_per_second": {
@@ -170,82 +169,29 @@ def measure(
         },
         "tokens_per_step": tokens_per_step,
         "acceptance": list(loop.values()),
-        **compared(
-            "speculative", "auto", "plain", pass_costs(model, half, batch=batch, clock=clock)
-        ),
+        **compared("speculative", "auto", "plain", costs),
         "greedy_equal": all(found == texts["plain"] for found in texts.values()),
     }
-    if batch == 1:
-        costs = pass_costs(model, half, compile=True, clock=clock)
+    if batch == 1 and compile:
+        costs = pass_costs(model, half, compile=True, clock=common.clock)
         result["compiled"] = compared(
             "compiled_speculative", "compiled_auto", "compiled_plain", costs
         )
         result["compiled_over_eager"] = run.speedup("compiled_speculative", "speculative")
         result["seconds_to_compile"] = built
-    else:
+    if batch > 1:
         alone = race(
-            model, prompts[:batch], WAYS, clock=clock, max_new_tokens=new_tokens, batch_size=1
+            model,
+            prompts[:batch],
+            WAYS,
+            clock=common.clock,
+            max_new_tokens=new_tokens,
+            batch_size=1,
         )
         result["against_single"] = {
             name: _PER_PLACE * sum(alone.seconds[name]) / median(run.seconds[name]) for name in WAYS
         }
     return result
-
-
-def measure_transformers(
-    model: MTPModel, prompt: list[int], *, new_tokens: int, repeats: int
-) -> dict[str, Any]:
-    """transformers' plain and ``use_mtp`` decoding of an exported model, beside this project's."""
-    from mtp_lightning.decoding import generate
-    from mtp_lightning.interop.transformers_model import Loaded
-    from mtp_lightning.interop.writing import write_folder
-
-    trunk = model.config.trunk
-    ids = torch.tensor(prompt)
-    seconds: dict[str, list[float]] = {}
-    texts: dict[str, list[int]] = {}
-    passes = 0
-    with tempfile.TemporaryDirectory() as folder:
-        write_folder(
-            Path(folder), model, ByteTokenizer(), dtype="float32",
-            max_positions=len(prompt) + new_tokens + model.depth, shard_bytes=2**30,
-        )  # fmt: skip
-        theirs = Loaded(
-            Path(folder), model_type="deepseek_v3", n_layers=trunk.n_layers, depth=model.depth
-        )
-        for _ in range(repeats + 1):
-            for name in ("plain", "use_mtp"):
-                # With use_mtp, generate() reads the modules from the folder in every call.
-                began = time.perf_counter()
-                texts[f"transformers_{name}"], passes = theirs.greedy(
-                    ids, new_tokens, use_mtp=name == "use_mtp"
-                )
-                seconds.setdefault(f"transformers_{name}", []).append(time.perf_counter() - began)
-            for name, way in {**WAYS, **COMPILED}.items():
-                began = time.perf_counter()
-                (own,) = generate(model, [prompt], max_new_tokens=new_tokens, **way)
-                texts[name] = own.token_ids
-                seconds.setdefault(name, []).append(time.perf_counter() - began)
-    for times in seconds.values():
-        del times[0]  # the first round warms up
-
-    def ratio(slow: str, fast: str) -> float:
-        return median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
-
-    return {
-        "tokens_per_second": {name: new_tokens / median(s) for name, s in seconds.items()},
-        "over_transformers_plain": {
-            name: ratio("transformers_plain", name) for name in ("plain", "compiled_plain")
-        },
-        "over_transformers_use_mtp": {
-            name: ratio("transformers_use_mtp", name)
-            for name in ("speculative", "auto", "compiled_speculative", "compiled_auto")
-        },
-        "transformers_use_mtp_over_plain": ratio("transformers_plain", "transformers_use_mtp"),
-        "transformers_tokens_per_step": new_tokens / passes,
-        # Rounding may part two implementations at a near-tie.
-        "greedy_equal": all(text == texts["plain"] for text in texts.values()),
-    }
 
 
 def show(name: str, result: dict[str, Any]) -> None:
@@ -306,14 +252,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--cpu-time", action="store_true", help="CPU seconds: others have most of the machine"
-    )
-    parser.add_argument(
         "--trees", nargs="+", default=[], help="such as 3,2,1: trees against the chain, alone"
     )
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--no-wide", dest="wide", action="store_false", help="not SmolLM2's shape")
+    common.add_cpu_time(parser)
     args = parser.parse_args(arguments)
+    if args.cpu_time:
+        common.use_cpu_time()
     options = {"new_tokens": args.new_tokens, "repeats": 1 if args.quick else args.repeats}
-    timed = {**options, "clock": time.process_time if args.cpu_time else time.perf_counter}
     sizes = {"n": _PER_PLACE * max(args.batches), "length": args.prompt_tokens}
     cases: dict[str, tuple[MTPModel, list[list[int]]]] = {}
     for path in args.checkpoint:
@@ -332,19 +279,31 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             trees = [[int(width) for width in tree.split(",")] for tree in args.trees]
             for batch in args.batches:
                 key = f"{name}, trees, batch {batch}"
-                results[key] = measure_trees(model, prompts, trees, batch=batch, **timed)
+                results[key] = measure_trees(model, prompts, trees, batch=batch, **options)
                 show(key, results[key])
             continue
         for batch in args.batches:
             key = f"{name}, batch {batch}"
-            results[key] = measure(model, prompts, batch=batch, **timed)
+            results[key] = measure(model, prompts, batch=batch, compile=args.compile, **options)
             show(key, results[key])
-        trunk = model.config.trunk
-        deepseek = (trunk.attention.variant, trunk.feed_forward.variant) == ("latent", "experts")
-        if deepseek and model.config.mtp.variant == "sequential" and find_spec("transformers"):
+        key = f"{name}, memory"
+        results[key] = memory_rate(model, prompts[0], repeats=4 * options["repeats"])
+        show(key, results[key])
+        if find_spec("transformers"):
             key = f"{name}, transformers"
-            results[key] = measure_transformers(model, prompts[0], **options)
+            ways = {**WAYS, **(COMPILED if args.compile else {})}
+            results[key] = against_transformers(model, prompts[0], ways, **options)
             show(key, results[key])
+    if args.wide and find_spec("transformers"):
+        found = of_wide_model(
+            list(range(1, args.prompt_tokens + 1)),
+            new_tokens=min(args.new_tokens, 48),
+            repeats=options["repeats"],
+        )
+        for precision, result in found.items():
+            key = f"SmolLM2's shape, {precision}"
+            results[key] = result
+            show(key, result)
     result = {"machine": common.machine(), "results": results}
     common.write_json(result, args.output)
     return result

@@ -10,18 +10,18 @@ from statistics import median_low
 class AutoDepth:
     """``draft_depth="auto"``.
 
-    The first rounds run every number of drafts a few times (they emit tokens like any other, so
-    nothing is lost but speed) and time it. Then the number with the most tokens a second is used:
-    ``(1 + sum_j prod_{i <= j} acceptance_i) / seconds``, where 0 drafts is plain decoding.
-    Positions that are not in use are tried again for a few rounds now and then, ever more seldom
-    while they do not pay.
+    The first rounds run the most drafts and none (they emit tokens like any other, so nothing is
+    lost but speed) and time them; numbers between lie between, in time. Then the number with the
+    most tokens a second is used: ``(1 + sum_j prod_{i <= j} acceptance_i) / seconds``, where 0
+    drafts is plain decoding. One draft more and one less are tried again for a few rounds now and
+    then, ever more seldom while they do not pay.
 
     Args:
         max_draft: the most drafts to consider.
     """
 
-    _EXPLORE = 2  # rounds of every number at the start
-    _PROBE_ROUNDS = 3
+    _EXPLORE = 2  # rounds of the most drafts, and of none, at the start
+    _PROBE_ROUNDS = 2
     _FIRST_PAUSE = 96  # rounds until the next probe; doubles
     _REVIEW = 8  # rounds between decisions
     _MEMORY = 0.98  # of the acceptance's running mean, a round
@@ -34,12 +34,12 @@ class AutoDepth:
         self._accepted = [1.0] * max_draft
         self._reached = [2.0] * max_draft
         # Deep to shallow: the deepest passes need no catching up later.
-        self._plan = [m for m in range(max_draft, -1, -1) for _ in range(self._EXPLORE)]
+        self._plan = [m for m in sorted({0, max_draft}, reverse=True) for _ in range(self._EXPLORE)]
         self._best = max_draft
         self._pause = self._FIRST_PAUSE
         self._since_probe = 0
         self._since_review = 0
-        self._probed = max_draft
+        self._deeper = True  # the next probe
 
     @property
     def depth(self) -> int:
@@ -47,14 +47,25 @@ class AutoDepth:
         return self._plan[0] if self._plan else self._best
 
     def rate(self, m: int) -> float:
-        """Expected tokens a second of every row with ``m`` drafts; 0 while it was never timed."""
-        if not self._seconds[m]:
+        """Expected tokens a second of every row with ``m`` drafts; 0 while nobody can know."""
+        seconds = self._expected_seconds(m)
+        if seconds is None:
             return 0.0
         tokens = reach = 1.0
         for accepted, reached in zip(self._accepted[:m], self._reached[:m], strict=True):
             reach *= accepted / reached
             tokens += reach
-        return tokens / median_low(self._seconds[m])
+        return tokens / seconds
+
+    def _expected_seconds(self, m: int) -> float | None:
+        """Of a round: timed, or between those that were."""
+        timed = [i for i, seconds in enumerate(self._seconds) if seconds]
+        below, above = [i for i in timed if i <= m], [i for i in timed if i >= m]
+        if not below or not above:
+            return None
+        low, high = below[-1], above[0]
+        at_low, at_high = median_low(self._seconds[low]), median_low(self._seconds[high])
+        return at_low + (at_high - at_low) * (m - low) / max(high - low, 1)
 
     def record(
         self, m: int, seconds: float, accepted: Sequence[int], reached: Sequence[int]
@@ -73,13 +84,18 @@ class AutoDepth:
             return
         self._since_probe += 1
         self._since_review += 1
-        if self._since_probe >= self._pause and self._best < self.max_draft:
-            self._since_probe = 0
-            self._pause *= 2
-            self._probed = self._best + 1
-            self._plan = [self._probed] * self._PROBE_ROUNDS
+        if self._since_probe >= self._pause:
+            self._probe()
         elif self._since_review >= self._REVIEW:
             self._decide()
+
+    def _probe(self) -> None:
+        """Plan a few rounds of one draft more or less, in turn where both are possible."""
+        self._since_probe = 0
+        self._pause *= 2
+        up = self._best < self.max_draft and (self._deeper or not self._best)
+        self._deeper = not up
+        self._plan = [self._best + (1 if up else -1)] * self._PROBE_ROUNDS
 
     def forget_times(self) -> None:
         """Time anew: the batch has become much smaller."""

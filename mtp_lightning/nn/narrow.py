@@ -24,6 +24,10 @@ from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 
+# So many tokens cost no more here than layer by layer: those of a short prompt, or what modules
+# have to catch up with.
+_MOST_TOKENS = 128
+
 
 class _Block(ctypes.Structure):
     """``Block`` of narrow.cpp."""
@@ -81,8 +85,9 @@ class NarrowBlocks:
     def fits(self, x_BTC: Tensor, positions: Positions) -> bool:
         """Whether a pass is narrow, over a cache."""
         cache = positions.cache
+        batch, n_new, _ = x_BTC.shape
         return (
-            x_BTC.shape[1] <= FEW
+            (n_new <= FEW or batch * n_new <= _MOST_TOKENS)
             and isinstance(cache, KVCache)
             and cache.is_chain
             and native.fits(x_BTC, cache.tables.cos_S1H)

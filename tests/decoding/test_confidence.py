@@ -89,7 +89,7 @@ def test_auto_takes_what_is_not_believed_for_what_fails(
     plain = generate(made, PROMPTS, max_new_tokens=40, speculative=False)
     found = generate(made, PROMPTS, draft_depth="auto", **options)  # type: ignore[arg-type]
     assert [row.token_ids for row in found] == [row.token_ids for row in plain]
-    assert {m for m, _, _ in rounds} >= {0, 1, 2, 3}
+    assert {m for m, _, _ in rounds} >= {0, 3}
     for m, accepted, reached in rounds:
         # One draft at most is made; the second is the one that was not.
         assert max(accepted) <= min(m, 1)

@@ -188,6 +188,24 @@ def test_auto_depth_finds_what_pays():
     assert 2000 / seconds > 0.98  # what looking costs, at least this much of plain speed remains
 
 
+def test_auto_depth_costs_little_of_a_short_text_without_a_right_draft():
+    """The costs of the main job's passes on one core, the first round's catching up among them."""
+    auto, costs = AutoDepth(2), [200.0, 330.0, 440.0]
+    none = simulate(auto, costs, [0.0, 0.0], 256)
+    assert none[-1] == 0
+    assert 256 * costs[0] / (500 + sum(costs[m] for m in none)) > 0.97
+
+
+def test_auto_depth_times_plain_passes_again_where_one_seemed_slow():
+    auto, costs = AutoDepth(2), [9.0, 1.3, 1.6]  # something else ran meanwhile
+    while auto._plan:
+        simulate(auto, costs, [0.0, 0.0], 1)
+    assert auto.depth > 0
+    costs[0] = 1.0
+    late = simulate(auto, costs, [0.0, 0.0], 1000)
+    assert late[-1] == 0 and late.count(0) > 600
+
+
 def test_auto_depth_notices_that_drafts_became_good():
     auto = AutoDepth(2)
     costs = [1.0, 1.2, 1.4]

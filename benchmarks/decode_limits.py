@@ -1,0 +1,146 @@
+"""What bounds decoding: the memory's rate, and what transformers makes of the same weights."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import common
+from data_modules.tokenizers.byte import ByteTokenizer
+from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.generate import eager_decoding
+from mtp_lightning.decoding.session import Session
+from mtp_lightning.interop.config_json import model_type
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.kernels.few_rows import FewRows
+
+Ways = Mapping[str, Mapping[str, Any]]
+
+
+def smollm2_shape() -> MTPModel:
+    """Random weights in SmolLM2-135M's shape: half a gigabyte, which no cache holds."""
+    trunk = TrunkConfig(
+        vocab_size=49152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, d_ff=1536
+    )
+    model = MTPModel(ModelConfig(trunk=trunk, mtp=NoMTPConfig()))
+    model.initialise(0)
+    return model.eval()
+
+
+def _packed(model: nn.Module) -> list[torch.Tensor]:
+    """The matrices that a narrow pass reads."""
+    layers = [getattr(layer, "packed", None) for layer in model.modules()]
+    return [layer.numbers for layer in layers if isinstance(layer, FewRows)]
+
+
+def memory_rate(model: MTPModel, prompt: list[int], *, repeats: int) -> dict[str, float]:
+    """How fast the trunk's passes at batch 1 read its weights, and how fast a plain read of the
+    same memory is, its sum, in turn with them. Without the layers' C++, nothing."""
+    with eager_decoding(model):
+        weights = [x.view(torch.float32) for x in _packed(model.trunk) + _packed(model.head)]
+        if not weights:
+            return {}
+        session = Session(model, [prompt], capacity=len(prompt) + 8, max_draft=0)
+        session.prefill([len(prompt)])
+
+        def read() -> None:
+            for weight in weights:
+                weight.sum()
+
+        widths = {f"pass_of_{width}": width - 1 for width in (1, 3)}
+        passes = {name: partial(session.verify, n_drafts) for name, n_drafts in widths.items()}
+        seconds = common.median_times({"read": read, **passes}, repeats=repeats)
+    n_bytes = sum(weight.nbytes for weight in weights)
+    rates = {f"{name}_gb_per_s": n_bytes / s / 1e9 for name, s in seconds.items()}
+    share = {f"share_of_{name}": seconds["read"] / seconds[name] for name in widths}
+    return {"megabytes": n_bytes / 1e6, **rates, **share}
+
+
+def against_transformers(
+    model: MTPModel, prompt: list[int], ways: Ways, *, new_tokens: int, repeats: int
+) -> dict[str, Any]:
+    """transformers' decoding of an exported model in fp32, beside this project's.
+
+    Its ``use_mtp=True``, too, for a DeepSeek-V3 trunk with sequential modules, which alone it has.
+
+    Args:
+        model: that can be exported.
+        prompt: token ids.
+        ways: name -> options of ``generate``; those with drafts are compared with its drafts.
+        new_tokens: greedy ones.
+        repeats: medians over them.
+    """
+    from mtp_lightning.interop.transformers_model import Loaded
+    from mtp_lightning.interop.writing import write_folder
+
+    kind = model_type(model.config)
+    drafts = kind == "deepseek_v3" and model.config.mtp.variant == "sequential"
+    ids, passes = torch.tensor(prompt), 0
+    seconds: dict[str, list[float]] = {}
+    texts: dict[str, list[int]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(
+            Path(folder), model, ByteTokenizer(), dtype="float32",
+            max_positions=len(prompt) + new_tokens + model.depth, shard_bytes=2**30,
+        )  # fmt: skip
+        theirs = Loaded(
+            Path(folder),
+            model_type=kind,
+            n_layers=model.config.trunk.n_layers,
+            depth=model.depth if drafts else 0,
+        )
+        for _ in range(repeats + 1):
+            for name in ("plain", "use_mtp") if drafts else ("plain",):
+                # With use_mtp, generate() reads the modules from the folder in every call.
+                began = common.clock()
+                texts[f"transformers_{name}"], passes = theirs.greedy(
+                    ids, new_tokens, use_mtp=name == "use_mtp"
+                )
+                seconds.setdefault(f"transformers_{name}", []).append(common.clock() - began)
+            for name, way in ways.items():
+                began = common.clock()
+                (own,) = generate(model, [prompt], max_new_tokens=new_tokens, **way)
+                texts[name] = own.token_ids
+                seconds.setdefault(name, []).append(common.clock() - began)
+    for times in seconds.values():
+        del times[0]  # the first round warms up
+
+    def ratio(slow: str, fast: str) -> float:
+        return median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
+
+    result = {
+        "tokens_per_second": {name: new_tokens / median(s) for name, s in seconds.items()},
+        "over_transformers_plain": {name: ratio("transformers_plain", name) for name in ways},
+    }
+    if drafts:
+        drafting = [name for name in ways if not name.endswith("plain")]
+        result |= {
+            "over_transformers_use_mtp": {n: ratio("transformers_use_mtp", n) for n in drafting},
+            "transformers_use_mtp_over_plain": ratio("transformers_plain", "transformers_use_mtp"),
+            "transformers_tokens_per_step": new_tokens / passes,
+        }
+    # Rounding may part two implementations at a near-tie.
+    return result | {"greedy_equal": all(text == texts["plain"] for text in texts.values())}
+
+
+def of_wide_model(prompt: list[int], *, new_tokens: int, repeats: int) -> dict[str, Any]:
+    """Plain decoding of SmolLM2's shape in fp32 and, rounded, in bf16."""
+    from mtp_lightning.decoding.precision import use_precision
+
+    model, results = smollm2_shape(), {}
+    for precision in ("fp32", "bf16"):
+        use_precision(model, precision)
+        found = against_transformers(
+            model, prompt, {"plain": {}}, new_tokens=new_tokens, repeats=repeats
+        )
+        results[precision] = memory_rate(model, prompt, repeats=4 * repeats) | found
+    return results

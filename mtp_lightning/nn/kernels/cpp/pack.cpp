@@ -1,0 +1,87 @@
+// Weights into panels (few.h), in fp32 or bf16. Packing is a read and a write of the weights: tiles
+// of 16 x 16 are turned in registers.
+#include <sys/mman.h>
+
+#include "few.h"
+
+// Numbers that a packed weight takes.
+extern "C" int64_t packed_size(int64_t outputs, int64_t inputs, int64_t half) {
+    int64_t panels = (outputs - 1) / PANEL;
+    return (panels * PANEL + panel_width(outputs - panels * PANEL, half)) * inputs;
+}
+
+// Large pages are filled faster, and found faster by whoever reads them in a row.
+static void large_pages(void* memory, int64_t bytes) {
+    constexpr uintptr_t page = 1 << 21;
+    uintptr_t begin = ((uintptr_t)memory + page - 1) / page * page;
+    uintptr_t end = ((uintptr_t)memory + bytes) / page * page;
+    if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+}
+
+// Inputs k .. k + 15 of outputs o .. o + 15, by input; zeros where there are none.
+static inline void tile_of(const float* weight, int64_t outputs, int64_t inputs, int64_t o,
+                           int64_t k, Vector* rows) {
+    int64_t n = inputs - k < LANES ? inputs - k : LANES;
+    for (int64_t i = 0; i < LANES; i++) {
+        const float* row = weight + (o + i) * inputs + k;
+        rows[i] = o + i >= outputs ? all(0.0f) : n == LANES ? load(row) : load_some(row, n);
+    }
+    transpose(rows);
+}
+
+// weight[N, K] -> panels, fp32.
+extern "C" void pack_full(const float* weight, float* packed, int64_t outputs, int64_t inputs) {
+    large_pages(packed, packed_size(outputs, inputs, 0) * sizeof(float));
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < (outputs + PANEL - 1) / PANEL; p++) {
+        int64_t width = panel_width(outputs - p * PANEL, false);
+        float* to = packed + p * PANEL * inputs;
+        for (int64_t j = 0; j < width; j += LANES)
+            for (int64_t k = 0; k < inputs; k += LANES) {
+                Vector rows[LANES];
+                tile_of(weight, outputs, inputs, p * PANEL + j, k, rows);
+                for (int64_t i = 0; i < LANES && k + i < inputs; i++)
+                    store(to + (k + i) * width + j, rows[i]);
+            }
+    }
+}
+
+// Whether all are numbers of bf16.
+static bool halves(const float* numbers, int64_t n) {
+    const Whole lower = 0xffff - (Whole){};
+    for (int64_t i = 0; i < n; i += 64 * LANES) {
+        Whole bits = {};
+        for (int64_t j = i; j < i + 64 * LANES && j < n; j += LANES)
+            bits |= (Whole)(n - j < LANES ? load_some(numbers + j, n - j) : load(numbers + j));
+        bits &= lower;
+        for (int64_t j = 0; j < LANES; j++)
+            if (bits[j]) return false;
+    }
+    return true;
+}
+
+// The same in bf16: two vectors of outputs share 32 numbers, the second in the upper halves. Whether
+// nothing is lost; if not, nothing is packed.
+extern "C" int64_t pack_half(const float* weight, uint16_t* packed, int64_t outputs,
+                             int64_t inputs) {
+    if (!halves(weight, outputs * inputs)) return 0;
+    const Whole upper = (int32_t)0xffff0000 - (Whole){};
+    large_pages(packed, packed_size(outputs, inputs, 1) * sizeof(uint16_t));
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < (outputs + PANEL - 1) / PANEL; p++) {
+        int64_t width = panel_width(outputs - p * PANEL, true);
+        uint16_t* to = packed + p * PANEL * inputs;
+        for (int64_t j = 0; j < width; j += 2 * LANES)
+            for (int64_t k = 0; k < inputs; k += LANES) {
+                Vector first[LANES], second[LANES];
+                tile_of(weight, outputs, inputs, p * PANEL + j, k, first);
+                tile_of(weight, outputs, inputs, p * PANEL + j + LANES, k, second);
+                for (int64_t i = 0; i < LANES && k + i < inputs; i++) {
+                    Whole low = ((Whole)first[i] >> 16) & ~upper;
+                    store((float*)(to + (k + i) * width + j),
+                          (Vector)(low | ((Whole)second[i] & upper)));
+                }
+            }
+    }
+    return 1;
+}
