@@ -49,8 +49,8 @@ def memory_rate(model: MTPModel, prompt: list[int], *, repeats: int) -> dict[str
         weights = [x.view(torch.float32) for x in _packed(model.trunk) + _packed(model.head)]
         if not weights:
             return {}
-        session = Session(model, [prompt], capacity=len(prompt) + 8, max_draft=0)
-        session.prefill([len(prompt)])
+        session = Session(model, places=1, capacity=len(prompt) + 8, max_draft=0)
+        session.join([prompt])
 
         def read() -> None:
             for weight in weights:

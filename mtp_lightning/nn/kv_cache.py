@@ -65,9 +65,10 @@ class KVCache:
         return self.runs.starts
 
     @property
-    def is_chain(self) -> bool:
-        """Whether every token of the open pass follows its neighbour."""
-        return True
+    def parents(self) -> Sequence[int] | None:
+        """Of every token of the open pass the index of the one that it follows, -1 of the first;
+        None where each follows its neighbour."""
+        return None
 
     def rows(self, rows: slice) -> KVCache:
         """A cache of some rows that shares this one's storage."""

@@ -56,7 +56,7 @@ class _Pass(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("rows", "length", "capacity")),
-        *((name, c_void_p) for name in ("starts", "cos", "sin", "entries")),
+        *((name, c_void_p) for name in ("starts", "parents", "cos", "sin", "entries")),
     )
 
 
@@ -89,7 +89,6 @@ class NarrowBlocks:
         return (
             (n_new <= FEW or batch * n_new <= _MOST_TOKENS)
             and isinstance(cache, KVCache)
-            and cache.is_chain
             and native.fits(x_BTC, cache.tables.cos_S1H)
         )
 
@@ -113,12 +112,14 @@ class NarrowBlocks:
         tables = cache.tables
         entries = cache.entries_L_BSMH[layer : layer + self._n]
         starts = (c_int64 * batch)(*cache.starts)
+        parents = None if cache.parents is None else (c_int64 * n_new)(*cache.parents)
         pointers = (c_void_p * self._n)(*[x.data_ptr() for x in entries])
         over = _Pass(
             batch,
             n_new,
             tables.capacity,
             ctypes.addressof(starts),
+            None if parents is None else ctypes.addressof(parents),
             tables.cos_S1H.data_ptr(),
             tables.sin_S1H.data_ptr(),
             ctypes.addressof(pointers),

@@ -28,12 +28,14 @@ class Branches:
         device: of the tables.
 
     Attributes:
+        parents: as given.
         offsets_T: positions behind the first.
         tails: the paths to all leaves, one after the other, each without the tokens that it shares
             with the path before: their first offset, and their indices.
     """
 
     def __init__(self, parents: Sequence[int], device: torch.device) -> None:
+        self.parents = tuple(parents)
         self.width = width = len(parents)
         paths: list[list[int]] = []
         for token, parent in enumerate(parents):
@@ -62,8 +64,8 @@ class TreeCache(KVCache):
     _branches: Branches | None = None
 
     @property
-    def is_chain(self) -> bool:
-        return self._branches is None
+    def parents(self) -> Sequence[int] | None:
+        return None if self._branches is None else self._branches.parents
 
     def begin(self, starts: list[int], n_new: int) -> tuple[Tensor, Tensor, Tensor | None]:
         self._branches = None
@@ -90,13 +92,13 @@ class TreeCache(KVCache):
 
     def append(self, layer: int, entry_BTMH: Tensor) -> None:
         super().append(layer, entry_BTMH)
-        if not self.is_chain:
+        if self._branches is not None:
             self._kept[layer] = entry_BTMH
 
     def attend(self, layer: int, query_BTNH: Tensor, mask: Tensor | None) -> Tensor:
         """In an exact pass, path by path, each with its entries where a chain has them: a token's
         numbers are then those of a pass over its path alone, to the last bit."""
-        if self.is_chain or not is_exact():
+        if self._branches is None or not is_exact():
             return super().attend(layer, query_BTNH, mask)
         assert mask is not None
         entries, kept = self.entries_L_BSMH[layer], self._kept[layer]
@@ -117,7 +119,7 @@ class TreeCache(KVCache):
         return mixed
 
     def distances(self) -> Tensor:
-        if self.is_chain:
+        if self._branches is None:
             return super().distances()
         return self._positions_BT.unsqueeze(-1) - self.tables.columns_S[: self._width]
 
@@ -127,10 +129,11 @@ class TreeCache(KVCache):
         Args:
             path_BE: indices of its tokens; those behind a path's end may be any.
         """
-        runs = Runs(self.tables, self.starts, path_BE.shape[1])
-        for layer, kept in self._kept.items():
-            runs.write(self.entries_L_BSMH[layer], along(kept, path_BE))
-        self._kept = {}
+        read, runs = self.runs, Runs(self.tables, self.starts, path_BE.shape[1])
+        for layer, entries in enumerate(self.entries_L_BSMH):
+            # Blocks in one call (narrow.py) leave them where they were read.
+            kept = self._kept.pop(layer, None)
+            runs.write(entries, along(read.read(entries) if kept is None else kept, path_BE))
 
 
 def along(values: Tensor, path_BE: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kernels import few_rows, native
 from mtp_lightning.nn.kernels.few_rows import FewRows, round_weights
 from mtp_lightning.nn.kernels.matmul import packed_weights
-from mtp_lightning.nn.kv_cache import KVCache, PositionTables
+from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.narrow import NarrowBlocks
+from mtp_lightning.nn.position_tables import PositionTables
 from mtp_lightning.nn.trunk import Trunk
 
 SHAPES = [(1, 1), (7, 5), (16, 16), (33, 20), (48, 9), (64, 96), (100, 7), (160, 96), (257, 64)]

@@ -27,7 +27,8 @@ struct Join {
 
 struct Pass {
     int64_t rows, length, capacity;
-    const int64_t* starts;    // [B], where every row's new tokens stand
+    const int64_t* starts;    // [B], where every row's new tokens are stored
+    const int64_t* parents;   // [T], whom each follows if they are a tree; NULL if its neighbour
     const float *cos, *sin;   // [S, H], over whole heads, signs included
     float* const* entries;    // of every block [B, S, 2 P, H]
 };
@@ -78,10 +79,28 @@ static inline Vector sums_of(Vector* rows) {
     return (parts[0] + parts[2]) + (parts[1] + parts[3]);
 }
 
-// One query over the `seen` first positions of its key head; keys and values lie `step` apart.
+// Whom every token of a pass sees among the new ones: how many, then which, itself the last. A
+// tree's token stands as many positions behind the first as it has before it on its path.
+static void find_paths(const Pass& pass, std::vector<int64_t>& paths) {
+    int64_t t = pass.length, step = t + 1;
+    paths.resize(t * step);
+    for (int64_t i = 0; i < t; i++) {
+        int64_t parent = pass.parents ? pass.parents[i] : i - 1, *path = paths.data() + i * step;
+        const int64_t* before = paths.data() + parent * step;
+        int64_t n = parent < 0 ? 0 : before[0];
+        for (int64_t j = 1; j <= n; j++) path[j] = before[j];
+        path[0] = n + 1;
+        path[n + 1] = i;
+    }
+}
+
+// One query over all positions before `start` and a path of new ones, of its key head; keys and
+// values lie `step` apart. A path is mixed as though it had the positions behind `start`.
 static void attend(const float* query, const float* keys, const float* values, int64_t step,
-                   int64_t seen, int64_t head, float* scores, float* out) {
+                   int64_t start, const int64_t* path, int64_t head, float* scores, float* out) {
     float scale = 1.0f / sqrtf((float)head);
+    int64_t seen = start + path[0];
+    auto place = [&](int64_t s) { return (s < start ? s : start + path[s - start + 1]) * step; };
     Vector top = all(-INFINITY);
     for (int64_t s = 0; s < seen; s += LANES) {
         Vector dots[LANES];
@@ -89,7 +108,7 @@ static void attend(const float* query, const float* keys, const float* values, i
         for (int64_t i = 0; i < LANES; i++) {
             dots[i] = all(0.0f);
             if (i >= n) continue;
-            const float* key = keys + (s + i) * step;
+            const float* key = keys + place(s + i);
             columns(head, [&](int64_t at, int64_t m) {
                 dots[i] = multiply_add(take(query + at, m), take(key + at, m), dots[i]);
             });
@@ -109,13 +128,14 @@ static void attend(const float* query, const float* keys, const float* values, i
     columns(head, [&](int64_t at, int64_t m) {
         Vector mixed = all(0.0f);
         for (int64_t s = 0; s < seen; s++)
-            mixed = multiply_add(all(scores[s]), take(values + s * step + at, m), mixed);
+            mixed = multiply_add(all(scores[s]), take(values + place(s) + at, m), mixed);
         put(out + at, mixed * all(whole), m);
     });
 }
 
 struct Scratch {
     std::vector<float> normed, qkv, mixed, gate_up, inner;
+    std::vector<int64_t> paths;
     void fit(int64_t rows, const Block& b) {
         auto grow = [](std::vector<float>& v, int64_t n) {
             if ((int64_t)v.size() < n) v.resize(n);
@@ -129,7 +149,7 @@ struct Scratch {
 };
 
 // Keys and values of a token go into the cache, queries and keys turned.
-static void store_token(const Block& b, const Pass& pass, float* qkv, float* entries, int64_t row,
+static void store_token(const Block& b, const Pass& pass, float* qkv, float* entry,
                         int64_t position) {
     int64_t turned = b.heads + b.kv_heads, all_heads = turned + b.kv_heads;
     if (b.bias)
@@ -140,17 +160,18 @@ static void store_token(const Block& b, const Pass& pass, float* qkv, float* ent
         if (gain) norm(head, gain, head, b.head, b.head_eps);
         turn(head, pass.cos + position * b.head, pass.sin + position * b.head, b.head);
     }
-    int64_t size = 2 * b.kv_heads * b.head;
-    memcpy(entries + (row * pass.capacity + position) * size, qkv + b.heads * b.head,
-           size * sizeof(float));
+    memcpy(entry, qkv + b.heads * b.head, 2 * b.kv_heads * b.head * sizeof(float));
 }
 
 static void attention(const Block& b, const Pass& pass, float* entries, Scratch& s) {
     int64_t tokens = pass.rows * pass.length, per_token = (b.heads + 2 * b.kv_heads) * b.head;
     int64_t size = 2 * b.kv_heads * b.head, group = b.heads / b.kv_heads, work = 0;
+    const int64_t* paths = s.paths.data();
     for (int64_t i = 0; i < tokens; i++) {
-        int64_t row = i / pass.length, position = pass.starts[row] + i % pass.length;
-        store_token(b, pass, s.qkv.data() + i * per_token, entries, row, position);
+        int64_t row = i / pass.length, token = i % pass.length, start = pass.starts[row];
+        int64_t position = start + paths[token * (pass.length + 1)] - 1;
+        float* entry = entries + (row * pass.capacity + start + token) * size;
+        store_token(b, pass, s.qkv.data() + i * per_token, entry, position);
         work += position * b.heads * b.head;
     }
     const float* qkv = s.qkv.data();
@@ -159,11 +180,11 @@ static void attention(const Block& b, const Pass& pass, float* entries, Scratch&
     for (int64_t i = 0; i < tokens * b.heads; i++) {
         static thread_local std::vector<float> scores;
         int64_t token = i / b.heads, h = i % b.heads, row = token / pass.length;
-        int64_t seen = pass.starts[row] + token % pass.length + 1;
-        if ((int64_t)scores.size() < seen + LANES) scores.resize(pass.capacity + LANES);
+        const int64_t* path = paths + token % pass.length * (pass.length + 1);
+        if ((int64_t)scores.size() < pass.capacity + LANES) scores.resize(pass.capacity + LANES);
         const float* keys = entries + row * pass.capacity * size + h / group * b.head;
-        attend(qkv + token * per_token + h * b.head, keys, keys + b.kv_heads * b.head, size, seen,
-               b.head, scores.data(), mixed + i * b.head);
+        attend(qkv + token * per_token + h * b.head, keys, keys + b.kv_heads * b.head, size,
+               pass.starts[row], path, b.head, scores.data(), mixed + i * b.head);
     }
 }
 
@@ -195,6 +216,7 @@ static void block(const Block& b, const Pass& pass, float* entries, float* x, Sc
 extern "C" void narrow_blocks(const Block* blocks, int64_t n, const Pass* pass, float* x,
                               const float* gain, float* normed, double eps) {
     static thread_local Scratch scratch;
+    find_paths(*pass, scratch.paths);
     for (int64_t i = 0; i < n; i++) block(blocks[i], *pass, pass->entries[i], x, scratch);
     if (!gain) return;
     int64_t c = blocks[0].width;
