@@ -124,9 +124,8 @@ def test_a_race_is_run_warm_and_in_turns(monkeypatch, batch_size: int) -> None:
         return [f"{name} {p}" for p in prompts]
 
     monkeypatch.setattr(measure, "generate", decode)
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
     ways = {name: {"name": name} for name in ("plain", "drafted")}
-    run = measure.race(None, ["a", "b"], ways, repeats=2, batch_size=batch_size)
+    run = measure.race(None, ["a", "b"], ways, repeats=2, batch_size=batch_size, clock=lambda: now)
     there, back = ["plain", "drafted"], ["drafted", "plain"]
     turns = [there, there, back, there, back] if batch_size == 1 else [there, there, back]
     assert calls == [name for turn in turns for name in turn]
