@@ -253,7 +253,7 @@ def decoding_report(
     """
     model.mtp.require_drafts()
     ways: dict[str, dict[str, Any]] = {"plain": {"speculative": False}, "drafted": drafting}
-    options = {"max_new_tokens": new_tokens, "batch_size": 1}
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "batch_size": 1}
     run = race(model, prompts, ways, repeats=repeats, **options)
     plain, drafted = run.outputs["plain"], run.outputs["drafted"]
     require_same_greedy(model, prompts, plain, drafted)
