@@ -217,7 +217,7 @@ class Session:
         positions, runs = Positions.of_cache(cache, starts, width), cache.runs
         first = mtp.first_token(k)
         read = runs if first == k else Runs(self._tables, starts, width + k - first)
-        tokens = read.moved(first).read(self.tokens_BS[rows])
+        tokens = read.read(self.tokens_BS[rows], first)
         at = BranchPoint(
             hidden=runs.read(self.states[0][rows]),
             tokens=tokens,

@@ -36,7 +36,7 @@ class SingleCacheSession(Session):
         starts = [max(n, 1) + k - 2 for n in self.n]
         cache = self.depth_caches[0]
         positions = Positions.of_cache(cache, starts, 1)
-        tokens = cache.runs.moved(1).read(self.tokens_BS)
+        tokens = cache.runs.read(self.tokens_BS, 1)
         at = BranchPoint(
             hidden=self.newest_B1C,
             tokens=tokens,

@@ -117,13 +117,14 @@ class KVCache:
             ValueError: a row would outgrow the cache.
         """
         runs = self._open(starts, n_new)
-        if runs.positions_BT is None:
+        if runs.uniform:
             cos, sin = self.tables.at(starts[0], n_new)
             if starts[0] == 0 and n_new > FEW:
                 return cos, sin, None
             return cos, sin, self.tables.mask(starts[0], n_new, self._width)
-        cos, sin = self.tables.at_each(runs.positions_BT)
-        return cos, sin, self.tables.mask_of(runs.positions_BT, self._width)
+        positions_BT = runs.positions()
+        cos, sin = self.tables.at_each(positions_BT)
+        return cos, sin, self.tables.mask_of(positions_BT, self._width)
 
     def _open(self, starts: list[int], n_new: int) -> Runs:
         longest = max(starts) + n_new
@@ -167,10 +168,11 @@ class KVCache:
         """How far before every query of the open pass every stored position lies, [B, T, P]; below
         0 it lies behind. For layers that see less than all that came before."""
         columns, runs = self.tables.columns_S, self.runs
-        positions_BT = runs.positions_BT
-        if positions_BT is None:
+        if runs.uniform:
             run = columns[runs.starts[0] : runs.starts[0] + runs.width]
             positions_BT = run.expand(len(runs.starts), -1)
+        else:
+            positions_BT = runs.positions()
         return positions_BT.unsqueeze(-1) - columns[: self._width]
 
     def attend(self, layer: int, query_BTNH: Tensor, mask: Tensor | None) -> Tensor:

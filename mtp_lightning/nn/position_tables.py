@@ -33,42 +33,37 @@ class Runs:
         width: T, positions of each.
 
     Attributes:
-        positions_BT: all of them; None where every row's are the same.
+        uniform: whether they begin at the same place in every row.
     """
 
     def __init__(self, tables: PositionTables, starts: Sequence[int], width: int) -> None:
         self.tables = tables
         self.starts = starts
         self.width = width
-        self.positions_BT: Tensor | None = None
-        if len(starts) > 1 and any(start != starts[0] for start in starts):
-            start_B1 = torch.tensor(starts, device=tables.device).unsqueeze(1)
-            self._place(start_B1 + tables.columns_S[:width])
+        self.uniform = len(starts) == 1 or starts.count(starts[0]) == len(starts)
+        if not self.uniform:
+            # Rows and positions as one axis: by one index, storing is several times faster.
+            size = tables.capacity
+            places = [row * size + start for row, start in enumerate(starts)]
+            place_B1 = torch.tensor(places, device=tables.device).unsqueeze(1)
+            self._flat = (place_B1 + tables.columns_S[:width]).flatten()
 
-    def _place(self, positions_BT: Tensor) -> None:
-        """Rows and positions as one axis: by one index, storing is several times faster."""
-        self.positions_BT = positions_BT
-        self._flat = (positions_BT + self.tables.first_columns(len(self.starts))).flatten()
+    def positions(self) -> Tensor:
+        """All of them, [B, T], of runs that are not uniform."""
+        flat_BT = self._flat.view(len(self.starts), self.width)
+        return flat_BT - self.tables.first_columns(len(self.starts))
 
-    def moved(self, by: int) -> Runs:
-        """The same, so many positions on."""
-        moved = object.__new__(Runs)
-        moved.__dict__.update(self.__dict__)
-        moved.starts = [start + by for start in self.starts]
-        if self.positions_BT is not None:
-            moved.positions_BT, moved._flat = self.positions_BT + by, self._flat + by
-        return moved
-
-    def read(self, buffer: Tensor) -> Tensor:
-        """[B, S, ..] -> [B, T, ..]; a view where all runs are the same."""
-        if self.positions_BT is None:
-            return buffer.narrow(1, self.starts[0], self.width)
-        found = buffer.flatten(0, 1).index_select(0, self._flat)
+    def read(self, buffer: Tensor, ahead: int = 0) -> Tensor:
+        """[B, S, ..] -> [B, T, ..], so many positions on; a view where the runs are uniform."""
+        if self.uniform:
+            return buffer.narrow(1, self.starts[0] + ahead, self.width)
+        flat = self._flat + ahead if ahead else self._flat
+        found = buffer.flatten(0, 1).index_select(0, flat)
         return found.view(len(self.starts), self.width, *buffer.shape[2:])
 
     def write(self, buffer: Tensor, values: Tensor) -> None:
         """[B, T, ..] into [B, S, ..]."""
-        if self.positions_BT is None:
+        if self.uniform:
             buffer.narrow(1, self.starts[0], self.width).copy_(values)
         else:
             values = values.flatten(0, 1).to(buffer.dtype)

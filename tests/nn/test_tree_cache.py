@@ -67,7 +67,7 @@ def test_every_path_is_as_alone(tiny_trunk, starts, exact, latent):
 
 @pytest.mark.parametrize("starts", [[7], [20, 20], [3, 18, 11]])
 def test_blocks_in_one_call_give_every_path_its_bits(tiny_trunk, starts):
-    if native.lib() is None:
+    if native.library is None:
         pytest.skip("needs the layers in C++")
     trunk, rows = Trunk(tiny_trunk), len(starts)
     for parameter in trunk.parameters():
