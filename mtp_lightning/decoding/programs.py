@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parents[1]
 # What the passes of decoding are made of.
-_SOURCES = ("nn", "mtp", "decoding", "model.py")
+_SOURCES = ("nn", "mtp", "model.py", "decoding/compiled.py")
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 _FILE = "program.pt2"
 
