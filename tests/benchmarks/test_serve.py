@@ -13,7 +13,7 @@ pytestmark = pytest.mark.extras
 
 
 def test_rows(tmp_path: Path) -> None:
-    train_here(tmp_path / "mine", tmp_path / "cache")
+    train_here(tmp_path / "mine", tmp_path / "cache", {"data.seq_len": 64})
     run = str(tmp_path / "mine")
     found = serve.measure(run, clients=[1, 2], turns=1, tokens=3, cpu_time=False)
     assert found["same_texts"] is True
