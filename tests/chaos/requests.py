@@ -98,9 +98,11 @@ class Served:
         """Unless it runs."""
         if self._process is not None:
             return
-        given = ["port=0", "batch_size=2", "queue=4", "max_new_tokens=64", "num_threads=1"]
+        given = ["port=0", "batch_size=2", "queue=4", "max_new_tokens=8", "num_threads=1"]
         arguments = ["serve.py", f"checkpoint={self._finished.run}", *given]
         log = self._folder / "log"
+        log.parent.mkdir(parents=True)
+        log.touch()
         self._process = Process(arguments, log)
         atexit.register(self.end)
         until = time.monotonic() + 120
@@ -190,7 +192,7 @@ def _refused(served: Served, make: Callable[[random.Random], list[bytes]]) -> At
 def _hung_up(served: Served) -> Attempt:
     def attempt(folder: Path, chance: random.Random) -> str:
         served.start()
-        body = json.dumps({"prompt": "ab", "max_tokens": 64, "stream": True}).encode()
+        body = json.dumps({"prompt": "ab", "max_tokens": 8, "stream": True}).encode()
         head = "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
         sent = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
         for _ in range(8):
@@ -220,7 +222,7 @@ def _many(served: Served) -> Attempt:
 
     def attempt(folder: Path, chance: random.Random) -> str:
         served.start()
-        body = json.dumps({"prompt": "ab", "max_tokens": 64}).encode()
+        body = json.dumps({"prompt": "ab", "max_tokens": 8}).encode()
         connections = [served.begin() for _ in range(12)]
         for connection in connections:
             _send(connection, body)
