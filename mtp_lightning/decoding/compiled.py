@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decoding.session import Session
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.nn.attention import Positions
@@ -39,12 +40,12 @@ def require_compiler(model: MTPModel) -> None:
     """Make sure that programs can be built.
 
     Raises:
-        ValueError: there is no C++ compiler, which a CPU's programs need.
+        UserError: there is no C++ compiler, which a CPU's programs need.
     """
     if model.head.weight.device.type != "cpu":
         return
     if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), *_COMPILERS)):
-        raise ValueError(
+        raise UserError(
             "compile=true needs a C++ compiler, and none is on the PATH: install g++ or clang++, "
             "or decode with compile=false."
         )

@@ -23,6 +23,7 @@ from mtp_lightning.decoding.sampling import Noise, Sampling
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.single_cache import SingleCacheSession
 from mtp_lightning.decoding.speculative import Decoder
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.kernels.matmul import packed_weights
 from mtp_lightning.settings import is_whole, require_choice, require_number
@@ -110,11 +111,11 @@ def generate(
         One :class:`Generation` a prompt, in order.
 
     Raises:
-        ValueError: an option out of range, an empty prompt, a prompt longer than the context, a
+        UserError: an option out of range, an empty prompt, a prompt longer than the context, a
             model that gives its answers at once.
     """
     if model.config.mtp.answers_at_once:
-        raise ValueError(
+        raise UserError(
             f"a model of mtp={model.config.mtp.variant} says a task's answers all at once and not "
             "token by token: ask it by evaluate.py."
         )
@@ -144,7 +145,7 @@ def generate(
     if compile:
         require_compiler(model)
         if batch_size not in (None, 1):
-            raise ValueError(
+            raise UserError(
                 f"compile=true decodes one prompt at a time: set batch_size=1, not {batch_size}."
             )
         size = 1
@@ -265,14 +266,14 @@ def _max_draft(model: MTPModel, speculative: bool, draft_depth: object) -> int:
             most = model.depth if draft_depth is None else 2 * model.depth
         return most if speculative else 0
     if not is_whole(draft_depth) or draft_depth < 1:
-        raise ValueError(
+        raise UserError(
             f"draft_depth={draft_depth} must be a whole number of at least 1, or 'auto'; "
             "speculative=false is plain decoding."
         )
     if speculative:
         model.mtp.require_drafts()
     if speculative and most is not None and draft_depth > most:
-        raise ValueError(
+        raise UserError(
             f"draft_depth={draft_depth}, but the model drafts {most} tokens: use at most {most}."
         )
     return draft_depth if speculative else 0
@@ -281,26 +282,26 @@ def _max_draft(model: MTPModel, speculative: bool, draft_depth: object) -> int:
 def _check_confidence(model: MTPModel, options: _Options) -> None:
     asked = f"min_confidence={options.min_confidence}"
     if model.mtp.confidence is None:
-        raise ValueError(
+        raise UserError(
             f"{asked} needs a model that says how sure it is of its drafts: train one with "
             "objective.confidence=true, or leave it 0."
         )
     if not options.max_draft:
-        raise ValueError(
+        raise UserError(
             f"{asked} does not go together with speculative=false: leave one of them out."
         )
 
 
 def _check_single_cache(model: MTPModel, options: _Options) -> None:
     if not model.mtp.is_recursive:
-        raise ValueError(
+        raise UserError(
             f"cache={options.cache} is for a single module that reads its own output: decode a "
             "model of mtp=sequential with mtp.depth=1 or mtp.share_layers=true, or leave it "
             "per_depth."
         )
     if options.compile or not options.max_draft:
         other = "compile=true" if options.max_draft else "speculative=false"
-        raise ValueError(
+        raise UserError(
             f"cache={options.cache} does not go together with {other}: leave one of them out."
         )
 
@@ -309,10 +310,10 @@ def _token_ids(prompt: Prompt, index: int, model: MTPModel) -> list[int]:
     ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
     vocab = model.config.trunk.vocab_size
     if not ids:
-        raise ValueError(f"Prompt {index} is empty: give at least one token.")
+        raise UserError(f"Prompt {index} is empty: give at least one token.")
     for token in ids:
         if not isinstance(token, int) or not 0 <= token < vocab:
-            raise ValueError(
+            raise UserError(
                 f"Prompt {index} holds {token!r}, not a token id of the model (0 to {vocab - 1}): "
                 "encode it with the tokenizer that the model was trained with."
             )
@@ -321,7 +322,7 @@ def _token_ids(prompt: Prompt, index: int, model: MTPModel) -> list[int]:
 
 def _check_lengths(prompts: list[list[int]], options: _Options) -> None:
     if options.long not in ("refuse", "slide"):
-        raise ValueError(f"long={options.long} is unknown: choose refuse or slide.")
+        raise UserError(f"long={options.long} is unknown: choose refuse or slide.")
     limit = options.max_context
     if limit is None or options.long == "slide":
         return
@@ -329,7 +330,7 @@ def _check_lengths(prompts: list[list[int]], options: _Options) -> None:
         # The last new token is never read.
         total = len(prompt) + options.max_new_tokens - 1
         if total > limit:
-            raise ValueError(
+            raise UserError(
                 f"Prompt {i} has {len(prompt)} tokens and {options.max_new_tokens} new ones are "
                 f"asked for: {total} to read, but the model was trained on {limit}. Shorten the "
                 "prompt, lower max_new_tokens, or set long=slide."
@@ -340,20 +341,20 @@ def _stop_strings(stop: Sequence[str], tokenizer: Any) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise ValueError(f"stop={string!r} must be a string of at least one character.")
+            raise UserError(f"stop={string!r} must be a string of at least one character.")
     if strings and tokenizer is None:
-        raise ValueError(f"stop={list(strings)} needs a tokenizer: pass tokenizer=.")
+        raise UserError(f"stop={list(strings)} needs a tokenizer: pass tokenizer=.")
     return strings
 
 
 def _whole(name: str, value: object) -> int:
     if not is_whole(value):
-        raise ValueError(f"{name}={value} must be a whole number.")
+        raise UserError(f"{name}={value} must be a whole number.")
     return value
 
 
 def _positive(name: str, value: object) -> int:
     if _whole(name, value) < 1:
-        raise ValueError(f"{name}={value} must be at least 1.")
+        raise UserError(f"{name}={value} must be at least 1.")
     assert isinstance(value, int)
     return value

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kernels.exact import FEW, attend_by_query, is_exact
 from mtp_lightning.nn.rope import whole_head_table
@@ -144,11 +145,11 @@ class KVCache:
             Rotary tables cos, sin [1 | B, T, 1, H], and the mask for :meth:`attend`.
 
         Raises:
-            ValueError: a row would outgrow the cache.
+            UserError: a row would outgrow the cache.
         """
         longest = max(starts) + n_new
         if longest > self.tables.capacity:
-            raise ValueError(
+            raise UserError(
                 f"{longest} tokens do not fit into a cache of {self.tables.capacity}: "
                 "shorten the prompt, or ask for fewer new tokens."
             )

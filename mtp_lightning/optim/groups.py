@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.optim.base import OptimizerConfig
 from mtp_lightning.settings import require_number
 
@@ -56,7 +57,7 @@ class GroupedConfig(OptimizerConfig):
         schedule: of all learning rates.
 
     Raises:
-        ValueError: a learning rate that is not above 0, or an expression that is none.
+        UserError: a learning rate that is not above 0, or an expression that is none.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class GroupedConfig(OptimizerConfig):
             try:
                 re.compile(group.parameters)
             except re.error as error:
-                raise ValueError(
+                raise UserError(
                     f"optimizer.groups.{name}.parameters={group.parameters} is neither "
                     f"{', '.join(_KINDS)} nor a regular expression ({error})."
                 ) from error
@@ -78,7 +79,7 @@ class GroupedConfig(OptimizerConfig):
         """See :meth:`OptimizerConfig.build`; ``others`` go to the group ``rest``.
 
         Raises:
-            ValueError: a parameter that no group takes, or an algorithm that refuses its settings.
+            UserError: a parameter that no group takes, or an algorithm that refuses its settings.
         """
         taken: dict[str, list[nn.Parameter]] = {name: [] for name in self.groups}
         for parameter_name, parameter in model.named_parameters():
@@ -92,7 +93,7 @@ class GroupedConfig(OptimizerConfig):
         for group_name, group in self.groups.items():
             if group.takes(name, parameter):
                 return group_name
-        raise ValueError(
+        raise UserError(
             f"No group of optimizer.groups takes {name}: add one with parameters: rest."
         )
 
@@ -101,7 +102,7 @@ class GroupedConfig(OptimizerConfig):
         try:
             return group.algorithm([{"params": parameters, "name": name}], lr=group.lr)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"optimizer.groups.{name} is refused: {error}.") from error
+            raise UserError(f"optimizer.groups.{name} is refused: {error}.") from error
 
 
 class Combined(torch.optim.Optimizer):
@@ -131,10 +132,10 @@ class Combined(torch.optim.Optimizer):
         """The inverse of :meth:`state_dict`.
 
         Raises:
-            ValueError: it is of other groups.
+            UserError: it is of other groups.
         """
         if state_dict.keys() != self.optimizers.keys():
-            raise ValueError(
+            raise UserError(
                 f"The optimizer's groups are {', '.join(self.optimizers)}, and those saved "
                 f"{', '.join(map(str, state_dict))}: go on with the settings the run began with."
             )
