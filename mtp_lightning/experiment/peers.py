@@ -30,6 +30,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.settings import require_whole
 
 # What a process was told that Lightning has started.
 _TOLD = "MTP_LIGHTNING_TOLD"
@@ -225,7 +226,8 @@ def check_world(trainer: DictConfig, peers: Peers) -> None:
     Raises:
         UserError: they are not as many, or there is no way to reach the other machines.
     """
-    devices, nodes = _whole(trainer.devices), trainer.num_nodes
+    devices = _whole(trainer.devices)
+    nodes = require_whole("trainer.num_nodes", trainer.num_nodes, least=1)
     ranks = _of_all()
     if ranks is not None and ranks[1] > 1 or dist.is_torchelastic_launched():
         started = ranks[1] if ranks is not None else 1

@@ -14,6 +14,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST
+from mtp_lightning.settings import require_whole
 
 if TYPE_CHECKING:
     from data_modules.tokenizers import Tokenizer
@@ -52,7 +53,8 @@ class LoadedRun:
     @property
     def seq_len(self) -> int:
         """T, the context that the model was trained on."""
-        return int(self.config["data"]["seq_len"])
+        length = self.config["data"]["seq_len"]
+        return require_whole(f"data.seq_len of {self.path}", length, least=1)
 
 
 def pretrained_state(folder: str | Path) -> dict[str, Any]:
@@ -125,7 +127,7 @@ def model_config(
     """
     try:
         return ModelConfig.from_dict(checkpoint["model_config"], allow=allow)
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{source} describes no model: {error}") from error
 
 
