@@ -127,7 +127,7 @@ def model_config(
     """
     try:
         return ModelConfig.from_dict(checkpoint["model_config"], allow=allow)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{source} describes no model: {error}") from error
 
 
