@@ -178,16 +178,16 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """
     quiet_lightning()
     keep_freed_memory()
-    devices = cfg.trainer.devices
-    set_threads(
-        cfg.trainer.num_threads,
-        processes=devices if isinstance(devices, int) and devices > 0 else 1,
-    )
     folder = Path(cfg.paths.output_dir)
     peers = find_peers()
-    check_world(cfg.trainer, peers)
-    peers.require_shared(folder)
     with claimed(folder) if peers.leads else nullcontext():
+        devices = cfg.trainer.devices
+        set_threads(
+            cfg.trainer.num_threads,
+            processes=devices if isinstance(devices, int) and devices > 0 else 1,
+        )
+        check_world(cfg.trainer, peers)
+        peers.require_shared(folder)
         return _train(cfg, folder, peers)
 
 
