@@ -79,14 +79,27 @@ class GroupedConfig(OptimizerConfig):
         """See :meth:`OptimizerConfig.build`; ``others`` go to the group ``rest``.
 
         Raises:
-            UserError: a parameter that no group takes, or an algorithm that refuses its settings.
+            UserError: a parameter that no group takes, a group that takes none, or an algorithm
+                that refuses its settings.
         """
         taken: dict[str, list[nn.Parameter]] = {name: [] for name in self.groups}
+        named = set()  # by frozen parameters, too
         for parameter_name, parameter in model.named_parameters():
+            group = self._group_of(parameter_name, parameter)
+            named.add(group)
             if parameter.requires_grad:
-                taken[self._group_of(parameter_name, parameter)].append(parameter)
+                taken[group].append(parameter)
         if others:
-            taken[self._group_of("what the balance rule learns", others[0])] += others
+            group = self._group_of("what the balance rule learns", others[0])
+            named.add(group)
+            taken[group] += others
+        for name, unused in self.groups.items():
+            if name not in named and unused.parameters != "rest":
+                raise UserError(
+                    f"optimizer.groups.{name}.parameters={unused.parameters} takes no parameter of "
+                    f"this model: give {', '.join(_KINDS)} or a regular expression on their names, "
+                    "or leave the group out."
+                )
         return Combined({name: self._build(name, p) for name, p in taken.items() if p})
 
     def _group_of(self, name: str, parameter: nn.Parameter) -> str:
@@ -100,9 +113,13 @@ class GroupedConfig(OptimizerConfig):
     def _build(self, name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         group = self.groups[name]
         try:
-            return group.algorithm([{"params": parameters, "name": name}], lr=group.lr)
+            made = group.algorithm([{"params": parameters, "name": name}], lr=group.lr)
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer.groups.{name} is refused: {error}.") from error
+        if "momentum" in made.defaults:  # which not every class of torch.optim looks at
+            key = f"optimizer.groups.{name}.algorithm.momentum"
+            require_number(key, made.defaults["momentum"], least=0, below=1)
+        return made
 
 
 class Combined(torch.optim.Optimizer):
