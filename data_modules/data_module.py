@@ -30,7 +30,7 @@ class TokenDataModule(StoreDataModule):
         options: of :class:`StoreDataModule` and :class:`WindowDataModule`.
 
     Raises:
-        ValueError: for numbers out of range.
+        UserError: for numbers out of range.
     """
 
     def __init__(

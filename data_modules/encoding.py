@@ -12,6 +12,7 @@ from data_modules.overlap import LineOverlap
 from data_modules.sources.base import Source
 from data_modules.splitting import DocumentSplit
 from data_modules.tokenizers.base import Tokenizer
+from mtp_lightning.errors import UserError
 
 PIECE = 65_536
 """Characters that a long document is encoded by: bounds memory, and lets processes share it."""
@@ -88,14 +89,14 @@ def require_unicode(document: str, number: int, source: Source) -> None:
     """Refuse a document of a source that cannot be written as UTF-8.
 
     Raises:
-        ValueError: naming its number and the character.
+        UserError: naming its number and the character.
     """
     if document.isascii():
         return
     try:
         document.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(
+        raise UserError(
             f"document {number} of {source.name} holds half a character (a lone "
             f"surrogate, U+{ord(document[error.start]):04X}) at character {error.start}, "
             f"which is no Unicode text: mend that document"

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from data_modules.order import Order, window_order
 from data_modules.windows import WindowBatch
+from mtp_lightning.errors import UserError
 
 
 class Windows(Protocol):
@@ -25,7 +26,7 @@ class TrainingWindows(Windows, Protocol):
     """Windows that can say why there are too few of them."""
 
     def require(self, batch_size: int, world: int) -> None:
-        """Raises ``ValueError`` with the remedy if they are too few for one step.
+        """Raises ``UserError`` with the remedy if they are too few for one step.
 
         Args:
             batch_size: windows of one step of a process.
@@ -55,7 +56,7 @@ class WindowLoader:
         pin_memory: put batches into page-locked memory.
 
     Raises:
-        ValueError: for a ``batch_size`` below 1 or a negative seed.
+        UserError: for a ``batch_size`` below 1 or a negative seed.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class WindowLoader:
     ) -> None:
         _check(batch_size, num_workers)
         if seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {seed}")
+            raise UserError(f"seed must be 0 or more, got {seed}")
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
@@ -82,13 +83,13 @@ class WindowLoader:
         """Batches of this rank in a whole epoch, however much of it is consumed.
 
         Raises:
-            ValueError: see :meth:`check`.
+            UserError: see :meth:`check`.
         """
         self.check()
         return len(self.dataset) // (self.batch_size * _world()[1])
 
     def check(self) -> None:
-        """Raises ``ValueError``, with the remedy, if there are too few windows for one batch."""
+        """Raises ``UserError``, with the remedy, if there are too few windows for one batch."""
         self.dataset.require(self.batch_size, _world()[1])
 
     def __iter__(self) -> Iterator[WindowBatch]:
@@ -109,10 +110,10 @@ class WindowLoader:
         """Goes on where :meth:`state_dict` was taken, with the seed it was taken with.
 
         Raises:
-            ValueError: if this data has another number of windows, so another order.
+            UserError: if this data has another number of windows, so another order.
         """
         if state["windows"] != len(self.dataset):
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was saved on {state['windows']} training windows but this data "
                 f"has {len(self.dataset)}: resume with the same data, tokenizer and data.seq_len"
             )
@@ -156,7 +157,7 @@ class EvaluationLoader:
         pin_memory: put batches into page-locked memory.
 
     Raises:
-        ValueError: for a ``batch_size`` below 1.
+        UserError: for a ``batch_size`` below 1.
     """
 
     def __init__(
@@ -177,15 +178,15 @@ class EvaluationLoader:
         """Batches of this rank.
 
         Raises:
-            ValueError: see :meth:`check`.
+            UserError: see :meth:`check`.
         """
         self.check()
         return -(-len(self.dataset) // (self.batch_size * _world()[1]))
 
     def check(self) -> None:
-        """Raises ``ValueError``, with the remedy, if there is no text."""
+        """Raises ``UserError``, with the remedy, if there is no text."""
         if len(self.dataset) == 0:
-            raise ValueError(
+            raise UserError(
                 "the validation split has no document: give more text, or hold out more of it "
                 "(data.val_fraction; of token files data.held_out)"
             )
@@ -200,9 +201,9 @@ class EvaluationLoader:
 
 def _check(batch_size: int, num_workers: int) -> None:
     if batch_size < 1:
-        raise ValueError(f"the batch size must be at least 1, got {batch_size}")
+        raise UserError(f"the batch size must be at least 1, got {batch_size}")
     if num_workers < 0:
-        raise ValueError(f"data.num_workers must be 0 or more, got {num_workers}")
+        raise UserError(f"data.num_workers must be 0 or more, got {num_workers}")
 
 
 def _fetch(

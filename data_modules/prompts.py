@@ -9,6 +9,7 @@ import numpy as np
 from data_modules.encoding import pieces, require_unicode
 from data_modules.splitting import SPLITS, DocumentSplit
 from data_modules.tokenizers.base import Tokenizer
+from mtp_lightning.errors import UserError
 
 
 def take_prompts(
@@ -29,7 +30,7 @@ def take_prompts(
         (split, ids ``[length]`` int64), those of ``train`` first.
 
     Raises:
-        ValueError: the documents hold fewer, or a text that is no Unicode.
+        UserError: the documents hold fewer, or a text that is no Unicode.
     """
     taken: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
     left: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
@@ -59,7 +60,7 @@ def take_prompts(
                 take(name, ids)
         if len(taken[name]) < counts[name]:
             what = {"train": "training", "val": "validation"}[name]
-            raise ValueError(
+            raise UserError(
                 f"the {what} documents of {split.source.name} hold only {len(taken[name])} "
                 f"different prompts of {length} tokens, and {counts[name]} are needed: lower "
                 "data.n_prompts or data.prompt_tokens, or take prompts from more text."

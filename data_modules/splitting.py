@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from data_modules.sources.base import Source
+from mtp_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +38,12 @@ class DocumentSplit:
         seed: of the hash. Not the run's seed: runs with other seeds share the split.
 
     Raises:
-        ValueError: if ``val_fraction`` is not between 0 and 1.
+        UserError: if ``val_fraction`` is not between 0 and 1.
     """
 
     def __init__(self, source: Source, *, val_fraction: float = 0.05, seed: int = 0) -> None:
         if not 0 < val_fraction < 1:
-            raise ValueError(
+            raise UserError(
                 f"data.val_fraction must lie between 0 and 1, both excluded, got {val_fraction}"
             )
         self.source = source
@@ -53,7 +54,7 @@ class DocumentSplit:
         """Yields (split, document), in the source's order.
 
         Raises:
-            ValueError: if the source has no text.
+            UserError: if the source has no text.
         """
         below = self._below
         for group, document in nonempty(self.source):
@@ -84,9 +85,7 @@ class DocumentSplit:
             if len(hashes) > SMALL:
                 return self.val_fraction
         if not hashes:
-            raise ValueError(
-                f"the corpus {self.source.name!r} has no text: every document is empty"
-            )
+            raise UserError(f"the corpus {self.source.name!r} has no text: every document is empty")
         if len(hashes) == 1:
             log.info(
                 "the documents of %r are one group: the last %.3g %% of each are for validation",

@@ -31,7 +31,7 @@ def prepare_tokenizer(tokenizer: Tokenizer, split: DocumentSplit, cache: Path) -
     """The tokenizer, trained on the training documents if it needs that, once per cache folder.
 
     Raises:
-        ValueError: if there is no text.
+        UserError: if there is no text.
         OSError: if a file cannot be read or written.
     """
     if not tokenizer.needs_training:
@@ -64,7 +64,7 @@ def prepare_store(
             alone, None for one a core if the corpus is large.
 
     Raises:
-        ValueError: from the source or the tokenizer, about the user's text.
+        UserError: from the source or the tokenizer, about the user's text.
         OSError: if a file cannot be read or written.
     """
     # Untrained options already decide the ids of a given corpus, so the key needs no training.

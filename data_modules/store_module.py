@@ -19,6 +19,7 @@ from data_modules.token_store import TokenStore
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.window_dataset import WindowDataset, window_count
 from data_modules.window_module import WindowDataModule
+from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_whole
 
 
@@ -39,7 +40,7 @@ class StoreDataModule(WindowDataModule):
         states: the folder with these states; None without.
 
     Raises:
-        ValueError: for numbers out of range.
+        UserError: for numbers out of range.
     """
 
     def __init__(
@@ -212,10 +213,10 @@ class StoreDataModule(WindowDataModule):
             n tensors ``[length]`` int64.
 
         Raises:
-            ValueError: if the validation documents do not hold n such prompts.
+            UserError: if the validation documents do not hold n such prompts.
         """
         if n < 1 or length < 1:
-            raise ValueError(f"need n >= 1 prompts of length >= 1, got {n} of {length}")
+            raise UserError(f"need n >= 1 prompts of length >= 1, got {n} of {length}")
         file = self.store["val"]
         tokens, starts = file.tokens(), file.starts()
         # Without the end-of-text token that closes each document.
@@ -229,7 +230,7 @@ class StoreDataModule(WindowDataModule):
                 if len(prompts) == n:
                     return prompts
             at = [(start + length, end) for start, end in at]
-        raise ValueError(
+        raise UserError(
             f"the validation documents hold only {len(prompts)} prompts of {length} tokens, "
             f"{n} were asked for: ask for fewer or shorter ones, or hold out more of "
             "the text (data.val_fraction; of token files data.held_out)"

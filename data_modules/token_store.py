@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from data_modules.token_files.shards import Shard, ShardedTokens, cut
+from mtp_lightning.errors import UserError
 
 FORMAT = 2
 """Raised whenever a store written by older code must not be read by newer code."""
@@ -84,7 +85,7 @@ class TokenStore:
         shards: of a view, where the tokens are, for all splits together in their order.
 
     Raises:
-        ValueError: if the files are not what ``meta.json`` says (damaged after they were built).
+        UserError: if the files are not what ``meta.json`` says (damaged after they were built).
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard] | None = None) -> None:
@@ -116,7 +117,7 @@ class TokenStore:
 
     def __getitem__(self, split: str) -> TokenFile:
         if split not in self.splits:
-            raise ValueError(f"no split {split!r}: the splits are {', '.join(self.splits)}")
+            raise UserError(f"no split {split!r}: the splits are {', '.join(self.splits)}")
         return self.splits[split]
 
     def bytes_per_token(self, split: str) -> float | None:
@@ -128,7 +129,7 @@ class TokenStore:
         return file.n_bytes / file.n_tokens if file.n_tokens else float("nan")
 
 
-def _damaged(folder: Path, why: str) -> ValueError:
-    return ValueError(
+def _damaged(folder: Path, why: str) -> UserError:
+    return UserError(
         f"the token store {folder} is damaged ({why}): delete that folder and start again"
     )

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from data_modules.token_files.shards import ShardedTokens
 from data_modules.token_store import TokenFile
 from data_modules.windows import WindowBatch
+from mtp_lightning.errors import UserError
 
 STATES = "states.npy"
 """The file of a frozen trunk's states of all windows, ``[windows, S, T, C]``; bf16 as uint16."""
@@ -75,7 +76,7 @@ class WindowDataset(Dataset[WindowBatch]):
         return window_count(self.file.n_tokens, self.seq_len, self.beyond)
 
     def require(self, batch_size: int, world: int) -> None:
-        """Raises ``ValueError``, with the remedy, if there are too few windows for one step.
+        """Raises ``UserError``, with the remedy, if there are too few windows for one step.
 
         Args:
             batch_size: windows of one step of a process.
@@ -83,13 +84,13 @@ class WindowDataset(Dataset[WindowBatch]):
         """
         n, needed = len(self), batch_size * world
         if n == 0:
-            raise ValueError(
+            raise UserError(
                 f"the training split has {self.file.n_tokens} tokens but one window "
                 f"needs at least seq_len + depth + 1 = {self.length}: give more text, "
                 f"lower data.seq_len, or change data.val_fraction (of token files data.held_out)"
             )
         if n < needed:
-            raise ValueError(
+            raise UserError(
                 f"the training split has {n} windows but one step needs {needed} "
                 f"({batch_size} windows x {world} processes; a step takes data.batch_size x "
                 f"trainer.accumulate_grad_batches of them): give more text, or lower "

@@ -12,6 +12,7 @@ from torch import Tensor
 from data_modules.loader import EvaluationLoader, WindowLoader, Windows
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.windows import WindowBatch
+from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_whole
 
 
@@ -35,7 +36,7 @@ class WindowDataModule(LightningDataModule, ABC):
             Windows hold them, but no more than T + 1 places beyond their last position.
 
     Raises:
-        ValueError: for numbers out of range.
+        UserError: for numbers out of range.
     """
 
     def __init__(
@@ -63,11 +64,11 @@ class WindowDataModule(LightningDataModule, ABC):
         require_whole("mtp.stride", stride, least=1)
         require_whole("mtp.lookahead", lookahead, least=0)
         if not 0 <= depth <= seq_len:
-            raise ValueError(
+            raise UserError(
                 f"mtp.depth must lie between 0 and data.seq_len = {seq_len}, got {depth}"
             )
         if stride * depth > seq_len:
-            raise ValueError(
+            raise UserError(
                 f"mtp.depth={depth} x mtp.stride={stride} reaches beyond data.seq_len={seq_len}: "
                 "lower one of the two, or lengthen the window."
             )
@@ -91,7 +92,7 @@ class WindowDataModule(LightningDataModule, ABC):
                 only the latter.
 
         Raises:
-            ValueError: about the data (a text that is empty, not UTF-8, shorter than a window ...).
+            UserError: about the data (a text that is empty, not UTF-8, shorter than a window ...).
             OSError: about files.
             MissingPackageError: if a source's package is not installed.
         """
@@ -149,9 +150,9 @@ class WindowDataModule(LightningDataModule, ABC):
         """Of the training documents: how many hold each id, int64 [V], and how many there are.
 
         Raises:
-            ValueError: there are none.
+            UserError: there are none.
         """
-        raise ValueError(
+        raise UserError(
             "mtp.weights=idf counts the documents of a text, and a task has none: set "
             "mtp.weights=none."
         )
@@ -186,7 +187,7 @@ class WindowDataModule(LightningDataModule, ABC):
             length: tokens each, of text.
 
         Raises:
-            ValueError: there are not so many.
+            UserError: there are not so many.
         """
 
     @property

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mtp_lightning.errors import UserError
+
 IGNORE_INDEX = -100
 """Value of a target that does not count, as in ``torch.nn.functional.cross_entropy``."""
 
@@ -45,7 +47,7 @@ class WindowBatch:
             need not be waited for.
 
     Raises:
-        ValueError: if the shapes, D and E do not fit together.
+        UserError: if the shapes, D and E do not fit together.
     """
 
     tokens: Tensor
@@ -61,20 +63,20 @@ class WindowBatch:
     def __post_init__(self) -> None:
         for name in ("depth", "extra"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.stride < 1:
-            raise ValueError(f"stride must be 1 or more, got {self.stride}")
+            raise UserError(f"stride must be 1 or more, got {self.stride}")
         if self.tokens.ndim != 2 or self.seq_len < 1:
             beyond = "D" if self.stride == 1 else f"{self.stride} D"
             more = f" and {self.extra} extra tokens" if self.extra else ""
-            raise ValueError(
+            raise UserError(
                 f"tokens must be [B, T+{beyond}+1] with T >= 1 and D = {self.depth}{more}, "
                 f"got {tuple(self.tokens.shape)}"
             )
         for name in ("documents", "scored", "texts"):
             given = getattr(self, name)
             if given is not None and given.shape != self.tokens.shape:
-                raise ValueError(
+                raise UserError(
                     f"{name} {tuple(given.shape)} must have the shape of tokens "
                     f"{tuple(self.tokens.shape)}"
                 )
@@ -136,11 +138,11 @@ class WindowBatch:
         """``[B, T]`` view of a ``[B, T+sD+1]`` field at the targets of depth k.
 
         Raises:
-            ValueError: for a k outside 0 .. D + E.
+            UserError: for a k outside 0 .. D + E.
         """
         if not 0 <= k <= self.depth + self.extra:
             most = self.depth + self.extra
-            raise ValueError(f"depth k = {k} is outside 0..{most} of this batch")
+            raise UserError(f"depth k = {k} is outside 0..{most} of this batch")
         start = self.stride * k + 1
         return field[:, start : start + self.seq_len]
 
@@ -167,10 +169,10 @@ class WindowBatch:
         """Splits the batch along B into n batches of views, as even as possible.
 
         Raises:
-            ValueError: if there are fewer windows than n, or n < 1.
+            UserError: if there are fewer windows than n, or n < 1.
         """
         if not 1 <= n <= self.batch_size:
-            raise ValueError(
+            raise UserError(
                 f"cannot split {self.batch_size} windows into {n} micro-batches: "
                 f"the number must be from 1 to {self.batch_size}"
             )
@@ -199,15 +201,15 @@ class WindowBatch:
         """Refuses a batch that was cut for another D or stride than the model's.
 
         Raises:
-            ValueError: naming both.
+            UserError: naming both.
         """
         if self.depth != depth:
-            raise ValueError(
+            raise UserError(
                 f"the batch was built for depth D = {self.depth} but the model predicts "
                 f"D = {depth} depths: give data and model the same mtp.depth"
             )
         if self.stride != stride:
-            raise ValueError(
+            raise UserError(
                 f"the batch was built for mtp.stride={self.stride} but the model predicts every "
                 f"{stride}th token: give data and model the same mtp.stride"
             )

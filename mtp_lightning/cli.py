@@ -67,10 +67,10 @@ def program(app: str) -> str:
 def readable_errors() -> Iterator[None]:
     """One line and exit code 1 for what a user can mend.
 
-    That is a :class:`UserError` or an ``OSError``, or a ``ValueError`` that this project's code or
-    a user's own raised. One from within a library is a defect, as is anything else, and keeps its
-    traceback; HYDRA_FULL_ERROR=1 shows all of them. Ctrl-C ends with one line, too, and with the
-    shell's code for it, 130 (SIGTERM: 143).
+    That is a :class:`UserError` or an ``OSError``, or a ``ValueError`` of a user's own code.
+    Anything else is a defect, of this project or of a library, and keeps its traceback;
+    HYDRA_FULL_ERROR=1 shows all of them. Ctrl-C ends with one line, too, and with the shell's code
+    for it, 130 (SIGTERM: 143).
     """
     try:
         yield
@@ -97,7 +97,7 @@ def _is_readable(error: Exception) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     file = "" if trace is None else trace.tb_frame.f_code.co_filename
-    in_library = file.startswith((*_LIBRARIES, "<frozen ")) or bool(
-        {"site-packages", "dist-packages"} & set(Path(file).parts)
+    return not (
+        file.startswith((*_OWN, *_LIBRARIES, "<frozen "))
+        or {"site-packages", "dist-packages"} & set(Path(file).parts)
     )
-    return file.startswith(_OWN) or not in_library

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.objective.balance.base import Balance, NoBalance, depths_of
@@ -92,13 +93,13 @@ def check(match: str, reference: str | None) -> None:
     """Refuse settings that mean nothing.
 
     Raises:
-        ValueError: naming them.
+        UserError: naming them.
     """
     if match not in MATCHES:
         known = ", ".join(MATCHES)
-        raise ValueError(f"compare.match={match} is unknown: choose one of {known}.")
+        raise UserError(f"compare.match={match} is unknown: choose one of {known}.")
     if match == "none" and reference is not None:
-        raise ValueError(
+        raise UserError(
             f"compare.reference={reference} is used by nothing: set compare.match to parameters "
             "or flops, or compare.reference=null."
         )
@@ -121,7 +122,7 @@ def run_reference(folder: str | Path) -> Reference:
 
     Raises:
         FileNotFoundError: there is none: no run, or not finished.
-        ValueError: it does not say what the run cost.
+        UserError: it does not say what the run cost.
     """
     file = Path(folder) / "summary.json"
     if not file.is_file():
@@ -134,7 +135,7 @@ def run_reference(folder: str | Path) -> Reference:
             name=str(folder), parameters=int(summary["parameters"]), flops=float(summary["flops"])
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{file} does not say what its run cost ({type(error).__name__}: {error}): "
             "give the folder of a finished run."
         ) from error
@@ -144,7 +145,7 @@ def match_parameters(config: ModelConfig, target: int) -> ModelConfig:
     """Remove trunk layers until the parameters are as close to ``target`` as they get.
 
     Raises:
-        ValueError: the trunk has not enough layers.
+        UserError: the trunk has not enough layers.
     """
     best = config
     for n_layers in range(config.trunk.n_layers - 1, 0, -1):
@@ -157,7 +158,7 @@ def match_parameters(config: ModelConfig, target: int) -> ModelConfig:
         best = fewer
     excess = best.num_params() - target
     if excess > config.trunk.block_params() / 2:
-        raise ValueError(
+        raise UserError(
             f"compare.match=parameters cannot be met: with {best.trunk.n_layers} trunk layers left "
             f"the model still has {excess:,} parameters more than the reference's {target:,}. "
             "Take fewer MTP depths or a deeper trunk."
@@ -273,7 +274,7 @@ def match(
         objective: what its depths are trained on.
 
     Raises:
-        ValueError: the trunk has not enough layers to give up.
+        UserError: the trunk has not enough layers to give up.
     """
     if match == "parameters":
         smaller = match_parameters(config, reference.parameters)

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF, SWEEPS
 
 _KEY = re.compile(r"( *)([A-Za-z]\w*):(?= |$)")
@@ -92,13 +93,13 @@ def help_for(word: str) -> str:
         word: a group (``mtp``), or an option of one (``mtp=parallel``).
 
     Raises:
-        ValueError: there is no such group or option.
+        UserError: there is no such group or option.
     """
     group, _, name = word.partition("=")
     known = groups()
     if not group or group not in known:
         names = ", ".join(filter(None, known))
-        raise ValueError(f"--help {word}: there is no group {group!r}; choose one of {names}.")
+        raise UserError(f"--help {word}: there is no group {group!r}; choose one of {names}.")
     options = {option.name: option for option in known[group]}
     if not name:
         width = max(map(len, options)) + 2
@@ -106,7 +107,7 @@ def help_for(word: str) -> str:
         told = f"--help {group}={next(iter(options))} explains an option's keys."
         return "\n".join([f"{group}=NAME, one of", "", *rows, "", told])
     if name not in options:
-        raise ValueError(
+        raise UserError(
             f"--help {word}: {group} has no option {name!r}; choose one of {', '.join(options)}."
         )
     option = options[name]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop.reading import is_folder, read_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.nn.config import TrunkConfig
@@ -76,7 +77,7 @@ def read_start(path: str | Path, *, allow: Collection[str] = ()) -> Start:
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: a damaged or foreign checkpoint, or a folder that cannot be imported.
+        UserError: a damaged or foreign checkpoint, or a folder that cannot be imported.
     """
     if is_folder(path):
         folder = read_folder(path, allow=allow)
@@ -113,7 +114,7 @@ def start_from(model: MTPModel, start: Start, windows: WindowBatch | None = None
         windows: of training text, which ``mtp.init=last_block`` looks at.
 
     Raises:
-        ValueError: another trunk, a stack whose weights mean something else, or names or shapes
+        UserError: another trunk, a stack whose weights mean something else, or names or shapes
             that do not fit.
     """
     old, wanted = start.config, model.config
@@ -129,7 +130,7 @@ def start_from(model: MTPModel, start: Start, windows: WindowBatch | None = None
     kept = [name for name in own_modules if same_stack and name in old_modules]
     new = [name for name in own_modules if name not in kept]
     if wanted.mtp.init != "random" and not new:
-        raise ValueError(
+        raise UserError(
             f"mtp.init={wanted.mtp.init} has nothing to begin: init_from={start.path} holds every "
             "module of this run; set mtp.init=random."
         )
@@ -159,7 +160,7 @@ def _check_trunk(path: Path, old: ModelConfig, wanted: ModelConfig) -> None:
     before, now = old.to_dict()["trunk"], wanted.to_dict()["trunk"]
     differences = describe_differences(before, now, ignore=free_keys(wanted.trunk))
     if differences:
-        raise ValueError(
+        raise UserError(
             f"init_from={path} has another trunk than this run ({'; '.join(differences)}): "
             "choose the model and tokenizer settings that it was trained with."
         )
@@ -169,7 +170,7 @@ def _check_meaning(path: Path, old: ModelConfig, wanted: ModelConfig) -> None:
     for name in wanted.mtp.meaning:
         before, now = getattr(old.mtp, name), getattr(wanted.mtp, name)
         if before != now and old.mtp.depth and wanted.mtp.depth:
-            raise ValueError(
+            raise UserError(
                 f"init_from={path} was trained with mtp.{name}={before}, and its modules mean "
                 f"something else under mtp.{name}={now}: set mtp.{name}={before}."
             )

@@ -91,7 +91,7 @@ class ModelConfig:
             allow: packages whose variants may be imported.
 
         Raises:
-            ValueError: an unknown variant or field, or a package that is not allowed.
+            UserError: an unknown variant or field, or a package that is not allowed.
         """
         return ModelConfig(
             trunk=TrunkConfig.from_dict(data["trunk"], allow=allow),
@@ -181,7 +181,7 @@ class MTPModel(nn.Module):
             ``i + k + 1`` of the window.
 
         Raises:
-            ValueError: the batch was built for another depth.
+            UserError: the batch was built for another depth.
         """
         active = range(1, self.depth + 1) if active is None else active
         final_BTC, at = self.run_trunk(batch, active, key=key)
@@ -209,7 +209,7 @@ class MTPModel(nn.Module):
             The trunk's output [B, T, C], which the head projects, and where the stack starts.
 
         Raises:
-            ValueError: the batch was built for another depth.
+            UserError: the batch was built for another depth.
         """
         batch.require_depth(self.depth, self.config.mtp.stride)
         seq_len = batch.seq_len

@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from mtp_lightning.cli import readable_errors
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig, qkv_width
 from mtp_lightning.nn.config import TrunkConfig
@@ -57,9 +58,9 @@ class Machines:
     def __post_init__(self) -> None:
         for field in fields(self):
             if getattr(self, field.name) <= 0:
-                raise ValueError(f"{field.name} must be above 0, not {getattr(self, field.name)}.")
+                raise UserError(f"{field.name} must be above 0, not {getattr(self, field.name)}.")
         if self.mfu > 1:
-            raise ValueError(f"mfu={self.mfu} is a part of the peak: at most 1.")
+            raise UserError(f"mfu={self.mfu} is a part of the peak: at most 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ def kept_bytes(trunk: TrunkConfig, layer: int | None = None) -> int:
         layer: of the trunk; None is a prediction module's.
 
     Raises:
-        ValueError: a layer that is not this project's, which this does not know.
+        UserError: a layer that is not this project's, which this does not know.
     """
     if trunk.recompute:
         return _SINGLE * trunk.d_model
@@ -110,7 +111,7 @@ def _of_attention(trunk: TrunkConfig) -> int:
     if isinstance(layer, LatentAttentionConfig):
         latents = 2 * (layer.q_rank or 0) + 2 * layer.kv_rank + layer.d_rope
         return trunk.d_model + latents + heads * (2 * layer.d_head + 2 * layer.d_value)
-    raise ValueError(f"What {type(layer).__name__} keeps for its backward pass is not known here.")
+    raise UserError(f"What {type(layer).__name__} keeps for its backward pass is not known here.")
 
 
 def _of_feed_forward(trunk: TrunkConfig, layer: int | None) -> int:
@@ -122,7 +123,7 @@ def _of_feed_forward(trunk: TrunkConfig, layer: int | None) -> int:
     if isinstance(config, ExpertsConfig):
         routed = config.top_k * (2 * d_model + 3 * config.d_expert)
         return d_model + 2 * config.n_routed + routed + 3 * config.n_shared * config.d_expert
-    raise ValueError(f"What {type(config).__name__} keeps for its backward pass is not known here.")
+    raise UserError(f"What {type(config).__name__} keeps for its backward pass is not known here.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +279,7 @@ def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
             ``KEY=VALUE``; all others are train.py's.
 
     Raises:
-        ValueError: a value that is no number, or settings that do not fit together.
+        UserError: a value that is no number, or settings that do not fit together.
     """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
@@ -295,7 +296,7 @@ def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
         numbers = {key: float(value) for key, value in own.items() if key != "devices"}
         devices = [int(n) for n in own["devices"].split(",")]
     except ValueError as error:
-        raise ValueError(f"devices, tokens and what is assumed are numbers: {error}.") from None
+        raise UserError(f"devices, tokens and what is assumed are numbers: {error}.") from None
     machines = Machines(
         **{f.name: type(f.default)(numbers[f.name]) for f in fields(Machines)}  # type: ignore[misc]
     )
@@ -303,13 +304,13 @@ def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("config", overrides=["paths.output_dir=plan", *rest])
     except HydraException as error:
-        raise ValueError(f"{' '.join(rest)} does not compose: {error}") from error
+        raise UserError(f"{' '.join(rest)} does not compose: {error}") from error
     if cfg.data.seq_len is None:
-        raise ValueError("data.seq_len has no value: give it as data.seq_len=...")
+        raise UserError("data.seq_len has no value: give it as data.seq_len=...")
     model = build_model_config(cfg, int(numbers["vocab_size"]))
     for n in devices:
         if n < 1 or (n > machines.in_machine and n % machines.in_machine):
-            raise ValueError(
+            raise UserError(
                 f"devices={n}: give at least 1, and whole machines of {machines.in_machine}."
             )
     plans = [

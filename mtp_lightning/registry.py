@@ -19,6 +19,8 @@ from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any, ClassVar, Self
 
+from mtp_lightning.errors import UserError
+
 _OWN = __name__.partition(".")[0]
 
 
@@ -30,7 +32,7 @@ class Registered:
         variant: a subclass's name, in the YAML's file name and in checkpoints alike.
 
     Raises:
-        ValueError: two classes want the same name.
+        UserError: two classes want the same name.
     """
 
     family: ClassVar[str]
@@ -48,7 +50,7 @@ class Registered:
         known = cls._variants.get(variant)
         # The same class again (a module that was reloaded) takes its own place.
         if known is not None and _place(known) != _place(cls):
-            raise ValueError(
+            raise UserError(
                 f"{cls.family}={variant} is {_place(known)} already: give {_place(cls)} "
                 "another variant name."
             )
@@ -70,7 +72,7 @@ class Registered:
             allow: packages that may be imported for a variant of theirs.
 
         Raises:
-            ValueError: an unknown variant or field, or a module that is not allowed.
+            UserError: an unknown variant or field, or a module that is not allowed.
         """
         fields = dict(data)
         variant, module = fields.pop("variant", None), fields.pop("module", None)
@@ -78,7 +80,7 @@ class Registered:
         try:
             return kind(**fields)
         except TypeError as error:
-            raise ValueError(
+            raise UserError(
                 f"The {cls.family} config does not fit {cls.family}={variant}: {error}."
             ) from error
 
@@ -96,20 +98,20 @@ class Registered:
         if variant not in cls._variants and module is not None:
             package = str(module).partition(".")[0]
             if package not in allow:
-                raise ValueError(
+                raise UserError(
                     f"{cls.family}={variant} is code of the package {package}, which is not "
                     f"imported unasked: say allow=[{package}] if you trust it."
                 )
             try:
                 importlib.import_module(str(module))
             except ImportError as error:
-                raise ValueError(
+                raise UserError(
                     f"{cls.family}={variant} needs the module {module}, which cannot be imported "
                     f"({error}): put its folder on PYTHONPATH."
                 ) from error
         if variant not in cls._variants:
             known = ", ".join(cls._variants)
-            raise ValueError(f"{cls.family}={variant} is unknown here; known are {known}.")
+            raise UserError(f"{cls.family}={variant} is unknown here; known are {known}.")
         return cls._variants[variant]
 
 

@@ -10,6 +10,7 @@ import warnings
 
 import torch
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.settings import is_whole, require
 
 # PyTorch's own choice, before anyone else's.
@@ -41,9 +42,9 @@ def pick_accelerator(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
-        raise ValueError(f"accelerator={name} is not supported: choose one of auto, cpu, cuda.")
+        raise UserError(f"accelerator={name} is not supported: choose one of auto, cpu, cuda.")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("accelerator=cuda, but there is no CUDA device here: use auto or cpu.")
+        raise UserError("accelerator=cuda, but there is no CUDA device here: use auto or cpu.")
     return name
 
 
@@ -59,7 +60,7 @@ def set_threads(n: int | None, *, processes: int = 1) -> None:
         processes: that train one model on this machine's CPU together, and share the cores.
 
     Raises:
-        ValueError: fewer than one.
+        UserError: fewer than one.
     """
     if n is None:
         if "OMP_NUM_THREADS" in os.environ:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
+from mtp_lightning.errors import UserError
+
 
 def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether a setting is a finite number."""
@@ -31,17 +33,17 @@ def require(condition: bool, key: str, value: Any, wanted: str) -> None:
         wanted: what it must be, to follow "must be".
 
     Raises:
-        ValueError: unless the condition holds.
+        UserError: unless the condition holds.
     """
     if not condition:
-        raise ValueError(f"{key} must be {wanted}, not {value!r}.")
+        raise UserError(f"{key} must be {wanted}, not {value!r}.")
 
 
 def require_whole(key: str, value: Any, *, least: int) -> int:
     """The value, which must be a whole number of at least ``least``.
 
     Raises:
-        ValueError: it is none.
+        UserError: it is none.
     """
     fits = is_whole(value) and value >= least
     require(fits, key, value, f"a whole number of at least {least}")
@@ -68,7 +70,7 @@ def require_number(
         below: see ``most``; at most one of the two.
 
     Raises:
-        ValueError: it is none, or out of bounds.
+        UserError: it is none, or out of bounds.
     """
     fits = (
         is_number(value)
@@ -85,7 +87,7 @@ def require_bool(key: str, value: Any) -> bool:
     """The value, which must be true or false.
 
     Raises:
-        ValueError: it is neither.
+        UserError: it is neither.
     """
     require(isinstance(value, bool), key, value, "true or false")
     return value
@@ -95,10 +97,10 @@ def require_choice(key: str, value: Any, choices: Sequence[str]) -> str:
     """The value, which must be one of some words.
 
     Raises:
-        ValueError: it is none of them.
+        UserError: it is none of them.
     """
     if value not in choices:
-        raise ValueError(f"{key}={value} is unknown: choose one of {', '.join(choices)}.")
+        raise UserError(f"{key}={value} is unknown: choose one of {', '.join(choices)}.")
     return value
 
 

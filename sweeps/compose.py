@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
 from mtp_lightning.run.config import flatten
 
@@ -22,7 +23,7 @@ def compose_run(overrides: Sequence[str]) -> DictConfig:
     """The config that train.py composes from overrides; its folder is not settled yet.
 
     Raises:
-        ValueError: they do not fit the config.
+        UserError: they do not fit the config.
     """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
@@ -31,7 +32,7 @@ def compose_run(overrides: Sequence[str]) -> DictConfig:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose("config", overrides=list(overrides))
     except HydraException as error:
-        raise ValueError(f"{' '.join(overrides)} does not compose: {error}") from error
+        raise UserError(f"{' '.join(overrides)} does not compose: {error}") from error
 
 
 class Composer:
@@ -103,10 +104,10 @@ def settle(composed: DictConfig, folder: Path) -> dict[str, Any]:
         The config, resolved.
 
     Raises:
-        ValueError: it is another program's config, or a value is missing.
+        UserError: it is another program's config, or a value is missing.
     """
     if "run_dir" not in composed or "trainer" not in composed:
-        raise ValueError("Sweeps of this kind are for train.py: use hydra/launcher=basic here.")
+        raise UserError("Sweeps of this kind are for train.py: use hydra/launcher=basic here.")
     with open_dict(composed):
         composed.run_dir = composed.paths.output_dir = str(folder)
     try:
@@ -114,7 +115,7 @@ def settle(composed: DictConfig, folder: Path) -> dict[str, Any]:
     except (MissingMandatoryValue, InterpolationToMissingValueError):
         plain: dict[str, Any] = OmegaConf.to_container(composed)  # type: ignore[assignment]
         missing = sorted(key for key, value in flatten(plain).items() if value == "???")
-        raise ValueError(f"{missing[0]} has no value: give it as {missing[0]}=...") from None
+        raise UserError(f"{missing[0]} has no value: give it as {missing[0]}=...") from None
     assert isinstance(settled, dict)
     return settled  # type: ignore[return-value]
 
@@ -126,15 +127,15 @@ def count_processes(settled: dict[str, Any]) -> int:
         settled: its config.
 
     Raises:
-        ValueError: they cannot be counted, or would not train together.
+        UserError: they cannot be counted, or would not train together.
     """
     trainer = settled["trainer"]
     devices = trainer["devices"]
     if isinstance(devices, bool) or not str(devices).isdigit() or int(devices) < 1:
-        raise ValueError(
+        raise UserError(
             f"trainer.devices={devices} in a sweep: give a number, so that jobs can share them."
         )
     for key in ("devices", "num_nodes"):
         if int(trainer[key]) > 1 and trainer["strategy"] == "auto":
-            raise ValueError(f"trainer.{key}={trainer[key]} needs trainer.strategy=ddp.")
+            raise UserError(f"trainer.{key}={trainer[key]} needs trainer.strategy=ddp.")
     return int(devices)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 
+from mtp_lightning.errors import UserError
 from sweeps.cores import cores
 
 # Left by a launcher, another job or a cluster's step, these make a run take itself for a part of
@@ -50,7 +51,7 @@ def choose_gpus(devices: str | Sequence[int | str]) -> list[str]:
     """The GPUs that ``hydra.launcher.devices`` means; none means the CPU.
 
     Raises:
-        ValueError: another word than auto and cpu, or a GPU that is not there.
+        UserError: another word than auto and cpu, or a GPU that is not there.
     """
     if devices == "cpu":
         return []
@@ -58,11 +59,11 @@ def choose_gpus(devices: str | Sequence[int | str]) -> list[str]:
     if devices == "auto":
         return there
     if isinstance(devices, str) or not devices:
-        raise ValueError(f"hydra.launcher.devices={devices}: give auto, cpu or a list of GPUs.")
+        raise UserError(f"hydra.launcher.devices={devices}: give auto, cpu or a list of GPUs.")
     wanted = [str(device) for device in devices]
     missing = [name for name in wanted if name not in there]
     if missing or len(set(wanted)) < len(wanted):
-        raise ValueError(
+        raise UserError(
             f"hydra.launcher.devices={wanted}: this machine has the GPUs {there or 'none'}, "
             "and each can be named once."
         )
@@ -84,7 +85,7 @@ class DeviceQueue:
         host: what to call this machine, where there are others.
 
     Raises:
-        ValueError: less than one job at once, or less than one thread.
+        UserError: less than one job at once, or less than one thread.
     """
 
     def __init__(
@@ -96,9 +97,9 @@ class DeviceQueue:
         host: str = "",
     ) -> None:
         if n_jobs is not None and n_jobs < 1:
-            raise ValueError(f"hydra.launcher.n_jobs must be at least 1, not {n_jobs}.")
+            raise UserError(f"hydra.launcher.n_jobs must be at least 1, not {n_jobs}.")
         if not (threads in (None, "auto") or isinstance(threads, int) and threads >= 1):
-            raise ValueError(
+            raise UserError(
                 f"hydra.launcher.threads_per_process={threads}: give a number of at least 1, auto "
                 "or null."
             )
@@ -123,10 +124,10 @@ class DeviceQueue:
         """Whether ``n`` processes can ever have their devices.
 
         Raises:
-            ValueError: they cannot.
+            UserError: they cannot.
         """
         if self.gpus and n > len(self.gpus):
-            raise ValueError(
+            raise UserError(
                 f"A job needs {n} GPUs, and there are {len(self.gpus)} "
                 f"({', '.join(self.gpus)}): lower trainer.devices, or give the sweep more."
             )
@@ -141,7 +142,7 @@ class DeviceQueue:
         """Devices for a job of ``n`` processes; None when it has to wait.
 
         Raises:
-            ValueError: it would wait for ever.
+            UserError: it would wait for ever.
         """
         self.check(n)
         if not self._free_slots or (self.gpus and len(self._free_gpus) < n):

@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 
 from mtp_lightning.cli import program as typed
 from mtp_lightning.cli import readable_errors, this_program
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import flatten, has_bearing, key_of
 from mtp_lightning.run.layout import CONFIG_FILE, SUMMARY_FILE
 from mtp_lightning.run.lock import Lock
@@ -80,7 +81,7 @@ def _launch(
     batch: Sequence[Sequence[str]],
 ) -> list[JobReturn]:
     if config.hydra.sweeper.get("max_batch_size") is not None:
-        raise ValueError(
+        raise UserError(
             "hydra.sweeper.max_batch_size would start jobs before the later ones are checked: "
             "leave it out; hydra.launcher.n_jobs says how many run at once."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mtp_lightning.errors import UserError
 from sweeps.devices import DeviceQueue, choose_gpus
 from sweeps.display import make_display
 from sweeps.pool import Pool
@@ -52,7 +53,7 @@ def run(
         grace_seconds: that jobs have to save after Ctrl-C.
 
     Raises:
-        ValueError: a job that can never have its devices.
+        UserError: a job that can never have its devices.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have ended.
     """
     if all(task.on_cpu for task in tasks):
@@ -71,7 +72,7 @@ def _with_devices(task: Task, queue: DeviceQueue, devices_per_job: int | None) -
     refuse_several_machines(task)
     wanted = task.processes if devices_per_job is None else devices_per_job
     if wanted < task.processes:
-        raise ValueError(
+        raise UserError(
             f"hydra.launcher.devices_per_job={devices_per_job} is less than what {task.label} "
             f"asks for, trainer.devices={task.processes}."
         )

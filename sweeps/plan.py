@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.config import PLACES, key_of, lies_in
 from mtp_lightning.run.layout import SUMMARY_FILE, SWEEP_FILE
@@ -105,7 +106,7 @@ class Plan:
         folder: of the sweep; it need not exist.
 
     Raises:
-        ValueError: its ``sweep.json`` is damaged or of another version.
+        UserError: its ``sweep.json`` is damaged or of another version.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -119,7 +120,7 @@ class Plan:
         try:
             self._stored = json.loads(file.read_text(encoding="utf-8"))
             if self._stored["version"] != VERSION:
-                raise ValueError(f"version {self._stored['version']}")
+                raise UserError(f"version {self._stored['version']}")
             self.jobs = [
                 Job(str(job["folder"]), tuple(job["overrides"])) for job in self._stored["jobs"]
             ]
@@ -129,7 +130,7 @@ class Plan:
                 if "run" in job
             }
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{file} cannot be read as version {VERSION} of this file ({error}): "
                 "give the sweep another folder."
             ) from error

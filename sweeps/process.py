@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.literal import quoted
 from mtp_lightning.run.layout import LOG_FILE, SUMMARY_FILE
 from mtp_lightning.run.lock import Lock
@@ -57,10 +58,10 @@ def refuse_several_machines(task: Task) -> None:
     """Whether a launcher that gives each job one machine can run it.
 
     Raises:
-        ValueError: it cannot.
+        UserError: it cannot.
     """
     if task.nodes != 1:
-        raise ValueError(
+        raise UserError(
             f"trainer.num_nodes={task.nodes} in a sweep takes hydra/launcher=slurm: elsewhere a "
             "job runs on one machine."
         )

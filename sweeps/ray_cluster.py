@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.devices import Devices
 from sweeps.follow import follow
@@ -42,13 +43,13 @@ def run(
     """Hand tasks to Ray and wait for them; see conf/hydra/launcher/ray.yaml for the settings.
 
     Raises:
-        ValueError: Ray is not there, or has no cluster at the address.
+        UserError: Ray is not there, or has no cluster at the address.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs were cancelled.
     """
     try:
         import ray
     except ModuleNotFoundError:
-        raise ValueError("hydra/launcher=ray needs Ray: pip install -e '.[ray]'") from None
+        raise UserError("hydra/launcher=ray needs Ray: pip install -e '.[ray]'") from None
 
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
@@ -60,7 +61,7 @@ def run(
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
         )
     except ConnectionError as error:
-        raise ValueError(f"hydra.launcher.address={address}: {error}") from error
+        raise UserError(f"hydra.launcher.address={address}: {error}") from error
     try:
         # A fresh worker for every job, and no second try behind the status file's back.
         remote = ray.remote(max_calls=1, max_retries=0)(run_remotely)
@@ -97,7 +98,7 @@ def _check_room(ray: Any, *, cpus: float, gpus: float) -> None:
         there = node["Resources"]
         if node["Alive"] and there.get("CPU", 0) >= cpus and there.get("GPU", 0) >= gpus:
             return
-    raise ValueError(
+    raise UserError(
         f"A job asks for {cpus} cores and {gpus:g} GPUs, which no machine of the Ray cluster has: "
         "lower hydra.launcher.cpus_per_process or gpus_per_process."
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.cli import readable_errors
+from mtp_lightning.errors import UserError
 from mtp_lightning.literal import literal
 from mtp_lightning.paths import app
 from mtp_lightning.run.layout import METRICS_FILE, SUMMARY_FILE
@@ -54,7 +55,7 @@ class Search:
         command: the command line of this call.
 
     Raises:
-        ValueError: the folder holds another search, or an override does not fit the config.
+        UserError: the folder holds another search, or an override does not fit the config.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Search:
         told["metric"] = metric  # type: ignore[assignment]
         before = self.study.user_attrs.get("search", told)
         if before != told:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds another search ({json.dumps(before)}): give this one a folder of "
                 "its own."
             )
@@ -190,7 +191,7 @@ def _open_study(folder: Path, *, warmup: int | None, seed: int) -> Study:
     try:
         import optuna
     except ModuleNotFoundError:
-        raise ValueError("sweeps.search needs Optuna: pip install -e '.[search]'") from None
+        raise UserError("sweeps.search needs Optuna: pip install -e '.[search]'") from None
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
@@ -248,7 +249,7 @@ def main(
     args = _parser(program).parse_intermixed_args(arguments)
     with readable_errors():
         if args.trials < 1:
-            raise ValueError(f"--trials must be at least 1, not {args.trials}.")
+            raise UserError(f"--trials must be at least 1, not {args.trials}.")
         space, fixed = parse(literal(["-m", *args.overrides])[1:])
         folder = Path(args.folder).absolute()
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from mtp_lightning.errors import UserError
+
 if TYPE_CHECKING:
     from optuna.trial import Trial
 
@@ -74,7 +76,7 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
         The range of each key that is searched, and the fixed overrides.
 
     Raises:
-        ValueError: something that is none of these, or nothing to search.
+        UserError: something that is none of these, or nothing to search.
     """
     space: Space = {}
     fixed: list[str] = []
@@ -87,7 +89,7 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
         try:
             override = OverridesParser.create().parse_override(argument)
         except HydraException as error:
-            raise ValueError(
+            raise UserError(
                 f"{argument} is neither an override nor a range like interval(1e-4,1e-2,log), "
                 "int(1,4) or choice(a,b)."
             ) from error
@@ -96,9 +98,9 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
         elif override.is_discrete_sweep():
             space[key] = Choice(tuple(map(str, override.sweep_string_iterator())))
         else:
-            raise ValueError(f"{argument}: write it as {key}=interval(a,b), with ,log if it is.")
+            raise UserError(f"{argument}: write it as {key}=interval(a,b), with ,log if it is.")
     if not space:
-        raise ValueError(
+        raise UserError(
             "There is nothing to search: give a range, as optimizer.lr='interval(1e-4,1e-2,log)'."
         )
     return space, fixed
@@ -110,9 +112,9 @@ def _interval(argument: str, form: re.Match[str]) -> Interval:
         number = int if kind == "int" else float
         interval = Interval(number(low), number(high), log is not None, kind == "int")
     except ValueError:
-        raise ValueError(f"{argument}: the bounds of {kind}() must be numbers.") from None
+        raise UserError(f"{argument}: the bounds of {kind}() must be numbers.") from None
     if not interval.low < interval.high:
-        raise ValueError(f"{argument}: the lower bound must come first.")
+        raise UserError(f"{argument}: the lower bound must come first.")
     if interval.log and interval.low <= 0:
-        raise ValueError(f"{argument}: with log the lower bound must be above 0.")
+        raise UserError(f"{argument}: with log the lower bound must be above 0.")
     return interval

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.devices import Devices
 from sweeps.follow import follow
@@ -141,13 +142,13 @@ def run(
     """Queue tasks and wait for them; see conf/hydra/launcher/slurm.yaml for the settings.
 
     Raises:
-        ValueError: submitit or Slurm is not there, or Slurm refuses the settings.
+        UserError: submitit or Slurm is not there, or Slurm refuses the settings.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs were cancelled.
     """
     try:
         import submitit
     except ModuleNotFoundError:
-        raise ValueError("hydra/launcher=slurm needs submitit: pip install -e '.[slurm]'") from None
+        raise UserError("hydra/launcher=slurm needs submitit: pip install -e '.[slurm]'") from None
 
     folder = tasks[0].folder.parent / ".slurm"
     ids: dict[Task, str] = {}
@@ -157,7 +158,7 @@ def run(
         try:
             executor = submitit.SlurmExecutor(folder / "%j", max_num_timeout=max_requeues)
         except RuntimeError as error:
-            raise ValueError(f"hydra/launcher=slurm: {error}.") from error
+            raise UserError(f"hydra/launcher=slurm: {error}.") from error
         settings: dict[str, Any] = {
             "job_name": tasks[0].folder.parent.name,
             "partition": partition,
@@ -180,7 +181,7 @@ def run(
             with executor.batch():
                 jobs = [executor.submit(SlurmRun(task, cpus_per_process)) for task in same]
         except submitit.core.utils.FailedJobError as error:
-            raise ValueError(f"Slurm refuses the job: {error}.") from error
+            raise UserError(f"Slurm refuses the job: {error}.") from error
         ids |= {task: job.job_id for task, job in zip(same, jobs, strict=True)}
 
     queue = _Queue(ids)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.cli import readable_errors
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.layout import METRICS_FILE
 from mtp_lightning.run.metrics import read_newest
 from mtp_lightning.run.status import STATES, describe_failure, read_status
@@ -96,7 +97,7 @@ def main(
         folder = Path(args.folder).absolute()
         plan = Plan(folder)
         if not plan.jobs:
-            raise ValueError(f"{folder} holds no sweep (no sweep.json).")
+            raise UserError(f"{folder} holds no sweep (no sweep.json).")
         print("\n".join(describe(folder)))
         states = {(read_status(folder / job.folder) or {}).get("state") for job in plan.jobs}
     sys.exit(0 if states == {"done"} else 1 if states <= {"done", "failed"} else 2)

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mtp_lightning.cli import readable_errors
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, state_of
 from sweeps.devices import DeviceQueue, choose_gpus
@@ -43,7 +44,7 @@ class Worker:
         program: that starts a user's own program; empty for this project's train app.
 
     Raises:
-        ValueError: the folder has no plan, or one whose jobs cannot be run from it.
+        UserError: the folder has no plan, or one whose jobs cannot be run from it.
     """
 
     def __init__(
@@ -150,17 +151,17 @@ def work(worker: Worker, pool: Pool, *, beat_seconds: float, wait: bool = True) 
 def _task(plan: Plan, job: Job, labels: Sequence[str], program: Sequence[str]) -> Task:
     folder, recipe = plan.folder, plan.recipes.get(job.folder)
     if recipe is None:
-        raise ValueError(
+        raise UserError(
             f"{folder}/sweep.json does not say how {job.folder} is run: start the sweep's own "
             "command on it, with hydra/launcher=plan."
         )
     if recipe.program != TRAIN and not program:
-        raise ValueError(
+        raise UserError(
             f"The jobs in {folder} are of a program of their own: start this with "
             f"--program {recipe.program}."
         )
     if not Path(recipe.cwd).is_dir():
-        raise ValueError(
+        raise UserError(
             f"The sweep was planned in {recipe.cwd}, where the relative paths of its jobs start, "
             "and which is not there on this machine."
         )
@@ -178,7 +179,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
     args = _parser(program).parse_args(arguments)
     with readable_errors():
         if args.stale <= 0:
-            raise ValueError(f"--stale must be above 0 seconds, not {args.stale}.")
+            raise UserError(f"--stale must be above 0 seconds, not {args.stale}.")
         folder = Path(args.folder).absolute()
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder}.")
@@ -188,7 +189,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
         lock.release()
         plan = Plan(folder)
         if not plan.jobs:
-            raise ValueError(f"{folder} holds no planned sweep: add hydra/launcher=plan to its -m.")
+            raise UserError(f"{folder} holds no planned sweep: add hydra/launcher=plan to its -m.")
         queue = _queue(args, on_cpu=all(recipe.on_cpu for recipe in plan.recipes.values()))
         leases = Leases(folder, owner=this_process(), stale_seconds=args.stale)
         beat = args.stale / _BEATS

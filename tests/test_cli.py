@@ -14,6 +14,7 @@ import torch
 from mtp_lightning.cli import Stopped, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.paths import ROOT
 
 
 def user_error() -> None:
@@ -51,8 +52,12 @@ def standard_librarys_value_error() -> None:
     json.loads("{")
 
 
-@pytest.mark.parametrize("fails", [torchs_value_error, standard_librarys_value_error])
-def test_a_librarys_value_error_is_a_defect(
+def own_defect() -> None:
+    exec(compile("int('many')", ROOT / "mtp_lightning" / "made.py", "exec"))
+
+
+@pytest.mark.parametrize("fails", [torchs_value_error, standard_librarys_value_error, own_defect])
+def test_another_value_error_of_a_library_or_of_this_project_is_a_defect(
     fails: Callable[[], Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError), readable_errors():

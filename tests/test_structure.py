@@ -44,7 +44,7 @@ RANK = {
 # What sweeps and hydra_plugins may know of mtp_lightning: the shell and the files of a run, nothing
 # that imports torch.
 SHARED_WITH_SWEEPS = (
-    *(f"mtp_lightning.{name}" for name in ("cli", "literal", "paths")),
+    *(f"mtp_lightning.{name}" for name in ("cli", "errors", "literal", "paths")),
     *(
         f"mtp_lightning.run.{name}"
         for name in ("atomic", "config", "layout", "lock", "metrics", "solved", "status")
@@ -138,7 +138,8 @@ def test_who_may_import_what(file: str) -> None:
         if takes(name, "hydra", "omegaconf"):
             assert file.startswith(CONFIGURED), name
         if takes(name, "mtp_lightning"):
-            own = takes(name, "mtp_lightning.settings")  # how a setting is refused
+            # how a setting is refused
+            own = takes(name, "mtp_lightning.settings", "mtp_lightning.errors")
             assert own or not file.startswith("data_modules/"), name
         if takes(name, "data_modules") and not file.startswith("data_modules/"):
             # The batch is all that models and data share. experiment/ brings the two together,
@@ -175,7 +176,8 @@ def test_pure_torch(file: str) -> None:
 @pytest.mark.parametrize("file", sources("mtp_lightning/nn/kernels"))
 def test_kernels_know_no_layer(file: str) -> None:
     for name in imports(file):
-        assert takes(name, "mtp_lightning.nn.kernels") or not takes(name, "mtp_lightning"), name
+        own = takes(name, "mtp_lightning.nn.kernels", "mtp_lightning.errors")
+        assert own or not takes(name, "mtp_lightning"), name
 
 
 @pytest.mark.parametrize("file", sources("sweeps", "hydra_plugins"))
@@ -196,10 +198,9 @@ def test_apps_wait_with_slow_imports(app: str) -> None:
     for name in (name for file in files for name in imports(file, top_only=True)):
         allowed = takes(name, "hydra", "omegaconf", "mtp_lightning.apps", *SHARED_WITH_SWEEPS)
         assert allowed or _standard(name), name
-    own = ("mtp_lightning.errors", *SHARED_WITH_SWEEPS)
     for file in ("cli", "literal", "paths", "errors", "console"):
         for name in imports(f"mtp_lightning/{file}.py", top_only=True):
-            assert takes(name, *own) or _standard(name), name
+            assert takes(name, *SHARED_WITH_SWEEPS) or _standard(name), name
 
 
 def _standard(name: str) -> bool:

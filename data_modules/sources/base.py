@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_modules.sources.digests import content_digest, digest
+from mtp_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +91,12 @@ def decode_utf8(data: bytes, where: str, *, offset: int = 0) -> str:
         offset: position of ``data`` in the file.
 
     Raises:
-        ValueError: naming the file, the byte and its offset.
+        UserError: naming the file, the byte and its offset.
     """
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at byte offset "
             f"{offset + error.start} ({error.reason}); convert the file, for example with "
             f"`iconv -f LATIN1 -t UTF-8`"

@@ -8,6 +8,7 @@ from typing import Any
 
 from data_modules.sources.base import MissingPackageError, Source, digest, digest_files
 from data_modules.sources.text import expand
+from mtp_lightning.errors import UserError
 
 
 class HuggingFaceSource(Source):
@@ -27,7 +28,7 @@ class HuggingFaceSource(Source):
 
     Raises:
         MissingPackageError: from ``documents`` and ``fingerprint``, without ``datasets``.
-        ValueError: if the dataset cannot be opened or has no such text column.
+        UserError: if the dataset cannot be opened or has no such text column.
         OSError: if it is not found or the network is missing.
     """
 
@@ -80,7 +81,7 @@ class HuggingFaceSource(Source):
             raise kind(what + reason) from error
         columns = dataset.column_names
         if columns is not None and self.field not in columns:
-            raise ValueError(
+            raise UserError(
                 f"the dataset {self.path!r} has no column {self.field!r} (it has "
                 f"{sorted(columns)}): set data.source.field to the name of the text"
             )
@@ -95,7 +96,7 @@ class HuggingFaceSource(Source):
         for number, row in enumerate(dataset):
             text = row.get(self.field)
             if not isinstance(text, str):
-                raise ValueError(
+                raise UserError(
                     f"row {number} of the dataset {self.path!r} has no string under "
                     f"{self.field!r} but {type(text).__name__}: set data.source.field"
                 )

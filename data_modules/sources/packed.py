@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_modules.sources.base import MissingPackageError
+from mtp_lightning.errors import UserError
 
 COMPRESSED = (".gz", ".zst")
 """Suffixes of files that are unpacked as they are read."""
@@ -21,7 +22,7 @@ def open_plain(path: Path) -> Iterator[IO[bytes]]:
     """A file's bytes, unpacked where its suffix says so.
 
     Raises:
-        ValueError: what is packed is damaged or cut off; also from reading in the block.
+        UserError: what is packed is damaged or cut off; also from reading in the block.
         MissingPackageError: ``.zst`` without pyarrow.
     """
     suffix = path.suffix.lower()
@@ -33,7 +34,7 @@ def open_plain(path: Path) -> Iterator[IO[bytes]]:
         begins = file.read(4)
         file.seek(0)
         magic, name = (b"\x1f\x8b", "gzip") if suffix == ".gz" else (b"\x28\xb5\x2f\xfd", "zstd")
-        damaged = ValueError(f"{path} is no {name} file, or is damaged: pack it again")
+        damaged = UserError(f"{path} is no {name} file, or is damaged: pack it again")
         if not begins.startswith(magic):
             raise damaged
         try:
@@ -81,18 +82,18 @@ def parquet_column(path: Path, field: str) -> Iterator[str]:
     """The rows of a column, read a group at a time.
 
     Raises:
-        ValueError: it is no parquet, or has no such column of strings.
+        UserError: it is no parquet, or has no such column of strings.
         MissingPackageError: without pyarrow.
     """
     pyarrow = _pyarrow(path)
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid:
-        raise ValueError(f"{path} is no parquet file, or is damaged: write it again") from None
+        raise UserError(f"{path} is no parquet file, or is damaged: write it again") from None
     with file:
         columns = file.schema_arrow.names
         if field not in columns:
-            raise ValueError(
+            raise UserError(
                 f"{path} has no column {field!r} (it has {sorted(columns)}): set data.field to the "
                 "name of the text"
             )
@@ -101,7 +102,7 @@ def parquet_column(path: Path, field: str) -> Iterator[str]:
             for text in batch.column(0).to_pylist():
                 row += 1
                 if not isinstance(text, str):
-                    raise ValueError(
+                    raise UserError(
                         f"{path}, row {row}, has no string under {field!r} but "
                         f"{type(text).__name__}: set data.field to the name of the text"
                     )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from data_modules.sources.base import Source, digest
+from mtp_lightning.errors import UserError
 
 SUCCESSORS = 16
 """Words that can follow a word; their probabilities are 1/2, 1/4, ..., so text is learnable."""
@@ -26,7 +27,7 @@ class SyntheticSource(Source):
         seed: of the words, the chain and the text.
 
     Raises:
-        ValueError: for numbers that are too small.
+        UserError: for numbers that are too small.
     """
 
     name = "synthetic"
@@ -35,12 +36,12 @@ class SyntheticSource(Source):
         self, *, size: int = 1_000_000, documents: int = 200, words: int = 512, seed: int = 0
     ) -> None:
         if documents < 1 or size < 16 * documents:
-            raise ValueError(
+            raise UserError(
                 f"synthetic text needs documents >= 1 of 16 bytes or more each, "
                 f"got size {size} for {documents} documents"
             )
         if words < 2 or seed < 0:
-            raise ValueError(f"need words >= 2 and seed >= 0, got words {words}, seed {seed}")
+            raise UserError(f"need words >= 2 and seed >= 0, got words {words}, seed {seed}")
         self.size = size
         self.n_documents = documents
         self.words = words

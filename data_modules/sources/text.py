@@ -12,6 +12,7 @@ from typing import Any
 
 from data_modules.sources.base import Source, decode_utf8, digest_files
 from data_modules.sources.packed import COMPRESSED, open_plain, parquet_column
+from mtp_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class TextSource(Source):
     Raises:
         FileNotFoundError: from ``documents`` and ``fingerprint``: a path that does not exist, a
             glob or folder without a file.
-        ValueError: likewise: an empty file, one that is not UTF-8 (with the byte offset), a line
+        UserError: likewise: an empty file, one that is not UTF-8 (with the byte offset), a line
             that is not a JSON object with that field, a compressed file that is damaged.
         MissingPackageError: likewise: parquet or ``.zst`` without pyarrow.
     """
@@ -48,7 +49,7 @@ class TextSource(Source):
     ) -> None:
         given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         if not given or not all(isinstance(p, str | os.PathLike) and str(p) for p in given):
-            raise ValueError(
+            raise UserError(
                 f"data.paths must name a file, a folder or a glob, or a list of them, got {paths!r}"
             )
         self.paths = [os.fspath(path) for path in given]
@@ -63,7 +64,7 @@ class TextSource(Source):
             for given in self.paths:
                 for name, path in expand(given):
                     if path.stat().st_size == 0:
-                        raise ValueError(
+                        raise UserError(
                             f"{path} is empty: give text, or leave the file out of data.paths"
                         )
                     found.setdefault(path.resolve(), name)
@@ -92,10 +93,10 @@ class TextSource(Source):
                     row = json.loads(text)
                 except (ValueError, RecursionError) as error:
                     # RecursionError: a list in a list in a list ..
-                    raise ValueError(f"{path}, line {number}, is not JSON ({error})") from None
+                    raise UserError(f"{path}, line {number}, is not JSON ({error})") from None
                 if not isinstance(row, dict) or not isinstance(row.get(self.field), str):
                     has = sorted(row) if isinstance(row, dict) else type(row).__name__
-                    raise ValueError(
+                    raise UserError(
                         f"{path}, line {number}, has no string under {self.field!r} "
                         f"(it has {has}): set data.field to the name of the text"
                     )
@@ -165,7 +166,7 @@ def _one_document(path: Path) -> str:
         with open_plain(path) as file:
             return decode_utf8(file.read(), str(path))
     except MemoryError:
-        raise ValueError(
+        raise UserError(
             f"{path} is one document and larger than the memory: give it in parts, as lines of "
             ".jsonl for example"
         ) from None

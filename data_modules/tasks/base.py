@@ -108,7 +108,7 @@ class Task(ABC):
         seed: of the examples; not the run's, so that all runs are validated on the same ones.
 
     Raises:
-        ValueError: an option out of range, or options that do not fit together.
+        UserError: an option out of range, or options that do not fit together.
     """
 
     name: ClassVar[str]

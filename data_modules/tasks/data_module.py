@@ -16,6 +16,7 @@ from data_modules.tasks.windows import ExampleLoader, TaskWindows, first_trainin
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.tokenizers.symbols import SymbolTokenizer
 from data_modules.window_module import WindowDataModule
+from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_whole
 
 
@@ -45,7 +46,7 @@ class TaskDataModule(WindowDataModule):
         lookahead: see :class:`WindowDataModule`.
 
     Raises:
-        ValueError: numbers out of range, a window too short for an example, another vocabulary.
+        UserError: numbers out of range, a window too short for an example, another vocabulary.
     """
 
     def __init__(
@@ -84,18 +85,18 @@ class TaskDataModule(WindowDataModule):
             require_whole("data.examples (null for fresh ones)", examples, least=1)
         require_whole("data.eval_examples", eval_examples, least=1)
         if document_mask:
-            raise ValueError(
+            raise UserError(
                 f"data.document_mask={document_mask} has no meaning for data={task.name}, whose "
                 "examples never see each other: leave it out."
             )
         if self.seq_len + 1 < task.longest:
-            raise ValueError(
+            raise UserError(
                 f"data.seq_len={seq_len} is too short for data={task.name}, whose examples have "
                 f"up to {task.longest} tokens: set it to {task.longest - 1} or more, or to null."
             )
         own = SymbolTokenizer(task.symbols)
         if tokenizer is not None and not _same_symbols(tokenizer, own):
-            raise ValueError(
+            raise UserError(
                 f"data={task.name} with {own.vocab_size} symbols of its own cannot be read by a "
                 f"model that knows {tokenizer.vocab_size} ids of the kind {tokenizer.kind}: give "
                 "the task the options that the model was trained with."
@@ -198,7 +199,7 @@ class TaskDataModule(WindowDataModule):
             length: not used: a question has the length it has.
 
         Raises:
-            ValueError: there are not so many.
+            UserError: there are not so many.
         """
         wanted = self.answer_length
         prompts = [
@@ -207,7 +208,7 @@ class TaskDataModule(WindowDataModule):
             if self.task.ends or self._spoken(example) == wanted
         ]
         if not 1 <= n <= len(prompts):
-            raise ValueError(
+            raise UserError(
                 f"{n} prompts were asked for and of data.eval_examples={self.eval_examples} "
                 f"{len(prompts)} have an answer of {wanted} tokens: ask for fewer, or raise "
                 "data.eval_examples."

@@ -19,6 +19,7 @@ from itertools import pairwise
 from typing import ClassVar
 
 from data_modules.tasks.base import Example, Task, log_bucket
+from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_whole
 
 BEGIN, FIRST = 1, 2
@@ -73,12 +74,12 @@ class Induction(Task):
         require_whole("data.task.beginnings", self.beginnings, least=1)
         require_whole("data.task.endings", self.endings, least=1)
         if self.sentences <= self.names:
-            raise ValueError(
+            raise UserError(
                 f"data.task.sentences={self.sentences} may not repeat any of data.task.names="
                 f"{self.names} names: ask for more sentences than names."
             )
         if self.beginnings < self.names:
-            raise ValueError(
+            raise UserError(
                 f"data.task.beginnings={self.beginnings} are too few for data.task.names="
                 f"{self.names}, each needing one of its own: raise data.task.beginnings, or ask "
                 "for fewer names."

@@ -21,6 +21,7 @@ from typing import ClassVar
 import numpy as np
 
 from data_modules.tasks.base import Example, Task, log_bucket
+from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_number, require_whole
 
 EQUALS, BLANK, FIRST = 1, 2, 3
@@ -55,7 +56,7 @@ class MQAR(Task):
             number = getattr(self, name)
             require_whole(f"data.task.{name}", number, least=1)
             if number < self.pairs:
-                raise ValueError(
+                raise UserError(
                     f"data.task.{name}={number} are too few for data.task.pairs={self.pairs}, "
                     f"each {what} needing one of its own: raise data.task.{name}, or ask for fewer "
                     "pairs."

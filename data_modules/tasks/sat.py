@@ -16,6 +16,7 @@ from itertools import combinations, product
 from typing import ClassVar
 
 from data_modules.tasks.base import Draws, Example, Task
+from mtp_lightning.errors import UserError
 from mtp_lightning.settings import is_whole, require, require_whole
 
 BAR, EQUALS, FIRST = 1, 2, 3
@@ -54,7 +55,7 @@ class Sat(Task):
         require_whole("data.task.names", self.names, least=1)
         require_whole("data.task.solutions", self.solutions, least=1)
         if self.names < self.variables:
-            raise ValueError(
+            raise UserError(
                 f"data.task.names={self.names} are too few for data.task.variables="
                 f"{self.variables}, each needing one of its own: raise data.task.names, or ask for "
                 "fewer variables."

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from data_modules.tasks.base import Example, Task
+from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_whole
 
 BAR, SLASH, EQUALS, FIRST = 1, 2, 3, 4
@@ -52,7 +53,7 @@ class StarGraph(Task):
         if self.fixed is not None:
             require_whole("data.task.fixed (null for no end)", self.fixed, least=1)
         if self.size > self.nodes:
-            raise ValueError(
+            raise UserError(
                 f"data.task.nodes={self.nodes} names are too few for a star graph of "
                 f"data.task.degree={self.degree} and data.task.length={self.length}, which has "
                 f"{self.size} nodes: raise data.task.nodes to that, or take a smaller graph."

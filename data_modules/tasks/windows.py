@@ -19,6 +19,7 @@ from data_modules.loader import WindowLoader
 from data_modules.order import Order
 from data_modules.tasks.base import END, Example, Task
 from data_modules.windows import WindowBatch
+from mtp_lightning.errors import UserError
 
 TRAINING = 48
 """Training with seed s reads examples from ``(s + 1) << 48`` on; validation those below."""
@@ -76,7 +77,7 @@ class TaskWindows(Dataset[WindowBatch]):
         return EPOCH if self.examples is None else -(-self.examples // self.per_window)
 
     def require(self, batch_size: int, world: int) -> None:
-        """Raises ``ValueError``, with the remedy, if there are too few windows for one step.
+        """Raises ``UserError``, with the remedy, if there are too few windows for one step.
 
         Args:
             batch_size: windows of one step of a process.
@@ -84,7 +85,7 @@ class TaskWindows(Dataset[WindowBatch]):
         """
         n, needed = len(self), batch_size * world
         if n < needed:
-            raise ValueError(
+            raise UserError(
                 f"data.examples={self.examples} fill {n} windows but one step takes {needed} "
                 f"({batch_size} windows x {world} processes): raise data.examples, or lower "
                 "data.batch_size or trainer.accumulate_grad_batches."

@@ -13,6 +13,7 @@ from data_modules.token_files.formats import TokenSource, read_header
 from data_modules.token_files.view import open_view
 from data_modules.token_store import TokenStore
 from data_modules.tokenizers.base import Tokenizer
+from mtp_lightning.errors import UserError
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 HELD_OUT = 0.05
@@ -32,7 +33,7 @@ class TokenFilesDataModule(StoreDataModule):
         options: of :class:`StoreDataModule` and :class:`WindowDataModule`.
 
     Raises:
-        ValueError: numbers out of range, or a tokenizer that would have to be trained. From the
+        UserError: numbers out of range, or a tokenizer that would have to be trained. From the
             first use: a file that is damaged, foreign or in both texts; an id that the tokenizer
             does not have.
         FileNotFoundError: likewise, no such file.
@@ -50,17 +51,17 @@ class TokenFilesDataModule(StoreDataModule):
     ) -> None:
         super().__init__(**options)
         if tokenizer.needs_training:
-            raise ValueError(
+            raise UserError(
                 f"data=tokens holds ids, and tokenizer={tokenizer.kind} would have to be trained "
                 "on text: give the one that made them (tokenizer=pretrained tokenizer.path=...), "
                 "or tokenizer=ids with tokenizer.vocab_size and tokenizer.eot_id"
             )
         if held_out is not None and val_path is not None:
-            raise ValueError(
+            raise UserError(
                 f"data.held_out={held_out} has no meaning beside data.val_path: leave one out"
             )
         if held_out is not None and not 0 < held_out < 1:
-            raise ValueError(
+            raise UserError(
                 f"data.held_out must lie between 0 and 1, both excluded, got {held_out}"
             )
         self.path = path
@@ -75,7 +76,7 @@ class TokenFilesDataModule(StoreDataModule):
             val = None if self.val_path is None else self._files("data.val_path", self.val_path)
             both = {file.shard.path for file in train} & {file.shard.path for file in val or ()}
             if both:
-                raise ValueError(
+                raise UserError(
                     f"{min(both)} is in data.path and in data.val_path: what is validated on must "
                     "not be trained on"
                 )
@@ -91,7 +92,7 @@ class TokenFilesDataModule(StoreDataModule):
     def _files(self, key: str, paths: Paths) -> list[TokenSource]:
         given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         if not given or not all(isinstance(p, str | os.PathLike) and str(p) for p in given):
-            raise ValueError(
+            raise UserError(
                 f"{key} must name a file, a folder or a glob, or a list of them, got {paths!r}"
             )
         found: dict[Path, None] = {}

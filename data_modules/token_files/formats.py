@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from data_modules.token_files.shards import Shard
+from mtp_lightning.errors import UserError
 
 MEGATRON = b"MMIDIDX\x00\x00"
 _MEGATRON_HEADER = struct.Struct("<QBQQ")
@@ -69,19 +70,19 @@ def read_header(path: Path, dtype: str | None = None) -> TokenSource:
         dtype: type of the ids in a file without header; None for uint16. Others know theirs.
 
     Raises:
-        ValueError: naming the file: it is empty, truncated, foreign, or of another type than
+        UserError: naming the file: it is empty, truncated, foreign, or of another type than
             ``dtype``.
         OSError: it cannot be read.
     """
     if dtype not in (None, "uint16", "uint32", "int32", "int64"):
-        raise ValueError(f"data.dtype must be uint16, uint32, int32, int64 or null, not {dtype!r}")
+        raise UserError(f"data.dtype must be uint16, uint32, int32, int64 or null, not {dtype!r}")
     if path.suffix not in (".bin", ".npy"):
-        raise ValueError(
+        raise UserError(
             f"{path} is no file of token ids: give .bin (Megatron, nanoGPT, llm.c) or .npy files, "
             f"of a folder with others by a glob such as data.path='{path.parent}/*.bin'"
         )
     if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty: leave the file out of data.path")
+        raise UserError(f"{path} is empty: leave the file out of data.path")
     with path.open("rb") as file:
         head = file.read(_LLM_C_HEADER)
     if path.suffix == ".npy":
@@ -94,7 +95,7 @@ def read_header(path: Path, dtype: str | None = None) -> TokenSource:
         return _raw(path, head, dtype)
     if dtype is not None and np.dtype(found.shard.dtype) != np.dtype(dtype):
         own = np.dtype(found.shard.dtype).name
-        raise ValueError(
+        raise UserError(
             f"{path} ({found.format}) says that its ids are {own}, not data.dtype={dtype}: leave "
             "data.dtype out"
         )
@@ -104,9 +105,9 @@ def read_header(path: Path, dtype: str | None = None) -> TokenSource:
 def _raw(path: Path, head: bytes, dtype: str | None) -> TokenSource:
     for magic, what in _FOREIGN.items():
         if head.startswith(magic):
-            raise ValueError(f"{path} holds no token ids but is {what}")
+            raise UserError(f"{path} holds no token ids but is {what}")
     if dtype is None and _looks_wide(head):
-        raise ValueError(
+        raise UserError(
             f"{path} has no header and looks like ids of 32 bits: set data.dtype=uint32, or "
             "data.dtype=uint16 if every second id is 0 indeed"
         )
@@ -124,7 +125,7 @@ def _looks_wide(head: bytes) -> bool:
 def _whole(path: Path, n_bytes: int, dtype: np.dtype) -> int:
     n_tokens, rest = divmod(n_bytes, dtype.itemsize)
     if rest:
-        raise ValueError(
+        raise UserError(
             f"{path} is truncated, or its ids are not {dtype.name}: {n_bytes:,} bytes are no "
             f"multiple of {dtype.itemsize}; copy the file again, or set data.dtype"
         )
@@ -133,18 +134,18 @@ def _whole(path: Path, n_bytes: int, dtype: np.dtype) -> int:
 
 def _llm_c(path: Path, head: bytes) -> TokenSource:
     if len(head) < _LLM_C_HEADER:
-        raise ValueError(f"{path} is truncated in its header of llm.c: copy the file again")
+        raise UserError(f"{path} is truncated in its header of llm.c: copy the file again")
     magic, version, n_tokens = struct.unpack_from("<3i", head)
     known, dtype = _LLM_C[magic]
     if version != known:
-        raise ValueError(
+        raise UserError(
             f"{path} is of version {version} of llm.c's format, and only version {known} is known: "
             "write it again with llm.c's own scripts"
         )
     size = path.stat().st_size
     expected = _LLM_C_HEADER + n_tokens * np.dtype(dtype).itemsize
     if n_tokens < 1 or size != expected:
-        raise ValueError(
+        raise UserError(
             f"{path} is truncated or damaged: its header says {n_tokens:,} ids, so {expected:,} "
             f"bytes, and it has {size:,}; copy the file again"
         )
@@ -158,12 +159,12 @@ def _numpy(path: Path) -> TokenSource:
         raise
     except Exception as error:  # a header of any kind of nonsense
         reason = " ".join(str(error).split())[:120]
-        raise ValueError(
+        raise UserError(
             f"{path} is no .npy file of ids, or is truncated ({reason}): write it again with "
             "numpy.save"
         ) from None
     if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
-        raise ValueError(
+        raise UserError(
             f"{path} holds {array.dtype} of shape {array.shape} and not one row of whole numbers: "
             "save ids.reshape(-1) of an integer type"
         )
@@ -174,8 +175,8 @@ def _numpy(path: Path) -> TokenSource:
 def _megatron(path: Path) -> TokenSource:
     index = path.with_suffix(".idx")
 
-    def damaged(why: str) -> ValueError:
-        return ValueError(
+    def damaged(why: str) -> UserError:
+        return UserError(
             f"{index} is no index of {path.name}, or is damaged ({why}): copy both files again, or "
             "move the index away to read the .bin alone"
         )
@@ -191,7 +192,7 @@ def _megatron(path: Path) -> TokenSource:
     at = len(MEGATRON) + _MEGATRON_HEADER.size
     expected = at + 12 * n_sequences + 8 * n_entries
     if size == expected + n_sequences and n_sequences:
-        raise ValueError(f"{index} is of images and text, which no model here reads: give text")
+        raise UserError(f"{index} is of images and text, which no model here reads: give text")
     if size != expected or n_sequences < 1 or n_entries < 2:
         raise damaged(f"its numbers ask for {expected:,} bytes, and it has {size:,}")
     dtype = np.dtype(_MEGATRON_TYPES[code])

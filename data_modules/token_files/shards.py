@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mtp_lightning.errors import UserError
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -99,7 +101,7 @@ class ShardedTokens:
         except FileNotFoundError:  # removed, and kept by the system for whoever has mapped it
             return
         if not unchanged:
-            raise ValueError(f"{path} was written to while it is being read: start again on it.")
+            raise UserError(f"{path} was written to while it is being read: start again on it.")
 
     def _span(self, first: int, last: int) -> np.ndarray:
         number = int(self._ends.searchsorted(first, side="right"))

@@ -26,6 +26,7 @@ from data_modules.token_files.formats import TokenSource
 from data_modules.token_files.shards import Shard, ShardedTokens, cut
 from data_modules.token_store import FORMAT, PIECES, TokenStore
 from data_modules.tokenizers.base import Tokenizer
+from mtp_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def open_view(
         cache: the cache folder.
 
     Raises:
-        ValueError: an id that the tokenizer does not have; files with and without an index mixed.
+        UserError: an id that the tokenizer does not have; files with and without an index mixed.
         OSError: about files.
     """
     splits = {"train": train} if val is None else {"train": train, "val": val}
@@ -136,13 +137,13 @@ def look_through(files: Sequence[TokenSource], tokenizer: Tokenizer) -> Text:
     An index says where documents start; without one a document starts behind end-of-text tokens.
 
     Raises:
-        ValueError: see :func:`open_view`.
+        UserError: see :func:`open_view`.
     """
     indexed = [file.starts is not None for file in files]
     if any(indexed) and not all(indexed):
         with_index = files[indexed.index(True)].shard.path
         without = files[indexed.index(False)].shard.path
-        raise ValueError(
+        raise UserError(
             f"{with_index} has an index of its documents and {without} has none: give both kinds "
             "in runs of their own, or write one of them anew"
         )
@@ -182,7 +183,7 @@ def _require_known(
         return
     wrong = int(np.flatnonzero((block < 0) | (block >= tokenizer.vocab_size))[0])
     path, at = tokens.place(first + wrong)
-    raise ValueError(
+    raise UserError(
         f"{path} has the id {int(block[wrong])} at token {at}, and the tokenizer "
         f"({tokenizer.kind}) has ids from 0 to {tokenizer.vocab_size - 1}: give the tokenizer that "
         "made the file, or the type of its ids as data.dtype"

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_modules.sources.base import digest
+from mtp_lightning.errors import UserError
 
 STATE_FILE = "tokenizer_state.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -82,9 +83,9 @@ class Tokenizer(ABC):
         program writes around a question.
 
         Raises:
-            ValueError: a tokenizer without special tokens of that kind.
+            UserError: a tokenizer without special tokens of that kind.
         """
-        raise ValueError(
+        raise UserError(
             f"the {self.kind} tokenizer has no special tokens to write a chat with: only a model "
             "with a tokenizer of its own (tokenizer=pretrained) can be asked."
         )
@@ -143,11 +144,11 @@ def tokenizer_from_state(state: dict[str, Any]) -> Tokenizer:
     """The tokenizer that gave this state (see :meth:`Tokenizer.state`).
 
     Raises:
-        ValueError: for a state of unknown kind.
+        UserError: for a state of unknown kind.
     """
     from data_modules.tokenizers import KINDS
 
     kind = state.get("kind")
     if kind not in KINDS:
-        raise ValueError(f"unknown tokenizer kind {kind!r}: known are {sorted(KINDS)}")
+        raise UserError(f"unknown tokenizer kind {kind!r}: known are {sorted(KINDS)}")
     return KINDS[kind].from_state(state)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_modules.tokenizers.base import END_OF_TEXT, Tokenizer
+from mtp_lightning.errors import UserError
 
 # Words are split as in GPT-2: a run of letters, digits or signs with one space before it, or a run
 # of white space less the space that the next word takes. Unlike GPT-2's, the pattern names its
@@ -49,19 +50,19 @@ class BPETokenizer(Tokenizer):
             order, the last one cut short.
 
     Raises:
-        ValueError: for numbers that are too small.
+        UserError: for numbers that are too small.
     """
 
     kind: ClassVar[str] = "bpe"
 
     def __init__(self, vocab_size: int = 4096, *, train_bytes: int = 20_000_000) -> None:
         if vocab_size < MIN_VOCAB:
-            raise ValueError(
+            raise UserError(
                 f"tokenizer.vocab_size must be at least {MIN_VOCAB} (256 bytes and end of text), "
                 f"got {vocab_size}"
             )
         if train_bytes < 1:
-            raise ValueError(f"tokenizer.train_bytes must be at least 1, got {train_bytes}")
+            raise UserError(f"tokenizer.train_bytes must be at least 1, got {train_bytes}")
         self.requested_vocab_size = vocab_size
         self.train_bytes = train_bytes
         self._json: str | None = None
@@ -77,7 +78,7 @@ class BPETokenizer(Tokenizer):
         """A trained copy. Deterministic: the same documents give the same merges.
 
         Raises:
-            ValueError: if there is no text.
+            UserError: if there is no text.
         """
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -99,7 +100,7 @@ class BPETokenizer(Tokenizer):
         sample = _first_bytes(documents, self.train_bytes)
         first = next(sample, None)
         if first is None:
-            raise ValueError("there is no text to train the tokenizer on")
+            raise UserError("there is no text to train the tokenizer on")
         library.train_from_iterator(chain([first], sample), trainer)
         return self._with(library.to_str())
 
@@ -113,7 +114,7 @@ class BPETokenizer(Tokenizer):
             from tokenizers import Tokenizer
 
             if self._json is None:
-                raise ValueError("the bpe tokenizer is not trained yet: prepare the data first")
+                raise UserError("the bpe tokenizer is not trained yet: prepare the data first")
             _quiet_forks()
             self._library = Tokenizer.from_str(self._json)
             # The special token's name in a text is text: the round trip must lose nothing.
@@ -132,7 +133,7 @@ class BPETokenizer(Tokenizer):
         """``[n]`` int64 ids.
 
         Raises:
-            ValueError: if the tokenizer is not trained.
+            UserError: if the tokenizer is not trained.
         """
         library = self._trained()
         words = self._words.findall(text)
@@ -164,7 +165,7 @@ class BPETokenizer(Tokenizer):
 
     def state(self) -> dict[str, Any]:
         if self._json is None:
-            raise ValueError("the bpe tokenizer is not trained yet: prepare the data first")
+            raise UserError("the bpe tokenizer is not trained yet: prepare the data first")
         return {
             "kind": self.kind,
             "vocab_size": self.requested_vocab_size,

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_modules.tokenizers.base import Tokenizer
+from mtp_lightning.errors import UserError
 
 
 class IdTokenizer(Tokenizer):
@@ -18,16 +19,16 @@ class IdTokenizer(Tokenizer):
         eot_id: the one that ends a document.
 
     Raises:
-        ValueError: for numbers out of range.
+        UserError: for numbers out of range.
     """
 
     kind: ClassVar[str] = "ids"
 
     def __init__(self, vocab_size: int, eot_id: int) -> None:
         if vocab_size < 2:
-            raise ValueError(f"tokenizer.vocab_size must be at least 2, got {vocab_size}")
+            raise UserError(f"tokenizer.vocab_size must be at least 2, got {vocab_size}")
         if not 0 <= eot_id < vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"tokenizer.eot_id must be one of the {vocab_size:,} ids from 0 on, got {eot_id}"
             )
         self._vocab_size = vocab_size
@@ -50,12 +51,12 @@ class IdTokenizer(Tokenizer):
         """Ids of numbers parted by white space.
 
         Raises:
-            ValueError: something else than an id.
+            UserError: something else than an id.
         """
         found = text.split()
         for word in found:
             if not (word.isascii() and word.isdigit() and int(word) < self.vocab_size):
-                raise ValueError(
+                raise UserError(
                     f"{word[:40]!r} is no id: tokenizer=ids knows no text, so write ids from 0 to "
                     f"{self.vocab_size - 1} with spaces between them, or give tokenizer=pretrained"
                 )

@@ -12,6 +12,7 @@ import numpy as np
 from data_modules.sources.base import digest
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.tokenizers.bpe import _quiet_forks
+from mtp_lightning.errors import UserError
 
 KNOWN_EOT = (
     "<|endoftext|>",
@@ -45,7 +46,7 @@ class PretrainedTokenizer(Tokenizer):
 
     Raises:
         FileNotFoundError: from the first use, if there is no such file, folder or hub name.
-        ValueError: likewise, if the file is no tokenizer or has no such end-of-text token.
+        UserError: likewise, if the file is no tokenizer or has no such end-of-text token.
     """
 
     kind: ClassVar[str] = "pretrained"
@@ -70,14 +71,14 @@ class PretrainedTokenizer(Tokenizer):
         if eot_token is None:
             eot_token = next((name for name in KNOWN_EOT if name in specials), None)
         if eot_token is None:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer {self.path} has no end-of-text token among its special tokens "
                 f"({', '.join(sorted(specials)) or 'it has none'}): name one with "
                 f"tokenizer.eot_token"
             )
         eot_id = library.token_to_id(eot_token)
         if eot_id is None:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer {self.path} has no token {eot_token!r}: "
                 f"set tokenizer.eot_token to one of its tokens"
             )
@@ -181,7 +182,7 @@ def _read(given: str) -> tuple[Any, dict[str, str]]:
         try:
             library = Library.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{path} is not a tokenizer.json that can be read: {error}") from None
+            raise UserError(f"{path} is not a tokenizer.json that can be read: {error}") from None
         files = [path.with_name(name) for name in BESIDE]
         return library, {f.name: f.read_text(encoding="utf-8") for f in files if f.is_file()}
     if path.suffix == ".json" or given.startswith((".", "/", "~")):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_modules.tokenizers.base import Tokenizer
+from mtp_lightning.errors import UserError
 
 
 class SymbolTokenizer(Tokenizer):
@@ -43,13 +44,13 @@ class SymbolTokenizer(Tokenizer):
         """Ids of symbols parted by white space.
 
         Raises:
-            ValueError: something else than a symbol.
+            UserError: something else than a symbol.
         """
         found = text.split()
         for symbol in found:
             if symbol not in self._ids:
                 known = " ".join(self.symbols[1:9])
-                raise ValueError(
+                raise UserError(
                     f"{symbol!r} is no symbol of the task that this model was trained on: write "
                     f"symbols with spaces between them ({known} ..)."
                 )

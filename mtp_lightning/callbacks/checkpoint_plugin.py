@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.run import checkpoints
 
 
@@ -19,7 +20,7 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> None:
         """Write atomically; see `checkpoints.save` for the errors."""
         if storage_options is not None:
-            raise ValueError(
+            raise UserError(
                 f"storage_options are not used for checkpoints here: {storage_options!r}."
             )
         checkpoints.save(checkpoint, path)
@@ -29,7 +30,7 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Check for damage, then load plain values only; `weights_only=False` is refused."""
         if weights_only is False:
-            raise ValueError(
+            raise UserError(
                 "Checkpoints are loaded with weights_only=True only: do not ask for False."
             )
         return checkpoints.load(path, "cpu" if map_location is None else map_location)

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from mtp_lightning.callbacks.base import run_callbacks
 from mtp_lightning.callbacks.termination import Termination
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.checkpoints import KEEP, intact, link_or_copy, load, save, stored_step
 from mtp_lightning.run.layout import BEST, LAST, PREVIOUS
 from mtp_lightning.settings import require_choice, require_whole
@@ -44,7 +45,7 @@ class Checkpoints(Checkpoint):
         keep: what is left of a run that has ended well: `all`, `weights` or `none`.
 
     Raises:
-        ValueError: on a wrong setting, or when `monitor` was not logged by a validation.
+        UserError: on a wrong setting, or when `monitor` was not logged by a validation.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Checkpoints(Checkpoint):
         """Take over Ctrl-C: the first one stops after the step with a checkpoint, the second one at
         once."""
         if trainer.enable_validation and trainer.check_val_every_n_epoch is not None:
-            raise ValueError(
+            raise UserError(
                 f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch} would count "
                 "validations by epoch; here they are counted in optimizer steps: set it to "
                 "null and use trainer.val_check_interval."
@@ -206,7 +207,7 @@ class Checkpoints(Checkpoint):
             return False
         if self.monitor not in trainer.callback_metrics:
             known = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
-            raise ValueError(
+            raise UserError(
                 f"callbacks.checkpoints.monitor={self.monitor} was not logged by the validation "
                 f"(logged: {known}): name one of those, or set it to null."
             )

@@ -33,7 +33,7 @@ class GradientConflict(Callback):
         every_n_steps: optimizer steps between two measurements; all of them are logged.
 
     Raises:
-        ValueError: it is no whole number of at least 1.
+        UserError: it is no whole number of at least 1.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -44,7 +44,7 @@ class GradientConflict(Callback):
         """Refuse a model without anything to measure.
 
         Raises:
-            ValueError: no depth reaches the trunk.
+            UserError: no depth reaches the trunk.
         """
         model = pl_module.model
         assert isinstance(model, MTPModel)

@@ -11,13 +11,14 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from mtp_lightning.callbacks.checkpoints import Checkpoints
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.checkpoints import stored_step
 from mtp_lightning.settings import require_whole
 from mtp_lightning.sharding import local
 
 
 class NanGuard(Callback):
-    """Raises ValueError naming the step, the depths and the last good checkpoint.
+    """Raises UserError naming the step, the depths and the last good checkpoint.
 
     Reads what the module's training step returns: `losses`, a tensor [D+1] of unscaled per-depth
     means, `active`, which of them were computed (a list of D+1 bool), and `loss`. Reading a loss
@@ -70,7 +71,7 @@ class NanGuard(Callback):
     ) -> None:
         """Refuse to save what is not finite: this runs before anything is written."""
         if self._failure is not None:
-            raise ValueError(self._failure)
+            raise UserError(self._failure)
         self._look(trainer)
         named = [(name, p) for name, p in pl_module.named_parameters() if p.is_floating_point()]
         finite = (
@@ -115,7 +116,7 @@ class NanGuard(Callback):
         self._failure = (
             f"{what}; {self._last_good(trainer)} Lower the learning rate or clip gradients."
         )
-        raise ValueError(self._failure)
+        raise UserError(self._failure)
 
     @staticmethod
     def _last_good(trainer: pl.Trainer) -> str:

@@ -29,7 +29,7 @@ class StopWhenSolved(RunCallback):
         validations: in a row, >= 1.
 
     Raises:
-        ValueError: a setting out of range, data without answers, or nobody who judges them.
+        UserError: a setting out of range, data without answers, or nobody who judges them.
     """
 
     def __init__(self, level: float = 0.98, validations: int = 2) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mtp_lightning.decoding.tree import Tree
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import is_whole, require_choice, require_number
 
@@ -25,7 +26,7 @@ class Drafting:
         tree: candidates of every token that is drafted, one number a depth; None drafts a chain.
 
     Raises:
-        ValueError: a value out of range.
+        UserError: a value out of range.
     """
 
     speculative: bool = True
@@ -41,7 +42,7 @@ class Drafting:
         depth = self.draft_depth
         if depth is None or depth == "auto" or (is_whole(depth) and depth >= 1):
             return
-        raise ValueError(
+        raise UserError(
             f"draft_depth={depth} must be a whole number of at least 1, or 'auto'; "
             "speculative=false is plain decoding."
         )
@@ -55,7 +56,7 @@ class Drafting:
         """The most tokens that a round drafts.
 
         Raises:
-            ValueError: the model cannot draft as it is asked to.
+            UserError: the model cannot draft as it is asked to.
         """
         if self.tree is not None:
             return self._tree_depth(self.tree, model)
@@ -76,19 +77,19 @@ class Drafting:
         }
         for other, is_set in others.items():
             if is_set:
-                raise ValueError(
+                raise UserError(
                     f"tree={list(tree.widths)} does not go together with {other}: leave one of "
                     "them out."
                 )
         if max(tree.widths) > model.config.trunk.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"tree={list(tree.widths)} has more candidates than the model has tokens, "
                 f"{model.config.trunk.vocab_size}."
             )
         model.mtp.require_drafts()
         most = model.mtp.max_draft_depth
         if most is not None and tree.depth > most:
-            raise ValueError(
+            raise UserError(
                 f"tree={list(tree.widths)} drafts {tree.depth} tokens deep, but the model drafts "
                 f"{most}: give at most {most} numbers."
             )
@@ -103,7 +104,7 @@ class Drafting:
             return model.depth if depth is None else 2 * model.depth
         model.mtp.require_drafts()
         if most is not None and depth > most:
-            raise ValueError(
+            raise UserError(
                 f"draft_depth={depth}, but the model drafts {most} tokens: use at most {most}."
             )
         return depth
@@ -111,24 +112,24 @@ class Drafting:
     def _check_confidence(self, model: MTPModel, drafted: int) -> None:
         asked = f"min_confidence={self.min_confidence}"
         if model.mtp.confidence is None:
-            raise ValueError(
+            raise UserError(
                 f"{asked} needs a model that says how sure it is of its drafts: train one with "
                 "objective.confidence=true, or leave it 0."
             )
         if not drafted:
-            raise ValueError(
+            raise UserError(
                 f"{asked} does not go together with speculative=false: leave one of them out."
             )
 
     def _check_single_cache(self, model: MTPModel, drafted: int) -> None:
         if not model.mtp.is_recursive:
-            raise ValueError(
+            raise UserError(
                 f"cache={self.cache} is for a single module that reads its own output: decode a "
                 "model of mtp=sequential with mtp.depth=1 or mtp.share_layers=true, or leave it "
                 "per_depth."
             )
         if self.compile or not drafted:
             other = "compile=true" if drafted else "speculative=false"
-            raise ValueError(
+            raise UserError(
                 f"cache={self.cache} does not go together with {other}: leave one of them out."
             )

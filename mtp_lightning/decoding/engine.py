@@ -31,6 +31,7 @@ from mtp_lightning.decoding.single_cache import SingleCacheSession
 from mtp_lightning.decoding.speculative import Decoder, Round
 from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.decoding.tree_speculative import TreeDecoder
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.kernels.matmul import packed_weights
 from mtp_lightning.settings import is_whole, require_choice, require_whole
@@ -54,7 +55,7 @@ class Engine:
         capacity: tokens a row to make room for at once; it grows where a request needs more.
 
     Raises:
-        ValueError: an option out of range, a model that cannot do what is asked.
+        UserError: an option out of range, a model that cannot do what is asked.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Engine:
         capacity: int = 0,
     ) -> None:
         if model.config.mtp.answers_at_once:
-            raise ValueError(
+            raise UserError(
                 f"a model of mtp={model.config.mtp.variant} says a task's answers all at once and "
                 "not token by token: ask it by evaluate.py."
             )
@@ -79,7 +80,7 @@ class Engine:
         self.places = require_whole("places", places, least=1)
         self.drafting = Drafting() if drafting is None else drafting
         if self.drafting.compile and places != 1:
-            raise ValueError(
+            raise UserError(
                 f"compile=true decodes one prompt at a time: set batch_size=1, not {places}."
             )
         self.max_draft = self.drafting.max_draft(model)
@@ -122,25 +123,25 @@ class Engine:
         """Refuse what :meth:`add` would.
 
         Raises:
-            ValueError: an empty prompt, a token that the model does not have, more tokens than its
+            UserError: an empty prompt, a token that the model does not have, more tokens than its
                 context holds, stop strings without a tokenizer.
         """
         ids, name = request.prompt, f"Prompt {request.index}"
         vocab = self._model.config.trunk.vocab_size
         if not len(ids):
-            raise ValueError(f"{name} is empty: give at least one token.")
+            raise UserError(f"{name} is empty: give at least one token.")
         for token in ids:
             if not is_whole(token) or not 0 <= token < vocab:
-                raise ValueError(
+                raise UserError(
                     f"{name} holds {token!r}, not a token id of the model (0 to {vocab - 1}): "
                     "encode it with the tokenizer that the model was trained with."
                 )
         if request.stop and self.tokenizer is None:
-            raise ValueError(f"stop={list(request.stop)} needs a tokenizer: pass tokenizer=.")
+            raise UserError(f"stop={list(request.stop)} needs a tokenizer: pass tokenizer=.")
         # The last new token is never read.
         total = len(ids) + request.max_new_tokens - 1
         if self.max_context is not None and not self._slides and total > self.max_context:
-            raise ValueError(
+            raise UserError(
                 f"{name} has {len(ids)} tokens and {request.max_new_tokens} new ones are "
                 f"asked for: {total} to read, but the model was trained on {self.max_context}. "
                 "Shorten the prompt, lower max_new_tokens, or set long=slide."
@@ -158,10 +159,10 @@ class Engine:
             One row a request, in order.
 
         Raises:
-            ValueError: too many requests, or what :meth:`check` says.
+            UserError: too many requests, or what :meth:`check` says.
         """
         if len(requests) > self.free:
-            raise ValueError(
+            raise UserError(
                 f"{len(requests)} requests for {self.free} free places of {self.places}: wait "
                 "until a row has finished."
             )
@@ -210,10 +211,10 @@ class Engine:
         """Forget a row before its end; nothing of it is computed any more.
 
         Raises:
-            ValueError: the row is not here, or no longer.
+            UserError: the row is not here, or no longer.
         """
         if row not in self._rows:
-            raise ValueError(f"the row of prompt {row.request.index} is not in this engine.")
+            raise UserError(f"the row of prompt {row.request.index} is not in this engine.")
         self._drop(self._rows.index(row))
 
     def _with_room(self, tokens: int) -> Decoder:

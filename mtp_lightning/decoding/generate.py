@@ -19,6 +19,7 @@ from mtp_lightning.decoding.request import Request
 from mtp_lightning.decoding.row import Generation
 from mtp_lightning.decoding.sampling import Sampling
 from mtp_lightning.decoding.tree import Tree
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import is_whole
 
@@ -93,11 +94,11 @@ def generate(
         One :class:`Generation` a prompt, in order.
 
     Raises:
-        ValueError: an option out of range, an empty prompt, a prompt longer than the context, a
+        UserError: an option out of range, an empty prompt, a prompt longer than the context, a
             model that gives its answers at once.
     """
     if batch_size is not None and (not is_whole(batch_size) or batch_size < 1):
-        raise ValueError(f"batch_size={batch_size} must be a whole number of at least 1.")
+        raise UserError(f"batch_size={batch_size} must be a whole number of at least 1.")
     places = max(len(prompts), 1) if batch_size is None else batch_size
     engine = Engine(
         model,

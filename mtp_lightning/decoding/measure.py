@@ -249,7 +249,7 @@ def decoding_report(
 
     Raises:
         RuntimeError: drafts changed what is said.
-        ValueError: the model does not draft.
+        UserError: the model does not draft.
     """
     model.mtp.require_drafts()
     ways: dict[str, dict[str, Any]] = {"plain": {"speculative": False}, "drafted": drafting}

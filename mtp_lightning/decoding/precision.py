@@ -7,6 +7,7 @@ published ones, lose nothing.
 
 from __future__ import annotations
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.kernels import native
 from mtp_lightning.nn.kernels.few_rows import round_weights
@@ -17,14 +18,14 @@ def use_precision(model: MTPModel, precision: str) -> None:
     """Make ``model``, in place, one of ``precision``: ``fp32`` or ``bf16``.
 
     Raises:
-        ValueError: neither, or bf16 where nothing would read it faster.
+        UserError: neither, or bf16 where nothing would read it faster.
     """
     if require_choice("precision", precision, ("fp32", "bf16")) == "fp32":
         return
     weight = model.head.weight
     if not native.fits(weight):
         missing = "an fp32 model on a CPU" if native.library is not None else native.NEEDED
-        raise ValueError(
+        raise UserError(
             f"precision={precision} needs {missing}: without, nothing would be read faster; leave "
             "precision=fp32."
         )

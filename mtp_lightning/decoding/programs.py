@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from data_modules.cache import build_once, cache_folder
+from mtp_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def program(function: nn.Module, inputs: Sequence[Tensor]) -> Program:
         inputs: of the shapes that it will be called with. Those that it writes to, it writes to.
 
     Raises:
-        ValueError: it must be built, and there is no C++ compiler, which a CPU's programs need.
+        UserError: it must be built, and there is no C++ compiler, which a CPU's programs need.
         OSError: the cache folder cannot be written.
     """
     key = _key(function, inputs)
@@ -110,7 +111,7 @@ def _require_compiler(device: torch.device) -> None:
     if device.type != "cpu":
         return
     if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), *_COMPILERS)):
-        raise ValueError(
+        raise UserError(
             "compile=true needs a C++ compiler, and none is on the PATH: install g++ or clang++, "
             "or decode with compile=false."
         )

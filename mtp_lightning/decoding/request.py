@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_lightning.decoding.sampling import Sampling
+from mtp_lightning.errors import UserError
 from mtp_lightning.settings import is_whole, require_whole
 
 
@@ -24,7 +25,7 @@ class Request:
         logprobs: None for no :class:`LogProb`; else one a token, with so many alternatives.
 
     Raises:
-        ValueError: a value out of range.
+        UserError: a value out of range.
     """
 
     prompt: Sequence[int]
@@ -39,11 +40,11 @@ class Request:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "seed"):
             if not is_whole(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)} must be a whole number.")
+                raise UserError(f"{name}={getattr(self, name)} must be a whole number.")
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
+            raise UserError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
         if self.logprobs is not None:
             require_whole("logprobs", self.logprobs, least=0)
         for string in self.stop:
             if not isinstance(string, str) or not string:
-                raise ValueError(f"stop={string!r} must be a string of at least one character.")
+                raise UserError(f"stop={string!r} must be a string of at least one character.")

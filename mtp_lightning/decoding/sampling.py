@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.settings import is_number, is_whole
 
 # Below it a setting would be 0 in the precision of probabilities.
@@ -28,7 +29,7 @@ class Sampling:
             (Holtzman et al. 2020); applied after ``top_k``.
 
     Raises:
-        ValueError: a value out of range.
+        UserError: a value out of range.
     """
 
     temperature: float = 0.0
@@ -38,11 +39,11 @@ class Sampling:
     def __post_init__(self) -> None:
         t, k, p = self.temperature, self.top_k, self.top_p
         if not is_number(t) or t < 0:
-            raise ValueError(f"temperature={t} must be a number of at least 0 (0 is greedy).")
+            raise UserError(f"temperature={t} must be a number of at least 0 (0 is greedy).")
         if k is not None and (not is_whole(k) or k < 1):
-            raise ValueError(f"top_k={k} must be a whole number of at least 1, or null for all.")
+            raise UserError(f"top_k={k} must be a whole number of at least 1, or null for all.")
         if p is not None and (not is_number(p) or not 0 < p <= 1):
-            raise ValueError(f"top_p={p} must lie above 0 and at most at 1; null or 1 keeps all.")
+            raise UserError(f"top_p={p} must lie above 0 and at most at 1; null or 1 keeps all.")
 
     @property
     def greedy(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.nn.kernels.exact import FEW
 from mtp_lightning.settings import is_whole
 
@@ -21,7 +22,7 @@ class Tree:
         widths: candidates of every node at depth 0, 1, ..
 
     Raises:
-        ValueError: a width is none, or the tree is too large for a verify pass.
+        UserError: a width is none, or the tree is too large for a verify pass.
     """
 
     widths: tuple[int, ...]
@@ -29,9 +30,9 @@ class Tree:
     def __post_init__(self) -> None:
         shown = list(self.widths)
         if not shown or not all(is_whole(width) and width >= 1 for width in shown):
-            raise ValueError(f"tree={shown} must be a list of whole numbers of at least 1.")
+            raise UserError(f"tree={shown} must be a list of whole numbers of at least 1.")
         if len(self) >= FEW:
-            raise ValueError(
+            raise UserError(
                 f"tree={shown} drafts {len(self)} tokens a round: use one of at most {FEW - 1}, "
                 f"as a pass of more than {FEW} tokens would not give plain decoding's text."
             )

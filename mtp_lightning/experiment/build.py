@@ -18,6 +18,7 @@ from mtp_lightning.callbacks.checkpoint_plugin import AtomicCheckpointIO
 from mtp_lightning.callbacks.gradient_conflict import GradientConflict
 from mtp_lightning.callbacks.precision_plugin import TokenDoublePrecision
 from mtp_lightning.callbacks.termination import stop_together
+from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.command_line import overridden
 from mtp_lightning.experiment.device import settle_device
 from mtp_lightning.experiment.instantiate import instantiate, targets, trusted_packages
@@ -91,7 +92,7 @@ def build_data(
         )
         if not same or (asked.kind == "pretrained" and asked.spec() != tokenizer.spec()):
             stored = {k: v for k, v in tokenizer_state.items() if k not in _LONG}
-            raise ValueError(
+            raise UserError(
                 f"init_from={cfg.init_from} was trained with the tokenizer {stored}, which this "
                 "run's tokenizer settings do not ask for: its weights mean nothing with another."
             )
@@ -106,7 +107,7 @@ def _build_task(
     cfg: DictConfig, tokenizer_state: dict[str, Any] | None, **further: Any
 ) -> WindowDataModule:
     if typed := overridden("tokenizer"):
-        raise ValueError(
+        raise UserError(
             f"{typed[0]} has no meaning for a task, which has symbols of its own: leave it out."
         )
     tokenizer = None if tokenizer_state is None else tokenizer_from_state(tokenizer_state)
@@ -150,7 +151,7 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
     """
     rows = cfg.model.get("vocab_size", vocab_size)
     if rows < vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has {vocab_size} ids and the model only {rows} rows for them: "
             "use the tokenizer that the model was trained with."
         )
@@ -161,7 +162,7 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
     reach = mtp.depth * mtp.stride
     if reach > (cfg.data.seq_len or reach):
         stride = "" if mtp.stride == 1 else f" x mtp.stride={mtp.stride}"
-        raise ValueError(
+        raise UserError(
             f"mtp.depth={mtp.depth}{stride} is larger than the window, "
             f"data.seq_len={cfg.data.seq_len}: predict fewer tokens, or lengthen the window."
         )
@@ -203,19 +204,19 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
     if not model_config.mtp.trains_trunk:
         weights = OmegaConf.to_container(cfg)["mtp_lambda"]  # type: ignore[index,call-overload]
         if not any(weights if isinstance(weights, list) else [weights]):
-            raise ValueError(
+            raise UserError(
                 "mtp.freeze_trunk=true with mtp_lambda=0 leaves nothing to train: "
                 "set mtp_lambda above 0."
             )
         if cfg.init_from is None:
             log.warning("mtp.freeze_trunk=true without init_from: the frozen trunk is random.")
     if model_config.mtp.init != "random" and cfg.init_from is None:
-        raise ValueError(
+        raise UserError(
             f"mtp.init={model_config.mtp.init} has no trunk to begin from: set init_from, or leave "
             "mtp.init out."
         )
     if model_config.mtp.answers_at_once and not data.scores_answers:
-        raise ValueError(
+        raise UserError(
             f"mtp={model_config.mtp.variant} is not shown what it is to say, so it needs a task "
             "(data=star_graph, copy, ..) without data.train_prompt."
         )
@@ -263,10 +264,10 @@ def adopt_trunk(cfg: DictConfig, trunk: TrunkConfig, *, source: Path) -> DictCon
     """The config with an imported trunk in the place of ``model``; how it is trained stays.
 
     Raises:
-        ValueError: the command line asks for another trunk.
+        UserError: the command line asks for another trunk.
     """
     if foreign := targets(asdict(trunk)):  # a run's config is the user's own, and this is not
-        raise ValueError(f"init_from={source} is refused: its trunk asks for {foreign[0]}.")
+        raise UserError(f"init_from={source} is refused: its trunk asks for {foreign[0]}.")
     shape, free = _with_targets(trunk), free_keys(trunk)
     asked = OmegaConf.create({"model": shape})
     for override in overridden("model"):
@@ -274,7 +275,7 @@ def adopt_trunk(cfg: DictConfig, trunk: TrunkConfig, *, source: Path) -> DictCon
         found = OmegaConf.select(asked, key) if key != "model" else None
         if key.removeprefix("model.") in free or found == OmegaConf.select(cfg, key):
             continue
-        raise ValueError(
+        raise UserError(
             f"{override} does not fit init_from={source}, which brings its own trunk"
             + (f" with {key}={found}" if key != "model" else "")
             + f": leave {key}= out."
@@ -379,12 +380,12 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
             plugins=plugins,
         )
     except TypeError as error:
-        raise ValueError(f"The trainer group has a key that Lightning refuses: {error}.") from error
+        raise UserError(f"The trainer group has a key that Lightning refuses: {error}.") from error
     stop_together(trainer)
     if any(isinstance(callback, GradientConflict) for callback in trainer.callbacks):  # type: ignore
         require_whole_gradients(cfg.trainer, "callbacks=gradient_conflict")
     if trainer.limit_val_batches != 1.0:
-        raise ValueError(
+        raise UserError(
             f"trainer.limit_val_batches={trainer.limit_val_batches} would evaluate a part of the "
             "evaluation text: leave it (and what sets it, fast_dev_run and overfit_batches) out, "
             "and set data.eval_bytes."
@@ -395,4 +396,4 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
 def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         known = ", ".join(choices)
-        raise ValueError(f"trainer.{key}={value} is not supported: choose one of {known}.")
+        raise UserError(f"trainer.{key}={value} is not supported: choose one of {known}.")

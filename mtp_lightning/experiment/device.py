@@ -22,7 +22,7 @@ def settle_device(cfg: DictConfig) -> DictConfig:
     that this takes; on a CPU fp32 and eager.
 
     Raises:
-        ValueError: an accelerator that is not there, or a compile that is neither.
+        UserError: an accelerator that is not there, or a compile that is neither.
     """
     cfg = cfg.copy()
     trainer = cfg.trainer

@@ -16,6 +16,7 @@ from mtp_lightning.callbacks.exact_match import answer_all
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
 from mtp_lightning.decoding.measure import decoding_report
 from mtp_lightning.decoding.precision import use_precision
+from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.command_line import overridden
 from mtp_lightning.experiment.instantiate import rebuild, trusted_packages
 from mtp_lightning.experiment.self_generated import SelfGenerated
@@ -62,7 +63,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     of the decoding loop. On the run's own text, machine and threads, the run's own numbers.
 
     Raises:
-        ValueError: a damaged or foreign checkpoint, data without a validation window, a Hugging
+        UserError: a damaged or foreign checkpoint, data without a validation window, a Hugging
             Face folder without data, or a precision that is not there.
         OSError: a missing file.
     """
@@ -114,7 +115,7 @@ def evaluate_model(
         text_bytes: of every document of an evaluation text that the windows are from.
 
     Raises:
-        ValueError: no batch, or one of another depth.
+        UserError: no batch, or one of another depth.
     """
     device = model.head.weight.device
     rates = rates_of(model, text_bytes).to(device)
@@ -122,7 +123,7 @@ def evaluate_model(
         moved = batch.to(device)
         rates.update(model(moved), model.head.weight, moved)
     if not rates.update_called:
-        raise ValueError("There is nothing to evaluate: the data gave no batch.")
+        raise UserError("There is nothing to evaluate: the data gave no batch.")
     return rates.compute()
 
 
@@ -165,10 +166,10 @@ def validation_data(
         allow: packages whose text sources may be built.
 
     Raises:
-        ValueError: a Hugging Face folder, which has no text of its own, without other data.
+        UserError: a Hugging Face folder, which has no text of its own, without other data.
     """
     if data is None and "_target_" not in run.config["data"]:
-        raise ValueError(
+        raise UserError(
             f"{run.path} has no validation text of its own: give one, as data=text data.paths=FILE."
         )
     config = OmegaConf.create({**_BARE, "mtp": run.model.config.mtp.to_dict(), **run.config})
@@ -181,7 +182,7 @@ def validation_data(
             if f"data.{key}" not in typed:
                 config.data[key] = stored[key]
     if eval_bytes is not None and "task" in config.data:
-        raise ValueError(
+        raise UserError(
             f"eval_bytes={eval_bytes} has no meaning for a task: give it as data=..., with "
             "data.eval_examples."
         )
@@ -204,7 +205,7 @@ def evaluate_decoding(
     """Acceptance and speed-up of the drafts, measured and expected; nothing without drafts.
 
     Raises:
-        ValueError: settings out of range.
+        UserError: settings out of range.
     """
     for key, least in (("n_prompts", 0), ("prompt_tokens", 1), ("new_tokens", 2)):
         require_whole(f"decode.{key}", settings[key], least=least)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop import card, config_json, heads
 from mtp_lightning.interop.reading import CONFIG, is_folder, open_run, read_json
 from mtp_lightning.interop.transformers_model import import_transformers
@@ -31,20 +32,20 @@ def export(cfg: Any) -> Path:
     which the next export to that name clears away.
 
     Raises:
-        ValueError: an option out of range, a model that no layout fits, a check that failed (what
+        UserError: an option out of range, a model that no layout fits, a check that failed (what
             was written stays under the other name).
         OSError: a missing checkpoint, or an output folder that is not empty.
     """
     if cfg.dtype not in DTYPES:
-        raise ValueError(f"dtype={cfg.dtype} is unknown: choose one of {', '.join(DTYPES)}.")
+        raise UserError(f"dtype={cfg.dtype} is unknown: choose one of {', '.join(DTYPES)}.")
     if not isinstance(cfg.shard_gb, int | float) or not cfg.shard_gb > 0:
-        raise ValueError(f"shard_gb must be above 0, not {cfg.shard_gb}.")
+        raise UserError(f"shard_gb must be above 0, not {cfg.shard_gb}.")
     if cfg.max_positions is not None and not (
         isinstance(cfg.max_positions, int) and cfg.max_positions > 0
     ):
-        raise ValueError(f"max_positions must be a whole number above 0, not {cfg.max_positions}.")
+        raise UserError(f"max_positions must be a whole number above 0, not {cfg.max_positions}.")
     if cfg.depth not in (None, 0):
-        raise ValueError(f"depth={cfg.depth}: give 0 to leave the MTP modules out, or null.")
+        raise UserError(f"depth={cfg.depth}: give 0 to leave the MTP modules out, or null.")
     require_bool("verify", cfg.verify)
     folder = Path(cfg.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -53,7 +54,7 @@ def export(cfg: Any) -> Path:
         import_transformers()  # before anything is written
     run = open_run(cfg.checkpoint, allow=cfg.allow)
     if run.model.config.mtp.answers_at_once:
-        raise ValueError(
+        raise UserError(
             f"a model of mtp={run.model.config.mtp.variant} gives its answers without reading them "
             "token by token, as no other program would ask it: it cannot be exported."
         )

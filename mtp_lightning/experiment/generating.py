@@ -16,6 +16,7 @@ from mtp_lightning.decoding.generate import OnTokens
 from mtp_lightning.decoding.measure import rates
 from mtp_lightning.decoding.pieces import Pieces
 from mtp_lightning.decoding.precision import use_precision
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop.reading import open_run
 from mtp_lightning.model import MTPModel
 from mtp_lightning.run.loading import LoadedRun
@@ -45,11 +46,11 @@ def generate_text(cfg: Any) -> list[Generation]:
     """Continue the prompts of ``conf/generate.yaml`` and print what comes.
 
     Raises:
-        ValueError: an option out of range, no prompt, a damaged or foreign checkpoint.
+        UserError: an option out of range, no prompt, a damaged or foreign checkpoint.
         OSError: a missing file.
     """
     if cfg.output not in ("text", "json"):
-        raise ValueError(f"output={cfg.output} is unknown: choose text or json.")
+        raise UserError(f"output={cfg.output} is unknown: choose text or json.")
     for key in ("speculative", "compile", "show_drafts"):
         require_bool(key, cfg[key])
     prompts = read_prompts(cfg.prompt, cfg.prompts, sys.stdin)
@@ -91,14 +92,14 @@ def open_for(cfg: Any) -> LoadedRun:
     """The model of ``conf/generate.yaml``, on its device.
 
     Raises:
-        ValueError: a damaged or foreign checkpoint, or a precision that is not there.
+        UserError: a damaged or foreign checkpoint, or a precision that is not there.
         OSError: a missing file.
     """
     set_threads(cfg.num_threads)
     device = pick_accelerator(cfg.accelerator)
     run = open_run(cfg.checkpoint, device=device, allow=cfg.allow)
     if cfg.compile and cfg.precision != "fp32":
-        raise ValueError(
+        raise UserError(
             f"precision={cfg.precision} does not go together with compile=true, whose programs "
             "read fp32: leave one of them out."
         )
@@ -118,7 +119,7 @@ def continue_prompts(
         on_tokens: see :func:`~mtp_lightning.decoding.generate`.
 
     Raises:
-        ValueError: an option out of range.
+        UserError: an option out of range.
     """
     return generate(
         run.model,
@@ -181,25 +182,25 @@ def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list
     """The prompts that were asked for, by one of three ways.
 
     Raises:
-        ValueError: none, two ways at once, or empty ones.
+        UserError: none, two ways at once, or empty ones.
         OSError: ``prompts`` cannot be read.
     """
     if prompt is not None and prompts is not None:
-        raise ValueError(f"Give prompt= or prompts={prompts}, not both.")
+        raise UserError(f"Give prompt= or prompts={prompts}, not both.")
     if prompt is not None:
         found = [str(prompt)]
     elif prompts is not None:
         try:
             text = Path(prompts).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"prompts={prompts} is not UTF-8: {error}.") from error
+            raise UserError(f"prompts={prompts} is not UTF-8: {error}.") from error
         found = [line for line in text.splitlines() if line]
     elif stdin.isatty():
-        raise ValueError("There is no prompt: give prompt=TEXT, prompts=FILE or standard input.")
+        raise UserError("There is no prompt: give prompt=TEXT, prompts=FILE or standard input.")
     else:
         found = [stdin.read().rstrip("\n")]
     if not found or not all(found):
-        raise ValueError("The prompt is empty: give at least one character.")
+        raise UserError("The prompt is empty: give at least one character.")
     return found
 
 

@@ -19,6 +19,7 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
 
 _TARGET = re.compile(r"^\s*_target_:\s*([\w.]+)\s*$", re.MULTILINE)
@@ -33,7 +34,7 @@ def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: An
         arguments: beside the node's own keys.
 
     Raises:
-        ValueError: a target that cannot be imported or gives something else, an unknown key, or
+        UserError: a target that cannot be imported or gives something else, an unknown key, or
             what the object's own checks refuse.
     """
     target = config.get("_target_")
@@ -45,12 +46,12 @@ def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: An
             raise cause from None
         if isinstance(cause, TypeError):
             _require_kinds(config)
-            raise ValueError(f"{target} refuses its settings: {cause}") from error
+            raise UserError(f"{target} refuses its settings: {cause}") from error
         if isinstance(cause, ImportError):
-            raise ValueError(_not_importable(str(target), cause)) from error
+            raise UserError(_not_importable(str(target), cause)) from error
         raise
     if kind is not None and not isinstance(built, kind):
-        raise ValueError(
+        raise UserError(
             f"_target_={target} gives a {type(built).__name__}, and {kind.__name__} is needed here."
         )
     _require_kinds(config)
@@ -65,7 +66,7 @@ def _require_kinds(node: Any) -> None:
         node: of a config, with all that stands in it.
 
     Raises:
-        ValueError: a value that is not of the kind.
+        UserError: a value that is not of the kind.
     """
     if isinstance(node, ListConfig):
         for entry in node:
@@ -80,7 +81,7 @@ def _require_kinds(node: Any) -> None:
         if kinds is not None and not _is_of(value, kinds):
             name = node._get_full_key(str(key))
             words = " or ".join(_WORDS[kind] for kind in kinds)
-            raise ValueError(f"{name} must be {words}, not {value!r}.")
+            raise UserError(f"{name} must be {words}, not {value!r}.")
 
 
 # The kinds that are checked; a parameter that takes any other, too, is left to its class.
@@ -119,12 +120,12 @@ def rebuild(config: DictConfig, *, allow: Collection[str] = (), **arguments: Any
         arguments: beside the node's own keys.
 
     Raises:
-        ValueError: a target from elsewhere; else as :func:`instantiate`.
+        UserError: a target from elsewhere; else as :func:`instantiate`.
     """
     for target in targets(OmegaConf.to_container(config, resolve=True)):
         if target not in own_targets() and not _defined_in(target, allow):
             package = target.partition(".")[0]
-            raise ValueError(
+            raise UserError(
                 f"_target_={target} is refused: what was stored may only build what this "
                 f"platform's own conf/ builds. If you trust its package, say allow=[{package}]."
             )
@@ -171,6 +172,6 @@ def _defined_in(target: str, allow: Collection[str]) -> bool:
     try:
         found = hydra.utils.get_object(target)
     except Exception as error:
-        raise ValueError(_not_importable(target, error)) from error
+        raise UserError(_not_importable(target, error)) from error
     module = getattr(found, "__module__", "")
     return isinstance(found, type) and module.partition(".")[0] in allow

@@ -29,6 +29,9 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import DictConfig
 
+from mtp_lightning.errors import UserError
+from mtp_lightning.settings import require_whole
+
 # What a process was told that Lightning has started.
 _TOLD = "MTP_LIGHTNING_TOLD"
 _POLL_SECONDS = 0.05
@@ -79,7 +82,7 @@ class Peers:
             decide: called in the first process alone.
 
         Raises:
-            ValueError: the first process could not.
+            UserError: the first process could not.
         """
         if key in self._told:
             return self._told[key]
@@ -108,7 +111,7 @@ class Peers:
         disk, they find. On disks that are a machine's own, each machine's first process is next.
 
         Raises:
-            ValueError: a process that goes before could not.
+            UserError: a process that goes before could not.
         """
         done = self._place("done")
         if self.rank > 0:
@@ -124,7 +127,7 @@ class Peers:
         """Make sure that all processes see the same run folder.
 
         Raises:
-            ValueError: one does not; in all of them.
+            UserError: one does not; in all of them.
         """
         if self._store is None:
             return
@@ -146,7 +149,7 @@ class Peers:
             (folder / name).unlink()
         for rank, host in enumerate(hosts):
             if host:
-                raise ValueError(
+                raise UserError(
                     f"run_dir={folder} is not one folder for all processes: process {rank}, on "
                     f"{host}, does not see what process 0 writes there. Give a run_dir on a disk "
                     "that all machines share."
@@ -175,7 +178,7 @@ class Peers:
         while not self._store.check([key]):
             if self._store.check(["failed"]):
                 rank, _, reason = self._read("failed").partition(": ")
-                raise ValueError(f"Process {rank} could not prepare the run: {reason}")
+                raise UserError(f"Process {rank} could not prepare the run: {reason}")
             time.sleep(_POLL_SECONDS)
         return self._read(key)
 
@@ -221,9 +224,10 @@ def check_world(trainer: DictConfig, peers: Peers) -> None:
         peers: these processes; their number is completed where only the config has it.
 
     Raises:
-        ValueError: they are not as many, or there is no way to reach the other machines.
+        UserError: they are not as many, or there is no way to reach the other machines.
     """
-    devices, nodes = _whole(trainer.devices), trainer.num_nodes
+    devices = _whole(trainer.devices)
+    nodes = require_whole("trainer.num_nodes", trainer.num_nodes, least=1)
     ranks = _of_all()
     if ranks is not None and ranks[1] > 1 or dist.is_torchelastic_launched():
         started = ranks[1] if ranks is not None else 1
@@ -232,14 +236,14 @@ def check_world(trainer: DictConfig, peers: Peers) -> None:
             started != devices * nodes or (here is not None and here != devices)
         ):
             on_this = "" if here is None else f", {here} of them on this machine"
-            raise ValueError(
+            raise UserError(
                 f"{started} processes were started{on_this}, and trainer.devices={devices} with "
                 f"trainer.num_nodes={nodes} asks for {devices * nodes}: set trainer.devices to the "
                 "processes of a machine, trainer.num_nodes to the machines, and "
                 "trainer.strategy=ddp or fsdp."
             )
     elif nodes > 1 and not (_by_hand() or _TOLD in os.environ or "LOCAL_RANK" in os.environ):
-        raise ValueError(
+        raise UserError(
             f"trainer.num_nodes={nodes}, and nothing says where the other machines are: start it "
             "by torchrun or srun, or on every machine with MASTER_ADDR, MASTER_PORT and NODE_RANK "
             "in the environment (docs/scale.md)."

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.instantiate import instantiate
 from mtp_lightning.loggers.csv import MetricsCSV
 from mtp_lightning.loggers.guard import GuardedLogger, warn_of_failure
@@ -28,7 +29,7 @@ def build_loggers(cfg: DictConfig, *, resume_step: int | None) -> list[GuardedLo
             dropped.
 
     Raises:
-        ValueError: a wrong setting, or a package that is not installed.
+        UserError: a wrong setting, or a package that is not installed.
     """
     built: dict[str, Any] = {}
     for key, node in (cfg.get("logger") or {}).items():
@@ -38,7 +39,7 @@ def build_loggers(cfg: DictConfig, *, resume_step: int | None) -> list[GuardedLo
             raise
         except Exception as error:
             if isinstance(error, ImportError) or isinstance(error.__cause__, ImportError):
-                raise ValueError(f"logger.{key} needs what cannot be imported: {error}") from error
+                raise UserError(f"logger.{key} needs what cannot be imported: {error}") from error
             # A server that is away, for example.
             warn_of_failure(str(key), "construction", error)
     folder = Path(cfg.paths.output_dir)

@@ -27,6 +27,7 @@ from data_modules.token_store import FORMAT, TokenStore
 from data_modules.tokenizers import Tokenizer
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.decoding.sampling import Sampling
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop.reading import open_run
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.init import parameter_seed
@@ -64,7 +65,7 @@ class SelfGenerated(TokenDataModule):
         options: all other arguments of :class:`TokenDataModule`.
 
     Raises:
-        ValueError: numbers out of range. From the first use: no model, one of a task, one with
+        UserError: numbers out of range. From the first use: no model, one of a task, one with
             another vocabulary or a shorter context, or prompts that are too few.
     """
 
@@ -96,7 +97,7 @@ class SelfGenerated(TokenDataModule):
         require_whole("data.decode_batch_size", decode_batch_size, least=1)
         require_number("data.chat_share", chat_share, least=0, most=1)
         if chat_share and not chat_after:
-            raise ValueError(
+            raise UserError(
                 f"data.chat_share={chat_share} needs the model's chat format: give "
                 "data.chat_before and data.chat_after, what stands before a question and between "
                 "it and the answer."
@@ -148,7 +149,7 @@ class SelfGenerated(TokenDataModule):
     def _read(self) -> LoadedRun:
         """The model, if it can speak in this run."""
         if self.model is None:
-            raise ValueError(
+            raise UserError(
                 "data=self_generated has no model whose texts it is to be: set init_from, or "
                 "data.model."
             )
@@ -156,14 +157,14 @@ class SelfGenerated(TokenDataModule):
         run = open_run(self.model, device=device, allow=self.allow)
         own, theirs = self._tokenizer, run.tokenizer
         if theirs.kind == "symbols":
-            raise ValueError(
+            raise UserError(
                 f"data.model={self.model} was trained on a task, whose symbols are no text: give "
                 "a model of text."
             )
         if own.needs_training and _would_be(own, theirs):
             own = self._tokenizer = theirs
         if own.needs_training or _vocabulary(own) != _vocabulary(theirs):
-            raise ValueError(
+            raise UserError(
                 f"data.model={self.model} speaks another vocabulary (tokenizer {theirs.kind}, "
                 f"{theirs.vocab_size} ids) than this run ({own.kind}): its texts are for a run "
                 "with its own tokenizer."
@@ -173,14 +174,14 @@ class SelfGenerated(TokenDataModule):
         total = self.prompt_tokens + chat + self.new_tokens - 1
         if total > run.seq_len:
             around = f", the chat format ({chat})" if chat else ""
-            raise ValueError(
+            raise UserError(
                 f"data.prompt_tokens={self.prompt_tokens}{around} and "
                 f"data.new_tokens={self.new_tokens} make {total} tokens to read, and "
                 f"data.model={self.model} was trained on {run.seq_len}: lower one of them."
             )
         found = trunk_digest(run.model)
         if self.weights not in (None, found):
-            raise ValueError(
+            raise UserError(
                 f"data.model={self.model} has other weights now than when this run's texts were "
                 "generated, and these are not in the cache: give the model as it was."
             )

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_whole
 from mtp_lightning.sharding import build_mesh, gathered, local, outlined, spread
 
@@ -32,21 +33,21 @@ def choose_strategy(trainer: DictConfig, *, may_skip: bool) -> str | Strategy:
         may_skip: whether some parameters get no gradient in some steps.
 
     Raises:
-        ValueError: an unknown one, several devices without one, or a setting of another.
+        UserError: an unknown one, several devices without one, or a setting of another.
     """
     name, shard_size = trainer.strategy, trainer.shard_size
     if name not in _STRATEGIES:
         known = ", ".join(_STRATEGIES)
-        raise ValueError(f"trainer.strategy={name} is not supported: choose one of {known}.")
+        raise UserError(f"trainer.strategy={name} is not supported: choose one of {known}.")
     if name == "auto" and trainer.devices not in (1, "1"):
-        raise ValueError(
+        raise UserError(
             f"trainer.devices={trainer.devices} needs trainer.strategy=ddp (each has the whole "
             "model) or fsdp (each has a part of it): several devices train one model together."
         )
     if shard_size is not None:
         require_whole("trainer.shard_size (null for all processes)", shard_size, least=2)
         if name != "fsdp":
-            raise ValueError(
+            raise UserError(
                 f"trainer.shard_size={shard_size} has no meaning for trainer.strategy={name}: set "
                 "trainer.strategy=fsdp, or leave it null."
             )
@@ -61,10 +62,10 @@ def require_whole_gradients(trainer: DictConfig, what: str) -> None:
     """Refuse a sharded model to what takes the gradients of one task alone.
 
     Raises:
-        ValueError: the model is to be sharded.
+        UserError: the model is to be sharded.
     """
     if trainer.strategy == "fsdp":
-        raise ValueError(
+        raise UserError(
             f"{what} takes every task's gradient by itself, which trainer.strategy=fsdp has on no "
             "process as a whole: use trainer.strategy=ddp, or leave it out."
         )
@@ -85,13 +86,13 @@ class ShardedStrategy(ModelParallelStrategy):
         """Connect the processes, and lay them out.
 
         Raises:
-            ValueError: they cannot be parted into copies of ``shard_size``.
+            UserError: they cannot be parted into copies of ``shard_size``.
         """
         assert self.lightning_module is not None
         # Not Lightning's setup_environment, which lays them out for tensor parallelism.
         self._setup_distributed()
         if self.shard_size is not None and self.world_size % self.shard_size:
-            raise ValueError(
+            raise UserError(
                 f"trainer.shard_size={self.shard_size} does not divide the {self.world_size} "
                 "processes: every copy of the model is spread over as many."
             )
@@ -139,7 +140,7 @@ class ShardedStrategy(ModelParallelStrategy):
         own, stored = self.lightning_module.state_dict(), checkpoint["state_dict"]
         if own.keys() != stored.keys():
             names = ", ".join(sorted(own.keys() ^ stored.keys()))
-            raise ValueError(f"The checkpoint's weights are not the model's: {names}.")
+            raise UserError(f"The checkpoint's weights are not the model's: {names}.")
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(spread(stored[name], tensor))

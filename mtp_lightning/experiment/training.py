@@ -17,6 +17,7 @@ from mtp_lightning import compare
 from mtp_lightning.callbacks.base import run_callbacks
 from mtp_lightning.callbacks.checkpoints import Checkpoints
 from mtp_lightning.cli import Stopped
+from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.build import (
     adopt_trunk,
     beginning_windows,
@@ -94,7 +95,7 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
     # Looked through a moment ago, and the weights are read when they are wanted.
     stored = None if resume_from is None else checkpoints.load(resume_from, mapped=True)
     if stored is None and _kept_none(folder):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds a finished run that kept no checkpoint to go on from: take another "
             "run_dir."
         )
@@ -170,23 +171,23 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         The summary: every final metric, and what the run cost; also in ``summary.json``.
 
     Raises:
-        ValueError: settings that do not fit together, or a loss that is not finite.
+        UserError: settings that do not fit together, or a loss that is not finite.
         OSError: missing input, or a disk that is full.
         Stopped: on Ctrl-C or SIGTERM; the message says what was saved.
         BlockingIOError: another process trains in the same folder.
     """
     quiet_lightning()
     keep_freed_memory()
-    devices = cfg.trainer.devices
-    set_threads(
-        cfg.trainer.num_threads,
-        processes=devices if isinstance(devices, int) and devices > 0 else 1,
-    )
     folder = Path(cfg.paths.output_dir)
     peers = find_peers()
-    check_world(cfg.trainer, peers)
-    peers.require_shared(folder)
     with claimed(folder) if peers.leads else nullcontext():
+        devices = cfg.trainer.devices
+        set_threads(
+            cfg.trainer.num_threads,
+            processes=devices if isinstance(devices, int) and devices > 0 else 1,
+        )
+        check_world(cfg.trainer, peers)
+        peers.require_shared(folder)
         return _train(cfg, folder, peers)
 
 
@@ -257,32 +258,32 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
     """The step of a checkpoint, after making sure that it holds this very architecture.
 
     Raises:
-        ValueError: it holds another one; the differing keys are named.
+        UserError: it holds another one; the differing keys are named.
     """
     config = module.model.config
     free = ["mtp.init", *(f"trunk.{key}" for key in config.trunk.training_keys)]
     stored = checkpoint["model_config"]
     begun = stored["mtp"].get("init", "random")
     if begun != config.mtp.init:
-        raise ValueError(
+        raise UserError(
             f"{source} is of a run whose modules began with mtp.init={begun}, and one that goes on "
             f"has nothing to begin with mtp.init={config.mtp.init}: set mtp.init={begun}, or start "
             "in another run_dir."
         )
     differences = describe_differences(stored, config.to_dict(), ignore=free)
     if differences:
-        raise ValueError(
+        raise UserError(
             f"{source} holds another architecture than this config ({'; '.join(differences)}): "
             "start in another run_dir, or go back to the settings that the run began with."
         )
     if checkpoint.get("optimizer_states") == []:
-        raise ValueError(
+        raise UserError(
             f"{source} holds the weights alone (callbacks.checkpoints.keep=weights), from which no "
             "run goes on: start another one by init_from."
         )
     rule = checkpoint["balance"]["rule"]
     if rule != module.balance.name:
-        raise ValueError(
+        raise UserError(
             f"{source} was trained with balance={rule}, whose state balance={module.balance.name} "
             f"cannot go on from: set balance={rule}, or start in another run_dir."
         )

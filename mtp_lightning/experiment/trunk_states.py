@@ -18,6 +18,7 @@ from data_modules.sources.base import digest
 from data_modules.store_builder import Progress
 from data_modules.store_module import StoreDataModule
 from data_modules.window_dataset import STATES, WindowDataset
+from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.self_generated import trunk_digest
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPStack
@@ -33,17 +34,17 @@ def check_cached(model: MTPModel) -> None:
     """Refuse a run in which the trunk's states of a window are not always the same.
 
     Raises:
-        ValueError: saying why.
+        UserError: saying why.
     """
     mtp = model.config.mtp
     if mtp.trains_trunk:
-        raise ValueError(
+        raise UserError(
             "data.cache_states=true keeps what a frozen trunk says, and this run trains its "
             "trunk: set mtp.freeze_trunk=true, or data.cache_states=false."
         )
     stack = type(model.mtp)
     if (stack.through_trunk, stack.tokens_read) != (MTPStack.through_trunk, MTPStack.tokens_read):
-        raise ValueError(
+        raise UserError(
             f"data.cache_states=true has no meaning for mtp={mtp.variant}, which gives the trunk "
             "other tokens in training: set data.cache_states=false."
         )
@@ -61,7 +62,7 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
         trainer: the group of the config, for the device and the precision that compute them.
 
     Raises:
-        ValueError: as :func:`check_cached`.
+        UserError: as :func:`check_cached`.
         OSError: a full disk.
     """
     check_cached(model)

@@ -14,7 +14,7 @@ def check(path: str) -> None:
     """Load a folder both ways, compare, and say what was found.
 
     Raises:
-        ValueError: something differs, or cannot be read.
+        UserError: something differs, or cannot be read.
         OSError: a missing file.
     """
     from mtp_lightning.interop import heads

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop.names import is_mimo
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
@@ -36,7 +37,7 @@ def model_type(config: ModelConfig) -> str:
     """The layout that computes what a model does, or its trunk, where the stack has none.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     return "mimo" if is_mimo(config) else trunk_type(config.trunk)
 
@@ -45,7 +46,7 @@ def trunk_type(trunk: TrunkConfig) -> str:
     """The layout that computes what a trunk does.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     attention, feed_forward = trunk.attention, trunk.feed_forward
     # Exact classes: what is derived from them may compute something else.
@@ -56,21 +57,21 @@ def trunk_type(trunk: TrunkConfig) -> str:
     if _is_qwen3_moe(trunk):
         return "qwen3_moe"
     if kinds != (GroupedQueryConfig, DenseConfig):
-        raise ValueError(
+        raise UserError(
             f"model.attention={attention.variant} with model.feed_forward={feed_forward.variant} "
             "cannot be exported: no supported layout has both. Trunks of model=deepseek_*, dense "
             "ones with grouped-query attention and those of Qwen3's mixtures can."
         )
     assert isinstance(attention, GroupedQueryConfig)
     if attention.qk_norm and attention.qkv_bias:
-        raise ValueError(
+        raise UserError(
             "model.attention.qk_norm=true with model.attention.qkv_bias=true cannot be exported: "
             "Qwen2's layout has the biases, Qwen3's the norms, and none both."
         )
     if attention.qk_norm or attention.qkv_bias:
         return "qwen3" if attention.qk_norm else "qwen2"
     if trunk.d_model % trunk.n_heads:
-        raise ValueError(
+        raise UserError(
             f"model.d_model={trunk.d_model} cannot be exported with model.n_heads="
             f"{trunk.n_heads}: transformers' Llama wants the one to be divisible by the other."
         )
@@ -91,24 +92,24 @@ def _check_deepseek(trunk: TrunkConfig) -> None:
     assert isinstance(a, LatentAttentionConfig)
     eps = trunk.norm_eps if a.norm_eps is None else a.norm_eps
     if eps != LATENT_EPS:
-        raise ValueError(
+        raise UserError(
             f"norms on the latents with epsilon {eps} cannot be exported: DeepSeek-V3's layout "
             f"has {LATENT_EPS} there (model.attention.norm_eps)."
         )
     if not isinstance(e, ExpertsConfig):
         return
     if e.n_shared == 0:
-        raise ValueError(
+        raise UserError(
             "model.feed_forward.n_shared=0 cannot be exported: DeepSeek-V3's layout always has a "
             "shared expert."
         )
     if e.scoring != "sigmoid":
-        raise ValueError(
+        raise UserError(
             f"model.feed_forward.scoring={e.scoring} cannot be exported with latent attention: "
             "DeepSeek-V3's layout has sigmoids."
         )
     if e.n_routed // e.n_groups < 2:
-        raise ValueError(
+        raise UserError(
             f"model.feed_forward.n_routed={e.n_routed} cannot be exported: DeepSeek-V3's layout "
             "scores a group of experts by its best two."
         )

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop.config_json import ARCHITECTURES, LATENT_EPS
 from mtp_lightning.nn.config import TrunkConfig
 
@@ -27,11 +28,11 @@ def require_known(fields: Mapping[str, Any], *, source: str) -> None:
         source: the file, for messages.
 
     Raises:
-        ValueError: another kind of model, or a field that has no switch here.
+        UserError: another kind of model, or a field that has no switch here.
     """
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise ValueError(
+        raise UserError(
             f"{source} has model_type={kind}, which cannot be imported: "
             f"known are {', '.join(ARCHITECTURES)}."
         )
@@ -50,14 +51,14 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
         source: the file, for messages.
 
     Raises:
-        ValueError: a missing field, or sizes that do not fit together.
+        UserError: a missing field, or sizes that do not fit together.
     """
     kind = fields["model_type"]
     theta, scaling = _rope(fields, source)
 
     def need(name: str) -> Any:
         if fields.get(name) is None:
-            raise ValueError(f"{source} has no {name}: the trunk's shape is not known without it.")
+            raise UserError(f"{source} has no {name}: the trunk's shape is not known without it.")
         return fields[name]
 
     n_heads = need("num_attention_heads")
@@ -90,7 +91,7 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
     try:
         return TrunkConfig(**shape)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{source} describes no model that can be built: {error}") from error
+        raise UserError(f"{source} describes no model that can be built: {error}") from error
 
 
 def declared_depth(fields: Mapping[str, Any]) -> int:
@@ -139,11 +140,11 @@ def _mixture(fields: Mapping[str, Any], need: Callable[[str], Any], source: str)
     """Of Qwen3's experts."""
     dense = list(fields.get("mlp_only_layers") or ())
     if dense != list(range(len(dense))):
-        raise ValueError(
+        raise UserError(
             f"{source} has mlp_only_layers={dense}: only the first layers can be dense here."
         )
     if need("norm_topk_prob") is not True:
-        raise ValueError(
+        raise UserError(
             f"{source} has norm_topk_prob={fields['norm_topk_prob']}, which this project does not "
             "compute: it can import only norm_topk_prob=True."
         )
@@ -180,7 +181,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 def _refuse_other_maths(fields: Mapping[str, Any], kind: str, source: str) -> None:
     for name, allowed in _ONLY.items():
         if name in fields and fields[name] not in allowed:
-            raise ValueError(
+            raise UserError(
                 f"{source} has {name}={fields[name]}, which this project does not compute: "
                 f"it can import only {name}={allowed[0]}."
             )
@@ -188,7 +189,7 @@ def _refuse_other_maths(fields: Mapping[str, Any], kind: str, source: str) -> No
     kinds = set(fields.get("layer_types") or ()) - {"full_attention"}
     if windowed or kinds:
         what = f"layer_types {', '.join(sorted(kinds))}" if kinds else "a sliding_window"
-        raise ValueError(f"{source} has {what}: only full attention can be imported.")
+        raise UserError(f"{source} has {what}: only full attention can be imported.")
 
 
 def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any] | None]:
@@ -200,12 +201,12 @@ def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any]
             continue
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3", "yarn"):
-            raise ValueError(
+            raise UserError(
                 f"{source} has {name} of type {kind}, which this project does not compute: only "
                 "plain rotary positions and those of type llama3 or yarn can be imported."
             )
         if rope.get("partial_rotary_factor") not in (None, 1.0):
-            raise ValueError(
+            raise UserError(
                 f"{source} has {name} with a partial_rotary_factor: only heads that are turned "
                 "whole can be imported."
             )
@@ -232,7 +233,7 @@ def _yarn(rope: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> di
         fields.get("max_position_embeddings"),
     )
     if original is None:
-        raise ValueError(
+        raise UserError(
             f"{source} has rotary positions of type yarn without original_max_position_embeddings: "
             "how far they are stretched is not known without it."
         )

@@ -27,6 +27,7 @@ from torch import Tensor
 from mtp_lightning.cli import readable_errors
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.measure import rates
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, fp8, heads
 from mtp_lightning.interop.inventory import Module, take_inventory
 from mtp_lightning.interop.names import from_folder, mtp_prefix
@@ -128,7 +129,7 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
 
     Raises:
         FileNotFoundError: no config.json, or no weights.
-        ValueError: a trunk that cannot be read.
+        UserError: a trunk that cannot be read.
     """
     path = Path(path)
     if heads.is_there(path):
@@ -370,7 +371,7 @@ def main(argv: list[str] | None = None, *, program: str = "python doctor.py") ->
     args = parser.parse_args(argv)
     with readable_errors():
         if args.new_tokens < 8:
-            raise ValueError(f"--new-tokens={args.new_tokens} judges nothing: give 8 or more.")
+            raise UserError(f"--new-tokens={args.new_tokens} judges nothing: give 8 or more.")
         found = examine(args.folder, new_tokens=args.new_tokens)
         print("\n".join(found.lines()))
     sys.exit(0 if found.sound else 2)

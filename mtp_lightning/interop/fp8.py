@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_lightning.errors import UserError
+
 log = logging.getLogger(__name__)
 
 SCALE = "_scale_inv"
@@ -22,7 +24,7 @@ def block_size(fields: Mapping[str, Any], *, source: str) -> tuple[int, int] | N
     """The blocks that a config.json's weights are scaled in; None where they are not quantised.
 
     Raises:
-        ValueError: another quantisation.
+        UserError: another quantisation.
     """
     settings = fields.get("quantization_config")
     if settings is None:
@@ -31,7 +33,7 @@ def block_size(fields: Mapping[str, Any], *, source: str) -> tuple[int, int] | N
     size: Any = settings.get("weight_block_size") if isinstance(settings, Mapping) else None
     whole = isinstance(size, list | tuple) and len(size) == 2
     if kind != "fp8" or not whole or not all(isinstance(n, int) and n > 0 for n in size):
-        raise ValueError(
+        raise UserError(
             f"{source} has quantization_config of quant_method={kind} with weight_block_size="
             f"{size}: only fp8 with a scale a block, as DeepSeek-V3 has it, can be imported."
         )
@@ -42,14 +44,14 @@ def dequantised(tensors: dict[str, Tensor], block: tuple[int, int], *, source: s
     """Replace every fp8 matrix and its scales by their product, in place, float32.
 
     Raises:
-        ValueError: scales without their matrix, or of another shape.
+        UserError: scales without their matrix, or of another shape.
     """
     names = [name for name in tensors if name.endswith(SCALE)]
     for name in names:
         own = name.removesuffix(SCALE)
         scale = tensors.pop(name)
         if own not in tensors:
-            raise ValueError(f"{name} in {source} scales {own}, which is not there.")
+            raise UserError(f"{name} in {source} scales {own}, which is not there.")
         tensors[own] = scaled(tensors[own], scale, block, name=own, source=source)
     if names:
         log.warning("%s: %d matrices in fp8 are dequantised to float32.", source, len(names))
@@ -62,7 +64,7 @@ def scaled(
     rows, columns = weight.shape
     wanted = (-(-rows // block[0]), -(-columns // block[1]))
     if tuple(scale.shape) != wanted:
-        raise ValueError(
+        raise UserError(
             f"{name}{SCALE} in {source} has the shape {list(scale.shape)} where {list(wanted)} is "
             f"needed, one a block of {block[0]} x {block[1]}."
         )

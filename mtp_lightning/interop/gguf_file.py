@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.loading import pretrained_state
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The fields of a config.json, and the tensors by Hugging Face's names, float32.
 
     Raises:
-        ValueError: a damaged file, an architecture that transformers does not read from GGUF,
+        UserError: a damaged file, an architecture that transformers does not read from GGUF,
             tensors that it passes over, or packages that are missing.
     """
     transformers, reader = _libraries(path)
@@ -63,7 +64,7 @@ def tokenizer_state(path: Path) -> dict[str, Any]:
     """The tokenizer in a GGUF file, its special tokens and chat template included.
 
     Raises:
-        ValueError: it holds none that transformers reads.
+        UserError: it holds none that transformers reads.
     """
     transformers, _ = _libraries(path)
     with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +74,7 @@ def tokenizer_state(path: Path) -> dict[str, Any]:
             )
             tokenizer.save_pretrained(folder)
         except (ValueError, KeyError, NotImplementedError, OSError) as error:
-            raise ValueError(f"transformers reads no tokenizer from {path}: {error}") from error
+            raise UserError(f"transformers reads no tokenizer from {path}: {error}") from error
         return pretrained_state(folder) | {"path": str(path)}
 
 
@@ -83,13 +84,13 @@ def _libraries(path: Path) -> tuple[Any, Any]:
         import gguf
         import transformers
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} needs the packages gguf and transformers: pip install -e '.[hf]'"
         ) from error
     try:
         return transformers, gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or no GGUF file: {error}.") from error
+        raise UserError(f"{path} is damaged or no GGUF file: {error}.") from error
 
 
 def _parsed(path: Path, load: Any, **options: Any) -> dict[str, Any]:
@@ -97,19 +98,19 @@ def _parsed(path: Path, load: Any, **options: Any) -> dict[str, Any]:
         with contextlib.redirect_stderr(io.StringIO()):  # a bar of progress
             return dict(load(str(path), **options))
     except (ValueError, KeyError, IndexError, NotImplementedError) as error:
-        raise ValueError(f"transformers cannot read {path}: {error}") from error
+        raise UserError(f"transformers cannot read {path}: {error}") from error
 
 
 def _refuse_what_is_passed_over(path: Path, reader: Any) -> None:
     """What changes the arithmetic and is not handed on by transformers."""
     if any(tensor.name == _FREQUENCIES for tensor in reader.tensors):
-        raise ValueError(
+        raise UserError(
             f"{path} holds stretched rotary frequencies ({_FREQUENCIES}), which transformers does "
             "not read from GGUF: import the model's own folder of safetensors."
         )
     for name, field in reader.fields.items():
         if name.endswith(".rope.scaling.type") and field.contents() != "none":
-            raise ValueError(
+            raise UserError(
                 f"{path} has {name}={field.contents()}, which transformers does not read from "
                 "GGUF: import the model's own folder of safetensors."
             )

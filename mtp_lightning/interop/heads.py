@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop import tensor_files
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
@@ -48,11 +49,11 @@ def read(folder: Path, *, allow: Collection[str] = ()) -> tuple[MTPConfig, dict[
         allow: packages whose variants it may ask for.
 
     Raises:
-        ValueError: a damaged file, or a stack that this version does not know.
+        UserError: a damaged file, or a stack that this version does not know.
     """
     found, described = tensor_files.read(folder / FILE)
     try:
         config = MTPConfig.from_dict(json.loads(described.get(_KEY, "")), allow=allow)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / FILE} does not say what its tensors are: {error}.") from error
+        raise UserError(f"{folder / FILE} does not say what its tensors are: {error}.") from error
     return config, {name: tensor.float() for name, tensor in found.items()}

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
@@ -167,20 +168,20 @@ def from_folder(
     """This project's weights, float32, of a folder's tensors; ``tensors`` is emptied.
 
     Raises:
-        ValueError: a tensor is missing, unknown, of another shape, or a copy that is none.
+        UserError: a tensor is missing, unknown, of another shape, or a copy that is none.
     """
     needed = list(places(config))
     problems = list(_misfits(needed, tensors))
     if problems:
         shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
-        raise ValueError(f"The tensors in {source} do not fit its config.json: {shown}.")
+        raise UserError(f"The tensors in {source} do not fit its config.json: {shown}.")
     weights: dict[str, Tensor] = {}
     for place in needed:
         if place.copy:
             copied = tensors.pop(place.parts[0][0], None)
             own = weights.setdefault(place.own, weights[_EMBEDDING])  # a tied head
             if copied is not None and not torch.equal(copied.float(), own):
-                raise ValueError(
+                raise UserError(
                     f"{place.parts[0][0]} in {source} differs from the trunk's: here every "
                     "prediction shares the trunk's embedding and head."
                 )

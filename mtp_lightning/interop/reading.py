@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, fp8, gguf_file, heads, tensor_files
 from mtp_lightning.interop.names import from_folder, mimo_stack
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -87,7 +88,7 @@ def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
 
     Raises:
         FileNotFoundError: config.json or a file of weights is missing.
-        ValueError: a model or tensor that does not fit, pickled or damaged weights.
+        UserError: a model or tensor that does not fit, pickled or damaged weights.
     """
     path = Path(path)
     if gguf_file.is_gguf(path):
@@ -119,13 +120,13 @@ def open_run(
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: it is damaged or does not fit; or a folder without a tokenizer.json.
+        UserError: it is damaged or does not fit; or a folder without a tokenizer.json.
     """
     if not is_folder(path):
         return load_run(path, device=device, allow=allow)
     folder = read_folder(path, allow=allow)
     if folder.tokenizer_state is None:
-        raise ValueError(f"{path} holds no tokenizer.json: put the model's own one there.")
+        raise UserError(f"{path} holds no tokenizer.json: put the model's own one there.")
     return LoadedRun(
         model=folder.build().to(device),
         tokenizer_state=folder.tokenizer_state,
@@ -140,14 +141,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it holds something else.
+        UserError: it holds something else.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
+        raise UserError(f"{file} is not JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object.")
+        raise UserError(f"{file} holds no JSON object.")
     return content
 
 
@@ -156,16 +157,16 @@ def files_of(folder: Path) -> dict[Path, set[str] | None]:
 
     Raises:
         FileNotFoundError: there are none, or one is missing.
-        ValueError: only pickled ones, or an index that points out of the folder.
+        UserError: only pickled ones, or an index that points out of the folder.
     """
     if (folder / INDEX).is_file():
         table = read_json(folder / INDEX).get("weight_map")
         if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
-            raise ValueError(f"{folder / INDEX} has no weight_map of names to files.")
+            raise UserError(f"{folder / INDEX} has no weight_map of names to files.")
         files: dict[Path, set[str] | None] = {}
         for name in sorted(set(table.values())):
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(
+                raise UserError(
                     f"{folder / INDEX} points to {name}: only safetensors files of the folder "
                     "itself are read."
                 )
@@ -177,7 +178,7 @@ def files_of(folder: Path) -> dict[Path, set[str] | None]:
         return {folder / SINGLE: None}
     pickled = [f.name for end in ("bin", "pt", "pth", "ckpt") for f in folder.glob(f"*.{end}")]
     if pickled:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds its weights in pickled files only ({', '.join(sorted(pickled)[:3])}), "
             "which can run code when they are opened: convert them to safetensors first."
         )
@@ -193,7 +194,7 @@ def read_tensors(folder: Path, *, block: tuple[int, int] | None = None) -> dict[
 
     Raises:
         FileNotFoundError: as :func:`files_of`.
-        ValueError: likewise; or a damaged file, or a tensor that is quantised.
+        UserError: likewise; or a damaged file, or a tensor that is quantised.
     """
     tensors: dict[str, Tensor] = {}
     for file, promised in files_of(folder).items():
@@ -201,13 +202,13 @@ def read_tensors(folder: Path, *, block: tuple[int, int] | None = None) -> dict[
         if promised is not None and promised != found.keys():
             name = min(promised ^ found.keys())
             where = "the index" if name in promised else "the file"
-            raise ValueError(f"{file} does not agree with the index: {name} is only in {where}.")
+            raise UserError(f"{file} does not agree with the index: {name} is only in {where}.")
         tensors |= found
     if block is not None:
         fp8.dequantised(tensors, block, source=str(folder))
     for name, tensor in tensors.items():
         if tensor.dtype not in _FLOATS:
-            raise ValueError(
+            raise UserError(
                 f"{name} in {folder} is stored as {str(tensor.dtype).removeprefix('torch.')}: only "
                 "float32, bfloat16, float16 and float64 can be imported."
             )

@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from mtp_lightning.errors import UserError
+
 
 def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of one file, and its metadata.
 
     Raises:
-        ValueError: it is damaged, or the package is missing.
+        UserError: it is damaged, or the package is missing.
         OSError: it cannot be read.
     """
     library = _library()
@@ -21,14 +23,14 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             names = content.keys()
             return {name: content.get_tensor(name) for name in names}, content.metadata() or {}
     except library.SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file: {error}.") from error
+        raise UserError(f"{file} is damaged or no safetensors file: {error}.") from error
 
 
 def write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write one file. Equal tensors give equal bytes, if ``metadata`` has one key at most.
 
     Raises:
-        ValueError: the package is missing.
+        UserError: the package is missing.
         OSError: a full disk, among others.
     """
     _library()
@@ -47,7 +49,7 @@ def _library() -> Any:
     try:
         import safetensors
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "Hugging Face folders need the package safetensors: pip install -e '.[hf]'"
         ) from error
     return safetensors

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop.config_json import ARCHITECTURES, STANDS_FOR
 
 # Of MTP layers that no class of transformers has.
@@ -49,7 +50,7 @@ class Loaded:
         unexpected: tensors of the folder that nobody reads.
 
     Raises:
-        ValueError: transformers is missing, or refuses the folder.
+        UserError: transformers is missing, or refuses the folder.
     """
 
     def __init__(self, folder: Path, *, model_type: str, n_layers: int, depth: int) -> None:
@@ -66,7 +67,7 @@ class Loaded:
                     folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
                 )
             except (OSError, ValueError, RuntimeError, KeyError) as error:
-                raise ValueError(f"transformers cannot load {folder}: {error}") from error
+                raise UserError(f"transformers cannot load {folder}: {error}") from error
             self.missing = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
             self.unexpected = sorted(info["unexpected_keys"])
             self.mtp = self._load_mtp(folder) if depth else None
@@ -76,14 +77,14 @@ class Loaded:
         try:
             from transformers.modeling_layers import MtpModel
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 "this transformers has no MTP layers: pip install -e '.[hf]' for a newer one, or "
                 "leave the check out with verify=false"
             ) from error
         try:
             return MtpModel.from_pretrained(self.model).eval()
         except RuntimeError as error:  # a tensor is missing; the message names it
-            raise ValueError(f"transformers cannot load the MTP layers: {error}") from error
+            raise UserError(f"transformers cannot load the MTP layers: {error}") from error
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor) -> Iterator[Tensor]:
@@ -132,12 +133,12 @@ def import_transformers() -> Any:
     """The package.
 
     Raises:
-        ValueError: it is missing.
+        UserError: it is missing.
     """
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "an export is verified with transformers, which is not installed: "
             "pip install -e '.[hf]', or leave the check out with verify=false"
         ) from error

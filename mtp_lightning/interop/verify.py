@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding import generate
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop import heads
 from mtp_lightning.interop.config_json import STANDS_FOR
 from mtp_lightning.interop.names import plain, to_folder
@@ -31,7 +32,7 @@ _TEXT = "def main():\n\treturn 'caf\u00e9 \u2013 \u65e5\u672c'  # 1, 2, 345\n"
 _BATCH, _LENGTH, _PROMPT, _NEW = 2, 32, 8, 24
 
 
-class CheckFailed(ValueError):
+class CheckFailed(UserError):
     """A folder is not the model that it was made of; the message names the tensor."""
 
 
@@ -105,7 +106,7 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> str:
 
     Raises:
         CheckFailed: it gives other ids.
-        ValueError: transformers is missing.
+        UserError: transformers is missing.
     """
     theirs = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     text = _TEXT if tokenizer.reads_text else tokenizer.decode(range(tokenizer.vocab_size))
@@ -132,7 +133,7 @@ def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
     Raises:
         CheckFailed: tensors that transformers misses or does not know, logits or tokens that
             differ.
-        ValueError: transformers is missing.
+        UserError: transformers is missing.
     """
     read = read_folder(folder)
     extra = heads.is_there(folder)

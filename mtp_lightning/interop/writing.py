@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_json, heads, tensor_files
 from mtp_lightning.interop.names import has_layout, plain, to_folder
 from mtp_lightning.interop.reading import CONFIG, INDEX
@@ -60,12 +61,12 @@ def write_folder(
         shard_bytes: a file of weights holds at most so much, and at least one tensor.
 
     Raises:
-        ValueError: a trunk that no layout computes.
+        UserError: a trunk that no layout computes.
         OSError: a full disk, among others.
     """
     config = model.config
     if config.mtp.rank > 1:
-        raise ValueError(
+        raise UserError(
             f"mtp.rank={config.mtp.rank} makes the next token a mixture of predictions, which no "
             "Hugging Face layout computes: export a model of mtp.rank=1."
         )

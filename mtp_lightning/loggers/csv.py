@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.run.layout import METRICS_FILE
 from mtp_lightning.run.metrics import MetricsFile
@@ -46,8 +47,8 @@ class MetricsCSV(RunLogger):
         """Add values to the row of ``step``.
 
         Raises:
-            ValueError: when there is no step.
+            UserError: when there is no step.
         """
         if step is None:
-            raise ValueError("metrics.csv needs the step that values belong to, but it is None.")
+            raise UserError("metrics.csv needs the step that values belong to, but it is None.")
         self._file.write(metrics, int(step))

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.layout import METRICS_FILE, TRACKERS_FILE
 from mtp_lightning.run.metrics import STEP, read_metrics
@@ -62,7 +63,7 @@ def require_package(name: str, *, extra: str) -> None:
     """Refuse a logger whose package is not installed.
 
     Raises:
-        ValueError: naming the command that installs it.
+        UserError: naming the command that installs it.
     """
     if importlib.util.find_spec(name) is None:
-        raise ValueError(f"logger={extra} needs the package {name}: pip install -e '.[{extra}]'.")
+        raise UserError(f"logger={extra} needs the package {name}: pip install -e '.[{extra}]'.")

@@ -27,7 +27,7 @@ class RunMLflow(RunLogger, MLFlowLogger):
         options: further ones of Lightning's logger, such as ``tags``.
 
     Raises:
-        ValueError: the package is not installed.
+        UserError: the package is not installed.
     """
 
     def __init__(

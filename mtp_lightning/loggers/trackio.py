@@ -24,7 +24,7 @@ class RunTrackio(RunLogger):
         options: further ones of ``trackio.init``, such as ``group`` or ``space_id``.
 
     Raises:
-        ValueError: the package is not installed.
+        UserError: the package is not installed.
     """
 
     def __init__(

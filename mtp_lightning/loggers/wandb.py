@@ -31,7 +31,7 @@ class RunWandb(RunLogger, WandbLogger):
         options: further ones, for Lightning's logger or ``wandb.init``, such as ``group``.
 
     Raises:
-        ValueError: the package is not installed.
+        UserError: the package is not installed.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ class BagConfig(SummaryConfig, variant="bag"):
         weights: of the ids: ``idf``, counted in the training documents, or ``none``, all 1.
 
     Raises:
-        ValueError: a reach that leaves no bag, or an unknown weighting.
+        UserError: a reach that leaves no bag, or an unknown weighting.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("weights",)

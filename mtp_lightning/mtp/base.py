@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.mtp.switches import Switches, branch_state, check_switches
 from mtp_lightning.nn.attention import Positions
@@ -37,7 +38,7 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
         confidence: whether every depth also says how sure it is (``objective.confidence``).
 
     Raises:
-        ValueError: a depth that is no whole number of at least 0, or a switch out of range.
+        UserError: a depth that is no whole number of at least 0, or a switch out of range.
     """
 
     depth: int
@@ -330,10 +331,10 @@ class MTPStack(nn.Module, ABC):
         """Refuse to draft with a stack that cannot.
 
         Raises:
-            ValueError: saying why.
+            UserError: saying why.
         """
         if self.max_draft_depth == 0:
-            raise ValueError("this model has no MTP depth to draft with: decode it without drafts.")
+            raise UserError("this model has no MTP depth to draft with: decode it without drafts.")
 
     def initialise_own(self) -> None:
         """Set what does not start from the common random draw; called after it."""
@@ -342,7 +343,7 @@ class MTPStack(nn.Module, ABC):
         """Refuse a trunk that the stack's modules cannot begin on.
 
         Raises:
-            ValueError: ``mtp.init`` asks for what it does not have.
+            UserError: ``mtp.init`` asks for what it does not have.
         """
 
     def begin(self, fresh: Collection[int], trunk: Trunk, text: TrunkText | None) -> None:

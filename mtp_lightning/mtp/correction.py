@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.mtp.switches import Detach
 from mtp_lightning.nn.config import TrunkConfig
@@ -53,14 +54,14 @@ class CorrectionSwitches:
         """Refuse a kind that there is not, and a rank that is none or has nothing to act on.
 
         Raises:
-            ValueError: naming the switch and its value.
+            UserError: naming the switch and its value.
         """
         require_choice("mtp.correction", self.correction, get_args(Kind))
         if self.correction_rank is None:
             return
         require_whole("mtp.correction_rank", self.correction_rank, least=1)
         if self.correction != "markov":
-            raise ValueError(
+            raise UserError(
                 f"mtp.correction_rank={self.correction_rank} has no meaning with mtp.correction="
                 f"{self.correction}: set mtp.correction=markov, or mtp.correction_rank=null."
             )

@@ -45,7 +45,7 @@ class JointConfig(MTPConfig, variant="joint"):
         freeze_trunk: embedding, trunk and head keep their weights; only the layer is trained.
 
     Raises:
-        ValueError: a switch has a value that it does not know, or nothing to act on.
+        UserError: a switch has a value that it does not know, or nothing to act on.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("branch",)

@@ -21,6 +21,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey
 from mtp_lightning.mtp.correction import Correction
 from mtp_lightning.nn.attention import Positions
@@ -145,7 +146,7 @@ class SideBySide(MTPStack):
 
     def require_drafts(self) -> None:
         if self.config.stride > 1:
-            raise ValueError(
+            raise UserError(
                 f"a model of mtp.stride={self.config.stride} predicts every "
                 f"{self.config.stride}th token and leaves those between out, so it cannot draft: "
                 "decode it without drafts, or train one with mtp.stride=1."

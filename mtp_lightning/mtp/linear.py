@@ -51,7 +51,7 @@ class LinearConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="linear"
             next token's prediction is a mixture, too.
 
     Raises:
-        ValueError: a switch has a value that it does not know, or nothing to act on.
+        UserError: a switch has a value that it does not know, or nothing to act on.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("branch", "stride", "rank")

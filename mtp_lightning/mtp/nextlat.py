@@ -43,7 +43,7 @@ class NextLatConfig(MTPConfig, variant="nextlat"):
         freeze_trunk: embedding, trunk and head keep their weights; only the module is trained.
 
     Raises:
-        ValueError: a switch has a value that it does not know, or nothing to act on.
+        UserError: a switch has a value that it does not know, or nothing to act on.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("branch",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.kinds import Targets
 from mtp_lightning.nn.config import TrunkConfig
@@ -15,7 +16,7 @@ class NoMTPConfig(MTPConfig, variant="none"):
     """``mtp=none``: depth 0, no parameters, no cost.
 
     Raises:
-        ValueError: a depth other than 0.
+        UserError: a depth other than 0.
     """
 
     depth: int = 0
@@ -23,7 +24,7 @@ class NoMTPConfig(MTPConfig, variant="none"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.depth:
-            raise ValueError(f"mtp=none predicts one token, but mtp.depth={self.depth}: set it 0.")
+            raise UserError(f"mtp=none predicts one token, but mtp.depth={self.depth}: set it 0.")
 
     def build(self, trunk: TrunkConfig) -> NoMTP:
         return NoMTP(self)

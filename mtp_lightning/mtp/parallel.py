@@ -16,6 +16,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, TrunkText
 from mtp_lightning.mtp.correction import CorrectionSwitches, Kind
 from mtp_lightning.mtp.kinds import SideBySide
@@ -51,7 +52,7 @@ class ParallelConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="paral
             ``branch=before_last`` it is the main prediction at first.
 
     Raises:
-        ValueError: a switch has a value that it does not know, or nothing to act on.
+        UserError: a switch has a value that it does not know, or nothing to act on.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("branch", "input_norm", "stride")
@@ -70,7 +71,7 @@ class ParallelConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="paral
         self.check_correction()
         self.check_stride()
         if self.init == "last_block" and self.input_norm == "post":
-            raise ValueError(
+            raise UserError(
                 f"mtp.init={self.init} has no meaning for parallel heads with mtp.input_norm=post: "
                 "the trunk's last block reads the state before the final norm; set mtp.input_norm="
                 "pre, or mtp.init=random."

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.kinds import Targets
 from mtp_lightning.nn.config import TrunkConfig
@@ -40,7 +41,7 @@ class ParameterFreeMTP(Targets):
     """Every depth is the main prediction's hidden state."""
 
     def require_drafts(self) -> None:
-        raise ValueError(
+        raise UserError(
             "mtp=parameter_free trains the next token's own logits on further targets and has no "
             "module to draft with: decode it without drafts, or train another mtp variant."
         )

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey
 from mtp_lightning.mtp.switches import Switches
 from mtp_lightning.nn.config import TrunkConfig
@@ -44,7 +45,7 @@ def check_rank(config: MTPConfig) -> None:
     with.
 
     Raises:
-        ValueError: naming the switch and its value.
+        UserError: naming the switch and its value.
     """
     require_whole("mtp.rank", config.rank, least=1)
     if config.rank == 1:
@@ -59,12 +60,12 @@ def check_rank(config: MTPConfig) -> None:
     ):
         default = getattr(usual, name, "none")
         if getattr(config, name) != default:
-            raise ValueError(
+            raise UserError(
                 f"mtp.{name}={_word(getattr(config, name))} has no meaning with {joined}, {why}: "
                 f"set mtp.{name}={_word(default)}, or mtp.rank=1."
             )
     if config.depth == 0:
-        raise ValueError(
+        raise UserError(
             f"{joined} has no tokens to join at mtp.depth=0: set mtp.depth to 1 or more, or "
             "mtp.rank=1."
         )

@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import BranchPoint, RandomKey
 from mtp_lightning.mtp.training_only import TrainingOnly, TrainingOnlyConfig
 from mtp_lightning.nn.attention import Positions
@@ -53,10 +54,10 @@ class RegistersConfig(TrainingOnlyConfig, variant="registers"):
         """Refuse targets that windows of ``seq_len`` do not hold.
 
         Raises:
-            ValueError: naming both.
+            UserError: naming both.
         """
         if self.lookahead > seq_len + 1:
-            raise ValueError(
+            raise UserError(
                 f"mtp.lookahead={self.lookahead} is beyond the windows, which hold data.seq_len + "
                 f"1 = {seq_len + 1} tokens ahead: lower it, or lengthen the window."
             )

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig, RandomKey, TrunkText
 from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.mtp.starting import check_last_block, copy_last_block, fit_projection
@@ -57,7 +58,7 @@ class SequentialConfig(MTPConfig, variant="sequential"):
             behind a projection that is fitted to some text (``starting.py``).
 
     Raises:
-        ValueError: a switch has a value that it does not know, or nothing to act on.
+        UserError: a switch has a value that it does not know, or nothing to act on.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("branch", "input_norm", "concat")
@@ -76,7 +77,7 @@ class SequentialConfig(MTPConfig, variant="sequential"):
         super().__post_init__()
         require_number("mtp.token_dropout", self.token_dropout, least=0, most=1)
         if self.hidden_state_mixing and self.depth < 2:
-            raise ValueError(
+            raise UserError(
                 f"mtp.hidden_state_mixing=true has nothing to mix at mtp.depth={self.depth}: "
                 "set mtp.depth to 2 or more, or mtp.hidden_state_mixing=false."
             )

@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.nn.trunk import Trunk
 
 RIDGE = 1e-3
@@ -29,12 +30,12 @@ def check_last_block(name: str, block: nn.Module, trunk: Trunk) -> None:
     """Refuse to start a block from a last one of another kind.
 
     Raises:
-        ValueError: they differ in a weight's name or shape.
+        UserError: they differ in a weight's name or shape.
     """
     own, last = (_shapes(b) for b in (block, trunk.blocks[-1]))
     if own != last:
         key = min(name for name in own | last if own.get(name) != last.get(name))
-        raise ValueError(
+        raise UserError(
             f"mtp.init=last_block does not fit: {name}.block has {_told(own, key)} and the "
             f"trunk's last block {_told(last, key)}; set mtp.init=random."
         )
@@ -54,10 +55,10 @@ def fit_projection(x_NX: Tensor, y_NC: Tensor, hidden_half: slice) -> Tensor:
         hidden_half: where the hidden state lies in x.
 
     Raises:
-        ValueError: there is no token.
+        UserError: there is no token.
     """
     if not len(x_NX):
-        raise ValueError(
+        raise UserError(
             "mtp.init=last_block has no text to look at: with data.document_mask=true no document "
             "of those it read is as long as the depth; lower mtp.depth, or set mtp.init=random."
         )

@@ -5,6 +5,7 @@ The windows then reach s D tokens beyond the next one; what a head computes is t
 
 from __future__ import annotations
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_whole
 
 
@@ -22,11 +23,11 @@ class StrideSwitch:
         """Refuse a stride that is none, or that leaves tokens out which the heads are to read.
 
         Raises:
-            ValueError: naming the switch and its value.
+            UserError: naming the switch and its value.
         """
         require_whole("mtp.stride", self.stride, least=1)
         if self.stride > 1 and self.correction != "none":
-            raise ValueError(
+            raise UserError(
                 f"mtp.stride={self.stride} leaves tokens out between the heads' targets, which "
                 f"mtp.correction={self.correction} would have to read: set one of the two to its "
                 "default."

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.switches import Detach
 from mtp_lightning.mtp.training_only import TrainingOnly, TrainingOnlyConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -29,7 +30,7 @@ class SummaryConfig(TrainingOnlyConfig):
         freeze_trunk: embedding, trunk and head keep their weights; only this head is trained.
 
     Raises:
-        ValueError: a switch has a value that it does not know.
+        UserError: a switch has a value that it does not know.
     """
 
     # Places ahead of the nearest token that is looked at.
@@ -41,7 +42,7 @@ class SummaryConfig(TrainingOnlyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.detach == "all":
-            raise ValueError(
+            raise UserError(
                 f"mtp.detach=all would cut mtp={self.variant} off from a shared head that it does "
                 "not use: set mtp.detach=trunk."
             )

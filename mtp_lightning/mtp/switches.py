@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 from mtp_lightning.settings import require_choice
 
@@ -42,13 +43,13 @@ def check_switches(config: Switches) -> None:
     """Refuse a value that a switch of ``config`` does not know, and a stack that cannot train.
 
     Raises:
-        ValueError: naming the switch, its value and the choices.
+        UserError: naming the switch, its value and the choices.
     """
     for name, choices in _CHOICES.items():
         if hasattr(config, name):  # not every stack concatenates
             require_choice(f"mtp.{name}", getattr(config, name), get_args(choices))
     if config.freeze_trunk and config.depth == 0:
-        raise ValueError(
+        raise UserError(
             "mtp.freeze_trunk=true with mtp.depth=0 leaves nothing to train: "
             "set mtp.depth to 1 or more, or mtp.freeze_trunk=false."
         )

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.kinds import Targets
 from mtp_lightning.nn.config import TrunkConfig
@@ -25,7 +26,7 @@ class TeacherlessConfig(MTPConfig, variant="teacherless"):
     """``mtp=teacherless``: depth 0, no parameters, no cost; for tasks only.
 
     Raises:
-        ValueError: a depth other than 0.
+        UserError: a depth other than 0.
     """
 
     answers_at_once: ClassVar[bool] = True
@@ -35,7 +36,7 @@ class TeacherlessConfig(MTPConfig, variant="teacherless"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.depth:
-            raise ValueError(
+            raise UserError(
                 f"mtp=teacherless has no further depth, but mtp.depth={self.depth}: set it 0."
             )
 
@@ -54,5 +55,5 @@ class Teacherless(Targets):
 
     def tokens_read(self, tokens_BW: Tensor, scored_BW: Tensor | None) -> Tensor:
         if scored_BW is None:
-            raise ValueError("mtp=teacherless needs a task, whose windows say what is an answer.")
+            raise UserError("mtp=teacherless needs a task, whose windows say what is an answer.")
         return tokens_BW.masked_fill(scored_BW, DUMMY)

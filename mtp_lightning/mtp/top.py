@@ -36,7 +36,7 @@ class TopConfig(SummaryConfig, variant="top"):
         tau: temperature of the target: the larger, the more it spreads over distances.
 
     Raises:
-        ValueError: tau is not above 0.
+        UserError: tau is not above 0.
     """
 
     first_ahead: ClassVar[int] = 1

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey
 from mtp_lightning.settings import require_whole
 
@@ -25,7 +26,7 @@ class TrainingOnlyConfig(MTPConfig):
         lookahead: places ahead of a position that the stack looks at, at most.
 
     Raises:
-        ValueError: another depth, or a reach that is no whole number within bounds.
+        UserError: another depth, or a reach that is no whole number within bounds.
     """
 
     predicts_tokens: ClassVar[bool] = False
@@ -37,7 +38,7 @@ class TrainingOnlyConfig(MTPConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.depth != 1:
-            raise ValueError(
+            raise UserError(
                 f"mtp={self.variant} has one loss beside the main prediction's, but mtp.depth="
                 f"{self.depth}: set it 1 (mtp=none is plain training)."
             )
@@ -68,7 +69,7 @@ class TrainingOnly(MTPStack):
         return 0
 
     def require_drafts(self) -> None:
-        raise ValueError(
+        raise UserError(
             f"mtp={self.config.variant} shapes the trunk in training and has nothing to draft "
             "with: decode it without drafts, or train another mtp variant."
         )

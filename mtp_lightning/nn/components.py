@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.nn.places import Place
 from mtp_lightning.nn.shape import TrunkShape
 from mtp_lightning.registry import Registered
@@ -75,7 +76,7 @@ class LayerConfig(Registered, ABC):
         """Refuse a trunk that the layer does not fit into.
 
         Raises:
-            ValueError: naming the keys.
+            UserError: naming the keys.
         """
 
     def num_params(self, trunk: TrunkShape, layer: int | None) -> int:
@@ -98,9 +99,9 @@ class LayerConfig(Registered, ABC):
         """Where the layer's weights lie in Hugging Face's layouts, by names within the layer.
 
         Raises:
-            ValueError: no layout has the layer.
+            UserError: no layout has the layer.
         """
-        raise ValueError(
+        raise UserError(
             f"model.{self.family} of the variant {self.variant} cannot be exported: it has no "
             "names in a layout of Hugging Face's."
         )
@@ -127,16 +128,16 @@ class AttentionConfig(LayerConfig, family="attention"):
         """H, width of a query or key head.
 
         Raises:
-            ValueError: ``model.d_head`` or ``model.d_model`` does not allow one.
+            UserError: ``model.d_head`` or ``model.d_model`` does not allow one.
         """
         if trunk.d_head is None and trunk.d_model % trunk.n_heads:
-            raise ValueError(
+            raise UserError(
                 f"model.d_model={trunk.d_model} is not divisible by model.n_heads="
                 f"{trunk.n_heads}: change one of them, or set model.d_head."
             )
         d_head = trunk.d_model // trunk.n_heads if trunk.d_head is None else trunk.d_head
         if d_head < 2 or d_head % 2:
-            raise ValueError(f"model.d_head={d_head} must be even: RoPE turns pairs of it.")
+            raise UserError(f"model.d_head={d_head} must be even: RoPE turns pairs of it.")
         return d_head
 
     def rotary_size(self, trunk: TrunkShape) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.nn.components import AttentionConfig, FeedForwardConfig, LayerConfig
 from mtp_lightning.nn.shape import TrunkShape
 
@@ -24,7 +25,7 @@ class TrunkConfig(TrunkShape):
             ``to_dict`` gives them.
 
     Raises:
-        ValueError: sizes that do not fit together, or no layer of the kind.
+        UserError: sizes that do not fit together, or no layer of the kind.
     """
 
     attention: AttentionConfig = field(
@@ -63,7 +64,7 @@ class TrunkConfig(TrunkShape):
             allow: packages that may be imported for layers of theirs.
 
         Raises:
-            ValueError: an unknown variant or field, or a module that is not allowed.
+            UserError: an unknown variant or field, or a module that is not allowed.
         """
         layers = {
             family.family: _component(family, data.get(family.family), allow)
@@ -72,7 +73,7 @@ class TrunkConfig(TrunkShape):
         try:
             return TrunkConfig(**{**data, **layers})
         except TypeError as error:
-            raise ValueError(f"The trunk's config does not fit this version: {error}.") from error
+            raise UserError(f"The trunk's config does not fit this version: {error}.") from error
 
     @property
     def d_rope(self) -> int:
@@ -129,7 +130,7 @@ def _component(family: type[Layer], value: Any, allow: Collection[str] = ()) -> 
     if isinstance(value, Mapping):
         return family.from_dict(dict(value), allow=allow)
     if not isinstance(value, family):
-        raise ValueError(
+        raise UserError(
             f"model.{family.family} must name a layer's config by _target_, not {value!r}."
         )
     return value

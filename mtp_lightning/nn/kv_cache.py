@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kernels.exact import FEW, attend_by_query, is_exact
 from mtp_lightning.nn.position_tables import PositionTables, Runs, round_up
@@ -114,7 +115,7 @@ class KVCache:
             Rotary tables cos, sin [1 | B, T, 1, H], and the mask for :meth:`attend`.
 
         Raises:
-            ValueError: a row would outgrow the cache.
+            UserError: a row would outgrow the cache.
         """
         runs = self._open(starts, n_new)
         if runs.uniform:
@@ -129,7 +130,7 @@ class KVCache:
     def _open(self, starts: list[int], n_new: int) -> Runs:
         longest = max(starts) + n_new
         if longest > self.tables.capacity:
-            raise ValueError(
+            raise UserError(
                 f"{longest} tokens do not fit into a cache of {self.tables.capacity}: "
                 "shorten the prompt, or ask for fewer new tokens."
             )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.components import AttentionConfig, CacheEntry
 from mtp_lightning.nn.kernels.exact import by_token
@@ -39,7 +40,7 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
         norm_eps: epsilon of the norms on the latents; None is the trunk's.
 
     Raises:
-        ValueError: a width is not positive, or ``d_rope`` is odd.
+        UserError: a width is not positive, or ``d_rope`` is odd.
     """
 
     q_rank: int | None
@@ -54,7 +55,7 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
         if self.q_rank is not None:
             check_whole("model.attention", self, ("q_rank",))
         if self.d_rope % 2:
-            raise ValueError(
+            raise UserError(
                 f"model.attention.d_rope={self.d_rope} must be even: RoPE turns pairs of it."
             )
 
@@ -73,7 +74,7 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
 
     def head_size(self, trunk: TrunkShape) -> int:
         if trunk.d_head not in (None, self.d_head):
-            raise ValueError(
+            raise UserError(
                 f"model.d_head={trunk.d_head} must be null, or d_nope + d_rope = {self.d_head} of "
                 "model.attention."
             )
@@ -84,7 +85,7 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
 
     def check(self, trunk: TrunkShape) -> None:
         if trunk.n_kv_heads != trunk.n_heads:
-            raise ValueError(
+            raise UserError(
                 f"model.n_kv_heads={trunk.n_kv_heads} must be model.n_heads={trunk.n_heads} with "
                 "latent attention: all heads read the same latent."
             )

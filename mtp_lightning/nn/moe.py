@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.components import FeedForwardConfig
 from mtp_lightning.nn.experts import Experts
@@ -54,7 +55,7 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
             bias (Qwen3).
 
     Raises:
-        ValueError: sizes that do not fit together; the message names them.
+        UserError: sizes that do not fit together; the message names them.
     """
 
     training_keys: ClassVar[tuple[str, ...]] = ("bias_rate", "bias_frozen", "sequence_loss")
@@ -77,23 +78,23 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
         check_whole(group, self, ("n_routed", "top_k", "d_expert", "n_groups", "top_groups"))
         check_whole(group, self, ("n_shared", "first_k_dense"), least=0)
         if self.n_routed % self.n_groups:
-            raise ValueError(
+            raise UserError(
                 f"{group}.n_routed={self.n_routed} is not divisible by {group}.n_groups="
                 f"{self.n_groups}: every group has the same number of experts."
             )
         if self.top_groups > self.n_groups:
-            raise ValueError(
+            raise UserError(
                 f"{group}.top_groups={self.top_groups} is more than {group}.n_groups="
                 f"{self.n_groups}: lower it."
             )
         size = self.n_routed // self.n_groups
         if self.n_groups > 1 and size < 2:
-            raise ValueError(
+            raise UserError(
                 f"{group}.n_groups={self.n_groups} leaves {size} expert a group, and a group is "
                 "scored by its best two: use fewer groups."
             )
         if self.top_k > self.top_groups * size:
-            raise ValueError(
+            raise UserError(
                 f"{group}.top_k={self.top_k} experts do not exist in {group}.top_groups="
                 f"{self.top_groups} groups of {size}: lower top_k, or allow more groups."
             )
@@ -104,7 +105,7 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
         require(self.scoring in get_args(Scoring), f"{group}.scoring", self.scoring,
                 "sigmoid or softmax")  # fmt: skip
         if self.scoring == "softmax" and self.bias_rate:
-            raise ValueError(
+            raise UserError(
                 f"{group}.scoring=softmax has no bias that {group}.bias_rate={self.bias_rate} "
                 "could move: set it to 0."
             )
@@ -126,7 +127,7 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
 
     def check(self, trunk: TrunkShape) -> None:
         if self.first_k_dense > trunk.n_layers:
-            raise ValueError(
+            raise UserError(
                 f"model.feed_forward.first_k_dense={self.first_k_dense} is more than "
                 f"model.n_layers={trunk.n_layers}: lower it."
             )

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mtp_lightning.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -22,7 +24,7 @@ class RopeScaling:
         original_positions: the context before.
 
     Raises:
-        ValueError: a number out of range.
+        UserError: a number out of range.
     """
 
     factor: float
@@ -34,9 +36,9 @@ class RopeScaling:
         for name in ("factor", "low_freq_factor", "original_positions"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not value > 0:
-                raise ValueError(f"model.rope_scaling.{name} must be above 0, not {value}.")
+                raise UserError(f"model.rope_scaling.{name} must be above 0, not {value}.")
         if not self.high_freq_factor > self.low_freq_factor:
-            raise ValueError(
+            raise UserError(
                 f"model.rope_scaling.high_freq_factor={self.high_freq_factor} must be more than "
                 f"low_freq_factor={self.low_freq_factor}."
             )
@@ -59,7 +61,7 @@ class YarnScaling:
         truncate: the blend begins and ends at whole dimensions.
 
     Raises:
-        ValueError: a number out of range.
+        UserError: a number out of range.
     """
 
     factor: float
@@ -75,7 +77,7 @@ class YarnScaling:
         for name in ("factor", "original_positions", "beta_fast", "beta_slow"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not value > 0:
-                raise ValueError(f"model.rope_scaling.{name} must be above 0, not {value}.")
+                raise UserError(f"model.rope_scaling.{name} must be above 0, not {value}.")
 
     @property
     def magnitude(self) -> float:

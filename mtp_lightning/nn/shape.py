@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.nn.rope_scaling import RopeScaling, YarnScaling, rope_scaling
 from mtp_lightning.settings import require_whole
 
@@ -20,7 +21,7 @@ def check_whole(group: str, owner: Any, names: Sequence[str], *, least: int = 1)
     """Refuse fields that are not whole numbers of at least ``least``.
 
     Raises:
-        ValueError: naming the key and its value.
+        UserError: naming the key and its value.
     """
     for name in names:
         require_whole(f"{group}.{name}", getattr(owner, name), least=least)
@@ -48,7 +49,7 @@ class TrunkShape:
             (Chen et al. 2016): less memory, a third more arithmetic, the same gradients.
 
     Raises:
-        ValueError: a size is not positive, or sizes do not fit together.
+        UserError: a size is not positive, or sizes do not fit together.
     """
 
     vocab_size: int
@@ -71,7 +72,7 @@ class TrunkShape:
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", rope_scaling(self.rope_scaling))
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(
+            raise UserError(
                 f"model.n_heads={self.n_heads} is not divisible by model.n_kv_heads="
                 f"{self.n_kv_heads}: every key-value head serves the same number of query heads."
             )

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.notebook.process import start
 from mtp_lightning.notebook.text import Text
 from mtp_lightning.paths import app
@@ -77,7 +78,7 @@ def generate(*overrides: str) -> Text:
         overrides: as one types them: ``"checkpoint=runs/mine"``, ``"prompt=def main("``.
 
     Raises:
-        ValueError: no prompt, a damaged or foreign checkpoint, an option out of range.
+        UserError: no prompt, a damaged or foreign checkpoint, an option out of range.
         OSError: there is no such checkpoint.
     """
     from mtp_lightning.experiment.composing import compose_config
@@ -85,7 +86,7 @@ def generate(*overrides: str) -> Text:
 
     cfg = compose_config("generate", overrides)
     if cfg.prompt is None:
-        raise ValueError("There is no prompt: give prompt=TEXT.")
+        raise UserError("There is no prompt: give prompt=TEXT.")
     run = open_for(cfg)
     prompt = str(cfg.prompt)
     (generation,) = continue_prompts(cfg, run, [prompt])
@@ -108,6 +109,6 @@ def _value(key: str, overrides: Sequence[str]) -> str | None:
         return None
     path = given[-1]
     if "${" in path:
-        raise ValueError(f"{key}={path} is known to the run alone: give the path itself.")
+        raise UserError(f"{key}={path} is known to the run alone: give the path itself.")
     quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
     return path[1:-1] if quoted else path

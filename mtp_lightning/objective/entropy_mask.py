@@ -33,7 +33,7 @@ class EntropyMask:
         decay: of the counts, a step.
 
     Raises:
-        ValueError: a quantile outside of (0, 1).
+        UserError: a quantile outside of (0, 1).
     """
 
     def __init__(self, tau: float | None, *, quantile: float = 0.95, decay: float = 0.99) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX, WindowBatch
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.kinds import SideBySide, Targets
@@ -49,7 +50,7 @@ class Objective:
         confidence: whether depths learn how often they are believed (``terms/confidence.py``).
 
     Raises:
-        ValueError: a value that an option does not know, or one that nothing reads.
+        UserError: a value that an option does not know, or one that nothing reads.
     """
 
     term: Term
@@ -77,7 +78,7 @@ class Objective:
         ):
             value = getattr(self, name)
             if value is not None and getattr(self, owner) != chosen:
-                raise ValueError(
+                raise UserError(
                     f"objective.{name}={value} is read by objective.{owner}={chosen} alone: set "
                     "that, or leave it null."
                 )
@@ -88,7 +89,7 @@ class Objective:
         if self.tau is not None and self.tau != math.inf:
             require_number("objective.tau (null for a running quantile)", self.tau)
         if self.tau is not None and self.quantile is not None:
-            raise ValueError(
+            raise UserError(
                 f"objective.tau={self.tau} and objective.quantile={self.quantile} both say what a "
                 "jump is: leave one of them null."
             )

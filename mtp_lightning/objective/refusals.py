@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.terms.base import HiddenTerm
@@ -12,12 +13,12 @@ def check_together(objective: Objective, mtp: MTPConfig) -> None:
     """Refuse a stack that an objective, or an option of it, has no meaning for.
 
     Raises:
-        ValueError: naming both, and the remedy.
+        UserError: naming both, and the remedy.
     """
     term = f"objective={objective.term.name}"
     plain = isinstance(objective.term, CrossEntropy) and objective == Objective(term=objective.term)
     if mtp.depth and not mtp.predicts_tokens and not plain:
-        raise ValueError(
+        raise UserError(
             f"{term} and its options say what depths that predict a token are trained on, and "
             f"mtp={mtp.variant} has a loss of its own: leave objective=ce."
         )
@@ -54,4 +55,4 @@ def check_together(objective: Objective, mtp: MTPConfig) -> None:
 def _refuse(asked: dict[str, bool], why: str) -> None:
     for what, is_asked in asked.items():
         if is_asked:
-            raise ValueError(f"{what} {why}.")
+            raise UserError(f"{what} {why}.")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPStack, RandomKey
 from mtp_lightning.mtp.summary import Summary
@@ -213,7 +214,7 @@ class OptimizerStep:
                 ranks yet.
 
         Raises:
-            ValueError: the batch was built for another depth, or has no valid target.
+            UserError: the batch was built for another depth, or has no valid target.
         """
         plan = self.plan(batch, progress)
         shape = (self.model.depth + 1, len(self.objective.parts))
@@ -299,7 +300,7 @@ class OptimizerStep:
             column), and what the layers reported.
         """
         if plan.counts.valid[0] == 0:
-            raise ValueError(
+            raise UserError(
                 "The batch holds no valid target: every position crosses a document border. "
                 "Use longer documents, or data.document_mask=false."
             )

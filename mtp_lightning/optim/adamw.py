@@ -23,7 +23,7 @@ class AdamWConfig(OptimizerConfig):
         schedule: multiplier of ``lr``, a function of the step.
 
     Raises:
-        ValueError: a setting out of range.
+        UserError: a setting out of range.
     """
 
     lr: float

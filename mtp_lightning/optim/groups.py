@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.optim.base import OptimizerConfig
 from mtp_lightning.settings import require_number
 
@@ -56,7 +57,7 @@ class GroupedConfig(OptimizerConfig):
         schedule: of all learning rates.
 
     Raises:
-        ValueError: a learning rate that is not above 0, or an expression that is none.
+        UserError: a learning rate that is not above 0, or an expression that is none.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class GroupedConfig(OptimizerConfig):
             try:
                 re.compile(group.parameters)
             except re.error as error:
-                raise ValueError(
+                raise UserError(
                     f"optimizer.groups.{name}.parameters={group.parameters} is neither "
                     f"{', '.join(_KINDS)} nor a regular expression ({error})."
                 ) from error
@@ -78,30 +79,47 @@ class GroupedConfig(OptimizerConfig):
         """See :meth:`OptimizerConfig.build`; ``others`` go to the group ``rest``.
 
         Raises:
-            ValueError: a parameter that no group takes, or an algorithm that refuses its settings.
+            UserError: a parameter that no group takes, a group that takes none, or an algorithm
+                that refuses its settings.
         """
         taken: dict[str, list[nn.Parameter]] = {name: [] for name in self.groups}
+        named = set()  # by frozen parameters, too
         for parameter_name, parameter in model.named_parameters():
+            group = self._group_of(parameter_name, parameter)
+            named.add(group)
             if parameter.requires_grad:
-                taken[self._group_of(parameter_name, parameter)].append(parameter)
+                taken[group].append(parameter)
         if others:
-            taken[self._group_of("what the balance rule learns", others[0])] += others
+            group = self._group_of("what the balance rule learns", others[0])
+            named.add(group)
+            taken[group] += others
+        for name, unused in self.groups.items():
+            if name not in named and unused.parameters != "rest":
+                raise UserError(
+                    f"optimizer.groups.{name}.parameters={unused.parameters} takes no parameter of "
+                    f"this model: give {', '.join(_KINDS)} or a regular expression on their names, "
+                    "or leave the group out."
+                )
         return Combined({name: self._build(name, p) for name, p in taken.items() if p})
 
     def _group_of(self, name: str, parameter: nn.Parameter) -> str:
         for group_name, group in self.groups.items():
             if group.takes(name, parameter):
                 return group_name
-        raise ValueError(
+        raise UserError(
             f"No group of optimizer.groups takes {name}: add one with parameters: rest."
         )
 
     def _build(self, name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         group = self.groups[name]
         try:
-            return group.algorithm([{"params": parameters, "name": name}], lr=group.lr)
+            made = group.algorithm([{"params": parameters, "name": name}], lr=group.lr)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"optimizer.groups.{name} is refused: {error}.") from error
+            raise UserError(f"optimizer.groups.{name} is refused: {error}.") from error
+        if "momentum" in made.defaults:  # which not every class of torch.optim looks at
+            key = f"optimizer.groups.{name}.algorithm.momentum"
+            require_number(key, made.defaults["momentum"], least=0, below=1)
+        return made
 
 
 class Combined(torch.optim.Optimizer):
@@ -131,10 +149,10 @@ class Combined(torch.optim.Optimizer):
         """The inverse of :meth:`state_dict`.
 
         Raises:
-            ValueError: it is of other groups.
+            UserError: it is of other groups.
         """
         if state_dict.keys() != self.optimizers.keys():
-            raise ValueError(
+            raise UserError(
                 f"The optimizer's groups are {', '.join(self.optimizers)}, and those saved "
                 f"{', '.join(map(str, state_dict))}: go on with the settings the run began with."
             )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_number, require_whole
 
 KINDS = ("cosine", "wsd", "constant")
@@ -30,7 +31,7 @@ class LRSchedule:
         min_ratio: the multiplier at the end of the decay, in [0, 1]. Not for `constant`.
 
     Raises:
-        ValueError: on an unknown kind or a value out of range.
+        UserError: on an unknown kind or a value out of range.
     """
 
     def __init__(
@@ -43,11 +44,11 @@ class LRSchedule:
         min_ratio: float = 0.1,
     ) -> None:
         if kind not in KINDS:
-            raise ValueError(
+            raise UserError(
                 f"Unknown learning-rate schedule {kind!r}: choose one of {', '.join(KINDS)}."
             )
         if warmup_steps is not None and warmup_fraction is not None:
-            raise ValueError(
+            raise UserError(
                 f"Give warmup_steps ({warmup_steps}) or warmup_fraction ({warmup_fraction}), not "
                 "both: set the other one to null."
             )
@@ -67,10 +68,10 @@ class LRSchedule:
         """The multiplier of optimizer step `step` (from 0) in a run of `max_steps`.
 
         Raises:
-            ValueError: when the run has no length and the schedule needs one.
+            UserError: when the run has no length and the schedule needs one.
         """
         if max_steps <= 0 and (self.kind != "constant" or self.warmup_fraction is not None):
-            raise ValueError(
+            raise UserError(
                 f"The learning-rate schedule {self.kind!r} needs a run length, but "
                 f"trainer.max_steps is {max_steps}: set trainer.max_steps."
             )

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import replacing
 from mtp_lightning.run.layout import BEST, LAST, PREVIOUS
 
@@ -42,7 +43,7 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Write a checkpoint so that `path` holds either the old file or the whole new one.
 
     Raises:
-        ValueError: when something in it is not a tensor or a plain container; names where it is.
+        UserError: when something in it is not a tensor or a plain container; names where it is.
         OSError: when the disk is full or not writable; the file that was at `path` is untouched.
     """
     path = Path(path)
@@ -63,26 +64,26 @@ def load(path: str | Path, map_location: Any = "cpu", *, mapped: bool = False) -
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when the file is damaged or holds something that is not plain.
+        UserError: when the file is damaged or holds something that is not plain.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
     reason = None if mapped else _broken_archive(path)
     if reason is not None:
-        raise ValueError(
+        raise UserError(
             f"The checkpoint {path} is damaged ({reason}): use another one, for example "
             f"{PREVIOUS} or {BEST} in the same folder."
         )
     try:
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"The checkpoint {path} holds more than tensors and plain containers, and is not "
             f"loaded because that could run foreign code ({_first_line(error)})."
         ) from error
     except (RuntimeError, EOFError, KeyError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"The checkpoint {path} is damaged or no checkpoint ({_first_line(error)}): use "
             f"another one, for example {PREVIOUS} or {BEST} in the same folder."
         ) from error
@@ -166,7 +167,7 @@ def require_plain(value: Any, where: str = "checkpoint") -> None:
     """Refuse what `weights_only=True` would not load, at saving time, when it can still be mended.
 
     Raises:
-        ValueError: naming the place and the type.
+        UserError: naming the place and the type.
     """
     kind = type(value)
     if kind in _ATOMS or kind in _TENSORS:
@@ -179,7 +180,7 @@ def require_plain(value: Any, where: str = "checkpoint") -> None:
         for i, entry in enumerate(value):
             require_plain(entry, f"{where}[{i}]")
     else:
-        raise ValueError(
+        raise UserError(
             f"A checkpoint may hold only tensors and plain containers, but {where} is a "
             f"{kind.__module__}.{kind.__qualname__}: turn it into a plain dict, list, number "
             "or string first."

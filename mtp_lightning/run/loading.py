@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST
+from mtp_lightning.settings import require_whole
 
 if TYPE_CHECKING:
     from data_modules.tokenizers import Tokenizer
@@ -51,14 +53,15 @@ class LoadedRun:
     @property
     def seq_len(self) -> int:
         """T, the context that the model was trained on."""
-        return int(self.config["data"]["seq_len"])
+        length = self.config["data"]["seq_len"]
+        return require_whole(f"data.seq_len of {self.path}", length, least=1)
 
 
 def pretrained_state(folder: str | Path) -> dict[str, Any]:
     """The state of the tokenizer whose tokenizer.json lies in a folder.
 
     Raises:
-        ValueError: it cannot be read, or has no end-of-text token.
+        UserError: it cannot be read, or has no end-of-text token.
     """
     from data_modules.tokenizers import PretrainedTokenizer
 
@@ -97,13 +100,13 @@ def read_checkpoint(path: str | Path, *, needs: Collection[str]) -> tuple[Path, 
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: it is damaged, or was not written by this platform.
+        UserError: it is damaged, or was not written by this platform.
     """
     file = find_checkpoint(path)
     checkpoint = checkpoints.load(file)
     missing = set(needs) - checkpoint.keys()
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{file} is not a checkpoint of this platform: it has no {', '.join(sorted(missing))}."
         )
     return file, checkpoint
@@ -120,12 +123,12 @@ def model_config(
         allow: packages whose variants it may ask for.
 
     Raises:
-        ValueError: a description that no model has, or that needs a package that is not allowed.
+        UserError: a description that no model has, or that needs a package that is not allowed.
     """
     try:
         return ModelConfig.from_dict(checkpoint["model_config"], allow=allow)
-    except ValueError as error:
-        raise ValueError(f"{source} describes no model: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{source} describes no model: {error}") from error
 
 
 def load_run(
@@ -140,7 +143,7 @@ def load_run(
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: it is damaged, or was not written by this platform, or does not fit its config,
+        UserError: it is damaged, or was not written by this platform, or does not fit its config,
             or needs a package that is not allowed.
     """
     needs = ("model_config", "state_dict", "tokenizer", "config")
@@ -174,18 +177,18 @@ def require_held(config: ModelConfig, weights: dict[str, torch.Tensor], *, sourc
     a few bytes of it could take all memory, or hours.
 
     Raises:
-        ValueError: with what is asked for and what is there.
+        UserError: with what is asked for and what is there.
     """
     for what, asked in (("layers", config.trunk.n_layers), ("MTP depths", config.mtp.depth)):
         # Each has a tensor of its own, but for depths that share one or have none.
         if asked > max(len(weights), _FREE_DEPTHS):
-            raise ValueError(
+            raise UserError(
                 f"{source} is damaged or forged: its config asks for {asked:,} {what}, and it "
                 f"holds {len(weights):,} tensors."
             )
     held = sum(tensor.numel() for tensor in weights.values())
     if config.num_params() > held:
-        raise ValueError(
+        raise UserError(
             f"{source} is damaged or forged: its config asks for {config.num_params():,} weights, "
             f"and it holds {held:,}."
         )
@@ -203,7 +206,7 @@ def load_weights(
         assign: these tensors become the model's own, rather than copied into what it has.
 
     Raises:
-        ValueError: names or shapes differ; the message names them.
+        UserError: names or shapes differ; the message names them.
     """
     own = model.state_dict()
     problems = [f"{name} is missing" for name in own.keys() - weights.keys()]
@@ -215,7 +218,7 @@ def load_weights(
     ]
     if problems:
         shown = "; ".join(sorted(problems)[:8]) + ("; ..." if len(problems) > 8 else "")
-        raise ValueError(f"The weights in {source} do not fit the model: {shown}.")
+        raise UserError(f"The weights in {source} do not fit the model: {shown}.")
     model.load_state_dict(weights, assign=assign)
     if assign and model.config.trunk.tie_embeddings:
         model.head.weight = model.trunk.embedding.weight  # type: ignore[assignment]

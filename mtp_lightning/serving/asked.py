@@ -56,7 +56,7 @@ class Reader:
         room: tokens that a prompt and its text may have together; None for no bound.
 
     Raises:
-        ValueError: a chat template that is none.
+        UserError: a chat template that is none.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.serving.refusal import Refusal
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -24,7 +25,7 @@ class ChatTemplate:
         specials: names of special tokens that the template may use.
 
     Raises:
-        ValueError: it is no template.
+        UserError: it is no template.
     """
 
     def __init__(self, source: str, specials: Mapping[str, str]) -> None:
@@ -41,7 +42,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
-            raise ValueError(f"the model's chat template is not one of Jinja: {error}.") from error
+            raise UserError(f"the model's chat template is not one of Jinja: {error}.") from error
         self._specials = dict(specials)
 
     @classmethod
@@ -52,7 +53,7 @@ class ChatTemplate:
             tokenizer_state: of a :class:`~mtp_lightning.run.loading.LoadedRun`.
 
         Raises:
-            ValueError: it is no template.
+            UserError: it is no template.
         """
         beside = tokenizer_state.get("beside", {})
         config = json.loads(beside.get("tokenizer_config.json", "{}"))

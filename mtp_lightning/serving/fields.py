@@ -10,6 +10,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.serving.refusal import Refusal
 from mtp_lightning.settings import is_number, is_whole
 
@@ -59,7 +60,7 @@ def parse(body: bytes) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise UserError(f"{name} is no number of JSON")
 
 
 def check_known(fields: Mapping[str, Any], known: Collection[str]) -> None:

@@ -37,7 +37,7 @@ class Server(uvicorn.Server):
         signum: of the signal that ended it; None before.
 
     Raises:
-        ValueError: an option out of range, a model that cannot do what is asked.
+        UserError: an option out of range, a model that cannot do what is asked.
     """
 
     def __init__(self, cfg: Any, run: LoadedRun, *, name: str) -> None:

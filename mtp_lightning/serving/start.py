@@ -21,7 +21,7 @@ def serve(cfg: Any) -> None:
     """Answer requests until a signal comes.
 
     Raises:
-        ValueError: an option out of range, a package that is missing, a damaged or foreign
+        UserError: an option out of range, a package that is missing, a damaged or foreign
             checkpoint.
         OSError: a missing file.
         Stopped: a signal ended it.
@@ -50,7 +50,7 @@ def listen(host: str, port: int) -> socket.socket:
         port: its number; 0 takes a free one.
 
     Raises:
-        ValueError: the address cannot be had.
+        UserError: the address cannot be had.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtp_lightning.cli import readable_errors
+from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
@@ -49,7 +50,7 @@ def _list(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     if min(args.seeds or [0]) < 0:
-        raise ValueError(f"--seeds {min(args.seeds)}: give whole numbers >= 0.")
+        raise UserError(f"--seeds {min(args.seeds)}: give whole numbers >= 0.")
     claims = {
         args.claims / f"{name}.yaml": _at(args, read_claim(name, args.claims))
         for name in args.names
@@ -68,7 +69,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _verdict(args: argparse.Namespace) -> int:
     if args.all == bool(args.names):
-        raise ValueError("verdict wants names of claims, or --all.")
+        raise UserError("verdict wants names of claims, or --all.")
     code = 0
     for name in args.names or names(args.claims):
         claim = read_claim(name, args.claims)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from mtp_lightning.errors import UserError
+
 EQUALS = ("steps", "flops", "parameters", "seconds")
 SIDES = ("above", "below", "within")
 CPU, GPU = "cpu", "gpu"
@@ -123,10 +125,10 @@ class Claim:
         """The claim at the published scale.
 
         Raises:
-            ValueError: it has none.
+            UserError: it has none.
         """
         if self.gpu is None:
-            raise ValueError(f"The claim {self.name} has no gpu setting: run it without --gpu.")
+            raise UserError(f"The claim {self.name} has no gpu setting: run it without --gpu.")
         return replace(self, scale=self.gpu, setting=GPU)
 
     @property

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.claims import curve
 from sweeps.claims.decide import UNDECIDED
@@ -35,7 +36,7 @@ def write_figures(result: Result, label: str, folder: Path) -> list[Path]:
         folder: of the files; it exists.
 
     Raises:
-        ValueError: matplotlib is missing.
+        UserError: matplotlib is missing.
     """
     files = []
     with _styled():
@@ -64,7 +65,7 @@ def _styled() -> Any:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
-        raise ValueError("The figures need matplotlib: pip install -e '.[report]'.") from None
+        raise UserError("The figures need matplotlib: pip install -e '.[report]'.") from None
     return styled()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import open_dict
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.paths import app
 from mtp_lightning.run.config import flatten, has_bearing, is_plain, lies_in
 from sweeps.claims.claim import CPU, Claim
@@ -78,7 +79,7 @@ def jobs(claim: Claim, seeds: Sequence[int], runs: Path) -> list[ClaimJob]:
         runs: the folder of all runs, absolute.
 
     Raises:
-        ValueError: an arm does not compose.
+        UserError: an arm does not compose.
     """
     arms = {arm: _Arm(claim, arm) for arm in claim.arms}
     return [arm.job(seed, runs) for seed in seeds for arm in arms.values()]
@@ -106,7 +107,7 @@ class _Arm:
         try:
             self._composed = compose_run(self._overrides)
         except ValueError as error:
-            raise ValueError(f"The arm {arm} of the claim {claim.name}: {error}") from error
+            raise UserError(f"The arm {arm} of the claim {claim.name}: {error}") from error
 
     def job(self, seed: int, runs: Path) -> ClaimJob:
         composed = copy.deepcopy(self._composed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
@@ -28,7 +29,7 @@ def write_pages(root: Path, claims: Path = FOLDER) -> list[Path]:
 
     Raises:
         OSError: a page is missing.
-        ValueError: it has no markers.
+        UserError: it has no markers.
     """
     changed = []
     for page, text in pages(root, claims).items():
@@ -57,7 +58,7 @@ def _all(claims: Path) -> list[Claim]:
 def _between(page: Path, text: str) -> str:
     whole = page.read_text(encoding="utf-8")
     if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(END) < whole.index(BEGIN):
-        raise ValueError(f"{page} needs the lines {BEGIN} and {END}, once and in this order.")
+        raise UserError(f"{page} needs the lines {BEGIN} and {END}, once and in this order.")
     start, end = whole.index(BEGIN) + len(BEGIN), whole.index(END)
     return f"{whole[:start]}\n\n{text}\n\n{whole[end:]}"
 

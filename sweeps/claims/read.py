@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from mtp_lightning.errors import UserError
 from sweeps.claims.claim import EQUALS, SIDES, Claim, Measure, Prediction, Scale
 
 FOLDER = Path(__file__).parent
@@ -34,16 +35,16 @@ def read_claim(name: str, folder: Path = FOLDER) -> Claim:
         folder: that its file lies in.
 
     Raises:
-        ValueError: no such claim, or its file says what cannot be meant; with the remedy.
+        UserError: no such claim, or its file says what cannot be meant; with the remedy.
     """
     file = folder / f"{name}.yaml"
     if not file.is_file():
         known = ", ".join(names(folder)) or "none"
-        raise ValueError(f"There is no claim {name} in {folder}: choose one of {known}.")
+        raise UserError(f"There is no claim {name} in {folder}: choose one of {known}.")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}.") from error
+        raise UserError(f"{file} is no YAML: {' '.join(str(error).split())}.") from error
     return _Reader(file).claim(name, content)
 
 
@@ -189,7 +190,7 @@ class _Reader:
             self._refuse(f"{place}: {value}", "give a text")
 
     def _refuse(self, what: str, remedy: str) -> None:
-        raise ValueError(f"{self._file} has {what}: {remedy}.")
+        raise UserError(f"{self._file} has {what}: {remedy}.")
 
 
 def _keys(kind: type) -> list[str]:

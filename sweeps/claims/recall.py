@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.errors import UserError
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import ClaimJob, jobs
 from sweeps.claims.observe import Arms, Seed
@@ -43,7 +44,7 @@ def left_to_run(
         stored: its result.
 
     Raises:
-        ValueError: an arm does not compose, or has another config than its stored runs had.
+        UserError: an arm does not compose, or has another config than its stored runs had.
     """
     known = {
         arm: {number: seed for number, seed in of.items() if seed.done}
@@ -53,7 +54,7 @@ def left_to_run(
     for job in jobs(claim, list(dict.fromkeys([*seeds, *chain(*known.values())])), runs):
         done = known.get(job.arm, {}).get(job.seed)
         if done is not None and done.folder != job.folder:
-            raise ValueError(
+            raise UserError(
                 f"{claim.label} has a result of {job.arm} at seed {job.seed}, {done.folder}, and "
                 f"its config is now that of {job.folder}: go on from the commit {done.commit} that "
                 f"it was made from, or move results/{claim.label}.json away and run all of it anew."

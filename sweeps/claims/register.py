@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.status import now
 from sweeps.claims.claim import Claim
@@ -42,13 +43,13 @@ class Register:
         """Take jobs in.
 
         Raises:
-            ValueError: an arm at a seed has another config than when it was run, as after a change
+            UserError: an arm at a seed has another config than when it was run, as after a change
                 of the code's defaults: old and new runs would be one arm.
         """
         for job in jobs:
             known = self.runs.setdefault(job.arm, {}).setdefault(job.seed, job.folder)
             if known != job.folder:
-                raise ValueError(
+                raise UserError(
                     f"{claim.label} has run {job.arm} at seed {job.seed} in {known}, and its "
                     f"config is now that of {job.folder}: go on from the commit that those runs "
                     "were made from, or give --runs another folder and run all of it anew."
@@ -64,7 +65,7 @@ def read_register(claim: Claim, runs: Path) -> Register | None:
     """A claim's register; None where nothing was run.
 
     Raises:
-        ValueError: its file is damaged.
+        UserError: its file is damaged.
     """
     return read_stored(file_of(claim, runs), VERSION, _parse, remedy="give --runs another folder")
 

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_json
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import Finding, decide, overall
@@ -35,13 +36,13 @@ def judge(claim: Claim, runs: Path, stored: Result | None = None) -> Result | No
         stored: the result so far, whose finished runs count where they are gone.
 
     Raises:
-        ValueError: the claim was changed after its runs began.
+        UserError: the claim was changed after its runs began.
     """
     register = read_register(claim, runs)
     if register is None:
         return None
     if not register.is_of(claim):
-        raise ValueError(
+        raise UserError(
             f"The claim {claim.label} is stale: it was changed after its runs began "
             f"({register.began}). Give the changed one another name, or --runs another folder."
         )
@@ -113,7 +114,7 @@ def read_result(label: str, folder: Path) -> Result | None:
     """A claim's result; None where there is none.
 
     Raises:
-        ValueError: its file is damaged.
+        UserError: its file is damaged.
     """
     return read_stored(
         file_of(label, folder),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
 from sweeps.claims.claim import Claim
@@ -42,7 +43,7 @@ def run(
         How many of the asked-for runs are not done.
 
     Raises:
-        ValueError: a prediction is in no commit or was changed after its runs began, an arm does
+        UserError: a prediction is in no commit or was changed after its runs began, an arm does
             not compose, or it has other settings than when it was run; a damaged result.
         BlockingIOError: another process is at work there.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have saved and ended.
@@ -86,7 +87,7 @@ def run(
 def _register(claim: Claim, asked: Sequence[ClaimJob], runs: Path, commit: str | None) -> None:
     register = read_register(claim, runs) or Register(digest=claim.digest, commit=commit)
     if not register.is_of(claim):
-        raise ValueError(
+        raise UserError(
             f"The claim {claim.label} was changed after its runs began in {runs} "
             f"({register.began}): give the changed one another name, or --runs another folder."
         )

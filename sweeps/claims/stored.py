@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mtp_lightning.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -22,16 +24,16 @@ def read_stored(
         remedy: what to do with a file that cannot be read.
 
     Raises:
-        ValueError: it is damaged, or of another version.
+        UserError: it is damaged, or of another version.
     """
     if not file.exists():
         return None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["version"] != version:
-            raise ValueError(f"version {content['version']}")
+            raise UserError(f"version {content['version']}")
         return parse(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{file} cannot be read as version {version} of this file ({error}): {remedy}."
         ) from error

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from mtp_lightning.cli import readable_errors
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.report.collect import collect
 from sweeps.report.compare_solved import compare_solved
@@ -45,11 +46,11 @@ def report(
 
     Raises:
         FileNotFoundError: a folder without runs.
-        ValueError: ``reference`` names no setting, ``level`` is none, or a package is missing.
+        UserError: ``reference`` names no setting, ``level`` is none, or a package is missing.
     """
     _require_packages()
     if not 0 <= level < 1:
-        raise ValueError(f"--solved {level:g} is no share below 1: give one such as {SOLVED}.")
+        raise UserError(f"--solved {level:g} is no share below 1: give one such as {SOLVED}.")
     from sweeps.report import events, figures, page, style
 
     sweeps = _read(folders)
@@ -97,7 +98,7 @@ def _read(folders: Sequence[str | Path]) -> list[Sweep]:
         return [read_sweep(folders[0])]
     paths = [Path(folder) for folder in folders]
     if len({path.resolve() for path in paths}) < len(paths):
-        raise ValueError("A folder is given twice: each is compared with the others.")
+        raise UserError("A folder is given twice: each is compared with the others.")
     parts = [path.resolve().parts for path in paths]
     # As much of the paths as tells them apart: a/sweep and b/sweep.
     for length in range(1, max(map(len, parts)) + 1):
@@ -118,7 +119,7 @@ def _require_packages() -> None:
     wanted = ("matplotlib", "jinja2", "scipy")
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"The report needs {', '.join(missing)}: pip install {' '.join(missing)} "
             "(in a checkout: pip install -e '.[report]')."
         )
@@ -160,7 +161,7 @@ def main(
     with readable_errors():
         if given.diff:
             if len(given.folders) != 2:
-                raise ValueError(f"--diff wants two runs, and got {len(given.folders)}.")
+                raise UserError(f"--diff wants two runs, and got {len(given.folders)}.")
             print("\n".join(describe(*given.folders)) or "no difference")
             return
         make = partial(

@@ -27,7 +27,7 @@ def compare_solved(settings: Settings, *, reference: str | None = None) -> list[
         reference: as in :func:`sweeps.report.comparisons.compare`.
 
     Raises:
-        ValueError: ``reference`` names no setting, or several.
+        UserError: ``reference`` names no setting, or several.
     """
     chosen = references(settings, reference)
     pairs = [(s, r) for s, r in zip(settings.all, chosen, strict=True) if s is not r]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mtp_lightning.errors import UserError
 from sweeps.report.comparable import same_text
 from sweeps.report.settings import Setting, Settings, show
 from sweeps.report.shares import Unpaired
@@ -67,7 +68,7 @@ def compare(settings: Settings, tag: str, *, reference: str | None = None) -> li
             names one; by default see :func:`references`.
 
     Raises:
-        ValueError: ``reference`` names no setting, or several.
+        UserError: ``reference`` names no setting, or several.
     """
     chosen = references(settings, reference)
     pairs = [(s, r) for s, r in zip(settings.all, chosen, strict=True) if s is not r]
@@ -119,7 +120,7 @@ def _find(settings: Settings, named: str) -> Setting:
     if len(found) != 1:
         which = "no setting" if not found else f"{len(found)} settings"
         known = "; ".join(setting.label for setting in settings.all)
-        raise ValueError(f"--reference {named!r} names {which}: choose one of: {known}.")
+        raise UserError(f"--reference {named!r} names {which}: choose one of: {known}.")
     return found[0]
 
 

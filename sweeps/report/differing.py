@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.run.config import PLACES, lies_in
 from sweeps.report.read import Run, read_sweep
 from sweeps.report.settings import show
@@ -34,7 +35,7 @@ def describe(first: str | Path, second: str | Path) -> list[str]:
         second: another's.
 
     Raises:
-        ValueError: a folder is no single run with a config.
+        UserError: a folder is no single run with a config.
     """
     left, right = (_shown(_only(folder).config) for folder in (first, second))
     keys = sorted(k for k in left.keys() | right.keys() if left.get(k) != right.get(k))
@@ -44,7 +45,7 @@ def describe(first: str | Path, second: str | Path) -> list[str]:
 def _only(folder: str | Path) -> Run:
     runs = read_sweep(folder).runs
     if len(runs) != 1 or not runs[0].config:
-        raise ValueError(
+        raise UserError(
             f"{folder} is no run with a config.yaml: --diff compares the folders of two runs."
         )
     return runs[0]

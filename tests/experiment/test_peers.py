@@ -124,6 +124,7 @@ def test_processes_that_lightning_starts_are_told(monkeypatch: pytest.MonkeyPatc
             "4 processes",
         ),
         ({}, {"num_nodes": 2}, "nothing says where the other machines are"),
+        ({}, {"num_nodes": "many"}, "trainer.num_nodes must be a whole number"),
         ({"MASTER_ADDR": "a", "MASTER_PORT": "1", "NODE_RANK": "1"}, {"num_nodes": 2}, None),
     ],
 )  # fmt: skip

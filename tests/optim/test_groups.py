@@ -124,6 +124,24 @@ def test_state_survives_saving(tiny_trunk: TrunkConfig, tmp_path: Path) -> None:
             {"a": {"parameters": "rest", "lr": 1, "algorithm": partial(SGD, speed=1)}},
             "groups.a is refused: .*speed",
         ),
+        (
+            {
+                "a": {"parameters": "no_such_layer", "lr": 1, "algorithm": SGD},
+                "b": {"parameters": "rest", "lr": 1, "algorithm": SGD},
+            },
+            "groups.a.parameters=no_such_layer takes no parameter",
+        ),
+        (
+            {
+                "a": {
+                    "parameters": "matrices",
+                    "lr": 1,
+                    "algorithm": partial(torch.optim.Muon, momentum=2),
+                },
+                "b": {"parameters": "rest", "lr": 1, "algorithm": SGD},
+            },
+            r"groups.a.algorithm.momentum must be a number in \[0, 1\), not 2",
+        ),
     ],
 )
 def test_mistakes_are_named(

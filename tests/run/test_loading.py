@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -47,3 +48,11 @@ def test_a_forged_config_is_refused_at_once(
     assert said in str(error.value) and time.monotonic() - began < 5
     checkpoint["model_config"] = model.config.to_dict()
     assert load_run("x.ckpt").step == 3
+
+
+def test_a_config_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for config in ([1, 2], {"trunk": [1]}, {"trunk": {"d_model": 8}}):
+        file = (Path("x.ckpt"), {"model_config": config})
+        monkeypatch.setattr(loading, "read_checkpoint", lambda *_, file=file, **__: file)
+        with pytest.raises(UserError, match="x.ckpt describes no model"):
+            load_run("x.ckpt")

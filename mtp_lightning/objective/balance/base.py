@@ -117,7 +117,7 @@ class Balance(ABC):
         """Refuse a model that the rule cannot work with.
 
         Raises:
-            ValueError: saying why.
+            UserError: saying why.
         """
         if self.scope is not None:
             require_trunk_gradients(config, what=f"balance={self.name}")

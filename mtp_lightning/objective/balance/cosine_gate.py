@@ -34,7 +34,7 @@ class CosineGate(Balance):
         ema: decay of the cosines' moving averages; 0 gates by the step's own cosine.
 
     Raises:
-        ValueError: a decay out of range.
+        UserError: a decay out of range.
     """
 
     name = "cosine_gate"

@@ -37,7 +37,7 @@ class DWA(Balance):
         window_steps: optimizer steps of a window.
 
     Raises:
-        ValueError: a setting out of range.
+        UserError: a setting out of range.
     """
 
     name = "dwa"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import RandomKey
 from mtp_lightning.mtp.summary import Summary, SummaryConfig
@@ -105,7 +106,7 @@ def require_trunk_gradients(config: ModelConfig, *, what: str) -> None:
         what: who wants to measure, for the message: ``balance=gradnorm``.
 
     Raises:
-        ValueError: the trunk is frozen or cut off, or no block of it is shared.
+        UserError: the trunk is frozen or cut off, or no block of it is shared.
     """
     reason = None
     if not config.mtp.trains_trunk:
@@ -121,7 +122,7 @@ def require_trunk_gradients(config: ModelConfig, *, what: str) -> None:
             "set mtp.branch=final, or take more layers"
         )
     if reason is not None:
-        raise ValueError(f"{what} measures every depth's gradient on the trunk, but {reason}.")
+        raise UserError(f"{what} measures every depth's gradient on the trunk, but {reason}.")
 
 
 def require_separable(objective: Objective, *, what: str) -> None:
@@ -132,10 +133,10 @@ def require_separable(objective: Objective, *, what: str) -> None:
         what: who wants to measure, for the message.
 
     Raises:
-        ValueError: it is not.
+        UserError: it is not.
     """
     if objective.wanted.anything:
-        raise ValueError(
+        raise UserError(
             f"{what} looks at one depth after another, but objective={objective.term.name} with "
             f"objective.weights={objective.weights} and objective.mask={objective.mask} needs all "
             "of them, or the main prediction's entropy, beforehand: take another objective, or "
@@ -170,7 +171,7 @@ def task_gradients(
         For every group, its gradients.
 
     Raises:
-        ValueError: a depth's loss rests on other depths.
+        UserError: a depth's loss rests on other depths.
     """
     require_separable(objective, what="What measures every depth's gradient")
     parameters = [p for group in groups.values() for p in group]

@@ -38,7 +38,7 @@ class GradNorm(Balance):
         every_n_steps: optimizer steps between two measurements.
 
     Raises:
-        ValueError: a setting out of range.
+        UserError: a setting out of range.
     """
 
     name = "gradnorm"

@@ -41,7 +41,7 @@ class SampledDepths(Balance):
             normalised over the depths that the schedule does not switch off.
 
     Raises:
-        ValueError: probabilities that do not fit.
+        UserError: probabilities that do not fit.
     """
 
     name = "sampled_depths"

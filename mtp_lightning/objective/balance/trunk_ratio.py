@@ -38,7 +38,7 @@ class TrunkRatio(Balance):
         frozen: last part of the run in which lambda rests.
 
     Raises:
-        ValueError: a setting out of range.
+        UserError: a setting out of range.
     """
 
     name = "trunk_ratio"

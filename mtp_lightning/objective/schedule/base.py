@@ -15,6 +15,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from mtp_lightning.errors import UserError
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -35,10 +37,10 @@ class Progress:
         """step / max_steps, at most 1.
 
         Raises:
-            ValueError: when the run has no length.
+            UserError: when the run has no length.
         """
         if self.max_steps <= 0:
-            raise ValueError(
+            raise UserError(
                 f"A schedule by fraction needs a run length, but trainer.max_steps is "
                 f"{self.max_steps}: set trainer.max_steps, or write the schedule in unit=steps "
                 "or unit=tokens."

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.settings import is_number, require_choice, require_whole
 
@@ -36,7 +37,7 @@ class Piecewise(LambdaSchedule):
         interpolation: `step` (a knot's weights hold until the next knot), `linear` or `cosine`.
 
     Raises:
-        ValueError: on lists of another length than D, negative or non-finite weights, keys out of
+        UserError: on lists of another length than D, negative or non-finite weights, keys out of
             range, or an unknown unit or interpolation.
     """
 
@@ -125,7 +126,7 @@ def scaled(knots: Mapping[float, Any], unit: str, length: float | None) -> dict[
     require_choice("lambda_schedule.unit", unit, UNITS)
     if unit == "fraction":
         if length is not None:
-            raise ValueError(
+            raise UserError(
                 f"lambda_schedule.length={length} has no meaning with unit=fraction (the run's "
                 "length is trainer.max_steps): drop it, or set lambda_schedule.unit=steps or "
                 "tokens."
@@ -134,7 +135,7 @@ def scaled(knots: Mapping[float, Any], unit: str, length: float | None) -> dict[
     if len(knots) == 1 and length is None:
         return dict(knots)
     if length is None or not is_number(length) or length <= 0:
-        raise ValueError(
+        raise UserError(
             f"With unit={unit} a preset needs lambda_schedule.length, its whole length in {unit} "
             f"(a number > 0), not {length!r}."
         )
@@ -157,13 +158,13 @@ def _is_list(value: Any) -> bool:
 
 def _weight(value: Any, what: str) -> float:
     if not is_number(value) or value < 0:
-        raise ValueError(f"{what} must be a finite number >= 0, not {value!r}.")
+        raise UserError(f"{what} must be a finite number >= 0, not {value!r}.")
     return float(value)
 
 
 def _weight_list(values: Any, what: str, depth: int) -> list[float]:
     if len(values) != depth:
-        raise ValueError(
+        raise UserError(
             f"{what} is a list of {len(values)} numbers ({list(values)}), but mtp.depth is "
             f"{depth}: give {depth} numbers, or one number for all depths."
         )
@@ -183,12 +184,12 @@ def _knot_items(knots: Any, unit: str) -> list[tuple[float, Any]]:
     """Validated (position, value) pairs in the order of progress."""
     require_choice("lambda_schedule.unit", unit, UNITS)
     if not isinstance(knots, Mapping):
-        raise ValueError(
+        raise UserError(
             f"lambda_schedule.knots must map progress to multiples, like "
             f"'{{0: 1, 0.5: [0.3, 0.1]}}', not {knots!r}."
         )
     if not knots:
-        raise ValueError("lambda_schedule.knots is empty: give at least one knot, like '{0: 1}'.")
+        raise UserError("lambda_schedule.knots is empty: give at least one knot, like '{0: 1}'.")
     items = []
     for at, value in knots.items():
         limit = (
@@ -196,9 +197,9 @@ def _knot_items(knots: Any, unit: str) -> list[tuple[float, Any]]:
         )
         upper = 1.0 if unit == "fraction" else math.inf
         if not is_number(at) or not 0 <= at <= upper:
-            raise ValueError(f"The key {at!r} of lambda_schedule.knots must be {limit}.")
+            raise UserError(f"The key {at!r} of lambda_schedule.knots must be {limit}.")
         if not is_number(value) and not _is_list(value):
-            raise ValueError(
+            raise UserError(
                 f"The value {value!r} at {at} in lambda_schedule.knots must be a number or a "
                 "list of them."
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.objective.schedule.piecewise import Piecewise, scaled
 from mtp_lightning.settings import require_number, require_whole
 
@@ -73,7 +74,7 @@ def modded_nanogpt(
     """Three equal stages for D = 2 (modded-nanogpt, 2025-12-22): [.5, .25] -> [.5, 0] -> [0, 0],
     then nothing; these are the weights at ``mtp_lambda=0.3``, kept as multiples of it."""
     if depth != 2:
-        raise ValueError(
+        raise UserError(
             f"lambda_schedule=modded_nanogpt is written for mtp.depth=2, but mtp.depth={depth}: "
             "set mtp.depth=2 or choose another lambda_schedule."
         )

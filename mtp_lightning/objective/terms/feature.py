@@ -23,7 +23,7 @@ class Feature(HiddenTerm):
             compared.
 
     Raises:
-        ValueError: ``normalise`` is neither true nor false.
+        UserError: ``normalise`` is neither true nor false.
     """
 
     name = "feature"

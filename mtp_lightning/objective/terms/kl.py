@@ -26,7 +26,7 @@ class KL(Term):
         beta: share of the distance; the rest is cross-entropy with the text, at temperature 1.
 
     Raises:
-        ValueError: a temperature that is not above 0, or a share outside of (0, 1].
+        UserError: a temperature that is not above 0, or a share outside of (0, 1].
     """
 
     name = "kl"

@@ -17,7 +17,7 @@ class LK(Term):
         rate: how soon the divergence gives way.
 
     Raises:
-        ValueError: a negative rate.
+        UserError: a negative rate.
     """
 
     name = "lk"

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.objective.terms.base import Chunk, HiddenTerm, Term
 from mtp_lightning.settings import require_number
 
@@ -24,7 +25,7 @@ class Mixture(Term):
             ``{weight: 0.5, term: ..}`` with a term of the user's own.
 
     Raises:
-        ValueError: an unknown word, a weight that is not above 0, a setting that a term refuses, a
+        UserError: an unknown word, a weight that is not above 0, a setting that a term refuses, a
             term that stands in it twice, or nothing but terms of hidden states.
     """
 
@@ -32,7 +33,7 @@ class Mixture(Term):
 
     def __init__(self, terms: Mapping[str, Any]) -> None:
         if not isinstance(terms, Mapping) or not terms:
-            raise ValueError(
+            raise UserError(
                 "objective.terms names no term: give words and weights, like "
                 "'objective.terms={ce: 0.1, tv: 0.9}'."
             )
@@ -41,12 +42,12 @@ class Mixture(Term):
             weight, term = _term(str(word), asked)
             for share, part in term.parts():
                 if part.name in self._parts:
-                    raise ValueError(
+                    raise UserError(
                         f"objective.terms has {part.name} twice (with {word}): name it once."
                     )
                 self._parts[part.name] = weight * share, part
         if all(isinstance(part, HiddenTerm) for _, part in self._parts.values()):
-            raise ValueError(
+            raise UserError(
                 f"objective.terms={{{', '.join(self._parts)}}} does not look at what the depths "
                 "predict: add a term that does, such as ce or kl."
             )
@@ -82,17 +83,17 @@ def _term(word: str, asked: Any) -> tuple[float, Term]:
     own = settings.pop("term", None)
     if own is not None:
         if not isinstance(own, Term) or settings:
-            raise ValueError(
+            raise UserError(
                 f"objective.terms.{word} must be {{weight: .., term: {{_target_: .., ..}}}}, the "
                 "settings beside the term's own _target_."
             )
         return weight, own
     known = known_terms()
     if word not in known:
-        raise ValueError(
+        raise UserError(
             f"objective.terms has {word}, which is unknown: choose among {', '.join(known)}."
         )
     try:
         return weight, known[word](**settings)
     except TypeError as error:
-        raise ValueError(f"objective.terms.{word} refuses its settings: {error}.") from error
+        raise UserError(f"objective.terms.{word} refuses its settings: {error}.") from error
