@@ -54,15 +54,14 @@ def server(checkpoint: str, speculative: str, *, cpu_time: bool) -> Iterator[Ser
     """A server for as long as it is needed."""
     app = [sys.executable, str(common.ROOT / "serve.py"), f"checkpoint={checkpoint}", "port=0"]
     options = [f"speculative={speculative}", "num_threads=1", "batch_size=8"]
-    process = subprocess.Popen([*app, *options], stdout=subprocess.PIPE, text=True)
-    try:
+    with subprocess.Popen([*app, *options], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        url = process.stdout.readline().split()[-1]
-        clock = time.perf_counter
-        yield Served(url, (lambda: cpu_seconds(process.pid)) if cpu_time else clock)
-    finally:
-        process.terminate()
-        process.wait()
+        try:
+            url = process.stdout.readline().split()[-1]
+            clock = time.perf_counter
+            yield Served(url, (lambda: cpu_seconds(process.pid)) if cpu_time else clock)
+        finally:
+            process.terminate()
 
 
 def cpu_seconds(pid: int) -> float:
