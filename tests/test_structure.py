@@ -23,7 +23,8 @@ APPS = ["evaluate.py", "export.py", "generate.py", "serve.py", "train.py"]
 # Files of mtp_lightning/ that are not in a folder are rooms of their own.
 RANK = {
     # what the apps say and read before anything else is imported
-    **dict.fromkeys(["errors", "paths", "literal", "settings"], -1),
+    "errors": -1.5,
+    **dict.fromkeys(["paths", "literal", "settings"], -1),
     "explained": -0.5,
     # tools that know nothing of models
     **dict.fromkeys(["cli", "registry", "runtime", "sharding"], 0),
