@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -30,6 +31,8 @@ def start(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         config_name: of its config in conf/.
         task: what it does; where it is defined, Hydra takes the app's name from.
     """
+    # A log that cannot be written, as on a full disk, is no news beside what it was to say.
+    logging.raiseExceptions = False
     with readable_errors():
         _explain(sys.argv[1:])
     if _QUIET in sys.argv:

@@ -135,8 +135,9 @@ class Checkpoints(Checkpoint):
         """Save unless a validation follows now; then `on_validation_end` does."""
         terminated = trainer.received_sigterm and trainer.world_size == 1
         self._hear_sigterm(trainer)
-        # Lightning abandons a validation on SIGTERM, so that the step could not be saved after it
-        if terminated or (self._due(trainer) and not self._validation_follows(trainer)):
+        # Lightning abandons a validation on SIGTERM. A run that went on behind this step would miss
+        # it: it goes on from an earlier one, and does both.
+        if (terminated or self._due(trainer)) and not self._validation_follows(trainer):
             self._save(trainer)
             self._end_if_terminated(trainer)
 

@@ -46,6 +46,8 @@ def claimed(folder: Path) -> Iterator[None]:
         raise BlockingIOError(
             f"Another process trains in {folder}: wait for its end, or take another run_dir."
         )
+    for left in (folder / CHECKPOINTS).glob(".*.tmp"):  # by a kill in the midst of a save
+        left.unlink(missing_ok=True)
     try:
         yield
     except BaseException:

@@ -226,6 +226,29 @@ def test_a_signal_after_the_step_was_logged(
     assert_same_weights(tmp_path, whole)
 
 
+def test_sigterm_in_a_step_that_is_validated(
+    tmp_path: Path, cache: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning leaves its validation out then, and the run that goes on makes up for it."""
+    step_of = MTPModule.training_step
+
+    def step_and_kill(self: MTPModule, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.global_step == 34:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_of(self, batch, batch_idx)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(Stopped, match="saved is step 20:"):
+            patch.setattr(MTPModule, "training_step", step_and_kill)
+            train_here(tmp_path, cache, LONG)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    train_here(tmp_path, cache, LONG)
+    assert rows(tmp_path) == rows(whole)
+    assert_same_weights(tmp_path, whole)
+
+
 def test_interrupt_in_the_validation_behind_the_last_step(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,3 +51,12 @@ def test_what_a_user_had_there_stays(tmp_path: Path) -> None:
     with pytest.raises(KeyError), claimed(tmp_path):
         raise KeyError
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_what_a_kill_left_of_a_save_goes(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / ".best.ckpt.tmp").write_bytes(b"half")
+    (checkpoints / "best.ckpt").write_bytes(b"whole")
+    with claimed(tmp_path):
+        assert [file.name for file in checkpoints.iterdir()] == ["best.ckpt"]
