@@ -240,7 +240,8 @@ def nothing_left(folder: Path) -> None:
         path for path in folder.rglob("*") if path.name.startswith(".") and path.name != ".hydra"
     ]
     left += [path for path in folder.rglob("*.tmp")]
-    left = [path for path in left if not path.name.endswith(".lock")]
+    # What is half built may be somebody's until it has been left alone for long (cache.py).
+    left = [path for path in left if not (path.suffix == ".lock" or ".building-" in path.name)]
     hold(not left, f"left behind: {[str(path.relative_to(folder)) for path in left[:4]]}")
 
 

@@ -64,7 +64,9 @@ SIZES = {  # per process: (two processes, one process)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [c if c == "mask" else pytest.param(c, marks=pytest.mark.long) for c in CASES]
+)
 def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None:
     common = COMMON | CASES[case]
     shared, alone = SIZES[case]
