@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks import common
 from data_modules.tokenizers.byte import ByteTokenizer
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.generate import eager_decoding
+from mtp_lightning.decoding.engine import eager_decoding
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.interop.config_json import model_type
 from mtp_lightning.model import ModelConfig, MTPModel
