@@ -133,11 +133,8 @@ class Checkpoints(Checkpoint):
         batch_idx: int,
     ) -> None:
         """Save unless a validation follows now; then `on_validation_end` does."""
-        terminated = trainer.received_sigterm and trainer.world_size == 1
         self._hear_sigterm(trainer)
-        # Lightning abandons a validation on SIGTERM. A run that went on behind this step would miss
-        # it: it goes on from an earlier one, and does both.
-        if (terminated or self._due(trainer)) and not self._validation_follows(trainer):
+        if self._due(trainer) and not self._validation_follows(trainer):
             self._save(trainer)
             self._end_if_terminated(trainer)
 
@@ -173,11 +170,14 @@ class Checkpoints(Checkpoint):
         self._restore_handler()
 
     def _hear_sigterm(self, trainer: pl.Trainer) -> None:
-        """Of several processes: whether any was asked to end. All ask each other at the same
-        points, or they would stop at different steps."""
+        """Whether this process, or any of several, was asked to end. All ask each other at the same
+        points, or they would stop at different steps. A validation is finished first: Lightning
+        would leave it out, and the run that goes on would miss it."""
         connector = trainer._signal_connector
-        if isinstance(connector, Termination) and trainer.world_size > 1:
-            self._terminated = self._terminated or connector.agreed()
+        told = (
+            connector.agreed() if isinstance(connector, Termination) else trainer.received_sigterm
+        )
+        self._terminated = self._terminated or told
 
     def _end_if_terminated(self, trainer: pl.Trainer) -> None:
         connector = trainer._signal_connector

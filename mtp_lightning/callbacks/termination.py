@@ -33,7 +33,7 @@ class Termination(_SignalConnector):
         if launcher is not None and not self.noted:
             launcher.kill(signum)
         self.noted = True
-        if self.trainer.world_size == 1:
+        if self.trainer.world_size == 1 and not self.saves:
             self.received_sigterm = True
 
     def agreed(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.callbacks.checkpoint_plugin import AtomicCheckpointIO
+from mtp_lightning.callbacks.termination import stop_together
 
 
 class Batches:
@@ -125,6 +126,7 @@ def fit(
             enable_progress_bar=any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks),
             **kwargs,
         )
+        stop_together(trainer)
         # no state: every validation sees the same batches
         validation = torch.utils.data.DataLoader(list(Batches(3)), batch_size=None)
         trainer.fit(module, Batches(epoch_steps), validation, ckpt_path=ckpt_path)
