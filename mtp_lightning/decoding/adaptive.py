@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from statistics import median_low
 
 
 class AutoDepth:
@@ -13,8 +12,8 @@ class AutoDepth:
     The first rounds run the most drafts and none (they emit tokens like any other, so nothing is
     lost but speed) and time them; numbers between lie between, in time. Then the number with the
     most tokens a second is used: ``(1 + sum_j prod_{i <= j} acceptance_i) / seconds``, where 0
-    drafts is plain decoding. One draft more and one less are tried again for a few rounds now and
-    then, ever more seldom while they do not pay.
+    drafts is plain decoding. One draft more or less, and none, are tried again for a few rounds now
+    and then, ever more seldom while they do not pay.
 
     Args:
         max_draft: the most drafts to consider.
@@ -64,7 +63,8 @@ class AutoDepth:
         if not below or not above:
             return None
         low, high = below[-1], above[0]
-        at_low, at_high = median_low(self._seconds[low]), median_low(self._seconds[high])
+        # The shortest: whatever else runs on the machine makes a round longer, never shorter.
+        at_low, at_high = min(self._seconds[low]), min(self._seconds[high])
         return at_low + (at_high - at_low) * (m - low) / max(high - low, 1)
 
     def record(
@@ -90,12 +90,16 @@ class AutoDepth:
             self._decide()
 
     def _probe(self) -> None:
-        """Plan a few rounds of one draft more or less, in turn where both are possible."""
+        """Plan a few rounds of one draft more or less, in turn where both are possible, and one of
+        none, which may have seemed slow."""
         self._since_probe = 0
         self._pause *= 2
         up = self._best < self.max_draft and (self._deeper or not self._best)
         self._deeper = not up
-        self._plan = [self._best + (1 if up else -1)] * self._PROBE_ROUNDS
+        other = self._best + (1 if up else -1)
+        self._plan = [other] * self._PROBE_ROUNDS
+        if self._best and other:
+            self._plan.append(0)
 
     def forget_times(self) -> None:
         """Time anew: the batch has become much smaller."""

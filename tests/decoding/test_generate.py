@@ -209,7 +209,7 @@ def test_auto_depth_times_plain_passes_again_where_one_seemed_slow():
 def test_auto_depth_notices_that_drafts_became_good():
     auto = AutoDepth(2)
     costs = [1.0, 1.2, 1.4]
-    simulate(auto, costs, [0.0, 0.0], 100)
+    simulate(auto, costs, [0.0, 0.0], 90)
     assert auto.depth == 0
     late = simulate(auto, costs, [1.0, 1.0], 1500)
     assert late[-1] == 2
