@@ -167,7 +167,8 @@ def test_refused_without_a_judge(tmp_path: Path, cache: Path) -> None:
         train(cfg)
 
 
-@pytest.mark.parametrize("restart", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("restart", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_two_processes_stop_together(tmp_path: Path, cache: Path, restart: bool) -> None:
     common = EASY | {"trainer.precision": "64-true"}
     two = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 2}

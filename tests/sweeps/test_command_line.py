@@ -102,6 +102,7 @@ def _jobs(folder: Path) -> list[Path]:
     return [path.parent for path in folder.glob("*/status.json")]
 
 
+@pytest.mark.slow
 def test_a_failing_job_more_values_and_a_second_try(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "sweep"
     # A negative seed composes, and is refused by the run.
@@ -130,6 +131,7 @@ def test_a_failing_job_more_values_and_a_second_try(tmp_path: Path, cache: Path)
     assert len(states(folder)) == 3
 
 
+@pytest.mark.slow
 def test_data_parallel_jobs_train_with_the_processes_asked_for(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "sweep"
     settings = {"trainer.devices": "1,2", "trainer.strategy": "ddp"}
