@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig
@@ -21,7 +20,7 @@ from omegaconf import DictConfig
 from mtp_lightning.cli import program as typed
 from mtp_lightning.cli import readable_errors, this_program
 from mtp_lightning.errors import UserError
-from mtp_lightning.run.config import flatten, has_bearing, key_of
+from mtp_lightning.run.config import flatten, has_bearing, key_of, read_yaml
 from mtp_lightning.run.layout import CONFIG_FILE, SUMMARY_FILE
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
@@ -188,8 +187,8 @@ def _say_plan(
 def _changed_settings(settled: dict[str, Any], folder: Path) -> str:
     """What a finished run's ``config.yaml`` has and this call would set otherwise."""
     try:
-        stored = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        stored = read_yaml(folder / CONFIG_FILE)
+    except (OSError, UserError):
         return ""
     old = flatten(stored) if isinstance(stored, dict) else {}
     new = flatten(settled)

@@ -40,7 +40,7 @@ from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.atomic import write_json
-from mtp_lightning.run.config import WITHOUT_BEARING, describe_differences
+from mtp_lightning.run.config import WITHOUT_BEARING, describe_differences, flatten, read_yaml
 from mtp_lightning.run.folder import claimed
 from mtp_lightning.run.layout import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.loading import describe_interrupt, model_weights
@@ -156,8 +156,8 @@ def _kept_none(folder: Path) -> bool:
     """Whether a folder is of a finished run whose own config had its checkpoints removed."""
     if not ((folder / SUMMARY_FILE).is_file() and (folder / CONFIG_FILE).is_file()):
         return False
-    own = OmegaConf.load(folder / CONFIG_FILE)
-    return OmegaConf.select(own, "callbacks.checkpoints.keep") == "none"
+    own = read_yaml(folder / CONFIG_FILE)
+    return isinstance(own, dict) and flatten(own).get("callbacks.checkpoints.keep") == "none"
 
 
 def _named(path: Path | None) -> str | None:

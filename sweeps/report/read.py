@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mtp_lightning.run.config import flatten, key_of
+from mtp_lightning.errors import UserError
+from mtp_lightning.run.config import flatten, key_of, read_yaml
 from mtp_lightning.run.layout import (
     CONFIG_FILE,
     LOG_FILE,
@@ -26,8 +25,6 @@ from mtp_lightning.run.metrics import read_metrics
 
 _RUN_FILES = (CONFIG_FILE, STATUS_FILE, SUMMARY_FILE, METRICS_FILE)
 
-# Plain data only; libyaml reads a sweep of hundreds of runs in seconds instead of minutes.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 STATES = ("done", "running", "pending", "interrupted", "failed", "missing", "unfinished")
 
@@ -219,8 +216,8 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _LOADER)
-    except (OSError, ValueError, yaml.YAMLError):
+        return read_yaml(path)
+    except (OSError, UserError):
         return None
 
 

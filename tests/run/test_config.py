@@ -1,0 +1,48 @@
+"""A stored config is read for what it is, and no more."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.run.config import read_yaml
+
+# Eight lines that stand for 9^7 keys.
+BOMB = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{i}: &a{i} {{{', '.join(f'k{j}: *a{i - 1}' for j in range(9))}}}\n" for i in range(1, 8)
+)
+
+
+def test_what_a_run_writes_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("a: {b: 1}\nc: '*.py & more'\n")
+    assert read_yaml(file) == {"a": {"b": 1}, "c": "*.py & more"}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (BOMB, r"has the alias \*a0, which no run writes"),
+        ("a: [1", "is no YAML"),
+        ("a: " + "[" * 100_000, "is no YAML"),
+        ("a: !!python/object/apply:os.system ['exit']", "is no YAML"),
+    ],
+    ids=["aliases", "cut", "deep", "code"],
+)
+def test_what_no_run_writes_is_refused(tmp_path: Path, content: str, told: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=told):
+        read_yaml(file)
+    assert time.monotonic() - began < 5
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(b"a: \xff")
+    with pytest.raises(UserError, match="is no YAML"):
+        read_yaml(file)
