@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from data_modules.tokenizers import PretrainedTokenizer, tokenizer_from_state
 from data_modules.windows import WindowBatch
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop import gguf_file
 from mtp_lightning.interop.reading import open_run, read_folder
 from mtp_lightning.interop.writing import write_folder
@@ -162,6 +164,28 @@ def test_a_damaged_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x.gguf"):
         read_folder(tmp_path / "x.gguf")
     assert not gguf_file.is_gguf(tmp_path / "none.gguf")
+
+
+@pytest.mark.parametrize("what", ["tensors", "fields", "key", "array", "name", "dimension"])
+def test_lengths_that_lie(tmp_path: Path, what: str) -> None:
+    """Each in its place, of 2^62: refused at once, whatever the file says that it holds."""
+    file = write_gguf(tmp_path / "x.gguf")
+    content = bytearray(file.read_bytes())
+    key, name = b"tokenizer.ggml.tokens", b"token_embd.weight"
+    place = {
+        "tensors": 8,
+        "fields": 16,
+        "key": content.index(key) - 8,
+        "array": content.index(key) + len(key) + 8,  # behind the kinds of the field and its items
+        "name": content.index(name) - 8,
+        "dimension": content.index(name) + len(name) + 4,
+    }[what]
+    content[place : place + 8] = (1 << 62).to_bytes(8, "little")
+    file.write_bytes(content)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="x.gguf is damaged"):
+        read_folder(file)
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.slow
