@@ -9,6 +9,7 @@ import atexit
 import http.client
 import importlib.util
 import json
+import os
 import random
 import re
 import signal
@@ -92,6 +93,7 @@ class Served:
     def __init__(self, folder: Path, finished: Finished) -> None:
         self._folder, self._finished = folder, finished
         self._process: Process | None = None
+        self._owner = os.getpid()  # forks run what is registered to be done at exit, too
         self._port = self._memory = 0
 
     def start(self) -> None:
@@ -115,7 +117,7 @@ class Served:
 
     def end(self) -> None:
         """By SIGTERM."""
-        if self._process is not None:
+        if self._process is not None and os.getpid() == self._owner:
             self._process.signal(signal.SIGTERM)
             self._process.end(timeout=60)
             self._process = None

@@ -131,13 +131,18 @@ def test_bad_settings_are_named(monkeypatch, tmp_path):
     "mtp",
     [
         {},
-        {"deepseek": True},
-        {"stack": JointConfig},
         {"stack": JointConfig, "deepseek": True},
-        {"stack": NextLatConfig},
-        {"stack": LinearConfig, "correction": "mlp"},
-        {"stack": LinearConfig, "correction": "markov"},
-        {"stack": LinearConfig, "rank": 2},
+        *(
+            pytest.param(mtp, marks=pytest.mark.long)
+            for mtp in (
+                {"deepseek": True},
+                {"stack": JointConfig},
+                {"stack": NextLatConfig},
+                {"stack": LinearConfig, "correction": "mlp"},
+                {"stack": LinearConfig, "correction": "markov"},
+                {"stack": LinearConfig, "rank": 2},
+            )
+        ),
     ],
     ids=str,
 )
