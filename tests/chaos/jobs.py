@@ -149,13 +149,7 @@ def sweep_job(cache: Path) -> Job:
         where = [f"sweep_dir={folder / 'sweep'}", "hydra.launcher.n_jobs=1"]
         return ["train.py", "-m", *given, "mtp.depth=0,1", *where]
 
-    def same(one: Path, other: Path) -> None:
-        runs = sorted(file.parent.name for file in (one / "sweep").glob("*/summary.json"))
-        hold(len(runs) == 2, f"the sweep has {len(runs)} finished runs")
-        for name in runs:
-            same_runs(one / "sweep" / name, other / "sweep" / name)
-
-    return Job("sweep", arguments, same, processes=True)
+    return Job("sweep", arguments, _all_same("sweep", 2), processes=True)
 
 
 def claims_job(cache: Path) -> Job:
@@ -167,13 +161,19 @@ def claims_job(cache: Path) -> Job:
         where = ["--claims", str(cache.parent), "--runs", str(folder / "runs")]
         return ["-m", "sweeps.claims", "run", "killed", *where]
 
-    def same(one: Path, other: Path) -> None:
-        runs = sorted(file.parent.name for file in (one / "runs").glob("*/summary.json"))
-        hold(len(runs) == 4, f"the claim has {len(runs)} finished runs")
-        for name in runs:
-            same_runs(one / "runs" / name, other / "runs" / name)
+    return Job("claims", arguments, _all_same("runs", 4), processes=True)
 
-    return Job("claims", arguments, same, processes=True)
+
+def _all_same(below: str, number_of: int) -> Callable[[Path, Path], None]:
+    """Compares all finished runs in a folder of two, which must be so many."""
+
+    def same(one: Path, other: Path) -> None:
+        runs = sorted(file.parent.name for file in (one / below).glob("*/summary.json"))
+        hold(len(runs) == number_of, f"{below} has {len(runs)} finished runs")
+        for name in runs:
+            same_runs(one / below / name, other / below / name)
+
+    return same
 
 
 def export_job(cache: Path, run: Path) -> Job:

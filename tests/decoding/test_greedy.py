@@ -12,7 +12,13 @@ from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
-from tests.decoding.models import random_prompts, small_model, steer_drafts, teacher_forced
+from tests.decoding.models import (
+    random_prompts,
+    small_model,
+    steer_drafts,
+    teacher_forced,
+    verify_passes_give_the_bits_of_single_ones,
+)
 
 LENGTHS = (5, 1, 13)
 NEW = 14
@@ -82,29 +88,12 @@ def test_speculative_equals_plain(seed, deepseek, monkeypatch):
 @pytest.mark.parametrize(("threads", "rows"), [(1, 1), (2, 1), (1, 24)])
 def test_a_verify_pass_gives_the_bits_of_single_passes(threads, rows, deepseek):
     """So no near-tie can ever be decided otherwise than by plain decoding."""
-    from mtp_lightning.nn.kernels.matmul import _ONEDNN, packed_weights
+    from mtp_lightning.nn.kernels.matmul import _ONEDNN
 
     if not _ONEDNN:
         pytest.skip("needs oneDNN's AVX-512 kernels")
     model = small_model(3, 2, deepseek=deepseek)
-    (tokens,) = random_prompts(3, (40,))
-    torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode(), packed_weights(model):
-            together, single = (
-                Session(model, places=rows, capacity=48, max_draft=2) for _ in range(2)
-            )
-            for session in (together, single):
-                session.join([tokens[:10]] * rows)
-                session.tokens_BS[:, : len(tokens)] = torch.tensor(tokens)
-            for start in range(10, 34, 3):
-                wide = together.verify(2)
-                together.accept([2] * rows, 0)
-                for j in range(3):
-                    assert torch.equal(single.verify(0)[:, 0], wide[:, j]), (start, j)
-                    single.accept([0] * rows, 0)
-    finally:
-        torch.set_num_threads(1)
+    verify_passes_give_the_bits_of_single_ones(model, threads=threads, rows=rows)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,15 @@ import torch
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.precision import use_precision
-from mtp_lightning.decoding.session import Session
 from mtp_lightning.experiment import generating
 from mtp_lightning.nn.kernels import native
 from mtp_lightning.nn.kernels.matmul import packed_weights
-from tests.decoding.models import random_prompts, small_model, steer_drafts
+from tests.decoding.models import (
+    random_prompts,
+    small_model,
+    steer_drafts,
+    verify_passes_give_the_bits_of_single_ones,
+)
 from tests.nn.conftest import library  # noqa: F401
 
 NEW = 14
@@ -53,25 +57,9 @@ def test_drafts_give_the_rounded_models_plain_text(deepseek, monkeypatch):
 @pytest.mark.parametrize(("threads", "rows"), [(1, 1), (2, 1), (1, 7)])
 def test_a_verify_pass_gives_the_bits_of_single_passes(deepseek, threads, rows):
     model = rounded(3, 2, deepseek=deepseek)
-    (tokens,) = random_prompts(3, (40,))
-    torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode(), packed_weights(model):
-            assert model.head.packed.half
-            together, single = (
-                Session(model, places=rows, capacity=48, max_draft=2) for _ in range(2)
-            )
-            for session in (together, single):
-                session.join([tokens[:10]] * rows)
-                session.tokens_BS[:, : len(tokens)] = torch.tensor(tokens)
-            for start in range(10, 34, 3):
-                wide = together.verify(2)
-                together.accept([2] * rows, 0)
-                for j in range(3):
-                    assert torch.equal(single.verify(0)[:, 0], wide[:, j]), (start, j)
-                    single.accept([0] * rows, 0)
-    finally:
-        torch.set_num_threads(1)
+    with packed_weights(model):
+        assert model.head.packed.half
+    verify_passes_give_the_bits_of_single_ones(model, threads=threads, rows=rows)
 
 
 def test_what_is_rounded_is_read_in_half_and_the_rest_is_left():

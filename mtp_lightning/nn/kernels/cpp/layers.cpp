@@ -5,22 +5,6 @@
 // not depend on the number of threads.
 #include "vector.h"
 
-// Runs body(at, n) over all columns, n of sixteen at a time.
-template <typename Body>
-static inline void columns(int64_t width, Body body) {
-    int64_t at = 0;
-    for (; at + LANES <= width; at += LANES) body(at, LANES);
-    if (at < width) body(at, width - at);
-}
-
-static inline Vector take(const float* from, int64_t n) {
-    return n == LANES ? load(from) : load_some(from, n);
-}
-
-static inline void put(float* to, Vector x, int64_t n) {
-    n == LANES ? store(to, x) : store_some(to, x, n);
-}
-
 static inline Vector sigmoid(Vector x) { return all(1.0f) / (all(1.0f) + exp_of(-x)); }
 
 // out = silu(gate) * up; the halves of a row of 2 F.

@@ -33,21 +33,6 @@ struct Pass {
     float* const* entries;    // of every block [B, S, 2 P, H]
 };
 
-template <typename Body>
-static inline void columns(int64_t width, Body body) {
-    int64_t at = 0;
-    for (; at + LANES <= width; at += LANES) body(at, LANES);
-    if (at < width) body(at, width - at);
-}
-
-static inline Vector take(const float* from, int64_t n) {
-    return n == LANES ? load(from) : load_some(from, n);
-}
-
-static inline void put(float* to, Vector x, int64_t n) {
-    n == LANES ? store(to, x) : store_some(to, x, n);
-}
-
 static inline void norm(const float* x, const float* gain, float* out, int64_t width, double eps) {
     Vector squares = all(0.0f);
     columns(width, [&](int64_t at, int64_t n) {

@@ -31,6 +31,22 @@ static inline void store_some(float* to, Vector x, int64_t n) {
     memcpy(to, &x, n * sizeof(float));
 }
 
+// Runs body(at, n) over all columns, n of sixteen at a time.
+template <typename Body>
+static inline void columns(int64_t width, Body body) {
+    int64_t at = 0;
+    for (; at + LANES <= width; at += LANES) body(at, LANES);
+    if (at < width) body(at, width - at);
+}
+
+static inline Vector take(const float* from, int64_t n) {
+    return n == LANES ? load(from) : load_some(from, n);
+}
+
+static inline void put(float* to, Vector x, int64_t n) {
+    n == LANES ? store(to, x) : store_some(to, x, n);
+}
+
 // The lanes that count, of those that begin at `at`: all ones before `end`.
 static inline Whole before(int64_t at, int64_t end) {
     const Whole lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
