@@ -241,7 +241,7 @@ def nothing_left(folder: Path) -> None:
     ]
     left += [path for path in folder.rglob("*.tmp")]
     # What is half built may be somebody's until it has been left alone for long (cache.py).
-    left = [path for path in left if not (path.suffix == ".lock" or ".building-" in path.name)]
+    left = [p for p in left if not (p.name.endswith(".lock") or ".building-" in p.name)]
     hold(not left, f"left behind: {[str(path.relative_to(folder)) for path in left[:4]]}")
 
 
