@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -82,19 +83,46 @@ class Positions:
 
         The table is over whole heads here, for :func:`turn_in_place`: [1 | B, T, 1, H].
         """
-        cos, sin, mask = cache.begin(starts, n_new)
-        return Positions(cos, sin, mask, cache)
+        cache.begin(starts, n_new)
+        return _OpenPass(cache)
 
     @staticmethod
     def of_tree(cache: TreeCache, starts: list[int], branches: Branches) -> Positions:
         """Positions of a tree in every row of ``cache``, its first token at ``starts``."""
-        cos, sin, mask = cache.begin_tree(starts, branches)
-        return Positions(cos, sin, mask, cache)
+        cache.begin_tree(starts, branches)
+        return _OpenPass(cache)
 
     def repeated(self) -> Positions:
         """For the repetition of this pass under activation recomputation: the same is computed
         (autograd compares), and nothing is reported a second time."""
         return self if self.ledger is None else replace(self, ledger=Ledger(keep=False))
+
+
+class _OpenPass(Positions):
+    """A cache's open pass. Tables and mask are made when the first layer asks for them: blocks in
+    one call (``narrow.py``) never do."""
+
+    _open: KVCache
+
+    def __init__(self, cache: KVCache) -> None:
+        # Past the setters of a frozen class.
+        self.__dict__.update(cache=cache, ledger=None, _open=cache)
+
+    @cached_property
+    def _angles(self) -> tuple[Tensor, Tensor]:
+        return self._open.angles()
+
+    @property
+    def cos(self) -> Tensor:  # type: ignore[override]
+        return self._angles[0]
+
+    @property
+    def sin(self) -> Tensor:  # type: ignore[override]
+        return self._angles[1]
+
+    @cached_property
+    def mask(self) -> Tensor | None:  # type: ignore[override]
+        return self._open.mask()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,26 +108,30 @@ class KVCache:
         self.tables = tables
         self.resize(self.batch_size)
 
-    def begin(self, starts: list[int], n_new: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def begin(self, starts: list[int], n_new: int) -> None:
         """Open a pass over ``n_new`` positions of every row, the first of them at ``starts``.
-
-        Returns:
-            Rotary tables cos, sin [1 | B, T, 1, H], and the mask for :meth:`attend`.
 
         Raises:
             UserError: a row would outgrow the cache.
         """
-        runs = self._open(starts, n_new)
-        if runs.uniform:
-            cos, sin = self.tables.at(starts[0], n_new)
-            if starts[0] == 0 and n_new > FEW:
-                return cos, sin, None
-            return cos, sin, self.tables.mask(starts[0], n_new, self._width)
-        positions_BT = runs.positions()
-        cos, sin = self.tables.at_each(positions_BT)
-        return cos, sin, self.tables.mask_of(positions_BT, self._width)
+        self._open(starts, n_new)
 
-    def _open(self, starts: list[int], n_new: int) -> Runs:
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """Rotary tables cos, sin of the open pass, [1 | B, T, 1, H]."""
+        if self.runs.uniform:
+            return self.tables.at(self.runs.starts[0], self.runs.width)
+        return self.tables.at_each(self.runs.positions())
+
+    def mask(self) -> Tensor | None:
+        """The open pass's mask for :meth:`attend`."""
+        if not self.runs.uniform:
+            return self.tables.mask_of(self.runs.positions(), self._width)
+        start, n_new = self.runs.starts[0], self.runs.width
+        if start == 0 and n_new > FEW:
+            return None
+        return self.tables.mask(start, n_new, self._width)
+
+    def _open(self, starts: list[int], n_new: int) -> None:
         longest = max(starts) + n_new
         if longest > self.tables.capacity:
             raise UserError(
@@ -139,7 +143,6 @@ class KVCache:
         self.lengths = [start + n_new for start in starts]
         self.runs = Runs(self.tables, starts, n_new)
         self._width = round_up(longest)
-        return self.runs
 
     def append(self, layer: int, entry_BTMH: Tensor) -> None:
         """Store one layer's turned keys and values, [B, T, M, H], at the open pass's positions."""
@@ -182,7 +185,7 @@ class KVCache:
         Args:
             layer: which of the cache's.
             query_BTNH: the new queries.
-            mask: what :meth:`begin` gave, or another additive one, [B, T, P].
+            mask: what :meth:`mask` gave, or another additive one, [B, T, P].
         """
         key_BMPH, value_BMPH = self._read(layer, query_BTNH.shape[1])
         if is_exact():

@@ -67,28 +67,40 @@ class TreeCache(KVCache):
     def parents(self) -> Sequence[int] | None:
         return None if self._branches is None else self._branches.parents
 
-    def begin(self, starts: list[int], n_new: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def begin(self, starts: list[int], n_new: int) -> None:
         self._branches = None
-        return super().begin(starts, n_new)
+        super().begin(starts, n_new)
 
-    def begin_tree(self, starts: list[int], branches: Branches) -> tuple[Tensor, Tensor, Tensor]:
+    def begin_tree(self, starts: list[int], branches: Branches) -> None:
         """Open a pass over a tree in every row, its first token at ``starts``; as :meth:`begin`."""
         self._open(starts, branches.width)
         self._branches = branches
         self._kept: dict[int, Tensor] = {}
-        tables, columns_P = self.tables, self.tables.columns_S[: self._width]
-        start_B1 = torch.tensor(starts, device=tables.device).unsqueeze(1)
-        self._positions_BT = start_B1 + branches.offsets_T
-        cos, sin = tables.at_each(self._positions_BT)
+
+    def _starts_B1(self) -> Tensor:
+        return torch.tensor(self.starts, device=self.tables.device).unsqueeze(1)
+
+    def _positions_BT(self, branches: Branches) -> Tensor:
+        return self._starts_B1() + branches.offsets_T
+
+    def angles(self) -> tuple[Tensor, Tensor]:
+        if self._branches is None:
+            return super().angles()
+        return self.tables.at_each(self._positions_BT(self._branches))
+
+    def mask(self) -> Tensor | None:
+        branches, tables = self._branches, self.tables
+        if branches is None:
+            return super().mask()
         if is_exact():
             self._tails = [
-                (Runs(tables, [start + first for start in starts], len(index)), index)
+                (Runs(tables, [start + first for start in self.starts], len(index)), index)
                 for first, index in branches.tails
             ]
-            return cos, sin, tables.mask_of(self._positions_BT, self._width)
-        place_BP = (columns_P - start_B1 + 1).clamp_(0, branches.width + 1)
-        sees_BTP = branches.sees_TW[:, place_BP].transpose(0, 1)
-        return cos, sin, torch.where(sees_BTP, tables.before, tables.behind)
+            return tables.mask_of(self._positions_BT(branches), self._width)
+        places = tables.columns_S[: self._width] - self._starts_B1() + 1
+        sees_BTP = branches.sees_TW[:, places.clamp_(0, branches.width + 1)].transpose(0, 1)
+        return torch.where(sees_BTP, tables.before, tables.behind)
 
     def append(self, layer: int, entry_BTMH: Tensor) -> None:
         super().append(layer, entry_BTMH)
@@ -121,7 +133,9 @@ class TreeCache(KVCache):
     def distances(self) -> Tensor:
         if self._branches is None:
             return super().distances()
-        return self._positions_BT.unsqueeze(-1) - self.tables.columns_S[: self._width]
+        return (
+            self._positions_BT(self._branches).unsqueeze(-1) - self.tables.columns_S[: self._width]
+        )
 
     def settle(self, path_BE: Tensor) -> None:
         """Keep one path of the last pass's tree in every row, from its first token on.

@@ -55,13 +55,25 @@ static inline void turn(float* head, const float* cos, const float* sin, int64_t
     }
 }
 
-// Sums across the lanes of sixteen vectors.
+// Two halves of the work of summing across lanes: of the first row into the lanes without STEP's bit,
+// of the second into those with it.
+template <int STEP>
+static inline Vector folded(Vector a, Vector b) {
+    Vector rows[LANES] = {a};
+    rows[STEP] = b;
+    exchange<STEP>(rows);
+    return rows[0] + rows[STEP];
+}
+
+// Sums across the lanes of sixteen vectors, by folding them together.
 static inline Vector sums_of(Vector* rows) {
-    transpose(rows);
-    Vector parts[4];
-    for (int i = 0; i < 4; i++)
-        parts[i] = (rows[i] + rows[i + 8]) + (rows[i + 4] + rows[i + 12]);
-    return (parts[0] + parts[2]) + (parts[1] + parts[3]);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) rows[i] = folded<8>(rows[i], rows[i + 8]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) rows[i] = folded<4>(rows[i], rows[i + 4]);
+    rows[0] = folded<2>(rows[0], rows[2]);
+    rows[1] = folded<2>(rows[1], rows[3]);
+    return folded<1>(rows[0], rows[1]);
 }
 
 // Whom every token of a pass sees among the new ones: how many, then which, itself the last. A
@@ -85,20 +97,27 @@ static void attend(const float* query, const float* keys, const float* values, i
                    int64_t start, const int64_t* path, int64_t head, float* scores, float* out) {
     float scale = 1.0f / sqrtf((float)head);
     int64_t seen = start + path[0];
-    auto place = [&](int64_t s) { return (s < start ? s : start + path[s - start + 1]) * step; };
-    Vector top = all(-INFINITY);
-    for (int64_t s = 0; s < seen; s += LANES) {
+    auto stored = [&](int64_t s) { return s * step; };
+    // Also of positions behind the last one, which count for nothing.
+    auto place = [&](int64_t s) {
+        s = s < seen ? s : seen - 1;
+        return (s < start ? s : start + path[s - start + 1]) * step;
+    };
+    auto score_all = [&](int64_t s, auto place) {
         Vector dots[LANES];
-        int64_t n = seen - s < LANES ? seen - s : LANES;
+#pragma GCC unroll 4
         for (int64_t i = 0; i < LANES; i++) {
-            dots[i] = all(0.0f);
-            if (i >= n) continue;
             const float* key = keys + place(s + i);
+            dots[i] = all(0.0f);
             columns(head, [&](int64_t at, int64_t m) {
                 dots[i] = multiply_add(take(query + at, m), take(key + at, m), dots[i]);
             });
         }
-        Vector score = sums_of(dots) * all(scale);
+        return sums_of(dots) * all(scale);
+    };
+    Vector top = all(-INFINITY);
+    for (int64_t s = 0; s < seen; s += LANES) {
+        Vector score = s + LANES <= start ? score_all(s, stored) : score_all(s, place);
         score = before(s, seen) ? score : all(-INFINITY);
         store(scores + s, score);
         top = larger(score, top);
@@ -111,10 +130,18 @@ static void attend(const float* query, const float* keys, const float* values, i
     }
     float whole = 1.0f / sum_of(total);
     columns(head, [&](int64_t at, int64_t m) {
-        Vector mixed = all(0.0f);
-        for (int64_t s = 0; s < seen; s++)
-            mixed = multiply_add(all(scores[s]), take(values + place(s) + at, m), mixed);
-        put(out + at, mixed * all(whole), m);
+        // Four sums in turn: none waits for the last.
+        Vector mixed[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
+        auto mix_four = [&](int64_t s, auto place) {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+                mixed[i] = multiply_add(all(scores[s + i]), take(values + place(s + i) + at, m),
+                                        mixed[i]);
+        };
+        int64_t s = 0;
+        for (; s + 4 <= start; s += 4) mix_four(s, stored);
+        for (; s < seen; s += 4) mix_four(s, place);
+        put(out + at, ((mixed[0] + mixed[1]) + (mixed[2] + mixed[3])) * all(whole), m);
     });
 }
 
