@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -354,3 +355,10 @@ def _tokenizer_file(folder: Path) -> Path:
 
     BPETokenizer(vocab_size=300).train(["one line of text, and another\n" * 50]).save(folder)
     return folder / "tokenizer.json"
+
+
+def test_no_page_has_marks_of_a_merge() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("conf/**/*.yaml")]
+    assert len(pages) > 100
+    marked = [page for page in pages if re.search("^(<{7} |={7}$|>{7} )", page.read_text(), re.M)]
+    assert marked == []

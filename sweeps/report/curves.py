@@ -40,6 +40,7 @@ def draw_curves(axes: Axes, settings: list[Setting], lines: Sequence[Sequence[Po
         common = sorted(set.intersection(*(set(points) for points in runs))) if runs else []
         xs = [sum(points[step][0] for points in runs) / len(runs) for step in common]
         ys = [sum(points[step][1] for points in runs) / len(runs) for step in common]
-        marker = look.marker if len(settings) > MANY else ""
+        # A line of one point has no length.
+        marker = look.marker if len(settings) > MANY or len(xs) == 1 else ""
         style = {"linestyle": look.dash, "marker": marker, "markersize": 3.5}
         axes.plot(xs, ys, color=look.colour, label=setting.label, **style)

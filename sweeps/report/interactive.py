@@ -52,8 +52,9 @@ def points_of(figure: Figure, labels: Sequence[str]) -> dict[str, Any]:
         labels: as in :func:`mark`.
 
     Returns:
-        ``x`` and ``y``, what the axes say, and ``points``: the setting's number, the place in
-        the SVG, its values, and half of the interval where it has one.
+        ``x`` and ``y``, what the axes say; ``box``, where they are in the SVG, left, top, right,
+        bottom, with their limits ``xlim`` and ``ylim``; and ``points``: the setting's number, the
+        place in the SVG, its values, and half of the interval where it has one.
     """
     numbers = {label: number for number, label in enumerate(labels)}
     height = figure.get_figheight() * _POINTS
@@ -71,7 +72,21 @@ def points_of(figure: Figure, labels: Sequence[str]) -> dict[str, Any]:
             if number is not None and id(line) not in within:
                 found += [[number, *point, None, None] for point in _points(line, axes, height)]
     axes = figure.axes[0]
-    return {"x": axes.get_xlabel(), "y": axes.get_ylabel(), "points": found}
+    scale = _scale(axes)
+    edges = [axes.bbox.x0 * scale, height - axes.bbox.y1 * scale, axes.bbox.x1 * scale]
+    return {
+        "x": axes.get_xlabel(),
+        "y": axes.get_ylabel(),
+        "box": [round(edge, 1) for edge in (*edges, height - axes.bbox.y0 * scale)],
+        "xlim": list(map(float, axes.get_xlim())),
+        "ylim": list(map(float, axes.get_ylim())),
+        "points": found,
+    }
+
+
+def _scale(axes: Axes) -> float:
+    """SVG units a pixel."""
+    return _POINTS / axes.get_figure(root=True).dpi  # type: ignore[union-attr]
 
 
 def _labelled(axes: Axes) -> Iterator[tuple[str, list[Any]]]:
@@ -83,7 +98,7 @@ def _labelled(axes: Axes) -> Iterator[tuple[str, list[Any]]]:
 
 def _points(line: Line2D, axes: Axes, height: float) -> Iterator[tuple[float, float, float, float]]:
     """Place in the SVG and values of a line's points that the axes show."""
-    scale = _POINTS / axes.get_figure(root=True).dpi  # type: ignore[union-attr]
+    scale = _scale(axes)
     xs, ys = (list(map(float, data)) for data in (line.get_xdata(), line.get_ydata()))  # type: ignore[arg-type]
     for x, y in zip(xs, ys, strict=True):
         right, up = axes.transData.transform((x, y))

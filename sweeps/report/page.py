@@ -20,7 +20,7 @@ from sweeps.report.context import contexts
 from sweeps.report.differing import configs
 from sweeps.report.findings import answer, caveats
 from sweeps.report.interactive import mark, points_of
-from sweeps.report.metrics import BITS, Metric, number, p_value
+from sweeps.report.metrics import BITS, CURVE_AXES, Metric, number, p_value
 from sweeps.report.read import Run, Sweep
 from sweeps.report.reading import meaning
 from sweeps.report.settings import Settings, show
@@ -85,6 +85,7 @@ def render(
     data = {
         "settings": [setting.label for setting in settings.all],
         "figures": points or {},
+        "curves": [f"loss_{axis}" for axis in CURVE_AXES],
         "configs": compared,
     }
     return environment.get_template("report.html.jinja").render(

@@ -66,6 +66,17 @@ def test_places_are_those_of_the_marks(page: str, data: dict[str, Any]) -> None:
             assert any(abs(x - a) <= 0.1 and abs(y - b) <= 0.1 for a, b in drawn), (x, y, drawn)
 
 
+def test_boxes_and_limits_say_where_values_are(data: dict[str, Any]) -> None:
+    for name in (*data["curves"], "loss_depth"):
+        figure = data["figures"][name]
+        left, top, right, bottom = figure["box"]
+        (x0, x1), (y0, y1) = figure["xlim"], figure["ylim"]
+        assert figure["points"]
+        for _, px, py, x, y, *_ in figure["points"]:
+            assert px == pytest.approx(left + (x - x0) / (x1 - x0) * (right - left), abs=0.2)
+            assert py == pytest.approx(bottom - (y - y0) / (y1 - y0) * (bottom - top), abs=0.2)
+
+
 def test_legends_are_switches_of_all_figures(page: str) -> None:
     for name in ("loss_tokens", "loss_flops", "loss_depth"):
         for number in range(3):
