@@ -220,6 +220,7 @@ print(both)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_windows(tmp_path):
     """Real process group: rank and world size are looked up when iteration starts."""
     one = loader_of(tmp_path, batch_size=4, seed=2)

@@ -105,7 +105,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("save", [SaveEveryStep, SaveAfterValidation])
 def test_resumed_from_every_step_sees_the_same_batches(tmp_path, save, workers):
     whole = fit(tmp_path, workers, save=save(tmp_path))

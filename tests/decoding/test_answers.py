@@ -271,6 +271,7 @@ def test_ranks_together_count_what_one_counts() -> None:
         assert value == pytest.approx((11 * parts[0][tag] + 10 * parts[1][tag]) / 21), tag
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dealt", [False, True])
 def test_training_on_answers_dealt_among_prompts_stays_at_chance(dealt: bool) -> None:
     """Whatever told a model the answer, in training or in decoding, would show here."""

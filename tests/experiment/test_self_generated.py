@@ -159,6 +159,7 @@ def test_an_interruption_leaves_no_half_store(
     assert len(list((tmp_path / "stores").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_heads_are_trained_and_evaluated_on_it(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base / "trunk", base / "gone")
     settings = {**OWN, "init_from": base / "gone"}

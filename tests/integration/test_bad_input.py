@@ -182,6 +182,7 @@ COMMANDS: dict[str, tuple[str, list[str], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", COMMANDS)
 def test_command_line(tmp_path: Path, cache: Path, case: str) -> None:
     app, given, told = COMMANDS[case]

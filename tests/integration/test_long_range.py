@@ -21,6 +21,7 @@ def evaluated(run: Path, *more: str) -> dict:
         return evaluate(compose("evaluate", overrides=[*given, "accelerator=cpu"]))
 
 
+@pytest.mark.slow
 def test_training_is_the_same_and_evaluate_agrees(tmp_path: Path, cache: Path) -> None:
     summary = train_here(tmp_path / "with", cache, {**SETTINGS, "logger": "default"})
     train_here(tmp_path / "without", cache, {"data.seq_len": 32})

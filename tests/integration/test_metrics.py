@@ -196,6 +196,7 @@ def test_evaluate_repeats_the_last_validation(request: pytest.FixtureRequest, ki
         assert metrics[key] == run.summary[key]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_evaluate_repeats_it_in_the_runs_precision(

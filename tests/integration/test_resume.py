@@ -86,6 +86,7 @@ def kill_and_start_again(folder: Path, cache: Path) -> None:
     (folder / "killed.json").write_text(json.dumps(told))
 
 
+@pytest.mark.slow
 def test_the_kill_came_in_the_middle(killed: Killed) -> None:
     assert killed.step in range(EVERY, STEPS, EVERY) and killed.logged >= 46
     assert killed.step < STEPS and killed.logged < STEPS
@@ -94,6 +95,7 @@ def test_the_kill_came_in_the_middle(killed: Killed) -> None:
     assert f"from step {killed.step}" in killed.message
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(killed: Killed, whole: Path) -> None:
     assert [row["step"] for row in rows(killed.folder)] == list(range(1, STEPS + 1))
     for one, other in zip(rows(killed.folder), rows(whole), strict=True):
@@ -132,6 +134,7 @@ def test_events_have_no_double_steps(killed: Killed) -> None:
         assert scalars == pytest.approx(column(killed.folder, tag), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_a_resumed_run(tmp_path: Path, cache: Path, whole: Path) -> None:
     """Two worker processes fetch ahead; a batch that was fetched is not yet consumed."""
     workers = {"data.num_workers": 2}
@@ -175,6 +178,7 @@ def test_damaged_last_checkpoint(tmp_path: Path, cache: Path, whole: Path, harm:
     assert_same_weights(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_interrupt_saves_says_so_and_continues(tmp_path: Path, cache: Path, whole: Path) -> None:
     args = command(tmp_path, cache, LONG)
     process = start(args, tmp_path / "first.log")

@@ -158,6 +158,7 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path) -> None:
         ), case
 
 
+@pytest.mark.slow
 def test_starts_from_and_is_evaluated_on_another_size(tmp_path: Path, cache: Path) -> None:
     train_here(tmp_path / "short", cache, TASK)
     longer = {"data.task.periods": 6, "init_from": tmp_path / "short"}

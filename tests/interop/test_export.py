@@ -114,6 +114,7 @@ def test_a_lost_module_is_named_and_no_folder_has_the_name(
     assert (tmp_path / ".out.partial" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_command_without_a_check_is_loud(base: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(helpers.ROOT / "export.py"), "verify=false",
                f"checkpoint={base / 'dense'}", f"output={tmp_path / 'out'}"]  # fmt: skip

@@ -73,6 +73,7 @@ def test_modules_are_trained_on_a_frozen_trunk_and_decode_the_same_text(
     assert plain == generate(alone.model, [prompt], max_new_tokens=20)[0].token_ids
 
 
+@pytest.mark.slow
 def test_mtp_layers_of_a_folder_go_on(base: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = {
         **SHORT, "init_from": base / "deepseek", "mtp.depth": 2,

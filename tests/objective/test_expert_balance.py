@@ -116,6 +116,7 @@ def same_biases(folder: Path, other: Path) -> None:
     assert x["train/loss"] == pytest.approx(y["train/loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_biases_survive_resume(tmp_path: Path, cache: Path) -> None:
     common = RUN | {"trainer.val_check_interval": 1, "data.batch_size": 4}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -220,6 +221,7 @@ def test_sequence_loss_is_a_mean_over_the_step(head: str, recompute: bool) -> No
         assert not torch.allclose(whole[name], without[name], rtol=1e-2), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mtp", ["sequential", "parallel"])
 def test_the_sequence_loss_is_logged_while_it_is_on(tmp_path: Path, cache: Path, mtp: str) -> None:
     """One layer of the trunk and one head have experts; 1e-4 is its value at perfect balance."""

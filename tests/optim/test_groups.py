@@ -151,6 +151,7 @@ def test_mistakes_are_named(
         grouped(**groups).build(build(tiny_trunk, SequentialConfig(depth=1)))
 
 
+@pytest.mark.slow
 def test_a_run_with_muon_resumes_exactly(tmp_path: Path, cache: Path) -> None:
     """A balance rule's own parameters are among those that are trained."""
     settings = {

@@ -146,6 +146,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kill_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     rng = random.Random(1)
