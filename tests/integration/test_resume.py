@@ -105,6 +105,7 @@ def test_killed_and_resumed_equals_uninterrupted(killed: Killed, whole: Path) ->
     assert all(torch.equal(best[name], best_whole[name]) for name in best_whole)
 
 
+@pytest.mark.slow
 def test_schedules_go_on_after_a_kill(killed: Killed, whole: Path) -> None:
     for tag in ("train/lr", "train/lambda_depth_1", "train/lambda_depth_2"):
         values = column(killed.folder, tag)
@@ -112,6 +113,7 @@ def test_schedules_go_on_after_a_kill(killed: Killed, whole: Path) -> None:
         assert len(set(values.values())) > STEPS // 2, f"{tag} rests: the test shows nothing"
 
 
+@pytest.mark.slow
 def test_counters_go_on_after_a_kill(killed: Killed, whole: Path) -> None:
     one, other = checkpoint(killed.folder), checkpoint(whole)
     for name in ("tokens", "flops"):
@@ -119,6 +121,7 @@ def test_counters_go_on_after_a_kill(killed: Killed, whole: Path) -> None:
     assert one["progress"]["tokens"] == STEPS * 4 * 16
 
 
+@pytest.mark.slow
 def test_events_have_no_double_steps(killed: Killed) -> None:
     """As TensorBoard itself reads the folder, with the events of both processes."""
     with warnings.catch_warnings():
@@ -300,6 +303,7 @@ def test_killed_at_any_step(tmp_path: Path, cache: Path, whole: Path, step: int)
     assert_same_weights(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_no_torn_rows(killed: Killed) -> None:
     with (killed.folder / "metrics.csv").open() as file:
         table = list(csv.reader(file))
