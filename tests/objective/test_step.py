@@ -21,7 +21,8 @@ from mtp_lightning.objective.balance.trunk_ratio import TrunkRatio
 from mtp_lightning.objective.balance.uncertainty import Uncertainty
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import Piecewise
-from mtp_lightning.objective.step import OptimizerStep, StepResult
+from mtp_lightning.objective.step import OptimizerStep
+from mtp_lightning.objective.step_plan import StepResult
 from tests.flops import counted_flops
 
 DEPTH = 2

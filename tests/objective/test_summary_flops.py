@@ -19,7 +19,8 @@ from mtp_lightning.objective.balance.cosine_gate import CosineGate
 from mtp_lightning.objective.balance.gradnorm import GradNorm
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import Piecewise
-from mtp_lightning.objective.step import OptimizerStep, StepResult
+from mtp_lightning.objective.step import OptimizerStep
+from mtp_lightning.objective.step_plan import StepResult
 from tests.flops import counted_flops
 from tests.models import build
 from tests.mtp.summaries import ahead_windows

@@ -1,0 +1,362 @@
+"""Files that mean harm, and where a case makes them."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.chaos.bad_input import LLAMA, Finished
+from tests.chaos.cases import hold
+from tests.chaos.processes import run
+
+SECRET = "the secret of another folder"
+# Writes a file at the path that it is given when it is unpickled.
+_CODE = "__import__('pathlib').Path({!r}).touch()"
+
+Make = Callable[["Place"], Path]
+
+
+class Place:
+    """Where a case works.
+
+    Args:
+        folder: empty.
+        finished: a run.
+    """
+
+    def __init__(self, folder: Path, finished: Finished) -> None:
+        self.folder, self.finished = folder, finished
+        self.given = folder / "given"
+        self.given.mkdir()
+        self.canary = folder / "canary"
+        self.secret = folder / "secret.txt"
+        self.secret.write_text(SECRET)
+
+    def payload(self) -> Any:
+        """An object whose pickle makes the canary."""
+        return _Payload(str(self.canary))
+
+    def checkpoint(self, change: Callable[[dict[str, Any]], object]) -> Path:
+        """A checkpoint of the run with a change."""
+        content = torch.load(self.finished.run / "checkpoints" / "last.ckpt", weights_only=True)
+        change(content)
+        file = self.given / "hostile.ckpt"
+        torch.save(content, file)
+        return file
+
+    def run(self, change: Callable[[dict[str, Any]], object]) -> Path:
+        """A copy of the run whose checkpoint has a change."""
+        copy = self.given / "run"
+        shutil.copytree(self.finished.run, copy)
+        for file in (copy / "checkpoints").iterdir():
+            file.unlink()
+        shutil.move(self.checkpoint(change), copy / "checkpoints" / "last.ckpt")
+        return copy
+
+    def model(self, config: dict[str, Any], **files: bytes) -> Path:
+        """A Hugging Face folder."""
+        folder = self.given / "model"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        for name, content in files.items():
+            (folder / name.replace("__", ".")).write_bytes(content)
+        return folder
+
+
+class _Payload:
+    def __init__(self, canary: str) -> None:
+        self._canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return eval, (_CODE.format(self._canary),)
+
+
+def _pickled(place: Place) -> Path:
+    file = place.given / "hostile.ckpt"
+    file.write_bytes(pickle.dumps(place.payload()))
+    return file
+
+
+def _pickle_in_archive(place: Place) -> Path:
+    """The tensors of the run, and its pickle exchanged for another."""
+    source = place.finished.run / "checkpoints" / "last.ckpt"
+    file = place.given / "hostile.ckpt"
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("data.pkl"):
+                content = pickle.dumps(place.payload(), protocol=2)
+            new.writestr(name, content)
+    return file
+
+
+def _bomb_in_archive(place: Place) -> Path:
+    """Four thousand million zeros in a few million bytes."""
+    file = place.given / "hostile.ckpt"
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("archive/data.pkl", "w", force_zip64=True) as member,
+    ):
+        zeros = bytes(1 << 24)
+        for _ in range(250):
+            member.write(zeros)
+    return file
+
+
+def _names_outside(place: Place) -> Path:
+    file = place.given / "hostile.ckpt"
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in ("../../canary", str(place.canary), "archive/../../../canary"):
+            archive.writestr(name, b"written outside")
+    return file
+
+
+def _model(**trunk: Any) -> Make:
+    return lambda place: place.checkpoint(lambda c: c["model_config"]["trunk"].update(trunk))
+
+
+def _stored(path: str, value: Any) -> Make:
+    """A run whose stored config has another value; {canary} and {secret} are paths."""
+
+    def make(place: Place) -> Path:
+        text = value
+        if isinstance(text, str):
+            text = text.replace("{canary}", str(place.canary)).replace(
+                "{secret}", str(place.secret)
+            )
+
+        def change(content: dict[str, Any]) -> None:
+            at = content
+            *parents, last = path.split(".")
+            for key in parents:
+                at = at[key]
+            at[last] = text if not isinstance(text, dict) else {
+                k: v.replace("{canary}", str(place.canary)) if isinstance(v, str) else v
+                for k, v in text.items()
+            }  # fmt: skip
+
+        return place.run(change)
+
+    return make
+
+
+def _deep(n: int) -> Any:
+    value: Any = 0
+    for _ in range(n):
+        value = [value]
+    return value
+
+
+CHECKPOINTS: dict[str, Make] = {
+    "a pickle": _pickled,
+    "a pickle in a checkpoint": _pickle_in_archive,
+    "an object in the optimizer's state": lambda place: place.checkpoint(
+        lambda c: c.update(optimizer_states=[place.payload()])
+    ),
+    "a bomb of zeros": _bomb_in_archive,
+    "names that lead outside": _names_outside,
+    "a vocabulary of 10^12": _model(vocab_size=10**12),
+    "10^9 layers": _model(n_layers=10**9),
+    "a width of 10^9": _model(d_model=10**9),
+    "lists in lists": lambda place: place.checkpoint(
+        lambda c: c["model_config"].update(mtp=_deep(150))
+    ),
+    "10^9 depths": lambda place: place.checkpoint(
+        lambda c: c["model_config"]["mtp"].update(depth=10**9)
+    ),
+    "a class of os": lambda place: place.checkpoint(
+        lambda c: c["model_config"]["mtp"].update(_target_="os.system")
+    ),
+}  # fmt: skip
+_CALL = {"_target_": "os.system", "command": "touch {canary}"}
+RUNS: dict[str, Make] = {
+    "a source that is a command": _stored("config.data.source", _CALL),
+    "a tokenizer that is a command": _stored("config.tokenizer", _CALL),
+    "an optimizer that is a command": _stored("config.optimizer", _CALL),
+    "a schedule that is a command": _stored("config.lambda_schedule", _CALL),
+    "a callback that is a command": _stored("config.callbacks.nan_guard", _CALL),
+    "code for a source": _stored(
+        "config.data.source",
+        {"_target_": "builtins.eval", "_args_": ["open({canary!r}, 'w')"]},
+    ),
+    "an interpolation of the environment": _stored("config.run_dir", "${oc.env:PATH}"),
+    "an interpolation that fails": _stored("config.data.seq_len", "${oc.env:NOBODY}"),
+    "a tokenizer of pickles": lambda place: place.run(
+        lambda c: c.update(tokenizer={"name": "byte", "state": place.payload()})
+    ),
+    "a tokenizer of another kind": _stored("tokenizer", {"kind": "os.system", "json": "{canary}"}),
+}
+
+
+def _safetensors(
+    header: dict[str, Any] | bytes, data: bytes = b"", length: int | None = None
+) -> bytes:
+    head = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(head) if length is None else length) + head + data
+
+
+def _index(target: str) -> Make:
+    """A folder whose index says that its tensors are in another file."""
+
+    def make(place: Place) -> Path:
+        path = target.replace("{secret}", str(place.secret))
+        names = [
+            "model.embed_tokens.weight",
+            "model.norm.weight",
+            "model.layers.0.input_layernorm.weight",
+        ]
+        index = {"metadata": {}, "weight_map": {name: path for name in names}}
+        return place.model(LLAMA, model__safetensors__index__json=json.dumps(index).encode())
+
+    return make
+
+
+def _folder(config: dict[str, Any] | None = None, **files: bytes) -> Make:
+    return lambda place: place.model({**LLAMA, **(config or {})}, **files)
+
+
+_EMBEDDING = "model.embed_tokens.weight"
+FOLDERS: dict[str, Make] = {
+    "an index that leads outside": _index("../../secret.txt"),
+    "an index of an absolute path": _index("{secret}"),
+    "a header of 2^63 bytes": _folder(model__safetensors=_safetensors({}, length=2**63)),
+    "a header longer than its file": _folder(model__safetensors=_safetensors({}, length=10**8)),
+    "a header of deep lists": _folder(
+        model__safetensors=_safetensors(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+    ),
+    "a tensor of 10^12 rows": _folder(
+        model__safetensors=_safetensors(
+            {_EMBEDDING: {"dtype": "F32", "shape": [10**12, 8], "data_offsets": [0, 4]}}, bytes(4)
+        )
+    ),
+    "offsets behind the end": _folder(
+        model__safetensors=_safetensors(
+            {_EMBEDDING: {"dtype": "F32", "shape": [257, 8], "data_offsets": [0, 10**9]}}, bytes(4)
+        )
+    ),
+    "negative offsets": _folder(
+        model__safetensors=_safetensors(
+            {_EMBEDDING: {"dtype": "F32", "shape": [1, 1], "data_offsets": [-8, -4]}}, bytes(4)
+        )
+    ),
+    "10^9 layers in its config": _folder(
+        {"num_hidden_layers": 10**9}, model__safetensors=_safetensors({})
+    ),
+    "a width of 10^12 in its config": _folder(
+        {"hidden_size": 10**12}, model__safetensors=_safetensors({})
+    ),
+    "code of its own": _folder(
+        {"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config"}},
+        model__safetensors=_safetensors({}),
+        evil__py=b"open('canary', 'w')",
+    ),
+    "weights in a pickle": lambda place: place.model(
+        LLAMA, pytorch_model__bin=pickle.dumps(place.payload())
+    ),
+    "a tokenizer whose pattern never ends": lambda place: _slow_tokenizer(place),
+    "a tokenizer of deep lists": lambda place: _with_tokenizer(
+        place, b'{"version":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    ),
+}  # fmt: skip
+
+
+def _with_tokenizer(place: Place, content: bytes) -> Path:
+    """The export of the run with another tokenizer."""
+    folder = place.given / "model"
+    ended = run(
+        ["export.py", f"checkpoint={place.finished.run}", f"output={folder}", "verify=false"],
+        place.given / "export.log",
+    )
+    hold(ended.code == 0, f"without a fault the export fails: {ended.out[-800:]}")
+    (folder / "tokenizer.json").write_bytes(content)
+    return folder
+
+
+def _slow_tokenizer(place: Place) -> Path:
+    """One that splits texts by a pattern that backtracks for ever."""
+    folder = _with_tokenizer(place, b"")
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    made.pre_tokenizer = pre_tokenizers.Split(pattern=Regex("(a+)+$"), behavior="isolated")
+    (folder / "tokenizer.json").write_text(made.to_str())
+    return folder
+
+
+def _compressed(place: Place) -> Path:
+    """Four thousand million zeros in a text of a few million bytes."""
+    file = place.given / "bomb.txt.gz"
+    with gzip.open(file, "wb", compresslevel=1) as out:
+        for _ in range(250):
+            out.write(bytes(1 << 24))
+    return file
+
+
+def _text(name: str, content: bytes) -> Make:
+    def make(place: Place) -> Path:
+        file = place.given / name
+        file.write_bytes(content)
+        return file
+
+    return make
+
+
+def _link(place: Place) -> Path:
+    """A pipe without a writer, which a reader would wait for for ever."""
+    file = place.given / "pipe.txt"
+    os.mkfifo(file)
+    return file
+
+
+TEXTS: dict[str, Make] = {
+    "a bomb of zeros": _compressed,
+    "deep JSON": _text("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"),
+    "a number of a million digits": _text("a.jsonl", b'{"text": ' + b"9" * 1_000_000 + b"}\n"),
+    "escape codes": _text("a.txt", b"\x1b]0;owned\x07 and more words of it\n" * 300),
+    "no gzip": _text("a.txt.gz", b"\x1f\x8b" + bytes(40)),
+    "no parquet": _text("a.parquet", b"PAR1" + bytes(40) + b"PAR1"),
+    "a pipe": _link,
+}  # fmt: skip
+
+
+def _array(header: bytes, data: bytes = b"") -> bytes:
+    pad = b" " * (-(10 + len(header) + 1) % 64)
+    head = header + pad + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head + data
+
+
+def _objects(place: Place) -> Path:
+    file = place.given / "a.npy"
+    array = np.empty(1, dtype=object)
+    array[0] = place.payload()
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    file.write_bytes(buffer.getvalue())
+    return file
+
+
+_HEADER = b"{'descr': '<i8', 'fortran_order': False, 'shape': (4000,)}"
+_INDEX = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 2**60, 2**60)
+TOKENS: dict[str, Make] = {
+    "objects": _objects,
+    "10^15 numbers": _text(
+        "a.npy", _array(b"{'descr': '<u2', 'fortran_order': False, 'shape': (1000000000000000,)}")
+    ),
+    "a header that is code": _text("a.npy", _array(b"__import__('os').system('touch canary')")),
+    "negative numbers": _text("a.npy", _array(_HEADER, b"\xff" * 32000)),
+    "an odd number of bytes": _text("a.bin", bytes(4001)),
+    "a magic number and no more": _text("a.bin", struct.pack("<iii", 20240520, 1, 2**30)),
+    "an index of Megatron's that lies": _text("a.idx", _INDEX),
+}  # fmt: skip
