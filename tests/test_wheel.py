@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -100,7 +102,33 @@ def test_train_evaluate_and_generate(environment: Path, tmp_path: Path) -> None:
         environment, "generate", run, "prompt=def main(", "max_new_tokens=5", cwd=tmp_path
     )
     assert text.startswith("def main(")
+    if find_spec("fastapi") and find_spec("uvicorn"):
+        assert "def main(" + served(environment, run, cwd=tmp_path) == text.rstrip("\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "运行 1"]
+
+
+def served(environment: Path, run: str, *, cwd: Path) -> str:
+    """The same five tokens from ``mtp-lightning serve``."""
+    with subprocess.Popen(
+        [environment / "bin" / "mtp-lightning", "serve", run, "port=0", "num_threads=1"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env={k: v for k, v in helpers.environment().items() if k != "PYTHONPATH"},
+    ) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().split()[-1]
+            asked = {"prompt": "def main(", "max_tokens": 5, "temperature": 0}
+            request = urllib.request.Request(
+                f"{address}/completions",
+                data=json.dumps(asked).encode(),
+                headers={"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return json.load(response)["choices"][0]["text"]
+        finally:
+            process.terminate()
 
 
 def test_a_sweep_and_its_report(environment: Path, tmp_path: Path) -> None:
