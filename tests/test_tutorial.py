@@ -57,14 +57,13 @@ def short(words: list[str], cache: Path) -> list[str]:
     given = [word for word in words if "=" in word]
     keys = {word.split("=")[0] for word in given}
     groups = {key for key in keys if "." not in key}
-    if "init_from" in keys:  # which brings its model and tokenizer
-        groups |= {"model", "tokenizer"}
     small = [
         override
         for override in overrides(cache, {"logger": "csv"})
         if (key := override.split("=")[0]) not in keys
         and key.split(".")[0] not in groups - {"mtp"}
         and not (key == "mtp" and "mtp" in groups)
+        and not (key.startswith("mtp.") and "mtp=none" in given)
     ]
     steps = [word for word in small if word.startswith("trainer.")]
     given = [re.sub(r"^seed=0,.*", "seed=0", word) for word in given]
@@ -86,9 +85,12 @@ def type_in(words: list[str], folder: Path, cache: Path) -> str:
         options = [word for word in rest if "=" not in word]  # -m, --config-dir and its folder
         command = [str(ROOT / program), *options, *short(rest, cache)]
     else:
-        tokens = [f"max_new_tokens={6}"] if program == "generate.py" else ["decode.n_prompts=0"]
+        less = {
+            "generate.py": ["max_new_tokens=6", "num_threads=1"],
+            "evaluate.py": ["decode.n_prompts=0", "num_threads=1"],
+        }
         kept = [word for word in rest if not word.startswith(("max_new_tokens=", "decode."))]
-        command = [str(ROOT / program), *kept, *tokens, "num_threads=1"]
+        command = [str(ROOT / program), *kept, *less.get(program, [])]
     env = {**environment(), "PYTHONPATH": f"{ROOT}:{folder}", "MTP_LIGHTNING_CACHE": str(cache)}
     done = subprocess.run(
         [sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=600
@@ -141,3 +143,20 @@ def test_the_readmes_own_head_runs(tmp_path: Path) -> None:
     (command,) = re.findall(r"^PYTHONPATH=mine (python .*)$", section, re.M)
     words = [word.removeprefix("mine/") for word in shlex.split(command)]
     assert "depth 2" in type_in([*words, "run_dir=run"], tmp_path, tmp_path / "cache")
+
+
+@pytest.mark.slow
+def test_the_readmes_engineer_is_served(tmp_path: Path) -> None:
+    (row,) = re.findall(r"^\| \*\*engineer\*\*.*$", README, re.M)
+    commands = [shlex.split(command) for command in re.findall(r"`(python [^`]+)`", row)]
+    assert len(commands) == 3
+    (tmp_path / "notes").mkdir()
+    for name in ("notes/one.txt", "book.txt"):
+        lines = (f"the {i} of {name} is {i * i % 97} of them\n" for i in range(1500))
+        (tmp_path / name).write_text("".join(lines))
+    # Fewer texts than a whole run of it has.
+    commands[1] += ["data.n_prompts=24", "data.new_tokens=40"]
+    for words in commands:
+        said = type_in(words, tmp_path, tmp_path / "cache")
+    assert "exported" in said
+    assert (tmp_path / "exported" / "config.json").is_file()
