@@ -26,20 +26,23 @@ PAGES = {
 def commands(page: str) -> list[str]:
     """All that one may type: blocks of bash, and commands in tables and sentences."""
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL))
+    blocks = re.sub(r" *\\\n *", " ", blocks)
     lines = [line.split(" #")[0].strip() for line in blocks.splitlines() if line.strip()]
     return [*lines, *re.findall(r"`((?:python|pip) [^`]+)`", page)]
 
 
 COMMANDS = commands(README)
+_ALL = [README, *(page.read_text(encoding="utf-8") for page in sorted(ROOT.glob("docs/**/*.md")))]
+_TYPED = dict.fromkeys(tuple(shlex.split(c)) for page in _ALL for c in commands(page))
+# What composes only with something of the reader's own, or stands for one of many.
+_OTHER = {"--help", "-sc", "...", "--config-dir", "experiment=NAME", "seed=range(N)"}
 APPS = {
     app: [
         words[2:]
-        for words in dict.fromkeys(
-            tuple(shlex.split(c)) for c in commands("\n".join(PAGES.values()))
-        )
-        if words[:2] == ("python", f"{app}.py") and not {"--help", "-sc", "..."} & set(words)
+        for words in _TYPED
+        if words[:2] == ("python", f"{app}.py") and not _OTHER & set(words)
     ]
-    for app in ("train", "evaluate", "generate", "export")
+    for app in ("train", "evaluate", "generate", "export", "serve")
 }
 SHORT = ["debug=fast", "trainer.max_steps=10", "logger=csv"]
 
@@ -80,6 +83,7 @@ def test_every_other_command_composes(app: str, overrides: Sequence[str]) -> Non
     name = "config" if app == "train" else app
     if "-m" in overrides:  # the first job of a sweep
         overrides = [re.sub(r"=([^\[,]*),.*", r"=\1", o) for o in overrides if o != "-m"]
+        overrides = [re.sub(r"=range\(.*\)$", "=0", o) for o in overrides]
     overrides = literal([o for o in overrides if not o.startswith("-")])
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         compose(name, overrides)
