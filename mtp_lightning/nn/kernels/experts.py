@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_lightning.nn.kernels import native_experts
 from mtp_lightning.nn.kernels.exact import FEW, is_exact
 from mtp_lightning.nn.kernels.matmul import matmul_transposed, uses_onednn, weight_gradient
 from mtp_lightning.nn.kernels.swiglu import swiglu
@@ -42,6 +43,8 @@ def mix_experts(
             return gathered(x_MC, chosen_MK, gates_MK, gate_up, down)
         if x_MC.device.type == "cpu":
             return _one_by_one(x_MC, chosen_MK, gates_MK, gate_up, down)
+    if native_experts.fits(x_MC, gates_MK, gate_up, down):
+        return native_experts.NativeExperts.apply(x_MC, gates_MK, gate_up, down, chosen_MK)
     order_R = chosen_MK.flatten().argsort(stable=True)
     load_E = loads(chosen_MK, gate_up.shape[0])
     if fits_grouped(x_MC, down):
