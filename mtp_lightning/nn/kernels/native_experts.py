@@ -16,9 +16,10 @@ from mtp_lightning.nn.kernels import native
 
 
 def fits(x_MC: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor) -> bool:
-    """Whether the C++ kernel takes these: fp32 on a CPU, weights as they are made."""
+    """Whether the C++ kernel takes these: fp32 on a CPU, widths of whole vectors of 16."""
+    whole = down.shape[1] % 16 == 0 and down.shape[2] % 16 == 0
     weights = gate_up.is_contiguous() and down.is_contiguous()
-    return weights and native.fits(x_MC, gates_MK, gate_up, down)
+    return whole and weights and native.fits(x_MC, gates_MK, gate_up, down)
 
 
 class NativeExperts(torch.autograd.Function):

@@ -4,10 +4,11 @@
 // cache from the input to the output. A token's rows are summed in the order of its choices, and a
 // weight's gradient in the order of the tokens, so that no sum depends on the number of threads.
 //
-// Shapes: M tokens, K choices of a token, R = M K rows, E experts, C width, F inner width.
+// Shapes: M tokens, K choices of a token, R = M K rows, E experts, C width, F inner width, both
+// multiples of 16.
 #include <vector>
 
-#include "few.h"
+#include "rows.h"
 
 namespace {
 
@@ -21,6 +22,9 @@ struct Given {
     const int64_t *starts, *order;            // [E + 1]; [R], the choice that is a row's
 };
 
+// Of so many rows 64 columns fit into the first cache.
+constexpr int64_t MOST = 96;
+
 // Rows of one expert.
 struct Rows {
     int64_t expert, first, count;
@@ -32,10 +36,22 @@ struct Part {
     bool down;
 };
 
-}  // namespace
+// Where every row of a block lies.
+struct Places {
+    float* row[MOST];
 
-// Of so many rows a panel of a gradient's right side fits into the first cache.
-constexpr int64_t MOST = 96;
+    // One after another.
+    Places(float* from, int64_t n, int64_t step) {
+        for (int64_t i = 0; i < n; i++) row[i] = from + i * step;
+    }
+
+    // At its choice, or, of several choices a token, at its token.
+    Places(float* from, const int64_t* order, int64_t n, int64_t step, int64_t choices = 1) {
+        for (int64_t i = 0; i < n; i++) row[i] = from + order[i] / choices * step;
+    }
+};
+
+}  // namespace
 
 static std::vector<Rows> blocks_of(const int64_t* starts, int64_t experts) {
     std::vector<Rows> blocks;
@@ -57,55 +73,15 @@ extern "C" void experts_sort(const int64_t* chosen, int64_t* starts, int64_t* or
     for (int64_t i = 0; i < rows; i++) order[next[chosen[i]]++] = i;
 }
 
-// to[rows, n] = columns from `at` of the tokens' rows.
-static void gather(const float* from, const Given& given, const Shape& s, const Rows& b, float* to,
-                   int64_t at, int64_t n, int64_t ld) {
-    for (int64_t i = 0; i < b.count; i++)
-        memcpy(to + i * ld, from + given.order[b.first + i] / s.choices * s.width + at,
-               n * sizeof(float));
-}
-
-// Rows of a block to the place of their choice.
-static void scatter(const float* from, const Given& given, const Shape& s, const Rows& b,
-                    float* to) {
-    for (int64_t i = 0; i < b.count; i++)
-        memcpy(to + given.order[b.first + i] * s.width, from + i * s.width,
-               s.width * sizeof(float));
-}
-
 // out[M, C] = the sum of every token's rows.
 static void add_up(const float* rows, float* out, const Shape& s) {
 #pragma omp parallel for schedule(static)
     for (int64_t m = 0; m < s.tokens; m++) {
         const float* from = rows + m * s.choices * s.width;
-        columns(s.width, [&](int64_t at, int64_t n) {
-            Vector sum = take(from + at, n);
-            for (int64_t j = 1; j < s.choices; j++) sum += take(from + j * s.width + at, n);
-            put(out + m * s.width + at, sum, n);
-        });
-    }
-}
-
-// a[M, K] times a packed weight for N outputs.
-static void product(Left a, const float* packed, float* out, int64_t rows, int64_t outputs,
-                    int64_t inputs) {
-    for (int64_t at = 0; at < outputs; at += PANEL)
-        one_panel(a, rows, inputs, packed + at * inputs, out + at, outputs, outputs - at, false);
-}
-
-// weight[N, K] into panels.
-static void pack(const float* weight, float* packed, int64_t outputs, int64_t inputs) {
-    for (int64_t p = 0; p * PANEL < outputs; p++) pack_panel(weight, packed, outputs, inputs, p);
-}
-
-// The same of a weight that lies turned, [K, N].
-static void pack_turned(const float* weight, float* packed, int64_t outputs, int64_t inputs) {
-    for (int64_t at = 0; at < outputs; at += PANEL) {
-        int64_t n = outputs - at < PANEL ? outputs - at : PANEL, wide = panel_width(n, false);
-        float* to = packed + at * inputs;
-        for (int64_t k = 0; k < inputs; k++) {
-            memset(to + k * wide + n, 0, (wide - n) * sizeof(float));
-            memcpy(to + k * wide, weight + k * outputs + at, n * sizeof(float));
+        for (int64_t at = 0; at < s.width; at += LANES) {
+            Vector sum = load(from + at);
+            for (int64_t j = 1; j < s.choices; j++) sum += load(from + j * s.width + at);
+            store(out + m * s.width + at, sum);
         }
     }
 }
@@ -115,39 +91,38 @@ extern "C" void experts_forward(const Given* from, float* projected, float* rows
                                 const Shape* shape) {
     const Given given = *from;
     const Shape s = *shape;
-    int64_t c = s.width, f = s.inner;
-    int64_t up_size = packed_numbers(2 * f, c, false), down_size = packed_numbers(c, f, false);
-    float* packed = scratch(s.experts * (up_size + down_size));
+    int64_t c = s.width, f = s.inner, size = 3 * f * c;
+    float* packed = scratch(s.experts * size);
     std::vector<Rows> blocks = blocks_of(given.starts, s.experts);
 #pragma omp parallel
     {
 #pragma omp for schedule(dynamic)
         for (int64_t e = 0; e < s.experts; e++) {
-            float* to = packed + e * (up_size + down_size);
-            pack(given.gate_up + e * 2 * f * c, to, 2 * f, c);
-            pack(given.down + e * c * f, to + up_size, c, f);
+            pack_panels(given.gate_up + e * 2 * f * c, packed + e * size, 2 * f, c);
+            pack_panels(given.down + e * c * f, packed + e * size + 2 * f * c, c, f);
         }
-        float* x = scratch(MOST * c);
         float* inner = scratch(MOST * f);
+        Places inners(inner, MOST, f);
 #pragma omp for schedule(dynamic)
         for (size_t i = 0; i < blocks.size(); i++) {
             Rows b = blocks[i];
-            const float* weights = packed + b.expert * (up_size + down_size);
-            float* gate_up = projected + b.first * 2 * f;
-            gather(given.x, given, s, b, x, 0, c, c);
-            product({x, c, 1}, weights, gate_up, b.count, 2 * f, c);
+            const float* weights = packed + b.expert * size;
+            const int64_t* order = given.order + b.first;
+            Places x((float*)given.x, order, b.count, c, s.choices);
+            Places gate_up(projected + b.first * 2 * f, b.count, 2 * f);
+            Places y(rows_out, order, b.count, c);
+            product_of_rows(x.row, weights, gate_up.row, b.count, 2 * f, c);
             for (int64_t r = 0; r < b.count; r++) {
-                const float *gate = gate_up + r * 2 * f, *up = gate + f;
-                Vector share = all(given.gates[given.order[b.first + r]]);
-                columns(f, [&](int64_t at, int64_t n) {
-                    Vector g = take(gate + at, n);
-                    put(inner + r * f + at, g * sigmoid(g) * take(up + at, n) * share, n);
-                });
+                const float *gate = gate_up.row[r], *up = gate + f;
+                Vector share = all(given.gates[order[r]]);
+                for (int64_t at = 0; at < f; at += LANES) {
+                    Vector g = load(gate + at);
+                    store(inner + r * f + at, g * sigmoid(g) * load(up + at) * share);
+                }
             }
-            product({inner, f, 1}, weights + up_size, x, b.count, c, f);
-            scatter(x, given, s, b, rows_out);
+            product_of_rows(inners.row, weights + 2 * f * c, y.row, b.count, c, f);
         }
-        free(x), free(inner);
+        free(inner);
     }
     free(packed);
     add_up(rows_out, out, s);
@@ -158,45 +133,45 @@ extern "C" void experts_forward(const Given* from, float* projected, float* rows
 static void rows_backward(const Given& given, const Shape& s, const std::vector<Rows>& blocks,
                           const float* projected, const float* grad, float* d_projected,
                           float* inner, float* d_gates, float* rows_out) {
-    int64_t c = s.width, f = s.inner;
-    int64_t up_size = packed_numbers(c, 2 * f, false), down_size = packed_numbers(f, c, false);
-    float* packed = scratch(s.experts * (up_size + down_size));
+    int64_t c = s.width, f = s.inner, size = 3 * f * c;
+    float* packed = scratch(s.experts * size);
 #pragma omp parallel
     {
 #pragma omp for schedule(dynamic)
         for (int64_t e = 0; e < s.experts; e++) {
-            float* to = packed + e * (up_size + down_size);
-            pack_turned(given.gate_up + e * 2 * f * c, to, c, 2 * f);
-            pack_turned(given.down + e * c * f, to + up_size, f, c);
+            pack_turned(given.gate_up + e * 2 * f * c, packed + e * size, c, 2 * f);
+            pack_turned(given.down + e * c * f, packed + e * size + 2 * f * c, f, c);
         }
-        float* d_y = scratch(MOST * c);
         float* d_inner = scratch(MOST * f);
+        Places d_inners(d_inner, MOST, f);
 #pragma omp for schedule(dynamic)
         for (size_t i = 0; i < blocks.size(); i++) {
             Rows b = blocks[i];
-            const float* weights = packed + b.expert * (up_size + down_size);
-            gather(grad, given, s, b, d_y, 0, c, c);
-            product({d_y, c, 1}, weights + up_size, d_inner, b.count, f, c);
+            const float* weights = packed + b.expert * size;
+            const int64_t* order = given.order + b.first;
+            Places d_y((float*)grad, order, b.count, c, s.choices);
+            Places d_gate_up(d_projected + b.first * 2 * f, b.count, 2 * f);
+            Places d_x(rows_out, order, b.count, c);
+            product_of_rows(d_y.row, weights + 2 * f * c, d_inners.row, b.count, f, c);
             for (int64_t r = 0; r < b.count; r++) {
-                int64_t row = b.first + r, choice = given.order[row];
+                int64_t row = b.first + r;
                 const float *gate = projected + row * 2 * f, *up = gate + f;
-                float* d_gate = d_projected + row * 2 * f;
-                Vector share = all(given.gates[choice]), total = all(0.0f);
-                columns(f, [&](int64_t at, int64_t n) {
-                    Vector g = take(gate + at, n), u = take(up + at, n);
-                    Vector d = take(d_inner + r * f + at, n), sig = sigmoid(g), silu = g * sig;
+                float* d_gate = d_gate_up.row[r];
+                Vector share = all(given.gates[order[r]]), total = all(0.0f);
+                for (int64_t at = 0; at < f; at += LANES) {
+                    Vector g = load(gate + at), u = load(up + at), s = sigmoid(g), silu = g * s;
+                    Vector d = load(d_inner + r * f + at);
                     total += d * silu * u;
-                    put(inner + row * f + at, silu * u * share, n);
+                    store(inner + row * f + at, silu * u * share);
                     d *= share;
-                    put(d_gate + f + at, d * silu, n);
-                    put(d_gate + at, d * u * sig * (all(1.0f) + g * (all(1.0f) - sig)), n);
-                });
-                d_gates[choice] = sum_of(total);
+                    store(d_gate + f + at, d * silu);
+                    store(d_gate + at, d * u * s * (all(1.0f) + g * (all(1.0f) - s)));
+                }
+                d_gates[order[r]] = sum_of(total);
             }
-            product({d_projected + b.first * 2 * f, 2 * f, 1}, weights, d_y, b.count, c, 2 * f);
-            scatter(d_y, given, s, b, rows_out);
+            product_of_rows(d_gate_up.row, weights, d_x.row, b.count, c, 2 * f);
         }
-        free(d_y), free(d_inner);
+        free(d_inner);
     }
     free(packed);
 }
@@ -207,45 +182,33 @@ static void weights_backward(const Given& given, const Shape& s, const std::vect
     int64_t c = s.width, f = s.inner;
     std::vector<Part> parts;
     for (int64_t e = 0; e < s.experts; e++) {
-        for (int64_t at = 0; at < c; at += PANEL) parts.push_back({e, at, false});
-        for (int64_t at = 0; at < f; at += PANEL) parts.push_back({e, at, true});
+        for (int64_t at = 0; at < c; at += WIDE) parts.push_back({e, at, false});
+        for (int64_t at = 0; at < f; at += WIDE) parts.push_back({e, at, true});
     }
-#pragma omp parallel
-    {
-        float* left = scratch(MOST * c);
-        float* right = scratch(MOST * PANEL);
-#pragma omp for schedule(dynamic)
-        for (size_t i = 0; i < parts.size(); i++) {
-            Part part = parts[i];
-            int64_t ld = part.down ? f : c, height = part.down ? c : 2 * f;
-            int64_t n = ld - part.column < PANEL ? ld - part.column : PANEL;
-            int64_t wide = panel_width(n, false);
-            float* to = (part.down ? d_down : d_gate_up) + part.expert * height * ld + part.column;
-            bool add = false;
-            for (const Rows& b : blocks) {
-                if (b.expert != part.expert) continue;
-                memset(right, 0, b.count * wide * sizeof(float));
-                if (part.down) {
-                    gather(grad, given, s, b, left, 0, c, c);
-                    for (int64_t r = 0; r < b.count; r++)
-                        memcpy(right + r * wide, inner + (b.first + r) * f + part.column,
-                               n * sizeof(float));
-                    one_panel({left, 1, c}, height, b.count, right, to, ld, n, add);
-                } else {
-                    gather(given.x, given, s, b, right, part.column, n, wide);
-                    one_panel({d_projected + b.first * 2 * f, 1, 2 * f}, height, b.count, right, to, ld,
-                              n, add);
-                }
-                add = true;
-            }
-            if (!add)  // an expert without tokens has a gradient, too
-                for (int64_t r = 0; r < height; r++) memset(to + r * ld, 0, n * sizeof(float));
+#pragma omp parallel for schedule(dynamic)
+    for (size_t i = 0; i < parts.size(); i++) {
+        Part part = parts[i];
+        int64_t width = part.down ? f : c, height = part.down ? c : 2 * f;
+        float* to = (part.down ? d_down : d_gate_up) + part.expert * height * width;
+        bool add = false;
+        for (const Rows& b : blocks) {
+            if (b.expert != part.expert) continue;
+            const int64_t* order = given.order + b.first;
+            Places token((float*)(part.down ? grad : given.x), order, b.count, c, s.choices);
+            int64_t step = part.down ? f : 2 * f;
+            Places own((float*)(part.down ? inner : d_projected) + b.first * step, b.count, step);
+            const Places &left = part.down ? token : own, &right = part.down ? own : token;
+            gradient_of_rows(left.row, height, right.row, part.column, b.count, to, width, add);
+            add = true;
         }
-        free(left), free(right);
+        if (!add)  // an expert without tokens has a gradient, too
+            for (int64_t r = 0; r < height; r++)
+                memset(to + r * width + part.column, 0,
+                       width_at(part.column, width) * sizeof(float));
     }
 }
 
-// Every row's part of d_x lies in rows_out[R, C] meanwhile.
+// Every row's part of d_x lies in rows_out[R, C] meanwhile. d_gate_up and d_down may be null.
 extern "C" void experts_backward(const Given* from, const float* projected, const float* grad,
                                  float* d_projected, float* inner, float* rows_out, float* d_x,
                                  float* d_gates, float* d_gate_up, float* d_down,

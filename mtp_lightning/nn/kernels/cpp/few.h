@@ -25,15 +25,9 @@ static inline Vector upper_half(Whole x) { return (Vector)(x & (int32_t)0xffff00
 
 typedef int32_t LooseWhole __attribute__((vector_size(64), aligned(4), may_alias));
 
-// A left side of a product; its element (i, k) lies at i * row + k * column.
-struct Left {
-    const float* x;
-    int64_t row, column;
-};
-
 // R rows times a panel of V vectors: out[R, 16 V] (+)= x[R, K] panel[K, 16 V].
 template <int R, int V, typename Number>
-static inline void panel_rows(Left a, int64_t inputs, const Number* panel, float* out,
+static inline void panel_rows(const float* x, int64_t inputs, const Number* panel, float* out,
                               int64_t outputs, int64_t n, bool add) {
     Vector sum[R][V];
 #pragma GCC unroll 8
@@ -54,7 +48,7 @@ static inline void panel_rows(Left a, int64_t inputs, const Number* panel, float
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            Vector left = all(a.x[r * a.row + k * a.column]);
+            Vector left = all(x[r * inputs + k]);
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++) sum[r][v] = multiply_add(left, weight[v], sum[r][v]);
         }
@@ -75,37 +69,19 @@ static inline void panel_rows(Left a, int64_t inputs, const Number* panel, float
 constexpr int64_t ROWS_AT_ONCE = 6;  // 6 x 4 sums and 4 weights: what the registers hold
 
 template <int V, typename Number>
-static void panel_product(Left a, int64_t rows, int64_t inputs, const Number* panel, float* out,
-                          int64_t outputs, int64_t n, bool add) {
+static void panel_product(const float* x, int64_t rows, int64_t inputs, const Number* panel,
+                          float* out, int64_t outputs, int64_t n, bool add) {
     while (rows > 0) {
         int64_t r = rows < ROWS_AT_ONCE ? rows : ROWS_AT_ONCE;
         switch (r) {
-            case 1: panel_rows<1, V>(a, inputs, panel, out, outputs, n, add); break;
-            case 2: panel_rows<2, V>(a, inputs, panel, out, outputs, n, add); break;
-            case 3: panel_rows<3, V>(a, inputs, panel, out, outputs, n, add); break;
-            case 4: panel_rows<4, V>(a, inputs, panel, out, outputs, n, add); break;
-            case 5: panel_rows<5, V>(a, inputs, panel, out, outputs, n, add); break;
-            default: panel_rows<6, V>(a, inputs, panel, out, outputs, n, add);
+            case 1: panel_rows<1, V>(x, inputs, panel, out, outputs, n, add); break;
+            case 2: panel_rows<2, V>(x, inputs, panel, out, outputs, n, add); break;
+            case 3: panel_rows<3, V>(x, inputs, panel, out, outputs, n, add); break;
+            case 4: panel_rows<4, V>(x, inputs, panel, out, outputs, n, add); break;
+            case 5: panel_rows<5, V>(x, inputs, panel, out, outputs, n, add); break;
+            default: panel_rows<6, V>(x, inputs, panel, out, outputs, n, add);
         }
-        rows -= r, a.x += r * a.row, out += r * outputs;
-    }
-}
-
-// out[M, n] (+)= a[M, K] panel, of a panel for n outputs of `outputs`.
-template <typename Number>
-static void one_panel(Left a, int64_t rows, int64_t inputs, const Number* panel, float* out,
-                      int64_t outputs, int64_t n, bool add) {
-    switch (panel_width(n, sizeof(Number) == 2) / LANES) {
-        case 1:
-            if constexpr (sizeof(Number) == 4)
-                panel_product<1>(a, rows, inputs, panel, out, outputs, n, add);
-            break;
-        case 2: panel_product<2>(a, rows, inputs, panel, out, outputs, n, add); break;
-        case 3:
-            if constexpr (sizeof(Number) == 4)
-                panel_product<3>(a, rows, inputs, panel, out, outputs, n, add);
-            break;
-        default: panel_product<4>(a, rows, inputs, panel, out, outputs, n, add);
+        rows -= r, x += r * inputs, out += r * outputs;
     }
 }
 
@@ -118,9 +94,23 @@ static void few_rows(const float* x, const Number* weight, float* out, int64_t r
                      int64_t inputs, bool add) {
     int64_t panels = (outputs + PANEL - 1) / PANEL;
 #pragma omp parallel for schedule(static) if (rows * outputs * inputs > WORTH_THREADS)
-    for (int64_t p = 0; p < panels; p++)
-        one_panel({x, inputs, 1}, rows, inputs, weight + p * PANEL * inputs, out + p * PANEL,
-                  outputs, outputs - p * PANEL, add);
+    for (int64_t p = 0; p < panels; p++) {
+        const Number* panel = weight + p * PANEL * inputs;
+        int64_t n = outputs - p * PANEL;
+        float* to = out + p * PANEL;
+        switch (panel_width(n, sizeof(Number) == 2) / LANES) {
+            case 1:
+                if constexpr (sizeof(Number) == 4)
+                    panel_product<1>(x, rows, inputs, panel, to, outputs, n, add);
+                break;
+            case 2: panel_product<2>(x, rows, inputs, panel, to, outputs, n, add); break;
+            case 3:
+                if constexpr (sizeof(Number) == 4)
+                    panel_product<3>(x, rows, inputs, panel, to, outputs, n, add);
+                break;
+            default: panel_product<4>(x, rows, inputs, panel, to, outputs, n, add);
+        }
+    }
 }
 
 static inline void few_rows(const float* x, const void* weight, bool half, float* out, int64_t rows,
@@ -129,35 +119,4 @@ static inline void few_rows(const float* x, const void* weight, bool half, float
         few_rows(x, (const uint16_t*)weight, out, rows, outputs, inputs, add);
     else
         few_rows(x, (const float*)weight, out, rows, outputs, inputs, add);
-}
-
-// Numbers that a packed weight takes.
-static inline int64_t packed_numbers(int64_t outputs, int64_t inputs, bool half) {
-    int64_t panels = (outputs - 1) / PANEL;
-    return (panels * PANEL + panel_width(outputs - panels * PANEL, half)) * inputs;
-}
-
-// Inputs k .. k + 15 of outputs o .. o + 15 of weight[N, K], by input; zeros where there are none.
-static inline void tile_of(const float* weight, int64_t outputs, int64_t inputs, int64_t o,
-                           int64_t k, Vector* rows) {
-    int64_t n = inputs - k < LANES ? inputs - k : LANES;
-    for (int64_t i = 0; i < LANES; i++) {
-        const float* row = weight + (o + i) * inputs + k;
-        rows[i] = o + i >= outputs ? all(0.0f) : n == LANES ? load(row) : load_some(row, n);
-    }
-    transpose(rows);
-}
-
-// Panel p of weight[N, K], fp32.
-static inline void pack_panel(const float* weight, float* packed, int64_t outputs, int64_t inputs,
-                              int64_t p) {
-    int64_t width = panel_width(outputs - p * PANEL, false);
-    float* to = packed + p * PANEL * inputs;
-    for (int64_t j = 0; j < width; j += LANES)
-        for (int64_t k = 0; k < inputs; k += LANES) {
-            Vector rows[LANES];
-            tile_of(weight, outputs, inputs, p * PANEL + j, k, rows);
-            for (int64_t i = 0; i < LANES && k + i < inputs; i++)
-                store(to + (k + i) * width + j, rows[i]);
-        }
 }

@@ -4,8 +4,10 @@
 
 #include "few.h"
 
+// Numbers that a packed weight takes.
 extern "C" int64_t packed_size(int64_t outputs, int64_t inputs, int64_t half) {
-    return packed_numbers(outputs, inputs, half);
+    int64_t panels = (outputs - 1) / PANEL;
+    return (panels * PANEL + panel_width(outputs - panels * PANEL, half)) * inputs;
 }
 
 // Large pages are filled faster, and found faster by whoever reads them in a row.
@@ -16,12 +18,32 @@ static void large_pages(void* memory, int64_t bytes) {
     if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
 }
 
+// Inputs k .. k + 15 of outputs o .. o + 15, by input; zeros where there are none.
+static inline void tile_of(const float* weight, int64_t outputs, int64_t inputs, int64_t o,
+                           int64_t k, Vector* rows) {
+    int64_t n = inputs - k < LANES ? inputs - k : LANES;
+    for (int64_t i = 0; i < LANES; i++) {
+        const float* row = weight + (o + i) * inputs + k;
+        rows[i] = o + i >= outputs ? all(0.0f) : n == LANES ? load(row) : load_some(row, n);
+    }
+    transpose(rows);
+}
+
 // weight[N, K] -> panels, fp32.
 extern "C" void pack_full(const float* weight, float* packed, int64_t outputs, int64_t inputs) {
     large_pages(packed, packed_size(outputs, inputs, 0) * sizeof(float));
 #pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < (outputs + PANEL - 1) / PANEL; p++)
-        pack_panel(weight, packed, outputs, inputs, p);
+    for (int64_t p = 0; p < (outputs + PANEL - 1) / PANEL; p++) {
+        int64_t width = panel_width(outputs - p * PANEL, false);
+        float* to = packed + p * PANEL * inputs;
+        for (int64_t j = 0; j < width; j += LANES)
+            for (int64_t k = 0; k < inputs; k += LANES) {
+                Vector rows[LANES];
+                tile_of(weight, outputs, inputs, p * PANEL + j, k, rows);
+                for (int64_t i = 0; i < LANES && k + i < inputs; i++)
+                    store(to + (k + i) * width + j, rows[i]);
+            }
+    }
 }
 
 // Whether all are numbers of bf16.
