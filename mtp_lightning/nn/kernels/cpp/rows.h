@@ -50,7 +50,10 @@ static void rows_product(const float* const* x, const float* panel, float* const
     for (int r = 0; r < R; r++) {
         row[r] = x[r];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[r][v] = all(0.0f);
+        for (int v = 0; v < V; v++) {
+            sum[r][v] = all(0.0f);
+            __builtin_prefetch(out[r] + at + v * LANES, 1);
+        }
     }
     for (int64_t k = 0; k < inputs; k++, panel += V * LANES) {
         Vector right[V];
