@@ -83,6 +83,7 @@ static void sum_of_products(const float* const* left, int64_t up, const float* c
         for (int v = 0; v < V; v++) sum[r][v] = add ? load(out + r * ld + v * LANES) : all(0.0f);
     for (int64_t i = 0; i < n; i++) {
         const float *x = left[i] + up, *y = right[i] + at;
+        __builtin_prefetch(x + LANES);  // the next rows of `out` want it
         Vector wide[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) wide[v] = load(y + v * LANES);
