@@ -1,4 +1,5 @@
-// Products of tokens with the experts chosen for them, each way in one call.
+// SwiGLU layers, each way in one call: a mixture's experts on the tokens that chose them, or one
+// dense layer, which is the only expert of all tokens.
 //
 // Rows, one for every choice, are sorted by expert and taken by blocks that stay in the second
 // cache from the input to the output. A token's rows are summed in the order of its choices, and a
@@ -30,11 +31,14 @@ struct Rows {
     int64_t expert, first, count;
 };
 
-// Columns of one expert's gradient: of d_down, or of d_gate_up.
+// A tile of one expert's gradient: of d_down, or of d_gate_up.
 struct Part {
-    int64_t expert, column;
+    int64_t expert, row, column;
     bool down;
 };
+
+// Rows of a tile: enough of them, and a dense layer, too, is work for several threads.
+constexpr int64_t BAND = 32 * HIGH;
 
 // Where every row of a block lies.
 struct Places {
@@ -86,7 +90,7 @@ static void add_up(const float* rows, float* out, const Shape& s) {
     }
 }
 
-// Every row's result lies in rows_out[R, C] meanwhile.
+// Every row's result lies in rows_out[R, C] meanwhile; of one choice a token that is `out` itself.
 extern "C" void experts_forward(const Given* from, float* projected, float* rows_out, float* out,
                                 const Shape* shape) {
     const Given given = *from;
@@ -125,7 +129,7 @@ extern "C" void experts_forward(const Given* from, float* projected, float* rows
         free(inner);
     }
     free(packed);
-    add_up(rows_out, out, s);
+    if (rows_out != out) add_up(rows_out, out, s);
 }
 
 // d_projected[R, 2F] and inner[R, F], the gated inner state, of which the weights' gradients are
@@ -182,14 +186,17 @@ static void weights_backward(const Given& given, const Shape& s, const std::vect
     int64_t c = s.width, f = s.inner;
     std::vector<Part> parts;
     for (int64_t e = 0; e < s.experts; e++) {
-        for (int64_t at = 0; at < c; at += WIDE) parts.push_back({e, at, false});
-        for (int64_t at = 0; at < f; at += WIDE) parts.push_back({e, at, true});
+        for (int64_t at = 0; at < c; at += WIDE)
+            for (int64_t row = 0; row < 2 * f; row += BAND) parts.push_back({e, row, at, false});
+        for (int64_t at = 0; at < f; at += WIDE)
+            for (int64_t row = 0; row < c; row += BAND) parts.push_back({e, row, at, true});
     }
 #pragma omp parallel for schedule(dynamic)
     for (size_t i = 0; i < parts.size(); i++) {
         Part part = parts[i];
-        int64_t width = part.down ? f : c, height = part.down ? c : 2 * f;
-        float* to = (part.down ? d_down : d_gate_up) + part.expert * height * width;
+        int64_t width = part.down ? f : c, last = part.down ? c : 2 * f;
+        int64_t end = part.row + BAND < last ? part.row + BAND : last;
+        float* to = (part.down ? d_down : d_gate_up) + part.expert * last * width;
         bool add = false;
         for (const Rows& b : blocks) {
             if (b.expert != part.expert) continue;
@@ -198,17 +205,18 @@ static void weights_backward(const Given& given, const Shape& s, const std::vect
             int64_t step = part.down ? f : 2 * f;
             Places own((float*)(part.down ? inner : d_projected) + b.first * step, b.count, step);
             const Places &left = part.down ? token : own, &right = part.down ? own : token;
-            gradient_of_rows(left.row, height, right.row, part.column, b.count, to, width, add);
+            gradient_of_rows(left.row, part.row, end, right.row, part.column, b.count, to, width,
+                             add);
             add = true;
         }
         if (!add)  // an expert without tokens has a gradient, too
-            for (int64_t r = 0; r < height; r++)
+            for (int64_t r = part.row; r < end; r++)
                 memset(to + r * width + part.column, 0,
                        width_at(part.column, width) * sizeof(float));
     }
 }
 
-// Every row's part of d_x lies in rows_out[R, C] meanwhile. d_gate_up and d_down may be null.
+// Every row's part of d_x lies in rows_out[R, C] meanwhile; of one choice a token that is d_x itself. d_gate_up and d_down may be null.
 extern "C" void experts_backward(const Given* from, const float* projected, const float* grad,
                                  float* d_projected, float* inner, float* rows_out, float* d_x,
                                  float* d_gates, float* d_gate_up, float* d_down,
@@ -217,6 +225,6 @@ extern "C" void experts_backward(const Given* from, const float* projected, cons
     const Shape s = *shape;
     std::vector<Rows> blocks = blocks_of(given.starts, s.experts);
     rows_backward(given, s, blocks, projected, grad, d_projected, inner, d_gates, rows_out);
-    add_up(rows_out, d_x, s);
+    if (rows_out != d_x) add_up(rows_out, d_x, s);
     if (d_down) weights_backward(given, s, blocks, grad, d_projected, inner, d_gate_up, d_down);
 }

@@ -125,11 +125,12 @@ static void product_of_rows(const float* const* x, const float* packed, float* c
     }
 }
 
-// Columns at .. at + 64 of out[H, N] (+)= left.T right, of n rows of both.
-static void gradient_of_rows(const float* const* left, int64_t height, const float* const* right,
-                             int64_t at, int64_t n, float* out, int64_t ld, bool add) {
-    for (int64_t up = 0; up < height; up += HIGH)
-        sized(height - up, width_at(at, ld), [&](auto r, auto v) {
+// Rows from .. to of columns at .. at + 64 of out[H, N] (+)= left.T right, of n rows of both.
+static void gradient_of_rows(const float* const* left, int64_t from, int64_t to,
+                             const float* const* right, int64_t at, int64_t n, float* out,
+                             int64_t ld, bool add) {
+    for (int64_t up = from; up < to; up += HIGH)
+        sized(to - up, width_at(at, ld), [&](auto r, auto v) {
             sum_of_products<r.value, v.value>(left, up, right, at, n, out + up * ld + at, ld, add);
         });
 }
