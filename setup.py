@@ -18,8 +18,8 @@ _CPP = "mtp_lightning/nn/kernels/cpp"
 # it is loaded, and so not linked.
 _NATIVE = Extension(
     "mtp_lightning.nn.kernels._native",
-    sources=[f"{_CPP}/{name}.cpp" for name in ("attention", "layers", "narrow", "pack")],
-    depends=[f"{_CPP}/vector.h", f"{_CPP}/few.h"],
+    sources=[f"{_CPP}/{name}.cpp" for name in ("attention", "experts", "layers", "narrow", "pack")],
+    depends=[f"{_CPP}/{name}.h" for name in ("vector", "few", "rows")],
     extra_compile_args=[
         *("-std=c++17", "-O3", "-fopenmp", "-march=x86-64-v4", "-mprefer-vector-width=512"),
         *("-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-g0"),

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from benchmarks import common, train_step
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.feed_forward import FeedForward
+from mtp_lightning.nn.init import initialise
 from mtp_lightning.nn.kernels import native
 from mtp_lightning.nn.kernels.matmul import matmul_transposed, uses_onednn, weight_gradient
 from mtp_lightning.nn.kernels.rope import apply_rope
@@ -203,7 +205,19 @@ def in_cpp(trunk: TrunkConfig, batch_size: int, seq_len: int, repeats: int) -> l
         {"ours": softmax, "theirs": plain(softmax), "copy": logits.clone}, repeats=repeats, warmup=3
     )
     ours, theirs = (seconds[side] - seconds["copy"] for side in ("ours", "theirs"))
+    layer = FeedForward(trunk.d_model, trunk.d_ff)
+    initialise(layer, std=0.02, seed=0)
+    names, weights = zip(*layer.named_parameters(), strict=True)
+
+    def feed_forward(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (x,))
+
+    x = torch.randn(rows, trunk.d_model).requires_grad_()
+    whole = time_pair(
+        "feed-forward layer", feed_forward, plain(feed_forward), x, *weights, repeats=repeats
+    )
     return [
+        whole,
         pair("RMSNorm", norm, rows, trunk.d_model),
         pair("SwiGLU", swiglu, rows, 2 * trunk.d_ff),
         pair("RoPE and attention", attention, batch_size, seq_len, heads, trunk.d_head),

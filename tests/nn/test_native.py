@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.nn.kernels import native
+from mtp_lightning.nn.feed_forward import FeedForward
+from mtp_lightning.nn.kernels import native, native_swiglu
+from mtp_lightning.nn.kernels.experts import mix_experts
 from mtp_lightning.nn.kernels.rms_norm import rms_norm
 from mtp_lightning.nn.kernels.softmax import exp_, log_softmax_
 from mtp_lightning.nn.kernels.swiglu import swiglu
@@ -148,3 +150,95 @@ def test_what_is_not_for_it_goes_elsewhere(tmp_path: Path) -> None:
     assert native.load(tmp_path / "none.so") is None
     (tmp_path / "text.so").write_text("no library")
     assert native.load(tmp_path / "text.so") is None
+
+
+def exact_mixture(
+    x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """Every token through every expert, in fp64."""
+    weight = torch.zeros(len(x), len(down), dtype=x.dtype).scatter(1, chosen, gates)
+    gate, up = torch.einsum("mc,efc->emf", x, gate_up).chunk(2, dim=-1)
+    return torch.einsum("emf,ecf,me->mc", F.silu(gate) * up, down, weight)
+
+
+def mixture(tokens: int, top_k: int, n_experts: int, width: int, inner: int) -> list[Tensor]:
+    """Tokens, choices, gates and weights; the last expert of several has no token."""
+    crowd = max(n_experts - 1, 1)
+    chosen = torch.rand(tokens, crowd).topk(top_k, dim=1).indices
+    leaves = (
+        torch.randn(tokens, width),
+        torch.rand(tokens, top_k),
+        torch.randn(n_experts, 2 * inner, width) * width**-0.5,
+        torch.randn(n_experts, width, inner) * inner**-0.5,
+    )
+    x, gates, gate_up, down = (leaf.requires_grad_() for leaf in leaves)
+    return [x, chosen, gates, gate_up, down]
+
+
+# Rows that fill no tile of 6 and no block of 96, widths below and beyond a panel of 64.
+@pytest.mark.parametrize(
+    "sizes", [(32, 1, 1, 16, 16), (101, 2, 5, 32, 48), (700, 3, 4, 80, 64), (97, 1, 3, 208, 112)]
+)
+def test_experts(sizes: tuple[int, ...]) -> None:
+    x, chosen, gates, gate_up, down = mixture(*sizes)
+    found = mix_experts(x, chosen, gates, gate_up, down)
+    assert found.grad_fn is not None and "NativeExperts" in found.grad_fn.name()
+    inputs = [x, gates, gate_up, down]
+    exact = [leaf.detach().double().requires_grad_() for leaf in inputs]
+    expected = exact_mixture(exact[0], chosen, *exact[1:])
+    compare(found, expected, inputs, exact)
+    if sizes[2] > 1:
+        (d_down,) = torch.autograd.grad(mix_experts(x, chosen, gates, gate_up, down).sum(), [down])
+        assert (d_down[-1] == 0).all()
+
+
+def test_experts_equal_the_loop_over_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = mixture(300, 2, 6, 48, 32)
+    leaves, grad, results = [x for x in given if x.requires_grad], torch.randn(300, 48), []
+    for kind in ("NativeExperts", "SortedExperts"):
+        out = mix_experts(*given)
+        assert out.grad_fn is not None and kind in out.grad_fn.name()
+        results.append((out, *torch.autograd.grad(out, leaves, grad)))
+        monkeypatch.setattr(native, "library", None)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_experts_pass_the_gradient_on() -> None:
+    x, chosen, gates, gate_up, down = mixture(64, 2, 4, 32, 16)
+    weights = gate_up.detach(), down.detach()
+    wanted = torch.autograd.grad(mix_experts(x, chosen, gates, gate_up, down).sum(), [x, gates])
+    found = torch.autograd.grad(mix_experts(x, chosen, gates, *weights).sum(), [x, gates])
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize(("rows", "width", "inner"), [((4, 33), 32, 96), ((32,), 112, 16)])
+def test_dense_layer(rows: tuple[int, ...], width: int, inner: int) -> None:
+    layer, x = FeedForward(width, inner), torch.randn(*rows, width).requires_grad_()
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    found = layer(x)
+    inputs = [x, layer.gate_up.weight, layer.down.weight]
+    exact = [leaf.detach().double().requires_grad_() for leaf in inputs]
+    gate, up = (exact[0] @ exact[1].T).chunk(2, dim=-1)
+    compare(found, (F.silu(gate) * up) @ exact[2].T, inputs, exact)
+    # Few rows, and widths of no whole vectors, go elsewhere.
+    assert native_swiglu.fits(x, *inputs[1:])
+    assert not native_swiglu.fits(x.flatten(0, -2)[:31], *inputs[1:])
+    assert not native_swiglu.fits(torch.randn(64, 24), torch.randn(32, 24), torch.randn(24, 16))
+
+
+def test_experts_are_the_same_on_any_number_of_threads() -> None:
+    x, chosen, gates, gate_up, down = mixture(500, 3, 7, 64, 48)
+    layer, before, found = FeedForward(64, 208), torch.get_num_threads(), []
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            out = mix_experts(x, chosen, gates, gate_up, down) + layer(x)
+            leaves = [x, gates, gate_up, down, *layer.parameters()]
+            found.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -1,8 +1,9 @@
 """Products of tokens with the experts chosen for them.
 
 Tokens are sorted by expert, so that each expert's are one block of rows. On a GPU in bf16 one
-grouped product takes all blocks; elsewhere a loop over experts takes the fastest kernel of
-``matmul``. The few tokens of decoding are not worth sorting.
+grouped product takes all blocks, on a CPU one call of C++ where that was built; elsewhere a loop
+over experts takes the fastest kernel of ``matmul``. The few tokens of decoding are not worth
+sorting.
 
 Shapes: M tokens, K chosen experts of a token, R = M * K rows, E experts, C d_model, F d_expert.
 """
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_lightning.nn.kernels import native_swiglu
 from mtp_lightning.nn.kernels.exact import FEW, is_exact
 from mtp_lightning.nn.kernels.matmul import matmul_transposed, uses_onednn, weight_gradient
 from mtp_lightning.nn.kernels.swiglu import swiglu
@@ -42,6 +44,8 @@ def mix_experts(
             return gathered(x_MC, chosen_MK, gates_MK, gate_up, down)
         if x_MC.device.type == "cpu":
             return _one_by_one(x_MC, chosen_MK, gates_MK, gate_up, down)
+    if native_swiglu.fits(x_MC, gate_up, down):
+        return native_swiglu.mix_experts(x_MC, chosen_MK, gates_MK, gate_up, down)
     order_R = chosen_MK.flatten().argsort(stable=True)
     load_E = loads(chosen_MK, gate_up.shape[0])
     if fits_grouped(x_MC, down):

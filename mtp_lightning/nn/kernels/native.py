@@ -31,6 +31,9 @@ _FILE = Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX'
 _FUNCTIONS = {
     "attention_forward": (*[c_void_p] * 7, c_void_p),
     "attention_backward": (*[c_void_p] * 10, c_void_p),
+    "experts_sort": (*[c_void_p] * 3, c_int64, c_int64),
+    "experts_forward": (*[c_void_p] * 4, c_void_p),
+    "experts_backward": (*[c_void_p] * 10, c_void_p),
     "swiglu_forward": (*[c_void_p] * 2, c_int64, c_int64),
     "swiglu_backward": (*[c_void_p] * 3, c_int64, c_int64),
     "norm_forward": (*[c_void_p] * 4, c_int64, c_int64, c_double),

@@ -5,8 +5,6 @@
 //
 // Shapes: B batch, T positions (P padded to a multiple of 16), N heads, M key-value heads, H head
 // size of queries and keys, D of values, both multiples of 16.
-#include <cstdlib>
-
 #include "vector.h"
 
 struct Shape {
@@ -28,10 +26,6 @@ static inline int64_t block_width(int64_t block, int64_t length) {
 extern "C" int64_t attention_kept(int64_t length) {
     int64_t last = (padded(length) - 1) / BLOCK;
     return block_start(last) + (padded(length) - last * BLOCK) * block_width(last, length);
-}
-
-static float* scratch(int64_t numbers) {
-    return (float*)aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64);
 }
 
 // One head turned by its angle (back: the other way) and multiplied by scale. cos = NULL: unturned.

@@ -5,8 +5,6 @@
 // not depend on the number of threads.
 #include "vector.h"
 
-static inline Vector sigmoid(Vector x) { return all(1.0f) / (all(1.0f) + exp_of(-x)); }
-
 // out = silu(gate) * up; the halves of a row of 2 F.
 extern "C" void swiglu_forward(const float* gate_up, float* out, int64_t rows, int64_t width) {
 #pragma omp parallel for schedule(static)

@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 constexpr int64_t LANES = 16;
@@ -130,6 +131,13 @@ static inline Vector exp_of(Vector x) {
     p = p * r * r + r + all(1.0f);
     Whole exponent = ((Whole)shifted) << 23;  // the whole number lies in the lowest bits
     return (Vector)((Whole)p + exponent);
+}
+
+static inline Vector sigmoid(Vector x) { return all(1.0f) / (all(1.0f) + exp_of(-x)); }
+
+// Memory for a call, to be freed in it.
+static inline float* scratch(int64_t numbers) {
+    return (float*)aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64);
 }
 
 // c[R, 16 V] (+)= a[R, k] b[k, 16 V]; a's element (i, j) lies at i * rows + j * columns.

@@ -1,0 +1,230 @@
+// SwiGLU layers, each way in one call: a mixture's experts on the tokens that chose them, or one
+// dense layer, which is the only expert of all tokens.
+//
+// Rows, one for every choice, are sorted by expert and taken by blocks that stay in the second
+// cache from the input to the output. A token's rows are summed in the order of its choices, and a
+// weight's gradient in the order of the tokens, so that no sum depends on the number of threads.
+//
+// Shapes: M tokens, K choices of a token, R = M K rows, E experts, C width, F inner width, both
+// multiples of 16.
+#include <vector>
+
+#include "rows.h"
+
+namespace {
+
+struct Shape {
+    int64_t tokens, choices, experts, width, inner;
+};
+
+// What both ways read.
+struct Given {
+    const float *x, *gates, *gate_up, *down;  // [M, C], [M, K], [E, 2F, C], [E, C, F]
+    const int64_t *starts, *order;            // [E + 1]; [R], the choice that is a row's
+};
+
+// Of so many rows 64 columns fit into the first cache.
+constexpr int64_t MOST = 96;
+
+// Rows of one expert.
+struct Rows {
+    int64_t expert, first, count;
+};
+
+// A tile of one expert's gradient: of d_down, or of d_gate_up.
+struct Part {
+    int64_t expert, row, column;
+    bool down;
+};
+
+// Rows of a tile: enough of them, and a dense layer, too, is work for several threads.
+constexpr int64_t BAND = 32 * HIGH;
+
+// Where every row of a block lies.
+struct Places {
+    float* row[MOST];
+
+    // One after another.
+    Places(float* from, int64_t n, int64_t step) {
+        for (int64_t i = 0; i < n; i++) row[i] = from + i * step;
+    }
+
+    // At its choice, or, of several choices a token, at its token.
+    Places(float* from, const int64_t* order, int64_t n, int64_t step, int64_t choices = 1) {
+        for (int64_t i = 0; i < n; i++) row[i] = from + order[i] / choices * step;
+    }
+};
+
+}  // namespace
+
+static std::vector<Rows> blocks_of(const int64_t* starts, int64_t experts) {
+    std::vector<Rows> blocks;
+    for (int64_t e = 0; e < experts; e++)
+        for (int64_t first = starts[e]; first < starts[e + 1]; first += MOST) {
+            int64_t left = starts[e + 1] - first;
+            blocks.push_back({e, first, left < MOST ? left : MOST});
+        }
+    return blocks;
+}
+
+// Every expert's rows, in the order of the tokens: starts[E + 1] and order[R].
+extern "C" void experts_sort(const int64_t* chosen, int64_t* starts, int64_t* order, int64_t rows,
+                             int64_t experts) {
+    std::vector<int64_t> next(experts + 1, 0);
+    for (int64_t i = 0; i < rows; i++) next[chosen[i] + 1]++;
+    for (int64_t e = 0; e < experts; e++) next[e + 1] += next[e];
+    memcpy(starts, next.data(), (experts + 1) * sizeof(int64_t));
+    for (int64_t i = 0; i < rows; i++) order[next[chosen[i]]++] = i;
+}
+
+// out[M, C] = the sum of every token's rows.
+static void add_up(const float* rows, float* out, const Shape& s) {
+#pragma omp parallel for schedule(static)
+    for (int64_t m = 0; m < s.tokens; m++) {
+        const float* from = rows + m * s.choices * s.width;
+        for (int64_t at = 0; at < s.width; at += LANES) {
+            Vector sum = load(from + at);
+            for (int64_t j = 1; j < s.choices; j++) sum += load(from + j * s.width + at);
+            store(out + m * s.width + at, sum);
+        }
+    }
+}
+
+// Every row's result lies in rows_out[R, C] meanwhile; of one choice a token that is `out` itself.
+extern "C" void experts_forward(const Given* from, float* projected, float* rows_out, float* out,
+                                const Shape* shape) {
+    const Given given = *from;
+    const Shape s = *shape;
+    int64_t c = s.width, f = s.inner, size = 3 * f * c;
+    float* packed = scratch(s.experts * size);
+    std::vector<Rows> blocks = blocks_of(given.starts, s.experts);
+#pragma omp parallel
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t e = 0; e < s.experts; e++) {
+            pack_panels(given.gate_up + e * 2 * f * c, packed + e * size, 2 * f, c);
+            pack_panels(given.down + e * c * f, packed + e * size + 2 * f * c, c, f);
+        }
+        float* inner = scratch(MOST * f);
+        Places inners(inner, MOST, f);
+#pragma omp for schedule(dynamic)
+        for (size_t i = 0; i < blocks.size(); i++) {
+            Rows b = blocks[i];
+            const float* weights = packed + b.expert * size;
+            const int64_t* order = given.order + b.first;
+            Places x((float*)given.x, order, b.count, c, s.choices);
+            Places gate_up(projected + b.first * 2 * f, b.count, 2 * f);
+            Places y(rows_out, order, b.count, c);
+            product_of_rows(x.row, weights, gate_up.row, b.count, 2 * f, c);
+            for (int64_t r = 0; r < b.count; r++) {
+                const float *gate = gate_up.row[r], *up = gate + f;
+                Vector share = all(given.gates[order[r]]);
+                for (int64_t at = 0; at < f; at += LANES) {
+                    Vector g = load(gate + at);
+                    store(inner + r * f + at, g * sigmoid(g) * load(up + at) * share);
+                }
+            }
+            product_of_rows(inners.row, weights + 2 * f * c, y.row, b.count, c, f);
+        }
+        free(inner);
+    }
+    free(packed);
+    if (rows_out != out) add_up(rows_out, out, s);
+}
+
+// d_projected[R, 2F] and inner[R, F], the gated inner state, of which the weights' gradients are
+// made; the gates' gradients; and every row's part of the input's, rows_out[R, C].
+static void rows_backward(const Given& given, const Shape& s, const std::vector<Rows>& blocks,
+                          const float* projected, const float* grad, float* d_projected,
+                          float* inner, float* d_gates, float* rows_out) {
+    int64_t c = s.width, f = s.inner, size = 3 * f * c;
+    float* packed = scratch(s.experts * size);
+#pragma omp parallel
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t e = 0; e < s.experts; e++) {
+            pack_turned(given.gate_up + e * 2 * f * c, packed + e * size, c, 2 * f);
+            pack_turned(given.down + e * c * f, packed + e * size + 2 * f * c, f, c);
+        }
+        float* d_inner = scratch(MOST * f);
+        Places d_inners(d_inner, MOST, f);
+#pragma omp for schedule(dynamic)
+        for (size_t i = 0; i < blocks.size(); i++) {
+            Rows b = blocks[i];
+            const float* weights = packed + b.expert * size;
+            const int64_t* order = given.order + b.first;
+            Places d_y((float*)grad, order, b.count, c, s.choices);
+            Places d_gate_up(d_projected + b.first * 2 * f, b.count, 2 * f);
+            Places d_x(rows_out, order, b.count, c);
+            product_of_rows(d_y.row, weights + 2 * f * c, d_inners.row, b.count, f, c);
+            for (int64_t r = 0; r < b.count; r++) {
+                int64_t row = b.first + r;
+                const float *gate = projected + row * 2 * f, *up = gate + f;
+                float* d_gate = d_gate_up.row[r];
+                Vector share = all(given.gates[order[r]]), total = all(0.0f);
+                for (int64_t at = 0; at < f; at += LANES) {
+                    Vector g = load(gate + at), u = load(up + at), s = sigmoid(g), silu = g * s;
+                    Vector d = load(d_inner + r * f + at);
+                    total += d * silu * u;
+                    store(inner + row * f + at, silu * u * share);
+                    d *= share;
+                    store(d_gate + f + at, d * silu);
+                    store(d_gate + at, d * u * s * (all(1.0f) + g * (all(1.0f) - s)));
+                }
+                d_gates[order[r]] = sum_of(total);
+            }
+            product_of_rows(d_gate_up.row, weights, d_x.row, b.count, c, 2 * f);
+        }
+        free(d_inner);
+    }
+    free(packed);
+}
+
+static void weights_backward(const Given& given, const Shape& s, const std::vector<Rows>& blocks,
+                             const float* grad, const float* d_projected, const float* inner,
+                             float* d_gate_up, float* d_down) {
+    int64_t c = s.width, f = s.inner;
+    std::vector<Part> parts;
+    for (int64_t e = 0; e < s.experts; e++) {
+        for (int64_t at = 0; at < c; at += WIDE)
+            for (int64_t row = 0; row < 2 * f; row += BAND) parts.push_back({e, row, at, false});
+        for (int64_t at = 0; at < f; at += WIDE)
+            for (int64_t row = 0; row < c; row += BAND) parts.push_back({e, row, at, true});
+    }
+#pragma omp parallel for schedule(dynamic)
+    for (size_t i = 0; i < parts.size(); i++) {
+        Part part = parts[i];
+        int64_t width = part.down ? f : c, last = part.down ? c : 2 * f;
+        int64_t end = part.row + BAND < last ? part.row + BAND : last;
+        float* to = (part.down ? d_down : d_gate_up) + part.expert * last * width;
+        bool add = false;
+        for (const Rows& b : blocks) {
+            if (b.expert != part.expert) continue;
+            const int64_t* order = given.order + b.first;
+            Places token((float*)(part.down ? grad : given.x), order, b.count, c, s.choices);
+            int64_t step = part.down ? f : 2 * f;
+            Places own((float*)(part.down ? inner : d_projected) + b.first * step, b.count, step);
+            const Places &left = part.down ? token : own, &right = part.down ? own : token;
+            gradient_of_rows(left.row, part.row, end, right.row, part.column, b.count, to, width,
+                             add);
+            add = true;
+        }
+        if (!add)  // an expert without tokens has a gradient, too
+            for (int64_t r = part.row; r < end; r++)
+                memset(to + r * width + part.column, 0,
+                       width_at(part.column, width) * sizeof(float));
+    }
+}
+
+// Every row's part of d_x lies in rows_out[R, C] meanwhile; of one choice a token that is d_x itself. d_gate_up and d_down may be null.
+extern "C" void experts_backward(const Given* from, const float* projected, const float* grad,
+                                 float* d_projected, float* inner, float* rows_out, float* d_x,
+                                 float* d_gates, float* d_gate_up, float* d_down,
+                                 const Shape* shape) {
+    const Given given = *from;
+    const Shape s = *shape;
+    std::vector<Rows> blocks = blocks_of(given.starts, s.experts);
+    rows_backward(given, s, blocks, projected, grad, d_projected, inner, d_gates, rows_out);
+    if (rows_out != d_x) add_up(rows_out, d_x, s);
+    if (d_down) weights_backward(given, s, blocks, grad, d_projected, inner, d_gate_up, d_down);
+}

@@ -1,0 +1,110 @@
+"""Whole SwiGLU layers, each way in one call of C++ (``cpp/experts.cpp``): a mixture's experts, or
+one dense layer. Its plain twins are ``experts._SortedExperts`` and the layer's two matrices.
+
+Products of narrow layers are as fast as those of wide ones there, which oneDNN's are not, and the
+rows of an expert's tokens are read where they lie.
+
+Shapes: M tokens, K chosen experts of a token, R = M * K rows, E experts, C d_model, F d_expert.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.nn.kernels import native
+from mtp_lightning.nn.kernels.exact import is_exact
+
+# Below so many tokens packing the weights costs more than it brings.
+_MIN_TOKENS = 32
+
+
+def fits(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    """Whether the C++ kernel takes these: fp32 on a CPU, widths of whole vectors of 16, many rows.
+
+    Args:
+        x: [..., C].
+        gate_up: [2F, C], of experts [E, 2F, C].
+        down: [C, F], [E, C, F].
+    """
+    return (
+        native.fits(x, gate_up, down)
+        and down.shape[-2] % 16 == down.shape[-1] % 16 == 0
+        and gate_up.is_contiguous()
+        and down.is_contiguous()
+        and x.numel() >= _MIN_TOKENS * x.shape[-1]
+        and not is_exact()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def mix_experts(
+    x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """What :func:`~mtp_lightning.nn.kernels.experts.mix_experts` gives."""
+    return _NativeExperts.apply(x_MC, gates_MK, gate_up, down, chosen_MK)
+
+
+def feed_forward(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """``down(silu(gate) * up)`` with ``gate, up`` the halves of ``gate_up(x)``: [..., C]."""
+    x_MC = x.reshape(-1, x.shape[-1])
+    chosen_M1 = torch.zeros(x_MC.shape[0], 1, dtype=torch.int64)
+    gates_M1 = x_MC.new_ones(x_MC.shape[0], 1)
+    weights = gate_up.unsqueeze(0), down.unsqueeze(0)
+    return _NativeExperts.apply(x_MC, gates_M1, *weights, chosen_M1).view(x.shape)
+
+
+class _NativeExperts(torch.autograd.Function):
+    """Keeps its input and what lies before the gate; all else is made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_MC: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor, chosen_MK: Tensor
+    ) -> Tensor:
+        x_MC, gates_MK, chosen_MK = (x.contiguous() for x in (x_MC, gates_MK, chosen_MK))
+        n_experts, rows = down.shape[0], chosen_MK.numel()
+        starts_E1, order_R = chosen_MK.new_empty(n_experts + 1), chosen_MK.new_empty(rows)
+        native.lib().experts_sort(*_pointers(chosen_MK, starts_E1, order_R), rows, n_experts)
+        given = (x_MC, gates_MK, gate_up, down, starts_E1, order_R)
+        projected = x_MC.new_empty(rows, gate_up.shape[1])
+        out = torch.empty_like(x_MC)
+        results = (projected, _rows_of(out, rows), out)
+        native.lib().experts_forward(_table(given), *_pointers(*results), _shape(*given))
+        ctx.save_for_backward(*given, projected)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *given, projected = ctx.saved_tensors
+        x_MC, gates_MK, gate_up, down = given[:4]
+        rows = projected.shape[0]
+        d_x, d_gates = torch.empty_like(x_MC), torch.empty_like(gates_MK)
+        d_weights = [
+            torch.empty_like(weight) if ctx.needs_input_grad[2] else None
+            for weight in (gate_up, down)
+        ]
+        inner = x_MC.new_empty(rows, down.shape[2])
+        scratch = (torch.empty_like(projected), inner, _rows_of(d_x, rows))
+        used = (projected, grads[0].contiguous(), *scratch, d_x, d_gates, *d_weights)
+        native.lib().experts_backward(_table(given), *_pointers(*used), _shape(*given))
+        return d_x, d_gates, *d_weights, None
+
+
+def _rows_of(sum_MC: Tensor, rows: int) -> Tensor:
+    """Where the rows lie that ``sum_MC`` is the sum of; one row is its own sum."""
+    return sum_MC if len(sum_MC) == rows else sum_MC.new_empty(rows, sum_MC.shape[1])
+
+
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    return [None if x is None else x.data_ptr() for x in tensors]
+
+
+def _table(tensors: Any) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*_pointers(*tensors))
+
+
+def _shape(x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, *places: Tensor) -> Any:
+    return (ctypes.c_int64 * 5)(*gates.shape, *down.shape)
