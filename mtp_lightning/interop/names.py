@@ -4,7 +4,8 @@ One rule serves both directions. A tensor here is one or several tensors there, 
 other: rows of query, key and value; of gate and up; of one expert after another. What stands inside
 of an attention or feed-forward layer its config knows (``hf_places``).
 
-The layouts are Llama's (Qwen2's and Qwen3's too, with biases or norms on heads) and DeepSeek-V3's.
+The layouts are Llama's (Qwen2's and Qwen3's too, with biases or norms on heads), DeepSeek-V3's and,
+of Llama's attention with DeepSeek's experts, GLM-4.5's.
 MTP depth k is layer L + k - 1 of either, as in README_WEIGHTS of DeepSeek-V3's release: the two
 norms, the projection, the block, the output norm, and copies of embedding and head. MiMo has its
 own names for them, on a Qwen2 trunk: ``model.mtp_layers.{k - 1}``, which reads the state before the
@@ -59,7 +60,8 @@ def has_layout(config: ModelConfig) -> bool:
         return is_mimo(config)
     experts = config.trunk.feed_forward
     if isinstance(experts, ExpertsConfig) and layers[0] == "grouped_query":
-        return not experts.first_k_dense  # transformers takes the first MTP layer for the first one
+        # Of Qwen3's, transformers takes the first MTP layer for the first one.
+        return experts.scoring == "sigmoid" or not experts.first_k_dense
     return layers != ("latent", "dense")
 
 
@@ -155,6 +157,8 @@ def to_folder(
             continue  # tied: the folder's config says so
         tensor = weights[place.own]
         rows = tensor if place.stacked is None else tensor.flatten(0, 1)
+        if place.order is not None:
+            rows = rows[torch.tensor(place.order).argsort()]
         pieces = rows.split([shape[0] for _, shape in place.parts])
         for (name, shape), piece in zip(place.parts, pieces, strict=True):
             assert piece.shape == shape, name
@@ -188,6 +192,8 @@ def from_folder(
             continue
         parts = [tensors.pop(name).float() for name, _ in place.parts]
         rows = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if place.order is not None:
+            rows = rows[torch.tensor(place.order)]
         stacked = place.stacked
         weights[place.own] = rows if stacked is None else rows.unflatten(0, (stacked, -1))
     return weights
