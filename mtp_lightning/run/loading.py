@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from mtp_lightning.settings import require_whole
 
 if TYPE_CHECKING:
     from data_modules.tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
 
 # More depths than any window has tokens are nobody's.
 _FREE_DEPTHS = 4096
@@ -228,7 +231,7 @@ def load_weights(
 
     Args:
         model: of the same names and shapes.
-        weights: by the model's names.
+        weights: by the model's names; where the model holds bf16, they are rounded, which is said.
         source: for messages.
 
     Raises:
@@ -246,12 +249,21 @@ def load_weights(
         shown = "; ".join(sorted(problems)[:8]) + ("; ..." if len(problems) > 8 else "")
         raise UserError(f"The weights in {source} do not fit the model: {shown}.")
     tied = {"head.weight"} if model.config.trunk.tie_embeddings else set()
+    rounded = 0
     for name in [name for name in own if name not in tied]:
-        found = weights[name]
-        if isinstance(found, Stored):
-            found.copy_to(own[name])
-        else:
-            own[name].copy_(found)
+        found, target = weights[name], own[name]
+        if isinstance(found, Stored) and target.dtype != torch.bfloat16:
+            found.copy_to(target)
+            continue
+        numbers = found.tensor() if isinstance(found, Stored) else found
+        target.copy_(numbers)
+        rounded += target.dtype == torch.bfloat16 and not torch.equal(target.float(), numbers)
+    if rounded:
+        log.warning(
+            "%d matrices of %s are rounded to bf16: the model is what the rounded numbers say.",
+            rounded,
+            source,
+        )
 
 
 def describe_interrupt(folder: Path) -> str:
