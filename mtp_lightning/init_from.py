@@ -7,7 +7,7 @@ hold begins fresh, one that the model does not have is dropped, and both are sai
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.run.config import describe_differences
 from mtp_lightning.run.loading import (
+    Stored,
     load_weights,
     model_config,
     model_weights,
@@ -35,7 +36,7 @@ class Start:
     Attributes:
         path: the checkpoint's file, or the folder.
         config: of the model in it.
-        weights: by the model's own names.
+        weights: by the model's own names; a folder's are unread.
         tokenizer_state: plain data; None of a folder without a tokenizer.
         brings_trunk: whether it is a folder of Hugging Face's layout, or a run that began with
             one: its trunk then takes the place of the config's.
@@ -43,7 +44,7 @@ class Start:
 
     path: Path
     config: ModelConfig
-    weights: dict[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor | Stored]
     tokenizer_state: dict[str, Any] | None
     brings_trunk: bool = False
 
@@ -84,7 +85,7 @@ def read_start(path: str | Path, *, allow: Collection[str] = ()) -> Start:
         return Start(
             path=folder.path,
             config=folder.config,
-            weights=folder.weights,
+            weights=folder.stored,
             tokenizer_state=folder.tokenizer_state,
             brings_trunk=True,
         )
@@ -123,7 +124,9 @@ def start_from(model: MTPModel, start: Start, windows: WindowBatch | None = None
     same_stack = old.mtp.variant == wanted.mtp.variant
     if same_stack:
         _check_meaning(start.path, old, wanted)
-    stored = {name: t for name, t in start.weights.items() if not name.startswith("mtp.")}
+    stored: dict[str, torch.Tensor | Stored] = {
+        name: t for name, t in start.weights.items() if not name.startswith("mtp.")
+    }
     own = model.state_dict()
     old_modules = _modules(start.weights)
     own_modules = _modules(own)
@@ -181,6 +184,6 @@ def _module(name: str) -> str | None:
     return ".".join(name.split(".")[:3]) if name.startswith("mtp.") else None
 
 
-def _modules(weights: dict[str, Any]) -> list[str]:
+def _modules(weights: Iterable[str]) -> list[str]:
     found = [_module(name) for name in weights]
     return list(dict.fromkeys(name for name in found if name is not None))

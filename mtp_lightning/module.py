@@ -22,6 +22,7 @@ from mtp_lightning.metrics.summary_rates import rates_of
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.kinds import SideBySide
 from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.half import hold_in_bf16
 from mtp_lightning.nn.init import drawn_anew
 from mtp_lightning.nn.kernels import native
 from mtp_lightning.nn.moe import routers_of
@@ -47,6 +48,7 @@ class MTPModule(pl.LightningModule):
         objective: what the MTP depths are trained on; None is cross-entropy.
         seed: of the initial weights, and of random choices in training.
         deferred: draw the weights when the model is sharded, each process its part alone.
+        half: hold the matrices of the trunk, which is frozen, in bf16.
         accumulate: micro-batches an optimizer step of one rank is split into.
         clip_norm: bound on the gradient's global norm; None for no bound.
         text_bytes: evaluated bytes of every document of the evaluation text, for bits per byte.
@@ -63,6 +65,7 @@ class MTPModule(pl.LightningModule):
         objective: Objective | None = None,
         seed: int,
         deferred: bool = False,
+        half: bool = False,
         accumulate: int = 1,
         clip_norm: float | None = 1.0,
         text_bytes: Sequence[int] | None = None,
@@ -77,6 +80,8 @@ class MTPModule(pl.LightningModule):
         self._deferred = deferred and drawn_anew(model)
         self.seed = seed
         self.model = MTPModel(model_config) if deferred and not self._deferred else model
+        if half:
+            hold_in_bf16(self.model.trunk)
         if not self._deferred:
             self.model.initialise(seed)
         self.schedule = schedule

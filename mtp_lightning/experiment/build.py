@@ -20,7 +20,7 @@ from mtp_lightning.callbacks.precision_plugin import TokenDoublePrecision
 from mtp_lightning.callbacks.termination import stop_together
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.command_line import overridden
-from mtp_lightning.experiment.device import settle_device
+from mtp_lightning.experiment.device import MIXED, holds_in_bf16, settle_device
 from mtp_lightning.experiment.instantiate import instantiate, targets, trusted_packages
 from mtp_lightning.experiment.run_loggers import build_loggers
 from mtp_lightning.experiment.self_generated import SelfGenerated
@@ -39,7 +39,7 @@ from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.schedule.base import LambdaSchedule
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.optim.base import OptimizerConfig
-from mtp_lightning.settings import require, require_whole
+from mtp_lightning.settings import require, require_choice, require_whole
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
@@ -58,7 +58,7 @@ _OWN_TRAINER_KEYS = (
 _LONG = ("tokenizer_json", "beside")
 # What mtp.init=last_block looks at: a pass of the trunk over more would take longer than it gains.
 BEGINNING_TOKENS = 8192
-_PRECISIONS = ("auto", "32-true", "bf16-mixed", "64-true")
+_PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "64-true")
 
 
 def build_data(
@@ -236,6 +236,7 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
         objective=objective,
         seed=cfg.seed,
         deferred=cfg.trainer.strategy == "fsdp" and cfg.init_from is None,
+        half=holds_in_bf16(cfg.trainer, frozen=not model_config.mtp.trains_trunk),
         accumulate=cfg.trainer.accumulate_grad_batches,
         clip_norm=cfg.trainer.gradient_clip_val,
         text_bytes=data.evaluated_bytes,
@@ -350,7 +351,7 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
     settings: dict[str, Any] = OmegaConf.to_container(trainer_cfg, resolve=True)  # type: ignore
     for key in _OWN_TRAINER_KEYS:
         settings.pop(key)
-    _check_choice("precision", settings["precision"], _PRECISIONS)
+    require_choice("trainer.precision", settings["precision"], _PRECISIONS)
     for key in ("max_steps", "val_check_interval", "log_every_n_steps", "num_nodes"):
         require_whole(f"trainer.{key}", settings[key], least=1)
     found = settings["deterministic"]
@@ -358,6 +359,8 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
     require(known, "trainer.deterministic", found, "true, false or warn")
     settings["strategy"] = choose_strategy(trainer_cfg, may_skip=may_skip)
     plugins: list[Any] = [AtomicCheckpointIO()]
+    if settings["precision"] in MIXED:
+        settings["precision"] = MIXED[0]
     if settings["precision"] == "64-true":
         plugins.append(TokenDoublePrecision())
         settings["precision"] = None
@@ -391,9 +394,3 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
             "and set data.eval_bytes."
         )
     return trainer
-
-
-def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        known = ", ".join(choices)
-        raise UserError(f"trainer.{key}={value} is not supported: choose one of {known}.")

@@ -8,10 +8,13 @@ import shutil
 import torch
 from omegaconf import DictConfig
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.runtime import pick_accelerator
 from mtp_lightning.settings import require
 
 AUTO = "auto"
+# Precisions whose products are of bf16, under autocast.
+MIXED = ("bf16-mixed", "bf16-true")
 
 
 def settle_device(cfg: DictConfig) -> DictConfig:
@@ -37,6 +40,32 @@ def settle_device(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
+def holds_in_bf16(trainer: DictConfig, *, frozen: bool) -> bool:
+    """Whether the matrices of the trunk are held in bf16.
+
+    Args:
+        trainer: the group of the config.
+        frozen: whether the trunk stays as it is.
+
+    Raises:
+        UserError: ``trainer.precision=bf16-true`` of a trunk that is trained, or in parts.
+    """
+    if trainer.precision != "bf16-true":
+        return False
+    if not frozen:
+        raise UserError(
+            "trainer.precision=bf16-true holds a frozen trunk in bf16, and this run trains its "
+            "trunk, whose steps would be lost in rounding: set mtp.freeze_trunk=true, or "
+            "trainer.precision=bf16-mixed."
+        )
+    if trainer.strategy == "fsdp":
+        raise UserError(
+            "trainer.precision=bf16-true with trainer.strategy=fsdp is not there: what is sharded "
+            "is of one dtype; set trainer.precision=bf16-mixed."
+        )
+    return True
+
+
 def has_compiler() -> bool:
     """Whether the C compiler is there that torch.compile calls to start its GPU kernels."""
     return any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang"))
@@ -45,5 +74,5 @@ def has_compiler() -> bool:
 def use_tensor_cores(cfg: DictConfig) -> None:
     """Let a mixed-precision run on a GPU round to TF32 what it multiplies in fp32: the routers'
     affinities, the head at validations. With ``trainer.precision=32-true``, fp32 is fp32."""
-    if cfg.trainer.accelerator == "cuda" and cfg.trainer.precision == "bf16-mixed":
+    if cfg.trainer.accelerator == "cuda" and cfg.trainer.precision in MIXED:
         torch.set_float32_matmul_precision("high")

@@ -18,6 +18,7 @@ from mtp_lightning.decoding.measure import decoding_report
 from mtp_lightning.decoding.precision import use_precision
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.command_line import overridden
+from mtp_lightning.experiment.device import MIXED
 from mtp_lightning.experiment.instantiate import rebuild, trusted_packages
 from mtp_lightning.experiment.self_generated import SelfGenerated
 from mtp_lightning.interop.reading import open_run
@@ -129,7 +130,7 @@ def evaluate_model(
 
 def precision_of(run: LoadedRun) -> AbstractContextManager[Any]:
     """What ``trainer.precision`` puts around a validation of the run."""
-    mixed = run.config.get("trainer", {}).get("precision") == "bf16-mixed"
+    mixed = run.config.get("trainer", {}).get("precision") in MIXED
     return torch.autocast(run.model.head.weight.device.type, torch.bfloat16, enabled=mixed)
 
 

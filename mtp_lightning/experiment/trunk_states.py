@@ -19,6 +19,7 @@ from data_modules.store_builder import Progress
 from data_modules.store_module import StoreDataModule
 from data_modules.window_dataset import STATES, WindowDataset
 from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.device import MIXED
 from mtp_lightning.experiment.self_generated import trunk_digest
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPStack
@@ -77,7 +78,7 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
         getattr(mtp, "branch", None), getattr(mtp, "input_norm", None),
         torch.get_num_threads(),
     )  # fmt: skip
-    mixed = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed")
+    mixed = torch.autocast(device, torch.bfloat16, enabled=precision in MIXED)
 
     def write(folder: Path) -> None:
         progress = Progress("states of the trunk", len(windows) * data.seq_len, unit="tokens")

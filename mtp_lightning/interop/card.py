@@ -13,6 +13,8 @@ from mtp_lightning.interop.writing import Contents
 from mtp_lightning.model import ModelConfig
 
 FILE = "README.md"
+# Whose MTP layers servers draft with.
+_SERVED = {"deepseek_v3": "DeepSeek-V3", "glm4_moe": "GLM-4.5"}
 
 _SUMMARY = (
     ("tokens trained on", "tokens", "{:,}"),
@@ -146,11 +148,12 @@ def _use(config: ModelConfig, contents: Contents, model_type: str) -> Iterator[s
 def _readers(depth: int, model_type: str) -> Iterator[str]:
     if not depth:
         yield f"The trunk is in {model_type}'s plain layout, which every server of it reads."
-    elif model_type == "deepseek_v3":
+    elif model_type in _SERVED:
         yield (
             "Who reads the MTP layers: transformers 5 (checked when this was written, unless "
             "the check was switched off) and mtp-lightning. vLLM and SGLang have loaders for "
-            "DeepSeek-V3's MTP layers, which is this layout; neither was tried with this folder."
+            f"{_SERVED[model_type]}'s MTP layers, which is this layout; neither was tried with "
+            "this folder."
         )
     else:
         yield (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +24,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
 }
 
 # What transformers gives DeepSeek-V3's norms on the latents, whatever rms_norm_eps says.
@@ -56,13 +58,20 @@ def trunk_type(trunk: TrunkConfig) -> str:
         return "deepseek_v3"
     if _is_qwen3_moe(trunk):
         return "qwen3_moe"
+    if _is_glm4_moe(trunk):
+        return "glm4_moe"
     if kinds != (GroupedQueryConfig, DenseConfig):
         raise UserError(
             f"model.attention={attention.variant} with model.feed_forward={feed_forward.variant} "
             "cannot be exported: no supported layout has both. Trunks of model=deepseek_*, dense "
-            "ones with grouped-query attention and those of Qwen3's mixtures can."
+            "ones with grouped-query attention and those of Qwen3's and GLM-4.5's mixtures can."
         )
     assert isinstance(attention, GroupedQueryConfig)
+    if attention.turned_size(trunk) < trunk.d_head:
+        raise UserError(
+            f"model.attention.d_rope={attention.d_rope} cannot be exported with dense layers: of "
+            "the supported layouts GLM-4.5's alone turns a part of each head."
+        )
     if attention.qk_norm and attention.qkv_bias:
         raise UserError(
             "model.attention.qk_norm=true with model.attention.qkv_bias=true cannot be exported: "
@@ -84,7 +93,16 @@ def _is_qwen3_moe(trunk: TrunkConfig) -> bool:
     if type(a) is not GroupedQueryConfig or type(e) is not ExpertsConfig:
         return False
     plain = (e.n_shared, e.n_groups, e.scaling, a.qkv_bias) == (0, 1, 1.0, False)
-    return plain and a.qk_norm and e.scoring == "softmax"
+    whole = a.turned_size(trunk) == trunk.d_head
+    return plain and whole and a.qk_norm and e.scoring == "softmax"
+
+
+def _is_glm4_moe(trunk: TrunkConfig) -> bool:
+    """DeepSeek-V3's experts, a shared one among them, behind grouped-query attention."""
+    a, e = trunk.attention, trunk.feed_forward
+    if type(a) is not GroupedQueryConfig or type(e) is not ExpertsConfig:
+        return False
+    return e.scoring == "sigmoid" and e.n_shared > 0 and e.n_routed // e.n_groups > 1
 
 
 def _check_deepseek(trunk: TrunkConfig) -> None:
@@ -158,6 +176,8 @@ def to_json(
     if kind == "deepseek_v3":
         return fields | _deepseek_fields(trunk, depth)
     fields["head_dim"] = trunk.d_head
+    if kind == "glm4_moe":
+        return fields | _glm_fields(trunk)
     fields["num_mtp_layers"] = depth
     if kind not in ("qwen2", "mimo"):
         fields["attention_bias"] = False
@@ -226,7 +246,29 @@ def _deepseek_fields(trunk: TrunkConfig, depth: int) -> dict[str, Any]:
             "moe_intermediate_size": trunk.d_ff, "first_k_dense_replace": trunk.n_layers,
             "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
         }  # fmt: skip
-    return fields | {
+    return fields | _expert_fields(e)
+
+
+def _glm_fields(trunk: TrunkConfig) -> dict[str, Any]:
+    a, e = trunk.attention, trunk.feed_forward
+    assert isinstance(a, GroupedQueryConfig) and isinstance(e, ExpertsConfig)
+    size, turned = trunk.d_head, a.turned_size(trunk)
+    share = turned / size
+    if int(size * share) < turned:  # readers round down, as transformers does
+        share = math.nextafter(share, 1.0)
+    rope = {**_rope_type(trunk), "rope_theta": trunk.rope_theta, "partial_rotary_factor": share}
+    return {
+        "attention_bias": a.qkv_bias,
+        "use_qk_norm": a.qk_norm,
+        "partial_rotary_factor": share,
+        "rope_parameters": rope,
+        "norm_topk_prob": True,
+        **_expert_fields(e),
+    }
+
+
+def _expert_fields(e: ExpertsConfig) -> dict[str, Any]:
+    return {
         "n_routed_experts": e.n_routed,
         "n_shared_experts": e.n_shared,
         "num_experts_per_tok": e.top_k,

@@ -88,6 +88,16 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
         }
         if kind == "qwen3_moe":
             shape["feed_forward"] = _mixture(fields, need, source)
+        if kind == "glm4_moe":
+            dense = _given(fields, "first_k_dense_replace", 1)
+            shape["feed_forward"] = _deepseek_experts(fields, need, dense)
+            d_head = _given(shape, "d_head", shape["d_model"] // n_heads)
+            turned = int(d_head * _turned_share(fields))  # as transformers rounds
+            shape["attention"] |= {
+                "qk_norm": bool(fields.get("use_qk_norm", False)),
+                "qkv_bias": bool(fields.get("attention_bias", False)),
+                "d_rope": None if turned == d_head else turned,
+            }
     try:
         return TrunkConfig(**shape)
     except (ValueError, TypeError) as error:
@@ -122,7 +132,14 @@ def _deepseek_shape(
     dense = _given(fields, "first_k_dense_replace", 3)
     if dense >= fields["num_hidden_layers"] and depth == 0:
         return shape
-    shape["feed_forward"] = {
+    shape["feed_forward"] = _deepseek_experts(fields, need, dense)
+    return shape
+
+
+def _deepseek_experts(
+    fields: Mapping[str, Any], need: Callable[[str], Any], dense: int
+) -> dict[str, Any]:
+    return {
         "variant": "experts",
         "n_routed": need("n_routed_experts"),
         "n_shared": need("n_shared_experts"),
@@ -133,7 +150,6 @@ def _deepseek_shape(
         "top_groups": need("topk_group"),
         "scaling": float(_given(fields, "routed_scaling_factor", 1.0)),
     }
-    return shape
 
 
 def _mixture(fields: Mapping[str, Any], need: Callable[[str], Any], source: str) -> dict[str, Any]:
@@ -178,8 +194,14 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Of them those that a kind of model has a switch for.
+_SWITCHES = {"glm4_moe": {"attention_bias", "partial_rotary_factor"}}
+
+
 def _refuse_other_maths(fields: Mapping[str, Any], kind: str, source: str) -> None:
     for name, allowed in _ONLY.items():
+        if name in _SWITCHES.get(kind, ()):
+            continue
         if name in fields and fields[name] not in allowed:
             raise UserError(
                 f"{source} has {name}={fields[name]}, which this project does not compute: "
@@ -205,10 +227,12 @@ def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any]
                 f"{source} has {name} of type {kind}, which this project does not compute: only "
                 "plain rotary positions and those of type llama3 or yarn can be imported."
             )
-        if rope.get("partial_rotary_factor") not in (None, 1.0):
+        switches = _SWITCHES.get(fields["model_type"], ())
+        turned = rope.get("partial_rotary_factor")
+        if turned not in (None, 1.0) and "partial_rotary_factor" not in switches:
             raise UserError(
-                f"{source} has {name} with a partial_rotary_factor: only heads that are turned "
-                "whole can be imported."
+                f"{source} has {name} with a partial_rotary_factor: of {fields['model_type']} "
+                "only heads that are turned whole can be imported."
             )
         theta = _given(rope, "rope_theta", theta)
         if kind == "yarn":
@@ -225,6 +249,14 @@ def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any]
                 ),
             }
     return float(10_000.0 if theta is None else theta), scaling
+
+
+def _turned_share(fields: Mapping[str, Any]) -> float:
+    """Of each head of GLM-4.5's; transformers 5 has it among the rotary parameters."""
+    rope = fields.get("rope_parameters") or {}
+    return float(
+        _given(rope, "partial_rotary_factor", _given(fields, "partial_rotary_factor", 0.5))
+    )
 
 
 def _yarn(rope: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> dict[str, Any]:

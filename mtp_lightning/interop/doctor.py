@@ -31,6 +31,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, fp8, heads
 from mtp_lightning.interop.inventory import Module, take_inventory
 from mtp_lightning.interop.names import from_folder, mtp_prefix
+from mtp_lightning.interop.parts import Held
 from mtp_lightning.interop.reading import (
     CONFIG,
     read_folder,
@@ -44,7 +45,7 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.mtp.switches import Concat, InputNorm
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.run.loading import LoadedRun, pretrained_state, require_held
+from mtp_lightning.run.loading import LoadedRun, load_weights, pretrained_state, require_held
 
 # The trunk goes on with these, and the drafts are judged on what it says.
 _BEGINNINGS = (
@@ -191,7 +192,8 @@ def _measured(
     for name in [name for name in own if _COPY.search(name) and name.startswith(first)]:
         del own[name]  # judged already, and not needed
     model = MTPModel(one)
-    model.load_state_dict(from_folder(one, own, source=str(found.folder)))
+    held = {name: Held(tensor) for name, tensor in own.items()}
+    load_weights(model, from_folder(one, held, source=str(found.folder)), source=str(found.folder))
     model.eval()
     prompts = _prompts(found.folder, model)
     texts = _texts(model, prompts, new_tokens)

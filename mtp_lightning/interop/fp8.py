@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.interop.parts import Part
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +42,25 @@ def block_size(fields: Mapping[str, Any], *, source: str) -> tuple[int, int] | N
     return int(size[0]), int(size[1])
 
 
-def dequantised(tensors: dict[str, Tensor], block: tuple[int, int], *, source: str) -> None:
-    """Replace every fp8 matrix and its scales by their product, in place, float32.
+@dataclass(frozen=True)
+class Scaled(Part):
+    """A matrix of a file times its blocks' scales."""
+
+    weight: Part
+    scale: Part
+    block: tuple[int, int]
+    dtype = torch.float32
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    def read(self) -> Tensor:
+        return scaled(self.weight.read(), self.scale.read(), self.block)
+
+
+def dequantised(tensors: dict[str, Part], block: tuple[int, int], *, source: str) -> None:
+    """Replace every fp8 matrix and its scales by their product, float32, in place.
 
     Raises:
         UserError: scales without their matrix, or of another shape.
@@ -52,22 +71,21 @@ def dequantised(tensors: dict[str, Tensor], block: tuple[int, int], *, source: s
         scale = tensors.pop(name)
         if own not in tensors:
             raise UserError(f"{name} in {source} scales {own}, which is not there.")
-        tensors[own] = scaled(tensors[own], scale, block, name=own, source=source)
+        rows, columns = tensors[own].shape
+        wanted = (-(-rows // block[0]), -(-columns // block[1]))
+        if tuple(scale.shape) != wanted:
+            raise UserError(
+                f"{name} in {source} has the shape {list(scale.shape)} where {list(wanted)} is "
+                f"needed, one a block of {block[0]} x {block[1]}."
+            )
+        tensors[own] = Scaled(tensors[own], scale, block)
     if names:
         log.warning("%s: %d matrices in fp8 are dequantised to float32.", source, len(names))
 
 
-def scaled(
-    weight: Tensor, scale: Tensor, block: tuple[int, int], *, name: str, source: str
-) -> Tensor:
-    """One matrix times its blocks' scales, float32."""
+def scaled(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """One matrix [R, C] times its blocks' scales [R / b, C / b], float32."""
     rows, columns = weight.shape
-    wanted = (-(-rows // block[0]), -(-columns // block[1]))
-    if tuple(scale.shape) != wanted:
-        raise UserError(
-            f"{name}{SCALE} in {source} has the shape {list(scale.shape)} where {list(wanted)} is "
-            f"needed, one a block of {block[0]} x {block[1]}."
-        )
     found = weight.to(torch.float32)
     by_row = scale.float().repeat_interleave(block[0], 0)[:rows]
     for start in range(0, columns, block[1]):  # no second matrix of the whole size

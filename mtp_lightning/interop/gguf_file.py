@@ -11,12 +11,17 @@ import io
 import logging
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.interop.parts import Held, Part
 from mtp_lightning.run.loading import pretrained_state
 
 log = logging.getLogger(__name__)
@@ -31,8 +36,38 @@ def is_gguf(path: str | Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The fields of a config.json, and the tensors by Hugging Face's names, float32.
+@dataclass(frozen=True)
+class Blocks(Part):
+    """A tensor of a GGUF file, dequantised when it is read.
+
+    Attributes:
+        file: the file.
+        blocks: as gguf's reader has it; its shape is the other way round.
+        process: transformers', which puts rows back that llama.cpp's converter moves.
+    """
+
+    file: Path
+    blocks: Any
+    process: Callable[..., Any]
+    dtype = torch.float32
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(int(size) for size in reversed(self.blocks.shape))
+
+    def read(self) -> Tensor:
+        from gguf.quants import dequantize
+
+        # Not by the reader's mapping, whose pages stay in memory.
+        held = self.blocks.data
+        stored = np.fromfile(self.file, held.dtype, held.size, offset=self.blocks.data_offset)
+        numbers = dequantize(stored.reshape(held.shape), self.blocks.tensor_type)
+        found = self.process(weights=numbers, name=self.blocks.name)
+        return torch.from_numpy(np.ascontiguousarray(found.weights))
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Part]]:
+    """The fields of a config.json, and the tensors by Hugging Face's names, unread.
 
     Raises:
         UserError: a damaged file, an architecture that transformers does not read from GGUF,
@@ -43,12 +78,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     fields = _parsed(path, load_gguf_checkpoint)["config"]
-    import torch
-
     with torch.device("meta"):
         config = transformers.AutoConfig.for_model(**fields)
         shape = transformers.AutoModelForCausalLM.from_config(config)
-    tensors = _parsed(path, load_gguf_checkpoint, return_tensors=True, model_to_load=shape)
     held = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     kinds = ", ".join(f"{count} of {name}" for name, count in sorted(held.items()))
     log.warning(
@@ -57,7 +89,30 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         path,
         kinds,
     )
-    return fields, tensors["tensors"]
+    parts = _parts(path, fields, reader, shape)
+    if parts is None:
+        options = {"return_tensors": True, "model_to_load": shape}
+        found = _parsed(path, load_gguf_checkpoint, **options)["tensors"]
+        parts = {name: Held(tensor) for name, tensor in found.items()}
+    return fields, parts
+
+
+def _parts(path: Path, fields: dict[str, Any], reader: Any, shape: Any) -> dict[str, Part] | None:
+    """The tensors one by one; None of an architecture whose tensors transformers puts together."""
+    from transformers import modeling_gguf_pytorch_utils as theirs
+
+    kind = theirs.TENSOR_PROCESSORS.get(
+        reader.fields["general.architecture"].contents(), theirs.TensorProcessor
+    )
+    if kind not in (theirs.TensorProcessor, theirs.LlamaTensorProcessor):
+        return None
+    processor = kind(config=fields)
+    names = _parsed(path, lambda _: theirs.get_gguf_hf_weights_map(shape, processor))
+    return {
+        names[tensor.name]: Blocks(path, tensor, processor.process)
+        for tensor in reader.tensors
+        if tensor.name in names
+    }
 
 
 def tokenizer_state(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import tensor_files
+from mtp_lightning.interop.parts import Part
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.base import MTPConfig
 
@@ -41,8 +42,8 @@ def metadata(config: ModelConfig) -> dict[str, str]:
     return {_KEY: json.dumps(config.mtp.to_dict(), sort_keys=True)}
 
 
-def read(folder: Path, *, allow: Collection[str] = ()) -> tuple[MTPConfig, dict[str, Tensor]]:
-    """The stack and its weights, float32.
+def read(folder: Path, *, allow: Collection[str] = ()) -> tuple[MTPConfig, dict[str, Part]]:
+    """The stack and its weights.
 
     Args:
         folder: with the file.
@@ -51,9 +52,9 @@ def read(folder: Path, *, allow: Collection[str] = ()) -> tuple[MTPConfig, dict[
     Raises:
         UserError: a damaged file, or a stack that this version does not know.
     """
-    found, described = tensor_files.read(folder / FILE)
+    found, described = tensor_files.parts(folder / FILE)
     try:
         config = MTPConfig.from_dict(json.loads(described.get(_KEY, "")), allow=allow)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder / FILE} does not say what its tensors are: {error}.") from error
-    return config, {name: tensor.float() for name, tensor in found.items()}
+    return config, found

@@ -4,7 +4,8 @@ One rule serves both directions. A tensor here is one or several tensors there, 
 other: rows of query, key and value; of gate and up; of one expert after another. What stands inside
 of an attention or feed-forward layer its config knows (``hf_places``).
 
-The layouts are Llama's (Qwen2's and Qwen3's too, with biases or norms on heads) and DeepSeek-V3's.
+The layouts are Llama's (Qwen2's and Qwen3's too, with biases or norms on heads), DeepSeek-V3's and,
+of Llama's attention with DeepSeek's experts, GLM-4.5's.
 MTP depth k is layer L + k - 1 of either, as in README_WEIGHTS of DeepSeek-V3's release: the two
 norms, the projection, the block, the output norm, and copies of embedding and head. MiMo has its
 own names for them, on a Qwen2 trunk: ``model.mtp_layers.{k - 1}``, which reads the state before the
@@ -14,12 +15,13 @@ final norm, and that first.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.interop.parts import Assembled, Part, equal
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig
@@ -27,6 +29,7 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import DenseConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.nn.places import Place, renamed
+from mtp_lightning.run.loading import Stored
 
 # This project's names of a module's own parts, and the layouts'.
 _DEEPSEEK = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
@@ -59,7 +62,8 @@ def has_layout(config: ModelConfig) -> bool:
         return is_mimo(config)
     experts = config.trunk.feed_forward
     if isinstance(experts, ExpertsConfig) and layers[0] == "grouped_query":
-        return not experts.first_k_dense  # transformers takes the first MTP layer for the first one
+        # Of Qwen3's, transformers takes the first MTP layer for the first one.
+        return experts.scoring == "sigmoid" or not experts.first_k_dense
     return layers != ("latent", "dense")
 
 
@@ -155,6 +159,8 @@ def to_folder(
             continue  # tied: the folder's config says so
         tensor = weights[place.own]
         rows = tensor if place.stacked is None else tensor.flatten(0, 1)
+        if place.order is not None:
+            rows = rows[torch.tensor(place.order).argsort()]
         pieces = rows.split([shape[0] for _, shape in place.parts])
         for (name, shape), piece in zip(place.parts, pieces, strict=True):
             assert piece.shape == shape, name
@@ -163,9 +169,9 @@ def to_folder(
 
 
 def from_folder(
-    config: ModelConfig, tensors: dict[str, Tensor], *, source: str
-) -> dict[str, Tensor]:
-    """This project's weights, float32, of a folder's tensors; ``tensors`` is emptied.
+    config: ModelConfig, tensors: Mapping[str, Part], *, source: str
+) -> dict[str, Stored]:
+    """This project's weights, of a folder's tensors; of them only copies are read.
 
     Raises:
         UserError: a tensor is missing, unknown, of another shape, or a copy that is none.
@@ -175,27 +181,26 @@ def from_folder(
     if problems:
         shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
         raise UserError(f"The tensors in {source} do not fit its config.json: {shown}.")
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, Stored] = {}
+    single: dict[str, Part] = {}
     for place in needed:
+        parts = tuple(tensors[name] for name, _ in place.parts if name in tensors)
         if place.copy:
-            copied = tensors.pop(place.parts[0][0], None)
-            own = weights.setdefault(place.own, weights[_EMBEDDING])  # a tied head
-            if copied is not None and not torch.equal(copied.float(), own):
+            own = single.setdefault(place.own, single[_EMBEDDING])  # a tied head
+            weights.setdefault(place.own, weights[_EMBEDDING])
+            if parts and not equal(parts[0], own):
                 raise UserError(
                     f"{place.parts[0][0]} in {source} differs from the trunk's: here every "
                     "prediction shares the trunk's embedding and head."
                 )
             continue
-        parts = [tensors.pop(name).float() for name, _ in place.parts]
-        rows = torch.cat(parts) if len(parts) > 1 else parts[0]
-        stacked = place.stacked
-        weights[place.own] = rows if stacked is None else rows.unflatten(0, (stacked, -1))
+        weights[place.own] = Assembled(place, parts)
+        if place.own in (_EMBEDDING, _HEAD):
+            single[place.own] = parts[0]
     return weights
 
 
-def _misfits(needed: Iterable[Place], tensors: dict[str, Tensor]) -> Iterator[str]:
-    for name in [name for name in tensors if _DERIVED.search(name)]:
-        del tensors[name]
+def _misfits(needed: Iterable[Place], tensors: Mapping[str, Part]) -> Iterator[str]:
     known = set()
     for place in needed:
         for name, shape in place.parts:
@@ -206,4 +211,5 @@ def _misfits(needed: Iterable[Place], tensors: dict[str, Tensor]) -> Iterator[st
             elif tensors[name].shape != shape:
                 found = list(tensors[name].shape)
                 yield f"{name} has the shape {found} where {list(shape)} is needed"
-    yield from (f"{name} is unknown" for name in tensors if name not in known)
+    unknown = [name for name in tensors if name not in known and not _DERIVED.search(name)]
+    yield from (f"{name} is unknown" for name in unknown)

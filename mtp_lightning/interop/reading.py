@@ -18,12 +18,14 @@ from torch import Tensor
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, fp8, gguf_file, heads, tensor_files
 from mtp_lightning.interop.names import from_folder, mimo_stack
+from mtp_lightning.interop.parts import Part
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.run.loading import (
     LoadedRun,
+    Stored,
     load_run,
     load_weights,
     pretrained_state,
@@ -42,13 +44,18 @@ class Folder:
         path: the folder, or a GGUF file.
         fields: the content of its config.json.
         config: the matching model.
-        weights: float32, by this project's names.
+        stored: its weights by this project's names, unread.
     """
 
     path: Path
     fields: dict[str, Any]
     config: ModelConfig
-    weights: dict[str, Tensor]
+    stored: dict[str, Stored]
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """All of :attr:`stored` in memory, float32."""
+        return {name: weight.tensor() for name, weight in self.stored.items()}
 
     @property
     def max_positions(self) -> int:
@@ -64,13 +71,16 @@ class Folder:
         return pretrained_state(self.path) if found else None
 
     def build(self) -> MTPModel:
-        """The model, in evaluation mode. Its weights are :attr:`weights` themselves: a second copy
-        of a large model would not fit beside them."""
+        """The model, in evaluation mode, filled one tensor at a time."""
         with torch.device("meta"):
             model = MTPModel(self.config)
-        if any(b.is_meta for name, b in model.named_buffers() if name not in self.weights):
+        if any(name not in self.stored for name, _ in model.named_buffers()):
             model = MTPModel(self.config)  # what is not stored must be made
-        load_weights(model, self.weights, source=str(self.path), assign=True)
+        else:
+            model.to_empty(device="cpu")
+            if self.config.trunk.tie_embeddings:
+                model.head.weight = model.trunk.embedding.weight  # type: ignore[assignment]
+        load_weights(model, self.stored, source=str(self.path))
         return model.eval()
 
 
@@ -80,7 +90,7 @@ def is_folder(path: str | Path) -> bool:
 
 
 def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
-    """Read model and weights.
+    """Read the model's description, and where its weights are.
 
     Args:
         path: the folder, or a GGUF file, which is dequantised.
@@ -99,7 +109,7 @@ def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
         described = str(path / CONFIG)
         fields = read_json(path / CONFIG)
         config_reading.require_known(fields, source=described)
-        tensors = read_tensors(path, block=fp8.block_size(fields, source=described))
+        tensors = parts_of(path, block=fp8.block_size(fields, source=described))
     depth = _mtp_layers(fields, tensors, source=str(path))
     trunk = config_reading.from_json(fields, depth=depth, source=described)
     config = ModelConfig(trunk=trunk, mtp=stack_of(fields, depth))
@@ -110,7 +120,7 @@ def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
         config = ModelConfig(trunk=trunk, mtp=mtp)
         weights |= extra
         require_held(config, weights, source=str(path))
-    return Folder(path=path, fields=fields, config=config, weights=weights)
+    return Folder(path=path, fields=fields, config=config, stored=weights)
 
 
 def open_run(
@@ -186,7 +196,12 @@ def files_of(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def read_tensors(folder: Path, *, block: tuple[int, int] | None = None) -> dict[str, Tensor]:
-    """All tensors of a folder, as they are stored.
+    """All tensors of a folder; arguments and errors as :func:`parts_of`."""
+    return {name: part.read() for name, part in parts_of(folder, block=block).items()}
+
+
+def parts_of(folder: Path, *, block: tuple[int, int] | None = None) -> dict[str, Part]:
+    """All tensors of a folder, as they are stored and unread.
 
     Args:
         folder: the folder.
@@ -196,9 +211,9 @@ def read_tensors(folder: Path, *, block: tuple[int, int] | None = None) -> dict[
         FileNotFoundError: as :func:`files_of`.
         UserError: likewise; or a damaged file, or a tensor that is quantised.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Part] = {}
     for file, promised in files_of(folder).items():
-        found, _ = tensor_files.read(file)
+        found, _ = tensor_files.parts(file)
         if promised is not None and promised != found.keys():
             name = min(promised ^ found.keys())
             where = "the index" if name in promised else "the file"
@@ -222,7 +237,7 @@ def stack_of(fields: dict[str, Any], depth: int) -> MTPConfig:
     return mimo_stack(depth) if fields["model_type"] == "mimo" else SequentialConfig(depth=depth)
 
 
-def _mtp_layers(fields: dict[str, Any], tensors: dict[str, Tensor], *, source: str) -> int:
+def _mtp_layers(fields: dict[str, Any], tensors: Collection[str], *, source: str) -> int:
     """MTP layers among the tensors: all that config.json declares, or none."""
     declared = config_reading.declared_depth(fields)
     first = fields.get("num_hidden_layers")

@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.interop.parts import Part
+
+
+class FilePart(Part):
+    """A tensor of a safetensors file. The file is mapped anew for every reading: what a mapping
+    has read stays in memory as long as it is there.
+
+    Args:
+        file: the file.
+        name: of the tensor.
+        tensor: of which shape and dtype are kept.
+    """
+
+    def __init__(self, file: Path, name: str, tensor: Tensor) -> None:
+        self.file, self.name = file, name
+        self._shape, self.dtype = tensor.shape, tensor.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._shape
+
+    def read(self) -> Tensor:
+        with _opened(self.file) as content:
+            found: Tensor = content.get_tensor(self.name)
+            return found
+
+
+def parts(file: Path) -> tuple[dict[str, Part], dict[str, str]]:
+    """The tensors of one file, unread, and its metadata; errors as :func:`read`."""
+    with _opened(file) as content:
+        names = content.keys()
+        found: dict[str, Part] = {
+            name: FilePart(file, name, content.get_tensor(name)) for name in names
+        }
+        return found, content.metadata() or {}
 
 
 def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -17,11 +55,17 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         UserError: it is damaged, or the package is missing.
         OSError: it cannot be read.
     """
+    with _opened(file) as content:
+        names = content.keys()
+        return {name: content.get_tensor(name) for name in names}, content.metadata() or {}
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     library = _library()
     try:
         with library.safe_open(file, "pt") as content:
-            names = content.keys()
-            return {name: content.get_tensor(name) for name in names}, content.metadata() or {}
+            yield content
     except library.SafetensorError as error:
         raise UserError(f"{file} is damaged or no safetensors file: {error}.") from error
 

@@ -83,7 +83,7 @@ def check_bytes(folder: Path, model: MTPModel, *, dtype: str) -> str:
     found = read_tensors(folder)
     if extra:
         wanted |= heads.tensors(weights, DTYPES[dtype])
-        found |= heads.read(folder)[1]
+        found |= {name: part.tensor() for name, part in heads.read(folder)[1].items()}
     for name in [*(wanted.keys() - found.keys()), *(found.keys() - wanted.keys())]:
         raise CheckFailed(f"{name} is {'missing' if name in wanted else 'unknown'} in {folder}.")
     for name, tensor in wanted.items():

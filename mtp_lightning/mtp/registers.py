@@ -135,13 +135,8 @@ class Registers(TrainingOnly):
         """
         config, device = self.trunk_config, tokens.cos.device
         places_T = torch.arange(seq_len, device=device)
-        cos, sin = rope_table(
-            torch.cat((places_T, places_T + d - 1)),
-            config.d_rope,
-            config.rope_theta,
-            config.rope_scaling,
-            dtype=tokens.cos.dtype,
-        )
+        places = torch.cat((places_T, places_T + d - 1))
+        cos, sin = rope_table(places, **config.rotary, dtype=tokens.cos.dtype)
         sees = tokens.mask
         if sees is None:
             sees = (places_T <= places_T.unsqueeze(1))[None, None]

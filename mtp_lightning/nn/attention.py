@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.nn.components import AttentionConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kernels.rope import turn_in_place
@@ -22,7 +23,7 @@ from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.places import Place, renamed
 from mtp_lightning.nn.rope import rope_table
-from mtp_lightning.nn.shape import TrunkShape
+from mtp_lightning.nn.shape import TrunkShape, check_whole
 from mtp_lightning.nn.static_cache import StaticCache
 from mtp_lightning.nn.tree_cache import Branches, TreeCache
 
@@ -67,9 +68,7 @@ class Positions:
             ledger: see above.
         """
         positions_T = torch.arange(seq_len, device=device)
-        cos, sin = rope_table(
-            positions_T, config.d_rope, config.rope_theta, config.rope_scaling, dtype=dtype
-        )
+        cos, sin = rope_table(positions_T, **config.rotary, dtype=dtype)
         mask = None
         if documents is not None:
             causal = positions_T.unsqueeze(0) <= positions_T.unsqueeze(1)
@@ -132,10 +131,36 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
     Attributes:
         qk_norm: RMSNorm on every query and key head before RoPE (Qwen3).
         qkv_bias: a bias on queries, keys and values, which starts at 0 (Qwen2).
+        d_rope: dimensions of a query or key head that are turned by its position, even (half of
+            them in GLM-4.5); None turns all. Pairs are (j, j + H/2) whatever it is, and the first
+            ``d_rope / 2`` of them are turned.
+
+    Raises:
+        UserError: ``d_rope`` is no even number of dimensions.
     """
 
     qk_norm: bool = False
     qkv_bias: bool = False
+    d_rope: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.d_rope is None:
+            return
+        check_whole("model.attention", self, ("d_rope",), least=2)
+        if self.d_rope % 2:
+            raise UserError(
+                f"model.attention.d_rope={self.d_rope} must be even: RoPE turns pairs of it."
+            )
+
+    def check(self, trunk: TrunkShape) -> None:
+        if self.turned_size(trunk) > trunk.d_head:
+            raise UserError(
+                f"model.attention.d_rope={self.d_rope} is more than a head has, model.d_head="
+                f"{trunk.d_head}: lower it, or leave it out to turn all."
+            )
+
+    def turned_size(self, trunk: TrunkShape) -> int:
+        return trunk.d_head if self.d_rope is None else self.d_rope
 
     def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
         return Attention(trunk, self)
@@ -154,13 +179,35 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
         heads = {"q": trunk.n_heads, "k": trunk.n_kv_heads, "v": trunk.n_kv_heads}
         rows = {f"{name}_proj": n * d_head for name, n in heads.items()}
         matrices = tuple((f"{name}.weight", (n, d_model)) for name, n in rows.items())
-        yield Place(own="qkv.weight", parts=matrices)
+        order, qkv_order = self._orders(trunk)
+        yield Place(own="qkv.weight", parts=matrices, order=qkv_order)
         if self.qkv_bias:
-            yield Place(own="qkv_bias", parts=tuple((f"{n}.bias", (w,)) for n, w in rows.items()))
+            biases = tuple((f"{n}.bias", (w,)) for n, w in rows.items())
+            yield Place(own="qkv_bias", parts=biases, order=qkv_order)
         yield renamed("out.weight", "o_proj.weight", (d_model, trunk.n_heads * d_head))
         if self.qk_norm:
-            yield renamed("query_norm.weight", "q_norm.weight", (d_head,))
-            yield renamed("key_norm.weight", "k_norm.weight", (d_head,))
+            for own, theirs in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
+                gains = ((f"{theirs}.weight", (d_head,)),)
+                yield Place(own=f"{own}.weight", parts=gains, order=order)
+
+    def _orders(self, trunk: TrunkShape) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+        """Where the dimensions of a head lie there, and those of all heads of queries, keys and
+        values; None where they lie as here.
+
+        There the pairs are (j, j + R/2) in the first R dimensions, here (j, j + H/2).
+        """
+        size, turned = trunk.d_head, self.turned_size(trunk)
+        if turned == size:
+            return None, None
+        pairs, moving = size // 2, turned // 2
+        order = tuple(
+            j + side * moving if j < moving else j + moving + side * (pairs - moving)
+            for side in (0, 1)
+            for j in range(pairs)
+        )
+        n_turned = trunk.n_heads + trunk.n_kv_heads
+        heads = [head * size + at for head in range(n_turned) for at in order]
+        return order, (*heads, *range(n_turned * size, qkv_width(trunk)))
 
 
 def qkv_width(trunk: TrunkShape) -> int:

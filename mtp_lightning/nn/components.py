@@ -141,8 +141,12 @@ class AttentionConfig(LayerConfig, family="attention"):
         return d_head
 
     def rotary_size(self, trunk: TrunkShape) -> int:
-        """The part of a head that is turned by its position, which the rotary table is made for."""
+        """The part of a head that the rotary table is made for."""
         return trunk.d_head
+
+    def turned_size(self, trunk: TrunkShape) -> int:
+        """What of it is turned by its position; the rest has angles of 0."""
+        return self.rotary_size(trunk)
 
     def cache_entry(self, trunk: TrunkShape) -> CacheEntry:
         """What decoding keeps of a token; by default keys and values of all key-value heads."""

@@ -77,8 +77,18 @@ class TrunkConfig(TrunkShape):
 
     @property
     def d_rope(self) -> int:
-        """The part of a head that is turned by its position."""
+        """The part of a head that the rotary table is made for."""
         return self.attention.rotary_size(self)
+
+    @property
+    def rotary(self) -> dict[str, Any]:
+        """What the rotary table is made of, but for the positions and the dtype."""
+        return {
+            "d_head": self.d_rope,
+            "theta": self.rope_theta,
+            "scaling": self.rope_scaling,
+            "turned": self.attention.turned_size(self),
+        }
 
     def block_params(self, layer: int | None = None) -> int:
         """All weights of one block: its layers, and the norms before them.

@@ -192,7 +192,9 @@ class LatentAttention(nn.Module):
         turn_in_place(key_rope, positions.cos, positions.sin)
         entry = torch.cat((latent_BTR.unsqueeze(2), key_rope), dim=-1)
         positions.cache.append(layer, entry)
-        up = self.kv_up.weight.view(self.n_heads, self.d_nope + self.d_value, self.kv_rank)
+        up = self.kv_up.weight.to(query_nope.dtype).view(
+            self.n_heads, self.d_nope + self.d_value, self.kv_rank
+        )
         key_up, value_up = up.split([self.d_nope, self.d_value], dim=1)
         query = torch.cat((_by_head(query_nope, key_up), query_rope), dim=-1)
         # The cache divides by the root of the entry's width; the head's own is meant.

@@ -16,6 +16,8 @@ class Place:
         parts: names and shapes there, in the order of their rows.
         stacked: the tensor here is so many matrices of one shape, whose rows lie on top of each
             other there; None if it has their number of axes.
+        order: row i here is row ``order[i]`` of all parts' rows on top of each other; None leaves
+            them.
         copy: the folder may hold it, and then it must be equal to what ``own`` has already.
         precise: stays in float32 whatever the folder's dtype.
     """
@@ -23,6 +25,7 @@ class Place:
     own: str
     parts: tuple[tuple[str, Shape], ...]
     stacked: int | None = None
+    order: tuple[int, ...] | None = None
     copy: bool = False
     precise: bool = False
 

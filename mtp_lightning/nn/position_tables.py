@@ -93,9 +93,7 @@ class PositionTables:
         self.dtype = dtype
         self.columns_S = torch.arange(self.capacity, device=device)
         self._first_columns: dict[int, Tensor] = {}
-        cos, sin = whole_head_table(
-            self.columns_S, config.d_rope, config.rope_theta, config.rope_scaling, dtype=dtype
-        )
+        cos, sin = whole_head_table(self.columns_S, **config.rotary, dtype=dtype)
         self.cos_S1H, self.sin_S1H = cos.unsqueeze(1), sin.unsqueeze(1)
         self.before = torch.zeros((), device=device, dtype=dtype)
         self.behind = torch.full_like(self.before, -math.inf)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.nn.rope_scaling import RopeScaling, YarnScaling
@@ -16,6 +17,7 @@ def rope_table(
     theta: float,
     scaling: RopeScaling | YarnScaling | None = None,
     *,
+    turned: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every angle.
@@ -23,19 +25,22 @@ def rope_table(
     Args:
         positions: whole numbers of any shape [...].
         d_head: H, even.
-        theta: base of the frequencies ``theta^(-2j/H)``.
+        theta: base of the frequencies ``theta^(-2j/R)``.
         scaling: what is done to them.
+        turned: R, dimensions that are turned, even: the first R/2 pairs. The angles of the others
+            are 0. None is H.
         dtype: of the model. A model of less than single precision is turned in that.
 
     Returns:
         Two tensors of [..., H/2], fp32 or fp64.
     """
-    half = d_head // 2
+    turned = d_head if turned is None else turned
+    half = turned // 2
     # In double precision: the angle of position 100,000 is not exact in fp32.
     exponent = torch.arange(half, dtype=torch.float64, device=positions.device) / half
     frequency = theta**-exponent
     if isinstance(scaling, YarnScaling):
-        frequency = _blend(frequency, scaling, *scaling.blend(d_head, theta))
+        frequency = _blend(frequency, scaling, *scaling.blend(turned, theta))
     elif scaling is not None:
         frequency = _stretch(frequency, scaling)
     angle = positions.to(torch.float64).unsqueeze(-1) * frequency
@@ -43,6 +48,8 @@ def rope_table(
     cos, sin = angle.cos(), angle.sin()
     if isinstance(scaling, YarnScaling):
         cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
+    at_rest = (0, (d_head - turned) // 2)
+    cos, sin = F.pad(cos, at_rest, value=1.0), F.pad(sin, at_rest)
     return cos.to(dtype), sin.to(dtype)
 
 
@@ -65,8 +72,9 @@ def whole_head_table(
     theta: float,
     scaling: RopeScaling | YarnScaling | None = None,
     *,
+    turned: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """:func:`rope_table` over whole heads, [..., H], signs included, for ``turn_in_place``."""
-    cos, sin = rope_table(positions, d_head, theta, scaling, dtype=dtype)
+    cos, sin = rope_table(positions, d_head, theta, scaling, turned=turned, dtype=dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +21,33 @@ from mtp_lightning.settings import require_whole
 if TYPE_CHECKING:
     from data_modules.tokenizers import Tokenizer
 
+log = logging.getLogger(__name__)
+
 # More depths than any window has tokens are nobody's.
 _FREE_DEPTHS = 4096
+
+
+class Stored(ABC):
+    """A weight that is still on the disk."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """Its shape here."""
+
+    @abstractmethod
+    def copy_to(self, target: torch.Tensor) -> None:
+        """Write it into memory of its shape and of any dtype."""
+
+    def numel(self) -> int:
+        """How many numbers it is."""
+        return self.shape.numel()
+
+    def tensor(self) -> torch.Tensor:
+        """In memory of its own, float32."""
+        found = torch.empty(self.shape)
+        self.copy_to(found)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +199,9 @@ def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
 
 
-def require_held(config: ModelConfig, weights: dict[str, torch.Tensor], *, source: str) -> None:
+def require_held(
+    config: ModelConfig, weights: Mapping[str, torch.Tensor | Stored], *, source: str
+) -> None:
     """Refuse a config that asks for more than the file's tensors hold, before anything is built:
     a few bytes of it could take all memory, or hours.
 
@@ -194,16 +223,16 @@ def require_held(config: ModelConfig, weights: dict[str, torch.Tensor], *, sourc
         )
 
 
+@torch.no_grad()
 def load_weights(
-    model: MTPModel, weights: dict[str, torch.Tensor], *, source: str, assign: bool = False
+    model: MTPModel, weights: Mapping[str, torch.Tensor | Stored], *, source: str
 ) -> None:
-    """Load all weights or none.
+    """Load all weights or none, one at a time.
 
     Args:
         model: of the same names and shapes.
-        weights: by the model's names.
+        weights: by the model's names; where the model holds bf16, they are rounded, which is said.
         source: for messages.
-        assign: these tensors become the model's own, rather than copied into what it has.
 
     Raises:
         UserError: names or shapes differ; the message names them.
@@ -219,9 +248,22 @@ def load_weights(
     if problems:
         shown = "; ".join(sorted(problems)[:8]) + ("; ..." if len(problems) > 8 else "")
         raise UserError(f"The weights in {source} do not fit the model: {shown}.")
-    model.load_state_dict(weights, assign=assign)
-    if assign and model.config.trunk.tie_embeddings:
-        model.head.weight = model.trunk.embedding.weight  # type: ignore[assignment]
+    tied = {"head.weight"} if model.config.trunk.tie_embeddings else set()
+    rounded = 0
+    for name in [name for name in own if name not in tied]:
+        found, target = weights[name], own[name]
+        if isinstance(found, Stored) and target.dtype != torch.bfloat16:
+            found.copy_to(target)
+            continue
+        numbers = found.tensor() if isinstance(found, Stored) else found
+        target.copy_(numbers)
+        rounded += target.dtype == torch.bfloat16 and not torch.equal(target.float(), numbers)
+    if rounded:
+        log.warning(
+            "%d matrices of %s are rounded to bf16: the model is what the rounded numbers say.",
+            rounded,
+            source,
+        )
 
 
 def describe_interrupt(folder: Path) -> str:

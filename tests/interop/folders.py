@@ -50,6 +50,15 @@ TRUNKS = {
         feed_forward=ExpertsConfig(n_routed=8, n_shared=0, top_k=2, d_expert=16,
                                    scoring="softmax", bias_rate=0.0),
     ),
+    "glm4_moe": dense(
+        attention=GroupedQueryConfig(qk_norm=True, qkv_bias=True, d_rope=8), d_head=16,
+        tie_embeddings=False,
+        feed_forward=ExpertsConfig(n_routed=8, n_shared=1, top_k=2, d_expert=16, first_k_dense=1,
+                                   scaling=2.5, n_groups=4, top_groups=2),
+    ),
+    "glm4_moe-whole-heads": dense(
+        feed_forward=ExpertsConfig(n_routed=8, n_shared=2, top_k=2, d_expert=16),
+    ),
     "deepseek": deepseek.trunk(vocab_size=ROWS, tie_embeddings=False, norm_eps=1e-5,
                                 latent={"norm_eps": 1e-6}),
     "deepseek-tied": deepseek.trunk(vocab_size=ROWS, latent={"q_rank": None}),

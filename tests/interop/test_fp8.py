@@ -39,7 +39,7 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def test_every_number_is_its_own_times_its_blocks_scale(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     weight, scale = quantise(torch.randn(shape))
-    found = scaled(weight, scale, BLOCK, name="w", source="here")
+    found = scaled(weight, scale, BLOCK)
     for i in range(shape[0]):
         for j in range(shape[1]):
             wanted = float(weight[i, j]) * float(scale[i // BLOCK[0], j // BLOCK[1]])
@@ -59,8 +59,7 @@ def write(folder: Path, change: Any = None) -> dict[str, torch.Tensor]:
     for name, tensor in list(tensors.items()):
         if name.endswith("_proj.weight") and "eh_proj" not in name:
             tensors[name], tensors[f"{name}_scale_inv"] = quantise(tensor)
-            said[name] = scaled(tensors[name], tensors[f"{name}_scale_inv"], BLOCK, name=name,
-                                source="")  # fmt: skip
+            said[name] = scaled(tensors[name], tensors[f"{name}_scale_inv"], BLOCK)
     if change is not None:
         change(tensors)
     tensor_files.write(folder / SINGLE, tensors, {"format": "pt"})

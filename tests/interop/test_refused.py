@@ -75,6 +75,16 @@ def test_other_mixtures_are_named(deepseek_folder: Path, changes: dict[str, Any]
         read_folder(deepseek_folder)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"norm_topk_prob": False}, {"hidden_act": "gelu"}, {"n_group": "gone"}]
+)
+def test_other_mixtures_of_glm_are_named(changes: dict[str, Any], tmp_path: Path) -> None:
+    folders.write(tmp_path, deepseek.build(folders.TRUNKS["glm4_moe"], depth=1))
+    change_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        read_folder(tmp_path)
+
+
 def test_sizes_that_do_not_fit_together(llama: Path) -> None:
     change_config(llama, num_key_value_heads=3)
     with pytest.raises(ValueError, match=r"config.json describes no model.*n_kv_heads=3"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from data_modules.tokenizers import PretrainedTokenizer
+from mtp_lightning.interop.config_json import to_json
+from mtp_lightning.interop.config_reading import from_json
 from mtp_lightning.interop.names import places
 from mtp_lightning.interop.reading import Folder, read_folder
 from mtp_lightning.interop.writing import write_folder
@@ -175,6 +178,17 @@ def test_the_layout_is_the_contracts(tmp_path: Path) -> None:
     assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (3, 2)
 
 
+@pytest.mark.parametrize(("d_head", "turned"), [(44, 30), (16, 16), (128, 64), (20, 2)])
+def test_the_turned_share_survives_its_rounding(d_head: int, turned: int) -> None:
+    """30 / 44 * 44 is less than 30."""
+    trunk = folders.TRUNKS["glm4_moe"]
+    trunk = replace(trunk, d_head=d_head, attention=replace(trunk.attention, d_rope=turned))
+    fields = to_json(deepseek.build(trunk).config, depth=0, max_positions=64, dtype="float32",
+                     eot_id=None)  # fmt: skip
+    back = from_json(fields, depth=0, source="x")
+    assert back.attention.turned_size(back) == turned
+
+
 @pytest.mark.parametrize("name", folders.TRUNKS)
 def test_every_weight_has_one_place(name: str) -> None:
     model = deepseek.build(folders.TRUNKS[name], depth=1)
@@ -187,13 +201,16 @@ def test_every_weight_has_one_place(name: str) -> None:
 @pytest.mark.parametrize(
     ("trunk", "message"),
     [
-        (folders.dense(feed_forward=deepseek.EXPERTS), "no supported layout has both"),
+        (folders.dense(feed_forward=replace(deepseek.EXPERTS, n_shared=0)),
+         "no supported layout has both"),
+        (folders.dense(attention=GroupedQueryConfig(d_rope=4)),
+         "model.attention.d_rope=4 cannot be exported with dense layers"),
         (folders.dense(attention=GroupedQueryConfig(qk_norm=True, qkv_bias=True)), "none both"),
         (deepseek.trunk(experts={"n_shared": 0}), "always has a shared expert"),
         (deepseek.trunk(norm_eps=1e-5), "latents with epsilon 1e-05"),
         (folders.dense(n_heads=3, n_kv_heads=1, d_head=8), "divisible"),
     ],
-)
+)  # fmt: skip
 def test_what_no_layout_computes(trunk: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         folders.write(tmp_path / "one", deepseek.build(trunk))

@@ -58,6 +58,12 @@ DEEPSEEK = {
     "v_head_dim": 6, "qk_nope_head_dim": 8, "n_group": 4, "topk_group": 2,
     "num_experts_per_tok": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.0,
 }  # fmt: skip
+# As GLM-4.5 is: biases, norms on heads, half of which is turned; GLM-4.5-Air is without the norms.
+GLM = {
+    **SIZES, "head_dim": 16, "partial_rotary_factor": 0.5, "attention_bias": True,
+    "use_qk_norm": True, "moe_intermediate_size": 16, "n_routed_experts": 8, "n_shared_experts": 1,
+    "num_experts_per_tok": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+}  # fmt: skip
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {**SIZES, **ROPE}),
     "llama-tied": ("Llama", {**SIZES, "tie_word_embeddings": True}),
@@ -106,6 +112,17 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3",
         {**DEEPSEEK, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}},
     ),
+    "glm4_moe": ("Glm4Moe", GLM),
+    "glm4_moe-air": ("Glm4Moe", {**GLM, "use_qk_norm": False, "n_group": 4, "topk_group": 2}),
+    "glm4_moe-plain": (
+        "Glm4Moe",
+        {**GLM, "attention_bias": False, "partial_rotary_factor": 1.0, "head_dim": 16},
+    ),
+    "glm4_moe-narrow": ("Glm4Moe", {**GLM, "head_dim": 20, "partial_rotary_factor": 0.4}),
+    "glm4_moe-yarn": (
+        "Glm4Moe",
+        {**GLM, "rope_parameters": {**YARN, "partial_rotary_factor": 0.5}, "head_dim": 16},
+    ),
     "deepseek-dense": ("DeepseekV3", {**DEEPSEEK, "first_k_dense_replace": 3}),
 }
 
@@ -137,7 +154,7 @@ def test_their_models_give_equal_logits_here(name: str, tmp_path: Path) -> None:
     folders.assert_equal_logits(model, theirs, rows=folders.ROWS)
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek"])
+@pytest.mark.parametrize("name", ["llama", "deepseek", "glm4_moe"])
 def test_their_shards_and_halves(name: str, tmp_path: Path) -> None:
     theirs = make(tmp_path, name, dtype=torch.bfloat16, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -148,7 +165,7 @@ def test_their_shards_and_halves(name: str, tmp_path: Path) -> None:
     assert any("logits of the trunk" in line for line in lines)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "glm4_moe"])
 def test_modules_for_their_model(name: str, tmp_path: Path) -> None:
     """Post-hoc MTP, end to end: their trunk, modules trained here, decoded here and there."""
     make(tmp_path / "theirs", name)
@@ -248,7 +265,7 @@ def test_a_lost_tensor_is_named(tmp_path: Path) -> None:
         list(check_with_transformers(tmp_path / "one", model))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "deepseek"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "deepseek", "glm4_moe"])
 def test_the_one_line_is_all_that_a_user_needs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,9 +14,10 @@ from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions,
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.rope import rope_table, whole_head_table
 from mtp_lightning.nn.rope_scaling import RopeScaling
-from tests import deepseek
+from tests import deepseek, reference
 
 BIASED = GroupedQueryConfig(qkv_bias=True)
+HALF_TURNED = GroupedQueryConfig(d_rope=4)
 SCALING = RopeScaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=1024
 )
@@ -53,7 +54,9 @@ def test_the_bias_of_the_values_reaches_the_output(tiny_trunk: TrunkConfig) -> N
     torch.testing.assert_close(attention(x_BTC, positions), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"attention": BIASED}, {"rope_scaling": SCALING}])
+@pytest.mark.parametrize(
+    "change", [{"attention": BIASED}, {"rope_scaling": SCALING}, {"attention": HALF_TURNED}]
+)
 def test_decoding_with_a_cache_knows_the_switch(tiny_trunk: TrunkConfig, change: dict) -> None:
     """Token by token, against whole windows read anew for every token."""
     model: MTPModel = deepseek.build(replace(tiny_trunk, **change), depth=2).eval()
@@ -69,6 +72,29 @@ def test_decoding_with_a_cache_knows_the_switch(tiny_trunk: TrunkConfig, change:
             hidden = model.trunk(model.trunk.embedding(padded), positions).final
             ids.append(int(model.head(hidden[0, len(ids) - 1]).argmax()))
     assert plain == drafted == ids[3:]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_part_of_each_head_is_turned(tiny_trunk: TrunkConfig, masked: bool) -> None:
+    """Against loops in double precision, and not at all like heads that are turned whole."""
+    trunk = replace(tiny_trunk, attention=HALF_TURNED, d_head=8)
+    attention = deepseek.build(trunk).trunk.blocks[0].attention
+    x_BTC = torch.randn(1, 9, trunk.d_model)
+    documents = torch.tensor([[0] * 4 + [1] * 5]) if masked else None
+    positions = Positions.of_window(trunk, 9, device=torch.device("cpu"), documents=documents)
+    found = attention(x_BTC, positions)[0].double()
+    weights = {f"a.{name}": w.double() for name, w in attention.state_dict().items()}
+    listed = documents[0].tolist() if masked else None
+    expected = reference.attention(x_BTC[0].double(), weights, "a", trunk, listed, turned=4)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    whole = reference.attention(x_BTC[0].double(), weights, "a", trunk, listed)
+    assert (found - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("d_rope", "message"), [(3, "must be even"), (10, "more than a head")])
+def test_a_part_that_is_none(tiny_trunk: TrunkConfig, d_rope: int, message: str) -> None:
+    with pytest.raises(ValueError, match=f"model.attention.d_rope={d_rope} .*{message}"):
+        replace(tiny_trunk, attention=GroupedQueryConfig(d_rope=d_rope))
 
 
 def test_stretched_frequencies() -> None:

@@ -113,6 +113,7 @@ CASES = {
     "wide heads": {"heads": 2, "kv": 1, "d_head": 48},
     "norms": {"qk_norm": True},
     "biases": {"qkv_bias": True},
+    "half turned": {"d_rope": 4},
     "one layer": {"layers": 1},
 }
 

@@ -95,6 +95,10 @@ def linear(x: Tensor, weight_NK: Tensor, packed: Packed | None = None) -> Tensor
             return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
         if is_exact() or x.dim() < 2 or x.shape[-2] <= FEW:
             return packed.linear(x)
+    if weight_NK.dtype == torch.bfloat16 != x.dtype and not torch.is_autocast_enabled(
+        x.device.type
+    ):
+        weight_NK = weight_NK.to(x.dtype)  # held so for memory alone (nn/half.py)
     if eager_cpu(x) and not torch.is_autocast_enabled("cpu"):
         x_MK = x.reshape(-1, x.shape[-1])
         if uses_onednn(x_MK, weight_NK):
@@ -110,6 +114,8 @@ def pack(weight_NK: Tensor) -> Packed | None:
     many others are computed with it. Speculative decoding rests on both. Without the layers' own
     code it is oneDNN's blocked layout, in about half of an unpacked product's time.
     """
+    if weight_NK.dtype == torch.bfloat16:
+        weight_NK = weight_NK.float()
     own = few_rows.pack(weight_NK)
     if own is not None:
         return own

@@ -1,0 +1,85 @@
+"""What an import, and a training of heads on it, take of memory: once the model, not twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import deepseek
+from tests.integration import helpers
+from tests.interop import folders
+
+pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak"),
+]
+
+MEGABYTE = 2**20
+# Each is done with a small model first, whose imports and caches are then there. The text that ends
+# a run is left out: decoding packs a copy of the weights.
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from mtp_lightning.experiment import training
+from mtp_lightning.interop.reading import read_folder
+from tests.integration import helpers
+
+what, small, large, work, more = sys.argv[1:]
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key + ":"))
+
+def train(folder):
+    settings = {
+        **dict.fromkeys([key for key in helpers.QUICK if key.startswith("model.")]),
+        "tokenizer": None, "init_from": folder, "mtp.freeze_trunk": "true", "mtp.depth": 1,
+        "trainer.max_steps": 3, "trainer.val_check_interval": 3, "data.batch_size": 1,
+        "data.eval_batch_size": 1, **json.loads(more),
+    }
+    helpers.train_here(Path(work) / Path(folder).name, Path(work) / "cache", settings)
+
+training.print_sample = lambda *args, **kwargs: None
+do = train if what == "train" else lambda folder: read_folder(folder).build()
+kept = do(small)
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+kept = do(large)
+print(json.dumps(status("VmHWM") - before))
+"""
+
+
+# What is done, the folder's dtype, settings, and what the peak may be of the weights in float32.
+CASES: dict[str, tuple[str, str, dict[str, str], float]] = {
+    "an import": ("build", "float32", {}, 1.3),
+    "an import of halves": ("build", "bfloat16", {}, 1.3),
+    "heads": ("train", "float32", {}, 1.3),
+    "heads on halves": ("train", "bfloat16", {}, 1.3),
+    "heads on a trunk in bf16": ("train", "bfloat16", {"trainer.precision": "bf16-true"}, 0.75),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_peak_is_little_more_than_the_model(case: str, tmp_path: Path) -> None:
+    what, dtype, settings, share = CASES[case]
+    large = folders.dense(d_model=1024, n_layers=8, n_heads=16, n_kv_heads=4, d_ff=2816, d_head=64)
+    for name, trunk in (("small", folders.dense()), ("large", large)):
+        model = deepseek.build(trunk)
+        folders.write(tmp_path / name, model, dtype=dtype, shard_bytes=100 * MEGABYTE)
+    weights = sum(p.numel() for p in model.parameters()) * 4 / MEGABYTE
+    assert weights > 300
+    del model
+    paths = [str(tmp_path / name) for name in ("small", "large")]
+    arguments = [what, *paths, str(tmp_path), json.dumps(settings)]
+    done = helpers.execute([sys.executable, "-c", PROGRAM, *arguments])
+    assert done.returncode == 0, done.stderr
+    peak = json.loads(done.stdout.splitlines()[-1])
+    # A module is a block and its projection; beside it lie its gradients and two moments.
+    heads = (large.block_params() + 2 * large.d_model**2) * 4 / MEGABYTE if what == "train" else 0
+    assert weights / 2 < peak < share * weights + 4 * heads, (peak, weights, heads)
+    print(f"{case}: {peak:.0f} MB for {weights:.0f} MB of weights, {heads:.0f} of heads")
