@@ -143,6 +143,48 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path, two: Path, case: s
     assert_same_run(two / case, tmp_path / "one")
 
 
+# From a trained run: its trunk alone, its trunk kept as it is, and with its modules.
+STARTED: dict[str, dict[str, Any]] = {
+    "new_modules": {"mtp": "parallel"},
+    "frozen": {"mtp": "sequential", "mtp.freeze_trunk": "true", "mtp.init": "last_block"},
+    "frozen_linear": {"mtp": "linear", "mtp.freeze_trunk": "true"},
+    "all_kept": {"mtp.depth": 1},
+}
+START = {"mtp": "none", "mtp.depth": None, "data.batch_size": 8}
+
+
+@pytest.fixture(scope="session")
+def started(once: Once, cache: Path) -> Path:
+    """A trained run, and what two processes make of it."""
+
+    def make(folder: Path) -> None:
+        train_here(folder / "none", cache, COMMON | START)
+        train_here(folder / "one_module", cache, COMMON | ALONE | {"mtp.depth": 1})
+        runs = {name: COMMON | case | TWO | start(folder, name) for name, case in STARTED.items()}
+        run_all(folder, cache, runs, processes=2)
+
+    return once("sharded-started", make)
+
+
+def start(folder: Path, case: str) -> dict[str, Any]:
+    """Where a case starts from."""
+    return {"init_from": folder / ("one_module" if case == "all_kept" else "none")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", STARTED)
+def test_two_processes_start_from_a_run_as_one_does(
+    tmp_path: Path, cache: Path, started: Path, case: str
+) -> None:
+    train_here(tmp_path / "one", cache, COMMON | STARTED[case] | ALONE | start(started, case))
+    assert_same_run(started / case, tmp_path / "one")
+    begun = weights(started / ("one_module" if case == "all_kept" else "none"))
+    trunk = {name for name in begun if name.startswith("model.trunk.")}
+    ended = weights(started / case)
+    kept = {name for name in trunk if torch.equal(ended[name], begun[name])}
+    assert kept == (trunk if case.startswith("frozen") else set())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", NEAR)
 def test_coarse_arithmetic_is_near(two: Path, case: str) -> None:
