@@ -57,7 +57,8 @@ class Pool:
     Args:
         queue: of the devices.
         display: shows what happens.
-        grace_seconds: that jobs have to save and end after Ctrl-C, before they are killed.
+        grace_seconds: that jobs have to save and end when they are asked to, before they are
+            killed.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class Pool:
     def _start(self, task: Task, devices: Devices, ended: Ended) -> None:
         self._display.started(task, str(devices))
         try:
-            self._running.append(JobProcess(task, devices))
+            self._running.append(JobProcess(task, devices, grace_seconds=self._grace))
         except OSError as error:  # the others go on
             write_status(task.folder, task.overrides, "failed", reason=f"not started: {error}")
             self.queue.give_back(devices)
@@ -142,22 +143,17 @@ class Pool:
             ended(task)
 
     def _stop_all(self, reason: str) -> None:
-        """Let every job save and end; a second Ctrl-C, or the end of patience, kills."""
+        """Let every job save and end; a second Ctrl-C kills, and so does the end of their time."""
         if not self._running:
             return
         self._display.say(f"stopping {len(self._running)} jobs (Ctrl-C again: at once)")
         for process in self._running:
             process.stop(reason)
-        until = time.monotonic() + self._grace
-        killed = False
         while self._running:
             try:
-                if not killed and time.monotonic() > until:
-                    raise KeyboardInterrupt
                 self._collect(None)
                 time.sleep(_LOOK_SECONDS)
             except KeyboardInterrupt:
-                killed = True
                 for process in self._running:
                     process.kill()
 

@@ -14,6 +14,12 @@ from typing import Any
 
 import pytest
 
+from mtp_lightning.run.metrics import read_newest
+from mtp_lightning.run.status import read_status
+from sweeps.devices import DeviceQueue
+from sweeps.display import Lines
+from sweeps.pool import Pool
+from sweeps.process import Task
 from tests.integration.helpers import (
     ROOT,
     assert_same_weights,
@@ -159,6 +165,29 @@ def test_one_that_dies_takes_the_others_along(
     os.kill(ranks[0 if victim == "first" else 1], signal.SIGKILL)
     assert process.wait(60) != 0
     assert ended(ranks, seconds=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_sweep_that_stops_lets_all_processes_save(
+    tmp_path: Path, cache: Path, strategy: str
+) -> None:
+    settings = LONG | DDP | {"trainer.strategy": strategy}
+    run = tmp_path / "run"
+    task = Task(folder=run, overrides=(), command=tuple(command(run, cache, settings)), processes=2)
+
+    def far(_: Task) -> str | None:
+        newest = read_newest(run / "metrics.csv", "train/loss")
+        return "enough" if newest is not None and newest[0] >= 20 else None
+
+    pool = Pool(queue=DeviceQueue(n_jobs=1), display=Lines(1), grace_seconds=60)
+    pool.run([task], watch=far)
+    status = read_status(run)
+    assert status is not None
+    assert (status["state"], status["reason"]) == ("interrupted", "enough")
+    step = checkpoint(run)["global_step"]
+    assert 20 <= step < 100, "it is the newest step that was saved, not one of every 100"
+    assert int(rows(run)[-1]["step"]) == step
 
 
 @pytest.mark.slow
