@@ -128,6 +128,11 @@ class JobProcess:
             )
 
     @property
+    def group(self) -> int:
+        """The process group that all of its processes are in."""
+        return self._watchdog.group
+
+    @property
     def stopping(self) -> bool:
         """Whether it was asked to end."""
         return self._stopping is not None
