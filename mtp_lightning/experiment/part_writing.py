@@ -46,12 +46,13 @@ class PartWriting:
         self._folder = target.parent / parts.PARTS / name[0]
         part, of, first_copy = place_in(mesh)
         self._contents: dict[Path, Any] = {}
+        large = [key for key in parts.KINDS if key in checkpoint]
         if first_copy:
-            for key in parts.KINDS:
+            for key in large:
                 file = parts.part_file(self._folder, key, part, of)
                 self._contents[file] = own_parts(checkpoint[key])
         if self._leads:
-            index = checkpoint | {key: outlined_parts(checkpoint[key]) for key in parts.KINDS}
+            index = checkpoint | {key: outlined_parts(checkpoint[key]) for key in large}
             index[parts.PARTS] = {"folder": name[0], "parts": of}
             checkpoints.save(index, self._folder / _INDEX)
         self._error: Exception | None = None
@@ -92,6 +93,7 @@ class PartWriting:
             )
         if self._leads:
             self._name()
+        dist.barrier(group=self._group)  # it is there for all of them
         return True
 
     def _name(self) -> None:
