@@ -142,7 +142,7 @@ def test_sigterm_ten_times_to_any_process_at_any_moment(
     settings = LONG | {
         "trainer.devices": 2,
         "trainer.strategy": strategy,
-        "trainer.max_steps": 160,
+        "trainer.max_steps": 80,
         "trainer.val_check_interval": 5,
         "callbacks.checkpoints.every_n_steps": 3,
         "callbacks": "[nan_guard,checkpoints]",
@@ -154,7 +154,7 @@ def test_sigterm_ten_times_to_any_process_at_any_moment(
     reached = 0
     for attempt in range(10):
         process = start(lightning(cache, settings, run), run / f"{attempt}.log")
-        wait_for_step(process, run, reached + draw.randrange(1, 9))
+        wait_for_step(process, run, reached + draw.randrange(1, 6), seconds=300)
         time.sleep(draw.uniform(0, 0.2))
         ranks = _ranks(process, lightning)
         os.kill(ranks[draw.randrange(2)], signal.SIGTERM)
@@ -162,7 +162,7 @@ def test_sigterm_ten_times_to_any_process_at_any_moment(
         assert ended(ranks, seconds=20)
         log = (run / f"{attempt}.log").read_text()
         stopped = checkpoints.stored_step(run / "checkpoints" / "last.ckpt")
-        assert reached < stopped < 160 and f"interrupted; saved is step {stopped}" in log
+        assert reached < stopped < 80 and f"interrupted; saved is step {stopped}" in log
         assert int(rows(run)[-1]["step"]) == stopped, "every step that was taken is saved"
         reached = stopped
     for folder in (run, whole):
