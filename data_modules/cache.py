@@ -7,19 +7,18 @@ import logging
 import os
 import re
 import shutil
-import threading
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+from data_modules.claim import alive, claim
 
 log = logging.getLogger(__name__)
 
 ENVIRONMENT = "MTP_LIGHTNING_CACHE"
 LEASE = 600.0
-"""Seconds without a sign of life after which a build is taken for dead."""
-BEAT = 15.0
-"""Seconds between two signs of life."""
+"""Seconds without a sign of life after which what a build has left is removed."""
 _TEMPORARY = re.compile(r"^\..+\.building-.+$")
 
 
@@ -32,10 +31,11 @@ def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """Makes sure that the folder ``target`` exists, complete.
 
-    ``build`` fills a temporary folder beside it, which is then renamed. A folder is renamed in one
-    step: a killed build leaves only the temporary one (removed by a later call, once it has shown
-    no sign of life for :data:`LEASE`), and of two builds at once the first to finish wins, the
-    other takes the winner's folder.
+    One of all processes that want it builds, and the others wait (:mod:`data_modules.claim`).
+    ``build`` fills a temporary folder beside the target, which is then renamed. A folder is renamed
+    in one step: a killed build leaves only the temporary one (removed by a later call, once it has
+    shown no sign of life for :data:`LEASE`). Should two build all the same, because one was taken
+    for dead, the first to finish wins, and the other takes the winner's folder.
 
     Args:
         target: the folder to have; if it exists nothing is done.
@@ -49,19 +49,20 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """
     if target.is_dir():
         return target
-    temporary = target.parent / f".{target.name}.building-{uuid.uuid4().hex}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        # The new folder's time is the disk's own clock, which hosts that share it may not have.
-        remove_stale(target.parent, now=temporary.stat().st_mtime)
+        if any(_TEMPORARY.match(name) for name in os.listdir(target.parent)):
+            remove_stale(target.parent, now=_time_of(target.parent))
+        temporary = claim(target)
     except OSError as error:
         raise OSError(
             f"cannot write in the cache folder {target.parent} ({error.strerror}): "
             f"set data.cache_dir or the environment variable {ENVIRONMENT}"
         ) from error
+    if temporary is None:
+        return target
     try:
-        with _alive(temporary):
+        with alive(temporary):
             build(temporary)
             _sync(temporary)
         try:
@@ -85,6 +86,12 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     return target
 
 
+def _time_of(folder: Path) -> float:
+    """The present time by a disk's own clock, which hosts that share it may not have."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".clock-") as new:
+        return os.stat(new).st_mtime
+
+
 def remove_stale(folder: Path, *, now: float) -> list[Path]:
     """Removes what killed builds left behind: temporary folders without a sign of life.
 
@@ -106,25 +113,6 @@ def remove_stale(folder: Path, *, now: float) -> list[Path]:
                 shutil.rmtree(path, ignore_errors=True)
                 removed.append(path)
     return removed
-
-
-@contextmanager
-def _alive(folder: Path) -> Iterator[None]:
-    """Touches a folder every :data:`BEAT` seconds while the block runs."""
-    over = threading.Event()
-
-    def beat() -> None:
-        while not over.wait(BEAT):
-            with suppress(OSError):
-                os.utime(folder)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _sync(folder: Path) -> None:

@@ -10,7 +10,7 @@ The tensors of a sharded module are ``DTensor``; here is all that knows so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,23 +108,102 @@ def gathered(state: Any, *, everywhere: bool = False) -> Any:
 
 
 def _gathered(value: Any, keep: bool) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _gathered(entry, keep) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_gathered(entry, keep) for entry in value)
-    if not isinstance(value, Tensor):
-        return value
-    tensor = whole(value.detach())  # one after the other: only the first process keeps them
-    return tensor.cpu().clone() if keep else None
+    def gather(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        tensor = whole(leaf.detach())  # one after the other: only the first process keeps them
+        return tensor.cpu().clone() if keep else None
+
+    return _changed(value, gather)
+
+
+def _changed(state: Any, change: Callable[[Any], Any]) -> Any:
+    """A state dict, of whatever nesting, with each of its leaves changed."""
+    if isinstance(state, Mapping):
+        return {key: _changed(entry, change) for key, entry in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_changed(entry, change) for entry in state)
+    return change(state)
 
 
 def outlined(state: Any) -> Any:
     """A state dict whose tensors have a shape and no content."""
-    if isinstance(state, dict):
-        return {key: outlined(entry) for key, entry in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(outlined(entry) for entry in state)
-    return torch.empty_like(state, device="meta") if isinstance(state, Tensor) else state
+    return _changed(state, lambda leaf: _outline(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
+def outlined_parts(state: Any) -> Any:
+    """A state dict in which the tensors that are sharded have their whole shape and no content;
+    the others are on the CPU."""
+
+    def outline(leaf: Any) -> Any:
+        if isinstance(leaf, DTensor):
+            return _outline(leaf)
+        return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
+
+    return _changed(state, outline)
+
+
+def _outline(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def own_parts(state: Any) -> Any:
+    """A state dict with copies, on the CPU, of this process's parts, and None for all else."""
+
+    def part(leaf: Any) -> Any:
+        # A copy: a view would be written to a file with all of its memory.
+        return local(leaf.detach()).cpu().clone() if isinstance(leaf, DTensor) else None
+
+    return _changed(state, part)
+
+
+def bytes_of(state: Any) -> int:
+    """Of a state dict's tensors, were they whole."""
+    sizes: list[int] = []
+
+    def measure(leaf: Any) -> None:
+        if isinstance(leaf, Tensor):
+            sizes.append(leaf.numel() * leaf.element_size())
+
+    _changed(state, measure)
+    return sum(sizes)
+
+
+def rows_of(part: int, parts: int, length: int) -> tuple[int, int]:
+    """The first row of a part, and the one behind its last, of a tensor that is cut along its first
+    dimension: into rows as many for each, but for the last ones, which have what is left."""
+    size = -(-length // parts)
+    start = min(part * size, length)
+    return start, min(start + size, length)
+
+
+def place_in(mesh: DeviceMesh) -> tuple[int, int, bool]:
+    """(which part this process has, of how many, whether it is of the first copy of the model)."""
+    names = mesh.mesh_dim_names
+    assert names is not None
+    copy = mesh.get_local_rank("replicate") if "replicate" in names else 0
+    return mesh.get_local_rank("shard"), mesh.size(names.index("shard")), copy == 0
+
+
+def own_rows(rows: Callable[[int, int], Tensor], like: Tensor) -> Tensor:
+    """This process's part of a tensor that every process can read.
+
+    Args:
+        rows: gives some of its rows, from one up to another.
+        like: that says how it is sharded.
+    """
+    if not isinstance(like, DTensor):
+        return rows(0, like.shape[0])
+    part, parts, _ = place_in(like.device_mesh)
+    own = rows(*rows_of(part, parts, like.shape[0])).to(local(like).device)
+    return DTensor.from_local(
+        own,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from mtp_lightning.errors import UserError
 from sweeps.devices import DeviceQueue, choose_gpus
 from sweeps.display import make_display
+from sweeps.memory import MemoryUse
 from sweeps.pool import Pool
 from sweeps.process import Task, refuse_several_machines
 
@@ -25,12 +26,17 @@ def make_pool(
     Args:
         n_tasks: jobs that there will be.
         devices: auto, cpu, or the GPUs.
-        n_jobs: most jobs at once.
+        n_jobs: most jobs at once, whatever memory they take; None lets memory bound them, too.
         threads_per_process: a number, auto, or None for one on a CPU and auto with GPUs.
         grace_seconds: that jobs have to save after Ctrl-C.
     """
     queue = DeviceQueue(gpus=choose_gpus(devices), n_jobs=n_jobs, threads=threads_per_process)
-    return Pool(queue=queue, display=make_display(n_tasks), grace_seconds=grace_seconds)
+    return Pool(
+        queue=queue,
+        display=make_display(n_tasks),
+        grace_seconds=grace_seconds,
+        memory=MemoryUse() if n_jobs is None else None,
+    )
 
 
 def run(

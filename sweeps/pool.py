@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from mtp_lightning.run.status import write_status
+from mtp_lightning.run.status import state_of, write_status
 from sweeps.devices import DeviceQueue, Devices
+from sweeps.memory import MemoryUse
 from sweeps.process import JobProcess, Task
 
 _LOOK_SECONDS = 0.1
+_MEASURE_SECONDS = 2.0
 
 Ended = Callable[[Task], None] | None
 
@@ -57,15 +60,25 @@ class Pool:
     Args:
         queue: of the devices.
         display: shows what happens.
-        grace_seconds: that jobs have to save and end after Ctrl-C, before they are killed.
+        grace_seconds: that jobs have to save and end when they are asked to, before they are
+            killed.
+        memory: bounds the jobs at once, but for the first; None for no bound.
     """
 
     def __init__(
-        self, *, queue: DeviceQueue, display: Display, grace_seconds: float = 60.0
+        self,
+        *,
+        queue: DeviceQueue,
+        display: Display,
+        grace_seconds: float = 60.0,
+        memory: MemoryUse | None = None,
     ) -> None:
         self.queue = queue
         self._display = display
         self._grace = grace_seconds
+        self._memory = memory
+        self._measured = -math.inf
+        self._said_memory = False
         self._running: list[JobProcess] = []
 
     def run(
@@ -97,6 +110,7 @@ class Pool:
                         return
                     time.sleep(_LOOK_SECONDS)
                     self._collect(ended)
+                    self._measure()
                     for process in self._running if watch is not None else ():
                         reason = watch(process.task)  # type: ignore[misc]
                         if reason is not None and not process.stopping:
@@ -109,10 +123,12 @@ class Pool:
     def _fill(self, source: Iterator[Task], waiting: Task | None, ended: Ended) -> Task | None:
         """Start jobs while there is room; the one that has to wait, if any, is next."""
         while True:
-            if waiting is None and self.queue.has_room:
+            if waiting is None and self.queue.has_room and self._has_memory(1):
                 waiting = next(source, None)
             if waiting is None:
                 return None
+            if not self._has_memory(waiting.processes):
+                return waiting
             devices = self.queue.take(waiting.devices or waiting.processes)
             if devices is None:
                 # Nobody overtakes it: a job for two devices would wait for ever.
@@ -123,7 +139,10 @@ class Pool:
     def _start(self, task: Task, devices: Devices, ended: Ended) -> None:
         self._display.started(task, str(devices))
         try:
-            self._running.append(JobProcess(task, devices))
+            process = JobProcess(task, devices, grace_seconds=self._grace)
+            self._running.append(process)
+            if self._memory is not None:
+                self._memory.begin(process.group, task.processes)
         except OSError as error:  # the others go on
             write_status(task.folder, task.overrides, "failed", reason=f"not started: {error}")
             self.queue.give_back(devices)
@@ -133,8 +152,25 @@ class Pool:
         for process in list(self._running):
             if process.ended():
                 self._running.remove(process)
+                if self._memory is not None:
+                    self._memory.end(process.group, well=state_of(process.task.folder) == "done")
                 self.queue.give_back(process.devices)
                 self._tell(process.task, ended)
+
+    def _measure(self) -> None:
+        if self._memory is not None and time.monotonic() - self._measured > _MEASURE_SECONDS:
+            self._measured = time.monotonic()
+            self._memory.look()
+
+    def _has_memory(self, processes: int) -> bool:
+        """Whether there is memory for a job of some processes; for the only one there is."""
+        if self._memory is None or not self._running:
+            return True
+        reason = self._memory.missing(processes)
+        if reason is not None and not self._said_memory:
+            self._said_memory = True
+            self._display.say(f"{len(self._running)} jobs at once, for memory: {reason}")
+        return reason is None
 
     def _tell(self, task: Task, ended: Ended) -> None:
         self._display.ended(task)
@@ -142,22 +178,17 @@ class Pool:
             ended(task)
 
     def _stop_all(self, reason: str) -> None:
-        """Let every job save and end; a second Ctrl-C, or the end of patience, kills."""
+        """Let every job save and end; a second Ctrl-C kills, and so does the end of their time."""
         if not self._running:
             return
         self._display.say(f"stopping {len(self._running)} jobs (Ctrl-C again: at once)")
         for process in self._running:
             process.stop(reason)
-        until = time.monotonic() + self._grace
-        killed = False
         while self._running:
             try:
-                if not killed and time.monotonic() > until:
-                    raise KeyboardInterrupt
                 self._collect(None)
                 time.sleep(_LOOK_SECONDS)
             except KeyboardInterrupt:
-                killed = True
                 for process in self._running:
                     process.kill()
 

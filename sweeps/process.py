@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,19 +76,23 @@ class JobProcess:
         task: what to run.
         devices: what it may use.
         deaf_to: signals that are meant for this process, though its children get them, too.
+        grace_seconds: that it has to save and end when it is asked to, before it is killed.
     """
 
     def __init__(
-        self, task: Task, devices: Devices, *, deaf_to: Sequence[signal.Signals] = ()
+        self,
+        task: Task,
+        devices: Devices,
+        *,
+        deaf_to: Sequence[signal.Signals] = (),
+        grace_seconds: float = 60.0,
     ) -> None:
         self.task = task
         self.devices = devices
         self._stopping: str | None = None
         self._abandoned = False
-        # At SIGTERM, the processes of a data-parallel run wait for each other for ever (Lightning
-        # broadcasts in its signal handler). What they saved last is on the disk in either case.
-        alone = task.processes == task.nodes == 1
-        self._end_signal = signal.SIGTERM if alone else signal.SIGKILL
+        self._grace = grace_seconds
+        self._kill_at = math.inf
         task.folder.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(task.folder / _LOCK_FILE)
         # A sweep that was killed leaves jobs that are still saving.
@@ -95,7 +101,7 @@ class JobProcess:
                 f"{task.folder} is still in use by a process of an earlier start."
             )
         self._started = now()
-        self._watchdog = _Watchdog(self._end_signal)
+        self._watchdog = _Watchdog(grace_seconds)
         try:
             self._popen = self._start(deaf_to)
         except OSError:
@@ -122,6 +128,11 @@ class JobProcess:
             )
 
     @property
+    def group(self) -> int:
+        """The process group that all of its processes are in."""
+        return self._watchdog.group
+
+    @property
     def stopping(self) -> bool:
         """Whether it was asked to end."""
         return self._stopping is not None
@@ -130,6 +141,8 @@ class JobProcess:
         """Whether it has ended; then its status file says how."""
         code = self._popen.poll()
         if code is None:
+            if time.monotonic() > self._kill_at:
+                self.kill()
             return False
         self._watchdog.dismiss()
         self._lock.release()
@@ -140,13 +153,14 @@ class JobProcess:
         return True
 
     def stop(self, reason: str) -> None:
-        """Ask it to save and end; data-parallel runs end where they are.
+        """Ask all of its processes to save and end; :meth:`ended` kills what has not in time.
 
         Args:
             reason: for its status.
         """
         self._stopping = reason
-        os.killpg(self._watchdog.group, self._end_signal)
+        self._kill_at = time.monotonic() + self._grace
+        os.killpg(self._watchdog.group, signal.SIGTERM)
 
     def abandon(self) -> None:
         """End it at once and leave its status alone: the job is another's, who has begun it."""
@@ -197,20 +211,20 @@ def ignoring(signals: Sequence[signal.Signals]) -> Callable[[], None]:
 
 
 class _Watchdog:
-    """A process group that ends when this process is gone, however it ended.
+    """A process group that is asked to end when this process is gone, however it ended.
 
     The system closes the pipe, at whose other end a shell waits for just that. A run's first
     process alone would not do: the others of a data-parallel run do not notice its end. Terminals
     send Ctrl-C to the group in the foreground, which this one is not.
 
     Args:
-        end_signal: that the group gets.
+        grace_seconds: after which what is left of it is killed.
     """
 
-    def __init__(self, end_signal: signal.Signals) -> None:
-        name = end_signal.name.removeprefix("SIG")
+    def __init__(self, grace_seconds: float) -> None:
+        waits = 'trap "" TERM; read -r _; kill -s TERM 0; sleep "$0"; kill -s KILL 0'
         self._shell = subprocess.Popen(
-            ["sh", "-c", 'trap "" TERM; read -r _; kill -s "$0" 0', name],
+            ["sh", "-c", waits, str(grace_seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

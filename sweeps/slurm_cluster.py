@@ -66,7 +66,8 @@ class SlurmRun:
                 check=True,
             )
             return
-        self._process = JobProcess(task, devices, deaf_to=deaf_to)
+        # Slurm itself ends what takes longer than it allows.
+        self._process = JobProcess(task, devices, deaf_to=deaf_to, grace_seconds=3600)
         while not self._process.ended():
             time.sleep(0.2)
 

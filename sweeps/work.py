@@ -25,6 +25,7 @@ from mtp_lightning.run.status import describe_failure, state_of
 from sweeps.devices import DeviceQueue, choose_gpus
 from sweeps.display import Lines
 from sweeps.lease import STALE_SECONDS, Lease, Leases, this_process
+from sweeps.memory import MemoryUse
 from sweeps.plan import Job, Plan, must_run, varied_labels
 from sweeps.pool import LOST, Interrupted, Pool, interrupts
 from sweeps.process import Task
@@ -199,7 +200,8 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
             wanted = f"{task.nodes} machines" if task.nodes > 1 else f"{task.processes} GPUs"
             print(f"left to others: {name}, which needs {wanted}", flush=True)
         display = Lines(len(worker.tasks))
-        pool = Pool(queue=queue, display=display, grace_seconds=args.grace_seconds)
+        memory = MemoryUse() if args.n_jobs is None else None
+        pool = Pool(queue=queue, display=display, grace_seconds=args.grace_seconds, memory=memory)
         try:
             work(worker, pool, beat_seconds=beat, wait=not args.no_wait)
         except Interrupted as interrupt:

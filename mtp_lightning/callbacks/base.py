@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -31,3 +31,14 @@ def run_callbacks(trainer: pl.Trainer) -> Iterator[RunCallback]:
     """The trainer's callbacks that have these hooks."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return (callback for callback in callbacks if isinstance(callback, RunCallback))
+
+
+@runtime_checkable
+class WritesBeside(Protocol):
+    """A strategy that may still be writing a checkpoint when its save has returned."""
+
+    # Whether it may; whoever sets this asks ``settled``.
+    writes_beside: bool
+
+    def settled(self, *, wait: bool) -> bool:
+        """Whether the newest save is on the disk, under its name; all processes ask at once."""

@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
-from mtp_lightning.callbacks.base import run_callbacks
+from mtp_lightning.callbacks.base import WritesBeside, run_callbacks
 from mtp_lightning.callbacks.termination import Termination
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.checkpoints import KEEP, intact, link_or_copy, load, save, stored_step
@@ -36,6 +36,9 @@ class Checkpoints(Checkpoint):
     An exception in the middle of a step leaves the model between two states, so nothing is saved
     then; the newest file stays. Of several processes, Ctrl-C ends each where it is, and SIGTERM to
     any of them all of them after the same step (``termination.py``).
+
+    Of a model that is sharded, a large checkpoint may be written beside the training: it has its
+    name some steps later, and before the next one begins.
 
     Args:
         folder: where the files go.
@@ -69,6 +72,8 @@ class Checkpoints(Checkpoint):
         self._old_handler: Any = None
         self._interrupted = False
         self._terminated = False
+        # Whether the newest save is the best, and has not got that name yet.
+        self._crowned = False
 
     @property
     def last_path(self) -> Path:
@@ -100,7 +105,9 @@ class Checkpoints(Checkpoint):
             )
         self._last_is_good = False
         self._saved_step = trainer.global_step or None
-        self._interrupted = self._terminated = False
+        self._interrupted = self._terminated = self._crowned = False
+        if isinstance(trainer.strategy, WritesBeside):
+            trainer.strategy.writes_beside = True
         if isinstance(trainer._signal_connector, Termination):
             trainer._signal_connector.saves = True
         # only where nobody else has a handler, and only in the main thread, where Python allows it
@@ -133,6 +140,7 @@ class Checkpoints(Checkpoint):
         batch_idx: int,
     ) -> None:
         """Save unless a validation follows now; then `on_validation_end` does."""
+        self._settle(trainer, wait=False)
         self._hear_sigterm(trainer)
         if self._due(trainer) and not self._validation_follows(trainer):
             self._save(trainer)
@@ -148,8 +156,9 @@ class Checkpoints(Checkpoint):
         improved = self._update_best(trainer)
         if improved or self._due(trainer):
             self._save(trainer)
-        if improved and trainer.is_global_zero:
-            link_or_copy(self.last_path, self.best_path)
+        if improved:
+            self._crowned = True
+            self._settle(trainer, wait=False)
         self._end_if_terminated(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -157,6 +166,7 @@ class Checkpoints(Checkpoint):
         stop)."""
         if trainer.global_step > 0:
             self._save(trainer)
+        self._settle(trainer, wait=True)
         self._restore_handler()
 
     def on_exception(
@@ -182,6 +192,7 @@ class Checkpoints(Checkpoint):
     def _end_if_terminated(self, trainer: pl.Trainer) -> None:
         connector = trainer._signal_connector
         if self._terminated and isinstance(connector, Termination):
+            self._settle(trainer, wait=True)
             connector.end()
 
     def _due(self, trainer: pl.Trainer) -> bool:
@@ -231,7 +242,7 @@ class Checkpoints(Checkpoint):
         if stored_step(self.last_path) != trainer.global_step or not self._update_best(trainer):
             return
         if trainer.is_global_zero:
-            content = load(self.last_path)
+            content = load(self.last_path, mapped=True)
             content["callbacks"][self.state_key] = self.state_dict()
             save(content, self.last_path)
             link_or_copy(self.last_path, self.best_path)
@@ -239,6 +250,7 @@ class Checkpoints(Checkpoint):
     def _save(self, trainer: pl.Trainer) -> None:
         if self._saved_step == trainer.global_step:
             return
+        self._settle(trainer, wait=True)
         with ExitStack() as stack:
             for callback in run_callbacks(trainer):
                 stack.enter_context(callback.paused())
@@ -248,6 +260,16 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(self.last_path, weights_only=False)
         self._last_is_good = True
         self._saved_step = trainer.global_step
+
+    def _settle(self, trainer: pl.Trainer, *, wait: bool) -> None:
+        """Look whether the newest save has its name; then it can get another. Every process does at
+        the same point."""
+        strategy = trainer.strategy
+        if isinstance(strategy, WritesBeside) and not strategy.settled(wait=wait):
+            return
+        if self._crowned and trainer.is_global_zero:
+            link_or_copy(self.last_path, self.best_path)
+        self._crowned = False
 
     def _on_interrupt(self, signum: int, frame: Any) -> None:
         self._interrupted = True

@@ -53,6 +53,7 @@ _OWN_TRAINER_KEYS = (
     "num_threads",
     "compile",
     "shard_size",
+    "split_checkpoint_gb",
 )
 # Of a tokenizer's state what no message repeats.
 _LONG = ("tokenizer_json", "beside")

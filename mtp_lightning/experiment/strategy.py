@@ -1,7 +1,8 @@
 """``trainer.strategy=fsdp``: Lightning's strategy for sharded models, with this project's files.
 
-A checkpoint is the same plain file that one process writes, and can be continued by any number of
-processes: the first process gathers and writes it, reads it, and hands out the parts.
+A checkpoint is the same plain file that one process writes: the first process gathers and writes
+it, reads it, and hands out the parts. Above a size, each process writes and reads its own
+(``part_writing.py``). Either can be continued by any number of processes.
 """
 
 from __future__ import annotations
@@ -19,10 +20,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.settings import require_whole
-from mtp_lightning.sharding import build_mesh, gathered, local, outlined, spread
+from mtp_lightning.experiment.part_writing import PartWriting
+from mtp_lightning.run import checkpoints, parts
+from mtp_lightning.settings import require_number, require_whole
+from mtp_lightning.sharding import (
+    build_mesh,
+    bytes_of,
+    gathered,
+    local,
+    outlined,
+    own_rows,
+    spread,
+)
 
 _STRATEGIES = ("auto", "ddp", "fsdp")
+# GB of a checkpoint above which it is written in parts.
+_SPLIT_GB = 16.0
 
 
 def choose_strategy(trainer: DictConfig, *, may_skip: bool) -> str | Strategy:
@@ -35,7 +48,7 @@ def choose_strategy(trainer: DictConfig, *, may_skip: bool) -> str | Strategy:
     Raises:
         UserError: an unknown one, several devices without one, or a setting of another.
     """
-    name, shard_size = trainer.strategy, trainer.shard_size
+    name, shard_size, split_gb = trainer.strategy, trainer.shard_size, trainer.split_checkpoint_gb
     if name not in _STRATEGIES:
         known = ", ".join(_STRATEGIES)
         raise UserError(f"trainer.strategy={name} is not supported: choose one of {known}.")
@@ -51,8 +64,16 @@ def choose_strategy(trainer: DictConfig, *, may_skip: bool) -> str | Strategy:
                 f"trainer.shard_size={shard_size} has no meaning for trainer.strategy={name}: set "
                 "trainer.strategy=fsdp, or leave it null."
             )
+    if split_gb is not None:
+        require_number("trainer.split_checkpoint_gb (null for 16)", split_gb, least=0)
+        if name != "fsdp":
+            raise UserError(
+                f"trainer.split_checkpoint_gb={split_gb} has no meaning for "
+                f"trainer.strategy={name}, whose processes have all of the model: set "
+                "trainer.strategy=fsdp, or leave it null."
+            )
     if name == "fsdp":
-        return ShardedStrategy(shard_size)
+        return ShardedStrategy(shard_size, split_gb=_SPLIT_GB if split_gb is None else split_gb)
     if name == "ddp" or trainer.num_nodes > 1:
         return "ddp_find_unused_parameters_true" if may_skip else "ddp"
     return "auto"
@@ -76,11 +97,19 @@ class ShardedStrategy(ModelParallelStrategy):
 
     Args:
         shard_size: processes that a copy of the model is spread over; None for all.
+        split_gb: size of a checkpoint above which it is written in parts, in 10^9 bytes.
     """
 
-    def __init__(self, shard_size: int | None = None) -> None:
+    def __init__(self, shard_size: int | None = None, *, split_gb: float = _SPLIT_GB) -> None:
         super().__init__(save_distributed_checkpoint=False)
         self.shard_size = shard_size
+        self.split_gb = split_gb
+        # Whether the newest checkpoint is in parts, the model being too large for one process.
+        self.in_parts = False
+        # Whether parts are written beside the training; whoever sets it asks ``settled``.
+        self.writes_beside = False
+        self._writing: PartWriting | None = None
+        self._cpu_group: Any = None
 
     def setup_environment(self) -> None:
         """Connect the processes, and lay them out.
@@ -111,26 +140,64 @@ class ShardedStrategy(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The weights, whole, on the first process; nothing on the others."""
+        """The weights as they are sharded; :meth:`save_checkpoint` gathers them, or does not."""
         assert self.lightning_module is not None
-        return gathered(self.lightning_module.state_dict())
+        return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The same of an optimizer, numbered as a plain one's."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
-        return gathered(optimizer.state_dict())
+        return optimizer.state_dict()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """One file, or parts, by the size."""
+        self.settled(wait=True)
+        sharded = {key: checkpoint[key] for key in parts.KINDS if key in checkpoint}
+        self.in_parts = bytes_of(sharded) > self.split_gb * 1e9
+        if not self.in_parts:
+            whole = checkpoint | {key: gathered(value) for key, value in sharded.items()}
+            if self.is_global_zero:
+                self.checkpoint_io.save_checkpoint(whole, filepath, storage_options)
+            return
+        assert self._device_mesh is not None
+        if self._cpu_group is None:
+            self._cpu_group = dist.new_group(backend="gloo")
+        self._writing = PartWriting(checkpoint, Path(filepath), self._device_mesh, self._cpu_group)
+        self.settled(wait=not self.writes_beside)
+
+    def settled(self, *, wait: bool) -> bool:
+        """Whether the checkpoint that was saved last is there; every process asks at the same
+        point.
+
+        Args:
+            wait: until it is.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None  # also where it fails
+            if not writing.ended(wait=wait):
+                self._writing = writing
+        return self._writing is None
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read by the first process alone; the others get the outline of what is sharded."""
+        """One file is read by the first process alone; the others get the outline of what is
+        sharded. Of parts, each reads what it needs."""
+        index = checkpoints.load(checkpoint_path, mapped=True)
+        self.in_parts = parts.in_parts(index)
+        if self.in_parts:
+            return parts.opened(index, Path(checkpoint_path))
         content: list[Any] = [None]
         checkpoint: dict[str, Any] = {}
         if self.is_global_zero:
             checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path)
-            sharded = ("state_dict", "optimizer_states")
-            content = [{k: outlined(v) if k in sharded else v for k, v in checkpoint.items()}]
+            content = [{k: outlined(v) if k in parts.KINDS else v for k, v in checkpoint.items()}]
         dist.broadcast_object_list(content)
         return checkpoint or content[0]
 
@@ -143,7 +210,7 @@ class ShardedStrategy(ModelParallelStrategy):
             raise UserError(f"The checkpoint's weights are not the model's: {names}.")
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(spread(stored[name], tensor))
+                tensor.copy_(_own(stored[name], tensor))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Hand the optimizer's state out: what has a parameter's shape is sharded as that is."""
@@ -175,8 +242,15 @@ def _spread_state(
 
 
 def _spread_entry(value: Any, parameter: Tensor) -> Any:
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor | parts.Pieces):
         return value
     if value.shape == parameter.shape:
-        return spread(value, parameter)
-    return spread(value, local(parameter).new_empty(0))
+        return _own(value, parameter)
+    return _own(value, local(parameter).new_empty(0))
+
+
+def _own(stored: Tensor | parts.Pieces, like: Tensor) -> Tensor:
+    """This process's part of what a checkpoint holds."""
+    if isinstance(stored, parts.Pieces):
+        return own_rows(stored.rows, like)
+    return spread(stored, like)

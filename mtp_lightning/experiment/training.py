@@ -34,11 +34,12 @@ from mtp_lightning.experiment.generating import print_sample
 from mtp_lightning.experiment.instantiate import trusted_packages
 from mtp_lightning.experiment.peers import Peers, check_world, find_peers
 from mtp_lightning.experiment.run_loggers import end_loggers
+from mtp_lightning.experiment.strategy import ShardedStrategy
 from mtp_lightning.experiment.trunk_states import keep_states
 from mtp_lightning.init_from import Start, brought_trunk, read_start, start_from
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
-from mtp_lightning.run import checkpoints
+from mtp_lightning.run import checkpoints, parts
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.config import WITHOUT_BEARING, describe_differences, flatten, read_yaml
 from mtp_lightning.run.folder import claimed
@@ -138,7 +139,8 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
         log.info("Starting from %s: %s.", start.path, start_from(module.model, start, windows))
     if isinstance(data, StoreDataModule) and data.cache_states:
         if stored is not None:  # the trunk's weights, which Lightning would bring too late
-            module.model.load_state_dict(model_weights(stored))
+            assert resume_from is not None
+            module.model.load_state_dict(model_weights(parts.filled(stored, resume_from)))
         with peers.in_turn():
             data.states = keep_states(module.model, data, cfg.trainer)
     return Prepared(
@@ -229,11 +231,12 @@ def _train(cfg: DictConfig, folder: Path, peers: Peers) -> dict[str, Any]:
         summary |= solving(data, folder)
         write_json(summary, folder / SUMMARY_FILE)
     end_loggers(trainer, params, summary)
-    model = module.whole_model()  # which all processes gather
+    too_large = isinstance(trainer.strategy, ShardedStrategy) and trainer.strategy.in_parts
+    model = None if too_large else module.whole_model()  # which all processes gather
     if trainer.is_global_zero:
         print_summary(summary, depth=module.model.depth)
-        assert model is not None
-        print_sample(model, data, seed=cfg.seed)
+        if model is not None:
+            print_sample(model, data, seed=cfg.seed)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Checkpoints):
                 checkpoints.keep(callback.folder, callback.keep)

@@ -36,7 +36,7 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         # Also after a rename between two names of one file, which does nothing.
         with suppress(OSError):
             temporary.unlink()
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_bytes(content: bytes, path: Path, *, shared: bool = False) -> None:
@@ -50,7 +50,7 @@ def write_json(content: dict[str, Any], path: Path, *, shared: bool = False) -> 
     write_bytes((json.dumps(content, indent=2) + "\n").encode(), path, shared=shared)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename durable. Not every system can open a folder; there the rename itself must
     do."""
     with suppress(OSError):

@@ -23,6 +23,7 @@ import warnings
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.run import parts
 from mtp_lightning.run.atomic import replacing
 from mtp_lightning.run.layout import BEST, LAST, PREVIOUS
 
@@ -37,6 +39,8 @@ _ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.Size, torch.d
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 _MAPPINGS = (dict, OrderedDict, Counter)
 _SEQUENCES = (list, tuple, set)
+# Parts whose checksums are compared at once.
+_READERS = 8
 
 
 def save(checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -53,14 +57,23 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
         torch.save(checkpoint, file)
 
 
-def load(path: str | Path, map_location: Any = "cpu", *, mapped: bool = False) -> dict[str, Any]:
-    """Read a checkpoint of tensors and plain containers, after checking it for damage.
+def load(
+    path: str | Path,
+    map_location: Any = "cpu",
+    *,
+    mapped: bool = False,
+    optimizer: bool = True,
+) -> dict[str, Any]:
+    """Read a checkpoint of tensors and plain containers, after checking it for damage; one in parts
+    (``parts.py``) is put together.
 
     Args:
         path: the file.
         map_location: where its tensors go.
         mapped: leave them in the file, on the CPU, until they are looked at, and the file
-            unchecked: for one that :func:`newest_intact` has just chosen.
+            unchecked: for one that :func:`newest_intact` has just chosen. One in parts is the index
+            alone.
+        optimizer: whether the optimizer's state is wanted; else it is empty.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -76,7 +89,18 @@ def load(path: str | Path, map_location: Any = "cpu", *, mapped: bool = False) -
             f"{PREVIOUS} or {BEST} in the same folder."
         )
     try:
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
+        content = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
+        if mapped or not isinstance(content, dict):
+            return content
+        if not optimizer and "optimizer_states" in content:
+            content["optimizer_states"] = []
+        reason = _broken_parts(content, path)
+        if reason is not None:
+            raise UserError(
+                f"The checkpoint {path} cannot be used ({reason}): use another one, or copy the "
+                f"folder {parts.PARTS}/ along where it was left behind."
+            )
+        return parts.filled(content, path)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"The checkpoint {path} holds more than tensors and plain containers, and is not "
@@ -101,8 +125,9 @@ def intact(path: str | Path) -> bool:
 
 
 def stored_step(path: str | Path) -> int:
-    """The optimizer step stored in a checkpoint, or -1 when it is damaged or has none."""
-    return _inspect(Path(path))[1]
+    """The optimizer step stored in a checkpoint, or -1 when it is damaged or has none. Of one in
+    parts, the index alone is looked at."""
+    return _step(_read_index(Path(path))[1])
 
 
 def newest_intact(folder: str | Path) -> Path | None:
@@ -142,25 +167,34 @@ def keep(folder: str | Path, what: str) -> None:
     Args:
         folder: of the checkpoints.
         what: ``all``; ``weights``: `last.ckpt` and `best.ckpt` without the optimizer's state, a
-            third of the bytes, from which no run goes on; ``none``: no file.
+            third of the bytes, from which no run goes on (a damaged one is left and reported);
+            ``none``: no file.
     """
     folder = Path(folder)
     last, best = folder / LAST, folder / BEST
-    if what == "all":
-        return
-    (folder / PREVIOUS).unlink(missing_ok=True)
+    if what != "all":
+        (folder / PREVIOUS).unlink(missing_ok=True)
     if what == "none":
         last.unlink(missing_ok=True)
         best.unlink(missing_ok=True)
+    if what == "weights":
+        one = last.is_file() and best.is_file() and last.samefile(best)
+        for path in (last,) if one else (last, best):
+            if path.is_file():
+                _drop_optimizer(path)
+        if one:
+            link_or_copy(last, best)
+    parts.sweep(folder)
+
+
+def _drop_optimizer(path: Path) -> None:
+    reason = damage(path)
+    if reason is not None:
+        _report(path, reason)
         return
-    one = last.is_file() and best.is_file() and last.samefile(best)
-    for path in (last,) if one else (last, best):
-        if path.is_file():
-            content = load(path)
-            content["optimizer_states"] = []
-            save(content, path)
-    if one:
-        link_or_copy(last, best)
+    content = load(path, mapped=True)
+    content["optimizer_states"] = []
+    save(content, path)
 
 
 def require_plain(value: Any, where: str = "checkpoint") -> None:
@@ -201,18 +235,48 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def _inspect(path: Path) -> tuple[str | None, int]:
     """(reason or None, the stored training step or -1)."""
+    reason, content = _read_index(path)
+    if reason is None:
+        try:
+            reason = _broken_parts(content, path)
+        except (UserError, RecursionError) as error:
+            reason = _first_line(error)
+    return (None, _step(content)) if reason is None else (reason, -1)
+
+
+def _read_index(path: Path) -> tuple[str | None, Any]:
+    """(why a file cannot be used or None, what is in it; its weights unread)."""
     if not path.is_file():
-        return "there is no such file", -1
+        return "there is no such file", None
     reason = _broken_archive(path)
     if reason is not None:
-        return reason, -1
+        return reason, None
     try:
         # mapped: reads the structure, not the weights, so this is cheap for a file of any size
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return None, torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a broken structure makes the reader raise
-        return f"it cannot be loaded: {_first_line(error)}", -1
+        return f"it cannot be loaded: {_first_line(error)}", None
+
+
+def _step(content: Any) -> int:
     step = content.get("global_step", -1) if isinstance(content, dict) else -1
-    return None, step if isinstance(step, int) else -1
+    return step if isinstance(step, int) else -1
+
+
+def _broken_parts(content: Any, path: Path) -> str | None:
+    """Why the files that an index belongs to cannot be used; None where it has none."""
+    if not parts.in_parts(content):
+        return None
+    there = []
+    for file in parts.files_of(content, path):
+        if not file.is_file():
+            return f"its part {file} is not there"
+        there.append(file)
+    with ThreadPoolExecutor(max_workers=_READERS) as pool:
+        for file, reason in zip(there, pool.map(_broken_archive, there), strict=True):
+            if reason is not None:
+                return f"its part {file}: {reason}"
+    return None
 
 
 def _broken_archive(path: Path) -> str | None:

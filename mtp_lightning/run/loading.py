@@ -130,7 +130,7 @@ def read_checkpoint(path: str | Path, *, needs: Collection[str]) -> tuple[Path, 
         UserError: it is damaged, or was not written by this platform.
     """
     file = find_checkpoint(path)
-    checkpoint = checkpoints.load(file)
+    checkpoint = checkpoints.load(file, optimizer=False)
     missing = set(needs) - checkpoint.keys()
     if missing:
         raise UserError(

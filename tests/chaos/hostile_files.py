@@ -159,7 +159,30 @@ def _deep(n: int) -> Any:
     return value
 
 
+def _in_parts(**said: Any) -> Make:
+    """An index of a checkpoint in parts, and one part that is a pickle."""
+
+    def change(content: dict[str, Any]) -> None:
+        state = content["state_dict"]
+        content["state_dict"] = {name: tensor.to("meta") for name, tensor in state.items()}
+        content["parts"] = {"folder": "00000001-abc", "parts": 1, **said}
+
+    def make(place: Place) -> Path:
+        part = place.given / "parts" / "00000001-abc" / "weights-0-of-1.pt"
+        part.parent.mkdir(parents=True)
+        torch.save({"state_dict": place.payload()}, part)
+        return place.checkpoint(change)
+
+    return make
+
+
 CHECKPOINTS: dict[str, Make] = {
+    "a pickle for a part": _in_parts(),
+    "parts in a folder outside": _in_parts(folder="../../.."),
+    "10^12 parts": _in_parts(parts=10**12),
+    "10^12 weights of no content": lambda place: place.checkpoint(
+        lambda c: c["state_dict"].update(more=torch.empty(10**6, 10**6, device="meta"))
+    ),
     "a pickle": _pickled,
     "a pickle in a checkpoint": _pickle_in_archive,
     "an object in the optimizer's state": lambda place: place.checkpoint(

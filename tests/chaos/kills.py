@@ -34,6 +34,7 @@ SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signa
 # The functions that change what a name stands for, or make it durable.
 OPERATIONS = ("fsync", "replace", "rename", "link", "unlink", "mkdir")
 _SEVERAL = {"trainer.devices": 2, "trainer.max_steps": 24}
+_IN_PARTS = {"trainer.strategy": "fsdp", "trainer.split_checkpoint_gb": 0}
 
 
 class Whole:
@@ -75,6 +76,7 @@ def cases(folder: Path) -> list[Case]:
         store_job(cache),
         train_job("ddp", cache, _SEVERAL | {"trainer.strategy": "ddp"}, processes=True),
         train_job("fsdp", cache, _SEVERAL | {"trainer.strategy": "fsdp"}, processes=True),
+        train_job("fsdp-parts", cache, _SEVERAL | _IN_PARTS, processes=True),
         sweep_job(cache),
         claims_job(cache),
     ]

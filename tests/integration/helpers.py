@@ -106,7 +106,9 @@ def start(args: list[str], log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
+def wait_for_step(
+    process: subprocess.Popen[bytes], run_dir: Path, step: int, *, seconds: float = 120
+) -> None:
     """Return as soon as ``metrics.csv`` holds ``step``, read without touching the file.
 
     By the platform's reader: where a row grows while it is read, what follows its old end is a line
@@ -114,14 +116,14 @@ def wait_for_step(process: subprocess.Popen[bytes], run_dir: Path, step: int) ->
     """
     file = run_dir / "metrics.csv"
     began = time.monotonic()
-    while time.monotonic() - began < 120:
+    while time.monotonic() - began < seconds:
         if process.poll() is not None:
             raise AssertionError(f"the run ended (code {process.returncode}) before step {step}")
         newest = read_newest(file, "train/loss")
         if newest is not None and newest[0] >= step:
             return
         time.sleep(0.002)
-    raise AssertionError(f"step {step} was not reached in 120 s")
+    raise AssertionError(f"step {step} was not reached in {seconds} s")
 
 
 def rows(run_dir: Path, *, timing: bool = False) -> list[dict[str, float]]:

@@ -23,7 +23,7 @@ def run_all(folder: Path, cache: Path, runs: Runs, *, processes: int) -> None:
         processes: that torchrun starts for all of them.
     """
     plan = folder / "plan.json"
-    plan.write_text(json.dumps({"cache": str(cache), "runs": runs}))
+    plan.write_text(json.dumps({"cache": str(cache), "runs": runs}, default=str))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
         [sys.executable, *torchrun, "-m", "tests.integration.several", str(plan)],

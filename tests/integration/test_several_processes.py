@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -13,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from mtp_lightning.run import checkpoints
+from mtp_lightning.run.metrics import read_newest
+from mtp_lightning.run.status import read_status
+from sweeps.devices import DeviceQueue
+from sweeps.display import Lines
+from sweeps.pool import Pool
+from sweeps.process import Task
 from tests.integration.helpers import (
     ROOT,
     assert_same_weights,
@@ -118,6 +127,53 @@ def test_sigterm_to_one_ends_all_and_the_run_goes_on_exactly(
     assert_same_weights(run, whole)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [("ddp", {}), ("fsdp", {"trainer.split_checkpoint_gb": 0})],
+    ids=["ddp", "fsdp-in-parts"],
+)
+def test_sigterm_ten_times_to_any_process_at_any_moment(
+    tmp_path: Path, cache: Path, strategy: str, more: dict[str, Any]
+) -> None:
+    """Validations and saves among the moments; the run that was asked ten times to end equals one
+    that was not, so each time it was saved as it was."""
+    draw = random.Random(strategy)
+    settings = LONG | {
+        "trainer.devices": 2,
+        "trainer.strategy": strategy,
+        "trainer.max_steps": 80,
+        "trainer.val_check_interval": 5,
+        "callbacks.checkpoints.every_n_steps": 3,
+        "callbacks": "[nan_guard,checkpoints]",
+        "callbacks.throughput.measure_matmul": None,
+        **more,
+    }
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    run.mkdir()
+    reached = 0
+    for attempt in range(10):
+        process = start(lightning(cache, settings, run), run / f"{attempt}.log")
+        wait_for_step(process, run, reached + draw.randrange(1, 6), seconds=300)
+        time.sleep(draw.uniform(0, 0.2))
+        ranks = _ranks(process, lightning)
+        os.kill(ranks[draw.randrange(2)], signal.SIGTERM)
+        assert process.wait(60) != 0
+        assert ended(ranks, seconds=20)
+        log = (run / f"{attempt}.log").read_text()
+        stopped = checkpoints.stored_step(run / "checkpoints" / "last.ckpt")
+        assert reached < stopped < 80 and f"interrupted; saved is step {stopped}" in log
+        assert int(rows(run)[-1]["step"]) == stopped, "every step that was taken is saved"
+        reached = stopped
+    for folder in (run, whole):
+        done = execute(lightning(cache, settings, folder))
+        assert done.returncode == 0, done.stderr
+    assert rows(run) == rows(whole)
+    ends = [checkpoints.load(folder / "checkpoints" / "last.ckpt") for folder in (run, whole)]
+    for name, tensor in ends[0]["state_dict"].items():
+        assert torch.equal(tensor, ends[1]["state_dict"][name])
+
+
 @pytest.mark.slow
 def test_sigterm_without_checkpoints_ends_all(tmp_path: Path, cache: Path) -> None:
     settings = (
@@ -159,6 +215,29 @@ def test_one_that_dies_takes_the_others_along(
     os.kill(ranks[0 if victim == "first" else 1], signal.SIGKILL)
     assert process.wait(60) != 0
     assert ended(ranks, seconds=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_sweep_that_stops_lets_all_processes_save(
+    tmp_path: Path, cache: Path, strategy: str
+) -> None:
+    settings = LONG | DDP | {"trainer.strategy": strategy}
+    run = tmp_path / "run"
+    task = Task(folder=run, overrides=(), command=tuple(command(run, cache, settings)), processes=2)
+
+    def far(_: Task) -> str | None:
+        newest = read_newest(run / "metrics.csv", "train/loss")
+        return "enough" if newest is not None and newest[0] >= 20 else None
+
+    pool = Pool(queue=DeviceQueue(n_jobs=1), display=Lines(1), grace_seconds=60)
+    pool.run([task], watch=far)
+    status = read_status(run)
+    assert status is not None
+    assert (status["state"], status["reason"]) == ("interrupted", "enough")
+    step = checkpoint(run)["global_step"]
+    assert 20 <= step < 100, "it is the newest step that was saved, not one of every 100"
+    assert int(rows(run)[-1]["step"]) == step
 
 
 @pytest.mark.slow

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mtp_lightning.run.checkpoints import load
 from tests.integration.conftest import Once
 from tests.integration.helpers import (
-    assert_same_weights,
+    ROOT,
     checkpoint,
     command,
     config,
@@ -25,6 +28,7 @@ from tests.integration.several import run_all
 TWO = {"trainer.devices": 2, "trainer.strategy": "fsdp", "data.batch_size": 4}
 FOUR = {"trainer.devices": 4, "trainer.strategy": "fsdp", "data.batch_size": 2}
 COPIES = FOUR | {"trainer.shard_size": 2}
+IN_PARTS = {"trainer.split_checkpoint_gb": 0}
 ALONE = {"data.batch_size": 8}
 COMMON = {
     "trainer.max_steps": 4,
@@ -83,7 +87,25 @@ def assert_same_run(run: Path, reference: Path, *, rel: float = 2e-6) -> None:
     assert [row["step"] for row in left] == [row["step"] for row in right] and left
     for one, other in zip(left, right, strict=True):
         assert one == pytest.approx(other, rel=rel)
-    assert form(checkpoint(run)) == form(checkpoint(reference))
+    assert form(stored(run)) == form(stored(reference))
+
+
+def stored(run: Path, name: str = "last.ckpt") -> dict[str, Any]:
+    """A checkpoint, which may be in parts."""
+    return load(run / "checkpoints" / name)
+
+
+def assert_equal(one: Any, other: Any, keys: Iterable[str] | None = None) -> None:
+    """Two nested values, of dictionaries some keys alone, bit for bit."""
+    if isinstance(one, dict):
+        assert keys is not None or one.keys() == other.keys()
+        for key in one if keys is None else keys:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        for left, right in zip(one, other, strict=True):
+            assert_equal(left, right)
+    else:
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def form(content: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +134,33 @@ def test_two_processes_with_a_part_each_equal_one_with_all(tmp_path: Path, cache
     assert set(names) <= set().union(*rows(tmp_path / "two"))
     for name, tensor in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_checkpoints_in_parts_are_the_same_ones(tmp_path: Path, cache: Path) -> None:
+    """Written beside the training at every step, and read by every app."""
+    common = COMMON | TWO | {"callbacks.checkpoints.every_n_steps": 1}
+    runs = {"parts": common | IN_PARTS, "files": common}
+    run_all(tmp_path, cache, runs, processes=2)
+    run = tmp_path / "parts"
+    assert rows(run) == rows(tmp_path / "files")
+    keys = ("state_dict", "optimizer_states", "loops", "callbacks", "global_step", "model_config")
+    for name in ("last.ckpt", "previous.ckpt", "best.ckpt"):
+        assert_equal(stored(run, name), stored(tmp_path / "files", name), keys)
+        file = run / "checkpoints" / name
+        assert file.stat().st_size < (tmp_path / "files" / "checkpoints" / name).stat().st_size / 4
+    found = {path.relative_to(run / "checkpoints").as_posix()[:14] for path in run.rglob("*.pt")}
+    assert found == {"parts/00000003", "parts/00000004"}  # the two that have a name
+    apps = {"generate.py": "prompt=a", "evaluate.py": "output=OUT", "export.py": "output=OUT"}
+    for app, more in apps.items():
+        argument = more.replace("OUT", str(tmp_path / f"of-{app}"))
+        done = execute([sys.executable, str(ROOT / app), f"checkpoint={run}", argument])
+        assert done.returncode == 0, done.stderr
+    shutil.rmtree(run / "checkpoints" / "parts")
+    last = run / "checkpoints" / "last.ckpt"
+    done = execute([sys.executable, str(ROOT / "generate.py"), f"checkpoint={last}", "prompt=a"])
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "copy the folder parts/ along" in done.stderr
 
 
 @pytest.fixture(scope="session")
@@ -143,6 +192,48 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path, two: Path, case: s
     assert_same_run(two / case, tmp_path / "one")
 
 
+# From a trained run: its trunk alone, its trunk kept as it is, and with its modules.
+STARTED: dict[str, dict[str, Any]] = {
+    "new_modules": {"mtp": "parallel"},
+    "frozen": {"mtp": "sequential", "mtp.freeze_trunk": "true", "mtp.init": "last_block"},
+    "frozen_linear": {"mtp": "linear", "mtp.freeze_trunk": "true"},
+    "all_kept": {"mtp.depth": 1},
+}
+START = {"mtp": "none", "mtp.depth": None, "data.batch_size": 8}
+
+
+@pytest.fixture(scope="session")
+def started(once: Once, cache: Path) -> Path:
+    """A trained run, and what two processes make of it."""
+
+    def make(folder: Path) -> None:
+        train_here(folder / "none", cache, COMMON | START)
+        train_here(folder / "one_module", cache, COMMON | ALONE | {"mtp.depth": 1})
+        runs = {name: COMMON | case | TWO | start(folder, name) for name, case in STARTED.items()}
+        run_all(folder, cache, runs, processes=2)
+
+    return once("sharded-started", make)
+
+
+def start(folder: Path, case: str) -> dict[str, Any]:
+    """Where a case starts from."""
+    return {"init_from": folder / ("one_module" if case == "all_kept" else "none")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", STARTED)
+def test_two_processes_start_from_a_run_as_one_does(
+    tmp_path: Path, cache: Path, started: Path, case: str
+) -> None:
+    train_here(tmp_path / "one", cache, COMMON | STARTED[case] | ALONE | start(started, case))
+    assert_same_run(started / case, tmp_path / "one")
+    begun = weights(started / ("one_module" if case == "all_kept" else "none"))
+    trunk = {name for name in begun if name.startswith("model.trunk.")}
+    ended = weights(started / case)
+    kept = {name for name in trunk if torch.equal(ended[name], begun[name])}
+    assert kept == (trunk if case.startswith("frozen") else set())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", NEAR)
 def test_coarse_arithmetic_is_near(two: Path, case: str) -> None:
@@ -165,8 +256,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "fsdp2": TWO,
     "fsdp4": FOUR,
     "hsdp4": COPIES,
+    "parts2": TWO | IN_PARTS,
+    "parts4": COPIES | IN_PARTS,
 }
-PROCESSES = {"one": 1, "ddp2": 2, "fsdp2": 2, "fsdp4": 4, "hsdp4": 4}
+PROCESSES = {name: int(name[-1]) if name != "one" else 1 for name in KINDS}
 WAYS = [
     ("one", "fsdp2"),
     ("ddp2", "fsdp2"),
@@ -183,6 +276,15 @@ WAYS = [
     ("fsdp2", "one"),
     ("fsdp4", "one"),
     ("hsdp4", "one"),
+    ("parts2", "one"),
+    ("parts2", "ddp2"),
+    ("parts2", "fsdp2"),
+    ("parts2", "parts2"),
+    ("parts4", "parts2"),
+    ("parts2", "fsdp4"),
+    ("parts2", "parts4"),
+    ("parts4", "parts4"),
+    ("one", "parts4"),
 ]
 
 
@@ -200,6 +302,8 @@ def resumed(once: Once, cache: Path) -> Path:
             halfway = folder / f"{before}_{after}" / "checkpoints"
             halfway.mkdir(parents=True)
             shutil.copy(folder / before / "checkpoints" / "previous.ckpt", halfway / "last.ckpt")
+            if "parts" in before:
+                shutil.copytree(folder / before / "checkpoints" / "parts", halfway / "parts")
             shutil.copy(folder / before / "metrics.csv", halfway.parent)
             if after == "one":
                 train_here(halfway.parent, cache, common | KINDS["one"])
@@ -213,7 +317,7 @@ def resumed(once: Once, cache: Path) -> Path:
 @pytest.mark.long
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "one"])
 def test_every_kind_trains_alike(resumed: Path, kind: str) -> None:
-    assert checkpoint(resumed / kind, "previous.ckpt")["global_step"] == 4
+    assert stored(resumed / kind, "previous.ckpt")["global_step"] == 4
     assert_same_run(resumed / kind, resumed / "one")
 
 
@@ -224,7 +328,7 @@ def test_any_number_of_processes_goes_on(resumed: Path, before: str, after: str)
     assert_same_run(run, resumed / "one")
     if before == after:  # exactly
         assert rows(run) == rows(resumed / after)
-        assert_same_weights(run, resumed / after)
+        assert_equal(stored(run), stored(resumed / after), ("state_dict", "optimizer_states"))
 
 
 @pytest.mark.parametrize(
@@ -234,6 +338,8 @@ def test_any_number_of_processes_goes_on(resumed: Path, before: str, after: str)
         ({"callbacks": "[default,gradient_conflict]"}, "callbacks=gradient_conflict takes"),
         ({"trainer.shard_size": 1}, "trainer.shard_size"),
         ({"trainer.shard_size": 2, "trainer.strategy": "ddp"}, "has no meaning for"),
+        ({"trainer.split_checkpoint_gb": -1}, "trainer.split_checkpoint_gb .null for 16. must be"),
+        ({"trainer.split_checkpoint_gb": 1, "trainer.strategy": "ddp"}, "has no meaning for"),
         ({"trainer.strategy": "auto"}, "ddp .each has the whole model. or fsdp"),
         ({"trainer.strategy": "deepspeed"}, "choose one of auto, ddp, fsdp"),
         ({"trainer.num_nodes": 2}, "nothing says where the other machines are"),

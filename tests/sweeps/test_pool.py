@@ -130,6 +130,15 @@ def test_a_watcher_stops_a_job(tmp_path: Path) -> None:
     assert sorted(ended) == ["b", "slow"]
 
 
+def test_a_watcher_does_not_wait_for_ever(tmp_path: Path) -> None:
+    one = task(tmp_path / "deaf", "trap '' TERM; echo up > up; while true; do sleep 0.05; done")
+    began = time.monotonic()
+    pool(1, grace_seconds=0.5).run(
+        [one], watch=lambda t: "hopeless" if (t.folder / "up").exists() else None
+    )
+    assert status(one)["reason"] == "hopeless" and time.monotonic() - began < 20
+
+
 def test_nothing_is_left_of_a_job(tmp_path: Path) -> None:
     one = task(tmp_path / "parent", f"(echo $$ > x; exec sleep 60) & echo $! > child; {DONE}")
     pool(1).run([one])
@@ -161,7 +170,7 @@ tasks = []
 for name, program in (("one", saves), ("two", sys.argv[2] == "deaf" and deaf or saves)):
     (base / name).mkdir()
     command = ("sh", "-c", f"cd {base / name}; {program}")
-    n = 2 if sys.argv[2] == "ddp" else 1
+    n = 2 if sys.argv[2] == "two" else 1
     tasks.append(Task(folder=base / name, overrides=(name,), command=command, processes=n))
 Pool(queue=DeviceQueue(n_jobs=4), display=Lines(2), grace_seconds=1).run(tasks)
 """
@@ -180,7 +189,7 @@ def start_sweep(tmp_path: Path, kind: str) -> tuple[subprocess.Popen[bytes], lis
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("kind", ["saving", "deaf"])
+@pytest.mark.parametrize("kind", ["saving", "deaf", "two"])
 def test_interrupt_ends_the_jobs_and_says_so(
     tmp_path: Path, kind: str, signum: signal.Signals
 ) -> None:
@@ -190,7 +199,7 @@ def test_interrupt_ends_the_jobs_and_says_so(
     assert all(map(gone, pids))
     assert (tmp_path / "one" / "saved").exists()
     # One that does not listen is killed when the time is over.
-    assert (tmp_path / "two" / "saved").exists() == (kind == "saving")
+    assert (tmp_path / "two" / "saved").exists() == (kind != "deaf")
     for name in ("one", "two"):
         found = read_status(tmp_path / name)
         assert found is not None
@@ -198,13 +207,14 @@ def test_interrupt_ends_the_jobs_and_says_so(
         assert (found["state"], found["reason"]) == ("interrupted", said)
 
 
-@pytest.mark.parametrize("kind", ["saving", "ddp"])
+@pytest.mark.parametrize("kind", ["saving", "deaf", "two"])
 def test_a_sweep_that_was_killed_leaves_no_process(tmp_path: Path, kind: str) -> None:
     process, pids = start_sweep(tmp_path, kind)
     process.kill()
     process.wait()
     assert all(map(gone, pids))
-    assert (tmp_path / "one" / "saved").exists() == (kind == "saving")
+    assert (tmp_path / "one" / "saved").exists()
+    assert (tmp_path / "two" / "saved").exists() == (kind != "deaf")
     assert state_of(tmp_path / "one") == "running"  # nobody was left to write
 
 

@@ -1,0 +1,104 @@
+"""Writing a checkpoint in parts (``run/parts.py``): every process its own, beside the training.
+
+The parts are copied to the CPU at the step that is saved; from there, a thread brings them to the
+disk while the training goes on. When every process's are there, the first one gives the index its
+name. They ask each other at points that all of them pass, so that nothing waits in a thread.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from mtp_lightning.run import checkpoints, parts
+from mtp_lightning.run.atomic import sync_folder
+from mtp_lightning.sharding import outlined_parts, own_parts, place_in
+
+_INDEX = "index"
+_FAILED, _AT_WORK, _DONE = -1, 0, 1
+
+
+class PartWriting:
+    """A checkpoint that is being written, as one process of several sees it.
+
+    Args:
+        checkpoint: the same on every process, but for its tensors' parts.
+        target: the index's name.
+        mesh: that the model is sharded on.
+        group: of all processes, on the CPU.
+    """
+
+    def __init__(
+        self, checkpoint: dict[str, Any], target: Path, mesh: DeviceMesh, group: dist.ProcessGroup
+    ) -> None:
+        self._target, self._group = target, group
+        self._leads = dist.get_rank() == 0
+        # Never that of another save: an index is of one moment.
+        name = [f"{checkpoint['global_step']:08d}-{uuid.uuid4().hex[:8]}"]
+        dist.broadcast_object_list(name)
+        self._folder = target.parent / parts.PARTS / name[0]
+        part, of, first_copy = place_in(mesh)
+        self._contents: dict[Path, Any] = {}
+        large = [key for key in parts.KINDS if key in checkpoint]
+        if first_copy:
+            for key in large:
+                file = parts.part_file(self._folder, key, part, of)
+                self._contents[file] = own_parts(checkpoint[key])
+        if self._leads:
+            index = checkpoint | {key: outlined_parts(checkpoint[key]) for key in large}
+            index[parts.PARTS] = {"folder": name[0], "parts": of}
+            checkpoints.save(index, self._folder / _INDEX)
+        self._error: Exception | None = None
+        self._thread = Thread(target=self._write)
+        self._thread.start()
+
+    def _write(self) -> None:
+        try:
+            while self._contents:
+                file = next(iter(self._contents))
+                checkpoints.save(self._contents[file], file)
+                del self._contents[file]  # its memory
+        except Exception as error:  # told where the others can be told, too
+            self._error = error
+            self._contents.clear()
+
+    def ended(self, *, wait: bool) -> bool:
+        """Whether the checkpoint is there; every process asks at the same point.
+
+        Args:
+            wait: until it is.
+
+        Raises:
+            OSError: a process could not write its part; in all of them.
+        """
+        if wait:
+            self._thread.join()
+        own = _AT_WORK if self._thread.is_alive() else _FAILED if self._error else _DONE
+        state = torch.tensor(own)
+        dist.all_reduce(state, dist.ReduceOp.MIN, group=self._group)
+        if int(state) == _AT_WORK:
+            return False
+        if int(state) == _FAILED:
+            self._thread.join()
+            raise self._error or OSError(
+                f"Another process could not write its part of the checkpoint {self._target}: what "
+                "it says is the reason."
+            )
+        if self._leads:
+            self._name()
+        dist.barrier(group=self._group)  # it is there for all of them
+        return True
+
+    def _name(self) -> None:
+        for folder in (self._folder, self._folder.parent):
+            sync_folder(folder)
+        os.replace(self._folder / _INDEX, self._target)
+        sync_folder(self._target.parent)
+        parts.sweep(self._target.parent)

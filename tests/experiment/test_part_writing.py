@@ -1,0 +1,122 @@
+"""A checkpoint in parts has its name when every process's part is on the disk, and not before."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from mtp_lightning.experiment.part_writing import PartWriting
+from mtp_lightning.run import checkpoints
+from mtp_lightning.sharding import build_mesh
+
+WEIGHT = torch.arange(15.0).reshape(5, 3)
+
+
+def state(mesh: Any) -> dict[str, Any]:
+    weight = distribute_tensor(WEIGHT.clone(), mesh, [Shard(0)])
+    moment = distribute_tensor(WEIGHT + 1, mesh, [Shard(0)])
+    entry = {"exp_avg": moment, "step": torch.tensor(2.0)}
+    groups = [{"betas": (0.9, 0.95), "params": [0]}]
+    return {
+        "global_step": 2,
+        "state_dict": {"weight": weight, "bias": torch.ones(2)},
+        "optimizer_states": [{"state": {0: entry}, "param_groups": groups}],
+        "loops": {"done": [1, 2]},
+    }
+
+
+def assert_held(path: Path) -> None:
+    read = checkpoints.load(path)
+    assert read["global_step"] == 2 and read["loops"] == {"done": [1, 2]}
+    assert torch.equal(read["state_dict"]["weight"], WEIGHT)
+    assert torch.equal(read["state_dict"]["bias"], torch.ones(2))
+    (optimizer,) = read["optimizer_states"]
+    assert torch.equal(optimizer["state"][0]["exp_avg"], WEIGHT + 1)
+    assert optimizer["param_groups"] == [{"betas": (0.9, 0.95), "params": [0]}]
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield build_mesh("cpu", 1, None)
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def held_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Parts reach the disk when this is set."""
+    go, save = threading.Event(), checkpoints.save
+
+    def slowly(content: dict[str, Any], path: Path) -> None:
+        if path.suffix == ".pt":
+            assert go.wait(60)
+        save(content, path)
+
+    monkeypatch.setattr(checkpoints, "save", slowly)
+    yield go
+    go.set()
+
+
+def test_training_goes_on_and_the_file_is_of_the_moment(
+    tmp_path: Path, mesh: Any, held_up: threading.Event
+) -> None:
+    target, content = tmp_path / "last.ckpt", state(mesh)
+    writing = PartWriting(content, target, mesh, dist.group.WORLD)
+    assert not writing.ended(wait=False) and not target.exists()
+    with torch.no_grad():  # the next steps
+        content["state_dict"]["weight"].mul_(0)
+        content["state_dict"]["bias"].mul_(0)
+        content["optimizer_states"][0]["state"][0]["exp_avg"].mul_(0)
+    content["loops"]["done"].append(3)
+    assert not writing.ended(wait=False) and not target.exists()
+    held_up.set()
+    assert writing.ended(wait=True)
+    assert_held(target)
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("index"))
+
+
+def test_a_save_replaces_the_one_before(tmp_path: Path, mesh: Any) -> None:
+    target = tmp_path / "last.ckpt"
+    (tmp_path / "parts" / "00000001-half").mkdir(parents=True)  # that a kill has left
+    for _ in range(3):
+        assert PartWriting(state(mesh), target, mesh, dist.group.WORLD).ended(wait=True)
+    assert len(list((tmp_path / "parts").iterdir())) == 1
+    assert_held(target)
+
+
+def _one_fails(rank: int, folder: str) -> None:
+    place = Path(folder)
+    store = dist.FileStore(str(place / "store"), 2)
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
+    mesh, target = build_mesh("cpu", 2, None), place / "last.ckpt"
+    assert PartWriting(state(mesh), target, mesh, dist.group.WORLD).ended(wait=True)
+    own = state(mesh)["state_dict"]["weight"]
+    assert isinstance(own, DTensor) and len(own.to_local()) == (3 if rank == 0 else 2)
+    before = target.read_bytes()
+    save = checkpoints.save
+
+    def full(content: dict[str, Any], path: Path) -> None:
+        if rank == 1:
+            raise OSError(28, "the disk is full")
+        save(content, path)
+
+    checkpoints.save = full
+    with pytest.raises(OSError, match="the disk is full" if rank == 1 else "Another process"):
+        PartWriting(state(mesh), target, mesh, dist.group.WORLD).ended(wait=True)
+    dist.barrier()
+    assert target.read_bytes() == before
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_what_one_process_cannot_write_all_are_told(tmp_path: Path) -> None:
+    mp.spawn(_one_fails, args=(str(tmp_path),), nprocs=2)
+    assert_held(tmp_path / "last.ckpt")

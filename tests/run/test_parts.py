@@ -1,0 +1,259 @@
+"""A checkpoint in parts is read as if it were one file, and what is broken in it is said."""
+
+from __future__ import annotations
+
+import shutil
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.run import checkpoints as cio
+from mtp_lightning.run import parts
+
+FOLDER = "00000003-0123abcd"
+
+
+def content(step: int = 3) -> dict[str, Any]:
+    """As a run has it, with tensors of fewer rows than there are parts, and one that is in none."""
+    shapes = [(1,), (2, 3), (7,), (8, 2, 2), (13, 1)]
+    generator = torch.Generator().manual_seed(step)
+    weights = {f"w{i}": torch.randn(shape, generator=generator) for i, shape in enumerate(shapes)}
+    weights["bias"] = torch.arange(4.0)
+    state = {
+        i: {"exp_avg": torch.randn(shape, generator=generator), "step": torch.tensor(3.0)}
+        for i, shape in enumerate(shapes)
+    }
+    groups = [{"lr": 0.1, "betas": (0.9, 0.95), "params": list(state)}]
+    return {
+        "global_step": step,
+        "state_dict": OrderedDict(weights),
+        "optimizer_states": [{"state": state, "param_groups": groups}],
+        "loops": {"a": [1, (2, None)]},
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        alike = type(one) is type(other) and len(one) == len(other)
+        return alike and all(map(same, one, other))
+    if isinstance(one, Tensor):
+        return torch.equal(one, other) and one.dtype == other.dtype
+    return type(one) is type(other) and one == other
+
+
+def cut(value: Any, part: int, count: int) -> Any:
+    """What a part holds of a nested value, by ``torch.split``."""
+    if isinstance(value, dict):
+        return {key: cut(entry, part, count) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(cut(entry, part, count) for entry in value)
+    if not is_large(value):
+        return None
+    rows = value.split(-(-len(value) // count))
+    return (rows[part] if part < len(rows) else value[:0]).clone()
+
+
+def outline(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: outline(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(outline(entry) for entry in value)
+    return value.to("meta") if is_large(value) else value
+
+
+def is_large(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and not torch.equal(value, BIAS)
+
+
+BIAS = torch.arange(4.0)
+
+
+def write(path: Path, whole: dict[str, Any], count: int, folder: str = FOLDER) -> Path:
+    """A checkpoint in ``count`` parts; the folder that those are in."""
+    place = path.parent / "parts" / folder
+    for key, name in (("state_dict", "weights"), ("optimizer_states", "optimizer")):
+        for part in range(count):
+            cio.save(cut(whole[key], part, count), place / f"{name}-{part}-of-{count}.pt")
+    index = {k: outline(v) if k in parts.KINDS else v for k, v in whole.items()}
+    cio.save({**index, "parts": {"folder": folder, "parts": count}}, path)
+    return place
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 16])
+def test_parts_are_read_as_one_file(tmp_path: Path, count: int) -> None:
+    write(tmp_path / "last.ckpt", content(), count)
+    read = cio.load(tmp_path / "last.ckpt")
+    plain = content()
+    plain["state_dict"] = dict(plain["state_dict"])
+    assert same(read, plain)
+    assert cio.intact(tmp_path / "last.ckpt") and cio.stored_step(tmp_path / "last.ckpt") == 3
+    assert cio.newest_intact(tmp_path) == tmp_path / "last.ckpt"
+
+
+def test_any_rows_of_any_parts(tmp_path: Path) -> None:
+    whole = content()
+    for count in range(1, 7):
+        path = tmp_path / f"{count}.ckpt"
+        write(path, whole, count, folder=f"{count}")
+        read = parts.opened(cio.load(path, mapped=True), path)
+        for name, tensor in whole["state_dict"].items():
+            found = read["state_dict"][name]
+            if name == "bias":
+                assert torch.equal(found, tensor)
+                continue
+            assert found.shape == tensor.shape and found.dtype == tensor.dtype
+            for start in range(len(tensor) + 1):
+                for stop in range(start, len(tensor) + 1):
+                    assert torch.equal(found.rows(start, stop), tensor[start:stop])
+
+
+def test_the_optimizers_parts_are_left_alone_by_who_does_not_want_them(tmp_path: Path) -> None:
+    place = write(tmp_path / "last.ckpt", content(), 2)
+    for file in place.glob("optimizer-*"):
+        file.unlink()
+    read = cio.load(tmp_path / "last.ckpt", optimizer=False)
+    assert read["optimizer_states"] == []
+    assert torch.equal(read["state_dict"]["w3"], content()["state_dict"]["w3"])
+    with pytest.raises(UserError, match="optimizer-0-of-2.pt is not there"):
+        cio.load(tmp_path / "last.ckpt")
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    numbers = content()["state_dict"]["w3"].numpy().tobytes()[:8]
+    data[data.index(numbers)] ^= 1
+    file.write_bytes(data)
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def other_shape(file: Path) -> None:
+    found = torch.load(file, weights_only=True)
+    cio.save({**found, "w3": torch.zeros(4, 2, 3)}, file)
+
+
+def repeated(file: Path) -> None:
+    found = torch.load(file, weights_only=True)
+    torch.save({**found, "w3": torch.zeros(1).expand(4, 2, 2)}, file)
+
+
+def other_content(file: Path) -> None:
+    cio.save({"w3": [1, 2]}, file)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, flip, cut_off])
+def test_a_damaged_part_is_found(tmp_path: Path, damage: Any) -> None:
+    place = write(tmp_path / "last.ckpt", content(), 2)
+    cio.save(content(2), tmp_path / "previous.ckpt")
+    damage(place / "weights-0-of-2.pt")
+    reason = cio.damage(tmp_path / "last.ckpt")
+    assert reason is not None and "weights-0-of-2.pt" in reason
+    with pytest.raises(UserError, match="last.ckpt cannot be used .its part .*weights-0-of-2"):
+        cio.load(tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match="last.ckpt is damaged and skipped: its part"):
+        assert cio.newest_intact(tmp_path) == tmp_path / "previous.ckpt"
+
+
+@pytest.mark.parametrize("forge", [other_shape, repeated, other_content])
+def test_a_forged_part_is_refused(tmp_path: Path, forge: Any) -> None:
+    place = write(tmp_path / "last.ckpt", content(), 2)
+    forge(place / "weights-0-of-2.pt")
+    with pytest.raises(UserError, match="weights-0-of-2.pt is damaged .it does not hold"):
+        cio.load(tmp_path / "last.ckpt")
+
+
+class Canary:
+    def __reduce__(self) -> Any:
+        return (print, ("executed",))
+
+
+def test_nothing_of_a_part_is_executed(tmp_path: Path, capsys: Any) -> None:
+    place = write(tmp_path / "last.ckpt", content(), 1)
+    torch.save({"w3": Canary()}, place / "weights-0-of-1.pt")
+    with pytest.raises(UserError, match="is damaged"):
+        cio.load(tmp_path / "last.ckpt")
+    path = tmp_path / "last.ckpt"
+    pieces = parts.opened(cio.load(path, mapped=True), path)["state_dict"]["w3"]
+    with pytest.raises(UserError, match="is damaged"):
+        pieces.rows(0, 1)
+    assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"folder": "../../elsewhere", "parts": 2},
+        {"folder": "/tmp", "parts": 2},
+        {"folder": "", "parts": 2},
+        {"folder": FOLDER, "parts": 0},
+        {"folder": FOLDER, "parts": 10**12},
+        {"folder": FOLDER, "parts": True},
+        {"folder": FOLDER},
+        "elsewhere",
+    ],
+)
+def test_an_index_that_lies_is_refused(tmp_path: Path, said: Any) -> None:
+    path = tmp_path / "last.ckpt"
+    write(path, content(), 2)
+    cio.save({**cio.load(path, mapped=True), "parts": said}, path)
+    assert not cio.intact(path)
+    with pytest.raises(UserError, match="last.ckpt is damaged"):
+        cio.load(path)
+
+
+def test_tensors_without_content_are_refused(tmp_path: Path) -> None:
+    """They take a few bytes of a file, and would take all memory."""
+    path = tmp_path / "last.ckpt"
+    for where in ("state_dict", "loops"):
+        cio.save(content() | {where: {"w": torch.empty(10**6, 10**6, device="meta")}}, path)
+        with pytest.raises(UserError, match="damaged"):
+            cio.load(path)
+
+
+def test_parts_of_no_checkpoint_are_removed(tmp_path: Path) -> None:
+    write(tmp_path / "last.ckpt", content(3), 2, folder="3")
+    write(tmp_path / "best.ckpt", content(2), 2, folder="2")
+    write(tmp_path / "gone.ckpt", content(1), 2, folder="1")
+    (tmp_path / "gone.ckpt").unlink()
+    half = tmp_path / "parts" / "4"
+    half.mkdir()
+    (half / ".weights-0-of-2.pt.tmp").write_bytes(b"half")
+    parts.sweep(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["2", "3"]
+    assert cio.intact(tmp_path / "last.ckpt") and cio.intact(tmp_path / "best.ckpt")
+
+
+def test_what_is_kept_of_a_run_that_ended_well(tmp_path: Path) -> None:
+    for name, folder in (("last", "3"), ("previous", "2"), ("best", "1")):
+        write(tmp_path / f"{name}.ckpt", content(int(folder)), 2, folder=folder)
+    cio.keep(tmp_path, "all")
+    assert len(list(tmp_path.glob("parts/*/*.pt"))) == 12
+    cio.keep(tmp_path, "weights")
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.glob("parts/*/*"))
+    names = [f"parts/{n}/weights-{i}-of-2.pt" for n in (1, 3) for i in (0, 1)]
+    assert left == names and not (tmp_path / "previous.ckpt").exists()
+    read = cio.load(tmp_path / "best.ckpt")
+    assert read["optimizer_states"] == []
+    assert torch.equal(read["state_dict"]["w3"], content(1)["state_dict"]["w3"])
+    cio.keep(tmp_path, "none")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_index_moves_with_its_parts(tmp_path: Path) -> None:
+    write(tmp_path / "here" / "last.ckpt", content(), 2)
+    elsewhere = tmp_path / "there"
+    elsewhere.mkdir()
+    shutil.copy(tmp_path / "here" / "last.ckpt", elsewhere)
+    with pytest.raises(UserError, match="copy the folder parts/ along"):
+        cio.load(elsewhere / "last.ckpt")
+    shutil.copytree(tmp_path / "here" / "parts", elsewhere / "parts")
+    assert cio.load(elsewhere / "last.ckpt")["global_step"] == 3
