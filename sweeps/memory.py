@@ -94,6 +94,8 @@ def of_groups(root: Path = Path("/")) -> dict[int, int]:
     """Bytes that the processes of each process group have for themselves: what is of files, such
     as libraries, is shared."""
     taken: defaultdict[int, int] = defaultdict(int)
+    if not (root / "proc").is_dir():  # macOS, where nobody says what is available either
+        return {}
     for name in os.listdir(root / "proc"):
         if name.isdecimal():
             with suppress(OSError, ValueError, IndexError):  # it has just ended
