@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import common
 from data_modules.tokenizers.byte import ByteTokenizer
@@ -36,7 +37,7 @@ def smollm2_shape() -> MTPModel:
     return model.eval()
 
 
-def _packed(model: nn.Module) -> list[torch.Tensor]:
+def _packed(model: nn.Module) -> list[Tensor]:
     """The matrices that a narrow pass reads."""
     layers = [getattr(layer, "packed", None) for layer in model.modules()]
     return [layer.numbers for layer in layers if isinstance(layer, FewRows)]
@@ -63,6 +64,37 @@ def memory_rate(model: MTPModel, prompt: list[int], *, repeats: int) -> dict[str
     rates = {f"{name}_gb_per_s": n_bytes / s / 1e9 for name, s in seconds.items()}
     share = {f"share_of_{name}": seconds["read"] / seconds[name] for name in widths}
     return {"megabytes": n_bytes / 1e6, **rates, **share}
+
+
+def int8_products(model: MTPModel, *, repeats: int) -> dict[str, float]:
+    """How fast PyTorch's own int8 products (dynamic, of one row) are beside this project's by the
+    same matrices. They round: such a model's text would be another. Without the layers' C++,
+    nothing."""
+    with eager_decoding(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and all that there is without torchao
+        pairs = []
+        for layer in model.trunk.modules():
+            packed = getattr(layer, "packed", None)
+            if not isinstance(packed, FewRows):
+                continue
+            plain = nn.Linear(packed.inputs, packed.outputs, bias=False)
+            plain.weight.data = cast(Tensor, layer.weight).detach()
+            plain.qconfig = torch.ao.quantization.default_dynamic_qconfig  # type: ignore[assignment]
+            pairs.append((packed, torch.ao.nn.quantized.dynamic.Linear.from_float(plain)))
+        if not pairs:
+            return {}
+        rows = {own.inputs: torch.randn(1, own.inputs) for own, _ in pairs}
+
+        def own_products() -> None:
+            for own, _ in pairs:
+                own.linear(rows[own.inputs])
+
+        def int8() -> None:
+            for own, theirs in pairs:
+                theirs(rows[own.inputs])
+
+        seconds = common.median_times({"own": own_products, "int8": int8}, repeats=repeats)
+    return {"int8_speedup": seconds["own"] / seconds["int8"]}
 
 
 def against_transformers(
@@ -142,5 +174,9 @@ def of_wide_model(prompt: list[int], *, new_tokens: int, repeats: int) -> dict[s
         found = against_transformers(
             model, prompt, {"plain": {}}, new_tokens=new_tokens, repeats=repeats
         )
-        results[precision] = memory_rate(model, prompt, repeats=4 * repeats) | found
+        results[precision] = {
+            **memory_rate(model, prompt, repeats=4 * repeats),
+            **int8_products(model, repeats=4 * repeats),
+            **found,
+        }
     return results
