@@ -215,6 +215,7 @@ def test_loss_that_explodes(tmp_path: Path, cache: Path, capfd: pytest.CaptureFi
     assert train_here(tmp_path, cache)["step"] == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk_while_saving(
     tmp_path: Path,

@@ -43,6 +43,7 @@ def first_losses(folder: Path) -> list[float]:
     return [helpers.column(folder, f"train/loss_depth_{k}")[1] for k in (1, 2, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "switches", [{}, {"mtp.share_layers": "true", "mtp.concat": "hidden_first"}]
 )

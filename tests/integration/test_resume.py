@@ -159,6 +159,7 @@ def test_a_finished_run_started_again_trains_no_more(tmp_path: Path, cache: Path
     assert longer["step"] == 12 and [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["truncated", "flipped"])
 def test_damaged_last_checkpoint(tmp_path: Path, cache: Path, whole: Path, harm: str) -> None:
     stop_after(tmp_path, cache, LONG, 70)

@@ -71,6 +71,7 @@ def evaluated(run: Path, *more: str) -> dict[str, Any]:
         return evaluate(compose("evaluate", overrides=[*given, "accelerator=cpu"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TASKS)
 def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path, case: str) -> None:
     summary = train_here(tmp_path, cache, TASK | TASKS[case])
@@ -111,6 +112,7 @@ def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path,
     assert again["evaluation"] == summary["evaluation"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -125,6 +125,7 @@ def test_every_step_and_micro_batch_draws_anew(
     assert keys == [RandomKey(7, step, row) for step in range(3) for row in (0, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_resumed_run_mixes_as_the_uninterrupted_one(tmp_path: Path, accumulate: int) -> None:
     settings = {

@@ -18,6 +18,8 @@ from mtp_lightning.notebook import process
 from mtp_lightning.notebook.curves import draw_overview
 from tests.integration.helpers import QUICK, overrides, train_here, wait_for_step
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:

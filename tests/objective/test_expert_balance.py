@@ -83,6 +83,7 @@ def test_a_run_moves_trunk_and_modules_and_logs(plain: Path) -> None:
         assert min(violations) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

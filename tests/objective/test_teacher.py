@@ -196,6 +196,7 @@ class LiveMemory(TorchDispatchMode):
 MEMORY = [KL(temperature=2), JS(), LK(), Mixture({"ce": 1, "kl": 1, "tv": 1, "feature": 1})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["sequential", "parallel", "parameter_free"])
 @pytest.mark.parametrize("term", MEMORY, ids=lambda term: term.name)
 def test_a_few_chunks_are_all_that_there_is_of_size_v(

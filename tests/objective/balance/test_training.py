@@ -81,6 +81,7 @@ def continue_from_the_middle(whole: Path, folder: Path) -> None:
     shutil.copyfile(whole / "metrics.csv", folder / "metrics.csv")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_a_resumed_run_is_the_same_run(tmp_path: Path, cache: Path, fixed: Path, rule: str) -> None:
     whole, again = tmp_path / "whole", tmp_path / "again"
@@ -234,6 +235,7 @@ def _first_moments(folder: Path) -> dict[str, torch.Tensor]:
     return {ordered[i]: entry["exp_avg"] for i, entry in state.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_without_depths_every_rule_is_plain_training(
     tmp_path: Path, cache: Path, rule: str
