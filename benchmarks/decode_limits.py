@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +42,17 @@ def _packed(model: nn.Module) -> list[Tensor]:
     return [layer.numbers for layer in layers if isinstance(layer, FewRows)]
 
 
+def _as_fp32(numbers: Tensor) -> Tensor:
+    """The same bytes, but for a few at the end."""
+    whole = numbers.view(torch.uint8)
+    return whole[: whole.numel() // 4 * 4].view(torch.float32)
+
+
 def memory_rate(model: MTPModel, prompt: list[int], *, repeats: int) -> dict[str, float]:
     """How fast the trunk's passes at batch 1 read its weights, and how fast a plain read of the
     same memory is, its sum, in turn with them. Without the layers' C++, nothing."""
     with eager_decoding(model):
-        weights = [x.view(torch.float32) for x in _packed(model.trunk) + _packed(model.head)]
+        weights = [_as_fp32(x) for x in _packed(model.trunk) + _packed(model.head)]
         if not weights:
             return {}
         session = Session(model, places=1, capacity=len(prompt) + 8, max_draft=0)
@@ -64,37 +69,6 @@ def memory_rate(model: MTPModel, prompt: list[int], *, repeats: int) -> dict[str
     rates = {f"{name}_gb_per_s": n_bytes / s / 1e9 for name, s in seconds.items()}
     share = {f"share_of_{name}": seconds["read"] / seconds[name] for name in widths}
     return {"megabytes": n_bytes / 1e6, **rates, **share}
-
-
-def int8_products(model: MTPModel, *, repeats: int) -> dict[str, float]:
-    """How fast PyTorch's own int8 products (dynamic, of one row) are beside this project's by the
-    same matrices. They round: such a model's text would be another. Without the layers' C++,
-    nothing."""
-    with eager_decoding(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and all that there is without torchao
-        pairs = []
-        for layer in model.trunk.modules():
-            packed = getattr(layer, "packed", None)
-            if not isinstance(packed, FewRows):
-                continue
-            plain = nn.Linear(packed.inputs, packed.outputs, bias=False)
-            plain.weight.data = cast(Tensor, layer.weight).detach()
-            plain.qconfig = torch.ao.quantization.default_dynamic_qconfig  # type: ignore[assignment]
-            pairs.append((packed, torch.ao.nn.quantized.dynamic.Linear.from_float(plain)))
-        if not pairs:
-            return {}
-        rows = {own.inputs: torch.randn(1, own.inputs) for own, _ in pairs}
-
-        def own_products() -> None:
-            for own, _ in pairs:
-                own.linear(rows[own.inputs])
-
-        def int8() -> None:
-            for own, theirs in pairs:
-                theirs(rows[own.inputs])
-
-        seconds = common.median_times({"own": own_products, "int8": int8}, repeats=repeats)
-    return {"int8_speedup": seconds["own"] / seconds["int8"]}
 
 
 def against_transformers(
@@ -165,18 +139,14 @@ def against_transformers(
 
 
 def of_wide_model(prompt: list[int], *, new_tokens: int, repeats: int) -> dict[str, Any]:
-    """Plain decoding of SmolLM2's shape in fp32 and, rounded, in bf16."""
+    """Plain decoding of SmolLM2's shape in fp32 and, rounded, in bf16 and int8."""
     from mtp_lightning.decoding.precision import use_precision
 
     model, results = smollm2_shape(), {}
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16", "int8"):
         use_precision(model, precision)
         found = against_transformers(
             model, prompt, {"plain": {}}, new_tokens=new_tokens, repeats=repeats
         )
-        results[precision] = {
-            **memory_rate(model, prompt, repeats=4 * repeats),
-            **int8_products(model, repeats=4 * repeats),
-            **found,
-        }
+        results[precision] = memory_rate(model, prompt, repeats=4 * repeats) | found
     return results

@@ -33,7 +33,7 @@ class _Block(ctypes.Structure):
     """``Block`` of narrow.cpp."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("width", "heads", "kv_heads", "head", "inner", "half")),
+        *((name, c_int64) for name in ("width", "heads", "kv_heads", "head", "inner", "kind")),
         *((name, c_double) for name in ("eps", "head_eps")),
         *((name, c_void_p) for name in ("attention_norm", "feed_forward_norm")),
         *((name, c_void_p) for name in ("query_norm", "key_norm", "bias")),
@@ -45,7 +45,7 @@ class _Join(ctypes.Structure):
     """``Join`` of narrow.cpp."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("width", "half", "hidden_first")),
+        *((name, c_int64) for name in ("width", "kind", "hidden_first")),
         *((name, c_double) for name in ("embedded_eps", "hidden_eps")),
         *((name, c_void_p) for name in ("embedded_norm", "hidden_norm", "projection")),
     )
@@ -157,7 +157,7 @@ class NarrowModule:
             return None
         gains = enorm.weight.data_ptr(), hnorm.weight.data_ptr()
         join = _Join(
-            weight.outputs, weight.half, hidden_first, enorm.eps, hnorm.eps, *gains,
+            weight.outputs, weight.kind, hidden_first, enorm.eps, hnorm.eps, *gains,
             weight.numbers.data_ptr(),
         )  # fmt: skip
         return NarrowModule(join, blocks)
@@ -183,7 +183,7 @@ def _describe(block: Any) -> _Block | None:
         return None
     matrices = (attention.qkv, attention.out, feed_forward.gate_up, feed_forward.down)
     packed = [m.packed for m in matrices if isinstance(m.packed, FewRows)]
-    if len(packed) < len(matrices) or len({weight.half for weight in packed}) > 1:
+    if len(packed) < len(matrices) or len({weight.kind for weight in packed}) > 1:
         return None
     norms = (
         block.attention_norm,
@@ -202,7 +202,7 @@ def _describe(block: Any) -> _Block | None:
         attention.n_kv_heads,
         attention.d_head,
         packed[3].inputs,
-        qkv.half,
+        qkv.kind,
         block.attention_norm.eps,
         block.attention_norm.eps if attention.query_norm is None else attention.query_norm.eps,
         *gains,

@@ -1,4 +1,4 @@
-"""precision=bf16: the rounded model, and nothing else about it, in every pass."""
+"""precision=bf16 and int8: the rounded model, and nothing else about it, in every pass."""
 
 from __future__ import annotations
 
@@ -29,15 +29,20 @@ def own(library, monkeypatch):  # noqa: F811
     monkeypatch.setattr(native, "library", library)
 
 
-def rounded(seed: int, depth: int, **mtp):
+KINDS = {"bf16": torch.bfloat16, "int8": torch.int8}
+ROUNDED = pytest.mark.parametrize("precision", KINDS)
+
+
+def rounded(precision: str, seed: int, depth: int, **mtp):
     model = small_model(seed, depth, **mtp)
-    use_precision(model, "bf16")
+    use_precision(model, precision)
     return model
 
 
+@ROUNDED
 @pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
-def test_drafts_give_the_rounded_models_plain_text(deepseek, monkeypatch):
-    model = rounded(4, 2, deepseek=deepseek)
+def test_drafts_give_the_rounded_models_plain_text(deepseek, precision, monkeypatch):
+    model = rounded(precision, 4, 2, deepseek=deepseek)
     prompts = random_prompts(4, (5, 1, 13))
     options = {"max_new_tokens": NEW}
     expected = [g.token_ids for g in generate(model, prompts, speculative=False, **options)]
@@ -53,35 +58,39 @@ def test_drafts_give_the_rounded_models_plain_text(deepseek, monkeypatch):
     assert [g.token_ids for g in generate(model, prompts, **options)] == expected
 
 
+@ROUNDED
 @pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
 @pytest.mark.parametrize(("threads", "rows"), [(1, 1), (2, 1), (1, 7)])
-def test_a_verify_pass_gives_the_bits_of_single_passes(deepseek, threads, rows):
-    model = rounded(3, 2, deepseek=deepseek)
+def test_a_verify_pass_gives_the_bits_of_single_passes(deepseek, threads, rows, precision):
+    model = rounded(precision, 3, 2, deepseek=deepseek)
     with packed_weights(model):
-        assert model.head.packed.half
+        assert model.head.packed.numbers.dtype == KINDS[precision]
     verify_passes_give_the_bits_of_single_ones(model, threads=threads, rows=rows)
 
 
-def test_what_is_rounded_is_read_in_half_and_the_rest_is_left():
+@ROUNDED
+def test_what_is_rounded_is_read_in_fewer_bytes_and_the_rest_is_left(precision):
     model = small_model(2, 1)
     before = copy.deepcopy(model)
     use_precision(model, "fp32")
     for a, b in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(a, b)
     with packed_weights(model):
-        assert not model.head.packed.half
-    use_precision(model, "bf16")
-    assert torch.equal(model.head.weight, before.head.weight.bfloat16().float())
+        assert model.head.packed.numbers.dtype == torch.float32
+    use_precision(model, precision)
+    if precision == "bf16":
+        assert torch.equal(model.head.weight, before.head.weight.bfloat16().float())
+    assert not torch.equal(model.head.weight, before.head.weight)
     assert torch.equal(model.trunk.norm.weight, before.trunk.norm.weight)
     with packed_weights(model):
-        assert model.head.packed.half
+        assert model.head.packed.numbers.dtype == KINDS[precision]
         assert model.trunk.packed is not None
 
 
 def test_refusals_name_the_remedy(monkeypatch):
     model = small_model(2, 1)
-    with pytest.raises(ValueError, match="precision must be .*, not 'int8'|precision=int8"):
-        use_precision(model, "int8")
+    with pytest.raises(ValueError, match="precision must be .*, not 'int4'|precision=int4"):
+        use_precision(model, "int4")
     monkeypatch.setattr(native, "library", None)
     with pytest.raises(ValueError, match="needs a CPU with AVX-512 .*leave precision=fp32"):
         use_precision(model, "bf16")

@@ -29,14 +29,22 @@ def packed(weight: torch.Tensor) -> FewRows:
     return found
 
 
+def rounded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if dtype is not torch.float32:
+        layer = torch.nn.Linear(*reversed(weight.shape), bias=False)
+        layer.weight.data = weight.clone()
+        round_weights(layer, "bf16" if dtype is torch.bfloat16 else "int8")
+        return layer.weight.data
+    return weight
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("half", [False, True])
-def test_products_are_right_and_a_row_is_alone(shape, half):
-    weight = torch.randn(shape)
-    if half:
-        weight = weight.bfloat16().float()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_products_are_right_and_a_row_is_alone(shape, dtype):
+    weight = rounded(torch.randn(shape), dtype)
     product = packed(weight)
-    assert product.half == half
+    if weight.numel() > 1:  # a single number may be a whole one of its own step
+        assert product.numbers.dtype == dtype
     for rows in (1, 2, 3, 4, 5, 6, 7, 13):
         x = torch.randn(rows, shape[1])
         found = product.linear(x)
@@ -51,15 +59,43 @@ def test_bf16_loses_nothing_to_the_last_bit():
     half = packed(weight)
     weight[129, 39] += 2**-20  # the last number is none of bf16's any more
     full = packed(weight)
-    assert half.half and not full.half
+    assert (half.numbers.dtype, full.numbers.dtype) == (torch.bfloat16, torch.float32)
     assert half.numbers.nbytes * 2 <= full.numbers.nbytes * 1.25
     x = torch.randn(3, 40)
     x[:, 5] = x[:, 5].abs()
     assert torch.equal(half.linear(x)[:, :129], full.linear(x)[:, :129])
 
 
-def test_threads_change_no_bit():
-    product, x = packed(torch.randn(4096, 128)), torch.randn(3, 128)
+def test_int8_is_the_nearest_of_255_steps_a_row():
+    weight = torch.randn(70, 40) * torch.logspace(-6, 6, 70).unsqueeze(1)
+    weight[5], weight[6, 1:] = 0.0, 0.0
+    found = rounded(weight, torch.int8).double()
+    largest = weight.double().abs().amax(1, keepdim=True)
+    # The step is the largest number's 127th part but for 2^-15 of it.
+    steps = largest / 127
+    assert ((found - weight).abs() <= steps * (0.5 + 2**-7)).all()
+    levels = (found / steps.clamp(min=1e-30)).abs()
+    assert ((levels - levels.round()).abs() < 0.01).all() and levels.max() <= 127.01
+    assert torch.equal(found[5], torch.zeros(40, dtype=torch.float64))
+    product = packed(found.float())
+    assert product.numbers.dtype == torch.int8
+    assert product.numbers.nbytes <= 80 * 40 + 4 * 80
+    # Packing loses nothing: of an identity the product is the weight.
+    assert torch.equal(product.linear(torch.eye(40)).t(), found.float())
+
+
+def test_a_step_missed_by_one_number_is_no_int8():
+    weight = rounded(torch.randn(130, 40), torch.int8)
+    assert packed(weight).numbers.dtype == torch.int8
+    weight[129, 39] += 2**-20
+    assert packed(weight).numbers.dtype == torch.float32
+    weight[129, 39] = float("nan")
+    assert packed(weight).numbers.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_threads_change_no_bit(dtype):
+    product, x = packed(rounded(torch.randn(4096, 128), dtype)), torch.randn(3, 128)
     alone = product.linear(x)
     torch.set_num_threads(2)
     try:
@@ -71,13 +107,17 @@ def test_threads_change_no_bit():
 def test_only_matrices_are_rounded():
     trunk = build()
     before = {name: p.clone() for name, p in trunk.named_parameters()}
-    round_weights(trunk)
+    round_weights(trunk, "bf16")
     for name, p in trunk.named_parameters():
         expected = before[name].bfloat16().float() if p.dim() > 1 else before[name]
         assert torch.equal(p, expected), name
     with packed_weights(trunk):
-        assert all(m.packed.half for m in trunk.modules() if hasattr(m, "weight")
-                   and getattr(m, "packed", None) is not None)  # fmt: skip
+        kinds = {
+            module.packed.numbers.dtype
+            for module in trunk.modules()
+            if hasattr(module, "weight") and getattr(module, "packed", None) is not None
+        }
+    assert kinds == {torch.bfloat16}
 
 
 def build(*, heads=4, kv=2, d_head=None, layers=3, **attention) -> Trunk:

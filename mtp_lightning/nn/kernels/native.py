@@ -44,13 +44,14 @@ _FUNCTIONS = {
     "narrow_join": (*[c_void_p] * 4, c_int64),
     "narrow_norm": (*[c_void_p] * 3, c_int64, c_int64, c_double),
     "narrow_linear": (*[c_void_p] * 3, *[c_int64] * 4),
-    "pack_full": (*[c_void_p] * 2, c_int64, c_int64),
 }
 # The same for those that return a number.
 _NUMBERS = {
     "attention_kept": (c_int64,),
     "packed_size": (c_int64,) * 3,
+    "pack_full": (*[c_void_p] * 2, c_int64, c_int64),
     "pack_half": (*[c_void_p] * 2, c_int64, c_int64),
+    "pack_byte": (*[c_void_p] * 2, c_int64, c_int64),
 }
 
 

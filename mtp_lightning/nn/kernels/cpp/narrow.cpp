@@ -10,7 +10,7 @@
 #include "few.h"
 
 struct Block {
-    int64_t width, heads, kv_heads, head, inner, half;
+    int64_t width, heads, kv_heads, head, inner, kind;
     double eps, head_eps;
     const float *attention_norm, *feed_forward_norm;  // [C]
     const float *query_norm, *key_norm, *bias;        // [H], [H], [(N + 2 P) H], or NULL
@@ -19,7 +19,7 @@ struct Block {
 
 // A module's two norms and the projection of what they give, side by side.
 struct Join {
-    int64_t width, half, hidden_first;
+    int64_t width, kind, hidden_first;
     double embedded_eps, hidden_eps;
     const float *embedded_norm, *hidden_norm;
     const void* projection;
@@ -207,13 +207,13 @@ static void block(const Block& b, const Pass& pass, float* entries, float* x, Sc
     s.fit(tokens, b);
     for (int64_t i = 0; i < tokens; i++)
         norm(x + i * c, b.attention_norm, s.normed.data() + i * c, c, b.eps);
-    few_rows(s.normed.data(), b.qkv, b.half, s.qkv.data(), tokens,
+    few_rows(s.normed.data(), b.qkv, b.kind, s.qkv.data(), tokens,
              (b.heads + 2 * b.kv_heads) * b.head, c, false);
     attention(b, pass, entries, s);
-    few_rows(s.mixed.data(), b.out, b.half, x, tokens, c, mixed, true);
+    few_rows(s.mixed.data(), b.out, b.kind, x, tokens, c, mixed, true);
     for (int64_t i = 0; i < tokens; i++)
         norm(x + i * c, b.feed_forward_norm, s.normed.data() + i * c, c, b.eps);
-    few_rows(s.normed.data(), b.gate_up, b.half, s.gate_up.data(), tokens, 2 * f, c, false);
+    few_rows(s.normed.data(), b.gate_up, b.kind, s.gate_up.data(), tokens, 2 * f, c, false);
     for (int64_t i = 0; i < tokens; i++) {
         const float *gate = s.gate_up.data() + 2 * i * f, *up = gate + f;
         float* to = s.inner.data() + i * f;
@@ -221,7 +221,7 @@ static void block(const Block& b, const Pass& pass, float* entries, float* x, Sc
             put(to + at, silu(take(gate + at, n)) * take(up + at, n), n);
         });
     }
-    few_rows(s.inner.data(), b.down, b.half, x, tokens, c, f, true);
+    few_rows(s.inner.data(), b.down, b.kind, x, tokens, c, f, true);
 }
 
 // x[M, C] through n blocks, in place; then, with a gain, normed[M, C] of it.
@@ -248,7 +248,7 @@ extern "C" void narrow_join(const Join* join, const float* embedded, const float
              join->embedded_eps);
         norm(hidden + i * c, join->hidden_norm, to + !join->hidden_first * c, c, join->hidden_eps);
     }
-    few_rows(both.data(), join->projection, join->half, out, tokens, c, 2 * c, false);
+    few_rows(both.data(), join->projection, join->kind, out, tokens, c, 2 * c, false);
 }
 
 // out = x / sqrt(mean(x^2) + eps) * gain, of every row.
@@ -259,6 +259,6 @@ extern "C" void narrow_norm(const float* x, const float* gain, float* out, int64
 
 // out[M, N] = x[M, K] weight.T
 extern "C" void narrow_linear(const float* x, const void* weight, float* out, int64_t rows,
-                              int64_t outputs, int64_t inputs, int64_t half) {
-    few_rows(x, weight, half, out, rows, outputs, inputs, false);
+                              int64_t outputs, int64_t inputs, int64_t kind) {
+    few_rows(x, weight, kind, out, rows, outputs, inputs, false);
 }

@@ -1,13 +1,14 @@
-// Weights into panels (few.h), in fp32 or bf16. Packing is a read and a write of the weights: tiles
+// Weights into panels (few.h), in fp32, bf16 or int8. Packing is a read and a write of the weights: tiles
 // of 16 x 16 are turned in registers.
 #include <sys/mman.h>
 
 #include "few.h"
 
-// Numbers that a packed weight takes.
-extern "C" int64_t packed_size(int64_t outputs, int64_t inputs, int64_t half) {
+// Numbers that a packed weight takes, of int8's scales four.
+extern "C" int64_t packed_size(int64_t outputs, int64_t inputs, int64_t kind) {
     int64_t panels = (outputs - 1) / PANEL;
-    return (panels * PANEL + panel_width(outputs - panels * PANEL, half)) * inputs;
+    int64_t numbers = (panels * PANEL + panel_width(outputs - panels * PANEL, kind)) * inputs;
+    return kind == BYTE ? numbers + padded(outputs) * (int64_t)sizeof(float) : numbers;
 }
 
 // Large pages are filled faster, and found faster by whoever reads them in a row.
@@ -30,11 +31,11 @@ static inline void tile_of(const float* weight, int64_t outputs, int64_t inputs,
 }
 
 // weight[N, K] -> panels, fp32.
-extern "C" void pack_full(const float* weight, float* packed, int64_t outputs, int64_t inputs) {
-    large_pages(packed, packed_size(outputs, inputs, 0) * sizeof(float));
+extern "C" int64_t pack_full(const float* weight, float* packed, int64_t outputs, int64_t inputs) {
+    large_pages(packed, packed_size(outputs, inputs, FULL) * sizeof(float));
 #pragma omp parallel for schedule(static)
     for (int64_t p = 0; p < (outputs + PANEL - 1) / PANEL; p++) {
-        int64_t width = panel_width(outputs - p * PANEL, false);
+        int64_t width = panel_width(outputs - p * PANEL, FULL);
         float* to = packed + p * PANEL * inputs;
         for (int64_t j = 0; j < width; j += LANES)
             for (int64_t k = 0; k < inputs; k += LANES) {
@@ -44,6 +45,7 @@ extern "C" void pack_full(const float* weight, float* packed, int64_t outputs, i
                     store(to + (k + i) * width + j, rows[i]);
             }
     }
+    return 1;
 }
 
 // Whether all are numbers of bf16.
@@ -66,10 +68,10 @@ extern "C" int64_t pack_half(const float* weight, uint16_t* packed, int64_t outp
                              int64_t inputs) {
     if (!halves(weight, outputs * inputs)) return 0;
     const Whole upper = (int32_t)0xffff0000 - (Whole){};
-    large_pages(packed, packed_size(outputs, inputs, 1) * sizeof(uint16_t));
+    large_pages(packed, packed_size(outputs, inputs, HALF) * sizeof(uint16_t));
 #pragma omp parallel for schedule(static)
     for (int64_t p = 0; p < (outputs + PANEL - 1) / PANEL; p++) {
-        int64_t width = panel_width(outputs - p * PANEL, true);
+        int64_t width = panel_width(outputs - p * PANEL, HALF);
         uint16_t* to = packed + p * PANEL * inputs;
         for (int64_t j = 0; j < width; j += 2 * LANES)
             for (int64_t k = 0; k < inputs; k += LANES) {
@@ -82,6 +84,46 @@ extern "C" int64_t pack_half(const float* weight, uint16_t* packed, int64_t outp
                           (Vector)(low | ((Whole)second[i] & upper)));
                 }
             }
+    }
+    return 1;
+}
+
+// Of an output's numbers the step that makes all of them whole numbers up to 127, the largest 127
+// itself; 0 if they are all 0, -1 if there is none.
+static float step_of(const float* numbers, int64_t n) {
+    Vector largest = all(0.0f), lost = all(0.0f);
+    columns(n, [&](int64_t at, int64_t m) { largest = larger(size_of(take(numbers + at, m)), largest); });
+    float step = largest_of(largest) / 127.0f;
+    if (step == 0.0f) return 0.0f;
+    columns(n, [&](int64_t at, int64_t m) {
+        Vector number = take(numbers + at, m), whole = rounded(number / all(step));
+        lost = larger(size_of(multiply_add(whole, all(step), -number)), lost);
+    });
+    return largest_of(lost) == 0.0f ? step : -1.0f;
+}
+
+// The same in int8, behind a scale for every output. Whether nothing is lost; if something were, what
+// is packed is of no use.
+extern "C" int64_t pack_byte(const float* weight, int8_t* packed, int64_t outputs, int64_t inputs) {
+    float* scales = (float*)packed;
+    memset(scales, 0, padded(outputs) * sizeof(float));
+    for (int64_t o = 0; o < outputs; o++)
+        if ((scales[o] = step_of(weight + o * inputs, inputs)) < 0.0f) return 0;
+    int8_t* numbers = (int8_t*)(scales + padded(outputs));
+    large_pages(packed, packed_size(outputs, inputs, BYTE));
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < (outputs + PANEL - 1) / PANEL; p++) {
+        int64_t width = panel_width(outputs - p * PANEL, BYTE);
+        int8_t* to = numbers + p * PANEL * inputs;
+        for (int64_t j = 0; j < width; j += LANES) {
+            Vector step = load(scales + p * PANEL + j);
+            for (int64_t k = 0; k < inputs; k += LANES) {
+                Vector rows[LANES];
+                tile_of(weight, outputs, inputs, p * PANEL + j, k, rows);
+                for (int64_t i = 0; i < LANES && k + i < inputs; i++)
+                    store_bytes(to + (k + i) * width + j, step > all(0.0f) ? rows[i] / step : step);
+            }
+        }
     }
     return 1;
 }

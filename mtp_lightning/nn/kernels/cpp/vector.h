@@ -21,6 +21,19 @@ static inline Vector load(const float* from) { return *(const Loose*)from; }
 static inline void store(float* to, Vector x) { *(Loose*)to = x; }
 static inline Vector all(float x) { return x - (Vector){}; }
 
+// Sixteen whole numbers of a byte each.
+static inline Vector load_bytes(const int8_t* from) {
+    return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+}
+
+// Whole numbers that a byte holds.
+static inline void store_bytes(int8_t* to, Vector x) {
+    _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)x)));
+}
+
+// To the nearest whole number, of two as near the even one.
+static inline Vector rounded(Vector x) { return (Vector)_mm512_roundscale_ps((__m512)x, 8); }
+
 // The first n of sixteen; the others are `other`.
 static inline Vector load_some(const float* from, int64_t n, float other = 0.0f) {
     Vector x = all(other);
@@ -86,6 +99,7 @@ static inline Vector multiply_add(Vector a, Vector b, Vector c) {
 }
 
 static inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+static inline Vector size_of(Vector x) { return x < all(0.0f) ? -x : x; }
 
 typedef float Half __attribute__((vector_size(32)));
 typedef float LooseHalf __attribute__((vector_size(32), aligned(4), may_alias));
