@@ -32,6 +32,7 @@ _KINDS = {
     "SwiGLU": "activation",
     "Rope": "rope",
     "mbedding": "embedding",
+    "NativeExperts": "feed-forward",
     "Experts": "experts",
     "Optimizer": "optimizer",
     "_foreach": "optimizer",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,21 +102,22 @@ class _OpenPass(Positions):
     """A cache's open pass. Tables and mask are made when the first layer asks for them: blocks in
     one call (``narrow.py``) never do."""
 
-    _open: KVCache
-
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: KVCache, **given: Any) -> None:
+        """``given`` is what :func:`dataclasses.replace` gives, in place of the cache's own."""
         # Past the setters of a frozen class.
-        self.__dict__.update(cache=cache, ledger=None, _open=cache)
+        self.__dict__.update({"ledger": None, **given}, cache=cache, _open=cache)
+
+    _open: KVCache
 
     @cached_property
     def _angles(self) -> tuple[Tensor, Tensor]:
         return self._open.angles()
 
-    @property
+    @cached_property
     def cos(self) -> Tensor:  # type: ignore[override]
         return self._angles[0]
 
-    @property
+    @cached_property
     def sin(self) -> Tensor:  # type: ignore[override]
         return self._angles[1]
 

@@ -204,7 +204,7 @@ def test_a_checkpoint_says_which_layers_and_where_they_are_from() -> None:
     stored = trunk.to_dict()
     assert stored["attention"] == {
         "variant": "test_window", "module": __name__,
-        "qk_norm": False, "qkv_bias": False, "window": 6,
+        "qk_norm": False, "qkv_bias": False, "d_rope": None, "window": 6,
     }  # fmt: skip
     assert TrunkConfig.from_dict(stored) == trunk
     stored["attention"] = {"variant": "nowhere", "module": "my_ideas.window"}
