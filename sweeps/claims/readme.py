@@ -1,11 +1,12 @@
-"""The README's part between the markers, in each of its languages: the answer to its first
-question, two pictures, and the verdicts of the claims that were run."""
+"""The README's part between the markers, in each of its languages: the answers to its two
+questions, two pictures, and the verdicts of the claims that were run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
@@ -31,6 +32,9 @@ class Language:
         question: the first one, in bold.
         waiting: where it has no numbers yet; takes ``command``.
         answer: takes ``verdict``, ``n``, ``worse``, ``better``, ``open``, ``least`` and ``most``.
+        plans: the second question, in bold, and its answer; takes ``shares`` and ``beyond``.
+        share: of an arm's seeds; takes ``arm``, ``count`` and ``n``.
+        nobody: in the place of ``beyond`` where there is none.
         figures: what the pictures show, by the claim's name; of curves by :data:`CURVE`.
         head: of the table's three columns.
         states: a verdict's words.
@@ -40,6 +44,9 @@ class Language:
     question: str
     waiting: str
     answer: str
+    plans: str
+    share: str
+    nobody: str
     figures: Mapping[str, str]
     head: tuple[str, str, str]
     states: Mapping[str, str]
@@ -55,6 +62,12 @@ ENGLISH = Language(
         "{worse} worse beyond noise, {better} better beyond noise, {open} undecided; "
         "from {least} to {most} (95 % intervals over seeds)."
     ),
+    plans=(
+        "**Does it teach a model to plan?** Seeds that learned the way through a star graph: "
+        "{shares}. More than by next-token training, beyond noise: {beyond}."
+    ),
+    share="{arm} {count} of {n}",
+    nobody="none",
     figures={
         QUESTION: (
             "Bits per byte of each head and depth minus plain training's at equal FLOPs, with 95 % "
@@ -87,6 +100,12 @@ CHINESE = Language(
         "{worse} 种变差且超出噪声，{better} 种变好且超出噪声，{open} 种未决；"
         "差值从 {least} 到 {most}（跨种子的 95 % 置信区间）。"
     ),
+    plans=(
+        "**它能让模型学会规划吗？** 学会在星形图里找到路径的种子数：{shares}。"
+        "比普通的下一词元训练更多且超出噪声的：{beyond}。"
+    ),
+    share="{arm} {count}/{n}",
+    nobody="无",
     figures={
         QUESTION: (
             "相同 FLOPs 下，各预测头与深度的比特/字节减去普通训练的差值，"
@@ -129,7 +148,12 @@ def part(found: Found, language: Language) -> str:
     return "\n\n".join(
         filter(
             None,
-            [*_answer(on_cpu, language), *_pictures(on_cpu, language), _table(on_cpu, language)],
+            [
+                *_answer(on_cpu, language),
+                _plans(on_cpu, language),
+                *_pictures(on_cpu, language),
+                _table(on_cpu, language),
+            ],
         )
     )
 
@@ -161,6 +185,28 @@ def _answer(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Languag
         most=most,
     )
     return [f"{language.question} {said}"]
+
+
+def _plans(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Language) -> str:
+    """Of every arm the seeds that solved the task, by the first claim that has numbers."""
+    for name in PLANNING:
+        claim, result = on_cpu.get(name, (None, None))
+        if claim is None or result is None or is_stale(result, claim):
+            continue
+        shares = [_share(entry) for entry in result["predictions"] if entry["own"]]
+        others = [entry for entry in result["predictions"] if entry["against"] and entry["own"]]
+        if not shares or not others:
+            continue
+        beyond = [entry["arm"] for entry in others if entry["verdict"] == HOLDS]
+        return language.plans.format(
+            shares=", ".join(language.share.format(**share) for share in shares),
+            beyond=", ".join(beyond) or language.nobody,
+        )
+    return ""
+
+
+def _share(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {"arm": entry["arm"], "count": entry["own"]["count"], "n": entry["own"]["n"]}
 
 
 def _pictures(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Language) -> list[str]:

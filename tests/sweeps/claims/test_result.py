@@ -20,7 +20,7 @@ from sweeps.claims.claim import Claim
 from sweeps.claims.figure import digest, files_of, write_figures
 from sweeps.claims.pages import BEGIN, END, pages, write_pages
 from sweeps.claims.read import names, read_claim
-from sweeps.claims.readme import CHINESE, ENGLISH, LANGUAGES, QUESTION, part
+from sweeps.claims.readme import CHINESE, ENGLISH, LANGUAGES, PLANNING, QUESTION, part
 from sweeps.claims.register import Register, write_register
 from sweeps.claims.result import (
     Result,
@@ -273,6 +273,24 @@ def test_the_readme_answers_its_first_question_in_every_language(tmp_path: Path)
         assert f"](results/{QUESTION}.svg)" in text
         for words_ in told[page]:
             assert words_ in text, words_
+
+
+def test_the_readme_says_who_learned_to_plan(tmp_path: Path) -> None:
+    claims = tmp_path / "claims"
+    more = [
+        {"arm": "plain", "side": "below", "by": 0.5},
+        {"arm": "mtp", "against": "plain", "side": "above"},
+    ]
+    write_claim(claims, PLANNING[0], measure=SOLVED, predictions=more)
+    claim = read_claim(PLANNING[0], claims)
+    for count, told in ((7, ("beyond noise: mtp.", "超出噪声的：mtp。")), (2, ("none", "无"))):
+        result = result_of(claim, {"plain": rights(0), "mtp": rights(count)})
+        english, chinese = (part([(claim, result)], one) for one in (ENGLISH, CHINESE))
+        assert f"plain 0 of {len(rights(0))}, mtp {count} of {len(rights(0))}." in english
+        assert f"mtp {count}/{len(rights(0))}。" in chinese
+        assert told[0] in english and told[1] in chinese
+    waiting = result_of(claim, {"plain": ["missing"], "mtp": ["missing"]})
+    assert "plan?" not in part([(claim, waiting)], ENGLISH)
 
 
 @pytest.mark.parametrize("page", ["docs/results.md", *LANGUAGES])
