@@ -59,6 +59,7 @@ def test_the_two_commands_are_there() -> None:
     assert "pip install -e '.[test]' && pytest" in COMMANDS
 
 
+@pytest.mark.slow
 def test_the_main_job_shortened(tmp_path: Path) -> None:
     done = run(tmp_path, "train.py", "run_dir=runs/mine", *SHORT)
     assert done.returncode == 0, done.stderr
