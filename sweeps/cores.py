@@ -28,8 +28,12 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
     return min(quotas) if quotas else None
 
 
-def _version_2(root: Path) -> Iterator[float]:
-    """Of ``cpu.max`` ("200000 100000", or "max 100000") of the group and of all around it."""
+def groups_around(root: Path) -> Iterator[Path]:
+    """The folder of this process's control group (version 2), and of all around it.
+
+    Args:
+        root: of the file system, for tests.
+    """
     mounted = root / "sys/fs/cgroup"
     group = ""
     with suppress(OSError):
@@ -39,8 +43,14 @@ def _version_2(root: Path) -> Iterator[float]:
     # In a container the group is named as its machine sees it, and the top is the container's own.
     parts = [part for part in group.split("/") if part not in ("", "..")]
     for n in range(len(parts), -1, -1):
+        yield mounted.joinpath(*parts[:n])
+
+
+def _version_2(root: Path) -> Iterator[float]:
+    """Of ``cpu.max`` ("200000 100000", or "max 100000") of the group and of all around it."""
+    for folder in groups_around(root):
         with suppress(OSError, ValueError):
-            quota, period = mounted.joinpath(*parts[:n], "cpu.max").read_text().split()
+            quota, period = (folder / "cpu.max").read_text().split()
             if quota != "max":
                 yield int(quota) / int(period)
 

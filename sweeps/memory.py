@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from sweeps.cores import groups_around
+
 # What a process of a small model takes, and something more.
 UNKNOWN_BYTES = 1_000_000_000
 
@@ -113,14 +115,7 @@ def _of_system(root: Path) -> Iterator[int]:
 
 def _of_groups(root: Path) -> Iterator[int]:
     """Of ``memory.max`` ("max" for none) of the group of this process and of all around it."""
-    mounted, group = root / "sys/fs/cgroup", ""
-    with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            if line.startswith("0::"):
-                group = line[3:].strip("/")
-    parts = [part for part in group.split("/") if part not in ("", "..")]
-    for n in range(len(parts), -1, -1):
-        folder = mounted.joinpath(*parts[:n])
+    for folder in groups_around(root):
         with suppress(OSError, ValueError):
             most = int((folder / "memory.max").read_text())
             stat = (folder / "memory.stat").read_text().split()

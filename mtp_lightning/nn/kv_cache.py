@@ -120,12 +120,12 @@ class KVCache:
         """Rotary tables cos, sin of the open pass, [1 | B, T, 1, H]."""
         if self.runs.uniform:
             return self.tables.at(self.runs.starts[0], self.runs.width)
-        return self.tables.at_each(self.runs.positions())
+        return self.tables.at_each(self.runs.positions)
 
     def mask(self) -> Tensor | None:
         """The open pass's mask for :meth:`attend`."""
         if not self.runs.uniform:
-            return self.tables.mask_of(self.runs.positions(), self._width)
+            return self.tables.mask_of(self.runs.positions, self._width)
         start, n_new = self.runs.starts[0], self.runs.width
         if start == 0 and n_new > FEW:
             return None
@@ -176,7 +176,7 @@ class KVCache:
             run = columns[runs.starts[0] : runs.starts[0] + runs.width]
             positions_BT = run.expand(len(runs.starts), -1)
         else:
-            positions_BT = runs.positions()
+            positions_BT = runs.positions
         return positions_BT.unsqueeze(-1) - columns[: self._width]
 
     def attend(self, layer: int, query_BTNH: Tensor, mask: Tensor | None) -> Tensor:

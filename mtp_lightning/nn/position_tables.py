@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ class Runs:
             place_B1 = torch.tensor(places, device=tables.device).unsqueeze(1)
             self._flat = (place_B1 + tables.columns_S[:width]).flatten()
 
+    @cached_property
     def positions(self) -> Tensor:
         """All of them, [B, T], of runs that are not uniform."""
         flat_BT = self._flat.view(len(self.starts), self.width)
