@@ -8,7 +8,8 @@ transformers with the same weights.
 Every comparison is of the same greedy tokens, which is checked. ``possible`` is the speed-up that
 tokens_per_step and the measured cost of verify and draft passes allow; ``share`` is how much of it
 is reached. A batch decodes several prompts a place, as a file of prompts is decoded: the place of
-one that has ended is taken by the next. ``against_single`` is its tokens/s over those of as many
+one that has ended is taken by the next. Its prompts are of uneven lengths, as a file's are, unless
+``--even`` says otherwise: rows that end and begin together share more. ``against_single`` is its tokens/s over those of as many
 prompts as it has places, one by one. ``memory`` is the rate at which passes read weights beside a
 plain read's. Times are medians, ratios medians of pairs. transformers (extra ``hf``) decodes one
 prompt at a time, as its ``use_mtp=True`` does; a model of SmolLM2-135M's shape ends the run.
@@ -134,9 +135,12 @@ def measure(
     new_tokens: int,
     repeats: int,
     compile: bool,
+    even: bool = False,
 ) -> dict[str, Any]:
     """Plain, speculative and adaptive decoding of a batch, and of single prompts one by one."""
     prompts = prompts[: batch * _PER_PLACE] if batch > 1 else prompts[:1]
+    if batch > 1 and not even:
+        prompts = [prompt[: _uneven(len(prompt), i)] for i, prompt in enumerate(prompts)]
     ways = {name: {**way, "batch_size": batch} for name, way in WAYS.items()}
     if batch == 1 and compile:
         ways |= COMPILED
@@ -194,6 +198,11 @@ def measure(
     return result
 
 
+def _uneven(length: int, i: int) -> int:
+    """From more than half of a length to all of it, scattered."""
+    return length - 7 * i % max(length // 2, 1)
+
+
 def show(name: str, result: dict[str, Any]) -> None:
     """A few lines a result."""
     print(name)
@@ -249,6 +258,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--train-seconds", type=float, default=60.0)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--even", action="store_true", help="a batch's prompts are of one length")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
@@ -284,7 +294,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             continue
         for batch in args.batches:
             key = f"{name}, batch {batch}"
-            results[key] = measure(model, prompts, batch=batch, compile=args.compile, **options)
+            results[key] = measure(
+                model, prompts, batch=batch, compile=args.compile, even=args.even, **options
+            )
             show(key, results[key])
         key = f"{name}, memory"
         results[key] = memory_rate(model, prompts[0], repeats=4 * options["repeats"])

@@ -92,7 +92,6 @@ class Engine:
         self._capacity = capacity
         self._decoder: Decoder | None = None
         self._auto = AutoDepth(self.max_draft) if self.drafting.auto and self.max_draft else None
-        self._timed_rows = 0
         self._inside = ExitStack()
 
     def __enter__(self) -> Engine:
@@ -254,11 +253,7 @@ class Engine:
             lengths = decoder.session.n
             caps = [min(cap, limit - n - 1) for cap, n in zip(caps, lengths, strict=True)]
         auto = self._auto
-        if auto is not None and not self._timed_rows / 2 < len(self._rows) < 2 * self._timed_rows:
-            if self._timed_rows:
-                auto.forget_times()
-            self._timed_rows = len(self._rows)
-        wanted = self.max_draft if auto is None else auto.depth
+        wanted = self.max_draft if auto is None else auto.depth(len(self._rows))
         # A compiled pass has one width; what is drafted beyond a cap is not judged.
         n_drafts = wanted if self.drafting.compile else min(wanted, max(caps))
         start = time.perf_counter()

@@ -14,6 +14,8 @@ Shapes: B rows, T new positions, S capacity, C d_model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,9 @@ from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kernels.exact import exact_pass
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Runs
+
+
+_MOST_UNWRITTEN = 32
 
 
 class Session:
@@ -62,6 +67,10 @@ class Session:
             torch.zeros(places, tables.capacity, width, dtype=weight.dtype, device=weight.device)
             for width in widths[:kept]
         ]
+        # Of the last tokens, read and accepted one at a time, and of one that is not accepted yet.
+        self._unwritten: list[Tensor] = []
+        self._single: Tensor | None = None
+        self._branch = partial(model.mtp.branch, model.trunk)
         self.confidence_B: Tensor | None = None
         self.newest_B1C: Tensor | None = None
         self._resize()
@@ -116,6 +125,7 @@ class Session:
         """Make room for rows of ``capacity`` tokens, drafts included."""
         if capacity <= self.capacity:
             return
+        self._write_singles()
         tables = self._tables_for(capacity)
         more = tables.capacity - self._tables.capacity
         self._tables = tables
@@ -131,6 +141,7 @@ class Session:
         Returns:
             The logits of every new row's next token, [new rows, V].
         """
+        self._write_singles()
         lengths = [len(prompt) for prompt in prompts]
         rows = slice(len(self.n), len(self.n) + len(prompts))
         for row, prompt in enumerate(prompts, start=rows.start):
@@ -145,19 +156,15 @@ class Session:
         return self.model.head(last)[:, 0]
 
     def _read_anew(self, rows: slice, lengths: list[int]) -> Tensor:
-        """Read the first tokens of some rows from position 0, ``lengths`` of them, by trunk and
-        depths. Returns the trunk's states, [rows, T, C]."""
+        """Read the first tokens of some rows from position 0, ``lengths`` of them; depths follow when
+        they are to draft. Returns the trunk's states, [rows, T, C]."""
         starts, width = [0] * len(lengths), max(lengths)
-        hidden = self._trunk(width, self.trunk_cache.rows(rows), rows, starts)
+        cache = self.trunk_cache.rows(rows)
+        hidden, branch = self._trunk(width, cache, rows, starts)
+        if branch is not None:
+            cache.runs.write(self.states[0][rows], branch)
         self.n[rows] = lengths
         self.trunk_cache.lengths[rows] = lengths
-        for k in range(1, len(self.depth_caches) + 1):
-            # The entries whose tokens are all known.
-            known = [max(length - k, 0) for length in lengths]
-            cache = self.depth_caches[k - 1]
-            if max(known):
-                self._depth(k, max(known), cache.rows(rows), rows, starts)
-            cache.lengths[rows] = self.filled[k][rows] = known
         return hidden
 
     def verify(self, n_drafts: int) -> Tensor:
@@ -165,20 +172,31 @@ class Session:
 
         What of it counts is for :meth:`accept` to say.
         """
-        hidden = self._trunk(n_drafts + 1, self.trunk_cache, slice(None), self.n)
+        cache = self.trunk_cache
+        hidden, branch = self._trunk(n_drafts + 1, cache, slice(None), self.n)
+        self._single = None if n_drafts else branch
+        if n_drafts and branch is not None:
+            cache.runs.write(self.states[0], branch)
         return self.model.head(hidden)
 
-    def _trunk(self, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
+    def _trunk(
+        self, width: int, cache: KVCache, rows: slice, starts: list[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the head reads, [rows, T, C], and what the depths do if there are any to draft."""
         # The trunk alone decides what is written; drafts may round as they like.
         with exact_pass(width, self.tokens_BS.device):
             positions = Positions.of_cache(cache, starts, width)
             tokens = cache.runs.read(self.tokens_BS[rows])
             output = self.model.trunk(self.model.trunk.embedding(tokens), positions)
             main = self.model.mtp.main_state(output.final)
-        if self.max_draft:
-            branch = self.model.mtp.branch(self.model.trunk, output)
-            cache.runs.write(self.states[0][rows], branch)
-        return main
+        return main, self._branch(output) if self.max_draft else None
+
+    def _write_singles(self) -> None:
+        """Keep the states of the last tokens that were read one at a time."""
+        parts, self._unwritten = self._unwritten, []
+        if parts:
+            runs = Runs(self._tables, [n - len(parts) for n in self.n], len(parts))
+            runs.write(self.states[0], torch.cat(parts, dim=1))
 
     def draft(self, k: int) -> Tensor:
         """Bring depth ``k`` up to date, shallower depths having been. Returns its logits [B, V].
@@ -186,6 +204,7 @@ class Session:
         They predict the token ``k`` places behind the pending one; the drafts of the shallower
         depths must be in the buffer.
         """
+        self.catch_up(k)
         # The newest position is always computed, for its logits. (A row that has slid down to its
         # pending token alone has none, and drafts something.)
         ends = [max(n, 1) for n in self.n]
@@ -204,6 +223,27 @@ class Session:
         # Entries whose tokens are all known; the last k - 1 rest on drafts.
         self.filled[k] = [max(0, n - k + 1) for n in self.n]
         return self._said(k, newest)
+
+    def catch_up(self, k: int) -> None:
+        """Let depth ``k`` read the known tokens of rows that are new or have not drafted for a
+        while, the shallower depths having been; what a round leaves is left to the next draft."""
+        self._write_singles()
+        filled, cache = self.filled[k], self.depth_caches[k - 1]
+        usual = k + self.max_draft + 1  # behind, of rows that drafted in the last round
+        late = [n - held > usual for n, held in zip(self.n, filled, strict=True)]
+        if not any(late):
+            return
+        for is_late, places in groupby(range(len(late)), key=late.__getitem__):
+            if not is_late:
+                continue
+            group = list(places)
+            rows = slice(group[0], group[-1] + 1)
+            starts, known = filled[rows], [n - k for n in self.n[rows]]
+            width = max(end - start for start, end in zip(starts, known, strict=True))
+            # Rows with less to read start earlier rather than read behind their tokens.
+            starts = [max(end - width, 0) for end in known]
+            self._depth(k, width, cache.rows(rows), rows, starts)
+            cache.lengths[rows] = filled[rows] = known
 
     def _said(self, k: int, last_B1C: Tensor) -> Tensor:
         """The logits [B, V] of a draft's state."""
@@ -246,6 +286,11 @@ class Session:
                 # An entry that rested on accepted drafts has become true.
                 filled[row] = max(0, min(self.n[row], self.n[row] + a - ahead + 1))
         self.n = [n + a + 1 for n, a in zip(self.n, accepted, strict=True)]
+        if self._single is not None:
+            # While nobody drafts: writing each by itself takes 4 % of a pass of a small model.
+            self._unwritten.append(self._single)
+            if len(self._unwritten) == _MOST_UNWRITTEN:
+                self._write_singles()
 
     def put_pending(self, token_B: Tensor) -> None:
         """Write the first pending tokens of the rows that joined last."""
@@ -254,14 +299,17 @@ class Session:
 
     def put(self, tokens_BT: Tensor, offset: int) -> None:
         """Write tokens ``offset`` places behind every row's pending one."""
-        starts = [n + offset for n in self.n]
-        Runs(self._tables, starts, tokens_BT.shape[1]).write(self.tokens_BS, tokens_BT)
+        width, runs = tokens_BT.shape[1], self.trunk_cache.runs
+        if runs.width != width or runs.starts != self.n:
+            runs = Runs(self._tables, self.n, width)
+        runs.write(self.tokens_BS, tokens_BT, ahead=offset)
 
     def slide(self, row: int, keep: int) -> None:
         """Start a row's context anew from its last ``keep`` tokens, the pending one included.
 
         The kept tokens are read again from position 0, so what follows depends on them alone.
         """
+        self._write_singles()
         n = self.n[row]
         assert 1 <= keep <= n
         tokens = self.tokens_BS[row, n + 1 - keep : n + 1].clone()
@@ -275,6 +323,7 @@ class Session:
 
     def drop_row(self, row: int) -> None:
         """Forget a row; the last one takes its place."""
+        self._write_singles()
         last = self.batch_size - 1
         for cache in (self.trunk_cache, *self.depth_caches):
             cache.drop_row(row)

@@ -64,11 +64,15 @@ class TreeSession(Session):
         nodes = self.tree.level(k - 1)
         if not self.model.mtp.ahead([k]):  # it reads no drafts: all nodes are followed by the same
             return self.draft(k).unsqueeze(1).expand(-1, len(nodes), -1)
+        self.catch_up(k)
         long = [row for row in range(self.batch_size) if not self.is_short(row)]
         known = [n - k + 1 for n in self.n]
         caught_up = max((known[row] - self.filled[k][row] for row in long), default=1)
         caught_up = max(caught_up, 1)
-        starts = [max(end - caught_up, 0) for end in known]
+        # A short row has read nothing, and its drafts are not judged.
+        starts = [
+            0 if self.is_short(row) else max(end - caught_up, 0) for row, end in enumerate(known)
+        ]
         cache = self.depth_caches[k - 1]
         assert isinstance(cache, TreeCache)
         positions = Positions.of_tree(cache, starts, self._branches(k - 1, caught_up))

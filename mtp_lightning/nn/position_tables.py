@@ -39,15 +39,16 @@ class Runs:
 
     def __init__(self, tables: PositionTables, starts: Sequence[int], width: int) -> None:
         self.tables = tables
-        self.starts = starts
+        self.starts = list(starts)
         self.width = width
         self.uniform = len(starts) == 1 or starts.count(starts[0]) == len(starts)
         if not self.uniform:
             # Rows and positions as one axis: by one index, storing is several times faster.
             size = tables.capacity
             places = [row * size + start for row, start in enumerate(starts)]
-            place_B1 = torch.tensor(places, device=tables.device).unsqueeze(1)
-            self._flat = (place_B1 + tables.columns_S[:width]).flatten()
+            self._flat = torch.tensor(places, device=tables.device)
+            if width != 1:
+                self._flat = (self._flat.unsqueeze(1) + tables.columns_S[:width]).flatten()
 
     @cached_property
     def positions(self) -> Tensor:
@@ -63,13 +64,14 @@ class Runs:
         found = buffer.flatten(0, 1).index_select(0, flat)
         return found.view(len(self.starts), self.width, *buffer.shape[2:])
 
-    def write(self, buffer: Tensor, values: Tensor) -> None:
-        """[B, T, ..] into [B, S, ..]."""
+    def write(self, buffer: Tensor, values: Tensor, ahead: int = 0) -> None:
+        """[B, T, ..] into [B, S, ..], so many positions on."""
         if self.uniform:
-            buffer.narrow(1, self.starts[0], self.width).copy_(values)
+            buffer.narrow(1, self.starts[0] + ahead, self.width).copy_(values)
         else:
+            flat = self._flat + ahead if ahead else self._flat
             values = values.flatten(0, 1).to(buffer.dtype)
-            buffer.flatten(0, 1).index_copy_(0, self._flat, values)
+            buffer.flatten(0, 1).index_copy_(0, flat, values)
 
 
 class PositionTables:

@@ -163,14 +163,16 @@ def test_a_model_without_modules_decodes_plainly():
         generate(model, [[1]], max_new_tokens=2, draft_depth=1)
 
 
-def simulate(auto: AutoDepth, costs: list[float], chances: list[float], rounds: int) -> list[int]:
+def simulate(
+    auto: AutoDepth, costs: list[float], chances: list[float], rounds: int, rows: int = 1
+) -> list[int]:
     """Feed measured costs, and acceptance by a fixed rule of the round's number."""
     chosen = []
     for r in range(rounds):
-        m, a = auto.depth, 0
+        m, a = auto.depth(rows), 0
         while a < m and ((r * 37 + a * 61) % 100) < 100 * chances[a]:
             a += 1
-        auto.record(m, costs[m], [a], [min(a + 1, m)])
+        auto.record(m, costs[m], [a] * rows, [min(a + 1, m)] * rows)
         chosen.append(m)
     return chosen
 
@@ -198,9 +200,8 @@ def test_auto_depth_costs_little_of_a_short_text_without_a_right_draft():
 
 def test_auto_depth_times_plain_passes_again_where_one_seemed_slow():
     auto, costs = AutoDepth(2), [9.0, 1.3, 1.6]  # something else ran meanwhile
-    while auto._plan:
-        simulate(auto, costs, [0.0, 0.0], 1)
-    assert auto.depth > 0
+    simulate(auto, costs, [0.0, 0.0], 4)  # what it looks at first
+    assert auto.depth(1) > 0
     costs[0] = 1.0
     late = simulate(auto, costs, [0.0, 0.0], 1000)
     assert late[-1] == 0 and late.count(0) > 600
@@ -210,6 +211,27 @@ def test_auto_depth_notices_that_drafts_became_good():
     auto = AutoDepth(2)
     costs = [1.0, 1.2, 1.4]
     simulate(auto, costs, [0.0, 0.0], 90)
-    assert auto.depth == 0
+    assert auto.depth(1) == 0
     late = simulate(auto, costs, [1.0, 1.0], 1500)
     assert late[-1] == 2
+
+
+def test_auto_depth_seldom_tries_what_could_not_pay():
+    """The main job's rounds of eight rows: three tokens for 3.9 times a plain round's time."""
+    auto, costs = AutoDepth(2), [420.0, 1050.0, 1640.0]
+    chosen = simulate(auto, costs, [1.0, 1.0], 700, rows=8)
+    assert chosen[:4] == [2, 2, 0, 0] and set(chosen[4:]) == {0}
+    late = simulate(auto, [1640.0, 1640.0, 1640.0], [1.0, 1.0], 3000, rows=8)
+    assert late[-1] == 2  # it does try
+
+
+def test_auto_depth_of_a_batch_that_becomes_small():
+    auto = AutoDepth(2)
+    many, one = [420.0, 1050.0, 1640.0], [200.0, 250.0, 290.0]
+    simulate(auto, many, [0.9, 0.9], 100, rows=8)
+    # It is soon over: what was right for many is not tried anew.
+    for rows in (7, 6, 4, 2):
+        assert set(simulate(auto, many, [0.9, 0.9], 8, rows=rows)) == {0}
+    assert simulate(auto, one, [0.9, 0.9], 100)[-1] == 2  # it was not
+    assert set(simulate(auto, many, [0.9, 0.9], 50, rows=8)) == {0}
+    assert simulate(auto, one, [0.9, 0.9], 50).count(2) > 40

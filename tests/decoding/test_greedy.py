@@ -7,6 +7,7 @@ import torch
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.speculative import Decoder
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
@@ -122,6 +123,43 @@ def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, together, 
     if not together:
         prompts = prompts[:1]
     texts = [p + e for p, e in zip(prompts, plain(model, prompts), strict=True)]
+    seen = passes_checked(model, texts, drafted, monkeypatch)
+    steer_drafts(monkeypatch, texts, chance=0.7)
+    generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)
+    assert all(seen.values()), seen
+
+
+@pytest.mark.parametrize("places", [1, 2, 3])
+@pytest.mark.parametrize(
+    "mtp", [{}, {"share_layers": True, "deepseek": True}, {"stack": LinearConfig}]
+)
+def test_depths_catch_up_with_what_was_decoded_without_them(mtp, places, monkeypatch):
+    """As ``draft_depth="auto"`` has it: a few rounds with drafts, many without, rows that come and
+    go meanwhile."""
+    model, new = small_model(1, 2, **mtp), 45
+    prompts = random_prompts(1, (5, 1, 13, 9))
+    texts = [
+        p + generate(model, [p], max_new_tokens=new, speculative=False)[0].token_ids
+        for p in prompts
+    ]
+    seen = passes_checked(model, texts, 2, monkeypatch)
+    steer_drafts(monkeypatch, texts, chance=0.7)
+    monkeypatch.setattr("mtp_lightning.decoding.session._MOST_UNWRITTEN", 5)
+    rounds, real = [0], Decoder.round
+
+    def now_and_then(decoder, n_drafts, caps):
+        rounds[0] += 1
+        return real(decoder, n_drafts if rounds[0] % 13 < 2 else 0, caps)
+
+    monkeypatch.setattr(Decoder, "round", now_and_then)
+    found = generate(model, prompts, max_new_tokens=new, batch_size=places)
+    assert [p + g.token_ids for p, g in zip(prompts, found, strict=True)] == texts
+    assert all(seen.values()), seen
+
+
+def passes_checked(model, texts, drafted, monkeypatch):
+    """Hold the logits of every pass whose tokens are those of a text against teacher forcing, and
+    count them by depth."""
     expected = {tuple(text): teacher_forced(model, text + [0] * drafted, drafted) for text in texts}
     seen = {"trunk": 0, **{k: 0 for k in range(1, drafted + 1)}}
     draft, verify = Session.draft, Session.verify
@@ -157,9 +195,7 @@ def test_cached_logits_are_teacher_forced_logits(depth, drafted, mtp, together, 
 
     monkeypatch.setattr(Session, "draft", checked_draft)
     monkeypatch.setattr(Session, "verify", checked_verify)
-    steer_drafts(monkeypatch, texts, chance=0.7)
-    generate(model, prompts, max_new_tokens=NEW, draft_depth=drafted)
-    assert all(seen.values()), seen
+    return seen
 
 
 def test_perfect_drafts_are_all_accepted(monkeypatch):
