@@ -9,10 +9,11 @@ Every comparison is of the same greedy tokens, which is checked. ``possible`` is
 tokens_per_step and the measured cost of verify and draft passes allow; ``share`` is how much of it
 is reached. A batch decodes several prompts a place, as a file of prompts is decoded: the place of
 one that has ended is taken by the next. Its prompts are of uneven lengths, as a file's are, unless
-``--even`` says otherwise: rows that end and begin together share more. ``against_single`` is its tokens/s over those of as many
-prompts as it has places, one by one. ``memory`` is the rate at which passes read weights beside a
-plain read's. Times are medians, ratios medians of pairs. transformers (extra ``hf``) decodes one
-prompt at a time, as its ``use_mtp=True`` does; a model of SmolLM2-135M's shape ends the run.
+``--even`` says otherwise: rows that end and begin together share more. ``against_single`` is its
+tokens/s over those of as many prompts as it has places, one by one. ``memory`` is the rate at which
+passes read weights beside a plain read's. Times are medians, ratios medians of pairs. transformers
+(extra ``hf``) decodes one prompt at a time, as its ``use_mtp=True`` does; a model of SmolLM2-135M's
+shape ends the run.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class _Rounds:
 
     def __init__(self, max_draft: int, last: _Rounds | None) -> None:
         self._seconds: list[deque[float]] = [deque(maxlen=9) for _ in range(max_draft + 1)]
-        self._best = max_draft if last is None else last._best
+        self._best: int = max_draft if last is None else last._best
         self._plan: list[int] = []
         self._pause = self._FIRST_PAUSE
         self._until_probe = 0 if last is None else self._SETTLE

@@ -28,7 +28,6 @@ from mtp_lightning.nn.kernels.exact import exact_pass
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Runs
 
-
 _MOST_UNWRITTEN = 32
 
 
@@ -156,8 +155,8 @@ class Session:
         return self.model.head(last)[:, 0]
 
     def _read_anew(self, rows: slice, lengths: list[int]) -> Tensor:
-        """Read the first tokens of some rows from position 0, ``lengths`` of them; depths follow when
-        they are to draft. Returns the trunk's states, [rows, T, C]."""
+        """Read the first tokens of some rows from position 0, ``lengths`` of them; depths follow
+        when they are to draft. Returns the trunk's states, [rows, T, C]."""
         starts, width = [0] * len(lengths), max(lengths)
         cache = self.trunk_cache.rows(rows)
         hidden, branch = self._trunk(width, cache, rows, starts)

@@ -37,6 +37,8 @@ _TOLD = "MTP_LIGHTNING_TOLD"
 _POLL_SECONDS = 0.05
 # A network disk may show a new file some seconds late.
 _SHOWN_SECONDS = 10.0
+# What gloo says of a connection that is no more.
+_GONE = ("Connection closed by peer", "Connection reset by peer")
 
 
 class Peers:
@@ -185,6 +187,27 @@ class Peers:
     def _read(self, key: str) -> str:
         assert self._store is not None
         return self._store.get(key).decode()[:-1]
+
+
+@contextmanager
+def telling_of_lost_peers(folder: Path) -> Iterator[None]:
+    """Around all that processes of a run do together in a folder.
+
+    Raises:
+        UserError: another one has gone, and this one was waiting for it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        gone = isinstance(error, dist.DistNetworkError | dist.DistStoreError)
+        if not gone and not any(words in str(error) for words in _GONE):
+            raise
+        said = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"another process of this run has gone, which this one cannot do without ({said}): its "
+            f"own last words say why. With run_dir={folder} the same command goes on from the last "
+            "checkpoint."
+        ) from error
 
 
 def find_peers() -> Peers:

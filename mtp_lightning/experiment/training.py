@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,12 @@ from mtp_lightning.experiment.command_line import hyperparameters
 from mtp_lightning.experiment.device import settle_device, use_tensor_cores
 from mtp_lightning.experiment.generating import print_sample
 from mtp_lightning.experiment.instantiate import trusted_packages
-from mtp_lightning.experiment.peers import Peers, check_world, find_peers
+from mtp_lightning.experiment.peers import (
+    Peers,
+    check_world,
+    find_peers,
+    telling_of_lost_peers,
+)
 from mtp_lightning.experiment.run_loggers import end_loggers
 from mtp_lightning.experiment.strategy import ShardedStrategy
 from mtp_lightning.experiment.trunk_states import keep_states
@@ -173,7 +178,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         The summary: every final metric, and what the run cost; also in ``summary.json``.
 
     Raises:
-        UserError: settings that do not fit together, or a loss that is not finite.
+        UserError: settings that do not fit together, a loss that is not finite, or another process
+            of the run that has gone.
         OSError: missing input, or a disk that is full.
         Stopped: on Ctrl-C or SIGTERM; the message says what was saved.
         BlockingIOError: another process trains in the same folder.
@@ -181,8 +187,10 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     quiet_lightning()
     keep_freed_memory()
     folder = Path(cfg.paths.output_dir)
-    peers = find_peers()
-    with claimed(folder) if peers.leads else nullcontext():
+    with telling_of_lost_peers(folder), ExitStack() as claim:
+        peers = find_peers()
+        if peers.leads:
+            claim.enter_context(claimed(folder))
         devices = cfg.trainer.devices
         set_threads(
             cfg.trainer.num_threads,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,14 @@ import pytest
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.experiment import peers as module
-from mtp_lightning.experiment.peers import Peers, check_world, find_peers
+from mtp_lightning.experiment.peers import (
+    Peers,
+    check_world,
+    find_peers,
+    telling_of_lost_peers,
+)
 
 # (rank, rank on its machine, machine)
 RANKS = [(0, 0, 0), (1, 1, 0), (2, 0, 1), (3, 1, 1)]
@@ -145,3 +152,31 @@ def test_as_many_processes_as_were_asked_for(
         return
     with pytest.raises(ValueError, match=refusal):
         check_world(cfg, Peers())
+
+
+def test_one_whose_first_process_has_gone_says_so(tmp_path: Path) -> None:
+    first = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", first.port, timeout=timedelta(seconds=10))
+    second = Peers(1, 2, local_rank=1, store=store)
+    del first
+    gone = pytest.raises(UserError, match="another process of this run has gone")
+    with gone, telling_of_lost_peers(tmp_path):
+        second.told("resume", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_told"),
+    [
+        (dist.DistStoreError("wait timeout"), True),
+        (RuntimeError("[..pair.cc] Connection closed by peer [127.0.0.1]:4711"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_only_what_says_so_is_taken_for_a_lost_process(
+    tmp_path: Path, error: RuntimeError, is_told: bool
+) -> None:
+    raised = pytest.raises(UserError if is_told else RuntimeError)
+    with raised as found, telling_of_lost_peers(tmp_path):
+        raise error
+    assert isinstance(found.value, UserError) == is_told
+    assert str(error) in str(found.value)
