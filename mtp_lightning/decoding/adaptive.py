@@ -15,15 +15,15 @@ class AutoDepth:
     most tokens a second is used:
     ``(1 + sum_j prod_{i <= j} acceptance_i) / seconds``, where 0 drafts is plain decoding. One
     draft more or less, and none, are tried again for a few rounds now and then, ever more seldom
-    while they do not pay, and most seldom where right drafts would not pay either. Batches of
-    about as many rows are judged by their own times; one of another size begins with what the last
-    one used.
+    while they do not pay. Batches of about as many rows are judged by their own times; one of
+    another size begins with what the last one used.
 
     Args:
         max_draft: the most drafts to consider.
     """
 
     _MEMORY = 0.98  # of the acceptance's running mean, a round
+    _OLD = 0.25  # of it, after a rest
 
     def __init__(self, max_draft: int) -> None:
         self.max_draft = max_draft
@@ -53,6 +53,9 @@ class AutoDepth:
         rounds = self._rounds
         if rounds.rest:
             rounds.rest -= 1
+            if not rounds.rest:  # what was accepted long ago says little
+                self._accepted = [a * self._OLD for a in self._accepted]
+                self._reached = [r * self._OLD for r in self._reached]
             return
         for j in range(m):
             n_reached = sum(r > j for r in reached)
@@ -81,8 +84,8 @@ class _Rounds:
     _EXPLORE = 2  # rounds of the most drafts, and of none, at the start
     _PROBE = 2  # rounds of another number
     _SETTLE = 32  # rounds of a new size before it is explored: a batch that ends is of many
-    _FIRST_PAUSE = 192  # rounds until the next probe; doubles
-    _HOPELESS = 8  # times as long where the most drafts would not pay if all were right
+    _PAUSE = 96  # rounds until the next probe; doubles
+    _REST = 8  # times as long without drafts: modules have much to catch up with then
     _REVIEW = 16  # rounds between decisions
     _MARGIN = 1.03  # what drafting must gain to be preferred: timings scatter
 
@@ -90,7 +93,7 @@ class _Rounds:
         self._seconds: list[deque[float]] = [deque(maxlen=9) for _ in range(max_draft + 1)]
         self._best: int = max_draft if last is None else last._best
         self._plan: list[int] = []
-        self._pause = self._FIRST_PAUSE
+        self._pause = self._PAUSE
         self._until_probe = 0 if last is None else self._SETTLE
         self._since_review = 0
         self._deeper = True  # the next probe
@@ -150,13 +153,12 @@ class _Rounds:
         if rates[best] < rates[0] * self._MARGIN:
             best = 0
         if best > self._best:
-            self._pause = self._FIRST_PAUSE
+            self._pause = self._PAUSE
         if best > self._best or self._until_probe <= 0:
-            is_hopeless = all((m + 1) / s <= rates[0] for m, s in enumerate(seconds))
-            self._until_probe = self._pause * (self._HOPELESS if is_hopeless else 1)
+            self._until_probe = self._pause
         self._best = best
         if not best:
-            self.rest, self._until_probe = self._until_probe, 1
+            self.rest, self._until_probe = self._REST * self._pause, 1
 
     def _expected_seconds(self, m: int) -> float:
         """Of a round: timed, or between those that were, as the least and the most always are."""

@@ -26,7 +26,7 @@ from mtp_lightning.nn.norm import RMSNorm
 
 # So many tokens cost no more here than layer by layer: those of a short prompt, or what modules
 # have to catch up with.
-_MOST_TOKENS = 128
+_MOST_TOKENS = 512
 
 
 class _Block(ctypes.Structure):

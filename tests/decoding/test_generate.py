@@ -212,11 +212,11 @@ def test_auto_depth_notices_that_drafts_became_good():
     costs = [1.0, 1.2, 1.4]
     simulate(auto, costs, [0.0, 0.0], 90)
     assert auto.depth(1) == 0
-    late = simulate(auto, costs, [1.0, 1.0], 1500)
+    late = simulate(auto, costs, [1.0, 1.0], 2500)
     assert late[-1] == 2
 
 
-def test_auto_depth_seldom_tries_what_could_not_pay():
+def test_auto_depth_seldom_tries_drafts_that_do_not_pay():
     """The main job's rounds of eight rows: three tokens for 3.9 times a plain round's time."""
     auto, costs = AutoDepth(2), [420.0, 1050.0, 1640.0]
     chosen = simulate(auto, costs, [1.0, 1.0], 700, rows=8)
