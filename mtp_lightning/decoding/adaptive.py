@@ -32,17 +32,17 @@ class AutoDepth:
         self._reached = [2.0] * max_draft
         # A round of one row is bound by other things than one of eight.
         self._by_size: dict[int, _Rounds] = {}
-        self._n_rows = 1
-        self._rounds = self._by_size[0] = _Rounds(max_draft, None)
+        self._rounds: _Rounds | None = None
+        self._n_rows = 0
 
     def depth(self, rows: int) -> int:
         """Drafts of the next round, of so many rows."""
         if rows != self._n_rows:
             self._n_rows, size = rows, round(math.log2(rows))
             if size not in self._by_size:
-                last = self._rounds if self._rounds.is_begun else None
-                self._by_size[size] = _Rounds(self.max_draft, last)
+                self._by_size[size] = _Rounds(self.max_draft, self._rounds)
             self._rounds = self._by_size[size]
+        assert self._rounds is not None
         return self._rounds.depth
 
     def record(
@@ -51,6 +51,7 @@ class AutoDepth:
         """Count a round of ``m`` drafts, of the rows that :meth:`depth` was asked about: accepted
         and judged drafts, one number a row."""
         rounds = self._rounds
+        assert rounds is not None
         if rounds.rest:
             rounds.rest -= 1
             if not rounds.rest:  # what was accepted long ago says little
@@ -117,11 +118,6 @@ class _Rounds:
             self._probe()
             return False
         return self._is_explored and self._since_review >= self._REVIEW
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether any round was timed."""
-        return any(self._seconds)
 
     @property
     def _is_explored(self) -> bool:
