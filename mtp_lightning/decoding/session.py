@@ -70,6 +70,10 @@ class Session:
         self._unwritten: list[Tensor] = []
         self._single: Tensor | None = None
         self._branch = partial(model.mtp.branch, model.trunk)
+        self._narrow = [
+            model.mtp.narrow_draft(k, model.trunk.embedding, model.head)
+            for k in range(1, max_draft + 1)
+        ]
         self.confidence_B: Tensor | None = None
         self.newest_B1C: Tensor | None = None
         self._resize()
@@ -212,15 +216,21 @@ class Session:
         # Rows with little to do start earlier rather than write beyond the buffer.
         last = self._tables.capacity - self._widest - width
         starts = [min(start, last) for start in starts]
-        hidden = self._depth(k, width, self.depth_caches[k - 1], slice(None), starts)
         index = [end - start - 1 for end, start in zip(ends, starts, strict=True)]
+        # Entries whose tokens are all known; the last k - 1 rest on drafts.
+        self.filled[k] = [max(0, n - k + 1) for n in self.n]
+        cache, narrow = self.depth_caches[k - 1], self._narrow[k - 1]
+        if narrow is not None:
+            cache.begin(starts, width)
+            after = self.states[k] if k < len(self.states) else None
+            newest, logits = narrow(cache, self.tokens_BS, self.states[k - 1], after, index)
+            return self._said(k, newest, logits)
+        hidden = self._depth(k, width, cache, slice(None), starts)
         if all(place == index[0] for place in index):
             newest = hidden[:, index[0]].unsqueeze(1)
         else:
             at = torch.tensor(index, device=hidden.device).view(-1, 1, 1)
             newest = hidden.gather(1, at.expand(-1, 1, hidden.shape[-1]))
-        # Entries whose tokens are all known; the last k - 1 rest on drafts.
-        self.filled[k] = [max(0, n - k + 1) for n in self.n]
         return self._said(k, newest)
 
     def catch_up(self, k: int) -> None:
@@ -244,12 +254,12 @@ class Session:
             self._depth(k, width, cache.rows(rows), rows, starts)
             cache.lengths[rows] = filled[rows] = known
 
-    def _said(self, k: int, last_B1C: Tensor) -> Tensor:
-        """The logits [B, V] of a draft's state."""
+    def _said(self, k: int, last_B1C: Tensor, logits_BV: Tensor | None = None) -> Tensor:
+        """The logits [B, V] of a draft's state, computed unless they are given."""
         self.newest_B1C = last_B1C
         if self.model.mtp.confidence is not None:
             self.confidence_B = self.model.mtp.confidence(k, last_B1C[:, 0]).sigmoid()
-        return self.model.head(last_B1C)[:, 0]
+        return self.model.head(last_B1C)[:, 0] if logits_BV is None else logits_BV
 
     def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
         mtp = self.model.mtp

@@ -7,6 +7,7 @@ M vectors of an entry, or its key heads, H head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,8 @@ class KVCache:
         self.runs = Runs(tables, [0] * batch_size, 0)
         self._width = 0
         self._views: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+        # Where the entries lie, for kernels (narrow.py).
+        self.addresses: dict[tuple[int, int], Any] = {}
 
     @property
     def batch_size(self) -> int:
@@ -77,7 +80,7 @@ class KVCache:
         view.__dict__.update(self.__dict__)
         view.entries_L_BSMH = [entries[rows] for entries in self.entries_L_BSMH]
         view.lengths = self.lengths[rows]
-        view._views = {}
+        view._views, view.addresses = {}, {}
         return view
 
     def resize(self, batch_size: int) -> None:
@@ -87,7 +90,7 @@ class KVCache:
         whole = batch_size == places
         self.entries_L_BSMH = self._stored if whole else [s[:batch_size] for s in self._stored]
         self.lengths = (self.lengths + [0] * batch_size)[:batch_size]
-        self._views = {}
+        self._views, self.addresses = {}, {}
 
     def drop_row(self, row: int) -> None:
         """Forget a row; the last one takes its place."""

@@ -51,6 +51,16 @@ class _Join(ctypes.Structure):
     )
 
 
+class _Draft(ctypes.Structure):
+    """``Draft`` of narrow.cpp."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("ahead", "outputs", "kind")),
+        ("eps", c_double),
+        *((name, c_void_p) for name in ("join", "block", "gain", "embedding", "head")),
+    )
+
+
 class _Pass(ctypes.Structure):
     """``Pass`` of narrow.cpp."""
 
@@ -58,6 +68,37 @@ class _Pass(ctypes.Structure):
         *((name, c_int64) for name in ("rows", "length", "capacity")),
         *((name, c_void_p) for name in ("starts", "parents", "cos", "sin", "entries")),
     )
+
+
+class _Over:
+    """A cache's open pass as ``Pass`` of narrow.cpp, alive for as long as this object.
+
+    Args:
+        cache: opened.
+        layer: place of the first block in it.
+        n: blocks.
+    """
+
+    def __init__(self, cache: KVCache, layer: int, n: int) -> None:
+        tables, starts = cache.tables, cache.starts
+        entries = cache.addresses.get((layer, n))
+        if entries is None:
+            stored = cache.entries_L_BSMH[layer : layer + n]
+            entries = cache.addresses[layer, n] = (c_void_p * n)(*[x.data_ptr() for x in stored])
+        self._starts = (c_int64 * len(starts))(*starts)
+        parents = cache.parents
+        self._parents = None if parents is None else (c_int64 * len(parents))(*parents)
+        self._pass = _Pass(
+            len(starts),
+            cache.runs.width,
+            tables.capacity,
+            ctypes.addressof(self._starts),
+            None if self._parents is None else ctypes.addressof(self._parents),
+            tables.cos_S1H.data_ptr(),
+            tables.sin_S1H.data_ptr(),
+            ctypes.addressof(entries),
+        )
+        self.address = ctypes.addressof(self._pass)
 
 
 class NarrowBlocks:
@@ -108,25 +149,10 @@ class NarrowBlocks:
         """In the place of ``h_BTC``."""
         cache = positions.cache
         assert isinstance(cache, KVCache)
-        batch, n_new, _ = h_BTC.shape
-        tables = cache.tables
-        entries = cache.entries_L_BSMH[layer : layer + self._n]
-        starts = (c_int64 * batch)(*cache.starts)
-        parents = None if cache.parents is None else (c_int64 * n_new)(*cache.parents)
-        pointers = (c_void_p * self._n)(*[x.data_ptr() for x in entries])
-        over = _Pass(
-            batch,
-            n_new,
-            tables.capacity,
-            ctypes.addressof(starts),
-            None if parents is None else ctypes.addressof(parents),
-            tables.cos_S1H.data_ptr(),
-            tables.sin_S1H.data_ptr(),
-            ctypes.addressof(pointers),
-        )
+        over = _Over(cache, layer, self._n)
         normed = h_BTC if self._gain is None else torch.empty_like(h_BTC)
         native.lib().narrow_blocks(
-            self._blocks, self._n, ctypes.byref(over), h_BTC.data_ptr(), self._gain,
+            self._blocks, self._n, over.address, h_BTC.data_ptr(), self._gain,
             normed.data_ptr(), self._eps,
         )  # fmt: skip
         return h_BTC, normed
@@ -175,6 +201,72 @@ class NarrowModule:
             hidden.shape[0] * hidden.shape[1],
         )  # fmt: skip
         return self._blocks._through(h_BTC, positions, 0)[1]
+
+
+class NarrowDraft:
+    """A sequential module from token ids to logits, in one call.
+
+    Args:
+        module: packed.
+        head: its weight, packed.
+        embedding: [V, C].
+        ahead: how many places on the tokens stand that the module reads.
+    """
+
+    def __init__(
+        self, module: NarrowModule, head: FewRows, embedding: Tensor, *, ahead: int
+    ) -> None:
+        self._alive = module, head, embedding
+        self._outputs = head.outputs
+        blocks = module._blocks
+        self._draft = _Draft(
+            ahead, head.outputs, head.kind, blocks._eps, ctypes.addressof(module._join),
+            ctypes.addressof(blocks._blocks), blocks._gain, embedding.data_ptr(),
+            head.numbers.data_ptr(),
+        )  # fmt: skip
+        self._address = ctypes.addressof(self._draft)
+
+    @staticmethod
+    def of(module: Any, head: Any, embedding: Tensor, *, ahead: int) -> NarrowDraft | None:
+        """None where one of them is not packed, or not of fp32 on a CPU."""
+        if not (isinstance(module, NarrowModule) and isinstance(head, FewRows)):
+            return None
+        if not (native.fits(embedding) and embedding.is_contiguous()):
+            return None
+        return NarrowDraft(module, head, embedding, ahead=ahead)
+
+    def __call__(
+        self,
+        cache: KVCache,
+        ids_BS: Tensor,
+        before_BSC: Tensor,
+        after_BSC: Tensor | None,
+        newest: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """The logits [B, V] of one token a row, and the state [B, 1, C] that they are made of.
+
+        Args:
+            cache: the depth's, opened for a pass.
+            ids_BS: all token ids; like the next two, of the cache's capacity.
+            before_BSC: the states that the module reads.
+            after_BSC: where its own go; None of the deepest.
+            newest: of every row the place of that token in the pass.
+        """
+        batch, over = len(newest), _Over(cache, 0, 1)
+        places = (c_int64 * batch)(*newest)
+        state_B1C = before_BSC.new_empty(batch, 1, before_BSC.shape[-1])
+        logits_BV = before_BSC.new_empty(batch, self._outputs)
+        native.lib().narrow_draft(
+            self._address,
+            over.address,
+            ids_BS.data_ptr(),
+            before_BSC.data_ptr(),
+            None if after_BSC is None else after_BSC.data_ptr(),
+            ctypes.addressof(places),
+            state_B1C.data_ptr(),
+            logits_BV.data_ptr(),
+        )
+        return state_B1C, logits_BV
 
 
 def _describe(block: Any) -> _Block | None:

@@ -42,6 +42,7 @@ _FUNCTIONS = {
     "exponential": (c_void_p, c_int64),
     "narrow_blocks": (c_void_p, c_int64, *[c_void_p] * 4, c_double),
     "narrow_join": (*[c_void_p] * 4, c_int64),
+    "narrow_draft": (c_void_p,) * 8,
     "narrow_norm": (*[c_void_p] * 3, c_int64, c_int64, c_double),
     "narrow_linear": (*[c_void_p] * 3, *[c_int64] * 4),
 }

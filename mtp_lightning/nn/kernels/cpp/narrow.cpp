@@ -236,19 +236,57 @@ extern "C" void narrow_blocks(const Block* blocks, int64_t n, const Pass* pass, 
         norm(x + i * c, gain, normed + i * c, c, eps);
 }
 
+// What a module's block reads of one token's embedding and hidden state, into both[2 C].
+static inline void side_by_side(const Join& join, const float* embedded, const float* hidden,
+                                float* both) {
+    int64_t c = join.width;
+    norm(embedded, join.embedded_norm, both + join.hidden_first * c, c, join.embedded_eps);
+    norm(hidden, join.hidden_norm, both + !join.hidden_first * c, c, join.hidden_eps);
+}
+
 // What a module's block reads, out[M, C], of embeddings and hidden states [M, C].
 extern "C" void narrow_join(const Join* join, const float* embedded, const float* hidden,
                             float* out, int64_t tokens) {
     static thread_local std::vector<float> both;
     int64_t c = join->width;
     if ((int64_t)both.size() < tokens * 2 * c) both.resize(tokens * 2 * c);
-    for (int64_t i = 0; i < tokens; i++) {
-        float* to = both.data() + i * 2 * c;
-        norm(embedded + i * c, join->embedded_norm, to + join->hidden_first * c, c,
-             join->embedded_eps);
-        norm(hidden + i * c, join->hidden_norm, to + !join->hidden_first * c, c, join->hidden_eps);
-    }
+    for (int64_t i = 0; i < tokens; i++)
+        side_by_side(*join, embedded + i * c, hidden + i * c, both.data() + i * 2 * c);
     few_rows(both.data(), join->projection, join->kind, out, tokens, c, 2 * c, false);
+}
+
+// A module and all that it reads and writes when it drafts; S is the capacity of all buffers.
+struct Draft {
+    int64_t ahead, outputs, kind;
+    double eps;
+    const Join* join;
+    const Block* block;
+    const float *gain, *embedding;  // [C], [V, C]
+    const void* head;               // packed, of the kind
+};
+
+// A pass of a module from token ids to logits: its states go where the next depth finds them.
+extern "C" void narrow_draft(const Draft* draft, const Pass* pass, const int64_t* ids,  // [B, S]
+                             const float* before, float* after,  // [B, S, C]; none of the deepest
+                             const int64_t* newest,              // [B], among the pass's tokens
+                             float* last, float* logits) {       // [B, C], [B, V]
+    static thread_local std::vector<float> both, x, normed;
+    const Join& join = *draft->join;
+    int64_t c = join.width, t = pass->length, tokens = pass->rows * t;
+    auto place = [&](int64_t i) { return i / t * pass->capacity + pass->starts[i / t] + i % t; };
+    if ((int64_t)x.size() < tokens * c) both.resize(tokens * 2 * c), x.resize(tokens * c),
+        normed.resize(tokens * c);
+    for (int64_t i = 0; i < tokens; i++)
+        side_by_side(join, draft->embedding + ids[place(i) + draft->ahead] * c,
+                     before + place(i) * c, both.data() + i * 2 * c);
+    few_rows(both.data(), join.projection, join.kind, x.data(), tokens, c, 2 * c, false);
+    narrow_blocks(draft->block, 1, pass, x.data(), draft->gain, normed.data(), draft->eps);
+    if (after)
+        for (int64_t i = 0; i < tokens; i++)
+            memcpy(after + place(i) * c, normed.data() + i * c, c * sizeof(float));
+    for (int64_t row = 0; row < pass->rows; row++)
+        memcpy(last + row * c, normed.data() + (row * t + newest[row]) * c, c * sizeof(float));
+    few_rows(last, draft->head, draft->kind, logits, pass->rows, draft->outputs, c, false);
 }
 
 // out = x / sqrt(mean(x^2) + eps) * gain, of every row.
