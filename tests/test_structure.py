@@ -305,7 +305,10 @@ NEEDS = {  # what has to be given with an option that has no default for it
     "tokenizer/ids": ["tokenizer.vocab_size=300", "tokenizer.eot_id=0"],
 }
 # Their data is a task's, and no text would do.
-TASK_PRESETS = {"experiment/copy", "experiment/mqar", "experiment/star_graph"}
+TASK_PRESETS = {
+    f"experiment/{task}"
+    for task in ("copy", "induction", "mqar", "polynomial", "sat", "star_graph")
+}
 # Composed only: their packages may be missing.
 EXTRAS = {"data/huggingface", "data/shakespeare", "logger/mlflow", "logger/trackio", "logger/wandb"}
 

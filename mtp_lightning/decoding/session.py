@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import BranchPoint
+from mtp_lightning.mtp.base import BranchPoint, MTPStack
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.nn.kernels.exact import exact_pass
+from mtp_lightning.nn.kernels.exact import FEW, exact_pass
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Runs
+from mtp_lightning.nn.trunk import TrunkOutput
 
 _MOST_UNWRITTEN = 32
 
@@ -70,6 +71,8 @@ class Session:
         self._unwritten: list[Tensor] = []
         self._single: Tensor | None = None
         self._branch = partial(model.mtp.branch, model.trunk)
+        plain_head = type(model.mtp).main_state is MTPStack.main_state
+        self._narrow_trunk = model.trunk.narrow(model.head) if plain_head else None
         self._narrow = [
             model.mtp.narrow_draft(k, model.trunk.embedding, model.head)
             for k in range(1, max_draft + 1)
@@ -175,12 +178,19 @@ class Session:
 
         What of it counts is for :meth:`accept` to say.
         """
-        cache = self.trunk_cache
-        hidden, branch = self._trunk(n_drafts + 1, cache, slice(None), self.n)
+        cache, width = self.trunk_cache, n_drafts + 1
+        if self._narrow_trunk is not None and width <= FEW:
+            cache.begin(self.n, width)
+            (before_last, last_block, final), logits = self._narrow_trunk(cache, self.tokens_BS)
+            output = TrunkOutput(final, last_block, before_last)
+            branch = self._branch(output) if self.max_draft else None
+        else:
+            hidden, branch = self._trunk(width, cache, slice(None), self.n)
+            logits = self.model.head(hidden)
         self._single = None if n_drafts else branch
         if n_drafts and branch is not None:
             cache.runs.write(self.states[0], branch)
-        return self.model.head(hidden)
+        return logits
 
     def _trunk(
         self, width: int, cache: KVCache, rows: slice, starts: list[int]

@@ -61,6 +61,16 @@ class _Draft(ctypes.Structure):
     )
 
 
+class _Trunk(ctypes.Structure):
+    """``Trunk`` of narrow.cpp."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("blocks", "outputs", "kind")),
+        ("eps", c_double),
+        *((name, c_void_p) for name in ("block", "gain", "embedding", "head")),
+    )
+
+
 class _Pass(ctypes.Structure):
     """``Pass`` of narrow.cpp."""
 
@@ -201,6 +211,60 @@ class NarrowModule:
             hidden.shape[0] * hidden.shape[1],
         )  # fmt: skip
         return self._blocks._through(h_BTC, positions, 0)[1]
+
+
+class NarrowTrunk:
+    """A trunk from token ids to logits, in one call.
+
+    Args:
+        before: all blocks but the last, packed.
+        last: the last with the norm, packed.
+        head: its weight, packed.
+        embedding: [V, C].
+    """
+
+    def __init__(
+        self, before: NarrowBlocks, last: NarrowBlocks, head: FewRows, embedding: Tensor
+    ) -> None:
+        self._n = before._n + 1
+        self._blocks = (_Block * self._n)(*before._blocks, *last._blocks)
+        self._alive = before, last, head, embedding
+        self._outputs = head.outputs
+        self._trunk = _Trunk(
+            self._n, head.outputs, head.kind, last._eps, ctypes.addressof(self._blocks), last._gain,
+            embedding.data_ptr(), head.numbers.data_ptr(),
+        )  # fmt: skip
+        self._address = ctypes.addressof(self._trunk)
+
+    @staticmethod
+    def of(packed: Any, head: Any, embedding: Tensor) -> NarrowTrunk | None:
+        """None where one of them is not packed, or not of fp32 on a CPU."""
+        if packed is None or not isinstance(head, FewRows):
+            return None
+        if not (native.fits(embedding) and embedding.is_contiguous()):
+            return None
+        before, last = packed
+        return NarrowTrunk(before, last, head, embedding)
+
+    def __call__(self, cache: KVCache, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """The states before the last block, behind it and behind the norm, [3, B, T, C], and the
+        logits [B, T, V].
+
+        Args:
+            cache: the trunk's, opened for a pass.
+            ids_BS: all token ids, of the cache's capacity.
+        """
+        over, embedding = _Over(cache, 0, self._n), self._alive[-1]
+        shape = ids_BS.shape[0], cache.runs.width
+        states = embedding.new_empty(3, *shape, embedding.shape[1])
+        logits_BTV = embedding.new_empty(*shape, self._outputs)
+        size = 4 * states[0].numel()
+        address = states.data_ptr()
+        native.lib().narrow_trunk(
+            self._address, over.address, ids_BS.data_ptr(), address, address + size,
+            address + 2 * size, logits_BTV.data_ptr(),
+        )  # fmt: skip
+        return states, logits_BTV
 
 
 class NarrowDraft:

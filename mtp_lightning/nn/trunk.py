@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.narrow import NarrowBlocks
+from mtp_lightning.nn.head import Head
+from mtp_lightning.nn.narrow import NarrowBlocks, NarrowTrunk
 from mtp_lightning.nn.norm import RMSNorm
 
 
@@ -48,6 +49,13 @@ class Trunk(nn.Module):
         *before, last = self.blocks
         shared, own = NarrowBlocks.of(before), NarrowBlocks.of([last], self.norm)
         return None if shared is None or own is None else (shared, own)
+
+    def narrow(self, head: Head) -> NarrowTrunk | None:
+        """The trunk with packed weights, from ids to logits in one call; None where there is no
+        code for that."""
+        if type(self) is not Trunk:
+            return None
+        return NarrowTrunk.of(self.packed, head.packed, self.embedding.weight)
 
     def forward(self, embedded_BTC: Tensor, positions: Positions) -> TrunkOutput:
         """Embedded tokens [B, T, C] -> hidden states.

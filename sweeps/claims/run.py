@@ -81,6 +81,8 @@ def run(
     bad = [runs / job.folder for job in todo if state_of(runs / job.folder) != "done"]
     for folder in bad:
         print(describe_failure(folder), flush=True)
+    if any(state_of(folder) == "failed" for folder in bad):
+        print("--retry-failed starts failed runs again, from what they have saved.", flush=True)
     return len(bad)
 
 

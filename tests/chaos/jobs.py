@@ -90,6 +90,7 @@ class Job:
         same: raises Broken unless two folders hold the same.
         processes: whether it starts others, which take seconds to begin.
         once: whether it refuses to do again what is done.
+        again: what it is given where a part of it has failed, to try that again.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Job:
     same: Callable[[Path, Path], None]
     processes: bool = False
     once: bool = False
+    again: tuple[str, ...] = ()
 
 
 def train_job(name: str, cache: Path, settings: dict[str, Any], *, processes: bool = False) -> Job:
@@ -149,7 +151,8 @@ def sweep_job(cache: Path) -> Job:
         where = [f"sweep_dir={folder / 'sweep'}", "hydra.launcher.n_jobs=1"]
         return ["train.py", "-m", *given, "mtp.depth=0,1", *where]
 
-    return Job("sweep", arguments, _all_same("sweep", 2), processes=True)
+    again = ("sweep.retry_failed=true",)
+    return Job("sweep", arguments, _all_same("sweep", 2), processes=True, again=again)
 
 
 def claims_job(cache: Path) -> Job:
@@ -161,7 +164,8 @@ def claims_job(cache: Path) -> Job:
         where = ["--claims", str(cache.parent), "--runs", str(folder / "runs")]
         return ["-m", "sweeps.claims", "run", "killed", *where]
 
-    return Job("claims", arguments, _all_same("runs", 4), processes=True)
+    again = ("--retry-failed",)
+    return Job("claims", arguments, _all_same("runs", 4), processes=True, again=again)
 
 
 def _all_same(below: str, number_of: int) -> Callable[[Path, Path], None]:

@@ -12,7 +12,7 @@ import os
 import random
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,8 @@ def _killed(job: Job, whole: Whole, number: int, *, anyone: bool = False) -> Att
             hold(anyone or "Traceback" not in said or ended.code < 0, ended.out[-3000:])
             process.alone(seconds=20)
             whole_files(folder)
-        return _again(job, whole, folder, told)
+        # What starts others goes on when one of them is killed, and calls it failed.
+        return _again(job, whole, folder, told, given=job.again if anyone else ())
 
     return attempt
 
@@ -228,13 +229,20 @@ def _said_full(ended: Ended) -> None:
     hold("Traceback" not in ended.out, ended.out[-3000:])
     if ended.code:
         errors = [line for line in ended.out.splitlines() if line.startswith("error: ")]
-        hold(len(errors) == 1 and "No space left" in errors[0], f"it says {errors}")
+        said = "No space left" in ended.out or "the disk is full" in ended.out
+        hold(len(errors) == 1 and said, f"it says {errors}")
 
 
 def _again(
-    job: Job, whole: Whole, folder: Path, told: list[str], *, log: Path | None = None
+    job: Job,
+    whole: Whole,
+    folder: Path,
+    told: list[str],
+    *,
+    log: Path | None = None,
+    given: Sequence[str] = (),
 ) -> str:
-    ended = run(job.arguments(folder), log or folder / "log", timeout=600)
+    ended = run([*job.arguments(folder), *given], log or folder / "log", timeout=600)
     done = ended.code == 0 or (job.once and "is not empty" in ended.out)
     hold(done, f"{told}; started again it ends with {ended.code}: {ended.out[-2500:]}")
     job.same(folder, whole.of(job)[0])

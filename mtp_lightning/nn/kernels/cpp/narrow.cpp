@@ -289,6 +289,34 @@ extern "C" void narrow_draft(const Draft* draft, const Pass* pass, const int64_t
     few_rows(last, draft->head, draft->kind, logits, pass->rows, draft->outputs, c, false);
 }
 
+// All of a trunk's blocks, the norm behind them, and what stands at its ends.
+struct Trunk {
+    int64_t blocks, outputs, kind;
+    double eps;
+    const Block* block;
+    const float *gain, *embedding;  // [C], [V, C]
+    const void* head;               // packed, of the kind
+};
+
+// A pass of a trunk from token ids to logits[M, V]; the states [M, C] are those before the last block,
+// behind it, and behind the norm.
+extern "C" void narrow_trunk(const Trunk* trunk, const Pass* pass, const int64_t* ids,  // [B, S]
+                             float* before_last, float* last_block, float* normed,
+                             float* logits) {
+    int64_t c = trunk->block->width, t = pass->length, tokens = pass->rows * t;
+    for (int64_t i = 0; i < tokens; i++) {
+        int64_t id = ids[i / t * pass->capacity + pass->starts[i / t] + i % t];
+        memcpy(before_last + i * c, trunk->embedding + id * c, c * sizeof(float));
+    }
+    int64_t last = trunk->blocks - 1;
+    narrow_blocks(trunk->block, last, pass, before_last, NULL, NULL, 0);
+    memcpy(last_block, before_last, tokens * c * sizeof(float));
+    Pass own = *pass;
+    own.entries += last;
+    narrow_blocks(trunk->block + last, 1, &own, last_block, trunk->gain, normed, trunk->eps);
+    few_rows(normed, trunk->head, trunk->kind, logits, tokens, trunk->outputs, c, false);
+}
+
 // out = x / sqrt(mean(x^2) + eps) * gain, of every row.
 extern "C" void narrow_norm(const float* x, const float* gain, float* out, int64_t rows,
                             int64_t width, double eps) {
