@@ -21,7 +21,7 @@ from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.init import parameter_seed
-from mtp_lightning.nn.narrow import NarrowDraft
+from mtp_lightning.nn.narrow_passes import NarrowDraft
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 from mtp_lightning.registry import Registered
 from mtp_lightning.settings import require_whole

@@ -26,7 +26,8 @@ from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.linear import Linear
-from mtp_lightning.nn.narrow import NarrowDraft, NarrowModule
+from mtp_lightning.nn.narrow import NarrowModule
+from mtp_lightning.nn.narrow_passes import NarrowDraft
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.trunk import Trunk
 from mtp_lightning.settings import require_number

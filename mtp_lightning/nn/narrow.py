@@ -29,7 +29,7 @@ from mtp_lightning.nn.norm import RMSNorm
 _MOST_TOKENS = 512
 
 
-class _Block(ctypes.Structure):
+class Block(ctypes.Structure):
     """``Block`` of narrow.cpp."""
 
     _fields_ = (
@@ -51,26 +51,6 @@ class _Join(ctypes.Structure):
     )
 
 
-class _Draft(ctypes.Structure):
-    """``Draft`` of narrow.cpp."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("ahead", "outputs", "kind")),
-        ("eps", c_double),
-        *((name, c_void_p) for name in ("join", "block", "gain", "embedding", "head")),
-    )
-
-
-class _Trunk(ctypes.Structure):
-    """``Trunk`` of narrow.cpp."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("blocks", "outputs", "kind")),
-        ("eps", c_double),
-        *((name, c_void_p) for name in ("block", "gain", "embedding", "head")),
-    )
-
-
 class _Pass(ctypes.Structure):
     """``Pass`` of narrow.cpp."""
 
@@ -80,7 +60,7 @@ class _Pass(ctypes.Structure):
     )
 
 
-class _Over:
+class OpenPass:
     """A cache's open pass as ``Pass`` of narrow.cpp, alive for as long as this object.
 
     Args:
@@ -119,11 +99,11 @@ class NarrowBlocks:
         last: the norm behind them, if there is one.
     """
 
-    def __init__(self, described: Sequence[_Block], last: RMSNorm | None = None) -> None:
-        self._n = len(described)
-        self._blocks = (_Block * self._n)(*described)
-        self._gain = None if last is None else last.weight.data_ptr()
-        self._eps = 0.0 if last is None else last.eps
+    def __init__(self, described: Sequence[Block], last: RMSNorm | None = None) -> None:
+        self.n = len(described)
+        self.array = (Block * self.n)(*described)
+        self.gain = None if last is None else last.weight.data_ptr()
+        self.eps = 0.0 if last is None else last.eps
 
     @staticmethod
     def of(blocks: Sequence[Any], last: nn.Module | None = None) -> NarrowBlocks | None:
@@ -159,11 +139,11 @@ class NarrowBlocks:
         """In the place of ``h_BTC``."""
         cache = positions.cache
         assert isinstance(cache, KVCache)
-        over = _Over(cache, layer, self._n)
-        normed = h_BTC if self._gain is None else torch.empty_like(h_BTC)
+        over = OpenPass(cache, layer, self.n)
+        normed = h_BTC if self.gain is None else torch.empty_like(h_BTC)
         native.lib().narrow_blocks(
-            self._blocks, self._n, over.address, h_BTC.data_ptr(), self._gain,
-            normed.data_ptr(), self._eps,
+            self.array, self.n, over.address, h_BTC.data_ptr(), self.gain,
+            normed.data_ptr(), self.eps,
         )  # fmt: skip
         return h_BTC, normed
 
@@ -172,8 +152,8 @@ class NarrowModule:
     """A sequential module: the norms of its two inputs, their projection, a block, a norm."""
 
     def __init__(self, join: _Join, blocks: NarrowBlocks) -> None:
-        self._join = join
-        self._blocks = blocks
+        self.join = join
+        self.blocks = blocks
 
     @staticmethod
     def of(
@@ -200,140 +180,20 @@ class NarrowModule:
 
     def fits(self, hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> bool:
         """Whether a pass is narrow, over a cache."""
-        return self._blocks.fits(embedded_BTC, positions) and native.fits(hidden_BTC)
+        return self.blocks.fits(embedded_BTC, positions) and native.fits(hidden_BTC)
 
     def __call__(self, hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor:
         """[B, T, C] of both -> [B, T, C]."""
         hidden, embedded = hidden_BTC.contiguous(), embedded_BTC.contiguous()
         h_BTC = torch.empty_like(hidden)
         native.lib().narrow_join(
-            ctypes.byref(self._join), embedded.data_ptr(), hidden.data_ptr(), h_BTC.data_ptr(),
+            ctypes.byref(self.join), embedded.data_ptr(), hidden.data_ptr(), h_BTC.data_ptr(),
             hidden.shape[0] * hidden.shape[1],
         )  # fmt: skip
-        return self._blocks._through(h_BTC, positions, 0)[1]
+        return self.blocks._through(h_BTC, positions, 0)[1]
 
 
-class NarrowTrunk:
-    """A trunk from token ids to logits, in one call.
-
-    Args:
-        before: all blocks but the last, packed.
-        last: the last with the norm, packed.
-        head: its weight, packed.
-        embedding: [V, C].
-    """
-
-    def __init__(
-        self, before: NarrowBlocks, last: NarrowBlocks, head: FewRows, embedding: Tensor
-    ) -> None:
-        self._n = before._n + 1
-        self._blocks = (_Block * self._n)(*before._blocks, *last._blocks)
-        self._alive = before, last, head, embedding
-        self._outputs = head.outputs
-        self._trunk = _Trunk(
-            self._n, head.outputs, head.kind, last._eps, ctypes.addressof(self._blocks), last._gain,
-            embedding.data_ptr(), head.numbers.data_ptr(),
-        )  # fmt: skip
-        self._address = ctypes.addressof(self._trunk)
-
-    @staticmethod
-    def of(packed: Any, head: Any, embedding: Tensor) -> NarrowTrunk | None:
-        """None where one of them is not packed, or not of fp32 on a CPU."""
-        if packed is None or not isinstance(head, FewRows):
-            return None
-        if not (native.fits(embedding) and embedding.is_contiguous()):
-            return None
-        before, last = packed
-        return NarrowTrunk(before, last, head, embedding)
-
-    def __call__(self, cache: KVCache, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """The states before the last block, behind it and behind the norm, [3, B, T, C], and the
-        logits [B, T, V].
-
-        Args:
-            cache: the trunk's, opened for a pass.
-            ids_BS: all token ids, of the cache's capacity.
-        """
-        over, embedding = _Over(cache, 0, self._n), self._alive[-1]
-        shape = ids_BS.shape[0], cache.runs.width
-        states = embedding.new_empty(3, *shape, embedding.shape[1])
-        logits_BTV = embedding.new_empty(*shape, self._outputs)
-        size = 4 * states[0].numel()
-        address = states.data_ptr()
-        native.lib().narrow_trunk(
-            self._address, over.address, ids_BS.data_ptr(), address, address + size,
-            address + 2 * size, logits_BTV.data_ptr(),
-        )  # fmt: skip
-        return states, logits_BTV
-
-
-class NarrowDraft:
-    """A sequential module from token ids to logits, in one call.
-
-    Args:
-        module: packed.
-        head: its weight, packed.
-        embedding: [V, C].
-        ahead: how many places on the tokens stand that the module reads.
-    """
-
-    def __init__(
-        self, module: NarrowModule, head: FewRows, embedding: Tensor, *, ahead: int
-    ) -> None:
-        self._alive = module, head, embedding
-        self._outputs = head.outputs
-        blocks = module._blocks
-        self._draft = _Draft(
-            ahead, head.outputs, head.kind, blocks._eps, ctypes.addressof(module._join),
-            ctypes.addressof(blocks._blocks), blocks._gain, embedding.data_ptr(),
-            head.numbers.data_ptr(),
-        )  # fmt: skip
-        self._address = ctypes.addressof(self._draft)
-
-    @staticmethod
-    def of(module: Any, head: Any, embedding: Tensor, *, ahead: int) -> NarrowDraft | None:
-        """None where one of them is not packed, or not of fp32 on a CPU."""
-        if not (isinstance(module, NarrowModule) and isinstance(head, FewRows)):
-            return None
-        if not (native.fits(embedding) and embedding.is_contiguous()):
-            return None
-        return NarrowDraft(module, head, embedding, ahead=ahead)
-
-    def __call__(
-        self,
-        cache: KVCache,
-        ids_BS: Tensor,
-        before_BSC: Tensor,
-        after_BSC: Tensor | None,
-        newest: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
-        """The logits [B, V] of one token a row, and the state [B, 1, C] that they are made of.
-
-        Args:
-            cache: the depth's, opened for a pass.
-            ids_BS: all token ids; like the next two, of the cache's capacity.
-            before_BSC: the states that the module reads.
-            after_BSC: where its own go; None of the deepest.
-            newest: of every row the place of that token in the pass.
-        """
-        batch, over = len(newest), _Over(cache, 0, 1)
-        places = (c_int64 * batch)(*newest)
-        state_B1C = before_BSC.new_empty(batch, 1, before_BSC.shape[-1])
-        logits_BV = before_BSC.new_empty(batch, self._outputs)
-        native.lib().narrow_draft(
-            self._address,
-            over.address,
-            ids_BS.data_ptr(),
-            before_BSC.data_ptr(),
-            None if after_BSC is None else after_BSC.data_ptr(),
-            ctypes.addressof(places),
-            state_B1C.data_ptr(),
-            logits_BV.data_ptr(),
-        )
-        return state_B1C, logits_BV
-
-
-def _describe(block: Any) -> _Block | None:
+def _describe(block: Any) -> Block | None:
     attention, feed_forward = block.attention, block.feed_forward
     if type(attention) is not Attention or type(feed_forward) is not FeedForward:
         return None
@@ -352,7 +212,7 @@ def _describe(block: Any) -> _Block | None:
     qkv = packed[0]
     gains = [None if norm is None else norm.weight.data_ptr() for norm in norms]
     bias = attention.qkv_bias
-    return _Block(
+    return Block(
         qkv.inputs,
         attention.n_heads,
         attention.n_kv_heads,

@@ -10,7 +10,8 @@ from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
-from mtp_lightning.nn.narrow import NarrowBlocks, NarrowTrunk
+from mtp_lightning.nn.narrow import NarrowBlocks
+from mtp_lightning.nn.narrow_passes import NarrowTrunk
 from mtp_lightning.nn.norm import RMSNorm
 
 
