@@ -111,7 +111,7 @@ class _Rounds:
         self._seconds[m].append(seconds)
         if self._plan:
             self._plan.pop(0)
-            return not self._plan and self._is_explored
+            return not self._plan
         self._until_probe -= 1
         self._since_review += 1
         if self._until_probe <= 0:

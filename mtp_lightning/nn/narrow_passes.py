@@ -39,6 +39,11 @@ class _Trunk(ctypes.Structure):
     )
 
 
+def _are_known(head: Any, embedding: Tensor) -> bool:
+    """Whether a head is packed, and an embedding as the calls read it."""
+    return isinstance(head, FewRows) and native.fits(embedding) and embedding.is_contiguous()
+
+
 class NarrowTrunk:
     """A trunk from token ids to logits, in one call.
 
@@ -65,9 +70,7 @@ class NarrowTrunk:
     @staticmethod
     def of(packed: Any, head: Any, embedding: Tensor) -> NarrowTrunk | None:
         """None where one of them is not packed, or not of fp32 on a CPU."""
-        if packed is None or not isinstance(head, FewRows):
-            return None
-        if not (native.fits(embedding) and embedding.is_contiguous()):
+        if packed is None or not _are_known(head, embedding):
             return None
         before, last = packed
         return NarrowTrunk(before, last, head, embedding)
@@ -119,9 +122,7 @@ class NarrowDraft:
     @staticmethod
     def of(module: Any, head: Any, embedding: Tensor, *, ahead: int) -> NarrowDraft | None:
         """None where one of them is not packed, or not of fp32 on a CPU."""
-        if not (isinstance(module, NarrowModule) and isinstance(head, FewRows)):
-            return None
-        if not (native.fits(embedding) and embedding.is_contiguous()):
+        if not (isinstance(module, NarrowModule) and _are_known(head, embedding)):
             return None
         return NarrowDraft(module, head, embedding, ahead=ahead)
 

@@ -229,8 +229,9 @@ def _said_full(ended: Ended) -> None:
     hold("Traceback" not in ended.out, ended.out[-3000:])
     if ended.code:
         errors = [line for line in ended.out.splitlines() if line.startswith("error: ")]
-        said = "No space left" in ended.out or "the disk is full" in ended.out
-        hold(len(errors) == 1 and said, f"it says {errors}")
+        hold(len(errors) == 1, f"it says {errors}")
+        said = "No space left" in errors[0] or "the disk is full" in errors[0]
+        hold(said, f"it says {errors}")
 
 
 def _again(
