@@ -95,13 +95,16 @@ class NarrowBlocks:
     """Blocks in a row, with packed weights.
 
     Args:
-        described: one for each of them.
+        described: one for each of them, and what its addresses are of.
         last: the norm behind them, if there is one.
     """
 
-    def __init__(self, described: Sequence[Block], last: RMSNorm | None = None) -> None:
+    def __init__(
+        self, described: Sequence[tuple[Block, list[Any]]], last: RMSNorm | None = None
+    ) -> None:
         self.n = len(described)
-        self.array = (Block * self.n)(*described)
+        self.array = (Block * self.n)(*(block for block, _ in described))
+        self._alive = [alive for _, alive in described], last
         self.gain = None if last is None else last.weight.data_ptr()
         self.eps = 0.0 if last is None else last.eps
 
@@ -109,9 +112,10 @@ class NarrowBlocks:
     def of(blocks: Sequence[Any], last: nn.Module | None = None) -> NarrowBlocks | None:
         """None where one of them is of other layers than narrow.cpp knows, or not packed."""
         described = [_describe(block) for block in blocks]
-        if not described or None in described or not (last is None or _is_plain(last)):
+        known = [block for block in described if block is not None]
+        if not known or len(known) < len(described) or not (last is None or _is_plain(last)):
             return None
-        return NarrowBlocks([block for block in described if block is not None], last)
+        return NarrowBlocks(known, last)
 
     def fits(self, x_BTC: Tensor, positions: Positions) -> bool:
         """Whether a pass is narrow, over a cache."""
@@ -151,9 +155,10 @@ class NarrowBlocks:
 class NarrowModule:
     """A sequential module: the norms of its two inputs, their projection, a block, a norm."""
 
-    def __init__(self, join: _Join, blocks: NarrowBlocks) -> None:
+    def __init__(self, join: _Join, blocks: NarrowBlocks, alive: tuple[Any, ...]) -> None:
         self.join = join
         self.blocks = blocks
+        self._alive = alive  # what the addresses of ``join`` are of
 
     @staticmethod
     def of(
@@ -176,7 +181,7 @@ class NarrowModule:
             weight.outputs, weight.kind, hidden_first, enorm.eps, hnorm.eps, *gains,
             weight.numbers.data_ptr(),
         )  # fmt: skip
-        return NarrowModule(join, blocks)
+        return NarrowModule(join, blocks, (enorm, hnorm, weight))
 
     def fits(self, hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> bool:
         """Whether a pass is narrow, over a cache."""
@@ -193,7 +198,8 @@ class NarrowModule:
         return self.blocks._through(h_BTC, positions, 0)[1]
 
 
-def _describe(block: Any) -> Block | None:
+def _describe(block: Any) -> tuple[Block, list[Any]] | None:
+    """A block, and what its addresses are of."""
     attention, feed_forward = block.attention, block.feed_forward
     if type(attention) is not Attention or type(feed_forward) is not FeedForward:
         return None
@@ -212,7 +218,7 @@ def _describe(block: Any) -> Block | None:
     qkv = packed[0]
     gains = [None if norm is None else norm.weight.data_ptr() for norm in norms]
     bias = attention.qkv_bias
-    return Block(
+    described = Block(
         qkv.inputs,
         attention.n_heads,
         attention.n_kv_heads,
@@ -225,6 +231,7 @@ def _describe(block: Any) -> Block | None:
         None if bias is None else bias.data_ptr(),
         *(weight.numbers.data_ptr() for weight in packed),
     )
+    return described, [*packed, *norms, bias]
 
 
 def _is_plain(norm: nn.Module) -> TypeGuard[RMSNorm]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -234,3 +235,32 @@ def test_what_does_not_fit_is_refused():
             Request(**{"prompt": [1], "max_new_tokens": 1, **bad})
     with pytest.raises(ValueError, match="places must be a whole number of at least 1, not 0"):
         Engine(model, places=0)
+
+
+@pytest.mark.parametrize("first_goes_first", [True, False])
+def test_two_at_a_time_over_one_model(first_goes_first):
+    """Whichever of two threads' engines ends first: no packed weight is gone too soon."""
+    model = small_model(7, depth=2)
+    requests = requests_of(7, 2)
+    expected = [by_itself(model, request) for request in requests]
+    engines = [Engine(model, places=1) for _ in range(2)]
+
+    def goes_on(engine):
+        while engine.rows:
+            engine.step()
+        engine.__exit__(None, None, None)
+
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        threads = list(zip((one, other), engines, strict=True))
+        rows = []
+        for (thread, engine), request in zip(threads, requests, strict=True):
+            thread.submit(engine.__enter__).result()
+            rows += thread.submit(engine.add, [request]).result()
+        for thread, engine in threads if first_goes_first else reversed(threads):
+            thread.submit(goes_on, engine).result()
+            # Whatever was freed is somebody else's now.
+            sizes = {parameter.numel() for parameter in model.parameters()}
+            taken = [torch.full((n,), torch.nan) for n in sizes for _ in range(20)]
+            assert taken
+    assert [row.token_ids for row in rows] == expected
+    assert all(getattr(layer, "packed", None) is None for layer in model.modules())

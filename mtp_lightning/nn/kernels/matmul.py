@@ -7,9 +7,11 @@ about twice as fast (``python -m benchmarks.kernels``). Arithmetic is full fp32 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +127,10 @@ def pack(weight_NK: Tensor) -> Packed | None:
     return torch.ops.mkldnn._reorder_linear_weight(weight_NK.detach(), 4)
 
 
+_PACKING = threading.Lock()
+_INSIDE: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many decode with a model
+
+
 class Packs(Protocol):
     """A layer that has a form of its own for decoding."""
 
@@ -140,15 +146,21 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     makes: a linear layer a packed copy of its weight, a block or trunk what it takes to be computed
     in one call.
 
-    The copies are made at the start and dropped at the end, so they can never outlive a change of
-    the weights.
+    The copies are made by the first to come in and dropped by the last to go, so they can never
+    outlive a change of the weights. Those who decode with one model at a time share them.
     """
     layers: list[Packs] = [layer for layer in model.modules() if hasattr(layer, "packed")]  # type: ignore[misc]
+    with _PACKING:
+        if not _INSIDE.get(model):
+            # What a layer is made of comes before it.
+            for layer in reversed(layers):
+                layer.packed = layer.pack()
+        _INSIDE[model] = _INSIDE.get(model, 0) + 1
     try:
-        # What a layer is made of comes before it.
-        for layer in reversed(layers):
-            layer.packed = layer.pack()
         yield
     finally:
-        for layer in layers:
-            layer.packed = None
+        with _PACKING:
+            _INSIDE[model] -= 1
+            if not _INSIDE[model]:
+                for layer in layers:
+                    layer.packed = None
