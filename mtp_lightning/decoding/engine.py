@@ -91,7 +91,9 @@ class Engine:
         self._rows: list[Row] = []
         self._capacity = capacity
         self._decoder: Decoder | None = None
-        self._auto = AutoDepth(self.max_draft) if self.drafting.auto and self.max_draft else None
+        self._auto = None
+        if self.drafting.auto and self.max_draft:
+            self._auto = AutoDepth(self.max_draft, self.max_draft / model.config.trunk.n_layers)
         self._inside = ExitStack()
 
     def __enter__(self) -> Engine:
@@ -177,9 +179,12 @@ class Engine:
         needed = [len(w) + r.max_new_tokens for w, r in zip(windows, requests, strict=True)]
         decoder = self._with_room(max(needed) if limit is None else min(max(needed), limit))
         rows = [Row(request, self.max_draft, self.tokenizer) for request in requests]
+        start = time.perf_counter()
         tokens, logits_BV = decoder.join(
             windows, [r.sampling for r in requests], [(r.seed, r.index) for r in requests]
         )
+        if self._auto is not None:
+            self._auto.read(sum(map(len, windows)), time.perf_counter() - start)
         self._rows += rows
         for row, token, logits_V in zip(rows, tokens, logits_BV, strict=True):
             row.extend([token], 0, logits_V.unsqueeze(0))
@@ -253,7 +258,9 @@ class Engine:
             lengths = decoder.session.n
             caps = [min(cap, limit - n - 1) for cap, n in zip(caps, lengths, strict=True)]
         auto = self._auto
-        wanted = self.max_draft if auto is None else auto.depth(len(self._rows))
+        wanted = (
+            self.max_draft if auto is None else auto.depth(len(self._rows), decoder.session.behind)
+        )
         # A compiled pass has one width; what is drafted beyond a cap is not judged.
         n_drafts = wanted if self.drafting.compile else min(wanted, max(caps))
         start = time.perf_counter()

@@ -27,9 +27,6 @@ from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kernels.exact import FEW, exact_pass
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Runs
-from mtp_lightning.nn.trunk import TrunkOutput
-
-_MOST_UNWRITTEN = 32
 
 
 class Session:
@@ -67,12 +64,9 @@ class Session:
             torch.zeros(places, tables.capacity, width, dtype=weight.dtype, device=weight.device)
             for width in widths[:kept]
         ]
-        # Of the last tokens, read and accepted one at a time, and of one that is not accepted yet.
-        self._unwritten: list[Tensor] = []
-        self._single: Tensor | None = None
         self._branch = partial(model.mtp.branch, model.trunk)
         plain_head = type(model.mtp).main_state is MTPStack.main_state
-        self._narrow_trunk = model.trunk.narrow(model.head) if plain_head else None
+        self._narrow_trunk = model.trunk.narrow(model.head, self._branch) if plain_head else None
         self._narrow = [
             model.mtp.narrow_draft(k, model.trunk.embedding, model.head)
             for k in range(1, max_draft + 1)
@@ -131,7 +125,6 @@ class Session:
         """Make room for rows of ``capacity`` tokens, drafts included."""
         if capacity <= self.capacity:
             return
-        self._write_singles()
         tables = self._tables_for(capacity)
         more = tables.capacity - self._tables.capacity
         self._tables = tables
@@ -147,7 +140,6 @@ class Session:
         Returns:
             The logits of every new row's next token, [new rows, V].
         """
-        self._write_singles()
         lengths = [len(prompt) for prompt in prompts]
         rows = slice(len(self.n), len(self.n) + len(prompts))
         for row, prompt in enumerate(prompts, start=rows.start):
@@ -181,16 +173,12 @@ class Session:
         cache, width = self.trunk_cache, n_drafts + 1
         if self._narrow_trunk is not None and width <= FEW:
             cache.begin(self.n, width)
-            (before_last, last_block, final), logits = self._narrow_trunk(cache, self.tokens_BS)
-            output = TrunkOutput(final, last_block, before_last)
-            branch = self._branch(output) if self.max_draft else None
-        else:
-            hidden, branch = self._trunk(width, cache, slice(None), self.n)
-            logits = self.model.head(hidden)
-        self._single = None if n_drafts else branch
-        if n_drafts and branch is not None:
+            kept = self.states[0] if self.max_draft else None
+            return self._narrow_trunk(cache, self.tokens_BS, kept)
+        hidden, branch = self._trunk(width, cache, slice(None), self.n)
+        if branch is not None:
             cache.runs.write(self.states[0], branch)
-        return logits
+        return self.model.head(hidden)
 
     def _trunk(
         self, width: int, cache: KVCache, rows: slice, starts: list[int]
@@ -203,13 +191,6 @@ class Session:
             output = self.model.trunk(self.model.trunk.embedding(tokens), positions)
             main = self.model.mtp.main_state(output.final)
         return main, self._branch(output) if self.max_draft else None
-
-    def _write_singles(self) -> None:
-        """Keep the states of the last tokens that were read one at a time."""
-        parts, self._unwritten = self._unwritten, []
-        if parts:
-            runs = Runs(self._tables, [n - len(parts) for n in self.n], len(parts))
-            runs.write(self.states[0], torch.cat(parts, dim=1))
 
     def draft(self, k: int) -> Tensor:
         """Bring depth ``k`` up to date, shallower depths having been. Returns its logits [B, V].
@@ -246,7 +227,6 @@ class Session:
     def catch_up(self, k: int) -> None:
         """Let depth ``k`` read the known tokens of rows that are new or have not drafted for a
         while, the shallower depths having been; what a round leaves is left to the next draft."""
-        self._write_singles()
         filled, cache = self.filled[k], self.depth_caches[k - 1]
         usual = k + self.max_draft + 1  # behind, of rows that drafted in the last round
         late = [n - held > usual for n, held in zip(self.n, filled, strict=True)]
@@ -263,6 +243,10 @@ class Session:
             starts = [max(end - width, 0) for end in known]
             self._depth(k, width, cache.rows(rows), rows, starts)
             cache.lengths[rows] = filled[rows] = known
+
+    def behind(self) -> int:
+        """Tokens that the first depth has not read, of all rows."""
+        return sum(self.n) - sum(self.filled[1])
 
     def _said(self, k: int, last_B1C: Tensor, logits_BV: Tensor | None = None) -> Tensor:
         """The logits [B, V] of a draft's state, computed unless they are given."""
@@ -305,11 +289,6 @@ class Session:
                 # An entry that rested on accepted drafts has become true.
                 filled[row] = max(0, min(self.n[row], self.n[row] + a - ahead + 1))
         self.n = [n + a + 1 for n, a in zip(self.n, accepted, strict=True)]
-        if self._single is not None:
-            # While nobody drafts: writing each by itself takes 4 % of a pass of a small model.
-            self._unwritten.append(self._single)
-            if len(self._unwritten) == _MOST_UNWRITTEN:
-                self._write_singles()
 
     def put_pending(self, token_B: Tensor) -> None:
         """Write the first pending tokens of the rows that joined last."""
@@ -328,7 +307,6 @@ class Session:
 
         The kept tokens are read again from position 0, so what follows depends on them alone.
         """
-        self._write_singles()
         n = self.n[row]
         assert 1 <= keep <= n
         tokens = self.tokens_BS[row, n + 1 - keep : n + 1].clone()
@@ -342,15 +320,18 @@ class Session:
 
     def drop_row(self, row: int) -> None:
         """Forget a row; the last one takes its place."""
-        self._write_singles()
         last = self.batch_size - 1
         for cache in (self.trunk_cache, *self.depth_caches):
             cache.drop_row(row)
         if row != last:
             n = self.n[last]
             self._tokens[row] = self._tokens[last]
-            for states in self._states:
-                states[row, :n] = states[last, :n]
+            # Those of depths are as many as it has read.
+            for states, held in zip(
+                self._states, (n, *(f[last] for f in self.filled[1:])), strict=False
+            ):
+                if held:
+                    states[row, :held] = states[last, :held]
         for column in (self.n, *self.filled):
             column[row] = column[last]
             column.pop()

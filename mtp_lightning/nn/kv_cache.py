@@ -95,11 +95,10 @@ class KVCache:
     def drop_row(self, row: int) -> None:
         """Forget a row; the last one takes its place."""
         last = self.batch_size - 1
-        if row != last:
-            length = self.lengths[last]
+        if row != last and (length := self.lengths[last]):
             for entries in self._stored:
                 entries[row, :length] = entries[last, :length]
-            self.lengths[row] = length
+        self.lengths[row] = self.lengths[last]
         self.resize(last)
 
     def grow(self, tables: PositionTables) -> None:

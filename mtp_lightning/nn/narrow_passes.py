@@ -33,7 +33,7 @@ class _Trunk(ctypes.Structure):
     """``Trunk`` of narrow.cpp."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("blocks", "outputs", "kind")),
+        *((name, c_int64) for name in ("blocks", "outputs", "kind", "kept")),
         ("eps", c_double),
         *((name, c_void_p) for name in ("block", "gain", "embedding", "head")),
     )
@@ -52,48 +52,54 @@ class NarrowTrunk:
         last: the last with the norm, packed.
         head: its weight, packed.
         embedding: [V, C].
+        kept: ``Kept`` of narrow.cpp: which of its states the modules start from.
     """
 
     def __init__(
-        self, before: NarrowBlocks, last: NarrowBlocks, head: FewRows, embedding: Tensor
+        self,
+        before: NarrowBlocks,
+        last: NarrowBlocks,
+        head: FewRows,
+        embedding: Tensor,
+        *,
+        kept: int,
     ) -> None:
         self._n = before.n + 1
         self._blocks = (Block * self._n)(*before.array, *last.array)
         self._alive = before, last, head, embedding
         self._outputs = head.outputs
         self._trunk = _Trunk(
-            self._n, head.outputs, head.kind, last.eps, ctypes.addressof(self._blocks), last.gain,
-            embedding.data_ptr(), head.numbers.data_ptr(),
+            self._n, head.outputs, head.kind, kept, last.eps, ctypes.addressof(self._blocks),
+            last.gain, embedding.data_ptr(), head.numbers.data_ptr(),
         )  # fmt: skip
         self._address = ctypes.addressof(self._trunk)
 
     @staticmethod
-    def of(packed: Any, head: Any, embedding: Tensor) -> NarrowTrunk | None:
+    def of(packed: Any, head: Any, embedding: Tensor, *, kept: int) -> NarrowTrunk | None:
         """None where one of them is not packed, or not of fp32 on a CPU."""
         if packed is None or not _are_known(head, embedding):
             return None
         before, last = packed
-        return NarrowTrunk(before, last, head, embedding)
+        return NarrowTrunk(before, last, head, embedding, kept=kept)
 
-    def __call__(self, cache: KVCache, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """The states before the last block, behind it and behind the norm, [3, B, T, C], and the
-        logits [B, T, V].
+    def __call__(self, cache: KVCache, ids_BS: Tensor, states_BSC: Tensor | None) -> Tensor:
+        """The logits [B, T, V].
 
         Args:
             cache: the trunk's, opened for a pass.
-            ids_BS: all token ids, of the cache's capacity.
+            ids_BS: all token ids; like the next, of the cache's capacity.
+            states_BSC: where those go that the modules start from; None without modules.
         """
-        over, embedding = OpenPass(cache, 0, self._n), self._alive[-1]
-        shape = ids_BS.shape[0], cache.runs.width
-        states = embedding.new_empty(3, *shape, embedding.shape[1])
-        logits_BTV = embedding.new_empty(*shape, self._outputs)
-        size = 4 * states[0].numel()
-        address = states.data_ptr()
+        over = OpenPass(cache, 0, self._n)
+        logits_BTV = self._alive[-1].new_empty(ids_BS.shape[0], cache.runs.width, self._outputs)
         native.lib().narrow_trunk(
-            self._address, over.address, ids_BS.data_ptr(), address, address + size,
-            address + 2 * size, logits_BTV.data_ptr(),
-        )  # fmt: skip
-        return states, logits_BTV
+            self._address,
+            over.address,
+            ids_BS.data_ptr(),
+            None if states_BSC is None else states_BSC.data_ptr(),
+            logits_BTV.data_ptr(),
+        )
+        return logits_BTV
 
 
 class NarrowDraft:

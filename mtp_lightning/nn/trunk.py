@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from mtp_lightning.nn.attention import Positions
@@ -51,12 +53,25 @@ class Trunk(nn.Module):
         shared, own = NarrowBlocks.of(before), NarrowBlocks.of([last], self.norm)
         return None if shared is None or own is None else (shared, own)
 
-    def narrow(self, head: Head) -> NarrowTrunk | None:
+    def narrow(self, head: Head, branch: Callable[[TrunkOutput], Tensor]) -> NarrowTrunk | None:
         """The trunk with packed weights, from ids to logits in one call; None where there is no
-        code for that."""
-        if type(self) is not Trunk:
+        code for that.
+
+        Args:
+            head: what makes the logits.
+            branch: what the modules start from.
+        """
+        if type(self) is not Trunk or self.packed is None:
             return None
-        return NarrowTrunk.of(self.packed, head.packed, self.embedding.weight)
+        # Which of the states it is shows on any numbers.
+        c = self.config.d_model
+        before_last, last_block, final = torch.arange(1.0, 3 * c + 1).view(3, 1, 1, c)
+        found = branch(TrunkOutput(final, last_block, before_last))
+        known = before_last, self.norm(before_last), last_block, final
+        kept = next((i for i, state in enumerate(known) if torch.equal(state, found)), None)
+        if kept is None:
+            return None
+        return NarrowTrunk.of(self.packed, head.packed, self.embedding.weight, kept=kept)
 
     def forward(self, embedded_BTC: Tensor, positions: Positions) -> TrunkOutput:
         """Embedded tokens [B, T, C] -> hidden states.

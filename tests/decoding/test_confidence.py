@@ -84,6 +84,7 @@ def test_auto_takes_what_is_not_believed_for_what_fails(
 
     real = AutoDepth.record
     monkeypatch.setattr(AutoDepth, "record", record)
+    monkeypatch.setattr(AutoDepth, "_SHARE", 100.0)  # it looks whenever it may
     made = model(tiny_trunk, "sequential", 0.8)
     options = {"max_new_tokens": 40, "min_confidence": 0.7}
     plain = generate(made, PROMPTS, max_new_tokens=40, speculative=False)

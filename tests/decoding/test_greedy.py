@@ -144,7 +144,6 @@ def test_depths_catch_up_with_what_was_decoded_without_them(mtp, places, monkeyp
     ]
     seen = passes_checked(model, texts, 2, monkeypatch)
     steer_drafts(monkeypatch, texts, chance=0.7)
-    monkeypatch.setattr("mtp_lightning.decoding.session._MOST_UNWRITTEN", 5)
     rounds, real = [0], Decoder.round
 
     def now_and_then(decoder, n_drafts, caps):

@@ -43,7 +43,7 @@ _FUNCTIONS = {
     "narrow_blocks": (c_void_p, c_int64, *[c_void_p] * 4, c_double),
     "narrow_join": (*[c_void_p] * 4, c_int64),
     "narrow_draft": (c_void_p,) * 8,
-    "narrow_trunk": (c_void_p,) * 7,
+    "narrow_trunk": (c_void_p,) * 5,
     "narrow_norm": (*[c_void_p] * 3, c_int64, c_int64, c_double),
     "narrow_linear": (*[c_void_p] * 3, *[c_int64] * 4),
 }

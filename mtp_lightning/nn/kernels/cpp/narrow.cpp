@@ -291,30 +291,44 @@ extern "C" void narrow_draft(const Draft* draft, const Pass* pass, const int64_t
 
 // All of a trunk's blocks, the norm behind them, and what stands at its ends.
 struct Trunk {
-    int64_t blocks, outputs, kind;
+    int64_t blocks, outputs, kind, kept;
     double eps;
     const Block* block;
     const float *gain, *embedding;  // [C], [V, C]
     const void* head;               // packed, of the kind
 };
 
-// A pass of a trunk from token ids to logits[M, V]; the states [M, C] are those before the last block,
-// behind it, and behind the norm.
+// What a trunk's modules start from.
+enum Kept { BEFORE_LAST, NORMED_BEFORE_LAST, LAST_BLOCK, FINAL };
+
+// A pass of a trunk from token ids to logits[M, V]; one of its states is kept for the modules.
 extern "C" void narrow_trunk(const Trunk* trunk, const Pass* pass, const int64_t* ids,  // [B, S]
-                             float* before_last, float* last_block, float* normed,
+                             float* states,  // [B, S, C], or NULL if there are no modules
                              float* logits) {
+    static thread_local std::vector<float> x, normed;
     int64_t c = trunk->block->width, t = pass->length, tokens = pass->rows * t;
-    for (int64_t i = 0; i < tokens; i++) {
-        int64_t id = ids[i / t * pass->capacity + pass->starts[i / t] + i % t];
-        memcpy(before_last + i * c, trunk->embedding + id * c, c * sizeof(float));
-    }
+    if ((int64_t)x.size() < tokens * c) x.resize(tokens * c), normed.resize(tokens * c);
+    auto place = [&](int64_t i) { return i / t * pass->capacity + pass->starts[i / t] + i % t; };
+    auto keep = [&](Kept kept, const std::vector<float>& from) {
+        for (int64_t i = 0; states && trunk->kept == kept && i < tokens; i++)
+            memcpy(states + place(i) * c, from.data() + i * c, c * sizeof(float));
+    };
+    for (int64_t i = 0; i < tokens; i++)
+        memcpy(x.data() + i * c, trunk->embedding + ids[place(i)] * c, c * sizeof(float));
     int64_t last = trunk->blocks - 1;
-    narrow_blocks(trunk->block, last, pass, before_last, NULL, NULL, 0);
-    memcpy(last_block, before_last, tokens * c * sizeof(float));
+    narrow_blocks(trunk->block, last, pass, x.data(), NULL, NULL, 0);
+    keep(BEFORE_LAST, x);
+    if (states && trunk->kept == NORMED_BEFORE_LAST) {
+        for (int64_t i = 0; i < tokens; i++)
+            norm(x.data() + i * c, trunk->gain, normed.data() + i * c, c, trunk->eps);
+        keep(NORMED_BEFORE_LAST, normed);
+    }
     Pass own = *pass;
     own.entries += last;
-    narrow_blocks(trunk->block + last, 1, &own, last_block, trunk->gain, normed, trunk->eps);
-    few_rows(normed, trunk->head, trunk->kind, logits, tokens, trunk->outputs, c, false);
+    narrow_blocks(trunk->block + last, 1, &own, x.data(), trunk->gain, normed.data(), trunk->eps);
+    keep(LAST_BLOCK, x);
+    keep(FINAL, normed);
+    few_rows(normed.data(), trunk->head, trunk->kind, logits, tokens, trunk->outputs, c, false);
 }
 
 // out = x / sqrt(mean(x^2) + eps) * gain, of every row.
