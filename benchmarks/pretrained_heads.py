@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ import torch
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.measure import pass_costs, rates, require_same_greedy
 from mtp_lightning.decoding.row import Generation
-from mtp_lightning.interop.config_json import to_json
-from mtp_lightning.interop.names import to_folder
+from mtp_lightning.interop.config_json import model_type
 from mtp_lightning.interop.reading import open_run
-from mtp_lightning.interop.transformers_model import import_transformers
+from mtp_lightning.interop.transformers_model import Loaded
+from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 
@@ -61,21 +62,23 @@ def prompt_ids(tokenizer: Any, kind: str, text: str) -> list[int]:
 
 
 class Transformers:
-    """transformers' model with the weights of a trunk."""
+    """transformers' model with the weights of a trunk, by way of a folder."""
 
-    def __init__(self, model: MTPModel) -> None:
-        transformers = import_transformers()
+    def __init__(self, model: MTPModel, tokenizer: Any) -> None:
         config = ModelConfig(trunk=model.config.trunk, mtp=NoMTPConfig())
-        fields = to_json(config, depth=0, max_positions=8192, dtype="float32", eot_id=None)
-        self.model = getattr(transformers, fields["architectures"][0])(
-            transformers.AutoConfig.for_model(**fields)
-        ).eval()
+        trunk = MTPModel(config)
         state = model.state_dict()
-        weights = {name: t for name, t in state.items() if not name.startswith("mtp.")}
-        missing, unexpected = self.model.load_state_dict(
-            to_folder(config, weights, torch.float32), strict=False
-        )
-        assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+        trunk.load_state_dict({n: t for n, t in state.items() if not n.startswith("mtp.")})
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            write_folder(
+                folder, trunk, tokenizer, dtype="float32", max_positions=8192, shard_bytes=10**10
+            )
+            theirs = Loaded(
+                folder, model_type=model_type(config), n_layers=config.trunk.n_layers, depth=0
+            )
+        assert not theirs.missing and not theirs.unexpected, (theirs.missing, theirs.unexpected)
+        self.model = theirs.model
 
     @torch.inference_mode()
     def __call__(self, prompt: list[int], n_new: int, temperature: float) -> list[int]:
@@ -96,7 +99,7 @@ def measure(
     """A row for every kind of prompt and temperature."""
     ways: dict[str, dict[str, Any]] = {"plain": {"speculative": False}}
     ways |= {f"drafts_{depth}": {"draft_depth": depth} for depth in depths}
-    theirs = Transformers(model)
+    theirs = Transformers(model, tokenizer)
     rows = []
     for temperature in (0.0, 1.0):
         for kind, texts in PROMPTS.items():

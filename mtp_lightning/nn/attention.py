@@ -241,7 +241,7 @@ class Attention(nn.Module):
         batch, seq_len, _ = x_BTC.shape
         qkv = self.qkv(x_BTC)
         if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias
+            qkv = qkv + self.qkv_bias.to(qkv.dtype)  # autocast's, where it is on
         qkv = qkv.view(batch, seq_len, -1, self.d_head)
         if self.query_norm is not None:
             qkv = self._norm_heads(qkv)

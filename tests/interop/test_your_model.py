@@ -1,0 +1,95 @@
+"""The commands of docs/your_model.md in order, each typed as a user would, on small models of
+transformers: from a folder of Llama's, Qwen's or DeepSeek's to verified heads and back."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_modules.tokenizers import ByteTokenizer
+from mtp_lightning.interop.reading import read_folder
+from mtp_lightning.interop.writing import write_tokenizer
+from tests.integration.helpers import ROOT, environment
+from tests.interop.test_transformers import make
+
+pytestmark = [
+    pytest.mark.extras,
+    pytest.mark.skipif(
+        importlib.util.find_spec("transformers") is None, reason="pip install -e '.[hf]'"
+    ),
+]
+
+PAGE = (ROOT / "docs" / "your_model.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", PAGE, re.M | re.S)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in BLOCKS
+    for line in block.replace("\\\n", " ").splitlines()
+]
+# What is not of the model: an installation, and a download.
+ELSEWHERE = (["pip"], ["python", "tests/fetch_smollm2.py"])
+# The user's own model and texts, and less of everything.
+SHORT = {
+    "generate.py": ["max_new_tokens=6", "num_threads=1"],
+    "train.py": [
+        "init_from=theirs", "data.prompts.paths=prompts.jsonl", "data.chat_share=0",
+        "data.n_prompts=40", "data.prompt_tokens=8", "data.new_tokens=24", "data.seq_len=16",
+        "data.batch_size=4", "trainer.max_steps=4", "trainer.val_check_interval=2",
+        "trainer.num_threads=1", "trainer.accelerator=cpu", "logger=csv",
+        "callbacks.speculative_eval.new_tokens=8", "callbacks.throughput.measure_matmul=false",
+    ],
+    "benchmarks.pretrained_heads": ["--new-tokens", "4", "--prompts", "1"],
+}  # fmt: skip
+
+
+def typed(words: list[str]) -> list[str]:
+    """The command's words with a small model in the place of the page's."""
+    words = [re.sub(r"^checkpoint=checkpoints/.*", "checkpoint=theirs", word) for word in words]
+    words = ["theirs" if word == "FOLDER" else word for word in words]
+    program, rest = words[1], words[2:]
+    if program == "-m":
+        return ["-m", *rest, *SHORT[rest[0]]]
+    less = SHORT.get(program, [])
+    named = {word.split("=")[0] for word in less}
+    kept = [word for word in rest if word.split("=")[0] not in named]
+    return [str(ROOT / program), *kept, *less]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("llama", marks=pytest.mark.long),
+        pytest.param("qwen2", marks=pytest.mark.long),
+        pytest.param("deepseek", marks=pytest.mark.slow),
+    ],
+)
+def test_every_command_runs(name: str, tmp_path: Path) -> None:
+    make(tmp_path / "theirs", name)
+    write_tokenizer(tmp_path / "theirs", ByteTokenizer(), max_positions=64)
+    texts = [f'{{"text": "{word} and more of it, a line of text"}}' for word in range(60)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(texts))
+    cache = {"PYTHONPATH": str(ROOT), "MTP_LIGHTNING_CACHE": str(tmp_path / "cache")}
+    said: list[str] = []
+    for words in COMMANDS:
+        if words[: len(words[:2])] in ELSEWHERE or words[:1] in ELSEWHERE:
+            continue
+        done = subprocess.run(
+            [sys.executable, *typed(words)],
+            cwd=tmp_path, env={**environment(), **cache}, capture_output=True, text=True,
+            timeout=300,
+        )  # fmt: skip
+        # Nothing to be sound before there are heads, nor after four steps.
+        allowed = (0, 2) if words[1] == "doctor.py" else (0,)
+        assert done.returncode in allowed, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+        said.append(done.stdout)
+    assert len(said) == 6
+    assert "no MTP" in said[1] and "x transformers" in said[3]
+    assert "agreement" in said[5]
+    before, after = read_folder(tmp_path / "theirs"), read_folder(tmp_path / "smollm2_mtp")
+    assert after.config.trunk == before.config.trunk and after.config.mtp.depth == 2
