@@ -94,11 +94,22 @@ class Transformers:
 
 
 def measure(
-    model: MTPModel, tokenizer: Any, *, new_tokens: int, n_prompts: int, depths: list[int]
+    model: MTPModel,
+    tokenizer: Any,
+    *,
+    new_tokens: int,
+    n_prompts: int,
+    depths: list[int],
+    vocabularies: list[int],
 ) -> list[dict[str, Any]]:
     """A row for every kind of prompt and temperature."""
     ways: dict[str, dict[str, Any]] = {"plain": {"speculative": False}}
     ways |= {f"drafts_{depth}": {"draft_depth": depth} for depth in depths}
+    ways |= {
+        f"drafts_{depth}_of_{size}": {"draft_depth": depth, "draft_vocab": size}
+        for size in vocabularies
+        for depth in depths
+    }
     theirs = Transformers(model, tokenizer)
     rows = []
     for temperature in (0.0, 1.0):
@@ -148,12 +159,14 @@ def measure(
 
 def _line(row: dict[str, Any]) -> str:
     drafts = [name for name in row if name.startswith("drafts")]
-    parts = [
-        f"{name.removeprefix('drafts_')} draft(s): {row[name]['tokens_per_step']:.2f} tokens a pass"
-        f", {row[name]['over_plain_cpu']:.2f} x plain (cpu), {row[name]['over_plain']:.2f} (wall), "
-        f"{row[name]['over_transformers_cpu']:.2f} x transformers"
-        for name in drafts
-    ]
+    parts = []
+    for name in drafts:
+        asked, way = name.removeprefix("drafts_").replace("_", " "), row[name]
+        parts.append(
+            f"drafts {asked}: {way['tokens_per_step']:.2f} tokens a pass, "
+            f"{way['over_plain_cpu']:.2f} x plain (cpu), {way['over_plain']:.2f} (wall), "
+            f"{way['over_transformers_cpu']:.2f} x transformers"
+        )
     kind = f"{row['kind']}, temperature {row['temperature']:g}"
     plain = row["plain"]["tokens_per_cpu_second"]
     return f"{kind}: plain {plain:.1f} tokens a CPU second; " + "; ".join(parts)
@@ -171,7 +184,7 @@ def figure(rows: list[dict[str, Any]], file: Path) -> None:
     width = 0.8 / len(ways)
     for index, name in enumerate(ways):
         places = [i + (index - (len(ways) - 1) / 2) * width for i in range(len(rows))]
-        label = name.replace("drafts_", "drafts: ")
+        label = name.replace("drafts_", "drafts: ").replace("_", " ")
         axes.bar(places, [row[name]["over_plain_cpu"] for row in rows], width, label=label)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(rows)), [f"{r['kind']}\nT = {r['temperature']:g}" for r in rows])
@@ -188,6 +201,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=4, help="of each kind, up to 4")
     parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2], help="drafts a round")
+    parser.add_argument(
+        "--draft-vocab", type=int, nargs="*", default=[8192], help="drafts of so many tokens, too"
+    )
     parser.add_argument("--output", type=Path)
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
@@ -199,6 +215,7 @@ def main() -> None:
         new_tokens=args.new_tokens,
         n_prompts=args.prompts,
         depths=args.drafts,
+        vocabularies=args.draft_vocab,
     )
     costs = pass_costs(run.model, prompt_ids(run.tokenizer, "prose", PROMPTS["prose"][0]),
                        repeats=20)  # fmt: skip

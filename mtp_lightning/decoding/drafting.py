@@ -8,7 +8,7 @@ from typing import Literal
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.settings import is_whole, require_choice, require_number
+from mtp_lightning.settings import is_whole, require_choice, require_number, require_whole
 
 Cache = Literal["per_depth", "single"]
 
@@ -24,6 +24,7 @@ class Drafting:
         cache: of a single sequential module, one a depth or one for all.
         compile: run compiled passes, of one row at a time.
         tree: candidates of every token that is drafted, one number a depth; None drafts a chain.
+        draft_vocab: how many tokens drafts are chosen from, those of the first ids; None is all.
 
     Raises:
         UserError: a value out of range.
@@ -35,6 +36,7 @@ class Drafting:
     cache: Cache = "per_depth"
     compile: bool = False
     tree: Tree | None = None
+    draft_vocab: int | None = None
 
     def __post_init__(self) -> None:
         require_number("min_confidence", self.min_confidence, least=0, most=1)
@@ -58,6 +60,8 @@ class Drafting:
         Raises:
             UserError: the model cannot draft as it is asked to.
         """
+        if self.draft_vocab is not None:
+            self._check_vocabulary(self.draft_vocab, model)
         if self.tree is not None:
             return self._tree_depth(self.tree, model)
         drafted = self._max_draft(model) if self.speculative else 0
@@ -66,6 +70,26 @@ class Drafting:
         if self.cache == "single":
             self._check_single_cache(model, drafted)
         return drafted
+
+    def _check_vocabulary(self, tokens: int, model: MTPModel) -> None:
+        least = 1 if self.tree is None else max(self.tree.widths)
+        require_whole("draft_vocab", tokens, least=least)
+        vocab = model.config.trunk.vocab_size
+        if tokens > vocab:
+            raise UserError(
+                f"draft_vocab={tokens}, but the model has {vocab} tokens: use at most {vocab}."
+            )
+        others = {
+            "speculative=false": not self.speculative,
+            "compile=true": self.compile,
+            f"mtp.rank={model.config.mtp.rank}": model.config.mtp.rank > 1,
+        }
+        for other, is_set in others.items():
+            if is_set:
+                raise UserError(
+                    f"draft_vocab={tokens} does not go together with {other}: leave one of them "
+                    "out."
+                )
 
     def _tree_depth(self, tree: Tree, model: MTPModel) -> int:
         others = {

@@ -231,11 +231,13 @@ class Engine:
 
     def _new_decoder(self, capacity: int) -> Decoder:
         drafting, room = self.drafting, {"places": self.places, "capacity": capacity}
+        room |= {} if drafting.draft_vocab is None else {"draft_vocab": drafting.draft_vocab}
         if drafting.tree is not None:
             trees = TreeSession(self._model, **room, tree=drafting.tree)
             return TreeDecoder(trees, places=self.places)
-        kind = SingleCacheSession if drafting.cache == "single" else Session
-        kind = CompiledSession if drafting.compile else kind
+        kind: type[Session] = SingleCacheSession if drafting.cache == "single" else Session
+        if drafting.compile:
+            kind = CompiledSession
         return Decoder(
             kind(self._model, **room, max_draft=self.max_draft),
             places=self.places,

@@ -50,6 +50,7 @@ def generate(
     cache: Literal["per_depth", "single"] = "per_depth",
     logprobs: int | None = None,
     tree: Sequence[int] | None = None,
+    draft_vocab: int | None = None,
 ) -> list[Generation]:
     """Continue every prompt.
 
@@ -89,6 +90,8 @@ def generate(
         logprobs: also say how likely the trunk took every token for, and so many alternatives.
         tree: draft several candidates a depth, ``[3, 2, 1]`` three for the next token, two behind
             each of them, one behind each of these, and judge all in one pass.
+        draft_vocab: choose drafts from so many tokens, those of the first ids, and read no more of
+            the head for them (``short_head.py``); by default from all.
 
     Returns:
         One :class:`Generation` a prompt, in order.
@@ -110,6 +113,7 @@ def generate(
             cache=cache,
             compile=compile,
             tree=None if tree is None else Tree(tuple(tree)),
+            draft_vocab=draft_vocab,
         ),
         tokenizer=tokenizer,
         max_context=max_context,

@@ -26,7 +26,9 @@ from mtp_lightning.model import MTPModel
 
 # Two tokens whose logits differ by less are a tie: rounding may choose either.
 _TIE = 1e-3
-_DRAFTING = {"draft_depth": None, "min_confidence": 0.0, "cache": "per_depth"}
+_DRAFTING = {
+    "draft_depth": None, "draft_vocab": None, "min_confidence": 0.0, "cache": "per_depth",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -238,9 +240,9 @@ def decoding_report(
         prompts: token ids.
         new_tokens: for each.
         repeats: how often all prompts are decoded.
-        drafting: options of :func:`generate` for the drafts, ``draft_depth``, ``min_confidence``
-            and ``cache``. With any but the default ones nothing is expected: what is known of the
-            depths teacher-forced is not what they then draft.
+        drafting: options of :func:`generate` for the drafts, ``draft_depth``, ``draft_vocab``,
+            ``min_confidence`` and ``cache``. With any but the default ones nothing is expected:
+            what is known of the depths teacher-forced is not what they then draft.
 
     Returns:
         The values of :func:`rates` and :func:`teacher_forced_rates`, ``speedup`` (wall-clock over

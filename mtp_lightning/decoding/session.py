@@ -21,9 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_lightning.decoding.short_head import ShortHead
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint, MTPStack
 from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.kernels.exact import FEW, exact_pass
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Runs
@@ -37,6 +39,7 @@ class Session:
         places: most rows at a time.
         capacity: most tokens a row can hold, drafts included, until :meth:`reserve` asks for more.
         max_draft: deepest draft that will be asked for.
+        draft_vocab: tokens that drafts are chosen from, those of the first ids; None is all.
 
     Attributes:
         tokens_BS: int64 token ids: read, pending and drafted.
@@ -46,7 +49,15 @@ class Session:
         newest_B1C: the hidden state that every row's newest draft was made of.
     """
 
-    def __init__(self, model: MTPModel, *, places: int, capacity: int, max_draft: int) -> None:
+    def __init__(
+        self,
+        model: MTPModel,
+        *,
+        places: int,
+        capacity: int,
+        max_draft: int,
+        draft_vocab: int | None = None,
+    ) -> None:
         weight = model.trunk.embedding.weight
         trunk = model.config.trunk
         self.model = model
@@ -67,8 +78,10 @@ class Session:
         self._branch = partial(model.mtp.branch, model.trunk)
         plain_head = type(model.mtp).main_state is MTPStack.main_state
         self._narrow_trunk = model.trunk.narrow(model.head, self._branch) if plain_head else None
+        self._short = None if draft_vocab is None else ShortHead(model.head, draft_vocab)
+        packed = self._draft_head.packed
         self._narrow = [
-            model.mtp.narrow_draft(k, model.trunk.embedding, model.head)
+            model.mtp.narrow_draft(k, model.trunk.embedding, packed)
             for k in range(1, max_draft + 1)
         ]
         self.confidence_B: Tensor | None = None
@@ -248,12 +261,18 @@ class Session:
         """Tokens that the first depth has not read, of all rows."""
         return sum(self.n) - sum(self.filled[1])
 
+    @property
+    def _draft_head(self) -> Head | ShortHead:
+        return self.model.head if self._short is None else self._short
+
     def _said(self, k: int, last_B1C: Tensor, logits_BV: Tensor | None = None) -> Tensor:
-        """The logits [B, V] of a draft's state, computed unless they are given."""
+        """The logits [B, V] of a draft's state, computed unless those of its head are given."""
         self.newest_B1C = last_B1C
         if self.model.mtp.confidence is not None:
             self.confidence_B = self.model.mtp.confidence(k, last_B1C[:, 0]).sigmoid()
-        return self.model.head(last_B1C)[:, 0] if logits_BV is None else logits_BV
+        if logits_BV is None:
+            return self._draft_head(last_B1C)[:, 0]
+        return logits_BV if self._short is None else self._short.over_all(logits_BV)
 
     def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
         mtp = self.model.mtp

@@ -38,13 +38,28 @@ class TreeSession(Session):
         places: see there.
         capacity: see there.
         tree: of every round.
+        draft_vocab: see there.
     """
 
-    def __init__(self, model: MTPModel, *, places: int, capacity: int, tree: Tree) -> None:
+    def __init__(
+        self,
+        model: MTPModel,
+        *,
+        places: int,
+        capacity: int,
+        tree: Tree,
+        draft_vocab: int | None = None,
+    ) -> None:
         self.tree = tree
         self._branches = lru_cache(maxsize=64)(self._branches_of)
         self._columns = lru_cache(maxsize=256)(self._columns_of)
-        super().__init__(model, places=places, capacity=capacity, max_draft=tree.depth)
+        super().__init__(
+            model,
+            places=places,
+            capacity=capacity,
+            max_draft=tree.depth,
+            draft_vocab=draft_vocab,
+        )
 
     def _cache(self, tables: PositionTables, n_layers: int, places: int) -> KVCache:
         return TreeCache(self.model.config.trunk, tables, n_layers=n_layers, batch_size=places)
@@ -98,7 +113,7 @@ class TreeSession(Session):
         if k < len(self.states):
             cache.runs.write(self.states[k], hidden)
         newest = slice(caught_up - 1 + nodes.start, caught_up - 1 + nodes.stop)
-        return self.model.head(hidden[:, newest])
+        return self._draft_head(hidden[:, newest])
 
     def put_nodes(self, tokens_BP: Tensor, k: int) -> None:
         """Write the candidates of depth ``k``."""

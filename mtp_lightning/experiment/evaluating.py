@@ -220,6 +220,8 @@ def evaluate_decoding(
     new_tokens = settings.new_tokens if data.answer_length is None else data.answer_length
     if new_tokens < 2:
         return {}  # an answer of one token needs no draft
-    drafting = {key: settings[key] for key in ("draft_depth", "min_confidence", "cache")}
+    drafting = {
+        key: settings[key] for key in ("draft_depth", "draft_vocab", "min_confidence", "cache")
+    }
     report = decoding_report(model, prompts, new_tokens=new_tokens, **drafting)
     return {f"decode/{name}": value for name, value in report.items()}

@@ -138,6 +138,7 @@ def continue_prompts(
         min_confidence=cfg.min_confidence,
         cache=cfg.cache,
         tree=cfg.tree,
+        draft_vocab=cfg.draft_vocab,
         max_context=run.seq_len,
         long=cfg.long,
         on_tokens=on_tokens,

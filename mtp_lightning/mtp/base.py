@@ -266,9 +266,9 @@ class MTPStack(nn.Module, ABC):
         """The trunk's hidden state [B, T, C] that the stack starts from."""
         return branch_state(trunk, output, self.config)
 
-    def narrow_draft(self, k: int, embedding: nn.Embedding, head: Head) -> NarrowDraft | None:
+    def narrow_draft(self, k: int, embedding: nn.Embedding, head: Any) -> NarrowDraft | None:
         """Depth ``k`` with packed weights, from ids to logits in one call; None where there is no
-        code for that."""
+        code for that. ``head`` is the packed weight of the one to draft with."""
         return None
 
     def main_state(self, final_BTC: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ from mtp_lightning.mtp.switches import Branch, Concat, Detach, Init, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.narrow import NarrowModule
 from mtp_lightning.nn.narrow_passes import NarrowDraft
@@ -213,12 +212,12 @@ class SequentialMTP(Chain):
         dropped_BT = _sent(draw_dropped(k, p, batch, seq_len, key), embedded_BTC.device)
         return torch.where(dropped_BT.unsqueeze(-1), blank_BTC, embedded_BTC)
 
-    def narrow_draft(self, k: int, embedding: nn.Embedding, head: Head) -> NarrowDraft | None:
+    def narrow_draft(self, k: int, embedding: nn.Embedding, head: Any) -> NarrowDraft | None:
         module = self._built[0 if len(self.depths) == 1 else k - 1]
         plain = type(self) is SequentialMTP and type(module) is SequentialModule
         if not plain or self.config.token_dropout == 1:
             return None
-        return NarrowDraft.of(module.packed, head.packed, embedding.weight, ahead=k)
+        return NarrowDraft.of(module.packed, head, embedding.weight, ahead=k)
 
     def step(
         self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, positions: Positions

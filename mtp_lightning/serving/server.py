@@ -61,6 +61,7 @@ class Server(uvicorn.Server):
                 min_confidence=cfg.min_confidence,
                 cache=cfg.cache,
                 compile=cfg.compile,
+                draft_vocab=cfg.draft_vocab,
             ),
             tokenizer=run.tokenizer,
             max_context=run.seq_len,

@@ -44,7 +44,7 @@ SHORT = {
         "trainer.num_threads=1", "trainer.accelerator=cpu", "logger=csv",
         "callbacks.speculative_eval.new_tokens=8", "callbacks.throughput.measure_matmul=false",
     ],
-    "benchmarks.pretrained_heads": ["--new-tokens", "4", "--prompts", "1"],
+    "benchmarks.pretrained_heads": ["--new-tokens", "4", "--prompts", "1", "--draft-vocab", "64"],
 }  # fmt: skip
 
 

@@ -1,0 +1,112 @@
+"""Drafts from the first tokens of the vocabulary alone, against those of the whole head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.tree_session import TreeSession
+from mtp_lightning.mtp.joint import JointConfig
+from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.nn.kernels.few_rows import round_weights
+from tests.decoding.models import VOCAB, random_prompts, small_model
+from tests.decoding.test_sampling import require_the_models_distribution
+
+ROWS = 20
+HEADS: list[dict[str, Any]] = [
+    {},
+    {"deepseek": True},
+    {"share_layers": True},
+    {"stack": ParallelConfig},
+    {"stack": LinearConfig, "correction": "markov"},
+    {"stack": JointConfig},
+]
+WAYS: list[dict[str, Any]] = [{}, {"tree": [3, 2]}, {"temperature": 0.8}, {"draft_depth": "auto"}]
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The logits of all drafts from now on."""
+    seen: list[torch.Tensor] = []
+    for kind, name in ((Session, "draft"), (TreeSession, "draft_tree")):
+        real = getattr(kind, name)
+
+        def draft(self: Session, k: int, real: Any = real) -> torch.Tensor:
+            logits = real(self, k)
+            seen.append(logits)
+            return logits
+
+        monkeypatch.setattr(kind, name, draft)
+    return seen
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("mtp", HEADS, ids=str)
+def test_drafts_are_of_the_first_tokens_and_change_no_text(
+    mtp: dict[str, Any], way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model(4, 2, **mtp)
+    prompts = random_prompts(4, (9, 3, 14))
+    options: dict[str, Any] = {"max_new_tokens": 30, "batch_size": 2, "seed": 3}
+    seen = watched(monkeypatch)
+    found = generate(model, prompts, draft_vocab=ROWS, **options, **way)
+    assert seen or way.get("draft_depth") == "auto"
+    for logits in seen:
+        assert logits.shape[-1] == VOCAB and logits[..., :ROWS].isfinite().all()
+        assert (logits[..., ROWS:] == -torch.inf).all()
+    if "temperature" not in way:
+        plain = generate(model, prompts, speculative=False, **options)
+        assert [g.token_ids for g in found] == [g.token_ids for g in plain]
+    # All of the rows are the whole head's, to the bit.
+    whole = generate(model, prompts, **options, **way)
+    all_rows = generate(model, prompts, draft_vocab=VOCAB, **options, **way)
+    assert [g.token_ids for g in whole] == [g.token_ids for g in all_rows]
+    if way.get("draft_depth") != "auto":
+        assert [g.drafts_accepted for g in whole] == [g.drafts_accepted for g in all_rows]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_what_the_first_tokens_are_worth_is_what_the_whole_head_says(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model(4, 1)
+    if precision != "fp32":
+        round_weights(model, precision)  # type: ignore[arg-type]
+    (prompt,) = random_prompts(4, (9,))
+    seen = watched(monkeypatch)
+    for vocab in (None, ROWS):
+        generate(model, [prompt], max_new_tokens=3, draft_vocab=vocab)
+    assert torch.equal(seen[0][..., :ROWS], seen[len(seen) // 2][..., :ROWS])
+
+
+@pytest.mark.parametrize("tree", [None, [3, 2]], ids=str)
+def test_samples_have_the_models_distribution(tree: list[int] | None) -> None:
+    model = small_model(11, 2, vocab=8)
+    options = {"temperature": 1.0, "draft_vocab": 5}
+    way = {**options, "tree": tree} if tree else options
+    require_the_models_distribution(model, way, None, prompt_length=7)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft_vocab": 0}, "draft_vocab must be a whole number of at least 1, not 0"),
+        ({"draft_vocab": VOCAB + 1}, f"draft_vocab={VOCAB + 1}, but the model has {VOCAB} tokens"),
+        ({"draft_vocab": 2, "tree": [3, 2]}, "draft_vocab must be a whole number of at least 3"),
+        ({"draft_vocab": 9, "speculative": False}, "does not go together with speculative=false"),
+        ({"draft_vocab": 9, "compile": True}, "does not go together with compile=true"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(small_model(0, 2), [[1]], max_new_tokens=2, **options)
+
+
+def test_a_mixture_is_refused() -> None:
+    model = small_model(0, 2, stack=LinearConfig, rank=2)
+    with pytest.raises(ValueError, match=r"draft_vocab=9 does not go together with mtp.rank=2"):
+        generate(model, [[1]], max_new_tokens=2, draft_vocab=9)
