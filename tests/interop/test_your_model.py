@@ -92,4 +92,4 @@ def test_every_command_runs(name: str, tmp_path: Path) -> None:
     assert "no MTP" in said[1] and "x transformers" in said[3]
     assert "agreement" in said[5]
     before, after = read_folder(tmp_path / "theirs"), read_folder(tmp_path / "smollm2_mtp")
-    assert after.config.trunk == before.config.trunk and after.config.mtp.depth == 2
+    assert after.config.trunk == before.config.trunk and after.config.mtp.depth == 1
