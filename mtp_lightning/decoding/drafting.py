@@ -72,6 +72,7 @@ class Drafting:
         return drafted
 
     def _check_vocabulary(self, tokens: int, model: MTPModel) -> None:
+        model.mtp.require_drafts()
         least = 1 if self.tree is None else max(self.tree.widths)
         require_whole("draft_vocab", tokens, least=least)
         vocab = model.config.trunk.vocab_size

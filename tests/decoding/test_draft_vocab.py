@@ -106,7 +106,10 @@ def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -
         generate(small_model(0, 2), [[1]], max_new_tokens=2, **options)
 
 
-def test_a_mixture_is_refused() -> None:
-    model = small_model(0, 2, stack=LinearConfig, rank=2)
-    with pytest.raises(ValueError, match=r"draft_vocab=9 does not go together with mtp.rank=2"):
-        generate(model, [[1]], max_new_tokens=2, draft_vocab=9)
+def test_models_that_cannot_are_refused() -> None:
+    for model, message in (
+        (small_model(0, 2, stack=LinearConfig, rank=2), "not go together with mtp.rank=2"),
+        (small_model(0, 0), "no MTP depth to draft with"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(model, [[1]], max_new_tokens=2, draft_vocab=9)
