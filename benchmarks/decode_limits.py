@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -71,6 +72,23 @@ def memory_rate(model: MTPModel, prompt: list[int], *, repeats: int) -> dict[str
     return {"megabytes": n_bytes / 1e6, **rates, **share}
 
 
+@contextmanager
+def in_transformers(
+    model: MTPModel, tokenizer: Any, *, positions: int, depth: int
+) -> Iterator[Any]:
+    """transformers' model with the same weights in fp32; its folder is there meanwhile."""
+    from mtp_lightning.interop.transformers_model import Loaded
+    from mtp_lightning.interop.writing import write_folder
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_folder(
+            folder, model, tokenizer, dtype="float32", max_positions=positions, shard_bytes=2**30
+        )
+        kind, n_layers = model_type(model.config), model.config.trunk.n_layers
+        yield Loaded(folder, model_type=kind, n_layers=n_layers, depth=depth)
+
+
 def against_transformers(
     model: MTPModel, prompt: list[int], ways: Ways, *, new_tokens: int, repeats: int
 ) -> dict[str, Any]:
@@ -85,25 +103,13 @@ def against_transformers(
         new_tokens: greedy ones.
         repeats: medians over them.
     """
-    from mtp_lightning.interop.transformers_model import Loaded
-    from mtp_lightning.interop.writing import write_folder
-
     kind = model_type(model.config)
     drafts = kind == "deepseek_v3" and model.config.mtp.variant == "sequential"
     ids, passes = torch.tensor(prompt), 0
     seconds: dict[str, list[float]] = {}
     texts: dict[str, list[int]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        write_folder(
-            Path(folder), model, ByteTokenizer(), dtype="float32",
-            max_positions=len(prompt) + new_tokens + model.depth, shard_bytes=2**30,
-        )  # fmt: skip
-        theirs = Loaded(
-            Path(folder),
-            model_type=kind,
-            n_layers=model.config.trunk.n_layers,
-            depth=model.depth if drafts else 0,
-        )
+    positions, depth = len(prompt) + new_tokens + model.depth, model.depth if drafts else 0
+    with in_transformers(model, ByteTokenizer(), positions=positions, depth=depth) as theirs:
         for _ in range(repeats + 1):
             for name in ("plain", "use_mtp") if drafts else ("plain",):
                 # With use_mtp, generate() reads the modules from the folder in every call.

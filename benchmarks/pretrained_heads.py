@@ -12,20 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.decode_limits import in_transformers
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.measure import pass_costs, rates, require_same_greedy
 from mtp_lightning.decoding.row import Generation
-from mtp_lightning.interop.config_json import model_type
 from mtp_lightning.interop.reading import open_run
-from mtp_lightning.interop.transformers_model import Loaded
-from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 
@@ -69,16 +66,10 @@ class Transformers:
         trunk = MTPModel(config)
         state = model.state_dict()
         trunk.load_state_dict({n: t for n, t in state.items() if not n.startswith("mtp.")})
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            write_folder(
-                folder, trunk, tokenizer, dtype="float32", max_positions=8192, shard_bytes=10**10
-            )
-            theirs = Loaded(
-                folder, model_type=model_type(config), n_layers=config.trunk.n_layers, depth=0
-            )
-        assert not theirs.missing and not theirs.unexpected, (theirs.missing, theirs.unexpected)
-        self.model = theirs.model
+        with in_transformers(trunk, tokenizer, positions=8192, depth=0) as theirs:
+            missing, unexpected = theirs.missing, theirs.unexpected
+            self.model = theirs.model
+        assert not missing and not unexpected, (missing, unexpected)
 
     @torch.inference_mode()
     def __call__(self, prompt: list[int], n_new: int, temperature: float) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,12 +86,7 @@ class Drafting:
             "compile=true": self.compile,
             f"mtp.rank={model.config.mtp.rank}": model.config.mtp.rank > 1,
         }
-        for other, is_set in others.items():
-            if is_set:
-                raise UserError(
-                    f"draft_vocab={tokens} does not go together with {other}: leave one of them "
-                    "out."
-                )
+        _refuse_together(f"draft_vocab={tokens}", others)
 
     def _tree_depth(self, tree: Tree, model: MTPModel) -> int:
         others = {
@@ -100,12 +96,7 @@ class Drafting:
             "cache=single": self.cache == "single",
             "compile=true": self.compile,
         }
-        for other, is_set in others.items():
-            if is_set:
-                raise UserError(
-                    f"tree={list(tree.widths)} does not go together with {other}: leave one of "
-                    "them out."
-                )
+        _refuse_together(f"tree={list(tree.widths)}", others)
         if max(tree.widths) > model.config.trunk.vocab_size:
             raise UserError(
                 f"tree={list(tree.widths)} has more candidates than the model has tokens, "
@@ -141,10 +132,7 @@ class Drafting:
                 f"{asked} needs a model that says how sure it is of its drafts: train one with "
                 "objective.confidence=true, or leave it 0."
             )
-        if not drafted:
-            raise UserError(
-                f"{asked} does not go together with speculative=false: leave one of them out."
-            )
+        _refuse_together(asked, {"speculative=false": not drafted})
 
     def _check_single_cache(self, model: MTPModel, drafted: int) -> None:
         if not model.mtp.is_recursive:
@@ -153,8 +141,12 @@ class Drafting:
                 "model of mtp=sequential with mtp.depth=1 or mtp.share_layers=true, or leave it "
                 "per_depth."
             )
-        if self.compile or not drafted:
-            other = "compile=true" if drafted else "speculative=false"
-            raise UserError(
-                f"cache={self.cache} does not go together with {other}: leave one of them out."
-            )
+        others = {"speculative=false": not drafted, "compile=true": self.compile}
+        _refuse_together(f"cache={self.cache}", others)
+
+
+def _refuse_together(asked: str, others: Mapping[str, bool]) -> None:
+    """Refuse ``asked`` beside the first of the others that is set."""
+    for other, is_set in others.items():
+        if is_set:
+            raise UserError(f"{asked} does not go together with {other}: leave one of them out.")

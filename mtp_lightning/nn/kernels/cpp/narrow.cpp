@@ -224,16 +224,30 @@ static void block(const Block& b, const Pass& pass, float* entries, float* x, Sc
     few_rows(s.inner.data(), b.down, b.kind, x, tokens, c, f, true);
 }
 
+// out = x / sqrt(mean(x^2) + eps) * gain, of every row.
+extern "C" void narrow_norm(const float* x, const float* gain, float* out, int64_t rows,
+                            int64_t width, double eps) {
+    for (int64_t i = 0; i < rows; i++) norm(x + i * width, gain, out + i * width, width, eps);
+}
+
 // x[M, C] through n blocks, in place; then, with a gain, normed[M, C] of it.
 extern "C" void narrow_blocks(const Block* blocks, int64_t n, const Pass* pass, float* x,
                               const float* gain, float* normed, double eps) {
     static thread_local Scratch scratch;
     find_paths(*pass, scratch.paths);
     for (int64_t i = 0; i < n; i++) block(blocks[i], *pass, pass->entries[i], x, scratch);
-    if (!gain) return;
-    int64_t c = blocks[0].width;
-    for (int64_t i = 0; i < pass->rows * pass->length; i++)
-        norm(x + i * c, gain, normed + i * c, c, eps);
+    if (gain) narrow_norm(x, gain, normed, pass->rows * pass->length, blocks[0].width, eps);
+}
+
+// Where a buffer of the cache's capacity has token i of a pass, of all rows.
+static inline int64_t place_of(const Pass& pass, int64_t i) {
+    return i / pass.length * pass.capacity + pass.starts[i / pass.length] + i % pass.length;
+}
+
+// What a pass made, from[M, C], goes where buffer[B, S, C] has its tokens.
+static void keep(const Pass& pass, const float* from, float* buffer, int64_t width) {
+    for (int64_t i = 0; i < pass.rows * pass.length; i++)
+        memcpy(buffer + place_of(pass, i) * width, from + i * width, width * sizeof(float));
 }
 
 // What a module's block reads of one token's embedding and hidden state, into both[2 C].
@@ -273,17 +287,16 @@ extern "C" void narrow_draft(const Draft* draft, const Pass* pass, const int64_t
     static thread_local std::vector<float> both, x, normed;
     const Join& join = *draft->join;
     int64_t c = join.width, t = pass->length, tokens = pass->rows * t;
-    auto place = [&](int64_t i) { return i / t * pass->capacity + pass->starts[i / t] + i % t; };
     if ((int64_t)x.size() < tokens * c) both.resize(tokens * 2 * c), x.resize(tokens * c),
         normed.resize(tokens * c);
-    for (int64_t i = 0; i < tokens; i++)
-        side_by_side(join, draft->embedding + ids[place(i) + draft->ahead] * c,
-                     before + place(i) * c, both.data() + i * 2 * c);
+    for (int64_t i = 0; i < tokens; i++) {
+        int64_t at = place_of(*pass, i);
+        side_by_side(join, draft->embedding + ids[at + draft->ahead] * c, before + at * c,
+                     both.data() + i * 2 * c);
+    }
     few_rows(both.data(), join.projection, join.kind, x.data(), tokens, c, 2 * c, false);
     narrow_blocks(draft->block, 1, pass, x.data(), draft->gain, normed.data(), draft->eps);
-    if (after)
-        for (int64_t i = 0; i < tokens; i++)
-            memcpy(after + place(i) * c, normed.data() + i * c, c * sizeof(float));
+    if (after) keep(*pass, normed.data(), after, c);
     for (int64_t row = 0; row < pass->rows; row++)
         memcpy(last + row * c, normed.data() + (row * t + newest[row]) * c, c * sizeof(float));
     few_rows(last, draft->head, draft->kind, logits, pass->rows, draft->outputs, c, false);
@@ -306,35 +319,26 @@ extern "C" void narrow_trunk(const Trunk* trunk, const Pass* pass, const int64_t
                              float* states,  // [B, S, C], or NULL if there are no modules
                              float* logits) {
     static thread_local std::vector<float> x, normed;
-    int64_t c = trunk->block->width, t = pass->length, tokens = pass->rows * t;
+    int64_t c = trunk->block->width, tokens = pass->rows * pass->length;
     if ((int64_t)x.size() < tokens * c) x.resize(tokens * c), normed.resize(tokens * c);
-    auto place = [&](int64_t i) { return i / t * pass->capacity + pass->starts[i / t] + i % t; };
-    auto keep = [&](Kept kept, const std::vector<float>& from) {
-        for (int64_t i = 0; states && trunk->kept == kept && i < tokens; i++)
-            memcpy(states + place(i) * c, from.data() + i * c, c * sizeof(float));
+    auto keep_if = [&](Kept kept, const std::vector<float>& from) {
+        if (states && trunk->kept == kept) keep(*pass, from.data(), states, c);
     };
     for (int64_t i = 0; i < tokens; i++)
-        memcpy(x.data() + i * c, trunk->embedding + ids[place(i)] * c, c * sizeof(float));
+        memcpy(x.data() + i * c, trunk->embedding + ids[place_of(*pass, i)] * c, c * sizeof(float));
     int64_t last = trunk->blocks - 1;
     narrow_blocks(trunk->block, last, pass, x.data(), NULL, NULL, 0);
-    keep(BEFORE_LAST, x);
+    keep_if(BEFORE_LAST, x);
     if (states && trunk->kept == NORMED_BEFORE_LAST) {
-        for (int64_t i = 0; i < tokens; i++)
-            norm(x.data() + i * c, trunk->gain, normed.data() + i * c, c, trunk->eps);
-        keep(NORMED_BEFORE_LAST, normed);
+        narrow_norm(x.data(), trunk->gain, normed.data(), tokens, c, trunk->eps);
+        keep_if(NORMED_BEFORE_LAST, normed);
     }
     Pass own = *pass;
     own.entries += last;
     narrow_blocks(trunk->block + last, 1, &own, x.data(), trunk->gain, normed.data(), trunk->eps);
-    keep(LAST_BLOCK, x);
-    keep(FINAL, normed);
+    keep_if(LAST_BLOCK, x);
+    keep_if(FINAL, normed);
     few_rows(normed.data(), trunk->head, trunk->kind, logits, tokens, trunk->outputs, c, false);
-}
-
-// out = x / sqrt(mean(x^2) + eps) * gain, of every row.
-extern "C" void narrow_norm(const float* x, const float* gain, float* out, int64_t rows,
-                            int64_t width, double eps) {
-    for (int64_t i = 0; i < rows; i++) norm(x + i * width, gain, out + i * width, width, eps);
 }
 
 // out[M, N] = x[M, K] weight.T
