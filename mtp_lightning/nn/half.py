@@ -1,8 +1,8 @@
 """A frozen trunk's matrices held in bf16, for half of their memory.
 
 Nothing else changes: under autocast to bf16 a product rounds its weight to the same numbers, and
-outside it, when decoding, the weight is one of fp32 again for the time of a product. Embedding,
-head, norms and routers stay as they are.
+outside it, when decoding, and for experts on a CPU, the weight is one of fp32 again for the time of
+a product. Embedding, head, norms and routers stay as they are.
 """
 
 from __future__ import annotations

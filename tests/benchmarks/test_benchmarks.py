@@ -13,7 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import common, gpu, head, kernels, layer_profile, startup, train_step, validation
+from benchmarks import (
+    common,
+    gpu,
+    head,
+    kernels,
+    layer_profile,
+    precision,
+    startup,
+    train_step,
+    validation,
+)
 from mtp_lightning.nn.kernels import native
 
 SHAPE = ["--batch-size", "2", "--seq-len", "32"]
@@ -115,6 +125,18 @@ def test_profile_from_the_command_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert found["model"] == "pico" and found["threads"] == 1
     ms = sum(row["ms"] for row in found["rows"])
     assert ms == pytest.approx(found["ms_per_step"])
+
+
+@pytest.mark.slow
+def test_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"vocab_size": 50, "depth": 1, "batch_size": 2, "seq_len": 16}
+    monkeypatch.setitem(precision.MODELS, "pico", shape)
+    output = tmp_path / "precision.json"
+    result = precision.main(["--quick", "--models", "pico", "--output", str(output)])
+    assert read(output) == result
+    (row,) = result["rows"]
+    assert row["tokens_per_second"] * row["ms_bf16"] == pytest.approx(2 * 16 * 1e3)
+    assert row["ms_fp32"] > 0 and row["speedup"] > 0
 
 
 @pytest.mark.slow

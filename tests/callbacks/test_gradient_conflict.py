@@ -26,7 +26,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch's norm under bf16
 @pytest.mark.parametrize(
     "settings",
     [

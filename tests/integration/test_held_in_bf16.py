@@ -23,9 +23,6 @@ from tests.interop import folders
 
 pytest.importorskip("safetensors", reason="Hugging Face folders need it: pip install safetensors")
 
-# Latent attention norms what autocast made bf16, which torch says is not its fastest way.
-pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-
 SETTINGS: dict[str, Any] = {
     **dict.fromkeys([key for key in helpers.QUICK if key.startswith("model.")]),
     "tokenizer": None, "mtp.freeze_trunk": "true", "trainer.max_steps": 4,
@@ -38,7 +35,13 @@ SETTINGS: dict[str, Any] = {
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bf16")
     for name in ("llama", "deepseek", "glm4_moe"):
-        folders.write(path / name, deepseek.build(folders.TRUNKS[name]))
+        model = deepseek.build(folders.TRUNKS[name])
+        if name != "llama":
+            # Experts are computed in fp32 on a CPU: there the same numbers come of bf16's alone.
+            with torch.no_grad():
+                for weight in model.trunk.parameters():
+                    weight.copy_(weight.bfloat16())
+        folders.write(path / name, model)
     return path
 
 
@@ -55,7 +58,8 @@ def test_what_is_trained_is_what_bf16_mixed_trains(base: Path, name: str, caplog
             for row in read_metrics(run / "metrics.csv")
         ]
         states[precision] = checkpoints.load(find_checkpoint(run))["state_dict"]
-    assert "are rounded to bf16: the model is what the rounded numbers say" in caplog.text
+    said = "are rounded to bf16: the model is what the rounded numbers say" in caplog.text
+    assert said == (name == "llama")
     assert rows["bf16-mixed"] == rows["bf16-true"] and len(rows["bf16-true"]) >= 4
     for key, weight in states["bf16-mixed"].items():
         found = states["bf16-true"][key]

@@ -197,7 +197,6 @@ def test_evaluate_repeats_the_last_validation(request: pytest.FixtureRequest, ki
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Mismatch dtype")
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_evaluate_repeats_it_in_the_runs_precision(
     tmp_path: Path, cache: Path, precision: str

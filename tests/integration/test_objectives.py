@@ -48,7 +48,6 @@ def test_every_word_trains(tmp_path: Path, cache: Path, word: str) -> None:
     assert logged == mixtures.get(word, set())
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # PyTorch's, of bf16 on a CPU
 @pytest.mark.parametrize("variant", ["sequential", "parallel"])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_in_every_precision(tmp_path: Path, cache: Path, precision: str, variant: str) -> None:

@@ -80,7 +80,6 @@ def test_a_preset_says_how_it_is_run_and_what_comes_out(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # PyTorch's, of bf16 on a CPU
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_trains(tmp_path: Path, cache: Path, name: str) -> None:
     more: dict[str, object] = {}

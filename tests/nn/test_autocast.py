@@ -7,20 +7,21 @@ import torch
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
+from mtp_lightning.nn.kernels.matmul import linear
 from tests import deepseek
 from tests.interop import folders
 
 
 def gradients(model: MTPModel, batch: WindowBatch, *, autocast: bool) -> torch.Tensor:
-    """Of every parameter, in one vector."""
+    """Of every parameter, in one vector. As in a run, the backward pass is inside too."""
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         states = model(batch)
-    sum(h.float().square().mean() for h in states.values()).backward()  # type: ignore[union-attr]
+        loss = sum(h.float().square().mean() for h in states.values())
+        loss.backward()  # type: ignore[union-attr]
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # PyTorch's, of a norm of bf16
 @pytest.mark.parametrize("name", folders.TRUNKS)
 def test_a_step_is_that_of_fp32_but_for_roundings(name: str) -> None:
     model = deepseek.build(folders.TRUNKS[name], depth=1).train()
@@ -32,3 +33,26 @@ def test_a_step_is_that_of_fp32_but_for_roundings(name: str) -> None:
     found, wanted = (gradients(model, batch, autocast=way) for way in (True, False))
     # A rounding may send a token to another expert: the whole is compared.
     assert found.isfinite().all() and torch.cosine_similarity(found, wanted, dim=0) > 0.98
+
+
+def test_a_linear_layer_rounds_its_operands_and_results_alone() -> None:
+    x, w, seed = torch.randn(3, 40, 24), torch.randn(56, 24), torch.randn(3, 40, 56)
+    x, w = x.requires_grad_(), w.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear(x, w)
+        found.backward(seed)
+    assert found.dtype == x.grad.dtype == w.grad.dtype == torch.float32  # type: ignore[union-attr]
+    x_64, w_64, seed_64 = (t.detach().bfloat16().double() for t in (x, w, seed))
+    rounded = {"rtol": 2**-8, "atol": 1e-5}
+    torch.testing.assert_close(found.double(), x_64 @ w_64.T, **rounded)
+    torch.testing.assert_close(x.grad.double(), seed_64 @ w_64, **rounded)
+    d_w = torch.einsum("btn,btk->nk", seed_64, x_64)
+    torch.testing.assert_close(w.grad.double(), d_w, **rounded)
+    assert torch.equal(found, found.bfloat16().float())
+
+
+def test_what_is_no_fp32_is_left_to_autocast() -> None:
+    x, w = torch.randn(4, 8).double(), torch.randn(8, 8).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(x, w), x @ w.T)
+        assert linear(x.bfloat16(), w.float()).dtype == torch.bfloat16

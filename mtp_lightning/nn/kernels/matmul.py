@@ -1,8 +1,9 @@
-"""Matrix products by the fastest fp32 kernel that a CPU has.
+"""Matrix products by the fastest kernel that a CPU has.
 
 PyTorch sends fp32 matrix products on a CPU to MKL, which on AMD processors stays with AVX2 code.
 oneDNN, inside the same PyTorch, has AVX-512 code for every vendor: on an EPYC with AVX-512 it is
-about twice as fast (``python -m benchmarks.kernels``). Arithmetic is full fp32 either way.
+about twice as fast (``python -m benchmarks.kernels``). Arithmetic is full fp32 either way, but for
+``trainer.precision=bf16-mixed``, whose products are bf16's (``python -m benchmarks.precision``).
 """
 
 from __future__ import annotations
@@ -83,6 +84,34 @@ class _OneDNNLinear(torch.autograd.Function):
         return d_x, d_weight
 
 
+def _in_half(x: Tensor) -> bool:
+    """Whether autocast to bf16 is on, for fp32 rows on a CPU."""
+    return (
+        torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and x.dtype == torch.float32
+    )
+
+
+class _HalfLinear(torch.autograd.Function):
+    """bf16 products of fp32 rows, whose sums are fp32 again. Autocast would carry bf16 on to
+    attention, gates and norms, which are made for fp32 on a CPU and gain nothing from it there."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+        x_MK = x_MK.bfloat16()
+        ctx.save_for_backward(x_MK, weight_NK)
+        return (x_MK @ weight_NK.bfloat16().t()).float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_MK, weight_NK = ctx.saved_tensors
+        grad_MN = grads[0].bfloat16()
+        d_x = (grad_MN @ weight_NK.bfloat16()).float() if ctx.needs_input_grad[0] else None
+        d_weight = (grad_MN.t() @ x_MK).float() if ctx.needs_input_grad[1] else None
+        return d_x, d_weight
+
+
 def linear(x: Tensor, weight_NK: Tensor, packed: Packed | None = None) -> Tensor:
     """``x @ weight.T`` for ``x`` of [..., K]: :func:`torch.nn.functional.linear`, made fast.
 
@@ -101,8 +130,10 @@ def linear(x: Tensor, weight_NK: Tensor, packed: Packed | None = None) -> Tensor
         x.device.type
     ):
         weight_NK = weight_NK.to(x.dtype)  # held so for memory alone (nn/half.py)
-    if eager_cpu(x) and not torch.is_autocast_enabled("cpu"):
+    if eager_cpu(x):
         x_MK = x.reshape(-1, x.shape[-1])
+        if _in_half(x):
+            return _HalfLinear.apply(x_MK, weight_NK).view(*x.shape[:-1], -1)
         if uses_onednn(x_MK, weight_NK):
             return _OneDNNLinear.apply(x_MK, weight_NK).view(*x.shape[:-1], -1)
     return F.linear(x, weight_NK)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 
 from mtp_lightning.nn.kernels import native
 from mtp_lightning.nn.kernels.eager import eager_cpu
@@ -100,7 +101,9 @@ def causal_attention(query_BTNH: Tensor, key_BTMH: Tensor, value_BTMH: Tensor) -
 
 
 class _CausalAttention(torch.autograd.Function):
+    # Its products write into fp32 sums, which autocast's bf16 would not fit.
     @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         batch, seq_len, n_heads, d_head = query.shape
         n_kv = key.shape[2]
@@ -133,6 +136,7 @@ class _CausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @custom_bwd(device_type="cpu")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         key_RTH, value_RTH, *blocks = ctx.saved_tensors
         queries, probs = blocks[: len(blocks) // 2], blocks[len(blocks) // 2 :]
