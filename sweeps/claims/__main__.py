@@ -86,7 +86,7 @@ def _judge(args: argparse.Namespace, claim: Claim) -> int:
     """Print and store a verdict; 1 where it is stale."""
     folder = args.root / "results"
     try:
-        result = judge(claim, args.runs, read_result(claim.label, folder))
+        result = judge(claim, args.runs, folder)
     except ValueError as error:
         if not args.all:
             raise

@@ -1,19 +1,21 @@
-"""Runs that are gone, of this machine or another: their numbers are in the committed result.
+"""Runs that are gone, of this machine or another: their numbers are in the committed results.
 
-A seed that a result has as done is not run again, and a verdict counts it.
+A seed that a result has as done is not run again, and a verdict counts it; nor is an arm's that
+another claim has run, since a run's folder says what it computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from mtp_lightning.errors import UserError
-from sweeps.claims.claim import Claim
+from sweeps.claims.claim import Claim, Measure
 from sweeps.claims.jobs import ClaimJob, jobs
-from sweeps.claims.observe import Arms, Seed
+from sweeps.claims.observe import Arms, Seed, key
 from sweeps.claims.register import Register
 
 
@@ -30,6 +32,26 @@ def stored_seeds(claim: Claim, stored: Mapping[str, Any] | None) -> dict[str, di
         arm: {int(seed): _seed(run) for seed, run in of["seeds"].items()}
         for arm, of in stored["arms"].items()
     }
+
+
+def shared_seeds(claim: Claim, results: Iterable[Mapping[str, Any]]) -> dict[str, Seed]:
+    """By folder, the done runs of claims that measured what this one measures, and more perhaps.
+
+    Args:
+        claim: as it is now.
+        results: of all claims.
+    """
+    wanted, names = set(claim.measures), {key(measure) for measure in claim.measures}
+    found = {}
+    for result in results:
+        measured = {Measure(**entry["measure"]) for entry in result["predictions"]}
+        for run in (run for of in result["arms"].values() for run in of["seeds"].values()):
+            seed = _seed(run)
+            if seed.done and wanted <= measured and (seed.curve or claim.equal != "flops"):
+                values = {name: seed.values[name] for name in names & seed.values.keys()}
+                waits = {name: seed.waits[name] for name in names & seed.waits.keys()}
+                found[seed.folder] = replace(seed, values=values, waits=waits)
+    return found
 
 
 def left_to_run(
@@ -64,15 +86,31 @@ def left_to_run(
     return left
 
 
-def with_stored(arms: Arms, claim: Claim, stored: Mapping[str, Any] | None) -> Arms:
-    """What was observed here, and of a stored result what was started elsewhere alone, or is done
-    there and not here."""
+def with_stored(
+    arms: Arms,
+    claim: Claim,
+    stored: Mapping[str, Any] | None,
+    shared: Mapping[str, Seed] | None = None,
+) -> Arms:
+    """What was observed here, and of the stored results what was started elsewhere alone, or is
+    done there and not here.
+
+    Args:
+        arms: as they were observed.
+        claim: as it is now.
+        stored: its result.
+        shared: other claims' runs, from :func:`shared_seeds`.
+    """
     both = {arm: dict(seeds) for arm, seeds in arms.items()}
     for arm, seeds in stored_seeds(claim, stored).items():
         for number, seed in seeds.items():
             here = both.setdefault(arm, {}).get(number)
             if here is None or here.state == "missing" or (seed.done and not here.done):
                 both[arm][number] = seed
+    for seeds in both.values():
+        for number, seed in seeds.items():
+            if not seed.done:
+                seeds[number] = (shared or {}).get(seed.folder, seed)
     return {arm: dict(sorted(seeds.items())) for arm, seeds in both.items()}
 
 

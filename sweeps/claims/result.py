@@ -17,7 +17,7 @@ from mtp_lightning.run.atomic import write_json
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import Finding, decide, overall
 from sweeps.claims.observe import Arms, Seed, key, observe
-from sweeps.claims.recall import beginning, with_stored
+from sweeps.claims.recall import beginning, shared_seeds, with_stored
 from sweeps.claims.register import read_register
 from sweeps.claims.stored import read_stored
 from sweeps.report.survival import survival
@@ -27,13 +27,13 @@ VERSION = 1
 Result = dict[str, Any]
 
 
-def judge(claim: Claim, runs: Path, stored: Result | None = None) -> Result | None:
+def judge(claim: Claim, runs: Path, results: Path | None = None) -> Result | None:
     """A claim's result from its runs; None where none was started.
 
     Args:
         claim: as it is now.
         runs: the folder of all claims' runs.
-        stored: the result so far, whose finished runs count where they are gone.
+        results: the folder of the results so far, whose finished runs count where they are gone.
 
     Raises:
         UserError: the claim was changed after its runs began.
@@ -46,7 +46,9 @@ def judge(claim: Claim, runs: Path, stored: Result | None = None) -> Result | No
             f"The claim {claim.label} is stale: it was changed after its runs began "
             f"({register.began}). Give the changed one another name, or --runs another folder."
         )
-    arms = with_stored(observe(claim, runs, register.runs), claim, stored)
+    stored = None if results is None else read_result(claim.label, results)
+    shared = shared_seeds(claim, [] if results is None else read_results(results))
+    arms = with_stored(observe(claim, runs, register.runs), claim, stored, shared)
     return make_result(claim, arms, beginning(register, claim, stored))
 
 
@@ -122,6 +124,16 @@ def read_result(label: str, folder: Path) -> Result | None:
         dict,
         remedy=f"make it anew by python -m sweeps.claims verdict {label}",
     )
+
+
+def read_results(folder: Path) -> list[Result]:
+    """All that are there, in the order of their names.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    found = [read_result(file.stem, folder) for file in sorted(folder.glob("*.json"))]
+    return [result for result in found if result is not None]
 
 
 def _finding(finding: Finding) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from mtp_lightning.run.status import describe_failure, read_status, state_of, wr
 from sweeps.claims.claim import Claim
 from sweeps.claims.commit import commit_of
 from sweeps.claims.jobs import ClaimJob
-from sweeps.claims.recall import left_to_run
+from sweeps.claims.recall import left_to_run, shared_seeds
 from sweeps.claims.register import Register, read_register, write_register
-from sweeps.claims.result import read_result
+from sweeps.claims.result import read_result, read_results
 from sweeps.local_pool import make_pool
 from sweeps.plan import Job, Plan, must_run
 
@@ -34,7 +34,7 @@ def run(
         claims: by their files.
         runs: the folder of all claims' runs, absolute; it need not exist.
         seeds: by default each claim's own.
-        results: the folder of the claims' results: what one has as done is not run again.
+        results: the folder of the claims' results: what any has as done is not run again.
         n_jobs: jobs at once.
         retry_failed: start failed ones again.
         command: the command line, for ``sweep.json``.
@@ -58,6 +58,8 @@ def run(
         )
         for claim in claims.values()
     }
+    stored = [] if results is None else read_results(results)
+    shared = {claim.label: shared_seeds(claim, stored) for claim in claims.values()}
     runs.mkdir(parents=True, exist_ok=True)
     lock = Lock(runs / ".lock")
     if not lock.acquire():
@@ -65,7 +67,9 @@ def run(
     try:
         for claim in claims.values():
             _register(claim, asked[claim.label], runs, commits[claim.label])
-        todo = _in_turn(list(asked.values()))
+        todo = _in_turn(
+            [[job for job in of if job.folder not in shared[label]] for label, of in asked.items()]
+        )
         _plan(todo, runs, command)
         waiting = [job for job in todo if must_run(runs / job.folder, retry_failed=retry_failed)]
         print(f"{len(todo)} runs in {runs}, {len(todo) - len(waiting)} ended before", flush=True)

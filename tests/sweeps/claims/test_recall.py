@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,10 +13,12 @@ pytest.importorskip("scipy")
 
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import jobs
-from sweeps.claims.recall import beginning, left_to_run, with_stored
+from sweeps.claims.read import read_claim
+from sweeps.claims.recall import beginning, left_to_run, shared_seeds, with_stored
 from sweeps.claims.register import Register, write_register
-from sweeps.claims.result import Result, judge, make_result
-from tests.sweeps.claims.fixture_claims import claim_of, observed
+from sweeps.claims.result import Result, judge, make_result, read_results, write_result
+from sweeps.claims.run import run
+from tests.sweeps.claims.fixture_claims import SOLVED, claim_of, observed, write_claim
 from tests.sweeps.claims.test_decide import PLAIN, moved
 from tests.sweeps.fixture_runs import evaluated, write_run
 
@@ -66,7 +69,9 @@ def test_a_verdict_counts_what_was_done_elsewhere(tmp_path: Path) -> None:
                 runs / f"{arm}{seed}", {"seed": seed}, loss=2 * PLAIN[seed] - less, summary=summary
             )
     write_register(Register(digest=claim.digest, commit="a" * 40, runs=here), claim, runs)
-    alone, both = judge(claim, runs), judge(claim, runs, stored)
+    results = tmp_path / "results"
+    write_result(stored, claim.label, results)
+    alone, both = judge(claim, runs), judge(claim, runs, results)
     assert alone is not None and both is not None
     assert alone["verdict"] == "undecided" and both["verdict"] == "holds"
     assert both["unfinished"] == [] and both["predictions"][0]["n"] == 5
@@ -74,7 +79,8 @@ def test_a_verdict_counts_what_was_done_elsewhere(tmp_path: Path) -> None:
     seeds = both["arms"]["plain"]["seeds"]
     assert list(seeds) == ["0", "1", "2", "3", "4"]
     assert seeds["1"] == stored["arms"]["plain"]["seeds"]["1"]
-    assert judge(claim, runs, both) == both
+    write_result(both, claim.label, results)
+    assert judge(claim, runs, results) == both
 
 
 def test_nothing_that_was_started_elsewhere_is_dropped(tmp_path: Path) -> None:
@@ -96,3 +102,64 @@ def test_a_claim_began_with_the_first_of_its_runs(tmp_path: Path) -> None:
     later = Register(digest=claim.digest, commit="a" * 40, began="2026-11-26T00:00:00+00:00")
     assert beginning(later, claim, stored) == BEGAN
     assert beginning(later, claim, None) == (later.began, later.commit)
+
+
+def of_another(claim: Claim, runs: Path, folder: Path, **changes: Any) -> None:
+    """A result in ``folder`` of a claim that has the arm ``plain`` under another name, done at
+    seeds 0 to 2."""
+    arms = {"control": claim.arms["plain"], "parallel": ["mtp=parallel"]}
+    predictions = [{"arm": "control", "against": "parallel", "side": "above"}]
+    write_claim(folder / "claims", "other", arms=arms, predictions=predictions, **changes)
+    other = read_claim("other", folder / "claims")
+    found = observed(other, {"control": PLAIN[:3], "parallel": []})
+    named = {job.seed: job.folder for job in jobs(other, range(3), runs) if job.arm == "control"}
+    seeds = {n: replace(seed, folder=named[n]) for n, seed in found["control"].items()}
+    result = make_result(other, {"control": seeds, "parallel": {}}, BEGAN)
+    write_result(result, "other", folder / "results")
+
+
+def test_an_arm_that_another_claim_has_run_is_shared(tmp_path: Path) -> None:
+    claim, results = claim_of(tmp_path), tmp_path / "results"
+    runs = tmp_path / "runs"
+    named = {(job.arm, job.seed): job.folder for job in jobs(claim, range(3), runs)}
+    of_another(claim, runs, tmp_path)
+    assert set(shared_seeds(claim, read_results(results))) == {
+        named["plain", seed] for seed in range(3)
+    }
+    here: dict[str, dict[int, str]] = {}
+    for (arm, seed), folder in named.items():
+        here.setdefault(arm, {})[seed] = folder
+    for seed in range(3):
+        summary = evaluated("e" * 32)
+        write_run(
+            runs / named["mtp", seed], {"seed": seed}, loss=2 * PLAIN[seed] - 0.1, summary=summary
+        )
+    write_register(Register(digest=claim.digest, commit="a" * 40, runs=here), claim, runs)
+    alone, both = judge(claim, runs), judge(claim, runs, results)
+    assert alone is not None and both is not None
+    assert (alone["predictions"][0]["n"], both["predictions"][0]["n"]) == (0, 3)
+    values = both["arms"]["plain"]["seeds"]["1"]["values"]
+    assert values == {"val/bits_per_byte": PLAIN[1]}
+
+
+@pytest.mark.parametrize("changes", [{"measure": SOLVED}, {"measure": {"tag": "val/loss"}}])
+def test_an_arm_of_which_something_else_was_measured_is_not(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    claim = claim_of(tmp_path)
+    of_another(claim, tmp_path / "runs", tmp_path, **changes)
+    assert shared_seeds(claim, read_results(tmp_path / "results")) == {}
+
+
+def test_what_is_shared_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = {"plain": ["mtp=none", "mtp.depth=0"], "again": ["mtp=none", "mtp.depth=0"]}
+    predictions = [{"arm": "again", "against": "plain", "side": "within", "by": 1}]
+    claim = claim_of(tmp_path / "claims", arms=arms, predictions=predictions, seeds=[0, 1, 2])
+    runs = tmp_path / "runs"
+    of_another(claim, runs, tmp_path)
+    file = tmp_path / "claims" / "mine.yaml"
+    assert run({file: claim}, runs, results=tmp_path / "results") == 0
+    assert "0 runs in" in capsys.readouterr().out
+    result = judge(claim, runs, tmp_path / "results")
+    assert result is not None and result["unfinished"] == []
+    assert result["predictions"][0]["n"] == 3
