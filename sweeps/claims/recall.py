@@ -126,5 +126,6 @@ def beginning(
 
 def _seed(run: Mapping[str, Any]) -> Seed:
     waits = {name: (float(at), bool(solved)) for name, (at, solved) in run["waits"].items()}
-    curve = [(float(x), float(y)) for x, y in run["curve"]]
+    # Results of before there were curves have none.
+    curve = [(float(x), float(y)) for x, y in run.get("curve", [])]
     return Seed(**{**run, "waits": waits, "curve": curve})
