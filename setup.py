@@ -1,5 +1,5 @@
-"""Which packages a wheel holds, and the C++ of the layers, built where there is a compiler for it;
-everything else about the project is in pyproject.toml.
+"""Which packages a wheel holds, and the C++ of layers and words, built where there is a compiler
+for it; everything else about the project is in pyproject.toml.
 
 conf/ is installed as mtp_lightning/conf, and benchmarks/ and tests/ are not: packages of such
 common names would be everybody's in site-packages.
@@ -28,6 +28,16 @@ _NATIVE = Extension(
     optional=True,
 )
 
+# Words of a text, on any CPU; without it Python's re splits them.
+_WORDS = Extension(
+    "data_modules.tokenizers._words",
+    sources=["data_modules/tokenizers/cpp/words.cpp"],
+    extra_compile_args=["-std=c++17", "-O3", "-g0"],
+    optional=True,
+)
+
+_LINUX = sys.platform == "linux"
+
 setup(
     packages=[
         *find_namespace_packages(include=_INSTALLED, exclude=["*.cpp"]),
@@ -35,5 +45,8 @@ setup(
         *(f"mtp_lightning.conf.{name}" for name in find_namespace_packages("conf")),
     ],
     package_dir={"mtp_lightning.conf": "conf"},
-    ext_modules=[_NATIVE] if sys.platform == "linux" and platform.machine() == "x86_64" else [],
+    ext_modules=[
+        *([_WORDS] if _LINUX else []),
+        *([_NATIVE] if _LINUX and platform.machine() == "x86_64" else []),
+    ],
 )

@@ -39,15 +39,16 @@ def time_store(
 ) -> tuple[dict[str, Any], TokenStore]:
     """Builds the store ``repeats`` times from nothing, each in a cache folder of its own."""
     split = DocumentSplit(StdlibSource())
-    training, building = [], []
+    training, building, used = [], [], []
     for i in range(repeats):
         cache = folder / f"{tokenizer.kind}-{i}"
         begun = time.perf_counter()
         prepare_tokenizer(tokenizer, split, cache)
         training.append(time.perf_counter() - begun)
-        begun = time.perf_counter()
+        cpu, begun = time.process_time(), time.perf_counter()
         store, _ = prepare_store(tokenizer, split, cache)
         building.append(time.perf_counter() - begun)
+        used.append(time.process_time() - cpu)
     megabytes = sum(store[name].n_bytes for name in store.splits) / 1e6
     seconds = statistics.median(building)
     row = {
@@ -57,6 +58,7 @@ def time_store(
         "tokens": sum(store[name].n_tokens for name in store.splits),
         "seconds": seconds,
         "megabytes_per_second": megabytes / seconds,
+        "megabytes_per_cpu_second": megabytes / statistics.median(used),
         "tokenizer_training_seconds": statistics.median(training),
     }
     return row, store
@@ -186,14 +188,15 @@ def _print(rows: list[dict[str, Any]]) -> None:
     kinds = {row["what"] for row in rows}
     if "store" in kinds:
         print(
-            f"\n{'store of':<10}{'MB':>8}{'tokens':>12}{'seconds':>9}{'MB/s':>8}{'training s':>12}"
+            f"\n{'store of':<10}{'MB':>8}{'tokens':>12}{'seconds':>9}{'MB/s':>8}{'a CPU s':>9}"
+            f"{'training s':>12}"
         )
     for row in rows:
         if row["what"] == "store":
             print(
                 f"{row['tokenizer']:<10}{row['megabytes']:>8.1f}{row['tokens']:>12,}"
                 f"{row['seconds']:>9.2f}{row['megabytes_per_second']:>8.1f}"
-                f"{row['tokenizer_training_seconds']:>12.2f}"
+                f"{row['megabytes_per_cpu_second']:>9.1f}{row['tokenizer_training_seconds']:>12.2f}"
             )
     if "loader" in kinds:
         print(f"\n{'loader of':<10}{'batch':>6}{'mask':>6}{'workers':>9}{'Mtokens/s':>11}")

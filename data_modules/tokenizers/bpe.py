@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, ClassVar
@@ -11,25 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_modules.tokenizers.base import END_OF_TEXT, Tokenizer
+from data_modules.tokenizers.words import PATTERN, Words, no_words
 from mtp_lightning.errors import UserError
 
-# Words are split as in GPT-2: a run of letters, digits or signs with one space before it, or a run
-# of white space less the space that the next word takes. Unlike GPT-2's, the pattern names its
-# characters one by one (all non-ASCII ones count as letters) and bounds each run, so that Python's
-# `re` and the library's regex engine agree on every text: `encode` relies on it. `_` joins words.
-_SPACE = r"[ \t\n\r\f\v]"
-_LETTER = r"A-Za-z_\x{80}-\x{10FFFF}"
-PATTERN = (
-    rf" ?[{_LETTER}]{{1,64}}| ?[0-9]{{1,64}}"
-    rf"| ?[^ \t\n\r\f\v0-9{_LETTER}]{{1,64}}"
-    rf"|{_SPACE}{{1,64}}(?![^ \t\n\r\f\v])|{_SPACE}{{1,64}}"
-)
-# The same words for Python, whose engine is faster with the space before the choice.
-_PYTHON_LETTER = _LETTER.replace(r"\x{80}-\x{10FFFF}", "\x80-\U0010ffff")
-_PYTHON_PATTERN = (
-    rf" ?(?:[{_PYTHON_LETTER}]{{1,64}}|[0-9]{{1,64}}|[^ \t\n\r\f\v0-9{_PYTHON_LETTER}]{{1,64}})"
-    rf"|{_SPACE}{{1,64}}(?![^ \t\n\r\f\v])|{_SPACE}{{1,64}}"
-)
 CACHED_WORDS = 500_000
 MIN_VOCAB = 257
 
@@ -39,9 +22,9 @@ class BPETokenizer(Tokenizer):
 
     Id 0 is the end-of-text token, then the 256 bytes, then merges in the order of training.
 
-    A corpus repeats its words, so words are split with ``re``, each distinct one is encoded once
-    by the library, and the ids of a text are gathered with numpy: faster on two cores than the
-    library's own threads, with the same ids (a test compares them).
+    A corpus repeats its words, so each distinct one is encoded once by the library, and the ids of
+    a text are gathered with numpy: faster on two cores than the library's own threads, with the
+    same ids (a test compares them).
 
     Args:
         vocab_size: number of ids to train to, end-of-text included; a small corpus may have
@@ -67,7 +50,6 @@ class BPETokenizer(Tokenizer):
         self.train_bytes = train_bytes
         self._json: str | None = None
         self._library: Any = None
-        self._words = re.compile(_PYTHON_PATTERN)
         self._forget()
 
     @property
@@ -136,15 +118,12 @@ class BPETokenizer(Tokenizer):
             UserError: if the tokenizer is not trained.
         """
         library = self._trained()
-        words = self._words.findall(text)
-        index = self._index
-        numbers = np.fromiter(map(index.__getitem__, words), np.int64, len(words))
-        if index.new:
-            encoded = library.encode_batch_fast(index.new, add_special_tokens=False)
+        numbers, new = self._words.split(text)
+        if new:
+            encoded = library.encode_batch_fast(new, add_special_tokens=False)
             self._append([encoding.ids for encoding in encoded])
-            index.new.clear()
-        ids = _gather(self._ids[: self._n_ids], self._starts[: len(index) + 1], numbers)
-        if len(index) > CACHED_WORDS:
+        ids = _gather(self._ids[: self._n_ids], self._starts[: len(self._words) + 1], numbers)
+        if len(self._words) > CACHED_WORDS:
             self._forget()
         return ids
 
@@ -188,7 +167,7 @@ class BPETokenizer(Tokenizer):
 
     def _forget(self) -> None:
         """Empties the word cache: word -> number, and every word's ids behind each other."""
-        self._index = _Numbers()
+        self._words: Words = no_words()
         self._ids = np.empty(0, np.int64)
         self._starts = np.zeros(1, np.int64)
         self._n_ids = 0
@@ -196,37 +175,20 @@ class BPETokenizer(Tokenizer):
     def _append(self, new: list[list[int]]) -> None:
         lengths = np.fromiter(map(len, new), np.int64, len(new))
         total = self._n_ids + int(lengths.sum())
-        known = len(self._index) - len(new)
+        known = len(self._words) - len(new)
         if total > len(self._ids):
             grown = np.empty(2 * total, np.int64)
             grown[: self._n_ids] = self._ids[: self._n_ids]
             self._ids = grown
-        if len(self._index) + 1 > len(self._starts):
-            grown = np.empty(2 * len(self._index) + 1, np.int64)
+        if len(self._words) + 1 > len(self._starts):
+            grown = np.empty(2 * len(self._words) + 1, np.int64)
             grown[: known + 1] = self._starts[: known + 1]
             self._starts = grown
         self._ids[self._n_ids : total] = np.fromiter(
             chain.from_iterable(new), np.int64, total - self._n_ids
         )
-        self._starts[known + 1 : len(self._index) + 1] = self._n_ids + np.cumsum(lengths)
+        self._starts[known + 1 : len(self._words) + 1] = self._n_ids + np.cumsum(lengths)
         self._n_ids = total
-
-
-class _Numbers(dict[str, int]):
-    """Words by number, in the order of their first use: only a new word costs a call of Python's.
-
-    Attributes:
-        new: words that were numbered since it was cleared.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.new: list[str] = []
-
-    def __missing__(self, word: str) -> int:
-        number = self[word] = len(self)
-        self.new.append(word)
-        return number
 
 
 def _gather(ids: np.ndarray, starts: np.ndarray, numbers: np.ndarray) -> np.ndarray:

@@ -1,0 +1,126 @@
+"""Text to words, each distinct one numbered at its first use: by C++ where it was built.
+
+Words are split as in GPT-2: a run of letters, digits or signs with one space before it, or a run
+of white space less the space that the next word takes. Unlike GPT-2's, the pattern names its
+characters one by one (all non-ASCII ones count as letters) and bounds each run, so that Python's
+``re``, the library's regex engine and ``cpp/words.cpp`` agree on every text. ``_`` joins words.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sysconfig
+import weakref
+from abc import ABC, abstractmethod
+from ctypes import c_char_p, c_int64, c_void_p
+from pathlib import Path
+
+import numpy as np
+
+_SPACE = r"[ \t\n\r\f\v]"
+_LETTER = r"A-Za-z_\x{80}-\x{10FFFF}"
+PATTERN = (
+    rf" ?[{_LETTER}]{{1,64}}| ?[0-9]{{1,64}}"
+    rf"| ?[^ \t\n\r\f\v0-9{_LETTER}]{{1,64}}"
+    rf"|{_SPACE}{{1,64}}(?![^ \t\n\r\f\v])|{_SPACE}{{1,64}}"
+)
+# The same words for Python, whose engine is faster with the space before the choice.
+_PYTHON_LETTER = _LETTER.replace(r"\x{80}-\x{10FFFF}", "\x80-\U0010ffff")
+_PYTHON_PATTERN = re.compile(
+    rf" ?(?:[{_PYTHON_LETTER}]{{1,64}}|[0-9]{{1,64}}|[^ \t\n\r\f\v0-9{_PYTHON_LETTER}]{{1,64}})"
+    rf"|{_SPACE}{{1,64}}(?![^ \t\n\r\f\v])|{_SPACE}{{1,64}}"
+)
+
+_FILE = Path(__file__).with_name(f"_words{sysconfig.get_config_var('EXT_SUFFIX')}")
+
+
+class Words(ABC):
+    """Words by number, in the order of their first use."""
+
+    @abstractmethod
+    def split(self, text: str) -> tuple[np.ndarray, list[str]]:
+        """The numbers of a text's words [n], and those words that are new, in their order."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many distinct words there have been."""
+
+
+class PythonWords(Words):
+    """By ``re`` and a dict."""
+
+    def __init__(self) -> None:
+        self._numbers = _Numbers()
+
+    def split(self, text: str) -> tuple[np.ndarray, list[str]]:
+        words = _PYTHON_PATTERN.findall(text)
+        known = len(self._numbers)
+        numbers = np.fromiter(map(self._numbers.__getitem__, words), np.int32, len(words))
+        new, self._numbers.new = self._numbers.new, []
+        assert len(new) == len(self._numbers) - known
+        return numbers, new
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+
+class _Numbers(dict[str, int]):
+    """Only a new word costs a call of Python's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.new: list[str] = []
+
+    def __missing__(self, word: str) -> int:
+        number = self[word] = len(self)
+        self.new.append(word)
+        return number
+
+
+class NativeWords(Words):
+    """By C++."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._handle = library.words_new()
+        weakref.finalize(self, library.words_free, self._handle)
+
+    def split(self, text: str) -> tuple[np.ndarray, list[str]]:
+        data = text.encode("utf-8")
+        # As many as there can be; memory is taken where it is written to.
+        numbers = np.empty(len(data), np.int32)
+        begins, ends = np.empty((2, len(data)), np.int64)
+        known = len(self)
+        pointers = (array.ctypes.data for array in (numbers, begins, ends))
+        n_words = self._library.words_split(self._handle, data, len(data), *pointers)
+        n_new = len(self) - known
+        places = zip(begins[:n_new].tolist(), ends[:n_new].tolist(), strict=True)
+        return numbers[:n_words].copy(), [data[begin:end].decode() for begin, end in places]
+
+    def __len__(self) -> int:
+        return int(self._library.words_count(self._handle))
+
+
+def _load() -> ctypes.CDLL | None:
+    if os.environ.get("MTP_LIGHTNING_NATIVE") == "0" or not _FILE.exists():
+        return None
+    try:
+        found = ctypes.CDLL(str(_FILE))
+        found.words_new.argtypes, found.words_new.restype = (), c_void_p
+        found.words_free.argtypes, found.words_free.restype = (c_void_p,), None
+        found.words_count.argtypes, found.words_count.restype = (c_void_p,), c_int64
+        found.words_split.argtypes = (c_void_p, c_char_p, c_int64, *(c_void_p,) * 3)
+        found.words_split.restype = c_int64
+    except (OSError, AttributeError):
+        return None
+    return found
+
+
+library = _load()
+
+
+def no_words() -> Words:
+    """An empty table, by the fastest way that there is."""
+    return PythonWords() if library is None else NativeWords(library)
