@@ -20,7 +20,7 @@ from torch import Tensor
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.mtp.rank import JointLinearMTP
-from mtp_lightning.nn.kernels.matmul import matmul_transposed, weight_gradient
+from mtp_lightning.nn.kernels.matmul import matmul_transposed
 from mtp_lightning.nn.kernels.softmax import exp_
 from mtp_lightning.nn.mixture import pack
 from mtp_lightning.objective.terms.base import Chunk, Teacher
@@ -98,7 +98,7 @@ class _MixtureLoss(torch.autograd.Function):
                     d_h_NC = matmul_transposed(d_logits_NV, weight.t())
                     d_parts[place] = d_h_NC.view_as(d_parts[place]).to(d_parts.dtype)
                 if head.needs_gradient:
-                    head.add(weight_gradient(d_logits_NV, h_NC), 1.0)
+                    head.add(d_logits_NV, h_NC)
         ctx.gradients = (head.gradient, d_parts, d_log_weights)
         ctx.mark_non_differentiable(sums)
         weighted = [part * target.coefficient for part, target in zip(sums, targets, strict=True)]

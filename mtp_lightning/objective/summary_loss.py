@@ -21,10 +21,10 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.mtp.future import Future
 from mtp_lightning.mtp.summary import Summary
-from mtp_lightning.nn.kernels.matmul import matmul_transposed, weight_gradient
+from mtp_lightning.nn.kernels.matmul import matmul_transposed
 from mtp_lightning.objective.stack_loss import one_state_loss
 from mtp_lightning.objective.summaries.base import SummaryTerm
-from mtp_lightning.objective.through_head import DepthTarget, chunk_rows
+from mtp_lightning.objective.through_head import DepthTarget, HeadWeight, chunk_rows
 
 
 def stack_loss_with_summary(
@@ -135,8 +135,7 @@ class _SummaryLoss(torch.autograd.Function):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Laid out as weight_gradient gives its parts: adding across layouts is slow.
-        d_weight = weight_VC.new_zeros(weight_VC.shape[::-1]).t() if needs_weight else None
+        of_head = HeadWeight(weight_VC, needs_gradient=needs_weight)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         h, weight = hidden.detach().to(dtype), weight_VC.detach().to(dtype)
         h_MC = h.reshape(-1, h.shape[-1])
@@ -149,9 +148,9 @@ class _SummaryLoss(torch.autograd.Function):
                 if d_hidden is not None:
                     d_h_RC = matmul_transposed(d_logits_RV, weight.t()) * scale_R1
                     d_hidden.view(-1, h.shape[-1])[place] = d_h_RC.to(d_hidden.dtype)
-                if d_weight is not None:
-                    d_weight.add_(weight_gradient(d_logits_RV, h_MC[place] * scale_R1))
-        ctx.gradients = (d_hidden, d_weight)
+                if of_head.needs_gradient:
+                    of_head.add(d_logits_RV, h_MC[place] * scale_R1)
+        ctx.gradients = (d_hidden, of_head.gradient)
         ctx.mark_non_differentiable(total)
         return (total * coefficient).to(torch.promote_types(weight_VC.dtype, torch.float32)), total
 

@@ -103,12 +103,12 @@ class HeadWeight:
         self.needs_gradient = needs_gradient
         self.gradient: Tensor | None = None
 
-    def add(self, part_VC: Tensor, factor: float) -> None:
-        """``gradient += factor * part``."""
+    def add(self, d_logits_RV: Tensor, h_RC: Tensor, factor: float = 1.0) -> None:
+        """``gradient += factor * d_logits.T @ h``."""
         if self.gradient is None:
             # Laid out as weight_gradient gives its parts: adding across layouts is slow.
             self.gradient = self.weight_VC.new_zeros(self.weight_VC.shape[::-1]).t()
-        self.gradient.add_(part_VC, alpha=factor)
+        self.gradient.add_(weight_gradient(d_logits_RV, h_RC), alpha=factor)
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
@@ -265,8 +265,7 @@ class _Way:
                 d_h_RC = d_h_RC + d_hidden_RC
             self.d_h[rows] = d_h_RC.to(self.d_h.dtype)
         if self.trains_weight:
-            part_VC = weight_gradient(d_logits_RV, h_RC if scale_R1 is None else h_RC * scale_R1)
-            self.head.add(part_VC, factor)
+            self.head.add(d_logits_RV, h_RC if scale_R1 is None else h_RC * scale_R1, factor)
 
     def _add(self, index: int, value_R: Tensor, target: ChunkTarget) -> None:
         counts_R = target.counts_R
