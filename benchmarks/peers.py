@@ -1,6 +1,6 @@
 """An optimizer step of this project beside those of transformers and litgpt, at the same shapes.
 
-Run ``python -m benchmarks.peers --cpu-time``. The others are installed into an environment of their
+Run ``python -m benchmarks.peers --cpu-time``. The others are installed into environments of their
 own (``--environment``), with this one's PyTorch; what cannot be installed is left out, and said.
 All have 4 Llama blocks (256 wide, 8 heads, SwiGLU of 704), a head that is the embedding, fp32,
 AdamW, clipping, and random tokens of 8 x 256. Two prediction modules (D = 2) are put together of
@@ -211,35 +211,31 @@ class Side:
         self._process.wait()
 
 
-def prepare(folder: Path) -> tuple[str, list[str], list[str]]:
-    """The environment's Python, the sides that it has, and what it lacks and why."""
+def prepare(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """The Python of every other side, each in an environment of its own below ``folder``, since
+    they ask for different versions of the same packages; and what is left out and why."""
     import torch
 
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-    has, lacks = [], []
+    pythons, lacks = {}, []
     pinned = f"torch=={torch.__version__.partition('+')[0]}"
     for name in ("transformers", "litgpt"):
-        if any(folder.glob(f"lib/*/site-packages/{name}/__init__.py")):
-            has.append(name)
-            continue
-        common.progress(f"installing {name} into {folder}")
-        install = [str(python), "-m", "pip", "install", "-q", pinned, name]
-        done = subprocess.run(install, capture_output=True, text=True)
-        if done.returncode:
-            lacks.append(f"{name}: {done.stderr.strip().splitlines()[-1]}")
-        else:
-            has.append(name)
-    return str(python), has, lacks
+        python = folder / name / "bin" / "python"
+        if not any((folder / name).glob(f"lib/*/site-packages/{name}/__init__.py")):
+            common.progress(f"installing {name} into {folder / name}")
+            venv.create(folder / name, with_pip=True)
+            install = [str(python), "-m", "pip", "install", "-q", pinned, name]
+            done = subprocess.run(install, capture_output=True, text=True)
+            if done.returncode:
+                lacks.append(f"{name}: {done.stderr.strip().splitlines()[-1]}")
+                continue
+        pythons[name] = str(python)
+    return pythons, lacks
 
 
 @contextlib.contextmanager
-def started(python: str, names: list[str], task: dict[str, Any]) -> Iterator[list[Side]]:
+def started(pythons: dict[str, str], task: dict[str, Any]) -> Iterator[list[Side]]:
     """The processes of one row."""
-    sides = [
-        Side(sys.executable if name == "ours" else python, {**task, "side": name}) for name in names
-    ]
+    sides = [Side(python, {**task, "side": name}) for name, python in pythons.items()]
     try:
         yield sides
     finally:
@@ -274,7 +270,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--turns", type=int, help="of every side; default 7, with --quick 2")
     parser.add_argument("--threads", type=int, default=1, help="of every process")
     parser.add_argument(
-        "--environment", type=Path, default=Path("runs/peers"), help="of the others"
+        "--environment", type=Path, default=Path("runs/peers"), help="folder of the others'"
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     common.add_cpu_time(parser)
@@ -285,14 +281,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.cpu_time:
         common.use_cpu_time()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    python, has, lacks = prepare(options.environment.resolve())
+    others, lacks = prepare(options.environment.resolve())
+    pythons = {"ours": sys.executable, **others}
     rows = []
     for vocab_size in options.vocab_sizes:
         for depth in options.depths:
             common.progress(f"V={vocab_size} D={depth}")
-            names = ["ours", *(name for name in has if depth == 0 or name != "litgpt")]
+            able = {n: python for n, python in pythons.items() if depth == 0 or n != "litgpt"}
             task = {"vocab_size": vocab_size, "depth": depth, "threads": options.threads}
-            with started(python, names, task) as sides:
+            with started(able, task) as sides:
                 turns = options.turns or (2 if options.quick else 7)
                 row = measure(sides, turns=turns, steps=options.steps)
             rows.append({"vocab_size": vocab_size, "depth": depth, **row})
@@ -304,7 +301,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "machine": common.machine(),
     }
     columns = {"V": "vocab_size|,", "D": "depth"}
-    for name in ("ours", *has):
+    for name in pythons:
         columns |= {f"{name}, ms": f"{name}_ms|.0f", f"{name}, MB": f"{name}_peak_mb|.0f"}
     columns[f"tokens/s, times the best (aim {AIM})"] = "times_the_best|.2f"
     common.print_table(f"A step of {LAYERS} x {WIDTH}, batch {BATCH} x {LENGTH}", columns, rows)

@@ -130,11 +130,11 @@ def test_bad_settings_are_named(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "mtp",
     [
-        {},
         {"stack": JointConfig, "deepseek": True},
         *(
             pytest.param(mtp, marks=pytest.mark.long)
             for mtp in (
+                {},
                 {"deepseek": True},
                 {"stack": JointConfig},
                 {"stack": NextLatConfig},
