@@ -1,4 +1,4 @@
-"""The README's part between the markers, in each of its languages: the answers to its two
+"""The README's part between the markers, in each of its languages: the answers to its three
 questions, two pictures, and the verdicts of the claims that were run."""
 
 from __future__ import annotations
@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
@@ -20,6 +19,8 @@ NOT_RUN = "not run"
 # Whether the main prediction gains at equal compute, and what a head is good for.
 QUESTION = "text_equal_flops"
 PLANNING = ("star_graph_heads_5000", "star_graph_heads")
+# What keeps sequential modules from that.
+HIDING = "token_dropout"
 # Shown in the place of the first while it has no numbers.
 INSTEAD = "drafts_best"
 
@@ -33,6 +34,8 @@ class Language:
         waiting: where it has no numbers yet; takes ``command``.
         answer: takes ``verdict``, ``n``, ``worse``, ``better``, ``open``, ``least`` and ``most``.
         plans: the second question, in bold, and its answer; takes ``shares`` and ``beyond``.
+        hides: the third one, likewise.
+        arms: names of arms that a reader can do without knowing the claim's file.
         share: of an arm's seeds; takes ``arm``, ``count`` and ``n``.
         nobody: in the place of ``beyond`` where there is none.
         figures: what the pictures show, by the claim's name; of curves by :data:`CURVE`.
@@ -45,6 +48,8 @@ class Language:
     waiting: str
     answer: str
     plans: str
+    hides: str
+    arms: Mapping[str, str]
     share: str
     nobody: str
     figures: Mapping[str, str]
@@ -66,6 +71,16 @@ ENGLISH = Language(
         "**Does it teach a model to plan?** Seeds that learned the way through a star graph: "
         "{shares}. More than by next-token training, beyond noise: {beyond}."
     ),
+    hides=(
+        "**Is it the tokens between that keep sequential modules from it?** The same with some of "
+        "these tokens hidden from the modules: {shares}. More than with none hidden, beyond noise: "
+        "{beyond}."
+    ),
+    arms={
+        "p0": "none hidden",
+        **{f"p{p:03}": f"{p} %" for p in (25, 50, 75)},
+        "p1": "all",
+    },
     share="{arm} {count} of {n}",
     nobody="none",
     figures={
@@ -104,6 +119,15 @@ CHINESE = Language(
         "**它能让模型学会规划吗？** 学会在星形图里找到路径的种子数：{shares}。"
         "比普通的下一词元训练更多且超出噪声的：{beyond}。"
     ),
+    hides=(
+        "**妨碍串行模块的是它们读到的中间词元吗？** 对模块隐藏这些词元时，学会的种子数：{shares}。"
+        "比全部可见时更多且超出噪声的：{beyond}。"
+    ),
+    arms={
+        "p0": "不隐藏",
+        **{f"p{p:03}": f"{p} %" for p in (25, 50, 75)},
+        "p1": "全部隐藏",
+    },
     share="{arm} {count}/{n}",
     nobody="无",
     figures={
@@ -150,7 +174,8 @@ def part(found: Found, language: Language) -> str:
             None,
             [
                 *_answer(on_cpu, language),
-                _plans(on_cpu, language),
+                _solvers(PLANNING, language.plans, on_cpu, language),
+                _solvers((HIDING,), language.hides, on_cpu, language),
                 *_pictures(on_cpu, language),
                 _table(on_cpu, language),
             ],
@@ -187,26 +212,35 @@ def _answer(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Languag
     return [f"{language.question} {said}"]
 
 
-def _plans(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Language) -> str:
+def _solvers(
+    names: Sequence[str],
+    said: str,
+    on_cpu: Mapping[str, tuple[Claim, Result | None]],
+    in_: Language,
+) -> str:
     """Of every arm the seeds that solved the task, by the first claim that has numbers."""
-    for name in PLANNING:
+    for name in names:
         claim, result = on_cpu.get(name, (None, None))
         if claim is None or result is None or is_stale(result, claim):
             continue
-        shares = [_share(entry) for entry in result["predictions"] if entry["own"]]
         others = [entry for entry in result["predictions"] if entry["against"] and entry["own"]]
-        if not shares or not others:
+        if not others:
             continue
+        counts: dict[str, Mapping[str, int]] = {}
+        for entry in result["predictions"]:
+            if entry["against"] and entry["other"]:
+                counts[entry["against"]] = entry["other"]
+            if entry["own"]:
+                counts[entry["arm"]] = entry["own"]
         beyond = [entry["arm"] for entry in others if entry["verdict"] == HOLDS]
-        return language.plans.format(
-            shares=", ".join(language.share.format(**share) for share in shares),
-            beyond=", ".join(beyond) or language.nobody,
+        return said.format(
+            shares=", ".join(
+                in_.share.format(arm=in_.arms.get(arm, arm), count=of["count"], n=of["n"])
+                for arm, of in counts.items()
+            ),
+            beyond=", ".join(in_.arms.get(arm, arm) for arm in beyond) or in_.nobody,
         )
     return ""
-
-
-def _share(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {"arm": entry["arm"], "count": entry["own"]["count"], "n": entry["own"]["n"]}
 
 
 def _pictures(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Language) -> list[str]:

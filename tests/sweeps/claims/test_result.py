@@ -20,7 +20,7 @@ from sweeps.claims.claim import Claim
 from sweeps.claims.figure import digest, files_of, write_figures
 from sweeps.claims.pages import BEGIN, END, pages, write_pages
 from sweeps.claims.read import names, read_claim
-from sweeps.claims.readme import CHINESE, ENGLISH, LANGUAGES, PLANNING, QUESTION, part
+from sweeps.claims.readme import CHINESE, ENGLISH, HIDING, LANGUAGES, PLANNING, QUESTION, part
 from sweeps.claims.register import Register, write_register
 from sweeps.claims.result import (
     Result,
@@ -291,6 +291,22 @@ def test_the_readme_says_who_learned_to_plan(tmp_path: Path) -> None:
         assert told[0] in english and told[1] in chinese
     waiting = result_of(claim, {"plain": ["missing"], "mtp": ["missing"]})
     assert "plan?" not in part([(claim, waiting)], ENGLISH)
+
+
+def test_the_readme_says_what_hiding_tokens_does(tmp_path: Path) -> None:
+    claims = tmp_path / "claims"
+    arms = {"p0": [], "p1": ["mtp.token_dropout=1.0"]}
+    more = [{"arm": "p1", "against": "p0", "side": "above"}]
+    write_claim(claims, HIDING, measure=SOLVED, arms=arms, predictions=more)
+    claim = read_claim(HIDING, claims)
+    result = result_of(claim, {"p0": rights(0), "p1": rights(7)})
+    n = len(rights(0))
+    english, chinese = (part([(claim, result)], one) for one in (ENGLISH, CHINESE))
+    assert (
+        f"none hidden 0 of {n}, all 7 of {n}. More than with none hidden, beyond noise: all."
+        in (english)
+    )
+    assert f"不隐藏 0/{n}, 全部隐藏 7/{n}。比全部可见时更多且超出噪声的：全部隐藏。" in chinese
 
 
 @pytest.mark.parametrize("page", ["docs/results.md", *LANGUAGES])
