@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, ClassVar
@@ -50,6 +51,7 @@ class BPETokenizer(Tokenizer):
         self.train_bytes = train_bytes
         self._json: str | None = None
         self._library: Any = None
+        self._one_at_a_time = threading.Lock()  # a server's threads share a tokenizer
         self._forget()
 
     @property
@@ -118,13 +120,19 @@ class BPETokenizer(Tokenizer):
             UserError: if the tokenizer is not trained.
         """
         library = self._trained()
-        numbers, new = self._words.split(text)
-        if new:
-            encoded = library.encode_batch_fast(new, add_special_tokens=False)
-            self._append([encoding.ids for encoding in encoded])
-        ids = _gather(self._ids[: self._n_ids], self._starts[: len(self._words) + 1], numbers)
-        if len(self._words) > CACHED_WORDS:
-            self._forget()
+        with self._one_at_a_time:
+            numbers, new = self._words.split(text)
+            try:
+                if new:
+                    encoded = library.encode_batch_fast(new, add_special_tokens=False)
+                    self._append([encoding.ids for encoding in encoded])
+            except BaseException:
+                self._forget()  # words that have numbers and no ids
+                raise
+            starts = self._starts[: len(self._words) + 1]
+            ids = _gather(self._ids[: self._n_ids], starts, numbers)
+            if len(self._words) > CACHED_WORDS:
+                self._forget()
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -64,3 +65,29 @@ def test_ids_are_the_same_by_either(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(words, "library", None)
     assert BPETokenizer.from_state(tokenizer.state()).encode(text).tolist() == found.tolist()
     assert tokenizer.decode(found) == text
+
+
+def test_threads_share_a_tokenizer(seeded_words: list[str]) -> None:
+    tokenizer = BPETokenizer(300).train(seeded_words[:500])
+    texts = ["".join(seeded_words[start : start + 3000]) for start in range(0, 27_000, 1500)]
+    expected = [BPETokenizer.from_state(tokenizer.state()).encode(text).tolist() for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda text: tokenizer.encode(text).tolist(), texts))
+    assert found == expected
+
+
+def test_a_failure_leaves_no_word_without_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = BPETokenizer(300).train(["some words of a text"])
+    expected = tokenizer.encode("other words").tolist()
+    tokenizer = BPETokenizer.from_state(tokenizer.state())
+
+    class Failing:
+        def encode_batch_fast(self, *given: object, **more: object) -> None:
+            raise KeyboardInterrupt
+
+    library = tokenizer._trained()
+    monkeypatch.setattr(tokenizer, "_library", Failing())
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("other words")
+    monkeypatch.setattr(tokenizer, "_library", library)
+    assert tokenizer.encode("other words").tolist() == expected
