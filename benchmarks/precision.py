@@ -7,7 +7,6 @@ compared by ``python train.py -m trainer.precision=32-true,bf16-mixed seed=0,1,2
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 from benchmarks import common, train_step
@@ -17,7 +16,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek_nano": {"vocab_size": 1024, "depth": 1, "batch_size": 4, "seq_len": 256},
     "deepseek_micro": {"vocab_size": 4096, "depth": 1, "batch_size": 4, "seq_len": 256},
 }
-_WARMUP_STEPS = 2
 
 
 def measure(name: str, steps: int) -> dict[str, Any]:
@@ -30,28 +28,19 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     import torch
 
     task = {"model": name, **MODELS[name]}
-    sides = {precision: train_step.build_step(dict(task))[0] for precision in ("fp32", "bf16")}
-    seconds: dict[str, list[float]] = {precision: [] for precision in sides}
-    for index in range(_WARMUP_STEPS + steps):
-        for precision, step in sides.items():
-            # As Lightning's plugin has it, around forward and backward.
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                began = common.clock()
-                step()
-                if index >= _WARMUP_STEPS:
-                    seconds[precision].append(common.clock() - began)
-    ms = {precision: statistics.median(of) * 1e3 for precision, of in seconds.items()}
+    fp32, bf16 = (train_step.build_step(dict(task))[0] for _ in range(2))
+    # As Lightning's plugin has it, around forward and backward.
+    ways = {"fp32": fp32, "bf16": torch.autocast("cpu", torch.bfloat16)(bf16)}
+    seconds = common.median_times(ways, repeats=steps, warmup=2)
     tokens = task["batch_size"] * task["seq_len"]
     return {
         "model": name,
         "shape": f"{task['batch_size']} x {task['seq_len']}, V = {task['vocab_size']:,}",
         "depth": task["depth"],
-        "ms_fp32": ms["fp32"],
-        "ms_bf16": ms["bf16"],
-        "tokens_per_second": tokens / ms["bf16"] * 1e3,
-        "speedup": statistics.median(
-            a / b for a, b in zip(seconds["fp32"], seconds["bf16"], strict=True)
-        ),
+        "ms_fp32": seconds["fp32"] * 1e3,
+        "ms_bf16": seconds["bf16"] * 1e3,
+        "tokens_per_second": tokens / seconds["bf16"],
+        "speedup": seconds["fp32"] / seconds["bf16"],
     }
 
 

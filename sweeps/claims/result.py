@@ -46,8 +46,8 @@ def judge(claim: Claim, runs: Path, results: Path | None = None) -> Result | Non
             f"The claim {claim.label} is stale: it was changed after its runs began "
             f"({register.began}). Give the changed one another name, or --runs another folder."
         )
-    stored = None if results is None else read_result(claim.label, results)
-    shared = shared_seeds(claim, [] if results is None else read_results(results))
+    by_label = {} if results is None else read_results(results)
+    stored, shared = by_label.get(claim.label), shared_seeds(claim, by_label.values())
     arms = with_stored(observe(claim, runs, register.runs), claim, stored, shared)
     return make_result(claim, arms, beginning(register, claim, stored))
 
@@ -126,14 +126,14 @@ def read_result(label: str, folder: Path) -> Result | None:
     )
 
 
-def read_results(folder: Path) -> list[Result]:
-    """All that are there, in the order of their names.
+def read_results(folder: Path) -> dict[str, Result]:
+    """All that are there, by their claims' labels.
 
     Raises:
         UserError: a file is damaged.
     """
-    found = [read_result(file.stem, folder) for file in sorted(folder.glob("*.json"))]
-    return [result for result in found if result is not None]
+    found = {file.stem: read_result(file.stem, folder) for file in sorted(folder.glob("*.json"))}
+    return {label: result for label, result in found.items() if result is not None}
 
 
 def _finding(finding: Finding) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from sweeps.claims.commit import commit_of
 from sweeps.claims.jobs import ClaimJob
 from sweeps.claims.recall import left_to_run, shared_seeds
 from sweeps.claims.register import Register, read_register, write_register
-from sweeps.claims.result import read_result, read_results
+from sweeps.claims.result import read_results
 from sweeps.local_pool import make_pool
 from sweeps.plan import Job, Plan, must_run
 
@@ -49,17 +49,12 @@ def run(
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have saved and ended.
     """
     commits = {claim.label: commit_of(file) for file, claim in claims.items()}
+    stored = {} if results is None else read_results(results)
     asked = {
-        claim.label: left_to_run(
-            claim,
-            seeds or claim.scale.seeds,
-            runs,
-            None if results is None else read_result(claim.label, results),
-        )
+        claim.label: left_to_run(claim, seeds or claim.scale.seeds, runs, stored.get(claim.label))
         for claim in claims.values()
     }
-    stored = [] if results is None else read_results(results)
-    shared = {claim.label: shared_seeds(claim, stored) for claim in claims.values()}
+    shared = {claim.label: shared_seeds(claim, stored.values()) for claim in claims.values()}
     runs.mkdir(parents=True, exist_ok=True)
     lock = Lock(runs / ".lock")
     if not lock.acquire():
