@@ -3,9 +3,10 @@
 Run ``python -m benchmarks.gpu``: under nine minutes on one GPU of 80 GB. First the tests with the
 marker ``gpu``; then optimizer steps of three sizes at D = 0, 1, 2 and of a mixture of experts, as a
 run takes them by default there (bf16-mixed, compiled blocks), without Lightning, callbacks and
-logging; then the passes that decoding consists of. ``mfu`` is over the maker's number for dense
-products, and counts attention in full, without a causal discount. Rows for which no time is left
-are named in the table and in the JSON. Not run on a GPU by this project yet.
+logging; then the passes that decoding consists of, with weights in bf16, those of one row also as
+generate.py's ``compile=true`` has them. ``mfu`` is over the maker's number for dense products, and
+counts attention in full, without a causal discount. Rows for which no time is left are named in the
+table and in the JSON. Not run on a GPU by this project yet.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from typing import Any
 
 from benchmarks import common
@@ -35,6 +35,8 @@ ROWS = [
     ("small", 1, 16),
     ("large", 2, 4),
 ]
+# The row whose passes of decoding are compiled, too: five programs, half a minute each.
+COMPILED = ("small", 2)
 SEQ_LEN = 2048
 VOCAB_SIZE = 32_768
 _WARMUP_STEPS = 3
@@ -45,7 +47,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         task: ``model``, ``depth``, ``batch_size``, ``seq_len``, ``vocab_size``, ``steps``,
-            ``device``, ``compile``, ``repeats``: timed calls of each decoding pass.
+            ``device``, ``compile``, ``compile_passes``, ``repeats``: timed calls of each decoding
+            pass.
 
     Returns:
         Milliseconds of a step, the rates that follow, bytes of memory, milliseconds of passes.
@@ -55,12 +58,11 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     from benchmarks.train_step import build_step
     from mtp_lightning.callbacks.device_rate import measure_matmul_rate, peak_of
     from mtp_lightning.decoding.measure import pass_costs
-    from mtp_lightning.nn.block import compile_blocks
 
     device = torch.device(task["device"])
     step, model, _ = build_step(task)
     if task["compile"]:
-        compile_blocks(model)
+        model.compile_blocks()
 
     def timed(n: int) -> float:
         began = time.perf_counter()
@@ -95,10 +97,14 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if gpu else None,
     }
     model.eval().requires_grad_(False)
-    with torch.autocast(device.type, torch.bfloat16) if gpu else nullcontext():
-        costs = pass_costs(model, range(1, 65), repeats=task["repeats"])
-    result["verify_ms"] = [seconds * 1e3 for seconds in costs.verify]
-    result["draft_ms"] = [seconds * 1e3 for seconds in costs.draft]
+    if gpu:
+        model.bfloat16()
+    for way in ("eager", "compiled") if task["compile_passes"] else ("eager",):
+        costs = pass_costs(model, range(1, 65), compile=way == "compiled", repeats=task["repeats"])
+        result[way] = {
+            "verify_ms": [seconds * 1e3 for seconds in costs.verify],
+            "draft_ms": [seconds * 1e3 for seconds in costs.draft],
+        }
     return result
 
 
@@ -171,6 +177,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "steps": options.steps,
             "device": options.device,
             "compile": not options.no_compile,
+            "compile_passes": not options.no_compile and (model, depth) == COMPILED,
             "repeats": 5 if options.quick else 30,
         }
         started = time.monotonic()
@@ -223,18 +230,21 @@ def print_tables(result: dict[str, Any]) -> None:
         {
             "model": row["model"],
             "depth": row["depth"],
-            "one": row["verify_ms"][0],
-            "all": row["verify_ms"][-1],
-            "draft": statistics.mean(row["draft_ms"]) if row["draft_ms"] else None,
+            "way": way,
+            "one": row[way]["verify_ms"][0],
+            "all": row[way]["verify_ms"][-1],
+            "draft": statistics.mean(row[way]["draft_ms"]) if row[way]["draft_ms"] else None,
         }
         for row in rows
-        if "error" not in row
+        for way in ("eager", "compiled")
+        if way in row
     ]
     common.print_table(
-        "Decoding, one prompt, eager: milliseconds a pass",
+        "Decoding, one prompt: milliseconds a pass",
         {
             "model": "model",
             "D": "depth",
+            "passes": "way",
             "plain": "one|.2f",
             "verify D drafts": "all|.2f",
             "draft": "draft|.2f",

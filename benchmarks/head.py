@@ -38,6 +38,12 @@ def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return joint_loss(weight, [hidden], [target])[0]
 
 
+def compiled(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """This project's with compiled blocks: a chunk's loss is one kernel."""
+    target = DepthTarget(0, targets, 1.0 / len(targets), CrossEntropy())
+    return joint_loss(weight, [hidden], [target], compiled=True)[0]
+
+
 def whole_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """What most code does."""
     return F.cross_entropy(F.linear(hidden, weight), targets)
@@ -51,7 +57,11 @@ def pytorch_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def implementations() -> dict[str, Loss]:
     """Those that this PyTorch has."""
-    found: dict[str, Loss] = {"chunked": chunked, "whole logits": whole_logits}
+    found: dict[str, Loss] = {
+        "chunked": chunked,
+        "chunked, compiled": compiled,
+        "whole logits": whole_logits,
+    }
     if hasattr(F, "linear_cross_entropy"):
         found["F.linear_cross_entropy"] = pytorch_chunked
     return found

@@ -16,6 +16,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey, TrunkText
 from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.init import initialise
@@ -106,11 +107,13 @@ class MTPModel(nn.Module):
         trunk: embedding, blocks and final norm.
         head: the output head, shared by every depth.
         mtp: the stack of further predictions.
+        compiled: whether its blocks are, and what else a GPU has compiled in training.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.compiled = False
         self.trunk = Trunk(config.trunk)
         embedding: nn.Parameter = self.trunk.embedding.weight  # type: ignore[assignment]
         tied = embedding if config.trunk.tie_embeddings else None
@@ -137,6 +140,13 @@ class MTPModel(nn.Module):
         assert self.config.trunk.init_std is not None
         initialise(self, std=self.config.trunk.init_std, seed=seed)
         self.mtp.initialise_own()
+
+    def compile_blocks(self) -> None:
+        """Compile every block in place: the keys of checkpoints stay what they are."""
+        self.compiled = True
+        for layer in self.modules():
+            if isinstance(layer, Block):
+                layer.compile()
 
     @torch.no_grad()
     def read_text(self, batch: WindowBatch) -> TrunkText:
@@ -220,6 +230,8 @@ class MTPModel(nn.Module):
             device=batch.tokens.device,
             dtype=self.head.weight.dtype,
             documents=documents,
+            # Their kernel is the compiler's, which has no backward pass of it for a CPU.
+            in_blocks=self.compiled and batch.tokens.device.type != "cpu",
             ledger=ledger,
         )
         # One look-up for all depths: theirs are the same embeddings, shifted.

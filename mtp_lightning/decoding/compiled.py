@@ -4,7 +4,7 @@ A pass of a small model is hundreds of small operators, and calling them takes m
 Compiled, it is one call. The programs have static shapes: a pass of the trunk is as wide as the
 drafts asked for, one of a module as wide as a round can leave behind, and attention reads the whole
 capacity; a program is made at the first pass that needs it, which takes about ten seconds, and is
-kept for later processes.
+kept for later processes. On a GPU a pass is one launch besides (``recording.py``).
 
 A verify pass and a single pass are different programs, which may round differently: texts can part
 from plain decoding where two tokens' logits agree to about 1e-5.
@@ -18,12 +18,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.decoding.programs import Program, program
+from mtp_lightning.decoding.programs import program
+from mtp_lightning.decoding.recording import Pass, as_pass
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kernels.matmul import packed_weights
+from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables
 from mtp_lightning.nn.static_cache import StaticCache
 
@@ -123,36 +125,33 @@ class CompiledSession(Session):
         super().__init__(model, places=places, capacity=capacity, max_draft=max_draft)
         self._width = max_draft + 1
 
-    def _run(self, kind: str, number: int, *inputs: Tensor) -> list[Tensor]:
+    def _run(self, kind: str, number: int, cache: KVCache, *passing: Tensor) -> Sequence[Tensor]:
         """One pass: of the trunk over ``number`` tokens, or of the depth ``number``."""
         key = kind, number
-        if key not in self._programs:
+        if key not in self._passes:
             function: _Pass
             if kind == "trunk":
                 function = _TrunkPass(self.model, drafts=self.max_draft > 0)
             else:
                 function = _DepthPass(self.model, number)
-            self._programs[key] = program(function, inputs)
-        return self._programs[key](*inputs)
+            staying = (*self._angles, *cache.entries_L_BSMH)
+            compiled = program(function, (*passing, *staying))
+            self._passes[key] = as_pass(compiled, passing, staying)
+        return self._passes[key](passing)
 
     def _tables_for(self, capacity: int) -> PositionTables:
         capacity = -(-(capacity + self._slack) // _CAPACITY) * _CAPACITY - self._slack
         tables = super()._tables_for(capacity)
         self._angles = (tables.cos_S1H, tables.sin_S1H)
-        # Of one capacity each.
-        self._programs: dict[tuple[str, int], Program] = {}
+        # Of one capacity each, and of the storage that goes with it.
+        self._passes: dict[tuple[str, int], Pass] = {}
         return tables
 
     def verify(self, n_drafts: int) -> Tensor:
         n, width = self.n[0], n_drafts + 1
         cache = self.trunk_cache
         logits, *branch = self._run(
-            "trunk",
-            width,
-            self.tokens_BS.narrow(1, n, width),
-            self._at(n),
-            *self._angles,
-            *cache.entries_L_BSMH,
+            "trunk", width, cache, self.tokens_BS.narrow(1, n, width), self._at(n)
         )
         cache.lengths = [n + width]
         if branch:
@@ -171,13 +170,12 @@ class CompiledSession(Session):
         logits, hidden, *sure = self._run(
             "depth",
             k,
+            cache,
             self.tokens_BS.narrow(1, start + first, self._width + k - first),
             branch,
             branch if k == 1 else self.states[k - 1].narrow(1, start, self._width),
             self._at(start),
             self._at(end - 1 - start),
-            *self._angles,
-            *cache.entries_L_BSMH,
         )
         self.confidence_B = sure[0] if sure else None
         cache.lengths = [start + self._width]
@@ -187,4 +185,5 @@ class CompiledSession(Session):
         return logits
 
     def _at(self, position: int) -> Tensor:
-        return torch.tensor([position], device=self.tokens_BS.device)
+        # Not by torch.tensor, whose copy from the host waits for a GPU.
+        return torch.full((1,), position, device=self.tokens_BS.device)

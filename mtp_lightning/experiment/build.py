@@ -32,7 +32,6 @@ from mtp_lightning.mtp.bag import BagMTP
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.registers import RegistersConfig
-from mtp_lightning.nn.block import compile_blocks
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.objective import Objective
@@ -250,7 +249,7 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
     if isinstance(stack, BagMTP) and stack.config.weights == "idf":
         stack.weigh(*data.document_frequency())
     if settle_device(cfg).trainer.compile:
-        compile_blocks(module)
+        module.model.compile_blocks()
     return module
 
 

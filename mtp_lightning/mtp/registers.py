@@ -137,7 +137,7 @@ class Registers(TrainingOnly):
         places_T = torch.arange(seq_len, device=device)
         places = torch.cat((places_T, places_T + d - 1))
         cos, sin = rope_table(places, **config.rotary, dtype=tokens.cos.dtype)
-        sees = tokens.mask
+        sees = tokens.dense_mask()
         if sees is None:
             sees = (places_T <= places_T.unsqueeze(1))[None, None]
         itself = torch.eye(seq_len, dtype=torch.bool, device=device).expand_as(sees)

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn.components import AttentionConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.kernels.document_attention import block_mask, dense_mask, of_blocks
 from mtp_lightning.nn.kernels.rope import turn_in_place
 from mtp_lightning.nn.kernels.window_attention import turned_attention
 from mtp_lightning.nn.kv_cache import KVCache
@@ -35,8 +37,8 @@ class Positions:
 
     Attributes:
         cos, sin: rotary table, [T, 1, H/2]; with a cache over whole heads, [1 | B, T, 1, H].
-        mask: bool [B, 1, T, S], True where a query sees a key; None is plain causal. With a cache,
-            what its ``attend`` expects.
+        mask: bool [B, 1, T, S], True where a query sees a key, or that in blocks; None is plain
+            causal. With a cache, what its ``attend`` expects.
         cache: keys and values to append to; None is a pass over whole windows.
         ledger: where layers report what training wants beside their output; None where nobody
             asks.
@@ -44,7 +46,7 @@ class Positions:
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor | None = None
+    mask: Tensor | BlockMask | None = None
     cache: KVCache | StaticCache | None = None
     ledger: Ledger | None = None
 
@@ -56,6 +58,7 @@ class Positions:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         documents: Tensor | None = None,
+        in_blocks: bool = False,
         ledger: Ledger | None = None,
     ) -> Positions:
         """Positions 0 .. T-1 of whole windows.
@@ -66,15 +69,14 @@ class Positions:
             device: of the tables.
             dtype: of the model.
             documents: ids [B, T]; a token then sees only its own document.
+            in_blocks: whether that mask is for ``document_attention.py``.
             ledger: see above.
         """
         positions_T = torch.arange(seq_len, device=device)
         cos, sin = rope_table(positions_T, **config.rotary, dtype=dtype)
-        mask = None
+        mask: Tensor | BlockMask | None = None
         if documents is not None:
-            causal = positions_T.unsqueeze(0) <= positions_T.unsqueeze(1)
-            same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
-            mask = (causal & same).unsqueeze(1)
+            mask = block_mask(documents) if in_blocks else dense_mask(documents)
         return Positions(cos.unsqueeze(-2), sin.unsqueeze(-2), mask, ledger=ledger)
 
     @staticmethod
@@ -91,6 +93,10 @@ class Positions:
         """Positions of a tree in every row of ``cache``, its first token at ``starts``."""
         cache.begin_tree(starts, branches)
         return _OpenPass(cache)
+
+    def dense_mask(self) -> Tensor | None:
+        """``mask`` as a tensor, in whatever form it is."""
+        return of_blocks(self.mask) if isinstance(self.mask, BlockMask) else self.mask
 
     def repeated(self) -> Positions:
         """For the repetition of this pass under activation recomputation: the same is computed
@@ -254,7 +260,7 @@ class Attention(nn.Module):
             turn_in_place(qkv.narrow(2, 0, n_turned), positions.cos, positions.sin)
             query, entry = qkv.split([self.n_heads, 2 * self.n_kv_heads], dim=2)
             positions.cache.append(layer, entry)
-            mixed = positions.cache.attend(layer, query, positions.mask)
+            mixed = positions.cache.attend(layer, query, positions.dense_mask())
         return self.out(mixed.reshape(batch, seq_len, -1))
 
     def _norm_heads(self, qkv: Tensor) -> Tensor:

@@ -56,10 +56,3 @@ class Block(nn.Module):
     def _compute(self, x_BTC: Tensor, positions: Positions, layer: int) -> Tensor:
         h_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), positions, layer)
         return h_BTC + self.feed_forward(self.feed_forward_norm(h_BTC), positions)
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compile every block of a model in place: the keys of checkpoints stay what they are."""
-    for layer in model.modules():
-        if isinstance(layer, Block):
-            layer.compile()

@@ -77,6 +77,7 @@ def stack_loss(
     """
     stack, weight_VC = model.mtp, model.head.weight
     train_head = objective.train_head and stack.config.detach != "all"
+    compiled = model.compiled and weight_VC.device.type != "cpu"
     depths = list(by_depth(targets))[1:]
     if isinstance(stack, JointLinearMTP):
         return mixture_loss(model, final_BTC, at, objective.settle(targets, Seen()))
@@ -84,7 +85,7 @@ def stack_loss(
         seen = _look_at_heads(stack, weight_VC, final_BTC, at, targets, objective.wanted)
         targets = objective.settle(targets, seen)
         stream = _HeadByHead(stack, final_BTC, at, targets, auxiliary, train_head=train_head)
-        return _apply(weight_VC, stream)
+        return _apply(weight_VC, stream, compiled=compiled)
     states = [final_BTC, *(hidden for _, hidden in stack.states(at, depths, key))]
     seen = Seen()
     if objective.wanted.anything:
@@ -93,7 +94,7 @@ def stack_loss(
     targets = objective.settle(targets, seen)
     if isinstance(stack, Targets) and not any(target.term.needs_teacher for target in targets):
         return one_state_loss(weight_VC, final_BTC, targets)
-    return joint_loss(weight_VC, states, targets, train_head=train_head)
+    return joint_loss(weight_VC, states, targets, train_head=train_head, compiled=compiled)
 
 
 def _look_at_heads(
@@ -130,13 +131,16 @@ def joint_loss(
     targets: Sequence[DepthTarget],
     *,
     train_head: bool = True,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """:func:`stack_loss` of hidden states [..., C] that are parts of the graph, one a depth.
 
     Args:
         train_head: whether the states behind the first one reach the head's weight.
+        compiled: whether cross-entropy is one compiled kernel.
     """
-    return _apply(weight_VC, _Joint(list(states), targets, train_head=train_head))
+    stream = _Joint(list(states), targets, train_head=train_head)
+    return _apply(weight_VC, stream, compiled=compiled)
 
 
 def one_state_loss(
@@ -146,8 +150,8 @@ def one_state_loss(
     return _apply(weight_VC, _OneState(hidden, targets))
 
 
-def _apply(weight_VC: Tensor, stream: _Stream) -> tuple[Tensor, Tensor]:
-    return _StackLoss.apply(weight_VC, stream, *stream.inputs)
+def _apply(weight_VC: Tensor, stream: _Stream, *, compiled: bool = False) -> tuple[Tensor, Tensor]:
+    return _StackLoss.apply(weight_VC, stream, compiled, *stream.inputs)
 
 
 class _Stream(ABC):
@@ -342,12 +346,12 @@ class _HeadByHead(_Stream):
 class _StackLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight_VC: Tensor, stream: _Stream, *inputs: Tensor
+        ctx: Any, weight_VC: Tensor, stream: _Stream, compiled: bool, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        needs_weight, _, *needs = (wanted and stream.grad for wanted in ctx.needs_input_grad)
+        needs_weight, _, _, *needs = (wanted and stream.grad for wanted in ctx.needs_input_grad)
         sums = torch.zeros(len(stream.targets), dtype=torch.float64, device=weight_VC.device)
         gradients: list[Tensor | None] = [None] * len(inputs)
-        head = HeadWeight(weight_VC, needs_gradient=needs_weight)
+        head = HeadWeight(weight_VC, needs_gradient=needs_weight, compiled=compiled)
         done = 0
         for predictions in stream.predictions(needs, gradients):
             end = done + sum(len(prediction.targets) for prediction in predictions)
@@ -371,4 +375,4 @@ class _StackLoss(torch.autograd.Function):
         for tensor in (d_weight, *gradients):
             if tensor is not None:
                 tensor.mul_(grads[0])
-        return d_weight, None, *gradients
+        return d_weight, None, None, *gradients

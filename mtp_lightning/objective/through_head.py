@@ -24,7 +24,7 @@ from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX
 from mtp_lightning.nn.kernels.matmul import matmul_transposed, weight_gradient
-from mtp_lightning.nn.kernels.softmax import exp_, log_softmax_
+from mtp_lightning.nn.kernels.softmax import cross_entropy, exp_, log_softmax_
 from mtp_lightning.nn.mixture import mixed_log_probs
 from mtp_lightning.objective.terms.base import Chunk, HiddenTerm, Teacher, Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
@@ -93,14 +93,18 @@ class HeadWeight:
     Args:
         weight_VC: the weight.
         needs_gradient: whether anybody wants its gradient.
+        compiled: whether losses are compiled, where there is a kernel for them.
 
     Attributes:
         gradient: so far; None before the first part.
     """
 
-    def __init__(self, weight_VC: Tensor, *, needs_gradient: bool = False) -> None:
+    def __init__(
+        self, weight_VC: Tensor, *, needs_gradient: bool = False, compiled: bool = False
+    ) -> None:
         self.weight_VC = weight_VC
         self.needs_gradient = needs_gradient
+        self.compiled = compiled
         self.gradient: Tensor | None = None
 
     def add(self, d_logits_RV: Tensor, h_RC: Tensor, factor: float = 1.0) -> None:
@@ -124,12 +128,16 @@ def log_probs_by_chunk(h_MC: Tensor, weight_VC: Tensor) -> Iterator[tuple[slice,
     Yields:
         The chunk's place in M, and its log-probabilities [R, V], which the caller may overwrite.
     """
-    rows = chunk_rows(weight_VC.shape[0], h_MC.device)
-    for start in range(0, h_MC.shape[0], rows):
-        place = slice(start, min(start + rows, h_MC.shape[0]))
+    for place in _places(h_MC, weight_VC):
         chunk_RV = log_probs(h_MC[place], weight_VC)
         yield place, chunk_RV
         del chunk_RV
+
+
+def _places(h_MC: Tensor, weight_VC: Tensor) -> Iterator[slice]:
+    rows = chunk_rows(weight_VC.shape[0], h_MC.device)
+    for start in range(0, h_MC.shape[0], rows):
+        yield slice(start, min(start + rows, h_MC.shape[0]))
 
 
 def log_probs(h_RC: Tensor, weight_VC: Tensor) -> Tensor:
@@ -175,8 +183,11 @@ def through_head(
             _with_teacher(main_hidden, weight, ways)
         else:
             for way in ways:
-                for place, chunk_RV in log_probs_by_chunk(way.h_MC, weight):
-                    way.go(place, chunk_RV)
+                if way.is_compiled:
+                    way.go_compiled()
+                else:
+                    for place, chunk_RV in log_probs_by_chunk(way.h_MC, weight):
+                        way.go(place, chunk_RV)
     for way in ways:
         if way.d_h is not None:
             way.prediction.gradient = way.d_h.view_as(way.prediction.hidden)
@@ -257,6 +268,51 @@ class _Way:
             scale_R1, factor = None, 1.0
         del chunk_RV
         d_logits_RV = d_logits_RV.to(self.weight.dtype)
+        self._learn(rows, h_RC, d_logits_RV, scale_R1, factor, d_hidden_RC)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether cross-entropy with one target is all there is to learn, and is compiled."""
+        targets = self.prediction.targets
+        return (
+            self.head.compiled
+            and self.learns
+            and len(targets) == 1
+            and isinstance(targets[0].term, CrossEntropy)
+            and self.h_MC.shape[1] == self.weight.shape[1]  # no mixture
+        )
+
+    def go_compiled(self) -> None:
+        """:meth:`go` of all positions, from logits to their gradient in one kernel a chunk."""
+        for place in _places(self.h_MC, self.weight):
+            h_RC = self.h_MC[place]
+            target = ChunkTarget(self.prediction.targets[0], place)
+            logits_RV = matmul_transposed(h_RC, self.weight)
+            value_R, d_logits_RV = cross_entropy(logits_RV, target.tokens_R)
+            del logits_RV
+            self._add(0, value_R, target)
+            scale_R1 = target.counts_R.unsqueeze(-1)
+            self._learn(place, h_RC, d_logits_RV, scale_R1, target.coefficient)
+
+    def _learn(
+        self,
+        rows: slice | Tensor,
+        h_RC: Tensor,
+        d_logits_RV: Tensor,
+        scale_R1: Tensor | None,
+        factor: float,
+        d_hidden_RC: Tensor | None = None,
+    ) -> None:
+        """Hand the gradient by the logits on to the hidden states and to the weight.
+
+        Args:
+            rows: the positions.
+            h_RC: their hidden states.
+            d_logits_RV: the gradient.
+            scale_R1: of the positions, and ...
+            factor: ... of all, where it does not have them yet.
+            d_hidden_RC: of terms that read the state.
+        """
         if self.d_h is not None:
             d_h_RC = matmul_transposed(d_logits_RV, self.weight.t())
             if scale_R1 is not None:

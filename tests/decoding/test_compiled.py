@@ -7,9 +7,10 @@ import shutil
 import pytest
 import torch
 
-from mtp_lightning.decoding import compiled, generate
+from mtp_lightning.decoding import compiled, generate, recording
 from mtp_lightning.decoding.compiled import CompiledSession
 from mtp_lightning.decoding.measure import pass_costs
+from mtp_lightning.decoding.recording import Recording
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
@@ -40,6 +41,25 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(compiled, "program", lambda function, inputs: function)
 
 
+@pytest.fixture(params=[False, True], ids=["called", "recorded"])
+def passes(request, monkeypatch, uncompiled):
+    """As a CPU calls them, and as a GPU plays them: from the inputs' own places to the outputs'."""
+    if not request.param:
+        return
+
+    def record(function):
+        outputs = [torch.full_like(x, torch.nan) for x in function()]
+
+        def replay():
+            for own, new in zip(outputs, function(), strict=True):
+                own.copy_(new)
+
+        return replay, outputs
+
+    monkeypatch.setattr(recording, "record", record)
+    monkeypatch.setattr(compiled, "as_pass", Recording)
+
+
 def recorded(monkeypatch, session):
     """Logits of every pass, by the row's length and depth; a session's own, then steered ones."""
     logits = {}
@@ -62,7 +82,7 @@ def recorded(monkeypatch, session):
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("chance", [0.0, 0.6, 1.0])
-def test_passes_are_those_of_eager_decoding(name, chance, uncompiled, monkeypatch):
+def test_passes_are_those_of_eager_decoding(name, chance, passes, monkeypatch):
     settings = dict(VARIANTS[name])
     model = small_model(5, settings.pop("depth"), **settings)
     # The modules' first pass is wider than a program where the prompt is long.
@@ -85,7 +105,7 @@ def test_passes_are_those_of_eager_decoding(name, chance, uncompiled, monkeypatc
         assert min(g.tokens_per_step for g in texts[1]) > 1.5
 
 
-def test_sliding_and_sampling_are_as_without(uncompiled):
+def test_sliding_and_sampling_are_as_without(passes):
     model = small_model(4, 2)
     prompts = random_prompts(4, (5, 30))
     for options in (

@@ -12,6 +12,7 @@ import torch
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kernels.experts import fits_grouped
 from mtp_lightning.nn.moe import MoE
@@ -38,6 +39,68 @@ def test_losses_are_those_of_a_cpu(tmp_path: Path, cache: Path, mtp: str) -> Non
     for a, b in zip(on_cpu, on_gpu, strict=True):
         if "train/loss" in a:
             assert b["train/loss"] == pytest.approx(a["train/loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_documents_are_those_of_a_cpu(
+    tmp_path: Path, cache: Path, recompute: bool
+) -> None:
+    """Attention in blocks of documents, and the loss as one kernel, in fp32."""
+    settings = {
+        "trainer.max_steps": 20, "data.document_mask": True, "data.seq_len": 160,
+        "model.recompute": recompute, "trainer.precision": "32-true",
+    }  # fmt: skip
+    for accelerator in ("cpu", "cuda"):
+        own = {"trainer.accelerator": accelerator, "trainer.compile": accelerator == "cuda"}
+        train_here(tmp_path / accelerator, cache, settings | own)
+    on_cpu, on_gpu = rows(tmp_path / "cpu"), rows(tmp_path / "cuda")
+    for a, b in zip(on_cpu, on_gpu, strict=True):
+        if "train/loss" in a:
+            assert b["train/loss"] == pytest.approx(a["train/loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("latent", [False, True])
+def test_attention_in_blocks_is_that_of_the_dense_mask(
+    tiny_trunk: TrunkConfig, latent: bool, dtype: torch.dtype
+) -> None:
+    trunk = deepseek.TRUNK if latent else replace(tiny_trunk, d_model=128, d_head=32)
+    layer = trunk.attention.build(trunk, 0).to("cuda", dtype)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.2)
+    documents = (torch.arange(300, device="cuda") // 70).expand(2, -1)
+    x = torch.randn(2, 300, trunk.d_model, device="cuda", dtype=dtype)
+    found = []
+    for in_blocks in (False, True):
+        positions = Positions.of_window(
+            trunk, 300, device=x.device, dtype=dtype, documents=documents, in_blocks=in_blocks
+        )
+        own = x.clone().requires_grad_()
+        call = torch.compile(layer) if in_blocks else layer
+        out = call(own, positions)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [own, *layer.parameters()])])
+    bound = 0.05 if dtype == torch.bfloat16 else 5e-3
+    for a, b in zip(*found, strict=True):
+        assert float((a - b).abs().max() / b.abs().max()) < bound
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_recorded_passes_decode_the_same(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, speculative: bool
+) -> None:
+    """Compiled, and played as CUDA graphs."""
+    monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "programs"))
+    train_here(tmp_path, cache, {"trainer.accelerator": "cuda", "trainer.max_steps": 30})
+    model = load_run(tmp_path, device="cuda").model
+    prompts = [[1, 2, 3], [4, 5, 6, 7]]
+    eager, recorded = (
+        generate(
+            model, prompts, max_new_tokens=40, speculative=speculative, compile=compile,
+            batch_size=1,
+        )
+        for compile in (False, True)
+    )  # fmt: skip
+    assert [g.token_ids for g in recorded] == [g.token_ids for g in eager]
 
 
 def test_greedy_drafts_change_nothing(tmp_path: Path, cache: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mtp_lightning.nn.kernels import softmax
 from mtp_lightning.objective import through_head
 from mtp_lightning.objective.stack_loss import joint_loss
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
@@ -21,9 +24,11 @@ def target(depth: int, tokens: Tensor, coefficient: float) -> DepthTarget:
     return DepthTarget(depth, tokens, coefficient, CrossEntropy())
 
 
-def weighted(weight: Tensor, depths: Depths, *, train_head: bool = True) -> tuple[Tensor, Tensor]:
+def weighted(
+    weight: Tensor, depths: Depths, *, train_head: bool = True, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
     states, targets = zip(*depths, strict=True)
-    return joint_loss(weight, states, targets, train_head=train_head)
+    return joint_loss(weight, states, targets, train_head=train_head, compiled=compiled)
 
 
 def expected(
@@ -53,9 +58,16 @@ def expected(
     rows=st.sampled_from([1, 3, 40, 130]),
     masked=st.booleans(),
     train_head=st.booleans(),
+    one_kernel=st.booleans(),
 )
 def test_values_and_gradients(
-    seed: int, n_depths: int, vocab: int, rows: int, masked: bool, train_head: bool
+    seed: int,
+    n_depths: int,
+    vocab: int,
+    rows: int,
+    masked: bool,
+    train_head: bool,
+    one_kernel: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(vocab, 16, generator=generator, requires_grad=True)
@@ -67,7 +79,8 @@ def test_values_and_gradients(
         hidden = torch.randn(2, rows, 16, generator=generator).requires_grad_()
         coefficient = float(torch.rand((), generator=generator)) + 0.1
         depths.append((hidden, target(k, targets, coefficient)))
-    total, sums = weighted(weight, depths, train_head=train_head)
+    with mock.patch.object(softmax, "_compiled", lambda: softmax._cross_entropy):
+        total, sums = weighted(weight, depths, train_head=train_head, compiled=one_kernel)
     want_total, want_sums, want_weight, want_hidden = expected(
         weight, depths, train_head=train_head
     )
@@ -141,3 +154,24 @@ def test_bfloat16_autocast_stays_close() -> None:
     assert weight.grad.dtype == hidden.grad.dtype == torch.float32
     torch.testing.assert_close(weight.grad.double(), want_weight, rtol=0.1, atol=0.02)
     torch.testing.assert_close(hidden.grad.double(), want_hidden[0], rtol=0.1, atol=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_kernel(dtype: torch.dtype) -> None:
+    """With chunks of two lengths, as a GPU gets them."""
+    weight = torch.randn(300, 16).to(dtype).requires_grad_()
+    tokens = torch.randint(0, 300, (2, 400))
+    tokens[:, ::3] = -100
+    hidden = torch.randn(2, 400, 16).to(dtype).requires_grad_()
+    depths = [(hidden, target(0, tokens, 0.7))]
+    with mock.patch.dict(through_head._CHUNK_NUMEL, cpu=300 * 256):
+        total, sums = weighted(weight, depths, compiled=True)
+    total.backward()
+    want_total, want_sums, want_weight, (want_hidden,) = expected(weight, depths)
+    bound = 1e-4 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(total.double(), want_total, rtol=bound, atol=bound)
+    torch.testing.assert_close(sums, torch.stack(want_sums).detach(), rtol=bound, atol=bound)
+    for found, want in ((weight.grad, want_weight), (hidden.grad, want_hidden)):
+        assert float((found.double() - want).abs().max() / want.abs().max()) < bound

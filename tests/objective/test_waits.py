@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 import mtp_lightning.nn.kernels.experts as experts
 from data_modules.windows import WindowBatch
 from mtp_lightning.metrics.summary_rates import rates_of
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.trunk import TrunkOutput
 from mtp_lightning.objective.balance.base import NoBalance
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.schedule.base import Progress
@@ -105,6 +108,27 @@ def test_a_validation_copies_nothing_from_the_host(tiny_trunk: TrunkConfig) -> N
     with HostCopies() as copies, torch.no_grad():
         rates.update(model(batch), model.head.weight, batch)
     assert copies.found == []
+
+
+@pytest.mark.parametrize(("device", "compiled"), [("meta", True), ("meta", False), ("cpu", True)])
+def test_a_mask_in_blocks_copies_nothing_from_the_host(
+    tiny_trunk: TrunkConfig, device: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For compiled blocks on a GPU, and for nothing else."""
+    model = build(tiny_trunk, MTPConfig.find("none")(depth=0)).to(device)
+    model.compiled = compiled
+    batch = masked(windows(4, 12, 0)).to(device)
+    seen = []
+
+    def run(embedded: torch.Tensor, positions: Positions) -> TrunkOutput:
+        seen.append(positions.mask)
+        return TrunkOutput(embedded, embedded, embedded)
+
+    monkeypatch.setattr(model.trunk, "forward", run)
+    with HostCopies() as copies:
+        model.run_trunk(batch, [])
+    assert copies.found == []
+    assert isinstance(seen[0], BlockMask) == (device == "meta" and compiled)
 
 
 def test_what_waits_is_found() -> None:

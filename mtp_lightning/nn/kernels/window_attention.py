@@ -21,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
+from torch.nn.attention.flex_attention import BlockMask
 
 from mtp_lightning.nn.kernels import native
+from mtp_lightning.nn.kernels.document_attention import document_attention
 from mtp_lightning.nn.kernels.eager import eager_cpu
 from mtp_lightning.nn.kernels.rope import apply_rope
 
@@ -33,7 +35,12 @@ _MAX_SEQ_LEN = 512
 
 
 def turned_attention(
-    qkv_BTNH: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, n_heads: int, n_kv: int
+    qkv_BTNH: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor | BlockMask | None,
+    n_heads: int,
+    n_kv: int,
 ) -> Tensor:
     """:func:`window_attention` of queries and keys turned by their rotary angles, [B, T, N, H].
 
@@ -52,7 +59,10 @@ def turned_attention(
 
 
 def window_attention(
-    query_BTNH: Tensor, key_BTMH: Tensor, value_BTMH: Tensor, mask: Tensor | None
+    query_BTNH: Tensor,
+    key_BTMH: Tensor,
+    value_BTMH: Tensor,
+    mask: Tensor | BlockMask | None,
 ) -> Tensor:
     """``softmax(q k^T / sqrt(H) + mask) v``, [B, T, N, H]; query head n reads n // G.
 
@@ -60,8 +70,11 @@ def window_attention(
         query_BTNH: queries.
         key_BTMH: keys.
         value_BTMH: values, whose width is the result's.
-        mask: bool, broadcast against [B, N, T, T], True where a query sees a key; None is causal.
+        mask: bool, broadcast against [B, N, T, T], True where a query sees a key, or that in
+            blocks (``document_attention.py``); None is causal.
     """
+    if isinstance(mask, BlockMask):
+        return document_attention(query_BTNH, key_BTMH, value_BTMH, mask)
     if mask is None and fits_native(query_BTNH, key_BTMH, value_BTMH):
         return _CausalAttentionNative.apply(query_BTNH, key_BTMH, value_BTMH)
     if mask is None and fits(query_BTNH):

@@ -1,0 +1,72 @@
+"""Attention within documents, block by block (FlexAttention, Dong et al. 2024, arXiv 2412.05496).
+
+A dense mask of [B, T, T] keeps a GPU from its flash kernels, and most of it is hidden: what lies
+behind a token, and other documents. Here a mask says which blocks of 128 x 128 anything is seen in;
+the compiler makes a kernel that visits these alone. For compiled blocks on a GPU, where this kernel
+exists; everything else has the dense mask.
+
+Shapes: B batch, T positions, N heads, M key-value heads, H head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import (
+    BlockMask,
+    create_block_mask,
+    create_mask,
+    flex_attention,
+)
+
+
+def dense_mask(documents_BT: Tensor) -> Tensor:
+    """bool [B, 1, T, T]: True where a query sees a key, of its own document and not behind it.
+
+    Args:
+        documents_BT: ids of the documents.
+    """
+    places_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    causal = places_T.unsqueeze(0) <= places_T.unsqueeze(1)
+    same = documents_BT.unsqueeze(-1) == documents_BT.unsqueeze(-2)
+    return (causal & same).unsqueeze(1)
+
+
+def block_mask(documents_BT: Tensor) -> BlockMask:
+    """:func:`dense_mask` in blocks, which all layers and depths of a pass share."""
+    documents_BT = documents_BT.contiguous()
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (documents_BT[b, query] == documents_BT[b, key])
+
+    batch, seq_len = documents_BT.shape
+    return create_block_mask(sees, batch, None, seq_len, seq_len, device=documents_BT.device)
+
+
+def of_blocks(mask: BlockMask) -> Tensor:
+    """:func:`dense_mask` again."""
+    batch, _, queries, keys = mask.shape
+    device = mask.kv_num_blocks.device
+    return create_mask(mask.mask_mod, batch, 1, queries, keys, device=device)
+
+
+def document_attention(
+    query_BTNH: Tensor, key_BTMH: Tensor, value_BTMH: Tensor, mask: BlockMask
+) -> Tensor:
+    """``softmax(q k^T / sqrt(H) + mask) v``, [B, T, N, H]; query head n reads n // (N / M).
+
+    Args:
+        query_BTNH: queries.
+        key_BTMH: keys.
+        value_BTMH: values, whose width is the result's.
+        mask: of :func:`block_mask`.
+    """
+    device = query_BTNH.device.type
+    heads = [x.transpose(1, 2) for x in (query_BTNH, key_BTMH, value_BTMH)]
+    if torch.is_autocast_enabled(device):  # which knows of PyTorch's own attention alone
+        dtype = torch.get_autocast_dtype(device)
+        heads = [x.to(dtype) for x in heads]
+    query, key, value = heads
+    enable_gqa = query.shape[1] != key.shape[1]
+    mixed = flex_attention(query, key, value, block_mask=mask, enable_gqa=enable_gqa)
+    return mixed.transpose(1, 2)

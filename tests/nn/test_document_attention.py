@@ -1,0 +1,140 @@
+"""Attention within documents in blocks against the dense mask, in float64.
+
+A CPU has the formula of FlexAttention and no kernel, and refuses gradients before it looks for one:
+``on_cpu`` takes that refusal away. The kernel itself is in tests/integration/test_gpu.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.attention import flex_attention
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.registers import RegistersConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.attention import GroupedQueryConfig, Positions
+from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.kernels.document_attention import block_mask, dense_mask, of_blocks
+from tests import deepseek
+from tests.models import build, windows
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Dynamo's own
+DOCUMENTS = torch.tensor([[0] * 9 + [1] * 160 + [2] * 31, [3] * 200])
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *heads: None)
+    monkeypatch.setattr(flex_attention, "_warn_once", lambda *said, **kinds: None)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 3), st.integers(1, 300), st.integers(0, 60), st.integers(0, 10))
+def test_blocks_are_the_dense_mask(rows: int, seq_len: int, per_text: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    documents = torch.rand(rows, seq_len, generator=generator).mul(per_text + 1).long()
+    documents = (documents == 0).cumsum(1)
+    found = of_blocks(block_mask(documents))
+    assert torch.equal(found, dense_mask(documents))
+    for row, ids in enumerate(documents.tolist()):
+        for q in {0, seq_len // 2, seq_len - 1}:
+            expected = [ids[k] == ids[q] and k <= q for k in range(seq_len)]
+            assert found[row, 0, q].tolist() == expected
+
+
+def gradients(model: nn.Module, x: Tensor, positions: Positions) -> list[Tensor]:
+    """The output of an attention layer, and the gradients of its input and parameters."""
+    x = x.clone().requires_grad_()
+    out = model(x, positions)
+    return [out, *torch.autograd.grad(out.square().sum(), [x, *model.parameters()])]
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("kind", ["grouped", "qk_norm", "latent"])
+def test_a_layer_computes_the_same(tiny_trunk: TrunkConfig, kind: str) -> None:
+    if kind == "latent":
+        trunk = deepseek.TRUNK
+    else:
+        attention = GroupedQueryConfig(qk_norm=kind == "qk_norm")
+        trunk = replace(tiny_trunk, attention=attention)
+    layer = trunk.attention.build(trunk, 0).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, 0.5, 0.2)
+    x = torch.randn(*DOCUMENTS.shape, trunk.d_model, dtype=torch.float64)
+    dense, blocks = (
+        Positions.of_window(
+            trunk, x.shape[1], device=x.device, dtype=x.dtype, documents=DOCUMENTS, in_blocks=way
+        )
+        for way in (False, True)
+    )
+    for found, expected in zip(
+        gradients(layer, x, blocks), gradients(layer, x, dense), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-8)
+
+
+def masked_windows(begins: int) -> WindowBatch:
+    batch = windows(2, 150, 2)
+    places = torch.arange(batch.tokens.shape[1])
+    documents = torch.stack((places // begins, (places + 20) // begins))
+    return WindowBatch(batch.tokens, batch.depth, documents)
+
+
+def states(model: MTPModel, batch: WindowBatch) -> list[Tensor]:
+    """Hidden states of all depths, and the gradients of all parameters."""
+    hidden = list(model(batch).values())
+    loss = torch.stack([h.square().sum() for h in hidden]).sum()
+    return [*hidden, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)]
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_blocks_take_every_mask(
+    tiny_trunk: TrunkConfig, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced once: the next batch has other documents, and nothing is compiled again."""
+    trunk = replace(tiny_trunk, recompute=recompute)
+    model = build(trunk, SequentialConfig(depth=2)).double().train()
+    batches = [masked_windows(begins) for begins in (40, 70, 11)]
+    expected = [states(model, batch) for batch in batches]
+    assert not model.compiled
+    for block in (layer for layer in model.modules() if isinstance(layer, Block)):
+        block.compile(backend="aot_eager")
+    make = Positions.of_window
+    monkeypatch.setattr(
+        Positions,
+        "of_window",
+        lambda *args, **given: make(*args, **{**given, "in_blocks": True}),
+    )
+    torch.compiler.reset()
+    first = states(model, batches[0])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = [first, *(states(model, batch) for batch in batches[1:])]
+    for each, wanted in zip(found, expected, strict=True):
+        for a, b in zip(each, wanted, strict=True):
+            if b is not None:
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_registers_see_through_blocks(tiny_trunk: TrunkConfig) -> None:
+    stack = build(tiny_trunk, RegistersConfig(lookahead=3)).mtp
+    masks = [
+        stack.positions(
+            Positions.of_window(
+                stack.trunk_config, 200, device=torch.device("cpu"), documents=DOCUMENTS,
+                in_blocks=way,
+            ),
+            200,
+            2,
+        ).mask
+        for way in (False, True)
+    ]  # fmt: skip
+    assert torch.equal(*masks)
