@@ -10,6 +10,7 @@ from typing import Any
 from data_modules.sources.text import expand
 from data_modules.store_module import StoreDataModule
 from data_modules.token_files.formats import TokenSource, read_header
+from data_modules.token_files.litdata_chunks import INDEX, chunk_paths
 from data_modules.token_files.view import open_view
 from data_modules.token_store import TokenStore
 from data_modules.tokenizers.base import Tokenizer
@@ -25,8 +26,8 @@ class TokenFilesDataModule(StoreDataModule):
     Args:
         tokenizer: the one that made the ids, or an
             :class:`~data_modules.tokenizers.ids.IdTokenizer`.
-        path: files of the training text: ``.bin`` or ``.npy``, Megatron's also without the suffix;
-            folders, globs, or a list, read as one text.
+        path: files of the training text: ``.bin`` or ``.npy``, Megatron's also without the suffix,
+            litdata's also by their ``index.json``; folders, globs, or a list, read as one text.
         val_path: the same of the validation text; None for the end of ``path``.
         held_out: share of the tokens that this end is, in whole documents; 0.05 if None.
         dtype: type of the ids in files without header; uint16 if None.
@@ -102,10 +103,16 @@ class TokenFilesDataModule(StoreDataModule):
             pair = Path(f"{one}.bin").expanduser()
             whole = f"{one}.bin" if pair.is_file() and not Path(one).exists() else one
             for _, path in expand(whole, key):
-                own = path.with_suffix(".bin")
-                index = path.suffix == ".idx" and own.is_file()
-                found[(own if index else path).resolve()] = None
+                found |= {own.resolve(): None for own in _behind(path)}
         return [read_header(path, self.dtype) for path in found]
 
     def summary(self) -> dict[str, Any]:
         return super().summary() | {"held_out": self.store.meta["held_out"]}
+
+
+def _behind(path: Path) -> list[Path]:
+    """The files of ids that an index stands for; of any other file, itself."""
+    if path.suffix == ".idx" and path.with_suffix(".bin").is_file():
+        return [path.with_suffix(".bin")]
+    chunks = chunk_paths(path) if path.name == INDEX else None
+    return [path] if chunks is None else chunks

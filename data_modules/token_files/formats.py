@@ -8,6 +8,7 @@ GPT-NeoX              1), code of the type (uint8), numbers of sequences and of 
 llm.c,                ``.bin``: 256 int32, of which magic, version and number of ids, then the ids:
 modded-nanogpt        uint16 behind magic 20240520, uint32 behind 20240801 (Llama 3)
 nanoGPT               ``.bin``: the ids alone, uint16
+litdata               ``.bin`` that an ``index.json`` names: see ``litdata_chunks.py``
 numpy                 ``.npy`` of one dimension
 ====================  ============================================================================
 
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_modules.token_files.litdata_chunks import read_chunk
 from data_modules.token_files.shards import Shard
 from mtp_lightning.errors import UserError
 
@@ -50,7 +52,7 @@ class TokenSource:
     """What a file holds.
 
     Attributes:
-        format: ``megatron``, ``llm.c``, ``raw`` or ``npy``.
+        format: ``megatron``, ``litdata``, ``llm.c``, ``raw`` or ``npy``.
         shard: where its ids are.
         starts: int64 first token of every document; None where end-of-text tokens alone part them.
         files: all files that say so.
@@ -78,8 +80,8 @@ def read_header(path: Path, dtype: str | None = None) -> TokenSource:
         raise UserError(f"data.dtype must be uint16, uint32, int32, int64 or null, not {dtype!r}")
     if path.suffix not in (".bin", ".npy"):
         raise UserError(
-            f"{path} is no file of token ids: give .bin (Megatron, nanoGPT, llm.c) or .npy files, "
-            f"of a folder with others by a glob such as data.path='{path.parent}/*.bin'"
+            f"{path} is no file of token ids: give .bin (Megatron, nanoGPT, llm.c, litdata) or "
+            f".npy files, of a folder with others by a glob such as data.path='{path.parent}/*.bin'"
         )
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty: leave the file out of data.path")
@@ -89,6 +91,8 @@ def read_header(path: Path, dtype: str | None = None) -> TokenSource:
         found = _numpy(path)
     elif path.with_suffix(".idx").is_file():
         found = _megatron(path)
+    elif (chunk := read_chunk(path)) is not None:
+        found = TokenSource("litdata", *chunk, (path,))
     elif int.from_bytes(head[:4], "little") in _LLM_C:
         found = _llm_c(path, head)
     else:

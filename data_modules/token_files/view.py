@@ -191,7 +191,7 @@ def _require_known(
 
 
 def _warn_without_end(tokens: ShardedTokens, starts: np.ndarray, tokenizer: Tokenizer) -> None:
-    """Megatron writes end-of-text tokens only where it was asked for them."""
+    """Megatron and litdata write end-of-text tokens only where they were asked for them."""
     ends = starts[1:1001] - 1
     if len(ends) and (without := int((tokens[ends] != tokenizer.eot_id).sum())):
         log.warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 from pathlib import Path
@@ -17,7 +18,7 @@ from data_modules.token_files.formats import read_header
 from data_modules.token_files.shards import Shard, ShardedTokens, cut
 from data_modules.token_files.view import look_through
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer, IdTokenizer
-from tests.data_modules.token_formats import llm_c, megatron, nanogpt, numpy_file
+from tests.data_modules.token_formats import litdata, llm_c, megatron, nanogpt, numpy_file
 
 EOT = 256
 WRITERS = {
@@ -27,6 +28,10 @@ WRITERS = {
     "npy": lambda path, documents: numpy_file(path.with_suffix(".npy"), documents),
     "megatron": lambda path, documents: megatron(path.with_suffix(".bin"), documents, sentences=3),
     "int32": lambda path, documents: megatron(path.with_suffix(".bin"), documents, code=4),
+    "litdata": lambda path, documents: litdata(path, documents).parent / "chunk-0-0.bin",
+    "litdata int64": lambda path, documents: (
+        litdata(path, documents, data_format="no_header_tensor:18").parent / "chunk-0-0.bin"
+    ),
 }
 
 
@@ -125,20 +130,24 @@ def test_a_long_document_is_evaluated_in_the_pieces_of_its_text(tmp_path):
         assert files.evaluation_summary() == plain.evaluation_summary()
 
 
-@pytest.mark.parametrize("kind", ["raw", "megatron"])
+@pytest.mark.parametrize("kind", ["raw", "megatron", "litdata"])
 def test_shards_are_one_text(tmp_path, kind):
     documents = ids_of(texts())
     whole = WRITERS[kind](tmp_path / "whole", documents)
     flat = sum(documents, [])
-    (tmp_path / "s").mkdir()
+    shards = f"{tmp_path}/s/*.bin"
+    if kind == "litdata":  # whose names are not in order
+        shards = litdata(tmp_path / "s", documents, chunks=12)
+    else:
+        (tmp_path / "s").mkdir()
     if kind == "raw":  # llm.c's shards end anywhere
         for i, at in enumerate(range(0, len(flat), 7001)):
             llm_c(tmp_path / "s" / f"{i:06}.bin", [flat[at : at + 7001]])
-    else:
+    elif kind == "megatron":
         for i in range(0, len(documents), 13):
             megatron(tmp_path / "s" / f"{i:06}.bin", documents[i : i + 13])
     one = module(tmp_path / "c", whole, document_mask=True)
-    many = module(tmp_path / "c", f"{tmp_path}/s/*.bin", document_mask=True)
+    many = module(tmp_path / "c", shards, document_mask=True)
     for name in ("train", "val"):
         a, b = one.store[name], many.store[name]
         assert np.array_equal(a.tokens()[:], b.tokens()[:]) and a.n_bytes == b.n_bytes
@@ -259,6 +268,43 @@ def test_without_a_text_there_are_no_bytes(tmp_path, caplog):
         IdTokenizer(1, 0)
 
 
+def test_chunks_that_litdata_wrote(tmp_path):
+    """litdata 0.2.76: twelve tensors of uint16, chunk_size=30, TokensLoader(). Its own
+    StreamingDataset of blocks of 5 begins with [0, 1, 4, 256, 7], [8, 11, 16, 256, 14]."""
+    folder = Path(__file__).parent / "litdata"
+    documents = [[*((7 * i + j * j) % 256 for j in range(3 + i % 4)), EOT] for i in range(12)]
+    data = module(tmp_path / "c", folder, held_out=0.3, seq_len=4)
+    train, val = (data.store[name] for name in ("train", "val"))
+    n = train.n_documents
+    assert train.tokens()[:].tolist() == sum(documents[:n], [])
+    assert val.tokens()[:].tolist() == sum(documents[n:], [])
+    starts = np.cumsum([0, *map(len, documents)])
+    assert [*train.starts(), *(val.starts() + train.n_tokens)] == starts[:-1].tolist()
+
+
+def test_chunks_of_something_else_are_refused(tmp_path):
+    index = litdata(tmp_path / "a", [[1, 2, 0], [3, 0]])
+    written = json.loads(index.read_text())
+    for change, message in (
+        ({"compression": "zstd"}, r"chunks with compression \(zstd\).*write them again without"),
+        ({"encryption": {"algorithm": "fernet"}}, "chunks with encryption"),
+        ({"data_format": ["int", "str"]}, "no rows of token ids: write one tensor of ids"),
+        ({"data_format": ["no_header_tensor:0"]}, "no rows of token ids"),
+        ({"item_loader": "PyTreeLoader"}, "item_loader PyTreeLoader"),
+    ):
+        index.write_text(json.dumps({**written, "config": written["config"] | change}))
+        for path in (index, index.parent / "chunk-0-0.bin", index.parent):
+            with pytest.raises(ValueError, match=message):
+                module(tmp_path / "c", path).prepare()
+    outside = [written["chunks"][0] | {"filename": "../x.bin"}]
+    index.write_text(json.dumps({**written, "chunks": outside}))
+    with pytest.raises(ValueError, match="names chunks outside its folder"):
+        module(tmp_path / "c", index).prepare()
+    index.write_text('{"other": 1}')
+    with pytest.raises(ValueError, match=r"index\.json is no file of token ids"):
+        module(tmp_path / "c", index).prepare()
+
+
 def test_megatron_without_end_of_text_tokens_is_said(tmp_path, caplog):
     documents = [document[:-1] for document in ids_of(texts())]
     data = module(tmp_path / "c", str(megatron(tmp_path / "x.bin", documents).with_suffix("")))
@@ -368,7 +414,7 @@ def test_damaged_headers_are_one_sentence(tmp_path_factory, data):
     """Bytes changed, cut off or added: a sentence about the file, or numbers that hold for it."""
     folder = tmp_path_factory.mktemp("fuzz")
     documents = [[1, 2, 3, 0], [4, 5, 0], [6, 0]]
-    kind = data.draw(st.sampled_from(["megatron", "llm.c", "npy"]))
+    kind = data.draw(st.sampled_from(["megatron", "llm.c", "npy", "litdata"]))
     path = WRITERS[kind](folder / "x", documents)
     victim = path.with_suffix(".idx") if kind == "megatron" else path
     content = bytearray(victim.read_bytes())
@@ -380,7 +426,7 @@ def test_damaged_headers_are_one_sentence(tmp_path_factory, data):
     try:
         found = read_header(path)
     except ValueError as error:
-        assert "x." in str(error) and "\n" not in str(error)
+        assert path.name in str(error) and "\n" not in str(error)
         return
     shard = found.shard
     end = shard.offset + shard.n_tokens * np.dtype(shard.dtype).itemsize

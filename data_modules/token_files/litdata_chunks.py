@@ -1,0 +1,105 @@
+"""Chunks of litdata, as ``litdata.optimize(..., item_loader=TokensLoader())`` writes them.
+
+``index.json`` names the chunks of its folder and the type of their ids. A chunk is the number n of
+its items (uint32), n + 1 byte offsets (uint32) of where each item begins and the last one ends, and
+the ids of all items, end to end. An item is what one call gave: a document.
+
+The files are read as they lie on a disk, in the order of training that every corpus has here;
+litdata itself, whose own order depends on its workers, is not needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_modules.token_files.shards import Shard
+from mtp_lightning.errors import UserError
+
+INDEX = "index.json"
+_LOADER = "TokensLoader"
+_TYPES = {
+    "no_header_tensor": {11: "<u1", 12: "<i1", 13: "<i2", 14: "<i2", 15: "<i4", 16: "<i4"}
+    | {17: "<i8", 18: "<i8", 20: "<u2"},
+    "no_header_numpy": dict(enumerate(("<i1", "<i2", "<i4", "<i8", "<u1", "<u2", "<u4"))),
+}
+"""By the serializer's name, its numbers for the types of whole numbers."""
+
+
+def chunk_paths(index: Path) -> list[Path] | None:
+    """The chunks that an index names, in its order; None of a file that is no index of litdata's.
+
+    Raises:
+        UserError: its chunks hold something else than rows of ids.
+        OSError: it cannot be read.
+    """
+    found = _read_index(index, index.stat().st_mtime_ns)
+    return None if found is None else [index.parent / name for name in found[0]]
+
+
+def read_chunk(path: Path) -> tuple[Shard, np.ndarray] | None:
+    """A chunk's ids, and the first token of every document; None of a file that is no chunk.
+
+    Args:
+        path: a ``.bin`` file.
+
+    Raises:
+        UserError: it is truncated or damaged, or holds something else than rows of ids.
+        OSError: it cannot be read.
+    """
+    index = path.parent / INDEX
+    found = _read_index(index, index.stat().st_mtime_ns) if index.is_file() else None
+    if found is None or path.name not in found[0]:
+        return None
+    dtype = np.dtype(found[1])
+    size = path.stat().st_size
+    n_items = int(np.fromfile(path, "<u4", 1)[0]) if size >= 4 else 0
+    begin = 4 * (n_items + 2)
+    if n_items and begin <= size:
+        offsets = np.fromfile(path, "<u4", n_items + 1, offset=4).astype(np.int64)
+        lengths = np.diff(offsets)
+        whole = offsets[0] == begin and offsets[-1] == size and not (lengths % dtype.itemsize).any()
+        if whole and lengths.min() >= 0 and size > begin:
+            starts = np.unique((offsets[:-1] - begin) // dtype.itemsize)
+            n_tokens = (size - begin) // dtype.itemsize
+            return Shard(path, dtype.str, begin, n_tokens), starts[starts < n_tokens]
+    raise UserError(
+        f"{path} is truncated or damaged: its header does not fit its {size:,} bytes and the "
+        f"{dtype.name} of {index}; copy both files again"
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _read_index(index: Path, changed: int) -> tuple[dict[str, None], str] | None:
+    """Names of chunks and the type of their ids. ``changed`` is when the file was."""
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        chunks, config = content["chunks"], content["config"]
+        names = {str(chunk["filename"]): None for chunk in chunks}
+        serializer, _, number = str(config["data_format"][0]).partition(":")
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
+    if any("/" in name or "\\" in name for name in names):
+        raise UserError(f"{index} names chunks outside its folder: it is not read")
+    for key in ("compression", "encryption"):
+        if config.get(key):
+            raise UserError(
+                f"{index} is of chunks with {key} ({_short(config[key])}), which cannot be mapped: "
+                "write them again without"
+            )
+    dtype = _TYPES.get(serializer, {}).get(int(number) if number.isdigit() else -1)
+    if config.get("item_loader") != _LOADER or len(config["data_format"]) != 1 or dtype is None:
+        raise UserError(
+            f"{index} is of items ({_short(config['data_format'])}, item_loader "
+            f"{_short(config.get('item_loader'))}) that are no rows of token ids: write one tensor "
+            f"of ids a document, with item_loader={_LOADER}()"
+        )
+    return names, dtype
+
+
+def _short(value: Any) -> str:
+    return str(value)[:60]
