@@ -13,6 +13,7 @@ from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
+from mtp_lightning.nn.kernels import native
 from tests.decoding.models import (
     random_prompts,
     small_model,
@@ -253,6 +254,26 @@ def test_auto_falls_back_to_plain_and_equals_it():
     expected = [g.token_ids for g in generate(model, prompts, speculative=False, **long)]
     generations = generate(model, prompts, draft_depth="auto", **long)
     assert [g.token_ids for g in generations] == expected
+
+
+@pytest.mark.parametrize("library", [None, native.library], ids=["plain", "native"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
+def test_models_of_another_precision(dtype, deepseek, library, monkeypatch):
+    """Packed weights and kernels are made for fp32: whatever else comes is not taken for it."""
+    monkeypatch.setattr(native, "library", library)
+    model, prompts = small_model(5, 2, deepseek=deepseek).to(dtype), random_prompts(5, LENGTHS)
+    texts = plain(model, prompts)
+    drafted = generate(model, prompts, max_new_tokens=NEW)
+    assert [g.token_ids for g in drafted] == texts
+    if deepseek and dtype == torch.bfloat16:
+        return  # which rounds some tokens into other experts
+    exact = model.double()  # of the same numbers
+    for prompt, text in zip(prompts, texts, strict=True):
+        (logits,) = teacher_forced(exact, prompt + text, 0)[:1]
+        ends = logits[len(prompt) - 1 : -1]
+        chosen = ends.gather(1, torch.tensor(text).unsqueeze(1)).squeeze(1)
+        assert float((ends.amax(1) - chosen).max()) < 0.1
 
 
 def test_batches_keep_the_order_of_prompts():

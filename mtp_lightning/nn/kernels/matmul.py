@@ -122,6 +122,8 @@ def linear(x: Tensor, weight_NK: Tensor, packed: Packed | None = None) -> Tensor
             this project's own, only for few tokens of every row of a batch, and in exact passes.
     """
     if packed is not None and not torch.compiler.is_compiling():
+        if x.dtype != torch.float32:  # of a model in bf16, whose packed copy is for fp32
+            return linear(x.float(), weight_NK, packed).to(x.dtype)
         if isinstance(packed, Tensor):
             return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
         if is_exact() or x.dim() < 2 or x.shape[-2] <= FEW:
