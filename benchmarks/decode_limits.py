@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from benchmarks import common
 from data_modules.tokenizers.byte import ByteTokenizer
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.engine import eager_decoding
-from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.session import Session, decoding_passes
 from mtp_lightning.interop.config_json import model_type
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
@@ -52,7 +51,7 @@ def _as_fp32(numbers: Tensor) -> Tensor:
 def memory_rate(model: MTPModel, prompt: list[int], *, repeats: int) -> dict[str, float]:
     """How fast the trunk's passes at batch 1 read its weights, and how fast a plain read of the
     same memory is, its sum, in turn with them. Without the layers' C++, nothing."""
-    with eager_decoding(model):
+    with decoding_passes(model):
         weights = [_as_fp32(x) for x in _packed(model.trunk) + _packed(model.head)]
         if not weights:
             return {}

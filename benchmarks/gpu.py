@@ -3,8 +3,8 @@
 Run ``python -m benchmarks.gpu``: under nine minutes on one GPU of 80 GB. First the tests with the
 marker ``gpu``; then optimizer steps of three sizes at D = 0, 1, 2 and of a mixture of experts, as a
 run takes them by default there (bf16-mixed, compiled blocks), without Lightning, callbacks and
-logging; then the passes that decoding consists of, with weights in bf16, those of one row also as
-generate.py's ``compile=true`` has them. ``mfu`` is over the maker's number for dense products, and
+logging; then the passes that decoding consists of, with weights in bf16, and those of one model
+compiled and recorded. ``mfu`` is over the maker's number for dense products, and
 counts attention in full, without a causal discount. Rows for which no time is left are named in the
 table and in the JSON. Not run on a GPU by this project yet.
 """
@@ -35,8 +35,8 @@ ROWS = [
     ("small", 1, 16),
     ("large", 2, 4),
 ]
-# The row whose passes of decoding are compiled, too: five programs, half a minute each.
-COMPILED = ("small", 2)
+# The row whose passes of decoding are measured compiled, too, after all others: five programs.
+COMPILED = ("small", 2, 1)
 SEQ_LEN = 2048
 VOCAB_SIZE = 32_768
 _WARMUP_STEPS = 3
@@ -47,8 +47,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         task: ``model``, ``depth``, ``batch_size``, ``seq_len``, ``vocab_size``, ``steps``,
-            ``device``, ``compile``, ``compile_passes``, ``repeats``: timed calls of each decoding
-            pass.
+            ``device``, ``compile``, ``repeats``: timed calls of each decoding pass, and
+            ``passes_alone``: whether to measure these alone, compiled.
 
     Returns:
         Milliseconds of a step, the rates that follow, bytes of memory, milliseconds of passes.
@@ -57,10 +57,11 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
     from benchmarks.train_step import build_step
     from mtp_lightning.callbacks.device_rate import measure_matmul_rate, peak_of
-    from mtp_lightning.decoding.measure import pass_costs
 
     device = torch.device(task["device"])
     step, model, _ = build_step(task)
+    if task["passes_alone"]:
+        return {"compiled": _passes(model, task, compile=True)}
     if task["compile"]:
         model.compile_blocks()
 
@@ -96,16 +97,21 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "of_matmul": flops / seconds / rate.fastest,
         "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if gpu else None,
     }
+    return result | {"eager": _passes(model, task, compile=False)}
+
+
+def _passes(model: Any, task: dict[str, Any], *, compile: bool) -> dict[str, list[float]]:
+    """Milliseconds of every pass of decoding; on a GPU with weights in bf16."""
+    from mtp_lightning.decoding.measure import pass_costs
+
     model.eval().requires_grad_(False)
-    if gpu:
+    if task["device"] == "cuda":
         model.bfloat16()
-    for way in ("eager", "compiled") if task["compile_passes"] else ("eager",):
-        costs = pass_costs(model, range(1, 65), compile=way == "compiled", repeats=task["repeats"])
-        result[way] = {
-            "verify_ms": [seconds * 1e3 for seconds in costs.verify],
-            "draft_ms": [seconds * 1e3 for seconds in costs.draft],
-        }
-    return result
+    costs = pass_costs(model, range(1, 65), compile=compile, repeats=task["repeats"])
+    return {
+        "verify_ms": [seconds * 1e3 for seconds in costs.verify],
+        "draft_ms": [seconds * 1e3 for seconds in costs.draft],
+    }
 
 
 def run_gpu_tests(seconds: float) -> dict[str, Any]:
@@ -140,6 +146,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     began = time.monotonic()
     parser = common.parser("Checks and measures a GPU.", "gpu")
     parser.add_argument("--rows", nargs="+", type=parse_row, default=ROWS, help="MODEL:DEPTH:BATCH")
+    parser.add_argument("--compiled", type=parse_row, default=COMPILED, help="its passes, compiled")
     parser.add_argument("--seq-len", type=int, default=SEQ_LEN)
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
     parser.add_argument("--steps", type=int, default=10, help="in each of three turns")
@@ -163,13 +170,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         tests = run_gpu_tests(limit / 2)
         common.progress(tests["last_line"])
     rows, longest = [], 0.0
-    for model, depth, batch_size in options.rows:
+    compiled = [] if options.no_compile else [(*options.compiled, True)]
+    for model, depth, batch_size, alone in [*((*row, False) for row in options.rows), *compiled]:
         row = {"model": model, "depth": depth, "batch_size": batch_size}
         left = limit - (time.monotonic() - began)
         if left < longest:
             rows.append({**row, "error": "no time left"})
             continue
-        common.progress(f"{model} D={depth}, {batch_size} x {options.seq_len}")
+        what = "compiled passes" if alone else f"{batch_size} x {options.seq_len}"
+        common.progress(f"{model} D={depth}, {what}")
         task = {
             **row,
             "seq_len": options.seq_len,
@@ -177,7 +186,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "steps": options.steps,
             "device": options.device,
             "compile": not options.no_compile,
-            "compile_passes": not options.no_compile and (model, depth) == COMPILED,
+            "passes_alone": alone,
             "repeats": 5 if options.quick else 30,
         }
         started = time.monotonic()
@@ -224,7 +233,7 @@ def print_tables(result: dict[str, Any]) -> None:
             "start s": "seconds_to_start|.0f",
             "": "error",
         },
-        rows,
+        [row for row in rows if "compiled" not in row],
     )
     passes = [
         {

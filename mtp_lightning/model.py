@@ -107,7 +107,7 @@ class MTPModel(nn.Module):
         trunk: embedding, blocks and final norm.
         head: the output head, shared by every depth.
         mtp: the stack of further predictions.
-        compiled: whether its blocks are, and what else a GPU has compiled in training.
+        compiled: whether its blocks are.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -140,6 +140,12 @@ class MTPModel(nn.Module):
         assert self.config.trunk.init_std is not None
         initialise(self, std=self.config.trunk.init_std, seed=seed)
         self.mtp.initialise_own()
+
+    @property
+    def has_compiled_kernels(self) -> bool:
+        """Whether documents' attention and the loss are kernels of the compiler's, too; it makes
+        none for a CPU's backward pass, or none that is faster."""
+        return self.compiled and self.head.weight.device.type != "cpu"
 
     def compile_blocks(self) -> None:
         """Compile every block in place: the keys of checkpoints stay what they are."""
@@ -230,8 +236,7 @@ class MTPModel(nn.Module):
             device=batch.tokens.device,
             dtype=self.head.weight.dtype,
             documents=documents,
-            # Their kernel is the compiler's, which has no backward pass of it for a CPU.
-            in_blocks=self.compiled and batch.tokens.device.type != "cpu",
+            in_blocks=self.has_compiled_kernels,
             ledger=ledger,
         )
         # One look-up for all depths: theirs are the same embeddings, shifted.

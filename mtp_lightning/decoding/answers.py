@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.decoding.engine import eager_decoding
 from mtp_lightning.decoding.sampling import Sampling, draw
-from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.session import Session, decoding_passes
 from mtp_lightning.model import MTPModel
 
 
@@ -95,7 +94,7 @@ def say(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) 
     said_BW, scored_BW = F.pad(batch.tokens, (0, rounds)), F.pad(batch.scored, (0, rounds))
     if uniforms_BW is not None:
         uniforms_BW = F.pad(uniforms_BW, (0, rounds))
-    with eager_decoding(model):
+    with decoding_passes(model):
         session = Session(model, places=batch.batch_size, capacity=max(first) + rounds, max_draft=0)
         rows = zip(batch.tokens.tolist(), first, strict=True)
         logits_BV = session.join([row[:n] for row, n in rows])

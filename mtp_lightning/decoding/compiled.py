@@ -1,10 +1,11 @@
-"""The passes of decoding as compiled programs (``programs.py``), for one prompt at a time.
+"""The passes of decoding as compiled programs, for one prompt at a time.
 
 A pass of a small model is hundreds of small operators, and calling them takes most of its time.
 Compiled, it is one call. The programs have static shapes: a pass of the trunk is as wide as the
 drafts asked for, one of a module as wide as a round can leave behind, and attention reads the whole
-capacity; a program is made at the first pass that needs it, which takes about ten seconds, and is
-kept for later processes. On a GPU a pass is one launch besides (``recording.py``).
+capacity; a program is made at the first pass that needs it, which takes about ten seconds. On a CPU
+it is kept for later processes (``programs.py``), on a GPU recorded by every session
+(``recording.py``).
 
 A verify pass and a single pass are different programs, which may round differently: texts can part
 from plain decoding where two tokens' logits agree to about 1e-5.
@@ -12,33 +13,25 @@ from plain decoding where two tokens' logits agree to about 1e-5.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.decoding.programs import program
-from mtp_lightning.decoding.recording import Pass, as_pass
+from mtp_lightning.decoding.programs import program, require_compiler
+from mtp_lightning.decoding.recording import Recording
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.nn.kernels.matmul import packed_weights
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables
 from mtp_lightning.nn.static_cache import StaticCache
 
 # Prompts and texts of many lengths share a program: capacities are multiples of this.
 _CAPACITY = 256
-
-
-@contextmanager
-def compiled_decoding(model: MTPModel) -> Iterator[None]:
-    """How passes of a :class:`CompiledSession` run."""
-    # The prompt's pass, and the modules' first, are not compiled: they are wide.
-    with torch.inference_mode(), packed_weights(model):
-        yield
+# Devices whose passes are recorded.
+_RECORDED = ("cuda",)
 
 
 class _Pass(nn.Module):
@@ -117,6 +110,18 @@ class _DepthPass(_Pass):
         return *said, model.mtp.confidence(k, last_B1C[:, 0]).sigmoid()
 
 
+def _compiled(
+    function: _Pass, passing: Sequence[Tensor], staying: Sequence[Tensor]
+) -> Callable[..., Sequence[Tensor]]:
+    """``function(*passing, *staying)`` as a function of tensors like ``passing``."""
+    if staying[0].device.type in _RECORDED:
+        require_compiler()
+        compiled = torch.compile(function, fullgraph=True, dynamic=False)
+        return Recording(compiled, passing, staying)
+    built = program(function, (*passing, *staying))
+    return lambda *passing: built(*passing, *staying)
+
+
 class CompiledSession(Session):
     """A :class:`Session` of one row whose narrow passes are compiled."""
 
@@ -135,16 +140,16 @@ class CompiledSession(Session):
             else:
                 function = _DepthPass(self.model, number)
             staying = (*self._angles, *cache.entries_L_BSMH)
-            compiled = program(function, (*passing, *staying))
-            self._passes[key] = as_pass(compiled, passing, staying)
-        return self._passes[key](passing)
+            with torch.compiler.set_stance("default"):  # see decoding_passes
+                self._passes[key] = _compiled(function, passing, staying)
+        return self._passes[key](*passing)
 
     def _tables_for(self, capacity: int) -> PositionTables:
         capacity = -(-(capacity + self._slack) // _CAPACITY) * _CAPACITY - self._slack
         tables = super()._tables_for(capacity)
         self._angles = (tables.cos_S1H, tables.sin_S1H)
         # Of one capacity each, and of the storage that goes with it.
-        self._passes: dict[tuple[str, int], Pass] = {}
+        self._passes: dict[tuple[str, int], Callable[..., Sequence[Tensor]]] = {}
         return tables
 
     def verify(self, n_drafts: int) -> Tensor:

@@ -15,25 +15,22 @@ trunk's in any case).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
-import torch
-
 from mtp_lightning.decoding.adaptive import AutoDepth
-from mtp_lightning.decoding.compiled import CompiledSession, compiled_decoding
+from mtp_lightning.decoding.compiled import CompiledSession
 from mtp_lightning.decoding.drafting import Drafting
 from mtp_lightning.decoding.request import Request
 from mtp_lightning.decoding.row import Row
-from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.session import Session, decoding_passes
 from mtp_lightning.decoding.single_cache import SingleCacheSession
 from mtp_lightning.decoding.speculative import Decoder, Round
 from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.decoding.tree_speculative import TreeDecoder
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.kernels.matmul import packed_weights
 from mtp_lightning.settings import is_whole, require_choice, require_whole
 
 
@@ -97,11 +94,10 @@ class Engine:
         self._inside = ExitStack()
 
     def __enter__(self) -> Engine:
-        compiled = self.drafting.compile
         with ExitStack() as inside:
             inside.callback(self._model.train, self._model.training)
             self._model.eval()
-            inside.enter_context((compiled_decoding if compiled else eager_decoding)(self._model))
+            inside.enter_context(decoding_passes(self._model))
             self._inside = inside.pop_all()
         return self
 
@@ -287,18 +283,6 @@ class Engine:
         self._rows[i] = self._rows[-1]
         self._rows.pop()
         self._decoder.drop_row(i)
-
-
-@contextmanager
-def eager_decoding(model: MTPModel) -> Iterator[None]:
-    """How passes of a :class:`Session` run: without autograd, with packed weights, uncompiled.
-
-    What was compiled for training is left alone: passes of ever other sizes would be compiled.
-    """
-    compiled = any(m._compiled_call_impl is not None for m in model.modules())
-    stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    with torch.inference_mode(), packed_weights(model), stance:
-        yield
 
 
 def _kept(limit: int) -> int:

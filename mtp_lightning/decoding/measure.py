@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.decoding.compiled import CompiledSession, compiled_decoding
-from mtp_lightning.decoding.engine import eager_decoding
+from mtp_lightning.decoding.compiled import CompiledSession
 from mtp_lightning.decoding.generate import Prompt, generate
 from mtp_lightning.decoding.row import Generation
-from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.session import Session, decoding_passes
 from mtp_lightning.model import MTPModel
 
 # Two tokens whose logits differ by less are a tie: rounding may choose either.
@@ -192,7 +191,7 @@ def pass_costs(
         clock: see :func:`race`.
     """
     kind = CompiledSession if compile else Session
-    with compiled_decoding(model) if compile else eager_decoding(model):
+    with decoding_passes(model):
         capacity = len(prompt) + 64
         session = kind(model, places=batch, capacity=capacity, max_draft=model.depth)
         session.join([prompt] * batch)
@@ -203,7 +202,9 @@ def pass_costs(
         def draft(k: int) -> None:
             # As after a round that accepted about half: two positions to bring up to date.
             session.filled[k] = [n - max(2, k) for n in session.n]
-            session.put(session.draft(k).argmax(-1, keepdim=True), k)
+            chosen = session.draft(k).argmax(-1, keepdim=True)
+            session.put(chosen, k)
+            chosen.tolist()  # done, on a GPU too
 
         verify_seconds = [
             _seconds(partial(verify, m), repeats, clock) for m in range(model.depth + 1)

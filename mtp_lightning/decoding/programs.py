@@ -1,4 +1,4 @@
-"""Compiled programs that are kept on disk (AOTInductor): built once, then read in milliseconds.
+"""Compiled programs of a CPU, kept on disk (AOTInductor): built once, then read in milliseconds.
 
 A program is a function of tensors with static shapes, compiled ahead of time. It holds no weights:
 those of the model are bound to it where they lie, so that whatever changes them in place changes
@@ -80,7 +80,7 @@ def program(function: nn.Module, inputs: Sequence[Tensor]) -> Program:
         inputs: of the shapes that it will be called with. Those that it writes to, it writes to.
 
     Raises:
-        UserError: it must be built, and there is no C++ compiler, which that takes.
+        UserError: it must be built, and there is no C++ compiler.
         OSError: the cache folder cannot be written.
     """
     key = _key(function, inputs)
@@ -101,13 +101,14 @@ def program(function: nn.Module, inputs: Sequence[Tensor]) -> Program:
 
 def _built(folder: Path, function: nn.Module, inputs: Sequence[Tensor]) -> Path:
     if not folder.is_dir():
-        _require_compiler()
+        require_compiler()
         log.info("building a compiled pass, once for this model and machine: %s", folder)
         build_once(folder, lambda path: _build(path / _FILE, function, inputs))
     return folder / _FILE
 
 
-def _require_compiler() -> None:
+def require_compiler() -> None:
+    """Raise a UserError where there is no compiler for what PyTorch compiles."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), *_COMPILERS)):
         raise UserError(
             "compile=true needs a C++ compiler, and none is on the PATH: install g++ or clang++, "
@@ -144,7 +145,6 @@ def _key(function: nn.Module, inputs: Sequence[Tensor]) -> str:
         "torch": torch.__version__,
         "machine": _machine(),
         "threads": torch.get_num_threads(),
-        "device": _device(inputs[0].device),
         "function": repr(function),
         "config": getattr(getattr(function, "model", None), "config", None),
         "weights": [(n, x.shape, x.dtype, x.stride()) for n, x in _weights(function)],
@@ -153,12 +153,6 @@ def _key(function: nn.Module, inputs: Sequence[Tensor]) -> str:
     }
     text = json.dumps({name: repr(fact) for name, fact in facts.items()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _device(device: torch.device) -> str:
-    """With its name: a GPU's programs are of one architecture."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return f"{device} {name}"
 
 
 @functools.cache

@@ -1,8 +1,8 @@
-"""A pass on a GPU as one launch: its kernels recorded once as a CUDA graph, and played again.
+"""A pass on a GPU as a CUDA graph: its kernels recorded once, and started together ever after.
 
 A small model's kernels are done before the host has launched the next one. What a graph reads and
-writes lies at the addresses of its recording. Caches and tables stay where they are; the rest is
-copied to where the graph reads it.
+writes lies at the addresses of its recording. Caches and tables stay where they are; the rest, a
+few tokens and states, is copied to where the graph reads it.
 """
 
 from __future__ import annotations
@@ -12,40 +12,32 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Function = Callable[..., Sequence[Tensor]]
-# Of the inputs that change from call to call.
-Pass = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
-
-def as_pass(function: Function, passing: Sequence[Tensor], staying: Sequence[Tensor]) -> Pass:
-    """``function(*passing, *staying)`` as a function of ``passing``; on a GPU a recorded one.
+class Recording:
+    """A recorded function; called, it is played.
 
     Args:
         function: of tensors of these shapes; it looks at no number on the host.
-        passing: what the first call is going to give.
-        staying: read and written where they lie, as long as the pass is used.
+        passing: its first inputs, as in the first call; the others give numbers of their own.
+        staying: the rest, read and written where they lie.
     """
-    if staying[0].device.type == "cuda":
-        return Recording(function, passing, staying)
-    return lambda passing: function(*passing, *staying)
-
-
-class Recording:
-    """See :func:`as_pass`."""
 
     def __init__(
-        self, function: Function, passing: Sequence[Tensor], staying: Sequence[Tensor]
+        self,
+        function: Callable[..., Sequence[Tensor]],
+        passing: Sequence[Tensor],
+        staying: Sequence[Tensor],
     ) -> None:
         self._passing = [x.clone() for x in passing]
         # What a graph points to must live as long as the graph.
         inputs = self._inputs = (*self._passing, *staying)
-        function(*inputs)  # loads the kernels, which no recording can
-        self._replay, self._outputs = record(lambda: function(*inputs))
+        function(*inputs)  # compiles and loads the kernels, which no recording can
+        self._play, self._outputs = record(lambda: function(*inputs))
 
-    def __call__(self, passing: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, *passing: Tensor) -> list[Tensor]:
         for own, given in zip(self._passing, passing, strict=True):
             own.copy_(given)
-        self._replay()
+        self._play()
         # The next call writes over the outputs.
         return [x.clone() for x in self._outputs]
 

@@ -13,7 +13,8 @@ Shapes: B rows, T new positions, S capacity, C d_model, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import groupby
 
@@ -27,8 +28,21 @@ from mtp_lightning.mtp.base import BranchPoint, MTPStack
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.kernels.exact import FEW, exact_pass
+from mtp_lightning.nn.kernels.matmul import packed_weights
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Runs
+
+
+@contextmanager
+def decoding_passes(model: MTPModel) -> Iterator[None]:
+    """How the passes of a session run: without autograd, with packed weights, uncompiled.
+
+    What was compiled for training is left alone: passes of ever other sizes would be compiled.
+    """
+    compiled = any(m._compiled_call_impl is not None for m in model.modules())
+    stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with torch.inference_mode(), packed_weights(model), stance:
+        yield
 
 
 class Session:

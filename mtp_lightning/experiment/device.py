@@ -74,5 +74,5 @@ def has_compiler() -> bool:
 def use_tensor_cores(cfg: DictConfig) -> None:
     """Let a mixed-precision run on a GPU round to TF32 what it multiplies in fp32: the routers'
     affinities, the head at validations. With ``trainer.precision=32-true``, fp32 is fp32."""
-    if cfg.trainer.accelerator == "cuda" and cfg.trainer.precision in MIXED:
-        torch.set_float32_matmul_precision("high")
+    mixed = cfg.trainer.accelerator == "cuda" and cfg.trainer.precision in MIXED
+    torch.set_float32_matmul_precision("high" if mixed else "highest")

@@ -17,7 +17,12 @@ from torch.nn.attention.flex_attention import BlockMask
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn.components import AttentionConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.kernels.document_attention import block_mask, dense_mask, of_blocks
+from mtp_lightning.nn.kernels.document_attention import (
+    MIN_WIDTH,
+    block_mask,
+    dense_mask,
+    of_blocks,
+)
 from mtp_lightning.nn.kernels.rope import turn_in_place
 from mtp_lightning.nn.kernels.window_attention import turned_attention
 from mtp_lightning.nn.kv_cache import KVCache
@@ -69,13 +74,14 @@ class Positions:
             device: of the tables.
             dtype: of the model.
             documents: ids [B, T]; a token then sees only its own document.
-            in_blocks: whether that mask is for ``document_attention.py``.
+            in_blocks: whether that mask may be one for ``document_attention.py``.
             ledger: see above.
         """
         positions_T = torch.arange(seq_len, device=device)
         cos, sin = rope_table(positions_T, **config.rotary, dtype=dtype)
         mask: Tensor | BlockMask | None = None
         if documents is not None:
+            in_blocks = in_blocks and config.attention.reads_blocks(config)
             mask = block_mask(documents) if in_blocks else dense_mask(documents)
         return Positions(cos.unsqueeze(-2), sin.unsqueeze(-2), mask, ledger=ledger)
 
@@ -169,6 +175,9 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
 
     def turned_size(self, trunk: TrunkShape) -> int:
         return trunk.d_head if self.d_rope is None else self.d_rope
+
+    def reads_blocks(self, trunk: TrunkShape) -> bool:
+        return type(self) is GroupedQueryConfig and trunk.d_head >= MIN_WIDTH
 
     def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
         return Attention(trunk, self)

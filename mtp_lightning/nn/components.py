@@ -148,6 +148,11 @@ class AttentionConfig(LayerConfig, family="attention"):
         """What of it is turned by its position; the rest has angles of 0."""
         return self.rotary_size(trunk)
 
+    def reads_blocks(self, trunk: TrunkShape) -> bool:
+        """Whether the mask of documents may be one in blocks (``kernels/document_attention.py``)
+        instead of a tensor; by default not."""
+        return False
+
     def cache_entry(self, trunk: TrunkShape) -> CacheEntry:
         """What decoding keeps of a token; by default keys and values of all key-value heads."""
         return CacheEntry(2 * trunk.n_kv_heads, trunk.d_head)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.components import AttentionConfig, CacheEntry
+from mtp_lightning.nn.kernels.document_attention import MIN_WIDTH
 from mtp_lightning.nn.kernels.exact import by_token
 from mtp_lightning.nn.kernels.rope import apply_rope, turn_in_place
 from mtp_lightning.nn.kernels.window_attention import window_attention
@@ -68,6 +69,10 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
     def d_cached(self) -> int:
         """Numbers kept for a token when decoding: its latent and its rotary key."""
         return self.kv_rank + self.d_rope
+
+    def reads_blocks(self, trunk: TrunkShape) -> bool:
+        own = type(self) is LatentAttentionConfig
+        return own and min(self.d_head, self.d_value) >= MIN_WIDTH
 
     def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
         return LatentAttention(trunk, self)

@@ -77,7 +77,7 @@ def stack_loss(
     """
     stack, weight_VC = model.mtp, model.head.weight
     train_head = objective.train_head and stack.config.detach != "all"
-    compiled = model.compiled and weight_VC.device.type != "cpu"
+    compiled = model.has_compiled_kernels
     depths = list(by_depth(targets))[1:]
     if isinstance(stack, JointLinearMTP):
         return mixture_loss(model, final_BTC, at, objective.settle(targets, Seen()))
@@ -351,11 +351,13 @@ class _StackLoss(torch.autograd.Function):
         needs_weight, _, _, *needs = (wanted and stream.grad for wanted in ctx.needs_input_grad)
         sums = torch.zeros(len(stream.targets), dtype=torch.float64, device=weight_VC.device)
         gradients: list[Tensor | None] = [None] * len(inputs)
-        head = HeadWeight(weight_VC, needs_gradient=needs_weight, compiled=compiled)
+        head = HeadWeight(weight_VC, needs_gradient=needs_weight)
         done = 0
         for predictions in stream.predictions(needs, gradients):
             end = done + sum(len(prediction.targets) for prediction in predictions)
-            through_head(head, predictions, sums[done:end], main_hidden=inputs[0])
+            through_head(
+                head, predictions, sums[done:end], main_hidden=inputs[0], compiled=compiled
+            )
             done = end
         ctx.gradients = (head.gradient, gradients)
         ctx.mark_non_differentiable(sums)

@@ -93,18 +93,14 @@ class HeadWeight:
     Args:
         weight_VC: the weight.
         needs_gradient: whether anybody wants its gradient.
-        compiled: whether losses are compiled, where there is a kernel for them.
 
     Attributes:
         gradient: so far; None before the first part.
     """
 
-    def __init__(
-        self, weight_VC: Tensor, *, needs_gradient: bool = False, compiled: bool = False
-    ) -> None:
+    def __init__(self, weight_VC: Tensor, *, needs_gradient: bool = False) -> None:
         self.weight_VC = weight_VC
         self.needs_gradient = needs_gradient
-        self.compiled = compiled
         self.gradient: Tensor | None = None
 
     def add(self, d_logits_RV: Tensor, h_RC: Tensor, factor: float = 1.0) -> None:
@@ -158,6 +154,7 @@ def through_head(
     sums: Tensor,
     *,
     main_hidden: Tensor | None = None,
+    compiled: bool = False,
 ) -> None:
     """The losses of hidden states, and the gradients of ``sum_k coefficient_k * loss_k``.
 
@@ -167,6 +164,7 @@ def through_head(
         sums: fp64 [number of targets, those of all predictions]; each target's summed loss is added
             to it, in place.
         main_hidden: the main prediction's hidden state [..., C], from which teachers are made.
+        compiled: whether cross-entropy alone is one compiled kernel.
     """
     dtype = compute_dtype(predictions[0].hidden)
     weight = head.weight_VC.detach().to(dtype)
@@ -183,7 +181,7 @@ def through_head(
             _with_teacher(main_hidden, weight, ways)
         else:
             for way in ways:
-                if way.is_compiled:
+                if compiled and way.is_plain:
                     way.go_compiled()
                 else:
                     for place, chunk_RV in log_probs_by_chunk(way.h_MC, weight):
@@ -271,12 +269,11 @@ class _Way:
         self._learn(rows, h_RC, d_logits_RV, scale_R1, factor, d_hidden_RC)
 
     @property
-    def is_compiled(self) -> bool:
-        """Whether cross-entropy with one target is all there is to learn, and is compiled."""
+    def is_plain(self) -> bool:
+        """Whether cross-entropy with one target is all there is to learn."""
         targets = self.prediction.targets
         return (
-            self.head.compiled
-            and self.learns
+            self.learns
             and len(targets) == 1
             and isinstance(targets[0].term, CrossEntropy)
             and self.h_MC.shape[1] == self.weight.shape[1]  # no mixture

@@ -10,13 +10,13 @@ import torch
 from mtp_lightning.decoding import compiled, generate, recording
 from mtp_lightning.decoding.compiled import CompiledSession
 from mtp_lightning.decoding.measure import pass_costs
-from mtp_lightning.decoding.recording import Recording
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.nn.experts import Experts
+from mtp_lightning.nn.kernels import native
 from mtp_lightning.nn.kernels.experts import gathered
 from tests.decoding.models import random_prompts, small_model, steer_drafts
 
@@ -41,11 +41,16 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(compiled, "program", lambda function, inputs: function)
 
 
-@pytest.fixture(params=[False, True], ids=["called", "recorded"])
+@pytest.fixture(params=["called", "recorded"])
 def passes(request, monkeypatch, uncompiled):
-    """As a CPU calls them, and as a GPU plays them: from the inputs' own places to the outputs'."""
-    if not request.param:
-        return
+    """As a CPU calls them, and as a GPU plays them."""
+    if request.param == "recorded":
+        play_recordings(monkeypatch)
+        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+def play_recordings(monkeypatch):
+    """Passes of a CPU from the inputs' own places to the outputs', as those of a GPU."""
 
     def record(function):
         outputs = [torch.full_like(x, torch.nan) for x in function()]
@@ -57,7 +62,7 @@ def passes(request, monkeypatch, uncompiled):
         return replay, outputs
 
     monkeypatch.setattr(recording, "record", record)
-    monkeypatch.setattr(compiled, "as_pass", Recording)
+    monkeypatch.setattr(compiled, "_RECORDED", ("cpu",))
 
 
 def recorded(monkeypatch, session):
@@ -119,6 +124,28 @@ def test_sliding_and_sampling_are_as_without(passes):
             for c in (False, True)
         ]
         assert texts[0] == texts[1], options
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Dynamo's own
+@pytest.mark.parametrize("name", ["deepseek", "linear, markov"])
+def test_recorded_passes_are_compiled_once(name, monkeypatch):
+    """By the compiler's front end alone, whole, and for every session of the model."""
+    monkeypatch.setattr(native, "library", None)
+    play_recordings(monkeypatch)
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile(function, backend="eager", **options)
+    )
+    torch.compiler.reset()
+    settings = dict(VARIANTS[name])
+    model = small_model(5, settings.pop("depth"), **settings)
+    prompts = random_prompts(5, (1, 4, 21))
+    expected = [g.token_ids for g in generate(model, prompts, max_new_tokens=NEW)]
+    for again in (False, True):
+        with torch._dynamo.config.patch(error_on_recompile=again):
+            found = generate(model, prompts, max_new_tokens=NEW, compile=True)
+        assert [g.token_ids for g in found] == expected
 
 
 def test_gathered_experts_are_experts():

@@ -7,8 +7,7 @@ import random
 import pytest
 import torch
 
-from mtp_lightning.decoding.engine import eager_decoding
-from mtp_lightning.decoding.session import Session
+from mtp_lightning.decoding.session import Session, decoding_passes
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
@@ -70,7 +69,7 @@ def drafts_and_verifies(whole: Session, layers: Session, drafts: int, seed: int)
 def test_numbers_are_those_of_the_layers(name: str, lengths: tuple[int, ...]) -> None:
     model = small_model(3, 2, **MODELS[name])
     drafts = 4 if name == "one module" else 2
-    with eager_decoding(model):
+    with decoding_passes(model):
         whole, layers = sessions(model, len(lengths), drafts)
         for session in (whole, layers):
             logits = session.join(random_prompts(1, lengths))
@@ -86,7 +85,7 @@ def test_numbers_are_those_of_the_layers(name: str, lengths: tuple[int, ...]) ->
 def test_rounded_weights_too(precision: str) -> None:
     model = small_model(4, 2)
     round_weights(model, precision)  # type: ignore[arg-type]
-    with eager_decoding(model):
+    with decoding_passes(model):
         whole, layers = sessions(model, 2, 2)
         for session in (whole, layers):
             session.put_pending(session.join(random_prompts(2, (6, 11))).argmax(-1))
@@ -111,7 +110,7 @@ def test_what_is_not_known_is_computed_by_its_layers() -> None:
         (small_model(0, 1, stack=LinearConfig, rank=2), False),
         (small_model(0, 2, deepseek=True), False),
     ):
-        with eager_decoding(model):
+        with decoding_passes(model):
             session = Session(model, places=1, capacity=20, max_draft=1)
             assert (session._narrow_trunk is not None) == trunk
             assert session._narrow == [None]

@@ -60,6 +60,7 @@ def test_the_run_says_what_it_did(tmp_path: Path) -> None:
     ],
 )
 def test_tensor_cores(accelerator: str, precision: str, expected: str) -> None:
+    torch.set_float32_matmul_precision("medium")  # of another run in this process
     try:
         device.use_tensor_cores(config(accelerator=accelerator, precision=precision))
         assert torch.get_float32_matmul_precision() == expected

@@ -32,7 +32,7 @@ if not torch.cuda.is_available():
 
 @pytest.mark.parametrize("mtp", ["sequential", "parallel"])
 def test_losses_are_those_of_a_cpu(tmp_path: Path, cache: Path, mtp: str) -> None:
-    settings = {"mtp": mtp, "trainer.max_steps": 20}
+    settings = {"mtp": mtp, "trainer.max_steps": 20, "trainer.precision": "32-true"}
     for accelerator in ("cpu", "cuda"):
         train_here(tmp_path / accelerator, cache, settings | {"trainer.accelerator": accelerator})
     on_cpu, on_gpu = rows(tmp_path / "cpu"), rows(tmp_path / "cuda")
@@ -64,7 +64,9 @@ def test_compiled_documents_are_those_of_a_cpu(
 def test_attention_in_blocks_is_that_of_the_dense_mask(
     tiny_trunk: TrunkConfig, latent: bool, dtype: torch.dtype
 ) -> None:
-    trunk = deepseek.TRUNK if latent else replace(tiny_trunk, d_model=128, d_head=32)
+    trunk = replace(tiny_trunk, d_model=128, d_head=32)
+    if latent:
+        trunk = deepseek.trunk(latent={"d_nope": 20, "d_value": 16}, d_head=None)
     layer = trunk.attention.build(trunk, 0).to("cuda", dtype)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.2)
@@ -114,16 +116,20 @@ def test_greedy_drafts_change_nothing(tmp_path: Path, cache: Path) -> None:
     assert [g.token_ids for g in drafted] == [g.token_ids for g in plain]
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("documents", [False, True], ids=["plain", "documents"])
 @pytest.mark.parametrize("case", ["sequential", "parallel", "experts"])
 def test_a_step_does_not_wait_for_the_device(
-    tiny_trunk: TrunkConfig, case: str, documents: bool
+    tiny_trunk: TrunkConfig, case: str, documents: bool, compiled: bool
 ) -> None:
     """tests/objective/test_waits.py finds on a CPU what CUDA itself refuses here."""
     if case == "experts":
         model = deepseek.build(deepseek.TRUNK, depth=2).to("cuda", torch.bfloat16).train()
     else:
-        model = build(tiny_trunk, MTPConfig.find(case)(depth=2)).to("cuda").train()
+        trunk = replace(tiny_trunk, d_head=16)
+        model = build(trunk, MTPConfig.find(case)(depth=2)).to("cuda").train()
+    if compiled:
+        model.compile_blocks()
     batch = windows(4, 12, 2)
     if documents:
         ids = (torch.arange(batch.tokens.shape[1]) // 5).expand(batch.tokens.shape)

@@ -6,7 +6,7 @@ A CPU has the formula of FlexAttention and no kernel, and refuses gradients befo
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
@@ -27,6 +28,7 @@ from tests import deepseek
 from tests.models import build, windows
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Dynamo's own
+LATENT = deepseek.trunk(latent={"d_nope": 20, "d_value": 16}, d_head=None)
 DOCUMENTS = torch.tensor([[0] * 9 + [1] * 160 + [2] * 31, [3] * 200])
 
 
@@ -61,10 +63,10 @@ def gradients(model: nn.Module, x: Tensor, positions: Positions) -> list[Tensor]
 @pytest.mark.parametrize("kind", ["grouped", "qk_norm", "latent"])
 def test_a_layer_computes_the_same(tiny_trunk: TrunkConfig, kind: str) -> None:
     if kind == "latent":
-        trunk = deepseek.TRUNK
+        trunk = LATENT
     else:
         attention = GroupedQueryConfig(qk_norm=kind == "qk_norm")
-        trunk = replace(tiny_trunk, attention=attention)
+        trunk = replace(tiny_trunk, attention=attention, d_head=16)
     layer = trunk.attention.build(trunk, 0).double()
     for parameter in layer.parameters():
         nn.init.normal_(parameter, 0.5, 0.2)
@@ -79,6 +81,26 @@ def test_a_layer_computes_the_same(tiny_trunk: TrunkConfig, kind: str) -> None:
         gradients(layer, x, blocks), gradients(layer, x, dense), strict=True
     ):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnAttention(GroupedQueryConfig, variant="own_attention"):
+    """Somebody's own, that may do with the mask what can be done with a tensor."""
+
+
+def test_only_layers_that_can_are_given_blocks(tiny_trunk: TrunkConfig) -> None:
+    wide = replace(tiny_trunk, d_head=16)
+    for trunk, expected in (
+        (wide, BlockMask),
+        (tiny_trunk, Tensor),  # there are kernels from a width of 16 on
+        (LATENT, BlockMask),
+        (deepseek.trunk(latent={"d_nope": 20, "d_value": 12}, d_head=None), Tensor),
+        (replace(wide, attention=OwnAttention()), Tensor),
+    ):
+        mask = Positions.of_window(
+            trunk, 200, device=DOCUMENTS.device, documents=DOCUMENTS, in_blocks=True
+        ).mask
+        assert isinstance(mask, expected)
 
 
 def masked_windows(begins: int) -> WindowBatch:
@@ -101,7 +123,7 @@ def test_compiled_blocks_take_every_mask(
     tiny_trunk: TrunkConfig, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Traced once: the next batch has other documents, and nothing is compiled again."""
-    trunk = replace(tiny_trunk, recompute=recompute)
+    trunk = replace(tiny_trunk, recompute=recompute, d_head=16)
     model = build(trunk, SequentialConfig(depth=2)).double().train()
     batches = [masked_windows(begins) for begins in (40, 70, 11)]
     expected = [states(model, batch) for batch in batches]
@@ -112,7 +134,7 @@ def test_compiled_blocks_take_every_mask(
     monkeypatch.setattr(
         Positions,
         "of_window",
-        lambda *args, **given: make(*args, **{**given, "in_blocks": True}),
+        lambda *args, **given: make(*args, **given | {"in_blocks": True}),
     )
     torch.compiler.reset()
     first = states(model, batches[0])
@@ -125,7 +147,7 @@ def test_compiled_blocks_take_every_mask(
 
 
 def test_registers_see_through_blocks(tiny_trunk: TrunkConfig) -> None:
-    stack = build(tiny_trunk, RegistersConfig(lookahead=3)).mtp
+    stack = build(replace(tiny_trunk, d_head=16), RegistersConfig(lookahead=3)).mtp
     masks = [
         stack.positions(
             Positions.of_window(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,7 +116,8 @@ def test_a_mask_in_blocks_copies_nothing_from_the_host(
     tiny_trunk: TrunkConfig, device: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For compiled blocks on a GPU, and for nothing else."""
-    model = build(tiny_trunk, MTPConfig.find("none")(depth=0)).to(device)
+    trunk = replace(tiny_trunk, d_head=16)
+    model = build(trunk, MTPConfig.find("none")(depth=0)).to(device)
     model.compiled = compiled
     batch = masked(windows(4, 12, 0)).to(device)
     seen = []

@@ -3,7 +3,8 @@
 A dense mask of [B, T, T] keeps a GPU from its flash kernels, and most of it is hidden: what lies
 behind a token, and other documents. Here a mask says which blocks of 128 x 128 anything is seen in;
 the compiler makes a kernel that visits these alone. For compiled blocks on a GPU, where this kernel
-exists; everything else has the dense mask.
+exists; everything else has the dense mask. (Blocks are found by way of a dense one, once for all
+layers and depths of a pass.)
 
 Shapes: B batch, T positions, N heads, M key-value heads, H head size.
 """
@@ -19,6 +20,9 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
 )
 
+MIN_WIDTH = 16
+"""Of a head, below which there is no kernel."""
+
 
 def dense_mask(documents_BT: Tensor) -> Tensor:
     """bool [B, 1, T, T]: True where a query sees a key, of its own document and not behind it.
@@ -33,7 +37,7 @@ def dense_mask(documents_BT: Tensor) -> Tensor:
 
 
 def block_mask(documents_BT: Tensor) -> BlockMask:
-    """:func:`dense_mask` in blocks, which all layers and depths of a pass share."""
+    """:func:`dense_mask` in blocks."""
     documents_BT = documents_BT.contiguous()
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -63,7 +67,7 @@ def document_attention(
     """
     device = query_BTNH.device.type
     heads = [x.transpose(1, 2) for x in (query_BTNH, key_BTMH, value_BTMH)]
-    if torch.is_autocast_enabled(device):  # which knows of PyTorch's own attention alone
+    if torch.is_autocast_enabled(device):  # not every PyTorch does it itself here
         dtype = torch.get_autocast_dtype(device)
         heads = [x.to(dtype) for x in heads]
     query, key, value = heads
