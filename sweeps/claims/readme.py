@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
@@ -19,6 +20,8 @@ NOT_RUN = "not run"
 # Whether the main prediction gains at equal compute, and what a head is good for.
 QUESTION = "text_equal_flops"
 PLANNING = ("star_graph_heads_5000", "star_graph_heads")
+# Further heads on the same task, against the same control.
+MORE_PLANNING = "star_graph_summaries"
 # What keeps sequential modules from that.
 HIDING = "token_dropout"
 # Shown in the place of the first while it has no numbers.
@@ -40,6 +43,7 @@ class Language:
         nobody: in the place of ``beyond`` where there is none.
         figures: what the pictures show, by the claim's name; of curves by :data:`CURVE`.
         head: of the table's three columns.
+        held: the verdict, and how many predictions hold; takes ``verdict``, ``held`` and ``n``.
         states: a verdict's words.
         missing: in front of the claims that were not run.
     """
@@ -54,6 +58,7 @@ class Language:
     nobody: str
     figures: Mapping[str, str]
     head: tuple[str, str, str]
+    held: str
     states: Mapping[str, str]
     missing: str
 
@@ -101,7 +106,8 @@ ENGLISH = Language(
             "Planning: the share of seeds that learn the way through a star graph, by head.",
         ),
     },
-    head=("claim", "verdict", "seeds an arm"),
+    head=("claimed", "measured here", "seeds an arm"),
+    held="{verdict}; {held} of {n} predictions hold",
     states={},
     missing="Predicted, and not run yet",
 )
@@ -145,7 +151,8 @@ CHINESE = Language(
         ),
         **dict.fromkeys(PLANNING, "规划：各预测头中学会在星形图里找到路径的种子比例。"),
     },
-    head=("论断", "结论", "每组种子数"),
+    head=("论断（英文原文）", "这里测得", "每组种子数"),
+    held="{verdict}（{held}/{n} 条预测成立）",
     states={
         HOLDS: "成立",
         FAILS: "不成立",
@@ -174,8 +181,8 @@ def part(found: Found, language: Language) -> str:
             None,
             [
                 *_answer(on_cpu, language),
-                _solvers(PLANNING, language.plans, on_cpu, language),
-                _solvers((HIDING,), language.hides, on_cpu, language),
+                _solvers((PLANNING, (MORE_PLANNING,)), language.plans, on_cpu, language),
+                _solvers(((HIDING,),), language.hides, on_cpu, language),
                 *_pictures(on_cpu, language),
                 _table(on_cpu, language),
             ],
@@ -213,34 +220,43 @@ def _answer(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Languag
 
 
 def _solvers(
-    names: Sequence[str],
+    groups: Sequence[Sequence[str]],
     said: str,
     on_cpu: Mapping[str, tuple[Claim, Result | None]],
     in_: Language,
 ) -> str:
-    """Of every arm the seeds that solved the task, by the first claim that has numbers."""
-    for name in names:
-        claim, result = on_cpu.get(name, (None, None))
-        if claim is None or result is None or is_stale(result, claim):
-            continue
-        others = [entry for entry in result["predictions"] if entry["against"] and entry["own"]]
-        if not others:
-            continue
-        counts: dict[str, Mapping[str, int]] = {}
-        for entry in result["predictions"]:
-            if entry["against"] and entry["other"]:
-                counts[entry["against"]] = entry["other"]
-            if entry["own"]:
-                counts[entry["arm"]] = entry["own"]
-        beyond = [entry["arm"] for entry in others if entry["verdict"] == HOLDS]
-        return said.format(
-            shares=", ".join(
-                in_.share.format(arm=in_.arms.get(arm, arm), count=of["count"], n=of["n"])
-                for arm, of in counts.items()
-            ),
-            beyond=", ".join(in_.arms.get(arm, arm) for arm in beyond) or in_.nobody,
-        )
-    return ""
+    """Of every arm the seeds that solved the task, by the first claim of each group that has
+    numbers; nothing where the first group has none."""
+    counts: dict[str, Mapping[str, int]] = {}
+    beyond: list[str] = []
+    for names in groups:
+        entries = next(filter(None, (_of_shares(name, on_cpu) for name in names)), [])
+        if not entries and not counts:
+            return ""
+        for entry in entries:
+            if entry["other"]:
+                counts.setdefault(entry["against"], entry["other"])
+            counts[entry["arm"]] = entry["own"]
+            if entry["against"] and entry["verdict"] == HOLDS:
+                beyond.append(entry["arm"])
+    return said.format(
+        shares=", ".join(
+            in_.share.format(arm=in_.arms.get(arm, arm), count=of["count"], n=of["n"])
+            for arm, of in counts.items()
+        ),
+        beyond=", ".join(in_.arms.get(arm, arm) for arm in beyond) or in_.nobody,
+    )
+
+
+def _of_shares(
+    name: str, on_cpu: Mapping[str, tuple[Claim, Result | None]]
+) -> list[Mapping[str, Any]]:
+    """A claim's predictions on shares of seeds, where it compares any; none of a stale one."""
+    claim, result = on_cpu.get(name, (None, None))
+    if claim is None or result is None or is_stale(result, claim):
+        return []
+    found = [entry for entry in result["predictions"] if entry["own"]]
+    return found if any(entry["against"] for entry in found) else []
 
 
 def _pictures(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Language) -> list[str]:
@@ -262,8 +278,8 @@ def _pictures(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Langu
 def _table(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Language) -> str:
     """A line for each claim that was run, and one for all that were not."""
     run = [
-        f"| [{name}]({_anchor(claim, result)}) | {_word(state(claim, result), language)} "
-        f"| {_n(result)} |"
+        f"| [{name}]({_anchor(claim, result)}): {claim.sentence} "
+        f"| {_measured(claim, result, language)} | {_n(result)} |"
         for name, (claim, result) in on_cpu.items()
         if result is not None
     ]
@@ -271,6 +287,14 @@ def _table(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Language
     head = [f"| {' | '.join(language.head)} |", "|---|---|---|"]
     missing = f"{language.missing}: {', '.join(rest)}." if rest else ""
     return "\n\n".join(filter(None, ["\n".join([*head, *run]) if run else "", missing]))
+
+
+def _measured(claim: Claim, result: Result, language: Language) -> str:
+    verdict = _word(state(claim, result), language)
+    if is_stale(result, claim):
+        return verdict
+    held = [entry["verdict"] for entry in result["predictions"]].count(HOLDS)
+    return language.held.format(verdict=verdict, held=held, n=len(result["predictions"]))
 
 
 def _word(verdict: str, language: Language) -> str:

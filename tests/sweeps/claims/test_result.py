@@ -20,7 +20,16 @@ from sweeps.claims.claim import Claim
 from sweeps.claims.figure import digest, files_of, write_figures
 from sweeps.claims.pages import BEGIN, END, pages, write_pages
 from sweeps.claims.read import names, read_claim
-from sweeps.claims.readme import CHINESE, ENGLISH, HIDING, LANGUAGES, PLANNING, QUESTION, part
+from sweeps.claims.readme import (
+    CHINESE,
+    ENGLISH,
+    HIDING,
+    LANGUAGES,
+    MORE_PLANNING,
+    PLANNING,
+    QUESTION,
+    part,
+)
 from sweeps.claims.register import Register, write_register
 from sweeps.claims.result import (
     Result,
@@ -204,7 +213,10 @@ def test_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert said_there in page, said_there
     readme = (tmp_path / "README.md").read_text()
-    assert "| [mine](docs/results.md#mine-undecided) | undecided | 4–5 |" in readme
+    row = (
+        "| [mine](docs/results.md#mine-undecided): MTP helps. | undecided; 0 of 1 predictions hold "
+    )
+    assert f"{row}| 4–5 |" in readme
     assert "Predicted, and not run yet: other." in readme
     assert "### mine: undecided" in page, "which the link leads to"
     assert (tmp_path / "results" / "mine.svg").read_text().count("<svg") == 1
@@ -262,9 +274,14 @@ def test_the_readme_answers_its_first_question_in_every_language(tmp_path: Path)
         "README.md": (
             "**does not hold**",
             "0 worse beyond noise, 2 better",
-            "| does not hold | 5 |",
+            "| does not hold; 0 of 2 predictions hold | 5 |",
         ),
-        "README.zh-CN.md": ("**不成立**", "0 种变差", "2 种变好", "| 不成立 | 5 |"),
+        "README.zh-CN.md": (
+            "**不成立**",
+            "0 种变差",
+            "2 种变好",
+            "| 不成立（0/2 条预测成立） | 5 |",
+        ),
     }
     for page, language in LANGUAGES.items():
         text = part([(claim, result)], language)
@@ -291,6 +308,23 @@ def test_the_readme_says_who_learned_to_plan(tmp_path: Path) -> None:
         assert told[0] in english and told[1] in chinese
     waiting = result_of(claim, {"plain": ["missing"], "mtp": ["missing"]})
     assert "plan?" not in part([(claim, waiting)], ENGLISH)
+
+
+def test_the_readme_adds_further_heads_to_those(tmp_path: Path) -> None:
+    claims = tmp_path / "claims"
+    found = []
+    for name, arm, count in ((PLANNING[0], "mtp", 0), (MORE_PLANNING, "other", 7)):
+        arms = {"plain": ["mtp=none", "mtp.depth=0"], arm: []}
+        more = [{"arm": arm, "against": "plain", "side": "above"}]
+        write_claim(claims, name, measure=SOLVED, arms=arms, predictions=more)
+        claim = read_claim(name, claims)
+        found.append((claim, result_of(claim, {"plain": rights(0), arm: rights(count)})))
+    n = len(rights(0))
+    text = part(found, ENGLISH)
+    assert f"plain 0 of {n}, mtp 0 of {n}, other 7 of {n}. More than" in text
+    assert "beyond noise: other." in text
+    # Without the first claim's numbers there is nothing to add to.
+    assert "plan?" not in part([(found[0][0], None), found[1]], ENGLISH)
 
 
 def test_the_readme_says_what_hiding_tokens_does(tmp_path: Path) -> None:
