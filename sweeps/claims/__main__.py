@@ -5,6 +5,7 @@ python -m sweeps.claims run star_graph_heads          # what is missing; again: 
 python -m sweeps.claims run lambda curriculum --seeds 0 1
 python -m sweeps.claims verdict star_graph_heads
 python -m sweeps.claims verdict --all                 # and the pages made anew
+python -m sweeps.claims weights star_graph_summaries --arms joint --seeds 0
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from sweeps.claims.figure import write_figures
 from sweeps.claims.pages import write_pages
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.readme import NOT_RUN, state
+from sweeps.claims.recall import stored_seeds
 from sweeps.claims.result import Result, is_stale, judge, read_result, write_result
 from sweeps.claims.run import run
+from sweeps.claims.weights import write_weights
 from sweeps.pool import Interrupted
 
 
@@ -33,8 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = _parser().parse_args(arguments)
     with readable_errors():
+        seeds = getattr(args, "seeds", None) or [0]
+        if min(seeds) < 0:
+            raise UserError(f"--seeds {min(seeds)}: give whole numbers >= 0.")
         try:
-            sys.exit({"list": _list, "run": _run, "verdict": _verdict}[args.action](args))
+            actions = {"list": _list, "run": _run, "verdict": _verdict, "weights": _weights}
+            sys.exit(actions[args.action](args))
         except Interrupted as interrupt:
             print("interrupted. The same command continues.", flush=True)
             sys.exit(128 + interrupt.signum)
@@ -49,8 +56,6 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if min(args.seeds or [0]) < 0:
-        raise UserError(f"--seeds {min(args.seeds)}: give whole numbers >= 0.")
     claims = {
         args.claims / f"{name}.yaml": _at(args, read_claim(name, args.claims))
         for name in args.names
@@ -64,6 +69,23 @@ def _run(args: argparse.Namespace) -> int:
         retry_failed=args.retry_failed,
         command=["python -m sweeps.claims", *sys.argv[1:]],
     )
+    return 1 if left else 0
+
+
+def _weights(args: argparse.Namespace) -> int:
+    """Train again what is not in the folder of runs, and write what all of it ended with."""
+    claim = _at(args, read_claim(args.name, args.claims))
+    unknown = sorted(set(args.arms or ()) - set(claim.arms))
+    if unknown:
+        raise UserError(f"--arms {unknown[0]}: choose from {', '.join(claim.arms)}.")
+    arms, seeds = args.arms or list(claim.arms), args.seeds or list(claim.scale.seeds)
+    runs = args.runs.absolute()
+    file = args.claims / f"{args.name}.yaml"
+    left = run({file: claim}, runs, seeds=seeds, arms=arms, n_jobs=args.jobs)
+    stored = stored_seeds(claim, read_result(claim.label, args.root / "results"))
+    to = args.to / claim.label
+    for line in write_weights(claim, runs, to, seeds=seeds, arms=arms, stored=stored):
+        print(line)
     return 1 if left else 0
 
 
@@ -130,18 +152,27 @@ def _parser() -> argparse.ArgumentParser:
     listing = actions.add_parser("list", help="all claims, and what became of them")
     running = actions.add_parser("run", help="run what is missing, seed by seed")
     judging = actions.add_parser("verdict", help="decide from what has run")
+    weighing = actions.add_parser(
+        "weights", help="make runs again, and write their weights as safetensors"
+    )
     running.add_argument("names", nargs="+", metavar="NAME", help="of claims")
-    running.add_argument("--seeds", nargs="+", type=int, help="instead of the claim's")
-    running.add_argument("--jobs", type=int, default=1, help="at once (default 1)")
+    weighing.add_argument("name", metavar="NAME", help="of a claim")
+    weighing.add_argument("--arms", nargs="+", metavar="ARM", help="instead of all")
+    weighing.add_argument(
+        "--to", type=Path, default=Path("runs/weights"), help="a folder (runs/weights)"
+    )
+    for action in (running, weighing):
+        action.add_argument("--seeds", nargs="+", type=int, help="instead of the claim's")
+        action.add_argument("--jobs", type=int, default=1, help="at once (default 1)")
     running.add_argument("--retry-failed", action="store_true", help="start failed runs again")
     judging.add_argument("names", nargs="*", metavar="NAME", help="of claims")
     judging.add_argument("--all", action="store_true", help="all claims, and the pages")
-    for action in (running, judging):
+    for action in (running, judging, weighing):
         action.add_argument("--gpu", action="store_true", help="at the published scale")
         action.add_argument(
             "--runs", type=Path, default=Path("runs/claims"), help="their folder (runs/claims)"
         )
-    for action in (listing, running, judging):
+    for action in (listing, running, judging, weighing):
         action.add_argument("--claims", type=Path, default=FOLDER, help="the folder of the YAMLs")
         action.add_argument("--root", type=Path, default=ROOT, help="has results/ and the pages")
     return parser

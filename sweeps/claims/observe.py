@@ -11,6 +11,7 @@ from typing import Any
 from mtp_lightning.run.status import read_status
 from sweeps.claims.claim import Claim, Measure
 from sweeps.claims.curve import curve_of
+from sweeps.claims.weights import digest_of
 from sweeps.report.read import Run, read_run
 from sweeps.report.solving import wait_of
 from sweeps.report.survival import Wait
@@ -32,6 +33,8 @@ class Seed:
         costs: steps given (``steps``), steps done, FLOPs, parameters, seconds, tokens.
         curve: FLOPs and training loss of the next token (``curve.py``), where FLOPs are the same.
         text: fingerprint of what it was evaluated on.
+        weights: digest of what it ended with (``weights.py``), where a task was to be solved and
+            they are kept.
         commit: of the code.
         machine: as the run describes it.
         started: time, UTC.
@@ -46,6 +49,7 @@ class Seed:
     costs: dict[str, float] = field(default_factory=dict)
     curve: list[tuple[float, float]] = field(default_factory=list)
     text: str | None = None
+    weights: str | None = None
     commit: str | None = None
     machine: str | None = None
     started: str | None = None
@@ -113,6 +117,8 @@ def _seed(run: Run, claim: Claim) -> Seed:
         seed.curve = curve_of(run)
     text = text_of(run)
     seed.text = None if text is None else text.fingerprint
+    if seed.waits:
+        seed.weights = digest_of(run.folder)
     seed.commit, seed.machine = run.fact("git_commit"), run.fact("machine")
     return seed
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from mtp_lightning.errors import UserError
@@ -23,6 +23,7 @@ def run(
     runs: Path,
     *,
     seeds: Sequence[int] | None = None,
+    arms: Collection[str] | None = None,
     results: Path | None = None,
     n_jobs: int = 1,
     retry_failed: bool = False,
@@ -34,6 +35,7 @@ def run(
         claims: by their files.
         runs: the folder of all claims' runs, absolute; it need not exist.
         seeds: by default each claim's own.
+        arms: by default all of each claim.
         results: the folder of the claims' results: what any has as done is not run again.
         n_jobs: jobs at once.
         retry_failed: start failed ones again.
@@ -51,7 +53,11 @@ def run(
     commits = {claim.label: commit_of(file) for file, claim in claims.items()}
     stored = {} if results is None else read_results(results)
     asked = {
-        claim.label: left_to_run(claim, seeds or claim.scale.seeds, runs, stored.get(claim.label))
+        claim.label: [
+            job
+            for job in left_to_run(claim, seeds or claim.scale.seeds, runs, stored.get(claim.label))
+            if arms is None or job.arm in arms
+        ]
         for claim in claims.values()
     }
     shared = {claim.label: shared_seeds(claim, stored.values()) for claim in claims.values()}

@@ -134,6 +134,18 @@ def test_a_claim_is_run_interrupted_continued_and_judged(tmp_path: Path, cache: 
     assert execute("verdict", "mine", *elsewhere).returncode == 0
     assert json.loads((tmp_path / "results" / "mine.json").read_text()) == result
 
+    # What an arm ended with, from the runs that are there.
+    weights = execute(
+        "weights", "yours", *where, "--root", tmp_path, "--to", tmp_path / "w",
+        "--arms", "heads", "--seeds", 0, 1,
+    )  # fmt: skip
+    assert weights.returncode == 0, weights.stderr
+    assert "2 runs in" in weights.stdout and "2 ended before" in weights.stdout
+    assert weights.stdout.count("the result has no digest of this run") == 2
+    assert len(list((tmp_path / "w" / "yours").glob("heads_seed-*.safetensors"))) == 2
+    unknown = execute("weights", "yours", *where, "--arms", "none")
+    assert unknown.returncode == 1 and "--arms none: choose from control, heads" in unknown.stderr
+
     refused = execute("run", "nope", *where)
     assert refused.returncode == 1 and "choose one of mine, yours" in refused.stderr
     neither = execute("verdict", *where)

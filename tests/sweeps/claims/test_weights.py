@@ -1,0 +1,77 @@
+"""What a run ended with: its digest, and its file."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtp_lightning.run import checkpoints
+from mtp_lightning.run.layout import CHECKPOINTS, LAST
+from sweeps.claims.jobs import jobs
+from sweeps.claims.observe import Seed
+from sweeps.claims.weights import digest_of, write_weights
+from tests.sweeps.claims.fixture_claims import claim_of
+
+STATE = {
+    "model.b": torch.arange(6.0).view(2, 3).t(),  # as it lies in memory, it is another
+    "model.a": torch.tensor(3.5, dtype=torch.bfloat16),
+    "balance.x": torch.ones(2),
+}
+
+
+def finish(run: Path, state: dict[str, torch.Tensor] = STATE) -> Path:
+    """A run's folder that has ended with these tensors."""
+    (run / CHECKPOINTS).mkdir(parents=True)
+    checkpoints.save({"state_dict": state, "global_step": 1}, run / CHECKPOINTS / LAST)
+    return run
+
+
+def test_the_digest_is_of_names_types_shapes_and_numbers(tmp_path: Path) -> None:
+    by_hand = hashlib.sha256(
+        b"a torch.bfloat16 []\n" + bytes([0x60, 0x40])
+        + b"b torch.float32 [3, 2]\n" + torch.tensor([0.0, 3, 1, 4, 2, 5]).numpy().tobytes()
+    )  # fmt: skip
+    assert digest_of(finish(tmp_path / "run")) == by_hand.hexdigest()
+    assert digest_of(tmp_path) is None
+    for name, other in (
+        ("number", {"model.a": torch.tensor(3.0, dtype=torch.bfloat16)}),
+        ("type", {"model.a": torch.tensor(3.5)}),
+        ("shape", {"model.b": torch.arange(6.0).view(2, 3)}),
+        ("name", {"model.c": torch.ones(1)}),
+    ):
+        assert digest_of(finish(tmp_path / name, STATE | other)) != by_hand.hexdigest()
+    # What is not the model's does not count.
+    others = STATE | {"balance.x": torch.zeros(3)}
+    assert digest_of(finish(tmp_path / "else", others)) == by_hand.hexdigest()
+    (tmp_path / "run" / CHECKPOINTS / LAST).write_bytes(b"cut")
+    assert digest_of(tmp_path / "run") is None
+
+
+@pytest.mark.extras
+def test_weights_are_written_and_compared(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    claim = claim_of(tmp_path / "claims")
+    plain, mtp = jobs(claim, [0], tmp_path)[:2]
+    digest = digest_of(finish(tmp_path / plain.folder))
+    finish(tmp_path / mtp.folder)
+    done = Seed(folder="x", state="done", weights=digest, commit="c" * 40, machine="a machine")
+
+    def written(**stored: Seed) -> list[str]:
+        of = {arm: {0: seed} for arm, seed in stored.items()}
+        folder, arms = tmp_path / "to", list(claim.arms)
+        return write_weights(claim, tmp_path, folder, seeds=[0, 1], arms=arms, stored=of)
+
+    assert digest is not None
+    same, unknown = written(plain=done)
+    assert same.endswith(f"plain_seed-0.safetensors: weights {digest[:12]}, those of the result")
+    assert unknown.endswith("the result has no digest of this run")
+    other, _ = written(plain=replace(done, weights="0" * 64))
+    assert other.endswith("the result's are 000000000000, made by commit cccccccc on a machine")
+    found = safetensors.load_file(tmp_path / "to" / "plain_seed-0.safetensors")
+    assert set(found) == {"a", "b"} and torch.equal(found["b"], STATE["model.b"])
+    only = write_weights(claim, tmp_path, tmp_path / "to", seeds=[0], arms=["mtp"], stored={})
+    assert len(only) == 1 and "mtp_seed-0" in only[0]
