@@ -5,6 +5,7 @@ python -m sweeps.claims run star_graph_heads          # what is missing; again: 
 python -m sweeps.claims run lambda curriculum --seeds 0 1
 python -m sweeps.claims verdict star_graph_heads
 python -m sweeps.claims verdict --all                 # and the pages made anew
+python -m sweeps.claims replicate second_token_rates  # anew, beside what is committed
 python -m sweeps.claims weights star_graph_summaries --arms joint --seeds 0
 """
 
@@ -25,6 +26,7 @@ from sweeps.claims.pages import write_pages
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.readme import NOT_RUN, state
 from sweeps.claims.recall import stored_seeds
+from sweeps.claims.replicate import beside
 from sweeps.claims.result import Result, is_stale, judge, read_result, write_result
 from sweeps.claims.run import run
 from sweeps.claims.weights import write_weights
@@ -40,7 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if min(seeds) < 0:
             raise UserError(f"--seeds {min(seeds)}: give whole numbers >= 0.")
         try:
-            actions = {"list": _list, "run": _run, "verdict": _verdict, "weights": _weights}
+            actions = {
+                "list": _list,
+                "run": _run,
+                "verdict": _verdict,
+                "replicate": _replicate,
+                "weights": _weights,
+            }
             sys.exit(actions[args.action](args))
         except Interrupted as interrupt:
             print("interrupted. The same command continues.", flush=True)
@@ -69,6 +77,25 @@ def _run(args: argparse.Namespace) -> int:
         retry_failed=args.retry_failed,
         command=["python -m sweeps.claims", *sys.argv[1:]],
     )
+    return 1 if left else 0
+
+
+def _replicate(args: argparse.Namespace) -> int:
+    """Run a claim whatever its result has, and compare."""
+    claim = _at(args, read_claim(args.name, args.claims))
+    runs = args.runs.absolute()
+    file = args.claims / f"{args.name}.yaml"
+    left = run({file: claim}, runs, seeds=args.seeds, n_jobs=args.jobs)
+    here, committed = judge(claim, runs), read_result(claim.label, args.root / "results")
+    assert here is not None, "run has registered the claim"
+    print(f"{claim.label}: {here['verdict']}. {claim.sentence}")
+    _say(here)
+    if committed is None or is_stale(committed, claim):
+        print("There is no committed result of this claim to compare with.")
+        return 1 if left else 0
+    print(f"Beside {args.root / 'results' / claim.label}.json, {committed['date']}:")
+    for line in beside(here, committed):
+        print(f"  {line}")
     return 1 if left else 0
 
 
@@ -152,27 +179,33 @@ def _parser() -> argparse.ArgumentParser:
     listing = actions.add_parser("list", help="all claims, and what became of them")
     running = actions.add_parser("run", help="run what is missing, seed by seed")
     judging = actions.add_parser("verdict", help="decide from what has run")
+    replicating = actions.add_parser(
+        "replicate", help="run a claim anew, and compare with what is committed"
+    )
     weighing = actions.add_parser(
         "weights", help="make runs again, and write their weights as safetensors"
     )
     running.add_argument("names", nargs="+", metavar="NAME", help="of claims")
-    weighing.add_argument("name", metavar="NAME", help="of a claim")
+    for action in (replicating, weighing):
+        action.add_argument("name", metavar="NAME", help="of a claim")
     weighing.add_argument("--arms", nargs="+", metavar="ARM", help="instead of all")
     weighing.add_argument(
         "--to", type=Path, default=Path("runs/weights"), help="a folder (runs/weights)"
     )
-    for action in (running, weighing):
+    for action in (running, replicating, weighing):
         action.add_argument("--seeds", nargs="+", type=int, help="instead of the claim's")
         action.add_argument("--jobs", type=int, default=1, help="at once (default 1)")
     running.add_argument("--retry-failed", action="store_true", help="start failed runs again")
     judging.add_argument("names", nargs="*", metavar="NAME", help="of claims")
     judging.add_argument("--all", action="store_true", help="all claims, and the pages")
-    for action in (running, judging, weighing):
+    for action in (running, judging, replicating, weighing):
         action.add_argument("--gpu", action="store_true", help="at the published scale")
+        # Runs of a replication must not count in a verdict of the committed ones.
+        folder = "runs/replicated" if action is replicating else "runs/claims"
         action.add_argument(
-            "--runs", type=Path, default=Path("runs/claims"), help="their folder (runs/claims)"
+            "--runs", type=Path, default=Path(folder), help=f"their folder ({folder})"
         )
-    for action in (listing, running, judging, weighing):
+    for action in (listing, running, judging, replicating, weighing):
         action.add_argument("--claims", type=Path, default=FOLDER, help="the folder of the YAMLs")
         action.add_argument("--root", type=Path, default=ROOT, help="has results/ and the pages")
     return parser

@@ -79,7 +79,8 @@ def left_to_run(
             raise UserError(
                 f"{claim.label} has a result of {job.arm} at seed {job.seed}, {done.folder}, and "
                 f"its config is now that of {job.folder}: go on from the commit {done.commit} that "
-                f"it was made from, or move results/{claim.label}.json away and run all of it anew."
+                "it was made from, or run the claim anew beside it by python -m sweeps.claims "
+                f"replicate {claim.name}."
             )
         if done is None and job.seed in seeds:
             left.append(job)

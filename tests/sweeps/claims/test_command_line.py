@@ -134,6 +134,12 @@ def test_a_claim_is_run_interrupted_continued_and_judged(tmp_path: Path, cache: 
     assert execute("verdict", "mine", *elsewhere).returncode == 0
     assert json.loads((tmp_path / "results" / "mine.json").read_text()) == result
 
+    # Beside what is committed: here the same runs.
+    again = execute("replicate", "mine", *where, "--root", tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "4 runs in" in again.stdout and "4 ended before" in again.stdout
+    assert again.stdout.count("they agree") == 1 and "mine: holds." in again.stdout
+
     # What an arm ended with, from the runs that are there.
     weights = execute(
         "weights", "yours", *where, "--root", tmp_path, "--to", tmp_path / "w",

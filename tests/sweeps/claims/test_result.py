@@ -31,6 +31,7 @@ from sweeps.claims.readme import (
     part,
 )
 from sweeps.claims.register import Register, write_register
+from sweeps.claims.replicate import beside
 from sweeps.claims.result import (
     Result,
     is_stale,
@@ -255,6 +256,30 @@ def test_figures_by_measure(tmp_path: Path) -> None:
     assert "share of seeds with val/exact_match" in file.read_text()
     empty = result_of(solved, {"plain": ["missing"], "mtp": ["missing"]})
     assert write_figures(empty, "mine", tmp_path) == []
+
+
+def test_a_replication_is_set_beside_what_is_committed(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path / "claims")
+    committed = result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
+    same, other, one, none = (
+        result_of(claim, {"plain": PLAIN, "mtp": mtp})
+        for mtp in (moved(-0.0501), moved(0.3), [*moved(-0.05)[:1], *["missing"] * 4], ["missing"])
+    )
+    (line,) = beside(same, committed)
+    for number in (same, committed):
+        assert words.measured(number["predictions"][0]) in line
+    assert line.startswith("mtp − plain, val/bits_per_byte: here ") and "they agree" in line
+    assert "they do not agree" in beside(other, committed)[0]
+    assert "one seed" in beside(one, committed)[0] and "agree" in beside(one, committed)[0]
+    assert "not to be compared yet" in beside(none, committed)[0]
+    solved = claim_of(
+        tmp_path / "claims", measure=SOLVED,
+        predictions=[{"arm": "mtp", "against": "plain", "side": "above"}],
+    )  # fmt: skip
+    few, many = (
+        result_of(solved, {"plain": rights(0), "mtp": rights(n)}) for n in (0, len(rights(0)))
+    )
+    assert "they do not agree" in beside(few, many)[0] and "they agree" in beside(few, few)[0]
 
 
 def test_the_readme_answers_its_first_question_in_every_language(tmp_path: Path) -> None:
