@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_modules.token_files.litdata_chunks import read_chunk
+from data_modules.token_files.litdata_chunks import INDEX, looks_like_chunk, read_chunk
 from data_modules.token_files.shards import Shard
 from mtp_lightning.errors import UserError
 
@@ -110,6 +110,10 @@ def _raw(path: Path, head: bytes, dtype: str | None) -> TokenSource:
     for magic, what in _FOREIGN.items():
         if head.startswith(magic):
             raise UserError(f"{path} holds no token ids but is {what}")
+    if looks_like_chunk(path):
+        raise UserError(
+            f"{path} is a chunk of litdata, and its {INDEX} is not beside it: copy that, too"
+        )
     if dtype is None and _looks_wide(head):
         raise UserError(
             f"{path} has no header and looks like ids of 32 bits: set data.dtype=uint32, or "

@@ -2,7 +2,7 @@
 
 ``index.json`` names the chunks of its folder and the type of their ids. A chunk is the number n of
 its items (uint32), n + 1 byte offsets (uint32) of where each item begins and the last one ends, and
-the ids of all items, end to end. An item is what one call gave: a document.
+the ids of all items, end to end. An item is a document.
 
 The files are read as they lie on a disk, in the order of training that every corpus has here;
 litdata itself, whose own order depends on its workers, is not needed.
@@ -41,6 +41,17 @@ def chunk_paths(index: Path) -> list[Path] | None:
     return None if found is None else [index.parent / name for name in found[0]]
 
 
+def looks_like_chunk(path: Path) -> bool:
+    """Whether a file begins as a chunk of its size does: it is one, whatever index it has lost."""
+    size = path.stat().st_size
+    n_items = int(np.fromfile(path, "<u4", 1)[0]) if size >= 12 else 0
+    begin = 4 * (n_items + 2)
+    if not n_items or begin >= size:
+        return False
+    first, last = (int(np.fromfile(path, "<u4", 1, offset=at)[0]) for at in (4, begin - 4))
+    return first == begin and last == size
+
+
 def read_chunk(path: Path) -> tuple[Shard, np.ndarray] | None:
     """A chunk's ids, and the first token of every document; None of a file that is no chunk.
 
@@ -48,22 +59,30 @@ def read_chunk(path: Path) -> tuple[Shard, np.ndarray] | None:
         path: a ``.bin`` file.
 
     Raises:
-        UserError: it is truncated or damaged, or holds something else than rows of ids.
+        UserError: it or its index is truncated or damaged, or it holds something else than rows of
+            ids.
         OSError: it cannot be read.
     """
     index = path.parent / INDEX
     found = _read_index(index, index.stat().st_mtime_ns) if index.is_file() else None
-    if found is None or path.name not in found[0]:
+    if found is None:
         return None
+    if path.name not in found[0]:
+        raise UserError(
+            f"{path} is not among the chunks of {index}: copy both again, or give files of another "
+            "kind a folder of their own"
+        )
     dtype = np.dtype(found[1])
     size = path.stat().st_size
     n_items = int(np.fromfile(path, "<u4", 1)[0]) if size >= 4 else 0
     begin = 4 * (n_items + 2)
-    if n_items and begin <= size:
+    if n_items and begin == size:
+        raise UserError(f"{path} holds no ids: leave it out of the paths")
+    if n_items and begin < size:
         offsets = np.fromfile(path, "<u4", n_items + 1, offset=4).astype(np.int64)
         lengths = np.diff(offsets)
         whole = offsets[0] == begin and offsets[-1] == size and not (lengths % dtype.itemsize).any()
-        if whole and lengths.min() >= 0 and size > begin:
+        if whole and lengths.min() >= 0:
             starts = np.unique((offsets[:-1] - begin) // dtype.itemsize)
             n_tokens = (size - begin) // dtype.itemsize
             return Shard(path, dtype.str, begin, n_tokens), starts[starts < n_tokens]
@@ -75,15 +94,24 @@ def read_chunk(path: Path) -> tuple[Shard, np.ndarray] | None:
 
 @functools.lru_cache(maxsize=8)
 def _read_index(index: Path, changed: int) -> tuple[dict[str, None], str] | None:
-    """Names of chunks and the type of their ids. ``changed`` is when the file was."""
+    """Names of chunks and the type of their ids; None of an index of something else. ``changed`` is
+    when the file was."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
-        chunks, config = content["chunks"], content["config"]
-        names = {str(chunk["filename"]): None for chunk in chunks}
+    except (ValueError, RecursionError):
+        raise UserError(
+            f"{index} is no JSON, or is truncated: copy it again; without it, what lies beside it "
+            "cannot be told from chunks of litdata"
+        ) from None
+    try:
+        config = content["config"]
+        names = {str(chunk["filename"]): None for chunk in content["chunks"]}
         serializer, _, number = str(config["data_format"][0]).partition(":")
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (KeyError, TypeError, IndexError):
         return None
-    if any("/" in name or "\\" in name for name in names):
+    if not names:
+        raise UserError(f"{index} names no chunk: there is nothing to read")
+    if any(not name.isprintable() or set(name) & set("/\\") for name in names):
         raise UserError(f"{index} names chunks outside its folder: it is not read")
     for key in ("compression", "encryption"):
         if config.get(key):
@@ -91,7 +119,8 @@ def _read_index(index: Path, changed: int) -> tuple[dict[str, None], str] | None
                 f"{index} is of chunks with {key} ({_short(config[key])}), which cannot be mapped: "
                 "write them again without"
             )
-    dtype = _TYPES.get(serializer, {}).get(int(number) if number.isdigit() else -1)
+    types = {str(code): dtype for code, dtype in _TYPES.get(serializer, {}).items()}
+    dtype = types.get(number)
     if config.get("item_loader") != _LOADER or len(config["data_format"]) != 1 or dtype is None:
         raise UserError(
             f"{index} is of items ({_short(config['data_format'])}, item_loader "

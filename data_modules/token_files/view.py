@@ -90,7 +90,11 @@ def open_view(
 def _content(files: Sequence[TokenSource], cache: Path) -> str:
     """Digest of what files say: names do not matter, their order and types do."""
     named = [(str(i), path) for i, file in enumerate(files) for path in file.files]
-    types = (file.shard.dtype for file in files)
+    # A chunk of litdata is read as one by an index that is none of its files.
+    types = (
+        f"{file.format} {file.shard.dtype}" if file.format == "litdata" else file.shard.dtype
+        for file in files
+    )
     return digest_files(named, *types, remember=cache / "digests")
 
 

@@ -62,7 +62,7 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    library = _library()
+    library = require_library()
     try:
         with library.safe_open(file, "pt") as content:
             yield content
@@ -77,7 +77,7 @@ def write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
         UserError: the package is missing.
         OSError: a full disk, among others.
     """
-    _library()
+    require_library()
     from safetensors.torch import save
 
     # The library refuses tensors that share memory, as copies of the embedding do.
@@ -89,11 +89,16 @@ def write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
     file.write_bytes(save(apart, metadata=metadata))
 
 
-def _library() -> Any:
+def require_library() -> Any:
+    """The package safetensors.
+
+    Raises:
+        UserError: it is missing.
+    """
     try:
         import safetensors
     except ImportError as error:
         raise UserError(
-            "Hugging Face folders need the package safetensors: pip install -e '.[hf]'"
+            "Files of safetensors need the package safetensors: pip install -e '.[hf]'"
         ) from error
     return safetensors

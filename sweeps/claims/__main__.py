@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from mtp_lightning.cli import readable_errors
 from mtp_lightning.errors import UserError
+from mtp_lightning.interop.tensor_files import require_library
 from mtp_lightning.paths import ROOT
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
@@ -85,7 +87,10 @@ def _replicate(args: argparse.Namespace) -> int:
     claim = _at(args, read_claim(args.name, args.claims))
     runs = args.runs.absolute()
     file = args.claims / f"{args.name}.yaml"
-    left = run({file: claim}, runs, seeds=args.seeds, n_jobs=args.jobs)
+    _require_statistics()
+    left = run(
+        {file: claim}, runs, seeds=args.seeds, n_jobs=args.jobs, retry_failed=args.retry_failed
+    )
     here, committed = judge(claim, runs), read_result(claim.label, args.root / "results")
     assert here is not None, "run has registered the claim"
     print(f"{claim.label}: {here['verdict']}. {claim.sentence}")
@@ -108,17 +113,22 @@ def _weights(args: argparse.Namespace) -> int:
     arms, seeds = args.arms or list(claim.arms), args.seeds or list(claim.scale.seeds)
     runs = args.runs.absolute()
     file = args.claims / f"{args.name}.yaml"
-    left = run({file: claim}, runs, seeds=seeds, arms=arms, n_jobs=args.jobs)
+    require_library()
+    left = run(
+        {file: claim}, runs, seeds=seeds, arms=arms, n_jobs=args.jobs,
+        retry_failed=args.retry_failed,
+    )  # fmt: skip
     stored = stored_seeds(claim, read_result(claim.label, args.root / "results"))
     to = args.to / claim.label
-    for line in write_weights(claim, runs, to, seeds=seeds, arms=arms, stored=stored):
-        print(line)
-    return 1 if left else 0
+    lines, gone = write_weights(claim, runs, to, seeds=seeds, arms=arms, stored=stored)
+    print("\n".join(lines))
+    return 1 if left or gone else 0
 
 
 def _verdict(args: argparse.Namespace) -> int:
     if args.all == bool(args.names):
         raise UserError("verdict wants names of claims, or --all.")
+    _require_statistics()
     code = 0
     for name in args.names or names(args.claims):
         claim = read_claim(name, args.claims)
@@ -165,6 +175,11 @@ def _say(result: Result) -> None:
         print(f"  unfinished: {line}")
 
 
+def _require_statistics() -> None:
+    if find_spec("scipy") is None:
+        raise UserError("Verdicts need the package scipy: pip install -e '.[report]'")
+
+
 def _at(args: argparse.Namespace, claim: Claim) -> Claim:
     return claim.on_gpu() if args.gpu else claim
 
@@ -195,13 +210,13 @@ def _parser() -> argparse.ArgumentParser:
     for action in (running, replicating, weighing):
         action.add_argument("--seeds", nargs="+", type=int, help="instead of the claim's")
         action.add_argument("--jobs", type=int, default=1, help="at once (default 1)")
-    running.add_argument("--retry-failed", action="store_true", help="start failed runs again")
+        action.add_argument("--retry-failed", action="store_true", help="start failed runs again")
     judging.add_argument("names", nargs="*", metavar="NAME", help="of claims")
     judging.add_argument("--all", action="store_true", help="all claims, and the pages")
     for action in (running, judging, replicating, weighing):
         action.add_argument("--gpu", action="store_true", help="at the published scale")
-        # Runs of a replication must not count in a verdict of the committed ones.
-        folder = "runs/replicated" if action is replicating else "runs/claims"
+        # What is made again must not count in a verdict on what is committed.
+        folder = "runs/replicated" if action in (replicating, weighing) else "runs/claims"
         action.add_argument(
             "--runs", type=Path, default=Path(folder), help=f"their folder ({folder})"
         )

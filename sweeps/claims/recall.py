@@ -101,6 +101,9 @@ def with_stored(
         claim: as it is now.
         stored: its result.
         shared: other claims' runs, from :func:`shared_seeds`.
+
+    Raises:
+        UserError: a run that both have is of another config here.
     """
     both = {arm: dict(seeds) for arm, seeds in arms.items()}
     for arm, seeds in stored_seeds(claim, stored).items():
@@ -108,6 +111,15 @@ def with_stored(
             here = both.setdefault(arm, {}).get(number)
             if here is None or here.state == "missing" or (seed.done and not here.done):
                 both[arm][number] = seed
+            elif seed.done and here.folder != seed.folder:
+                raise UserError(
+                    f"{claim.label} has a result of {arm} at seed {number}, {seed.folder}, and "
+                    f"the folder of runs has it of another config, {here.folder}: give the runs "
+                    "that the result goes on from as --runs, or compare them by python -m "
+                    f"sweeps.claims replicate {claim.name}."
+                )
+            elif here.weights is None:  # they may be gone, and the rest not
+                both[arm][number] = replace(here, weights=seed.weights)
     for seeds in both.values():
         for number, seed in seeds.items():
             if not seed.done:

@@ -8,7 +8,8 @@ from sweeps.claims.words import Entry
 
 
 def beside(here: Result, committed: Result) -> list[str]:
-    """A line a prediction: both numbers with their 95 % intervals, and whether these overlap.
+    """A line a prediction: both numbers with their 95 % intervals, and whether these overlap; of
+    two shares those of the arm, and of what it is compared with.
 
     Args:
         here: of runs of one's own.
@@ -22,18 +23,14 @@ def beside(here: Result, committed: Result) -> list[str]:
 
 
 def _agreement(mine: Entry, theirs: Entry) -> str:
-    here, there = _interval(mine), _interval(theirs)
-    if here is None or there is None:
+    pairs = list(zip(_intervals(mine), _intervals(theirs), strict=False))
+    if not pairs:
         return "not to be compared yet"
-    return "they agree" if here[0] <= there[1] and there[0] <= here[1] else "they do not agree"
+    overlap = all(a["low"] <= b["high"] and b["low"] <= a["high"] for a, b in pairs)
+    return "they agree" if overlap else "they do not agree"
 
 
-def _interval(entry: Entry) -> tuple[float, float] | None:
-    """Of the effect, of two shares that of the arm's own; one seed is a point."""
-    if entry["effect"] is None:
-        return None
-    found = entry["own"] or entry
-    point = float(entry["effect"])
-    if found["low"] is None:
-        return point, point
-    return float(found["low"]), float(found["high"])
+def _intervals(entry: Entry) -> list[Entry]:
+    """What has ``low`` and ``high``: the effect, or the shares. One seed has no interval."""
+    found = [entry[name] for name in ("own", "other") if entry[name]] or [entry]
+    return [each for each in found if each["low"] is not None]

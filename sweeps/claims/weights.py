@@ -44,7 +44,7 @@ def write_weights(
     seeds: Sequence[int],
     arms: Collection[str],
     stored: Mapping[str, Mapping[int, Seed]],
-) -> list[str]:
+) -> tuple[list[str], int]:
     """Write ``ARM_seed-S.safetensors`` of finished runs.
 
     Args:
@@ -56,23 +56,30 @@ def write_weights(
         stored: the runs of the claim's result, by arm and seed.
 
     Returns:
-        A line a file: what it is of, and whether the result has the same digest.
+        A line a run: its file, and whether the result has the same digest, or that nothing of it is
+        kept; and of how many runs nothing is.
 
     Raises:
         UserError: an arm does not compose; the package safetensors is missing.
         OSError: a full disk, among others.
     """
-    lines = []
+    lines, gone = [], 0
     for job in jobs(claim, seeds, runs):
-        weights = _weights(runs / job.folder) if job.arm in arms else None
+        if job.arm not in arms:
+            continue
+        weights = _weights(runs / job.folder)
         if weights is None:
+            gone += 1
+            lines.append(
+                f"{runs / job.folder} keeps no weights: remove it, and it is trained again"
+            )
             continue
         to.mkdir(parents=True, exist_ok=True)
         file = to / f"{job.arm}_seed-{job.seed}.safetensors"
         tensor_files.write(file, weights, {"run": job.folder})
         known = stored.get(job.arm, {}).get(job.seed)
         lines.append(f"{file}: {_compared(_digest(weights), known)}")
-    return lines
+    return lines, gone
 
 
 def _compared(digest: str, known: Seed | None) -> str:

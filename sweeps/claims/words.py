@@ -8,7 +8,7 @@ from typing import Any
 
 from sweeps.report.metrics import BY_TAG, number, p_value
 
-_RATES = re.compile(r"accuracy|acceptance|agreement|overlap|exact_match")
+_RATES = re.compile(r"accuracy|acceptance(?!_slope)|agreement|overlap|exact_match")
 
 Entry = Mapping[str, Any]  # one of a result's predictions
 

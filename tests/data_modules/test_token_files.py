@@ -296,13 +296,42 @@ def test_chunks_of_something_else_are_refused(tmp_path):
         for path in (index, index.parent / "chunk-0-0.bin", index.parent):
             with pytest.raises(ValueError, match=message):
                 module(tmp_path / "c", path).prepare()
-    outside = [written["chunks"][0] | {"filename": "../x.bin"}]
-    index.write_text(json.dumps({**written, "chunks": outside}))
-    with pytest.raises(ValueError, match="names chunks outside its folder"):
+    for name in ("../x.bin", "a\\b.bin", "\0.bin"):
+        outside = [written["chunks"][0] | {"filename": name}]
+        index.write_text(json.dumps({**written, "chunks": outside}))
+        with pytest.raises(ValueError, match="names chunks outside its folder"):
+            module(tmp_path / "c", index).prepare()
+    for number in ("\u00b2", "9" * 5000, ""):
+        config = written["config"] | {"data_format": [f"no_header_tensor:{number}"]}
+        index.write_text(json.dumps({**written, "config": config}))
+        with pytest.raises(ValueError, match="no rows of token ids"):
+            module(tmp_path / "c", index).prepare()
+    index.write_text(json.dumps({**written, "chunks": []}))
+    with pytest.raises(ValueError, match="names no chunk"):
         module(tmp_path / "c", index).prepare()
     index.write_text('{"other": 1}')
     with pytest.raises(ValueError, match=r"index\.json is no file of token ids"):
         module(tmp_path / "c", index).prepare()
+
+
+def test_a_chunk_without_its_index_is_not_taken_for_ids(tmp_path):
+    """Its header would be tokens."""
+    index = litdata(tmp_path / "a", ids_of(texts(8)), chunks=2)
+    chunk, content = index.parent / "chunk-0-0.bin", index.read_text()
+    for damaged in (content[:-20], "[" * 100_000):
+        index.write_text(damaged)
+        with pytest.raises(ValueError, match=r"index\.json is no JSON, or is truncated"):
+            module(tmp_path / "c", chunk).prepare()
+    stranger = nanogpt(tmp_path / "a" / "x.bin", [[1, 2, 0]])
+    index.write_text(content)
+    with pytest.raises(ValueError, match=r"x\.bin is not among the chunks of"):
+        module(tmp_path / "c", stranger).prepare()
+    index.unlink()
+    with pytest.raises(ValueError, match=r"is a chunk of litdata, and its index\.json is not"):
+        module(tmp_path / "c", f"{tmp_path}/a/chunk*.bin").prepare()
+    empty = litdata(tmp_path / "b", [[]])
+    with pytest.raises(ValueError, match="chunk-0-0.bin holds no ids: leave it out"):
+        module(tmp_path / "c", empty).prepare()
 
 
 def test_megatron_without_end_of_text_tokens_is_said(tmp_path, caplog):

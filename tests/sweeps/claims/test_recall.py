@@ -96,6 +96,19 @@ def test_nothing_that_was_started_elsewhere_is_dropped(tmp_path: Path) -> None:
     }
 
 
+def test_what_is_done_both_here_and_elsewhere_is_one_run(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path)
+    stored = elsewhere(claim, tmp_path)
+    stored["arms"]["plain"]["seeds"]["0"]["weights"] = "f" * 64
+    here = observed(claim, {"plain": PLAIN[:1], "mtp": []})
+    here["plain"][0].folder = stored["arms"]["plain"]["seeds"]["0"]["folder"]
+    both = with_stored(here, claim, stored)
+    assert both["plain"][0].weights == "f" * 64, "the run's checkpoints may be gone"
+    here["plain"][0].folder = "another"
+    with pytest.raises(ValueError, match="has it of another config, another: give the runs"):
+        with_stored(here, claim, stored)
+
+
 def test_a_claim_began_with_the_first_of_its_runs(tmp_path: Path) -> None:
     claim = claim_of(tmp_path)
     stored = elsewhere(claim, tmp_path)

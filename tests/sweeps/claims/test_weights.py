@@ -63,7 +63,9 @@ def test_weights_are_written_and_compared(tmp_path: Path) -> None:
     def written(**stored: Seed) -> list[str]:
         of = {arm: {0: seed} for arm, seed in stored.items()}
         folder, arms = tmp_path / "to", list(claim.arms)
-        return write_weights(claim, tmp_path, folder, seeds=[0, 1], arms=arms, stored=of)
+        lines, gone = write_weights(claim, tmp_path, folder, seeds=[0, 1], arms=arms, stored=of)
+        assert gone == 2 and all("keeps no weights: remove it" in line for line in lines[2:])
+        return lines[:2]
 
     assert digest is not None
     same, unknown = written(plain=done)
@@ -73,5 +75,5 @@ def test_weights_are_written_and_compared(tmp_path: Path) -> None:
     assert other.endswith("the result's are 000000000000, made by commit cccccccc on a machine")
     found = safetensors.load_file(tmp_path / "to" / "plain_seed-0.safetensors")
     assert set(found) == {"a", "b"} and torch.equal(found["b"], STATE["model.b"])
-    only = write_weights(claim, tmp_path, tmp_path / "to", seeds=[0], arms=["mtp"], stored={})
-    assert len(only) == 1 and "mtp_seed-0" in only[0]
+    only, gone = write_weights(claim, tmp_path, tmp_path / "to", seeds=[0], arms=["mtp"], stored={})
+    assert len(only) == 1 and "mtp_seed-0" in only[0] and gone == 0
