@@ -270,7 +270,7 @@ def _pictures(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Langu
             if files := files_of(result, claim.label, Path("results")):
                 file = files[-1] if name == QUESTION else files[0]
                 said = language.figures[CURVE if file.stem.endswith(CURVE) else name]
-                shown.append(f"![{said}]({file.as_posix()})<br>\n{said}")
+                shown.append(f"![{said}]({file.as_posix()})<br>{said}")
                 break
     return shown
 
