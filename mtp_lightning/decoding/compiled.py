@@ -117,7 +117,8 @@ def _compiled(
     if staying[0].device.type in _RECORDED:
         require_compiler()
         compiled = torch.compile(function, fullgraph=True, dynamic=False)
-        return Recording(compiled, passing, staying)
+        with torch.compiler.set_stance("default"):  # see decoding_passes
+            return Recording(compiled, passing, staying)
     built = program(function, (*passing, *staying))
     return lambda *passing: built(*passing, *staying)
 
@@ -140,8 +141,7 @@ class CompiledSession(Session):
             else:
                 function = _DepthPass(self.model, number)
             staying = (*self._angles, *cache.entries_L_BSMH)
-            with torch.compiler.set_stance("default"):  # see decoding_passes
-                self._passes[key] = _compiled(function, passing, staying)
+            self._passes[key] = _compiled(function, passing, staying)
         return self._passes[key](*passing)
 
     def _tables_for(self, capacity: int) -> PositionTables:
