@@ -62,7 +62,7 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    library = require_library()
+    library = _library()
     try:
         with library.safe_open(file, "pt") as content:
             yield content
@@ -77,7 +77,7 @@ def write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
         UserError: the package is missing.
         OSError: a full disk, among others.
     """
-    require_library()
+    _library()
     from safetensors.torch import save
 
     # The library refuses tensors that share memory, as copies of the embedding do.
@@ -89,12 +89,7 @@ def write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
     file.write_bytes(save(apart, metadata=metadata))
 
 
-def require_library() -> Any:
-    """The package safetensors.
-
-    Raises:
-        UserError: it is missing.
-    """
+def _library() -> Any:
     try:
         import safetensors
     except ImportError as error:

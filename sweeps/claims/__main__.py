@@ -19,7 +19,6 @@ from pathlib import Path
 
 from mtp_lightning.cli import readable_errors
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop.tensor_files import require_library
 from mtp_lightning.paths import ROOT
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
@@ -87,7 +86,7 @@ def _replicate(args: argparse.Namespace) -> int:
     claim = _at(args, read_claim(args.name, args.claims))
     runs = args.runs.absolute()
     file = args.claims / f"{args.name}.yaml"
-    _require_statistics()
+    _require("scipy", "Verdicts", "report")
     left = run(
         {file: claim}, runs, seeds=args.seeds, n_jobs=args.jobs, retry_failed=args.retry_failed
     )
@@ -113,7 +112,7 @@ def _weights(args: argparse.Namespace) -> int:
     arms, seeds = args.arms or list(claim.arms), args.seeds or list(claim.scale.seeds)
     runs = args.runs.absolute()
     file = args.claims / f"{args.name}.yaml"
-    require_library()
+    _require("safetensors", "Files of weights", "hf")
     left = run(
         {file: claim}, runs, seeds=seeds, arms=arms, n_jobs=args.jobs,
         retry_failed=args.retry_failed,
@@ -128,7 +127,7 @@ def _weights(args: argparse.Namespace) -> int:
 def _verdict(args: argparse.Namespace) -> int:
     if args.all == bool(args.names):
         raise UserError("verdict wants names of claims, or --all.")
-    _require_statistics()
+    _require("scipy", "Verdicts", "report")
     code = 0
     for name in args.names or names(args.claims):
         claim = read_claim(name, args.claims)
@@ -175,9 +174,10 @@ def _say(result: Result) -> None:
         print(f"  unfinished: {line}")
 
 
-def _require_statistics() -> None:
-    if find_spec("scipy") is None:
-        raise UserError("Verdicts need the package scipy: pip install -e '.[report]'")
+def _require(package: str, what: str, extra: str) -> None:
+    """Before hours of runs, not behind them."""
+    if find_spec(package) is None:
+        raise UserError(f"{what} need the package {package}: pip install -e '.[{extra}]'")
 
 
 def _at(args: argparse.Namespace, claim: Claim) -> Claim:

@@ -11,7 +11,6 @@ from typing import Any
 from mtp_lightning.run.status import read_status
 from sweeps.claims.claim import Claim, Measure
 from sweeps.claims.curve import curve_of
-from sweeps.claims.weights import digest_of
 from sweeps.report.read import Run, read_run
 from sweeps.report.solving import wait_of
 from sweeps.report.survival import Wait
@@ -33,8 +32,8 @@ class Seed:
         costs: steps given (``steps``), steps done, FLOPs, parameters, seconds, tokens.
         curve: FLOPs and training loss of the next token (``curve.py``), where FLOPs are the same.
         text: fingerprint of what it was evaluated on.
-        weights: digest of what it ended with (``weights.py``), where a task was to be solved and
-            they are kept.
+        weights: digest of what it ended with (``interop/weights.py``), where a task was to be
+            solved and they are kept.
         commit: of the code.
         machine: as the run describes it.
         started: time, UTC.
@@ -118,6 +117,8 @@ def _seed(run: Run, claim: Claim) -> Seed:
     text = text_of(run)
     seed.text = None if text is None else text.fingerprint
     if seed.waits:
+        from mtp_lightning.interop.weights import digest_of
+
         seed.weights = digest_of(run.folder)
     seed.commit, seed.machine = run.fact("git_commit"), run.fact("machine")
     return seed

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from mtp_lightning.interop.weights import digest_of
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.layout import CHECKPOINTS, LAST
 from sweeps.claims.jobs import jobs
 from sweeps.claims.observe import Seed
-from sweeps.claims.weights import digest_of, write_weights
+from sweeps.claims.weights import write_weights
 from tests.sweeps.claims.fixture_claims import claim_of
 
 STATE = {
