@@ -4,9 +4,9 @@ Run ``python -m benchmarks.gpu``: under nine minutes on one GPU of 80 GB. First 
 marker ``gpu``; then optimizer steps of three sizes at D = 0, 1, 2 and of a mixture of experts, as a
 run takes them by default there (bf16-mixed, compiled blocks), without Lightning, callbacks and
 logging; then the passes that decoding consists of, with weights in bf16, and those of one model
-compiled and recorded. ``mfu`` is over the maker's number for dense products, and
-counts attention in full, without a causal discount. Rows for which no time is left are named in the
-table and in the JSON. Not run on a GPU by this project yet.
+compiled and recorded. ``mfu`` is over the maker's number for dense products, and counts attention
+in full, without a causal discount. Rows for which no time is left are named in the table and in the
+JSON. Not run on a GPU by this project yet.
 """
 
 from __future__ import annotations

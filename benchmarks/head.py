@@ -32,16 +32,10 @@ CHUNK_NUMELS = {"cpu": range(20, 26), "cuda": range(22, 30)}
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """This project's."""
+def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, *, compiled: bool = False) -> Tensor:
+    """This project's; ``compiled`` as with compiled blocks on a GPU."""
     target = DepthTarget(0, targets, 1.0 / len(targets), CrossEntropy())
-    return joint_loss(weight, [hidden], [target])[0]
-
-
-def compiled(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """This project's with compiled blocks: a chunk's loss is one kernel."""
-    target = DepthTarget(0, targets, 1.0 / len(targets), CrossEntropy())
-    return joint_loss(weight, [hidden], [target], compiled=True)[0]
+    return joint_loss(weight, [hidden], [target], compiled=compiled)[0]
 
 
 def whole_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -59,7 +53,7 @@ def implementations() -> dict[str, Loss]:
     """Those that this PyTorch has."""
     found: dict[str, Loss] = {
         "chunked": chunked,
-        "chunked, compiled": compiled,
+        "chunked, compiled": partial(chunked, compiled=True),
         "whole logits": whole_logits,
     }
     if hasattr(F, "linear_cross_entropy"):

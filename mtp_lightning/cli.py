@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -31,6 +32,21 @@ def printable(text: str) -> str:
     """A text that no terminal obeys: of a file or a model, it may hold codes that retitle, recolour
     or type. Line ends and tabs stay; other control characters are shown as Python writes them."""
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def require_package(name: str, *, what: str, extra: str) -> None:
+    """Say what is missing before anything is done, not behind hours of it.
+
+    Args:
+        name: of a package.
+        what: needs it.
+        extra: that has it.
+
+    Raises:
+        UserError: it is not installed; with the command that installs it.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"{what} needs the package {name}: pip install -e '.[{extra}]'.")
 
 
 class Stopped(KeyboardInterrupt):

@@ -43,13 +43,7 @@ def chunk_paths(index: Path) -> list[Path] | None:
 
 def looks_like_chunk(path: Path) -> bool:
     """Whether a file begins as a chunk of its size does: it is one, whatever index it has lost."""
-    size = path.stat().st_size
-    n_items = int(np.fromfile(path, "<u4", 1)[0]) if size >= 12 else 0
-    begin = 4 * (n_items + 2)
-    if not n_items or begin >= size:
-        return False
-    first, last = (int(np.fromfile(path, "<u4", 1, offset=at)[0]) for at in (4, begin - 4))
-    return first == begin and last == size
+    return _offsets(path) is not None
 
 
 def read_chunk(path: Path) -> tuple[Shard, np.ndarray] | None:
@@ -73,23 +67,31 @@ def read_chunk(path: Path) -> tuple[Shard, np.ndarray] | None:
             "kind a folder of their own"
         )
     dtype = np.dtype(found[1])
-    size = path.stat().st_size
-    n_items = int(np.fromfile(path, "<u4", 1)[0]) if size >= 4 else 0
-    begin = 4 * (n_items + 2)
-    if n_items and begin == size:
+    offsets = _offsets(path)
+    lengths = np.zeros(0, np.int64) if offsets is None else np.diff(offsets)
+    if offsets is None or lengths.min() < 0 or (lengths % dtype.itemsize).any():
+        raise UserError(
+            f"{path} is truncated or damaged: its header does not fit its "
+            f"{path.stat().st_size:,} bytes and the {dtype.name} of {index}; copy both files again"
+        )
+    begin, end = int(offsets[0]), int(offsets[-1])
+    if begin == end:
         raise UserError(f"{path} holds no ids: leave it out of the paths")
-    if n_items and begin < size:
-        offsets = np.fromfile(path, "<u4", n_items + 1, offset=4).astype(np.int64)
-        lengths = np.diff(offsets)
-        whole = offsets[0] == begin and offsets[-1] == size and not (lengths % dtype.itemsize).any()
-        if whole and lengths.min() >= 0:
-            starts = np.unique((offsets[:-1] - begin) // dtype.itemsize)
-            n_tokens = (size - begin) // dtype.itemsize
-            return Shard(path, dtype.str, begin, n_tokens), starts[starts < n_tokens]
-    raise UserError(
-        f"{path} is truncated or damaged: its header does not fit its {size:,} bytes and the "
-        f"{dtype.name} of {index}; copy both files again"
-    )
+    starts = np.unique((offsets[:-1] - begin) // dtype.itemsize)
+    n_tokens = (end - begin) // dtype.itemsize
+    return Shard(path, dtype.str, begin, n_tokens), starts[starts < n_tokens]
+
+
+def _offsets(path: Path) -> np.ndarray | None:
+    """Byte offsets of a chunk's items and of its end; None where the file's size belies them."""
+    size = path.stat().st_size
+    if size < 12:
+        return None
+    n_items, first = map(int, np.fromfile(path, "<u4", 2))
+    if not n_items or first != 4 * (n_items + 2) or first > size:
+        return None
+    offsets = np.fromfile(path, "<u4", n_items + 1, offset=4).astype(np.int64)
+    return offsets if offsets[-1] == size else None
 
 
 @functools.lru_cache(maxsize=8)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.layout import METRICS_FILE, TRACKERS_FILE
 from mtp_lightning.run.metrics import STEP, read_metrics
@@ -57,13 +55,3 @@ class ServiceMemory:
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
-
-
-def require_package(name: str, *, extra: str) -> None:
-    """Refuse a logger whose package is not installed.
-
-    Raises:
-        UserError: naming the command that installs it.
-    """
-    if importlib.util.find_spec(name) is None:
-        raise UserError(f"logger={extra} needs the package {name}: pip install -e '.[{extra}]'.")

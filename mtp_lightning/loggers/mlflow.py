@@ -9,8 +9,9 @@ from typing import Any
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from mtp_lightning.cli import require_package
 from mtp_lightning.loggers.base import RunLogger
-from mtp_lightning.loggers.memory import ServiceMemory, require_package
+from mtp_lightning.loggers.memory import ServiceMemory
 from mtp_lightning.run.lock import Lock
 
 
@@ -38,7 +39,7 @@ class RunMLflow(RunLogger, MLFlowLogger):
         name: str | None = None,
         **options: Any,
     ) -> None:
-        require_package("mlflow", extra="mlflow")
+        require_package("mlflow", what="logger=mlflow", extra="mlflow")
         self._memory = ServiceMemory(folder, "mlflow")
         shared = self._memory.folder.parent
         if tracking_uri is None:

@@ -10,8 +10,9 @@ from typing import Any
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from mtp_lightning.cli import require_package
 from mtp_lightning.loggers.base import RunLogger
-from mtp_lightning.loggers.memory import ServiceMemory, require_package
+from mtp_lightning.loggers.memory import ServiceMemory
 
 
 class RunTrackio(RunLogger):
@@ -31,7 +32,7 @@ class RunTrackio(RunLogger):
         self, folder: str | Path, project: str, name: str | None = None, **options: Any
     ) -> None:
         super().__init__()
-        require_package("trackio", extra="trackio")
+        require_package("trackio", what="logger=trackio", extra="trackio")
         self._memory = ServiceMemory(folder, "trackio")
         self._project = project
         made = f"{self._memory.folder.name}-{uuid.uuid4().hex[:4]}"

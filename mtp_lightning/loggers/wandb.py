@@ -13,8 +13,9 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from mtp_lightning.cli import require_package
 from mtp_lightning.loggers.base import RunLogger
-from mtp_lightning.loggers.memory import ServiceMemory, require_package
+from mtp_lightning.loggers.memory import ServiceMemory
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class RunWandb(RunLogger, WandbLogger):
         offline: bool | None = None,
         **options: Any,
     ) -> None:
-        require_package("wandb", extra="wandb")
+        require_package("wandb", what="logger=wandb", extra="wandb")
         self._memory = ServiceMemory(folder, "wandb")
         run = self._memory.recall() or uuid.uuid4().hex[:8]
         if offline is None:

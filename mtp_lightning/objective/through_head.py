@@ -254,19 +254,15 @@ class _Way:
                 self._add(index, value_R, target)
             return
         d_hidden_RC = self._of_hidden(targets, chunk_RV, h_RC, main)
+        single: ChunkTarget | None = None
         if len(targets) == 1:
-            (target,) = targets
-            value_R, d_logits_RV = target.term.gradient(target.chunk(chunk_RV, h_RC, main))
-            self._add(0, value_R, target)
-            # The coefficient and the mask of a single target go onto the C-wide factors, not onto
-            # the V-wide one.
-            scale_R1, factor = target.counts_R.unsqueeze(-1), target.coefficient
+            (single,) = targets
+            value_R, d_logits_RV = single.term.gradient(single.chunk(chunk_RV, h_RC, main))
+            self._add(0, value_R, single)
         else:
             d_logits_RV = self._of_several(targets, chunk_RV, h_RC, main)
-            scale_R1, factor = None, 1.0
         del chunk_RV
-        d_logits_RV = d_logits_RV.to(self.weight.dtype)
-        self._learn(rows, h_RC, d_logits_RV, scale_R1, factor, d_hidden_RC)
+        self._learn(rows, h_RC, d_logits_RV.to(self.weight.dtype), single, d_hidden_RC)
 
     @property
     def is_plain(self) -> bool:
@@ -288,16 +284,14 @@ class _Way:
             value_R, d_logits_RV = cross_entropy(logits_RV, target.tokens_R)
             del logits_RV
             self._add(0, value_R, target)
-            scale_R1 = target.counts_R.unsqueeze(-1)
-            self._learn(place, h_RC, d_logits_RV, scale_R1, target.coefficient)
+            self._learn(place, h_RC, d_logits_RV, target)
 
     def _learn(
         self,
         rows: slice | Tensor,
         h_RC: Tensor,
         d_logits_RV: Tensor,
-        scale_R1: Tensor | None,
-        factor: float,
+        single: ChunkTarget | None,
         d_hidden_RC: Tensor | None = None,
     ) -> None:
         """Hand the gradient by the logits on to the hidden states and to the weight.
@@ -306,10 +300,12 @@ class _Way:
             rows: the positions.
             h_RC: their hidden states.
             d_logits_RV: the gradient.
-            scale_R1: of the positions, and ...
-            factor: ... of all, where it does not have them yet.
+            single: a single target, whose mask and coefficient it does not have yet: they go onto
+                the C-wide factors, not onto the V-wide one.
             d_hidden_RC: of terms that read the state.
         """
+        scale_R1 = None if single is None else single.counts_R.unsqueeze(-1)
+        factor = 1.0 if single is None else single.coefficient
         if self.d_h is not None:
             d_h_RC = matmul_transposed(d_logits_RV, self.weight.t())
             if scale_R1 is not None:

@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
-from mtp_lightning.cli import readable_errors
+from mtp_lightning.cli import readable_errors, require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.claims import words
@@ -86,7 +85,7 @@ def _replicate(args: argparse.Namespace) -> int:
     claim = _at(args, read_claim(args.name, args.claims))
     runs = args.runs.absolute()
     file = args.claims / f"{args.name}.yaml"
-    _require("scipy", "Verdicts", "report")
+    require_package("scipy", what="a verdict", extra="report")
     left = run(
         {file: claim}, runs, seeds=args.seeds, n_jobs=args.jobs, retry_failed=args.retry_failed
     )
@@ -112,7 +111,7 @@ def _weights(args: argparse.Namespace) -> int:
     arms, seeds = args.arms or list(claim.arms), args.seeds or list(claim.scale.seeds)
     runs = args.runs.absolute()
     file = args.claims / f"{args.name}.yaml"
-    _require("safetensors", "Files of weights", "hf")
+    require_package("safetensors", what="a file of weights", extra="hf")
     left = run(
         {file: claim}, runs, seeds=seeds, arms=arms, n_jobs=args.jobs,
         retry_failed=args.retry_failed,
@@ -127,7 +126,7 @@ def _weights(args: argparse.Namespace) -> int:
 def _verdict(args: argparse.Namespace) -> int:
     if args.all == bool(args.names):
         raise UserError("verdict wants names of claims, or --all.")
-    _require("scipy", "Verdicts", "report")
+    require_package("scipy", what="a verdict", extra="report")
     code = 0
     for name in args.names or names(args.claims):
         claim = read_claim(name, args.claims)
@@ -172,12 +171,6 @@ def _say(result: Result) -> None:
         print(f"    {details}")
     for line in result["unfinished"]:
         print(f"  unfinished: {line}")
-
-
-def _require(package: str, what: str, extra: str) -> None:
-    """Before hours of runs, not behind them."""
-    if find_spec(package) is None:
-        raise UserError(f"{what} need the package {package}: pip install -e '.[{extra}]'")
 
 
 def _at(args: argparse.Namespace, claim: Claim) -> Claim:

@@ -182,12 +182,12 @@ def test_an_interrupted_run_is_one_run(
 def test_a_missing_package_is_named_with_its_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mtp_lightning.loggers import memory
+    from mtp_lightning import cli
     from mtp_lightning.loggers.mlflow import RunMLflow
     from mtp_lightning.loggers.trackio import RunTrackio
     from mtp_lightning.loggers.wandb import RunWandb
 
-    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     for name, kind in (("wandb", RunWandb), ("mlflow", RunMLflow), ("trackio", RunTrackio)):
         message = rf"^logger={name} needs the package {name}: pip install -e '.\[{name}\]'.$"
         with pytest.raises(ValueError, match=message):
