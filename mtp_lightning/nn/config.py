@@ -127,10 +127,6 @@ class TrunkConfig(TrunkShape):
         """
         return sum(c.flops(self, seq_len, layer) for c in (self.attention, self.feed_forward))
 
-    def blocks_flops(self, seq_len: int) -> int:
-        """Forward FLOPs of all blocks for one token."""
-        return sum(self.block_flops(seq_len, layer) for layer in range(self.n_layers))
-
     def head_flops(self) -> int:
         """Forward FLOPs of the output head for one token."""
         return 2 * self.d_model * self.vocab_size
