@@ -282,7 +282,7 @@ class Objective:
             # One head at a time needs a teacher of its own; a chain's is the main prediction.
             flops += (depths if alone else not main) * head
         trained = self.train_head and config.mtp.detach != "all"
-        if isinstance(stack, Targets) and self.needs_teacher:
+        if isinstance(stack, Targets) and (self.needs_teacher or not trained):
             return flops + depths * (2 + trained) * head  # each by itself
         if not self.train_head and config.mtp.trains_trunk and config.mtp.detach != "all":
             flops -= config.mtp.projections(active) * head

@@ -15,7 +15,8 @@ happens in the node's forward pass; its backward pass hands the gradients on.
 Where a term compares with the main prediction, a chain's depths go through the head together, and
 one teacher serves them all, which is the main prediction's own pass. Heads side by side, of which
 only one is there at a time, have it made anew for each. With targets alone every depth goes through
-the head by itself, since its teacher stands at another position.
+the head by itself, since its teacher stands at another position; so it does where the head learns
+from the main prediction alone.
 
 Depths that one mixture joins have a node of their own (``mixture_loss.py``).
 """
@@ -92,7 +93,8 @@ def stack_loss(
         pairs = list(zip(depths, states[1:], strict=True))
         look_ahead(weight_VC, final_BTC, pairs, tokens_of(targets), objective.wanted, seen)
     targets = objective.settle(targets, seen)
-    if isinstance(stack, Targets) and not any(target.term.needs_teacher for target in targets):
+    alone = not train_head or any(target.term.needs_teacher for target in targets)
+    if isinstance(stack, Targets) and not alone:
         return one_state_loss(weight_VC, final_BTC, targets)
     return joint_loss(weight_VC, states, targets, train_head=train_head, compiled=compiled)
 
