@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import common
 from data_modules.windows import WindowBatch
-from mtp_lightning.objective.ahead import Seen, look_ahead
+from mtp_lightning.objective.ahead import look_ahead
 from mtp_lightning.objective.objective import Objective, PositionCounts, count_taught, tokens_of
 from mtp_lightning.objective.stack_loss import by_depth, joint_loss
 from mtp_lightning.objective.terms.base import Term
@@ -65,10 +65,8 @@ def one_pass(
     targets = [DepthTarget(0, batch.targets(0), 1 / counts.valid[0], CrossEntropy())]
     for k in range(1, batch.depth + 1):
         targets += objective.targets(k, batch, 0.1, counts, place=k)
-    seen = Seen()
-    if objective.wanted.anything:
-        pairs = list(enumerate(states))[1:]
-        look_ahead(weight_VC, states[0], pairs, tokens_of(targets), objective.wanted, seen)
+    pairs = list(enumerate(states))[1:]
+    seen = look_ahead(weight_VC, states[0], [pairs], tokens_of(targets), objective.wanted)
     targets = objective.settle(targets, seen)
     if not alone:
         loss, _ = joint_loss(weight_VC, states, targets)

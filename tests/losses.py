@@ -19,6 +19,13 @@ from mtp_lightning.objective.step_plan import StepPlan
 from mtp_lightning.objective.terms.base import Term
 
 
+def gradients(model: MTPModel) -> dict[str, Tensor]:
+    """Those of all parameters, which are taken away."""
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
 def step_of(
     model: MTPModel, term: Term | Objective | None = None, **settings: object
 ) -> OptimizerStep:

@@ -104,16 +104,8 @@ class SideBySide(MTPStack):
 
     @abstractmethod
     def step(self, k: int, branch_BTC: Tensor, positions: Positions) -> Tensor:
-        """Hidden state [B, T, C] of depth ``k`` from the branch."""
-
-    def state(self, k: int, at: BranchPoint) -> Tensor:
-        """Hidden state [B, T, C] of depth ``k``, its correction included."""
-        hidden = self.step(k, at.hidden, at.positions)
-        if not self.corrections:
-            return hidden
-        if self.config.detach == "all":
-            at = replace(at, embedded=at.embedded.detach())
-        return hidden + self.corrections[k - 1](k, at)
+        """What depth ``k`` makes of the branch, [B, T, C]. Its hidden state is this and its
+        correction, which :meth:`states` and :meth:`depth_state` add: ask these."""
 
     def parameters_of(self, k: int) -> list[nn.Parameter]:
         """The parameters of depth ``k``."""
@@ -129,10 +121,15 @@ class SideBySide(MTPStack):
         self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
     ) -> Iterator[tuple[int, Tensor]]:
         for k in self.computed(active):
-            yield k, self.state(k, at)
+            yield k, self.depth_state(k, at, at.hidden)
 
     def depth_state(self, k: int, at: BranchPoint, previous_BTC: Tensor) -> Tensor:
-        return self.state(k, at)
+        hidden = self.step(k, at.hidden, at.positions)
+        if not self.corrections:
+            return hidden
+        if self.config.detach == "all":
+            at = replace(at, embedded=at.embedded.detach())
+        return hidden + self.corrections[k - 1](k, at)
 
     def ahead(self, active: Sequence[int]) -> int:
         return max(active, default=0) if self.corrections else 0

@@ -8,7 +8,7 @@ Shapes: B windows, T positions, R positions of one chunk, C d_model, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,19 +38,14 @@ class Wanted:
     entropy: bool = False
 
     @property
+    def of_depths(self) -> bool:
+        """Whether the depths are looked at."""
+        return self.alpha or self.target_probs
+
+    @property
     def anything(self) -> bool:
         """Whether a pass is needed at all."""
-        return self.alpha or self.target_probs or self.entropy
-
-    @property
-    def of_main(self) -> bool:
-        """Whether the main prediction is looked at."""
-        return self.alpha or self.entropy
-
-    @property
-    def of_depths(self) -> bool:
-        """Whether the depths are."""
-        return self.alpha or self.target_probs
+        return self.of_depths or self.entropy
 
 
 @dataclass
@@ -72,21 +67,38 @@ class Seen:
 def look_ahead(
     weight_VC: Tensor,
     main_BTC: Tensor,
+    groups: Iterable[Sequence[tuple[int, Tensor]]],
+    tokens: Mapping[int, Tensor],
+    wanted: Wanted,
+) -> Seen:
+    """Measure the depths.
+
+    Args:
+        weight_VC: the shared head's.
+        main_BTC: the main prediction's hidden state.
+        groups: depths and their hidden states, the very ones that are going to learn. Those of one
+            group share a pass of the main prediction. Asked for only if depths are looked at.
+        tokens: depth -> targets [B, T].
+        wanted: what is to be measured.
+    """
+    seen = Seen()
+    for states in groups if wanted.of_depths else ():
+        _look(weight_VC, main_BTC, states, tokens, wanted, seen)
+    if wanted.entropy and seen.entropy is None:
+        _look(weight_VC, main_BTC, [], tokens, wanted, seen)
+    return seen
+
+
+def _look(
+    weight_VC: Tensor,
+    main_BTC: Tensor,
     states: Sequence[tuple[int, Tensor]],
     tokens: Mapping[int, Tensor],
     wanted: Wanted,
     seen: Seen,
 ) -> None:
-    """Measure some depths, which share one pass of the main prediction.
-
-    Args:
-        weight_VC: the shared head's.
-        main_BTC: the main prediction's hidden state.
-        states: depths and their hidden states.
-        tokens: depth -> targets [B, T].
-        wanted: what is to be measured.
-        seen: what was measured; added to, the entropy only if it is not there.
-    """
+    """One pass of the main prediction, and the depths that share it. What is measured is added to
+    ``seen``, the entropy only if it is not there."""
     dtype = compute_dtype(main_BTC)
     weight = weight_VC.detach().to(dtype)
     number = torch.promote_types(dtype, torch.float32)
@@ -105,13 +117,13 @@ def look_ahead(
     flat = [(k, h.detach().reshape(-1, h.shape[-1]).to(dtype)) for k, h in states]
     main_MC = main_BTC.detach().reshape(-1, main_BTC.shape[-1]).to(dtype)
     with torch.autocast(weight.device.type, enabled=False):
-        if wanted.alpha or entropy_due:
+        if (wanted.alpha and states) or entropy_due:
             for place, main_RV in log_probs_by_chunk(main_MC, weight):
                 if entropy_due:
                     assert seen.entropy is not None
                     seen.entropy.view(-1)[place] = -(main_RV.exp() * main_RV).sum(-1)
                 main_RV.exp_()
-                for k, h_MC in flat if wanted.of_depths else ():
+                for k, h_MC in flat:
                     rows = places_left(place, k, h_MC)
                     q_RV = log_probs(h_MC[rows], weight).exp_()
                     if wanted.alpha:

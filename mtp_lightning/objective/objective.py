@@ -269,11 +269,11 @@ class Objective:
             active: depths that are computed.
             main: whether the main prediction goes through the head anyway.
         """
-        if not active:
-            return 0
         head, depths = config.trunk.head_flops(), len(active)
         alone = isinstance(stack, SideBySide)
         flops = self._flops_ahead(config, seq_len, active, alone=alone)
+        if not active:
+            return flops
         if self.confidence:
             flops += depths * 4 * 2 * config.trunk.d_model  # two products, and one's two backward
         if self.needs_teacher and config.mtp.rank > 1:
@@ -296,14 +296,14 @@ class Objective:
         self, config: ModelConfig, seq_len: int, active: Sequence[int], *, alone: bool
     ) -> int:
         """FLOPs of what must be known before any depth learns."""
-        head, flops = config.trunk.head_flops(), 0
-        passes = len(active) if alone and self.wanted.alpha else 1
-        if self.wanted.of_main:
-            flops += passes * head
-        if self.wanted.of_depths:
-            flops += len(active) * head
-            if alone:  # the heads are computed twice
-                flops += config.mtp.module_flops(config.trunk, seq_len, active)
+        wanted, passes = self.wanted, int(self.wanted.entropy)
+        if wanted.alpha and active:  # a pass of the main prediction for all, or for each
+            passes = len(active) if alone else 1
+        if wanted.of_depths:
+            passes += len(active)
+        flops = passes * config.trunk.head_flops()
+        if wanted.of_depths and alone:  # the heads are computed twice
+            flops += config.mtp.module_flops(config.trunk, seq_len, active)
         return flops
 
 

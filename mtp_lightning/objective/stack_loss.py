@@ -37,7 +37,7 @@ from mtp_lightning.mtp.base import BranchPoint, RandomKey
 from mtp_lightning.mtp.kinds import SideBySide, Targets
 from mtp_lightning.mtp.rank import JointLinearMTP
 from mtp_lightning.nn.ledger import Ledger
-from mtp_lightning.objective.ahead import Seen, Wanted, look_ahead
+from mtp_lightning.objective.ahead import Seen, look_ahead
 from mtp_lightning.objective.mixture_loss import mixture_loss
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective, tokens_of
 from mtp_lightning.objective.terms.base import HiddenTerm
@@ -82,43 +82,23 @@ def stack_loss(
     depths = list(by_depth(targets))[1:]
     if isinstance(stack, JointLinearMTP):
         return mixture_loss(model, final_BTC, at, objective.settle(targets, Seen()))
+    tokens, wanted = tokens_of(targets), objective.wanted
     if isinstance(stack, SideBySide):
-        seen = _look_at_heads(stack, weight_VC, final_BTC, at, targets, objective.wanted)
+        # Each head is computed once more. What its routers do is counted in training.
+        unheard = replace(at, positions=replace(at.positions, ledger=None))
+        one_by_one = ([state] for state in stack.states(unheard, depths, key))
+        seen = look_ahead(weight_VC, final_BTC, one_by_one, tokens, wanted)
         targets = objective.settle(targets, seen)
-        stream = _HeadByHead(stack, final_BTC, at, targets, auxiliary, train_head=train_head)
+        stream = _HeadByHead(stack, final_BTC, at, targets, auxiliary, key, train_head=train_head)
         return _apply(weight_VC, stream, compiled=compiled)
-    states = [final_BTC, *(hidden for _, hidden in stack.states(at, depths, key))]
-    seen = Seen()
-    if objective.wanted.anything:
-        pairs = list(zip(depths, states[1:], strict=True))
-        look_ahead(weight_VC, final_BTC, pairs, tokens_of(targets), objective.wanted, seen)
+    pairs = list(stack.states(at, depths, key))
+    states = [final_BTC, *(hidden for _, hidden in pairs)]
+    seen = look_ahead(weight_VC, final_BTC, [pairs], tokens, wanted)
     targets = objective.settle(targets, seen)
     alone = not train_head or any(target.term.needs_teacher for target in targets)
     if isinstance(stack, Targets) and not alone:
         return one_state_loss(weight_VC, final_BTC, targets)
     return joint_loss(weight_VC, states, targets, train_head=train_head, compiled=compiled)
-
-
-def _look_at_heads(
-    stack: SideBySide,
-    weight_VC: Tensor,
-    final_BTC: Tensor,
-    at: BranchPoint,
-    targets: Sequence[DepthTarget],
-    wanted: Wanted,
-) -> Seen:
-    """What heads side by side will say, each computed once more for that."""
-    seen, tokens = Seen(), tokens_of(targets)
-    if not wanted.of_depths:
-        if wanted.anything:
-            look_ahead(weight_VC, final_BTC, [], tokens, wanted, seen)
-        return seen
-    positions = replace(at.positions, ledger=None)  # what routers do is counted in training
-    with torch.no_grad():
-        for k in list(tokens)[1:]:
-            state = k, stack.step(k, at.hidden.detach(), positions)
-            look_ahead(weight_VC, final_BTC, [state], tokens, wanted, seen)
-    return seen
 
 
 def by_depth(targets: Sequence[DepthTarget]) -> dict[int, list[DepthTarget]]:
@@ -255,11 +235,12 @@ class _HeadByHead(_Stream):
         at: BranchPoint,
         targets: Sequence[DepthTarget],
         auxiliary: float,
+        key: RandomKey | None,
         *,
         train_head: bool,
     ) -> None:
         super().__init__(targets)
-        self.stack, self.at, self.auxiliary = stack, at, auxiliary
+        self.stack, self.at, self.auxiliary, self.key = stack, at, auxiliary, key
         self.train_head = train_head
         (self.main, *_), *self.depths = by_depth(targets).values()
         # Only parameters that the pass uses: to the rest, autograd and DDP see no path.
@@ -315,7 +296,7 @@ class _HeadByHead(_Stream):
             branch, embedded = leaves if len(leaves) == 2 else (leaves[0], self.at.embedded)
             positions = replace(self.at.positions, ledger=ledger)
             at = replace(self.at, hidden=branch, embedded=embedded, positions=positions)
-            hidden = self.stack.state(targets[0].depth, at)
+            ((_, hidden),) = self.stack.states(at, [targets[0].depth], self.key)
         prediction = Prediction(
             hidden,
             targets,

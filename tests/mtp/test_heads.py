@@ -22,97 +22,10 @@ from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
-from tests import reference
 from tests.losses import mtp_loss
 from tests.models import build, windows
 
 CONF = Path(__file__).parents[2] / "conf"
-
-
-def weights_of(model: MTPModel) -> reference.Weights:
-    return {name: tensor.double() for name, tensor in model.state_dict().items()}
-
-
-@pytest.mark.parametrize(
-    ("mtp", "equations", "switches"),
-    [
-        (ParallelConfig(depth=3), reference.parallel, {}),
-        (
-            ParallelConfig(depth=3, branch="final", input_norm="post"),
-            reference.parallel,
-            {"branch": "final", "input_norm": "post"},
-        ),
-        (
-            ParallelConfig(depth=2, input_norm="post"),
-            reference.parallel,
-            {"input_norm": "post"},
-        ),
-        (LinearConfig(depth=3), reference.linear, {}),
-        (LinearConfig(depth=2, branch="before_last"), reference.linear, {"branch": "before_last"}),
-    ],
-)
-def test_hidden_states_equal_the_papers_equations(
-    tiny_trunk: TrunkConfig,
-    mtp: MTPConfig,
-    equations: Callable[..., list[Tensor]],
-    switches: dict[str, str],
-) -> None:
-    model = build(tiny_trunk, mtp)
-    batch = windows(2, 7, mtp.depth)
-    hidden = model(batch)
-    for row in range(2):
-        expected = equations(
-            batch.tokens[row], weights_of(model), tiny_trunk, mtp.depth, **switches
-        )
-        for k in range(mtp.depth + 1):
-            torch.testing.assert_close(
-                hidden[k][row].double(), expected[k], rtol=1e-4, atol=1e-4, msg=f"depth {k}"
-            )
-    # The reference would not notice a head that does nothing.
-    assert not torch.allclose(hidden[1], hidden[0], atol=1e-2)
-    assert not torch.allclose(hidden[1], hidden[2], atol=1e-2)
-
-
-def test_parameter_free_loss_and_gradients(tiny_trunk: TrunkConfig) -> None:
-    trunk = replace(tiny_trunk, tie_embeddings=False, n_layers=1)
-    model = build(trunk, ParameterFreeConfig(depth=2))
-    batch = windows(1, 6, 2)
-    weights = [0.5, 0.25]
-    total, sums = mtp_loss(model, batch, weights, [6, 6, 6])
-    total.backward()
-    leaves = {name: t.requires_grad_() for name, t in weights_of(model).items()}
-    expected, means = reference.parameter_free_loss(batch.tokens[0], leaves, trunk, weights)
-    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(sums / 6, torch.stack(means), rtol=1e-5, atol=1e-6)
-    expected.backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(
-            parameter.grad.double(), leaves[name].grad, rtol=1e-4, atol=1e-6, msg=name
-        )
-
-
-def test_parameter_free_counts_valid_targets_only(tiny_trunk: TrunkConfig) -> None:
-    """The logits are shared, the mask is every depth's own."""
-    model = build(tiny_trunk, ParameterFreeConfig(depth=2))
-    plain = windows(2, 8, 2)
-    documents = torch.tensor([[0] * 5 + [1] * 6, [2] * 9 + [3] * 2])
-    batch = WindowBatch(plain.tokens, 2, documents)
-    counts = batch.counts().tolist()
-    total, sums = mtp_loss(model, batch, [0.5, 0.25], counts)
-    total.backward()
-    found = model.trunk.embedding.weight.grad.clone()
-    model.zero_grad()
-    hidden = model(batch)[0]
-    expected = torch.zeros(())
-    for k, weight in enumerate([1.0, 0.5, 0.25]):
-        loss = torch.nn.functional.cross_entropy(
-            model.head(hidden).flatten(0, 1), batch.targets(k).flatten(), ignore_index=-100
-        )
-        torch.testing.assert_close(float(sums[k]) / counts[k], loss.item(), rtol=1e-5, atol=1e-6)
-        expected = expected + weight * loss
-    torch.testing.assert_close(total, expected)
-    expected.backward()
-    torch.testing.assert_close(found, model.trunk.embedding.weight.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", ["parallel", "linear", "parameter_free"])

@@ -19,18 +19,14 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.mixture import pack, unpack
 from mtp_lightning.objective import mixture_loss
-from mtp_lightning.objective.objective import Objective, count_taught
+from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.schedule.base import Progress
-from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
-from mtp_lightning.objective.terms.js import JS
 from mtp_lightning.objective.terms.kl import KL
-from mtp_lightning.objective.terms.lk import LK
 from mtp_lightning.objective.terms.mixture import Mixture
 from tests.flops import counted_flops
-from tests.losses import mtp_loss, step_of
+from tests.losses import gradients, mtp_loss, step_of
 from tests.models import build, windows
-from tests.objective.teaching import expected, gradients
 from tests.objective.test_teacher import LiveMemory
 from tests.reference import branch_point
 
@@ -111,54 +107,6 @@ def test_a_depth_is_the_conditional_of_the_joint_distribution(tiny_trunk: TrunkC
         exact = joint.sum((1, 2)), joint[x].sum(1) / joint[x].sum(), joint[x, y] / joint[x, y].sum()
         for k in range(3):
             torch.testing.assert_close(found[k][t], exact[k], rtol=1e-6, atol=1e-9)
-
-
-def masked(depth: int) -> WindowBatch:
-    plain = windows(3, 9, depth)
-    shape = plain.tokens.shape
-    generator = torch.Generator().manual_seed(4)
-    documents = (torch.rand(shape, generator=generator) < 0.1).long().cumsum(1)
-    return WindowBatch(plain.tokens, depth, documents, torch.rand(shape, generator=generator) < 0.8)
-
-
-TERMS: dict[str, tuple[dict[str, float], Term]] = {
-    "ce": ({"ce": 1.0}, CrossEntropy()),
-    "kl and ce": ({"kl": 0.7, "ce": 0.3}, KL(beta=0.7)),
-    "js": ({"js": 1.0}, JS()),
-    "lk": ({"lk": 1.0}, LK()),
-    "mix": ({"ce": 0.1, "tv": 0.9}, Mixture({"ce": 0.1, "tv": 0.9})),
-}
-
-
-@pytest.mark.parametrize("weights", [[0.5, 0.25], [0.0, 0.4], [0.3, 0.0]], ids=str)
-@pytest.mark.parametrize("name", TERMS)
-def test_every_objective_of_distributions(
-    tiny_trunk: TrunkConfig, name: str, weights: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Under masks, in chunks, with weights of one's own and depths that are switched off."""
-    monkeypatch.setattr(mixture_loss, "chunk_rows", lambda *_: 15)
-    mixture, term = TERMS[name]
-    model, batch = of_rank(tiny_trunk, 2, 2), masked(2)
-    counts, taught = batch.counts().tolist(), count_taught(batch).tolist()
-    total, _ = mtp_loss(model, batch, weights, counts, term=term)
-    total.backward()
-    found = gradients(model)
-    want, _ = expected(model, batch, weights, mixture)
-    assert total.item() == pytest.approx(want.item(), rel=1e-6)
-    want.backward()
-    for parameter, gradient in gradients(model).items():
-        if parameter in found:
-            torch.testing.assert_close(
-                found[parameter], gradient, rtol=1e-5, atol=1e-7, msg=parameter
-            )
-        else:  # of a depth that is switched off
-            assert not gradient.any()
-    # A step in parts is the step.
-    parts = [
-        mtp_loss(model, part, weights, counts, term=term, taught=taught)[0]
-        for part in batch.micro_batches(3)
-    ]
-    assert torch.stack(parts).sum().item() == pytest.approx(want.item(), rel=1e-6)
 
 
 def test_equal_components_are_linear_heads(tiny_trunk: TrunkConfig) -> None:

@@ -12,7 +12,7 @@ from mtp_lightning.decoding.generate import generate
 from mtp_lightning.interop import names
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import RandomKey
-from mtp_lightning.mtp.sequential import SequentialConfig, draw_dropped
+from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from tests.models import build, windows
 
@@ -35,24 +35,6 @@ def test_only_training_drops_and_every_row_has_its_own_draws(tiny_trunk: TrunkCo
     half = model(WindowBatch(batch.tokens[2:], 2), key=replace(KEY, first_row=2))
     for k in (1, 2):
         torch.testing.assert_close(half[k], in_training[k][2:])
-
-
-def test_against_the_definition(tiny_trunk: TrunkConfig) -> None:
-    """A dropped position reads the learned vector, another one its token's embedding."""
-    model = build(tiny_trunk, SequentialConfig(depth=2, token_dropout=0.3)).double()
-    batch = windows(3, 10, 2)
-    final, at = model.run_trunk(batch, [1, 2])
-    hidden = final
-    for k in (1, 2):
-        embedded = model.trunk.embedding.weight[batch.tokens[:, k : k + 10]].clone()
-        dropped = draw_dropped(k, 0.3, 3, 10, KEY)
-        assert dropped.any() and not dropped.all()
-        for row, i in dropped.nonzero().tolist():
-            embedded[row, i] = model.mtp.blank[0]
-        hidden = model.mtp.depths[k - 1](hidden, embedded, at.positions)
-        torch.testing.assert_close(hidden, model(batch, key=KEY)[k])
-    rate = draw_dropped(1, 0.3, 50, 200, KEY).double().mean()
-    assert rate == pytest.approx(0.3, abs=0.02)
 
 
 def test_at_one_modules_are_blind_to_tokens(tiny_trunk: TrunkConfig) -> None:

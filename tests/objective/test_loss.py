@@ -15,7 +15,7 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from tests import models
-from tests.losses import mtp_loss
+from tests.losses import gradients, mtp_loss
 
 
 def build(trunk: TrunkConfig, **mtp: Any) -> MTPModel:
@@ -28,12 +28,6 @@ def packed(batch_size: int, seq_len: int, depth: int, *, masked: bool) -> Window
     tokens = torch.randint(0, 37, shape, generator=generator)
     borders = torch.rand(shape, generator=generator) < 0.15
     return WindowBatch(tokens, depth, borders.long().cumsum(1) if masked else None)
-
-
-def gradients(model: MTPModel) -> dict[str, Tensor]:
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return grads
 
 
 @pytest.mark.parametrize("masked", [False, True])

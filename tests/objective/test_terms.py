@@ -29,7 +29,7 @@ from mtp_lightning.objective.terms.reverse_kl import ReverseKL
 from mtp_lightning.objective.terms.tv import TV
 from tests.losses import mtp_loss
 from tests.models import build, windows
-from tests.objective.teaching import FORMULAS, Position, feature, raw_feature
+from tests.objective.whole import FORMULAS, At, feature, raw_feature
 
 
 class Traced(CrossEntropy):
@@ -139,7 +139,7 @@ def chunk_of(logits_q: Tensor, logits_p: Tensor, tokens: Tensor) -> Chunk:
 def test_a_distance_is_its_formula(
     name: str, seed: int, rows: int, vocab: int, sharp: float
 ) -> None:
-    """Value and gradient, written down and made by autograd, against a loop over the vocabulary."""
+    """Value and gradient, written down and made by autograd, against the definition."""
     generator = torch.Generator().manual_seed(seed)
     logits_q, logits_p = sharp * torch.randn(
         2, rows, vocab, generator=generator, dtype=torch.float64
@@ -148,12 +148,7 @@ def test_a_distance_is_its_formula(
     leaf = logits_q.clone().requires_grad_()
     log_q, log_p = torch.log_softmax(leaf, -1), torch.log_softmax(logits_p, -1)
     none = torch.empty(0)
-    want = torch.stack(
-        [
-            FORMULAS[name](Position(log_q[r], log_p[r], int(tokens[r]), none, none))
-            for r in range(rows)
-        ]
-    )
+    want = FORMULAS[name](At(log_q, log_p, tokens, none, none))
     want.sum().backward()
     term = TAUGHT[name]
     for gradient in (term.gradient, lambda chunk: Term.gradient(term, chunk)):
@@ -226,9 +221,7 @@ def test_a_feature_is_learned_by_the_state_alone() -> None:
         chunk = Chunk(1, hidden, torch.zeros(5).long(), state, Teacher(main, main))
         value = Feature(normalise).value(chunk)
         leaf = hidden.clone().requires_grad_()
-        want = torch.stack(
-            [formula(Position(*[leaf[0]] * 2, 0, leaf[r], main[r])) for r in range(5)]
-        )
+        want = formula(At(leaf, leaf, torch.zeros(5).long(), leaf, main))
         torch.testing.assert_close(value, want)
         for loss, at in ((value, state), (want, leaf)):
             loss.sum().backward()

@@ -1,0 +1,234 @@
+"""Every head's hidden states and predictions once more, from the definitions, in float64.
+
+Shapes: B windows, T positions, C d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.base import RandomKey
+from mtp_lightning.mtp.sequential import draw_dropped, draw_states_back
+from tests.reference import rms_norm
+
+
+def said(log_probs: Tensor, token: Tensor) -> Tensor:
+    """What is said of a token [..]."""
+    return log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+
+
+def rotated(x: Tensor, places: Tensor, theta: float) -> Tensor:
+    """[.., T, N, H] by the places [T]: pairs (j, j + H/2)."""
+    half = x.shape[-1] // 2
+    angle = places.double().view(-1, 1, 1) * theta ** (-torch.arange(half).double() / half)
+    a, b = x.split(half, dim=-1)
+    return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
+
+
+class Forward:
+    """The model's hidden states.
+
+    Attributes:
+        final: h [B, T, C].
+        states: depth -> [B, T, C], of those that predict a token through the shared head.
+        embedding, head: [V, C].
+    """
+
+    def __init__(self, model: MTPModel, batch: WindowBatch, key: RandomKey) -> None:
+        self.w, self.c, self.mtp = dict(model.named_parameters()), model.config.trunk, model.mtp
+        self.config: Any = model.config.mtp
+        self.batch, self.key, self.seq_len = batch, key, batch.seq_len
+        self.embedding = self.w["trunk.embedding.weight"]
+        self.head = self.w.get("head.weight", self.embedding)
+        tokens = batch.tokens[:, : self.seq_len]
+        if self.config.variant == "teacherless":
+            assert batch.scored is not None
+            tokens = tokens.masked_fill(batch.scored[:, : self.seq_len], 0)
+        self.places = torch.arange(self.seq_len)
+        self.sees = (self.places <= self.places.unsqueeze(1)).expand(len(batch), -1, -1)
+        if batch.documents is not None:
+            own = batch.documents[:, : self.seq_len]
+            self.sees = self.sees & (own.unsqueeze(1) == own.unsqueeze(2))
+        before_last, last = self.trunk(self.embedding[tokens], self.places, self.sees)
+        self.final = self.norm(last, "trunk.norm")
+        self.branch = last if self.config.branch == "final" else before_last
+        if self.config.input_norm == "post":
+            self.branch = self.norm(self.branch, "trunk.norm")
+        if self.config.detach != "none":
+            self.branch = self.branch.detach()
+        self.states = HEADS[self.config.variant](self)
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return rms_norm(x, self.w[f"{name}.weight"], self.c.norm_eps)
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return x @ self.w[f"{name}.weight"].T
+
+    def read(self, k: int) -> Tensor:
+        """The embeddings of the tokens k places on."""
+        embedded = self.embedding[self.batch.tokens[:, k : self.seq_len + k]]
+        return embedded.detach() if self.config.detach == "all" else embedded
+
+    def trunk(self, x: Tensor, places: Tensor, sees: Tensor) -> tuple[Tensor, Tensor]:
+        """Before the last block, and after it."""
+        before_last = x
+        for layer in range(self.c.n_layers):
+            before_last, x = x, self.block(x, f"trunk.blocks.{layer}", places, sees)
+        return before_last, x
+
+    def block(self, x: Tensor, name: str, places: Tensor, sees: Tensor) -> Tensor:
+        normed = self.norm(x, f"{name}.attention_norm")
+        x = x + self.attention(normed, f"{name}.attention", places, sees)
+        normed = self.norm(x, f"{name}.feed_forward_norm")
+        gate, up = self.linear(normed, f"{name}.feed_forward.gate_up").split(self.c.d_ff, dim=-1)
+        return x + self.linear(F.silu(gate) * up, f"{name}.feed_forward.down")
+
+    def attention(self, x: Tensor, name: str, places: Tensor, sees: Tensor) -> Tensor:
+        """x [.., T, C], by queries [.., T] of keys."""
+        n, m, size = self.c.n_heads, self.c.n_kv_heads, self.c.d_head
+        assert size is not None
+        qkv = self.linear(x, f"{name}.qkv").unflatten(-1, (-1, size))
+        q, k, v = qkv.split([n, m, m], dim=-2)
+        q, k = (rotated(part, places, self.c.rope_theta) for part in (q, k))
+        k, v = (part.repeat_interleave(n // m, dim=-2) for part in (k, v))
+        scores = torch.einsum("...qnh,...knh->...nqk", q, k) / math.sqrt(size)
+        shares = scores.masked_fill(~sees.unsqueeze(-3), -math.inf).softmax(-1)
+        mixed = torch.einsum("...nqk,...knh->...qnh", shares, v)
+        return self.linear(mixed.flatten(-2), f"{name}.out")
+
+    def sequential(self) -> dict[int, Tensor]:
+        config, history = self.config, [self.branch]
+        for k in range(1, config.depth + 1):
+            p, tokens, previous = (
+                f"mtp.depths.{0 if config.share_layers else k - 1}",
+                *self.drawn(k, history),
+            )
+            halves = [self.norm(tokens, f"{p}.enorm"), self.norm(previous, f"{p}.hnorm")]
+            if config.concat == "hidden_first":
+                halves.reverse()
+            x = self.linear(torch.cat(halves, -1), f"{p}.eh_proj")
+            x = self.block(x, f"{p}.block", self.places, self.sees)
+            history.append(self.norm(x, f"{p}.norm"))
+        return dict(enumerate(history[1:], start=1))
+
+    def drawn(self, k: int, history: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Tokens and hidden state that a module reads in training."""
+        tokens, previous, size = self.read(k), history[-1], (len(self.batch), self.seq_len)
+        if self.config.token_dropout:
+            dropped = draw_dropped(k, self.config.token_dropout, *size, self.key)
+            tokens = torch.where(dropped.unsqueeze(-1), self.w["mtp.blank"], tokens)
+        if self.config.hidden_state_mixing and k > 1:
+            back = draw_states_back(k, *size, self.key)
+            rows = torch.arange(size[0]).unsqueeze(1)
+            previous = torch.stack(list(history))[k - 1 - back, rows, self.places + back]
+        return tokens, previous
+
+    def parallel(self) -> dict[int, Tensor]:
+        found = {}
+        for k in range(1, self.config.depth + 1):
+            p = f"mtp.depths.{k - 1}"
+            x = self.block(self.branch, f"{p}.block", self.places, self.sees)
+            found[k] = self.norm(x, f"{p}.norm") + self.correction(k)
+        return found
+
+    def medusa(self) -> dict[int, Tensor]:
+        if self.config.rank > 1:
+            return {}
+        return {
+            k: self.branch + F.silu(self.linear(self.branch, f"mtp.depths.{k - 1}"))
+            + self.correction(k)
+            for k in range(1, self.config.depth + 1)
+        }  # fmt: skip
+
+    def correction(self, k: int) -> Tensor:
+        p, kind = f"mtp.corrections.{k - 1}", self.config.correction
+        if kind == "none":
+            return torch.zeros(())
+        if kind == "mlp":
+            parts = [self.branch, *(self.read(j) for j in range(1, k + 1))]
+            inner = F.silu(self.linear(torch.cat(parts, -1), f"{p}.up"))
+        else:
+            table = self.w[f"{p}.embedding.weight"]
+            inner = table[self.batch.tokens[:, k : self.seq_len + k]]
+        return self.linear(inner, f"{p}.down")
+
+    def joint(self) -> dict[int, Tensor]:
+        j = torch.arange(self.config.depth + 1)
+        places = [self.w["mtp.gamma"] * self.branch + self.read(int(k)) for k in j]
+        x = self.norm(torch.stack(places, 2), "mtp.norm")
+        mixed = self.attention(x, "mtp.attention", j, (j <= j.unsqueeze(1)).expand(1, 1, -1, -1))
+        return {k: self.branch + mixed[:, :, k] for k in range(1, self.config.depth + 1)}
+
+    def nextlat(self) -> dict[int, Tensor]:
+        found, g, p = {}, self.branch, "mtp.depths.0"
+        for k in range(1, self.config.depth + 1):
+            x = torch.cat((g, self.read(k)), -1)
+            gain, shift = self.w[f"{p}.norm.weight"], self.w[f"{p}.norm.bias"]
+            x = F.layer_norm(x, x.shape[-1:], gain, shift, self.c.norm_eps)
+            x = F.gelu(self.linear(x, f"{p}.first"))
+            g = g + self.linear(F.gelu(self.linear(x, f"{p}.second")), f"{p}.last")
+            found[k] = g
+        return found
+
+    def registers(self) -> dict[int, Tensor]:
+        """Behind the tokens; a register sees the tokens up to its own, and itself."""
+        tokens = self.embedding[self.batch.tokens[:, : self.seq_len]]
+        both = torch.cat((tokens, self.w["mtp.register"].expand_as(tokens)), 1)
+        places = torch.cat((self.places, self.places + self.mtp.offset(self.key) - 1))
+        none, itself = torch.zeros_like(self.sees), torch.eye(self.seq_len).bool()
+        itself = itself.expand_as(self.sees)
+        sees = torch.cat((torch.cat((self.sees, none), 2), torch.cat((self.sees, itself), 2)), 1)
+        _, last = self.trunk(both, places, sees)
+        return {1: self.norm(last[:, self.seq_len :], "trunk.norm")}
+
+    def log_probs(self, *, train_head: bool) -> dict[int, Tensor]:
+        """Depth -> log q [B, T, V], the main prediction's at 0."""
+        if self.config.rank > 1:
+            return self.of_components()
+        trained = train_head and self.config.detach != "all"
+        head = self.head if trained else self.head.detach()
+        found = {k: torch.log_softmax(h @ head.T, -1) for k, h in self.states.items()}
+        return {0: torch.log_softmax(self.final @ self.head.T, -1), **found}
+
+    def of_components(self) -> dict[int, Tensor]:
+        """Of a mixture, whose weights rest on what its components said of the tokens before."""
+        h, found = self.final, {}
+        log_w = torch.log_softmax(self.linear(h, "mtp.weigh"), -1)
+        for k in range(self.config.depth + 1):
+            names = [f"mtp.depths.{k - 1}.{a}" for a in range(self.config.rank)]
+            if k == 0:
+                names = [f"mtp.next.{a}" for a in range(self.config.rank - 1)]
+            moved = [h + F.silu(self.linear(h, name)) for name in names]
+            parts = torch.stack(moved if k else [h, *moved], 2)
+            log_p = torch.log_softmax(parts @ self.head.T, -1)
+            found[k] = (log_w.unsqueeze(-1) + log_p).logsumexp(2)
+            token = self.batch.tokens[:, k + 1 : self.seq_len + k + 1, None]
+            if k < self.config.depth:
+                token = token.expand(-1, -1, self.config.rank)
+                log_w = torch.log_softmax(log_w + said(log_p, token), -1)
+        return found
+
+
+HEADS: dict[str, Callable[[Forward], dict[int, Tensor]]] = {
+    "none": lambda forward: {},
+    "teacherless": lambda forward: {},
+    "parameter_free": lambda forward: dict.fromkeys(
+        range(1, forward.config.depth + 1), forward.final
+    ),
+    "sequential": Forward.sequential,
+    "parallel": Forward.parallel,
+    "linear": Forward.medusa,
+    "joint": Forward.joint,
+    "nextlat": Forward.nextlat,
+    "registers": Forward.registers,
+    "top": lambda forward: {},  # what they say goes through a head of their own
+    "bag": lambda forward: {},
+}

@@ -1,0 +1,269 @@
+"""An optimizer step once more in float64, from the definitions: whole logits [B, T, V], autograd.
+
+Shapes: B windows, T positions, D depths, C d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.base import RandomKey
+from tests.mtp.summaries import nearest
+from tests.objective.states import Forward, said
+
+
+@dataclass(frozen=True)
+class At:
+    """Positions of a depth: log q and log p [.., V], targets [..], h^k_t and h_{t+k} [.., C]."""
+
+    log_q: Tensor
+    log_p: Tensor
+    target: Tensor
+    hidden: Tensor
+    main: Tensor
+
+
+def kl_of(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def warm_kl(at: At) -> Tensor:
+    return kl_of(torch.log_softmax(at.log_p / 2, -1), torch.log_softmax(at.log_q / 2, -1))
+
+
+def js(at: At) -> Tensor:
+    log_m = ((at.log_p.exp() + at.log_q.exp()) / 2).log()
+    return (kl_of(at.log_p, log_m) + kl_of(at.log_q, log_m)) / 2
+
+
+def alpha(at: At) -> Tensor:
+    return torch.minimum(at.log_p.exp(), at.log_q.exp()).sum(-1)
+
+
+def lk(at: At) -> Tensor:
+    w = torch.exp(-3 * alpha(at).detach())
+    return w * kl_of(at.log_p, at.log_q) + (1 - w) * (1 - alpha(at))
+
+
+def feature(at: At) -> Tensor:
+    rms = (at.main.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return raw_feature(At(at.log_q, at.log_p, at.target, at.hidden / rms, at.main / rms))
+
+
+def raw_feature(at: At) -> Tensor:
+    size = (at.hidden - at.main).abs()
+    return torch.where(size < 1, 0.5 * size * size, size - 0.5).mean(-1)
+
+
+FORMULAS: dict[str, Callable[[At], Tensor]] = {
+    "ce": lambda at: -said(at.log_q, at.target),
+    "kl": lambda at: kl_of(at.log_p, at.log_q),
+    "kl at temperature 2": warm_kl,
+    "reverse_kl": lambda at: kl_of(at.log_q, at.log_p),
+    "js": js,
+    "tv": lambda at: 1 - alpha(at),
+    "nla": lambda at: -torch.log(alpha(at).clamp(min=1e-5)),
+    "lk": lk,
+    "feature": feature,
+    "raw feature": raw_feature,
+}
+# Formulas that are one term at different settings, and so have one name in the log.
+LOGGED = {"kl at temperature 2": "kl", "raw feature": "feature"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the depths are trained on: formulas and their weights, and options of the objective."""
+
+    mixture: Mapping[str, float]
+    train_head: bool = True
+    weights: str = "none"
+    decay: float | None = None
+    smoothing: float | None = None
+    mask: str = "none"
+    tau: float | None = None
+    confidence: bool = False
+
+
+class Step:
+    """One optimizer step.
+
+    Args:
+        model: in float64.
+        batch: the whole step's, of one rank.
+        key: of the random choices.
+        lambdas: of D depths, as the schedule says.
+        asked: what the depths are trained on.
+
+    Attributes:
+        total: L, differentiable.
+        logged: by tag, what the step says of itself.
+    """
+
+    def __init__(
+        self,
+        model: MTPModel,
+        batch: WindowBatch,
+        key: RandomKey,
+        lambdas: Sequence[float],
+        asked: Asked,
+    ) -> None:
+        self.model, self.batch, self.asked, self.seq_len = model, batch, asked, batch.seq_len
+        self.forward = Forward(model, batch, key)
+        self.log_q = self.forward.log_probs(train_head=asked.train_head)
+        self.log_p = self.log_q[0].detach()
+        # How many places on from the next token a depth's target stands.
+        self.on = {k: batch.stride * k for k in range(model.depth + 1)}
+        if model.config.mtp.variant == "registers":
+            self.on[1] = model.mtp.offset(key) - 1
+        self.valid = {k: self._valid(on) for k, on in self.on.items()}
+        self.taught = {k: valid & (self._on(k) < self.seq_len) for k, valid in self.valid.items()}
+        config: Any = model.config.mtp
+        self.logged: dict[str, Any] = {}
+        weights = {k: weight for k, weight in enumerate(lambdas, start=1) if weight}
+        by_itself = config.variant in ("top", "bag")
+        losses = self._of_summary(weights) if by_itself else self._of_depths(weights)
+        self.logged |= {
+            f"train/lambda_depth_{k}": weights.get(k, 0) * (k in losses) for k in self.on if k
+        }
+        if not config.freeze_trunk:
+            losses[0], weights[0] = self._mean(FORMULAS["ce"](self._at(0)), self.valid[0]), 1.0
+        zero = torch.zeros((), dtype=torch.float64)
+        self.total = sum((weights[k] * loss for k, loss in losses.items()), zero)
+        self.logged |= {f"train/loss_depth_{k}": loss for k, loss in losses.items()}
+        self.logged["train/loss"] = self.total
+        for tag, value in self.logged.items():
+            self.logged[tag] = value.item() if isinstance(value, Tensor) else value
+
+    def _valid(self, on: int) -> Tensor:
+        """[B, T]: the target ``on`` places beyond the next token may be one, in one document."""
+        batch, width = self.batch, self.seq_len
+        found = torch.ones(len(batch), width, dtype=torch.bool)
+        if batch.scored is not None:
+            found &= batch.scored[:, on + 1 : width + on + 1]
+        for ahead in range(1, on + 2) if batch.documents is not None else ():
+            found &= batch.documents[:, ahead : width + ahead] == batch.documents[:, :width]
+        return found
+
+    def _on(self, k: int) -> Tensor:
+        """[T]: where the main prediction of depth k's target stands."""
+        return torch.arange(self.seq_len) + self.on[k]
+
+    def _at(self, k: int) -> At:
+        teacher = self._on(k).clamp(max=self.seq_len - 1)
+        start = 1 + self.on[k]
+        target = self.batch.tokens[:, start : start + self.seq_len]
+        states = {0: self.forward.final, **self.forward.states}
+        hidden = states.get(k, self.forward.final)
+        main = self.forward.final.detach()[:, teacher]
+        return At(self.log_q[k], self.log_p[:, teacher], target, hidden, main)
+
+    @staticmethod
+    def _mean(value_BT: Tensor, counts: Tensor, kept: Tensor | float = 1.0) -> Tensor:
+        """Over the positions that count; those that are not kept add nothing."""
+        total = (torch.where(counts, value_BT, 0) * kept).sum()
+        return total / max(int(counts.sum()), 1)
+
+    def _of_depths(self, lambdas: Collection[int]) -> dict[int, Tensor]:
+        """The loss of every depth of ``lambdas`` that has a target; each of its terms is logged."""
+        asked, names = self.asked, list(self.asked.mixture)
+        counted = {k: self.valid[k] if "ce" in names else self.taught[k] for k in lambdas}
+        counted = {k: counts for k, counts in counted.items() if counts.any()}
+        kept = {k: self._kept(k) for k in counted}
+        at = {k: self._at(k) for k in counted}
+        weights = self._weights(at, {k: counted[k] & kept[k] for k in counted})
+        if asked.mask == "entropy":
+            self.logged["objective/tau"] = asked.tau
+            for k, counts in counted.items():
+                self.logged[f"objective/kept_depth_{k}"] = self._mean(kept[k].double(), counts)
+        found, reached = {}, torch.ones(len(self.batch), self.seq_len, dtype=torch.float64)
+        for k in counted:
+            terms: dict[str, Tensor] = {}
+            learns = kept[k] * weights[k]
+            if "e2e_tv" in names:
+                reached = reached * torch.where(self.taught[k] & kept[k], alpha(at[k]), 1)
+            for name in names:
+                value = 1 - reached if name == "e2e_tv" else FORMULAS[name](at[k])
+                counts = self.valid[k] if name == "ce" else self.taught[k]
+                terms[name] = self._mean(value, counts, learns)
+            loss = sum(share * terms[name] for name, share in asked.mixture.items())
+            tags = {f"train/loss_depth_{k}/{LOGGED.get(n, n)}": terms[n] for n in names}
+            if asked.confidence:
+                sure, right = self._confidence(k, at[k]), alpha(at[k]).detach()
+                value = -right * F.logsigmoid(sure) - (1 - right) * F.logsigmoid(-sure)
+                learned = self._mean(value, self.taught[k], kept[k])
+                error = self._mean((sure.sigmoid() - right).abs(), self.taught[k])
+                loss = loss + learned
+                tags[f"train/loss_depth_{k}/confidence"] = learned
+                tags[f"confidence/error_depth_{k}"] = error
+            self.logged |= tags if len(tags) > 1 else {}
+            found[k] = loss
+        return found
+
+    def _kept(self, k: int) -> Tensor:
+        """[B, T]: no jump of the main prediction's entropy from t to t + k + 1."""
+        found = torch.ones(len(self.batch), self.seq_len, dtype=torch.bool)
+        if self.asked.mask == "none":
+            return found
+        entropy = -(self.log_p.exp() * self.log_p).sum(-1)
+        for t in range(self.seq_len):
+            for s in range(t, min(t + k, self.seq_len - 2) + 1):
+                assert self.asked.tau is not None
+                found[:, t] &= entropy[:, s + 1] - entropy[:, s] <= self.asked.tau
+        return found
+
+    def _weights(
+        self, at: Mapping[int, At], counts: Mapping[int, Tensor]
+    ) -> dict[int, Tensor | float]:
+        asked = self.asked
+        if asked.weights == "none":
+            return dict.fromkeys(at, 1.0)
+        if asked.weights == "exp_decay":
+            return {k: math.exp(-(k - 1) / (asked.decay or 4)) for k in at}
+        a = 0.5 if asked.smoothing is None else asked.smoothing
+        product, reached = torch.ones(len(self.batch), self.seq_len, dtype=torch.float64), {}
+        for k in at:
+            s = (1 - a) * said(at[k].log_q, at[k].target).exp().detach() + a
+            product = product * torch.where(counts[k], s, 1)
+            reached[k] = product * counts[k]
+        return {k: sum(reached[i] for i in at if i >= k) for k in at}
+
+    def _confidence(self, k: int, at: At) -> Tensor:
+        w = self.forward.w
+        row = w["mtp.confidence.weight"][k - 1], w["mtp.confidence.bias"][k - 1]
+        return at.hidden @ row[0] + row[1]
+
+    def _of_summary(self, lambdas: Collection[int]) -> dict[int, Tensor]:
+        """What lies ahead, by a head of its own, looked for one position at a time."""
+        config: Any = self.model.config.mtp
+        logits_BTV = self.forward.linear(self.forward.branch, "mtp.head")
+        first, losses = 1 if config.variant == "top" else 2, []
+        for b in range(len(self.batch)):
+            for t in range(self.seq_len):
+                ahead = nearest(self.batch, b, t, first, config.lookahead)
+                if ahead:
+                    ids, logits = torch.tensor(list(ahead)), logits_BTV[b, t]
+                    if config.variant == "top":
+                        losses.append(self._order(ids, list(ahead.values()), logits))
+                    else:
+                        losses.append(self._bag(ids, logits))
+        return {1: torch.stack(losses).mean()} if losses and lambdas else {}
+
+    def _order(self, ids: Tensor, ahead: list[int], logits: Tensor) -> Tensor:
+        tau: float = self.model.config.mtp.tau  # type: ignore[attr-defined]
+        target = torch.softmax(-torch.tensor(ahead).double() / tau, 0)
+        return -(target * torch.log_softmax(logits, -1)[ids]).sum()
+
+    def _bag(self, ids: Tensor, logits: Tensor) -> Tensor:
+        a = torch.zeros_like(logits).index_fill(0, ids, 1)
+        one, other = torch.sigmoid(logits).log(), torch.sigmoid(-logits).log()
+        return -(self.model.mtp.weights_V * (a * one + (1 - a) * other)).sum()
