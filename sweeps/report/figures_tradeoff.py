@@ -9,7 +9,7 @@ from typing import Any
 from sweeps.report.comparisons import pareto
 from sweeps.report.metrics import BITS, FLOPS, Metric
 from sweeps.report.settings import Setting, Settings, order, show
-from sweeps.report.style import QUIET, SEEDS, Drawing, canvas, key_to, looks, si_axis
+from sweeps.report.style import QUIET, SEEDS, Drawing, brief, canvas, key_to, looks, si_axis
 from sweeps.report.text_error import text_errors
 
 
@@ -77,9 +77,10 @@ def _heat_map(
                 text += f"\n± {found.half:.4f}"
             tone = "#fefefe" if dark else "#10233a" if found is not None else None
             axes.text(x, y, text, ha="center", va="center", color=tone, fontsize=9)
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set(xlabel=across, ylabel=down)
+    letters = max(4, 48 // len(columns))
+    axes.set_xticks(range(len(columns)), [brief(column, letters) for column in columns])
+    axes.set_yticks(range(len(rows)), [brief(row, 16) for row in rows])
+    axes.set(xlabel=brief(across), ylabel=brief(down, 30))
     return drawing.drawn(figure)
 
 

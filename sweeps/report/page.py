@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import io
 import json
 import math
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from mtp_lightning.run.atomic import write_bytes
 from mtp_lightning.run.layout import LOG_FILE
@@ -71,6 +74,10 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    style, script = (
+        Markup("\n".join(environment.get_template(f"{name}.jinja").render() for name in names))
+        for names in (("report.css",), ("sort.js", "interactive.js", "zoom.js"))
+    )
     shown = [
         {
             "name": drawing.name,
@@ -91,6 +98,9 @@ def render(
     return environment.get_template("report.html.jinja").render(
         # Within a script, "<" could only end it.
         data=Markup(json.dumps(data).replace("<", "\\u003c")),
+        style=style,
+        script=script,
+        policy=Markup(_policy(style, script)),
         every=every,
         compared=list(compared) if len(compared) > 1 else [],
         title=" and ".join(sweep.folder.resolve().name for sweep in sweeps),
@@ -113,6 +123,19 @@ def render(
         figures=shown,
         absent=[f"{d.title}: {d.why}." for d in drawings if d.why],
         jobs=[_job(run, folder) for run in runs if run.state != "done"],
+    )
+
+
+def _policy(style: str, script: str) -> str:
+    """What the page may do: it is shown and answers by its own style and script, told by their
+    digests. Whatever else of a run might get into it is not run, and nothing is loaded."""
+    style, script = (
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for text in (style, script)
+    )
+    return (
+        f"default-src 'none'; style-src {style}; script-src {script}; "
+        "base-uri 'none'; form-action 'none'"
     )
 
 
@@ -263,5 +286,6 @@ def _job(run: Run, folder: Path) -> dict[str, Any]:
         "step": int(max(steps)) if steps else "",
         "reason": run.reason,
         "overrides": " ".join(f"{k}={v}" for k, v in run.overrides.items()),
-        "log": os.path.relpath(log, folder) if log.is_file() else "",
+        # Quoted, no part of a name is a scheme or begins a query.
+        "log": quote(os.path.relpath(log, folder)) if log.is_file() else "",
     }

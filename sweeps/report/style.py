@@ -7,6 +7,7 @@ import io
 import math
 import re
 import textwrap
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ MANY = 12  # settings that a legend still lists one by one
 _WIDE = 29  # letters of a legend's label that leave no room for a second column
 INK, GRID, PAPER = "#24292f", "#d3d9e0", "#ffffff"
 QUIET = "#8b949e"  # lines that are no setting's
+
+_NO_XML = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # may stand in a run's name
 
 SEEDS = "Error bars are 95 % intervals over seeds; a point without one has one seed."
 
@@ -179,8 +182,8 @@ def by_row(labels: list[str]) -> tuple[Figure, Axes]:
 
 
 def brief(label: str, letters: int = 46) -> str:
-    """A label that fits into a figure: its beginning and its end."""
-    half = letters // 2
+    """A label that fits into a figure: one line, its beginning and its end."""
+    label, half = " ".join(label.split()), letters // 2
     return label if len(label) <= letters else f"{label[:half]}…{label[-half:]}"
 
 
@@ -229,23 +232,50 @@ def as_png(figure: Figure) -> bytes:
 
 def as_svg(figure: Figure, *, of: str | None = None) -> bytes:
     """A file of its own, on white; ``of`` says in its metadata what it was drawn from."""
-    return _save(figure, format="svg", metadata={"Date": None, "Identifier": of})
+    svg = _save(figure, format="svg", metadata={"Date": None, "Identifier": of})
+    return _NO_XML.sub("\N{REPLACEMENT CHARACTER}".encode(), svg)
 
 
 def as_inline(svg: bytes, *, name: str, label: str) -> str:
-    """The SVG as part of a page: its ink is the page's, its ids are its own."""
-    text = svg.decode("utf-8")
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(xlink:href="|url\()#', rf"\g<1>#{name}-", text)
-    text = text.replace(INK, "currentColor").replace(GRID, "var(--grid)")
-    text = text.replace(f"fill: {PAPER}", "fill: none")
-    text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", text)
-    opening = f'<svg role="img" aria-label="{label}" class="figure"'
-    text = re.sub(r'^<svg([^>]*?) width="[^"]*"', r"<svg\1", text)
-    text = re.sub(r'^<svg([^>]*?) height="[^"]*"', r"<svg\1", text)
-    return text.replace("<svg", opening, 1)
+    """The SVG as part of a page: its ink is the page's, its ids are its own. What it has as styles
+    becomes attributes, since the page's policy allows no style that it does not name."""
+    root = ElementTree.fromstring(svg)
+    for parent in [*root.iter()]:
+        for child in [*parent]:
+            if _local(child.tag) in ("metadata", "style"):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        given = {_local(key): value for key, value in element.attrib.items()}
+        given |= _attributes(given.pop("style", ""))
+        for key, value in given.items():
+            if key in ("id", "href"):
+                given[key] = re.sub("^#?", rf"\g<0>{name}-", value)
+            elif value.startswith("url(#"):
+                given[key] = value.replace("#", f"#{name}-", 1)
+        element.attrib = given
+    view = {"viewBox": root.attrib["viewBox"]}
+    root.attrib = {"role": "img", "aria-label": label, "class": "figure", **view}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _local(name: str) -> str:
+    """Without its namespace, as HTML has it."""
+    return name.rpartition("}")[2]
+
+
+def _attributes(style: str) -> dict[str, str]:
+    """A style's declarations as attributes of presentation; the font's name is the page's."""
+    found = {}
+    for declaration in filter(None, style.split(";")):
+        key, _, value = (part.strip() for part in declaration.partition(":"))
+        if key == "font" and (size := re.search(r"[\d.]+px", value)):
+            key, value = "font-size", size[0]
+        if key != "font-family":
+            found[key] = {INK: "currentColor", GRID: "var(--grid)"}.get(value, value)
+    if found.get("fill") == PAPER:
+        found["fill"] = "none"
+    return found
 
 
 def _save(figure: Figure, **options: Any) -> bytes:

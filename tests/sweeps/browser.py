@@ -88,20 +88,24 @@ class Browser:
                 return answer["result"]
             self.events.append(answer)
 
-    def open(self, path: Path) -> None:
-        """Load a local page, and wait for its scripts."""
-        self.call("Page.navigate", url=path.resolve().as_uri())
+    def open(self, page: Path | str) -> None:
+        """Load a page, a file or an address, and wait for its scripts."""
+        url = page if isinstance(page, str) else page.resolve().as_uri()
+        self.call("Page.navigate", url="about:blank")
+        self.call("Page.navigate", url=url)
         began = time.monotonic()
         while (
             self.run("document.readyState") != "complete"
             or self.run("location.href") == "about:blank"
         ):
-            assert time.monotonic() - began < 30, f"{path} did not load"
+            assert time.monotonic() - began < 30, f"{url} did not load"
             time.sleep(0.02)
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression on the page."""
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        result = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
@@ -140,6 +144,20 @@ class Browser:
                     if not url.startswith(("file:", "data:", "about:")):
                         found.append(f"request to {url}")
         return found
+
+    def requests(self) -> list[str]:
+        """What was asked for, pages themselves too; not what is part of an address, nor what a
+        page's policy has stopped."""
+        self.run("0")
+        urls: dict[str, str] = {}
+        for event in self.events:
+            params = event.get("params", {})
+            match event.get("method"):
+                case "Network.requestWillBeSent":
+                    urls[params["requestId"]] = params["request"]["url"]
+                case "Network.loadingFailed" if params.get("blockedReason") == "csp":
+                    del urls[params["requestId"]]
+        return [url for url in urls.values() if not url.startswith(("data:", "about:"))]
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:

@@ -58,7 +58,7 @@ def test_places_are_those_of_the_marks(page: str, data: dict[str, Any]) -> None:
     figure = page[page.index('id="figure-loss_depth"') :]
     for number in range(3):
         marks = re.findall(rf'<g id="loss_depth-series-{number}-\d+".*?</g>\s*</g>', figure, re.S)
-        places = re.findall(r'<use xlink:href="[^"]*" x="([\d.]+)" y="([\d.]+)"', "".join(marks))
+        places = re.findall(r'<use href="[^"]*" x="([\d.]+)" y="([\d.]+)"', "".join(marks))
         drawn = {(round(float(x), 1), round(float(y), 1)) for x, y in places}
         points = [tuple(p[1:3]) for p in data["figures"]["loss_depth"]["points"] if p[0] == number]
         assert points

@@ -1,0 +1,202 @@
+"""Every page that the project writes, of data in which every string is markup: read by a parser,
+and opened in a browser. Data stays text, nothing of it runs, and nothing is asked for."""
+
+from __future__ import annotations
+
+import threading
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+pytest.importorskip("scipy")
+
+from sweeps.report.__main__ import report
+from sweeps.report.watch import Pages
+from tests import hostile
+from tests.hostile import MARKS, NAMES, Page
+from tests.sweeps.browser import CHROMIUM, Browser
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hostile.sweep(tmp_path_factory.mktemp("loss") / NAMES[0])
+
+
+def of_losses(folder: Path, sweep: Path) -> Path:
+    return report([sweep], output=folder, every=7)[0]
+
+
+def of_a_task(folder: Path, sweep: Path) -> Path:
+    return report([hostile.sweep(folder / NAMES[1], task=True)])[0]
+
+
+def of_two_sweeps(folder: Path, sweep: Path) -> Path:
+    other = hostile.small_sweep(folder / NAMES[2])
+    return report([other, hostile.small_sweep(folder / NAMES[3])], output=folder / "both")[0]
+
+
+REPORTS = (of_losses, of_a_task, of_two_sweeps)
+PAGES: tuple[Callable[[Path, Path], Path], ...] = (*REPORTS,)
+
+
+@pytest.fixture(scope="module")
+def made(
+    tmp_path_factory: pytest.TempPathFactory, sweep: Path
+) -> Callable[[Callable[[Path, Path], Path]], Path]:
+    """Makes each page once."""
+    known: dict[str, Path] = {}
+
+    def make(page: Callable[[Path, Path], Path]) -> Path:
+        if page.__name__ not in known:
+            # What has no text is not drawn: it would take half of the time.
+            with mock.patch("sweeps.report.page.as_png", return_value=bytes(32)):
+                known[page.__name__] = page(tmp_path_factory.mktemp(page.__name__), sweep)
+        return known[page.__name__]
+
+    return make
+
+
+Made = Callable[[Callable[[Path, Path], Path]], Path]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_markup_in_data_is_text(made: Made, page: Callable[[Path, Path], Path]) -> None:
+    found = Page(made(page).read_text(encoding="utf-8"))
+    assert found.wrong == []
+    assert found.tags["script"] == (2 if page in REPORTS else 0)
+    assert found.tags["img"] == 0
+    assert MARKS[0] in found.texts and MARKS[1] in found.texts
+
+
+@pytest.mark.parametrize("page", REPORTS)
+def test_a_report_names_the_style_and_the_script_that_it_runs(
+    made: Made, page: Callable[[Path, Path], Path]
+) -> None:
+    html = made(page).read_text(encoding="utf-8")
+    policy = html.split('Content-Security-Policy" content="')[1].split('"')[0]
+    assert policy.startswith("default-src 'none'; style-src 'sha256-")
+    assert "unsafe" not in policy and "script-src 'sha256-" in policy
+    assert " style=" not in html and html.count("<style>") == 1
+
+
+def test_markup_in_a_figure_is_text(made: Made) -> None:
+    files = [file for page in REPORTS for file in made(page).parent.glob("figures/*.svg")]
+    assert len(files) > 20
+    for file in files:
+        for element in ElementTree.parse(file).iter():
+            name = element.tag.rpartition("}")[2]
+            assert name not in ("script", "img", "image", "x-hit", "foreignObject", "a"), file
+            assert not [key for key in element.attrib if key.startswith(("on", "x-hit"))], file
+
+
+# In a browser.
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        browser.show(width=1280)
+        yield browser
+
+
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="needs chromium: apt-get install chromium"
+)
+# Everything that a reader can press, move over or choose.
+_PRESS_ALL = """(() => {
+    for (const one of document.querySelectorAll("[role=button], button, summary, path, use")) {
+        for (const kind of ["focus", "click", "click", "pointermove", "mouseover"])
+            one.dispatchEvent(new MouseEvent(kind, {bubbles: true, clientX: 300, clientY: 300}));
+    }
+    for (const one of document.querySelectorAll("select")) {
+        for (let i = 0; i < one.options.length; i++) {
+            one.selectedIndex = i;
+            one.dispatchEvent(new Event("change"));
+        }
+    }
+    for (const one of document.querySelectorAll("details")) one.open = true;
+})()"""
+
+
+def looked_at(browser: Browser, page: Path | str) -> str:
+    """What went wrong on a page while all of it was used; its text."""
+    browser.events.clear()
+    browser.open(page)
+    browser.run(_PRESS_ALL)
+    browser.run("new Promise(done => setTimeout(done, 100))")
+    assert browser.run("typeof __hit") == "undefined", "something of the data has run"
+    assert (
+        browser.run("document.querySelectorAll('x-hit, [x-hit], img[src=q], [onerror]').length")
+        == 0
+    )
+    own = page if isinstance(page, str) else page.resolve().as_uri()
+    assert browser.requests() == [own]
+    assert [told for told in browser.complaints() if told != f"request to {own}"] == []
+    return str(browser.run("document.documentElement.textContent"))
+
+
+@pytest.mark.browser
+@needs_browser
+@pytest.mark.parametrize("page", PAGES)
+def test_nothing_of_the_data_runs(
+    browser: Browser, made: Made, page: Callable[[Path, Path], Path]
+) -> None:
+    text = looked_at(browser, made(page))
+    assert MARKS[0] in text and MARKS[1] in text
+
+
+@pytest.mark.browser
+@needs_browser
+def test_nothing_in_a_figure_runs(browser: Browser, made: Made) -> None:
+    for file in made(of_losses).parent.glob("figures/*.svg"):
+        looked_at(browser, file)
+
+
+@pytest.mark.browser
+@needs_browser
+def test_the_policy_stops_what_would_get_in(browser: Browser, made: Made) -> None:
+    browser.open(made(of_losses))
+    browser.events.clear()
+    browser.run("""(() => {
+        document.body.insertAdjacentHTML("beforeend",
+            "<img src=q onerror=__hit=1><p style='color: red' onclick=__hit=1>x</p>");
+        const script = document.createElement("script");
+        script.textContent = "__hit=1";
+        document.body.append(script);
+        document.body.lastElementChild.previousElementSibling.click();
+        document.querySelector("a").href = "javascript:__hit=1";
+        document.querySelector("a").click();
+    })()""")
+    browser.run("new Promise(done => setTimeout(done, 200))")
+    assert browser.run("typeof __hit") == "undefined"
+    assert (
+        browser.run("getComputedStyle(document.querySelector('p[style]')).color")
+        != "rgb(255, 0, 0)"
+    )
+    told = "\n".join(browser.complaints())
+    assert "script-src" in told and "style-src" in told and "image" in told
+    assert browser.requests() == []
+
+
+@pytest.mark.browser
+@needs_browser
+def test_the_watched_page(browser: Browser, made: Made) -> None:
+    page = made(of_losses)
+    handler = partial(Pages, directory=str(page.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            at = f"http://127.0.0.1:{server.server_port}"
+            assert MARKS[0] in looked_at(browser, f"{at}/report.html")
+            browser.open(f"{at}/<img src=q onerror=__hit=1 x-hit>")
+            assert browser.run("typeof __hit") == "undefined"
+            assert browser.run("document.querySelectorAll('x-hit, img').length") == 0
+        finally:
+            server.shutdown()
