@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from mtp_lightning.decoding.pieces import Pieces
 from mtp_lightning.serving.asked import Reader
 from mtp_lightning.serving.fields import shown
+from mtp_lightning.serving.guard import OwnNames
 from mtp_lightning.serving.job import Job, News
 from mtp_lightning.serving.meters import Meters
 from mtp_lightning.serving.refusal import HUNG_UP, Refusal
@@ -34,6 +35,7 @@ class Endpoint:
         meters: are told what happens.
         tokenizer: of the model.
         max_body: bytes.
+        hosts: names that the server may be called by, beside localhost.
         created: when the server began, seconds since 1970.
     """
 
@@ -45,6 +47,7 @@ class Endpoint:
         meters: Meters,
         tokenizer: Any,
         max_body: int,
+        hosts: Collection[str],
         created: int,
     ) -> None:
         self._reader = reader
@@ -53,6 +56,7 @@ class Endpoint:
         self._tokenizer = tokenizer
         self._words = Words(tokenizer)
         self._max_body = max_body
+        self._hosts = hosts
         self._created = created
 
     def app(self) -> FastAPI:
@@ -64,6 +68,7 @@ class Endpoint:
         app.add_api_route("/v1/models/{name:path}", self.model)
         app.add_api_route("/v1/completions", self.completions, methods=["POST"])
         app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        app.add_middleware(OwnNames, names=self._hosts)
         app.add_exception_handler(Refusal, _refused)
         app.add_exception_handler(HTTPException, _no_route)
         app.add_exception_handler(Exception, _defect)

@@ -18,6 +18,7 @@ from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.run.loading import LoadedRun
 from mtp_lightning.serving.app import Endpoint
 from mtp_lightning.serving.asked import Reader
+from mtp_lightning.serving.guard import Connection
 from mtp_lightning.serving.meters import Meters
 from mtp_lightning.serving.worker import Worker
 
@@ -75,10 +76,13 @@ class Server(uvicorn.Server):
             meters=meters,
             tokenizer=run.tokenizer,
             max_body=cfg.max_body,
+            hosts=[name.lower() for name in (cfg.host, *cfg.hosts)],
             created=int(time.time()),
         )
         config = uvicorn.Config(
             endpoint.app(),
+            http=Connection,
+            ws="none",
             lifespan="off",
             log_level="warning",
             access_log=False,

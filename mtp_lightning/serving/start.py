@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import signal
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ from mtp_lightning.cli import Stopped
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.generating import open_for
 from mtp_lightning.run.layout import CHECKPOINTS
-from mtp_lightning.settings import require_bool, require_choice, require_number, require_whole
+from mtp_lightning.settings import (
+    require,
+    require_bool,
+    require_choice,
+    require_number,
+    require_whole,
+)
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
 
@@ -73,6 +80,9 @@ def _check(cfg: Any) -> None:
     require_whole("port", cfg.port, least=0)
     require_number("port", cfg.port, most=65535)
     require_number("grace", cfg.grace, least=0, most=3600)
+    listed = isinstance(cfg.hosts, Sequence) and not isinstance(cfg.hosts, str)
+    named = listed and all(isinstance(name, str) for name in cfg.hosts)
+    require(named, "hosts", cfg.hosts, "a list of names, such as [gpu.example.org]")
     require_choice("long", cfg.long, ("refuse", "slide"))
 
 

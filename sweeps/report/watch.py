@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from mtp_lightning.hosts import is_called
+
 HOST = "127.0.0.1"
 SECONDS = 10.0
 
 
 class Pages(SimpleHTTPRequestHandler):
     """The report's own files, as they are now; nothing else of its folder."""
+
+    timeout = 30  # seconds that a client has to send something
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
@@ -28,7 +32,10 @@ class Pages(SimpleHTTPRequestHandler):
         super().end_headers()
 
     def send_head(self) -> Any:
-        """Only the page, its table and its figures."""
+        """Only the page, its table and its figures, and for those alone who call it by its name."""
+        if not is_called(self.headers.get("Host")):
+            self.send_error(421)
+            return None
         path = posixpath.normpath(unquote(self.path.partition("?")[0]))
         if path == "/":
             self.path = "/report.html"

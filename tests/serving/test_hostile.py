@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ BODY_LIMIT = 100_000
 
 @pytest.fixture(scope="module")
 def served(run: LoadedRun) -> Iterator[Serving]:
-    with serving(run, batch_size=2, max_body=BODY_LIMIT) as found:
+    with serving(run, batch_size=2, max_body=BODY_LIMIT, hosts=["other.example"]) as found:
         yield found
 
 
@@ -148,6 +150,64 @@ def test_what_is_no_http_and_bodies_that_never_come(served: Serving) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 3}).encode()
     assert post(served, body).status_code == 200
     served.wait_for("mtp_rows", 0)
+
+
+@pytest.mark.parametrize("path", ["v1/models", "health", "metrics", "nothing"])
+def test_foreign_names_are_not_answered(served: Serving, path: str) -> None:
+    """As a page's site would call it whose name leads here."""
+    import httpx2
+
+    def asked(host: str) -> Any:
+        return httpx2.get(f"http://127.0.0.1:{served.port}/{path}", headers={"host": host})
+
+    for host in ("evil.example", "evil.example:80", "localhost.evil.example"):
+        refused(asked(host), 421, f'not called "{host}": start it with hosts=[NAME]')
+    for host in ("localhost", f"localhost:{served.port}", "[::1]", "10.0.0.7", "Other.example:1"):
+        assert asked(host).status_code in (200, 404), host
+
+
+def _ended(connection: socket.socket, seconds: float) -> bool:
+    """Whether the server closes it in time."""
+    connection.settimeout(seconds)
+    try:
+        while connection.recv(1 << 16):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        pass
+    return True
+
+
+def test_headers_that_do_not_end(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtp_lightning.serving.guard._HEADER_SECONDS", 1)
+    whole = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    for sent in (b"", b"GET", b"GET /health HTTP/1.1\r\nhost: local", whole + b"GET /hea"):
+        with socket.create_connection(("127.0.0.1", served.port)) as connection:
+            connection.sendall(sent)
+            assert _ended(connection, 10), sent
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        ended = time.monotonic() + 10
+        connection.sendall(b"GET /health HTTP/1.1\r\nx: ")
+        with suppress(BrokenPipeError, ConnectionResetError):
+            while time.monotonic() < ended:  # every byte in time, and never the last
+                connection.sendall(b"y")
+                time.sleep(0.1)
+        assert time.monotonic() < ended, "it was kept"
+
+
+def test_a_slow_body_and_a_second_request_are_no_slow_headers(
+    served: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mtp_lightning.serving.guard._HEADER_SECONDS", 0.5)
+    body = json.dumps({"prompt": "a", "max_tokens": 3}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        for _ in range(2):
+            connection.sendall(head + b"content-length: %d\r\n\r\n" % len(body))
+            time.sleep(1)
+            connection.sendall(body)
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
 
 
 def test_it_lives(served: Serving) -> None:

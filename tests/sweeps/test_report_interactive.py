@@ -110,7 +110,7 @@ def test_configs_are_compared(
 def test_a_watched_page_is_made_again_and_served_to_this_machine(tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("0")
     (tmp_path / "config.yaml").write_text("secret")
-    made, said, got = [], [], {}
+    made, said, got, called = [], [], {}, {}
     ready = threading.Event()
 
     def make() -> tuple[Path, bool]:
@@ -135,11 +135,17 @@ def test_a_watched_page_is_made_again_and_served_to_this_machine(tmp_path: Path)
                 answer = connection.getresponse()
                 got[path] = (answer.status, answer.read())
                 connection.close()
+            for host in (f"localhost:{found[1]}", "evil.example"):
+                connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=10)
+                connection.request("GET", "/", headers={"Host": host})
+                called[host.partition(":")[0]] = connection.getresponse().status
+                connection.close()
             ready.set()
 
     watch(make, seconds=0.01, tell=look)
     assert made == [0, 1, 2]
     assert got["/"] == got["/report.html"] == (200, b"0")
+    assert called == {"localhost": 200, "evil.example": 421}
     assert [got[path][0] for path in list(got)[2:]] == [404, 404, 404]
     assert "the last report is" in said[-1]
     assert watching.HOST == "127.0.0.1"

@@ -1,0 +1,77 @@
+"""Who is answered: requests by a name of this server, whose headers come in time."""
+
+from __future__ import annotations
+
+from asyncio import TimerHandle, Transport
+from collections.abc import Collection
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from mtp_lightning.hosts import is_called
+from mtp_lightning.serving.fields import shown
+from mtp_lightning.serving.refusal import Refusal
+
+_HEADER_SECONDS = 10  # that a client has to send a request's headers in
+
+
+class OwnNames:
+    """Refuses requests for other servers (421, as RFC 9110 calls them misdirected).
+
+    Args:
+        app: that answers the others.
+        names: of this server, beside localhost.
+    """
+
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        self._app = app
+        self._names = names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As every application of ASGI."""
+        host = Headers(scope=scope).get("host")
+        if is_called(host, self._names):
+            await self._app(scope, receive, send)
+            return
+        told = f"This server is not called {shown(host)}: start it with hosts=[NAME] to allow that."
+        await JSONResponse(Refusal(told, status=421).body, 421)(scope, receive, send)
+
+
+class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """uvicorn's connection, which it would keep for as long as headers do not end.
+
+    A connection without a request costs a socket: it is closed when none has come in time.
+    """
+
+    _timer: TimerHandle | None = None
+
+    def connection_made(self, transport: Transport) -> None:
+        """Wait for the first request."""
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Wait on while the headers are not complete."""
+        super().data_received(data)
+        cycle: Any = self.cycle
+        if cycle is None or cycle.response_complete:
+            self._wait()
+        else:
+            self._stop()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait for nothing."""
+        self._stop()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(_HEADER_SECONDS, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

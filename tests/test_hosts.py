@@ -1,0 +1,49 @@
+"""Names that a server here has, and those that a foreign name server could give it."""
+
+from __future__ import annotations
+
+import pytest
+
+from mtp_lightning.hosts import is_called
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "localhost",
+        "LocalHost:8000",
+        "localhost.",
+        "127.0.0.1:8000",
+        "10.1.2.3",
+        "[::1]:8000",
+        "gpu.example.org",
+        "GPU.Example.org:80",
+    ],
+)
+def test_own_names(header: str | None) -> None:
+    assert is_called(header, ["gpu.example.org"])
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "evil.example",
+        "evil.example:8000",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "evil@localhost",
+        "localhost@evil.example",
+        "localhost/evil",
+        "localhost, evil.example",
+        "[::1].evil.example",
+        "[evil]",
+        "localhost:8000x",
+        "::1:evil",
+        "xgpu.example.org",
+    ],
+)
+def test_foreign_names(header: str) -> None:
+    assert not is_called(header, ["gpu.example.org"])
+    assert is_called(header, ["*"])
