@@ -33,6 +33,7 @@ class Page(HTMLParser):
     Attributes:
         tags: how many elements there are of a name.
         texts: all text, scripts' and styles' too.
+        images: their addresses.
         wrong: what no page of the project has: made of data, or able to run.
     """
 
@@ -40,6 +41,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: Counter[str] = Counter()
         self.texts = ""
+        self.images: list[str] = []
         self.wrong: list[str] = []
         self.feed(html)
         self.close()
@@ -53,6 +55,8 @@ class Page(HTMLParser):
             loads = name in ("href", "src", "xlink:href", "action") and (
                 target.startswith(("javascript:", "data:text", "http", "//")) or target == "q"
             )
+            if tag == "img" and name == "src":
+                self.images.append(value or "")
             if loads or name == "x-hit" or name.startswith("on"):
                 self.wrong.append(f"{tag} {name}={value}")
 

@@ -3,12 +3,16 @@ and opened in a browser. Data stays text, nothing of it runs, and nothing is ask
 
 from __future__ import annotations
 
+import json
 import threading
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -17,11 +21,21 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 pytest.importorskip("scipy")
 
+from mtp_lightning.decoding import Generation
+from mtp_lightning.interop import card
+from mtp_lightning.interop.writing import Contents
+from mtp_lightning.notebook import Run, Sweep
+from mtp_lightning.notebook.text import Text
+from sweeps.claims.figure import write_figures
+from sweeps.claims.pages import BEGIN, END, write_pages
+from sweeps.claims.result import make_result, write_result
 from sweeps.report.__main__ import report
 from sweeps.report.watch import Pages
 from tests import hostile
+from tests.decoding.models import small_model
 from tests.hostile import MARKS, NAMES, Page
 from tests.sweeps.browser import CHROMIUM, Browser
+from tests.sweeps.claims.fixture_claims import claim_of, observed, write_claim
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +56,97 @@ def of_two_sweeps(folder: Path, sweep: Path) -> Path:
     return report([other, hostile.small_sweep(folder / NAMES[3])], output=folder / "both")[0]
 
 
+def of_claims(folder: Path, sweep: Path) -> Path:
+    """docs/results.md and the README, as the site shows them."""
+    site = folder / "docs"
+    for page in (site / "results.md", folder / "README.md"):
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(f"{BEGIN}{END}", encoding="utf-8")
+    arms = {mark: ["mtp=none"] for mark in MARKS}
+    own = {"published": MARKS[0], "measure": {"tag": MARKS[1]}}
+    said = [{"arm": a, "against": b, "side": "below", **own} for a, b in pairwise(MARKS)]
+    texts = {"sentence": MARKS[5], "source": MARKS[1], "note": MARKS[6]}
+    claim = claim_of(folder / "claims", arms=arms, predictions=said, **texts)
+    values = [0.1, 0.2, 0.4, 0.3, 0.2]
+    found = observed(claim, dict.fromkeys(arms, values) | {MARKS[2]: ["failed"] * 5})
+    for seeds in found.values():
+        for number, seed in seeds.items():
+            if seed.state == "done":
+                seeds[number] = replace(seed, machine=MARKS[number], commit=MARKS[7])
+    result = make_result(claim, found, ("2026-11-25T09:00:00+00:00", MARKS[0]))
+    result["date"], result["unfinished"] = MARKS[4], list(MARKS)
+    write_result(result, "mine", folder / "results")
+    write_figures(result, "mine", folder / "results")
+    write_claim(folder / "claims", "other", arms=arms, predictions=said, **texts)
+    write_pages(folder, folder / "claims")
+    text = (site / "results.md").read_text() + (folder / "README.md").read_text()
+    return shown(site / "claims.html", text)
+
+
+def of_a_card(folder: Path, sweep: Path) -> Path:
+    """The model card of an export, of a run whose config and summary are foreign."""
+    summary = {key: MARKS[0] for _, key, _ in card._SUMMARY}
+    summary |= {f"{rate}_{k}": MARKS[1] for rate in ("val/loss_depth", MARKS[0]) for k in range(3)}
+    text = card.render(
+        MARKS[0],
+        small_model(1, 2, vocab=64).config,
+        Contents(layer_depths=0, heads=True, parameters=9, shards=1),
+        model_type="llama",
+        dtype="float32",
+        step=6,
+        run_config={"seed": MARKS[5], "mtp_lambda": list(MARKS), "data": {"seq_len": MARKS[1]}},
+        summary=summary,
+    )
+    return shown(folder / "card.html", text.partition("---\n")[2].partition("---\n")[2])
+
+
+def of_a_notebook(folder: Path, sweep: Path) -> Path:
+    """What runs, a sweep and a text are in a notebook, one after the other."""
+    whole = next(run for run in sweep.iterdir() if (run / "summary.json").exists())
+    summary = json.loads((whole / "summary.json").read_text())
+    own = folder / NAMES[0]
+    own.mkdir()
+    (own / "summary.json").write_text(json.dumps({**summary, "tokens": MARKS[0]}))
+    text = "".join(MARKS)
+    ids = [ord(letter) for letter in text]
+    drafts = [number % 3 > 0 for number in range(len(ids))]
+    made = Generation(ids, text, "stop", len(ids), 1.0, 6.0, 3, 2.0, [0.5], [3], [6], drafts)
+    parts: list[Any] = [Run(own), Run(folder), Sweep(sweep), Text(MARKS[1], made, Letters())]
+    return page_of(folder / "notebook.html", "\n".join(part._repr_html_() for part in parts))
+
+
+class Letters:
+    """A tokenizer of single letters."""
+
+    eot_id = 0
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+def shown(file: Path, text: str) -> Path:
+    """Markdown as the documentation's site shows it, and again by the rules of CommonMark."""
+    import markdown
+    from markdown_it import MarkdownIt
+
+    extensions = ["admonition", "attr_list", "md_in_html", "tables", "toc", "fenced_code"]
+    by_site = markdown.markdown(text, extensions=extensions)
+    return page_of(file, by_site + MarkdownIt("commonmark").enable("table").render(text))
+
+
+def page_of(file: Path, body: str) -> Path:
+    """A page that allows everything, so that what is not text would run."""
+    file.write_text(f"<!doctype html><meta charset=utf-8><title>x</title><body>{body}")
+    return file
+
+
 REPORTS = (of_losses, of_a_task, of_two_sweeps)
-PAGES: tuple[Callable[[Path, Path], Path], ...] = (*REPORTS,)
+PAGES: tuple[Callable[[Path, Path], Path], ...] = (
+    *REPORTS,
+    of_claims,
+    of_a_card,
+    of_a_notebook,
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +174,8 @@ def test_markup_in_data_is_text(made: Made, page: Callable[[Path, Path], Path]) 
     found = Page(made(page).read_text(encoding="utf-8"))
     assert found.wrong == []
     assert found.tags["script"] == (2 if page in REPORTS else 0)
-    assert found.tags["img"] == 0
+    # Of claims, their figures.
+    assert set(found.images) <= {"../results/mine.svg", "../results/mine_2.svg"}
     assert MARKS[0] in found.texts and MARKS[1] in found.texts
 
 
@@ -88,6 +192,7 @@ def test_a_report_names_the_style_and_the_script_that_it_runs(
 
 def test_markup_in_a_figure_is_text(made: Made) -> None:
     files = [file for page in REPORTS for file in made(page).parent.glob("figures/*.svg")]
+    files += made(of_claims).parent.glob("../results/*.svg")
     assert len(files) > 20
     for file in files:
         for element in ElementTree.parse(file).iter():
@@ -137,7 +242,7 @@ def looked_at(browser: Browser, page: Path | str) -> str:
         == 0
     )
     own = page if isinstance(page, str) else page.resolve().as_uri()
-    assert browser.requests() == [own]
+    assert [asked for asked in browser.requests() if "/results/mine" not in asked] == [own]
     assert [told for told in browser.complaints() if told != f"request to {own}"] == []
     return str(browser.run("document.documentElement.textContent"))
 

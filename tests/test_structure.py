@@ -28,7 +28,7 @@ RANK = {
     **dict.fromkeys(["paths", "literal", "settings"], -1),
     "explained": -0.5,
     # tools that know nothing of models
-    **dict.fromkeys(["cli", "hosts", "registry", "runtime", "sharding"], 0),
+    **dict.fromkeys(["cli", "hosts", "markdown", "registry", "runtime", "sharding"], 0),
     "nn": 0.5,
     **dict.fromkeys(["mtp", "optim"], 1),
     "model": 2,
@@ -46,7 +46,10 @@ RANK = {
 # What sweeps and hydra_plugins may know of mtp_lightning: the shell and the files of a run, nothing
 # that imports torch.
 SHARED_WITH_SWEEPS = (
-    *(f"mtp_lightning.{name}" for name in ("cli", "errors", "hosts", "literal", "paths")),
+    *(
+        f"mtp_lightning.{name}"
+        for name in ("cli", "errors", "hosts", "literal", "markdown", "paths")
+    ),
     *(
         f"mtp_lightning.run.{name}"
         for name in ("atomic", "config", "layout", "lock", "metrics", "solved", "status")

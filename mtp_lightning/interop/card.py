@@ -10,6 +10,7 @@ from mtp_lightning.interop.config_json import STANDS_FOR
 from mtp_lightning.interop.names import is_mimo
 from mtp_lightning.interop.transformers_model import one_line
 from mtp_lightning.interop.writing import Contents
+from mtp_lightning.markdown import plain
 from mtp_lightning.model import ModelConfig
 
 FILE = "README.md"
@@ -19,7 +20,7 @@ _SERVED = {"deepseek_v3": "DeepSeek-V3", "glm4_moe": "GLM-4.5"}
 _SUMMARY = (
     ("tokens trained on", "tokens", "{:,}"),
     ("optimizer steps", "step", "{:,}"),
-    ("parameters", "parameters", "{:,}"),
+    ("parameters of the run's model, each once", "parameters", "{:,}"),
     ("of them in trunk and head", "parameters_trunk", "{:,}"),
     ("training FLOPs", "flops", "{:.3e}"),
     ("seconds of training", "seconds", "{:,.0f}"),
@@ -52,13 +53,15 @@ def render(
         run_config: the config that the run was started with.
         summary: the run's summary.json; None where there is none.
     """
+    # What a run has stored is a number, or no answer to what is asked here.
+    numbers = {k: v for k, v in (summary or {}).items() if isinstance(v, int | float)}
     parts = [
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "tags: [multi-token-prediction, mtp-lightning]",
         "---",
-        f"# {name}",
+        f"# {plain(name)}",
         "",
         *_what(config, contents, dtype),
         "",
@@ -68,7 +71,7 @@ def render(
         "",
         "## Training",
         "",
-        *_training(config, step, run_config, summary),
+        *_training(config, step, run_config, None if summary is None else numbers),
     ]
     return "\n".join(parts) + "\n"
 
@@ -80,8 +83,8 @@ def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
     feed = "mixtures of experts" if mixture else "dense feed-forward layers"
     yield (
         f"A decoder of {trunk.n_layers} layers (d_model {trunk.d_model}, {trunk.n_heads} heads, "
-        f"{kind} attention, {feed}), vocabulary {trunk.vocab_size:,}; {contents.parameters:,} "
-        f"numbers in {dtype}, in {contents.shards} file(s) of weights."
+        f"{kind} attention, {feed}), vocabulary {trunk.vocab_size:,}. {_count(config, contents)}, "
+        f"in {dtype}, in {contents.shards} file(s) of weights."
     )
     yield ""
     first = trunk.n_layers
@@ -110,6 +113,19 @@ def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
         )
     else:
         yield "It has no MTP modules to draft with."
+
+
+def _count(config: ModelConfig, contents: Contents) -> str:
+    """What the numbers that are stored are of."""
+    trunk, whole = config.trunk.num_params(), config.num_params()
+    told = f"Stored are {contents.parameters:,} numbers: {trunk:,} of the trunk and its head"
+    if whole > trunk:
+        told += f", {whole - trunk:,} of the MTP modules"
+    if (beyond := contents.parameters - whole) > 0:
+        told += (
+            f", {beyond:,} that repeat others (each module's embedding and head) or balance experts"
+        )
+    return told + (f", without {-beyond:,} that only training needs" if beyond < 0 else "")
 
 
 def _use(config: ModelConfig, contents: Contents, model_type: str) -> Iterator[str]:
@@ -173,11 +189,11 @@ def _training(
     yield f"Exported is the checkpoint after {step:,} optimizer steps."
     data = run_config.get("data", {})
     if "seq_len" in data:
-        yield f"It was trained on windows of {data['seq_len']} tokens."
+        yield f"It was trained on windows of {plain(data['seq_len'])} tokens."
     if "mtp_lambda" in run_config:
         yield (
             f"mtp: {config.mtp.variant}, depth {config.mtp.depth}, "
-            f"mtp_lambda {run_config['mtp_lambda']}, seed {run_config.get('seed')}."
+            f"mtp_lambda {plain(run_config['mtp_lambda'])}, seed {plain(run_config.get('seed'))}."
         )
     yield ""
     if summary is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,4 +76,4 @@ class Sweep:
         return f"Sweep({str(self.folder)!r})"
 
     def _repr_html_(self) -> str:
-        return f"<b>{self.folder}</b>{self.table._repr_html_()}"
+        return f"<b>{html.escape(str(self.folder))}</b>{self.table._repr_html_()}"

@@ -112,7 +112,8 @@ class Run:
 
 def shown(summary: Mapping[str, Any]) -> dict[str, str]:
     """The numbers of a summary that are looked at first."""
-    found = {name: summary[tag] for tag, name in _SHOWN.items() if tag in summary}
+    found = {name: summary.get(tag) for tag, name in _SHOWN.items()}
+    found = {name: value for name, value in found.items() if isinstance(value, int | float)}
     return {k: f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for k, v in found.items()}
 
 

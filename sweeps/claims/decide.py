@@ -16,7 +16,7 @@ from sweeps.claims.claim import Claim, Measure, Prediction
 from sweeps.claims.observe import Arms, Seed, key
 from sweeps.report.comparisons import FACT, LEVEL
 from sweeps.report.shares import Share, share, unpaired
-from sweeps.report.statistics import Interval, holm, interval, paired
+from sweeps.report.statistics import holm, paired
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 PAIRED, ALONE, FISHER, BINOMIAL = "paired t", "t", "Fisher", "binomial"
@@ -97,12 +97,6 @@ def arm_share(seeds: Mapping[int, Seed], measure: Measure) -> Share | None:
     if not values:
         return None
     return share(sum(value > measure.solved for value in values.values()), len(values))
-
-
-def arm_mean(seeds: Mapping[int, Seed], measure: Measure) -> Interval | None:
-    """An arm's mean over its finished seeds; None without one."""
-    values = list(_values(seeds, measure).values())
-    return interval(values) if values else None
 
 
 def _values(seeds: Mapping[int, Seed], measure: Measure) -> dict[int, float]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.markdown import plain
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
@@ -75,7 +76,7 @@ def _section(claim: Claim, result: Result | None) -> list[str]:
         return [f"{where}: {state(claim, result)}.", *_body(claim, result)]
     title = f"### {claim.name}: {state(claim, result)}"
     equal = claim.equal if claim.equal != "flops" else "FLOPs"
-    said = f"{claim.sentence} Source: {claim.source}. At equal {equal}. {claim.note}".strip()
+    said = plain(f"{claim.sentence} Source: {claim.source}. At equal {equal}. {claim.note}")
     if result is None:
         return [title, said, _predictions(claim), f"`{claim.command}`, {_minutes(claim)}."]
     return [title, said, *_body(claim, result)]
@@ -90,8 +91,8 @@ def _body(claim: Claim, result: Result) -> list[str]:
         "| prediction | published | measured | test | verdict |",
         "|---|---|---|---|---|",
         *(
-            f"| {words.subject(e)}: {words.quantity(e['measure'])} {words.predicted(e)} "
-            f"| {e['published']} | {words.measured(e)} | {words.tested(e)} | {words.verdict(e)} |"
+            f"| {_asked(e)} | {plain(e['published'])} | {plain(words.measured(e))} "
+            f"| {plain(words.tested(e))} | {words.verdict(e)} |"
             for e in result["predictions"]
         ),
     ]
@@ -100,17 +101,27 @@ def _body(claim: Claim, result: Result) -> list[str]:
         if is_stale(result, claim)
         else ""
     )
-    missing = f"Unfinished: {'; '.join(result['unfinished'])}." if result["unfinished"] else ""
+    missing = plain(f"Unfinished: {'; '.join(result['unfinished'])}.")
     return [
         *([stale] if stale else []),
         *pictures,
         "\n".join(rows),
         *([times] if (times := _times(result)) else []),
-        *([missing] if missing else []),
-        f"`{claim.command}`; {result['minutes']:g} minutes on {_machines(result)}, "
-        f"{result['date'] or 'none finished yet'}; predicted in {_commit(result['predicted_in'])}, "
-        f"run by {', '.join(map(_commit, result['commits'])) or 'no finished run'}.",
+        *([missing] if result["unfinished"] else []),
+        f"`{claim.command}`; "
+        + plain(
+            f"{result['minutes']:g} minutes on {_machines(result)}, "
+            f"{result['date'] or 'none finished yet'}; predicted in "
+            f"{_commit(result['predicted_in'])}, "
+            f"run by {', '.join(map(_commit, result['commits'])) or 'no finished run'}."
+        ),
     ]
+
+
+def _asked(entry: words.Entry) -> str:
+    """What a prediction is about, and what it says."""
+    said = f"{words.subject(entry)}: {words.quantity(entry['measure'])} {words.predicted(entry)}"
+    return plain(said)
 
 
 def _predictions(claim: Claim) -> str:
@@ -119,8 +130,7 @@ def _predictions(claim: Claim) -> str:
 
     rows = ["| prediction | published |", "|---|---|"]
     for entry in map(asdict, claim.predictions):
-        what = f"{words.subject(entry)}: {words.quantity(entry['measure'])}"
-        rows.append(f"| {what} {words.predicted(entry)} | {entry['published']} |")
+        rows.append(f"| {_asked(entry)} | {plain(entry['published'])} |")
     return "\n".join(rows)
 
 
@@ -131,7 +141,7 @@ def _times(result: Result) -> str:
         for arm, content in result["arms"].items()
         for found in content["time_to_solve"].values()
     ]
-    return f"Median steps to solve (Kaplan-Meier): {', '.join(medians)}." if medians else ""
+    return plain(f"Median steps to solve (Kaplan-Meier): {', '.join(medians)}.") if medians else ""
 
 
 def _minutes(claim: Claim) -> str:

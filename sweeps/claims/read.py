@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -37,6 +38,8 @@ def read_claim(name: str, folder: Path = FOLDER) -> Claim:
     Raises:
         UserError: no such claim, or its file says what cannot be meant; with the remedy.
     """
+    if not re.fullmatch(r"[\w-]+", name):
+        raise UserError(f"{name!r} names no claim: rename its file, to letters, digits, - and _.")
     file = folder / f"{name}.yaml"
     if not file.is_file():
         known = ", ".join(names(folder)) or "none"

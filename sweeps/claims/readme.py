@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.markdown import plain
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED
@@ -194,7 +195,7 @@ def state(claim: Claim, result: Result | None) -> str:
     """A claim's verdict, or why it has none."""
     if result is None:
         return NOT_RUN
-    return STALE if is_stale(result, claim) else str(result["verdict"])
+    return STALE if is_stale(result, claim) else plain(result["verdict"])
 
 
 def _answer(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Language) -> list[str]:
@@ -206,7 +207,7 @@ def _answer(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Languag
         return [f"{language.question} {language.waiting.format(command=claim.command)}"]
     verdicts = [entry["verdict"] for entry in entries]
     by_size = sorted(entries, key=lambda entry: float(entry["effect"]))
-    least, most = (f"{words.measured(e)} ({e['arm']})" for e in (by_size[0], by_size[-1]))
+    least, most = (plain(f"{words.measured(e)} ({e['arm']})") for e in (by_size[0], by_size[-1]))
     said = language.answer.format(
         verdict=_word(state(claim, result), language),
         n=len(entries),
@@ -241,10 +242,10 @@ def _solvers(
                 beyond.append(entry["arm"])
     return said.format(
         shares=", ".join(
-            in_.share.format(arm=in_.arms.get(arm, arm), count=of["count"], n=of["n"])
+            in_.share.format(arm=in_.arms.get(arm, plain(arm)), count=of["count"], n=of["n"])
             for arm, of in counts.items()
         ),
-        beyond=", ".join(in_.arms.get(arm, arm) for arm in beyond) or in_.nobody,
+        beyond=", ".join(in_.arms.get(arm, plain(arm)) for arm in beyond) or in_.nobody,
     )
 
 
@@ -278,7 +279,7 @@ def _pictures(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Langu
 def _table(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Language) -> str:
     """A line for each claim that was run, and one for all that were not."""
     run = [
-        f"| [{name}]({_anchor(claim, result)}): {claim.sentence} "
+        f"| [{name}]({_anchor(claim, result)}): {plain(claim.sentence)} "
         f"| {_measured(claim, result, language)} | {_n(result)} |"
         for name, (claim, result) in on_cpu.items()
         if result is not None

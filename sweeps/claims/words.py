@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from mtp_lightning.markdown import plain
 from sweeps.report.metrics import BY_TAG, number, p_value
 
 _RATES = re.compile(r"accuracy|acceptance(?!_slope)|agreement|overlap|exact_match")
@@ -67,8 +68,8 @@ def tested(entry: Entry) -> str:
 
 
 def verdict(entry: Entry) -> str:
-    """The verdict, with the reason of one that is undecided."""
-    return f"**{entry['verdict']}**" + (f": {entry['why']}" if entry["why"] else "")
+    """In Markdown, the verdict, with the reason of one that is undecided."""
+    return f"**{plain(entry['verdict'])}**" + (f": {plain(entry['why'])}" if entry["why"] else "")
 
 
 def show(entry: Entry, value: float) -> str:

@@ -74,12 +74,23 @@ def test_a_run_is_exported_and_verified(
 
 
 def test_the_card(base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
     run_export(base / "deepseek", tmp_path / "out", verify=False)
     text = (tmp_path / "out" / card.FILE).read_text()
     for part in ("`model.layers.2` to `model.layers.3`", "after 6 optimizer steps", "depth 2",
                  "| depth | loss", "| 2 |", "vLLM",
                  r'_keys_to_ignore_on_load_unexpected = [r"model\.layers\.2\.", '):  # fmt: skip
         assert part in text, part
+    config = load_run(base / "deepseek").model.config
+    trunk, whole = config.trunk.num_params(), config.num_params()
+    # The embedding and the head of each of two depths; a bias for each of four experts, three times.
+    beyond = 2 * 2 * config.trunk.vocab_size * config.trunk.d_model + 3 * 4
+    said = f"Stored are {whole + beyond:,} numbers: {trunk:,} of the trunk and its head, "
+    said += f"{whole - trunk:,} of the MTP modules, {beyond:,} that repeat others"
+    assert said in text
+    files = (tmp_path / "out").glob("*.safetensors")
+    assert sum(t.numel() for file in files for t in load_file(file).values()) == whole + beyond
     summary = {"step": 6, "val/loss_depth_0": 1.5, "decode/acceptance_position_1": 0.75}
     text = card.render(
         "x",

@@ -21,7 +21,6 @@ from sweeps.claims.decide import (
     PAIRED,
     UNDECIDED,
     Finding,
-    arm_mean,
     decide,
     overall,
 )
@@ -219,11 +218,3 @@ def test_a_claim_is_all_of_its_predictions() -> None:
     assert overall([HOLDS, HOLDS]) == HOLDS
     assert overall([HOLDS, UNDECIDED]) == UNDECIDED
     assert overall([HOLDS, UNDECIDED, FAILS]) == FAILS
-
-
-def test_means_of_an_arm(tmp_path: Path) -> None:
-    claim = predicting(tmp_path)
-    arms = observed(claim, {"plain": PLAIN, "mtp": ["missing"] * 5})
-    found = arm_mean(arms["plain"], claim.measure)
-    assert found is not None and found.mean == pytest.approx(sum(PLAIN) / 5)
-    assert arm_mean(arms["mtp"], claim.measure) is None
