@@ -84,7 +84,7 @@ def test_the_card(base: Path, tmp_path: Path) -> None:
         assert part in text, part
     config = load_run(base / "deepseek").model.config
     trunk, whole = config.trunk.num_params(), config.num_params()
-    # The embedding and the head of each of two depths; a bias for each of four experts, three times.
+    # The embedding and the head of each of two depths; biases of four experts, three times.
     beyond = 2 * 2 * config.trunk.vocab_size * config.trunk.d_model + 3 * 4
     said = f"Stored are {whole + beyond:,} numbers: {trunk:,} of the trunk and its head, "
     said += f"{whole - trunk:,} of the MTP modules, {beyond:,} that repeat others"
