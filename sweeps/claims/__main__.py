@@ -15,19 +15,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mtp_lightning.cli import readable_errors, require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
+from sweeps.claims.commit import predicted_in
 from sweeps.claims.figure import write_figures
 from sweeps.claims.pages import write_pages
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.readme import NOT_RUN, state
 from sweeps.claims.recall import stored_seeds
 from sweeps.claims.replicate import beside
-from sweeps.claims.result import Result, is_stale, judge, read_result, write_result
+from sweeps.claims.result import Result, file_of, is_stale, judge, read_result, write_result
 from sweeps.claims.run import run
 from sweeps.claims.weights import write_weights
 from sweeps.pool import Interrupted
@@ -37,6 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = _parser().parse_args(arguments)
+    args.typed = ["python -m sweeps.claims", *arguments]
+    # What came out of one's own claims is one's own, too, and has no pages that are made of it.
+    own = args.claims.resolve() != FOLDER.resolve()
+    args.has_pages = args.root is not None or not own
+    args.root = args.root or (args.claims.absolute().parent if own else ROOT)
+    args.results = args.root / "results"
     with readable_errors():
         seeds = getattr(args, "seeds", None) or [0]
         if min(seeds) < 0:
@@ -58,45 +66,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _list(args: argparse.Namespace) -> int:
     for name in names(args.claims):
         claim = read_claim(name, args.claims)
-        result = read_result(claim.label, args.root / "results")
+        result = read_result(claim.label, args.results)
         print(f"{name}: {state(claim, result)}. {claim.sentence} ({claim.scale.minutes:g} minutes)")
     return 0
 
 
 def _run(args: argparse.Namespace) -> int:
-    claims = {
-        args.claims / f"{name}.yaml": _at(args, read_claim(name, args.claims))
-        for name in args.names
-    }
-    left = run(
-        claims,
-        args.runs.absolute(),
-        seeds=args.seeds,
-        results=args.root / "results",
-        n_jobs=args.jobs,
-        retry_failed=args.retry_failed,
-        command=["python -m sweeps.claims", *sys.argv[1:]],
-    )
-    return 1 if left else 0
+    claims = [_at(args, read_claim(name, args.claims)) for name in args.names]
+    return 1 if _start(args, claims, seeds=args.seeds, results=args.results) else 0
 
 
 def _replicate(args: argparse.Namespace) -> int:
     """Run a claim whatever its result has, and compare."""
     claim = _at(args, read_claim(args.name, args.claims))
-    runs = args.runs.absolute()
-    file = args.claims / f"{args.name}.yaml"
     require_package("scipy", what="a verdict", extra="report")
-    left = run(
-        {file: claim}, runs, seeds=args.seeds, n_jobs=args.jobs, retry_failed=args.retry_failed
-    )
-    here, committed = judge(claim, runs), read_result(claim.label, args.root / "results")
+    left = _start(args, [claim], seeds=args.seeds)
+    here = judge(claim, args.runs.absolute())
+    committed = read_result(claim.label, args.results)
     assert here is not None, "run has registered the claim"
     print(f"{claim.label}: {here['verdict']}. {claim.sentence}")
     _say(here)
     if committed is None or is_stale(committed, claim):
         print("There is no committed result of this claim to compare with.")
         return 1 if left else 0
-    print(f"Beside {args.root / 'results' / claim.label}.json, {committed['date']}:")
+    print(f"Beside {args.results / claim.label}.json, {committed['date']}:")
     for line in beside(here, committed):
         print(f"  {line}")
     return 1 if left else 0
@@ -109,18 +102,36 @@ def _weights(args: argparse.Namespace) -> int:
     if unknown:
         raise UserError(f"--arms {unknown[0]}: choose from {', '.join(claim.arms)}.")
     arms, seeds = args.arms or list(claim.arms), args.seeds or list(claim.scale.seeds)
-    runs = args.runs.absolute()
-    file = args.claims / f"{args.name}.yaml"
     require_package("safetensors", what="a file of weights", extra="hf")
-    left = run(
-        {file: claim}, runs, seeds=seeds, arms=arms, n_jobs=args.jobs,
-        retry_failed=args.retry_failed,
-    )  # fmt: skip
-    stored = stored_seeds(claim, read_result(claim.label, args.root / "results"))
+    left = _start(args, [claim], seeds=seeds, arms=arms)
+    stored = stored_seeds(claim, read_result(claim.label, args.results))
     to = args.to / claim.label
+    runs = args.runs.absolute()
     lines, gone = write_weights(claim, runs, to, seeds=seeds, arms=arms, stored=stored)
     print("\n".join(lines))
     return 1 if left or gone else 0
+
+
+def _start(args: argparse.Namespace, claims: Sequence[Claim], **asked: Any) -> int:
+    """Run claims whose predictions are in a commit; how many of the runs are not done."""
+    commits = {
+        claim.label: predicted_in(
+            args.claims / f"{claim.name}.yaml",
+            claim,
+            read_result(claim.label, args.results),
+            unpredicted=args.unpredicted,
+        )
+        for claim in claims
+    }
+    return run(
+        claims,
+        args.runs.absolute(),
+        commits=commits,
+        n_jobs=args.jobs,
+        retry_failed=args.retry_failed,
+        command=args.typed,
+        **asked,
+    )
 
 
 def _verdict(args: argparse.Namespace) -> int:
@@ -133,7 +144,7 @@ def _verdict(args: argparse.Namespace) -> int:
         scales = [claim, *([claim.on_gpu()] if claim.gpu else [])] if args.all else [None]
         for at in scales:
             code |= _judge(args, at or _at(args, claim))
-    if args.all:
+    if args.all and args.has_pages:
         for page in write_pages(args.root, args.claims):
             print(f"wrote {page}")
     return code
@@ -141,7 +152,7 @@ def _verdict(args: argparse.Namespace) -> int:
 
 def _judge(args: argparse.Namespace, claim: Claim) -> int:
     """Print and store a verdict; 1 where it is stale."""
-    folder = args.root / "results"
+    folder = args.results
     try:
         result = judge(claim, args.runs, folder)
     except ValueError as error:
@@ -158,6 +169,8 @@ def _judge(args: argparse.Namespace, claim: Claim) -> int:
     stale = is_stale(result, claim)
     print(f"{claim.label}: {state(claim, result)}. {claim.sentence}")
     _say(result)
+    if not args.has_pages:
+        print(f"  all numbers: {file_of(claim.label, folder)}")
     return int(stale)
 
 
@@ -204,6 +217,11 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("--seeds", nargs="+", type=int, help="instead of the claim's")
         action.add_argument("--jobs", type=int, default=1, help="at once (default 1)")
         action.add_argument("--retry-failed", action="store_true", help="start failed runs again")
+        action.add_argument(
+            "--unpredicted",
+            action="store_true",
+            help="try a claim that is in no commit, as its verdict will say",
+        )
     judging.add_argument("names", nargs="*", metavar="NAME", help="of claims")
     judging.add_argument("--all", action="store_true", help="all claims, and the pages")
     for action in (running, judging, replicating, weighing):
@@ -214,8 +232,14 @@ def _parser() -> argparse.ArgumentParser:
             "--runs", type=Path, default=Path(folder), help=f"their folder ({folder})"
         )
     for action in (listing, running, judging, replicating, weighing):
-        action.add_argument("--claims", type=Path, default=FOLDER, help="the folder of the YAMLs")
-        action.add_argument("--root", type=Path, default=ROOT, help="has results/ and the pages")
+        action.add_argument(
+            "--claims", type=Path, default=FOLDER, help="a folder of your own YAMLs"
+        )
+        action.add_argument(
+            "--root",
+            type=Path,
+            help="has results/ and the pages (this checkout, or what --claims lies in)",
+        )
     return parser
 
 

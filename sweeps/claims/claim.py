@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -89,6 +90,7 @@ class Claim:
         setting: ``cpu`` or ``gpu``.
         digest: of all that the file says; comments do not count.
         gpu: the published scale's, where a CPU does not reach it.
+        folder: of the file, as it was typed (``--claims``); "" for the project's own.
     """
 
     name: str
@@ -104,6 +106,7 @@ class Claim:
     setting: str = CPU
     digest: str
     gpu: Scale | None = field(default=None, repr=False)
+    folder: str = ""
 
     @property
     def label(self) -> str:
@@ -113,8 +116,13 @@ class Claim:
     @property
     def command(self) -> str:
         """What runs it."""
+        return self.typed("run")
+
+    def typed(self, action: str) -> str:
+        """The command line of an action on it, with the options that say which claim is meant."""
         on = "" if self.setting == CPU else f" --{self.setting}"
-        return f"python -m sweeps.claims run {self.name}{on}"
+        where = f" --claims {shlex.quote(self.folder)}" if self.folder else ""
+        return f"python -m sweeps.claims {action} {self.name}{where}{on}"
 
     def overrides(self, arm: str) -> tuple[str, ...]:
         """All overrides of an arm, in the order in which they are given."""

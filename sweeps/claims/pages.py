@@ -108,7 +108,7 @@ def _body(claim: Claim, result: Result) -> list[str]:
         "\n".join(rows),
         *([times] if (times := _times(result)) else []),
         *([missing] if result["unfinished"] else []),
-        f"`{claim.command}`; "
+        f"`{result['command']}`; "
         + plain(
             f"{result['minutes']:g} minutes on {_machines(result)}, "
             f"{result['date'] or 'none finished yet'}; predicted in "

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def read_claim(name: str, folder: Path = FOLDER) -> Claim:
     if not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"{name!r} names no claim: rename its file, to letters, digits, - and _.")
     file = folder / f"{name}.yaml"
+    own = folder.resolve() == FOLDER.resolve()
     if not file.is_file():
         known = ", ".join(names(folder)) or "none"
         raise UserError(f"There is no claim {name} in {folder}: choose one of {known}.")
@@ -48,7 +49,7 @@ def read_claim(name: str, folder: Path = FOLDER) -> Claim:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is no YAML: {' '.join(str(error).split())}.") from error
-    return _Reader(file).claim(name, content)
+    return replace(_Reader(file).claim(name, content), folder="" if own else str(folder))
 
 
 class _Reader:
@@ -58,7 +59,7 @@ class _Reader:
         self._file = file
 
     def claim(self, name: str, content: Any) -> Claim:
-        own = set(_keys(Claim)) - {"name", "scale", "setting", "digest"}
+        own = set(_keys(Claim)) - {"name", "scale", "setting", "digest", "folder"}
         scale_keys = set(_keys(Scale)) - {"shared", "arms"}
         given = self._mapping("the file", content, own | scale_keys)
         self._need("the file", given, _needed(Claim) - {"name", "scale", "digest"} | scale_keys)

@@ -3,6 +3,7 @@ questions, two pictures, and the verdicts of the claims that were run."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from sweeps.claims import words
 from sweeps.claims.claim import Claim
 from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED
 from sweeps.claims.figure import CURVE, files_of
-from sweeps.claims.result import Result, is_stale
+from sweeps.claims.result import UNPREDICTED, Result, is_stale, with_trial
 
 STALE = "stale"
 NOT_RUN = "not run"
@@ -160,6 +161,7 @@ CHINESE = Language(
         UNDECIDED: "未决",
         STALE: "已过期",
         NOT_RUN: "未运行",
+        UNPREDICTED: "预测不在任何提交中",
     },
     missing="已写下预测、尚未运行",
 )
@@ -195,7 +197,8 @@ def state(claim: Claim, result: Result | None) -> str:
     """A claim's verdict, or why it has none."""
     if result is None:
         return NOT_RUN
-    return STALE if is_stale(result, claim) else plain(result["verdict"])
+    verdict = STALE if is_stale(result, claim) else plain(result["verdict"])
+    return with_trial(verdict, result["predicted_in"])
 
 
 def _answer(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Language) -> list[str]:
@@ -298,13 +301,16 @@ def _measured(claim: Claim, result: Result, language: Language) -> str:
     return language.held.format(verdict=verdict, held=held, n=len(result["predictions"]))
 
 
-def _word(verdict: str, language: Language) -> str:
-    return language.states.get(verdict, verdict)
+def _word(said: str, language: Language) -> str:
+    for english, own in language.states.items():
+        said = said.replace(english, own)
+    return said
 
 
 def _anchor(claim: Claim, result: Result) -> str:
     """The section of docs/results.md, whose title ends in the verdict."""
-    return f"docs/results.md#{claim.name}-{state(claim, result).replace(' ', '-')}"
+    said = re.sub(r"[^\w ]", "", state(claim, result)).replace(" ", "-")
+    return f"docs/results.md#{claim.name}-{said}"
 
 
 def _n(result: Result) -> str:

@@ -79,8 +79,7 @@ def left_to_run(
             raise UserError(
                 f"{claim.label} has a result of {job.arm} at seed {job.seed}, {done.folder}, and "
                 f"its config is now that of {job.folder}: go on from the commit {done.commit} that "
-                "it was made from, or run the claim anew beside it by python -m sweeps.claims "
-                f"replicate {claim.name}."
+                f"it was made from, or run the claim anew beside it by {claim.typed('replicate')}."
             )
         if done is None and job.seed in seeds:
             left.append(job)
@@ -115,8 +114,8 @@ def with_stored(
                 raise UserError(
                     f"{claim.label} has a result of {arm} at seed {number}, {seed.folder}, and "
                     f"the folder of runs has it of another config, {here.folder}: give the runs "
-                    "that the result goes on from as --runs, or compare them by python -m "
-                    f"sweeps.claims replicate {claim.name}."
+                    "that the result goes on from as --runs, or compare them by "
+                    f"{claim.typed('replicate')}."
                 )
             elif here.weights is None:  # they may be gone, and the rest not
                 both[arm][number] = replace(here, weights=seed.weights)

@@ -25,7 +25,7 @@ VERSION = 1
 class Register:
     """Attributes:
     digest: of the claim, when its first run was asked for.
-    commit: that the prediction was in then; None outside of a repository.
+    commit: that the prediction was in then; None for a trial, whose prediction was in none.
     began: when that was.
     runs: by arm and seed, the folder of the run.
     """

@@ -23,6 +23,8 @@ from sweeps.claims.stored import read_stored
 from sweeps.report.survival import survival
 
 VERSION = 1
+# Beside the verdict of a trial, wherever it stands.
+UNPREDICTED = "predicted: in no commit"
 
 Result = dict[str, Any]
 
@@ -69,11 +71,11 @@ def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Resu
         "setting": claim.setting,
         "sentence": claim.sentence,
         "source": claim.source,
-        "command": claim.command,
+        "command": claim.command if began[1] else f"{claim.command} --unpredicted",
         "digest": claim.digest,
         "predicted_in": began[1],
         "began": began[0],
-        "verdict": overall([finding.verdict for finding in findings]),
+        "verdict": with_trial(overall([finding.verdict for finding in findings]), began[1]),
         "unfinished": unfinished(claim, arms),
         "predictions": [_finding(finding) for finding in findings],
         "arms": {arm: _arm(claim, arm, of_arm) for arm, of_arm in arms.items()},
@@ -82,6 +84,11 @@ def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Resu
         "machines": sorted({seed.machine for seed in seeds if seed.machine}),
         "commits": sorted({seed.commit for seed in seeds if seed.commit}),
     }
+
+
+def with_trial(verdict: str, commit: str | None) -> str:
+    """A verdict, and that its prediction was in no commit where that is so."""
+    return verdict if commit or UNPREDICTED in verdict else f"{verdict} ({UNPREDICTED})"
 
 
 def unfinished(claim: Claim, arms: Arms) -> list[str]:

@@ -9,7 +9,6 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
 from sweeps.claims.claim import Claim
-from sweeps.claims.commit import commit_of
 from sweeps.claims.jobs import ClaimJob
 from sweeps.claims.recall import left_to_run, shared_seeds
 from sweeps.claims.register import Register, read_register, write_register
@@ -19,9 +18,10 @@ from sweeps.plan import Job, Plan, must_run
 
 
 def run(
-    claims: Mapping[Path, Claim],
+    claims: Sequence[Claim],
     runs: Path,
     *,
+    commits: Mapping[str, str | None],
     seeds: Sequence[int] | None = None,
     arms: Collection[str] | None = None,
     results: Path | None = None,
@@ -32,8 +32,9 @@ def run(
     """Run all arms of claims at all seeds, what is finished left out, seed by seed.
 
     Args:
-        claims: by their files.
+        claims: whose runs they are.
         runs: the folder of all claims' runs, absolute; it need not exist.
+        commits: by each claim's label, the one that its prediction is in; None for a trial.
         seeds: by default each claim's own.
         arms: by default all of each claim.
         results: the folder of the claims' results: what any has as done is not run again.
@@ -45,12 +46,11 @@ def run(
         How many of the asked-for runs are not done.
 
     Raises:
-        UserError: a prediction is in no commit or was changed after its runs began, an arm does
-            not compose, or it has other settings than when it was run; a damaged result.
+        UserError: a prediction was changed after its runs began, an arm does not compose, or it
+            has other settings than when it was run; a damaged result.
         BlockingIOError: another process is at work there.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have saved and ended.
     """
-    commits = {claim.label: commit_of(file) for file, claim in claims.items()}
     stored = {} if results is None else read_results(results)
     asked = {
         claim.label: [
@@ -58,15 +58,15 @@ def run(
             for job in left_to_run(claim, seeds or claim.scale.seeds, runs, stored.get(claim.label))
             if arms is None or job.arm in arms
         ]
-        for claim in claims.values()
+        for claim in claims
     }
-    shared = {claim.label: shared_seeds(claim, stored.values()) for claim in claims.values()}
+    shared = {claim.label: shared_seeds(claim, stored.values()) for claim in claims}
     runs.mkdir(parents=True, exist_ok=True)
     lock = Lock(runs / ".lock")
     if not lock.acquire():
         raise BlockingIOError(f"Claims are being run in {runs}: wait for that, or stop it.")
     try:
-        for claim in claims.values():
+        for claim in claims:
             _register(claim, asked[claim.label], runs, commits[claim.label])
         todo = _in_turn(
             [[job for job in of if job.folder not in shared[label]] for label, of in asked.items()]

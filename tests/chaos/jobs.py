@@ -162,7 +162,7 @@ def claims_job(cache: Path) -> Job:
 
     def arguments(folder: Path) -> list[str]:
         where = ["--claims", str(cache.parent), "--runs", str(folder / "runs")]
-        return ["-m", "sweeps.claims", "run", "killed", *where]
+        return ["-m", "sweeps.claims", "run", "killed", *where, "--unpredicted"]
 
     again = ("--retry-failed",)
     return Job("claims", arguments, _all_same("runs", 4), processes=True, again=again)

@@ -14,6 +14,7 @@ import pytest
 from sweeps.claims.pages import BEGIN, END
 from tests.integration.helpers import ROOT, environment, overrides
 from tests.sweeps.claims.fixture_claims import write_claim
+from tests.sweeps.claims.test_own_claims import commit
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
@@ -57,6 +58,7 @@ def test_a_claim_is_run_interrupted_continued_and_judged(tmp_path: Path, cache: 
         predictions=[{"arm": "mtp", "against": "plain", "side": "within", "by": 5}],
     )
     where = ["--claims", claims, "--runs", runs]
+    commit(claims)
     started = subprocess.Popen(
         command("run", "mine", *where),
         stdout=subprocess.PIPE,
@@ -102,6 +104,7 @@ def test_a_claim_is_run_interrupted_continued_and_judged(tmp_path: Path, cache: 
         arms={"control": ["mtp=none"], "heads": ["mtp=linear", "mtp.depth=1"]},
         predictions=[{"arm": "heads", "against": "control", "side": "below"}],
     )
+    commit(claims)
     done = execute("run", "mine", "yours", *where, "--seeds", 0, 1, "--root", tmp_path / "none")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 runs in" in done.stdout and "1 ended before" in done.stdout

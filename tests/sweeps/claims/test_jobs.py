@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from sweeps.claims.commit import commit_of
 from sweeps.claims.jobs import digest, jobs
 from sweeps.claims.register import Register, read_register, write_register
 from sweeps.compose import compose_run
-from tests.sweeps.claims.fixture_claims import claim_of, write_claim
+from tests.sweeps.claims.fixture_claims import claim_of
 
 RUNS = Path("/nowhere/runs")
 
@@ -107,20 +105,3 @@ def test_a_register_keeps_every_run_and_refuses_another_config(tmp_path: Path) -
     with pytest.raises(ValueError, match="cannot be read as version 1"):
         read_register(claim, tmp_path)
     assert read_register(claim, tmp_path / "empty") is None
-
-
-def test_a_prediction_is_in_a_commit_before_it_is_run(tmp_path: Path) -> None:
-    file = write_claim(tmp_path)
-    assert commit_of(file) is None, "no repository, no commit"
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
-    subprocess.run([*git, "init", "--quiet"], check=True)
-    with pytest.raises(ValueError, match="mine.yaml is in no commit as it stands"):
-        commit_of(file)
-    subprocess.run([*git, "add", "."], check=True)
-    subprocess.run([*git, "commit", "--quiet", "-m", "predict"], check=True)
-    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "else"], check=True)
-    said = subprocess.run([*git, "rev-parse", "HEAD~1"], capture_output=True, text=True, check=True)
-    assert commit_of(file) == said.stdout.strip()
-    file.write_text(file.read_text() + "# more\n")
-    with pytest.raises(ValueError, match="commit the prediction before its runs"):
-        commit_of(file)

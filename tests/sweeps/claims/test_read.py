@@ -50,7 +50,7 @@ def test_the_gpu_setting_replaces_what_it_names(tmp_path: Path) -> None:
     }
     claim = claim_of(tmp_path, gpu=gpu)
     large = claim.on_gpu()
-    assert large.label == "mine.gpu" and large.command.endswith("run mine --gpu")
+    assert large.label == "mine.gpu" and large.command.endswith("--gpu")
     assert large.overrides("plain") == ("experiment=gpu", "mtp=none", "mtp.depth=0")
     assert large.overrides("mtp") == ("experiment=gpu", "mtp=parallel")
     assert large.scale.seeds == (7, 8) and claim.scale.seeds == (0, 1, 2, 3, 4)

@@ -170,8 +170,7 @@ def test_what_is_shared_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture
     claim = claim_of(tmp_path / "claims", arms=arms, predictions=predictions, seeds=[0, 1, 2])
     runs = tmp_path / "runs"
     of_another(claim, runs, tmp_path)
-    file = tmp_path / "claims" / "mine.yaml"
-    assert run({file: claim}, runs, results=tmp_path / "results") == 0
+    assert run([claim], runs, commits={"mine": "a" * 40}, results=tmp_path / "results") == 0
     assert "0 runs in" in capsys.readouterr().out
     result = judge(claim, runs, tmp_path / "results")
     assert result is not None and result["unfinished"] == []

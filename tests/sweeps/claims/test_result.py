@@ -205,12 +205,13 @@ def test_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "paired t, n = 4, p < 0.001 (Holm < 0.001)",
         "**undecided**: mtp failed at seed 4, and no seed is dropped",
         "Unfinished: mtp: 4 of 5 seeds done, 1 failed.",
-        "`python -m sweeps.claims run mine`; 9 minutes on Linux x86_64, 2 cores, 2026-11-25; "
-        "predicted in dddddddd, run by cccccccc.",
-        "(`python -m sweeps.claims run mine --gpu`, about 900 minutes on one GPU): not run.",
+        f"`python -m sweeps.claims run mine --claims {claims}`; 9 minutes on Linux x86_64, 2 "
+        "cores, 2026-11-25; predicted in dddddddd, run by cccccccc.",
+        f"(`python -m sweeps.claims run mine --claims {claims} --gpu`, about 900 minutes on one "
+        "GPU): not run.",
         "### other: not run",
         "Nobody knows.",
-        "`python -m sweeps.claims run other`, about 7 minutes on two cores.",
+        f"`python -m sweeps.claims run other --claims {claims}`, about 7 minutes on two cores.",
     ):
         assert said_there in page, said_there
     readme = (tmp_path / "README.md").read_text()

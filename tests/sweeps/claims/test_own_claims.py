@@ -1,0 +1,161 @@
+"""Claims of one's own: what is in no commit is refused or says so; results lie beside them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
+
+from mtp_lightning.paths import ROOT
+from mtp_lightning.run.status import write_status
+from sweeps.claims.claim import Claim
+from sweeps.claims.commit import commit_of, predicted_in
+from sweeps.claims.pages import BEGIN, END
+from sweeps.claims.readme import CHINESE, part
+from sweeps.claims.register import Register, read_register, write_register
+from sweeps.claims.result import make_result
+from sweeps.process import Task
+from tests.sweeps.claims.fixture_claims import claim_of, observed, write_claim
+from tests.sweeps.claims.test_decide import PLAIN, moved
+from tests.sweeps.claims.test_result import run
+from tests.sweeps.fixture_runs import write_run
+
+TRIAL = "predicted: in no commit"
+
+
+def commit(folder: Path) -> str:
+    """A repository in a folder, with all that it holds."""
+    git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "predict"]):
+        subprocess.run([*git, *arguments], check=True)
+    said = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    return said.stdout.strip()
+
+
+class Finished:
+    """Stands for a pool: every run is done at once, with MTP a little better."""
+
+    def run(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            shutil.rmtree(task.folder)
+            arm, seed = task.labels[0], int(task.labels[1].removeprefix("seed="))
+            loss = 2 * PLAIN[seed] - (0.1 + seed / 1000 if arm == "mtp" else 0)
+            write_run(task.folder, {"seed": seed}, loss=loss)
+            write_status(task.folder, task.overrides, "done")
+
+
+@pytest.fixture(autouse=True)
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sweeps.claims.run.make_pool", lambda *_, **__: Finished())
+
+
+@pytest.mark.parametrize("action", ["run", "replicate", "weights"])
+def test_a_prediction_in_no_commit_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], action: str
+) -> None:
+    write_claim(tmp_path / "claims")
+    where = ["--claims", tmp_path / "claims", "--runs", tmp_path / "runs"]
+    assert run(action, "mine", *where) == 1
+    said = capsys.readouterr().err
+    assert "mine.yaml is in no Git repository" in said and "--unpredicted" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_verdict_of_a_trial_says_so_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    claims, runs = tmp_path / "claims", tmp_path / "runs"
+    write_claim(claims)
+    (tmp_path / "docs").mkdir()
+    pages = [tmp_path / "docs" / "results.md", tmp_path / "README.md", tmp_path / "README.zh-CN.md"]
+    for page in pages:
+        page.write_text(f"{BEGIN}\n{END}\n")
+    where = ["--claims", claims, "--runs", runs, "--root", tmp_path]
+    assert run("run", "mine", *where, "--unpredicted") == 0
+    # It was begun as a trial, and a commit that comes later does not change that.
+    commit(claims)
+    assert run("run", "mine", *where, "--seeds", 0) == 0
+    capsys.readouterr()
+    for asked in (["verdict", "mine"], ["verdict", "--all"], ["list"]):
+        assert run(*asked, *(where if asked != ["list"] else [*where[:2], *where[4:]])) == 0
+        assert f"mine: holds ({TRIAL})." in capsys.readouterr().out
+    result = json.loads((tmp_path / "results" / "mine.json").read_text())
+    assert result["verdict"] == f"holds ({TRIAL})" and result["predicted_in"] is None
+    assert result["command"].endswith("--unpredicted")
+    title = "mine-holds-predicted-in-no-commit"
+    assert f"### mine: holds ({TRIAL})" in pages[0].read_text()
+    for page, words in ((pages[1], f"holds ({TRIAL});"), (pages[2], "成立 (预测不在任何提交中)")):
+        assert words in page.read_text() and f"results.md#{title})" in page.read_text()
+    assert run("replicate", "mine", *where) == 0
+    assert f"mine: holds ({TRIAL})." in capsys.readouterr().out
+
+
+def test_a_result_from_before_trials_were_told_apart_says_so_too(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path)
+    arms = observed(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
+    result = {**make_result(claim, arms, ("2026-11-25T09:00:00+00:00", None)), "verdict": "holds"}
+    assert "成立 (预测不在任何提交中)" in part([(claim, result)], CHINESE)
+
+
+def test_what_came_out_of_ones_own_claims_lies_beside_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_claim(tmp_path / "our claims")
+    predicted = commit(tmp_path)
+    before = {file: file.stat().st_mtime_ns for file in (ROOT / "results").iterdir()}
+    where = ["--claims", "our claims"]
+    assert run("run", "mine", *where) == 0
+    assert run("verdict", "mine", *where) == 0
+    file = tmp_path / "results" / "mine.json"
+    assert f"all numbers: {file}" in capsys.readouterr().out
+    result = json.loads(file.read_text())
+    assert result["verdict"] == "holds" and result["predicted_in"] == predicted
+    assert result["command"] == "python -m sweeps.claims run mine --claims 'our claims'"
+    plan = json.loads((tmp_path / "runs" / "claims" / "sweep.json").read_text())
+    assert plan["command"] == ["python -m sweeps.claims", "run", "mine", *where]
+    assert (tmp_path / "results" / "mine.svg").exists()
+    assert run("verdict", "--all", *where) == 0, "there are no pages to make"
+    assert {f: f.stat().st_mtime_ns for f in (ROOT / "results").iterdir()} == before
+    # A result of the same prediction knows the commit, where there is no repository any more.
+    shutil.rmtree(tmp_path / ".git")
+    assert run("replicate", "mine", *where) == 0
+    assert "they agree" in capsys.readouterr().out
+
+
+def test_a_prediction_is_in_a_commit_before_it_is_run(tmp_path: Path) -> None:
+    file = write_claim(tmp_path)
+    with pytest.raises(ValueError, match="mine.yaml is in no Git repository"):
+        commit_of(file)
+    first = commit(tmp_path)
+    write_claim(tmp_path, "other")
+    commit(tmp_path)
+    assert commit_of(file) == first
+    linked = tmp_path / "link.yaml"
+    linked.symlink_to(file)
+    assert commit_of(linked) == first
+    (tmp_path / ".gitignore").write_text("ignored.yaml\n")
+    for changed in (write_claim(tmp_path, "ignored"), write_claim(tmp_path, "new"), file):
+        changed.write_text(changed.read_text() + "# more\n")
+        with pytest.raises(ValueError, match="commit the prediction before its runs"):
+            commit_of(changed)
+
+
+def test_a_trial_goes_on_as_it_was_begun(tmp_path: Path) -> None:
+    def known(claim: Claim, **result: str | None) -> str | None:
+        return predicted_in(file, claim, {"digest": claim.digest, **result}, unpredicted=True)
+
+    claim, file = claim_of(tmp_path), tmp_path / "mine.yaml"
+    assert known(claim, predicted_in="d" * 40) == "d" * 40
+    assert known(claim, predicted_in=None) is None
+    assert known(claim, predicted_in="d" * 40, digest="of another prediction") is None
+    write_register(Register(digest=claim.digest, commit=None), claim, tmp_path)
+    again = read_register(claim, tmp_path)
+    assert again is not None and again.commit is None
