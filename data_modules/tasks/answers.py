@@ -5,7 +5,7 @@ Shapes: B batch, W tokens of a window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data_modules.tasks.base import END, Example, Task
+from data_modules.tasks.baselines import baselines
 from data_modules.tasks.measures import Measure, Training
 from data_modules.tasks.windows import lay_out
 from data_modules.windows import WindowBatch
@@ -30,6 +31,7 @@ class AnswerSet:
         depth: D of the model that is to answer.
         stride: of its depths.
         training: the answers that it was trained on again and again; None for fresh ones.
+        trained: examples of the training; None for a set that is not of its distribution.
     """
 
     def __init__(
@@ -40,20 +42,26 @@ class AnswerSet:
         depth: int,
         stride: int = 1,
         training: Training | None = None,
+        trained: Callable[[], Sequence[Example]] | None = None,
     ) -> None:
         self.task = task
         self.n = n
         self.depth = depth
         self.stride = stride
         self.training = training
+        self._trained = trained
 
     def __len__(self) -> int:
         return self.n
 
-    @property
-    def chance(self) -> float:
-        """See :class:`Task`."""
-        return self.task.chance
+    @cached_property
+    def baselines(self) -> dict[str, float]:
+        """By name, what exact match is to be compared with: ``chance``, and what
+        :func:`~data_modules.tasks.baselines.baselines` has."""
+        found = {"chance": self.task.chance}
+        if self._trained is not None:
+            found |= baselines(self.task, self.examples, self._trained())
+        return found
 
     def measures(self, d_model: int) -> Sequence[Measure]:
         """What the task reports beside exact match, new and empty.

@@ -7,7 +7,7 @@ is learned and judged. One file a task: ``copy.py`` is the shortest.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -20,6 +20,9 @@ from mtp_lightning.settings import require_whole
 
 END = 0
 """Id of the symbol that pads windows and, in tasks with ``ends``, closes an answer."""
+
+TRAINING = 48
+"""Training with seed s reads examples from ``(s + 1) << 48`` on; validation those below."""
 
 _WORD = (1 << 64) - 1
 # To make a generator takes ten times as long as to set one, so a process has this one. It is set
@@ -52,6 +55,13 @@ class Example:
     def asked(self) -> list[bool]:
         """Which of the answer's tokens the model is to say."""
         return [True] * len(self.answer) if self.given is None else [not g for g in self.given]
+
+
+def question_of(example: Example) -> tuple[int | None, ...]:
+    """What a model reads before it has said anything: the prompt, and the answer with None for
+    what is asked."""
+    answer = zip(example.answer, example.asked, strict=True)
+    return (*example.prompt, *(None if asked else token for token, asked in answer))
 
 
 class Draws:
@@ -150,6 +160,11 @@ class Task(ABC):
     def variants(self) -> dict[str, Task]:
         """Test sets outside of the distribution, such as longer ones, by name; same symbols."""
         return {}
+
+    def content(self, example: Example) -> Hashable:
+        """What is known of an example to whoever has read another one with the same: by default
+        its question, which is the prompt and what is given of the answer."""
+        return question_of(example)
 
     def groups(self, example: Example) -> Sequence[str]:
         """A name for each of the answer's tokens, by which accuracy is reported, "" for those that

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
-from data_modules.tasks.base import Example, Task, log_bucket
+from data_modules.tasks.base import Draws, Example, Task, log_bucket
+from data_modules.tasks.held_out import HeldOutTask
 from mtp_lightning.settings import require, require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class Copy(Task):
+class Copy(HeldOutTask):
     """Strings of ``shortest`` .. ``periods`` symbols, every length equally often.
 
     Attributes:
@@ -55,13 +56,14 @@ class Copy(Task):
     def longest_answer(self) -> int:
         return self.periods
 
-    @property
+    @cached_property
     def chance(self) -> float:
-        lengths = range(self.shortest, self.periods + 1)
+        lengths: Sequence[int] = range(self.shortest, self.periods + 1)
+        if self.held_out is not None:
+            lengths = [len(example.answer) for example in self._validation]
         return sum(self.letters**-n for n in lengths) / len(lengths)
 
-    def example(self, index: int) -> Example:
-        draws = self.draws(index)
+    def draw(self, draws: Draws) -> Example:
         length = self.shortest + draws.below(self.periods - self.shortest + 1)
         string = [2 + letter for letter in draws.many_below(self.letters, length)]
         return Example([*string, 1], string)
@@ -70,7 +72,8 @@ class Copy(Task):
         return [*answer, 1] == [*prompt]
 
     def variants(self) -> dict[str, Task]:
-        return {"longer": replace(self, shortest=self.periods + 1, periods=2 * self.periods)}
+        size = {"shortest": self.periods + 1, "periods": 2 * self.periods}
+        return {"longer": replace(self, held_out=None, **size)}
 
     def groups(self, example: Example) -> Sequence[str]:
         period = len(example.answer)

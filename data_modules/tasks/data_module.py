@@ -11,6 +11,7 @@ from torch import Tensor
 from data_modules.sources.base import digest
 from data_modules.tasks.answers import AnswerSet
 from data_modules.tasks.base import Example, Task
+from data_modules.tasks.baselines import TRIED
 from data_modules.tasks.measures import Training
 from data_modules.tasks.windows import ExampleLoader, TaskWindows, first_training_index
 from data_modules.tokenizers.base import Tokenizer
@@ -94,6 +95,8 @@ class TaskDataModule(WindowDataModule):
                 f"data.seq_len={seq_len} is too short for data={task.name}, whose examples have "
                 f"up to {task.longest} tokens: set it to {task.longest - 1} or more, or to null."
             )
+        for index in (0, first_training_index(0)):
+            task.example(index)  # refuses what cannot be shared between the two
         own = SymbolTokenizer(task.symbols)
         if tokenizer is not None and not _same_symbols(tokenizer, own):
             raise UserError(
@@ -124,14 +127,12 @@ class TaskDataModule(WindowDataModule):
         return None
 
     def train_dataloader(self) -> ExampleLoader:
-        # A fixed set is the same for every seed, as a corpus is.
-        seed = self.seed if self.examples is None else 0
         dataset = TaskWindows(
             self.task,
             seq_len=self.seq_len,
             depth=self.depth,
             stride=self.stride,
-            first=first_training_index(seed),
+            first=self._first,
             examples=self.examples,
             train_prompt=self.train_prompt,
             extra=self.extra,
@@ -170,15 +171,27 @@ class TaskDataModule(WindowDataModule):
                 depth=self.depth,
                 stride=self.stride,
                 training=None if name else fixed,
+                trained=None if name else self._tried,
             )
             for name, task in tasks.items()
         }
 
+    @property
+    def _first(self) -> int:
+        """Index of the first training example. A fixed set is the same for every seed, as a corpus
+        is."""
+        return first_training_index(self.seed if self.examples is None else 0)
+
     @cached_property
     def _training_answers(self) -> list[list[int]]:
         """Of a fixed training set."""
-        windows = self.train_dataloader().dataset
-        return [e.answer for i in range(len(windows)) for e in windows.held(i)]
+        assert self.examples is not None
+        return [self.task.example(self._first + i).answer for i in range(self.examples)]
+
+    def _tried(self) -> list[Example]:
+        """The first training examples, which trivial strategies learn from."""
+        n = min(self.examples or TRIED, TRIED)
+        return [self.task.example(self._first + i) for i in range(n)]
 
     def answer_sets(self) -> dict[str, AnswerSet]:
         return self._answer_sets

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import permutations
 from typing import ClassVar
 
-from data_modules.tasks.base import Example, Task, log_bucket
+from data_modules.tasks.base import Draws, Example, Task, log_bucket
+from data_modules.tasks.held_out import HeldOutTask
 from mtp_lightning.settings import require, require_choice, require_whole
 
 EQUALS, FIRST = 1, 2
@@ -41,8 +43,12 @@ GENERATORS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group(Task):
+class Group(HeldOutTask):
     """Words of ``shortest`` .. ``length`` generators, every length equally often.
+
+    The products of a word's beginning are the same in every word that begins so. So a word is held
+    out by its first 8 generators (2 of 60 elements), and shorter words are training's: no word of
+    training tells more of one of validation.
 
     Attributes:
         generators: what words are of: ``two``, or ``all`` 60 elements as in Merrill et al.
@@ -82,14 +88,19 @@ class Group(Task):
     def longest_answer(self) -> int:
         return self.length if self.running else 1
 
-    @property
+    @cached_property
     def chance(self) -> float:
         """Of who says any of the 60 elements."""
-        lengths = range(self.shortest, self.length + 1) if self.running else [1]
+        lengths: Sequence[int] = range(self.shortest, self.length + 1) if self.running else [1]
+        if self.held_out is not None:
+            lengths = [len(example.answer) for example in self._validation]
         return sum(60.0**-n for n in lengths) / len(lengths)
 
-    def example(self, index: int) -> Example:
-        draws = self.draws(index)
+    def question(self, prompt: Sequence[int]) -> Sequence[int] | None:
+        deciding = min(self.length, 8 if self.generators == "two" else 2)
+        return prompt[:deciding] if len(prompt) > deciding else None
+
+    def draw(self, draws: Draws) -> Example:
         length = self.shortest + draws.below(self.length - self.shortest + 1)
         generators = GENERATORS[self.generators]
         drawn = draws.many_below(len(generators), length)
@@ -100,7 +111,8 @@ class Group(Task):
         return list(answer) == self._products(prompt)
 
     def variants(self) -> dict[str, Task]:
-        return {"longer": replace(self, shortest=self.length + 1, length=2 * self.length)}
+        size = {"shortest": self.length + 1, "length": 2 * self.length}
+        return {"longer": replace(self, held_out=None, **size)}
 
     def groups(self, example: Example) -> Sequence[str]:
         """How many generators a product is of."""

@@ -14,7 +14,7 @@ Shapes: T tokens, S states, M symbols.
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
@@ -141,6 +141,10 @@ class HMM(Task):
         ids = range(FIRST, len(self.symbols))
         whole = len(answer) == self.length and all(token in ids for token in answer)
         return whole and bool(np.isfinite(self.surprisals(answer)).all())
+
+    def content(self, example: Example) -> Hashable:
+        """What the process said, for nothing is asked."""
+        return tuple(example.answer)
 
     def variants(self) -> dict[str, Task]:
         return {"longer": replace(self, length=2 * self.length)}

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from data_modules.tasks.base import Draws, Example, Task
+from data_modules.tasks.held_out import HeldOutTask
 from mtp_lightning.settings import require, require_whole
 
 EQUALS, MINUS, PLUS, TIMES, OF, FIRST = range(1, 7)
@@ -26,7 +27,7 @@ Q, N = 7, 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Polynomial(Task):
+class Polynomial(HeldOutTask):
     """Expressions of ``least`` .. ``operations`` operations, every number equally often.
 
     Attributes:
@@ -67,8 +68,7 @@ class Polynomial(Task):
     def chance(self) -> float:
         return float(Q**-N)
 
-    def example(self, index: int) -> Example:
-        draws = self.draws(index)
+    def draw(self, draws: Draws) -> Example:
         number = self.least + draws.below(self.operations - self.least + 1)
         prompt = [*_expression(number, draws), EQUALS]
         return Example(prompt, _reduce(prompt))
@@ -77,7 +77,8 @@ class Polynomial(Task):
         return list(answer) == _reduce(prompt)
 
     def variants(self) -> dict[str, Task]:
-        return {"more": replace(self, least=self.operations + 1, operations=2 * self.operations)}
+        size = {"least": self.operations + 1, "operations": 2 * self.operations}
+        return {"more": replace(self, held_out=None, **size)}
 
     def groups(self, example: Example) -> Sequence[str]:
         """How many operations the expression has."""

@@ -15,7 +15,7 @@ would remain new, and it is not reported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from string import ascii_lowercase
@@ -89,6 +89,10 @@ class Sibling(Task):
             return False
         one, other, parent = answer
         return self._parent.get(one) == self._parent.get(other) == parent
+
+    def content(self, example: Example) -> Hashable:
+        """The triple: its string means nothing."""
+        return frozenset(example.answer)
 
     def score(self, samples: Sequence[Sequence[int]], training: Sequence[Sequence[int]]) -> float:
         """Creativity: the share of samples that are coherent, distinct and not in training.

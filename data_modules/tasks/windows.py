@@ -17,12 +17,10 @@ from torch.utils.data import Dataset
 
 from data_modules.loader import WindowLoader
 from data_modules.order import Order
-from data_modules.tasks.base import END, Example, Task
+from data_modules.tasks.base import END, TRAINING, Example, Task
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 
-TRAINING = 48
-"""Training with seed s reads examples from ``(s + 1) << 48`` on; validation those below."""
 EPOCH = 1 << 20
 """Windows of an epoch where examples are always fresh: a number to count in, nothing else."""
 

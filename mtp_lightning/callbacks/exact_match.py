@@ -17,9 +17,10 @@ from mtp_lightning.settings import require_whole
 
 
 class ExactMatch(RunCallback):
-    """Logs ``val/exact_match``, the share of right answers of plain greedy decoding, ``val/chance``
-    what else :class:`AnswerRates` has, and what the task's own measures say, of the validation
-    examples; of each out-of-distribution set as ``val/SET/..``. On text it does nothing.
+    """Logs ``val/exact_match``, the share of right answers of plain greedy decoding, what to
+    compare that with (``val/chance``, ``val/seen``, ``val/trivial``), what else
+    :class:`AnswerRates` has, and what the task's own measures say, of the validation examples; of
+    each out-of-distribution set as ``val/SET/..``. On text it does nothing.
 
     Args:
         batch_size: examples decoded together, >= 1.
@@ -89,7 +90,7 @@ def answer_all(
             rates.update(right_B, outputs.said_BW, outputs.forced_BW, batch.tokens, *places)
             for measure in measures:
                 measure.update(numbers, outputs)
-        found = {**rates.compute(), "chance": examples.chance}
+        found = {**rates.compute(), **examples.baselines}
         for measure in measures:
             found |= measure.compute()
         prefix = f"val/{name}/" if name else "val/"

@@ -61,6 +61,8 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
         ("  standard error over the text's documents", "val/bits_per_byte_se", "{:.4f}"),
         ("right answers, decoded greedily", "val/exact_match", "{:.1%}"),
         ("  by chance", "val/chance", "{:.2%}"),
+        ("  by the best of constant, majority and table", "val/trivial", "{:.2%}"),
+        ("questions of the validation seen in training", "val/seen", "{:.1%}"),
         ("coherent and new of answers at temperature 1", "val/creativity", "{:.1%}"),
         ("loss above the process's own surprisal", "val/excess_loss", "{:.4f}"),
         ("beliefs in the states, R^2 of an affine probe", "val/belief_r2", "{:.3f}"),

@@ -79,6 +79,8 @@ def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path,
     assert {
         "val/exact_match",
         "val/chance",
+        "val/seen",
+        "val/trivial",
         "val/accuracy_position_1",
         "val/forced_accuracy_position_2",
         "val/loss_depth_2",

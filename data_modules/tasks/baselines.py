@@ -1,0 +1,81 @@
+"""What can be had of a task without learning it: how much of validation was seen in training, and
+how far a constant, the most frequent tokens and a table of training's answers get."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TypeVar
+
+from data_modules.tasks.base import END, Example, Task, question_of
+
+T = TypeVar("T")
+TRIED = 1 << 14
+"""Training examples that are looked at: the first of a run."""
+
+
+def baselines(
+    task: Task, examples: Sequence[Example], training: Sequence[Example]
+) -> dict[str, float]:
+    """``seen``, the share of examples whose content stands in training, and ``trivial``, the exact
+    match of the best of three strategies that know no task:
+
+    - a constant: training's most frequent answer of as many tokens;
+    - the majority: training's most frequent token at each place;
+    - a table: training's most frequent answer to the same question, else the constant.
+
+    Given tokens are read, as a model reads them.
+
+    Args:
+        task: the judge of them.
+        examples: of the validation, at least one.
+        training: examples of its training, at least one.
+    """
+    contents = {task.content(example) for example in training}
+    of_size: dict[int, Counter[tuple[int, ...]]] = {}
+    at_place: dict[int, Counter[int]] = {}
+    to_question: dict[tuple[int | None, ...], Counter[tuple[int, ...]]] = {}
+    for example in training:
+        said = _said(example)
+        of_size.setdefault(len(said), Counter())[said] += 1
+        to_question.setdefault(question_of(example), Counter())[said] += 1
+        for place, token in enumerate(said):
+            at_place.setdefault(place, Counter())[token] += 1
+
+    def constant(example: Example) -> Sequence[int]:
+        return _most(of_size.get(sum(example.asked))) or ()
+
+    def majority(example: Example) -> Sequence[int]:
+        return [_most(at_place.get(place)) or END for place in range(sum(example.asked))]
+
+    def table(example: Example) -> Sequence[int]:
+        return _most(to_question.get(question_of(example))) or constant(example)
+
+    n = len(examples)
+    return {
+        "seen": sum(task.content(example) in contents for example in examples) / n,
+        "trivial": max(
+            sum(_is_right(task, example, strategy(example)) for example in examples) / n
+            for strategy in (constant, majority, table)
+        ),
+    }
+
+
+def _said(example: Example) -> tuple[int, ...]:
+    """The tokens that are asked for."""
+    return tuple(t for t, asked in zip(example.answer, example.asked, strict=True) if asked)
+
+
+def _is_right(task: Task, example: Example, said: Sequence[int]) -> bool:
+    """Whether the answer is right with these tokens where tokens are asked for."""
+    left = iter(said)
+    answer = [
+        next(left, END) if asked else token
+        for token, asked in zip(example.answer, example.asked, strict=True)
+    ]
+    return task.check(example.prompt, answer)
+
+
+def _most(counted: Counter[T] | None) -> T | None:
+    """The most frequent; of several the first that was counted."""
+    return None if counted is None else counted.most_common(1)[0][0]

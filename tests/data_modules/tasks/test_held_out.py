@@ -1,0 +1,217 @@
+"""What a model could say of validation by having seen training: nothing, or it is said how much."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import data_modules.tasks as tasks
+from data_modules.tasks import (
+    HMM,
+    MQAR,
+    Copy,
+    Countdown,
+    Example,
+    Group,
+    Induction,
+    Polynomial,
+    Sat,
+    Sibling,
+    StarGraph,
+    Task,
+)
+from data_modules.tasks.data_module import TaskDataModule
+from mtp_lightning.paths import CONF
+
+NAMES = (
+    "copy", "countdown", "group", "hmm", "induction", "mqar", "polynomial", "sat", "sibling",
+    "star_graph",
+)  # fmt: skip
+HELD_OUT = ("copy", "group", "polynomial")
+SMALL: list[Task] = [
+    Copy(letters=2, periods=6),
+    Countdown(numbers=2, largest=5),
+    Group(length=6),
+    HMM(length=3),
+    Induction(sentences=3, names=2, beginnings=2, endings=2),
+    MQAR(pairs=2, slots=2, keys=2, values=2),
+    Polynomial(operations=1),
+    Sat(variables=3, names=3),
+    Sibling(parents=2, children=3),
+    StarGraph(length=2, nodes=4),
+]
+
+
+def configured(name: str) -> Task:
+    """A task by the options of conf/data/NAME.yaml."""
+    options = yaml.safe_load((CONF / "data" / f"{name}.yaml").read_text())["task"]
+    return getattr(tasks, options.pop("_target_").split(".")[-1])(**options)  # type: ignore[no-any-return]
+
+
+def of_seed(task: Task, seed: int, n: int) -> list[Example]:
+    return [task.example(((seed + 1) << 48) + i) for i in range(n)]
+
+
+def asked_of(example: Example) -> list[int]:
+    return [t for t, asked in zip(example.answer, example.asked, strict=True) if asked]
+
+
+def filled(example: Example, said: list[int]) -> list[int]:
+    answer, said = list(example.answer), list(said)
+    for place in np.flatnonzero(example.asked):
+        answer[place] = said.pop(0) if said else 0
+    return answer
+
+
+def most(found: list[Any]) -> Any:
+    """The most frequent, and of several the first."""
+    return max(dict.fromkeys(found), key=found.count) if found else None
+
+
+def expected(task: Task, examples: list[Example], training: list[Example]) -> dict[str, float]:
+    """By looking through all of training for every example."""
+
+    def question(example: Example) -> tuple[list[int], list[int]]:
+        return example.prompt, filled(example, [-1] * len(asked_of(example)))
+
+    def content(example: Example) -> Any:
+        if isinstance(task, Sibling):
+            return sorted(example.answer)
+        return example.answer if isinstance(task, HMM) else question(example)
+
+    seen, right = 0, [0, 0, 0]
+    for example in examples:
+        seen += any(content(other) == content(example) for other in training)
+        n = len(asked_of(example))
+        said = [tuple(asked_of(other)) for other in training]
+        constant = most([answer for answer in said if len(answer) == n]) or ()
+        by_place = [most([a[i] for a in said if len(a) > i]) or 0 for i in range(n)]
+        known = [a for a, o in zip(said, training, strict=True) if question(o) == question(example)]
+        for i, answer in enumerate((constant, by_place, most(known) or constant)):
+            right[i] += task.check(example.prompt, filled(example, list(answer)))
+    return {"seen": seen / len(examples), "trivial": max(right) / len(examples)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_validation_asks_nothing_that_training_has_answered(name: str) -> None:
+    """Or its share is logged, with the best of the strategies that know no task."""
+    task = configured(name)
+    training = [task.show(e.prompt) for seed in (0, 5) for e in of_seed(task, seed, 8000)]
+    asked = [task.show(task.example(i).prompt) for i in range(512)]
+    share = sum(prompt in set(training) for prompt in set(asked)) / len(set(asked))
+    found = TaskDataModule(task).answer_sets()[""].baselines
+    assert found.keys() == {"chance", "seen", "trivial"}
+    if name in HELD_OUT:
+        assert share == 0 == found["seen"] and found["trivial"] < 0.01
+    elif name in ("hmm", "induction"):  # all have the one prompt, and what is said tells them apart
+        assert share == 1 and found["seen"] < 0.01
+    elif name == "sibling":
+        assert found["seen"] > 0.1 and found["trivial"] == 1
+    else:
+        assert share == 0 == found["seen"] and found["trivial"] < 0.05
+
+
+@pytest.mark.parametrize("task", SMALL, ids=lambda task: task.name)
+def test_what_is_logged_is_counted_by_hand(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_modules.tasks.data_module.TRIED", 300)
+    sets = TaskDataModule(task, eval_examples=60, seed=3).answer_sets()
+    by_hand = expected(task, [task.example(i) for i in range(60)], of_seed(task, 3, 300))
+    assert sets[""].baselines == {"chance": task.chance, **by_hand}
+    assert by_hand["seen"] > 0 or isinstance(task, Induction | Polynomial | Sat)
+    for name, questions in sets.items():
+        assert not name or questions.baselines == {"chance": questions.task.chance}
+
+
+def test_a_fixed_training_set_is_what_is_looked_at() -> None:
+    task = Sibling(parents=2, children=3)
+    found = TaskDataModule(task, examples=4, eval_examples=50, seed=3).answer_sets()[""].baselines
+    by_hand = expected(task, [task.example(i) for i in range(50)], of_seed(task, 0, 4))
+    assert {key: found[key] for key in by_hand} == by_hand and 0 < found["seen"] < 1
+
+
+@pytest.mark.parametrize("generators, deciding", [("two", 8), ("all", 2)])
+def test_no_word_of_training_goes_on_from_one_of_validation(generators: str, deciding: int) -> None:
+    """Its running products would be the answer."""
+    task = Group(generators=generators, held_out=16)
+    begun = {tuple(e.prompt[:i]) for e in of_seed(task, 0, 20_000) for i in range(1, len(e.prompt))}
+    for i in range(512):
+        prompt = task.example(i).prompt
+        assert len(prompt) > deciding and tuple(prompt[:deciding]) not in begun
+    lengths = {len(e.prompt) - 1 for e in of_seed(task, 0, 1000)}
+    assert lengths == set(range(1, 17)), "training has the short ones"
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_about_one_question_in_so_many_is_held_out(name: str) -> None:
+    task = configured(name)
+    everything = type(task)()
+    kept = sum(task.is_held_out(everything.example(i).prompt) for i in range(8000))
+    share = 9 / 16 if name == "group" else 1  # of words, those that have eight letters
+    assert abs(kept / 8000 - share / 16) < (0.02 if name == "group" else 0.01)
+
+
+def test_chance_is_of_the_lengths_that_validation_has() -> None:
+    task = Copy(letters=3, periods=4, held_out=4)
+    lengths = [len(task.example(i).answer) for i in range(4000)]
+    assert task.chance == pytest.approx(np.mean([3.0**-n for n in lengths]), rel=0.2)
+    assert Group(held_out=16).chance < 60.0**-7
+    assert Group(held_out=16, running=False).chance == pytest.approx(1 / 60)
+
+
+@pytest.mark.parametrize(
+    "task, told",
+    [
+        (lambda: Copy(held_out=1), "held_out (null for none) must be a whole number of at least 2"),
+        (
+            lambda: Copy(letters=1, periods=1, held_out=9),
+            "leaves no question of data=copy to",
+        ),
+    ],
+)
+def test_what_cannot_be_shared_is_one_sentence(task: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        TaskDataModule(task())
+
+
+def digest(task: Task, seed: int) -> str:
+    """Of the first windows of a run and of its validation."""
+    data = TaskDataModule(task, seed=seed, depth=3)
+    found = hashlib.sha256()
+    for windows in (data.train_dataloader().dataset, data.evaluation):
+        batch = windows[np.arange(100)]
+        assert batch.scored is not None
+        found.update(batch.tokens.numpy().tobytes() + batch.scored.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def test_the_examples_of_stored_runs_never_change() -> None:
+    """With the options that claims have run, and without the key that holds questions out."""
+    assert {task: (digest(task, 0), digest(task, 7)) for task in STORED} == STORED
+    assert configured("star_graph") == StarGraph(), "what planning claims have run"
+    assert {task: task.fingerprint() for task in FINGERPRINTS} == FINGERPRINTS
+
+
+STORED: dict[Task, tuple[str, str]] = {
+    StarGraph(): ("3774faea364e732e", "5fe071854489b166"),
+    MQAR(pairs=4, slots=8, keys=16, values=16): ("7a32fe93388bf50e", "d49890de33f34b75"),
+    Copy(): ("e641b754c0635a13", "ed628a89082baaba"),
+    Group(): ("f81ada23ae501c5a", "384568e797079adc"),
+    Polynomial(): ("14f384192938858b", "88a7a853d7fc4d05"),
+    Countdown(): ("598a35df96e6ac16", "dca8d0483f4a166d"),
+    HMM(): ("306ef0d574c34aaf", "bb1377b2ffcb04eb"),
+    Induction(): ("b9018864a2de1fea", "58f38193412e17bb"),
+    Sat(): ("2b1099ca92c3bae6", "6f60c57f32a4ca79"),
+    Sibling(): ("1834bd02f97ace11", "e6c1414da5697717"),
+}
+FINGERPRINTS: dict[Task, str] = {
+    StarGraph(): "defd09eb0ed9b65c89d6e0722b02987f",
+    MQAR(): "c25de1d77eacd885b24f4ddd7faadf57",
+    Copy(): "393a5aef85694190e7d9976896be92de",
+    Group(): "0bc51de5d0d7ca29735ce449205fd7ef",
+    Polynomial(): "5238fae057c455cf976a9ae12b8f444c",
+}
