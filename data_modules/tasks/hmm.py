@@ -4,7 +4,7 @@ Shai et al. 2024, "Transformers represent belief state geometry in their residua
 2405.15943): a model that predicts well holds an affine image of :meth:`HMM.beliefs`, the
 distribution over hidden states after what has been read. Nothing is asked but the next symbol, so
 that exact match says only whether the process could say what the model did; what tells is the
-loss, by :meth:`HMM.surprisals` (and :attr:`HMM.entropy_rate`), and an affine probe's R^2.
+loss, by :meth:`HMM.surprisals`, and an affine probe's R^2.
 
     > 0 1 1 0 1 1        rrxor: of three symbols, the last is the exclusive or of the others
 
@@ -91,24 +91,6 @@ class HMM(Task):
                     more[after] = more.get(after, 0) + n
             ways = {states: n for states, n in more.items() if any(states)}
         return sum(ways.values()) / len(self.transitions) ** self.length
-
-    @cached_property
-    def entropy_rate(self) -> float:
-        """Least loss in nats a symbol, far from the start: ``H(x_10 | x_1 .. x_9, state before)``.
-
-        It bounds the rate from below (Cover & Thomas 2006, theorem 4.5.1), is the rate itself for
-        rrxor, and within 1e-6 of it for mess3's defaults; a smaller x needs more symbols.
-        """
-        # Probability of every word and last state, given the first state: [S, words, S].
-        words = np.eye(len(self.stationary))[:, None]
-        entropies = []
-        for _ in range(10):
-            words = np.einsum("iwj,mjk->imwk", words, self.transitions)
-            words = words.reshape(len(words), -1, len(words))
-            p = words.sum(-1)
-            nats = -(p * np.log(p, where=p > 0, out=np.zeros_like(p))).sum(-1)
-            entropies.append(self.stationary @ nats)
-        return float(entropies[-1] - entropies[-2])
 
     def beliefs(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Distribution over states after each token, by Bayes' rule from the stationary one.
