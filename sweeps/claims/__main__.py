@@ -1,9 +1,9 @@
 """Claims, each by one command: what was predicted, what was run, and whether it holds.
 
 python -m sweeps.claims list
-python -m sweeps.claims run star_graph_heads          # what is missing; again: it goes on
+python -m sweeps.claims run text_summaries            # what is missing; again: it goes on
 python -m sweeps.claims run lambda curriculum --seeds 0 1
-python -m sweeps.claims verdict star_graph_heads
+python -m sweeps.claims verdict text_summaries
 python -m sweeps.claims verdict --all                 # and the pages made anew
 python -m sweeps.claims replicate second_token_rates  # anew, beside what is committed
 python -m sweeps.claims weights star_graph_summaries --arms joint --seeds 0

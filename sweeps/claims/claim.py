@@ -88,7 +88,9 @@ class Claim:
         predictions: all of them have to hold.
         scale: of the setting.
         setting: ``cpu`` or ``gpu``.
-        digest: of all that the file says; comments do not count.
+        remark: what was learned of it since; no part of the prediction.
+        superseded_by: a later claim that asks the same better, likewise; "" for none.
+        digest: of all that the file says; comments, and what was said since, do not count.
         gpu: the published scale's, where a CPU does not reach it.
         folder: of the file, as it was typed (``--claims``); "" for the project's own.
     """
@@ -97,6 +99,8 @@ class Claim:
     sentence: str
     source: str
     note: str = ""
+    remark: str = ""
+    superseded_by: str = ""
     equal: str
     shared: tuple[str, ...]
     arms: Mapping[str, tuple[str, ...]]

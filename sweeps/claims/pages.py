@@ -76,7 +76,13 @@ def _section(claim: Claim, result: Result | None) -> list[str]:
         return [f"{where}: {state(claim, result)}.", *_body(claim, result)]
     title = f"### {claim.name}: {state(claim, result)}"
     equal = claim.equal if claim.equal != "flops" else "FLOPs"
-    said = plain(f"{claim.sentence} Source: {claim.source}. At equal {equal}. {claim.note}")
+    said = plain(f"{claim.sentence} Source: {claim.source}. At equal {equal}. {claim.note}".strip())
+    if claim.superseded_by:
+        said = f"{said} **Superseded by {plain(claim.superseded_by)}.**"
+    if claim.remark:
+        said = f"{said}
+
+**Said since:** {plain(claim.remark)}"
     if result is None:
         return [title, said, _predictions(claim), f"`{claim.command}`, {_minutes(claim)}."]
     return [title, said, *_body(claim, result)]

@@ -21,6 +21,8 @@ from mtp_lightning.errors import UserError
 from sweeps.claims.claim import EQUALS, SIDES, Claim, Measure, Prediction, Scale
 
 FOLDER = Path(__file__).parent
+# Keys that say what came after the prediction.
+_SINCE = ("remark", "superseded_by")
 
 
 def names(folder: Path = FOLDER) -> list[str]:
@@ -65,7 +67,9 @@ class _Reader:
         self._need("the file", given, _needed(Claim) - {"name", "scale", "digest"} | scale_keys)
         for key in ("sentence", "source"):
             self._text(key, given[key])
-        self._text("note", given.get("note", ""), empty=True)
+        for key in ("note", *_SINCE):
+            self._text(key, given.get(key, ""), empty=True)
+        predicted = {key: value for key, value in content.items() if key not in _SINCE}
         if given["equal"] not in EQUALS:
             self._refuse(f"equal: {given['equal']}", f"choose one of {', '.join(EQUALS)}")
         measure = self._measure("measure", given["measure"])
@@ -83,6 +87,8 @@ class _Reader:
             sentence=given["sentence"].strip(),
             source=given["source"].strip(),
             note=given.get("note", "").strip(),
+            remark=given.get("remark", "").strip(),
+            superseded_by=given.get("superseded_by", ""),
             equal=given["equal"],
             shared=self._overrides("shared", given["shared"]),
             arms=arms,
@@ -93,7 +99,7 @@ class _Reader:
             ),
             scale=self._scale("the file", scale, arms),
             digest=hashlib.sha256(
-                json.dumps(content, sort_keys=True, default=str).encode()
+                json.dumps(predicted, sort_keys=True, default=str).encode()
             ).hexdigest(),
             gpu=None if gpu is None else self._scale("gpu", gpu, arms),
         )

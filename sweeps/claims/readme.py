@@ -21,7 +21,7 @@ NOT_RUN = "not run"
 
 # Whether the main prediction gains at equal compute, and what a head is good for.
 QUESTION = "text_equal_flops"
-PLANNING = ("star_graph_heads_5000", "star_graph_heads")
+PLANNING = "star_graph_heads_5000"
 # Further heads on the same task, against the same control.
 MORE_PLANNING = "star_graph_summaries"
 # What keeps sequential modules from that.
@@ -48,6 +48,7 @@ class Language:
         held: the verdict, and how many predictions hold; takes ``verdict``, ``held`` and ``n``.
         states: a verdict's words.
         missing: in front of the claims that were not run.
+        superseded: of claims that are not shown, since later ones ask better; takes ``names``.
     """
 
     question: str
@@ -63,6 +64,7 @@ class Language:
     held: str
     states: Mapping[str, str]
     missing: str
+    superseded: str
 
 
 ENGLISH = Language(
@@ -103,15 +105,15 @@ ENGLISH = Language(
             "Drafts: tokens that a verify pass gives with other heads minus those with sequential "
             "modules, at equal FLOPs, with 95 % intervals over seeds."
         ),
-        **dict.fromkeys(
-            PLANNING,
-            "Planning: the share of seeds that learn the way through a star graph, by head.",
-        ),
+        PLANNING: "Planning: the share of seeds that learn the way through a star graph, by head.",
     },
     head=("claimed", "measured here", "seeds an arm"),
     held="{verdict}; {held} of {n} predictions hold",
     states={},
     missing="Predicted, and not run yet",
+    superseded=(
+        "Superseded by later claims, with their numbers in [docs/log.md](docs/log.md): {names}."
+    ),
 )
 
 CHINESE = Language(
@@ -151,7 +153,7 @@ CHINESE = Language(
             "草稿：相同 FLOPs 下，其他预测头每次验证得到的词元数减去串行模块的，"
             "误差线为跨种子的 95 % 置信区间。"
         ),
-        **dict.fromkeys(PLANNING, "规划：各预测头中学会在星形图里找到路径的种子比例。"),
+        PLANNING: "规划：各预测头中学会在星形图里找到路径的种子比例。",
     },
     head=("论断（英文原文）", "这里测得", "每组种子数"),
     held="{verdict}（{held}/{n} 条预测成立）",
@@ -164,6 +166,7 @@ CHINESE = Language(
         UNPREDICTED: "预测不在任何提交中",
     },
     missing="已写下预测、尚未运行",
+    superseded="已被后来的论断取代，数字见 [docs/log.md](docs/log.md)：{names}。",
 )
 
 LANGUAGES = {"README.md": ENGLISH, "README.zh-CN.md": CHINESE}
@@ -178,16 +181,19 @@ def part(found: Found, language: Language) -> str:
         found: all claims, with their results where there are any.
         language: of the page.
     """
-    on_cpu = {claim.name: (claim, result) for claim, result in found if claim.setting == "cpu"}
+    here = [(claim, result) for claim, result in found if claim.setting == "cpu"]
+    on_cpu = {claim.name: (claim, result) for claim, result in here if not claim.superseded_by}
+    old = [claim.name for claim, _ in here if claim.superseded_by]
     return "\n\n".join(
         filter(
             None,
             [
                 *_answer(on_cpu, language),
-                _solvers((PLANNING, (MORE_PLANNING,)), language.plans, on_cpu, language),
-                _solvers(((HIDING,),), language.hides, on_cpu, language),
+                _solvers((PLANNING, MORE_PLANNING), language.plans, on_cpu, language),
+                _solvers((HIDING,), language.hides, on_cpu, language),
                 *_pictures(on_cpu, language),
                 _table(on_cpu, language),
+                language.superseded.format(names=", ".join(old)) if old else "",
             ],
         )
     )
@@ -224,17 +230,17 @@ def _answer(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Languag
 
 
 def _solvers(
-    groups: Sequence[Sequence[str]],
+    names: Sequence[str],
     said: str,
     on_cpu: Mapping[str, tuple[Claim, Result | None]],
     in_: Language,
 ) -> str:
-    """Of every arm the seeds that solved the task, by the first claim of each group that has
-    numbers; nothing where the first group has none."""
+    """Of every arm of some claims the seeds that solved the task; nothing where the first claim has
+    no numbers."""
     counts: dict[str, Mapping[str, int]] = {}
     beyond: list[str] = []
-    for names in groups:
-        entries = next(filter(None, (_of_shares(name, on_cpu) for name in names)), [])
+    for name in names:
+        entries = _of_shares(name, on_cpu)
         if not entries and not counts:
             return ""
         for entry in entries:
@@ -266,7 +272,7 @@ def _of_shares(
 def _pictures(on_cpu: Mapping[str, tuple[Claim, Result | None]], language: Language) -> list[str]:
     """One of each group: the first that has numbers."""
     shown = []
-    for group in ((QUESTION, INSTEAD), PLANNING):
+    for group in ((QUESTION, INSTEAD), (PLANNING,)):
         for name in group:
             claim, result = on_cpu.get(name, (None, None))
             if claim is None or result is None:

@@ -228,6 +228,23 @@ def test_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         pages(tmp_path, claims)
 
 
+def test_what_is_said_since_is_no_part_of_the_prediction(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path / "claims")
+    write_claim(tmp_path / "claims", "later")
+    result = result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
+    write_result(result, "mine", root(tmp_path) / "results")
+    since = claim_of(tmp_path / "claims", remark="Nobody knew.", superseded_by="later")
+    assert since.digest == claim.digest and not is_stale(result, since)
+    for language in LANGUAGES.values():
+        shown, left = (part([(one, result)], language) for one in (claim, since))
+        assert "MTP helps." in shown and "docs/log.md" not in shown
+        assert "MTP helps." not in left and "(docs/log.md)" in left and "mine" in left
+    page = pages(tmp_path, tmp_path / "claims")[tmp_path / "docs" / "results.md"]
+    assert "**Superseded by later.**" in page and "**Said since:** Nobody knew." in page
+    with pytest.raises(ValueError, match="remark"):
+        claim_of(tmp_path / "claims", remark=3)
+
+
 def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_claim(tmp_path)
     where = ["--claims", tmp_path, "--runs", tmp_path / "runs"]
@@ -326,8 +343,8 @@ def test_the_readme_says_who_learned_to_plan(tmp_path: Path) -> None:
         {"arm": "plain", "side": "below", "by": 0.5},
         {"arm": "mtp", "against": "plain", "side": "above"},
     ]
-    write_claim(claims, PLANNING[0], measure=SOLVED, predictions=more)
-    claim = read_claim(PLANNING[0], claims)
+    write_claim(claims, PLANNING, measure=SOLVED, predictions=more)
+    claim = read_claim(PLANNING, claims)
     for count, told in ((7, ("beyond noise: mtp.", "超出噪声的：mtp。")), (2, ("none", "无"))):
         result = result_of(claim, {"plain": rights(0), "mtp": rights(count)})
         english, chinese = (part([(claim, result)], one) for one in (ENGLISH, CHINESE))
@@ -341,7 +358,7 @@ def test_the_readme_says_who_learned_to_plan(tmp_path: Path) -> None:
 def test_the_readme_adds_further_heads_to_those(tmp_path: Path) -> None:
     claims = tmp_path / "claims"
     found = []
-    for name, arm, count in ((PLANNING[0], "mtp", 0), (MORE_PLANNING, "other", 7)):
+    for name, arm, count in ((PLANNING, "mtp", 0), (MORE_PLANNING, "other", 7)):
         arms = {"plain": ["mtp=none", "mtp.depth=0"], arm: []}
         more = [{"arm": arm, "against": "plain", "side": "above"}]
         write_claim(claims, name, measure=SOLVED, arms=arms, predictions=more)
