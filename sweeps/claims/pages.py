@@ -80,9 +80,7 @@ def _section(claim: Claim, result: Result | None) -> list[str]:
     if claim.superseded_by:
         said = f"{said} **Superseded by {plain(claim.superseded_by)}.**"
     if claim.remark:
-        said = f"{said}
-
-**Said since:** {plain(claim.remark)}"
+        said = f"{said}\n\n**Said since:** {plain(claim.remark)}"
     if result is None:
         return [title, said, _predictions(claim), f"`{claim.command}`, {_minutes(claim)}."]
     return [title, said, *_body(claim, result)]
