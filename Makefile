@@ -1,4 +1,4 @@
-.PHONY: test lint types checks lock site notebook image
+.PHONY: test lint types checks lock manifests site notebook image
 
 test:
 	python -m pytest
@@ -20,6 +20,10 @@ LOCK = uv pip compile pyproject.toml --python-version 3.11 --upgrade --quiet $(L
 lock:
 	$(LOCK) --extra test --extra hf --extra corpora --extra loggers --extra serve --extra docs -o .ci/extras.txt
 	$(LOCK) --extra test --constraint .ci/extras.txt -o .ci/test.txt
+
+# What data=packages and data=literature hold here, for data_modules/sources/manifests.json; pip install -e '.[corpora]'
+manifests:
+	python -c 'from data_modules.sources.manifests import write; write()'
 
 # The documentation, in site/index.html; pip install -e '.[docs]'
 site:

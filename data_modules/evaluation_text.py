@@ -6,6 +6,8 @@ tokens or windows, and every one of its tokens is a depth-0 target exactly once.
 
 from __future__ import annotations
 
+import gzip
+import lzma
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +41,21 @@ class EvaluationText:
     def n_tokens(self) -> int:
         """End-of-text tokens included."""
         return int((self.ends - self.starts).sum())
+
+
+COMPRESSED = 4 << 20
+"""Bytes of a text, from its start, that compressors are asked about: xz takes seconds for these."""
+
+
+def compressors(text: bytes) -> dict[str, float]:
+    """Bits per byte that gzip -9 and xz -9 need for a text, or for the first 4 MiB of it: what a
+    model has to beat that knows nothing but the text itself."""
+    text = text[:COMPRESSED]
+    sizes = {
+        "gzip": len(gzip.compress(text, 9, mtime=0)),
+        "xz": len(lzma.compress(text, preset=9)),
+    }
+    return {f"{name}_bits_per_byte": 8 * size / len(text) for name, size in sizes.items()}
 
 
 def choose(file: TokenFile, n_bytes: int | None) -> EvaluationText:

@@ -17,11 +17,9 @@ log = logging.getLogger(__name__)
 class MissingPackageError(ImportError, ValueError):
     """An optional package is not installed. A ValueError too: the apps print it as one line."""
 
-    def __init__(self, what: str, *, package: str, extra: str) -> None:
-        super().__init__(
-            f"{what} needs the package {package!r}: pip install {package} "
-            f"(in a checkout: pip install -e '.[{extra}]')"
-        )
+    def __init__(self, what: str, *, package: str, extra: str | None) -> None:
+        checkout = "" if extra is None else f" (in a checkout: pip install -e '.[{extra}]')"
+        super().__init__(f"{what} needs the package {package!r}: pip install {package}{checkout}")
 
 
 class Source(ABC):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import os
 import platform
 import sysconfig
-import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_modules.sources.base import Source, decode_utf8, digest_files
+from data_modules.sources.base import Source, digest_files
+from data_modules.sources.installed import python_text
 
 LEFT_OUT = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -76,11 +75,7 @@ class StdlibSource(Source):
 
     def documents(self) -> Iterator[str]:
         for _, path in self.files():
-            data = path.read_bytes()
-            # A source file may declare another encoding (PEP 263); the shipped ones rarely do.
-            encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-            utf8 = encoding in ("utf-8", "utf-8-sig")
-            yield decode_utf8(data, str(path)) if utf8 else data.decode(encoding)
+            yield python_text(path.read_bytes(), str(path))
 
     def grouped(self) -> Iterator[tuple[str, str]]:
         for (name, _), document in zip(self.files(), self.documents(), strict=True):

@@ -92,6 +92,11 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
             f"evaluated     {text['documents']} documents, {held}"
             f"{text['tokens']:,} tokens, fingerprint {text['fingerprint'][:8]}"
         )
+    if "gzip_bits_per_byte" in text:
+        print(
+            f"              gzip -9 needs {text['gzip_bits_per_byte']:.3f} bits per byte of it, "
+            f"xz -9 {text['xz_bits_per_byte']:.3f}"
+        )
     if (share := data.get("lines_in_training")) is not None:
         print(f"              {share:.1%} of the split's long lines stand in training, too")
 

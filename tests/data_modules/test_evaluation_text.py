@@ -3,7 +3,9 @@ their tokens a target once."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import lzma
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +47,14 @@ def test_chosen_by_bytes_whole_and_in_the_order_of_their_digests(tmp_path):
     )
     n = next(n for n in range(1, 99) if sum(len(d.encode()) for d in expected[:n]) >= 3000)
     assert 3 < n < len(expected) and documents_of(data) == expected[:n]
+    text = "".join(expected[:n]).encode()
     assert data.evaluation_summary() == {
         "fingerprint": data.evaluation.text.fingerprint,
         "documents": n,
         "bytes": sum(len(d.encode()) for d in expected[:n]),
         "tokens": sum(len(d.encode()) + 1 for d in expected[:n]),
+        "gzip_bits_per_byte": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),
+        "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text),
     }
     assert documents_of(module(tmp_path, eval_bytes="all")) == expected
     assert documents_of(module(tmp_path, eval_bytes=10**9)) == expected

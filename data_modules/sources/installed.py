@@ -1,0 +1,74 @@
+"""Text of installed packages: found through their metadata, read, and never imported."""
+
+from __future__ import annotations
+
+import io
+import tokenize
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+
+from data_modules.sources.base import MissingPackageError, decode_utf8
+from mtp_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class Package:
+    """An installed distribution.
+
+    Attributes:
+        name: as it was asked for.
+        version: that is installed.
+        files: (path inside the package, path on disk), in the order of the former.
+    """
+
+    name: str
+    version: str
+    files: tuple[tuple[str, Path], ...]
+
+
+def installed(
+    name: str, keep: Callable[[PurePosixPath], bool], *, needed_by: str, extra: str | None = None
+) -> Package:
+    """The files of an installed package, by the record that its installer made.
+
+    Args:
+        name: of the distribution, such as ``torch``.
+        keep: which of its paths are wanted.
+        needed_by: what is told to the user where it is missing, such as ``data=packages``.
+        extra: of this project that brings the package; None for one of the user's own choice.
+
+    Raises:
+        MissingPackageError: it is not installed.
+        UserError: its installer recorded no files, or none of them is wanted.
+    """
+    try:
+        found = metadata.distribution(name)
+    except (metadata.PackageNotFoundError, ValueError):
+        raise MissingPackageError(needed_by, package=name, extra=extra) from None
+    files = {
+        file.as_posix(): Path(str(file.locate()))
+        for file in found.files or ()
+        if ".." not in file.parts and keep(file)
+    }
+    present = tuple((path, place) for path, place in sorted(files.items()) if place.is_file())
+    if not present:
+        raise UserError(
+            f"{needed_by}: the installed package {name!r} lists no file that is wanted (an "
+            "editable install has none): install it again with pip install --force-reinstall "
+            f"{name}, or leave it out"
+        )
+    return Package(name=name, version=found.version, files=present)
+
+
+def python_text(data: bytes, where: str) -> str:
+    """A Python file's text, in the encoding that it declares (PEP 263).
+
+    Raises:
+        UserError: a UTF-8 file that is not UTF-8.
+        SyntaxError: an unknown encoding.
+        UnicodeDecodeError: a file that is not in the encoding that it declares.
+    """
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+    return decode_utf8(data, where) if encoding in ("utf-8", "utf-8-sig") else data.decode(encoding)

