@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_modules.cache import cache_folder
 from data_modules.document_frequency import document_frequency
-from data_modules.evaluation_text import EvaluationWindows, choose
+from data_modules.evaluation_text import COMPRESSED, EvaluationWindows, choose, compressors
 from data_modules.loader import WindowLoader
 from data_modules.token_store import TokenStore
 from data_modules.tokenizers.base import Tokenizer
@@ -29,6 +29,8 @@ class StoreDataModule(WindowDataModule):
     Args:
         eval_bytes: UTF-8 bytes of the evaluation text, which whole validation documents make up
             (:func:`~data_modules.evaluation_text.choose`); ``all`` for all of them.
+        train_windows: of the training windows so many alone, chosen over the whole text, the same
+            ones for every seed; ``all`` for all of them.
         document_mask: whether batches carry document ids, so that targets in another document do
             not count and attention is block-diagonal.
         cache_states: whether a frozen trunk's states of the training windows are kept on disk, for
@@ -51,6 +53,7 @@ class StoreDataModule(WindowDataModule):
         accumulate: int = 1,
         eval_bytes: int | Literal["all"] = 300_000,
         eval_batch_size: int | None = None,
+        train_windows: int | Literal["all"] = "all",
         document_mask: bool = False,
         cache_states: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -69,7 +72,15 @@ class StoreDataModule(WindowDataModule):
         )
         if eval_bytes != "all":
             require_whole("data.eval_bytes (all for the whole split)", eval_bytes, least=1)
+        if train_windows != "all":
+            require_whole("data.train_windows (all for the whole split)", train_windows, least=1)
+            if cache_states:
+                raise UserError(
+                    f"data.train_windows={train_windows} chooses windows, and data.cache_states "
+                    "keeps the states of all: set one of them to its default."
+                )
         self.eval_bytes = eval_bytes
+        self.train_windows = train_windows
         self.document_mask = document_mask
         self.cache_states = cache_states
         self.states: Path | None = None
@@ -121,6 +132,7 @@ class StoreDataModule(WindowDataModule):
             document_mask=self.document_mask,
             extra=self.extra,
             states=self.states,
+            limit=None if self.train_windows == "all" else self.train_windows,
         )
         return WindowLoader(
             dataset,
@@ -161,14 +173,29 @@ class StoreDataModule(WindowDataModule):
 
     def evaluation_summary(self) -> dict[str, Any]:
         """What a validation's numbers rest on: the text's ``fingerprint``, its ``documents``, and
-        ``bytes`` (where ids stand for text) and ``tokens`` of the depth-0 targets."""
+        ``bytes`` (where ids stand for text) and ``tokens`` of the depth-0 targets; where ids stand
+        for text, ``gzip_bits_per_byte`` and ``xz_bits_per_byte`` of the text beside the model's."""
         n_bytes = self.evaluated_bytes
         return {
             "fingerprint": self.evaluation.text.fingerprint,
             "documents": len(self.evaluation.text.starts),
             **({} if n_bytes is None else {"bytes": sum(n_bytes)}),
             "tokens": self.evaluation.n_targets,
+            **({} if not n_bytes else compressors(self._evaluated_text())),
         }
+
+    def _evaluated_text(self) -> bytes:
+        """The evaluation text's documents one after the other, up to what compressors look at."""
+        text, tokenizer = self.evaluation.text, self.tokenizer
+        pieces, tokens = tokenizer.token_bytes(), text.file.tokens()
+        found, held = [], 0
+        for start, end in zip(text.starts.tolist(), text.ends.tolist(), strict=True):
+            ids = tokens[start:end].tolist()
+            found.append(b"".join(pieces[i] for i in ids if i != tokenizer.eot_id))
+            held += len(found[-1])
+            if held >= COMPRESSED:
+                break
+        return b"".join(found)
 
     def summary(self) -> dict[str, Any]:
         """Plain facts about the data, for the run's summary and checkpoints.
@@ -194,7 +221,8 @@ class StoreDataModule(WindowDataModule):
             }
         n_tokens = facts["train"]["tokens"]
         beyond = self.stride * self.depth + self.extra
-        facts["train"]["windows"] = window_count(n_tokens, self.seq_len, beyond)
+        there = window_count(n_tokens, self.seq_len, beyond)
+        facts["train"]["windows"] = there if self.train_windows == "all" else self.train_windows
         facts["val"]["lines_in_training"] = meta["lines_in_training"]
         return facts
 

@@ -9,6 +9,7 @@ import torch
 from numpy.lib.stride_tricks import as_strided
 from torch.utils.data import Dataset
 
+from data_modules.order import window_order
 from data_modules.token_files.shards import ShardedTokens
 from data_modules.token_store import TokenFile
 from data_modules.windows import WindowBatch
@@ -16,6 +17,9 @@ from mtp_lightning.errors import UserError
 
 STATES = "states.npy"
 """The file of a frozen trunk's states of all windows, ``[windows, S, T, C]``; bf16 as uint16."""
+
+# Of the order in which windows are chosen: the order that no run of a small seed trains in.
+_LIMITED = 2**31 - 1
 
 
 def window_count(n_tokens: int, seq_len: int, depth: int) -> int:
@@ -45,6 +49,11 @@ class WindowDataset(Dataset[WindowBatch]):
         document_mask: whether batches carry document ids.
         extra: E, tokens of a window behind its T + D + 1; D + E is at most T.
         states: folder with what a frozen trunk makes of every window, for the batches to carry.
+        limit: of the file's windows, in an order that depends on nothing but their number, the
+            first so many alone; None for all.
+
+    Raises:
+        UserError: the file has fewer than ``limit``.
     """
 
     def __init__(
@@ -57,6 +66,7 @@ class WindowDataset(Dataset[WindowBatch]):
         document_mask: bool = False,
         extra: int = 0,
         states: Path | None = None,
+        limit: int | None = None,
     ) -> None:
         assert 0 <= stride * depth <= stride * depth + extra <= seq_len
         self.file = file
@@ -71,8 +81,21 @@ class WindowDataset(Dataset[WindowBatch]):
         self._starts: np.ndarray | None = None
         self.states = states
         self._kept: np.ndarray | None = None
+        there = self._in_file
+        if limit is not None and limit > there:
+            raise UserError(
+                f"data.train_windows={limit} asks for more windows than the {there} that the "
+                "training split has: give a smaller number, or all."
+            )
+        self._chosen = (
+            None if limit is None else window_order(there, seed=_LIMITED, epoch=0)[0:limit]
+        )
 
     def __len__(self) -> int:
+        return self._in_file if self._chosen is None else len(self._chosen)
+
+    @property
+    def _in_file(self) -> int:
         return window_count(self.file.n_tokens, self.seq_len, self.beyond)
 
     def require(self, batch_size: int, world: int) -> None:
@@ -100,6 +123,8 @@ class WindowDataset(Dataset[WindowBatch]):
     def __getitem__(self, numbers: np.ndarray) -> WindowBatch:
         if self._windows is None:
             self._open()
+        if self._chosen is not None:
+            numbers = self._chosen[numbers]
         if isinstance(self._windows, ShardedTokens):
             windows = self._windows.windows(numbers * self.seq_len, self.length)
         else:
@@ -130,7 +155,7 @@ class WindowDataset(Dataset[WindowBatch]):
             step = tokens.strides[0]
             # A view: row i is window i, rows overlap by D + E + 1 tokens.
             self._windows = as_strided(
-                tokens, (len(self), self.length), (self.seq_len * step, step), writeable=False
+                tokens, (self._in_file, self.length), (self.seq_len * step, step), writeable=False
             )
         if self.document_mask:
             self._starts = self.file.starts()

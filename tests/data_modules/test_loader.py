@@ -266,3 +266,24 @@ def test_an_empty_file_has_no_window(tmp_path):
     (tmp_path / "empty.bin").touch()
     assert len(WindowDataset(empty, seq_len=T, depth=0)) == 0 and os.path.getsize(empty.path) == 0
     assert empty.tokens().shape == (0,)
+
+
+def test_a_limit_repeats_the_same_windows_of_all_over_the_text(tmp_path):
+    file = token_file(tmp_path, 101 * T + 1)
+
+    def seen(seed: int, depth: int, epochs: int) -> list[int]:
+        dataset = WindowDataset(file, seq_len=T, depth=depth, limit=20)
+        assert len(dataset) == 20
+        loader = WindowLoader(dataset, batch_size=4, seed=seed)
+        return [n for _ in range(epochs) for batch in numbers(loader) for n in batch]
+
+    first = seen(0, 0, 2)
+    assert sorted(first[:20]) == sorted(first[20:]) and first[:20] != first[20:]
+    assert len(set(first)) == 20 and max(first) > 70 and min(first) < 30
+    # Whatever seed and depth, the same windows; the seed orders them.
+    other = seen(1, 2, 1)
+    assert sorted(other) == sorted(first[:20]) and other != first[:20]
+    with pytest.raises(
+        ValueError, match="data.train_windows=101 asks for more windows than the 100"
+    ):
+        WindowDataset(file, seq_len=T, depth=0, limit=101)
