@@ -36,6 +36,7 @@ PLACES = frozenset(
 # Paths of what is read, and names in it.
 INPUTS = frozenset(
     {
+        "branch_from",
         "checkpoint",
         "compare.reference",
         "data.field",

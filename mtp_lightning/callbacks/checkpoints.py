@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mtp_lightning.callbacks.base import WritesBeside, run_callbacks
 from mtp_lightning.callbacks.termination import Termination
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.checkpoints import KEEP, intact, link_or_copy, load, save, stored_step
-from mtp_lightning.run.layout import BEST, LAST, PREVIOUS
+from mtp_lightning.run.layout import BEST, LAST, PREVIOUS, kept_at
 from mtp_lightning.settings import require_choice, require_whole
 
 
@@ -32,6 +33,8 @@ class Checkpoints(Checkpoint):
       `last.ckpt` of that moment (a copy where the file system knows no links).
     * `previous.ckpt`: the `last.ckpt` before the newest, again a link, so that an intact file is
       left when the newest is damaged.
+    * `step_N.ckpt`: for every N of `keep_steps`, a link to the `last.ckpt` of that step, from which
+      other runs can branch (`branch_from=RUN@N`).
 
     An exception in the middle of a step leaves the model between two states, so nothing is saved
     then; the newest file stays. Of several processes, Ctrl-C ends each where it is, and SIGTERM to
@@ -45,7 +48,9 @@ class Checkpoints(Checkpoint):
         every_n_steps: optimizer steps between two `last.ckpt`, >= 1.
         monitor: the logged validation value that decides the best file; null keeps no best file.
         mode: `min` or `max`.
-        keep: what is left of a run that has ended well: `all`, `weights` or `none`.
+        keep: what is left of a run that has ended well: `all`, `weights` or `none`; what
+            `keep_steps` names is left in any case.
+        keep_steps: optimizer steps whose checkpoints stay.
 
     Raises:
         UserError: on a wrong setting, or when `monitor` was not logged by a validation.
@@ -58,6 +63,7 @@ class Checkpoints(Checkpoint):
         monitor: str | None = "val/loss_depth_0",
         mode: str = "min",
         keep: str = "all",
+        keep_steps: Sequence[int] = (),
     ) -> None:
         group = "callbacks.checkpoints"
         self.folder = Path(folder)
@@ -65,6 +71,8 @@ class Checkpoints(Checkpoint):
         self.monitor = monitor
         self.mode = require_choice(f"{group}.mode", mode, ("min", "max"))
         self.keep = require_choice(f"{group}.keep", keep, KEEP)
+        steps = [require_whole(f"{group}.keep_steps", step, least=1) for step in keep_steps]
+        self.keep_steps = frozenset(steps)
         self.best_score: float | None = None
         self.best_step: int | None = None
         self._saved_step: int | None = None
@@ -74,6 +82,8 @@ class Checkpoints(Checkpoint):
         self._terminated = False
         # Whether the newest save is the best, and has not got that name yet.
         self._crowned = False
+        # Whether the newest save is to be kept under a name of its own, and has not got it yet.
+        self._to_keep = False
 
     @property
     def last_path(self) -> Path:
@@ -106,6 +116,13 @@ class Checkpoints(Checkpoint):
         self._last_is_good = False
         self._saved_step = trainer.global_step or None
         self._interrupted = self._terminated = self._crowned = False
+        # A run that was killed between the two saves of a step has not kept it yet.
+        step = trainer.global_step
+        kept = (self.folder / kept_at(step)).exists()
+        self._to_keep = step in self.keep_steps and self.last_path.exists() and not kept
+        if not self.best_path.exists():
+            # The best file so far is in the folder of the run that this one branched from.
+            self.best_score = self.best_step = None
         if isinstance(trainer.strategy, WritesBeside):
             trainer.strategy.writes_beside = True
         if isinstance(trainer._signal_connector, Termination):
@@ -204,6 +221,7 @@ class Checkpoints(Checkpoint):
             or self._interrupted
             or self._terminated
             or step % self.every_n_steps == 0
+            or step in self.keep_steps
         )
 
     def _validation_follows(self, trainer: pl.Trainer) -> bool:
@@ -260,6 +278,8 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(self.last_path, weights_only=False)
         self._last_is_good = True
         self._saved_step = trainer.global_step
+        self._to_keep = trainer.global_step in self.keep_steps
+        self._settle(trainer, wait=False)
 
     def _settle(self, trainer: pl.Trainer, *, wait: bool) -> None:
         """Look whether the newest save has its name; then it can get another. Every process does at
@@ -267,9 +287,13 @@ class Checkpoints(Checkpoint):
         strategy = trainer.strategy
         if isinstance(strategy, WritesBeside) and not strategy.settled(wait=wait):
             return
-        if self._crowned and trainer.is_global_zero:
-            link_or_copy(self.last_path, self.best_path)
-        self._crowned = False
+        if trainer.is_global_zero:
+            if self._crowned:
+                link_or_copy(self.last_path, self.best_path)
+            if self._to_keep:
+                assert self._saved_step is not None
+                link_or_copy(self.last_path, self.folder / kept_at(self._saved_step))
+        self._crowned = self._to_keep = False
 
     def _on_interrupt(self, signum: int, frame: Any) -> None:
         self._interrupted = True

@@ -18,6 +18,7 @@ from mtp_lightning.callbacks.base import run_callbacks
 from mtp_lightning.callbacks.checkpoints import Checkpoints
 from mtp_lightning.cli import Stopped
 from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.branching import branch_point, check_branch
 from mtp_lightning.experiment.build import (
     adopt_trunk,
     beginning_windows,
@@ -71,7 +72,7 @@ class Prepared:
         matched: what was matched; None without a match.
         data: its token store built or found.
         module: with the weights that it starts from, unless it continues.
-        resume_from: the checkpoint that the run continues from; None for a new run.
+        resume_from: the checkpoint that the run continues or branches from; None for a new run.
         resume_step: the optimizer step stored there.
     """
 
@@ -98,13 +99,18 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
     peers = Peers() if peers is None else peers
     newest = peers.told("resume", lambda: _named(checkpoints.newest_intact(folder / CHECKPOINTS)))
     resume_from = None if newest is None else folder / CHECKPOINTS / newest
-    # Looked through a moment ago, and the weights are read when they are wanted.
-    stored = None if resume_from is None else checkpoints.load(resume_from, mapped=True)
-    if stored is None and _kept_none(folder):
+    if newest is None and _kept_none(folder):
         raise UserError(
             f"{folder} holds a finished run that kept no checkpoint to go on from: take another "
             "run_dir."
         )
+    branches = newest is None and cfg.branch_from is not None
+    if branches:
+        point = peers.told("branch", lambda: str(branch_point(cfg.branch_from)))
+        assert point is not None
+        resume_from = Path(point)
+    # Looked through a moment ago, and the weights are read when they are wanted.
+    stored = None if resume_from is None else checkpoints.load(resume_from, mapped=True)
     if stored is not None:
         cfg = recall_data(cfg, stored.get("config", {}))
     start: Start | None = None
@@ -137,7 +143,12 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
     resume_step = None
     if stored is not None:
         resume_step = check_resumable(stored, module, source=resume_from)
-        log.info("Continuing %s from step %d.", folder, resume_step)
+        if branches:
+            check_branch(stored, asked, allow=trusted_packages(cfg))
+            log.info("Branching from %s at step %d.", resume_from, resume_step)
+        else:
+            _say_changes(stored, module)
+            log.info("Continuing %s from step %d.", folder, resume_step)
     elif start is not None:
         begins = module.model.config.mtp.init != "random"
         windows = beginning_windows(data) if begins else None
@@ -231,6 +242,8 @@ def _train(cfg: DictConfig, folder: Path, peers: Peers) -> dict[str, Any]:
     summary = summarise(trainer, module, data)
     if cfg.init_from is not None:
         summary["init_from"] = str(cfg.init_from)
+    if cfg.branch_from is not None:
+        summary["branch_from"] = str(cfg.branch_from)
     if run.matched is not None:
         early = summary.get("stopped_early", False)
         matched = run.matched.used(module.flops) if early else run.matched
@@ -298,12 +311,15 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
             f"{source} was trained with balance={rule}, whose state balance={module.balance.name} "
             f"cannot go on from: set balance={rule}, or start in another run_dir."
         )
+    return int(checkpoint["global_step"])
+
+
+def _say_changes(checkpoint: dict[str, Any], module: MTPModule) -> None:
     changed = describe_differences(
         checkpoint["config"], module.extra["config"], ignore=WITHOUT_BEARING
     )
     if changed:
         log.warning("Continuing with changed settings: %s.", "; ".join(changed))
-    return int(checkpoint["global_step"])
 
 
 def summarise(trainer: pl.Trainer, module: MTPModule, data: WindowDataModule) -> dict[str, Any]:

@@ -16,3 +16,8 @@ CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
 PREVIOUS = "previous.ckpt"
 BEST = "best.ckpt"
+
+
+def kept_at(step: int) -> str:
+    """The name of the checkpoint of an optimizer step that is to stay."""
+    return f"step_{step}.ckpt"

@@ -1,0 +1,122 @@
+"""A run that goes on in a folder of its own from the whole state of another one, under other
+schedules: one long run at a constant learning rate and a decay from each budget cost about half of
+what as many runs of their own do (Haegele et al. 2024, arXiv 2405.18392)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.instantiate import instantiate, rebuild
+from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
+from mtp_lightning.run import checkpoints
+from mtp_lightning.run.config import WITHOUT_BEARING, describe_differences
+from mtp_lightning.run.layout import CHECKPOINTS, kept_at
+
+# In what a branch may differ from its run: in what is to come, and in who watches it.
+_FREE = (
+    *(*WITHOUT_BEARING, "callbacks", "branch_from"),
+    *("optimizer.schedule", "lambda_schedule", "mtp_lambda"),
+    *("trainer.max_steps", "trainer.val_check_interval", "trainer.log_every_n_steps"),
+)
+# Steps at which the schedules of both are compared; of a longer past, so many evenly.
+_COMPARED = 10_000
+
+
+def branch_point(branch_from: str) -> Path:
+    """The checkpoint that ``RUN@STEP`` names.
+
+    Args:
+        branch_from: a run's folder and an optimizer step.
+
+    Raises:
+        UserError: no such form, or the run has no intact checkpoint of that step.
+        FileNotFoundError: no such run.
+    """
+    run, _, number = branch_from.rpartition("@")
+    if not run or not number.isascii() or not number.isdigit():
+        raise UserError(
+            f"branch_from={branch_from} names no checkpoint: give a run's folder and an optimizer "
+            "step, as in branch_from=runs/long@600."
+        )
+    folder, step = Path(run) / CHECKPOINTS, int(number)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"branch_from={branch_from}: there is no run in {run}.")
+    found = {checkpoints.stored_step(path): path for path in sorted(folder.glob("*.ckpt"))}
+    if step not in found:
+        there = ", ".join(str(known) for known in sorted(found) if known >= 0) or "none"
+        raise UserError(
+            f"branch_from={branch_from}: that run has no intact checkpoint of step {step} "
+            f"(there are: {there}); callbacks.checkpoints.keep_steps=[{step}] keeps one."
+        )
+    named = folder / kept_at(step)
+    return named if named in found.values() else found[step]
+
+
+def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[str] = ()) -> None:
+    """Refuse a branch that the stored run could not have been the beginning of.
+
+    Args:
+        stored: the checkpoint that it goes on from.
+        cfg: the branch's config.
+        allow: packages whose classes the stored run's schedules may be of.
+
+    Raises:
+        UserError: something else than a schedule differs, or a schedule would have had other values
+            in the steps that are done.
+    """
+    begin = f"branch_from={cfg.branch_from} cannot be gone on from"
+    if cfg.compare.match != "none":
+        raise UserError(
+            f"{begin} with compare.match={cfg.compare.match}, which sets a run's length or layers: "
+            "set compare.match=none and trainer.max_steps."
+        )
+    before = OmegaConf.create(stored["config"])
+    now = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(now, dict)
+    differences = describe_differences(stored["config"], now, ignore=_FREE)  # type: ignore[arg-type]
+    if differences:
+        raise UserError(
+            f"{begin}: a branch may change the schedules and the length alone, and this one "
+            f"changes {'; '.join(differences)}. Start it anew, or from the weights by init_from."
+        )
+    step = int(stored["global_step"])
+    done = np.linspace(0, step - 1, min(step, _COMPARED)).astype(int).tolist()
+    lengths = before.trainer.max_steps, cfg.trainer.max_steps
+    if lengths[1] <= step:
+        raise UserError(
+            f"{begin} with trainer.max_steps={lengths[1]}: step {step} is done, so give more."
+        )
+    rates = (
+        rebuild(before.optimizer.schedule, allow=allow),
+        instantiate(cfg.optimizer.schedule),
+    )
+    lambdas: tuple[LambdaSchedule, LambdaSchedule] = (
+        rebuild(before.lambda_schedule, allow=allow),
+        instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
+    )
+    tokens_per_step = stored["progress"]["tokens"] // max(step, 1)
+    for at in done:
+        there, here = (rate(at, length) for rate, length in zip(rates, lengths, strict=True))
+        if there != here:
+            raise UserError(
+                f"{begin}: the learning rate of step {at} was {there:.6g} of its peak, and under "
+                f"this run's schedule it would have been {here:.6g}. Give a schedule that agrees "
+                "up to there: optimizer.schedule.warmup_steps rather than a fraction, and a decay "
+                "that begins later."
+            )
+        weights = [
+            schedule.weights(Progress(step=at, max_steps=length, tokens=at * tokens_per_step))
+            for schedule, length in zip(lambdas, lengths, strict=True)
+        ]
+        if weights[0] != weights[1]:
+            raise UserError(
+                f"{begin}: the lambdas of step {at} were {weights[0]}, and under this run's "
+                f"schedule they would have been {weights[1]}. Give a schedule that agrees up to "
+                "there, such as lambda_schedule=knots in steps."
+            )

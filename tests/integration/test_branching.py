@@ -1,0 +1,147 @@
+"""A run that branches from another equals the one that was never branched, to the last bit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.run import checkpoints
+from tests.integration.conftest import Once
+from tests.integration.helpers import column, train_here
+from tests.integration.several import run_all
+
+# A validation at every step would hide whether the place in the data is right: 8 kB are epochs of
+# about 110 batches, and the depths' lambdas move.
+SETTINGS: dict[str, Any] = {
+    "data.source.size": 8_000,
+    "data.source.documents": 20,
+    "optimizer/schedule": "wsd",
+    "optimizer.schedule.warmup_steps": 5,
+    "optimizer.schedule.decay_fraction": 0.25,
+    "lambda_schedule": "constant",
+    "trainer.val_check_interval": 50,
+}
+AT, LENGTH = 120, 160
+LONG = {
+    **SETTINGS,
+    "optimizer.schedule.kind": "constant",
+    "trainer.max_steps": 150,
+    "callbacks.checkpoints.keep_steps": f"[30,{AT}]",
+}
+DIRECT = {**SETTINGS, "trainer.max_steps": LENGTH}
+
+
+@pytest.fixture(scope="module")
+def long(once: Once, cache: Path) -> Path:
+    """The run that others branch from."""
+    return once("long", lambda folder: train_here(folder, cache, LONG))
+
+
+@pytest.fixture(scope="module")
+def direct(once: Once, cache: Path) -> Path:
+    """The run that was never branched."""
+    return once("direct", lambda folder: train_here(folder, cache, DIRECT))
+
+
+def last(folder: Path) -> dict[str, Any]:
+    return checkpoints.load(folder / "checkpoints" / "last.ckpt")
+
+
+def assert_equal(a: Any, b: Any, where: str = "") -> None:
+    """Plain containers of tensors, to the last bit; the clock apart."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if key not in ("seconds", "config", "callbacks", "loops", "hparams_name"):
+                assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def test_a_branch_equals_the_run_that_was_not_branched(long, direct, cache, tmp_path):
+    summary = train_here(tmp_path / "branch", cache, {**DIRECT, "branch_from": f"{long}@{AT}"})
+    assert_equal(last(tmp_path / "branch"), last(direct))
+    tags = ("train/loss", "train/loss_depth_2", "train/lr", "val/loss_depth_0")
+    for tag in tags:
+        whole = {step: v for step, v in column(direct, tag).items() if step > AT}
+        assert column(tmp_path / "branch", tag) == whole and whole
+    assert summary["branch_from"] == f"{long}@{AT}" and summary["step"] == LENGTH
+    assert summary["flops"] == last(direct)["progress"]["flops"]
+    best = tmp_path / "branch" / "checkpoints" / "best.ckpt"
+    assert checkpoints.stored_step(best) > AT  # its own, not the one of the run before
+    # Its folder is a run like any other: it goes on.
+    more = {**DIRECT, "branch_from": f"{long}@{AT}", "trainer.max_steps": LENGTH + 5}
+    assert train_here(tmp_path / "branch", cache, more)["step"] == LENGTH + 5
+
+
+def test_a_branch_with_nothing_changed_equals_its_run(long, cache, tmp_path):
+    train_here(tmp_path / "same", cache, {**LONG, "branch_from": f"{long}@30"})
+    assert_equal(last(tmp_path / "same"), last(long))
+
+
+def test_checkpoints_that_are_asked_for_stay(long):
+    kept = {path.name: path for path in (long / "checkpoints").glob("step_*.ckpt")}
+    assert kept.keys() == {"step_30.ckpt", f"step_{AT}.ckpt"}
+    assert checkpoints.stored_step(kept["step_30.ckpt"]) == 30
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"branch_from": "{long}@31"}, "has no intact checkpoint of step 31 (there are: 30, 120"),
+        ({"branch_from": "{long}"}, "names no checkpoint"),
+        ({"branch_from": "{long}-nowhere@30"}, "there is no run in"),
+        ({"seed": 1}, "; seed: 0 -> 1. Start it anew"),
+        ({"optimizer.lr": 0.01}, "this one changes optimizer.lr: 0.003 -> 0.01"),
+        ({"data.seq_len": 32}, "this one changes data.seq_len: 16 -> 32"),
+        ({"data.source.size": 9_000}, "this one changes data.source.size"),
+        ({"balance": "random"}, "was trained with balance=none"),
+        ({"objective": "kl"}, "this one changes objective"),
+        ({"mtp.depth": 1}, "holds another architecture than this config"),
+        ({"trainer.accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches: 1 -> 2"),
+        ({"mtp_lambda": 0.1}, "the lambdas of step 0 were [0.15, 0.15], and under"),
+        ({"optimizer.schedule.decay_fraction": 0.5}, "the learning rate of step 81 was 1 of its"),
+        ({"optimizer.schedule.warmup_steps": 9}, "the learning rate of step 0 was 0.2 of its peak"),
+        ({"trainer.max_steps": AT}, f"trainer.max_steps={AT}: step {AT} is done"),
+        ({"compare.match": "flops"}, "with compare.match=flops, which sets a run's length"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_no_branch_is_refused_with_its_reason(long, cache, tmp_path, settings, says):
+    asked = {**DIRECT, "branch_from": "{long}@" + str(AT), **settings}
+    asked["branch_from"] = asked["branch_from"].format(long=long)
+    with pytest.raises((UserError, FileNotFoundError), match=re.escape(says)):
+        train_here(tmp_path / "refused", cache, asked)
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trainer.strategy": "ddp"},
+        {"trainer.strategy": "fsdp"},
+        {"trainer.strategy": "fsdp", "trainer.split_checkpoint_gb": 0},
+    ],
+    ids=["ddp", "fsdp", "fsdp-in-parts"],
+)
+def test_two_processes_branch_likewise(cache, tmp_path, settings):
+    two = {"trainer.devices": 2, **settings}
+    runs = {
+        "long": {**LONG, **two},
+        "branch": {**DIRECT, **two, "branch_from": f"{tmp_path / 'long'}@{AT}"},
+        "direct": {**DIRECT, **two},
+    }
+    run_all(tmp_path, cache, runs, processes=2)
+    assert_equal(last(tmp_path / "branch"), last(tmp_path / "direct"))
