@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from mtp_lightning.errors import UserError
 
-EQUALS = ("steps", "flops", "parameters", "seconds")
+EQUALS = ("steps", "flops", "parameters", "seconds", "nothing")
+PARTS = ("total", "effect")
 SIDES = ("above", "below", "within")
 CPU, GPU = "cpu", "gpu"
 
@@ -23,11 +24,26 @@ class Measure:
             None for the value itself.
         last: part of the run, from its end, over whose rows of ``metrics.csv`` the tag is averaged,
             for what the summary does not have; 0 < last <= 1. None for the summary.
+        curve: arms of plain runs; then the measure is the compute-equivalent gain in the tag
+            against them, seed by seed (``sweeps/report/equivalent.py``). Empty for the value.
+        part: of the gain: ``total``, or its ``effect`` alone.
     """
 
     tag: str
     solved: float | None = None
     last: float | None = None
+    curve: tuple[str, ...] = ()
+    part: str = "total"
+
+    @property
+    def of_run(self) -> Measure:
+        """What is read of each run, whatever is made of it."""
+        return replace(self, curve=(), part="total")
+
+    @property
+    def is_ratio(self) -> bool:
+        """Whether its values are ratios, which are averaged and compared as logarithms."""
+        return bool(self.curve)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +97,7 @@ class Claim:
         sentence: the claim.
         source: who says so.
         note: what a reader of the verdict should know.
-        equal: what the arms have the same of.
+        equal: what the arms have the same of; ``nothing`` where the measure itself counts the cost.
         shared: overrides of every arm.
         arms: overrides by name.
         measure: what is measured.
@@ -145,5 +161,5 @@ class Claim:
 
     @property
     def measures(self) -> list[Measure]:
-        """Those of the predictions, in their order, each once."""
-        return list(dict.fromkeys(prediction.measure for prediction in self.predictions))
+        """What is read of runs for the predictions, in their order, each once."""
+        return list(dict.fromkeys(prediction.measure.of_run for prediction in self.predictions))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from sweeps.claims.claim import Claim, Measure, Prediction
 from sweeps.claims.observe import Arms, Seed, key
 from sweeps.report.comparisons import FACT, LEVEL
+from sweeps.report.equivalent import PlainCurve, Spent
 from sweeps.report.shares import Share, share, unpaired
 from sweeps.report.statistics import holm, paired
 
@@ -93,15 +94,58 @@ def overall(verdicts: Sequence[str]) -> str:
 def arm_share(seeds: Mapping[int, Seed], measure: Measure) -> Share | None:
     """Of an arm's finished seeds those above the level; None without one."""
     assert measure.solved is not None
-    values = _values(seeds, measure)
+    values = _read(seeds, measure)
     if not values:
         return None
     return share(sum(value > measure.solved for value in values.values()), len(values))
 
 
-def _values(seeds: Mapping[int, Seed], measure: Measure) -> dict[int, float]:
+def _read(seeds: Mapping[int, Seed], measure: Measure) -> dict[int, float]:
+    """What was read of an arm's finished runs."""
     name = key(measure)
     return {s: seed.values[name] for s, seed in seeds.items() if seed.done and name in seed.values}
+
+
+def _values(arms: Arms, arm: str, measure: Measure) -> dict[int, float]:
+    """What is tested, by seed: what was read of the runs, or the logarithms of their gains."""
+    if not measure.is_ratio:
+        return _read(arms[arm], measure)
+    gains = {seed: gain_of(arms, arm, seed, measure) for seed in arms[arm]}
+    return {s: math.log(gain) for s, gain in gains.items() if isinstance(gain, float)}
+
+
+def gain_of(arms: Arms, arm: str, seed: int, measure: Measure) -> float | str:
+    """The compute-equivalent gain of an arm's run, or why it has none.
+
+    Args:
+        arms: what was observed.
+        arm: of the run.
+        seed: of the run, and of the plain runs that it is compared with.
+        measure: a ratio.
+    """
+    runs = [arms[name].get(seed) for name in (arm, *measure.curve)]
+    spent = [_spent(run, measure) for run in runs if run is not None]
+    if len(spent) < len(runs) or None in spent:
+        return "a run of the plain curve is not finished"
+    own, *plain = (each for each in spent if each is not None)
+    try:
+        curve = PlainCurve(plain)
+    except ValueError as error:
+        return str(error)
+    gain = curve.gain(own)
+    if gain is None:
+        return (
+            f"out of range: its {measure.tag} of {own.loss:.4f} is not between those of the plain "
+            f"runs, {curve.runs[-1].loss:.4f} to {curve.runs[0].loss:.4f}"
+        )
+    return gain.total if measure.part == "total" else gain.effect
+
+
+def _spent(run: Seed, measure: Measure) -> Spent | None:
+    name = key(measure)
+    if not run.done or name not in run.values or not {"flops", "step"} <= run.costs.keys():
+        return None
+    return Spent(flops=run.costs["flops"], loss=run.values[name], steps=run.costs["step"])
 
 
 def _finding(
@@ -154,8 +198,8 @@ def _test(prediction: Prediction, arms: Arms) -> _Test | None:
     own = arms[prediction.arm]
     other = None if prediction.against is None else arms[prediction.against]
     if measure.solved is None:
-        values = _values(own, measure)
-        reference = None if other is None else _values(other, measure)
+        values = _values(arms, prediction.arm, measure)
+        reference = None if other is None else _values(arms, str(prediction.against), measure)
         return _of_values(prediction, values, reference)
     mine = arm_share(own, measure)
     if mine is None:
@@ -174,14 +218,19 @@ def _of_values(
     if effect is None:
         return None
     mean, half = effect.difference.mean, effect.difference.half
-    boundary = _boundary(prediction, mean)
+    ratio = prediction.measure.is_ratio
+    boundary = math.log(prediction.by) if ratio else _boundary(prediction, mean)
     shifted = {s: v + boundary for s, v in (zero if other is None else other).items()}
     from_boundary = paired(own, shifted)
     assert from_boundary is not None
+    ends = None if half is None else (mean - half, mean + half)
+    if ratio:
+        mean = math.exp(mean)
+        ends = None if ends is None else (math.exp(ends[0]), math.exp(ends[1]))
     return _Test(
         name=ALONE if other is None else PAIRED,
         effect=mean,
-        interval=None if half is None else (mean - half, mean + half),
+        interval=ends,
         n=effect.difference.n,
         p=from_boundary.p,
         constant=from_boundary.constant,
@@ -220,6 +269,10 @@ def _obstacle(claim: Claim, prediction: Prediction, arms: Arms, test: _Test | No
                 return f"{name} failed at seed {seed}, and no seed is dropped"
             if run.done and key(prediction.measure) not in run.values:
                 return f"{name} has no {prediction.measure.tag} at seed {seed}"
+            if run.done and prediction.measure.is_ratio:
+                gain = gain_of(arms, name, seed, prediction.measure)
+                if isinstance(gain, str):
+                    return f"{name} at seed {seed}: {gain}"
     if test is None:
         return "no seed is finished" if len(names) < 2 else "no seed is finished in both arms"
     if test.n < claim.scale.minimum:
@@ -234,6 +287,8 @@ def _obstacle(claim: Claim, prediction: Prediction, arms: Arms, test: _Test | No
 
 def _unequal(what: str, own: Sequence[Seed], other: Sequence[Seed]) -> str:
     """In what two arms differ that are said to have the same of it; empty where they have."""
+    if what == "nothing":
+        return ""
     costs = [[run.costs[what] for run in runs if what in run.costs] for runs in (own, other)]
     if not all(costs):
         return f"the runs do not say their {what}"

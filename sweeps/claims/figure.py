@@ -87,7 +87,8 @@ def _effects(entries: Sequence[dict[str, Any]]) -> Figure:
     """Filled is decided; a tick is a threshold."""
     shown = list(reversed(entries))
     figure, axes = by_row([subject(entry) for entry in shown])
-    axes.axvline(0, color=QUIET, linewidth=1)
+    ratio = bool(shown[0]["measure"].get("curve"))
+    axes.axvline(1 if ratio else 0, color=QUIET, linewidth=1)
     for y, entry in enumerate(shown):
         ends = (entry["low"], entry["high"])
         reach = None if None in ends else [[entry["effect"] - ends[0]], [ends[1] - entry["effect"]]]

@@ -28,6 +28,9 @@ _FIXED = {
     CPU: ("trainer.accelerator=cpu", "trainer.num_threads=1", "logger=csv"),
     "gpu": ("trainer.accelerator=cuda", "logger=csv"),
 }
+_BRANCH = "branch_from="
+# Keys that came after results were stored, with the value under which they change nothing.
+_LATER = {"branch_from": None, "data.train_windows": "all"}
 # What weighs and trains depths, where there are none.
 _OF_DEPTHS = ("mtp", "mtp_lambda", "lambda_schedule", "balance", "objective")
 
@@ -43,6 +46,7 @@ class ClaimJob:
         overrides: for the command line.
         max_steps: optimizer steps that it is given.
         processes: that train together.
+        parent: folder of the run that it branches from; None of one that begins anew.
     """
 
     arm: str
@@ -51,6 +55,7 @@ class ClaimJob:
     overrides: tuple[str, ...]
     max_steps: int
     processes: int
+    parent: str | None = None
 
     def task(self, runs: Path) -> Task:
         """It as a task of a pool.
@@ -73,16 +78,25 @@ class ClaimJob:
 def jobs(claim: Claim, seeds: Sequence[int], runs: Path) -> list[ClaimJob]:
     """All arms at all seeds, seed by seed: whatever has run when it is interrupted is balanced.
 
+    An arm with ``branch_from=ARM@STEP`` goes on from that arm's run of the same seed, and stands
+    behind it.
+
     Args:
         claim: whose arms they are.
         seeds: in the order wanted.
         runs: the folder of all runs, absolute.
 
     Raises:
-        UserError: an arm does not compose.
+        UserError: an arm does not compose, or branches from one that is not listed before it.
     """
     arms = {arm: _Arm(claim, arm) for arm in claim.arms}
-    return [arm.job(seed, runs) for seed in seeds for arm in arms.values()]
+    found = []
+    for seed in seeds:
+        of_seed: dict[str, ClaimJob] = {}
+        for name, arm in arms.items():
+            of_seed[name] = arm.job(seed, runs, of_seed)
+        found += of_seed.values()
+    return found
 
 
 def digest(config: Mapping[str, Any]) -> str:
@@ -91,7 +105,11 @@ def digest(config: Mapping[str, Any]) -> str:
     Args:
         config: nested.
     """
-    flat = {key: value for key, value in flatten(dict(config)).items() if has_bearing(key)}
+    flat = {
+        key: value
+        for key, value in flatten(dict(config)).items()
+        if has_bearing(key) and not (key in _LATER and value == _LATER[key])
+    }
     if is_plain(flat.get("mtp.depth"), flat.get("mtp._target_")):
         flat = {key: value for key, value in flat.items() if not lies_in(key, _OF_DEPTHS)}
     text = json.dumps(flat, sort_keys=True, default=str)
@@ -103,24 +121,42 @@ class _Arm:
 
     def __init__(self, claim: Claim, arm: str) -> None:
         self._name = arm
-        self._overrides = (*claim.overrides(arm), *_FIXED[claim.setting])
+        given = claim.overrides(arm)
+        branches = [o.removeprefix(_BRANCH) for o in given if o.startswith(_BRANCH)]
+        self._parent, _, self._step = (branches or [""])[-1].rpartition("@")
+        if branches and self._parent not in list(claim.arms)[: list(claim.arms).index(arm)]:
+            raise UserError(
+                f"The arm {arm} of the claim {claim.name} has branch_from={branches[-1]}: name an "
+                "arm that is listed before it and an optimizer step, as in long@600."
+            )
+        own = tuple(o for o in given if not o.startswith(_BRANCH))
+        self._overrides = (*own, *_FIXED[claim.setting])
         try:
             self._composed = compose_run(self._overrides)
         except ValueError as error:
             raise UserError(f"The arm {arm} of the claim {claim.name}: {error}") from error
 
-    def job(self, seed: int, runs: Path) -> ClaimJob:
+    def job(self, seed: int, runs: Path, before: Mapping[str, ClaimJob]) -> ClaimJob:
+        """This arm at a seed, whose arms before it are known."""
         composed = copy.deepcopy(self._composed)
+        branch: tuple[str, ...] = ()
+        parent = None
         with open_dict(composed):
             composed.seed = seed
+            if self._parent:
+                parent = before[self._parent].folder
+                branch = (f"{_BRANCH}{runs / parent}@{self._step}",)
+                # Its name says what it computes, wherever the folder of runs is.
+                composed.branch_from = f"{parent}@{self._step}"
         settled = settle(composed, runs / "run")
         return ClaimJob(
             arm=self._name,
             seed=seed,
             folder=_folder(settled, seed),
-            overrides=(*self._overrides, f"seed={seed}"),
+            overrides=(*self._overrides, *branch, f"seed={seed}"),
             max_steps=settled["trainer"]["max_steps"],
             processes=count_processes(settled),
+            parent=parent,
         )
 
 

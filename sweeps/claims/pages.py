@@ -75,8 +75,9 @@ def _section(claim: Claim, result: Result | None) -> list[str]:
             return [f"{where}: {NOT_RUN}."]
         return [f"{where}: {state(claim, result)}.", *_body(claim, result)]
     title = f"### {claim.name}: {state(claim, result)}"
-    equal = claim.equal if claim.equal != "flops" else "FLOPs"
-    said = plain(f"{claim.sentence} Source: {claim.source}. At equal {equal}. {claim.note}".strip())
+    named = {"flops": "At equal FLOPs. ", "nothing": ""}
+    equal = named.get(claim.equal, f"At equal {claim.equal}. ")
+    said = plain(f"{claim.sentence} Source: {claim.source}. {equal}{claim.note}".strip())
     if claim.superseded_by:
         said = f"{said} **Superseded by {plain(claim.superseded_by)}.**"
     if claim.remark:

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from mtp_lightning.errors import UserError
-from sweeps.claims.claim import EQUALS, SIDES, Claim, Measure, Prediction, Scale
+from sweeps.claims.claim import EQUALS, PARTS, SIDES, Claim, Measure, Prediction, Scale
 
 FOLDER = Path(__file__).parent
 # Keys that say what came after the prediction.
@@ -72,10 +72,10 @@ class _Reader:
         predicted = {key: value for key, value in content.items() if key not in _SINCE}
         if given["equal"] not in EQUALS:
             self._refuse(f"equal: {given['equal']}", f"choose one of {', '.join(EQUALS)}")
-        measure = self._measure("measure", given["measure"])
         arms = given["arms"]
         if not isinstance(arms, dict) or not arms:
             self._refuse(f"arms: {arms}", "give a list of overrides for every arm's name")
+        measure = self._measure("measure", given["measure"], arms)
         arms = {str(arm): self._overrides(f"arms.{arm}", value) for arm, value in arms.items()}
         predictions = given["predictions"]
         if not isinstance(predictions, list) or not predictions:
@@ -118,11 +118,16 @@ class _Reader:
             if given.get(key) is not None:
                 given[key] = self._number(f"{place}.{key}", given[key])
         own = given.get("measure")
-        given["measure"] = default if own is None else self._measure(f"{place}.measure", own)
+        given["measure"] = default if own is None else self._measure(f"{place}.measure", own, arms)
         self._text(f"{place}.published", given.get("published", ""), empty=True)
         found = Prediction(**given)
         if found.side == "within" and found.by <= 0:
             self._refuse(f"{place}.by: {found.by:g}", "within needs a threshold above 0")
+        if found.measure.is_ratio and (found.side == "within" or found.by <= 0):
+            self._refuse(
+                f"{place}: {found.side} {found.by:g}",
+                "a gain is a ratio: say above or below, and by a number above 0",
+            )
         of_shares = found.measure.solved is not None and found.against is not None
         if of_shares and (found.side == "within" or found.by != 0):
             self._refuse(
@@ -132,8 +137,22 @@ class _Reader:
             )
         return found
 
-    def _measure(self, place: str, value: Any) -> Measure:
-        given = dict(self._mapping(place, value, _keys(Measure)))
+    def _measure(self, place: str, value: Any, arms: Mapping[str, Any]) -> Measure:
+        """``{tag: ..}``, or ``{equivalent: TAG, curve: [ARM, ..], part: effect}``."""
+        given = dict(self._mapping(place, value, [*_keys(Measure), "equivalent"]))
+        if "equivalent" in given:
+            given["tag"] = given.pop("equivalent")
+            self._need(place, given, {"curve"})
+            plain = given["curve"]
+            if not isinstance(plain, list) or len(plain) < 2 or not set(plain) <= set(arms):
+                self._refuse(f"{place}.curve: {plain}", "give at least two arms of plain runs")
+            given["curve"] = tuple(plain)
+            if given.setdefault("part", "total") not in PARTS:
+                self._refuse(f"{place}.part: {given['part']}", f"choose {' or '.join(PARTS)}")
+            if given.get("solved") is not None:
+                self._refuse(f"{place}.solved", "a gain has no level at which it is solved")
+        elif given.keys() & {"curve", "part"}:
+            self._refuse(f"{place}.curve", "it belongs to equivalent: TAG")
         self._need(place, given, _needed(Measure))
         self._text(f"{place}.tag", given["tag"])
         for key in ("solved", "last"):

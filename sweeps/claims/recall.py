@@ -44,7 +44,7 @@ def shared_seeds(claim: Claim, results: Iterable[Mapping[str, Any]]) -> dict[str
     wanted, names = set(claim.measures), {key(measure) for measure in claim.measures}
     found = {}
     for result in results:
-        measured = {Measure(**entry["measure"]) for entry in result["predictions"]}
+        measured = {_measure(entry["measure"]).of_run for entry in result["predictions"]}
         for run in (run for of in result["arms"].values() for run in of["seeds"].values()):
             seed = _seed(run)
             if seed.done and wanted <= measured and (seed.curve or claim.equal != "flops"):
@@ -134,6 +134,10 @@ def beginning(
     if stored is not None and stored["digest"] == claim.digest:
         began.append((stored["began"], stored["predicted_in"]))
     return min(began, key=lambda pair: pair[0])
+
+
+def _measure(entry: Mapping[str, Any]) -> Measure:
+    return Measure(**{**entry, "curve": tuple(entry.get("curve", ()))})
 
 
 def _seed(run: Mapping[str, Any]) -> Seed:

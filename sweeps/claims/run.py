@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, read_status, state_of, write_status
 from sweeps.claims.claim import Claim
-from sweeps.claims.jobs import ClaimJob
+from sweeps.claims.jobs import ClaimJob, jobs
 from sweeps.claims.recall import left_to_run, shared_seeds
 from sweeps.claims.register import Register, read_register, write_register
 from sweeps.claims.result import read_results
@@ -71,14 +71,15 @@ def run(
         todo = _in_turn(
             [[job for job in of if job.folder not in shared[label]] for label, of in asked.items()]
         )
+        todo = _with_parents(todo, claims, runs)
         _plan(todo, runs, command)
         waiting = [job for job in todo if must_run(runs / job.folder, retry_failed=retry_failed)]
         print(f"{len(todo)} runs in {runs}, {len(todo) - len(waiting)} ended before", flush=True)
-        if waiting:
-            tasks = [job.task(runs) for job in waiting]
-            for task in tasks:
-                if read_status(task.folder) is None:
-                    write_status(task.folder, task.overrides, "pending")
+        for job in waiting:
+            if read_status(runs / job.folder) is None:
+                write_status(runs / job.folder, job.overrides, "pending")
+        for batch in _batches(waiting):
+            tasks = [job.task(runs) for job in batch]
             devices = "cpu" if all(task.on_cpu for task in tasks) else "auto"
             make_pool(len(tasks), devices=devices, n_jobs=n_jobs).run(tasks)
     finally:
@@ -109,6 +110,30 @@ def _in_turn(asked: Sequence[Sequence[ClaimJob]]) -> list[ClaimJob]:
         for job in claim_jobs:
             by_seed.setdefault(job.seed, {}).setdefault(job.folder, job)
     return [job for of_seed in by_seed.values() for job in of_seed.values()]
+
+
+def _with_parents(todo: Sequence[ClaimJob], claims: Iterable[Claim], runs: Path) -> list[ClaimJob]:
+    """The jobs, and before each the run that it branches from, where that is not here: its numbers
+    may be in a result, but its checkpoints are not."""
+    found: dict[str, ClaimJob] = {}
+    seeds = list(dict.fromkeys(job.seed for job in todo if job.parent is not None))
+    known = {job.folder: job for claim in claims if seeds for job in jobs(claim, seeds, runs)}
+    for job in todo:
+        parent = job.parent
+        if parent is not None and parent not in found and state_of(runs / parent) != "done":
+            found[parent] = known[parent]
+        found[job.folder] = job
+    return list(found.values())
+
+
+def _batches(waiting: Sequence[ClaimJob]) -> list[list[ClaimJob]]:
+    """The jobs in order, parted where one branches from another that is still to run."""
+    batches: list[list[ClaimJob]] = [[]]
+    for job in waiting:
+        if any(job.parent == other.folder for other in batches[-1]):
+            batches.append([])
+        batches[-1].append(job)
+    return [batch for batch in batches if batch]
 
 
 def _plan(todo: Sequence[ClaimJob], runs: Path, command: Sequence[str]) -> None:

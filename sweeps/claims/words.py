@@ -16,12 +16,16 @@ Entry = Mapping[str, Any]  # one of a result's predictions
 
 def subject(entry: Entry) -> str:
     """``parallel − next_token``, or the arm alone."""
-    against = "" if entry["against"] is None else f" − {entry['against']}"
+    sign = "/" if entry["measure"].get("curve") else "−"
+    against = "" if entry["against"] is None else f" {sign} {entry['against']}"
     return f"{entry['arm']}{against}"
 
 
 def quantity(measure: Entry) -> str:
     """What is measured: ``share of seeds with val/exact_match > 0.95``."""
+    if measure.get("curve"):
+        what = "what a step is worth in plain steps" if measure["part"] == "effect" else "gain"
+        return f"compute-equivalent {what}, by {measure['tag']}"
     if measure["solved"] is not None:
         return f"share of seeds with {measure['tag']} > {measure['solved']:g}"
     if measure["last"] is not None:
@@ -75,6 +79,8 @@ def verdict(entry: Entry) -> str:
 def show(entry: Entry, value: float) -> str:
     """A value in the unit of what the prediction measures; a difference with its sign."""
     tag = entry["measure"]["tag"]
+    if entry["measure"].get("curve"):
+        return f"{value:.3f} ×"
     form: str | int = BY_TAG[tag].form if tag in BY_TAG else 4
     text = number(value, "%" if _is_rate(entry) else form).replace("-", "−")
     return f"+{text}" if entry["against"] is not None and value >= 0 else text

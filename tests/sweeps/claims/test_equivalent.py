@@ -1,0 +1,169 @@
+"""Claims about compute-equivalent gains, and arms that branch from others."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtp_lightning.errors import UserError
+from sweeps.claims import words
+from sweeps.claims.claim import Claim
+from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED, decide
+from sweeps.claims.jobs import jobs
+from sweeps.claims.observe import Arms, Seed
+from sweeps.claims.recall import shared_seeds
+from sweeps.claims.result import make_result
+from sweeps.claims.run import _batches, _with_parents
+from tests.sweeps.claims.fixture_claims import claim_of
+
+TAG = "val/bits_per_byte"
+PLAIN = {"short": 0.5, "middle": 1.0, "long": 2.0}
+GAIN = {"equivalent": TAG, "curve": list(PLAIN)}
+EFFECT = {**GAIN, "part": "effect"}
+RUNS = Path("/nowhere/runs")
+
+
+def gain_claim(folder: Path, predictions: list[dict[str, Any]], **changes: Any) -> Claim:
+    arms = {
+        "trunk": ["mtp=none", "optimizer/schedule=wsd", "optimizer.schedule.kind=constant"],
+        **{name: ["mtp=none", "optimizer/schedule=wsd", "branch_from=trunk@9"] for name in PLAIN},
+        "heads": ["mtp=sequential"],
+        "large": ["mtp=sequential", "model.n_layers=3"],
+    }
+    given = {"arms": arms, "measure": GAIN, "predictions": predictions, "equal": "nothing"}
+    return claim_of(folder, **{**given, **changes})
+
+
+def run(flops: float, loss: float, *, steps: float) -> Seed:
+    return Seed(
+        folder="x",
+        state="done",
+        values={TAG: loss},
+        costs={"flops": flops, "step": steps, "seconds": 1.0},
+        text="e",
+        ended="2026-11-27T10:00:00+00:00",
+    )
+
+
+def law(flops: float, seed: int) -> float:
+    return 1 + 0.01 * seed + flops**-0.3
+
+
+def arms_of(effects: dict[str, list[float]], price: float = 0.8) -> Arms:
+    """Plain runs by :func:`law`, and arms whose steps are worth so many plain steps, by seed."""
+    seeds = range(len(next(iter(effects.values()))))
+    plain = {
+        name: {s: run(length, law(length, s), steps=100 * length) for s in seeds}
+        for name, length in PLAIN.items()
+    }
+    trunk = {s: run(2.0, 9.0, steps=200) for s in seeds}
+    others = {
+        arm: {s: run(1 / price, law(effect, s), steps=100) for s, effect in enumerate(of_arm)}
+        for arm, of_arm in effects.items()
+    }
+    return {"trunk": trunk, **plain, **others}
+
+
+NOISE = (1.0, 1.02, 0.98, 1.01, 0.99)
+
+
+def test_gain_and_effect_are_tested_as_logarithms(tmp_path):
+    claim = gain_claim(
+        tmp_path,
+        [
+            {"arm": "heads", "side": "below", "by": 1, "expected": 0.8},
+            {"arm": "heads", "side": "above", "by": 0.9, "measure": EFFECT},
+            {"arm": "heads", "side": "below", "by": 0.9, "measure": EFFECT},
+            {"arm": "large", "against": "heads", "side": "above", "by": 1},
+        ],
+    )
+    effects = {"heads": list(NOISE), "large": [1.3 * n**2 for n in NOISE]}
+    found = decide(claim, arms_of(effects))
+    assert [f.verdict for f in found] == [HOLDS, HOLDS, FAILS, HOLDS]
+    gain, effect, _, ratio = found
+    mean = math.exp(math.fsum(map(math.log, NOISE)) / 5)
+    # A curve of three points is good for a percent.
+    assert gain.effect == pytest.approx(0.8 * mean, rel=0.01)
+    assert effect.effect == pytest.approx(mean, rel=0.01)
+    assert ratio.effect == pytest.approx(1.3 * mean, rel=0.01)
+    assert gain.low is not None and gain.high is not None
+    assert gain.low < 0.8 < gain.high < 0.83
+    # By hand: t of four degrees of freedom on the logarithms.
+    logs = [math.log(n) for n in NOISE]
+    spread = math.sqrt(math.fsum((x - sum(logs) / 5) ** 2 for x in logs) / 4)
+    assert math.log(gain.high / gain.low) == pytest.approx(
+        2 * 2.776 * spread / math.sqrt(5), rel=0.05
+    )
+
+
+def test_a_loss_beyond_the_plain_runs_is_out_of_range_and_decides_nothing(tmp_path):
+    claim = gain_claim(tmp_path, [{"arm": "heads", "side": "below", "by": 1}])
+    (found,) = decide(claim, arms_of({"heads": [1.0, 1.0, 0.4], "large": [1.0] * 3}))
+    assert found.verdict == UNDECIDED and found.why.startswith("heads at seed 2: out of range")
+    arms = arms_of({"heads": [1.0] * 3, "large": [1.0] * 3})
+    missing = {**arms, "short": {s: Seed(folder="", state="missing") for s in range(3)}}
+    (found,) = decide(claim, missing)
+    assert found.why == "heads at seed 0: a run of the plain curve is not finished"
+
+
+def test_its_numbers_for_people_and_in_the_result(tmp_path):
+    claim = gain_claim(tmp_path, [{"arm": "large", "against": "heads", "side": "above", "by": 1}])
+    arms = arms_of({"heads": list(NOISE), "large": [1.3 * n for n in NOISE]})
+    result = make_result(claim, arms, ("2026-11-27T00:00:00+00:00", "c" * 40))
+    (entry,) = result["predictions"]
+    assert words.subject(entry) == "large / heads"
+    assert words.quantity(entry["measure"]) == f"compute-equivalent gain, by {TAG}"
+    assert words.measured(entry).startswith("1.302 × [1.302 ×, ")
+    # Its runs serve a claim that reads the same of them, gain or not.
+    plain = claim_of(tmp_path / "other", measure={"tag": TAG}, equal="nothing")
+    assert shared_seeds(plain, [result]).keys() == {"x"}
+
+
+@pytest.mark.parametrize(
+    ("measure", "prediction", "says"),
+    [
+        ({"equivalent": TAG}, {}, "measure without curve"),
+        ({**GAIN, "curve": ["short"]}, {}, "give at least two arms of plain runs"),
+        ({**GAIN, "curve": ["short", "nowhere"]}, {}, "give at least two arms of plain runs"),
+        ({**GAIN, "part": "price"}, {}, "choose total or effect"),
+        ({**GAIN, "solved": 0.9}, {}, "no level at which it is solved"),
+        ({"tag": TAG, "curve": list(PLAIN)}, {}, "belongs to equivalent"),
+        (GAIN, {"side": "within", "by": 0.1}, "say above or below"),
+        (GAIN, {"by": 0}, "by a number above 0"),
+    ],
+)
+def test_what_is_no_gain_is_one_sentence(tmp_path, measure, prediction, says):
+    asked = [{"arm": "heads", "side": "below", "by": 1, **prediction}]
+    with pytest.raises(UserError, match=says):
+        gain_claim(tmp_path, asked, measure=measure)
+
+
+def test_an_arm_branches_from_the_run_of_its_own_seed(tmp_path):
+    claim = gain_claim(tmp_path, [{"arm": "heads", "side": "below", "by": 1}])
+    found = jobs(claim, [3, 1], RUNS)
+    trunks = {job.seed: job.folder for job in found if job.arm == "trunk"}
+    for job in found:
+        branches = job.arm in PLAIN
+        assert job.parent == (trunks[job.seed] if branches else None)
+        assert (f"branch_from={RUNS / trunks[job.seed]}@9" in job.overrides) == branches
+    # Their names say what they compute, not where.
+    elsewhere = jobs(claim, [3, 1], Path("/somewhere/else"))
+    assert [job.folder for job in elsewhere] == [job.folder for job in found]
+    assert _batches([job for job in found if job.seed == 3 and job.arm in ("trunk", "long")]) == [
+        [found[0]],
+        [found[3]],
+    ]
+    # A branch whose run is in a result alone has it run again, for its checkpoints.
+    (branch,) = [job for job in found if (job.arm, job.seed) == ("long", 1)]
+    again = _with_parents([branch], [claim], tmp_path)
+    assert [(job.arm, job.seed) for job in again] == [("trunk", 1), ("long", 1)]
+
+
+def test_a_branch_of_no_arm_is_one_sentence(tmp_path):
+    arms = {"late": ["branch_from=trunk@9"], "trunk": ["mtp=none"]}
+    claim = claim_of(tmp_path, arms=arms, predictions=[{"arm": "late", "side": "below", "by": 1}])
+    with pytest.raises(UserError, match="branch_from=trunk@9: name an arm that is listed before"):
+        jobs(claim, [0], RUNS)
