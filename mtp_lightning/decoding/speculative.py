@@ -60,7 +60,7 @@ class Decoder:
         self._noise = Noise(places, 2 * max_draft + 1, session.tokens_BS.device)
         self._max_draft = max_draft
         self._samplings: list[Sampling] = []
-        self._sampling = RowSampling([])
+        self._row_sampling: RowSampling | None = None
 
     def join(
         self,
@@ -81,7 +81,7 @@ class Decoder:
         logits_BV = self.session.join(prompts)
         noise_BR = self._noise.join(streams)
         self._samplings += samplings
-        self._sampling = RowSampling(self._samplings)
+        self._row_sampling = None
         chosen = RowSampling(samplings)
         if chosen.greedy:
             token_B = logits_BV.argmax(dim=-1)
@@ -96,7 +96,14 @@ class Decoder:
         self._noise.drop_row(row)
         self._samplings[row] = self._samplings[-1]
         self._samplings.pop()
-        self._sampling = RowSampling(self._samplings)
+        self._row_sampling = None
+
+    @property
+    def _sampling(self) -> RowSampling:
+        """How the rows are sampled: found once a round, however many rows have come and gone."""
+        if self._row_sampling is None:
+            self._row_sampling = RowSampling(self._samplings)
+        return self._row_sampling
 
     def round(self, n_drafts: int, caps: Sequence[int]) -> Round:
         """Draft, verify, accept.

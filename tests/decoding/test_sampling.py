@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from mtp_lightning.decoding import generate
+from mtp_lightning.decoding import generate, speculative
 from mtp_lightning.decoding.sampling import RowSampling, Sampling, draw
 from mtp_lightning.decoding.speculative import accept_or_resample
 from mtp_lightning.mtp.joint import JointConfig
@@ -173,8 +173,15 @@ def require_the_models_distribution(model, options, drafted, prompt_length=4):
         p = sampling.probabilities(logits[-3:])
         probs[a, b] = p[0, a] * p[1, b] * p[2]
     n = 6000
+    # Places are taken by the next row as soon as they are free, as a server's are.
     generations = generate(
-        model, [prompt] * n, max_new_tokens=3, draft_depth=drafted, seed=1, **options
+        model,
+        [prompt] * n,
+        max_new_tokens=3,
+        draft_depth=drafted,
+        seed=1,
+        batch_size=500,
+        **options,
     )
     assert 0.02 < sum(g.drafts_accepted[0] for g in generations) / n < 0.999
     counts = torch.zeros(VOCAB**3)
@@ -185,9 +192,22 @@ def require_the_models_distribution(model, options, drafted, prompt_length=4):
     two = counts.view(VOCAB, VOCAB, VOCAB).sum(-1).flatten()
     assert chi_square(two, probs.sum(-1).flatten()) < 5
     # Control: another temperature's distribution is noticed.
-    if len(options) == 1:
+    if sampling == Sampling(temperature=1.0):
         other = (probs**0.5) / (probs**0.5).sum()
         assert chi_square(counts, other.flatten()) > 10
+
+
+def test_how_rows_are_sampled_is_found_once_however_many_end(monkeypatch):
+    made = []
+
+    class Counted(RowSampling):
+        def __init__(self, rows):
+            made.append(len(rows))
+            super().__init__(rows)
+
+    monkeypatch.setattr(speculative, "RowSampling", Counted)
+    generate(small_model(12, 0), [[1]] * 20, max_new_tokens=3, temperature=1.0)
+    assert made == [20, 20]  # for the first token, and for the two rounds
 
 
 def test_samples_do_not_depend_on_neighbours():
