@@ -190,7 +190,8 @@ class Task(ABC):
 
     def show(self, ids: Sequence[int]) -> str:
         """A sequence for people."""
-        return " ".join(self.symbols[i] for i in ids)
+        symbols = self.symbols
+        return " ".join(symbols[i] for i in ids)
 
     def draws(self, index: int) -> Draws:
         """The random numbers of an example."""

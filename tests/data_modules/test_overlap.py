@@ -32,7 +32,8 @@ def brute_force(documents: list[tuple[str, str]]) -> float | None:
         ]
         for name in ("train", "val")
     }
-    seen = [text in lines["train"] for text in lines["val"]]
+    known = set(lines["train"])
+    seen = [text in known for text in lines["val"]]
     return sum(seen) / len(seen) if seen else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from data_modules.tasks import Group
 from data_modules.tasks.group import ELEMENTS, GENERATORS, PRODUCT
 
 
+@cache
 def matrix(symbol: str) -> np.ndarray:
     """That takes the row vector of a place to that of its image."""
     return np.eye(5, dtype=int)[[int(digit) for digit in symbol]]
