@@ -1,9 +1,11 @@
-"""Shared by all tests: one thread a worker, so that workers do not fight, and seeds."""
+"""Shared by all tests: one thread a worker, so that workers do not fight, seeds, and nothing that
+is left behind."""
 
 from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -14,11 +16,17 @@ from hypothesis import settings  # noqa: E402
 
 from mtp_lightning.mtp.sequential import SequentialConfig  # noqa: E402
 from mtp_lightning.nn.config import TrunkConfig  # noqa: E402
+from tests.leftovers import Leftovers  # noqa: E402
 
 torch.set_num_threads(1)
-# The same examples in every run; a search for new ones: HYPOTHESIS_PROFILE=default.
-settings.register_profile("seeded", derandomize=True)
+# The same examples in every run, however slow the machine is; a search for new ones:
+# HYPOTHESIS_PROFILE=default.
+settings.register_profile("seeded", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "seeded"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Leftovers(Path(__file__).parents[1]))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -121,6 +121,8 @@ def fit(
             logger=loggers or False,
             callbacks=callbacks,
             plugins=[AtomicCheckpointIO()],
+            # Lightning would add one of its own, which writes to the working directory.
+            enable_checkpointing=any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
             enable_model_summary=False,
             default_root_dir=folder,
             enable_progress_bar=any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks),
