@@ -25,7 +25,7 @@ RANGES = ["optimizer.lr=interval(1e-4,1e-1,log)", "mtp.depth=1,2"]
 
 # A run that "trains": its loss is best at a learning rate of 0.01 and depth 1.
 RUN = """
-import json, math, sys, time
+import json, math, os, sys, time
 folder, *overrides = sys.argv[1:]
 values = dict(o.lstrip("+").split("=", 1) for o in overrides)
 print("training", flush=True)
@@ -36,7 +36,7 @@ with open(f"{folder}/metrics.csv", "w") as file:
     print("step,train/loss,METRIC", file=file, flush=True)
     for step in range(1, 6):
         print(f"{step},{best + 1 / step},{best + 1 / step}", file=file, flush=True)
-        time.sleep(float(values.get("data.val_fraction", 0)))
+        time.sleep(float(os.environ.get("STEP_SECONDS", values.get("data.val_fraction", 0))))
 json.dump({"METRIC": best if "nan" not in values.get("mtp_lambda", "") else math.nan},
           open(f"{folder}/summary.json", "w"))
 """.replace("METRIC", METRIC)
@@ -114,19 +114,22 @@ def test_goes_on_with_what_was_cut_off(
     tmp_path: Path, fake_runs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "search"
-    calls: list[Path] = []
+    begun: set[Path] = set()
 
     def cut_off(self: Any, task: Any) -> None:
-        calls.append(task.folder)
-        if len(calls) == 4:
+        before = len(begun)
+        if (task.folder / "job.log").stat().st_size:
+            begun.add(task.folder)
+        if before < len(begun) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
+        patch.setenv("STEP_SECONDS", "600")  # none ends before it is cut off
         patch.setattr(search_module.Search, "watch", cut_off)
-        assert run(folder, "data.val_fraction=0.2", "--trials", "4") == 130
+        assert run(folder, "--trials", "4") == 130
     open_trials = [t for t in study(folder).trials if t.state.name == "RUNNING"]
-    assert open_trials and len(study(folder).trials) < 4
-    assert run(folder, "data.val_fraction=0.2", "--trials", "4") == 0
+    assert len(open_trials) == len(study(folder).trials) == 2
+    assert run(folder, "--trials", "4") == 0
     trials = study(folder).trials
     assert [t.state.name for t in trials] == ["COMPLETE"] * 4
     for old in open_trials:
@@ -134,9 +137,9 @@ def test_goes_on_with_what_was_cut_off(
         log = (folder / old.user_attrs["folder"] / "job.log").read_text()
         assert "started again" in log
     # All trials are there: nothing more to do.
-    assert run(folder, "data.val_fraction=0.2", "--trials", "4") == 0
+    assert run(folder, "--trials", "4") == 0
     assert len(study(folder).trials) == 4
-    assert run(folder, "data.val_fraction=0.2", "--trials", "6") == 0
+    assert run(folder, "--trials", "6") == 0
     values = [t.params["optimizer.lr"] for t in study(folder).trials]
     assert len(set(values)) == 6, "the sampler began again with its first proposals"
 
