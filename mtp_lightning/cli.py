@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import re
@@ -11,6 +12,7 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
@@ -49,6 +51,14 @@ def require_package(name: str, *, what: str, extra: str) -> None:
         raise UserError(f"{what} needs the package {name}: pip install -e '.[{extra}]'.")
 
 
+class Parser(argparse.ArgumentParser):
+    """Of a tool's options: a wrong one is told in a line, as the apps tell theirs."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and end with code 2."""
+        self.exit(2, f"error: {printable(message)}. ({self.prog} --help)\n")
+
+
 class Stopped(KeyboardInterrupt):
     """A run that a signal (Ctrl-C, SIGTERM) ended in good order; the message says what was saved.
 
@@ -85,30 +95,46 @@ def readable_errors() -> Iterator[None]:
 
     That is a :class:`UserError` or an ``OSError``, or a ``ValueError`` of a user's own code.
     Anything else is a defect, of this project or of a library, and keeps its traceback;
-    HYDRA_FULL_ERROR=1 shows all of them. Ctrl-C ends with one line, too, and with the shell's code
-    for it, 130 (SIGTERM: 143).
+    HYDRA_FULL_ERROR=1 shows the tracebacks of all. Ctrl-C ends with one line, too, and with the
+    shell's code for it, 130 (SIGTERM: 143).
     """
     try:
         yield
     except Exception as error:
-        if type(error).__name__ == "MissingMandatoryValue":
-            # omegaconf's, by name: importing it would make the tools wait for it.
-            key = getattr(error, "full_key", None)
-            print(f"error: {key} has no value: give it as {key}=...", file=sys.stderr)
-        elif os.environ.get("HYDRA_FULL_ERROR") == "1" or not _is_readable(error):
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        else:
-            told = printable(str(error))
-            print(f"error: {told}\n(HYDRA_FULL_ERROR=1 shows where)", file=sys.stderr)
+        told = _told(error)
+        if told is None:
+            raise
+        print(f"error: {printable(told)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt as interrupt:
         print(printable(str(interrupt)) or "interrupted.", file=sys.stderr)
         sys.exit(128 + getattr(interrupt, "signum", signal.SIGINT))
 
 
-def _is_readable(error: Exception) -> bool:
-    if isinstance(error, UserError | OSError) or not isinstance(error, ValueError):
-        return isinstance(error, UserError | OSError)
+def _told(error: Exception) -> str | None:
+    """What is said of an error; None of a defect."""
+    omegaconf = {kind.__name__ for kind in type(error).__mro__}  # importing it would take time
+    if "OmegaConfBaseException" in omegaconf:
+        key = getattr(error, "full_key", None)
+        if "MissingMandatoryValue" in omegaconf:
+            return f"{key} has no value: give it as {key}=..."
+        typed = {"InterpolationResolutionError", "GrammarParseError"} & omegaconf
+        return f"{str(error).splitlines()[0]}: check what is typed as ${{...}}." if typed else None
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        if error.filename is None or error.strerror is None:
+            return str(error)
+        return f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): check the path."
+    if isinstance(error, ValueError) and _is_users(error):
+        return f"{error} (HYDRA_FULL_ERROR=1 shows where)"
+    return None
+
+
+def _is_users(error: ValueError) -> bool:
+    """Whether it was raised by code that is neither this project's nor a library's."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -22,7 +22,7 @@ TOOLS = {
     "work": ("sweeps.work", "run the jobs of a planned sweep; as many of it as you like"),
     "status": ("sweeps.status", "what has become of a sweep's jobs"),
     "search": ("sweeps.search", "look for good settings with Optuna"),
-    "doctor": ("mtp_lightning.interop.doctor", "are the MTP layers of a folder whole and trained"),
+    "doctor": ("mtp_lightning.apps.doctor", "are the MTP layers of a folder whole and trained"),
 }
 
 
@@ -42,7 +42,12 @@ def main() -> None:
     elif command in ("-h", "--help", "help"):
         print(_help())
     else:
-        sys.exit(f"{command} is no command.\n\n{_help()}")
+        from difflib import get_close_matches
+
+        known = [*APPS, *TOOLS]
+        near = get_close_matches(command, known, n=1)
+        meant = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}."
+        sys.exit(f"error: {command} is no command: {meant} ({_NAME} --help)")
 
 
 def _help() -> str:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from mtp_lightning.paths import CONF, SWEEPS
 
 _KEY = re.compile(r"( *)([A-Za-z]\w*):(?= |$)")
 _SWEEPS = "sweeps"
+# Plain data only; libyaml reads all of conf/ in a tenth of the time.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _WIDTH = 100
 
 
@@ -44,12 +47,14 @@ class Option:
         name: what stands behind ``GROUP=``.
         says: the comment at its top, a line a line.
         keys: its own; those of the files that it includes are told there.
+        content: of the file.
     """
 
     group: str
     name: str
     says: str
     keys: tuple[Key, ...]
+    content: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def brief(self) -> str:
@@ -59,6 +64,7 @@ class Option:
         return (found.group()[:-1] if found else text).strip()
 
 
+@cache
 def groups() -> dict[str, list[Option]]:
     """All options, by group, in alphabetical order; those of the root under the empty name."""
     files = [
@@ -76,14 +82,14 @@ def read_option(file: Path, group: str) -> Option:
     """One file's comments and keys."""
     text = file.read_text(encoding="utf-8")
     says, lines = _head(text.splitlines())
-    content = yaml.safe_load(text) or {}
+    content = yaml.load(text, _LOADER) or {}
     keys = tuple(
         Key(".".join(path), _default(_value(content, path)), comment)
         for path, comment in _keys(lines)
         if path[0] not in ("defaults", "hydra")
         and (comment or not isinstance(_value(content, path), dict))
     )
-    return Option(group, file.stem, says, keys)
+    return Option(group, file.stem, says, keys, content)
 
 
 def help_for(word: str) -> str:
@@ -154,7 +160,8 @@ def _default(value: Any) -> str:
     if isinstance(value, dict):
         return ""
     if isinstance(value, str):
-        return value
+        fallback = re.fullmatch(r"\$\{oc\.select:[\w.]+,(.*)\}", value)
+        return fallback[1] if fallback else value
     return (
         yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
     )

@@ -18,6 +18,8 @@ import os
 import re
 from collections.abc import Callable, Sequence
 
+from mtp_lightning.errors import UserError
+
 # Texts: nothing in them is for Hydra, neither null nor ${...}.
 TEXTS = frozenset({"prompt", "stop"})
 # Paths of what is written, which are never values of a sweep.
@@ -71,6 +73,20 @@ def literal(arguments: Sequence[str]) -> list[str]:
     """
     multirun = any(arg in ("-m", "--multirun", "hydra.mode=MULTIRUN") for arg in arguments)
     return [_literal(argument, multirun=multirun) for argument in arguments]
+
+
+def require_utf8(arguments: Sequence[str]) -> None:
+    """Refuse a text whose bytes are no text. (The name of a file may have any.)
+
+    Raises:
+        UserError: naming the key and the byte.
+    """
+    for argument in arguments:
+        key, _, value = argument.lstrip("+").partition("=")
+        bad = next((letter for letter in value if "\ud800" <= letter <= "\udfff"), None)
+        if key in TEXTS and bad is not None:
+            byte = f"0x{ord(bad) & 0xFF:02x}"
+            raise UserError(f"{key} is not UTF-8 (byte {byte} at {value.index(bad)}): convert it.")
 
 
 def quoted(text: str) -> str:

@@ -39,14 +39,14 @@ def require(condition: bool, key: str, value: Any, wanted: str) -> None:
         raise UserError(f"{key} must be {wanted}, not {value!r}.")
 
 
-def require_whole(key: str, value: Any, *, least: int) -> int:
+def require_whole(key: str, value: Any, *, least: int | None = None) -> int:
     """The value, which must be a whole number of at least ``least``.
 
     Raises:
         UserError: it is none.
     """
-    fits = is_whole(value) and value >= least
-    require(fits, key, value, f"a whole number of at least {least}")
+    fits = is_whole(value) and (least is None or value >= least)
+    require(fits, key, value, "a whole number" + _bounds(least, None, None, None))
     return value
 
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.misspelt import sentence
 from mtp_lightning.paths import CONF
 from mtp_lightning.run.config import flatten
 
@@ -32,7 +33,7 @@ def compose_run(overrides: Sequence[str]) -> DictConfig:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose("config", overrides=list(overrides))
     except HydraException as error:
-        raise UserError(f"{' '.join(overrides)} does not compose: {error}") from error
+        raise UserError(sentence(error)) from error
 
 
 class Composer:

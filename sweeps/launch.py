@@ -17,6 +17,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
+from mtp_lightning import vetting
 from mtp_lightning.cli import program as typed
 from mtp_lightning.cli import readable_errors, this_program
 from mtp_lightning.errors import UserError
@@ -96,6 +97,7 @@ def _launch(
     for job in jobs:
         places, run_folder = paths[frozenset(job.overrides)], folder / job.folder
         config_of_job = settle(composer.compose([*places, *job.overrides]), run_folder)
+        vetting.check(config_of_job, "config")
         settled[job.folder] = config_of_job
         plan.recipes[job.folder] = recipe = Recipe(
             program=program,

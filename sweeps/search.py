@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtp_lightning.cli import readable_errors
+from mtp_lightning import vetting
+from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.literal import literal
 from mtp_lightning.paths import app
@@ -175,7 +176,9 @@ class Search:
         return steps
 
     def _compose(self, overrides: Sequence[str], folder: Path) -> dict[str, Any]:
-        return settle(compose_run(overrides), folder)
+        settled = settle(compose_run(overrides), folder)
+        vetting.check(settled, "config")
+        return settled
 
 
 def _short(value: str) -> str:
@@ -286,7 +289,7 @@ def main(
 def _parser(program: str) -> argparse.ArgumentParser:
     assert __doc__ is not None
     about = __doc__.replace("python -m sweeps.search", program)
-    parser = argparse.ArgumentParser(prog=program, description=about)
+    parser = Parser(prog=program, description=about)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", help="of the search; one that is there goes on")
     parser.add_argument("overrides", nargs="+", metavar="KEY=RANGE", help="and fixed KEY=VALUE")

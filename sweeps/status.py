@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.cli import readable_errors
+from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.layout import METRICS_FILE
 from mtp_lightning.run.metrics import read_newest
@@ -87,9 +87,7 @@ def main(
 ) -> None:
     """The command line."""
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(
-        prog=program, description=__doc__.replace("python -m sweeps.status", program)
-    )
+    parser = Parser(prog=program, description=__doc__.replace("python -m sweeps.status", program))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", help="of a sweep")
     args = parser.parse_args(arguments)

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mtp_lightning.cli import readable_errors
+from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.lock import Lock
 from mtp_lightning.run.status import describe_failure, state_of
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
             raise UserError(f"--stale must be above 0 seconds, not {args.stale}.")
         folder = Path(args.folder).absolute()
         if not folder.is_dir():
-            raise FileNotFoundError(f"There is no folder {folder}.")
+            raise FileNotFoundError(f"There is no folder {folder}: give that of a planned sweep.")
         lock = Lock(folder / ".lock")
         if not lock.wait(seconds=60):  # it is being planned
             raise BlockingIOError(f"A sweep is at work in {folder}: wait for it, or stop it.")
@@ -232,7 +232,7 @@ def _say_end(worker: Worker) -> None:
 def _parser(program: str) -> argparse.ArgumentParser:
     assert __doc__ is not None
     about = __doc__.replace("python -m sweeps.work", program)
-    parser = argparse.ArgumentParser(prog=program, description=about)
+    parser = Parser(prog=program, description=about)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", help="of a sweep that was planned or started")
     parser.add_argument("--devices", default="auto", help="auto, cpu or GPUs: 0,1")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from mtp_lightning.cli import Stopped, readable_errors
 from mtp_lightning.errors import UserError
@@ -33,15 +34,28 @@ def missing_file() -> None:
     Path("/no/such/file").read_text()
 
 
-@pytest.mark.parametrize("fails", [user_error, own_value_error, users_value_error, missing_file])
+def missing_value() -> None:
+    OmegaConf.create({"a": {"b": "???"}}).a.b  # noqa: B018
+
+
+@pytest.mark.parametrize("fails", [user_error, own_value_error, missing_value, missing_file])
 def test_what_a_user_can_mend_is_one_line(
     fails: Callable[[], Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended, readable_errors():
         fails()
     assert ended.value.code == 1
-    first, hint = capsys.readouterr().err.splitlines()
-    assert first.startswith("error: ") and "HYDRA_FULL_ERROR=1" in hint
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "HYDRA_FULL_ERROR" not in line and "Errno" not in line
+
+
+def test_a_value_error_of_a_users_own_code_says_how_to_find_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit), readable_errors():
+        users_value_error()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and line.endswith("(HYDRA_FULL_ERROR=1 shows where)")
 
 
 def torchs_value_error() -> None:

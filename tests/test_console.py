@@ -37,12 +37,6 @@ def test_help_lists_the_commands_at_once(arguments: tuple[str, ...]) -> None:
         assert f"\n  {command} " in done.stdout
 
 
-def test_an_unknown_command_is_named() -> None:
-    done = console("trian", "seed=1")
-    assert done.returncode == 1 and done.stderr.startswith("trian is no command.\n")
-    assert "\n  train " in done.stderr
-
-
 @pytest.mark.parametrize("command", APPS)
 def test_an_apps_help_names_the_console_command(command: str) -> None:
     done = console(command, "--help")

@@ -26,9 +26,11 @@ RANK = {
     # what the apps say and read before anything else is imported
     "errors": -1.5,
     **dict.fromkeys(["paths", "literal", "settings"], -1),
-    "explained": -0.5,
+    **dict.fromkeys(["explained", "places", "signatures"], -0.5),
+    "misspelt": -0.4,
     # tools that know nothing of models
     **dict.fromkeys(["cli", "hosts", "markdown", "registry", "runtime", "sharding"], 0),
+    "vetting": 0.1,
     "nn": 0.5,
     **dict.fromkeys(["mtp", "optim"], 1),
     "model": 2,
@@ -48,7 +50,7 @@ RANK = {
 SHARED_WITH_SWEEPS = (
     *(
         f"mtp_lightning.{name}"
-        for name in ("cli", "errors", "hosts", "literal", "markdown", "paths")
+        for name in ("cli", "errors", "hosts", "literal", "markdown", "misspelt", "paths", "vetting")
     ),
     *(
         f"mtp_lightning.run.{name}"

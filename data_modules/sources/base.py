@@ -14,8 +14,8 @@ from mtp_lightning.errors import UserError
 log = logging.getLogger(__name__)
 
 
-class MissingPackageError(ImportError, ValueError):
-    """An optional package is not installed. A ValueError too: the apps print it as one line."""
+class MissingPackageError(ImportError, UserError):
+    """An optional package is not installed."""
 
     def __init__(self, what: str, *, package: str, extra: str | None) -> None:
         checkout = "" if extra is None else f" (in a checkout: pip install -e '.[{extra}]')"

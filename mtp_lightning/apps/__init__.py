@@ -9,10 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import hydra
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from mtp_lightning.apps.around_hydra import hydra_as_ours, require_flags
 from mtp_lightning.cli import QUIET, program, readable_errors
-from mtp_lightning.literal import literal
+from mtp_lightning.literal import literal, require_utf8
 from mtp_lightning.paths import CONF
 
 _QUIET = "--quiet"
@@ -33,16 +35,32 @@ def start(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """
     # A log that cannot be written, as on a full disk, is no news beside what it was to say.
     logging.raiseExceptions = False
-    with readable_errors():
+    with readable_errors(), hydra_as_ours(sys.argv[1:]):
         _explain(sys.argv[1:])
-    if _QUIET in sys.argv:
-        sys.argv.remove(_QUIET)
-        # Inherited by all processes of a run, and by the jobs of a sweep.
-        os.environ[QUIET] = "1"
-        os.nice(19)
-    sys.argv[1:] = literal(sys.argv[1:])
-    with readable_errors():  # Ctrl-C while the config is composed
+        if _QUIET in sys.argv:
+            sys.argv.remove(_QUIET)
+            # Inherited by all processes of a run, and by the jobs of a sweep.
+            os.environ[QUIET] = "1"
+            os.nice(19)
+        require_utf8(sys.argv[1:])
+        sys.argv[1:] = literal(sys.argv[1:])
+        require_flags(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
+
+
+class Check(Callback):
+    """Looks through the composed config before Hydra makes a folder and torch is imported."""
+
+    def on_run_start(self, config: DictConfig, **more: Any) -> None:
+        """Before the task of an app."""
+        with readable_errors():
+            from mtp_lightning import places, vetting
+
+            app = str(config.hydra.job.config_name)
+            plain = OmegaConf.to_container(config)
+            assert isinstance(plain, dict)
+            vetting.check(plain, app, list(config.hydra.overrides.task))  # type: ignore[arg-type]
+            places.check(plain, app, str(config.hydra.run.dir))  # type: ignore[arg-type]
 
 
 def _explain(arguments: list[str]) -> None:
@@ -54,4 +72,4 @@ def _explain(arguments: list[str]) -> None:
         sys.exit(0)
 
 
-__all__ = ["readable_errors", "start"]
+__all__ = ["Check", "readable_errors", "start"]

@@ -39,6 +39,7 @@ from mtp_lightning.objective.schedule.base import LambdaSchedule
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.optim.base import OptimizerConfig
 from mtp_lightning.settings import require, require_choice, require_whole
+from mtp_lightning.vetting import require_reach
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
@@ -156,16 +157,17 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
             "use the tokenizer that the model was trained with."
         )
     trunk = instantiate(cfg.model, kind=TrunkConfig, vocab_size=rows)
-    more = {"confidence": True} if cfg.objective.get("confidence") else {}
+    more: dict[str, Any] = {"confidence": True} if cfg.objective.get("confidence") else {}
+    if cfg.mtp.get("weights", "") is None:  # of mtp=bag
+        more["weights"] = "none" if "task" in cfg.data else "idf"
     mtp = instantiate(cfg.mtp, kind=MTPConfig, **more)
     # Without a length of its own, the data module has looked.
-    reach = mtp.depth * mtp.stride
-    if reach > (cfg.data.seq_len or reach):
-        stride = "" if mtp.stride == 1 else f" x mtp.stride={mtp.stride}"
-        raise UserError(
-            f"mtp.depth={mtp.depth}{stride} is larger than the window, "
-            f"data.seq_len={cfg.data.seq_len}: predict fewer tokens, or lengthen the window."
-        )
+    require_reach(
+        {
+            "mtp": {"depth": mtp.depth, "stride": mtp.stride},
+            "data": {"seq_len": cfg.data.seq_len},
+        }
+    )
     # Of whatever kind: a stack without depths is no stack, and one name for it is enough.
     stack = mtp.depth or mtp.answers_at_once
     return ModelConfig(trunk=trunk, mtp=mtp if stack else NoMTPConfig())

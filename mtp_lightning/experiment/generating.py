@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from mtp_lightning import literal
 from mtp_lightning.cli import printable
 from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding.generate import OnTokens
@@ -19,6 +20,7 @@ from mtp_lightning.decoding.precision import use_precision
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.reading import open_run
 from mtp_lightning.model import MTPModel
+from mtp_lightning.places import require_prompts
 from mtp_lightning.run.loading import LoadedRun
 from mtp_lightning.runtime import pick_accelerator, set_threads
 from mtp_lightning.settings import require_bool
@@ -58,11 +60,14 @@ def generate_text(cfg: Any) -> list[Generation]:
     # One prompt is shown as it grows; several, each when it is finished.
     streams = cfg.output == "text" and len(prompts) == 1
     colour = bool(cfg.show_drafts) and sys.stdout.isatty()
-    stream = TextStream(run.tokenizer, sys.stdout, colour=colour) if streams else None
-    if stream is not None:
-        stream.write(_shown(prompts[0], sys.stdout))
+    stream = TextStream(run.tokenizer, sys.stdout, prompts[0], colour=colour) if streams else None
     began = time.perf_counter()
-    generations = continue_prompts(cfg, run, prompts, on_tokens=stream)
+    try:
+        generations = continue_prompts(cfg, run, prompts, on_tokens=stream)
+    except BaseException:
+        if stream is not None and stream.begun:
+            stream.write("\n")  # what is said of the error has a line of its own
+        raise
     seconds = time.perf_counter() - began
     if stream is not None:
         stream.write("\n")
@@ -191,27 +196,30 @@ def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list
     if prompt is not None:
         found = [str(prompt)]
     elif prompts is not None:
-        try:
-            text = Path(prompts).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"prompts={prompts} is not UTF-8: {error}.") from error
-        found = [line for line in text.splitlines() if line]
+        found = [line for line in require_prompts(Path(prompts)).splitlines() if line]
     elif stdin.isatty():
         raise UserError("There is no prompt: give prompt=TEXT, prompts=FILE or standard input.")
     else:
-        found = [stdin.read().rstrip("\n")]
+        try:
+            found = [stdin.read().rstrip("\n")]
+        except UnicodeDecodeError as error:
+            raise UserError(f"Standard input is not UTF-8: {error}; convert it.") from error
+        literal.require_utf8([f"prompt={found[0]}"])
     if not found or not all(found):
         raise UserError("The prompt is empty: give at least one character.")
     return found
 
 
 class TextStream:
-    """Prints tokens as text while they are accepted; drafts in colour if asked."""
+    """Prints a prompt, when there is something to follow it, and tokens as text while they are
+    accepted; drafts in colour if asked."""
 
-    def __init__(self, tokenizer: Any, out: TextIO, *, colour: bool) -> None:
+    def __init__(self, tokenizer: Any, out: TextIO, prompt: str, *, colour: bool) -> None:
         self._pieces = Pieces(tokenizer)
         self._out = out
+        self._prompt = prompt
         self._colour = colour
+        self.begun = False
 
     def __call__(self, index: int, token_ids: list[int], accepted: list[bool]) -> None:
         for piece, draft in self._pieces.add(token_ids, accepted):
@@ -220,5 +228,8 @@ class TextStream:
 
     def write(self, text: str) -> None:
         """Text that is not a model's."""
+        if not self.begun:
+            self.begun = True
+            self._out.write(_shown(self._prompt, self._out))
         self._out.write(text)
         self._out.flush()

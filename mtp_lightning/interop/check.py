@@ -5,9 +5,7 @@ Works on every folder that can be imported, wherever it is from.
 
 from __future__ import annotations
 
-import argparse
-
-from mtp_lightning.cli import readable_errors
+from mtp_lightning.cli import Parser, readable_errors
 
 
 def check(path: str) -> None:
@@ -35,9 +33,7 @@ def check(path: str) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mtp_lightning.interop.check", description=__doc__
-    )
+    parser = Parser(prog="python -m mtp_lightning.interop.check", description=__doc__)
     parser.add_argument("folder", help="a folder with config.json and safetensors")
     with readable_errors():
         check(parser.parse_args().folder)

@@ -6,15 +6,13 @@ the state that depth 1 reads (after the trunk's final norm or before it) and the
 projection reads state and embedding. A wrong one does not crash: it only drafts worse. So every
 convention is tried on the same text, which is the trunk's own.
 
-The exit code is 0 for a sound folder, 2 for one that is not, 1 for one that cannot be examined.
+The command is ``mtp_lightning/apps/doctor.py``.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import re
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,10 +22,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from mtp_lightning.cli import readable_errors
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.measure import rates
-from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, fp8, heads
 from mtp_lightning.interop.inventory import Module, take_inventory
 from mtp_lightning.interop.names import from_folder, mtp_prefix
@@ -357,27 +353,3 @@ def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
     accepted = "no" if acceptance is None else f"{acceptance:.1%} of their first"
     verdict = f"{path} is {'' if sound else 'not '}sound: the trunk accepts {accepted} drafts."
     return replace(found, verdict=verdict, sound=sound, constant=constant)
-
-
-def main(argv: list[str] | None = None, *, program: str = "python doctor.py") -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description="Are a checkpoint's MTP layers whole, trained, and read as they mean?",
-        epilog="exit code: 0 sound, 2 not sound, 1 not to be examined",
-    )
-    parser.add_argument("folder", help="with config.json and safetensors")
-    parser.add_argument(
-        "--new-tokens", type=int, default=64, help="of each of four texts that are judged (64)"
-    )
-    args = parser.parse_args(argv)
-    with readable_errors():
-        if args.new_tokens < 8:
-            raise UserError(f"--new-tokens={args.new_tokens} judges nothing: give 8 or more.")
-        found = examine(args.folder, new_tokens=args.new_tokens)
-        print("\n".join(found.lines()))
-    sys.exit(0 if found.sound else 2)
-
-
-if __name__ == "__main__":
-    main()

@@ -18,6 +18,7 @@ PLACES = ("run_dir", "sweep_dir", "sweep", "hydra", "paths")
 # These, and who only watches a run.
 WITHOUT_BEARING = (
     *PLACES,
+    "stack",  # what a preset asks of mtp, which says it
     "data.cache_dir",
     "data.build_workers",
     "logger",

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.cli import readable_errors, require_package
+from mtp_lightning.cli import Parser, readable_errors, require_package
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
 from sweeps.claims import words
@@ -191,7 +191,7 @@ def _at(args: argparse.Namespace, claim: Claim) -> Claim:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sweeps.claims",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from mtp_lightning.cli import readable_errors
+from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.report.collect import collect
@@ -129,9 +128,7 @@ def main(
     arguments: Sequence[str] | None = None, *, program: str = "python -m sweeps.report"
 ) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog=program, description="Compare the runs of one or more sweeps."
-    )
+    parser = Parser(prog=program, description="Compare the runs of one or more sweeps.")
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="of a sweep, or of runs")
     parser.add_argument("--output", metavar="DIR", help="where the report goes")
     parser.add_argument(

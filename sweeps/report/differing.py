@@ -52,4 +52,4 @@ def _only(folder: str | Path) -> Run:
 
 
 def _shown(config: Mapping[str, Any]) -> dict[str, str]:
-    return {k: show(v) for k, v in config.items() if not lies_in(k, PLACES)}
+    return {k: show(v) for k, v in config.items() if not lies_in(k, (*PLACES, "stack"))}

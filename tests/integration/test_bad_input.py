@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +11,11 @@ import torch
 from mtp_lightning.cli import readable_errors
 from tests.integration.helpers import (
     CONF,
-    ROOT,
     checkpoint,
     config,
-    execute,
     overrides,
-    rows,
     train_here,
-    weights,
 )
-
-LINE = "one line of text, and another line of it\n"
 
 
 def fails(
@@ -47,9 +38,7 @@ def the_error(stderr: str) -> str:
     assert "Traceback" not in stderr
     lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, stderr
-    # Nothing but the hint where to see more stands below it.
-    below = stderr.split(lines[0])[1].strip().splitlines()
-    assert below in (["(HYDRA_FULL_ERROR=1 shows where)"], [])
+    assert stderr.endswith(f"{lines[0]}\n"), "nothing stands below it"
     return lines[0]
 
 
@@ -170,114 +159,6 @@ def test_settings(
     error = fails(capfd, tmp_path / "run", cache, settings)
     for words in told:
         assert words in error
-
-
-COMMANDS: dict[str, tuple[str, list[str], list[str]]] = {
-    "unknown preset": ("train.py", ["model=huge"], ["huge", "nano"]),
-    "unknown schedule": ("train.py", ["lambda_schedule=sine"], ["sine", "deepseek_v3"]),
-    "unknown key": ("train.py", ["trainer.steps=5"], ["steps"]),
-    "unknown group": ("train.py", ["modle=nano"], ["modle"]),
-    "no checkpoint": ("evaluate.py", [], ["checkpoint"]),
-    "missing text": ("train.py", ["data=text", "data.paths=nowhere.txt"], ["nowhere.txt"]),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", COMMANDS)
-def test_command_line(tmp_path: Path, cache: Path, case: str) -> None:
-    app, given, told = COMMANDS[case]
-    run = [f"run_dir={tmp_path / 'run'}", f"paths.cache_dir={cache}"] if app == "train.py" else []
-    done = execute([sys.executable, str(ROOT / app), *given, *run], cwd=tmp_path)
-    assert done.returncode in (1, 2)
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) <= 30
-    for words in told:
-        assert words in done.stderr
-    assert done.stdout == ""
-
-
-def test_loss_that_explodes(tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    train_here(tmp_path, cache, {"trainer.max_steps": 4})
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    good = weights(tmp_path)
-    explode = {
-        "trainer.max_steps": 60,
-        "trainer.val_check_interval": 50,
-        "optimizer.lr": 1e30,
-        "trainer.gradient_clip_val": "null",
-    }
-    error = fails(capfd, tmp_path, cache, explode)
-    step = re.search(r"not finite at optimizer step (\d+): depth 0", error)
-    assert step is not None and 5 <= int(step[1]) <= 8, error
-    assert f"{last} (step 4)" in error
-    assert all(torch.equal(good[name], t) for name, t in weights(tmp_path).items())
-    # Mended, the run goes on from there.
-    assert train_here(tmp_path, cache)["step"] == 10
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_full_disk_while_saving(
-    tmp_path: Path,
-    cache: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    code: int,
-) -> None:
-    from mtp_lightning.run import checkpoints
-
-    every = {"callbacks.checkpoints.every_n_steps": 3, "trainer.max_steps": 10}
-    saves, real = [], torch.save
-
-    def save(content: Any, file: Any) -> None:
-        saves.append(content["global_step"])
-        if content["global_step"] > 3:
-            file.write(b"half of a checkpoint")
-            raise OSError(code, "No space left on device")
-        real(content, file)
-
-    monkeypatch.setattr(checkpoints.torch, "save", save)
-    error = fails(capfd, tmp_path, cache, every)
-    assert "No space left" in error and "last.ckpt" in error and "intact" in error
-    assert saves[0] == 3 and len(saves) == 2
-    monkeypatch.undo()
-    assert checkpoint(tmp_path)["global_step"] == 3
-    assert list((tmp_path / "checkpoints").glob(".*")) == []
-    train_here(tmp_path, cache, every)
-    train_here(tmp_path / "whole", cache, every)
-    assert rows(tmp_path) == rows(tmp_path / "whole")
-
-
-def test_checkpoint_of_another_architecture(
-    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    train_here(tmp_path, cache)
-    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
-    before = {path: path.read_bytes() for path in files}
-    error = fails(capfd, tmp_path, cache, {"model.n_layers": 2, "mtp.depth": 3})
-    for key in ("trunk.n_layers: 1 -> 2", "mtp.depth: 2 -> 3", "run_dir"):
-        assert key in error
-    assert {path: path.read_bytes() for path in files} == before
-    assert "variant" in fails(capfd, tmp_path, cache, {"mtp": "none", "mtp.depth": 0})
-    other = {"tokenizer": "bpe", "tokenizer.vocab_size": 300}
-    assert "vocab_size: 257 -> 300" in fails(capfd, tmp_path, cache, other)
-
-
-def test_resumed_with_other_data(
-    tmp_path: Path, cache: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    train_here(tmp_path, cache)
-    other = {"data.source.size": 30_000, "trainer.max_steps": 20}
-    assert "windows" in fails(capfd, tmp_path, cache, other)
-    assert checkpoint(tmp_path)["global_step"] == 10
-
-
-@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt", "previous.ckpt"])
-def test_checkpoints_are_plain(tmp_path: Path, cache: Path, name: str) -> None:
-    train_here(tmp_path, cache)
-    content = torch.load(tmp_path / "checkpoints" / name, weights_only=True)
-    assert content["global_step"] in (5, 10)
-    assert {"state_dict", "optimizer_states", "model_config", "tokenizer", "config"} <= set(content)
 
 
 def test_evaluate_refuses_what_it_cannot_load(

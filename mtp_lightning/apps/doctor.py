@@ -1,0 +1,57 @@
+"""Examine the MTP layers of a checkpoint: ``mtp-lightning doctor``; ``--help`` explains it.
+
+The exit code is 0 for a sound folder, 2 for one that is not, 1 for one that cannot be examined.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from mtp_lightning.cli import Parser, readable_errors
+from mtp_lightning.cli import program as typed
+from mtp_lightning.errors import UserError
+
+
+def main(argv: list[str] | None = None, *, program: str = "python doctor.py") -> None:
+    """The command."""
+    parser = Parser(
+        prog=program,
+        description="Are a checkpoint's MTP layers whole, trained, and read as they mean?",
+        epilog="exit code: 0 sound, 2 not sound, 1 not to be examined",
+    )
+    parser.add_argument("folder", type=Path, help="with config.json and safetensors")
+    parser.add_argument(
+        "--new-tokens", type=int, default=64, help="of each of four texts that are judged (64)"
+    )
+    args = parser.parse_args(argv)
+    with readable_errors():
+        if args.new_tokens < 8:
+            raise UserError(f"--new-tokens={args.new_tokens} judges nothing: give 8 or more.")
+        _require_layout(args.folder)
+        # Imported here, so that --help does not wait for torch.
+        from mtp_lightning.interop.doctor import examine
+
+        found = examine(args.folder, new_tokens=args.new_tokens)
+        print("\n".join(found.lines()))
+    sys.exit(0 if found.sound else 2)
+
+
+def _require_layout(folder: Path) -> None:
+    """Refuse what is no folder in Hugging Face's layout."""
+    if (folder / "config.json").is_file():
+        return
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist (looked from {Path.cwd()}): check the path.")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: give a folder with config.json and safetensors.")
+    if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"{folder} is a run of this project's own: {typed('export')} checkpoint={folder} "
+            "output=FOLDER writes the folder to examine."
+        )
+    raise UserError(f"{folder} holds no config.json: give a folder with it and safetensors.")
+
+
+if __name__ == "__main__":
+    main()

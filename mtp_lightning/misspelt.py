@@ -1,0 +1,133 @@
+"""What is typed and is not there, in one sentence with what was meant; a ``+`` is never advised."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection
+from typing import Any
+
+from mtp_lightning.explained import groups
+
+# Files that options include, and that are none.
+_PARTS = ("base", "task", "deepseek_base")
+
+
+def sentence(error: Exception) -> str:
+    """What a person is told of an error that Hydra or OmegaConf raised while it composed.
+
+    Known by its words and attributes: importing them here would make the tools wait.
+    """
+    said, cause = str(error), error.__cause__
+    if file := getattr(error, "missing_cfg_file", None):
+        group, _, name = file.rpartition("/")
+        options = getattr(error, "options", None) or [o.name for o in groups().get(group, [])]
+        if group and options:
+            return unknown_option(group, name, options)
+        return f"there is no config {file}: check its name, and --config-dir."
+    if override := getattr(error, "override", None):
+        key, equals, value = override.partition("=")
+        if not equals:
+            return f"{key} has no value: give it as {key}=..."
+        return (
+            f"{override} cannot be read: put the value in quotes of its own, "
+            f"""'{key}="{value}"'."""
+        )
+    if found := re.match(r"Could not override '([^']*)'", said):
+        name = found[1]
+        return unknown_key(*_last_known(name, getattr(cause, "parent_node", None)))
+    if found := re.match(r"Could not delete from config\. '([^']*)' does not exist", said):
+        return f"~{found[1]} deletes nothing: there is no {found[1]}. (--cfg job shows all)"
+    if found := re.match(r"Could not append to config\. An item is already at '([^']*)'", said):
+        return f"{found[1]} is a key already: give it as {found[1]}=..., without a plus sign."
+    if found := re.match(r"Ambiguous value for argument '(([^=']*)=(.*?))'", said):
+        return (
+            f"{found[1]} is several values: add -m for a run with each, or give a list, "
+            f"'{found[2]}=[{found[3]}]'."
+        )
+    return _first(error if cause is None else cause, said)
+
+
+def _last_known(name: str, node: Any) -> tuple[str, list[str]]:
+    """The first part of a dotted key that is not there, with the keys beside it."""
+    here = node._get_root() if hasattr(node, "_get_root") else {}
+    parts = name.split(".")
+    for end, part in enumerate(parts):
+        keys = [str(key) for key in here if key != "hydra"] if hasattr(here, "keys") else []
+        if part not in keys:
+            return ".".join(parts[: end + 1]), keys
+        here = here._get_node(part)
+    return name, []
+
+
+def _first(error: BaseException, said: str) -> str:
+    key = getattr(error, "full_key", None)
+    line = " ".join(said.partition("\n")[0].split()).removesuffix(".")
+    cause = " ".join(str(error).partition("\n")[0].split()).removesuffix(".")
+    told = cause if cause == line or not cause else f"{line} ({cause})"
+    return f"{key}: {told}. (--help)" if key and key not in told else f"{told}. (--help)"
+
+
+def unknown_key(name: str, siblings: Collection[str]) -> str:
+    """The sentence that refuses a key.
+
+    Args:
+        name: with dots, as it was typed.
+        siblings: the keys that its node has.
+    """
+    parent, _, key = name.rpartition(".")
+    prefix = f"{parent}." if parent else ""
+    if option := _option_with(name):
+        return f"{name} is a key of {option}: add {option}. (--help {option})"
+    told = [f"{prefix}{sibling}" for sibling in siblings]
+    near = _near(key, siblings)
+    meant = f"{prefix}{near}" if near else _elsewhere(key)
+    group = _group_of(name)
+    hint = f"--help {group}" if group else "--help"
+    if meant:
+        return f"{name} is no key: did you mean {meant}? ({hint})"
+    if parent and told:
+        return f"{name} is no key: choose one of {', '.join(sorted(told))}. ({hint})"
+    return f"{name} is no key: --help names the groups, --cfg job shows every key."
+
+
+def unknown_option(group: str, name: str, options: Collection[str]) -> str:
+    """The sentence that refuses an option of a group."""
+    near = _near(name, options)
+    names = [option for option in options if option not in _PARTS]
+    meant = f"did you mean {near}?" if near else f"choose one of {', '.join(names)}."
+    return f"{group} has no option {name!r}: {meant} (--help {group})"
+
+
+def _near(word: str, words: Collection[str]) -> str | None:
+    found = difflib.get_close_matches(word.lower(), list(words), n=1)
+    return found[0] if found else None
+
+
+def _option_with(name: str) -> str | None:
+    """An option whose key this is, where another one of its group was chosen."""
+    group = _group_of(name)
+    inside = name.removeprefix(group.replace("/", ".") + ".")
+    holding = [o for o in groups().get(group, []) if group and inside in (k.name for k in o.keys)]
+    chosen = [o.name for o in holding if o.name not in _PARTS]
+    return f"{group}={chosen[0]}" if chosen else None
+
+
+def _elsewhere(key: str) -> str | None:
+    """A key of any node that is called so: ``lr`` is ``optimizer.lr``."""
+    roots = ("", "mtp", "model", "data", "optimizer", "trainer", "objective")
+    for path in roots:
+        options = groups().get(path, [])
+        names = [k.name for o in options for k in o.keys if path or o.name == "config"]
+        if key in names:
+            return f"{path}.{key}" if path else key
+    return None
+
+
+def _group_of(name: str) -> str:
+    """The group of conf/ that a key lies in; empty for one of the root."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if (group := "/".join(parts[:end])) in groups():
+            return group
+    return ""

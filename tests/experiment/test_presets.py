@@ -1,0 +1,101 @@
+"""Every stack goes beside every preset: ``experiment=NAME mtp=WORD``."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from mtp_lightning import vetting
+from mtp_lightning.errors import UserError
+from mtp_lightning.experiment import build
+from mtp_lightning.experiment.instantiate import instantiate
+from mtp_lightning.optim.base import OptimizerConfig
+from mtp_lightning.paths import CONF
+
+WORDS = sorted(file.stem for file in (CONF / "mtp").glob("*.yaml"))
+PRESETS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+PAIRS = [(preset, word) for preset in PRESETS for word in WORDS]
+# The control beside every preset, and every word and preset together at least once.
+FAST = {(preset, "none") for preset in PRESETS} | {
+    (preset, WORDS[i % len(WORDS)]) for i, preset in enumerate(PRESETS)
+}
+# No text can ask a question, and the depths of these have a loss of their own.
+IMPOSSIBLE = {
+    "teacherless": "needs a task",
+    **dict.fromkeys(["bag", "registers", "top"], "leave objective=ce"),
+}
+# A text of a moment in the place of the corpus, and no model that has to be there.
+TEXT = [
+    "data.source._target_=data_modules.sources.SyntheticSource",
+    "+data.source.size=100000",
+    "+data.source.documents=100",
+    "tokenizer=byte",
+]
+GENERATED = ("prompts", "n_prompts", "prompt_tokens", "new_tokens", "temperature")
+CHATS = ("chat_share", "chat_before", "chat_after")
+
+
+@cache
+def is_task(preset: str) -> bool:
+    return (CONF / "data" / f"{preset}.yaml").exists()
+
+
+def composed(preset: str, word: str, folder: Path) -> DictConfig:
+    asked = [f"experiment={preset}", f"mtp={word}", "init_from=null", "trainer.precision=32-true"]
+    asked += [f"paths.output_dir={folder}/run", f"paths.cache_dir={folder}/cache"]
+    asked += ["trainer.accelerator=cpu", "trainer.compile=false"]
+    if preset == "smollm2_heads":
+        asked += ["data=stdlib", *(f"~data.{key}" for key in (*GENERATED, *CHATS))]
+    return compose("config", overrides=[*asked, *([] if is_task(preset) else TEXT)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("presets")
+
+
+@pytest.mark.parametrize(
+    ("preset", "word"),
+    [pytest.param(*p, marks=[] if p in FAST else pytest.mark.slow) for p in PAIRS],
+)
+def test_every_stack_goes_beside_every_preset(preset: str, word: str, folder: Path) -> None:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = composed(preset, word, folder)
+    vetting.check(OmegaConf.to_container(cfg), "config")  # type: ignore[arg-type]
+    asked = OmegaConf.select(cfg, "stack.depth")
+    begins = cfg.mtp.get("init", "random")
+    assert begins == (OmegaConf.select(cfg, "stack.init") or "random") or "init" not in cfg.mtp
+    if begins != "random":
+        cfg.mtp.init = "random"  # what it begins from is a model that is not here
+    data = build.build_data(cfg)
+    cfg = build.settle_data(cfg, data)
+    own_loss = preset == "smollm2_heads" and word in IMPOSSIBLE
+    with torch.device("meta"):
+        if own_loss or (word == "teacherless" and not is_task(preset)):
+            with pytest.raises(UserError, match=IMPOSSIBLE[word]):
+                build.build_module(cfg, data, asked=cfg)
+            return
+        module = build.build_module(cfg, data, asked=cfg)
+    stack = module.model.config.mtp
+    assert stack.variant == word
+    fixed = {"none": 0, "teacherless": 0, "bag": 1, "registers": 1, "top": 1}
+    assert stack.depth == fixed.get(word, 2 if asked is None else asked)
+    if word == "none":
+        assert stack.trains_trunk and not list(module.model.mtp.parameters())
+        assert not cfg.data.get("cache_states", False)
+    instantiate(cfg.optimizer, kind=OptimizerConfig)
+
+
+def test_what_is_typed_of_a_stack_stays(folder: Path) -> None:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        typed = ["experiment=star_graph", "mtp=none", "mtp.depth=2", "trainer.accelerator=cpu"]
+        cfg = compose("config", overrides=[*typed, f"paths.output_dir={folder}/run"])
+    with pytest.raises(UserError, match="mtp.depth must be 0 with this option, not 2"):
+        vetting.check(OmegaConf.to_container(cfg), "config")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="mtp=none predicts one token, but mtp.depth=2"):
+        build.build_model_config(cfg, 300)
