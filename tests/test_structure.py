@@ -50,7 +50,16 @@ RANK = {
 SHARED_WITH_SWEEPS = (
     *(
         f"mtp_lightning.{name}"
-        for name in ("cli", "errors", "hosts", "literal", "markdown", "misspelt", "paths", "vetting")
+        for name in (
+            "cli",
+            "errors",
+            "hosts",
+            "literal",
+            "markdown",
+            "misspelt",
+            "paths",
+            "vetting",
+        )
     ),
     *(
         f"mtp_lightning.run.{name}"
