@@ -7,6 +7,7 @@ infinity, which no setting means.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -19,8 +20,14 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def is_whole(value: Any) -> TypeGuard[int]:
-    """Whether a setting is a whole number."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether something is a whole number, numpy's included."""
+    if isinstance(value, bool):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
 def require(condition: bool, key: str, value: Any, wanted: str) -> None:
@@ -40,12 +47,13 @@ def require(condition: bool, key: str, value: Any, wanted: str) -> None:
 
 
 def require_whole(key: str, value: Any, *, least: int | None = None) -> int:
-    """The value, which must be a whole number of at least ``least``.
+    """The value, which must be a whole number of at least ``least``, of Python's own: it may come
+    to be stored, and a checkpoint holds no number of numpy's.
 
     Raises:
         UserError: it is none.
     """
-    fits = is_whole(value) and (least is None or value >= least)
+    fits = isinstance(value, int) and is_whole(value) and (least is None or value >= least)
     require(fits, key, value, "a whole number" + _bounds(least, None, None, None))
     return value
 

@@ -13,6 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from mtp_lightning.literal import literal
+from tests.integration.helpers import train_here
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,6 +74,20 @@ def test_the_main_job_shortened(tmp_path: Path) -> None:
     assert done.returncode == 0 and "bits per byte" in done.stdout, done.stderr
     done = run(tmp_path, "generate.py", "checkpoint=runs/mine", "prompt='def '", "max_new_tokens=5")
     assert done.returncode == 0 and done.stdout.startswith("def "), done.stderr
+
+
+def test_what_the_pages_do_with_a_run_in_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_here(tmp_path / "runs" / "mine", tmp_path / "cache", {"data.seq_len": 96})
+    monkeypatch.chdir(tmp_path)
+    blocks = [b for page in _ALL for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
+    opened = [block for block in blocks if 'load_run("runs/mine")' in block]
+    assert len(opened) == 2  # of docs/recipes.md and docs/decoding.md
+    for block in opened:
+        capsys.readouterr()
+        exec(block, {})
+        assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

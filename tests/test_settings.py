@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mtp_lightning.settings import (
@@ -27,6 +28,13 @@ def test_what_is_no_number(value: Any) -> None:
     for check in (require_number, lambda k, v: require_whole(k, v, least=0)):
         with pytest.raises(ValueError, match="^data.seq_len must be a "):
             check("data.seq_len", value)
+
+
+def test_numbers_of_numpy_count_but_are_never_stored() -> None:
+    assert is_whole(np.int64(3)) and is_whole(np.uint8(0))
+    assert not is_whole(np.float64(3)) and not is_whole(np.True_) and not is_whole(np.array([3]))
+    with pytest.raises(ValueError, match=r"^k must be a whole number of at least 1, not np.int64"):
+        require_whole("k", np.int64(3), least=1)
 
 
 def test_what_is_one() -> None:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
 from mtp_lightning.decoding.drafting import Drafting
@@ -23,7 +24,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import is_whole
 
-Prompt = Sequence[int] | Tensor
+Prompt = Sequence[int] | np.ndarray | Tensor
 OnTokens = Callable[[int, list[int], list[bool]], None]
 
 
@@ -102,7 +103,7 @@ def generate(
     """
     if batch_size is not None and (not is_whole(batch_size) or batch_size < 1):
         raise UserError(f"batch_size={batch_size} must be a whole number of at least 1.")
-    places = max(len(prompts), 1) if batch_size is None else batch_size
+    places = max(len(prompts), 1) if batch_size is None else int(batch_size)
     engine = Engine(
         model,
         places=1 if compile and batch_size is None else places,
@@ -122,7 +123,7 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     requests = [
         Request(
-            prompt=prompt.tolist() if isinstance(prompt, Tensor) else list(prompt),
+            prompt=prompt,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
 
 from mtp_lightning.decoding.sampling import Sampling
 from mtp_lightning.errors import UserError
@@ -15,7 +19,7 @@ class Request:
     """One text to be made.
 
     Attributes:
-        prompt: token ids, at least one.
+        prompt: token ids, at least one; kept as a list.
         max_new_tokens: where it ends at the latest.
         sampling: how its tokens are chosen.
         seed: of its random numbers.
@@ -28,7 +32,7 @@ class Request:
         UserError: a value out of range.
     """
 
-    prompt: Sequence[int]
+    prompt: Sequence[int] | np.ndarray | Tensor
     max_new_tokens: int
     sampling: Sampling = Sampling()
     seed: int = 0
@@ -38,9 +42,13 @@ class Request:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        prompt = self.prompt
+        ids = prompt.tolist() if isinstance(prompt, np.ndarray | Tensor) else list(prompt)
+        object.__setattr__(self, "prompt", ids)
         for name in ("max_new_tokens", "seed"):
             if not is_whole(getattr(self, name)):
                 raise UserError(f"{name}={getattr(self, name)} must be a whole number.")
+            object.__setattr__(self, name, operator.index(getattr(self, name)))
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens} must be at least 1.")
         if self.logprobs is not None:

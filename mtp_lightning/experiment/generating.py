@@ -128,7 +128,7 @@ def continue_prompts(
     """
     return generate(
         run.model,
-        [list(map(int, run.tokenizer.encode(prompt))) for prompt in prompts],
+        [run.tokenizer.encode(prompt) for prompt in prompts],
         max_new_tokens=cfg.max_new_tokens,
         speculative=cfg.speculative,
         draft_depth=cfg.draft_depth,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pytest
+import torch
 
+from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.adaptive import AutoDepth
+from mtp_lightning.decoding.request import Request
 from tests.decoding.models import random_prompts, small_model, steer_drafts
 
 
@@ -135,6 +140,36 @@ def test_counts_add_up(known):
     assert g.drafts_reached[1] <= g.drafts_accepted[0]
     assert g.tokens_per_step == pytest.approx(24 / g.verify_passes)
     assert g.tokens_per_second == pytest.approx(25 / g.seconds)
+
+
+def test_numbers_of_numpy_and_torch_are_whole_numbers_too():
+    model, whole = small_model(0, 2), np.int64
+    ids, options = [3, 1, 4], {"max_new_tokens": 5, "draft_depth": 2, "seed": 1, "top_k": 3}
+    expected = generate(model, [ids], temperature=0.5, batch_size=1, **options)[0].token_ids
+    given = {name: whole(value) for name, value in options.items()}
+    for prompt in (
+        np.array(ids),
+        np.array(ids, np.uint16),
+        list(map(whole, ids)),
+        torch.tensor(ids),
+    ):
+        (g,) = generate(model, [prompt], temperature=0.5, batch_size=whole(1), **given)
+        assert g.token_ids == expected and Request(prompt=prompt, max_new_tokens=1).prompt == ids
+    for wrong in (np.array([0.0, 1.0]), np.array([True]), torch.tensor([True]), [None]):
+        with pytest.raises(ValueError, match="Prompt 0 holds .*, not a token id"):
+            generate(model, [wrong], max_new_tokens=2)
+
+
+def test_the_snippet_above_the_module_runs(capsys):
+    snippet = (
+        sys.modules[generate.__module__]
+        .__doc__.partition("\n\n")[2]
+        .replace("model, tokenizer = ...\n", "")
+    )
+    tokenizer = ByteTokenizer()
+    model = small_model(0, 2, vocab=tokenizer.vocab_size)
+    exec(snippet, {"generate": generate, "model": model, "tokenizer": tokenizer})
+    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
