@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.interop import heads, tensor_files
-from mtp_lightning.interop.reading import INDEX, SINGLE, read_folder
+from mtp_lightning.interop.reading import INDEX, SINGLE, open_run, read_folder
 from tests import deepseek
 from tests.interop import folders
 
@@ -62,6 +63,16 @@ def test_other_arithmetic_is_named(llama: Path, changes: dict[str, Any]) -> None
     change_config(llama, **changes)
     with pytest.raises(ValueError, match=next(iter(changes.keys() - {"model_type"}), "model_type")):
         read_folder(llama)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_whose_weights_are_not_finite(tmp_path: Path, dtype: str) -> None:
+    model = deepseek.build(folders.dense(), depth=1)
+    with torch.no_grad():
+        model.mtp.depths[0].eh_proj.weight[1, 2] = float("nan")
+    folders.write(tmp_path / "folder", model, dtype=dtype)
+    with pytest.raises(UserError, match="folder holds NaN or infinity in mtp.depths.0.eh_proj.wei"):
+        open_run(tmp_path / "folder")
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,25 @@ def test_a_step_missed_by_one_number_is_no_int8():
     assert packed(weight).numbers.dtype == torch.float32
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("row", [[0.0], [1.0], [0.0, 3.0], [2.0, -127.0, 5.0]])
+def test_what_is_not_finite_is_not_lost(value, row):
+    for at in range(len(row) + 1):
+        weight = torch.zeros(20, len(row) + 1)
+        weight[7] = torch.tensor([*row[:at], value, *row[at:]])
+        # BLAS leaves out some products with 0.
+        expected = (torch.eye(weight.shape[1]).unsqueeze(1) * weight).sum(-1)
+        for matrix in (weight, rounded(weight, torch.bfloat16)):
+            found = packed(matrix).linear(torch.eye(weight.shape[1]))
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        int8 = rounded(weight, torch.int8)
+        assert int8[7].isnan().all() and (int8[:7] == 0).all() and (int8[8:] == 0).all()
+        ones = torch.ones(1, weight.shape[1])
+        assert packed(int8).linear(ones).isnan().nonzero().tolist() == [[0, 7]]
+    weight[:] = value
+    assert not packed(weight).linear(ones).isfinite().any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_threads_change_no_bit(dtype):
     product, x = packed(rounded(torch.randn(4096, 128), dtype)), torch.randn(3, 128)

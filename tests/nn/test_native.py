@@ -141,6 +141,21 @@ def test_exp_over_its_whole_range() -> None:
     found, expected = exp_(x.clone()), x.double().exp()
     torch.testing.assert_close(found[:5001].double(), expected[:5001], rtol=3e-7, atol=0)
     assert found[-3] < 1e-37 and found[-2] < 1e-37 and found[-1].isnan()
+    large = torch.cat((torch.linspace(0, 88.7228, 5001), torch.tensor([88.73, 1e9, torch.inf])))
+    torch.testing.assert_close(exp_(large.clone()), large.double().exp().float(), rtol=3e-7, atol=0)
+    payloads = torch.arange(0x7F800001, 0x7FFFFFFF, 99_991).to(torch.int32).view(torch.float32)
+    assert payloads.isnan().all() and exp_(torch.cat((payloads, -payloads))).isnan().all()
+
+
+def test_the_gate_at_the_ends_of_fp32() -> None:
+    ends = torch.tensor([-3e38, -1e30, -200.0, 3e38, torch.inf, -torch.inf, torch.nan])
+    gate, up = ends.repeat(3)[:16], torch.full((16,), 0.5)  # a whole vector, and its half
+    both = torch.cat((gate, up)).unsqueeze(0)
+    expected = (F.silu(gate.double()) * up).float().unsqueeze(0)
+    torch.testing.assert_close(swiglu(both), expected, rtol=1e-6, atol=0, equal_nan=True)
+    x, weights = torch.eye(16).repeat(2, 1), (torch.diag(gate[:3].repeat(6)[:16]), torch.eye(16))
+    gated = native_swiglu.feed_forward(x, torch.cat(weights), torch.eye(16))
+    torch.testing.assert_close(gated, torch.zeros_like(gated), rtol=0, atol=1e-30)
 
 
 def test_what_is_not_for_it_goes_elsewhere(tmp_path: Path) -> None:

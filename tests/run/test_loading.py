@@ -1,20 +1,34 @@
-"""A checkpoint's config may ask for no more than its tensors hold."""
+"""A checkpoint's config may ask for no more than its tensors hold, and these are numbers."""
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.model import ModelConfig
+from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.run import loading
 from mtp_lightning.run.loading import load_run
 from tests.models import build
+
+
+def checkpoint_of(model: MTPModel) -> dict[str, Any]:
+    """What a run would have written of it, as far as it is read."""
+    return {
+        "model_config": model.config.to_dict(),
+        "state_dict": {f"model.{name}": t for name, t in model.state_dict().items()},
+        "tokenizer": {},
+        "config": {},
+        "global_step": 3,
+    }
 
 
 @pytest.mark.parametrize(
@@ -33,14 +47,9 @@ def test_a_forged_config_is_refused_at_once(
     said: str,
 ) -> None:
     model = build(tiny_trunk, sequential)
+    checkpoint = checkpoint_of(model)
     forged = ModelConfig(trunk=replace(tiny_trunk, **change), mtp=sequential)
-    checkpoint = {
-        "model_config": forged.to_dict(),
-        "state_dict": {f"model.{name}": t for name, t in model.state_dict().items()},
-        "tokenizer": {},
-        "config": {},
-        "global_step": 3,
-    }
+    checkpoint["model_config"] = forged.to_dict()
     monkeypatch.setattr(loading, "read_checkpoint", lambda *_, **__: (Path("x.ckpt"), checkpoint))
     began = time.monotonic()
     with pytest.raises(ValueError, match="x.ckpt is damaged or forged: its config asks") as error:
@@ -48,6 +57,29 @@ def test_a_forged_config_is_refused_at_once(
     assert said in str(error.value) and time.monotonic() - began < 5
     checkpoint["model_config"] = model.config.to_dict()
     assert load_run("x.ckpt").step == 3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_that_are_not_finite_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_trunk: TrunkConfig,
+    sequential: SequentialConfig,
+    value: float,
+    dtype: torch.dtype,
+) -> None:
+    checkpoint = checkpoint_of(build(tiny_trunk, sequential).to(dtype))
+    monkeypatch.setattr(loading, "read_checkpoint", lambda *_, **__: (Path("x.ckpt"), checkpoint))
+    largest = torch.finfo(dtype).max
+    checkpoint["state_dict"]["model.trunk.norm.weight"][:] = largest  # whose sum overflows
+    assert load_run("x.ckpt").model.trunk.norm.weight[3] == largest
+    name = "mtp.depths.1.block.feed_forward.down.weight"
+    checkpoint["state_dict"][f"model.{name}"][5, 7] = value
+    with pytest.raises(UserError, match=f"x.ckpt holds NaN or infinity in {name}: .* earlier"):
+        load_run("x.ckpt")
+    checkpoint["state_dict"]["model.trunk.norm.weight"][0] = value
+    with pytest.raises(UserError, match="infinity in trunk.norm.weight and 1 more: "):
+        load_run("x.ckpt")
 
 
 def test_a_config_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,8 @@ def round_weights(model: nn.Module, precision: Literal["bf16", "int8"]) -> None:
     stay as they are.
 
     In int8 a row becomes the nearest multiples, up to 127, of a step that its largest number is 127
-    of. The step has 16 binary digits, so that the multiples are numbers of fp32.
+    of. The step has 16 binary digits, so that the multiples are numbers of fp32. A row with a
+    number that is not finite becomes NaN.
     """
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -88,4 +89,4 @@ def _rounded_to_bytes(weight: Tensor) -> Tensor:
     mantissa, exponent = torch.frexp(weight.abs().amax(-1, keepdim=True) / 127)
     # Up, so that no number is above 127.
     step = torch.ldexp((mantissa * 2**16).ceil() / 2**16, exponent)
-    return torch.where(step > 0, (weight / step).round() * step, 0.0)
+    return torch.where(step == 0, 0.0, (weight / step).round() * step)

@@ -89,17 +89,20 @@ extern "C" int64_t pack_half(const float* weight, uint16_t* packed, int64_t outp
 }
 
 // Of an output's numbers the step that makes all of them whole numbers up to 127, the largest 127
-// itself; 0 if they are all 0, -1 if there is none.
+// itself; 0 if they are all 0, -1 if there is none: NaN and infinity are no step's multiples.
 static float step_of(const float* numbers, int64_t n) {
-    Vector largest = all(0.0f), lost = all(0.0f);
+    Vector largest = all(0.0f);
     columns(n, [&](int64_t at, int64_t m) { largest = larger(size_of(take(numbers + at, m)), largest); });
     float step = largest_of(largest) / 127.0f;
-    if (step == 0.0f) return 0.0f;
+    Whole lost = {};
     columns(n, [&](int64_t at, int64_t m) {
-        Vector number = take(numbers + at, m), whole = rounded(number / all(step));
-        lost = larger(size_of(multiply_add(whole, all(step), -number)), lost);
+        Vector number = take(numbers + at, m);
+        Vector whole = step > 0.0f ? rounded(number / all(step)) : all(0.0f);
+        lost |= multiply_add(whole, all(step), -number) != all(0.0f);  // as NaN is, too
     });
-    return largest_of(lost) == 0.0f ? step : -1.0f;
+    for (int64_t j = 0; j < LANES; j++)
+        if (lost[j]) return -1.0f;
+    return step;
 }
 
 // The same in int8, behind a scale for every output. Whether nothing is lost; if something were, what

@@ -126,10 +126,12 @@ static inline float largest_of(Vector x) {
     return a > b ? a : b;
 }
 
-// exp to about one unit in the last place; below -87 it is 0 as good as (1e-38). NaN stays NaN.
-static inline Vector exp_of(Vector x) {
-    x = x < all(-87.0f) ? all(-87.0f) : x;
-    x = x > all(88.0f) ? all(88.0f) : x;
+// exp to about one unit in the last place; below -87 it is 0 as good as (1e-38), beyond what a number
+// holds infinity. NaN stays NaN.
+static inline Vector exp_of(Vector given) {
+    const Vector most = all(88.72283f);  // of which exp is the largest number
+    Vector x = given < all(-87.0f) ? all(-87.0f) : given;
+    x = x > most ? most : x;
     const Vector magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
     Vector shifted = x * all(1.44269504088896341f) + magic;
     Vector n = shifted - magic;
@@ -144,7 +146,8 @@ static inline Vector exp_of(Vector x) {
     p = p * r + all(5.0000001201e-1f);
     p = p * r * r + r + all(1.0f);
     Whole exponent = ((Whole)shifted) << 23;  // the whole number lies in the lowest bits
-    return (Vector)((Whole)p + exponent);
+    // NaN's bits would be shifted into the exponent of some number.
+    return given <= most ? (Vector)((Whole)p + exponent) : given + all(INFINITY);
 }
 
 static inline Vector sigmoid(Vector x) { return all(1.0f) / (all(1.0f) + exp_of(-x)); }
