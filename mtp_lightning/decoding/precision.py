@@ -14,19 +14,43 @@ from mtp_lightning.nn.kernels.few_rows import round_weights
 from mtp_lightning.settings import require_choice
 
 
+def check_precision(precision: str, *, compile: bool = False) -> None:
+    """Refuse, before a model is read, what no model can be decoded in here.
+
+    Args:
+        precision: as the user gave it.
+        compile: whether compiled passes are asked for.
+
+    Raises:
+        UserError: an unknown precision, or a rounded one that nothing here would read faster.
+    """
+    if require_choice("precision", precision, ("fp32", "bf16", "int8")) == "fp32":
+        return
+    if compile:
+        raise UserError(
+            f"precision={precision} does not go together with compile=true, whose programs "
+            "read fp32: leave one of them out."
+        )
+    if native.library is None:
+        raise _nothing_faster(precision, native.NEEDED)
+
+
 def use_precision(model: MTPModel, precision: str) -> None:
     """Make ``model``, in place, one of ``precision``: ``fp32``, ``bf16`` or ``int8``.
 
     Raises:
         UserError: none of them, or a rounded one where nothing would read it faster.
     """
-    if require_choice("precision", precision, ("fp32", "bf16", "int8")) == "fp32":
+    check_precision(precision)
+    if precision == "fp32":
         return
-    weight = model.head.weight
-    if not native.fits(weight):
-        missing = "an fp32 model on a CPU" if native.library is not None else native.NEEDED
-        raise UserError(
-            f"precision={precision} needs {missing}: without, nothing would be read faster; leave "
-            "precision=fp32."
-        )
+    if not native.fits(model.head.weight):
+        raise _nothing_faster(precision, "an fp32 model on a CPU")
     round_weights(model, "bf16" if precision == "bf16" else "int8")
+
+
+def _nothing_faster(precision: str, missing: str) -> UserError:
+    return UserError(
+        f"precision={precision} needs {missing}: without, nothing would be read faster; leave "
+        "precision=fp32."
+    )

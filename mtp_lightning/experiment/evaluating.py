@@ -15,7 +15,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.callbacks.exact_match import answer_all
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
 from mtp_lightning.decoding.measure import decoding_report
-from mtp_lightning.decoding.precision import use_precision
+from mtp_lightning.decoding.precision import check_precision, use_precision
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.command_line import overridden
 from mtp_lightning.experiment.device import MIXED
@@ -70,6 +70,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """
     quiet_lightning()
     require_bool("long_range", cfg.long_range)
+    check_precision(cfg.precision)
     allow = trusted_packages(cfg)
     run = open_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), allow=allow)
     use_precision(run.model, cfg.precision)

@@ -16,7 +16,7 @@ from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding.generate import OnTokens
 from mtp_lightning.decoding.measure import rates
 from mtp_lightning.decoding.pieces import Pieces
-from mtp_lightning.decoding.precision import use_precision
+from mtp_lightning.decoding.precision import check_precision, use_precision
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.reading import open_run
 from mtp_lightning.model import MTPModel
@@ -100,14 +100,10 @@ def open_for(cfg: Any) -> LoadedRun:
         UserError: a damaged or foreign checkpoint, or a precision that is not there.
         OSError: a missing file.
     """
+    check_precision(cfg.precision, compile=cfg.compile)
     set_threads(cfg.num_threads)
     device = pick_accelerator(cfg.accelerator)
     run = open_run(cfg.checkpoint, device=device, allow=cfg.allow)
-    if cfg.compile and cfg.precision != "fp32":
-        raise UserError(
-            f"precision={cfg.precision} does not go together with compile=true, whose programs "
-            "read fp32: leave one of them out."
-        )
     use_precision(run.model, cfg.precision)
     return run
 

@@ -104,6 +104,14 @@ def test_generate_takes_it(monkeypatch):
     cfg = SimpleNamespace(**settings, precision="bf16", compile=False)
     assert generating.open_for(cfg) is run
     assert torch.equal(model.head.weight, model.head.weight.bfloat16().float())
+    monkeypatch.setattr(generating, "open_run", None)  # refused before a model is read
     cfg.compile = True
     with pytest.raises(ValueError, match="precision=bf16 does not go together with compile=true"):
+        generating.open_for(cfg)
+    cfg.compile, cfg.precision = False, "int4"
+    with pytest.raises(ValueError, match="precision=int4 is unknown"):
+        generating.open_for(cfg)
+    cfg.precision = "int8"
+    monkeypatch.setattr(native, "library", None)
+    with pytest.raises(ValueError, match="precision=int8 needs a CPU with AVX-512"):
         generating.open_for(cfg)
