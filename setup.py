@@ -6,35 +6,43 @@ common names would be everybody's in site-packages.
 """
 
 import platform
+import runpy
 import sys
+from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
 
 _INSTALLED = ["mtp_lightning*", "data_modules*", "sweeps*", "hydra_plugins*"]
 
-_CPP = "mtp_lightning/nn/kernels/cpp"
+_ROOT = Path(__file__).parent
+_digest = runpy.run_path(str(_ROOT / "mtp_lightning" / "built.py"))["digest"]
+
+
+def _extension(name: str, folder: str, *flags: str) -> Extension:
+    """All C++ of a folder as one library that says what it was built from. Without a compiler for
+    it, Python and PyTorch's operators do."""
+    sources = sorted(str(file.relative_to(_ROOT)) for file in (_ROOT / folder).glob("*.cpp"))
+    return Extension(
+        name,
+        sources=sources,
+        depends=[str(file.relative_to(_ROOT)) for file in (_ROOT / folder).glob("*.h")],
+        define_macros=[("BUILT_FROM", f'"{_digest(_ROOT / folder)}"')],
+        extra_compile_args=["-std=c++17", "-O3", "-g0", *flags],
+        optional=True,
+    )
+
 
 # AVX-512; a CPU without it is asked before the library is loaded. OpenMP is PyTorch's, found when
 # it is loaded, and so not linked.
-_NATIVE = Extension(
+_NATIVE = _extension(
     "mtp_lightning.nn.kernels._native",
-    sources=[f"{_CPP}/{name}.cpp" for name in ("attention", "experts", "layers", "narrow", "pack")],
-    depends=[f"{_CPP}/{name}.h" for name in ("vector", "few", "rows")],
-    extra_compile_args=[
-        *("-std=c++17", "-O3", "-fopenmp", "-march=x86-64-v4", "-mprefer-vector-width=512"),
-        *("-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-g0"),
-    ],
-    # Without a compiler the layers do with PyTorch's operators.
-    optional=True,
+    "mtp_lightning/nn/kernels/cpp",
+    *("-fopenmp", "-march=x86-64-v4", "-mprefer-vector-width=512"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"),
 )
 
 # Words of a text, on any CPU; without it Python's re splits them.
-_WORDS = Extension(
-    "data_modules.tokenizers._words",
-    sources=["data_modules/tokenizers/cpp/words.cpp"],
-    extra_compile_args=["-std=c++17", "-O3", "-g0"],
-    optional=True,
-)
+_WORDS = _extension("data_modules.tokenizers._words", "data_modules/tokenizers/cpp")
 
 _LINUX = sys.platform == "linux"
 
@@ -49,4 +57,6 @@ setup(
         *([_WORDS] if _LINUX else []),
         *([_NATIVE] if _LINUX and platform.machine() == "x86_64" else []),
     ],
+    # A file's time does not say of which sources a library is.
+    options={"build_ext": {"force": True}},
 )

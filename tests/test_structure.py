@@ -25,7 +25,7 @@ APPS = ["evaluate.py", "export.py", "generate.py", "serve.py", "train.py"]
 RANK = {
     # what the apps say and read before anything else is imported
     "errors": -1.5,
-    **dict.fromkeys(["paths", "literal", "settings"], -1),
+    **dict.fromkeys(["paths", "literal", "settings", "built"], -1),
     **dict.fromkeys(["explained", "places", "signatures"], -0.5),
     "misspelt": -0.4,
     # tools that know nothing of models
@@ -157,8 +157,9 @@ def test_who_may_import_what(file: str) -> None:
         if takes(name, "hydra", "omegaconf"):
             assert file.startswith(CONFIGURED), name
         if takes(name, "mtp_lightning"):
-            # how a setting is refused
-            own = takes(name, "mtp_lightning.settings", "mtp_lightning.errors")
+            # how a setting is refused, and a library of C++ opened
+            shared = ("settings", "errors", "built")
+            own = takes(name, *(f"mtp_lightning.{module}" for module in shared))
             assert own or not file.startswith("data_modules/"), name
         if takes(name, "data_modules") and not file.startswith("data_modules/"):
             # The batch is all that models and data share. experiment/ brings the two together,
@@ -195,7 +196,7 @@ def test_pure_torch(file: str) -> None:
 @pytest.mark.parametrize("file", sources("mtp_lightning/nn/kernels"))
 def test_kernels_know_no_layer(file: str) -> None:
     for name in imports(file):
-        own = takes(name, "mtp_lightning.nn.kernels", "mtp_lightning.errors")
+        own = takes(name, *(f"mtp_lightning.{n}" for n in ("nn.kernels", "errors", "built")))
         assert own or not takes(name, "mtp_lightning"), name
 
 

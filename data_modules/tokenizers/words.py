@@ -9,15 +9,15 @@ characters one by one (all non-ASCII ones count as letters) and bounds each run,
 from __future__ import annotations
 
 import ctypes
-import os
 import re
-import sysconfig
 import weakref
 from abc import ABC, abstractmethod
 from ctypes import c_char_p, c_int64, c_void_p
 from pathlib import Path
 
 import numpy as np
+
+from mtp_lightning.built import SUFFIX, open_built
 
 _SPACE = r"[ \t\n\r\f\v]"
 _LETTER = r"A-Za-z_\x{80}-\x{10FFFF}"
@@ -33,7 +33,7 @@ _PYTHON_PATTERN = re.compile(
     rf"|{_SPACE}{{1,64}}(?![^ \t\n\r\f\v])|{_SPACE}{{1,64}}"
 )
 
-_FILE = Path(__file__).with_name(f"_words{sysconfig.get_config_var('EXT_SUFFIX')}")
+_FILE = Path(__file__).with_name(f"_words{SUFFIX}")
 
 
 class Words(ABC):
@@ -101,22 +101,16 @@ class NativeWords(Words):
         return int(self._library.words_count(self._handle))
 
 
-def _load() -> ctypes.CDLL | None:
-    if os.environ.get("MTP_LIGHTNING_NATIVE") == "0" or not _FILE.exists():
-        return None
-    try:
-        found = ctypes.CDLL(str(_FILE))
-        found.words_new.argtypes, found.words_new.restype = (), c_void_p
-        found.words_free.argtypes, found.words_free.restype = (c_void_p,), None
-        found.words_count.argtypes, found.words_count.restype = (c_void_p,), c_int64
-        found.words_split.argtypes = (c_void_p, c_char_p, c_int64, *(c_void_p,) * 3)
-        found.words_split.restype = c_int64
-    except (OSError, AttributeError):
-        return None
-    return found
-
-
-library = _load()
+library, _ = open_built(
+    _FILE,
+    Path(__file__).with_name("cpp"),
+    {
+        "words_new": ((), c_void_p),
+        "words_free": ((c_void_p,), None),
+        "words_count": ((c_void_p,), c_int64),
+        "words_split": ((c_void_p, c_char_p, c_int64, *(c_void_p,) * 3), c_int64),
+    },
+)
 
 
 def no_words() -> Words:

@@ -8,7 +8,9 @@ import shutil
 import torch
 from omegaconf import DictConfig
 
+from mtp_lightning.cli import QUIET
 from mtp_lightning.errors import UserError
+from mtp_lightning.nn.kernels import native
 from mtp_lightning.runtime import pick_accelerator
 from mtp_lightning.settings import require
 
@@ -69,6 +71,14 @@ def holds_in_bf16(trainer: DictConfig, *, frozen: bool) -> bool:
 def has_compiler() -> bool:
     """Whether the C compiler is there that torch.compile calls to start its GPU kernels."""
     return any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang"))
+
+
+def kernels_told(device: str) -> str | None:
+    """What computes the layers, and on how many threads, in a line; None of a GPU, or where
+    ``--quiet`` asks for what a program ends with alone."""
+    if device != "cpu" or os.environ.get(QUIET) == "1":
+        return None
+    return f"CPU layers by {native.told()}, threads: {torch.get_num_threads()}"
 
 
 def use_tensor_cores(cfg: DictConfig) -> None:

@@ -18,7 +18,7 @@ from mtp_lightning.decoding.measure import decoding_report
 from mtp_lightning.decoding.precision import check_precision, use_precision
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.command_line import overridden
-from mtp_lightning.experiment.device import MIXED
+from mtp_lightning.experiment.device import MIXED, kernels_told
 from mtp_lightning.experiment.instantiate import rebuild, trusted_packages
 from mtp_lightning.experiment.self_generated import SelfGenerated
 from mtp_lightning.interop.reading import open_run
@@ -75,6 +75,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     run = open_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), allow=allow)
     use_precision(run.model, cfg.precision)
     set_threads(run.threads if cfg.num_threads is None else cfg.num_threads)
+    if told := kernels_told(run.model.head.weight.device.type):
+        print(told)
     data = validation_data(
         run,
         data=cfg.get("data"),

@@ -30,7 +30,7 @@ from mtp_lightning.experiment.build import (
     settle_data,
 )
 from mtp_lightning.experiment.command_line import hyperparameters
-from mtp_lightning.experiment.device import settle_device, use_tensor_cores
+from mtp_lightning.experiment.device import kernels_told, settle_device, use_tensor_cores
 from mtp_lightning.experiment.generating import print_sample
 from mtp_lightning.experiment.instantiate import trusted_packages
 from mtp_lightning.experiment.peers import (
@@ -227,6 +227,8 @@ def _train(cfg: DictConfig, folder: Path, peers: Peers) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(run.asked, folder / CONFIG_FILE, resolve=True)
         data.tokenizer.save(folder)
+        if told := kernels_told(run.cfg.trainer.accelerator):
+            log.info(told)
     params = hyperparameters(cfg)
     for logger in trainer.loggers:
         logger.log_hyperparams(params)

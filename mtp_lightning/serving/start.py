@@ -11,6 +11,7 @@ from typing import Any
 
 from mtp_lightning.cli import Stopped
 from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.device import kernels_told
 from mtp_lightning.experiment.generating import open_for
 from mtp_lightning.run.layout import CHECKPOINTS
 from mtp_lightning.settings import (
@@ -41,6 +42,8 @@ def serve(cfg: Any) -> None:
         run = open_for(cfg)
         server = Server(cfg, run, name=_name(cfg, run.path))
         print(f"{_name(cfg, run.path)} answers at {_address(listening)}", flush=True)
+        if told := kernels_told(run.model.head.weight.device.type):
+            print(told, flush=True)
         server.run([listening])
     if server.worker.failure is not None:
         raise server.worker.failure

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning.experiment import device
+from mtp_lightning.experiment.evaluating import evaluate
+from mtp_lightning.nn.kernels import native
 from mtp_lightning.run.loading import load_run
-from tests.integration.helpers import train_here
+from tests.integration.helpers import CONF, train_here
 
 
 def config(**trainer: object) -> DictConfig:
@@ -66,3 +69,26 @@ def test_tensor_cores(accelerator: str, precision: str, expected: str) -> None:
         assert torch.get_float32_matmul_precision() == expected
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_the_start_says_what_computes_the_layers(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "library", None)
+    monkeypatch.setattr(native, "_without", "the reason")
+    line = "CPU layers by PyTorch's operators (the reason), threads: 1"
+    with caplog.at_level("INFO", logger="mtp_lightning.experiment"):
+        train_here(tmp_path / "run", tmp_path / "cache", {"trainer.max_steps": 1})
+    assert caplog.messages.count(line) == 1
+    given = [f"checkpoint={tmp_path / 'run'}", "paths.output_dir=.", "decode.n_prompts=0"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("evaluate", [*given, f"paths.cache_dir={tmp_path}", "long_range=false"])
+    capsys.readouterr()
+    evaluate(cfg)
+    assert capsys.readouterr().out.startswith(f"{line}\n")
+    assert device.kernels_told("cuda") is None
+    monkeypatch.setenv("MTP_LIGHTNING_QUIET", "1")
+    assert device.kernels_told("cpu") is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 
 import pytest
 import torch
@@ -158,13 +157,22 @@ def test_the_gate_at_the_ends_of_fp32() -> None:
     torch.testing.assert_close(gated, torch.zeros_like(gated), rtol=0, atol=1e-30)
 
 
-def test_what_is_not_for_it_goes_elsewhere(tmp_path: Path) -> None:
+def test_what_is_not_for_it_goes_elsewhere() -> None:
     assert native.fits(torch.empty(2, 3))
     assert not native.fits(torch.empty(2, 3, dtype=torch.float64))
     assert not native.fits(torch.empty(2, 3).t())
-    assert native.load(tmp_path / "none.so") is None
-    (tmp_path / "text.so").write_text("no library")
-    assert native.load(tmp_path / "text.so") is None
+
+
+def test_which_is_used_is_told_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.told() == "C++ for AVX-512" and native.in_use() == "native"
+    monkeypatch.setenv("MTP_LIGHTNING_NATIVE", "0")
+    found, why = native.load()
+    monkeypatch.setattr(native, "library", found)
+    monkeypatch.setattr(native, "_without", why)
+    assert native.told() == "PyTorch's operators (MTP_LIGHTNING_NATIVE=0)"
+    assert native.in_use() == "pytorch"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert native.load() == (None, "this CPU has no AVX-512")
 
 
 def exact_mixture(

@@ -48,6 +48,7 @@ def app(*settings: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
         line = process.stdout.readline()
         found = re.fullmatch(r"(\S+) answers at (http://127\.0\.0\.1:\d+/v1)\n", line)
         assert found, line + (process.communicate(timeout=60)[1] if not line else "")
+        assert process.stdout.readline().startswith("CPU layers by ")
         yield process, found[1], found[2]
     finally:
         process.kill()

@@ -122,6 +122,9 @@ class Words {
 
 extern "C" {
 
+// The digest of the sources, which setup.py gives.
+const char* built_from() { return BUILT_FROM; }
+
 void* words_new() { return new Words; }
 
 void words_free(void* words) { delete static_cast<Words*>(words); }

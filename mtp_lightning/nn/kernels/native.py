@@ -11,13 +11,13 @@ on whether it is there: ``MTP_LIGHTNING_NATIVE=0`` in the environment does witho
 from __future__ import annotations
 
 import ctypes
-import os
-import sysconfig
 from ctypes import c_double, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from mtp_lightning.built import SUFFIX, open_built
 
 # What it takes to have the library, for who asks for what only it can do.
 NEEDED = (
@@ -25,7 +25,7 @@ NEEDED = (
     "there is g++, and no MTP_LIGHTNING_NATIVE=0"
 )
 
-_FILE = Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+_FILE = Path(__file__).with_name(f"_native{SUFFIX}")
 
 # Name -> what it takes; pointers first. See cpp/.
 _FUNCTIONS = {
@@ -57,28 +57,27 @@ _NUMBERS = {
 }
 
 
-def load(file: Path = _FILE) -> ctypes.CDLL | None:
-    """The library in ``file``; None where it is not there or not for this machine."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not file.exists():
-        return None
-    try:
-        # It finds OpenMP where PyTorch has it, whose threads are then the same.
-        found = ctypes.CDLL(str(file))
-        for functions, result in ((_FUNCTIONS, None), (_NUMBERS, c_int64)):
-            for name, arguments in functions.items():
-                function = getattr(found, name)
-                function.argtypes, function.restype = arguments, result
-    except (OSError, AttributeError):
-        return None
-    return found
+def load(file: Path = _FILE) -> tuple[ctypes.CDLL | None, str]:
+    """The library in ``file``; or None, and why it is not used."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None, "this CPU has no AVX-512"
+    signatures = {name: (takes, None) for name, takes in _FUNCTIONS.items()}
+    signatures |= {name: (takes, c_int64) for name, takes in _NUMBERS.items()}
+    # It finds OpenMP where PyTorch has it, whose threads are then the same.
+    return open_built(file, _FILE.with_name("cpp"), signatures)
 
 
-library = None if os.environ.get("MTP_LIGHTNING_NATIVE") == "0" else load()
+library, _without = load()
 
 
 def in_use() -> str:
     """What computes the layers on a CPU: ``native``, or ``pytorch`` without the library."""
     return "pytorch" if library is None else "native"
+
+
+def told() -> str:
+    """The same for people, with the reason."""
+    return "C++ for AVX-512" if library is not None else f"PyTorch's operators ({_without})"
 
 
 def fits(*tensors: Tensor) -> bool:

@@ -4,6 +4,9 @@
 
 #include "few.h"
 
+// The digest of the sources, which setup.py gives.
+extern "C" const char* built_from() { return BUILT_FROM; }
+
 // Numbers that a packed weight takes, of int8's scales four.
 extern "C" int64_t packed_size(int64_t outputs, int64_t inputs, int64_t kind) {
     int64_t panels = (outputs - 1) / PANEL;

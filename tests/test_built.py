@@ -1,0 +1,87 @@
+"""A library in C++ is opened if it was built from the sources beside it, and else named."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from data_modules.tokenizers import words
+from mtp_lightning.built import digest, open_built
+from mtp_lightning.nn.kernels import native
+
+FUNCTIONS = {"seven": ((), ctypes.c_int64)}
+SOURCE = """
+extern "C" long seven() { return 7; }
+extern "C" const char* built_from() { return BUILT_FROM; }
+"""
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    folder = tmp_path / "cpp"
+    folder.mkdir()
+    (folder / "seven.cpp").write_text(SOURCE)
+    (folder / "seven.h").write_text("")
+    (folder / "README").write_text("no source")
+    return folder
+
+
+@pytest.fixture
+def file(sources: Path) -> Path:
+    """Built as setup.py builds."""
+    if not shutil.which("g++"):
+        pytest.skip("needs g++")
+    built = sources.with_name("seven.so")
+    stamp = f'-DBUILT_FROM="{digest(sources)}"'
+    command = ["g++", "-shared", "-fPIC", stamp, str(sources / "seven.cpp"), "-o", str(built)]
+    subprocess.run(command, check=True)
+    return built
+
+
+def test_of_the_same_sources_it_is_used(
+    file: Path, sources: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (sources / "README").write_text("changed")
+    found, why = open_built(file, sources, FUNCTIONS)
+    assert found is not None and found.seven() == 7 and not why
+    # Where there are no sources.
+    found, _ = open_built(file, sources.with_name("none"), FUNCTIONS)
+    assert found is not None
+    assert open_built(file.with_name("none.so"), sources, FUNCTIONS)[0] is None
+    monkeypatch.setenv("MTP_LIGHTNING_NATIVE", "0")
+    assert open_built(file, sources, FUNCTIONS) == (None, "MTP_LIGHTNING_NATIVE=0")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("case", ["changed", "renamed", "more", "partly built", "no library"])
+def test_any_other_is_named_with_the_remedy(
+    file: Path, sources: Path, case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    functions = dict(FUNCTIONS)
+    if case == "changed":
+        (sources / "seven.h").write_text("// a word")
+    elif case == "renamed":
+        (sources / "seven.h").rename(sources / "eight.h")
+    elif case == "more":
+        (sources / "eight.h").touch()
+    elif case == "partly built":
+        functions["eight"] = ((), ctypes.c_int64)
+    else:
+        file.write_text("no library")
+    found, why = open_built(file, sources, functions)
+    assert found is None and "pip install -e ." in why
+    (told,) = caplog.messages
+    assert str(file) in told and "pip install -e . builds it anew" in told
+
+
+def test_what_is_installed_here_is_up_to_date() -> None:
+    for library, folder in (
+        (native.library, Path(native.__file__).with_name("cpp")),
+        (words.library, Path(words.__file__).with_name("cpp")),
+    ):
+        if library is not None:
+            assert library.built_from().decode() == digest(folder) != ""
