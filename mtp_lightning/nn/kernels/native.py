@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtp_lightning.built import SUFFIX, open_built
+from mtp_lightning.built import SUFFIX, Signature, open_built
 
 # What it takes to have the library, for who asks for what only it can do.
 NEEDED = (
@@ -61,7 +61,7 @@ def load(file: Path = _FILE) -> tuple[ctypes.CDLL | None, str]:
     """The library in ``file``; or None, and why it is not used."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None, "this CPU has no AVX-512"
-    signatures = {name: (takes, None) for name, takes in _FUNCTIONS.items()}
+    signatures: dict[str, Signature] = {name: (takes, None) for name, takes in _FUNCTIONS.items()}
     signatures |= {name: (takes, c_int64) for name, takes in _NUMBERS.items()}
     # It finds OpenMP where PyTorch has it, whose threads are then the same.
     return open_built(file, _FILE.with_name("cpp"), signatures)
