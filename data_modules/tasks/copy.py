@@ -72,8 +72,8 @@ class Copy(HeldOutTask):
         return [*answer, 1] == [*prompt]
 
     def variants(self) -> dict[str, Task]:
-        size = {"shortest": self.periods + 1, "periods": 2 * self.periods}
-        return {"longer": replace(self, held_out=None, **size)}
+        longer = replace(self, held_out=None, shortest=self.periods + 1, periods=2 * self.periods)
+        return {"longer": longer}
 
     def groups(self, example: Example) -> Sequence[str]:
         period = len(example.answer)

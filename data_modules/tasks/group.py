@@ -111,8 +111,8 @@ class Group(HeldOutTask):
         return list(answer) == self._products(prompt)
 
     def variants(self) -> dict[str, Task]:
-        size = {"shortest": self.length + 1, "length": 2 * self.length}
-        return {"longer": replace(self, held_out=None, **size)}
+        longer = replace(self, held_out=None, shortest=self.length + 1, length=2 * self.length)
+        return {"longer": longer}
 
     def groups(self, example: Example) -> Sequence[str]:
         """How many generators a product is of."""

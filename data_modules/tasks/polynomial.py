@@ -77,8 +77,8 @@ class Polynomial(HeldOutTask):
         return list(answer) == _reduce(prompt)
 
     def variants(self) -> dict[str, Task]:
-        size = {"least": self.operations + 1, "operations": 2 * self.operations}
-        return {"more": replace(self, held_out=None, **size)}
+        n = self.operations
+        return {"more": replace(self, held_out=None, least=n + 1, operations=2 * n)}
 
     def groups(self, example: Example) -> Sequence[str]:
         """How many operations the expression has."""
