@@ -329,7 +329,10 @@ TASK_PRESETS = {
     for task in ("copy", "induction", "mqar", "polynomial", "sat", "star_graph")
 }
 # Composed only: their packages may be missing.
-EXTRAS = {"data/huggingface", "data/shakespeare", "logger/mlflow", "logger/trackio", "logger/wandb"}
+EXTRAS = {
+    *("data/huggingface", "data/literature", "data/shakespeare"),
+    *("logger/mlflow", "logger/trackio", "logger/wandb"),
+}
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o not in SHARED])
@@ -339,7 +342,7 @@ def test_every_option_composes_and_builds(option: str, tmp_path: Path) -> None:
 
     text = tmp_path / "text.txt"
     text.write_text("one line of text, and another\n" * 400)
-    group, name = option.split("/", 1)
+    group, name = option.rsplit("/", 1)
     chosen = [f"{group}={name}", *NEEDS.get(option, [])]
     if group != "data" and option not in {*TASK_PRESETS, "experiment/smollm2_heads"}:
         chosen += ["data=text", "data.paths=TEXT", "data.seq_len=8"]
