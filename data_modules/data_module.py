@@ -12,6 +12,7 @@ from data_modules.store_builder import prepare_store
 from data_modules.store_module import StoreDataModule
 from data_modules.token_store import TokenStore
 from data_modules.tokenizers.base import Tokenizer
+from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_whole
 
 
@@ -44,6 +45,8 @@ class TokenDataModule(StoreDataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        if not isinstance(source, Source):
+            raise UserError(f"data.source must be a source of text, not a {type(source).__name__}.")
         if build_workers is not None:
             require_whole("data.build_workers (null: one a core)", build_workers, least=0)
         self.source = source

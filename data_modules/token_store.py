@@ -15,7 +15,7 @@ programs wrote.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ import numpy as np
 
 from data_modules.token_files.shards import Shard, ShardedTokens, cut
 from mtp_lightning.errors import UserError
+from mtp_lightning.settings import is_whole
+from mtp_lightning.stored import read_json
 
 FORMAT = 2
 """Raised whenever a store written by older code must not be read by newer code."""
@@ -92,20 +94,24 @@ class TokenStore:
         self.folder = folder
         self.splits: dict[str, TokenFile] = {}
         try:
-            self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text("utf-8"))
+            self.meta: dict[str, Any] = read_json(folder / "meta.json")
             for name, facts in self.meta["splits"].items():
                 own = None
                 if shards is not None:
                     own, shards = cut(shards, facts["tokens"])
                 self.splits[name] = self._open(name, own)
-        except (FileNotFoundError, KeyError, json.JSONDecodeError) as error:
-            raise _damaged(folder, str(error)) from error
+        except (FileNotFoundError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(folder, repr(error)) from error
 
     def _open(self, name: str, shards: tuple[Shard, ...] | None) -> TokenFile:
         path = self.folder / f"{name}.bin"
+        if not re.fullmatch("u?int(8|16|32|64)", str(self.meta["dtype"])):
+            raise _damaged(self.folder, f"its ids are of the type {self.meta['dtype']!r}")
         dtype = np.dtype(self.meta["dtype"])
         facts = self.meta["splits"][name]
         counts = (facts["tokens"], facts["bytes"], facts["documents"])
+        if not all(is_whole(n) or n is None for n in counts):
+            raise _damaged(self.folder, f"its {name} has {counts}")
         if shards is not None:
             return TokenFile(path, dtype.name, *counts, shards)
         expected = facts["tokens"] * dtype.itemsize

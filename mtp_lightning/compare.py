@@ -10,7 +10,6 @@ Layers and steps are whole, so a difference remains; it is stated.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.objective.balance.base import Balance, NoBalance, depths_of
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
+from mtp_lightning.stored import read_json
 
 MATCHES = ("none", "parameters", "flops")
 # Points of a run at which the cost of a step is looked up; between them it is taken as constant.
@@ -130,11 +130,11 @@ def run_reference(folder: str | Path) -> Reference:
             f"compare.reference={folder} holds no summary.json: give the folder of a finished run."
         )
     try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
+        summary = read_json(file)
         return Reference(
             name=str(folder), parameters=int(summary["parameters"]), flops=float(summary["flops"])
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{file} does not say what its run cost ({type(error).__name__}: {error}): "
             "give the folder of a finished run."

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from typing import Any, ClassVar, Self
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.stored import require_text
 
 _OWN = __name__.partition(".")[0]
 
@@ -74,6 +75,7 @@ class Registered:
         Raises:
             UserError: an unknown variant or field, or a module that is not allowed.
         """
+        require_text(data, source=f"the {cls.family} config")
         fields = dict(data)
         variant, module = fields.pop("variant", None), fields.pop("module", None)
         kind = cls.find(variant, module=module, allow=allow)
@@ -93,6 +95,8 @@ class Registered:
     @classmethod
     def find(cls, variant: Any, *, module: Any = None, allow: Collection[str] = ()) -> type[Self]:
         """The class of a variant's name; arguments and errors as :meth:`from_dict`."""
+        if not isinstance(variant, str):
+            raise UserError(f"{cls.family} must name a variant, not {variant!r:.80}.")
         if variant not in cls._variants:
             _import_siblings(cls.__module__)
         if variant not in cls._variants and module is not None:

@@ -16,7 +16,9 @@ from mtp_lightning.errors import UserError
 
 def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether a setting is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # A whole number may have more digits than a float can be.
+    whole = is_whole(value) and abs(value) < 1 << 1023
+    return whole or (isinstance(value, float) and math.isfinite(value))
 
 
 def is_whole(value: Any) -> TypeGuard[int]:
@@ -43,7 +45,10 @@ def require(condition: bool, key: str, value: Any, wanted: str) -> None:
         UserError: unless the condition holds.
     """
     if not condition:
-        raise UserError(f"{key} must be {wanted}, not {value!r}.")
+        # Python writes no number of thousands of digits.
+        long = is_whole(value) and value.bit_length() > 1023
+        shown = f"a number of {value.bit_length()} bits" if long else repr(value)
+        raise UserError(f"{key} must be {wanted}, not {shown}.")
 
 
 def require_whole(key: str, value: Any, *, least: int | None = None) -> int:
@@ -53,7 +58,8 @@ def require_whole(key: str, value: Any, *, least: int | None = None) -> int:
     Raises:
         UserError: it is none.
     """
-    fits = isinstance(value, int) and is_whole(value) and (least is None or value >= least)
+    whole = isinstance(value, int) and is_whole(value) and is_number(value)
+    fits = whole and (least is None or value >= least)
     require(fits, key, value, "a whole number" + _bounds(least, None, None, None))
     return value
 

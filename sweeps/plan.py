@@ -7,7 +7,6 @@ values are added, so folders carry no job numbers.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.config import PLACES, key_of, lies_in
 from mtp_lightning.run.layout import SUMMARY_FILE, SWEEP_FILE
 from mtp_lightning.run.status import now, read_status, state_of
+from mtp_lightning.stored import component, read_json
 from sweeps.recipe import Recipe
 
 VERSION = 1
@@ -37,6 +37,20 @@ class Job:
 
     folder: str
     overrides: tuple[str, ...]
+
+
+def _job(stored: dict[str, Any]) -> Job:
+    """From ``sweep.json``.
+
+    Raises:
+        ValueError: a folder that is not in the sweep's, or overrides that are no texts.
+    """
+    folder, overrides = stored["folder"], stored["overrides"]
+    if not component(folder):
+        raise ValueError(f"{folder!r} is no folder of a job")
+    if not isinstance(overrides, list) or not all(isinstance(o, str) for o in overrides):
+        raise ValueError(f"{folder} has no list of overrides")
+    return Job(folder, tuple(overrides))
 
 
 def must_run(folder: Path, *, retry_failed: bool = False) -> bool:
@@ -118,12 +132,10 @@ class Plan:
         if not file.exists():
             return
         try:
-            self._stored = json.loads(file.read_text(encoding="utf-8"))
+            self._stored = read_json(file)
             if self._stored["version"] != VERSION:
                 raise UserError(f"version {self._stored['version']}")
-            self.jobs = [
-                Job(str(job["folder"]), tuple(job["overrides"])) for job in self._stored["jobs"]
-            ]
+            self.jobs = [_job(job) for job in self._stored["jobs"]]
             self.recipes = {
                 job["folder"]: Recipe.from_dict(job["run"])
                 for job in self._stored["jobs"]

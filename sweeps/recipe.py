@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,6 +13,11 @@ from mtp_lightning.paths import app
 from sweeps.process import Task, python_command
 
 TRAIN = "train"
+_KINDS = {
+    **dict.fromkeys(("program", "cwd"), str),
+    **dict.fromkeys(("processes", "nodes", "max_steps"), int),
+    **{"options": list, "on_cpu": bool},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +59,13 @@ class Recipe:
             program: what Python is given to start it; by default this project's train app.
         """
         arguments = [*self.options, *overrides]
+        own = app(TRAIN)
+        # A plan says where relative paths start, which is not where Python finds modules.
+        own = ["-P", *own] if own[0] == "-m" else own
         return Task(
             folder=folder,
             overrides=tuple(overrides),
-            command=python_command(program or app(TRAIN), arguments, folder),
+            command=python_command(program or own, arguments, folder),
             processes=self.processes,
             nodes=self.nodes,
             max_steps=self.max_steps,
@@ -75,8 +84,14 @@ class Recipe:
 
         Raises:
             KeyError: one of its values is not there.
+            ValueError: one is of another kind.
         """
         values = {field.name: stored[field.name] for field in fields(cls)}
+        for key, kind in _KINDS.items():
+            if type(values[key]) is not kind:
+                raise ValueError(f"{key}: {values[key]!r}")
+        if not all(isinstance(option, str) for option in values["options"]):
+            raise ValueError(f"options: {values['options']!r}")
         return cls(**{**values, "options": tuple(values["options"])})
 
 
@@ -84,4 +99,4 @@ def name_of_program() -> str:
     """What this process runs, as a recipe names it."""
     program = this_program()
     own = program in (app(TRAIN), ["-m", "mtp_lightning.apps.train"])
-    return TRAIN if own else " ".join(program)
+    return TRAIN if own else shlex.join(program)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from mtp_lightning.cli import Parser, readable_errors
@@ -30,6 +31,7 @@ from sweeps.plan import Job, Plan, must_run, varied_labels
 from sweeps.pool import LOST, Interrupted, Pool, interrupts
 from sweeps.process import Task
 from sweeps.recipe import TRAIN
+from sweeps.trust import require_harmless
 
 _BEATS = 8  # in the time after which a lease is stale
 
@@ -43,6 +45,7 @@ class Worker:
         queue: of its devices.
         look_seconds: between two looks at what others have left.
         program: that starts a user's own program; empty for this project's train app.
+        allow: what the plan may name beside this project's own (``trust.py``).
 
     Raises:
         UserError: the folder has no plan, or one whose jobs cannot be run from it.
@@ -56,12 +59,13 @@ class Worker:
         queue: DeviceQueue,
         look_seconds: float,
         program: Sequence[str] = (),
+        allow: Collection[str] = (),
     ) -> None:
         self._folder, self._leases, self._look_seconds = plan.folder, leases, look_seconds
         self._lost: set[str] = set()
         labels = varied_labels(plan.jobs)
         self.tasks = {
-            job.folder: _task(plan, job, labels[job.folder], program) for job in plan.jobs
+            job.folder: _task(plan, job, labels[job.folder], program, allow) for job in plan.jobs
         }
         self.too_large = {n: task for n, task in self.tasks.items() if not _fits(task, queue)}
         self._left = [name for name in self.tasks if name not in self.too_large]
@@ -149,7 +153,9 @@ def work(worker: Worker, pool: Pool, *, beat_seconds: float, wait: bool = True) 
         thread.join()
 
 
-def _task(plan: Plan, job: Job, labels: Sequence[str], program: Sequence[str]) -> Task:
+def _task(
+    plan: Plan, job: Job, labels: Sequence[str], program: Sequence[str], allow: Collection[str]
+) -> Task:
     folder, recipe = plan.folder, plan.recipes.get(job.folder)
     if recipe is None:
         raise UserError(
@@ -159,13 +165,14 @@ def _task(plan: Plan, job: Job, labels: Sequence[str], program: Sequence[str]) -
     if recipe.program != TRAIN and not program:
         raise UserError(
             f"The jobs in {folder} are of a program of their own: start this with "
-            f"--program {recipe.program}."
+            f"--program {shlex.quote(recipe.program)}."
         )
     if not Path(recipe.cwd).is_dir():
         raise UserError(
             f"The sweep was planned in {recipe.cwd}, where the relative paths of its jobs start, "
             "and which is not there on this machine."
         )
+    require_harmless(plan, job, recipe, allow=allow)
     own = program if recipe.program != TRAIN else None
     return recipe.task(folder / job.folder, job.overrides, labels=labels, program=own)
 
@@ -194,8 +201,13 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
         queue = _queue(args, on_cpu=all(recipe.on_cpu for recipe in plan.recipes.values()))
         leases = Leases(folder, owner=this_process(), stale_seconds=args.stale)
         beat = args.stale / _BEATS
-        own = args.program.split()
-        worker = Worker(plan, leases=leases, queue=queue, look_seconds=beat, program=own)
+        try:
+            own = shlex.split(args.program)
+        except ValueError as error:
+            raise UserError(f"--program {args.program}: {error}.") from error
+        worker = Worker(
+            plan, leases=leases, queue=queue, look_seconds=beat, program=own, allow=args.allow
+        )
         for name, task in worker.too_large.items():
             wanted = f"{task.nodes} machines" if task.nodes > 1 else f"{task.processes} GPUs"
             print(f"left to others: {name}, which needs {wanted}", flush=True)
@@ -254,6 +266,13 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "--no-wait", action="store_true", help="end when no job is free, though others have some"
     )
     parser.add_argument("--program", default="", help="that starts a training script of your own")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        help="what the plan may name beside this project's own: a package, a folder of configs "
+        "(--config-dir), a URL, or huggingface, wandb, mlflow, trackio; may be repeated",
+    )
     return parser
 
 

@@ -26,7 +26,7 @@ RANK = {
     # what the apps say and read before anything else is imported
     "errors": -1.5,
     **dict.fromkeys(["paths", "literal", "settings", "built"], -1),
-    **dict.fromkeys(["explained", "places", "signatures"], -0.5),
+    **dict.fromkeys(["explained", "places", "signatures", "stored"], -0.5),
     "misspelt": -0.4,
     # tools that know nothing of models
     **dict.fromkeys(["cli", "hosts", "markdown", "registry", "runtime", "sharding"], 0),
@@ -51,13 +51,7 @@ SHARED_WITH_SWEEPS = (
     *(
         f"mtp_lightning.{name}"
         for name in (
-            "cli",
-            "errors",
-            "hosts",
-            "literal",
-            "markdown",
-            "misspelt",
-            "paths",
+            *("cli", "errors", "hosts", "literal", "markdown", "misspelt", "paths", "stored"),
             "vetting",
         )
     ),
@@ -158,7 +152,7 @@ def test_who_may_import_what(file: str) -> None:
             assert file.startswith(CONFIGURED), name
         if takes(name, "mtp_lightning"):
             # how a setting is refused, and a library of C++ opened
-            shared = ("settings", "errors", "built")
+            shared = ("settings", "errors", "built", "stored")
             own = takes(name, *(f"mtp_lightning.{module}" for module in shared))
             assert own or not file.startswith("data_modules/"), name
         if takes(name, "data_modules") and not file.startswith("data_modules/"):

@@ -12,6 +12,7 @@ import numpy as np
 
 from data_modules.sources.base import digest
 from mtp_lightning.errors import UserError
+from mtp_lightning.stored import read_json
 
 STATE_FILE = "tokenizer_state.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -137,18 +138,23 @@ class Tokenizer(ABC):
             raise FileNotFoundError(
                 f"{folder} holds no {STATE_FILE}: give the folder of a finished or started run"
             )
-        return tokenizer_from_state(json.loads(file.read_text(encoding="utf-8")))
+        return tokenizer_from_state(read_json(file))
 
 
 def tokenizer_from_state(state: dict[str, Any]) -> Tokenizer:
     """The tokenizer that gave this state (see :meth:`Tokenizer.state`).
 
     Raises:
-        UserError: for a state of unknown kind.
+        UserError: for a state of unknown kind, or one that is damaged.
     """
     from data_modules.tokenizers import KINDS
 
-    kind = state.get("kind")
-    if kind not in KINDS:
+    kind = state.get("kind") if isinstance(state, dict) else None
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"unknown tokenizer kind {kind!r}: known are {sorted(KINDS)}")
-    return KINDS[kind].from_state(state)
+    try:
+        return KINDS[kind].from_state(state)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the stored tokenizer of the kind {kind} is damaged ({type(error).__name__}: {error})"
+        ) from error

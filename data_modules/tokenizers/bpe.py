@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_modules.tokenizers.base import END_OF_TEXT, Tokenizer
+from data_modules.tokenizers.library import library_tokenizer
 from data_modules.tokenizers.words import PATTERN, Words, no_words
 from mtp_lightning.errors import UserError
+from mtp_lightning.stored import LARGEST_VOCAB
 
 CACHED_WORDS = 500_000
 MIN_VOCAB = 257
@@ -40,10 +42,10 @@ class BPETokenizer(Tokenizer):
     kind: ClassVar[str] = "bpe"
 
     def __init__(self, vocab_size: int = 4096, *, train_bytes: int = 20_000_000) -> None:
-        if vocab_size < MIN_VOCAB:
+        if not MIN_VOCAB <= vocab_size <= LARGEST_VOCAB:
             raise UserError(
-                f"tokenizer.vocab_size must be at least {MIN_VOCAB} (256 bytes and end of text), "
-                f"got {vocab_size}"
+                f"tokenizer.vocab_size must be at least {MIN_VOCAB} (256 bytes and end of text) "
+                f"and at most {LARGEST_VOCAB:,}, got {vocab_size}"
             )
         if train_bytes < 1:
             raise UserError(f"tokenizer.train_bytes must be at least 1, got {train_bytes}")
@@ -95,12 +97,10 @@ class BPETokenizer(Tokenizer):
 
     def _trained(self) -> Any:
         if self._library is None:
-            from tokenizers import Tokenizer
-
             if self._json is None:
                 raise UserError("the bpe tokenizer is not trained yet: prepare the data first")
             _quiet_forks()
-            self._library = Tokenizer.from_str(self._json)
+            self._library = library_tokenizer(self._json, source="the bpe tokenizer")
             # The special token's name in a text is text: the round trip must lose nothing.
             self._library.encode_special_tokens = True
         return self._library

@@ -9,6 +9,7 @@ import numpy as np
 
 from data_modules.tokenizers.base import Tokenizer
 from mtp_lightning.errors import UserError
+from mtp_lightning.stored import LARGEST_VOCAB
 
 
 class IdTokenizer(Tokenizer):
@@ -25,8 +26,11 @@ class IdTokenizer(Tokenizer):
     kind: ClassVar[str] = "ids"
 
     def __init__(self, vocab_size: int, eot_id: int) -> None:
-        if vocab_size < 2:
-            raise UserError(f"tokenizer.vocab_size must be at least 2, got {vocab_size}")
+        if not 2 <= vocab_size <= LARGEST_VOCAB:
+            raise UserError(
+                f"tokenizer.vocab_size must be at least 2 and at most {LARGEST_VOCAB:,}, got "
+                f"{vocab_size}"
+            )
         if not 0 <= eot_id < vocab_size:
             raise UserError(
                 f"tokenizer.eot_id must be one of the {vocab_size:,} ids from 0 on, got {eot_id}"

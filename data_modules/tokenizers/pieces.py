@@ -21,9 +21,9 @@ def bytes_of_pieces(library_json: str, vocab_size: int) -> list[bytes]:
         library_json: its ``tokenizer.json``.
         vocab_size: length of the list; ids that do not exist are empty.
     """
-    from tokenizers import Tokenizer
+    from data_modules.tokenizers.library import library_tokenizer
 
-    library = Tokenizer.from_str(library_json)
+    library = library_tokenizer(library_json, source="the tokenizer")
     added = {i: token.content for i, token in library.get_added_tokens_decoder().items()}
     byte_level = "ByteLevel" in json.dumps(json.loads(library_json).get("decoder"))
     byte_of = {printable(byte): byte for byte in range(256)}

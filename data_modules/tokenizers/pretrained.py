@@ -12,6 +12,7 @@ import numpy as np
 from data_modules.sources.base import digest
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.tokenizers.bpe import _quiet_forks
+from data_modules.tokenizers.library import library_tokenizer
 from mtp_lightning.errors import UserError
 
 KNOWN_EOT = (
@@ -83,8 +84,6 @@ class PretrainedTokenizer(Tokenizer):
                 f"set tokenizer.eot_token to one of its tokens"
             )
         library.encode_special_tokens = True
-        library.no_padding()
-        library.no_truncation()
         self.eot_token = eot_token
         self._eot_id = int(eot_id)
         # Ids may have holes, the embedding must hold the largest.
@@ -150,10 +149,9 @@ class PretrainedTokenizer(Tokenizer):
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> PretrainedTokenizer:
-        from tokenizers import Tokenizer as Library
-
         tokenizer = cls(state["path"], eot_token=state["eot_token"])
-        tokenizer._adopt(Library.from_str(state["tokenizer_json"]), state["eot_token"])
+        library = library_tokenizer(state["tokenizer_json"], source="the stored tokenizer")
+        tokenizer._adopt(library, state["eot_token"])
         found = state.get("beside", {})
         tokenizer.beside = {name: found[name] for name in BESIDE if name in found}
         return tokenizer
@@ -180,15 +178,15 @@ def _read(given: str) -> tuple[Any, dict[str, str]]:
             )
     if path.is_file():
         try:
-            library = Library.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{path} is not a tokenizer.json that can be read: {error}") from None
+            library = library_tokenizer(path.read_text(encoding="utf-8"), source=path)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not a tokenizer.json: {error}.") from None
         files = [path.with_name(name) for name in BESIDE]
         return library, {f.name: f.read_text(encoding="utf-8") for f in files if f.is_file()}
     if path.suffix == ".json" or given.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{given} does not exist: check tokenizer.path")
     try:
-        return Library.from_pretrained(given), {}
+        return library_tokenizer(Library.from_pretrained(given).to_str(), source=given), {}
     except Exception as error:
         raise FileNotFoundError(
             f"{given!r} is neither a file nor a folder, and the Hugging Face hub did not give a "
@@ -198,5 +196,9 @@ def _read(given: str) -> tuple[Any, dict[str, str]]:
 
 def _named(beside: dict[str, str], role: str) -> str | None:
     """The special token of a role, such as ``eos_token``, that a tokenizer_config.json names."""
-    named = json.loads(beside.get("tokenizer_config.json", "{}")).get(role)
-    return named["content"] if isinstance(named, dict) else named
+    try:
+        named = json.loads(beside.get("tokenizer_config.json", "{}")).get(role)
+        named = named["content"] if isinstance(named, dict) else named
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"the tokenizer's tokenizer_config.json is damaged: {error}.") from error
+    return named if isinstance(named, str) else None

@@ -26,7 +26,8 @@ class SymbolTokenizer(Tokenizer):
         self.symbols = tuple(symbols)
         self._ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         self.eot_token = self.symbols[0]
-        assert len(self._ids) == len(self.symbols)
+        if len(self._ids) < len(self.symbols) or not all(isinstance(s, str) for s in self.symbols):
+            raise UserError("a task's symbols must be different texts")
 
     @property
     def vocab_size(self) -> int:

@@ -21,7 +21,7 @@ from mtp_lightning.callbacks.termination import stop_together
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.command_line import overridden
 from mtp_lightning.experiment.device import MIXED, holds_in_bf16, settle_device
-from mtp_lightning.experiment.instantiate import instantiate, targets, trusted_packages
+from mtp_lightning.experiment.instantiate import instantiate, trusted_packages
 from mtp_lightning.experiment.run_loggers import build_loggers
 from mtp_lightning.experiment.self_generated import SelfGenerated
 from mtp_lightning.experiment.strategy import choose_strategy, require_whole_gradients
@@ -39,6 +39,7 @@ from mtp_lightning.objective.schedule.base import LambdaSchedule
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.optim.base import OptimizerConfig
 from mtp_lightning.settings import require, require_choice, require_whole
+from mtp_lightning.stored import require_text, targets
 from mtp_lightning.vetting import require_reach
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def recall_data(cfg: DictConfig, stored: dict[str, Any]) -> DictConfig:
     same = "weights" in cfg.data and before.get("model") == cfg.data.model
     if same and cfg.data.weights is None:
         cfg = cfg.copy()
+        require_text(before.get("weights"), source="the run's checkpoint")
         cfg.data.weights = before.get("weights")
     return cfg
 

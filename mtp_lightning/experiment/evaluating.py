@@ -6,11 +6,12 @@ import logging
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from data_modules.window_module import WindowDataModule
 from data_modules.windows import WindowBatch
 from mtp_lightning.callbacks.exact_match import answer_all
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
@@ -31,9 +32,7 @@ from mtp_lightning.run.loading import LoadedRun
 from mtp_lightning.run.summary import environment, print_summary
 from mtp_lightning.runtime import pick_accelerator, quiet_lightning, set_threads
 from mtp_lightning.settings import require_bool, require_whole
-
-if TYPE_CHECKING:
-    from data_modules import WindowDataModule
+from mtp_lightning.stored import NETWORK, is_cache, require_sizes, require_text
 
 log = logging.getLogger(__name__)
 
@@ -166,19 +165,26 @@ def validation_data(
         data: the other group. Of it counts what it reads; how (``data.seq_len``,
             ``data.val_fraction`` ...) is the run's, but for what the command line names.
         eval_bytes: of the evaluation text, or ``all``; by default as the run has it.
-        cache_dir: where token stores are; by default where the run's are.
+        cache_dir: where token stores are; by default where the run's are, if that is a cache folder
+            on this machine, else where other runs' are.
         allow: packages whose text sources may be built.
 
     Raises:
         UserError: a Hugging Face folder, which has no text of its own, without other data.
     """
-    if data is None and "_target_" not in run.config["data"]:
+    stored = run.config.get("data")
+    if not isinstance(stored, dict):
+        raise UserError(f"{run.path} is damaged or forged: its data are {stored!r:.80}.")
+    if data is None and "_target_" not in stored:
         raise UserError(
             f"{run.path} has no validation text of its own: give one, as data=text data.paths=FILE."
         )
+    require_text(run.config, source=run.path)
+    require_sizes(stored, source=run.path)
     config = OmegaConf.create({**_BARE, "mtp": run.model.config.mtp.to_dict(), **run.config})
     stored = config.data
     if data is not None:
+        allow = [*allow, *NETWORK.values()]  # what the user composes is what the user asked for
         config.data = OmegaConf.to_container(data, resolve=False)
         typed = {key_of(override) for override in overridden("data")}
         how = _HOW_TASK if "task" in config.data else _HOW
@@ -192,11 +198,17 @@ def validation_data(
         )
     if eval_bytes is not None:
         config.data.eval_bytes = eval_bytes
-    config.paths.cache_dir = cache_dir or config.paths.cache_dir
+    # Nodes that were stored; of the user's own data, cache_dir is what the user said.
+    nodes = [config.paths] if data is not None else [config.paths, config.data]
+    for node in nodes:
+        if cache_dir or not is_cache(node.get("cache_dir") or ""):
+            node.update({"cache_dir": cache_dir} if "cache_dir" in node else {})
     # Also with the user's data, whose keys follow what was stored: seed, mtp.depth.
     mtp = run.model.config.mtp
     further = {} if mtp.predicts_tokens else {"lookahead": mtp.places_ahead}
-    module: WindowDataModule = rebuild(config.data, allow=allow, tokenizer=run.tokenizer, **further)
+    module: WindowDataModule = rebuild(
+        config.data, kind=WindowDataModule, allow=allow, tokenizer=run.tokenizer, **further
+    )
     if isinstance(module, SelfGenerated):
         module.allow = allow
     module.prepare("validate")

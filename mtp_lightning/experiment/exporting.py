@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -139,5 +138,5 @@ def _summary(run: LoadedRun) -> dict[str, Any] | None:
     for folder in (run.path.parent, run.path.parent.parent):
         file = folder / "summary.json"
         if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8"))
+            return read_json(file)
     return None

@@ -2,14 +2,13 @@
 
 What a user composed, on the command line or in a ``--config-dir`` of his own, may build any class
 that can be imported (:func:`instantiate`). What was stored by somebody, in a checkpoint or a
-downloaded folder, may build what this platform's own conf/ builds, and classes that are defined in
-packages the user allows by name (:func:`rebuild`).
+downloaded folder, may build what this platform's own conf/ builds of the kind, and classes that are
+defined in packages the user allows by name (:func:`rebuild`, ``mtp_lightning/stored.py``).
 """
 
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Collection
 from functools import cache
 from types import UnionType
@@ -20,9 +19,14 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.paths import CONF
-
-_TARGET = re.compile(r"^\s*_target_:\s*([\w.]+)\s*$", re.MULTILINE)
+from mtp_lightning.stored import (
+    DATA,
+    not_importable,
+    own_targets,
+    require_network,
+    require_target,
+    targets,
+)
 
 
 def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: Any) -> Any:
@@ -48,7 +52,7 @@ def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: An
             _require_kinds(config)
             raise UserError(f"{target} refuses its settings: {cause}") from error
         if isinstance(cause, ImportError):
-            raise UserError(_not_importable(str(target), cause)) from error
+            raise UserError(not_importable(str(target), cause)) from error
         raise
     if kind is not None and not isinstance(built, kind):
         raise UserError(
@@ -111,25 +115,26 @@ def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
 
 
-def rebuild(config: DictConfig, *, allow: Collection[str] = (), **arguments: Any) -> Any:
-    """Build what a stored node names.
+def rebuild(
+    config: DictConfig, *, kind: type | None = None, allow: Collection[str] = (), **arguments: Any
+) -> Any:
+    """Build data that a stored node names.
 
     Args:
         config: the node.
-        allow: packages whose own classes may be built.
-        arguments: beside the node's own keys.
+        kind: what must come out; None is anything.
+        allow: packages whose own classes may be built, and names of what may reach the network
+            (:data:`mtp_lightning.stored.NETWORK`).
+        arguments: in the place of the node's own keys.
 
     Raises:
         UserError: a target from elsewhere; else as :func:`instantiate`.
     """
-    for target in targets(OmegaConf.to_container(config, resolve=True)):
-        if target not in own_targets() and not _defined_in(target, allow):
-            package = target.partition(".")[0]
-            raise UserError(
-                f"_target_={target} is refused: what was stored may only build what this "
-                f"platform's own conf/ builds. If you trust its package, say allow=[{package}]."
-            )
-    return instantiate(config, **arguments)
+    node: Any = OmegaConf.to_container(config, resolve=True)
+    for target in targets({key: node[key] for key in node if key not in arguments}):
+        require_target(target, allow, groups=DATA, how="allow=[{}]")
+        require_network(target, allow, how="allow=[{}]")
+    return instantiate(config, kind=kind, **arguments)
 
 
 def trusted_packages(cfg: DictConfig) -> list[str]:
@@ -137,41 +142,3 @@ def trusted_packages(cfg: DictConfig) -> list[str]:
     composes classes of himself."""
     composed = set(targets(OmegaConf.to_container(cfg))) - own_targets()
     return sorted({*cfg.get("allow", []), *(target.partition(".")[0] for target in composed)})
-
-
-@cache
-def own_targets() -> frozenset[str]:
-    """What the files of conf/ build. (A package's name is no guard:
-    ``mtp_lightning.run.atomic.os.replace`` begins with it, too.)"""
-    files = (file.read_text(encoding="utf-8") for file in CONF.rglob("*.yaml"))
-    return frozenset(match for text in files for match in _TARGET.findall(text))
-
-
-def targets(node: Any) -> list[str]:
-    """Every ``_target_`` in plain containers."""
-    if isinstance(node, dict):
-        own = [str(node["_target_"])] if "_target_" in node else []
-        return own + [target for value in node.values() for target in targets(value)]
-    if isinstance(node, list):
-        return [target for value in node for target in targets(value)]
-    return []
-
-
-def _not_importable(target: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())
-    return (
-        f"_target_={target} cannot be imported ({reason}): check the name, and that its folder is "
-        "on PYTHONPATH."
-    )
-
-
-def _defined_in(target: str, allow: Collection[str]) -> bool:
-    """Whether a target is a class of an allowed package, and not one that the package imported."""
-    if target.partition(".")[0] not in allow:
-        return False
-    try:
-        found = hydra.utils.get_object(target)
-    except Exception as error:
-        raise UserError(_not_importable(target, error)) from error
-    module = getattr(found, "__module__", "")
-    return isinstance(found, type) and module.partition(".")[0] in allow

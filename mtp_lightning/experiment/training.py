@@ -23,6 +23,7 @@ from mtp_lightning.experiment.build import (
     adopt_trunk,
     beginning_windows,
     build_data,
+    build_model_config,
     build_module,
     build_trainer,
     match_reference,
@@ -55,6 +56,8 @@ from mtp_lightning.run.metrics import read_metrics
 from mtp_lightning.run.solved import time_to_solve
 from mtp_lightning.run.summary import environment, print_paths, print_summary
 from mtp_lightning.runtime import keep_freed_memory, quiet_lightning, set_threads
+from mtp_lightning.settings import is_whole
+from mtp_lightning.stored import require_memory
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
@@ -135,10 +138,14 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
                 allow = trusted_packages(cfg)
                 trunk = ModelConfig.from_dict(stored["model_config"], allow=allow).trunk
                 cfg = adopt_trunk(cfg, trunk, source=Path(cfg.init_from))
+    if not brings_trunk:  # before hours of data
+        rows = cfg.tokenizer.get("vocab_size")
+        _require_affordable(cfg, rows if is_whole(rows) and "task" not in cfg.data else 1)
     with peers.in_turn():
         data = build_data(cfg, tokenizer_state, brought=brings_trunk)
     cfg = asked = settle_data(cfg, data)
     cfg, matched = match_reference(cfg, data.tokenizer.vocab_size)
+    _require_affordable(cfg, data.tokenizer.vocab_size)
     module = build_module(cfg, data, asked=asked)
     resume_step = None
     if stored is not None:
@@ -168,6 +175,12 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
         resume_from=resume_from,
         resume_step=resume_step,
     )
+
+
+def _require_affordable(cfg: DictConfig, vocab_size: int) -> None:
+    """Refuse a model whose weights alone are more than the run's machines can hold."""
+    machines = cfg.trainer.num_nodes if cfg.trainer.strategy == "fsdp" else 1
+    require_memory(build_model_config(cfg, vocab_size), bytes_each=2, parts=machines)
 
 
 def _kept_none(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from mtp_lightning.interop.transformers_model import one_line
 from mtp_lightning.interop.writing import Contents
 from mtp_lightning.markdown import plain
 from mtp_lightning.model import ModelConfig
+from mtp_lightning.settings import is_number
 
 FILE = "README.md"
 # Whose MTP layers servers draft with.
@@ -196,6 +197,8 @@ def _training(
             f"mtp_lambda {plain(run_config['mtp_lambda'])}, seed {plain(run_config.get('seed'))}."
         )
     yield ""
+    # Numbers alone: the file may be anybody's.
+    summary = {k: v for k, v in summary.items() if is_number(v)} if summary else summary
     if summary is None:
         yield "The run left no summary.json: nothing was measured, acceptance neither."
         return
@@ -204,7 +207,7 @@ def _training(
     yield "| | |"
     yield "|---|---|"
     for label, key, form in _SUMMARY:
-        if summary.get(key) is not None:
+        if key in summary:
             yield f"| {label} | {form.format(summary[key])} |"
     yield ""
     yield "| depth | loss (nats) | accuracy | agreement with depth 0 | drafts accepted |"

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.interop.gguf_counts import require_counts
 from mtp_lightning.interop.parts import Held, Part
 from mtp_lightning.run.loading import pretrained_state
+from mtp_lightning.stored import brief
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Part]]:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     fields = _parsed(path, load_gguf_checkpoint)["config"]
+    for key, value in fields.items():  # layers and experts are objects, also without memory
+        if isinstance(value, int) and key.startswith("num_") and value > len(reader.tensors) * 64:
+            raise UserError(f"{path} is damaged or forged: it says {key}={brief(value)}.")
     with torch.device("meta"):
         config = transformers.AutoConfig.for_model(**fields)
         shape = transformers.AutoModelForCausalLM.from_config(config)
@@ -142,9 +147,10 @@ def _libraries(path: Path) -> tuple[Any, Any]:
         raise UserError(
             f"{path} needs the packages gguf and transformers: pip install -e '.[hf]'"
         ) from error
+    require_counts(path)
     try:
         return transformers, gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise UserError(f"{path} is damaged or no GGUF file: {error}.") from error
 
 

@@ -5,7 +5,6 @@ Nothing in the folder is executed: no pickled file is opened, no code that it na
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_lightning import stored
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import config_reading, fp8, gguf_file, heads, tensor_files
 from mtp_lightning.interop.names import from_folder, mimo_stack
@@ -153,10 +153,7 @@ def read_json(file: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         UserError: it holds something else.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON: {error}.") from error
+    content = stored.read_json(file)
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object.")
     return content

@@ -34,6 +34,7 @@ from mtp_lightning.nn.rope import rope_table
 from mtp_lightning.nn.shape import TrunkShape, check_whole
 from mtp_lightning.nn.static_cache import StaticCache
 from mtp_lightning.nn.tree_cache import Branches, TreeCache
+from mtp_lightning.settings import require_bool
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
     d_rope: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("qk_norm", "qkv_bias"):
+            require_bool(f"model.attention.{name}", getattr(self, name))
         if self.d_rope is None:
             return
         check_whole("model.attention", self, ("d_rope",), least=2)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn.components import AttentionConfig, FeedForwardConfig, LayerConfig
 from mtp_lightning.nn.shape import TrunkShape
+from mtp_lightning.stored import require_text
 
 Layer = TypeVar("Layer", bound=LayerConfig)
 
@@ -66,6 +67,7 @@ class TrunkConfig(TrunkShape):
         Raises:
             UserError: an unknown variant or field, or a module that is not allowed.
         """
+        require_text(data, source="the trunk's config")
         layers = {
             family.family: _component(family, data.get(family.family), allow)
             for family in (AttentionConfig, FeedForwardConfig)

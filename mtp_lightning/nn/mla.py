@@ -26,6 +26,7 @@ from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.places import Place, renamed
 from mtp_lightning.nn.rope_scaling import YarnScaling
 from mtp_lightning.nn.shape import TrunkShape, check_whole
+from mtp_lightning.settings import require_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,8 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
         check_whole("model.attention", self, ("kv_rank", "d_nope", "d_rope", "d_value"))
         if self.q_rank is not None:
             check_whole("model.attention", self, ("q_rank",))
+        if self.norm_eps is not None:
+            require_number("model.attention.norm_eps", self.norm_eps, least=0)
         if self.d_rope % 2:
             raise UserError(
                 f"model.attention.d_rope={self.d_rope} must be even: RoPE turns pairs of it."

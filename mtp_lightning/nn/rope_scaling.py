@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.settings import require_bool, require_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +34,8 @@ class RopeScaling:
     original_positions: int
 
     def __post_init__(self) -> None:
-        for name in ("factor", "low_freq_factor", "original_positions"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not value > 0:
-                raise UserError(f"model.rope_scaling.{name} must be above 0, not {value}.")
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_positions"):
+            require_number(f"model.rope_scaling.{name}", getattr(self, name), above=0)
         if not self.high_freq_factor > self.low_freq_factor:
             raise UserError(
                 f"model.rope_scaling.high_freq_factor={self.high_freq_factor} must be more than "
@@ -75,9 +74,11 @@ class YarnScaling:
 
     def __post_init__(self) -> None:
         for name in ("factor", "original_positions", "beta_fast", "beta_slow"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not value > 0:
-                raise UserError(f"model.rope_scaling.{name} must be above 0, not {value}.")
+            require_number(f"model.rope_scaling.{name}", getattr(self, name), above=0)
+        for name in ("mscale", "mscale_all_dim", "attention_factor"):
+            if getattr(self, name) is not None:
+                require_number(f"model.rope_scaling.{name}", getattr(self, name), least=0)
+        require_bool("model.rope_scaling.truncate", self.truncate)
 
     @property
     def magnitude(self) -> float:

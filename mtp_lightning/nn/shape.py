@@ -9,7 +9,7 @@ from typing import Any
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn.rope_scaling import RopeScaling, YarnScaling, rope_scaling
-from mtp_lightning.settings import require_whole
+from mtp_lightning.settings import require_bool, require_number, require_whole
 
 # DeepSeek-V3 (section 4.2) initialises every matrix with std 0.006 at d_model 7168. The scale that
 # keeps activations alike at another width goes with 1 / sqrt(d_model).
@@ -69,6 +69,14 @@ class TrunkShape:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
         check_whole("model", self, sizes)
+        require_number("model.rope_theta", self.rope_theta, above=1)
+        require_number("model.norm_eps", self.norm_eps, least=0)
+        require_bool("model.tie_embeddings", self.tie_embeddings)
+        require_bool("model.recompute", self.recompute)
+        if self.init_std is not None:
+            require_number("model.init_std", self.init_std, least=0)
+        if self.d_head is not None:
+            check_whole("model", self, ["d_head"])
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", rope_scaling(self.rope_scaling))
         if self.n_heads % self.n_kv_heads:

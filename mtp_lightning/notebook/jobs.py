@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from mtp_lightning.notebook.process import start
 from mtp_lightning.notebook.run import Run
 from mtp_lightning.run.layout import SUMMARY_FILE, SWEEP_FILE
 from mtp_lightning.run.status import read_status
+from mtp_lightning.stored import read_json
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -69,7 +69,7 @@ class Sweep:
         file = self.folder / SWEEP_FILE
         if not file.is_file():
             raise FileNotFoundError(f"There is no sweep in {self.folder}: it has no {SWEEP_FILE}.")
-        plan: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        plan: dict[str, Any] = read_json(file)
         return plan
 
     def __repr__(self) -> str:

@@ -44,7 +44,9 @@ def read_yaml(path: Path) -> Any:
                 if isinstance(event, yaml.AliasEvent):
                     raise UserError(f"{path} has the alias *{event.anchor}, which no run writes.")
         return yaml.load(text, _LOADER)
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except UserError:
+        raise
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is no YAML: {str(error).partition(chr(10))[0]}.") from error
 
 

@@ -72,10 +72,20 @@ class LoadedRun:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The run's own tokenizer."""
+        """The run's own tokenizer.
+
+        Raises:
+            UserError: it is damaged, or has more ids than the model.
+        """
         from data_modules.tokenizers import tokenizer_from_state
 
-        return tokenizer_from_state(self.tokenizer_state)
+        tokenizer, rows = tokenizer_from_state(self.tokenizer_state), self.model.config.trunk
+        if tokenizer.vocab_size > rows.vocab_size:
+            raise UserError(
+                f"{self.path} is damaged or forged: its tokenizer has {tokenizer.vocab_size:,} "
+                f"ids, and its model {rows.vocab_size:,}."
+            )
+        return tokenizer
 
     @property
     def seq_len(self) -> int:

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mtp_lightning.errors import UserError
+from mtp_lightning.run.config import read_yaml
 from sweeps.claims.claim import EQUALS, PARTS, SIDES, Claim, Measure, Prediction, Scale
 
 FOLDER = Path(__file__).parent
@@ -47,11 +45,7 @@ def read_claim(name: str, folder: Path = FOLDER) -> Claim:
     if not file.is_file():
         known = ", ".join(names(folder)) or "none"
         raise UserError(f"There is no claim {name} in {folder}: choose one of {known}.")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is no YAML: {' '.join(str(error).split())}.") from error
-    return replace(_Reader(file).claim(name, content), folder="" if own else str(folder))
+    return replace(_Reader(file).claim(name, read_yaml(file)), folder="" if own else str(folder))
 
 
 class _Reader:
@@ -110,7 +104,7 @@ class _Reader:
         given = dict(self._mapping(place, value, _keys(Prediction)))
         self._need(place, given, _needed(Prediction) - {"measure"})
         for key in ("arm", "against"):
-            if given.get(key) is not None and given[key] not in arms:
+            if given.get(key) is not None and given[key] not in list(arms):
                 self._refuse(f"{place}.{key}: {given[key]}", f"choose one of {', '.join(arms)}")
         if given["side"] not in SIDES:
             self._refuse(f"{place}.side: {given['side']}", f"choose one of {', '.join(SIDES)}")
@@ -192,6 +186,10 @@ class _Reader:
         seeds = [o for o in value if o.startswith("seed=")]
         if seeds:
             self._refuse(f"{place}: {seeds[0]}", "seeds: says which seeds are run")
+        from sweeps.trust import require_plain  # hydra
+
+        for override in value:
+            require_plain(override, source=f"{self._file}: {place}")
         return tuple(value)
 
     def _mapping(self, place: str, value: Any, known: Sequence[str] | set[str]) -> dict[str, Any]:
@@ -210,7 +208,7 @@ class _Reader:
 
     def _number(self, place: str, value: Any) -> float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
+        if not number or not abs(value) < 1e300:
             self._refuse(f"{place}: {value}", "give a number")
         return float(value)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.stored import read_json
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ def read_stored(
     if not file.exists():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         if content["version"] != version:
             raise UserError(f"version {content['version']}")
         return parse(content)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from mtp_lightning.run.layout import (
     SWEEP_FILE,
 )
 from mtp_lightning.run.metrics import read_metrics
+from mtp_lightning.stored import component, read_json
 
 _RUN_FILES = (CONFIG_FILE, STATUS_FILE, SUMMARY_FILE, METRICS_FILE)
 
@@ -116,9 +116,11 @@ def read_sweep(folder: str | Path, *, name: str = "") -> Sweep:
     plan, problem = _read_json(folder / SWEEP_FILE)
     if problem and (folder / SWEEP_FILE).exists():
         sweep.notes.append(f"{SWEEP_FILE} {problem}: jobs that have not begun are unknown.")
-    sweep.varied = [str(key) for key in plan.get("varied") or []]
-    planned = [job for job in plan.get("jobs") or [] if isinstance(job, dict)]
-    jobs = {str(job["folder"]): job for job in planned if "folder" in job}
+    varied = plan.get("varied")
+    sweep.varied = [str(key) for key in varied] if isinstance(varied, list) else []
+    planned = plan.get("jobs")
+    planned = planned if isinstance(planned, list) else []
+    jobs = {job["folder"]: job for job in planned if _is_job(job)}
     # Names with a dot are a run's own folders, such as .hydra.
     inside = [path for path in sorted(folder.iterdir(), key=_natural) if path.name[0] != "."]
     found = [path.name for path in inside if _is_run(path)]
@@ -183,6 +185,11 @@ def read_run(folder: Path, *, sweep: str = "") -> Run:
     return run
 
 
+def _is_job(stored: Any) -> bool:
+    """Whether an entry of the plan is of a folder in the sweep's."""
+    return isinstance(stored, dict) and component(stored.get("folder"))
+
+
 def _is_run(folder: Path) -> bool:
     return folder.is_dir() and any((folder / name).is_file() for name in _RUN_FILES)
 
@@ -206,7 +213,7 @@ def _digits(text: str) -> Iterator[str]:
 def _read_json(path: Path) -> tuple[dict[str, Any], str]:
     """The mapping in a file, and what is wrong with it; one of the two is empty."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         return {}, "is missing"
     except (OSError, ValueError):

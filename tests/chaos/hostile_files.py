@@ -199,9 +199,6 @@ CHECKPOINTS: dict[str, Make] = {
     "10^9 depths": lambda place: place.checkpoint(
         lambda c: c["model_config"]["mtp"].update(depth=10**9)
     ),
-    "a class of os": lambda place: place.checkpoint(
-        lambda c: c["model_config"]["mtp"].update(_target_="os.system")
-    ),
 }  # fmt: skip
 _CALL = {"_target_": "os.system", "command": "touch {canary}"}
 RUNS: dict[str, Make] = {
@@ -214,12 +211,9 @@ RUNS: dict[str, Make] = {
         "config.data.source",
         {"_target_": "builtins.eval", "_args_": ["open({canary!r}, 'w')"]},
     ),
-    "an interpolation of the environment": _stored("config.run_dir", "${oc.env:PATH}"),
-    "an interpolation that fails": _stored("config.data.seq_len", "${oc.env:NOBODY}"),
     "a tokenizer of pickles": lambda place: place.run(
         lambda c: c.update(tokenizer={"name": "byte", "state": place.payload()})
     ),
-    "a tokenizer of another kind": _stored("tokenizer", {"kind": "os.system", "json": "{canary}"}),
 }
 
 

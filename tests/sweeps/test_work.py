@@ -197,6 +197,16 @@ def test_a_machine_takes_what_it_can_run(tmp_path: Path) -> None:
     assert [task.folder.name for task in worker] == ["a-1", "a-3"] == leases.held
 
 
+def test_a_program_may_lie_at_a_path_with_spaces(tmp_path: Path) -> None:
+    (there := tmp_path / "my programs").mkdir()
+    folder = planned(there, "0")
+    done = subprocess.run(
+        [sys.executable, "-m", "sweeps.work", str(folder), f"--program='{there / 'stub.py'}'"],
+        capture_output=True, text=True, env=own_environment(), cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0 and "1 of 1 jobs done" in done.stdout, done.stdout + done.stderr
+
+
 def test_what_cannot_be_worked_is_told(tmp_path: Path) -> None:
     folder = planned(tmp_path, "0,1")
     (empty := tmp_path / "empty").mkdir()
@@ -205,6 +215,7 @@ def test_what_cannot_be_worked_is_told(tmp_path: Path) -> None:
         ([str(empty)], "holds no planned sweep"),
         ([str(tmp_path / "none")], "There is no folder"),
         ([str(folder)], f"--program {tmp_path / 'stub.py'}"),
+        ([str(folder), "--program=no quote'"], "--program"),
         ([str(folder), "--stale=0"], "--stale must be above 0"),
         ([str(folder), "--threads=many"], "threads_per_process=many"),
     ]
@@ -269,9 +280,10 @@ def test_a_run_whose_worker_is_killed_goes_on_elsewhere(tmp_path: Path, cache: P
     command = [sys.executable, str(ROOT / "train.py"), "-m", *overrides(cache, settings)]
     done = execute([*command, f"sweep_dir={folder}", "hydra/launcher=plan"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    first = start(folder, "--stub", "--n-jobs=1", "--stale=6")
+    allowed = ("--allow", str(cache))
+    first = start(folder, "--stub", "--n-jobs=1", "--stale=6", *allowed)
     wait_until(lambda: list(folder.glob("*/checkpoints/last.ckpt")))
-    second = start(folder, "--stub", "--n-jobs=1", "--stale=6")
+    second = start(folder, "--stub", "--n-jobs=1", "--stale=6", *allowed)
     first.kill()
     first.wait()
     assert second.wait(300) == 0, log_of(folder)

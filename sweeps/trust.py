@@ -1,0 +1,146 @@
+"""What a worker takes from a sweep's folder, which may be anybody's: settings, and no code.
+
+A plan names what its jobs compute. Whose classes they are of, what they send or fetch, and where
+they write beside their own folders, is said to the worker by name, or not done.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.literal import INPUTS
+from mtp_lightning.paths import CONF
+from mtp_lightning.run.config import PLACES, lies_in
+from mtp_lightning.stored import (
+    WRITTEN,
+    is_cache,
+    require_network,
+    require_target,
+    targets_of,
+    values,
+)
+from sweeps.plan import Job, Plan
+from sweeps.recipe import Recipe
+
+_KEY = re.compile(r"\w+([./]\w+)*")
+_CHOICE = re.compile(r"[\w-]+(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)*")
+# A value of another key of the same config; anything else would be looked up.
+_OTHER_KEY = re.compile(r"\$\{\.*[\w.]+\}")
+_HOW = "--allow {}"
+
+
+def require_harmless(plan: Plan, job: Job, recipe: Recipe, *, allow: Collection[str]) -> None:
+    """Refuse a job that does more than train in its own folder by this platform's own code.
+
+    Args:
+        plan: that it stands in.
+        job: what it computes.
+        recipe: how it is run.
+        allow: packages, folders of configs, URLs and services that the user gave.
+
+    Raises:
+        UserError: naming what was refused, and the remedy.
+    """
+    if (plan.folder / job.folder).is_symlink():
+        raise UserError(f"{plan.folder / job.folder} is a link: a job writes in its own folder.")
+    source, options = f"{plan.folder}/sweep.json", list(recipe.options)
+    while len(options) > 1 and options[0] in ("--config-dir", "--config-name"):
+        _require_config(*options[:2], allow=allow, source=source)
+        del options[:2]
+    for override in options:
+        require_plain(override, source=source, allow=allow, housekeeping=("paths.cache_dir",))
+    for override in job.overrides:
+        require_plain(override, source=source, allow=allow)
+
+
+def _require_config(name: str, value: str, *, allow: Collection[str], source: str) -> None:
+    if name == "--config-dir" and value not in allow:
+        raise UserError(
+            f"{source}: its jobs are of the configs in {value}, which may name any code. If you "
+            f"trust its author, say {_HOW.format(shlex.quote(value))}."
+        )
+    if name == "--config-name" and not _CHOICE.fullmatch(value):
+        raise UserError(f"{source}: --config-name {value} is no name of a config.")
+
+
+def require_plain(
+    text: str, *, source: str, allow: Collection[str] = (), housekeeping: Sequence[str] = ()
+) -> None:
+    """Refuse a stored override that does more than set what a run of this platform computes.
+
+    Args:
+        text: the override.
+        source: of it, for the message.
+        allow: packages, folders, URLs and services that the user gave.
+        housekeeping: keys of a run's places that it may set.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    try:
+        _require_plain(text, allow, housekeeping)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def _require_plain(text: str, allow: Collection[str], housekeeping: Sequence[str]) -> None:
+    try:
+        if text.startswith("-"):
+            raise UserError(f"{text} is refused: a job's settings are overrides, and no options.")
+        parsed = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise UserError(f"{text} is no override: {str(error).splitlines()[0]}.") from error
+    key, value = parsed.key_or_group, parsed.value()
+    dotted = key.replace("/", ".")
+    if not _KEY.fullmatch(key) or lies_in(dotted, ["hydra"]):
+        raise UserError(f"{text} is refused: a job sets what it computes, and nothing of Hydra's.")
+    if lies_in(dotted, PLACES) and key not in housekeeping:
+        raise UserError(f"{text} is refused: where a job's files go is its sweep's to say.")
+    if "." not in key and key not in INPUTS:
+        _choices(text, key, value, allow)
+    for name, leaf in values(value, dotted):
+        _leaf(text, name, leaf, allow)
+
+
+def _choices(text: str, group: str, value: Any, allow: Collection[str]) -> None:
+    """Options of a group, which Hydra reads as files."""
+    for choice in value if isinstance(value, list) else [value]:
+        if not isinstance(choice, str):
+            continue
+        if not _CHOICE.fullmatch(choice) and not _OTHER_KEY.fullmatch(choice):
+            raise UserError(f"{text} is refused: {choice!r} is no option's name.")
+        file = CONF / group / f"{choice.removesuffix('.yaml')}.yaml"
+        if file.is_file():
+            for target in targets_of(file):
+                require_network(target, allow, how=_HOW)
+
+
+def _leaf(text: str, key: str, value: Any, allow: Collection[str]) -> None:
+    last = key.rpartition(".")[2]
+    said = str(value)
+    if "${" in _OTHER_KEY.sub("", said) or (last.startswith("_") and "${" in said):
+        raise UserError(f"{text} is refused: what was stored is not looked up anywhere.")
+    if "://" in said and said not in allow:
+        raise UserError(
+            f"{text} is refused: what was stored reaches no network unasked. If you trust its "
+            f"author, say {_HOW.format(shlex.quote(said))}."
+        )
+    if last == "_target_":
+        require_target(said, allow, how=_HOW)
+        require_network(said, allow, how=_HOW)
+    if key.partition(".")[0] == "allow" and said not in allow:
+        raise UserError(f"{text} is refused: whom to trust is yours to say, by --allow {said}.")
+    if last in WRITTEN and value is not None and said not in allow:
+        if last == "cache_dir" and is_cache(said):
+            return
+        raise UserError(
+            f"{text} is refused: a job writes in its own folder, and token stores where there are "
+            f"some already. If this is where they belong, say {_HOW.format(shlex.quote(said))}."
+        )

@@ -1,0 +1,387 @@
+"""Every place where a stored value is used, against what a stranger may write there.
+
+A case ends in one sentence, or the value is kept as a text. In no case is the environment read, a
+socket opened, a file written elsewhere, code executed, or memory taken (``stored.py``).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.interop.gguf_counts import require_counts
+from mtp_lightning.run.loading import load_run, model_config, require_held
+from tests.integration.conftest import Once
+from tests.integration.helpers import checkpoint, config, train_here
+
+SECRET = "a-token-of-the-environment"
+ATTACKS: dict[str, Any] = {
+    "interpolation": "${oc.env:MTP_SECRET}",
+    "path": "../outside",
+    "absolute path": "/proc/self/environ",
+    "URL": "http://localhost:9/rows.parquet",
+    "hub name": "somebody/evil",
+    "size": 10**12,
+    "more digits than a float has": 10**400,
+    "not a number": float("nan"),
+    "negative": -1,
+    "word": "many",
+    "nothing": None,
+    "list": [1, 2],
+    "markup": "x | <img src=q onerror=alert(1)> ![](http://localhost:9/p)",
+    "class": {"_target_": "os.mkdir", "path": "outside"},
+    "hub tokenizer": {
+        "_target_": "data_modules.tokenizers.PretrainedTokenizer",
+        "path": "somebody/evil",
+    },
+    "rows of a URL": {
+        "_target_": "data_modules.sources.HuggingFaceSource",
+        "path": "parquet",
+        "data_files": "http://localhost:9/rows.parquet",
+    },
+    "logger": {"_target_": "mtp_lightning.loggers.csv.MetricsCSV", "folder": "outside"},
+}
+
+
+@pytest.fixture(scope="session")
+def finished(once: Once, cache: Path) -> Path:
+    return once("finished", lambda folder: train_here(folder, cache))
+
+
+@pytest.fixture(autouse=True)
+def bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing of the outside, and half a gigabyte more than there is."""
+
+    opened = []
+
+    def refuse(*given: Any, **_: Any) -> None:
+        opened.append(given)
+        raise AssertionError("a socket was opened")
+
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setenv("MTP_SECRET", SECRET)
+    monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "own-cache"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + (1 << 29)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    left = {path.name for path in (*tmp_path.iterdir(), *(tmp_path / "work").iterdir())}
+    assert "outside" not in left, "something was written elsewhere"
+    assert opened == [], "a socket was opened"
+
+
+def set_at(content: Any, path: str, value: Any) -> Any:
+    """A copy with another value at a dotted key."""
+    changed = at = copy.deepcopy(content)
+    *parents, last = path.split(".")
+    for key in parents:
+        at = at[int(key) if isinstance(at, list) else key]
+    at[int(last) if isinstance(at, list) else last] = value
+    return changed
+
+
+def of_config(key: str) -> Callable[[Path, Any, Path], object]:
+    """The config in a checkpoint: the run is evaluated."""
+
+    def read(finished: Path, value: Any, folder: Path) -> object:
+        from mtp_lightning.experiment.evaluating import validation_data
+
+        run = load_run(finished)
+        changed = replace(run, config=set_at(run.config, key, value))
+        data = validation_data(changed)
+        return next(iter(data.val_dataloader())).tokens.shape, data.evaluation_summary()
+
+    return read
+
+
+def of_model(key: str) -> Callable[[Path, Any, Path], object]:
+    """The description of a model in a checkpoint."""
+
+    def read(finished: Path, value: Any, folder: Path) -> object:
+        content = set_at(checkpoint(finished), f"model_config.{key}", value)
+        found = model_config(content, source=folder)
+        weights = {name: t for name, t in content["state_dict"].items()}
+        require_held(found, weights, source=str(folder))
+        return found
+
+    return read
+
+
+def of_tokenizer(key: str) -> Callable[[Path, Any, Path], object]:
+    """A tokenizer's state in a checkpoint, or its ``tokenizer.json`` in that."""
+
+    def read(finished: Path, value: Any, folder: Path) -> object:
+        from data_modules.tokenizers import ByteTokenizer, tokenizer_from_state
+
+        library = json.loads(ByteTokenizer().library_json())
+        state = {"kind": "pretrained", "path": "x", "eot_token": "<|endoftext|>", "beside": {}}
+        if key.startswith("json."):
+            library = set_at(library, key.removeprefix("json."), value)
+        state["tokenizer_json"] = json.dumps(library)
+        state = state if key.startswith("json.") else set_at(state, key, value)
+        tokenizer = tokenizer_from_state(state)
+        return tokenizer.vocab_size, len(tokenizer.token_bytes()), tokenizer.encode("abc").tolist()
+
+    return read
+
+
+def of_sweep(key: str) -> Callable[[Path, Any, Path], object]:
+    """A sweep's plan: a worker makes its tasks."""
+
+    def read(finished: Path, value: Any, folder: Path) -> object:
+        from sweeps.devices import DeviceQueue
+        from sweeps.lease import Leases
+        from sweeps.plan import Plan
+        from sweeps.work import Worker
+
+        job = {"folder": "a", "overrides": ["seed=1"], "run": RECIPE}
+        plan = {"version": 1, "jobs": [job]}
+        said = value if isinstance(value, str) else json.dumps(value)
+        changed = set_at(plan, f"jobs.0.{key}", f"{OVERRIDES.get(key, '')}{said}" if "overrides" in
+                         key else value)  # fmt: skip
+        (folder / "sweep.json").write_text(json.dumps(changed))
+        queue = DeviceQueue(gpus=[], n_jobs=1, threads=None, host="here")
+        leases = Leases(folder, owner="me", stale_seconds=9)
+        worker = Worker(Plan(folder), leases=leases, queue=queue, look_seconds=0)
+        (task,) = worker.tasks.values()
+        assert task.folder.parent == folder and ".." not in task.folder.parts
+        return task.command
+
+    return read
+
+
+OVERRIDES = {"overrides.0": "data.source.size="}
+RECIPE = {
+    "program": "train", "options": [], "cwd": "/", "processes": 1, "nodes": 1, "max_steps": 5,
+    "on_cpu": True,
+}  # fmt: skip
+
+
+def of_claim(key: str) -> Callable[[Path, Any, Path], object]:
+    """A claim's file."""
+
+    def read(finished: Path, value: Any, folder: Path) -> object:
+        from sweeps.claims.read import read_claim
+
+        claim = {
+            "sentence": "s", "source": "s", "equal": "steps", "seeds": [0, 1], "minimum": 2,
+            "minutes": 1, "shared": ["seed_=1"], "arms": {"a": ["mtp=none"], "b": ["mtp.depth=1"]},
+            "measure": {"tag": "val/x"},
+            "predictions": [{"arm": "a", "against": "b", "side": "above", "by": 0}],
+        }  # fmt: skip
+        text = yaml.safe_dump(set_at(claim, key, value))
+        (folder / "evil.yaml").write_text(text)
+        return read_claim("evil", folder)
+
+    return read
+
+
+def of_meta(key: str) -> Callable[[Path, Any, Path], object]:
+    """A token store's ``meta.json``."""
+
+    def read(finished: Path, value: Any, folder: Path) -> object:
+        from data_modules.token_store import TokenStore
+
+        split = {"tokens": 4, "bytes": 3, "documents": 1}
+        meta = {"dtype": "uint16", "splits": {"train": split}}
+        (folder / "train.bin").write_bytes(bytes(8))
+        (folder / "meta.json").write_text(json.dumps(set_at(meta, key, value)))
+        return TokenStore(folder)["train"].tokens()
+
+    return read
+
+
+def of_card(key: str) -> Callable[[Path, Any, Path], object]:
+    """The model card of an export, from the run's config and its summary."""
+
+    def read(finished: Path, value: Any, folder: Path) -> object:
+        from mtp_lightning.interop import card
+        from mtp_lightning.interop.writing import Contents
+
+        run = load_run(finished)
+        found = {"run_config": run.config, "summary": {"step": 10, "val/loss_depth_0": 1.0}}
+        return card.render(
+            "name", run.model.config, Contents(layer_depths=1, heads=False, parameters=1, shards=1),
+            model_type="llama", dtype="float32", step=10, **set_at(found, key, value),
+        )  # fmt: skip
+
+    return read
+
+
+def of_reference(finished: Path, value: Any, folder: Path) -> object:
+    """A run that another is compared with."""
+    from mtp_lightning.compare import run_reference
+
+    (folder / "summary.json").write_text(json.dumps({"parameters": value, "flops": value}))
+    return run_reference(folder)
+
+
+PLACES: dict[str, Callable[[Path, Any, Path], object]] = {
+    **{f"config: {key}": of_config(key) for key in (
+        "data", "data._target_", "data.source", "data.source.size", "data.source.documents",
+        "data.seq_len", "data.eval_batch_size", "data.eval_bytes", "data.depth",
+        "data.num_workers", "data.cache_dir", "data.val_fraction", "seed", "paths.cache_dir")},
+    **{f"checkpoint: {key}": of_model(key) for key in (
+        "trunk", "trunk.d_model", "trunk.n_layers", "trunk.rope_theta", "trunk.norm_eps",
+        "trunk.init_std", "trunk.rope_scaling", "trunk.attention", "trunk.attention.variant",
+        "mtp", "mtp.depth", "mtp.variant", "mtp.branch")},
+    **{f"tokenizer: {key}": of_tokenizer(key) for key in (
+        "kind", "path", "eot_token", "tokenizer_json", "beside", "json.model.vocab.a",
+        "json.normalizer", "json.truncation", "json.padding", "json.added_tokens.0.id")},
+    **{f"sweep: {key}": of_sweep(key) for key in (
+        "folder", "overrides", "overrides.0", "run", "run.cwd", "run.options", "run.program",
+        "run.processes", "run.max_steps")},
+    **{f"claim: {key}": of_claim(key) for key in (
+        "sentence", "equal", "seeds", "minutes", "shared", "arms", "arms.a", "measure.tag",
+        "predictions.0.arm", "predictions.0.by")},
+    **{f"meta.json: {key}": of_meta(key) for key in (
+        "dtype", "splits", "splits.train", "splits.train.tokens", "splits.train.documents")},
+    **{f"card: {key}": of_card(key) for key in (
+        "run_config.seed", "run_config.mtp_lambda", "run_config.data.seq_len", "summary.step",
+        "summary.val/loss_depth_0")},
+    "summary.json": of_reference,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_was_stored_is_data(place: str, finished: Path, tmp_path: Path) -> None:
+    for attack, value in ATTACKS.items():
+        folder = tmp_path / attack.replace(" ", "-")
+        folder.mkdir()
+        try:
+            result = PLACES[place](finished, value, folder)
+        except (ValueError, OSError) as error:
+            told = str(error)
+            assert isinstance(error, UserError | OSError), (attack, repr(error))
+            assert "\n" not in told and len(told) < 1500, (attack, told)
+            result = told
+        except Exception as error:
+            raise AssertionError(f"{attack} ends in {error!r}") from error
+        assert SECRET not in str(result), attack
+        assert "<img" not in str(result) or not place.startswith("card"), attack
+        assert "](http" not in str(result) or not place.startswith("card"), attack
+        assert not (tmp_path / "outside").exists() and not Path("outside").exists(), attack
+
+
+OVERRIDDEN = [
+    "optimizer._target_=torch.hub.load", "+callbacks.x={_target_: os.system, command: ls}",
+    "+callbacks.x={a: [{_target_: pathlib.Path.write_text}]}", "hydra.run.dir=outside",
+    "hydra.searchpath=[/tmp]", "hydra/job_logging=none", "--config-dir=/tmp", "-cd=/tmp", "-m",
+    "logger=wandb", "logger=[default,mlflow]", "data=huggingface", "logger=../../../tmp/evil",
+    "data=/tmp/evil", "optimizer._target_=${evil}", "optimizer.lr=${oc.env:MTP_SECRET}",
+    "run_dir=outside", "paths.output_dir=outside", "+logger.csv.folder=outside",
+    "data.cache_dir=outside", "callbacks.checkpoints.folder=outside", "allow=[evil]",
+    "data.source.data_files=https://localhost/x", "~run_dir", "a[b]=1", "mtp.depth=[", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("override", OVERRIDDEN)
+@pytest.mark.parametrize("place", ["overrides", "run.options"])
+def test_overrides_of_a_plan_set_what_is_computed(
+    override: str, place: str, tmp_path: Path
+) -> None:
+    (folder := tmp_path / "sweep").mkdir()
+    with pytest.raises(ValueError, match="sweep.json") as error:
+        of_sweep(place)(tmp_path, [override], folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["mtp.depth=2", "mtp=sequential", "experiment=star_graph", "mtp_lambda=[0.3,0.1]",
+     "+mtp.rank=2", "init_from=../runs/mine", "data.paths='/data/a b.txt'", "optimizer.lr=1e-3",
+     "data.eval_batch_size=${data.batch_size}", "callbacks=[default,early_stopping]",
+     "optimizer._target_=mtp_lightning.optim.adamw.AdamWConfig", "~callbacks.progress",
+     "lambda_schedule.knots={0:0.1,1:0.3}"],
+)  # fmt: skip
+def test_overrides_of_a_plan_that_are_settings(override: str, tmp_path: Path) -> None:
+    assert override in of_plan(override, tmp_path)
+
+
+def of_plan(override: str, folder: Path) -> Any:
+    from sweeps.trust import require_plain
+
+    require_plain(override, source="sweep.json")
+    return [override]
+
+
+TYPED = {
+    "model.n_layers": 10**9, "model.d_model": 2 * 10**9, "model.d_ff": 10**12,
+    "model.vocab_size": 10**12, "model.rope_theta": "nan", "model.norm_eps": -1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", TYPED)
+def test_what_is_typed_is_refused_by_the_same_arithmetic(
+    key: str, cache: Path, tmp_path: Path
+) -> None:
+    from mtp_lightning.experiment.training import train
+
+    new = "+" if key in ("model.vocab_size",) else ""
+    with pytest.raises(ValueError, match=key) as error:
+        train(config(tmp_path / "run", cache, {f"{new}{key}": TYPED[key]}))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def gguf(*fields: bytes, tensors: int = 0, infos: bytes = b"") -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, len(fields)) + b"".join(fields) + infos
+
+
+def field(kind: int, value: bytes, name: bytes = b"a") -> bytes:
+    return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
+
+
+GGUF = {
+    "an array of 2^61 numbers": gguf(field(9, struct.pack("<IQ", 4, 2**61))),
+    "an array of 2^40 texts": gguf(field(9, struct.pack("<IQ", 8, 2**40))),
+    "arrays in arrays": gguf(field(9, struct.pack("<IQ", 9, 1) * 50)),
+    "a text of 2^63 bytes": gguf(field(8, struct.pack("<Q", 2**63))),
+    "a name of 2^63 bytes": gguf(struct.pack("<Q", 2**63)),
+    "2^60 tensors": gguf(tensors=2**60),
+    "a tensor of 2^60 dimensions": gguf(tensors=1, infos=struct.pack("<QcI", 1, b"a", 2**31)),
+    "a tensor of 2^60 numbers": gguf(
+        tensors=1, infos=struct.pack("<QcIQQIQ", 1, b"a", 2, 2**30, 2**30, 0, 0)
+    ),
+    "an unknown kind": gguf(field(99, b"")),
+    "nothing": b"GGUF",
+    "no content": b"",
+}
+
+
+@pytest.mark.parametrize("name", GGUF)
+def test_counts_of_a_gguf_file_are_of_what_it_holds(name: str, tmp_path: Path) -> None:
+    (file := tmp_path / "x.gguf").write_bytes(GGUF[name])
+    with pytest.raises(ValueError, match="x.gguf is damaged or no GGUF file"):
+        require_counts(file)
+
+
+def test_a_tokenizer_that_multiplies() -> None:
+    from data_modules.tokenizers import ByteTokenizer
+    from data_modules.tokenizers.library import library_tokenizer
+
+    plain = json.loads(ByteTokenizer().library_json())
+    twice = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    for part, several in (("normalizer", "normalizers"), ("decoder", "decoders")):
+        content = {**plain, part: {"type": "Sequence", several: [twice] * 40}}
+        with pytest.raises(ValueError, match=f"its {part} makes a text .* times as long"):
+            library_tokenizer(json.dumps(content), source="x")
+    for digits in ("9" * 100_000, "1e99999", "9" * 30):
+        text = json.dumps({**plain, "version": "N"}).replace('"N"', digits)
+        with pytest.raises(ValueError, match="x is not a tokenizer.json"):
+            library_tokenizer(text, source="x")
