@@ -65,20 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _list(args: argparse.Namespace) -> int:
     for name in names(args.claims):
-        claim = read_claim(name, args.claims)
+        claim = read_claim(name, args.claims, allow=args.allow)
         result = read_result(claim.label, args.results)
         print(f"{name}: {state(claim, result)}. {claim.sentence} ({claim.scale.minutes:g} minutes)")
     return 0
 
 
 def _run(args: argparse.Namespace) -> int:
-    claims = [_at(args, read_claim(name, args.claims)) for name in args.names]
+    claims = [_at(args, read_claim(name, args.claims, allow=args.allow)) for name in args.names]
     return 1 if _start(args, claims, seeds=args.seeds, results=args.results) else 0
 
 
 def _replicate(args: argparse.Namespace) -> int:
     """Run a claim whatever its result has, and compare."""
-    claim = _at(args, read_claim(args.name, args.claims))
+    claim = _at(args, read_claim(args.name, args.claims, allow=args.allow))
     require_package("scipy", what="a verdict", extra="report")
     left = _start(args, [claim], seeds=args.seeds)
     here = judge(claim, args.runs.absolute())
@@ -97,7 +97,7 @@ def _replicate(args: argparse.Namespace) -> int:
 
 def _weights(args: argparse.Namespace) -> int:
     """Train again what is not in the folder of runs, and write what all of it ended with."""
-    claim = _at(args, read_claim(args.name, args.claims))
+    claim = _at(args, read_claim(args.name, args.claims, allow=args.allow))
     unknown = sorted(set(args.arms or ()) - set(claim.arms))
     if unknown:
         raise UserError(f"--arms {unknown[0]}: choose from {', '.join(claim.arms)}.")
@@ -140,7 +140,7 @@ def _verdict(args: argparse.Namespace) -> int:
     require_package("scipy", what="a verdict", extra="report")
     code = 0
     for name in args.names or names(args.claims):
-        claim = read_claim(name, args.claims)
+        claim = read_claim(name, args.claims, allow=args.allow)
         scales = [claim, *([claim.on_gpu()] if claim.gpu else [])] if args.all else [None]
         for at in scales:
             code |= _judge(args, at or _at(args, claim))
@@ -234,6 +234,13 @@ def _parser() -> argparse.ArgumentParser:
     for action in (listing, running, judging, replicating, weighing):
         action.add_argument(
             "--claims", type=Path, default=FOLDER, help="a folder of your own YAMLs"
+        )
+        action.add_argument(
+            "--allow",
+            action="append",
+            default=[],
+            metavar="PACKAGE",
+            help="whose classes its arms may name beside this project's own; may be repeated",
         )
         action.add_argument(
             "--root",

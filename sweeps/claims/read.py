@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ def names(folder: Path = FOLDER) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def read_claim(name: str, folder: Path = FOLDER) -> Claim:
+def read_claim(name: str, folder: Path = FOLDER, *, allow: Collection[str] = ()) -> Claim:
     """A claim from its file.
 
     Args:
         name: of the claim.
         folder: that its file lies in.
+        allow: packages whose classes its arms may name, beside this project's own.
 
     Raises:
         UserError: no such claim, or its file says what cannot be meant; with the remedy.
@@ -45,14 +46,15 @@ def read_claim(name: str, folder: Path = FOLDER) -> Claim:
     if not file.is_file():
         known = ", ".join(names(folder)) or "none"
         raise UserError(f"There is no claim {name} in {folder}: choose one of {known}.")
-    return replace(_Reader(file).claim(name, read_yaml(file)), folder="" if own else str(folder))
+    found = _Reader(file, allow).claim(name, read_yaml(file))
+    return replace(found, folder="" if own else str(folder))
 
 
 class _Reader:
     """Turns what YAML gives into a claim, or into the sentence that says what is wrong."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, allow: Collection[str]) -> None:
+        self._file, self._allow = file, allow
 
     def claim(self, name: str, content: Any) -> Claim:
         own = set(_keys(Claim)) - {"name", "scale", "setting", "digest", "folder"}
@@ -189,7 +191,7 @@ class _Reader:
         from sweeps.trust import require_plain  # hydra
 
         for override in value:
-            require_plain(override, source=f"{self._file}: {place}")
+            require_plain(override, source=f"{self._file}: {place}", allow=self._allow)
         return tuple(value)
 
     def _mapping(self, place: str, value: Any, known: Sequence[str] | set[str]) -> dict[str, Any]:

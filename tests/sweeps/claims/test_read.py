@@ -124,3 +124,11 @@ def test_the_claims_that_there_are(name: str) -> None:
     assert any(digits in claim.source for digits in ("arXiv", "this project"))
     used = {arm for p in claim.predictions for arm in (p.arm, p.against)} - {None}
     assert used == set(claim.arms), "an arm that nothing is predicted of"
+
+
+def test_classes_of_other_packages_are_allowed_by_name(tmp_path: Path) -> None:
+    arms = {"plain": ["mtp=none"], "mtp": ["mtp._target_=my_ideas.stretch.StretchConfig"]}
+    write_claim(tmp_path, arms=arms)
+    with pytest.raises(UserError, match="--allow my_ideas"):
+        read_claim("mine", tmp_path)
+    assert read_claim("mine", tmp_path, allow=["my_ideas"]).arms["mtp"] == tuple(arms["mtp"])
