@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mtp_lightning.errors import UserError
 from sweeps.claims.read import FOLDER, names, read_claim
 from tests.sweeps.claims.fixture_claims import CONTENT, SOLVED, claim_of, write_claim
 
