@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from data_modules.claim import alive, claim
+from data_modules.seal import require_sealed, seal
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +38,27 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     shown no sign of life for :data:`LEASE`). Should two build all the same, because one was taken
     for dead, the first to finish wins, and the other takes the winner's folder.
 
+    What was built is sealed, and whoever finds it asks whether it is as it was
+    (:mod:`data_modules.seal`).
+
     Args:
-        target: the folder to have; if it exists nothing is done.
+        target: the folder to have, ``CACHE/KIND/KEY``.
         build: writes all files into the folder it is given.
 
     Returns:
         ``target``.
 
     Raises:
+        UserError: the folder's files are not those that were built.
         OSError: if the folder cannot be written, with the remedy.
     """
-    if target.is_dir():
-        return target
+    if target.is_dir() or not _built(target, build):
+        require_sealed(target, target.parent.parent / "digests")
+    return target
+
+
+def _built(target: Path, build: Callable[[Path], None]) -> bool:
+    """Whether this process has built it; else another has."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if any(_TEMPORARY.match(name) for name in os.listdir(target.parent)):
@@ -60,10 +70,11 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
             f"set data.cache_dir or the environment variable {ENVIRONMENT}"
         ) from error
     if temporary is None:
-        return target
+        return False
     try:
         with alive(temporary):
             build(temporary)
+            seal(temporary)
             _sync(temporary)
         try:
             os.rename(temporary, target)
@@ -71,8 +82,9 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not target.is_dir():
                 raise
             log.info("another process built %s first: using its files", target)
-        else:
-            _sync_folder(target.parent)
+            return False
+        _sync_folder(target.parent)
+        return True
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OSError(
@@ -83,7 +95,6 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return target
 
 
 def _time_of(folder: Path) -> float:

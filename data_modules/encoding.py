@@ -51,12 +51,21 @@ def encoded(split: str, ids: np.ndarray, text: bytes, last: bool) -> Encoded:
 def encode_batch(
     batch: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype, overlap: LineOverlap
 ) -> list[Encoded]:
-    """Ids of pieces. ``overlap`` is shown the documents that are one piece."""
-    batch = list(batch)
+    """Ids of pieces. ``overlap`` is shown the documents that are one piece.
+
+    Raises:
+        UserError: an id that the tokenizer does not have.
+    """
+    batch, n_ids = list(batch), tokenizer.vocab_size
     found = []
     for piece, ids in zip(batch, tokenizer.encode_batch([p.text for p in batch]), strict=True):
         if piece.first and piece.last:
             overlap.add(piece.split, piece.text)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < n_ids:
+            raise UserError(
+                f"the tokenizer ({tokenizer.kind}) gives ids from {ids.min()} to {ids.max()}, and "
+                f"says that it has {n_ids}: its vocab_size must be above them all"
+            )
         data = piece.text.encode("utf-8")
         found.append(encoded(piece.split, ids.astype(dtype, copy=False), data, piece.last))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import platform
@@ -19,6 +20,7 @@ from data_modules.cache import build_once
 from data_modules.encoding import PIECE, Encoded, batches, encode_batch
 from data_modules.encoding_pool import EncodingPool, pick_workers
 from data_modules.overlap import LineOverlap
+from data_modules.seal import note
 from data_modules.sources.base import digest
 from data_modules.splitting import SPLITS, DocumentSplit
 from data_modules.token_store import FORMAT, PIECES, TokenStore, token_dtype
@@ -91,9 +93,7 @@ def keep_store(cache: Path, key: str, write: Callable[[Path], dict[str, Any]]) -
     """
 
     def build(folder: Path) -> None:
-        begun = time.perf_counter()
-        meta = write(folder)
-        meta |= {"fingerprint": key, "seconds": round(time.perf_counter() - begun, 3)}
+        meta = write(folder) | {"fingerprint": key}
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
     return TokenStore(build_once(cache / "stores" / key, build))
@@ -139,6 +139,7 @@ def write_documents(
     finally:
         for writer in writers.values():
             writer.close()
+    note(folder, {writer.path.name: writer.digest.hexdigest() for writer in writers.values()})
     tokenizer.save(folder)
     return {
         "format": FORMAT,
@@ -169,6 +170,7 @@ class _SplitWriter:
         self.path = path
         self.dtype = dtype
         self.file: BinaryIO = path.open("wb", buffering=1 << 20)
+        self.digest = hashlib.blake2b(digest_size=16)
         self.n_tokens = 0
         self.n_bytes = 0
         self.starts = array("q", [0])
@@ -185,6 +187,7 @@ class _SplitWriter:
 
     def _write(self, ids: np.ndarray) -> None:
         self.file.write(ids.data)
+        self.digest.update(ids.data)
         self.n_tokens += len(ids)
 
     def end_document(self, eot: np.ndarray) -> None:

@@ -8,6 +8,7 @@ A store is a folder::
     train.starts.npy ... int64 offset of every document in the .bin file
     val.pieces.npy       what the evaluation text is chosen by, see PIECES
     tokenizer_state.json the tokenizer that made the ids
+    digests.json         of all the others, see :mod:`data_modules.seal`
 
 A view (``data_modules/token_files``) is a store without .bin files: its ids are in files that other
 programs wrote.
@@ -19,10 +20,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from data_modules.seal import damaged
 from data_modules.token_files.shards import Shard, ShardedTokens, cut
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import is_whole
@@ -72,11 +74,11 @@ class TokenFile:
 
     def starts(self) -> np.ndarray:
         """``[n_documents]`` int64 offset of each document's first token, a memory map."""
-        return np.load(self.path.with_suffix(".starts.npy"), mmap_mode="r")
+        return _array(self.path.with_suffix(".starts.npy"), mmap_mode="r")
 
     def pieces(self) -> np.ndarray:
         """``[n_pieces]`` of dtype :data:`PIECES`; of the validation split."""
-        return np.load(self.path.with_suffix(".pieces.npy"))
+        return _array(self.path.with_suffix(".pieces.npy"))
 
 
 class TokenStore:
@@ -100,23 +102,25 @@ class TokenStore:
                 if shards is not None:
                     own, shards = cut(shards, facts["tokens"])
                 self.splits[name] = self._open(name, own)
-        except (FileNotFoundError, KeyError, TypeError, AttributeError) as error:
-            raise _damaged(folder, repr(error)) from error
+        except UserError:
+            raise
+        except (FileNotFoundError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise damaged(folder, repr(error)) from error
 
     def _open(self, name: str, shards: tuple[Shard, ...] | None) -> TokenFile:
         path = self.folder / f"{name}.bin"
         if not re.fullmatch("u?int(8|16|32|64)", str(self.meta["dtype"])):
-            raise _damaged(self.folder, f"its ids are of the type {self.meta['dtype']!r}")
+            raise damaged(self.folder, f"its ids are of the type {self.meta['dtype']!r}")
         dtype = np.dtype(self.meta["dtype"])
         facts = self.meta["splits"][name]
         counts = (facts["tokens"], facts["bytes"], facts["documents"])
         if not all(is_whole(n) or n is None for n in counts):
-            raise _damaged(self.folder, f"its {name} has {counts}")
+            raise damaged(self.folder, f"its {name} has {counts}")
         if shards is not None:
             return TokenFile(path, dtype.name, *counts, shards)
         expected = facts["tokens"] * dtype.itemsize
         if path.stat().st_size != expected:
-            raise _damaged(
+            raise damaged(
                 self.folder, f"{path.name} has {path.stat().st_size} bytes instead of {expected}"
             )
         return TokenFile(path, dtype.name, *counts)
@@ -135,7 +139,8 @@ class TokenStore:
         return file.n_bytes / file.n_tokens if file.n_tokens else float("nan")
 
 
-def _damaged(folder: Path, why: str) -> UserError:
-    return UserError(
-        f"the token store {folder} is damaged ({why}): delete that folder and start again"
-    )
+def _array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode)
+    except (OSError, EOFError, ValueError) as error:
+        raise damaged(path.parent, f"{path.name}: {error}") from error

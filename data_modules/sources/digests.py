@@ -30,14 +30,14 @@ def content_digest(path: Path, remember: Path | None = None) -> tuple[int, str]:
     Args:
         path: the file.
         remember: a folder, in which a large file has a record under its absolute path: size, times
-            of the last change of content and of the entry, digest. Records of files that changed a
-            moment ago are not made; what cannot be written or read there is done without.
+            of the last change of content and of the entry, inode, digest. Records of files that
+            changed a moment ago are not made; what cannot be written or read there is done without.
 
     Raises:
         OSError: if the file cannot be read.
     """
     found = path.stat()
-    stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    stamp = _stamp(found)
     record = None
     if remember is not None and found.st_size >= LARGE:
         record = remember / f"{digest(path.resolve())}.json"
@@ -50,7 +50,7 @@ def content_digest(path: Path, remember: Path | None = None) -> tuple[int, str]:
         size = file.tell()
     after = path.stat()
     old = max(after.st_mtime_ns, after.st_ctime_ns) < time.time_ns() - _YOUNG
-    if record is not None and old and stamp == [size, after.st_mtime_ns, after.st_ctime_ns]:
+    if record is not None and old and stamp == _stamp(after) and size == stamp[0]:
         with suppress(OSError):
             record.parent.mkdir(parents=True, exist_ok=True)
             temporary = record.with_suffix(f".{os.getpid()}.tmp")
@@ -58,3 +58,7 @@ def content_digest(path: Path, remember: Path | None = None) -> tuple[int, str]:
             temporary.write_text(json.dumps(entry), encoding="utf-8")
             temporary.replace(record)
     return size, content.hexdigest()
+
+
+def _stamp(found: os.stat_result) -> list[int]:
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import platform
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +67,6 @@ def open_view(
     )
 
     def build(folder: Path) -> None:
-        begun = time.perf_counter()
         texts = {name: look_through(files, tokenizer) for name, files in splits.items()}
         if val is None:
             texts = dict(zip(("train", "val"), texts["train"].cut(held_out), strict=True))
@@ -80,7 +78,6 @@ def open_view(
             "files": {name: len(files) for name, files in splits.items()},
         }
         meta |= {"held_out": held_out if val is None else None, "fingerprint": key}
-        meta |= {"seconds": round(time.perf_counter() - begun, 3)}
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
     folder = build_once(cache / "views" / key, build)

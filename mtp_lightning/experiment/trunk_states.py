@@ -6,6 +6,7 @@ heads on it differ. Its states are most of what training heads costs.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from omegaconf import DictConfig
 
 from data_modules.cache import build_once
+from data_modules.seal import note
 from data_modules.sources.base import digest
 from data_modules.store_builder import Progress
 from data_modules.store_module import StoreDataModule
@@ -63,7 +65,7 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
         trainer: the group of the config, for the device and the precision that compute them.
 
     Raises:
-        UserError: as :func:`check_cached`.
+        UserError: as :func:`check_cached`; or the cached states are damaged.
         OSError: a full disk.
     """
     check_cached(model)
@@ -83,6 +85,7 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
     def write(folder: Path) -> None:
         progress = Progress("states of the trunk", len(windows) * data.seq_len, unit="tokens")
         kept: np.memmap | None = None
+        content = hashlib.blake2b(digest_size=16)
         home = weight.device
         training = model.training
         model.to(device).train()
@@ -100,12 +103,16 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
                     kept = np.lib.format.open_memmap(
                         folder / STATES, mode="w+", dtype=_DTYPES[states.dtype], shape=shape
                     )
+                    with (folder / STATES).open("rb") as file:
+                        content.update(file.read(kept.offset))
                 raw = states.view(torch.uint16) if states.dtype == torch.bfloat16 else states
                 fresh = min(data.batch_size, len(windows) - start)
                 kept[start : start + fresh] = raw[:fresh].numpy()
+                content.update(raw[:fresh].numpy().data)
                 progress.add(fresh * data.seq_len)
             assert kept is not None
             kept.flush()
+            note(folder, {STATES: content.hexdigest()})
         finally:
             progress.close()
             model.to(home).train(training)

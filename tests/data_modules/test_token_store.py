@@ -48,11 +48,8 @@ def store_of(documents: list[str], folder: Path, tokenizer=None, **options) -> T
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a store, less what names the time of the build."""
-    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    meta = json.loads(files.pop("meta.json"))
-    meta.pop("seconds")
-    return files | {"meta": json.dumps(meta, sort_keys=True).encode()}
+    """Every file of a store."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_store_holds_every_document_once(tmp_path):

@@ -85,6 +85,9 @@ def test_they_are_made_once_and_a_run_goes_on_with_them(trunk: Path, tmp_path: P
     states = np.load(file, mmap_mode="r+")
     states[:] = states[:] * 2
     states.flush()
+    with pytest.raises(ValueError, match=f"damaged .{STATES} has other contents"):
+        helpers.train_here(tmp_path / "damaged", cache, settings)
+    (file.parent / "digests.json").unlink()  # as they were before there were digests
     helpers.train_here(tmp_path / "doubled", cache, settings)
     with pytest.raises(AssertionError):
         helpers.assert_same_weights(tmp_path / "whole", tmp_path / "doubled")
