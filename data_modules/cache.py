@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data_modules.claim import alive, claim
 from data_modules.seal import require_sealed, seal
+from mtp_lightning.system import sync_file, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def _built(target: Path, build: Callable[[Path], None]) -> bool:
                 raise
             log.info("another process built %s first: using its files", target)
             return False
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
         return True
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -129,14 +130,5 @@ def remove_stale(folder: Path, *, now: float) -> list[Path]:
 def _sync(folder: Path) -> None:
     """Brings the files to the disk, so that a power cut cannot rename a folder of empty files."""
     for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_file(path)
+    sync_folder(folder)

@@ -25,7 +25,7 @@ APPS = ["evaluate.py", "export.py", "generate.py", "serve.py", "train.py"]
 RANK = {
     # what the apps say and read before anything else is imported
     "errors": -1.5,
-    **dict.fromkeys(["paths", "literal", "settings", "built"], -1),
+    **dict.fromkeys(["paths", "literal", "settings", "built", "system"], -1),
     **dict.fromkeys(["explained", "places", "signatures", "stored"], -0.5),
     "misspelt": -0.4,
     # tools that know nothing of models
@@ -52,7 +52,7 @@ SHARED_WITH_SWEEPS = (
         f"mtp_lightning.{name}"
         for name in (
             *("cli", "errors", "hosts", "literal", "markdown", "misspelt", "paths", "stored"),
-            "vetting",
+            *("system", "vetting"),
         )
     ),
     *(
@@ -151,8 +151,8 @@ def test_who_may_import_what(file: str) -> None:
         if takes(name, "hydra", "omegaconf"):
             assert file.startswith(CONFIGURED), name
         if takes(name, "mtp_lightning"):
-            # how a setting is refused, and a library of C++ opened
-            shared = ("settings", "errors", "built", "stored")
+            # how a setting is refused, what systems do in different ways, and a library of C++ opened
+            shared = ("settings", "errors", "built", "stored", "system")
             own = takes(name, *(f"mtp_lightning.{module}" for module in shared))
             assert own or not file.startswith("data_modules/"), name
         if takes(name, "data_modules") and not file.startswith("data_modules/"):

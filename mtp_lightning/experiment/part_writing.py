@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from mtp_lightning.run import checkpoints, parts
-from mtp_lightning.run.atomic import sync_folder
 from mtp_lightning.sharding import outlined_parts, own_parts, place_in
+from mtp_lightning.system import sync_folder
 
 _INDEX = "index"
 _FAILED, _AT_WORK, _DONE = -1, 0, 1

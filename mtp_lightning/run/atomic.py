@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mtp_lightning.system import sync_file, sync_folder
+
 
 @contextmanager
 def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
@@ -29,8 +31,7 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         temporary.unlink()
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        sync_file(temporary)
         os.replace(temporary, path)
     finally:
         # Also after a rename between two names of one file, which does nothing.
@@ -48,14 +49,3 @@ def write_bytes(content: bytes, path: Path, *, shared: bool = False) -> None:
 def write_json(content: dict[str, Any], path: Path, *, shared: bool = False) -> None:
     """Replace a file by indented JSON; NaN and infinity are written as Python reads them back."""
     write_bytes((json.dumps(content, indent=2) + "\n").encode(), path, shared=shared)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename durable. Not every system can open a folder; there the rename itself must
-    do."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
