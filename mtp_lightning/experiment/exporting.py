@@ -11,6 +11,7 @@ from mtp_lightning.interop import card, config_json, heads
 from mtp_lightning.interop.reading import CONFIG, is_folder, open_run, read_json
 from mtp_lightning.interop.transformers_model import import_transformers
 from mtp_lightning.interop.verify import (
+    CheckFailed,
     check_bytes,
     check_tokenizer,
     check_trained,
@@ -27,12 +28,12 @@ from mtp_lightning.settings import require_bool
 def export(cfg: Any) -> Path:
     """Write the folder that ``conf/export.yaml`` asks for, and verify it.
 
-    It has its name when it is whole and verified; until then it is ``.NAME.partial`` beside it,
-    which the next export to that name clears away.
+    It has its name when it is whole and verified; until then it is ``.NAME.partial`` beside it.
 
     Raises:
-        UserError: an option out of range, a model that no layout fits, a check that failed (what
-            was written stays under the other name).
+        UserError: an option out of range, a model that no layout fits.
+        CheckFailed: what was written is not the model; it stays under the other name, until the
+            next export to that name.
         OSError: a missing checkpoint, or an output folder that is not empty.
     """
     if cfg.dtype not in DTYPES:
@@ -69,6 +70,19 @@ def export(cfg: Any) -> Path:
     whole = folder.resolve()
     partial = whole.with_name(f".{whole.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _fill(partial, folder, run, model, cfg)
+        partial.replace(whole)
+    except CheckFailed:
+        raise
+    except BaseException:  # a full disk, Ctrl-C: nobody wants a part of it
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def _fill(partial: Path, folder: Path, run: LoadedRun, model: MTPModel, cfg: Any) -> None:
+    """Write and verify what is to be ``folder``."""
     contents = write_folder(
         partial,
         model,
@@ -102,8 +116,6 @@ def export(cfg: Any) -> Path:
         _verify(partial, run, model, dtype=cfg.dtype)
     else:
         print(f"NOT VERIFIED: verify=false left out the check that {folder} is the model.")
-    partial.replace(whole)
-    return folder
 
 
 def _verify(folder: Path, run: LoadedRun, model: MTPModel, *, dtype: str) -> None:

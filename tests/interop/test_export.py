@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from mtp_lightning.cli import readable_errors
+from mtp_lightning.experiment import exporting
 from mtp_lightning.experiment.exporting import export
 from mtp_lightning.interop import card, writing
 from mtp_lightning.interop.reading import read_folder
@@ -165,6 +167,26 @@ def test_writing_the_wrong_tensor_is_found(
         run_export(base / "deepseek", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.partial" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("what", ["write_folder", "card.render", "check_bytes", "Path.replace"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_what_was_not_written_to_its_end_is_not_left(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, error: BaseException
+) -> None:
+    monkeypatch.setattr(exporting, "import_transformers", lambda: None)
+
+    def fail(*_: Any, **__: Any) -> None:
+        assert what == "write_folder" or (tmp_path / ".out.partial" / "config.json").is_file()
+        raise error
+
+    if what == "write_folder":  # behind its first file
+        monkeypatch.setattr(writing, "_write_shards", fail)
+    else:
+        monkeypatch.setattr(f"mtp_lightning.experiment.exporting.{what}", fail)
+    with pytest.raises(type(error)):
+        run_export(base / "dense", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_the_modules(base: Path, tmp_path: Path) -> None:
