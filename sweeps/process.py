@@ -14,9 +14,9 @@ from pathlib import Path
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.literal import quoted
-from mtp_lightning.run.layout import LOG_FILE, SUMMARY_FILE
+from mtp_lightning.run.layout import LOG_FILE, STATUS_FILE, SUMMARY_FILE
 from mtp_lightning.run.lock import Lock
-from mtp_lightning.run.status import last_words, now, write_status
+from mtp_lightning.run.status import last_words, now, state_of, write_status
 from sweeps.devices import Devices
 
 _LOCK_FILE = ".lock"
@@ -100,6 +100,9 @@ class JobProcess:
             raise BlockingIOError(
                 f"{task.folder} is still in use by a process of an earlier start."
             )
+        # What ended while its sweep was dead is not run again: nothing is, in its place.
+        unseen = task.nodes == 1 and _ended_unseen(task.folder)
+        self._command = ("true",) if unseen else task.command
         self._started = now()
         self._watchdog = _Watchdog(grace_seconds)
         try:
@@ -116,7 +119,7 @@ class JobProcess:
                 log.write(f"\n--- started again {self._started}\n".encode())
                 log.flush()
             return subprocess.Popen(
-                self.task.command,
+                self._command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -198,6 +201,17 @@ class JobProcess:
             started=self._started,
             **values,
         )
+
+
+def _ended_unseen(folder: Path) -> bool:
+    """Whether a job that has ended is called running still, and wrote its summary since."""
+    try:
+        written = (folder / SUMMARY_FILE).stat().st_mtime_ns
+        return (
+            state_of(folder) == "running" and written >= (folder / STATUS_FILE).stat().st_mtime_ns
+        )
+    except FileNotFoundError:
+        return False
 
 
 def ignoring(signals: Sequence[signal.Signals]) -> Callable[[], None]:

@@ -15,7 +15,7 @@ import pytest
 
 from mtp_lightning.run.layout import LOG_FILE
 from mtp_lightning.run.lock import Lock
-from mtp_lightning.run.status import read_status, state_of
+from mtp_lightning.run.status import read_status, state_of, write_status
 from sweeps.devices import DeviceQueue
 from sweeps.display import Lines
 from sweeps.pool import Pool
@@ -229,6 +229,21 @@ def test_a_job_waits_for_what_an_earlier_sweep_left(tmp_path: Path) -> None:
     pool(1).run([one])
     assert state_of(one.folder) == "done"
     assert holder.wait(20) == 0  # it was over before the job could begin
+
+
+@pytest.mark.parametrize("finished", ["since", "before", "not"])
+def test_what_ended_while_its_sweep_was_dead_is_not_run_again(
+    tmp_path: Path, finished: str
+) -> None:
+    one = task(tmp_path / "a", f"echo x >> begun; {DONE}")
+    write_status(one.folder, one.overrides, "running")
+    if finished != "not":
+        (one.folder / "summary.json").write_text("{}")
+        at = (one.folder / "status.json").stat().st_mtime + (5 if finished == "since" else -5)
+        os.utime(one.folder / "summary.json", (at, at))  # a summary of an earlier start is no end
+    pool(1).run([one])
+    assert (status(one)["state"], status(one)["exit_code"]) == ("done", 0)
+    assert (one.folder / "begun").exists() == (finished != "since")
 
 
 def test_a_job_that_cannot_start_fails_alone(tmp_path: Path) -> None:
