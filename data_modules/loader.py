@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +16,7 @@ from torch.utils.data import DataLoader
 from data_modules.order import Order, window_order
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
+from mtp_lightning.system import end_with
 
 
 class Windows(Protocol):
@@ -219,8 +224,29 @@ def _fetch(
         collate_fn=_as_is,
         pin_memory=pin_memory,
         generator=torch.Generator(),
+        worker_init_fn=partial(_serve, os.getpid()),
     )
     yield from loader
+
+
+def _serve(parent: int, _: int) -> None:
+    """Have a process that fetches end by its parent's word or end alone.
+
+    One that is killed leaves others waiting for its words, who print tracebacks. A signal to all
+    processes of a run, which is to save and end, must not end these first: torch calls that a
+    failure, and nothing is saved.
+    """
+    end_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, args=(parent,), daemon=True).start()
+
+
+def _end_when_told(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _as_is(batch: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -287,3 +288,55 @@ def test_a_limit_repeats_the_same_windows_of_all_over_the_text(tmp_path):
         ValueError, match="data.train_windows=101 asks for more windows than the 100"
     ):
         WindowDataset(file, seq_len=T, depth=0, limit=101)
+
+
+FETCHING = """
+import os, signal, sys, time
+import numpy as np
+from data_modules.loader import WindowLoader
+
+class Windows:
+    def __len__(self): return 4000
+    def require(self, batch_size, world): pass
+    def __getitem__(self, numbers):
+        import torch
+        return torch.from_numpy(numbers).repeat(100)
+
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+fetched = 0
+for batch in WindowLoader(Windows(), batch_size=4, num_workers=2):
+    fetched += 1
+    if fetched == 50:
+        print("ready", flush=True)
+        until = time.monotonic() + 5
+        while not heard and sys.argv[1] == "all" and time.monotonic() < until:
+            time.sleep(0.01)
+    if sys.argv[1] == "killed":
+        time.sleep(0.001)
+    if fetched == 1000:
+        break
+print("fetched", fetched, len(heard), flush=True)
+"""
+
+
+@pytest.mark.parametrize("signalled", ["killed", "all"])
+def test_processes_that_fetch_end_with_the_run_and_not_before(signalled: str) -> None:
+    """A killed run leaves no traceback; a signal to all of it is the run's to act on."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", FETCHING, signalled],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(Path(loader_module.__file__).parents[1])},
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    if signalled == "killed":
+        process.kill()
+    else:
+        os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)  # when all of them have closed it
+    assert "Traceback" not in err, err
+    assert out == ("" if signalled == "killed" else "fetched 1000 1\n")
+    assert process.returncode == (-signal.SIGKILL if signalled == "killed" else 0)
