@@ -14,6 +14,8 @@ from pathlib import Path
 
 # What fsync says where a file system has none: some in user space or of other machines.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+# The number of the process that has started this one, to end with it.
+STARTER = "MTP_LIGHTNING_STARTED_BY"
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
@@ -59,6 +61,12 @@ def end_with(parent: int) -> bool:
     else:
         threading.Thread(target=_look_after, args=(parent,), daemon=True).start()
     return os.getppid() == parent
+
+
+def end_with_starter() -> bool:
+    """The same of the process that :data:`STARTER` names in the environment; true without one."""
+    starter = os.environ.get(STARTER)
+    return starter is None or end_with(int(starter))
 
 
 def _look_after(parent: int) -> None:

@@ -8,6 +8,8 @@ import sys
 from omegaconf import DictConfig
 
 from mtp_lightning.apps import readable_errors, start
+from mtp_lightning.errors import UserError
+from mtp_lightning.system import end_with_starter
 
 _RUN_DIR = "run_dir"
 
@@ -28,6 +30,8 @@ def task(cfg: DictConfig) -> float:
 def main() -> None:
     """The command."""
     with readable_errors():
+        if not end_with_starter():  # before the seconds that imports take
+            raise UserError("the process that has started this one is gone.")
         _take_run_dir()
     start("config", task)
 

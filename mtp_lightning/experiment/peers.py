@@ -14,6 +14,7 @@ known before there is a model, and the corpus is packed before there is either.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import time
@@ -30,15 +31,24 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.lost_peers import (
+    PATIENCE,
+    SILENCE,
+    Pulse,
+    gone_peer,
+    looking_after_children,
+    telling_of_lost_peers,
+)
 from mtp_lightning.settings import require_whole
+from mtp_lightning.system import STARTER, end_with_starter
+
+log = logging.getLogger(__name__)
 
 # What a process was told that Lightning has started.
 _TOLD = "MTP_LIGHTNING_TOLD"
 _POLL_SECONDS = 0.05
 # A network disk may show a new file some seconds late.
 _SHOWN_SECONDS = 10.0
-# What gloo says of a connection that is no more.
-_GONE = ("Connection closed by peer", "Connection reset by peer")
 
 
 class Peers:
@@ -69,6 +79,7 @@ class Peers:
         self._decided: dict[str, Any] = {}
         # Of each key, how often it was used: a process may train several runs in turn.
         self._uses: Counter[str] = Counter()
+        self.pulse: Pulse | None = None
 
     @property
     def leads(self) -> bool:
@@ -99,13 +110,21 @@ class Peers:
         return value
 
     @contextmanager
-    def handing_on(self) -> Iterator[None]:
-        """Processes that are started inside are told what was decided so far."""
+    def handing_on(self, folder: Path) -> Iterator[None]:
+        """Processes that are started inside are told what was decided so far, and all meet.
+
+        Args:
+            folder: of the run.
+        """
         os.environ[_TOLD] = json.dumps({**self._told, **self._decided})
+        os.environ[STARTER] = str(os.getpid())
+        if self.pulse is not None:
+            self.pulse.waits_in = folder
         try:
-            yield
+            with looking_after_children(folder):
+                yield
         finally:
-            del os.environ[_TOLD]
+            del os.environ[_TOLD], os.environ[STARTER]
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -146,9 +165,11 @@ class Peers:
                 break
             time.sleep(_POLL_SECONDS)
         self._set(f"{name} by {self.rank}", "" if seen else socket.gethostname())
-        hosts = [self._get(f"{name} by {rank}") for rank in range(self.size)]
-        if self.rank == 0:
-            (folder / name).unlink()
+        try:
+            hosts = [self._get(f"{name} by {rank}") for rank in range(self.size)]
+        finally:
+            if self.rank == 0:
+                (folder / name).unlink()
         for rank, host in enumerate(hosts):
             if host:
                 raise UserError(
@@ -172,47 +193,37 @@ class Peers:
 
     def _set(self, key: str, value: str) -> None:
         if self._store is not None:
-            self._store.set(key, f"{value} ")  # a store may take nothing for no value
+            with telling_of_lost_peers():
+                self._store.set(key, f"{value} ")  # a store may take nothing for no value
 
     def _get(self, key: str) -> str:
         """What was set, once it is; asked for again and again, so that signals are heard."""
         assert self._store is not None
-        while not self._store.check([key]):
-            if self._store.check(["failed"]):
-                rank, _, reason = self._read("failed").partition(": ")
-                raise UserError(f"Process {rank} could not prepare the run: {reason}")
-            time.sleep(_POLL_SECONDS)
-        return self._read(key)
+        with telling_of_lost_peers():
+            while not self._store.check([key]):
+                if self._store.check(["failed"]):
+                    rank, _, reason = self._read("failed").partition(": ")
+                    raise UserError(f"Process {rank} could not prepare the run: {reason}")
+                if self.pulse is not None and (lost := self.pulse.lost()) is not None:
+                    raise gone_peer(lost)
+                time.sleep(_POLL_SECONDS)
+            return self._read(key)
 
     def _read(self, key: str) -> str:
         assert self._store is not None
         return self._store.get(key).decode()[:-1]
 
 
-@contextmanager
-def telling_of_lost_peers(folder: Path) -> Iterator[None]:
-    """Around all that processes of a run do together in a folder.
+def find_peers() -> Peers:
+    """The processes that the environment tells of, connected.
 
     Raises:
-        UserError: another one has gone, and this one was waiting for it.
+        UserError: one that this one cannot do without has gone, or has not come.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        gone = isinstance(error, dist.DistNetworkError | dist.DistStoreError)
-        if not gone and not any(words in str(error) for words in _GONE):
-            raise
-        said = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"another process of this run has gone, which this one cannot do without ({said}): its "
-            f"own last words say why. With run_dir={folder} the same command goes on from the last "
-            "checkpoint."
-        ) from error
-
-
-def find_peers() -> Peers:
-    """The processes that the environment tells of, connected."""
-    if _TOLD not in os.environ:
+    if _TOLD in os.environ:
+        if not end_with_starter():
+            raise gone_peer("the one that started this one")
+    else:
         if (ranks := _of_all()) is not None and ranks[1] > 1:
             return _connected(*ranks)
         if ranks is None and _by_hand():
@@ -226,17 +237,50 @@ def find_peers() -> Peers:
 def _connected(rank: int, size: int, local_rank: int, node: int) -> Peers:
     env = os.environ
     agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host, port = _main_address()
+    hosts = rank == 0 and not agent
+    if not hosts:
+        _reach(host, port)
     tcp = dist.TCPStore(
-        *_main_address(),
-        is_master=rank == 0 and not agent,
-        timeout=timedelta(minutes=10),
+        host,
+        port,
+        is_master=hosts,
+        timeout=timedelta(minutes=1),
         wait_for_workers=False,
         # The process group's own store will stand at the same port.
         multi_tenant=True,
     )
     start = f"{env.get('TORCHELASTIC_RUN_ID')}/{env.get('TORCHELASTIC_RESTART_COUNT')}"
     store = dist.PrefixStore(f"mtp-lightning/{start}", tcp)
-    return Peers(rank, size, local_rank=local_rank, node=node, store=store)
+    peers = Peers(rank, size, local_rank=local_rank, node=node, store=store)
+    peers.pulse = Pulse(store, rank, lambda: peers.size, log.warning)
+    peers.pulse.start()
+    return peers
+
+
+def _reach(host: str, port: int) -> None:
+    """Wait for the first process, which may come late.
+
+    Raises:
+        UserError: it does not come.
+    """
+    began, told = time.monotonic(), False
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=SILENCE).close()
+            return
+        except OSError as error:
+            waited = time.monotonic() - began
+            if waited > PATIENCE:
+                raise gone_peer(f"no answer from {host}:{port}: {error}") from error
+            if waited > SILENCE and not told:
+                told = True
+                log.warning(
+                    "waiting for process 0 at %s:%d (MASTER_ADDR, MASTER_PORT), which has not "
+                    "come in %.0f s; this one ends after %.0f minutes",
+                    *(host, port, SILENCE, PATIENCE / 60),
+                )
+        time.sleep(0.2)
 
 
 def check_world(trainer: DictConfig, peers: Peers) -> None:

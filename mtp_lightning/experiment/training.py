@@ -34,12 +34,8 @@ from mtp_lightning.experiment.command_line import hyperparameters
 from mtp_lightning.experiment.device import kernels_told, settle_device, use_tensor_cores
 from mtp_lightning.experiment.generating import print_sample
 from mtp_lightning.experiment.instantiate import trusted_packages
-from mtp_lightning.experiment.peers import (
-    Peers,
-    check_world,
-    find_peers,
-    telling_of_lost_peers,
-)
+from mtp_lightning.experiment.lost_peers import telling_of_lost_peers
+from mtp_lightning.experiment.peers import Peers, check_world, find_peers
 from mtp_lightning.experiment.run_loggers import end_loggers
 from mtp_lightning.experiment.strategy import ShardedStrategy
 from mtp_lightning.experiment.trunk_states import keep_states
@@ -246,7 +242,7 @@ def _train(cfg: DictConfig, folder: Path, peers: Peers) -> dict[str, Any]:
     for logger in trainer.loggers:
         logger.log_hyperparams(params)
     try:
-        with peers.handing_on():
+        with peers.handing_on(folder):
             trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
         if module.validated_step != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)

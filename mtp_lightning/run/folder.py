@@ -51,12 +51,17 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with suppress(OSError):
-            if _has_not_begun(folder):
-                shutil.rmtree(folder)
+        leave(folder)
         raise
     finally:
         lock.release()
+
+
+def leave(folder: Path) -> None:
+    """Take the folder of a run away that has made no step."""
+    with suppress(OSError):
+        if _has_not_begun(folder):
+            shutil.rmtree(folder)
 
 
 def _has_not_begun(folder: Path) -> bool:

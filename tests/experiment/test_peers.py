@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -14,13 +17,10 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.experiment import lost_peers
 from mtp_lightning.experiment import peers as module
-from mtp_lightning.experiment.peers import (
-    Peers,
-    check_world,
-    find_peers,
-    telling_of_lost_peers,
-)
+from mtp_lightning.experiment.lost_peers import Pulse, telling_of_lost_peers
+from mtp_lightning.experiment.peers import Peers, check_world, find_peers
 
 # (rank, rank on its machine, machine)
 RANKS = [(0, 0, 0), (1, 1, 0), (2, 0, 1), (3, 1, 1)]
@@ -100,13 +100,23 @@ def test_a_run_folder_that_one_does_not_see(
                for text in found)  # fmt: skip
 
 
-def test_processes_that_lightning_starts_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_lightning_starts_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents: list[str] = []
+    monkeypatch.setattr(
+        module, "end_with_starter", lambda: parents.append(os.environ[module.STARTER]) or True
+    )
     first = Peers()
     assert first.told("resume", lambda: "last.ckpt") == "last.ckpt"
     assert first.told("resume", lambda: None) is None  # alone, nothing is remembered
-    with first.handing_on():
+    with first.handing_on(tmp_path):
         second = find_peers()
-        assert second.told("resume", lambda: "another") is None
+        assert second.told("resume", lambda: "another") is None and not second.leads
+        assert parents == [str(os.getpid())], "it ends with the one that has started it"
+        monkeypatch.setattr(module, "end_with_starter", lambda: False)
+        with pytest.raises(UserError, match="another process of this run has gone"):
+            find_peers()
     assert find_peers().told("resume", lambda: "another") == "another"
 
 
@@ -180,3 +190,76 @@ def test_only_what_says_so_is_taken_for_a_lost_process(
         raise error
     assert isinstance(found.value, UserError) == is_told
     assert str(error) in str(found.value)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lost_peers, "_BEAT", 0.05)
+    for place in (lost_peers, module):
+        monkeypatch.setattr(place, "SILENCE", 0.6)
+        monkeypatch.setattr(place, "PATIENCE", 2.0)
+
+
+def with_pulse(rank: int, store: dist.Store, said: list[str]) -> Peers:
+    peers = Peers(rank, 2, local_rank=rank, store=store)
+    peers.pulse = Pulse(store, rank, lambda: peers.size, said.append)
+    peers.pulse.start()
+    return peers
+
+
+@pytest.mark.parametrize("how", ["dies", "lives", "has met"])
+def test_one_that_shows_no_sign_of_life_is_not_waited_for(how: str, impatient: None) -> None:
+    store, said = dist.HashStore(), []
+    first, second = (with_pulse(rank, store, said) for rank in range(2))
+    assert first.pulse is not None and second.pulse is not None
+    time.sleep(0.3)
+    if how == "dies":
+        second.pulse._store = dist.HashStore()  # where nobody looks
+    elif how == "has met":  # and shows none any more, since its connections do
+        second.pulse.met.set()
+    else:
+        threading.Timer(2.5, lambda: second._set("late", "come")).start()
+    began = time.monotonic()
+    if how == "lives":
+        assert first._get("late") == "come" and not said
+    elif how == "dies":
+        with pytest.raises(UserError, match="gone, .*process 1 has shown no sign of life"):
+            first._get("late")
+        assert time.monotonic() - began < 2
+    else:
+        time.sleep(1.5)
+        assert first.pulse.lost() is None
+    first.pulse.met.set()
+    second.pulse.met.set()
+
+
+def test_one_that_does_not_come_is_named_while_it_is_waited_for(impatient: None) -> None:
+    store, said = dist.HashStore(), []
+    first = with_pulse(0, store, said)
+    with pytest.raises(UserError, match="gone, .*process 1 has not come in"):
+        first._get("late")
+    (line,) = said
+    assert line.startswith("waiting for process 1 of 2, which has not come")
+
+
+def test_a_first_process_that_does_not_come_is_named(
+    impatient: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        with caplog.at_level(logging.WARNING):
+            with pytest.raises(UserError, match=f"gone, .*no answer from 127.0.0.1:{port}"):
+                module._reach("127.0.0.1", port)
+            assert caplog.text.count("waiting for process 0 at 127.0.0.1") == 1
+            threading.Timer(0.5, taken.listen).start()
+            module._reach("127.0.0.1", port)
+
+
+def test_one_whose_store_goes_says_so_before_there_is_a_folder() -> None:
+    first = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", first.port, timeout=timedelta(seconds=10))
+    second = Peers(1, 2, local_rank=1, store=store)
+    del first
+    with pytest.raises(UserError, match="another process of this run has gone"):
+        second.told("run_dir", lambda: None)

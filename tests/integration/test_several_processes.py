@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -10,11 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mtp_lightning.run import checkpoints
 from mtp_lightning.run.metrics import read_newest
@@ -215,6 +218,74 @@ def test_one_that_dies_takes_the_others_along(
     os.kill(ranks[0 if victim == "first" else 1], signal.SIGKILL)
     assert process.wait(60) != 0
     assert ended(ranks, seconds=60)
+
+
+def _wait_for_child(process: subprocess.Popen[bytes]) -> int:
+    """The second process, as soon as it is there: it imports for seconds before they meet."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until and process.poll() is None:
+        for pid in children(process.pid):
+            if trains(pid):
+                return pid
+        time.sleep(0.01)
+    raise AssertionError("no second process was started")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_one_that_dies_before_they_have_met_is_told_of(
+    tmp_path: Path, cache: Path, strategy: str
+) -> None:
+    run = tmp_path / "run"
+    settings = LONG | DDP | {"trainer.strategy": strategy}
+    process = start(lightning(cache, settings, run), tmp_path / "log")
+    os.kill(_wait_for_child(process), signal.SIGKILL)
+    assert process.wait(30) == 1
+    log = (tmp_path / "log").read_text()
+    assert log.count("error: another process of this run has gone") == 1 and "Traceback" not in log
+    assert "process 1 was ended by signal 9" in log and f"run_dir={run}" in log
+    assert not run.exists()
+
+
+@pytest.mark.slow
+def test_a_child_ends_with_its_parent_before_they_have_met(tmp_path: Path, cache: Path) -> None:
+    process = start(lightning(cache, LONG | DDP, tmp_path / "run"), tmp_path / "log")
+    child = _wait_for_child(process)
+    process.kill()
+    assert process.wait(10) == -signal.SIGKILL
+    assert ended([child], seconds=25)
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("until", ["it is asked", "the group is made"])
+def test_one_of_another_machine_that_dies_before_they_have_met_is_told_of(
+    tmp_path: Path, cache: Path, until: str
+) -> None:
+    """Nobody has started both; the second is played here, up to a moment, and then shows nothing
+    of itself, as one that was killed."""
+    port, run = 20000 + os.getpid() % 20000, tmp_path / "run"
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    place |= {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
+    settings = DDP | {"trainer.devices": 1, "trainer.num_nodes": 2}
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            lightning(cache, settings, run),
+            stdout=log, stderr=subprocess.STDOUT, env=environment() | place, cwd=ROOT,
+        )  # fmt: skip
+    tcp = dist.TCPStore(
+        "127.0.0.1", port, timeout=timedelta(minutes=2), wait_for_workers=False, multi_tenant=True
+    )
+    store = dist.PrefixStore("mtp-lightning/None/None", tcp)
+    store.set("pulse 1", "1")
+    if until == "the group is made":
+        name = json.loads(store.get("witness 1").decode())
+        store.set(f"{name} by 1", " ")
+    assert process.wait(60) == 1
+    text = (tmp_path / "log").read_text()
+    assert text.count("error: another process of this run has gone") == 1, text
+    assert "process 1 has shown no sign of life for 20 s" in text and "Traceback" not in text
+    assert not run.exists()
 
 
 @pytest.mark.slow

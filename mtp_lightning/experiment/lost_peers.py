@@ -1,0 +1,184 @@
+"""Processes of a run of which one has gone: the others are told, and end, whatever they wait for.
+
+Once they have met, the connections of their group break off with a process. Before, nothing does:
+there, each shows the others that it lives, the one that has started others looks after these, and
+those are killed with it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+from lightning.pytorch.strategies.launchers import subprocess_script
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.run.folder import leave
+
+# What gloo says of a connection that is no more.
+_GONE = ("Connection closed by peer", "Connection reset by peer")
+_BEAT = 2.0
+SILENCE = 20.0
+"""Seconds without a sign of life after which a process counts as gone; and after which is told that
+one has not come yet."""
+PATIENCE = 600.0
+"""Seconds that one is waited for that has not come yet."""
+# Seconds that a process which has lost another has to say so itself, once they have met; and where
+# the other was asked to end, so that all of them save.
+_GRACE, _SAVING = 15.0, 60.0
+_ASKED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+@contextmanager
+def telling_of_lost_peers(folder: Path | None = None) -> Iterator[None]:
+    """Around what processes of a run do together.
+
+    Args:
+        folder: of the run; None before it has one.
+
+    Raises:
+        UserError: another one has gone, and this one was waiting for it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        gone = isinstance(error, dist.DistNetworkError | dist.DistStoreError)
+        if not gone and not any(words in str(error) for words in _GONE):
+            raise
+        raise gone_peer(str(error).strip().partition("\n")[0], folder) from error
+
+
+def gone_peer(said: str, folder: Path | None = None) -> UserError:
+    """The sentence.
+
+    Args:
+        said: how it is known.
+        folder: of the run; None before it has one.
+    """
+    again = "Start all of them again."
+    if folder is not None:
+        again = f"With run_dir={folder} the same command goes on from the last checkpoint."
+    return UserError(
+        f"another process of this run has gone, which this one cannot do without ({said}): its "
+        f"own last words say why. {again}"
+    )
+
+
+def _end(said: str, folder: Path) -> None:
+    """From a thread: the main one waits in a library, for ever."""
+    print(f"error: {gone_peer(said, folder)}", file=sys.stderr, flush=True)
+    leave(folder)
+    os._exit(1)
+
+
+class Pulse(threading.Thread):
+    """Shows the other processes, in their store, that this one lives, and looks after their signs.
+
+    It ends when the processes have met.
+
+    Args:
+        store: through which they talk.
+        rank: of this process.
+        size: how many they are, when that is known.
+        say: a line for the reader.
+    """
+
+    def __init__(
+        self, store: dist.Store, rank: int, size: Callable[[], int], say: Callable[[str], None]
+    ) -> None:
+        super().__init__(daemon=True, name="pulse")
+        self._store, self._rank, self._size, self._say = store, rank, size, say
+        self._began = time.monotonic()
+        # Of each process the last sign and when it was seen to be new.
+        self._signs: dict[int, tuple[str, float]] = {}
+        self.met = threading.Event()
+        # Where this process, from then on, waits for the others in a library.
+        self.waits_in: Path | None = None
+
+    def run(self) -> None:
+        beats, told = 0, False
+        try:
+            while not (self.met.is_set() or dist.is_initialized()):
+                beats += 1
+                self._store.set(f"pulse {self._rank}", str(beats))
+                self._look()
+                missing = [r for r in range(self._size()) if r not in self._signs]
+                if missing and not told and time.monotonic() - self._began > SILENCE:
+                    told = True
+                    names = ", ".join(map(str, missing))
+                    self._say(
+                        f"waiting for process {names} of {self._size()}, which has not come in "
+                        f"{SILENCE:.0f} s; this one ends after {PATIENCE / 60:.0f} minutes"
+                    )
+                lost = self.lost()
+                if lost is not None and self.waits_in is not None and not dist.is_initialized():
+                    _end(lost, self.waits_in)
+                self.met.wait(_BEAT)
+            self._store.set(f"pulse {self._rank}", "met")
+        except RuntimeError:  # the store has gone with the first process, as who asks it is told
+            return
+
+    def _look(self) -> None:
+        for rank in range(self._size()):
+            key = f"pulse {rank}"
+            if rank != self._rank and self._store.check([key]):
+                sign = self._store.get(key).decode()
+                if self._signs.get(rank, ("", 0.0))[0] != sign:
+                    self._signs[rank] = (sign, time.monotonic())
+        self._signs[self._rank] = ("", time.monotonic())
+
+    def lost(self) -> str | None:
+        """Which process has gone, and how that is known; None if none has."""
+        now = time.monotonic()
+        for rank in range(self._size()):
+            sign, seen = self._signs.get(rank, ("", None))
+            if seen is None and now - self._began > PATIENCE:
+                return f"process {rank} has not come in {PATIENCE / 60:.0f} minutes"
+            if seen is not None and sign != "met" and rank != self._rank and now - seen > SILENCE:
+                return f"process {rank} has shown no sign of life for {SILENCE:.0f} s"
+        return None
+
+
+@contextmanager
+def looking_after_children(folder: Path) -> Iterator[None]:
+    """Processes that Lightning starts inside are looked after; in the place of what it does itself,
+    which kills all without a word.
+
+    Args:
+        folder: of the run.
+    """
+
+    def observe(children: Sequence[subprocess.Popen[bytes]]) -> None:
+        threading.Thread(target=_look_after, args=(list(children), folder), daemon=True).start()
+
+    before = subprocess_script._launch_process_observer
+    subprocess_script._launch_process_observer = observe  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        subprocess_script._launch_process_observer = before
+
+
+def _look_after(children: list[subprocess.Popen[bytes]], folder: Path) -> None:
+    while True:
+        codes = [child.poll() for child in children]
+        met = dist.is_initialized()
+        for rank, code in enumerate(codes, start=1):
+            if code or (code == 0 and not met):
+                if met:
+                    time.sleep(_SAVING if code in _ASKED else _GRACE)
+                for child in children:
+                    child.kill()
+                how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+                _end(f"process {rank} {how}", folder)
+        if None not in codes:
+            return
+        time.sleep(0.5)
