@@ -50,7 +50,7 @@ def sentence(error: Exception) -> str:
 
 def _last_known(name: str, node: Any) -> tuple[str, list[str]]:
     """The first part of a dotted key that is not there, with the keys beside it."""
-    here = node._get_root() if hasattr(node, "_get_root") else {}
+    here: Any = node._get_root() if hasattr(node, "_get_root") else {}
     parts = name.split(".")
     for end, part in enumerate(parts):
         keys = [str(key) for key in here if key != "hydra"] if hasattr(here, "keys") else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -27,8 +27,8 @@ def hydra_as_ours(arguments: list[str]) -> Iterator[None]:
         arguments: the command line.
     """
 
-    def unreported(function: Callable[[], Any]) -> Any:
-        return function()
+    def unreported(func: Any) -> Any:
+        return func()
 
     def unset(*_: Any, **__: Any) -> None:
         return None
