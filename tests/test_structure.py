@@ -151,7 +151,7 @@ def test_who_may_import_what(file: str) -> None:
         if takes(name, "hydra", "omegaconf"):
             assert file.startswith(CONFIGURED), name
         if takes(name, "mtp_lightning"):
-            # how a setting is refused, what systems do in different ways, and a library of C++ opened
+            # how a setting is refused, a library of C++ opened, and what systems do differently
             shared = ("settings", "errors", "built", "stored", "system")
             own = takes(name, *(f"mtp_lightning.{module}" for module in shared))
             assert own or not file.startswith("data_modules/"), name
