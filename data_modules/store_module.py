@@ -226,7 +226,7 @@ class StoreDataModule(WindowDataModule):
         facts["val"]["lines_in_training"] = meta["lines_in_training"]
         return facts
 
-    def held_out_prompts(self, n: int, length: int) -> list[Tensor]:
+    def held_out_prompts(self, n: int, length: int, *, fewer: bool = False) -> list[Tensor]:
         """Prompts from validation documents, for samples and decoding.
 
         The first ``length`` tokens of each validation document in turn; where there are fewer than
@@ -236,6 +236,7 @@ class StoreDataModule(WindowDataModule):
         Args:
             n: how many.
             length: tokens each.
+            fewer: be content with fewer, at least one.
 
         Returns:
             n tensors ``[length]`` int64.
@@ -258,6 +259,8 @@ class StoreDataModule(WindowDataModule):
                 if len(prompts) == n:
                     return prompts
             at = [(start + length, end) for start, end in at]
+        if fewer and prompts:
+            return prompts
         raise UserError(
             f"the validation documents hold only {len(prompts)} prompts of {length} tokens, "
             f"{n} were asked for: ask for fewer or shorter ones, or hold out more of "

@@ -179,12 +179,13 @@ class WindowDataModule(LightningDataModule, ABC):
         """Plain facts about the data, for the run's summary and checkpoints."""
 
     @abstractmethod
-    def held_out_prompts(self, n: int, length: int) -> list[Tensor]:
+    def held_out_prompts(self, n: int, length: int, *, fewer: bool = False) -> list[Tensor]:
         """Prompts from validation data, int64.
 
         Args:
             n: how many.
             length: tokens each, of text.
+            fewer: be content with fewer, at least one.
 
         Raises:
             UserError: there are not so many.

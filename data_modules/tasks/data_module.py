@@ -203,13 +203,14 @@ class TaskDataModule(WindowDataModule):
             return self.task.longest_answer
         return max(self._spoken(example) for example in self.answer_sets()[""].examples)
 
-    def held_out_prompts(self, n: int, length: int = 0) -> list[Tensor]:
+    def held_out_prompts(self, n: int, length: int = 0, *, fewer: bool = False) -> list[Tensor]:
         """Prompts of the validation that are answered at full length, whole, and what is given
         before their answers.
 
         Args:
             n: how many.
             length: not used: a question has the length it has.
+            fewer: be content with fewer, at least one.
 
         Raises:
             UserError: there are not so many.
@@ -220,6 +221,8 @@ class TaskDataModule(WindowDataModule):
             for example in self.answer_sets()[""].examples
             if self.task.ends or self._spoken(example) == wanted
         ]
+        if fewer and prompts:
+            n = min(n, len(prompts))
         if not 1 <= n <= len(prompts):
             raise UserError(
                 f"{n} prompts were asked for and of data.eval_examples={self.eval_examples} "

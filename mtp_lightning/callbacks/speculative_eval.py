@@ -6,9 +6,16 @@ import logging
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 
-from mtp_lightning.decoding.measure import race, rates, require_same_greedy
+from mtp_lightning.callbacks.base import RunCallback
+from mtp_lightning.decoding.measure import (
+    TIMED,
+    acceptance,
+    prompts_that_fit,
+    race,
+    require_same_greedy,
+)
+from mtp_lightning.errors import UserError
 from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import require_whole
@@ -16,32 +23,35 @@ from mtp_lightning.settings import require_whole
 log = logging.getLogger(__name__)
 
 
-class SpeculativeEval(Callback):
+class SpeculativeEval(RunCallback):
     """Logs ``decode/acceptance_position_j``, ``decode/tokens_per_step``, ``decode/speedup`` and
     ``decode/tokens_per_second``.
 
     Acceptance at position j is conditional: drafts accepted there / drafts that reached it.
     Tokens per step are the tokens emitted by verify passes / verify passes, the model's own token
-    included. Speed-up is the wall-clock of plain over that of speculative greedy decoding, warm,
-    one prompt at a time in turns: a figure of this machine at this moment, as tokens per second
-    are, which compare models of different sizes too. Greedy outputs that differ stop the run. The
-    first prompt's continuation is logged as text.
+    included. Both have ``_low`` and ``_high``, and all prompts are decoded together for them.
+    Speed-up is the wall-clock of plain over that of speculative greedy decoding, warm, the first
+    few prompts one at a time in turns: a figure of this machine at this moment, as tokens per
+    second are, which compare models of different sizes too. Greedy outputs that differ stop the
+    run. The first prompt's continuation is logged as text.
 
     A model without drafts (D = 0, or a head that does not draft) logs the text, and tokens per
     second of plain decoding. Of a task, whole prompts are answered; where an answer is a single
-    token, nothing is decoded here.
+    single token, nothing is decoded here. Where a window has no room for a prompt and the new
+    tokens, a log line and the run's table say so.
 
     Args:
-        n_prompts: held-out prompts, >= 1.
-        prompt_tokens: their length, >= 1.
+        n_prompts: held-out prompts, >= 1; fewer where there are not so many.
+        prompt_tokens: their length, >= 1; less where a window has not so much room.
         new_tokens: tokens to add to each, >= 2.
     """
 
-    def __init__(self, n_prompts: int = 4, prompt_tokens: int = 32, new_tokens: int = 64) -> None:
+    def __init__(self, n_prompts: int = 64, prompt_tokens: int = 32, new_tokens: int = 64) -> None:
         group = "callbacks.speculative_eval"
         self.n_prompts = require_whole(f"{group}.n_prompts", n_prompts, least=1)
         self.prompt_tokens = require_whole(f"{group}.prompt_tokens", prompt_tokens, least=1)
         self.new_tokens = require_whole(f"{group}.new_tokens", new_tokens, least=2)
+        self._skipped = ""
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Decode, compare, log; by the first process alone."""
@@ -52,24 +62,22 @@ class SpeculativeEval(Callback):
         if not trainer.is_global_zero:
             return
         assert isinstance(model, MTPModel)
-        new_tokens = self.new_tokens if data.answer_length is None else data.answer_length
-        room = data.seq_len - new_tokens
-        if room < 1 or new_tokens < 2 or model.config.mtp.answers_at_once:
-            return  # a window shorter than what would be decoded, a single token, none by itself
+        if data.answer_length == 1 or model.config.mtp.answers_at_once:
+            return  # a single token needs no draft
+        sizes = {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens}
         try:
-            prompts = data.held_out_prompts(self.n_prompts, min(self.prompt_tokens, room))
-        except ValueError as error:  # a small corpus can be trained on all the same
-            log.warning("No decoding at validation: %s.", error)
+            prompts, new_tokens = prompts_that_fit(data, n_prompts=self.n_prompts, **sizes)
+        except UserError as error:  # such data can be trained on all the same
+            if not self._skipped:
+                log.warning("No decoding at validation: %s.", error)
+            self._skipped = str(error)
             return
-        options: dict[str, Any] = {
-            "max_new_tokens": new_tokens,
-            "tokenizer": data.tokenizer,
-            "batch_size": 1,
-        }
+        options: dict[str, Any] = {"tokenizer": data.tokenizer}
         ways: dict[str, dict[str, Any]] = {"plain": {"speculative": False}}
         if model.mtp.max_draft_depth != 0:
             ways["drafted"] = {}
-        run = race(model, prompts, ways, **options)
+        timed = prompts[:TIMED]
+        run = race(model, timed, ways, max_new_tokens=new_tokens, batch_size=1, **options)
         plain = run.outputs["plain"]
         text = f"{data.tokenizer.decode(prompts[0].tolist())}|{plain[0].text}"
         for logger in trainer.loggers:
@@ -77,12 +85,16 @@ class SpeculativeEval(Callback):
                 logger.write_text("decode/sample", text, trainer.global_step)
         values: dict[str, float] = {}
         if "drafted" in ways:
-            drafted = run.outputs["drafted"]
-            require_same_greedy(model, prompts, plain, drafted)
-            values = {**rates(drafted), "speedup": run.speedup("drafted")}
+            require_same_greedy(model, timed, plain, run.outputs["drafted"])
+            values, _ = acceptance(model, prompts, new_tokens=new_tokens, **options)
+            values["speedup"] = run.speedup("drafted")
         # As the model is used: with drafts if it has any.
         fastest = list(ways)[-1]
         emitted = sum(g.new_tokens for g in run.outputs[fastest])
         values["tokens_per_second"] = emitted / run.seconds[fastest][0]
         tagged = {f"decode/{name}": value for name, value in values.items()}
         pl_module.log_dict(tagged, rank_zero_only=True)
+
+    def summary(self) -> dict[str, str]:
+        """Why nothing was decoded, if so."""
+        return {"not_decoded": self._skipped} if self._skipped else {}

@@ -13,6 +13,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,10 +22,13 @@ from mtp_lightning.decoding.compiled import CompiledSession
 from mtp_lightning.decoding.generate import Prompt, generate
 from mtp_lightning.decoding.row import Generation
 from mtp_lightning.decoding.session import Session, decoding_passes
+from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 
 # Two tokens whose logits differ by less are a tie: rounding may choose either.
 _TIE = 1e-3
+# Prompts decoded together for acceptance, and alone, one by one, for the speed.
+TOGETHER, TIMED = 64, 4
 _DRAFTING = {
     "draft_depth": None, "draft_vocab": None, "min_confidence": 0.0, "cache": "per_depth",
 }  # fmt: skip
@@ -96,18 +100,110 @@ def rates(generations: Sequence[Generation]) -> dict[str, float]:
     Acceptance is conditional: drafts accepted at position j / drafts that reached it. Tokens per
     step are the tokens emitted by verify passes / verify passes, the model's own token included.
     """
-    accepted = torch.tensor([g.drafts_accepted for g in generations]).sum(0)
-    reached = torch.tensor([g.drafts_reached for g in generations]).sum(0)
-    values = {
-        f"acceptance_position_{j}": float(a / n)
-        for j, (a, n) in enumerate(zip(accepted, reached, strict=True), start=1)
-        if n
+    pairs = _counts(generations).items()
+    return {
+        # As loggers keep it.
+        name: float(np.float32(above_N.sum() / below_N.sum()))
+        for name, (above_N, below_N) in pairs
+        if below_N.sum()
     }
-    passes = sum(g.verify_passes for g in generations)
-    if passes:
-        emitted = sum(g.tokens_per_step * g.verify_passes for g in generations)
-        values["tokens_per_step"] = emitted / passes
+
+
+def intervals(
+    generations: Sequence[Generation], *, resamples: int = 1000, seed: int = 0
+) -> dict[str, float]:
+    """``NAME_low`` and ``NAME_high`` of every value of :func:`rates`: between them lie 95 % of
+    other draws of as many prompts, by a percentile bootstrap over prompts (Efron 1979). The tokens
+    of one text depend on one another; prompts do not. Nothing of a single prompt.
+
+    Args:
+        generations: one a prompt.
+        resamples: draws.
+        seed: of the draws.
+    """
+    n = len(generations)
+    if n < 2:
+        return {}
+    drawn_RN = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    values = {}
+    for name, (above_N, below_N) in _counts(generations).items():
+        above_R, below_R = above_N[drawn_RN].sum(1), below_N[drawn_RN].sum(1)
+        there_R = below_R > 0
+        if there_R.any():
+            bounds = np.percentile(above_R[there_R] / below_R[there_R], (2.5, 97.5))
+            values[f"{name}_low"], values[f"{name}_high"] = map(float, np.float32(bounds))
     return values
+
+
+def _counts(generations: Sequence[Generation]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Numerators and denominators [N] of every rate, by prompt."""
+    accepted_ND = np.array([g.drafts_accepted for g in generations])
+    reached_ND = np.array([g.drafts_reached for g in generations])
+    counts = {
+        f"acceptance_position_{j + 1}": (accepted_ND[:, j], reached_ND[:, j])
+        for j in range(reached_ND.shape[1])
+    }
+    passes_N = np.array([g.verify_passes for g in generations])
+    emitted_N = np.array([round(g.tokens_per_step * g.verify_passes) for g in generations])
+    return counts | {"tokens_per_step": (emitted_N, passes_N)}
+
+
+def prompts_that_fit(
+    data: Any, *, n_prompts: int, prompt_tokens: int, new_tokens: int
+) -> tuple[list[Tensor], int]:
+    """Held-out prompts, fewer where there are not so many, and the tokens to add to each, which fit
+    into a window together. Of a task, whole prompts and the answer's length.
+
+    Args:
+        data: a data module that is set up.
+        n_prompts: at most so many.
+        prompt_tokens: of text, at most so long.
+        new_tokens: of text.
+
+    Raises:
+        UserError: there are none, or a window has no room for ``new_tokens`` and a prompt.
+    """
+    new_tokens = new_tokens if data.answer_length is None else data.answer_length
+    room = data.seq_len - new_tokens
+    if room < 1:
+        raise UserError(
+            f"data.seq_len={data.seq_len} leaves no room for a prompt and new_tokens={new_tokens}: "
+            "lower new_tokens"
+        )
+    return data.held_out_prompts(n_prompts, min(prompt_tokens, room), fewer=True), new_tokens
+
+
+def acceptance(
+    model: MTPModel,
+    prompts: Sequence[Prompt],
+    *,
+    new_tokens: int,
+    tokenizer: Any = None,
+    **drafting: Any,
+) -> tuple[dict[str, float], list[Generation]]:
+    """:func:`rates` of greedy decoding and their :func:`intervals`, all prompts together, and plain
+    decoding's texts, which must be the same.
+
+    Args:
+        model: one that drafts.
+        prompts: token ids.
+        new_tokens: for each, at most.
+        tokenizer: whose end of text ends a text; None for none.
+        drafting: see :func:`decoding_report`.
+
+    Returns:
+        The values, with ``n_prompts`` and ``new_tokens``, and the texts.
+
+    Raises:
+        RuntimeError: drafts changed what is said.
+    """
+    options = {"max_new_tokens": new_tokens, "tokenizer": tokenizer}
+    options["batch_size"] = min(len(prompts), TOGETHER)
+    plain = generate(model, prompts, speculative=False, **options)
+    drafted = generate(model, prompts, **options, **drafting)
+    require_same_greedy(model, prompts, plain, drafted)
+    setting = {"n_prompts": float(len(prompts)), "new_tokens": float(new_tokens)}
+    return {**rates(drafted), **intervals(drafted), **setting}, plain
 
 
 @torch.inference_mode()
@@ -231,23 +327,26 @@ def decoding_report(
     prompts: Sequence[Tensor],
     *,
     new_tokens: int,
+    tokenizer: Any = None,
     repeats: int = 3,
     **drafting: Any,
 ) -> dict[str, float]:
-    """Drafting measured and expected, on the same greedy texts, one prompt at a time.
+    """Drafting measured and expected, on the same greedy texts; timed one prompt at a time, on the
+    first few.
 
     Args:
         model: in evaluation mode.
         prompts: token ids.
-        new_tokens: for each.
-        repeats: how often all prompts are decoded.
+        new_tokens: for each, at most.
+        tokenizer: whose end of text ends a text; None for none.
+        repeats: how often the timed prompts are decoded.
         drafting: options of :func:`generate` for the drafts, ``draft_depth``, ``draft_vocab``,
             ``min_confidence`` and ``cache``. With any but the default ones nothing is expected:
             what is known of the depths teacher-forced is not what they then draft.
 
     Returns:
-        The values of :func:`rates` and :func:`teacher_forced_rates`, ``speedup`` (wall-clock over
-        plain decoding) and ``expected_speedup`` (from ``expected_tokens_per_step`` and
+        The values of :func:`acceptance` and :func:`teacher_forced_rates`, ``speedup`` (wall-clock
+        over plain decoding) and ``expected_speedup`` (from ``expected_tokens_per_step`` and
         :func:`pass_costs`).
 
     Raises:
@@ -255,12 +354,12 @@ def decoding_report(
         UserError: the model does not draft.
     """
     model.mtp.require_drafts()
+    texts: dict[str, Any] = {"tokenizer": tokenizer}
+    values, plain = acceptance(model, prompts, new_tokens=new_tokens, **texts, **drafting)
     ways: dict[str, dict[str, Any]] = {"plain": {"speculative": False}, "drafted": drafting}
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "batch_size": 1}
-    run = race(model, prompts, ways, repeats=repeats, **options)
-    plain, drafted = run.outputs["plain"], run.outputs["drafted"]
-    require_same_greedy(model, prompts, plain, drafted)
-    values = rates(drafted)
+    timed, options = prompts[:TIMED], {**texts, "max_new_tokens": new_tokens, "batch_size": 1}
+    run = race(model, timed, ways, repeats=repeats, **options)
+    require_same_greedy(model, timed, run.outputs["plain"], run.outputs["drafted"])
     values["speedup"] = run.speedup("drafted")
     if any(value != _DRAFTING[name] for name, value in drafting.items()):
         return values

@@ -15,7 +15,7 @@ from data_modules.window_module import WindowDataModule
 from data_modules.windows import WindowBatch
 from mtp_lightning.callbacks.exact_match import answer_all
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
-from mtp_lightning.decoding.measure import decoding_report
+from mtp_lightning.decoding.measure import decoding_report, prompts_that_fit
 from mtp_lightning.decoding.precision import check_precision, use_precision
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.command_line import overridden
@@ -217,26 +217,26 @@ def validation_data(
 
 def evaluate_decoding(
     model: MTPModel, data: WindowDataModule, settings: DictConfig
-) -> dict[str, float]:
-    """Acceptance and speed-up of the drafts, measured and expected; nothing without drafts.
+) -> dict[str, Any]:
+    """Acceptance and speed-up of the drafts, measured and expected, or ``not_decoded``, which says
+    why not; nothing without drafts.
 
     Raises:
         UserError: settings out of range.
     """
     for key, least in (("n_prompts", 0), ("prompt_tokens", 1), ("new_tokens", 2)):
         require_whole(f"decode.{key}", settings[key], least=least)
-    if model.mtp.max_draft_depth == 0 or settings.n_prompts == 0:
-        return {}
-    try:
-        prompts = data.held_out_prompts(settings.n_prompts, settings.prompt_tokens)
-    except ValueError as error:  # the teacher-forced metrics are there all the same
-        log.warning("Nothing was decoded (%s): lower decode.n_prompts or prompt_tokens.", error)
-        return {}
-    new_tokens = settings.new_tokens if data.answer_length is None else data.answer_length
-    if new_tokens < 2:
+    if model.mtp.max_draft_depth == 0 or settings.n_prompts == 0 or data.answer_length == 1:
         return {}  # an answer of one token needs no draft
+    sizes = {key: settings[key] for key in ("n_prompts", "prompt_tokens", "new_tokens")}
+    try:
+        prompts, new_tokens = prompts_that_fit(data, **sizes)
+    except UserError as error:  # the teacher-forced metrics are there all the same
+        log.warning("Nothing was decoded: %s.", error)
+        return {"not_decoded": str(error)}
     drafting = {
         key: settings[key] for key in ("draft_depth", "draft_vocab", "min_confidence", "cache")
     }
-    report = decoding_report(model, prompts, new_tokens=new_tokens, **drafting)
+    texts = {"new_tokens": new_tokens, "tokenizer": data.tokenizer}
+    report = decoding_report(model, prompts, **texts, **drafting)
     return {f"decode/{name}": value for name, value in report.items()}

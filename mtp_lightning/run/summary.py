@@ -34,23 +34,33 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rates = Table(title="Validation", title_justify="left")
+    rates = Table(title="Validation", title_justify="left", caption_justify="left")
     for column in ("predicts", "loss", "accuracy", "agreement", "overlap"):
         rates.add_column(column, justify="left" if column == "predicts" else "right")
-    rates.add_column("accepted", justify="right")
+    rates.add_column("accepted", justify="right", no_wrap=True)
+    if "decode/n_prompts" in summary:
+        decoded = (
+            f"{summary['decode/n_prompts']:.0f} prompts x {summary['decode/new_tokens']:.0f} tokens"
+        )
+        rates.caption = f"accepted: {decoded}, greedy; 95 % interval over the prompts"
+    elif "not_decoded" in summary:
+        rates.caption = f"accepted: nothing was decoded, {summary['not_decoded']}"
     # Only evaluate.py looks for it: teacher-forced, on the text that the loop wrote.
     expected = "decode/expected_tokens_per_step" in summary
     if expected:
         rates.add_column("agreement there", justify="right")
     for k in range(depth + 1):
         rates.add_row(
-            "next token (depth 0)" if k == 0 else f"depth {k}",
+            "next token" if k == 0 else f"depth {k}",
             _number(summary.get(f"val/loss_depth_{k}"), "{:.4f}"),
             *(
                 _number(summary.get(f"val/{name}_depth_{k}"), "{:.1%}")
                 for name in ("accuracy", "agreement", "overlap")
             ),
-            _number(summary.get(f"decode/acceptance_position_{k}"), "{:.1%}"),
+            # With one column more, lines of 80 characters hold no interval beside its value.
+            _share(summary, f"decode/acceptance_position_{k}").replace(
+                " [", "\n[" if expected else " ["
+            ),
             *([_number(summary.get(f"decode/agreement_position_{k}"), "{:.1%}")] * expected),
         )
     cost = Table(title="Run", title_justify="left", show_header=False)
@@ -81,7 +91,7 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
         ("seconds of training", "seconds", "{:,.1f}"),
     ):
         if key in summary:
-            cost.add_row(name, form.format(summary[key]))
+            cost.add_row(name, form.format(summary[key]) + _interval(summary, key, form))
     console = Console()
     console.print(rates)
     console.print(cost)
@@ -116,6 +126,22 @@ def print_paths(folder: Path) -> None:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
+
+
+def _share(summary: dict[str, Any], key: str) -> str:
+    if key not in summary:
+        return ""
+    percent = {name: 100 * summary[name] for name in (key, *_bounds(key)) if name in summary}
+    return f"{percent[key]:.1f} %" + _interval(percent, key, "{:.1f}")
+
+
+def _interval(summary: dict[str, Any], key: str, form: str) -> str:
+    bounds = [summary[name] for name in _bounds(key) if name in summary]
+    return f" [{', '.join(map(form.format, bounds))}]" if bounds else ""
+
+
+def _bounds(key: str) -> tuple[str, str]:
+    return f"{key}_low", f"{key}_high"
 
 
 def _git_commit() -> str | None:

@@ -118,6 +118,12 @@ def test_held_out_prompts_begin_validation_documents(tmp_path):
     assert data.tokenizer.decode(data.held_out_prompts(1, longest)[0]) in documents
     with pytest.raises(ValueError, match="hold only 0 prompts .* 1 were asked"):
         data.held_out_prompts(1, longest + 1)
+    fewer = data.held_out_prompts(1000, 16, fewer=True)
+    assert n < len(fewer) < 1000 and all(
+        torch.equal(a, b) for a, b in zip(fewer, prompts, strict=False)
+    )
+    with pytest.raises(ValueError, match="hold only 0 prompts"):
+        data.held_out_prompts(1, longest + 1, fewer=True)
     with pytest.raises(ValueError, match="got 0 of 5"):
         data.held_out_prompts(0, 5)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,9 @@ from mtp_lightning.decoding import Generation, generate, measure
 from mtp_lightning.decoding.measure import (
     PassCosts,
     Race,
+    acceptance,
     decoding_report,
+    intervals,
     pass_costs,
     race,
     rates,
@@ -47,6 +50,46 @@ def test_rates_are_pooled_not_averaged() -> None:
     assert found["acceptance_position_1"] == pytest.approx(9 / 12)
     assert found["acceptance_position_2"] == pytest.approx(3 / 10)
     assert found["tokens_per_step"] == pytest.approx((22 + 2) / 12)
+
+
+def test_intervals_are_those_of_a_bootstrap_over_prompts() -> None:
+    """Against one prompt at a time, drawn with the same seed."""
+    texts = [
+        generation([n, n // 2], [n + 2, n], n + 2, 2 * n + 3 + n % 3) for n in (4, 1, 9, 7, 3, 12)
+    ]
+    generator = np.random.default_rng(0)
+    draws: dict[str, list[float]] = {}
+    for drawn in generator.integers(6, size=(1000, 6)):
+        for name, value in rates([texts[i] for i in drawn]).items():
+            draws.setdefault(name, []).append(value)
+    found = intervals(texts)
+    assert len(found) == 6
+    for name, value in rates(texts).items():
+        low, high = np.percentile(draws[name], (2.5, 97.5))
+        assert found[f"{name}_low"] == pytest.approx(low, rel=1e-6)
+        assert found[f"{name}_high"] == pytest.approx(high, rel=1e-6)
+        assert low < value < high
+
+
+def test_intervals_of_equal_prompts_are_points_and_of_one_prompt_none() -> None:
+    text = generation([3, 0], [4, 3], 4, 9)
+    same = rates([text])
+    found = intervals([text] * 5)
+    for name, value in same.items():
+        assert found[f"{name}_low"] == found[f"{name}_high"] == value
+    assert intervals([text]) == {}
+    # A position that no draft reached has none; one that few prompts reached, of the draws with it.
+    assert "acceptance_position_2_low" not in intervals([replace(text, drafts_reached=[4, 0])] * 2)
+
+
+def test_acceptance_does_not_depend_on_what_is_decoded_together() -> None:
+    model = small_model(3, 2, vocab=3)
+    prompts = random_prompts(3, (4, 1, 9, 6), vocab=3)
+    found, plain = acceptance(model, prompts, new_tokens=20)
+    alone = [generate(model, [prompt], max_new_tokens=20)[0] for prompt in prompts]
+    assert found == {**rates(alone), **intervals(alone), "n_prompts": 4.0, "new_tokens": 20.0}
+    assert [text.token_ids for text in plain] == [text.token_ids for text in alone]
+    assert found["acceptance_position_1_low"] < found["acceptance_position_1_high"]
 
 
 def test_a_race_is_judged_by_its_median_pair() -> None:

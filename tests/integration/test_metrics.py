@@ -196,6 +196,28 @@ def test_evaluate_repeats_the_last_validation(request: pytest.FixtureRequest, ki
         assert metrics[key] == run.summary[key]
 
 
+def test_evaluate_accepts_what_the_run_accepted(run: Run) -> None:
+    last = run.folder / "checkpoints" / "last.ckpt"
+    given = [f"checkpoint={last}", "decode.new_tokens=8", "long_range=false"]
+    metrics = evaluate_here(run, *given)
+    rates = [f"decode/acceptance_position_{j}" for j in (1, 2)] + ["decode/tokens_per_step"]
+    bounds = [f"{tag}_{end}" for tag in rates for end in ("low", "high")]
+    for tag in (*rates, *bounds, "decode/n_prompts", "decode/new_tokens"):
+        assert metrics[tag] == run.summary[tag], tag
+    assert 4 < metrics["decode/n_prompts"] <= 64
+    assert metrics["decode/tokens_per_step_low"] < metrics["decode/tokens_per_step_high"]
+
+
+def test_a_window_without_room_is_told(bpe: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """64 new tokens do not fit into 16: for the run and for evaluate.py."""
+    told = bpe.summary["not_decoded"]
+    assert "data.seq_len=16 leaves no room" in told
+    metrics = evaluate_here(bpe, f"checkpoint={bpe.folder}", "long_range=false")
+    assert metrics["not_decoded"] == told
+    assert "nothing was decoded" in capsys.readouterr().out
+    assert not [tag for tag in (*metrics, *bpe.summary) if tag.startswith("decode/")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_evaluate_repeats_it_in_the_runs_precision(

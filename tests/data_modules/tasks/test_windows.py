@@ -230,3 +230,4 @@ def test_prompts_to_decode_are_whole_and_their_answers_of_one_length() -> None:
         assert int(prompt[-1]) in example.prompt[:-1:2] and len(prompt) % 2 == 0
     with pytest.raises(ValueError, match="11 prompts were asked for and of data.eval_examples=10"):
         recall.held_out_prompts(11)
+    assert len(recall.held_out_prompts(11, fewer=True)) == 10

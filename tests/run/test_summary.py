@@ -1,0 +1,49 @@
+"""The tables that a run and evaluate.py end with."""
+
+from __future__ import annotations
+
+import pytest
+
+from mtp_lightning.run.summary import print_summary
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+@pytest.mark.parametrize("expected", [{}, {"decode/expected_tokens_per_step": 2.1}])
+def test_acceptance_is_shown_with_its_interval_and_setting(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    columns: str,
+    expected: dict[str, float],
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    rates = {f"val/{name}_depth_{k}": 0.5 for name in ("loss", "accuracy") for k in (0, 1)}
+    rates |= {f"val/{name}_depth_1": 0.4 for name in ("agreement", "overlap")}
+    accepted = {"": 0.5843, "_low": 0.55, "_high": 0.6168}
+    steps = {"": 1.98, "_low": 1.9, "_high": 2.05}
+    print_summary(
+        {
+            **rates,
+            **{f"decode/acceptance_position_1{end}": value for end, value in accepted.items()},
+            **{f"decode/tokens_per_step{end}": value for end, value in steps.items()},
+            "decode/n_prompts": 64.0,
+            "decode/new_tokens": 64.0,
+            "decode/agreement_position_1": 0.5,
+            **expected,
+        },
+        depth=1,
+    )
+    shown = capsys.readouterr().out
+    assert "1.98 [1.90, 2.05]" in shown
+    assert "[55.0, 61.7]" in shown and (expected or "58.4 % [55.0, 61.7]" in shown)
+    assert "64 prompts x 64 tokens, greedy" in shown
+
+
+def test_one_prompt_has_no_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    print_summary({"decode/acceptance_position_1": 0.5, "decode/tokens_per_step": 1.5}, depth=1)
+    shown = capsys.readouterr().out
+    assert "50.0 %" in shown and "1.50" in shown and "[" not in shown
+
+
+def test_why_nothing_was_decoded_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    print_summary({"not_decoded": "too short"}, depth=1)
+    assert "accepted: nothing was decoded, too short" in " ".join(capsys.readouterr().out.split())
