@@ -54,7 +54,8 @@ def points_of(figure: Figure, labels: Sequence[str]) -> dict[str, Any]:
     Returns:
         ``x`` and ``y``, what the axes say; ``box``, where they are in the SVG, left, top, right,
         bottom, with their limits ``xlim`` and ``ylim``; and ``points``: the setting's number, the
-        place in the SVG, its values, and half of the interval where it has one.
+        place in the SVG, its values, and the interval along each where it has one: half of its
+        width, or its ends where these are not equally far.
     """
     numbers = {label: number for number, label in enumerate(labels)}
     height = figure.get_figheight() * _POINTS
@@ -65,7 +66,7 @@ def points_of(figure: Figure, labels: Sequence[str]) -> dict[str, Any]:
             line = getattr(container, "lines", [None])[0]
             if number is not None and line is not None:
                 for point in _points(line, axes, height):
-                    found.append([number, *point, *_halves(container, point[2:])])
+                    found.append([number, *point, *_intervals(container, point[2:])])
         within = {id(lines[0]) for c in axes.containers if (lines := getattr(c, "lines", None))}
         for line in axes.lines:
             number = numbers.get(str(line.get_label()))
@@ -106,14 +107,20 @@ def _points(line: Line2D, axes: Axes, height: float) -> Iterator[tuple[float, fl
             yield round(right * scale, 1), round(height - up * scale, 1), x, y
 
 
-def _halves(container: Any, at: tuple[float, float]) -> list[float | None]:
-    """Half of the interval along x, and along y, of the point at some values."""
-    halves: list[float | None] = [None, None]
+def _intervals(container: Any, at: tuple[float, float]) -> list[float | list[float] | None]:
+    """The intervals along x, and along y, of the point at some values; see :func:`points_of`."""
+    found: list[float | list[float] | None] = [None, None]
     bars = container.lines[2] if len(container.lines) > 2 else ()
     for collection in bars:
         for (x0, y0), (x1, y1) in collection.get_segments():
             if y0 == y1 == at[1] and min(x0, x1) <= at[0] <= max(x0, x1) and x0 != x1:
-                halves[0] = abs(float(x1 - x0)) / 2
+                found[0] = _interval(x0, x1, at[0])
             if x0 == x1 == at[0] and min(y0, y1) <= at[1] <= max(y0, y1) and y0 != y1:
-                halves[1] = abs(float(y1 - y0)) / 2
-    return halves
+                found[1] = _interval(y0, y1, at[1])
+    return found
+
+
+def _interval(start: float, end: float, middle: float) -> float | list[float]:
+    low, high = sorted((float(start), float(end)))
+    half = (high - low) / 2
+    return half if abs(low + half - middle) <= 1e-6 * half else [low, high]

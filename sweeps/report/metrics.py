@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,11 @@ PER_STEP, SPEEDUP = "decode/tokens_per_step", "decode/speedup"
 DECODE_SPEED = "decode/tokens_per_second"
 CHANCE = "val/chance"  # of EXACT, the share of a task's answers that are right
 
+# Rates of what was counted, in 0 .. 1: their intervals over seeds stay there.
+_SHARES = re.compile(
+    r"(val|decode)/([^/]+/)?(forced_)?"
+    r"(accuracy|agreement|overlap|acceptance|exact_match|creativity)(_.*)?"
+)
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
@@ -79,11 +85,22 @@ def number(value: float, form: str | int) -> str:
     return f"{value:,.{form}f}".replace("-", "−")
 
 
+def is_share(tag: str) -> bool:
+    """Whether a tag's values are shares, 0 .. 1."""
+    return _SHARES.fullmatch(tag) is not None
+
+
+def spread(found: Interval, form: str | int) -> str:
+    """What stands behind a mean: ``± 0.0021``, of a share ``28.4 % to 99.5 %``; empty without an
+    interval."""
+    if found.ends is not None:
+        return " to ".join(number(end, form) for end in found.ends)
+    return "" if found.half is None else f"± {number(found.half, form)}"
+
+
 def with_interval(found: Interval, metric: Metric) -> str:
     """``2.3456 ± 0.0021``; without an interval, the value alone."""
-    if found.half is None:
-        return metric.show(found.mean)
-    return f"{metric.show(found.mean)} ± {metric.show(found.half)}"
+    return f"{metric.show(found.mean)} {spread(found, metric.form)}".rstrip()
 
 
 def p_value(p: float | None) -> str:

@@ -23,7 +23,7 @@ from sweeps.report.context import contexts
 from sweeps.report.differing import configs
 from sweeps.report.findings import answer, caveats
 from sweeps.report.interactive import mark, points_of
-from sweeps.report.metrics import BITS, CURVE_AXES, Metric, number, p_value
+from sweeps.report.metrics import BITS, CURVE_AXES, Metric, number, p_value, spread
 from sweeps.report.read import Run, Sweep
 from sweeps.report.reading import meaning
 from sweeps.report.settings import Settings, show
@@ -239,7 +239,7 @@ def _rows(settings: Settings) -> list[dict[str, Any]]:
                 {
                     "sort": "" if found.interval is None else repr(found.interval.mean),
                     "mean": metric.show(found.interval.mean) if found.interval else "–",
-                    "half": metric.show(found.interval.half)
+                    "spread": spread(found.interval, metric.form)
                     if found.interval and found.interval.half
                     else "",
                     "gap": found.gap,
@@ -264,9 +264,7 @@ def _comparison(found: Comparison) -> dict[str, Any]:
         "reference": found.against,
         "n": result.difference.n if result else 0,
         "mean": number(result.difference.mean, 4) if result else "–",
-        "half": number(result.difference.half, 4)
-        if result and result.difference.half is not None and not result.constant
-        else "",
+        "spread": spread(result.difference, 4) if result and not result.constant else "",
         "sort": repr(result.difference.mean) if result else "",
         "p": p_value(result.p) if result else "",
         "p_sort": repr(result.p) if result and result.p is not None else "",

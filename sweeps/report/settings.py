@@ -10,9 +10,19 @@ from functools import cached_property
 from typing import Any
 
 from mtp_lightning.run.solved import SOLVED as SOLVED
-from sweeps.report.metrics import ANSWERS, BESIDE, BITS, BY_TAG, EXACT, LOSS, TABLE, Metric
+from sweeps.report.metrics import (
+    ANSWERS,
+    BESIDE,
+    BITS,
+    BY_TAG,
+    EXACT,
+    LOSS,
+    TABLE,
+    Metric,
+    is_share,
+)
 from sweeps.report.read import Run
-from sweeps.report.statistics import Interval, interval
+from sweeps.report.statistics import Interval, interval, share_interval
 from sweeps.report.texts import Text, text_of
 
 
@@ -80,7 +90,10 @@ class Setting:
         finals = {run.seed: run.final(tag) for run in self.done}
         good = {s: v for s, v in finals.items() if v is not None and math.isfinite(v)}
         if len(good) == len(finals) and good:
-            return Estimate(interval(list(good.values())), "", good)
+            values = list(good.values())
+            # A metric of a user's own may have a share's name and be none.
+            within = is_share(tag) and all(0 <= value <= 1 for value in values)
+            return Estimate((share_interval if within else interval)(values), "", good)
         if not finals:
             return Estimate(None, "no finished run", {})
         if all(value is None for value in finals.values()):

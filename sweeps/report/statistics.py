@@ -12,17 +12,26 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % confidence interval, ``mean - half .. mean + half``.
+    """A mean with its 95 % confidence interval, ``mean - half .. mean + half`` unless it has ends.
 
     Attributes:
         mean: of the values.
         half: half of the interval's width; None for a single value, which has no interval.
         n: number of values.
+        ends: low and high, where these are not equally far from the mean; None elsewhere.
     """
 
     mean: float
     half: float | None
     n: int
+    ends: tuple[float, float] | None = None
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """How far it reaches below the mean, and above; 0 for a single value."""
+        if self.ends is None:
+            return self.half or 0.0, self.half or 0.0
+        return self.mean - self.ends[0], self.ends[1] - self.mean
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,32 @@ def interval(values: Sequence[float]) -> Interval:
         return Interval(mean, None, n)
     error = _standard_error(values, mean)
     return Interval(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error, n)
+
+
+def share_interval(values: Sequence[float]) -> Interval:
+    """Mean m of shares and an interval that stays in 0 .. 1: Wilson's (1927) score interval with
+    the dispersion phi that the values have (quasi-binomial; McCullagh and Nelder 1989, section
+    4.5). It holds every mu with
+
+        |m - mu| <= t_{n-1} sqrt(phi mu (1 - mu) / n),    phi = s^2 / (m (1 - m))
+
+    and is the t interval up to terms of second order in its width, around m = 1/2. Equal values
+    have a point, as there.
+
+    Args:
+        values: one a seed, at least one, all in 0 .. 1.
+    """
+    assert all(0 <= value <= 1 for value in values)
+    found = interval(values)
+    mean, rest = found.mean, 1 - found.mean
+    if not found.half or not mean * rest:
+        return found
+    # The roots of (1 + k) mu^2 - (2 m + k) mu + m^2 with k = t^2 phi / n, as distances from m that
+    # no rounding makes negative or larger than m and 1 - m.
+    k = found.half**2 / (mean * rest)
+    away = k / 2 + math.hypot(k / 2, found.half)
+    low, high = mean - mean * (away / (mean + away)), mean + rest * (away / (rest + away))
+    return Interval(mean, (high - low) / 2, found.n, (low, high))
 
 
 def paired(setting: Mapping[Any, float], reference: Mapping[Any, float]) -> Paired | None:

@@ -194,7 +194,7 @@ def bars(axes: Axes, line: dict[Any, Interval], look: Look, label: str, aside: f
     axes.errorbar(
         [x + aside for x in line],
         [found.mean for found in line.values()],
-        yerr=[found.half or 0.0 for found in line.values()],
+        yerr=[*zip(*(found.reach for found in line.values()), strict=True)],
         fmt=look.marker,
         linestyle=look.dash,
         color=look.colour,

@@ -63,7 +63,7 @@ def _cell(value: float | None, metric: Metric, *, beside: str, gap: str = "") ->
     return {
         "sort": "" if value is None else repr(value),
         "mean": "–" if value is None else metric.show(value),
-        "half": "",
+        "spread": "",
         "gap": gap,
         "beside": beside,
     }

@@ -25,7 +25,7 @@ from sweeps.report.metrics import EXACT
 from sweeps.report.read import Run, read_sweep
 from sweeps.report.settings import Settings
 from sweeps.report.solving import solved_share, time_to_solve, wait_of
-from sweeps.report.statistics import holm
+from sweeps.report.statistics import holm, share_interval
 from sweeps.report.style import Drawing, styled
 from sweeps.report.survival import Wait
 from tests.sweeps.fixture_runs import asked, depth_sweep, task_run, write_run
@@ -274,7 +274,7 @@ def test_accuracy_by_position_and_by_group(tmp_path: Path) -> None:
         assert list(container.lines[0].get_xdata()) == xs
         assert list(container.lines[0].get_ydata()) == pytest.approx(ys)
         (low, high) = container.lines[2][0].get_segments()[0][:, 1]
-        assert high - low == pytest.approx(2 * 12.7062 * 0.05, rel=1e-4)  # t(1) s / sqrt(2)
+        assert (low, high) == pytest.approx(share_interval([ys[0] - 0.05, ys[0] + 0.05]).ends)
     axes = drawn["accuracy_position"].figure.axes[0]  # type: ignore[union-attr]
     crosses = [line for line in axes.lines if line.get_marker() == "x"]
     assert list(crosses[0].get_ydata()) == pytest.approx([1.0, 0.9])
