@@ -10,9 +10,9 @@ import signal
 import sys
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import ROOT
@@ -89,15 +89,79 @@ def program(app: str) -> str:
     return f"python {app}.py" if main_module() is None else f"mtp-lightning {app}"
 
 
+class _Heard:
+    """A standard stream whose reader may go before the program ends, as that of ``| head -1``.
+
+    Args:
+        stream: the stream.
+        ends: whether the program ends then, by the shell's code of SIGPIPE; else it goes on, and
+            what nobody reads is dropped.
+    """
+
+    def __init__(self, stream: TextIO, *, ends: bool = False) -> None:
+        self._stream = stream
+        self._ends = ends
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._unread():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unread():
+            self._stream.flush()
+
+    @contextmanager
+    def _unread(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            # Also for what writes to the file itself, and for what Python flushes at its end.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            if self._ends:
+                sys.exit(128 + signal.SIGPIPE)
+
+
 @contextmanager
-def readable_errors() -> Iterator[None]:
+def _outliving_readers(*, but_of_stdout: bool) -> Iterator[None]:
+    """Let no closed pipe end a program; see :class:`_Heard`."""
+    if sys.stdout is None or sys.stderr is None or isinstance(sys.stdout, _Heard):
+        yield
+        return
+    out = cast(TextIO, _Heard(sys.stdout, ends=but_of_stdout))
+    told = cast(TextIO, _Heard(sys.stderr))
+    with redirect_stdout(out), redirect_stderr(told):
+        try:
+            yield
+        finally:
+            with suppress(SystemExit):  # the code is decided
+                out.flush()
+
+
+@contextmanager
+def readable_errors(*, ends_with_reader: bool = False) -> Iterator[None]:
     """One line and exit code 1 for what a user can mend.
 
     That is a :class:`UserError` or an ``OSError``, or a ``ValueError`` of a user's own code.
     Anything else is a defect, of this project or of a library, and keeps its traceback;
     HYDRA_FULL_ERROR=1 shows the tracebacks of all. Ctrl-C ends with one line, too, and with the
-    shell's code for it, 130 (SIGTERM: 143).
+    shell's code for it, 130 (SIGTERM: 143). A reader of the output that goes (``| head -1``) ends
+    nothing, unless the output is all that there is to do: work goes on to its end.
+
+    Args:
+        ends_with_reader: whether the program ends, quietly, when nobody reads its output.
     """
+    with _outliving_readers(but_of_stdout=ends_with_reader), _as_lines():
+        yield
+
+
+@contextmanager
+def _as_lines() -> Iterator[None]:
     try:
         yield
     except Exception as error:

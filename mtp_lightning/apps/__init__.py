@@ -23,7 +23,9 @@ _QUIET = "--quiet"
 OmegaConf.register_new_resolver("program", program, replace=True)
 
 
-def start(config_name: str, task: Callable[[DictConfig], Any]) -> None:
+def start(
+    config_name: str, task: Callable[[DictConfig], Any], *, ends_with_reader: bool = False
+) -> None:
     """Run an app on this process's command line.
 
     ``--help GROUP`` explains a group of conf/ and ``--help GROUP=NAME`` the keys of an option;
@@ -32,10 +34,12 @@ def start(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     Args:
         config_name: of its config in conf/.
         task: what it does; where it is defined, Hydra takes the app's name from.
+        ends_with_reader: see :func:`~mtp_lightning.cli.readable_errors`.
     """
     # A log that cannot be written, as on a full disk, is no news beside what it was to say.
     logging.raiseExceptions = False
-    with readable_errors(), hydra_as_ours(sys.argv[1:]):
+    errors = readable_errors(ends_with_reader=ends_with_reader)
+    with errors, hydra_as_ours(sys.argv[1:]):
         _explain(sys.argv[1:])
         if _QUIET in sys.argv:
             sys.argv.remove(_QUIET)

@@ -18,7 +18,7 @@ def task(cfg: DictConfig) -> None:
 
 def main() -> None:
     """The command."""
-    start("generate", task)
+    start("generate", task, ends_with_reader=True)
 
 
 if __name__ == "__main__":
