@@ -47,7 +47,8 @@ class _Pass(nn.Module):
     ) -> Positions:
         positions_BT = start_B.unsqueeze(1) + torch.arange(width, device=start_B.device)
         trunk = self.model.config.trunk
-        cache = StaticCache(entries, positions_BT, trunk.attention.cache_entry(trunk))
+        entry = trunk.attention.cache_entry(trunk)
+        cache = StaticCache(entries, positions_BT, entry) if entries else None
         return Positions(cos[positions_BT], sin[positions_BT], cache=cache)
 
 

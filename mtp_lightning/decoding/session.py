@@ -81,7 +81,8 @@ class Session:
         tables = self._tables = self._tables_for(capacity)
         self.trunk_cache = self._cache(tables, trunk.n_layers, places)
         kept = self.depths_kept(max_draft)
-        self.depth_caches = [self._cache(tables, 1, places) for _ in range(kept)]
+        layers = int(model.mtp.attends_back)
+        self.depth_caches = [self._cache(tables, layers, places) for _ in range(kept)]
         self._tokens = torch.zeros(places, tables.capacity, dtype=torch.int64, device=weight.device)
         # Hidden states of depth k, what depth k + 1 reads; those of depth 0 are the branch's.
         widths = [trunk.d_model, *[model.mtp.state_width(trunk.d_model)] * max_draft]

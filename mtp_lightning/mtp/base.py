@@ -218,6 +218,8 @@ class MTPStack(nn.Module, ABC):
         confidence: how sure the depths are of their drafts; None without ``config.confidence``.
     """
 
+    # Whether a depth attends to positions before its own: then decoding stores its keys and values.
+    attends_back: ClassVar[bool] = True
     confidence: Confidence | None
 
     def __init__(self, config: MTPConfig) -> None:

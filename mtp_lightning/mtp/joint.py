@@ -79,6 +79,7 @@ class JointMTP(MTPStack):
     """One attention layer for all depths, which are computed in one pass."""
 
     config: JointConfig
+    attends_back: ClassVar[bool] = False  # only over the places of one position
 
     def __init__(self, config: JointConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)

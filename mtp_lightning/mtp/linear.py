@@ -104,6 +104,8 @@ class LinearConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="linear"
 class LinearMTP(SideBySide):
     """D matrices side by side."""
 
+    attends_back: ClassVar[bool] = False
+
     def __init__(self, config: LinearConfig, trunk: TrunkConfig) -> None:
         heads = [Linear(trunk.d_model, trunk.d_model) for _ in range(config.depth)]
         super().__init__(config, heads, config.build_corrections(trunk))

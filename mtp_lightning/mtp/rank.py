@@ -23,6 +23,7 @@ Shapes: A components (r), X width of a packed mixture (``nn/mixture.py``).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,8 @@ class JointLinearMTP(MTPStack):
         next: of the next token, those of the components behind the first.
         weigh: what the components' weights are made by.
     """
+
+    attends_back: ClassVar[bool] = False
 
     def __init__(self, config: MTPConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)

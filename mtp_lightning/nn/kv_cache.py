@@ -28,7 +28,7 @@ class KVCache:
     Args:
         config: the trunk's, for the heads.
         tables: angles and masks; their capacity is the cache's.
-        n_layers: attention layers that write here.
+        n_layers: attention layers that write here; with 0 it keeps the rows' positions alone.
         batch_size: B, rows; later it may be fewer (:meth:`resize`), and these many again.
 
     Attributes:
