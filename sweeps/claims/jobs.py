@@ -90,7 +90,7 @@ def jobs(claim: Claim, seeds: Sequence[int], runs: Path) -> list[ClaimJob]:
         UserError: an arm does not compose, or branches from one that is not listed before it.
     """
     arms = {arm: _Arm(claim, arm) for arm in claim.arms}
-    found = []
+    found: list[ClaimJob] = []
     for seed in seeds:
         of_seed: dict[str, ClaimJob] = {}
         for name, arm in arms.items():
