@@ -131,7 +131,7 @@ def intervals(
         there_R = below_R > 0
         if there_R.any():
             bounds = np.percentile(above_R[there_R] / below_R[there_R], (2.5, 97.5))
-            values[f"{name}_low"], values[f"{name}_high"] = map(float, np.float32(bounds))
+            values[f"{name}_low"], values[f"{name}_high"] = bounds.astype("float32").tolist()
     return values
 
 

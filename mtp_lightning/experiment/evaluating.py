@@ -237,6 +237,6 @@ def evaluate_decoding(
     drafting = {
         key: settings[key] for key in ("draft_depth", "draft_vocab", "min_confidence", "cache")
     }
-    texts = {"new_tokens": new_tokens, "tokenizer": data.tokenizer}
-    report = decoding_report(model, prompts, **texts, **drafting)
+    drafting["tokenizer"] = data.tokenizer
+    report = decoding_report(model, prompts, new_tokens=new_tokens, **drafting)
     return {f"decode/{name}": value for name, value in report.items()}
