@@ -8,10 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 
 from mtp_lightning.callbacks.base import RunCallback
+from mtp_lightning.decoding.held_out import prompts_that_fit
 from mtp_lightning.decoding.measure import (
     TIMED,
     acceptance,
-    prompts_that_fit,
     race,
     require_same_greedy,
 )

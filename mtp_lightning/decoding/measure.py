@@ -22,7 +22,6 @@ from mtp_lightning.decoding.compiled import CompiledSession
 from mtp_lightning.decoding.generate import Prompt, generate
 from mtp_lightning.decoding.row import Generation
 from mtp_lightning.decoding.session import Session, decoding_passes
-from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 
 # Two tokens whose logits differ by less are a tie: rounding may choose either.
@@ -146,31 +145,6 @@ def _counts(generations: Sequence[Generation]) -> dict[str, tuple[np.ndarray, np
     passes_N = np.array([g.verify_passes for g in generations])
     emitted_N = np.array([round(g.tokens_per_step * g.verify_passes) for g in generations])
     return counts | {"tokens_per_step": (emitted_N, passes_N)}
-
-
-def prompts_that_fit(
-    data: Any, *, n_prompts: int, prompt_tokens: int, new_tokens: int
-) -> tuple[list[Tensor], int]:
-    """Held-out prompts, fewer where there are not so many, and the tokens to add to each, which fit
-    into a window together. Of a task, whole prompts and the answer's length.
-
-    Args:
-        data: a data module that is set up.
-        n_prompts: at most so many.
-        prompt_tokens: of text, at most so long.
-        new_tokens: of text.
-
-    Raises:
-        UserError: there are none, or a window has no room for ``new_tokens`` and a prompt.
-    """
-    new_tokens = new_tokens if data.answer_length is None else data.answer_length
-    room = data.seq_len - new_tokens
-    if room < 1:
-        raise UserError(
-            f"data.seq_len={data.seq_len} leaves no room for a prompt and new_tokens={new_tokens}: "
-            "lower new_tokens"
-        )
-    return data.held_out_prompts(n_prompts, min(prompt_tokens, room), fewer=True), new_tokens
 
 
 def acceptance(

@@ -15,7 +15,8 @@ from data_modules.window_module import WindowDataModule
 from data_modules.windows import WindowBatch
 from mtp_lightning.callbacks.exact_match import answer_all
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
-from mtp_lightning.decoding.measure import decoding_report, prompts_that_fit
+from mtp_lightning.decoding.held_out import prompts_that_fit
+from mtp_lightning.decoding.measure import decoding_report
 from mtp_lightning.decoding.precision import check_precision, use_precision
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.command_line import overridden
