@@ -96,7 +96,7 @@ class TokenStore:
         self.folder = folder
         self.splits: dict[str, TokenFile] = {}
         try:
-            self.meta: dict[str, Any] = read_json(folder / "meta.json")
+            self.meta: dict[str, Any] = _read_meta(folder)
             for name, facts in self.meta["splits"].items():
                 own = None
                 if shards is not None:
@@ -137,6 +137,13 @@ class TokenStore:
         if file.n_bytes is None:
             return None
         return file.n_bytes / file.n_tokens if file.n_tokens else float("nan")
+
+
+def _read_meta(folder: Path) -> Any:
+    try:
+        return read_json(folder / "meta.json")
+    except UserError as error:
+        raise damaged(folder, str(error)) from error
 
 
 def _array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:

@@ -93,7 +93,7 @@ def unknown_key(name: str, siblings: Collection[str]) -> str:
 
 def unknown_option(group: str, name: str, options: Collection[str]) -> str:
     """The sentence that refuses an option of a group."""
-    near = _near(name, options)
+    near = _near(name, [option for option in options if option != name])
     names = [option for option in options if option not in _PARTS]
     meant = f"did you mean {near}?" if near else f"choose one of {', '.join(names)}."
     return f"{group} has no option {name!r}: {meant} (--help {group})"

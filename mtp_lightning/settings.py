@@ -46,8 +46,8 @@ def require(condition: bool, key: str, value: Any, wanted: str) -> None:
     """
     if not condition:
         # Python writes no number of thousands of digits.
-        long = is_whole(value) and value.bit_length() > 1023
-        shown = f"a number of {value.bit_length()} bits" if long else repr(value)
+        bits = int(value).bit_length() if is_whole(value) else 0
+        shown = f"a number of {bits} bits" if bits > 1023 else repr(value)
         raise UserError(f"{key} must be {wanted}, not {shown}.")
 
 

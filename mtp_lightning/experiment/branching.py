@@ -24,6 +24,8 @@ _FREE = (
     *("optimizer.schedule", "lambda_schedule", "mtp_lambda"),
     *("trainer.max_steps", "trainer.val_check_interval", "trainer.log_every_n_steps"),
 )
+# Groups of conf/ that have schedules.
+_SCHEDULES = ("optimizer", "lambda_schedule")
 # Steps at which the schedules of both are compared; of a longer past, so many evenly.
 _COMPARED = 10_000
 
@@ -93,11 +95,11 @@ def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[s
             f"{begin} with trainer.max_steps={lengths[1]}: step {step} is done, so give more."
         )
     rates = (
-        rebuild(before.optimizer.schedule, allow=allow),
+        rebuild(before.optimizer.schedule, allow=allow, groups=_SCHEDULES),
         instantiate(cfg.optimizer.schedule),
     )
     lambdas: tuple[LambdaSchedule, LambdaSchedule] = (
-        rebuild(before.lambda_schedule, allow=allow),
+        rebuild(before.lambda_schedule, allow=allow, groups=_SCHEDULES),
         instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
     )
     tokens_per_step = stored["progress"]["tokens"] // max(step, 1)

@@ -9,7 +9,7 @@ defined in packages the user allows by name (:func:`rebuild`, ``mtp_lightning/st
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cache
 from types import UnionType
 from typing import Any, get_args
@@ -116,15 +116,21 @@ def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
 
 
 def rebuild(
-    config: DictConfig, *, kind: type | None = None, allow: Collection[str] = (), **arguments: Any
+    config: DictConfig,
+    *,
+    kind: type | None = None,
+    allow: Collection[str] = (),
+    groups: Sequence[str] = DATA,
+    **arguments: Any,
 ) -> Any:
-    """Build data that a stored node names.
+    """Build what a stored node names, by default data.
 
     Args:
         config: the node.
         kind: what must come out; None is anything.
         allow: packages whose own classes may be built, and names of what may reach the network
             (:data:`mtp_lightning.stored.NETWORK`).
+        groups: of conf/, whose classes may be built.
         arguments: in the place of the node's own keys.
 
     Raises:
@@ -132,7 +138,7 @@ def rebuild(
     """
     node: Any = OmegaConf.to_container(config, resolve=True)
     for target in targets({key: node[key] for key in node if key not in arguments}):
-        require_target(target, allow, groups=DATA, how="allow=[{}]")
+        require_target(target, allow, groups=groups, how="allow=[{}]")
         require_network(target, allow, how="allow=[{}]")
     return instantiate(config, kind=kind, **arguments)
 

@@ -264,7 +264,7 @@ def test_without_a_text_there_are_no_bytes(tmp_path, caplog):
         data.tokenizer.encode("def f")
     with pytest.raises(ValueError, match="must be one of the 5 ids from 0 on, got 5"):
         IdTokenizer(5, 5)
-    with pytest.raises(ValueError, match="at least 2, got 1"):
+    with pytest.raises(ValueError, match="at least 2 and at most 1,048,576, got 1"):
         IdTokenizer(1, 0)
 
 

@@ -29,6 +29,7 @@ EASY: dict[str, Any] = {
     "data": "copy",
     "data.task.letters": 1,
     "data.task.periods": 1,
+    "data.task.held_out": "null",
     "data.eval_examples": 20,
     "data.seq_len": None,
     "data.val_fraction": None,

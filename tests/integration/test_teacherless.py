@@ -13,6 +13,7 @@ TRAINED = {
     "data.task.letters": 3,
     "data.task.shortest": 2,
     "data.task.periods": 2,
+    "data.task.held_out": "null",
     "data.eval_examples": 32,
     "data.eval_bytes": None,
     "data.val_fraction": None,

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
@@ -92,7 +93,17 @@ CE = CrossEntropy()
 def listed(group: str) -> dict[str, dict[str, Any]]:
     """Words of a group of conf/, and what their files say."""
     files = sorted((CONF / group).glob("*.yaml"))
-    return {file.stem: yaml.safe_load(file.read_text()) for file in files if file.stem != "base"}
+    return {file.stem: _settings(file) for file in files if file.stem != "base"}
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """What a file says where no preset says otherwise: of ``oc.select`` the default."""
+    said = OmegaConf.create(yaml.safe_load(file.read_text()))
+    settings: dict[str, Any] = {}
+    for key, value in OmegaConf.to_container(said).items():  # type: ignore[union-attr]
+        asked = isinstance(value, str) and value.startswith("${oc.select:stack.")
+        settings[str(key)] = said[key] if asked else value
+    return settings
 
 
 def target(said: dict[str, Any]) -> Any:

@@ -155,7 +155,7 @@ WRONG = {
         "trainer.num_nodes=2 in a",
     ),
     "machines without a strategy": ({"trainer.num_nodes": "1,2"}, (), "trainer.num_nodes=2 needs"),
-    "unknown number": ({"trainer.devices": "1,-1"}, (), "trainer.devices=-1"),
+    "unknown number": ({"trainer.devices": "1,-1"}, (), "trainer.devices must be a whole number"),
     "no strategy": ({"trainer.devices": "1,2"}, (), "needs trainer.strategy=ddp"),
     "batches": ({"seed": "0,1"}, ("hydra.sweeper.max_batch_size=1",), "max_batch_size"),
     "device": ({"seed": "0,1"}, ("hydra.launcher.n_jobs=0",), "n_jobs must be at least 1"),
