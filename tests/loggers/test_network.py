@@ -94,7 +94,7 @@ def proxy():
         ),
     ],
 )
-@pytest.mark.parametrize("by_proxy", [True, False])
+@pytest.mark.parametrize("by_proxy", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_no_logger_reaches_anybody(logger: str, by_proxy: bool, proxy: str, tmp_path: Path) -> None:
     module = logger.partition(":")[0]
     if module not in ("csv", "tensorboard"):

@@ -97,13 +97,19 @@ def expected(task: Task, examples: list[Example], training: list[Example]) -> di
     return {"seen": seen / len(examples), "trivial": max(right) / len(examples)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in (*HELD_OUT, "star_graph") else pytest.param(name, marks=pytest.mark.slow)
+        for name in NAMES
+    ],
+)
 def test_validation_asks_nothing_that_training_has_answered(name: str) -> None:
     """Or its share is logged, with the best of the strategies that know no task."""
     task = configured(name)
-    training = [task.show(e.prompt) for seed in (0, 5) for e in of_seed(task, seed, 8000)]
-    asked = [task.show(task.example(i).prompt) for i in range(512)]
-    share = sum(prompt in set(training) for prompt in set(asked)) / len(set(asked))
+    training = {tuple(e.prompt) for seed in (0, 5) for e in of_seed(task, seed, 8000)}
+    asked = {tuple(task.example(i).prompt) for i in range(512)}
+    share = len(asked & training) / len(asked)
     found = TaskDataModule(task).answer_sets()[""].baselines
     assert found.keys() == {"chance", "seen", "trivial"}
     if name in HELD_OUT:
