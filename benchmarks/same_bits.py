@@ -233,18 +233,22 @@ def run_child(tree: Path, output: Path, data: Path, cases: list[str]) -> None:
 
 
 def unpack(commit: str, folder: Path) -> Path:
-    """The files of a commit."""
+    """The files of a commit, with their C++ built: it has other roundings than PyTorch's layers."""
     archive = subprocess.run(
         ["git", "archive", "--format=tar", commit], cwd=ROOT, capture_output=True, check=True
     )
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
         tar.extractall(folder, filter="data")
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    subprocess.run(build, cwd=folder, env=quiet, check=True, capture_output=True)
     return folder
 
 
 def kept(commit: str, case: str, versions: str) -> Path:
     """Where the base's run of a case is kept: other settings or versions have another place."""
-    said = json.dumps([made_text(), COMMON, CASES[case], versions])
+    native = os.environ.get("MTP_LIGHTNING_NATIVE", "built")
+    said = json.dumps([made_text(), COMMON, CASES[case], versions, native])
     key = hashlib.sha256(said.encode()).hexdigest()[:12]
     cache = os.environ.get("MTP_LIGHTNING_CACHE") or "~/.cache/mtp-lightning"
     return Path(cache).expanduser() / "same_bits" / commit / key / case
