@@ -369,13 +369,13 @@ def test_a_step_is_its_definition(name: str, monkeypatch: pytest.MonkeyPatch) ->
     check_all(some_of(*HEADS_BY_NAME[name]), monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", HEADS_BY_NAME)
 def test_every_step_is_its_definition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_all(product(*HEADS_BY_NAME[name]), monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", HEADS_BY_NAME)
 def test_every_rule(name: str) -> None:
     """With drawn switches, it trains, or one sentence says why not."""
