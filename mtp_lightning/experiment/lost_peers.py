@@ -122,6 +122,8 @@ class Pulse(threading.Thread):
                 if lost is not None and self.waits_in is not None and not dist.is_initialized():
                     _end(lost, self.waits_in)
                 self.met.wait(_BEAT)
+            # They may train another run in turn, and show no further signs.
+            self.met.set()
             self._store.set(f"pulse {self._rank}", "met")
         except RuntimeError:  # the store has gone with the first process, as who asks it is told
             return
@@ -136,7 +138,9 @@ class Pulse(threading.Thread):
         self._signs[self._rank] = ("", time.monotonic())
 
     def lost(self) -> str | None:
-        """Which process has gone, and how that is known; None if none has."""
+        """Which process has gone, and how that is known; None if none has, or all have met."""
+        if self.met.is_set():
+            return None
         now = time.monotonic()
         for rank in range(self._size()):
             sign, seen = self._signs.get(rank, ("", None))

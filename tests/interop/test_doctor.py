@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.apps import doctor as apps_doctor
 from mtp_lightning.interop import doctor, tensor_files
 from mtp_lightning.interop.inventory import is_fresh
 from mtp_lightning.interop.reading import INDEX, SINGLE
@@ -201,7 +202,7 @@ def test_the_command_and_its_exit_codes(
         (tmp_path / "nowhere", 1),
     ):
         with pytest.raises(SystemExit) as stop:
-            doctor.main([str(folder)])
+            apps_doctor.main([str(folder)])
         assert stop.value.code == code
     assert "not sound" in capsys.readouterr().out
 
