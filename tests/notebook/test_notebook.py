@@ -101,7 +101,7 @@ def test_drafts_are_coloured_and_text_is_text() -> None:
 
 @pytest.mark.slow
 def test_what_is_wrong_is_one_sentence(given: list[str], tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"^mtp.depth must .* -1$"):
+    with pytest.raises(RuntimeError, match=r"^mtp.depth must .* not -1\.$"):
         train(*given, "mtp.depth=-1", f"run_dir={tmp_path / 'run'}", quiet=True)
     with pytest.raises(RuntimeError, match="no checkpoint|There is no"):
         evaluate(f"checkpoint={tmp_path / 'nothing'}")
