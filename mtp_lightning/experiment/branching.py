@@ -49,6 +49,10 @@ def branch_point(branch_from: str) -> Path:
     folder, step = Path(run) / CHECKPOINTS, int(number)
     if not folder.is_dir():
         raise FileNotFoundError(f"branch_from={branch_from}: there is no run in {run}.")
+    named = folder / kept_at(step)
+    if checkpoints.stored_step(named) == step:
+        return named
+    # Each is read whole, for its checksums.
     found = {checkpoints.stored_step(path): path for path in sorted(folder.glob("*.ckpt"))}
     if step not in found:
         there = ", ".join(str(known) for known in sorted(found) if known >= 0) or "none"
@@ -56,8 +60,7 @@ def branch_point(branch_from: str) -> Path:
             f"branch_from={branch_from}: that run has no intact checkpoint of step {step} "
             f"(there are: {there}); callbacks.checkpoints.keep_steps=[{step}] keeps one."
         )
-    named = folder / kept_at(step)
-    return named if named in found.values() else found[step]
+    return found[step]
 
 
 def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[str] = ()) -> None:
