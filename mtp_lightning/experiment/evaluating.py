@@ -206,7 +206,7 @@ def validation_data(
             node.update({"cache_dir": cache_dir} if "cache_dir" in node else {})
     # Also with the user's data, whose keys follow what was stored: seed, mtp.depth.
     mtp = run.model.config.mtp
-    further = {} if mtp.predicts_tokens else {"lookahead": mtp.places_ahead}
+    further: dict[str, Any] = {} if mtp.predicts_tokens else {"lookahead": mtp.places_ahead}
     module: WindowDataModule = rebuild(
         config.data, kind=WindowDataModule, allow=allow, tokenizer=run.tokenizer, **further
     )
