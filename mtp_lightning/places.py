@@ -47,6 +47,8 @@ def check(config: Mapping[str, Any], app: str, folder: str) -> None:
 
 def _require_there(key: str, given: str) -> None:
     path = Path(given).expanduser()
+    if key == "branch_from" and "@" in given:  # RUN@STEP
+        path = Path(given.rpartition("@")[0]).expanduser()
     if path.exists():
         if key == "prompts":
             require_prompts(path)

@@ -12,7 +12,7 @@ import torch
 from mtp_lightning.errors import UserError
 from mtp_lightning.run import checkpoints
 from tests.integration.conftest import Once
-from tests.integration.helpers import column, train_here
+from tests.integration.helpers import column, command, execute, train_here
 from tests.integration.several import run_all
 
 # A validation at every step would hide whether the place in the data is right: 8 kB are epochs of
@@ -86,7 +86,9 @@ def test_a_branch_equals_the_run_that_was_not_branched(long, direct, cache, tmp_
 
 
 def test_a_branch_with_nothing_changed_equals_its_run(long, cache, tmp_path):
-    train_here(tmp_path / "same", cache, {**LONG, "branch_from": f"{long}@30"})
+    # As one types it: what looks at paths before torch is there knows RUN@STEP.
+    done = execute(command(tmp_path / "same", cache, {**LONG, "branch_from": f"{long}@30"}))
+    assert done.returncode == 0, done.stderr
     assert_equal(last(tmp_path / "same"), last(long))
 
 
