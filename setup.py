@@ -35,8 +35,8 @@ def _extension(name: str, folder: str, *flags: str) -> Extension:
 # AVX-512; a CPU without it is asked before the library is loaded. OpenMP is PyTorch's, found when
 # it is loaded, and so not linked.
 _NATIVE = _extension(
-    "mtp_lightning.nn.kernels._native",
-    "mtp_lightning/nn/kernels/cpp",
+    "mtp_lightning.cpu._native",
+    "mtp_lightning/cpu/cpp",
     *("-fopenmp", "-march=x86-64-v4", "-mprefer-vector-width=512"),
     *("-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"),
 )

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from data_modules.tokenizers.byte import ByteTokenizer
+from mtp_lightning.cpu.packed import PackedWeight, packed_copy
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.session import Session, decoding_passes
 from mtp_lightning.interop.config_json import model_type
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.kernels.few_rows import FewRows
 
 Ways = Mapping[str, Mapping[str, Any]]
 
@@ -38,8 +38,8 @@ def smollm2_shape() -> MTPModel:
 
 def _packed(model: nn.Module) -> list[Tensor]:
     """The matrices that a narrow pass reads."""
-    layers = [getattr(layer, "packed", None) for layer in model.modules()]
-    return [layer.numbers for layer in layers if isinstance(layer, FewRows)]
+    copies = [packed_copy(weight) for weight in model.parameters()]
+    return [copy.numbers for copy in copies if isinstance(copy, PackedWeight)]
 
 
 def _as_fp32(numbers: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def memory_rate(model: MTPModel, prompt: list[int], *, repeats: int) -> dict[str
     """How fast the trunk's passes at batch 1 read its weights, and how fast a plain read of the
     same memory is, its sum, in turn with them. Without the layers' C++, nothing."""
     with decoding_passes(model):
-        weights = [_as_fp32(x) for x in _packed(model.trunk) + _packed(model.head)]
+        weights = [_as_fp32(x) for x in _packed(model)]
         if not weights:
             return {}
         session = Session(model, places=1, capacity=len(prompt) + 8, max_draft=0)

@@ -2,7 +2,7 @@
 
 Run ``python -m benchmarks.kernels``. Linear layers at micro's shapes (the product, and the two of
 its backward pass) by oneDNN and by MKL; RMSNorm, SwiGLU, RoPE and causal attention, forward and
-backward, against PyTorch's own; the layers' code in C++ (``nn/kernels/native.py``) against what
+backward, against PyTorch's own; the layers' code in C++ (``mtp_lightning/cpu``) against what
 stands for it where that is not built; and a whole optimizer step with and without
 ``keep_freed_memory()``, each in processes of its own. The two sides of a ratio take turns.
 """
@@ -19,16 +19,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import common, train_step
+from mtp_lightning.cpu import library as native
+from mtp_lightning.cpu.attention import causal_attention
+from mtp_lightning.cpu.linear import uses_onednn
+from mtp_lightning.cpu.swiglu import gated
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import FeedForward
 from mtp_lightning.nn.init import initialise
-from mtp_lightning.nn.kernels import native
-from mtp_lightning.nn.kernels.matmul import matmul_transposed, uses_onednn, weight_gradient
-from mtp_lightning.nn.kernels.rope import apply_rope
-from mtp_lightning.nn.kernels.softmax import exp_, log_softmax_
-from mtp_lightning.nn.kernels.swiglu import swiglu
-from mtp_lightning.nn.kernels.window_attention import causal_attention, turned_attention
 from mtp_lightning.nn.norm import RMSNorm
+from mtp_lightning.nn.ops import (
+    exp_,
+    log_softmax_,
+    matmul_transposed,
+    rotary,
+    rotary_attention,
+    weight_gradient,
+)
 from mtp_lightning.nn.rope import rope_table
 from mtp_lightning.objective.through_head import chunk_rows
 from mtp_lightning.runtime import keep_freed_memory
@@ -163,10 +169,10 @@ def layers(trunk: TrunkConfig, batch_size: int, seq_len: int, repeats: int) -> l
             leaf(trunk.d_model),
             repeats=repeats,
         ),
-        time_pair("SwiGLU", plain(swiglu), composed_swiglu, leaf(2 * trunk.d_ff), repeats=repeats),
+        time_pair("SwiGLU", plain(gated), composed_swiglu, leaf(2 * trunk.d_ff), repeats=repeats),
         time_pair(
             "RoPE",
-            lambda x: apply_rope(x, cos, sin),
+            lambda x: rotary(x, cos, sin),
             lambda x: composed_rope(x, cos, sin),
             leaf(trunk.n_heads + trunk.n_kv_heads, trunk.d_head),
             repeats=repeats,
@@ -190,7 +196,7 @@ def in_cpp(trunk: TrunkConfig, batch_size: int, seq_len: int, repeats: int) -> l
     heads = trunk.n_heads + 2 * trunk.n_kv_heads
 
     def attention(qkv: Tensor) -> Tensor:
-        return turned_attention(qkv, cos, sin, None, trunk.n_heads, trunk.n_kv_heads)
+        return rotary_attention(qkv, cos, sin, None, trunk.n_heads, trunk.n_kv_heads)
 
     def pair(name: str, function: Callable[..., Tensor], *sizes: int) -> dict[str, Any]:
         leaf = torch.randn(*sizes).requires_grad_()
@@ -219,7 +225,7 @@ def in_cpp(trunk: TrunkConfig, batch_size: int, seq_len: int, repeats: int) -> l
     return [
         whole,
         pair("RMSNorm", norm, rows, trunk.d_model),
-        pair("SwiGLU", swiglu, rows, 2 * trunk.d_ff),
+        pair("SwiGLU", gated, rows, 2 * trunk.d_ff),
         pair("RoPE and attention", attention, batch_size, seq_len, heads, trunk.d_head),
         {
             "kernel": "log-softmax and exp",

@@ -21,7 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import common
-from mtp_lightning.nn.kernels.matmul import matmul_transposed
+from mtp_lightning.nn.ops import matmul_transposed
 
 # What the name of an operator, function or node has in it -> kind; the first that fits.
 _KINDS = {

@@ -3,7 +3,7 @@
 Run ``python -m benchmarks.moe``. Forward and backward passes of the feed-forward layers of the
 ``deepseek_*`` presets on one micro-batch; inputs are new every time, so that experts get
 other numbers of tokens, as in training. The dense layer is as wide as the shared and the chosen
-experts together. The two take turns, with the mixture that has no C++ (``nn/kernels/native.py``),
+experts together. The two take turns, with the mixture that has no C++ (``mtp_lightning/cpu``),
 and ratios are those of the medians.
 """
 
@@ -23,10 +23,10 @@ def measure(size: str, *, repeats: int) -> dict[str, Any]:
     """One row of the table."""
     import torch
 
+    from mtp_lightning.cpu import library as native
     from mtp_lightning.experiment.instantiate import instantiate
     from mtp_lightning.nn.feed_forward import FeedForward
     from mtp_lightning.nn.init import initialise
-    from mtp_lightning.nn.kernels import native
     from mtp_lightning.nn.moe import MoE
 
     config = instantiate(common.compose_config([f"model=deepseek_{size}"]).model, vocab_size=256)

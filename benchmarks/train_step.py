@@ -4,7 +4,7 @@ Run ``python -m benchmarks.train_step``. One step is what a run does, without Li
 and logging around it. Every configuration is measured in processes of its own (``--repeats`` of
 them, the configurations taking turns), so that its peak memory is its own. Between the steps the
 process measures its matrix-product rate: ``torch.matmul`` of 1024^3, which is MKL's on an x86 CPU,
-and the fastest one it has (``nn.kernels.matmul``: oneDNN where that is faster). FLOPs count
+and the fastest one it has (``mtp_lightning.cpu``: oneDNN where that is faster). FLOPs count
 attention in full, without a causal discount, as the other libraries' figures do. ``--profile`` says
 instead where the step of nano, micro, tiny and a task's model goes, by kind of layer.
 """
@@ -45,7 +45,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    from mtp_lightning.nn.kernels.matmul import matmul_transposed
+    from mtp_lightning.nn.ops import matmul_transposed
     from mtp_lightning.runtime import keep_freed_memory
 
     if task["keep_freed_memory"]:

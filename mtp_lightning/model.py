@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
+from mtp_lightning import parts
 from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey, TrunkText
 from mtp_lightning.mtp.confidence import Confidence
 from mtp_lightning.nn.attention import Positions
@@ -112,6 +113,7 @@ class MTPModel(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        parts.load()
         self.config = config
         self.compiled = False
         self.trunk = Trunk(config.trunk)

@@ -21,10 +21,10 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.metrics.summary_rates import rates_of
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.kinds import SideBySide
+from mtp_lightning.nn import ops
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.half import hold_in_bf16
 from mtp_lightning.nn.init import drawn_anew
-from mtp_lightning.nn.kernels import native
 from mtp_lightning.nn.moe import routers_of
 from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.objective import Objective
@@ -263,7 +263,7 @@ class MTPModule(pl.LightningModule):
             "seconds": self.seconds,
         }
         checkpoint["threads"] = torch.get_num_threads()
-        checkpoint["cpu_kernels"] = native.in_use()
+        checkpoint["cpu_kernels"] = ops.code()[0]
         checkpoint["balance"] = {"rule": self.balance.name, "state": self.balance.state_dict()}
         checkpoint["objective"] = self.step.objective.state_dict()
         checkpoint.update(self.extra)
@@ -289,10 +289,10 @@ class MTPModule(pl.LightningModule):
             same = f"trainer.num_threads={threads}"
             log.warning(text, f"{threads} CPU threads", torch.get_num_threads(), same)
         kernels = checkpoint.get("cpu_kernels", "pytorch")
-        if kernels != native.in_use():
+        if kernels != ops.code()[0]:
             built = "pip install -e . with a C++ compiler"
             same = built if kernels == "native" else "MTP_LIGHTNING_NATIVE=0"
-            log.warning(text, f"the {kernels} layers", f"the {native.in_use()} ones", same)
+            log.warning(text, f"the {kernels} layers", f"the {ops.code()[0]} ones", same)
 
     def log_here(
         self, values: Mapping[str, Tensor | float], step: int, *, always: bool = False

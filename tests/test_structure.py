@@ -25,7 +25,7 @@ APPS = ["evaluate.py", "export.py", "generate.py", "serve.py", "train.py"]
 RANK = {
     # what the apps say and read before anything else is imported
     "errors": -1.5,
-    **dict.fromkeys(["paths", "literal", "settings", "built", "system"], -1),
+    **dict.fromkeys(["paths", "literal", "settings", "built", "system", "parts"], -1),
     **dict.fromkeys(["explained", "places", "signatures", "stored"], -0.5),
     "misspelt": -0.4,
     # tools that know nothing of models
@@ -36,6 +36,7 @@ RANK = {
     "model": 2,
     "objective": 3,
     **dict.fromkeys(["decoding", "metrics", "run"], 4),
+    "cpu": 4.5,
     **dict.fromkeys(["compare", "interop"], 5),
     **dict.fromkeys(["init_from", "loggers"], 6),
     **dict.fromkeys(["module", "callbacks"], 7),
@@ -187,11 +188,22 @@ def test_pure_torch(file: str) -> None:
         assert takes(name, "torch", "mtp_lightning") or _standard(name), name
 
 
-@pytest.mark.parametrize("file", sources("mtp_lightning/nn/kernels"))
-def test_kernels_know_no_layer(file: str) -> None:
-    for name in imports(file):
-        own = takes(name, *(f"mtp_lightning.{n}" for n in ("nn.kernels", "errors", "built")))
-        assert own or not takes(name, "mtp_lightning"), name
+# Folders of mtp_lightning/ that may be deleted.
+PARTS = ("cpu",)
+
+
+@pytest.mark.parametrize("file", sources("mtp_lightning", "data_modules", "sweeps"))
+def test_nothing_imports_a_part(file: str) -> None:
+    """A part registers with the core when ``parts.py`` imports it by its name."""
+    for part in PARTS:
+        if not file.startswith(f"mtp_lightning/{part}/"):
+            assert [n for n in imports(file) if takes(n, f"mtp_lightning.{part}")] == []
+
+
+def test_parts_are_those_that_are_loaded() -> None:
+    from mtp_lightning import parts
+
+    assert parts.PARTS == tuple(f"mtp_lightning.{part}" for part in PARTS)
 
 
 @pytest.mark.parametrize("file", sources("sweeps", "hydra_plugins"))

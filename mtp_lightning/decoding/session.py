@@ -22,26 +22,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_lightning.decoding.fused import DraftPass, TrunkPass, fused, fused_passes
 from mtp_lightning.decoding.short_head import ShortHead
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import BranchPoint, MTPStack
+from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.batch_invariant import FEW, batch_invariant_pass
 from mtp_lightning.nn.head import Head
-from mtp_lightning.nn.kernels.exact import FEW, exact_pass
-from mtp_lightning.nn.kernels.matmul import packed_weights
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Runs
 
 
 @contextmanager
 def decoding_passes(model: MTPModel) -> Iterator[None]:
-    """How the passes of a session run: without autograd, with packed weights, uncompiled.
+    """How the passes of a session run: without autograd, fused where there is code, uncompiled.
 
     What was compiled for training is left alone: passes of ever other sizes would be compiled.
     """
     compiled = any(m._compiled_call_impl is not None for m in model.modules())
     stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    with torch.inference_mode(), packed_weights(model), stance:
+    with torch.inference_mode(), fused_passes(model), stance:
         yield
 
 
@@ -91,14 +91,15 @@ class Session:
             for width in widths[:kept]
         ]
         self._branch = partial(model.mtp.branch, model.trunk)
-        plain_head = type(model.mtp).main_state is MTPStack.main_state
-        self._narrow_trunk = model.trunk.narrow(model.head, self._branch) if plain_head else None
         self._short = None if draft_vocab is None else ShortHead(model.head, draft_vocab)
-        packed = self._draft_head.packed
-        self._narrow = [
-            model.mtp.narrow_draft(k, model.trunk.embedding, packed)
-            for k in range(1, max_draft + 1)
-        ]
+        self._fused_trunk: TrunkPass | None = None
+        self._fused_drafts: list[DraftPass | None] = [None] * max_draft
+        if (passes := fused(model)) is not None:
+            weight = self._draft_head.weight
+            if self._short is not None:
+                passes.pack(weight)
+            self._fused_trunk = passes.trunk
+            self._fused_drafts = [passes.draft(k, weight) for k in range(1, max_draft + 1)]
         self.confidence_B: Tensor | None = None
         self.newest_B1C: Tensor | None = None
         self._resize()
@@ -196,13 +197,13 @@ class Session:
     def verify(self, n_drafts: int) -> Tensor:
         """Read every row's pending token and its drafts. Returns logits [B, n_drafts + 1, V].
 
-        What of it counts is for :meth:`accept` to say.
+        :meth:`accept` decides how much of it is kept.
         """
         cache, width = self.trunk_cache, n_drafts + 1
-        if self._narrow_trunk is not None and width <= FEW:
+        if self._fused_trunk is not None and width <= FEW:
             cache.begin(self.n, width)
             kept = self.states[0] if self.max_draft else None
-            return self._narrow_trunk(cache, self.tokens_BS, kept)
+            return self._fused_trunk(cache, self.tokens_BS, kept)
         hidden, branch = self._trunk(width, cache, slice(None), self.n)
         if branch is not None:
             cache.runs.write(self.states[0], branch)
@@ -213,7 +214,7 @@ class Session:
     ) -> tuple[Tensor, Tensor | None]:
         """What the head reads, [rows, T, C], and what the depths do if there are any to draft."""
         # The trunk alone decides what is written; drafts may round as they like.
-        with exact_pass(width, self.tokens_BS.device):
+        with batch_invariant_pass(width, self.tokens_BS.device):
             positions = Positions.of_cache(cache, starts, width)
             tokens = cache.runs.read(self.tokens_BS[rows])
             output = self.model.trunk(self.model.trunk.embedding(tokens), positions)
@@ -238,11 +239,11 @@ class Session:
         index = [end - start - 1 for end, start in zip(ends, starts, strict=True)]
         # Entries whose tokens are all known; the last k - 1 rest on drafts.
         self.filled[k] = [max(0, n - k + 1) for n in self.n]
-        cache, narrow = self.depth_caches[k - 1], self._narrow[k - 1]
-        if narrow is not None:
+        cache, fused_draft = self.depth_caches[k - 1], self._fused_drafts[k - 1]
+        if fused_draft is not None:
             cache.begin(starts, width)
             after = self.states[k] if k < len(self.states) else None
-            newest, logits = narrow(cache, self.tokens_BS, self.states[k - 1], after, index)
+            newest, logits = fused_draft(cache, self.tokens_BS, self.states[k - 1], after, index)
             return self._said(k, newest, logits)
         hidden = self._depth(k, width, cache, slice(None), starts)
         if all(place == index[0] for place in index):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.nn.head import Head
-from mtp_lightning.nn.kernels.matmul import linear, pack
+from mtp_lightning.nn.ops import linear
 
 
 class ShortHead:
@@ -23,17 +23,16 @@ class ShortHead:
         rows: tokens that it can say, from token 0 on.
 
     Attributes:
-        packed: of its rows, where the whole head's are.
+        weight: its rows of the whole head's, a tensor of its own.
     """
 
     def __init__(self, head: Head, rows: int) -> None:
-        self._weight = head.weight.detach()[:rows]
+        self.weight = head.weight.detach()[:rows]
         self._others = head.weight.shape[0] - rows
-        self.packed = None if head.packed is None else pack(self._weight)
 
     def __call__(self, h: Tensor) -> Tensor:
         """[..., C] -> logits [..., V]."""
-        return self.over_all(linear(h, self._weight, self.packed))
+        return self.over_all(linear(h, self.weight))
 
     def over_all(self, logits: Tensor) -> Tensor:
         """Logits of its own tokens -> [..., V]."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.nn.kernels.exact import FEW
+from mtp_lightning.nn.batch_invariant import FEW
 from mtp_lightning.settings import is_whole
 
 

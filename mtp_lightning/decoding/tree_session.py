@@ -24,7 +24,7 @@ from mtp_lightning.decoding.tree import Tree, ancestor, depth_of
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.nn.kernels.exact import exact_pass
+from mtp_lightning.nn.batch_invariant import batch_invariant_pass
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Runs
 from mtp_lightning.nn.tree_cache import Branches, TreeCache, along
@@ -124,7 +124,7 @@ class TreeSession(Session):
         cache, model = self.trunk_cache, self.model
         assert isinstance(cache, TreeCache)
         branches = self._branches(self.tree.depth, 1)
-        with exact_pass(branches.width, self.tokens_BS.device):
+        with batch_invariant_pass(branches.width, self.tokens_BS.device):
             positions = Positions.of_tree(cache, self.n, branches)
             tokens = cache.runs.read(self.tokens_BS)
             output = model.trunk(model.trunk.embedding(tokens), positions)

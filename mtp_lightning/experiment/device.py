@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from mtp_lightning.cli import QUIET
 from mtp_lightning.errors import UserError
-from mtp_lightning.nn.kernels import native
+from mtp_lightning.nn import ops
 from mtp_lightning.runtime import pick_accelerator
 from mtp_lightning.settings import require
 
@@ -78,7 +78,7 @@ def kernels_told(device: str) -> str | None:
     ``--quiet`` asks for what a program ends with alone."""
     if device != "cpu" or os.environ.get(QUIET) == "1":
         return None
-    return f"CPU layers by {native.told()}, threads: {torch.get_num_threads()}"
+    return f"CPU layers by {ops.code()[1]}, threads: {torch.get_num_threads()}"
 
 
 def use_tensor_cores(cfg: DictConfig) -> None:

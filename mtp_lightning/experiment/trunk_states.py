@@ -25,7 +25,7 @@ from mtp_lightning.experiment.device import MIXED
 from mtp_lightning.experiment.self_generated import trunk_digest
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPStack
-from mtp_lightning.nn.kernels import native
+from mtp_lightning.nn import ops
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
     weight = model.head.weight
     key = digest(
         "trunk_states", _FORMAT, trunk_digest(model), data.fingerprint, data.seq_len,
-        data.document_mask, data.batch_size, device, precision, native.in_use(),
+        data.document_mask, data.batch_size, device, precision, ops.code()[0],
         getattr(mtp, "branch", None), getattr(mtp, "input_norm", None),
         torch.get_num_threads(),
     )  # fmt: skip

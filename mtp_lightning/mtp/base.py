@@ -21,7 +21,6 @@ from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.init import parameter_seed
-from mtp_lightning.nn.narrow_passes import NarrowDraft
 from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 from mtp_lightning.registry import Registered
 from mtp_lightning.settings import require_whole
@@ -267,11 +266,6 @@ class MTPStack(nn.Module, ABC):
     def branch(self, trunk: Trunk, output: TrunkOutput) -> Tensor:
         """The trunk's hidden state [B, T, C] that the stack starts from."""
         return branch_state(trunk, output, self.config)
-
-    def narrow_draft(self, k: int, embedding: nn.Embedding, head: Any) -> NarrowDraft | None:
-        """Depth ``k`` with packed weights, from ids to logits in one call; None where there is no
-        code for that. ``head`` is the packed weight of the one to draft with."""
-        return None
 
     def main_state(self, final_BTC: Tensor) -> Tensor:
         """What of the trunk's output [..., C] the head makes the main prediction of."""

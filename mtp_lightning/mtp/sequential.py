@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,6 @@ from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
-from mtp_lightning.nn.narrow import NarrowModule
-from mtp_lightning.nn.narrow_passes import NarrowDraft
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.trunk import Trunk
 from mtp_lightning.settings import require_number
@@ -121,16 +119,8 @@ class SequentialModule(nn.Module):
         self.eh_proj = Linear(2 * trunk.d_model, trunk.d_model)
         self.block = Block(trunk)
         self.norm = RMSNorm(trunk.d_model, trunk.norm_eps)
-        self.packed: NarrowModule | None = None
-
-    def pack(self) -> NarrowModule | None:
-        """The module as narrow passes of decoding compute it."""
-        parts = self.enorm, self.hnorm, self.eh_proj, self.block, self.norm
-        return NarrowModule.of(*parts, hidden_first=self.hidden_first)
 
     def forward(self, hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor:
-        if self.packed is not None and self.packed.fits(hidden_BTC, embedded_BTC, positions):
-            return self.packed(hidden_BTC, embedded_BTC, positions)
         joined = self.joined(hidden_BTC, embedded_BTC)
         return self.norm(self.block(self.eh_proj(joined), positions))
 
@@ -212,18 +202,14 @@ class SequentialMTP(Chain):
         dropped_BT = _sent(draw_dropped(k, p, batch, seq_len, key), embedded_BTC.device)
         return torch.where(dropped_BT.unsqueeze(-1), blank_BTC, embedded_BTC)
 
-    def narrow_draft(self, k: int, embedding: nn.Embedding, head: Any) -> NarrowDraft | None:
-        module = self._built[0 if len(self.depths) == 1 else k - 1]
-        plain = type(self) is SequentialMTP and type(module) is SequentialModule
-        if not plain or self.config.token_dropout == 1:
-            return None
-        return NarrowDraft.of(module.packed, head, embedding.weight, ahead=k)
+    def module(self, k: int) -> SequentialModule:
+        """The module that computes depth ``k``."""
+        return cast(SequentialModule, self.depths[0 if len(self.depths) == 1 else k - 1])
 
     def step(
         self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, positions: Positions
     ) -> Tensor:
-        module = self.depths[0 if len(self.depths) == 1 else k - 1]
-        return module(previous_BTC, embedded_BTC, positions)
+        return self.module(k)(previous_BTC, embedded_BTC, positions)
 
     def input_of(self, k: int, history: Sequence[Tensor], key: RandomKey | None) -> Tensor:
         newest = history[-1]

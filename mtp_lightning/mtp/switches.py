@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.nn.trunk import Trunk, TrunkOutput
+from mtp_lightning.nn.trunk import Trunk, TrunkOutput, TrunkState
 from mtp_lightning.settings import require_choice
 
 Branch = Literal["final", "before_last"]
@@ -29,6 +29,18 @@ class Switches:
     stride = 1
     rank = 1
 
+    @property
+    def branch_from(self) -> TrunkState:
+        """The trunk's hidden state that the stack starts from."""
+        return _STATES[self.branch, self.input_norm]
+
+
+_STATES = {
+    ("before_last", "pre"): TrunkState.BEFORE_LAST,
+    ("before_last", "post"): TrunkState.NORMED_BEFORE_LAST,
+    ("final", "pre"): TrunkState.LAST_BLOCK,
+    ("final", "post"): TrunkState.FINAL,
+}
 
 _CHOICES = {
     "branch": Branch,
@@ -64,11 +76,7 @@ def branch_state(trunk: Trunk, output: TrunkOutput, config: Switches) -> Tensor:
         config: ``branch`` is after all blocks, or after all but the last; ``input_norm`` after the
             trunk's final norm, or before it; ``detach`` where the depths' gradients stop.
     """
-    if config.branch == "before_last":
-        hidden = output.before_last
-        hidden = trunk.norm(hidden) if config.input_norm == "post" else hidden
-    else:
-        hidden = output.final if config.input_norm == "post" else output.last_block
+    hidden = trunk.state(output, config.branch_from)
     # Once, before the loop over depths: cut at every depth, the earlier modules would learn from
     # their own loss alone.
     return hidden if config.detach == "none" else hidden.detach()

@@ -17,20 +17,14 @@ from torch.nn.attention.flex_attention import BlockMask
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn.components import AttentionConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.kernels.document_attention import (
-    MIN_WIDTH,
-    block_mask,
-    dense_mask,
-    of_blocks,
-)
-from mtp_lightning.nn.kernels.rope import turn_in_place
-from mtp_lightning.nn.kernels.window_attention import turned_attention
+from mtp_lightning.nn.document_attention import MIN_WIDTH, block_mask, dense_mask, of_blocks
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
+from mtp_lightning.nn.ops import rotary_attention
 from mtp_lightning.nn.places import Place, renamed
-from mtp_lightning.nn.rope import rope_table
+from mtp_lightning.nn.rope import rope_table, turn_in_place
 from mtp_lightning.nn.shape import TrunkShape, check_whole
 from mtp_lightning.nn.static_cache import StaticCache
 from mtp_lightning.nn.tree_cache import Branches, TreeCache
@@ -112,8 +106,8 @@ class Positions:
 
 
 class _OpenPass(Positions):
-    """A cache's open pass. Tables and mask are made when the first layer asks for them: blocks in
-    one call (``narrow.py``) never do."""
+    """A cache's open pass. Tables and mask are made when the first layer asks for them, which
+    fused passes never do."""
 
     def __init__(self, cache: KVCache, **given: Any) -> None:
         """``given`` is what :func:`dataclasses.replace` gives, in place of the cache's own."""
@@ -264,7 +258,7 @@ class Attention(nn.Module):
         if self.query_norm is not None:
             qkv = self._norm_heads(qkv)
         if positions.cache is None:
-            mixed = turned_attention(
+            mixed = rotary_attention(
                 qkv, positions.cos, positions.sin, positions.mask, self.n_heads, self.n_kv_heads
             )
         else:

@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.narrow import NarrowBlocks
 from mtp_lightning.nn.norm import RMSNorm
 
 
@@ -20,9 +19,6 @@ class Block(nn.Module):
     Args:
         config: the trunk's.
         layer: the block's place in the trunk; None is a prediction module's block.
-
-    Attributes:
-        packed: the block as narrow passes of decoding compute it, while they do.
     """
 
     def __init__(self, config: TrunkConfig, layer: int | None = None) -> None:
@@ -32,15 +28,9 @@ class Block(nn.Module):
         self.attention = config.attention.build(config, layer)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = config.feed_forward.build(config, layer)
-        self.packed: NarrowBlocks | None = None
-
-    def pack(self) -> NarrowBlocks | None:
-        return NarrowBlocks.of([self])
 
     def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
         """[B, T, C] -> [B, T, C]; ``layer`` is this block's place in the cache, if there is one."""
-        if self.packed is not None and self.packed.fits(x_BTC, positions):
-            return self.packed(x_BTC, positions, layer)[0]
         if self.recompute and self.training and torch.is_grad_enabled():
             # The first pass reports to the ledger, its repetitions do not.
             passes = itertools.chain([positions], itertools.repeat(positions.repeated()))

@@ -1,14 +1,90 @@
-"""Routed experts: every one multiplies the tokens sent to it, and no others.
+"""Routed experts: every expert multiplies the tokens sent to it, and no others.
 
-Shapes: M tokens, K chosen experts of a token, C d_model.
+Shapes: M tokens, K chosen experts of a token, R = M * K rows, E experts, C d_model, F d_expert.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.nn.kernels.experts import mix_experts
+from mtp_lightning.nn.batch_invariant import FEW
+from mtp_lightning.nn.ops import Op, gated
+
+
+@Op
+def routed_experts(
+    x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """``sum_j gates[:, j] * down_e(silu(gate_e(x)) * up_e(x))`` with ``e = chosen[:, j]``, [M, C].
+
+    Args:
+        x_MC: tokens.
+        chosen_MK: experts of every token.
+        gates_MK: their weights.
+        gate_up: [E, 2F, C], the gate's matrix first.
+        down: [E, C, F].
+    """
+    few = not torch.is_grad_enabled() and x_MC.shape[0] <= FEW
+    if few and torch.compiler.is_compiling():
+        return gathered(x_MC, chosen_MK, gates_MK, gate_up, down)
+    top_k = chosen_MK.shape[1]
+    order_R = chosen_MK.flatten().argsort(stable=True)
+    load_E = loads(chosen_MK, gate_up.shape[0])
+    multiply = _grouped(load_E) if fits_grouped(x_MC, down) else _one_by_one(load_E)
+    gate_R1 = gates_MK.flatten()[order_R].unsqueeze(-1)
+    inner_RF = gated(multiply(x_MC[order_R // top_k], gate_up)) * gate_R1
+    y_RC = multiply(inner_RF, down)
+    return y_RC[order_R.argsort()].unflatten(0, (-1, top_k)).sum(1)
+
+
+# Rows [R, I] sorted by expert, and the weights [E, O, I] of all experts -> [R, O].
+_Products = Callable[[Tensor, Tensor], Tensor]
+
+
+def _one_by_one(load_E: Tensor) -> _Products:
+    """One product for every expert."""
+    widths = load_E.tolist()
+
+    def multiply(x_RI: Tensor, weight_EOI: Tensor) -> Tensor:
+        rows = zip(x_RI.split(widths), weight_EOI.unbind(0), strict=True)
+        return torch.cat([F.linear(x, weight) for x, weight in rows])
+
+    return multiply
+
+
+def fits_grouped(x_MC: Tensor, down: Tensor) -> bool:
+    """Whether ``F.grouped_mm`` is supported: bf16 on a GPU, rows of a multiple of 16 bytes."""
+    aligned = down.shape[1] % 8 == 0 and down.shape[2] % 8 == 0
+    return x_MC.device.type == "cuda" and x_MC.dtype == torch.bfloat16 and aligned
+
+
+def _grouped(load_E: Tensor) -> _Products:
+    """One product for all experts; nothing waits for the device."""
+    ends_E = load_E.cumsum(0, dtype=torch.int32)
+    return lambda x_RI, weight_EOI: F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E)
+
+
+def loads(chosen_MK: Tensor, n_experts: int) -> Tensor:
+    """int64 [E], for how many tokens each expert was chosen."""
+    # bincount looks at the numbers first, and so waits for a GPU.
+    load_E = torch.zeros(n_experts, dtype=torch.int64, device=chosen_MK.device)
+    chosen = chosen_MK.flatten()
+    return load_E.scatter_add_(0, chosen, torch.ones_like(chosen))
+
+
+def gathered(
+    x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """The formula over the chosen experts' weights, gathered: no token waits for the host, and
+    every row reads weights of its own."""
+    # Products and sums, not matrix products: the compiler then reads the weights where they lie.
+    projected_MKF = (gate_up[chosen_MK] * x_MC[:, None, None]).sum(-1)
+    inner_MKF = gated(projected_MKF) * gates_MK.unsqueeze(-1)
+    return (down[chosen_MK] * inner_MKF.unsqueeze(2)).sum(-1).sum(1)
 
 
 class Experts(nn.Module):
@@ -27,7 +103,7 @@ class Experts(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if autocast else x_MC.dtype
         gate_up, down = self.gate_up.to(dtype), self.down.to(dtype)
         with torch.autocast(kind, enabled=False):
-            return mix_experts(x_MC.to(dtype), chosen_MK, gates_MK.to(dtype), gate_up, down)
+            return routed_experts(x_MC.to(dtype), chosen_MK, gates_MK.to(dtype), gate_up, down)
 
     def extra_repr(self) -> str:
         n_experts, d_model, d_expert = self.down.shape

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.components import FeedForwardConfig
-from mtp_lightning.nn.kernels import native_swiglu
-from mtp_lightning.nn.kernels.swiglu import swiglu
 from mtp_lightning.nn.linear import Linear
+from mtp_lightning.nn.ops import swiglu
 from mtp_lightning.nn.places import Place, renamed
 from mtp_lightning.nn.shape import TrunkShape
 
@@ -49,8 +48,5 @@ class FeedForward(nn.Module):
         self.down = Linear(d_ff, d_model)
 
     def forward(self, x_BTC: Tensor, positions: Positions | None = None) -> Tensor:
-        """[B, T, C] -> [B, T, C]; what a layer has to report goes to ``positions.ledger``."""
-        weights = self.gate_up.weight, self.down.weight
-        if self.down.packed is None and native_swiglu.fits(x_BTC, *weights):
-            return native_swiglu.feed_forward(x_BTC, *weights)
-        return self.down(swiglu(self.gate_up(x_BTC)))
+        """[B, T, C] -> [B, T, C]; ``positions`` are not read."""
+        return swiglu(x_BTC, self.gate_up.weight, self.down.weight)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.nn.batch_invariant import FEW, attend_by_query, is_batch_invariant
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.kernels.exact import FEW, attend_by_query, is_exact
 from mtp_lightning.nn.position_tables import PositionTables, Runs, round_up
 
 
@@ -55,7 +55,7 @@ class KVCache:
         self.runs = Runs(tables, [0] * batch_size, 0)
         self._width = 0
         self._views: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        # Where the entries lie, for kernels (narrow.py).
+        # Where the entries lie, for fused passes.
         self.addresses: dict[tuple[int, int], Any] = {}
 
     @property
@@ -155,7 +155,7 @@ class KVCache:
 
         Views; made once for as long as the width stays the same.
         """
-        copies = n_queries if self.batch_size == 1 and is_exact() else 1
+        copies = n_queries if self.batch_size == 1 and is_batch_invariant() else 1
         key = (self._width, copies)
         if key not in self._views:
             if len(self._views) > 2 * FEW:
@@ -190,7 +190,7 @@ class KVCache:
             mask: what :meth:`mask` gave, or another additive one, [B, T, P].
         """
         key_BMPH, value_BMPH = self._read(layer, query_BTNH.shape[1])
-        if is_exact():
+        if is_batch_invariant():
             assert mask is not None
             return attend_by_query(query_BTNH, key_BMPH, value_BMPH, mask, grouped=self.grouped)
         if mask is None:

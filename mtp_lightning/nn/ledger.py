@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.nn.kernels.experts import loads
+from mtp_lightning.nn.experts import loads
 
 
 class Ledger:

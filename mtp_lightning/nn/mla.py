@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.batch_invariant import by_token
 from mtp_lightning.nn.components import AttentionConfig, CacheEntry
-from mtp_lightning.nn.kernels.document_attention import MIN_WIDTH
-from mtp_lightning.nn.kernels.exact import by_token
-from mtp_lightning.nn.kernels.rope import apply_rope, turn_in_place
-from mtp_lightning.nn.kernels.window_attention import window_attention
+from mtp_lightning.nn.document_attention import MIN_WIDTH
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.norm import RMSNorm
+from mtp_lightning.nn.ops import attention, rotary
 from mtp_lightning.nn.places import Place, renamed
+from mtp_lightning.nn.rope import turn_in_place
 from mtp_lightning.nn.rope_scaling import YarnScaling
 from mtp_lightning.nn.shape import TrunkShape, check_whole
 from mtp_lightning.settings import require_number
@@ -170,15 +170,15 @@ class LatentAttention(nn.Module):
         if positions.cache is not None:
             return self._decode(query_nope, query_rope, latent_BTR, key_rope, positions, layer)
 
-        query_rope = apply_rope(query_rope, positions.cos, positions.sin)
-        key_rope = apply_rope(key_rope, positions.cos, positions.sin)
+        query_rope = rotary(query_rope, positions.cos, positions.sin)
+        key_rope = rotary(key_rope, positions.cos, positions.sin)
         key_value = self.kv_up(latent_BTR).view(batch, seq_len, self.n_heads, -1)
         key_nope, value = key_value.split([self.d_nope, self.d_value], dim=-1)
         query = torch.cat((query_nope, query_rope), dim=-1)
         if self.score_factor != 1.0:
             query = query * self.score_factor
         key = torch.cat((key_nope, key_rope.expand(-1, -1, self.n_heads, -1)), dim=-1)
-        mixed = window_attention(query, key, value, positions.mask)
+        mixed = attention(query, key, value, positions.mask)
         return self.out(mixed.flatten(2))
 
     def _decode(

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.batch_invariant import by_token
 from mtp_lightning.nn.components import FeedForwardConfig
 from mtp_lightning.nn.experts import Experts
 from mtp_lightning.nn.feed_forward import FeedForward, swiglu_places
-from mtp_lightning.nn.kernels.exact import by_token
 from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.places import Place, renamed

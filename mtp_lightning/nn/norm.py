@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.nn.kernels.rms_norm import rms_norm
+from mtp_lightning.nn.ops import rms_norm
 
 
 class RMSNorm(nn.Module):

@@ -12,8 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from mtp_lightning.nn.batch_invariant import FEW
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.kernels.exact import FEW
 from mtp_lightning.nn.rope import whole_head_table
 
 # Passes read a multiple of this many positions. Attention over whole vectors of 16 fp32 gives the

@@ -78,3 +78,9 @@ def whole_head_table(
     """:func:`rope_table` over whole heads, [..., H], signs included, for ``turn_in_place``."""
     cos, sin = rope_table(positions, d_head, theta, scaling, turned=turned, dtype=dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def turn_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """``ops.rotary`` in three calls and without autograd, by a :func:`whole_head_table`."""
+    swapped = torch.roll(x, x.shape[-1] // 2, dims=-1)
+    x.mul_(cos).addcmul_(swapped, sin)

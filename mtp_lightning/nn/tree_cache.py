@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtp_lightning.nn.kernels.exact import attend_by_query, is_exact
+from mtp_lightning.nn.batch_invariant import attend_by_query, is_batch_invariant
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import Runs
 
@@ -92,7 +92,7 @@ class TreeCache(KVCache):
         branches, tables = self._branches, self.tables
         if branches is None:
             return super().mask()
-        if is_exact():
+        if is_batch_invariant():
             self._tails = [
                 (Runs(tables, [start + first for start in self.starts], len(index)), index)
                 for first, index in branches.tails
@@ -110,7 +110,7 @@ class TreeCache(KVCache):
     def attend(self, layer: int, query_BTNH: Tensor, mask: Tensor | None) -> Tensor:
         """In an exact pass, path by path, each with its entries where a chain has them: a token's
         numbers are then those of a pass over its path alone, to the last bit."""
-        if self._branches is None or not is_exact():
+        if self._branches is None or not is_batch_invariant():
             return super().attend(layer, query_BTNH, mask)
         assert mask is not None
         entries, kept = self.entries_L_BSMH[layer], self._kept[layer]
@@ -145,7 +145,7 @@ class TreeCache(KVCache):
         """
         read, runs = self.runs, Runs(self.tables, self.starts, path_BE.shape[1])
         for layer, entries in enumerate(self.entries_L_BSMH):
-            # Blocks in one call (narrow.py) leave them where they were read.
+            # Fused passes leave them where they were read.
             kept = self._kept.pop(layer, None)
             runs.write(entries, along(read.read(entries) if kept is None else kept, path_BE))
 

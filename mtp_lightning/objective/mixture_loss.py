@@ -20,9 +20,8 @@ from torch import Tensor
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.mtp.rank import JointLinearMTP
-from mtp_lightning.nn.kernels.matmul import matmul_transposed
-from mtp_lightning.nn.kernels.softmax import exp_
 from mtp_lightning.nn.mixture import pack
+from mtp_lightning.nn.ops import exp_, matmul_transposed
 from mtp_lightning.objective.terms.base import Chunk, Teacher
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.through_head import (

@@ -21,7 +21,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.mtp.future import Future
 from mtp_lightning.mtp.summary import Summary
-from mtp_lightning.nn.kernels.matmul import matmul_transposed
+from mtp_lightning.nn.ops import matmul_transposed
 from mtp_lightning.objective.stack_loss import one_state_loss
 from mtp_lightning.objective.summaries.base import SummaryTerm
 from mtp_lightning.objective.through_head import DepthTarget, HeadWeight, chunk_rows

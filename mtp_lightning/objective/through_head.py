@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX
-from mtp_lightning.nn.kernels.matmul import matmul_transposed, weight_gradient
-from mtp_lightning.nn.kernels.softmax import cross_entropy, exp_, log_softmax_
+from mtp_lightning.nn.cross_entropy import cross_entropy
 from mtp_lightning.nn.mixture import mixed_log_probs
+from mtp_lightning.nn.ops import exp_, log_softmax_, matmul_transposed, weight_gradient
 from mtp_lightning.objective.terms.base import Chunk, HiddenTerm, Teacher, Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 

@@ -19,12 +19,12 @@ _PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "numpy", "token
 
 def environment() -> dict[str, Any]:
     """Versions, machine and commit: what a number needs beside it to be repeated."""
-    from mtp_lightning.nn.kernels import native
+    from mtp_lightning.nn import ops
 
     return {
         "versions": {"python": platform.python_version()} | {p: version(p) for p in _PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "cpu_kernels": native.in_use(),
+        "cpu_kernels": ops.code()[0],
         "git_commit": _git_commit(),
     }
 

@@ -24,7 +24,7 @@ from benchmarks import (
     train_step,
     validation,
 )
-from mtp_lightning.nn.kernels import native
+from mtp_lightning.cpu import library as native
 
 SHAPE = ["--batch-size", "2", "--seq-len", "32"]
 

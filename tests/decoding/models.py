@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.decoding.fused import fused_passes
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.kernels.matmul import packed_weights
 from tests.deepseek import trunk as deepseek_trunk
 from tests.models import build
 
@@ -115,7 +115,7 @@ def verify_passes_give_the_bits_of_single_ones(model, *, threads, rows):
     (tokens,) = random_prompts(3, (40,))
     torch.set_num_threads(threads)
     try:
-        with torch.inference_mode(), packed_weights(model):
+        with torch.inference_mode(), fused_passes(model):
             together, single = (
                 Session(model, places=rows, capacity=48, max_draft=2) for _ in range(2)
             )

@@ -15,10 +15,9 @@ from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
-from mtp_lightning.nn.experts import Experts
-from mtp_lightning.nn.kernels import native
-from mtp_lightning.nn.kernels.experts import gathered
+from mtp_lightning.nn.experts import Experts, gathered
 from tests.decoding.models import random_prompts, small_model, steer_drafts
+from tests.kernels import use_library
 
 NEW = 14
 VARIANTS = {
@@ -131,7 +130,7 @@ def test_sliding_and_sampling_are_as_without(passes):
 @pytest.mark.parametrize("name", ["deepseek", "linear, markov"])
 def test_recorded_passes_are_compiled_once(name, monkeypatch):
     """By the compiler's front end alone, whole, and for every session of the model."""
-    monkeypatch.setattr(native, "library", None)
+    use_library(monkeypatch, None)
     play_recordings(monkeypatch)
     compile = torch.compile
     monkeypatch.setattr(

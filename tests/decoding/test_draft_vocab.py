@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.precision import round_weights
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.mtp.joint import JointConfig
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
-from mtp_lightning.nn.kernels.few_rows import round_weights
 from tests.decoding.models import VOCAB, random_prompts, small_model
 from tests.decoding.test_sampling import require_the_models_distribution
 

@@ -13,7 +13,6 @@ from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.nextlat import NextLatConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.parameter_free import ParameterFreeConfig
-from mtp_lightning.nn.kernels import native
 from tests.decoding.models import (
     random_prompts,
     small_model,
@@ -21,6 +20,7 @@ from tests.decoding.models import (
     teacher_forced,
     verify_passes_give_the_bits_of_single_ones,
 )
+from tests.kernels import BATCH_INVARIANT, LIBRARY, use_library
 
 LENGTHS = (5, 1, 13)
 NEW = 14
@@ -90,9 +90,7 @@ def test_speculative_equals_plain(seed, deepseek, monkeypatch):
 @pytest.mark.parametrize(("threads", "rows"), [(1, 1), (2, 1), (1, 24)])
 def test_a_verify_pass_gives_the_bits_of_single_passes(threads, rows, deepseek):
     """So no near-tie can ever be decided otherwise than by plain decoding."""
-    from mtp_lightning.nn.kernels.matmul import _ONEDNN
-
-    if not _ONEDNN:
+    if not BATCH_INVARIANT:
         pytest.skip("needs oneDNN's AVX-512 kernels")
     model = small_model(3, 2, deepseek=deepseek)
     verify_passes_give_the_bits_of_single_ones(model, threads=threads, rows=rows)
@@ -256,12 +254,12 @@ def test_auto_falls_back_to_plain_and_equals_it():
     assert [g.token_ids for g in generations] == expected
 
 
-@pytest.mark.parametrize("library", [None, native.library], ids=["plain", "native"])
+@pytest.mark.parametrize("library", [None, LIBRARY], ids=["plain", "native"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("deepseek", [False, True], ids=["dense", "deepseek"])
 def test_models_of_another_precision(dtype, deepseek, library, monkeypatch):
     """Packed weights and kernels are made for fp32: whatever else comes is not taken for it."""
-    monkeypatch.setattr(native, "library", library)
+    use_library(monkeypatch, library)
     model, prompts = small_model(5, 2, deepseek=deepseek).to(dtype), random_prompts(5, LENGTHS)
     texts = plain(model, prompts)
     drafted = generate(model, prompts, max_new_tokens=NEW)
@@ -285,16 +283,22 @@ def test_batches_keep_the_order_of_prompts():
         assert [g.token_ids for g in generations] == expected
 
 
+def is_as_it_was(model):
+    """Without packed weights, and with the layers' own forward passes."""
+    replaced = [m for m in model.modules() if "forward" in vars(m)]
+    return not replaced and all(not vars(p) for p in model.parameters())
+
+
 def test_the_model_is_left_as_it_was():
     model = small_model(7, 1).train()
     generate(model, [[1, 2]], max_new_tokens=3)
     assert model.training
-    assert all(getattr(m, "packed", None) is None for m in model.modules())
+    assert is_as_it_was(model)
     with pytest.raises(RuntimeError), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Session, "verify", lambda *_: (_ for _ in ()).throw(RuntimeError()))
         generate(model, [[1, 2]], max_new_tokens=3)
     assert model.training
-    assert all(getattr(m, "packed", None) is None for m in model.modules())
+    assert is_as_it_was(model)
 
 
 def test_a_stack_that_cannot_draft_decodes_plainly():

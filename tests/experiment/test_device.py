@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning.experiment import device
 from mtp_lightning.experiment.evaluating import evaluate
-from mtp_lightning.nn.kernels import native
+from mtp_lightning.nn import ops
 from mtp_lightning.run.loading import load_run
 from tests.integration.helpers import CONF, train_here
 
@@ -77,8 +77,7 @@ def test_the_start_says_what_computes_the_layers(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(native, "library", None)
-    monkeypatch.setattr(native, "_without", "the reason")
+    monkeypatch.setattr(ops, "code", lambda: ("pytorch", "PyTorch's operators (the reason)"))
     line = "CPU layers by PyTorch's operators (the reason), threads: 1"
     with caplog.at_level("INFO", logger="mtp_lightning.experiment"):
         train_here(tmp_path / "run", tmp_path / "cache", {"trainer.max_steps": 1})

@@ -14,7 +14,7 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.kernels.experts import fits_grouped
+from mtp_lightning.nn.experts import fits_grouped
 from mtp_lightning.nn.moe import MoE
 from mtp_lightning.objective.balance.base import NoBalance
 from mtp_lightning.objective.schedule.base import Progress

@@ -16,7 +16,7 @@ import torch
 
 from mtp_lightning.cli import Stopped
 from mtp_lightning.module import MTPModule
-from mtp_lightning.nn.kernels import native
+from mtp_lightning.nn import ops
 from tests.integration.conftest import Once
 from tests.integration.helpers import (
     assert_same_weights,
@@ -357,13 +357,13 @@ def test_other_kernels_are_said(
     tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that began with the layers' C++ code, and one that began without."""
-    monkeypatch.setattr(native, "in_use", lambda: "native")
+    monkeypatch.setattr(ops, "code", lambda: ("native", "C++"))
     train_here(tmp_path, cache, {"trainer.max_steps": 4})
     assert checkpoint(tmp_path)["cpu_kernels"] == "native"
-    monkeypatch.setattr(native, "in_use", lambda: "pytorch")
+    monkeypatch.setattr(ops, "code", lambda: ("pytorch", "PyTorch"))
     train_here(tmp_path, cache, {"trainer.max_steps": 6})
     assert "trained with the native layers and goes on with the pytorch ones" in caplog.text
     assert "with a C++ compiler would equal" in caplog.text
-    monkeypatch.setattr(native, "in_use", lambda: "native")
+    monkeypatch.setattr(ops, "code", lambda: ("native", "C++"))
     train_here(tmp_path, cache, {"trainer.max_steps": 8})
     assert "MTP_LIGHTNING_NATIVE=0 would equal" in caplog.text

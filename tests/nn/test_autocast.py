@@ -7,9 +7,13 @@ import torch
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.nn.kernels.matmul import linear
+from mtp_lightning.nn.ops import linear
 from tests import deepseek
 from tests.interop import folders
+from tests.kernels import HAS_CPU
+
+# Without the part for CPUs autocast gives norms bf16 rows and fp32 gains, of which PyTorch warns.
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype")
 
 
 def gradients(model: MTPModel, batch: WindowBatch, *, autocast: bool) -> torch.Tensor:
@@ -35,6 +39,7 @@ def test_a_step_is_that_of_fp32_but_for_roundings(name: str) -> None:
     assert found.isfinite().all() and torch.cosine_similarity(found, wanted, dim=0) > 0.98
 
 
+@pytest.mark.skipif(not HAS_CPU, reason="autocast alone gives results in bf16")
 def test_a_linear_layer_rounds_its_operands_and_results_alone() -> None:
     x, w, seed = torch.randn(3, 40, 24), torch.randn(56, 24), torch.randn(3, 40, 56)
     x, w = x.requires_grad_(), w.requires_grad_()

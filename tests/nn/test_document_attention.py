@@ -23,7 +23,7 @@ from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.attention import GroupedQueryConfig, Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.kernels.document_attention import block_mask, dense_mask, of_blocks
+from mtp_lightning.nn.document_attention import block_mask, dense_mask, of_blocks
 from tests import deepseek
 from tests.models import build, windows
 

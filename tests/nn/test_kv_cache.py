@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from mtp_lightning.nn.attention import Attention, Positions
+from mtp_lightning.nn.batch_invariant import batch_invariant_pass
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.kernels.exact import exact_pass
-from mtp_lightning.nn.kernels.rope import apply_rope, turn_in_place
 from mtp_lightning.nn.kv_cache import KVCache
+from mtp_lightning.nn.ops import rotary
 from mtp_lightning.nn.position_tables import PositionTables
-from mtp_lightning.nn.rope import rope_table, whole_head_table
+from mtp_lightning.nn.rope import rope_table, turn_in_place, whole_head_table
 
 
 def cache_of(config: TrunkConfig, rows: int, *, capacity: int = 40) -> KVCache:
@@ -23,7 +23,7 @@ def cache_of(config: TrunkConfig, rows: int, *, capacity: int = 40) -> KVCache:
 
 
 def passes(width: int, exact: bool) -> AbstractContextManager[None]:
-    return exact_pass(width, torch.device("cpu")) if exact else nullcontext()
+    return batch_invariant_pass(width, torch.device("cpu")) if exact else nullcontext()
 
 
 def attention(config: TrunkConfig) -> Attention:
@@ -34,10 +34,10 @@ def attention(config: TrunkConfig) -> Attention:
     return layer
 
 
-def test_turning_in_place_is_apply_rope():
+def test_turning_in_place_is_rotary():
     x, positions = torch.randn(2, 5, 3, 8), torch.arange(5)
     cos, sin = (t.unsqueeze(-2) for t in rope_table(positions, 8, 100.0))
-    expected = apply_rope(x, cos, sin)
+    expected = rotary(x, cos, sin)
     whole = (t.unsqueeze(-2) for t in whole_head_table(positions, 8, 100.0))
     turn_in_place(x, *whole)
     torch.testing.assert_close(x, expected)

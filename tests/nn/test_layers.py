@@ -8,10 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.nn.init import parameter_seed
-from mtp_lightning.nn.kernels.matmul import _MIN_ROWS, linear, weight_gradient
-from mtp_lightning.nn.kernels.rope import apply_rope
-from mtp_lightning.nn.kernels.swiglu import swiglu
 from mtp_lightning.nn.norm import RMSNorm
+from mtp_lightning.nn.ops import linear, rotary, swiglu, weight_gradient
 from mtp_lightning.nn.rope import rope_table
 from tests import reference
 
@@ -29,7 +27,7 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> No
     torch.testing.assert_close(found.double() / scale, expected / scale, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("rows", [1, _MIN_ROWS - 1, _MIN_ROWS, 100])
+@pytest.mark.parametrize("rows", [1, 31, 32, 100])
 @pytest.mark.parametrize(("k", "n"), [(24, 56), (56, 24), (1, 3)])
 def test_linear(rows: int, k: int, n: int) -> None:
     x = torch.randn(2, rows, k, dtype=torch.float64, requires_grad=True)
@@ -68,13 +66,16 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
         assert_close(a, b)
 
 
-def test_swiglu() -> None:
-    x = torch.randn(6, 20, dtype=torch.float64, requires_grad=True)
-    x32 = x.detach().float().requires_grad_()
-    gate, up = x.split(10, dim=-1)
-    found, expected = swiglu(x32), F.silu(gate) * up
+@pytest.mark.parametrize(("rows", "c", "f"), [(6, 20, 10), (40, 16, 32)])
+def test_swiglu(rows: int, c: int, f: int) -> None:
+    sizes = ((rows, c), (2 * f, c), (c, f))
+    exact = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in sizes]
+    leaves = [t.detach().float().requires_grad_() for t in exact]
+    gate, up = (exact[0] @ exact[1].T).split(f, dim=-1)
+    found, expected = swiglu(*leaves), (F.silu(gate) * up) @ exact[2].T
     assert_close(found, expected)
-    assert_close(gradients(found, x32)[0], gradients(expected, x)[0])
+    for a, b in zip(gradients(found, *leaves), gradients(expected, *exact), strict=True):
+        assert_close(a, b)
 
 
 def test_rope_against_rotation_and_its_gradient() -> None:
@@ -85,7 +86,7 @@ def test_rope_against_rotation_and_its_gradient() -> None:
         [reference.rotate(row, int(p), 10_000.0) for row, p in zip(x, positions, strict=True)]
     )
     x32 = x.detach().float().requires_grad_()
-    found = apply_rope(x32, cos, sin)
+    found = rotary(x32, cos, sin)
     assert_close(found, expected)
     assert_close(gradients(found, x32)[0], gradients(expected, x)[0])
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.batch_invariant import batch_invariant_pass
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.kernels.exact import exact_pass
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.mla import LatentAttention, pairs_to_halves
 from mtp_lightning.nn.position_tables import PositionTables
@@ -81,7 +81,7 @@ def test_cached_passes_equal_a_whole_window(widths: list[int], exact: bool) -> N
         whole = layer(x, Positions.of_window(deepseek.TRUNK, n, device=x.device))
         for width in widths:
             positions = Positions.of_cache(cache, [start, start], width)
-            with exact_pass(width, x.device) if exact else nullcontext():
+            with batch_invariant_pass(width, x.device) if exact else nullcontext():
                 found.append(layer(x[:, start : start + width], positions))
             start += width
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-5)
@@ -97,7 +97,7 @@ def test_rows_of_different_lengths_share_a_cache() -> None:
         layer(x[:, :8], Positions.of_cache(cache, [0, 0], 8))
         # The second row goes back to position 5: a rejected draft.
         new = torch.stack((x[0, 8:11], x[1, 5:8]))
-        with exact_pass(3, x.device):
+        with batch_invariant_pass(3, x.device):
             found = layer(new, Positions.of_cache(cache, [8, 5], 3))
     torch.testing.assert_close(found[0], whole[0, 8:11], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[1], whole[1, 5:8], rtol=1e-4, atol=1e-5)

@@ -6,13 +6,11 @@ import pytest
 import torch
 
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.nn.kernels import native
-from mtp_lightning.nn.kernels.exact import exact_pass
-from mtp_lightning.nn.kernels.matmul import _ONEDNN, packed_weights
+from mtp_lightning.nn.batch_invariant import batch_invariant_pass
 from mtp_lightning.nn.position_tables import PositionTables
 from mtp_lightning.nn.tree_cache import Branches, TreeCache
-from mtp_lightning.nn.trunk import Trunk
 from tests.deepseek import trunk as deepseek_trunk
+from tests.kernels import BATCH_INVARIANT, prepared
 
 PARENTS = [-1, 0, 0, 1, 1, 2, 5, 3]
 PATHS = [[0, 1, 3, 7], [0, 1, 4], [0, 2, 5, 6]]
@@ -37,19 +35,19 @@ def test_every_path_is_as_alone(tiny_trunk, starts, exact, latent):
         layer(x[:, : max(starts)], Positions.of_cache(cache, [0] * rows, max(starts)))
         return cache
 
-    with torch.no_grad(), packed_weights(layer):
+    with torch.no_grad(), prepared(layer):
         cache, branches = filled(), Branches(PARENTS, torch.device("cpu"))
-        with exact_pass(len(PARENTS) if exact else 99, torch.device("cpu")):
+        with batch_invariant_pass(len(PARENTS) if exact else 99, torch.device("cpu")):
             found = layer(new, Positions.of_tree(cache, starts, branches))
         for path in PATHS:
             chain = filled()
-            with exact_pass(len(path) if exact else 99, torch.device("cpu")):
+            with batch_invariant_pass(len(path) if exact else 99, torch.device("cpu")):
                 expected = layer(new[:, path], Positions.of_cache(chain, starts, len(path)))
             torch.testing.assert_close(found[:, path], expected, rtol=1e-4, atol=1e-5)
             if exact:
                 assert torch.equal(cache.distances()[:, path], chain.distances())
                 same = torch.stack([a == b for a, b in zip(found[:, path], expected, strict=True)])
-                assert same.all() or not _ONEDNN  # whose products give a row's bits alone
+                assert same.all() or not BATCH_INVARIANT
             # What is kept of a path is what a chain would have stored.
             kept = object.__new__(TreeCache)
             kept.__dict__.update(cache.__dict__)
@@ -63,35 +61,3 @@ def test_every_path_is_as_alone(tiny_trunk, starts, exact, latent):
             torch.testing.assert_close(
                 layer(after, Positions.of_cache(kept, ends, 2)), expected, rtol=1e-4, atol=1e-5
             )
-
-
-@pytest.mark.parametrize("starts", [[7], [20, 20], [3, 18, 11]])
-def test_blocks_in_one_call_give_every_path_its_bits(tiny_trunk, starts):
-    if native.library is None:
-        pytest.skip("needs the layers in C++")
-    trunk, rows = Trunk(tiny_trunk), len(starts)
-    for parameter in trunk.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, 20, tiny_trunk.d_model, generator=generator)
-    new = torch.randn(rows, len(PARENTS), tiny_trunk.d_model, generator=generator)
-    after = torch.randn(rows, 2, tiny_trunk.d_model, generator=generator)
-
-    def filled():
-        tables = PositionTables(tiny_trunk, 48)
-        cache = TreeCache(tiny_trunk, tables, n_layers=tiny_trunk.n_layers, batch_size=rows)
-        trunk(x[:, : max(starts)], Positions.of_cache(cache, [0] * rows, max(starts)))
-        return cache
-
-    branches = Branches(PARENTS, torch.device("cpu"))
-    with torch.no_grad(), packed_weights(trunk):
-        assert trunk.packed is not None
-        for path in PATHS:
-            cache, chain = filled(), filled()
-            found = trunk(new, Positions.of_tree(cache, starts, branches)).final
-            expected = trunk(new[:, path], Positions.of_cache(chain, starts, len(path))).final
-            assert torch.equal(found[:, path], expected)
-            cache.settle(torch.tensor([path] * rows))
-            cache.lengths = ends = [start + len(path) for start in starts]
-            kept, alone = (trunk(after, Positions.of_cache(c, ends, 2)) for c in (cache, chain))
-            assert torch.equal(kept.final, alone.final)

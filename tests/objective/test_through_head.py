@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mtp_lightning.nn.kernels import softmax
+from mtp_lightning.nn import cross_entropy as kernel
 from mtp_lightning.objective import through_head
 from mtp_lightning.objective.stack_loss import joint_loss
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
@@ -79,7 +79,7 @@ def test_values_and_gradients(
         hidden = torch.randn(2, rows, 16, generator=generator).requires_grad_()
         coefficient = float(torch.rand((), generator=generator)) + 0.1
         depths.append((hidden, target(k, targets, coefficient)))
-    with mock.patch.object(softmax, "_compiled", lambda: softmax._cross_entropy):
+    with mock.patch.object(kernel, "_compiled", lambda: kernel._cross_entropy):
         total, sums = weighted(weight, depths, train_head=train_head, compiled=one_kernel)
     want_total, want_sums, want_weight, want_hidden = expected(
         weight, depths, train_head=train_head

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-import mtp_lightning.nn.kernels.experts as experts
+import mtp_lightning.nn.experts as experts
 from data_modules.windows import WindowBatch
 from mtp_lightning.metrics.summary_rates import rates_of
 from mtp_lightning.model import MTPModel

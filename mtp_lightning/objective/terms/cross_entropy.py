@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mtp_lightning.nn.kernels.softmax import exp_
+from mtp_lightning.nn.ops import exp_
 from mtp_lightning.objective.terms.base import Chunk, Term
 
 

@@ -1,7 +1,7 @@
 """Whole SwiGLU layers, each way in one call of C++ (``cpp/experts.cpp``): a mixture's experts, or
-one dense layer. Its plain twins are ``experts._SortedExperts`` and the layer's two matrices.
+one dense layer.
 
-Products of narrow layers are as fast as those of wide ones there, which oneDNN's are not, and the
+Its products of narrow layers are as fast as those of wide ones, which oneDNN's are not, and the
 rows of an expert's tokens are read where they lie.
 
 Shapes: M tokens, K chosen experts of a token, R = M * K rows, E experts, C d_model, F d_expert.
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.nn.kernels import native
-from mtp_lightning.nn.kernels.exact import is_exact
+from mtp_lightning.cpu import library as native
+from mtp_lightning.nn.batch_invariant import is_batch_invariant
 
-# Below so many tokens packing the weights costs more than it brings.
+# Below so many tokens packing the weights costs more than it saves.
 _MIN_TOKENS = 32
 
 
 def fits(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
-    """Whether the C++ kernel takes these: fp32 on a CPU, widths of whole vectors of 16, many rows.
+    """Whether the C++ computes these: fp32, widths of whole vectors of 16, many rows.
 
     Args:
         x: [..., C].
@@ -36,7 +36,7 @@ def fits(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
         and gate_up.is_contiguous()
         and down.is_contiguous()
         and x.numel() >= _MIN_TOKENS * x.shape[-1]
-        and not is_exact()
+        and not is_batch_invariant()
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -44,7 +44,7 @@ def fits(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
 def mix_experts(
     x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
-    """What :func:`~mtp_lightning.nn.kernels.experts.mix_experts` gives."""
+    """``nn.experts.routed_experts``."""
     return _NativeExperts.apply(x_MC, gates_MK, gate_up, down, chosen_MK)
 
 
@@ -58,7 +58,7 @@ def feed_forward(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 class _NativeExperts(torch.autograd.Function):
-    """Keeps its input and what lies before the gate; all else is made again."""
+    """Keeps its input and the numbers before the gate, and computes all else again."""
 
     @staticmethod
     def forward(

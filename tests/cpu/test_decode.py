@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mtp_lightning.cpu import library as native
+from mtp_lightning.cpu.packed import PackedWeight, packed_copy, packed_weight
+from mtp_lightning.decoding.precision import round_weights
 from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.kernels import few_rows, native
-from mtp_lightning.nn.kernels.few_rows import FewRows, round_weights
-from mtp_lightning.nn.kernels.matmul import packed_weights
 from mtp_lightning.nn.kv_cache import KVCache
-from mtp_lightning.nn.narrow import NarrowBlocks
 from mtp_lightning.nn.position_tables import PositionTables
 from mtp_lightning.nn.trunk import Trunk
+from tests.kernels import prepared
 
 SHAPES = [(1, 1), (7, 5), (16, 16), (33, 20), (48, 9), (64, 96), (100, 7), (160, 96), (257, 64)]
 
@@ -23,8 +23,8 @@ def own(library, monkeypatch):
     monkeypatch.setattr(native, "library", library)
 
 
-def packed(weight: torch.Tensor) -> FewRows:
-    found = few_rows.pack(weight)
+def packed(weight: torch.Tensor) -> PackedWeight:
+    found = packed_weight(weight)
     assert found is not None
     return found
 
@@ -130,13 +130,16 @@ def test_only_matrices_are_rounded():
     for name, p in trunk.named_parameters():
         expected = before[name].bfloat16().float() if p.dim() > 1 else before[name]
         assert torch.equal(p, expected), name
-    with packed_weights(trunk):
+    with prepared(trunk):
         kinds = {
-            module.packed.numbers.dtype
-            for module in trunk.modules()
-            if hasattr(module, "weight") and getattr(module, "packed", None) is not None
+            copy.numbers.dtype for p in trunk.parameters() if (copy := packed_copy(p)) is not None
         }
     assert kinds == {torch.bfloat16}
+
+
+def fused(layer: torch.nn.Module) -> bool:
+    """Whether a layer has a forward pass in one call."""
+    return "forward" in vars(layer)
 
 
 def build(*, heads=4, kv=2, d_head=None, layers=3, **attention) -> Trunk:
@@ -159,8 +162,8 @@ def run(trunk, x, starts, *, packed, before):
     cache.lengths = list(starts)
     positions = Positions.of_cache(cache, list(starts), x.shape[1])
     if packed:
-        with packed_weights(trunk):
-            assert trunk.packed is not None or len(trunk.blocks) == 1
+        with prepared(trunk):
+            assert fused(trunk) or len(trunk.blocks) == 1
             return trunk(x, positions), cache.entries_L_BSMH
     return trunk(x, positions), cache.entries_L_BSMH
 
@@ -215,12 +218,12 @@ class Other(Attention):
 
 def test_other_layers_keep_their_own_passes(monkeypatch):
     trunk = build()
-    with packed_weights(trunk):
-        assert all(isinstance(block.packed, NarrowBlocks) for block in trunk.blocks)
+    with prepared(trunk):
+        assert all(fused(block) for block in trunk.blocks)
     trunk.blocks[1].attention.__class__ = Other
-    with packed_weights(trunk):
-        assert trunk.packed is None and trunk.blocks[1].packed is None
-        assert trunk.blocks[0].packed is not None
+    with prepared(trunk):
+        assert not fused(trunk) and not fused(trunk.blocks[1])
+        assert fused(trunk.blocks[0])
     monkeypatch.setattr(native, "library", None)
-    with packed_weights(trunk):
-        assert trunk.packed is None and trunk.blocks[0].packed is None
+    with prepared(trunk):
+        assert not fused(trunk) and not fused(trunk.blocks[0])

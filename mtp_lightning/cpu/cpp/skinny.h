@@ -108,7 +108,7 @@ constexpr int64_t WORTH_THREADS = 1 << 18;
 
 // out[M, N] (+)= x[M, K] weight.T, of a packed weight.
 template <typename Number>
-static void few_rows(const float* x, const Number* weight, const float* scales, float* out,
+static void skinny(const float* x, const Number* weight, const float* scales, float* out,
                      int64_t rows, int64_t outputs, int64_t inputs, bool add) {
     int64_t panels = (outputs + PANEL - 1) / PANEL;
 #pragma omp parallel for schedule(static) if (rows * outputs * inputs > WORTH_THREADS)
@@ -135,13 +135,13 @@ static void few_rows(const float* x, const Number* weight, const float* scales, 
 // Outputs of all panels, whose scales stand before int8's numbers.
 static inline int64_t padded(int64_t outputs) { return (outputs + LANES - 1) / LANES * LANES; }
 
-static inline void few_rows(const float* x, const void* weight, int64_t kind, float* out,
+static inline void skinny(const float* x, const void* weight, int64_t kind, float* out,
                             int64_t rows, int64_t outputs, int64_t inputs, bool add) {
     const float* scales = (const float*)weight;
     if (kind == BYTE)
-        few_rows(x, (const int8_t*)(scales + padded(outputs)), scales, out, rows, outputs, inputs, add);
+        skinny(x, (const int8_t*)(scales + padded(outputs)), scales, out, rows, outputs, inputs, add);
     else if (kind == HALF)
-        few_rows(x, (const uint16_t*)weight, scales, out, rows, outputs, inputs, add);
+        skinny(x, (const uint16_t*)weight, scales, out, rows, outputs, inputs, add);
     else
-        few_rows(x, (const float*)weight, scales, out, rows, outputs, inputs, add);
+        skinny(x, (const float*)weight, scales, out, rows, outputs, inputs, add);
 }

@@ -1,11 +1,11 @@
-"""Attention over whole windows, and causal ones for CPUs that skip what the mask would hide.
+"""Causal attention over whole windows that skips the keys that the mask would hide.
 
 PyTorch's CPU kernel multiplies every query with every key. Here a block of queries meets only the
 keys up to its end, grouped queries share their key-value head without copies of it, and the
 probabilities are kept for the backward pass: about 1.5 times as fast at 256 tokens
-(``python -m benchmarks.kernels``). They grow with T^2, so long windows stay with PyTorch's kernel.
-The same in C++ keeps eight queries in the first cache from scores to output, and turns queries and
-keys on the way.
+(``python -m benchmarks.kernels``). The probabilities grow with T^2, so long windows stay with
+PyTorch's kernel. The C++ keeps eight queries in the first cache from scores to output, and turns
+queries and keys on the way.
 
 Shapes: B batch, T positions, W positions of a block, S keys it sees, N heads, M key-value heads,
 G = N / M queries a key-value head, H head size (the value's own may differ).
@@ -18,15 +18,12 @@ from ctypes import c_int64
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 from torch.nn.attention.flex_attention import BlockMask
 
-from mtp_lightning.nn.kernels import native
-from mtp_lightning.nn.kernels.document_attention import document_attention
-from mtp_lightning.nn.kernels.eager import eager_cpu
-from mtp_lightning.nn.kernels.rope import apply_rope
+from mtp_lightning.cpu import library as native
+from mtp_lightning.nn import ops
 
 _Shape = c_int64 * 12  # cpp/attention.cpp has it
 
@@ -34,7 +31,7 @@ _BLOCK = 32
 _MAX_SEQ_LEN = 512
 
 
-def turned_attention(
+def rotary_attention(
     qkv_BTNH: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -42,65 +39,34 @@ def turned_attention(
     n_heads: int,
     n_kv: int,
 ) -> Tensor:
-    """:func:`window_attention` of queries and keys turned by their rotary angles, [B, T, N, H].
-
-    Args:
-        qkv_BTNH: the heads of queries, keys and values, in this order.
-        cos, sin: of the angles, [T, 1, H/2].
-        mask: see :func:`window_attention`.
-        n_heads, n_kv: N, and M of keys as of values.
-    """
+    """``ops.rotary_attention``."""
     if mask is None and fits_native(qkv_BTNH) and cos.dtype == torch.float32:
         return _TurnedAttentionNative.apply(qkv_BTNH, cos, sin, n_heads)
-    query_key, value = qkv_BTNH.split([n_heads + n_kv, n_kv], dim=2)
-    query_key = apply_rope(query_key, cos, sin)
-    query, key = query_key.split([n_heads, n_kv], dim=2)
-    return window_attention(query, key, value, mask)
+    return ops.rotary_attention.plain(qkv_BTNH, cos, sin, mask, n_heads, n_kv)
 
 
-def window_attention(
+def attention(
     query_BTNH: Tensor,
     key_BTMH: Tensor,
     value_BTMH: Tensor,
     mask: Tensor | BlockMask | None,
 ) -> Tensor:
-    """``softmax(q k^T / sqrt(H) + mask) v``, [B, T, N, H]; query head n reads n // G.
-
-    Args:
-        query_BTNH: queries.
-        key_BTMH: keys.
-        value_BTMH: values, whose width is the result's.
-        mask: bool, broadcast against [B, N, T, T], True where a query sees a key, or that in
-            blocks (``document_attention.py``); None is causal.
-    """
-    if isinstance(mask, BlockMask):
-        return document_attention(query_BTNH, key_BTMH, value_BTMH, mask)
-    if mask is None and fits_native(query_BTNH, key_BTMH, value_BTMH):
-        return _CausalAttentionNative.apply(query_BTNH, key_BTMH, value_BTMH)
-    if mask is None and fits(query_BTNH):
-        return causal_attention(query_BTNH, key_BTMH, value_BTMH)
-    query, key, value = (x.transpose(1, 2) for x in (query_BTNH, key_BTMH, value_BTMH))
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=query.shape[1] != key.shape[1],
-    ).transpose(1, 2)
+    """``ops.attention``."""
+    if mask is None:
+        if fits_native(query_BTNH, key_BTMH, value_BTMH):
+            return _CausalAttentionNative.apply(query_BTNH, key_BTMH, value_BTMH)
+        if fits(query_BTNH):
+            return causal_attention(query_BTNH, key_BTMH, value_BTMH)
+    return ops.attention.plain(query_BTNH, key_BTMH, value_BTMH, mask)
 
 
 def fits(query_BTNH: Tensor) -> bool:
-    """Whether :func:`causal_attention` is the faster one: fp32 on a CPU, windows of up to 512."""
-    return (
-        eager_cpu(query_BTNH)
-        and query_BTNH.dtype == torch.float32
-        and query_BTNH.shape[1] <= _MAX_SEQ_LEN
-    )
+    """Whether :func:`causal_attention` is faster than PyTorch: fp32, windows of up to 512."""
+    return query_BTNH.dtype == torch.float32 and query_BTNH.shape[1] <= _MAX_SEQ_LEN
 
 
 def fits_native(*heads: Tensor) -> bool:
-    """Whether the C++ kernel takes these, each [B, T, ., H]: whole vectors of 16 in every head."""
+    """Whether the C++ reads these, each [B, T, ., H]: whole vectors of 16 in every head."""
     return (
         fits(heads[0])
         and native.fits(*heads)
@@ -109,7 +75,7 @@ def fits_native(*heads: Tensor) -> bool:
 
 
 def causal_attention(query_BTNH: Tensor, key_BTMH: Tensor, value_BTMH: Tensor) -> Tensor:
-    """:func:`window_attention` without a mask, block by block."""
+    """``ops.attention`` without a mask, block by block."""
     return _CausalAttention.apply(query_BTNH, key_BTMH, value_BTMH)
 
 
@@ -255,3 +221,7 @@ def _native_backward(
 
 def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
+
+
+ops.attention.register("cpu", attention)
+ops.rotary_attention.register("cpu", rotary_attention)

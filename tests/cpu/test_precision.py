@@ -8,25 +8,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mtp_lightning.cpu.packed import packed_copy
 from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.fused import fused_passes
 from mtp_lightning.decoding.precision import use_precision
 from mtp_lightning.experiment import generating
-from mtp_lightning.nn.kernels import native
-from mtp_lightning.nn.kernels.matmul import packed_weights
 from tests.decoding.models import (
     random_prompts,
     small_model,
     steer_drafts,
     verify_passes_give_the_bits_of_single_ones,
 )
-from tests.nn.conftest import library  # noqa: F401
+from tests.kernels import use_library
 
 NEW = 14
 
 
 @pytest.fixture(autouse=True)
-def own(library, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(native, "library", library)
+def own(library, monkeypatch):
+    use_library(monkeypatch, library)
 
 
 KINDS = {"bf16": torch.bfloat16, "int8": torch.int8}
@@ -54,7 +54,7 @@ def test_drafts_give_the_rounded_models_plain_text(deepseek, precision, monkeypa
         assert [g.token_ids for g in together] == expected
         assert any(any(g.accepted_mask) for g in together)
     # The same model by PyTorch's operators in fp32.
-    monkeypatch.setattr(native, "library", None)
+    use_library(monkeypatch, None)
     assert [g.token_ids for g in generate(model, prompts, **options)] == expected
 
 
@@ -63,8 +63,8 @@ def test_drafts_give_the_rounded_models_plain_text(deepseek, precision, monkeypa
 @pytest.mark.parametrize(("threads", "rows"), [(1, 1), (2, 1), (1, 7)])
 def test_a_verify_pass_gives_the_bits_of_single_passes(deepseek, threads, rows, precision):
     model = rounded(precision, 3, 2, deepseek=deepseek)
-    with packed_weights(model):
-        assert model.head.packed.numbers.dtype == KINDS[precision]
+    with fused_passes(model):
+        assert packed_copy(model.head.weight).numbers.dtype == KINDS[precision]
     verify_passes_give_the_bits_of_single_ones(model, threads=threads, rows=rows)
 
 
@@ -75,23 +75,23 @@ def test_what_is_rounded_is_read_in_fewer_bytes_and_the_rest_is_left(precision):
     use_precision(model, "fp32")
     for a, b in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(a, b)
-    with packed_weights(model):
-        assert model.head.packed.numbers.dtype == torch.float32
+    with fused_passes(model):
+        assert packed_copy(model.head.weight).numbers.dtype == torch.float32
     use_precision(model, precision)
     if precision == "bf16":
         assert torch.equal(model.head.weight, before.head.weight.bfloat16().float())
     assert not torch.equal(model.head.weight, before.head.weight)
     assert torch.equal(model.trunk.norm.weight, before.trunk.norm.weight)
-    with packed_weights(model):
-        assert model.head.packed.numbers.dtype == KINDS[precision]
-        assert model.trunk.packed is not None
+    with fused_passes(model):
+        assert packed_copy(model.head.weight).numbers.dtype == KINDS[precision]
+        assert "forward" in vars(model.trunk)
 
 
 def test_refusals_name_the_remedy(monkeypatch):
     model = small_model(2, 1)
     with pytest.raises(ValueError, match="precision must be .*, not 'int4'|precision=int4"):
         use_precision(model, "int4")
-    monkeypatch.setattr(native, "library", None)
+    use_library(monkeypatch, None)
     with pytest.raises(ValueError, match="needs a CPU with AVX-512 .*leave precision=fp32"):
         use_precision(model, "bf16")
 
@@ -112,6 +112,6 @@ def test_generate_takes_it(monkeypatch):
     with pytest.raises(ValueError, match="precision=int4 is unknown"):
         generating.open_for(cfg)
     cfg.precision = "int8"
-    monkeypatch.setattr(native, "library", None)
+    use_library(monkeypatch, None)
     with pytest.raises(ValueError, match="precision=int8 needs a CPU with AVX-512"):
         generating.open_for(cfg)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mtp_lightning.nn.kernels.window_attention import _BLOCK, _MAX_SEQ_LEN, causal_attention, fits
+from mtp_lightning.cpu.attention import _BLOCK, _MAX_SEQ_LEN, causal_attention, fits
 
 
 @pytest.mark.parametrize("seq_len", [1, _BLOCK - 1, _BLOCK, _BLOCK + 1, 3 * _BLOCK + 5])

@@ -1,8 +1,8 @@
-// Weights into panels (few.h), in fp32, bf16 or int8. Packing is a read and a write of the weights: tiles
+// Weights into panels (skinny.h), in fp32, bf16 or int8. Packing is a read and a write of the weights: tiles
 // of 16 x 16 are turned in registers.
 #include <sys/mman.h>
 
-#include "few.h"
+#include "skinny.h"
 
 // The digest of the sources, which setup.py gives.
 extern "C" const char* built_from() { return BUILT_FROM; }

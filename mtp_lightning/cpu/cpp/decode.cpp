@@ -7,7 +7,7 @@
 // capacity of the cache, whose entry of a token is [2 P, H], keys first.
 #include <vector>
 
-#include "few.h"
+#include "skinny.h"
 
 struct Block {
     int64_t width, heads, kv_heads, head, inner, kind;
@@ -207,13 +207,13 @@ static void block(const Block& b, const Pass& pass, float* entries, float* x, Sc
     s.fit(tokens, b);
     for (int64_t i = 0; i < tokens; i++)
         norm(x + i * c, b.attention_norm, s.normed.data() + i * c, c, b.eps);
-    few_rows(s.normed.data(), b.qkv, b.kind, s.qkv.data(), tokens,
+    skinny(s.normed.data(), b.qkv, b.kind, s.qkv.data(), tokens,
              (b.heads + 2 * b.kv_heads) * b.head, c, false);
     attention(b, pass, entries, s);
-    few_rows(s.mixed.data(), b.out, b.kind, x, tokens, c, mixed, true);
+    skinny(s.mixed.data(), b.out, b.kind, x, tokens, c, mixed, true);
     for (int64_t i = 0; i < tokens; i++)
         norm(x + i * c, b.feed_forward_norm, s.normed.data() + i * c, c, b.eps);
-    few_rows(s.normed.data(), b.gate_up, b.kind, s.gate_up.data(), tokens, 2 * f, c, false);
+    skinny(s.normed.data(), b.gate_up, b.kind, s.gate_up.data(), tokens, 2 * f, c, false);
     for (int64_t i = 0; i < tokens; i++) {
         const float *gate = s.gate_up.data() + 2 * i * f, *up = gate + f;
         float* to = s.inner.data() + i * f;
@@ -221,22 +221,22 @@ static void block(const Block& b, const Pass& pass, float* entries, float* x, Sc
             put(to + at, silu(take(gate + at, n)) * take(up + at, n), n);
         });
     }
-    few_rows(s.inner.data(), b.down, b.kind, x, tokens, c, f, true);
+    skinny(s.inner.data(), b.down, b.kind, x, tokens, c, f, true);
 }
 
 // out = x / sqrt(mean(x^2) + eps) * gain, of every row.
-extern "C" void narrow_norm(const float* x, const float* gain, float* out, int64_t rows,
+extern "C" void decode_norm(const float* x, const float* gain, float* out, int64_t rows,
                             int64_t width, double eps) {
     for (int64_t i = 0; i < rows; i++) norm(x + i * width, gain, out + i * width, width, eps);
 }
 
 // x[M, C] through n blocks, in place; then, with a gain, normed[M, C] of it.
-extern "C" void narrow_blocks(const Block* blocks, int64_t n, const Pass* pass, float* x,
+extern "C" void decode_blocks(const Block* blocks, int64_t n, const Pass* pass, float* x,
                               const float* gain, float* normed, double eps) {
     static thread_local Scratch scratch;
     find_paths(*pass, scratch.paths);
     for (int64_t i = 0; i < n; i++) block(blocks[i], *pass, pass->entries[i], x, scratch);
-    if (gain) narrow_norm(x, gain, normed, pass->rows * pass->length, blocks[0].width, eps);
+    if (gain) decode_norm(x, gain, normed, pass->rows * pass->length, blocks[0].width, eps);
 }
 
 // Where a buffer of the cache's capacity has token i of a pass, of all rows.
@@ -259,14 +259,14 @@ static inline void side_by_side(const Join& join, const float* embedded, const f
 }
 
 // What a module's block reads, out[M, C], of embeddings and hidden states [M, C].
-extern "C" void narrow_join(const Join* join, const float* embedded, const float* hidden,
+extern "C" void decode_join(const Join* join, const float* embedded, const float* hidden,
                             float* out, int64_t tokens) {
     static thread_local std::vector<float> both;
     int64_t c = join->width;
     if ((int64_t)both.size() < tokens * 2 * c) both.resize(tokens * 2 * c);
     for (int64_t i = 0; i < tokens; i++)
         side_by_side(*join, embedded + i * c, hidden + i * c, both.data() + i * 2 * c);
-    few_rows(both.data(), join->projection, join->kind, out, tokens, c, 2 * c, false);
+    skinny(both.data(), join->projection, join->kind, out, tokens, c, 2 * c, false);
 }
 
 // A module and all that it reads and writes when it drafts; S is the capacity of all buffers.
@@ -280,7 +280,7 @@ struct Draft {
 };
 
 // A pass of a module from token ids to logits: its states go where the next depth finds them.
-extern "C" void narrow_draft(const Draft* draft, const Pass* pass, const int64_t* ids,  // [B, S]
+extern "C" void decode_draft(const Draft* draft, const Pass* pass, const int64_t* ids,  // [B, S]
                              const float* before, float* after,  // [B, S, C]; none of the deepest
                              const int64_t* newest,              // [B], among the pass's tokens
                              float* last, float* logits) {       // [B, C], [B, V]
@@ -294,12 +294,12 @@ extern "C" void narrow_draft(const Draft* draft, const Pass* pass, const int64_t
         side_by_side(join, draft->embedding + ids[at + draft->ahead] * c, before + at * c,
                      both.data() + i * 2 * c);
     }
-    few_rows(both.data(), join.projection, join.kind, x.data(), tokens, c, 2 * c, false);
-    narrow_blocks(draft->block, 1, pass, x.data(), draft->gain, normed.data(), draft->eps);
+    skinny(both.data(), join.projection, join.kind, x.data(), tokens, c, 2 * c, false);
+    decode_blocks(draft->block, 1, pass, x.data(), draft->gain, normed.data(), draft->eps);
     if (after) keep(*pass, normed.data(), after, c);
     for (int64_t row = 0; row < pass->rows; row++)
         memcpy(last + row * c, normed.data() + (row * t + newest[row]) * c, c * sizeof(float));
-    few_rows(last, draft->head, draft->kind, logits, pass->rows, draft->outputs, c, false);
+    skinny(last, draft->head, draft->kind, logits, pass->rows, draft->outputs, c, false);
 }
 
 // All of a trunk's blocks, the norm behind them, and what stands at its ends.
@@ -315,7 +315,7 @@ struct Trunk {
 enum Kept { BEFORE_LAST, NORMED_BEFORE_LAST, LAST_BLOCK, FINAL };
 
 // A pass of a trunk from token ids to logits[M, V]; one of its states is kept for the modules.
-extern "C" void narrow_trunk(const Trunk* trunk, const Pass* pass, const int64_t* ids,  // [B, S]
+extern "C" void decode_trunk(const Trunk* trunk, const Pass* pass, const int64_t* ids,  // [B, S]
                              float* states,  // [B, S, C], or NULL if there are no modules
                              float* logits) {
     static thread_local std::vector<float> x, normed;
@@ -327,22 +327,22 @@ extern "C" void narrow_trunk(const Trunk* trunk, const Pass* pass, const int64_t
     for (int64_t i = 0; i < tokens; i++)
         memcpy(x.data() + i * c, trunk->embedding + ids[place_of(*pass, i)] * c, c * sizeof(float));
     int64_t last = trunk->blocks - 1;
-    narrow_blocks(trunk->block, last, pass, x.data(), NULL, NULL, 0);
+    decode_blocks(trunk->block, last, pass, x.data(), NULL, NULL, 0);
     keep_if(BEFORE_LAST, x);
     if (states && trunk->kept == NORMED_BEFORE_LAST) {
-        narrow_norm(x.data(), trunk->gain, normed.data(), tokens, c, trunk->eps);
+        decode_norm(x.data(), trunk->gain, normed.data(), tokens, c, trunk->eps);
         keep_if(NORMED_BEFORE_LAST, normed);
     }
     Pass own = *pass;
     own.entries += last;
-    narrow_blocks(trunk->block + last, 1, &own, x.data(), trunk->gain, normed.data(), trunk->eps);
+    decode_blocks(trunk->block + last, 1, &own, x.data(), trunk->gain, normed.data(), trunk->eps);
     keep_if(LAST_BLOCK, x);
     keep_if(FINAL, normed);
-    few_rows(normed.data(), trunk->head, trunk->kind, logits, tokens, trunk->outputs, c, false);
+    skinny(normed.data(), trunk->head, trunk->kind, logits, tokens, trunk->outputs, c, false);
 }
 
 // out[M, N] = x[M, K] weight.T
-extern "C" void narrow_linear(const float* x, const void* weight, float* out, int64_t rows,
+extern "C" void decode_linear(const float* x, const void* weight, float* out, int64_t rows,
                               int64_t outputs, int64_t inputs, int64_t kind) {
-    few_rows(x, weight, kind, out, rows, outputs, inputs, false);
+    skinny(x, weight, kind, out, rows, outputs, inputs, false);
 }

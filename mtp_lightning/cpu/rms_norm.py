@@ -1,43 +1,40 @@
-"""Root-mean-square normalisation in few passes over memory."""
+"""Root-mean-square normalization in few passes over memory."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.nn.kernels import native
-from mtp_lightning.nn.kernels.eager import eager_cpu
-from mtp_lightning.nn.kernels.exact import is_exact
+from mtp_lightning.cpu import library as native
+from mtp_lightning.nn import ops
+from mtp_lightning.nn.batch_invariant import is_batch_invariant
 
-# So few numbers without a gradient are nothing to compute: the fewest calls win.
+# Up to so many numbers, without a gradient, the fewest calls are the fastest.
 _SMALL = 2**15
 
 
 def rms_norm(x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis of ``x`` [..., C]."""
-    small = not torch.is_grad_enabled() and (x.numel() <= _SMALL or is_exact())
-    if small and native.fits(x, weight_C):
-        x = x.contiguous()
-        out, width = torch.empty_like(x), x.shape[-1]
-        pointers = x.data_ptr(), weight_C.data_ptr(), out.data_ptr()
-        native.lib().narrow_norm(*pointers, x.numel() // max(width, 1), width, eps)
-        return out
-    if not small and eager_cpu(x) and x.dtype == weight_C.dtype:
+    """``ops.rms_norm``."""
+    if not torch.is_grad_enabled() and (x.numel() <= _SMALL or is_batch_invariant()):
+        if native.fits(x, weight_C):
+            x = x.contiguous()
+            out, width = torch.empty_like(x), x.shape[-1]
+            pointers = x.data_ptr(), weight_C.data_ptr(), out.data_ptr()
+            native.lib().decode_norm(*pointers, x.numel() // max(width, 1), width, eps)
+            return out
+    elif x.dtype == weight_C.dtype:
         flat_MC = x.reshape(-1, x.shape[-1])
         if native.fits(flat_MC, weight_C):
             return _RMSNormNative.apply(flat_MC.contiguous(), weight_C, eps).view(x.shape)
         return _RMSNormCPU.apply(flat_MC, weight_C, eps).view(x.shape)
-    return F.rms_norm(x, weight_C.shape, weight_C, eps)
+    return ops.rms_norm.plain(x, weight_C, eps)
 
 
 class _RMSNormCPU(torch.autograd.Function):
-    """Keeps its input and one number a row for backward.
-
-    PyTorch composes it on CPUs from elementary steps: more than twice the time and memory.
-    """
+    """Keeps its input and one number a row for the backward pass. PyTorch composes the norm of
+    elementary steps on a CPU, which takes more than twice the time and memory."""
 
     @staticmethod
     def forward(ctx: Any, x_MC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
@@ -59,7 +56,7 @@ class _RMSNormCPU(torch.autograd.Function):
 
 
 class _RMSNormNative(torch.autograd.Function):
-    """The same, each way in two passes over a row while it is in the first cache."""
+    """The same in C++, each way in two passes over a row while it is in the first cache."""
 
     @staticmethod
     def forward(ctx: Any, x_MC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
@@ -73,8 +70,11 @@ class _RMSNormNative(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x_MC, weight_C, scale_M = ctx.saved_tensors
         d_x = torch.empty_like(x_MC)
-        # The gain's gradient by every 64 rows, whatever thread has them.
+        # The gain's gradient is a sum of parts of 64 rows, whichever threads compute them.
         parts_PC = x_MC.new_empty(-(-x_MC.shape[0] // 64), x_MC.shape[1])
         used = (x_MC, weight_C, scale_M, grads[0].contiguous(), d_x, parts_PC)
         native.lib().norm_backward(*(t.data_ptr() for t in used), *x_MC.shape)
         return d_x, parts_PC.sum(0), None
+
+
+ops.rms_norm.register("cpu", rms_norm)

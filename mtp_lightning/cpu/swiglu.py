@@ -1,4 +1,5 @@
-"""The gate of a SwiGLU layer, keeping little for its backward pass."""
+"""SwiGLU layers: whole ones in C++ where that fits, else their products and a gate that keeps
+little for its backward pass."""
 
 from __future__ import annotations
 
@@ -8,25 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.nn.kernels import native
-from mtp_lightning.nn.kernels.eager import eager_cpu
+from mtp_lightning.cpu import experts_native
+from mtp_lightning.cpu import library as native
+from mtp_lightning.cpu.linear import linear
+from mtp_lightning.cpu.packed import packed_copy
+from mtp_lightning.nn import ops
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up``, [..., 2F] -> [..., F]: the first half gates the second."""
-    grad = torch.is_grad_enabled()
-    if grad and native.fits(gate_up) and gate_up.is_contiguous():
-        return _SwiGLUNative.apply(gate_up)
-    if grad and eager_cpu(gate_up):
-        return _SwiGLUCPU.apply(gate_up)
-    gate, up = gate_up.chunk(2, dim=-1)
-    if not grad:
+def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """``ops.swiglu``."""
+    if packed_copy(down) is None and experts_native.fits(x, gate_up, down):
+        return experts_native.feed_forward(x, gate_up, down)
+    return linear(gated(linear(x, gate_up)), down)
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """``ops.gated``."""
+    if not torch.is_grad_enabled():
+        gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
-    return F.silu(gate) * up
+    if native.fits(gate_up) and gate_up.is_contiguous():
+        return _SwiGLUNative.apply(gate_up)
+    return _SwiGLUCPU.apply(gate_up)
 
 
 class _SwiGLUCPU(torch.autograd.Function):
-    """Keeps only its input: the sigmoid is cheaper to redo than to read."""
+    """Keeps its input alone: computing the sigmoid again is cheaper than reading it."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -49,7 +57,7 @@ class _SwiGLUCPU(torch.autograd.Function):
 
 
 class _SwiGLUNative(torch.autograd.Function):
-    """The same, each way in one pass."""
+    """The same in C++, each way in one pass."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -69,3 +77,6 @@ class _SwiGLUNative(torch.autograd.Function):
         pointers = (x.data_ptr() for x in (gate_up, grad, d_gate_up))
         native.lib().swiglu_backward(*pointers, grad.numel() // max(width, 1), width)
         return d_gate_up
+
+
+ops.swiglu.register("cpu", swiglu)

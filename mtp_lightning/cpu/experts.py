@@ -1,9 +1,7 @@
-"""Products of tokens with the experts chosen for them.
+"""Routed experts on a CPU: one call of C++ where that fits, else a loop over experts.
 
-Tokens are sorted by expert, so that each expert's are one block of rows. On a GPU in bf16 one
-grouped product takes all blocks, on a CPU one call of C++ where that was built; elsewhere a loop
-over experts takes the fastest kernel of ``matmul``. The few tokens of decoding are not worth
-sorting.
+Tokens are sorted by expert, so that the rows of each expert lie together, and every product takes
+the fastest kernel of ``linear.py``. The few tokens of a pass of decoding are not worth sorting.
 
 Shapes: M tokens, K chosen experts of a token, R = M * K rows, E experts, C d_model, F d_expert.
 """
@@ -18,99 +16,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.nn.kernels import native_swiglu
-from mtp_lightning.nn.kernels.exact import FEW, is_exact
-from mtp_lightning.nn.kernels.matmul import matmul_transposed, uses_onednn, weight_gradient
-from mtp_lightning.nn.kernels.swiglu import swiglu
+from mtp_lightning.cpu import experts_native
+from mtp_lightning.cpu.linear import matmul_transposed, uses_onednn, weight_gradient
+from mtp_lightning.cpu.swiglu import gated
+from mtp_lightning.nn.batch_invariant import FEW, is_batch_invariant
+from mtp_lightning.nn.experts import loads, routed_experts
 
-# A block's rows are filled up to a multiple of this where that saves compiling kernels.
+# An expert's rows are filled up to a multiple of this where that saves compiling kernels.
 _MULTIPLE = 32
 
 
 def mix_experts(
     x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
-    """``sum_j gates[:, j] * down_e(swiglu(gate_up_e(x)))`` with ``e = chosen[:, j]``, [M, C].
-
-    Args:
-        x_MC: tokens.
-        chosen_MK: experts of every token.
-        gates_MK: their weights.
-        gate_up: [E, 2F, C].
-        down: [E, C, F].
-    """
-    if not torch.is_grad_enabled() and (x_MC.shape[0] <= FEW or is_exact()):
-        if torch.compiler.is_compiling():
-            return gathered(x_MC, chosen_MK, gates_MK, gate_up, down)
-        if x_MC.device.type == "cpu":
-            return _one_by_one(x_MC, chosen_MK, gates_MK, gate_up, down)
-    if native_swiglu.fits(x_MC, gate_up, down):
-        return native_swiglu.mix_experts(x_MC, chosen_MK, gates_MK, gate_up, down)
+    """``nn.experts.routed_experts``."""
+    if not torch.is_grad_enabled() and (x_MC.shape[0] <= FEW or is_batch_invariant()):
+        return _one_by_one(x_MC, chosen_MK, gates_MK, gate_up, down)
+    if experts_native.fits(x_MC, gate_up, down):
+        return experts_native.mix_experts(x_MC, chosen_MK, gates_MK, gate_up, down)
     order_R = chosen_MK.flatten().argsort(stable=True)
     load_E = loads(chosen_MK, gate_up.shape[0])
-    if fits_grouped(x_MC, down):
-        return grouped(x_MC, gates_MK, gate_up, down, order_R, load_E)
     return _SortedExperts.apply(x_MC, gates_MK, gate_up, down, order_R, load_E)
-
-
-def loads(chosen_MK: Tensor, n_experts: int) -> Tensor:
-    """int64 [E], how many tokens each expert was chosen for."""
-    # bincount looks at the numbers first, and so waits for a GPU.
-    load_E = torch.zeros(n_experts, dtype=torch.int64, device=chosen_MK.device)
-    chosen = chosen_MK.flatten()
-    return load_E.scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
 def _one_by_one(
     x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
-    """At one row a product is a read of the weights, and a token's result is the same, bit for bit,
-    whatever others are computed with it."""
+    """With one row a product is a read of the weights, and a token's result is the same, bit for
+    bit, whatever other tokens are computed with it."""
     out = torch.zeros_like(x_MC)
     for x_C, row_C, experts, gates_K in zip(
         x_MC, out, chosen_MK.tolist(), gates_MK.unbind(0), strict=True
     ):
         for expert, gate in zip(experts, gates_K.unbind(0), strict=True):
-            row_C.addcmul_(torch.mv(down[expert], swiglu(torch.mv(gate_up[expert], x_C))), gate)
+            row_C.addcmul_(torch.mv(down[expert], gated(torch.mv(gate_up[expert], x_C))), gate)
     return out
-
-
-def gathered(
-    x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor
-) -> Tensor:
-    """The plain formula over the chosen experts' weights, picked out: no token waits for the host,
-    and every row reads weights of its own."""
-    # Products and sums, not matrix products: the compiler then reads the weights where they lie.
-    projected_MKF = (gate_up[chosen_MK] * x_MC[:, None, None]).sum(-1)
-    inner_MKF = swiglu(projected_MKF) * gates_MK.unsqueeze(-1)
-    return (down[chosen_MK] * inner_MKF.unsqueeze(2)).sum(-1).sum(1)
-
-
-def fits_grouped(x_MC: Tensor, down: Tensor) -> bool:
-    """Whether ``F.grouped_mm`` is supported: bf16 on a GPU, rows of a multiple of 16 bytes."""
-    aligned = down.shape[1] % 8 == 0 and down.shape[2] % 8 == 0
-    return x_MC.device.type == "cuda" and x_MC.dtype == torch.bfloat16 and aligned
-
-
-def grouped(
-    x_MC: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor, order_R: Tensor, load_E: Tensor
-) -> Tensor:
-    """All experts in two grouped products; nothing waits for the device."""
-    top_k = gates_MK.shape[1]
-    ends_E = load_E.cumsum(0, dtype=torch.int32)
-    x_RC = x_MC[order_R // top_k]
-    inner_RF = swiglu(F.grouped_mm(x_RC, gate_up.transpose(1, 2), offs=ends_E))
-    inner_RF = inner_RF * gates_MK.flatten()[order_R].unsqueeze(-1)
-    y_RC = F.grouped_mm(inner_RF, down.transpose(1, 2), offs=ends_E)
-    return y_RC[order_R.argsort()].unflatten(0, (-1, top_k)).sum(1)
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the sorted rows lie. An expert's block may end in rows of no token, whose gate is 0."""
+    """Where the sorted rows lie. An expert's may end in rows without a token, whose gate is 0."""
 
     blocks: list[tuple[int, slice]]  # every expert that has tokens
-    token_R: Tensor  # whose row it is; token 0 in rows of no token
+    token_R: Tensor  # of every row; token 0 in rows without one
     gate_R1: Tensor
     inverse_MK: Tensor  # the row of every choice
 
@@ -205,3 +153,6 @@ class _SortedExperts(torch.autograd.Function):
             d_x_RC[rows] = matmul_transposed(d_projected, gate_up[expert].t())
         d_x_MC = _sum_of_rows(d_x_RC, inverse_MK) if ctx.needs_input_grad[0] else None
         return d_x_MC, d_gate_R1.flatten()[inverse_MK], d_gate_up, d_down, None, None
+
+
+routed_experts.register("cpu", mix_experts)

@@ -1,9 +1,10 @@
-"""Passes in which a token's numbers do not depend on how many others are computed with it.
+"""Batch-invariant passes: a token's numbers do not depend on the other tokens of the pass.
 
-Speculative decoding reads the drafts of a round in one pass where plain decoding reads one token
-at a time. The two give the same text, near-ties included, if they give the same bits. Most kernels
-round a row alike however many rows they are given (packed products do, see ``matmul.pack``); the
-others ask here, and then compute token by token. That is only so on CPUs.
+Speculative decoding reads the drafts of a round in one pass, where plain decoding reads one token
+at a time. Both give the same text, near-ties included, if they give the same bits. Most kernels
+round a row in the same way however many rows they are given (packed products do, see
+``cpu/packed.py``); the others ask here, and then compute token by token. Passes are batch-invariant
+on CPUs only.
 """
 
 from __future__ import annotations
@@ -16,31 +17,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A pass of up to this many positions a row is a verify pass or a plain one; a wider one reads a
-# prompt, which nobody reads again in another width.
+# A pass of up to so many positions a row is a verify pass or a plain one. A wider one reads a
+# prompt, which is never read again in another width.
 FEW = 16
 
-_exact: ContextVar[bool] = ContextVar("exact", default=False)
+_invariant: ContextVar[bool] = ContextVar("batch_invariant", default=False)
 
 
 @contextmanager
-def exact_pass(width: int, device: torch.device) -> Iterator[None]:
-    """Around a pass over ``width`` positions of every row, which is to be exact if it is narrow."""
-    token = _exact.set(device.type == "cpu" and width <= FEW)
+def batch_invariant_pass(width: int, device: torch.device) -> Iterator[None]:
+    """Around a pass over ``width`` positions of every row; a narrow one is batch-invariant."""
+    token = _invariant.set(device.type == "cpu" and width <= FEW)
     try:
         yield
     finally:
-        _exact.reset(token)
+        _invariant.reset(token)
 
 
-def is_exact() -> bool:
-    """Whether the open pass must compute token by token. A compiled program never does."""
-    return not torch.compiler.is_compiling() and _exact.get()
+def is_batch_invariant() -> bool:
+    """Whether the open pass must be batch-invariant. A compiled program never is."""
+    return not torch.compiler.is_compiling() and _invariant.get()
 
 
 def by_token(function: Callable[[Tensor], Tensor], x: Tensor, dim: int = 0) -> Tensor:
-    """``function(x)``, in an exact pass applied to every token, along ``dim``, by itself."""
-    if not is_exact():
+    """``function(x)``; in a batch-invariant pass applied to every token by itself, along
+    ``dim``."""
+    if not is_batch_invariant():
         return function(x)
     return torch.cat([function(token) for token in x.split(1, dim)], dim)
 

@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_lightning.cpu import experts_native
+from mtp_lightning.cpu import library as native
+from mtp_lightning.cpu.swiglu import gated
+from mtp_lightning.nn.experts import routed_experts
 from mtp_lightning.nn.feed_forward import FeedForward
-from mtp_lightning.nn.kernels import native, native_swiglu
-from mtp_lightning.nn.kernels.experts import mix_experts
-from mtp_lightning.nn.kernels.rms_norm import rms_norm
-from mtp_lightning.nn.kernels.softmax import exp_, log_softmax_
-from mtp_lightning.nn.kernels.swiglu import swiglu
-from mtp_lightning.nn.kernels.window_attention import turned_attention, window_attention
+from mtp_lightning.nn.ops import attention, exp_, log_softmax_, rms_norm, rotary_attention
 from mtp_lightning.nn.rope import rope_table
 from tests import reference
 
@@ -53,7 +52,7 @@ def test_turned_attention(shape: tuple[int, int, int, int], d_head: int) -> None
     batch, seq_len, n_heads, n_kv = shape
     qkv = torch.randn(batch, seq_len, n_heads + 2 * n_kv, d_head).requires_grad_()
     cos, sin = (x.unsqueeze(-2) for x in rope_table(torch.arange(seq_len), d_head, 100.0))
-    found = turned_attention(qkv, cos, sin, None, n_heads, n_kv)
+    found = rotary_attention(qkv, cos, sin, None, n_heads, n_kv)
     assert found.grad_fn is not None and "TurnedAttentionNative" in found.grad_fn.name()
 
     exact = qkv.detach().double().requires_grad_()
@@ -71,13 +70,13 @@ def test_attention_of_values_of_another_width(shape: tuple[int, int, int, int]) 
     joined = torch.randn(batch, seq_len, n_kv, 32 + 16)
     sizes = [(n_heads, 32), (n_kv, 32), (n_kv, 16)]
     inputs = [torch.randn(batch, seq_len, n, h).requires_grad_() for n, h in sizes]
-    found = window_attention(*inputs, None)
+    found = attention(*inputs, None)
     assert found.grad_fn is not None and "CausalAttentionNative" in found.grad_fn.name()
     exact = [x.detach().double().requires_grad_() for x in inputs]
     compare(found, exact_attention(*exact), inputs, exact)
     # Heads that do not lie side by side, as a split of the last axis leaves them, go elsewhere.
     parts = joined.split([32, 16], dim=-1)
-    apart = window_attention(inputs[0].detach(), parts[0], parts[1], None)
+    apart = attention(inputs[0].detach(), parts[0], parts[1], None)
     wanted = exact_attention(*(x.double() for x in (inputs[0].detach(), *parts)))
     torch.testing.assert_close(apart.double(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -85,10 +84,10 @@ def test_attention_of_values_of_another_width(shape: tuple[int, int, int, int]) 
 def test_attention_says_where_it_has_no_numbers() -> None:
     qkv = torch.randn(1, 20, 3, 16)
     qkv[0, 5, 0, 3] = torch.nan  # of a query
-    out = window_attention(*qkv.split(1, dim=2), None)
+    out = attention(*qkv.split(1, dim=2), None)
     assert out[0, 5].isnan().all() and out[0, [*range(5), *range(6, 20)]].isfinite().all()
     far = torch.randn(1, 20, 3, 16) * 100  # scores far beyond what exp can hold
-    found = window_attention(*far.split(1, dim=2), None)
+    found = attention(*far.split(1, dim=2), None)
     wanted = exact_attention(*(x.double() for x in far.split(1, dim=2)))
     torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-2)
 
@@ -101,7 +100,7 @@ def test_attention_is_the_same_on_any_number_of_threads() -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            out = turned_attention(qkv, cos, sin, None, 2, 2)
+            out = rotary_attention(qkv, cos, sin, None, 2, 2)
             normed = rms_norm(qkv.flatten(2).flatten(0, 1), gain, 1e-6)
             found.append((out, normed, *torch.autograd.grad(out.sum() + normed.sum(), [qkv, gain])))
     finally:
@@ -120,9 +119,9 @@ def test_norm_and_gate(rows: int, width: int) -> None:
     gate_up = (torch.randn(rows, 2 * width) * 4).requires_grad_()
     both = gate_up.detach().double().requires_grad_()
     gate, up = both.chunk(2, dim=-1)
-    gated = swiglu(gate_up)
-    assert gated.grad_fn is not None and "Native" in gated.grad_fn.name()
-    compare(gated, F.silu(gate) * up, [gate_up], [both])
+    found = gated(gate_up)
+    assert found.grad_fn is not None and "Native" in found.grad_fn.name()
+    compare(found, F.silu(gate) * up, [gate_up], [both])
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 16), (3, 61), (2, 5000), (0, 7)])
@@ -151,10 +150,10 @@ def test_the_gate_at_the_ends_of_fp32() -> None:
     gate, up = ends.repeat(3)[:16], torch.full((16,), 0.5)  # a whole vector, and its half
     both = torch.cat((gate, up)).unsqueeze(0)
     expected = (F.silu(gate.double()) * up).float().unsqueeze(0)
-    torch.testing.assert_close(swiglu(both), expected, rtol=1e-6, atol=0, equal_nan=True)
+    torch.testing.assert_close(gated(both), expected, rtol=1e-6, atol=0, equal_nan=True)
     x, weights = torch.eye(16).repeat(2, 1), (torch.diag(gate[:3].repeat(6)[:16]), torch.eye(16))
-    gated = native_swiglu.feed_forward(x, torch.cat(weights), torch.eye(16))
-    torch.testing.assert_close(gated, torch.zeros_like(gated), rtol=0, atol=1e-30)
+    whole = experts_native.feed_forward(x, torch.cat(weights), torch.eye(16))
+    torch.testing.assert_close(whole, torch.zeros_like(whole), rtol=0, atol=1e-30)
 
 
 def test_what_is_not_for_it_goes_elsewhere() -> None:
@@ -164,13 +163,12 @@ def test_what_is_not_for_it_goes_elsewhere() -> None:
 
 
 def test_which_is_used_is_told_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native.told() == "C++ for AVX-512" and native.in_use() == "native"
+    assert native.code() == ("native", "C++ for AVX-512")
     monkeypatch.setenv("MTP_LIGHTNING_NATIVE", "0")
     found, why = native.load()
     monkeypatch.setattr(native, "library", found)
     monkeypatch.setattr(native, "_without", why)
-    assert native.told() == "PyTorch's operators (MTP_LIGHTNING_NATIVE=0)"
-    assert native.in_use() == "pytorch"
+    assert native.code() == ("pytorch", "PyTorch's operators (MTP_LIGHTNING_NATIVE=0)")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert native.load() == (None, "this CPU has no AVX-512")
 
@@ -204,14 +202,16 @@ def mixture(tokens: int, top_k: int, n_experts: int, width: int, inner: int) -> 
 )
 def test_experts(sizes: tuple[int, ...]) -> None:
     x, chosen, gates, gate_up, down = mixture(*sizes)
-    found = mix_experts(x, chosen, gates, gate_up, down)
+    found = routed_experts(x, chosen, gates, gate_up, down)
     assert found.grad_fn is not None and "NativeExperts" in found.grad_fn.name()
     inputs = [x, gates, gate_up, down]
     exact = [leaf.detach().double().requires_grad_() for leaf in inputs]
     expected = exact_mixture(exact[0], chosen, *exact[1:])
     compare(found, expected, inputs, exact)
     if sizes[2] > 1:
-        (d_down,) = torch.autograd.grad(mix_experts(x, chosen, gates, gate_up, down).sum(), [down])
+        (d_down,) = torch.autograd.grad(
+            routed_experts(x, chosen, gates, gate_up, down).sum(), [down]
+        )
         assert (d_down[-1] == 0).all()
 
 
@@ -219,7 +219,7 @@ def test_experts_equal_the_loop_over_them(monkeypatch: pytest.MonkeyPatch) -> No
     given = mixture(300, 2, 6, 48, 32)
     leaves, grad, results = [x for x in given if x.requires_grad], torch.randn(300, 48), []
     for kind in ("NativeExperts", "SortedExperts"):
-        out = mix_experts(*given)
+        out = routed_experts(*given)
         assert out.grad_fn is not None and kind in out.grad_fn.name()
         results.append((out, *torch.autograd.grad(out, leaves, grad)))
         monkeypatch.setattr(native, "library", None)
@@ -230,8 +230,8 @@ def test_experts_equal_the_loop_over_them(monkeypatch: pytest.MonkeyPatch) -> No
 def test_frozen_experts_pass_the_gradient_on() -> None:
     x, chosen, gates, gate_up, down = mixture(64, 2, 4, 32, 16)
     weights = gate_up.detach(), down.detach()
-    wanted = torch.autograd.grad(mix_experts(x, chosen, gates, gate_up, down).sum(), [x, gates])
-    found = torch.autograd.grad(mix_experts(x, chosen, gates, *weights).sum(), [x, gates])
+    wanted = torch.autograd.grad(routed_experts(x, chosen, gates, gate_up, down).sum(), [x, gates])
+    found = torch.autograd.grad(routed_experts(x, chosen, gates, *weights).sum(), [x, gates])
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
@@ -246,9 +246,9 @@ def test_dense_layer(rows: tuple[int, ...], width: int, inner: int) -> None:
     gate, up = (exact[0] @ exact[1].T).chunk(2, dim=-1)
     compare(found, (F.silu(gate) * up) @ exact[2].T, inputs, exact)
     # Few rows, and widths of no whole vectors, go elsewhere.
-    assert native_swiglu.fits(x, *inputs[1:])
-    assert not native_swiglu.fits(x.flatten(0, -2)[:31], *inputs[1:])
-    assert not native_swiglu.fits(torch.randn(64, 24), torch.randn(32, 24), torch.randn(24, 16))
+    assert experts_native.fits(x, *inputs[1:])
+    assert not experts_native.fits(x.flatten(0, -2)[:31], *inputs[1:])
+    assert not experts_native.fits(torch.randn(64, 24), torch.randn(32, 24), torch.randn(24, 16))
 
 
 def test_experts_are_the_same_on_any_number_of_threads() -> None:
@@ -259,7 +259,7 @@ def test_experts_are_the_same_on_any_number_of_threads() -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            out = mix_experts(x, chosen, gates, gate_up, down) + layer(x)
+            out = routed_experts(x, chosen, gates, gate_up, down) + layer(x)
             leaves = [x, gates, gate_up, down, *layer.parameters()]
             found.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     finally:

@@ -7,13 +7,13 @@ import random
 import pytest
 import torch
 
+from mtp_lightning.cpu import library as native
+from mtp_lightning.decoding.precision import round_weights
 from mtp_lightning.decoding.session import Session, decoding_passes
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.parallel import ParallelConfig
 from mtp_lightning.mtp.sequential import SequentialMTP
-from mtp_lightning.nn.kernels import native
-from mtp_lightning.nn.kernels.few_rows import round_weights
 from mtp_lightning.nn.trunk import Trunk
 from tests.decoding.models import random_prompts, small_model
 
@@ -31,8 +31,8 @@ MODELS = {
 def sessions(model: MTPModel, places: int, drafts: int) -> tuple[Session, Session]:
     """One that takes the calls, and one that composes them of layers."""
     whole, layers = (Session(model, places=places, capacity=80, max_draft=drafts) for _ in range(2))
-    assert whole._narrow_trunk is not None and all(whole._narrow)
-    layers._narrow_trunk, layers._narrow = None, [None] * drafts
+    assert whole._fused_trunk is not None and all(whole._fused_drafts)
+    layers._fused_trunk, layers._fused_drafts = None, [None] * drafts
     return whole, layers
 
 
@@ -112,8 +112,8 @@ def test_what_is_not_known_is_computed_by_its_layers() -> None:
     ):
         with decoding_passes(model):
             session = Session(model, places=1, capacity=20, max_draft=1)
-            assert (session._narrow_trunk is not None) == trunk
-            assert session._narrow == [None]
+            assert (session._fused_trunk is not None) == trunk
+            assert session._fused_drafts == [None]
     model = small_model(0, 2)
     unpacked = Session(model, places=1, capacity=20, max_draft=1)
-    assert unpacked._narrow_trunk is None and unpacked._narrow == [None]
+    assert unpacked._fused_trunk is None and unpacked._fused_drafts == [None]

@@ -1,11 +1,10 @@
-"""The layers' own code in C++, where it was built: few passes over memory between the products.
+"""The library that ``pip install`` builds from ``cpp/`` where there is a compiler (setup.py).
 
-``pip install`` builds ``cpp/`` if there is a compiler for it (setup.py); without it the layers take
-the compositions of PyTorch's operators that stand beside every call, and which the tests hold it
-against. What it gains: ``python -m benchmarks.kernels``. It is for fp32 on CPUs with AVX-512, a
-rule of the machine and the installation alone, never of a timing: two processes of one run agree.
-It runs on PyTorch's own threads, and no result depends on their number. A run's last bits do depend
-on whether it is there: ``MTP_LIGHTNING_NATIVE=0`` in the environment does without.
+It is used for fp32 on CPUs with AVX-512. That is a rule of the machine and the installation, never
+of a timing, so that the processes of a run agree. It runs on PyTorch's threads, and no result
+depends on their number. The last bits of a run do depend on whether the library is there;
+``MTP_LIGHTNING_NATIVE=0`` in the environment does without it. What it gains:
+``python -m benchmarks.kernels``.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from mtp_lightning.built import SUFFIX, Signature, open_built
 
-# What it takes to have the library, for who asks for what only it can do.
+# What the library takes, for those who ask for what only it can do.
 NEEDED = (
     "a CPU with AVX-512 (avx512bw in /proc/cpuinfo), the layers' C++ that pip install builds where "
     "there is g++, and no MTP_LIGHTNING_NATIVE=0"
@@ -27,7 +26,7 @@ NEEDED = (
 
 _FILE = Path(__file__).with_name(f"_native{SUFFIX}")
 
-# Name -> what it takes; pointers first. See cpp/.
+# Name -> argument types. See cpp/.
 _FUNCTIONS = {
     "attention_forward": (*[c_void_p] * 7, c_void_p),
     "attention_backward": (*[c_void_p] * 10, c_void_p),
@@ -40,14 +39,14 @@ _FUNCTIONS = {
     "norm_backward": (*[c_void_p] * 6, c_int64, c_int64),
     "log_softmax": (c_void_p, c_int64, c_int64),
     "exponential": (c_void_p, c_int64),
-    "narrow_blocks": (c_void_p, c_int64, *[c_void_p] * 4, c_double),
-    "narrow_join": (*[c_void_p] * 4, c_int64),
-    "narrow_draft": (c_void_p,) * 8,
-    "narrow_trunk": (c_void_p,) * 5,
-    "narrow_norm": (*[c_void_p] * 3, c_int64, c_int64, c_double),
-    "narrow_linear": (*[c_void_p] * 3, *[c_int64] * 4),
+    "decode_blocks": (c_void_p, c_int64, *[c_void_p] * 4, c_double),
+    "decode_join": (*[c_void_p] * 4, c_int64),
+    "decode_draft": (c_void_p,) * 8,
+    "decode_trunk": (c_void_p,) * 5,
+    "decode_norm": (*[c_void_p] * 3, c_int64, c_int64, c_double),
+    "decode_linear": (*[c_void_p] * 3, *[c_int64] * 4),
 }
-# The same for those that return a number.
+# The same for functions that return a number.
 _NUMBERS = {
     "attention_kept": (c_int64,),
     "packed_size": (c_int64,) * 3,
@@ -58,30 +57,27 @@ _NUMBERS = {
 
 
 def load(file: Path = _FILE) -> tuple[ctypes.CDLL | None, str]:
-    """The library in ``file``; or None, and why it is not used."""
+    """The library in ``file``; or None, and the reason."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None, "this CPU has no AVX-512"
     signatures: dict[str, Signature] = {name: (takes, None) for name, takes in _FUNCTIONS.items()}
     signatures |= {name: (takes, c_int64) for name, takes in _NUMBERS.items()}
-    # It finds OpenMP where PyTorch has it, whose threads are then the same.
+    # The library finds PyTorch's OpenMP, and so runs on the same threads.
     return open_built(file, _FILE.with_name("cpp"), signatures)
 
 
 library, _without = load()
 
 
-def in_use() -> str:
-    """What computes the layers on a CPU: ``native``, or ``pytorch`` without the library."""
-    return "pytorch" if library is None else "native"
-
-
-def told() -> str:
-    """The same for people, with the reason."""
-    return "C++ for AVX-512" if library is not None else f"PyTorch's operators ({_without})"
+def code() -> tuple[str, str]:
+    """What computes on a CPU, as ``nn.ops.code`` gives it."""
+    if library is None:
+        return "pytorch", f"PyTorch's operators ({_without})"
+    return "native", "C++ for AVX-512"
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether the library is there and made for these: fp32 on a CPU, with contiguous rows."""
+    """Whether the library is there and reads these: fp32 on a CPU, with contiguous rows."""
     if library is None or torch.compiler.is_compiling():
         return False
     return all(x.is_cpu and x.dtype == torch.float32 and x.stride(-1) == 1 for x in tensors)

@@ -1,0 +1,191 @@
+"""Blocks of grouped-query attention and SwiGLU over a cache, in one call (``cpp/decode.cpp``).
+
+Operator by operator, a block of a few tokens is about twenty calls of Python and PyTorch, and in a
+narrow model these calls take most of a pass. The arithmetic is that of the layers. A token's result
+depends on no other token of the pass, so that a verify pass gives the bits of single passes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_double, c_int64, c_void_p
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from mtp_lightning.cpu import library as native
+from mtp_lightning.cpu.packed import PackedWeight, packed_copy
+from mtp_lightning.nn.attention import Attention, Positions
+from mtp_lightning.nn.batch_invariant import FEW
+from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.feed_forward import FeedForward
+from mtp_lightning.nn.kv_cache import KVCache
+from mtp_lightning.nn.norm import RMSNorm
+
+# Up to so many tokens a pass costs no more here than layer by layer. That covers short prompts and
+# what the depths catch up with.
+_MOST_TOKENS = 512
+
+
+class BlockStruct(ctypes.Structure):
+    """``Block`` of decode.cpp."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("width", "heads", "kv_heads", "head", "inner", "kind")),
+        *((name, c_double) for name in ("eps", "head_eps")),
+        *((name, c_void_p) for name in ("attention_norm", "feed_forward_norm")),
+        *((name, c_void_p) for name in ("query_norm", "key_norm", "bias")),
+        *((name, c_void_p) for name in ("qkv", "out", "gate_up", "down")),
+    )
+
+
+class _PassStruct(ctypes.Structure):
+    """``Pass`` of decode.cpp."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("rows", "length", "capacity")),
+        *((name, c_void_p) for name in ("starts", "parents", "cos", "sin", "entries")),
+    )
+
+
+class OpenPass:
+    """A cache's open pass as ``Pass`` of decode.cpp, valid while this object lives.
+
+    Args:
+        cache: opened.
+        layer: index of the first block in it.
+        n: blocks.
+    """
+
+    def __init__(self, cache: KVCache, layer: int, n: int) -> None:
+        tables, starts = cache.tables, cache.starts
+        entries = cache.addresses.get((layer, n))
+        if entries is None:
+            stored = cache.entries_L_BSMH[layer : layer + n]
+            entries = cache.addresses[layer, n] = (c_void_p * n)(*[x.data_ptr() for x in stored])
+        self._starts = (c_int64 * len(starts))(*starts)
+        parents = cache.parents
+        self._parents = None if parents is None else (c_int64 * len(parents))(*parents)
+        self._struct = _PassStruct(
+            len(starts),
+            cache.runs.width,
+            tables.capacity,
+            ctypes.addressof(self._starts),
+            None if self._parents is None else ctypes.addressof(self._parents),
+            tables.cos_S1H.data_ptr(),
+            tables.sin_S1H.data_ptr(),
+            ctypes.addressof(entries),
+        )
+        self.address = ctypes.addressof(self._struct)
+
+
+class FusedBlocks:
+    """Consecutive blocks whose weights are packed.
+
+    Args:
+        described: for every block its struct, and the tensors that the struct points to.
+        last: the norm after them, if there is one.
+    """
+
+    def __init__(
+        self, described: Sequence[tuple[BlockStruct, list[Any]]], last: RMSNorm | None = None
+    ) -> None:
+        self.n = len(described)
+        self.array = (BlockStruct * self.n)(*(block for block, _ in described))
+        self._alive = [alive for _, alive in described], last
+        self.gain = None if last is None else last.weight.data_ptr()
+        self.eps = 0.0 if last is None else last.eps
+
+    @staticmethod
+    def of(blocks: Sequence[nn.Module], last: nn.Module | None = None) -> FusedBlocks | None:
+        """None where a block is of layers that decode.cpp does not know, or is not packed."""
+        described = [_describe(block) for block in blocks]
+        known = [block for block in described if block is not None]
+        if not known or len(known) < len(described) or not (last is None or is_plain(last)):
+            return None
+        return FusedBlocks(known, last)
+
+    def fits(self, x_BTC: Tensor, positions: Positions) -> bool:
+        """Whether a pass has few tokens, and writes to a cache."""
+        cache = positions.cache
+        batch, n_new, _ = x_BTC.shape
+        return (
+            (n_new <= FEW or batch * n_new <= _MOST_TOKENS)
+            and isinstance(cache, KVCache)
+            and native.fits(x_BTC, cache.tables.cos_S1H)
+        )
+
+    def __call__(
+        self, x_BTC: Tensor, positions: Positions, layer: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """The blocks' output [B, T, C] for new tokens, and its norm; without a norm, itself twice.
+
+        Args:
+            x_BTC: is not written to.
+            positions: of a pass that :meth:`fits`.
+            layer: index of the first block in the cache.
+        """
+        h_BTC = x_BTC.clone(memory_format=torch.contiguous_format)
+        return self.in_place(h_BTC, positions, layer)
+
+    def in_place(self, h_BTC: Tensor, positions: Positions, layer: int) -> tuple[Tensor, Tensor]:
+        """The same, written over ``h_BTC``."""
+        cache = positions.cache
+        assert isinstance(cache, KVCache)
+        over = OpenPass(cache, layer, self.n)
+        normed = h_BTC if self.gain is None else torch.empty_like(h_BTC)
+        native.lib().decode_blocks(
+            self.array, self.n, over.address, h_BTC.data_ptr(), self.gain,
+            normed.data_ptr(), self.eps,
+        )  # fmt: skip
+        return h_BTC, normed
+
+
+def packed_of(weight: Tensor) -> PackedWeight | None:
+    """A weight's copy in the layout of decode.cpp, if it has one."""
+    found = packed_copy(weight)
+    return found if isinstance(found, PackedWeight) else None
+
+
+def is_plain(norm: nn.Module) -> TypeGuard[RMSNorm]:
+    """Whether decode.cpp computes this norm."""
+    return type(norm) is RMSNorm and native.fits(norm.weight) and norm.weight.is_contiguous()
+
+
+def _describe(block: nn.Module) -> tuple[BlockStruct, list[Any]] | None:
+    """A block's struct, and the tensors that it points to."""
+    assert isinstance(block, Block)
+    attention, feed_forward = block.attention, block.feed_forward
+    if type(attention) is not Attention or type(feed_forward) is not FeedForward:
+        return None
+    matrices = (attention.qkv, attention.out, feed_forward.gate_up, feed_forward.down)
+    packed = [p for m in matrices if (p := packed_of(m.weight)) is not None]
+    if len(packed) < len(matrices) or len({weight.kind for weight in packed}) > 1:
+        return None
+    norms = (
+        block.attention_norm,
+        block.feed_forward_norm,
+        attention.query_norm,
+        attention.key_norm,
+    )
+    if not all(norm is None or is_plain(norm) for norm in norms):
+        return None
+    qkv = packed[0]
+    gains = [None if norm is None else norm.weight.data_ptr() for norm in norms]
+    bias = attention.qkv_bias
+    struct = BlockStruct(
+        qkv.inputs,
+        attention.n_heads,
+        attention.n_kv_heads,
+        attention.d_head,
+        packed[3].inputs,
+        qkv.kind,
+        block.attention_norm.eps,
+        block.attention_norm.eps if attention.query_norm is None else attention.query_norm.eps,
+        *gains,
+        None if bias is None else bias.data_ptr(),
+        *(weight.numbers.data_ptr() for weight in packed),
+    )
+    return struct, [*packed, *norms, bias]

@@ -1,0 +1,150 @@
+"""A model's fused passes on a CPU, and its packed weights, for as long as it decodes.
+
+Two things happen to the model meanwhile. Every matrix that multiplies tokens carries a packed copy
+(``packed.py``). And the ``forward`` of every trunk, sequential module and block whose layers
+``cpp/decode.cpp`` knows is replaced, on that object alone, by one that takes a narrow pass in one
+call; so a stack that is not known as a whole still has fast blocks. What is of another class, a
+user's subclass included, keeps its own passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from mtp_lightning.cpu import library as native
+from mtp_lightning.cpu.blocks import FusedBlocks, packed_of
+from mtp_lightning.cpu.packed import PackedWeight, pack, unpack
+from mtp_lightning.cpu.passes import FusedDraft, FusedModule, FusedTrunk
+from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.base import MTPStack
+from mtp_lightning.mtp.sequential import SequentialModule, SequentialMTP
+from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.head import Head
+from mtp_lightning.nn.linear import Linear
+from mtp_lightning.nn.trunk import Trunk, TrunkOutput
+
+
+class Prepared:
+    """A module with packed weights and fused blocks, until :meth:`close`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        layers = list(module.modules())
+        self._weights = [m.weight for m in layers if isinstance(m, Linear | Head)]
+        for weight in self._weights:
+            pack(weight)
+        self._replaced = [layer for layer in layers if _replace_forward(layer)]
+
+    def close(self) -> None:
+        """Leave the module as it was."""
+        for layer in self._replaced:
+            del vars(layer)["forward"]
+        for weight in self._weights:
+            unpack(weight)
+
+
+class CPUPasses(Prepared):
+    """The :class:`~mtp_lightning.decoding.fused.FusedPasses` of a model on a CPU."""
+
+    def __init__(self, model: MTPModel) -> None:
+        super().__init__(model)
+        self._model = model
+        self.trunk = self._trunk()
+
+    def pack(self, weight_NK: Tensor) -> None:
+        pack(weight_NK)
+
+    def draft(self, k: int, weight_VC: Tensor) -> FusedDraft | None:
+        stack = self._model.mtp
+        if type(stack) is not SequentialMTP or stack.config.token_dropout == 1:
+            return None
+        layer = stack.module(k)
+        module = FusedModule.of(layer) if type(layer) is SequentialModule else None
+        found = self._ends(weight_VC)
+        return None if module is None or found is None else FusedDraft(module, *found, ahead=k)
+
+    def _trunk(self) -> FusedTrunk | None:
+        trunk, stack = self._model.trunk, self._model.mtp
+        # The head of a stack that makes a main prediction of its own reads another state.
+        plain = (
+            type(trunk) is Trunk
+            and type(stack).main_state is MTPStack.main_state
+            and type(stack).branch is MTPStack.branch
+        )
+        blocks, found = _of_trunk(trunk) if plain else None, self._ends(self._model.head.weight)
+        if blocks is None or found is None:
+            return None
+        return FusedTrunk(*blocks, *found, kept=stack.config.branch_from)
+
+    def _ends(self, weight_VC: Tensor) -> tuple[PackedWeight, Tensor] | None:
+        """A head's packed weight, and the embedding; None where decode.cpp does not read them."""
+        head, embedding = packed_of(weight_VC), self._model.trunk.embedding.weight
+        if head is None or not (native.fits(embedding) and embedding.is_contiguous()):
+            return None
+        return head, embedding
+
+
+def _of_trunk(trunk: Trunk) -> tuple[FusedBlocks, FusedBlocks] | None:
+    *before, last = trunk.blocks
+    shared, own = FusedBlocks.of(before), FusedBlocks.of([last], trunk.norm)
+    return None if shared is None or own is None else (shared, own)
+
+
+def _replace_forward(layer: nn.Module) -> bool:
+    """Give a layer that decode.cpp knows a forward pass that calls it. Whether it did."""
+    forward: Callable[..., Any] | None = None
+    if type(layer) is Trunk:
+        forward = _trunk_forward(layer)
+    elif type(layer) is SequentialModule:
+        forward = _module_forward(layer)
+    elif type(layer) is Block:
+        forward = _block_forward(layer)
+    if forward is None:
+        return False
+    vars(layer)["forward"] = forward
+    return True
+
+
+def _block_forward(block: Block) -> Callable[..., Tensor] | None:
+    fused = FusedBlocks.of([block])
+    if fused is None:
+        return None
+
+    def forward(x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
+        if fused.fits(x_BTC, positions):
+            return fused(x_BTC, positions, layer)[0]
+        return Block.forward(block, x_BTC, positions, layer)
+
+    return forward
+
+
+def _module_forward(module: SequentialModule) -> Callable[..., Tensor] | None:
+    fused = FusedModule.of(module)
+    if fused is None:
+        return None
+
+    def forward(hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor:
+        if fused.fits(hidden_BTC, embedded_BTC, positions):
+            return fused(hidden_BTC, embedded_BTC, positions)
+        return SequentialModule.forward(module, hidden_BTC, embedded_BTC, positions)
+
+    return forward
+
+
+def _trunk_forward(trunk: Trunk) -> Callable[..., TrunkOutput] | None:
+    blocks = _of_trunk(trunk)
+    if blocks is None:
+        return None
+    before, last = blocks
+
+    def forward(embedded_BTC: Tensor, positions: Positions) -> TrunkOutput:
+        if not before.fits(embedded_BTC, positions):
+            return Trunk.forward(trunk, embedded_BTC, positions)
+        before_last, _ = before(embedded_BTC, positions)
+        h_BTC, final_BTC = last(before_last, positions, before.n)
+        return TrunkOutput(final_BTC, h_BTC, before_last)
+
+    return forward

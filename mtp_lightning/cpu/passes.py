@@ -1,0 +1,190 @@
+"""Passes of decoding from token ids to logits, in one call each (``cpp/decode.cpp``).
+
+What a pass of few tokens costs beside its arithmetic is calls: Python, modules, and operators that
+look up, copy and choose. The numbers are those of the layers, bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_double, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.cpu import library as native
+from mtp_lightning.cpu.blocks import BlockStruct, FusedBlocks, OpenPass, is_plain, packed_of
+from mtp_lightning.cpu.packed import PackedWeight
+from mtp_lightning.mtp.sequential import SequentialModule
+from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.kv_cache import KVCache
+from mtp_lightning.nn.trunk import TrunkState
+
+
+class _JoinStruct(ctypes.Structure):
+    """``Join`` of decode.cpp."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("width", "kind", "hidden_first")),
+        *((name, c_double) for name in ("embedded_eps", "hidden_eps")),
+        *((name, c_void_p) for name in ("embedded_norm", "hidden_norm", "projection")),
+    )
+
+
+class _DraftStruct(ctypes.Structure):
+    """``Draft`` of decode.cpp."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("ahead", "outputs", "kind")),
+        ("eps", c_double),
+        *((name, c_void_p) for name in ("join", "block", "gain", "embedding", "head")),
+    )
+
+
+class _TrunkStruct(ctypes.Structure):
+    """``Trunk`` of decode.cpp."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("blocks", "outputs", "kind", "kept")),
+        ("eps", c_double),
+        *((name, c_void_p) for name in ("block", "gain", "embedding", "head")),
+    )
+
+
+# ``Kept`` of decode.cpp.
+_KEPT = (
+    TrunkState.BEFORE_LAST,
+    TrunkState.NORMED_BEFORE_LAST,
+    TrunkState.LAST_BLOCK,
+    TrunkState.FINAL,
+)
+
+
+class FusedModule:
+    """A sequential module: the norms of its two inputs, their projection, a block, a norm."""
+
+    def __init__(self, join: _JoinStruct, blocks: FusedBlocks, alive: tuple[object, ...]) -> None:
+        self.join = join
+        self.blocks = blocks
+        self._alive = alive  # the tensors that ``join`` points to
+
+    @staticmethod
+    def of(module: SequentialModule) -> FusedModule | None:
+        """None where decode.cpp does not know the module's layers, or they are not packed."""
+        blocks = FusedBlocks.of([module.block], module.norm)
+        weight, enorm, hnorm = packed_of(module.eh_proj.weight), module.enorm, module.hnorm
+        if blocks is None or weight is None or not (is_plain(enorm) and is_plain(hnorm)):
+            return None
+        gains = enorm.weight.data_ptr(), hnorm.weight.data_ptr()
+        join = _JoinStruct(
+            weight.outputs, weight.kind, module.hidden_first, enorm.eps, hnorm.eps, *gains,
+            weight.numbers.data_ptr(),
+        )  # fmt: skip
+        return FusedModule(join, blocks, (enorm, hnorm, weight))
+
+    def fits(self, hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> bool:
+        """Whether a pass has few tokens, and writes to a cache."""
+        return self.blocks.fits(embedded_BTC, positions) and native.fits(hidden_BTC)
+
+    def __call__(self, hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor:
+        """[B, T, C] of both -> [B, T, C]."""
+        hidden, embedded = hidden_BTC.contiguous(), embedded_BTC.contiguous()
+        h_BTC = torch.empty_like(hidden)
+        native.lib().decode_join(
+            ctypes.byref(self.join), embedded.data_ptr(), hidden.data_ptr(), h_BTC.data_ptr(),
+            hidden.shape[0] * hidden.shape[1],
+        )  # fmt: skip
+        return self.blocks.in_place(h_BTC, positions, 0)[1]
+
+
+class FusedTrunk:
+    """A :class:`~mtp_lightning.decoding.fused.TrunkPass`.
+
+    Args:
+        before: all blocks but the last.
+        last: the last block, with the final norm.
+        head: its packed weight.
+        embedding: [V, C].
+        kept: which of the trunk's states the stack branches from.
+    """
+
+    def __init__(
+        self,
+        before: FusedBlocks,
+        last: FusedBlocks,
+        head: PackedWeight,
+        embedding: Tensor,
+        *,
+        kept: TrunkState,
+    ) -> None:
+        self._n = before.n + 1
+        self._blocks = (BlockStruct * self._n)(*before.array, *last.array)
+        self._alive = before, last, head, embedding
+        self._outputs = head.outputs
+        self._trunk = _TrunkStruct(
+            self._n, head.outputs, head.kind, _KEPT.index(kept), last.eps,
+            ctypes.addressof(self._blocks), last.gain, embedding.data_ptr(),
+            head.numbers.data_ptr(),
+        )  # fmt: skip
+        self._address = ctypes.addressof(self._trunk)
+
+    def __call__(self, cache: KVCache, ids_BS: Tensor, states_BSC: Tensor | None) -> Tensor:
+        over = OpenPass(cache, 0, self._n)
+        logits_BTV = self._alive[-1].new_empty(ids_BS.shape[0], cache.runs.width, self._outputs)
+        native.lib().decode_trunk(
+            self._address,
+            over.address,
+            ids_BS.data_ptr(),
+            None if states_BSC is None else states_BSC.data_ptr(),
+            logits_BTV.data_ptr(),
+        )
+        return logits_BTV
+
+
+class FusedDraft:
+    """A :class:`~mtp_lightning.decoding.fused.DraftPass` of a sequential module.
+
+    Args:
+        module: the module.
+        head: the packed weight to draft with.
+        embedding: [V, C].
+        ahead: how far after its position the token stands that the module reads.
+    """
+
+    def __init__(
+        self, module: FusedModule, head: PackedWeight, embedding: Tensor, *, ahead: int
+    ) -> None:
+        self._alive = module, head, embedding
+        self._outputs = head.outputs
+        blocks = module.blocks
+        self._draft = _DraftStruct(
+            ahead, head.outputs, head.kind, blocks.eps, ctypes.addressof(module.join),
+            ctypes.addressof(blocks.array), blocks.gain, embedding.data_ptr(),
+            head.numbers.data_ptr(),
+        )  # fmt: skip
+        self._address = ctypes.addressof(self._draft)
+
+    def __call__(
+        self,
+        cache: KVCache,
+        ids_BS: Tensor,
+        before_BSC: Tensor,
+        after_BSC: Tensor | None,
+        newest: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        batch, over = len(newest), OpenPass(cache, 0, 1)
+        indices = (c_int64 * batch)(*newest)
+        state_B1C = before_BSC.new_empty(batch, 1, before_BSC.shape[-1])
+        logits_BV = before_BSC.new_empty(batch, self._outputs)
+        native.lib().decode_draft(
+            self._address,
+            over.address,
+            ids_BS.data_ptr(),
+            before_BSC.data_ptr(),
+            None if after_BSC is None else after_BSC.data_ptr(),
+            ctypes.addressof(indices),
+            state_B1C.data_ptr(),
+            logits_BV.data_ptr(),
+        )
+        return state_B1C, logits_BV

@@ -1,0 +1,196 @@
+"""The operations that layers are made of: plain formulas, which faster code may stand in for.
+
+Layers call ops and know no kernel. The plain formula runs on every device and in every dtype, and
+is what ``torch.compile`` sees. A part, or a user's own package, registers a function for a type of
+device:
+
+    from mtp_lightning.nn import ops
+
+    ops.rms_norm.register("cuda", my_rms_norm)
+
+The function takes the op's arguments and is given every call on such a device, so it looks at what
+it is given, and returns ``ops.rms_norm.plain(...)`` for what it does not do better.
+
+Shapes: B batch, T positions, S keys, N heads, M key-value heads, H head size, C d_model, F inner
+width, R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Generic, ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from mtp_lightning import parts
+from mtp_lightning.nn.document_attention import document_attention
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+class Op(Generic[P, Result]):
+    """A plain function, and what stands in for it by type of device.
+
+    The device is that of the first argument, a tensor. One look-up in a dictionary decides.
+
+    Attributes:
+        plain: the formula.
+    """
+
+    def __init__(self, plain: Callable[P, Result]) -> None:
+        update_wrapper(self, plain)
+        self.plain = plain
+        self._on: dict[str, Callable[P, Result]] = {}
+
+    def register(self, device: str, function: Callable[P, Result]) -> None:
+        """Let ``function`` compute this op on devices of the type ``device``."""
+        self._on[device] = function
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Result:
+        if torch.compiler.is_compiling():
+            return self.plain(*args, **kwargs)
+        return self._on.get(args[0].device.type, self.plain)(*args, **kwargs)  # type: ignore[attr-defined]
+
+
+@Op
+def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+    """``x @ weight.T`` for ``x`` of [..., K]: [..., N]."""
+    if weight_NK.dtype == torch.bfloat16 != x.dtype and not torch.is_autocast_enabled(
+        x.device.type
+    ):
+        weight_NK = weight_NK.to(x.dtype)  # held so for memory alone (nn/half.py)
+    return F.linear(x, weight_NK)
+
+
+@Op
+def matmul_transposed(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    """``a @ b.T`` [M, N], without autograd; strides are free."""
+    return a_MK @ b_NK.t()
+
+
+@Op
+def weight_gradient(grad_MN: Tensor, x_MK: Tensor) -> Tensor:
+    """``grad.T @ x`` [N, K], the gradient of a linear layer's weight."""
+    return grad_MN.t() @ x_MK
+
+
+@Op
+def rms_norm(x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis of ``x`` [..., C] (Zhang & Sennrich
+    2019, eq. 4)."""
+    return F.rms_norm(x, weight_C.shape, weight_C, eps)
+
+
+@Op
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (j, j + H/2) of ``x`` [..., H] (Su et al. 2021, eq. 34).
+
+    Args:
+        x: heads.
+        cos, sin: of the angles, broadcast against [..., H/2].
+    """
+    left, right = x.chunk(2, dim=-1)
+    turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    return turned.to(x.dtype)
+
+
+@Op
+def attention(
+    query_BTNH: Tensor,
+    key_BSMH: Tensor,
+    value_BSMH: Tensor,
+    mask: Tensor | BlockMask | None,
+) -> Tensor:
+    """``softmax(q k^T / sqrt(H) + mask) v``, [B, T, N, H]; query head n reads head n // (N / M).
+
+    Args:
+        query_BTNH: queries.
+        key_BSMH: keys.
+        value_BSMH: values, whose width is the result's.
+        mask: broadcast against [B, N, T, S]: bool, True where a query sees a key; or additive; or
+            in blocks (``document_attention.py``). None is causal, with S = T.
+    """
+    if isinstance(mask, BlockMask):
+        return document_attention(query_BTNH, key_BSMH, value_BSMH, mask)
+    query, key, value = (x.transpose(1, 2) for x in (query_BTNH, key_BSMH, value_BSMH))
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=query.shape[1] != key.shape[1],
+    ).transpose(1, 2)
+
+
+@Op
+def rotary_attention(
+    qkv_BTNH: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor | BlockMask | None,
+    n_heads: int,
+    n_kv: int,
+) -> Tensor:
+    """:func:`attention` of queries and keys after :func:`rotary`, over whole windows: [B, T, N, H].
+
+    Args:
+        qkv_BTNH: the heads of queries, keys and values, in this order.
+        cos, sin: of the angles, [T, 1, H/2].
+        mask: see :func:`attention`.
+        n_heads, n_kv: N, and M of keys as of values.
+    """
+    query_key, value = qkv_BTNH.split([n_heads + n_kv, n_kv], dim=2)
+    query, key = rotary(query_key, cos, sin).split([n_heads, n_kv], dim=2)
+    return attention(query, key, value, mask)
+
+
+@Op
+def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """``down(silu(gate(x)) * up(x))`` for ``x`` of [..., C]: [..., C] (Shazeer 2020, eq. 6).
+
+    Args:
+        x: rows.
+        gate_up: [2F, C], the gate's matrix first.
+        down: [C, F].
+    """
+    return linear(gated(linear(x, gate_up)), down)
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up``, [..., 2F] -> [..., F]: the first half gates the second."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@Op
+def log_softmax_(logits_RV: Tensor, dtype: torch.dtype) -> Tensor:
+    """``log_softmax(logits)`` [R, V] in ``dtype``; the logits may be overwritten."""
+    return torch.log_softmax(logits_RV, dim=-1, dtype=dtype)
+
+
+@Op
+def exp_(x: Tensor) -> Tensor:
+    """``exp(x)``, written over ``x``."""
+    return x.exp_()
+
+
+_CODE: dict[str, Callable[[], tuple[str, str]]] = {}
+
+
+def register_code(device: str, says: Callable[[], tuple[str, str]]) -> None:
+    """Let ``says`` answer :func:`code` for a type of device."""
+    _CODE[device] = says
+
+
+def code(device: str = "cpu") -> tuple[str, str]:
+    """Which code computes the ops on a type of device: its name in checkpoints, and the same for
+    people. By other code the last bits of a run may differ."""
+    parts.load()
+    says = _CODE.get(device)
+    return ("plain", "PyTorch's operators") if says is None else says()
