@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from mtp_lightning.parts import homes
 from mtp_lightning.paths import ROOT
 
 _PACKAGES = ("mtp_lightning", "data_modules")
@@ -77,6 +78,8 @@ def _names(file: Path) -> dict[str, ast.ClassDef | ast.FunctionDef | str]:
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 found[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    if file.name == "__init__.py":
+        found |= homes(".".join(file.parent.relative_to(ROOT).parts))
     definitions = (n for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef))
     return found | {node.name: node for node in definitions}
 

@@ -26,8 +26,8 @@ RANK = {
     # what the apps say and read before anything else is imported
     "errors": -1.5,
     **dict.fromkeys(["paths", "literal", "settings", "built", "system"], -1),
-    **dict.fromkeys(["explained", "places", "signatures", "stored"], -0.5),
-    "misspelt": -0.4,
+    **dict.fromkeys(["explained", "parts", "places", "stored"], -0.5),
+    **dict.fromkeys(["misspelt", "signatures"], -0.4),
     # tools that know nothing of models
     **dict.fromkeys(["cli", "hosts", "markdown", "registry", "runtime", "sharding"], 0),
     "vetting": 0.1,
@@ -51,8 +51,8 @@ SHARED_WITH_SWEEPS = (
     *(
         f"mtp_lightning.{name}"
         for name in (
-            *("cli", "errors", "hosts", "literal", "markdown", "misspelt", "paths", "stored"),
-            *("system", "vetting"),
+            *("cli", "errors", "hosts", "literal", "markdown", "misspelt", "parts", "paths"),
+            *("stored", "system", "vetting"),
         )
     ),
     *(
@@ -152,7 +152,7 @@ def test_who_may_import_what(file: str) -> None:
             assert file.startswith(CONFIGURED), name
         if takes(name, "mtp_lightning"):
             # how a setting is refused, a library of C++ opened, and what systems do differently
-            shared = ("settings", "errors", "built", "stored", "system")
+            shared = ("settings", "errors", "built", "parts", "stored", "system")
             own = takes(name, *(f"mtp_lightning.{module}" for module in shared))
             assert own or not file.startswith("data_modules/"), name
         if takes(name, "data_modules") and not file.startswith("data_modules/"):
