@@ -27,18 +27,31 @@ class Part:
     Attributes:
         module: its package, or the module of a part of one file.
         brings: what nobody has without it.
+        registers: whether importing it makes the core faster or able to do more.
         extends: a package of the core whose names it adds to; empty if it adds to none.
+        command: of ``mtp-lightning``, where its ``main`` is, and what it does; empty without one.
+        uses: parts that it needs itself.
     """
 
     module: str
     brings: str
+    registers: bool = False
     extends: str = ""
+    command: tuple[str, str, str] | tuple[()] = ()
+    uses: tuple[str, ...] = ()
 
 
 PARTS = {
+    "cpu": Part(module="mtp_lightning.cpu", brings="C++ for layers on a CPU", registers=True),
     "distributed": Part(
         module="mtp_lightning.distributed",
         brings="training by several processes",
+    ),
+    "notebook": Part(
+        module="mtp_lightning.notebook",
+        brings="runs in a notebook",
+        extends="mtp_lightning",
+        uses=("report",),
     ),
     "plan": Part(module="mtp_lightning.plan", brings="estimates for machines that are not here"),
     "token_files": Part(
@@ -51,10 +64,32 @@ PARTS = {
         brings="corpora of others",
         extends="data_modules.sources",
     ),
-    "search": Part(module="sweeps.search", brings="the search for good settings"),
-    "report": Part(module="sweeps.report", brings="the report on runs"),
-    "claims": Part(module="sweeps.claims", brings="claims and their verdicts"),
+    "search": Part(
+        module="sweeps.search",
+        brings="the search for good settings",
+        command=("search", "sweeps.search", "look for good settings with Optuna"),
+    ),
+    "report": Part(
+        module="sweeps.report",
+        brings="the report on runs",
+        command=("report", "sweeps.report.__main__", "compare the runs of one or more sweeps"),
+    ),
+    "claims": Part(module="sweeps.claims", brings="claims and their verdicts", uses=("report",)),
 }
+
+
+@cache
+def load() -> None:
+    """Import the parts that are here and register something with the core. Cheap after the first
+    call."""
+    for name, part in PARTS.items():
+        if part.registers and is_there(name):
+            importlib.import_module(part.module)
+
+
+def commands() -> dict[str, tuple[str, str]]:
+    """The commands of all parts, here or not: each with its module and what it does."""
+    return {part.command[0]: part.command[1:] for part in PARTS.values() if part.command}
 
 
 @cache
@@ -90,10 +125,19 @@ def missing(name: str, what: str) -> str:
     )
 
 
-def of_module(module: str) -> str | None:
-    """The name of the part that a module belongs to; None if it is of the core."""
-    found = (n for n, p in PARTS.items() if f"{module}.".startswith(f"{p.module}."))
-    return next(found, None)
+def absent(target: str) -> str | None:
+    """The part that would bring a class or a module, where it is not here; else None.
+
+    Args:
+        target: as in ``_target_``.
+    """
+    package, _, name = target.rpartition(".")
+    for part, of in PARTS.items():
+        inside = f"{target}.".startswith(f"{of.module}.")
+        added = bool(of.extends) and package == of.extends and name not in homes(package)
+        if (inside or added) and not is_there(part):
+            return part
+    return None
 
 
 def on_demand(package: str) -> Callable[[str], Any]:
