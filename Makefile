@@ -21,9 +21,9 @@ lock:
 	$(LOCK) --extra test --extra hf --extra corpora --extra loggers --extra serve --extra docs -o .ci/extras.txt
 	$(LOCK) --extra test --constraint .ci/extras.txt -o .ci/test.txt
 
-# What data=packages and data=literature hold here, for data_modules/sources/manifests.json; pip install -e '.[corpora]'
+# What data=packages and data=literature hold here, for data_modules/corpora/manifests.json; pip install -e '.[corpora]'
 manifests:
-	python -c 'from data_modules.sources.manifests import write; write()'
+	python -c 'from data_modules.corpora.manifests import write; write()'
 
 # The documentation, in site/index.html; pip install -e '.[docs]'
 site:

@@ -33,9 +33,9 @@ def measure(way: str, megabytes: int, folder: Path) -> dict[str, float]:
     import torch.distributed as dist
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    from mtp_lightning.experiment.part_writing import PartWriting
+    from mtp_lightning.distributed.shard_writing import ShardWriting
+    from mtp_lightning.distributed.sharding import build_mesh, gathered
     from mtp_lightning.run import checkpoints
-    from mtp_lightning.sharding import build_mesh, gathered
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -81,7 +81,7 @@ def measure(way: str, megabytes: int, folder: Path) -> dict[str, float]:
         dist.barrier()
         result["waits_s"] = result["named_s"] = time.perf_counter() - began
     else:
-        writing = PartWriting(state, path, mesh, dist.group.WORLD)
+        writing = ShardWriting(state, path, mesh, dist.group.WORLD)
         result["waits_s"] = time.perf_counter() - began
         meanwhile = steps(lambda: writing.ended(wait=False))
         result["named_s"] = time.perf_counter() - began

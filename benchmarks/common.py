@@ -78,7 +78,7 @@ def synchronize() -> None:
 
 def compose_config(overrides: Sequence[str]) -> Any:
     """The config of ``train.py`` with these overrides."""
-    from mtp_lightning.experiment.composing import compose_config
+    from mtp_lightning.experiment.command_line import compose_config
 
     return compose_config("config", overrides)
 

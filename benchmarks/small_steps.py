@@ -85,7 +85,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         run = prepare(cfg, Path(folder))
         bare = bare_loop(cfg, run)
         bare(_WARMUP_STEPS)
-        trainer: Any = build_trainer(run.cfg, resume_step=None, may_skip=False)
+        trainer: Any = build_trainer(run.config, resume_step=None, may_skip=False)
         trainer.callbacks.append(turns := Turns(bare))
         if task["profile"]:
             from benchmarks.step_profile import StepProfile

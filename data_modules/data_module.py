@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_modules.sources.base import Source
-from data_modules.sources.text import TextSource
 from data_modules.splitting import DocumentSplit
 from data_modules.store_builder import prepare_store
 from data_modules.store_module import StoreDataModule
@@ -72,6 +71,8 @@ class TokenDataModule(StoreDataModule):
             field: name of the text in JSON lines.
             options: all other arguments of the class.
         """
+        from data_modules.sources.text import TextSource
+
         return cls(TextSource(paths, field=field), tokenizer, **options)
 
     def _open(self) -> tuple[TokenStore, Tokenizer]:

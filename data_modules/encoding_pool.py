@@ -22,7 +22,7 @@ import numpy as np
 
 from data_modules.encoding import Encoded, Piece, encode_batch
 from data_modules.overlap import LineOverlap
-from data_modules.tokenizers import KINDS, Tokenizer, tokenizer_from_state
+from data_modules.tokenizers.base import Tokenizer, class_of, tokenizer_from_state
 
 LARGE = 1 << 26
 """Bytes of a corpus from which on it is encoded by several processes."""
@@ -36,7 +36,7 @@ def pick_workers(asked: int | None, tokenizer: Tokenizer, total_bytes: int | Non
         tokenizer: one of one's own stays in this process.
         total_bytes: of the corpus; None if unknown, which counts as large.
     """
-    if KINDS.get(tokenizer.kind) is not type(tokenizer):
+    if class_of(tokenizer.kind) is not type(tokenizer):
         return 0
     if asked is not None:
         return asked

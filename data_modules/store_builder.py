@@ -18,7 +18,6 @@ import numpy as np
 
 from data_modules.cache import build_once
 from data_modules.encoding import PIECE, Encoded, batches, encode_batch
-from data_modules.encoding_pool import EncodingPool, pick_workers
 from data_modules.overlap import LineOverlap
 from data_modules.seal import note
 from data_modules.sources.base import digest
@@ -208,6 +207,8 @@ def _encoded(
     split: DocumentSplit, tokenizer: Tokenizer, overlap: LineOverlap, workers: int | None
 ) -> Iterator[Encoded]:
     """The documents' pieces in order, whoever encodes them. ``overlap`` has seen all at the end."""
+    from data_modules.encoding_pool import EncodingPool, pick_workers
+
     source, dtype = split.source, token_dtype(tokenizer.vocab_size)
     total_bytes = source.total_bytes()
     n = pick_workers(workers, tokenizer, total_bytes)

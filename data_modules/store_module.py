@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from data_modules.cache import cache_folder
-from data_modules.document_frequency import document_frequency
 from data_modules.evaluation_text import COMPRESSED, EvaluationWindows, choose, compressors
 from data_modules.loader import WindowLoader
 from data_modules.token_store import TokenStore
@@ -119,6 +118,8 @@ class StoreDataModule(WindowDataModule):
         return str(self.store.meta["fingerprint"])
 
     def document_frequency(self) -> tuple[Tensor, int]:
+        from data_modules.document_frequency import document_frequency
+
         file = self.store["train"]
         holding = document_frequency(file, self.tokenizer.vocab_size)
         return torch.from_numpy(holding), file.n_documents

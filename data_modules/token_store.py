@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data_modules.seal import damaged
-from data_modules.token_files.shards import Shard, ShardedTokens, cut
+from data_modules.shards import Shard, ShardedTokens, cut
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import is_whole
 from mtp_lightning.stored import read_json

@@ -10,7 +10,7 @@ from numpy.lib.stride_tricks import as_strided
 from torch.utils.data import Dataset
 
 from data_modules.order import window_order
-from data_modules.token_files.shards import ShardedTokens
+from data_modules.shards import ShardedTokens
 from data_modules.token_store import TokenFile
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError

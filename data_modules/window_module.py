@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +85,18 @@ class WindowDataModule(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.seed = seed
+
+    # Packages that the data may bring classes from. The caller says it, never a config, which may
+    # be somebody else's.
+    allow: Collection[str] = ()
+    # Whether a frozen trunk's states of the training windows are kept; whoever has the model sets
+    # the folder.
+    cache_states: bool = False
+    states: Path | None = None
+
+    def found(self) -> dict[str, Any]:
+        """Values of the group ``data`` that the data have found themselves, by their keys."""
+        return {"seq_len": self.seq_len}
 
     def prepare(self, stage: str = "fit") -> None:
         """Makes or finds what is read, and checks that there is enough of it. Idempotent.

@@ -4,17 +4,15 @@ In a notebook: ``from mtp_lightning import train, evaluate, generate, sweep``
 (:mod:`mtp_lightning.notebook`).
 """
 
-_NOTEBOOK = ("Run", "Sweep", "Text", "evaluate", "generate", "sweep", "train")
-
 
 def __getattr__(name: str) -> object:
     # Imported when asked for: the tools that import this package do not wait for it.
-    if name in _NOTEBOOK:
-        from mtp_lightning import notebook
+    from mtp_lightning.parts import on_demand
 
-        return getattr(notebook, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return on_demand(__name__)(name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_NOTEBOOK])
+    from mtp_lightning.parts import homes
+
+    return sorted([*globals(), *homes(__name__)])

@@ -24,7 +24,6 @@ from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.stored import read_json
 
-MATCHES = ("none", "parameters", "flops")
 # Points of a run at which the cost of a step is looked up; between them it is taken as constant.
 _SAMPLES = 10_000
 
@@ -86,22 +85,6 @@ class Matched:
         return (
             f"compare.match={self.match}: {changed}; {self.reached:.6g} {self.match} against "
             f"{self.target:.6g} of {self.reference} ({self.remaining:+.2%} remain)"
-        )
-
-
-def check(match: str, reference: str | None) -> None:
-    """Refuse settings that mean nothing.
-
-    Raises:
-        UserError: naming them.
-    """
-    if match not in MATCHES:
-        known = ", ".join(MATCHES)
-        raise UserError(f"compare.match={match} is unknown: choose one of {known}.")
-    if match == "none" and reference is not None:
-        raise UserError(
-            f"compare.reference={reference} is used by nothing: set compare.match to parameters "
-            "or flops, or compare.reference=null."
         )
 
 

@@ -7,6 +7,8 @@ import os
 import runpy
 import sys
 
+from mtp_lightning import parts
+
 _NAME = "mtp-lightning"
 # Apps of Hydra, modules of mtp_lightning.apps.
 APPS = {
@@ -18,11 +20,10 @@ APPS = {
 }
 # Programs with options of their own: where their main() is, and what they do.
 TOOLS = {
-    "report": ("sweeps.report.__main__", "compare the runs of one or more sweeps"),
     "work": ("sweeps.work", "run the jobs of a planned sweep; as many of it as you like"),
     "status": ("sweeps.status", "what has become of a sweep's jobs"),
-    "search": ("sweeps.search", "look for good settings with Optuna"),
     "doctor": ("mtp_lightning.apps.doctor", "are the MTP layers of a folder whole and trained"),
+    **parts.commands(),
 }
 
 
@@ -37,6 +38,8 @@ def main() -> None:
         del sys.argv[1]
         runpy.run_module(f"{_NAME.replace('-', '_')}.apps.{command}", None, "__main__", True)
     elif command in TOOLS:
+        if (part := parts.absent(TOOLS[command][0])) is not None:
+            sys.exit(f"error: {parts.missing(part, f'{_NAME} {command}')}")
         module = importlib.import_module(TOOLS[command][0])
         module.main(sys.argv[2:], program=f"{_NAME} {command}")
     elif command in ("-h", "--help", "help"):

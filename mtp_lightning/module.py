@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,21 +17,18 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
+from mtp_lightning import processes
 from mtp_lightning.metrics.summary_rates import rates_of
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.kinds import SideBySide
 from mtp_lightning.nn import ops
-from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.half import hold_in_bf16
 from mtp_lightning.nn.init import drawn_anew
-from mtp_lightning.nn.moe import routers_of
 from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.optim.base import LearningRates, OptimizerConfig
 from mtp_lightning.settings import require_number
-from mtp_lightning.sharding import gathered, is_sharded, no_sync, shard
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +73,12 @@ class MTPModule(pl.LightningModule):
         self.automatic_optimization = False
         with torch.device("meta") if deferred else nullcontext():
             model = MTPModel(model_config)
-        self._deferred = deferred and drawn_anew(model)
+        self.deferred = deferred and drawn_anew(model)
         self.seed = seed
-        self.model = MTPModel(model_config) if deferred and not self._deferred else model
+        self.model = MTPModel(model_config) if deferred and not self.deferred else model
         if half:
             hold_in_bf16(self.model.trunk)
-        if not self._deferred:
+        if not self.deferred:
             self.model.initialise(seed)
         self.schedule = schedule
         self.optimizer_config = optimizer
@@ -111,27 +107,8 @@ class MTPModule(pl.LightningModule):
         self.validation: dict[str, float] = {}
 
     def configure_model(self) -> None:
-        """Shard the model, where the strategy has laid the processes out for it."""
-        if self.device_mesh is None or is_sharded(self):
-            return
-        # Heads side by side are gathered with the root: the gradients of all of them are taken by
-        # hand, in the midst of a forward pass (objective/stack_loss.py).
-        alone = isinstance(self.model.mtp, SideBySide)
-        units = [
-            m for m in (self.model.trunk if alone else self.model).modules() if isinstance(m, Block)
-        ]
-        mixed = self.trainer.precision == "bf16-mixed"
-        shard(
-            self,
-            self.device_mesh,
-            units,
-            # Which expert a token goes to must not hang on a rounding.
-            precise=[router for unit in units for router in routers_of(unit).values()],
-            low=torch.bfloat16 if mixed else None,
-        )
-        if self._deferred:
-            self.model.to_empty(device=self.trainer.strategy.root_device)
-            self.model.initialise(self.seed)
+        """Shard the model, where the strategy asks for that."""
+        processes.tensors().lay_out(self)
 
     def forward(self, work: Callable[..., Any], *args: Any) -> Any:
         """``work(*args)`` with the model's weights at hand: of a sharded model they are gathered
@@ -145,14 +122,8 @@ class MTPModule(pl.LightningModule):
         Args:
             everywhere: whether each process wants it; else, it is None on all but the first.
         """
-        if not is_sharded(self):
-            return self.model
-        state = gathered(self.model.state_dict(), everywhere=everywhere)
-        if not state:
-            return None
-        copy = MTPModel(self.model.config)
-        copy.to(self.model.head.weight.dtype).load_state_dict(state)
-        return copy.to(self.device).train(self.model.training)
+        model: MTPModel | None = processes.tensors().whole_model(self, everywhere=everywhere)
+        return model
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         others = self.balance.parameters()
@@ -182,9 +153,7 @@ class MTPModule(pl.LightningModule):
             optimizer,  # type: ignore[arg-type]
             run=self,
             backward=self.manual_backward,
-            no_sync=partial(no_sync, self)
-            if is_sharded(self)
-            else getattr(self.trainer.strategy.model, "no_sync", nullcontext),
+            no_sync=getattr(self.trainer.strategy.model, "no_sync", nullcontext),
         )
         self.tokens += result.tokens
         self.flops += result.flops

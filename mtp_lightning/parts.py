@@ -1,22 +1,174 @@
-"""The parts that come off: packages that attach to the core by registering with it.
+"""The parts that come off: folders and files that the core works without.
 
-The core runs without them. Each is a folder of this package, and deleting the folder removes the
-part: no other file of the core names one.
+The core finds them by looking for them and imports none of them unasked. Removing a part's folder
+takes away what it brings, and nothing else: whoever asks for it is told so in one sentence. This
+file alone names them.
 """
 
 from __future__ import annotations
 
-import functools
+import ast
 import importlib
 import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-PARTS = ("mtp_lightning.cpu",)
+from mtp_lightning.errors import UserError
 
 
-@functools.cache
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part.
+
+    Attributes:
+        module: its package, or the module of a part of one file.
+        brings: what nobody has without it.
+        registers: whether importing it makes the core faster or able to do more.
+        extends: a package of the core whose names it adds to; empty if it adds to none.
+        command: of ``mtp-lightning``, where its ``main`` is, and what it does; empty without one.
+        uses: parts that it needs itself.
+    """
+
+    module: str
+    brings: str
+    registers: bool = False
+    extends: str = ""
+    command: tuple[str, str, str] | tuple[()] = ()
+    uses: tuple[str, ...] = ()
+
+
+PARTS = {
+    "cpu": Part(module="mtp_lightning.cpu", brings="C++ for layers on a CPU", registers=True),
+    "distributed": Part(
+        module="mtp_lightning.distributed",
+        brings="training by several processes",
+    ),
+    "notebook": Part(
+        module="mtp_lightning.notebook",
+        brings="runs in a notebook",
+        extends="mtp_lightning",
+        uses=("report",),
+    ),
+    "plan": Part(module="mtp_lightning.plan", brings="estimates for machines that are not here"),
+    "token_files": Part(
+        module="data_modules.token_files",
+        brings="token files that other programs wrote",
+        extends="data_modules",
+    ),
+    "corpora": Part(
+        module="data_modules.corpora",
+        brings="corpora of others",
+        extends="data_modules.sources",
+    ),
+    "search": Part(
+        module="sweeps.search",
+        brings="the search for good settings",
+        command=("search", "sweeps.search", "look for good settings with Optuna"),
+    ),
+    "report": Part(
+        module="sweeps.report",
+        brings="the report on runs",
+        command=("report", "sweeps.report.__main__", "compare the runs of one or more sweeps"),
+    ),
+    "claims": Part(module="sweeps.claims", brings="claims and their verdicts", uses=("report",)),
+}
+
+
+@cache
 def load() -> None:
-    """Import the parts that are there, each of which registers what it has. Cheap after the first
+    """Import the parts that are here and register something with the core. Cheap after the first
     call."""
-    for name in PARTS:
-        if importlib.util.find_spec(name) is not None:
-            importlib.import_module(name)
+    for name, part in PARTS.items():
+        if part.registers and is_there(name):
+            importlib.import_module(part.module)
+
+
+def commands() -> dict[str, tuple[str, str]]:
+    """The commands of all parts, here or not: each with its module and what it does."""
+    return {part.command[0]: part.command[1:] for part in PARTS.values() if part.command}
+
+
+@cache
+def is_there(name: str) -> bool:
+    """Whether a part is here; it is looked for, and not imported."""
+    spec = importlib.util.find_spec(PARTS[name].module)
+    # A folder from which all files were removed is still a namespace to Python.
+    return spec is not None and spec.origin is not None
+
+
+def need(name: str, what: str) -> ModuleType:
+    """A part, imported.
+
+    Args:
+        name: of the part.
+        what: asks for it, as a person would type it.
+
+    Raises:
+        UserError: the part is not here.
+    """
+    if not is_there(name):
+        raise UserError(missing(name, what))
+    return importlib.import_module(PARTS[name].module)
+
+
+def missing(name: str, what: str) -> str:
+    """The sentence about a part that is not here; arguments as :func:`need`."""
+    part = PARTS[name]
+    folder = part.module.replace(".", "/")
+    return (
+        f"{what} needs {folder} ({part.brings}), which was taken out of this installation: put it "
+        "back, or leave that out."
+    )
+
+
+def absent(target: str) -> str | None:
+    """The part that would bring a class or a module, where it is not here; else None.
+
+    Args:
+        target: as in ``_target_``.
+    """
+    package, _, name = target.rpartition(".")
+    for part, of in PARTS.items():
+        inside = f"{target}.".startswith(f"{of.module}.")
+        added = bool(of.extends) and package == of.extends and name not in homes(package)
+        if (inside or added) and not is_there(part):
+            return part
+    return None
+
+
+def on_demand(package: str) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a package whose names are imported when they are asked for.
+
+    Args:
+        package: whose file imports its names for the type checker alone; parts that extend it add
+            theirs.
+    """
+
+    def find(name: str) -> Any:
+        home = homes(package).get(name)
+        if home is None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module, _, name = home.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+    return find
+
+
+@cache
+def homes(package: str) -> dict[str, str]:
+    """Where the names of a package of :func:`on_demand` are defined, its parts' names included."""
+    packages = [package]
+    packages += [p.module for n, p in PARTS.items() if p.extends == package and is_there(n)]
+    found: dict[str, str] = {}
+    for name in packages:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith(f"{name}."):
+                found |= {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return found

@@ -3,9 +3,10 @@
     python -m mtp_lightning.plan model=large mtp.depth=1 data.seq_len=4096 data.batch_size=4 \\
         devices=8,64 tokens=1e11
 
-Parameters, memory a device by strategy, tokens a second and days. Everything is an estimate: no GPU
-was used, and the rates are assumed and shown. Every further KEY=VALUE is one of train.py's; one
-micro-batch of a device is ``data.batch_size`` windows of ``data.seq_len``.
+It prints parameters, memory a device by strategy, tokens a second and days.
+Everything is an estimate: no GPU is used, and the rates are assumed and shown. Every further
+KEY=VALUE is one of train.py's; a micro-batch of a device is ``data.batch_size`` windows of
+``data.seq_len``.
 
 Bytes of a weight: 4 + 4 + 8 for the fp32 weight, its gradient and AdamW's two moments, as train.py
 keeps them under bf16-mixed, and 2 for the bf16 copy where it is used.
@@ -16,6 +17,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import singledispatch
+from typing import Any
 
 import torch
 
@@ -100,30 +103,49 @@ def kept_bytes(trunk: TrunkConfig, layer: int | None = None) -> int:
     """
     if trunk.recompute:
         return _SINGLE * trunk.d_model
-    numbers = _of_attention(trunk) + _of_feed_forward(trunk, layer)
+    layers = (trunk.attention, trunk.feed_forward)
+    numbers = sum(numbers_kept(config, trunk, layer) for config in layers)
     return _HALF * numbers + _SINGLE * (2 * trunk.d_model + trunk.n_heads)
 
 
-def _of_attention(trunk: TrunkConfig) -> int:
-    layer, heads = trunk.attention, trunk.n_heads
-    if isinstance(layer, GroupedQueryConfig):
-        return trunk.d_model + qkv_width(trunk) + heads * trunk.d_head
-    if isinstance(layer, LatentAttentionConfig):
-        latents = 2 * (layer.q_rank or 0) + 2 * layer.kv_rank + layer.d_rope
-        return trunk.d_model + latents + heads * (2 * layer.d_head + 2 * layer.d_value)
+@singledispatch
+def numbers_kept(layer: Any, trunk: TrunkConfig, index: int | None) -> int:
+    """Numbers a token that a layer keeps for its backward pass; a layer of yours can register.
+
+    Args:
+        layer: config of an attention or feed-forward layer.
+        trunk: its trunk's.
+        index: of the layer in the trunk; None is a prediction module's.
+
+    Raises:
+        UserError: nothing is registered for such a layer.
+    """
     raise UserError(f"What {type(layer).__name__} keeps for its backward pass is not known here.")
 
 
-def _of_feed_forward(trunk: TrunkConfig, layer: int | None) -> int:
-    config, d_model = trunk.feed_forward, trunk.d_model
-    if isinstance(config, DenseConfig) or (
-        isinstance(config, ExpertsConfig) and config.is_dense(layer)
-    ):
-        return d_model + 3 * trunk.d_ff
-    if isinstance(config, ExpertsConfig):
-        routed = config.top_k * (2 * d_model + 3 * config.d_expert)
-        return d_model + 2 * config.n_routed + routed + 3 * config.n_shared * config.d_expert
-    raise UserError(f"What {type(config).__name__} keeps for its backward pass is not known here.")
+@numbers_kept.register
+def _(layer: GroupedQueryConfig, trunk: TrunkConfig, index: int | None) -> int:
+    return trunk.d_model + qkv_width(trunk) + trunk.n_heads * trunk.d_head
+
+
+@numbers_kept.register
+def _(layer: LatentAttentionConfig, trunk: TrunkConfig, index: int | None) -> int:
+    latents = 2 * (layer.q_rank or 0) + 2 * layer.kv_rank + layer.d_rope
+    return trunk.d_model + latents + trunk.n_heads * (2 * layer.d_head + 2 * layer.d_value)
+
+
+@numbers_kept.register
+def _(layer: DenseConfig, trunk: TrunkConfig, index: int | None) -> int:
+    return trunk.d_model + 3 * trunk.d_ff
+
+
+@numbers_kept.register
+def _(layer: ExpertsConfig, trunk: TrunkConfig, index: int | None) -> int:
+    if layer.is_dense(index):
+        return trunk.d_model + 3 * trunk.d_ff
+    routed = layer.top_k * (2 * trunk.d_model + 3 * layer.d_expert)
+    shared = 3 * layer.n_shared * layer.d_expert
+    return trunk.d_model + 2 * layer.n_routed + routed + shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,11 +303,8 @@ def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
     Raises:
         UserError: a value that is no number, or settings that do not fit together.
     """
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-
     from mtp_lightning.experiment.build import build_model_config
-    from mtp_lightning.paths import CONF
+    from mtp_lightning.experiment.command_line import compose_config
 
     own = {"devices": "8", "tokens": "1e11", "vocab_size": "32768"}
     own |= {field.name: str(field.default) for field in fields(Machines)}
@@ -300,11 +319,7 @@ def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
     machines = Machines(
         **{f.name: type(f.default)(numbers[f.name]) for f in fields(Machines)}  # type: ignore[misc]
     )
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("config", overrides=["paths.output_dir=plan", *rest])
-    except HydraException as error:
-        raise UserError(f"{' '.join(rest)} does not compose: {error}") from error
+    cfg = compose_config("config", ["paths.output_dir=plan", *rest])
     if cfg.data.seq_len is None:
         raise UserError("data.seq_len has no value: give it as data.seq_len=...")
     model = build_model_config(cfg, int(numbers["vocab_size"]))

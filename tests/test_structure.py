@@ -25,11 +25,11 @@ APPS = ["evaluate.py", "export.py", "generate.py", "serve.py", "train.py"]
 RANK = {
     # what the apps say and read before anything else is imported
     "errors": -1.5,
-    **dict.fromkeys(["paths", "literal", "settings", "built", "system", "parts"], -1),
-    **dict.fromkeys(["explained", "places", "signatures", "stored"], -0.5),
-    "misspelt": -0.4,
+    **dict.fromkeys(["paths", "literal", "settings", "built", "system"], -1),
+    **dict.fromkeys(["explained", "parts", "stored"], -0.5),
+    **dict.fromkeys(["keys", "misspelt"], -0.4),
     # tools that know nothing of models
-    **dict.fromkeys(["cli", "hosts", "markdown", "registry", "runtime", "sharding"], 0),
+    **dict.fromkeys(["cli", "hosts", "markdown", "processes", "registry", "runtime"], 0),
     "vetting": 0.1,
     "nn": 0.5,
     **dict.fromkeys(["mtp", "optim"], 1),
@@ -40,6 +40,7 @@ RANK = {
     **dict.fromkeys(["compare", "interop"], 5),
     **dict.fromkeys(["init_from", "loggers"], 6),
     **dict.fromkeys(["module", "callbacks"], 7),
+    "distributed": 7.5,
     "experiment": 8,
     "serving": 8.5,
     **dict.fromkeys(["apps", "plan"], 9),
@@ -52,8 +53,8 @@ SHARED_WITH_SWEEPS = (
     *(
         f"mtp_lightning.{name}"
         for name in (
-            *("cli", "errors", "hosts", "literal", "markdown", "misspelt", "paths", "stored"),
-            *("system", "vetting"),
+            *("cli", "errors", "hosts", "literal", "markdown", "misspelt", "parts", "paths"),
+            *("stored", "system", "vetting"),
         )
     ),
     *(
@@ -65,7 +66,9 @@ SHARED_WITH_SWEEPS = (
 # What claims may ask beside, late, since it reads weights.
 WEIGHTS = "mtp_lightning.interop.weights"
 
-LIGHTNING = ("mtp_lightning/module", "mtp_lightning/callbacks/", "mtp_lightning/loggers/")
+LIGHTNING = tuple(
+    f"mtp_lightning/{name}" for name in ("module", "callbacks/", "distributed/", "loggers/")
+)
 EXPERIMENT = "mtp_lightning/experiment/"
 CONFIGURED = (EXPERIMENT, *(f"mtp_lightning/{n}" for n in ("apps/", "literal.py", "plan.py")))
 LAZY = (
@@ -134,7 +137,7 @@ def test_import_direction(file: str) -> None:
     own = room(file.split("/"))
     if own == "__init__":
         assert list(imports(file, top_only=True)) == []
-        assert all(takes(name, "mtp_lightning.notebook") for name in imports(file))
+        assert all(takes(name, "mtp_lightning.parts") for name in imports(file))
         return
     assert own in RANK, f"give {own} a place in RANK, and in the rooms of CONTRIBUTING.md"
     for name in imports(file):
@@ -153,7 +156,7 @@ def test_who_may_import_what(file: str) -> None:
             assert file.startswith(CONFIGURED), name
         if takes(name, "mtp_lightning"):
             # how a setting is refused, a library of C++ opened, and what systems do differently
-            shared = ("settings", "errors", "built", "stored", "system")
+            shared = ("settings", "errors", "built", "parts", "stored", "system")
             own = takes(name, *(f"mtp_lightning.{module}" for module in shared))
             assert own or not file.startswith("data_modules/"), name
         if takes(name, "data_modules") and not file.startswith("data_modules/"):
@@ -203,7 +206,7 @@ def test_nothing_imports_a_part(file: str) -> None:
 def test_parts_are_those_that_are_loaded() -> None:
     from mtp_lightning import parts
 
-    assert parts.PARTS == tuple(f"mtp_lightning.{part}" for part in PARTS)
+    assert tuple(f"mtp_lightning.{part}" for part in PARTS) == parts.PARTS
 
 
 @pytest.mark.parametrize("file", sources("sweeps", "hydra_plugins"))
@@ -344,6 +347,7 @@ EXTRAS = {
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o not in SHARED])
 def test_every_option_composes_and_builds(option: str, tmp_path: Path) -> None:
     from mtp_lightning.experiment import build
+    from mtp_lightning.experiment.device import settle_device
     from mtp_lightning.experiment.instantiate import instantiate
 
     text = tmp_path / "text.txt"
@@ -370,6 +374,7 @@ def test_every_option_composes_and_builds(option: str, tmp_path: Path) -> None:
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=option not in EXTRAS)
     if option in EXTRAS:
         return
+    cfg = settle_device(cfg)
     data = instantiate(cfg.data)
     if group == "tokenizer" and name != "ids":  # which reads no text
         data.prepare()

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from data_modules.sources.base import Source
-from data_modules.sources.huggingface import HuggingFaceSource
-from data_modules.sources.literature import LiteratureSource
-from data_modules.sources.packages import PackagesSource
-from data_modules.sources.shakespeare import ShakespeareSource
-from data_modules.sources.stdlib import StdlibSource
-from data_modules.sources.synthetic import SyntheticSource
-from data_modules.sources.text import TextSource
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "HuggingFaceSource",
-    "LiteratureSource",
-    "PackagesSource",
-    "ShakespeareSource",
-    "Source",
-    "StdlibSource",
-    "SyntheticSource",
-    "TextSource",
-]
+from mtp_lightning.parts import on_demand
+
+if TYPE_CHECKING:
+    from data_modules.sources.base import Source
+    from data_modules.sources.stdlib import StdlibSource
+    from data_modules.sources.synthetic import SyntheticSource
+    from data_modules.sources.text import TextSource
+
+__all__ = ["Source", "StdlibSource", "SyntheticSource", "TextSource"]
+
+__getattr__ = on_demand(__name__)

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data_modules.shards import Shard
 from data_modules.token_files.litdata_chunks import INDEX, looks_like_chunk, read_chunk
-from data_modules.token_files.shards import Shard
 from mtp_lightning.errors import UserError
 
 MEGATRON = b"MMIDIDX\x00\x00"

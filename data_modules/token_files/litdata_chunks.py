@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data_modules.token_files.shards import Shard
+from data_modules.shards import Shard
 from mtp_lightning.errors import UserError
 
 INDEX = "index.json"

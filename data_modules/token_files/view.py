@@ -19,10 +19,10 @@ import numpy as np
 
 from data_modules.cache import build_once
 from data_modules.encoding import PIECE, pieces
+from data_modules.shards import Shard, ShardedTokens, cut
 from data_modules.sources.base import digest, digest_files
 from data_modules.store_builder import Progress
 from data_modules.token_files.formats import TokenSource
-from data_modules.token_files.shards import Shard, ShardedTokens, cut
 from data_modules.token_store import FORMAT, PIECES, TokenStore
 from data_modules.tokenizers.base import Tokenizer
 from mtp_lightning.errors import UserError

@@ -1,17 +1,26 @@
-"""Tokenizers, one file each, behind the interface of ``base.py``."""
+"""Tokenizers, one file each, with the interface of ``base.py``."""
 
 from __future__ import annotations
 
-from data_modules.tokenizers.base import END_OF_TEXT, Tokenizer, tokenizer_from_state
-from data_modules.tokenizers.bpe import BPETokenizer
-from data_modules.tokenizers.byte import ByteTokenizer
-from data_modules.tokenizers.ids import IdTokenizer
-from data_modules.tokenizers.pretrained import PretrainedTokenizer
-from data_modules.tokenizers.symbols import SymbolTokenizer
+from typing import TYPE_CHECKING
 
-KINDS: dict[str, type[Tokenizer]] = {
-    kind.kind: kind
-    for kind in (ByteTokenizer, BPETokenizer, PretrainedTokenizer, SymbolTokenizer, IdTokenizer)
+from mtp_lightning.parts import on_demand
+
+if TYPE_CHECKING:
+    from data_modules.tokenizers.base import END_OF_TEXT, Tokenizer, tokenizer_from_state
+    from data_modules.tokenizers.bpe import BPETokenizer
+    from data_modules.tokenizers.byte import ByteTokenizer
+    from data_modules.tokenizers.ids import IdTokenizer
+    from data_modules.tokenizers.pretrained import PretrainedTokenizer
+    from data_modules.tokenizers.symbols import SymbolTokenizer
+
+# The class of every kind that a stored tokenizer may be of.
+KINDS = {
+    "bpe": "BPETokenizer",
+    "byte": "ByteTokenizer",
+    "ids": "IdTokenizer",
+    "pretrained": "PretrainedTokenizer",
+    "symbols": "SymbolTokenizer",
 }
 
 __all__ = [
@@ -25,3 +34,5 @@ __all__ = [
     "Tokenizer",
     "tokenizer_from_state",
 ]
+
+__getattr__ = on_demand(__name__)

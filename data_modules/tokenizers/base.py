@@ -141,6 +141,13 @@ class Tokenizer(ABC):
         return tokenizer_from_state(read_json(file))
 
 
+def class_of(kind: str) -> type[Tokenizer] | None:
+    """The platform's own class of a kind, imported; None of any other kind."""
+    from data_modules import tokenizers
+
+    return getattr(tokenizers, tokenizers.KINDS[kind]) if kind in tokenizers.KINDS else None
+
+
 def tokenizer_from_state(state: dict[str, Any]) -> Tokenizer:
     """The tokenizer that gave this state (see :meth:`Tokenizer.state`).
 
@@ -150,10 +157,11 @@ def tokenizer_from_state(state: dict[str, Any]) -> Tokenizer:
     from data_modules.tokenizers import KINDS
 
     kind = state.get("kind") if isinstance(state, dict) else None
-    if not isinstance(kind, str) or kind not in KINDS:
+    found = class_of(kind) if isinstance(kind, str) else None
+    if found is None:
         raise UserError(f"unknown tokenizer kind {kind!r}: known are {sorted(KINDS)}")
     try:
-        return KINDS[kind].from_state(state)
+        return found.from_state(state)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"the stored tokenizer of the kind {kind} is damaged ({type(error).__name__}: {error})"

@@ -1,19 +1,29 @@
-"""The Hydra apps: each composes its config of the command line and calls one function with it."""
+"""The Hydra apps: each composes its config from the command line and calls one function with it.
+
+The way of what is typed: taken literally (``literal.py``), composed by Hydra, looked through
+(``vetting.py``), and only then handed to the app's function, which imports torch. Hydra's errors
+become one sentence with the remedy of this project, which never advises a ``+``.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import hydra
+from hydra._internal import utils
+from hydra._internal.hydra import Hydra
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from mtp_lightning.apps.around_hydra import hydra_as_ours, require_flags
 from mtp_lightning.cli import QUIET, program, readable_errors
+from mtp_lightning.errors import UserError
 from mtp_lightning.literal import literal, require_utf8
 from mtp_lightning.paths import CONF
 
@@ -39,7 +49,7 @@ def start(
     # A log that cannot be written, as on a full disk, is no news beside what it was to say.
     logging.raiseExceptions = False
     errors = readable_errors(ends_with_reader=ends_with_reader)
-    with errors, hydra_as_ours(sys.argv[1:]):
+    with errors, _hydra_as_ours(sys.argv[1:]):
         _explain(sys.argv[1:])
         if _QUIET in sys.argv:
             sys.argv.remove(_QUIET)
@@ -48,7 +58,7 @@ def start(
             os.nice(19)
         require_utf8(sys.argv[1:])
         sys.argv[1:] = literal(sys.argv[1:])
-        require_flags(sys.argv[1:])
+        _require_flags(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
 
 
@@ -58,22 +68,70 @@ class Check(Callback):
     def on_run_start(self, config: DictConfig, **more: Any) -> None:
         """Before the task of an app."""
         with readable_errors():
-            from mtp_lightning import places, vetting
+            from mtp_lightning import vetting
 
-            app = str(config.hydra.job.config_name)
             plain = OmegaConf.to_container(config)
-            assert isinstance(plain, dict)
-            vetting.check(plain, app, list(config.hydra.overrides.task))  # type: ignore[arg-type]
-            places.check(plain, app, str(config.hydra.run.dir))  # type: ignore[arg-type]
+            vetting.check(
+                plain,  # type: ignore[arg-type]
+                str(config.hydra.job.config_name),
+                list(config.hydra.overrides.task),
+                folder=str(config.hydra.run.dir),
+            )
 
 
 def _explain(arguments: list[str]) -> None:
-    """What ``--help`` with a word behind it asks for."""
+    """Answer ``--help`` with a word after it."""
     if len(arguments) == 2 and arguments[0] in ("--help", "-h", "help"):
         from mtp_lightning.explained import help_for
 
         print(help_for(arguments[1]))
         sys.exit(0)
+
+
+@contextmanager
+def _hydra_as_ours(arguments: list[str]) -> Iterator[None]:
+    """Let Hydra raise what it would print, as a user's error of one sentence, and compose once.
+
+    It composes every config twice, the first time to see whether it sets ``hydra.mode``. Only what
+    is typed, or a config from elsewhere, can.
+
+    Args:
+        arguments: the command line.
+    """
+
+    def unreported(func: Any) -> Any:
+        return func()
+
+    def unset(*_: Any, **__: Any) -> None:
+        return None
+
+    foreign = any(word.startswith(("hydra.mode=", "--config-", "-cd", "-cn")) for word in arguments)
+    before = utils.run_and_report, Hydra.get_mode
+    utils.run_and_report = unreported
+    if not foreign:
+        Hydra.get_mode = unset  # type: ignore[method-assign]
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        from mtp_lightning.misspelt import sentence
+
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        raise UserError(sentence(error)) from error
+    finally:
+        utils.run_and_report, Hydra.get_mode = before  # type: ignore[method-assign]
+
+
+def _require_flags(arguments: list[str]) -> None:
+    """Refuse a flag that Hydra does not have, in a line."""
+    parser = utils.get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        print(f"error: {message}. (--help)", file=sys.stderr)
+        sys.exit(2)
+
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(arguments)
 
 
 __all__ = ["Check", "readable_errors", "start"]

@@ -18,10 +18,10 @@ def task(cfg: DictConfig) -> float:
     """What Hydra calls with the composed config."""
     with readable_errors():
         # Imported here, so that --help does not wait for torch.
-        from mtp_lightning.experiment.peers import find_peers
+        from mtp_lightning import processes
         from mtp_lightning.experiment.training import train
 
-        peers = find_peers()
+        peers = processes.find(cfg.trainer)
         if peers.rank == 0:  # the others have asked for it before they composed their config
             peers.told(_RUN_DIR, lambda: cfg.run_dir)
         return train(cfg)["val/loss_depth_0"]
@@ -42,9 +42,9 @@ def _take_run_dir() -> None:
     ranks = [os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "NODE_RANK")]
     if set(ranks) == {"0"} or "-m" in sys.argv or "--multirun" in sys.argv:
         return
-    from mtp_lightning.experiment.peers import find_peers
+    from mtp_lightning import processes
 
-    peers = find_peers()
+    peers = processes.find()
     if peers.rank:
         run_dir = peers.told(_RUN_DIR, lambda: None)
         sys.argv += [f"run_dir={run_dir}"]

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 
 class RunCallback(Callback):
-    """Lightning's hooks and three of a run, all of which may be left as they are."""
+    """Lightning's hooks and four of a run, all of which may be left as they are.
+
+    Attributes:
+        takes_gradients: whether it takes the gradients of one task alone, which a sharded model has
+            on no process.
+    """
+
+    takes_gradients: ClassVar[bool] = False
 
     def paused(self) -> AbstractContextManager[None]:
         """Entered while the run does something beside training, such as writing a checkpoint."""
@@ -26,6 +33,9 @@ class RunCallback(Callback):
         ended."""
         return {}
 
+    def on_run_end(self) -> None:
+        """Called in the first process when a run has ended well, after its summary is stored."""
+
 
 def run_callbacks(trainer: pl.Trainer) -> Iterator[RunCallback]:
     """The trainer's callbacks that have these hooks."""
@@ -39,6 +49,8 @@ class WritesBeside(Protocol):
 
     # Whether it may; whoever sets this asks ``settled``.
     writes_beside: bool
+    # Whether the newest save is sharded, because the model is too large for one process.
+    in_parts: bool
 
     def settled(self, *, wait: bool) -> bool:
         """Whether the newest save is on the disk, under its name; all processes ask at once."""

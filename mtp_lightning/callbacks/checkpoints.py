@@ -13,16 +13,47 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import CheckpointIO
 
-from mtp_lightning.callbacks.base import WritesBeside, run_callbacks
+from mtp_lightning.callbacks.base import RunCallback, WritesBeside, run_callbacks
 from mtp_lightning.callbacks.termination import Termination
 from mtp_lightning.errors import UserError
+from mtp_lightning.run import checkpoints
 from mtp_lightning.run.checkpoints import KEEP, intact, link_or_copy, load, save, stored_step
 from mtp_lightning.run.layout import BEST, LAST, PREVIOUS, kept_at
 from mtp_lightning.settings import require_choice, require_whole
 
 
-class Checkpoints(Checkpoint):
+class AtomicCheckpointIO(CheckpointIO):
+    """Saves and loads through `mtp_lightning.run.checkpoints`:
+    atomically, plain values only, and checked for damage."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write atomically; see `checkpoints.save` for the errors."""
+        if storage_options is not None:
+            raise UserError(
+                f"storage_options are not used for checkpoints here: {storage_options!r}."
+            )
+        checkpoints.save(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Check for damage, then load plain values only; `weights_only=False` is refused."""
+        if weights_only is False:
+            raise UserError(
+                "Checkpoints are loaded with weights_only=True only: do not ask for False."
+            )
+        return checkpoints.load(path, "cpu" if map_location is None else map_location)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove the file where it exists."""
+        Path(path).unlink(missing_ok=True)
+
+
+class Checkpoints(RunCallback, Checkpoint):
     """Writes the run's checkpoints so that a resumed run continues exactly.
 
     * `last.ckpt`: every `every_n_steps` optimizer steps, at the last step, and when the run is
@@ -195,6 +226,10 @@ class Checkpoints(Checkpoint):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give Ctrl-C back."""
         self._restore_handler()
+
+    def on_run_end(self) -> None:
+        """Leave what ``keep`` says."""
+        checkpoints.keep(self.folder, self.keep)
 
     def _hear_sigterm(self, trainer: pl.Trainer) -> None:
         """Whether this process, or any of several, was asked to end. All ask each other at the same

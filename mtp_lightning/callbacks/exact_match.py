@@ -10,8 +10,6 @@ import lightning.pytorch as pl
 import numpy as np
 
 from mtp_lightning.callbacks.base import RunCallback
-from mtp_lightning.decoding.answers import Outputs
-from mtp_lightning.metrics.answers import AnswerRates
 from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import require_whole
 
@@ -74,6 +72,9 @@ def answer_all(
         rank: of this process, which answers every ``world``-th example.
         world: processes.
     """
+    from mtp_lightning.decoding.answers import Outputs
+    from mtp_lightning.metrics.answers import AnswerRates
+
     device = model.head.weight.device
     values: dict[str, float] = {}
     for name, examples in sets.items():

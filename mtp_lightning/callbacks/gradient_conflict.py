@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 
 from data_modules.windows import WindowBatch
+from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.model import MTPModel
 from mtp_lightning.objective.balance.base import depths_of
 from mtp_lightning.objective.balance.gradients import require_trunk_gradients, shared_parameters
 from mtp_lightning.settings import require_whole
 
 
-class GradientConflict(Callback):
+class GradientConflict(RunCallback):
     """Logs ``|g_k|`` and ``cos(g_0, g_k)``, ``g_k`` being the gradient of the unscaled ``L_k``.
 
     ``grad/norm_depth_k`` (k = 0 .. D) and ``grad/cosine_depth_k`` (k = 1 .. D) on the last block of
@@ -35,6 +35,8 @@ class GradientConflict(Callback):
     Raises:
         UserError: it is no whole number of at least 1.
     """
+
+    takes_gradients = True
 
     def __init__(self, every_n_steps: int = 50) -> None:
         key = "callbacks.gradient_conflict.every_n_steps"

@@ -10,11 +10,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from mtp_lightning import processes
 from mtp_lightning.callbacks.checkpoints import Checkpoints
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.checkpoints import stored_step
 from mtp_lightning.settings import require_whole
-from mtp_lightning.sharding import local
 
 
 class NanGuard(Callback):
@@ -74,6 +74,7 @@ class NanGuard(Callback):
             raise UserError(self._failure)
         self._look(trainer)
         named = [(name, p) for name, p in pl_module.named_parameters() if p.is_floating_point()]
+        local = processes.tensors().local
         finite = (
             torch.stack([torch.isfinite(local(p.detach())).all() for _, p in named])
             if named

@@ -3,47 +3,37 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import numpy as np
+from lightning.pytorch.plugins import DoublePrecision
 from omegaconf import DictConfig, OmegaConf
 
 from data_modules.tokenizers import tokenizer_from_state
-from data_modules.windows import WindowBatch
-from mtp_lightning import compare
-from mtp_lightning.callbacks.checkpoint_plugin import AtomicCheckpointIO
-from mtp_lightning.callbacks.gradient_conflict import GradientConflict
-from mtp_lightning.callbacks.precision_plugin import TokenDoublePrecision
+from mtp_lightning import processes
+from mtp_lightning.callbacks.base import run_callbacks
+from mtp_lightning.callbacks.checkpoints import AtomicCheckpointIO
 from mtp_lightning.callbacks.termination import stop_together
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.command_line import overridden
-from mtp_lightning.experiment.device import MIXED, holds_in_bf16, settle_device
+from mtp_lightning.experiment.device import MIXED, holds_in_bf16
 from mtp_lightning.experiment.instantiate import instantiate, trusted_packages
 from mtp_lightning.experiment.run_loggers import build_loggers
-from mtp_lightning.experiment.self_generated import SelfGenerated
-from mtp_lightning.experiment.strategy import choose_strategy, require_whole_gradients
-from mtp_lightning.init_from import free_keys
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
-from mtp_lightning.mtp.bag import BagMTP
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
-from mtp_lightning.mtp.registers import RegistersConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.schedule.base import LambdaSchedule
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.optim.base import OptimizerConfig
-from mtp_lightning.settings import require, require_choice, require_whole
-from mtp_lightning.stored import require_text, targets
 from mtp_lightning.vetting import require_reach
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
+    from mtp_lightning.compare import Matched
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +48,6 @@ _OWN_TRAINER_KEYS = (
 )
 # Of a tokenizer's state what no message repeats.
 _LONG = ("tokenizer_json", "beside")
-# What mtp.init=last_block looks at: a pass of the trunk over more would take longer than it gains.
-BEGINNING_TOKENS = 8192
-_PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "64-true")
 
 
 def build_data(
@@ -72,8 +59,8 @@ def build_data(
         cfg: the config.
         tokenizer_state: of the run that this one starts from; by default the tokenizer is the
             config's.
-        brought: it came with a trunk (:func:`adopt_trunk`), and takes the place of the config's
-            unless that was asked for.
+        brought: it came with a trunk, and takes the place of the config's unless that was asked
+            for.
     """
     further: dict[str, Any] = {}
     if "lookahead" in cfg.mtp:
@@ -99,8 +86,7 @@ def build_data(
                 "run's tokenizer settings do not ask for: its weights mean nothing with another."
             )
         data = instantiate(cfg.data, tokenizer=tokenizer, **further)
-    if isinstance(data, SelfGenerated):
-        data.allow = trusted_packages(cfg)
+    data.allow = trusted_packages(cfg)
     data.prepare()
     return data
 
@@ -118,30 +104,9 @@ def _build_task(
 
 
 def settle_data(cfg: DictConfig, data: WindowDataModule) -> DictConfig:
-    """The config with what the data have found themselves: the length of window, and the digest
-    of the model that generated them."""
+    """The config with what the data have found themselves."""
     cfg = cfg.copy()
-    if cfg.data.seq_len is None:
-        cfg.data.seq_len = data.seq_len
-    if isinstance(data, SelfGenerated):
-        cfg.data.weights = data.weights
-    return cfg
-
-
-def recall_data(cfg: DictConfig, stored: dict[str, Any]) -> DictConfig:
-    """The config of a run that goes on, with the digest of the model that generated its data: the
-    model itself may be gone, or trained on.
-
-    Args:
-        cfg: the config.
-        stored: that of the run's checkpoint.
-    """
-    before = stored.get("data", {})
-    same = "weights" in cfg.data and before.get("model") == cfg.data.model
-    if same and cfg.data.weights is None:
-        cfg = cfg.copy()
-        require_text(before.get("weights"), source="the run's checkpoint")
-        cfg.data.weights = before.get("weights")
+    cfg.data.update(data.found())
     return cfg
 
 
@@ -226,12 +191,11 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
         )
     balance = build_balance(cfg)
     if balance.scope is not None:
-        require_whole_gradients(cfg.trainer, f"balance={balance.name}")
+        processes.require_whole_gradients(cfg.trainer, f"balance={balance.name}")
     objective = build_objective(cfg)
     if model_config.mtp.depth == 0 and objective.needs_teacher:
         log.warning("objective=%s does nothing at mtp.depth=0.", objective.term.name)
-    if isinstance(model_config.mtp, RegistersConfig):
-        model_config.mtp.check_window(data.seq_len)
+    model_config.mtp.check_window(data.seq_len)
     module = MTPModule(
         model_config,
         schedule=instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
@@ -249,73 +213,19 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
             "config": OmegaConf.to_container(asked, resolve=True),
         },
     )
-    stack = module.model.mtp
-    if isinstance(stack, BagMTP) and stack.config.weights == "idf":
-        stack.weigh(*data.document_frequency())
-    if settle_device(cfg).trainer.compile:
+    module.model.mtp.look_at(data.document_frequency)
+    if cfg.trainer.compile is True:
         module.model.compile_blocks()
     return module
 
 
-def beginning_windows(data: WindowDataModule) -> WindowBatch:
-    """Training windows from all over the corpus, of about :data:`BEGINNING_TOKENS` positions: the
-    same ones whatever the run's seed, batch and number of processes."""
-    dataset = data.train_dataloader().dataset
-    rows = min(len(dataset), -(-BEGINNING_TOKENS // data.seq_len))
-    return dataset[np.linspace(0, len(dataset) - 1, rows).astype(np.int64)]
-
-
-def adopt_trunk(cfg: DictConfig, trunk: TrunkConfig, *, source: Path) -> DictConfig:
-    """The config with an imported trunk in the place of ``model``; how it is trained stays.
-
-    Raises:
-        UserError: the command line asks for another trunk.
-    """
-    if foreign := targets(asdict(trunk)):  # a run's config is the user's own, and this is not
-        raise UserError(f"init_from={source} is refused: its trunk asks for {foreign[0]}.")
-    shape, free = _with_targets(trunk), free_keys(trunk)
-    asked = OmegaConf.create({"model": shape})
-    for override in overridden("model"):
-        key = override.split("=")[0]
-        found = OmegaConf.select(asked, key) if key != "model" else None
-        if key.removeprefix("model.") in free or found == OmegaConf.select(cfg, key):
-            continue
-        raise UserError(
-            f"{override} does not fit init_from={source}, which brings its own trunk"
-            + (f" with {key}={found}" if key != "model" else "")
-            + f": leave {key}= out."
-        )
-    for key in free:
-        value = OmegaConf.select(cfg.model, key)
-        *parents, last = key.split(".")
-        owner = shape[parents[0]] if parents else shape
-        if value is not None and last in owner:
-            owner[last] = value
-    cfg = cfg.copy()
-    cfg.model = {"_target_": cfg.model["_target_"], **shape}
-    return cfg
-
-
-def _with_targets(trunk: TrunkConfig) -> dict[str, Any]:
-    """A trunk as the group ``model`` has it: its layers by ``_target_``."""
-    layers = {
-        layer.family: {"_target_": f"{type(layer).__module__}.{type(layer).__qualname__}"}
-        for layer in (trunk.attention, trunk.feed_forward)
-    }
-    return {
-        name: {**layers[name], **value} if name in layers else value
-        for name, value in asdict(trunk).items()
-    }
-
-
-def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, compare.Matched | None]:
+def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, Matched | None]:
     """The config with the layers or steps that ``compare.match`` asks for, and what was matched."""
-    settings = cfg.compare
-    compare.check(settings.match, settings.reference)
-    if settings.match == "none":
+    if cfg.compare.match == "none":
         return cfg, None
-    config = build_model_config(cfg, vocab_size)
-    trainer = cfg.trainer
+    from mtp_lightning import compare
+
+    config, trainer = build_model_config(cfg, vocab_size), cfg.trainer
     batch = cfg.data.batch_size * trainer.accumulate_grad_batches
     length = {
         "seq_len": cfg.data.seq_len,
@@ -324,15 +234,15 @@ def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, compa
     }
     reference = (
         compare.plain_reference(config, **length)
-        if settings.reference is None
-        else compare.run_reference(settings.reference)
+        if cfg.compare.reference is None
+        else compare.run_reference(cfg.compare.reference)
     )
     matched = compare.match(
         config,
         instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
         balance=build_balance(cfg),
         objective=build_objective(cfg),
-        match=settings.match,
+        match=cfg.compare.match,
         reference=reference,
         **length,
     )
@@ -343,25 +253,30 @@ def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, compa
     return cfg, matched
 
 
+class TokenDoublePrecision(DoublePrecision):
+    """Double precision for models that read token ids.
+
+    Lightning's own walks through every batch to turn floats into doubles, and refuses frozen
+    dataclasses on the way. A batch of windows holds integers only: there is nothing to turn.
+    """
+
+    def convert_input(self, data: Any) -> Any:
+        """The batch as it is."""
+        return data
+
+
 def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -> pl.Trainer:
     """The Trainer, with callbacks and loggers.
 
     Args:
-        cfg: the config.
+        cfg: the config, its device settled.
         resume_step: the optimizer step that the run continues from; logs after it are dropped.
         may_skip: whether some parameters get no gradient in some steps.
     """
-    trainer_cfg = settle_device(cfg).trainer
-    settings: dict[str, Any] = OmegaConf.to_container(trainer_cfg, resolve=True)  # type: ignore
+    settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore
     for key in _OWN_TRAINER_KEYS:
         settings.pop(key)
-    require_choice("trainer.precision", settings["precision"], _PRECISIONS)
-    for key in ("max_steps", "val_check_interval", "log_every_n_steps", "num_nodes"):
-        require_whole(f"trainer.{key}", settings[key], least=1)
-    found = settings["deterministic"]
-    known = isinstance(found, bool) or found == "warn"
-    require(known, "trainer.deterministic", found, "true, false or warn")
-    settings["strategy"] = choose_strategy(trainer_cfg, may_skip=may_skip)
+    settings["strategy"] = processes.strategy(cfg.trainer, may_skip=may_skip)
     plugins: list[Any] = [AtomicCheckpointIO()]
     if settings["precision"] in MIXED:
         settings["precision"] = MIXED[0]
@@ -389,8 +304,10 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
     except TypeError as error:
         raise UserError(f"The trainer group has a key that Lightning refuses: {error}.") from error
     stop_together(trainer)
-    if any(isinstance(callback, GradientConflict) for callback in trainer.callbacks):  # type: ignore
-        require_whole_gradients(cfg.trainer, "callbacks=gradient_conflict")
+    for callback in run_callbacks(trainer):
+        if callback.takes_gradients:
+            what = f"the callback {type(callback).__name__}"
+            processes.require_whole_gradients(cfg.trainer, what)
     if trainer.limit_val_batches != 1.0:
         raise UserError(
             f"trainer.limit_val_batches={trainer.limit_val_batches} would evaluate a part of the "

@@ -1,13 +1,33 @@
-"""What an app's command line says."""
+"""An app's config and its command line: composed without the app, and what was typed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from mtp_lightning.errors import UserError
+from mtp_lightning.literal import literal
+from mtp_lightning.misspelt import sentence
+from mtp_lightning.paths import CONF
 from mtp_lightning.run.config import has_bearing, is_plain, key_of, lies_in
+
+
+def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
+    """The config ``name`` of conf/ with overrides as one types them on the command line.
+
+    Raises:
+        UserError: they do not fit the config.
+    """
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            return compose(name, overrides=literal(list(overrides)))
+    except HydraException as error:
+        raise UserError(sentence(error)) from error
 
 
 def overridden(group: str) -> list[str]:

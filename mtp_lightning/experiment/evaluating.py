@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_modules.window_module import WindowDataModule
 from data_modules.windows import WindowBatch
+from mtp_lightning import vetting
 from mtp_lightning.callbacks.exact_match import answer_all
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
 from mtp_lightning.decoding.held_out import prompts_that_fit
@@ -22,9 +23,8 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.command_line import overridden
 from mtp_lightning.experiment.device import MIXED, kernels_told
 from mtp_lightning.experiment.instantiate import rebuild, trusted_packages
-from mtp_lightning.experiment.self_generated import SelfGenerated
 from mtp_lightning.interop.reading import open_run
-from mtp_lightning.metrics.long_range import LongRange
+from mtp_lightning.metrics.long_range.measure import LongRange
 from mtp_lightning.metrics.summary_rates import rates_of
 from mtp_lightning.model import MTPModel
 from mtp_lightning.run.atomic import write_json
@@ -32,7 +32,6 @@ from mtp_lightning.run.config import key_of
 from mtp_lightning.run.loading import LoadedRun
 from mtp_lightning.run.summary import environment, print_summary
 from mtp_lightning.runtime import pick_accelerator, quiet_lightning, set_threads
-from mtp_lightning.settings import require_bool, require_whole
 from mtp_lightning.stored import NETWORK, is_cache, require_sizes, require_text
 
 log = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         OSError: a missing file.
     """
     quiet_lightning()
-    require_bool("long_range", cfg.long_range)
+    vetting.check(OmegaConf.to_container(cfg), "evaluate")  # type: ignore[arg-type]
     check_precision(cfg.precision)
     allow = trusted_packages(cfg)
     run = open_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), allow=allow)
@@ -210,8 +209,7 @@ def validation_data(
     module: WindowDataModule = rebuild(
         config.data, kind=WindowDataModule, allow=allow, tokenizer=run.tokenizer, **further
     )
-    if isinstance(module, SelfGenerated):
-        module.allow = allow
+    module.allow = allow
     module.prepare("validate")
     return module
 
@@ -221,12 +219,7 @@ def evaluate_decoding(
 ) -> dict[str, Any]:
     """Acceptance and speed-up of the drafts, measured and expected, or ``not_decoded``, which says
     why not; nothing without drafts.
-
-    Raises:
-        UserError: settings out of range.
     """
-    for key, least in (("n_prompts", 0), ("prompt_tokens", 1), ("new_tokens", 2)):
-        require_whole(f"decode.{key}", settings[key], least=least)
     if model.mtp.max_draft_depth == 0 or settings.n_prompts == 0 or data.answer_length == 1:
         return {}  # an answer of one token needs no draft
     sizes = {key: settings[key] for key in ("n_prompts", "prompt_tokens", "new_tokens")}

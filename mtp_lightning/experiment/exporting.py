@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from mtp_lightning import vetting
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import card, config_json, heads
 from mtp_lightning.interop.reading import CONFIG, is_folder, open_run, read_json
@@ -18,11 +21,10 @@ from mtp_lightning.interop.verify import (
     check_with_transformers,
     rounded,
 )
-from mtp_lightning.interop.writing import DTYPES, write_folder
+from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.run.loading import LoadedRun
-from mtp_lightning.settings import require_bool
 
 
 def export(cfg: Any) -> Path:
@@ -36,17 +38,9 @@ def export(cfg: Any) -> Path:
             next export to that name.
         OSError: a missing checkpoint, or an output folder that is not empty.
     """
-    if cfg.dtype not in DTYPES:
-        raise UserError(f"dtype={cfg.dtype} is unknown: choose one of {', '.join(DTYPES)}.")
-    if not isinstance(cfg.shard_gb, int | float) or not cfg.shard_gb > 0:
-        raise UserError(f"shard_gb must be above 0, not {cfg.shard_gb}.")
-    if cfg.max_positions is not None and not (
-        isinstance(cfg.max_positions, int) and cfg.max_positions > 0
-    ):
-        raise UserError(f"max_positions must be a whole number above 0, not {cfg.max_positions}.")
+    vetting.check(OmegaConf.to_container(cfg), "export")  # type: ignore[arg-type]
     if cfg.depth not in (None, 0):
         raise UserError(f"depth={cfg.depth}: give 0 to leave the MTP modules out, or null.")
-    require_bool("verify", cfg.verify)
     folder = Path(cfg.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"output={folder} is not empty: choose another folder or clear it.")

@@ -20,10 +20,10 @@ from mtp_lightning.decoding.precision import check_precision, use_precision
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.reading import open_run
 from mtp_lightning.model import MTPModel
-from mtp_lightning.places import require_prompts
 from mtp_lightning.run.loading import LoadedRun
 from mtp_lightning.runtime import pick_accelerator, set_threads
 from mtp_lightning.settings import require_bool
+from mtp_lightning.vetting import require_prompts
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule

@@ -8,16 +8,14 @@ defined in packages the user allows by name (:func:`rebuild`, ``mtp_lightning/st
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Sequence
-from functools import cache
-from types import UnionType
-from typing import Any, get_args
+from typing import Any
 
 import hydra
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from mtp_lightning import vetting
 from mtp_lightning.errors import UserError
 from mtp_lightning.stored import (
     DATA,
@@ -42,6 +40,7 @@ def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: An
             what the object's own checks refuse.
     """
     target = config.get("_target_")
+    vetting.check_values(OmegaConf.to_container(config, resolve=True), config._get_full_key(""))
     try:
         built = hydra.utils.instantiate(config, **arguments, _convert_="all")
     except InstantiationException as error:
@@ -49,7 +48,6 @@ def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: An
         if isinstance(cause, (ValueError, OSError)):
             raise cause from None
         if isinstance(cause, TypeError):
-            _require_kinds(config)
             raise UserError(f"{target} refuses its settings: {cause}") from error
         if isinstance(cause, ImportError):
             raise UserError(not_importable(str(target), cause)) from error
@@ -58,61 +56,7 @@ def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: An
         raise UserError(
             f"_target_={target} gives a {type(built).__name__}, and {kind.__name__} is needed here."
         )
-    _require_kinds(config)
     return built
-
-
-def _require_kinds(node: Any) -> None:
-    """Refuse values of another kind than a class of this platform says that it takes, such as words
-    for a switch: what its own checks have let through is used wherever Python happens to take it.
-
-    Args:
-        node: of a config, with all that stands in it.
-
-    Raises:
-        UserError: a value that is not of the kind.
-    """
-    if isinstance(node, ListConfig):
-        for entry in node:
-            _require_kinds(entry)
-    if not isinstance(node, DictConfig):
-        return
-    target = str(node.get("_target_", ""))
-    wanted = _kinds(target) if target in own_targets() else {}
-    for key, value in node.items():
-        _require_kinds(value)
-        kinds = wanted.get(str(key))
-        if kinds is not None and not _is_of(value, kinds):
-            name = node._get_full_key(str(key))
-            words = " or ".join(_WORDS[kind] for kind in kinds)
-            raise UserError(f"{name} must be {words}, not {value!r}.")
-
-
-# The kinds that are checked; a parameter that takes any other, too, is left to its class.
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
-_NAMES = {"bool": bool, "int": int, "float": float, "None": type(None)}
-
-
-@cache
-def _kinds(target: str) -> dict[str, tuple[type, ...]]:
-    """What the parameters of a target take, of those that take the kinds above alone."""
-    kinds = {}
-    for name, parameter in inspect.signature(hydra.utils.get_object(target)).parameters.items():
-        hint = parameter.annotation
-        if isinstance(hint, str):
-            parts = [_NAMES.get(part) for part in hint.split(" | ")]
-        else:
-            parts = list(get_args(hint)) if isinstance(hint, UnionType) else [hint]
-        parts += [type(None)] if parameter.default is None else []
-        if set(parts) <= _WORDS.keys():
-            kinds[name] = tuple(part for part in parts if part is not None)
-    return kinds
-
-
-def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
-    if isinstance(value, bool):
-        return bool in kinds
-    return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
 
 
 def rebuild(

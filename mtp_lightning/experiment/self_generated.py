@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +112,10 @@ class SelfGenerated(TokenDataModule):
         self.chat_share = chat_share
         self.chat = (chat_before or "", chat_after or "")
         self.weights = weights
-        # Packages that the model may bring classes from: the caller says it, never a config, which
-        # may be somebody else's.
-        self.allow: Collection[str] = ()
+
+    def found(self) -> dict[str, Any]:
+        """The digest of the model, too, which is then not read again."""
+        return super().found() | {"weights": self.weights}
 
     def _open(self) -> tuple[TokenStore, Tokenizer]:
         if self._store is None:

@@ -17,6 +17,7 @@ count.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -67,6 +68,11 @@ class BagMTP(Summary):
     def __init__(self, config: BagConfig, trunk: TrunkConfig) -> None:
         super().__init__(config, trunk)
         self.register_buffer("weights_V", torch.ones(trunk.vocab_size))
+
+    def look_at(self, document_frequency: Callable[[], tuple[Tensor, int]]) -> None:
+        """Weigh the ids, where the config asks for that."""
+        if self.config.weights == "idf":
+            self.weigh(*document_frequency())
 
     def weigh(self, holding: Tensor, documents: int) -> None:
         """Set the weights to inverse document frequencies.

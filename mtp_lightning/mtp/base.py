@@ -7,7 +7,7 @@ prediction; depths 1 .. D are the stack's. A stack is of one of the three kinds 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -72,6 +72,13 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
     def places_ahead(self) -> int:
         """How far ahead of a position the stack looks; windows hold D + 1 places in any case."""
         return self.depth + 1
+
+    def check_window(self, seq_len: int) -> None:
+        """Refuse windows of ``seq_len`` positions that do not hold the targets.
+
+        Raises:
+            UserError: naming both.
+        """
 
     @abstractmethod
     def build(self, trunk: TrunkConfig) -> MTPStack:
@@ -337,6 +344,13 @@ class MTPStack(nn.Module, ABC):
         """
         if self.max_draft_depth == 0:
             raise UserError("this model has no MTP depth to draft with: decode it without drafts.")
+
+    def look_at(self, document_frequency: Callable[[], tuple[Tensor, int]]) -> None:
+        """Learn of the training documents what the loss needs, before the first step.
+
+        Args:
+            document_frequency: gives, of every id, the documents that hold it, and their number.
+        """
 
     def initialise_own(self) -> None:
         """Set what does not start from the common random draw; called after it."""

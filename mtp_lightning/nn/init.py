@@ -11,7 +11,7 @@ import hashlib
 import torch
 from torch import nn
 
-from mtp_lightning.sharding import own_part
+from mtp_lightning import processes
 
 
 def parameter_seed(seed: int, name: str) -> int:
@@ -40,8 +40,8 @@ def initialise(model: nn.Module, *, std: float, seed: int) -> None:
         generator = torch.Generator().manual_seed(parameter_seed(seed, name))
         drawn = torch.empty(parameter.shape, dtype=torch.float32)
         drawn.normal_(0.0, std, generator=generator)
-        # Of a sharded one, every process draws all and keeps its part.
-        parameter.copy_(own_part(drawn, parameter))
+        # For sharded parameters, every rank draws the full tensor and keeps its shard.
+        parameter.copy_(processes.tensors().own_part(drawn, parameter))
 
 
 def drawn_anew(model: nn.Module) -> bool:

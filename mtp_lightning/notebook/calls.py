@@ -81,7 +81,7 @@ def generate(*overrides: str) -> Text:
         UserError: no prompt, a damaged or foreign checkpoint, an option out of range.
         OSError: there is no such checkpoint.
     """
-    from mtp_lightning.experiment.composing import compose_config
+    from mtp_lightning.experiment.command_line import compose_config
     from mtp_lightning.experiment.generating import continue_prompts, open_for
 
     cfg = compose_config("generate", overrides)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
+from mtp_lightning import processes
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPStack, RandomKey
@@ -44,7 +45,6 @@ from mtp_lightning.objective.step_plan import StepPlan, StepResult
 from mtp_lightning.objective.summary_loss import future_of, stack_loss_with_summary
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.through_head import DepthTarget
-from mtp_lightning.sharding import whole
 
 _MAIN_TERM = CrossEntropy()
 
@@ -163,7 +163,8 @@ class OptimizerStep:
         if self.clip_norm is not None:
             # What a balance rule learns has no gradient yet, and so no part in the norm.
             clipped = [p for group in optimizer.param_groups for p in group["params"]]
-            values["train/grad_norm"] = whole(nn.utils.clip_grad_norm_(clipped, self.clip_norm))
+            norm = nn.utils.clip_grad_norm_(clipped, self.clip_norm)
+            values["train/grad_norm"] = processes.tensors().whole(norm)
         if self.balance.observes:
             values |= self.balance.learn(
                 Observed(

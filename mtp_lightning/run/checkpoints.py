@@ -9,8 +9,8 @@ read.
 * Only tensors and plain containers are written, so that a checkpoint can be loaded without running
   code.
 
-The Lightning plugin on top of these functions is `callbacks/checkpoint_plugin.py`; nothing in here
-needs Lightning, so that evaluation and generation can read checkpoints without it.
+Lightning saves through these functions by a plugin (`callbacks/checkpoints.py`). Nothing in here
+needs Lightning, so evaluation and generation read checkpoints without it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from typing import Any
 
 import torch
 
+from mtp_lightning import parts
 from mtp_lightning.errors import UserError
-from mtp_lightning.run import parts
 from mtp_lightning.run.atomic import replacing
-from mtp_lightning.run.layout import BEST, LAST, PREVIOUS
+from mtp_lightning.run.layout import BEST, LAST, PREVIOUS, SHARDS
 
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.Size, torch.dtype, torch.device)
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 _MAPPINGS = (dict, OrderedDict, Counter)
 _SEQUENCES = (list, tuple, set)
-# Parts whose checksums are compared at once.
+# Files whose checksums are compared at once.
 _READERS = 8
 
 
@@ -64,15 +64,15 @@ def load(
     mapped: bool = False,
     optimizer: bool = True,
 ) -> dict[str, Any]:
-    """Read a checkpoint of tensors and plain containers, after checking it for damage; one in parts
-    (``parts.py``) is put together.
+    """Read a checkpoint of tensors and plain containers, after checking it for damage; put a
+    sharded one together.
 
     Args:
         path: the file.
         map_location: where its tensors go.
         mapped: leave them in the file, on the CPU, until they are looked at, and the file
-            unchecked: for one that :func:`newest_intact` has just chosen. One in parts is the index
-            alone.
+            unchecked: for one that :func:`newest_intact` has just chosen. Of a sharded one, this is
+            the index alone.
         optimizer: whether the optimizer's state is wanted; else it is empty.
 
     Raises:
@@ -94,13 +94,13 @@ def load(
             return content
         if not optimizer and "optimizer_states" in content:
             content["optimizer_states"] = []
-        reason = _broken_parts(content, path)
+        reason = _broken_shards(content, path)
         if reason is not None:
             raise UserError(
                 f"The checkpoint {path} cannot be used ({reason}): use another one, or copy the "
-                f"folder {parts.PARTS}/ along where it was left behind."
+                f"folder {SHARDS}/ along where it was left behind."
             )
-        return parts.filled(content, path)
+        return filled(content, path)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"The checkpoint {path} holds more than tensors and plain containers, and is not "
@@ -111,6 +111,52 @@ def load(
             f"The checkpoint {path} is damaged or no checkpoint ({_first_line(error)}): use "
             f"another one, for example {PREVIOUS} or {BEST} in the same folder."
         ) from error
+
+
+def filled(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A checkpoint with all of its tensors in memory.
+
+    Args:
+        content: as ``load(path, mapped=True)`` gives it.
+        path: its file.
+
+    Raises:
+        FileNotFoundError: a shard is not there.
+        UserError: a shard is damaged, or a tensor's content is nowhere.
+    """
+    if is_sharded(content):
+        whole: dict[str, Any] = _shard_files(path).filled(content, path)
+        return whole
+    if without_content(content):
+        raise damaged(path)
+    return content
+
+
+def is_sharded(content: Any) -> bool:
+    """Whether this is the index of a checkpoint whose tensors are in files of several processes."""
+    return isinstance(content, dict) and SHARDS in content
+
+
+def without_content(value: Any) -> bool:
+    """Whether a tensor in a nested value has a shape alone (torch's device ``meta``)."""
+    if isinstance(value, dict):
+        return any(without_content(entry) for entry in value.values())
+    if isinstance(value, list | tuple):
+        return any(without_content(entry) for entry in value)
+    return isinstance(value, torch.Tensor) and value.is_meta
+
+
+def damaged(file: Path) -> UserError:
+    """The error about a file that does not hold the tensors that it should."""
+    return UserError(
+        f"The checkpoint {file} is damaged (it does not hold the tensors that it should): use "
+        f"another one, for example {PREVIOUS} or {BEST} of the run."
+    )
+
+
+def _shard_files(path: Path) -> Any:
+    """What reads the shards of a checkpoint."""
+    return parts.need("distributed", f"the sharded checkpoint {path}").shard_files
 
 
 def damage(path: str | Path) -> str | None:
@@ -125,8 +171,8 @@ def intact(path: str | Path) -> bool:
 
 
 def stored_step(path: str | Path) -> int:
-    """The optimizer step stored in a checkpoint, or -1 when it is damaged or has none. Of one in
-    parts, the index alone is looked at."""
+    """The optimizer step stored in a checkpoint, or -1 when it is damaged or has none. Of a sharded
+    one, this reads the index alone."""
     return _step(_read_index(Path(path))[1])
 
 
@@ -184,7 +230,8 @@ def keep(folder: str | Path, what: str) -> None:
                 _drop_optimizer(path)
         if one:
             link_or_copy(last, best)
-    parts.sweep(folder)
+    if (folder / SHARDS).is_dir():
+        _shard_files(folder).sweep(folder)
 
 
 def _drop_optimizer(path: Path) -> None:
@@ -238,7 +285,7 @@ def _inspect(path: Path) -> tuple[str | None, int]:
     reason, content = _read_index(path)
     if reason is None:
         try:
-            reason = _broken_parts(content, path)
+            reason = _broken_shards(content, path)
         except (UserError, RecursionError) as error:
             reason = _first_line(error)
     return (None, _step(content)) if reason is None else (reason, -1)
@@ -263,12 +310,12 @@ def _step(content: Any) -> int:
     return step if isinstance(step, int) else -1
 
 
-def _broken_parts(content: Any, path: Path) -> str | None:
-    """Why the files that an index belongs to cannot be used; None where it has none."""
-    if not parts.in_parts(content):
+def _broken_shards(content: Any, path: Path) -> str | None:
+    """Why the shards of an index cannot be used; None of a checkpoint that has none."""
+    if not is_sharded(content):
         return None
     there = []
-    for file in parts.files_of(content, path):
+    for file in _shard_files(path).files_of(content, path):
         if not file.is_file():
             return f"its part {file} is not there"
         there.append(file)

@@ -16,6 +16,7 @@ CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
 PREVIOUS = "previous.ckpt"
 BEST = "best.ckpt"
+SHARDS = "parts"  # in a checkpoint that several processes wrote: where its tensors are
 
 
 def kept_at(step: int) -> str:

@@ -233,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     for action in (listing, running, judging, replicating, weighing):
         action.add_argument(
-            "--claims", type=Path, default=FOLDER, help="a folder of your own YAMLs"
+            "--claims", type=_folder, default=FOLDER, help="a folder of your own YAMLs"
         )
         action.add_argument(
             "--allow",
@@ -248,6 +248,13 @@ def _parser() -> argparse.ArgumentParser:
             help="has results/ and the pages (this checkout, or what --claims lies in)",
         )
     return parser
+
+
+def _folder(given: str) -> Path:
+    """A folder that is there."""
+    if not Path(given).is_dir():
+        raise argparse.ArgumentTypeError(f"{given} is no folder: check the path")
+    return Path(given)
 
 
 if __name__ == "__main__":

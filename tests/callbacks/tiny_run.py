@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from mtp_lightning.callbacks.checkpoint_plugin import AtomicCheckpointIO
+from mtp_lightning.callbacks.checkpoints import AtomicCheckpointIO
 from mtp_lightning.callbacks.termination import stop_together
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_modules.token_files.shards import Shard, ShardedTokens
+from data_modules.shards import Shard, ShardedTokens
 
 
 @pytest.mark.parametrize("what", ["written to", "cut off", "removed"])

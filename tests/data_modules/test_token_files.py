@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_modules import TokenDataModule, TokenFilesDataModule
+from data_modules.shards import Shard, ShardedTokens, cut
 from data_modules.sources import SyntheticSource, TextSource
 from data_modules.token_files.formats import read_header
-from data_modules.token_files.shards import Shard, ShardedTokens, cut
 from data_modules.token_files.view import look_through
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer, IdTokenizer
 from tests.data_modules.token_formats import litdata, llm_c, megatron, nanogpt, numpy_file

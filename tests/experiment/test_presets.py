@@ -97,5 +97,5 @@ def test_what_is_typed_of_a_stack_stays(folder: Path) -> None:
         cfg = compose("config", overrides=[*typed, f"paths.output_dir={folder}/run"])
     with pytest.raises(UserError, match="mtp.depth must be 0 with this option, not 2"):
         vetting.check(OmegaConf.to_container(cfg), "config")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="mtp=none predicts one token, but mtp.depth=2"):
+    with pytest.raises(UserError, match="mtp.depth must be 0 with this option, not 2"):
         build.build_model_config(cfg, 300)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.metrics.long_range import LongRange
+from mtp_lightning.metrics.long_range.measure import LongRange
 from mtp_lightning.metrics.long_range.positions import (
     PositionLoss,
     bucket_name,

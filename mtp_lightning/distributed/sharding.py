@@ -1,17 +1,18 @@
-"""A model in parts, one a process, with torch's ``fully_shard`` (FSDP2), and what needs it whole.
+"""A model sharded over processes with torch's ``fully_shard`` (FSDP2), and what needs it whole.
 
 Fully sharded data parallelism (Rajbhandari et al. 2020, arXiv 1910.02054, stage 3; Zhao et al.
-2023, arXiv 2304.11277): every process keeps its part of each parameter, gradient and optimizer
+2023, arXiv 2304.11277): every process keeps its shard of each parameter, gradient and optimizer
 state. A group of parameters is gathered while its module's ``forward`` runs, and again for its
-backward pass. With a mesh of two axes the parts are spread over one, and repeated along the other.
+backward pass. A mesh of two axes spreads the shards over one axis and repeats them along the other.
 
-The tensors of a sharded module are ``DTensor``; here is all that knows so.
+The tensors of a sharded module are ``DTensor``; only this file knows that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,57 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.kinds import SideBySide
+from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.moe import routers_of
+from mtp_lightning.processes import Tensors
+
+
+class Sharded(Tensors):
+    """Tensors of which each process may have a shard; see the base class."""
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        return whole(tensor)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        return local(tensor)
+
+    def own_part(self, tensor: Tensor, like: Tensor) -> Tensor:
+        return own_part(tensor, like)
+
+    def lay_out(self, run: Any) -> None:
+        if run.device_mesh is None or is_sharded(run):
+            return
+        # Heads side by side are gathered with the root: stack_loss.py takes the gradients of all of
+        # them by hand, in the midst of a forward pass.
+        alone = isinstance(run.model.mtp, SideBySide)
+        inside = (run.model.trunk if alone else run.model).modules()
+        units = [module for module in inside if isinstance(module, Block)]
+        shard(
+            run,
+            run.device_mesh,
+            units,
+            # A rounding must not decide which expert a token goes to.
+            precise=[router for unit in units for router in routers_of(unit).values()],
+            low=torch.bfloat16 if run.trainer.precision == "bf16-mixed" else None,
+        )
+        run.no_sync = partial(no_sync, run)
+        if run.deferred:
+            run.model.to_empty(device=run.trainer.strategy.root_device)
+            run.model.initialise(run.seed)
+
+    def whole_model(self, run: Any, *, everywhere: bool) -> MTPModel | None:
+        model: MTPModel = run.model
+        if not is_sharded(run):
+            return model
+        state = gathered(model.state_dict(), everywhere=everywhere)
+        if not state:
+            return None
+        copy = MTPModel(model.config)
+        copy.to(model.head.weight.dtype).load_state_dict(state)
+        return copy.to(run.device).train(model.training)
 
 
 def build_mesh(device: str, world: int, shard_size: int | None) -> DeviceMesh:

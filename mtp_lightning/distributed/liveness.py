@@ -1,8 +1,8 @@
-"""Processes of a run of which one has gone: the others are told, and end, whatever they wait for.
+"""When a process of a run has gone: the others are told, and end, whatever they wait for.
 
-Once they have met, the connections of their group break off with a process. Before, nothing does:
-there, each shows the others that it lives, the one that has started others looks after these, and
-those are killed with it.
+Once the processes are connected, their connections break with a process. Before that nothing shows
+it: so each one writes signs of life for the others, a process that has started others watches them,
+and these are killed with it.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.folder import leave
 
-# What gloo says of a connection that is no more.
+# What gloo says when the other end of a connection has gone.
 _GONE = ("Connection closed by peer", "Connection reset by peer")
 _BEAT = 2.0
 SILENCE = 20.0
-"""Seconds without a sign of life after which a process counts as gone; and after which is told that
-one has not come yet."""
+"""Seconds without a sign of life after which a process counts as gone, and after which one that has
+not started yet is named."""
 PATIENCE = 600.0
-"""Seconds that one is waited for that has not come yet."""
-# Seconds that a process which has lost another has to say so itself, once they have met; and where
-# the other was asked to end, so that all of them save.
+"""Seconds to wait for a process that has not started yet."""
+# Seconds that connected processes have to notice the loss themselves; more where the lost one was
+# asked to end, so that all of them save.
 _GRACE, _SAVING = 15.0, 60.0
 _ASKED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 @contextmanager
 def telling_of_lost_peers(folder: Path | None = None) -> Iterator[None]:
-    """Around what processes of a run do together.
+    """A block in which this process may wait for another one.
 
     Args:
         folder: of the run; None before it has one.
 
     Raises:
-        UserError: another one has gone, and this one was waiting for it.
+        UserError: the other one has gone.
     """
     try:
         yield
@@ -57,10 +57,10 @@ def telling_of_lost_peers(folder: Path | None = None) -> Iterator[None]:
 
 
 def gone_peer(said: str, folder: Path | None = None) -> UserError:
-    """The sentence.
+    """The error about a process that has gone.
 
     Args:
-        said: how it is known.
+        said: how this is known.
         folder: of the run; None before it has one.
     """
     again = "Start all of them again."
@@ -73,22 +73,22 @@ def gone_peer(said: str, folder: Path | None = None) -> UserError:
 
 
 def _end(said: str, folder: Path) -> None:
-    """From a thread: the main one waits in a library, for ever."""
+    """End this process from a thread, because its main thread waits in a library for ever."""
     print(f"error: {gone_peer(said, folder)}", file=sys.stderr, flush=True)
     leave(folder)
     os._exit(1)
 
 
 class Pulse(threading.Thread):
-    """Shows the other processes, in their store, that this one lives, and looks after their signs.
+    """Writes this process's signs of life into the store, and watches those of the others.
 
-    It ends when the processes have met.
+    It ends when the processes are connected.
 
     Args:
         store: through which they talk.
         rank: of this process.
-        size: how many they are, when that is known.
-        say: a line for the reader.
+        size: gives their number, 0 until it is known.
+        say: prints a line.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class Pulse(threading.Thread):
         super().__init__(daemon=True, name="pulse")
         self._store, self._rank, self._size, self._say = store, rank, size, say
         self._began = time.monotonic()
-        # Of each process the last sign and when it was seen to be new.
+        # The newest sign of each process, and when it was first seen.
         self._signs: dict[int, tuple[str, float]] = {}
         self.met = threading.Event()
-        # Where this process, from then on, waits for the others in a library.
+        # The run's folder, once this process waits for the others in a library.
         self.waits_in: Path | None = None
 
     def run(self) -> None:
@@ -122,10 +122,10 @@ class Pulse(threading.Thread):
                 if lost is not None and self.waits_in is not None and not dist.is_initialized():
                     _end(lost, self.waits_in)
                 self.met.wait(_BEAT)
-            # They may train another run in turn, and show no further signs.
+            # They may train another run in turn, without further signs.
             self.met.set()
             self._store.set(f"pulse {self._rank}", "met")
-        except RuntimeError:  # the store has gone with the first process, as who asks it is told
+        except RuntimeError:  # the store has gone with the first process; the main thread sees it
             return
 
     def _look(self) -> None:
@@ -138,7 +138,7 @@ class Pulse(threading.Thread):
         self._signs[self._rank] = ("", time.monotonic())
 
     def lost(self) -> str | None:
-        """Which process has gone, and how that is known; None if none has, or all have met."""
+        """Which process has gone, and how that is known; None if none has, or all are connected."""
         if self.met.is_set():
             return None
         now = time.monotonic()
@@ -153,8 +153,8 @@ class Pulse(threading.Thread):
 
 @contextmanager
 def looking_after_children(folder: Path) -> Iterator[None]:
-    """Processes that Lightning starts inside are looked after; in the place of what it does itself,
-    which kills all without a word.
+    """A block in which processes that Lightning starts are watched. Lightning's own observer, which
+    this replaces, kills all of them without a message.
 
     Args:
         folder: of the run.

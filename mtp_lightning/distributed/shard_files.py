@@ -1,14 +1,14 @@
-"""A checkpoint in parts: an index, and beside it what every process had of its large tensors.
+"""A sharded checkpoint: an index, and beside it the rows that each process had of large tensors.
 
     checkpoints/last.ckpt                                   the index
     checkpoints/parts/00000400-1f3a9c5e/weights-2-of-8.pt   rows of the weights that process 2 had
     checkpoints/parts/00000400-1f3a9c5e/optimizer-2-of-8.pt
 
-Each is a plain file as every checkpoint is, checksums and all. In the index the tensors that are in
-parts have a shape and no content (torch's device ``meta``), and ``parts`` says in which folder they
-are and how many each is cut into; part i is what ``sharding.rows_of`` says. The index gets its name
-when all parts are on the disk: a save that was not finished is never seen, and what is called
-`best.ckpt` or `previous.ckpt` is a link to an index.
+Each is a plain file as every checkpoint is, checksums and all. In the index the sharded tensors
+have a shape and no content (torch's device ``meta``), and its key ``parts`` names their folder and
+the number of shards; ``sharding.rows_of`` gives the rows of shard i. The index gets its name when
+all shards are on the disk: a save that was not finished is never seen, and `best.ckpt` and
+`previous.ckpt` are links to an index.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.errors import UserError
-from mtp_lightning.sharding import rows_of
+from mtp_lightning.distributed.sharding import rows_of
+from mtp_lightning.run.checkpoints import damaged, is_sharded, without_content
+from mtp_lightning.run.layout import SHARDS
 
-# The key in the index, and the folder of the folders.
-PARTS = "parts"
 # What is in parts, by its key in a checkpoint, and what its files are called.
 KINDS = {"state_dict": "weights", "optimizer_states": "optimizer"}
 # More than any machine has processes: an index that says so lies.
-_MOST_PARTS = 1 << 20
+_MOST_SHARDS = 1 << 20
 
 
 class Pieces:
@@ -69,11 +68,6 @@ def part_file(folder: Path, key: str, part: int, parts: int) -> Path:
     return folder / f"{KINDS[key]}-{part}-of-{parts}.pt"
 
 
-def in_parts(content: Any) -> bool:
-    """Whether this is an index."""
-    return isinstance(content, dict) and PARTS in content
-
-
 def files_of(
     content: dict[str, Any], path: Path, *, keys: Collection[str] = tuple(KINDS)
 ) -> Iterator[Path]:
@@ -87,11 +81,11 @@ def files_of(
     Raises:
         UserError: it does not say where they are.
     """
-    if not in_parts(content):
+    if not is_sharded(content):
         return
     folder, parts = _described(content, path)
     for key in KINDS:
-        if key in keys and _without_content(content.get(key)):
+        if key in keys and without_content(content.get(key)):
             yield from (part_file(folder, key, part, parts) for part in range(parts))
 
 
@@ -105,7 +99,7 @@ def opened(content: dict[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         UserError: it does not say where they are.
     """
-    if not in_parts(content):
+    if not is_sharded(content):
         return content
     folder, parts = _described(content, path)
 
@@ -115,7 +109,7 @@ def opened(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
     def pieces(outline: Tensor, where: tuple[Any, ...]) -> Pieces:
         if outline.dim() == 0:
-            raise _damaged(path)
+            raise damaged(path)
 
         def piece(part: int) -> Tensor:
             key, *inner = where
@@ -124,12 +118,12 @@ def opened(content: dict[str, Any], path: Path) -> dict[str, Any]:
                 for step in inner:
                     found = found[step]
             except (KeyError, IndexError, TypeError) as error:
-                raise _damaged(part_file(folder, key, part, parts)) from error
+                raise damaged(part_file(folder, key, part, parts)) from error
             first, end = rows_of(part, parts, outline.shape[0])
             shape = (end - first, *outline.shape[1:])
             # Contiguous: one number repeated could take all memory.
             if not (isinstance(found, Tensor) and found.shape == shape and found.is_contiguous()):
-                raise _damaged(part_file(folder, key, part, parts))
+                raise damaged(part_file(folder, key, part, parts))
             return found
 
         return Pieces(outline, parts, piece)
@@ -137,31 +131,30 @@ def opened(content: dict[str, Any], path: Path) -> dict[str, Any]:
     return {
         key: _with_pieces(value, pieces, (key,)) if key in KINDS else value
         for key, value in content.items()
-        if key != PARTS
+        if key != SHARDS
     }
 
 
 def filled(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A checkpoint whose tensors are whole: as if it had been written as one file.
+    """A checkpoint whose tensors are whole, as if it had been written as one file.
 
     Args:
-        content: of its index, or of one that is no index.
+        content: of its index.
         path: its own file.
 
     Raises:
-        FileNotFoundError: a part is not there.
-        UserError: a part is damaged, or a tensor's content is nowhere.
+        FileNotFoundError: a shard is not there.
+        UserError: a shard is damaged, or a tensor's content is nowhere.
     """
-    large = KINDS if in_parts(content) else ()
-    if any(_without_content(value) for key, value in content.items() if key not in large):
-        raise _damaged(path)
-    return _whole(opened(content, path)) if large else content
+    if any(without_content(value) for key, value in content.items() if key not in KINDS):
+        raise damaged(path)
+    return _whole(opened(content, path))
 
 
 def sweep(folder: Path) -> None:
     """Remove the parts that belong to no checkpoint of a folder: of those that were replaced, and
     of saves that were not finished."""
-    if not (folder / PARTS).is_dir():
+    if not (folder / SHARDS).is_dir():
         return
     wanted: set[Path] = set()
     for index in folder.glob("*.ckpt"):
@@ -172,14 +165,14 @@ def sweep(folder: Path) -> None:
             return
         except Exception:  # whatever a damaged one makes the reader raise
             continue
-    for save in _listed(folder / PARTS):
+    for save in _listed(folder / SHARDS):
         for file in _listed(save):
             if file not in wanted:
                 file.unlink(missing_ok=True)
         with suppress(OSError):  # what is wanted is in it
             save.rmdir()
     with suppress(OSError):
-        (folder / PARTS).rmdir()
+        (folder / SHARDS).rmdir()
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -188,42 +181,26 @@ def _listed(folder: Path) -> list[Path]:
 
 def _described(content: dict[str, Any], path: Path) -> tuple[Path, int]:
     """(the folder of the parts, how many)."""
-    said = content[PARTS]
+    said = content[SHARDS]
     named = isinstance(said, dict) and said.keys() == {"folder", "parts"}
-    if not named or type(said["parts"]) is not int or not 1 <= said["parts"] <= _MOST_PARTS:
-        raise _damaged(path)
+    if not named or type(said["parts"]) is not int or not 1 <= said["parts"] <= _MOST_SHARDS:
+        raise damaged(path)
     # A name and no path: nothing of a file leads out of its folder.
     if not isinstance(said["folder"], str) or not re.fullmatch(r"[0-9a-f-]+", said["folder"]):
-        raise _damaged(path)
-    return path.parent / PARTS / said["folder"], said["parts"]
+        raise damaged(path)
+    return path.parent / SHARDS / said["folder"], said["parts"]
 
 
 def _read(file: Path, index: Path) -> Any:
     if not file.is_file():
         raise FileNotFoundError(
             f"The checkpoint {index} is in parts, and {file} is not there: copy the folder "
-            f"{PARTS}/ along with it, and keep its name."
+            f"{SHARDS}/ along with it, and keep its name."
         )
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, RecursionError) as error:
-        raise _damaged(file) from error
-
-
-def _damaged(file: Path) -> UserError:
-    return UserError(
-        f"The checkpoint {file} is damaged (it does not hold the tensors that it should): use "
-        "another one, for example previous.ckpt or best.ckpt of the run."
-    )
-
-
-def _without_content(value: Any) -> bool:
-    """Whether a tensor in a nested value has none."""
-    if isinstance(value, dict):
-        return any(_without_content(entry) for entry in value.values())
-    if isinstance(value, list | tuple):
-        return any(_without_content(entry) for entry in value)
-    return isinstance(value, Tensor) and value.is_meta
+        raise damaged(file) from error
 
 
 def _with_pieces(
@@ -233,7 +210,7 @@ def _with_pieces(
         return {key: _with_pieces(v, pieces, (*where, key)) for key, v in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_with_pieces(v, pieces, (*where, i)) for i, v in enumerate(value))
-    return pieces(value, where) if _without_content(value) else value
+    return pieces(value, where) if without_content(value) else value
 
 
 def _whole(value: Any) -> Any:

@@ -16,23 +16,23 @@ import pytest
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from mtp_lightning.distributed import liveness
+from mtp_lightning.distributed import rendezvous as module
+from mtp_lightning.distributed.liveness import Pulse, telling_of_lost_peers
+from mtp_lightning.distributed.rendezvous import Rendezvous, find_peers
 from mtp_lightning.errors import UserError
-from mtp_lightning.experiment import lost_peers
-from mtp_lightning.experiment import peers as module
-from mtp_lightning.experiment.lost_peers import Pulse, telling_of_lost_peers
-from mtp_lightning.experiment.peers import Peers, check_world, find_peers
 
 # (rank, rank on its machine, machine)
 RANKS = [(0, 0, 0), (1, 1, 0), (2, 0, 1), (3, 1, 1)]
 
 
-def together(work: Callable[[Peers], Any]) -> list[Any]:
+def together(work: Callable[[Rendezvous], Any]) -> list[Any]:
     """What each of four processes on two machines returns or raises."""
     store = dist.HashStore()
     results: list[Any] = [None] * len(RANKS)
 
     def one(rank: int, local_rank: int, node: int) -> None:
-        peers = Peers(rank, len(RANKS), local_rank=local_rank, node=node, store=store)
+        peers = Rendezvous(rank, len(RANKS), local_rank=local_rank, node=node, store=store)
         try:
             results[rank] = work(peers)
         except Exception as error:
@@ -48,7 +48,7 @@ def together(work: Callable[[Peers], Any]) -> list[Any]:
 
 
 def test_one_decides_for_all_each_time_anew() -> None:
-    def work(peers: Peers) -> tuple[Any, Any]:
+    def work(peers: Rendezvous) -> tuple[Any, Any]:
         return (
             peers.told("resume", lambda: {"from": peers.rank}),
             peers.told("resume", lambda: None),
@@ -60,7 +60,7 @@ def test_one_decides_for_all_each_time_anew() -> None:
 def test_the_first_goes_first_then_the_first_of_each_machine() -> None:
     order: list[tuple[str, int]] = []
 
-    def work(peers: Peers) -> None:
+    def work(peers: Rendezvous) -> None:
         for _ in range(2):  # twice, for two runs in one process
             with peers.in_turn():
                 order.append(("in", peers.rank))
@@ -73,7 +73,7 @@ def test_the_first_goes_first_then_the_first_of_each_machine() -> None:
 
 
 def test_what_one_could_not_the_others_do_not_wait_for() -> None:
-    def work(peers: Peers) -> None:
+    def work(peers: Rendezvous) -> None:
         with peers.in_turn():
             if peers.rank == 0:
                 raise ValueError("there is no text")
@@ -92,7 +92,7 @@ def test_a_run_folder_that_one_does_not_see(
     assert list((tmp_path / "run").iterdir()) == []
     monkeypatch.setattr(module, "_SHOWN_SECONDS", 0.3)
 
-    def work(peers: Peers) -> None:
+    def work(peers: Rendezvous) -> None:
         peers.require_shared(tmp_path / ("run" if peers.node == 0 else "elsewhere"))
 
     found = [str(error) for error in together(work)]
@@ -107,7 +107,7 @@ def test_processes_that_lightning_starts_are_told(
     monkeypatch.setattr(
         module, "end_with_starter", lambda: parents.append(os.environ[module.STARTER]) or True
     )
-    first = Peers()
+    first = Rendezvous()
     assert first.told("resume", lambda: "last.ckpt") == "last.ckpt"
     assert first.told("resume", lambda: None) is None  # alone, nothing is remembered
     with first.handing_on(tmp_path):
@@ -158,16 +158,16 @@ def test_as_many_processes_as_were_asked_for(
         monkeypatch.setenv(name, value)
     cfg = OmegaConf.create({"devices": 1, "num_nodes": 1, **trainer})
     if refusal is None:
-        check_world(cfg, Peers())
+        Rendezvous().check(cfg)
         return
     with pytest.raises(ValueError, match=refusal):
-        check_world(cfg, Peers())
+        Rendezvous().check(cfg)
 
 
 def test_one_whose_first_process_has_gone_says_so(tmp_path: Path) -> None:
     first = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store = dist.TCPStore("127.0.0.1", first.port, timeout=timedelta(seconds=10))
-    second = Peers(1, 2, local_rank=1, store=store)
+    second = Rendezvous(1, 2, local_rank=1, store=store)
     del first
     gone = pytest.raises(UserError, match="another process of this run has gone")
     with gone, telling_of_lost_peers(tmp_path):
@@ -194,14 +194,14 @@ def test_only_what_says_so_is_taken_for_a_lost_process(
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lost_peers, "_BEAT", 0.05)
-    for place in (lost_peers, module):
+    monkeypatch.setattr(liveness, "_BEAT", 0.05)
+    for place in (liveness, module):
         monkeypatch.setattr(place, "SILENCE", 0.6)
         monkeypatch.setattr(place, "PATIENCE", 2.0)
 
 
-def with_pulse(rank: int, store: dist.Store, said: list[str]) -> Peers:
-    peers = Peers(rank, 2, local_rank=rank, store=store)
+def with_pulse(rank: int, store: dist.Store, said: list[str]) -> Rendezvous:
+    peers = Rendezvous(rank, 2, local_rank=rank, store=store)
     peers.pulse = Pulse(store, rank, lambda: peers.size, said.append)
     peers.pulse.start()
     return peers
@@ -259,7 +259,7 @@ def test_a_first_process_that_does_not_come_is_named(
 def test_one_whose_store_goes_says_so_before_there_is_a_folder() -> None:
     first = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store = dist.TCPStore("127.0.0.1", first.port, timeout=timedelta(seconds=10))
-    second = Peers(1, 2, local_rank=1, store=store)
+    second = Rendezvous(1, 2, local_rank=1, store=store)
     del first
     with pytest.raises(UserError, match="another process of this run has gone"):
         second.told("run_dir", lambda: None)

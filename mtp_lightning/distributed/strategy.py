@@ -1,8 +1,8 @@
 """``trainer.strategy=fsdp``: Lightning's strategy for sharded models, with this project's files.
 
 A checkpoint is the same plain file that one process writes: the first process gathers and writes
-it, reads it, and hands out the parts. Above a size, each process writes and reads its own
-(``part_writing.py``). Either can be continued by any number of processes.
+it, reads it, and hands out the shards. Above a size, each process writes and reads its own shards
+(``shard_writing.py``). Any number of processes can continue from either.
 """
 
 from __future__ import annotations
@@ -15,15 +15,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtp_lightning.errors import UserError
-from mtp_lightning.experiment.part_writing import PartWriting
-from mtp_lightning.run import checkpoints, parts
-from mtp_lightning.settings import require_number, require_whole
-from mtp_lightning.sharding import (
+from mtp_lightning.distributed import shard_files
+from mtp_lightning.distributed.shard_writing import ShardWriting
+from mtp_lightning.distributed.sharding import (
     build_mesh,
     bytes_of,
     gathered,
@@ -32,13 +29,15 @@ from mtp_lightning.sharding import (
     own_rows,
     spread,
 )
+from mtp_lightning.errors import UserError
+from mtp_lightning.run import checkpoints
+from mtp_lightning.settings import require_number, require_whole
 
-_STRATEGIES = ("auto", "ddp", "fsdp")
 # GB of a checkpoint above which it is written in parts.
 _SPLIT_GB = 16.0
 
 
-def choose_strategy(trainer: DictConfig, *, may_skip: bool) -> str | Strategy:
+def choose_strategy(trainer: Mapping[str, Any], *, may_skip: bool) -> str | Strategy:
     """What Lightning calls a strategy, of the group ``trainer``.
 
     Args:
@@ -46,50 +45,20 @@ def choose_strategy(trainer: DictConfig, *, may_skip: bool) -> str | Strategy:
         may_skip: whether some parameters get no gradient in some steps.
 
     Raises:
-        UserError: an unknown one, several devices without one, or a setting of another.
+        UserError: a setting out of range.
     """
-    name, shard_size, split_gb = trainer.strategy, trainer.shard_size, trainer.split_checkpoint_gb
-    if name not in _STRATEGIES:
-        known = ", ".join(_STRATEGIES)
-        raise UserError(f"trainer.strategy={name} is not supported: choose one of {known}.")
-    if name == "auto" and trainer.devices not in (1, "1"):
-        raise UserError(
-            f"trainer.devices={trainer.devices} needs trainer.strategy=ddp (each has the whole "
-            "model) or fsdp (each has a part of it): several devices train one model together."
-        )
+    name, shard_size, split_gb = (
+        trainer[key] for key in ("strategy", "shard_size", "split_checkpoint_gb")
+    )
     if shard_size is not None:
         require_whole("trainer.shard_size (null for all processes)", shard_size, least=2)
-        if name != "fsdp":
-            raise UserError(
-                f"trainer.shard_size={shard_size} has no meaning for trainer.strategy={name}: set "
-                "trainer.strategy=fsdp, or leave it null."
-            )
     if split_gb is not None:
         require_number("trainer.split_checkpoint_gb (null for 16)", split_gb, least=0)
-        if name != "fsdp":
-            raise UserError(
-                f"trainer.split_checkpoint_gb={split_gb} has no meaning for "
-                f"trainer.strategy={name}, whose processes have all of the model: set "
-                "trainer.strategy=fsdp, or leave it null."
-            )
     if name == "fsdp":
         return ShardedStrategy(shard_size, split_gb=_SPLIT_GB if split_gb is None else split_gb)
-    if name == "ddp" or trainer.num_nodes > 1:
+    if name == "ddp" or trainer["num_nodes"] > 1:
         return "ddp_find_unused_parameters_true" if may_skip else "ddp"
     return "auto"
-
-
-def require_whole_gradients(trainer: DictConfig, what: str) -> None:
-    """Refuse a sharded model to what takes the gradients of one task alone.
-
-    Raises:
-        UserError: the model is to be sharded.
-    """
-    if trainer.strategy == "fsdp":
-        raise UserError(
-            f"{what} takes every task's gradient by itself, which trainer.strategy=fsdp has on no "
-            "process as a whole: use trainer.strategy=ddp, or leave it out."
-        )
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -108,7 +77,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.in_parts = False
         # Whether parts are written beside the training; whoever sets it asks ``settled``.
         self.writes_beside = False
-        self._writing: PartWriting | None = None
+        self._writing: ShardWriting | None = None
         self._cpu_group: Any = None
 
     def setup_environment(self) -> None:
@@ -155,7 +124,7 @@ class ShardedStrategy(ModelParallelStrategy):
     ) -> None:
         """One file, or parts, by the size."""
         self.settled(wait=True)
-        sharded = {key: checkpoint[key] for key in parts.KINDS if key in checkpoint}
+        sharded = {key: checkpoint[key] for key in shard_files.KINDS if key in checkpoint}
         self.in_parts = bytes_of(sharded) > self.split_gb * 1e9
         if not self.in_parts:
             whole = checkpoint | {key: gathered(value) for key, value in sharded.items()}
@@ -165,7 +134,7 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self._device_mesh is not None
         if self._cpu_group is None:
             self._cpu_group = dist.new_group(backend="gloo")
-        self._writing = PartWriting(checkpoint, Path(filepath), self._device_mesh, self._cpu_group)
+        self._writing = ShardWriting(checkpoint, Path(filepath), self._device_mesh, self._cpu_group)
         self.settled(wait=not self.writes_beside)
 
     def settled(self, *, wait: bool) -> bool:
@@ -190,14 +159,15 @@ class ShardedStrategy(ModelParallelStrategy):
         """One file is read by the first process alone; the others get the outline of what is
         sharded. Of parts, each reads what it needs."""
         index = checkpoints.load(checkpoint_path, mapped=True)
-        self.in_parts = parts.in_parts(index)
+        self.in_parts = checkpoints.is_sharded(index)
         if self.in_parts:
-            return parts.opened(index, Path(checkpoint_path))
+            return shard_files.opened(index, Path(checkpoint_path))
         content: list[Any] = [None]
         checkpoint: dict[str, Any] = {}
         if self.is_global_zero:
             checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path)
-            content = [{k: outlined(v) if k in parts.KINDS else v for k, v in checkpoint.items()}]
+            large = {k: outlined(v) for k, v in checkpoint.items() if k in shard_files.KINDS}
+            content = [checkpoint | large]
         dist.broadcast_object_list(content)
         return checkpoint or content[0]
 
@@ -242,15 +212,15 @@ def _spread_state(
 
 
 def _spread_entry(value: Any, parameter: Tensor) -> Any:
-    if not isinstance(value, Tensor | parts.Pieces):
+    if not isinstance(value, Tensor | shard_files.Pieces):
         return value
     if value.shape == parameter.shape:
         return _own(value, parameter)
     return _own(value, local(parameter).new_empty(0))
 
 
-def _own(stored: Tensor | parts.Pieces, like: Tensor) -> Tensor:
+def _own(stored: Tensor | shard_files.Pieces, like: Tensor) -> Tensor:
     """This process's part of what a checkpoint holds."""
-    if isinstance(stored, parts.Pieces):
+    if isinstance(stored, shard_files.Pieces):
         return own_rows(stored.rows, like)
     return spread(stored, like)

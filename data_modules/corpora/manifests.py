@@ -50,8 +50,8 @@ def say_differences(source: str, packages: Sequence[Package]) -> None:
 
 def write() -> None:
     """Write the manifests of what is installed: ``make manifests``."""
-    from data_modules.sources.literature import LiteratureSource
-    from data_modules.sources.packages import PackagesSource
+    from data_modules.corpora.literature import LiteratureSource
+    from data_modules.corpora.packages import PackagesSource
 
     sources = (PackagesSource(), LiteratureSource())
     found = {source.name: source.summary()["packages"] for source in sources}

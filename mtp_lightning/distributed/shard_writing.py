@@ -1,8 +1,9 @@
-"""Writing a checkpoint in parts (``run/parts.py``): every process its own, beside the training.
+"""Writing a sharded checkpoint (``shard_files.py``): every process writes its own shards while it
+trains on.
 
-The parts are copied to the CPU at the step that is saved; from there, a thread brings them to the
-disk while the training goes on. When every process's are there, the first one gives the index its
-name. They ask each other at points that all of them pass, so that nothing waits in a thread.
+The shards are copied to the CPU at the step that is saved; from there, a thread writes them to the
+disk. When those of every process are there, the first process gives the index its name. The
+processes ask each other at points that all of them pass, so no thread waits for another process.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from mtp_lightning.run import checkpoints, parts
-from mtp_lightning.sharding import outlined_parts, own_parts, place_in
+from mtp_lightning.distributed import shard_files
+from mtp_lightning.distributed.sharding import outlined_parts, own_parts, place_in
+from mtp_lightning.run import checkpoints
+from mtp_lightning.run.layout import SHARDS
 from mtp_lightning.system import sync_folder
 
 _INDEX = "index"
 _FAILED, _AT_WORK, _DONE = -1, 0, 1
 
 
-class PartWriting:
+class ShardWriting:
     """A checkpoint that is being written, as one process of several sees it.
 
     Args:
@@ -43,17 +46,17 @@ class PartWriting:
         # Never that of another save: an index is of one moment.
         name = [f"{checkpoint['global_step']:08d}-{uuid.uuid4().hex[:8]}"]
         dist.broadcast_object_list(name)
-        self._folder = target.parent / parts.PARTS / name[0]
+        self._folder = target.parent / SHARDS / name[0]
         part, of, first_copy = place_in(mesh)
         self._contents: dict[Path, Any] = {}
-        large = [key for key in parts.KINDS if key in checkpoint]
+        large = [key for key in shard_files.KINDS if key in checkpoint]
         if first_copy:
             for key in large:
-                file = parts.part_file(self._folder, key, part, of)
+                file = shard_files.part_file(self._folder, key, part, of)
                 self._contents[file] = own_parts(checkpoint[key])
         if self._leads:
             index = checkpoint | {key: outlined_parts(checkpoint[key]) for key in large}
-            index[parts.PARTS] = {"folder": name[0], "parts": of}
+            index[SHARDS] = {"folder": name[0], "parts": of}
             checkpoints.save(index, self._folder / _INDEX)
         self._error: Exception | None = None
         self._thread = Thread(target=self._write)
@@ -101,4 +104,4 @@ class PartWriting:
             sync_folder(folder)
         os.replace(self._folder / _INDEX, self._target)
         sync_folder(self._target.parent)
-        parts.sweep(self._target.parent)
+        shard_files.sweep(self._target.parent)

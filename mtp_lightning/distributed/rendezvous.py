@@ -1,14 +1,14 @@
 """The processes that prepare one run together: what the first decides, all of them do.
 
-They come into being in one of three ways:
+They are started in one of three ways:
 
 - torchrun, or srun with a task a device: all of them run the program from its first line;
 - one process a machine, by hand (``MASTER_ADDR``, ``MASTER_PORT``, ``NODE_RANK``);
-- a machine's other processes are started by Lightning when its first one has prepared: these are
-  told in their environment what was decided.
+- Lightning starts a machine's other processes when its first one has prepared; their environment
+  tells them what was decided.
 
-They talk through a key-value store, since there is no process group yet: whether a run goes on is
-known before there is a model, and the corpus is packed before there is either.
+They talk through a key-value store, because there is no process group yet: whether a run continues
+is decided before the model is built, and the corpus is packed before both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
@@ -28,10 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from omegaconf import DictConfig
 
-from mtp_lightning.errors import UserError
-from mtp_lightning.experiment.lost_peers import (
+from mtp_lightning.distributed.liveness import (
     PATIENCE,
     SILENCE,
     Pulse,
@@ -39,19 +37,19 @@ from mtp_lightning.experiment.lost_peers import (
     looking_after_children,
     telling_of_lost_peers,
 )
+from mtp_lightning.errors import UserError
+from mtp_lightning.processes import TOLD, Peers
 from mtp_lightning.settings import require_whole
 from mtp_lightning.system import STARTER, end_with_starter
 
 log = logging.getLogger(__name__)
 
-# What a process was told that Lightning has started.
-_TOLD = "MTP_LIGHTNING_TOLD"
 _POLL_SECONDS = 0.05
 # A network disk may show a new file some seconds late.
 _SHOWN_SECONDS = 10.0
 
 
-class Peers:
+class Rendezvous(Peers):
     """This process and the others, before training.
 
     Args:
@@ -59,7 +57,7 @@ class Peers:
         size: how many those are.
         local_rank: of this process on its machine.
         node: the machine's number.
-        store: through which they talk; None alone.
+        store: through which they talk; None if there is one process.
     """
 
     def __init__(
@@ -74,28 +72,24 @@ class Peers:
         self.rank, self.size = rank, size
         self.local_rank, self.node = local_rank, node
         self._store = store
-        # By the process that has started this one.
-        self._told: dict[str, Any] = json.loads(os.environ.get(_TOLD, "{}"))
+        # What the process that has started this one has decided.
+        self._told: dict[str, Any] = json.loads(os.environ.get(TOLD, "{}"))
+        self.leads = rank == 0 and not self._told
         self._decided: dict[str, Any] = {}
-        # Of each key, how often it was used: a process may train several runs in turn.
+        # How often each key was used: a process may train several runs in turn.
         self._uses: Counter[str] = Counter()
         self.pulse: Pulse | None = None
 
-    @property
-    def leads(self) -> bool:
-        """Whether this is the first process of all; one that Lightning has started is not."""
-        return self.rank == 0 and not self._told
-
     def told(self, key: str, decide: Callable[[], Any]) -> Any:
-        """What the first process decides, the same in all of them and, inside of
-        :meth:`handing_on`, in those that Lightning starts; plain enough for JSON.
+        """What the first process decides, the same in all of them and, inside
+        :meth:`handing_on`, in those that Lightning starts.
 
         Args:
             key: of the decision.
-            decide: called in the first process alone.
+            decide: called in the first process alone; gives what JSON can hold.
 
         Raises:
-            UserError: the first process could not.
+            UserError: the first process could not decide.
         """
         if key in self._told:
             return self._told[key]
@@ -111,12 +105,13 @@ class Peers:
 
     @contextmanager
     def handing_on(self, folder: Path) -> Iterator[None]:
-        """Processes that are started inside are told what was decided so far, and all meet.
+        """A block inside which Lightning starts processes, which are told what was decided so far,
+        and in which all of them connect.
 
         Args:
             folder: of the run.
         """
-        os.environ[_TOLD] = json.dumps({**self._told, **self._decided})
+        os.environ[TOLD] = json.dumps({**self._told, **self._decided})
         os.environ[STARTER] = str(os.getpid())
         if self.pulse is not None:
             self.pulse.waits_in = folder
@@ -124,15 +119,16 @@ class Peers:
             with looking_after_children(folder):
                 yield
         finally:
-            del os.environ[_TOLD], os.environ[STARTER]
+            del os.environ[TOLD], os.environ[STARTER]
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         """A block that the first process goes through before the others: what it leaves on the
-        disk, they find. On disks that are a machine's own, each machine's first process is next.
+        disk, they find. Each machine's first process goes next, because a disk may be a machine's
+        own.
 
         Raises:
-            UserError: a process that goes before could not.
+            UserError: a process that goes before failed.
         """
         done = self._place("done")
         if self.rank > 0:
@@ -148,7 +144,7 @@ class Peers:
         """Make sure that all processes see the same run folder.
 
         Raises:
-            UserError: one does not; in all of them.
+            UserError: one does not; all of them raise it.
         """
         if self._store is None:
             return
@@ -179,8 +175,48 @@ class Peers:
                 )
 
     @contextmanager
+    def watched(self, folder: Path) -> Iterator[None]:
+        """See :func:`~mtp_lightning.distributed.liveness.telling_of_lost_peers`."""
+        with telling_of_lost_peers(folder):
+            yield
+
+    def check(self, trainer: Mapping[str, Any]) -> None:
+        """Compare the processes that were started with those that the config asks for.
+
+        Args:
+            trainer: the group ``trainer``.
+
+        Raises:
+            UserError: they are not as many, or there is no way to reach the other machines.
+        """
+        devices = _whole(trainer["devices"])
+        nodes = require_whole("trainer.num_nodes", trainer["num_nodes"], least=1)
+        ranks = _of_all()
+        if ranks is not None and ranks[1] > 1 or dist.is_torchelastic_launched():
+            started = ranks[1] if ranks is not None else 1
+            here = _whole(os.environ.get("LOCAL_WORLD_SIZE"))
+            if devices is not None and (
+                started != devices * nodes or (here is not None and here != devices)
+            ):
+                on_this = "" if here is None else f", {here} of them on this machine"
+                raise UserError(
+                    f"{started} processes were started{on_this}, and trainer.devices={devices} "
+                    f"with trainer.num_nodes={nodes} asks for {devices * nodes}: set "
+                    "trainer.devices to the processes of a machine, trainer.num_nodes to the "
+                    "machines, and trainer.strategy=ddp or fsdp."
+                )
+        elif nodes > 1 and not (_by_hand() or TOLD in os.environ or "LOCAL_RANK" in os.environ):
+            raise UserError(
+                f"trainer.num_nodes={nodes}, and nothing says where the other machines are: start "
+                "it by torchrun or srun, or on every machine with MASTER_ADDR, MASTER_PORT and "
+                "NODE_RANK in the environment (docs/scale.md)."
+            )
+        if self.size == 0:  # one process a machine: only the config says how many
+            self.size = nodes
+
+    @contextmanager
     def _failing_for_all(self) -> Iterator[None]:
-        """Tell the others of an error, which they would wait for in vain."""
+        """Tell the others of an error, or they would wait for this process for ever."""
         try:
             yield
         except BaseException as error:
@@ -194,10 +230,10 @@ class Peers:
     def _set(self, key: str, value: str) -> None:
         if self._store is not None:
             with telling_of_lost_peers():
-                self._store.set(key, f"{value} ")  # a store may take nothing for no value
+                self._store.set(key, f"{value} ")  # to a store, an empty value may be none
 
     def _get(self, key: str) -> str:
-        """What was set, once it is; asked for again and again, so that signals are heard."""
+        """A value, once it is set. It is polled, so that signals are handled meanwhile."""
         assert self._store is not None
         with telling_of_lost_peers():
             while not self._store.check([key]):
@@ -214,27 +250,26 @@ class Peers:
         return self._store.get(key).decode()[:-1]
 
 
-def find_peers() -> Peers:
-    """The processes that the environment tells of, connected.
+def find_peers() -> Rendezvous:
+    """The processes that the environment names, connected.
 
     Raises:
         UserError: one that this one cannot do without has gone, or has not come.
     """
-    if _TOLD in os.environ:
+    if TOLD in os.environ:
         if not end_with_starter():
             raise gone_peer("the one that started this one")
-    else:
-        if (ranks := _of_all()) is not None and ranks[1] > 1:
+    elif (ranks := _of_all()) is not None:
+        if ranks[1] > 1:
             return _connected(*ranks)
-        if ranks is None and _by_hand():
-            # One a machine; how many machines, the config says.
-            node = int(os.environ["NODE_RANK"])
-            return _connected(node, 0, 0, node)
-    return Peers()
+    elif _by_hand():  # one process a machine
+        node = int(os.environ["NODE_RANK"])
+        return _connected(node, 0, 0, node)
+    return Rendezvous()
 
 
 @cache
-def _connected(rank: int, size: int, local_rank: int, node: int) -> Peers:
+def _connected(rank: int, size: int, local_rank: int, node: int) -> Rendezvous:
     env = os.environ
     agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = _main_address()
@@ -247,22 +282,22 @@ def _connected(rank: int, size: int, local_rank: int, node: int) -> Peers:
         is_master=hosts,
         timeout=timedelta(minutes=1),
         wait_for_workers=False,
-        # The process group's own store will stand at the same port.
+        # The process group's own store will use the same port.
         multi_tenant=True,
     )
     start = f"{env.get('TORCHELASTIC_RUN_ID')}/{env.get('TORCHELASTIC_RESTART_COUNT')}"
     store = dist.PrefixStore(f"mtp-lightning/{start}", tcp)
-    peers = Peers(rank, size, local_rank=local_rank, node=node, store=store)
+    peers = Rendezvous(rank, size, local_rank=local_rank, node=node, store=store)
     peers.pulse = Pulse(store, rank, lambda: peers.size, log.warning)
     peers.pulse.start()
     return peers
 
 
 def _reach(host: str, port: int) -> None:
-    """Wait for the first process, which may come late.
+    """Wait for the first process, which may start late.
 
     Raises:
-        UserError: it does not come.
+        UserError: it does not start.
     """
     began, told = time.monotonic(), False
     while True:
@@ -281,42 +316,6 @@ def _reach(host: str, port: int) -> None:
                     *(host, port, SILENCE, PATIENCE / 60),
                 )
         time.sleep(0.2)
-
-
-def check_world(trainer: DictConfig, peers: Peers) -> None:
-    """Compare the processes that were started with those that the config asks for.
-
-    Args:
-        trainer: the group ``trainer``.
-        peers: these processes; their number is completed where only the config has it.
-
-    Raises:
-        UserError: they are not as many, or there is no way to reach the other machines.
-    """
-    devices = _whole(trainer.devices)
-    nodes = require_whole("trainer.num_nodes", trainer.num_nodes, least=1)
-    ranks = _of_all()
-    if ranks is not None and ranks[1] > 1 or dist.is_torchelastic_launched():
-        started = ranks[1] if ranks is not None else 1
-        here = _whole(os.environ.get("LOCAL_WORLD_SIZE"))
-        if devices is not None and (
-            started != devices * nodes or (here is not None and here != devices)
-        ):
-            on_this = "" if here is None else f", {here} of them on this machine"
-            raise UserError(
-                f"{started} processes were started{on_this}, and trainer.devices={devices} with "
-                f"trainer.num_nodes={nodes} asks for {devices * nodes}: set trainer.devices to the "
-                "processes of a machine, trainer.num_nodes to the machines, and "
-                "trainer.strategy=ddp or fsdp."
-            )
-    elif nodes > 1 and not (_by_hand() or _TOLD in os.environ or "LOCAL_RANK" in os.environ):
-        raise UserError(
-            f"trainer.num_nodes={nodes}, and nothing says where the other machines are: start it "
-            "by torchrun or srun, or on every machine with MASTER_ADDR, MASTER_PORT and NODE_RANK "
-            "in the environment (docs/scale.md)."
-        )
-    if peers.size == 0:
-        peers.size = nodes
 
 
 def _whole(value: Any) -> int | None:

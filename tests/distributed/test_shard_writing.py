@@ -13,9 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from mtp_lightning.experiment.part_writing import PartWriting
+from mtp_lightning.distributed.shard_writing import ShardWriting
+from mtp_lightning.distributed.sharding import build_mesh
 from mtp_lightning.run import checkpoints
-from mtp_lightning.sharding import build_mesh
 
 WEIGHT = torch.arange(15.0).reshape(5, 3)
 
@@ -69,7 +69,7 @@ def test_training_goes_on_and_the_file_is_of_the_moment(
     tmp_path: Path, mesh: Any, held_up: threading.Event
 ) -> None:
     target, content = tmp_path / "last.ckpt", state(mesh)
-    writing = PartWriting(content, target, mesh, dist.group.WORLD)
+    writing = ShardWriting(content, target, mesh, dist.group.WORLD)
     assert not writing.ended(wait=False) and not target.exists()
     with torch.no_grad():  # the next steps
         content["state_dict"]["weight"].mul_(0)
@@ -87,7 +87,7 @@ def test_a_save_replaces_the_one_before(tmp_path: Path, mesh: Any) -> None:
     target = tmp_path / "last.ckpt"
     (tmp_path / "parts" / "00000001-half").mkdir(parents=True)  # that a kill has left
     for _ in range(3):
-        assert PartWriting(state(mesh), target, mesh, dist.group.WORLD).ended(wait=True)
+        assert ShardWriting(state(mesh), target, mesh, dist.group.WORLD).ended(wait=True)
     assert len(list((tmp_path / "parts").iterdir())) == 1
     assert_held(target)
 
@@ -97,7 +97,7 @@ def _one_fails(rank: int, folder: str) -> None:
     store = dist.FileStore(str(place / "store"), 2)
     dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
     mesh, target = build_mesh("cpu", 2, None), place / "last.ckpt"
-    assert PartWriting(state(mesh), target, mesh, dist.group.WORLD).ended(wait=True)
+    assert ShardWriting(state(mesh), target, mesh, dist.group.WORLD).ended(wait=True)
     own = state(mesh)["state_dict"]["weight"]
     assert isinstance(own, DTensor) and len(own.to_local()) == (3 if rank == 0 else 2)
     before = target.read_bytes()
@@ -110,7 +110,7 @@ def _one_fails(rank: int, folder: str) -> None:
 
     checkpoints.save = full
     with pytest.raises(OSError, match="the disk is full" if rank == 1 else "Another process"):
-        PartWriting(state(mesh), target, mesh, dist.group.WORLD).ended(wait=True)
+        ShardWriting(state(mesh), target, mesh, dist.group.WORLD).ended(wait=True)
     dist.barrier()
     assert target.read_bytes() == before
     dist.destroy_process_group()

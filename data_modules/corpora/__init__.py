@@ -1,0 +1,20 @@
+"""Corpora of others: sources that need a package or another program's installation.
+
+This folder comes off. ``data_modules.sources`` hands these classes out under its own name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mtp_lightning.parts import on_demand
+
+if TYPE_CHECKING:
+    from data_modules.corpora.huggingface import HuggingFaceSource
+    from data_modules.corpora.literature import LiteratureSource
+    from data_modules.corpora.packages import PackagesSource
+    from data_modules.corpora.shakespeare import ShakespeareSource
+
+__all__ = ["HuggingFaceSource", "LiteratureSource", "PackagesSource", "ShakespeareSource"]
+
+__getattr__ = on_demand(__name__)

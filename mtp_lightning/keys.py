@@ -1,0 +1,224 @@
+"""What a key takes: the comments of ``conf/``, read as rules.
+
+A comment names a kind (``int``, ``float``, ``number``, ``bool``), a range (``int >= 1``, ``float in
+[0, 1)``) or words (``min | max``). Keys that no file sets are named there as ``+KEY=``, and a
+file's first lines name the package that it needs (``needs datasets: pip install -e '.[hf]'``).
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mtp_lightning.explained import Option, groups
+from mtp_lightning.settings import (
+    require,
+    require_bool,
+    require_choice,
+    require_number,
+    require_whole,
+)
+
+# Groups whose files set what other files explain, or are Hydra's.
+_ELSEWHERE = ("experiment", "debug", "sweeps", "hydra")
+_OWN = ("mtp_lightning.", "data_modules.")
+_NUMBER = r"(-?\d+(?:\.\d+)?)"
+_KIND = re.compile(r"(?:^|[;(])\s*(int|float|number|bool|true \| false)\b(.*)", re.DOTALL)
+_INTERVAL = re.compile(rf" in ([\[(]){_NUMBER}, {_NUMBER}([\])])")
+_SPAN = re.compile(rf" (?:in |between )?{_NUMBER} (?:to|and|\.\.) {_NUMBER}")
+_BOUND = re.compile(rf" (>=|>) {_NUMBER}")
+_NEEDS = re.compile(r"needs (\w+): pip install -e '\.\[(\w+)\]'")
+_NAMED = re.compile(r"\+([\w.]+)=")
+
+
+@dataclass
+class Said:
+    """What ``conf/`` says of the keys of a class, or of a node without one.
+
+    Attributes:
+        keys: each with its comment.
+        named: further keys that may be added.
+        open: whether further keys go to code of others.
+        needs: (the option, the package, the extra) of a class that needs a package.
+    """
+
+    keys: dict[str, str] = field(default_factory=dict)
+    named: set[str] = field(default_factory=set)
+    open: bool = False
+    needs: tuple[str, str, str] | None = None
+
+    @property
+    def names(self) -> set[str]:
+        """All keys that are known."""
+        return {*self.keys, *self.named}
+
+
+def of_class(target: str) -> Said | None:
+    """What is said of the keys of a class; None of one that ``conf/`` does not build."""
+    return _said()[0].get(target)
+
+
+def of_node(path: str, app: str) -> Said:
+    """What is said of the keys of a node without a class.
+
+    Args:
+        path: where it stands in the config; empty for the root.
+        app: the file of conf/ that the config begins with.
+    """
+    by_path = _said()[1]
+    found = by_path.get(f"{app}:{path}") or by_path.get(path, Said())
+    if path == "trainer":
+        return Said(found.keys, found.named | _trainer_arguments(), found.open, found.needs)
+    return found
+
+
+@cache
+def _said() -> tuple[dict[str, Said], dict[str, Said]]:
+    """By class and, without one, by place: ``trainer``, ``evaluate:decode``."""
+    by_target: dict[str, Said] = {}
+    by_path: dict[str, Said] = {}
+    for group, options in groups().items():
+        if group.partition("/")[0] in _ELSEWHERE:
+            continue
+        files = {option.name: option for option in options}
+        for option in options:
+            for part in reversed(_included(option, files)):
+                for key, says in _rules(part):
+                    owner, _, name = key.rpartition(".")
+                    target = _target(option, owner, files) or _target(part, owner, files)
+                    path = ".".join(filter(None, [group.replace("/", "."), owner]))
+                    path = path if group else f"{option.name}:{owner}"
+                    home, at = (by_target, target) if target else (by_path, path)
+                    said = home.setdefault(at, Said())
+                    if says is None:
+                        said.named.add(name)
+                    else:
+                        said.keys[name] = says
+                    if target:
+                        said.open |= not target.startswith(_OWN) or "More keys" in part.says
+                    needs = _NEEDS.search(part.says)
+                    if needs is not None and name == "_target_":  # the file's own class
+                        said.needs = (f"{group}={option.name}", needs[1], needs[2])
+    return by_target, by_path
+
+
+def _rules(option: Option) -> Iterator[tuple[str, str | None]]:
+    """A file's keys, each with its comment; None for one that is named in a comment alone."""
+    for path in _classes(option.content, ""):
+        yield from ((name, None) for name in (f"{path}_target_", path.removesuffix(".")) if name)
+    for entry in option.content.get("defaults", []):  # groups within this one
+        yield from ((str(name), None) for name in (entry if isinstance(entry, dict) else ()))
+    prefix = f"{option.group.replace('/', '.')}."
+    for text in (option.says, *(key.says for key in option.keys)):
+        yield from ((key.removeprefix(prefix), None) for key in _NAMED.findall(text))
+    yield from ((key.name, key.says) for key in option.keys)
+
+
+def _classes(node: Any, path: str) -> Iterator[str]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path
+        for key, value in node.items():
+            yield from _classes(value, f"{path}{key}.")
+
+
+def _included(option: Option, files: Mapping[str, Option]) -> list[Option]:
+    """A file and those of its group that it includes, the including one first."""
+    found = [option]
+    for name in option.content.get("defaults", []):
+        if isinstance(name, str) and name in files and name != option.name:
+            found += _included(files[name], files)
+    return found
+
+
+def _target(option: Option, owner: str, files: Mapping[str, Option]) -> str | None:
+    for part in _included(option, files):
+        node: Any = part.content
+        for key in filter(None, owner.split(".")):
+            node = node.get(key) if isinstance(node, dict) else None
+        if isinstance(node, dict) and "_target_" in node:
+            return str(node["_target_"])
+    return None
+
+
+@cache
+def _trainer_arguments() -> frozenset[str]:
+    """What ``lightning.pytorch.Trainer`` takes, by its source: importing it takes seconds."""
+    spec = importlib.util.find_spec("lightning")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        tree = ast.parse(Path(folder, "pytorch", "trainer", "trainer.py").read_text("utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                return frozenset(a.arg for a in (*node.args.args, *node.args.kwonlyargs)[1:])
+    return frozenset()
+
+
+def require_taken(name: str, value: Any, says: str) -> None:
+    """Refuse a value that a key's comment does not have.
+
+    Args:
+        name: of the key, with dots.
+        value: that it has.
+        says: its comment.
+
+    Raises:
+        UserError: with what the key takes.
+    """
+    if isinstance(value, str) and "${" in value:
+        return
+    words = re.findall(r"[\w.-]+", says)
+    if (value is None and "null" in words) or (isinstance(value, str) and value in words):
+        return
+    if fixed := re.match(r"always (\d+) here", says):
+        require(value == int(fixed[1]), name, value, f"{fixed[1]} with this option")
+    found = _KIND.search(says)
+    if found is None:
+        choices = _choices(says)
+        if choices and isinstance(value, str):
+            require_choice(name, value, choices)
+        return
+    kind, rest = found.groups()
+    if isinstance(value, list) and re.search(r"\blist\b|floats", says):
+        return
+    if kind in ("bool", "true | false"):
+        require_bool(name, value)
+    elif kind == "int" and (bound := _BOUND.match(rest)):
+        require_whole(name, value, least=int(bound[2]) + (bound[1] == ">"))
+    elif kind == "int":
+        require_number(name, require_whole(name, value), **_bounds(rest))
+    else:
+        require_number(name, value, **_bounds(rest))
+
+
+def _bounds(rest: str) -> dict[str, float]:
+    if found := _INTERVAL.match(rest):
+        low = "least" if found[1] == "[" else "above"
+        return {low: _value(found[2]), "most" if found[4] == "]" else "below": _value(found[3])}
+    if found := _SPAN.match(rest):
+        return {"least": _value(found[1]), "most": _value(found[2])}
+    if found := _BOUND.match(rest):
+        return {"least" if found[1] == ">=" else "above": _value(found[2])}
+    return {}
+
+
+def _value(text: str) -> float:
+    return float(text) if "." in text else int(text)
+
+
+def _choices(says: str) -> list[str]:
+    """The words of ``fraction (of the run) | steps | tokens``; none where others are taken, too."""
+    if found := re.search(r"\((\w+(?:\|\w+)+)", says):
+        return found[1].split("|")
+    while (bare := re.sub(r"\([^()]*\)", "", says)) != says:
+        says = bare
+    parts = [re.findall(r"[\w.-]+", part) for part in says.split("|")]
+    if len(parts) == 1 or not all(parts):
+        return []
+    words = [parts[0][-1], *(part[0] for part in parts[1:])]
+    return [] if {"a", "an"} & set(words) else words

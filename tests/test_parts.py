@@ -1,0 +1,168 @@
+"""The parts that come off: taken out one by one and all at once, the core works without them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mtp_lightning import parts
+from mtp_lightning.errors import UserError
+from mtp_lightning.parts import PARTS
+from tests.integration.helpers import ROOT, environment
+from tests.test_structure import imports, sources, takes
+
+PACKAGES = ("mtp_lightning", "data_modules", "sweeps", "hydra_plugins")
+HERE = [name for name in PARTS if parts.is_there(name)]
+
+# In a copy of the tree; the installed one is hidden.
+ALONE = """
+import importlib, json, os, runpy, sys
+def enter(root):
+    hidden = lambda finder: str(getattr(finder, "__module__", "")).startswith("__editable")
+    sys.meta_path = [finder for finder in sys.meta_path if not hidden(finder)]
+    sys.path = [root, *(p for p in sys.path if os.path.realpath(p) != ROOT)]
+""".replace("ROOT", repr(str(ROOT)))
+ENTER = f"{ALONE}root, *sys.argv = sys.argv[1:]\nenter(root)\n"
+RUN = f"{ENTER}runpy.run_path(sys.argv[0], run_name='__main__')"
+# Imports the modules of each copy in a fork of a process that has the libraries already; a package
+# of others may be missing.
+IMPORT = f"""{ALONE}
+import hydra, lightning.pytorch, numpy, tokenizers, torch, torchmetrics
+for root, names in json.load(sys.stdin).items():
+    sys.stderr.flush()
+    if (child := os.fork()) == 0:
+        enter(root)
+        for name in names:
+            try:
+                found = importlib.import_module(name)
+            except ImportError as error:
+                if (error.name or "").split(".")[0] in {PACKAGES!r}:
+                    raise
+                continue
+            assert (found.__file__ or root).startswith(root), found.__file__
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"in {{root}}")
+"""
+
+
+def without(folder: Path, *taken: str) -> Path:
+    """A copy of the tree without some parts."""
+    for name in (*PACKAGES, "conf"):  # compiled files, too, which keeps this short
+        shutil.copytree(ROOT / name, folder / name)
+    for name in ("train.py", "generate.py"):
+        shutil.copy(ROOT / name, folder / name)
+    for part in taken:
+        path = folder.joinpath(*PARTS[part].module.split("."))
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.with_suffix(".py").unlink()
+    return folder
+
+
+def start(
+    program: str, root: Path, *arguments: str, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        input=stdin,
+        text=True,
+        cwd=root,
+        env=environment(),
+        timeout=600,
+    )
+
+
+def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A program of a copy."""
+    return start(RUN, root, str(root), *arguments)
+
+
+def modules(*taken: str) -> list[str]:
+    """All that is to be imported without some parts, and without those that use them."""
+    gone = {*taken, *(name for name, part in PARTS.items() if set(part.uses) & set(taken))}
+    homes = [PARTS[name].module for name in gone]
+    found = []
+    for file in sources(*PACKAGES):
+        name = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        if not takes(name, *homes) and not name.endswith("__main__"):
+            found.append(name)
+    return found
+
+
+def test_every_module_imports_without_each_part_and_without_all(tmp_path: Path) -> None:
+    taken = {**{part: (part,) for part in HERE}, "all": tuple(HERE)}
+    todo = {str(without(tmp_path / name, *gone)): modules(*gone) for name, gone in taken.items()}
+    done = start(IMPORT, tmp_path, stdin=json.dumps(todo))
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_core_trains_and_writes_without_any_part(tmp_path: Path) -> None:
+    root, folder = without(tmp_path / "tree", *HERE), tmp_path / "run"
+    (tmp_path / "text").write_text("a line of text, and another one\n" * 3000)
+    small = ("data=text", f"data.paths={tmp_path / 'text'}", "tokenizer=byte", "model=pico")
+    cache = f"paths.cache_dir={tmp_path / 'cache'}"
+    done = run(root, "train.py", "debug=fast", *small, f"run_dir={folder}", cache)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "summary.json").read_text())["step"] == 20
+    done = run(root, "generate.py", f"checkpoint={folder}", "prompt=a line", "max_new_tokens=8")
+    assert done.returncode == 0 and done.stdout.startswith("a line"), done.stderr
+    for asked, module in (
+        ("trainer.strategy=fsdp", "mtp_lightning/distributed"),
+        ("data=packages", "data_modules/corpora"),
+        ("data=tokens", "data_modules/token_files"),
+    ):
+        done = run(root, "train.py", asked, f"run_dir={tmp_path / 'other'}")
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith("error: ") and f"needs {module} (" in done.stderr
+
+
+@pytest.mark.parametrize("file", sources(*PACKAGES))
+def test_only_one_file_of_the_core_names_a_part(file: str) -> None:
+    name = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+    own = {part for part, found in PARTS.items() if takes(name, found.module)}
+    if name == "mtp_lightning.parts":
+        return
+    allowed = {*own, *(use for part in own for use in PARTS[part].uses)}
+    for part in PARTS.keys() - allowed:
+        for imported in imports(file):
+            assert not takes(imported, PARTS[part].module), f"{part} is named by {file}"
+
+
+def test_a_part_that_is_not_there_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "is_there", lambda name: False)
+    with pytest.raises(UserError, match="trainer.strategy=fsdp needs mtp_lightning/distributed"):
+        parts.need("distributed", "trainer.strategy=fsdp")
+    assert parts.absent("sweeps.report.__main__") == "report"
+    assert parts.absent("mtp_lightning.mtp.none.NoMTPConfig") is None
+
+
+CORE = [f"tests/{n}" for n in ("nn", "mtp", "objective", "decoding", "run", "data_modules")]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", HERE)
+def test_the_cores_tests_pass_without_a_part(part: str, tmp_path: Path) -> None:
+    root = without(tmp_path, part)
+    shutil.copytree(ROOT / "tests", root / "tests")
+    shutil.copy(ROOT / "pyproject.toml", root / "pyproject.toml")
+    program = f"{ENTER}import pytest; sys.exit(pytest.main(sys.argv))"
+    skipped = [f"--deselect={file}" for file in _of_part(part)]
+    done = start(program, root, str(root), "-n", "2", "-x", *CORE, *skipped)
+    assert done.returncode == 0, done.stdout
+
+
+def _of_part(part: str) -> list[str]:
+    """Test files that import a part."""
+    return [
+        file
+        for file in sources("tests")
+        if any(takes(name, PARTS[part].module) for name in imports(file))
+    ]
