@@ -276,9 +276,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     cases: dict[str, tuple[MTPModel, list[list[int]]]] = {}
     for path in args.checkpoint:
         from mtp_lightning.experiment.evaluating import validation_data
-        from mtp_lightning.run.loading import load_run
+        from mtp_lightning.opening import open_model
 
-        run = load_run(path)
+        run = open_model(path)
         held_out = validation_data(run).held_out_prompts(**sizes)
         cases[str(path)] = run.model, [prompt.tolist() for prompt in held_out]
     if not cases:

@@ -18,10 +18,9 @@ from mtp_lightning.decoding.measure import rates
 from mtp_lightning.decoding.pieces import Pieces
 from mtp_lightning.decoding.precision import check_precision, use_precision
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop.reading import open_run
 from mtp_lightning.model import MTPModel
+from mtp_lightning.opening import OpenedModel, open_model
 from mtp_lightning.places import require_prompts
-from mtp_lightning.run.loading import LoadedRun
 from mtp_lightning.runtime import pick_accelerator, set_threads
 from mtp_lightning.settings import require_bool
 
@@ -93,7 +92,7 @@ def job_line(generations: Sequence[Generation], seconds: float) -> str:
     return f"{told}, {per_step:.2f} a verify pass" if per_step > 1 else told
 
 
-def open_for(cfg: Any) -> LoadedRun:
+def open_for(cfg: Any) -> OpenedModel:
     """The model of ``conf/generate.yaml``, on its device.
 
     Raises:
@@ -103,13 +102,13 @@ def open_for(cfg: Any) -> LoadedRun:
     check_precision(cfg.precision, compile=cfg.compile)
     set_threads(cfg.num_threads)
     device = pick_accelerator(cfg.accelerator)
-    run = open_run(cfg.checkpoint, device=device, allow=cfg.allow)
+    run = open_model(cfg.checkpoint, device=device, allow=cfg.allow)
     use_precision(run.model, cfg.precision)
     return run
 
 
 def continue_prompts(
-    cfg: Any, run: LoadedRun, prompts: Sequence[str], *, on_tokens: OnTokens | None = None
+    cfg: Any, run: OpenedModel, prompts: Sequence[str], *, on_tokens: OnTokens | None = None
 ) -> list[Generation]:
     """What a model makes of prompts by ``conf/generate.yaml``.
 

@@ -39,15 +39,16 @@ from mtp_lightning.experiment.peers import Peers, check_world, find_peers
 from mtp_lightning.experiment.run_loggers import end_loggers
 from mtp_lightning.experiment.strategy import ShardedStrategy
 from mtp_lightning.experiment.trunk_states import keep_states
-from mtp_lightning.init_from import Start, brought_trunk, read_start, start_from
+from mtp_lightning.init_from import start_from
 from mtp_lightning.model import ModelConfig
 from mtp_lightning.module import MTPModule
+from mtp_lightning.opening import StoredModel, read_model
 from mtp_lightning.run import checkpoints, parts
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.config import WITHOUT_BEARING, describe_differences, flatten, read_yaml
 from mtp_lightning.run.folder import claimed
 from mtp_lightning.run.layout import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
-from mtp_lightning.run.loading import describe_interrupt, model_weights
+from mtp_lightning.run.loading import brought_trunk, describe_interrupt, model_weights
 from mtp_lightning.run.metrics import read_metrics
 from mtp_lightning.run.solved import time_to_solve
 from mtp_lightning.run.summary import environment, print_paths, print_summary
@@ -112,11 +113,11 @@ def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Prepar
     stored = None if resume_from is None else checkpoints.load(resume_from, mapped=True)
     if stored is not None:
         cfg = recall_data(cfg, stored.get("config", {}))
-    start: Start | None = None
+    start: StoredModel | None = None
     tokenizer_state, brings_trunk = None, False
     if cfg.init_from is not None:
         if stored is None:
-            start = read_start(cfg.init_from, allow=trusted_packages(cfg))
+            start = read_model(cfg.init_from, allow=trusted_packages(cfg))
             tokenizer_state, brings_trunk = start.tokenizer_state, start.brings_trunk
             if brings_trunk:
                 cfg = adopt_trunk(cfg, start.config.trunk, source=start.path)

@@ -10,7 +10,7 @@ from typing import Any
 
 from mtp_lightning.decoding.request import Request
 from mtp_lightning.decoding.sampling import Sampling
-from mtp_lightning.run.loading import LoadedRun
+from mtp_lightning.opening import OpenedModel
 from mtp_lightning.serving import fields as of
 from mtp_lightning.serving.chat import ChatTemplate
 from mtp_lightning.serving.refusal import Refusal
@@ -60,7 +60,7 @@ class Reader:
     """
 
     def __init__(
-        self, run: LoadedRun, *, name: str, max_tokens: int, max_prompt: int, room: int | None
+        self, run: OpenedModel, *, name: str, max_tokens: int, max_prompt: int, room: int | None
     ) -> None:
         self.name = name
         self.template = ChatTemplate.of(run.tokenizer_state)

@@ -15,7 +15,7 @@ import uvicorn
 
 from mtp_lightning.decoding.drafting import Drafting
 from mtp_lightning.decoding.engine import Engine
-from mtp_lightning.run.loading import LoadedRun
+from mtp_lightning.opening import OpenedModel
 from mtp_lightning.serving.app import Endpoint
 from mtp_lightning.serving.asked import Reader
 from mtp_lightning.serving.guard import Connection
@@ -41,7 +41,7 @@ class Server(uvicorn.Server):
         UserError: an option out of range, a model that cannot do what is asked.
     """
 
-    def __init__(self, cfg: Any, run: LoadedRun, *, name: str) -> None:
+    def __init__(self, cfg: Any, run: OpenedModel, *, name: str) -> None:
         self.signum: int | None = None
         self._grace = float(cfg.grace)
         refuses = cfg.long == "refuse"
