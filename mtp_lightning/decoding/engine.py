@@ -1,6 +1,6 @@
 """A batch whose rows come and go: what ``generate`` and a server are loops over.
 
-    with Engine(model, places=8, tokenizer=tokenizer, max_context=256) as engine:
+    with Engine(model, DecodingOptions(batch_size=8), tokenizer=tokenizer) as engine:
         rows = engine.add([Request(prompt=[1, 2], max_new_tokens=20)])
         while engine.rows:
             for row in engine.step():
@@ -17,12 +17,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 from mtp_lightning.decoding.adaptive import AutoDepth
 from mtp_lightning.decoding.compiled import CompiledSession
-from mtp_lightning.decoding.drafting import Drafting
-from mtp_lightning.decoding.request import Request
+from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.row import Row
 from mtp_lightning.decoding.session import Session, decoding_passes
 from mtp_lightning.decoding.single_cache import SingleCacheSession
@@ -31,7 +30,7 @@ from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.decoding.tree_speculative import TreeDecoder
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.settings import is_whole, require_choice, require_whole
+from mtp_lightning.settings import is_whole
 
 
 class Engine:
@@ -43,53 +42,31 @@ class Engine:
 
     Args:
         model: any variant that decodes token by token, on its device.
-        places: most rows at a time.
-        drafting: how rounds draft; the default is with all of the model's depths.
+        options: how texts are drafted, and how many together; those of single texts are the
+            requests' own.
         tokenizer: with ``decode(ids)`` and ``eot_id``, for texts and stop strings.
-        max_context: most tokens the model may read at once: the ``seq_len`` it was trained on.
-        long: what happens beyond: ``"refuse"`` raises, ``"slide"`` goes on from the last half
-            of the context, read anew.
-        capacity: tokens a row to make room for at once; it grows where a request needs more.
 
     Raises:
-        UserError: an option out of range, a model that cannot do what is asked.
+        UserError: a model that cannot do what is asked.
     """
 
     def __init__(
-        self,
-        model: MTPModel,
-        *,
-        places: int,
-        drafting: Drafting | None = None,
-        tokenizer: Any = None,
-        max_context: int | None = None,
-        long: Literal["refuse", "slide"] = "refuse",
-        capacity: int = 0,
+        self, model: MTPModel, options: DecodingOptions | None = None, *, tokenizer: Any = None
     ) -> None:
         if model.config.mtp.answers_at_once:
             raise UserError(
                 f"a model of mtp={model.config.mtp.variant} says a task's answers all at once and "
                 "not token by token: ask it by evaluate.py."
             )
-        require_choice("long", long, ("refuse", "slide"))
-        if max_context is not None:
-            require_whole("max_context", max_context, least=1)
-        self.places = require_whole("places", places, least=1)
-        self.drafting = Drafting() if drafting is None else drafting
-        if self.drafting.compile and places != 1:
-            raise UserError(
-                f"compile=true decodes one prompt at a time: set batch_size=1, not {places}."
-            )
-        self.max_draft = self.drafting.max_draft(model)
+        self.options = options = DecodingOptions() if options is None else options
+        self.places = options.places
+        self.max_draft = options.max_draft(model)
         self.tokenizer = tokenizer
-        self.max_context = max_context
-        self._slides = long == "slide"
         self._model = model
         self._rows: list[Row] = []
-        self._capacity = capacity
         self._decoder: Decoder | None = None
         self._auto = None
-        if self.drafting.auto and self.max_draft:
+        if options.auto and self.max_draft:
             self._auto = AutoDepth(self.max_draft, self.max_draft / model.config.trunk.n_layers)
         self._inside = ExitStack()
 
@@ -137,10 +114,11 @@ class Engine:
             raise UserError(f"stop={list(request.stop)} needs a tokenizer: pass tokenizer=.")
         # The last new token is never read.
         total = len(ids) + request.max_new_tokens - 1
-        if self.max_context is not None and not self._slides and total > self.max_context:
+        limit = self.options.max_context
+        if limit is not None and self.options.long == "refuse" and total > limit:
             raise UserError(
                 f"{name} has {len(ids)} tokens and {request.max_new_tokens} new ones are "
-                f"asked for: {total} to read, but the model was trained on {self.max_context}. "
+                f"asked for: {total} to read, but the model was trained on {limit}. "
                 "Shorten the prompt, lower max_new_tokens, or set long=slide."
             )
 
@@ -167,7 +145,7 @@ class Engine:
             self.check(request)
         if not requests:
             return []
-        limit = self.max_context
+        limit = self.options.max_context
         windows = [list(request.prompt) for request in requests]
         if limit is not None:
             # Only long="slide" lets a longer prompt pass.
@@ -200,10 +178,8 @@ class Engine:
         assert self._decoder is not None
         self._slide(self._decoder.session)
         outcome = self._round(self._decoder)
-        for i, row in enumerate(rows):
-            row.take_round(
-                outcome.tokens[i], outcome.accepted[i], outcome.reached[i], outcome.logits_BTV[i]
-            )
+        for row, step, logits_TV in zip(rows, outcome.steps, outcome.logits_BTV, strict=True):
+            row.take(step, logits_TV)
         self._let_go()
         return rows
 
@@ -222,27 +198,27 @@ class Engine:
         if self._decoder is not None:
             self._decoder.session.reserve(tokens)
             return self._decoder
-        self._decoder = self._new_decoder(max(tokens, self._capacity))
+        self._decoder = self._new_decoder(tokens)
         return self._decoder
 
     def _new_decoder(self, capacity: int) -> Decoder:
-        drafting, room = self.drafting, {"places": self.places, "capacity": capacity}
-        room |= {} if drafting.draft_vocab is None else {"draft_vocab": drafting.draft_vocab}
-        if drafting.tree is not None:
-            trees = TreeSession(self._model, **room, tree=drafting.tree)
+        options, room = self.options, {"places": self.places, "capacity": capacity}
+        room |= {} if options.draft_vocab is None else {"draft_vocab": options.draft_vocab}
+        if options.tree is not None:
+            trees = TreeSession(self._model, **room, tree=options.tree)
             return TreeDecoder(trees, places=self.places)
-        kind: type[Session] = SingleCacheSession if drafting.cache == "single" else Session
-        if drafting.compile:
+        kind: type[Session] = SingleCacheSession if options.cache == "single" else Session
+        if options.compile:
             kind = CompiledSession
         return Decoder(
             kind(self._model, **room, max_draft=self.max_draft),
             places=self.places,
             max_draft=self.max_draft,
-            min_confidence=drafting.min_confidence,
+            min_confidence=options.min_confidence,
         )
 
     def _slide(self, session: Session) -> None:
-        limit = self.max_context
+        limit = self.options.max_context
         if limit is None:
             return
         for i, n in enumerate(session.n):
@@ -251,7 +227,7 @@ class Engine:
 
     def _round(self, decoder: Decoder) -> Round:
         caps = [row.remaining - 1 for row in self._rows]
-        limit = self.max_context
+        limit = self.options.max_context
         if limit is not None:
             lengths = decoder.session.n
             caps = [min(cap, limit - n - 1) for cap, n in zip(caps, lengths, strict=True)]
@@ -260,12 +236,12 @@ class Engine:
             self.max_draft if auto is None else auto.depth(len(self._rows), decoder.session.behind)
         )
         # A compiled pass has one width; what is drafted beyond a cap is not judged.
-        n_drafts = wanted if self.drafting.compile else min(wanted, max(caps))
+        n_drafts = wanted if self.options.compile else min(wanted, max(caps))
         start = time.perf_counter()
         outcome = decoder.round(n_drafts, caps)
         if auto is not None and n_drafts == wanted:
             seconds, reached_by = time.perf_counter() - start, outcome.reached
-            if self.drafting.min_confidence:  # a draft that was not believed in is one that failed
+            if self.options.min_confidence:  # a draft that was not believed in is one that failed
                 reached_by = [
                     min(a + 1, n_drafts, cap) for a, cap in zip(outcome.accepted, caps, strict=True)
                 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+Mark = TypeVar("Mark")
 
 
 class Pieces:
@@ -24,16 +26,16 @@ class Pieces:
         self._window: list[int] = []
         self._out = 0
 
-    def add(self, token_ids: Sequence[int], accepted: Sequence[bool]) -> Iterator[tuple[str, bool]]:
-        """The text that is whole now, in pieces, and whether each was an accepted draft."""
-        for token, draft in zip(token_ids, accepted, strict=True):
+    def add(self, token_ids: Sequence[int], marks: Sequence[Mark]) -> Iterator[tuple[str, Mark]]:
+        """The text that is whole now, in pieces, each with the mark of its last token."""
+        for token, mark in zip(token_ids, marks, strict=True):
             if token == self._eot_id:
                 continue
             self._window.append(token)
             text = self._decode(self._window)
             whole = len(text.rstrip("\ufffd"))  # what is behind may be part of a character
             if whole > self._out:
-                yield text[self._out : whole], draft
+                yield text[self._out : whole], mark
                 self._out = whole
             if whole == len(text):
                 self._window = [token]

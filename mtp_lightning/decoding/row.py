@@ -6,13 +6,16 @@ Shapes: T tokens of a round, V vocabulary.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.request import Request
+from mtp_lightning.decoding.options import Request
+from mtp_lightning.decoding.speculative import Step
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,35 @@ class LogProb:
 
 
 @dataclass(frozen=True)
+class Rejected:
+    """A draft that did not become part of the text.
+
+    Attributes:
+        at: which token of the text the trunk chose itself in that pass, from 0; it may lie after
+            the text's end.
+        depth: of the draft, from 1.
+        token: its id.
+    """
+
+    at: int
+    depth: int
+    token: int
+
+
+@dataclass(frozen=True)
 class Fresh:
     """Tokens that a row has got and that nobody has been shown.
 
     Attributes:
         token_ids: their ids.
         accepted_mask: which of them were drafts.
+        rejected: for each of them, the drafts that were rejected there.
         logprobs: one a token if the request asked for them, else empty.
     """
 
     token_ids: list[int]
     accepted_mask: list[bool]
+    rejected: list[list[Rejected]]
     logprobs: list[LogProb]
 
 
@@ -65,6 +86,9 @@ class Generation:
         drafts_reached: the denominators.
         accepted_mask: which of ``token_ids`` were drafts.
         logprobs: one a token if the request asked for them, else None.
+        drafts: how many were made, accepted or not; every candidate of a tree counts. Drafts beyond
+            ``max_new_tokens`` are left out.
+        rejected: those that were not accepted.
     """
 
     token_ids: list[int]
@@ -80,6 +104,8 @@ class Generation:
     drafts_reached: list[int]
     accepted_mask: list[bool]
     logprobs: list[LogProb] | None = None
+    drafts: int = 0
+    rejected: list[Rejected] = field(default_factory=list)
 
 
 class Row:
@@ -101,6 +127,7 @@ class Row:
         self.token_ids: list[int] = []
         self.accepted_mask: list[bool] = []
         self.logprobs: list[LogProb] = []
+        self.rejected: list[Rejected] = []
         self.finish_reason: str | None = None
         own = request.eot_id
         self.eot_id = getattr(tokenizer, "eot_id", None) if own is None else own
@@ -111,6 +138,7 @@ class Row:
         self._text: str | None = None
         self._passes = 0
         self._emitted = 0
+        self._drafted = 0
         self._accepted = [0] * max_draft
         self._reached = [0] * max_draft
         # A token is a byte at least, so this many hold every stop string.
@@ -121,24 +149,24 @@ class Row:
         """Tokens still wanted."""
         return self.request.max_new_tokens - len(self.token_ids)
 
-    def take_round(self, tokens: list[int], accepted: int, reached: int, logits_TV: Tensor) -> None:
-        """Take and count one verify pass, as far as the text goes: what was drafted behind its end
+    def take(self, step: Step, logits_TV: Tensor) -> None:
+        """Take and count one verify pass, as far as the text goes: what was drafted after its end
         was judged, but is no part of it.
 
         Args:
-            tokens: the accepted drafts and the trunk's own token.
-            accepted: how many drafts.
-            reached: how many were judged.
+            step: what the pass brought.
             logits_TV: the trunk's, at least one row a token.
         """
         before = len(self.token_ids)
-        self.extend(tokens, accepted, logits_TV)
+        self.extend(step.tokens, step.accepted, logits_TV)
         kept = len(self.token_ids) - before
         self._passes += 1
         self._emitted += kept
-        for j in range(min(reached, kept)):
+        self._drafted += step.accepted + len(step.rejected)
+        self.rejected += [Rejected(before + step.accepted, *draft) for draft in step.rejected]
+        for j in range(min(step.reached, kept)):
             self._reached[j] += 1
-            self._accepted[j] += j < accepted
+            self._accepted[j] += j < step.accepted
 
     def extend(self, tokens: list[int], accepted: int, logits_TV: Tensor) -> None:
         """Take a round's tokens, the first ``accepted`` of them drafts, as far as the end."""
@@ -182,8 +210,15 @@ class Row:
         is held back, and a stop string is never handed out."""
         start, end = self._shown, max(self._shown, self._known_end())
         self._shown = end
+        rejected: list[list[Rejected]] = [[] for _ in range(start, end)]
+        for draft in self.rejected[bisect_left(self.rejected, start, key=attrgetter("at")) :]:
+            if draft.at < end:
+                rejected[draft.at - start].append(draft)
         return Fresh(
-            self.token_ids[start:end], self.accepted_mask[start:end], self.logprobs[start:end]
+            self.token_ids[start:end],
+            self.accepted_mask[start:end],
+            rejected,
+            self.logprobs[start:end],
         )
 
     def _known_end(self) -> int:
@@ -222,6 +257,8 @@ class Row:
             drafts_reached=self._reached,
             accepted_mask=self.accepted_mask,
             logprobs=self.logprobs if self.request.logprobs is not None else None,
+            drafts=self._drafted,
+            rejected=self.rejected,
         )
 
 

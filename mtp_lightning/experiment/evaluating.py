@@ -17,6 +17,7 @@ from mtp_lightning.callbacks.exact_match import answer_all
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
 from mtp_lightning.decoding.held_out import prompts_that_fit
 from mtp_lightning.decoding.measure import decoding_report
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.precision import check_precision, use_precision
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.command_line import overridden
@@ -234,9 +235,6 @@ def evaluate_decoding(
     except UserError as error:  # the teacher-forced metrics are there all the same
         log.warning("Nothing was decoded: %s.", error)
         return {"not_decoded": str(error)}
-    drafting = {
-        key: settings[key] for key in ("draft_depth", "draft_vocab", "min_confidence", "cache")
-    }
-    drafting["tokenizer"] = data.tokenizer
-    report = decoding_report(model, prompts, new_tokens=new_tokens, **drafting)
+    options = DecodingOptions.from_config(settings, max_new_tokens=new_tokens)
+    report = decoding_report(model, prompts, options, tokenizer=data.tokenizer)
     return {f"decode/{name}": value for name, value in report.items()}

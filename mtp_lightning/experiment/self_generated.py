@@ -273,7 +273,7 @@ class SelfGenerated(TokenDataModule):
                 seed=seed,
                 eot_id=eot,
                 batch_size=self.decode_batch_size,
-                on_tokens=lambda _, tokens, __: progress.add(len(tokens)),
+                on_tokens=lambda _, fresh: progress.add(len(fresh.token_ids)),
             )
         finally:
             progress.close()

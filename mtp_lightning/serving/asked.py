@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mtp_lightning.decoding.request import Request
-from mtp_lightning.decoding.sampling import Sampling
+from mtp_lightning.decoding.options import Request
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.serving import fields as of
 from mtp_lightning.serving.chat import ChatTemplate
@@ -92,7 +91,7 @@ class Reader:
             request = Request(
                 prompt=prompt,
                 max_new_tokens=self._new_tokens(fields, len(prompt), chat=chat),
-                sampling=_sampling(fields),
+                **_sampling(fields),
                 seed=_seed(fields),
                 stop=of.stops(fields),
                 logprobs=_chat_logprobs(fields) if chat else _logprobs(fields),
@@ -197,12 +196,12 @@ def _part(given: Any) -> str:
     return of.text(given.get("text"), "text")
 
 
-def _sampling(fields: Mapping[str, Any]) -> Sampling:
-    return Sampling(
-        temperature=of.number(fields, "temperature", least=0, most=100, default=1),
-        top_k=of.whole(fields, "top_k", least=1, most=2**31),
-        top_p=of.number(fields, "top_p", least=0, most=1, default=1),
-    )
+def _sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "temperature": of.number(fields, "temperature", least=0, most=100, default=1),
+        "top_k": of.whole(fields, "top_k", least=1, most=2**31),
+        "top_p": of.number(fields, "top_p", least=0, most=1, default=1),
+    }
 
 
 def _seed(fields: Mapping[str, Any]) -> int:

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from mtp_lightning.decoding.options import Request
 from mtp_lightning.decoding.pieces import Pieces
-from mtp_lightning.decoding.request import Request
 from mtp_lightning.decoding.row import Generation, LogProb
 from mtp_lightning.serving.refusal import Refusal
 

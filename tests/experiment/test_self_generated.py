@@ -17,6 +17,7 @@ from data_modules.splitting import DocumentSplit
 from data_modules.token_store import TokenStore
 from data_modules.tokenizers import ByteTokenizer
 from data_modules.windows import WindowBatch
+from mtp_lightning.decoding.row import Fresh
 from mtp_lightning.experiment import self_generated
 from mtp_lightning.experiment.evaluating import evaluate
 from mtp_lightning.experiment.self_generated import SelfGenerated, trunk_digest
@@ -147,7 +148,7 @@ def test_an_interruption_leaves_no_half_store(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*args: Any, **options: Any) -> None:
-        options["on_tokens"](0, [1, 2], [False, False])
+        options["on_tokens"](0, Fresh([1, 2], [False, False], [[], []], []))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

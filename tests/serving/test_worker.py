@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mtp_lightning.decoding.engine import Engine
+from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.decoding.pieces import Pieces
-from mtp_lightning.decoding.request import Request
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.serving.job import Job
 from mtp_lightning.serving.refusal import Refusal
@@ -33,7 +33,8 @@ def worker_of(run: OpenedModel) -> Any:
     from mtp_lightning.serving.meters import Meters
     from mtp_lightning.serving.worker import Worker
 
-    engine = Engine(run.model, places=2, tokenizer=run.tokenizer, max_context=run.seq_len)
+    options = DecodingOptions(batch_size=2, max_context=run.seq_len)
+    engine = Engine(run.model, options, tokenizer=run.tokenizer)
     worker = Worker(engine, queue=9, meters=Meters(), on_failure=lambda: None)
     worker.start()
     return worker
