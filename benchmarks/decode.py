@@ -31,8 +31,9 @@ import torch
 from benchmarks import common
 from benchmarks.decode_limits import against_transformers, memory_rate, of_wide_model
 from data_modules.windows import WindowBatch
-from mtp_lightning.decoding.measure import PassCosts, pass_costs, race, rates
+from mtp_lightning.decoding.measure import PassCosts, pass_costs, race
 from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig

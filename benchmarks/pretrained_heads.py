@@ -20,8 +20,8 @@ import torch
 
 from benchmarks.decode_limits import in_transformers
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.measure import pass_costs, rates, require_same_greedy
-from mtp_lightning.decoding.row import Generation
+from mtp_lightning.decoding.measure import pass_costs, require_same_greedy
+from mtp_lightning.decoding.sequence import Generation, rates
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.opening import open_model

@@ -98,6 +98,8 @@ class Registered:
         if not isinstance(variant, str):
             raise UserError(f"{cls.family} must name a variant, not {variant!r:.80}.")
         if variant not in cls._variants:
+            _import_siblings(cls.__module__, only=variant)  # where most are
+        if variant not in cls._variants:
             _import_siblings(cls.__module__)
         if variant not in cls._variants and module is not None:
             package = str(module).partition(".")[0]
@@ -123,9 +125,15 @@ def _place(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _import_siblings(module: str) -> None:
-    """Import the platform's own modules beside a family's base, which register what they define."""
+def _import_siblings(module: str, *, only: str | None = None) -> None:
+    """Import the platform's own modules beside a family's base, which register what they define.
+
+    Args:
+        module: the base's.
+        only: the name of one of them; None is all.
+    """
     name = module.rpartition(".")[0]
     package = importlib.import_module(name)
     for found in pkgutil.iter_modules(package.__path__, prefix=f"{name}."):
-        importlib.import_module(found.name)
+        if only in (None, found.name.rpartition(".")[2]):
+            importlib.import_module(found.name)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.options import Prompt
-from mtp_lightning.decoding.row import Generation
+from mtp_lightning.decoding.sequence import Generation
 from mtp_lightning.model import MTPModel
 from mtp_lightning.objective.through_head import log_probs_by_chunk
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Prompt
-from mtp_lightning.decoding.row import Fresh, Generation
+from mtp_lightning.decoding.sequence import Fresh, Generation
 from mtp_lightning.model import MTPModel
 
 OnTokens = Callable[[int, Fresh], None]
@@ -58,12 +58,12 @@ def generate(
         engine.check(request)
     done: dict[int, Generation] = {}
     with engine:
-        while waiting or engine.rows:
+        while waiting or engine.sequences:
             joined = engine.add([waiting.popleft() for _ in range(min(engine.free, len(waiting)))])
-            for row in (*joined, *engine.step()):
-                fresh = row.fresh()
+            for sequence in (*joined, *engine.step()):
+                fresh = sequence.fresh()
                 if on_tokens is not None and fresh.token_ids:
-                    on_tokens(row.request.index, fresh)
-                if row.finish_reason is not None:
-                    done[row.request.index] = row.generation()
+                    on_tokens(sequence.request.index, fresh)
+                if sequence.finish_reason is not None:
+                    done[sequence.request.index] = sequence.generation()
     return [done[index] for index in range(len(prompts))]

@@ -21,7 +21,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.compiled import CompiledSession
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.decoding.options import DecodingOptions, Prompt
-from mtp_lightning.decoding.row import Generation
+from mtp_lightning.decoding.sequence import Generation, rate_counts, rates
 from mtp_lightning.decoding.session import Session, decoding_passes
 from mtp_lightning.model import MTPModel
 
@@ -92,21 +92,6 @@ def race(
     return Race(outputs, seconds)
 
 
-def rates(generations: Sequence[Generation]) -> dict[str, float]:
-    """``acceptance_position_j`` and ``tokens_per_step`` of the loop, pooled over generations.
-
-    Acceptance is conditional: drafts accepted at position j / drafts that reached it. Tokens per
-    step are the tokens emitted by verify passes / verify passes, the model's own token included.
-    """
-    pairs = _counts(generations).items()
-    return {
-        # As loggers keep it.
-        name: float(np.float32(above_N.sum() / below_N.sum()))
-        for name, (above_N, below_N) in pairs
-        if below_N.sum()
-    }
-
-
 def intervals(
     generations: Sequence[Generation], *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, float]:
@@ -124,26 +109,13 @@ def intervals(
         return {}
     drawn_RN = np.random.default_rng(seed).integers(n, size=(resamples, n))
     values = {}
-    for name, (above_N, below_N) in _counts(generations).items():
+    for name, (above_N, below_N) in rate_counts(generations).items():
         above_R, below_R = above_N[drawn_RN].sum(1), below_N[drawn_RN].sum(1)
         there_R = below_R > 0
         if there_R.any():
             bounds = np.percentile(above_R[there_R] / below_R[there_R], (2.5, 97.5))
             values[f"{name}_low"], values[f"{name}_high"] = bounds.astype("float32").tolist()
     return values
-
-
-def _counts(generations: Sequence[Generation]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Numerators and denominators [N] of every rate, by prompt."""
-    accepted_ND = np.array([g.drafts_accepted for g in generations])
-    reached_ND = np.array([g.drafts_reached for g in generations])
-    counts = {
-        f"acceptance_position_{j + 1}": (accepted_ND[:, j], reached_ND[:, j])
-        for j in range(reached_ND.shape[1])
-    }
-    passes_N = np.array([g.verify_passes for g in generations])
-    emitted_N = np.array([round(g.tokens_per_step * g.verify_passes) for g in generations])
-    return counts | {"tokens_per_step": (emitted_N, passes_N)}
 
 
 def acceptance(

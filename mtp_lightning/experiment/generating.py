@@ -15,9 +15,9 @@ from mtp_lightning import literal
 from mtp_lightning.cli import printable
 from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding.generate import OnTokens
-from mtp_lightning.decoding.measure import rates
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.precision import check_precision, use_precision
+from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.text_stream import (
     Brackets,

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from typing import Any, TextIO
 
 from mtp_lightning.cli import printable
-from mtp_lightning.decoding.pieces import Pieces
-from mtp_lightning.decoding.row import Fresh, Generation
+from mtp_lightning.decoding.detokenizer import Detokenizer
+from mtp_lightning.decoding.sequence import Fresh, Generation
 
 
 class Marks(ABC):
@@ -76,7 +76,7 @@ class TextStream:
         self, tokenizer: Any, out: TextIO, prompt: str, *, terminal: bool, marks: Marks | None
     ) -> None:
         self._tokenizer = tokenizer
-        self._pieces = Pieces(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer)
         self.out = out
         self._prompt = prompt
         self._terminal = terminal
@@ -92,7 +92,7 @@ class TextStream:
                 for draft in fresh.rejected[i]:
                     self.write(self._marks.rejected(draft.depth, self._rejected(draft.token)))
             self._depth = self._depth + 1 if fresh.accepted_mask[i] else 0
-            for text, depth in self._pieces.add([token], [self._depth]):
+            for text, depth in self._detokenizer.add([token], [self._depth]):
                 self._length += len(text)
                 shown = self._shown(text)
                 marked = self._marks is not None and depth

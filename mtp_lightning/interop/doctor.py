@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.measure import rates
+from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.interop import config_reading, fp8, heads
 from mtp_lightning.interop.inventory import Module, take_inventory
 from mtp_lightning.interop.names import from_folder, mtp_prefix

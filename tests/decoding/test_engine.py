@@ -47,7 +47,7 @@ def requests_of(seed: int, n: int) -> list[Request]:
 def by_itself(model: Any, request: Request, **options: Any) -> list[int]:
     with Engine(model, DecodingOptions(batch_size=1, **options)) as engine:
         (row,) = engine.add([request])
-        while engine.rows:
+        while engine.sequences:
             engine.step()
     return row.token_ids
 
@@ -74,15 +74,15 @@ def test_rows_that_come_and_go_are_those_by_themselves(mtp, options):
     generator = torch.Generator().manual_seed(0)
     waiting, found, removed = deque(requests), {}, set()
     with Engine(model, DecodingOptions(batch_size=4, **options)) as engine:
-        while waiting or engine.rows:
+        while waiting or engine.sequences:
             wanted = int(torch.randint(0, 3, (1,), generator=generator))
             some = [waiting.popleft() for _ in range(min(wanted, len(waiting), engine.free))]
             rows = [*engine.add(some), *engine.step()]
             for row in rows:
                 if row.finish_reason is not None:
                     found[row.request.index] = row.token_ids
-            if engine.rows and torch.rand((), generator=generator) < 0.05:
-                engine.remove(engine.rows[0])
+            if engine.sequences and torch.rand((), generator=generator) < 0.05:
+                engine.remove(engine.sequences[0])
                 removed.add(len(waiting))
     assert removed and len(found) > 15
     for index, token_ids in found.items():
@@ -109,7 +109,7 @@ def test_a_place_is_taken_by_the_next_prompt():
     requests = [Request(prompt=[i], max_new_tokens=n, index=i) for i, n in enumerate(new)]
     waiting, rounds = deque(requests), []
     with Engine(model, DecodingOptions(batch_size=4, speculative=False)) as engine:
-        while waiting or engine.rows:
+        while waiting or engine.sequences:
             engine.add([waiting.popleft() for _ in range(min(engine.free, len(waiting)))])
             rounds.append((len(engine.step()), len(waiting)))
         storage = engine._decoder.session.trunk_cache._stored[0]
@@ -180,7 +180,7 @@ def test_room_is_made_for_longer_requests():
         for request in requests:  # each joins while the shorter ones go on
             rows += engine.add([request])
             engine.step()
-        while engine.rows:
+        while engine.sequences:
             engine.step()
     assert [row.token_ids for row in rows] == expected
 
@@ -196,7 +196,7 @@ def test_beliefs_of_neighbours_do_not_matter_to_samples():
     expected = [by_itself(model, request, **options) for request in requests]
     with Engine(model, DecodingOptions(batch_size=8, **options)) as engine:
         rows = engine.add(requests)
-        while engine.rows:
+        while engine.sequences:
             engine.step()
     assert [row.token_ids for row in rows] == expected
 
@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_refused():
             engine.add([request])
         engine.remove(row)
         assert engine.free == 1 and engine.step() == []
-        with pytest.raises(ValueError, match="the row of prompt 0 is not in this engine"):
+        with pytest.raises(ValueError, match="the sequence of prompt 0 is not in this engine"):
             engine.remove(row)
         for wrong, message in (
             (Request(prompt=[], max_new_tokens=1), "Prompt 0 is empty"),
@@ -242,7 +242,7 @@ def test_two_at_a_time_over_one_model(first_goes_first):
     engines = [Engine(model, DecodingOptions(batch_size=1)) for _ in range(2)]
 
     def goes_on(engine):
-        while engine.rows:
+        while engine.sequences:
             engine.step()
         engine.__exit__(None, None, None)
 

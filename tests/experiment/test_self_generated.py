@@ -17,7 +17,7 @@ from data_modules.splitting import DocumentSplit
 from data_modules.token_store import TokenStore
 from data_modules.tokenizers import ByteTokenizer
 from data_modules.windows import WindowBatch
-from mtp_lightning.decoding.row import Fresh
+from mtp_lightning.decoding.sequence import Fresh
 from mtp_lightning.experiment import self_generated
 from mtp_lightning.experiment.evaluating import evaluate
 from mtp_lightning.experiment.self_generated import SelfGenerated, trunk_digest

@@ -110,6 +110,9 @@ def test_whole_answers_and_their_log_probabilities(run: OpenedModel, served: Ser
     (choice,) = answer.choices
     assert choice.text == wanted.text and choice.finish_reason == "length"
     assert answer.usage.prompt_tokens == 9 and answer.usage.total_tokens == 39
+    drafts = answer.usage.completion_tokens_details
+    assert drafts.accepted_prediction_tokens == sum(wanted.accepted_mask)
+    assert drafts.rejected_prediction_tokens == wanted.drafts - sum(wanted.accepted_mask) > 0
     found = choice.logprobs
     assert found.token_logprobs == pytest.approx([p.logprob for p in wanted.logprobs])
     assert len(found.tokens) == 30 and all(len(top) == 3 for top in found.top_logprobs)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from mtp_lightning.decoding.detokenizer import Detokenizer
 from mtp_lightning.decoding.engine import Engine
 from mtp_lightning.decoding.options import DecodingOptions, Request
-from mtp_lightning.decoding.pieces import Pieces
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.serving.job import Job
 from mtp_lightning.serving.refusal import Refusal
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.extras
 
 async def heard(worker: Any, run: OpenedModel) -> str:
     """How the text of a job ended, or what it was refused with."""
-    job = Job(Request(prompt=[1, 2], max_new_tokens=6), Pieces(run.tokenizer))
+    job = Job(Request(prompt=[1, 2], max_new_tokens=6), Detokenizer(run.tokenizer))
     try:
         worker.submit(job)
         return [news async for news in job.news()][-1].done.finish_reason

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from mtp_lightning.decoding.speculative import Step
 
 @dataclass(frozen=True)
 class LogProb:
-    """How likely the trunk took a token for, before temperature, ``top_k`` and ``top_p``.
+    """A token's log-probability by the trunk, before temperature, ``top_k`` and ``top_p``.
 
     Attributes:
         token: its id.
@@ -51,7 +53,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Fresh:
-    """Tokens that a row has got and that nobody has been shown.
+    """Tokens that a sequence has got and that were not handed out yet.
 
     Attributes:
         token_ids: their ids.
@@ -80,8 +82,8 @@ class Generation:
         verify_passes: passes of the trunk after the prompt's.
         tokens_per_step: tokens emitted by verify passes / ``verify_passes``, the trunk's own token
             included: 1 in plain decoding. The first token is the prompt's pass's.
-        acceptance: by position, conditional: drafts accepted there / drafts that reached it, those
-            behind the text's end left out; None where none did.
+        acceptance: by position, conditional: drafts accepted there / drafts that reached it, but
+            for those after the text's end; None where none did.
         drafts_accepted: the numerators.
         drafts_reached: the denominators.
         accepted_mask: which of ``token_ids`` were drafts.
@@ -108,7 +110,35 @@ class Generation:
     rejected: list[Rejected] = field(default_factory=list)
 
 
-class Row:
+def rates(generations: Sequence[Generation]) -> dict[str, float]:
+    """``acceptance_position_j`` and ``tokens_per_step`` of the loop, pooled over generations.
+
+    Acceptance is conditional: drafts accepted at position j / drafts that reached it. Tokens per
+    step are the tokens emitted by verify passes / verify passes, the model's own token included.
+    """
+    pairs = rate_counts(generations).items()
+    return {
+        # As loggers keep it.
+        name: float(np.float32(above_N.sum() / below_N.sum()))
+        for name, (above_N, below_N) in pairs
+        if below_N.sum()
+    }
+
+
+def rate_counts(generations: Sequence[Generation]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Numerators and denominators [N] of every rate, by prompt."""
+    accepted_ND = np.array([g.drafts_accepted for g in generations])
+    reached_ND = np.array([g.drafts_reached for g in generations])
+    found = {
+        f"acceptance_position_{j + 1}": (accepted_ND[:, j], reached_ND[:, j])
+        for j in range(reached_ND.shape[1])
+    }
+    passes_N = np.array([g.verify_passes for g in generations])
+    emitted_N = np.array([round(g.tokens_per_step * g.verify_passes) for g in generations])
+    return found | {"tokens_per_step": (emitted_N, passes_N)}
+
+
+class TextSequence:
     """Collects one request's tokens and notices its end.
 
     Args:
@@ -117,9 +147,9 @@ class Row:
         tokenizer: with ``decode(ids)`` and ``eot_id``, or None.
 
     Attributes:
-        token_ids: what was emitted; the last of them may still turn out to be behind the text's
-            end, see :meth:`fresh`.
-        finish_reason: ``length``, ``eot`` or ``stop``; None while the row lives.
+        token_ids: what was emitted; the last of them may still turn out to lie after the
+            text's end, see :meth:`fresh`.
+        finish_reason: ``length``, ``eot`` or ``stop``; None until then.
     """
 
     def __init__(self, request: Request, max_draft: int, tokenizer: Any) -> None:
@@ -191,7 +221,7 @@ class Row:
         return self._tokenizer.decode(ids)
 
     def _look_for_stop(self, before: int) -> None:
-        """Cut the tokens behind the one that completes a stop string, if a new one does."""
+        """Cut the tokens after the one that completes a stop string, if a new one does."""
         stop = self.request.stop
         first = max(0, before - self._stop_bytes)
         if not any(s in self._decode(self.token_ids[first:]) for s in stop):
@@ -235,7 +265,7 @@ class Row:
         return end
 
     def generation(self) -> Generation:
-        """The result of a finished row."""
+        """The result of a finished sequence."""
         assert self.finish_reason is not None
         text = self._text
         if text is None and self._tokenizer is not None:
