@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import sysconfig
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -30,7 +31,9 @@ import torch
 from benchmarks import common
 from benchmarks.decode_limits import against_transformers, memory_rate, of_wide_model
 from data_modules.windows import WindowBatch
-from mtp_lightning.decoding.measure import PassCosts, pass_costs, race, rates
+from mtp_lightning.decoding.measure import PassCosts, pass_costs, race
+from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -109,11 +112,11 @@ def measure_trees(
     repeats: int,
 ) -> dict[str, Any]:
     """Trees of drafts against the chain, several prompts a place."""
-    ways = {"plain": {"speculative": False}, "chain": {}}
-    ways |= {str(tree): {"tree": tree} for tree in trees}
+    chain = DecodingOptions(max_new_tokens=new_tokens, batch_size=batch)
+    ways = {"plain": chain.plain(), "chain": chain}
+    ways |= {str(tree): replace(chain, tree=tree) for tree in trees}
     prompts = prompts[: batch * _PER_PLACE]
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "batch_size": batch}
-    run = race(model, prompts, ways, repeats=repeats, clock=common.clock, **options)
+    run = race(model, prompts, ways, repeats=repeats, clock=common.clock)
     texts = {name: [g.token_ids for g in outputs] for name, outputs in run.outputs.items()}
     return {
         "batch": batch,
@@ -142,14 +145,14 @@ def measure(
     prompts = prompts[: batch * _PER_PLACE] if batch > 1 else prompts[:1]
     if batch > 1 and not even:
         prompts = [prompt[: _uneven(len(prompt), i)] for i, prompt in enumerate(prompts)]
-    ways = {name: {**way, "batch_size": batch} for name, way in WAYS.items()}
-    if batch == 1 and compile:
-        ways |= COMPILED
+    options = DecodingOptions(max_new_tokens=new_tokens, batch_size=batch)
+    named = WAYS | (COMPILED if batch == 1 and compile else {})
+    ways = {name: replace(options, **way) for name, way in named.items()}
     began = time.perf_counter()
-    race(model, prompts, ways, max_new_tokens=min(new_tokens, 16))  # builds what is compiled
+    short = {name: replace(way, max_new_tokens=min(new_tokens, 16)) for name, way in ways.items()}
+    race(model, prompts, short)  # builds what is compiled
     built = time.perf_counter() - began
-    timed: dict[str, Any] = {"repeats": repeats, "clock": common.clock}
-    run = race(model, prompts, ways, max_new_tokens=new_tokens, **timed)
+    run = race(model, prompts, ways, repeats=repeats, clock=common.clock)
     texts = {name: [g.token_ids for g in outputs] for name, outputs in run.outputs.items()}
     loop = rates(run.outputs["speculative"])
     tokens_per_step = loop.pop("tokens_per_step")
@@ -185,14 +188,8 @@ def measure(
         result["compiled_over_eager"] = run.speedup("compiled_speculative", "speculative")
         result["seconds_to_compile"] = built
     if batch > 1:
-        alone = race(
-            model,
-            prompts[:batch],
-            WAYS,
-            clock=common.clock,
-            max_new_tokens=new_tokens,
-            batch_size=1,
-        )
+        one = {name: replace(way, batch_size=1) for name, way in ways.items()}
+        alone = race(model, prompts[:batch], one, clock=common.clock)
         result["against_single"] = {
             name: _PER_PLACE * sum(alone.seconds[name]) / median(run.seconds[name]) for name in WAYS
         }
@@ -276,9 +273,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     cases: dict[str, tuple[MTPModel, list[list[int]]]] = {}
     for path in args.checkpoint:
         from mtp_lightning.experiment.evaluating import validation_data
-        from mtp_lightning.run.loading import load_run
+        from mtp_lightning.opening import open_model
 
-        run = load_run(path)
+        run = open_model(path)
         held_out = validation_data(run).held_out_prompts(**sizes)
         cases[str(path)] = run.model, [prompt.tolist() for prompt in held_out]
     if not cases:

@@ -20,11 +20,11 @@ import torch
 
 from benchmarks.decode_limits import in_transformers
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.measure import pass_costs, rates, require_same_greedy
-from mtp_lightning.decoding.row import Generation
-from mtp_lightning.interop.reading import open_run
+from mtp_lightning.decoding.measure import pass_costs, require_same_greedy
+from mtp_lightning.decoding.sequence import Generation, rates
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
+from mtp_lightning.opening import open_model
 
 PROMPTS = {
     "code": [
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    run = open_run(args.run)
+    run = open_model(args.run)
     rows = measure(
         run.model,
         run.tokenizer,

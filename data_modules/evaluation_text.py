@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data_modules.sources.base import digest
+from data_modules.digests import digest
 from data_modules.token_store import TokenFile
 from data_modules.windows import WindowBatch
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from data_modules.sources.digests import content_digest
+from data_modules.digests import content_digest
 from mtp_lightning.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_modules.cache import build_once
+from data_modules.digests import digest
 from data_modules.encoding import PIECE, Encoded, batches, encode_batch
 from data_modules.overlap import LineOverlap
 from data_modules.seal import note
-from data_modules.sources.base import digest
 from data_modules.splitting import SPLITS, DocumentSplit
 from data_modules.token_store import FORMAT, PIECES, TokenStore, token_dtype
 from data_modules.tokenizers.base import Tokenizer

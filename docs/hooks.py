@@ -21,7 +21,7 @@ from mtp_lightning.explained import Option, groups  # noqa: E402
 # Modules that a user of the library, or somebody who extends it, imports from.
 DOORS = (
     "mtp_lightning.notebook",
-    "mtp_lightning.run.loading",
+    "mtp_lightning.opening",
     "mtp_lightning.decoding",
     "mtp_lightning.model",
     "mtp_lightning.mtp.base",

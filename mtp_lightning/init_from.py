@@ -1,52 +1,25 @@
 """Starting a new run from a trained one: its weights, and its tokenizer, but none of its progress.
 
-The start is another run, whose trunk must be the same one, or a folder in Hugging Face's layout,
-which brings its trunk's shape, too. The MTP stack may be another: a module that the start does not
-hold begins fresh, one that the model does not have is dropped, and both are said.
+The start is whatever :func:`~mtp_lightning.opening.read_model` reads: another run, whose trunk must
+be the same one, or a model from elsewhere, which brings its trunk's shape, too. The MTP stack may
+be another: a module that the start does not hold begins fresh, one that the model does not have is
+dropped, and both are said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop.reading import is_folder, read_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.opening import Stored, StoredModel, load_weights
 from mtp_lightning.run.config import describe_differences
-from mtp_lightning.run.loading import (
-    Stored,
-    load_weights,
-    model_config,
-    model_weights,
-    read_checkpoint,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """What a run starts from.
-
-    Attributes:
-        path: the checkpoint's file, or the folder.
-        config: of the model in it.
-        weights: by the model's own names; a folder's are unread.
-        tokenizer_state: plain data; None of a folder without a tokenizer.
-        brings_trunk: whether it is a folder of Hugging Face's layout, or a run that began with
-            one: its trunk then takes the place of the config's.
-    """
-
-    path: Path
-    config: ModelConfig
-    weights: Mapping[str, torch.Tensor | Stored]
-    tokenizer_state: dict[str, Any] | None
-    brings_trunk: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,44 +42,9 @@ class Inherited:
         return "; ".join(["trunk and head kept", *found])
 
 
-def read_start(path: str | Path, *, allow: Collection[str] = ()) -> Start:
-    """Read what a run is to start from.
-
-    Args:
-        path: a run folder (its best checkpoint), a .ckpt file, or a Hugging Face folder.
-        allow: packages whose variants it may ask for.
-
-    Raises:
-        FileNotFoundError: nothing there.
-        UserError: a damaged or foreign checkpoint, or a folder that cannot be imported.
-    """
-    if is_folder(path):
-        folder = read_folder(path, allow=allow)
-        return Start(
-            path=folder.path,
-            config=folder.config,
-            weights=folder.stored,
-            tokenizer_state=folder.tokenizer_state,
-            brings_trunk=True,
-        )
-    needs = ("model_config", "state_dict", "tokenizer")
-    file, checkpoint = read_checkpoint(path, needs=needs)
-    return Start(
-        path=file,
-        config=model_config(checkpoint, source=file, allow=allow),
-        weights=model_weights(checkpoint),
-        tokenizer_state=checkpoint["tokenizer"],
-        brings_trunk=brought_trunk(checkpoint),
-    )
-
-
-def brought_trunk(checkpoint: dict[str, Any]) -> bool:
-    """Whether the trunk of a checkpoint's run came from a folder: only such a one says in the
-    config how many rows it has; else the tokenizer decides."""
-    return "vocab_size" in checkpoint.get("config", {}).get("model", {})
-
-
-def start_from(model: MTPModel, start: Start, windows: WindowBatch | None = None) -> Inherited:
+def start_from(
+    model: MTPModel, start: StoredModel, windows: WindowBatch | None = None
+) -> Inherited:
     """Load the weights of ``start`` into a freshly initialised model.
 
     Args:

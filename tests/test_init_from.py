@@ -12,22 +12,23 @@ import pytest
 import torch
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.init_from import Start, start_from
+from mtp_lightning.init_from import start_from
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.opening import StoredModel
 from tests.integration import helpers
 from tests.losses import mtp_loss
 
 
-def start_of(trunk: TrunkConfig, **mtp: Any) -> Start:
+def start_of(trunk: TrunkConfig, **mtp: Any) -> StoredModel:
     """A checkpoint's content, of a model with other weights than a fresh one of seed 0."""
     variant = mtp.pop("variant", "sequential")
     config = ModelConfig(trunk=trunk, mtp=MTPConfig.find(variant)(**mtp))
     model = MTPModel(config)
     model.initialise(99)
-    return Start(
+    return StoredModel(
         path=Path("old.ckpt"), config=config, weights=model.state_dict(), tokenizer_state={}
     )
 
@@ -38,7 +39,7 @@ def fresh(trunk: TrunkConfig, variant: str = "sequential", **mtp: Any) -> MTPMod
     return model
 
 
-def origin(model: MTPModel, start: Start) -> dict[str, str]:
+def origin(model: MTPModel, start: StoredModel) -> dict[str, str]:
     """Where every module of the stack has its weights from."""
     new = MTPModel(model.config)
     new.initialise(0)
@@ -122,7 +123,7 @@ def test_what_does_not_fit_is_named(tiny_trunk: TrunkConfig) -> None:
             del weights[name]
         else:
             weights[name] = change
-        bad = Start(path=good.path, config=good.config, weights=weights, tokenizer_state={})
+        bad = StoredModel(path=good.path, config=good.config, weights=weights, tokenizer_state={})
         with pytest.raises(ValueError, match=message):
             start_from(model, bad)
     for name, tensor in model.state_dict().items():
@@ -263,7 +264,7 @@ def test_what_cannot_be_started_from(base: Path, tmp_path: Path) -> None:
     refuse({"mtp.freeze_trunk": "true", "mtp_lambda": 0}, ValueError, "nothing to train")
     foreign = tmp_path / "foreign.ckpt"
     torch.save({"state_dict": {}}, foreign)
-    refuse({"init_from": foreign}, ValueError, "has no model_config, tokenizer")
+    refuse({"init_from": foreign}, ValueError, "has no config, model_config, tokenizer")
 
 
 def test_the_checkpoints_own_bpe_tokenizer_is_used(base: Path) -> None:

@@ -82,7 +82,7 @@ def test_what_the_pages_do_with_a_run_in_python_runs(
     train_here(tmp_path / "runs" / "mine", tmp_path / "cache", {"data.seq_len": 96})
     monkeypatch.chdir(tmp_path)
     blocks = [b for page in _ALL for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
-    opened = [block for block in blocks if 'load_run("runs/mine")' in block]
+    opened = [block for block in blocks if 'open_model("runs/mine")' in block]
     assert len(opened) == 2  # of docs/recipes.md and docs/decoding.md
     for block in opened:
         capsys.readouterr()

@@ -34,6 +34,7 @@ RANK = {
     "nn": 0.5,
     **dict.fromkeys(["mtp", "optim"], 1),
     "model": 2,
+    "opening": 2.5,
     "objective": 3,
     **dict.fromkeys(["decoding", "metrics", "run"], 4),
     "cpu": 4.5,
@@ -161,11 +162,9 @@ def test_who_may_import_what(file: str) -> None:
             assert own or not file.startswith("data_modules/"), name
         if takes(name, "data_modules") and not file.startswith("data_modules/"):
             # The batch is all that models and data share. experiment/ brings the two together,
-            # run/loading.py hands out the tokenizer that is stored beside a run's weights, and
+            # opening.py hands out the tokenizer that is stored beside a model's weights, and
             # programs lie in the same cache folder as tokens.
-            stored = file == "mtp_lightning/run/loading.py" and takes(
-                name, "data_modules.tokenizers"
-            )
+            stored = file == "mtp_lightning/opening.py" and takes(name, "data_modules.tokenizers")
             kept = file == "mtp_lightning/decoding/programs.py" and takes(
                 name, "data_modules.cache"
             )
@@ -201,12 +200,6 @@ def test_nothing_imports_a_part(file: str) -> None:
     for part in PARTS:
         if not file.startswith(f"mtp_lightning/{part}/"):
             assert [n for n in imports(file) if takes(n, f"mtp_lightning.{part}")] == []
-
-
-def test_parts_are_those_that_are_loaded() -> None:
-    from mtp_lightning import parts
-
-    assert tuple(f"mtp_lightning.{part}" for part in PARTS) == parts.PARTS
 
 
 @pytest.mark.parametrize("file", sources("sweeps", "hydra_plugins"))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_modules.sources.digests import content_digest, digest
+from data_modules.digests import content_digest, digest
 from mtp_lightning.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_modules.sources.base import digest
+from data_modules.digests import digest
 from data_modules.tasks.measures import Measure, Training
 from mtp_lightning.settings import require_whole
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_modules.sources.base import digest
+from data_modules.digests import digest
 from data_modules.tasks.answers import AnswerSet
 from data_modules.tasks.base import Example, Task
 from data_modules.tasks.baselines import TRIED

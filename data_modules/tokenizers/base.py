@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_modules.sources.base import digest
+from data_modules.digests import digest
 from mtp_lightning.errors import UserError
 from mtp_lightning.stored import read_json
 

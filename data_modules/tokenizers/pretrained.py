@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data_modules.sources.base import digest
+from data_modules.digests import digest
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.tokenizers.bpe import _quiet_forks
 from data_modules.tokenizers.library import library_tokenizer

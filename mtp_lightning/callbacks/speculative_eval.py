@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import lightning.pytorch as pl
 
@@ -15,6 +14,7 @@ from mtp_lightning.decoding.measure import (
     race,
     require_same_greedy,
 )
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UserError
 from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.model import MTPModel
@@ -72,12 +72,12 @@ class SpeculativeEval(RunCallback):
                 log.warning("No decoding at validation: %s.", error)
             self._skipped = str(error)
             return
-        options: dict[str, Any] = {"tokenizer": data.tokenizer}
-        ways: dict[str, dict[str, Any]] = {"plain": {"speculative": False}}
+        options = DecodingOptions(max_new_tokens=new_tokens, batch_size=1)
+        ways = {"plain": options.plain()}
         if model.mtp.max_draft_depth != 0:
-            ways["drafted"] = {}
+            ways["drafted"] = options
         timed = prompts[:TIMED]
-        run = race(model, timed, ways, max_new_tokens=new_tokens, batch_size=1, **options)
+        run = race(model, timed, ways, tokenizer=data.tokenizer)
         plain = run.outputs["plain"]
         text = f"{data.tokenizer.decode(prompts[0].tolist())}|{plain[0].text}"
         for logger in trainer.loggers:
@@ -86,7 +86,7 @@ class SpeculativeEval(RunCallback):
         values: dict[str, float] = {}
         if "drafted" in ways:
             require_same_greedy(model, timed, plain, run.outputs["drafted"])
-            values, _ = acceptance(model, prompts, new_tokens=new_tokens, **options)
+            values, _ = acceptance(model, prompts, options, tokenizer=data.tokenizer)
             values["speedup"] = run.speedup("drafted")
         # As the model is used: with drafts if it has any.
         fastest = list(ways)[-1]

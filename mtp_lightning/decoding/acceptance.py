@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.decoding.generate import Prompt
-from mtp_lightning.decoding.row import Generation
+from mtp_lightning.decoding.options import Prompt
+from mtp_lightning.decoding.sequence import Generation
 from mtp_lightning.model import MTPModel
 from mtp_lightning.objective.through_head import log_probs_by_chunk
 

@@ -1,15 +1,15 @@
-"""A batch whose rows come and go: what ``generate`` and a server are loops over.
+"""A batch whose sequences come and go: ``generate`` and a server are loops over it.
 
-    with Engine(model, places=8, tokenizer=tokenizer, max_context=256) as engine:
-        rows = engine.add([Request(prompt=[1, 2], max_new_tokens=20)])
-        while engine.rows:
-            for row in engine.step():
-                print(row.request.index, row.fresh().token_ids, row.finish_reason)
+    with Engine(model, DecodingOptions(batch_size=8), tokenizer=tokenizer) as engine:
+        sequences = engine.add([Request(prompt=[1, 2], max_new_tokens=20)])
+        while engine.sequences:
+            for sequence in engine.step():
+                print(sequence.request.index, sequence.fresh().token_ids, sequence.finish_reason)
 
-A row's text depends on its own request alone, not on who else is there, who joins or leaves: greedy
-text is that of plain decoding token for token, and a sample is decided by ``seed`` and ``index``
-(unless ``draft_depth="auto"`` decides by the clock how much is drafted; the distribution is the
-trunk's in any case).
+A text depends on its own request alone, not on the sequences beside it: greedy text is that of
+plain decoding token for token, and a sample is decided by ``seed`` and ``index`` (unless
+``draft_depth="auto"`` decides by the clock how much is drafted; the distribution is the trunk's in
+any case).
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 from mtp_lightning.decoding.adaptive import AutoDepth
-from mtp_lightning.decoding.compiled import CompiledSession
-from mtp_lightning.decoding.drafting import Drafting
-from mtp_lightning.decoding.request import Request
-from mtp_lightning.decoding.row import Row
+from mtp_lightning.decoding.options import DecodingOptions, Request
+from mtp_lightning.decoding.sequence import TextSequence
 from mtp_lightning.decoding.session import Session, decoding_passes
 from mtp_lightning.decoding.single_cache import SingleCacheSession
 from mtp_lightning.decoding.speculative import Decoder, Round
@@ -31,7 +29,7 @@ from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.decoding.tree_speculative import TreeDecoder
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.settings import is_whole, require_choice, require_whole
+from mtp_lightning.settings import is_whole
 
 
 class Engine:
@@ -43,53 +41,31 @@ class Engine:
 
     Args:
         model: any variant that decodes token by token, on its device.
-        places: most rows at a time.
-        drafting: how rounds draft; the default is with all of the model's depths.
+        options: how texts are drafted, and how many together; those of single texts are the
+            requests' own.
         tokenizer: with ``decode(ids)`` and ``eot_id``, for texts and stop strings.
-        max_context: most tokens the model may read at once: the ``seq_len`` it was trained on.
-        long: what happens beyond: ``"refuse"`` raises, ``"slide"`` goes on from the last half
-            of the context, read anew.
-        capacity: tokens a row to make room for at once; it grows where a request needs more.
 
     Raises:
-        UserError: an option out of range, a model that cannot do what is asked.
+        UserError: a model that cannot do what is asked.
     """
 
     def __init__(
-        self,
-        model: MTPModel,
-        *,
-        places: int,
-        drafting: Drafting | None = None,
-        tokenizer: Any = None,
-        max_context: int | None = None,
-        long: Literal["refuse", "slide"] = "refuse",
-        capacity: int = 0,
+        self, model: MTPModel, options: DecodingOptions | None = None, *, tokenizer: Any = None
     ) -> None:
         if model.config.mtp.answers_at_once:
             raise UserError(
                 f"a model of mtp={model.config.mtp.variant} says a task's answers all at once and "
                 "not token by token: ask it by evaluate.py."
             )
-        require_choice("long", long, ("refuse", "slide"))
-        if max_context is not None:
-            require_whole("max_context", max_context, least=1)
-        self.places = require_whole("places", places, least=1)
-        self.drafting = Drafting() if drafting is None else drafting
-        if self.drafting.compile and places != 1:
-            raise UserError(
-                f"compile=true decodes one prompt at a time: set batch_size=1, not {places}."
-            )
-        self.max_draft = self.drafting.max_draft(model)
+        self.options = options = DecodingOptions() if options is None else options
+        self.places = options.places
+        self.max_draft = options.max_draft(model)
         self.tokenizer = tokenizer
-        self.max_context = max_context
-        self._slides = long == "slide"
         self._model = model
-        self._rows: list[Row] = []
-        self._capacity = capacity
+        self._sequences: list[TextSequence] = []
         self._decoder: Decoder | None = None
         self._auto = None
-        if self.drafting.auto and self.max_draft:
+        if options.auto and self.max_draft:
             self._auto = AutoDepth(self.max_draft, self.max_draft / model.config.trunk.n_layers)
         self._inside = ExitStack()
 
@@ -102,19 +78,19 @@ class Engine:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._rows.clear()
+        self._sequences.clear()
         self._decoder = None
         self._inside.close()
 
     @property
-    def rows(self) -> Sequence[Row]:
-        """The rows alive, in no order."""
-        return tuple(self._rows)
+    def sequences(self) -> Sequence[TextSequence]:
+        """The sequences alive, in no order."""
+        return tuple(self._sequences)
 
     @property
     def free(self) -> int:
-        """Places without a row."""
-        return self.places - len(self._rows)
+        """Places without a sequence."""
+        return self.places - len(self._sequences)
 
     def check(self, request: Request) -> None:
         """Refuse what :meth:`add` would.
@@ -137,23 +113,24 @@ class Engine:
             raise UserError(f"stop={list(request.stop)} needs a tokenizer: pass tokenizer=.")
         # The last new token is never read.
         total = len(ids) + request.max_new_tokens - 1
-        if self.max_context is not None and not self._slides and total > self.max_context:
+        limit = self.options.max_context
+        if limit is not None and self.options.long == "refuse" and total > limit:
             raise UserError(
                 f"{name} has {len(ids)} tokens and {request.max_new_tokens} new ones are "
-                f"asked for: {total} to read, but the model was trained on {self.max_context}. "
+                f"asked for: {total} to read, but the model was trained on {limit}. "
                 "Shorten the prompt, lower max_new_tokens, or set long=slide."
             )
 
-    def add(self, requests: Sequence[Request]) -> list[Row]:
-        """Read the prompts of new rows, in one pass, and choose their first tokens.
+    def add(self, requests: Sequence[Request]) -> list[TextSequence]:
+        """Read the prompts of new sequences, in one pass, and choose their first tokens.
 
-        A request whose first token is its last gives a finished row, which takes no place.
+        A request whose first token is its last gives a finished sequence, which takes no place.
 
         Args:
             requests: at most :attr:`free`.
 
         Returns:
-            One row a request, in order.
+            One a request, in order.
 
         Raises:
             UserError: too many requests, or what :meth:`check` says.
@@ -161,88 +138,94 @@ class Engine:
         if len(requests) > self.free:
             raise UserError(
                 f"{len(requests)} requests for {self.free} free places of {self.places}: wait "
-                "until a row has finished."
+                "until one has finished."
             )
         for request in requests:
             self.check(request)
         if not requests:
             return []
-        limit = self.max_context
+        limit = self.options.max_context
         windows = [list(request.prompt) for request in requests]
         if limit is not None:
             # Only long="slide" lets a longer prompt pass.
             windows = [w if len(w) <= limit else w[-_kept(limit) :] for w in windows]
         needed = [len(w) + r.max_new_tokens for w, r in zip(windows, requests, strict=True)]
         decoder = self._with_room(max(needed) if limit is None else min(max(needed), limit))
-        rows = [Row(request, self.max_draft, self.tokenizer) for request in requests]
+        sequences = [TextSequence(r, self.max_draft, self.tokenizer) for r in requests]
         start = time.perf_counter()
         tokens, logits_BV = decoder.join(
             windows, [r.sampling for r in requests], [(r.seed, r.index) for r in requests]
         )
         if self._auto is not None:
             self._auto.read(sum(map(len, windows)), time.perf_counter() - start)
-        self._rows += rows
-        for row, token, logits_V in zip(rows, tokens, logits_BV, strict=True):
-            row.extend([token], 0, logits_V.unsqueeze(0))
+        self._sequences += sequences
+        for sequence, token, logits_V in zip(sequences, tokens, logits_BV, strict=True):
+            sequence.extend([token], 0, logits_V.unsqueeze(0))
         self._let_go()
-        return rows
+        return sequences
 
-    def step(self) -> list[Row]:
-        """One round: draft, verify, accept, for every row.
+    def step(self) -> list[TextSequence]:
+        """One round: draft, verify, accept, for every sequence.
 
         Returns:
-            The rows that took part, each with at least one new token (:meth:`Row.fresh`). Those
-            with a ``finish_reason`` are done, and their places are free.
+            The sequences that took part, each with at least one new token
+            (:meth:`TextSequence.fresh`). Those with a ``finish_reason`` are done, and their places
+            are free.
         """
-        rows = list(self._rows)
-        if not rows:
+        sequences = list(self._sequences)
+        if not sequences:
             return []
         assert self._decoder is not None
         self._slide(self._decoder.session)
         outcome = self._round(self._decoder)
-        for i, row in enumerate(rows):
-            row.take_round(
-                outcome.tokens[i], outcome.accepted[i], outcome.reached[i], outcome.logits_BTV[i]
-            )
+        for sequence, step, logits_TV in zip(
+            sequences, outcome.steps, outcome.logits_BTV, strict=True
+        ):
+            sequence.take(step, logits_TV)
         self._let_go()
-        return rows
+        return sequences
 
-    def remove(self, row: Row) -> None:
-        """Forget a row before its end; nothing of it is computed any more.
+    def remove(self, sequence: TextSequence) -> None:
+        """Forget a sequence before its end; nothing of it is computed any more.
 
         Raises:
-            UserError: the row is not here, or no longer.
+            UserError: the sequence is not here, or no longer.
         """
-        if row not in self._rows:
-            raise UserError(f"the row of prompt {row.request.index} is not in this engine.")
-        self._drop(self._rows.index(row))
+        if sequence not in self._sequences:
+            raise UserError(
+                f"the sequence of prompt {sequence.request.index} is not in this engine."
+            )
+        self._drop(self._sequences.index(sequence))
 
     def _with_room(self, tokens: int) -> Decoder:
-        """The decoder, with room for rows of so many tokens."""
+        """The decoder, with room for sequences of so many tokens."""
         if self._decoder is not None:
             self._decoder.session.reserve(tokens)
             return self._decoder
-        self._decoder = self._new_decoder(max(tokens, self._capacity))
+        self._decoder = self._new_decoder(tokens)
         return self._decoder
 
     def _new_decoder(self, capacity: int) -> Decoder:
-        drafting, room = self.drafting, {"places": self.places, "capacity": capacity}
-        room |= {} if drafting.draft_vocab is None else {"draft_vocab": drafting.draft_vocab}
-        if drafting.tree is not None:
-            trees = TreeSession(self._model, **room, tree=drafting.tree)
+        options, room = self.options, {"places": self.places, "capacity": capacity}
+        room |= {} if options.draft_vocab is None else {"draft_vocab": options.draft_vocab}
+        if options.tree is not None:
+            trees = TreeSession(self._model, **room, tree=options.tree)
             return TreeDecoder(trees, places=self.places)
-        kind: type[Session] = SingleCacheSession if drafting.cache == "single" else Session
-        if drafting.compile:
+        kind: type[Session] = SingleCacheSession if options.cache == "single" else Session
+        if options.compile:
+            # Compilers are slow to load.
+            from mtp_lightning.decoding.compiled import CompiledSession
+
             kind = CompiledSession
         return Decoder(
             kind(self._model, **room, max_draft=self.max_draft),
             places=self.places,
             max_draft=self.max_draft,
-            min_confidence=drafting.min_confidence,
+            min_confidence=options.min_confidence,
         )
 
     def _slide(self, session: Session) -> None:
-        limit = self.max_context
+        limit = self.options.max_context
         if limit is None:
             return
         for i, n in enumerate(session.n):
@@ -250,22 +233,22 @@ class Engine:
                 session.slide(i, _kept(limit))
 
     def _round(self, decoder: Decoder) -> Round:
-        caps = [row.remaining - 1 for row in self._rows]
-        limit = self.max_context
+        caps = [sequence.remaining - 1 for sequence in self._sequences]
+        limit = self.options.max_context
         if limit is not None:
             lengths = decoder.session.n
             caps = [min(cap, limit - n - 1) for cap, n in zip(caps, lengths, strict=True)]
         auto = self._auto
-        wanted = (
-            self.max_draft if auto is None else auto.depth(len(self._rows), decoder.session.behind)
-        )
+        wanted = self.max_draft
+        if auto is not None:
+            wanted = auto.depth(len(self._sequences), decoder.session.behind)
         # A compiled pass has one width; what is drafted beyond a cap is not judged.
-        n_drafts = wanted if self.drafting.compile else min(wanted, max(caps))
+        n_drafts = wanted if self.options.compile else min(wanted, max(caps))
         start = time.perf_counter()
         outcome = decoder.round(n_drafts, caps)
         if auto is not None and n_drafts == wanted:
             seconds, reached_by = time.perf_counter() - start, outcome.reached
-            if self.drafting.min_confidence:  # a draft that was not believed in is one that failed
+            if self.options.min_confidence:  # a draft that was not believed in is one that failed
                 reached_by = [
                     min(a + 1, n_drafts, cap) for a, cap in zip(outcome.accepted, caps, strict=True)
                 ]
@@ -273,15 +256,15 @@ class Engine:
         return outcome
 
     def _let_go(self) -> None:
-        """Free the places of rows that are done."""
-        for i in range(len(self._rows) - 1, -1, -1):
-            if self._rows[i].finish_reason is not None:
+        """Free the places of sequences that are done."""
+        for i in range(len(self._sequences) - 1, -1, -1):
+            if self._sequences[i].finish_reason is not None:
                 self._drop(i)
 
     def _drop(self, i: int) -> None:
         assert self._decoder is not None
-        self._rows[i] = self._rows[-1]
-        self._rows.pop()
+        self._sequences[i] = self._sequences[-1]
+        self._sequences.pop()
         self._decoder.drop_row(i)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.compiled import CompiledSession
-from mtp_lightning.decoding.generate import Prompt, generate
-from mtp_lightning.decoding.row import Generation
+from mtp_lightning.decoding.generate import generate
+from mtp_lightning.decoding.options import DecodingOptions, Prompt
+from mtp_lightning.decoding.sequence import Generation, rate_counts, rates
 from mtp_lightning.decoding.session import Session, decoding_passes
 from mtp_lightning.model import MTPModel
 
@@ -28,9 +29,6 @@ from mtp_lightning.model import MTPModel
 _TIE = 1e-3
 # Prompts decoded together for acceptance, and alone, one by one, for the speed.
 TOGETHER, TIMED = 64, 4
-_DRAFTING = {
-    "draft_depth": None, "draft_vocab": None, "min_confidence": 0.0, "cache": "per_depth",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,31 +52,32 @@ class Race:
 def race(
     model: MTPModel,
     prompts: Sequence[Prompt],
-    ways: Mapping[str, Mapping[str, Any]],
+    ways: Mapping[str, DecodingOptions],
     *,
+    tokenizer: Any = None,
     repeats: int = 1,
     clock: Callable[[], float] = time.perf_counter,
-    **options: Any,
 ) -> Race:
     """Decode ``prompts`` in several ways.
 
     Every way first decodes one prompt untimed: the first passes of a size build kernels and find
     memory, which made plain decoding up to 1.4 times as fast as itself. Then they take turns, in
-    one order and in the other; with ``batch_size=1`` at every prompt.
+    one order and in the other; where each decodes one prompt at a time, at every prompt.
 
     Args:
         model: any variant.
         prompts: token ids.
-        ways: name -> options of :func:`generate` that differ.
+        ways: name -> how it decodes.
+        tokenizer: for texts, and whose end of text ends one.
         repeats: how often all prompts are decoded.
         clock: in seconds; ``time.process_time`` where other programs have most of the machine.
-        options: of :func:`generate`, for all.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     outputs: dict[str, list[Generation]] = {}
-    for own in ways.values():
-        generate(model, prompts[:1], **options, **own)
-    groups = [[prompt] for prompt in prompts] if options.get("batch_size") == 1 else [prompts]
+    for options in ways.values():
+        generate(model, prompts[:1], options, tokenizer=tokenizer)
+    alone = all(options.places == 1 for options in ways.values())
+    groups = [[prompt] for prompt in prompts] if alone else [prompts]
     order = list(ways)
     for _ in range(repeats):
         outputs = {name: [] for name in ways}
@@ -87,25 +86,10 @@ def race(
         for group in groups:
             for name in order:
                 began = clock()
-                outputs[name] += generate(model, group, **options, **ways[name])
+                outputs[name] += generate(model, group, ways[name], tokenizer=tokenizer)
                 seconds[name][-1] += clock() - began
             order.reverse()
     return Race(outputs, seconds)
-
-
-def rates(generations: Sequence[Generation]) -> dict[str, float]:
-    """``acceptance_position_j`` and ``tokens_per_step`` of the loop, pooled over generations.
-
-    Acceptance is conditional: drafts accepted at position j / drafts that reached it. Tokens per
-    step are the tokens emitted by verify passes / verify passes, the model's own token included.
-    """
-    pairs = _counts(generations).items()
-    return {
-        # As loggers keep it.
-        name: float(np.float32(above_N.sum() / below_N.sum()))
-        for name, (above_N, below_N) in pairs
-        if below_N.sum()
-    }
 
 
 def intervals(
@@ -125,7 +109,7 @@ def intervals(
         return {}
     drawn_RN = np.random.default_rng(seed).integers(n, size=(resamples, n))
     values = {}
-    for name, (above_N, below_N) in _counts(generations).items():
+    for name, (above_N, below_N) in rate_counts(generations).items():
         above_R, below_R = above_N[drawn_RN].sum(1), below_N[drawn_RN].sum(1)
         there_R = below_R > 0
         if there_R.any():
@@ -134,26 +118,12 @@ def intervals(
     return values
 
 
-def _counts(generations: Sequence[Generation]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Numerators and denominators [N] of every rate, by prompt."""
-    accepted_ND = np.array([g.drafts_accepted for g in generations])
-    reached_ND = np.array([g.drafts_reached for g in generations])
-    counts = {
-        f"acceptance_position_{j + 1}": (accepted_ND[:, j], reached_ND[:, j])
-        for j in range(reached_ND.shape[1])
-    }
-    passes_N = np.array([g.verify_passes for g in generations])
-    emitted_N = np.array([round(g.tokens_per_step * g.verify_passes) for g in generations])
-    return counts | {"tokens_per_step": (emitted_N, passes_N)}
-
-
 def acceptance(
     model: MTPModel,
     prompts: Sequence[Prompt],
+    options: DecodingOptions,
     *,
-    new_tokens: int,
     tokenizer: Any = None,
-    **drafting: Any,
 ) -> tuple[dict[str, float], list[Generation]]:
     """:func:`rates` of greedy decoding and their :func:`intervals`, all prompts together, and plain
     decoding's texts, which must be the same.
@@ -161,9 +131,8 @@ def acceptance(
     Args:
         model: one that drafts.
         prompts: token ids.
-        new_tokens: for each, at most.
+        options: how it drafts, and how long the texts are.
         tokenizer: whose end of text ends a text; None for none.
-        drafting: see :func:`decoding_report`.
 
     Returns:
         The values, with ``n_prompts`` and ``new_tokens``, and the texts.
@@ -171,12 +140,11 @@ def acceptance(
     Raises:
         RuntimeError: drafts changed what is said.
     """
-    options = {"max_new_tokens": new_tokens, "tokenizer": tokenizer}
-    options["batch_size"] = min(len(prompts), TOGETHER)
-    plain = generate(model, prompts, speculative=False, **options)
-    drafted = generate(model, prompts, **options, **drafting)
+    options = replace(options, batch_size=TOGETHER)
+    plain = generate(model, prompts, options.plain(), tokenizer=tokenizer)
+    drafted = generate(model, prompts, options, tokenizer=tokenizer)
     require_same_greedy(model, prompts, plain, drafted)
-    setting = {"n_prompts": float(len(prompts)), "new_tokens": float(new_tokens)}
+    setting = {"n_prompts": float(len(prompts)), "new_tokens": float(options.max_new_tokens)}
     return {**rates(drafted), **intervals(drafted), **setting}, plain
 
 
@@ -299,11 +267,10 @@ def _seconds(call: Callable[[], Any], repeats: int, clock: Callable[[], float]) 
 def decoding_report(
     model: MTPModel,
     prompts: Sequence[Tensor],
+    options: DecodingOptions,
     *,
-    new_tokens: int,
     tokenizer: Any = None,
     repeats: int = 3,
-    **drafting: Any,
 ) -> dict[str, float]:
     """Drafting measured and expected, on the same greedy texts; timed one prompt at a time, on the
     first few.
@@ -311,12 +278,11 @@ def decoding_report(
     Args:
         model: in evaluation mode.
         prompts: token ids.
-        new_tokens: for each, at most.
+        options: how it drafts, and how long the texts are. Where drafts are made otherwise than by
+            default, nothing is expected: what is known of the depths teacher-forced is not what
+            they then draft.
         tokenizer: whose end of text ends a text; None for none.
         repeats: how often the timed prompts are decoded.
-        drafting: options of :func:`generate` for the drafts, ``draft_depth``, ``draft_vocab``,
-            ``min_confidence`` and ``cache``. With any but the default ones nothing is expected:
-            what is known of the depths teacher-forced is not what they then draft.
 
     Returns:
         The values of :func:`acceptance` and :func:`teacher_forced_rates`, ``speedup`` (wall-clock
@@ -328,18 +294,17 @@ def decoding_report(
         UserError: the model does not draft.
     """
     model.mtp.require_drafts()
-    texts: dict[str, Any] = {"tokenizer": tokenizer}
-    values, plain = acceptance(model, prompts, new_tokens=new_tokens, **texts, **drafting)
-    ways: dict[str, dict[str, Any]] = {"plain": {"speculative": False}, "drafted": drafting}
-    timed, options = prompts[:TIMED], {**texts, "max_new_tokens": new_tokens, "batch_size": 1}
-    run = race(model, timed, ways, repeats=repeats, **options)
+    values, plain = acceptance(model, prompts, options, tokenizer=tokenizer)
+    timed, alone = prompts[:TIMED], replace(options, batch_size=1)
+    ways = {"plain": alone.plain(), "drafted": alone}
+    run = race(model, timed, ways, tokenizer=tokenizer, repeats=repeats)
     require_same_greedy(model, timed, run.outputs["plain"], run.outputs["drafted"])
     values["speedup"] = run.speedup("drafted")
-    if any(value != _DRAFTING[name] for name, value in drafting.items()):
+    if not options.drafts_as_trained:
         return values
     values |= teacher_forced_rates(model, prompts, plain)
     if "expected_tokens_per_step" in values:
-        half = [*prompts[0].tolist(), *plain[0].token_ids[: new_tokens // 2]]
+        half = [*prompts[0].tolist(), *plain[0].token_ids[: options.max_new_tokens // 2]]
         costs = pass_costs(model, half)
         values["expected_speedup"] = costs.speedup(values["expected_tokens_per_step"])
     return values

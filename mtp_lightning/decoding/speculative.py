@@ -22,20 +22,50 @@ from mtp_lightning.decoding.session import Session
 
 
 @dataclass(frozen=True)
-class Round:
-    """What one round brought, row by row.
+class Step:
+    """What one round brought one row.
 
     Attributes:
-        tokens: the accepted drafts and the trunk's own token behind them.
+        tokens: the accepted drafts and the trunk's own token after them.
         accepted: how many of them were drafts.
-        reached: how many drafts were judged, the first rejected one included.
-        logits_BTV: the trunk's, of every draft's place and the next.
+        reached: how many drafts were judged one after the other, the first rejected one included.
+        rejected: the depth and the token of every draft that was made for the row's text and not
+            accepted.
     """
 
-    tokens: list[list[int]]
-    accepted: list[int]
-    reached: list[int]
+    tokens: list[int]
+    accepted: int
+    reached: int
+    rejected: list[tuple[int, int]]
+
+    @classmethod
+    def of_chain(cls, tokens: list[int], accepted: int, drafts: list[int]) -> Step:
+        """One whose drafts were a chain: ``drafts`` are those that could be judged."""
+        rejected = list(enumerate(drafts, start=1))[accepted:]
+        return cls(tokens, accepted, min(accepted + 1, len(drafts)), rejected)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round brought.
+
+    Attributes:
+        steps: one a row.
+        logits_BTV: the trunk's, of every draft's slot and the next.
+    """
+
+    steps: list[Step]
     logits_BTV: Tensor
+
+    @property
+    def accepted(self) -> list[int]:
+        """Accepted drafts of every row."""
+        return [step.accepted for step in self.steps]
+
+    @property
+    def reached(self) -> list[int]:
+        """Judged drafts of every row."""
+        return [step.reached for step in self.steps]
 
 
 class Decoder:
@@ -148,16 +178,14 @@ class Decoder:
         session.put(choice_BT, 1)
         # The round's only synchronisation.
         host = torch.cat((*drafts, choice_BT), dim=1).tolist()
-        tokens, accepted, reached = [], [], []
+        steps = []
         for row, cap in zip(host, caps, strict=True):
-            draft, choice = row[:n_drafts], row[n_drafts:]
-            a, most = 0, min(n_drafts, cap)
-            while a < most and draft[a] == choice[a]:
+            draft, choice = row[: min(n_drafts, cap)], row[n_drafts:]
+            a = 0
+            while a < len(draft) and draft[a] == choice[a]:
                 a += 1
-            tokens.append(choice[: a + 1])
-            accepted.append(a)
-            reached.append(min(a + 1, most))
-        return Round(tokens, accepted, reached, logits_BTV)
+            steps.append(Step.of_chain(choice[: a + 1], a, draft))
+        return Round(steps, logits_BTV)
 
     def _sample(self, n_drafts: int, caps: Sequence[int]) -> Round:
         session = self.session
@@ -179,20 +207,20 @@ class Decoder:
         if not n_drafts:
             tokens_B1 = draw(p_BTV, noise_BR[:, -1:])
             session.put(tokens_B1, 1)
-            none = [0] * len(caps)
-            return Round(tokens_B1.tolist(), none, none, logits_BTV)
+            return Round([Step.of_chain(row, 0, []) for row in tokens_B1.tolist()], logits_BTV)
         draft_BM, q_BMV = torch.cat(drafts, dim=1), torch.stack(proposals, dim=1)
         half = self._max_draft
         tokens_BT, accepted_B = accept_or_resample(
             p_BTV, q_BMV, draft_BM, noise_BR[:, half : half + n_drafts], noise_BR[:, -1], limit_B
         )
         session.put(tokens_BT, 1)
-        reached_B = (accepted_B + 1).minimum(limit_B)
-        counts_B2 = torch.stack((accepted_B, reached_B), dim=1)
-        host = torch.cat((tokens_BT, counts_B2), dim=1).tolist()
-        accepted, reached = [row[-2] for row in host], [row[-1] for row in host]
-        tokens = [row[: a + 1] for row, a in zip(host, accepted, strict=True)]
-        return Round(tokens, accepted, reached, logits_BTV)
+        counts_B2 = torch.stack((accepted_B, limit_B), dim=1)
+        host = torch.cat((counts_B2, draft_BM, tokens_BT), dim=1).tolist()
+        steps = []
+        for accepted, limit, *row in host:
+            draft, tokens = row[:limit], row[n_drafts:]
+            steps.append(Step.of_chain(tokens[: accepted + 1], accepted, draft))
+        return Round(steps, logits_BTV)
 
 
 def accept_or_resample(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decoding.sampling import draw
-from mtp_lightning.decoding.speculative import Decoder, Round
+from mtp_lightning.decoding.speculative import Decoder, Round, Step
 from mtp_lightning.decoding.tree import Tree
 from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.nn.tree_cache import along
@@ -59,9 +59,9 @@ class TreeDecoder(Decoder):
             session.put_nodes(drafts[-1], k)
         logits_BTV = session.verify_tree()
         host = torch.cat((*drafts, logits_BTV.argmax(dim=-1)), dim=1).tolist()
-        paths, tokens = [], []
+        paths, steps = [], []
         for row, limit in zip(host, limits, strict=True):
-            draft, choice = [None, *row[: len(tree)]], row[len(tree) :]
+            draft, choice = [-1, *row[: len(tree)]], row[len(tree) :]
             path = [0]
             while len(path) <= limit:
                 children = tree.children(path[-1], len(path) - 1)
@@ -70,15 +70,14 @@ class TreeDecoder(Decoder):
                     break
                 path.append(right[0])
             paths.append(path)
-            tokens.append([choice[node] for node in path])
+            steps.append(_step(tree, [choice[node] for node in path], path, draft, limit))
         pad = tree.depth + 1
         device = logits_BTV.device
         path_BE = torch.tensor([p + [0] * (pad - len(p)) for p in paths], device=device)
-        session.put(torch.tensor([t + [0] * (pad - len(t)) for t in tokens], device=device), 1)
-        accepted = [len(path) - 1 for path in paths]
-        session.accept_path(path_BE, accepted)
-        reached = [min(a + 1, limit) for a, limit in zip(accepted, limits, strict=True)]
-        return Round(tokens, accepted, reached, along(logits_BTV, path_BE))
+        tokens = [step.tokens + [0] * (pad - len(step.tokens)) for step in steps]
+        session.put(torch.tensor(tokens, device=device), 1)
+        session.accept_path(path_BE, [step.accepted for step in steps])
+        return Round(steps, along(logits_BTV, path_BE))
 
     def _sample_tree(self, limits: list[int]) -> Round:
         session, tree = self.session, self.tree
@@ -95,22 +94,40 @@ class TreeDecoder(Decoder):
             proposals.append(q_BPWV)
             session.put_nodes(drafts[-1], k)
         logits_BTV = session.verify_tree()
+        draft_BN = torch.cat(drafts, dim=1)
         tokens_BE, path_BE, accepted_B = accept_path_or_resample(
             tree,
             self._sampling.probabilities(logits_BTV),
             proposals,
-            torch.cat(drafts, dim=1),
+            draft_BN,
             noise_BR[:, len(tree) : 2 * len(tree)],
             noise_BR[:, -1],
             torch.tensor(limits, device=logits_BTV.device),
         )
         session.put(tokens_BE, 1)
-        host = torch.cat((tokens_BE, accepted_B.unsqueeze(1)), dim=1).tolist()
-        accepted = [row[-1] for row in host]
-        tokens = [row[: a + 1] for row, a in zip(host, accepted, strict=True)]
-        session.accept_path(path_BE, accepted)
-        reached = [min(a + 1, limit) for a, limit in zip(accepted, limits, strict=True)]
-        return Round(tokens, accepted, reached, along(logits_BTV, path_BE))
+        host = torch.cat((accepted_B.unsqueeze(1), tokens_BE, path_BE, draft_BN), dim=1).tolist()
+        steps, width = [], tree.depth + 1
+        for (accepted, *row), limit in zip(host, limits, strict=True):
+            tokens, path, draft = row[:width], row[width : 2 * width], [-1, *row[2 * width :]]
+            kept = slice(accepted + 1)
+            steps.append(_step(tree, tokens[kept], path[kept], draft, limit))
+        session.accept_path(path_BE, [step.accepted for step in steps])
+        return Round(steps, along(logits_BTV, path_BE))
+
+
+def _step(tree: Tree, tokens: list[int], path: list[int], draft: list[int], limit: int) -> Step:
+    """What a round brought a row.
+
+    Args:
+        tree: its shape.
+        tokens: the accepted drafts and the trunk's own token after them.
+        path: the accepted nodes, from node 0 on.
+        draft: of every node its token; node 0's is not looked at.
+        limit: the deepest level that could be judged.
+    """
+    levels = ((depth, node) for depth in range(1, limit + 1) for node in tree.level(depth))
+    rejected = [(depth, draft[node]) for depth, node in levels if node not in path]
+    return Step(tokens, len(path) - 1, min(len(path), limit), rejected)
 
 
 def draw_without_replacement(q_BPV: Tensor, noise_BPW: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,18 +18,18 @@ from mtp_lightning.callbacks.exact_match import answer_all
 from mtp_lightning.callbacks.long_range import acceptance_on_long_texts
 from mtp_lightning.decoding.held_out import prompts_that_fit
 from mtp_lightning.decoding.measure import decoding_report
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.precision import check_precision, use_precision
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.command_line import overridden
 from mtp_lightning.experiment.device import MIXED, kernels_told
 from mtp_lightning.experiment.instantiate import rebuild, trusted_packages
-from mtp_lightning.interop.reading import open_run
 from mtp_lightning.metrics.long_range.measure import LongRange
 from mtp_lightning.metrics.summary_rates import rates_of
 from mtp_lightning.model import MTPModel
+from mtp_lightning.opening import OpenedModel, open_model
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.config import key_of
-from mtp_lightning.run.loading import LoadedRun
 from mtp_lightning.run.summary import environment, print_summary
 from mtp_lightning.runtime import pick_accelerator, quiet_lightning, set_threads
 from mtp_lightning.stored import NETWORK, is_cache, require_sizes, require_text
@@ -71,7 +71,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     vetting.check(OmegaConf.to_container(cfg), "evaluate")  # type: ignore[arg-type]
     check_precision(cfg.precision)
     allow = trusted_packages(cfg)
-    run = open_run(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), allow=allow)
+    run = open_model(cfg.checkpoint, device=pick_accelerator(cfg.accelerator), allow=allow)
     use_precision(run.model, cfg.precision)
     set_threads(run.threads if cfg.num_threads is None else cfg.num_threads)
     if told := kernels_told(run.model.head.weight.device.type):
@@ -130,14 +130,14 @@ def evaluate_model(
     return rates.compute()
 
 
-def precision_of(run: LoadedRun) -> AbstractContextManager[Any]:
+def precision_of(run: OpenedModel) -> AbstractContextManager[Any]:
     """What ``trainer.precision`` puts around a validation of the run."""
     mixed = run.config.get("trainer", {}).get("precision") in MIXED
     return torch.autocast(run.model.head.weight.device.type, torch.bfloat16, enabled=mixed)
 
 
 def evaluate_long_range(
-    run: LoadedRun, data: WindowDataModule, cfg: DictConfig
+    run: OpenedModel, data: WindowDataModule, cfg: DictConfig
 ) -> dict[str, float]:
     """How far back the model looks, as ``callbacks=long_range`` measures it in training: about two
     passes over the text, and ``decode.n_prompts`` texts of a window's length."""
@@ -151,7 +151,7 @@ def evaluate_long_range(
 
 
 def validation_data(
-    run: LoadedRun,
+    run: OpenedModel,
     *,
     data: DictConfig | None = None,
     eval_bytes: int | str | None = None,
@@ -228,9 +228,6 @@ def evaluate_decoding(
     except UserError as error:  # the teacher-forced metrics are there all the same
         log.warning("Nothing was decoded: %s.", error)
         return {"not_decoded": str(error)}
-    drafting = {
-        key: settings[key] for key in ("draft_depth", "draft_vocab", "min_confidence", "cache")
-    }
-    drafting["tokenizer"] = data.tokenizer
-    report = decoding_report(model, prompts, new_tokens=new_tokens, **drafting)
+    options = DecodingOptions.from_config(settings, max_new_tokens=new_tokens)
+    report = decoding_report(model, prompts, options, tokenizer=data.tokenizer)
     return {f"decode/{name}": value for name, value in report.items()}

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from mtp_lightning import vetting
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import card, config_json, heads
-from mtp_lightning.interop.reading import CONFIG, is_folder, open_run, read_json
+from mtp_lightning.interop.reading import CONFIG, read_json
 from mtp_lightning.interop.transformers_model import import_transformers
 from mtp_lightning.interop.verify import (
     CheckFailed,
@@ -24,7 +24,7 @@ from mtp_lightning.interop.verify import (
 from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
-from mtp_lightning.run.loading import LoadedRun
+from mtp_lightning.opening import OpenedModel, open_model
 
 
 def export(cfg: Any) -> Path:
@@ -46,7 +46,7 @@ def export(cfg: Any) -> Path:
         raise FileExistsError(f"output={folder} is not empty: choose another folder or clear it.")
     if cfg.verify:
         import_transformers()  # before anything is written
-    run = open_run(cfg.checkpoint, allow=cfg.allow)
+    run = open_model(cfg.checkpoint, allow=cfg.allow)
     if run.model.config.mtp.answers_at_once:
         raise UserError(
             f"a model of mtp={run.model.config.mtp.variant} gives its answers without reading them "
@@ -75,7 +75,7 @@ def export(cfg: Any) -> Path:
     return folder
 
 
-def _fill(partial: Path, folder: Path, run: LoadedRun, model: MTPModel, cfg: Any) -> None:
+def _fill(partial: Path, folder: Path, run: OpenedModel, model: MTPModel, cfg: Any) -> None:
     """Write and verify what is to be ``folder``."""
     contents = write_folder(
         partial,
@@ -112,7 +112,7 @@ def _fill(partial: Path, folder: Path, run: LoadedRun, model: MTPModel, cfg: Any
         print(f"NOT VERIFIED: verify=false left out the check that {folder} is the model.")
 
 
-def _verify(folder: Path, run: LoadedRun, model: MTPModel, *, dtype: str) -> None:
+def _verify(folder: Path, run: OpenedModel, model: MTPModel, *, dtype: str) -> None:
     if run.step and "seed" in run.config:
         lambdas = run.config.get("mtp_lambda", 0)
         listed = lambdas if isinstance(lambdas, list) else [lambdas] * model.depth
@@ -133,13 +133,14 @@ def _trunk_alone(model: MTPModel) -> MTPModel:
 
 def _dtype(path: str) -> str | None:
     """Of the tensors of a Hugging Face folder; None of a run."""
-    if not is_folder(path):
+    file = Path(path) / CONFIG
+    if not file.is_file():
         return None
-    fields = read_json(Path(path) / CONFIG)
+    fields = read_json(file)
     return fields.get("torch_dtype") or fields.get("dtype")
 
 
-def _summary(run: LoadedRun) -> dict[str, Any] | None:
+def _summary(run: OpenedModel) -> dict[str, Any] | None:
     """The summary.json of the run that a checkpoint belongs to."""
     for folder in (run.path.parent, run.path.parent.parent):
         file = folder / "summary.json"

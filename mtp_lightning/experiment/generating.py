@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -14,13 +15,19 @@ from mtp_lightning import literal
 from mtp_lightning.cli import printable
 from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding.generate import OnTokens
-from mtp_lightning.decoding.measure import rates
-from mtp_lightning.decoding.pieces import Pieces
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.precision import check_precision, use_precision
+from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop.reading import open_run
+from mtp_lightning.experiment.text_stream import (
+    Brackets,
+    Colors,
+    TextStream,
+    ends_at_once,
+    told,
+)
 from mtp_lightning.model import MTPModel
-from mtp_lightning.run.loading import LoadedRun
+from mtp_lightning.opening import OpenedModel, open_model
 from mtp_lightning.runtime import pick_accelerator, set_threads
 from mtp_lightning.settings import require_bool
 from mtp_lightning.vetting import require_prompts
@@ -28,7 +35,6 @@ from mtp_lightning.vetting import require_prompts
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
 
-_DRAFT_COLOUR, _PLAIN = "\x1b[32m", "\x1b[0m"
 # Tokens of the sample that ends a run: read from held-out text, and added to it.
 _PROMPT_LENGTH, _SAMPLE_LENGTH = 64, 160
 _REPORTED = (
@@ -47,41 +53,65 @@ _REPORTED = (
 def generate_text(cfg: Any) -> list[Generation]:
     """Continue the prompts of ``conf/generate.yaml`` and print what comes.
 
+    The texts go to standard output, what is said of them to standard error.
+
     Raises:
         UserError: an option out of range, no prompt, a damaged or foreign checkpoint.
         OSError: a missing file.
     """
     if cfg.output not in ("text", "json"):
         raise UserError(f"output={cfg.output} is unknown: choose text or json.")
-    for key in ("speculative", "compile", "show_drafts"):
-        require_bool(key, cfg[key])
+    require_bool("show_drafts", cfg.show_drafts)
+    DecodingOptions.from_config(cfg)  # refused before a large model is read
     prompts = read_prompts(cfg.prompt, cfg.prompts, sys.stdin)
     run = open_for(cfg)
-    # One prompt is shown as it grows; several, each when it is finished.
-    streams = cfg.output == "text" and len(prompts) == 1
-    colour = bool(cfg.show_drafts) and sys.stdout.isatty()
-    stream = TextStream(run.tokenizer, sys.stdout, prompts[0], colour=colour) if streams else None
+    terminal, marks = sys.stdout.isatty(), None
+    if cfg.show_drafts:
+        marks = Colors() if terminal else Brackets()
+    alone = len(prompts) == 1
+    # One text is shown as it grows; several, each when all are finished.
+    streams = [
+        TextStream(
+            run.tokenizer, sys.stdout if alone else StringIO(), p, terminal=terminal, marks=marks
+        )
+        for p in (prompts if cfg.output == "text" else ())
+    ]
     began = time.perf_counter()
     try:
-        generations = continue_prompts(cfg, run, prompts, on_tokens=stream)
+        generations = continue_prompts(
+            cfg, run, prompts, on_tokens=lambda i, fresh: streams[i].add(fresh) if streams else None
+        )
     except BaseException:
-        if stream is not None and stream.begun:
-            stream.write("\n")  # what is said of the error has a line of its own
+        if alone and streams and streams[0].begun:
+            streams[0].write("\n")  # what is said of the error has a line of its own
         raise
     seconds = time.perf_counter() - began
-    if stream is not None:
-        stream.write("\n")
-    elif cfg.output == "json":
+    for stream, generation in zip(streams, generations, strict=False):
+        stream.end(generation)
+        if isinstance(stream.out, StringIO):
+            print(stream.out.getvalue())
+    if cfg.output == "json":
         for generation in generations:
-            fields = asdict(generation)
-            print(json.dumps({name: fields[name] for name in _REPORTED}))
-    else:
-        for prompt, generation in zip(prompts, generations, strict=True):
-            print(_shown(f"{prompt}{generation.text}", sys.stdout) + "\n")
-    if len(prompts) > 1:
-        # The texts and objects are for whoever reads standard output.
+            print(json.dumps(_reported(generation, drafts=cfg.show_drafts)))
+    if marks is not None and streams and run.model.mtp.max_draft_depth != 0:
+        print(marks.legend(len(generations[0].drafts_reached)), file=sys.stderr)
+    if not alone:
         print(job_line(generations, seconds), file=sys.stderr)
+    elif streams:
+        if reason := ends_at_once(generations[0]):
+            print(reason, file=sys.stderr)
+        if terminal:
+            print(told(generations[0]), file=sys.stderr)
     return generations
+
+
+def _reported(generation: Generation, *, drafts: bool) -> dict[str, Any]:
+    """A text as an object of JSON."""
+    found = {name: getattr(generation, name) for name in _REPORTED}
+    if drafts:
+        found["accepted_mask"] = generation.accepted_mask
+        found["rejected"] = [asdict(draft) for draft in generation.rejected]
+    return found
 
 
 def job_line(generations: Sequence[Generation], seconds: float) -> str:
@@ -93,7 +123,7 @@ def job_line(generations: Sequence[Generation], seconds: float) -> str:
     return f"{told}, {per_step:.2f} a verify pass" if per_step > 1 else told
 
 
-def open_for(cfg: Any) -> LoadedRun:
+def open_for(cfg: Any) -> OpenedModel:
     """The model of ``conf/generate.yaml``, on its device.
 
     Raises:
@@ -103,13 +133,13 @@ def open_for(cfg: Any) -> LoadedRun:
     check_precision(cfg.precision, compile=cfg.compile)
     set_threads(cfg.num_threads)
     device = pick_accelerator(cfg.accelerator)
-    run = open_run(cfg.checkpoint, device=device, allow=cfg.allow)
+    run = open_model(cfg.checkpoint, device=device, allow=cfg.allow)
     use_precision(run.model, cfg.precision)
     return run
 
 
 def continue_prompts(
-    cfg: Any, run: LoadedRun, prompts: Sequence[str], *, on_tokens: OnTokens | None = None
+    cfg: Any, run: OpenedModel, prompts: Sequence[str], *, on_tokens: OnTokens | None = None
 ) -> list[Generation]:
     """What a model makes of prompts by ``conf/generate.yaml``.
 
@@ -122,28 +152,9 @@ def continue_prompts(
     Raises:
         UserError: an option out of range.
     """
-    return generate(
-        run.model,
-        [run.tokenizer.encode(prompt) for prompt in prompts],
-        max_new_tokens=cfg.max_new_tokens,
-        speculative=cfg.speculative,
-        draft_depth=cfg.draft_depth,
-        temperature=cfg.temperature,
-        top_k=cfg.top_k,
-        top_p=cfg.top_p,
-        seed=cfg.seed,
-        stop=[cfg.stop] if isinstance(cfg.stop, str) else list(map(str, cfg.stop)),
-        tokenizer=run.tokenizer,
-        batch_size=(1 if cfg.compile else 8) if cfg.batch_size is None else cfg.batch_size,
-        compile=cfg.compile,
-        min_confidence=cfg.min_confidence,
-        cache=cfg.cache,
-        tree=cfg.tree,
-        draft_vocab=cfg.draft_vocab,
-        max_context=run.seq_len,
-        long=cfg.long,
-        on_tokens=on_tokens,
-    )
+    options = DecodingOptions.from_config(cfg, max_context=run.seq_len)
+    ids = [run.tokenizer.encode(prompt) for prompt in prompts]
+    return generate(run.model, ids, options, tokenizer=run.tokenizer, on_tokens=on_tokens)
 
 
 def print_sample(model: MTPModel, data: WindowDataModule, *, seed: int) -> None:
@@ -175,11 +186,6 @@ def print_sample(model: MTPModel, data: WindowDataModule, *, seed: int) -> None:
         print(f"Sample (the text before | is held-out data)\n{beginning}|{text}\n")
 
 
-def _shown(text: str, stream: TextIO) -> str:
-    """A text as it is, but for a terminal."""
-    return printable(text) if stream.isatty() else text
-
-
 def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list[str]:
     """The prompts that were asked for, by one of three ways.
 
@@ -204,28 +210,3 @@ def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list
     if not found or not all(found):
         raise UserError("The prompt is empty: give at least one character.")
     return found
-
-
-class TextStream:
-    """Prints a prompt, when there is something to follow it, and tokens as text while they are
-    accepted; drafts in colour if asked."""
-
-    def __init__(self, tokenizer: Any, out: TextIO, prompt: str, *, colour: bool) -> None:
-        self._pieces = Pieces(tokenizer)
-        self._out = out
-        self._prompt = prompt
-        self._colour = colour
-        self.begun = False
-
-    def __call__(self, index: int, token_ids: list[int], accepted: list[bool]) -> None:
-        for piece, draft in self._pieces.add(token_ids, accepted):
-            text = _shown(piece, self._out)
-            self.write(f"{_DRAFT_COLOUR}{text}{_PLAIN}" if draft and self._colour else text)
-
-    def write(self, text: str) -> None:
-        """Text that is not a model's."""
-        if not self.begun:
-            self.begun = True
-            self._out.write(_shown(self._prompt, self._out))
-        self._out.write(text)
-        self._out.flush()

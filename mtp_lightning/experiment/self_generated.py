@@ -27,10 +27,9 @@ from data_modules.tokenizers import Tokenizer
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.decoding.sampling import Sampling
 from mtp_lightning.errors import UserError
-from mtp_lightning.interop.reading import open_run
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.init import parameter_seed
-from mtp_lightning.run.loading import LoadedRun
+from mtp_lightning.opening import OpenedModel, open_model
 from mtp_lightning.runtime import pick_accelerator
 from mtp_lightning.settings import require_number, require_whole
 
@@ -120,7 +119,7 @@ class SelfGenerated(TokenDataModule):
     def _open(self) -> tuple[TokenStore, Tokenizer]:
         if self._store is None:
             # Read where its weights decide which texts are meant, or where they must be generated.
-            speaker: LoadedRun | None = None
+            speaker: OpenedModel | None = None
             if self.weights is None or self._tokenizer.needs_training:
                 speaker = self._read()
             spoken = digest(json.dumps(_vocabulary(self._tokenizer), sort_keys=True))
@@ -146,7 +145,7 @@ class SelfGenerated(TokenDataModule):
             **chat,
         }
 
-    def _read(self) -> LoadedRun:
+    def _read(self) -> OpenedModel:
         """The model, if it can speak in this run."""
         if self.model is None:
             raise UserError(
@@ -154,7 +153,7 @@ class SelfGenerated(TokenDataModule):
                 "data.model."
             )
         device = pick_accelerator(self.accelerator)
-        run = open_run(self.model, device=device, allow=self.allow)
+        run = open_model(self.model, device=device, allow=self.allow)
         own, theirs = self._tokenizer, run.tokenizer
         if theirs.kind == "symbols":
             raise UserError(
@@ -188,7 +187,7 @@ class SelfGenerated(TokenDataModule):
         self.weights = found
         return run
 
-    def _write(self, folder: Path, speaker: LoadedRun) -> dict[str, Any]:
+    def _write(self, folder: Path, speaker: OpenedModel) -> dict[str, Any]:
         n_val = min(max(1, round(self.n_prompts * self.split.val_fraction)), self.n_prompts - 1)
         counts = {"train": self.n_prompts - n_val, "val": n_val}
         chats = {name: round(n * self.chat_share) for name, n in counts.items()}
@@ -236,7 +235,7 @@ class SelfGenerated(TokenDataModule):
         before, after = (tokenizer.encode_specials(text).tolist() for text in self.chat)
         return before, after
 
-    def _questions(self, speaker: LoadedRun, n: int) -> list[np.ndarray]:
+    def _questions(self, speaker: OpenedModel, n: int) -> list[np.ndarray]:
         """Chats up to the answer, whose questions the model makes up (Magpie, Xu et al. 2024, arXiv
         2406.08464): asked to go on behind what stands before a question, it asks one."""
         before, after = self._chat_ids(speaker.tokenizer)
@@ -247,7 +246,7 @@ class SelfGenerated(TokenDataModule):
         )
         return [np.asarray([*before, *question, *after], np.int64) for question in said]
 
-    def _continue(self, speaker: LoadedRun, prompts: list[np.ndarray]) -> list[np.ndarray]:
+    def _continue(self, speaker: OpenedModel, prompts: list[np.ndarray]) -> list[np.ndarray]:
         """Every prompt with its continuation, without end-of-text token."""
         said = self._say(
             speaker, [p.tolist() for p in prompts], self.new_tokens, seed=self.sample_seed
@@ -258,7 +257,7 @@ class SelfGenerated(TokenDataModule):
         ]
 
     def _say(
-        self, speaker: LoadedRun, prompts: list[list[int]], n: int, *, seed: int
+        self, speaker: OpenedModel, prompts: list[list[int]], n: int, *, seed: int
     ) -> list[list[int]]:
         """What the model says behind each prompt, up to ``n`` tokens, without end-of-text token."""
         progress = Progress(f"texts of {speaker.path}", len(prompts) * n, unit="tokens")
@@ -274,7 +273,7 @@ class SelfGenerated(TokenDataModule):
                 seed=seed,
                 eot_id=eot,
                 batch_size=self.decode_batch_size,
-                on_tokens=lambda _, tokens, __: progress.add(len(tokens)),
+                on_tokens=lambda _, fresh: progress.add(len(fresh.token_ids)),
             )
         finally:
             progress.close()

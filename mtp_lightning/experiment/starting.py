@@ -31,7 +31,7 @@ from mtp_lightning.stored import require_text, targets
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
     from data_modules.windows import WindowBatch
-    from mtp_lightning.init_from import Start
+    from mtp_lightning.opening import StoredModel
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Origin:
     checkpoint: Path | None = None
     content: dict[str, Any] | None = None
     branches: bool = False
-    start: Start | None = None
+    start: StoredModel | None = None
     tokenizer_state: dict[str, Any] | None = None
     trunk: TrunkConfig | None = None
 
@@ -98,12 +98,13 @@ def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:
 def _with_model(found: Origin, config: DictConfig) -> Origin:
     """The origin with the model of ``init_from``; a run that has begun has it in its checkpoint,
     whatever became of the model since."""
-    from mtp_lightning.init_from import brought_trunk, read_start
+    from mtp_lightning.opening import read_model
+    from mtp_lightning.run.loading import brought_trunk
 
     allow = trusted_packages(config)
-    start: Start | None = None
+    start: StoredModel | None = None
     if found.content is None:
-        start = read_start(config.init_from, allow=allow)
+        start = read_model(config.init_from, allow=allow)
         state, brings, trunk = start.tokenizer_state, start.brings_trunk, start.config.trunk
     else:
         state, brings = found.content.get("tokenizer"), brought_trunk(found.content)

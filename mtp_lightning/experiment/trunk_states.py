@@ -15,8 +15,8 @@ import torch
 from omegaconf import DictConfig
 
 from data_modules.cache import build_once
+from data_modules.digests import digest
 from data_modules.seal import note
-from data_modules.sources.base import digest
 from data_modules.store_builder import Progress
 from data_modules.store_module import StoreDataModule
 from data_modules.window_dataset import STATES, WindowDataset

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.measure import rates
+from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.interop import config_reading, fp8, heads
 from mtp_lightning.interop.inventory import Module, take_inventory
 from mtp_lightning.interop.names import from_folder, mtp_prefix
@@ -41,7 +41,7 @@ from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.mtp.switches import Concat, InputNorm
 from mtp_lightning.nn.attention import Positions
-from mtp_lightning.run.loading import LoadedRun, load_weights, pretrained_state, require_held
+from mtp_lightning.opening import OpenedModel, load_weights, pretrained_state, require_held
 
 # The trunk goes on with these, and the drafts are judged on what it says.
 _BEGINNINGS = (
@@ -215,8 +215,8 @@ def _prompts(folder: Path, model: MTPModel) -> list[list[int]]:
     vocab_size = model.config.trunk.vocab_size
     if (folder / "tokenizer.json").is_file():
         state = pretrained_state(folder)
-        run = LoadedRun(model=model, tokenizer_state=state, config={}, step=0, path=folder)
-        found = [[int(i) for i in run.tokenizer.encode(text)] for text in _BEGINNINGS]
+        opened = OpenedModel(model=model, tokenizer_state=state, config={}, step=0, path=folder)
+        found = [[int(i) for i in opened.tokenizer.encode(text)] for text in _BEGINNINGS]
         if max(map(max, found)) < vocab_size:
             return found
     generator = torch.Generator().manual_seed(0)

@@ -23,7 +23,7 @@ from torch import Tensor
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.gguf_counts import require_counts
 from mtp_lightning.interop.parts import Held, Part
-from mtp_lightning.run.loading import pretrained_state
+from mtp_lightning.opening import pretrained_state
 from mtp_lightning.stored import brief
 
 log = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import DenseConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.nn.places import Place, renamed
-from mtp_lightning.run.loading import Stored
+from mtp_lightning.opening import Stored
 
 # This project's names of a module's own parts, and the layouts'.
 _DEEPSEEK = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}

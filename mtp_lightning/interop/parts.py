@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.nn.places import Place
-from mtp_lightning.run.loading import Stored
+from mtp_lightning.opening import Stored
 
 
 class Part(Stored):

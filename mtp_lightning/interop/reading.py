@@ -23,11 +23,10 @@ from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
-from mtp_lightning.run.loading import (
-    LoadedRun,
+from mtp_lightning.opening import (
     Stored,
-    load_run,
-    load_weights,
+    StoredModel,
+    build_model,
     pretrained_state,
     require_held,
 )
@@ -72,21 +71,7 @@ class Folder:
 
     def build(self) -> MTPModel:
         """The model, in evaluation mode, filled one tensor at a time."""
-        with torch.device("meta"):
-            model = MTPModel(self.config)
-        if any(name not in self.stored for name, _ in model.named_buffers()):
-            model = MTPModel(self.config)  # what is not stored must be made
-        else:
-            model.to_empty(device="cpu")
-            if self.config.trunk.tie_embeddings:
-                model.head.weight = model.trunk.embedding.weight  # type: ignore[assignment]
-        load_weights(model, self.stored, source=str(self.path))
-        return model.eval()
-
-
-def is_folder(path: str | Path) -> bool:
-    """Whether this is a folder in Hugging Face's layout, or a GGUF file, and not a run's."""
-    return (Path(path) / CONFIG).is_file() or gguf_file.is_gguf(path)
+        return build_model(self.config, self.stored, source=str(self.path))
 
 
 def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
@@ -123,26 +108,17 @@ def read_folder(path: str | Path, *, allow: Collection[str] = ()) -> Folder:
     return Folder(path=path, fields=fields, config=config, stored=weights)
 
 
-def open_run(
-    path: str | Path, *, device: torch.device | str = "cpu", allow: Collection[str] = ()
-) -> LoadedRun:
-    """:func:`~mtp_lightning.run.loading.load_run`, for Hugging Face folders as well.
-
-    Raises:
-        FileNotFoundError: nothing there.
-        UserError: it is damaged or does not fit; or a folder without a tokenizer.json.
-    """
-    if not is_folder(path):
-        return load_run(path, device=device, allow=allow)
+def read(path: Path, *, allow: Collection[str] = ()) -> StoredModel:
+    """The reader of folders and GGUF files, see :func:`~mtp_lightning.opening.open_model`;
+    arguments and errors as :func:`read_folder`."""
     folder = read_folder(path, allow=allow)
-    if folder.tokenizer_state is None:
-        raise UserError(f"{path} holds no tokenizer.json: put the model's own one there.")
-    return LoadedRun(
-        model=folder.build().to(device),
-        tokenizer_state=folder.tokenizer_state,
-        config={"data": {"seq_len": folder.max_positions}},
-        step=0,
+    return StoredModel(
         path=folder.path,
+        config=folder.config,
+        weights=folder.stored,
+        tokenizer_state=folder.tokenizer_state,
+        brings_trunk=True,
+        run_config={"data": {"seq_len": folder.max_positions}},
     )
 
 

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from mtp_lightning.decoding import Generation
-from mtp_lightning.decoding.pieces import Pieces
+from mtp_lightning.decoding.detokenizer import Detokenizer
 
 _STYLE = "white-space:pre-wrap;font-family:monospace;margin:0"
 # Backgrounds, so that the text keeps the page's own contrast, light or dark.
@@ -36,8 +36,8 @@ class Text:
     def pieces(self) -> Iterator[tuple[str, bool]]:
         """The generated text in parts, and whether each was an accepted draft."""
         left = len(self.generation.text or "")  # a stop string is no part of it
-        pieces = Pieces(self.tokenizer)
-        for text, draft in pieces.add(self.generation.token_ids, self.generation.accepted_mask):
+        add, done = Detokenizer(self.tokenizer).add, self.generation
+        for text, draft in add(done.token_ids, done.accepted_mask):
             if text[:left]:
                 yield text[:left], draft
             left = max(left - len(text), 0)

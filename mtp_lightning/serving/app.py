@@ -12,14 +12,14 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from mtp_lightning.decoding.pieces import Pieces
+from mtp_lightning.decoding.detokenizer import Detokenizer
 from mtp_lightning.serving.asked import Reader
-from mtp_lightning.serving.fields import shown
 from mtp_lightning.serving.guard import OwnNames
 from mtp_lightning.serving.job import Job, News
 from mtp_lightning.serving.meters import Meters
 from mtp_lightning.serving.refusal import HUNG_UP, Refusal
 from mtp_lightning.serving.replies import Reply, Words
+from mtp_lightning.serving.schemas import shown
 from mtp_lightning.serving.worker import Worker
 
 _BODY_SECONDS = 30  # that a client has to send a body in
@@ -123,7 +123,7 @@ class Endpoint:
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         body = await self._body(request)
         asked = await asyncio.to_thread(self._reader.read, body, chat=chat)
-        job = Job(asked.request, Pieces(self._tokenizer))
+        job = Job(asked.request, Detokenizer(self._tokenizer))
         reply = Reply(asked, model=self._reader.name, words=self._words)
         self._worker.submit(job)
         watch = asyncio.create_task(self._watch(request, job))

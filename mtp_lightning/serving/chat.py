@@ -50,7 +50,7 @@ class ChatTemplate:
         """The one that lay beside a tokenizer, None if there was none.
 
         Args:
-            tokenizer_state: of a :class:`~mtp_lightning.run.loading.LoadedRun`.
+            tokenizer_state: of a :class:`~mtp_lightning.opening.OpenedModel`.
 
         Raises:
             UserError: it is no template.

@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from mtp_lightning.hosts import is_called
-from mtp_lightning.serving.fields import shown
 from mtp_lightning.serving.refusal import Refusal
+from mtp_lightning.serving.schemas import shown
 
 _HEADER_SECONDS = 10  # that a client has to send a request's headers in
 

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from mtp_lightning.decoding.pieces import Pieces
-from mtp_lightning.decoding.request import Request
-from mtp_lightning.decoding.row import Generation, LogProb
+from mtp_lightning.decoding.detokenizer import Detokenizer
+from mtp_lightning.decoding.options import Request
+from mtp_lightning.decoding.sequence import Generation, LogProb
 from mtp_lightning.serving.refusal import Refusal
 
 
@@ -34,19 +34,19 @@ class Job:
 
     Args:
         request: what is wanted.
-        pieces: turns its tokens into text.
+        detokenizer: of its tokens.
 
     Attributes:
         asked_at: when it came, by ``time.perf_counter()``.
         over: whether nobody listens any more, or there is nothing more to hear.
-        pieces, length, tokens: the worker's own, on how far it is.
+        detokenizer, length, tokens: the worker's own, on how far it is.
     """
 
-    def __init__(self, request: Request, pieces: Pieces) -> None:
+    def __init__(self, request: Request, detokenizer: Detokenizer) -> None:
         self.request = request
         self.asked_at = time.perf_counter()
         self.over = False
-        self.pieces = pieces
+        self.detokenizer = detokenizer
         self.length = 0  # characters told
         self.tokens = 0  # counted
         self._loop = asyncio.get_running_loop()

@@ -8,7 +8,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from typing import Any
 
-from mtp_lightning.decoding.row import Generation, LogProb
+from mtp_lightning.decoding.sequence import Generation, LogProb
 from mtp_lightning.serving.asked import Asked
 from mtp_lightning.serving.job import News
 
@@ -128,9 +128,20 @@ class Reply:
         text, raw = self._words.text(token), self._words.raw(token)
         return {"token": text, "logprob": _finite(logprob), "bytes": list(raw)}
 
-    def _usage(self, done: Generation) -> dict[str, int]:
+    def _usage(self, done: Generation) -> dict[str, Any]:
         prompt, new = len(self._asked.request.prompt), done.new_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        # OpenAI's predicted tokens are drafts: those that are part of the text, and the others.
+        accepted = sum(done.accepted_mask)
+        drafts = {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": done.drafts - accepted,
+        }
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
+            "completion_tokens_details": drafts,
+        }
 
 
 def _finite(logprob: float) -> float:

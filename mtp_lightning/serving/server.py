@@ -13,9 +13,9 @@ from typing import Any
 
 import uvicorn
 
-from mtp_lightning.decoding.drafting import Drafting
 from mtp_lightning.decoding.engine import Engine
-from mtp_lightning.run.loading import LoadedRun
+from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.opening import OpenedModel
 from mtp_lightning.serving.app import Endpoint
 from mtp_lightning.serving.asked import Reader
 from mtp_lightning.serving.guard import Connection
@@ -41,7 +41,7 @@ class Server(uvicorn.Server):
         UserError: an option out of range, a model that cannot do what is asked.
     """
 
-    def __init__(self, cfg: Any, run: LoadedRun, *, name: str) -> None:
+    def __init__(self, cfg: Any, run: OpenedModel, *, name: str) -> None:
         self.signum: int | None = None
         self._grace = float(cfg.grace)
         refuses = cfg.long == "refuse"
@@ -53,21 +53,8 @@ class Server(uvicorn.Server):
             max_prompt=min(prompt, run.seq_len) if refuses else prompt,
             room=run.seq_len if refuses else None,
         )
-        engine = Engine(
-            run.model,
-            places=(1 if cfg.compile else 8) if cfg.batch_size is None else cfg.batch_size,
-            drafting=Drafting(
-                speculative=cfg.speculative,
-                draft_depth=cfg.draft_depth,
-                min_confidence=cfg.min_confidence,
-                cache=cfg.cache,
-                compile=cfg.compile,
-                draft_vocab=cfg.draft_vocab,
-            ),
-            tokenizer=run.tokenizer,
-            max_context=run.seq_len,
-            long=cfg.long,
-        )
+        options = DecodingOptions.from_config(cfg, max_context=run.seq_len)
+        engine = Engine(run.model, options, tokenizer=run.tokenizer)
         meters = Meters()
         self.worker = Worker(engine, queue=cfg.queue, meters=meters, on_failure=self._stop)
         endpoint = Endpoint(

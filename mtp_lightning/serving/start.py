@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.cli import Stopped
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UserError
 from mtp_lightning.experiment.device import kernels_told
 from mtp_lightning.experiment.generating import open_for
 from mtp_lightning.run.layout import CHECKPOINTS
 from mtp_lightning.settings import (
     require,
-    require_bool,
-    require_choice,
     require_number,
     require_whole,
 )
@@ -73,20 +72,17 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _check(cfg: Any) -> None:
-    for key in ("speculative", "compile"):
-        require_bool(key, cfg[key])
     for key in ("queue", "max_new_tokens", "max_body"):
         require_whole(key, cfg[key], least=1)
-    for key in ("batch_size", "max_prompt"):
-        if cfg[key] is not None:
-            require_whole(key, cfg[key], least=1)
+    if cfg.max_prompt is not None:
+        require_whole("max_prompt", cfg.max_prompt, least=1)
     require_whole("port", cfg.port, least=0)
     require_number("port", cfg.port, most=65535)
     require_number("grace", cfg.grace, least=0, most=3600)
     listed = isinstance(cfg.hosts, Sequence) and not isinstance(cfg.hosts, str)
     named = listed and all(isinstance(name, str) for name in cfg.hosts)
     require(named, "hosts", cfg.hosts, "a list of names, such as [gpu.example.org]")
-    require_choice("long", cfg.long, ("refuse", "slide"))
+    DecodingOptions.from_config(cfg)
 
 
 def _require_packages() -> None:

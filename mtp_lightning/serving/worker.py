@@ -1,4 +1,4 @@
-"""The thread that owns the engine: jobs wait for a place, rows grow round by round.
+"""The thread that owns the engine: jobs wait for a place, sequences grow round by round.
 
 Everything that touches the model happens in it; other threads put jobs in, and take them away,
 under one lock.
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from mtp_lightning.decoding.engine import Engine
-from mtp_lightning.decoding.row import Row
+from mtp_lightning.decoding.sequence import TextSequence
 from mtp_lightning.serving.job import Job, News
 from mtp_lightning.serving.meters import Meters
 from mtp_lightning.serving.refusal import HUNG_UP, Refusal
@@ -46,7 +46,7 @@ class Worker:
         self._meters = meters
         self._on_failure = on_failure
         self._waiting: deque[Job] = deque()
-        self._running: dict[Row, Job] = {}
+        self._running: dict[TextSequence, Job] = {}
         self._joining = 0
         self._changed = threading.Condition()
         self._ends_at: float | None = None  # by time.monotonic()
@@ -88,7 +88,7 @@ class Worker:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Forget a job whose client has gone: it waits no more, and its row is freed after the
+        """Forget a job whose client has gone: it waits no more, and its sequence is freed after the
         round that is under way. One that is over is left alone."""
         with self._changed:
             if job in self._waiting:
@@ -131,64 +131,66 @@ class Worker:
             self._end_all()
 
     def _turn(self) -> bool:
-        """One round of all rows, new ones among them; whether there will be another."""
+        """One round of all sequences, new ones among them; whether there will be another."""
         with self._changed:
             while not (self._waiting or self._running or self._ends_at is not None):
                 self._changed.wait()
             # Read here alone: what is taken from the queue after an end was noticed would be lost.
             ends_at = self._ends_at
-            gone = [row for row, job in self._running.items() if job.over]
+            gone = [sequence for sequence, job in self._running.items() if job.over]
             free = 0 if ends_at is not None else self._engine.free + len(gone)
             joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
             self._joining = len(joining)
-        for row in gone:
-            self._forget(row)
+        for sequence in gone:
+            self._forget(sequence)
         if ends_at is not None and (not self._running or time.monotonic() >= ends_at):
             self._end_all()
             return False
         self._join(joining)
         began = time.perf_counter()
-        rows = self._engine.step()
-        if rows:
+        sequences = self._engine.step()
+        if sequences:
             self._meters.round(time.perf_counter() - began)
-        for row in rows:
-            self._tell(row)
+        for sequence in sequences:
+            self._tell(sequence)
         return True
 
     def _join(self, jobs: list[Job]) -> None:
         try:
-            rows = self._engine.add([job.request for job in jobs])
+            sequences = self._engine.add([job.request for job in jobs])
         except BaseException:
             for job in jobs:
                 job.tell(_ending())
             raise
         with self._changed:
-            self._running.update(zip(rows, jobs, strict=True))
+            self._running.update(zip(sequences, jobs, strict=True))
             self._joining = 0
-        for row, job in zip(rows, jobs, strict=True):
+        for sequence, job in zip(sequences, jobs, strict=True):
             self._meters.read(len(job.request.prompt))
             self._meters.first_token(time.perf_counter() - job.asked_at)
-            self._tell(row)
+            self._tell(sequence)
 
-    def _tell(self, row: Row) -> None:
-        job, fresh = self._running[row], row.fresh()
-        self._meters.emitted(len(row.token_ids) - job.tokens)
-        job.tokens = len(row.token_ids)
-        text = "".join(piece for piece, _ in job.pieces.add(fresh.token_ids, fresh.accepted_mask))
+    def _tell(self, sequence: TextSequence) -> None:
+        job, fresh = self._running[sequence], sequence.fresh()
+        self._meters.emitted(len(sequence.token_ids) - job.tokens)
+        job.tokens = len(sequence.token_ids)
+        text = "".join(
+            piece for piece, _ in job.detokenizer.add(fresh.token_ids, fresh.accepted_mask)
+        )
         done = None
-        if row.finish_reason is not None:
-            done = row.generation()
+        if sequence.finish_reason is not None:
+            done = sequence.generation()
             # Characters that never became whole, and those before a stop string in its token.
             text += (done.text or "")[job.length + len(text) :]
             self._meters.drafts(done.drafts_accepted, done.drafts_reached)
-            del self._running[row]
+            del self._running[sequence]
         job.length += len(text)
         if text or fresh.logprobs or done:
             job.tell(News(text=text, logprobs=fresh.logprobs, done=done))
 
-    def _forget(self, row: Row) -> None:
-        self._engine.remove(row)
-        del self._running[row]
+    def _forget(self, sequence: TextSequence) -> None:
+        self._engine.remove(sequence)
+        del self._running[sequence]
 
     def _end_all(self) -> None:
         """Tell those whose time is up."""

@@ -99,12 +99,12 @@ def test_refusals_name_the_remedy(monkeypatch):
 def test_generate_takes_it(monkeypatch):
     model = small_model(2, 1)
     run = SimpleNamespace(model=model)
-    monkeypatch.setattr(generating, "open_run", lambda *args, **options: run)
+    monkeypatch.setattr(generating, "open_model", lambda *args, **options: run)
     settings = {"num_threads": 1, "accelerator": "cpu", "checkpoint": "x", "allow": []}
     cfg = SimpleNamespace(**settings, precision="bf16", compile=False)
     assert generating.open_for(cfg) is run
     assert torch.equal(model.head.weight, model.head.weight.bfloat16().float())
-    monkeypatch.setattr(generating, "open_run", None)  # refused before a model is read
+    monkeypatch.setattr(generating, "open_model", None)  # refused before a model is read
     cfg.compile = True
     with pytest.raises(ValueError, match="precision=bf16 does not go together with compile=true"):
         generating.open_for(cfg)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_modules import TokenDataModule
-from data_modules.sources import digests
+from data_modules import TokenDataModule, digests
+from data_modules.digests import LARGE, content_digest
 from data_modules.sources.base import digest_files
-from data_modules.sources.digests import LARGE, content_digest
 from data_modules.tokenizers import ByteTokenizer
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_modules import digests
 from data_modules.cache import build_once
-from data_modules.sources import digests
 from data_modules.store_builder import prepare_store
 from data_modules.token_store import TokenStore
 from data_modules.tokenizers import ByteTokenizer

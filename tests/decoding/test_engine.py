@@ -11,22 +11,19 @@ import pytest
 import torch
 
 from mtp_lightning.decoding import generate
-from mtp_lightning.decoding.drafting import Drafting
 from mtp_lightning.decoding.engine import Engine
-from mtp_lightning.decoding.request import Request
-from mtp_lightning.decoding.sampling import Sampling
-from mtp_lightning.decoding.tree import Tree
+from mtp_lightning.decoding.options import DecodingOptions, Request
 from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from tests.decoding.models import random_prompts, small_model, steer_drafts, teacher_forced
 from tests.decoding.test_generate import Letters
 from tests.models import build
 
-SAMPLINGS = (
-    Sampling(),
-    Sampling(temperature=1.0),
-    Sampling(temperature=0.7, top_p=0.8),
-    Sampling(temperature=1.3, top_k=5),
+SAMPLINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.8},
+    {"temperature": 1.3, "top_k": 5},
 )
 
 
@@ -39,7 +36,7 @@ def requests_of(seed: int, n: int) -> list[Request]:
         Request(
             prompt=prompt,
             max_new_tokens=new[i],
-            sampling=SAMPLINGS[i % len(SAMPLINGS)],
+            **SAMPLINGS[i % len(SAMPLINGS)],
             seed=seed + i // 5,
             index=i,
         )
@@ -48,45 +45,44 @@ def requests_of(seed: int, n: int) -> list[Request]:
 
 
 def by_itself(model: Any, request: Request, **options: Any) -> list[int]:
-    with Engine(model, places=1, **options) as engine:
+    with Engine(model, DecodingOptions(batch_size=1, **options)) as engine:
         (row,) = engine.add([request])
-        while engine.rows:
+        while engine.sequences:
             engine.step()
     return row.token_ids
 
 
 @pytest.mark.parametrize(
-    ("mtp", "drafting", "options"),
+    ("mtp", "options"),
     [
-        ({"depth": 2}, {}, {}),
-        ({"depth": 2, "deepseek": True}, {}, {}),
-        ({"depth": 2, "stack": LinearConfig, "correction": "markov"}, {}, {}),
-        ({"depth": 2}, {"speculative": False}, {}),
-        ({"depth": 1}, {"cache": "single", "draft_depth": 3}, {}),
-        ({"depth": 3, "confidence": True}, {"min_confidence": 0.4}, {}),
-        ({"depth": 2}, {}, {"max_context": 16, "long": "slide"}),
-        ({"depth": 2}, {"tree": Tree((3, 2))}, {}),
+        ({"depth": 2}, {}),
+        ({"depth": 2, "deepseek": True}, {}),
+        ({"depth": 2, "stack": LinearConfig, "correction": "markov"}, {}),
+        ({"depth": 2}, {"speculative": False}),
+        ({"depth": 1}, {"cache": "single", "draft_depth": 3}),
+        ({"depth": 3, "confidence": True}, {"min_confidence": 0.4}),
+        ({"depth": 2}, {"max_context": 16, "long": "slide"}),
+        ({"depth": 2}, {"tree": (3, 2)}),
     ],
     ids=str,
 )
-def test_rows_that_come_and_go_are_those_by_themselves(mtp, drafting, options):
+def test_rows_that_come_and_go_are_those_by_themselves(mtp, options):
     """Greedy and sampled side by side; some are removed halfway, and change nothing."""
     model = small_model(3, **mtp)
-    options = {"drafting": Drafting(**drafting), **options}
     requests = requests_of(3, 24)
     expected = [by_itself(model, request, **options) for request in requests]
     generator = torch.Generator().manual_seed(0)
     waiting, found, removed = deque(requests), {}, set()
-    with Engine(model, places=4, **options) as engine:
-        while waiting or engine.rows:
+    with Engine(model, DecodingOptions(batch_size=4, **options)) as engine:
+        while waiting or engine.sequences:
             wanted = int(torch.randint(0, 3, (1,), generator=generator))
             some = [waiting.popleft() for _ in range(min(wanted, len(waiting), engine.free))]
             rows = [*engine.add(some), *engine.step()]
             for row in rows:
                 if row.finish_reason is not None:
                     found[row.request.index] = row.token_ids
-            if engine.rows and torch.rand((), generator=generator) < 0.05:
-                engine.remove(engine.rows[0])
+            if engine.sequences and torch.rand((), generator=generator) < 0.05:
+                engine.remove(engine.sequences[0])
                 removed.add(len(waiting))
     assert removed and len(found) > 15
     for index, token_ids in found.items():
@@ -112,8 +108,8 @@ def test_a_place_is_taken_by_the_next_prompt():
     new = [3, 30, 3, 3, 12, 3, 3, 3, 9, 3]
     requests = [Request(prompt=[i], max_new_tokens=n, index=i) for i, n in enumerate(new)]
     waiting, rounds = deque(requests), []
-    with Engine(model, places=4, drafting=Drafting(speculative=False)) as engine:
-        while waiting or engine.rows:
+    with Engine(model, DecodingOptions(batch_size=4, speculative=False)) as engine:
+        while waiting or engine.sequences:
             engine.add([waiting.popleft() for _ in range(min(engine.free, len(waiting)))])
             rounds.append((len(engine.step()), len(waiting)))
         storage = engine._decoder.session.trunk_cache._stored[0]
@@ -149,7 +145,7 @@ def test_fresh_tokens_make_up_the_text():
     (whole,) = generate(model, [prompt], max_new_tokens=20, logprobs=1)
     text = Letters().decode(whole.token_ids)
     stops = [(), (text[7:10],), (text[3:5], "zzz"), (text[0],)]
-    with Engine(model, places=4, tokenizer=Letters()) as engine:
+    with Engine(model, DecodingOptions(batch_size=4), tokenizer=Letters()) as engine:
         rows = engine.add(
             [
                 Request(prompt=prompt, max_new_tokens=20, stop=stop, eot_id=-1, logprobs=1, index=i)
@@ -180,11 +176,11 @@ def test_room_is_made_for_longer_requests():
     ]
     expected = [by_itself(model, request) for request in requests]
     rows = []
-    with Engine(model, places=3) as engine:
+    with Engine(model, DecodingOptions(batch_size=3)) as engine:
         for request in requests:  # each joins while the shorter ones go on
             rows += engine.add([request])
             engine.step()
-        while engine.rows:
+        while engine.sequences:
             engine.step()
     assert [row.token_ids for row in rows] == expected
 
@@ -194,13 +190,13 @@ def test_beliefs_of_neighbours_do_not_matter_to_samples():
     trunk = small_model(0, 1).config.trunk
     model = build(trunk, SequentialConfig(depth=3, confidence=True), 5).eval()
     requests = [
-        Request(prompt=[i + 1], max_new_tokens=30, sampling=SAMPLINGS[1], index=i) for i in range(8)
+        Request(prompt=[i + 1], max_new_tokens=30, **SAMPLINGS[1], index=i) for i in range(8)
     ]
-    options = {"drafting": Drafting(min_confidence=0.3)}
+    options = {"min_confidence": 0.3}
     expected = [by_itself(model, request, **options) for request in requests]
-    with Engine(model, places=8, **options) as engine:
+    with Engine(model, DecodingOptions(batch_size=8, **options)) as engine:
         rows = engine.add(requests)
-        while engine.rows:
+        while engine.sequences:
             engine.step()
     assert [row.token_ids for row in rows] == expected
 
@@ -208,13 +204,13 @@ def test_beliefs_of_neighbours_do_not_matter_to_samples():
 def test_what_does_not_fit_is_refused():
     model = small_model(0, 1)
     request = Request(prompt=[1, 2], max_new_tokens=4)
-    with Engine(model, places=1, max_context=8) as engine:
+    with Engine(model, DecodingOptions(batch_size=1, max_context=8)) as engine:
         (row,) = engine.add([request])
         with pytest.raises(ValueError, match="1 requests for 0 free places of 1"):
             engine.add([request])
         engine.remove(row)
         assert engine.free == 1 and engine.step() == []
-        with pytest.raises(ValueError, match="the row of prompt 0 is not in this engine"):
+        with pytest.raises(ValueError, match="the sequence of prompt 0 is not in this engine"):
             engine.remove(row)
         for wrong, message in (
             (Request(prompt=[], max_new_tokens=1), "Prompt 0 is empty"),
@@ -229,12 +225,12 @@ def test_what_does_not_fit_is_refused():
     for bad, message in (
         ({"logprobs": -1}, "logprobs must be a whole number of at least 0, not -1"),
         ({"stop": ("",)}, "at least one character"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, not 0"),
     ):
         with pytest.raises(ValueError, match=message):
             Request(**{"prompt": [1], "max_new_tokens": 1, **bad})
-    with pytest.raises(ValueError, match="places must be a whole number of at least 1, not 0"):
-        Engine(model, places=0)
+    with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1, not 0"):
+        DecodingOptions(batch_size=0)
 
 
 @pytest.mark.parametrize("first_goes_first", [True, False])
@@ -243,10 +239,10 @@ def test_two_at_a_time_over_one_model(first_goes_first):
     model = small_model(7, depth=2)
     requests = requests_of(7, 2)
     expected = [by_itself(model, request) for request in requests]
-    engines = [Engine(model, places=1) for _ in range(2)]
+    engines = [Engine(model, DecodingOptions(batch_size=1)) for _ in range(2)]
 
     def goes_on(engine):
-        while engine.rows:
+        while engine.sequences:
             engine.step()
         engine.__exit__(None, None, None)
 

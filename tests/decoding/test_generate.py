@@ -13,7 +13,7 @@ import torch
 from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.adaptive import AutoDepth
-from mtp_lightning.decoding.request import Request
+from mtp_lightning.decoding.options import Request
 from tests.decoding.models import random_prompts, small_model, steer_drafts
 
 
@@ -114,10 +114,11 @@ def test_streamed_tokens_are_the_result_without_the_stop_string(known):
     for stop in ([], [text[7:10]], [text[3:5], "zzz"]):
         streamed, marks = [], []
 
-        def take(index, ids, accepted, streamed=streamed, marks=marks):
-            assert index == 0 and ids and len(ids) == len(accepted)
-            streamed.extend(ids)
-            marks.extend(accepted)
+        def take(index, fresh, streamed=streamed, marks=marks):
+            assert index == 0 and fresh.token_ids
+            assert len(fresh.token_ids) == len(fresh.accepted_mask) == len(fresh.rejected)
+            streamed.extend(fresh.token_ids)
+            marks.extend(fresh.accepted_mask)
 
         (g,) = generate(
             model,
@@ -177,15 +178,15 @@ def test_the_snippet_above_the_module_runs(capsys):
     [
         ({"prompts": [[]]}, "Prompt 0 is empty"),
         ({"prompts": [[1], [37]]}, "Prompt 1 holds 37"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, not 0"),
         ({"draft_depth": 0}, "draft_depth=0"),
         ({"draft_depth": 3}, "draft_depth=3, but the model drafts 2"),
         ({"draft_depth": "deep"}, "draft_depth=deep"),
         ({"stop": "x"}, "needs a tokenizer"),
         ({"stop": [""], "tokenizer": Letters()}, "at least one character"),
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, not 0"),
         ({"long": "cut"}, "long=cut"),
-        ({"seed": 0.5}, "seed=0.5"),
+        ({"seed": 0.5}, "seed must be a whole number, not 0.5"),
     ],
 )
 def test_bad_input_is_named(options, message):

@@ -22,6 +22,7 @@ from mtp_lightning.decoding.measure import (
     require_same_greedy,
     teacher_forced_rates,
 )
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -85,7 +86,7 @@ def test_intervals_of_equal_prompts_are_points_and_of_one_prompt_none() -> None:
 def test_acceptance_does_not_depend_on_what_is_decoded_together() -> None:
     model = small_model(3, 2, vocab=3)
     prompts = random_prompts(3, (4, 1, 9, 6), vocab=3)
-    found, plain = acceptance(model, prompts, new_tokens=20)
+    found, plain = acceptance(model, prompts, DecodingOptions(max_new_tokens=20))
     alone = [generate(model, [prompt], max_new_tokens=20)[0] for prompt in prompts]
     assert found == {**rates(alone), **intervals(alone), "n_prompts": 4.0, "new_tokens": 20.0}
     assert [text.token_ids for text in plain] == [text.token_ids for text in alone]
@@ -141,7 +142,8 @@ def test_nothing_is_expected_of_texts_that_are_too_short() -> None:
 
 def test_acceptance_and_agreement_of_a_trained_model_are_close() -> None:
     """And shifting the drafts' targets by one makes both collapse."""
-    found = decoding_report(trained(shift=0), counting_prompts(), new_tokens=40, repeats=1)
+    options = DecodingOptions(max_new_tokens=40)
+    found = decoding_report(trained(shift=0), counting_prompts(), options, repeats=1)
     assert found["acceptance_position_1"] > 0.9
     for j in (1, 2):
         gap = found[f"acceptance_position_{j}"] - found[f"agreement_position_{j}"]
@@ -149,7 +151,7 @@ def test_acceptance_and_agreement_of_a_trained_model_are_close() -> None:
     assert found["tokens_per_step"] == pytest.approx(found["expected_tokens_per_step"], abs=0.15)
     assert found["speedup"] > 0 and found["expected_speedup"] > 0
 
-    shifted = decoding_report(trained(shift=1), counting_prompts(), new_tokens=40, repeats=1)
+    shifted = decoding_report(trained(shift=1), counting_prompts(), options, repeats=1)
     assert shifted["acceptance_position_1"] < 0.2 and shifted["agreement_position_1"] < 0.2
 
 
@@ -159,17 +161,18 @@ def test_a_race_is_run_warm_and_in_turns(monkeypatch, batch_size: int) -> None:
     calls: list[str] = []
     now = 0.0
 
-    def decode(model, prompts, *, name, batch_size):
+    def decode(model, prompts, options, *, tokenizer):
         nonlocal now
+        name = "drafted" if options.speculative else "plain"
         pace = {"plain": 2.0, "drafted": 1.0}[name] * (1 + 0.1 * len(calls)) * len(prompts)
         now += pace * (10.0 if name not in calls else 1.0)
         calls.append(name)
         return [f"{name} {p}" for p in prompts]
 
     monkeypatch.setattr(measure, "generate", decode)
-    ways = {name: {"name": name} for name in ("plain", "drafted")}
-    timed = {"repeats": 2, "clock": lambda: now}
-    run = measure.race(None, ["a", "b"], ways, batch_size=batch_size, **timed)
+    options = DecodingOptions(batch_size=batch_size)
+    ways = {"plain": options.plain(), "drafted": options}
+    run = measure.race(None, ["a", "b"], ways, repeats=2, clock=lambda: now)
     there, back = ["plain", "drafted"], ["drafted", "plain"]
     turns = [there, there, back, there, back] if batch_size == 1 else [there, there, back]
     assert calls == [name for turn in turns for name in turn]
@@ -209,8 +212,10 @@ def trained(*, shift: int) -> MTPModel:
 def test_every_way_of_a_race_decodes_the_same_prompts() -> None:
     model = small_model(1, 2)
     prompts = random_prompts(1, (3, 5))
-    ways = {"plain": {"speculative": False}, "drafted": {}, "auto": {"draft_depth": "auto"}}
-    run = race(model, prompts, ways, repeats=2, max_new_tokens=6)
+    options = DecodingOptions(max_new_tokens=6)
+    ways = {"plain": options.plain(), "drafted": options}
+    ways["auto"] = replace(options, draft_depth="auto")
+    run = race(model, prompts, ways, repeats=2)
     assert run.outputs.keys() == run.seconds.keys() == ways.keys()
     assert all(len(seconds) == 2 for seconds in run.seconds.values())
     texts = [[g.token_ids for g in run.outputs[way]] for way in ways]

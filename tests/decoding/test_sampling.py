@@ -206,7 +206,7 @@ def test_how_rows_are_sampled_is_found_once_however_many_end(monkeypatch):
             super().__init__(rows)
 
     monkeypatch.setattr(speculative, "RowSampling", Counted)
-    generate(small_model(12, 0), [[1]] * 20, max_new_tokens=3, temperature=1.0)
+    generate(small_model(12, 0), [[1]] * 20, max_new_tokens=3, temperature=1.0, batch_size=20)
     assert made == [20, 20]  # for the first token, and for the two rounds
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from mtp_lightning.experiment import device
 from mtp_lightning.experiment.evaluating import evaluate
 from mtp_lightning.nn import ops
-from mtp_lightning.run.loading import load_run
+from mtp_lightning.opening import open_model
 from tests.integration.helpers import CONF, train_here
 
 
@@ -50,7 +50,7 @@ def test_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_run_says_what_it_did(tmp_path: Path) -> None:
     settings = {"trainer.accelerator": "cpu", "trainer.max_steps": 2}
     train_here(tmp_path / "run", tmp_path / "cache", settings)
-    trainer = load_run(tmp_path / "run").config["trainer"]
+    trainer = open_model(tmp_path / "run").config["trainer"]
     assert (trainer["precision"], trainer["compile"]) == ("32-true", False)
 
 

@@ -17,10 +17,11 @@ from data_modules.splitting import DocumentSplit
 from data_modules.token_store import TokenStore
 from data_modules.tokenizers import ByteTokenizer
 from data_modules.windows import WindowBatch
+from mtp_lightning.decoding.sequence import Fresh
 from mtp_lightning.experiment import self_generated
 from mtp_lightning.experiment.evaluating import evaluate
 from mtp_lightning.experiment.self_generated import SelfGenerated, trunk_digest
-from mtp_lightning.run.loading import load_run
+from mtp_lightning.opening import open_model
 from tests import deepseek
 from tests.integration import helpers
 from tests.interop import folders
@@ -87,7 +88,7 @@ def documents(store: TokenStore) -> dict[str, list[list[int]]]:
 def test_texts_are_the_prompts_and_what_the_trunk_says(base: Path, tmp_path: Path) -> None:
     """Greedy ones by a loop that reads everything anew for every token."""
     data = corpus(base, tmp_path, temperature=0.0)
-    model = load_run(base / "trunk").model
+    model = open_model(base / "trunk").model
     found = documents(data.store)
     assert {name: len(texts) for name, texts in found.items()} == {"train": 9, "val": 3}
     sides: dict[str, list[bytes]] = {"train": [], "val": []}
@@ -136,7 +137,7 @@ def test_a_store_is_found_again_by_all_that_decides_it(base: Path, tmp_path: Pat
 
 
 def test_other_weights_are_other_texts(base: Path) -> None:
-    model = load_run(base / "trunk").model
+    model = open_model(base / "trunk").model
     before = trunk_digest(model)
     with torch.no_grad():
         model.trunk.blocks[0].attention.out.weight[0, 0] += 1e-3
@@ -147,7 +148,7 @@ def test_an_interruption_leaves_no_half_store(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*args: Any, **options: Any) -> None:
-        options["on_tokens"](0, [1, 2], [False, False])
+        options["on_tokens"](0, Fresh([1, 2], [False, False], [[], []], []))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -165,7 +166,7 @@ def test_heads_are_trained_and_evaluated_on_it(base: Path, tmp_path: Path) -> No
     settings = {**OWN, "init_from": base / "gone"}
     cache = tmp_path / "cache"
     summary = helpers.train_here(tmp_path / "run", cache, settings)
-    digest = trunk_digest(load_run(base / "trunk").model)
+    digest = trunk_digest(open_model(base / "trunk").model)
     facts = summary["data"]
     assert facts["source"]["name"] == "self_generated" and facts["source"]["weights"] == digest
     assert (facts["train"]["documents"], facts["val"]["documents"]) == (32, 8)

@@ -90,7 +90,7 @@ def train_with(
 def test_model_checkpoint_beside_ours(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mtp_lightning.run.loading import load_run
+    from mtp_lightning.opening import open_model
 
     saves = ModelCheckpoint(
         tmp_path / "theirs", "{step}", monitor="val/loss_depth_0", save_top_k=2,
@@ -98,11 +98,11 @@ def test_model_checkpoint_beside_ours(
     )  # fmt: skip
     train_with(tmp_path / "run", cache, monkeypatch, saves)
     assert {path.name for path in (tmp_path / "theirs").iterdir()} == {"5.ckpt", "10.ckpt"}
-    assert load_run(saves.best_model_path).step in (5, 10)
+    assert open_model(saves.best_model_path).step in (5, 10)
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
     with pytest.warns(UserWarning, match="theirs exists and is not empty"):  # Lightning's word
         train_with(tmp_path / "run", cache, monkeypatch, saves, {"trainer.max_steps": 15})
-    assert load_run(saves.last_model_path or saves.best_model_path).step > 0
+    assert open_model(saves.last_model_path or saves.best_model_path).step > 0
 
 
 def test_a_callback_adds_to_the_summary(

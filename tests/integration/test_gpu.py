@@ -20,7 +20,7 @@ from mtp_lightning.objective.balance.base import NoBalance
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.schedule.piecewise import Piecewise
 from mtp_lightning.objective.step import OptimizerStep
-from mtp_lightning.run.loading import load_run
+from mtp_lightning.opening import open_model
 from tests import deepseek
 from tests.integration.helpers import rows, train_here
 from tests.models import build, windows
@@ -93,7 +93,7 @@ def test_recorded_passes_decode_the_same(
     """Compiled, and played as CUDA graphs."""
     monkeypatch.setenv("MTP_LIGHTNING_CACHE", str(tmp_path / "programs"))
     train_here(tmp_path, cache, {"trainer.accelerator": "cuda", "trainer.max_steps": 30})
-    model = load_run(tmp_path, device="cuda").model
+    model = open_model(tmp_path, device="cuda").model
     prompts = [[1, 2, 3], [4, 5, 6, 7]]
     eager, recorded = (
         generate(
@@ -107,7 +107,7 @@ def test_recorded_passes_decode_the_same(
 
 def test_greedy_drafts_change_nothing(tmp_path: Path, cache: Path) -> None:
     train_here(tmp_path, cache, {"trainer.accelerator": "cuda", "trainer.max_steps": 30})
-    model = load_run(tmp_path, device="cuda").model
+    model = open_model(tmp_path, device="cuda").model
     prompts = [[1, 2, 3], [4, 5, 6, 7]]
     drafted, plain = (
         generate(model, prompts, max_new_tokens=40, speculative=speculative)
@@ -163,7 +163,7 @@ def test_grouped_experts_are_the_formula() -> None:
 def test_defaults_of_a_gpu(tmp_path: Path, cache: Path) -> None:
     settings = {"trainer.accelerator": "auto", "trainer.max_steps": 6}
     train_here(tmp_path, cache, settings)
-    trainer = load_run(tmp_path, device="cuda").config["trainer"]
+    trainer = open_model(tmp_path, device="cuda").config["trainer"]
     assert trainer["accelerator"] == "cuda" and trainer["precision"] == "bf16-mixed"
     losses = [row["train/loss"] for row in rows(tmp_path) if "train/loss" in row]
     assert losses and all(math.isfinite(loss) for loss in losses)

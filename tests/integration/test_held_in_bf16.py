@@ -13,8 +13,9 @@ from mtp_lightning.experiment.training import prepare
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.half import hold_in_bf16
 from mtp_lightning.nn.ops import linear
+from mtp_lightning.opening import open_model
 from mtp_lightning.run import checkpoints
-from mtp_lightning.run.loading import find_checkpoint, load_run
+from mtp_lightning.run.loading import find_checkpoint
 from mtp_lightning.run.metrics import read_metrics
 from tests import deepseek
 from tests.integration import helpers
@@ -67,7 +68,7 @@ def test_what_is_trained_is_what_bf16_mixed_trains(base: Path, name: str, caplog
         assert found.dtype == (torch.bfloat16 if held else torch.float32), key
         assert torch.equal(found, weight.bfloat16() if held else weight), key
 
-    model = load_run(base / f"{name}-bf16-true").model
+    model = open_model(base / f"{name}-bf16-true").model
     assert model.head.weight.dtype == torch.float32
     texts = [
         generate(model, [[1, 2, 3]], max_new_tokens=16, speculative=s)[0] for s in (False, True)
@@ -86,7 +87,7 @@ def test_a_run_goes_on_and_starts_another(base: Path) -> None:
     assert state["model.trunk.blocks.0.attention.qkv.weight"].dtype == torch.bfloat16
     again = {**settings, "init_from": parts, "mtp.depth": 3, "trainer.max_steps": 2}
     helpers.train_here(base / "again", base / "cache", again)
-    assert load_run(base / "again").model.depth == 3
+    assert open_model(base / "again").model.depth == 3
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 from mtp_lightning.decoding import generate
 from mtp_lightning.experiment.evaluating import evaluate
-from mtp_lightning.run.loading import load_run
+from mtp_lightning.opening import open_model
 from tests.integration.helpers import (
     CONF,
     assert_same_weights,
@@ -99,7 +99,7 @@ def test_resumes_exactly(tmp_path: Path, cache: Path) -> None:
 
 def test_a_model_that_says_how_sure_it_is(tmp_path: Path, cache: Path) -> None:
     train_here(tmp_path / "run", cache, {"objective.confidence": "true"})
-    run = load_run(tmp_path / "run")
+    run = open_model(tmp_path / "run")
     assert run.model.mtp.confidence is not None
     prompt = [list(b"abc")]
     plain = generate(run.model, prompt, max_new_tokens=12, speculative=False)

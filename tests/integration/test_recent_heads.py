@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mtp_lightning.decoding import generate
-from mtp_lightning.run.loading import load_run
+from mtp_lightning.opening import open_model
 from tests.integration.helpers import assert_same_weights, rows, train_here
 from tests.integration.test_resume import stop_after
 from tests.integration.test_teacherless import TRAINED as TASK
@@ -46,7 +46,7 @@ def test_resumed_is_uninterrupted_and_drafts_are_lossless(
     assert_same_weights(tmp_path / "parts", tmp_path / "whole")
     assert summary["val/loss_depth_2"] > 0
     assert summary["mtp_reads_tokens"] is (head != "stride")
-    model = load_run(tmp_path / "whole").model
+    model = open_model(tmp_path / "whole").model
     assert model.config.mtp.variant == settings["mtp"]
     prompts = [[1, 2, 3], [200, 7]]
     drafted, plain = (

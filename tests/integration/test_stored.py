@@ -21,7 +21,8 @@ import yaml
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.gguf_counts import require_counts
-from mtp_lightning.run.loading import load_run, model_config, require_held
+from mtp_lightning.opening import open_model, require_held
+from mtp_lightning.run.loading import model_config
 from tests.integration.conftest import Once
 from tests.integration.helpers import checkpoint, config, train_here
 
@@ -102,7 +103,7 @@ def of_config(key: str) -> Callable[[Path, Any, Path], object]:
     def read(finished: Path, value: Any, folder: Path) -> object:
         from mtp_lightning.experiment.evaluating import validation_data
 
-        run = load_run(finished)
+        run = open_model(finished)
         changed = replace(run, config=set_at(run.config, key, value))
         data = validation_data(changed)
         return next(iter(data.val_dataloader())).tokens.shape, data.evaluation_summary()
@@ -214,7 +215,7 @@ def of_card(key: str) -> Callable[[Path, Any, Path], object]:
         from mtp_lightning.interop import card
         from mtp_lightning.interop.writing import Contents
 
-        run = load_run(finished)
+        run = open_model(finished)
         found = {"run_config": run.config, "summary": {"step": 10, "val/loss_depth_0": 1.0}}
         return card.render(
             "name", run.model.config, Contents(layer_depths=1, heads=False, parameters=1, shards=1),

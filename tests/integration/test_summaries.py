@@ -16,7 +16,7 @@ from mtp_lightning.experiment.evaluating import evaluate
 from mtp_lightning.experiment.exporting import export
 from mtp_lightning.experiment.generating import generate_text
 from mtp_lightning.objective.terms.base import Chunk, Term
-from mtp_lightning.run.loading import load_run
+from mtp_lightning.opening import open_model
 from tests.integration.helpers import (
     CONF,
     assert_same_weights,
@@ -101,7 +101,7 @@ def test_what_a_run_logs_and_evaluate_gives_again(tmp_path: Path, cache: Path, h
     if head == "bag":
         weights_V = checkpoint(tmp_path)["state_dict"]["model.mtp.weights_V"]
         assert weights_V.min() >= 1 and len(set(weights_V.tolist())) > 10
-        model = load_run(tmp_path).model
+        model = open_model(tmp_path).model
         assert torch.equal(model.mtp.weights_V, weights_V)
 
 
@@ -176,10 +176,9 @@ def test_it_decodes_plainly_and_is_exported_alone(
     asked = [f"checkpoint={tmp_path / 'run'}", f"output={out}", "verify=false"]
     export(app("export", *asked))
     assert f"mtp={head} shaped the trunk in training" in capsys.readouterr().out
-    read = load_run(tmp_path / "run").model
-    from mtp_lightning.interop.reading import open_run
+    read = open_model(tmp_path / "run").model
 
-    alone = open_run(out).model
+    alone = open_model(out).model
     assert alone.depth == 0
     assert torch.equal(alone.trunk.embedding.weight, read.trunk.embedding.weight)
 
@@ -193,12 +192,12 @@ def test_a_probe_leaves_the_trunk_alone(tmp_path: Path, cache: Path) -> None:
     start = {"init_from": tmp_path / "plain", "mtp.freeze_trunk": "true"}
     summary = train_here(tmp_path / "probe", cache, text("top") | start)
     before, after = (
-        load_run(tmp_path / name).model.trunk.state_dict() for name in ("plain", "probe")
+        open_model(tmp_path / name).model.trunk.state_dict() for name in ("plain", "probe")
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (
         summary["parameters_trained"]
-        == 32 * load_run(tmp_path / "plain").model.config.trunk.vocab_size
+        == 32 * open_model(tmp_path / "plain").model.config.trunk.vocab_size
     )
     assert [r for r in rows(tmp_path / "probe") if "train/loss_depth_0" in r] == []
     first, last = (rows(tmp_path / "probe")[i]["train/loss_depth_1"] for i in (0, -1))

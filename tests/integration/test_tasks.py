@@ -12,7 +12,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from mtp_lightning.experiment.evaluating import evaluate, validation_data
-from mtp_lightning.run.loading import load_run
+from mtp_lightning.opening import open_model
 from tests.integration.helpers import (
     CONF,
     assert_same_weights,
@@ -285,7 +285,7 @@ def test_memory_is_learned(tmp_path: Path, cache: Path) -> None:
         cfg = compose("config", overrides=[*given, f"paths.output_dir={tmp_path}"])
     summary = train(cfg)
     assert summary["val/exact_match"] > 0.95 > 0.1 > summary["val/chance"]
-    run = load_run(tmp_path)
+    run = open_model(tmp_path)
     questions = validation_data(run).answer_sets()[""]
     numbers = np.arange(len(questions))
     said_BW = say(run.model, questions.batch(numbers))

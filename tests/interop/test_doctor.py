@@ -16,7 +16,7 @@ from mtp_lightning.interop import doctor, tensor_files
 from mtp_lightning.interop.inventory import is_fresh
 from mtp_lightning.interop.reading import INDEX, SINGLE
 from mtp_lightning.interop.writing import write_folder
-from mtp_lightning.run.loading import load_run
+from mtp_lightning.opening import open_model
 from tests import deepseek
 from tests.integration import helpers
 from tests.interop import folders
@@ -43,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def written(run: Path, folder: Path, change: Callable[[Tensors], None] | None = None) -> Path:
     """A run as a folder of one file, with a change to its tensors."""
-    loaded = load_run(run)
+    loaded = open_model(run)
     write_folder(folder, loaded.model, loaded.tokenizer, dtype="float32", max_positions=512,
                  shard_bytes=10**9)  # fmt: skip
     if change is not None:

@@ -17,7 +17,7 @@ from mtp_lightning.experiment.exporting import export
 from mtp_lightning.interop import card, writing
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.verify import CheckFailed, check_trained
-from mtp_lightning.run.loading import load_run
+from mtp_lightning.opening import open_model
 from tests import deepseek
 from tests.integration import helpers
 from tests.interop import folders
@@ -68,7 +68,7 @@ def test_a_run_is_exported_and_verified(
     assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
             "README.md", "model.safetensors.index.json"} < files  # fmt: skip
     assert len([name for name in files if name.startswith("model-")]) > 1
-    wanted = load_run(base / name).model.state_dict()
+    wanted = open_model(base / name).model.state_dict()
     assert all(torch.equal(t, wanted[n]) for n, t in read_folder(tmp_path / "out").weights.items())
 
     run_export(tmp_path / "out", tmp_path / "again", shard_gb=2e-5)
@@ -84,7 +84,7 @@ def test_the_card(base: Path, tmp_path: Path) -> None:
                  "| depth | loss", "| 2 |", "vLLM",
                  r'_keys_to_ignore_on_load_unexpected = [r"model\.layers\.2\.", '):  # fmt: skip
         assert part in text, part
-    config = load_run(base / "deepseek").model.config
+    config = open_model(base / "deepseek").model.config
     trunk, whole = config.trunk.num_params(), config.num_params()
     # The embedding and the head of each of two depths; biases of four experts, three times.
     beyond = 2 * 2 * config.trunk.vocab_size * config.trunk.d_model + 3 * 4
@@ -114,7 +114,7 @@ def test_a_lost_module_is_named_and_no_folder_has_the_name(
     """The defect of others: MTP weights as they were initialised, exit code 0."""
     pytest.importorskip("transformers", reason="the check needs it: pip install -e '.[hf]'")
     checkpoint = helpers.checkpoint(base / "dense", "best.ckpt")
-    fresh = load_run(base / "dense").model
+    fresh = open_model(base / "dense").model
     fresh.initialise(0)
     name = "mtp.depths.0.eh_proj.weight"
     checkpoint["state_dict"][f"model.{name}"] = fresh.state_dict()[name]

@@ -17,8 +17,9 @@ from data_modules.tokenizers import PretrainedTokenizer, tokenizer_from_state
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import gguf_file
-from mtp_lightning.interop.reading import open_run, read_folder
+from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.writing import write_folder
+from mtp_lightning.opening import open_model
 from tests import fetch_smollm2
 from tests.interop import folders
 
@@ -124,7 +125,7 @@ def test_logits_are_transformers(
 
 def test_template_and_special_tokens_survive(tmp_path: Path) -> None:
     """From a GGUF file through a checkpoint's state to a folder, and from there to another."""
-    run = open_run(write_gguf(tmp_path / "tiny.gguf"))
+    run = open_model(write_gguf(tmp_path / "tiny.gguf"))
     assert run.seq_len == 128
     state = json.loads(json.dumps(run.tokenizer_state))
     tokenizer = tokenizer_from_state(state)
@@ -132,7 +133,7 @@ def test_template_and_special_tokens_survive(tmp_path: Path) -> None:
     assert tokenizer.encode_specials("<|im_start|>a").tolist()[0] == 1
     options: dict[str, Any] = {"dtype": "float32", "max_positions": 128, "shard_bytes": 10**6}
     write_folder(tmp_path / "one", run.model, tokenizer, **options)
-    again = open_run(tmp_path / "one")
+    again = open_model(tmp_path / "one")
     write_folder(tmp_path / "two", again.model, again.tokenizer, **options)
     assert folders.files(tmp_path / "one") == folders.files(tmp_path / "two")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "two")
@@ -199,7 +200,7 @@ def test_greedy_texts_of_a_real_model_do_not_change() -> None:
     from mtp_lightning.model import ModelConfig, MTPModel
     from mtp_lightning.mtp.sequential import SequentialConfig
 
-    run = open_run(fetch_smollm2.FOLDER / fetch_smollm2.MODEL)
+    run = open_model(fetch_smollm2.FOLDER / fetch_smollm2.MODEL)
     config = ModelConfig(trunk=run.model.config.trunk, mtp=SequentialConfig(depth=1))
     model = MTPModel(config)
     model.initialise(0)

@@ -15,7 +15,8 @@ import torch
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop import heads, tensor_files
-from mtp_lightning.interop.reading import INDEX, SINGLE, open_run, read_folder
+from mtp_lightning.interop.reading import INDEX, SINGLE, read_folder
+from mtp_lightning.opening import open_model
 from tests import deepseek
 from tests.interop import folders
 
@@ -72,7 +73,7 @@ def test_a_folder_whose_weights_are_not_finite(tmp_path: Path, dtype: str) -> No
         model.mtp.depths[0].eh_proj.weight[1, 2] = float("nan")
     folders.write(tmp_path / "folder", model, dtype=dtype)
     with pytest.raises(UserError, match="folder holds NaN or infinity in mtp.depths.0.eh_proj.wei"):
-        open_run(tmp_path / "folder")
+        open_model(tmp_path / "folder")
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.experiment import command_line
 from mtp_lightning.experiment.evaluating import evaluate
 from mtp_lightning.experiment.generating import generate_text
-from mtp_lightning.interop.reading import open_run, read_folder
+from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.nn.attention import GroupedQueryConfig
 from mtp_lightning.nn.moe import ExpertsConfig
-from mtp_lightning.run.loading import load_run
+from mtp_lightning.opening import open_model
 from tests import deepseek
 from tests.integration import helpers
 from tests.interop import folders
@@ -56,7 +56,7 @@ def test_modules_are_trained_on_a_frozen_trunk_and_decode_the_same_text(
         summary = helpers.train_here(base / "run", base / "cache", settings)
     assert "new: mtp.depths.0, mtp.depths.1" in caplog.text
     assert summary["init_from"] == str(base / "llama")
-    run = load_run(base / "run")
+    run = open_model(base / "run")
     wanted = read_folder(base / "llama")
     assert run.model.config.trunk == wanted.config.trunk
     assert run.model.config.trunk.vocab_size == folders.ROWS > run.tokenizer.vocab_size
@@ -69,7 +69,7 @@ def test_modules_are_trained_on_a_frozen_trunk_and_decode_the_same_text(
         for speculative in (False, True)
     )
     assert plain == drafted
-    alone = open_run(base / "llama")
+    alone = open_model(base / "llama")
     assert plain == generate(alone.model, [prompt], max_new_tokens=20)[0].token_ids
 
 
@@ -82,14 +82,14 @@ def test_mtp_layers_of_a_folder_go_on(base: Path, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.INFO):
         helpers.train_here(base / "more", base / "cache", settings)
     assert "kept: mtp.depths.0; new: mtp.depths.1" in caplog.text
-    trunk = load_run(base / "more").model.config.trunk
+    trunk = open_model(base / "more").model.config.trunk
     assert isinstance(trunk.feed_forward, ExpertsConfig) and trunk.recompute
     assert trunk.feed_forward.bias_rate == 0.0, "how it is trained is the run's to say"
     assert trunk.feed_forward.n_routed == 8
 
     again = {**SHORT, "init_from": base / "more", "mtp.depth": 2}
     helpers.train_here(base / "again", base / "cache", again)
-    assert load_run(base / "again").model.config.trunk.vocab_size == folders.ROWS
+    assert open_model(base / "again").model.config.trunk.vocab_size == folders.ROWS
 
 
 def test_a_run_goes_on_without_the_folder(base: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_folder_without_a_tokenizer(base: Path, caplog: pytest.LogCaptureFixtu
     settings = {**SHORT, "init_from": base / "bare", "tokenizer": "byte", "trainer.max_steps": 2}
     helpers.train_here(base / "own", base / "cache", settings)
     assert "holds no tokenizer.json" in caplog.text
-    assert load_run(base / "own").tokenizer.kind == "byte"
+    assert open_model(base / "own").tokenizer.kind == "byte"
     with pytest.raises(ValueError, match=r"300 ids and the model only 264 rows"):
         helpers.train_here(
             base / "not",
@@ -117,7 +117,7 @@ def test_a_folder_without_a_tokenizer(base: Path, caplog: pytest.LogCaptureFixtu
             {**settings, "tokenizer": "bpe", "tokenizer.vocab_size": 300},
         )
     with pytest.raises(ValueError, match=r"bare holds no tokenizer.json"):
-        open_run(base / "bare")
+        open_model(base / "bare")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_generate_reads_a_folder(base: Path, capsys: pytest.CaptureFixture[str])
              "output": "json", "accelerator": "cpu", "num_threads": 1}  # fmt: skip
     generate_text(OmegaConf.merge(cfg, asked))
     said = capsys.readouterr()
-    shown, model = json.loads(said.out), open_run(base / "deepseek").model
+    shown, model = json.loads(said.out), open_model(base / "deepseek").model
     wanted = generate(model, [list(b"abc")], max_new_tokens=5)[0]
     assert shown["token_ids"] == wanted.token_ids and not said.err
 
@@ -208,7 +208,7 @@ def test_a_file_of_prompts_says_what_it_took(
              "batch_size": 2}  # fmt: skip
     generate_text(OmegaConf.merge(cfg, asked))
     said = capsys.readouterr()
-    model = open_run(base / "deepseek").model
+    model = open_model(base / "deepseek").model
     wanted = [generate(model, [list(p.encode())], max_new_tokens=6)[0] for p in prompts]
     shown = [json.loads(line)["token_ids"] for line in said.out.splitlines()]
     assert shown == [g.token_ids for g in wanted]

@@ -28,7 +28,7 @@ from mtp_lightning.interop.verify import (
 )
 from mtp_lightning.interop.writing import write_tokenizer
 from mtp_lightning.model import MTPModel
-from mtp_lightning.run.loading import load_run
+from mtp_lightning.opening import open_model
 from tests import deepseek
 from tests.integration import helpers
 from tests.interop import folders
@@ -177,7 +177,7 @@ def test_modules_for_their_model(name: str, tmp_path: Path) -> None:
         "mtp.depth": 1, "trainer.max_steps": 6, "trainer.val_check_interval": 3,
     }  # fmt: skip
     helpers.train_here(tmp_path / "run", tmp_path / "cache", settings)
-    run = load_run(tmp_path / "run")
+    run = open_model(tmp_path / "run")
     plain, drafted = (
         generate(run.model, [[5, 6, 7]], max_new_tokens=16, speculative=speculative)[0]
         for speculative in (False, True)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.init_from import Start, start_from
+from mtp_lightning.init_from import start_from
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.none import NoMTPConfig
@@ -23,14 +23,15 @@ from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.mtp.starting import RIDGE, fit_projection
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig, MoE
+from mtp_lightning.opening import StoredModel
 from tests import deepseek
 from tests.models import build
 
 
-def start_of(trunk: TrunkConfig, mtp: MTPConfig | None = None) -> Start:
+def start_of(trunk: TrunkConfig, mtp: MTPConfig | None = None) -> StoredModel:
     """A trunk with random weights, gains and biases among them."""
     model = build(trunk, mtp or NoMTPConfig(), seed=5)
-    return Start(
+    return StoredModel(
         path=Path("old.ckpt"), config=model.config, weights=model.state_dict(), tokenizer_state={}
     )
 
@@ -43,7 +44,7 @@ def text(depth: int, *, rows: int = 12, seq_len: int = 20, documents: bool = Fal
     return WindowBatch(tokens, depth, ids)
 
 
-def begun(start: Start, mtp: MTPConfig, batch: WindowBatch) -> MTPModel:
+def begun(start: StoredModel, mtp: MTPConfig, batch: WindowBatch) -> MTPModel:
     model = MTPModel(ModelConfig(trunk=start.config.trunk, mtp=mtp))
     model.initialise(0)
     start_from(model, start, batch)

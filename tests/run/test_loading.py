@@ -15,8 +15,8 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.opening import open_model
 from mtp_lightning.run import loading
-from mtp_lightning.run.loading import load_run
 from tests.models import build
 
 
@@ -53,10 +53,10 @@ def test_a_forged_config_is_refused_at_once(
     monkeypatch.setattr(loading, "read_checkpoint", lambda *_, **__: (Path("x.ckpt"), checkpoint))
     began = time.monotonic()
     with pytest.raises(ValueError, match="x.ckpt is damaged or forged: its config asks") as error:
-        load_run("x.ckpt")
+        open_model("x.ckpt")
     assert said in str(error.value) and time.monotonic() - began < 5
     checkpoint["model_config"] = model.config.to_dict()
-    assert load_run("x.ckpt").step == 3
+    assert open_model("x.ckpt").step == 3
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -72,14 +72,14 @@ def test_weights_that_are_not_finite_are_refused_by_name(
     monkeypatch.setattr(loading, "read_checkpoint", lambda *_, **__: (Path("x.ckpt"), checkpoint))
     largest = torch.finfo(dtype).max
     checkpoint["state_dict"]["model.trunk.norm.weight"][:] = largest  # whose sum overflows
-    assert load_run("x.ckpt").model.trunk.norm.weight[3] == largest
+    assert open_model("x.ckpt").model.trunk.norm.weight[3] == largest
     name = "mtp.depths.1.block.feed_forward.down.weight"
     checkpoint["state_dict"][f"model.{name}"][5, 7] = value
     with pytest.raises(UserError, match=f"x.ckpt holds NaN or infinity in {name}: .* earlier"):
-        load_run("x.ckpt")
+        open_model("x.ckpt")
     checkpoint["state_dict"]["model.trunk.norm.weight"][0] = value
     with pytest.raises(UserError, match="infinity in trunk.norm.weight and 1 more: "):
-        load_run("x.ckpt")
+        open_model("x.ckpt")
 
 
 def test_a_config_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,4 +87,4 @@ def test_a_config_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         file = (Path("x.ckpt"), {"model_config": config})
         monkeypatch.setattr(loading, "read_checkpoint", lambda *_, file=file, **__: file)
         with pytest.raises(UserError, match="x.ckpt describes no model"):
-            load_run("x.ckpt")
+            open_model("x.ckpt")

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 
 from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.decoding.engine import Engine
+from mtp_lightning.opening import OpenedModel
 from mtp_lightning.paths import CONF
-from mtp_lightning.run.loading import LoadedRun
 from tests.decoding.models import small_model
 
 SEQ_LEN = 2048
@@ -24,10 +24,10 @@ NAME = "tiny"
 
 
 @pytest.fixture(scope="session")
-def run() -> LoadedRun:
+def run() -> OpenedModel:
     """Its texts are bytes of all kinds, few of them characters."""
     torch.manual_seed(0)
-    return LoadedRun(
+    return OpenedModel(
         model=small_model(3, 2, vocab=257),
         tokenizer_state=ByteTokenizer().state(),
         config={"data": {"seq_len": SEQ_LEN}},
@@ -74,7 +74,7 @@ def until(condition: Callable[[], bool], told: str) -> None:
 
 
 @contextmanager
-def serving(run: LoadedRun, **settings: Any) -> Iterator[Serving]:
+def serving(run: OpenedModel, **settings: Any) -> Iterator[Serving]:
     from mtp_lightning.serving.server import Server
     from mtp_lightning.serving.start import listen
 
@@ -98,7 +98,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     step = Engine.step
 
     def waits(self: Engine) -> Any:
-        if self.rows:
+        if self.sequences:
             assert opened.wait(60)
         return step(self)
 

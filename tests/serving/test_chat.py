@@ -12,7 +12,7 @@ import pytest
 
 from data_modules.tokenizers import PretrainedTokenizer
 from mtp_lightning.decoding import generate
-from mtp_lightning.run.loading import LoadedRun, pretrained_state
+from mtp_lightning.opening import OpenedModel, pretrained_state
 from mtp_lightning.serving.chat import ChatTemplate
 from mtp_lightning.serving.refusal import Refusal
 from tests.decoding.models import small_model
@@ -59,13 +59,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def talking(folder: Path, run: LoadedRun) -> LoadedRun:
+def talking(folder: Path, run: OpenedModel) -> OpenedModel:
     model = small_model(5, 2, vocab=259)
     return replace(run, model=model, tokenizer_state=pretrained_state(folder))
 
 
 @pytest.fixture(scope="module")
-def served(talking: LoadedRun) -> Iterator[Serving]:
+def served(talking: OpenedModel) -> Iterator[Serving]:
     with serving(talking, batch_size=2) as found:
         yield found
 
@@ -111,7 +111,7 @@ def client(found: Serving) -> Any:
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 0.8, "seed": 3}], ids=str)
-def test_answers_are_generates(talking: LoadedRun, served: Serving, settings: Any) -> None:
+def test_answers_are_generates(talking: OpenedModel, served: Serving, settings: Any) -> None:
     template = ChatTemplate.of(talking.tokenizer_state)
     assert template is not None
     prompt = talking.tokenizer.encode_specials(template.render(MESSAGES)).tolist()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mtp_lightning.run.loading import LoadedRun
+from mtp_lightning.opening import OpenedModel
 from tests.serving.conftest import NAME, SEQ_LEN, Serving, serving
 
 pytestmark = pytest.mark.extras
@@ -20,7 +20,7 @@ BODY_LIMIT = 100_000
 
 
 @pytest.fixture(scope="module")
-def served(run: LoadedRun) -> Iterator[Serving]:
+def served(run: OpenedModel) -> Iterator[Serving]:
     with serving(run, batch_size=2, max_body=BODY_LIMIT, hosts=["other.example"]) as found:
         yield found
 

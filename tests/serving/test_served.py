@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mtp_lightning.decoding import generate
-from mtp_lightning.run.loading import LoadedRun
+from mtp_lightning.opening import OpenedModel
 from tests.serving.conftest import NAME, SEQ_LEN, Serving, serving, until
 
 pytestmark = pytest.mark.extras
@@ -33,7 +33,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 
 
 @pytest.fixture(scope="module")
-def served(run: LoadedRun) -> Iterator[Serving]:
+def served(run: OpenedModel) -> Iterator[Serving]:
     with serving(run, batch_size=4) as found:
         yield found
 
@@ -44,7 +44,7 @@ def client(found: Serving) -> Any:
     return OpenAI(base_url=found.base_url, api_key="none", max_retries=0)
 
 
-def expected(run: LoadedRun, prompt: str, max_tokens: int, **settings: Any) -> Any:
+def expected(run: OpenedModel, prompt: str, max_tokens: int, **settings: Any) -> Any:
     (generation,) = generate(
         run.model,
         [run.tokenizer.encode(prompt).tolist()],
@@ -55,7 +55,7 @@ def expected(run: LoadedRun, prompt: str, max_tokens: int, **settings: Any) -> A
     return generation
 
 
-def test_sixteen_streams_are_each_their_own_text(run: LoadedRun) -> None:
+def test_sixteen_streams_are_each_their_own_text(run: OpenedModel) -> None:
     from openai import AsyncOpenAI
 
     asked = [
@@ -103,13 +103,16 @@ def test_sixteen_streams_are_each_their_own_text(run: LoadedRun) -> None:
     assert len({w.text for w in wanted}) == 16 and {"stop", "length"} <= set(reasons)
 
 
-def test_whole_answers_and_their_log_probabilities(run: LoadedRun, served: Serving) -> None:
+def test_whole_answers_and_their_log_probabilities(run: OpenedModel, served: Serving) -> None:
     fields = {"prompt": "import os", "max_tokens": 30, "temperature": 0.9, "seed": 6}
     answer = client(served).completions.create(model=NAME, logprobs=3, **fields)
     wanted = expected(run, **fields, logprobs=3)
     (choice,) = answer.choices
     assert choice.text == wanted.text and choice.finish_reason == "length"
     assert answer.usage.prompt_tokens == 9 and answer.usage.total_tokens == 39
+    drafts = answer.usage.completion_tokens_details
+    assert drafts.accepted_prediction_tokens == sum(wanted.accepted_mask)
+    assert drafts.rejected_prediction_tokens == wanted.drafts - sum(wanted.accepted_mask) > 0
     found = choice.logprobs
     assert found.token_logprobs == pytest.approx([p.logprob for p in wanted.logprobs])
     assert len(found.tokens) == 30 and all(len(top) == 3 for top in found.top_logprobs)
@@ -162,7 +165,7 @@ def test_no_chat_without_a_template(served: Serving) -> None:
         )
 
 
-def test_who_hangs_up_frees_a_row_and_a_place_in_the_queue(run: LoadedRun) -> None:
+def test_who_hangs_up_frees_a_row_and_a_place_in_the_queue(run: OpenedModel) -> None:
     fields = {"model": NAME, "prompt": "a", "max_tokens": 1000, "temperature": 0}
     gone = 'mtp_requests_total{status="499"}'
     with serving(run, batch_size=1) as found, client(found) as api, client(found) as other:
@@ -189,7 +192,7 @@ def _ask_and_drop(found: Serving, fields: dict[str, Any]) -> None:
         httpx2.post(f"{found.base_url}/completions", json=fields, timeout=0.5)
 
 
-def test_a_full_queue_says_when_to_come_again(run: LoadedRun, gate: threading.Event) -> None:
+def test_a_full_queue_says_when_to_come_again(run: OpenedModel, gate: threading.Event) -> None:
     from openai import RateLimitError
 
     fields = {"model": NAME, "prompt": "a", "max_tokens": 10, "temperature": 0}
@@ -213,7 +216,7 @@ def test_a_full_queue_says_when_to_come_again(run: LoadedRun, gate: threading.Ev
         found.wait_for('mtp_requests_total{status="429"}', 1)
 
 
-def test_memory_is_flat(run: LoadedRun) -> None:
+def test_memory_is_flat(run: OpenedModel) -> None:
     """Some hundreds of requests, one in four of which hangs up."""
     fields = {"model": NAME, "prompt": "a" * 40, "max_tokens": 12, "logprobs": 2, "seed": 1}
 
@@ -242,7 +245,7 @@ def _resident() -> int:
 
 
 def test_a_defect_ends_the_server_and_tells_everyone(
-    run: LoadedRun, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+    run: OpenedModel, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from openai import InternalServerError
 

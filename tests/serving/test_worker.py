@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
+from mtp_lightning.decoding.detokenizer import Detokenizer
 from mtp_lightning.decoding.engine import Engine
-from mtp_lightning.decoding.pieces import Pieces
-from mtp_lightning.decoding.request import Request
-from mtp_lightning.run.loading import LoadedRun
+from mtp_lightning.decoding.options import DecodingOptions, Request
+from mtp_lightning.opening import OpenedModel
 from mtp_lightning.serving.job import Job
 from mtp_lightning.serving.refusal import Refusal
 
 pytestmark = pytest.mark.extras
 
 
-async def heard(worker: Any, run: LoadedRun) -> str:
+async def heard(worker: Any, run: OpenedModel) -> str:
     """How the text of a job ended, or what it was refused with."""
-    job = Job(Request(prompt=[1, 2], max_new_tokens=6), Pieces(run.tokenizer))
+    job = Job(Request(prompt=[1, 2], max_new_tokens=6), Detokenizer(run.tokenizer))
     try:
         worker.submit(job)
         return [news async for news in job.news()][-1].done.finish_reason
@@ -29,17 +29,18 @@ async def heard(worker: Any, run: LoadedRun) -> str:
         return str(refusal.code)
 
 
-def worker_of(run: LoadedRun) -> Any:
+def worker_of(run: OpenedModel) -> Any:
     from mtp_lightning.serving.meters import Meters
     from mtp_lightning.serving.worker import Worker
 
-    engine = Engine(run.model, places=2, tokenizer=run.tokenizer, max_context=run.seq_len)
+    options = DecodingOptions(batch_size=2, max_context=run.seq_len)
+    engine = Engine(run.model, options, tokenizer=run.tokenizer)
     worker = Worker(engine, queue=9, meters=Meters(), on_failure=lambda: None)
     worker.start()
     return worker
 
 
-def test_who_waits_for_a_free_place_when_time_is_up(run: LoadedRun, gate: Event) -> None:
+def test_who_waits_for_a_free_place_when_time_is_up(run: OpenedModel, gate: Event) -> None:
     async def both() -> list[str]:
         worker = worker_of(run)
         tasks = [asyncio.create_task(heard(worker, run))]
@@ -55,7 +56,7 @@ def test_who_waits_for_a_free_place_when_time_is_up(run: LoadedRun, gate: Event)
     assert asyncio.run(both()) == ["ending", "ending"]
 
 
-def test_nobody_is_forgotten_at_the_end(run: LoadedRun) -> None:
+def test_nobody_is_forgotten_at_the_end(run: OpenedModel) -> None:
     async def one(seconds: float) -> list[str]:
         worker = worker_of(run)
         tasks = [asyncio.create_task(heard(worker, run)) for _ in range(5)]

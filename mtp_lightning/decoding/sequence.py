@@ -6,18 +6,23 @@ Shapes: T tokens of a round, V vocabulary.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.request import Request
+from mtp_lightning.decoding.options import Request
+from mtp_lightning.decoding.speculative import Step
 
 
 @dataclass(frozen=True)
 class LogProb:
-    """How likely the trunk took a token for, before temperature, ``top_k`` and ``top_p``.
+    """A token's log-probability by the trunk, before temperature, ``top_k`` and ``top_p``.
 
     Attributes:
         token: its id.
@@ -31,17 +36,35 @@ class LogProb:
 
 
 @dataclass(frozen=True)
+class Rejected:
+    """A draft that did not become part of the text.
+
+    Attributes:
+        at: which token of the text the trunk chose itself in that pass, from 0; it may lie after
+            the text's end.
+        depth: of the draft, from 1.
+        token: its id.
+    """
+
+    at: int
+    depth: int
+    token: int
+
+
+@dataclass(frozen=True)
 class Fresh:
-    """Tokens that a row has got and that nobody has been shown.
+    """Tokens that a sequence has got and that were not handed out yet.
 
     Attributes:
         token_ids: their ids.
         accepted_mask: which of them were drafts.
+        rejected: for each of them, the drafts that were rejected there.
         logprobs: one a token if the request asked for them, else empty.
     """
 
     token_ids: list[int]
     accepted_mask: list[bool]
+    rejected: list[list[Rejected]]
     logprobs: list[LogProb]
 
 
@@ -59,12 +82,15 @@ class Generation:
         verify_passes: passes of the trunk after the prompt's.
         tokens_per_step: tokens emitted by verify passes / ``verify_passes``, the trunk's own token
             included: 1 in plain decoding. The first token is the prompt's pass's.
-        acceptance: by position, conditional: drafts accepted there / drafts that reached it, those
-            behind the text's end left out; None where none did.
+        acceptance: by position, conditional: drafts accepted there / drafts that reached it, but
+            for those after the text's end; None where none did.
         drafts_accepted: the numerators.
         drafts_reached: the denominators.
         accepted_mask: which of ``token_ids`` were drafts.
         logprobs: one a token if the request asked for them, else None.
+        drafts: how many were made, accepted or not; every candidate of a tree counts. Drafts beyond
+            ``max_new_tokens`` are left out.
+        rejected: those that were not accepted.
     """
 
     token_ids: list[int]
@@ -80,9 +106,39 @@ class Generation:
     drafts_reached: list[int]
     accepted_mask: list[bool]
     logprobs: list[LogProb] | None = None
+    drafts: int = 0
+    rejected: list[Rejected] = field(default_factory=list)
 
 
-class Row:
+def rates(generations: Sequence[Generation]) -> dict[str, float]:
+    """``acceptance_position_j`` and ``tokens_per_step`` of the loop, pooled over generations.
+
+    Acceptance is conditional: drafts accepted at position j / drafts that reached it. Tokens per
+    step are the tokens emitted by verify passes / verify passes, the model's own token included.
+    """
+    pairs = rate_counts(generations).items()
+    return {
+        # As loggers keep it.
+        name: float(np.float32(above_N.sum() / below_N.sum()))
+        for name, (above_N, below_N) in pairs
+        if below_N.sum()
+    }
+
+
+def rate_counts(generations: Sequence[Generation]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Numerators and denominators [N] of every rate, by prompt."""
+    accepted_ND = np.array([g.drafts_accepted for g in generations])
+    reached_ND = np.array([g.drafts_reached for g in generations])
+    found = {
+        f"acceptance_position_{j + 1}": (accepted_ND[:, j], reached_ND[:, j])
+        for j in range(reached_ND.shape[1])
+    }
+    passes_N = np.array([g.verify_passes for g in generations])
+    emitted_N = np.array([round(g.tokens_per_step * g.verify_passes) for g in generations])
+    return found | {"tokens_per_step": (emitted_N, passes_N)}
+
+
+class TextSequence:
     """Collects one request's tokens and notices its end.
 
     Args:
@@ -91,9 +147,9 @@ class Row:
         tokenizer: with ``decode(ids)`` and ``eot_id``, or None.
 
     Attributes:
-        token_ids: what was emitted; the last of them may still turn out to be behind the text's
-            end, see :meth:`fresh`.
-        finish_reason: ``length``, ``eot`` or ``stop``; None while the row lives.
+        token_ids: what was emitted; the last of them may still turn out to lie after the
+            text's end, see :meth:`fresh`.
+        finish_reason: ``length``, ``eot`` or ``stop``; None until then.
     """
 
     def __init__(self, request: Request, max_draft: int, tokenizer: Any) -> None:
@@ -101,6 +157,7 @@ class Row:
         self.token_ids: list[int] = []
         self.accepted_mask: list[bool] = []
         self.logprobs: list[LogProb] = []
+        self.rejected: list[Rejected] = []
         self.finish_reason: str | None = None
         own = request.eot_id
         self.eot_id = getattr(tokenizer, "eot_id", None) if own is None else own
@@ -111,6 +168,7 @@ class Row:
         self._text: str | None = None
         self._passes = 0
         self._emitted = 0
+        self._drafted = 0
         self._accepted = [0] * max_draft
         self._reached = [0] * max_draft
         # A token is a byte at least, so this many hold every stop string.
@@ -121,24 +179,24 @@ class Row:
         """Tokens still wanted."""
         return self.request.max_new_tokens - len(self.token_ids)
 
-    def take_round(self, tokens: list[int], accepted: int, reached: int, logits_TV: Tensor) -> None:
-        """Take and count one verify pass, as far as the text goes: what was drafted behind its end
+    def take(self, step: Step, logits_TV: Tensor) -> None:
+        """Take and count one verify pass, as far as the text goes: what was drafted after its end
         was judged, but is no part of it.
 
         Args:
-            tokens: the accepted drafts and the trunk's own token.
-            accepted: how many drafts.
-            reached: how many were judged.
+            step: what the pass brought.
             logits_TV: the trunk's, at least one row a token.
         """
         before = len(self.token_ids)
-        self.extend(tokens, accepted, logits_TV)
+        self.extend(step.tokens, step.accepted, logits_TV)
         kept = len(self.token_ids) - before
         self._passes += 1
         self._emitted += kept
-        for j in range(min(reached, kept)):
+        self._drafted += step.accepted + len(step.rejected)
+        self.rejected += [Rejected(before + step.accepted, *draft) for draft in step.rejected]
+        for j in range(min(step.reached, kept)):
             self._reached[j] += 1
-            self._accepted[j] += j < accepted
+            self._accepted[j] += j < step.accepted
 
     def extend(self, tokens: list[int], accepted: int, logits_TV: Tensor) -> None:
         """Take a round's tokens, the first ``accepted`` of them drafts, as far as the end."""
@@ -163,7 +221,7 @@ class Row:
         return self._tokenizer.decode(ids)
 
     def _look_for_stop(self, before: int) -> None:
-        """Cut the tokens behind the one that completes a stop string, if a new one does."""
+        """Cut the tokens after the one that completes a stop string, if a new one does."""
         stop = self.request.stop
         first = max(0, before - self._stop_bytes)
         if not any(s in self._decode(self.token_ids[first:]) for s in stop):
@@ -182,8 +240,15 @@ class Row:
         is held back, and a stop string is never handed out."""
         start, end = self._shown, max(self._shown, self._known_end())
         self._shown = end
+        rejected: list[list[Rejected]] = [[] for _ in range(start, end)]
+        for draft in self.rejected[bisect_left(self.rejected, start, key=attrgetter("at")) :]:
+            if draft.at < end:
+                rejected[draft.at - start].append(draft)
         return Fresh(
-            self.token_ids[start:end], self.accepted_mask[start:end], self.logprobs[start:end]
+            self.token_ids[start:end],
+            self.accepted_mask[start:end],
+            rejected,
+            self.logprobs[start:end],
         )
 
     def _known_end(self) -> int:
@@ -200,7 +265,7 @@ class Row:
         return end
 
     def generation(self) -> Generation:
-        """The result of a finished row."""
+        """The result of a finished sequence."""
         assert self.finish_reason is not None
         text = self._text
         if text is None and self._tokenizer is not None:
@@ -222,6 +287,8 @@ class Row:
             drafts_reached=self._reached,
             accepted_mask=self.accepted_mask,
             logprobs=self.logprobs if self.request.logprobs is not None else None,
+            drafts=self._drafted,
+            rejected=self.rejected,
         )
 
 

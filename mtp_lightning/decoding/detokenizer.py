@@ -1,12 +1,14 @@
-"""Tokens as text, as soon as they make up characters."""
+"""Tokens to text, as soon as they make up whole characters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+Mark = TypeVar("Mark")
 
 
-class Pieces:
+class Detokenizer:
     """Takes the tokens of one text as they come.
 
     A character that several tokens make up comes with the last of them. Joined, the pieces are the
@@ -19,21 +21,21 @@ class Pieces:
     def __init__(self, tokenizer: Any) -> None:
         self._decode: Callable[[list[int]], str] = tokenizer.decode
         self._eot_id = tokenizer.eot_id
-        # The tokens of the last piece, before which some tokenizers would drop a space, and those
-        # whose text is not whole; how many characters of theirs are out.
+        # The last piece's tokens, without which some tokenizers would drop a space, and those
+        # whose text is not whole yet; how many of their characters were handed out.
         self._window: list[int] = []
         self._out = 0
 
-    def add(self, token_ids: Sequence[int], accepted: Sequence[bool]) -> Iterator[tuple[str, bool]]:
-        """The text that is whole now, in pieces, and whether each was an accepted draft."""
-        for token, draft in zip(token_ids, accepted, strict=True):
+    def add(self, token_ids: Sequence[int], marks: Sequence[Mark]) -> Iterator[tuple[str, Mark]]:
+        """The text that is whole now, in pieces, each with the mark of its last token."""
+        for token, mark in zip(token_ids, marks, strict=True):
             if token == self._eot_id:
                 continue
             self._window.append(token)
             text = self._decode(self._window)
-            whole = len(text.rstrip("\ufffd"))  # what is behind may be part of a character
+            whole = len(text.rstrip("\ufffd"))  # the rest may be part of a character
             if whole > self._out:
-                yield text[self._out : whole], draft
+                yield text[self._out : whole], mark
                 self._out = whole
             if whole == len(text):
                 self._window = [token]

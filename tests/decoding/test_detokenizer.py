@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies
 
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer, SymbolTokenizer
-from mtp_lightning.decoding.pieces import Pieces
+from mtp_lightning.decoding.detokenizer import Detokenizer
 
 LETTERS = "a \u00e9\u4f60\U0001f600\ufffd"
 TOKENIZERS = {
@@ -26,20 +26,20 @@ def test_joined_they_are_the_text(name: str, data: strategies.DataObject) -> Non
     ids = data.draw(strategies.lists(strategies.integers(0, tokenizer.vocab_size - 1)))
     if data.draw(strategies.booleans()) and tokenizer.reads_text:
         ids += tokenizer.encode(data.draw(strategies.text(LETTERS))).tolist()
-    pieces, text = Pieces(tokenizer), ""
+    detokenizer, text = Detokenizer(tokenizer), ""
     for token in ids:
-        text += "".join(piece for piece, _ in pieces.add([token], [False]))
+        text += "".join(piece for piece, _ in detokenizer.add([token], [False]))
     whole = tokenizer.decode([i for i in ids if i != tokenizer.eot_id])
     assert whole.startswith(text) and not whole[len(text) :].strip("\ufffd")
 
 
 def test_a_character_comes_with_the_last_of_its_tokens() -> None:
     tokenizer = ByteTokenizer()
-    pieces = Pieces(tokenizer)
-    told = [[piece for piece, _ in pieces.add([byte], [True])] for byte in "a\u4f60b".encode()]
+    detokenizer = Detokenizer(tokenizer)
+    told = [[piece for piece, _ in detokenizer.add([byte], [True])] for byte in "a\u4f60b".encode()]
     assert told == [["a"], [], [], ["\u4f60"], ["b"]]
 
 
 def test_drafts_are_told_apart() -> None:
-    pieces = Pieces(ByteTokenizer())
-    assert list(pieces.add(list(b"ab"), [True, False])) == [("a", True), ("b", False)]
+    detokenizer = Detokenizer(ByteTokenizer())
+    assert list(detokenizer.add(list(b"ab"), [True, False])) == [("a", True), ("b", False)]

@@ -1,0 +1,147 @@
+"""Text on a terminal or in a pipe while it is made, with or without its drafts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, TextIO
+
+from mtp_lightning.cli import printable
+from mtp_lightning.decoding.detokenizer import Detokenizer
+from mtp_lightning.decoding.sequence import Fresh, Generation
+
+
+class Marks(ABC):
+    """How drafts are told from what the model said itself."""
+
+    @abstractmethod
+    def accepted(self, depth: int, text: str) -> str:
+        """An accepted draft."""
+
+    @abstractmethod
+    def rejected(self, depth: int, text: str) -> str:
+        """A rejected draft."""
+
+    @abstractmethod
+    def legend(self, depths: int) -> str:
+        """What the marks mean, in a line."""
+
+
+class Colors(Marks):
+    """Of a terminal: a color a depth, rejected drafts struck through."""
+
+    _COLORS = (32, 36, 34, 35, 33)  # green, cyan, blue, magenta, yellow
+
+    def accepted(self, depth: int, text: str) -> str:
+        return f"\x1b[{self._color(depth)}m{text}\x1b[0m"
+
+    def rejected(self, depth: int, text: str) -> str:
+        return f"\x1b[{self._color(depth)};9m{text}\x1b[0m"
+
+    def legend(self, depths: int) -> str:
+        shown = " ".join(self.accepted(k, str(k)) for k in range(1, depths + 1))
+        return f"drafts of depth {shown}; {self.rejected(1, 'struck through')}: rejected"
+
+    def _color(self, depth: int) -> int:
+        return self._COLORS[(depth - 1) % len(self._COLORS)]
+
+
+class Brackets(Marks):
+    """In a pipe, as wdiff marks what was added and removed."""
+
+    def accepted(self, depth: int, text: str) -> str:
+        return f"{{+{depth}:{text}+}}"
+
+    def rejected(self, depth: int, text: str) -> str:
+        return f"[-{depth}:{text}-]"
+
+    def legend(self, depths: int) -> str:
+        return (
+            f"{self.accepted(1, 'text')} is an accepted draft of depth 1, "
+            f"{self.rejected(depths, 'text')} a rejected one of depth {depths}"
+        )
+
+
+class TextStream:
+    """Writes a prompt, as soon as something follows it, and tokens as text while they are accepted.
+
+    Args:
+        tokenizer: of the model.
+        out: where the text goes; kept as an attribute.
+        prompt: what it goes on from.
+        terminal: whether a terminal reads it, to which no control characters are sent.
+        marks: for drafts; None shows the text alone.
+    """
+
+    def __init__(
+        self, tokenizer: Any, out: TextIO, prompt: str, *, terminal: bool, marks: Marks | None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer)
+        self.out = out
+        self._prompt = prompt
+        self._terminal = terminal
+        self._marks = marks
+        self._depth = 0  # of the last token as a draft, 0 of one that was none
+        self._length = 0  # characters of the text that were written
+        self.begun = False
+
+    def add(self, fresh: Fresh) -> None:
+        """Write new tokens; those that are part of a character wait for the rest of it."""
+        for i, token in enumerate(fresh.token_ids):
+            if self._marks is not None:
+                for draft in fresh.rejected[i]:
+                    self.write(self._marks.rejected(draft.depth, self._rejected(draft.token)))
+            self._depth = self._depth + 1 if fresh.accepted_mask[i] else 0
+            for text, depth in self._detokenizer.add([token], [self._depth]):
+                self._length += len(text)
+                shown = self._shown(text)
+                marked = self._marks is not None and depth
+                self.write(self._marks.accepted(depth, shown) if marked else shown)
+
+    def end(self, generation: Generation) -> None:
+        """Write what is left of a finished text: a character that never became whole, what stands
+        before a stop string within a token."""
+        self.write(self._shown((generation.text or "")[self._length :]) + "\n")
+
+    def write(self, text: str) -> None:
+        """Write what is no model's."""
+        if not self.begun:
+            self.begun = True
+            self.out.write(self._shown(self._prompt))
+        self.out.write(text)
+        self.out.flush()
+
+    def _rejected(self, token: int) -> str:
+        if token == self._tokenizer.eot_id:
+            return "<end of text>"
+        # A draft is no part of the text, and breaks none of its lines.
+        return self._shown(self._tokenizer.decode([token])).replace("\n", "\\n")
+
+    def _shown(self, text: str) -> str:
+        return printable(text) if self._terminal else text
+
+
+def told(generation: Generation) -> str:
+    """What a text took, in a line: ``80 tokens in 37 passes, 2.16 a pass; 43 drafts accepted of
+    72``. The passes are the trunk's, the reading of the prompt among them."""
+    tokens, passes = generation.new_tokens, generation.verify_passes + 1
+    line = f"{_count(tokens, 'token')} in {_count(passes, 'pass', 'es')}"
+    if not generation.drafts:
+        return line
+    accepted = _count(sum(generation.accepted_mask), "draft")
+    return f"{line}, {tokens / passes:.2f} a pass; {accepted} accepted of {generation.drafts}"
+
+
+def ends_at_once(generation: Generation) -> str | None:
+    """Why there is no text, in a sentence; None where there is."""
+    if generation.text:
+        return None
+    if generation.finish_reason == "eot":
+        return "The text ends at once: the model's first token is the end of text."
+    if generation.finish_reason == "stop":
+        return "The text ends at once: it begins with a stop string."
+    return None
+
+
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}{plural}"

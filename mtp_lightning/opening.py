@@ -1,0 +1,332 @@
+"""From a path to a model: a run, a checkpoint, a Hugging Face folder or a GGUF file, one way.
+
+    opened = open_model("runs/mine")
+    opened.model, opened.tokenizer, opened.seq_len
+
+Each kind of path has a reader, which :data:`FORMATS` names by its module. A reader is imported when
+a path of its kind is opened, so that a part of the package may be missing. A reader describes a
+model and hands over its weights unread (:func:`read_model`, from which a new run can start);
+:func:`open_model` builds the model from them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.model import ModelConfig, MTPModel
+from mtp_lightning.settings import require_whole
+
+if TYPE_CHECKING:
+    from data_modules.tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
+
+# No window has so many tokens: depths without weights of their own are refused beyond this number.
+_FREE_DEPTHS = 4096
+
+
+class Stored(ABC):
+    """A weight that is still on the disk."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """Its shape in the model."""
+
+    @abstractmethod
+    def copy_to(self, target: torch.Tensor) -> None:
+        """Write it into memory of its shape and of any dtype."""
+
+    def numel(self) -> int:
+        """How many numbers it has."""
+        return self.shape.numel()
+
+    def tensor(self) -> torch.Tensor:
+        """Its numbers in new memory, float32."""
+        found = torch.empty(self.shape)
+        self.copy_to(found)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """A model as a reader found it: described, and not built yet.
+
+    Attributes:
+        path: the file or folder that holds the weights.
+        config: of the model.
+        weights: by the model's own names; those from elsewhere are unread.
+        tokenizer_state: the tokenizer as plain data; None where there is no tokenizer.
+        brings_trunk: whether a run that starts from it takes its trunk's shape from here rather
+            than from the config: a model from elsewhere, or a run that began with one.
+        run_config: the composed config that it was trained with, plain containers; of a model from
+            elsewhere only ``data.seq_len``.
+        step: optimizer steps trained.
+        threads: of the CPU that it was trained with; None if unknown.
+    """
+
+    path: Path
+    config: ModelConfig
+    weights: Mapping[str, torch.Tensor | Stored]
+    tokenizer_state: dict[str, Any] | None
+    brings_trunk: bool = False
+    run_config: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    threads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """A trained model and what is needed to use it.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer_state: the tokenizer as plain data; :attr:`tokenizer` revives it.
+        config: the ``run_config`` of :class:`StoredModel`.
+        step: optimizer steps trained.
+        path: the file or folder that it was read from.
+        threads: of the CPU that it was trained with; None if unknown.
+    """
+
+    model: MTPModel
+    tokenizer_state: dict[str, Any]
+    config: dict[str, Any]
+    step: int
+    path: Path
+    threads: int | None = None
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's own tokenizer.
+
+        Raises:
+            UserError: it is damaged, or has more ids than the model.
+        """
+        from data_modules.tokenizers import tokenizer_from_state
+
+        tokenizer, trunk = tokenizer_from_state(self.tokenizer_state), self.model.config.trunk
+        if tokenizer.vocab_size > trunk.vocab_size:
+            raise UserError(
+                f"{self.path} is damaged or forged: its tokenizer has {tokenizer.vocab_size:,} "
+                f"ids, and its model {trunk.vocab_size:,}."
+            )
+        return tokenizer
+
+    @property
+    def seq_len(self) -> int:
+        """T, the context in tokens that the model was trained on."""
+        length = self.config["data"]["seq_len"]
+        return require_whole(f"data.seq_len of {self.path}", length, least=1)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of path that can be opened.
+
+    Attributes:
+        name: to follow "is", in messages.
+        fits: whether a path is of this kind; it opens no file.
+        reader: ``module:function``, a function of a path and of ``allow`` (see :func:`open_model`)
+            that returns a :class:`StoredModel`.
+    """
+
+    name: str
+    fits: Callable[[Path], bool]
+    reader: str
+
+
+# The first that fits reads a path.
+FORMATS: list[Format] = [
+    Format(
+        "a folder in Hugging Face's layout",
+        lambda path: (path / "config.json").is_file(),
+        "mtp_lightning.interop.reading:read",
+    ),
+    Format(
+        "a GGUF file",
+        lambda path: path.suffix == ".gguf" and path.is_file(),
+        "mtp_lightning.interop.reading:read",
+    ),
+    # It says of any other path what is missing there.
+    Format("a run", lambda path: True, "mtp_lightning.run.loading:read"),
+]
+
+
+def open_model(
+    path: str | Path, *, device: torch.device | str = "cpu", allow: Collection[str] = ()
+) -> OpenedModel:
+    """Build a trained model.
+
+    Args:
+        path: a run folder (its best checkpoint), a .ckpt file, a folder in Hugging Face's layout,
+            or a GGUF file.
+        device: where the model goes.
+        allow: packages whose variants the path may ask for.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        UserError: it is damaged, does not fit its config, needs a package that is not allowed, or
+            holds no tokenizer; or the part of this package that reads it is missing.
+    """
+    found = read_model(path, allow=allow)
+    if found.tokenizer_state is None:
+        raise UserError(f"{path} holds no tokenizer.json: put the model's own one there.")
+    model = build_model(found.config, found.weights, source=str(found.path))
+    return OpenedModel(
+        model=model.to(device),
+        tokenizer_state=found.tokenizer_state,
+        config=found.run_config,
+        step=found.step,
+        path=found.path,
+        threads=found.threads,
+    )
+
+
+def read_model(path: str | Path, *, allow: Collection[str] = ()) -> StoredModel:
+    """Read what :func:`open_model` would build; arguments and errors as there, but that a model
+    from elsewhere may have no tokenizer."""
+    kind = next(kind for kind in FORMATS if kind.fits(Path(path)))
+    module, _, name = kind.reader.partition(":")
+    try:
+        reader = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise UserError(
+            f"{path} is {kind.name}, and this installation lacks the part that reads it "
+            f"({error.name}): install it, or give a run of this project."
+        ) from error
+    found: StoredModel = reader(Path(path), allow=allow)
+    return found
+
+
+def pretrained_state(folder: str | Path) -> dict[str, Any]:
+    """The state of the tokenizer whose tokenizer.json lies in a folder.
+
+    Raises:
+        UserError: it cannot be read, or has no end-of-text token.
+    """
+    from data_modules.tokenizers import PretrainedTokenizer
+
+    return PretrainedTokenizer(str(folder)).state()
+
+
+def require_held(
+    config: ModelConfig, weights: Mapping[str, torch.Tensor | Stored], *, source: str
+) -> None:
+    """Refuse a config that asks for more than the file's tensors hold, before anything is built:
+    a few bytes of it could take all memory, or hours.
+
+    Raises:
+        UserError: with what is asked for and what is there.
+    """
+    for what, asked in (("layers", config.trunk.n_layers), ("MTP depths", config.mtp.depth)):
+        # Each has a tensor of its own, but for depths that share one or have none.
+        if asked > max(len(weights), _FREE_DEPTHS):
+            raise UserError(
+                f"{source} is damaged or forged: its config asks for {asked:,} {what}, and it "
+                f"holds {len(weights):,} tensors."
+            )
+    held = sum(tensor.numel() for tensor in weights.values())
+    if config.num_params() > held:
+        raise UserError(
+            f"{source} is damaged or forged: its config asks for {config.num_params():,} weights, "
+            f"and it holds {held:,}."
+        )
+
+
+def build_model(
+    config: ModelConfig, weights: Mapping[str, torch.Tensor | Stored], *, source: str
+) -> MTPModel:
+    """The model in evaluation mode, on the CPU, filled one tensor at a time.
+
+    Args:
+        config: of the model.
+        weights: by the model's names. Tensors in float64 make it a model in float64.
+        source: for messages.
+
+    Raises:
+        UserError: as :func:`load_weights`.
+    """
+    with torch.device("meta"):
+        model = MTPModel(config)
+    parameters = len(list(model.parameters()))
+    model.to_empty(device="cpu")
+    if config.trunk.tie_embeddings:
+        model.head.weight = model.trunk.embedding.weight  # type: ignore[assignment]
+    # Buffers that are not stored must be computed, and other tied parameters tied again.
+    made = any(name not in weights for name, _ in model.named_buffers())
+    if made or len(list(model.parameters())) != parameters:
+        model = MTPModel(config)
+    tensors = (x for x in weights.values() if isinstance(x, torch.Tensor))
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        model.double()
+    load_weights(model, weights, source=source)
+    return model.eval()
+
+
+@torch.no_grad()
+def load_weights(
+    model: MTPModel, weights: Mapping[str, torch.Tensor | Stored], *, source: str
+) -> None:
+    """Load all weights or none, one at a time.
+
+    Args:
+        model: of the same names and shapes.
+        weights: by the model's names; where the model holds bf16, they are rounded, which is said.
+        source: for messages.
+
+    Raises:
+        UserError: names or shapes differ, or numbers are not finite; the message names them.
+    """
+    own = model.state_dict()
+    problems = [f"{name} is missing" for name in own.keys() - weights.keys()]
+    problems += [f"{name} is unknown" for name in weights.keys() - own.keys()]
+    problems += [
+        f"{name} has the shape {list(weights[name].shape)} where {list(own[name].shape)} is needed"
+        for name in own.keys() & weights.keys()
+        if own[name].shape != weights[name].shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:8]) + ("; ..." if len(problems) > 8 else "")
+        raise UserError(f"The weights in {source} do not fit the model: {shown}.")
+    tied = {"head.weight"} if model.config.trunk.tie_embeddings else set()
+    rounded, broken = 0, []
+    for name in [name for name in own if name not in tied]:
+        found, target = weights[name], own[name]
+        if isinstance(found, Stored) and target.dtype != torch.bfloat16:
+            found.copy_to(target)
+        else:
+            numbers = found.tensor() if isinstance(found, Stored) else found
+            target.copy_(numbers)
+            rounded += target.dtype == torch.bfloat16 and not torch.equal(target.float(), numbers)
+        if not _is_finite(target):
+            broken.append(name)
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise UserError(
+            f"{source} holds NaN or infinity in {broken[0]}{more}: such a model says nothing; take "
+            "an earlier checkpoint, or the file from where it came."
+        )
+    if rounded:
+        log.warning(
+            "%d matrices of %s are rounded to bf16: the model is what the rounded numbers say.",
+            rounded,
+            source,
+        )
+
+
+def _is_finite(x: torch.Tensor) -> bool:
+    """Whether all numbers are finite. Their sum tells it in a fraction of the time of copying them,
+    unless the sum itself overflows."""
+    return not x.is_floating_point() or bool(x.sum().isfinite()) or bool(x.isfinite().all())

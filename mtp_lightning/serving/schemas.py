@@ -1,0 +1,262 @@
+"""Bodies of requests: OpenAI's, as far as this server knows them.
+
+pydantic checks the types; :func:`understood` says in a sentence what it finds. A field that would
+change the text and that this server has no means for is refused rather than ignored; null is a
+field that was not given.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.serving.refusal import Refusal
+from mtp_lightning.settings import is_whole
+
+# What they say changes no text.
+_IGNORED = frozenset(
+    {
+        *("metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention"),
+        *("safety_identifier", "service_tier", "store", "user"),
+    }
+)
+# Accepted with the one value that asks for nothing.
+_NEUTRAL: Mapping[str, Any] = {
+    "n": 1,
+    "best_of": 1,
+    "echo": False,
+    "frequency_penalty": 0,
+    "function_call": "none",
+    "functions": [],
+    "logit_bias": {},
+    "modalities": ["text"],
+    "presence_penalty": 0,
+    "response_format": {"type": "text"},
+    "suffix": "",
+    "tool_choice": "none",
+    "tools": [],
+}
+_SHOWN = 60  # characters of a client's value in a message
+_MOST_STOPS, _LONGEST_STOP = 16, 256
+# What a field must be, by the kind of pydantic's error; numbers have bounds of their own.
+_WANTED = {
+    "bool_type": "true or false",
+    "list_type": "a string or a list",
+    "string_type": "a string",
+    "missing": "a string",
+    "string_too_short": f"a string of 1 to {_LONGEST_STOP} characters",
+    "string_too_long": f"a string of 1 to {_LONGEST_STOP} characters",
+}
+
+Role = Literal["assistant", "developer", "system", "user"]
+
+
+def _encodable(text: Any) -> Any:
+    """Refuse half of a surrogate pair, which no tokenizer reads."""
+    if isinstance(text, str):
+        text.encode("utf-8")  # a UnicodeEncodeError is a ValueError, which pydantic reports
+    return text
+
+
+def _unwrapped(prompt: Any) -> Any:
+    """The one prompt of a list of prompts."""
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        return prompt[0]
+    return prompt
+
+
+def _joined(content: Any) -> Any:
+    """The text of a content in parts."""
+    if not isinstance(content, list):
+        return content
+    if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        raise Refusal("The parts of a content must be of type text.", param="messages")
+    texts = [part.get("text") for part in content]
+    wrong = [text for text in texts if not isinstance(text, str)]
+    if wrong:
+        raise Refusal(f"text must be a string, not {shown(wrong[0])}.", param="text")
+    return "".join(texts)
+
+
+def _listed(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _counted(logprobs: Any) -> Any:
+    return None if logprobs is False else logprobs
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Stop = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
+Alternatives = Annotated[int, Field(ge=0, le=20)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, fields: Any) -> Any:
+        """The fields that are not null."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+class Message(_Strict):
+    """One message of a chat."""
+
+    role: Role
+    content: Annotated[Text, BeforeValidator(_joined)]
+
+
+class StreamOptions(_Strict):
+    """What a stream holds beside the text."""
+
+    include_usage: bool = False
+    include_obfuscation: Any = None
+
+
+class Body(_Strict):
+    """What both endpoints understand."""
+
+    model: Any = None
+    max_tokens: int | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
+    top_k: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: Annotated[list[Stop], Field(max_length=_MOST_STOPS), BeforeValidator(_listed)] = []
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asks_for_nothing(cls, fields: Any) -> Any:
+        """Leave out what changes no text; refuse what would be ignored though it does."""
+        known = {}
+        for name, value in fields.items():
+            if value is None or name in _IGNORED:
+                continue
+            if name not in cls.model_fields and name in _NEUTRAL:
+                if not _same(value, _NEUTRAL[name]):
+                    only = json.dumps(_NEUTRAL[name])
+                    told = f"{name}={shown(value)} is not supported, only {only}."
+                    raise Refusal(told, param=name)
+            elif name not in cls.model_fields:
+                raise Refusal(f"The field {shown(name)} is not known here: leave it out.")
+            else:
+                known[name] = value
+        return known
+
+
+class CompletionBody(Body):
+    """Of ``/v1/completions``."""
+
+    prompt: Annotated[Any, BeforeValidator(_unwrapped), AfterValidator(_encodable)] = None
+    logprobs: Annotated[Alternatives | None, BeforeValidator(_counted)] = None
+
+
+class ChatBody(Body):
+    """Of ``/v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: Alternatives = 0
+
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+def limited(kind: type[AnyBody], max_tokens: int) -> type[AnyBody]:
+    """A body in which no more than so many tokens may be asked for."""
+    length = Annotated[int, Field(ge=1, le=max_tokens)] | None
+    names = {"max_tokens", "max_completion_tokens"} & kind.model_fields.keys()
+    fields: dict[str, Any] = {name: (length, None) for name in names}
+    return create_model(kind.__name__, __base__=kind, **fields)
+
+
+def understood(body: bytes, kind: type[AnyBody]) -> AnyBody:
+    """A body that was sent.
+
+    Raises:
+        Refusal: it is no JSON object in UTF-8, or a field of it is not of its kind.
+    """
+    try:
+        content = json.loads(body.decode("utf-8"), parse_constant=_no_number)
+    except UnicodeDecodeError:
+        raise Refusal("The body is not UTF-8: send JSON in UTF-8.") from None
+    except (ValueError, RecursionError) as error:
+        told = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise Refusal(f"The body is not JSON: {told}.") from None
+    if not isinstance(content, dict):
+        raise Refusal(f"The body must be a JSON object, not {shown(content)}.")
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise _refusal(kind, error) from error
+
+
+def _no_number(name: str) -> None:
+    raise UserError(f"{name} is no number of JSON")
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def _refusal(kind: type[Body], errors: ValidationError) -> Refusal:
+    """The first of pydantic's errors as a sentence."""
+    error = errors.errors(include_url=False)[0]
+    what, (field, *inside) = error["type"], error["loc"]
+    value: Any = None if what == "missing" else error["input"]
+    name = str(inside[-1] if field in ("messages", "stream_options") and inside else field)
+    if what in ("value_error", "string_unicode"):
+        told = f"{name} holds half of a surrogate pair, no character."
+    elif field == "messages" and not inside:
+        told = "messages must be a list of at least one message."
+    elif field == "messages" and len(inside) == 1:
+        told = f"A message must be an object, not {shown(value)}."
+    elif field == "messages" and what == "extra_forbidden":
+        told = f"A message's field {shown(name)} is not known here: leave it out."
+    elif name == "role":
+        told = f"A role must be one of {', '.join(get_args(Role))}, not {shown(value)}."
+    elif field == "stream_options" and (not inside or what == "extra_forbidden"):
+        told = "stream_options must be an object with include_usage."
+    elif field == "stop" and what == "too_long":
+        told = f"stop holds {len(value)} strings: give at most {_MOST_STOPS}."
+    else:
+        told = f"{name} must be {_WANTED.get(what) or _number(kind, name)}, not {shown(value)}."
+    return Refusal(told, param=str(field))
+
+
+def _number(kind: type[Body], name: str) -> str:
+    """Which numbers a field takes."""
+    said = kind.model_json_schema()["properties"][name]
+    said = next((part for part in said.get("anyOf", ()) if part["type"] != "null"), said)
+    number = "a whole number" if said["type"] == "integer" else "a number"
+    return f"{number} from {said['minimum']} to {said['maximum']}"
+
+
+def shown(value: Any) -> str:
+    """A client's value, as much of it as belongs into a sentence."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else f"a list of {len(value)}"
+    if is_whole(value) and abs(value) >= 10**_SHOWN:
+        return "a number of more digits than fit here"
+    told = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode()
+    return told if len(told) <= _SHOWN else f"{told[:_SHOWN]}.."

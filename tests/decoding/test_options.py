@@ -1,0 +1,97 @@
+"""One table of options: from YAML to the engine, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from mtp_lightning.decoding.options import DecodingOptions, TextOptions
+from mtp_lightning.errors import UserError
+from mtp_lightning.experiment.evaluating import evaluate_decoding
+from mtp_lightning.paths import CONF
+from tests.decoding.models import random_prompts, small_model
+
+# What the model decides, or who calls: no key of a config.
+UNTOLD = {"max_context", "eot_id", "logprobs"}
+
+
+@pytest.mark.parametrize("app", ["generate", "serve", "evaluate"])
+def test_every_key_of_decoding_is_an_option_with_its_default(app: str) -> None:
+    cfg = OmegaConf.load(CONF / f"{app}.yaml")
+    node: Any = cfg.decode if app == "evaluate" else cfg
+    named = {field.name: field.default for field in fields(DecodingOptions)}
+    found = {name: node[name] for name in named if name in node}
+    own = {"long", "max_new_tokens"} if app == "serve" else {"long"}  # limits of the app's own
+    assert {k: list(v) if k == "stop" else v for k, v in found.items() if k not in own} == {
+        k: list(named[k]) if k == "stop" else named[k] for k in found if k not in own
+    }
+    drafting = {"draft_depth", "draft_vocab", "min_confidence", "cache", "tree"}
+    assert drafting <= found.keys()
+    if app == "generate":
+        assert found.keys() == named.keys() - UNTOLD
+    assert DecodingOptions.from_config(node).drafts_as_trained
+
+
+def test_values_of_yaml_become_the_options_own() -> None:
+    cfg = OmegaConf.create({"stop": ["a", 5], "tree": [3, 2], "batch_size": None, "other": 1})
+    options = DecodingOptions.from_config(cfg, max_context=7)
+    assert options.stop == ("a", "5") and options.tree is not None and options.tree.depth == 2
+    assert options.max_context == 7 and options.places == 8 and not options.drafts_as_trained
+    plain = options.plain()
+    assert plain.tree is None and not plain.speculative and plain.stop == options.stop
+    assert DecodingOptions.from_config({"stop": "ab", "compile": True}).places == 1
+    request = options.request([1], 4)
+    assert (request.index, request.stop) == (4, ("a", "5"))
+    assert {field.name for field in fields(request)} == {
+        *(field.name for field in fields(TextOptions)),
+        "prompt",
+        "index",
+    }
+
+
+TREE = {"tree": [2, 1]}
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({**TREE, "speculative": False}, "tree=[2, 1] does not go together with speculative=false"),
+        ({**TREE, "draft_depth": 2}, "tree=[2, 1] does not go together with draft_depth=2"),
+        ({**TREE, "min_confidence": 0.5}, "with min_confidence=0.5"),
+        ({**TREE, "cache": "single"}, "tree=[2, 1] does not go together with cache=single"),
+        ({**TREE, "compile": True}, "tree=[2, 1] does not go together with compile=true"),
+        ({"draft_vocab": 3, "compile": True}, "draft_vocab=3 does not go together with compile="),
+        ({"draft_vocab": 3, "speculative": False}, "with speculative=false"),
+        ({"cache": "single", "compile": True}, "cache=single does not go together with compile="),
+        ({"min_confidence": 0.5, "speculative": False}, "with speculative=false"),
+        ({"compile": True, "batch_size": 2}, "set batch_size=1, not 2"),
+        ({"long": "cut"}, "long=cut is unknown"),
+        ({"max_context": 0}, "max_context must be a whole number of at least 1, not 0"),
+        ({"speculative": "no"}, "speculative must be true or false, not 'no'"),
+        ({"tree": [3], "draft_vocab": 2}, "draft_vocab must be a whole number of at least 3"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_options_alone(asked: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        DecodingOptions(**asked)
+    assert told in str(error.value)
+
+
+def test_evaluation_decodes_by_the_same_options() -> None:
+    class Data:
+        seq_len, answer_length, tokenizer = 64, None, None
+
+        def held_out_prompts(self, n: int, length: int, *, fewer: bool) -> Any:
+            import torch
+
+            return [torch.tensor(p) for p in random_prompts(0, (length,) * n)]
+
+    settings = OmegaConf.load(CONF / "evaluate.yaml").decode
+    settings.merge_with({"n_prompts": 2, "prompt_tokens": 20, "new_tokens": 12, "tree": [3, 1]})
+    found = evaluate_decoding(small_model(2, 2), Data(), settings)  # type: ignore[arg-type]
+    assert "decode/acceptance_position_1" in found and "decode/speedup" in found
+    assert "decode/expected_speedup" not in found  # teacher forcing sees no tree

@@ -1,0 +1,172 @@
+"""What a person sees of a text and its drafts: on a terminal, in a pipe, as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from data_modules.tokenizers import ByteTokenizer
+from mtp_lightning.decoding import Generation, generate
+from mtp_lightning.experiment import generating
+from mtp_lightning.experiment.text_stream import (
+    Brackets,
+    Colors,
+    TextStream,
+    ends_at_once,
+    told,
+)
+from mtp_lightning.opening import OpenedModel
+from mtp_lightning.paths import CONF
+from tests.decoding.models import small_model
+
+WAYS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 1.0},
+    {"tree": [3, 2]},
+    {"tree": [3, 2], "temperature": 1.0},
+    {"speculative": False},
+)
+
+
+class Letters(ByteTokenizer):
+    """Every token is one character, so that what is shown can be taken apart again."""
+
+    @property
+    def eot_id(self) -> int:
+        return -1
+
+    def decode(self, ids: Any) -> str:
+        return "".join(chr(0x100 + int(i)) for i in ids)
+
+
+@pytest.fixture(scope="module")
+def opened() -> OpenedModel:
+    return OpenedModel(
+        model=small_model(3, 2, vocab=257),
+        tokenizer_state=ByteTokenizer().state(),
+        config={"data": {"seq_len": 256}},
+        step=0,
+        path=Path("x"),
+    )
+
+
+def shown(opened: OpenedModel, marks: Any, **options: Any) -> tuple[str, Generation]:
+    tokenizer = Letters()
+    stream = TextStream(tokenizer, StringIO(), "a>", terminal=False, marks=marks)
+    (generation,) = generate(
+        opened.model,
+        [[1, 2]],
+        max_new_tokens=40,
+        tokenizer=tokenizer,
+        on_tokens=lambda _, fresh: stream.add(fresh),
+        **options,
+    )
+    stream.end(generation)
+    return stream.out.getvalue(), generation  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_marks_tell_every_draft_and_taken_off_leave_the_text(
+    opened: OpenedModel, way: dict[str, Any]
+) -> None:
+    text, done = shown(opened, Brackets(), **way)
+    plain = re.sub(r"\[-\d:(.)-\]", "", text)
+    accepted = [int(depth) for depth in re.findall(r"\{\+(\d):", plain)]
+    assert re.sub(r"\{\+\d:(.)\+\}", r"\1", plain) == f"a>{done.text}\n"
+    counts = [sum(depth == k for depth in accepted) for k in (1, 2)]
+    assert counts == (done.drafts_accepted or [0, 0])
+    rejected = [(int(k), ord(c) - 0x100) for k, c in re.findall(r"\[-(\d):(.)-\]", text)]
+    inside = [draft for draft in done.rejected if draft.at < len(done.token_ids)]
+    assert rejected == [(draft.depth, draft.token) for draft in inside]
+    assert done.drafts == sum(done.accepted_mask) + len(done.rejected)
+    colored, again = shown(opened, Colors(), **way)
+    assert re.sub(r"\x1b\[\d+;9m.\x1b\[0m|\x1b\[\d*m", "", colored) == f"a>{again.text}\n"
+    assert colored.count(";9m") == len(inside)
+
+
+def test_drafts_are_those_of_full_passes(opened: OpenedModel) -> None:
+    """Each pass drafts as many as it is asked to, but near the end no more than there is room."""
+    for way, each in (({}, 2), ({"tree": [3, 2]}, 9), ({"speculative": False}, 0)):
+        _, done = shown(opened, None, **way)
+        full = done.verify_passes * each
+        assert full - 2 * max(each - 1, 0) - 3 * each <= done.drafts <= full, way
+
+
+def test_a_text_in_a_line() -> None:
+    done = Generation(
+        token_ids=[1] * 80,
+        text="x",
+        finish_reason="length",
+        new_tokens=80,
+        seconds=1.0,
+        tokens_per_second=80.0,
+        verify_passes=36,
+        tokens_per_step=79 / 36,
+        acceptance=[],
+        drafts_accepted=[25, 18],
+        drafts_reached=[36, 25],
+        accepted_mask=[True] * 43 + [False] * 37,
+        drafts=72,
+    )
+    assert told(done) == "80 tokens in 37 passes, 2.16 a pass; 43 drafts accepted of 72"
+    plain = replace(done, new_tokens=1, verify_passes=0, drafts=0)
+    assert told(plain) == "1 token in 1 pass"
+    assert ends_at_once(done) is None
+    assert "first token is the end" in (
+        ends_at_once(replace(done, text="", finish_reason="eot")) or ""
+    )
+    assert "a stop string" in (ends_at_once(replace(done, text="", finish_reason="stop")) or "")
+
+
+@pytest.fixture
+def asked(opened: OpenedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """``generate.py`` with keys of its own, in this process."""
+    monkeypatch.setattr(generating, "open_model", lambda *args, **options: opened)
+
+    def ask(**keys: Any) -> None:
+        cfg = OmegaConf.load(CONF / "generate.yaml")
+        for name in ("hydra", "defaults"):
+            del cfg[name]
+        cfg.checkpoint, cfg.max_new_tokens = "x", 20
+        generating.generate_text(OmegaConf.merge(cfg, keys))
+
+    yield ask
+
+
+def test_what_generate_says_at_the_end(
+    asked: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked(prompt="ab")
+    assert capsys.readouterr().err == ""  # nobody is there who reads it
+    asked(prompt="ab", show_drafts=True)
+    said = capsys.readouterr()
+    assert "[-1:" in said.out and "a rejected one of depth 2" in said.err
+    asked(prompt="ab", output="json", show_drafts=True)
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["accepted_mask"]) == found["new_tokens"]
+    assert found["rejected"][0].keys() == {"at", "depth", "token"}
+    (tmp_path / "prompts").write_text("ab\ncd\n")
+    asked(prompts=str(tmp_path / "prompts"), show_drafts=True)
+    said = capsys.readouterr()
+    assert said.out.startswith("ab") and "\n\ncd" in said.out and said.out.count("[-1:") > 1
+    assert "2 prompts" in said.err
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    asked(prompt="ab", show_drafts=True)
+    said = capsys.readouterr()
+    assert "\x1b[32;9m" in said.out and "struck through" in said.err
+    assert re.search(r"\n20 tokens in \d+ pass(es)?, .* a pass; \d+ drafts? accepted", said.err)
+    first = generate(generating.open_model("x").model, [list(b"ab")], max_new_tokens=1, eot_id=-1)[
+        0
+    ].token_ids[0]
+    monkeypatch.setattr(ByteTokenizer, "eot_id", first)
+    asked(prompt="ab")
+    assert "ends at once" in capsys.readouterr().err
