@@ -203,7 +203,7 @@ def test_nothing_imports_a_part(file: str) -> None:
 def test_parts_are_those_that_are_loaded() -> None:
     from mtp_lightning import parts
 
-    assert parts.PARTS == tuple(f"mtp_lightning.{part}" for part in PARTS)
+    assert tuple(f"mtp_lightning.{part}" for part in PARTS) == parts.PARTS
 
 
 @pytest.mark.parametrize("file", sources("sweeps", "hydra_plugins"))
