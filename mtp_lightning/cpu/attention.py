@@ -47,17 +47,17 @@ def rotary_attention(
 
 def attention(
     query_BTNH: Tensor,
-    key_BTMH: Tensor,
-    value_BTMH: Tensor,
+    key_BSMH: Tensor,
+    value_BSMH: Tensor,
     mask: Tensor | BlockMask | None,
 ) -> Tensor:
     """``ops.attention``."""
     if mask is None:
-        if fits_native(query_BTNH, key_BTMH, value_BTMH):
-            return _CausalAttentionNative.apply(query_BTNH, key_BTMH, value_BTMH)
+        if fits_native(query_BTNH, key_BSMH, value_BSMH):
+            return _CausalAttentionNative.apply(query_BTNH, key_BSMH, value_BSMH)
         if fits(query_BTNH):
-            return causal_attention(query_BTNH, key_BTMH, value_BTMH)
-    return ops.attention.plain(query_BTNH, key_BTMH, value_BTMH, mask)
+            return causal_attention(query_BTNH, key_BSMH, value_BSMH)
+    return ops.attention.plain(query_BTNH, key_BSMH, value_BSMH, mask)
 
 
 def fits(query_BTNH: Tensor) -> bool:

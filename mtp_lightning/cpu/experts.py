@@ -1,42 +1,57 @@
-"""Routed experts on a CPU: one call of C++ where that fits, else a loop over experts.
+"""SwiGLU layers in C++ (``cpp/experts.cpp``), one call each way: routed experts, or a dense layer.
 
-Tokens are sorted by expert, so that the rows of each expert lie together, and every product takes
-the fastest kernel of ``linear.py``. The few tokens of a pass of decoding are not worth sorting.
+The C++ multiplies narrow layers as fast as wide ones, which oneDNN does not, and reads the rows of
+an expert's tokens where they lie. The few tokens of a pass of decoding are multiplied one by one.
 
 Shapes: M tokens, K chosen experts of a token, R = M * K rows, E experts, C d_model, F d_expert.
 """
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
+import ctypes
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.cpu import experts_native
-from mtp_lightning.cpu.linear import matmul_transposed, uses_onednn, weight_gradient
-from mtp_lightning.cpu.swiglu import gated
+from mtp_lightning.cpu import library as native
 from mtp_lightning.nn.batch_invariant import FEW, is_batch_invariant
-from mtp_lightning.nn.experts import loads, routed_experts
+from mtp_lightning.nn.experts import routed_experts
 
-# An expert's rows are filled up to a multiple of this where that saves compiling kernels.
-_MULTIPLE = 32
+# Below so many tokens packing the weights costs more than it saves.
+_MIN_TOKENS = 32
+
+
+def fits(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    """Whether the C++ computes these: fp32, widths of whole vectors of 16, many rows.
+
+    Args:
+        x: [..., C].
+        gate_up: [2F, C], of experts [E, 2F, C].
+        down: [C, F], [E, C, F].
+    """
+    return (
+        native.fits(x, gate_up, down)
+        and down.shape[-2] % 16 == down.shape[-1] % 16 == 0
+        and gate_up.is_contiguous()
+        and down.is_contiguous()
+        and x.numel() >= _MIN_TOKENS * x.shape[-1]
+        and not is_batch_invariant()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def mix_experts(
     x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
     """``nn.experts.routed_experts``."""
+    given = x_MC, chosen_MK, gates_MK, gate_up, down
     if not torch.is_grad_enabled() and (x_MC.shape[0] <= FEW or is_batch_invariant()):
-        return _one_by_one(x_MC, chosen_MK, gates_MK, gate_up, down)
-    if experts_native.fits(x_MC, gate_up, down):
-        return experts_native.mix_experts(x_MC, chosen_MK, gates_MK, gate_up, down)
-    order_R = chosen_MK.flatten().argsort(stable=True)
-    load_E = loads(chosen_MK, gate_up.shape[0])
-    return _SortedExperts.apply(x_MC, gates_MK, gate_up, down, order_R, load_E)
+        return _one_by_one(*given)
+    if fits(x_MC, gate_up, down):
+        return _NativeExperts.apply(x_MC, gates_MK, gate_up, down, chosen_MK)
+    return routed_experts.plain(*given)
 
 
 def _one_by_one(
@@ -49,110 +64,71 @@ def _one_by_one(
         x_MC, out, chosen_MK.tolist(), gates_MK.unbind(0), strict=True
     ):
         for expert, gate in zip(experts, gates_K.unbind(0), strict=True):
-            row_C.addcmul_(torch.mv(down[expert], gated(torch.mv(gate_up[expert], x_C))), gate)
+            projected, up = torch.mv(gate_up[expert], x_C).chunk(2)
+            row_C.addcmul_(torch.mv(down[expert], F.silu(projected).mul_(up)), gate)
     return out
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where the sorted rows lie. An expert's may end in rows without a token, whose gate is 0."""
-
-    blocks: list[tuple[int, slice]]  # every expert that has tokens
-    token_R: Tensor  # of every row; token 0 in rows without one
-    gate_R1: Tensor
-    inverse_MK: Tensor  # the row of every choice
-
-
-def _lay_out(gates_MK: Tensor, order_R: Tensor, load_E: Tensor, *, multiple: int) -> _Layout:
-    wide_E = (load_E + multiple - 1) // multiple * multiple
-    ends = wide_E.cumsum(0)
-    shift_E = (ends - wide_E) - (load_E.cumsum(0) - load_E)
-    row_R = torch.arange(order_R.shape[0], device=order_R.device)
-    row_R = row_R + shift_E.repeat_interleave(load_E, output_size=order_R.shape[0])
-    widths = wide_E.tolist()
-    starts = [0, *itertools.accumulate(widths)]
-    inverse_R = torch.empty_like(order_R)
-    inverse_R[order_R] = row_R
-    token_R = order_R.new_zeros(starts[-1])
-    token_R[row_R] = order_R // gates_MK.shape[1]
-    gate_R1 = gates_MK.new_zeros(starts[-1], 1)
-    gate_R1[row_R, 0] = gates_MK.flatten()[order_R]
-    blocks = [(e, slice(starts[e], starts[e + 1])) for e, width in enumerate(widths) if width]
-    return _Layout(blocks, token_R, gate_R1, inverse_R.view(gates_MK.shape))
+def feed_forward(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """``down(silu(gate) * up)`` with ``gate, up`` the halves of ``gate_up(x)``: [..., C]."""
+    x_MC = x.reshape(-1, x.shape[-1])
+    chosen_M1 = torch.zeros(x_MC.shape[0], 1, dtype=torch.int64)
+    gates_M1 = x_MC.new_ones(x_MC.shape[0], 1)
+    weights = gate_up.unsqueeze(0), down.unsqueeze(0)
+    return _NativeExperts.apply(x_MC, gates_M1, *weights, chosen_M1).view(x.shape)
 
 
-def _sum_of_rows(y_RC: Tensor, inverse_MK: Tensor) -> Tensor:
-    """``y[inverse].sum(1)`` in one pass where there is a kernel for it."""
-    if y_RC.dtype in (torch.float32, torch.float64):
-        return F.embedding_bag(inverse_MK, y_RC, mode="sum")
-    return y_RC[inverse_MK].sum(1)
-
-
-class _SortedExperts(torch.autograd.Function):
-    """A loop over experts, each with its block of rows.
-
-    The gate multiplies the inner state, F wide: its gradient then needs no output of an expert,
-    and nothing C wide is kept but the sorted input.
-    """
+class _NativeExperts(torch.autograd.Function):
+    """Keeps its input and the numbers before the gate, and computes all else again."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_MC: Tensor,
-        gates_MK: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        order_R: Tensor,
-        load_E: Tensor,
+        ctx: Any, x_MC: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor, chosen_MK: Tensor
     ) -> Tensor:
-        # oneDNN compiles a kernel for every new number of rows, which takes as long as several
-        # products; few numbers of rows are few kernels.
-        multiple = _MULTIPLE if uses_onednn(x_MC, gate_up[0]) else 1
-        layout = _lay_out(gates_MK, order_R, load_E, multiple=multiple)
-        x_RC = x_MC.index_select(0, layout.token_R)
-        gate_R1, y_RC = layout.gate_R1, torch.empty_like(x_RC)
-        projected = []
-        for expert, rows in layout.blocks:
-            gate_up_rows = matmul_transposed(x_RC[rows], gate_up[expert])
-            gate, up = gate_up_rows.chunk(2, dim=-1)
-            inner = F.silu(gate).mul_(up).mul_(gate_R1[rows])
-            y_RC[rows] = matmul_transposed(inner, down[expert])
-            projected.append(gate_up_rows)
-        indices = (layout.token_R, layout.inverse_MK)
-        ctx.save_for_backward(x_RC, gate_R1, gate_up, down, *indices, *projected)
-        ctx.blocks = layout.blocks
-        return _sum_of_rows(y_RC, layout.inverse_MK)
+        x_MC, gates_MK, chosen_MK = (x.contiguous() for x in (x_MC, gates_MK, chosen_MK))
+        n_experts, rows = down.shape[0], chosen_MK.numel()
+        starts_E1, order_R = chosen_MK.new_empty(n_experts + 1), chosen_MK.new_empty(rows)
+        native.lib().experts_sort(*_pointers(chosen_MK, starts_E1, order_R), rows, n_experts)
+        given = (x_MC, gates_MK, gate_up, down, starts_E1, order_R)
+        projected = x_MC.new_empty(rows, gate_up.shape[1])
+        out = torch.empty_like(x_MC)
+        results = (projected, _rows_of(out, rows), out)
+        native.lib().experts_forward(_table(given), *_pointers(*results), _shape(*given))
+        ctx.save_for_backward(*given, projected)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_RC, gate_R1, gate_up, down, token_R, inverse_MK, *projected = ctx.saved_tensors
-        d_y_RC = grads[0].index_select(0, token_R)
-        d_x_RC = torch.empty_like(x_RC)
-        d_gate_R1 = torch.empty_like(gate_R1)
-        needs_weights = ctx.needs_input_grad[2]
-        # An expert without tokens has a gradient too: zero.
-        d_gate_up = torch.zeros_like(gate_up) if needs_weights else None
-        d_down = torch.zeros_like(down) if needs_weights else None
-        for (expert, rows), gate_up_rows in zip(ctx.blocks, projected, strict=True):
-            gate, up = gate_up_rows.chunk(2, dim=-1)
-            d_projected = torch.empty_like(gate_up_rows)
-            d_gate, d_up = d_projected.chunk(2, dim=-1)
-            d_inner = matmul_transposed(d_y_RC[rows], down[expert].t())
-            silu = F.silu(gate)
-            inner = silu * up
-            torch.mul(d_inner, inner, out=d_up)
-            torch.sum(d_up, dim=-1, keepdim=True, out=d_gate_R1[rows])
-            if d_down is not None:
-                d_down[expert] = weight_gradient(d_y_RC[rows], inner.mul_(gate_R1[rows]))
-            d_inner.mul_(gate_R1[rows])
-            torch.mul(d_inner, silu, out=d_up)
-            d_inner.mul_(up)
-            torch.ops.aten.silu_backward.grad_input(d_inner, gate, grad_input=d_gate)
-            if d_gate_up is not None:
-                d_gate_up[expert] = weight_gradient(d_projected, x_RC[rows])
-            d_x_RC[rows] = matmul_transposed(d_projected, gate_up[expert].t())
-        d_x_MC = _sum_of_rows(d_x_RC, inverse_MK) if ctx.needs_input_grad[0] else None
-        return d_x_MC, d_gate_R1.flatten()[inverse_MK], d_gate_up, d_down, None, None
+        *given, projected = ctx.saved_tensors
+        x_MC, gates_MK, gate_up, down = given[:4]
+        rows = projected.shape[0]
+        d_x, d_gates = torch.empty_like(x_MC), torch.empty_like(gates_MK)
+        d_weights = [
+            torch.empty_like(weight) if ctx.needs_input_grad[2] else None
+            for weight in (gate_up, down)
+        ]
+        inner = x_MC.new_empty(rows, down.shape[2])
+        scratch = (torch.empty_like(projected), inner, _rows_of(d_x, rows))
+        used = (projected, grads[0].contiguous(), *scratch, d_x, d_gates, *d_weights)
+        native.lib().experts_backward(_table(given), *_pointers(*used), _shape(*given))
+        return d_x, d_gates, *d_weights, None
+
+
+def _rows_of(sum_MC: Tensor, rows: int) -> Tensor:
+    """Where the rows lie that ``sum_MC`` is the sum of; one row is its own sum."""
+    return sum_MC if len(sum_MC) == rows else sum_MC.new_empty(rows, sum_MC.shape[1])
+
+
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    return [None if x is None else x.data_ptr() for x in tensors]
+
+
+def _table(tensors: Any) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*_pointers(*tensors))
+
+
+def _shape(x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, *places: Tensor) -> Any:
+    return (ctypes.c_int64 * 5)(*gates.shape, *down.shape)
 
 
 routed_experts.register("cpu", mix_experts)

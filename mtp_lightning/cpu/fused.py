@@ -18,6 +18,7 @@ from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.blocks import FusedBlocks, packed_of
 from mtp_lightning.cpu.packed import PackedWeight, pack, unpack
 from mtp_lightning.cpu.passes import FusedDraft, FusedModule, FusedTrunk
+from mtp_lightning.decoding.fused import TrunkPass
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.sequential import SequentialModule, SequentialMTP
@@ -52,7 +53,7 @@ class CPUPasses(Prepared):
     def __init__(self, model: MTPModel) -> None:
         super().__init__(model)
         self._model = model
-        self.trunk = self._trunk()
+        self.trunk: TrunkPass | None = self._trunk()
 
     def pack(self, weight_NK: Tensor) -> None:
         pack(weight_NK)

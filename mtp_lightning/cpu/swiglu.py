@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.cpu import experts_native
+from mtp_lightning.cpu import experts
 from mtp_lightning.cpu import library as native
 from mtp_lightning.cpu.linear import linear
 from mtp_lightning.cpu.packed import packed_copy
@@ -18,8 +18,8 @@ from mtp_lightning.nn import ops
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """``ops.swiglu``."""
-    if packed_copy(down) is None and experts_native.fits(x, gate_up, down):
-        return experts_native.feed_forward(x, gate_up, down)
+    if packed_copy(down) is None and experts.fits(x, gate_up, down):
+        return experts.feed_forward(x, gate_up, down)
     return linear(gated(linear(x, gate_up)), down)
 
 

@@ -73,7 +73,7 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 def test_the_page_has_a_recipe_for_everything() -> None:
     wanted = (
         "head", "objective", "balance", "lambda", "text source", "task", "optimizer", "callback",
-        "logger", "attention",
+        "logger", "attention", "op on another device",
     )  # fmt: skip
     assert [w for w in wanted if not any(w in name.lower() for name in RECIPES)] == []
     assert all(RECIPES.values())
@@ -158,6 +158,19 @@ def test_a_head_drafts_losslessly_and_resumes(mine: Path, cache: Path) -> None:
     done = run([*command, "trainer.max_steps=30", f"run_dir={folder}"], mine)
     assert done.returncode == 0, done.stderr
     assert rows(folder)[-1]["step"] == 30
+
+
+def test_an_op_stands_in_on_its_device_alone(mine: Path) -> None:
+    program = (
+        "import torch; from mtp_lightning.nn import ops; from my_ideas.norms import ExactNorms;"
+        "from mtp_lightning.nn.norm import RMSNorm; ExactNorms('cpu');"
+        "norm = RMSNorm(3, 0.0); x = torch.tensor([[3e-30, 0.0, 0.0]]);"
+        "found = norm(x); assert abs(float(found[0, 0]) - 3**0.5) < 1e-6, found;"
+        "assert not torch.allclose(ops.rms_norm.plain(x, norm.weight, 0.0), found);"
+        "norm.to('meta')(x.to('meta'))"
+    )
+    done = run([sys.executable, "-c", program], mine)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_the_recipes_leave(mine: Path, cache: Path) -> None:
