@@ -16,7 +16,7 @@ from sweeps.claims import curve
 from sweeps.claims.decide import UNDECIDED
 from sweeps.claims.result import Result
 from sweeps.claims.words import quantity, subject
-from sweeps.report.shares import share
+from sweeps.report.statistics import share
 from sweeps.report.style import COLOURS, QUIET, as_svg, by_row, styled
 
 if TYPE_CHECKING:

@@ -11,10 +11,9 @@ from typing import Any
 from mtp_lightning.run.status import read_status
 from sweeps.claims.claim import Claim, Measure
 from sweeps.claims.curve import curve_of
+from sweeps.report.compare import wait_of
 from sweeps.report.read import Run, read_run
-from sweeps.report.solving import wait_of
-from sweeps.report.survival import Wait
-from sweeps.report.texts import text_of
+from sweeps.report.statistics import Wait
 
 COSTS = ("step", "flops", "parameters", "seconds", "tokens")
 
@@ -114,8 +113,7 @@ def _seed(run: Run, claim: Claim) -> Seed:
     seed.costs = {name: float(v) for name, v in numbers.items() if isinstance(v, int | float)}
     if claim.equal == "flops":
         seed.curve = curve_of(run)
-    text = text_of(run)
-    seed.text = None if text is None else text.fingerprint
+    seed.text = None if run.text is None else run.text.fingerprint
     if seed.waits:
         from mtp_lightning.interop.weights import digest_of
 

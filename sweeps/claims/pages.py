@@ -10,6 +10,7 @@ from mtp_lightning.markdown import plain
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
+from sweeps.claims.enough import said, seeds_enough
 from sweeps.claims.figure import files_of
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.readme import LANGUAGES, NOT_RUN, part, state
@@ -92,13 +93,14 @@ def _body(claim: Claim, result: Result) -> list[str]:
         f"![{claim.label}](../results/{file.name})"
         for file in files_of(result, claim.label, Path())
     ]
+    more = map(said, seeds_enough(result["predictions"], claim.scale.minimum))
     rows = [
         "| prediction | published | measured | test | verdict |",
         "|---|---|---|---|---|",
         *(
             f"| {_asked(e)} | {plain(e['published'])} | {plain(words.measured(e))} "
-            f"| {plain(words.tested(e))} | {words.verdict(e)} |"
-            for e in result["predictions"]
+            f"| {plain(words.tested(e))} | {words.verdict(e, help_)} |"
+            for e, help_ in zip(result["predictions"], more, strict=True)
         ),
     ]
     stale = (

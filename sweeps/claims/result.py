@@ -20,7 +20,7 @@ from sweeps.claims.observe import Arms, Seed, key, observe
 from sweeps.claims.recall import beginning, shared_seeds, with_stored
 from sweeps.claims.register import read_register
 from sweeps.claims.stored import read_stored
-from sweeps.report.survival import survival
+from sweeps.report.statistics import survival
 
 VERSION = 1
 # Beside the verdict of a trial, wherever it stands.
@@ -80,7 +80,7 @@ def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Resu
         "predictions": [_finding(finding) for finding in findings],
         "arms": {arm: _arm(claim, arm, of_arm) for arm, of_arm in arms.items()},
         "date": ended[-1][:10] if ended else None,
-        "minutes": round(sum(_minutes(seed) for seed in seeds), 1),
+        "minutes": round(sum(minutes_of(seed) for seed in seeds), 1),
         "machines": sorted({seed.machine for seed in seeds if seed.machine}),
         "commits": sorted({seed.commit for seed in seeds if seed.commit}),
     }
@@ -175,9 +175,9 @@ def _times(claim: Claim, seeds: Sequence[Seed]) -> dict[str, Any]:
     return found
 
 
-def _minutes(seed: Seed) -> float:
-    """Of the clock. A run that was continued says when it was started last: at least the training
-    counts."""
+def minutes_of(seed: Seed) -> float:
+    """What a run took by the clock. A run that was continued says when it was started last: at
+    least the training counts."""
     training = seed.costs.get("seconds", 0.0) / 60
     if not (seed.done and seed.started and seed.ended):
         return training

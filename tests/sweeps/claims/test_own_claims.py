@@ -83,9 +83,12 @@ def test_the_verdict_of_a_trial_says_so_everywhere(
     commit(claims)
     assert run("run", "mine", *where, "--seeds", 0) == 0
     capsys.readouterr()
-    for asked in (["verdict", "mine"], ["verdict", "--all"], ["list"]):
-        assert run(*asked, *(where if asked != ["list"] else [*where[:2], *where[4:]])) == 0
+    for asked in (["verdict", "mine"], ["verdict", "--all"]):
+        assert run(*asked, *where) == 0
         assert f"mine: holds ({TRIAL})." in capsys.readouterr().out
+    assert run("list", *where) == 0
+    (line,) = capsys.readouterr().out.splitlines()[1:]
+    assert line.split("  ")[0] == "mine" and f"holds ({TRIAL})" in line
     result = json.loads((tmp_path / "results" / "mine.json").read_text())
     assert result["verdict"] == f"holds ({TRIAL})" and result["predicted_in"] is None
     assert result["command"].endswith("--unpredicted")

@@ -172,7 +172,7 @@ def test_a_result_whose_claim_was_changed_is_stale(
     assert "is stale: it was changed after its runs began" in capsys.readouterr().err
     assert run("verdict", "--all", "--runs", runs, *where) == 1
     assert run("list", *where) == 0
-    assert "mine: stale." in capsys.readouterr().out
+    assert re.search(r"^mine +0/1  stale", capsys.readouterr().out, re.MULTILINE)
     assert (tmp_path / "results" / "mine.json").read_bytes() == before
     page = (tmp_path / "docs" / "results.md").read_text()
     assert "### mine: stale" in page and "changed after these runs began" in page
@@ -256,6 +256,9 @@ def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     ):
         assert run(*arguments, *where) == 1
         assert said in capsys.readouterr().err
+    for action in ("list", "hours", "verdict"):
+        assert run(action, "--claims", tmp_path / "nowhere") == 2
+        assert "nowhere: there is no such folder; give one of" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
