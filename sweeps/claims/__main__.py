@@ -27,19 +27,20 @@ from sweeps.claims.claim import Claim
 from sweeps.claims.commit import predicted_in
 from sweeps.claims.figure import write_figures
 from sweeps.claims.hours import left_of
-from sweeps.claims.listing import costs, in_order, listing, planned
+from sweeps.claims.listing import costs, listing, planned
 from sweeps.claims.pages import write_pages
 from sweeps.claims.read import FOLDER, names, read_claim
-from sweeps.claims.readme import NOT_RUN, state
 from sweeps.claims.recall import stored_seeds
-from sweeps.claims.replicate import beside
 from sweeps.claims.result import (
+    NOT_RUN,
     Result,
     file_of,
+    in_order,
     is_stale,
     judge,
     read_result,
     read_results,
+    state,
     write_result,
 )
 from sweeps.claims.run import run
@@ -124,7 +125,7 @@ def _replicate(args: argparse.Namespace) -> int:
         print("There is no committed result of this claim to compare with.")
         return 1 if left else 0
     print(f"Beside {args.results / claim.label}.json, {committed['date']}:")
-    for line in beside(here, committed):
+    for line in words.beside(here, committed):
         print(f"  {line}")
     return 1 if left else 0
 

@@ -7,24 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sweeps.claims.claim import Claim
-from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED
+from sweeps.claims.decide import UNDECIDED
 from sweeps.claims.enough import seeds_enough
 from sweeps.claims.hours import Left, command_of, fitting, left_of
-from sweeps.claims.readme import NOT_RUN, STALE, state
-from sweeps.claims.result import Result, is_stale
+from sweeps.claims.result import Result, in_order, is_stale, state
 from sweeps.claims.words import aligned
-
-_ORDER = (HOLDS, FAILS, UNDECIDED, STALE, NOT_RUN)
-
-
-def in_order(claims: Sequence[Claim], results: Mapping[str, Result]) -> list[Claim]:
-    """Decided claims, undecided ones, stale ones, those that were not run; each by name."""
-
-    def place(claim: Claim) -> tuple[int, str]:
-        said = state(claim, results.get(claim.label))
-        return next(i for i, word in enumerate(_ORDER) if said.startswith(word)), claim.label
-
-    return sorted(claims, key=place)
 
 
 def listing(claims: Sequence[Claim], results: Mapping[str, Result], runs: Path) -> list[str]:
