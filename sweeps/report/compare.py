@@ -108,8 +108,8 @@ def compare(
         if not (own.interval and other.interval and may_compare(s, r, tag)):
             results.append(None)
         elif solving:
-            shares = solved_share(s, settings.level), solved_share(r, settings.level)
-            results.append(unpaired(*shares) if shares[0] and shares[1] else None)
+            mine, theirs = solved_share(s, settings.level), solved_share(r, settings.level)
+            results.append(unpaired(mine, theirs) if mine and theirs else None)
         else:
             results.append(paired(own.values, other.values))
     tested = {i: found.p for i, found in enumerate(results) if found and found.p is not None}

@@ -78,11 +78,11 @@ def answer(
         level=f"{settings.level:g}",
         headline=settings.headline,
         refusal=refusal(settings.all),
-        # A group of which no line is said keeps the rest from being said of nothing.
+        # Where every setting is alone on its text, an empty group stands for all of them.
         groups=[_facts(group, settings, named=len(groups) > 1) for group in shown * known]
         or [{"top": None, "ranked": [], "fastest": None}] * known,
         share=_share,
-        gains=[arm for family in families * known for arm in family.arms if arm.total],
+        gains=[arm for family in families if known for arm in family.arms if arm.total],
         compared=compared,
         constant=[c for c in compared if c.paired and c.paired.constant],
         tested=tested,
