@@ -100,7 +100,8 @@ def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing
         plain = PlainCurve([Spent(cost.mean, loss.mean, 1) for cost, loss in ends])
         first, last = plain.runs[0].loss, plain.runs[-1].loss
         losses = [first + (last - first) * i / 100 for i in range(101)]
-        axes.plot([plain.flops_at(x) for x in losses], losses, color=QUIET, linewidth=1.4)
+        flops = [plain.flops_at(loss) or math.nan for loss in losses]
+        axes.plot(flops, losses, color=QUIET, linewidth=1.4)
     look_of = looks_of(settings.all)
     for arm in shown:
         look, at = look_of[id(arm.setting)], _ends(arm.setting, metric)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sweeps.report.comparable import meaning, predicts_tokens
@@ -92,7 +92,7 @@ def place_figures(settings: Settings) -> dict[str, list[Drawing]]:
 def over_places(
     drawing: Drawing,
     settings: list[Setting],
-    lines: list[Line],
+    lines: Sequence[Line],
     axes_names: tuple[str, str],
     *,
     apart: float = 0.0,

@@ -78,7 +78,8 @@ def points_of(figure: Figure, labels: Sequence[str]) -> list[Point]:
     numbers = {label: number for number, label in enumerate(labels)}
     (axes,) = figure.axes
     scale, height = _POINTS / figure.dpi, figure.get_figheight() * _POINTS
-    lines = {id(c.lines[0]): c for c in axes.containers if getattr(c, "lines", None)}
+    bars: list[Any] = [c for c in axes.containers if getattr(c, "lines", None)]
+    lines = {id(c.lines[0]): c for c in bars}
     containers = [(c.get_label(), c.lines[0], c) for c in lines.values()]
     alone = [(line.get_label(), line, None) for line in axes.lines if id(line) not in lines]
     found = []
@@ -89,11 +90,11 @@ def points_of(figure: Figure, labels: Sequence[str]) -> list[Point]:
         for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True):
             right, up = axes.transData.transform((x, y))
             if axes.bbox.contains(right, up):
-                bars = _intervals(container, (x, y))
+                halves = _intervals(container, (x, y))
                 said = [
                     f"{name}: {_digits(value)}{bar}"
                     for name, value, bar in zip(
-                        (axes.get_xlabel(), axes.get_ylabel()), (x, y), bars, strict=True
+                        (axes.get_xlabel(), axes.get_ylabel()), (x, y), halves, strict=True
                     )
                     if name
                 ]

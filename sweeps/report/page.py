@@ -156,7 +156,7 @@ def runs_csv(settings: Settings, sweeps: Sequence[Sweep]) -> str:
     for run in runs:
         own = values.get(run.folder, {**run.overrides, "folder": run.sweep})
         wait = wait_of(run, settings.level) if solving else None
-        row = {key: show(own[key]) for key in settings.varied if key in own}
+        row: dict[str, Any] = {key: show(own[key]) for key in settings.varied if key in own}
         row |= {"run": run.name, "state": run.state, "reason": run.reason, "seed": run.seed}
         row["counted"] = int(run.state == "done" and run.folder not in repeated)
         row |= dict.fromkeys(text, run.fact("evaluation", "fingerprint"))
