@@ -64,8 +64,8 @@ SHARED_WITH_SWEEPS = (
     ),
 )
 
-# What claims may ask beside, late, since it reads weights.
-WEIGHTS = "mtp_lightning.interop.weights"
+# What claims may ask beside, late: it reads weights, or counts FLOPs with torch.
+WEIGHTS = ("mtp_lightning.interop.weights", "mtp_lightning.plan")
 
 LIGHTNING = tuple(
     f"mtp_lightning/{name}" for name in ("module", "callbacks/", "distributed/", "loggers/")
@@ -206,9 +206,9 @@ def test_nothing_imports_a_part(file: str) -> None:
 def test_sweeps_talk_to_runs_through_files(file: str) -> None:
     for name in imports(file):
         assert not takes(name, "lightning", "data_modules", "conf", "tests", *_app_names()), name
-        shared = (*SHARED_WITH_SWEEPS, *([WEIGHTS] if file.startswith("sweeps/claims/") else []))
+        shared = (*SHARED_WITH_SWEEPS, *(WEIGHTS if file.startswith("sweeps/claims/") else []))
         assert not takes(name, "mtp_lightning") or takes(name, *shared), name
-    slow = ("torch", "optuna", "submitit", "ray", "sweeps.launch", WEIGHTS, *LAZY)
+    slow = ("torch", "optuna", "submitit", "ray", "sweeps.launch", *WEIGHTS, *LAZY)
     for name in imports(file, top_only=True):
         assert not takes(name, *slow), "slow to import: do it in the function that needs it"
         if file.startswith("hydra_plugins/"):  # which Hydra imports at every start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.decoding.held_out import prompts_that_fit
@@ -37,7 +38,7 @@ class SpeculativeEval(RunCallback):
 
     A model without drafts (D = 0, or a head that does not draft) logs the text, and tokens per
     second of plain decoding. Of a task, whole prompts are answered; where an answer is a single
-    single token, nothing is decoded here. Where a window has no room for a prompt and the new
+    token, nothing is decoded here. Where a window has no room for a prompt and the new
     tokens, a log line and the run's table say so.
 
     Args:
@@ -46,8 +47,10 @@ class SpeculativeEval(RunCallback):
         new_tokens: tokens to add to each, >= 2.
     """
 
+    NAME = "speculative_eval"  # of its group in conf/
+
     def __init__(self, n_prompts: int = 64, prompt_tokens: int = 32, new_tokens: int = 64) -> None:
-        group = "callbacks.speculative_eval"
+        group = f"callbacks.{self.NAME}"
         self.n_prompts = require_whole(f"{group}.n_prompts", n_prompts, least=1)
         self.prompt_tokens = require_whole(f"{group}.prompt_tokens", prompt_tokens, least=1)
         self.new_tokens = require_whole(f"{group}.new_tokens", new_tokens, least=2)
@@ -72,28 +75,35 @@ class SpeculativeEval(RunCallback):
                 log.warning("No decoding at validation: %s.", error)
             self._skipped = str(error)
             return
+        values = self.measure(trainer, model, prompts, new_tokens)
+        pl_module.log_dict(values, rank_zero_only=True)
+
+    def measure(
+        self, trainer: pl.Trainer, model: MTPModel, prompts: list[Tensor], new_tokens: int
+    ) -> dict[str, float]:
+        """Decode the prompts and return what is logged, by tag."""
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         options = DecodingOptions(max_new_tokens=new_tokens, batch_size=1)
         ways = {"plain": options.plain()}
         if model.mtp.max_draft_depth != 0:
             ways["drafted"] = options
         timed = prompts[:TIMED]
-        run = race(model, timed, ways, tokenizer=data.tokenizer)
+        run = race(model, timed, ways, tokenizer=tokenizer)
         plain = run.outputs["plain"]
-        text = f"{data.tokenizer.decode(prompts[0].tolist())}|{plain[0].text}"
+        text = f"{tokenizer.decode(prompts[0].tolist())}|{plain[0].text}"
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.write_text("decode/sample", text, trainer.global_step)
         values: dict[str, float] = {}
         if "drafted" in ways:
             require_same_greedy(model, timed, plain, run.outputs["drafted"])
-            values, _ = acceptance(model, prompts, options, tokenizer=data.tokenizer)
+            values, _ = acceptance(model, prompts, options, tokenizer=tokenizer)
             values["speedup"] = run.speedup("drafted")
         # As the model is used: with drafts if it has any.
         fastest = list(ways)[-1]
         emitted = sum(g.new_tokens for g in run.outputs[fastest])
         values["tokens_per_second"] = emitted / run.seconds[fastest][0]
-        tagged = {f"decode/{name}": value for name, value in values.items()}
-        pl_module.log_dict(tagged, rank_zero_only=True)
+        return {f"decode/{name}": value for name, value in values.items()}
 
     def summary(self) -> dict[str, str]:
         """Why nothing was decoded, if so."""

@@ -1,6 +1,7 @@
 """Claims, each by one command: what was predicted, what was run, and whether it holds.
 
 python -m sweeps.claims list
+python -m sweeps.claims hours --hours 8 --cores 2     # what is left costs, and what fits
 python -m sweeps.claims run text_summaries            # what is missing; again: it goes on
 python -m sweeps.claims run lambda curriculum --seeds 0 1
 python -m sweeps.claims verdict text_summaries
@@ -12,6 +13,7 @@ python -m sweeps.claims weights star_graph_summaries --arms joint --seeds 0
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,12 +26,23 @@ from sweeps.claims import words
 from sweeps.claims.claim import Claim
 from sweeps.claims.commit import predicted_in
 from sweeps.claims.figure import write_figures
+from sweeps.claims.hours import left_of
+from sweeps.claims.listing import costs, listing, planned
 from sweeps.claims.pages import write_pages
 from sweeps.claims.read import FOLDER, names, read_claim
-from sweeps.claims.readme import NOT_RUN, state
 from sweeps.claims.recall import stored_seeds
-from sweeps.claims.replicate import beside
-from sweeps.claims.result import Result, file_of, is_stale, judge, read_result, write_result
+from sweeps.claims.result import (
+    NOT_RUN,
+    Result,
+    file_of,
+    in_order,
+    is_stale,
+    judge,
+    read_result,
+    read_results,
+    state,
+    write_result,
+)
 from sweeps.claims.run import run
 from sweeps.claims.weights import write_weights
 from sweeps.pool import Interrupted
@@ -38,10 +51,13 @@ from sweeps.pool import Interrupted
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
     args.typed = ["python -m sweeps.claims", *arguments]
     # What came out of one's own claims is one's own, too, and has no pages that are made of it.
     own = args.claims.resolve() != FOLDER.resolve()
+    if not args.claims.is_dir():
+        parser.error(f"--claims {args.claims}: there is no such folder; give one of claims' files")
     args.has_pages = args.root is not None or not own
     args.root = args.root or (args.claims.absolute().parent if own else ROOT)
     args.results = args.root / "results"
@@ -52,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             actions = {
                 "list": _list,
+                "hours": _hours,
                 "run": _run,
                 "verdict": _verdict,
                 "replicate": _replicate,
@@ -64,11 +81,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _list(args: argparse.Namespace) -> int:
-    for name in names(args.claims):
-        claim = read_claim(name, args.claims, allow=args.allow)
-        result = read_result(claim.label, args.results)
-        print(f"{name}: {state(claim, result)}. {claim.sentence} ({claim.scale.minutes:g} minutes)")
+    claims, results = _read(args, names(args.claims))
+    print("\n".join(listing(claims, results, args.runs.absolute())))
     return 0
+
+
+def _hours(args: argparse.Namespace) -> int:
+    if args.hours is not None and not 0 < args.hours < math.inf:
+        raise UserError(f"--hours {args.hours:g}: give hours of the clock above 0.")
+    if args.cores < 1:
+        raise UserError(f"--cores {args.cores}: give a whole number of at least 1.")
+    claims, results = _read(args, args.names or names(args.claims))
+    if not args.names:
+        claims = [claim for claim in in_order(claims, results) if not claim.superseded_by]
+    left = left_of(claims, args.runs.absolute(), results)
+    print("\n".join(costs([each for each in left if each.costs or args.names])))
+    if args.hours is not None:
+        print("\n" + "\n".join(planned(left, hours=args.hours, cores=args.cores)))
+    return 0
+
+
+def _read(args: argparse.Namespace, wanted: Sequence[str]) -> tuple[list[Claim], dict[str, Result]]:
+    claims = [read_claim(name, args.claims, allow=args.allow) for name in wanted]
+    return claims, read_results(args.results)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -90,7 +125,7 @@ def _replicate(args: argparse.Namespace) -> int:
         print("There is no committed result of this claim to compare with.")
         return 1 if left else 0
     print(f"Beside {args.results / claim.label}.json, {committed['date']}:")
-    for line in beside(here, committed):
+    for line in words.beside(here, committed):
         print(f"  {line}")
     return 1 if left else 0
 
@@ -198,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     actions = parser.add_subparsers(dest="action", required=True)
     listing = actions.add_parser("list", help="all claims, and what became of them")
+    costing = actions.add_parser("hours", help="what is left costs on this machine, and what fits")
     running = actions.add_parser("run", help="run what is missing, seed by seed")
     judging = actions.add_parser("verdict", help="decide from what has run")
     replicating = actions.add_parser(
@@ -206,6 +242,9 @@ def _parser() -> argparse.ArgumentParser:
     weighing = actions.add_parser(
         "weights", help="make runs again, and write their weights as safetensors"
     )
+    costing.add_argument("names", nargs="*", metavar="NAME", help="of claims, in this order")
+    costing.add_argument("--hours", type=float, help="of the clock: plan what fits into them")
+    costing.add_argument("--cores", type=int, default=1, help="that run a job each (default 1)")
     running.add_argument("names", nargs="+", metavar="NAME", help="of claims")
     for action in (replicating, weighing):
         action.add_argument("name", metavar="NAME", help="of a claim")
@@ -226,12 +265,13 @@ def _parser() -> argparse.ArgumentParser:
     judging.add_argument("--all", action="store_true", help="all claims, and the pages")
     for action in (running, judging, replicating, weighing):
         action.add_argument("--gpu", action="store_true", help="at the published scale")
+    for action in (listing, costing, running, judging, replicating, weighing):
         # What is made again must not count in a verdict on what is committed.
         folder = "runs/replicated" if action in (replicating, weighing) else "runs/claims"
         action.add_argument(
             "--runs", type=Path, default=Path(folder), help=f"their folder ({folder})"
         )
-    for action in (listing, running, judging, replicating, weighing):
+    for action in (listing, costing, running, judging, replicating, weighing):
         action.add_argument(
             "--claims", type=_folder, default=FOLDER, help="a folder of your own YAMLs"
         )

@@ -14,12 +14,17 @@ from dataclasses import dataclass
 
 from sweeps.claims.claim import Claim, Measure, Prediction
 from sweeps.claims.observe import Arms, Seed, key
-from sweeps.report.comparisons import FACT, LEVEL
+from sweeps.report.compare import FACT
 from sweeps.report.equivalent import PlainCurve, Spent
-from sweeps.report.shares import Share, share, unpaired
-from sweeps.report.statistics import holm, paired
+from sweeps.report.statistics import LEVEL, Share, holm, paired, share, unpaired
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
+# Why nothing is decided where more seeds might: too few, noise, or noise after the correction.
+FEW, NOISE, UNCORRECTED = (
+    "n = ",
+    "the threshold is within the noise",
+    "not beyond noise by Holm's correction",
+)
 PAIRED, ALONE, FISHER, BINOMIAL = "paired t", "t", "Fisher", "binomial"
 
 # How far two arms may be apart in what they are said to have the same of.
@@ -133,11 +138,8 @@ def gain_of(arms: Arms, arm: str, seed: int, measure: Measure) -> float | str:
     except ValueError as error:
         return str(error)
     gain = curve.gain(own)
-    if gain is None:
-        return (
-            f"out of range: its {measure.tag} of {own.loss:.4f} is not between those of the plain "
-            f"runs, {curve.runs[-1].loss:.4f} to {curve.runs[0].loss:.4f}"
-        )
+    if isinstance(gain, str):
+        return gain
     return gain.total if measure.part == "total" else gain.effect
 
 
@@ -160,8 +162,7 @@ def _finding(
     elif not why:
         tests = len(claim.predictions)
         beyond = test.p is not None and test.p < LEVEL
-        within = "the threshold is within the noise"
-        why = f"not beyond noise by Holm's correction over {tests}" if beyond else within
+        why = f"{UNCORRECTED} over {tests}" if beyond else NOISE
     low, high = test.interval or (None, None)
     return Finding(
         prediction=prediction,
@@ -185,11 +186,9 @@ def _inside(prediction: Prediction, effect: float) -> bool:
     return effect > prediction.by if prediction.side == "above" else effect < prediction.by
 
 
-def _boundary(prediction: Prediction, effect: float) -> float:
+def boundary(side: str, by: float, effect: float) -> float:
     """The end of the region that is nearest to the effect."""
-    if prediction.side == "within" and effect < 0:
-        return -prediction.by
-    return prediction.by
+    return -by if side == "within" and effect < 0 else by
 
 
 def _test(prediction: Prediction, arms: Arms) -> _Test | None:
@@ -219,8 +218,8 @@ def _of_values(
         return None
     mean, half = effect.difference.mean, effect.difference.half
     ratio = prediction.measure.is_ratio
-    boundary = math.log(prediction.by) if ratio else _boundary(prediction, mean)
-    shifted = {s: v + boundary for s, v in (zero if other is None else other).items()}
+    by = math.log(prediction.by) if ratio else boundary(prediction.side, prediction.by, mean)
+    shifted = {s: v + by for s, v in (zero if other is None else other).items()}
     from_boundary = paired(own, shifted)
     assert from_boundary is not None
     ends = None if half is None else (mean - half, mean + half)
@@ -241,7 +240,7 @@ def _of_share(prediction: Prediction, own: Share) -> _Test:
     """By the binomial, two-sided as its interval is: twice the smaller tail."""
     from scipy import stats
 
-    by = min(max(_boundary(prediction, own.rate), 0.0), 1.0)
+    by = min(max(boundary(prediction.side, prediction.by, own.rate), 0.0), 1.0)
     tails = (stats.binom.sf(own.count - 1, own.n, by), stats.binom.cdf(own.count, own.n, by))
     p = min(1.0, 2 * float(min(tails)))
     ends = (own.low, own.high)
@@ -276,7 +275,7 @@ def _obstacle(claim: Claim, prediction: Prediction, arms: Arms, test: _Test | No
     if test is None:
         return "no seed is finished" if len(names) < 2 else "no seed is finished in both arms"
     if test.n < claim.scale.minimum:
-        return f"n = {test.n} is below the claim's minimum of {claim.scale.minimum}"
+        return f"{FEW}{test.n} is below the claim's minimum of {claim.scale.minimum}"
     done = {name: [run for run in arms[name].values() if run.done] for name in names}
     if len({run.text for runs in done.values() for run in runs}) > 1:
         return "the arms were evaluated on different texts"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,18 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
-from sweeps.claims import curve
 from sweeps.claims.decide import UNDECIDED
+from sweeps.claims.observe import PARTS
 from sweeps.claims.result import Result
 from sweeps.claims.words import quantity, subject
-from sweeps.report.shares import share
-from sweeps.report.style import COLOURS, QUIET, as_svg, by_row, styled
+from sweeps.report.statistics import interval, share
+from sweeps.report.style import COLOURS, DASHES, QUIET, as_svg, by_row, styled
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Behind the name of a claim, that of its figure of curves.
+# After the name of a claim, that of its figure of curves.
 CURVE = "_curve"
+# Of the compute; the fall before it would hide the differences after it.
+_SHOWN_FROM = 0.2
 
 
 def write_figures(result: Result, label: str, folder: Path) -> list[Path]:
@@ -41,8 +45,8 @@ def write_figures(result: Result, label: str, folder: Path) -> list[Path]:
     files = []
     with _styled():
         drawn = [partial(_draw, result, entries) for entries in _drawn(result)]
-        if curve.panels(result):
-            drawn.append(partial(curve.draw, result))
+        if panels(result):
+            drawn.append(partial(draw_curves, result))
         for file, draw in zip(files_of(result, label, folder), drawn, strict=True):
             write_bytes(as_svg(draw(), of=digest(result)), file)
             files.append(file)
@@ -53,7 +57,7 @@ def files_of(result: Result, label: str, folder: Path) -> list[Path]:
     """Where the figures of a result are; the curves' is the last."""
     n = len(_drawn(result))
     files = [folder / f"{label}{f'_{i}' if i > 1 else ''}.svg" for i in range(1, n + 1)]
-    return [*files, folder / f"{label}{CURVE}.svg"] if curve.panels(result) else files
+    return [*files, folder / f"{label}{CURVE}.svg"] if panels(result) else files
 
 
 def digest(result: Result) -> str:
@@ -126,3 +130,58 @@ def _count(content: dict[str, Any], measure: dict[str, Any]) -> tuple[int, int]:
         if seed["state"] == "done" and measure["tag"] in seed["values"]
     ]
     return sum(value > measure["solved"] for value in values), len(values)
+
+
+def panels(result: Result) -> dict[str, list[str]]:
+    """The arms that have curves, by tokenizer: nats a token compare within one alone."""
+    found: dict[str, list[str]] = {}
+    for arm, content in result["arms"].items():
+        if _curves(content):
+            named = [o for o in content["overrides"] if o.startswith("tokenizer=")]
+            found.setdefault(named[-1] if named else "the experiment's tokenizer", []).append(arm)
+    return found
+
+
+def draw_curves(result: Result) -> Figure:
+    """How the main prediction's training loss falls with compute, of arms of the same FLOPs: a
+    panel a tokenizer, at least one, and a line an arm with its interval over seeds."""
+    from matplotlib.figure import Figure
+
+    found = panels(result)
+    figure = Figure(figsize=(4.6 * len(found) + 0.4, 4.4), layout="constrained")
+    for axes, (title, arms) in zip(
+        figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
+    ):
+        _panel(axes, [(arm, _curves(result["arms"][arm])) for arm in arms])
+        axes.set_title(title, fontsize=10.5)
+        axes.set_xlabel("training FLOPs")
+    figure.axes[0].set_ylabel("training loss of the next token (nats a token)")
+    return figure
+
+
+def _panel(axes: Axes, arms: Sequence[tuple[str, list[list[list[float]]]]]) -> None:
+    heads: dict[str, int] = {}
+    seen: dict[str, int] = {}
+    highest, lowest = 0.0, math.inf
+    for arm, curves in arms:
+        head = arm.rpartition("_")[0] if arm[-1].isdigit() else arm
+        colour = COLOURS[heads.setdefault(head, len(heads)) % len(COLOURS)]
+        dash = DASHES[seen.setdefault(head, 0) % len(DASHES)]
+        seen[head] += 1
+        at = [math.fsum(curve[i][0] for curve in curves) / len(curves) for i in range(PARTS)]
+        means = [interval([curve[i][1] for curve in curves]) for i in range(PARTS)]
+        middle, half = [m.mean for m in means], [m.half or 0.0 for m in means]
+        axes.plot(at, middle, color=colour, linestyle=dash, label=arm)
+        low = [m - h for m, h in zip(middle, half, strict=True)]
+        high = [m + h for m, h in zip(middle, half, strict=True)]
+        axes.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
+        shown = [m for x, m in zip(at, middle, strict=True) if x >= _SHOWN_FROM * at[-1]]
+        highest, lowest = max(highest, *shown), min(lowest, *low)
+    axes.set_ylim(lowest, highest)
+    axes.set_xlim(0)
+    axes.legend()
+
+
+def _curves(content: dict[str, Any]) -> list[Any]:
+    """Of the seeds that have one."""
+    return [seed["curve"] for seed in content["seeds"].values() if seed.get("curve")]

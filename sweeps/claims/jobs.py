@@ -32,7 +32,7 @@ _BRANCH = "branch_from="
 # Keys that came after results were stored, with the value under which they change nothing.
 _LATER = {"branch_from": None, "data.train_windows": "all"}
 # What weighs and trains depths, where there are none.
-_OF_DEPTHS = ("mtp", "mtp_lambda", "lambda_schedule", "balance", "objective")
+OF_DEPTHS = ("mtp", "mtp_lambda", "lambda_schedule", "balance", "objective")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def digest(config: Mapping[str, Any]) -> str:
         if has_bearing(key) and not (key in _LATER and value == _LATER[key])
     }
     if is_plain(flat.get("mtp.depth"), flat.get("mtp._target_")):
-        flat = {key: value for key, value in flat.items() if not lies_in(key, _OF_DEPTHS)}
+        flat = {key: value for key, value in flat.items() if not lies_in(key, OF_DEPTHS)}
     text = json.dumps(flat, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

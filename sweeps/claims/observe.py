@@ -10,12 +10,13 @@ from typing import Any
 
 from mtp_lightning.run.status import read_status
 from sweeps.claims.claim import Claim, Measure
-from sweeps.claims.curve import curve_of
+from sweeps.report.compare import wait_of
 from sweeps.report.read import Run, read_run
-from sweeps.report.solving import wait_of
-from sweeps.report.survival import Wait
-from sweeps.report.texts import text_of
+from sweeps.report.statistics import Wait
 
+TAG = "train/loss_depth_0"  # of the curves
+# Parts of a run that are a point each: the mean of the steps that were logged in it.
+PARTS = 20
 COSTS = ("step", "flops", "parameters", "seconds", "tokens")
 
 
@@ -30,7 +31,8 @@ class Seed:
         values: by :func:`key` of the measures, finite ones alone.
         waits: by :func:`key` of the measures of solving: (optimizer step, whether it solved then).
         costs: steps given (``steps``), steps done, FLOPs, parameters, seconds, tokens.
-        curve: FLOPs and training loss of the next token (``curve.py``), where FLOPs are the same.
+        curve: FLOPs and training loss of the next token (:func:`curve_of`), of arms that have the
+            same FLOPs.
         text: fingerprint of what it was evaluated on.
         weights: digest of what it ended with (``interop/weights.py``), where a task was to be
             solved and they are kept.
@@ -114,8 +116,7 @@ def _seed(run: Run, claim: Claim) -> Seed:
     seed.costs = {name: float(v) for name, v in numbers.items() if isinstance(v, int | float)}
     if claim.equal == "flops":
         seed.curve = curve_of(run)
-    text = text_of(run)
-    seed.text = None if text is None else text.fingerprint
+    seed.text = None if run.text is None else run.text.fingerprint
     if seed.waits:
         from mtp_lightning.interop.weights import digest_of
 
@@ -134,3 +135,20 @@ def _value(run: Run, measure: Measure) -> float | None:
         if measure.tag in row and row["step"] > (1 - measure.last) * end
     ]
     return math.fsum(rows) / len(rows) if rows else None
+
+
+def curve_of(run: Run) -> list[tuple[float, float]]:
+    """FLOPs up to the middle of each part of a finished run, and the mean loss of the part, nats a
+    token; empty where a part has no value."""
+    steps, flops = run.final("step"), run.final("flops")
+    if not steps or not flops:
+        return []
+    parts: list[list[float]] = [[] for _ in range(PARTS)]
+    for row in run.rows:
+        if TAG in row:
+            parts[min(int((row["step"] - 1) / steps * PARTS), PARTS - 1)].append(row[TAG])
+    if not all(parts):
+        return []
+    return [
+        ((i + 0.5) / PARTS * flops, math.fsum(part) / len(part)) for i, part in enumerate(parts)
+    ]

@@ -1,21 +1,39 @@
-"""docs/results.md and the READMEs' part, between their markers, from ``results/*.json``."""
+"""docs/results.md and the READMEs' part, between their markers, from ``results/*.json``: the facts
+here, the words in ``results.jinja`` and ``readme*.jinja``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.markdown import plain
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.claims import words
 from sweeps.claims.claim import Claim
-from sweeps.claims.figure import files_of
+from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED
+from sweeps.claims.enough import said, seeds_enough
+from sweeps.claims.figure import CURVE, files_of
 from sweeps.claims.read import FOLDER, names, read_claim
-from sweeps.claims.readme import LANGUAGES, NOT_RUN, part, state
-from sweeps.claims.result import Result, is_stale, read_result
+from sweeps.claims.result import Result, in_order, is_stale, read_result, state
 
 BEGIN, END = "<!-- claims: made by python -m sweeps.claims verdict --all -->", "<!-- /claims -->"
+READMES = {"README.md": "readme.jinja", "README.zh-CN.md": "readme.zh-CN.jinja"}
+
+# Whether the main prediction gains at equal compute, and what a head is good for.
+QUESTION = "text_equal_flops"
+PLANNING = "star_graph_heads_5000"
+# Further heads on the same task, against the same control.
+MORE_PLANNING = "star_graph_summaries"
+# What keeps sequential modules from that.
+HIDING = "token_dropout"
+# Shown in the place of the first while it has no numbers.
+INSTEAD = "drafts_best"
+
+Found = Sequence[tuple[Claim, Result | None]]
 
 
 def write_pages(root: Path, claims: Path = FOLDER) -> list[Path]:
@@ -30,7 +48,7 @@ def write_pages(root: Path, claims: Path = FOLDER) -> list[Path]:
 
     Raises:
         OSError: a page is missing.
-        UserError: it has no markers.
+        UserError: it has no markers, or a package is missing.
     """
     changed = []
     for page, text in pages(root, claims).items():
@@ -42,18 +60,34 @@ def write_pages(root: Path, claims: Path = FOLDER) -> list[Path]:
 
 def pages(root: Path, claims: Path = FOLDER) -> dict[Path, str]:
     """What the pages should be; arguments and errors as :func:`write_pages`."""
-    found = [(claim, read_result(claim.label, root / "results")) for claim in _all(claims)]
-    texts = {root / "docs" / "results.md": _long(found)}
-    for name, language in LANGUAGES.items():
+    read = [read_claim(name, claims) for name in names(claims)]
+    # Each at its published scale, too, where it has one.
+    every = [at for claim in read for at in [claim, *([claim.on_gpu()] if claim.gpu else [])]]
+    found = [(claim, read_result(claim.label, root / "results")) for claim in every]
+    texts = {root / "docs" / "results.md": _render("results.jinja", _results(found))}
+    for name in READMES:
         if name == "README.md" or (root / name).exists():
-            texts[root / name] = part(found, language)
+            texts[root / name] = part(found, name)
     return {page: _between(page, text) for page, text in texts.items()}
 
 
-def _all(claims: Path) -> list[Claim]:
-    """All claims, each at its published scale, too, where it has one."""
-    read = [read_claim(name, claims) for name in names(claims)]
-    return [at for claim in read for at in [claim, *([claim.on_gpu()] if claim.gpu else [])]]
+def part(found: Found, name: str) -> str:
+    """What is between the markers of a README.
+
+    Args:
+        found: claims with their results.
+        name: of the README.
+    """
+    return _render(READMES[name], _readme(found))
+
+
+def _render(template: str, facts: Mapping[str, Any]) -> str:
+    from sweeps.report.templates import environment
+
+    made = environment("sweeps.claims")
+    made.filters["plain"] = lambda text: plain(str(text))
+    text = made.get_template(template).render(words=words, **facts)
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def _between(page: Path, text: str) -> str:
@@ -64,99 +98,128 @@ def _between(page: Path, text: str) -> str:
     return f"{whole[:start]}\n\n{text}\n\n{whole[end:]}"
 
 
-def _long(found: Sequence[tuple[Claim, Result | None]]) -> str:
-    return "\n\n".join(part for claim, result in found for part in _section(claim, result))
-
-
-def _section(claim: Claim, result: Result | None) -> list[str]:
-    if claim.setting != "cpu":
-        where = f"At the published scale (`{claim.command}`, {_minutes(claim)})"
-        if result is None:
-            return [f"{where}: {NOT_RUN}."]
-        return [f"{where}: {state(claim, result)}.", *_body(claim, result)]
-    title = f"### {claim.name}: {state(claim, result)}"
-    named = {"flops": "At equal FLOPs. ", "nothing": ""}
-    equal = named.get(claim.equal, f"At equal {claim.equal}. ")
-    said = plain(f"{claim.sentence} Source: {claim.source}. {equal}{claim.note}".strip())
-    if claim.superseded_by:
-        said = f"{said} **Superseded by {plain(claim.superseded_by)}.**"
-    if claim.remark:
-        said = f"{said}\n\n**Said since:** {plain(claim.remark)}"
-    if result is None:
-        return [title, said, _predictions(claim), f"`{claim.command}`, {_minutes(claim)}."]
-    return [title, said, *_body(claim, result)]
-
-
-def _body(claim: Claim, result: Result) -> list[str]:
-    pictures = [
-        f"![{claim.label}](../results/{file.name})"
-        for file in files_of(result, claim.label, Path())
-    ]
-    rows = [
-        "| prediction | published | measured | test | verdict |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {_asked(e)} | {plain(e['published'])} | {plain(words.measured(e))} "
-            f"| {plain(words.tested(e))} | {words.verdict(e)} |"
-            for e in result["predictions"]
+def _results(found: Found) -> dict[str, Any]:
+    """For the page of results: its table has decided claims first, its sections are by name."""
+    sections = [_facts(claim, result) for claim, result in found]
+    by_label = {claim.label: result for claim, result in found if result is not None}
+    order = {claim.label: i for i, claim in enumerate(in_order([c for c, _ in found], by_label))}
+    shown = [one for one in sections if one["claim"].setting == "cpu"]
+    return {
+        "sections": sections,
+        "run": sorted(
+            (one for one in shown if one["result"] is not None),
+            key=lambda one: order[one["claim"].label],
         ),
-    ]
-    stale = (
-        "The claim was changed after these runs began: the verdict is that of the earlier one."
-        if is_stale(result, claim)
-        else ""
+        "missing": [one["claim"].name for one in shown if one["result"] is None],
+    }
+
+
+def _facts(claim: Claim, result: Result | None) -> dict[str, Any]:
+    """What the page says of a claim."""
+    equal = {"flops": "At equal FLOPs. ", "nothing": ""}.get(
+        claim.equal, f"At equal {claim.equal}. "
     )
-    missing = plain(f"Unfinished: {'; '.join(result['unfinished'])}.")
-    return [
-        *([stale] if stale else []),
-        *pictures,
-        "\n".join(rows),
-        *([times] if (times := _times(result)) else []),
-        *([missing] if result["unfinished"] else []),
-        f"`{result['command']}`; "
-        + plain(
-            f"{result['minutes']:g} minutes on {_machines(result)}, "
-            f"{result['date'] or 'none finished yet'}; predicted in "
-            f"{_commit(result['predicted_in'])}, "
-            f"run by {', '.join(map(_commit, result['commits'])) or 'no finished run'}."
-        ),
+    facts: dict[str, Any] = {"claim": claim, "result": result, "state": state(claim, result)}
+    facts |= {"equal": equal, "predictions": [asdict(p) for p in claim.predictions]}
+    if result is None:
+        return facts
+    more = map(said, seeds_enough(result["predictions"], claim.scale.minimum))
+    done = [
+        sum(seed["state"] == "done" for seed in arm["seeds"].values())
+        for arm in result["arms"].values()
     ]
+    return facts | {
+        "stale": is_stale(result, claim),
+        "files": files_of(result, claim.label, Path()),
+        "entries": list(zip(result["predictions"], more, strict=True)),
+        "held": [entry["verdict"] for entry in result["predictions"]].count(HOLDS),
+        # Of the arm with the fewest finished, and of the one with the most.
+        "n": "–".join(dict.fromkeys(map(str, (min(done), max(done))))),
+        # The section, whose title ends in the verdict.
+        "anchor": f"{claim.name}-{re.sub('[^a-z0-9_ ]', '', facts['state']).replace(' ', '-')}",
+        "medians": [
+            f"{arm} never" if steps is None else f"{arm} {steps:g}"
+            for arm, content in result["arms"].items()
+            for steps in (times["median_steps"] for times in content["time_to_solve"].values())
+        ],
+    }
 
 
-def _asked(entry: words.Entry) -> str:
-    """What a prediction is about, and what it says."""
-    said = f"{words.subject(entry)}: {words.quantity(entry['measure'])} {words.predicted(entry)}"
-    return plain(said)
+def _readme(found: Found) -> dict[str, Any]:
+    """For a README: the answers to its three questions, pictures, and how many claims hold."""
+    on_cpu = {claim.name: (claim, result) for claim, result in found if claim.setting == "cpu"}
+    old = [name for name, (claim, _) in on_cpu.items() if claim.superseded_by]
+    shown = {name: pair for name, pair in on_cpu.items() if name not in old}
+    run = [state(claim, result) for claim, result in shown.values() if result is not None]
+    counts = {
+        "all": len(run),
+        "holds": sum(word.startswith(HOLDS) for word in run),
+        "fails": sum(word.startswith(FAILS) for word in run),
+        "open": sum(not word.startswith((HOLDS, FAILS)) for word in run),
+    }
+    return {
+        "question": _question(shown),
+        "plans": _solvers((PLANNING, MORE_PLANNING), shown),
+        "hides": _solvers((HIDING,), shown),
+        "pictures": list(_pictures(shown)),
+        "counts": counts if run else None,
+        "missing": [name for name, (_, result) in shown.items() if result is None],
+        "old": old,
+    }
 
 
-def _predictions(claim: Claim) -> str:
-    """Of a claim that was not run."""
-    from dataclasses import asdict
-
-    rows = ["| prediction | published |", "|---|---|"]
-    for entry in map(asdict, claim.predictions):
-        rows.append(f"| {_asked(entry)} | {plain(entry['published'])} |")
-    return "\n".join(rows)
-
-
-def _times(result: Result) -> str:
-    """Median steps to solve, by Kaplan and Meier."""
-    medians = [
-        f"{arm} {found['median_steps']:g}" if found["median_steps"] is not None else f"{arm} never"
-        for arm, content in result["arms"].items()
-        for found in content["time_to_solve"].values()
-    ]
-    return plain(f"Median steps to solve (Kaplan-Meier): {', '.join(medians)}.") if medians else ""
-
-
-def _minutes(claim: Claim) -> str:
-    on = "two cores" if claim.setting == "cpu" else "one GPU"
-    return f"about {claim.scale.minutes:g} minutes on {on}"
+def _question(shown: Mapping[str, tuple[Claim, Result | None]]) -> dict[str, Any] | None:
+    """Of the first question: verdicts by setting, and the smallest and the largest effect."""
+    if QUESTION not in shown:
+        return None
+    claim, result = shown[QUESTION]
+    entries = [] if result is None else [e for e in result["predictions"] if e["low"] is not None]
+    if not entries:
+        return {"entries": [], "command": claim.command}
+    verdicts = [entry["verdict"] for entry in entries]
+    by_size = sorted(entries, key=lambda entry: float(entry["effect"]))
+    least, most = (plain(f"{words.measured(e)} ({e['arm']})") for e in (by_size[0], by_size[-1]))
+    return {
+        "entries": entries,
+        "state": state(claim, result),
+        "worse": verdicts.count(HOLDS),
+        "better": verdicts.count(FAILS),
+        "open": verdicts.count(UNDECIDED),
+        "least": least,
+        "most": most,
+    }
 
 
-def _machines(result: Result) -> str:
-    return ", ".join(result["machines"]) or "no machine yet"
+def _solvers(
+    wanted: Sequence[str], shown: Mapping[str, tuple[Claim, Result | None]]
+) -> dict[str, Any] | None:
+    """Of every arm of some claims the seeds that solved the task; None where the first claim has
+    no numbers."""
+    counts: dict[str, Mapping[str, int]] = {}
+    beyond: list[str] = []
+    for name in wanted:
+        claim, result = shown.get(name, (None, None))
+        fresh = claim is not None and result is not None and not is_stale(result, claim)
+        entries = [e for e in result["predictions"] if e["own"]] if fresh and result else []
+        if not any(entry["against"] for entry in entries) and not counts:
+            return None
+        for entry in entries:
+            if entry["other"]:
+                counts.setdefault(entry["against"], entry["other"])
+            counts[entry["arm"]] = entry["own"]
+            if entry["against"] and entry["verdict"] == HOLDS:
+                beyond.append(entry["arm"])
+    return {"counts": counts, "beyond": beyond}
 
 
-def _commit(commit: str | None) -> str:
-    return "no commit" if commit is None else commit[:8]
+def _pictures(shown: Mapping[str, tuple[Claim, Result | None]]) -> Any:
+    """One of each group, the first that has numbers: its file, and what it shows."""
+    for group in ({QUESTION: "question", INSTEAD: "drafts"}, {PLANNING: "planning"}):
+        for name, kind in group.items():
+            claim, result = shown.get(name, (None, None))
+            if claim is None or result is None:
+                continue
+            if files := files_of(result, claim.label, Path("results")):
+                file = files[-1] if name == QUESTION else files[0]
+                yield file.as_posix(), "curve" if file.stem.endswith(CURVE) else kind
+                break

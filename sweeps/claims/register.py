@@ -6,19 +6,20 @@ started is in it and none is dropped, and a claim that has been changed since is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.status import now
+from mtp_lightning.stored import read_json
 from sweeps.claims.claim import Claim
 from sweeps.claims.jobs import ClaimJob
-from sweeps.claims.stored import read_stored
 
 VERSION = 1
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -93,3 +94,30 @@ def write_register(register: Register, claim: Claim, runs: Path) -> None:
         "runs": register.runs,
     }
     write_json(content, file_of(claim, runs))
+
+
+def read_stored(
+    file: Path, version: int, parse: Callable[[dict[str, Any]], T], *, remedy: str
+) -> T | None:
+    """What a file holds; None where there is none.
+
+    Args:
+        file: with ``version`` among its keys.
+        version: the one that is understood.
+        parse: from the content to what is wanted.
+        remedy: what to do with a file that cannot be read.
+
+    Raises:
+        UserError: it is damaged, or of another version.
+    """
+    if not file.exists():
+        return None
+    try:
+        content = read_json(file)
+        if content["version"] != version:
+            raise UserError(f"version {content['version']}")
+        return parse(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file} cannot be read as version {version} of this file ({error}): {remedy}."
+        ) from error

@@ -6,25 +6,28 @@ alone, so that they can be made anew where the runs are no more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from mtp_lightning.errors import UserError
+from mtp_lightning.markdown import plain
 from mtp_lightning.run.atomic import write_json
 from sweeps.claims.claim import Claim
-from sweeps.claims.decide import Finding, decide, overall
+from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED, Finding, decide, overall
 from sweeps.claims.observe import Arms, Seed, key, observe
 from sweeps.claims.recall import beginning, shared_seeds, with_stored
-from sweeps.claims.register import read_register
-from sweeps.claims.stored import read_stored
-from sweeps.report.survival import survival
+from sweeps.claims.register import read_register, read_stored
+from sweeps.report.statistics import survival
 
 VERSION = 1
 # Beside the verdict of a trial, wherever it stands.
 UNPREDICTED = "predicted: in no commit"
+
+STALE, NOT_RUN = "stale", "not run"
+_ORDER = (HOLDS, FAILS, UNDECIDED, STALE, NOT_RUN)
 
 Result = dict[str, Any]
 
@@ -80,7 +83,7 @@ def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Resu
         "predictions": [_finding(finding) for finding in findings],
         "arms": {arm: _arm(claim, arm, of_arm) for arm, of_arm in arms.items()},
         "date": ended[-1][:10] if ended else None,
-        "minutes": round(sum(_minutes(seed) for seed in seeds), 1),
+        "minutes": round(sum(minutes_of(seed) for seed in seeds), 1),
         "machines": sorted({seed.machine for seed in seeds if seed.machine}),
         "commits": sorted({seed.commit for seed in seeds if seed.commit}),
     }
@@ -89,6 +92,24 @@ def make_result(claim: Claim, arms: Arms, began: tuple[str, str | None]) -> Resu
 def with_trial(verdict: str, commit: str | None) -> str:
     """A verdict, and that its prediction was in no commit where that is so."""
     return verdict if commit or UNPREDICTED in verdict else f"{verdict} ({UNPREDICTED})"
+
+
+def state(claim: Claim, result: Result | None) -> str:
+    """A claim's verdict, or why it has none."""
+    if result is None:
+        return NOT_RUN
+    verdict = STALE if is_stale(result, claim) else plain(result["verdict"])
+    return with_trial(verdict, result["predicted_in"])
+
+
+def in_order(claims: Sequence[Claim], results: Mapping[str, Result]) -> list[Claim]:
+    """Decided claims, undecided ones, stale ones, those that were not run; each by name."""
+
+    def place(claim: Claim) -> tuple[int, str]:
+        said = state(claim, results.get(claim.label))
+        return next(i for i, word in enumerate(_ORDER) if said.startswith(word)), claim.label
+
+    return sorted(claims, key=place)
 
 
 def unfinished(claim: Claim, arms: Arms) -> list[str]:
@@ -175,9 +196,9 @@ def _times(claim: Claim, seeds: Sequence[Seed]) -> dict[str, Any]:
     return found
 
 
-def _minutes(seed: Seed) -> float:
-    """Of the clock. A run that was continued says when it was started last: at least the training
-    counts."""
+def minutes_of(seed: Seed) -> float:
+    """What a run took by the clock. A run that was continued says when it was started last: at
+    least the training counts."""
     training = seed.costs.get("seconds", 0.0) / 60
     if not (seed.done and seed.started and seed.ended):
         return training

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import shutil
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mtp_lightning.markdown import plain
@@ -71,9 +73,10 @@ def tested(entry: Entry) -> str:
     return f"{text}, p {_equals(entry['p'])} (Holm {p_value(entry['adjusted'])})"
 
 
-def verdict(entry: Entry) -> str:
-    """In Markdown, the verdict, with the reason of one that is undecided."""
-    return f"**{plain(entry['verdict'])}**" + (f": {plain(entry['why'])}" if entry["why"] else "")
+def verdict(entry: Entry, more: str = "") -> str:
+    """In Markdown, the verdict, with the reason of one that is undecided, and what would help."""
+    said = "; ".join(filter(None, [entry["why"], more]))
+    return f"**{plain(entry['verdict'])}**" + (f": {plain(said)}" if said else "")
 
 
 def show(entry: Entry, value: float) -> str:
@@ -84,6 +87,28 @@ def show(entry: Entry, value: float) -> str:
     form: str | int = BY_TAG[tag].form if tag in BY_TAG else 4
     text = number(value, "%" if _is_rate(entry) else form).replace("-", "−")
     return f"+{text}" if entry["against"] is not None and value >= 0 else text
+
+
+def aligned(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[int] = ()
+) -> list[str]:
+    """A table as lines of text, its columns aligned; on a terminal no line is longer than it.
+
+    Args:
+        head: the columns' names.
+        rows: of cells.
+        right: columns that stand to the right.
+    """
+    lines = [list(head), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    wide = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    shown = []
+    for line in lines:
+        pairs = enumerate(zip(line, widths, strict=True))
+        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in pairs]
+        text = "  ".join(cells).rstrip()
+        shown.append(text if wide is None or len(text) <= wide else f"{text[: wide - 1]}…")
+    return shown
 
 
 def _brief(entry: Entry, value: float) -> str:
@@ -100,3 +125,32 @@ def _is_rate(entry: Entry) -> bool:
 def _equals(p: float) -> str:
     text = p_value(p)
     return text if text.startswith("<") else f"= {text}"
+
+
+def beside(here: Entry, committed: Entry) -> list[str]:
+    """A line a prediction: both numbers with their 95 % intervals, and whether these overlap; of
+    two shares those of the arm, and of what it is compared with.
+
+    Args:
+        here: of runs of one's own.
+        committed: of the same claim.
+    """
+    return [
+        f"{subject(mine)}, {quantity(mine['measure'])}: here {measured(mine)}, "
+        f"committed {measured(theirs)}: {_agreement(mine, theirs)}"
+        for mine, theirs in zip(here["predictions"], committed["predictions"], strict=True)
+    ]
+
+
+def _agreement(mine: Entry, theirs: Entry) -> str:
+    pairs = list(zip(_intervals(mine), _intervals(theirs), strict=False))
+    if not pairs:
+        return "not to be compared yet"
+    overlap = all(a["low"] <= b["high"] and b["low"] <= a["high"] for a, b in pairs)
+    return "they agree" if overlap else "they do not agree"
+
+
+def _intervals(entry: Entry) -> list[Entry]:
+    """What has ``low`` and ``high``: the effect, or the shares. One seed has no interval."""
+    found = [entry[name] for name in ("own", "other") if entry[name]] or [entry]
+    return [each for each in found if each["low"] is not None]

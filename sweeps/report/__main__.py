@@ -12,9 +12,9 @@ from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.atomic import write_bytes
 from sweeps.report.collect import collect
-from sweeps.report.compare_solved import compare_solved
-from sweeps.report.comparisons import compare
+from sweeps.report.compare import compare
 from sweeps.report.differing import describe
+from sweeps.report.equivalent import families
 from sweeps.report.findings import answer
 from sweeps.report.read import Sweep, read_sweep
 from sweeps.report.settings import SOLVED
@@ -54,33 +54,31 @@ def report(
 
     sweeps = _read(folders)
     settings = collect(sweeps, level=level)
-    if settings.is_task:
-        comparisons = compare_solved(settings, reference=reference)
-    else:
-        comparisons = compare(settings, settings.headline.tag, reference=reference)
+    comparisons = compare(settings, reference=reference)
+    priced = [] if settings.is_task else families(settings)
     target = Path(output) if output is not None else _default_output(sweeps)
     target.mkdir(parents=True, exist_ok=True)
     with style.styled():
-        drawings = figures.draw(settings, comparisons)
+        drawings = figures.draw(settings, comparisons, priced)
         labels = [setting.label for setting in settings.all]
-        svgs, pngs, points = page.write_figures(drawings, target / page.FIGURES, labels)
+        svgs = page.write_figures(drawings, target / page.FIGURES, labels)
     if len(sweeps) == 1:
-        events.write_events(target / page.FIGURES, settings, drawings, pngs)
+        events.write_events(target / page.FIGURES, settings, drawings)
     write_bytes(page.runs_csv(settings, sweeps).encode(), target / "runs.csv")
     html = page.render(
         settings,
         comparisons,
+        priced,
         sweeps,
         drawings,
         svgs,
         folder=target,
         now=datetime.now(),
-        points=points,
         every=every,
     )
     write_bytes(html.encode(), target / "report.html")
     runs = [run for sweep in sweeps for run in sweep.runs]
-    return target / "report.html", answer(settings, comparisons, runs)
+    return target / "report.html", answer(settings, comparisons, runs, priced)
 
 
 def _again(

@@ -12,7 +12,6 @@ from mtp_lightning.run.config import has_bearing, is_plain
 from mtp_lightning.run.layout import SUMMARY_FILE
 from sweeps.report.read import Run, Sweep
 from sweeps.report.settings import SOLVED, Setting, Settings, order, show
-from sweeps.report.texts import text_of
 
 # Keys that name a setting best, where the command lines do not say which are meant.
 _TELLING = (
@@ -46,8 +45,9 @@ def collect(sweeps: Sequence[Sweep], *, level: float = SOLVED) -> Settings:
         config = _comparable(run, follows)
         key = json.dumps(_computed(config), sort_keys=True, default=str)
         groups.setdefault(key, Setting(values={}, config=config)).runs.append(run)
-    settings = _apart(list(groups.values()), DATA, _data, _data_name)
-    settings = _apart(settings, TEXT, _text, _text_name)
+    settings = list(groups.values())
+    settings = _apart(settings, DATA, lambda run: str(run.fact("data", "fingerprint")), _data_name)
+    settings = _apart(settings, TEXT, lambda run: run.text and run.text.same, _text_name)
     left_out = [run for setting in settings for run in _drop_repeats(setting)]
     asked = [key for sweep in sweeps for key in sweep.varied]
     varied = _name(settings, asked)
@@ -118,22 +118,13 @@ def _apart(
     return parts
 
 
-def _data(run: Run) -> str:
-    return str(run.fact("data", "fingerprint"))
-
-
 def _data_name(run: Run) -> str:
-    return "unknown" if run.fact("data", "fingerprint") is None else _data(run)[:8]
-
-
-def _text(run: Run) -> Any:
-    text = text_of(run)
-    return None if text is None else text.same
+    digest = run.fact("data", "fingerprint")
+    return "unknown" if digest is None else str(digest)[:8]
 
 
 def _text_name(run: Run) -> str:
-    text = text_of(run)
-    return "not mentioned" if text is None else text.short
+    return "not mentioned" if run.text is None else run.text.short
 
 
 def _drop_repeats(setting: Setting) -> list[Run]:

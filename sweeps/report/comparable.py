@@ -1,12 +1,17 @@
-"""Which settings were evaluated on one text, and the sentence that refuses to compare others."""
+"""What may be compared between settings, and the sentences that say what may not.
+
+Settings compare if they were evaluated on the same text, see as much of it at once, and if the
+numbers of their depths are those of one task.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sweeps.report.metrics import some
-from sweeps.report.settings import Setting
+from sweeps.report.metrics import BITS, BITS_ERROR, BY_TAG, some
+from sweeps.report.settings import Setting, Settings
 
 REMEDY = (
     "To compare them give all runs the same data, data.val_fraction, data.split_seed and "
@@ -14,11 +19,20 @@ REMEDY = (
     "text."
 )
 REMEDY_OF_TASKS = "To compare them give all runs the same data, data.task.* and data.eval_examples."
+EQUAL_CONTEXT = 1.05  # largest context over the smallest, in bytes
+MEANS = {
+    True: "Depth k reads the true tokens before its target (teacher-forced): its loss, agreement "
+    "and overlap are those of the token after one that it has seen.",
+    False: "Depth k reads no token beyond the main prediction's: its loss, agreement and overlap "
+    "are those of a token k places beyond the next.",
+}
 
 
-def same_text(one: Setting, other: Setting) -> bool:
-    """Whether what is measured on the evaluation text may be compared between two settings."""
-    return bool(_text(one) == _text(other))
+def may_compare(one: Setting, other: Setting, tag: str) -> bool:
+    """Whether a metric of two settings is measured on the same text, or on none. Decoding is
+    measured on the text: its prompts are held-out documents, and what is accepted of the drafts
+    depends on them. Training loss, throughput, parameters, FLOPs and seconds are not."""
+    return not tag.startswith(("val/", "decode/")) or bool(_text(one) == _text(other))
 
 
 def by_text(settings: Iterable[Setting]) -> list[list[Setting]]:
@@ -28,6 +42,13 @@ def by_text(settings: Iterable[Setting]) -> list[list[Setting]]:
         if setting.done:
             groups.setdefault(_text(setting), []).append(setting)
     return list(groups.values())
+
+
+def _text(setting: Setting) -> Any:
+    """Equal for settings of one text. Runs that do not mention their text are together, as they
+    always were; a part that has no digest is like no other's."""
+    text = setting.text
+    return "" if text is None else text.fingerprint or id(setting)
 
 
 def refusal(settings: Sequence[Setting]) -> str:
@@ -42,34 +63,25 @@ def refusal(settings: Sequence[Setting]) -> str:
         f"{name}{_bytes(group)}: {some([setting.label for setting in group])}"
         for name, group in named.items()
     ]
-    if all(setting.answers for group in groups for setting in group):
-        return (
-            "The settings were asked different questions, so nothing that is measured on these "
-            "(val/*, decode/*) is averaged, tested or ranked across them. Asked were "
-            f"{some(parts, between=' | ')}. {REMEDY_OF_TASKS}"
-        )
+    asked = all(setting.answers for group in groups for setting in group)
+    first, second, remedy = (
+        ("asked different questions", "Asked were", REMEDY_OF_TASKS)
+        if asked
+        else ("evaluated on different texts", "Evaluated on", REMEDY)
+    )
     return (
-        "The settings were evaluated on different texts, so nothing that is measured on these "
-        "(val/*, decode/*) is averaged, tested or ranked across them. Evaluated on "
-        f"{some(parts, between=' | ')}. {REMEDY}"
+        f"The settings were {first}, so nothing that is measured on these (val/*, decode/*) is "
+        f"averaged, tested or ranked across them. {second} {some(parts, between=' | ')}. {remedy}"
     )
 
 
-def _text(setting: Setting) -> Any:
-    """Equal for settings of one text. Runs that do not mention their text are together, as they
-    always were; a part that has no digest is like no other's."""
-    text = setting.text
-    return "" if text is None else text.fingerprint or id(setting)
-
-
 def _name(setting: Setting) -> str:
-    if setting.answers and setting.text and setting.text.fingerprint:
-        return f"questions {setting.text.short}"
-    if setting.text is None:
+    text = setting.text
+    if text is None:
         return "a text that older runs do not mention"
-    if setting.text.fingerprint is None:
+    if text.fingerprint is None:
         return "an unknown text, or a part of one that each has for itself"
-    return f"text {setting.text.short}"
+    return f"{'questions' if setting.answers else 'text'} {text.short}"
 
 
 def _bytes(group: Sequence[Setting]) -> str:
@@ -78,3 +90,106 @@ def _bytes(group: Sequence[Setting]) -> str:
         return ""
     least = f"{counts[0]:,} to " if len(counts) > 1 else ""
     return f" ({least}{counts[-1]:,} bytes)"
+
+
+def contexts(settings: Sequence[Setting]) -> list[str]:
+    """A sentence for all settings of one text whose windows differ in tokens or in tokenizer:
+    whether they see equally many bytes."""
+    return [sentence for group in by_text(settings) if (sentence := _context(group))]
+
+
+def _context(group: Sequence[Setting]) -> str:
+    windows = [(_whole(s.config.get("data.seq_len")), _bytes_per_token(s)) for s in group]
+    tokenizers = [json.dumps(s.done[0].fact("data", "tokenizer", "fingerprint")) for s in group]
+    if len({(tokens, name) for (tokens, _), name in zip(windows, tokenizers, strict=True)}) < 2:
+        return ""
+    sizes = [t * rate for t, rate in windows if t is not None and rate is not None]
+    if len(sizes) < len(group):
+        said = "Whether the context is equal in bytes is unknown"
+    elif max(sizes) <= EQUAL_CONTEXT * min(sizes):
+        said = "The context is equalised in bytes, within 5 %"
+    else:
+        said = "The context is not equalised: a model that sees more text may predict better"
+    by_size: dict[str, list[str]] = {}
+    for setting, window in zip(group, windows, strict=True):
+        by_size.setdefault(_window(*window), []).append(setting.label)
+    named = [f"{size} with {some(labels)}" for size, labels in by_size.items()]
+    return f"{said}. A window has {some(named, between=' | ')}."
+
+
+def _window(tokens: int | None, rate: float | None) -> str:
+    window = "unknown tokens" if tokens is None else f"{tokens:,} tokens"
+    each = "unknown bytes" if rate is None else f"{rate:.2f} bytes"
+    size = "" if tokens is None or rate is None else f" = {tokens * rate:,.0f} bytes"
+    return f"{window} x {each}{size}"
+
+
+def _bytes_per_token(setting: Setting) -> float | None:
+    """Of the evaluated targets; of the whole validation split where these are not counted."""
+    text = setting.text
+    if text and text.bytes and text.tokens:
+        return text.bytes / text.tokens
+    rate: Any = setting.done[0].fact("data", "val", "bytes_per_token")
+    return float(rate) if isinstance(rate, int | float) else None
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def error_of_text(setting: Setting) -> float | None:
+    """Standard error of a setting's bits per byte over the documents of the evaluation text, by
+    bootstrap, mean over seeds; None where a finished run has none."""
+    found = setting.estimate(BITS_ERROR).interval
+    return found.mean if found else None
+
+
+def text_errors(settings: Sequence[Setting]) -> str:
+    """What stands beside intervals over seeds, and what it is not; empty without errors."""
+    errors = [error for setting in settings if (error := error_of_text(setting)) is not None]
+    if not errors:
+        return ""
+    least, most = (BY_TAG[BITS].show(error) for error in (min(errors), max(errors)))
+    size = least if least == most else f"{least} to {most}"
+    return (
+        f"The text's own error in bits per byte is {size}: the standard error over its documents "
+        "(bootstrap, mean over seeds), beside the ± over seeds. It says how far another text would "
+        "move the numbers, all of them together; it is not the error of a difference between runs "
+        "on the same text."
+    )
+
+
+def predicts_tokens(setting: Setting) -> bool:
+    """Whether the depths of a setting predict a token each, unless a finished run says it not. The
+    depth of a head that summarises what comes, or of registers, predicts no token of its own."""
+    return all(run.summary.get("mtp_predicts_tokens", True) for run in setting.done)
+
+
+def meaning(settings: Settings) -> str:
+    """What the teacher-forced numbers of these settings' depths are, for beneath a chart or table
+    of them; empty where no run says it.
+
+    Sequential modules are given the true tokens up to i + k before they predict the next one;
+    parallel and linear heads and bare targets predict it from the tokens up to i.
+    """
+    by_kind: dict[bool, list[str]] = {}
+    for setting in settings.all:
+        said = {run.summary.get("mtp_reads_tokens") for run in setting.done if setting.depth}
+        reads = said.pop() if len(said) == 1 and predicts_tokens(setting) else None
+        if reads is not None:
+            by_kind.setdefault(reads, []).append(setting.label)
+    remark = "".join(MEANS[reads] for reads in by_kind)
+    if len(by_kind) > 1:
+        given, blind = (some(by_kind[reads]) for reads in (True, False))
+        remark = (
+            f"Two tasks stand side by side here. With {given} depth k reads the true tokens before "
+            f"its target, with {blind} none beyond the main prediction's. Loss, agreement and "
+            "overlap of a depth do not compare between the two: compare what the decoding loop "
+            "accepts, decode/*."
+        )
+    if others := [setting.label for setting in settings.all if not predicts_tokens(setting)]:
+        remark += (
+            f" The depth of {some(others)} predicts no token of its own: its loss is of another "
+            "kind, stands in no chart of losses by depth, and compares with no other head's."
+        )
+    return remark.lstrip()

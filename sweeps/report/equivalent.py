@@ -17,10 +17,30 @@ Numer. Anal. 17); a loss beyond them has no gain, since nothing is extrapolated.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from mtp_lightning.run.config import is_plain, lies_in
+from sweeps.report.comparable import may_compare
+from sweeps.report.metrics import FLOPS
+from sweeps.report.read import Run
+from sweeps.report.settings import Setting, Settings
+from sweeps.report.statistics import Interval, interval, ratio_interval
+
+# What a budget is made of, and what a module is: the rest is equal between an arm and its curve.
+_BUDGET = (
+    "trainer.max_steps",
+    "trainer.val_check_interval",
+    "branch_from",
+    "optimizer.schedule.warmup_steps",
+    "optimizer.schedule.warmup_fraction",
+    "compare",
+    "callbacks",
+)
+_MODULE = ("mtp", "mtp_lambda", "lambda_schedule", "balance", "objective")
 
 
 @dataclass(frozen=True, order=True)
@@ -85,11 +105,135 @@ class PlainCurve:
             return None
         return math.exp(float(self._log_flops(loss)))
 
-    def gain(self, run: Spent) -> Gain | None:
-        """Of a run; None where its loss is beyond the curve."""
+    def gain(self, run: Spent) -> Gain | str:
+        """Of a run; a sentence's part where its loss is beyond the curve."""
         flops = self.flops_at(run.loss)
         if flops is None:
-            return None
+            return (
+                f"out of range: its loss of {run.loss:.4f} is not between those of the plain runs, "
+                f"{self.runs[-1].loss:.4f} to {self.runs[0].loss:.4f}"
+            )
         # A plain step costs the same at every length.
         plain = self.runs[-1].flops / self.runs[-1].steps
         return Gain(total=flops / run.flops, price=plain / (run.flops / run.steps))
+
+
+@dataclass(frozen=True)
+class Valued:
+    """An arm beside the plain curve of its seeds.
+
+    Attributes:
+        setting: the arm.
+        spent: FLOPs and loss that its runs ended with, by seed.
+        gains: by seed, of those that have one.
+        why: what is missing where there is no mean; a seed without a gain leaves none.
+    """
+
+    setting: Setting
+    spent: dict[Any, Spent]
+    gains: dict[Any, Gain]
+    why: str
+
+    @property
+    def total(self) -> Interval | None:
+        """Gain, geometric mean over seeds with the t interval of the logarithms."""
+        return None if self.why else ratio_interval([gain.total for gain in self.gains.values()])
+
+    @property
+    def price(self) -> Interval | None:
+        """FLOPs of a plain step by those of the arm's."""
+        return None if self.why else interval([gain.price for gain in self.gains.values()])
+
+    @property
+    def effect(self) -> Interval | None:
+        """What a step is worth in plain steps, as :attr:`total`."""
+        return None if self.why else ratio_interval([gain.effect for gain in self.gains.values()])
+
+
+@dataclass
+class Family:
+    """Plain settings that differ in their budget alone, and the arms that differ from these in
+    their budget and their modules.
+
+    Attributes:
+        plain: the curve's settings, by their FLOPs.
+        arms: with their gains.
+        curves: by seed.
+    """
+
+    plain: list[Setting] = field(default_factory=list)
+    arms: list[Valued] = field(default_factory=list)
+    curves: dict[Any, PlainCurve] = field(default_factory=dict)
+
+
+def families(settings: Settings) -> list[Family]:
+    """The plain curves of a report, each with the arms that it prices; none without plain runs at
+    two budgets or more and an arm beside them.
+
+    Args:
+        settings: of the sweeps; their headline is the loss.
+    """
+    tag = settings.headline.tag
+    groups: dict[str, list[Setting]] = {}
+    for setting in settings.all:
+        if setting.done:
+            groups.setdefault(_rest(setting), []).append(setting)
+    found = []
+    for group in groups.values():
+        plain = [s for s in group if is_plain(s.depth, s.config.get("mtp._target_"))]
+        arms = [s for s in group if not any(s is other for other in plain)]
+        plain = [s for s in plain if may_compare(s, plain[0], tag)]
+        flops = {s.label: cost.mean for s in plain if (cost := s.estimate(FLOPS).interval)}
+        plain = sorted((s for s in plain if s.label in flops), key=lambda s: flops[s.label])
+        if len(set(flops.values())) > 1 and arms:
+            family = Family(plain=plain)
+            family.arms = [
+                _valued(arm, family, tag) for arm in arms if may_compare(arm, plain[0], tag)
+            ]
+            found.append(family)
+    return found
+
+
+def _rest(setting: Setting) -> str:
+    """What an arm and the plain runs of its curve have the same of."""
+    config = setting.config.items()
+    return json.dumps(
+        {k: v for k, v in config if not lies_in(k, (*_BUDGET, *_MODULE))}, default=str
+    )
+
+
+def _valued(arm: Setting, family: Family, tag: str) -> Valued:
+    spent: dict[Any, Spent] = {}
+    gains: dict[Any, Gain] = {}
+    why = ""
+    for run in arm.done:
+        own = _spent(run, tag)
+        gain = (
+            "it has no FLOPs or no finite loss"
+            if own is None
+            else _gain(own, run.seed, family, tag)
+        )
+        if own is not None:
+            spent[run.seed] = own
+        if isinstance(gain, Gain):
+            gains[run.seed] = gain
+        else:
+            why = why or f"seed {run.seed}: {gain}"
+    return Valued(arm, spent, gains, why)
+
+
+def _gain(own: Spent, seed: Any, family: Family, tag: str) -> Gain | str:
+    if seed not in family.curves:
+        runs = [run for setting in family.plain for run in setting.done if run.seed == seed]
+        spent = [found for run in runs if (found := _spent(run, tag))]
+        try:
+            family.curves[seed] = PlainCurve(spent)
+        except ValueError as error:
+            return str(error)
+    return family.curves[seed].gain(own)
+
+
+def _spent(run: Run, tag: str) -> Spent | None:
+    flops, loss, steps = (run.final(name) for name in (FLOPS, tag, "step"))
+    numbers = flops and steps and loss is not None and math.isfinite(loss)
+    return Spent(flops=flops, loss=loss, steps=steps) if numbers else None  # type: ignore[arg-type]

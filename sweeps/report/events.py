@@ -14,9 +14,7 @@ from sweeps.report.style import Drawing
 _SUFFIX = ".report"
 
 
-def write_events(
-    folder: Path, settings: Settings, drawings: Sequence[Drawing], pngs: Sequence[Path]
-) -> None:
+def write_events(folder: Path, settings: Settings, drawings: Sequence[Drawing]) -> None:
     """Replace the report's own event file.
 
     Without one, TensorBoard lists every key that any command line named, and every metric. With
@@ -25,8 +23,7 @@ def write_events(
     Args:
         folder: of the event file; TensorBoard names the figures' run after it.
         settings: of the sweep.
-        drawings: for the figures' titles.
-        pngs: the figures' files.
+        drawings: whose PNGs are in the folder.
     """
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -56,7 +53,6 @@ def write_events(
         ],
     )
     writer = EventFileWriter(str(folder), filename_suffix=_SUFFIX)
-    titles = {drawing.name: drawing.title for drawing in drawings}
     try:
         content = plugin_data_pb2.HParamsPluginData(
             version=metadata.PLUGIN_DATA_VERSION, experiment=columns
@@ -65,12 +61,12 @@ def write_events(
             tag=metadata.EXPERIMENT_TAG, metadata=metadata.create_summary_metadata(content)
         )
         writer.add_event(Event(wall_time=time.time(), summary=Summary(value=[value])))
-        for png in pngs:
-            data = png.read_bytes()
+        for drawing in (drawing for drawing in drawings if drawing.figure is not None):
+            data = (folder / f"{drawing.name}.png").read_bytes()
             # A PNG's header names its size at bytes 16 to 23.
             width, height = struct.unpack(">II", data[16:24])
             image = Summary.Image(width=width, height=height, encoded_image_string=data)
-            value = Summary.Value(tag=f"report/{titles[png.stem]}", image=image)
+            value = Summary.Value(tag=f"report/{drawing.title}", image=image)
             writer.add_event(Event(wall_time=time.time(), summary=Summary(value=[value])))
     finally:
         writer.close()

@@ -4,43 +4,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from sweeps.report.comparable import by_text
-from sweeps.report.comparisons import Comparison
-from sweeps.report.curves import Points, draw_curves
-from sweeps.report.figures_depth import against_depth, against_lambda, by_depth
-from sweeps.report.figures_long_range import long_range
-from sweeps.report.figures_task import task_figures
-from sweeps.report.figures_tradeoff import front, heat_maps
-from sweeps.report.metrics import CURVE_AXES, DECODE_SPEED, FLOPS, LOSS, PER_STEP, SPEEDUP, Metric
-from sweeps.report.read import Run
-from sweeps.report.settings import Settings
+from sweeps.report.comparable import by_text, text_errors
+from sweeps.report.compare import Comparison, pareto, solved_share
+from sweeps.report.equivalent import Family, PlainCurve, Spent
+from sweeps.report.figures_curves import curve, exact_match, times
+from sweeps.report.figures_places import place_figures
+from sweeps.report.metrics import BITS, CURVE_AXES, DECODE_SPEED, EXACT, FLOPS, Metric
+from sweeps.report.metrics import number as number_of
+from sweeps.report.settings import Setting, Settings, order, show
+from sweeps.report.statistics import Interval
 from sweeps.report.style import (
     COLOURS,
     QUIET,
+    SEEDS,
+    WHOLE,
     Drawing,
+    Look,
+    brief,
     by_row,
     canvas,
     key_to,
+    looks_of,
     si_axis,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-def draw(settings: Settings, comparisons: Sequence[Comparison]) -> list[Drawing]:
+# What joins settings by a line, or ranks them: nothing is left of it where these may not be
+# compared. The other figures show every setting for itself.
+_COMPARING = ("tokens_per_step", "speedup", "lambda_", "heat_map", "pareto_")
+
+
+def draw(
+    settings: Settings, comparisons: Sequence[Comparison], families: Sequence[Family] = ()
+) -> list[Drawing]:
     """Every figure that the runs have something to show in, in reading order."""
+    by_place = place_figures(settings)
+    task = [exact_match(settings), solved(settings), times(settings), *by_place["task"]]
     drawings = [
-        *task_figures(settings),
+        *(task if settings.is_task else []),
+        *(gains(settings, family, i) for i, family in enumerate(families or [None])),
         *(curve(settings, axis) for axis in CURVE_AXES),
         # Settings of a task are compared by the seeds that solve it.
         *([] if settings.is_task else [differences(comparisons, settings.headline)]),
-        by_depth(settings, "loss"),
-        by_depth(settings, "agreement"),
-        against_depth(settings, PER_STEP),
-        against_depth(settings, SPEEDUP),
-        against_lambda(settings, LOSS, "main-depth validation loss"),
-        against_lambda(settings, "val/loss_depth_1", "validation loss of depth 1"),
-        *long_range(settings),
+        *by_place["depth"],
+        *by_place["long range"],
         *heat_maps(settings),
         front(settings, FLOPS),
         front(settings, DECODE_SPEED),
@@ -49,11 +62,6 @@ def draw(settings: Settings, comparisons: Sequence[Comparison]) -> list[Drawing]
         which = "asked different questions" if settings.is_task else "evaluated on different texts"
         drawings = [_of_several_texts(drawing, which) for drawing in drawings]
     return drawings
-
-
-# What joins settings by a line, or ranks them: nothing is left of it where these may not be
-# compared. The other figures show every setting for itself.
-_COMPARING = ("tokens_per_step", "speedup", "lambda_", "heat_map", "pareto_")
 
 
 def _of_several_texts(drawing: Drawing, which: str) -> Drawing:
@@ -66,40 +74,116 @@ def _of_several_texts(drawing: Drawing, which: str) -> Drawing:
     return replace(drawing, caption=drawing.caption + warning)
 
 
-def curve(settings: Settings, axis: str) -> Drawing:
-    """Main-depth validation loss against tokens, FLOPs or seconds."""
-    tag, x_label = CURVE_AXES[axis]
+def gains(settings: Settings, family: Family | None, number: int = 0) -> Drawing:
+    """The plain curve, and how far from it on the axis of FLOPs every arm is."""
     metric = settings.headline
-    title = f"Loss against {axis if axis != 'flops' else 'FLOPs'}"
     drawing = Drawing(
-        f"loss_{axis}",
-        title,
-        "Bold: mean over seeds, at the validations that all of them have reached. Thin: single "
-        "seeds, running ones too. Losses above those of the last three quarters are cut off."
-        + (
-            " Seconds are the mean over seeds, and those of a shared machine." * (axis == "seconds")
-        ),
+        f"gains_{number}" if number else "gains",
+        "What the same loss costs with plain training",
+        "Grey: plain runs of several budgets, and the curve between them. An arrow goes from an "
+        "arm to the FLOPs that plain training needs for the same loss; its number is the "
+        "compute-equivalent gain, plain FLOPs / the arm's own. Above 1 the arm pays for itself "
+        "(the arrow points right), below 1 plain training is cheaper. Means over seeds; bars are "
+        "95 % intervals.",
     )
-    lines = [[_points(run, tag, metric.tag) for run in setting.runs] for setting in settings.all]
-    if not any(points for runs in lines for points in runs):
-        return drawing.lacking(f"no run has logged {tag} and {metric.tag}")
-    figure, axes = canvas(key_to(settings.all, settings.all))
-    draw_curves(axes, settings.all, lines)
-    places = [place for runs in lines for points in runs for place in points.values()]
-    furthest = max(x for x, _ in places)
-    late = [y for x, y in places if x >= furthest / 4 and math.isfinite(y)]
-    if late and max(late) > min(late):
-        margin = 0.08 * (max(late) - min(late))
-        axes.set_ylim(min(late) - margin, max(late) + margin)
-    axes.set(xlabel=x_label, ylabel=metric.unit)
-    if axis != "seconds":
-        si_axis(axes)
+    if family is None:
+        return drawing.lacking("no plain runs (mtp=none) of two lengths with an arm beside them")
+    shown = [arm for arm in family.arms if arm.spent]
+    key = key_to(settings.all, [arm.setting for arm in shown])
+    figure, axes = canvas([("plain training", Look(QUIET, "-", "o")), *key])
+    axes.set_xscale("log")
+    for setting in family.plain:
+        if at := _ends(setting, metric):
+            _point(axes, setting, at, Look(QUIET, "-", "o"))
+    ends = [at for setting in family.plain if (at := _ends(setting, metric))]
+    with suppress(ValueError):  # means that do not fall have no curve
+        plain = PlainCurve([Spent(cost.mean, loss.mean, 1) for cost, loss in ends])
+        first, last = plain.runs[0].loss, plain.runs[-1].loss
+        losses = [first + (last - first) * i / 100 for i in range(101)]
+        flops = [plain.flops_at(loss) or math.nan for loss in losses]
+        axes.plot(flops, losses, color=QUIET, linewidth=1.4)
+    look_of = looks_of(settings.all)
+    for arm in shown:
+        look, at = look_of[id(arm.setting)], _ends(arm.setting, metric)
+        if at is not None:
+            _point(axes, arm.setting, at, look)
+        if at is None or arm.total is None:
+            continue
+        cost, loss = at
+        end = cost.mean * arm.total.mean
+        arrow: Any = {"arrowstyle": "->", "color": look.colour, "shrinkA": 4, "shrinkB": 0}
+        axes.annotate("", (end, loss.mean), (cost.mean, loss.mean), arrowprops=arrow)
+        left = end < cost.mean
+        axes.annotate(
+            f"{arm.total.mean:.2f} ×",
+            (end, loss.mean),
+            (-4 if left else 4, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center",
+            fontsize=9,
+            color=look.colour,
+        )
+    budgets = sorted({cost.mean for cost, _ in ends})
+    shown_at = budgets[:: max(len(budgets) // 6, 1)]
+    axes.set_xticks(shown_at, [number_of(x, "si") for x in shown_at])
+    axes.minorticks_off()
+    axes.set(xlabel="training FLOPs", ylabel=f"{metric.unit} (lower is better)")
+    return drawing.drawn(figure)
+
+
+def _ends(setting: Setting, metric: Metric, tag: str = FLOPS) -> tuple[Interval, Interval] | None:
+    """What a setting costs, and its main loss; None where either is missing."""
+    cost, loss = setting.estimate(tag).interval, setting.estimate(metric.tag).interval
+    return (cost, loss) if cost and loss else None
+
+
+def _point(
+    axes: Axes, setting: Setting, at: tuple[Interval, Interval], look: Look, *, filled: bool = True
+) -> None:
+    """A setting at its cost and loss, with the intervals of both."""
+    cost, loss = at
+    axes.errorbar(
+        cost.mean,
+        loss.mean,
+        xerr=cost.half,
+        yerr=loss.half,
+        fmt=look.marker,
+        color=look.colour,
+        elinewidth=0.8,
+        markersize=7,
+        markerfacecolor=look.colour if filled else "none",
+        label=setting.label,
+    )
+
+
+def solved(settings: Settings) -> Drawing:
+    """The share of seeds that solve, for every setting."""
+    drawing = Drawing(
+        "solved",
+        "Seeds that solve",
+        f"Share of finished seeds whose final exact match is above {settings.level:g}, with its "
+        "95 % interval (Clopper-Pearson, of that one share).",
+    )
+    shares = [(s, solved_share(s, settings.level)) for s in settings.all]
+    shown = [(setting, share) for setting, share in reversed(shares) if share]
+    if not shown:
+        return drawing.lacking(f"no finished run has {EXACT}")
+    figure, axes = by_row([setting.label for setting, _ in shown])
+    look_of = looks_of(settings.all)
+    for y, (setting, share) in enumerate(shown):
+        reach = [[share.rate - share.low], [share.high - share.rate]]
+        look = look_of[id(setting)]
+        axes.errorbar(
+            share.rate, y, xerr=reach, fmt=look.marker, color=look.colour, label=setting.label
+        )
+    axes.set_xlim(*WHOLE)
+    axes.set_xlabel("share of seeds")
     return drawing.drawn(figure)
 
 
 def differences(comparisons: Sequence[Comparison], metric: Metric) -> Drawing:
     """Every setting's difference to its reference."""
-    shown = [c for c in comparisons if c.result]
     drawing = Drawing(
         "differences",
         "Differences to the reference",
@@ -107,15 +191,14 @@ def differences(comparisons: Sequence[Comparison], metric: Metric) -> Drawing:
         "95 % interval of that one difference (not corrected for the number of tests). Left of "
         "the line is better; filled is beyond noise after Holm's correction.",
     )
+    shown = [(c, c.paired.difference) for c in reversed(comparisons) if c.paired]
     if not shown and any(c.refused for c in comparisons):
         return drawing.lacking("no setting was evaluated on the same text as its reference")
     if not shown:
         return drawing.lacking("no two finished settings share a seed")
-    figure, axes = by_row([c.setting.label for c in reversed(shown)])
+    figure, axes = by_row([c.setting.label for c, _ in shown])
     axes.axvline(0, color=QUIET, linewidth=1)
-    for y, found in enumerate(reversed(shown)):
-        assert found.result is not None
-        difference = found.result.difference
+    for y, (found, difference) in enumerate(shown):
         axes.errorbar(
             difference.mean,
             y,
@@ -129,6 +212,106 @@ def differences(comparisons: Sequence[Comparison], metric: Metric) -> Drawing:
     return drawing.drawn(figure)
 
 
-def _points(run: Run, tag: str, loss: str) -> Points:
-    """(cost, loss) of a run's validations, by step."""
-    return {row["step"]: (row[tag], row[loss]) for row in run.rows if tag in row and loss in row}
+def front(settings: Settings, tag: str) -> Drawing:
+    """Pareto front of the main loss against what training or decoding costs."""
+    cheap, metric = tag == FLOPS, settings.headline
+    drawing = Drawing(
+        "pareto_flops" if cheap else "pareto_decoding",
+        "Loss against training FLOPs" if cheap else "Loss against decoding speed",
+        "Filled points, joined by the line, are those that no other setting beats in both "
+        "(by their means: whether two points differ at all, the table of differences says). "
+        + ("" if cheap else "Speed is of greedy decoding with drafts on the machine of the run. ")
+        + SEEDS
+        + _beside(settings.all, metric),
+    )
+    points = [(s, at) for s in settings.all if (at := _ends(s, metric, tag))]
+    if not points:
+        return drawing.lacking(f"no finished run has {tag} and {metric.tag}")
+    sign = 1 if cheap else -1
+    best = pareto([(sign * cost.mean, loss.mean) for _, (cost, loss) in points])
+    figure, axes = canvas(key_to(settings.all, [s for s, _ in points]))
+    line = sorted((c.mean, v.mean) for (_, (c, v)), on in zip(points, best, strict=True) if on)
+    axes.plot(*zip(*line, strict=True), color=QUIET, linewidth=1.2)
+    look_of = looks_of(settings.all)
+    for (setting, at), on in zip(points, best, strict=True):
+        _point(axes, setting, at, look_of[id(setting)], filled=on)
+    x_label = "training FLOPs" if cheap else "tokens per second, greedy with drafts"
+    axes.set(xlabel=x_label, ylabel=metric.unit)
+    si_axis(axes)
+    return drawing.drawn(figure)
+
+
+def heat_maps(settings: Settings) -> list[Drawing]:
+    """Main-depth loss over two varied keys, one map for every value of the others."""
+    keys = [key for key in settings.varied if _values(settings.all, key) > 1]
+    wanted = [key for key in ("mtp.depth", "mtp_lambda") if key in keys]
+    pair = (wanted + [key for key in keys if key not in wanted])[:2]
+    if len(pair) < 2:
+        return [Drawing("heat_map", "Heat map", "").lacking("fewer than two keys are varied")]
+    groups: dict[str, list[Setting]] = {}
+    for setting in settings.all:
+        rest = [f"{k}={show(v)}" for k, v in setting.values.items() if k not in pair]
+        groups.setdefault(", ".join(rest), []).append(setting)
+    maps = []
+    for number, (name, members) in enumerate(groups.items()):
+        if all(_values(members, key) > 1 for key in pair):
+            drawing = _heat_map(members, *pair, name=name, metric=settings.headline)
+            maps.append(replace(drawing, name=f"heat_map_{number}" if number else "heat_map"))
+    return maps
+
+
+def _heat_map(
+    members: list[Setting], down: str, across: str, *, name: str, metric: Metric
+) -> Drawing:
+    import numpy as np
+
+    drawing = Drawing(
+        "heat_map",
+        f"{down} by {across}" + (f" at {name}" if name else ""),
+        f"Main-depth validation loss in {metric.unit}, mean over seeds and half of its 95 % "
+        "interval; darker is lower, and better. A dash is a gap: no run, or one without a number."
+        + _beside(members, metric),
+    )
+    by_column = sorted(members, key=lambda s: order(s.values[across]))
+    rows = list(dict.fromkeys(show(s.values[down]) for s in members))
+    columns = list(dict.fromkeys(show(s.values[across]) for s in by_column))
+    cells = {
+        (show(s.values[down]), show(s.values[across])): s.estimate(metric.tag).interval
+        for s in members
+    }
+    known = [found.mean for found in cells.values() if found]
+    if not known:
+        return drawing.lacking(f"no finished run has {metric.tag}")
+    low, high = min(known), max(known)
+    figure, axes = canvas(rows=max(len(rows) - 5, 0))
+    axes.grid(False)
+    table = [[cells.get((row, column)) for column in columns] for row in rows]
+    grid = [[math.nan if cell is None else cell.mean for cell in line] for line in table]
+    # The scale ends beyond the data, so that the lightest cell is still a colour on white paper.
+    scale: Any = {"vmin": low - 1e-12, "vmax": high + 0.35 * (high - low) + 1e-12}
+    edges: Any = [[i - 0.5 for i in range(n + 1)] for n in (len(columns), len(rows))]
+    axes.pcolormesh(*edges, np.ma.masked_invalid(grid), cmap="Blues_r", **scale)
+    axes.invert_yaxis()
+    for y, line in enumerate(table):
+        for x, found in enumerate(line):
+            dark = found is not None and found.mean < low + 0.55 * (high - low)
+            text = "–" if found is None else f"{found.mean:.4f}"
+            if found is not None and found.half is not None:
+                text += f"\n± {found.half:.4f}"
+            tone = "#fefefe" if dark else "#10233a" if found is not None else None
+            axes.text(x, y, text, ha="center", va="center", color=tone, fontsize=9)
+    letters = max(4, 48 // len(columns))
+    axes.set_xticks(range(len(columns)), [brief(column, letters) for column in columns])
+    axes.set_yticks(range(len(rows)), [brief(row, 16) for row in rows])
+    axes.set(xlabel=brief(across), ylabel=brief(down, 30))
+    return drawing.drawn(figure)
+
+
+def _beside(settings: list[Setting], metric: Metric) -> str:
+    """The error that the intervals over seeds leave out."""
+    error = text_errors(settings) if metric.tag == BITS else ""
+    return f" {error}".rstrip()
+
+
+def _values(settings: list[Setting], key: str) -> int:
+    return len({show(setting.values.get(key)) for setting in settings})

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_lightning.run.solved import EXACT as EXACT
-from sweeps.report.statistics import Interval
+from sweeps.report.statistics import Interval, Share
 
 LOSS, BITS = "val/loss_depth_0", "val/bits_per_byte"
 BITS_ERROR = "val/bits_per_byte_se"  # over the documents of the text, by bootstrap
@@ -90,8 +90,13 @@ def is_share(tag: str) -> bool:
     return _SHARES.fullmatch(tag) is not None
 
 
+def ends(share: Share) -> str:
+    """A share's interval: ``28.4 % to 99.5 %``."""
+    return f"{number(share.low, '%')} to {number(share.high, '%')}"
+
+
 def spread(found: Interval, form: str | int) -> str:
-    """What stands behind a mean: ``± 0.0021``, of a share ``28.4 % to 99.5 %``; empty without an
+    """What stands after a mean: ``± 0.0021``, of a share ``28.4 % to 99.5 %``; empty without an
     interval."""
     if found.ends is not None:
         return " to ".join(number(end, form) for end in found.ends)
@@ -120,3 +125,8 @@ def some(names: Sequence[str], *, most: int = 4, between: str = "; ") -> str:
     """The first names, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return between.join(names[:most]) + rest
+
+
+def plural(n: int, noun: str) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

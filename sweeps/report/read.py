@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +25,40 @@ from mtp_lightning.stored import component, read_json
 
 _RUN_FILES = (CONFIG_FILE, STATUS_FILE, SUMMARY_FILE, METRICS_FILE)
 
-
 STATES = ("done", "running", "pending", "interrupted", "failed", "missing", "unfinished")
+
+
+@dataclass(frozen=True)
+class Text:
+    """The validation documents that a run's final numbers are of: a number of one text says nothing
+    beside a number of another.
+
+    Attributes:
+        fingerprint: hex digest of the documents; None if only a part of them was evaluated, or
+            nobody knows which.
+        documents: how many; None if unknown, as the others.
+        bytes: of UTF-8 in the evaluated depth-0 targets. A document mask leaves out every
+            document's first token, so runs on one text may differ in it a little.
+        tokens: evaluated depth-0 targets.
+    """
+
+    fingerprint: str | None
+    documents: int | None
+    bytes: int | None
+    tokens: int | None
+
+    @property
+    def short(self) -> str:
+        """The name for people: eight characters of the digest, or what else there is."""
+        if self.fingerprint:
+            return self.fingerprint[:8]
+        return "unknown" if self.bytes is None else f"unknown ({self.bytes:,} bytes)"
+
+    @property
+    def same(self) -> Any:
+        """Equal for two runs *of one setting* that were evaluated on one text. Without a digest
+        it is what was counted: equal configs on equal data evaluate the same part."""
+        return self.fingerprint or (self.documents, self.bytes, self.tokens)
 
 
 @dataclass(kw_only=True)
@@ -80,6 +112,17 @@ class Run:
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         return value
+
+    @property
+    def text(self) -> Text | None:
+        """What a finished run was evaluated on; None if its summary does not mention it (older
+        runs do not)."""
+        if not isinstance(self.fact("evaluation"), dict):
+            return None
+        digest = self.fact("evaluation", "fingerprint")
+        counts = [self.fact("evaluation", name) for name in ("documents", "bytes", "tokens")]
+        known = isinstance(digest, str) and digest != ""
+        return Text(digest if known else None, *(c if isinstance(c, int) else None for c in counts))
 
 
 @dataclass(kw_only=True)
@@ -196,18 +239,8 @@ def _is_run(folder: Path) -> bool:
 
 def _natural(path: Path) -> list[tuple[int, float, str]]:
     """Sort key under which depth-10 follows depth-2."""
-    parts: list[tuple[int, float, str]] = []
-    for part in _digits(path.name):
-        parts.append((0, int(part), "") if part.isdigit() else (1, 0, part))
-    return parts
-
-
-def _digits(text: str) -> Iterator[str]:
-    start = 0
-    for at in range(1, len(text) + 1):
-        if at == len(text) or text[at].isdecimal() != text[at - 1].isdecimal():
-            yield text[start:at]
-            start = at
+    parts = re.findall(r"\d+|\D+", path.name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], str]:

@@ -21,9 +21,8 @@ from sweeps.report.metrics import (
     Metric,
     is_share,
 )
-from sweeps.report.read import Run
+from sweeps.report.read import Run, Text
 from sweeps.report.statistics import Interval, interval, share_interval
-from sweeps.report.texts import Text, text_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Setting:
     def text(self) -> Text | None:
         """What its finished runs were evaluated on; None where there are none, or they do not
         mention it."""
-        return text_of(self.done[0]) if self.done else None
+        return self.done[0].text if self.done else None
 
     @property
     def answers(self) -> bool:

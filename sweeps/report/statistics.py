@@ -1,4 +1,4 @@
-"""Means over seeds, and whether two settings differ: small samples, Student's t."""
+"""Statistics of small samples: means over seeds, shares of seeds, times to solve, and tests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 CONFIDENCE = 0.95
+LEVEL = 0.05  # of the tests
 
 
 @dataclass(frozen=True)
@@ -28,27 +29,10 @@ class Interval:
 
     @property
     def reach(self) -> tuple[float, float]:
-        """How far it reaches below the mean, and above; 0 for a single value."""
+        """How far the interval reaches below the mean, and above; 0 for a single value."""
         if self.ends is None:
             return self.half or 0.0, self.half or 0.0
         return self.mean - self.ends[0], self.ends[1] - self.mean
-
-
-@dataclass(frozen=True)
-class Paired:
-    """The differences between two settings, seed by seed.
-
-    Attributes:
-        difference: interval of ``setting - reference`` over the seeds that both have.
-        p: two-sided p-value of the paired t-test; None with fewer than two pairs, and where there
-            is nothing to estimate noise from.
-        constant: the difference is the same at every one of several seeds, to the last bit: a fact
-            about this data, which has no test.
-    """
-
-    difference: Interval
-    p: float | None
-    constant: bool = False
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -57,14 +41,18 @@ def interval(values: Sequence[float]) -> Interval:
     Args:
         values: one a seed, at least one, all finite.
     """
-    from scipy import stats
-
     assert values and all(math.isfinite(value) for value in values)
     n, mean = len(values), math.fsum(values) / len(values)
     if n < 2:
         return Interval(mean, None, n)
-    error = _standard_error(values, mean)
-    return Interval(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error, n)
+    return Interval(mean, t_quantile(n) * _standard_error(values, mean), n)
+
+
+def t_quantile(n: int) -> float:
+    """Student's t of the 95 % interval of n values, n - 1 degrees of freedom."""
+    from scipy import stats
+
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
 
 
 def share_interval(values: Sequence[float]) -> Interval:
@@ -91,6 +79,34 @@ def share_interval(values: Sequence[float]) -> Interval:
     away = k / 2 + math.hypot(k / 2, found.half)
     low, high = mean - mean * (away / (mean + away)), mean + rest * (away / (rest + away))
     return Interval(mean, (high - low) / 2, found.n, (low, high))
+
+
+def ratio_interval(values: Sequence[float]) -> Interval:
+    """Geometric mean of ratios, all above 0, with the t interval of their logarithms."""
+    logs = interval([math.log(value) for value in values])
+    ends = None
+    if logs.half is not None:
+        ends = math.exp(logs.mean - logs.half), math.exp(logs.mean + logs.half)
+    return Interval(
+        math.exp(logs.mean), None if ends is None else (ends[1] - ends[0]) / 2, logs.n, ends
+    )
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The differences between two settings, seed by seed.
+
+    Attributes:
+        difference: interval of ``setting - reference`` over the seeds that both have.
+        p: two-sided p-value of the paired t-test; None with fewer than two pairs, and where there
+            is nothing to estimate noise from.
+        constant: the difference is the same at every one of several seeds, to the last bit: a fact
+            about this data, which has no test.
+    """
+
+    difference: Interval
+    p: float | None
+    constant: bool = False
 
 
 def paired(setting: Mapping[Any, float], reference: Mapping[Any, float]) -> Paired | None:
@@ -132,3 +148,131 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def _standard_error(values: Sequence[float], mean: float) -> float:
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return math.sqrt(variance / len(values))
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of n seeds, with the 95 % interval of Clopper and Pearson (1934), which holds at
+    least that often whatever the true share is.
+
+    Attributes:
+        count: of the seeds.
+        n: all of them, at least one.
+        low: the interval's lower end, of 0 .. 1.
+        high: its upper end.
+    """
+
+    count: int
+    n: int
+    low: float
+    high: float
+
+    @property
+    def rate(self) -> float:
+        """``count / n``."""
+        return self.count / self.n
+
+
+def share(count: int, n: int) -> Share:
+    """``count`` of ``n`` seeds with their interval."""
+    from scipy import stats
+
+    assert 0 <= count <= n and n >= 1
+    found = stats.binomtest(count, n).proportion_ci(CONFIDENCE, "exact")
+    return Share(count, n, float(found.low), float(found.high))
+
+
+@dataclass(frozen=True)
+class Unpaired:
+    """Two shares, of seeds that are not paired: of equal seeds one setting may solve what the other
+    does not, and the test does not ask which.
+
+    Attributes:
+        own: the setting's.
+        other: the reference's.
+        p: two-sided p-value of Fisher's exact test; None where one of the two has one seed.
+        least: the smallest p-value that so many seeds can give; None likewise.
+    """
+
+    own: Share
+    other: Share
+    p: float | None
+    least: float | None
+
+
+def unpaired(own: Share, other: Share) -> Unpaired:
+    """Fisher's (1935) exact test on the counts of two settings."""
+    if min(own.n, other.n) < 2:
+        return Unpaired(own, other, None, None)
+    least = _fisher(own.n, own.n, 0, other.n)
+    return Unpaired(own, other, _fisher(own.count, own.n, other.count, other.n), least)
+
+
+def _fisher(a: int, n_a: int, b: int, n_b: int) -> float:
+    from scipy import stats
+
+    return float(stats.fisher_exact([[a, n_a - a], [b, n_b - b]]).pvalue)
+
+
+@dataclass(frozen=True)
+class Wait:
+    """One seed's time until something happens.
+
+    Attributes:
+        time: when it happened, or was last looked for in vain.
+        ended: whether it happened; else the time is right-censored.
+    """
+
+    time: float
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Survival:
+    """The share of seeds that still wait, by Kaplan and Meier (1958): ``prod over t_i <= t of
+    1 - d_i / n_i``, where d_i ended at t_i and n_i were under watch until then.
+
+    Attributes:
+        times: at which seeds ended or were last looked at, rising.
+        shares: that wait after each; 1 before the first.
+        censored: the times of the seeds that did not end, rising.
+        ended: how many did.
+        n: all seeds.
+    """
+
+    times: tuple[float, ...]
+    shares: tuple[float, ...]
+    censored: tuple[float, ...]
+    ended: int
+    n: int
+
+    @property
+    def median(self) -> float | None:
+        """The first time after which at most half wait; None where more do to the end."""
+        # Half of the seeds is half, whatever the product's factors were rounded to.
+        reached = [t for t, s in zip(self.times, self.shares, strict=True) if s <= 0.5 + 1e-9]
+        return reached[0] if reached else None
+
+    def after(self, time: float) -> float:
+        """The share that waits after a time."""
+        known = [s for t, s in zip(self.times, self.shares, strict=True) if t <= time]
+        return known[-1] if known else 1.0
+
+
+def survival(waits: Sequence[Wait]) -> Survival | None:
+    """The estimate from all seeds' waits; None without one. A seed that was last looked at when
+    another ended was under watch until then."""
+    from scipy import stats
+
+    if not waits:
+        return None
+    ended = [wait.time for wait in waits if wait.ended]
+    censored = sorted(wait.time for wait in waits if not wait.ended)
+    curve = stats.ecdf(stats.CensoredData(uncensored=ended, right=censored)).sf
+    return Survival(
+        tuple(curve.quantiles.tolist()),
+        tuple(curve.probabilities.tolist()),
+        tuple(censored),
+        len(ended),
+        len(waits),
+    )

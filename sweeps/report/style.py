@@ -8,7 +8,7 @@ import math
 import re
 import textwrap
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ from sweeps.report.statistics import Interval
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from sweeps.report.hover import Point
 
 # Told apart by people who confuse red and green, on white and on black (after Okabe & Ito 2008).
 COLOURS = ("#2f7fc1", "#d9761e", "#1f9a73", "#c0559a", "#8a7a1d", "#6b6fd0", "#b5473c", "#3f8f9b")
@@ -31,6 +33,7 @@ QUIET = "#8b949e"  # lines that are no setting's
 
 _NO_XML = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # may stand in a run's name
 
+WHOLE = (-0.03, 1.03)  # limits of an axis for shares
 SEEDS = "Error bars are 95 % intervals over seeds; a point without one has one seed."
 
 _RC: Any = {
@@ -120,6 +123,11 @@ def looks(settings: list[Setting]) -> list[Look]:
     return found
 
 
+def looks_of(settings: list[Setting]) -> dict[int, Look]:
+    """:func:`looks` by the settings' ``id``."""
+    return {id(s): look for s, look in zip(settings, looks(settings), strict=True)}
+
+
 def key_to(settings: list[Setting], shown: list[Setting]) -> list[tuple[str, Look]]:
     """The legend of ``shown``: a line for each setting, or, if they are many, one for each value
     of the first key (its colour) and one for each combination of the others (dash and marker)."""
@@ -187,7 +195,7 @@ def brief(label: str, letters: int = 46) -> str:
     return label if len(label) <= letters else f"{label[:half]}…{label[-half:]}"
 
 
-def bars(axes: Axes, line: dict[Any, Interval], look: Look, label: str, aside: float) -> None:
+def bars(axes: Axes, line: Mapping[Any, Interval], look: Look, label: str, aside: float) -> None:
     """One setting's means, with their intervals, over places on the x axis."""
     if not line:
         return
@@ -236,9 +244,10 @@ def as_svg(figure: Figure, *, of: str | None = None) -> bytes:
     return _NO_XML.sub("\N{REPLACEMENT CHARACTER}".encode(), svg)
 
 
-def as_inline(svg: bytes, *, name: str, label: str) -> str:
+def as_inline(svg: bytes, *, name: str, label: str, points: Iterable[Point] = ()) -> str:
     """The SVG as part of a page: its ink is the page's, its ids are its own. What it has as styles
-    becomes attributes, since the page's policy allows no style that it does not name."""
+    becomes attributes, since the page's policy allows no style that it does not name. Every point
+    gets a circle over it that says its values."""
     root = ElementTree.fromstring(svg)
     for parent in [*root.iter()]:
         for child in [*parent]:
@@ -254,6 +263,12 @@ def as_inline(svg: bytes, *, name: str, label: str) -> str:
             elif value.startswith("url(#"):
                 given[key] = value.replace("#", f"#{name}-", 1)
         element.attrib = given
+    for point in points:
+        x, y = map(str, point.at)
+        given = {"cx": x, "cy": y, "r": "6", "class": f"point series-{point.setting}"}
+        ElementTree.SubElement(
+            ElementTree.SubElement(root, "circle", given), "title"
+        ).text = point.says
     view = {"viewBox": root.attrib["viewBox"]}
     root.attrib = {"role": "img", "aria-label": label, "class": "figure", **view}
     return ElementTree.tostring(root, encoding="unicode")

@@ -36,6 +36,7 @@ LOGGERS = {"MetricsCSV", "RunTensorBoard"}
         (["~callbacks.progress"], DEFAULT - {"StepProgressBar"}, LOGGERS),
         (["callbacks=[]", "logger=[]"], set(), set()),
         (["callbacks=long_range"], DEFAULT | {"LongRange"}, LOGGERS),
+        (["callbacks=sampled_acceptance"], DEFAULT | {"SampledAcceptance"}, LOGGERS),
         (["callbacks=[stop_when_solved]"], DEFAULT | {"StopWhenSolved"}, LOGGERS),
         (["logger=csv"], DEFAULT, {"MetricsCSV"}),
         (["logger=[csv,default]"], DEFAULT, LOGGERS),

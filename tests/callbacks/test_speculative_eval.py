@@ -8,12 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from mtp_lightning.callbacks.sampled_acceptance import SampledAcceptance
 from mtp_lightning.callbacks.speculative_eval import SpeculativeEval
 from mtp_lightning.model import MTPModel
 from mtp_lightning.paths import ROOT
-from tests.decoding.models import small_model
+from tests.decoding.models import random_prompts, small_model
 
 
 def test_settings_are_checked() -> None:
@@ -55,3 +57,44 @@ def test_a_window_without_room_is_told_once(caplog: pytest.LogCaptureFixture) ->
     told = callback.summary()["not_decoded"]
     assert "data.seq_len=64 leaves no room" in told and "new_tokens=64" in told
     assert told in caplog.text and not module.logged
+
+
+def measured(callback: SpeculativeEval, model: MTPModel) -> dict[str, float]:
+    """What a validation logs of 12 prompts."""
+    prompts = [torch.tensor(ids) for ids in random_prompts(3, (5,) * 12)]
+    data = SimpleNamespace(seq_len=64, answer_length=None, tokenizer=_Letters())
+    data.held_out_prompts = lambda n, tokens, fewer: prompts[:n]
+    trainer: Any = SimpleNamespace(
+        sanity_checking=False, is_global_zero=True, datamodule=data, loggers=[], global_step=1
+    )
+    module: Any = _Module(model)
+    callback.on_validation_epoch_end(trainer, module)
+    return module.logged
+
+
+class _Letters:
+    eot_id = -1
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(97 + i) for i in ids)
+
+
+def test_sampled_acceptance_near_temperature_0_is_that_of_greedy_text() -> None:
+    model = small_model(0, 2)
+    greedy = measured(SpeculativeEval(12, 5, 24), model)
+    cold = measured(SampledAcceptance(12, 5, 24, temperature=1e-6), model)
+    warm = measured(SampledAcceptance(12, 5, 24), model)
+    names = {"acceptance_position_1", "acceptance_position_2", "tokens_per_step"}
+    names |= {f"{name}_{end}" for name in names for end in ("low", "high")}
+    assert {f"decode/sampled/{name}" for name in (*names, "n_prompts")} == cold.keys()
+    for name in names:
+        assert cold[f"decode/sampled/{name}"] == greedy[f"decode/{name}"]
+    assert warm != cold and warm == measured(SampledAcceptance(12, 5, 24), model)
+    assert 1 < warm["decode/sampled/tokens_per_step"] < 3
+    assert measured(SampledAcceptance(12, 5, 24), small_model(0, 0)) == {}
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("inf"), float("nan")])
+def test_a_temperature_that_samples_nothing_is_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match="callbacks.sampled_acceptance.temperature=.* above 0"):
+        SampledAcceptance(temperature=temperature)

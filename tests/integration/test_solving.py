@@ -12,9 +12,9 @@ import pytest
 from mtp_lightning.experiment.training import train
 from mtp_lightning.run.status import state_of
 from mtp_lightning.run.summary import environment
+from sweeps.report.compare import wait_of
 from sweeps.report.read import read_run
-from sweeps.report.solving import wait_of
-from sweeps.report.survival import Wait
+from sweeps.report.statistics import Wait
 from tests.integration.helpers import (
     assert_same_weights,
     command,

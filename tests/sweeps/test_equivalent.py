@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sweeps.report.equivalent import PlainCurve, Spent
+from sweeps.report.__main__ import report
+from sweeps.report.collect import collect
+from sweeps.report.equivalent import Gain, PlainCurve, Spent, families
+from sweeps.report.figures import gains
+from sweeps.report.read import read_sweep
+from sweeps.report.style import styled
+from tests.sweeps.fixture_runs import evaluated, write_run
 
 pytest.importorskip("scipy", reason="extra 'report' is not installed")
 
@@ -39,7 +47,7 @@ def test_a_power_law_gives_the_gain_back_within_one_percent(floor, scale, power,
     # As many steps as the full plain run, each at its price, worth `effect` plain steps.
     run = Spent(flops=FULL / price, loss=loss(effect * FULL), steps=FULL / STEP)
     found = PlainCurve(plain_runs(loss)).gain(run)
-    assert found is not None
+    assert isinstance(found, Gain)
     assert found.price == pytest.approx(price, rel=1e-12)
     assert found.effect == pytest.approx(effect, rel=0.01)
     assert found.total == pytest.approx(price * effect, rel=0.01)
@@ -50,7 +58,7 @@ def test_plain_runs_gain_nothing_and_lose_nothing():
     curve = PlainCurve(runs[::-1])
     for run in runs:
         found = curve.gain(run)
-        assert found is not None
+        assert isinstance(found, Gain)
         assert found.total == pytest.approx(1) and found.price == found.effect / found.total == 1
 
 
@@ -61,7 +69,8 @@ def test_nothing_is_extrapolated():
     assert curve.flops_at(worst) == pytest.approx(0.3 * FULL)
     assert curve.flops_at(math.nextafter(best, 0)) is None
     assert curve.flops_at(math.nextafter(worst, 9)) is None
-    assert curve.gain(Spent(flops=FULL, loss=worst + 0.1, steps=FULL / STEP)) is None
+    why = curve.gain(Spent(flops=FULL, loss=worst + 0.1, steps=FULL / STEP))
+    assert isinstance(why, str) and why.startswith("out of range: its loss of 5.4333 is not")
 
 
 def test_a_curve_that_does_not_fall_is_refused():
@@ -70,3 +79,113 @@ def test_a_curve_that_does_not_fall_is_refused():
         PlainCurve(runs)
     with pytest.raises(ValueError, match="at least two lengths"):
         PlainCurve(runs[:1])
+
+
+# In a report.
+
+PRICE, EFFECTS = 0.8, {"sequential": 0.9, "parallel": 1.1, "beyond": 2.0}
+NOISE = (0.99, 1.0, 1.01)
+
+
+def law(flops: float, seed: int) -> float:
+    return 1 + 0.02 * seed + 0.7 * (flops / FULL) ** -0.2
+
+
+def priced_sweep(folder: Path, *, seeds: int = 3, budgets: tuple[float, ...] = BUDGETS) -> None:
+    """Plain runs by :func:`law` at several budgets, and arms whose steps are worth so many plain
+    ones."""
+    steps = FULL / STEP
+
+    def run(
+        name: str, seed: int, loss: float, flops: float, length: float, **config: object
+    ) -> None:
+        summary = {"flops": flops, "step": round(length), **evaluated("a" * 32)}
+        given = {"seed": seed, "trainer.max_steps": round(length), **config}
+        write_run(folder / f"{name}-{seed}", given, loss=loss, summary=summary)
+
+    for seed in range(seeds):
+        for budget in budgets:
+            flops = budget * FULL
+            plain = {"mtp._target_": "mtp_lightning.mtp.none.NoMTPConfig", "mtp.depth": 0}
+            run(f"none_{budget}", seed, law(flops, seed), flops, budget * steps, **plain)
+        for head, effect in EFFECTS.items():
+            own = {"mtp._target_": f"mtp_lightning.mtp.{head}.Config"}
+            loss = law(effect * NOISE[seed] * FULL, seed)
+            run(head, seed, loss, FULL / PRICE, steps, **own)
+
+
+def test_a_report_prices_every_arm_within_one_percent(tmp_path: Path) -> None:
+    priced_sweep(tmp_path)
+    settings = collect([read_sweep(tmp_path)])
+    (family,) = families(settings)
+    assert len(family.plain) == 5 and len(family.curves) == 3
+    arms = {arm.setting.config["mtp._target_"].split(".")[2]: arm for arm in family.arms}
+    mean = math.exp(math.fsum(map(math.log, NOISE)) / 3)
+    for head in ("sequential", "parallel"):
+        arm = arms[head]
+        assert arm.total and arm.price and arm.effect and not arm.why
+        assert arm.price.mean == pytest.approx(PRICE)
+        assert arm.effect.mean == pytest.approx(EFFECTS[head] * mean, rel=0.01)
+        assert arm.total.mean == pytest.approx(PRICE * EFFECTS[head] * mean, rel=0.01)
+        # By hand: t of two degrees of freedom on the logarithms of the noise.
+        logs = [math.log(n) for n in NOISE]
+        spread = math.sqrt(math.fsum((x - sum(logs) / 3) ** 2 for x in logs) / 2 / 3)
+        assert arm.total.ends is not None
+        low, high = arm.total.ends
+        assert math.log(high / low) == pytest.approx(2 * 4.30265 * spread, rel=0.05)
+    beyond = arms["beyond"]
+    assert beyond.total is None and "seed 0: out of range: its loss of" in beyond.why
+    with styled():
+        drawing = gains(settings, family)
+    assert drawing.figure is not None
+    (axes,) = drawing.figure.axes
+    assert axes.get_xscale() == "log" and "lower is better" in axes.get_ylabel()
+    assert axes.get_xlabel() == "training FLOPs"
+    written = {text.get_text() for text in axes.texts}
+    assert {"0.72 ×", "0.88 ×"} <= written and len(written - {""}) == 2
+    arrows = [text for text in axes.texts if text.get_text() == ""]
+    for arrow in arrows:  # horizontal, from the arm to what plain training needs
+        (end, height), (start, level) = arrow.xy, arrow.xyann
+        assert height == level and start == pytest.approx(FULL / PRICE)
+        assert end / start == pytest.approx(0.72, rel=0.01) or end / start == pytest.approx(
+            0.88, rel=0.01
+        )
+
+
+def test_the_page_says_what_the_same_loss_costs_with_plain_training(tmp_path: Path) -> None:
+    priced_sweep(tmp_path)
+    path, said = report([tmp_path])
+    html = path.read_text(encoding="utf-8")
+    table = html.split('<h2 id="gains">')[1].split("</table>")[0]
+    assert re.search(r'0\.720 <span class="half">0\.\d+ to 0\.\d+</span>', table)
+    assert "0.800" in table and "out of range: its loss of" in table
+    assert 'id="figure-gains"' in html and (tmp_path / "figures" / "gains.svg").exists()
+    (sentence,) = [text for text in said if "mtp=sequential" in text and "Plain training" in text]
+    assert "needs 0.72 times the FLOPs of" in sentence
+    assert "a price of 0.80 times an effect of 0.90" in sentence
+
+
+def test_a_report_without_a_plain_curve_says_what_is_missing(tmp_path: Path) -> None:
+    priced_sweep(tmp_path, budgets=(1.0,))
+    assert families(collect([read_sweep(tmp_path)])) == []
+    html = report([tmp_path])[0].read_text(encoding="utf-8")
+    assert "no plain runs (mtp=none) of two lengths with an arm beside them" in html
+    assert '<h2 id="gains">' not in html
+
+
+def test_a_seed_without_plain_runs_and_a_curve_that_rises_are_told(tmp_path: Path) -> None:
+    priced_sweep(tmp_path / "a")
+    for run in (tmp_path / "a").glob("none_*-2"):
+        (run / "summary.json").unlink()
+    (family,) = families(collect([read_sweep(tmp_path / "a")]))
+    assert {arm.why for arm in family.arms if "out of range" not in arm.why} == {
+        "seed 2: a plain curve needs runs of at least two lengths"
+    }
+    # Runs that have not annealed, or of another size, are on no arm's curve.
+    priced_sweep(tmp_path / "b", budgets=(0.3, 1.35))
+    other = {"model.d_model": 64, "mtp._target_": "x.none.NoMTPConfig", "mtp.depth": 0}
+    constant = {**other, "model.d_model": 128, "optimizer.schedule.kind": "constant"}
+    for name, config in (("small", other), ("constant", constant)):
+        write_run(tmp_path / "b" / name, {"trainer.max_steps": 700, **config}, loss=9.0)
+    (family,) = families(collect([read_sweep(tmp_path / "b")]))
+    assert len(family.plain) == 2

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("scipy")
 
 from sweeps.report.collect import collect
-from sweeps.report.comparisons import compare
+from sweeps.report.compare import compare
 from sweeps.report.findings import answer, caveats
 from sweeps.report.metrics import BITS, LOSS
 from sweeps.report.read import Run, read_run, read_sweep

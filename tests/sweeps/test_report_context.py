@@ -13,7 +13,7 @@ pytest.importorskip("scipy")
 
 from sweeps.report.__main__ import report
 from sweeps.report.collect import collect
-from sweeps.report.context import contexts
+from sweeps.report.comparable import contexts
 from sweeps.report.read import read_sweep
 from tests.sweeps.fixture_runs import evaluated, write_run
 

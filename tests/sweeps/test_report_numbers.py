@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("scipy")
 
 from sweeps.report.collect import collect
-from sweeps.report.comparisons import FACT, compare, pareto, references
+from sweeps.report.compare import FACT, compare, pareto, references
 from sweeps.report.findings import answer
 from sweeps.report.metrics import LOSS, number, p_value
 from sweeps.report.page import runs_csv

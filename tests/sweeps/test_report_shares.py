@@ -10,8 +10,7 @@ import pytest
 
 pytest.importorskip("scipy")
 
-from sweeps.report.shares import share, unpaired
-from sweeps.report.survival import Wait, survival
+from sweeps.report.statistics import Wait, share, survival, unpaired
 
 
 def at_least(count: int, n: int, p: float) -> float:

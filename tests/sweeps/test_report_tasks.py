@@ -18,16 +18,20 @@ pytest.importorskip("scipy")
 from sweeps.report import figures
 from sweeps.report.__main__ import main, report
 from sweeps.report.collect import collect
-from sweeps.report.compare_solved import compare_solved, smallest_p
-from sweeps.report.comparisons import OTHER_QUESTIONS
+from sweeps.report.compare import (
+    OTHER_QUESTIONS,
+    compare,
+    smallest_p,
+    solved_share,
+    time_to_solve,
+    wait_of,
+)
 from sweeps.report.findings import answer, caveats
 from sweeps.report.metrics import EXACT
 from sweeps.report.read import Run, read_sweep
 from sweeps.report.settings import Settings
-from sweeps.report.solving import solved_share, time_to_solve, wait_of
-from sweeps.report.statistics import holm, share_interval
+from sweeps.report.statistics import Wait, holm, share_interval
 from sweeps.report.style import Drawing, styled
-from sweeps.report.survival import Wait
 from tests.sweeps.fixture_runs import asked, depth_sweep, task_run, write_run
 
 EARLY, LATE, NEVER = (0.97, 0.99, 1.0), (0.4, 0.5, 0.96), (0.3, 0.5, 0.5)
@@ -54,7 +58,7 @@ def drawings(settings: Settings) -> dict[str, Drawing]:
 
 def sentences(folder: Path) -> str:
     settings = of(folder)
-    return " ".join(answer(settings, compare_solved(settings), settings.done))
+    return " ".join(answer(settings, compare(settings), settings.done))
 
 
 def test_shares_of_seeds_that_solve(tmp_path: Path) -> None:
@@ -106,7 +110,7 @@ def test_what_is_no_number_is_no_validation(tmp_path: Path) -> None:
     assert wait_of(Run(folder=tmp_path, rows=[{"step": 10, "val/loss_depth_0": 1.0}]), 0.9) is None
     settings = of(sweep(tmp_path, {0: (LATE, NEVER), 1: (LATE, (0.5, nan))}))
     assert [solved_share(s, 0.95) is None for s in settings.all] == [False, True]
-    (found,) = compare_solved(settings)
+    (found,) = compare(settings)
     assert (found.verdict, found.solved) == ("no test: a share is missing", None)
     html = report([tmp_path])[0].read_text()
     assert "not a number in 1 of 2" in html
@@ -115,14 +119,14 @@ def test_what_is_no_number_is_no_validation(tmp_path: Path) -> None:
 def test_the_test_is_fishers_with_holms_correction(tmp_path: Path) -> None:
     seeds = {0: 5 * (NEVER,), 1: 5 * (LATE,), 2: (LATE, *(4 * (NEVER,))), 3: 5 * (NEVER,)}
     settings = of(sweep(tmp_path, seeds))
-    found = compare_solved(settings)
+    found = compare(settings)
     assert [c.against for c in found] == 3 * ["mtp.depth=0"]
     p = [2 / 252, 1.0, 1.0]  # five and one of ten solve, none of ten
     assert [c.solved.p for c in found if c.solved] == pytest.approx(p)
     assert [c.adjusted for c in found] == pytest.approx(holm(p))
     assert [c.verdict for c in found] == ["beyond noise", "within noise", "within noise"]
     assert smallest_p(found) == pytest.approx(3 * 2 / 252)
-    (other,) = {c.reference.label for c in compare_solved(settings, reference="mtp.depth=1")}
+    (other,) = {c.reference.label for c in compare(settings, reference="mtp.depth=1")}
     assert other == "mtp.depth=1"
 
 
@@ -170,7 +174,7 @@ def test_one_seed_alone(tmp_path: Path) -> None:
     text = sentences(folder)
     assert "1 of 1 seed (95 % interval 2.5 % to 100.0 %)" in text
     assert "No difference can be tested: that takes two seeds of each setting." in text
-    (found,) = compare_solved(of(folder))
+    (found,) = compare(of(folder))
     assert found.verdict == "one seed: no test" and smallest_p([found]) is None
     assert "one seed: no test" in report([folder])[0].read_text()
     alone = sweep(tmp_path / "alone", {0: (LATE,)})
@@ -193,7 +197,7 @@ def test_other_questions_are_not_compared(tmp_path: Path) -> None:
             folder = tmp_path / f"{length}_{seed}"
             task_run(folder, config, rights=rights, chance=1 / length, summary=evaluation)
     settings = of(tmp_path)
-    (found,) = compare_solved(settings)
+    (found,) = compare(settings)
     assert found.verdict == OTHER_QUESTIONS and found.refused and found.solved is None
     text = sentences(tmp_path)
     assert "asked different questions" in text and "data.task.*" in text and "beyond" not in text

@@ -14,9 +14,9 @@ pytest.importorskip("scipy")
 
 from sweeps.report.__main__ import report
 from sweeps.report.collect import collect
+from sweeps.report.comparable import error_of_text, text_errors
 from sweeps.report.metrics import BITS_ERROR
 from sweeps.report.read import read_sweep
-from sweeps.report.text_error import error_of_text, text_errors
 from tests.sweeps.fixture_runs import evaluated, write_run
 
 NOT = "it is not the error of a difference between runs on the same text"

@@ -16,7 +16,7 @@ from sweeps.report import figures
 from sweeps.report.__main__ import report
 from sweeps.report.collect import TEXT, collect
 from sweeps.report.comparable import REMEDY, by_text, refusal
-from sweeps.report.comparisons import FACT, OTHER_TEXT, Comparison, compare
+from sweeps.report.compare import FACT, OTHER_TEXT, Comparison, compare
 from sweeps.report.findings import answer, caveats
 from sweeps.report.metrics import FLOPS, LOSS, SPEEDUP
 from sweeps.report.read import read_sweep

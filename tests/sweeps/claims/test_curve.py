@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
-from sweeps.claims.curve import PARTS, TAG, curve_of, panels
-from sweeps.claims.figure import files_of, write_figures
+from sweeps.claims.figure import files_of, panels, write_figures
+from sweeps.claims.observe import PARTS, TAG, curve_of
 from sweeps.claims.register import Register, write_register
 from sweeps.claims.result import judge
 from sweeps.report.read import read_run

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from mtp_lightning.paths import ROOT
 from sweeps.claims.jobs import digest, jobs
 from sweeps.claims.register import Register, read_register, write_register
 from sweeps.compose import compose_run
@@ -70,6 +71,30 @@ def test_weights_of_depths_are_nothing_to_a_run_without_depths(tmp_path: Path) -
     )
     assert found["a"] == found["b"] == found["c"] != found["d"]
     assert found["teacherless"] != found["plain_star"]
+
+
+def test_a_claim_asks_for_acceptance_on_many_prompts(tmp_path: Path) -> None:
+    """The overrides that docs/results.md names."""
+    said = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    shared = said.partition("- **Drafts are measured")[2].partition("`shared: [")[2]
+    shared = shared.partition("]`")[0].split()
+    asked = [override.strip(",") for override in shared]
+    assert len(asked) == 3
+    measures = ("decode/tokens_per_step", "decode/sampled/tokens_per_step", "val/overlap_depth_1")
+    assert all(f"{tag}" in said for tag in measures)
+    predictions = [
+        {"arm": "mtp", "side": "above", "by": 1, "measure": {"tag": tag}} for tag in measures
+    ]
+    claim = claim_of(tmp_path, shared=asked, predictions=predictions)
+    assert [measure.tag for measure in claim.measures] == list(measures)
+    config = OmegaConf.to_container(compose_run(jobs(claim, [0], RUNS)[1].overrides))
+    assert isinstance(config, dict) and config["data"]["eval_bytes"] == "all"
+    found = {
+        name: config["callbacks"][name]["n_prompts"]
+        for name in ("speculative_eval", "sampled_acceptance")
+    }
+    assert set(found.values()) == {256}
+    assert config["callbacks"]["sampled_acceptance"]["temperature"] == 1.0
 
 
 def test_the_digest_leaves_out_where_it_lies() -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,7 @@ from mtp_lightning.paths import ROOT
 from mtp_lightning.run.status import write_status
 from sweeps.claims.claim import Claim
 from sweeps.claims.commit import commit_of, predicted_in
-from sweeps.claims.pages import BEGIN, END
-from sweeps.claims.readme import CHINESE, part
+from sweeps.claims.pages import BEGIN, END, QUESTION, part
 from sweeps.claims.register import Register, read_register, write_register
 from sweeps.claims.result import make_result
 from sweeps.process import Task
@@ -83,25 +83,30 @@ def test_the_verdict_of_a_trial_says_so_everywhere(
     commit(claims)
     assert run("run", "mine", *where, "--seeds", 0) == 0
     capsys.readouterr()
-    for asked in (["verdict", "mine"], ["verdict", "--all"], ["list"]):
-        assert run(*asked, *(where if asked != ["list"] else [*where[:2], *where[4:]])) == 0
+    for asked in (["verdict", "mine"], ["verdict", "--all"]):
+        assert run(*asked, *where) == 0
         assert f"mine: holds ({TRIAL})." in capsys.readouterr().out
+    assert run("list", *where) == 0
+    (line,) = capsys.readouterr().out.splitlines()[1:]
+    assert line.split("  ")[0] == "mine" and f"holds ({TRIAL})" in line
     result = json.loads((tmp_path / "results" / "mine.json").read_text())
     assert result["verdict"] == f"holds ({TRIAL})" and result["predicted_in"] is None
     assert result["command"].endswith("--unpredicted")
     title = "mine-holds-predicted-in-no-commit"
     assert f"### mine: holds ({TRIAL})" in pages[0].read_text()
-    for page, words in ((pages[1], f"holds ({TRIAL});"), (pages[2], "成立 (预测不在任何提交中)")):
-        assert words in page.read_text() and f"results.md#{title})" in page.read_text()
+    row = f"| [mine](#{title}): MTP helps. | holds ({TRIAL}); 1 of 1 predictions hold |"
+    assert row in pages[0].read_text()
+    for page, counted in zip(pages[1:], ("then run, 1 holds", "1 个成立"), strict=True):
+        assert counted in page.read_text()
     assert run("replicate", "mine", *where) == 0
     assert f"mine: holds ({TRIAL})." in capsys.readouterr().out
 
 
 def test_a_result_from_before_trials_were_told_apart_says_so_too(tmp_path: Path) -> None:
-    claim = claim_of(tmp_path)
+    claim = replace(claim_of(tmp_path), name=QUESTION)
     arms = observed(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
     result = {**make_result(claim, arms, ("2026-11-25T09:00:00+00:00", None)), "verdict": "holds"}
-    assert "成立 (预测不在任何提交中)" in part([(claim, result)], CHINESE)
+    assert "成立 (预测不在任何提交中)" in part([(claim, result)], "README.zh-CN.md")
 
 
 def test_what_came_out_of_ones_own_claims_lies_beside_them(

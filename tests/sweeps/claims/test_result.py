@@ -18,20 +18,20 @@ from sweeps.claims import words
 from sweeps.claims.__main__ import main
 from sweeps.claims.claim import Claim
 from sweeps.claims.figure import digest, files_of, write_figures
-from sweeps.claims.pages import BEGIN, END, pages, write_pages
-from sweeps.claims.read import names, read_claim
-from sweeps.claims.readme import (
-    CHINESE,
-    ENGLISH,
+from sweeps.claims.pages import (
+    BEGIN,
+    END,
     HIDING,
-    LANGUAGES,
     MORE_PLANNING,
     PLANNING,
     QUESTION,
+    READMES,
+    pages,
     part,
+    write_pages,
 )
+from sweeps.claims.read import names, read_claim
 from sweeps.claims.register import Register, write_register
-from sweeps.claims.replicate import beside
 from sweeps.claims.result import (
     Result,
     is_stale,
@@ -40,10 +40,12 @@ from sweeps.claims.result import (
     read_result,
     write_result,
 )
+from sweeps.claims.words import beside
 from tests.sweeps.claims.fixture_claims import SOLVED, claim_of, observed, write_claim
 from tests.sweeps.claims.test_decide import PLAIN, moved, rights
 from tests.sweeps.fixture_runs import evaluated, task_run, write_run
 
+ENGLISH, CHINESE = READMES
 BEGAN = ("2026-11-25T09:00:00+00:00", "d" * 40)
 
 
@@ -172,7 +174,7 @@ def test_a_result_whose_claim_was_changed_is_stale(
     assert "is stale: it was changed after its runs began" in capsys.readouterr().err
     assert run("verdict", "--all", "--runs", runs, *where) == 1
     assert run("list", *where) == 0
-    assert "mine: stale." in capsys.readouterr().out
+    assert re.search(r"^mine +0/1  stale", capsys.readouterr().out, re.MULTILINE)
     assert (tmp_path / "results" / "mine.json").read_bytes() == before
     page = (tmp_path / "docs" / "results.md").read_text()
     assert "### mine: stale" in page and "changed after these runs began" in page
@@ -196,7 +198,7 @@ def test_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "mine: undecided. MTP helps." in said and "other: not run" in said
     assert "unfinished: mtp: 4 of 5 seeds done, 1 failed" in said
     page = (tmp_path / "docs" / "results.md").read_text()
-    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
+    assert page.startswith("before\n") and page.endswith("after\n") and "\nold\n" not in page
     for said_there in (
         "### mine: undecided",
         "MTP helps. Source: Somebody 2024, arXiv 2404.00000. At equal steps.",
@@ -215,10 +217,9 @@ def test_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert said_there in page, said_there
     readme = (tmp_path / "README.md").read_text()
-    row = (
-        "| [mine](docs/results.md#mine-undecided): MTP helps. | undecided; 0 of 1 predictions hold "
-    )
-    assert f"{row}| 4–5 |" in readme
+    row = "| [mine](#mine-undecided): MTP helps. | undecided; 0 of 1 predictions hold | 4–5 |"
+    assert row in page and "Predicted, and not run yet: other." in page
+    assert "then run, 0 hold, 0 do not, 1 is undecided: [docs/results.md](docs/r" in readme
     assert "Predicted, and not run yet: other." in readme
     assert "### mine: undecided" in page, "which the link leads to"
     assert (tmp_path / "results" / "mine.svg").read_text().count("<svg") == 1
@@ -235,10 +236,10 @@ def test_what_is_said_since_is_no_part_of_the_prediction(tmp_path: Path) -> None
     write_result(result, "mine", root(tmp_path) / "results")
     since = claim_of(tmp_path / "claims", remark="Nobody knew.", superseded_by="later")
     assert since.digest == claim.digest and not is_stale(result, since)
-    for language in LANGUAGES.values():
-        shown, left = (part([(one, result)], language) for one in (claim, since))
-        assert "MTP helps." in shown and "docs/log.md" not in shown
-        assert "MTP helps." not in left and "(docs/log.md)" in left and "mine" in left
+    for readme in READMES:
+        shown, left = (part([(one, result)], readme) for one in (claim, since))
+        assert "docs/results.md" in shown and "docs/log.md" not in shown
+        assert "docs/results.md" not in left and "(docs/log.md)" in left and "mine" in left
     page = pages(tmp_path, tmp_path / "claims")[tmp_path / "docs" / "results.md"]
     assert "**Superseded by later.**" in page and "**Said since:** Nobody knew." in page
     with pytest.raises(ValueError, match="remark"):
@@ -256,6 +257,9 @@ def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     ):
         assert run(*arguments, *where) == 1
         assert said in capsys.readouterr().err
+    for action in ("list", "hours", "verdict"):
+        assert run(action, "--claims", tmp_path / "nowhere") == 2
+        assert "nowhere: there is no such folder; give one of" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
@@ -310,26 +314,26 @@ def test_the_readme_answers_its_first_question_in_every_language(tmp_path: Path)
     ]
     write_claim(claims, QUESTION, predictions=more)
     claim = read_claim(QUESTION, claims)
-    for language, waits in ((ENGLISH, "Not judged yet"), (CHINESE, "尚无结论")):
-        text = part([(claim, None)], language)
-        assert f"{language.question} {waits}" in text and claim.command in text
+    for readme, waits in ((ENGLISH, "?** Not judged yet"), (CHINESE, "？** 尚无结论")):
+        text = part([(claim, None)], readme)
+        assert waits in text and claim.command in text
         assert "| " not in text and "![" not in text, "no empty table, no picture of nothing"
     result = result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
     told = {
         "README.md": (
             "**does not hold**",
             "0 worse beyond noise, 2 better",
-            "| does not hold; 0 of 2 predictions hold | 5 |",
+            "then run, 0 hold, 1 does not, 0 are undecided",
         ),
         "README.zh-CN.md": (
             "**不成立**",
             "0 种变差",
             "2 种变好",
-            "| 不成立（0/2 条预测成立） | 5 |",
+            "1 个论断中，0 个成立，1 个不成立，0 个未决",
         ),
     }
-    for page, language in LANGUAGES.items():
-        text = part([(claim, result)], language)
+    for page in READMES:
+        text = part([(claim, result)], page)
         shown = words.measured(result["predictions"][0])
         assert text.count(shown) == 2 and shown.count("[") == 1, "the least and the most"
         assert f"](results/{QUESTION}.svg)" in text
@@ -388,7 +392,7 @@ def test_the_readme_says_what_hiding_tokens_does(tmp_path: Path) -> None:
     assert f"不隐藏 0/{n}, 全部隐藏 7/{n}。比全部可见时更多且超出噪声的：全部隐藏。" in chinese
 
 
-@pytest.mark.parametrize("page", ["docs/results.md", *LANGUAGES])
+@pytest.mark.parametrize("page", ["docs/results.md", *READMES])
 def test_the_projects_pages_are_those_of_its_results(page: str) -> None:
     """``python -m sweeps.claims verdict --all`` makes them."""
     assert pages(ROOT)[ROOT / page] == (ROOT / page).read_text(encoding="utf-8")

@@ -1,18 +1,36 @@
-"""Differences between settings, and whether the seeds' noise would explain them."""
+"""Differences between settings, and whether the seeds' noise would explain them.
+
+Losses are compared seed by seed (paired t). A task is solved by a seed or not, so that settings of
+a task are compared by their shares of seeds that solve it (Fisher's exact test, unpaired), and by
+the time that these took.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_lightning.errors import UserError
-from sweeps.report.comparable import same_text
+from mtp_lightning.run.solved import first_above
+from sweeps.report.comparable import may_compare
+from sweeps.report.metrics import EXACT
+from sweeps.report.read import Run
 from sweeps.report.settings import Setting, Settings, show
-from sweeps.report.shares import Unpaired
-from sweeps.report.statistics import Paired, holm, paired
-from sweeps.report.texts import rests_on_text
+from sweeps.report.statistics import (
+    LEVEL,
+    Paired,
+    Share,
+    Survival,
+    Unpaired,
+    Wait,
+    holm,
+    paired,
+    share,
+    survival,
+    unpaired,
+)
 
-LEVEL = 0.05
 FACT = "a fact about this data: the same at every seed, no test"
 OTHER_TEXT = "not compared: another evaluation text"
 OTHER_QUESTIONS = "not compared: other questions"
@@ -25,20 +43,28 @@ class Comparison:
     Attributes:
         setting: the one.
         reference: the other.
-        result: of the paired test; None where no seed has both, a mean is missing, or the two were
-            evaluated on different texts, and for a task, whose settings are compared by the seeds
-            that solve it.
+        result: of the test: paired differences, or, of a task, the two shares of seeds that solve;
+            None where no seed has both, a mean is missing, or the two were evaluated on different
+            texts.
         adjusted: Holm's p-value among all tests of the report; None where there is no test.
         verdict: in words.
-        solved: of a task, the two shares of seeds with their test; None where there is no share.
     """
 
     setting: Setting
     reference: Setting
-    result: Paired | None
+    result: Paired | Unpaired | None
     adjusted: float | None
     verdict: str
-    solved: Unpaired | None = None
+
+    @property
+    def paired(self) -> Paired | None:
+        """The result, where it is of paired differences."""
+        return self.result if isinstance(self.result, Paired) else None
+
+    @property
+    def solved(self) -> Unpaired | None:
+        """The result, where it is of shares."""
+        return self.result if isinstance(self.result, Unpaired) else None
 
     @property
     def against(self) -> str:
@@ -58,33 +84,39 @@ class Comparison:
         return self.adjusted is not None and self.adjusted < LEVEL
 
 
-def compare(settings: Settings, tag: str, *, reference: str | None = None) -> list[Comparison]:
+def compare(
+    settings: Settings, tag: str | None = None, *, reference: str | None = None
+) -> list[Comparison]:
     """Test every setting against its reference, with Holm's correction over all of them.
 
     Args:
         settings: of the sweep.
-        tag: the metric.
+        tag: the metric; by default the headline, and of a task who solves it.
         reference: label of the setting that all others are compared with, or a part of it that
             names one; by default see :func:`references`.
 
     Raises:
         UserError: ``reference`` names no setting, or several.
     """
+    solving = settings.is_task and tag is None
+    tag = EXACT if solving else tag or settings.headline.tag
     chosen = references(settings, reference)
     pairs = [(s, r) for s, r in zip(settings.all, chosen, strict=True) if s is not r]
-    results = [
-        paired(s.estimate(tag).values, r.estimate(tag).values)
-        if s.estimate(tag).interval and r.estimate(tag).interval and may_compare(s, r, tag)
-        else None
-        for s, r in pairs
-    ]
-    tested = [i for i, result in enumerate(results) if result and result.p is not None]
-    adjusted = dict(zip(tested, holm([results[i].p for i in tested]), strict=True))  # type: ignore
+    results: list[Paired | Unpaired | None] = []
+    for s, r in pairs:
+        own, other = s.estimate(tag), r.estimate(tag)
+        if not (own.interval and other.interval and may_compare(s, r, tag)):
+            results.append(None)
+        elif solving:
+            mine, theirs = solved_share(s, settings.level), solved_share(r, settings.level)
+            results.append(unpaired(mine, theirs) if mine and theirs else None)
+        else:
+            results.append(paired(own.values, other.values))
+    tested = {i: found.p for i, found in enumerate(results) if found and found.p is not None}
+    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
     return [
-        Comparison(
-            s, r, results[i], adjusted.get(i), _verdict(s, r, tag, results[i], adjusted.get(i))
-        )
-        for i, (s, r) in enumerate(pairs)
+        Comparison(s, r, result, adjusted.get(i), _verdict(s, r, tag, result, adjusted.get(i)))
+        for i, ((s, r), result) in enumerate(zip(pairs, results, strict=True))
     ]
 
 
@@ -111,6 +143,7 @@ def references(settings: Settings, named: str | None = None) -> list[Setting]:
 
 
 def _others(setting: Setting) -> tuple[str, ...]:
+    """The values of all keys but the first."""
     return tuple(show(value) for value in list(setting.values.values())[1:])
 
 
@@ -124,25 +157,21 @@ def _find(settings: Settings, named: str) -> Setting:
     return found[0]
 
 
-def may_compare(setting: Setting, reference: Setting, tag: str) -> bool:
-    """Whether a metric of two settings is measured on the same text, or on none."""
-    return not rests_on_text(tag) or same_text(setting, reference)
-
-
 def _verdict(
     setting: Setting,
     reference: Setting,
     tag: str,
-    result: Paired | None,
+    result: Paired | Unpaired | None,
     adjusted: float | None,
 ) -> str:
+    solving = tag == EXACT
     if not (setting.estimate(tag).interval and reference.estimate(tag).interval):
-        return "no test: a mean is missing"
+        return f"no test: a {'share' if solving else 'mean'} is missing"
     if not may_compare(setting, reference, tag):
-        return OTHER_TEXT
+        return OTHER_QUESTIONS if solving else OTHER_TEXT
     if result is None:
         return "no seed in common"
-    if result.constant:
+    if isinstance(result, Paired) and result.constant:
         return "identical" if result.difference.mean == 0 else FACT
     if adjusted is None:
         return "one seed: no test"
@@ -151,9 +180,16 @@ def _verdict(
 
 def sparse(comparisons: Sequence[Comparison]) -> bool:
     """Whether some test rests on fewer than five pairs, too few to see any but large effects."""
-    return any(
-        c.result and c.result.p is not None and c.result.difference.n < 5 for c in comparisons
-    )
+    found = (c.paired for c in comparisons)
+    return any(r and r.p is not None and r.difference.n < 5 for r in found)
+
+
+def smallest_p(comparisons: Sequence[Comparison]) -> float | None:
+    """The smallest p-value that any outcome of the exact tests could have after the correction,
+    with as many seeds and tests; None without a test."""
+    tests = [c.solved for c in comparisons if c.solved and c.adjusted is not None]
+    least = [test.least for test in tests if test.least is not None]
+    return min(1.0, len(least) * min(least)) if least else None
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -165,3 +201,28 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
         )
         for own_cost, own_loss in points
     ]
+
+
+def solved_share(setting: Setting, level: float) -> Share | None:
+    """Finished seeds whose final ``val/exact_match`` is above the level; None where one of them
+    has no number, since nobody knows whether it solves."""
+    found = setting.estimate(EXACT)
+    if found.interval is None:
+        return None
+    return share(sum(value > level for value in found.values.values()), len(found.values))
+
+
+def wait_of(run: Run, level: float, tag: str = EXACT) -> Wait | None:
+    """Optimizer steps to a run's first validation above the level, whatever came after it; to the
+    last one, if there was none such yet. None without a validation."""
+    solved = first_above(run.rows, level, tag)
+    if solved is not None:
+        return Wait(solved["step"], True)
+    steps = [row["step"] for row in run.rows if math.isfinite(row.get(tag, math.nan))]
+    return Wait(max(steps), False) if steps else None
+
+
+def time_to_solve(setting: Setting, level: float) -> Survival | None:
+    """Over all seeds that have validated, running and failed ones too; None without such."""
+    waits = (wait_of(run, level) for run in setting.runs)
+    return survival([wait for wait in waits if wait])

@@ -1,0 +1,66 @@
+"""Acceptance of drafts when the text is sampled, at each validation."""
+
+from __future__ import annotations
+
+import math
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from mtp_lightning.callbacks.speculative_eval import SpeculativeEval
+from mtp_lightning.decoding.generate import generate
+from mtp_lightning.decoding.measure import TOGETHER, intervals
+from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.sequence import rates
+from mtp_lightning.errors import UserError
+from mtp_lightning.model import MTPModel
+
+
+class SampledAcceptance(SpeculativeEval):
+    """Logs ``decode/sampled/acceptance_position_j`` and ``decode/sampled/tokens_per_step``, each
+    with ``_low`` and ``_high``, and ``decode/sampled/n_prompts``.
+
+    They are the rates of ``speculative_eval``, of text that is sampled at a temperature by
+    speculative sampling (Leviathan et al. 2023). Greedy text of a small model repeats itself, and
+    drafts of repeated text are easy; sampled text does not. Every prompt has a stream of random
+    numbers of its own, the same at every validation. A model without drafts logs nothing.
+
+    Args:
+        n_prompts: held-out prompts, >= 1; fewer where there are not so many.
+        prompt_tokens: their length, >= 1; less where a window has not so much room.
+        new_tokens: tokens to add to each, >= 2.
+        temperature: of the samples, > 0.
+    """
+
+    NAME = "sampled_acceptance"
+
+    def __init__(
+        self,
+        n_prompts: int = 256,
+        prompt_tokens: int = 32,
+        new_tokens: int = 64,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__(n_prompts, prompt_tokens, new_tokens)
+        if not 0 < temperature < math.inf:
+            raise UserError(
+                f"callbacks.{self.NAME}.temperature={temperature:g} samples nothing: give a number "
+                "above 0, or measure greedy text by callbacks.speculative_eval."
+            )
+        self.temperature = temperature
+
+    def measure(
+        self, trainer: pl.Trainer, model: MTPModel, prompts: list[Tensor], new_tokens: int
+    ) -> dict[str, float]:
+        """Sample from the prompts with drafts and return their rates, by tag."""
+        if model.mtp.max_draft_depth == 0:
+            return {}
+        options = DecodingOptions(
+            max_new_tokens=new_tokens,
+            temperature=self.temperature,
+            batch_size=min(len(prompts), TOGETHER),
+        )
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        drafted = generate(model, prompts, options, tokenizer=tokenizer)
+        values = {**rates(drafted), **intervals(drafted), "n_prompts": float(len(prompts))}
+        return {f"decode/sampled/{name}": value for name, value in values.items()}

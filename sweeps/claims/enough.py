@@ -1,0 +1,81 @@
+"""How many seeds would decide a prediction that is undecided, from the noise that was seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import Any
+
+from sweeps.claims.decide import FEW, NOISE, UNCORRECTED, UNDECIDED, boundary
+from sweeps.report.statistics import LEVEL, t_quantile
+
+POWER = 0.8
+MOST = 10_000  # a number above it says that the effect is at the threshold
+Entry = Mapping[str, Any]  # one of a result's predictions
+
+
+def seeds_enough(entries: list[Entry], minimum: int) -> list[int | None]:
+    """Of every prediction, the seeds an arm with which it would be decided in 80 % of cases.
+
+    The effect and its variance are taken to be those seen, of the verdict's own test: paired
+    differences, an arm's values, logarithms of gains, or shares of seeds. By the normal
+    approximation, the mean of n such values is beyond the boundary at Holm's level if
+
+        n >= (z(1 - a / 2) + z(power))^2 s^2 / d^2
+
+    with d the effect's distance from the boundary, s the standard deviation (of two shares p, q
+    with s^2 = p (1 - p) + q (1 - q), each shrunk by two seeds), and a = 0.05 / (1 + predictions of
+    the claim with a larger p).
+
+    Args:
+        entries: a result's predictions.
+        minimum: the claim's own.
+
+    Returns:
+        None for one that is decided, or that no number of seeds decides: its arms are not compared,
+        a seed has failed, the noise is unknown, or the effect is at the threshold.
+    """
+    ps = [1.0 if entry["p"] is None else entry["p"] for entry in entries]
+    return [
+        _enough(entry, minimum, 1 + sum(p > own for p in ps))
+        for entry, own in zip(entries, ps, strict=True)
+    ]
+
+
+def _enough(entry: Entry, minimum: int, tests: int) -> int | None:
+    why = entry["why"]
+    waits = why.startswith((FEW, NOISE, UNCORRECTED))
+    if entry["verdict"] != UNDECIDED or not waits or entry["effect"] is None:
+        return None
+    seen = _distance_and_variance(entry)
+    if seen is None or not seen[0]:
+        return None
+    distance, variance = seen
+    normal = NormalDist()
+    z = normal.inv_cdf(1 - LEVEL / tests / 2) + normal.inv_cdf(POWER)
+    n = max(math.ceil(z**2 * variance / distance**2), minimum, entry["n"] + 1)
+    return n if n <= MOST else None
+
+
+def _distance_and_variance(entry: Entry) -> tuple[float, float] | None:
+    """Of one seed, on the scale of the test."""
+    effect, n = entry["effect"], entry["n"]
+    if entry["own"] is not None:
+        shares = [share for share in (entry["own"], entry["other"]) if share is not None]
+        rates = [(share["count"] + 1) / (share["n"] + 2) for share in shares]
+        at = 0.0 if len(shares) > 1 else boundary(entry["side"], entry["by"], effect)
+        return effect - at, math.fsum(rate * (1 - rate) for rate in rates)
+    if entry["low"] is None or n < 2:
+        return None
+    low, high = entry["low"], entry["high"]
+    at = boundary(entry["side"], entry["by"], effect)
+    if entry["measure"].get("curve"):
+        effect, low, high, at = (math.log(value) for value in (effect, low, high, entry["by"]))
+    deviation = (high - low) / 2 / t_quantile(n) * math.sqrt(n)
+    return effect - at, deviation**2
+
+
+def said(number: int | None) -> str:
+    """``about 23 seeds an arm would decide it``; empty for None."""
+    return "" if number is None else f"about {number} seeds an arm would decide it"

@@ -1,0 +1,229 @@
+"""What is left to run of claims, what it costs on this machine, and how much fits into a time.
+
+A pending run costs what the finished seeds of its arm took here. Where there is none, its FLOPs are
+divided by the median rate of all finished runs; where there is no rate, it is given its part of the
+minutes that its claim expects. Every number says which of these it is.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from mtp_lightning.errors import UserError
+from mtp_lightning.run.config import key_of, lies_in
+from sweeps.claims.claim import Claim
+from sweeps.claims.jobs import OF_DEPTHS, ClaimJob, jobs
+from sweeps.claims.observe import Seed, observe
+from sweeps.claims.recall import shared_seeds, with_stored
+from sweeps.claims.register import read_register
+from sweeps.claims.result import Result, minutes_of
+
+MEASURED, BY_FLOPS, EXPECTED = "measured", "by FLOPs", "as the claim expects"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one pending run.
+
+    Attributes:
+        arm: of the run.
+        seed: of the run.
+        hours: of one core, of the clock.
+        source: MEASURED, BY_FLOPS or EXPECTED.
+    """
+
+    arm: str
+    seed: int
+    hours: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """What is left of a claim.
+
+    Attributes:
+        claim: the claim.
+        done: finished runs.
+        costs: of the pending ones, seed by seed.
+    """
+
+    claim: Claim
+    done: int
+    costs: tuple[Cost, ...]
+
+    @property
+    def hours(self) -> float:
+        """Of one core."""
+        return sum(cost.hours for cost in self.costs)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The pending ones, in the order in which they run."""
+        return list(dict.fromkeys(cost.seed for cost in self.costs))
+
+    def sources(self) -> str:
+        """How many of the costs are from where: ``12 measured, 3 by FLOPs``."""
+        counts = Counter(cost.source for cost in self.costs)
+        return ", ".join(f"{n} {source}" for source, n in counts.items())
+
+
+def this_machine() -> str:
+    """As runs describe the machine that they ran on."""
+    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+
+
+def left_of(
+    claims: Sequence[Claim],
+    runs: Path,
+    results: Mapping[str, Result],
+    *,
+    count_flops: bool = True,
+    machine: str | None = None,
+) -> list[Left]:
+    """What is left of claims, a run that several share once, at the first of them.
+
+    Args:
+        claims: in the order in which they would run.
+        runs: the folder of all claims' runs, absolute; it need not exist.
+        results: of all claims, by label.
+        count_flops: compose the arms that have no finished seed, a few seconds each, for their
+            FLOPs; else they are given what their claim expects.
+        machine: whose times count where there are any; by default this one's.
+    """
+    seen = {claim.label: _seeds(claim, runs, results) for claim in claims}
+    finished = [s for arms in seen.values() for of in arms.values() for s in of.values() if s.done]
+    machine = machine or this_machine()
+    here = [seed for seed in finished if seed.machine == machine] or finished
+    rates = [s.costs["flops"] / (minutes_of(s) * 60) for s in here if _has_rate(s)]
+    rate = median(rates) if rates else None
+    taken: set[str] = set()
+    found = []
+    for claim in claims:
+        arms = seen[claim.label]
+        pending = [
+            (arm, seed) for seed in claim.scale.seeds for arm in arms if not arms[arm][seed].done
+        ]
+        known = {
+            arm: [minutes_of(s) for s in of.values() if s.done and s in here]
+            for arm, of in arms.items()
+        }
+        unseen = {arm for arm, _ in pending if not known[arm]}
+        composed = _composed(claim, pending, runs) if unseen and count_flops else {}
+        expected = claim.scale.minutes / (len(claim.arms) * len(claim.scale.seeds))
+        costs = []
+        for arm, number in pending:
+            job = composed.get((arm, number))
+            if job is not None:
+                if job.folder in taken:
+                    continue
+                taken.add(job.folder)
+            if known[arm]:
+                costs.append(Cost(arm, number, median(known[arm]) / 60, MEASURED))
+            elif job is not None and rate is not None and (flops := flops_of(job)) is not None:
+                costs.append(Cost(arm, number, flops / rate / 3600, BY_FLOPS))
+            else:
+                costs.append(Cost(arm, number, expected / 60, EXPECTED))
+        done = sum(seed.done for of in arms.values() for seed in of.values())
+        found.append(Left(claim, done, tuple(costs)))
+    return found
+
+
+def _seeds(
+    claim: Claim, runs: Path, results: Mapping[str, Result]
+) -> Mapping[str, Mapping[int, Seed]]:
+    """All that is known of a claim's runs, here and in the results."""
+    register = read_register(claim, runs)
+    started = register.runs if register is not None and register.is_of(claim) else {}
+    shared = shared_seeds(claim, results.values())
+    try:
+        return with_stored(observe(claim, runs, started), claim, results.get(claim.label), shared)
+    except UserError:  # the folder of runs is of another time: what is stored counts
+        return with_stored(observe(claim, runs, {}), claim, results.get(claim.label), shared)
+
+
+def _has_rate(seed: Seed) -> bool:
+    return bool(seed.costs.get("flops")) and minutes_of(seed) > 0
+
+
+def _composed(
+    claim: Claim, pending: Iterable[tuple[str, int]], runs: Path
+) -> dict[tuple[str, int], ClaimJob]:
+    seeds = list(dict.fromkeys(seed for _, seed in pending))
+    return {(job.arm, job.seed): job for job in jobs(claim, seeds, runs)}
+
+
+def flops_of(job: ClaimJob) -> float | None:
+    """Training FLOPs of a run, as ``python -m mtp_lightning.plan`` counts; None where it cannot.
+
+    Of a run with ``compare.match=flops`` they are those of plain training, of a branch what is left
+    of it.
+    """
+    from mtp_lightning.plan import plans_of
+    from sweeps.compose import compose_run
+
+    asked = [o for o in job.overrides if key_of(o) != "branch_from"]
+    config = compose_run(asked)
+    if config.compare.match == "flops":
+        asked = [*(o for o in asked if not lies_in(key_of(o), OF_DEPTHS)), "mtp=none"]
+    vocabulary: Any = config.tokenizer.get("vocab_size") if config.tokenizer else None
+    try:
+        (plan,), _ = plans_of([*asked, f"vocab_size={vocabulary or 257}", "devices=1"])
+    except (UserError, ArithmeticError):
+        return None
+    data = config.data
+    tokens = data.batch_size * config.trainer.accumulate_grad_batches * data.seq_len * job.max_steps
+    whole = plan.model.flops_per_token(data.seq_len) * tokens
+    branch = [o.rpartition("@")[2] for o in job.overrides if key_of(o) == "branch_from"]
+    return float(whole * (1 - int(branch[0]) / job.max_steps if branch else 1))
+
+
+def fitting(left: Sequence[Left], *, hours: float, cores: int) -> list[tuple[Left, list[int]]]:
+    """The seeds of every claim that end in time, claim by claim in the order given.
+
+    Seeds are whole, all arms of one, and in the claim's own order; a claim whose next seed does not
+    fit is left for those after it. The runs of a claim are given to the cores in turn, each to the
+    first that is free; a claim begins when the one before it has ended.
+
+    Args:
+        left: of claims.
+        hours: of the clock.
+        cores: that run a job each.
+    """
+    chosen, began = [], 0.0
+    for each in left:
+        fits: list[int] = []
+        ends = began
+        for count in range(1, len(each.seeds) + 1):
+            wanted = each.seeds[:count]
+            took = makespan([c.hours for c in each.costs if c.seed in wanted], cores)
+            if began + took > hours:
+                break
+            fits, ends = wanted, began + took
+        if fits:
+            chosen.append((each, fits))
+            began = ends
+    return chosen
+
+
+def makespan(hours: Sequence[float], cores: int) -> float:
+    """When the last of some runs ends, each on the first core that is free."""
+    free = [0.0] * cores
+    for one in hours:
+        heapq.heapreplace(free, free[0] + one)
+    return max(free)
+
+
+def command_of(left: Left, seeds: Sequence[int], *, cores: int) -> str:
+    """What is typed to run some seeds."""
+    numbers = " ".join(map(str, seeds))
+    jobs_ = f" --jobs {cores}" if cores > 1 else ""
+    return f"{left.claim.command} --seeds {numbers}{jobs_}"

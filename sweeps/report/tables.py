@@ -1,0 +1,239 @@
+"""The tables of a page as data: what stands in every cell, and what it is sorted by."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+from mtp_lightning.run.layout import LOG_FILE
+from sweeps.report.comparable import error_of_text
+from sweeps.report.compare import Comparison, solved_share, time_to_solve
+from sweeps.report.equivalent import Family
+from sweeps.report.metrics import BITS, EXACT, Metric, ends, number, p_value, spread
+from sweeps.report.read import Run
+from sweeps.report.settings import Settings, show
+from sweeps.report.statistics import Interval, Share
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell.
+
+    Attributes:
+        text: in it.
+        sort: what it is sorted by, a number to the last bit; None for the text.
+        half: an interval beside the text.
+        beside: a line below it.
+        gap: why there is no number, below it.
+        kind: its classes in the page's style; ``text`` stands to the left.
+        link: of a log, after the text.
+    """
+
+    text: str
+    sort: str | None = None
+    half: str = ""
+    beside: str = ""
+    gap: str = ""
+    kind: str = ""
+    link: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its caption; the first cell of a row names it.
+
+    Attributes:
+        name: its id.
+        title: above it.
+        caption: sentences, a paragraph each.
+        head: name and unit of each column; one whose unit is None has text.
+        rows: of cells.
+    """
+
+    name: str
+    title: str
+    caption: list[str]
+    head: list[tuple[str, str | None]]
+    rows: list[list[Cell]] = field(default_factory=list)
+
+
+def of_settings(settings: Settings, remarks: Sequence[str]) -> Table:
+    """Final numbers of every setting."""
+    metrics = _metrics(settings)
+    solving = [("Solved", "of seeds"), ("Median time", "steps to solve")] * settings.is_task
+    table = Table(
+        "settings",
+        "Settings",
+        [
+            "Final validation, mean over seeds with the 95 % interval: ± half of it, of a share "
+            "its ends. A dash is a gap, never a zero. A header sorts.",
+            *remarks,
+        ],
+        [
+            *((key, None) for key in settings.varied or ["Setting"]),
+            ("Seeds", "done of planned"),
+            *solving,
+            *((metric.name, metric.unit) for metric in metrics),
+        ],
+    )
+    for setting in settings.all:
+        keys = [Cell(show(value), kind="text") for value in setting.values.values()]
+        done, planned = len(setting.done), setting.planned
+        some = done < planned
+        seeds = f"{done} of {planned}" if some else str(done)
+        cells = [*(keys or [Cell("all runs", kind="text")])]
+        cells.append(Cell(seeds, str(done), kind="some" * some))
+        if settings.is_task:
+            share, curve = (
+                solved_share(setting, settings.level),
+                time_to_solve(setting, settings.level),
+            )
+            median = curve.median if curve else None
+            late = f"not by step {curve.times[-1]:,.0f}" if curve and median is None else ""
+            gap = setting.estimate(EXACT).gap
+            cells += [_share(share, gap=gap), _number(median, Metric("", "", "", 0), beside=late)]
+        for metric in metrics:
+            found = setting.estimate(metric.tag)
+            error = error_of_text(setting) if metric.tag == BITS else None
+            beside = "" if error is None else f"text: s.e. {metric.show(error)}"
+            cells.append(_interval(found.interval, metric.form, beside=beside, gap=found.gap))
+        table.rows.append(cells)
+    return table
+
+
+def _metrics(settings: Settings) -> list[Metric]:
+    """The table's columns: what some run has. Bits per byte say more than the loss per token only
+    where tokenizers differ, or where the text's own error stands beside them."""
+    found = [
+        m for m in settings.columns if any(run.final(m.tag) is not None for run in settings.done)
+    ]
+    wanted = settings.headline.tag == BITS or any(
+        error_of_text(setting) is not None for setting in settings.all
+    )
+    return [m for m in found if m.tag != BITS or wanted]
+
+
+def of_gains(family: Family, settings: Settings, number: int = 0) -> Table:
+    """What every arm is worth in plain training."""
+    table = Table(
+        f"gains-{number}" if number else "gains",
+        "Compute-equivalent gain",
+        [
+            "FLOPs of plain training that reaches the arm's loss, divided by the arm's own: 1 pays "
+            "for itself, more is better. The gain is price × effect: the price is the FLOPs of a "
+            "plain step divided by those of the arm's, the effect is what a step of the arm is "
+            "worth in plain steps. Geometric means over seeds with 95 % intervals (t, of "
+            "logarithms), each seed against its own plain runs: "
+            f"{', '.join(setting.label for setting in family.plain)}. Between these log FLOPs are "
+            "interpolated over the loss by a monotone cubic; a loss beyond them is out of range.",
+        ],
+        [("Arm", None), ("Seeds", ""), ("Gain", "×"), ("Price", "×"), ("Effect", "×")],
+    )
+    for arm in family.arms:
+        name = Cell(arm.setting.label, kind="text")
+        means = [_interval(found, 3) for found in (arm.total, arm.price, arm.effect)]
+        if arm.why:
+            means[0] = Cell("–", "", gap=arm.why)
+        table.rows.append([name, Cell(str(len(arm.gains))), *means])
+    return table
+
+
+def of_differences(
+    comparisons: Sequence[Comparison], settings: Settings, remarks: Sequence[str]
+) -> Table:
+    """Every setting against its reference."""
+    tests = sum(c.adjusted is not None for c in comparisons)
+    corrected = f"the next column has Holm's correction for the {tests} tests of this table."
+    against = [("Setting", None), ("Against", None)]
+    verdict = [("p, Holm", ""), ("Verdict", None)]
+    if settings.is_task:
+        said = (
+            f"Seeds that solve (final val/exact_match above {settings.level:g}), of a setting and "
+            "of its reference, with 95 % intervals (Clopper-Pearson). The p-value is that of "
+            "Fisher's exact test, two-sided; it is unpaired: equal seeds of two settings count as "
+            f"separate draws; {corrected}"
+        )
+        own = [("Solved", "by the setting"), ("Solved", "by the reference"), ("p", "Fisher")]
+    else:
+        said = (
+            "Validation loss of the main depth: setting minus reference, paired by seed. Below 0 "
+            f"is better. The p-value is the paired t-test's; {corrected}"
+        )
+        own = [("Pairs", ""), ("Difference", settings.headline.unit), ("p", "")]
+    table = Table("differences", "Differences", [said, *remarks], [*against, *own, *verdict])
+    for c in comparisons:
+        if settings.is_task:
+            shares = (c.solved.own, c.solved.other) if c.solved else (None, None)
+            numbers = [_count(found) for found in shares]
+        else:
+            difference = c.paired.difference if c.paired else None
+            n = str(difference.n) if difference else "0"
+            mean = _interval(difference, 4)
+            if c.paired and c.paired.constant:
+                mean = Cell(mean.text, mean.sort)
+            numbers = [Cell(n), mean]
+        table.rows.append(
+            [
+                Cell(c.setting.label, kind="text"),
+                Cell(c.against, kind="text"),
+                *numbers,
+                _p(c.result.p if c.result else None),
+                _p(c.adjusted),
+                Cell(c.verdict, kind="text beyond" if c.differs else "text"),
+            ]
+        )
+    return table
+
+
+def of_jobs(runs: Sequence[Run], folder: Path) -> Table:
+    """What is not done; ``folder`` is the page's, to which links of logs are relative."""
+    head = [("Job", None), ("State", None), ("Step", ""), ("Why", None), ("Overrides", None)]
+    table = Table("jobs", "Jobs that are not done", [], head)
+    for run in runs:
+        log = run.folder / LOG_FILE
+        steps = [row["step"] for row in run.rows if math.isfinite(row.get("step", math.nan))]
+        # Quoted, no part of a name is a scheme or begins a query.
+        link = quote(os.path.relpath(log, folder)) if log.is_file() else ""
+        table.rows.append(
+            [
+                Cell(run.name, kind="text"),
+                Cell(run.state, kind="text state"),
+                Cell(str(int(max(steps))) if steps else ""),
+                Cell(run.reason, kind="text wrap", link=link),
+                Cell(" ".join(f"{k}={v}" for k, v in run.overrides.items()), kind="text wrap code"),
+            ]
+        )
+    return table
+
+
+def _interval(found: Interval | None, form: str | int, *, beside: str = "", gap: str = "") -> Cell:
+    if found is None:
+        return Cell("–", "", beside=beside, gap=gap)
+    half = spread(found, form) if found.half else ""
+    return Cell(number(found.mean, form), repr(found.mean), half, beside, gap)
+
+
+def _number(value: float | None, metric: Metric, *, beside: str = "", gap: str = "") -> Cell:
+    if value is None:
+        return Cell("–", "", beside=beside, gap=gap)
+    return Cell(metric.show(value), repr(value), beside=beside, gap=gap)
+
+
+def _share(found: Share | None, *, gap: str) -> Cell:
+    beside = "" if found is None else f"{found.count} of {found.n}: {ends(found)}"
+    rate = None if found is None else found.rate
+    return _number(rate, Metric("", "", "", "%"), beside=beside, gap=gap)
+
+
+def _count(found: Share | None) -> Cell:
+    if found is None:
+        return Cell("–", "")
+    return Cell(f"{found.count} of {found.n}", repr(found.rate), beside=ends(found))
+
+
+def _p(value: float | None) -> Cell:
+    return Cell(p_value(value), "" if value is None else repr(value))

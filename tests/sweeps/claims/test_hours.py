@@ -1,0 +1,226 @@
+"""What is left of claims and costs, which seeds fit into a time, and how many would decide."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("scipy")
+
+from sweeps.claims.claim import Claim
+from sweeps.claims.decide import decide
+from sweeps.claims.enough import said, seeds_enough
+from sweeps.claims.hours import (
+    BY_FLOPS,
+    EXPECTED,
+    MEASURED,
+    Cost,
+    Left,
+    fitting,
+    flops_of,
+    left_of,
+    makespan,
+    this_machine,
+)
+from sweeps.claims.jobs import jobs
+from sweeps.claims.pages import pages
+from sweeps.claims.result import Result, make_result, write_result
+from tests.sweeps.claims.fixture_claims import SOLVED, claim_of, observed
+from tests.sweeps.claims.test_decide import rights
+from tests.sweeps.claims.test_result import BEGAN, root, run
+
+HERE, ELSEWHERE = this_machine(), "Linux aarch64, 99 cores"
+SMALL = ["experiment=small_text"]
+
+
+def finished(claim: Claim, done: dict[str, dict[int, tuple[float, str]]]) -> Result:
+    """A result whose runs took so many minutes on some machine, 1e12 FLOPs each."""
+    arms = observed(claim, {arm: ["missing"] * len(claim.scale.seeds) for arm in claim.arms})
+    for arm, of_arm in done.items():
+        for seed, (minutes, machine) in of_arm.items():
+            made = observed(claim, {arm: [1.0]})[arm][0]
+            costs = {"flops": 1e12, "seconds": minutes * 60}
+            arms[arm][seed] = replace(  # type: ignore[index]
+                made, folder=f"{arm}-{seed}", costs=costs, machine=machine, ended=None
+            )
+    return make_result(claim, arms, BEGAN)
+
+
+def test_a_pending_run_costs_what_its_arm_took_here(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path, shared=SMALL, minutes=600)
+    took = {s: (m, HERE) for s, m in enumerate((30.0, 60.0, 45.0))}
+    done = {"plain": took | {3: (600.0, ELSEWHERE)}, "mtp": {0: (90.0, HERE)}}
+    (left,) = left_of([claim], tmp_path / "runs", {"mine": finished(claim, done)})
+    assert left.done == 5 and left.seeds == [1, 2, 3, 4]
+    assert [(c.arm, c.seed, c.hours, c.source) for c in left.costs] == [
+        ("mtp", 1, 1.5, MEASURED),
+        ("mtp", 2, 1.5, MEASURED),
+        ("mtp", 3, 1.5, MEASURED),
+        ("plain", 4, 0.75, MEASURED),
+        ("mtp", 4, 1.5, MEASURED),
+    ]
+    assert left.hours == 6.75 and left.sources() == "5 measured"
+
+
+def test_an_arm_without_a_finished_seed_costs_its_flops(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path, shared=SMALL, minutes=600)
+    results = {"mine": finished(claim, {"plain": {0: (100.0, HERE), 1: (100.0, HERE)}})}
+    (left,) = left_of([claim], tmp_path / "runs", results)
+    of = {cost.arm: cost for cost in left.costs if cost.seed == 4}
+    assert of["plain"].source == MEASURED and of["mtp"].source == BY_FLOPS
+    job = next(job for job in jobs(claim, [4], tmp_path / "runs") if job.arm == "mtp")
+    flops = flops_of(job)
+    assert flops is not None
+    # 1e12 FLOPs took 100 minutes.
+    assert of["mtp"].hours == pytest.approx(flops / 1e12 * 100 / 60)
+    # Without composing, and without any finished run, it is what the claim expects.
+    (quick,) = left_of([claim], tmp_path / "runs", results, count_flops=False)
+    assert {c.hours for c in quick.costs if c.arm == "mtp"} == {1.0}
+    assert {c.source for c in quick.costs if c.arm == "mtp"} == {EXPECTED}
+    (left,) = left_of([claim], tmp_path / "runs", {})
+    assert {c.source for c in left.costs} == {EXPECTED} and left.hours == pytest.approx(10)
+
+
+def test_flops_are_those_that_a_run_measured(tmp_path: Path) -> None:
+    """Of results/text_equal_flops.json: 1,736,835,072,000 of plain training, which all arms of
+    compare.match=flops get; of results/lambda.json: 2,857,500,672,000 with two depths."""
+    arms = {
+        "plain": ["mtp=none"],
+        "heads": ["mtp=sequential", "mtp.depth=1", "compare.match=flops"],
+        "deep": ["mtp=sequential", "mtp.depth=2"],
+    }
+    predictions = [{"arm": "plain", "side": "below", "by": 1}]
+    claim = claim_of(tmp_path, arms=arms, shared=[*SMALL], predictions=predictions)
+    found = {job.arm: flops_of(job) for job in jobs(claim, [0], tmp_path)}
+    assert found["plain"] == found["heads"] == pytest.approx(1736835072000, rel=0.01)
+    assert found["deep"] == pytest.approx(2857500672000, rel=0.01)
+
+
+def left(name: str, seeds: int, hours: list[float], claim: Claim) -> Left:
+    costs = [Cost(f"a{i}", s, h, MEASURED) for s in range(seeds) for i, h in enumerate(hours)]
+    return Left(replace(claim, name=name), 0, tuple(costs))
+
+
+def test_whole_seeds_fit_in_the_order_of_the_list(tmp_path: Path) -> None:
+    claim = claim_of(tmp_path)
+    asked = [left("x", 3, [1, 1], claim), left("y", 2, [3, 3], claim), left("z", 2, [0.5], claim)]
+    assert makespan([1, 1, 1], 2) == 2 and makespan([2, 1, 1], 2) == 2 and makespan([], 2) == 0
+
+    def plan(hours: float, cores: int) -> dict[str, list[int]]:
+        return {each.claim.name: seeds for each, seeds in fitting(asked, hours=hours, cores=cores)}
+
+    assert plan(6, 1) == {"x": [0, 1, 2]}
+    assert plan(6.5, 1) == {"x": [0, 1, 2], "z": [0]}
+    assert plan(3, 2) == {"x": [0, 1, 2]}
+    assert plan(6, 2) == {"x": [0, 1, 2], "y": [0]}
+    assert plan(0.4, 2) == {}
+
+
+def test_the_command_prints_costs_a_plan_and_what_to_type(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    claims = tmp_path / "claims"
+    claim = claim_of(claims, shared=SMALL)
+    took = {arm: {0: (60.0, HERE)} for arm in claim.arms}
+    write_result(finished(claim, took), "mine", tmp_path / "results")
+    where = ["--claims", claims, "--runs", tmp_path / "runs"]
+    assert run("hours", *where, "--hours", 3, "--cores", 2) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^mine +8 +8\.00  8 measured$", out, re.MULTILINE)
+    assert re.search(r"^all +8 +8\.00$", out, re.MULTILINE)
+    assert re.search(r"^mine   1 2 3 +3 of 4 +6\.00$", out, re.MULTILINE)
+    command = f"python -m sweeps.claims run mine --claims {claims} --seeds 1 2 3 --jobs 2"
+    assert out.splitlines()[-1] == command
+    assert run("hours", "mine", *where, "--hours", 0.5) == 0
+    assert "not one seed fits" in capsys.readouterr().out
+    for wrong, says in ((["--hours", 0], "above 0"), (["--hours", 1, "--cores", 0], "at least 1")):
+        assert run("hours", *where, *wrong) == 1
+        assert says in capsys.readouterr().err
+    assert run("list", *where) == 0
+    (line,) = capsys.readouterr().out.splitlines()[1:]
+    assert re.match(r"mine +0/1  undecided +2/10 +8\.0  MTP helps\.$", line), line
+
+
+def entries_of(folder: Path, values: dict[str, Any], **changes: Any) -> list[dict[str, Any]]:
+    claim = claim_of(folder, seeds=list(range(20)), **changes)
+    return make_result(claim, observed(claim, values), BEGAN)["predictions"]
+
+
+@pytest.mark.parametrize("by", [0.0, -0.01])
+def test_so_many_seeds_decide_in_four_of_five_cases(tmp_path: Path, by: float) -> None:
+    """By simulation: the number that is said, drawn again and again, with the effect and the noise
+    that were seen."""
+    random = np.random.default_rng(0)
+    noise = random.normal(size=8)
+    noise = (noise - noise.mean()) / noise.std(ddof=1)
+    effect, deviation = by - 0.02, 0.05
+    plain = [2.0 + 0.1 * i for i in range(8)]
+    moved = [p + effect + deviation * n for p, n in zip(plain, noise, strict=True)]
+    predictions = [{"arm": "mtp", "against": "plain", "side": "below", "by": by}]
+    (entry,) = entries_of(tmp_path, {"plain": plain, "mtp": moved}, predictions=predictions)
+    assert entry["verdict"] == "undecided"
+    (number,) = seeds_enough([entry], 3)
+    assert number == math.ceil((1.959964 + 0.841621) ** 2 * (deviation / 0.02) ** 2)
+    claim = claim_of(tmp_path, predictions=predictions)
+    decided = 0
+    for _ in range(200):
+        drawn = {
+            "plain": [2.0] * number,
+            "mtp": list(2 + effect + deviation * random.normal(size=number)),
+        }
+        decided += decide(claim, observed(claim, drawn))[0].verdict == "holds"
+    assert 0.7 < decided / 200 < 0.9
+
+
+def test_what_no_number_of_seeds_decides_says_nothing(tmp_path: Path) -> None:
+    plain = [2.0, 2.1, 2.2]
+    noisy = [2.3, 1.9, 2.4]
+    for values, changes in (
+        ({"plain": plain, "mtp": [1.0, 1.1, 1.21]}, {}),  # decided
+        ({"plain": plain, "mtp": [*noisy, "failed"]}, {}),
+        ({"plain": [2.0], "mtp": [1.0]}, {}),  # no noise is known
+        ({"plain": plain, "mtp": [1.9, 2.0, 2.1]}, {}),  # a fact
+    ):
+        assert seeds_enough(entries_of(tmp_path, values, **changes), 3) == [None]
+    assert said(None) == ""
+    # Too few seeds: at least the claim's own minimum.
+    few = entries_of(tmp_path, {"plain": plain[:2], "mtp": [1.0, 1.101]}, minimum=5)
+    assert few[0]["why"].startswith("n = 2") and seeds_enough(few, 5) == [5]
+    # After the correction for the claim's other predictions more are needed than alone.
+    one = [{"arm": "mtp", "against": "plain", "side": "below"}]
+    both = [*one, {"arm": "mtp", "against": "plain", "side": "above", "by": 0.3}]
+    values = {"plain": plain, "mtp": noisy}
+    (alone,) = seeds_enough(entries_of(tmp_path, values, predictions=one), 3)
+    corrected = seeds_enough(entries_of(tmp_path, values, predictions=both), 3)
+    assert alone is not None and corrected[1] is not None and corrected[0] is not None
+    assert max(corrected) > 3 and corrected[0] >= alone  # type: ignore[type-var]
+
+
+def test_shares_of_seeds_too_and_the_page_says_it(tmp_path: Path) -> None:
+    claims = tmp_path / "claims"
+    more = [
+        {"arm": "mtp", "against": "plain", "side": "above"},
+        {"arm": "mtp", "side": "above", "by": 0.4},
+    ]
+    claim = claim_of(claims, measure=SOLVED, minimum=3, predictions=more, seeds=list(range(10)))
+    values = {"plain": rights(3), "mtp": rights(5)}
+    result = make_result(claim, observed(claim, values), BEGAN)
+    n = len(rights(3))
+    p, q = 6 / (n + 2), 4 / (n + 2)
+    z = [1.959964 + 0.841621, 2.241403 + 0.841621]
+    ps = [entry["p"] for entry in result["predictions"]]
+    of_two = (p * (1 - p) + q * (1 - q)) / (2 / n) ** 2
+    of_one = p * (1 - p) / (5 / n - 0.4) ** 2
+    expected = [
+        math.ceil(z[ps[i] < ps[1 - i]] ** 2 * each) for i, each in enumerate((of_two, of_one))
+    ]
+    assert seeds_enough(result["predictions"], 3) == expected
+    write_result(result, "mine", root(tmp_path) / "results")
+    page = pages(tmp_path, claims)[tmp_path / "docs" / "results.md"]
+    assert f"the noise; about {expected[0]} seeds an arm would decide it |" in page
