@@ -31,11 +31,13 @@ LAYERS = {
     for line, row in enumerate(table("architecture.md", "layers"))
     for module in row[1].split(", ")
 }
+# "| what happens | `function`, `function` in `file` |": the last of a row's names is the file.
 WALKS = [
-    (row[1].strip("`"), name)
+    (file, name)
     for walk in ("batch", "config", "prompt")
     for row in table("architecture.md", walk)
-    for name in re.findall(r"`([\w.]+)`", row[2])
+    for *names, file in [re.findall(r"`([\w./]+)`", row[1])]
+    for name in names
 ]
 
 
@@ -88,7 +90,7 @@ MEASURED = table("should_i.md", "measured")
 @pytest.mark.parametrize("row", MEASURED, ids=lambda row: " ".join(row[:3]))
 def test_the_measured_numbers_are_those_of_the_claims(row: list[str]) -> None:
     name, subject, quantity, measured, verdict = row
-    result = json.loads((ROOT / "results" / f"{name.strip('`')}.json").read_text())
+    result = json.loads((ROOT / "results" / f"{name}.json").read_text())
     found = [
         (words.measured(entry), entry["verdict"])
         for entry in result["predictions"]
@@ -101,5 +103,5 @@ def test_the_claims_named_are_there() -> None:
     text = (ROOT / "docs" / "should_i.md").read_text(encoding="utf-8")
     claims = {path.stem for path in (ROOT / "sweeps" / "claims").glob("*.yaml")}
     named = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", text))
-    assert len(MEASURED) > 10 and {row[0].strip("`") for row in MEASURED} <= claims
+    assert len(MEASURED) > 10 and {row[0] for row in MEASURED} <= claims
     assert named - claims == set(), "no claims"
