@@ -1,5 +1,5 @@
-"""What the documentation is made of besides its pages, when the site is built: the settings from
-conf/'s comments, the Python reference, the notebook, and the figures and pages of the root."""
+"""Adds generated pages to the site when it is built: the settings from conf/'s comments, the Python
+reference, the notebook, and the figures and pages of the repository's root."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _SEARCH = 'data-md-component="search" role="dialog" aria-label="Search"'
 
 
 def on_config(config: Any) -> Any:
-    """Give every page of docs/ a place in the navigation: what has none is a how-to."""
+    """Add the pages that the navigation does not name to How to."""
     named = set(re.findall(r"[\w/]+\.md", json.dumps(config.nav)))
     rest = sorted(f.name for f in (ROOT / "docs").glob("*.md") if f.name not in named)
     next(part["How to"] for part in config.nav if "How to" in part).extend(rest)
@@ -48,7 +48,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add what is made, and what lies elsewhere."""
+    """Add the generated pages, and the files that lie outside docs/."""
     made = {
         "reference/settings.md": _settings(),
         "reference/python.md": _python(),
@@ -67,7 +67,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Let links of the repository work on the site; where it has no such page, the text is left."""
+    """Make links of the repository work on the site; a link without a page becomes plain text."""
     up = "../" * page.file.src_uri.count("/")
 
     def link(found: re.Match[str]) -> str:
@@ -88,17 +88,18 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
-    """Name the search dialog, which the theme leaves to be guessed."""
+    """Give the search dialog its accessible name, which the theme leaves out."""
     return output.replace('data-md-component="search" role="dialog"', _SEARCH)
 
 
 def _settings() -> str:
     parts = [
         "# Every setting",
-        "Made from the comments of `conf/`. In a terminal, `python train.py --help mtp` lists the "
-        "options of a group and `--help mtp=sequential` explains the keys of one. A key is typed "
-        "behind its group, `mtp.depth=4`; those of experiments and of the files at the root have "
-        "their whole name here. What a file includes is explained there (`base`, `task`).",
+        "This page is made from the comments of `conf/`. In a terminal, "
+        "`python train.py --help mtp` lists the options of a group and "
+        "`--help mtp=sequential` explains the keys of one. A key is typed after its group, "
+        "`mtp.depth=4`; keys of experiments and of the files at the root have their full name "
+        "here. Keys of an included file are explained there (`base`, `task`).",
     ]
     for group, options in groups().items():
         parts.append(f"## {group or 'The whole experiment, and the other programs'}")
@@ -119,7 +120,7 @@ def _option(option: Option) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Comments are plain text: what Markdown would take for a sign is one."""
+    """Escape Markdown in comments, which are plain text."""
     return "\n".join(
         line if line.startswith("    ") else re.sub(r"([*_<\[\]])", r"\\\1", line)
         for line in text.splitlines()
@@ -137,14 +138,15 @@ def _code(text: str) -> str:
 def _python() -> str:
     head = [
         "# Python",
-        "What a notebook, a script or an idea of yours imports. The rooms behind these doors are "
-        "in [Contributing](../contributing.md), recipes in [Your own idea](../extending.md).",
+        "These are the modules that a notebook, a script or an idea of yours imports. "
+        "[Contributing](../contributing.md) lists all others, and "
+        "[Your own idea](../extending.md) has recipes.",
     ]
     return "\n\n".join([*head, *(f"::: {module}" for module in DOORS)])
 
 
 def _notebook(content: dict[str, Any]) -> str:
-    """Its cells and what they gave."""
+    """A notebook's cells and outputs as Markdown."""
     parts = []
     for cell in content["cells"]:
         text = "".join(cell["source"])

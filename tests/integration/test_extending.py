@@ -1,4 +1,7 @@
-"""docs/extending.md: every recipe works as it stands, from a folder outside this repository."""
+"""docs/extending.md: every recipe works as it stands, from a folder outside this repository.
+
+The page types ``mtp-lightning APP``; the tests call the function that this command calls.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from sweeps.claims.read import read_claim
 from tests.integration.conftest import Once
 from tests.integration.helpers import ROOT, environment, overrides, rows
 
@@ -21,6 +26,7 @@ FILES = dict(re.findall(r"^`([\w/.]+)`\n\n```(?:python|yaml)\n(.*?)^```", PAGE, 
 RECIPES = {
     name: re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S) for name, text in SECTIONS.items()
 }
+CLAIM = "A claim"
 
 pytestmark = pytest.mark.slow
 
@@ -39,10 +45,12 @@ def mine(once: Once) -> Path:
 
 
 def quick(words: list[str], cache: Path) -> list[str]:
-    """A command of the page, made short where it says nothing itself."""
-    program, *given = words
-    if program != "train.py":
-        return [sys.executable, str(ROOT / program), *given, "num_threads=1"]
+    """An app's command on the page, ``train --config-dir my_conf ..``, made short where it says
+    nothing itself."""
+    app, *given = words
+    start = [sys.executable, "-c", "from mtp_lightning.console import main; main()", app]
+    if app != "train":
+        return [*start, *given, "num_threads=1"]
     options = [word for word in given if "=" not in word]
     chosen = [word for word in given if "=" in word]
     groups = {word.split("=")[0].split("/")[0] for word in chosen}
@@ -56,24 +64,27 @@ def quick(words: list[str], cache: Path) -> list[str]:
     if (config_dir := "--config-dir") in options:
         at = given.index(config_dir)
         options = [config_dir, given[at + 1], *(o for o in options if o not in given[at : at + 2])]
-    return [sys.executable, str(ROOT / program), *options, *short, *chosen]
+    return [*start, *options, *short, *chosen]
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str], folder: Path, cache: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    kept = {} if cache is None else {"MTP_LIGHTNING_CACHE": str(cache)}
     return subprocess.run(
         command,
         cwd=folder,
-        env=environment() | {"PYTHONPATH": str(folder)},
+        env=environment() | {"PYTHONPATH": str(folder)} | kept,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 
 def test_the_page_has_a_recipe_for_everything() -> None:
     wanted = (
         "head", "objective", "balance", "lambda", "text source", "task", "optimizer", "callback",
-        "logger", "attention", "op on another device",
+        "logger", "attention", "op on another device", "claim",
     )  # fmt: skip
     assert [w for w in wanted if not any(w in name.lower() for name in RECIPES)] == []
     assert all(RECIPES.values())
@@ -81,11 +92,11 @@ def test_the_page_has_a_recipe_for_everything() -> None:
         assert len(content.splitlines()) <= 60, f"{name} is no recipe any more"
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != CLAIM])
 def test_a_recipe(name: str, mine: Path, cache: Path) -> None:
     for block in RECIPES[name]:
         for line in block.strip().splitlines():
-            assert line.startswith("python ")
+            assert line.startswith("mtp-lightning ")
             command = quick(shlex.split(line)[1:], cache)
             done = run(command, mine)
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
@@ -95,8 +106,39 @@ def test_a_recipe(name: str, mine: Path, cache: Path) -> None:
                 assert "from step 10" in done.stdout + done.stderr, "it goes on where it was"
 
 
+def test_a_claim(mine: Path, tmp_path: Path, cache: Path) -> None:
+    """The page's claim as it stands is read; with fewer and smaller steps it is run and judged."""
+    pytest.importorskip("scipy")
+    pytest.importorskip("matplotlib")
+    claim = read_claim("one_module", mine / "my_claims")
+    assert list(claim.arms) == ["plain", "module"] and len(claim.predictions) == 1
+
+    content = yaml.safe_load(FILES["my_claims/one_module.yaml"])
+    content |= {"seeds": [0, 1], "minimum": 2}
+    content["shared"] += [
+        "data=synthetic", "data.source.size=60000", "data.seq_len=32", "data.eval_bytes=1000",
+        "trainer.max_steps=4", "trainer.num_threads=1", "callbacks.throughput.measure_matmul=false",
+        "~callbacks.speculative_eval",
+    ]  # fmt: skip
+    file = tmp_path / "my_claims" / "one_module.yaml"
+    file.parent.mkdir()
+    file.write_text(yaml.safe_dump(content))
+    (commit,) = re.findall(r"^```\n(git .*?)^```", SECTIONS[CLAIM], re.M | re.S)
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for line in commit.split("&&"):
+        subprocess.run(
+            [*git, *shlex.split(line)[1:]], cwd=tmp_path, check=True, capture_output=True
+        )
+    for line in "".join(RECIPES[CLAIM]).strip().splitlines():
+        done = run([sys.executable, *shlex.split(line)[1:]], tmp_path, cache)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert "one_module: " in done.stdout and "module - plain" in done.stdout.replace("−", "-")
+    result = json.loads((tmp_path / "results" / "one_module.json").read_text())
+    assert result["predicted_in"] and not result["unfinished"]
+
+
 def test_ideas_meet_in_a_sweep(mine: Path, cache: Path) -> None:
-    words = ["train.py", "--config-dir", "my_conf", "-m", "objective=ce,focal", "mtp=gated"]
+    words = ["train", "--config-dir", "my_conf", "-m", "objective=ce,focal", "mtp=gated"]
     more = [
         "balance=inverse_loss",
         "optimizer=slow_trunk",

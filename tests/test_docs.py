@@ -1,0 +1,107 @@
+"""Pages that repeat what is elsewhere: docs/architecture.md the code's order and names,
+docs/should_i.md the numbers of the claims. The pages' tables are read, and compared."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sweeps.claims import words
+
+ROOT = Path(__file__).parents[1]
+
+
+def table(page: str, name: str) -> list[list[str]]:
+    """The cells of the table after ``<!-- table: NAME -->``, without its head."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    found = re.search(rf"<!-- table: {name} -->\n((?:\|.*\n)+)", text)
+    assert found, f"{page} has no table {name!r}"
+    lines = found[1].splitlines()[2:]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+LAYERS = {
+    module: line
+    for line, row in enumerate(table("architecture.md", "layers"))
+    for module in row[1].split(", ")
+}
+# "| what happens | `function`, `function` in `file` |": the last of a row's names is the file.
+WALKS = [
+    (file, name)
+    for walk in ("batch", "config", "prompt")
+    for row in table("architecture.md", walk)
+    for *names, file in [re.findall(r"`([\w./]+)`", row[1])]
+    for name in names
+]
+
+
+def imported(file: Path) -> Iterator[str]:
+    """The modules of mtp_lightning that a file imports, by the first part of their names."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from (name.split(".")[1] for name in names if name.startswith("mtp_lightning."))
+
+
+@pytest.mark.parametrize("module", LAYERS)
+def test_imports_run_down_the_layers(module: str) -> None:
+    package = ROOT / "mtp_lightning"
+    files = [*package.glob(f"{module}.py"), *package.glob(f"{module}/**/*.py")]
+    assert files, f"there is no mtp_lightning.{module}"
+    for file in files:
+        for other in set(imported(file)) - {module}:
+            drawn = LAYERS.get(other)  # None for what is not in the picture
+            assert drawn is None or drawn > LAYERS[module], f"{file} imports {other}"
+
+
+def test_the_picture_is_that_of_the_table() -> None:
+    drawing = runpy.run_path(str(ROOT / "docs" / "picture.py"))
+    picture = (ROOT / "docs" / "images" / "architecture.svg").read_text(encoding="utf-8")
+    assert picture == drawing["drawn"](drawing["layers"]()), "python docs/picture.py"
+    assert len(LAYERS) > 15
+
+
+def definitions(node: ast.AST, prefix: str = "") -> Iterator[str]:
+    """Functions, classes and their methods, as dotted names."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+            yield prefix + child.name
+            yield from definitions(child, f"{prefix}{child.name}.")
+
+
+@pytest.mark.parametrize(("file", "name"), WALKS)
+def test_the_steps_of_the_walks_are_there(file: str, name: str) -> None:
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    assert name in set(definitions(tree))
+
+
+MEASURED = table("should_i.md", "measured")
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: " ".join(row[:3]))
+def test_the_measured_numbers_are_those_of_the_claims(row: list[str]) -> None:
+    name, subject, quantity, measured, verdict = row
+    result = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    found = [
+        (words.measured(entry), entry["verdict"])
+        for entry in result["predictions"]
+        if (words.subject(entry), words.quantity(entry["measure"])) == (subject, quantity)
+    ]
+    assert found == [(measured, verdict)]
+
+
+def test_the_claims_named_are_there() -> None:
+    text = (ROOT / "docs" / "should_i.md").read_text(encoding="utf-8")
+    claims = {path.stem for path in (ROOT / "sweeps" / "claims").glob("*.yaml")}
+    named = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", text))
+    assert len(MEASURED) > 10 and {row[0] for row in MEASURED} <= claims
+    assert named - claims == set(), "no claims"
