@@ -14,11 +14,11 @@ class RunCallback(Callback):
     """Lightning's hooks and four of a run, all of which may be left as they are.
 
     Attributes:
-        takes_gradients: whether it takes the gradients of one task alone, which a sharded model has
-            on no process.
+        takes_gradients: what a person types for it, if it takes the gradients of one task alone,
+            which a sharded model has on no process; else empty.
     """
 
-    takes_gradients: ClassVar[bool] = False
+    takes_gradients: ClassVar[str] = ""
 
     def paused(self) -> AbstractContextManager[None]:
         """Entered while the run does something beside training, such as writing a checkpoint."""

@@ -36,7 +36,7 @@ class GradientConflict(RunCallback):
         UserError: it is no whole number of at least 1.
     """
 
-    takes_gradients = True
+    takes_gradients = "callbacks=gradient_conflict"
 
     def __init__(self, every_n_steps: int = 50) -> None:
         key = "callbacks.gradient_conflict.every_n_steps"

@@ -306,8 +306,7 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
     stop_together(trainer)
     for callback in run_callbacks(trainer):
         if callback.takes_gradients:
-            what = f"the callback {type(callback).__name__}"
-            processes.require_whole_gradients(cfg.trainer, what)
+            processes.require_whole_gradients(cfg.trainer, callback.takes_gradients)
     if trainer.limit_val_batches != 1.0:
         raise UserError(
             f"trainer.limit_val_batches={trainer.limit_val_batches} would evaluate a part of the "

@@ -40,7 +40,8 @@ def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: An
             what the object's own checks refuse.
     """
     target = config.get("_target_")
-    vetting.check_values(OmegaConf.to_container(config, resolve=True), config._get_full_key(""))
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    vetting.check_values(plain, config._get_full_key(""))
     try:
         built = hydra.utils.instantiate(config, **arguments, _convert_="all")
     except InstantiationException as error:

@@ -85,7 +85,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "negative depth": ({"mtp.depth": -1}, ["mtp.depth", "-1"]),
     "no whole depth": ({"mtp.depth": 1.5}, ["mtp.depth", "1.5"]),
     "depth over the window": ({"mtp.depth": 17}, ["mtp.depth", "17", "data.seq_len", "16"]),
-    "depth without modules": ({"mtp": "none", "mtp.depth": 2}, ["mtp=none", "mtp.depth=2"]),
+    "depth without modules": (
+        {"mtp": "none", "mtp.depth": 2},
+        ["mtp.depth must be 0 with this option, not 2"],
+    ),
     "unknown switch": ({"mtp.concat": "both"}, ["mtp.concat", "both", "hidden_first"]),
     "heads": ({"model.n_heads": 4, "model.n_kv_heads": 3}, ["n_heads", "4", "n_kv_heads", "3"]),
     "width over heads": ({"model.d_model": 33}, ["d_model", "33", "n_heads"]),
@@ -119,7 +122,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"data.val_fraction": 1e-12, "data.source.documents": 100},
         ["validation split has no document", "data.val_fraction"],
     ),
-    "no bytes to evaluate": ({"data.eval_bytes": 0}, ["data.eval_bytes", "0", "all"]),
+    "no bytes to evaluate": ({"data.eval_bytes": 0}, ["data.eval_bytes", "at least 1, not 0"]),
     "bytes to evaluate in words": ({"data.eval_bytes": "some"}, ["data.eval_bytes", "some"]),
     "a part of the evaluation text": (
         {"+trainer.limit_val_batches": 3},
@@ -138,7 +141,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "vocabulary": ({"tokenizer": "bpe", "tokenizer.vocab_size": 7}, ["vocab_size", "7", "257"]),
     "settings of another class": (
         {"optimizer._target_": "mtp_lightning.optim.lr_schedule.LRSchedule"},
-        ["LRSchedule refuses its settings", "argument"],
+        ["optimizer.", " is no key: ", "--help optimizer"],
     ),
     "nowhere to import from": (
         {"optimizer._target_": "my_ideas.Sophia"},

@@ -212,7 +212,7 @@ def test_heads_without_a_layout_are_announced(
     ("changes", "message"),
     [
         ({"dtype": "int8"}, "dtype=int8 is unknown"),
-        ({"shard_gb": 0}, "shard_gb must be above 0"),
+        ({"shard_gb": 0}, "shard_gb must be a number above 0"),
         ({"max_positions": -1}, "max_positions must be"),
         ({"depth": 1}, "depth=1"),
     ],
