@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.metrics.summary_rates import rates_of
+from mtp_lightning.metrics.own_loss import rates_of
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.kinds import SideBySide
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.half import hold_in_bf16
 from mtp_lightning.nn.init import drawn_anew
@@ -114,12 +113,10 @@ class MTPModule(pl.LightningModule):
         """Shard the model, where the strategy has laid the processes out for it."""
         if self.device_mesh is None or is_sharded(self):
             return
-        # Heads side by side are gathered with the root: the gradients of all of them are taken by
-        # hand, in the midst of a forward pass (objective/stack_loss.py).
-        alone = isinstance(self.model.mtp, SideBySide)
-        units = [
-            m for m in (self.model.trunk if alone else self.model).modules() if isinstance(m, Block)
-        ]
+        # Heads that are trained in turn are gathered with the root: their gradients are taken by
+        # hand, in the midst of a forward pass (mtp/kinds.py).
+        sharded = self.model.trunk if self.model.mtp.in_turn else self.model
+        units = [m for m in sharded.modules() if isinstance(m, Block)]
         mixed = self.trainer.precision == "bf16-mixed"
         shard(
             self,

@@ -21,9 +21,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.mtp.summary import Summary, SummaryConfig
+from data_modules.windows import WindowBatch
+from mtp_lightning.mtp.summary import Summary, SummaryConfig, SummaryLoss
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.settings import require_choice
 
@@ -79,3 +81,25 @@ class BagMTP(Summary):
         counts_V = torch.zeros(len(self.weights_V), dtype=torch.float64)
         counts_V[: len(holding)] = holding.double()
         self.weights_V.copy_(((1 + documents) / (1 + counts_V)).log() + 1)
+
+    def own_loss(self, k: int, batch: WindowBatch) -> Presence:
+        return Presence(self, batch)
+
+
+class Presence(SummaryLoss):
+    """``-sum_v w_v [a_v log sigmoid(z_v) + (1 - a_v) log(1 - sigmoid(z_v))]``."""
+
+    def __init__(self, head: BagMTP, batch: WindowBatch) -> None:
+        super().__init__(head, batch)
+        self.weights_V = head.weights_V
+
+    def of_ahead(
+        self, logits_RV: Tensor, tokens_RS: Tensor, counts_RS: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weights_V = self.weights_V.to(logits_RV.dtype)
+        # -log(1 - sigmoid(z)) = softplus(z), and -log sigmoid(z) = softplus(z) - z.
+        hit_RS = weights_V[tokens_RS] * counts_RS
+        value_R = F.softplus(logits_RV) @ weights_V
+        value_R -= (hit_RS * logits_RV.gather(1, tokens_RS)).sum(-1)
+        d_logits_RV = torch.sigmoid(logits_RV).mul_(weights_V)
+        return value_R, d_logits_RV.scatter_add_(1, tokens_RS, -hit_RS)

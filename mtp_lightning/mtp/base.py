@@ -14,8 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.confidence import Confidence
+from mtp_lightning.mtp.feed import Feed, OwnLoss, Together
 from mtp_lightning.mtp.switches import Switches, branch_state, check_switches
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -54,6 +56,8 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
     # Whether a depth's hidden state predicts one token, through the shared head: then it has an
     # accuracy, an agreement and an overlap. Else it has a loss alone, if that, and drafts nothing.
     predicts_tokens: ClassVar[bool] = True
+    # Whether the depths have a loss of their own, by a matrix of their own (MTPStack.own_loss).
+    brings_loss: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_whole("mtp.depth", self.depth, least=0)
@@ -220,6 +224,11 @@ class MTPStack(nn.Module, ABC):
 
     # Whether a depth attends to positions before its own: then decoding stores its keys and values.
     attends_back: ClassVar[bool] = True
+    # Whether depths are trained one after another, each forward and backward by itself. Each then
+    # needs a teacher of its own, and what must be known beforehand computes it twice.
+    in_turn: ClassVar[bool] = False
+    # Whether every depth is the main prediction's own hidden state.
+    shares_state: ClassVar[bool] = False
     confidence: Confidence | None
 
     def __init__(self, config: MTPConfig) -> None:
@@ -249,6 +258,43 @@ class MTPStack(nn.Module, ABC):
             key: of the random choices in training.
         """
         return k
+
+    def valid(self, k: int, batch: WindowBatch, key: RandomKey | None = None) -> Tensor | None:
+        """Which positions of depth ``k`` count, bool [B, T]; None if all do.
+
+        Args:
+            k: 0 for the main prediction.
+            batch: the windows.
+            key: of the random choices in training.
+        """
+        own = self.own_loss(k, batch) if k else None
+        return batch.valid(self.target_depth(k, key)) if own is None else own.valid_BT
+
+    def own_loss(self, k: int, batch: WindowBatch) -> OwnLoss | None:
+        """The loss of depth ``k`` over some windows, in the place of the objective's; the depths of
+        a stack whose config says ``brings_loss`` have one."""
+        return None
+
+    def feed(
+        self,
+        final_BTC: Tensor,
+        at: BranchPoint,
+        batch: WindowBatch,
+        depths: Sequence[int],
+        key: RandomKey | None = None,
+    ) -> Feed:
+        """How the stack is trained on a micro-batch: what goes through the head, in which order.
+
+        Args:
+            final_BTC: the trunk's output, and ...
+            at: ... the branch point, both from :meth:`MTPModel.run_trunk`.
+            batch: the windows.
+            depths: that are trained, in order.
+            key: of the random choices in training; None makes none.
+        """
+        losses = {k: self.own_loss(k, batch) for k in depths}
+        own = {k: loss for k, loss in losses.items() if loss is not None}
+        return Together(final_BTC, list(self.states(at, depths, key)), own)
 
     def through_trunk(
         self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None = None

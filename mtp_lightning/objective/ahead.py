@@ -8,18 +8,19 @@ Shapes: B windows, T positions, R positions of one chunk, C d_model, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from mtp_lightning.mtp.feed import Feed
 from mtp_lightning.objective.terms.tv import acceptance
 from mtp_lightning.objective.through_head import (
     compute_dtype,
     log_probs,
     log_probs_by_chunk,
-    places_left,
+    rows_left,
 )
 
 
@@ -66,8 +67,7 @@ class Seen:
 @torch.no_grad()
 def look_ahead(
     weight_VC: Tensor,
-    main_BTC: Tensor,
-    groups: Iterable[Sequence[tuple[int, Tensor]]],
+    feed: Feed,
     tokens: Mapping[int, Tensor],
     wanted: Wanted,
 ) -> Seen:
@@ -75,17 +75,15 @@ def look_ahead(
 
     Args:
         weight_VC: the shared head's.
-        main_BTC: the main prediction's hidden state.
-        groups: depths and their hidden states, the very ones that are going to learn. Those of one
-            group share a pass of the main prediction. Asked for only if depths are looked at.
+        feed: the depths' hidden states, asked for only if depths are looked at.
         tokens: depth -> targets [B, T].
         wanted: what is to be measured.
     """
     seen = Seen()
-    for states in groups if wanted.of_depths else ():
-        _look(weight_VC, main_BTC, states, tokens, wanted, seen)
+    for states in feed.looks() if wanted.of_depths else ():
+        _look(weight_VC, feed.main, states, tokens, wanted, seen)
     if wanted.entropy and seen.entropy is None:
-        _look(weight_VC, main_BTC, [], tokens, wanted, seen)
+        _look(weight_VC, feed.main, [], tokens, wanted, seen)
     return seen
 
 
@@ -124,7 +122,7 @@ def _look(
                     seen.entropy.view(-1)[place] = -(main_RV.exp() * main_RV).sum(-1)
                 main_RV.exp_()
                 for k, h_MC in flat:
-                    rows = places_left(place, k, h_MC)
+                    rows = rows_left(place, k, h_MC)
                     q_RV = log_probs(h_MC[rows], weight).exp_()
                     if wanted.alpha:
                         seen.alpha[k].view(-1)[rows] = acceptance(main_RV, q_RV)

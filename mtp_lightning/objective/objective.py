@@ -21,15 +21,19 @@ from data_modules.windows import IGNORE_INDEX, WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPStack
-from mtp_lightning.mtp.kinds import SideBySide, Targets
 from mtp_lightning.objective.ahead import Seen, Wanted
 from mtp_lightning.objective.entropy_mask import EntropyMask
 from mtp_lightning.objective.position_weights import Acceptance, ExpDecay, PositionWeights
+from mtp_lightning.objective.targets import (
+    DepthTarget,
+    PositionCounts,
+    taught_targets,
+    tokens_of,
+)
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.confidence import ConfidenceError, ConfidenceTerm
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.terms.e2e_tv import E2ETV, together
-from mtp_lightning.objective.through_head import DepthTarget
 from mtp_lightning.settings import require, require_choice, require_number
 
 
@@ -163,12 +167,14 @@ class Objective:
             place: :meth:`MTPStack.target_depth` of ``k``.
         """
         found = []
-        for weight, term in self.parts:
+        for part, (weight, term) in enumerate(self.parts):
             if count := counts.of(k, term):
                 taught = term.needs_teacher
                 tokens_BT = taught_targets(batch, k) if taught else batch.targets(place)
                 coefficient = factor * weight / count
-                found.append(DepthTarget(k, tokens_BT, coefficient, term, stride=batch.stride))
+                found.append(
+                    DepthTarget(k, tokens_BT, coefficient, term, part, stride=batch.stride)
+                )
         return found
 
     def settle(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
@@ -270,7 +276,7 @@ class Objective:
             main: whether the main prediction goes through the head anyway.
         """
         head, depths = config.trunk.head_flops(), len(active)
-        alone = isinstance(stack, SideBySide)
+        alone = stack.in_turn
         flops = self._flops_ahead(config, seq_len, active, alone=alone)
         if not active:
             return flops
@@ -282,7 +288,7 @@ class Objective:
             # One head at a time needs a teacher of its own; a chain's is the main prediction.
             flops += (depths if alone else not main) * head
         trained = self.train_head and config.mtp.detach != "all"
-        if isinstance(stack, Targets) and (self.needs_teacher or not trained):
+        if stack.shares_state and (self.needs_teacher or not trained):
             return flops + depths * (2 + trained) * head  # each by itself
         if not self.train_head and config.mtp.trains_trunk and config.mtp.detach != "all":
             flops -= config.mtp.projections(active) * head
@@ -307,48 +313,5 @@ class Objective:
         return flops
 
 
-def tokens_of(targets: Sequence[DepthTarget]) -> dict[int, Tensor]:
-    """The target tokens of every depth, -100 where none of its terms counts."""
-    tokens: dict[int, Tensor] = {}
-    for target in targets:
-        if target.depth not in tokens or not target.term.needs_teacher:
-            tokens[target.depth] = target.tokens
-    return tokens
-
-
 CROSS_ENTROPY = Objective(term=CrossEntropy())
 """What the depths learn where nothing else is said."""
-
-
-@dataclass(frozen=True)
-class PositionCounts:
-    """Positions that count in an optimizer step, of all ranks.
-
-    Attributes:
-        valid: [D + 1], those with a valid target.
-        taught: [D + 1], those of them that have a teacher; None where nobody asks.
-    """
-
-    valid: list[int]
-    taught: list[int] | None = None
-
-    def of(self, k: int, term: Term) -> int:
-        """Those of depth ``k`` that count for a term."""
-        if not term.needs_teacher:
-            return self.valid[k]
-        assert self.taught is not None
-        return self.taught[k]
-
-
-def taught_targets(batch: WindowBatch, k: int) -> Tensor:
-    """``[B, T]`` targets of depth k, -100 also where the main prediction of the same token lies
-    beyond the window: at the last k positions, with a stride the last s k."""
-    targets_BT = batch.targets(k).clone()
-    targets_BT[:, max(batch.seq_len - batch.stride * k, 0) :] = IGNORE_INDEX
-    return targets_BT
-
-
-def count_taught(batch: WindowBatch) -> Tensor:
-    """``[D + 1]`` int64 number of positions of every depth that have a teacher, and count."""
-    targets = [taught_targets(batch, k) for k in range(batch.depth + 1)]
-    return torch.stack([(tokens_BT != IGNORE_INDEX).sum() for tokens_BT in targets])

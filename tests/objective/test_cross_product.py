@@ -27,7 +27,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig, RandomKey
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective import mixture_loss, through_head
+from mtp_lightning.objective import through_head
 from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.balance.cosine_gate import CosineGate
 from mtp_lightning.objective.balance.gradnorm import GradNorm
@@ -328,7 +328,6 @@ def require_sentence(said: str | None, *named: str) -> None:
 def check_all(cases: Iterator[Case], monkeypatch: pytest.MonkeyPatch) -> None:
     """Some are not refused; of heads that take everything, all."""
     monkeypatch.setattr(through_head, "chunk_rows", lambda *_: 7)  # chunks that straddle windows
-    monkeypatch.setattr(mixture_loss, "chunk_rows", lambda *_: 15)
     trained = 0
     for case in cases:
         try:

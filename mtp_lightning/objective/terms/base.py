@@ -71,12 +71,19 @@ class Term(ABC):
     Attributes:
         name: what it is called in messages and in the log.
         needs_teacher: whether :attr:`Chunk.teacher` is read. Only positions that have one count.
+        of_token: whether the loss is ``-log q(target)`` and reads no other log-probability. Passes
+            then take shorter ways: several such targets share one softmax.
+        of_state: whether it is a term of the depth's hidden state; see :class:`HiddenTerm`.
+        parameters: of its own, which are part of the model.
         is_word: whether a mixture may name it.
     """
 
     name: ClassVar[str]
     needs_teacher: ClassVar[bool] = False
+    of_token: ClassVar[bool] = False
+    of_state: ClassVar[bool] = False
     is_word: ClassVar[bool] = True
+    parameters: Sequence[nn.Parameter] = ()
 
     @abstractmethod
     def value(self, chunk: Chunk) -> Tensor:
@@ -105,13 +112,9 @@ class Term(ABC):
 class HiddenTerm(Term):
     """A term of the depth's hidden state itself, an addition to a term of the log-probabilities.
     ``value`` is differentiable by ``chunk.hidden_RC`` and by the term's own parameters; what it
-    reads of the log-probabilities has no gradient.
+    reads of the log-probabilities has no gradient."""
 
-    Attributes:
-        parameters: of its own, which are part of the model.
-    """
-
-    parameters: Sequence[nn.Parameter] = ()
+    of_state = True
 
     def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         raise AssertionError("of a term of hidden states, the gradient is not by logits")

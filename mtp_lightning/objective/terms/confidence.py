@@ -47,7 +47,7 @@ class ConfidenceError(ConfidenceTerm):
     """Mean distance of the confidence from the acceptance: logged, and learned from by nobody."""
 
     name = "confidence_error"
-    parameters = ()
+    parameters = ()  # type: ignore[assignment]
 
     def tag(self, k: int) -> str:
         return f"confidence/error_depth_{k}"
