@@ -17,8 +17,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,9 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey
 from mtp_lightning.mtp.correction import Correction
-from mtp_lightning.mtp.feed import Feed, Lesson, OneState, Prediction, Steps, Target, added
+from mtp_lightning.mtp.feed import Feed, Lesson, OneState, Prediction, Steps, added
 from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.ledger import Ledger
 
 
@@ -215,7 +216,7 @@ class HeadByHead(Feed):
         return [main.gradient, *of_common, *of_heads]
 
     def _one_head(
-        self, k: int, targets: Sequence[Target], lesson: Lesson
+        self, k: int, targets: Sequence[Any], lesson: Lesson
     ) -> Generator[Sequence[Prediction], None, tuple[list[Tensor | None], list[Tensor | None]]]:
         """A head forward, through the loss, and backward; its activations end with this call.
 
@@ -259,6 +260,17 @@ class HeadByHead(Feed):
         of_common = iter(grads)
         d_common = [next(of_common) if leaf.requires_grad else None for leaf in leaves]
         return d_common, list(grads[len(asked) :])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetsConfig(MTPConfig):
+    """No weights, and no matrix product beyond the trunk's own."""
+
+    def num_params(self, trunk: TrunkConfig) -> int:
+        return 0
+
+    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
+        return 0
 
 
 class Targets(MTPStack):
