@@ -17,15 +17,13 @@ from torch import Tensor
 from benchmarks import common
 from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.feed import Prediction, Together
-from mtp_lightning.objective.ahead import look_ahead
 from mtp_lightning.objective.objective import Objective
-from mtp_lightning.objective.stream import stream_loss
+from mtp_lightning.objective.stream import prepass, stream_loss
 from mtp_lightning.objective.targets import (
     DepthTarget,
     PositionCounts,
     by_depth,
     count_taught,
-    tokens_of,
 )
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
@@ -69,7 +67,7 @@ def one_pass(
     for k in range(1, batch.depth + 1):
         targets += objective.targets(k, batch, 0.1, counts, place=k)
     feed = Together(states[0], list(enumerate(states))[1:], {})
-    seen = look_ahead(weight_VC, feed, tokens_of(targets), objective.wanted)
+    seen = prepass(weight_VC, feed, targets, objective.measures)
     targets = objective.settle(targets, seen)
     if not alone:
         loss, _ = stream_loss(weight_VC, feed, targets)

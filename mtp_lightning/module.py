@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.metrics.own_loss import rates_of
+from mtp_lightning.metrics.rates import rates_of
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.half import hold_in_bf16

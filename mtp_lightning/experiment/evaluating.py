@@ -25,7 +25,7 @@ from mtp_lightning.experiment.instantiate import rebuild, trusted_packages
 from mtp_lightning.experiment.self_generated import SelfGenerated
 from mtp_lightning.interop.reading import open_run
 from mtp_lightning.metrics.long_range import LongRange
-from mtp_lightning.metrics.own_loss import rates_of
+from mtp_lightning.metrics.rates import rates_of
 from mtp_lightning.model import MTPModel
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.config import key_of

@@ -11,7 +11,7 @@ start ``V ln 2``, after a few steps about what the ids that do come cost. The we
 document frequencies, ``w_v = ln((1 + N) / (1 + n_v)) + 1`` for an id that n_v of the N training
 documents hold (the smoothed form, which is never 0 and 1 where a corpus is one document), or 1.
 
-Documents, tasks and the window's end: see ``future.py``. A position whose bag is empty does not
+Documents, tasks and the window's end: see ``look_ahead.py``. A position whose bag is empty does not
 count.
 """
 
@@ -89,14 +89,12 @@ class BagMTP(Summary):
 class Presence(SummaryLoss):
     """``-sum_v w_v [a_v log sigmoid(z_v) + (1 - a_v) log(1 - sigmoid(z_v))]``."""
 
-    def __init__(self, head: BagMTP, batch: WindowBatch) -> None:
-        super().__init__(head, batch)
-        self.weights_V = head.weights_V
+    head: BagMTP
 
     def of_ahead(
         self, logits_RV: Tensor, tokens_RS: Tensor, counts_RS: Tensor
     ) -> tuple[Tensor, Tensor]:
-        weights_V = self.weights_V.to(logits_RV.dtype)
+        weights_V = self.head.weights_V.to(logits_RV.dtype)
         # -log(1 - sigmoid(z)) = softplus(z), and -log sigmoid(z) = softplus(z) - z.
         hit_RS = weights_V[tokens_RS] * counts_RS
         value_R = F.softplus(logits_RV) @ weights_V

@@ -101,15 +101,8 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
         active: Sequence[int],
         layers: Sequence[int] | None = None,
     ) -> int:
-        """Forward FLOPs of the trunk's blocks for one position, where the ``active`` depths are
-        computed.
-
-        Args:
-            trunk: its config.
-            seq_len: T.
-            active: depths.
-            layers: which blocks; None for all.
-        """
+        """Forward FLOPs of the trunk's blocks, ``layers`` or all, for one position, where the
+        ``active`` depths are computed."""
         layers = range(trunk.n_layers) if layers is None else layers
         return sum(trunk.block_flops(seq_len, layer) for layer in layers)
 
@@ -224,8 +217,8 @@ class MTPStack(nn.Module, ABC):
 
     # Whether a depth attends to positions before its own: then decoding stores its keys and values.
     attends_back: ClassVar[bool] = True
-    # Whether depths are trained one after another, each forward and backward by itself. Each then
-    # needs a teacher of its own, and what must be known beforehand computes it twice.
+    # Whether depths are trained one after another: each makes a teacher of its own, and what must
+    # be known of all beforehand computes each of them twice.
     in_turn: ClassVar[bool] = False
     # Whether every depth is the main prediction's own hidden state.
     shares_state: ClassVar[bool] = False
@@ -260,13 +253,8 @@ class MTPStack(nn.Module, ABC):
         return k
 
     def valid(self, k: int, batch: WindowBatch, key: RandomKey | None = None) -> Tensor | None:
-        """Which positions of depth ``k`` count, bool [B, T]; None if all do.
-
-        Args:
-            k: 0 for the main prediction.
-            batch: the windows.
-            key: of the random choices in training.
-        """
+        """Which positions of depth ``k`` (0 is the main prediction) count, bool [B, T]; None if all
+        do. ``key`` is that of the random choices in training."""
         own = self.own_loss(k, batch) if k else None
         return batch.valid(self.target_depth(k, key)) if own is None else own.valid_BT
 
@@ -286,8 +274,7 @@ class MTPStack(nn.Module, ABC):
         """How the stack is trained on a micro-batch: what goes through the head, in which order.
 
         Args:
-            final_BTC: the trunk's output, and ...
-            at: ... the branch point, both from :meth:`MTPModel.run_trunk`.
+            final_BTC, at: from :meth:`MTPModel.run_trunk`.
             batch: the windows.
             depths: that are trained, in order.
             key: of the random choices in training; None makes none.
@@ -354,7 +341,7 @@ class MTPStack(nn.Module, ABC):
         return d_model
 
     def first_token(self, k: int) -> int:
-        """How many places on the first token stands that depth ``k`` reads by itself."""
+        """How far ahead the first token stands that depth ``k`` reads by itself."""
         return k
 
     def computed(self, active: Sequence[int]) -> list[int]:

@@ -20,25 +20,16 @@ Shapes: B batch, T positions, C d_model, V vocabulary, R positions of one chunk.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 
-class Target(Protocol):
-    """What the objective asks of one depth by one term; a feed passes it on as it is."""
-
-    @property
-    def depth(self) -> int: ...
-    @property
-    def needs_teacher(self) -> bool: ...
-
-
 class Asked(Protocol):
-    """A :class:`Target` at the R positions of one chunk, for a loss that the stack computes.
+    """A target at the R positions of one chunk, for a loss that the stack computes.
 
     Attributes:
         depth: k.
@@ -61,28 +52,11 @@ class Asked(Protocol):
         """Add the losses to the step's sums, by ``counts_R`` if given."""
 
 
-class Loss(Protocol):
-    """A loss that a stack computes itself; see :attr:`Prediction.loss`."""
-
-    @property
-    def width(self) -> int:
-        """Numbers that a position takes up beside its logits."""
-
-    def __call__(
-        self, rows: slice, logits_NV: Tensor, asked: Sequence[Asked], *, learns: bool
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Note the losses, and return the gradient by the logits.
-
-        Args:
-            rows: the chunk's positions, of the B x T.
-            logits_NV: of all their hidden states; may be overwritten.
-            asked: the prediction's targets at these positions.
-            learns: whether anybody wants a gradient.
-
-        Returns:
-            The gradient [N, V], and what its rows are still to be multiplied by, [N, 1] or None;
-            None if nobody wants it.
-        """
+Loss = Callable[[slice, Tensor, Sequence[Asked], bool], tuple[Tensor, Tensor | None] | None]
+"""A loss that the stack computes and notes. It is called with the rows of a chunk (of the B x T
+positions), the logits [N, V] of all their hidden states, which it may overwrite, the prediction's
+targets there, and whether anybody wants a gradient. It returns that gradient [N, V], and what its
+rows are still to be multiplied by, [N, 1] or None."""
 
 
 @dataclass(eq=False)
@@ -91,23 +65,25 @@ class Prediction:
 
     Attributes:
         hidden: [..., C], ready for the head.
-        targets: what its logits are made for once: a depth's targets, one for each term of the
-            objective; with ``parameter_free`` those of all depths.
+        targets: what its logits are made for once: the objective's targets of a depth, one for each
+            term; with ``parameter_free`` those of all depths.
         train_head: whether the head's weight gets a gradient from it.
         needs_gradient: whether the hidden state does.
         weight: [V', C] of a head of its own; None for the shared one.
         loss: computes the loss in the place of the targets' terms.
+        width: numbers that a position takes up in ``loss`` beside its logits.
         states: hidden states that stand in ``hidden`` for each position.
         gradient: by the hidden state, once it is known.
         weight_gradient: by a ``weight`` of its own, once it is known.
     """
 
     hidden: Tensor
-    targets: Sequence[Target]
+    targets: Sequence[Any]
     train_head: bool = True
     needs_gradient: bool = True
     weight: Tensor | None = None
     loss: Loss | None = None
+    width: int = 1
     states: int = 1
     gradient: Tensor | None = None
     weight_gradient: Tensor | None = None
@@ -129,7 +105,7 @@ class Lesson:
         auxiliary: factor of the layers' auxiliary losses.
     """
 
-    targets: Mapping[int, Sequence[Target]]
+    targets: Mapping[int, Sequence[Any]]
     needs: Sequence[bool]
     train_head: bool = True
     auxiliary: float = 1.0
@@ -204,7 +180,7 @@ class Together(Feed):
         with_own = [p for p, (k, _) in zip(predictions, states, strict=True) if k in self.own]
         needs_weight = lesson.needs[len(states) :]
         for p, loss, needed in zip(with_own, self.own.values(), needs_weight, strict=True):
-            p.weight, p.loss, p.train_head = loss.weight, loss, needed
+            p.weight, p.loss, p.width, p.train_head = loss.weight, loss, loss.width, needed
         yield predictions
         return [*(p.gradient for p in predictions), *(p.weight_gradient for p in with_own)]
 
@@ -229,7 +205,7 @@ class OneState(Feed):
         yield [(k, self.main) for k in self.depths]
 
     def learn(self, lesson: Lesson) -> Steps:
-        parts: list[tuple[bool, Sequence[Target]]]
+        parts: list[tuple[bool, Sequence[Any]]]
         if lesson.needs_teacher or not lesson.train_head:
             parts = [(k == 0 or lesson.train_head, own) for k, own in lesson.targets.items()]
         else:
@@ -279,9 +255,9 @@ class OwnLoss(ABC):
         return value_R.detach(), d_logits_RV
 
     def __call__(
-        self, rows: slice, logits_NV: Tensor, asked: Sequence[Asked], *, learns: bool
+        self, rows: slice, logits_NV: Tensor, asked: Sequence[Asked], learns: bool
     ) -> tuple[Tensor, Tensor | None] | None:
-        """See :class:`Loss`. Of the target, its coefficient alone is used."""
+        """See :data:`Loss`. Of the target, its coefficient alone is used."""
         (target,) = asked
         dtype, valid_R = logits_NV.dtype, self.valid_BT.reshape(-1)[rows]
         logits_RV = logits_NV.to(torch.promote_types(dtype, torch.float32))

@@ -228,15 +228,13 @@ class JointLoss:
         d_log_weights_MA: the gradient by ``log_weights_MA``.
     """
 
-    width = 1
-
     def __init__(self, log_weights_MA: Tensor, between: Sequence[Tensor], depths: int) -> None:
         self.log_weights_MA, self.between = log_weights_MA.detach(), between
         self.depths = depths
         self.d_log_weights_MA = torch.empty_like(self.log_weights_MA)
 
     def __call__(
-        self, rows: slice, logits_NV: Tensor, asked: Sequence[Asked], *, learns: bool
+        self, rows: slice, logits_NV: Tensor, asked: Sequence[Asked], learns: bool
     ) -> tuple[Tensor, None]:
         log_w_RA = self.log_weights_MA[rows]
         between_R = [token_M[rows] for token_M in self.between]

@@ -18,7 +18,7 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.feed import OwnLoss
-from mtp_lightning.mtp.future import Future
+from mtp_lightning.mtp.look_ahead import LookAhead
 from mtp_lightning.mtp.switches import Detach
 from mtp_lightning.mtp.training_only import TrainingOnly, TrainingOnlyConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -86,9 +86,9 @@ class Summary(TrainingOnly):
     @abstractmethod
     def own_loss(self, k: int, batch: WindowBatch) -> OwnLoss: ...
 
-    def ahead_of(self, batch: WindowBatch) -> Future:
+    def ahead_of(self, batch: WindowBatch) -> LookAhead:
         """The tokens ahead that the head looks at."""
-        return Future(
+        return LookAhead(
             batch.tokens,
             batch.seq_len,
             documents_BW=batch.documents,
@@ -107,7 +107,7 @@ class SummaryLoss(OwnLoss):
     """
 
     def __init__(self, head: Summary, batch: WindowBatch) -> None:
-        self.ahead = head.ahead_of(batch)
+        self.head, self.ahead = head, head.ahead_of(batch)
         super().__init__(head.head.weight, self.ahead.valid())
         # The tokens ahead of a chunk take as much memory as its logits, or less.
         self.width = self.ahead.last

@@ -12,9 +12,9 @@ is the same softmax, and its tau is 1: mass 0.63, 0.23, 0.09, .. on the next tok
 different ones, and with that nothing beyond about a hundred that float32 could tell from 0.) The
 scores are made in float32: float16 cannot tell distances beyond 2,048 apart.
 
-Documents, tasks and the window's end: see ``future.py``. Windows hold the W tokens ahead of every
-position, of a W beyond T + 1 as many as T + 1 beyond the last position: distances are then cut
-where the window ends. A position without a token that counts does not count.
+Documents, tasks and the window's end: see ``look_ahead.py``. Windows hold the W tokens ahead of
+every position, of a W beyond T + 1 as many as T + 1 beyond the last position: distances are then
+cut where the window ends. A position without a token that counts does not count.
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ class Order(SummaryLoss):
     """ListNet's loss with the distances' softmax: ``-sum_v softmax(-d / tau)_v log
     softmax(logits)_v``."""
 
-    def __init__(self, head: TopMTP, batch: WindowBatch) -> None:
-        super().__init__(head, batch)
-        self.tau = head.config.tau
+    head: TopMTP
 
     def of_ahead(
         self, logits_RV: Tensor, tokens_RS: Tensor, counts_RS: Tensor
@@ -77,7 +75,7 @@ class Order(SummaryLoss):
         distance_S = torch.arange(
             tokens_RS.shape[1], device=logits_RV.device, dtype=logits_RV.dtype
         )
-        score_RS = (-distance_S / self.tau).masked_fill(~counts_RS, -torch.inf)
+        score_RS = (-distance_S / self.head.config.tau).masked_fill(~counts_RS, -torch.inf)
         target_RS = torch.softmax(score_RS, dim=-1).nan_to_num(nan=0.0)  # a row without any
         log_probs_RV = torch.log_softmax(logits_RV, dim=-1)
         value_R = -(target_RS * log_probs_RV.gather(1, tokens_RS)).sum(-1)

@@ -23,7 +23,6 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import RandomKey
 from mtp_lightning.nn.ledger import Ledger
-from mtp_lightning.objective.ahead import look_ahead
 from mtp_lightning.objective.balance.base import Balance, Observed
 from mtp_lightning.objective.balance.gradients import (
     require_separable,
@@ -32,11 +31,10 @@ from mtp_lightning.objective.balance.gradients import (
 from mtp_lightning.objective.expert_balance import balance_experts
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.ranks import rank, sum_over_ranks, world_size
-from mtp_lightning.objective.refusals import check_together
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.objective.step_plan import StepPlan, StepResult
-from mtp_lightning.objective.stream import stream_loss
-from mtp_lightning.objective.targets import DepthTarget, by_depth, step_counts, tokens_of
+from mtp_lightning.objective.stream import prepass, stream_loss
+from mtp_lightning.objective.targets import DepthTarget, by_depth, step_counts
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.sharding import whole
 
@@ -71,7 +69,7 @@ class OptimizerStep:
         self.schedule = schedule
         self.balance = balance
         self.objective = (objective or CROSS_ENTROPY).for_model(model)
-        check_together(self.objective, model.config.mtp)
+        self.objective.check(model.config.mtp)
         if balance.scope is not None:
             require_separable(self.objective, what=f"balance={balance.name}")
         self.seed = seed
@@ -168,8 +166,7 @@ class OptimizerStep:
                     gradients=gradients,
                 )
             )
-        if self.objective.entropy_mask is not None:
-            values |= self.objective.entropy_mask.learn()
+        values |= self.objective.learn()
         if self.balance.weighs_main:
             values["balance/main_factor"] = plan.factors[0]
         optimizer.step()
@@ -222,7 +219,7 @@ class OptimizerStep:
         ledger, auxiliary = Ledger(), 1 / plan.windows
         final, at = model.run_trunk(micro, plan.active, ledger=ledger, key=key)
         feed = model.mtp.feed(final, at, micro, depths, key)
-        seen = look_ahead(model.head.weight, feed, tokens_of(targets), objective.wanted)
+        seen = prepass(model.head.weight, feed, targets, objective.measures)
         total, sums = stream_loss(
             model.head.weight,
             feed,

@@ -8,16 +8,62 @@ data parallelism, with its hooks on every parameter, the node is like any other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.feed import Feed, Lesson
-from mtp_lightning.objective.targets import DepthTarget, by_depth
-from mtp_lightning.objective.through_head import HeadWeight, through_head
+from mtp_lightning.mtp.feed import Feed, Lesson, Prediction
+from mtp_lightning.objective.rules.base import Measure, Seen
+from mtp_lightning.objective.targets import DepthTarget, by_depth, tokens_of
+from mtp_lightning.objective.through_head import HeadWeight, compute_dtype, through_head
+
+
+@torch.no_grad()
+def prepass(
+    weight_VC: Tensor,
+    feed: Feed,
+    targets: Sequence[DepthTarget],
+    measures: Collection[Measure],
+) -> Seen:
+    """What must be known of all hidden states before any of them learns.
+
+    The states go through the head as they do when they learn, chunk by chunk; a number a position
+    and depth is what remains.
+
+    Args:
+        weight_VC: the shared head's.
+        feed: of the stack, whose depths are asked for only if a measure is of them.
+        targets: of the main prediction, then of the depths.
+        measures: what to find out; without any, nothing is computed.
+    """
+    if not measures:
+        return {}
+    of_main = [measure for measure in measures if measure.of_main]
+    of_depths = [measure for measure in measures if not measure.of_main]
+    seen: dict[str, dict[int, Tensor]] = {measure.name: {} for measure in measures}
+    dtype = torch.promote_types(compute_dtype(feed.main), torch.float32)
+    tokens = tokens_of(targets)
+
+    def measured(k: int, hidden: Tensor) -> Prediction:
+        asked = []
+        for measure in of_depths if k else of_main:
+            found = torch.empty(tokens[k].shape, dtype=dtype, device=hidden.device)
+            seen[measure.name][k] = found
+            asked.append(DepthTarget(k, tokens[k], 1.0, measure, record=found))
+        return Prediction(hidden, asked, train_head=False, needs_gradient=False)
+
+    due = [(0, feed.main)] if of_main else []
+    for group in itertools.chain(feed.looks() if of_depths else (), [()]):
+        predictions = [measured(k, hidden) for k, hidden in (*due, *group)]
+        due = []
+        if predictions:
+            unused = weight_VC.new_zeros(len(predictions) * len(measures), dtype=torch.float64)
+            through_head(HeadWeight(weight_VC), predictions, unused, main_hidden=feed.main)
+    return seen
 
 
 def stream_loss(

@@ -220,7 +220,7 @@ class _Way:
     def go_alone(self, main_MC: Tensor | None, *, compiled: bool = False) -> None:
         """All chunks, without other predictions beside this one."""
         own, states = self.prediction.loss, self.prediction.states
-        width = max(self.weight.shape[0], 1 if own is None else own.width)
+        width = max(self.weight.shape[0], self.prediction.width)
         rows = max(1, chunk_rows(width, self.h_NC.device) // states)
         for place in chunks(self.h_NC.shape[0] // states, rows):
             if own is not None:
@@ -281,7 +281,7 @@ class _Way:
         if main_MC is not None:
             self._teach(targets, rows, main_MC)
         logits_NV = matmul_transposed(h_NC, self.weight)
-        learned = loss(rows, logits_NV, targets, learns=self.learns)
+        learned = loss(rows, logits_NV, targets, self.learns)
         del logits_NV
         if learned is not None:
             d_logits_NV, scale_N1 = learned

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.metrics.own_loss import own_values
+from mtp_lightning.metrics.rates import own_values
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.feed import Together

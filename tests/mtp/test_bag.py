@@ -13,7 +13,7 @@ from torch import Tensor
 from data_modules.document_frequency import document_frequency
 from data_modules.token_store import TokenFile
 from data_modules.windows import WindowBatch
-from mtp_lightning.metrics.own_loss import own_values
+from mtp_lightning.metrics.rates import own_values
 from mtp_lightning.mtp.bag import BagConfig
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig

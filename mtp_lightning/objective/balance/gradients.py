@@ -22,7 +22,6 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import RandomKey
 from mtp_lightning.mtp.feed import Prediction
-from mtp_lightning.objective.ahead import Seen
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.ranks import sum_over_ranks
 from mtp_lightning.objective.targets import DepthTarget, PositionCounts
@@ -130,13 +129,12 @@ def require_separable(objective: Objective, *, what: str) -> None:
     Raises:
         UserError: it is not.
     """
-    if objective.wanted.anything:
-        raise UserError(
-            f"{what} looks at one depth after another, but objective={objective.term.name} with "
-            f"objective.weights={objective.weights} and objective.mask={objective.mask} needs all "
-            "of them, or the main prediction's entropy, beforehand: take another objective, or "
-            "leave the measuring out."
-        )
+    for rule in objective.rules:
+        if rule.measures:
+            raise UserError(
+                f"{what} looks at one depth after another, but {rule.asked} needs all of them, or "
+                "the main prediction's entropy, beforehand: leave it out, or the measuring."
+            )
 
 
 def task_gradients(
@@ -211,8 +209,8 @@ def measuring_flops(config: ModelConfig, seq_len: int, active: Sequence[int], sc
 def _only(model: MTPModel, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Inside, nothing else of the model has a gradient: a product of a kernel of our own computes
     that of its weight, asked for or not, if the weight could have one."""
-    wanted = {id(parameter) for parameter in parameters}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in wanted]
+    wanted = set(parameters)
+    others = [p for p in model.parameters() if p.requires_grad and p not in wanted]
     try:
         for parameter in others:
             parameter.requires_grad_(False)
@@ -247,10 +245,10 @@ def _add_gradients(
             if k:
                 place = stack.target_depth(k, key)
                 targets = objective.targets(k, batch, 1.0, counts, place=place)
-                targets = objective.settle(targets, Seen())
+                targets = objective.settle(targets, {})
             prediction = Prediction(hidden, targets, train_head=False)
             if k and (own := stack.own_loss(k, batch)) is not None:
-                prediction.weight, prediction.loss = own.weight, own
+                prediction.weight, prediction.loss, prediction.width = own.weight, own, own.width
             through_head(head, [prediction], unused, main_hidden=final)
             grads = torch.autograd.grad(
                 hidden, parameters, prediction.gradient, retain_graph=True, allow_unused=True
