@@ -4,7 +4,7 @@ Run ``python -m benchmarks.head``. Forward and backward of the cross-entropy of 
 width, batch 8 x 256. The implementations take turns in one process for time; for memory each runs
 in a process of its own, and what counts is how far it raises the peak above inputs and weight. A
 sweep over the size of a chunk of logits then shows what ``_CHUNK_NUMEL`` in
-``mtp_lightning/objective/cross_entropy.py`` should be on this machine.
+``mtp_lightning/objective/through_head.py`` should be on this machine.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import common
+from mtp_lightning.mtp.feed import Together
 from mtp_lightning.objective import through_head
-from mtp_lightning.objective.stack_loss import joint_loss
+from mtp_lightning.objective.stream import stream_loss
+from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
-from mtp_lightning.objective.through_head import DepthTarget
 from mtp_lightning.runtime import keep_freed_memory
 
 MODULE = "benchmarks.head"
@@ -35,7 +36,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, *, compiled: bool = False) -> Tensor:
     """This project's; ``compiled`` as with compiled blocks on a GPU."""
     target = DepthTarget(0, targets, 1.0 / len(targets), CrossEntropy())
-    return joint_loss(weight, [hidden], [target], compiled=compiled)[0]
+    return stream_loss(weight, Together(hidden, [], {}), [target], compiled=compiled)[0]
 
 
 def whole_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

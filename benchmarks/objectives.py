@@ -16,9 +16,15 @@ from torch import Tensor
 
 from benchmarks import common
 from data_modules.windows import WindowBatch
-from mtp_lightning.objective.ahead import look_ahead
-from mtp_lightning.objective.objective import Objective, PositionCounts, count_taught, tokens_of
-from mtp_lightning.objective.stack_loss import by_depth, joint_loss
+from mtp_lightning.mtp.feed import Prediction, Together
+from mtp_lightning.objective.objective import Objective
+from mtp_lightning.objective.stream import prepass, stream_loss
+from mtp_lightning.objective.targets import (
+    DepthTarget,
+    PositionCounts,
+    by_depth,
+    count_taught,
+)
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.terms.e2e_tv import E2ETV
@@ -29,12 +35,7 @@ from mtp_lightning.objective.terms.mixture import Mixture
 from mtp_lightning.objective.terms.nla import NLA
 from mtp_lightning.objective.terms.reverse_kl import ReverseKL
 from mtp_lightning.objective.terms.tv import TV
-from mtp_lightning.objective.through_head import (
-    DepthTarget,
-    HeadWeight,
-    Prediction,
-    through_head,
-)
+from mtp_lightning.objective.through_head import HeadWeight, through_head
 from mtp_lightning.runtime import keep_freed_memory
 
 TERMS: dict[str, Term] = {
@@ -65,11 +66,11 @@ def one_pass(
     targets = [DepthTarget(0, batch.targets(0), 1 / counts.valid[0], CrossEntropy())]
     for k in range(1, batch.depth + 1):
         targets += objective.targets(k, batch, 0.1, counts, place=k)
-    pairs = list(enumerate(states))[1:]
-    seen = look_ahead(weight_VC, states[0], [pairs], tokens_of(targets), objective.wanted)
+    feed = Together(states[0], list(enumerate(states))[1:], {})
+    seen = prepass(weight_VC, feed, targets, objective.measures)
     targets = objective.settle(targets, seen)
     if not alone:
-        loss, _ = joint_loss(weight_VC, states, targets)
+        loss, _ = stream_loss(weight_VC, feed, targets)
         loss.backward()
         return float(loss.detach())
     head = HeadWeight(weight_VC, needs_gradient=True)

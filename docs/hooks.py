@@ -26,6 +26,7 @@ DOORS = (
     "mtp_lightning.model",
     "mtp_lightning.mtp.base",
     "mtp_lightning.mtp.kinds",
+    "mtp_lightning.mtp.feed",
     "mtp_lightning.objective.terms.base",
     "mtp_lightning.objective.balance.base",
     "mtp_lightning.callbacks.base",

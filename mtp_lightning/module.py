@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning import processes
-from mtp_lightning.metrics.summary_rates import rates_of
+from mtp_lightning.metrics.rates import rates_of
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.nn import ops
 from mtp_lightning.nn.half import hold_in_bf16

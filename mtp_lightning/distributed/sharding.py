@@ -23,7 +23,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.kinds import SideBySide
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.moe import routers_of
 from mtp_lightning.processes import Tensors
@@ -44,9 +43,9 @@ class Sharded(Tensors):
     def lay_out(self, run: Any) -> None:
         if run.device_mesh is None or is_sharded(run):
             return
-        # Heads side by side are gathered with the root: stack_loss.py takes the gradients of all of
-        # them by hand, in the midst of a forward pass.
-        alone = isinstance(run.model.mtp, SideBySide)
+        # Heads that are trained in turn are gathered with the root: their gradients are taken by
+        # hand, in the midst of a forward pass (mtp/kinds.py).
+        alone = run.model.mtp.in_turn
         inside = (run.model.trunk if alone else run.model).modules()
         units = [module for module in inside if isinstance(module, Block)]
         shard(

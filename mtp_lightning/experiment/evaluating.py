@@ -25,7 +25,7 @@ from mtp_lightning.experiment.command_line import overridden
 from mtp_lightning.experiment.device import MIXED, kernels_told
 from mtp_lightning.experiment.instantiate import rebuild, trusted_packages
 from mtp_lightning.metrics.long_range.measure import LongRange
-from mtp_lightning.metrics.summary_rates import rates_of
+from mtp_lightning.metrics.rates import rates_of
 from mtp_lightning.model import MTPModel
 from mtp_lightning.opening import OpenedModel, open_model
 from mtp_lightning.run.atomic import write_json

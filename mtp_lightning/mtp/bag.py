@@ -11,7 +11,7 @@ start ``V ln 2``, after a few steps about what the ids that do come cost. The we
 document frequencies, ``w_v = ln((1 + N) / (1 + n_v)) + 1`` for an id that n_v of the N training
 documents hold (the smoothed form, which is never 0 and 1 where a corpus is one document), or 1.
 
-Documents, tasks and the window's end: see ``future.py``. A position whose bag is empty does not
+Documents, tasks and the window's end: see ``look_ahead.py``. A position whose bag is empty does not
 count.
 """
 
@@ -22,9 +22,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.mtp.summary import Summary, SummaryConfig
+from data_modules.windows import WindowBatch
+from mtp_lightning.mtp.summary import Summary, SummaryConfig, SummaryLoss
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.settings import require_choice
 
@@ -85,3 +87,23 @@ class BagMTP(Summary):
         counts_V = torch.zeros(len(self.weights_V), dtype=torch.float64)
         counts_V[: len(holding)] = holding.double()
         self.weights_V.copy_(((1 + documents) / (1 + counts_V)).log() + 1)
+
+    def own_loss(self, k: int, batch: WindowBatch) -> Presence:
+        return Presence(self, batch)
+
+
+class Presence(SummaryLoss):
+    """``-sum_v w_v [a_v log sigmoid(z_v) + (1 - a_v) log(1 - sigmoid(z_v))]``."""
+
+    head: BagMTP
+
+    def of_ahead(
+        self, logits_RV: Tensor, tokens_RS: Tensor, counts_RS: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weights_V = self.head.weights_V.to(logits_RV.dtype)
+        # -log(1 - sigmoid(z)) = softplus(z), and -log sigmoid(z) = softplus(z) - z.
+        hit_RS = weights_V[tokens_RS] * counts_RS
+        value_R = F.softplus(logits_RV) @ weights_V
+        value_R -= (hit_RS * logits_RV.gather(1, tokens_RS)).sum(-1)
+        d_logits_RV = torch.sigmoid(logits_RV).mul_(weights_V)
+        return value_R, d_logits_RV.scatter_add_(1, tokens_RS, -hit_RS)

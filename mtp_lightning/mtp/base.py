@@ -14,8 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.confidence import Confidence
+from mtp_lightning.mtp.feed import Feed, OwnLoss, Together
 from mtp_lightning.mtp.switches import Switches, branch_state, check_switches
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -53,6 +55,8 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
     # Whether a depth's hidden state predicts one token, through the shared head: then it has an
     # accuracy, an agreement and an overlap. Else it has a loss alone, if that, and drafts nothing.
     predicts_tokens: ClassVar[bool] = True
+    # Whether the depths have a loss of their own, by a matrix of their own (MTPStack.own_loss).
+    brings_loss: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_whole("mtp.depth", self.depth, least=0)
@@ -103,15 +107,8 @@ class MTPConfig(Switches, Registered, ABC, family="mtp"):
         active: Sequence[int],
         layers: Sequence[int] | None = None,
     ) -> int:
-        """Forward FLOPs of the trunk's blocks for one position, where the ``active`` depths are
-        computed.
-
-        Args:
-            trunk: its config.
-            seq_len: T.
-            active: depths.
-            layers: which blocks; None for all.
-        """
+        """Forward FLOPs of the trunk's blocks, ``layers`` or all, for one position, where the
+        ``active`` depths are computed."""
         layers = range(trunk.n_layers) if layers is None else layers
         return sum(trunk.block_flops(seq_len, layer) for layer in layers)
 
@@ -226,6 +223,11 @@ class MTPStack(nn.Module, ABC):
 
     # Whether a depth attends to positions before its own: then decoding stores its keys and values.
     attends_back: ClassVar[bool] = True
+    # Whether depths are trained one after another: each makes a teacher of its own, and what must
+    # be known of all beforehand computes each of them twice.
+    in_turn: ClassVar[bool] = False
+    # Whether every depth is the main prediction's own hidden state.
+    shares_state: ClassVar[bool] = False
     confidence: Confidence | None
 
     def __init__(self, config: MTPConfig) -> None:
@@ -255,6 +257,37 @@ class MTPStack(nn.Module, ABC):
             key: of the random choices in training.
         """
         return k
+
+    def valid(self, k: int, batch: WindowBatch, key: RandomKey | None = None) -> Tensor | None:
+        """Which positions of depth ``k`` (0 is the main prediction) count, bool [B, T]; None if all
+        do. ``key`` is that of the random choices in training."""
+        own = self.own_loss(k, batch) if k else None
+        return batch.valid(self.target_depth(k, key)) if own is None else own.valid_BT
+
+    def own_loss(self, k: int, batch: WindowBatch) -> OwnLoss | None:
+        """The loss of depth ``k`` over some windows, in the place of the objective's; the depths of
+        a stack whose config says ``brings_loss`` have one."""
+        return None
+
+    def feed(
+        self,
+        final_BTC: Tensor,
+        at: BranchPoint,
+        batch: WindowBatch,
+        depths: Sequence[int],
+        key: RandomKey | None = None,
+    ) -> Feed:
+        """How the stack is trained on a micro-batch: what goes through the head, in which order.
+
+        Args:
+            final_BTC, at: from :meth:`MTPModel.run_trunk`.
+            batch: the windows.
+            depths: that are trained, in order.
+            key: of the random choices in training; None makes none.
+        """
+        losses = {k: self.own_loss(k, batch) for k in depths}
+        own = {k: loss for k, loss in losses.items() if loss is not None}
+        return Together(final_BTC, list(self.states(at, depths, key)), own)
 
     def through_trunk(
         self, trunk: Trunk, embedded_BTC: Tensor, positions: Positions, key: RandomKey | None = None
@@ -309,7 +342,7 @@ class MTPStack(nn.Module, ABC):
         return d_model
 
     def first_token(self, k: int) -> int:
-        """How many places on the first token stands that depth ``k`` reads by itself."""
+        """How far ahead the first token stands that depth ``k`` reads by itself."""
         return k
 
     def computed(self, active: Sequence[int]) -> list[int]:

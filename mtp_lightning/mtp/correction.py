@@ -13,6 +13,7 @@ starts as it is without a correction.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import BranchPoint
+from mtp_lightning.mtp.base import BranchPoint, MTPConfig
 from mtp_lightning.mtp.switches import Detach
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
@@ -31,40 +32,54 @@ Kind = Literal["none", "markov", "mlp"]
 _RANK = 64
 
 
-class CorrectionSwitches:
-    """The fields of a config whose heads may be corrected, and what that costs.
+@dataclass(frozen=True, kw_only=True)
+class SideBySideConfig(MTPConfig):
+    """Switches of heads side by side.
 
     Attributes:
-        correction: ``none``, ``mlp`` or ``markov``.
+        detach: ``trunk`` stops the depths' gradients at the branch point; ``all`` also at the
+            shared head and, of corrected heads, at the embedding.
+        freeze_trunk: embedding, trunk and head keep their weights; only the heads are trained.
+        correction: ``mlp`` adds what an MLP makes of branch and tokens since (Hydra), ``markov``
+            what a table of rank ``correction_rank`` says of the last token.
         correction_rank: r, columns of ``markov``'s table; None is 64.
+        stride: s; depth k predicts ``x_{t+1+sk}`` (leap multi-token prediction, Liu et al. 2025,
+            arXiv 2505.17505). Windows then reach s D tokens beyond the next one; what a head
+            computes is the same. Only 1 can draft.
+
+    Raises:
+        UserError: a switch has a value that it does not know, or nothing to act on.
     """
 
-    depth: int
-    detach: Detach
-    freeze_trunk: bool
-    correction: Kind
-    correction_rank: int | None
+    detach: Detach = "none"
+    freeze_trunk: bool = False
+    correction: Kind = "none"
+    correction_rank: int | None = None
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("mtp.correction", self.correction, get_args(Kind))
+        if self.correction_rank is not None:
+            require_whole("mtp.correction_rank", self.correction_rank, least=1)
+            if self.correction != "markov":
+                raise UserError(
+                    f"mtp.correction_rank={self.correction_rank} has no meaning with "
+                    f"mtp.correction={self.correction}: set mtp.correction=markov, or "
+                    "mtp.correction_rank=null."
+                )
+        require_whole("mtp.stride", self.stride, least=1)
+        if self.stride > 1 and self.correction != "none":
+            raise UserError(
+                f"mtp.stride={self.stride} leaves tokens out between the heads' targets, which "
+                f"mtp.correction={self.correction} would have to read: set one of the two to its "
+                "default."
+            )
 
     @property
     def columns(self) -> int:
         """r."""
         return _RANK if self.correction_rank is None else self.correction_rank
-
-    def check_correction(self) -> None:
-        """Refuse a kind that there is not, and a rank that is none or has nothing to act on.
-
-        Raises:
-            UserError: naming the switch and its value.
-        """
-        require_choice("mtp.correction", self.correction, get_args(Kind))
-        if self.correction_rank is None:
-            return
-        require_whole("mtp.correction_rank", self.correction_rank, least=1)
-        if self.correction != "markov":
-            raise UserError(
-                f"mtp.correction_rank={self.correction_rank} has no meaning with mtp.correction="
-                f"{self.correction}: set mtp.correction=markov, or mtp.correction_rank=null."
-            )
 
     def build_corrections(self, trunk: TrunkConfig) -> list[Correction]:
         """One a depth; none at all without a correction."""

@@ -16,15 +16,21 @@ kind                    depth k reads                               variants
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey
 from mtp_lightning.mtp.correction import Correction
+from mtp_lightning.mtp.feed import Feed, Lesson, OneState, Prediction, Steps, added
 from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.ledger import Ledger
 
 
 class Chain(MTPStack):
@@ -92,6 +98,8 @@ class SideBySide(MTPStack):
             read no token.
     """
 
+    in_turn: ClassVar[bool] = True
+
     def __init__(
         self,
         config: MTPConfig,
@@ -131,6 +139,16 @@ class SideBySide(MTPStack):
             at = replace(at, embedded=at.embedded.detach())
         return hidden + self.corrections[k - 1](k, at)
 
+    def feed(
+        self,
+        final_BTC: Tensor,
+        at: BranchPoint,
+        batch: WindowBatch,
+        depths: Sequence[int],
+        key: RandomKey | None = None,
+    ) -> Feed:
+        return HeadByHead(self, final_BTC, at, depths, key)
+
     def ahead(self, active: Sequence[int]) -> int:
         return max(active, default=0) if self.corrections else 0
 
@@ -151,8 +169,124 @@ class SideBySide(MTPStack):
         super().require_drafts()
 
 
+class HeadByHead(Feed):
+    """Heads side by side in Gloeckle's memory order (Gloeckle et al. 2024, section 2, fig. 2).
+
+    Each head in turn runs forward, through the loss, and backward; its activations are freed before
+    the next one starts. The gradients add up at the branch point, from where one backward pass goes
+    through the trunk. The peak holds the activations of the trunk and of one head, whatever D is.
+
+    Args:
+        stack: the heads.
+        final: the main prediction's hidden state.
+        at: the branch point.
+        depths: that are trained.
+        key: of the random choices in training.
+    """
+
+    def __init__(
+        self,
+        stack: SideBySide,
+        final: Tensor,
+        at: BranchPoint,
+        depths: Sequence[int],
+        key: RandomKey | None,
+    ) -> None:
+        self.stack, self.at, self.depths, self.key = stack, at, depths, key
+        # What the heads have in common: the branch and, if they read tokens, the embeddings.
+        self.common = [at.hidden, at.embedded] if stack.ahead(depths) else [at.hidden]
+        used = [p for k in depths for p in stack.parameters_of(k)]
+        super().__init__([final, *self.common, *used])
+
+    def looks(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
+        # Each head is computed once more. What its routers do is counted when it learns.
+        unheard = replace(self.at, positions=replace(self.at.positions, ledger=None))
+        for state in self.stack.states(unheard, self.depths, self.key):
+            yield [state]
+
+    def learn(self, lesson: Lesson) -> Steps:
+        main = Prediction(self.main, lesson.targets[0], needs_gradient=lesson.needs[0])
+        yield [main]
+        of_common: list[Tensor | None] = [None] * len(self.common)
+        of_heads: list[Tensor | None] = []
+        for k in self.depths:
+            d_common, d_own = yield from self._one_head(k, lesson.targets[k], lesson)
+            of_heads += d_own
+            of_common = [added(pair) for pair in zip(of_common, d_common, strict=True)]
+        return [main.gradient, *of_common, *of_heads]
+
+    def _one_head(
+        self, k: int, targets: Sequence[Any], lesson: Lesson
+    ) -> Generator[Sequence[Prediction], None, tuple[list[Tensor | None], list[Tensor | None]]]:
+        """A head forward, through the loss, and backward; its activations end with this call.
+
+        Returns:
+            The gradients of what the heads have in common, and of the head's own parameters.
+        """
+        own = self.stack.parameters_of(k)
+        outer = self.at.positions.ledger
+        ledger = None if outer is None else Ledger()
+        with torch.set_grad_enabled(any(lesson.needs)):
+            leaves = [
+                tensor.detach().requires_grad_(wanted)
+                for tensor, wanted in zip(self.common, lesson.needs[1:], strict=False)
+            ]
+            at = replace(
+                self.at, hidden=leaves[0], positions=replace(self.at.positions, ledger=ledger)
+            )
+            if len(leaves) > 1:
+                at = replace(at, embedded=leaves[1])
+            ((_, hidden),) = self.stack.states(at, [k], self.key)
+        prediction = Prediction(
+            hidden, targets, train_head=lesson.train_head, needs_gradient=hidden.requires_grad
+        )
+        yield [prediction]
+        auxiliary: list[Tensor] = []
+        if outer is not None and ledger is not None:
+            auxiliary = ledger.losses
+            outer.add_loads(ledger)
+            for loss in auxiliary:  # whose backward pass is the one below
+                outer.add_loss(loss.detach())
+        if prediction.gradient is None:
+            return [None] * len(leaves), [None] * len(own)
+        asked = [leaf for leaf in leaves if leaf.requires_grad]
+        # A head's own experts are balanced in the same backward pass.
+        grads = torch.autograd.grad(
+            [hidden, *auxiliary],
+            [*asked, *own],
+            [prediction.gradient, *(torch.full_like(loss, lesson.auxiliary) for loss in auxiliary)],
+            allow_unused=True,
+        )
+        of_common = iter(grads)
+        d_common = [next(of_common) if leaf.requires_grad else None for leaf in leaves]
+        return d_common, list(grads[len(asked) :])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetsConfig(MTPConfig):
+    """No weights, and no matrix product beyond the trunk's own."""
+
+    def num_params(self, trunk: TrunkConfig) -> int:
+        return 0
+
+    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
+        return 0
+
+
 class Targets(MTPStack):
     """No module: every depth is the main prediction, asked for a target further on."""
+
+    shares_state: ClassVar[bool] = True
+
+    def feed(
+        self,
+        final_BTC: Tensor,
+        at: BranchPoint,
+        batch: WindowBatch,
+        depths: Sequence[int],
+        key: RandomKey | None = None,
+    ) -> Feed:
+        return OneState(final_BTC, depths)
 
     def states(
         self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None

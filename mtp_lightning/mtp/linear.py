@@ -18,19 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.mtp.base import MTPConfig, MTPStack
-from mtp_lightning.mtp.correction import CorrectionSwitches, Kind
+from mtp_lightning.mtp.base import MTPStack
+from mtp_lightning.mtp.correction import SideBySideConfig
 from mtp_lightning.mtp.kinds import SideBySide
 from mtp_lightning.mtp.rank import JointLinearMTP, check_rank
-from mtp_lightning.mtp.stride import StrideSwitch
-from mtp_lightning.mtp.switches import Branch, Detach
+from mtp_lightning.mtp.switches import Branch
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="linear"):
+class LinearConfig(SideBySideConfig, variant="linear"):
     """Switches of Medusa's heads; the defaults are the paper's.
 
     They have no norm of their own before the shared head, and so always read a state after the
@@ -38,15 +37,6 @@ class LinearConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="linear"
 
     Attributes:
         branch: ``final`` reads the whole trunk; ``before_last`` all blocks but the last.
-        detach: ``trunk`` stops the depths' gradients at the branch point; ``all`` also at the
-            shared head and, of corrected heads, at the embedding.
-        freeze_trunk: embedding, trunk and head keep their weights; only the heads are trained
-            (Medusa-1).
-        correction: ``mlp`` adds what an MLP makes of branch and tokens since (Hydra), ``markov``
-            what a table of rank ``correction_rank`` says of the last token.
-        correction_rank: r, of ``markov`` alone; None is 64.
-        stride: s; depth k predicts ``x_{t+1+sk}`` (leap multi-token prediction, arXiv 2505.17505).
-            Only 1 can draft.
         rank: r, components of one joint prediction of all tokens (arXiv 2410.17765). Above 1 the
             next token's prediction is a mixture, too.
 
@@ -57,17 +47,10 @@ class LinearConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="linear"
     meaning: ClassVar[tuple[str, ...]] = ("branch", "stride", "rank")
 
     branch: Branch = "final"
-    detach: Detach = "none"
-    freeze_trunk: bool = False
-    correction: Kind = "none"
-    correction_rank: int | None = None
-    stride: int = 1
     rank: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_correction()
-        self.check_stride()
         check_rank(self)
 
     def build(self, trunk: TrunkConfig) -> MTPStack:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.kinds import Targets
+from mtp_lightning.mtp.kinds import Targets, TargetsConfig
 from mtp_lightning.nn.config import TrunkConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoMTPConfig(MTPConfig, variant="none"):
+class NoMTPConfig(TargetsConfig, variant="none"):
     """``mtp=none``: depth 0, no parameters, no cost.
 
     Raises:
@@ -28,12 +26,6 @@ class NoMTPConfig(MTPConfig, variant="none"):
 
     def build(self, trunk: TrunkConfig) -> NoMTP:
         return NoMTP(self)
-
-    def num_params(self, trunk: TrunkConfig) -> int:
-        return 0
-
-    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        return 0
 
 
 class NoMTP(Targets):

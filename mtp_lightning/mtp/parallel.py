@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import MTPConfig, TrunkText
-from mtp_lightning.mtp.correction import CorrectionSwitches, Kind
+from mtp_lightning.mtp.base import TrunkText
+from mtp_lightning.mtp.correction import SideBySideConfig
 from mtp_lightning.mtp.kinds import SideBySide
 from mtp_lightning.mtp.starting import check_last_block, copy_last_block
-from mtp_lightning.mtp.stride import StrideSwitch
-from mtp_lightning.mtp.switches import Branch, Detach, Init, InputNorm
+from mtp_lightning.mtp.switches import Branch, Init, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
@@ -31,7 +30,7 @@ from mtp_lightning.nn.trunk import Trunk
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="parallel"):
+class ParallelConfig(SideBySideConfig, variant="parallel"):
     """Switches of the parallel heads; the defaults are the paper's.
 
     Attributes:
@@ -39,14 +38,6 @@ class ParallelConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="paral
             a trunk of L - 1; ``final`` puts the heads on the whole trunk.
         input_norm: ``pre`` gives the heads the residual stream itself, as though they were the
             trunk's next block; ``post`` the state after the trunk's final norm.
-        detach: ``trunk`` stops the depths' gradients at the branch point; ``all`` also at the
-            shared head and, of corrected heads, at the embedding.
-        freeze_trunk: embedding, trunk and head keep their weights; only the heads are trained.
-        correction: ``mlp`` adds what an MLP makes of branch and tokens since (Hydra), ``markov``
-            what a table of rank ``correction_rank`` says of the last token.
-        correction_rank: r, of ``markov`` alone; None is 64.
-        stride: s; depth k predicts ``x_{t+1+sk}`` (leap multi-token prediction, arXiv 2505.17505).
-            Only 1 can draft.
         init: how a head begins that ``init_from`` does not bring. ``random`` draws it, but for the
             output norm, which is the trunk's; ``last_block`` makes it the trunk's last block: with
             ``branch=before_last`` it is the main prediction at first.
@@ -59,17 +50,10 @@ class ParallelConfig(CorrectionSwitches, StrideSwitch, MTPConfig, variant="paral
 
     branch: Branch = "before_last"
     input_norm: InputNorm = "pre"
-    detach: Detach = "none"
-    freeze_trunk: bool = False
-    correction: Kind = "none"
-    correction_rank: int | None = None
-    stride: int = 1
     init: Init = "random"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_correction()
-        self.check_stride()
         if self.init == "last_block" and self.input_norm == "post":
             raise UserError(
                 f"mtp.init={self.init} has no meaning for parallel heads with mtp.input_norm=post: "

@@ -15,23 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.kinds import Targets
+from mtp_lightning.mtp.kinds import Targets, TargetsConfig
 from mtp_lightning.nn.config import TrunkConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParameterFreeConfig(MTPConfig, variant="parameter_free"):
+class ParameterFreeConfig(TargetsConfig, variant="parameter_free"):
     """``mtp=parameter_free``: no weights, and no matrix product beyond the trunk's own."""
 
     def build(self, trunk: TrunkConfig) -> ParameterFreeMTP:
         return ParameterFreeMTP(self)
-
-    def num_params(self, trunk: TrunkConfig) -> int:
-        return 0
-
-    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        return 0
 
     def projections(self, active: Sequence[int]) -> int:
         return 0

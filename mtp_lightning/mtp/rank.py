@@ -17,7 +17,12 @@ The first component of every depth starts as Medusa's, as a copy of the main pre
 are drawn, since equal components would learn the same. The paper's auxiliary loss, which keeps the
 components in even use, is not part of this.
 
-Shapes: A components (r), X width of a packed mixture (``nn/mixture.py``).
+No depth's loss is its own, so all depths and components of some positions go through the head
+together, by so much fewer positions at a time: the chunk's logits are no more numbers than those of
+one depth elsewhere.
+
+Shapes: M positions (B x T), R of them in a chunk, K depths 0 .. the deepest that is computed, A
+components (r), C d_model, V vocabulary, X width of a packed mixture (``nn/mixture.py``).
 """
 
 from __future__ import annotations
@@ -29,10 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey
+from mtp_lightning.mtp.feed import Asked, Feed, Lesson, Prediction, Steps
 from mtp_lightning.mtp.switches import Switches
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.kernels.softmax import exp_, log_softmax_
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.mixture import pack, unpack
 from mtp_lightning.settings import require_whole
@@ -137,6 +145,16 @@ class JointLinearMTP(MTPStack):
         log_weights_BTA = (log_weights_BTA + said_BTA).log_softmax(-1)
         return pack(self.components(k, at.hidden), log_weights_BTA)
 
+    def feed(
+        self,
+        final_BTC: Tensor,
+        at: BranchPoint,
+        batch: WindowBatch,
+        depths: Sequence[int],
+        key: RandomKey | None = None,
+    ) -> Feed:
+        return JointFeed(self, final_BTC, at, max(depths, default=0))
+
     def state_width(self, d_model: int) -> int:
         return self.config.rank * (d_model + 1)
 
@@ -156,5 +174,148 @@ def _said(at: BranchPoint, hidden_BTAC: Tensor, tokens_BT: Tensor) -> Tensor:
     found = []
     for h_RAC, token_R in zip(hidden_MAC.split(rows), token_M.split(rows), strict=True):
         log_p_RAV = at.head.log_probs(h_RAC)
-        found.append(log_p_RAV.gather(-1, token_R[:, None, None].expand(-1, rank, 1)).squeeze(-1))
+        found.append(_of_token(log_p_RAV, token_R))
     return torch.cat(found).unflatten(0, tokens_BT.shape)
+
+
+class JointFeed(Feed):
+    """All depths and components of a position as one prediction.
+
+    Args:
+        stack: the heads.
+        final_BTC: the trunk's output.
+        at: the branch point.
+        deepest: depth that is trained.
+    """
+
+    def __init__(
+        self, stack: JointLinearMTP, final_BTC: Tensor, at: BranchPoint, deepest: int
+    ) -> None:
+        parts = [stack.components(k, final_BTC) for k in range(deepest + 1)]
+        parts_MKAC = torch.stack(parts, dim=2).flatten(0, 1)
+        super().__init__([parts_MKAC, stack.log_weights(final_BTC).flatten(0, 1)])
+        # The tokens between decide the weights, whether anybody is scored for them or not.
+        self.between = [at.tokens_at(k + 1).flatten() for k in range(deepest)]
+
+    @property
+    def main(self) -> Tensor:
+        parts_MKAC, log_weights_MA = self.inputs
+        return pack(parts_MKAC[:, 0], log_weights_MA)
+
+    def learn(self, lesson: Lesson) -> Steps:
+        parts_MKAC, log_weights_MA = self.inputs
+        loss = JointLoss(log_weights_MA, self.between, parts_MKAC.shape[1])
+        prediction = Prediction(
+            parts_MKAC,
+            [target for own in lesson.targets.values() for target in own],
+            needs_gradient=lesson.needs[0],
+            loss=loss,
+            states=parts_MKAC.shape[1] * parts_MKAC.shape[2],
+        )
+        yield [prediction]
+        return [prediction.gradient, loss.d_log_weights_MA if lesson.needs[1] else None]
+
+
+class JointLoss:
+    """The terms of all depths, from the logits of their components.
+
+    Args:
+        log_weights_MA: ``log w`` of the next token.
+        between: the true tokens of the depths before the deepest, [M] each.
+        depths: K.
+
+    Attributes:
+        d_log_weights_MA: the gradient by ``log_weights_MA``.
+    """
+
+    def __init__(self, log_weights_MA: Tensor, between: Sequence[Tensor], depths: int) -> None:
+        self.log_weights_MA, self.between = log_weights_MA.detach(), between
+        self.depths = depths
+        self.d_log_weights_MA = torch.empty_like(self.log_weights_MA)
+
+    def __call__(
+        self, rows: slice, logits_NV: Tensor, asked: Sequence[Asked], learns: bool
+    ) -> tuple[Tensor, None]:
+        log_w_RA = self.log_weights_MA[rows]
+        between_R = [token_M[rows] for token_M in self.between]
+        dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+        shape = (-1, self.depths, log_w_RA.shape[1], logits_NV.shape[1])
+        log_p_RKAV = log_softmax_(logits_NV, dtype).view(shape)
+        learn = _of_tokens if all(target.of_token for target in asked) else _of_all
+        d_logits_RKAV, d_log_w_RA = learn(log_p_RKAV, log_w_RA, between_R, asked)
+        self.d_log_weights_MA[rows] = d_log_w_RA.to(self.d_log_weights_MA.dtype)
+        return d_logits_RKAV.flatten(0, 2), None
+
+
+def _of_tokens(
+    log_p_RKAV: Tensor, log_w_RA: Tensor, between_R: Sequence[Tensor], asked: Sequence[Asked]
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy alone: of each component, only what it says of single tokens counts.
+
+    Returns:
+        The gradients by logits [R, K, A, V], in the place of the log-probabilities, and by
+        ``log_w_RA``.
+    """
+    depths = log_p_RKAV.shape[1]
+    # The tokens between are also the shallower depths' targets, wherever these count.
+    deepest_R = [target.tokens_R for target in asked if target.depth == depths - 1]
+    tokens = [*between_R, *deepest_R][:depths]
+    with torch.enable_grad():
+        found = [_of_token(log_p_RKAV[:, k], tokens[k]) for k in range(depths)]
+        held_RKA = torch.stack(found, dim=1).detach().requires_grad_()
+        start_RA = log_w_RA.detach().requires_grad_()
+        weights = _weights_after(start_RA, held_RKA[:, :-1].unbind(1))
+        loss = held_RKA.new_zeros(())
+        for target in asked:
+            k = target.depth
+            value_R = -(weights[k] + held_RKA[:, k]).logsumexp(-1)
+            loss = loss + _counted(value_R, target)
+        d_held_RKA, d_log_w_RA = torch.autograd.grad(loss, (held_RKA, start_RA))
+    # log p = log_softmax(z): what falls to the token's logit is taken from all by their share.
+    d_logits = exp_(log_p_RKAV).mul_(-d_held_RKA.unsqueeze(-1))
+    for k, token_R in enumerate(tokens):
+        index = token_R[:, None, None].expand(-1, d_held_RKA.shape[2], 1)
+        d_logits[:, k].scatter_add_(-1, index, d_held_RKA[:, k].unsqueeze(-1))
+    return d_logits, d_log_w_RA
+
+
+def _of_all(
+    log_p_RKAV: Tensor, log_w_RA: Tensor, between_R: Sequence[Tensor], asked: Sequence[Asked]
+) -> tuple[Tensor, Tensor]:
+    """Terms of whole distributions, by autograd; arguments and result as :func:`_of_tokens`."""
+    with torch.enable_grad():
+        log_p = log_p_RKAV.detach().requires_grad_()
+        start_RA = log_w_RA.detach().requires_grad_()
+        held = [_of_token(log_p[:, k], token_R) for k, token_R in enumerate(between_R)]
+        weights = _weights_after(start_RA, held)
+        loss = log_p.new_zeros(())
+        mixed: dict[int, Tensor] = {}
+        for target in asked:
+            k = target.depth
+            if k not in mixed:
+                mixed[k] = (weights[k].unsqueeze(-1) + log_p[:, k]).logsumexp(1)
+            loss = loss + _counted(target.value(mixed[k]), target)
+        d_log_p, d_log_w_RA = torch.autograd.grad(loss, (log_p, start_RA))
+    total = d_log_p.sum(-1, keepdim=True)
+    return d_log_p - exp_(log_p_RKAV).mul_(total), d_log_w_RA
+
+
+def _counted(value_R: Tensor, target: Asked) -> Tensor:
+    """A target's part of the loss; its sum is noted."""
+    target.note(value_R.detach())
+    return (value_R * target.counts_R.to(value_R.dtype)).sum() * target.coefficient
+
+
+def _weights_after(log_w_RA: Tensor, said: Sequence[Tensor]) -> list[Tensor]:
+    """``log w^k`` [R, A] of every depth, from what the components said of the tokens before it,
+    ``log p_a`` [R, A] each."""
+    found = [log_w_RA]
+    for said_RA in said:
+        found.append((found[-1] + said_RA).log_softmax(-1))
+    return found
+
+
+def _of_token(log_p_RAV: Tensor, token_R: Tensor) -> Tensor:
+    """``log p_a`` of a token, [R, A]."""
+    index = token_R[:, None, None].expand(-1, log_p_RAV.shape[1], 1)
+    return log_p_RAV.gather(-1, index).squeeze(-1)

@@ -1,16 +1,24 @@
-"""Heads that say something of all tokens ahead together, through an unembedding of their own.
+"""Heads that say something of all tokens ahead together, through a matrix of their own.
 
-Such a head is one matrix on the trunk's final state. What it is trained on is a term of the room
-``objective/summaries``; here is what it looks at, and what it costs.
+Such a head is one matrix on the trunk's final state, trained on a loss of its own over the tokens
+ahead of every position.
+
+Shapes: B windows, T positions, W tokens of a window, R positions of one chunk, S tokens ahead.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
+from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
+from mtp_lightning.mtp.feed import OwnLoss
+from mtp_lightning.mtp.look_ahead import LookAhead
 from mtp_lightning.mtp.switches import Detach
 from mtp_lightning.mtp.training_only import TrainingOnly, TrainingOnlyConfig
 from mtp_lightning.nn.config import TrunkConfig
@@ -33,8 +41,9 @@ class SummaryConfig(TrainingOnlyConfig):
         UserError: a switch has a value that it does not know.
     """
 
-    # Places ahead of the nearest token that is looked at.
-    first_ahead: ClassVar[int]
+    brings_loss: ClassVar[bool] = True
+    # How far ahead the nearest token stands that is looked at: 1 is the next one.
+    first_ahead: ClassVar[int] = 1
 
     detach: Detach = "none"
     freeze_trunk: bool = False
@@ -47,11 +56,15 @@ class SummaryConfig(TrainingOnlyConfig):
                 "not use: set mtp.detach=trunk."
             )
 
+    def outputs(self, trunk: TrunkConfig) -> int:
+        """Rows of the matrix: numbers that the head says of a position."""
+        return trunk.vocab_size
+
     def num_params(self, trunk: TrunkConfig) -> int:
-        return trunk.embedding_params()
+        return self.outputs(trunk) * trunk.d_model
 
     def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        return len(active) * trunk.head_flops()
+        return len(active) * 2 * self.num_params(trunk)
 
     def module_backward_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
         reaches_trunk = self.trains_trunk and self.detach == "none"
@@ -62,10 +75,58 @@ class SummaryConfig(TrainingOnlyConfig):
 
 
 class Summary(TrainingOnly):
-    """One matrix [V, C] on the trunk's final state."""
+    """One matrix [V, C], or of other rows, on the trunk's final state."""
 
     config: SummaryConfig
 
     def __init__(self, config: SummaryConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)
-        self.head = Linear(trunk.d_model, trunk.vocab_size)
+        self.head = Linear(trunk.d_model, config.outputs(trunk))
+
+    @abstractmethod
+    def own_loss(self, k: int, batch: WindowBatch) -> OwnLoss: ...
+
+    def ahead_of(self, batch: WindowBatch) -> LookAhead:
+        """The tokens ahead that the head looks at."""
+        return LookAhead(
+            batch.tokens,
+            batch.seq_len,
+            documents_BW=batch.documents,
+            scored_BW=batch.scored,
+            first=self.config.first_ahead,
+            last=self.config.lookahead,
+        )
+
+
+class SummaryLoss(OwnLoss):
+    """A loss over the tokens ahead, in closed form.
+
+    Args:
+        head: whose matrix is trained.
+        batch: the windows.
+    """
+
+    def __init__(self, head: Summary, batch: WindowBatch) -> None:
+        self.head, self.ahead = head, head.ahead_of(batch)
+        super().__init__(head.head.weight, self.ahead.valid())
+        # The tokens ahead of a chunk take as much memory as its logits, or less.
+        self.width = self.ahead.last
+
+    def value(self, rows: slice, logits_RV: Tensor) -> Tensor:
+        return self.gradient(rows, logits_RV)[0]
+
+    def gradient(self, rows: slice, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+        return self.of_ahead(logits_RV, *self.ahead.rows(rows))
+
+    @abstractmethod
+    def of_ahead(
+        self, logits_RV: Tensor, tokens_RS: Tensor, counts_RS: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of every position [R], and its derivative by the logits [R, V].
+
+        Args:
+            logits_RV: of the head, at least fp32; may be overwritten.
+            tokens_RS: ids of the tokens ahead, the nearest first.
+            counts_RS: which of them count and are the nearest of their id. Where none does, the
+                results must be finite; they are multiplied by 0.
+        """

@@ -6,15 +6,13 @@ dummy, so that the whole answer is predicted in one pass from the question alone
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import MTPConfig
-from mtp_lightning.mtp.kinds import Targets
+from mtp_lightning.mtp.kinds import Targets, TargetsConfig
 from mtp_lightning.nn.config import TrunkConfig
 
 DUMMY = 0
@@ -22,7 +20,7 @@ DUMMY = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherlessConfig(MTPConfig, variant="teacherless"):
+class TeacherlessConfig(TargetsConfig, variant="teacherless"):
     """``mtp=teacherless``: depth 0, no parameters, no cost; for tasks only.
 
     Raises:
@@ -42,12 +40,6 @@ class TeacherlessConfig(MTPConfig, variant="teacherless"):
 
     def build(self, trunk: TrunkConfig) -> Teacherless:
         return Teacherless(self)
-
-    def num_params(self, trunk: TrunkConfig) -> int:
-        return 0
-
-    def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        return 0
 
 
 class Teacherless(Targets):

@@ -12,17 +12,20 @@ is the same softmax, and its tau is 1: mass 0.63, 0.23, 0.09, .. on the next tok
 different ones, and with that nothing beyond about a hundred that float32 could tell from 0.) The
 scores are made in float32: float16 cannot tell distances beyond 2,048 apart.
 
-Documents, tasks and the window's end: see ``future.py``. Windows hold the W tokens ahead of every
-position, of a W beyond T + 1 as many as T + 1 beyond the last position: distances are then cut
-where the window ends. A position without a token that counts does not count.
+Documents, tasks and the window's end: see ``look_ahead.py``. Windows hold the W tokens ahead of
+every position, of a W beyond T + 1 as many as T + 1 beyond the last position: distances are then
+cut where the window ends. A position without a token that counts does not count.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from mtp_lightning.mtp.summary import Summary, SummaryConfig
+import torch
+from torch import Tensor
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.mtp.summary import Summary, SummaryConfig, SummaryLoss
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.settings import require_number
 
@@ -39,8 +42,6 @@ class TopConfig(SummaryConfig, variant="top"):
         UserError: tau is not above 0.
     """
 
-    first_ahead: ClassVar[int] = 1
-
     lookahead: int = 256
     tau: float = 1.0
 
@@ -56,3 +57,26 @@ class TopMTP(Summary):
     """The second unembedding."""
 
     config: TopConfig
+
+    def own_loss(self, k: int, batch: WindowBatch) -> Order:
+        return Order(self, batch)
+
+
+class Order(SummaryLoss):
+    """ListNet's loss with the distances' softmax: ``-sum_v softmax(-d / tau)_v log
+    softmax(logits)_v``."""
+
+    head: TopMTP
+
+    def of_ahead(
+        self, logits_RV: Tensor, tokens_RS: Tensor, counts_RS: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        # The target has mass on S ids at most, and so no row of V.
+        distance_S = torch.arange(
+            tokens_RS.shape[1], device=logits_RV.device, dtype=logits_RV.dtype
+        )
+        score_RS = (-distance_S / self.head.config.tau).masked_fill(~counts_RS, -torch.inf)
+        target_RS = torch.softmax(score_RS, dim=-1).nan_to_num(nan=0.0)  # a row without any
+        log_probs_RV = torch.log_softmax(logits_RV, dim=-1)
+        value_R = -(target_RS * log_probs_RV.gather(1, tokens_RS)).sum(-1)
+        return value_R, log_probs_RV.exp_().scatter_add_(1, tokens_RS, -target_RS)

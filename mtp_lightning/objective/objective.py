@@ -8,147 +8,106 @@ last k positions of a window are not.
 
 from __future__ import annotations
 
-import math
+import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_modules.windows import IGNORE_INDEX, WindowBatch
+from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.base import MTPStack
-from mtp_lightning.mtp.kinds import SideBySide, Targets
-from mtp_lightning.objective.ahead import Seen, Wanted
-from mtp_lightning.objective.entropy_mask import EntropyMask
-from mtp_lightning.objective.position_weights import Acceptance, ExpDecay, PositionWeights
+from mtp_lightning.mtp.base import MTPConfig, MTPStack
+from mtp_lightning.objective.rules.base import Measure, Rule, Seen
+from mtp_lightning.objective.rules.confidence import ConfidenceRule
+from mtp_lightning.objective.rules.coupling import Coupling
+from mtp_lightning.objective.rules.entropy_mask import entropy_mask
+from mtp_lightning.objective.rules.position_weights import position_weights
+from mtp_lightning.objective.targets import DepthTarget, PositionCounts, taught_targets
 from mtp_lightning.objective.terms.base import Term
-from mtp_lightning.objective.terms.confidence import ConfidenceError, ConfidenceTerm
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
-from mtp_lightning.objective.terms.e2e_tv import E2ETV, together
-from mtp_lightning.objective.through_head import DepthTarget
-from mtp_lightning.settings import require, require_choice, require_number
+from mtp_lightning.settings import require
 
 
-@dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The group ``objective``.
+    """The group ``objective``: terms, and rules that change what the depths are asked for.
 
-    Attributes:
+    Args:
         term: of the depths; the main prediction keeps cross-entropy.
         train_head: whether the depths' losses train the shared head; if not, it passes their
             gradients on to the hidden states alone.
-        weights: of positions: ``none``, ``exp_decay`` or ``acceptance`` (``position_weights.py``).
+        weights: of positions: ``none``, ``exp_decay`` or ``acceptance``
+            (``rules/position_weights.py``).
         decay: g of ``exp_decay``; None for 4.
         smoothing: a of ``acceptance``; None for 0.5.
-        mask: of positions: ``none`` or ``entropy`` (``entropy_mask.py``).
+        mask: of positions: ``none`` or ``entropy`` (``rules/entropy_mask.py``).
         tau: of the mask, in nats; None for a running quantile.
         quantile: that one; None for 0.95.
-        confidence: whether depths learn how often they are believed (``terms/confidence.py``).
+        confidence: whether depths learn how likely their drafts are accepted
+            (``rules/confidence.py``).
+
+    Attributes:
+        parts: the terms that are computed, each with its weight.
+        rules: in the order in which they change the targets.
 
     Raises:
         UserError: a value that an option does not know, or one that nothing reads.
     """
 
-    term: Term
-    train_head: bool = True
-    weights: str = "none"
-    decay: float | None = None
-    smoothing: float | None = None
-    mask: str = "none"
-    tau: float | None = None
-    quantile: float | None = None
-    confidence: bool = False
-    _more_parts: tuple[tuple[float, Term], ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("train_head", "confidence"):
-            value = getattr(self, name)
+    def __init__(
+        self,
+        *,
+        term: Term,
+        train_head: bool = True,
+        weights: str = "none",
+        decay: float | None = None,
+        smoothing: float | None = None,
+        mask: str = "none",
+        tau: float | None = None,
+        quantile: float | None = None,
+        confidence: bool = False,
+    ) -> None:
+        for name, value in (("train_head", train_head), ("confidence", confidence)):
             require(isinstance(value, bool), f"objective.{name}", value, "true or false")
-        require_choice("objective.weights", self.weights, ("none", "exp_decay", "acceptance"))
-        require_choice("objective.mask", self.mask, ("none", "entropy"))
-        for name, owner, chosen in (
-            ("decay", "weights", "exp_decay"),
-            ("smoothing", "weights", "acceptance"),
-            ("tau", "mask", "entropy"),
-            ("quantile", "mask", "entropy"),
-        ):
-            value = getattr(self, name)
-            if value is not None and getattr(self, owner) != chosen:
-                raise UserError(
-                    f"objective.{name}={value} is read by objective.{owner}={chosen} alone: set "
-                    "that, or leave it null."
-                )
-        if self.decay is not None:
-            require_number("objective.decay", self.decay, above=0)
-        if self.smoothing is not None:
-            require_number("objective.smoothing", self.smoothing, least=0, most=1)
-        if self.tau is not None and self.tau != math.inf:
-            require_number("objective.tau (null for a running quantile)", self.tau)
-        if self.tau is not None and self.quantile is not None:
-            raise UserError(
-                f"objective.tau={self.tau} and objective.quantile={self.quantile} both say what a "
-                "jump is: leave one of them null."
-            )
-        _ = self.entropy_mask  # which checks the rest
+        self.term, self.train_head = term, train_head
+        self.parts = list(term.parts())
+        found: list[Rule | None] = [
+            ConfidenceRule() if confidence else None,
+            entropy_mask(mask, tau=tau, quantile=quantile),
+            position_weights(weights, decay=decay, smoothing=smoothing),
+            *(Coupling(part, self.asked) for _, part in self.parts if part.couples),
+        ]
+        self.rules = [rule for rule in found if rule is not None]
 
     @classmethod
     def options(cls) -> list[str]:
         """The keys of the group that are not the term's own."""
-        names = [field.name for field in fields(cls)]
-        return [name for name in names if name != "term" and not name.startswith("_")]
+        return [name for name in inspect.signature(cls).parameters if name != "term"]
+
+    @property
+    def asked(self) -> str:
+        """The setting that asks for its term, for messages."""
+        return f"objective={self.term.name}"
 
     def for_model(self, model: MTPModel) -> Objective:
         """The objective with the terms that train parts of a model of their own."""
-        head = model.mtp.confidence
-        if not self.confidence or self._more_parts or head is None:
-            return self
-        more = ((1.0, ConfidenceTerm(head)), (0.0, ConfidenceError(head)))
-        return replace(self, _more_parts=more)
-
-    @cached_property
-    def parts(self) -> list[tuple[float, Term]]:
-        """The terms that are computed, each with its weight."""
-        return [*self.term.parts(), *self._more_parts]
+        bound = copy(self)
+        own = [part for rule in self.rules for part in rule.parts(model.mtp)]
+        bound.parts = [*self.term.parts(), *own]
+        return bound
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any of them compares with the main prediction."""
+        """Whether any term compares with the main prediction."""
         return any(term.needs_teacher for _, term in self.parts)
 
     @property
-    def couples(self) -> bool:
-        """Whether a depth's loss rests on other depths' predictions."""
-        return any(isinstance(term, E2ETV) for _, term in self.parts)
-
-    @cached_property
-    def position_weights(self) -> PositionWeights | None:
-        """Of the positions; None is 1."""
-        if self.weights == "exp_decay":
-            return ExpDecay(4.0 if self.decay is None else self.decay)
-        if self.weights == "acceptance":
-            return Acceptance(0.5 if self.smoothing is None else self.smoothing)
-        return None
-
-    @cached_property
-    def entropy_mask(self) -> EntropyMask | None:
-        """Which positions count; it learns while a run goes on."""
-        if self.mask == "none":
-            return None
-        return EntropyMask(self.tau, quantile=0.95 if self.quantile is None else self.quantile)
-
-    @cached_property
-    def wanted(self) -> Wanted:
-        """What must be known of all depths before any learns."""
-        weights = self.position_weights
-        return Wanted(
-            alpha=self.couples,
-            target_probs=weights is not None and weights.needs_target_probs,
-            entropy=self.entropy_mask is not None,
-        )
+    def measures(self) -> list[Measure]:
+        """What must be known of all hidden states before any of them learns, each once."""
+        found = {measure.name: measure for rule in self.rules for measure in rule.measures}
+        return list(found.values())
 
     def targets(
         self, k: int, batch: WindowBatch, factor: float, counts: PositionCounts, *, place: int
@@ -163,71 +122,40 @@ class Objective:
             place: :meth:`MTPStack.target_depth` of ``k``.
         """
         found = []
-        for weight, term in self.parts:
+        for part, (weight, term) in enumerate(self.parts):
             if count := counts.of(k, term):
                 taught = term.needs_teacher
                 tokens_BT = taught_targets(batch, k) if taught else batch.targets(place)
                 coefficient = factor * weight / count
-                found.append(DepthTarget(k, tokens_BT, coefficient, term, stride=batch.stride))
+                found.append(
+                    DepthTarget(k, tokens_BT, coefficient, term, part, stride=batch.stride)
+                )
         return found
 
     def settle(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
-        """The targets with masks and weights that rest on what was seen of all depths.
+        """The targets as the rules leave them.
 
         Args:
             targets: of the main prediction, then of the depths.
-            seen: what :attr:`wanted` says.
+            seen: what :attr:`measures` found.
         """
-        if self.entropy_mask is None and self.position_weights is None and not self.couples:
-            return list(targets)
-        tokens = tokens_of(targets)
-        if self.entropy_mask is not None:
-            assert seen.entropy is not None
-            kept = self.entropy_mask.keep(seen.entropy, tokens)
-            targets = [
-                replace(t, tokens=t.tokens.masked_fill(~kept[t.depth], IGNORE_INDEX))
-                if t.depth and not isinstance(t.term, ConfidenceError)
-                else t
-                for t in targets
-            ]
-            tokens |= {k: tokens[k].masked_fill(~kept[k], IGNORE_INDEX) for k in kept}
-        valid = {k: tokens_BT != IGNORE_INDEX for k, tokens_BT in tokens.items() if k}
-        if self.position_weights is not None and valid:
-            weights = self.position_weights.of_depths(valid, seen.target_probs)
-            targets = [
-                replace(t, weights=weights[t.depth])
-                if t.depth and not isinstance(t.term, ConfidenceTerm)
-                else t
-                for t in targets
-            ]
-        return self._coupled(targets, seen) if self.couples else list(targets)
+        targets = list(targets)
+        for rule in self.rules:
+            targets = rule.apply(targets, seen)
+        return targets
 
-    def _coupled(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
-        own = {t.depth: t for t in targets if isinstance(t.term, E2ETV)}
-        if not own:
-            return list(targets)
-        alpha = {k: seen.alpha[k] for k in own}
-        valid = {k: t.tokens != IGNORE_INDEX for k, t in own.items()}
-        weights = {
-            k: torch.ones_like(alpha[k]) if t.weights is None else t.weights.to(alpha[k].dtype)
-            for k, t in own.items()
-        }
-        coefficients = {k: t.coefficient * weights[k] for k, t in own.items()}
-        values, scales = together(alpha, valid, coefficients)
-        settled = {
-            k: replace(t, weights=scales[k] / t.coefficient, values=values[k] * weights[k])
-            for k, t in own.items()
-        }
-        return [settled[t.depth] if isinstance(t.term, E2ETV) else t for t in targets]
+    def learn(self) -> dict[str, float]:
+        """Take note of the optimizer step that is over. Returns what to log of it."""
+        return {tag: value for rule in self.rules for tag, value in rule.learn().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has learned, in plain containers."""
-        return {} if self.entropy_mask is None else self.entropy_mask.state_dict()
+        """What the rules have learned, in plain containers."""
+        return {key: value for rule in self.rules for key, value in rule.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`; what was stored for another mask is left."""
-        if self.entropy_mask is not None and state:
-            self.entropy_mask.load_state_dict(state)
+        """The inverse of :meth:`state_dict`; what was stored for another rule is left."""
+        for rule in self.rules:
+            rule.load_state_dict(state)
 
     def losses(self, sums_KP: Tensor, counts: PositionCounts) -> Tensor:
         """The mean loss of every depth and term [D + 1, P]; 0 where nothing was counted.
@@ -250,6 +178,39 @@ class Objective:
         weighted = [losses_KP[1:, part] * weight for part, (weight, _) in enumerate(self.parts)]
         return torch.cat((losses_KP[:1, 0], torch.stack(weighted).sum(0)))
 
+    def check(self, mtp: MTPConfig) -> None:
+        """Refuse a stack that the objective, or an option of it, has no meaning for.
+
+        Raises:
+            UserError: naming both, and the remedy.
+        """
+        plain = self.term.of_token and self.train_head and not self.rules
+        if mtp.depth and not mtp.predicts_tokens and not plain:
+            raise UserError(
+                f"{self.asked} and its options say what depths that predict a token are trained "
+                f"on, and mtp={mtp.variant} has a loss of its own: leave objective=ce."
+            )
+        of_drafts = [rule.asked for rule in self.rules if rule.of_drafts]
+        if mtp.stride > 1:
+            _refuse(
+                of_drafts,
+                f"rests on every token up to a depth's, of which mtp.stride={mtp.stride} leaves "
+                "some out: leave it out, or set mtp.stride=1",
+            )
+        if mtp.rank > 1:
+            alone = [self.asked for _, part in self.parts if part.of_state]
+            alone += [] if self.train_head else ["objective.train_head=false"]
+            _refuse(
+                [*of_drafts, *alone],
+                f"has no meaning with mtp.rank={mtp.rank}, whose depths and next token are one "
+                "mixture and learn together: leave it out, or set mtp.rank=1",
+            )
+        if mtp.depth == 0:
+            _refuse(
+                [rule.asked for rule in self.rules],
+                "has nothing to act on at mtp.depth=0: set mtp.depth to 1 or more, or leave it out",
+            )
+
     def further_flops(
         self,
         config: ModelConfig,
@@ -270,19 +231,18 @@ class Objective:
             main: whether the main prediction goes through the head anyway.
         """
         head, depths = config.trunk.head_flops(), len(active)
-        alone = isinstance(stack, SideBySide)
+        alone = stack.in_turn
         flops = self._flops_ahead(config, seq_len, active, alone=alone)
         if not active:
             return flops
-        if self.confidence:
-            flops += depths * 4 * 2 * config.trunk.d_model  # two products, and one's two backward
+        flops += depths * sum(rule.flops(config.trunk.d_model) for rule in self.rules)
         if self.needs_teacher and config.mtp.rank > 1:
             return flops + depths * config.mtp.rank * head  # each depth's by itself
         if self.needs_teacher:
             # One head at a time needs a teacher of its own; a chain's is the main prediction.
             flops += (depths if alone else not main) * head
         trained = self.train_head and config.mtp.detach != "all"
-        if isinstance(stack, Targets) and (self.needs_teacher or not trained):
+        if stack.shares_state and (self.needs_teacher or not trained):
             return flops + depths * (2 + trained) * head  # each by itself
         if not self.train_head and config.mtp.trains_trunk and config.mtp.detach != "all":
             flops -= config.mtp.projections(active) * head
@@ -296,59 +256,23 @@ class Objective:
         self, config: ModelConfig, seq_len: int, active: Sequence[int], *, alone: bool
     ) -> int:
         """FLOPs of what must be known before any depth learns."""
-        wanted, passes = self.wanted, int(self.wanted.entropy)
-        if wanted.alpha and active:  # a pass of the main prediction for all, or for each
+        of_depths = [measure for measure in self.measures if not measure.of_main]
+        passes = int(len(of_depths) < len(self.measures))
+        if active and any(measure.needs_teacher for measure in of_depths):
+            # A pass of the main prediction for all, or for each.
             passes = len(active) if alone else 1
-        if wanted.of_depths:
+        if of_depths:
             passes += len(active)
         flops = passes * config.trunk.head_flops()
-        if wanted.of_depths and alone:  # the heads are computed twice
+        if of_depths and alone:  # the heads are computed twice
             flops += config.mtp.module_flops(config.trunk, seq_len, active)
         return flops
 
 
-def tokens_of(targets: Sequence[DepthTarget]) -> dict[int, Tensor]:
-    """The target tokens of every depth, -100 where none of its terms counts."""
-    tokens: dict[int, Tensor] = {}
-    for target in targets:
-        if target.depth not in tokens or not target.term.needs_teacher:
-            tokens[target.depth] = target.tokens
-    return tokens
+def _refuse(asked: Sequence[str], why: str) -> None:
+    if asked:
+        raise UserError(f"{asked[0]} {why}.")
 
 
 CROSS_ENTROPY = Objective(term=CrossEntropy())
 """What the depths learn where nothing else is said."""
-
-
-@dataclass(frozen=True)
-class PositionCounts:
-    """Positions that count in an optimizer step, of all ranks.
-
-    Attributes:
-        valid: [D + 1], those with a valid target.
-        taught: [D + 1], those of them that have a teacher; None where nobody asks.
-    """
-
-    valid: list[int]
-    taught: list[int] | None = None
-
-    def of(self, k: int, term: Term) -> int:
-        """Those of depth ``k`` that count for a term."""
-        if not term.needs_teacher:
-            return self.valid[k]
-        assert self.taught is not None
-        return self.taught[k]
-
-
-def taught_targets(batch: WindowBatch, k: int) -> Tensor:
-    """``[B, T]`` targets of depth k, -100 also where the main prediction of the same token lies
-    beyond the window: at the last k positions, with a stride the last s k."""
-    targets_BT = batch.targets(k).clone()
-    targets_BT[:, max(batch.seq_len - batch.stride * k, 0) :] = IGNORE_INDEX
-    return targets_BT
-
-
-def count_taught(batch: WindowBatch) -> Tensor:
-    """``[D + 1]`` int64 number of positions of every depth that have a teacher, and count."""
-    targets = [taught_targets(batch, k) for k in range(batch.depth + 1)]
-    return torch.stack([(tokens_BT != IGNORE_INDEX).sum() for tokens_BT in targets])

@@ -22,8 +22,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning import processes
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import MTPStack, RandomKey
-from mtp_lightning.mtp.summary import Summary
+from mtp_lightning.mtp.base import RandomKey
 from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.objective.balance.base import Balance, Observed
 from mtp_lightning.objective.balance.gradients import (
@@ -31,20 +30,13 @@ from mtp_lightning.objective.balance.gradients import (
     shared_parameters,
 )
 from mtp_lightning.objective.expert_balance import balance_experts
-from mtp_lightning.objective.objective import (
-    CROSS_ENTROPY,
-    Objective,
-    PositionCounts,
-    count_taught,
-)
+from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.ranks import rank, sum_over_ranks, world_size
-from mtp_lightning.objective.refusals import check_together
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
-from mtp_lightning.objective.stack_loss import stack_loss
 from mtp_lightning.objective.step_plan import StepPlan, StepResult
-from mtp_lightning.objective.summary_loss import future_of, stack_loss_with_summary
+from mtp_lightning.objective.stream import prepass, stream_loss
+from mtp_lightning.objective.targets import DepthTarget, by_depth, step_counts
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
-from mtp_lightning.objective.through_head import DepthTarget
 
 _MAIN_TERM = CrossEntropy()
 
@@ -77,7 +69,7 @@ class OptimizerStep:
         self.schedule = schedule
         self.balance = balance
         self.objective = (objective or CROSS_ENTROPY).for_model(model)
-        check_together(self.objective, model.config.mtp)
+        self.objective.check(model.config.mtp)
         if balance.scope is not None:
             require_separable(self.objective, what=f"balance={balance.name}")
         self.seed = seed
@@ -175,8 +167,7 @@ class OptimizerStep:
                     gradients=gradients,
                 )
             )
-        if self.objective.entropy_mask is not None:
-            values |= self.objective.entropy_mask.learn()
+        values |= self.objective.learn()
         if self.balance.weighs_main:
             values["balance/main_factor"] = plan.factors[0]
         optimizer.step()
@@ -209,7 +200,7 @@ class OptimizerStep:
         """One micro-batch's part of the step's loss.
 
         The backward passes of heads side by side have happened when this returns (see
-        ``stack_loss.py``); ``backward()`` on the loss goes through the trunk and hands out all
+        ``mtp/kinds.py``); ``backward()`` on the loss goes through the trunk and hands out all
         gradients.
 
         Returns:
@@ -223,42 +214,39 @@ class OptimizerStep:
                 "The batch holds no valid target: every position crosses a document border. "
                 "Use longer documents, or data.document_mask=false."
             )
-        targets, places = self._targets(plan, micro, key)
+        model, objective = self.model, self.objective
+        targets = self._targets(plan, micro, key)
+        depths = [k for k in by_depth(targets) if k]
         ledger, auxiliary = Ledger(), 1 / plan.windows
-        final, at = self.model.run_trunk(micro, plan.active, ledger=ledger, key=key)
-        if isinstance(self.model.mtp, Summary):
-            total, sums = stack_loss_with_summary(self.model, final, at, micro, targets)
-        else:
-            total, sums = stack_loss(
-                self.model,
-                final,
-                at,
-                targets,
-                key=key,
-                auxiliary=auxiliary,
-                objective=self.objective,
-            )
+        final, at = model.run_trunk(micro, plan.active, ledger=ledger, key=key)
+        feed = model.mtp.feed(final, at, micro, depths, key)
+        seen = prepass(model.head.weight, feed, targets, objective.measures)
+        total, sums = stream_loss(
+            model.head.weight,
+            feed,
+            objective.settle(targets, seen),
+            train_head=objective.train_head and model.config.mtp.detach != "all",
+            auxiliary=auxiliary,
+            compiled=model.has_compiled_kernels,
+        )
         for loss in ledger.losses:
             if loss.requires_grad:  # those of heads side by side have had their backward pass
                 total = total + auxiliary * loss
-        all_sums = sums.new_zeros(self.model.depth + 1, len(self.objective.parts))
-        for place, own_sum in zip(places, sums, strict=True):
-            all_sums[place] = own_sum
+        all_sums = sums.new_zeros(model.depth + 1, len(objective.parts))
+        for target, own_sum in zip(targets, sums, strict=True):
+            all_sums[target.depth, target.part] = own_sum
         return total, all_sums, ledger
 
     def _targets(
         self, plan: StepPlan, micro: WindowBatch, key: RandomKey | None
-    ) -> tuple[list[DepthTarget], list[tuple[int, int]]]:
-        """What the head is asked for, and each target's place in the sums [D + 1, P]."""
+    ) -> list[DepthTarget]:
+        """What the head is asked for: the main prediction, then every depth."""
         main = plan.factors[0] / plan.counts.valid[0]
-        targets, places = [DepthTarget(0, micro.targets(0), main, _MAIN_TERM)], [(0, 0)]
-        columns = {id(term): index for index, (_, term) in enumerate(self.objective.parts)}
+        targets = [DepthTarget(0, micro.targets(0), main, _MAIN_TERM)]
         for k in plan.active:
             place = self.model.mtp.target_depth(k, key)
-            own = self.objective.targets(k, micro, plan.factors[k], plan.counts, place=place)
-            targets += own
-            places += [(k, columns[id(target.term)]) for target in own]
-        return targets, places
+            targets += self.objective.targets(k, micro, plan.factors[k], plan.counts, place=place)
+        return targets
 
     def flops_per_token(
         self, seq_len: int, active: Sequence[int] | None = None, *, main: bool | None = None
@@ -293,30 +281,3 @@ class OptimizerStep:
 
 def _where(counts: Sequence[int], factors: Sequence[float]) -> list[float]:
     return [factor if count else 0.0 for factor, count in zip(factors, counts, strict=True)]
-
-
-def step_counts(
-    batch: WindowBatch, stack: MTPStack, key: RandomKey | None = None, *, taught: bool = False
-) -> PositionCounts:
-    """Positions of every depth that count in the whole step, all ranks together.
-
-    Args:
-        batch: this rank's; every rank's has the same size.
-        stack: that is trained.
-        key: of its random choices in training.
-        taught: whether those with a teacher are to be counted, too.
-    """
-    if batch.every_target_counts:  # known without looking: every rank's batch has the same size
-        windows, depths = len(batch) * world_size(), range(batch.depth + 1)
-        seen = [windows * max(batch.seq_len - batch.stride * k, 0) for k in depths]
-        valid = [windows * batch.seq_len for _ in depths]
-        return PositionCounts(valid, seen if taught else None)
-    masked = batch.host or batch  # a GPU need not be waited for
-    masks = [masked.valid(stack.target_depth(k, key)) for k in range(batch.depth + 1)]
-    if isinstance(stack, Summary):
-        masks[1] = future_of(stack, masked).valid()
-    counts_K = torch.stack([mask.sum() for mask in masks if mask is not None])
-    counts_NK = torch.stack([counts_K, *([count_taught(masked)] if taught else [])])
-    if world_size() > 1:  # ranks speak by their devices
-        counts_NK = sum_over_ranks(counts_NK.to(batch.device))
-    return PositionCounts(*counts_NK.tolist())

@@ -13,8 +13,9 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import RandomKey
 from mtp_lightning.objective.balance.base import depths_of
 from mtp_lightning.objective.balance.gradients import TaskGradients, task_gradients
-from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective, PositionCounts
+from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.schedule.base import Progress
+from mtp_lightning.objective.targets import PositionCounts
 
 
 @dataclass(frozen=True, kw_only=True)

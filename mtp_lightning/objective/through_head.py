@@ -1,33 +1,33 @@
-"""From hidden states through the shared head to losses and their gradients, chunk by chunk.
+"""From hidden states through a head to losses and their gradients, chunk by chunk.
 
 The logits of all depths would be (D + 1) x B x T x V numbers. Here they exist for one chunk of
 positions of one hidden state at a time: a chunk's logits become the gradients of its hidden states
-and of the head's weight at once and are dropped, so nothing of size V is kept but one gradient of
-the weight, shared by all depths.
+and of the head's weight at once and are dropped. What remains of size V is one gradient of the
+weight, shared by all depths.
 
-A teacher (the main prediction of the same target tokens) is made along the way, too: a chunk of it
+A teacher (the main prediction of the same target tokens) is made along the way: a chunk of it
 serves every depth before the next chunk is made. Depth k at position t is taught by the main
-prediction at t + k, so a chunk of main positions meets every depth k places to the left (s k, where
-depths leap by a stride of s). The first k main positions of a window meet the last k of the window
-before, which have no teacher: so nothing is left out, and nothing comes twice.
+prediction at t + k, so a chunk of main positions meets every depth k positions to the left (s k,
+where depths leap by a stride of s). The first k main positions of a window meet the last k of the
+window before, which have no teacher: so nothing is left out, and nothing comes twice.
 
-Shapes: M positions (B x T), C d_model, V vocabulary, R positions of one chunk.
+Shapes: M positions (B x T), C d_model, V vocabulary, R positions of one chunk, N their hidden
+states (R, or several for each position).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from data_modules.windows import IGNORE_INDEX
+from mtp_lightning.mtp.feed import Prediction
 from mtp_lightning.nn.cross_entropy import cross_entropy
 from mtp_lightning.nn.mixture import mixed_log_probs
 from mtp_lightning.nn.ops import exp_, log_softmax_, matmul_transposed, weight_gradient
-from mtp_lightning.objective.terms.base import Chunk, HiddenTerm, Teacher, Term
-from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
+from mtp_lightning.objective.targets import ChunkTarget, DepthTarget
+from mtp_lightning.objective.terms.base import Teacher
 
 # Numbers in one chunk of logits. On a CPU a chunk should stay in the cache between the passes
 # over it; on a GPU it must be large enough to fill the device. See benchmarks/head.py.
@@ -35,60 +35,8 @@ _CHUNK_NUMEL = {"cpu": 2**21, "cuda": 2**27}
 _MIN_CHUNK_ROWS = 256
 
 
-@dataclass(frozen=True, eq=False)
-class DepthTarget:
-    """What one depth is to predict by one term, and how much it counts.
-
-    Attributes:
-        depth: k.
-        tokens: [...] token ids; -100 is ignored.
-        coefficient: factor of the term's summed loss: its weight / positions that count in the
-            step. A loss of factor 0 that nothing learns from is not computed.
-        term: what it is trained on.
-        weights: [...] of the positions, which multiply loss and gradient; None is 1.
-        values: [...] the losses, where they are known beforehand and rest on other depths, too;
-            ``weights`` then multiply the gradient alone.
-        stride: s, of depths that leap: the main prediction of the same token stands s k places on.
-    """
-
-    depth: int
-    tokens: Tensor
-    coefficient: float
-    term: Term
-    weights: Tensor | None = None
-    values: Tensor | None = None
-    stride: int = 1
-
-
-@dataclass(eq=False)
-class Prediction:
-    """A hidden state on its way through the head.
-
-    Attributes:
-        hidden: [..., C], ready for the head.
-        targets: all that its logits are made for once: a depth's, one for every term of the
-            objective; with ``parameter_free`` those of all depths.
-        train_head: whether the head's weight gets a gradient from it.
-        needs_gradient: whether the hidden state does.
-        gradient: that gradient, [..., C], once it is known.
-        of_parameters: the gradients of the terms' own parameters, once they are known.
-    """
-
-    hidden: Tensor
-    targets: Sequence[DepthTarget]
-    train_head: bool = True
-    needs_gradient: bool = True
-    gradient: Tensor | None = None
-    of_parameters: list[Tensor] = field(default_factory=list)
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether a term compares with the main prediction."""
-        return any(target.term.needs_teacher for target in self.targets)
-
-
 class HeadWeight:
-    """The shared head's weight, and its gradient as it adds up.
+    """A head's weight, and its gradient as it adds up.
 
     Args:
         weight_VC: the weight.
@@ -103,12 +51,12 @@ class HeadWeight:
         self.needs_gradient = needs_gradient
         self.gradient: Tensor | None = None
 
-    def add(self, d_logits_RV: Tensor, h_RC: Tensor, factor: float = 1.0) -> None:
+    def add(self, d_logits_NV: Tensor, h_NC: Tensor, factor: float = 1.0) -> None:
         """``gradient += factor * d_logits.T @ h``."""
         if self.gradient is None:
             # Laid out as weight_gradient gives its parts: adding across layouts is slow.
             self.gradient = self.weight_VC.new_zeros(self.weight_VC.shape[::-1]).t()
-        self.gradient.add_(weight_gradient(d_logits_RV, h_RC), alpha=factor)
+        self.gradient.add_(weight_gradient(d_logits_NV, h_NC), alpha=factor)
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
@@ -117,23 +65,23 @@ def chunk_rows(vocab_size: int, device: torch.device) -> int:
     return max(_MIN_CHUNK_ROWS, numel // vocab_size)
 
 
+def chunks(total: int, rows: int) -> Iterator[slice]:
+    """``total`` positions in pieces of ``rows``."""
+    for start in range(0, total, rows):
+        yield slice(start, min(start + rows, total))
+
+
 def log_probs_by_chunk(h_MC: Tensor, weight_VC: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """``log_softmax(h @ weight.T)`` in chunks of positions, without autograd; in fp32, in a double
     precision model in fp64.
 
     Yields:
-        The chunk's place in M, and its log-probabilities [R, V], which the caller may overwrite.
+        The chunk's rows in M, and its log-probabilities [R, V], which the caller may overwrite.
     """
-    for place in _places(h_MC, weight_VC):
-        chunk_RV = log_probs(h_MC[place], weight_VC)
-        yield place, chunk_RV
+    for rows in chunks(h_MC.shape[0], chunk_rows(weight_VC.shape[0], h_MC.device)):
+        chunk_RV = log_probs(h_MC[rows], weight_VC)
+        yield rows, chunk_RV
         del chunk_RV
-
-
-def _places(h_MC: Tensor, weight_VC: Tensor) -> Iterator[slice]:
-    rows = chunk_rows(weight_VC.shape[0], h_MC.device)
-    for start in range(0, h_MC.shape[0], rows):
-        yield slice(start, min(start + rows, h_MC.shape[0]))
 
 
 def log_probs(h_RC: Tensor, weight_VC: Tensor) -> Tensor:
@@ -147,6 +95,12 @@ def log_probs(h_RC: Tensor, weight_VC: Tensor) -> Tensor:
     return log_softmax_(logits_RV, dtype)
 
 
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """What products of a hidden state are computed in: autocast's dtype where it is on."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
 @torch.no_grad()
 def through_head(
     head: HeadWeight,
@@ -155,200 +109,255 @@ def through_head(
     *,
     main_hidden: Tensor | None = None,
     compiled: bool = False,
+    of_terms: dict[nn.Parameter, Tensor] | None = None,
 ) -> None:
     """The losses of hidden states, and the gradients of ``sum_k coefficient_k * loss_k``.
 
     Args:
-        head: its gradient is added to.
-        predictions: their ``gradient`` is set where it is needed.
+        head: the shared one; its gradient is added to.
+        predictions: their gradients are set where they are needed.
         sums: fp64 [number of targets, those of all predictions]; each target's summed loss is added
             to it, in place.
         main_hidden: the main prediction's hidden state [..., C], from which teachers are made.
         compiled: whether cross-entropy alone is one compiled kernel.
+        of_terms: where the gradients of the terms' own parameters are added up, if anywhere.
     """
     dtype = compute_dtype(predictions[0].hidden)
-    weight = head.weight_VC.detach().to(dtype)
-    ways, done = [], 0
-    for prediction in predictions:
-        end = done + len(prediction.targets)
-        way = _Way(head, weight, prediction, sums[done:end])
-        if way.learns or any(target.coefficient for target in prediction.targets):
-            ways.append(way)
-        done = end
+    weight, main_MC = head.weight_VC.detach().to(dtype), None
+    if any(prediction.needs_teacher for prediction in predictions):
+        assert main_hidden is not None
+        main_MC = main_hidden.detach().reshape(-1, main_hidden.shape[-1]).to(dtype)
+
+    def ways() -> Iterator[_Way]:
+        done = 0
+        for prediction in predictions:
+            end = done + len(prediction.targets)
+            way = _Way(head, weight, prediction, sums[done:end], of_terms)
+            if way.learns or any(target.coefficient for target in way.targets):
+                yield way
+            done = end
+
     with torch.autocast(weight.device.type, enabled=False):
-        if any(way.prediction.needs_teacher for way in ways):
-            assert main_hidden is not None
-            _with_teacher(main_hidden, weight, ways)
-        else:
-            for way in ways:
-                if compiled and way.is_plain:
-                    way.go_compiled()
-                else:
-                    for place, chunk_RV in log_probs_by_chunk(way.h_MC, weight):
-                        way.go(place, chunk_RV)
-    for way in ways:
-        if way.d_h is not None:
-            way.prediction.gradient = way.d_h.view_as(way.prediction.hidden)
+        found: Iterable[_Way] = ways()
+        if main_MC is not None:
+            found = list(found)
+            taught = [way for way in found if way.prediction.loss is None]
+            _with_teacher(main_MC, weight, taught)
+            found = [way for way in found if way not in taught]
+        for way in found:
+            way.go_alone(main_MC, compiled=compiled)
 
 
-def _with_teacher(main_hidden: Tensor, weight: Tensor, ways: Sequence[_Way]) -> None:
+def _with_teacher(main_MC: Tensor, weight: Tensor, ways: Sequence[_Way]) -> None:
     """Each chunk of the main prediction, and what every depth learns from it."""
-    main_MC = main_hidden.detach().reshape(-1, main_hidden.shape[-1]).to(weight.dtype)
-    for place, main_RV in log_probs_by_chunk(main_MC, weight):
-        teacher = Teacher(main_RV, main_MC[place])
+    for rows, main_RV in log_probs_by_chunk(main_MC, weight) if ways else ():
+        teacher = Teacher(main_RV, main_MC[rows])
         for way in ways:
             if way.depth:
-                rows = places_left(place, way.to_teacher, main_MC)
-                way.go(rows, log_probs(way.h_MC[rows], weight), teacher)
+                left = rows_left(rows, way.to_teacher, main_MC)
+                way.go(left, log_probs(way.h_NC[left], weight), teacher)
         del teacher
-        for way in ways:  # at the end, since it overwrites what the depths compare with
+        for way in ways:  # last, since it overwrites what the depths compare with
             if not way.depth:
-                way.go(place, main_RV)
+                way.go(rows, main_RV)
+    for way in ways:
+        way.finish()
 
 
-def places_left(place: slice, k: int, h_MC: Tensor) -> slice | Tensor:
-    """``place`` moved by ``k`` to the left; what falls off comes in again at the end."""
-    if place.start >= k:
-        return slice(place.start - k, place.stop - k)
-    return torch.arange(place.start - k, place.stop - k, device=h_MC.device) % h_MC.shape[0]
+def rows_left(rows: slice, k: int, h_MC: Tensor) -> slice | Tensor:
+    """``rows`` moved by ``k`` to the left; those before the first are taken from the end."""
+    if rows.start >= k:
+        return slice(rows.start - k, rows.stop - k)
+    return torch.arange(rows.start - k, rows.stop - k, device=h_MC.device) % h_MC.shape[0]
 
 
 class _Way:
     """One prediction, chunk by chunk.
 
     Args:
-        head: whose gradient is added to.
-        weight: the head's weight in the precision of the products.
+        head: the shared one.
+        weight: its weight in the precision of the products.
         prediction: what is computed.
         sums: of its targets.
+        of_terms: gradients of terms' own parameters.
     """
 
     def __init__(
-        self, head: HeadWeight, weight: Tensor, prediction: Prediction, sums: Tensor
+        self,
+        head: HeadWeight,
+        weight: Tensor,
+        prediction: Prediction,
+        sums: Tensor,
+        of_terms: dict[nn.Parameter, Tensor] | None,
     ) -> None:
-        h = prediction.hidden
         self.head, self.weight, self.prediction, self.sums = head, weight, prediction, sums
-        self.trains_weight = head.needs_gradient and prediction.train_head
-        self.learns = prediction.needs_gradient or self.trains_weight
-        self.h_MC = h.detach().reshape(-1, h.shape[-1]).to(weight.dtype)
-        needed = prediction.needs_gradient
-        self.d_h = torch.empty_like(self.h_MC, dtype=h.dtype) if needed else None
+        self.of_terms = of_terms
+        self.targets: Sequence[DepthTarget] = prediction.targets  # type: ignore[assignment]
+        if prediction.weight is not None:
+            self.head = HeadWeight(prediction.weight, needs_gradient=prediction.train_head)
+            self.weight = prediction.weight.detach().to(weight.dtype)
+        h, needed = prediction.hidden, prediction.needs_gradient
+        self.trains_weight = self.head.needs_gradient and prediction.train_head
+        self.learns = needed or self.trains_weight
+        self.h_NC = h.detach().reshape(-1, h.shape[-1]).to(weight.dtype)
+        self.d_h = torch.empty_like(self.h_NC, dtype=h.dtype) if needed else None
 
     @property
     def depth(self) -> int:
         """k, of the first of its targets."""
-        return self.prediction.targets[0].depth
+        return self.targets[0].depth
 
     @property
     def to_teacher(self) -> int:
-        """How many places on the main prediction of the same token stands."""
-        return self.depth * self.prediction.targets[0].stride
-
-    def go(self, rows: slice | Tensor, chunk_RV: Tensor, main: Teacher | None = None) -> None:
-        """Losses and gradients of the positions ``rows``, whose ``chunk_RV`` is overwritten."""
-        h_RC = self.h_MC[rows]
-        targets = [ChunkTarget(target, rows) for target in self.prediction.targets]
-        if not self.learns:
-            for index, target in enumerate(targets):
-                value_R = target.term.value(target.chunk(chunk_RV, h_RC, main))
-                self._add(index, value_R, target)
-            return
-        d_hidden_RC = self._of_hidden(targets, chunk_RV, h_RC, main)
-        single: ChunkTarget | None = None
-        if len(targets) == 1:
-            (single,) = targets
-            value_R, d_logits_RV = single.term.gradient(single.chunk(chunk_RV, h_RC, main))
-            self._add(0, value_R, single)
-        else:
-            d_logits_RV = self._of_several(targets, chunk_RV, h_RC, main)
-        del chunk_RV
-        self._learn(rows, h_RC, d_logits_RV.to(self.weight.dtype), single, d_hidden_RC)
+        """How many positions on the main prediction of the same token stands."""
+        return self.depth * self.targets[0].stride
 
     @property
     def is_plain(self) -> bool:
         """Whether cross-entropy with one target is all there is to learn."""
-        targets = self.prediction.targets
-        return (
-            self.learns
-            and len(targets) == 1
-            and isinstance(targets[0].term, CrossEntropy)
-            and self.h_MC.shape[1] == self.weight.shape[1]  # no mixture
-        )
+        return self.learns and len(self.targets) == 1 and self.targets[0].term.of_token
 
-    def go_compiled(self) -> None:
-        """:meth:`go` of all positions, from logits to their gradient in one kernel a chunk."""
-        for place in _places(self.h_MC, self.weight):
-            h_RC = self.h_MC[place]
-            target = ChunkTarget(self.prediction.targets[0], place)
-            logits_RV = matmul_transposed(h_RC, self.weight)
-            value_R, d_logits_RV = cross_entropy(logits_RV, target.tokens_R)
-            del logits_RV
-            self._add(0, value_R, target)
-            self._learn(place, h_RC, d_logits_RV, target)
+    def go_alone(self, main_MC: Tensor | None, *, compiled: bool = False) -> None:
+        """All chunks, without other predictions beside this one."""
+        own, states = self.prediction.loss, self.prediction.states
+        width = max(self.weight.shape[0], self.prediction.width)
+        rows = max(1, chunk_rows(width, self.h_NC.device) // states)
+        for place in chunks(self.h_NC.shape[0] // states, rows):
+            if own is not None:
+                self._go_own(place, main_MC)
+            elif compiled and self.is_plain:
+                self._go_compiled(place)
+            else:
+                self.go(place, log_probs(self.h_NC[place], self.weight))
+        self.finish()
+
+    def finish(self) -> None:
+        """Give the prediction its gradients."""
+        if self.d_h is not None:
+            self.prediction.gradient = self.d_h.view_as(self.prediction.hidden)
+        if self.prediction.weight is not None:
+            self.prediction.weight_gradient = self.head.gradient
+
+    def go(self, rows: slice | Tensor, chunk_RV: Tensor, main: Teacher | None = None) -> None:
+        """Losses and gradients of the positions ``rows``, whose ``chunk_RV`` is overwritten."""
+        h_RC = self.h_NC[rows]
+        targets = self._chunk_targets(rows)
+        for target in targets:
+            target.teacher = main
+        if not self.learns:
+            for target in targets:
+                target.note(target.value(chunk_RV, h_RC))
+            return
+        d_hidden_RC = self._of_state(targets, chunk_RV, h_RC)
+        if len(targets) == 1:
+            (single,) = targets
+            value_R, d_logits_RV = single.term.gradient(single.chunk(chunk_RV, h_RC))
+            single.note(value_R)
+            # Mask and coefficient go onto the C-wide factors, not onto the V-wide one.
+            scale_R1, factor = single.counts_R.unsqueeze(-1), single.coefficient
+        else:
+            d_logits_RV = self._of_several(targets, chunk_RV, h_RC)
+            scale_R1, factor = None, 1.0
+        del chunk_RV
+        d_logits_RV = d_logits_RV.to(self.weight.dtype)
+        self._learn(rows, h_RC, d_logits_RV, scale_R1, factor, d_hidden_RC)
+
+    def _go_compiled(self, rows: slice) -> None:
+        """:meth:`go`, from logits to their gradient in one kernel."""
+        h_RC = self.h_NC[rows]
+        (target,) = self._chunk_targets(rows)
+        logits_RV = matmul_transposed(h_RC, self.weight)
+        value_R, d_logits_RV = cross_entropy(logits_RV, target.tokens_R)
+        del logits_RV
+        target.note(value_R)
+        self._learn(rows, h_RC, d_logits_RV, target.counts_R.unsqueeze(-1), target.coefficient)
+
+    def _go_own(self, rows: slice, main_MC: Tensor | None) -> None:
+        """The stack computes the loss."""
+        states, loss = self.prediction.states, self.prediction.loss
+        assert loss is not None
+        inner = slice(rows.start * states, rows.stop * states)
+        h_NC, targets = self.h_NC[inner], self._chunk_targets(rows)
+        if main_MC is not None:
+            self._teach(targets, rows, main_MC)
+        logits_NV = matmul_transposed(h_NC, self.weight)
+        learned = loss(rows, logits_NV, targets, self.learns)
+        del logits_NV
+        if learned is not None:
+            d_logits_NV, scale_N1 = learned
+            self._learn(inner, h_NC, d_logits_NV.to(self.weight.dtype), scale_N1)
+
+    def _teach(self, targets: Sequence[ChunkTarget], rows: slice, main_MC: Tensor) -> None:
+        """Give the targets the main prediction of their tokens: of each depth, one."""
+        found: dict[int, Teacher] = {}
+        for target in (target for target in targets if target.term.needs_teacher):
+            k = target.depth
+            if k not in found:
+                # A position whose teacher lies beyond the window does not count.
+                at = torch.arange(rows.start + k, rows.stop + k, device=main_MC.device)
+                main_RC = main_MC[at % main_MC.shape[0]]
+                log_p_RV = log_probs(main_RC, self.weight)
+                found[k] = Teacher(log_p_RV, main_RC[:, : self.weight.shape[1]])
+            target.teacher = found[k]
+
+    def _chunk_targets(self, rows: slice | Tensor) -> list[ChunkTarget]:
+        return [
+            ChunkTarget(target, rows, self.sums[index]) for index, target in enumerate(self.targets)
+        ]
 
     def _learn(
         self,
         rows: slice | Tensor,
-        h_RC: Tensor,
-        d_logits_RV: Tensor,
-        single: ChunkTarget | None,
-        d_hidden_RC: Tensor | None = None,
+        h_NC: Tensor,
+        d_logits_NV: Tensor,
+        scale_N1: Tensor | None,
+        factor: float = 1.0,
+        d_hidden_NC: Tensor | None = None,
     ) -> None:
         """Hand the gradient by the logits on to the hidden states and to the weight.
 
         Args:
-            rows: the positions.
-            h_RC: their hidden states.
-            d_logits_RV: the gradient.
-            single: a single target, whose mask and coefficient it does not have yet: they go onto
-                the C-wide factors, not onto the V-wide one.
-            d_hidden_RC: of terms that read the state.
+            rows: of the hidden states.
+            h_NC: the hidden states.
+            d_logits_NV: the gradient.
+            scale_N1: what its rows are still to be multiplied by, and ...
+            factor: ... what all of it is.
+            d_hidden_NC: gradient of terms that read the state.
         """
-        scale_R1 = None if single is None else single.counts_R.unsqueeze(-1)
-        factor = 1.0 if single is None else single.coefficient
         if self.d_h is not None:
-            d_h_RC = matmul_transposed(d_logits_RV, self.weight.t())
-            if scale_R1 is not None:
-                d_h_RC = d_h_RC * (scale_R1 * factor)
-            if d_hidden_RC is not None:
-                d_h_RC = d_h_RC + d_hidden_RC
-            self.d_h[rows] = d_h_RC.to(self.d_h.dtype)
+            d_h_NC = matmul_transposed(d_logits_NV, self.weight.t())
+            if scale_N1 is not None:
+                d_h_NC = d_h_NC * (scale_N1 * factor)
+            if d_hidden_NC is not None:
+                d_h_NC = d_h_NC + d_hidden_NC
+            self.d_h[rows] = d_h_NC.to(self.d_h.dtype)
         if self.trains_weight:
-            self.head.add(d_logits_RV, h_RC if scale_R1 is None else h_RC * scale_R1, factor)
+            self.head.add(d_logits_NV, h_NC if scale_N1 is None else h_NC * scale_N1, factor)
 
-    def _add(self, index: int, value_R: Tensor, target: ChunkTarget) -> None:
-        counts_R = target.counts_R
-        if target.values_R is not None:
-            value_R, counts_R = target.values_R, target.valid_R
-        self.sums[index] += (value_R * counts_R).double().sum()
-
-    def _of_hidden(
-        self, targets: list[ChunkTarget], chunk_RV: Tensor, h_RC: Tensor, main: Teacher | None
+    def _of_state(
+        self, targets: Sequence[ChunkTarget], chunk_RV: Tensor, h_RC: Tensor
     ) -> Tensor | None:
         """The gradient [R, C] of terms that read the state, mask and coefficients included."""
         total_RC: Tensor | None = None
-        for index, target in enumerate(targets):
-            if not isinstance(target.term, HiddenTerm):
-                continue
+        for target in (target for target in targets if target.term.of_state):
             if not target.coefficient:  # looked at, and learned from by nobody
-                self._add(index, target.term.value(target.chunk(chunk_RV, h_RC, main)), target)
+                target.note(target.value(chunk_RV, h_RC))
                 continue
-            parameters = list(target.term.parameters)
+            parameters = [p for p in target.term.parameters if p.requires_grad]
             with torch.enable_grad():
                 hidden_RC = h_RC.detach().requires_grad_()
-                value_R = target.term.value(target.chunk(chunk_RV, hidden_RC, main))
+                value_R = target.value(chunk_RV, hidden_RC)
                 loss = (value_R * target.scale_R1(value_R.dtype).squeeze(-1)).sum()
                 d_hidden_RC, *own = torch.autograd.grad(loss, [hidden_RC, *parameters])
-            self._add(index, value_R.detach(), target)
+            target.note(value_R.detach())
             total_RC = d_hidden_RC if total_RC is None else total_RC + d_hidden_RC
-            if own:
-                before = self.prediction.of_parameters or [torch.zeros_like(p) for p in parameters]
-                self.prediction.of_parameters = [a + b for a, b in zip(before, own, strict=True)]
+            for parameter, part in zip(parameters, own, strict=True):
+                if self.of_terms is not None:
+                    before = self.of_terms.get(parameter)
+                    self.of_terms[parameter] = part if before is None else before + part
         return total_RC
 
-    def _of_several(
-        self, targets: list[ChunkTarget], chunk_RV: Tensor, h_RC: Tensor, main: Teacher | None
-    ) -> Tensor:
+    def _of_several(self, targets: Sequence[ChunkTarget], chunk_RV: Tensor, h_RC: Tensor) -> Tensor:
         """The gradient by logits that all targets share, mask and coefficients included.
 
         Cross-entropy's is ``(sum_k c_k) softmax - sum_k c_k one_hot(target_k)``: one pass over the
@@ -356,19 +365,17 @@ class _Way:
         """
         plain: list[tuple[Tensor, Tensor]] = []
         others_RV: Tensor | None = None
-        for index, target in enumerate(targets):
-            if isinstance(target.term, HiddenTerm):
-                continue
-            if isinstance(target.term, CrossEntropy):
-                value_R = target.term.value(target.chunk(chunk_RV, h_RC, main))
+        for target in (target for target in targets if not target.term.of_state):
+            if target.term.of_token:
+                value_R = target.value(chunk_RV, h_RC)
                 plain.append((target.tokens_R.unsqueeze(-1), -target.scale_R1(chunk_RV.dtype)))
             else:
-                copy = target.chunk(chunk_RV.clone(), h_RC, main)
+                copy = target.chunk(chunk_RV.clone(), h_RC)
                 value_R, d_logits_RV = target.term.gradient(copy)
                 d_logits_RV = d_logits_RV * target.scale_R1(chunk_RV.dtype)
                 others_RV = d_logits_RV if others_RV is None else others_RV.add_(d_logits_RV)
                 del copy, d_logits_RV
-            self._add(index, value_R, target)
+            target.note(value_R)
         if not plain:
             assert others_RV is not None
             return others_RV
@@ -378,29 +385,3 @@ class _Way:
         for target_R1, minus_R1 in plain:
             d_logits_RV.scatter_add_(1, target_R1, minus_R1)
         return d_logits_RV if others_RV is None else d_logits_RV.add_(others_RV)
-
-
-class ChunkTarget:
-    """A target of some positions: token ids [R], and how much each of them counts [R]."""
-
-    def __init__(self, target: DepthTarget, rows: slice | Tensor) -> None:
-        tokens_R = target.tokens.reshape(-1)[rows]
-        self.depth, self.coefficient, self.term = target.depth, target.coefficient, target.term
-        self.tokens_R, self.valid_R = tokens_R.clamp(min=0), tokens_R != IGNORE_INDEX
-        # Mask and weights.
-        self.counts_R = self.valid_R
-        if target.weights is not None:
-            self.counts_R = target.weights.reshape(-1)[rows] * self.valid_R
-        self.values_R = None if target.values is None else target.values.reshape(-1)[rows]
-
-    def scale_R1(self, dtype: torch.dtype) -> Tensor:
-        """Mask, weights and coefficient."""
-        return (self.counts_R.to(dtype) * self.coefficient).unsqueeze(-1)
-
-    def chunk(self, log_probs_RV: Tensor, h_RC: Tensor, main: Teacher | None) -> Chunk:
-        return Chunk(self.depth, log_probs_RV, self.tokens_R, h_RC, main)
-
-
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

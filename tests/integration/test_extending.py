@@ -83,8 +83,8 @@ def run(
 
 def test_the_page_has_a_recipe_for_everything() -> None:
     wanted = (
-        "head", "objective", "balance", "lambda", "text source", "task", "optimizer", "callback",
-        "logger", "attention", "op on another device", "claim",
+        "a head", "loss of its own", "objective", "balance", "lambda", "text source", "task",
+        "optimizer", "callback", "logger", "attention", "op on another device", "claim",
     )  # fmt: skip
     assert [w for w in wanted if not any(w in name.lower() for name in RECIPES)] == []
     assert all(RECIPES.values())
@@ -221,5 +221,8 @@ def test_what_the_recipes_leave(mine: Path, cache: Path) -> None:
     logged = trained("A logger", mine, cache)
     lines = [json.loads(line) for line in (logged / "metrics.jsonl").read_text().splitlines()]
     assert any("train/loss" in line for line in lines) and any("params" in line for line in lines)
+    varied = trained("A head with a loss of its own", mine, cache)
+    losses = [row["val/loss_depth_1"] for row in rows(varied) if "val/loss_depth_1" in row]
+    assert losses and losses[-1] < 1, "less than a rate of 1 everywhere would give"
     balanced = trained("A balance rule", mine, cache)
     assert all("balance/mean_loss_depth_1" in row for row in rows(balanced) if "train/loss" in row)

@@ -13,10 +13,10 @@ from torch import Tensor
 from data_modules.document_frequency import document_frequency
 from data_modules.token_store import TokenFile
 from data_modules.windows import WindowBatch
+from mtp_lightning.metrics.rates import own_values
 from mtp_lightning.mtp.bag import BagConfig
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective.summary_loss import summary_values
 from tests.models import build
 from tests.mtp.summaries import ahead_windows, assert_loss_is, nearest
 
@@ -68,8 +68,8 @@ def test_the_next_token_is_not_in_the_bag(tiny_trunk: TrunkConfig) -> None:
     other = batch.tokens.clone()
     other[0, 1] = (other[0, 1] + 1) % 37
     hidden = torch.randn(1, 6, 32)
-    one, _ = summary_values(model.mtp, hidden, batch)
-    two, _ = summary_values(model.mtp, hidden, WindowBatch(other, 1, extra=batch.extra))
+    one, _ = own_values(model.mtp, 1, hidden, batch)
+    two, _ = own_values(model.mtp, 1, hidden, WindowBatch(other, 1, extra=batch.extra))
     # Token 1 is the next one of position 0, and stands behind position 1's own reach.
     assert torch.equal(one, two)
 

@@ -13,13 +13,14 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.feed import Together
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.objective.balance.base import depths_of
-from mtp_lightning.objective.stack_loss import joint_loss
+from mtp_lightning.objective.stream import stream_loss
+from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
-from mtp_lightning.objective.through_head import DepthTarget
 from tests.losses import mtp_loss, reported_loss
 from tests.models import build, windows
 
@@ -35,13 +36,13 @@ def joint(
     factors = [1.0, *weights]
     depths = depths_of(factors)
     final, at = model.run_trunk(batch, depths, ledger=ledger)
-    states = [final, *(hidden for _, hidden in model.mtp.states(at, depths))]
+    feed = Together(final, list(model.mtp.states(at, depths)), {})
     targets = [
         DepthTarget(k, batch.targets(k), factors[k] / max(counts[k], 1), CrossEntropy())
         for k in (0, *depths)
     ]
     train_head = model.mtp.config.detach != "all"
-    return joint_loss(model.head.weight, states, targets, train_head=train_head)
+    return stream_loss(model.head.weight, feed, targets, train_head=train_head)
 
 
 def gradients(model: MTPModel) -> dict[str, Tensor]:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import RandomKey
+from mtp_lightning.mtp.feed import Feed
 from mtp_lightning.mtp.sequential import SequentialConfig, SequentialMTP, draw_states_back
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective import step as step_room
-from mtp_lightning.objective.stack_loss import stack_loss
 from tests.integration import helpers
 from tests.losses import mtp_loss
 from tests.models import build, windows
@@ -112,11 +111,13 @@ def test_every_step_and_micro_batch_draws_anew(
 ) -> None:
     keys: list[RandomKey] = []
 
-    def recorded(*arguments: Any, key: RandomKey, **options: Any) -> tuple[Tensor, Tensor]:
-        keys.append(key)
-        return stack_loss(*arguments, key=key, **options)
+    feed = SequentialMTP.feed
 
-    monkeypatch.setattr(step_room, "stack_loss", recorded)
+    def recorded(stack: SequentialMTP, *given: Any) -> Feed:
+        keys.append(given[-1])
+        return feed(stack, *given)
+
+    monkeypatch.setattr(SequentialMTP, "feed", recorded)
     settings = {"seed": 7, "trainer.accumulate_grad_batches": 2, "data.batch_size": 3}
     for steps in (2, 3):  # begun, and resumed
         helpers.train_here(

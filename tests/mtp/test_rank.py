@@ -18,7 +18,7 @@ from mtp_lightning.mtp.linear import LinearConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.head import Head
 from mtp_lightning.nn.mixture import pack, unpack
-from mtp_lightning.objective import mixture_loss
+from mtp_lightning.objective import through_head
 from mtp_lightning.objective.objective import Objective
 from mtp_lightning.objective.schedule.base import Progress
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
@@ -67,7 +67,7 @@ def test_the_loss_is_that_of_the_joint_distribution(
     tiny_trunk: TrunkConfig, rank: int, depth: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With every lambda 1, ``-log sum_a w_a prod_k p_a^k(x_{t+1+k})``, value and gradients."""
-    monkeypatch.setattr(mixture_loss, "chunk_rows", lambda *_: rows)
+    monkeypatch.setattr(through_head, "chunk_rows", lambda *_: rows)
     model = of_rank(tiny_trunk, rank, depth)
     batch = windows(2, 6, depth)
     total, sums = mtp_loss(model, batch, [1.0] * depth, [12] * (depth + 1))
@@ -197,11 +197,20 @@ def test_parameters_and_flops_from_the_config(tiny_trunk: TrunkConfig) -> None:
             assert counted.total == 32 * (blocks + own + again + once)
 
 
+def test_a_teacher_in_bfloat16_stays_close(tiny_trunk: TrunkConfig) -> None:
+    model, batch = build(tiny_trunk, LinearConfig(depth=2, rank=2)), windows(2, 16, 2)
+    exact, _ = mtp_loss(model, batch, [1.0] * 2, [32] * 3, term=KL())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, _ = mtp_loss(model, batch, [1.0] * 2, [32] * 3, term=KL())
+    total.backward()
+    assert total.item() == pytest.approx(exact.item(), rel=0.02)
+
+
 def test_one_chunk_is_all_that_there_is_of_size_v(
     tiny_trunk: TrunkConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, vocab = 40, 5_000
-    monkeypatch.setattr(mixture_loss, "chunk_rows", lambda *_: rows)
+    monkeypatch.setattr(through_head, "chunk_rows", lambda *_: rows)
     trunk = replace(tiny_trunk, vocab_size=vocab)
     for depth, term in ((1, CrossEntropy()), (4, CrossEntropy()), (4, KL())):
         model = build(trunk, LinearConfig(depth=depth, rank=2))

@@ -15,11 +15,9 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.top import TopConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective.summaries.order import Order
-from mtp_lightning.objective.summary_loss import future_of, summary_loss
 from tests.losses import mtp_loss
 from tests.models import build
-from tests.mtp.summaries import ahead_windows, assert_loss_is, nearest
+from tests.mtp.summaries import ahead_windows, assert_loss_is, nearest, own_loss
 
 
 def order_loss(logits_V: Tensor, near: dict[int, int], tau: float) -> Tensor:
@@ -71,19 +69,17 @@ def test_the_target_is_a_distribution_that_is_reached(seed: int, tau: float, row
     and nothing is left to learn."""
     batch = ahead_windows(rows, 5, 8, ids=12, seed=seed)
     model = stack_of(TopConfig(lookahead=8, tau=tau))
-    future = future_of(model, batch)
-    tokens, counts = future.rows(slice(0, rows * 5))
+    loss, every = model.own_loss(1, batch), slice(0, rows * 5)
     scores = torch.full((rows * 5, 12), -torch.inf, dtype=torch.float64)
     for m in range(rows * 5):
         for token, ahead in nearest(batch, m // 5, m % 5, 1, 8).items():
             scores[m, token] = -(ahead - 1) / tau
     target = torch.softmax(scores, -1)
-    term = Order(model)
-    best, d_best = term.gradient(scores.clamp(min=-1e4), tokens, counts)
+    best, d_best = loss.gradient(every, scores.clamp(min=-1e4))
     entropy = -torch.special.xlogy(target, target).sum(-1)
     torch.testing.assert_close(best, entropy)
     assert d_best.abs().max() < 1e-9
-    other, d_other = term.gradient(torch.randn_like(scores), tokens, counts)
+    other, d_other = loss.gradient(every, torch.randn_like(scores))
     assert bool((other >= best - 1e-9).all())
     # Softmax minus a distribution.
     assert d_other.sum(-1).abs().max() < 1e-9
@@ -98,7 +94,7 @@ def test_a_reach_of_one_is_cross_entropy(tiny_trunk: TrunkConfig) -> None:
     model = build(tiny_trunk, TopConfig(lookahead=1))
     batch = ahead_windows(2, 8, 1)
     hidden = torch.randn(2, 8, 32)
-    _, found = summary_loss(model.mtp, hidden, batch, 1.0)
+    _, found = own_loss(model.mtp, hidden, batch, 1.0)
     logits = model.mtp.head(hidden).flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, batch.targets(0).flatten())
     torch.testing.assert_close(found.item() / 16, expected.item(), rtol=1e-5, atol=1e-6)
@@ -111,9 +107,7 @@ def test_distances_beyond_float16_are_told_apart() -> None:
     scored = tokens > 0
     batch = WindowBatch(tokens, 1, None, scored, extra=3001)
     stack = stack_of(TopConfig(lookahead=3002))
-    term = Order(stack)
-    chosen, counts = future_of(stack, batch).rows(slice(0, 1))
-    value, d_logits = term.gradient(torch.zeros(1, 12), chosen, counts)
+    value, d_logits = stack.own_loss(1, batch).gradient(slice(0, 1), torch.zeros(1, 12))
     # softmax(0, -1): the nearer one has e / (1 + e).
     expected = torch.tensor([1.0, torch.e]) / (1 + torch.e)
     torch.testing.assert_close(1 / 12 - d_logits[0, [2, 1]], expected)
@@ -150,11 +144,11 @@ def test_chunks_change_nothing(tiny_trunk: TrunkConfig, monkeypatch: pytest.Monk
     found = []
     for rows in (1000, 4):
         monkeypatch.setattr(
-            "mtp_lightning.objective.summary_loss.chunk_rows", lambda *_, rows=rows: rows
+            "mtp_lightning.objective.through_head.chunk_rows", lambda *_, rows=rows: rows
         )
         hidden = torch.linspace(-1, 1, 3 * 9 * 32, dtype=torch.float64).view(3, 9, 32)
         hidden.requires_grad_()
-        loss, plain = summary_loss(model.mtp, hidden, batch, 0.5)
+        loss, plain = own_loss(model.mtp, hidden, batch, 0.5)
         found.append([plain, *torch.autograd.grad(loss, [hidden, model.mtp.head.weight])])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)

@@ -27,13 +27,13 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig, RandomKey
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective import mixture_loss, through_head
+from mtp_lightning.objective import through_head
 from mtp_lightning.objective.balance.base import Balance, NoBalance
 from mtp_lightning.objective.balance.cosine_gate import CosineGate
 from mtp_lightning.objective.balance.gradnorm import GradNorm
 from mtp_lightning.objective.balance.uncertainty import Uncertainty
 from mtp_lightning.objective.objective import Objective
-from mtp_lightning.objective.position_weights import PositionWeights
+from mtp_lightning.objective.rules.position_weights import PositionWeights, position_weights
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.objective.step import OptimizerStep
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
@@ -328,7 +328,6 @@ def require_sentence(said: str | None, *named: str) -> None:
 def check_all(cases: Iterator[Case], monkeypatch: pytest.MonkeyPatch) -> None:
     """Some are not refused; of heads that take everything, all."""
     monkeypatch.setattr(through_head, "chunk_rows", lambda *_: 7)  # chunks that straddle windows
-    monkeypatch.setattr(mixture_loss, "chunk_rows", lambda *_: 15)
     trained = 0
     for case in cases:
         try:
@@ -358,7 +357,7 @@ def test_the_tables_know_all_that_there_is() -> None:
     own_terms = {n for n, term in known_terms().items() if term.__module__.startswith("mtp_")}
     assert formulas == own_terms
     assert set(Objective.options()) - {"quantile"} == {f.name for f in fields(Asked)} - {"mixture"}
-    rules = {type(Objective(term=CE, weights=word).position_weights) for word in WEIGHTS}
+    rules = {type(position_weights(word, decay=None, smoothing=None)) for word in WEIGHTS}
     assert rules == {type(None), *PositionWeights.__subclasses__()}
     for depth, active in ((1, "all"), (2, "some"), (3, "some"), (3, "none")):
         assert schedules(depth)[active]

@@ -12,8 +12,8 @@ import torch
 from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective.entropy_mask import EntropyMask
 from mtp_lightning.objective.objective import Objective
+from mtp_lightning.objective.rules.entropy_mask import EntropyMask
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.terms.e2e_tv import E2ETV
 from mtp_lightning.objective.terms.kl import KL
@@ -54,6 +54,14 @@ def test_an_infinite_jump_masks_nothing(tiny_trunk: TrunkConfig, variant: str) -
     for total, sums, grads in found[1:]:
         assert torch.equal(total, found[0][0]) and torch.equal(sums, found[0][1])
         assert all(torch.equal(gradient, found[0][2][name]) for name, gradient in grads.items())
+
+
+def test_the_running_quantile_learns_where_no_depth_does(tiny_trunk: TrunkConfig) -> None:
+    model, batch = build(tiny_trunk, MTPConfig.find("sequential")(depth=1)), windows(2, 9, 1)
+    objective = Objective(term=KL(), mask="entropy")
+    mtp_loss(model, batch, [0.0], [18, 18], term=objective)
+    objective.learn()
+    assert sum(objective.state_dict()["counts"]) == 2 * 8  # steps between positions
 
 
 def test_the_running_quantile_is_one() -> None:

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mtp_lightning.mtp.feed import Together
 from mtp_lightning.nn import cross_entropy as kernel
 from mtp_lightning.objective import through_head
-from mtp_lightning.objective.stack_loss import joint_loss
+from mtp_lightning.objective.stream import stream_loss
+from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
-from mtp_lightning.objective.through_head import DepthTarget
 
 Depths = list[tuple[Tensor, DepthTarget]]
 
@@ -28,7 +29,8 @@ def weighted(
     weight: Tensor, depths: Depths, *, train_head: bool = True, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
     states, targets = zip(*depths, strict=True)
-    return joint_loss(weight, states, targets, train_head=train_head, compiled=compiled)
+    feed = Together(states[0], list(enumerate(states))[1:], {})
+    return stream_loss(weight, feed, targets, train_head=train_head, compiled=compiled)
 
 
 def expected(

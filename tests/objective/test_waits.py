@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 import mtp_lightning.nn.experts as experts
 from data_modules.windows import WindowBatch
-from mtp_lightning.metrics.summary_rates import rates_of
+from mtp_lightning.metrics.rates import rates_of
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.attention import Positions

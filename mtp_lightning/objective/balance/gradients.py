@@ -21,18 +21,12 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import RandomKey
-from mtp_lightning.mtp.summary import Summary, SummaryConfig
-from mtp_lightning.objective.ahead import Seen
-from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective, PositionCounts
+from mtp_lightning.mtp.feed import Prediction
+from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.ranks import sum_over_ranks
-from mtp_lightning.objective.summary_loss import summary_loss
+from mtp_lightning.objective.targets import DepthTarget, PositionCounts
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
-from mtp_lightning.objective.through_head import (
-    DepthTarget,
-    HeadWeight,
-    Prediction,
-    through_head,
-)
+from mtp_lightning.objective.through_head import HeadWeight, through_head
 
 Scope = Literal["trunk", "last_block"]
 """What a gradient is measured on: the whole shared trunk, or its last block alone."""
@@ -135,13 +129,12 @@ def require_separable(objective: Objective, *, what: str) -> None:
     Raises:
         UserError: it is not.
     """
-    if objective.wanted.anything:
-        raise UserError(
-            f"{what} looks at one depth after another, but objective={objective.term.name} with "
-            f"objective.weights={objective.weights} and objective.mask={objective.mask} needs all "
-            "of them, or the main prediction's entropy, beforehand: take another objective, or "
-            "leave the measuring out."
-        )
+    for rule in objective.rules:
+        if rule.measures:
+            raise UserError(
+                f"{what} looks at one depth after another, but {rule.asked} needs all of them, or "
+                "the main prediction's entropy, beforehand: leave it out, or the measuring."
+            )
 
 
 def task_gradients(
@@ -207,7 +200,7 @@ def measuring_flops(config: ModelConfig, seq_len: int, active: Sequence[int], sc
     passed_on = 2 * beyond(seq_len) - beyond(0)
     asked = blocks(shared - 1 if scope == "last_block" else 0, shared, seq_len)
     # A head of its own is a module.
-    shared_head = 1 + (0 if isinstance(mtp, SummaryConfig) else len(active))
+    shared_head = 1 + (0 if mtp.brings_loss else len(active))
     tasks = 1 + len(active)
     return forward + passed_on + 2 * (shared_head * trunk.head_flops() + tasks * asked)
 
@@ -216,8 +209,8 @@ def measuring_flops(config: ModelConfig, seq_len: int, active: Sequence[int], sc
 def _only(model: MTPModel, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Inside, nothing else of the model has a gradient: a product of a kernel of our own computes
     that of its weight, asked for or not, if the weight could have one."""
-    wanted = {id(parameter) for parameter in parameters}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in wanted]
+    wanted = set(parameters)
+    others = [p for p in model.parameters() if p.requires_grad and p not in wanted]
     try:
         for parameter in others:
             parameter.requires_grad_(False)
@@ -246,22 +239,19 @@ def _add_gradients(
     with torch.enable_grad(), _only(model, parameters):
         stack = model.mtp
         final, at = model.run_trunk(batch, tasks[1:], key=key)
+        head = HeadWeight(model.head.weight)
         for k, hidden in itertools.chain([(0, final)], stack.states(at, tasks[1:], key)):
-            d_hidden: Tensor | None = None
-            if k and isinstance(stack, Summary):
-                hidden, _ = summary_loss(stack, hidden, batch, 1 / counts.valid[k])
-            else:
-                targets = [DepthTarget(0, batch.targets(0), 1 / counts.valid[0], CrossEntropy())]
-                if k:
-                    place = stack.target_depth(k, key)
-                    targets = objective.targets(k, batch, 1.0, counts, place=place)
-                    targets = objective.settle(targets, Seen())
-                prediction = Prediction(hidden, targets)
-                head = HeadWeight(model.head.weight)
-                through_head(head, [prediction], unused, main_hidden=final)
-                d_hidden = prediction.gradient
+            targets = [DepthTarget(0, batch.targets(0), 1 / counts.valid[0], CrossEntropy())]
+            if k:
+                place = stack.target_depth(k, key)
+                targets = objective.targets(k, batch, 1.0, counts, place=place)
+                targets = objective.settle(targets, {})
+            prediction = Prediction(hidden, targets, train_head=False)
+            if k and (own := stack.own_loss(k, batch)) is not None:
+                prediction.weight, prediction.loss, prediction.width = own.weight, own, own.width
+            through_head(head, [prediction], unused, main_hidden=final)
             grads = torch.autograd.grad(
-                hidden, parameters, d_hidden, retain_graph=True, allow_unused=True
+                hidden, parameters, prediction.gradient, retain_graph=True, allow_unused=True
             )
             row_P, start = total_KP[tasks.index(k)], 0
             for parameter, grad in zip(parameters, grads, strict=True):

@@ -71,12 +71,28 @@ class Term(ABC):
     Attributes:
         name: what it is called in messages and in the log.
         needs_teacher: whether :attr:`Chunk.teacher` is read. Only positions that have one count.
+        of_token: whether the loss is ``-log q(target)`` and reads no other log-probability. Passes
+            then take shorter ways: several such targets share one softmax.
+        of_state: whether it is a term of the depth's hidden state, an addition to terms of the
+            log-probabilities: :meth:`value` is then differentiable by ``chunk.hidden_RC`` and by
+            ``parameters``, and what it reads of the log-probabilities has no gradient.
+        parameters: of its own, which are part of the model.
+        couples: whether a depth's loss rests on the other depths' acceptance; the term then has a
+            method ``together`` (``e2e_tv.py``).
+        follows_mask: whether ``objective.mask`` holds for its positions.
+        follows_weights: whether ``objective.weights`` multiply its positions.
         is_word: whether a mixture may name it.
     """
 
     name: ClassVar[str]
     needs_teacher: ClassVar[bool] = False
+    of_token: ClassVar[bool] = False
+    of_state: ClassVar[bool] = False
+    couples: ClassVar[bool] = False
+    follows_mask: ClassVar[bool] = True
+    follows_weights: ClassVar[bool] = True
     is_word: ClassVar[bool] = True
+    parameters: Sequence[nn.Parameter] = ()
 
     @abstractmethod
     def value(self, chunk: Chunk) -> Tensor:
@@ -100,18 +116,3 @@ class Term(ABC):
     def parts(self) -> Iterator[tuple[float, Term]]:
         """What a mixture is made of, each with its weight; of any other term, itself."""
         yield 1.0, self
-
-
-class HiddenTerm(Term):
-    """A term of the depth's hidden state itself, an addition to a term of the log-probabilities.
-    ``value`` is differentiable by ``chunk.hidden_RC`` and by the term's own parameters; what it
-    reads of the log-probabilities has no gradient.
-
-    Attributes:
-        parameters: of its own, which are part of the model.
-    """
-
-    parameters: Sequence[nn.Parameter] = ()
-
-    def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        raise AssertionError("of a term of hidden states, the gradient is not by logits")

@@ -12,6 +12,7 @@ class CrossEntropy(Term):
     """``objective=ce``; the main prediction's term, whatever the depths are trained on."""
 
     name = "ce"
+    of_token = True
 
     def value(self, chunk: Chunk) -> Tensor:
         return -chunk.log_probs_RV.gather(1, chunk.targets_R.unsqueeze(-1)).squeeze(-1)

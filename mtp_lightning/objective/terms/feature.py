@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.objective.terms.base import Chunk, HiddenTerm
+from mtp_lightning.objective.terms.base import Chunk, Term
 from mtp_lightning.settings import require
 
 _EPS = 1e-6
 
 
-class Feature(HiddenTerm):
+class Feature(Term):
     """``SmoothL1(h^k_t / rms, sg h_{t+k} / rms)``, the mean over the C components.
 
     Args:
@@ -28,6 +28,7 @@ class Feature(HiddenTerm):
 
     name = "feature"
     needs_teacher = True
+    of_state = True
 
     def __init__(self, normalise: bool = True) -> None:
         require(isinstance(normalise, bool), "feature.normalise", normalise, "true or false")

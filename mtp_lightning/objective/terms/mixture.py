@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.objective.terms.base import Chunk, HiddenTerm, Term
+from mtp_lightning.objective.terms.base import Chunk, Term
 from mtp_lightning.settings import require_number
 
 _PACKAGE = __name__.rpartition(".")[0]
@@ -46,7 +46,7 @@ class Mixture(Term):
                         f"objective.terms has {part.name} twice (with {word}): name it once."
                     )
                 self._parts[part.name] = weight * share, part
-        if all(isinstance(part, HiddenTerm) for _, part in self._parts.values()):
+        if all(part.of_state for _, part in self._parts.values()):
             raise UserError(
                 f"objective.terms={{{', '.join(self._parts)}}} does not look at what the depths "
                 "predict: add a term that does, such as ce or kl."

@@ -22,10 +22,12 @@ from mtp_lightning.objective.balance.gradients import (
     shared_parameters,
     task_gradients,
 )
-from mtp_lightning.objective.objective import PositionCounts
+from mtp_lightning.objective.objective import Objective
+from mtp_lightning.objective.targets import PositionCounts, count_taught
+from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from tests.flops import counted_flops
-from tests.losses import mtp_loss, reported_loss
-from tests.models import build
+from tests.losses import mtp_loss, reported_loss, step_of
+from tests.models import build, windows
 
 KEY = RandomKey(seed=7, step=3)
 
@@ -138,6 +140,22 @@ def test_weighted_sum_is_what_training_accumulates(tiny_trunk: TrunkConfig, name
         assert parameter.grad is not None and parameter.grad.abs().max() < 1e-7
     # The rest is as it was: embedding, head and modules were not touched.
     assert model.head.weight.grad is not None and model.head.weight.grad.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("variant", ["sequential", "parallel", "parameter_free"])
+def test_what_depths_learn_of_their_confidence_is_measured(
+    tiny_trunk: TrunkConfig, variant: str
+) -> None:
+    model = build(tiny_trunk, MTPConfig.find(variant)(depth=3, confidence=True)).double()
+    batch, weights = windows(4, 10, 3), [0.3, 0.2, 0.1]
+    step = step_of(model, Objective(term=CrossEntropy(), confidence=True))
+    counts = PositionCounts(batch.counts().tolist(), count_taught(batch).tolist())
+    mtp_loss(model, batch, weights, counts.valid, term=step.objective)[0].backward()
+    group = {"": shared_parameters(model, "trunk")}
+    found = task_gradients(model, [(batch, KEY)], [1, 2, 3], counts, group, step.objective)[""]
+    for k, factor in enumerate([1.0, *weights]):
+        found.subtract(k, factor)
+    assert all(p.grad is not None and p.grad.abs().max() < 1e-7 for p in found.parameters)
 
 
 def test_what_is_shared(tiny_trunk: TrunkConfig) -> None:

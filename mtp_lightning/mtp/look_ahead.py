@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 
-class Future:
-    """What lies ahead of the positions of windows.
+class LookAhead:
+    """The tokens ahead of every position of some windows.
 
     Args:
         tokens_BW: of whole windows.
         seq_len: T.
         documents_BW: ids of the documents that they belong to; None for no document mask.
         scored_BW: which of them may be targets; None for all.
-        first: places ahead of the nearest token that is looked at, 1 for the next one.
-        last: of the farthest; tokens behind the window's last one are not there.
+        first: how far ahead the nearest token stands that is looked at, 1 for the next one.
+        last: of the farthest; tokens after the window's last one are not there.
     """
 
     def __init__(

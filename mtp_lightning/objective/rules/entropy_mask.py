@@ -8,19 +8,57 @@ jump.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from data_modules.windows import IGNORE_INDEX
+from mtp_lightning.errors import UserError
 from mtp_lightning.objective.ranks import sum_over_ranks
-from mtp_lightning.settings import require_number
+from mtp_lightning.objective.rules.base import Measure, Rule, Seen, require_reader
+from mtp_lightning.objective.targets import DepthTarget, tokens_of
+from mtp_lightning.objective.terms.base import Chunk
+from mtp_lightning.settings import require_choice, require_number
 
 # Jumps are counted in bins of a sixteenth of a nat; entropies differ by less than ln V.
 _BINS, _REACH = 512, 16.0
 
 
-class EntropyMask:
+def entropy_mask(mask: str, *, tau: float | None, quantile: float | None) -> EntropyMask | None:
+    """The rule that ``objective.mask`` asks for; None for ``none``.
+
+    Raises:
+        UserError: an unknown mask, or a setting out of range or without a reader.
+    """
+    require_choice("objective.mask", mask, ("none", "entropy"))
+    for key, value in (("tau", tau), ("quantile", quantile)):
+        require_reader(key, value, EntropyMask.asked, chosen=mask == "entropy")
+    if mask == "none":
+        return None
+    if tau is not None and tau != math.inf:
+        require_number("objective.tau (null for a running quantile)", tau)
+    if tau is not None and quantile is not None:
+        raise UserError(
+            f"objective.tau={tau} and objective.quantile={quantile} both say what a jump is: "
+            "leave one of them null."
+        )
+    return EntropyMask(tau, quantile=0.95 if quantile is None else quantile)
+
+
+class Entropy(Measure):
+    """Of the main prediction, in nats."""
+
+    name = "entropy"
+    of_main = True
+
+    def value(self, chunk: Chunk) -> Tensor:
+        return -(chunk.log_probs_RV.exp() * chunk.log_probs_RV).sum(-1)
+
+
+class EntropyMask(Rule):
     """``objective.mask=entropy``.
 
     A running quantile rests on the steps before: the newest counts with 1 - decay. Before the first
@@ -35,6 +73,9 @@ class EntropyMask:
     Raises:
         UserError: a quantile outside of (0, 1).
     """
+
+    asked = "objective.mask=entropy"
+    measures = (Entropy(),)
 
     def __init__(self, tau: float | None, *, quantile: float = 0.95, decay: float = 0.99) -> None:
         self.fixed = tau
@@ -55,6 +96,15 @@ class EntropyMask:
         below = self._counts.cumsum(0)
         bin_ = int(torch.searchsorted(below, self.quantile * total))
         return (min(bin_, _BINS - 1) + 1) * 2 * _REACH / _BINS - _REACH
+
+    def apply(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
+        kept = self.keep(seen["entropy"][0], tokens_of(targets))
+        return [
+            replace(t, tokens=t.tokens.masked_fill(~kept[t.depth], IGNORE_INDEX))
+            if t.depth and t.term.follows_mask
+            else t
+            for t in targets
+        ]
 
     def keep(self, entropy_BT: Tensor, tokens: dict[int, Tensor]) -> dict[int, Tensor]:
         """Depth -> bool [B, T], whether it counts at a position.
@@ -87,7 +137,6 @@ class EntropyMask:
         self._pending = counts if self._pending is None else self._pending + counts
 
     def learn(self) -> dict[str, float]:
-        """Take note of the step that is over. Returns what to log of it."""
         if self._pending is None:
             return {}
         tau = self.tau
@@ -99,9 +148,8 @@ class EntropyMask:
         return values | ({"objective/tau": tau} if math.isfinite(tau) else {})
 
     def state_dict(self) -> dict[str, Any]:
-        """All that :meth:`load_state_dict` needs to go on."""
         return {"counts": self._counts.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self._counts = torch.tensor(state["counts"], dtype=torch.float64)
+        if "counts" in state:
+            self._counts = torch.tensor(state["counts"], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The depth learns how often it will be believed (DSpark, arXiv 2607.05147)."""
+"""Every depth learns how likely its draft is accepted (DSpark, arXiv 2607.05147)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.confidence import Confidence
-from mtp_lightning.objective.terms.base import Chunk, HiddenTerm
+from mtp_lightning.objective.rules.base import Rule
+from mtp_lightning.objective.terms.base import Chunk, Term
 from mtp_lightning.objective.terms.tv import acceptance
 
 
-class ConfidenceTerm(HiddenTerm):
+class ConfidenceRule(Rule):
+    """``objective.confidence=true``: one term more, and one that is only logged."""
+
+    asked = "objective.confidence=true"
+
+    def parts(self, stack: MTPStack) -> Sequence[tuple[float, Term]]:
+        head = stack.confidence
+        return [] if head is None else [(1.0, ConfidenceTerm(head)), (0.0, ConfidenceError(head))]
+
+    def flops(self, d_model: int) -> int:
+        return 4 * 2 * d_model  # two products, and two backward of one of them
+
+
+class ConfidenceTerm(Term):
     """``BCE(Linear(h^k), sg alpha_k)`` with ``alpha = sum_v min(p_v, q_v)``.
 
     Args:
@@ -22,6 +37,8 @@ class ConfidenceTerm(HiddenTerm):
 
     name = "confidence"
     needs_teacher = True
+    of_state = True
+    follows_weights = False
     is_word = False  # a switch of the objective: it needs a part of the model
 
     def __init__(self, head: Confidence) -> None:
@@ -47,7 +64,8 @@ class ConfidenceError(ConfidenceTerm):
     """Mean distance of the confidence from the acceptance: logged, and learned from by nobody."""
 
     name = "confidence_error"
-    parameters = ()
+    follows_mask = False
+    parameters = ()  # type: ignore[assignment]
 
     def tag(self, k: int) -> str:
         return f"confidence/error_depth_{k}"

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.mtp.future import Future
+from mtp_lightning.mtp.look_ahead import LookAhead
 from tests.mtp.summaries import ahead_windows, nearest
 
 
-def future(batch: WindowBatch, first: int, last: int) -> Future:
-    return Future(
+def look_ahead(batch: WindowBatch, first: int, last: int) -> LookAhead:
+    return LookAhead(
         batch.tokens,
         batch.seq_len,
         documents_BW=batch.documents,
@@ -48,7 +48,7 @@ def test_it_finds_what_a_search_finds(
     batch = ahead_windows(
         rows, seq_len, last, ids=ids, documents=documents, scored=scored, seed=seed
     )
-    ahead_of = future(batch, first, last)
+    ahead_of = look_ahead(batch, first, last)
     valid = ahead_of.valid()
     assert valid.shape == (rows, seq_len)
     total = rows * seq_len
@@ -70,7 +70,7 @@ def test_documents_are_told_apart_by_their_own_ids() -> None:
     documents = torch.tensor([[0, 0, 1, 1, 1, 2, 2]])
     batch = WindowBatch(tokens, 1, documents, extra=2)
     assert batch.seq_len == 3
-    tokens_RS, counts_RS = future(batch, 1, 4).rows(slice(0, 3))
+    tokens_RS, counts_RS = look_ahead(batch, 1, 4).rows(slice(0, 3))
     seen = [t[c].tolist() for t, c in zip(tokens_RS, counts_RS, strict=True)]
     assert seen == [[1], [], [2, 7]]
 
@@ -79,7 +79,7 @@ def test_documents_are_told_apart_by_their_own_ids() -> None:
 def test_windows_hold_the_reach_or_a_window_of_it(lookahead: int) -> None:
     """T = 5: from W = 7 on the far end is cut for the last positions, by 2 places of 7 .. ."""
     batch = ahead_windows(1, 5, lookahead)
-    found = future(batch, 1, lookahead)
+    found = look_ahead(batch, 1, lookahead)
     reach = (found.stop_BT - torch.arange(5)).flatten().tolist()
     held = batch.tokens.shape[1] - 5
     assert held == max(2, min(lookahead, 6))

@@ -1,0 +1,126 @@
+"""How much a position of a depth counts beside the others (``objective.weights``).
+
+Weights multiply the losses, and the sum is divided by the number of positions as ever: they are not
+normalised, and a step is the same however it is split.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from data_modules.windows import IGNORE_INDEX
+from mtp_lightning.objective.rules.base import Measure, Rule, Seen, require_reader
+from mtp_lightning.objective.targets import DepthTarget, tokens_of
+from mtp_lightning.objective.terms.base import Chunk
+from mtp_lightning.settings import require_choice, require_number
+
+
+def position_weights(
+    weights: str, *, decay: float | None, smoothing: float | None
+) -> PositionWeights | None:
+    """The rule that ``objective.weights`` asks for; None for ``none``.
+
+    Raises:
+        UserError: an unknown rule, or a setting out of range or without a reader.
+    """
+    require_choice("objective.weights", weights, ("none", "exp_decay", "acceptance"))
+    require_reader("decay", decay, ExpDecay.asked, chosen=weights == "exp_decay")
+    require_reader("smoothing", smoothing, Acceptance.asked, chosen=weights == "acceptance")
+    if weights == "exp_decay":
+        return ExpDecay(4.0 if decay is None else decay)
+    if weights == "acceptance":
+        return Acceptance(0.5 if smoothing is None else smoothing)
+    return None
+
+
+class TargetProb(Measure):
+    """``q^k(x)``, what a depth says of its target."""
+
+    name = "target_prob"
+
+    def value(self, chunk: Chunk) -> Tensor:
+        return chunk.log_probs_RV.exp().gather(1, chunk.targets_R.unsqueeze(-1)).squeeze(-1)
+
+
+class PositionWeights(Rule):
+    """A rule that multiplies losses and gradients of every depth's positions."""
+
+    def apply(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
+        tokens = tokens_of(targets)
+        valid = {k: tokens_BT != IGNORE_INDEX for k, tokens_BT in tokens.items() if k}
+        weights = self.of_depths(valid, seen.get(TargetProb.name, {}))
+        return [
+            replace(t, weights=weights[t.depth]) if t.depth and t.term.follows_weights else t
+            for t in targets
+        ]
+
+    @abstractmethod
+    def of_depths(
+        self, valid: Mapping[int, Tensor], target_probs: Mapping[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """Depth -> weights [B, T], without a gradient.
+
+        Args:
+            valid: depth -> bool [B, T], where it counts; in the order of depths.
+            target_probs: depth -> ``q^k(x)`` [B, T]; empty unless asked for.
+        """
+
+
+class ExpDecay(PositionWeights):
+    """``exp(-(k - 1) / g)`` for depth k.
+
+    Args:
+        g: the slower, the larger.
+    """
+
+    asked = "objective.weights=exp_decay"
+    of_drafts = False
+
+    def __init__(self, g: float) -> None:
+        self.g = require_number("objective.decay", g, above=0)
+
+    def of_depths(
+        self, valid: Mapping[int, Tensor], target_probs: Mapping[int, Tensor]
+    ) -> dict[int, Tensor]:
+        return {
+            k: torch.full_like(valid_BT, math.exp(-(k - 1) / self.g), dtype=torch.float32)
+            for k, valid_BT in valid.items()
+        }
+
+
+class Acceptance(PositionWeights):
+    """D-PACE (arXiv 2605.18810): a draft matters as much as there are drafts that need it.
+
+    ``s_k = (1 - a) q^k(x) + a``, ``P_k = prod_{i<=k} s_i``, and depth k weighs ``sg sum_{i>=k}
+    P_i``, over the depths that count at the position.
+
+    Args:
+        a: the least that a draft is believed.
+    """
+
+    asked = "objective.weights=acceptance"
+    measures = (TargetProb(),)
+
+    def __init__(self, a: float) -> None:
+        self.a = require_number("objective.smoothing", a, least=0, most=1)
+
+    def of_depths(
+        self, valid: Mapping[int, Tensor], target_probs: Mapping[int, Tensor]
+    ) -> dict[int, Tensor]:
+        reached, product = {}, None
+        for k, q_BT in target_probs.items():
+            s_BT = torch.where(valid[k], (1 - self.a) * q_BT + self.a, 1)
+            product = s_BT if product is None else product * s_BT
+            reached[k] = product * valid[k]
+        weights: dict[int, Tensor] = {}
+        deeper = None
+        for k in reversed(reached):
+            deeper = reached[k] if deeper is None else deeper + reached[k]
+            weights[k] = deeper
+        return weights

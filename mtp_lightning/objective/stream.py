@@ -1,0 +1,160 @@
+"""``sum_k coefficient_k * loss_k`` of all depths as one node of the autograd graph.
+
+Every kind of stack feeds the same loop: its feed (``mtp/feed.py``) yields hidden states, they go
+through the head (``through_head.py``), and the feed takes their gradients back to where the states
+came from. That happens in the node's forward pass; its backward pass hands the gradients on. To
+data parallelism, with its hooks on every parameter, the node is like any other.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtp_lightning.mtp.feed import Feed, Lesson, Prediction
+from mtp_lightning.objective.rules.base import Measure, Seen
+from mtp_lightning.objective.targets import DepthTarget, by_depth, tokens_of
+from mtp_lightning.objective.through_head import HeadWeight, compute_dtype, through_head
+
+
+@torch.no_grad()
+def prepass(
+    weight_VC: Tensor,
+    feed: Feed,
+    targets: Sequence[DepthTarget],
+    measures: Collection[Measure],
+) -> Seen:
+    """What must be known of all hidden states before any of them learns.
+
+    The states go through the head as they do when they learn, chunk by chunk; a number a position
+    and depth is what remains.
+
+    Args:
+        weight_VC: the shared head's.
+        feed: of the stack, whose depths are asked for only if a measure is of them.
+        targets: of the main prediction, then of the depths.
+        measures: what to find out; without any, nothing is computed.
+    """
+    if not measures:
+        return {}
+    of_main = [measure for measure in measures if measure.of_main]
+    of_depths = [measure for measure in measures if not measure.of_main]
+    seen: dict[str, dict[int, Tensor]] = {measure.name: {} for measure in measures}
+    dtype = torch.promote_types(compute_dtype(feed.main), torch.float32)
+    tokens = tokens_of(targets)
+
+    def measured(k: int, hidden: Tensor) -> Prediction:
+        asked = []
+        for measure in of_depths if k else of_main:
+            found = torch.empty(tokens[k].shape, dtype=dtype, device=hidden.device)
+            seen[measure.name][k] = found
+            asked.append(DepthTarget(k, tokens[k], 1.0, measure, record=found))
+        return Prediction(hidden, asked, train_head=False, needs_gradient=False)
+
+    due = [(0, feed.main)] if of_main else []
+    for group in itertools.chain(feed.looks() if of_depths else (), [()]):
+        predictions = [measured(k, hidden) for k, hidden in (*due, *group)]
+        due = []
+        if predictions:
+            unused = weight_VC.new_zeros(len(predictions) * len(measures), dtype=torch.float64)
+            through_head(HeadWeight(weight_VC), predictions, unused, main_hidden=feed.main)
+    return seen
+
+
+def stream_loss(
+    weight_VC: Tensor,
+    feed: Feed,
+    targets: Sequence[DepthTarget],
+    *,
+    train_head: bool = True,
+    auxiliary: float = 1.0,
+    compiled: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The weighted loss of the main prediction and of some depths.
+
+    Args:
+        weight_VC: the shared head's.
+        feed: of the stack, over one micro-batch.
+        targets: of the main prediction, then of the depths that the feed was made for, in order; of
+            a depth, one for every term.
+        train_head: whether the depths train the shared head, or only pass through it.
+        auxiliary: factor of the auxiliary losses of layers whose backward pass happens here (those
+            of heads side by side); they are left out of the total.
+        compiled: whether cross-entropy alone is one compiled kernel.
+
+    Returns:
+        The weighted total, a differentiable scalar in fp32 (in a double precision model fp64), and
+        the plain sums of the losses [len(targets)], fp64, without a gradient.
+    """
+    call = _Call(feed, targets, train_head, auxiliary, compiled)
+    return _Stream.apply(weight_VC, call, *feed.inputs, *call.of_terms)
+
+
+@dataclass(eq=False)
+class _Call:
+    """What the node is given beside tensors."""
+
+    feed: Feed
+    targets: Sequence[DepthTarget]
+    train_head: bool
+    auxiliary: float
+    compiled: bool
+    # Asked before: inside the node no gradient is on.
+    learns: bool = field(default_factory=torch.is_grad_enabled)
+
+    @property
+    def of_terms(self) -> list[nn.Parameter]:
+        """The terms' own parameters, each once."""
+        return list(dict.fromkeys(p for target in self.targets for p in target.term.parameters))
+
+
+class _Stream(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_VC: Tensor, call: _Call, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        feed, targets = call.feed, call.targets
+        needs_weight, _, *needs = (wanted and call.learns for wanted in ctx.needs_input_grad)
+        head = HeadWeight(weight_VC, needs_gradient=needs_weight)
+        sums = torch.zeros(len(targets), dtype=torch.float64, device=weight_VC.device)
+        of_terms: dict[nn.Parameter, Tensor] = {}
+        lesson = Lesson(
+            by_depth(targets), needs[: len(feed.inputs)], call.train_head, call.auxiliary
+        )
+        steps, done = feed.learn(lesson), 0
+        while True:
+            try:
+                predictions = next(steps)
+            except StopIteration as end:
+                gradients = end.value
+                break
+            count = sum(len(prediction.targets) for prediction in predictions)
+            through_head(
+                head,
+                predictions,
+                sums[done : done + count],
+                main_hidden=feed.main if any(p.needs_teacher for p in predictions) else None,
+                compiled=call.compiled,
+                of_terms=of_terms,
+            )
+            done += count
+        ctx.gradients = (head.gradient, *gradients, *(of_terms.get(p) for p in call.of_terms))
+        ctx.mark_non_differentiable(sums)
+        # Multiply one at a time: a tensor of coefficients would be copied from the host, which
+        # waits for the device.
+        weighted = [part * target.coefficient for part, target in zip(sums, targets, strict=True)]
+        dtype = torch.promote_types(weight_VC.dtype, torch.float32)
+        return torch.stack(weighted).sum().to(dtype), sums
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_weight, *gradients = ctx.gradients
+        # They are handed on, not kept: a second backward through the same graph has none.
+        del ctx.gradients
+        for tensor in (d_weight, *gradients):
+            if tensor is not None:
+                tensor.mul_(grads[0])
+        return d_weight, None, *gradients
