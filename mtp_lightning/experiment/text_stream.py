@@ -95,8 +95,9 @@ class TextStream:
             for text, depth in self._detokenizer.add([token], [self._depth]):
                 self._length += len(text)
                 shown = self._shown(text)
-                marked = self._marks is not None and depth
-                self.write(self._marks.accepted(depth, shown) if marked else shown)
+                if depth and self._marks is not None:
+                    shown = self._marks.accepted(depth, shown)
+                self.write(shown)
 
     def end(self, generation: Generation) -> None:
         """Write what is left of a finished text: a character that never became whole, what stands
