@@ -221,7 +221,8 @@ class DecodingOptions(TextOptions):
 
     def plain(self) -> Self:
         """The same without drafts."""
-        defaults: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name in _DRAFTING}
+        known = {field.name: field.default for field in fields(self)}
+        defaults: dict[str, Any] = {name: known[name] for name in _DRAFTING}
         return replace(self, speculative=False, **defaults)
 
     def _asked(self, name: str) -> str | None:

@@ -95,7 +95,7 @@ class TextStream:
             for text, depth in self._detokenizer.add([token], [self._depth]):
                 self._length += len(text)
                 shown = self._shown(text)
-                if self._marks is not None and depth:
+                if depth and self._marks is not None:
                     shown = self._marks.accepted(depth, shown)
                 self.write(shown)
 
