@@ -1,4 +1,4 @@
-"""Tokenizers, one file each, behind the interface of ``base.py``."""
+"""Tokenizers, one file each, with the interface of ``base.py``."""
 
 from __future__ import annotations
 
