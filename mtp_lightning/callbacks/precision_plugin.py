@@ -1,4 +1,4 @@
-"""The Lightning plugin behind `trainer.precision=64-true`."""
+"""The Lightning plugin for `trainer.precision=64-true`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lightning.pytorch.plugins.precision import DoublePrecision
 class TokenDoublePrecision(DoublePrecision):
     """Double precision for models that read token ids.
 
-    Lightning's own walks through every batch to turn floats into doubles, and refuses frozen
-    dataclasses on the way. A batch of windows holds integers only: there is nothing to turn.
+    Lightning's own plugin converts the floats in every batch to doubles, and fails on frozen
+    dataclasses. A batch of windows holds only integers, so there is nothing to convert.
     """
 
     def convert_input(self, data: Any) -> Any:
-        """The batch as it is."""
+        """Returns the batch unchanged."""
         return data

@@ -1,4 +1,4 @@
-"""The rates of whatever stack a model has, those that its depths have."""
+"""The rates of any model's stack, including one that summarizes the tokens ahead."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mtp_lightning.objective.summary_loss import summary_values
 
 
 def rates_of(model: MTPModel, text_bytes: Sequence[int] | None = None) -> DepthRates:
-    """What a validation measures of a model.
+    """The validation metric of a model.
 
     Args:
-        model: any.
+        model: any model.
         text_bytes: evaluated UTF-8 bytes of every document of the text.
     """
     if isinstance(model.mtp, Summary):
@@ -27,9 +27,9 @@ def rates_of(model: MTPModel, text_bytes: Sequence[int] | None = None) -> DepthR
 
 
 class SummaryRates(DepthRates):
-    """:class:`DepthRates` of the main prediction, and the loss of a head that summarises the
-    future: ``loss_depth_1``, the mean over the positions that have a token ahead that counts. Other
-    rates it has none.
+    """:class:`DepthRates` of the main prediction, and ``loss_depth_1``, the loss of a head that
+    summarizes the tokens ahead: its mean over the positions with a valid token ahead. Such a head
+    has no other rates.
 
     Args:
         head: the head.
@@ -48,13 +48,13 @@ class SummaryRates(DepthRates):
 
     @torch.no_grad()
     def update(self, hidden: dict[int, Tensor], weight_VC: Tensor, batch: WindowBatch) -> None:
-        """As :meth:`DepthRates.update`."""
+        """See :meth:`DepthRates.update`."""
         super().update(hidden, weight_VC, batch)
         value_BT, valid_BT = self._values(hidden[1], batch)
         self.summary_count += valid_BT.sum()
         self.summary_loss += exact(value_BT).where(valid_BT, 0).sum()
 
     def compute(self) -> dict[str, float]:
-        """As :meth:`DepthRates.compute`, with ``loss_depth_1``."""
+        """:meth:`DepthRates.compute` with ``loss_depth_1``."""
         loss = float(self.summary_loss / self.summary_count)
         return {**super().compute(), "loss_depth_1": loss}
