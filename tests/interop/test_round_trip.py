@@ -205,7 +205,7 @@ def test_every_weight_has_one_place(name: str) -> None:
          "no supported layout has both"),
         (folders.dense(attention=GroupedQueryConfig(d_rope=4)),
          "model.attention.d_rope=4 cannot be exported with dense layers"),
-        (folders.dense(attention=GroupedQueryConfig(qk_norm=True, qkv_bias=True)), "none both"),
+        (folders.dense(attention=GroupedQueryConfig(qk_norm=True, qkv_bias=True)), "no layout has both"),
         (deepseek.trunk(experts={"n_shared": 0}), "always has a shared expert"),
         (deepseek.trunk(norm_eps=1e-5), "latents with epsilon 1e-05"),
         (folders.dense(n_heads=3, n_kv_heads=1, d_head=8), "divisible"),
