@@ -48,7 +48,7 @@ class TokenDataModule(StoreDataModule):
         if not isinstance(source, Source):
             raise UserError(f"data.source must be a source of text, not a {type(source).__name__}.")
         if build_workers is not None:
-            require_whole("data.build_workers (null: one a core)", build_workers, least=0)
+            require_whole("data.build_workers (null: one per core)", build_workers, least=0)
         self.source = source
         source.digests = self.cache_dir / "digests"
         self.build_workers = build_workers

@@ -215,7 +215,7 @@ def _fetch(
     dataset: Windows, batches: Iterable[np.ndarray], num_workers: int, pin_memory: bool
 ) -> Iterator[WindowBatch]:
     # DataLoader draws a seed for its workers. A generator of our own keeps the global one from
-    # advancing: a resumed run would draw once more than an uninterrupted one.
+    # advancing: a resumed run would draw one time more than an uninterrupted one.
     loader: DataLoader[WindowBatch] = DataLoader(
         dataset,  # type: ignore[arg-type]  # maps numbers to batches
         batch_size=None,

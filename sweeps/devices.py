@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from mtp_lightning.errors import UserError
 from sweeps.cores import cores
 
-# Variables that a launcher, another job or a cluster's step may leave behind; with them a run takes
+# Variables that a launcher, another job or a cluster's step may leave; with them a run takes
 # itself for a part of another one (Lightning issue 11300).
 _LEAKS = (
     "LOCAL_RANK",

@@ -136,7 +136,7 @@ def _leaf(text: str, key: str, value: Any, allow: Collection[str]) -> None:
         require_target(said, allow, how=_HOW)
         require_network(said, allow, how=_HOW)
     if key.partition(".")[0] == "allow" and said not in allow:
-        raise UserError(f"{text} is refused: only you decide whom to trust, by --allow {said}.")
+        raise UserError(f"{text} is refused: trust it yourself, by --allow {said}.")
     if last in WRITTEN and value is not None and said not in allow:
         if last == "cache_dir" and is_cache(said):
             return

@@ -42,7 +42,7 @@ _FOREIGN = {
     b"PAR1": "parquet: read its text with data=huggingface",
     b"\x89HDF": "HDF5: write its ids as .npy",
     (20240522).to_bytes(4, "little"): "llm.c's file of multiple-choice questions: give a text file",
-    MEGATRON: "Megatron's index: name it .idx, beside the .bin of the same name",
+    MEGATRON: "Megatron's index: name it .idx, next to the .bin of the same name",
 }
 _BLOCK = 1 << 20
 

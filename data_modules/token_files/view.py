@@ -136,7 +136,7 @@ class Text:
 def look_through(files: Sequence[TokenSource], tokenizer: Tokenizer) -> Text:
     """Counts a text's ids and finds its documents.
 
-    An index says where documents start; without one a document starts after end-of-text tokens.
+    An index says where documents start; without an index it starts after end-of-text tokens.
 
     Raises:
         UserError: see :func:`open_view`.

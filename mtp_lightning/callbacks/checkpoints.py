@@ -226,7 +226,7 @@ class Checkpoints(Checkpoint):
     def _validation_follows(self, trainer: pl.Trainer) -> bool:
         if not trainer.enable_validation:
             return False
-        if trainer.should_stop:  # Lightning validates once more before it stops
+        if trainer.should_stop:  # Lightning validates again before it stops
             return True
         every = trainer.val_check_batch
         return every is not None and trainer.global_step % every == 0

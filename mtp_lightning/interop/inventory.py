@@ -20,7 +20,7 @@ from mtp_lightning.model import ModelConfig
 State = Literal["trained", "missing", "misshapen", "zero", "fresh", "copied", "different"]
 # With a tensor in one of these states a module cannot be used, or has not been trained.
 LOST: tuple[State, ...] = ("missing", "misshapen", "zero", "fresh", "copied", "different")
-# Smaller matrices are no evidence.
+# Smaller matrices prove nothing.
 _FEWEST_ROWS, _FEWEST = 16, 2048
 # Kurtosis of the two initial distributions, and its variance times n over n values.
 _NORMAL, _UNIFORM = (3.0, 24.0), (1.8, 0.92)

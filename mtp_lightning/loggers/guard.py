@@ -146,6 +146,6 @@ def warn_of_failure(key: str, what: str, error: BaseException) -> None:
     """
     reason = (str(error).strip().splitlines() or [""])[0]
     log.warning(
-        "logger.%s failed (%s: %s: %s) and is left out from here on; the run goes on.",
+        "logger.%s failed (%s: %s: %s) and is left out from here on; the run continues.",
         *(key, what, type(error).__name__, reason),
     )
