@@ -6,6 +6,7 @@ test:
 lint:
 	ruff check .
 	ruff format --check .
+	python tests/test_words.py
 
 types:
 	mypy

@@ -1,7 +1,7 @@
 """Data for multi-token prediction: sources, tokenizers, token store and files, loader; tasks.
 
-``import data_modules`` is cheap on purpose: the model imports ``data_modules.windows`` alone, and
-Lightning (seconds to import) is loaded only when a data module is asked for.
+``import data_modules`` is cheap: the model imports only ``data_modules.windows``, and Lightning
+(seconds to import) is loaded only when a data module is asked for.
 """
 
 from __future__ import annotations

@@ -20,37 +20,37 @@ log = logging.getLogger(__name__)
 
 ENVIRONMENT = "MTP_LIGHTNING_CACHE"
 LEASE = 600.0
-"""Seconds without a sign of life after which what a build has left is removed."""
+"""Seconds without a sign of life after which the remains of a build are removed."""
 _TEMPORARY = re.compile(r"^\..+\.building-.+$")
 
 
 def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
-    """The cache folder: the one given, else ``$MTP_LIGHTNING_CACHE``, else ``~/.cache/...``."""
+    """The given cache folder, else ``$MTP_LIGHTNING_CACHE``, else ``~/.cache/mtp-lightning``."""
     chosen = given or os.environ.get(ENVIRONMENT) or "~/.cache/mtp-lightning"
     return Path(chosen).expanduser()
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """Makes sure that the folder ``target`` exists, complete.
+    """Makes sure that the folder ``target`` exists and is complete.
 
-    One of all processes that want it builds, and the others wait (:mod:`data_modules.claim`).
-    ``build`` fills a temporary folder beside the target, which is then renamed. A folder is renamed
-    in one step: a killed build leaves only the temporary one (removed by a later call, once it has
-    shown no sign of life for :data:`LEASE`). Should two build all the same, because one was taken
-    for dead, the first to finish wins, and the other takes the winner's folder.
+    One process of all that need it builds it, and the others wait (:mod:`data_modules.claim`).
+    ``build`` fills a temporary folder next to the target, which is then renamed in one step. A
+    killed build leaves only the temporary folder, which a later call removes once it has shown no
+    sign of life for :data:`LEASE`. If two processes build anyway, because one was taken for dead,
+    the first to finish wins, and the other uses the winner's folder.
 
-    What was built is sealed, and whoever finds it asks whether it is as it was
+    A built folder is sealed, and its files are checked at each later use
     (:mod:`data_modules.seal`).
 
     Args:
-        target: the folder to have, ``CACHE/KIND/KEY``.
-        build: writes all files into the folder it is given.
+        target: the folder, ``CACHE/KIND/KEY``.
+        build: writes all files into the folder that it receives.
 
     Returns:
         ``target``.
 
     Raises:
-        UserError: the folder's files are not those that were built.
+        UserError: if the folder's files are not those that were built.
         OSError: if the folder cannot be written, with the remedy.
     """
     if target.is_dir() or not _built(target, build):
@@ -59,7 +59,7 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
 
 
 def _built(target: Path, build: Callable[[Path], None]) -> bool:
-    """Whether this process has built it; else another has."""
+    """Whether this process built the folder, and not another one."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if any(_TEMPORARY.match(name) for name in os.listdir(target.parent)):
@@ -99,16 +99,16 @@ def _built(target: Path, build: Callable[[Path], None]) -> bool:
 
 
 def _time_of(folder: Path) -> float:
-    """The present time by a disk's own clock, which hosts that share it may not have."""
+    """The present time by the disk's clock: hosts that share a disk may have different clocks."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".clock-") as new:
         return os.stat(new).st_mtime
 
 
 def remove_stale(folder: Path, *, now: float) -> list[Path]:
-    """Removes what killed builds left behind: temporary folders without a sign of life.
+    """Removes the remains of killed builds: temporary folders without a sign of life.
 
-    Neither host nor process are asked: containers share the name of the one without seeing the
-    other.
+    The test asks for neither the host nor the process: containers may share a host name without
+    seeing each other's processes.
 
     Args:
         folder: where folders are built.
@@ -121,14 +121,14 @@ def remove_stale(folder: Path, *, now: float) -> list[Path]:
     for path in folder.iterdir():
         with suppress(FileNotFoundError):  # finished just now
             if _TEMPORARY.match(path.name) and path.stat().st_mtime < now - LEASE:
-                log.info("removing what a killed build left behind: %s", path)
+                log.info("removing the remains of a killed build: %s", path)
                 shutil.rmtree(path, ignore_errors=True)
                 removed.append(path)
     return removed
 
 
 def _sync(folder: Path) -> None:
-    """Brings the files to the disk, so that a power cut cannot rename a folder of empty files."""
+    """Flushes the files to disk, so that a power cut cannot leave a folder of empty files."""
     for path in folder.iterdir():
         sync_file(path)
     sync_folder(folder)

@@ -20,14 +20,14 @@ class TokenDataModule(StoreDataModule):
 
     Args:
         source: the corpus.
-        tokenizer: a tokenizer, or a bpe one still to be trained (:attr:`tokenizer` is the trained
-            one).
-        val_fraction: expected share of documents in the validation split, which never parts a
+        tokenizer: a tokenizer, or a bpe tokenizer that is trained here (:attr:`tokenizer` is then
+            the trained one).
+        val_fraction: expected share of documents in the validation split, which never divides a
             group of near copies (:class:`DocumentSplit`).
-        split_seed: of the split; runs of different ``seed`` have the same split.
-        build_workers: processes that encode a new corpus, whose number the ids do not depend on;
-            0 for this one alone, None for one a core if the corpus has 64 MiB or more.
-        options: of :class:`StoreDataModule` and :class:`WindowDataModule`.
+        split_seed: seed of the split; runs with different ``seed`` share the split.
+        build_workers: processes that encode a new corpus; the ids do not depend on their number.
+            0 encodes in this process; None uses one per core if the corpus has 64 MiB or more.
+        options: options of :class:`StoreDataModule` and :class:`WindowDataModule`.
 
     Raises:
         UserError: for numbers out of range.
@@ -47,7 +47,7 @@ class TokenDataModule(StoreDataModule):
         if not isinstance(source, Source):
             raise UserError(f"data.source must be a source of text, not a {type(source).__name__}.")
         if build_workers is not None:
-            require_whole("data.build_workers (null: one a core)", build_workers, least=0)
+            require_whole("data.build_workers (null: one per core)", build_workers, least=0)
         self.source = source
         source.digests = self.cache_dir / "digests"
         self.build_workers = build_workers
@@ -68,7 +68,7 @@ class TokenDataModule(StoreDataModule):
         Args:
             paths: see :class:`TextSource`.
             tokenizer: as in the class.
-            field: name of the text in JSON lines.
+            field: name of the text field in JSON lines.
             options: all other arguments of the class.
         """
         from data_modules.sources.text import TextSource

@@ -1,4 +1,4 @@
-"""Digests of parts and of files; those of large files are remembered while the files stay."""
+"""Digests of values and of files; the digests of large files are remembered until they change."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 
 LARGE = 1 << 20
-"""Bytes of a file from which on its digest is remembered: a smaller one is read as fast."""
-_YOUNG = 2_000_000_000  # nanoseconds in which a file may change again within its clock's tick
+"""Bytes from which a file's digest is remembered; a smaller file is as fast to read."""
+_YOUNG = 2_000_000_000  # nanoseconds in which a file may change again without a new time stamp
 
 
 def digest(*parts: object) -> str:
-    """Hex digest of the parts' text forms, unambiguous about where one part ends."""
+    """Hex digest of the parts' strings, each with its length, so that parts cannot be confused."""
     h = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = str(part).encode("utf-8", "surrogateescape")
@@ -29,9 +29,10 @@ def content_digest(path: Path, remember: Path | None = None) -> tuple[int, str]:
 
     Args:
         path: the file.
-        remember: a folder, in which a large file has a record under its absolute path: size, times
-            of the last change of content and of the entry, inode, digest. Records of files that
-            changed a moment ago are not made; what cannot be written or read there is done without.
+        remember: a folder that holds one record per large file, by its absolute path: size, times
+            of the last change of content and of the inode, inode number, digest. A file that
+            changed a moment ago gets no record, and records that cannot be read or written are
+            skipped.
 
     Raises:
         OSError: if the file cannot be read.

@@ -6,7 +6,7 @@ import numpy as np
 
 from data_modules.token_store import TokenFile
 
-_BLOCK = 1 << 20  # tokens looked at in one go, or a longer document
+_BLOCK = 1 << 20  # tokens per step; a longer document is a step of its own
 
 
 def document_frequency(file: TokenFile, vocab_size: int) -> np.ndarray:
@@ -14,7 +14,7 @@ def document_frequency(file: TokenFile, vocab_size: int) -> np.ndarray:
 
     Args:
         file: the split.
-        vocab_size: of its tokenizer.
+        vocab_size: number of ids of its tokenizer.
     """
     tokens, starts = file.tokens(), file.starts()
     edges = np.append(starts, file.n_tokens)
@@ -25,7 +25,7 @@ def document_frequency(file: TokenFile, vocab_size: int) -> np.ndarray:
         sizes = np.diff(edges[first : last + 1])
         owner = np.repeat(np.arange(last - first), sizes)
         block = tokens[edges[first] : edges[last]].astype(np.int64)
-        # A pair of document and id is one number, once however often it occurs.
+        # One number for each pair of document and id, counted once.
         pairs = np.unique(owner * vocab_size + block)
         holding += np.bincount(pairs % vocab_size, minlength=vocab_size)
         first = last

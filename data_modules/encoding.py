@@ -1,4 +1,4 @@
-"""Documents to token ids, piece by piece, in this process or in several."""
+"""Encodes documents as token ids, piece by piece, in this process or in several."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from data_modules.tokenizers.base import Tokenizer
 from mtp_lightning.errors import UserError
 
 PIECE = 65_536
-"""Characters that a long document is encoded by: bounds memory, and lets processes share it."""
+"""Most characters of a piece of a long document: bounds memory, and lets processes share it."""
 BATCH = 1_048_576
-"""Characters that are encoded at once."""
+"""Characters that are encoded in one batch."""
 
 
 class Piece(NamedTuple):
-    """A piece of a document: its split, its text, and whether it is the document's first and last
-    one."""
+    """A piece of a document: its split, its text, and whether it is the document's first or last
+    piece."""
 
     split: str
     text: str
@@ -31,8 +31,8 @@ class Piece(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A piece of a document: its split, ids, UTF-8 bytes, the digest of its text (of the validation
-    split alone), and whether it is the document's last one."""
+    """An encoded piece of a document: its split, ids, UTF-8 bytes, the digest of its text (for
+    validation only), and whether it is the document's last piece."""
 
     split: str
     ids: np.ndarray
@@ -42,8 +42,8 @@ class Encoded(NamedTuple):
 
 
 def encoded(split: str, ids: np.ndarray, text: bytes, last: bool) -> Encoded:
-    """A piece with its text's digest, where the evaluation text may be chosen by it."""
-    # Of the training text nobody asks, and it may have billions.
+    """A piece with the digest of its text, by which the evaluation text is chosen."""
+    # Only the validation text is chosen from, and training may have billions of pieces.
     name = hashlib.blake2b(text, digest_size=16).hexdigest().encode() if split == "val" else b""
     return Encoded(split, ids, len(text), name, last)
 
@@ -51,10 +51,10 @@ def encoded(split: str, ids: np.ndarray, text: bytes, last: bool) -> Encoded:
 def encode_batch(
     batch: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype, overlap: LineOverlap
 ) -> list[Encoded]:
-    """Ids of pieces. ``overlap`` is shown the documents that are one piece.
+    """Ids of pieces. Documents of a single piece are added to ``overlap``.
 
     Raises:
-        UserError: an id that the tokenizer does not have.
+        UserError: if the tokenizer returns an id out of its range.
     """
     batch, n_ids = list(batch), tokenizer.vocab_size
     found = []
@@ -63,8 +63,8 @@ def encode_batch(
             overlap.add(piece.split, piece.text)
         if len(ids) and not 0 <= ids.min() <= ids.max() < n_ids:
             raise UserError(
-                f"the tokenizer ({tokenizer.kind}) gives ids from {ids.min()} to {ids.max()}, and "
-                f"says that it has {n_ids}: its vocab_size must be above them all"
+                f"the tokenizer ({tokenizer.kind}) returns ids from {ids.min()} to {ids.max()} but "
+                f"reports {n_ids} ids: its vocab_size must be above its largest id"
             )
         data = piece.text.encode("utf-8")
         found.append(encoded(piece.split, ids.astype(dtype, copy=False), data, piece.last))
@@ -74,7 +74,7 @@ def encode_batch(
 def batches(split: DocumentSplit, overlap: LineOverlap) -> Iterator[list[Piece]]:
     """Lists of pieces, about BATCH characters each.
 
-    ``overlap`` is shown every document of several pieces on the way: its lines may be cut.
+    Documents of several pieces are added to ``overlap`` here, whole, since a cut may divide a line.
     """
     batch: list[Piece] = []
     size = 0
@@ -95,10 +95,10 @@ def batches(split: DocumentSplit, overlap: LineOverlap) -> Iterator[list[Piece]]
 
 
 def require_unicode(document: str, number: int, source: Source) -> None:
-    """Refuse a document of a source that cannot be written as UTF-8.
+    """Refuses a document that cannot be written as UTF-8.
 
     Raises:
-        UserError: naming its number and the character.
+        UserError: naming the document's number and the character.
     """
     if document.isascii():
         return
@@ -108,15 +108,15 @@ def require_unicode(document: str, number: int, source: Source) -> None:
         raise UserError(
             f"document {number} of {source.name} holds half a character (a lone "
             f"surrogate, U+{ord(document[error.start]):04X}) at character {error.start}, "
-            f"which is no Unicode text: mend that document"
+            f"which is not Unicode text: fix that document"
         ) from None
 
 
 def pieces(document: str, limit: int = PIECE) -> Iterator[tuple[str, bool]]:
     """Cuts a long document into pieces of at most ``limit`` characters.
 
-    Cuts lie between a line end and a line that begins without white space, where no tokenizer in
-    use would join the two sides, or anywhere if a piece has no such place.
+    A cut lies between a line end and a line that begins without white space, where no common
+    tokenizer joins the two sides; if a piece has no such position, it is cut at the limit.
     """
     start = 0
     while len(document) - start > limit:

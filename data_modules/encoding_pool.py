@@ -1,8 +1,8 @@
 """Processes that encode documents.
 
-Neither forked nor multiprocessing's own: those would inherit the threads of the tokenizers library
-and of torch, or import the program that was started once more. A worker is this very module, which
-reads batches from its standard input and writes ids to its standard output.
+Workers are neither forked nor started by multiprocessing: those would inherit the threads of torch
+and of the tokenizers library, or import the main program again. A worker runs this module, reads
+batches from its standard input and writes ids to its standard output.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from data_modules.overlap import LineOverlap
 from data_modules.tokenizers.base import Tokenizer, class_of, tokenizer_from_state
 
 LARGE = 1 << 26
-"""Bytes of a corpus from which on it is encoded by several processes."""
+"""Bytes from which several processes encode a corpus."""
 
 
 def pick_workers(asked: int | None, tokenizer: Tokenizer, total_bytes: int | None) -> int:
-    """How many processes encode a corpus; 0 for this one alone.
+    """Number of processes that encode a corpus; 0 encodes in this process.
 
     Args:
-        asked: by the user; None for one a core of a large corpus.
-        tokenizer: one of one's own stays in this process.
-        total_bytes: of the corpus; None if unknown, which counts as large.
+        asked: the user's number; None for one per core if the corpus is large.
+        tokenizer: a user-defined tokenizer stays in this process.
+        total_bytes: size of the corpus; None if unknown, which counts as large.
     """
     if class_of(tokenizer.kind) is not type(tokenizer):
         return 0
@@ -50,13 +50,13 @@ class EncodingPool:
     """Processes that encode batches of pieces, in order.
 
     Args:
-        tokenizer: a trained one of the platform's.
-        dtype: of the ids.
+        tokenizer: a trained tokenizer of one of the :data:`KINDS`.
+        dtype: dtype of the ids.
         workers: number of processes.
     """
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> None:
-        # A worker encodes with one thread: there is one a core.
+        # Each worker encodes with one thread, since there is one worker per core.
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
             "TOKENIZERS_PARALLELISM": "false",
@@ -78,10 +78,10 @@ class EncodingPool:
             self._idle.put(process)
 
     def map(self, batches: Iterable[list[Piece]]) -> Iterator[list[Encoded]]:
-        """What :func:`encode_batch` gives of every batch, in order.
+        """Yields :func:`encode_batch` of every batch, in order.
 
         Raises:
-            RuntimeError: a worker was killed, or failed.
+            RuntimeError: if a worker was killed or failed.
         """
         ahead: deque[Future[list[Encoded]]] = deque()
         for batch in batches:
@@ -105,23 +105,23 @@ class EncodingPool:
             return pickle.load(process.stdout)  # type: ignore[arg-type]  # our own worker's
         except (OSError, EOFError, pickle.UnpicklingError):
             raise RuntimeError(
-                f"a process that encodes text ended with code {process.wait()}: memory may have "
-                "been short; data.build_workers=0 encodes without such processes"
+                f"a process that encodes text ended with code {process.wait()}: it may have run "
+                "out of memory; data.build_workers=0 encodes without such processes"
             ) from None
 
     def overlaps(self) -> list[LineOverlap]:
-        """What the workers counted; call it behind :meth:`map`."""
+        """The workers' line counts; call this after :meth:`map`."""
         return [self._ask(process, None) for process in self._processes]
 
     def close(self) -> None:
-        """Ends the workers, busy or not."""
+        """Ends the workers, busy or idle."""
         for process in self._processes:
             process.kill()
         self._threads.shutdown()
         for process in self._processes:
             process.wait()
             for pipe in (process.stdin, process.stdout):
-                with suppress(OSError):  # what was not sent stays so
+                with suppress(OSError):  # the pipe may still hold unsent data
                     pipe.close()  # type: ignore[union-attr]
 
 
@@ -131,9 +131,9 @@ def _send(file: Any, message: Any) -> None:
 
 
 def _work() -> None:
-    """A worker's life: it ends with its standard input."""
+    """The worker's loop, which ends with its standard input."""
     questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not stand between the answers
+    os.dup2(2, 1)  # output that a library prints must not mix with the answers
     state, dtype = pickle.load(questions)
     tokenizer, overlap = tokenizer_from_state(state), LineOverlap()
     while True:

@@ -1,7 +1,7 @@
-"""The evaluation text: whole documents, chosen by bytes, and the windows that they are read in.
+"""The evaluation text: whole documents, chosen by bytes, and the windows that cover them.
 
-Two models can be compared by what they say of the same text. So the text is chosen before there are
-tokens or windows, and every one of its tokens is a depth-0 target exactly once.
+Models can only be compared on the same text. So the text is chosen before there are tokens or
+windows, and every one of its tokens is a depth-0 target exactly once.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from data_modules.windows import WindowBatch
 
 @dataclass(frozen=True, eq=False)
 class EvaluationText:
-    """N documents of a token file, in the order in which they are read.
+    """N documents of a token file, in reading order.
 
     Attributes:
         file: the token file.
-        starts: ``[N]`` int64 first token of each.
-        ends: ``[N]`` int64 token behind the last one, which is the document's end-of-text token.
-        bytes: ``[N]`` int64 UTF-8 bytes of each.
-        fingerprint: hex digest of the texts: equal ones are equal texts, whatever the tokenizer.
+        starts: ``[N]`` int64 index of the first token of each document.
+        ends: ``[N]`` int64 index after the last token, which is the end-of-text token.
+        bytes: ``[N]`` int64 UTF-8 bytes of each document.
+        fingerprint: hex digest of the texts: the same for every tokenizer.
     """
 
     file: TokenFile
@@ -39,17 +39,17 @@ class EvaluationText:
 
     @property
     def n_tokens(self) -> int:
-        """End-of-text tokens included."""
+        """Number of tokens, end-of-text tokens included."""
         return int((self.ends - self.starts).sum())
 
 
 COMPRESSED = 4 << 20
-"""Bytes of a text, from its start, that compressors are asked about: xz takes seconds for these."""
+"""Bytes at the start of a text that are compressed: xz takes seconds for this many."""
 
 
 def compressors(text: bytes) -> dict[str, float]:
-    """Bits per byte that gzip -9 and xz -9 need for a text, or for the first 4 MiB of it: what a
-    model has to beat that knows nothing but the text itself."""
+    """Bits per byte of gzip -9 and xz -9 on a text, or on its first 4 MiB: the least that a model
+    has to beat, since they know only the text itself."""
     text = text[:COMPRESSED]
     sizes = {
         "gzip": len(gzip.compress(text, 9, mtime=0)),
@@ -59,15 +59,15 @@ def compressors(text: bytes) -> dict[str, float]:
 
 
 def choose(file: TokenFile, n_bytes: int | None) -> EvaluationText:
-    """Documents of a split until they hold ``n_bytes``, in the order of their digests.
+    """Chooses documents of a split until they hold ``n_bytes``, in the order of their digests.
 
-    That order depends on nothing but the documents, and is no order of theirs: neighbours in a
-    corpus are alike. Documents are taken whole; but of a long one that would go over the number,
-    only the pieces (of at most 65,536 characters, cut at line ends) up to it.
+    That order depends only on the documents and not on their positions, since neighbors in a corpus
+    are alike. Documents are taken whole, except a long one that would exceed the number: only its
+    pieces (of at most 65,536 characters, cut at line ends) up to the number are taken.
 
     Args:
         file: the split.
-        n_bytes: at least so many UTF-8 bytes, where the split has them; None for all of it.
+        n_bytes: least UTF-8 bytes, if the split has that many; None for all of it.
     """
     pieces = file.pieces()
     if not len(pieces):
@@ -97,20 +97,20 @@ def choose(file: TokenFile, n_bytes: int | None) -> EvaluationText:
 class EvaluationWindows(Dataset[WindowBatch]):
     """Maps an array of window numbers to a :class:`WindowBatch`.
 
-    The stream is an end-of-text token, from which the first one is predicted, and the documents one
-    after the other. Window i starts at its token i * T, so that every token of a document is a
-    depth-0 target once; of depth k all but the first k are. What reaches beyond the stream's end is
-    padding, never a target; windows behind the last hold nothing else.
+    The stream is an end-of-text token, from which the first token is predicted, and then one
+    document after another. Window i starts at token i * T of the stream, so every token of a
+    document is a depth-0 target once; depth k has all but the first k tokens as targets. Windows
+    are padded after the end of the stream, and padding is never a target.
 
     Args:
         text: the documents.
         seq_len: T.
         depth: D.
-        stride: s, places from one depth's target to the next one's.
-        eot_id: the end-of-text token.
-        document_mask: whether batches carry document ids; every document's first token, which
-            nothing before it predicts, is then no target.
-        extra: E, tokens of a window behind its T + D + 1.
+        stride: s, tokens from one depth's target to the next one's.
+        eot_id: id of the end-of-text token.
+        document_mask: whether batches carry document ids. The first token of every document, which
+            no token of it precedes, is then not a target.
+        extra: E, tokens of a window after its T + D + 1.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class EvaluationWindows(Dataset[WindowBatch]):
 
     @property
     def n_targets(self) -> int:
-        """Targets of depth 0."""
+        """Number of targets of depth 0."""
         return self.text.n_tokens - self.document_mask * len(self.text.starts)
 
     def __getitem__(self, numbers: np.ndarray) -> WindowBatch:
@@ -150,7 +150,7 @@ class EvaluationWindows(Dataset[WindowBatch]):
         at = numbers[:, None] * self.seq_len + np.arange(width)
         inside = np.minimum(at, end)
         texts = torch.from_numpy(self._last.searchsorted(inside).clip(max=len(self._last) - 1))
-        # The token before the first document belongs to none.
+        # The token before the first document belongs to no document.
         documents = (
             torch.from_numpy(np.where(inside == 0, -1, texts)) if self.document_mask else None
         )
@@ -165,17 +165,17 @@ class EvaluationWindows(Dataset[WindowBatch]):
         )
 
     def _open(self) -> None:
-        """Each loader worker makes a stream of its own: the text, not the split."""
+        """Builds the stream of the text, not of the split; each loader worker builds its own."""
         tokens, eot = self.file.tokens(), np.array([self.eot_id], self.file.dtype)
         spans = zip(self.text.starts, self.text.ends, strict=True)
-        # One more at the end stands for all that is behind it.
+        # One more token at the end is read for every position after it.
         self._stream = np.concatenate([eot, *(tokens[a:b] for a, b in spans), eot])
-        # Place in the stream of every document's last token.
+        # Index in the stream of every document's last token.
         self._last = (self.text.ends - self.text.starts).cumsum()
 
     @property
     def file(self) -> TokenFile:
-        """The token file that the text is in."""
+        """The token file of the text."""
         return self.text.file
 
     def __getstate__(self) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The loaders. In training an order that is a pure function of (seed, epoch, consumed samples)."""
+"""The loaders. The training order is a pure function of (seed, epoch, consumed samples)."""
 
 from __future__ import annotations
 
@@ -28,37 +28,36 @@ class Windows(Protocol):
 
 
 class TrainingWindows(Windows, Protocol):
-    """Windows that can say why there are too few of them."""
+    """Windows of a training set, which check that there are enough of them."""
 
     def require(self, batch_size: int, world: int) -> None:
-        """Raises ``UserError`` with the remedy if they are too few for one step.
+        """Raises ``UserError`` with the remedy if there are too few windows for one step.
 
         Args:
-            batch_size: windows of one step of a process.
-            world: processes.
+            batch_size: windows of one step of one process.
+            world: number of processes.
         """
 
 
 class WindowLoader:
-    """Training batches of windows for this rank.
+    """Training batches of windows for one rank.
 
     Global batch g of an epoch is ``order[g*G : (g+1)*G]`` with ``G = batch_size * world_size``, and
-    rank r takes its r-th contiguous slice: two ranks of B see together what one rank of 2B sees,
+    rank r takes its r-th contiguous slice: two ranks of B together see what one rank of 2B sees,
     and nothing depends on the number of workers. The windows after the last full global batch are
-    left out of that epoch. Each pass of ``iter`` is one epoch; the next one goes on with the next
-    epoch.
+    left out of that epoch. Each ``iter`` is one epoch, and the next ``iter`` is the next epoch.
 
-    ``state_dict`` is exact at any moment: a batch counts as consumed when it is handed to the
-    caller, never when a worker has fetched it ahead. ``load_state_dict`` makes the next ``iter``
-    start with the batch that would have come next, also after the last batch of an epoch. Lightning
-    stores both with its checkpoints. One iterator at a time: a new one takes over from the old.
+    ``state_dict`` is exact at any moment: a batch counts as consumed when the caller receives it,
+    not when a worker has prefetched it. After ``load_state_dict`` the next ``iter`` starts with the
+    batch that would have come next, also after the last batch of an epoch. Lightning stores the
+    state with its checkpoints. Only one iterator is active: a new one takes over from the old one.
 
     Args:
         dataset: the windows.
-        batch_size: windows of one whole optimizer step of a rank.
-        seed: of the order.
-        num_workers: processes that fetch ahead; 0 fetches in this process.
-        pin_memory: put batches into page-locked memory.
+        batch_size: windows of one optimizer step of one rank.
+        seed: seed of the order.
+        num_workers: processes that prefetch batches; 0 loads them in this process.
+        pin_memory: whether batches are put into page-locked memory.
 
     Raises:
         UserError: for a ``batch_size`` below 1 or a negative seed.
@@ -85,7 +84,7 @@ class WindowLoader:
         self.consumed = 0
 
     def __len__(self) -> int:
-        """Batches of this rank in a whole epoch, however much of it is consumed.
+        """Batches of this rank in a whole epoch, consumed or not.
 
         Raises:
             UserError: see :meth:`check`.
@@ -98,12 +97,13 @@ class WindowLoader:
         self.dataset.require(self.batch_size, _world()[1])
 
     def __iter__(self) -> Iterator[WindowBatch]:
-        # A generator: Lightning makes iterators that it may never use, and nothing must move then.
+        # A generator: Lightning makes iterators that it may never use, and those must not advance
+        # the state.
         self.check()
         return self._epoch()
 
     def state_dict(self) -> dict[str, int]:
-        """Plain ints: seed, epoch, samples of that epoch consumed by all ranks, and windows."""
+        """Plain ints: seed, epoch, samples of that epoch that all ranks consumed, and windows."""
         return {
             "seed": self.seed,
             "epoch": self.epoch,
@@ -112,10 +112,10 @@ class WindowLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where :meth:`state_dict` was taken, with the seed it was taken with.
+        """Continues where :meth:`state_dict` was taken, with the same seed.
 
         Raises:
-            UserError: if this data has another number of windows, so another order.
+            UserError: if this data has another number of windows and so another order.
         """
         if state["windows"] != len(self.dataset):
             raise UserError(
@@ -149,17 +149,17 @@ class WindowLoader:
 
 
 class EvaluationLoader:
-    """Batches of the evaluation text's windows for this rank, once over all of them.
+    """Batches of the evaluation text's windows for one rank, once over all of them.
 
-    Batches hold ``batch_size`` windows in order, the last one what is left, however many ranks
-    there are, and rank r takes every ``world_size``-th: each window's loss is then the same to the
-    last bit. All ranks have equally many batches; a rank that has none left gets padding.
+    Batches hold ``batch_size`` windows in order, and the last batch holds the rest, for any number
+    of ranks; rank r takes every ``world_size``-th batch. So each window's loss is the same to the
+    last bit. All ranks have the same number of batches: a rank that runs out gets padding.
 
     Args:
         dataset: the windows.
-        batch_size: windows a batch.
-        num_workers: processes that fetch ahead; 0 fetches in this process.
-        pin_memory: put batches into page-locked memory.
+        batch_size: windows of a batch.
+        num_workers: processes that prefetch batches; 0 loads them in this process.
+        pin_memory: whether batches are put into page-locked memory.
 
     Raises:
         UserError: for a ``batch_size`` below 1.
@@ -214,12 +214,12 @@ def _check(batch_size: int, num_workers: int) -> None:
 def _fetch(
     dataset: Windows, batches: Iterable[np.ndarray], num_workers: int, pin_memory: bool
 ) -> Iterator[WindowBatch]:
-    # The base class draws a seed for its workers: from a generator of our own, since the global
-    # one must not move (a resumed run would draw once more than an uninterrupted one).
+    # DataLoader draws a seed for its workers. A generator of our own keeps the global one from
+    # advancing: a resumed run would draw one time more than an uninterrupted one.
     loader: DataLoader[WindowBatch] = DataLoader(
-        dataset,  # type: ignore[arg-type]  # it only maps numbers to batches
+        dataset,  # type: ignore[arg-type]  # maps numbers to batches
         batch_size=None,
-        sampler=batches,  # type: ignore[arg-type]  # it is gone through once
+        sampler=batches,  # type: ignore[arg-type]  # iterated once
         num_workers=num_workers,
         collate_fn=_as_is,
         pin_memory=pin_memory,
@@ -230,11 +230,11 @@ def _fetch(
 
 
 def _serve(parent: int, _: int) -> None:
-    """Have a process that fetches end by its parent's word or end alone.
+    """Makes a loader worker end when its parent tells it to, or when its parent ends.
 
-    One that is killed leaves others waiting for its words, who print tracebacks. A signal to all
-    processes of a run, which is to save and end, must not end these first: torch calls that a
-    failure, and nothing is saved.
+    If a worker is killed first, the processes that wait for it print tracebacks. A signal that goes
+    to all processes of a run, for it to save and end, must not end the workers: torch reports their
+    end as a failure, and nothing is saved.
     """
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -254,7 +254,7 @@ def _as_is(batch: Any) -> Any:
 
 
 def _world() -> tuple[int, int]:
-    """(rank, world size) of ``torch.distributed``, looked up when asked: it starts late."""
+    """(rank, world size) of ``torch.distributed``, read at each call because it starts late."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1

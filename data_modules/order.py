@@ -7,12 +7,12 @@ from typing import Protocol
 import numpy as np
 
 LARGE = 2**26
-"""Windows above which the order is computed where it is read and never stands in memory."""
+"""Number of windows above which the order is computed on the fly instead of held in memory."""
 _ROUNDS = 8
 
 
 class Order(Protocol):
-    """A permutation of 0 .. n - 1 that is read by slices."""
+    """A permutation of 0 .. n - 1, read by slices."""
 
     def __len__(self) -> int: ...
 
@@ -20,7 +20,7 @@ class Order(Protocol):
 
 
 def window_order(n: int, *, seed: int, epoch: int, large: int = LARGE) -> Order:
-    """The permutation of an epoch: shuffled for up to ``large`` windows, enciphered above."""
+    """The permutation of an epoch: shuffled up to ``large`` windows, enciphered above."""
     kind = epoch_order if n <= large else FeistelOrder
     return kind(n, seed=seed, epoch=epoch)
 
@@ -36,25 +36,24 @@ def epoch_order(n: int, *, seed: int, epoch: int) -> np.ndarray:
 
 
 class FeistelOrder:
-    """A keyed permutation in no memory: each place's window is computed on its own.
+    """A keyed permutation that needs no memory: each entry is computed on its own.
 
-    A place is written as a pair (left, right) with ``left < a``, ``right < b``, ``a b >= n``, and
-    in every round a keyed hash of one half is added to the other, modulo a or b. Every round can be
-    undone, so all of them together permute the a b pairs; a place that lands at n or above is
-    enciphered again until it lies below, which permutes 0 .. n - 1 (generalised Feistel cipher with
-    cycle walking: Black & Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). The keys
-    are Philox's.
+    An index is written as a pair (left, right) with ``left < a``, ``right < b``, ``a b >= n``. In
+    every round a keyed hash of one half is added to the other, modulo a or b. Every round can be
+    undone, so together they permute the a b pairs; a result of n or more is enciphered again until
+    it is below n, which permutes 0 .. n - 1 (generalized Feistel cipher with cycle walking: Black &
+    Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). The keys come from Philox.
 
     Args:
-        n: windows, at most 2**62.
-        seed: of the order.
-        epoch: of the order, too.
+        n: number of windows, at most 2**62.
+        seed: seed of the order.
+        epoch: epoch of the order.
     """
 
     def __init__(self, n: int, *, seed: int, epoch: int) -> None:
         self.n = n
         root = int(np.ceil(np.sqrt(max(n, 1))))
-        while root * root < n:  # the root of a large number is a rounded one
+        while root * root < n:  # the square root of a large number is rounded
             root += 1
         self._a, self._b = np.uint64(root), np.uint64(-(-max(n, 1) // root))
         self._keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(_ROUNDS)
@@ -63,7 +62,7 @@ class FeistelOrder:
         return self.n
 
     def __getitem__(self, places: slice) -> np.ndarray:
-        """``[k]`` int64 windows at the places of a slice."""
+        """``[k]`` int64 windows at the indices of a slice."""
         found = np.arange(*places.indices(self.n)).astype(np.uint64)
         todo = np.arange(len(found))
         while len(todo):
@@ -82,7 +81,7 @@ class FeistelOrder:
 
 
 def _hash(half: np.ndarray, key: np.uint64) -> np.ndarray:
-    """64 bits of which each depends on all of (half, key): splitmix64 (Steele et al. 2014)."""
+    """64 bits that each depend on all of (half, key): splitmix64 (Steele et al. 2014)."""
     x = half + key
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

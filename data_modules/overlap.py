@@ -1,4 +1,4 @@
-"""How much of the validation text also stands in the training text: counted by long lines."""
+"""How much of the validation text also occurs in the training text, counted by long lines."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import re
 from hashlib import blake2b
 
 LONG = 32
-"""Characters from which on a stripped line counts: shorter ones recur in any text of a kind."""
+"""Least characters of a line that counts, stripped: shorter lines recur in any similar text."""
 LINE = re.compile(rf"[^\n]{{{LONG},}}")
 LIMIT = 2**18
-"""Lines of a split that are remembered, so some 50 MB at most for the two."""
+"""Lines remembered per split: about 50 MB at most for both splits."""
 
 
 class LineOverlap:
-    """Counts, one document after the other, which validation lines stand in training documents.
+    """Counts, one document at a time, the validation lines that also occur in training documents.
 
-    A line counts if it has at least 32 characters without the white space around it, as often as
-    it stands in the validation documents. Only hashes of 64 bits are kept. When one of the splits
-    has more than ``limit`` different ones, those in the upper half of the range are forgotten on
-    both sides, and from then on not looked at: of equal lines all are kept or none. So the share
-    is exact for up to ``limit`` different lines a split, and beyond that an estimate from a sample
-    of them. It does not depend on the order of the documents.
+    A line counts if it has at least 32 characters without surrounding white space, as often as it
+    occurs in the validation documents. Only 64-bit hashes are kept. When a split has more than
+    ``limit`` different hashes, both splits drop those in the upper half of the range and ignore
+    them from then on, so equal lines are kept on both sides or on neither. The share is exact up to
+    ``limit`` different lines per split, and estimated from a sample beyond that. It does not depend
+    on the order of the documents.
 
     Args:
-        limit: hashes that are kept of each split.
+        limit: number of hashes kept per split.
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
@@ -32,7 +32,7 @@ class LineOverlap:
         self._counts: dict[str, dict[int, int]] = {"train": {}, "val": {}}
 
     def add(self, split: str, document: str) -> None:
-        """Counts a document of ``train`` or ``val``; its text must be encodable as UTF-8."""
+        """Counts a document of ``train`` or ``val``; its text must be valid UTF-8."""
         counts = self._counts[split]
         # One line at a time: a document may be the whole corpus.
         for match in LINE.finditer(document):
@@ -44,7 +44,7 @@ class LineOverlap:
                     counts = self._counts[split]
 
     def merge(self, other: LineOverlap) -> None:
-        """Adds what another one has counted, of other documents: as if one had seen them all."""
+        """Adds the counts of another object, which saw other documents."""
         self._below = min(self._below, other._below)
         for split, counts in self._counts.items():
             for value, n in other._counts[split].items():
@@ -53,7 +53,7 @@ class LineOverlap:
         self._forget()
 
     def _forget(self) -> None:
-        """Halves the sample until both splits are within the limit."""
+        """Halves the range of hashes until both splits are within the limit."""
         while max(map(len, self._counts.values())) > self.limit:
             self._below //= 2
             self._counts = {
@@ -62,7 +62,7 @@ class LineOverlap:
             }
 
     def share(self) -> float | None:
-        """Validation lines that are training lines, too, by all of them; ``None`` without any."""
+        """Share of validation lines that are also training lines; ``None`` if there are none."""
         train, val = self._counts["train"], self._counts["val"]
         shared = sum(n for value, n in val.items() if value in train)
         return shared / sum(val.values()) if val else None

@@ -1,4 +1,4 @@
-"""Prompts for a model to continue: beginnings and further parts of a corpus' documents."""
+"""Prompts for a model to continue: the beginnings and further parts of a corpus' documents."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from mtp_lightning.errors import UserError
 def take_prompts(
     split: DocumentSplit, tokenizer: Tokenizer, *, counts: Mapping[str, int], length: int
 ) -> list[tuple[str, np.ndarray]]:
-    """So many prompts of each split, no two the same, on whatever side.
+    """Takes ``counts`` prompts of each split, all different, across the splits too.
 
-    The first ``length`` tokens of each document in turn; where those are too few, then the
-    ``length`` tokens after them, and so on. None crosses a document's end.
+    The first ``length`` tokens of each document come first, in order; if those are too few, the
+    next ``length`` tokens of each, and so on. No prompt crosses the end of a document.
 
     Args:
-        split: the corpus; a prompt is on the side of its document.
-        tokenizer: a trained one.
-        counts: prompts by split.
-        length: tokens each.
+        split: the corpus; a prompt belongs to the split of its document.
+        tokenizer: a trained tokenizer.
+        counts: number of prompts per split.
+        length: tokens of each prompt.
 
     Returns:
         (split, ids ``[length]`` int64), those of ``train`` first.
 
     Raises:
-        UserError: the documents hold fewer, or a text that is no Unicode.
+        UserError: if the documents hold fewer prompts, or a text is not Unicode.
     """
     taken: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
     left: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
     seen: set[bytes] = set()
 
     def take(name: str, ids: np.ndarray) -> None:
-        """Of a document's tokens the next prompt, if it is a new one; the others are kept."""
+        """Takes the next prompt of a document's tokens if it is new, and keeps the rest."""
         prompt = ids[:length]
         if len(taken[name]) < counts[name] and prompt.tobytes() not in seen:
             seen.add(prompt.tobytes())
@@ -69,7 +69,7 @@ def take_prompts(
 
 
 def _beginning(document: str, tokenizer: Tokenizer, n_tokens: int) -> np.ndarray:
-    """At least so many tokens of a document, where it has them."""
+    """At least ``n_tokens`` tokens of a document, if it has that many."""
     found: list[np.ndarray] = []
     for piece, _ in pieces(document):
         found.append(tokenizer.encode(piece).astype(np.int64))

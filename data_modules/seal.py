@@ -1,7 +1,7 @@
-"""What a folder of the cache holds, by digests that are made with it and compared when it is used.
+"""Digests of a cache folder's files, made when the folder is built and checked when it is used.
 
-A disk, a copy that was broken off or a program may change a file and keep its size; what is trained
-or evaluated on it would be other numbers without a word.
+A disk, an interrupted copy or a program may change a file and keep its size; training or evaluating
+on it would silently give other numbers.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ FILE = "digests.json"
 
 
 def note(folder: Path, digests: Mapping[str, str]) -> None:
-    """Keep the digests of files that were made while they were written: :func:`seal` need not read
-    these again.
+    """Stores digests that were computed while the files were written, so :func:`seal` need not read
+    these files again.
 
     Args:
-        folder: with the files.
-        digests: blake2b of 16 bytes, in hex, by name.
+        folder: the folder of the files.
+        digests: 16-byte blake2b in hex, by file name.
     """
     temporary = folder / f".{FILE}.{os.getpid()}"
     temporary.write_text(json.dumps(dict(digests), indent=2) + "\n", encoding="utf-8")
@@ -35,7 +35,7 @@ def note(folder: Path, digests: Mapping[str, str]) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Keep the digests of all files of a folder; of those that are kept already, as they are."""
+    """Stores the digests of all files of a folder; digests from :func:`note` are kept."""
     known: dict[str, str] = {}
     with suppress(FileNotFoundError):
         known = json.loads((folder / FILE).read_text("utf-8"))
@@ -44,18 +44,19 @@ def seal(folder: Path) -> None:
 
 
 def require_sealed(folder: Path, memory: Path) -> None:
-    """Make sure that a folder's files are as they were sealed.
+    """Checks that a folder's files are as they were sealed.
 
-    A folder from before there were digests gets them, in one line: what it holds is taken as it is.
+    A folder from before there were digests gets them, with one line in the log: its files are taken
+    as they are.
 
     Args:
-        folder: that was sealed.
-        memory: remembers the digests of large files, which are read again only when they have
-            changed.
+        folder: a sealed folder.
+        memory: folder that remembers the digests of large files, which are read again only when
+            they have changed.
 
     Raises:
-        UserError: a file has other contents, or is gone.
-        OSError: one cannot be read.
+        UserError: if a file has other contents or is missing.
+        OSError: if a file cannot be read.
     """
     try:
         known = json.loads((folder / FILE).read_text("utf-8"))
@@ -68,12 +69,12 @@ def require_sealed(folder: Path, memory: Path) -> None:
         if error.filename != str(folder / FILE):
             raise damaged(folder, f"{Path(error.filename).name} is missing") from error
         log.warning("%s has no digests yet: its files are taken as they are now.", folder)
-        with suppress(OSError):  # a cache that may only be read
+        with suppress(OSError):  # a read-only cache
             seal(folder)
     except (ValueError, TypeError, AttributeError) as error:
-        raise damaged(folder, f"{FILE} is not what was written there") from error
+        raise damaged(folder, f"{FILE} cannot be read as digests") from error
 
 
 def damaged(folder: Path, why: str) -> UserError:
-    """The refusal of a folder of the cache."""
+    """The error for a damaged folder of the cache."""
     return UserError(f"{folder} is damaged ({why}): delete that folder and start again")

@@ -1,4 +1,4 @@
-"""Parts of files read as one array of token ids."""
+"""Parts of files, read as one array of token ids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mtp_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class Shard:
-    """Token ids that stand end to end in a file, in numpy's own layout.
+    """Contiguous token ids in a file, in numpy's own layout.
 
     Attributes:
         path: the file.
@@ -34,13 +34,13 @@ class Shard:
         )
 
     def part(self, first: int, last: int) -> Shard:
-        """Tokens ``first`` to ``last - 1`` of it."""
+        """Its tokens ``first`` to ``last - 1``."""
         offset = self.offset + first * np.dtype(self.dtype).itemsize
         return replace(self, offset=offset, n_tokens=last - first)
 
 
 def cut(shards: Sequence[Shard], at: int) -> tuple[tuple[Shard, ...], tuple[Shard, ...]]:
-    """The first ``at`` tokens of shards, and those behind them."""
+    """The first ``at`` tokens of shards, and the rest."""
     before: list[Shard] = []
     behind: list[Shard] = []
     for shard in shards:
@@ -54,11 +54,11 @@ def cut(shards: Sequence[Shard], at: int) -> tuple[tuple[Shard, ...], tuple[Shar
 
 
 class ShardedTokens:
-    """Memory maps read as one array: by slices, by places, and by windows.
+    """Memory maps read as one array: by slices, by indices, and by windows.
 
-    What is mapped is the file itself: if somebody writes to it, ids change under whoever reads
-    them, and if it is cut off, the system ends the process. So each look at a file's ids looks
-    first whether it is still as it was.
+    If another program writes to a mapped file, its ids change while they are read, and if the file
+    is truncated, the system kills the process. So every read first checks that the file is
+    unchanged.
 
     Args:
         shards: in order, none of them empty.
@@ -66,7 +66,7 @@ class ShardedTokens:
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = list(shards)
-        # Plain arrays of the maps: indexing a np.memmap costs more.
+        # Plain arrays of the maps: indexing a np.memmap is slower.
         self._maps = [np.asarray(shard.tokens()) for shard in shards]
         self._stamps = [_stamp(shard.path) for shard in shards]
         self._ends = np.cumsum([shard.n_tokens for shard in shards], dtype=np.int64)
@@ -75,7 +75,7 @@ class ShardedTokens:
         return int(self._ends[-1])
 
     def __getitem__(self, places: slice | np.ndarray) -> np.ndarray:
-        """Ids of a slice without a step, a view where one shard holds it, or of places, a copy."""
+        """Ids of a slice without a step (a view if one shard holds it), or of indices (a copy)."""
         if isinstance(places, slice):
             first, last, step = places.indices(len(self))
             assert step == 1
@@ -83,11 +83,11 @@ class ShardedTokens:
         return self.windows(places, 1)[:, 0]
 
     def windows(self, first: np.ndarray, length: int) -> np.ndarray:
-        """``[B, length]`` ids from each of the places ``first`` [B] on."""
+        """``[B, length]`` ids from each of the indices ``first`` [B] on."""
         return np.stack([self._span(int(a), int(a) + length) for a in first])
 
     def place(self, at: int) -> tuple[Path, int]:
-        """The file that a token is in, and its number there."""
+        """The file of a token, and the token's index in it."""
         number = int(self._ends.searchsorted(at, side="right"))
         return self.shards[number].path, at - self._begin(number)
 
@@ -98,10 +98,10 @@ class ShardedTokens:
         path = self.shards[number].path
         try:
             unchanged = _stamp(path) == self._stamps[number]
-        except FileNotFoundError:  # removed, and kept by the system for whoever has mapped it
+        except FileNotFoundError:  # removed; the system keeps it while it is mapped
             return
         if not unchanged:
-            raise UserError(f"{path} was written to while it is being read: start again on it.")
+            raise UserError(f"{path} was written to while it was being read: start again.")
 
     def _span(self, first: int, last: int) -> np.ndarray:
         number = int(self._ends.searchsorted(first, side="right"))

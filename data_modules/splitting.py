@@ -1,4 +1,4 @@
-"""Train and validation documents: which is which."""
+"""Splits documents into training and validation."""
 
 from __future__ import annotations
 
@@ -14,28 +14,27 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
 SMALL = 64
-"""Corpora of up to this many groups are given one for validation if the hash gives none."""
+"""Up to this many groups, a corpus gets one validation group even if the hash gives none."""
 
 
 class DocumentSplit:
-    """Sends every group of a source's documents to train or validation, whole.
+    """Sends every group of a source's documents whole to training or validation.
 
-    The source says which documents belong together (:meth:`Source.grouped`), at least those of
-    the same text: what is validated on is then no copy of what was trained on. A group is for
+    The source says which documents belong together (:meth:`Source.grouped`), at least those with
+    the same text, so that no validation document is a copy of a training document. A group is for
     validation if a hash of (split seed, group), read as a fraction, lies below ``val_fraction``:
-    adding documents moves none of the others. In a corpus of up to 64 groups where that leaves a
-    split empty, the group of the smallest hash goes to validation, or the one of the largest to
-    train.
+    adding documents moves none of the others. If that leaves a split empty in a corpus of up to 64
+    groups, the group with the smallest hash goes to validation, or the one with the largest to
+    training.
 
-    The documents of a corpus of **one group** are cut into two, so that a user's first own text,
-    often one file, can be trained on: the first part, up to the line end nearest before
-    ``1 - val_fraction`` of the characters, is the training document and the rest the validation
-    document.
+    The documents of a corpus of **one group** are cut in two, so that a user can train on a single
+    file of their own: the first part, up to the last line end before ``1 - val_fraction`` of the
+    characters, is the training document, and the rest is the validation document.
 
     Args:
-        source: the corpus. Empty documents are dropped before they are counted.
+        source: the corpus. Empty documents are dropped before counting.
         val_fraction: expected share of validation groups, between 0 and 1.
-        seed: of the hash. Not the run's seed: runs with other seeds share the split.
+        seed: seed of the hash, not of the run: runs with different seeds share the split.
 
     Raises:
         UserError: if ``val_fraction`` is not between 0 and 1.
@@ -67,7 +66,7 @@ class DocumentSplit:
 
     def hash(self, group: str) -> float:
         """Hash of (seed, group) as a fraction in [0, 1)."""
-        # Texts that are no Unicode have their own error message, from who encodes them.
+        # The tokenizer reports text that is not Unicode; the hash must not fail first.
         value = hashlib.blake2b(f"{self.seed}:".encode(), digest_size=8)
         value.update(group.encode("utf-8", "surrogatepass"))
         return int.from_bytes(value.digest(), "big") / 2**64
@@ -78,7 +77,7 @@ class DocumentSplit:
 
     @cached_property
     def _below(self) -> float | None:
-        """Groups whose hashes lie below this are for validation; ``None``: there is one group."""
+        """Groups with a hash below this are for validation; ``None`` if there is only one group."""
         hashes: set[float] = set()
         for group, _ in nonempty(self.source):
             hashes.add(self.hash(group))
@@ -94,20 +93,18 @@ class DocumentSplit:
             )
             return None
         order = sorted(hashes)
-        # Above the smallest hash and not above the largest: neither split is empty.
+        # Above the smallest hash and at most the largest, so that neither split is empty.
         return min(max(self.val_fraction, order[1]), order[-1])
 
 
 def nonempty(source: Source) -> Iterator[tuple[str, str]]:
-    """(group, document) of the documents that hold text (datasets have empty rows)."""
+    """(group, document) of the documents that hold text; datasets have empty rows."""
     return ((group, document) for group, document in source.grouped() if document)
 
 
 def cut_point(document: str, fraction: float) -> int:
-    """Where to cut one document in two: after the last line end before ``fraction`` of it.
-
-    If there is none in the second half of what comes before, the cut is exactly there.
-    """
+    """Where to cut one document in two: after the last line end before ``fraction`` of it, or
+    exactly there if the second half of that part has no line end."""
     at = min(max(1, round(len(document) * fraction)), max(1, len(document) - 1))
     line_end = document.rfind("\n", at // 2, at)
     return line_end + 1 if line_end >= 0 else at

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def prepare_tokenizer(tokenizer: Tokenizer, split: DocumentSplit, cache: Path) -> Tokenizer:
-    """The tokenizer, trained on the training documents if it needs that, once per cache folder.
+    """The tokenizer, trained on the training documents once per cache folder if it needs training.
 
     Raises:
         UserError: if there is no text.
@@ -52,23 +52,24 @@ def prepare_tokenizer(tokenizer: Tokenizer, split: DocumentSplit, cache: Path) -
 def prepare_store(
     tokenizer: Tokenizer, split: DocumentSplit, cache: Path, *, workers: int | None = None
 ) -> tuple[TokenStore, Tokenizer]:
-    """The store of a corpus, built if the cache has none, and the tokenizer, trained if need be.
+    """The store of a corpus, built if the cache has none, and its tokenizer, trained if needed.
 
-    The key of the cache is a fingerprint of the source's documents, the tokenizer, the split's
-    options and the format's version.
+    The cache key is a fingerprint of the source's documents, the tokenizer, the split's options and
+    the format's version.
 
     Args:
-        tokenizer: ready, or one that :func:`prepare_tokenizer` trains.
+        tokenizer: a ready tokenizer, or one that :func:`prepare_tokenizer` trains.
         split: the source and its split.
         cache: the cache folder.
-        workers: processes that encode, whose number the store does not depend on; 0 for this one
-            alone, None for one a core if the corpus is large.
+        workers: processes that encode; the store does not depend on their number. 0 encodes in this
+            process; None uses one per core if the corpus is large.
 
     Raises:
         UserError: from the source or the tokenizer, about the user's text.
         OSError: if a file cannot be read or written.
     """
-    # Untrained options already decide the ids of a given corpus, so the key needs no training.
+    # An untrained tokenizer's options determine its ids for a given corpus, so the key needs no
+    # training.
     key = _key("store", split, tokenizer)
 
     def write(folder: Path) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def prepare_store(
         return write_documents(folder, ready, split, encoded, overlap)
 
     store = keep_store(cache, key, write)
-    # The tokenizer beside the ids is the one that made them, whatever was trained since.
+    # The tokenizer next to the ids is the one that made them, even if another was trained since.
     return store, Tokenizer.load(store.folder) if tokenizer.needs_training else tokenizer
 
 
@@ -87,8 +88,8 @@ def keep_store(cache: Path, key: str, write: Callable[[Path], dict[str, Any]]) -
 
     Args:
         cache: the cache folder.
-        key: hex digest of all that decides the tokens.
-        write: :func:`write_documents` into the folder that it is given.
+        key: hex digest of everything that determines the tokens.
+        write: calls :func:`write_documents` on the folder that it receives.
     """
 
     def build(folder: Path) -> None:
@@ -114,18 +115,18 @@ def write_documents(
     *,
     vocab_size: int | None = None,
 ) -> dict[str, Any]:
-    """Write tokenizer and documents of a store.
+    """Writes the tokenizer and the documents of a store.
 
     Args:
-        folder: to write into.
-        tokenizer: whose ids they are.
-        split: that they were taken from.
+        folder: the folder to write into.
+        tokenizer: the tokenizer of the ids.
+        split: the split that the documents come from.
         encoded: pieces of documents, in order.
-        overlap: that was shown the documents by the time they are all written.
-        vocab_size: ids lie below; by default the tokenizer's own.
+        overlap: the line counts, complete once all documents are written.
+        vocab_size: upper bound of the ids; by default the tokenizer's own.
 
     Returns:
-        What ``meta.json`` says of them.
+        The contents of ``meta.json``.
     """
     dtype = token_dtype(vocab_size or tokenizer.vocab_size)
     writers = {name: _SplitWriter(folder / f"{name}.bin", dtype) for name in SPLITS}
@@ -163,7 +164,7 @@ def write_documents(
 
 
 class _SplitWriter:
-    """Appends documents to one .bin file and remembers where they, and their pieces, start."""
+    """Appends documents to one .bin file and records where they and their pieces start."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
         self.path = path
@@ -174,7 +175,7 @@ class _SplitWriter:
         self.n_bytes = 0
         self.starts = array("q", [0])
         self.pieces: list[tuple[int, int, int, bytes]] | None = None
-        if path.stem == "val":  # of the training text nobody asks, and it may have billions
+        if path.stem == "val":  # only evaluation asks for pieces, and training may have billions
             self.pieces = []
 
     def add(self, piece: Encoded) -> None:
@@ -206,7 +207,8 @@ class _SplitWriter:
 def _encoded(
     split: DocumentSplit, tokenizer: Tokenizer, overlap: LineOverlap, workers: int | None
 ) -> Iterator[Encoded]:
-    """The documents' pieces in order, whoever encodes them. ``overlap`` has seen all at the end."""
+    """Yields the documents' pieces in order, encoded here or by a pool. ``overlap`` is complete at
+    the end."""
     from data_modules.encoding_pool import EncodingPool, pick_workers
 
     source, dtype = split.source, token_dtype(tokenizer.vocab_size)
@@ -233,12 +235,12 @@ def _encoded(
 
 
 class Progress:
-    """A bar on a terminal's stderr; elsewhere one line at the end.
+    """A progress bar if stderr is a terminal; else one line at the end.
 
     Args:
-        what: it is the progress of.
-        total: in the unit, if known.
-        unit: of what is counted.
+        what: name of the task.
+        total: expected amount, if known.
+        unit: unit of the amount.
     """
 
     def __init__(self, what: str, total: int | None, unit: str = "B") -> None:
@@ -253,13 +255,13 @@ class Progress:
             self.bar = tqdm(total=total, desc=what, unit=unit, unit_scale=True, leave=False)
 
     def add(self, n: int) -> None:
-        """Count what was done."""
+        """Counts an amount as done."""
         self.done += n
         if self.bar is not None:
             self.bar.update(n)
 
     def close(self) -> None:
-        """Say what it took."""
+        """Prints the total time and rate."""
         if self.bar is not None:
             self.bar.close()
         seconds = time.perf_counter() - self.begun

@@ -1,4 +1,4 @@
-"""What every LightningDataModule of a token store has."""
+"""The base of every LightningDataModule that reads a token store."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class StoreDataModule(WindowDataModule):
     """Windows of T + D + 1 tokens of a store, and an evaluation text of whole documents.
 
     Args:
-        eval_bytes: UTF-8 bytes of the evaluation text, which whole validation documents make up
-            (:func:`~data_modules.evaluation_text.choose`); ``all`` for all of them.
-        train_windows: of the training windows so many alone, chosen over the whole text, the same
-            ones for every seed; ``all`` for all of them.
-        document_mask: whether batches carry document ids, so that targets in another document do
-            not count and attention is block-diagonal.
+        eval_bytes: UTF-8 bytes of the evaluation text, made of whole validation documents
+            (:func:`~data_modules.evaluation_text.choose`); ``all`` takes all of them.
+        train_windows: number of training windows, chosen over the whole text and the same for every
+            seed; ``all`` takes all of them.
+        document_mask: whether batches carry document ids: targets in another document do not count,
+            and attention is block-diagonal.
         cache_states: whether a frozen trunk's states of the training windows are kept on disk, for
-            every epoch and run; who has the model sets :attr:`states`.
+            all epochs and runs; the owner of the model sets :attr:`states`.
         cache_dir: the cache folder; ``$MTP_LIGHTNING_CACHE`` or ``~/.cache/mtp-lightning`` if None.
-        options: of :class:`WindowDataModule`.
+        options: options of :class:`WindowDataModule`.
 
     Attributes:
-        states: the folder with these states; None without.
+        states: the folder of these states, or None.
 
     Raises:
         UserError: for numbers out of range.
@@ -91,11 +91,11 @@ class StoreDataModule(WindowDataModule):
         """The store, built or found, and the tokenizer of its ids."""
 
     def prepare_data(self) -> None:
-        """Lightning's hook, called by one process a node: builds the store."""
+        """Lightning's hook, which one process per node calls: builds the store."""
         self._open()
 
     def setup(self, stage: str | None = None) -> None:
-        """Lightning's hook, called by every process."""
+        """Lightning's hook, which every process calls."""
         self.prepare(stage or "fit")
 
     @property
@@ -105,7 +105,7 @@ class StoreDataModule(WindowDataModule):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, trained if it needed that."""
+        """The tokenizer, trained if it needed training."""
         return self._open()[1]
 
     @property
@@ -114,7 +114,7 @@ class StoreDataModule(WindowDataModule):
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of source, tokenizer and split options: equal ones have equal tokens."""
+        """Hex digest of source, tokenizer and split options: equal digests mean equal tokens."""
         return str(self.store.meta["fingerprint"])
 
     def document_frequency(self) -> tuple[Tensor, int]:
@@ -159,8 +159,8 @@ class StoreDataModule(WindowDataModule):
 
     @cached_property
     def evaluated_bytes(self) -> list[int] | None:
-        """UTF-8 bytes of what is predicted of each document of the evaluation text: all, or with
-        ``document_mask`` all but its first token's. None where an id of the store stands for no
+        """UTF-8 bytes of the predicted part of each document of the evaluation text: all bytes, or
+        with ``document_mask`` all except the first token's. None where an id of the store has no
         text."""
         if not self.store.meta.get("bytes_defined", True):
             return None
@@ -173,9 +173,9 @@ class StoreDataModule(WindowDataModule):
         return [n - less for n, less in zip(found, lost, strict=True)]
 
     def evaluation_summary(self) -> dict[str, Any]:
-        """What a validation's numbers rest on: the text's ``fingerprint``, its ``documents``, and
-        ``bytes`` (where ids stand for text) and ``tokens`` of the depth-0 targets; where ids stand
-        for text, ``gzip_bits_per_byte`` and ``xz_bits_per_byte`` of the text beside the model's."""
+        """What a validation's numbers are measured on: ``fingerprint`` of the text, its
+        ``documents``, and ``tokens`` of the depth-0 targets; where ids stand for text, also their
+        ``bytes``, and ``gzip_bits_per_byte`` and ``xz_bits_per_byte`` of the text."""
         n_bytes = self.evaluated_bytes
         return {
             "fingerprint": self.evaluation.text.fingerprint,
@@ -186,7 +186,7 @@ class StoreDataModule(WindowDataModule):
         }
 
     def _evaluated_text(self) -> bytes:
-        """The evaluation text's documents one after the other, up to what compressors look at."""
+        """The evaluation text's documents in order, up to the bytes that are compressed."""
         text, tokenizer = self.evaluation.text, self.tokenizer
         pieces, tokens = tokenizer.token_bytes(), text.file.tokens()
         found, held = [], 0
@@ -201,8 +201,8 @@ class StoreDataModule(WindowDataModule):
     def summary(self) -> dict[str, Any]:
         """Plain facts about the data, for the run's summary and checkpoints.
 
-        ``val.lines_in_training`` is the share of the validation text's long lines that also stand
-        in training documents (:class:`LineOverlap`), between 0 and 1; ``None`` without any.
+        ``val.lines_in_training`` is the share of the validation text's long lines that also occur
+        in training documents (:class:`LineOverlap`), between 0 and 1; ``None`` if there are none.
         """
         meta = self.store.meta
         facts: dict[str, Any] = {
@@ -230,14 +230,14 @@ class StoreDataModule(WindowDataModule):
     def held_out_prompts(self, n: int, length: int, *, fewer: bool = False) -> list[Tensor]:
         """Prompts from validation documents, for samples and decoding.
 
-        The first ``length`` tokens of each validation document in turn; where there are fewer than
-        n documents, then the ``length`` tokens after those, and so on. None crosses a document's
-        end.
+        The first ``length`` tokens of each validation document come first, in order; if there are
+        fewer than n documents, the next ``length`` tokens of each, and so on. No prompt crosses the
+        end of a document.
 
         Args:
-            n: how many.
-            length: tokens each.
-            fewer: be content with fewer, at least one.
+            n: number of prompts.
+            length: tokens of each prompt.
+            fewer: accept fewer than n, at least one.
 
         Returns:
             n tensors ``[length]`` int64.
@@ -249,7 +249,7 @@ class StoreDataModule(WindowDataModule):
             raise UserError(f"need n >= 1 prompts of length >= 1, got {n} of {length}")
         file = self.store["val"]
         tokens, starts = file.tokens(), file.starts()
-        # Without the end-of-text token that closes each document.
+        # Without the end-of-text token that ends each document.
         ends = [*(starts[1:] - 1).tolist(), file.n_tokens - 1]
         at = [(start, end) for start, end in zip(starts.tolist(), ends, strict=True)]
         prompts: list[Tensor] = []

@@ -3,12 +3,12 @@
 A store is a folder::
 
     meta.json            tokens, bytes and documents per split, fingerprints, versions, dtype,
-                         share of the long validation lines that stand in training documents
-    train.bin  val.bin   token ids of the documents in order, each closed by the end-of-text token
+                         share of the long validation lines that also occur in training documents
+    train.bin  val.bin   token ids of the documents in order, each ended by the end-of-text token
     train.starts.npy ... int64 offset of every document in the .bin file
-    val.pieces.npy       what the evaluation text is chosen by, see PIECES
+    val.pieces.npy       pieces to choose the evaluation text from, see PIECES
     tokenizer_state.json the tokenizer that made the ids
-    digests.json         of all the others, see :mod:`data_modules.seal`
+    digests.json         digests of all the other files, see :mod:`data_modules.seal`
 
 A view (``data_modules/token_files``) is a store without .bin files: its ids are in files that other
 programs wrote.
@@ -31,16 +31,16 @@ from mtp_lightning.settings import is_whole
 from mtp_lightning.stored import read_json
 
 FORMAT = 2
-"""Raised whenever a store written by older code must not be read by newer code."""
+"""Raised whenever newer code must not read a store that older code wrote."""
 
 PIECES = np.dtype([("document", "<i8"), ("start", "<i8"), ("bytes", "<i8"), ("digest", "S32")])
-"""Of every piece of a document, in order: the document's number in its split, offset of its first
-token, UTF-8 bytes, and a hex digest of its text. A document of up to 65,536 characters is one
-piece; where a longer one is cut does not depend on the tokenizer."""
+"""One row per piece of a document, in order: the document's number in its split, the offset of the
+piece's first token, its UTF-8 bytes, and a hex digest of its text. A document of up to 65,536
+characters is one piece; the cuts of a longer one do not depend on the tokenizer."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """uint16 where every id fits, else uint32."""
+    """uint16 if every id fits, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
@@ -54,7 +54,7 @@ class TokenFile:
         n_tokens: number of tokens, end-of-text tokens included.
         n_bytes: UTF-8 bytes of the text, end-of-text tokens not counted; None if unknown.
         n_documents: number of documents.
-        shards: of a view, the parts of files that hold the tokens.
+        shards: the parts of files that hold the tokens, if the store is a view.
     """
 
     path: Path
@@ -65,7 +65,7 @@ class TokenFile:
     shards: tuple[Shard, ...] | None = None
 
     def tokens(self) -> np.ndarray | ShardedTokens:
-        """``[n_tokens]`` read-only memory map, or several that are read as one."""
+        """``[n_tokens]`` read-only memory map, or several maps that are read as one array."""
         if self.n_tokens == 0:  # mmap refuses empty files
             return np.empty(0, self.dtype)
         if self.shards is None:
@@ -77,7 +77,7 @@ class TokenFile:
         return _array(self.path.with_suffix(".starts.npy"), mmap_mode="r")
 
     def pieces(self) -> np.ndarray:
-        """``[n_pieces]`` of dtype :data:`PIECES`; of the validation split."""
+        """``[n_pieces]`` of dtype :data:`PIECES`, for the validation split."""
         return _array(self.path.with_suffix(".pieces.npy"))
 
 
@@ -86,10 +86,10 @@ class TokenStore:
 
     Args:
         folder: the store.
-        shards: of a view, where the tokens are, for all splits together in their order.
+        shards: for a view, where the tokens are, all splits together in their order.
 
     Raises:
-        UserError: if the files are not what ``meta.json`` says (damaged after they were built).
+        UserError: if the files do not match ``meta.json`` (damaged after they were built).
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard] | None = None) -> None:
@@ -110,7 +110,7 @@ class TokenStore:
     def _open(self, name: str, shards: tuple[Shard, ...] | None) -> TokenFile:
         path = self.folder / f"{name}.bin"
         if not re.fullmatch("u?int(8|16|32|64)", str(self.meta["dtype"])):
-            raise damaged(self.folder, f"its ids are of the type {self.meta['dtype']!r}")
+            raise damaged(self.folder, f"its ids have the type {self.meta['dtype']!r}")
         dtype = np.dtype(self.meta["dtype"])
         facts = self.meta["splits"][name]
         counts = (facts["tokens"], facts["bytes"], facts["documents"])
@@ -131,8 +131,8 @@ class TokenStore:
         return self.splits[split]
 
     def bytes_per_token(self, split: str) -> float | None:
-        """UTF-8 bytes of the split's text by its tokens, end-of-text tokens counted; None where no
-        bytes are known."""
+        """UTF-8 bytes of the split's text per token, end-of-text tokens counted; None where the
+        bytes are unknown."""
         file = self[split]
         if file.n_bytes is None:
             return None

@@ -1,4 +1,4 @@
-"""Batches of windows out of a token file: one vectorised gather each."""
+"""Batches of windows from a token file, each by one vectorized gather."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 
 STATES = "states.npy"
-"""The file of a frozen trunk's states of all windows, ``[windows, S, T, C]``; bf16 as uint16."""
+"""File of a frozen trunk's states of all windows, ``[windows, S, T, C]``; bf16 stored as uint16."""
 
-# Of the order in which windows are chosen: the order that no run of a small seed trains in.
+# Seed of the order in which ``limit`` chooses windows; no run with a small seed trains in it.
 _LIMITED = 2**31 - 1
 
 
 def window_count(n_tokens: int, seq_len: int, depth: int) -> int:
     """Number of windows of T + D + 1 tokens that start T tokens apart.
 
-    It depends on D only where there is room for a single window at most: models of different D see
-    the same windows in the same order, and every token after the first is a depth-0 target at
-    most once.
+    It depends on D only where there is room for one window at most: models of different D see the
+    same windows in the same order, and every token after the first is a depth-0 target at most
+    once.
     """
     n = (n_tokens - 1 - seq_len) // seq_len
     if n > 0:
@@ -38,22 +38,22 @@ def window_count(n_tokens: int, seq_len: int, depth: int) -> int:
 class WindowDataset(Dataset[WindowBatch]):
     """Maps an array of window numbers to a :class:`WindowBatch`.
 
-    Window i holds tokens ``[i*T, i*T + T + D + 1)``. The file is opened on first use, so that
-    each loader worker has a memory map of its own.
+    Window i holds tokens ``[i*T, i*T + T + D + 1)``. The file is opened on first use, so each
+    loader worker has its own memory map.
 
     Args:
         file: the token file.
         seq_len: T.
         depth: D.
-        stride: s, places from one depth's target to the next one's; s D is at most T.
+        stride: s, tokens from one depth's target to the next one's; s D is at most T.
         document_mask: whether batches carry document ids.
-        extra: E, tokens of a window behind its T + D + 1; D + E is at most T.
-        states: folder with what a frozen trunk makes of every window, for the batches to carry.
-        limit: of the file's windows, in an order that depends on nothing but their number, the
-            first so many alone; None for all.
+        extra: E, tokens of a window after its T + D + 1; D + E is at most T.
+        states: folder with a frozen trunk's states of every window, which batches then carry.
+        limit: number of windows to keep, chosen by an order that depends only on the number of
+            windows in the file; None for all.
 
     Raises:
-        UserError: the file has fewer than ``limit``.
+        UserError: if the file has fewer windows than ``limit``.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class WindowDataset(Dataset[WindowBatch]):
         """Raises ``UserError``, with the remedy, if there are too few windows for one step.
 
         Args:
-            batch_size: windows of one step of a process.
-            world: processes.
+            batch_size: windows of one step of one process.
+            world: number of processes.
         """
         n, needed = len(self), batch_size * world
         if n == 0:
@@ -153,7 +153,7 @@ class WindowDataset(Dataset[WindowBatch]):
             self._windows = tokens
         else:
             step = tokens.strides[0]
-            # A view: row i is window i, rows overlap by D + E + 1 tokens.
+            # A view: row i is window i, and rows overlap by D + E + 1 tokens.
             self._windows = as_strided(
                 tokens, (self._in_file, self.length), (self.seq_len * step, step), writeable=False
             )
@@ -167,7 +167,7 @@ class WindowDataset(Dataset[WindowBatch]):
         first = self._starts.searchsorted(begin, side="right") - 1
         last = self._starts.searchsorted(begin + self.length - 1, side="right") - 1
         documents = np.repeat(first[:, None], self.length, axis=1)
-        # Most windows lie inside one document; only the others are looked at token by token.
+        # Most windows lie inside one document; only the others are searched token by token.
         for row in np.flatnonzero(first != last):
             # Positions in the window at which a new document starts.
             at = self._starts[first[row] + 1 : last[row] + 1] - begin[row]

@@ -1,4 +1,4 @@
-"""What every LightningDataModule of windows has: text's and tasks'."""
+"""The LightningDataModule that text and tasks share: windows for training and validation."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class WindowDataModule(LightningDataModule, ABC):
 
     Args:
         seq_len: T, the positions of a window.
-        batch_size: windows a micro-batch and rank.
+        batch_size: windows of a micro-batch on one rank.
         depth: D, the model's number of depths beyond the next token.
-        stride: s, places from one depth's target to the next one's.
-        accumulate: micro-batches an optimizer step.
-        eval_batch_size: windows a validation batch and rank; ``batch_size`` if None.
-        num_workers: processes that fetch batches ahead.
-        pin_memory: page-locked batches; if there is a GPU, when None.
-        seed: of the training windows.
-        lookahead: places ahead of a position that the model's head looks at, if more than D + 1.
-            Windows hold them, but no more than T + 1 places beyond their last position.
+        stride: s, tokens from one depth's target to the next one's.
+        accumulate: micro-batches of an optimizer step.
+        eval_batch_size: windows of a validation batch on one rank; ``batch_size`` if None.
+        num_workers: processes that prefetch batches.
+        pin_memory: whether batches are in page-locked memory; if None, when there is a GPU.
+        seed: seed of the training windows.
+        lookahead: tokens after a position that the model's head looks at, if more than D + 1.
+            Windows hold them, up to T + 1 tokens after their last position.
 
     Raises:
         UserError: for numbers out of range.
@@ -77,7 +77,7 @@ class WindowDataModule(LightningDataModule, ABC):
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.depth = depth
-        # Without depths there is nothing to leap over, and the model knows of none.
+        # Without depths the stride has no meaning, and the model has none.
         self.stride = stride if depth else 1
         self.extra = max(min(lookahead, seq_len + 1) - depth - 1, 0)
         self.accumulate = accumulate
@@ -99,15 +99,15 @@ class WindowDataModule(LightningDataModule, ABC):
         return {"seq_len": self.seq_len}
 
     def prepare(self, stage: str = "fit") -> None:
-        """Makes or finds what is read, and checks that there is enough of it. Idempotent.
+        """Builds or finds the data, and checks that there is enough of it. Idempotent.
 
         Args:
-            stage: ``fit`` needs a training step and a validation, any other stage (``validate``)
-                only the latter.
+            stage: ``fit`` needs data for a training step and a validation, any other stage
+                (``validate``) only for a validation.
 
         Raises:
-            UserError: about the data (a text that is empty, not UTF-8, shorter than a window ...).
-            OSError: about files.
+            UserError: about the data (text that is empty, not UTF-8, shorter than a window ...).
+            OSError: if a file cannot be read or written.
             MissingPackageError: if a source's package is not installed.
         """
         if stage == "fit":
@@ -117,14 +117,14 @@ class WindowDataModule(LightningDataModule, ABC):
     def transfer_batch_to_device(
         self, batch: WindowBatch, device: torch.device, dataloader_idx: int
     ) -> WindowBatch:
-        """To a GPU while that still works on the step before; Lightning waits for all but plain
-        tensors."""
+        """Copies to a GPU while it still works on the previous step; Lightning would wait for
+        anything but plain tensors."""
         return batch.to(device, non_blocking=True)
 
     @property
     @abstractmethod
     def tokenizer(self) -> Tokenizer:
-        """What the ids stand for."""
+        """The tokenizer of the ids."""
 
     @property
     @abstractmethod
@@ -134,40 +134,43 @@ class WindowDataModule(LightningDataModule, ABC):
     @property
     @abstractmethod
     def evaluation(self) -> Windows:
-        """What every validation reads."""
+        """The windows of every validation."""
 
     @property
     @abstractmethod
     def evaluated_bytes(self) -> list[int] | None:
-        """UTF-8 bytes of what is predicted of each document; None where there is no text."""
+        """UTF-8 bytes of the predicted part of each document; None where there is no text."""
 
     @property
     def scores_answers(self) -> bool:
-        """Whether an example's targets are its answer, and nothing else."""
+        """Whether the targets of an example are its answer alone."""
         return False
 
     @property
     def has_text(self) -> bool:
-        """Whether ids stand for text, and bytes can be counted."""
+        """Whether ids stand for text, so that bytes can be counted."""
         return self.evaluated_bytes is not None
 
     @property
     def answer_length(self) -> int | None:
-        """Tokens that answer one of :meth:`held_out_prompts`; None of text, which has no end."""
+        """Tokens of an answer to one of :meth:`held_out_prompts`; None for text, which has no
+        end."""
         return None
 
     def answer_sets(self) -> dict[str, Any]:
-        """What is to be answered and judged at validation, by name; "" is the validation itself."""
+        """Sets of questions to answer and judge at validation, by name; "" is the validation set
+        itself."""
         return {}
 
     def document_frequency(self) -> tuple[Tensor, int]:
-        """Of the training documents: how many hold each id, int64 [V], and how many there are.
+        """Counts over the training documents: int64 [V] documents that hold each id, and the number
+        of documents.
 
         Raises:
-            UserError: there are none.
+            UserError: if there are no documents.
         """
         raise UserError(
-            "mtp.weights=idf counts the documents of a text, and a task has none: set "
+            "mtp.weights=idf counts the documents of a text, and a task has no documents: set "
             "mtp.weights=none."
         )
 
@@ -186,7 +189,7 @@ class WindowDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def evaluation_summary(self) -> dict[str, Any]:
-        """What a validation's numbers rest on; equal ``fingerprint`` is equal data."""
+        """What a validation's numbers are measured on; equal ``fingerprint`` means equal data."""
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:
@@ -197,12 +200,12 @@ class WindowDataModule(LightningDataModule, ABC):
         """Prompts from validation data, int64.
 
         Args:
-            n: how many.
-            length: tokens each, of text.
-            fewer: be content with fewer, at least one.
+            n: number of prompts.
+            length: tokens of each, for text.
+            fewer: accept fewer than n, at least one.
 
         Raises:
-            UserError: there are not so many.
+            UserError: if there are fewer.
         """
 
     @property

@@ -1,13 +1,13 @@
-"""The one thing that the data and the model share: windows of T + D + 1 tokens.
+"""Windows of T + D + 1 tokens: the only thing that the data and the model share.
 
 A window ``w`` serves every prediction depth (DeepSeek-V3, arXiv 2412.19437, fig. 3): depth k reads
 ``w[k : T+k]`` and predicts ``w[k+1 : T+k+1]``. All of them are views of one tensor, and all have
 the full width T: no depth loses targets at the window's end. With a stride s (leap multi-token
 prediction, arXiv 2505.17505) depth k predicts ``w[s k + 1 : T + s k + 1]``, of T + s D + 1 tokens.
-A head that looks further ahead than its depth is given E tokens more behind them.
+A head that looks further ahead than its depth gets E more tokens at the window's end.
 
-Shape letters: B batch, T positions, D prediction depths beyond the next token, E extra tokens,
-0 where a comment does not speak of them.
+Shape letters: B batch, T positions, D prediction depths beyond the next token, E extra tokens (0
+unless a comment says otherwise).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from mtp_lightning.errors import UserError
 
 IGNORE_INDEX = -100
-"""Value of a target that does not count, as in ``torch.nn.functional.cross_entropy``."""
+"""Target value that does not count, as in ``torch.nn.functional.cross_entropy``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,21 +31,23 @@ class WindowBatch:
     Args:
         tokens: ``[B, T+D+1]`` int64 token ids.
         depth: D that the windows were cut for.
-        documents: ``[B, T+D+1]`` int64 ids of the document that each token belongs to (original
-            ids: unique and contiguous, a document's end-of-text token belongs to it), or ``None``
-            for no document mask.
-        scored: ``[B, T+D+1]`` bool: whether a token may be a target, of whatever depth; ``None``
-            if every one may. It is read all the same.
-        texts: ``[B, T+D+1]`` int64 number of the evaluated text whose loss a token counts for, as
-            a target; ``None`` in training. Unlike ``documents`` it masks nothing.
-        stride: s, places from one depth's target to the next one's. Where it is not 1, all fields
+        documents: ``[B, T+D+1]`` int64 id of the document that each token belongs to. Ids are
+            unique and contiguous, and an end-of-text token belongs to the document that it ends.
+            ``None``: no document mask.
+        scored: ``[B, T+D+1]`` bool: whether a token may be a target, at any depth; ``None`` if all
+            may. Tokens that are not scored are still read.
+        texts: ``[B, T+D+1]`` int64 number of the evaluated text whose loss a target counts toward;
+            ``None`` in training. Unlike ``documents`` it masks nothing.
+        stride: s, tokens from one depth's target to the next one's. Where it is not 1, all fields
             are ``[B, T+sD+1]``.
-        extra: E, tokens of every window, and entries of the other fields, behind its T+sD+1.
-        states: ``[B, S, T, C]``, what a frozen trunk makes of the windows, where that is known: its
-            final state, and with S = 2 the state that the depths start from.
+        extra: E, tokens of every window, and entries of the other fields, after its T+sD+1.
+        states: ``[B, S, T, C]`` output of a frozen trunk for the windows, if it was cached: its
+            final state, and with S = 2 also the state that the depths start from.
+        host: the batch on the CPU that this one was copied from. Masks are counted there, without
+            waiting for the device.
         host: the batch that this one was copied from to another device: counted there, its masks
             need not be waited for.
-
+        UserError: if the shapes, D and E do not match.
     Raises:
         UserError: if the shapes, D and E do not fit together.
     """
@@ -100,7 +102,7 @@ class WindowBatch:
 
     @property
     def every_target_counts(self) -> bool:
-        """Known without looking: there is no mask."""
+        """Whether there is no mask; known without reading tensors."""
         return self.documents is None and self.scored is None
 
     def targets(self, k: int) -> Tensor:
@@ -114,11 +116,11 @@ class WindowBatch:
         return shifted if valid is None else shifted.masked_fill(~valid, IGNORE_INDEX)
 
     def valid(self, k: int) -> Tensor | None:
-        """``[B, T]`` bool: position i counts at depth k; ``None`` where all do.
+        """``[B, T]`` bool: whether position i counts at depth k; ``None`` if all do.
 
-        Its target, token i+sk+1, is scored, and tokens i .. i+sk+1 lie in one document. Ids are
-        contiguous, so comparing the two ends with the total shift is enough; chained one-step
-        comparisons of shifted masks leak at D >= 2.
+        It counts if its target, token i+sk+1, is scored and tokens i .. i+sk+1 lie in one document.
+        Ids are contiguous, so comparing the two ends with the total shift is enough; chained
+        one-step comparisons of shifted masks leak at D >= 2.
         """
         valid = None if self.scored is None else self.shifted(self.scored, k)
         if self.documents is not None:
@@ -147,8 +149,8 @@ class WindowBatch:
         return field[:, start : start + self.seq_len]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> WindowBatch:
-        """The batch with every field passed through ``function``, which may cut both dimensions;
-        ``states``, which are of whole windows, are left out."""
+        """The batch with ``function`` applied to every field; it may slice both dimensions.
+        ``states`` are left out, since they belong to whole windows."""
 
         def passed(field: Tensor | None) -> Tensor | None:
             return None if field is None else function(field)
@@ -183,22 +185,22 @@ class WindowBatch:
         return [part(i) for i in range(n)]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> WindowBatch:
-        """The batch on another device (Lightning's transfer hook calls this)."""
+        """The batch on another device; Lightning's transfer hook calls this."""
         moved = self._map_rows(lambda field: field.to(device, non_blocking=non_blocking))
         copied = self.device.type == "cpu" != moved.device.type
         return replace(moved, host=self) if copied else moved
 
     def pin_memory(self) -> WindowBatch:
-        """The batch in page-locked memory (torch's DataLoader calls this)."""
+        """The batch in page-locked memory; torch's DataLoader calls this."""
         return self._map_rows(torch.Tensor.pin_memory)
 
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> WindowBatch:
-        """:meth:`map` by a function that leaves windows whole."""
+        """:meth:`map` by a function that keeps windows whole, so that ``states`` stay."""
         mapped = self.map(function)
         return mapped if self.states is None else replace(mapped, states=function(self.states))
 
     def require_depth(self, depth: int, stride: int = 1) -> None:
-        """Refuses a batch that was cut for another D or stride than the model's.
+        """Refuses a batch that was cut for a D or stride other than the model's.
 
         Raises:
             UserError: naming both.

@@ -1,4 +1,4 @@
-"""Many runs: what to vary (the YAML files), what runs them (launchers, search), what came of them.
+"""Many runs: what varies (the YAML files), what runs them (launchers, search), and their results.
 
-Talks to runs through their files and the command line only; see docs/sweeps.md.
+This package talks to runs only through their files and the command line; see docs/sweeps.md.
 """

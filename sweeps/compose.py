@@ -1,4 +1,4 @@
-"""Jobs' configs, and what is looked at in them before any job starts."""
+"""Composes the configs of jobs, and checks them before any job starts."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def compose_run(overrides: Sequence[str]) -> DictConfig:
-    """The config that train.py composes from overrides; its folder is not settled yet.
+    """The config that train.py composes from overrides, without its folder.
 
     Raises:
-        UserError: they do not fit the config.
+        UserError: if they do not match the config.
     """
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
@@ -37,14 +37,14 @@ def compose_run(overrides: Sequence[str]) -> DictConfig:
 
 
 class Composer:
-    """Composes jobs as Hydra does: once a set of group choices, whose copies then get the values.
+    """Composes jobs as Hydra does, but only once per set of group choices; copies get the values.
 
-    A quarter of a second goes into reading and merging a config's files, a millisecond into a copy.
-    Values are set by Hydra's own function, in its order and, as there, after the groups.
+    Reading and merging a config's files takes a quarter of a second, a copy a millisecond. Values
+    are set by Hydra's own function, in its order and, as in Hydra, after the groups.
 
     Args:
         config: the sweep's own config.
-        hydra_context: of the sweep.
+        hydra_context: context of the sweep.
     """
 
     def __init__(self, config: DictConfig, hydra_context: HydraContext) -> None:
@@ -55,7 +55,7 @@ class Composer:
         assert isinstance(loader, ConfigLoaderImpl)
         self._config, self._loader = config, loader
         self._parser = OverridesParser.create(config_loader=loader)
-        # With the folders that hydra.searchpath adds, whose groups are groups, too.
+        # Includes the folders of hydra.searchpath, whose groups are groups too.
         _, self._repository = loader._parse_overrides_and_create_caching_repo(
             config.hydra.job.config_name, list(config.hydra.overrides.hydra)
         )
@@ -66,10 +66,10 @@ class Composer:
         """A job's config, without Hydra's own settings.
 
         Args:
-            overrides: of the job.
+            overrides: overrides of the job.
 
         Raises:
-            HydraException: they do not fit the config.
+            HydraException: if they do not match the config.
         """
         parsed = [self._parse(override) for override in overrides]
         groups = tuple(str(override.input_line) for override, value in parsed if not value)
@@ -77,15 +77,15 @@ class Composer:
             base = self._loader.load_sweep_config(self._config, list(groups))
             with open_dict(base):
                 del base["hydra"]
-            self._bases[groups] = pickle.dumps(base)  # of which copies are made five times faster
+            self._bases[groups] = pickle.dumps(base)  # five times faster to copy
         composed: DictConfig = pickle.loads(self._bases[groups])
         values = [override for override, value in parsed if value]
         self._loader._apply_overrides_to_config(values, composed)
         return composed
 
     def _parse(self, text: str) -> tuple[Override, bool]:
-        """An override, and whether it sets a value; what chooses a file, or is about Hydra itself,
-        takes composing."""
+        """An override, and whether it only sets a value; choosing a file, or a setting of Hydra's
+        own, needs composing."""
         if text not in self._parsed:
             (override,) = self._parser.parse_overrides([text])
             grouped = self._repository.group_exists(override.key_or_group)
@@ -95,17 +95,17 @@ class Composer:
 
 
 def settle(composed: DictConfig, folder: Path) -> dict[str, Any]:
-    """Give a job's config its folder, and find out whether every value is there.
+    """Gives a job's config its folder, and checks that every value is there.
 
     Args:
-        composed: without Hydra's own settings.
-        folder: of the run.
+        composed: a config without Hydra's own settings.
+        folder: folder of the run.
 
     Returns:
         The config, resolved.
 
     Raises:
-        UserError: it is another program's config, or a value is missing.
+        UserError: if it is another program's config, or a value is missing.
     """
     if "run_dir" not in composed or "trainer" not in composed:
         raise UserError("Sweeps of this kind are for train.py: use hydra/launcher=basic here.")
@@ -122,13 +122,13 @@ def settle(composed: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 def count_processes(settled: dict[str, Any]) -> int:
-    """How many processes of a job train together on each of its machines.
+    """Number of processes of a job that train together on each of its machines.
 
     Args:
         settled: its config.
 
     Raises:
-        UserError: they cannot be counted, or would not train together.
+        UserError: if they cannot be counted, or would not train together.
     """
     trainer = settled["trainer"]
     devices = trainer["devices"]

@@ -1,4 +1,4 @@
-"""How many cores this process may use: by affinity, and by the quota of its control groups."""
+"""Cores that this process may use: by its affinity, and by the quota of its control groups."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 def cores() -> int:
     """Cores that this process may use, at least 1.
 
-    Affinity alone would not do: a container with a quota of two cores sees all of its machine's.
+    Affinity alone is not enough: a container with a quota of two cores sees all cores of its
+    machine.
     """
     seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota()
@@ -19,20 +20,20 @@ def cores() -> int:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Processor seconds a second that the control groups of this process allow; None for no limit.
+    """Processor seconds per second that this process's control groups allow; None for no limit.
 
     Args:
-        root: of the file system, for tests.
+        root: root of the file system, for tests.
     """
     quotas = [*_version_2(root), *_version_1(root)]
     return min(quotas) if quotas else None
 
 
 def groups_around(root: Path) -> Iterator[Path]:
-    """The folder of this process's control group (version 2), and of all around it.
+    """The folder of this process's control group (version 2), and those of all its parents.
 
     Args:
-        root: of the file system, for tests.
+        root: root of the file system, for tests.
     """
     mounted = root / "sys/fs/cgroup"
     group = ""
@@ -40,14 +41,14 @@ def groups_around(root: Path) -> Iterator[Path]:
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             if line.startswith("0::"):
                 group = line[3:].strip("/")
-    # In a container the group is named as its machine sees it, and the top is the container's own.
+    # A container names the group as its machine sees it, but its own top is the container's.
     parts = [part for part in group.split("/") if part not in ("", "..")]
     for n in range(len(parts), -1, -1):
         yield mounted.joinpath(*parts[:n])
 
 
 def _version_2(root: Path) -> Iterator[float]:
-    """Of ``cpu.max`` ("200000 100000", or "max 100000") of the group and of all around it."""
+    """Quotas in ``cpu.max`` ("200000 100000", or "max 100000") of the group and its parents."""
     for folder in groups_around(root):
         with suppress(OSError, ValueError):
             quota, period = (folder / "cpu.max").read_text().split()
@@ -56,7 +57,7 @@ def _version_2(root: Path) -> Iterator[float]:
 
 
 def _version_1(root: Path) -> Iterator[float]:
-    """Of ``cpu.cfs_quota_us``, which is -1 for none."""
+    """Quotas in ``cpu.cfs_quota_us``, which is -1 for none."""
     for name in ("cpu", "cpu,cpuacct"):
         folder = root / "sys/fs/cgroup" / name
         with suppress(OSError, ValueError, ZeroDivisionError):

@@ -1,4 +1,4 @@
-"""What jobs run on: sets of GPUs from a queue, or shares of the cores."""
+"""Devices of jobs: sets of GPUs from a queue, or shares of the cores."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from mtp_lightning.errors import UserError
 from sweeps.cores import cores
 
-# Left by a launcher, another job or a cluster's step, these make a run take itself for a part of
-# something else (Lightning 11300).
+# Variables that a launcher, another job or a cluster's step may leave; with them a run takes
+# itself for a part of another one (Lightning issue 11300).
 _LEAKS = (
     "LOCAL_RANK",
     "GLOBAL_RANK",
@@ -35,7 +35,7 @@ _LEAKS = (
 def find_gpus() -> list[str]:
     """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them.
 
-    The driver's own tool is asked, because torch takes seconds to import.
+    It asks the driver's own tool, since torch takes seconds to import.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
@@ -48,10 +48,10 @@ def find_gpus() -> list[str]:
 
 
 def choose_gpus(devices: str | Sequence[int | str]) -> list[str]:
-    """The GPUs that ``hydra.launcher.devices`` means; none means the CPU.
+    """The GPUs of ``hydra.launcher.devices``; an empty list is the CPU.
 
     Raises:
-        UserError: another word than auto and cpu, or a GPU that is not there.
+        UserError: for a word other than auto and cpu, or a GPU that does not exist.
     """
     if devices == "cpu":
         return []
@@ -71,21 +71,21 @@ def choose_gpus(devices: str | Sequence[int | str]) -> list[str]:
 
 
 class DeviceQueue:
-    """Hands out GPUs, or cores.
+    """Assigns GPUs, or cores.
 
     Args:
         gpus: names of the GPUs; none for the CPU.
-        n_jobs: most jobs at once; by default one a GPU, or on a CPU as many as there are cores for.
-            More than that share the cores, at the cost of all.
-        threads: of each process. By default one on a CPU: that does most work, alone and beside
-            neighbours (``python -m benchmarks.threads``). ``auto`` parts the cores among the jobs
-            at once (by default one) and their processes, and is the default with GPUs, where each
-            process has its GPU's share. However many jobs there are, or are left, a job has the
-            same threads, and so the same bits.
-        host: what to call this machine, where there are others.
+        n_jobs: most jobs at once; by default one per GPU, or on a CPU as many as there are cores
+            for. More jobs share the cores, which slows all of them down.
+        threads: threads of each process. The default on a CPU is one, which has the best throughput
+            alone and next to other jobs (``python -m benchmarks.threads``). ``auto`` divides the
+            cores among the jobs at once (by default one) and their processes, and is the default
+            with GPUs, where each process has its GPU's share. A job has the same threads, and so
+            the same bits, however many jobs there are or are left.
+        host: name of this machine, if there are several.
 
     Raises:
-        UserError: less than one job at once, or less than one thread.
+        UserError: for less than one job at once, or less than one thread.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class DeviceQueue:
         self.gpus = list(gpus)
         self._host = f"{host}:" if host else ""
         threads = threads or ("auto" if self.gpus else 1)
-        # Of the jobs at once, where their cores are parted among them.
+        # Number of jobs that the cores are divided among; None with a fixed number of threads.
         self._shares = (len(self.gpus) or n_jobs or 1) if threads == "auto" else None
         self._threads = threads if isinstance(threads, int) else 1
         if self._shares is not None:
@@ -114,17 +114,17 @@ class DeviceQueue:
         else:
             at_once = n_jobs or len(self.gpus) or max(1, cores() // self._threads)
         self.n_jobs = at_once
-        # Cores are counted where each thread has one.
+        # Cores are only counted if each thread has one.
         self._all_cores = max(cores(), at_once * self._threads)
         self._free_cores = self._all_cores
         self._free_gpus = list(self.gpus)
         self._free_slots = list(range(self.n_jobs))
 
     def check(self, n: int) -> None:
-        """Whether ``n`` processes can ever have their devices.
+        """Checks that ``n`` processes can ever get their devices.
 
         Raises:
-            UserError: they cannot.
+            UserError: if they cannot.
         """
         if self.gpus and n > len(self.gpus):
             raise UserError(
@@ -139,17 +139,17 @@ class DeviceQueue:
         return bool(self._free_slots) and bool(free)
 
     def take(self, n: int) -> Devices | None:
-        """Devices for a job of ``n`` processes; None when it has to wait.
+        """Devices for a job of ``n`` processes; None if it has to wait.
 
         Raises:
-            UserError: it would wait for ever.
+            UserError: if it would wait forever.
         """
         self.check(n)
         if not self._free_slots or (self.gpus and len(self._free_gpus) < n):
             return None
         if self._shares is None:
             threads = self._threads
-            # More processes than cores have the machine for themselves.
+            # A job with more processes than cores gets the machine for itself.
             wanted = 0 if self.gpus else min(n * threads, self._all_cores)
         else:
             wanted = 0
@@ -164,7 +164,7 @@ class DeviceQueue:
         return Devices(slot=slot, gpus=tuple(taken), threads=threads, cores=wanted, name=name)
 
     def give_back(self, devices: Devices) -> None:
-        """Let the next job have them."""
+        """Makes devices free for the next job."""
         self._free_slots = sorted([*self._free_slots, devices.slot])
         self._free_cores += devices.cores
         free = {*self._free_gpus, *(devices.gpus or ())}
@@ -172,14 +172,14 @@ class DeviceQueue:
 
 
 class Devices:
-    """What one job may use.
+    """The devices of one job.
 
     Args:
-        name: what to call them.
-        slot: which of the jobs at once this is.
-        gpus: names of its GPUs; empty for the CPU; None for those that it finds.
-        threads: of each of its processes.
-        cores: that it has taken from a queue that counts them.
+        name: their name.
+        slot: number of this job among the jobs at once.
+        gpus: names of its GPUs; empty for the CPU; None for all that it finds.
+        threads: threads of each of its processes.
+        cores: cores that it has taken from a queue that counts them.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class Devices:
     def environment(self) -> dict[str, str]:
         """The environment of its process."""
         clean = clean_environment()
-        # Products of matrices follow OMP_NUM_THREADS; trainer.num_threads goes before it.
+        # Matrix products follow OMP_NUM_THREADS; trainer.num_threads takes precedence.
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
             clean[name] = str(self.threads)
         if self.gpus is not None:
@@ -212,7 +212,7 @@ class Devices:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without what would mislead a run."""
+    """This process's environment without the variables that would mislead a run."""
     kept = {
         name: value
         for name, value in os.environ.items()

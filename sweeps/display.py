@@ -1,4 +1,4 @@
-"""A sweep while it runs: a live table on a terminal, plain lines elsewhere."""
+"""Shows a sweep while it runs: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_MOST_ENDED = 6  # rows of jobs that have ended, in the live table
+_MOST_ENDED = 6  # most rows of ended jobs in the live table
 
 
 def make_display(n_tasks: int) -> Display:
-    """The table where stdout is a terminal, else lines."""
+    """The table if stdout is a terminal, else lines."""
     return LiveTable(n_tasks) if sys.stdout.isatty() else Lines(n_tasks)
 
 
 @dataclass
 class Watched:
-    """A job that runs, and what its speed is measured from."""
+    """A running job, and what its speed is measured from."""
 
     task: Task
     device: str
     began: float = field(default_factory=time.monotonic)
     step: int = 0  # optimizer steps done
-    loss: str = ""  # of that step
-    first: tuple[float, int] | None = None  # when its first steps were seen, and how many
+    loss: str = ""  # at that step
+    first: tuple[float, int] | None = None  # time of the first look with steps, and their number
 
     def look(self) -> None:
-        """Read its newest step."""
+        """Reads its newest step."""
         self.step, self.loss = _newest(self.task)
         if self.first is None and self.step:
             self.first = (time.monotonic(), self.step)
@@ -50,7 +50,7 @@ class Watched:
 
     @property
     def eta(self) -> str:
-        """Time that the rest of the steps takes at the speed seen so far."""
+        """Time that the remaining steps take at the speed seen so far."""
         if self.first is None or not self.task.max_steps:
             return ""
         since, step = self.first
@@ -61,7 +61,7 @@ class Watched:
 
 
 class _Base:
-    """What both displays keep."""
+    """The state that both displays keep."""
 
     def __init__(self, n_tasks: int) -> None:
         self.n_tasks = n_tasks
@@ -88,11 +88,11 @@ class _Base:
 
 
 class Lines(_Base):
-    """One line for every start and end, and one a running job now and then.
+    """One line for every start and end, and now and then one for each running job.
 
     Args:
-        n_tasks: how many there are.
-        seconds: between two looks at the running jobs.
+        n_tasks: number of tasks.
+        seconds: seconds between two looks at the running jobs.
     """
 
     def __init__(self, n_tasks: int, *, seconds: float = 30.0) -> None:
@@ -130,12 +130,12 @@ class Lines(_Base):
 
 
 class LiveTable(_Base):
-    """The running jobs in a table that is drawn again every second.
+    """The running jobs in a table that is redrawn every second.
 
     Args:
-        n_tasks: how many there are.
+        n_tasks: number of tasks.
         console: where to draw; by default the terminal.
-        seconds: between two drawings.
+        seconds: seconds between two drawings.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class LiveTable(_Base):
         super().__init__(n_tasks)
         from rich.live import Live
 
-        # Without a thread of its own: processes are started from this one.
+        # Without a thread of its own, since processes are started from this one.
         self._live = Live(console=console, auto_refresh=False)
         self._seconds = seconds
         self._shown = -math.inf
@@ -174,7 +174,7 @@ class LiveTable(_Base):
         self._live.console.print(text, highlight=False, markup=False)
 
     def table(self) -> Table:
-        """The newest jobs that have ended, failures first to stay, and all that run."""
+        """The newest ended jobs, failed ones first, and all running jobs."""
         from rich.table import Table
         from rich.text import Text
 
@@ -197,7 +197,7 @@ class LiveTable(_Base):
 
 
 def _newest(task: Task) -> tuple[int, str]:
-    """The newest step that has a training loss, and that loss in words."""
+    """The newest step with a training loss, and that loss as text."""
     step, loss = read_newest(task.folder / METRICS_FILE, "train/loss") or (0, math.nan)
     return step, "" if math.isnan(loss) else f"{loss:.3f}"
 

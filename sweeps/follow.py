@@ -1,4 +1,5 @@
-"""Jobs that a cluster runs: shown by their status files, and judged where those say nothing."""
+"""Follows jobs that a cluster runs, by their status files, and sets the status of jobs that could
+not do so themselves."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from sweeps.pool import interrupts
 from sweeps.process import Task
 
 _LOOK_SECONDS = 1.0
-_LOOKS_A_SECOND = 200  # at status files, which lie on everybody's file server
+_LOOKS_A_SECOND = 200  # of status files, which may be on a shared file server
 
 
 def follow(
@@ -21,16 +22,16 @@ def follow(
     cancel: Callable[[Iterable[Task]], None],
     grace_seconds: float,
 ) -> None:
-    """Wait until the cluster has no task any more.
+    """Waits until the cluster has ended all tasks.
 
     Args:
-        tasks: that it was given.
-        over: the tasks that it has no more, with what it says of each.
-        cancel: takes tasks back; running ones may save first.
-        grace_seconds: that cancelled tasks may take.
+        tasks: submitted tasks.
+        over: returns the tasks that the cluster no longer has, with its message about each.
+        cancel: cancels tasks; running ones may save first.
+        grace_seconds: seconds that canceled tasks may take.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM; all tasks are over or cancelled.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; all tasks are over or canceled.
     """
     left, running = list(tasks), set()
     before = {task: read_status(task.folder) for task in tasks}
@@ -43,7 +44,7 @@ def follow(
                 if status.get("state") == "running" and task not in running:
                     running.add(task)
                     display.started(task, str(status["device"]))
-                # What has ended in good order says so itself, and sooner than the cluster.
+                # A job that ended normally says so in its status, sooner than the cluster does.
                 over_itself = status.get("state") in ("done", "failed") and status != before[task]
                 if task in ended or over_itself:
                     _judge(task, ended.get(task, ""), interrupted=reason)
@@ -61,7 +62,7 @@ def follow(
                     time.sleep(0.1)
         except KeyboardInterrupt as interrupt:
             reason = str(interrupt)
-            display.say(f"cancelling {len(left)} jobs; those that run save first")
+            display.say(f"canceling {len(left)} jobs; those that run save first")
             cancel(left)
             until = time.monotonic() + grace_seconds
             while left and time.monotonic() < until:
@@ -73,7 +74,7 @@ def follow(
 
 
 def _judge(task: Task, said: str, *, interrupted: str | None) -> None:
-    """A job that never began, or was ended without a chance to say so, has no last status."""
+    """Sets the last status of a job that never began, or was killed before it could set it."""
     if state_of(task.folder) in ("done", "failed", "interrupted"):
         return
     old = read_status(task.folder) or {}

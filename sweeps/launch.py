@@ -1,7 +1,7 @@
-"""What all launchers share: checks before any job starts, skipping, and the last word.
+"""Common parts of all launchers: checks before any job starts, skipping, and the final report.
 
-Hydra's sweeper hands over the jobs of a sweep; a launcher differs from another in the one function
-that runs those which are not done yet.
+Hydra's sweeper passes the jobs of a sweep; launchers differ only in the function that runs the jobs
+that are not done yet.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sweeps.recipe import Recipe, name_of_program
 
 Run = Callable[[list[Task]], None]
 
-# Of Hydra's own settings, those that are about the sweep and not about a job.
+# Hydra's settings that are about the sweep and not about a job.
 _SWEEP_SETTINGS = (
     "hydra/launcher",
     "hydra.launcher",
@@ -53,21 +53,21 @@ def launch(
     hydra_context: HydraContext,
     batch: Sequence[Sequence[str]],
 ) -> list[JobReturn]:
-    """Run the jobs of a sweep that are not done, and say what became of all.
+    """Runs the jobs of a sweep that are not done, and reports the results of all.
 
     Args:
-        run: runs tasks, each to its end; how it ended stands in its status file. None leaves them
-            to workers.
+        run: runs tasks, each to its end; their status files say how they ended. None leaves them to
+            workers.
         config: the sweep's own config.
         hydra_context: composes the jobs' configs.
         batch: every job's overrides.
 
     Returns:
-        One entry a job, with its final validation loss; none for jobs that are left to workers.
+        One entry per job, with its final validation loss; none for jobs that are left to workers.
 
     Raises:
-        SystemExit: 1 when a job did not finish or something was wrong with the sweep; 128 + the
-            signal's number when it was interrupted.
+        SystemExit: 1 if a job did not finish or something was wrong with the sweep; 128 + the
+            signal's number if it was interrupted.
     """
     with readable_errors():
         return _launch(run, config=config, hydra_context=hydra_context, batch=batch)
@@ -83,7 +83,7 @@ def _launch(
     if config.hydra.sweeper.get("max_batch_size") is not None:
         raise UserError(
             "hydra.sweeper.max_batch_size would start jobs before the later ones are checked: "
-            "leave it out; hydra.launcher.n_jobs says how many run at once."
+            "leave it out; hydra.launcher.n_jobs sets how many run at once."
         )
     folder = Path(config.hydra.sweep.dir).absolute()
     plan = Plan(folder)
@@ -92,7 +92,7 @@ def _launch(
     labels = varied_labels(jobs)
     options, program = _options(config), name_of_program()
     composer = Composer(config, hydra_context)
-    settled: dict[str, dict[str, Any]] = {}  # by the jobs' folders, as all below
+    settled: dict[str, dict[str, Any]] = {}  # by job folder, like the others below
     tasks: dict[str, Task] = {}
     for job in jobs:
         places, run_folder = paths[frozenset(job.overrides)], folder / job.folder
@@ -148,12 +148,12 @@ def _launch(
 
 
 def _paths(overrides: Sequence[str]) -> list[str]:
-    """Overrides that are no part of what a job computes, but that it needs."""
+    """Overrides that a job needs but that do not change its results."""
     return [o for o in overrides if key_of(o).startswith("paths.")]
 
 
 def _options(config: DictConfig) -> list[str]:
-    """Of every job's command line: this call's config and Hydra settings."""
+    """The options of every job's command line: this call's config and Hydra settings."""
     hydra = config.hydra
     options: list[str] = []
     if hydra.job.config_name != "config":
@@ -187,7 +187,7 @@ def _say_plan(
 
 
 def _changed_settings(settled: dict[str, Any], folder: Path) -> str:
-    """What a finished run's ``config.yaml`` has and this call would set otherwise."""
+    """The settings of a finished run's ``config.yaml`` that this call would change."""
     try:
         stored = read_yaml(folder / CONFIG_FILE)
     except (OSError, UserError):
@@ -198,14 +198,14 @@ def _changed_settings(settled: dict[str, Any], folder: Path) -> str:
     changed = [
         f"{key} was {old[key]}, is {new[key]}"
         for key in old.keys() & new.keys()
-        # What "auto" stood for was the run's to say.
+        # The run decided what "auto" meant.
         if new[key] not in (old[key], "auto") and has_bearing(key) and there not in str(new[key])
     ]
     return "; ".join(sorted(changed))
 
 
 def _say_end(folder: Path, tasks: Sequence[Task]) -> None:
-    """The last lines: all is well, or every job that is not, with its log; then exit code 1."""
+    """Prints that all is well, or every job that is not done with its log; then exits with 1."""
     bad = [task for task in tasks if state_of(task.folder) != "done"]
     if not bad:
         print(f"all {len(tasks)} jobs done in {_shown(folder)}", flush=True)
@@ -222,7 +222,7 @@ def _say_end(folder: Path, tasks: Sequence[Task]) -> None:
 
 
 def _shown(folder: Path) -> str:
-    """The folder as one would type it."""
+    """The folder as it would be typed."""
     here = Path.cwd()
     return shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
 

@@ -130,7 +130,7 @@ class Leases:
             return lost
 
     def release(self, job: str) -> None:
-        """Let go of a job, if it is this worker's: whoever wants it need not wait."""
+        """Releases a job, if it is this worker's, so that others need not wait."""
         with self._lock:
             number = self._held.pop(job, None)
             if number is not None:
@@ -138,7 +138,7 @@ class Leases:
                     os.utime(self._folder / f"{job}.{number}", (0, 0))
 
     def release_all(self) -> None:
-        """Let go of all."""
+        """Releases all jobs."""
         for job in self.held:
             self.release(job)
         with suppress(OSError):

@@ -24,11 +24,11 @@ def make_pool(
     """A pool over this machine's devices, shown on the terminal.
 
     Args:
-        n_tasks: jobs that there will be.
+        n_tasks: number of jobs.
         devices: auto, cpu, or the GPUs.
-        n_jobs: most jobs at once, whatever memory they take; None lets memory bound them, too.
+        n_jobs: most jobs at once, whatever memory they take; None lets memory limit them too.
         threads_per_process: a number, auto, or None for one on a CPU and auto with GPUs.
-        grace_seconds: that jobs have to save after Ctrl-C.
+        grace_seconds: seconds for jobs to save after Ctrl-C.
     """
     queue = DeviceQueue(gpus=choose_gpus(devices), n_jobs=n_jobs, threads=threads_per_process)
     return Pool(
@@ -48,18 +48,18 @@ def run(
     threads_per_process: int | str | None,
     grace_seconds: float,
 ) -> None:
-    """Run tasks, as many at once as there are devices.
+    """Runs tasks, as many at once as there are devices.
 
     Args:
-        tasks: to run.
+        tasks: the tasks.
         devices: auto, cpu, or the GPUs.
-        devices_per_job: that each job gets; by default what its ``trainer.devices`` asks for.
+        devices_per_job: devices of each job; by default its ``trainer.devices``.
         n_jobs: most jobs at once.
         threads_per_process: a number, auto, or None for one on a CPU and auto with GPUs.
-        grace_seconds: that jobs have to save after Ctrl-C.
+        grace_seconds: seconds for jobs to save after Ctrl-C.
 
     Raises:
-        UserError: a job that can never have its devices.
+        UserError: for a job that can never get its devices.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have ended.
     """
     if all(task.on_cpu for task in tasks):
@@ -79,8 +79,8 @@ def _with_devices(task: Task, queue: DeviceQueue, devices_per_job: int | None) -
     wanted = task.processes if devices_per_job is None else devices_per_job
     if wanted < task.processes:
         raise UserError(
-            f"hydra.launcher.devices_per_job={devices_per_job} is less than what {task.label} "
-            f"asks for, trainer.devices={task.processes}."
+            f"hydra.launcher.devices_per_job={devices_per_job} is less than {task.label} asks for "
+            f"with trainer.devices={task.processes}."
         )
     queue.check(wanted)
     return replace(task, devices=wanted)

@@ -1,7 +1,7 @@
-"""Which jobs a sweep has, which folder each one lives in, and ``sweep.json`` that tells it.
+"""The jobs of a sweep, their folders, and ``sweep.json``, which stores both.
 
-A job is what its overrides say. It keeps its folder when the sweep is started again, whatever
-values are added, so folders carry no job numbers.
+A job is identified by its overrides. It keeps its folder when the sweep is started again with more
+values, so folders carry no job numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sweeps.recipe import Recipe
 
 VERSION = 1
 
-_LONGEST = 80  # of a folder's name; TensorBoard shows it beside every curve
+_LONGEST = 80  # characters of a folder's name; TensorBoard shows it at every curve
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Job:
     """One run of a sweep.
 
     Attributes:
-        folder: its name below the sweep's folder.
-        overrides: what it computes, as Hydra's overrides, without housekeeping.
+        folder: name of its folder in the sweep's folder.
+        overrides: Hydra overrides that determine its results, without housekeeping.
     """
 
     folder: str
@@ -40,25 +40,25 @@ class Job:
 
 
 def _job(stored: dict[str, Any]) -> Job:
-    """From ``sweep.json``.
+    """A job from ``sweep.json``.
 
     Raises:
-        ValueError: a folder that is not in the sweep's, or overrides that are no texts.
+        ValueError: for a folder outside the sweep's, or overrides that are not strings.
     """
     folder, overrides = stored["folder"], stored["overrides"]
     if not component(folder):
-        raise ValueError(f"{folder!r} is no folder of a job")
+        raise ValueError(f"{folder!r} is not a job's folder")
     if not isinstance(overrides, list) or not all(isinstance(o, str) for o in overrides):
         raise ValueError(f"{folder} has no list of overrides")
     return Job(folder, tuple(overrides))
 
 
 def must_run(folder: Path, *, retry_failed: bool = False) -> bool:
-    """Whether a job is still to be run, to its end.
+    """Whether a job is still to be run to its end.
 
     Args:
-        folder: of the run.
-        retry_failed: whether a failed one is.
+        folder: folder of the run.
+        retry_failed: whether a failed job is run again.
     """
     state = state_of(folder)
     if state == "done":
@@ -67,12 +67,12 @@ def must_run(folder: Path, *, retry_failed: bool = False) -> bool:
 
 
 def without_housekeeping(overrides: Iterable[str]) -> tuple[str, ...]:
-    """The overrides that say what a job computes."""
+    """The overrides that determine a job's results."""
     return tuple(o for o in overrides if not lies_in(key_of(o), PLACES))
 
 
 def varied_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """Keys that do not have one and the same override in every job, in order of appearance."""
+    """Keys that do not have the same override in every job, in order of appearance."""
     values: dict[str, set[str]] = {}
     counts: dict[str, int] = {}
     for overrides in jobs:
@@ -83,20 +83,20 @@ def varied_keys(jobs: Sequence[Sequence[str]]) -> list[str]:
 
 
 def varied_labels(jobs: Sequence[Job]) -> dict[str, tuple[str, ...]]:
-    """By folder, the overrides that tell each job from the others."""
+    """By folder, the overrides that distinguish each job from the others."""
     varied = set(varied_keys([job.overrides for job in jobs]))
     return {job.folder: tuple(o for o in job.overrides if key_of(o) in varied) for job in jobs}
 
 
 def digest(overrides: Sequence[str]) -> str:
-    """Eight hexadecimal digits for a job, whatever the order of its overrides."""
+    """Eight hexadecimal digits for a job, for any order of its overrides."""
     return hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:8]
 
 
 def folder_name(overrides: Sequence[str], varied: Sequence[str]) -> str:
-    """A readable name that is safe in paths and, unquoted, in Hydra's overrides.
+    """A readable name that is safe in paths and, unquoted, in Hydra overrides.
 
-    All overrides where they are short enough; else the varied ones and a digest of all.
+    It holds all overrides if they are short enough; else the varied ones and a digest of all.
     """
     name = "_".join(map(_item, overrides)) or "default"
     if len(name) <= _LONGEST:
@@ -111,16 +111,16 @@ def _item(override: str) -> str:
 
 
 class Plan:
-    """The jobs that a sweep's folder is for, read from and written to ``sweep.json``.
+    """The jobs of a sweep's folder, read from and written to ``sweep.json``.
 
     Attributes:
-        recipes: how jobs are run, by their folders; claims, which run their own, have none.
+        recipes: how to run the jobs, by folder; claims, which run their own jobs, have none.
 
     Args:
-        folder: of the sweep; it need not exist.
+        folder: folder of the sweep; it need not exist.
 
     Raises:
-        UserError: its ``sweep.json`` is damaged or of another version.
+        UserError: if its ``sweep.json`` is damaged or has another version.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -150,7 +150,7 @@ class Plan:
     def add(
         self, batch: Sequence[Sequence[str]], *, varied: Sequence[str] | None = None
     ) -> list[Job]:
-        """The jobs of a call, known ones in the folder that they have.
+        """The jobs of a call; known jobs keep their folders.
 
         Args:
             batch: each job's overrides; the same job twice counts once.
@@ -172,10 +172,10 @@ class Plan:
         return list(asked)
 
     def write(self, command: Sequence[str]) -> None:
-        """Store all jobs, those of earlier calls included.
+        """Stores all jobs, including those of earlier calls.
 
         Args:
-            command: the command line of this call.
+            command: command line of this call.
         """
         content = {
             "version": VERSION,
@@ -197,7 +197,7 @@ class Plan:
         name = folder_name(overrides, varied)
         status = read_status(self.folder / name)
         other = status is not None and set(status["overrides"]) != set(overrides)
-        # Two values may look alike once they are safe for a path.
+        # Two values may become the same name in a path.
         if other or name in taken:
             name = f"{name}_{digest(overrides)}"
         return name

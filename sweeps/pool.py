@@ -1,4 +1,4 @@
-"""Jobs on one machine: as many at once as there are devices, the next as soon as one is free."""
+"""Runs jobs on one machine, as many at once as there are devices."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ _MEASURE_SECONDS = 2.0
 
 Ended = Callable[[Task], None] | None
 
-LOST = "another worker has it"  # of a watcher: the job is not this pool's any more
+LOST = "another worker has it"  # a watcher's reason: the job is no longer this pool's
 
 
 class Display(Protocol):
-    """What shows a sweep while it runs."""
+    """Shows a sweep while it runs."""
 
     def __enter__(self) -> Display: ...
 
     def __exit__(self, *args: object) -> None: ...
 
     def started(self, task: Task, device: str) -> None:
-        """A job has begun."""
+        """A job has started."""
 
     def ended(self, task: Task) -> None:
         """A job has ended; its status file says how."""
 
     def refresh(self) -> None:
-        """Time has passed."""
+        """Updates what is shown."""
 
     def say(self, text: str) -> None:
-        """A line for the reader."""
+        """Prints a line for the user."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, or SIGTERM or SIGHUP, which end a sweep likewise.
+    """Ctrl-C, or SIGTERM or SIGHUP, which end a sweep in the same way.
 
     Args:
         signum: the signal; an app's exit code is 128 more.
@@ -55,14 +55,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Pool:
-    """Runs tasks, each in a process of its own; what becomes of one touches no other.
+    """Runs tasks, each in its own process; no task affects another.
 
     Args:
-        queue: of the devices.
-        display: shows what happens.
-        grace_seconds: that jobs have to save and end when they are asked to, before they are
-            killed.
-        memory: bounds the jobs at once, but for the first; None for no bound.
+        queue: queue of the devices.
+        display: shows the progress.
+        grace_seconds: seconds for jobs to save and end when asked to, before they are killed.
+        memory: bounds the number of jobs at once, but allows at least one; None for no bound.
     """
 
     def __init__(
@@ -88,13 +87,13 @@ class Pool:
         watch: Callable[[Task], str | None] | None = None,
         ended: Ended = None,
     ) -> None:
-        """Run all tasks; how each one ended stands in its status file.
+        """Runs all tasks; their status files say how they ended.
 
         Args:
             tasks: taken one by one, each when there is room for it.
-            watch: looks at a running task now and then; a text stops it, and is the reason. At
-                ``LOST`` it is ended without a word in its status.
-            ended: told of each task that has ended.
+            watch: called now and then for each running task; a text stops it, and is the reason.
+                At ``LOST`` it is killed and its status left unchanged.
+            ended: called for each task that has ended.
 
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM, after all jobs have ended.
@@ -121,7 +120,7 @@ class Pool:
                 raise
 
     def _fill(self, source: Iterator[Task], waiting: Task | None, ended: Ended) -> Task | None:
-        """Start jobs while there is room; the one that has to wait, if any, is next."""
+        """Starts jobs while there is room; returns the next job if it has to wait."""
         while True:
             if waiting is None and self.queue.has_room and self._has_memory(1):
                 waiting = next(source, None)
@@ -131,7 +130,7 @@ class Pool:
                 return waiting
             devices = self.queue.take(waiting.devices or waiting.processes)
             if devices is None:
-                # Nobody overtakes it: a job for two devices would wait for ever.
+                # No job overtakes it: a job for two devices would wait forever.
                 return waiting
             self._start(waiting, devices, ended)
             waiting = None
@@ -143,7 +142,7 @@ class Pool:
             self._running.append(process)
             if self._memory is not None:
                 self._memory.begin(process.group, task.processes)
-        except OSError as error:  # the others go on
+        except OSError as error:  # the other jobs continue
             write_status(task.folder, task.overrides, "failed", reason=f"not started: {error}")
             self.queue.give_back(devices)
             self._tell(task, ended)
@@ -163,7 +162,7 @@ class Pool:
             self._memory.look()
 
     def _has_memory(self, processes: int) -> bool:
-        """Whether there is memory for a job of some processes; for the only one there is."""
+        """Whether there is memory for a job of some processes; always if no other job runs."""
         if self._memory is None or not self._running:
             return True
         reason = self._memory.missing(processes)
@@ -178,7 +177,7 @@ class Pool:
             ended(task)
 
     def _stop_all(self, reason: str) -> None:
-        """Let every job save and end; a second Ctrl-C kills, and so does the end of their time."""
+        """Lets every job save and end; kills them at a second Ctrl-C or when their time is up."""
         if not self._running:
             return
         self._display.say(f"stopping {len(self._running)} jobs (Ctrl-C again: at once)")
@@ -195,10 +194,10 @@ class Pool:
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], None]]:
-    """Gives a function that raises when Ctrl-C or the like has come.
+    """Yields a function that raises if Ctrl-C or a similar signal has come.
 
-    At its own time: in the middle of the start of a job, an exception would leave a process that
-    nobody knows. The second Ctrl-C is an exception at once.
+    An exception in the middle of a job's start would leave an unknown process, so the first signal
+    waits for that function. The second one raises at once.
     """
     received: list[int] = []
 
@@ -213,7 +212,7 @@ def interrupts() -> Iterator[Callable[[], None]]:
 
     old = {}
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(signum) != signal.SIG_IGN:  # ignored under nohup
             old[signum] = signal.signal(signum, receive)
     try:
         yield check

@@ -1,4 +1,4 @@
-"""One job: a fresh process with a log, a status file and a lock."""
+"""One job: a new process with a log, a status file and a lock."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _LOCK_FILE = ".lock"
 
 @dataclass(frozen=True)
 class Task:
-    """What has to be run.
+    """A run to be done.
 
     Attributes:
-        folder: the run's, absolute.
-        overrides: what the job computes, for its status file.
-        command: the whole command line, the folder included.
-        processes: that train together on each machine.
+        folder: folder of the run, absolute.
+        overrides: overrides that determine its results, for its status file.
+        command: the whole command line, including the folder.
+        processes: processes that train together on each machine.
         nodes: machines that train together.
-        devices: that it gets; 0 for one a process.
-        max_steps: optimizer steps, to tell how long it takes; None where not known.
-        on_cpu: whether it asks for the CPU, whatever else there is.
-        labels: the overrides that tell it from the others of its sweep.
+        devices: number of devices; 0 for one per process.
+        max_steps: optimizer steps, to estimate its time; None if unknown.
+        on_cpu: whether it asks for the CPU even if there are GPUs.
+        labels: the overrides that distinguish it from the others of its sweep.
         cwd: where relative paths of its overrides start.
     """
 
@@ -52,15 +52,15 @@ class Task:
 
     @property
     def label(self) -> str:
-        """What to call it in a line."""
+        """Its name in a line of output."""
         return " ".join(self.labels) or self.folder.name
 
 
 def refuse_several_machines(task: Task) -> None:
-    """Whether a launcher that gives each job one machine can run it.
+    """Refuses a task for several machines, for launchers that give each job one machine.
 
     Raises:
-        UserError: it cannot.
+        UserError: if the task needs several machines.
     """
     if task.nodes != 1:
         raise UserError(
@@ -70,13 +70,13 @@ def refuse_several_machines(task: Task) -> None:
 
 
 class JobProcess:
-    """A task that runs, for as long as this process does.
+    """A running task, which ends with this process.
 
     Args:
-        task: what to run.
-        devices: what it may use.
-        deaf_to: signals that are meant for this process, though its children get them, too.
-        grace_seconds: that it has to save and end when it is asked to, before it is killed.
+        task: the task.
+        devices: devices that it may use.
+        deaf_to: signals that are meant for this process, but that its children receive too.
+        grace_seconds: seconds to save and end when asked to, before it is killed.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class JobProcess:
         self._kill_at = math.inf
         task.folder.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(task.folder / _LOCK_FILE)
-        # A sweep that was killed leaves jobs that are still saving.
+        # A killed sweep leaves jobs that are still saving.
         if not self._lock.wait(seconds=60):
             raise BlockingIOError(
                 f"{task.folder} is still in use by a process of an earlier start."
             )
-        # What ended while its sweep was dead is not run again: nothing is, in its place.
+        # A job that ended after its sweep was killed is not run again: ``true`` is run instead.
         unseen = task.nodes == 1 and _ended_unseen(task.folder)
         self._command = ("true",) if unseen else task.command
         self._started = now()
@@ -132,7 +132,7 @@ class JobProcess:
 
     @property
     def group(self) -> int:
-        """The process group that all of its processes are in."""
+        """The process group of all its processes."""
         return self._watchdog.group
 
     @property
@@ -156,7 +156,7 @@ class JobProcess:
         return True
 
     def stop(self, reason: str) -> None:
-        """Ask all of its processes to save and end; :meth:`ended` kills what has not in time.
+        """Asks all of its processes to save and end; :meth:`ended` kills those that are too slow.
 
         Args:
             reason: for its status.
@@ -166,12 +166,12 @@ class JobProcess:
         os.killpg(self._watchdog.group, signal.SIGTERM)
 
     def abandon(self) -> None:
-        """End it at once and leave its status alone: the job is another's, who has begun it."""
+        """Kills it without changing its status, because another worker has started the job."""
         self._abandoned = True
         self.kill()
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kills it."""
         self._stopping = self._stopping or "killed"
         os.killpg(self._watchdog.group, signal.SIGKILL)
 
@@ -204,7 +204,7 @@ class JobProcess:
 
 
 def _ended_unseen(folder: Path) -> bool:
-    """Whether a job that has ended is called running still, and wrote its summary since."""
+    """Whether a job's status is running, but its summary was written later."""
     try:
         written = (folder / SUMMARY_FILE).stat().st_mtime_ns
         return (
@@ -215,7 +215,7 @@ def _ended_unseen(folder: Path) -> bool:
 
 
 def ignoring(signals: Sequence[signal.Signals]) -> Callable[[], None]:
-    """What a child does before its program begins, to ignore signals."""
+    """A function that a child calls before its program starts, to ignore signals."""
 
     def setup() -> None:
         for signum in signals:
@@ -225,14 +225,14 @@ def ignoring(signals: Sequence[signal.Signals]) -> Callable[[], None]:
 
 
 class _Watchdog:
-    """A process group that is asked to end when this process is gone, however it ended.
+    """A process group that is asked to end when this process is gone, for whatever reason.
 
-    The system closes the pipe, at whose other end a shell waits for just that. A run's first
-    process alone would not do: the others of a data-parallel run do not notice its end. Terminals
-    send Ctrl-C to the group in the foreground, which this one is not.
+    The system then closes the pipe that a shell in the group reads from. Signaling a run's first
+    process is not enough: the others of a data-parallel run do not notice its end. The group is not
+    in the terminal's foreground, so Ctrl-C does not reach it.
 
     Args:
-        grace_seconds: after which what is left of it is killed.
+        grace_seconds: seconds after which the rest of the group is killed.
     """
 
     def __init__(self, grace_seconds: float) -> None:
@@ -247,11 +247,11 @@ class _Watchdog:
 
     @property
     def group(self) -> int:
-        """The number of the group, which is there as long as this object is not dismissed."""
+        """Id of the group, which exists until this object is dismissed."""
         return self._shell.pid
 
     def dismiss(self) -> None:
-        """End all that is left of the group, itself included."""
+        """Kills the rest of the group, including itself."""
         os.killpg(self.group, signal.SIGKILL)
         self._shell.communicate()
 
@@ -259,13 +259,13 @@ class _Watchdog:
 def python_command(
     program: Sequence[str], overrides: Sequence[str], folder: Path
 ) -> tuple[str, ...]:
-    """The command line of a run in ``folder``, which lies in the sweep's.
+    """The command line of a run in ``folder``, which is in the sweep's folder.
 
     Args:
-        program: what Python is given to start it: a script, or ``-m`` and a module.
-        overrides: of the job.
-        folder: of the run.
+        program: Python's arguments that start it: a script, or ``-m`` and a module.
+        overrides: overrides of the job.
+        folder: folder of the run.
     """
-    # The sweep's folder too: its default holds the time, in which jobs would differ.
+    # The sweep's folder is given too: its default holds the time, in which jobs would differ.
     places = (f"run_dir={quoted(str(folder))}", f"sweep_dir={quoted(str(folder.parent))}")
     return (sys.executable, *program, *overrides, *places)

@@ -1,7 +1,7 @@
-"""``hydra/launcher=ray``: the jobs of a sweep on a Ray cluster, or on this machine by Ray.
+"""``hydra/launcher=ray``: the jobs of a sweep on a Ray cluster, or on this machine with Ray.
 
-Each is one Ray task that starts the run as a process of its own, as the local pool does; Ray hands
-out the cores and GPUs. All machines have to see the sweep's folder.
+Each job is one Ray task that starts the run in its own process, as the local pool does; Ray assigns
+the cores and GPUs. All machines must see the sweep's folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sweeps.process import JobProcess, Task, refuse_several_machines
 
 
 def run_remotely(task: Task, threads: int) -> None:
-    """What a Ray worker does; Ray's cancellation is a KeyboardInterrupt."""
+    """Runs a task in a Ray worker; Ray cancels it with a KeyboardInterrupt."""
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     name = f"ray:{os.uname().nodename}" + (f":cuda:{gpus}" if gpus else "")
     process = JobProcess(task, Devices(gpus=None, threads=threads, name=name))
@@ -40,11 +40,11 @@ def run(
     gpus_per_process: float,
     grace_seconds: float,
 ) -> None:
-    """Hand tasks to Ray and wait for them; see conf/hydra/launcher/ray.yaml for the settings.
+    """Submits tasks to Ray and waits for them; see conf/hydra/launcher/ray.yaml for the settings.
 
     Raises:
-        UserError: Ray is not there, or has no cluster at the address.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs were cancelled.
+        UserError: if Ray is not installed, or has no cluster at the address.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs were canceled.
     """
     try:
         import ray
@@ -63,7 +63,7 @@ def run(
     except ConnectionError as error:
         raise UserError(f"hydra.launcher.address={address}: {error}") from error
     try:
-        # A fresh worker for every job, and no second try behind the status file's back.
+        # A new worker for every job, and no retry that the status file does not know of.
         remote = ray.remote(max_calls=1, max_retries=0)(run_remotely)
         refs: dict[Task, Any] = {}
         for task in tasks:
@@ -93,7 +93,7 @@ def run(
 
 
 def _check_room(ray: Any, *, cpus: float, gpus: float) -> None:
-    """Ray lets a task that no machine can ever run wait for ever."""
+    """Refuses a task that no machine can ever run, which Ray would let wait forever."""
     for node in ray.nodes():
         there = node["Resources"]
         if node["Alive"] and there.get("CPU", 0) >= cpus and there.get("GPU", 0) >= gpus:

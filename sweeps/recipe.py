@@ -1,4 +1,4 @@
-"""How a job of a sweep is run, as ``sweep.json`` keeps it for whoever runs it."""
+"""How to run a job of a sweep, as ``sweep.json`` stores it for workers."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All of a job but its folder and what it computes.
+    """Everything about a job except its folder and its overrides.
 
     Attributes:
         program: ``train`` for this project's own, else the user's, as it was started.
-        options: of its command line before the job's overrides: config and Hydra settings.
+        options: options of its command line before the job's overrides: config and Hydra settings.
         cwd: where relative paths of its overrides start.
-        processes: that train together on each machine.
+        processes: processes that train together on each machine.
         nodes: machines that train together.
         max_steps: optimizer steps.
-        on_cpu: whether it asks for the CPU, whatever else there is.
+        on_cpu: whether it asks for the CPU even if there are GPUs.
     """
 
     program: str
@@ -53,14 +53,14 @@ class Recipe:
         """The job as a task.
 
         Args:
-            folder: of the run, absolute.
-            overrides: of the job.
-            labels: those that tell it from the others.
-            program: what Python is given to start it; by default this project's train app.
+            folder: folder of the run, absolute.
+            overrides: overrides of the job.
+            labels: the overrides that distinguish it from the others.
+            program: Python's arguments that start it; by default this project's train app.
         """
         arguments = [*self.options, *overrides]
         own = app(TRAIN)
-        # A plan says where relative paths start, which is not where Python finds modules.
+        # ``cwd`` is where relative paths start, but Python must not look for modules there.
         own = ["-P", *own] if own[0] == "-m" else own
         return Task(
             folder=folder,
@@ -80,11 +80,11 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Recipe:
-        """From that.
+        """The inverse of :meth:`to_dict`.
 
         Raises:
-            KeyError: one of its values is not there.
-            ValueError: one is of another kind.
+            KeyError: if a value is missing.
+            ValueError: if a value has another type.
         """
         values = {field.name: stored[field.name] for field in fields(cls)}
         for key, kind in _KINDS.items():
@@ -96,7 +96,7 @@ class Recipe:
 
 
 def name_of_program() -> str:
-    """What this process runs, as a recipe names it."""
+    """This process's program, as a recipe names it."""
     program = this_program()
     own = program in (app(TRAIN), ["-m", "mtp_lightning.apps.train"])
     return TRAIN if own else shlex.join(program)

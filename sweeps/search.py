@@ -3,10 +3,10 @@
     python -m sweeps.search runs/search optimizer.lr='interval(1e-3,1e-2,log)' mtp.depth=1,2,4 \\
         trainer.max_steps=500 --trials 20
 
-The folder is one of a sweep (sweep.json, a folder a trial), with the study in ``study.db``: the
-same command on it goes on, first with the trials that were cut off. TPE (Bergstra et al. 2011)
-proposes; after a quarter of its steps, a trial whose validation loss is above the median of the
-others at the same step is stopped.
+The folder is a sweep's (sweep.json, a folder per trial), with the study in ``study.db``. The same
+command continues it, first with interrupted trials. TPE (Bergstra et al. 2011) proposes values;
+after a quarter of its steps, a trial is stopped if its validation loss is above the median of the
+others at the same step.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ class Search:
     """The study of a folder, and its trials as tasks.
 
     Args:
-        folder: of the search, absolute.
+        folder: folder of the search, absolute.
         space: ranges by key.
         fixed: overrides of every trial.
-        metric: validation value that is minimised, a tag of ``metrics.csv`` and ``summary.json``.
-        n_trials: trials that the study has in the end, whatever became of them.
+        metric: validation value to minimize, a tag of ``metrics.csv`` and ``summary.json``.
+        n_trials: total number of trials, whatever their results.
         prune: whether hopeless trials are stopped.
-        seed: of the sampler.
-        command: the command line of this call.
+        seed: seed of the sampler.
+        command: command line of this call.
 
     Raises:
-        UserError: the folder holds another search, or an override does not fit the config.
+        UserError: if the folder holds another search, or an override does not match the config.
     """
 
     def __init__(
@@ -81,16 +81,16 @@ class Search:
         before = self.study.user_attrs.get("search", told)
         if before != told:
             raise UserError(
-                f"{folder} holds another search ({json.dumps(before)}): give this one a folder of "
-                "its own."
+                f"{folder} holds another search ({json.dumps(before)}): give this one its own "
+                "folder."
             )
         self.study.set_user_attr("search", told)
         self._plan = Plan(folder)
-        self._trials: dict[Path, list[Trial]] = {}  # those under way, by folder
+        self._trials: dict[Path, list[Trial]] = {}  # unfinished ones, by folder
         self._pruned: set[Path] = set()
 
     def tasks(self) -> Iterator[Task]:
-        """Trials, each asked for when there is room for it: first those that were cut off."""
+        """Trials, each requested when there is room for it; interrupted ones come first."""
         from optuna.trial import Trial, TrialState
 
         for cut_off in self.study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING)):
@@ -99,7 +99,7 @@ class Search:
             yield from self._task_of(self.study.ask())
 
     def watch(self, task: Task) -> str | None:
-        """Report new validations to the study; the reason to stop, if there is one."""
+        """Reports new validations to the study; returns a reason to stop, if there is one."""
         trial = self._trials[task.folder][0]
         reported = self._frozen(trial).intermediate_values
         for step, value in read_column(task.folder / METRICS_FILE, self.metric).items():
@@ -112,7 +112,7 @@ class Search:
         return None
 
     def ended(self, task: Task) -> None:
-        """Tell the study what became of a trial; one that was interrupted stays open."""
+        """Reports a trial's result to the study; an interrupted trial stays open."""
         from optuna.trial import TrialState
 
         state = state_of(task.folder)
@@ -126,7 +126,7 @@ class Search:
                 self.study.tell(trial, state=TrialState.FAIL)
 
     def _task_of(self, trial: Trial) -> Iterator[Task]:
-        """The trial's task; none where the same job has run, or runs, for another trial."""
+        """The trial's task; none if the same job has run, or runs, for another trial."""
         values = {key: space.suggest(trial, key) for key, space in self.space.items()}
         overrides = [*(f"{key}={value}" for key, value in values.items()), *self.fixed]
         (job,) = self._plan.add([overrides], varied=list(self.space))
@@ -163,7 +163,7 @@ class Search:
         return self.study.trials[trial.number]
 
     def _check_composes(self) -> int:
-        """Compose with every choice and every lower bound; the steps of a trial."""
+        """Composes with every choice and every lower bound; returns the steps of a trial."""
         steps = 0
         base = {key: space.examples[0] for key, space in self.space.items()}
         for key, space in self.space.items():
@@ -190,7 +190,8 @@ def _short(value: str) -> str:
 
 
 def _open_study(folder: Path, *, warmup: int | None, seed: int) -> Study:
-    """The study in the folder; ``warmup`` is the step before which no trial is pruned, or None."""
+    """The study in the folder; ``warmup`` is the step before which no trial is pruned, or None for
+    no pruning."""
     try:
         import optuna
     except ModuleNotFoundError:
@@ -208,8 +209,8 @@ def _open_study(folder: Path, *, warmup: int | None, seed: int) -> Study:
             else optuna.pruners.MedianPruner(n_warmup_steps=warmup)
         ),
     )
-    # A sampler that starts again must not propose its first values again. Trials under way count
-    # as bad ones, so that those beside them go elsewhere.
+    # A sampler that starts again must not repeat its first values. Running trials count as bad, so
+    # that parallel trials explore elsewhere.
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials), constant_liar=True)
     return study
 
@@ -223,7 +224,7 @@ def _result(folder: Path, metric: str) -> float:
 
 
 def report(search: Search) -> int:
-    """Print the best trials and those that failed; the exit code."""
+    """Prints the best trials and those that failed; returns the exit code."""
     from optuna.trial import TrialState
 
     trials = search.study.trials
@@ -291,14 +292,14 @@ def _parser(program: str) -> argparse.ArgumentParser:
     about = __doc__.replace("python -m sweeps.search", program)
     parser = Parser(prog=program, description=about)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("folder", help="of the search; one that is there goes on")
+    parser.add_argument("folder", help="folder of the search; an existing search continues")
     parser.add_argument("overrides", nargs="+", metavar="KEY=RANGE", help="and fixed KEY=VALUE")
-    parser.add_argument("--trials", type=int, default=20, help="in all (default 20)")
-    parser.add_argument("--metric", default="val/loss_depth_0", help="to minimise")
+    parser.add_argument("--trials", type=int, default=20, help="total number (default 20)")
+    parser.add_argument("--metric", default="val/loss_depth_0", help="to minimize")
     parser.add_argument("--n-jobs", type=int, help="trials at once, as hydra.launcher.n_jobs")
     parser.add_argument("--devices", default="auto", help="auto, cpu or GPUs: 0,1")
-    parser.add_argument("--no-pruning", action="store_true", help="let every trial end")
-    parser.add_argument("--seed", type=int, default=0, help="of the proposals (default 0)")
+    parser.add_argument("--no-pruning", action="store_true", help="let every trial finish")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampler (default 0)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Ranges of a search, as they are typed: ``optimizer.lr='interval(1e-4,1e-2,log)'``."""
+"""Ranges of a search, as typed: ``optimizer.lr='interval(1e-4,1e-2,log)'``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FORM = re.compile(r"(interval|int)\(([^(),]+),([^(),]+)(?:,(\s*log\s*))?\)")
 
 @dataclass(frozen=True)
 class Interval:
-    """All numbers from ``low`` to ``high``, whole ones if ``whole``, spread evenly or by ratio."""
+    """All numbers from ``low`` to ``high``, integers if ``whole``, on a linear or log scale."""
 
     low: float
     high: float
@@ -28,14 +28,14 @@ class Interval:
     whole: bool = False
 
     def suggest(self, trial: Trial, key: str) -> str:
-        """A value of the sampler's choice, as text."""
+        """The sampler's choice, as text."""
         if self.whole:
             return str(trial.suggest_int(key, int(self.low), int(self.high), log=self.log))
         return repr(trial.suggest_float(key, self.low, self.high, log=self.log))
 
     @property
     def examples(self) -> tuple[str, ...]:
-        """Values that stand for all, to compose a config with."""
+        """Values to compose a config with, representing all others."""
         return (repr(int(self.low) if self.whole else self.low),)
 
     def __str__(self) -> str:
@@ -45,12 +45,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some values, as texts."""
+    """One of several values, as text."""
 
     values: tuple[str, ...]
 
     def suggest(self, trial: Trial, key: str) -> str:
-        """A value of the sampler's choice."""
+        """The sampler's choice."""
         return str(trial.suggest_categorical(key, self.values))
 
     @property
@@ -66,17 +66,18 @@ Space = dict[str, Interval | Choice]
 
 
 def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
-    """What is searched, and what is the same in every trial.
+    """Splits overrides into ranges to search and values that are the same in every trial.
 
     Args:
-        arguments: overrides. ``interval(a,b)`` and ``int(a,b)`` are ranges, bounds included, with
-            ``,log`` spread by ratio; ``choice(a,b)`` and ``a,b`` are choices; all else is fixed.
+        arguments: overrides. ``interval(a,b)`` and ``int(a,b)`` are ranges, including their bounds,
+            with ``,log`` on a log scale; ``choice(a,b)`` and ``a,b`` are choices; all others are
+            fixed.
 
     Returns:
         The range of each key that is searched, and the fixed overrides.
 
     Raises:
-        UserError: something that is none of these, or nothing to search.
+        UserError: for an argument that is none of these, or nothing to search.
     """
     space: Space = {}
     fixed: list[str] = []
@@ -98,7 +99,7 @@ def parse(arguments: Sequence[str]) -> tuple[Space, list[str]]:
         elif override.is_discrete_sweep():
             space[key] = Choice(tuple(map(str, override.sweep_string_iterator())))
         else:
-            raise UserError(f"{argument}: write it as {key}=interval(a,b), with ,log if it is.")
+            raise UserError(f"{argument}: write it as {key}=interval(a,b), or with ,log.")
     if not space:
         raise UserError(
             "There is nothing to search: give a range, as optimizer.lr='interval(1e-4,1e-2,log)'."

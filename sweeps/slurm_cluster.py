@@ -1,10 +1,10 @@
-"""``hydra/launcher=slurm``: the jobs of a sweep in a Slurm queue, by submitit.
+"""``hydra/launcher=slurm``: the jobs of a sweep in a Slurm queue, through submitit.
 
-Each is one Slurm task that starts the run as a process of its own, as the local pool does:
-Lightning sees no Slurm, and starts the processes of data-parallel training itself. A run on several
-machines is one Slurm task on each, which starts torchrun. When Slurm is
-about to end a job (its time, a preemption), it sends SIGUSR2 first: the run saves, the job is
-queued again, and the run continues from its checkpoint.
+Each job is one Slurm task that starts the run in its own process, as the local pool does: Lightning
+does not see Slurm, and starts the processes of data-parallel training itself. A run on several
+machines is one Slurm task on each, which starts torchrun. Before Slurm ends a job (its time is up,
+or it is preempted), it sends SIGUSR2: the run saves, the job is queued again, and the run continues
+from its checkpoint.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
 
-_ASK_SECONDS = 15.0  # the queue is everybody's
+_ASK_SECONDS = 15.0  # the queue is shared
 
 
 class SlurmRun:
-    """What a Slurm job does, on each of its machines; submitit stores it in a file, and again when
-    it is requeued.
+    """A Slurm job's work on each of its machines; submitit stores it in a file, and again when the
+    job is requeued.
 
     Args:
         task: the run.
-        threads: of each of its processes.
+        threads: threads of each of its processes.
     """
 
     def __init__(self, task: Task, threads: int) -> None:
@@ -66,13 +66,13 @@ class SlurmRun:
                 check=True,
             )
             return
-        # Slurm itself ends what takes longer than it allows.
+        # Slurm ends jobs that exceed their time.
         self._process = JobProcess(task, devices, deaf_to=deaf_to, grace_seconds=3600)
         while not self._process.ended():
             time.sleep(0.2)
 
     def checkpoint(self) -> DelayedSubmission:
-        """Called by submitit at SIGUSR2: let the run save and end, and ask for another go."""
+        """Lets the run save and end, and requeues the job; submitit calls this at SIGUSR2."""
         from submitit.helpers import DelayedSubmission
 
         self._process.stop("Slurm ends the job; it is queued again")
@@ -86,12 +86,12 @@ def torchrun(task: Task, *, node: int) -> tuple[str, ...]:
 
     Args:
         task: the run.
-        node: the machine's number, from 0; the first one is where all meet.
+        node: number of the machine, from 0; the first machine is the rendezvous.
     """
     listed = os.environ["SLURM_JOB_NODELIST"]
     command = ["scontrol", "show", "hostnames", listed]
     hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    # A port of the job's own: machines may be shared.
+    # Each job has its own port, since machines may be shared.
     port = 20_000 + int(os.environ["SLURM_JOB_ID"]) % 10_000
     return (
         *(sys.executable, "-m", "torch.distributed.run"),
@@ -102,7 +102,8 @@ def torchrun(task: Task, *, node: int) -> tuple[str, ...]:
 
 
 def in_arrays(tasks: Sequence[Task], limit: int) -> list[list[Task]]:
-    """The tasks by arrays: all of one ask for the same, and none is longer than Slurm takes."""
+    """The tasks by array: those of an array need the same resources, and no array is longer than
+    Slurm's limit."""
 
     def asks_for(task: Task) -> tuple[int, int, bool]:
         return task.processes, task.nodes, task.on_cpu
@@ -115,7 +116,7 @@ def in_arrays(tasks: Sequence[Task], limit: int) -> list[list[Task]]:
 
 
 def max_array_size() -> int:
-    """Jobs that this cluster takes in an array; Slurm's own default where it does not say."""
+    """Most jobs of an array on this cluster; Slurm's default if the cluster does not say."""
     try:
         command = ["scontrol", "show", "config"]
         shown = subprocess.run(command, capture_output=True, text=True).stdout
@@ -140,11 +141,11 @@ def run(
     max_requeues: int,
     additional: dict[str, Any] | None,
 ) -> None:
-    """Queue tasks and wait for them; see conf/hydra/launcher/slurm.yaml for the settings.
+    """Queues tasks and waits for them; see conf/hydra/launcher/slurm.yaml for the settings.
 
     Raises:
-        UserError: submitit or Slurm is not there, or Slurm refuses the settings.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs were cancelled.
+        UserError: if submitit or Slurm is not installed, or Slurm refuses the settings.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs were canceled.
     """
     try:
         import submitit
@@ -170,7 +171,7 @@ def run(
             "cpus_per_task": cpus_per_process * n,
             "gpus_per_node": 0 if on_cpu else gpus_per_process * n,
             "mem": None if mem_gb is None else f"{round(mem_gb * 1024)}M",
-            # Slurm counts an array at a time.
+            # Slurm's limit is per array.
             "array_parallelism": max(1, n_jobs * len(same) // len(tasks)),
             "signal_delay_s": signal_delay_s,
             "stderr_to_stdout": True,
@@ -186,12 +187,12 @@ def run(
         ids |= {task: job.job_id for task, job in zip(same, jobs, strict=True)}
 
     queue = _Queue(ids)
-    # Slurm kills what has not ended 30 s after it was cancelled, by default.
+    # By default Slurm kills a canceled job after 30 s.
     follow(tasks, over=queue.over, cancel=queue.cancel, grace_seconds=60.0)
 
 
 class _Queue:
-    """What ``squeue`` says; accounting (``sacct``) is not there on every cluster."""
+    """The state of ``squeue``; not every cluster has accounting (``sacct``)."""
 
     def __init__(self, ids: dict[Task, str]) -> None:
         self._ids = ids
@@ -212,7 +213,7 @@ class _Queue:
             queued = set(done.stdout.split())
             for task, number in self._ids.items():
                 self._missed[task] = 0 if number in queued else self._missed[task] + 1
-        # Seen missing twice: a job that is just being requeued or submitted is not over.
+        # Missing twice in a row: a job that is just being requeued or submitted is not over.
         return {
             task: f"Slurm ended job {self._ids[task]} (its output: {task.folder.parent}/.slurm)"
             for task, missed in self._missed.items()

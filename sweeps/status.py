@@ -1,8 +1,8 @@
-"""What has become of a sweep's jobs: counts, what runs where and how far it is, what failed.
+"""The state of a sweep's jobs: counts, what runs where and how far it is, and what failed.
 
     python -m sweeps.status runs/depth
 
-The exit code is 0 when all are done, 1 when some failed, and 2 while some are still to end.
+The exit code is 0 if all jobs are done, 1 if some failed, and 2 if some have not ended.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from sweeps.display import duration
 from sweeps.lease import Lease, Leases, this_process
 from sweeps.plan import Job, Plan, varied_labels
 
-_FREE = "lost"  # a job that nobody runs any more, though its last word was that it does
+_FREE = "lost"  # a job whose status is running, but whose worker is gone
 
 
 def describe(folder: Path) -> Iterator[str]:
-    """The lines that tell of a sweep.
+    """The lines that describe a sweep.
 
     Args:
-        folder: of the sweep, absolute.
+        folder: folder of the sweep, absolute.
     """
     plan = Plan(folder)
     leases = Leases(folder, owner=this_process())
@@ -89,7 +89,7 @@ def main(
     assert __doc__ is not None
     parser = Parser(prog=program, description=__doc__.replace("python -m sweeps.status", program))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("folder", help="of a sweep")
+    parser.add_argument("folder", help="folder of a sweep")
     args = parser.parse_args(arguments)
     with readable_errors():
         folder = Path(args.folder).absolute()

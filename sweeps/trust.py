@@ -1,7 +1,7 @@
-"""What a worker takes from a sweep's folder, which may be anybody's: settings, and no code.
+"""What a worker accepts from a sweep's folder, which anybody may have written: settings, no code.
 
-A plan names what its jobs compute. Whose classes they are of, what they send or fetch, and where
-they write beside their own folders, is said to the worker by name, or not done.
+A plan names what its jobs compute. A job may use other classes than this project's, use the
+network, or write outside its own folder only if the user allows it by name.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from sweeps.recipe import Recipe
 
 _KEY = re.compile(r"\w+([./]\w+)*")
 _CHOICE = re.compile(r"[\w-]+(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)*")
-# A value of another key of the same config; anything else would be looked up.
+# The value of another key of the same config; any other interpolation would be a lookup.
 _OTHER_KEY = re.compile(r"\$\{\.*[\w.]+\}")
 _HOW = "--allow {}"
 
 
 def require_harmless(plan: Plan, job: Job, recipe: Recipe, *, allow: Collection[str]) -> None:
-    """Refuse a job that does more than train in its own folder by this platform's own code.
+    """Refuses a job that does more than train in its own folder with this platform's own code.
 
     Args:
-        plan: that it stands in.
-        job: what it computes.
-        recipe: how it is run.
-        allow: packages, folders of configs, URLs and services that the user gave.
+        plan: the job's plan.
+        job: the job.
+        recipe: how to run it.
+        allow: packages, folders of configs, URLs and services that the user allowed.
 
     Raises:
         UserError: naming what was refused, and the remedy.
@@ -63,23 +63,23 @@ def require_harmless(plan: Plan, job: Job, recipe: Recipe, *, allow: Collection[
 def _require_config(name: str, value: str, *, allow: Collection[str], source: str) -> None:
     if name == "--config-dir" and value not in allow:
         raise UserError(
-            f"{source}: its jobs are of the configs in {value}, which may name any code. If you "
-            f"trust its author, say {_HOW.format(shlex.quote(value))}."
+            f"{source}: its jobs use the configs in {value}, which may name any code. If you "
+            f"trust its author, add {_HOW.format(shlex.quote(value))}."
         )
     if name == "--config-name" and not _CHOICE.fullmatch(value):
-        raise UserError(f"{source}: --config-name {value} is no name of a config.")
+        raise UserError(f"{source}: --config-name {value} is not the name of a config.")
 
 
 def require_plain(
     text: str, *, source: str, allow: Collection[str] = (), housekeeping: Sequence[str] = ()
 ) -> None:
-    """Refuse a stored override that does more than set what a run of this platform computes.
+    """Refuses a stored override that does more than set what a run of this platform computes.
 
     Args:
         text: the override.
-        source: of it, for the message.
-        allow: packages, folders, URLs and services that the user gave.
-        housekeeping: keys of a run's places that it may set.
+        source: where it comes from, for the message.
+        allow: packages, folders, URLs and services that the user allowed.
+        housekeeping: keys of a run's paths that it may set.
 
     Raises:
         UserError: with the remedy.
@@ -93,16 +93,16 @@ def require_plain(
 def _require_plain(text: str, allow: Collection[str], housekeeping: Sequence[str]) -> None:
     try:
         if text.startswith("-"):
-            raise UserError(f"{text} is refused: a job's settings are overrides, and no options.")
+            raise UserError(f"{text} is refused: a job's settings are overrides, not options.")
         parsed = OverridesParser.create().parse_override(text)
     except HydraException as error:
-        raise UserError(f"{text} is no override: {str(error).splitlines()[0]}.") from error
+        raise UserError(f"{text} is not an override: {str(error).splitlines()[0]}.") from error
     key, value = parsed.key_or_group, parsed.value()
     dotted = key.replace("/", ".")
     if not _KEY.fullmatch(key) or lies_in(dotted, ["hydra"]):
-        raise UserError(f"{text} is refused: a job sets what it computes, and nothing of Hydra's.")
+        raise UserError(f"{text} is refused: a job sets what it computes, nothing of Hydra's.")
     if lies_in(dotted, PLACES) and key not in housekeeping:
-        raise UserError(f"{text} is refused: where a job's files go is its sweep's to say.")
+        raise UserError(f"{text} is refused: the sweep decides where a job's files go.")
     if "." not in key and key not in INPUTS:
         _choices(text, key, value, allow)
     for name, leaf in values(value, dotted):
@@ -110,12 +110,12 @@ def _require_plain(text: str, allow: Collection[str], housekeeping: Sequence[str
 
 
 def _choices(text: str, group: str, value: Any, allow: Collection[str]) -> None:
-    """Options of a group, which Hydra reads as files."""
+    """Checks the options of a group, which Hydra reads as files."""
     for choice in value if isinstance(value, list) else [value]:
         if not isinstance(choice, str):
             continue
         if not _CHOICE.fullmatch(choice) and not _OTHER_KEY.fullmatch(choice):
-            raise UserError(f"{text} is refused: {choice!r} is no option's name.")
+            raise UserError(f"{text} is refused: {choice!r} is not the name of an option.")
         file = CONF / group / f"{choice.removesuffix('.yaml')}.yaml"
         if file.is_file():
             for target in targets_of(file):
@@ -126,21 +126,21 @@ def _leaf(text: str, key: str, value: Any, allow: Collection[str]) -> None:
     last = key.rpartition(".")[2]
     said = str(value)
     if "${" in _OTHER_KEY.sub("", said) or (last.startswith("_") and "${" in said):
-        raise UserError(f"{text} is refused: what was stored is not looked up anywhere.")
+        raise UserError(f"{text} is refused: a stored value must not look anything up.")
     if "://" in said and said not in allow:
         raise UserError(
-            f"{text} is refused: what was stored reaches no network unasked. If you trust its "
-            f"author, say {_HOW.format(shlex.quote(said))}."
+            f"{text} is refused: a stored value must not use the network. If you trust its "
+            f"author, add {_HOW.format(shlex.quote(said))}."
         )
     if last == "_target_":
         require_target(said, allow, how=_HOW)
         require_network(said, allow, how=_HOW)
     if key.partition(".")[0] == "allow" and said not in allow:
-        raise UserError(f"{text} is refused: whom to trust is yours to say, by --allow {said}.")
+        raise UserError(f"{text} is refused: trust it yourself, by --allow {said}.")
     if last in WRITTEN and value is not None and said not in allow:
         if last == "cache_dir" and is_cache(said):
             return
         raise UserError(
             f"{text} is refused: a job writes in its own folder, and token stores where there are "
-            f"some already. If this is where they belong, say {_HOW.format(shlex.quote(said))}."
+            f"some already. If it should write there, add {_HOW.format(shlex.quote(said))}."
         )

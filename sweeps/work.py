@@ -1,10 +1,10 @@
-"""A worker: takes the jobs of a planned sweep one after the other, until all have ended.
+"""A worker: runs the jobs of a planned sweep one after another, until all have ended.
 
     python train.py -m +sweeps=depth sweep_dir=runs/depth hydra/launcher=plan
-    python -m sweeps.work runs/depth        # as often as you like, wherever the folder is seen
+    python -m sweeps.work runs/depth        # as often as you like, on any machine with the folder
 
-Workers know of each other by the folder alone (``lease.py``). What a worker that is gone has begun
-is taken over after two minutes, and continues from its checkpoint.
+Workers know of each other only through the folder (``lease.py``). If a worker dies, others take
+over its jobs after two minutes, and continue from their checkpoints.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from sweeps.process import Task
 from sweeps.recipe import TRAIN
 from sweeps.trust import require_harmless
 
-_BEATS = 8  # in the time after which a lease is stale
+_BEATS = 8  # per time after which a lease is stale
 
 
 class Worker:
-    """An iterator over the tasks that can be had: at its end for now, it may go on later.
+    """An iterator over the tasks that this worker can get: it may continue after it ended.
 
     Args:
-        plan: of the sweep.
-        leases: of this worker.
-        queue: of its devices.
-        look_seconds: between two looks at what others have left.
-        program: that starts a user's own program; empty for this project's train app.
-        allow: what the plan may name beside this project's own (``trust.py``).
+        plan: plan of the sweep.
+        leases: leases of this worker.
+        queue: queue of its devices.
+        look_seconds: seconds between two looks at the others' leases.
+        program: command that starts a user's own program; empty for this project's train app.
+        allow: what the plan may name besides this project's own code (``trust.py``).
 
     Raises:
-        UserError: the folder has no plan, or one whose jobs cannot be run from it.
+        UserError: if the folder has no plan, or one whose jobs cannot be run from it.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Worker:
         return self
 
     def __next__(self) -> Task:
-        # What was free may be no more when its turn comes: taking it is what decides.
+        # A job that was free may be taken by now: only ``take`` decides.
         if not self._free and time.monotonic() - self._looked >= self._look_seconds:
             self._looked = time.monotonic()
             self._free.extend(self._look())
@@ -84,7 +84,7 @@ class Worker:
             name, lease = self._free.popleft()
             if not must_run(self._folder / name) or not self._leases.take(name, lease):
                 continue
-            # Looked at again: whoever had it may have ended it just before.
+            # Checked again: its previous worker may have ended it just before.
             if must_run(self._folder / name):
                 return self.tasks[name]
             self._leases.release(name)
@@ -100,12 +100,12 @@ class Worker:
 
     @property
     def left(self) -> bool:
-        """Whether a job that this worker could run has not ended, whoever has it."""
+        """Whether a job that this worker could run has not ended, whoever runs it."""
         self._left = [name for name in self._left if must_run(self._folder / name)]
         return bool(self._left)
 
     def beat(self) -> None:
-        """Tell the others that this worker lives; called by a thread of its own."""
+        """Shows the others that this worker lives; called by a thread of its own."""
         self._lost.update(self._leases.beat())
 
     def watch(self, task: Task) -> str | None:
@@ -113,19 +113,20 @@ class Worker:
         return LOST if task.folder.name in self._lost else None
 
     def ended(self, task: Task) -> None:
-        """Let go of a job."""
+        """Releases a job."""
         self._lost.discard(task.folder.name)
         self._leases.release(task.folder.name)
 
 
 def work(worker: Worker, pool: Pool, *, beat_seconds: float, wait: bool = True) -> None:
-    """Run what can be had until every job has ended.
+    """Runs the tasks of a worker until every job has ended.
 
     Args:
-        worker: whose tasks they are.
-        pool: that runs them.
-        beat_seconds: between two signs of life.
-        wait: for the jobs that others have, which may be left; else end when there are no more.
+        worker: the worker.
+        pool: the pool that runs its tasks.
+        beat_seconds: seconds between two signs of life.
+        wait: whether to wait for the jobs of others, which may become free, or to end once no job
+            is free.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; this worker's jobs have ended.
@@ -159,18 +160,18 @@ def _task(
     folder, recipe = plan.folder, plan.recipes.get(job.folder)
     if recipe is None:
         raise UserError(
-            f"{folder}/sweep.json does not say how {job.folder} is run: start the sweep's own "
+            f"{folder}/sweep.json does not say how to run {job.folder}: start the sweep's own "
             "command on it, with hydra/launcher=plan."
         )
     if recipe.program != TRAIN and not program:
         raise UserError(
-            f"The jobs in {folder} are of a program of their own: start this with "
+            f"The jobs in {folder} run another program: start this with "
             f"--program {shlex.quote(recipe.program)}."
         )
     if not Path(recipe.cwd).is_dir():
         raise UserError(
             f"The sweep was planned in {recipe.cwd}, where the relative paths of its jobs start, "
-            "and which is not there on this machine."
+            "but this machine has no such folder."
         )
     require_harmless(plan, job, recipe, allow=allow)
     own = program if recipe.program != TRAIN else None
@@ -178,7 +179,7 @@ def _task(
 
 
 def _fits(task: Task, queue: DeviceQueue) -> bool:
-    """Whether this machine can run it at all; a worker on a larger one takes it."""
+    """Whether this machine can run it at all; otherwise it is left to a larger machine."""
     return task.nodes == 1 and (not queue.gpus or task.on_cpu or task.processes <= len(queue.gpus))
 
 
@@ -192,7 +193,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder}: give that of a planned sweep.")
         lock = Lock(folder / ".lock")
-        if not lock.wait(seconds=60):  # it is being planned
+        if not lock.wait(seconds=60):  # the sweep is being planned
             raise BlockingIOError(f"A sweep is at work in {folder}: wait for it, or stop it.")
         lock.release()
         plan = Plan(folder)
@@ -217,7 +218,7 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m sw
         try:
             work(worker, pool, beat_seconds=beat, wait=not args.no_wait)
         except Interrupted as interrupt:
-            print("interrupted. What had begun is free for others.", flush=True)
+            print("interrupted. Unfinished jobs are free for other workers.", flush=True)
             sys.exit(128 + interrupt.signum)
         finally:
             leases.release_all()
@@ -232,8 +233,8 @@ def _queue(args: argparse.Namespace, *, on_cpu: bool) -> DeviceQueue:
 
 
 def _say_end(worker: Worker) -> None:
-    """What has become of all jobs, whoever ran them. That some failed is no failure of a worker,
-    which whatever started it might start again."""
+    """Prints the states of all jobs, whoever ran them. Failed jobs do not fail the worker, since
+    its launcher might then start it again."""
     states = [state_of(task.folder) for task in worker.tasks.values()]
     print(f"{states.count('done')} of {len(states)} jobs done", flush=True)
     for task in worker.tasks.values():
@@ -246,11 +247,11 @@ def _parser(program: str) -> argparse.ArgumentParser:
     about = __doc__.replace("python -m sweeps.work", program)
     parser = Parser(prog=program, description=about)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("folder", help="of a sweep that was planned or started")
+    parser.add_argument("folder", help="folder of a sweep that was planned or started")
     parser.add_argument("--devices", default="auto", help="auto, cpu or GPUs: 0,1")
     parser.add_argument("--n-jobs", type=int, help="most jobs at once, as hydra.launcher.n_jobs")
     parser.add_argument(
-        "--threads", help="of each process: a number, or auto (threads_per_process)"
+        "--threads", help="threads of each process: a number, or auto (threads_per_process)"
     )
     parser.add_argument(
         "--stale",
@@ -260,17 +261,17 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "same for all workers",
     )
     parser.add_argument(
-        "--grace-seconds", type=float, default=60.0, help="that jobs have to save (default 60)"
+        "--grace-seconds", type=float, default=60.0, help="seconds for jobs to save (default 60)"
     )
     parser.add_argument(
-        "--no-wait", action="store_true", help="end when no job is free, though others have some"
+        "--no-wait", action="store_true", help="end when no job is free, though others run some"
     )
-    parser.add_argument("--program", default="", help="that starts a training script of your own")
+    parser.add_argument("--program", default="", help="command of a training script of your own")
     parser.add_argument(
         "--allow",
         action="append",
         default=[],
-        help="what the plan may name beside this project's own: a package, a folder of configs "
+        help="what the plan may name besides this project's own: a package, a folder of configs "
         "(--config-dir), a URL, or huggingface, wandb, mlflow, trackio; may be repeated",
     )
     return parser

@@ -1,4 +1,4 @@
-"""Any dataset that ``datasets.load_dataset`` opens, local parquet and JSON included."""
+"""Any dataset that ``datasets.load_dataset`` opens, including local parquet and JSON."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from mtp_lightning.errors import UserError
 
 
 class HuggingFaceSource(Source):
-    """One text column of a Hugging Face dataset; a row is a document.
+    """One text column of a Hugging Face dataset; each row is a document.
 
     Args:
         path: name on the hub, a local dataset folder, or a builder such as ``parquet`` or ``json``
             together with ``data_files``.
         name: the dataset's configuration, if it has several.
-        split: which split to read; train and validation are cut from it by document.
+        split: split to read; train and validation are cut from it by document.
         field: the column with the text.
-        data_files: files for a builder: a path or glob, a list, or a dict from split to those.
+        data_files: files for a builder: a path or glob, a list, or a dict from split to these.
         revision: branch, tag or commit on the hub. For a streamed dataset only a commit pins the
-            text: what the hub serves is not read to fingerprint it.
+            text, since the rows are not read for its fingerprint.
         streaming: read rows as they arrive instead of downloading first.
         cache_dir: where the ``datasets`` library keeps its files (its own default if None).
 
@@ -91,7 +91,7 @@ class HuggingFaceSource(Source):
     def documents(self) -> Iterator[str]:
         dataset = self._open()
         if not self.streaming:
-            # Decode the one column that is read.
+            # Decode only the column that is read.
             dataset = dataset.select_columns([self.field])
         for number, row in enumerate(dataset):
             text = row.get(self.field)
@@ -119,12 +119,12 @@ class HuggingFaceSource(Source):
             elif self.streaming:
                 self._fingerprint = digest(*what, "streaming")
             else:
-                # The library's digest of what it downloaded and of the builder's options.
+                # The library's digest of the downloaded data and of the builder's options.
                 self._fingerprint = digest(*what, self._open()._fingerprint)
         return self._fingerprint
 
     def _local_files(self) -> list[tuple[str, Path]]:
-        """The files on this disk that the text comes from, or none for the hub's datasets."""
+        """The local files that the text comes from; none for a dataset of the hub."""
         given: list[str] = []
         todo: list[Any] = [self.data_files] if self.data_files is not None else [self.path]
         while todo:
@@ -144,5 +144,5 @@ class HuggingFaceSource(Source):
 
 
 def _under(root: Path, item: str, data_files: object) -> str:
-    """``data_files`` of a dataset folder are relative to that folder, others to the current one."""
+    """``data_files`` are relative to the current folder, other files to the dataset folder."""
     return item if data_files is None else str(root / item)

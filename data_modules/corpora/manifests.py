@@ -1,7 +1,7 @@
-"""What the texts of installed packages held where this project's results come from.
+"""Contents of the packages whose text this project's results were made with.
 
-``manifests.json`` has of every package the version and, after cleaning, the number of files, their
-bytes and SHA-256. ``make manifests`` writes it anew from this environment.
+``manifests.json`` lists for every package the version and, after cleaning, the number of files,
+their bytes and their SHA-256. ``make manifests`` writes it from the packages installed here.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def _manifests() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def say_differences(source: str, packages: Sequence[Package]) -> None:
-    """Log one line if packages have another version than the manifest says.
+    """Logs one line if packages have other versions than the manifest.
 
     Args:
         source: ``packages`` or ``literature``.
-        packages: that are installed; those that the manifest does not know are left out.
+        packages: installed packages; those that the manifest does not list are skipped.
     """
     known = _manifests()[source]
     other = [
@@ -41,15 +41,15 @@ def say_differences(source: str, packages: Sequence[Package]) -> None:
     ]
     if other:
         log.warning(
-            "data=%s is another text than that of this project's results: %s. Compare runs of this "
-            "environment with each other alone.",
+            "data=%s is not the text of this project's results: %s. Compare the runs of this "
+            "environment only with each other.",
             source,
             ", ".join(other),
         )
 
 
 def write() -> None:
-    """Write the manifests of what is installed: ``make manifests``."""
+    """Write the manifests of the installed packages: ``make manifests``."""
     from data_modules.corpora.literature import LiteratureSource
     from data_modules.corpora.packages import PackagesSource
 

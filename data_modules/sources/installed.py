@@ -1,4 +1,4 @@
-"""Text of installed packages: found through their metadata, read, and never imported."""
+"""Text of installed packages, found through their metadata and never imported."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Package:
     """An installed distribution.
 
     Attributes:
-        name: as it was asked for.
-        version: that is installed.
-        files: (path inside the package, path on disk), in the order of the former.
+        name: the name that was asked for.
+        version: the installed version.
+        files: (path inside the package, path on disk), sorted by the former.
     """
 
     name: str
@@ -31,17 +31,17 @@ class Package:
 def installed(
     name: str, keep: Callable[[PurePosixPath], bool], *, needed_by: str, extra: str | None = None
 ) -> Package:
-    """The files of an installed package, by the record that its installer made.
+    """The files of an installed package, from the record that its installer made.
 
     Args:
-        name: of the distribution, such as ``torch``.
-        keep: which of its paths are wanted.
-        needed_by: what is told to the user where it is missing, such as ``data=packages``.
-        extra: of this project that brings the package; None for one of the user's own choice.
+        name: the distribution, such as ``torch``.
+        keep: whether a path of it is wanted.
+        needed_by: what needs the package, such as ``data=packages``, for messages.
+        extra: the extra of this project that installs the package; None for the user's own choice.
 
     Raises:
-        MissingPackageError: it is not installed.
-        UserError: its installer recorded no files, or none of them is wanted.
+        MissingPackageError: if it is not installed.
+        UserError: if its installer recorded no files, or none of them is wanted.
     """
     try:
         found = metadata.distribution(name)
@@ -55,8 +55,8 @@ def installed(
     present = tuple((path, place) for path, place in sorted(files.items()) if place.is_file())
     if not present:
         raise UserError(
-            f"{needed_by}: the installed package {name!r} lists no file that is wanted (an "
-            "editable install has none): install it again with pip install --force-reinstall "
+            f"{needed_by}: the installed package {name!r} lists no usable file (an editable "
+            "install lists none): install it again with pip install --force-reinstall "
             f"{name}, or leave it out"
         )
     return Package(name=name, version=found.version, files=present)
@@ -66,9 +66,9 @@ def python_text(data: bytes, where: str) -> str:
     """A Python file's text, in the encoding that it declares (PEP 263).
 
     Raises:
-        UserError: a UTF-8 file that is not UTF-8.
-        SyntaxError: an unknown encoding.
-        UnicodeDecodeError: a file that is not in the encoding that it declares.
+        UserError: for a UTF-8 file that is not UTF-8.
+        SyntaxError: for an unknown encoding.
+        UnicodeDecodeError: for a file that is not in the encoding that it declares.
     """
     encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
     return decode_utf8(data, where) if encoding in ("utf-8", "utf-8-sig") else data.decode(encoding)

@@ -1,4 +1,4 @@
-"""Text in packed files: compressed by gzip or zstd, or a column of parquet."""
+"""Text in packed files: compressed with gzip or zstd, or a column of parquet."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from data_modules.sources.base import MissingPackageError
 from mtp_lightning.errors import UserError
 
 COMPRESSED = (".gz", ".zst")
-"""Suffixes of files that are unpacked as they are read."""
+"""Suffixes of files that are decompressed as they are read."""
 
 
 @contextmanager
 def open_plain(path: Path) -> Iterator[IO[bytes]]:
-    """A file's bytes, unpacked where its suffix says so.
+    """The bytes of a file, decompressed if its suffix says so.
 
     Raises:
-        UserError: what is packed is damaged or cut off; also from reading in the block.
-        MissingPackageError: ``.zst`` without pyarrow.
+        UserError: if the data is damaged or truncated; also from reads inside the block.
+        MissingPackageError: for ``.zst`` without pyarrow.
     """
     suffix = path.suffix.lower()
     if suffix not in COMPRESSED:
@@ -34,17 +34,17 @@ def open_plain(path: Path) -> Iterator[IO[bytes]]:
         begins = file.read(4)
         file.seek(0)
         magic, name = (b"\x1f\x8b", "gzip") if suffix == ".gz" else (b"\x28\xb5\x2f\xfd", "zstd")
-        damaged = UserError(f"{path} is no {name} file, or is damaged: pack it again")
+        damaged = UserError(f"{path} is not a {name} file, or is damaged: compress it again")
         if not begins.startswith(magic):
             raise damaged
         try:
-            # Not the file itself: a block of one byte would be asked for again and again.
+            # A buffer of its own: GzipFile would read the file in many small blocks.
             unpacked = gzip.GzipFile(fileobj=file) if suffix == ".gz" else _zstd(file)
             with io.BufferedReader(unpacked, 1 << 20) as plain:
                 yield plain
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise damaged from error
-        except OSError as error:  # pyarrow's word for a damaged stream has no number
+        except OSError as error:  # pyarrow reports a damaged stream without an errno
             if error.errno is None:
                 raise damaged from error
             raise
@@ -60,7 +60,7 @@ def _pyarrow(what: Path) -> Any:
 
 
 class _Frames(io.RawIOBase):
-    """The text of a zstd file, of one frame or several."""
+    """The text of a zstd file with one frame or several."""
 
     def __init__(self, pyarrow: Any, file: IO[bytes]) -> None:
         self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
@@ -79,17 +79,17 @@ def _zstd(file: IO[bytes]) -> io.RawIOBase:
 
 
 def parquet_column(path: Path, field: str) -> Iterator[str]:
-    """The rows of a column, read a group at a time.
+    """The rows of a column, read one batch at a time.
 
     Raises:
-        UserError: it is no parquet, or has no such column of strings.
+        UserError: if it is not a parquet file, or has no such column of strings.
         MissingPackageError: without pyarrow.
     """
     pyarrow = _pyarrow(path)
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid:
-        raise UserError(f"{path} is no parquet file, or is damaged: write it again") from None
+        raise UserError(f"{path} is not a parquet file, or is damaged: write it again") from None
     with file:
         columns = file.schema_arrow.names
         if field not in columns:

@@ -1,4 +1,4 @@
-"""The running interpreter's standard library: a corpus that is always there."""
+"""The standard library of the running interpreter: a corpus that is always there."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LEFT_OUT = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     | {"encodings", "pydoc_data"}
 )
-"""Folders that are no part of the corpus: test packages, what pip installed, generated text.
+"""Folders that are not part of the corpus: tests, installed packages, generated text.
 
-``encodings`` are codec tables, and stubs that share half of their lines; ``pydoc_data`` is the
+``encodings`` holds codec tables, and stubs that share half of their lines; ``pydoc_data`` is the
 language reference as one dictionary.
 """
 TABLES = (
@@ -28,14 +28,14 @@ TABLES = (
     "html/entities.py",
     "stringprep.py",
 )
-"""Beginnings of the other files that are nothing but tables: three quarters of them or more."""
+"""Prefixes of the other files of which three quarters or more are tables."""
 
 
 class StdlibSource(Source):
-    """The ``*.py`` of the standard library that people wrote, ordered by relative path.
+    """The ``*.py`` of the standard library that people wrote, sorted by relative path.
 
-    Left out are test packages, codecs and files of tables. The files of one top-level package
-    are one group, so on one side of the split; a top-level module is a group of its own.
+    Test packages, codecs and files of tables are left out. The files of one top-level package are
+    one group, so they are in one split; each top-level module is a group of its own.
 
     About 9.8 MB in 605 files on Python 3.11. The text differs between Python versions, so the
     summary records the version; the fingerprint also covers every file's size and content.
@@ -57,7 +57,7 @@ class StdlibSource(Source):
             root = Path(sysconfig.get_path("stdlib"))
             found = []
             for folder, below, names in os.walk(root):
-                # Pruned here: what pip installed may be a hundred times the library.
+                # Pruned early: site-packages may be a hundred times the size of the library.
                 below[:] = sorted(set(below) - LEFT_OUT)
                 found += [Path(folder, name) for name in names if name.endswith(".py")]
             named = ((path.relative_to(root).as_posix(), path) for path in found)

@@ -11,20 +11,20 @@ from data_modules.sources.base import Source, digest
 from mtp_lightning.errors import UserError
 
 SUCCESSORS = 16
-"""Words that can follow a word; their probabilities are 1/2, 1/4, ..., so text is learnable."""
+"""Words that can follow a word, with probabilities 1/2, 1/4, ..., so the text is learnable."""
 
 
 class SyntheticSource(Source):
     """Sentences of invented words from a first-order Markov chain.
 
-    Every word is followed by one of 16 words with probabilities halving from the first to the
+    Every word is followed by one of 16 words with probabilities that halve from the first to the
     last. The same arguments give the same bytes with every numpy version (raw Philox bits).
 
     Args:
-        size: about how many UTF-8 bytes in all.
-        documents: in how many documents.
+        size: approximate UTF-8 bytes of the whole corpus.
+        documents: number of documents.
         words: size of the word list.
-        seed: of the words, the chain and the text.
+        seed: seed of the words, the chain and the text.
 
     Raises:
         UserError: for numbers that are too small.
@@ -79,7 +79,7 @@ class SyntheticSource(Source):
 
 
 def _invent(bits: np.random.Philox, n: int) -> list[str]:
-    """n words of one to three syllables; two words may be the same."""
+    """n words of one to three syllables; two of them may be the same."""
     onsets, vowels = "bdfgklmnprstvz", "aeiou"
     words = []
     for raw in bits.random_raw(n).tolist():

@@ -20,23 +20,23 @@ log = logging.getLogger(__name__)
 class TextSource(Source):
     """Documents from files on disk.
 
-    A plain file is one document. A ``.jsonl`` file holds one document a line, the string under
-    ``field``, and a ``.parquet`` file one a row. ``.gz`` and ``.zst`` behind a name are unpacked on
-    the way. A folder stands for all files below it (hidden ones apart, and those are counted in
-    a log line), a glob for what it matches. Files are taken in the order of ``paths``, sorted
-    inside a folder or glob; a file named twice is read once.
+    A plain file is one document. A ``.jsonl`` file holds one document per line, the string under
+    ``field``, and a ``.parquet`` file one per row. Files that end in ``.gz`` or ``.zst`` are
+    decompressed as they are read. A folder stands for all files below it (except hidden ones, which
+    a log line counts), and a glob for its matches. Files are taken in the order of ``paths``,
+    sorted inside a folder or glob; a file named twice is read once.
 
     Args:
-        paths: one path, folder or glob, or a list of them; ``~`` is expanded and relative paths
+        paths: one path, folder or glob, or a list of them; ``~`` is expanded, and relative paths
             start at the current folder.
-        field: name of the text in JSON lines and parquet.
+        field: name of the text field in JSON lines and parquet.
 
     Raises:
         FileNotFoundError: from ``documents`` and ``fingerprint``: a path that does not exist, a
             glob or folder without a file.
-        UserError: likewise: an empty file, one that is not UTF-8 (with the byte offset), a line
-            that is not a JSON object with that field, a compressed file that is damaged.
-        MissingPackageError: likewise: parquet or ``.zst`` without pyarrow.
+        UserError: from these too: an empty file, one that is not UTF-8 (with the byte offset), a
+            line that is not a JSON object with that field, a damaged compressed file.
+        MissingPackageError: from these too: parquet or ``.zst`` without pyarrow.
     """
 
     name = "text"
@@ -92,7 +92,7 @@ class TextSource(Source):
                 try:
                     row = json.loads(text)
                 except (ValueError, RecursionError) as error:
-                    # RecursionError: a list in a list in a list ..
+                    # RecursionError: a deeply nested list
                     raise UserError(f"{path}, line {number}, is not JSON ({error})") from None
                 if not isinstance(row, dict) or not isinstance(row.get(self.field), str):
                     has = sorted(row) if isinstance(row, dict) else type(row).__name__
@@ -119,14 +119,16 @@ class TextSource(Source):
 
 
 def expand(given: str, key: str = "data.paths") -> list[tuple[str, Path]]:
-    """The files that a path, folder or glob stands for, with names free of the place they are.
+    """The files that a path, folder or glob stands for, with names that do not depend on where
+    they are.
 
     Args:
-        given: ``~`` is expanded, and a folder stands for all files below it that are not hidden.
-        key: that the user set it by.
+        given: a path; ``~`` is expanded, and a folder stands for all files below it that are not
+            hidden.
+        key: the config key of the path, for messages.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: if there is no file.
     """
     path = Path(given).expanduser()
     if path.is_dir():
@@ -167,6 +169,6 @@ def _one_document(path: Path) -> str:
             return decode_utf8(file.read(), str(path))
     except MemoryError:
         raise UserError(
-            f"{path} is one document and larger than the memory: give it in parts, as lines of "
-            ".jsonl for example"
+            f"{path} is one document and larger than the memory: split it, for example into lines "
+            "of .jsonl"
         ) from None

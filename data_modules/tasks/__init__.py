@@ -1,4 +1,4 @@
-"""Planning and memory as data: tasks, one file each, behind the interface of ``base.py``."""
+"""Planning and memory as data: tasks, one file each, with the interface of ``base.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fixed set of a task's examples, to be answered and judged.
+"""A fixed set of a task's examples to answer and judge.
 
 Shapes: B batch, W tokens of a window.
 """
@@ -19,19 +19,20 @@ from data_modules.tasks.windows import lay_out
 from data_modules.windows import WindowBatch
 
 SAMPLES = 1 << 126
-"""Index behind all examples and before what tasks draw once, of the draws of sampled answers."""
+"""First index of the draws of sampled answers: above all examples, below the draws that tasks make
+once."""
 
 
 class AnswerSet:
-    """Examples 0 .. n - 1 of a task, one a window. It knows nothing of models.
+    """Examples 0 .. n - 1 of a task, one per window. It knows nothing of models.
 
     Args:
-        task: of the examples; an out-of-distribution variant, maybe.
-        n: how many, >= 1.
-        depth: D of the model that is to answer.
-        stride: of its depths.
-        training: the answers that it was trained on again and again; None for fresh ones.
-        trained: examples of the training; None for a set that is not of its distribution.
+        task: the task, or an out-of-distribution variant of it.
+        n: number of examples, >= 1.
+        depth: D of the model that answers.
+        stride: s of its depths.
+        training: the answers of its fixed training set; None if it trains on fresh examples.
+        trained: examples of its training; None for a set from another distribution.
     """
 
     def __init__(
@@ -56,50 +57,50 @@ class AnswerSet:
 
     @cached_property
     def baselines(self) -> dict[str, float]:
-        """By name, what exact match is to be compared with: ``chance``, and what
-        :func:`~data_modules.tasks.baselines.baselines` has."""
+        """Values to compare exact match with, by name: ``chance``, and those of
+        :func:`~data_modules.tasks.baselines.baselines`."""
         found = {"chance": self.task.chance}
         if self._trained is not None:
             found |= baselines(self.task, self.examples, self._trained())
         return found
 
     def measures(self, d_model: int) -> Sequence[Measure]:
-        """What the task reports beside exact match, new and empty.
+        """The task's metrics besides exact match, new and empty.
 
         Args:
-            d_model: of the model that is to answer.
+            d_model: width of the model that answers.
         """
         return self.task.measures(n=self.n, d_model=d_model, training=self.training)
 
     def uniforms(self, numbers: np.ndarray, width: int) -> Tensor:
-        """Random numbers to draw the tokens of answers by, [B, W] float64 of [0, 1).
+        """Random numbers to draw the tokens of answers with, [B, W] float64 in [0, 1).
 
         Args:
-            numbers: of the examples; each has its own stream, of the task's seed.
-            width: W of their batch, which does not matter to the numbers.
+            numbers: numbers of the examples; each has its own stream, from the task's seed.
+            width: W of their batch, which does not change the numbers.
         """
         rows = [self.task.draws(SAMPLES + i).uniform(width) for i in numbers.tolist()]
         return torch.from_numpy(np.stack(rows))
 
     @cached_property
     def examples(self) -> list[Example]:
-        """In the order of their indices."""
+        """The examples, by index."""
         return [self.task.example(i) for i in range(self.n)]
 
     @cached_property
     def group_names(self) -> list[str]:
-        """What accuracies are reported by, in the order of first use."""
+        """Names of the groups that accuracies are reported for, in the order of first use."""
         return list(dict.fromkeys(n for e in self.examples for n in self.task.groups(e) if n))
 
     @cached_property
     def n_positions(self) -> int:
-        """Most tokens that an answer is asked for."""
+        """Largest number of asked tokens in an answer."""
         return max(sum(example.asked) for example in self.examples)
 
     def batch(self, numbers: np.ndarray) -> WindowBatch:
-        """Some of the examples, with :attr:`WindowBatch.scored` where the model is to speak.
+        """The batch of some examples, with :attr:`WindowBatch.scored` where the model answers.
 
-        Where answers close themselves, it may speak as long as the longest does.
+        If the model ends its answers itself, it may answer up to the longest length.
         """
         held = [self.examples[i] for i in numbers.tolist()]
         longest = max(len(example.prompt) for example in held) + self.task.longest_answer
@@ -113,11 +114,11 @@ class AnswerSet:
         return batch
 
     def places(self, numbers: np.ndarray, width: int) -> tuple[Tensor, Tensor]:
-        """Which of its answer's asked tokens each token of a :meth:`batch` is, from 0, and its
-        group's number, both [B, W] int64 and -1 elsewhere.
+        """For each token of a :meth:`batch`, its index among the asked tokens of its answer, and
+        the number of its group, both [B, W] int64 and -1 elsewhere.
 
         Args:
-            numbers: of the examples.
+            numbers: numbers of the examples.
             width: W of their batch.
         """
         number = {name: i for i, name in enumerate(self.group_names)}
@@ -136,8 +137,8 @@ class AnswerSet:
         """Which answers are right, [B] bool, by the task's own check.
 
         Args:
-            numbers: of the examples.
-            said_BW: their windows with what the model said.
+            numbers: numbers of the examples.
+            said_BW: their windows with the model's answers.
         """
         found = []
         for i, row in zip(numbers.tolist(), said_BW.tolist(), strict=True):

@@ -1,7 +1,7 @@
-"""What a task is: a source of examples, each a pure function of (seed, index), and their judge.
+"""The interface of a task: examples as pure functions of (seed, index), and a check of answers.
 
-A task has symbols of its own and no tokenizer. Its examples are prompt and answer; only the answer
-is learned and judged. One file a task: ``copy.py`` is the shortest.
+A task has its own symbols and no other tokenizer. An example is a prompt and an answer, and only
+the answer is trained and judged. One file per task; ``copy.py`` is the shortest.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from data_modules.tasks.measures import Measure, Training
 from mtp_lightning.settings import require_whole
 
 END = 0
-"""Id of the symbol that pads windows and, in tasks with ``ends``, closes an answer."""
+"""Id of the symbol that pads windows and, in tasks with ``ends``, ends an answer."""
 
 TRAINING = 48
-"""Training with seed s reads examples from ``(s + 1) << 48`` on; validation those below."""
+"""Training with seed s reads examples from ``(s + 1) << 48`` on, and validation those below."""
 
 _WORD = (1 << 64) - 1
-# To make a generator takes ten times as long as to set one, so a process has this one. It is set
-# for every look, and keeps nothing between two.
+# Making a generator takes ten times as long as setting its state, so each process has one, which is
+# set before every use.
 _PHILOX = np.random.Philox(0)
 _FRESH = _PHILOX.state
-# Random numbers that an example is given to begin with: most need fewer.
+# Random numbers that are drawn for an example at first; most examples need fewer.
 _AHEAD = 64
 
 
 @dataclass(frozen=True)
 class Example:
-    """A question and an answer to it, which need not be the only one.
+    """A question and one right answer to it; there may be others.
 
     Attributes:
         prompt: ids, at least one.
         answer: ids, at least one that is not given.
-        given: which of the answer's tokens are read and not answered, such as further questions;
-            None for none. They are no targets, and decoding reads them as they are.
+        given: which tokens of the answer are read instead of answered, such as further questions;
+            None for none. They are not targets, and decoding reads them as they are.
     """
 
     prompt: list[int]
@@ -53,23 +53,23 @@ class Example:
 
     @property
     def asked(self) -> list[bool]:
-        """Which of the answer's tokens the model is to say."""
+        """Which tokens of the answer the model has to predict."""
         return [True] * len(self.answer) if self.given is None else [not g for g in self.given]
 
 
 def question_of(example: Example) -> tuple[int | None, ...]:
-    """What a model reads before it has said anything: the prompt, and the answer with None for
-    what is asked."""
+    """What a model reads before its answer: the prompt, and the answer with None for the asked
+    tokens."""
     answer = zip(example.answer, example.asked, strict=True)
     return (*example.prompt, *(None if asked else token for token, asked in answer))
 
 
 class Draws:
-    """The random numbers of one example: raw Philox, whose stream numpy promises never to change.
+    """The random numbers of one example, from raw Philox, whose stream numpy promises to keep.
 
     Args:
-        key: of the task's seed.
-        index: the example's; its numbers overlap no other's.
+        key: key of the task's seed.
+        index: index of the example; its numbers overlap with no other example's.
     """
 
     def __init__(self, key: np.ndarray, index: int) -> None:
@@ -95,30 +95,30 @@ class Draws:
         return np.argsort(self.raw(n), kind="stable").tolist()  # type: ignore[no-any-return]
 
     def below(self, n: int) -> int:
-        """One of 0 .. n - 1."""
+        """A number of 0 .. n - 1."""
         return int(self.raw(1)[0]) % n
 
     def many_below(self, n: int, size: int) -> list[int]:
-        """``size`` of 0 .. n - 1, with repetition."""
+        """``size`` numbers of 0 .. n - 1, with repetition."""
         return (self.raw(size) % np.uint64(n)).tolist()  # type: ignore[no-any-return]
 
     def uniform(self, size: int) -> np.ndarray:
-        """``[size]`` float64 of [0, 1)."""
+        """``[size]`` float64 in [0, 1)."""
         return (self.raw(size) >> np.uint64(11)) * 2.0**-53
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """A source of examples; a variant's fields are its options.
+    """A source of examples; the fields of a subclass are its options.
 
     Attributes:
         name: as in ``data=NAME``.
-        ends: whether every answer closes with :data:`END`; the model then decides how long it is.
-            Else it is as long as the example's own.
-        seed: of the examples; not the run's, so that all runs are validated on the same ones.
+        ends: whether every answer ends with :data:`END`, so that the model decides its length.
+            Otherwise an answer is as long as the example's own.
+        seed: seed of the examples, not of the run: all runs validate on the same examples.
 
     Raises:
-        UserError: an option out of range, or options that do not fit together.
+        UserError: for an option out of range, or options that contradict each other.
     """
 
     name: ClassVar[str]
@@ -132,7 +132,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def symbols(self) -> tuple[str, ...]:
-        """How every id is written, without white space; that of :data:`END` first."""
+        """How every id is written, without white space; that of :data:`END` comes first."""
 
     @property
     @abstractmethod
@@ -147,39 +147,39 @@ class Task(ABC):
     @property
     @abstractmethod
     def chance(self) -> float:
-        """Exact match of who knows the form of an answer and guesses the rest."""
+        """Exact match of a guess that knows only the form of an answer."""
 
     @abstractmethod
     def example(self, index: int) -> Example:
-        """Example ``index`` >= 0, of whatever size; the same one whenever it is asked for."""
+        """Example ``index`` >= 0, of any size; the same at every call."""
 
     @abstractmethod
     def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
-        """Whether an answer, of any ids and length, is right; by the prompt alone."""
+        """Whether an answer, of any ids and length, is right for the prompt."""
 
     def variants(self) -> dict[str, Task]:
-        """Test sets outside of the distribution, such as longer ones, by name; same symbols."""
+        """Test sets from other distributions, such as longer examples, by name; same symbols."""
         return {}
 
     def content(self, example: Example) -> Hashable:
-        """What is known of an example to whoever has read another one with the same: by default
-        its question, which is the prompt and what is given of the answer."""
+        """What identifies an example: whoever has seen an example with the same content has seen
+        this one. By default its question: the prompt and the given tokens of the answer."""
         return question_of(example)
 
     def groups(self, example: Example) -> Sequence[str]:
-        """A name for each of the answer's tokens, by which accuracy is reported, "" for those that
-        are given; nothing for a task without groups."""
+        """A name for each token of the answer, by which accuracies are reported, "" for given
+        tokens; empty for a task without groups."""
         return ()
 
     def measures(
         self, *, n: int, d_model: int, training: Training | None = None
     ) -> Sequence[Measure]:
-        """What is reported of a model beside exact match, and of which outputs of its.
+        """Metrics of a model besides exact match, and the outputs that they need.
 
         Args:
-            n: examples, 0 .. n - 1, that it is reported of.
-            d_model: of the model.
-            training: the training set's answers, where it is a fixed one.
+            n: number of examples, 0 .. n - 1, that they are computed on.
+            d_model: width of the model.
+            training: the answers of a fixed training set, if there is one.
         """
         return ()
 
@@ -189,7 +189,7 @@ class Task(ABC):
         return self.longest_prompt + self.longest_answer
 
     def show(self, ids: Sequence[int]) -> str:
-        """A sequence for people."""
+        """A sequence as text for people."""
         symbols = self.symbols
         return " ".join(symbols[i] for i in ids)
 
@@ -202,7 +202,7 @@ class Task(ABC):
         return np.random.SeedSequence(self.seed).generate_state(2, np.uint64)
 
     def spec(self) -> dict[str, Any]:
-        """Name and options: what decides the examples."""
+        """Name and options, which determine the examples."""
         return {"name": self.name, **asdict(self)}
 
     def fingerprint(self) -> str:

@@ -1,5 +1,5 @@
-"""What can be had of a task without learning it: how much of validation was seen in training, and
-how far a constant, the most frequent tokens and a table of training's answers get."""
+"""Scores on a task without learning it: the share of validation that was seen in training, and the
+exact match of a constant, of the most frequent tokens and of a table of training's answers."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from data_modules.tasks.base import END, Example, Task, question_of
 
 T = TypeVar("T")
 TRIED = 1 << 14
-"""Training examples that are looked at: the first of a run."""
+"""Number of training examples that are used: the first of a run."""
 
 
 def baselines(
     task: Task, examples: Sequence[Example], training: Sequence[Example]
 ) -> dict[str, float]:
-    """``seen``, the share of examples whose content stands in training, and ``trivial``, the exact
-    match of the best of three strategies that know no task:
+    """``seen``, the share of examples whose content occurs in training, and ``trivial``, the best
+    exact match of three strategies that do not know the task:
 
-    - a constant: training's most frequent answer of as many tokens;
-    - the majority: training's most frequent token at each place;
+    - a constant: training's most frequent answer of the same length;
+    - the majority: training's most frequent token at each position;
     - a table: training's most frequent answer to the same question, else the constant.
 
     Given tokens are read, as a model reads them.
 
     Args:
-        task: the judge of them.
-        examples: of the validation, at least one.
-        training: examples of its training, at least one.
+        task: the task, which checks answers.
+        examples: validation examples, at least one.
+        training: training examples, at least one.
     """
     contents = {task.content(example) for example in training}
     of_size: dict[int, Counter[tuple[int, ...]]] = {}
@@ -62,12 +62,12 @@ def baselines(
 
 
 def _said(example: Example) -> tuple[int, ...]:
-    """The tokens that are asked for."""
+    """The asked tokens of an answer."""
     return tuple(t for t, asked in zip(example.answer, example.asked, strict=True) if asked)
 
 
 def _is_right(task: Task, example: Example, said: Sequence[int]) -> bool:
-    """Whether the answer is right with these tokens where tokens are asked for."""
+    """Whether an answer with these asked tokens is right."""
     left = iter(said)
     answer = [
         next(left, END) if asked else token
@@ -77,5 +77,5 @@ def _is_right(task: Task, example: Example, said: Sequence[int]) -> bool:
 
 
 def _most(counted: Counter[T] | None) -> T | None:
-    """The most frequent; of several the first that was counted."""
+    """The most frequent value; of several, the one that was counted first."""
     return None if counted is None else counted.most_common(1)[0][0]

@@ -1,6 +1,6 @@
-"""Copy a string of random symbols: ``r = r``. The plainest test of memory in the context.
+"""Copy a string of random symbols: ``r = r``. The simplest test of memory in the context.
 
-Olsson et al. 2022 (arXiv 2209.11895) measure in-context memory on repeated random tokens; its
+Olsson et al. 2022 (arXiv 2209.11895) measure in-context memory on repeated random tokens; the
 period is the distance to look back.
 """
 
@@ -21,7 +21,7 @@ class Copy(HeldOutTask):
     """Strings of ``shortest`` .. ``periods`` symbols, every length equally often.
 
     Attributes:
-        letters: different symbols, >= 1.
+        letters: number of different symbols, >= 1.
         shortest: least length of a string, >= 1.
         periods: largest length of a string.
     """

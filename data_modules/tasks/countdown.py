@@ -1,8 +1,8 @@
 """Reach a target from given numbers by arithmetic, each number used once: the game Countdown.
 
-As a test of search for language models: Gandhi et al. 2024, "Stream of search" (arXiv 2404.03683).
-There an answer is the way that a search took; here it is the expression alone, in postfix form,
-which needs no brackets and always has 2 k - 1 tokens.
+Gandhi et al. 2024, "Stream of search" (arXiv 2404.03683), test search in language models with it.
+Their answer is the trace of a search; here it is only the expression, in postfix form, which needs
+no brackets and always has 2 k - 1 tokens.
 
     3 8 2 5 : 27 = 8 5 2 - * 3 +        numbers : target = expression
 """
@@ -20,21 +20,21 @@ from mtp_lightning.settings import require_whole
 TO, EQUALS, PLUS, MINUS, TIMES, OVER, FIRST = range(1, 8)
 OPERATORS = (PLUS, MINUS, TIMES, OVER)
 GUESSES = 1 << 127
-"""Index behind all examples, of the draws of guesses."""
+"""First index of the draws of guesses, above all examples."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Countdown(Task):
-    """Numbers, and a target that an expression of all of them was drawn for.
+    """Numbers, and the value of a random expression of all of them as the target.
 
-    As in the game, whatever is calculated on the way is a positive whole number: what is divided
-    leaves no remainder.
+    As in the game, every intermediate result is a positive whole number, and divisions leave no
+    remainder.
 
     Attributes:
         numbers: k, >= 2.
-        largest: of the numbers, of the target, and of what the drawn expression calculates on the
-            way, >= 2; an answer may go beyond on its way.
+        largest: bound of the numbers, the target, and the intermediate results of the drawn
+            expression, >= 2; the intermediate results of an answer may be larger.
     """
 
     name: ClassVar[str] = "countdown"
@@ -61,7 +61,8 @@ class Countdown(Task):
 
     @cached_property
     def chance(self) -> float:
-        """Of who combines two of what is there by any operator, until one is left: 4,096 tries."""
+        """Exact match of random expressions, which combine two random operands by a random operator
+        until one is left; over 4,096 tries."""
         tries = 4096
         return sum(self._guess(i) for i in range(tries)) / tries
 
@@ -71,7 +72,7 @@ class Countdown(Task):
         pool = [(n, [_token(n)]) for n in numbers]
         while len(pool) > 1:
             (a, left), (b, right) = _take_two(pool, draws)
-            # Never empty: the smaller can be taken from the larger, or equals divided.
+            # Never empty: the smaller can be subtracted from the larger, or equals divided.
             ways = [
                 (value, [*first, *second, operator])
                 for x, y, first, second in ((a, b, left, right), (b, a, right, left))
@@ -113,12 +114,12 @@ def _number(token: int) -> int:
 
 
 def _take_two(pool: list[T], draws: Draws) -> tuple[T, T]:
-    """Two of a pool in random order, which are in it no longer."""
+    """Removes two random items from a pool, in random order."""
     return pool.pop(draws.below(len(pool))), pool.pop(draws.below(len(pool)))
 
 
 def _apply(operator: int, a: int, b: int) -> int | None:
-    """a operator b, of positive numbers; None where that is no positive whole number."""
+    """a operator b, of positive numbers; None if the result is not a positive whole number."""
     if operator == PLUS:
         return a + b
     if operator == MINUS:
@@ -129,7 +130,7 @@ def _apply(operator: int, a: int, b: int) -> int | None:
 
 
 def _evaluate(tokens: Sequence[int]) -> int | None:
-    """The value of a postfix expression; None if it is none, or leaves the positive numbers."""
+    """The value of a postfix expression; None if it is invalid or leaves the positive numbers."""
     stack: list[int] = []
     for token in tokens:
         if token not in OPERATORS:

@@ -24,30 +24,31 @@ from mtp_lightning.settings import require_whole
 class TaskDataModule(WindowDataModule):
     """Windows of whole examples; only their answers are trained and evaluated.
 
-    Training reads examples that nobody has seen, or ``examples`` ones again and again; validation
-    the first ``eval_examples`` of the task, which no training reads, whatever the run's seed.
+    Training reads fresh examples, or the same ``examples`` ones repeatedly; validation reads the
+    first ``eval_examples`` of the task, which no training reads, whatever the run's seed.
 
     Args:
-        task: what is to be learned.
-        tokenizer: of the run that the task is given to; its symbols must be the task's.
-        seq_len: T; None is what the longest example needs. A longer window holds several examples,
-            each of which sees itself alone.
-        batch_size: windows a micro-batch and rank.
+        task: the task.
+        tokenizer: tokenizer of a run that the task is used with; its symbols must be the task's.
+        seq_len: T; None for the length of the longest example. A longer window holds several
+            examples, none of which sees the others.
+        batch_size: windows of a micro-batch on one rank.
         depth: D.
-        stride: s, places from one depth's target to the next one's.
-        accumulate: micro-batches an optimizer step.
-        examples: of the training set; None for fresh ones without end.
-        eval_examples: of the validation set, and of each out-of-distribution set.
-        eval_batch_size: windows a validation batch and rank; ``batch_size`` if None.
-        train_prompt: whether prompts are trained, too.
-        document_mask: must be false, for examples are apart in any case.
-        num_workers: processes that fetch batches ahead.
-        pin_memory: page-locked batches; if there is a GPU, when None.
-        seed: of the training examples.
+        stride: s, tokens from one depth's target to the next one's.
+        accumulate: micro-batches of an optimizer step.
+        examples: size of the training set; None for fresh examples without end.
+        eval_examples: size of the validation set, and of each out-of-distribution set.
+        eval_batch_size: windows of a validation batch on one rank; ``batch_size`` if None.
+        train_prompt: whether prompts are trained too.
+        document_mask: must be false, since examples are separate anyway.
+        num_workers: processes that prefetch batches.
+        pin_memory: whether batches are in page-locked memory; if None, when there is a GPU.
+        seed: seed of the training examples.
         lookahead: see :class:`WindowDataModule`.
 
     Raises:
-        UserError: numbers out of range, a window too short for an example, another vocabulary.
+        UserError: for numbers out of range, a window too short for an example, or another
+            vocabulary.
     """
 
     def __init__(
@@ -96,13 +97,13 @@ class TaskDataModule(WindowDataModule):
                 f"up to {task.longest} tokens: set it to {task.longest - 1} or more, or to null."
             )
         for index in (0, first_training_index(0)):
-            task.example(index)  # refuses what cannot be shared between the two
+            task.example(index)  # raises if training and validation cannot share the questions
         own = SymbolTokenizer(task.symbols)
         if tokenizer is not None and not _same_symbols(tokenizer, own):
             raise UserError(
-                f"data={task.name} with {own.vocab_size} symbols of its own cannot be read by a "
-                f"model that knows {tokenizer.vocab_size} ids of the kind {tokenizer.kind}: give "
-                "the task the options that the model was trained with."
+                f"data={task.name} with its {own.vocab_size} symbols cannot be read by a model "
+                f"that has {tokenizer.vocab_size} ids of the kind {tokenizer.kind}: give the task "
+                "the options that the model was trained with."
             )
         self.task = task
         self.examples = examples
@@ -184,12 +185,12 @@ class TaskDataModule(WindowDataModule):
 
     @cached_property
     def _training_answers(self) -> list[list[int]]:
-        """Of a fixed training set."""
+        """The answers of a fixed training set."""
         assert self.examples is not None
         return [self.task.example(self._first + i).answer for i in range(self.examples)]
 
     def _tried(self) -> list[Example]:
-        """The first training examples, which trivial strategies learn from."""
+        """The first training examples, for :func:`~data_modules.tasks.baselines.baselines`."""
         n = min(self.examples or TRIED, TRIED)
         return [self.task.example(self._first + i) for i in range(n)]
 
@@ -198,22 +199,22 @@ class TaskDataModule(WindowDataModule):
 
     @property
     def answer_length(self) -> int:
-        """Tokens of the longest answer, up to the first one that is given."""
+        """Tokens of the longest answer, up to the first given token."""
         if self.task.ends:
             return self.task.longest_answer
         return max(self._spoken(example) for example in self.answer_sets()[""].examples)
 
     def held_out_prompts(self, n: int, length: int = 0, *, fewer: bool = False) -> list[Tensor]:
-        """Prompts of the validation that are answered at full length, whole, and what is given
-        before their answers.
+        """Validation prompts whose answers have the full length, each with the given tokens before
+        its answer.
 
         Args:
-            n: how many.
-            length: not used: a question has the length it has.
-            fewer: be content with fewer, at least one.
+            n: number of prompts.
+            length: ignored: a question has its own length.
+            fewer: accept fewer than n, at least one.
 
         Raises:
-            UserError: there are not so many.
+            UserError: if there are fewer.
         """
         wanted = self.answer_length
         prompts = [
@@ -225,20 +226,20 @@ class TaskDataModule(WindowDataModule):
             n = min(n, len(prompts))
         if not 1 <= n <= len(prompts):
             raise UserError(
-                f"{n} prompts were asked for and of data.eval_examples={self.eval_examples} "
-                f"{len(prompts)} have an answer of {wanted} tokens: ask for fewer, or raise "
-                "data.eval_examples."
+                f"{n} prompts were asked for but only {len(prompts)} of "
+                f"data.eval_examples={self.eval_examples} have an answer of {wanted} tokens: ask "
+                "for fewer, or raise data.eval_examples."
             )
         return prompts[:n]
 
     @staticmethod
     def _spoken(example: Example) -> int:
-        """Tokens that the model says in one go."""
+        """Number of tokens that the model answers without a given token in between."""
         asked = example.asked[example.asked.index(True) :]
         return asked.index(False) if False in asked else len(asked)
 
     def evaluation_summary(self) -> dict[str, Any]:
-        """``fingerprint`` of the validation set, its ``examples`` and ``tokens`` asked for."""
+        """``fingerprint`` of the validation set, its ``examples`` and its asked ``tokens``."""
         validation = self.answer_sets()[""]
         return {
             "fingerprint": digest(self.task.fingerprint(), self.eval_examples),
@@ -247,7 +248,7 @@ class TaskDataModule(WindowDataModule):
         }
 
     def summary(self) -> dict[str, Any]:
-        """The task, its options, and how often its examples come."""
+        """The task, its options, and the sizes of its sets."""
         return {
             "task": self.task.spec(),
             "tokenizer": {"kind": self._tokenizer.kind, "vocab_size": self._tokenizer.vocab_size},
@@ -261,7 +262,7 @@ class TaskDataModule(WindowDataModule):
 
 
 def _same_symbols(tokenizer: Tokenizer, own: SymbolTokenizer) -> bool:
-    """Whether a run's ids are the task's; a Hugging Face folder's tokenizer is of another kind."""
+    """Whether a run's ids are the task's; a Hugging Face folder has a tokenizer of another kind."""
     if tokenizer.kind == own.kind or tokenizer.vocab_size != own.vocab_size:
         return tokenizer.state() == own.state()
     ids = tokenizer.encode(" ".join(own.symbols))

@@ -1,11 +1,11 @@
-"""Multiply out a word in the alternating group A5: the smallest test of a state that is tracked.
+"""Multiply a word in the alternating group A5: the smallest test of state tracking.
 
-The word problem of A5, which is not solvable, is complete for NC1, so that unless TC0 = NC1 no
-transformer of fixed depth reads off long products at once (Liu et al. 2023, arXiv 2210.10749;
-Merrill et al. 2024, arXiv 2404.08819). There the product at each position is a label and is not
-read. Here an answer is text: what has been said is read, and the next product takes one step more.
-A head that predicts k tokens further has k steps more to take at once; with ``running=false``, the
-whole word is to be taken at once, as there.
+The word problem of A5, which is not solvable, is complete for NC1, so unless TC0 = NC1 no
+transformer of fixed depth computes long products at once (Liu et al. 2023, arXiv 2210.10749;
+Merrill et al. 2024, arXiv 2404.08819). In these papers the product at each position is a label and
+is not read. Here an answer is text: the earlier products are read, and the next one takes one step
+more. A head that predicts k tokens further has to take k more steps at once; with ``running=false``
+the whole word has to be multiplied at once, as in the papers.
 
     12340 12034 = 12340 20341        word = running products
 """
@@ -34,9 +34,9 @@ ELEMENTS = [images for images in permutations(range(5)) if _is_even(images)]
 """The 60 even permutations, each as the images of 0 .. 4."""
 NUMBER = {images: i for i, images in enumerate(ELEMENTS)}
 PRODUCT = [[NUMBER[tuple(b[i] for i in a)] for b in ELEMENTS] for a in ELEMENTS]  # type: ignore[index]
-"""``PRODUCT[a][b]`` is what a does first, and then b."""
+"""``PRODUCT[a][b]`` is a followed by b."""
 GENERATORS = {
-    # A cycle of 3 and one of 5.
+    # A cycle of length 3 and one of length 5.
     "two": [NUMBER[1, 2, 0, 3, 4], NUMBER[1, 2, 3, 4, 0]],
     "all": list(range(60)),
 }
@@ -46,15 +46,15 @@ GENERATORS = {
 class Group(HeldOutTask):
     """Words of ``shortest`` .. ``length`` generators, every length equally often.
 
-    The products of a word's beginning are the same in every word that begins so. So a word is held
-    out by its first 8 generators (2 of 60 elements), and shorter words are training's: no word of
-    training tells more of one of validation.
+    Words with the same beginning share the products of that beginning. So a word is held out by its
+    first 8 generators (2 of 60 elements), and shorter words are for training: no training word
+    reveals more than that of a validation word.
 
     Attributes:
-        generators: what words are of: ``two``, or ``all`` 60 elements as in Merrill et al.
+        generators: elements that words consist of: ``two``, or ``all`` 60 as in Merrill et al.
         shortest: least length of a word, >= 1.
         length: largest length of a word.
-        running: whether the products up to every position are asked for, or the last one alone.
+        running: whether the products up to every position are asked for, or only the last one.
     """
 
     name: ClassVar[str] = "group"
@@ -90,7 +90,7 @@ class Group(HeldOutTask):
 
     @cached_property
     def chance(self) -> float:
-        """Of who says any of the 60 elements."""
+        """Exact match of random elements."""
         lengths: Sequence[int] = range(self.shortest, self.length + 1) if self.running else [1]
         if self.held_out is not None:
             lengths = [len(example.answer) for example in self._validation]
@@ -115,7 +115,7 @@ class Group(HeldOutTask):
         return {"longer": longer}
 
     def groups(self, example: Example) -> Sequence[str]:
-        """How many generators a product is of."""
+        """The number of factors of each product."""
         length = len(example.prompt) - 1
         factors = range(1, length + 1) if self.running else [length]
         return [f"factors_{log_bucket(n)}" for n in factors]

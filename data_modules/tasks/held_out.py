@@ -1,8 +1,8 @@
-"""Questions that validation alone asks: a hash of the question decides, whatever the seed.
+"""Tasks with questions that only validation asks; a hash of the question decides, for every seed.
 
-A task with short questions soon has asked all of them, and a model that learned them by heart would
-be right of those that it has read. Where questions are so many that none comes twice, nothing needs
-to be held out; ``val/seen`` says which it is (``baselines.py``).
+A task with short questions soon has asked all of them, and a model that memorized the answers would
+be right. Where questions are so many that none comes twice, nothing needs to be held out;
+``val/seen`` reports which is the case (``baselines.py``).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_whole
 
 _TRIES = 100
-"""Draws for each that is expected: what is not found then is not there."""
+"""Draws per expected hit: a kind of question that is not found in that many does not exist."""
 _GUESSED = 1024
-"""Examples that the chance of who guesses is a mean over."""
+"""Number of examples that the chance of a guess is averaged over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class HeldOutTask(Task):
     """A task whose validation and training share no question.
 
     Attributes:
-        held_out: n >= 2; one question in n is validation's, and all others are training's. None
-            for one stream of both, as runs have it that were stored without this key.
+        held_out: n >= 2; one question in n is for validation, and all others are for training. None
+            uses one stream for both, as in runs that were stored without this key.
     """
 
     held_out: int | None = None
@@ -44,17 +44,17 @@ class HeldOutTask(Task):
 
     @abstractmethod
     def draw(self, draws: Draws) -> Example:
-        """An example, by the next random numbers."""
+        """An example from the next random numbers."""
 
     def question(self, prompt: Sequence[int]) -> Sequence[int] | None:
-        """What is hashed of a prompt; None for one that is training's in any case."""
+        """The part of a prompt that is hashed; None for a prompt that is always for training."""
         return prompt
 
     def example(self, index: int) -> Example:
-        """The first that is on the side of its index, of those that its random numbers give.
+        """The first example drawn with this index that is for the split of the index.
 
         Raises:
-            UserError: there is none, for the questions are too few to share.
+            UserError: if there is none, because the questions are too few to divide.
         """
         draws = self.draws(index)
         if self.held_out is None:
@@ -71,7 +71,7 @@ class HeldOutTask(Task):
         )
 
     def is_held_out(self, prompt: Sequence[int]) -> bool:
-        """Whether a question is validation's."""
+        """Whether a question is for validation."""
         question = self.question(prompt)
         if self.held_out is None or question is None:
             return False
@@ -79,7 +79,8 @@ class HeldOutTask(Task):
         return int.from_bytes(blake2b(ids, digest_size=8).digest(), "little") % self.held_out == 0
 
     def spec(self) -> dict[str, Any]:
-        """As :class:`Task` has it; what holds nothing out is what it was without the option."""
+        """As in :class:`Task`; without the option if nothing is held out, as before there was
+        one."""
         spec = super().spec()
         if self.held_out is None:
             del spec["held_out"]
@@ -87,5 +88,5 @@ class HeldOutTask(Task):
 
     @cached_property
     def _validation(self) -> list[Example]:
-        """The first examples, whose lengths are not those of all questions."""
+        """The first examples, whose lengths differ in frequency from those of all questions."""
         return [self.example(i) for i in range(_GUESSED)]

@@ -1,10 +1,10 @@
-"""Predict a hidden Markov process, whose best prediction is known: it is made from a belief.
+"""Predict a hidden Markov process, whose best predictor is known: a belief over its states.
 
 Shai et al. 2024, "Transformers represent belief state geometry in their residual stream" (arXiv
 2405.15943): a model that predicts well holds an affine image of :meth:`HMM.beliefs`, the
-distribution over hidden states after what has been read. Nothing is asked but the next symbol, so
-that exact match says only whether the process could say what the model did; what tells is the
-loss, by :meth:`HMM.surprisals`, and an affine probe's R^2.
+distribution over hidden states given the tokens so far. Only the next symbol is asked for, so exact
+match says only whether the process could produce the model's output; the informative measures are
+the loss against :meth:`HMM.surprisals`, and the R^2 of an affine probe.
 
     > 0 1 1 0 1 1        rrxor: of three symbols, the last is the exclusive or of the others
 
@@ -30,13 +30,13 @@ START, FIRST = 1, 2
 
 @dataclass(frozen=True, kw_only=True)
 class HMM(Task):
-    """``length`` symbols of a process that has gone on for ever.
+    """``length`` symbols of a stationary process.
 
     Attributes:
-        process: ``mess3``, of three states that are never known for sure, or ``rrxor``.
+        process: ``mess3``, with three states that are never known for sure, or ``rrxor``.
         length: T, symbols of an example, >= 1.
-        x: of mess3, the probability of each of the two other states to be next, in (0, 1/2).
-        a: of mess3, the probability that the next state shows its own symbol, in (0, 1).
+        x: for mess3, the probability of each of the two other states to be next, in (0, 1/2).
+        a: for mess3, the probability that the next state emits its own symbol, in (0, 1).
     """
 
     name: ClassVar[str] = "hmm"
@@ -80,8 +80,9 @@ class HMM(Task):
 
     @cached_property
     def chance(self) -> float:
-        """Of who says any symbols: how many sequences the process can say. All, with mess3."""
-        # By the set of states that it may be in: those sets are few.
+        """Exact match of random symbols: the share of sequences that the process can produce, which
+        is 1 for mess3."""
+        # Counted by the set of states that the process may be in, since there are few such sets.
         ways = {(True,) * len(self.stationary): 1}
         for _ in range(self.length):
             more: dict[tuple[bool, ...], int] = {}
@@ -96,16 +97,16 @@ class HMM(Task):
         """Distribution over states after each token, by Bayes' rule from the stationary one.
 
         Args:
-            tokens: ``[.., T]`` ids, as of a window; only symbols of the process tell anything.
+            tokens: ``[.., T]`` ids, as in a window; only symbols of the process carry information.
 
         Returns:
-            ``[.., T, S]`` float64; NaN from where the process could not say them.
+            ``[.., T, S]`` float64; NaN from the first token that the process could not produce.
         """
         return self._filter(tokens)[0]
 
     def surprisals(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """``[.., T]`` float64 nats of each token, given those before it: the least loss there is on
-        them, in expectation. 0 for what is no symbol of the process; see :meth:`beliefs`."""
+        """``[.., T]`` float64 nats of each token given those before it: the least expected loss.
+        0 for ids that are not symbols of the process; see :meth:`beliefs`."""
         return self._filter(tokens)[1]
 
     def example(self, index: int) -> Example:
@@ -119,13 +120,13 @@ class HMM(Task):
         return Example([START], answer)
 
     def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
-        """Whether the process says it with more than no probability."""
+        """Whether the process produces it with nonzero probability."""
         ids = range(FIRST, len(self.symbols))
         whole = len(answer) == self.length and all(token in ids for token in answer)
         return whole and bool(np.isfinite(self.surprisals(answer)).all())
 
     def content(self, example: Example) -> Hashable:
-        """What the process said, for nothing is asked."""
+        """The sequence itself, since the prompt asks nothing."""
         return tuple(example.answer)
 
     def variants(self) -> dict[str, Task]:
@@ -135,7 +136,7 @@ class HMM(Task):
         self, *, n: int, d_model: int, training: Training | None = None
     ) -> Sequence[Measure]:
         """``belief_r2`` of an affine probe from states to beliefs; ``surprisal``, the process's own
-        on the very symbols that the loss is a mean over, and the model's ``excess_loss``."""
+        loss on the same symbols as the model's; and the model's ``excess_loss`` over it."""
         size = len(self.stationary)
         return (
             AffineProbe("belief_r2", self.beliefs, size=size, d_model=d_model),
@@ -154,7 +155,7 @@ class HMM(Task):
                 likelihood = joint.sum(-1)
                 belief = joint / likelihood[..., None]
                 beliefs[..., t, :], surprisals[..., t] = belief, -np.log(likelihood)
-        # What tells nothing has likelihood 1, but for the last bits.
+        # Tokens without information have likelihood 1 up to rounding.
         return beliefs, np.where(ids < FIRST, 0.0, surprisals)
 
     @cached_property
@@ -164,8 +165,8 @@ class HMM(Task):
 
     @cached_property
     def _edges(self) -> list[tuple[list[float], list[tuple[int, int]]]]:
-        """Of each state: what can happen, a symbol and the next state, and the upper bounds of all
-        but the last in [0, 1)."""
+        """For each state: the possible pairs of a symbol and the next state, and the upper bounds
+        of all pairs but the last in [0, 1)."""
         found = []
         for table_MS in self.transitions.transpose(1, 0, 2):
             edges = [(int(m), int(s)) for m, s in zip(*np.nonzero(table_MS), strict=True)]
@@ -175,14 +176,14 @@ class HMM(Task):
 
 
 def _mess3(x: float, a: float) -> np.ndarray:
-    """States show their own symbol with probability a, each other one with (1 - a) / 2."""
+    """States emit their own symbol with probability a, each other one with (1 - a) / 2."""
     moves = np.full((3, 3), x) + np.eye(3) * (1 - 3 * x)
     shows = np.full((3, 3), (1 - a) / 2) + np.eye(3) * (a - (1 - a) / 2)
     return np.einsum("ij,jm->mij", moves, shows)
 
 
 def _rrxor() -> np.ndarray:
-    """Nothing is known; the first bit was 0, or 1; the exclusive or is 0, or 1."""
+    """The states: nothing is known; the first bit was 0, or 1; the exclusive or is 0, or 1."""
     nothing, was_0, was_1, is_0, is_1 = range(5)
     table = np.zeros((2, 5, 5))
     table[0, nothing, was_0] = table[1, nothing, was_1] = 0.5

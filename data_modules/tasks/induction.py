@@ -1,11 +1,11 @@
-"""Tell stories about people whose names are two tokens: which goes with which, the story says.
+"""Tell stories about people whose names are two tokens, which must be repeated consistently.
 
 Gloeckle et al. 2024, "Better & faster large language models via multi-token prediction" (arXiv
-2404.19737), section 4.1: names in children's stories are replaced by random ones of two tokens,
-and accuracy on the second token of those mentioned before measures induction. Here the stories are
-made from templates, and nothing is learned and asked but the second tokens of names that were
-mentioned before. Those of new names cannot be known: they are given. Were they asked, a model that
-ends all names alike would tell faultless stories.
+2404.19737), section 4.1: names in children's stories are replaced by random names of two tokens,
+and the accuracy on the second token of names mentioned before measures induction. Here the stories
+are made from templates, and only the second tokens of names mentioned before are trained and asked
+for. Those of new names cannot be predicted, so they are given. If they were asked for, a model that
+ends all names alike would tell consistent stories.
 
     > A3 b7 had a ball . at the lake A5 b2 found a cake . A3 b7 saw A5 b2 .
 """
@@ -43,7 +43,7 @@ KINDS = {
     **{word: word for sentence in SENTENCES for word in sentence if word not in SLOTS},
     **{word: kind for kind, words in FILLERS.items() for word in words},
 }
-"""Every word, and what it is called in a template."""
+"""Every word, and its kind in a template."""
 ID = {word: FIRST + i for i, word in enumerate(KINDS)}
 NAMES = FIRST + len(KINDS)
 """Id of the first beginning of a name."""
@@ -51,13 +51,13 @@ NAMES = FIRST + len(KINDS)
 
 @dataclass(frozen=True, kw_only=True)
 class Induction(Task):
-    """Stories of ``sentences`` sentences about ``names`` people, drawn anew for each.
+    """Stories of ``sentences`` sentences about ``names`` people, drawn for each story.
 
     Attributes:
-        sentences: of a story; more than ``names``, so that some name is repeated.
-        names: people of a story, >= 2; their names begin differently and may end the same.
-        beginnings: different first tokens of names, >= ``names``.
-        endings: different second tokens of names, >= 1.
+        sentences: sentences of a story; more than ``names``, so that some name is repeated.
+        names: people of a story, >= 2; their names begin differently and may end alike.
+        beginnings: number of different first tokens of names, >= ``names``.
+        endings: number of different second tokens of names, >= 1.
     """
 
     name: ClassVar[str] = "induction"
@@ -101,7 +101,7 @@ class Induction(Task):
 
     @cached_property
     def chance(self) -> float:
-        """Of who repeats any of the names so far, over 256 stories."""
+        """Exact match of repeating a random earlier name, over 256 stories."""
         total = 0.0
         for i in range(256):
             example = self.example(i)
@@ -140,7 +140,7 @@ class Induction(Task):
         return Example([BEGIN], story, given)
 
     def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
-        """Whether it is a story whose names end whenever they are repeated as they did at first."""
+        """Whether it is a story in which each name always has the same ending."""
         if any(not FIRST <= token < len(self.symbols) for token in answer):
             return False
         sentences: list[list[str]] = [[]]
@@ -158,7 +158,7 @@ class Induction(Task):
         return {"longer": replace(self, sentences=2 * self.sentences)}
 
     def groups(self, example: Example) -> Sequence[str]:
-        """How many tokens back the name was last mentioned."""
+        """The distance in tokens to the previous mention of the name."""
         names, last = [""], dict[int, int]()
         for place, (token, asked) in enumerate(
             zip(example.answer, example.asked[1:], strict=False)
@@ -172,5 +172,5 @@ class Induction(Task):
 
     @cached_property
     def _kinds(self) -> list[str]:
-        """What every id from :data:`FIRST` on is called in a template."""
+        """The kind of every id from :data:`FIRST` on."""
         return [*KINDS.values(), *["NAME"] * self.beginnings, *["ENDING"] * self.endings]

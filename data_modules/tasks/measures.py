@@ -1,8 +1,9 @@
-"""What a task reports of a model beside exact match, from what the model says, knows and costs.
+"""Metrics of a task besides exact match, from a model's answers, states and losses.
 
-A measure sees no model: it asks for what it needs, and the rest is not computed.
+A measure does not see the model: it asks for the outputs that it needs, and the others are not
+computed.
 
-Shapes: B batch, W tokens of a window, P its positions, C d_model, S what a probe is to find.
+Shapes: B batch, W tokens of a window, P its positions, C d_model, S size of a probe's target.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from data_modules.windows import WindowBatch
 
 
 class Outputs(Protocol):
-    """What a model makes of some examples, each a row of :attr:`batch`; computed when asked for."""
+    """A model's outputs for some examples, each a row of :attr:`batch`; computed when asked for."""
 
     @property
     def batch(self) -> WindowBatch:
-        """The examples as the model is given them; ``scored`` where it speaks."""
+        """The examples as the model reads them; ``scored`` where it answers."""
 
     @property
     def sampled_BW(self) -> Tensor:
-        """The tokens, with what the model says at temperature 1 in the scored places. Drawn from a
-        stream of each example's own: the same for any batch, rank and validation."""
+        """The tokens, with the model's answers at temperature 1 at the scored positions. They are
+        drawn from one stream per example, so they do not depend on batch, rank or validation."""
 
     @property
     def states_BPC(self) -> Tensor:
@@ -41,31 +42,31 @@ class Outputs(Protocol):
 
 
 class Measure(Metric, ABC):
-    """Values of a set of examples, over all ranks and batches: a metric whose states add up."""
+    """Values over a set of examples, all ranks and batches: a metric with additive states."""
 
     full_state_update = False
 
     @abstractmethod
     def update(self, numbers: np.ndarray, outputs: Outputs) -> None:
-        """Count some examples.
+        """Counts some examples.
 
         Args:
-            numbers: of the examples, [B] from 0.
-            outputs: the model's.
+            numbers: numbers of the examples, [B] from 0.
+            outputs: the model's outputs for them.
         """
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
-        """The values by name, as in ``val/NAME``; what is not defined is left out."""
+        """The values by name, as in ``val/NAME``; undefined values are left out."""
 
 
 class SampledAnswers(Measure):
-    """What a task makes of an answer to each example, drawn at temperature 1.
+    """Values of a task computed from one answer per example, drawn at temperature 1.
 
     Args:
-        n: examples.
-        place: of the answers in the windows.
-        judge: all answers, in the order of their examples, to values by name.
+        n: number of examples.
+        place: positions of the answers in the windows.
+        judge: maps all answers, in the order of their examples, to values by name.
     """
 
     answers: Tensor
@@ -76,7 +77,7 @@ class SampledAnswers(Measure):
         super().__init__()
         self.place = place
         self.judge = judge
-        # A row each, of one rank; together they are all.
+        # One row per example, filled by one rank; the sum over ranks fills all rows.
         empty = torch.zeros((n, place.stop - place.start), dtype=torch.int64)
         self.add_state("answers", default=empty, dist_reduce_fx="sum")
 
@@ -89,21 +90,21 @@ class SampledAnswers(Measure):
 
 
 LEAST = 1e-4
-"""Singular value of what a probe still reads, relative to the largest."""
+"""Least singular value that a probe uses, relative to the largest."""
 
 
 class AffineProbe(Measure):
-    """R^2 of the affine map that best (by least squares) reads something off the states from which
-    the model speaks: fitted on the examples of even number, scored on the others.
+    """R^2 of the best affine map (least squares) from the states that the model predicts from to
+    some target: fitted on the examples of even number, scored on the others.
 
-    ``1 - sum |y - fit|^2 / sum |y - mean y|^2`` over all components and scored positions, y's mean
-    being theirs. Nothing is kept of a position but its part of a sum. What states vary in by less
-    than :data:`LEAST` of what they vary in most is left out: it is their rounding, which no two
-    batches share.
+    It is ``1 - sum |y - fit|^2 / sum |y - mean y|^2`` over all components and scored positions of
+    the scored examples, with their own mean of y. Only sums are kept. Directions in which states
+    vary by less than :data:`LEAST` of their largest variation are left out: that is rounding, which
+    no two batches share.
 
     Args:
-        name: of the value.
-        wanted: tokens [B, W] to what is to be found [B, W, S] after each of them.
+        name: name of the value.
+        wanted: maps tokens [B, W] to the target [B, W, S] after each of them.
         size: S.
         d_model: C.
     """
@@ -117,7 +118,7 @@ class AffineProbe(Measure):
         self.name = name
         self.wanted = wanted
         self.d_model = d_model
-        # Of [state, 1, wanted] with itself, for either part of the examples.
+        # Products of [state, 1, wanted] with itself, for each half of the examples.
         n = d_model + 1 + size
         empty = torch.zeros((2, n, n), dtype=torch.float64)
         self.add_state("products", default=empty, dist_reduce_fx="sum")
@@ -144,10 +145,10 @@ class AffineProbe(Measure):
             return {}
         means = score[one, wanted] / n
         total = np.trace(score[wanted, wanted]) - n * means @ means
-        if total <= 1e-12 * n:  # the same everywhere
+        if total <= 1e-12 * n:  # constant
             return {}
         varied = fit - np.outer(fit[one], fit[one]) / n_fit
-        # Of squares, so that the least is squared, too.
+        # The products are squares, so the bound is squared too.
         slope, *_ = np.linalg.lstsq(varied[states, states], varied[states, wanted], rcond=LEAST**2)
         offset = (fit[one, wanted] - fit[one, states] @ slope) / n_fit
         error = np.concatenate([slope, offset[None], -np.eye(len(offset))])
@@ -155,12 +156,13 @@ class AffineProbe(Measure):
 
 
 class Excess(Measure):
-    """The least loss that there is on the scored tokens, and by how much the model's is above it;
-    both are means in nats.
+    """The least possible loss on the scored tokens, and the model's excess over it; both are means
+    in nats.
 
     Args:
-        name: of the least loss.
-        least: tokens [B, W] to the nats of each, given those before it, of the best prediction.
+        name: name of the least loss.
+        least: maps tokens [B, W] to the nats of each token given those before it, under the best
+            predictor.
     """
 
     sums: Tensor

@@ -1,12 +1,12 @@
 """Recall values by their keys, several times over: multi-query associative recall.
 
 Arora et al. 2023, "Zoology" (arXiv 2312.04927), section 4 and appendix: pairs of key and value,
-then keys once more, and their values are asked for. Most queries come soon: the slot of each is
-drawn without repetition with a probability that falls as ``slot^(power - 1)``. Three things differ
-from the paper. An answer is the token behind its query, so that a language model can say it. Then
-the values that were said are in sight, and a key is drawn for each query, whatever was asked
-before: were each asked once, the last values would be known without their keys. And what lies
-between queries is one symbol and no random ones.
+then keys again, whose values are asked for. Most queries come soon: their slots are drawn without
+repetition with a probability proportional to ``slot^(power - 1)``. Three things differ from the
+paper. An answer is the token after its query, so that a language model can predict it. The values
+that were answered are then visible, so a key is drawn for each query independently: if each were
+asked once, the last values would be known without their keys. And one blank symbol, instead of
+random symbols, lies between queries.
 
     k3 v1 k0 v7 = k0 v7 _ _ k0 v7
 """
@@ -33,10 +33,10 @@ class MQAR(Task):
 
     Attributes:
         pairs: K, >= 1.
-        slots: places for queries, >= K; those that none is drawn for are blank.
-        keys: different keys, >= K; each stands in an example at most once.
-        values: different values, >= 1.
-        power: a of the gaps' law, in (0, 1]; 1 is uniform.
+        slots: number of slots for queries, >= K; slots without a query are blank.
+        keys: number of different keys, >= K; each occurs in an example at most once.
+        values: number of different values, >= 1.
+        power: a of the power law of the gaps, in (0, 1]; 1 is uniform.
     """
 
     name: ClassVar[str] = "mqar"
@@ -77,7 +77,7 @@ class MQAR(Task):
 
     @property
     def chance(self) -> float:
-        """Of a guess among the values in sight, for each query."""
+        """Exact match of a random visible value for each query."""
         return float(self.pairs**-self.pairs)
 
     def example(self, index: int) -> Example:
@@ -85,8 +85,8 @@ class MQAR(Task):
         keys = [FIRST + i for i in draws.permutation(self.keys)[: self.pairs]]
         values = [FIRST + self.keys + i for i in draws.many_below(self.values, self.pairs)]
         prompt = [token for pair in zip(keys, values, strict=True) for token in pair] + [EQUALS]
-        # The smallest of exponential times are a draw without repetition (Efraimidis & Spirakis
-        # 2006), each slot with its weight.
+        # The smallest of exponential times are a draw without repetition in which each slot has its
+        # weight (Efraimidis & Spirakis 2006).
         times = -np.log1p(-draws.uniform(self.slots)) / self._weights
         taken = np.argsort(times, kind="stable")[: self.pairs].tolist()
         order = draws.many_below(self.pairs, self.pairs)
@@ -94,12 +94,13 @@ class MQAR(Task):
         for pair, slot in zip(order, taken, strict=True):
             answer[2 * slot : 2 * slot + 2] = [keys[pair], values[pair]]
             given[2 * slot + 1] = False
-        # Nothing is asked behind the last query.
+        # Nothing is asked after the last query.
         end = 2 * max(taken) + 2
         return Example(prompt, answer[:end], given[:end])
 
     def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
-        """Whether as many keys as the prompt has are there, each with its value, and blanks."""
+        """Whether it has as many queries as the prompt has pairs, each with its value, and blanks
+        otherwise."""
         pairs = dict(zip(prompt[:-1:2], prompt[1:-1:2], strict=True))
         slots = list(zip(answer[0::2], answer[1::2], strict=False))
         asked = [slot for slot in slots if slot != (BLANK, BLANK)]
@@ -107,13 +108,13 @@ class MQAR(Task):
         return whole and all(pairs.get(key) == value for key, value in asked)
 
     def variants(self) -> dict[str, Task]:
-        """Twice as many pairs and slots, where there are keys enough."""
+        """Twice as many pairs and slots, if there are enough keys."""
         if 2 * self.pairs > self.keys:
             return {}
         return {"more": replace(self, pairs=2 * self.pairs, slots=2 * self.slots)}
 
     def groups(self, example: Example) -> Sequence[str]:
-        """Distance from a query back to where its key stood last, in tokens."""
+        """The distance in tokens from a query to the previous occurrence of its key."""
         last = {key: 2 * i for i, key in enumerate(example.prompt[:-1:2])}
         names = []
         for i, asked in enumerate(example.asked):

@@ -1,14 +1,14 @@
 """Reduce an expression of polynomials over F7, modulo X^5: arithmetic of adjustable length.
 
 Gloeckle et al. 2024, "Better & faster large language models via multi-token prediction" (arXiv
-2404.19737), section 4.2: negation, addition, multiplication and composition, with a number of
-operations that is drawn. Coefficients and operations are uniform. Expressions are in prefix form,
-which needs no brackets, and coefficients begin with the constant one.
+2404.19737), section 4.2: negation, addition, multiplication and composition, with a random number
+of operations. Coefficients and operations are uniform. Expressions are in prefix form, which needs
+no brackets, and coefficients begin with the constant one.
 
     + 1 0 0 0 0 o 3 1 0 0 0 0 2 0 0 0 = 4 2 0 0 0        1 + (3 + X)(2 X)
 
-A composition p o q is p(q(X)) of p as it is written: where q has a constant term, other polynomials
-of p's class modulo X^5 would give something else.
+A composition p o q is p(q(X)) of p as written: if q has a constant term, other polynomials of p's
+class modulo X^5 would give another result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mtp_lightning.settings import require, require_whole
 
 EQUALS, MINUS, PLUS, TIMES, OF, FIRST = range(1, 7)
 Q, N = 7, 5
-"""Of the field, and coefficients of a polynomial."""
+"""Size of the field, and number of coefficients of a polynomial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class Polynomial(HeldOutTask):
     """Expressions of ``least`` .. ``operations`` operations, every number equally often.
 
     Attributes:
-        least: operations of an expression, >= 1.
-        operations: most operations of an expression.
+        least: least number of operations of an expression, >= 1.
+        operations: largest number of operations of an expression.
     """
 
     name: ClassVar[str] = "polynomial"
@@ -57,7 +57,7 @@ class Polynomial(HeldOutTask):
 
     @property
     def longest_prompt(self) -> int:
-        """Of binary operations alone, each of which has one operand more."""
+        """The length for binary operations only, which have one more operand than operations."""
         return self.operations + N * (self.operations + 1) + 1
 
     @property
@@ -81,13 +81,14 @@ class Polynomial(HeldOutTask):
         return {"more": replace(self, held_out=None, least=n + 1, operations=2 * n)}
 
     def groups(self, example: Example) -> Sequence[str]:
-        """How many operations the expression has."""
+        """The number of operations of the expression."""
         number = sum(MINUS <= token <= OF for token in example.prompt)
         return [f"operations_{number}"] * N
 
 
 def _expression(operations: int, draws: Draws) -> list[int]:
-    """In prefix form; a binary operation's left side has any number of those that are left."""
+    """An expression in prefix form; a binary operation's left side has a random share of the
+    remaining operations."""
     if operations == 0:
         return [FIRST + c for c in draws.many_below(Q, N)]
     operation = MINUS + draws.below(4)
@@ -102,8 +103,8 @@ def _expression(operations: int, draws: Draws) -> list[int]:
 
 
 def _reduce(prompt: Sequence[int]) -> list[int]:
-    """Tokens of the polynomial that an expression, closed by ``=``, is equal to."""
-    # From its end, operands are there before their operation, the left one on top.
+    """Tokens of the polynomial that an expression, ended by ``=``, equals."""
+    # Read from the end, operands come before their operation, the left one on top.
     stack: list[list[int]] = []
     digits: list[int] = []
     for token in reversed(prompt[:-1]):

@@ -1,8 +1,8 @@
 """Satisfy a formula in conjunctive normal form: random 3-SAT where it is hardest.
 
-With 4.26 clauses a variable, half of the formulas can be satisfied and search takes longest
-(Mitchell, Selman & Levesque 1992; Crawford & Auton 1996). Of these, the ones with few solutions
-are asked: formulas are drawn anew until one has them, which every assignment is tried for.
+With 4.26 clauses per variable, half of the formulas can be satisfied and search takes longest
+(Mitchell, Selman & Levesque 1992; Crawford & Auton 1996). Only formulas with few solutions are
+asked: formulas are drawn until one has few, by trying every assignment.
 
     1 -3 4 | -1 2 3 | -2 3 -4 = 1 2 -3 -4        clauses = a literal for each variable
 """
@@ -21,21 +21,22 @@ from mtp_lightning.settings import is_whole, require, require_whole
 
 BAR, EQUALS, FIRST = 1, 2, 3
 RATIO = 4.26
-"""Clauses a variable."""
+"""Clauses per variable."""
 MOST = 16
-"""Variables; formulas are tables of 2^n bits."""
+"""Most variables; formulas are tables of 2^n bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sat(Task):
     """Formulas of ``round(4.26 n)`` clauses, each of three variables, with repetition of clauses.
 
-    The example's own answer is any of the solutions, each equally often; all are right.
+    The example's own answer is a random solution; all solutions are right.
 
     Attributes:
         variables: n of a formula, in 3 .. 16.
-        names: numbers that these are drawn from, >= n, so that larger formulas have known symbols.
-        solutions: most that a formula has, >= 1; the least is one.
+        names: number of names that the variables are drawn from, >= n, so that the symbols cover
+            larger formulas.
+        solutions: most solutions of a formula, >= 1; the least is one.
     """
 
     name: ClassVar[str] = "sat"
@@ -81,7 +82,7 @@ class Sat(Task):
 
     @cached_property
     def chance(self) -> float:
-        """Of who gives each variable a random value: solutions / 2^n, over 256 formulas."""
+        """Exact match of random values for the variables: solutions / 2^n, over 256 formulas."""
         found = [self._formula(self.draws(i))[1].bit_count() for i in range(256)]
         return sum(found) / len(found) / 2**self.variables
 
@@ -104,21 +105,21 @@ class Sat(Task):
         return Example(prompt, answer)
 
     def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
-        """Whether it has a literal for each of the prompt's variables, by their numbers, and a true
-        one in each clause."""
+        """Whether it has one literal for each of the prompt's variables, in order, and a true one
+        in each clause."""
         clauses = [set(prompt[i : i + 3]) for i in range(0, len(prompt), 4)]
         variables = sorted({(literal - FIRST) // 2 for clause in clauses for literal in clause})
         whole = [(literal - FIRST) // 2 for literal in answer] == variables
         return whole and all(not clause.isdisjoint(answer) for clause in clauses)
 
     def variants(self) -> dict[str, Task]:
-        """Two variables more, where there are names enough."""
+        """Two more variables, if there are enough names."""
         n = self.variables + 2
         return {"larger": replace(self, variables=n)} if n <= min(self.names, MOST) else {}
 
     def _formula(self, draws: Draws) -> tuple[list[Clause], int]:
-        """Clauses, and a table whose bit a tells whether assignment a satisfies all of them; bit v
-        of an assignment is whether variable v is true."""
+        """Clauses, and a table whose bit a says whether assignment a satisfies all of them; bit v
+        of an assignment is the value of variable v."""
         while True:
             chosen = draws.many_below(len(self._all), self.clauses)
             table = -1
@@ -129,7 +130,7 @@ class Sat(Task):
             if not 1 <= table.bit_count() <= self.solutions:
                 continue
             formula = [self._all[i][0] for i in chosen]
-            # One that no clause names could not be asked for.
+            # A variable in no clause could not be asked for.
             if len({v for clause in formula for v, _ in clause}) == self.variables:
                 return formula, table
 

@@ -1,16 +1,16 @@
-"""Say two siblings and their parent that were never seen together: open-ended, yet judged.
+"""Name two siblings and their parent that were never seen together: open-ended, yet judged.
 
 Nagarajan et al. 2025, "Roll the dice & look before you leap" (arXiv 2504.15266), sibling discovery:
-who learns token by token learns the parent from its children, and that each child follows from the
-one before; who plans chooses the parent first, though it is said last. The graph of parents and
-children stands in no prompt. A random string is what an example hangs on (the paper's hash
+learning token by token, a model learns the parent from its children, and each child from the one
+before; with planning it chooses the parent first, although the parent comes last. The graph of
+parents and children is in no prompt. An example begins with a random string (the paper's hash
 conditioning), so that greedy decoding of new strings gives different answers.
 
     q e u h = c17 c4 P2        hash = siblings, parent
 
-The creativity of what is said is :meth:`Sibling.score`, of answers drawn at temperature 1. It takes
-a fixed training set (``data.examples``) of fewer triples than there are: with fresh examples none
-would remain new, and it is not reported.
+The creativity of answers drawn at temperature 1 is :meth:`Sibling.score`. It needs a fixed training
+set (``data.examples``) of fewer triples than there are: with fresh examples none would stay new,
+and it is not reported.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from mtp_lightning.settings import require_whole
 
 EQUALS, LETTERS = 1, 2
 PARENTS = LETTERS + len(ascii_lowercase)
-"""Ids of the first letter and of the first parent; children are behind the parents."""
+"""Ids of the first letter and of the first parent; children come after the parents."""
 GRAPH = 1 << 127
-"""Index behind all examples, of the graph's draws."""
+"""Index of the graph's draws, above all examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sibling(Task):
-    """Triples of one graph, which the seed decides, each equally often.
+    """Triples of one graph, which the seed determines, each equally often.
 
     Attributes:
-        parents: >= 1.
-        children: of each parent, >= 2; no two parents share one.
-        hash: letters of the random string, of 26 different ones, >= 0; 0 for none, with which
-            greedy decoding can say one answer only.
+        parents: number of parents, >= 1.
+        children: children of each parent, >= 2; no two parents share one.
+        hash: letters of the random string, of 26 different ones, >= 0; without a string, greedy
+            decoding can give only one answer.
     """
 
     name: ClassVar[str] = "sibling"
@@ -71,7 +71,7 @@ class Sibling(Task):
 
     @property
     def chance(self) -> float:
-        """Coherence of who says any two children and any parent."""
+        """Coherence of two random children and a random parent."""
         siblings = (self.children - 1) / (self.parents * self.children)
         return siblings / self.parents
 
@@ -84,23 +84,23 @@ class Sibling(Task):
         return Example([*string, EQUALS], [family[one], family[other], PARENTS + parent])
 
     def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
-        """Whether it is coherent: two children, and the parent of both. The prompt asks nothing."""
+        """Whether it is coherent: two children and their common parent. The prompt asks nothing."""
         if len(answer) != 3 or answer[0] == answer[1]:
             return False
         one, other, parent = answer
         return self._parent.get(one) == self._parent.get(other) == parent
 
     def content(self, example: Example) -> Hashable:
-        """The triple: its string means nothing."""
+        """The triple, since the string carries no meaning."""
         return frozenset(example.answer)
 
     def score(self, samples: Sequence[Sequence[int]], training: Sequence[Sequence[int]]) -> float:
         """Creativity: the share of samples that are coherent, distinct and not in training.
 
-        A triple is the same with its siblings in the other order, and counts once.
+        A triple with its siblings in the other order is the same triple, and counts once.
 
         Args:
-            samples: answers that were generated, of any ids and length; at least one.
+            samples: generated answers, of any ids and length; at least one.
             training: answers of the training set.
         """
         coherent = {frozenset(sample) for sample in samples if self.check((), sample)}
@@ -110,7 +110,7 @@ class Sibling(Task):
         self, *, n: int, d_model: int, training: Training | None = None
     ) -> Sequence[Measure]:
         """Shares of sampled answers: ``sampled_coherent``, ``sampled_distinct`` (coherent, each
-        triple once), and ``creativity`` (those not in training), of a fixed training set."""
+        triple once), and with a fixed training set ``creativity`` (those not in training)."""
         place = slice(self.longest_prompt, self.longest)
 
         def judge(samples: list[list[int]]) -> dict[str, float]:

@@ -1,9 +1,9 @@
-"""Find the way through a star graph: the least planning that next-token training fails at.
+"""Find the path through a star graph: the least planning task that next-token training fails at.
 
 Bachmann & Nagarajan 2024, "The pitfalls of next-token prediction" (arXiv 2403.06963), section 4.1.
-A node has ``degree`` arms; which of them leads to the goal can be read off from the goal alone,
-going backwards. Trained with the true path before it, a model learns to follow an arm that it has
-been given, and guesses the first step: 1 / degree.
+A node has ``degree`` arms; the arm that leads to the goal can be found from the goal, going
+backwards. With teacher forcing, a model learns to follow an arm once it is given the first step,
+and guesses that step: 1 / degree.
 
     0 5 | 7 3 | 0 7 | 5 9 / 0 3 = 0 7 3        degree 2, length 3: edges / start goal = path
 """
@@ -20,7 +20,7 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.settings import require_whole
 
 BAR, SLASH, EQUALS, FIRST = 1, 2, 3, 4
-"""Ids of the marks, and that of the first name."""
+"""Ids of the separators, and of the first name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,11 @@ class StarGraph(Task):
 
     Attributes:
         degree: d, arms that leave the start, >= 1.
-        length: l, nodes of the path from start to goal, both counted, >= 2; so of every arm.
+        length: l, nodes of the path from start to goal, both counted, >= 2; and of every arm.
         nodes: N, names that the graph's 1 + d (l - 1) nodes are drawn from without repetition.
         reverse: whether the answer is the path from the goal to the start.
-        fixed: graphs that there are; each example is of one of them, with a goal and an order of
-            edges of its own. None for a new graph every time.
+        fixed: number of graphs; each example uses one of them, with its own goal and order of
+            edges. None for a new graph every time.
     """
 
     name: ClassVar[str] = "star_graph"
@@ -61,7 +61,7 @@ class StarGraph(Task):
 
     @property
     def size(self) -> int:
-        """Nodes of a graph."""
+        """Number of nodes of a graph."""
         return 1 + self.edges
 
     @property
@@ -87,9 +87,9 @@ class StarGraph(Task):
 
     def example(self, index: int) -> Example:
         draws = self.draws(index)
-        graph, arm = draws, 0  # the names are drawn, so that no arm differs from another
+        graph, arm = draws, 0  # the names are random, so that all arms are alike
         if self.fixed is not None:
-            # Graphs have indices of their own, far behind those of examples.
+            # Graphs have their own indices, far above those of examples.
             graph = self.draws((1 << 127) + draws.below(self.fixed))
             arm = draws.below(self.degree)
         start, *others = (FIRST + i for i in graph.permutation(self.nodes)[: self.size])
@@ -113,7 +113,7 @@ class StarGraph(Task):
         return ends and all(step in edges for step in zip(path[:-1], path[1:], strict=True))
 
     def variants(self) -> dict[str, Task]:
-        """One node more an arm, and one arm more, where there are names enough."""
+        """One more node per arm, and one more arm, if there are enough names."""
         if self.fixed is not None:
             return {"new": replace(self, fixed=None)}
         steps = self.length - 1

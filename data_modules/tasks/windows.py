@@ -1,7 +1,7 @@
 """Windows that hold whole examples, and the loader that never runs out of them.
 
-A window has room for as many of the longest examples as fit, and holds that many, whatever their
-sizes: which examples a window has is then a pure function of its number. What is left is padding.
+A window holds as many examples as there is room for the longest ones, whatever their sizes: the
+examples of a window are then a pure function of its number. The rest is padding.
 
 Shapes: B batch, T positions, D depths, W = T + D + 1 tokens of a window.
 """
@@ -22,7 +22,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 
 EPOCH = 1 << 20
-"""Windows of an epoch where examples are always fresh: a number to count in, nothing else."""
+"""Windows of an epoch with fresh examples: an arbitrary number."""
 
 
 def first_training_index(seed: int) -> int:
@@ -34,18 +34,18 @@ class TaskWindows(Dataset[WindowBatch]):
     """Maps an array of window numbers to a :class:`WindowBatch`.
 
     Window i holds examples ``first + i * n`` to ``first + (i + 1) * n - 1``, n = ``per_window``.
-    Targets are the answers' tokens that are not given, at every depth. Where n > 1, document ids
-    keep attention and targets inside of each example.
+    Targets are the asked tokens of the answers, at every depth. If n > 1, document ids keep
+    attention and targets inside each example.
 
     Args:
-        task: of the examples.
-        seq_len: T, at least the longest example but one token.
+        task: the task.
+        seq_len: T, at least the length of the longest example minus one.
         depth: D.
-        stride: s, places from one depth's target to the next one's.
+        stride: s, tokens from one depth's target to the next one's.
         first: index of the first example.
-        examples: how many; None for no end, in epochs of :data:`EPOCH` windows.
+        examples: number of examples; None for no end, in epochs of :data:`EPOCH` windows.
         train_prompt: whether all of an example's tokens are targets.
-        extra: E, tokens of a window behind its T + D + 1.
+        extra: E, tokens of a window after its T + D + 1.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class TaskWindows(Dataset[WindowBatch]):
         """Raises ``UserError``, with the remedy, if there are too few windows for one step.
 
         Args:
-            batch_size: windows of one step of a process.
-            world: processes.
+            batch_size: windows of one step of one process.
+            world: number of processes.
         """
         n, needed = len(self), batch_size * world
         if n < needed:
@@ -90,7 +90,7 @@ class TaskWindows(Dataset[WindowBatch]):
             )
 
     def held(self, number: int) -> list[Example]:
-        """The examples of a window; none of one behind the last."""
+        """The examples of a window; none if it is after the last."""
         n = self.per_window
         end = (number + 1) * n if self.examples is None else min((number + 1) * n, self.examples)
         return [self.task.example(self.first + i) for i in range(number * n, end)]
@@ -118,15 +118,15 @@ def lay_out(
     apart: bool = False,
     extra: int = 0,
 ) -> WindowBatch:
-    """Examples side by side, [B, W].
+    """Lays out examples side by side, [B, W].
 
     Args:
         rows: the examples of every window.
         width: W.
         depth: D.
         stride: s.
-        train_prompt: whether prompts are targets, too.
-        apart: whether the batch carries document ids: one for each example, one for the padding.
+        train_prompt: whether prompts are targets too.
+        apart: whether the batch carries document ids: one per example, and one for the padding.
         extra: E.
     """
     tokens = np.full((len(rows), width), END, dtype=np.int64)
@@ -154,10 +154,10 @@ def lay_out(
 
 
 class ExampleLoader(WindowLoader):
-    """Training batches of a task: a :class:`WindowLoader` over windows that are always fresh, or
-    over those of a fixed set, in an order drawn for each epoch.
+    """Training batches of a task: a :class:`WindowLoader` over fresh windows, or over those of a
+    fixed set in an order drawn for each epoch.
 
-    A resumed run goes on with the examples of the seed that it was begun with.
+    A resumed run continues with the examples of its original seed.
     """
 
     dataset: TaskWindows

@@ -1,4 +1,4 @@
-"""The LightningDataModule of token files: ids that other programs wrote -> a view -> loaders."""
+"""The LightningDataModule of token files: ids from other programs -> a view -> loaders."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ HELD_OUT = 0.05
 
 
 class TokenFilesDataModule(StoreDataModule):
-    """Windows of T + D + 1 tokens of files that hold ids already; none of them is copied.
+    """Windows of T + D + 1 tokens from files that already hold ids; no file is copied.
 
     Args:
         tokenizer: the one that made the ids, or an
             :class:`~data_modules.tokenizers.ids.IdTokenizer`.
-        path: files of the training text: ``.bin`` or ``.npy``, Megatron's also without the suffix,
-            litdata's also by their ``index.json``; folders, globs, or a list, read as one text.
-        val_path: the same of the validation text; None for the end of ``path``.
-        held_out: share of the tokens that this end is, in whole documents; 0.05 if None.
+        path: files of the training text: ``.bin`` or ``.npy`` (Megatron's also without the suffix,
+            litdata's also by their ``index.json``), folders, globs, or a list of these, read as one
+            text.
+        val_path: the same for the validation text; None holds out the end of ``path``.
+        held_out: share of the tokens to hold out, in whole documents; 0.05 if None.
         dtype: type of the ids in files without header; uint16 if None.
-        options: of :class:`StoreDataModule` and :class:`WindowDataModule`.
+        options: options of :class:`StoreDataModule` and :class:`WindowDataModule`.
 
     Raises:
-        UserError: numbers out of range, or a tokenizer that would have to be trained. From the
-            first use: a file that is damaged, foreign or in both texts; an id that the tokenizer
-            does not have.
-        FileNotFoundError: likewise, no such file.
+        UserError: for numbers out of range, or a tokenizer that needs training. At the first use:
+            for a damaged or unknown file, a file in both texts, or an id that the tokenizer does
+            not have.
+        FileNotFoundError: at the first use, if there is no such file.
     """
 
     def __init__(
@@ -54,12 +55,12 @@ class TokenFilesDataModule(StoreDataModule):
         if tokenizer.needs_training:
             raise UserError(
                 f"data=tokens holds ids, and tokenizer={tokenizer.kind} would have to be trained "
-                "on text: give the one that made them (tokenizer=pretrained tokenizer.path=...), "
-                "or tokenizer=ids with tokenizer.vocab_size and tokenizer.eot_id"
+                "on text: set the tokenizer that made them (tokenizer=pretrained "
+                "tokenizer.path=...), "
             )
         if held_out is not None and val_path is not None:
             raise UserError(
-                f"data.held_out={held_out} has no meaning beside data.val_path: leave one out"
+                f"data.held_out={held_out} has no meaning with data.val_path: leave one out"
             )
         if held_out is not None and not 0 < held_out < 1:
             raise UserError(
@@ -78,8 +79,8 @@ class TokenFilesDataModule(StoreDataModule):
             both = {file.shard.path for file in train} & {file.shard.path for file in val or ()}
             if both:
                 raise UserError(
-                    f"{min(both)} is in data.path and in data.val_path: what is validated on must "
-                    "not be trained on"
+                    f"{min(both)} is in data.path and in data.val_path: validation must not see "
+                    "what was trained on"
                 )
             self._store = open_view(
                 train,
@@ -99,7 +100,7 @@ class TokenFilesDataModule(StoreDataModule):
         found: dict[Path, None] = {}
         for item in given:
             one = os.fspath(item)
-            # Megatron's own way to name the pair of files.
+            # Megatron names a pair of files without their suffix.
             pair = Path(f"{one}.bin").expanduser()
             whole = f"{one}.bin" if pair.is_file() and not Path(one).exists() else one
             for _, path in expand(whole, key):
@@ -111,7 +112,7 @@ class TokenFilesDataModule(StoreDataModule):
 
 
 def _behind(path: Path) -> list[Path]:
-    """The files of ids that an index stands for; of any other file, itself."""
+    """The files of ids that an index stands for; any other file stands for itself."""
     if path.suffix == ".idx" and path.with_suffix(".bin").is_file():
         return [path.with_suffix(".bin")]
     chunks = chunk_paths(path) if path.name == INDEX else None

@@ -1,19 +1,19 @@
-"""Files of token ids as other programs write them: where in a file the ids are, and of what type.
+"""Formats of token files from other programs: where the ids are in a file, and of what type.
 
 ====================  ============================================================================
-Megatron-LM, NeMo,    ``.bin``: the ids alone. ``.idx``: ``MMIDIDX`` and two zeros, version (uint64,
+Megatron-LM, NeMo,    ``.bin``: only the ids. ``.idx``: ``MMIDIDX`` and two zeros, version (uint64,
 GPT-NeoX              1), code of the type (uint8), numbers of sequences and of document entries
                       (uint64), the sequences' lengths (int32) and byte offsets (int64), and the
                       sequence that each document begins with (int64), their count at the end
-llm.c,                ``.bin``: 256 int32, of which magic, version and number of ids, then the ids:
-modded-nanogpt        uint16 behind magic 20240520, uint32 behind 20240801 (Llama 3)
-nanoGPT               ``.bin``: the ids alone, uint16
+llm.c,                ``.bin``: 256 int32 with magic, version and number of ids, then the ids:
+modded-nanogpt        uint16 after magic 20240520, uint32 after 20240801 (Llama 3)
+nanoGPT               ``.bin``: only the ids, uint16
 litdata               ``.bin`` that an ``index.json`` names: see ``litdata_chunks.py``
 numpy                 ``.npy`` of one dimension
 ====================  ============================================================================
 
-A file says itself what it is. Of a header nothing but numbers is read, all of them checked against
-the file's size before they are used.
+The format is detected from the file. Only numbers are read from a header, and all of them are
+checked against the file's size before use.
 """
 
 from __future__ import annotations
@@ -41,21 +41,22 @@ _FOREIGN = {
     b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
     b"PAR1": "parquet: read its text with data=huggingface",
     b"\x89HDF": "HDF5: write its ids as .npy",
-    (20240522).to_bytes(4, "little"): "llm.c's file of multiple-choice questions: give one of text",
-    MEGATRON: "Megatron's index: name it .idx, beside the .bin of the same name",
+    (20240522).to_bytes(4, "little"): "llm.c's file of multiple-choice questions: give a text file",
+    MEGATRON: "Megatron's index: name it .idx, next to the .bin of the same name",
 }
 _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class TokenSource:
-    """What a file holds.
+    """The contents of a token file.
 
     Attributes:
         format: ``megatron``, ``litdata``, ``llm.c``, ``raw`` or ``npy``.
         shard: where its ids are.
-        starts: int64 first token of every document; None where end-of-text tokens alone part them.
-        files: all files that say so.
+        starts: int64 index of every document's first token; None if only end-of-text tokens
+            separate documents.
+        files: all files that determine the contents.
     """
 
     format: str
@@ -65,23 +66,23 @@ class TokenSource:
 
 
 def read_header(path: Path, dtype: str | None = None) -> TokenSource:
-    """Find the ids of a file.
+    """Finds the ids of a file.
 
     Args:
         path: a ``.bin`` or ``.npy`` file.
-        dtype: type of the ids in a file without header; None for uint16. Others know theirs.
+        dtype: type of the ids in a file without header; None for uint16. Other files state theirs.
 
     Raises:
-        UserError: naming the file: it is empty, truncated, foreign, or of another type than
+        UserError: naming the file: it is empty, truncated, unknown, or of another type than
             ``dtype``.
-        OSError: it cannot be read.
+        OSError: if it cannot be read.
     """
     if dtype not in (None, "uint16", "uint32", "int32", "int64"):
         raise UserError(f"data.dtype must be uint16, uint32, int32, int64 or null, not {dtype!r}")
     if path.suffix not in (".bin", ".npy"):
         raise UserError(
-            f"{path} is no file of token ids: give .bin (Megatron, nanoGPT, llm.c, litdata) or "
-            f".npy files, of a folder with others by a glob such as data.path='{path.parent}/*.bin'"
+            f"{path} is not a file of token ids: give .bin (Megatron, nanoGPT, llm.c, litdata) or "
+            f".npy files; for a folder with others too, use a glob: data.path='{path.parent}/*.bin'"
         )
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty: leave the file out of data.path")
@@ -100,7 +101,7 @@ def read_header(path: Path, dtype: str | None = None) -> TokenSource:
     if dtype is not None and np.dtype(found.shard.dtype) != np.dtype(dtype):
         own = np.dtype(found.shard.dtype).name
         raise UserError(
-            f"{path} ({found.format}) says that its ids are {own}, not data.dtype={dtype}: leave "
+            f"{path} ({found.format}) states that its ids are {own}, not data.dtype={dtype}: leave "
             "data.dtype out"
         )
     return found
@@ -111,13 +112,11 @@ def _raw(path: Path, head: bytes, dtype: str | None) -> TokenSource:
         if head.startswith(magic):
             raise UserError(f"{path} holds no token ids but is {what}")
     if looks_like_chunk(path):
-        raise UserError(
-            f"{path} is a chunk of litdata, and its {INDEX} is not beside it: copy that, too"
-        )
+        raise UserError(f"{path} is a chunk of litdata without its {INDEX}: copy that file, too")
     if dtype is None and _looks_wide(head):
         raise UserError(
             f"{path} has no header and looks like ids of 32 bits: set data.dtype=uint32, or "
-            "data.dtype=uint16 if every second id is 0 indeed"
+            "data.dtype=uint16 if every second id is really 0"
         )
     kind = np.dtype(dtype or "uint16").newbyteorder("<")
     n_tokens = _whole(path, path.stat().st_size, kind)
@@ -134,7 +133,7 @@ def _whole(path: Path, n_bytes: int, dtype: np.dtype) -> int:
     n_tokens, rest = divmod(n_bytes, dtype.itemsize)
     if rest:
         raise UserError(
-            f"{path} is truncated, or its ids are not {dtype.name}: {n_bytes:,} bytes are no "
+            f"{path} is truncated, or its ids are not {dtype.name}: {n_bytes:,} bytes are not a "
             f"multiple of {dtype.itemsize}; copy the file again, or set data.dtype"
         )
     return n_tokens
@@ -142,20 +141,20 @@ def _whole(path: Path, n_bytes: int, dtype: np.dtype) -> int:
 
 def _llm_c(path: Path, head: bytes) -> TokenSource:
     if len(head) < _LLM_C_HEADER:
-        raise UserError(f"{path} is truncated in its header of llm.c: copy the file again")
+        raise UserError(f"{path} is truncated in its llm.c header: copy the file again")
     magic, version, n_tokens = struct.unpack_from("<3i", head)
     known, dtype = _LLM_C[magic]
     if version != known:
         raise UserError(
-            f"{path} is of version {version} of llm.c's format, and only version {known} is known: "
-            "write it again with llm.c's own scripts"
+            f"{path} has version {version} of llm.c's format, and only version {known} is "
+            "supported: write it again with llm.c's own scripts"
         )
     size = path.stat().st_size
     expected = _LLM_C_HEADER + n_tokens * np.dtype(dtype).itemsize
     if n_tokens < 1 or size != expected:
         raise UserError(
             f"{path} is truncated or damaged: its header says {n_tokens:,} ids, so {expected:,} "
-            f"bytes, and it has {size:,}; copy the file again"
+            f"bytes, but it has {size:,}; copy the file again"
         )
     return TokenSource("llm.c", Shard(path, dtype, _LLM_C_HEADER, n_tokens), None, (path,))
 
@@ -168,13 +167,13 @@ def _numpy(path: Path) -> TokenSource:
     except Exception as error:  # a header of any kind of nonsense
         reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"{path} is no .npy file of ids, or is truncated ({reason}): write it again with "
+            f"{path} is not a .npy file of ids, or is truncated ({reason}): write it again with "
             "numpy.save"
         ) from None
     if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
         raise UserError(
-            f"{path} holds {array.dtype} of shape {array.shape} and not one row of whole numbers: "
-            "save ids.reshape(-1) of an integer type"
+            f"{path} holds {array.dtype} of shape {array.shape}, not a one-dimensional array of "
+            "integers: save ids.reshape(-1) of an integer type"
         )
     shard = Shard(path, array.dtype.str, array.offset, len(array))  # type: ignore[attr-defined]
     return TokenSource("npy", shard, None, (path,))
@@ -185,35 +184,35 @@ def _megatron(path: Path) -> TokenSource:
 
     def damaged(why: str) -> UserError:
         return UserError(
-            f"{index} is no index of {path.name}, or is damaged ({why}): copy both files again, or "
-            "move the index away to read the .bin alone"
+            f"{index} is not an index of {path.name}, or is damaged ({why}): copy both files "
+            "again, or move the index away to read the .bin alone"
         )
 
     size = index.stat().st_size
     with index.open("rb") as file:
         magic, header = file.read(len(MEGATRON)), file.read(_MEGATRON_HEADER.size)
     if magic != MEGATRON or len(header) < _MEGATRON_HEADER.size:
-        raise damaged("it does not begin as Megatron's do")
+        raise damaged("it does not begin like a Megatron index")
     version, code, n_sequences, n_entries = _MEGATRON_HEADER.unpack(header)
     if version != 1 or code not in _MEGATRON_TYPES:
-        raise damaged(f"version {version} with ids of type {code} is not known")
+        raise damaged(f"version {version} with ids of type {code} is not supported")
     at = len(MEGATRON) + _MEGATRON_HEADER.size
     expected = at + 12 * n_sequences + 8 * n_entries
     if size == expected + n_sequences and n_sequences:
         raise UserError(f"{index} is of images and text, which no model here reads: give text")
     if size != expected or n_sequences < 1 or n_entries < 2:
-        raise damaged(f"its numbers ask for {expected:,} bytes, and it has {size:,}")
+        raise damaged(f"its header implies {expected:,} bytes, but it has {size:,}")
     dtype = np.dtype(_MEGATRON_TYPES[code])
     n_tokens = _whole(path, path.stat().st_size, dtype)
     lengths = np.memmap(index, "<i4", "r", at, (n_sequences,))
     pointers = np.memmap(index, "<i8", "r", at + 4 * n_sequences, (n_sequences,))
     entries = np.memmap(index, "<i8", "r", at + 12 * n_sequences, (n_entries,))
-    end = 0  # bytes of the sequences so far: they must stand end to end to be read as one text
+    end = 0  # byte end of the sequences so far: they must be contiguous to be read as one text
     for i in range(0, n_sequences, _BLOCK):
         sizes = lengths[i : i + _BLOCK].astype(np.int64) * dtype.itemsize
         ends = end + np.cumsum(sizes)
         if sizes.min() < 0 or not np.array_equal(pointers[i : i + _BLOCK], ends - sizes):
-            raise damaged("its sequences do not stand one behind the other")
+            raise damaged("its sequences are not contiguous")
         end = int(ends[-1])
     if end != n_tokens * dtype.itemsize:
         raise damaged(
@@ -222,7 +221,7 @@ def _megatron(path: Path) -> TokenSource:
     first, last = int(entries[0]), int(entries[-1])
     if first != 0 or last != n_sequences or (np.diff(entries) < 0).any():
         raise damaged("its documents are not in order")
-    # A document of nothing begins where the next one does.
+    # An empty document begins where the next one does.
     begins = np.unique(entries[:-1])
     starts = np.unique(pointers[begins[begins < n_sequences]] // dtype.itemsize)
     starts = starts[starts < n_tokens]

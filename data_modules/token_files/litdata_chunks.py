@@ -1,11 +1,11 @@
 """Chunks of litdata, as ``litdata.optimize(..., item_loader=TokensLoader())`` writes them.
 
 ``index.json`` names the chunks of its folder and the type of their ids. A chunk is the number n of
-its items (uint32), n + 1 byte offsets (uint32) of where each item begins and the last one ends, and
-the ids of all items, end to end. An item is a document.
+its items (uint32), n + 1 byte offsets (uint32) of each item's beginning and the last one's end, and
+the concatenated ids of all items. An item is a document.
 
-The files are read as they lie on a disk, in the order of training that every corpus has here;
-litdata itself, whose own order depends on its workers, is not needed.
+The files are read as they are on disk, in the training order of every other corpus. litdata itself,
+whose order depends on its workers, is not needed.
 """
 
 from __future__ import annotations
@@ -27,35 +27,34 @@ _TYPES = {
     | {17: "<i8", 18: "<i8", 20: "<u2"},
     "no_header_numpy": dict(enumerate(("<i1", "<i2", "<i4", "<i8", "<u1", "<u2", "<u4"))),
 }
-"""By the serializer's name, its numbers for the types of whole numbers."""
+"""Type codes of the integer types, by the serializer's name."""
 
 
 def chunk_paths(index: Path) -> list[Path] | None:
-    """The chunks that an index names, in its order; None of a file that is no index of litdata's.
+    """The chunks that an index names, in its order; None for a file that is not a litdata index.
 
     Raises:
-        UserError: its chunks hold something else than rows of ids.
-        OSError: it cannot be read.
+        UserError: if its chunks hold anything but rows of ids.
+        OSError: if it cannot be read.
     """
     found = _read_index(index, index.stat().st_mtime_ns)
     return None if found is None else [index.parent / name for name in found[0]]
 
 
 def looks_like_chunk(path: Path) -> bool:
-    """Whether a file begins as a chunk of its size does: it is one, whatever index it has lost."""
+    """Whether a file begins like a chunk of its size: a chunk that has lost its index."""
     return _offsets(path) is not None
 
 
 def read_chunk(path: Path) -> tuple[Shard, np.ndarray] | None:
-    """A chunk's ids, and the first token of every document; None of a file that is no chunk.
+    """The ids of a chunk, and the first token of every document; None if the file is not a chunk.
 
     Args:
         path: a ``.bin`` file.
 
     Raises:
-        UserError: it or its index is truncated or damaged, or it holds something else than rows of
-            ids.
-        OSError: it cannot be read.
+        UserError: if it or its index is truncated or damaged, or it holds anything but rows of ids.
+        OSError: if it cannot be read.
     """
     index = path.parent / INDEX
     found = _read_index(index, index.stat().st_mtime_ns) if index.is_file() else None
@@ -63,15 +62,15 @@ def read_chunk(path: Path) -> tuple[Shard, np.ndarray] | None:
         return None
     if path.name not in found[0]:
         raise UserError(
-            f"{path} is not among the chunks of {index}: copy both again, or give files of another "
-            "kind a folder of their own"
+            f"{path} is not among the chunks of {index}: copy both again, or move files of another "
+            "kind to a folder of their own"
         )
     dtype = np.dtype(found[1])
     offsets = _offsets(path)
     lengths = np.zeros(0, np.int64) if offsets is None else np.diff(offsets)
     if offsets is None or lengths.min() < 0 or (lengths % dtype.itemsize).any():
         raise UserError(
-            f"{path} is truncated or damaged: its header does not fit its "
+            f"{path} is truncated or damaged: its header does not match its "
             f"{path.stat().st_size:,} bytes and the {dtype.name} of {index}; copy both files again"
         )
     begin, end = int(offsets[0]), int(offsets[-1])
@@ -83,7 +82,7 @@ def read_chunk(path: Path) -> tuple[Shard, np.ndarray] | None:
 
 
 def _offsets(path: Path) -> np.ndarray | None:
-    """Byte offsets of a chunk's items and of its end; None where the file's size belies them."""
+    """Byte offsets of a chunk's items and of its end; None if they do not match the file's size."""
     size = path.stat().st_size
     if size < 12:
         return None
@@ -96,14 +95,14 @@ def _offsets(path: Path) -> np.ndarray | None:
 
 @functools.lru_cache(maxsize=8)
 def _read_index(index: Path, changed: int) -> tuple[dict[str, None], str] | None:
-    """Names of chunks and the type of their ids; None of an index of something else. ``changed`` is
-    when the file was."""
+    """Names of chunks and the type of their ids; None for the index of something else. ``changed``,
+    the file's time stamp, makes the cache miss when the file changes."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         raise UserError(
-            f"{index} is no JSON, or is truncated: copy it again; without it, what lies beside it "
-            "cannot be told from chunks of litdata"
+            f"{index} is not JSON, or is truncated: copy it again; without it, the files next to "
+            "it cannot be told from chunks of litdata"
         ) from None
     try:
         config = content["config"]
@@ -118,16 +117,16 @@ def _read_index(index: Path, changed: int) -> tuple[dict[str, None], str] | None
     for key in ("compression", "encryption"):
         if config.get(key):
             raise UserError(
-                f"{index} is of chunks with {key} ({_short(config[key])}), which cannot be mapped: "
-                "write them again without"
+                f"{index} is of chunks with {key} ({_short(config[key])}), which cannot be memory-"
+                "mapped: write them again without it"
             )
     types = {str(code): dtype for code, dtype in _TYPES.get(serializer, {}).items()}
     dtype = types.get(number)
     if config.get("item_loader") != _LOADER or len(config["data_format"]) != 1 or dtype is None:
         raise UserError(
             f"{index} is of items ({_short(config['data_format'])}, item_loader "
-            f"{_short(config.get('item_loader'))}) that are no rows of token ids: write one tensor "
-            f"of ids a document, with item_loader={_LOADER}()"
+            f"{_short(config.get('item_loader'))}) that are not rows of token ids: write one "
+            f"tensor of ids per document, with item_loader={_LOADER}()"
         )
     return names, dtype
 

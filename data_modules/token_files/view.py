@@ -1,7 +1,7 @@
-"""A token store whose ids stay in the files that other programs wrote.
+"""A token store whose ids stay in the files of other programs.
 
-The cache keeps what one reading of the files finds: counts, document starts, and the pieces that an
-evaluation text is chosen from. The ids themselves are memory-mapped where they are.
+The cache keeps the results of one pass over the files: counts, document starts, and the pieces that
+an evaluation text is chosen from. The ids are memory-mapped in their own files.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from mtp_lightning.errors import UserError
 log = logging.getLogger(__name__)
 
 UNKNOWN_BYTES = 4
-"""Bytes that a token counts as, for the size of the evaluation text, where its text is unknown."""
-_BLOCK = 1 << 22  # tokens looked at in one go
+"""Bytes that a token of unknown text counts as, for the size of the evaluation text."""
+_BLOCK = 1 << 22  # tokens per step
 
 
 def open_view(
@@ -42,19 +42,20 @@ def open_view(
     tokenizer: Tokenizer,
     cache: Path,
 ) -> TokenStore:
-    """The store of token files, looked through if the cache has nothing of them.
+    """The store of token files, which are scanned if the cache has no result for them.
 
     Args:
         train: files of the training text, in order.
-        val: of the validation text; None for the end of the training text: from the first document
-            that begins behind ``1 - held_out`` of the tokens, or the last one cut there.
+        val: files of the validation text; None takes the end of the training text, from the first
+            document that begins after ``1 - held_out`` of the tokens, or from that token if no
+            document begins there.
         held_out: share of the tokens.
-        tokenizer: that made the ids.
+        tokenizer: the tokenizer of the ids.
         cache: the cache folder.
 
     Raises:
-        UserError: an id that the tokenizer does not have; files with and without an index mixed.
-        OSError: about files.
+        UserError: for an id that the tokenizer does not have, or files with and without an index.
+        OSError: if a file cannot be read or written.
     """
     splits = {"train": train} if val is None else {"train": train, "val": val}
     key = digest(
@@ -85,9 +86,9 @@ def open_view(
 
 
 def _content(files: Sequence[TokenSource], cache: Path) -> str:
-    """Digest of what files say: names do not matter, their order and types do."""
+    """Digest of the files' contents, order and types; names do not matter."""
     named = [(str(i), path) for i, file in enumerate(files) for path in file.files]
-    # A chunk of litdata is read as one by an index that is none of its files.
+    # An index that is not among its files makes a file a chunk of litdata.
     types = (
         f"{file.format} {file.shard.dtype}" if file.format == "litdata" else file.shard.dtype
         for file in files
@@ -97,12 +98,12 @@ def _content(files: Sequence[TokenSource], cache: Path) -> str:
 
 @dataclass(frozen=True)
 class Text:
-    """What is known of a text after one reading.
+    """Facts about a text from one pass over it.
 
     Attributes:
         shards: where its tokens are.
-        starts: int64 first token of every document.
-        counts: ``[V]`` int64 how often each id comes.
+        starts: int64 index of every document's first token.
+        counts: ``[V]`` int64 number of occurrences of each id.
     """
 
     shards: Sequence[Shard]
@@ -114,7 +115,7 @@ class Text:
         return sum(shard.n_tokens for shard in self.shards)
 
     def cut(self, held_out: float) -> tuple[Text, Text]:
-        """Beginning and end; see :func:`open_view`."""
+        """The text before the held-out part, and that part; see :func:`open_view`."""
         at = min(max(1, round(self.n_tokens * (1 - held_out))), max(1, self.n_tokens - 1))
         behind = int(self.starts.searchsorted(at))
         if behind < len(self.starts):
@@ -133,9 +134,9 @@ class Text:
 
 
 def look_through(files: Sequence[TokenSource], tokenizer: Tokenizer) -> Text:
-    """Count a text's ids and find its documents.
+    """Counts a text's ids and finds its documents.
 
-    An index says where documents start; without one a document starts behind end-of-text tokens.
+    An index says where documents start; without an index it starts after end-of-text tokens.
 
     Raises:
         UserError: see :func:`open_view`.
@@ -145,8 +146,8 @@ def look_through(files: Sequence[TokenSource], tokenizer: Tokenizer) -> Text:
         with_index = files[indexed.index(True)].shard.path
         without = files[indexed.index(False)].shard.path
         raise UserError(
-            f"{with_index} has an index of its documents and {without} has none: give both kinds "
-            "in runs of their own, or write one of them anew"
+            f"{with_index} has an index of its documents and {without} has none: use them in "
+            "separate runs, or write one of them again"
         )
     tokens = ShardedTokens([file.shard for file in files])
     counts = np.zeros(tokenizer.vocab_size, np.int64)
@@ -172,7 +173,7 @@ def look_through(files: Sequence[TokenSource], tokenizer: Tokenizer) -> Text:
         _warn_without_end(tokens, np.concatenate(found), tokenizer)
     starts = np.concatenate(found)
     if not all(indexed) and len(starts) > 1 and tokens[:1][0] == tokenizer.eot_id:
-        starts = np.delete(starts, 1)  # end-of-text tokens at the very beginning end nothing
+        starts = np.delete(starts, 1)  # end-of-text tokens at the very beginning end no document
     return Text(tokens.shards, starts, counts)
 
 
@@ -186,18 +187,18 @@ def _require_known(
     path, at = tokens.place(first + wrong)
     raise UserError(
         f"{path} has the id {int(block[wrong])} at token {at}, and the tokenizer "
-        f"({tokenizer.kind}) has ids from 0 to {tokenizer.vocab_size - 1}: give the tokenizer that "
-        "made the file, or the type of its ids as data.dtype"
+        f"({tokenizer.kind}) has ids from 0 to {tokenizer.vocab_size - 1}: set the tokenizer that "
+        "made the file, or the type of its ids with data.dtype"
     )
 
 
 def _warn_without_end(tokens: ShardedTokens, starts: np.ndarray, tokenizer: Tokenizer) -> None:
-    """Megatron and litdata write end-of-text tokens only where they were asked for them."""
+    """Warns of documents without end-of-text token, which Megatron and litdata write on request."""
     ends = starts[1:1001] - 1
     if len(ends) and (without := int((tokens[ends] != tokenizer.eot_id).sum())):
         log.warning(
             "of the first %d documents %d do not end in the end-of-text token %d: windows run from "
-            "one into the next without a mark (data.document_mask=true parts them).",
+            "one into the next without a mark (data.document_mask=true separates them).",
             len(ends),
             without,
             tokenizer.eot_id,
@@ -205,7 +206,7 @@ def _warn_without_end(tokens: ShardedTokens, starts: np.ndarray, tokenizer: Toke
 
 
 def _write(folder: Path, texts: dict[str, Text], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Document starts, validation pieces and tokenizer; returns what ``meta.json`` says of them."""
+    """Writes document starts, validation pieces and tokenizer; returns their ``meta.json``."""
     names = tokenizer.token_bytes()
     names += [b""] * (tokenizer.vocab_size - len(names))
     names[tokenizer.eot_id] = b""
@@ -216,7 +217,7 @@ def _write(folder: Path, texts: dict[str, Text], tokenizer: Tokenizer) -> dict[s
     if not known:
         log.warning(
             "the tokenizer (%s) does not know the text of %s of the validation text's ids, so "
-            "that there are no bits per byte.",
+            "there are no bits per byte.",
             tokenizer.kind,
             "some" if lengths.any() else "any",
         )
@@ -250,13 +251,13 @@ def _write(folder: Path, texts: dict[str, Text], tokenizer: Tokenizer) -> dict[s
 def _pieces(
     text: Text, names: Sequence[bytes] | None, eot_id: int
 ) -> Iterator[tuple[int, int, int, bytes]]:
-    """Rows of :data:`PIECES`, of documents with text.
+    """Rows of :data:`PIECES` for documents with text.
 
     Args:
-        text: of the validation.
-        names: bytes of every id; None if unknown: then pieces are of a fixed number of tokens, and
-            their digest is that of the ids.
-        eot_id: the end-of-text token, which is no text.
+        text: the validation text.
+        names: bytes of every id. If None, they are unknown: pieces then have a fixed number of
+            tokens, and their digest is a digest of the ids.
+        eot_id: the end-of-text token, which is not text.
     """
     tokens = ShardedTokens(text.shards)
     lengths = None if names is None else np.fromiter(map(len, names), np.int64, len(names))
@@ -279,8 +280,8 @@ def _pieces(
 def _cuts(
     ids: np.ndarray, names: Sequence[bytes] | None, lengths: np.ndarray | None
 ) -> Iterator[tuple[int, int]]:
-    """First token, and the one behind the last, of the pieces of a document: a piece ends with the
-    token that holds the place where the document's text would be cut."""
+    """(first token, index after the last token) of the pieces of a document. A piece ends with the
+    token at which the document's text would be cut."""
     if names is None or lengths is None:
         step = PIECE // UNKNOWN_BYTES
         yield from ((i, min(i + step, len(ids))) for i in range(0, len(ids), step))
@@ -292,7 +293,7 @@ def _cuts(
     blocks = (ids[i : i + _BLOCK].tolist() for i in range(0, len(ids), _BLOCK))
     data = b"".join(names[i] for block in blocks for i in block)
     first = n_bytes = 0
-    # Bytes that are no UTF-8 are characters, too, so that every byte is in one.
+    # Bytes that are not UTF-8 count as characters, so that every byte is in a character.
     for piece, final in pieces(data.decode("utf-8", "surrogateescape"), PIECE):
         n_bytes += len(piece.encode("utf-8", "surrogateescape"))
         last = len(ids) if final else int(ends.searchsorted(n_bytes)) + 1

@@ -1,4 +1,4 @@
-"""What a tokenizer is, and how one is stored with a run and read back."""
+"""The interface of tokenizers, and how one is stored with a run and read back."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mtp_lightning.stored import read_json
 
 STATE_FILE = "tokenizer_state.json"
 END_OF_TEXT = "<|endoftext|>"
-"""How :meth:`Tokenizer.decode` shows the end-of-text token of the byte and bpe tokenizers."""
+"""What :meth:`Tokenizer.decode` writes for the end-of-text token of the byte and bpe tokenizers."""
 
 
 class Tokenizer(ABC):
     """Text to token ids and back.
 
-    ``encode`` never adds special tokens and reads a special token's name in the text as ordinary
-    text; the token store writes ``eot_id`` after every document itself.
+    ``encode`` never adds special tokens, and reads the name of a special token as ordinary text;
+    the token store appends ``eot_id`` to every document itself.
     """
 
     kind: ClassVar[str]
@@ -38,11 +38,11 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def eot_id(self) -> int:
-        """Id of the end-of-text token that closes every document."""
+        """Id of the end-of-text token that ends every document."""
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """``[n]`` int64 ids of one text, without end-of-text token."""
+        """``[n]`` int64 ids of one text, without the end-of-text token."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -50,21 +50,21 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Everything that :func:`tokenizer_from_state` needs, as plain JSON-able containers."""
+        """Everything that :func:`tokenizer_from_state` needs, as plain JSON containers."""
 
     @classmethod
     @abstractmethod
     def from_state(cls, state: dict[str, Any]) -> Tokenizer:
-        """The tokenizer that gave this state."""
+        """The tokenizer with this state."""
 
     @abstractmethod
     def spec(self) -> dict[str, Any]:
-        """What decides the ids of a given corpus: options before training, content after."""
+        """What determines the ids of a given corpus: options before training, content after."""
 
     def token_bytes(self) -> list[bytes]:
-        """The bytes of the text that every id stands for, by id; a special token's are its name.
+        """The bytes of the text that each id stands for, by id; a special token has its name.
 
-        A token of a byte-level tokenizer may be part of a character. Where ids have holes, empty.
+        A token of a byte-level tokenizer may be part of a character. Unused ids are empty.
         """
         from data_modules.tokenizers.pieces import bytes_of_pieces
 
@@ -72,19 +72,19 @@ class Tokenizer(ABC):
 
     @property
     def reads_text(self) -> bool:
-        """Whether any text has ids, and not only words of the tokenizer's own."""
+        """Whether every text has ids, and not only the tokenizer's own symbols."""
         return True
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """``encode`` of every text; at once where that is faster."""
+        """``encode`` of every text, in one call of the library where that is faster."""
         return [self.encode(text) for text in texts]
 
     def encode_specials(self, text: str) -> np.ndarray:
-        """``encode`` of a text in which names of special tokens are those tokens, as in what a
-        program writes around a question.
+        """``encode`` of a text in which names of special tokens stand for those tokens, as in the
+        text of a chat template.
 
         Raises:
-            UserError: a tokenizer without special tokens of that kind.
+            UserError: if the tokenizer has no such special tokens.
         """
         raise UserError(
             f"the {self.kind} tokenizer has no special tokens to write a chat with: only a model "
@@ -92,21 +92,21 @@ class Tokenizer(ABC):
         )
 
     def special_ids(self) -> dict[str, int]:
-        """Ids of the beginning-of-text and the padding token, by their names in a config.json;
-        without those that it does not have."""
+        """Ids of the beginning-of-text and padding tokens, if it has them, by their names in a
+        config.json."""
         return {}
 
     @property
     def needs_training(self) -> bool:
-        """Whether :meth:`train` has to be called before ids can be had."""
+        """Whether :meth:`train` has to be called before it has ids."""
         return False
 
     def train(self, documents: Iterable[str]) -> Tokenizer:
-        """A trained copy; only for tokenizers with :attr:`needs_training`."""
+        """A trained copy, for tokenizers with :attr:`needs_training`."""
         raise TypeError(f"the {self.kind} tokenizer is not trained")
 
     def fingerprint(self) -> str:
-        """Hex digest of the state: equal ids for every text mean equal fingerprints."""
+        """Hex digest of the state: equal digests mean equal ids for every text."""
         return digest(json.dumps(self.state(), sort_keys=True))
 
     def library_json(self) -> str:
@@ -114,11 +114,8 @@ class Tokenizer(ABC):
         return str(self.state()["tokenizer_json"])
 
     def save(self, folder: str | Path) -> None:
-        """Writes the state into a run folder.
-
-        Where there is a ``tokenizer.json`` of the tokenizers library it is written too, so that
-        other programs can read it.
-        """
+        """Writes the state into a run folder, and the ``tokenizer.json`` of the tokenizers library
+        if there is one, for other programs."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = self.state()
@@ -128,7 +125,7 @@ class Tokenizer(ABC):
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Reads what :meth:`save` wrote, of whatever kind.
+        """Reads a tokenizer of any kind that :meth:`save` wrote.
 
         Raises:
             FileNotFoundError: if the folder holds no tokenizer.
@@ -149,10 +146,10 @@ def class_of(kind: str) -> type[Tokenizer] | None:
 
 
 def tokenizer_from_state(state: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that gave this state (see :meth:`Tokenizer.state`).
+    """The tokenizer with this state (see :meth:`Tokenizer.state`).
 
     Raises:
-        UserError: for a state of unknown kind, or one that is damaged.
+        UserError: for a state of unknown kind or a damaged one.
     """
     from data_modules.tokenizers import KINDS
 

@@ -21,22 +21,22 @@ MIN_VOCAB = 257
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level BPE: any text survives the round trip, and equal texts give equal merges.
+    """Byte-level BPE: every text survives the round trip, and equal texts give equal merges.
 
-    Id 0 is the end-of-text token, then the 256 bytes, then merges in the order of training.
+    Id 0 is the end-of-text token, then come the 256 bytes, then merges in the order of training.
 
-    A corpus repeats its words, so each distinct one is encoded once by the library, and the ids of
-    a text are gathered with numpy: faster on two cores than the library's own threads, with the
-    same ids (a test compares them).
+    A corpus repeats its words, so the library encodes each distinct word once, and numpy gathers
+    the ids of a text: faster on two cores than the library's own threads, with the same ids (a test
+    compares them).
 
     Args:
-        vocab_size: number of ids to train to, end-of-text included; a small corpus may have
-            fewer merges to give.
-        train_bytes: at most this many bytes are trained on: training documents in the corpus'
-            order, the last one cut short.
+        vocab_size: number of ids to train to, end-of-text included; a small corpus may have fewer
+            merges.
+        train_bytes: most bytes to train on: training documents in the corpus' order, the last one
+            cut.
 
     Raises:
-        UserError: for numbers that are too small.
+        UserError: for numbers that are out of range.
     """
 
     kind: ClassVar[str] = "bpe"
@@ -53,7 +53,7 @@ class BPETokenizer(Tokenizer):
         self.train_bytes = train_bytes
         self._json: str | None = None
         self._library: Any = None
-        self._one_at_a_time = threading.Lock()  # a server's threads share a tokenizer
+        self._one_at_a_time = threading.Lock()  # the threads of a server share a tokenizer
         self._forget()
 
     @property
@@ -61,7 +61,7 @@ class BPETokenizer(Tokenizer):
         return self._json is None
 
     def train(self, documents: Iterable[str]) -> BPETokenizer:
-        """A trained copy. Deterministic: the same documents give the same merges.
+        """A trained copy; the same documents give the same merges.
 
         Raises:
             UserError: if there is no text.
@@ -101,7 +101,7 @@ class BPETokenizer(Tokenizer):
                 raise UserError("the bpe tokenizer is not trained yet: prepare the data first")
             _quiet_forks()
             self._library = library_tokenizer(self._json, source="the bpe tokenizer")
-            # The special token's name in a text is text: the round trip must lose nothing.
+            # The name of the special token in a text is text: the round trip must be lossless.
             self._library.encode_special_tokens = True
         return self._library
 
@@ -127,7 +127,7 @@ class BPETokenizer(Tokenizer):
                     encoded = library.encode_batch_fast(new, add_special_tokens=False)
                     self._append([encoding.ids for encoding in encoded])
             except BaseException:
-                self._forget()  # words that have numbers and no ids
+                self._forget()  # the new words have numbers but no ids
                 raise
             starts = self._starts[: len(self._words) + 1]
             ids = _gather(self._ids[: self._n_ids], starts, numbers)
@@ -136,7 +136,7 @@ class BPETokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD, end of text its name."""
+        """Text of ids; bytes that are not UTF-8 become U+FFFD, and end of text becomes its name."""
         array = np.asarray(ids, dtype=np.int64).reshape(-1)
         return str(self._trained().decode(array.tolist(), skip_special_tokens=False))
 
@@ -166,7 +166,7 @@ class BPETokenizer(Tokenizer):
         return untrained._with(state["tokenizer_json"])
 
     def __getstate__(self) -> dict[str, Any]:
-        # The library object and the word cache are rebuilt where they are needed.
+        # The library object and the word cache are rebuilt where they are used.
         return self.state() if self._json is not None else self.spec()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -174,7 +174,7 @@ class BPETokenizer(Tokenizer):
         self._json = state.get("tokenizer_json")
 
     def _forget(self) -> None:
-        """Empties the word cache: word -> number, and every word's ids behind each other."""
+        """Empties the word cache: word -> number, and the ids of all words, concatenated."""
         self._words: Words = no_words()
         self._ids = np.empty(0, np.int64)
         self._starts = np.zeros(1, np.int64)
@@ -200,12 +200,12 @@ class BPETokenizer(Tokenizer):
 
 
 def _gather(ids: np.ndarray, starts: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Ids of a sequence of words; those of word w are ``ids[starts[w] : starts[w+1]]``."""
+    """Ids of a sequence of words; the ids of word w are ``ids[starts[w] : starts[w+1]]``."""
     first = starts[numbers]
     lengths = starts[numbers + 1] - first
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
-    # Position of every output in `ids`: a running index, shifted where each word begins.
+    # Index of every output in `ids`: a running index, shifted where each word begins.
     return ids[np.arange(total) + np.repeat(first - (ends - lengths), lengths)]
 
 
@@ -220,6 +220,6 @@ def _first_bytes(documents: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def _quiet_forks() -> None:
-    # Without a setting the library prints a warning in every loader worker that is forked later.
-    # Workers fetch windows and never encode, so threads here and forks there do not meet.
+    # Without this setting the library prints a warning in every loader worker that is forked later.
+    # Workers load windows and never encode, so its threads and the forks do not meet.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,4 +1,4 @@
-"""One token a UTF-8 byte, and an end-of-text token."""
+"""One token per UTF-8 byte, and an end-of-text token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_modules.tokenizers.pieces import printable
 
 
 class ByteTokenizer(Tokenizer):
-    """Ids 0..255 are bytes, 256 is end of text. Needs numpy alone and loses nothing."""
+    """Ids 0..255 are bytes, and 256 is end of text. Lossless, and needs only numpy."""
 
     kind: ClassVar[str] = "byte"
 
@@ -28,11 +28,11 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int64)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        # Bytes need no wider type on their way into the store.
+        # The store needs no wider type for bytes.
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD, end of text its name."""
+        """Text of ids; bytes that are not UTF-8 become U+FFFD, and end of text becomes its name."""
         array = np.asarray(ids, dtype=np.int64).reshape(-1)
         ends = np.flatnonzero(array == self.eot_id)
         pieces = np.split(array, ends)
@@ -45,7 +45,7 @@ class ByteTokenizer(Tokenizer):
         return [*(bytes([byte]) for byte in range(256)), END_OF_TEXT.encode()]
 
     def library_json(self) -> str:
-        """A byte-level BPE without merges: the library then gives every byte its own id."""
+        """A byte-level BPE without merges, so that the library gives every byte its own id."""
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

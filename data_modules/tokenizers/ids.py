@@ -1,4 +1,4 @@
-"""Ids of which nobody knows the text: a vocabulary's size and its end-of-text token."""
+"""Ids without text: only the size of the vocabulary and the end-of-text token are known."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from mtp_lightning.stored import LARGEST_VOCAB
 
 
 class IdTokenizer(Tokenizer):
-    """Reads and writes ids as numbers parted by spaces; what they stand for is not known.
+    """Reads and writes ids as numbers separated by spaces; their text is unknown.
 
     Args:
         vocab_size: number of ids.
-        eot_id: the one that ends a document.
-
+        eot_id: id that ends a document.
     Raises:
         UserError: for numbers out of range.
     """
@@ -52,17 +51,18 @@ class IdTokenizer(Tokenizer):
         return False
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of numbers parted by white space.
+        """Ids from numbers separated by white space.
 
         Raises:
-            UserError: something else than an id.
+            UserError: if the text holds anything else.
         """
         found = text.split()
         for word in found:
             if not (word.isascii() and word.isdigit() and int(word) < self.vocab_size):
                 raise UserError(
-                    f"{word[:40]!r} is no id: tokenizer=ids knows no text, so write ids from 0 to "
-                    f"{self.vocab_size - 1} with spaces between them, or give tokenizer=pretrained"
+                    f"{word[:40]!r} is not an id: tokenizer=ids knows no text, so write ids from 0 "
+                    f"to {self.vocab_size - 1} with spaces between them, or set "
+                    "tokenizer=pretrained"
                 )
         return np.array([int(word) for word in found], np.int64)
 
@@ -70,11 +70,11 @@ class IdTokenizer(Tokenizer):
         return "".join(f" {i}" for i in np.asarray(ids, np.int64).reshape(-1).tolist())
 
     def token_bytes(self) -> list[bytes]:
-        """Nothing is known of any id."""
+        """Empty for every id, since no text is known."""
         return [b""] * self.vocab_size
 
     def library_json(self) -> str:
-        """A list of words, which the library parts at white space."""
+        """A word-level tokenizer, for which the library splits at white space."""
         from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
         words = {str(i): i for i in range(self.vocab_size)}

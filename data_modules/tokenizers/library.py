@@ -1,7 +1,7 @@
-"""The tokenizers library's own tokenizers from files that may be anybody's.
+"""Tokenizers of the tokenizers library, from files that anybody may have written.
 
-The library is Rust: some files that no training wrote make it panic, which no ``except Exception``
-catches, or abort the process. What they hold is looked at before the library sees it.
+The library is Rust: some invalid files make it panic, which no ``except Exception`` catches, or
+abort the process. So the content of a file is checked before the library reads it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from mtp_lightning.errors import UserError
 from mtp_lightning.stored import LARGEST_VOCAB
 
-# How many times as long a text may become before it is split, or a token when it is shown: the
+# How many times longer a text may become before it is split, or a token when it is decoded: the
 # largest of Unicode's own compositions is 18.
 LARGEST_GROWTH = 256
 
@@ -25,11 +25,11 @@ def library_tokenizer(text: str, *, source: object) -> Any:
     """A tokenizer of the library, without padding and truncation.
 
     Args:
-        text: a ``tokenizer.json``.
-        source: of it, for messages.
+        text: content of a ``tokenizer.json``.
+        source: where it comes from, for messages.
 
     Raises:
-        UserError: it is none, or would take all memory.
+        UserError: if it is not a tokenizer, or would use all memory.
     """
     from tokenizers import Tokenizer
 
@@ -43,7 +43,7 @@ def library_tokenizer(text: str, *, source: object) -> Any:
         library = Tokenizer.from_str(text)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # the library's panics are no Exception
+    except BaseException as error:  # a panic of the library is not an Exception
         told = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{source} is not a tokenizer.json that can be read: {told}.") from None
     library.no_padding()
@@ -52,7 +52,7 @@ def library_tokenizer(text: str, *, source: object) -> Any:
 
 
 def _require_numbers(content: Any) -> None:
-    """Refuse ids and counts that no vocabulary has: the library makes a table of their size."""
+    """Refuses ids and counts too large for a vocabulary: the library allocates a table as large."""
     if not isinstance(content, dict):
         raise ValueError("it holds no JSON object")
     todo: list[Any] = [content]
@@ -76,7 +76,7 @@ def _ids(content: dict[str, Any]) -> Iterator[int]:
 
 
 def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """A normalizer or decoder, or those that one is a sequence of."""
+    """The steps of a normalizer, pre-tokenizer or decoder, with those of a sequence in order."""
     if isinstance(part, dict):
         yield part
         for name in ("normalizers", "pretokenizers", "decoders"):
@@ -85,12 +85,12 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any]) -> int:
-    """At most how many characters a step makes of one."""
+    """The most characters that a step makes of one character."""
     if step.get("type") == "Replace":
         pattern, content = step["pattern"], len(step["content"])
         if "String" in pattern:
             return max(1, -(-content // max(1, len(pattern["String"]))))
-        return 1 + content  # an expression may match before every character
+        return 1 + content  # a regular expression may match before every character
     if step.get("type") == "Precompiled" and step.get("precompiled_charsmap"):
         charsmap = base64.b64decode(step["precompiled_charsmap"])
         (trie,) = struct.unpack_from("<I", charsmap)

@@ -1,4 +1,4 @@
-"""How the tokenizers library writes a token's bytes as characters, and back."""
+"""How the tokenizers library writes the bytes of a token as characters, and back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 
 def printable(byte: int) -> str:
-    """GPT-2's character for a byte: itself where it can be seen, else one from 256 on, in order."""
+    """GPT-2's character for a byte: itself if it is visible, else one from 256 on, in order."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     if byte in seen:
         return chr(byte)
@@ -19,7 +19,7 @@ def bytes_of_pieces(library_json: str, vocab_size: int) -> list[bytes]:
 
     Args:
         library_json: its ``tokenizer.json``.
-        vocab_size: length of the list; ids that do not exist are empty.
+        vocab_size: length of the list; unused ids are empty.
     """
     from data_modules.tokenizers.library import library_tokenizer
 
@@ -33,7 +33,7 @@ def bytes_of_pieces(library_json: str, vocab_size: int) -> list[bytes]:
             found[i] = added[i].encode()
         elif byte_level and all(letter in byte_of for letter in piece):
             found[i] = bytes(byte_of[letter] for letter in piece)
-        elif single := re.fullmatch("<0x([0-9A-F]{2})>", piece):  # SentencePiece's lone bytes
+        elif single := re.fullmatch("<0x([0-9A-F]{2})>", piece):  # SentencePiece's byte fallback
             found[i] = bytes([int(single[1], 16)])
         else:
             found[i] = piece.replace("\u2581", " ").encode()

@@ -1,4 +1,4 @@
-"""A tokenizer that exists already: a ``tokenizer.json``, a folder with one, or a hub name."""
+"""An existing tokenizer: a ``tokenizer.json``, a folder with one, or a hub name."""
 
 from __future__ import annotations
 
@@ -24,30 +24,31 @@ KNOWN_EOT = (
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
     "[EOS]",
 )
-"""Names of the token that ends a document in the tokenizers in use, the first found is taken."""
+"""Names of the end-of-text token in common tokenizers; the first that is found is taken."""
 
 BESIDE = ("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
-"""Files beside a ``tokenizer.json`` that say how others use it; they are kept as text."""
+"""Files next to a ``tokenizer.json`` that other programs read; they are kept as text."""
 
 
 class PretrainedTokenizer(Tokenizer):
     """A tokenizer of the ``tokenizers`` library.
 
-    Whether a text survives the round trip is up to that tokenizer. Special tokens are never added;
-    their names in a text are text.
+    Whether a text survives the round trip depends on that tokenizer. Special tokens are never
+    added, and their names in a text are text.
 
     Args:
         path: a ``tokenizer.json``, a folder that holds one, or a name on the Hugging Face hub.
-        eot_token: the token that ends a document. Default: ``eos_token`` of a
-            ``tokenizer_config.json`` beside it, else the first known name among its special
-            tokens.
+        eot_token: the token that ends a document. Default: ``eos_token`` of the
+            ``tokenizer_config.json`` next to it, else the first of :data:`KNOWN_EOT` among its
+            special tokens.
 
     Attributes:
-        beside: the files of :data:`BESIDE` that lay beside it, by name.
+        beside: the files of :data:`BESIDE` next to it, by name.
 
     Raises:
-        FileNotFoundError: from the first use, if there is no such file, folder or hub name.
-        UserError: likewise, if the file is no tokenizer or has no such end-of-text token.
+        FileNotFoundError: at the first use, if there is no such file, folder or hub name.
+        UserError: at the first use, if the file is not a tokenizer or has no such end-of-text
+            token.
     """
 
     kind: ClassVar[str] = "pretrained"
@@ -86,7 +87,7 @@ class PretrainedTokenizer(Tokenizer):
         library.encode_special_tokens = True
         self.eot_token = eot_token
         self._eot_id = int(eot_id)
-        # Ids may have holes, the embedding must hold the largest.
+        # Ids may have gaps; the embedding must hold the largest.
         self._vocab_size = max(library.get_vocab(with_added_tokens=True).values()) + 1
         self._library = library
 
@@ -138,7 +139,7 @@ class PretrainedTokenizer(Tokenizer):
         return self._ids_state() | beside
 
     def _ids_state(self) -> dict[str, Any]:
-        """What decides the ids."""
+        """The part of the state that determines the ids."""
         text = self._load().to_str()
         return {
             "kind": self.kind,

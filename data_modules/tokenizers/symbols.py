@@ -1,4 +1,4 @@
-"""A task's own symbols, parted by spaces: nothing to train, and no text of any other kind."""
+"""A task's own symbols, separated by spaces: nothing to train, and no other text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mtp_lightning.errors import UserError
 
 
 class SymbolTokenizer(Tokenizer):
-    """One id a symbol; the first is the end of a text.
+    """One id per symbol; the first symbol is the end of a text.
 
-    Decoding writes a space before every symbol, so that texts can be joined.
+    Decoding writes a space before every symbol, so that texts can be concatenated.
 
     Args:
-        symbols: by id, different ones, without white space.
+        symbols: distinct symbols without white space, by id.
     """
 
     kind: ClassVar[str] = "symbols"
@@ -27,7 +27,7 @@ class SymbolTokenizer(Tokenizer):
         self._ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         self.eot_token = self.symbols[0]
         if len(self._ids) < len(self.symbols) or not all(isinstance(s, str) for s in self.symbols):
-            raise UserError("a task's symbols must be different texts")
+            raise UserError("a task's symbols must be different strings")
 
     @property
     def vocab_size(self) -> int:
@@ -42,17 +42,17 @@ class SymbolTokenizer(Tokenizer):
         return False
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of symbols parted by white space.
+        """Ids of symbols separated by white space.
 
         Raises:
-            UserError: something else than a symbol.
+            UserError: if the text holds anything else.
         """
         found = text.split()
         for symbol in found:
             if symbol not in self._ids:
                 known = " ".join(self.symbols[1:9])
                 raise UserError(
-                    f"{symbol!r} is no symbol of the task that this model was trained on: write "
+                    f"{symbol!r} is not a symbol of the task that this model was trained on: write "
                     f"symbols with spaces between them ({known} ..)."
                 )
         return np.array([self._ids[symbol] for symbol in found], np.int64)
@@ -64,7 +64,7 @@ class SymbolTokenizer(Tokenizer):
         return [f" {symbol}".encode() for symbol in self.symbols]
 
     def library_json(self) -> str:
-        """A list of words, which the library parts at white space."""
+        """A word-level tokenizer, for which the library splits at white space."""
         from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
         library = Tokenizer(models.WordLevel(self._ids, unk_token=self.symbols[0]))

@@ -1,7 +1,7 @@
-"""Text to words, each distinct one numbered at its first use: by C++ where it was built.
+"""The pre-tokenizer of BPE: splits text into words and numbers each distinct word at its first use.
 
 Words are split as in GPT-2: a run of letters, digits or signs with one space before it, or a run
-of white space less the space that the next word takes. Unlike GPT-2's, the pattern names its
+of white space without the space that the next word takes. Unlike GPT-2's, the pattern lists its
 characters one by one (all non-ASCII ones count as letters) and bounds each run, so that Python's
 ``re``, the library's regex engine and ``cpp/words.cpp`` agree on every text. ``_`` joins words.
 """
@@ -26,7 +26,7 @@ PATTERN = (
     rf"| ?[^ \t\n\r\f\v0-9{_LETTER}]{{1,64}}"
     rf"|{_SPACE}{{1,64}}(?![^ \t\n\r\f\v])|{_SPACE}{{1,64}}"
 )
-# The same words for Python, whose engine is faster with the space before the choice.
+# The same words for Python's engine, which is faster with the space before the alternatives.
 _PYTHON_LETTER = _LETTER.replace(r"\x{80}-\x{10FFFF}", "\x80-\U0010ffff")
 _PYTHON_PATTERN = re.compile(
     rf" ?(?:[{_PYTHON_LETTER}]{{1,64}}|[0-9]{{1,64}}|[^ \t\n\r\f\v0-9{_PYTHON_LETTER}]{{1,64}})"
@@ -37,19 +37,19 @@ _FILE = Path(__file__).with_name(f"_words{SUFFIX}")
 
 
 class Words(ABC):
-    """Words by number, in the order of their first use."""
+    """Numbers of words, in the order of their first use."""
 
     @abstractmethod
     def split(self, text: str) -> tuple[np.ndarray, list[str]]:
-        """The numbers of a text's words [n], and those words that are new, in their order."""
+        """The numbers of a text's words [n], and the words that are new, in order."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many distinct words there have been."""
+        """Number of distinct words so far."""
 
 
 class PythonWords(Words):
-    """By ``re`` and a dict."""
+    """With ``re`` and a dict."""
 
     def __init__(self) -> None:
         self._numbers = _Numbers()
@@ -65,7 +65,7 @@ class PythonWords(Words):
 
 
 class _Numbers(dict[str, int]):
-    """Only a new word costs a call of Python's."""
+    """Word -> number; only a new word costs a call of a Python function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class _Numbers(dict[str, int]):
 
 
 class NativeWords(Words):
-    """By C++."""
+    """With C++."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -87,7 +87,7 @@ class NativeWords(Words):
 
     def split(self, text: str) -> tuple[np.ndarray, list[str]]:
         data = text.encode("utf-8")
-        # As many as there can be; memory is taken where it is written to.
+        # The largest possible number of words; memory is only used where it is written.
         numbers = np.empty(len(data), np.int32)
         begins, ends = np.empty((2, len(data)), np.int64)
         known = len(self)
@@ -114,5 +114,5 @@ library, _ = open_built(
 
 
 def no_words() -> Words:
-    """An empty table, by the fastest way that there is."""
+    """An empty table, in C++ if it was built."""
     return PythonWords() if library is None else NativeWords(library)

@@ -1,4 +1,4 @@
-"""``sweeps/NAME.yaml`` as ``+sweeps=NAME``, wherever a command is started."""
+"""Makes ``sweeps/NAME.yaml`` available as ``+sweeps=NAME`` in every folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GROUP = "sweeps"
 
 
 class SweepsSource(ConfigSource):
-    """The folder as a config group. Hydra's own sources would take its parent, too."""
+    """The folder as a config group. Hydra's own sources would also add its parent."""
 
     @staticmethod
     def scheme() -> str:
@@ -51,13 +51,13 @@ class SweepsSource(ConfigSource):
 
     def _file(self, config_path: str) -> Path:
         group, _, name = self._normalize_file_name(config_path).partition("/")
-        # What lies deeper is no config of Hydra's: sweeps/claims/NAME.yaml is a claim.
+        # Deeper files are not configs of Hydra: sweeps/claims/NAME.yaml is a claim.
         flat = group == GROUP and "/" not in name
         return FOLDER / name if flat else FOLDER / "none" / "such"
 
 
 class SweepsSearchPath(SearchPathPlugin):
-    """Puts the folder behind conf/."""
+    """Adds the folder after conf/."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.append(provider="mtp-lightning", path=f"{GROUP}://{FOLDER}")

@@ -1,5 +1,5 @@
-"""The launchers that conf/hydra/launcher/ configures. Hydra imports this at every start, so that
-what they need is imported when they run."""
+"""The launchers that conf/hydra/launcher/ configures. Hydra imports this at every start, so their
+own imports wait until they run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from omegaconf import DictConfig
 
 
 class _SweepLauncher(Launcher):
-    """Keeps its settings for the module of ``sweeps/`` that runs the jobs.
+    """Holds the settings for the module of ``sweeps/`` that runs the jobs.
 
     Attributes:
-        module: that one; None for a launcher that leaves them to workers.
-        composes: all jobs' configs, before the first one starts: no sweeper need do it.
+        module: that module; None for a launcher that leaves the jobs to workers.
+        composes: whether it composes all jobs' configs before the first one starts, so that the
+            sweeper need not.
     """
 
     module: str | None

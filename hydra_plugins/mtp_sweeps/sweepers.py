@@ -6,10 +6,10 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
 
 class GridSweeper(BasicSweeper):
-    """``hydra/sweeper=grid``: Hydra's own, but that it leaves the first look at the jobs' configs
-    to a launcher that takes it: each would be composed twice."""
+    """``hydra/sweeper=grid``: Hydra's own, except that a launcher that composes the jobs' configs
+    replaces its check: otherwise each config would be composed twice."""
 
     def validate_batch_is_legal(self, batch: list[list[str]]) -> None:
-        # Not by its class: Hydra imports its plugins twice.
+        # An attribute, not isinstance: Hydra imports its plugins twice.
         if not getattr(self.launcher, "composes", False):
             super().validate_batch_is_legal(batch)

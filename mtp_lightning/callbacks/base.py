@@ -1,4 +1,4 @@
-"""What a callback of a run can do more than Lightning's."""
+"""The base class of a run's callbacks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 
 class RunCallback(Callback):
-    """Lightning's hooks and four of a run, all of which may be left as they are.
+    """Lightning's hooks and four more of a run; the defaults do nothing.
 
     Attributes:
         takes_gradients: what a person types for it, if it takes the gradients of one task alone,
@@ -21,16 +21,17 @@ class RunCallback(Callback):
     takes_gradients: ClassVar[str] = ""
 
     def paused(self) -> AbstractContextManager[None]:
-        """Entered while the run does something beside training, such as writing a checkpoint."""
+        """A context in which the run does something other than training, such as writing a
+        checkpoint."""
         return nullcontext()
 
     def shown(self) -> str:
-        """A few words for the progress bar, about the newest steps."""
+        """A few words about the newest steps, for the progress bar."""
         return ""
 
     def summary(self) -> dict[str, Any]:
-        """What ``summary.json`` gets of this callback, numbers by log tag; asked when the run has
-        ended."""
+        """What ``summary.json`` gets from this callback, numbers by log tag; called once the run
+        has ended."""
         return {}
 
     def on_run_end(self) -> None:
@@ -38,19 +39,19 @@ class RunCallback(Callback):
 
 
 def run_callbacks(trainer: pl.Trainer) -> Iterator[RunCallback]:
-    """The trainer's callbacks that have these hooks."""
+    """The trainer's callbacks of this class."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return (callback for callback in callbacks if isinstance(callback, RunCallback))
 
 
 @runtime_checkable
 class WritesBeside(Protocol):
-    """A strategy that may still be writing a checkpoint when its save has returned."""
+    """A strategy that may still be writing a checkpoint when its save returns."""
 
-    # Whether it may; whoever sets this asks ``settled``.
+    # Whether it may do so; whoever sets this has to call ``settled``.
     writes_beside: bool
     # Whether the newest save is sharded, because the model is too large for one process.
     in_parts: bool
 
     def settled(self, *, wait: bool) -> bool:
-        """Whether the newest save is on the disk, under its name; all processes ask at once."""
+        """Whether the newest save is on disk under its name; all processes call this together."""

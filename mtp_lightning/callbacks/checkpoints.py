@@ -57,34 +57,34 @@ class Checkpoints(RunCallback, Checkpoint):
     """Writes the run's checkpoints so that a resumed run continues exactly.
 
     * `last.ckpt`: every `every_n_steps` optimizer steps, at the last step, and when the run is
-      asked to stop (first Ctrl-C, SIGTERM). One batch is one optimizer step. Where a validation is
-      due after the step, the file is written after it: a run resumed from an earlier one would
-      never do that validation.
-    * `best.ckpt`: when `monitor` improves. Nothing is written twice: it is a hard link to the
-      `last.ckpt` of that moment (a copy where the file system knows no links).
-    * `previous.ckpt`: the `last.ckpt` before the newest, again a link, so that an intact file is
-      left when the newest is damaged.
+      asked to stop (first Ctrl-C, SIGTERM). One batch is one optimizer step. If a validation is due
+      after the step, the file is written after it: a run resumed from an earlier file would never
+      do that validation.
+    * `best.ckpt`: when `monitor` improves. It is a hard link to the `last.ckpt` of that moment (a
+      copy if the file system has no links), so nothing is written twice.
+    * `previous.ckpt`: the `last.ckpt` before the newest, also a link, so that an intact file
+      remains if the newest is damaged.
     * `step_N.ckpt`: for every N of `keep_steps`, a link to the `last.ckpt` of that step, from which
       other runs can branch (`branch_from=RUN@N`).
 
     An exception in the middle of a step leaves the model between two states, so nothing is saved
-    then; the newest file stays. Of several processes, Ctrl-C ends each where it is, and SIGTERM to
-    any of them all of them after the same step (``termination.py``).
+    then, and the newest file stays. With several processes, Ctrl-C ends each one immediately, and
+    SIGTERM to any of them ends all of them after the same step (``termination.py``).
 
-    Of a model that is sharded, a large checkpoint may be written beside the training: it has its
-    name some steps later, and before the next one begins.
+    A large checkpoint of a sharded model may be written while training continues: it gets its name
+    some steps later, and before the next save begins.
 
     Args:
         folder: where the files go.
         every_n_steps: optimizer steps between two `last.ckpt`, >= 1.
         monitor: the logged validation value that decides the best file; null keeps no best file.
         mode: `min` or `max`.
-        keep: what is left of a run that has ended well: `all`, `weights` or `none`; what
-            `keep_steps` names is left in any case.
-        keep_steps: optimizer steps whose checkpoints stay.
+        keep: files to keep of a run that has ended well: `all`, `weights` or `none`; those of
+            `keep_steps` are kept in any case.
+        keep_steps: optimizer steps whose checkpoints are kept.
 
     Raises:
-        UserError: on a wrong setting, or when `monitor` was not logged by a validation.
+        UserError: for a wrong setting, or if no validation logged `monitor`.
     """
 
     def __init__(
@@ -111,19 +111,19 @@ class Checkpoints(RunCallback, Checkpoint):
         self._old_handler: Any = None
         self._interrupted = False
         self._terminated = False
-        # Whether the newest save is the best, and has not got that name yet.
+        # Whether the newest save is the best but does not have that name yet.
         self._crowned = False
-        # Whether the newest save is to be kept under a name of its own, and has not got it yet.
+        # Whether the newest save is to be kept under its own name but does not have it yet.
         self._to_keep = False
 
     @property
     def last_path(self) -> Path:
-        """The newest checkpoint's place; it may not exist yet."""
+        """Path of the newest checkpoint, which may not exist yet."""
         return self.folder / LAST
 
     @property
     def best_path(self) -> Path:
-        """The best checkpoint's place; it may not exist yet."""
+        """Path of the best checkpoint, which may not exist yet."""
         return self.folder / BEST
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,34 +131,34 @@ class Checkpoints(RunCallback, Checkpoint):
         return {"best_score": self.best_score, "best_step": self.best_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best score."""
+        """Restores the best score."""
         self.best_score = state_dict["best_score"]
         self.best_step = state_dict["best_step"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over Ctrl-C: the first one stops after the step with a checkpoint, the second one at
-        once."""
+        """Takes over Ctrl-C: the first one stops with a checkpoint after the step, the second one
+        stops at once."""
         if trainer.enable_validation and trainer.check_val_every_n_epoch is not None:
             raise UserError(
                 f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch} would count "
-                "validations by epoch; here they are counted in optimizer steps: set it to "
-                "null and use trainer.val_check_interval."
+                "validations by epoch, but they are counted in optimizer steps: set it to null and "
+                "use trainer.val_check_interval."
             )
         self._last_is_good = False
         self._saved_step = trainer.global_step or None
         self._interrupted = self._terminated = self._crowned = False
-        # A run that was killed between the two saves of a step has not kept it yet.
+        # A run that was killed between the two saves of a step has not kept that step yet.
         step = trainer.global_step
         kept = (self.folder / kept_at(step)).exists()
         self._to_keep = step in self.keep_steps and self.last_path.exists() and not kept
         if not self.best_path.exists():
-            # The best file so far is in the folder of the run that this one branched from.
+            # The best file is in the folder of the run that this one branched from.
             self.best_score = self.best_step = None
         if isinstance(trainer.strategy, WritesBeside):
             trainer.strategy.writes_beside = True
         if isinstance(trainer._signal_connector, Termination):
             trainer._signal_connector.saves = True
-        # only where nobody else has a handler, and only in the main thread, where Python allows it
+        # Only if nobody else has a handler, and only in the main thread, where Python allows it.
         default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if (
             trainer.world_size == 1
@@ -170,11 +170,11 @@ class Checkpoints(RunCallback, Checkpoint):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stop here on Ctrl-C: the step before is saved, validated and logged, the next has not
-        begun.
+        """Stops here on Ctrl-C: the previous step is saved, validated and logged, and the next one
+        has not begun.
 
-        A Ctrl-C that came after the step before had passed its turn to be saved waits for one step
-        more. Saved here, that step would be stored with this step's batch as consumed.
+        A Ctrl-C that came after the previous step was due to be saved waits for one more step.
+        Saved here, that step would be stored with this step's batch as consumed.
         """
         if self._interrupted and self._saved_step == trainer.global_step:
             raise KeyboardInterrupt
@@ -187,7 +187,7 @@ class Checkpoints(RunCallback, Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save unless a validation follows now; then `on_validation_end` does."""
+        """Saves, unless a validation follows: then `on_validation_end` saves."""
         self._settle(trainer, wait=False)
         self._hear_sigterm(trainer)
         if self._due(trainer) and not self._validation_follows(trainer):
@@ -195,12 +195,12 @@ class Checkpoints(RunCallback, Checkpoint):
             self._end_if_terminated(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save when due or when the monitored value has improved."""
+        """Saves when due or when the monitored value has improved."""
         if trainer.state.fn == "validate":
             self._crown_last(trainer)
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        self._hear_sigterm(trainer)  # it may have come since
+        self._hear_sigterm(trainer)  # it may have come during the validation
         improved = self._update_best(trainer)
         if improved or self._due(trainer):
             self._save(trainer)
@@ -210,8 +210,7 @@ class Checkpoints(RunCallback, Checkpoint):
         self._end_if_terminated(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save a run that ended for another reason than its last step (a time limit, an early
-        stop)."""
+        """Saves a run that ended before its last step (a time limit, an early stop)."""
         if trainer.global_step > 0:
             self._save(trainer)
         self._settle(trainer, wait=True)
@@ -220,11 +219,11 @@ class Checkpoints(RunCallback, Checkpoint):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Give Ctrl-C back. Nothing is saved: see the class."""
+        """Restores the handler of Ctrl-C. Nothing is saved: see the class."""
         self._restore_handler()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give Ctrl-C back."""
+        """Restores the handler of Ctrl-C."""
         self._restore_handler()
 
     def on_run_end(self) -> None:
@@ -232,9 +231,9 @@ class Checkpoints(RunCallback, Checkpoint):
         checkpoints.keep(self.folder, self.keep)
 
     def _hear_sigterm(self, trainer: pl.Trainer) -> None:
-        """Whether this process, or any of several, was asked to end. All ask each other at the same
-        points, or they would stop at different steps. A validation is finished first: Lightning
-        would leave it out, and the run that goes on would miss it."""
+        """Notes whether this process, or any other, was asked to end. All processes ask each other
+        at the same points, or they would stop at different steps. A validation is finished first:
+        Lightning would skip it, and the resumed run would miss it."""
         connector = trainer._signal_connector
         told = (
             connector.agreed() if isinstance(connector, Termination) else trainer.received_sigterm
@@ -262,7 +261,7 @@ class Checkpoints(RunCallback, Checkpoint):
     def _validation_follows(self, trainer: pl.Trainer) -> bool:
         if not trainer.enable_validation:
             return False
-        if trainer.should_stop:  # Lightning validates once more before it stops
+        if trainer.should_stop:  # Lightning validates again before it stops
             return True
         every = trainer.val_check_batch
         return every is not None and trainer.global_step % every == 0
@@ -276,22 +275,20 @@ class Checkpoints(RunCallback, Checkpoint):
                 f"callbacks.checkpoints.monitor={self.monitor} was not logged by the validation "
                 f"(logged: {known}): name one of those, or set it to null."
             )
-        # one opinion for all processes: each would wait for the others in a save of its own
+        # Rank 0 decides for all processes: in a save of its own, a process would wait forever.
         score = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
         if not math.isfinite(score):
             return False
         sign = 1.0 if self.mode == "min" else -1.0
         if self.best_score is not None and sign * score >= sign * self.best_score:
             return False
-        self.best_score, self.best_step = (
-            score,
-            trainer.global_step,
-        )  # before the save, which stores them
+        # Set before the save, which stores them.
+        self.best_score, self.best_step = score, trainer.global_step
         return True
 
     def _crown_last(self, trainer: pl.Trainer) -> None:
-        """The validation after the training, where the last step had none of its own: `last.ckpt`,
-        which is the model that was validated, may be the best."""
+        """Handles the validation after training, if the last step had none of its own: `last.ckpt`,
+        which is the validated model, may be the best."""
         if stored_step(self.last_path) != trainer.global_step or not self._update_best(trainer):
             return
         if trainer.is_global_zero:
@@ -307,7 +304,7 @@ class Checkpoints(RunCallback, Checkpoint):
         with ExitStack() as stack:
             for callback in run_callbacks(trainer):
                 stack.enter_context(callback.paused())
-            # a damaged last.ckpt of an earlier process must not push an intact previous.ckpt out
+            # A damaged last.ckpt of an earlier process must not replace an intact previous.ckpt.
             if trainer.is_global_zero and (self._last_is_good or intact(self.last_path)):
                 link_or_copy(self.last_path, self.folder / PREVIOUS)
             trainer.save_checkpoint(self.last_path, weights_only=False)
@@ -317,8 +314,8 @@ class Checkpoints(RunCallback, Checkpoint):
         self._settle(trainer, wait=False)
 
     def _settle(self, trainer: pl.Trainer, *, wait: bool) -> None:
-        """Look whether the newest save has its name; then it can get another. Every process does at
-        the same point."""
+        """Gives the newest save its other names once it has its own. All processes call this at the
+        same point."""
         strategy = trainer.strategy
         if isinstance(strategy, WritesBeside) and not strategy.settled(wait=wait):
             return

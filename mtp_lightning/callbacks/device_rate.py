@@ -1,4 +1,4 @@
-"""What a device can do: by its maker's number, where that is known, and in this process."""
+"""FLOP/s of a device: the vendor's published peak, if known, and the rate measured here."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from statistics import median
 
 import torch
 
-# TFLOP/s of dense matrix products with accumulation in fp32, from the vendors' data sheets (which
-# print twice as much for sparse matrices). By the words of the device's name; fp16 is as bf16.
+# TFLOP/s of dense matrix products with fp32 accumulation, from the vendors' data sheets (which
+# print twice as much, for sparse matrices), by the words of the device's name. fp16 equals bf16.
 _PEAKS: dict[str, dict[str, float]] = {
     "V100 SXM2": {"fp16": 125.0, "fp32": 15.7},
     "T4": {"fp16": 65.0, "fp32": 8.1},
@@ -27,7 +27,7 @@ _PEAKS: dict[str, dict[str, float]] = {
     "RTX 4090": {"bf16": 165.2, "tf32": 82.6, "fp32": 82.6},
     "MI300X": {"bf16": 1307.4, "fp32": 163.4, "fp64": 163.4},
 }
-# Parts of these, and slower ones of the same name.
+# Parts of these devices, and slower ones with the same name.
 _OTHERS = {"MIG", "LAPTOP", "MAX", "TI", "D"}
 _KINDS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
@@ -37,9 +37,9 @@ class MatmulRate:
     """FLOP/s of plain matrix products in this process.
 
     Attributes:
-        fastest: of the products measured. That is what the device can do: a busy neighbour hardly
-            lowers it.
-        typical: the median. That is what it does now: a busy neighbour does.
+        fastest: of the measured products. This is what the device can do: other processes hardly
+            lower it.
+        typical: the median. This is what the device does now: other processes lower it.
     """
 
     fastest: float
@@ -47,11 +47,11 @@ class MatmulRate:
 
 
 def published_peak(name: str, dtype: torch.dtype, *, tf32: bool = False) -> float | None:
-    """FLOP/s that a device's maker states for dense matrix products; None where it is not known.
+    """FLOP/s that a device's vendor states for dense matrix products; None if unknown.
 
     Args:
-        name: as the driver gives it: ``NVIDIA H100 80GB HBM3``.
-        dtype: that is multiplied in.
+        name: as the driver reports it: ``NVIDIA H100 80GB HBM3``.
+        dtype: dtype of the products.
         tf32: whether fp32 products may be rounded to TF32.
     """
     words = set(re.split(r"[^A-Z0-9]+", name.upper()))
@@ -68,7 +68,7 @@ def published_peak(name: str, dtype: torch.dtype, *, tf32: bool = False) -> floa
 
 
 def peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
-    """:func:`published_peak` of a device of this machine; a CPU has none."""
+    """:func:`published_peak` of a device of this machine; None for a CPU."""
     if device.type != "cuda":
         return None
     tf32 = torch.get_float32_matmul_precision() != "highest"
@@ -76,7 +76,7 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def run_dtype(precision: str) -> torch.dtype:
-    """The dtype that a run of Lightning's `trainer.precision` multiplies in."""
+    """The dtype of the products in a run with Lightning's `trainer.precision`."""
     for start, dtype in (
         ("bf16", torch.bfloat16),
         ("16", torch.float16),
@@ -93,9 +93,9 @@ def measure_matmul_rate(
     size: int | None = None,
     seconds: float = 0.3,
 ) -> MatmulRate:
-    """Time `size`^3 matrix products (1024 on a CPU, 8192 on a GPU), at least 3 and for `seconds`.
+    """Times `size`^3 matrix products (1024 on a CPU, 8192 on a GPU), at least 3 and for `seconds`.
 
-    No random number of the run's is drawn.
+    It draws no random number from the run's generators.
     """
     size = size or (8192 if device.type == "cuda" else 1024)
     generator = torch.Generator(device).manual_seed(0)

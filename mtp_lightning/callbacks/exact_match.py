@@ -1,4 +1,4 @@
-"""Answers a task's questions at each validation, and has them judged."""
+"""Answers a task's questions at each validation, and checks the answers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mtp_lightning.settings import require_whole
 
 
 class ExactMatch(RunCallback):
-    """Logs ``val/exact_match``, the share of right answers of plain greedy decoding, what to
-    compare that with (``val/chance``, ``val/seen``, ``val/trivial``), what else
-    :class:`AnswerRates` has, and what the task's own measures say, of the validation examples; of
-    each out-of-distribution set as ``val/SET/..``. On text it does nothing.
+    """Logs ``val/exact_match``, the share of right answers of plain greedy decoding, the baselines
+    (``val/chance``, ``val/seen``, ``val/trivial``), the other values of :class:`AnswerRates`, and
+    the task's own measures, on the validation examples; for each out-of-distribution set as
+    ``val/SET/..``. On text it does nothing.
 
     Args:
         batch_size: examples decoded together, >= 1.
@@ -30,7 +30,7 @@ class ExactMatch(RunCallback):
         self._newest: dict[str, float] = {}
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Decode, judge, log; every process its share."""
+        """Decodes, checks and logs; every process does its share."""
         sets = trainer.datamodule.answer_sets()  # type: ignore[attr-defined]
         if not sets or trainer.sanity_checking:
             return
@@ -63,14 +63,14 @@ def answer_all(
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, float]:
-    """Every set's rates, and its task's measures, by log tag, over all ranks.
+    """Rates and measures of every set, by log tag, over all ranks.
 
     Args:
-        model: in evaluation mode.
-        sets: a task's ``AnswerSet`` by name; "" is the validation itself.
+        model: a model in evaluation mode.
+        sets: a task's ``AnswerSet`` by name; "" is the validation set itself.
         batch_size: examples decoded together.
-        rank: of this process, which answers every ``world``-th example.
-        world: processes.
+        rank: rank of this process, which answers every ``world``-th example.
+        world: number of processes.
     """
     from mtp_lightning.decoding.answers import Outputs
     from mtp_lightning.metrics.answers import AnswerRates

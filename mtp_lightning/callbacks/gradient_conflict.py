@@ -1,4 +1,4 @@
-"""Whether the depths pull the trunk where the main prediction pulls it: norms and cosines."""
+"""Norms and cosines of the depths' gradients: whether they agree with the main prediction's."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ from mtp_lightning.settings import require_whole
 
 
 class GradientConflict(RunCallback):
-    """Logs ``|g_k|`` and ``cos(g_0, g_k)``, ``g_k`` being the gradient of the unscaled ``L_k``.
+    """Logs ``|g_k|`` and ``cos(g_0, g_k)``, where ``g_k`` is the gradient of the unscaled ``L_k``.
 
-    ``grad/norm_depth_k`` (k = 0 .. D) and ``grad/cosine_depth_k`` (k = 1 .. D) on the last block of
-    the shared trunk; ``grad/embedding_norm_depth_k`` and ``grad/embedding_cosine_depth_k`` on the
-    embedding, of its use as an input by trunk and modules: a tied head's share is left out. Over
-    all ranks and micro-batches of the optimizer step, before clipping. Depths that the schedule
-    gives weight 0 are left out.
+    ``grad/norm_depth_k`` (k = 0 .. D) and ``grad/cosine_depth_k`` (k = 1 .. D) are for the last
+    block of the shared trunk; ``grad/embedding_norm_depth_k`` and
+    ``grad/embedding_cosine_depth_k`` are for the embedding as an input of trunk and modules,
+    without a tied head's share. They cover all ranks and micro-batches of the optimizer step,
+    before clipping. Depths with a schedule weight of 0 are left out.
 
-    It changes nothing in training, and keeps no state. A step that measures costs about as much
-    again as the step itself: a forward pass of trunk and depths, one backward pass for every task
-    through its modules and the whole trunk, two products with the head; and memory for D + 1
-    vectors of the block's and the embedding's size. With the default of one step in 50 that is a
-    few percent of a run.
+    Training is unchanged, and no state is kept. A measurement costs about as much as the step
+    itself: a forward pass of trunk and depths, a backward pass per task through its modules and the
+    whole trunk, two products with the head; and memory for D + 1 vectors of the size of the block
+    and the embedding. At the default of one step in 50 that is a few percent of a run.
 
     Args:
         every_n_steps: optimizer steps between two measurements; all of them are logged.
 
     Raises:
-        UserError: it is no whole number of at least 1.
+        UserError: if it is not a whole number of at least 1.
     """
 
     takes_gradients = "callbacks=gradient_conflict"
@@ -43,10 +42,10 @@ class GradientConflict(RunCallback):
         self.every_n_steps = require_whole(key, every_n_steps, least=1)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a model without anything to measure.
+        """Refuses a model with nothing to measure.
 
         Raises:
-            UserError: no depth reaches the trunk.
+            UserError: if no depth reaches the trunk.
         """
         model = pl_module.model
         assert isinstance(model, MTPModel)
@@ -56,9 +55,9 @@ class GradientConflict(RunCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Measure the step that comes, when it is time."""
+        """Measures the coming step when it is due."""
         assert isinstance(batch, WindowBatch)
-        module: Any = pl_module  # the project's own, which is not known in this room
+        module: Any = pl_module  # the project's own class, which this package must not import
         step = trainer.global_step
         if (step + 1) % self.every_n_steps:
             return

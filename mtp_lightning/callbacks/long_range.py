@@ -21,17 +21,17 @@ log = logging.getLogger(__name__)
 
 
 class LongRange(RunCallback):
-    """Logs the loss by position, the worth of context, the use of repeats (``val/*``) and, of a
+    """Logs the loss by position, the gain from context, the use of repeats (``val/*``) and, for a
     model with drafts, acceptance by position and entropy (``decode/*``): docs/long_range.md.
 
-    It changes nothing in training: it has a pass of its own over the validation's batches, and
-    draws from generators of its own. It costs about two validations: one pass over the whole
-    windows, less than one over shortened ones; then 32 windows of random tokens, and the decoding
-    of ``n_prompts`` texts of a window's length each.
+    Training is unchanged: it makes its own pass over the validation batches, and draws from its own
+    generators. It costs about two validations: one pass over the whole windows and less than one
+    over shortened ones; then 32 windows of random tokens, and the decoding of ``n_prompts`` texts
+    of a window's length.
 
     Args:
-        n_prompts: held-out prompts to decode, >= 0.
-        prompt_tokens: their length, >= 1.
+        n_prompts: number of held-out prompts to decode, >= 0.
+        prompt_tokens: tokens of each prompt, >= 1.
     """
 
     def __init__(self, n_prompts: int = 4, prompt_tokens: int = 8) -> None:
@@ -44,7 +44,7 @@ class LongRange(RunCallback):
         self._warned = False
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start counting."""
+        """Starts the counts."""
         self._measure = None
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not data.has_text:
@@ -66,13 +66,13 @@ class LongRange(RunCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count a batch."""
+        """Counts a batch."""
         if self._measure is not None:
             with trainer.precision_plugin.val_step_context():
                 self._measure.update(batch)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log."""
+        """Logs the values."""
         if self._measure is None:
             return
         with trainer.precision_plugin.val_step_context():
@@ -105,13 +105,13 @@ def acceptance_on_long_texts(
     model: MTPModel, data: Any, *, n_prompts: int, prompt_tokens: int = 8
 ) -> dict[str, float]:
     """Acceptance by position and entropy, on greedy texts as long as a window; see
-    :func:`acceptance_by`. Nothing without drafts or prompts."""
+    :func:`acceptance_by`. Empty without drafts or prompts."""
     room = data.seq_len - prompt_tokens
     if model.mtp.max_draft_depth == 0 or n_prompts == 0 or room < 3:
         return {}
     try:
         prompts = data.held_out_prompts(n_prompts, prompt_tokens)
-    except ValueError as error:  # a small corpus can be trained on all the same
+    except ValueError as error:  # training works on a small corpus anyway
         log.warning("No acceptance by position: %s.", error)
         return {}
     texts = generate(model, prompts, max_new_tokens=room, tokenizer=data.tokenizer)

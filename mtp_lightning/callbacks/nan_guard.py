@@ -1,5 +1,4 @@
-"""Stops a run whose loss or weights are no longer finite, before a checkpoint of it can be
-written."""
+"""Stops a run whose loss or weights are not finite, before it writes a checkpoint of them."""
 
 from __future__ import annotations
 
@@ -18,20 +17,19 @@ from mtp_lightning.settings import require_whole
 
 
 class NanGuard(Callback):
-    """Raises UserError naming the step, the depths and the last good checkpoint.
+    """Raises a UserError that names the step, the depths and the last good checkpoint.
 
-    Reads what the module's training step returns: `losses`, a tensor [D+1] of unscaled per-depth
-    means, `active`, which of them were computed (a list of D+1 bool), and `loss`. Reading a loss
-    waits for the device, so on a GPU the steps are kept and looked at together every
-    `every_n_steps`; the first bad one is named exactly all the same. On the CPU every step is
-    looked at. Before a checkpoint is written the losses since the last look and all parameters are
-    checked in any case: a gradient that overflowed spoils the weights one step before a loss shows
-    it.
+    It reads the training step's outputs: `losses`, a tensor [D+1] of unscaled per-depth means,
+    `active`, which of them were computed (a list of D+1 bool), and `loss`. Reading a loss waits for
+    the device, so on a GPU the steps are kept and checked together every `every_n_steps`; the error
+    still names the first bad one. On a CPU every step is checked. Before a checkpoint is written,
+    the unchecked losses and all parameters are checked: a gradient that overflows spoils the
+    weights one step before a loss shows it.
 
-    Under several processes `losses` must be the same on all of them, or one would stop alone.
+    With several processes `losses` must be the same on all of them, or one would stop alone.
 
     Args:
-        every_n_steps: optimizer steps between two looks on a GPU, >= 1.
+        every_n_steps: optimizer steps between two checks on a GPU, >= 1.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
@@ -41,7 +39,7 @@ class NanGuard(Callback):
         self._failure: str | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget an earlier fit."""
+        """Forgets an earlier fit."""
         self._pending, self._failure = [], None
 
     def on_train_batch_end(
@@ -52,7 +50,7 @@ class NanGuard(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Keep this step's losses, and look at the kept ones when it is time."""
+        """Keeps this step's losses, and checks the kept ones when due."""
         losses = torch.as_tensor(outputs["losses"]).detach()
         active = [bool(flag) for flag in outputs["active"]]
         row = torch.cat(
@@ -63,13 +61,13 @@ class NanGuard(Callback):
             self._look(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at the steps that are left."""
+        """Checks the remaining steps."""
         self._look(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuse to save what is not finite: this runs before anything is written."""
+        """Refuses to save values that are not finite; this runs before anything is written."""
         if self._failure is not None:
             raise UserError(self._failure)
         self._look(trainer)
@@ -80,7 +78,7 @@ class NanGuard(Callback):
             if named
             else None
         )
-        if finite is not None and trainer.world_size > 1:  # none may stop alone
+        if finite is not None and trainer.world_size > 1:  # no process may stop alone
             finite = trainer.strategy.reduce(finite.float(), reduce_op="min").bool()
         if finite is not None and not bool(finite.all()):
             bad = [name for (name, _), ok in zip(named, finite.tolist(), strict=True) if not ok]
@@ -95,9 +93,8 @@ class NanGuard(Callback):
         pending, self._pending = self._pending, []
         if not pending:
             return
-        values = (
-            torch.stack([row for _, row, _ in pending]).float().cpu()
-        )  # one wait for the device
+        # One copy, so that the device is waited for once.
+        values = torch.stack([row for _, row, _ in pending]).float().cpu()
         if bool(torch.isfinite(values).all()):
             return
         for (step, _, active), row in zip(pending, values, strict=True):

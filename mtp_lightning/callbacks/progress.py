@@ -26,14 +26,14 @@ class StepProgressBar(ProgressBar):
     lines. A resumed run starts at the step it resumes from. The losses are read from the device
     only when something is shown.
 
-    Reads the training step's `losses` (tensor [D+1]), `active` (D+1 bool) and `lambdas` (D
-    numbers), and what other callbacks have to show (`RunCallback.shown`).
+    It reads the training step's `losses` (tensor [D+1]), `active` (D+1 bool) and `lambdas` (D
+    numbers), and the other callbacks' `RunCallback.shown`.
 
     Args:
         refresh_seconds: seconds between two updates on a terminal.
         line_seconds: seconds between two lines elsewhere.
-        line_every_n_steps: lines every N steps instead of by time; null goes by `line_seconds`.
-        interactive: true for the bar, false for lines, null to look whether stderr is a terminal.
+        line_every_n_steps: prints a line every N steps; null goes by `line_seconds`.
+        interactive: true for the bar, false for lines, null for the bar if stderr is a terminal.
     """
 
     def __init__(
@@ -54,24 +54,24 @@ class StepProgressBar(ProgressBar):
         self._enabled = os.environ.get(QUIET) != "1"
         self._bar: tqdm | None = None
         self._shown_at = -math.inf
-        self._began = (0, 0.0)  # step and time at which this process began to train
+        self._began = (0, 0.0)  # step and time at which this process started to train
         self._text = ""
 
     def disable(self) -> None:
-        """Show nothing (Lightning calls this on every process but the first)."""
+        """Shows nothing; Lightning calls this on every process but the first."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Show again."""
+        """Shows progress again."""
         self._enabled = True
 
     def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
-        """Print above the bar."""
+        """Prints above the bar."""
         if self._enabled:
             tqdm.write(sep.join(map(str, args)), file=sys.stderr)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the bar at the step that the run starts or resumes from."""
+        """Opens the bar at the step that the run starts or resumes from."""
         self._shown_at = -math.inf
         self._began = (trainer.global_step, time.monotonic())
         if not self._enabled or not self._is_terminal():
@@ -94,7 +94,7 @@ class StepProgressBar(ProgressBar):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Show the step when it is time."""
+        """Shows the step when due."""
         if not self._enabled:
             return
         step = trainer.global_step
@@ -127,7 +127,7 @@ class StepProgressBar(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count validation batches in the place of the losses."""
+        """Shows the number of validation batches instead of the losses."""
         now = time.monotonic()
         if self._bar is None or now - self._shown_at < self.refresh_seconds:
             return
@@ -136,7 +136,7 @@ class StepProgressBar(ProgressBar):
         self._shown_at = now
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say the validation loss of every depth."""
+        """Prints the validation loss of every depth."""
         if not self._enabled or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         losses = _by_depth(trainer, "val/loss_depth_")
@@ -146,13 +146,13 @@ class StepProgressBar(ProgressBar):
             self._bar.set_postfix_str(self._text, refresh=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the bar."""
+        """Closes the bar."""
         self._close(trainer)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Close the bar, so that the message begins on a line of its own."""
+        """Closes the bar, so that the error message begins on its own line."""
         self._close(trainer)
 
     def _close(self, trainer: pl.Trainer) -> None:
@@ -171,7 +171,7 @@ class StepProgressBar(ProgressBar):
             print(text, file=sys.stderr, flush=True)
 
     def _left(self, step: int, max_steps: int, now: float) -> str:
-        """How long the rest takes at the speed so far, validations included."""
+        """The remaining time at the speed so far, validations included."""
         first, began = self._began
         if not first < step < max_steps:
             return ""
@@ -192,7 +192,7 @@ class StepProgressBar(ProgressBar):
 
 
 def _by_depth(trainer: pl.Trainer, prefix: str) -> dict[int, float]:
-    """The logged values of one tag, by depth."""
+    """The logged values whose tag has this prefix, by depth."""
     found = {}
     for name, value in trainer.callback_metrics.items():
         depth = name.removeprefix(prefix)

@@ -1,4 +1,4 @@
-"""Decodes held-out prompts at each validation, plainly and speculatively: real acceptance."""
+"""Decodes held-out prompts at each validation, plainly and speculatively: measured acceptance."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ class SpeculativeEval(RunCallback):
     """Logs ``decode/acceptance_position_j``, ``decode/tokens_per_step``, ``decode/speedup`` and
     ``decode/tokens_per_second``.
 
-    Acceptance at position j is conditional: drafts accepted there / drafts that reached it.
-    Tokens per step are the tokens emitted by verify passes / verify passes, the model's own token
-    included. Both have ``_low`` and ``_high``, and all prompts are decoded together for them.
-    Speed-up is the wall-clock of plain over that of speculative greedy decoding, warm, the first
-    few prompts one at a time in turns: a figure of this machine at this moment, as tokens per
-    second are, which compare models of different sizes too. Greedy outputs that differ stop the
-    run. The first prompt's continuation is logged as text.
+    Acceptance at position j is conditional: drafts accepted there / drafts that reached it. Tokens
+    per step are the tokens emitted by verify passes / verify passes, including the model's own
+    token. Both have ``_low`` and ``_high``, and are measured with all prompts decoded together.
+    Speed-up is the wall-clock time of plain over that of speculative greedy decoding, warm, on the
+    first few prompts, one at a time in turns. Like tokens per second, which compare models of
+    different sizes too, it depends on this machine at this moment. Different greedy outputs stop
+    the run. The first prompt's continuation is logged as text.
 
     A model without drafts (D = 0, or a head that does not draft) logs the text, and tokens per
-    second of plain decoding. Of a task, whole prompts are answered; where an answer is a single
-    token, nothing is decoded here. Where a window has no room for a prompt and the new
-    tokens, a log line and the run's table say so.
+    second of plain decoding. For a task, whole prompts are answered; if an answer is a single
+    token, nothing is decoded. If a window has no room for a prompt and the new tokens, a log line
+    and the run's table say so.
 
     Args:
-        n_prompts: held-out prompts, >= 1; fewer where there are not so many.
-        prompt_tokens: their length, >= 1; less where a window has not so much room.
+        n_prompts: number of held-out prompts, >= 1; fewer if there are fewer.
+        prompt_tokens: tokens of each, >= 1; fewer if a window has less room.
         new_tokens: tokens to add to each, >= 2.
     """
 
@@ -57,10 +57,10 @@ class SpeculativeEval(RunCallback):
         self._skipped = ""
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Decode, compare, log; by the first process alone."""
+        """Decodes, compares and logs, in the first process only."""
         if trainer.sanity_checking:
             return
-        model = pl_module.whole_model()  # type: ignore[operator]  # which all processes gather
+        model = pl_module.whole_model()  # type: ignore[operator]  # gathered by all processes
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not trainer.is_global_zero:
             return
@@ -70,7 +70,7 @@ class SpeculativeEval(RunCallback):
         sizes = {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens}
         try:
             prompts, new_tokens = prompts_that_fit(data, n_prompts=self.n_prompts, **sizes)
-        except UserError as error:  # such data can be trained on all the same
+        except UserError as error:  # training works on such data anyway
             if not self._skipped:
                 log.warning("No decoding at validation: %s.", error)
             self._skipped = str(error)
@@ -99,12 +99,12 @@ class SpeculativeEval(RunCallback):
             require_same_greedy(model, timed, plain, run.outputs["drafted"])
             values, _ = acceptance(model, prompts, options, tokenizer=tokenizer)
             values["speedup"] = run.speedup("drafted")
-        # As the model is used: with drafts if it has any.
+        # As the model is used: with drafts, if it has any.
         fastest = list(ways)[-1]
         emitted = sum(g.new_tokens for g in run.outputs[fastest])
         values["tokens_per_second"] = emitted / run.seconds[fastest][0]
         return {f"decode/{name}": value for name, value in values.items()}
 
     def summary(self) -> dict[str, str]:
-        """Why nothing was decoded, if so."""
+        """The reason why nothing was decoded, if there is one."""
         return {"not_decoded": self._skipped} if self._skipped else {}

@@ -1,4 +1,4 @@
-"""Ends a run whose task is solved."""
+"""Ends a run once its task is solved."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ log = logging.getLogger(__name__)
 
 
 class StopWhenSolved(RunCallback):
-    """Stops training when ``val/exact_match`` is above a level at some validations in a row.
+    """Stops training when ``val/exact_match`` is above a level at several validations in a row.
 
     ``summary.json`` gets ``solved`` and ``solved_at``: the step, and the tokens, FLOPs and seconds
-    of training, before the last one of these validations; null if it did not come to that. A run
-    that has been stopped so is finished, and trains no more when it is started again, unless
-    ``level`` or ``validations`` have been changed: then it counts anew.
+    of training, before the last of these validations; null if the task was not solved. A run that
+    was stopped this way is finished, and does not train when it is started again, unless ``level``
+    or ``validations`` has changed: then it counts again.
 
     Args:
-        level: of exact match, >= 0, < 1.
-        validations: in a row, >= 1.
+        level: exact match to exceed, >= 0, < 1.
+        validations: number of validations in a row, >= 1.
 
     Raises:
-        UserError: a setting out of range, data without answers, or nobody who judges them.
+        UserError: for a setting out of range, data without answers, or no callback that checks
+            them.
     """
 
     def __init__(self, level: float = 0.98, validations: int = 2) -> None:
@@ -41,32 +42,32 @@ class StopWhenSolved(RunCallback):
         self._solved_at: dict[str, float] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what can never be solved."""
+        """Refuses a run that can never be solved."""
         if not trainer.datamodule.answer_sets():  # type: ignore[attr-defined]
             raise UserError(
                 "callbacks=stop_when_solved needs a task (data=star_graph, copy, ..), and this "
-                "run's data has no answers that could be right: leave it out."
+                "run's data has no answers to check: leave it out."
             )
         judges = [c for c in run_callbacks(trainer) if isinstance(c, ExactMatch)]
         if not judges:
             raise UserError(
-                "callbacks=stop_when_solved reads val/exact_match, which nobody measures here: add "
-                "exact_match to callbacks=[..], or leave ~callbacks.exact_match out."
+                "callbacks=stop_when_solved reads val/exact_match, which no callback logs here: "
+                "add exact_match to callbacks=[..], or remove ~callbacks.exact_match."
             )
         self._judge = judges[0]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A run that was stopped by this trains no more."""
+        """Stops a run that is already solved."""
         trainer.should_stop = trainer.should_stop or self._solved_at is not None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count, and stop; before the checkpoint is written, which holds the count."""
-        # A finished run that is started again validates its last step once more.
+        """Counts, and stops the run; this comes before the checkpoint, which stores the count."""
+        # A finished run that is started again repeats the validation of its last step.
         step = trainer.global_step
         if trainer.sanity_checking or self._solved_at is not None or step == self._counted_step:
             return
-        # One opinion for all processes. What Lightning has logged is rounded to single precision,
-        # by which 0.98 is above 0.98.
+        # Rank 0 decides for all processes. The logged value is rounded to single precision, in
+        # which 0.98 is above 0.98.
         right = trainer.strategy.broadcast(self._judge.summary()[EXACT])
         self._counted_step = step
         self._in_a_row = self._in_a_row + 1 if right > self.level else 0
@@ -83,11 +84,11 @@ class StopWhenSolved(RunCallback):
         )
 
     def summary(self) -> dict[str, Any]:
-        """Whether it was solved, and what that took."""
+        """Whether the task was solved, and what that took."""
         return {"solved": self._solved_at is not None, "solved_at": self._solved_at}
 
     def state_dict(self) -> dict[str, Any]:
-        """The count and what it means, so that a resumed run stops where the whole one does."""
+        """The count and its settings, so that a resumed run stops where the whole run does."""
         return {
             **self._meaning,
             "in_a_row": self._in_a_row,
@@ -96,7 +97,7 @@ class StopWhenSolved(RunCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restores the count if the settings are the same."""
         if all(state_dict[key] == value for key, value in self._meaning.items()):
             self._in_a_row = state_dict["in_a_row"]
             self._counted_step = state_dict["counted_step"]

@@ -1,4 +1,4 @@
-"""SIGTERM, heard by one process of several and acted on by all of them, before the same step."""
+"""Ends all processes of a run before the same step when one of them gets SIGTERM."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
 class Termination(_SignalConnector):
-    """Lightning's handler of SIGTERM, without the broadcast that it does in there.
+    """Lightning's handler of SIGTERM, without its broadcast.
 
-    A handler runs wherever the signal finds the process. In the midst of a backward pass,
-    Lightning's waits for the other processes, which wait for this one's gradients: they hang for
-    ever (Lightning issue 20806). Here it makes a note, hands the signal on to the processes that
-    this one has started, and :meth:`agreed` asks all of them after every step.
+    A handler runs wherever the signal finds the process. During a backward pass, Lightning's
+    handler waits for the other processes, which wait for this one's gradients, so all hang forever
+    (Lightning issue 20806). This handler sets a flag and passes the signal on to the processes that
+    this one has started, and :meth:`agreed` compares the flags after every step.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
         super().__init__(trainer)
         self.noted = False
-        # Whether a callback asks after every step, saves, and ends the run.
+        # Whether a callback checks after every step, saves, and ends the run.
         self.saves = False
         self._group: Any = None
 
@@ -37,9 +37,9 @@ class Termination(_SignalConnector):
             self.received_sigterm = True
 
     def agreed(self) -> bool:
-        """Whether any process was asked to end; every one asks at the same point.
+        """Whether any process was asked to end; all processes call this at the same point.
 
-        On a CPU, so that no device is waited for.
+        The flags are compared on the CPU, so that no device is waited for.
         """
         if self.trainer.world_size == 1:
             return self.noted
@@ -50,18 +50,18 @@ class Termination(_SignalConnector):
         return bool(flag)
 
     def end(self) -> None:
-        """Let Lightning end the run where it looks next."""
+        """Lets Lightning end the run at its next check."""
         self.received_sigterm = True
 
     def before_step(self) -> None:
-        """In the place of Lightning's broadcast before every step, which waits for the device."""
+        """Replaces Lightning's broadcast before every step, which waits for the device."""
         if not self.saves and self.agreed():
             self.end()
             raise SIGTERMException
 
 
 def stop_together(trainer: pl.Trainer) -> None:
-    """Give a trainer the above in the place of what Lightning does."""
+    """Replaces a trainer's handling of SIGTERM by :class:`Termination`."""
     connector = trainer._signal_connector = Termination(trainer)
     loop = trainer.fit_loop.epoch_loop
     loop._broadcast_sigterm_tensor = connector.before_step  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Tokens per second and model FLOP utilisation of the training itself, and a crowded machine."""
+"""Tokens per second and model FLOP utilization of training, and a warning on a shared machine."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from mtp_lightning.settings import require_whole
 
 log = logging.getLogger(__name__)
 
-# Seconds of products at a validation, and the ratio of two measurements from which seconds and
-# speeds of a run are no longer to be trusted.
+# Seconds of products per validation, and the ratio of two measured rates from which times and
+# speeds of a run are no longer reliable.
 _AGAIN, _DRIFT = 0.05, 2.0
 
 
 class Throughput(RunCallback):
     """Logs `perf/tokens_per_second`, `perf/mfu` and `perf/of_matmul`.
 
-    Counted is the time of training, waiting for data included, validation and checkpoints excluded.
-    The first step of a process is left out (it compiles and allocates). Values are means over the
+    The clock counts training, including the wait for data, without validation and checkpoints. A
+    process's first step is left out, since it compiles and allocates. Values are means over the
     steps since the last log; a GPU is waited for once per log.
 
     `perf/mfu` is the training's FLOP/s over the devices' published peak for dense products in the
-    precision of the run, where that is known: on GPUs. `perf/of_matmul` is them over what a plain
-    matrix product reaches in this process, measured at the start of training: 1024^3 on a CPU,
-    8192^3 on a GPU. That is less than the peak, so the ratio is larger. FLOPs are those that the
-    module's training step reports.
+    run's precision, if it is known: on GPUs. `perf/of_matmul` is the same over the rate of a plain
+    matrix product in this process, measured at the start of training: 1024^3 on a CPU, 8192^3 on a
+    GPU. That rate is below the peak, so the ratio is larger. FLOPs are those that the module's
+    training step reports.
 
     On a CPU products are measured again at every validation. `perf/matmul_drift` in the summary is
-    the largest of these rates over the smallest; from 2 on it is a warning, once: others work on
-    the same cores, and seconds and speeds of the run mean little.
+    the largest of these rates over the smallest; from 2 on there is one warning: other processes
+    use the same cores, and times and speeds of the run mean little.
 
     The training step returns `tokens` (depth-0 targets of this optimizer step, all processes) and
     `flops` (of this optimizer step, all processes), both Python numbers.
 
     Args:
         every_n_steps: steps between two logs; null follows `trainer.log_every_n_steps`.
-        measure_matmul: measure products (0.3 s, and 0.05 s a validation); without it there is no
-            `perf/of_matmul` and no `perf/matmul_drift`.
+        measure_matmul: whether products are measured (0.3 s, and 0.05 s per validation); without,
+            there is no `perf/of_matmul` and no `perf/matmul_drift`.
     """
 
     def __init__(self, every_n_steps: int | None = None, measure_matmul: bool = True) -> None:
@@ -55,7 +55,7 @@ class Throughput(RunCallback):
         self.measure_matmul = measure_matmul
         self.matmul_rate: float | None = None
         self.peak: float | None = None
-        self._tokens_per_second: float | None = None  # of the last window
+        self._tokens_per_second: float | None = None  # in the last window
         self._reset()
 
     def _reset(self) -> None:
@@ -69,7 +69,7 @@ class Throughput(RunCallback):
         self._total = _Sum()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure products before the clock starts."""
+        """Measures products before the clock starts."""
         self._reset()
         self._device = pl_module.device
         self._processes = trainer.world_size
@@ -87,7 +87,7 @@ class Throughput(RunCallback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Count this step; log at the end of a window."""
+        """Counts this step; logs at the end of a window."""
         if self._mark is None:
             self._synchronize()
             self._mark = time.perf_counter()
@@ -102,22 +102,22 @@ class Throughput(RunCallback):
             pl_module.log(name, value, on_step=True, on_epoch=False, rank_zero_only=True)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop the clock, and see whether the machine is as it was."""
+        """Stops the clock, and measures whether the machine has become slower."""
         self._pause()
         if self._typical and self._device.type == "cpu":
             self._measure_again(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock again."""
+        """Starts the clock again."""
         self._go_on()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the last, unfinished window."""
+        """Counts the last, unfinished window."""
         self._close_window()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that is not training, such as writing a checkpoint."""
+        """Leaves out time that is not training, such as writing a checkpoint."""
         self._pause()
         try:
             yield
@@ -129,7 +129,7 @@ class Throughput(RunCallback):
         return f"{_short(self._tokens_per_second)} tok/s" if self._tokens_per_second else ""
 
     def summary(self) -> dict[str, float]:
-        """Means over everything trained in this process; empty after fewer than two steps."""
+        """Means over all training of this process; empty after fewer than two steps."""
         if self._total.seconds <= 0:
             return {}
         values = self._values_of(self._total)
@@ -153,9 +153,9 @@ class Throughput(RunCallback):
         self._typical.append(rate.typical)
         if before < _DRIFT <= self._drift and trainer.is_global_zero:
             log.warning(
-                "Matrix products have run %.1f times as fast at one time of this run as at another "
-                "(noticed at step %d): others work on its cores. Losses are not touched, but "
-                "seconds and speeds do not compare with those of other runs.",
+                "Matrix products have run %.1f times as fast at one point of this run as at "
+                "another (noticed at step %d): other processes use its cores. Losses are not "
+                "affected, but times and speeds do not compare with those of other runs.",
                 self._drift,
                 trainer.global_step,
             )
@@ -172,11 +172,11 @@ class Throughput(RunCallback):
     def _go_on(self) -> None:
         if self._mark is not None and self._pause_began is not None:
             self._synchronize()
-            self._mark += time.perf_counter() - self._pause_began  # as if the pause had not been
+            self._mark += time.perf_counter() - self._pause_began  # leaves the pause out
             self._pause_began = None
 
     def _close_window(self) -> _Sum:
-        """The finished window, added to the total; a new one begins."""
+        """Ends the window, adds it to the total, and begins a new one."""
         window, self._window = self._window, _Sum()
         if self._mark is None or window.steps == 0:
             return window
@@ -188,7 +188,7 @@ class Throughput(RunCallback):
 
 
 class _Sum:
-    """What a stretch of training did."""
+    """Totals of a stretch of training."""
 
     def __init__(self) -> None:
         self.steps = 0

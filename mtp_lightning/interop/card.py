@@ -1,4 +1,4 @@
-"""The model card of an export: what the model is, how it was trained, who can read it."""
+"""The model card of an export: what the model is, how it was trained, and who can read it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mtp_lightning.model import ModelConfig
 from mtp_lightning.settings import is_number
 
 FILE = "README.md"
-# Whose MTP layers servers draft with.
+# Model types whose MTP layers servers use for drafting.
 _SERVED = {"deepseek_v3": "DeepSeek-V3", "glm4_moe": "GLM-4.5"}
 
 _SUMMARY = (
@@ -45,16 +45,16 @@ def render(
     """The card, in Markdown.
 
     Args:
-        name: of the export.
-        config: of the model.
+        name: name of the export.
+        config: config of the model.
         contents: what was written.
-        model_type: of config.json.
-        dtype: of the tensors.
+        model_type: model type in config.json.
+        dtype: dtype of the tensors.
         step: optimizer steps of the checkpoint.
         run_config: the config that the run was started with.
-        summary: the run's summary.json; None where there is none.
+        summary: the run's summary.json; None if there is none.
     """
-    # What a run has stored is a number, or no answer to what is asked here.
+    # Only numbers of a stored file are used.
     numbers = {k: v for k, v in (summary or {}).items() if isinstance(v, int | float)}
     parts = [
         "---",
@@ -108,18 +108,18 @@ def _what(config: ModelConfig, contents: Contents, dtype: str) -> Iterator[str]:
         yield (
             f"It was trained with {config.mtp.depth} MTP head(s) of the variant "
             f"`{config.mtp.variant}`, which no layout of transformers, vLLM or SGLang has. They "
-            f"lie in `{heads.FILE}`, beside the plain trunk: tensors by mtp-lightning's names, and "
-            "in the file's metadata under `mtp_lightning` the JSON of their switches. "
-            "mtp-lightning reads them; everybody else sees the trunk."
+            f"are in `{heads.FILE}`, next to the plain trunk: tensors by mtp-lightning's names, "
+            "and in the file's metadata under `mtp_lightning` the JSON of their switches. "
+            "mtp-lightning reads them; other programs only see the trunk."
         )
     else:
         yield "It has no MTP modules to draft with."
 
 
 def _count(config: ModelConfig, contents: Contents) -> str:
-    """What the numbers that are stored are of."""
+    """What the stored values are."""
     trunk, whole = config.trunk.num_params(), config.num_params()
-    told = f"Stored are {contents.parameters:,} numbers: {trunk:,} of the trunk and its head"
+    told = f"{contents.parameters:,} values are stored: {trunk:,} of the trunk and its head"
     if whole > trunk:
         told += f", {whole - trunk:,} of the MTP modules"
     if (beyond := contents.parameters - whole) > 0:
@@ -133,9 +133,9 @@ def _use(config: ModelConfig, contents: Contents, model_type: str) -> Iterator[s
     depth, layers = contents.layer_depths, config.trunk.n_layers
     if depth and model_type in STANDS_FOR:
         yield (
-            "Who reads the MTP layers: mtp-lightning. vLLM and SGLang have loaders for MiMo's, "
+            "The MTP layers are read by mtp-lightning. vLLM and SGLang have loaders for MiMo's, "
             "which is this layout; neither was tried with this folder. transformers has no class "
-            "of this type of model: its `Qwen2ForCausalLM.from_pretrained(FOLDER)` is the trunk."
+            "for this model type: its `Qwen2ForCausalLM.from_pretrained(FOLDER)` is the trunk."
         )
         return
     yield "```python"
@@ -154,9 +154,9 @@ def _use(config: ModelConfig, contents: Contents, model_type: str) -> Iterator[s
     if depth:
         yield (
             "`use_mtp=True` drafts with the MTP layers (one prompt at a time); the text is the "
-            "same without. Without the line above the trunk loads with a warning about layers that "
-            "it does not know, and `use_mtp` does not work. `python -m mtp_lightning.interop.check "
-            "FOLDER` shows all of it."
+            "same without it. Without the line above the trunk loads with a warning about unknown "
+            "layers, and `use_mtp` does not work. `python -m mtp_lightning.interop.check FOLDER` "
+            "checks all of this."
         )
         yield ""
     yield from _readers(depth, model_type)
@@ -164,20 +164,20 @@ def _use(config: ModelConfig, contents: Contents, model_type: str) -> Iterator[s
 
 def _readers(depth: int, model_type: str) -> Iterator[str]:
     if not depth:
-        yield f"The trunk is in {model_type}'s plain layout, which every server of it reads."
+        yield f"The trunk is in {model_type}'s plain layout, which all servers of it read."
     elif model_type in _SERVED:
         yield (
-            "Who reads the MTP layers: transformers 5 (checked when this was written, unless "
+            "The MTP layers are read by transformers 5 (checked when this was written, unless "
             "the check was switched off) and mtp-lightning. vLLM and SGLang have loaders for "
             f"{_SERVED[model_type]}'s MTP layers, which is this layout; neither was tried with "
             "this folder."
         )
     else:
         yield (
-            f"Who reads the MTP layers: transformers 5 and mtp-lightning. vLLM and SGLang draft "
-            f"with MTP layers of some architectures, and {model_type}'s has none there: their "
-            "loaders may stop at the layers that they do not know. For them, export again "
-            "with `depth=0`, which leaves the MTP layers out."
+            "The MTP layers are read by transformers 5 and mtp-lightning. vLLM and SGLang draft "
+            f"with the MTP layers of some architectures, but not of {model_type}: their loaders "
+            "may stop at the unknown layers. For them, export again with `depth=0`, which leaves "
+            "the MTP layers out."
         )
 
 
@@ -185,9 +185,9 @@ def _training(
     config: ModelConfig, step: int, run_config: dict[str, Any], summary: dict[str, Any] | None
 ) -> Iterator[str]:
     if not step:
-        yield "It was converted from another Hugging Face folder, whose card says more of it."
+        yield "It was converted from another Hugging Face folder, whose card describes it."
         return
-    yield f"Exported is the checkpoint after {step:,} optimizer steps."
+    yield f"The export is the checkpoint after {step:,} optimizer steps."
     data = run_config.get("data", {})
     if "seq_len" in data:
         yield f"It was trained on windows of {plain(data['seq_len'])} tokens."
@@ -197,10 +197,10 @@ def _training(
             f"mtp_lambda {plain(run_config['mtp_lambda'])}, seed {plain(run_config.get('seed'))}."
         )
     yield ""
-    # Numbers alone: the file may be anybody's.
+    # Only numbers, since anybody may have written the file.
     summary = {k: v for k, v in summary.items() if is_number(v)} if summary else summary
     if summary is None:
-        yield "The run left no summary.json: nothing was measured, acceptance neither."
+        yield "The run left no summary.json, so there are no measurements, acceptance included."
         return
     yield f"Measured at the end of the run, after {summary.get('step', step):,} steps:"
     yield ""
@@ -224,8 +224,8 @@ def _training(
     yield ""
     if any(key.startswith("decode/acceptance") for key in summary):
         yield (
-            "Drafts accepted: in the draft-and-verify loop, greedy, of the drafts that reached the "
-            "position."
+            "Drafts accepted: greedy, in the draft-and-verify loop, as a share of the drafts that "
+            "reached the position."
         )
     else:
         yield "Acceptance in the draft-and-verify loop was not measured in this run."

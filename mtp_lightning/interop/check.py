@@ -1,6 +1,6 @@
-"""``python -m mtp_lightning.interop.check DIR``: does transformers compute what this project does?
+"""``python -m mtp_lightning.interop.check DIR``: compares transformers and this project.
 
-Works on every folder that can be imported, wherever it is from.
+It works on every folder that can be imported, whoever wrote it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from mtp_lightning.cli import Parser, readable_errors
 
 
 def check(path: str) -> None:
-    """Load a folder both ways, compare, and say what was found.
+    """Loads a folder with both, compares them, and prints the results.
 
     Raises:
-        UserError: something differs, or cannot be read.
-        OSError: a missing file.
+        UserError: if something differs, or cannot be read.
+        OSError: if a file is missing.
     """
     from mtp_lightning.interop import heads
     from mtp_lightning.interop.config_json import STANDS_FOR

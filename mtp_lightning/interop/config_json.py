@@ -1,4 +1,4 @@
-"""``config.json`` of Hugging Face's folders, as it is written for a model of this project."""
+"""Writes ``config.json`` of a Hugging Face folder for a model of this project."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ ARCHITECTURES = {
     "glm4_moe": "Glm4MoeForCausalLM",
 }
 
-# What transformers gives DeepSeek-V3's norms on the latents, whatever rms_norm_eps says.
+# Epsilon of DeepSeek-V3's norms on the latents in transformers, regardless of rms_norm_eps.
 LATENT_EPS = 1e-6
 
 
-# What transformers has for a layout whose own class comes with the model as code.
+# The class of transformers for a layout whose own class comes as code with the model.
 STANDS_FOR = {"mimo": "qwen2"}
 
 
 def model_type(config: ModelConfig) -> str:
-    """The layout that computes what a model does, or its trunk, where the stack has none.
+    """The layout that computes the same as a model, or as its trunk if the stack has no layout.
 
     Raises:
-        UserError: there is none.
+        UserError: if there is none.
     """
     return "mimo" if is_mimo(config) else trunk_type(config.trunk)
 
 
 def trunk_type(trunk: TrunkConfig) -> str:
-    """The layout that computes what a trunk does.
+    """The layout that computes the same as a trunk.
 
     Raises:
-        UserError: there is none.
+        UserError: if there is none.
     """
     attention, feed_forward = trunk.attention, trunk.feed_forward
-    # Exact classes: what is derived from them may compute something else.
+    # Exact classes, since subclasses may compute something else.
     kinds = type(attention), type(feed_forward)
     if kinds in ((LatentAttentionConfig, DenseConfig), (LatentAttentionConfig, ExpertsConfig)):
         _check_deepseek(trunk)
@@ -70,25 +70,25 @@ def trunk_type(trunk: TrunkConfig) -> str:
     if attention.turned_size(trunk) < trunk.d_head:
         raise UserError(
             f"model.attention.d_rope={attention.d_rope} cannot be exported with dense layers: of "
-            "the supported layouts GLM-4.5's alone turns a part of each head."
+            "the supported layouts only GLM-4.5's rotates a part of each head."
         )
     if attention.qk_norm and attention.qkv_bias:
         raise UserError(
             "model.attention.qk_norm=true with model.attention.qkv_bias=true cannot be exported: "
-            "Qwen2's layout has the biases, Qwen3's the norms, and none both."
+            "Qwen2's layout has biases, Qwen3's has norms, and no layout has both."
         )
     if attention.qk_norm or attention.qkv_bias:
         return "qwen3" if attention.qk_norm else "qwen2"
     if trunk.d_model % trunk.n_heads:
         raise UserError(
             f"model.d_model={trunk.d_model} cannot be exported with model.n_heads="
-            f"{trunk.n_heads}: transformers' Llama wants the one to be divisible by the other."
+            f"{trunk.n_heads}: transformers' Llama needs d_model to be divisible by n_heads."
         )
     return "llama"
 
 
 def _is_qwen3_moe(trunk: TrunkConfig) -> bool:
-    """Norms on heads, and experts alone, by softmax."""
+    """Whether heads are normalized, and there are only routed experts, with softmax."""
     a, e = trunk.attention, trunk.feed_forward
     if type(a) is not GroupedQueryConfig or type(e) is not ExpertsConfig:
         return False
@@ -98,7 +98,7 @@ def _is_qwen3_moe(trunk: TrunkConfig) -> bool:
 
 
 def _is_glm4_moe(trunk: TrunkConfig) -> bool:
-    """DeepSeek-V3's experts, a shared one among them, behind grouped-query attention."""
+    """Whether it has DeepSeek-V3's experts, one of them shared, with grouped-query attention."""
     a, e = trunk.attention, trunk.feed_forward
     if type(a) is not GroupedQueryConfig or type(e) is not ExpertsConfig:
         return False
@@ -139,11 +139,11 @@ def to_json(
     """The content of ``config.json``.
 
     Args:
-        config: of the model.
-        depth: MTP depths that are in the folder's layers.
-        max_positions: the context that the folder promises.
-        dtype: of its tensors.
-        eot_id: the end-of-text token.
+        config: config of the model.
+        depth: MTP depths in the folder's layers.
+        max_positions: the context length that the folder states.
+        dtype: dtype of its tensors.
+        eot_id: id of the end-of-text token.
     """
     trunk = config.trunk
     kind = model_type(config) if depth else trunk_type(trunk)
@@ -240,7 +240,7 @@ def _deepseek_fields(trunk: TrunkConfig, depth: int) -> dict[str, Any]:
         "moe_layer_freq": 1,
     }
     if not isinstance(e, ExpertsConfig) or (e.first_k_dense == trunk.n_layers and depth == 0):
-        # No layer is a mixture; transformers wants the fields all the same.
+        # No layer has experts, but transformers requires the fields.
         return fields | {
             "n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 1,
             "moe_intermediate_size": trunk.d_ff, "first_k_dense_replace": trunk.n_layers,

@@ -1,6 +1,6 @@
-"""``config.json`` of Hugging Face's folders, as it is read into a trunk of this project.
+"""Reads ``config.json`` of a Hugging Face folder into a trunk of this project.
 
-Its fields are data. One that changes what the model computes, and that has no switch here, is
+Its fields are only data. A field that changes what the model computes but has no switch here is
 refused by its name.
 """
 
@@ -16,19 +16,19 @@ from mtp_lightning.nn.config import TrunkConfig
 
 log = logging.getLogger(__name__)
 
-# Both names of one number: DeepSeek's, and transformers' for models without a field of their own.
+# Two names of one number: DeepSeek's, and transformers' for models without their own field.
 _DEPTHS = ("num_nextn_predict_layers", "num_mtp_layers")
 
 
 def require_known(fields: Mapping[str, Any], *, source: str) -> None:
-    """Refuse a ``config.json`` of a model that cannot be computed here.
+    """Refuses the ``config.json`` of a model that this project cannot compute.
 
     Args:
         fields: its content.
         source: the file, for messages.
 
     Raises:
-        UserError: another kind of model, or a field that has no switch here.
+        UserError: for another kind of model, or a field that has no switch here.
     """
     kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
@@ -37,13 +37,13 @@ def require_known(fields: Mapping[str, Any], *, source: str) -> None:
             f"known are {', '.join(ARCHITECTURES)}."
         )
     if "auto_map" in fields:
-        log.warning("%s names code of its own (auto_map): it is not executed.", source)
+        log.warning("%s names its own code (auto_map), which is not executed.", source)
     _refuse_other_maths(fields, kind, source)
     _rope(fields, source)
 
 
 def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkConfig:
-    """The trunk that a ``config.json`` describes; :func:`require_known` comes first.
+    """The trunk that a ``config.json`` describes, after :func:`require_known`.
 
     Args:
         fields: its content.
@@ -51,14 +51,14 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
         source: the file, for messages.
 
     Raises:
-        UserError: a missing field, or sizes that do not fit together.
+        UserError: for a missing field, or sizes that do not match.
     """
     kind = fields["model_type"]
     theta, scaling = _rope(fields, source)
 
     def need(name: str) -> Any:
         if fields.get(name) is None:
-            raise UserError(f"{source} has no {name}: the trunk's shape is not known without it.")
+            raise UserError(f"{source} has no {name}: the trunk's shape is unknown without it.")
         return fields[name]
 
     n_heads = need("num_attention_heads")
@@ -105,7 +105,7 @@ def from_json(fields: Mapping[str, Any], *, depth: int, source: str) -> TrunkCon
 
 
 def declared_depth(fields: Mapping[str, Any]) -> int:
-    """MTP layers that a ``config.json`` speaks of; the tensors may be left out all the same."""
+    """MTP layers that a ``config.json`` declares; their tensors may be missing."""
     return max(int(fields.get(name) or 0) for name in _DEPTHS)
 
 
@@ -153,7 +153,7 @@ def _deepseek_experts(
 
 
 def _mixture(fields: Mapping[str, Any], need: Callable[[str], Any], source: str) -> dict[str, Any]:
-    """Of Qwen3's experts."""
+    """The config of Qwen3's experts."""
     dense = list(fields.get("mlp_only_layers") or ())
     if dense != list(range(len(dense))):
         raise UserError(
@@ -177,7 +177,7 @@ def _mixture(fields: Mapping[str, Any], need: Callable[[str], Any], source: str)
     }
 
 
-# Fields that change the arithmetic, and the only values that mean what is computed here.
+# Fields that change the arithmetic, and the only values that this project computes.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
@@ -194,7 +194,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
-# Of them those that a kind of model has a switch for.
+# Those of them that a kind of model has a switch for.
 _SWITCHES = {"glm4_moe": {"attention_bias", "partial_rotary_factor"}}
 
 
@@ -215,7 +215,7 @@ def _refuse_other_maths(fields: Mapping[str, Any], kind: str, source: str) -> No
 
 
 def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any] | None]:
-    """Base and stretch of the rotary frequencies, from transformers 5's field or the older two."""
+    """Base and scaling of the rotary frequencies, from transformers 5's field or the older two."""
     theta, scaling = fields.get("rope_theta"), None
     for name in ("rope_scaling", "rope_parameters"):
         rope = fields.get(name)
@@ -231,8 +231,8 @@ def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any]
         turned = rope.get("partial_rotary_factor")
         if turned not in (None, 1.0) and "partial_rotary_factor" not in switches:
             raise UserError(
-                f"{source} has {name} with a partial_rotary_factor: of {fields['model_type']} "
-                "only heads that are turned whole can be imported."
+                f"{source} has {name} with a partial_rotary_factor: heads of "
+                f"{fields['model_type']} can only be imported if they are rotated whole."
             )
         theta = _given(rope, "rope_theta", theta)
         if kind == "yarn":
@@ -252,7 +252,7 @@ def _rope(fields: Mapping[str, Any], source: str) -> tuple[float, dict[str, Any]
 
 
 def _turned_share(fields: Mapping[str, Any]) -> float:
-    """Of each head of GLM-4.5's; transformers 5 has it among the rotary parameters."""
+    """Rotated share of each head of GLM-4.5; transformers 5 has it in the rotary parameters."""
     rope = fields.get("rope_parameters") or {}
     return float(
         _given(rope, "partial_rotary_factor", _given(fields, "partial_rotary_factor", 0.5))
@@ -267,7 +267,7 @@ def _yarn(rope: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> di
     if original is None:
         raise UserError(
             f"{source} has rotary positions of type yarn without original_max_position_embeddings: "
-            "how far they are stretched is not known without it."
+            "their scaling is unknown without it."
         )
     factor = rope.get("factor")
     optional = ("mscale", "mscale_all_dim", "attention_factor")

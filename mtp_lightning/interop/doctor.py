@@ -1,10 +1,10 @@
-"""``python doctor.py FOLDER``: are a checkpoint's MTP layers whole, trained, and read as they mean?
+"""``python doctor.py FOLDER``: are a checkpoint's MTP layers complete, trained, and read correctly?
 
-Three questions, from the outside in: which tensors are there (``inventory.py``), which convention
-the weights agree with, and how many of their drafts the trunk accepts. What systems differ in is
-the state that depth 1 reads (after the trunk's final norm or before it) and the order in which the
-projection reads state and embedding. A wrong one does not crash: it only drafts worse. So every
-convention is tried on the same text, which is the trunk's own.
+Three questions, from the outside in: which tensors exist (``inventory.py``), which convention the
+weights match, and how many of their drafts the trunk accepts. Systems differ in the state that
+depth 1 reads (before or after the trunk's final norm) and in the order in which the projection
+reads state and embedding. The wrong convention does not crash: it only drafts worse. So every
+convention is tried on the same text, which the trunk generates.
 
 The command is ``mtp_lightning/apps/doctor.py``.
 """
@@ -43,7 +43,7 @@ from mtp_lightning.mtp.switches import Concat, InputNorm
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.opening import OpenedModel, load_weights, pretrained_state, require_held
 
-# The trunk goes on with these, and the drafts are judged on what it says.
+# The trunk continues these texts, and drafts are compared with its continuations.
 _BEGINNINGS = (
     "The history of the city begins with the river, which",
     "def read_lines(path):\n    with open(path) as file:\n        ",
@@ -66,21 +66,20 @@ Convention = tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What was found in a folder.
+    """The findings in a folder.
 
     Attributes:
         folder: the folder.
-        layout: whose names its MTP tensors have; None without any.
-        modules: the tensors of every depth; empty for heads in a file of this project's.
-        meant: the convention that the layout says; None of heads that have none.
-        best: the convention that the weights agree with; what is meant, unless another is clearly
-            better.
+        layout: the layout of its MTP tensors' names; None without any.
+        modules: the tensors of every depth; empty for heads in a file of this project.
+        meant: the layout's convention; None for heads that have none.
+        best: the convention that the weights match: the layout's, unless another is clearly better.
         agreement: by convention, the share of positions at which depth 1's choice is the trunk's.
-        constant: the share that one and the same token would get: no draft at all.
-        acceptance: of first drafts in the real loop, greedy, as the layout says; None if it was not
-            decoded.
+        constant: the share that a single token would get, as a baseline.
+        acceptance: share of first drafts accepted in the real loop, greedy, under the layout's
+            convention; None if nothing was decoded.
         verdict: one sentence.
-        sound: whether it says that all is well.
+        sound: whether the verdict is that all is well.
     """
 
     folder: Path
@@ -95,7 +94,7 @@ class Diagnosis:
     acceptance: float | None = None
 
     def lines(self) -> list[str]:
-        """Everything, for a terminal."""
+        """All findings, for a terminal."""
         found = [f"layout      {self.layout or 'no MTP tensors'}"]
         for module in self.modules:
             found.append(f"depth {module.depth}     {module}")
@@ -118,15 +117,15 @@ def described(convention: Convention) -> str:
 
 
 def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
-    """Examine a folder in Hugging Face's layout.
+    """Examines a folder in Hugging Face's layout.
 
     Args:
         path: the folder.
-        new_tokens: that the trunk says behind each of four beginnings; what is judged.
+        new_tokens: tokens that the trunk generates after each of four beginnings, to measure on.
 
     Raises:
-        FileNotFoundError: no config.json, or no weights.
-        UserError: a trunk that cannot be read.
+        FileNotFoundError: if there is no config.json, or no weights.
+        UserError: for a trunk that cannot be read.
     """
     path = Path(path)
     if heads.is_there(path):
@@ -163,7 +162,7 @@ def examine(path: str | Path, *, new_tokens: int = 64) -> Diagnosis:
 
 
 def _stored_depth(config: ModelConfig, tensors: dict[str, Tensor]) -> int:
-    """Depths that any tensor of the folder belongs to."""
+    """Number of depths with any tensor in the folder."""
     stem, _, first = mtp_prefix(config, 0).removesuffix(".").rpartition(".")
     layers = (re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in tensors)
     return max([0, *(int(layer[1]) - int(first) + 1 for layer in layers if layer)])
@@ -177,7 +176,7 @@ def _measured(
     *,
     whole: bool,
 ) -> Diagnosis:
-    """The diagnosis with what depth 1 drafts under every convention, and what is accepted of it."""
+    """The diagnosis with depth 1's drafts under every convention, and their acceptance."""
     one = ModelConfig(trunk=config.trunk, mtp=replace(config.mtp, depth=1))
     first = mtp_prefix(config, 0)
     own = {
@@ -186,7 +185,7 @@ def _measured(
         if name.startswith(first) or not _of_mtp(name, config)
     }
     for name in [name for name in own if _COPY.search(name) and name.startswith(first)]:
-        del own[name]  # judged already, and not needed
+        del own[name]  # already checked, and not needed
     model = MTPModel(one)
     held = {name: Held(tensor) for name, tensor in own.items()}
     load_weights(model, from_folder(one, held, source=str(found.folder)), source=str(found.folder))
@@ -211,7 +210,7 @@ def _of_mtp(name: str, config: ModelConfig) -> bool:
 
 
 def _prompts(folder: Path, model: MTPModel) -> list[list[int]]:
-    """Beginnings of texts, or, without a tokenizer, random ids."""
+    """Beginnings of texts, or random ids without a tokenizer."""
     vocab_size = model.config.trunk.vocab_size
     if (folder / "tokenizer.json").is_file():
         state = pretrained_state(folder)
@@ -224,7 +223,7 @@ def _prompts(folder: Path, model: MTPModel) -> list[list[int]]:
 
 
 def _texts(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Tensor]:
-    """What the trunk says behind the prompts, sampled: greedy texts soon repeat themselves."""
+    """The trunk's continuations of the prompts, sampled, since greedy texts soon repeat."""
     said = generate(
         model, prompts, max_new_tokens=new_tokens, speculative=False, temperature=1.0, eot_id=None
     )
@@ -235,11 +234,12 @@ def _texts(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int) -
 def agreements(
     model: MTPModel, texts: Sequence[Tensor]
 ) -> tuple[dict[Convention, float], dict[Convention, Tensor], float]:
-    """How often depth 1 and the trunk choose alike, with a sequential module of any convention.
+    """How often depth 1 and the trunk make the same choice, with a sequential module of each
+    convention.
 
     Returns:
-        The share of positions by convention; at which of them, bool [N]; and the share that the
-        trunk's commonest choice would get everywhere.
+        The share of positions by convention; the positions, bool [N]; and the share that the
+        trunk's most common choice would get everywhere.
     """
     stacks, trunk = {}, model.config.trunk
     for input_norm, concat in _CONVENTIONS:
@@ -252,7 +252,7 @@ def agreements(
     for text in texts:
         tokens = text.unsqueeze(0)
         embedded = model.trunk.embedding(tokens)
-        n = len(text) - 1  # the last one has no next token to read
+        n = len(text) - 1  # the last position has no next token to read
         output = model.trunk(embedded, Positions.of_window(trunk, len(text), device=text.device))
         chosen = model.head(output.final)[0].argmax(-1)
         choices.update(chosen[1:].tolist())
@@ -268,8 +268,8 @@ def agreements(
 
 
 def _clearly_best(rights: dict[Convention, Tensor], meant: Convention) -> Convention:
-    """The convention that chooses best, or what is meant, unless it is clearly beaten: on the
-    positions where the two differ (McNemar's test)."""
+    """The convention that chooses best, or the layout's unless it is clearly worse on the positions
+    where the two differ (McNemar's test)."""
     best = max(rights, key=lambda convention: int(rights[convention].sum()))
     won = int((rights[best] & ~rights[meant]).sum())
     lost = int((rights[meant] & ~rights[best]).sum())
@@ -284,7 +284,7 @@ def _accepted(model: MTPModel, prompts: Sequence[Sequence[int]], new_tokens: int
 def _judged(
     found: Diagnosis, declared: int, stored: int, lost: tuple[Module, str, list[str]] | None
 ) -> tuple[str, bool]:
-    """Verdict and soundness."""
+    """Verdict, and whether the folder is sound."""
     folder = found.folder
     if lost is not None:
         module, state, names = lost
@@ -292,9 +292,9 @@ def _judged(
             "missing": "are missing",
             "misshapen": "have another shape than config.json says",
             "zero": "are all zero",
-            "fresh": "are as an initialisation draws them",
-            "copied": "are the trunk's last block, as an initialisation copies it",
-            "different": "differ from the trunk's, whose copies they are taken for",
+            "fresh": "look like a random initialization",
+            "copied": "are the trunk's last block, as an initialization copies it",
+            "different": "differ from the trunk's, which they should be copies of",
         }[state]
         verdict = (
             f"{folder} is not sound: {len(names)} of {len(module.states)} tensors of MTP depth "
@@ -302,8 +302,8 @@ def _judged(
         )
     elif stored != declared:
         verdict = (
-            f"{folder} is not sound: its config.json declares {declared} MTP layer(s) and its "
-            f"tensors are of {stored}, so that readers pass over some."
+            f"{folder} is not sound: its config.json declares {declared} MTP layer(s) but it has "
+            f"tensors of {stored}, so that readers skip some."
         )
     else:
         return _judged_by_drafts(found, stored)
@@ -317,14 +317,14 @@ def _judged_by_drafts(found: Diagnosis, depth: int) -> tuple[str, bool]:
     if shares[best] <= found.constant + 0.02:
         verdict = (
             f"{found.folder} is not sound: its {depth} MTP layer(s) are there, but under no "
-            f"convention do they choose what the trunk will ({shares[best]:.1%} at best, "
+            f"convention do they agree with the trunk ({shares[best]:.1%} at best, "
             f"{found.constant:.1%} with one token everywhere)."
         )
         return verdict, False
     if best != meant:
         verdict = (
             f"{found.folder} is not sound: its weights were trained on {described(best)} "
-            f"(agreement {shares[best]:.1%}), and its layout gives them {described(meant)} "
+            f"(agreement {shares[best]:.1%}), but its layout gives them {described(meant)} "
             f"({shares[meant]:.1%})."
         )
         return verdict, False
@@ -332,14 +332,14 @@ def _judged_by_drafts(found: Diagnosis, depth: int) -> tuple[str, bool]:
         f", and the trunk accepts {found.acceptance:.1%} of their first drafts"
     )  # fmt: skip
     verdict = (
-        f"{found.folder} is sound: its {depth} MTP layer(s) are whole and trained, agree with "
-        f"{described(meant)} as their layout has it ({shares[meant]:.1%}){accepted}."
+        f"{found.folder} is sound: its {depth} MTP layer(s) are complete and trained, and match "
+        f"their layout's {described(meant)} ({shares[meant]:.1%}){accepted}."
     )
     return verdict, True
 
 
 def _examine_heads(path: Path, new_tokens: int) -> Diagnosis:
-    """Heads of this project's, which say themselves what they are."""
+    """Examines heads in this project's file, which describe themselves."""
     folder = read_folder(path)
     model = folder.build()
     prompts = _prompts(path, model)

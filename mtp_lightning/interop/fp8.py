@@ -1,7 +1,7 @@
-"""Weights in fp8 with a scale a block, as DeepSeek-V3 was released: dequantised to float32.
+"""Weights in fp8 with one scale per block, as DeepSeek-V3 was released: dequantized to float32.
 
-A matrix [R, C] of ``float8_e4m3fn`` comes with ``weight_scale_inv`` [R / b, C / b], rounded up, by
-which its blocks of b x b are multiplied (README_WEIGHTS of DeepSeek-V3; b = 128).
+A matrix [R, C] of ``float8_e4m3fn`` comes with ``weight_scale_inv`` [R / b, C / b], rounded up;
+each b x b block is multiplied by its scale (README_WEIGHTS of DeepSeek-V3; b = 128).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SCALE = "_scale_inv"
 
 
 def block_size(fields: Mapping[str, Any], *, source: str) -> tuple[int, int] | None:
-    """The blocks that a config.json's weights are scaled in; None where they are not quantised.
+    """The block size of a config.json's scales; None if the weights are not quantized.
 
     Raises:
-        UserError: another quantisation.
+        UserError: for another quantization.
     """
     settings = fields.get("quantization_config")
     if settings is None:
@@ -37,14 +37,14 @@ def block_size(fields: Mapping[str, Any], *, source: str) -> tuple[int, int] | N
     if kind != "fp8" or not whole or not all(isinstance(n, int) and n > 0 for n in size):
         raise UserError(
             f"{source} has quantization_config of quant_method={kind} with weight_block_size="
-            f"{size}: only fp8 with a scale a block, as DeepSeek-V3 has it, can be imported."
+            f"{size}: only fp8 with one scale per block, as in DeepSeek-V3, can be imported."
         )
     return int(size[0]), int(size[1])
 
 
 @dataclass(frozen=True)
 class Scaled(Part):
-    """A matrix of a file times its blocks' scales."""
+    """A matrix of a file, multiplied by its blocks' scales."""
 
     weight: Part
     scale: Part
@@ -60,10 +60,10 @@ class Scaled(Part):
 
 
 def dequantised(tensors: dict[str, Part], block: tuple[int, int], *, source: str) -> None:
-    """Replace every fp8 matrix and its scales by their product, float32, in place.
+    """Replaces every fp8 matrix and its scales by their product, float32, in place.
 
     Raises:
-        UserError: scales without their matrix, or of another shape.
+        UserError: for scales without their matrix, or of another shape.
     """
     names = [name for name in tensors if name.endswith(SCALE)]
     for name in names:
@@ -76,11 +76,11 @@ def dequantised(tensors: dict[str, Part], block: tuple[int, int], *, source: str
         if tuple(scale.shape) != wanted:
             raise UserError(
                 f"{name} in {source} has the shape {list(scale.shape)} where {list(wanted)} is "
-                f"needed, one a block of {block[0]} x {block[1]}."
+                f"needed, one per block of {block[0]} x {block[1]}."
             )
         tensors[own] = Scaled(tensors[own], scale, block)
     if names:
-        log.warning("%s: %d matrices in fp8 are dequantised to float32.", source, len(names))
+        log.warning("%s: %d matrices in fp8 are dequantized to float32.", source, len(names))
 
 
 def scaled(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
@@ -88,6 +88,6 @@ def scaled(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     rows, columns = weight.shape
     found = weight.to(torch.float32)
     by_row = scale.float().repeat_interleave(block[0], 0)[:rows]
-    for start in range(0, columns, block[1]):  # no second matrix of the whole size
+    for start in range(0, columns, block[1]):  # avoids a second matrix of the whole size
         found[:, start : start + block[1]] *= by_row[:, start // block[1]].unsqueeze(1)
     return found

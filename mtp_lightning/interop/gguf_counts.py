@@ -1,4 +1,4 @@
-"""The counts in a GGUF file against its size, before a reader makes lists of them."""
+"""Checks the counts in a GGUF file against its size, before a reader makes lists of them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.stored import LARGEST_VOCAB
 
 _STRING, _ARRAY = 8, 9
-# Bytes of a value, by its kind in the file.
+# Bytes of a value, by its type in the file.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-# Entries of all arrays: tokens, their kinds and scores, and merges. gguf makes objects of each.
+# Entries of all arrays: tokens, their types and scores, and merges. gguf makes objects of each.
 _LARGEST_ARRAYS = 4 * LARGEST_VOCAB
 _LARGEST_COUNT = 1 << 20
 
 
 def require_counts(path: Path) -> None:
-    """Refuse a file whose counts and lengths are more than it holds.
+    """Refuses a file whose counts and lengths exceed its contents.
 
     Raises:
         UserError: naming the count.
@@ -28,7 +28,7 @@ def require_counts(path: Path) -> None:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 _Counts(content).check()
         except (ValueError, struct.error) as error:
-            raise UserError(f"{path} is damaged or no GGUF file: {error}.") from error
+            raise UserError(f"{path} is damaged or not a GGUF file: {error}.") from error
 
 
 class _Counts:
@@ -47,7 +47,7 @@ class _Counts:
             self._number("I")
         tensors, fields = self._number("Q"), self._number("Q")
         if max(tensors, fields) > _LARGEST_COUNT:
-            raise ValueError(f"it says that it has {tensors:,} tensors and {fields:,} fields")
+            raise ValueError(f"it states {tensors:,} tensors and {fields:,} fields")
         for _ in range(fields):
             self._skip(self._number("Q"), 1)
             self._value(self._number("I"))
@@ -56,8 +56,8 @@ class _Counts:
             numbers = 1
             for _ in range(self._fitting(self._number("I"), 8)):
                 numbers *= self._number("Q")
-                if numbers > 8 * len(self._content):  # no kind takes less than a bit
-                    raise ValueError("a tensor has more numbers than it holds")
+                if numbers > 8 * len(self._content):  # every type takes at least a bit
+                    raise ValueError("a tensor has more values than the file can hold")
             self._skip(12, 1)
 
     def _value(self, kind: int) -> None:
@@ -87,10 +87,10 @@ class _Counts:
         return int(found)
 
     def _fitting(self, count: int, size: int) -> int:
-        """A count of things of a size, which must still be there."""
+        """A count of items of a size, which must still be in the file."""
         left = len(self._content) - self._at
         if count * size > left:
-            raise ValueError(f"it says that {count:,} follow, and {left:,} bytes are left")
+            raise ValueError(f"it states {count:,} more items, but {left:,} bytes are left")
         return count
 
     def _skip(self, count: int, size: int) -> None:

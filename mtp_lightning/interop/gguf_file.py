@@ -1,7 +1,7 @@
-"""A GGUF file as a model in Hugging Face's layout, by transformers' own reading of it.
+"""Reads a GGUF file as a model in Hugging Face's layout, with transformers' own reader.
 
-GGUF holds weights in blocks of few bits. They are dequantised, to float32: what is trained and
-decoded here is the model that those numbers say, without the kernels that compute on blocks.
+GGUF holds weights in blocks of few bits, which are dequantized to float32: training and decoding
+here use these rounded values, without the kernels that compute on blocks.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from mtp_lightning.stored import brief
 
 log = logging.getLogger(__name__)
 
-# Tensors of GGUF that hold no weight and follow from the config, or are other numbers for it.
+# A tensor of GGUF that holds no weight and follows from the config, or replaces those values.
 _FREQUENCIES = "rope_freqs.weight"
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether a path is of a GGUF file."""
+    """Whether a path is a GGUF file."""
     path = Path(path)
     return path.suffix == ".gguf" and path.is_file()
 
 
 @dataclass(frozen=True)
 class Blocks(Part):
-    """A tensor of a GGUF file, dequantised when it is read.
+    """A tensor of a GGUF file, dequantized when it is read.
 
     Attributes:
         file: the file.
-        blocks: as gguf's reader has it; its shape is the other way round.
-        process: transformers', which puts rows back that llama.cpp's converter moves.
+        blocks: gguf's tensor, with its shape reversed.
+        process: transformers' function that undoes the row permutation of llama.cpp's converter.
     """
 
     file: Path
@@ -60,7 +60,7 @@ class Blocks(Part):
     def read(self) -> Tensor:
         from gguf.quants import dequantize
 
-        # Not by the reader's mapping, whose pages stay in memory.
+        # Not through the reader's memory map, whose pages stay in memory.
         held = self.blocks.data
         stored = np.fromfile(self.file, held.dtype, held.size, offset=self.blocks.data_offset)
         numbers = dequantize(stored.reshape(held.shape), self.blocks.tensor_type)
@@ -72,15 +72,15 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Part]]:
     """The fields of a config.json, and the tensors by Hugging Face's names, unread.
 
     Raises:
-        UserError: a damaged file, an architecture that transformers does not read from GGUF,
-            tensors that it passes over, or packages that are missing.
+        UserError: for a damaged file, an architecture that transformers does not read from GGUF,
+            tensors that it skips, or missing packages.
     """
     transformers, reader = _libraries(path)
     _refuse_what_is_passed_over(path, reader)
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     fields = _parsed(path, load_gguf_checkpoint)["config"]
-    for key, value in fields.items():  # layers and experts are objects, also without memory
+    for key, value in fields.items():  # layers and experts become objects even on the meta device
         if isinstance(value, int) and key.startswith("num_") and value > len(reader.tensors) * 64:
             raise UserError(f"{path} is damaged or forged: it says {key}={brief(value)}.")
     with torch.device("meta"):
@@ -89,8 +89,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Part]]:
     held = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     kinds = ", ".join(f"{count} of {name}" for name, count in sorted(held.items()))
     log.warning(
-        "%s is dequantised to float32 (tensors: %s): from here on the model is what these rounded "
-        "numbers say.",
+        "%s is dequantized to float32 (tensors: %s): from here on the model has these rounded "
+        "values.",
         path,
         kinds,
     )
@@ -103,7 +103,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Part]]:
 
 
 def _parts(path: Path, fields: dict[str, Any], reader: Any, shape: Any) -> dict[str, Part] | None:
-    """The tensors one by one; None of an architecture whose tensors transformers puts together."""
+    """The tensors one by one; None for an architecture whose tensors transformers merges."""
     from transformers import modeling_gguf_pytorch_utils as theirs
 
     kind = theirs.TENSOR_PROCESSORS.get(
@@ -121,10 +121,10 @@ def _parts(path: Path, fields: dict[str, Any], reader: Any, shape: Any) -> dict[
 
 
 def tokenizer_state(path: Path) -> dict[str, Any]:
-    """The tokenizer in a GGUF file, its special tokens and chat template included.
+    """The tokenizer in a GGUF file, with its special tokens and chat template.
 
     Raises:
-        UserError: it holds none that transformers reads.
+        UserError: if it holds no tokenizer that transformers reads.
     """
     transformers, _ = _libraries(path)
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +139,7 @@ def tokenizer_state(path: Path) -> dict[str, Any]:
 
 
 def _libraries(path: Path) -> tuple[Any, Any]:
-    """transformers, and gguf's reader on a file."""
+    """transformers, and gguf's reader of a file."""
     try:
         import gguf
         import transformers
@@ -151,19 +151,19 @@ def _libraries(path: Path) -> tuple[Any, Any]:
     try:
         return transformers, gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise UserError(f"{path} is damaged or no GGUF file: {error}.") from error
+        raise UserError(f"{path} is damaged or not a GGUF file: {error}.") from error
 
 
 def _parsed(path: Path, load: Any, **options: Any) -> dict[str, Any]:
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a bar of progress
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
             return dict(load(str(path), **options))
     except (ValueError, KeyError, IndexError, NotImplementedError) as error:
         raise UserError(f"transformers cannot read {path}: {error}") from error
 
 
 def _refuse_what_is_passed_over(path: Path, reader: Any) -> None:
-    """What changes the arithmetic and is not handed on by transformers."""
+    """Refuses what changes the arithmetic but is dropped by transformers."""
     if any(tensor.name == _FREQUENCIES for tensor in reader.tensors):
         raise UserError(
             f"{path} holds stretched rotary frequencies ({_FREQUENCIES}), which transformers does "

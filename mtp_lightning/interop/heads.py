@@ -1,4 +1,4 @@
-"""The extra file for MTP heads that no Hugging Face layout has: ``mtp_heads.safetensors``.
+"""The extra file for MTP heads without a Hugging Face layout: ``mtp_heads.safetensors``.
 
 Its tensors have this project's names and shapes (``mtp.depths.0...``). Its metadata has one entry,
 ``mtp_lightning``: the JSON of the stack's variant and switches, as checkpoints store them.
@@ -38,7 +38,7 @@ def tensors(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 
 
 def metadata(config: ModelConfig) -> dict[str, str]:
-    """What the file says of its tensors. One key: of several, the order would not be fixed."""
+    """The file's metadata. It has one key, since the order of several is not fixed."""
     return {_KEY: json.dumps(config.mtp.to_dict(), sort_keys=True)}
 
 
@@ -46,15 +46,15 @@ def read(folder: Path, *, allow: Collection[str] = ()) -> tuple[MTPConfig, dict[
     """The stack and its weights.
 
     Args:
-        folder: with the file.
-        allow: packages whose variants it may ask for.
+        folder: the folder of the file.
+        allow: packages whose variants it may use.
 
     Raises:
-        UserError: a damaged file, or a stack that this version does not know.
+        UserError: for a damaged file, or a stack that this version does not know.
     """
     found, described = tensor_files.parts(folder / FILE)
     try:
         config = MTPConfig.from_dict(json.loads(described.get(_KEY, "")), allow=allow)
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder / FILE} does not say what its tensors are: {error}.") from error
+        raise UserError(f"{folder / FILE} does not describe its tensors: {error}.") from error
     return config, found

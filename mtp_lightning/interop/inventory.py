@@ -1,7 +1,8 @@
-"""What became of a folder's MTP tensors: there, missing, all zero, or as they were initialised.
+"""States of a folder's MTP tensors: trained, missing, all zero, or as initialized.
 
-Systems have written MTP layers that were never trained, and never loaded, without a word. A tensor
-tells: an initialisation draws every number of a matrix alike and alone, and no training leaves it.
+Systems have silently written MTP layers that were never trained or never loaded. A tensor shows
+it: an initialization draws every value of a matrix independently from one distribution, and
+training does not leave it that way.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from mtp_lightning.interop.names import places
 from mtp_lightning.model import ModelConfig
 
 State = Literal["trained", "missing", "misshapen", "zero", "fresh", "copied", "different"]
-# Of these a module cannot be used, or has not been trained.
+# With a tensor in one of these states a module cannot be used, or has not been trained.
 LOST: tuple[State, ...] = ("missing", "misshapen", "zero", "fresh", "copied", "different")
-# Fewer numbers than these are no evidence.
+# Smaller matrices prove nothing.
 _FEWEST_ROWS, _FEWEST = 16, 2048
-# Kurtosis of the two laws that layers are initialised by, and what it varies by over n numbers.
+# Kurtosis of the two initial distributions, and its variance times n over n values.
 _NORMAL, _UNIFORM = (3.0, 24.0), (1.8, 0.92)
-# Standard errors that chance may bring.
+# Standard errors that chance may cause.
 _ERRORS = 5.0
 
 
@@ -33,7 +34,7 @@ class Module:
 
     Attributes:
         depth: k, from 1.
-        states: of every tensor that the layout has for it, by the folder's names.
+        states: states of its tensors, by the folder's names.
     """
 
     depth: int
@@ -47,8 +48,8 @@ class Module:
     def lost(self) -> dict[State, list[str]]:
         """The tensors that are not as training leaves them, by their state.
 
-        An expert that hardly a token was sent to may stay as it began: experts count only where no
-        expert's matrix has moved.
+        An expert that gets hardly any tokens may stay as initialized, so experts count only if none
+        of their matrices has changed.
         """
         experts = {n: s for n, s in self.states.items() if ".experts." in n}
         counted = {n: s for n, s in self.states.items() if n not in experts or s != "fresh"}
@@ -67,11 +68,11 @@ class Module:
 
 
 def take_inventory(config: ModelConfig, tensors: dict[str, Tensor]) -> list[Module]:
-    """The modules of a layout, and the state of every tensor of theirs.
+    """The modules of a layout, and the states of all their tensors.
 
     Args:
-        config: of the model, with as many depths as the folder speaks of.
-        tensors: of the folder, by its names.
+        config: config of the model, with as many depths as the folder has or declares.
+        tensors: tensors of the folder, by its names.
     """
     last = {
         place.own.removeprefix(f"trunk.blocks.{config.trunk.n_layers - 1}."): place.parts
@@ -102,13 +103,13 @@ def take_inventory(config: ModelConfig, tensors: dict[str, Tensor]) -> list[Modu
     for depth, names in copied_blocks.items():
         block = [n for n in modules[depth] if "self_attn" in n or ".mlp." in n]
         matrices = [n for n in block if n in tensors and tensors[n].dim() > 1]
-        if names and len(names) == len(matrices):  # a whole block that nobody has trained
+        if names and len(names) == len(matrices):  # a whole block that was never trained
             modules[depth] |= dict.fromkeys(names, "copied")
     return [Module(depth=k, states=states) for k, states in modules.items()]
 
 
 def _source(own: str, tensors: dict[str, Tensor]) -> str:
-    """The trunk's tensor that a copy is of; a tied head is the embedding."""
+    """The trunk's tensor that is copied; a tied head is the embedding."""
     head = own == "head.weight" and "lm_head.weight" in tensors
     return "lm_head.weight" if head else "model.embed_tokens.weight"
 
@@ -118,7 +119,8 @@ def _depth_of(name: str, config: ModelConfig) -> int:
 
 
 def _state(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> State:
-    """Biases begin at 0 and gains at 1, and may be found so after training."""
+    """The state of a tensor. Biases start at 0 and gains at 1, and may still be so after
+    training."""
     if tensor is None:
         return "missing"
     if tuple(tensor.shape) != shape:
@@ -130,8 +132,8 @@ def _state(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> State:
 
 
 def is_fresh(matrix: Tensor) -> bool:
-    """Whether a matrix's numbers look drawn alike and alone: their kurtosis is that of a normal or
-    a uniform law, and rows and columns differ in length by no more than those of such numbers."""
+    """Whether a matrix looks drawn independently from one distribution: its kurtosis is that of a
+    normal or uniform distribution, and the lengths of rows and columns vary no more than chance."""
     rows, columns = matrix.shape
     n = matrix.numel()
     if min(rows, columns) < _FEWEST_ROWS or n < _FEWEST:

@@ -1,15 +1,15 @@
-"""Names of tensors in Hugging Face's layouts, and where each lies in this project's model.
+"""The weight map between Hugging Face's layouts and this project's model.
 
-One rule serves both directions. A tensor here is one or several tensors there, on top of each
-other: rows of query, key and value; of gate and up; of one expert after another. What stands inside
-of an attention or feed-forward layer its config knows (``hf_places``).
+One rule serves both directions. A tensor here consists of one or several tensors there, stacked:
+rows of query, key and value; of gate and up; of all experts. The configs of attention and
+feed-forward layers list their own tensors (``hf_places``).
 
-The layouts are Llama's (Qwen2's and Qwen3's too, with biases or norms on heads), DeepSeek-V3's and,
-of Llama's attention with DeepSeek's experts, GLM-4.5's.
-MTP depth k is layer L + k - 1 of either, as in README_WEIGHTS of DeepSeek-V3's release: the two
-norms, the projection, the block, the output norm, and copies of embedding and head. MiMo has its
-own names for them, on a Qwen2 trunk: ``model.mtp_layers.{k - 1}``, which reads the state before the
-final norm, and that first.
+The layouts are Llama's (also Qwen2's and Qwen3's, with biases or norms on heads), DeepSeek-V3's and
+GLM-4.5's, which combines Llama's attention with DeepSeek's experts. MTP depth k is layer L + k - 1
+of each, as in README_WEIGHTS of DeepSeek-V3's release: the two norms, the projection, the block,
+the output norm, and copies of embedding and head. MiMo has its own names for them, on a Qwen2
+trunk: ``model.mtp_layers.{k - 1}``, which reads the state before the final norm, and reads it
+first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.nn.places import Place, renamed
 from mtp_lightning.opening import Stored
 
-# This project's names of a module's own parts, and the layouts'.
+# This project's names of a module's parts, and the layouts' names.
 _DEEPSEEK = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
 _MIMO = {
     "enorm": "token_layernorm",
@@ -40,14 +40,14 @@ _MIMO = {
     "norm": "final_layernorm",
 }
 _EMBEDDING, _HEAD = "trunk.embedding.weight", "head.weight"
-# Tables that old checkpoints hold beside the weights; they follow from the config.
+# Tables next to the weights in old checkpoints, which follow from the config.
 _DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 
 def has_layout(config: ModelConfig) -> bool:
-    """Whether transformers' MTP layers compute what this model's stack does (after :func:`plain`).
+    """Whether transformers' MTP layers compute the same as this model's stack, after :func:`plain`.
 
-    They read the state after the final norm, but for MiMo's, and of a DeepSeek trunk they are
+    They read the state after the final norm (except MiMo's), and in a DeepSeek trunk they are
     mixtures of experts.
     """
     mtp = config.mtp
@@ -62,14 +62,14 @@ def has_layout(config: ModelConfig) -> bool:
         return is_mimo(config)
     experts = config.trunk.feed_forward
     if isinstance(experts, ExpertsConfig) and layers[0] == "grouped_query":
-        # Of Qwen3's, transformers takes the first MTP layer for the first one.
+        # For Qwen3, transformers takes the first MTP layer for the trunk's first layer.
         return experts.scoring == "sigmoid" or not experts.first_k_dense
     return layers != ("latent", "dense")
 
 
 def is_mimo(config: ModelConfig) -> bool:
-    """Whether MiMo's layout is the one of a model: of the trunks it can be, Qwen2's, modules that
-    read the state before the final norm."""
+    """Whether a model has MiMo's layout: a Qwen2 trunk, and modules that read the state before the
+    final norm."""
     trunk, mtp = config.trunk, config.mtp
     return (
         isinstance(mtp, SequentialConfig)
@@ -83,17 +83,17 @@ def is_mimo(config: ModelConfig) -> bool:
 
 
 def mimo_stack(depth: int) -> SequentialConfig:
-    """A stack of MiMo's."""
+    """MiMo's stack."""
     return SequentialConfig(depth=depth, input_norm="pre", concat="hidden_first")
 
 
 def plain(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The same model with modules as its layout has them: one a depth, embedding first, or with
-    MiMo the state."""
+    """The same model with its modules in their layout's form: one per depth, with the embedding
+    first, or for MiMo the state first."""
     mtp = config.mtp
     if not isinstance(mtp, SequentialConfig):
         return config, weights
-    weights = {name: t for name, t in weights.items() if name != "mtp.blank"}  # of training
+    weights = {name: t for name, t in weights.items() if name != "mtp.blank"}  # only for training
     if mtp.share_layers:
         first = {n: t for n, t in weights.items() if n.startswith("mtp.depths.0.")}
         for k in range(1, mtp.depth):
@@ -107,7 +107,7 @@ def plain(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig,
 
 
 def places(config: ModelConfig) -> Iterator[Place]:
-    """Every tensor of trunk and head, and of the modules of a sequential stack."""
+    """All tensors of trunk and head, and of the modules of a sequential stack."""
     trunk, mtp = config.trunk, config.mtp
     wide, vector = (trunk.vocab_size, trunk.d_model), (trunk.d_model,)
     yield renamed(_EMBEDDING, "model.embed_tokens.weight", wide)
@@ -134,7 +134,7 @@ def places(config: ModelConfig) -> Iterator[Place]:
 
 
 def mtp_prefix(config: ModelConfig, index: int) -> str:
-    """Before the names of a module's tensors; ``index`` counts from 0."""
+    """Prefix of the names of a module's tensors; ``index`` counts from 0."""
     if is_mimo(config):
         return f"model.mtp_layers.{index}."
     return f"model.layers.{config.trunk.n_layers + index}."
@@ -152,11 +152,11 @@ def _block(trunk: TrunkConfig, layer: int | None, own: str, theirs: str) -> Iter
 def to_folder(
     config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The tensors of a folder, in order; ``config`` and ``weights`` as :func:`plain` gives them."""
+    """The tensors of a folder, in order; ``config`` and ``weights`` come from :func:`plain`."""
     found: dict[str, Tensor] = {}
     for place in places(config):
         if place.copy and place.parts[0][0] == "lm_head.weight":
-            continue  # tied: the folder's config says so
+            continue  # the folder's config says that the head is tied
         tensor = weights[place.own]
         rows = tensor if place.stacked is None else tensor.flatten(0, 1)
         if place.order is not None:
@@ -171,16 +171,16 @@ def to_folder(
 def from_folder(
     config: ModelConfig, tensors: Mapping[str, Part], *, source: str
 ) -> dict[str, Stored]:
-    """This project's weights, of a folder's tensors; of them only copies are read.
+    """This project's weights, from a folder's tensors, of which only copies are read.
 
     Raises:
-        UserError: a tensor is missing, unknown, of another shape, or a copy that is none.
+        UserError: for a tensor that is missing, unknown, of another shape, or a copy that differs.
     """
     needed = list(places(config))
     problems = list(_misfits(needed, tensors))
     if problems:
         shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")
-        raise UserError(f"The tensors in {source} do not fit its config.json: {shown}.")
+        raise UserError(f"The tensors in {source} do not match its config.json: {shown}.")
     weights: dict[str, Stored] = {}
     single: dict[str, Part] = {}
     for place in needed:
@@ -190,8 +190,8 @@ def from_folder(
             weights.setdefault(place.own, weights[_EMBEDDING])
             if parts and not equal(parts[0], own):
                 raise UserError(
-                    f"{place.parts[0][0]} in {source} differs from the trunk's: here every "
-                    "prediction shares the trunk's embedding and head."
+                    f"{place.parts[0][0]} in {source} differs from the trunk's, but every "
+                    "prediction shares the trunk's embedding and head here."
                 )
             continue
         weights[place.own] = Assembled(place, parts)

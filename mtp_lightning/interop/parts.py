@@ -1,6 +1,6 @@
-"""Tensors of files that are read when they are wanted: a model is filled one tensor at a time.
+"""Tensors of files that are read when needed, so that a model is filled one tensor at a time.
 
-All of a model's tensors at once, beside the model that they fill, would take its memory twice.
+Holding all of a model's tensors next to the model that they fill would double its memory.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ class Part(Stored):
     """One tensor of a file.
 
     Attributes:
-        dtype: as it is stored.
+        dtype: the stored dtype.
     """
 
     dtype: torch.dtype
 
     @abstractmethod
     def read(self) -> Tensor:
-        """The numbers, for now: they may lie in the file's pages, and are to be let go of."""
+        """The values, to be used and released: they may be in the file's pages."""
 
     def copy_to(self, target: Tensor) -> None:
         target.copy_(self.read())
@@ -34,7 +34,7 @@ class Part(Stored):
 
 @dataclass(frozen=True)
 class Held(Part):
-    """One that is in memory already."""
+    """A tensor that is already in memory."""
 
     numbers: Tensor
 
@@ -52,11 +52,11 @@ class Held(Part):
 
 @dataclass(frozen=True)
 class Assembled(Stored):
-    """A tensor of this project's, made of those that a layout has for it.
+    """A tensor of this project, assembled from those of a layout.
 
     Attributes:
-        place: what lies where.
-        parts: in the place's order, of its shapes.
+        place: which parts are where.
+        parts: in the place's order, with its shapes.
     """
 
     place: Place
@@ -85,6 +85,6 @@ class Assembled(Stored):
 
 
 def equal(one: Part, other: Part) -> bool:
-    """Whether two hold the same numbers, whatever they are stored as."""
+    """Whether two tensors hold the same values, in any stored dtype."""
     a, b = one.read(), other.read()
     return torch.equal(a, b) if a.dtype == b.dtype else torch.equal(a.float(), b.float())

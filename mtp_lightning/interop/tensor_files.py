@@ -1,4 +1,4 @@
-"""Safetensors files: plain tensors, which no reader can be made to execute."""
+"""Safetensors files: plain tensors, from which no reader can execute anything."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mtp_lightning.interop.parts import Part
 
 
 class FilePart(Part):
-    """A tensor of a safetensors file. The file is mapped anew for every reading: what a mapping
-    has read stays in memory as long as it is there.
+    """A tensor of a safetensors file. The file is mapped again for every read, since the pages of a
+    map stay in memory as long as the map.
 
     Args:
         file: the file.
-        name: of the tensor.
-        tensor: of which shape and dtype are kept.
+        name: name of the tensor.
+        tensor: the tensor, whose shape and dtype are kept.
     """
 
     def __init__(self, file: Path, name: str, tensor: Tensor) -> None:
@@ -39,7 +39,7 @@ class FilePart(Part):
 
 
 def parts(file: Path) -> tuple[dict[str, Part], dict[str, str]]:
-    """The tensors of one file, unread, and its metadata; errors as :func:`read`."""
+    """The tensors of one file, unread, and its metadata; raises like :func:`read`."""
     with _opened(file) as content:
         names = content.keys()
         found: dict[str, Part] = {
@@ -52,8 +52,8 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of one file, and its metadata.
 
     Raises:
-        UserError: it is damaged, or the package is missing.
-        OSError: it cannot be read.
+        UserError: if it is damaged, or the package is missing.
+        OSError: if it cannot be read.
     """
     with _opened(file) as content:
         names = content.keys()
@@ -67,20 +67,20 @@ def _opened(file: Path) -> Iterator[Any]:
         with library.safe_open(file, "pt") as content:
             yield content
     except library.SafetensorError as error:
-        raise UserError(f"{file} is damaged or no safetensors file: {error}.") from error
+        raise UserError(f"{file} is damaged or not a safetensors file: {error}.") from error
 
 
 def write(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write one file. Equal tensors give equal bytes, if ``metadata`` has one key at most.
+    """Writes one file. Equal tensors give equal bytes, if ``metadata`` has one key at most.
 
     Raises:
-        UserError: the package is missing.
-        OSError: a full disk, among others.
+        UserError: if the package is missing.
+        OSError: for a full disk, among others.
     """
     _library()
     from safetensors.torch import save
 
-    # The library refuses tensors that share memory, as copies of the embedding do.
+    # The library refuses tensors that share memory, such as copies of the embedding.
     seen: set[int] = set()
     apart: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -1,8 +1,8 @@
-"""The same folder in transformers' hands: what this project is compared with.
+"""A folder loaded by transformers, to compare this project with.
 
-transformers knows MTP layers by a class attribute that lists the layers to pass over when it loads
-the trunk. For DeepSeek-V3 it names layer 61 alone, for Llama none, so other models need
-:func:`one_line` before they are loaded.
+transformers skips MTP layers when it loads a trunk, by a class attribute that lists their tensors.
+For DeepSeek-V3 it lists only layer 61, for Llama none, so other models need :func:`one_line` before
+they are loaded.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from mtp_lightning.errors import UserError
 from mtp_lightning.interop.config_json import ARCHITECTURES, STANDS_FOR
 
-# Of MTP layers that no class of transformers has.
+# MTP layers that no class of transformers has.
 MIMO_PATTERN = r"model\.mtp_layers\."
 
 
 def patterns(n_layers: int, depth: int) -> list[str]:
-    """Regular expressions of the MTP layers' tensors."""
+    """Regular expressions that match the MTP layers' tensors."""
     return [rf"model\.layers\.{layer}\." for layer in range(n_layers, n_layers + depth)]
 
 
@@ -40,24 +40,24 @@ class Loaded:
 
     Args:
         folder: the folder.
-        model_type: of its config.json.
+        model_type: model type in its config.json.
         n_layers: L.
         depth: MTP depths among its layers that transformers has.
 
     Attributes:
         model: the trunk with its head.
         missing: tensors that the trunk needs and the folder lacks.
-        unexpected: tensors of the folder that nobody reads.
+        unexpected: tensors of the folder that are not read.
 
     Raises:
-        UserError: transformers is missing, or refuses the folder.
+        UserError: if transformers is missing, or refuses the folder.
     """
 
     def __init__(self, folder: Path, *, model_type: str, n_layers: int, depth: int) -> None:
         transformers = import_transformers()
         kind = getattr(transformers, ARCHITECTURES[STANDS_FOR.get(model_type, model_type)])
         self.depth = depth
-        # A subclass of its own, so that the process' class keeps what it says; see one_line.
+        # A new subclass leaves the attribute of the process-wide class unchanged; see one_line.
         names = patterns(n_layers, depth) if model_type not in STANDS_FOR else [MIMO_PATTERN]
         ignored = {"_keys_to_ignore_on_load_unexpected": names}
         with _quiet(transformers):
@@ -106,7 +106,7 @@ class Loaded:
 
     @torch.inference_mode()
     def greedy(self, prompt: Tensor, n_new: int, *, use_mtp: bool) -> tuple[list[int], int]:
-        """The tokens that follow ``prompt`` [T], and the trunk's passes that it took."""
+        """The greedy continuation of ``prompt`` [T], and the trunk's passes for it."""
         passes = 0
 
         def count(*_: Any) -> None:
@@ -133,7 +133,7 @@ def import_transformers() -> Any:
     """The package.
 
     Raises:
-        UserError: it is missing.
+        UserError: if it is missing.
     """
     try:
         import transformers
@@ -147,7 +147,7 @@ def import_transformers() -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    # What it would say is compared here, and said in this project's words.
+    # This project compares the same facts and reports them itself.
     settings = transformers.utils.logging
     level, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
     settings.set_verbosity(logging.CRITICAL)

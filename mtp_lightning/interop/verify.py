@@ -1,7 +1,7 @@
-"""Is a folder what a model says it is? Every tensor, every depth's logits, and decoded text.
+"""Verifies that a folder is the model it was made from: tensors, logits of all depths, and text.
 
-Systems have written 0 of 15 MTP tensors with exit code 0, and modules still as they were
-initialised. So the folder is read back twice: as bytes, and by transformers.
+Exporters have written 0 of 15 MTP tensors with exit code 0, and modules in their initial state. So
+the folder is read back twice: as bytes, and with transformers.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from mtp_lightning.interop.writing import DTYPES, has_extra_file
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 
-# Of logits in float32: at least so much may differ, of large ones this share of the largest.
+# Logits in float32 may differ by the first number, or by this share of the largest logit.
 TOLERANCE, ROUNDING = 1e-4, 2e-5
 _TEXT = "def main():\n\treturn 'caf\u00e9 \u2013 \u65e5\u672c'  # 1, 2, 345\n"
 _BATCH, _LENGTH, _PROMPT, _NEW = 2, 32, 8, 24
 
 
 class CheckFailed(UserError):
-    """A folder is not the model that it was made of; the message names the tensor."""
+    """A folder is not the model that it was made from; the message names the tensor."""
 
 
 def check_trained(model: MTPModel, seed: int, weights: list[float]) -> str:
-    """Whether every tensor that a run trained has moved from where its seed put it.
+    """Checks that every trained tensor differs from its initialization.
 
     Args:
-        model: as trained.
-        seed: of the run.
+        model: a trained model.
+        seed: seed of the run.
         weights: lambda of every depth; a module that no weight above 0 reaches is not trained.
 
     Returns:
-        What was found, in a line.
+        One line about the result.
 
     Raises:
-        CheckFailed: one has not.
+        CheckFailed: if a tensor does not differ.
     """
     fresh = MTPModel(model.config)
     fresh.initialise(seed)
@@ -61,18 +61,18 @@ def check_trained(model: MTPModel, seed: int, weights: list[float]) -> str:
             continue
         if torch.equal(parameter.detach().cpu(), start[name].detach()):
             raise CheckFailed(
-                f"{name} is exactly as seed {seed} initialised it, though the run trained it: "
-                "its weights were lost on the way to this checkpoint, or its lambda was 0."
+                f"{name} is exactly as seed {seed} initialized it, although the run trained it: "
+                "its weights were lost before this checkpoint, or its lambda was 0."
             )
         trained += 1
-    return f"{trained} trained tensors differ from their initialisation"
+    return f"{trained} trained tensors differ from their initialization"
 
 
 def check_bytes(folder: Path, model: MTPModel, *, dtype: str) -> str:
-    """Whether the folder's tensors are the model's, each rounded once and none more or less.
+    """Checks that the folder's tensors are the model's, each rounded once, none missing or extra.
 
     Raises:
-        CheckFailed: one is not.
+        CheckFailed: if a tensor is not.
     """
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     config, plain_weights = plain(model.config, weights)
@@ -93,7 +93,7 @@ def check_bytes(folder: Path, model: MTPModel, *, dtype: str) -> str:
 
 
 def rounded(model: MTPModel, dtype: str) -> MTPModel:
-    """A float32 copy of a model with the numbers that a folder of ``dtype`` holds."""
+    """A float32 copy of a model, rounded to the values that a folder of ``dtype`` holds."""
     twin = copy.deepcopy(model).cpu().float().eval()
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -102,11 +102,11 @@ def rounded(model: MTPModel, dtype: str) -> MTPModel:
 
 
 def check_tokenizer(folder: Path, tokenizer: Any) -> str:
-    """Whether transformers reads the folder's tokenizer as ``tokenizer``.
+    """Checks that transformers reads the folder's tokenizer as ``tokenizer``.
 
     Raises:
-        CheckFailed: it gives other ids.
-        UserError: transformers is missing.
+        CheckFailed: if it gives other ids.
+        UserError: if transformers is missing.
     """
     theirs = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     text = _TEXT if tokenizer.reads_text else tokenizer.decode(range(tokenizer.vocab_size))
@@ -121,19 +121,19 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> str:
 
 
 def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
-    """Whether transformers computes from the folder what ``model`` computes.
+    """Checks that transformers computes the same from the folder as ``model``.
 
     Args:
-        folder: in Hugging Face's layout.
-        model: the same one, with the folder's numbers, on the CPU.
+        folder: a folder in Hugging Face's layout.
+        model: the same model, with the folder's values, on the CPU.
 
     Yields:
-        What was found, a line each.
+        The results, one line each.
 
     Raises:
-        CheckFailed: tensors that transformers misses or does not know, logits or tokens that
-            differ.
-        UserError: transformers is missing.
+        CheckFailed: for tensors that transformers misses or does not know, or for different logits
+            or tokens.
+        UserError: if transformers is missing.
     """
     read = read_folder(folder)
     extra = heads.is_there(folder)
@@ -155,7 +155,7 @@ def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
         worst = (found - own[k]).abs().max().item()
         where = "trunk" if k == 0 else f"MTP depth {k}"
         allowed = max(TOLERANCE, ROUNDING * own[k].abs().max().item())
-        if not worst <= allowed:  # NaN fails, too
+        if not worst <= allowed:  # also true for NaN
             layer = "" if k == 0 else f" (model.layers.{trunk.n_layers + k - 1}.*)"
             raise CheckFailed(
                 f"The logits of the {where}{layer} differ by {worst:.2e} between transformers and "
@@ -163,7 +163,7 @@ def check_with_transformers(folder: Path, model: MTPModel) -> Iterator[str]:
             )
         yield f"logits of the {where} equal transformers' (largest difference {worst:.1e})"
     if foreign:
-        yield "transformers has no MTP layers of this layout: theirs were compared with nobody's"
+        yield "transformers has no MTP layers of this layout: these were not compared"
     if extra:
         yield from _check_heads(read.build(), own, tokens)
     yield from _check_text(theirs, model, tokens[0, :_PROMPT])

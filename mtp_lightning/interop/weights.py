@@ -1,4 +1,4 @@
-"""The weights that a run ended with: their digest, and a file of them."""
+"""The final weights of a run: their digest, and a file with them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mtp_lightning.run.loading import model_weights, read_checkpoint
 
 
 def last_weights(run: Path) -> dict[str, Tensor] | None:
-    """By the model's own names; None where they are not kept.
+    """The final weights, by the model's own names; None if they are not kept.
 
     Args:
-        run: its folder.
+        run: the run's folder.
     """
     file = run / CHECKPOINTS / LAST
     if not file.is_file() or not intact(file):
@@ -35,11 +35,11 @@ def digest_of(run: Path) -> str | None:
 
 
 def write_weights(run: Path, file: Path) -> str | None:
-    """Write :func:`last_weights` as safetensors; returns their digest, None where there are none.
+    """Writes :func:`last_weights` as safetensors; returns their digest, or None without weights.
 
     Raises:
-        UserError: the package safetensors is missing.
-        OSError: a full disk, among others.
+        UserError: if the package safetensors is missing.
+        OSError: for a full disk, among others.
     """
     weights = last_weights(run)
     if weights is None:

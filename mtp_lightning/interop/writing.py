@@ -1,6 +1,6 @@
-"""Writing a model as a folder in Hugging Face's layout.
+"""Writes a model as a folder in Hugging Face's layout.
 
-Equal models give equal bytes: names, order, shards and JSON depend on the model alone.
+Equal models give equal bytes: names, order, shards and JSON depend only on the model.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a folder holds.
+    """The contents of a folder.
 
     Attributes:
-        layer_depths: MTP depths among the layers, which transformers and servers know.
+        layer_depths: MTP depths among the layers, which transformers and servers read.
         heads: whether the stack is in the extra file instead.
-        parameters: numbers in the folder's tensors, copies included.
-        shards: files of weights.
+        parameters: number of values in the folder's tensors, including copies.
+        shards: number of weight files.
     """
 
     layer_depths: int
@@ -50,19 +50,19 @@ def write_folder(
     max_positions: int,
     shard_bytes: int,
 ) -> Contents:
-    """Write config.json, the weights with their index, generation_config.json and the tokenizer.
+    """Writes config.json, the weights with their index, generation_config.json and the tokenizer.
 
     Args:
-        folder: where; made if it does not exist.
+        folder: the folder, created if needed.
         model: any variant.
         tokenizer: with ``eot_id``, ``eot_token`` and ``library_json()``.
         dtype: a name of :data:`DTYPES`.
-        max_positions: the context that the folder promises.
-        shard_bytes: a file of weights holds at most so much, and at least one tensor.
+        max_positions: the context length that the folder states.
+        shard_bytes: most bytes of a weight file, which holds at least one tensor.
 
     Raises:
-        UserError: a trunk that no layout computes.
-        OSError: a full disk, among others.
+        UserError: for a trunk that no layout computes.
+        OSError: for a full disk, among others.
     """
     config = model.config
     if config.mtp.rank > 1:
@@ -102,13 +102,13 @@ def write_folder(
 
 
 def has_extra_file(config: ModelConfig) -> bool:
-    """Whether a model's stack has weights and no layout of Hugging Face's."""
+    """Whether a model's stack has weights, but no Hugging Face layout."""
     return config.mtp.num_params(config.trunk) > 0 and not has_layout(config)
 
 
 def write_tokenizer(folder: Path, tokenizer: Any, *, max_positions: int) -> None:
-    """tokenizer.json, as the tokenizers library reads it, and tokenizer_config.json; of a tokenizer
-    that came with such files (chat template, special tokens), those."""
+    """Writes tokenizer.json for the tokenizers library, and tokenizer_config.json; a tokenizer that
+    came with such files (chat template, special tokens) keeps them."""
     (folder / "tokenizer.json").write_text(tokenizer.library_json(), encoding="utf-8")
     beside: dict[str, str] = getattr(tokenizer, "beside", {})
     for name, text in beside.items():

@@ -1,5 +1,5 @@
-"""Loggers of a run, one file each. None of them uses the network for more than the user has set up:
-libraries that report on their use to those who make them are told not to, before they are imported.
+"""Loggers of a run, one file each. None uses the network beyond what the user has set up:
+telemetry of the services' libraries is switched off before they are imported.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What a logger of this project can do more than any of Lightning's."""
+"""The base class of this project's loggers."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from mtp_lightning.metrics.long_range.curves import Curves
 
 
 class RunLogger(Logger):
-    """Lightning's interface and four hooks of a run, all of which may be left as they are.
+    """Lightning's interface and four more hooks of a run; the defaults do nothing.
 
-    The order of a run: ``resume_from`` (if it continues), ``log_hyperparams``, ``log_metrics``,
-    ``write_text`` and ``write_curves`` while it lasts; once ``summary.json`` is written,
-    ``log_final`` and ``finalize``.
+    A run calls them in this order: ``resume_from`` (if it continues), ``log_hyperparams``,
+    ``log_metrics``, ``write_text`` and ``write_curves`` while it lasts; once ``summary.json`` is
+    written, ``log_final`` and ``finalize``.
     """
 
     def resume_from(self, step: int) -> None:
-        """Forget what was logged after ``step``, the last one that the resumed run does not do
-        again; called before anything is logged."""
+        """Forgets what was logged after ``step``, the last step that the resumed run does not
+        repeat; called before anything is logged."""
 
     def write_text(self, tag: str, text: str, step: int) -> None:
-        """Log a text, line ends and all."""
+        """Logs a text with its line ends."""
 
     def write_curves(self, tag: str, curves: Curves, step: int) -> None:
-        """Draw a chart."""
+        """Draws a chart."""
 
     def log_final(self, params: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
-        """Log what the run ended with.
+        """Logs the final state of a run.
 
         Args:
-            params: what it was started with, as in ``log_hyperparams``.
-            metrics: the final ones, by log tag.
+            params: the run's settings, as in ``log_hyperparams``.
+            metrics: the final metrics, by log tag.
             step: optimizer steps done.
         """

@@ -1,4 +1,4 @@
-"""The logger that every run has: its ``metrics.csv``, which sweeps and reports read."""
+"""The logger of every run: its ``metrics.csv``, which sweeps and reports read."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ class MetricsCSV(RunLogger):
 
     @property
     def name(self) -> str:
-        """Empty: the file lies in the run folder itself."""
+        """Empty, since the file is in the run folder itself."""
         return ""
 
     @property
     def version(self) -> str:
-        """Empty: the file lies in the run folder itself."""
+        """Empty, since the file is in the run folder itself."""
         return ""
 
     def resume_from(self, step: int) -> None:
-        """Drop the rows after ``step``."""
+        """Drops the rows after ``step``."""
         self._file.resume_from(step)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run folder holds the composed configuration."""
+        """Does nothing: the run folder holds the composed configuration."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add values to the row of ``step``.
+        """Adds values to the row of ``step``.
 
         Raises:
-            UserError: when there is no step.
+            UserError: if there is no step.
         """
         if step is None:
-            raise UserError("metrics.csv needs the step that values belong to, but it is None.")
+            raise UserError("metrics.csv needs the step of its values, but the step is None.")
         self._file.write(metrics, int(step))

@@ -1,4 +1,4 @@
-"""A logger that fails is one warning, never a lost run."""
+"""A logger that fails costs one warning, never a run."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ log = logging.getLogger(__name__)
 
 
 class GuardedLogger(RunLogger):
-    """Stands before any of Lightning's loggers in a run.
+    """Wraps any of a run's loggers.
 
-    An exception in it is said once; from then on the logger is left out, since a server that is
-    away would cost a timeout at every step. Whoever asks (``isinstance``, or by an attribute of its
-    own, such as ``watch``) finds the logger itself.
+    An exception in the logger is reported once; from then on the logger is left out, since an
+    unreachable server would cost a timeout at every step. ``isinstance`` and the logger's own
+    attributes, such as ``watch``, refer to the wrapped logger.
 
-    Lightning says ``finalize("success")`` whenever ``fit`` or ``validate`` ends. A run ends later,
+    Lightning calls ``finalize("success")`` whenever ``fit`` or ``validate`` ends. A run ends later,
     when its ``summary.json`` is written: then :meth:`close` passes it on.
 
     Args:
-        logger: any of Lightning's, or a :class:`RunLogger`.
+        logger: a logger of Lightning, or a :class:`RunLogger`.
         key: its name in the config's group ``logger``.
     """
 
@@ -37,7 +37,7 @@ class GuardedLogger(RunLogger):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
-        """The logger's: callbacks look for the kind of logger that they know."""
+        """The wrapped logger's class, which callbacks check for."""
         return type(self._logger)
 
     def __getattr__(self, name: str) -> Any:
@@ -72,7 +72,7 @@ class GuardedLogger(RunLogger):
 
     @property
     def experiment(self) -> Any:
-        """The service's own object; one that does nothing where the logger has none or failed."""
+        """The service's own object; one that does nothing if the logger has none or failed."""
         found = self._get("experiment")
         return DummyExperiment() if found is None else found
 
@@ -92,11 +92,11 @@ class GuardedLogger(RunLogger):
         self._call("save")
 
     def finalize(self, status: str) -> None:
-        """Tell the logger that the run failed; that a part of it ended well is no news."""
+        """Tells the logger that the run failed; the end of ``fit`` only saves."""
         self._call("save") if status == "success" else self._call("finalize", status)
 
     def close(self) -> None:
-        """Tell the logger that the run has ended well."""
+        """Tells the logger that the run has ended well."""
         self._call("finalize", "success")
 
     def resume_from(self, step: int) -> None:
@@ -137,15 +137,15 @@ class GuardedLogger(RunLogger):
 
 
 def warn_of_failure(key: str, what: str, error: BaseException) -> None:
-    """The one line about a logger that failed.
+    """Logs the one warning about a logger that failed.
 
     Args:
         key: its name in the config's group ``logger``.
-        what: it was doing.
-        error: that ended it.
+        what: the method or attribute that failed.
+        error: the error.
     """
     reason = (str(error).strip().splitlines() or [""])[0]
     log.warning(
-        "logger.%s failed (%s: %s: %s) and is left out from here on; the run goes on.",
+        "logger.%s failed (%s: %s: %s) and is left out from here on; the run continues.",
         *(key, what, type(error).__name__, reason),
     )

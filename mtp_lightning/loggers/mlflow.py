@@ -1,4 +1,4 @@
-"""MLflow: a server, or a database file beside the run folders."""
+"""MLflow: a server, or a database file next to the run folders."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from mtp_lightning.run.lock import Lock
 
 
 class RunMLflow(RunLogger, MLFlowLogger):
-    """Lightning's logger for MLflow, which goes on with its run when the run does.
+    """Lightning's logger for MLflow, which continues its run when the run is resumed.
 
     Args:
         folder: the run folder.
-        experiment: that the run belongs to.
-        tracking_uri: of the store; None is ``mlflow.db`` beside the run folder, which the runs of
-            one place, or the jobs of one sweep, share: ``mlflow ui --backend-store-uri
+        experiment: the experiment that the run belongs to.
+        tracking_uri: URI of the store; None is ``mlflow.db`` next to the run folder, which the runs
+            of one folder, or the jobs of one sweep, share: ``mlflow ui --backend-store-uri
             sqlite:///runs/mlflow.db``.
-        name: of the run there; None takes the folder's.
-        options: further ones of Lightning's logger, such as ``tags``.
+        name: name of the run there; None takes the folder's.
+        options: further options of Lightning's logger, such as ``tags``.
 
     Raises:
-        UserError: the package is not installed.
+        UserError: if the package is not installed.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class RunMLflow(RunLogger, MLFlowLogger):
             shared.mkdir(parents=True, exist_ok=True)
             tracking_uri = f"sqlite:///{shared / 'mlflow.db'}"
             options.setdefault("artifact_location", (shared / "mlflow_files").as_uri())
-        # The jobs of a sweep begin together, and only one of them may create the store.
+        # The jobs of a sweep start together, and only one of them may create the store.
         with Lock(shared / ".mlflow.lock").held(seconds=60):
             MLFlowLogger.__init__(
                 self,
@@ -58,34 +58,34 @@ class RunMLflow(RunLogger, MLFlowLogger):
             )
 
     def resume_from(self, step: int) -> None:
-        """Go on with the run as it is in the store."""
+        """Continues the run as it is in the store."""
         self._memory.resume_from(step)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:  # type: ignore[override]
-        """Begin the run, or find it again, and store its settings."""
+        """Begins the run, or finds it again, and stores its settings."""
         with Lock(self._memory.folder.parent / ".mlflow.lock").held(seconds=60):
             run = self.run_id  # creates the experiment
-        self.experiment.update_run(run, status="RUNNING")  # an interrupted one had failed
+        self.experiment.update_run(run, status="RUNNING")  # an interrupted run is marked as failed
         self._memory.folder.mkdir(parents=True, exist_ok=True)
         self._memory.remember(str(run))
         known = self.experiment.get_run(run).data.params
-        # A parameter of a run cannot be changed: what was changed at a resume stays what it was.
+        # MLflow cannot change a parameter of a run, so settings changed at a resume are not sent.
         super().log_hyperparams({key: value for key, value in params.items() if key not in known})
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Store what the service does not have yet."""
+        """Stores the values that the service does not have yet."""
         news = self._memory.news(metrics, step)
         if news:
             super().log_metrics(news, step)
 
     @rank_zero_only
     def write_text(self, tag: str, text: str, step: int) -> None:
-        """Store a text as a file of the run."""
+        """Stores a text as a file of the run."""
         self.experiment.log_text(self.run_id, text, f"{tag}_{step}.txt")
 
     @rank_zero_only
     def log_final(self, params: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
-        """Store the final metrics as the newest ones."""
+        """Stores the final metrics as the newest ones."""
         super().log_metrics(metrics, step)

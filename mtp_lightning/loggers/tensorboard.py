@@ -1,5 +1,4 @@
-"""TensorBoard events in the run folder, with one chart that shows the losses of all depths
-together."""
+"""TensorBoard events in the run folder, with charts that show all depths together."""
 
 from __future__ import annotations
 
@@ -19,17 +18,17 @@ log = logging.getLogger(__name__)
 
 
 class RunTensorBoard(RunLogger, TensorBoardLogger):
-    """TensorBoard events directly in `folder`, so that `tensorboard --logdir SWEEP` lists one run a
-    job.
+    """TensorBoard events directly in `folder`, so that `tensorboard --logdir SWEEP` lists one run
+    per job.
 
     Args:
         folder: the run folder.
         depth: D; the custom charts group the depths 0..D.
-        flush_secs: seconds after which events are handed to the system, > 0.
+        flush_secs: seconds after which events are flushed, > 0.
     """
 
     def __init__(self, folder: str | Path, depth: int, flush_secs: float = 30) -> None:
-        # At 0 TensorBoard's writer thread would never sleep, and take the time from training.
+        # At 0 TensorBoard's writer thread would never sleep, and slow down training.
         require_number("logger.tensorboard.flush_secs", flush_secs, above=0)
         TensorBoardLogger.__init__(
             self,
@@ -45,14 +44,14 @@ class RunTensorBoard(RunLogger, TensorBoardLogger):
         self._logged_at: dict[str, int | None] = {}  # step of the newest value of each tag
 
     def resume_from(self, step: int) -> None:
-        """Hide the events after `step`, the last one that the resumed run does not do again."""
-        # TensorBoard drops what an earlier process wrote at purge_step and later; the writer opens
-        # lazily
+        """Hides the events after `step`, the last step that the resumed run does not repeat."""
+        # TensorBoard hides what an earlier process wrote at purge_step or later; the writer is
+        # opened lazily.
         self._kwargs["purge_step"] = step + 1
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write the charts' layout once, then the values."""
+        """Writes the charts' layout once, then the values."""
         if not self._layout_written:
             add_depth_layout(self.experiment, self.depth)
             self._layout_written = True
@@ -61,17 +60,17 @@ class RunTensorBoard(RunLogger, TensorBoardLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """Put the run into the HPARAMS tab, by config key.
+        """Puts the run into the HPARAMS tab, by config key.
 
-        No list of columns is written, as Lightning and PyTorch do: TensorBoard would take the
-        first run's for all. Without one it shows every key and metric of any run.
+        Unlike Lightning and PyTorch, it writes no list of columns: TensorBoard would use the first
+        run's list for all runs. Without one it shows every key and metric of any run.
         """
         self.experiment._get_file_writer().add_summary(_hparams(params)[1], None)
 
     @rank_zero_only
     def log_final(self, params: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
-        """Put the run into the HPARAMS tab again, with its metrics, as one that is done."""
-        # Metrics are read from the newest values, most of which the charts have already.
+        """Puts the run into the HPARAMS tab again, as a finished run with its metrics."""
+        # TensorBoard reads metrics from the newest values, most of which the charts already have.
         new = {tag: value for tag, value in metrics.items() if self._logged_at.get(tag) != step}
         if new:
             self.log_metrics(new, step)
@@ -81,13 +80,13 @@ class RunTensorBoard(RunLogger, TensorBoardLogger):
 
     @rank_zero_only
     def write_text(self, tag: str, text: str, step: int) -> None:
-        """Write a text, shown as it is, line ends and all."""
+        """Writes a text that is shown verbatim, with its line ends."""
         as_code = "\n".join(f"    {line}" for line in text.splitlines())
         self.experiment.add_text(tag, as_code, step)
 
     @rank_zero_only
     def write_curves(self, tag: str, curves: Curves, step: int) -> None:
-        """Draw a chart into the IMAGES tab, where matplotlib is (the extra ``report``)."""
+        """Draws a chart into the IMAGES tab, if matplotlib is installed (the extra ``report``)."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
@@ -107,14 +106,14 @@ class RunTensorBoard(RunLogger, TensorBoardLogger):
         self.experiment.add_figure(tag, figure, step)
 
     def save(self) -> None:
-        """Flush; Lightning's own also writes an hparams.yaml, which the composed configuration
-        replaces."""
+        """Flushes the events. Lightning's own method also writes an hparams.yaml, which the
+        composed configuration replaces."""
         if self._experiment is not None:
             self.experiment.flush()
 
 
 def _hparams(params: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """TensorBoard's records of a run's columns, its values, and its end."""
+    """TensorBoard's records of a run's columns, of its values, and of its end."""
     from torch.utils.tensorboard.summary import hparams
 
     plain = {
@@ -125,11 +124,11 @@ def _hparams(params: Mapping[str, Any]) -> tuple[Any, Any, Any]:
 
 
 def depth_layout(depth: int) -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's custom-scalars layout: the losses, lambdas and rates of all depths in one
-    chart each.
+    """TensorBoard's custom-scalars layout: one chart each for the losses, lambdas and rates of all
+    depths.
 
     Tags are patterns, so that runs of different D have the same charts: TensorBoard shows the
-    charts of all runs, equal ones once.
+    charts of all runs, and equal ones once.
     """
     charts = {
         "train loss": "train/loss",
@@ -146,5 +145,5 @@ def depth_layout(depth: int) -> dict[str, dict[str, list[Any]]]:
 
 
 def add_depth_layout(writer: Any, depth: int) -> None:
-    """Write the layout for a run of D depths through a SummaryWriter."""
+    """Writes the layout for a run of D depths through a SummaryWriter."""
     writer.add_custom_scalars(depth_layout(depth))

@@ -16,16 +16,16 @@ from mtp_lightning.loggers.memory import ServiceMemory
 
 
 class RunTrackio(RunLogger):
-    """Logs to Trackio, and goes on with its run when the run does.
+    """Logs to Trackio, and continues its run when the run is resumed.
 
     Args:
         folder: the run folder.
-        project: of the service.
-        name: of the run there, unique in its project; None makes one of the folder's.
-        options: further ones of ``trackio.init``, such as ``group`` or ``space_id``.
+        project: the service's project.
+        name: name of the run there, unique in its project; None derives one from the folder's.
+        options: further options of ``trackio.init``, such as ``group`` or ``space_id``.
 
     Raises:
-        UserError: the package is not installed.
+        UserError: if the package is not installed.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class RunTrackio(RunLogger):
 
     @property
     def version(self) -> str:
-        """The run's name in it."""
+        """The run's name in the project."""
         return self._run_name
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """Trackio's run, begun or found again when it is needed."""
+        """Trackio's run, begun or found again at first use."""
         if self._run is None:
             import trackio
 
@@ -68,12 +68,12 @@ class RunTrackio(RunLogger):
         return self._run
 
     def resume_from(self, step: int) -> None:
-        """Go on with the run as it is in the database."""
+        """Continues the run as it is in the database."""
         self._memory.resume_from(step)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:  # type: ignore[override]
-        """Begin the run, or find it again, with its settings."""
+        """Begins the run, or finds it again, with its settings."""
         self._params = dict(params)
         _ = self.experiment
         self._memory.folder.mkdir(parents=True, exist_ok=True)
@@ -81,21 +81,21 @@ class RunTrackio(RunLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log what the service does not have yet."""
+        """Logs the values that the service does not have yet."""
         news = self._memory.news(metrics, step)
         if news:
             self.experiment.log(news, step=step)
 
     @rank_zero_only
     def write_text(self, tag: str, text: str, step: int) -> None:
-        """Log a text, shown as it is."""
+        """Logs a text that is shown verbatim."""
         import trackio
 
         self.experiment.log({tag: trackio.Markdown(f"```\n{text}\n```")}, step=step)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Wait until everything is stored."""
+        """Waits until everything is stored."""
         if self._run is not None:
             import trackio
 

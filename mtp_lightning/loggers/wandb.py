@@ -1,4 +1,4 @@
-"""Weights & Biases; offline where its server cannot be reached."""
+"""Weights & Biases; offline if its server cannot be reached."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ log = logging.getLogger(__name__)
 
 
 class RunWandb(RunLogger, WandbLogger):
-    """Lightning's logger for Weights & Biases, which goes on with its run when the run does.
+    """Lightning's logger for Weights & Biases, which continues its run when the run is resumed.
 
     Args:
         folder: the run folder; the service's own files go to ``wandb/`` in it.
-        project: of the service.
-        name: of the run there; None takes the folder's.
-        offline: keep everything in the folder, for ``wandb sync``; None does so where nobody is
-            logged in or the server cannot be reached.
-        options: further ones, for Lightning's logger or ``wandb.init``, such as ``group``.
+        project: the service's project.
+        name: name of the run there; None takes the folder's.
+        offline: whether everything stays in the folder, for ``wandb sync``; None does so if nobody
+            is logged in or the server cannot be reached.
+        options: further options of Lightning's logger or ``wandb.init``, such as ``group``.
 
     Raises:
-        UserError: the package is not installed.
+        UserError: if the package is not installed.
     """
 
     def __init__(
@@ -60,26 +60,26 @@ class RunWandb(RunLogger, WandbLogger):
         )
 
     def resume_from(self, step: int) -> None:
-        """Go on with the run as it is at the service."""
+        """Continues the run as it is at the service."""
         self._memory.resume_from(step)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:  # type: ignore[override]
-        """Begin the run, or find it again, and send its settings."""
+        """Begins the run, or finds it again, and sends its settings."""
         self._memory.folder.mkdir(parents=True, exist_ok=True)
         super().log_hyperparams(params)
         self._memory.remember(self.experiment.id)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Send what the service does not have yet."""
+        """Sends the values that the service does not have yet."""
         news = self._memory.news(metrics, step)
         if news:
             super().log_metrics(news, step)
 
     @rank_zero_only
     def write_text(self, tag: str, text: str, step: int) -> None:
-        """Send a text, shown as it is."""
+        """Sends a text that is shown verbatim."""
         import wandb
 
         shown = wandb.Html(f"<pre>{html.escape(text)}</pre>")
@@ -87,12 +87,12 @@ class RunWandb(RunLogger, WandbLogger):
 
     @rank_zero_only
     def log_final(self, params: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
-        """Put the final metrics into the run's summary."""
+        """Puts the final metrics into the run's summary."""
         self.experiment.summary.update(dict(metrics))
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """End the run at the service."""
+        """Ends the run at the service."""
         super().finalize(status)
         if self._experiment is not None:
             self._experiment.finish(exit_code=0 if status == "success" else 1)
@@ -100,8 +100,8 @@ class RunWandb(RunLogger, WandbLogger):
 
 
 def _must_stay_offline(folder: Path, run: str) -> bool:
-    """Whether the server cannot be used, unless WANDB_MODE says what to do; asked by the one
-    process that logs."""
+    """Whether the server cannot be used; not checked if WANDB_MODE is set, nor by processes that do
+    not log."""
     other_rank = rank_zero_only.rank > 0  # type: ignore[attr-defined]
     if other_rank or os.environ.get("WANDB_MODE"):
         return False

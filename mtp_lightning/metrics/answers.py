@@ -1,4 +1,4 @@
-"""How many answers are right, and which of their tokens.
+"""Share of right answers, and accuracy of their tokens.
 
 Shapes: B batch, W tokens of a window, P positions of an answer, G groups of tokens.
 """
@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-_ALONE = 16  # positions that have a tag of their own; the others share one for each doubling
+_ALONE = 16  # positions with their own tag; later ones share a tag per doubling
 
 
 class AnswerRates(Metric):
     """Exact match, and accuracy by position and by group, over all ranks and batches.
 
-    - ``exact_match``: share of greedily decoded answers that the task's check takes for right
-    - ``accuracy_position_i``: share of decoded tokens that are the example's own at the i-th place,
-      from 1, that an answer is asked for; after a first mistake the model reads its own tokens.
-      Where several answers are right, another one than the example's counts as wrong here
-    - ``forced_accuracy_position_i``: the same, the tokens before being the example's
-    - ``accuracy_GROUP``: of decoded tokens, by what the task groups them by
+    - ``exact_match``: share of greedily decoded answers that the task's check accepts
+    - ``accuracy_position_i``: share of decoded tokens that equal the example's own at the i-th
+      asked position, from 1; after a first mistake the model reads its own tokens. If several
+      answers are right, one that differs from the example's counts as wrong here
+    - ``forced_accuracy_position_i``: the same with the example's own tokens before it
+    - ``accuracy_GROUP``: accuracy of decoded tokens in a group of the task's
 
-    Positions beyond 16 share a tag for each doubling: 17-32, 33-64, ..
+    Positions beyond 16 share a tag per doubling: 17-32, 33-64, ..
 
     Args:
         n_positions: P, tokens of the longest answer.
@@ -40,8 +40,8 @@ class AnswerRates(Metric):
     def __init__(self, n_positions: int, groups: Sequence[str]) -> None:
         super().__init__()
         self.groups = tuple(groups)
-        # Whole numbers, so that they are the same for any number of ranks. The columns: tokens,
-        # those said right, those right with the example's own before them.
+        # Integers, so that the sums are the same for any number of ranks. The columns: tokens,
+        # tokens decoded right, tokens predicted right with the example's own before them.
         self._count("answers")
         self._count("right")
         self._count("position", n_positions, 3)
@@ -59,14 +59,14 @@ class AnswerRates(Metric):
         position_BW: Tensor,
         group_BW: Tensor,
     ) -> None:
-        """Count one batch.
+        """Counts one batch.
 
         Args:
             right_B: whether each answer is right.
-            said_BW: what was decoded.
+            said_BW: the decoded tokens.
             forced_BW: the greedy choices, teacher-forced.
-            tokens_BW: the examples' own.
-            position_BW: number of the token among those asked for, from 0; -1 where none is.
+            tokens_BW: the examples' own tokens.
+            position_BW: index of the token among the asked ones, from 0; -1 for other tokens.
             group_BW: number of its group; -1 for none.
         """
         self.answers += len(right_B)
@@ -79,7 +79,7 @@ class AnswerRates(Metric):
             counts.index_add_(0, index_BW[there], hits_BWS[there])
 
     def compute(self) -> dict[str, float]:
-        """The values by name; what nothing was counted for is left out."""
+        """The values by name; a value without any count is left out."""
         rates = {"exact_match": float(self.right / self.answers)}
         for i, j in _spans(len(self.position)):
             tokens, said, forced = self.position[i:j].sum(0).tolist()
@@ -94,7 +94,7 @@ class AnswerRates(Metric):
 
 
 def _spans(n: int) -> list[tuple[int, int]]:
-    """First position and the one behind the last, of every tag."""
+    """(first position, position after the last) of every tag."""
     spans = [(i, i + 1) for i in range(min(n, _ALONE))]
     start = _ALONE
     while start < n:

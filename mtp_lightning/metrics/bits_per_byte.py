@@ -1,4 +1,4 @@
-"""Bits per byte, which compares across tokenizers, and how far the text alone decides it.
+"""Bits per byte, which compares across tokenizers, and its standard error.
 
 Shapes: N documents of the evaluation text.
 """
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def bits_per_byte(nats_N: np.ndarray, bytes_N: np.ndarray) -> float:
-    """Summed loss of the evaluated targets over the bytes of those same targets.
+    """Summed loss of the evaluated targets over the bytes of the same targets.
 
     Args:
         nats_N: summed loss of each document.
@@ -23,11 +23,11 @@ def bits_per_byte(nats_N: np.ndarray, bytes_N: np.ndarray) -> float:
 def bits_per_byte_se(
     nats_N: np.ndarray, bytes_N: np.ndarray, *, resamples: int = 1000, seed: int = 0
 ) -> float:
-    """Standard error of :func:`bits_per_byte` by a bootstrap over documents (Efron 1979): what
-    another draw of as many documents would change.
+    """Standard error of :func:`bits_per_byte` by a bootstrap over documents (Efron 1979): how much
+    another sample of as many documents would change it.
 
-    It says how well this text stands for its corpus. The difference of two models on the same text
-    varies far less.
+    It measures how well this text represents its corpus. The difference of two models on the same
+    text varies far less.
     """
     generator = np.random.default_rng(seed)
     n = len(nats_N)

@@ -1,8 +1,8 @@
-"""What every prediction depth gets right, teacher-forced.
+"""Teacher-forced rates of every prediction depth.
 
-Three rates that the field calls "acceptance", named apart: *accuracy* compares a depth with the
-text, *agreement* with the main model's own choice at the same token, *overlap* with its whole
-distribution. The rate of the real draft-verify loop is measured in decoding, not here.
+Three rates that the field calls "acceptance" have different names here: *accuracy* compares a depth
+with the text, *agreement* with the main model's own choice of the same token, *overlap* with its
+whole distribution. The acceptance rate of the draft-verify loop is measured in decoding, not here.
 
 Shapes: B batch, T positions, K depths (0 .. D), V vocabulary, P positions of one chunk.
 """
@@ -41,19 +41,19 @@ class DepthRates(Metric):
     - ``loss``: mean of ``-log q(target)`` in nats
     - ``accuracy``: share of ``argmax q == target``
     - ``agreement`` (k >= 1): share of ``argmax q == argmax p``
-    - ``overlap`` (k >= 1): mean of ``sum_v min(p, q)``, the chance that a token sampled from q is
-      accepted (Leviathan et al. 2023, theorem 3.5)
+    - ``overlap`` (k >= 1): mean of ``sum_v min(p, q)``, the probability that a token sampled from q
+      is accepted (Leviathan et al. 2023, theorem 3.5)
 
-    With a stride s it is i + s k in the place of i + k.
+    With a stride s, i + s k replaces i + k.
 
-    The last k positions of a window have no main prediction in it to agree with and are left out
-    of the last two; so is every position that is masked, of all four.
+    The last k positions of a window have no main prediction to agree with, so agreement and overlap
+    leave them out; all four leave out masked positions.
 
-    With ``text_bytes``, of windows over that evaluation text, also depth 0's ``bits_per_byte`` and
-    its standard error over the documents.
+    With ``text_bytes``, for windows of that evaluation text, there is also depth 0's
+    ``bits_per_byte`` and its standard error over the documents.
 
-    The head is computed in the weight's precision, whatever the autocast around: in bfloat16 one
-    choice in a hundred would be a tie. Sums are exact in any order, over batches and ranks, up to 8
+    The head is computed in the weight's precision, regardless of autocast: in bfloat16 one choice
+    in a hundred would be a tie. Sums are exact in any order, over batches and ranks, up to 8
     million nats.
 
     Args:
@@ -62,7 +62,7 @@ class DepthRates(Metric):
     """
 
     full_state_update = False
-    # Sums over what was counted, one number a depth.
+    # Sums of what was counted, one number per depth.
     count: Tensor
     loss: Tensor
     accuracy: Tensor
@@ -83,10 +83,10 @@ class DepthRates(Metric):
 
     @torch.no_grad()
     def update(self, hidden: dict[int, Tensor], weight_VC: Tensor, batch: WindowBatch) -> None:
-        """Count one batch.
+        """Counts one batch.
 
         Args:
-            hidden: of every depth 0 .. D, [B, T, C], as :class:`MTPModel` returns it.
+            hidden: hidden states of every depth 0 .. D, [B, T, C], from :class:`MTPModel`.
             weight_VC: the shared head's weight.
             batch: the windows.
         """
@@ -114,7 +114,7 @@ class DepthRates(Metric):
     ) -> Tensor:
         """Returns depth 0's losses [P], 0 where a position does not count."""
         start, end = place.start, place.stop
-        # Depth k is compared with the main prediction k strides on.
+        # Depth k is compared with the main prediction k strides later.
         main = _log_probs(hidden[0][row, start : end + stride * self.depth], weight_VC)
         main_choice = main.argmax(-1)
         main_probs = main.exp()
@@ -126,8 +126,8 @@ class DepthRates(Metric):
             valid_P = target_P >= 0
             choice_P = log_q.argmax(-1)
             log_target_P = log_q.gather(-1, target_P.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            # Masked by a product of truth values or zeros, not by an index: its length would have
-            # to be known, and the host would wait for the device.
+            # Masked by a product with zeros instead of an index, whose length the host would have
+            # to wait for the device to know.
             nll_P = exact(-log_target_P).where(valid_P, 0)
             self.count[k] += valid_P.sum()
             self.loss[k] += nll_P.sum()
@@ -147,8 +147,8 @@ class DepthRates(Metric):
 
     def compute(self) -> dict[str, float]:
         """``loss_depth_k`` and ``accuracy_depth_k`` for k = 0 .. D, ``agreement_depth_k`` and
-        ``overlap_depth_k`` for k = 1 .. D; NaN where nothing was counted. With the bytes,
-        ``bits_per_byte`` and, of two documents or more, ``bits_per_byte_se``."""
+        ``overlap_depth_k`` for k = 1 .. D; NaN without any count. With the bytes also
+        ``bits_per_byte`` and, for two documents or more, ``bits_per_byte_se``."""
         rates: dict[str, float] = {}
         for name, total in (("loss", self.count), ("accuracy", self.count)):
             for k in range(self.depth + 1):
@@ -239,7 +239,7 @@ def own_values(
 
 
 def exact(values: Tensor) -> Tensor:
-    """In fp64, rounded to multiples of 2^-30, whose sums below 2^23 need no rounding."""
+    """Values in fp64, rounded to multiples of 2^-30, whose sums below 2^23 need no rounding."""
     return (values.double() * 2.0**30).round_() / 2.0**30
 
 

@@ -1,13 +1,12 @@
-"""The platform from a notebook or a script of yours: three lines to a run, its numbers, its text.
+"""The platform from a notebook or script: three lines to a run, its numbers and its text.
 
     from mtp_lightning import train
 
     run = train("mtp.depth=2", "run_dir=runs/mine")
     run.plot()
 
-Overrides are the command line's own, as one types them there, and so are the results: every call
-starts the program that the command line starts, in a process of its own. Only text is generated in
-this one.
+Overrides are those of the command line, and so are the results: every call starts the same program
+in a process of its own. Only text is generated in this process.
 """
 
 from mtp_lightning.notebook.calls import evaluate, generate, sweep, train

@@ -1,4 +1,4 @@
-"""The four words of a notebook."""
+"""The four functions of a notebook."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def train(*overrides: str, quiet: bool = False) -> Run:
-    """``python train.py OVERRIDES``: a run, or the rest of one whose ``run_dir`` is given again.
+    """``python train.py OVERRIDES``: a run, or the rest of one if its ``run_dir`` is given again.
 
     Args:
-        overrides: as one types them: ``"mtp.depth=2"``, ``"data=text"``.
-        quiet: show nothing of what it says.
+        overrides: as on the command line: ``"mtp.depth=2"``, ``"data=text"``.
+        quiet: show no output.
 
     Raises:
-        RuntimeError: it failed, in one sentence.
+        RuntimeError: if it failed, with one sentence.
     """
     from mtp_lightning.notebook.run import Run
 
@@ -37,14 +37,14 @@ def train(*overrides: str, quiet: bool = False) -> Run:
 
 
 def sweep(*overrides: str, quiet: bool = False) -> Sweep:
-    """``python train.py -m OVERRIDES``: a run for every combination of values that commas part.
+    """``python train.py -m OVERRIDES``: a run for every combination of comma-separated values.
 
     Args:
-        overrides: as one types them: ``"mtp.depth=0,2"``, ``"seed=0,1,2"``.
-        quiet: show nothing of what it says.
+        overrides: as on the command line: ``"mtp.depth=0,2"``, ``"seed=0,1,2"``.
+        quiet: show no output.
 
     Raises:
-        RuntimeError: it, or one of its jobs, failed.
+        RuntimeError: if it, or one of its jobs, failed.
     """
     from mtp_lightning.notebook.jobs import Sweep
 
@@ -57,14 +57,14 @@ def evaluate(*overrides: str, quiet: bool = True) -> dict[str, Any]:
     """``python evaluate.py OVERRIDES``: the metrics of a trained model by log tag.
 
     Args:
-        overrides: as one types them: ``"checkpoint=runs/mine"``.
-        quiet: show nothing of what it says.
+        overrides: as on the command line: ``"checkpoint=runs/mine"``.
+        quiet: show no output.
 
     Raises:
-        RuntimeError: it failed, in one sentence.
+        RuntimeError: if it failed, with one sentence.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # Of two, Hydra takes the last.
+        # Hydra takes the last of two values.
         output = Path(_value("output", overrides) or f"{folder}/metrics.json")
         start([*app("evaluate"), *overrides, f"output={output}"], quiet=quiet)
         found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
@@ -75,11 +75,11 @@ def generate(*overrides: str) -> Text:
     """``python generate.py OVERRIDES`` for one prompt, in this process.
 
     Args:
-        overrides: as one types them: ``"checkpoint=runs/mine"``, ``"prompt=def main("``.
+        overrides: as on the command line: ``"checkpoint=runs/mine"``, ``"prompt=def main("``.
 
     Raises:
-        UserError: no prompt, a damaged or foreign checkpoint, an option out of range.
-        OSError: there is no such checkpoint.
+        UserError: for a missing prompt, a damaged or unknown checkpoint, or an option out of range.
+        OSError: if there is no such checkpoint.
     """
     from mtp_lightning.experiment.command_line import compose_config
     from mtp_lightning.experiment.generating import continue_prompts, open_for
@@ -94,7 +94,7 @@ def generate(*overrides: str) -> Text:
 
 
 def _folder(key: str, pattern: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
-    """The folder that a call writes to, and the overrides that say so."""
+    """The folder that a call writes to, and the overrides with that folder."""
     value = _value(key, overrides)
     if value is not None:
         return Path(value), list(overrides)
@@ -103,12 +103,12 @@ def _folder(key: str, pattern: str, overrides: Sequence[str]) -> tuple[Path, lis
 
 
 def _value(key: str, overrides: Sequence[str]) -> str | None:
-    """The path that the last override of a key gives; None where there is none."""
+    """The path that the last override of a key gives; None if there is none."""
     given = [text.partition("=")[2] for text in overrides if text.startswith(f"{key}=")]
     if not given:
         return None
     path = given[-1]
     if "${" in path:
-        raise UserError(f"{key}={path} is known to the run alone: give the path itself.")
+        raise UserError(f"{key}={path} is resolved only inside the run: give the path itself.")
     quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
     return path[1:-1] if quoted else path

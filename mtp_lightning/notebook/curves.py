@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-# Told apart by people who confuse red and green (after Okabe & Ito 2008); depth k takes colour k.
+# Distinguishable with red-green color blindness (after Okabe & Ito 2008); depth k has color k.
 _COLOURS = ("#2f7fc1", "#d9761e", "#1f9a73", "#c0559a", "#8a7a1d", "#6b6fd0")
 
 
@@ -26,8 +26,8 @@ def draw(metrics: DataFrame, tags: Sequence[str]) -> Figure:
 
 
 def draw_overview(metrics: DataFrame) -> Figure:
-    """The loss of every depth in training and validation; beside it what drafts are worth, or the
-    share of right answers of a task, where either was logged."""
+    """The loss of every depth in training and validation; next to it the acceptance of drafts, or
+    the share of right answers of a task, if either was logged."""
     losses = [tag for tag in metrics if re.fullmatch(r"val/loss_depth_\d+", tag)]
     second = [tag for tag in metrics if re.fullmatch(r"decode/acceptance_position_\d+", tag)]
     if "val/exact_match" in metrics:

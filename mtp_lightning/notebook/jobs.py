@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class Sweep:
-    """What a sweep left in its folder, read anew whenever it is asked for.
+    """The files of a sweep's folder, read again at every use.
 
     Args:
-        folder: of the sweep.
+        folder: the sweep's folder.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -28,16 +28,16 @@ class Sweep:
 
     @property
     def runs(self) -> list[Run]:
-        """All that were asked for, in the sweep's order.
+        """All runs of the sweep, in its order.
 
         Raises:
-            FileNotFoundError: there is no sweep.
+            FileNotFoundError: if there is no sweep.
         """
         return [Run(self.folder / job["folder"]) for job in self._plan["jobs"]]
 
     @property
     def table(self) -> DataFrame:
-        """A row a run: its state, what it was told that others were not, and its summary's
+        """One row per run: its state, the overrides in which runs differ, and its summary's
         numbers."""
         from pandas import DataFrame
 

@@ -1,4 +1,4 @@
-"""A program of the platform in a process of its own, its output shown as it comes."""
+"""A program of the platform in its own process, with its output shown as it comes."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 
-# What is said of a run while it goes on: each line takes the place of the one before.
+# Start of a run's progress lines: each line replaces the one before.
 _PROGRESS = "step "
-# Lines that are kept for an error that is none of the user's.
+# Lines that are kept for an error that is not the user's.
 _KEPT = 30
 
 
 def start(command: Sequence[str], *, quiet: bool = False) -> None:
-    """Run ``python COMMAND`` to its end.
+    """Runs ``python COMMAND`` to its end.
 
-    An interrupt is handed on to the program, which then ends in good order; the rest of what it
-    says is shown.
+    An interrupt is passed on to the program, which then ends cleanly; the rest of its output is
+    shown.
 
     Args:
-        command: what Python is given.
+        command: arguments of Python.
         quiet: show nothing.
 
     Raises:
-        RuntimeError: the program failed; with the sentence that it ended with.
-        KeyboardInterrupt: it was interrupted.
+        RuntimeError: if the program failed, with its last sentence.
+        KeyboardInterrupt: if it was interrupted.
     """
     with subprocess.Popen(
         [sys.executable, *command],
@@ -35,7 +35,7 @@ def start(command: Sequence[str], *, quiet: bool = False) -> None:
         text=True,
         encoding="utf-8",
         errors="replace",
-        start_new_session=True,  # an interrupt comes from here, and once
+        start_new_session=True,  # so that an interrupt reaches it only from here, and once
     ) as process:
         kept: deque[str] = deque(maxlen=_KEPT)
         interrupted = False
@@ -63,7 +63,7 @@ def _show(process: subprocess.Popen[str], kept: deque[str], *, quiet: bool) -> N
         progress = line.startswith(_PROGRESS)
         if on_progress and not progress:
             print()
-        # Longer than any line before it, so that nothing of one is left.
+        # Padded, so that nothing of a longer line remains.
         print(f"\r{line:<100}" if progress else line, end="" if progress else "\n", flush=True)
         on_progress = progress
     if on_progress:
@@ -71,7 +71,7 @@ def _show(process: subprocess.Popen[str], kept: deque[str], *, quiet: bool) -> N
 
 
 def _reason(kept: Sequence[str]) -> str:
-    """The sentence for the user; of a defect, the end of what was said."""
+    """The sentence for the user; for a defect, the end of the output."""
     for line in reversed(kept):
         if line.startswith("error: "):
             return line.removeprefix("error: ")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-# What a run's first line in a notebook says, where it has it.
+# The names under which a notebook shows a run's metrics, if it has them.
 _SHOWN = {
     "val/bits_per_byte": "bits per byte",
     "val/exact_match": "exact match",
@@ -32,10 +32,10 @@ _SHOWN = {
 
 
 class Run:
-    """What a run left in its folder, read anew whenever it is asked for.
+    """The files of a run's folder, read again at every use.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -43,10 +43,10 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """``summary.json``: every final metric, and what the run cost.
+        """``summary.json``: every final metric, and the cost of the run.
 
         Raises:
-            FileNotFoundError: the run has not ended.
+            FileNotFoundError: if the run has not ended.
         """
         file = self.folder / SUMMARY_FILE
         if not file.is_file():
@@ -56,19 +56,20 @@ class Run:
 
     @property
     def metrics(self) -> DataFrame:
-        """All logged values: a row a step, a column a log tag, NaN where a step has none."""
+        """All logged values: one row per step, one column per log tag, NaN for missing values."""
         from pandas import DataFrame
 
         return DataFrame(read_metrics(self.folder / METRICS_FILE)).set_index("step").sort_index()
 
     def plot(self, *tags: str) -> Figure:
-        """Curves over the steps; by default the losses of every depth, and what drafts are worth.
+        """Curves over the steps; by default the losses of every depth, and the acceptance of
+        drafts.
 
         Args:
-            tags: of the log (``train/loss_depth_0``), all in one picture.
+            tags: log tags (``train/loss_depth_0``), all in one picture.
 
         Raises:
-            KeyError: a tag that the run has not logged.
+            KeyError: for a tag that the run has not logged.
         """
         from mtp_lightning.notebook.curves import draw, draw_overview
 
@@ -81,7 +82,7 @@ class Run:
         """Text from the run's best checkpoint.
 
         Args:
-            prompt: that it goes on from.
+            prompt: text to continue.
             options: keys of ``generate.py``: ``max_new_tokens``, ``temperature``, ...
         """
         given = (f"{key}={_typed(value)}" for key, value in options.items())
@@ -91,7 +92,7 @@ class Run:
         """Metrics of the run's best checkpoint, on its own evaluation text or another (``data=``).
 
         Args:
-            overrides: of ``evaluate.py``.
+            overrides: overrides of ``evaluate.py``.
         """
         return evaluate(f"checkpoint={self.folder}", *overrides)
 
@@ -111,14 +112,14 @@ class Run:
 
 
 def shown(summary: Mapping[str, Any]) -> dict[str, str]:
-    """The numbers of a summary that are looked at first."""
+    """The most important numbers of a summary."""
     found = {name: summary.get(tag) for tag, name in _SHOWN.items()}
     found = {name: value for name, value in found.items() if isinstance(value, int | float)}
     return {k: f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for k, v in found.items()}
 
 
 def _typed(value: Any) -> str:
-    """A value as one types it."""
+    """A value in the command line's syntax."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

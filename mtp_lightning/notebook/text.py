@@ -12,18 +12,18 @@ from mtp_lightning.decoding import Generation
 from mtp_lightning.decoding.detokenizer import Detokenizer
 
 _STYLE = "white-space:pre-wrap;font-family:monospace;margin:0"
-# Backgrounds, so that the text keeps the page's own contrast, light or dark.
+# Backgrounds keep the page's own contrast of the text, light or dark.
 _PROMPT, _DRAFT = "opacity:.8", "background:rgba(31,154,115,.2);text-decoration:underline dotted"
 
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt and how the model went on; in a notebook the accepted drafts are coloured.
+    """A prompt and its continuation; a notebook colors the accepted drafts.
 
     Attributes:
-        prompt: what it read.
-        generation: what came, with the counts of the draft-verify loop.
-        tokenizer: of the model.
+        prompt: the prompt.
+        generation: the continuation, with the counts of the draft-verify loop.
+        tokenizer: the model's tokenizer.
     """
 
     prompt: str
@@ -34,8 +34,8 @@ class Text:
         return f"{self.prompt}{self.generation.text}"
 
     def pieces(self) -> Iterator[tuple[str, bool]]:
-        """The generated text in parts, and whether each was an accepted draft."""
-        left = len(self.generation.text or "")  # a stop string is no part of it
+        """The generated text in parts, and whether each part was an accepted draft."""
+        left = len(self.generation.text or "")  # without a stop string
         add, done = Detokenizer(self.tokenizer).add, self.generation
         for text, draft in add(done.token_ids, done.accepted_mask):
             if text[:left]:

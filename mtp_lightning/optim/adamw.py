@@ -17,13 +17,13 @@ class AdamWConfig(OptimizerConfig):
 
     Attributes:
         lr: peak learning rate.
-        betas: decay of the first and second moments.
-        eps: of the denominator.
-        weight_decay: of matrices; norm gains and other vectors are never decayed.
+        betas: decay rates of the first and second moments.
+        eps: added to the denominator.
+        weight_decay: decay of matrices; norm gains and other vectors are never decayed.
         schedule: multiplier of ``lr``, a function of the step.
 
     Raises:
-        UserError: a setting out of range.
+        UserError: for a setting out of range.
     """
 
     lr: float

@@ -1,5 +1,5 @@
-"""What every choice of the group ``optimizer`` has: parameters in, one optimizer out, and a
-multiplier of its learning rates that depends on the step alone."""
+"""The interface of the group ``optimizer``: an optimizer of given parameters, and a multiplier of
+its learning rates that depends only on the step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class OptimizerConfig(ABC):
-    """An optimizer before it is built.
+    """The config of an optimizer.
 
     Attributes:
         schedule: (step, steps of the run) -> multiplier of every group's peak learning rate.
@@ -21,11 +21,11 @@ class OptimizerConfig(ABC):
 
     @abstractmethod
     def build(self, model: nn.Module, others: Sequence[nn.Parameter] = ()) -> torch.optim.Optimizer:
-        """The optimizer, its groups at their peak learning rates.
+        """The optimizer, with its groups at their peak learning rates.
 
         Args:
             model: its parameters that require a gradient are trained.
-            others: scalars that a balance rule learns; without weight decay.
+            others: scalars that a balance rule learns, without weight decay.
         """
 
 
@@ -33,8 +33,8 @@ class LearningRates:
     """Moves an optimizer's learning rates along a schedule.
 
     Args:
-        optimizer: as built, at its peak rates. (Checkpoints bring the rates of their own step; the
-            peaks are the config's, also when a run goes on with another.)
+        optimizer: a new optimizer, at its peak rates. (Checkpoints restore the rates of their own
+            step; the peaks are the config's, also if a run is resumed with other ones.)
         schedule: see :class:`OptimizerConfig`.
     """
 
@@ -45,11 +45,11 @@ class LearningRates:
         self.peaks = [group["lr"] for group in optimizer.param_groups]
 
     def set(self, optimizer: torch.optim.Optimizer, step: int, max_steps: int) -> dict[str, float]:
-        """Set the rates for ``step``.
+        """Sets the rates for ``step``.
 
         Returns:
-            What to log: ``train/lr``, that of the first group, and ``train/lr_NAME`` of the groups
-            that have a name.
+            Values to log: ``train/lr``, the rate of the first group, and ``train/lr_NAME`` of the
+            groups that have a name.
         """
         scale = self.schedule(step, max_steps)
         values: dict[str, float] = {}

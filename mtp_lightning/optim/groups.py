@@ -1,6 +1,6 @@
-"""Groups of parameters, each with an algorithm and a learning rate of its own.
+"""Groups of parameters, each with its own algorithm and learning rate.
 
-For example Muon (Jordan et al. 2024) on the blocks' matrices beside AdamW on everything else:
+For example Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for everything else:
 ``conf/optimizer/muon.yaml``.
 """
 
@@ -19,7 +19,7 @@ from mtp_lightning.optim.base import OptimizerConfig
 from mtp_lightning.settings import require_number
 
 _SHARED = re.compile(r"(^|\.)(embedding|head)\.")
-# What a group may be called for; anything else is a regular expression on the parameters' names.
+# Names of kinds of parameters; anything else is a regular expression on the parameters' names.
 _KINDS: dict[str, Callable[[str, nn.Parameter], bool]] = {
     "matrices": lambda name, p: p.dim() == 2 and not _SHARED.search(name),
     "vectors": lambda name, p: p.dim() < 2,
@@ -29,11 +29,11 @@ _KINDS: dict[str, Callable[[str, nn.Parameter], bool]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Some parameters, and what trains them.
+    """Some parameters, and the algorithm that trains them.
 
     Attributes:
-        parameters: ``matrices`` (two axes, embedding and head left out), ``vectors``, ``rest``, or
-            a regular expression that is searched for in the names.
+        parameters: ``matrices`` (two axes, without embedding and head), ``vectors``, ``rest``, or a
+            regular expression that is searched for in the names.
         algorithm: parameters and ``lr`` -> optimizer; a class of ``torch.optim`` with its other
             settings filled in.
         lr: peak learning rate.
@@ -44,20 +44,20 @@ class Group:
     lr: float
 
     def takes(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether a parameter belongs here."""
+        """Whether a parameter belongs to the group."""
         kind = _KINDS.get(self.parameters)
         return bool(re.search(self.parameters, name)) if kind is None else kind(name, parameter)
 
 
 class GroupedConfig(OptimizerConfig):
-    """``optimizer=muon``, and whatever else is made of groups.
+    """``optimizer=muon``, and any other optimizer made of groups.
 
     Args:
-        groups: by name; the first that takes a parameter has it.
-        schedule: of all learning rates.
+        groups: groups by name; a parameter belongs to the first one that takes it.
+        schedule: schedule of all learning rates.
 
     Raises:
-        UserError: a learning rate that is not above 0, or an expression that is none.
+        UserError: for a learning rate that is not above 0, or an invalid expression.
     """
 
     def __init__(
@@ -79,11 +79,11 @@ class GroupedConfig(OptimizerConfig):
         """See :meth:`OptimizerConfig.build`; ``others`` go to the group ``rest``.
 
         Raises:
-            UserError: a parameter that no group takes, a group that takes none, or an algorithm
-                that refuses its settings.
+            UserError: for a parameter that no group takes, a group without parameters, or an
+                algorithm that refuses its settings.
         """
         taken: dict[str, list[nn.Parameter]] = {name: [] for name in self.groups}
-        named = set()  # by frozen parameters, too
+        named = set()  # groups of all parameters, frozen ones included
         for parameter_name, parameter in model.named_parameters():
             group = self._group_of(parameter_name, parameter)
             named.add(group)
@@ -116,7 +116,7 @@ class GroupedConfig(OptimizerConfig):
             made = group.algorithm([{"params": parameters, "name": name}], lr=group.lr)
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer.groups.{name} is refused: {error}.") from error
-        if "momentum" in made.defaults:  # which not every class of torch.optim looks at
+        if "momentum" in made.defaults:  # not every class of torch.optim checks it
             key = f"optimizer.groups.{name}.algorithm.momentum"
             require_number(key, made.defaults["momentum"], least=0, below=1)
         return made
@@ -126,35 +126,36 @@ class Combined(torch.optim.Optimizer):
     """Several optimizers that step together, as one.
 
     Args:
-        optimizers: by name.
+        optimizers: optimizers by name.
     """
 
     def __init__(self, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
         self.optimizers = dict(optimizers)
-        # The very same dictionaries: a learning rate that is set here is set there.
+        # The same dictionaries, so that a learning rate set here is set there.
         super().__init__([g for o in self.optimizers.values() for g in o.param_groups], {})
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Step all of them."""
+        """Steps all of them."""
         loss = None if closure is None else closure()
         for optimizer in self.optimizers.values():
             optimizer.step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Every optimizer's own, by name."""
+        """Every optimizer's own state, by name."""
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`.
 
         Raises:
-            UserError: it is of other groups.
+            UserError: if it has other groups.
         """
         if state_dict.keys() != self.optimizers.keys():
             raise UserError(
-                f"The optimizer's groups are {', '.join(self.optimizers)}, and those saved "
-                f"{', '.join(map(str, state_dict))}: go on with the settings the run began with."
+                f"The optimizer's groups are {', '.join(self.optimizers)}, and the saved ones are "
+                f"{', '.join(map(str, state_dict))}: resume with the settings that the run began "
+                "with."
             )
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state_dict[name])

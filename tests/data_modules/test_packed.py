@@ -39,7 +39,7 @@ def test_compressed_text_is_the_plain_text(tmp_path, suffix):
         list(TextSource(file).documents())
     for damage in (file.read_bytes()[:-20], b"plain", pack(ROWS)[:12] + b"\xff" * 40):
         file.write_bytes(damage)
-        with pytest.raises(ValueError, match=rf"rows\.jsonl\{suffix} .*damaged.*pack it again"):
+        with pytest.raises(ValueError, match=rf"rows\.jsonl\{suffix} .*damaged.*compress it again"):
             list(TextSource(file, field="body").documents())
     file.write_bytes(pack(b'{"body": "caf\xe9"}\n'))
     with pytest.raises(ValueError, match="not UTF-8: byte 0xe9 at byte offset 13"):
@@ -62,7 +62,7 @@ def test_parquet_rows_are_documents(tmp_path):
     with pytest.raises(ValueError, match="row 1, has no string under 'n' but int"):
         list(TextSource(file, field="n").documents())
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="rows.parquet is no parquet file, or is damaged"):
+    with pytest.raises(ValueError, match="rows.parquet is not a parquet file, or is damaged"):
         list(TextSource(file, field="body").documents())
 
 

@@ -129,7 +129,7 @@ def test_ids_that_a_tokenizer_does_not_have_are_told(tmp_path: Path, wrong: int)
         def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
             return [np.append(ids.astype(np.int64), wrong) for ids in super().encode_batch(texts)]
 
-    with pytest.raises(ValueError, match=f"gives ids from .* to .*says that it has {257}"):
+    with pytest.raises(ValueError, match=f"returns ids from .* to .*reports {257} ids"):
         store_of(DOCUMENTS, tmp_path, tokenizer=Beyond())
     assert list((tmp_path / "stores").iterdir()) == []
 

@@ -25,7 +25,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, what: str) -> None
     with file.open("r+b") as handle:
         handle.truncate(100) if what == "cut off" else handle.write(b"\0" * 40)
     os.utime(file, (0, 0))  # within a clock's tick, too
-    with pytest.raises(ValueError, match="ids.bin was written to while it is being read"):
+    with pytest.raises(ValueError, match="ids.bin was written to while it was being read"):
         tokens[10:12]
     with pytest.raises(ValueError, match="was written to"):
         tokens.windows(np.array([3]), 5)

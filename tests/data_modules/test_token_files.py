@@ -260,7 +260,7 @@ def test_without_a_text_there_are_no_bytes(tmp_path, caplog):
     assert facts["train"]["bytes"] is facts["train"]["bytes_per_token"] is None
     assert data.tokenizer.decode([5, 17]) == " 5 17"
     assert data.tokenizer.encode("5 17").tolist() == [5, 17]
-    with pytest.raises(ValueError, match="'def' is no id: tokenizer=ids knows no text"):
+    with pytest.raises(ValueError, match="'def' is not an id: tokenizer=ids knows no text"):
         data.tokenizer.encode("def f")
     with pytest.raises(ValueError, match="must be one of the 5 ids from 0 on, got 5"):
         IdTokenizer(5, 5)
@@ -288,8 +288,8 @@ def test_chunks_of_something_else_are_refused(tmp_path):
     for change, message in (
         ({"compression": "zstd"}, r"chunks with compression \(zstd\).*write them again without"),
         ({"encryption": {"algorithm": "fernet"}}, "chunks with encryption"),
-        ({"data_format": ["int", "str"]}, "no rows of token ids: write one tensor of ids"),
-        ({"data_format": ["no_header_tensor:0"]}, "no rows of token ids"),
+        ({"data_format": ["int", "str"]}, "not rows of token ids: write one tensor of ids"),
+        ({"data_format": ["no_header_tensor:0"]}, "not rows of token ids"),
         ({"item_loader": "PyTreeLoader"}, "item_loader PyTreeLoader"),
     ):
         index.write_text(json.dumps({**written, "config": written["config"] | change}))
@@ -304,13 +304,13 @@ def test_chunks_of_something_else_are_refused(tmp_path):
     for number in ("\u00b2", "9" * 5000, ""):
         config = written["config"] | {"data_format": [f"no_header_tensor:{number}"]}
         index.write_text(json.dumps({**written, "config": config}))
-        with pytest.raises(ValueError, match="no rows of token ids"):
+        with pytest.raises(ValueError, match="not rows of token ids"):
             module(tmp_path / "c", index).prepare()
     index.write_text(json.dumps({**written, "chunks": []}))
     with pytest.raises(ValueError, match="names no chunk"):
         module(tmp_path / "c", index).prepare()
     index.write_text('{"other": 1}')
-    with pytest.raises(ValueError, match=r"index\.json is no file of token ids"):
+    with pytest.raises(ValueError, match=r"index\.json is not a file of token ids"):
         module(tmp_path / "c", index).prepare()
 
 
@@ -320,14 +320,14 @@ def test_a_chunk_without_its_index_is_not_taken_for_ids(tmp_path):
     chunk, content = index.parent / "chunk-0-0.bin", index.read_text()
     for damaged in (content[:-20], "[" * 100_000):
         index.write_text(damaged)
-        with pytest.raises(ValueError, match=r"index\.json is no JSON, or is truncated"):
+        with pytest.raises(ValueError, match=r"index\.json is not JSON, or is truncated"):
             module(tmp_path / "c", chunk).prepare()
     stranger = nanogpt(tmp_path / "a" / "x.bin", [[1, 2, 0]])
     index.write_text(content)
     with pytest.raises(ValueError, match=r"x\.bin is not among the chunks of"):
         module(tmp_path / "c", stranger).prepare()
     index.unlink()
-    with pytest.raises(ValueError, match=r"is a chunk of litdata, and its index\.json is not"):
+    with pytest.raises(ValueError, match=r"is a chunk of litdata without its index\.json"):
         module(tmp_path / "c", f"{tmp_path}/a/chunk*.bin").prepare()
     empty = litdata(tmp_path / "b", [[]])
     with pytest.raises(ValueError, match="chunk-0-0.bin holds no ids: leave it out"):
@@ -361,7 +361,7 @@ def test_ids_beyond_the_vocabulary_are_named(tmp_path):
     nanogpt(tmp_path / "a.bin", [[1, 2, 3]] * 50)
     nanogpt(tmp_path / "b.bin", [[1, 2, 300]] * 50)
     with pytest.raises(
-        ValueError, match=r"b\.bin has the id 300 at token 2, .*byte\) has ids from 0 to 256: give"
+        ValueError, match=r"b\.bin has the id 300 at token 2, .*byte\) has ids from 0 to 256: set"
     ):
         module(tmp_path / "c", f"{tmp_path}/*.bin").prepare()
     megatron(tmp_path / "d.bin", [[1, -2, 3]] * 50, code=4)
@@ -373,7 +373,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     good = nanogpt(tmp_path / "x.bin", ids_of(texts()))
     with pytest.raises(ValueError, match="tokenizer=bpe would have to be trained on text"):
         module(tmp_path, good, BPETokenizer(300))
-    with pytest.raises(ValueError, match=r"held_out=0.1 has no meaning beside data.val_path"):
+    with pytest.raises(ValueError, match=r"held_out=0.1 has no meaning with data.val_path"):
         module(tmp_path, good, val_path=good, held_out=0.1)
     with pytest.raises(ValueError, match="held_out must lie between 0 and 1"):
         module(tmp_path, good, held_out=1)
@@ -383,14 +383,14 @@ def test_what_does_not_fit_is_refused(tmp_path):
         module(tmp_path, good, val_path="nowhere.bin").prepare()
     with pytest.raises(ValueError, match="data.path must name a file"):
         module(tmp_path, []).prepare()
-    with pytest.raises(ValueError, match=r"x\.bin has none: give both kinds in runs of their own"):
+    with pytest.raises(ValueError, match=r"x\.bin has none: use them in separate runs"):
         module(tmp_path, [megatron(tmp_path / "m.bin", ids_of(texts())), good]).prepare()
     with pytest.raises(ValueError, match="data.dtype must be uint16.*not 'float32'"):
         module(tmp_path, good, dtype="float32").prepare()
-    with pytest.raises(ValueError, match="says that its ids are uint16, not data.dtype=uint32"):
+    with pytest.raises(ValueError, match="states that its ids are uint16, not data.dtype=uint32"):
         module(tmp_path, llm_c(tmp_path / "l.bin", [[1]]), dtype="uint32").prepare()
     (tmp_path / "notes.md").write_text("x")
-    with pytest.raises(ValueError, match=r"notes\.md is no file of token ids: .*/\*\.bin'"):
+    with pytest.raises(ValueError, match=r"notes\.md is not a file of token ids: .*/\*\.bin'"):
         module(tmp_path, tmp_path / "notes.md").prepare()
 
 
@@ -416,7 +416,7 @@ def test_foreign_files_are_named_and_nothing_is_executed(tmp_path):
         (b"\x1f\x8b" + b"0" * 60, "is compressed by gzip"),
         (b"MMIDIDX\x00\x00" + b"0" * 60, "is Megatron's index"),
         ((20240522).to_bytes(4, "little") + bytes(2000), "multiple-choice questions"),
-        ((20240520).to_bytes(4, "little") + bytes(9), "truncated in its header"),
+        ((20240520).to_bytes(4, "little") + bytes(9), "truncated in its llm.c header"),
         (np.array([20240520, 2, 1] + [0] * 253, "<i4").tobytes(), "version 2 of llm.c's format"),
         (np.array([20240520, 1, 9] + [0] * 253, "<i4").tobytes() + b"12", "truncated or damaged"),
         (np.array([20240520, 1, -1] + [0] * 253, "<i4").tobytes(), "truncated or damaged"),
@@ -426,14 +426,14 @@ def test_foreign_files_are_named_and_nothing_is_executed(tmp_path):
             read_header(path)
     path = tmp_path / "x.npy"
     np.save(path, np.array([Bomb()], object), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"x\.npy is no \.npy file of ids"):
+    with pytest.raises(ValueError, match=r"x\.npy is not a \.npy file of ids"):
         read_header(path)
     path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match=r"x\.npy is no \.npy file of ids"):
+    with pytest.raises(ValueError, match=r"x\.npy is not a \.npy file of ids"):
         read_header(path)
     for array in (np.zeros(3), np.zeros((2, 3), int), np.zeros(0, int)):
         np.save(path, array)
-        with pytest.raises(ValueError, match="not one row of whole numbers"):
+        with pytest.raises(ValueError, match="not a one-dimensional array of integers"):
             read_header(path)
 
 

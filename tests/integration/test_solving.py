@@ -164,7 +164,7 @@ def test_refused(tmp_path: Path, cache: Path, settings: dict[str, Any], told: st
 def test_refused_without_a_judge(tmp_path: Path, cache: Path) -> None:
     cfg = config(tmp_path, cache, EASY)
     del cfg.callbacks.exact_match
-    with pytest.raises(ValueError, match="which nobody measures here: add exact_match"):
+    with pytest.raises(ValueError, match="which no callback logs here: add exact_match"):
         train(cfg)
 
 

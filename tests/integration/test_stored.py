@@ -368,7 +368,7 @@ GGUF = {
 @pytest.mark.parametrize("name", GGUF)
 def test_counts_of_a_gguf_file_are_of_what_it_holds(name: str, tmp_path: Path) -> None:
     (file := tmp_path / "x.gguf").write_bytes(GGUF[name])
-    with pytest.raises(ValueError, match="x.gguf is damaged or no GGUF file"):
+    with pytest.raises(ValueError, match="x.gguf is damaged or not a GGUF file"):
         require_counts(file)
 
 

@@ -158,7 +158,7 @@ def test_tasks(tmp_path: Path, cache: Path, head: str) -> None:
 
 
 def test_a_task_has_no_documents_to_count(tmp_path: Path, cache: Path) -> None:
-    with pytest.raises(ValueError, match="a task has none: set mtp.weights=none"):
+    with pytest.raises(ValueError, match="a task has no documents: set mtp.weights=none"):
         train_here(tmp_path, cache, TASK | {"mtp": "bag", "mtp.weights": "idf"})
 
 

@@ -206,7 +206,7 @@ def test_the_command_line_refuses_a_tokenizer_and_generates_symbols(
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("s0 s3 = ")
     done = execute([*program, *given, "prompt=hello"])
-    assert "error: 'hello' is no symbol" in done.stderr
+    assert "error: 'hello' is not a symbol" in done.stderr
 
 
 STAR = TASK | TASKS["star_graph"]

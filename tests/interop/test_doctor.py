@@ -67,7 +67,7 @@ def depth(k: int, tensors: Tensors) -> list[str]:
 def test_a_sound_folder(runs: Path, tmp_path: Path, name: str) -> None:
     found = doctor.examine(written(runs / name, tmp_path / "x"))
     assert found.sound, found.verdict
-    assert "is sound: its 2 MTP layer(s) are whole and trained" in found.verdict
+    assert "is sound: its 2 MTP layer(s) are complete and trained" in found.verdict
     assert found.meant == found.best
     assert found.meant == ("post", "embedding_first") if name == "post" else ("pre", "hidden_first")
     best = found.agreement[found.best]
@@ -130,7 +130,7 @@ def other_head(tensors: Tensors) -> None:
     ("change", "message"),
     [
         (zeroed, r"of MTP depth 1 are all zero \(model.layers.1."),
-        (fresh, r"of MTP depth 1 are as an initialisation draws them"),
+        (fresh, r"of MTP depth 1 look like a random initialization"),
         (half_missing, r"of MTP depth 2 are missing \(model.layers.2.hnorm.weight"),
         (all_missing, r"declares 2 MTP layer\(s\) and holds none of their tensors"),
         (one_missing, r"of MTP depth 2 are missing"),
@@ -184,7 +184,7 @@ def test_one_convention_must_clearly_beat_another(tmp_path: Path) -> None:
     verdict, sound = doctor._judged_by_drafts(found, 1)
     assert not sound and verdict.endswith(
         "its weights were trained on the state before the final norm, embedding first (agreement "
-        "100.0%), and its layout gives them the state after the final norm, embedding first "
+        "100.0%), but its layout gives them the state after the final norm, embedding first "
         "(58.0%)."
     )
 

@@ -59,7 +59,7 @@ def test_a_run_is_exported_and_verified(
     pytest.importorskip("transformers", reason="the check needs it: pip install -e '.[hf]'")
     run_export(base / name, tmp_path / "out", shard_gb=2e-5)
     shown = capsys.readouterr().out
-    for line in ("trained tensors differ from their initialisation", "tensors are the model's",
+    for line in ("trained tensors differ from their initialization", "tensors are the model's",
                  "logits of the trunk equal", f"logits of the MTP depth {depth} equal",
                  "use_mtp=True", "ids for a text"):  # fmt: skip
         assert line in shown
@@ -88,7 +88,7 @@ def test_the_card(base: Path, tmp_path: Path) -> None:
     trunk, whole = config.trunk.num_params(), config.num_params()
     # The embedding and the head of each of two depths; biases of four experts, three times.
     beyond = 2 * 2 * config.trunk.vocab_size * config.trunk.d_model + 3 * 4
-    said = f"Stored are {whole + beyond:,} numbers: {trunk:,} of the trunk and its head, "
+    said = f"{whole + beyond:,} values are stored: {trunk:,} of the trunk and its head, "
     said += f"{whole - trunk:,} of the MTP modules, {beyond:,} that repeat others"
     assert said in text
     files = (tmp_path / "out").glob("*.safetensors")

@@ -80,7 +80,7 @@ def test_a_folder_is_dequantised_and_says_so(
     found = read_folder(tmp_path).weights
     up = torch.cat([said[f"model.layers.0.mlp.{n}_proj.weight"] for n in ("gate", "up")])
     assert torch.equal(found["trunk.blocks.0.feed_forward.gate_up.weight"], up)
-    assert "in fp8 are dequantised to float32" in caplog.text
+    assert "in fp8 are dequantized to float32" in caplog.text
 
 
 @pytest.mark.parametrize(

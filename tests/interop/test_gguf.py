@@ -119,7 +119,7 @@ def test_logits_are_transformers(
     file = write_gguf(tmp_path / "tiny.gguf", kind=kind)
     theirs = loaded(file)
     model = read_folder(file).build()
-    assert "is dequantised to float32 (tensors: " in caplog.text and "of Q4_1" in caplog.text
+    assert "is dequantized to float32 (tensors: " in caplog.text and "of Q4_1" in caplog.text
     folders.assert_equal_logits(model, theirs, rows=len(SPECIALS) + len(WORDS))
 
 

@@ -1,4 +1,4 @@
-"""The numbers of ``LongRange`` and of acceptance by position as curves, for loggers that draw."""
+"""The numbers of ``LongRange`` and of acceptance by position as charts, for loggers that draw."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Name -> the tags, with the number that is their place and a depth, and the axes' names.
+# Name -> the tags, with their x value and a depth as groups, and the names of the axes.
 _KINDS = {
     "loss_position": (
         r"val/loss_position_(\d+)(?:-\d+)?(?:_depth_(\d+))?",
@@ -32,8 +32,8 @@ class Curves:
     """Lines in one chart with a logarithmic x axis.
 
     Attributes:
-        name: of the chart.
-        x_label, y_label: of its axes.
+        name: name of the chart.
+        x_label, y_label: names of its axes.
         lines: points (x, y) in order, by the line's label.
     """
 
@@ -44,7 +44,7 @@ class Curves:
 
 
 def curves(values: Mapping[str, float]) -> list[Curves]:
-    """All charts that there are values for, by log tag."""
+    """All charts with values, by log tag."""
     found = []
     for name, (pattern, x_label, y_label) in _KINDS.items():
         lines: dict[str, list[tuple[float, float]]] = {}

@@ -17,13 +17,13 @@ from mtp_lightning.model import MTPModel
 class LongRange:
     """Counts batches of validation windows.
 
-    It costs about two passes over them: one of the whole windows, which positions and repeats
-    share, and less than one of shortened windows.
+    It costs about two passes over them: one over the whole windows, which positions and repeats
+    share, and less than one over shortened windows.
 
     Args:
-        model: in evaluation mode when it is asked.
+        model: a model, in evaluation mode when it is used.
         seq_len: T of the windows.
-        token_bytes: of every id of the tokenizer.
+        token_bytes: bytes of every id of the tokenizer.
     """
 
     def __init__(self, model: MTPModel, seq_len: int, token_bytes: Sequence[bytes]) -> None:
@@ -35,7 +35,7 @@ class LongRange:
 
     @torch.no_grad()
     def update(self, batch: WindowBatch) -> None:
-        """Count one batch, on the model's device."""
+        """Counts one batch, on the model's device."""
         reading = read(self.model, batch, depths=self.model.token_depth > 0)
         self.positions.update(reading)
         self.truncation.update(self.model, batch, reading)
@@ -43,7 +43,7 @@ class LongRange:
 
     @torch.no_grad()
     def compute(self) -> dict[str, float]:
-        """The values by name, over all ranks; what nothing was counted for is left out."""
+        """The values by name, over all ranks; a value without any count is left out."""
         values = {
             **self.positions.compute(),
             **self.truncation.compute(),

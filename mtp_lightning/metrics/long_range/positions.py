@@ -17,7 +17,8 @@ _EARLY = 50  # Olsson et al. 2022 subtract the loss of the 50th token from that 
 def position_buckets(seq_len: int) -> list[tuple[int, int]]:
     """First and last position of every bucket, from 1: 1, 2-3, 4-7, .. up to ``seq_len``.
 
-    Position p has read p tokens. A last bucket that is less than half full joins the one before.
+    At position p the model has read p tokens. A last bucket less than half full joins the one
+    before it.
     """
     buckets: list[tuple[int, int]] = []
     first = 1
@@ -32,14 +33,14 @@ def position_buckets(seq_len: int) -> list[tuple[int, int]]:
 
 
 def bucket_name(bucket: tuple[int, int]) -> str:
-    """As it stands in a log tag."""
+    """The bucket's name in a log tag."""
     first, last = bucket
     return str(first) if first == last else f"{first}-{last}"
 
 
 def early_bucket(buckets: list[tuple[int, int]]) -> int | None:
-    """The bucket that the last one is compared with: that of position 50, or, where this is the
-    last one itself, that of position T / 10; None where there is but one."""
+    """The bucket that the last one is compared with: that of position 50, or, if this is the last
+    one itself, that of position T / 10; None if there is only one bucket."""
     seq_len = buckets[-1][1]
     for position in (_EARLY, max(seq_len // 10, 1)):
         for i, (first, last) in enumerate(buckets[:-1]):
@@ -50,8 +51,8 @@ def early_bucket(buckets: list[tuple[int, int]]) -> int | None:
 
 class PositionLoss(Metric):
     """``loss_position_BUCKET`` of depth 0, ``loss_position_BUCKET_depth_k`` of the others, and
-    ``context_score``: depth 0's loss in the last bucket minus that around position 50, in nats;
-    the lower, the more the tokens between are worth (Olsson et al. 2022)."""
+    ``context_score``: depth 0's loss in the last bucket minus that around position 50, in nats; the
+    lower it is, the more the tokens in between help (Olsson et al. 2022)."""
 
     full_state_update = False
     count: Tensor
@@ -67,14 +68,14 @@ class PositionLoss(Metric):
             self.add_state(name, default=zeros, dist_reduce_fx="sum")
 
     def update(self, reading: Reading) -> None:
-        """Count one batch of windows, of the length given or shorter."""
+        """Counts one batch of windows, of the given length or shorter."""
         seq_len = reading.losses_KBT.shape[-1]
         index_T = torch.tensor(self.index[:seq_len], device=self.count.device)
         self.count.index_add_(1, index_T, reading.valid_KBT.sum(1).double())
         self.loss.index_add_(1, index_T, reading.losses_KBT.sum(1).double())
 
     def compute(self) -> dict[str, float]:
-        """By name; NaN where nothing was counted."""
+        """The values by name; NaN without any count."""
         mean_KN = (self.loss / self.count).tolist()
         values = {
             f"loss_position_{bucket_name(bucket)}" + (f"_depth_{k}" if k else ""): mean

@@ -1,4 +1,4 @@
-"""What one teacher-forced pass over a batch says of every position.
+"""Losses and choices of one teacher-forced pass, at every position.
 
 Shapes: B batch, T positions, K depths (0 .. D), V vocabulary.
 """
@@ -17,11 +17,11 @@ from mtp_lightning.objective.through_head import log_probs_by_chunk
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """Losses and choices, without anything of size V.
+    """Losses and choices, without tensors of size V.
 
     Attributes:
-        losses_KBT: nats, of every depth; 0 where a target does not count.
-        valid_KBT: whether it counts.
+        losses_KBT: nats of every depth; 0 where a target does not count.
+        valid_KBT: whether the target counts.
         right_BT: whether depth 0's first choice is its target.
     """
 
@@ -31,12 +31,12 @@ class Reading:
 
 
 def read(model: MTPModel, batch: WindowBatch, *, depths: bool = True) -> Reading:
-    """One pass of the model over windows.
+    """Runs one pass of the model over windows.
 
     Args:
-        model: in evaluation mode.
+        model: a model in evaluation mode.
         batch: windows of the model's depth.
-        depths: also of depths 1 .. D; else of depth 0 alone.
+        depths: whether to include depths 1 .. D, or only depth 0.
     """
     hidden = model(batch, None if depths else ())
     losses, valid = [], []

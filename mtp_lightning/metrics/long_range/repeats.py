@@ -1,4 +1,4 @@
-"""Whether a model uses what it has read before: natural repeats, and repeated random tokens.
+"""Whether a model uses what it has already read: natural repeats, and repeated random tokens.
 
 Shapes: B batch, T positions, N classes.
 """
@@ -17,9 +17,9 @@ from mtp_lightning.metrics.long_range.reading import Reading, read
 from mtp_lightning.model import MTPModel
 
 N_BYTES = 8
-"""Bytes before a target that must have occurred before."""
+"""Number of bytes before a target that must have occurred earlier."""
 
-# Farthest distance of a class, in tokens; the classes are (0, 64], (64, 256], (256, 1024].
+# Largest distance of a class, in tokens; the classes are (0, 64], (64, 256], (256, 1024].
 _FARTHEST = (64, 256, 1024)
 _NAMES = ("repeat_1-64", "repeat_64-256", "repeat_256-1024", "no_repeat")
 
@@ -27,16 +27,16 @@ _NAMES = ("repeat_1-64", "repeat_64-256", "repeat_256-1024", "no_repeat")
 def repeat_distances(
     tokens: Sequence[int], token_bytes: Sequence[bytes], documents: Sequence[int] | None = None
 ) -> np.ndarray:
-    """How far back the 8 bytes before a target occurred last.
+    """Distance to the last earlier occurrence of the 8 bytes before a target.
 
     Args:
-        tokens: of one window, as read.
-        token_bytes: of every id.
-        documents: of every token; an occurrence in another document does not count.
+        tokens: tokens of one window, as read.
+        token_bytes: bytes of every id.
+        documents: document of every token; an occurrence in another document does not count.
 
     Returns:
-        [T] int64: from the token that ends the bytes back to the one in which the last occurrence
-        ends, 1 where this is the same token; 0 where they did not occur; -1 where there are no 8
+        [T] int64: distance from the token that ends the bytes back to the one that ends the last
+        occurrence, 1 if this is the same token; 0 if they did not occur; -1 if there are no 8
         bytes.
     """
     pieces = [token_bytes[token] for token in tokens]
@@ -48,12 +48,12 @@ def repeat_distances(
     owner = np.repeat(np.arange(len(pieces)), lengths)
     views = np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(stream, N_BYTES))
     key = views.view(np.uint64).reshape(-1)
-    # In a stable order equal keys stand by place: the one before is the last occurrence.
+    # A stable sort keeps equal keys in order, so the one before is the last occurrence.
     order = np.argsort(key, kind="stable")
     same = key[order[1:]] == key[order[:-1]]
     before = np.full(len(key), -1)
     before[order[1:][same]] = order[:-1][same]
-    # The bytes up to a token's end start here.
+    # The 8 bytes that end with a token start here.
     start = np.cumsum(lengths) - N_BYTES
     at = np.flatnonzero((start >= 0) & (lengths > 0))
     earlier = before[start[at]]
@@ -71,9 +71,9 @@ def repeat_distances(
 
 class NaturalRepeats(Metric):
     """``accuracy_repeat_1-64``, ``_64-256``, ``_256-1024``: depth 0's accuracy on targets whose
-    preceding 8 bytes occurred before in the window, by the last occurrence's distance in tokens;
-    ``accuracy_no_repeat``, the control: those whose 8 bytes did not; and ``share_`` of each in the
-    targets with 8 bytes before them."""
+    preceding 8 bytes occurred earlier in the window, by the distance of the last occurrence in
+    tokens; ``accuracy_no_repeat``, the control: targets whose 8 bytes did not occur; and the
+    ``share_`` of each among the targets with 8 bytes before them."""
 
     full_state_update = False
     count: Tensor
@@ -87,7 +87,7 @@ class NaturalRepeats(Metric):
             self.add_state(name, default=zeros, dist_reduce_fx="sum")
 
     def update(self, batch: WindowBatch, reading: Reading) -> None:
-        """Count one batch."""
+        """Counts one batch."""
         read_BT = batch.tokens[:, : batch.seq_len].tolist()
         documents = [None] * len(read_BT)
         if batch.documents is not None:
@@ -109,7 +109,7 @@ class NaturalRepeats(Metric):
             self.right[i] += reading.right_BT[chosen_BT].sum()
 
     def compute(self) -> dict[str, float]:
-        """By name; accuracy is NaN where nothing was counted."""
+        """The values by name; accuracy is NaN without any count."""
         accuracy, share = self.right / self.count, self.count / self.count.sum()
         values = {f"accuracy_{n}": a for n, a in zip(_NAMES, accuracy.tolist(), strict=True)}
         return values | {f"share_{n}": s for n, s in zip(_NAMES, share.tolist(), strict=True)}
@@ -118,11 +118,11 @@ class NaturalRepeats(Metric):
 def random_repeats(
     model: MTPModel, seq_len: int, *, rows: int = 16, seed: int = 0
 ) -> dict[str, float]:
-    """Accuracy of depth 0 on the second half of ``r r``, r being P random ids, for P = 8, 16, ..
+    """Accuracy of depth 0 on the second half of ``r r``, where r is P random ids, for P = 8, 16, ..
     up to T / 2.
 
-    The second half's first token follows from nothing and is left out. Ids are drawn from the whole
-    vocabulary, alike at every call. It costs ``2 rows`` windows of reading.
+    The second half's first token cannot be predicted and is left out. Ids are drawn from the whole
+    vocabulary, the same at every call. It costs the reading of ``2 rows`` windows.
 
     Returns:
         ``accuracy_random_repeat_P``.
@@ -133,7 +133,7 @@ def random_repeats(
     period = 8
     while 2 * period <= seq_len:
         ids = torch.randint(0, vocab, (rows, period), generator=generator)
-        # As many tokens as a window of 2 P - 1 positions has, those of the depths never looked at.
+        # A window of 2 P - 1 positions; the extra tokens of the depths are never read.
         tokens = torch.cat((ids, ids, ids[:, :1].expand(-1, stride * depth)), dim=1)
         batch = WindowBatch(tokens.to(model.head.weight.device), depth, stride=stride)
         right_BT = read(model, batch, depths=False).right_BT

@@ -1,8 +1,9 @@
-"""What the text further back than c tokens is worth.
+"""How much the text more than c tokens back helps.
 
-A mask that lets every layer see c tokens back does not truncate: what a deep layer reads has itself
-read c tokens further back. So the model reads the last c tokens alone. That is done for one target
-a window, its last: all contexts together then cost less than one pass over the text.
+A mask that limits every layer to c tokens back does not truncate, since the inputs of a deep layer
+have themselves read c tokens further back. So the model reads only the last c tokens. This is done
+for one target per window, its last: all contexts together then cost less than one pass over the
+text.
 
 Shapes: B batch, T positions.
 """
@@ -18,11 +19,11 @@ from mtp_lightning.metrics.long_range.reading import Reading, read
 from mtp_lightning.model import MTPModel
 
 NEGLIGIBLE = 0.01
-"""Nats: a gain below it counts as none."""
+"""Nats below which a gain counts as none."""
 
 
 def contexts(seq_len: int) -> list[int]:
-    """8, 16, .. up to half of ``seq_len``: together less than a window."""
+    """8, 16, .. up to half of ``seq_len``: together shorter than a window."""
     found, c = [], 8
     while 2 * c <= seq_len:
         found.append(c)
@@ -37,10 +38,10 @@ def last_tokens(batch: WindowBatch, context: int) -> WindowBatch:
 
 
 class TruncatedContext(Metric):
-    """``context_gain_c``: depth 0's loss of every window's last target when the last c tokens are
-    all that the model reads, minus that with the whole window, in nats; ``context_gain_c_se``, the
-    standard error of this paired mean over windows; ``effective_context``, the smallest c from
-    which on every gain is below 0.01 nats, and T if there is none."""
+    """``context_gain_c``: depth 0's loss of every window's last target if the model reads only the
+    last c tokens, minus that with the whole window, in nats; ``context_gain_c_se``, the standard
+    error of this paired mean over windows; ``effective_context``, the smallest c from which every
+    gain is below 0.01 nats, and T if there is none."""
 
     full_state_update = False
     count: Tensor
@@ -57,8 +58,8 @@ class TruncatedContext(Metric):
             self.add_state(name, default=zeros, dist_reduce_fx="sum")
 
     def update(self, model: MTPModel, batch: WindowBatch, reading: Reading) -> None:
-        """Count one batch; ``reading`` is that of the whole windows. Shorter ones than the length
-        given are left out: their last target has no whole window before it."""
+        """Counts one batch; ``reading`` is that of the whole windows. Windows shorter than the
+        given length are left out: their last target has no whole window before it."""
         if batch.seq_len < self.seq_len:
             return
         valid_B = reading.valid_KBT[0, :, -1]
@@ -70,7 +71,7 @@ class TruncatedContext(Metric):
             self.square[i] += gain_B.square().sum()
 
     def compute(self) -> dict[str, float]:
-        """By name; NaN where nothing was counted."""
+        """The values by name; NaN without any count."""
         if not self.contexts:
             return {}
         mean = self.gain / self.count
@@ -89,7 +90,7 @@ class TruncatedContext(Metric):
 
 
 def effective_context(gains: dict[int, float], seq_len: int) -> float:
-    """The smallest context from which on every gain is negligible; ``seq_len`` if there is none."""
+    """The smallest context from which every gain is negligible; ``seq_len`` if there is none."""
     enough = seq_len
     for context in sorted(gains, reverse=True):
         if not gains[context] < NEGLIGIBLE:
