@@ -191,8 +191,10 @@ def built(plan: Plan) -> Run:
     origin = plan.origin
     step = begin_module(module, plan.data, origin, plan.stored, plan.folder)
     if plan.data.cache_states:
+        from data_modules.store_module import StoreDataModule
         from mtp_lightning.experiment.trunk_states import keep_states
 
+        assert isinstance(plan.data, StoreDataModule), "tasks keep no states"
         if origin.content is not None:  # Lightning would bring the trunk's weights too late
             module.model.load_state_dict(origin.weights())
         with plan.peers.in_turn():
