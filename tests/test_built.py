@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_modules.tokenizers import words
+from data_modules.tokenizers import pre_tokenizer
 from mtp_lightning.built import digest, open_built
 from mtp_lightning.nn.kernels import native
 
@@ -81,7 +81,7 @@ def test_any_other_is_named_with_the_remedy(
 def test_what_is_installed_here_is_up_to_date() -> None:
     for library, folder in (
         (native.library, Path(native.__file__).with_name("cpp")),
-        (words.library, Path(words.__file__).with_name("cpp")),
+        (pre_tokenizer.library, Path(pre_tokenizer.__file__).with_name("cpp")),
     ):
         if library is not None:
             assert library.built_from().decode() == digest(folder) != ""

@@ -99,7 +99,12 @@ def test_a_failure_is_one_line_and_the_last_call(
     use(GuardedLogger(foreign, "mine"))
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "\n" not in record.getMessage()
-    for words in ("logger.mine", method, "ConnectionError: the server is away", "the run continues"):
+    for words in (
+        "logger.mine",
+        method,
+        "ConnectionError: the server is away",
+        "the run continues",
+    ):
         assert words in record.getMessage()
     assert foreign.calls[-1][0] == method and [m for m, _ in foreign.calls].count(method) == 1
 
