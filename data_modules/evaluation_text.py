@@ -75,20 +75,20 @@ def choose(file: TokenFile, n_bytes: int | None) -> EvaluationText:
         return EvaluationText(file, nothing, nothing, nothing, digest())
     first = np.flatnonzero(np.diff(pieces["document"], prepend=-1))
     by_digest = np.argsort(pieces["digest"][first], kind="stable")
-    place = np.empty(len(first), np.int64)
-    place[by_digest] = np.arange(len(first))
-    order = np.argsort(place[pieces["document"]], kind="stable")
+    rank = np.empty(len(first), np.int64)
+    rank[by_digest] = np.arange(len(first))
+    order = np.argsort(rank[pieces["document"]], kind="stable")
     if n_bytes is not None:
         held = pieces["bytes"][order].cumsum()
         order = order[: held.searchsorted(n_bytes) + 1]
     taken = pieces[order]
     begins = np.flatnonzero(np.diff(taken["document"], prepend=-1))
-    behind = np.append(pieces["start"], file.n_tokens)[order + 1]
+    ends = np.append(pieces["start"], file.n_tokens)[order + 1]
     last = np.append(begins[1:], len(taken)) - 1
     return EvaluationText(
         file,
         starts=taken["start"][begins],
-        ends=behind[last],
+        ends=ends[last],
         bytes=np.add.reduceat(taken["bytes"], begins),
         fingerprint=digest(*(name.decode() for name in taken["digest"].tolist())),
     )

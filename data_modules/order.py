@@ -16,7 +16,7 @@ class Order(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, places: slice, /) -> np.ndarray: ...
+    def __getitem__(self, indices: slice, /) -> np.ndarray: ...
 
 
 def window_order(n: int, *, seed: int, epoch: int, large: int = LARGE) -> Order:
@@ -61,17 +61,17 @@ class FeistelOrder:
     def __len__(self) -> int:
         return self.n
 
-    def __getitem__(self, places: slice) -> np.ndarray:
+    def __getitem__(self, indices: slice) -> np.ndarray:
         """``[k]`` int64 windows at the indices of a slice."""
-        found = np.arange(*places.indices(self.n)).astype(np.uint64)
+        found = np.arange(*indices.indices(self.n)).astype(np.uint64)
         todo = np.arange(len(found))
         while len(todo):
             found[todo] = self._encipher(found[todo])
             todo = todo[found[todo] >= self.n]
         return found.astype(np.int64)
 
-    def _encipher(self, places: np.ndarray) -> np.ndarray:
-        left, right = np.divmod(places, self._b)
+    def _encipher(self, indices: np.ndarray) -> np.ndarray:
+        left, right = np.divmod(indices, self._b)
         for i, key in enumerate(self._keys):
             if i % 2 == 0:
                 left = (left + _hash(right, key) % self._a) % self._a

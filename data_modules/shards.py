@@ -42,15 +42,15 @@ class Shard:
 def cut(shards: Sequence[Shard], at: int) -> tuple[tuple[Shard, ...], tuple[Shard, ...]]:
     """The first ``at`` tokens of shards, and the rest."""
     before: list[Shard] = []
-    behind: list[Shard] = []
+    after: list[Shard] = []
     for shard in shards:
         here = min(max(at, 0), shard.n_tokens)
         if here:
             before.append(shard.part(0, here))
         if here < shard.n_tokens:
-            behind.append(shard.part(here, shard.n_tokens))
+            after.append(shard.part(here, shard.n_tokens))
         at -= shard.n_tokens
-    return tuple(before), tuple(behind)
+    return tuple(before), tuple(after)
 
 
 class ShardedTokens:
@@ -74,19 +74,19 @@ class ShardedTokens:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, places: slice | np.ndarray) -> np.ndarray:
+    def __getitem__(self, indices: slice | np.ndarray) -> np.ndarray:
         """Ids of a slice without a step (a view if one shard holds it), or of indices (a copy)."""
-        if isinstance(places, slice):
-            first, last, step = places.indices(len(self))
+        if isinstance(indices, slice):
+            first, last, step = indices.indices(len(self))
             assert step == 1
             return self._span(first, last)
-        return self.windows(places, 1)[:, 0]
+        return self.windows(indices, 1)[:, 0]
 
     def windows(self, first: np.ndarray, length: int) -> np.ndarray:
         """``[B, length]`` ids from each of the indices ``first`` [B] on."""
         return np.stack([self._span(int(a), int(a) + length) for a in first])
 
-    def place(self, at: int) -> tuple[Path, int]:
+    def locate(self, at: int) -> tuple[Path, int]:
         """The file of a token, and the token's index in it."""
         number = int(self._ends.searchsorted(at, side="right"))
         return self.shards[number].path, at - self._begin(number)

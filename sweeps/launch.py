@@ -95,13 +95,13 @@ def _launch(
     settled: dict[str, dict[str, Any]] = {}  # by job folder, like the others below
     tasks: dict[str, Task] = {}
     for job in jobs:
-        places, run_folder = paths[frozenset(job.overrides)], folder / job.folder
-        config_of_job = settle(composer.compose([*places, *job.overrides]), run_folder)
+        own_paths, run_folder = paths[frozenset(job.overrides)], folder / job.folder
+        config_of_job = settle(composer.compose([*own_paths, *job.overrides]), run_folder)
         vetting.check(config_of_job, "config")
         settled[job.folder] = config_of_job
         plan.recipes[job.folder] = recipe = Recipe(
             program=program,
-            options=(*options, *places),
+            options=(*options, *own_paths),
             cwd=str(Path.cwd()),
             processes=count_processes(config_of_job),
             nodes=config_of_job["trainer"]["num_nodes"],

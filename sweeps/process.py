@@ -267,5 +267,5 @@ def python_command(
         folder: folder of the run.
     """
     # The sweep's folder is given too: its default holds the time, in which jobs would differ.
-    places = (f"run_dir={quoted(str(folder))}", f"sweep_dir={quoted(str(folder.parent))}")
-    return (sys.executable, *program, *overrides, *places)
+    folders = (f"run_dir={quoted(str(folder))}", f"sweep_dir={quoted(str(folder.parent))}")
+    return (sys.executable, *program, *overrides, *folders)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_modules.tokenizers import words
+from data_modules.tokenizers import pre_tokenizer
 from mtp_lightning.built import digest, open_built
 from tests.kernels import HAS_CPU, native
 
@@ -79,7 +79,7 @@ def test_any_other_is_named_with_the_remedy(
 
 
 def test_what_is_installed_here_is_up_to_date() -> None:
-    for module in (words, *([native()] if HAS_CPU else [])):
+    for module in (pre_tokenizer, *([native()] if HAS_CPU else [])):
         if module.library is not None:
             sources = Path(module.__file__).with_name("cpp")
             assert module.library.built_from().decode() == digest(sources) != ""

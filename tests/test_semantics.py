@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_modules.windows import IGNORE_INDEX, WindowBatch
-from mtp_lightning.interop.names import places
+from mtp_lightning.interop.names import weight_map
 from mtp_lightning.metrics.rates import DepthRates
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.base import MTPConfig
@@ -118,7 +118,7 @@ def test_layers_of_a_folder(tiny_trunk: TrunkConfig) -> None:
     _, cells = table("layers")
     trunk = TrunkConfig(**{**vars(tiny_trunk), "n_layers": 4})
     config = ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=D))
-    names = {part[0] for place in places(config) for part in place.parts}
+    names = {part[0] for place in weight_map(config) for part in place.parts}
     said = re.findall(r"`([\w.]+)`", cells[1][1])
     assert len(said) == 6
     for k in (1, 2):

@@ -52,7 +52,7 @@ def installed(
         for file in found.files or ()
         if ".." not in file.parts and keep(file)
     }
-    present = tuple((path, place) for path, place in sorted(files.items()) if place.is_file())
+    present = tuple((path, on_disk) for path, on_disk in sorted(files.items()) if on_disk.is_file())
     if not present:
         raise UserError(
             f"{needed_by}: the installed package {name!r} lists no usable file (an editable "

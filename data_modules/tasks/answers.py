@@ -113,7 +113,7 @@ class AnswerSet:
                 batch.scored[row, start : start + self.task.longest_answer] = True
         return batch
 
-    def places(self, numbers: np.ndarray, width: int) -> tuple[Tensor, Tensor]:
+    def answer_positions(self, numbers: np.ndarray, width: int) -> tuple[Tensor, Tensor]:
         """For each token of a :meth:`batch`, its index among the asked tokens of its answer, and
         the number of its group, both [B, W] int64 and -1 elsewhere.
 
@@ -127,10 +127,10 @@ class AnswerSet:
         for row, i in enumerate(numbers.tolist()):
             example = self.examples[i]
             asked = torch.tensor(example.asked)
-            place = slice(len(example.prompt), len(example))
-            position_BW[row, place] = torch.where(asked, asked.cumsum(0) - 1, -1)
+            span = slice(len(example.prompt), len(example))
+            position_BW[row, span] = torch.where(asked, asked.cumsum(0) - 1, -1)
             if names := self.task.groups(example):
-                group_BW[row, place] = torch.tensor([number.get(name, -1) for name in names])
+                group_BW[row, span] = torch.tensor([number.get(name, -1) for name in names])
         return position_BW, group_BW
 
     def right(self, numbers: np.ndarray, said_BW: Tensor) -> Tensor:

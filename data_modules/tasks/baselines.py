@@ -33,20 +33,20 @@ def baselines(
     """
     contents = {task.content(example) for example in training}
     of_size: dict[int, Counter[tuple[int, ...]]] = {}
-    at_place: dict[int, Counter[int]] = {}
+    at_position: dict[int, Counter[int]] = {}
     to_question: dict[tuple[int | None, ...], Counter[tuple[int, ...]]] = {}
     for example in training:
         said = _said(example)
         of_size.setdefault(len(said), Counter())[said] += 1
         to_question.setdefault(question_of(example), Counter())[said] += 1
-        for place, token in enumerate(said):
-            at_place.setdefault(place, Counter())[token] += 1
+        for position, token in enumerate(said):
+            at_position.setdefault(position, Counter())[token] += 1
 
     def constant(example: Example) -> Sequence[int]:
         return _most(of_size.get(sum(example.asked))) or ()
 
     def majority(example: Example) -> Sequence[int]:
-        return [_most(at_place.get(place)) or END for place in range(sum(example.asked))]
+        return [_most(at_position.get(position)) or END for position in range(sum(example.asked))]
 
     def table(example: Example) -> Sequence[int]:
         return _most(to_question.get(question_of(example))) or constant(example)

@@ -160,11 +160,11 @@ class Induction(Task):
     def groups(self, example: Example) -> Sequence[str]:
         """The distance in tokens to the previous mention of the name."""
         names, last = [""], dict[int, int]()
-        for place, (token, asked) in enumerate(
+        for position, (token, asked) in enumerate(
             zip(example.answer, example.asked[1:], strict=False)
         ):
-            names.append(f"distance_{log_bucket(place - last[token])}" if asked else "")
-            last[token] = place
+            names.append(f"distance_{log_bucket(position - last[token])}" if asked else "")
+            last[token] = position
         return names
 
     def _begins(self, token: int) -> bool:

@@ -65,25 +65,25 @@ class SampledAnswers(Measure):
 
     Args:
         n: number of examples.
-        place: positions of the answers in the windows.
+        span: positions of the answers in the windows.
         judge: maps all answers, in the order of their examples, to values by name.
     """
 
     answers: Tensor
 
     def __init__(
-        self, n: int, place: slice, judge: Callable[[list[list[int]]], Mapping[str, float]]
+        self, n: int, span: slice, judge: Callable[[list[list[int]]], Mapping[str, float]]
     ) -> None:
         super().__init__()
-        self.place = place
+        self.span = span
         self.judge = judge
         # One row per example, filled by one rank; the sum over ranks fills all rows.
-        empty = torch.zeros((n, place.stop - place.start), dtype=torch.int64)
+        empty = torch.zeros((n, span.stop - span.start), dtype=torch.int64)
         self.add_state("answers", default=empty, dist_reduce_fx="sum")
 
     def update(self, numbers: np.ndarray, outputs: Outputs) -> None:
         rows = torch.from_numpy(numbers).to(self.answers.device)
-        self.answers[rows] = outputs.sampled_BW[:, self.place].to(self.answers.device)
+        self.answers[rows] = outputs.sampled_BW[:, self.span].to(self.answers.device)
 
     def compute(self) -> dict[str, float]:
         return dict(self.judge(self.answers.tolist()))

@@ -111,7 +111,7 @@ class Sibling(Task):
     ) -> Sequence[Measure]:
         """Shares of sampled answers: ``sampled_coherent``, ``sampled_distinct`` (coherent, each
         triple once), and with a fixed training set ``creativity`` (those not in training)."""
-        place = slice(self.longest_prompt, self.longest)
+        span = slice(self.longest_prompt, self.longest)
 
         def judge(samples: list[list[int]]) -> dict[str, float]:
             shares = {
@@ -121,7 +121,7 @@ class Sibling(Task):
             new = {} if training is None else {"creativity": self.score(samples, training())}
             return shares | new
 
-        return (SampledAnswers(n, place, judge),)
+        return (SampledAnswers(n, span, judge),)
 
     @cached_property
     def _families(self) -> list[list[int]]:

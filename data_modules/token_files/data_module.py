@@ -104,14 +104,14 @@ class TokenFilesDataModule(StoreDataModule):
             pair = Path(f"{one}.bin").expanduser()
             whole = f"{one}.bin" if pair.is_file() and not Path(one).exists() else one
             for _, path in expand(whole, key):
-                found |= {own.resolve(): None for own in _behind(path)}
+                found |= {own.resolve(): None for own in _id_files(path)}
         return [read_header(path, self.dtype) for path in found]
 
     def summary(self) -> dict[str, Any]:
         return super().summary() | {"held_out": self.store.meta["held_out"]}
 
 
-def _behind(path: Path) -> list[Path]:
+def _id_files(path: Path) -> list[Path]:
     """The files of ids that an index stands for; any other file stands for itself."""
     if path.suffix == ".idx" and path.with_suffix(".bin").is_file():
         return [path.with_suffix(".bin")]

@@ -117,18 +117,18 @@ class Text:
     def cut(self, held_out: float) -> tuple[Text, Text]:
         """The text before the held-out part, and that part; see :func:`open_view`."""
         at = min(max(1, round(self.n_tokens * (1 - held_out))), max(1, self.n_tokens - 1))
-        behind = int(self.starts.searchsorted(at))
-        if behind < len(self.starts):
-            at = int(self.starts[behind])
+        n_kept = int(self.starts.searchsorted(at))
+        if n_kept < len(self.starts):
+            at = int(self.starts[n_kept])
         before, after = cut(self.shards, at)
         tokens = ShardedTokens(after)
         counts = np.zeros_like(self.counts)
         for first in range(0, len(tokens), _BLOCK):
             block = tokens[first : min(first + _BLOCK, len(tokens))]
             counts += np.bincount(block, minlength=len(counts))
-        starts = np.union1d([0], self.starts[behind:] - at)
+        starts = np.union1d([0], self.starts[n_kept:] - at)
         return (
-            Text(before, self.starts[:behind], self.counts - counts),
+            Text(before, self.starts[:n_kept], self.counts - counts),
             Text(after, starts, counts),
         )
 
@@ -153,7 +153,7 @@ def look_through(files: Sequence[TokenSource], tokenizer: Tokenizer) -> Text:
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     progress = Progress("token files looked through", len(tokens), unit="tokens")
     found: list[np.ndarray] = [np.zeros(1, np.int64)]
-    behind_eot = False
+    after_eot = False
     try:
         for first in range(0, len(tokens), _BLOCK):
             block = tokens[first : min(first + _BLOCK, len(tokens))]
@@ -161,9 +161,9 @@ def look_through(files: Sequence[TokenSource], tokenizer: Tokenizer) -> Text:
             counts += np.bincount(block, minlength=len(counts))
             if not all(indexed):
                 eot = block == tokenizer.eot_id
-                before = np.concatenate([[behind_eot], eot[:-1]])
+                before = np.concatenate([[after_eot], eot[:-1]])
                 found.append(np.flatnonzero(before & ~eot) + first)
-                behind_eot = bool(eot[-1])
+                after_eot = bool(eot[-1])
             progress.add(len(block))
     finally:
         progress.close()
@@ -184,7 +184,7 @@ def _require_known(
     if low >= 0 and high < tokenizer.vocab_size:
         return
     wrong = int(np.flatnonzero((block < 0) | (block >= tokenizer.vocab_size))[0])
-    path, at = tokens.place(first + wrong)
+    path, at = tokens.locate(first + wrong)
     raise UserError(
         f"{path} has the id {int(block[wrong])} at token {at}, and the tokenizer "
         f"({tokenizer.kind}) has ids from 0 to {tokenizer.vocab_size - 1}: set the tokenizer that "

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_modules.tokenizers.base import END_OF_TEXT, Tokenizer
 from data_modules.tokenizers.library import library_tokenizer
-from data_modules.tokenizers.words import PATTERN, Words, no_words
+from data_modules.tokenizers.pre_tokenizer import PATTERN, PreTokenizer, new_pre_tokenizer
 from mtp_lightning.errors import UserError
 from mtp_lightning.stored import LARGEST_VOCAB
 
@@ -175,7 +175,7 @@ class BPETokenizer(Tokenizer):
 
     def _forget(self) -> None:
         """Empties the word cache: word -> number, and the ids of all words, concatenated."""
-        self._words: Words = no_words()
+        self._words: PreTokenizer = new_pre_tokenizer()
         self._ids = np.empty(0, np.int64)
         self._starts = np.zeros(1, np.int64)
         self._n_ids = 0

@@ -87,8 +87,8 @@ def answer_all(
             width = batch.tokens.shape[1]
             outputs = Outputs(model, batch, partial(examples.uniforms, numbers, width))
             right_B = examples.right(numbers, outputs.said_BW).to(device)
-            places = (place.to(device) for place in examples.places(numbers, width))
-            rates.update(right_B, outputs.said_BW, outputs.forced_BW, batch.tokens, *places)
+            positions = (p.to(device) for p in examples.answer_positions(numbers, width))
+            rates.update(right_B, outputs.said_BW, outputs.forced_BW, batch.tokens, *positions)
             for measure in measures:
                 measure.update(numbers, outputs)
         found = {**rates.compute(), **examples.baselines}

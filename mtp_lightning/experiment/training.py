@@ -13,7 +13,7 @@ import signal
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from omegaconf import DictConfig, OmegaConf
@@ -54,7 +54,6 @@ from mtp_lightning.stored import require_memory
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
-    from data_modules.store_module import StoreDataModule
     from mtp_lightning.compare import Matched
 
 log = logging.getLogger(__name__)
@@ -198,8 +197,7 @@ def built(plan: Plan) -> Run:
         if origin.content is not None:  # Lightning would bring the trunk's weights too late
             module.model.load_state_dict(origin.weights())
         with plan.peers.in_turn():
-            stored = cast("StoreDataModule", plan.data)  # no other data has states to keep
-            stored.states = keep_states(module.model, stored, plan.config.trainer)
+            plan.data.states = keep_states(module.model, plan.data, plan.config.trainer)
     return Run(
         config=plan.config,
         stored=plan.stored,

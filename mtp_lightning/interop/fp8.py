@@ -59,7 +59,7 @@ class Scaled(Part):
         return scaled(self.weight.read(), self.scale.read(), self.block)
 
 
-def dequantised(tensors: dict[str, Part], block: tuple[int, int], *, source: str) -> None:
+def dequantize(tensors: dict[str, Part], block: tuple[int, int], *, source: str) -> None:
     """Replaces every fp8 matrix and its scales by their product, float32, in place.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtp_lightning.interop.names import places
+from mtp_lightning.interop.names import weight_map
 from mtp_lightning.model import ModelConfig
 
 State = Literal["trained", "missing", "misshapen", "zero", "fresh", "copied", "different"]
@@ -76,13 +76,13 @@ def take_inventory(config: ModelConfig, tensors: dict[str, Tensor]) -> list[Modu
     """
     last = {
         place.own.removeprefix(f"trunk.blocks.{config.trunk.n_layers - 1}."): place.parts
-        for place in places(config)
+        for place in weight_map(config)
         if place.own.startswith(f"trunk.blocks.{config.trunk.n_layers - 1}.")
     }
     modules: dict[int, dict[str, State]] = {k: {} for k in range(1, config.mtp.depth + 1)}
     copied_blocks: dict[int, list[str]] = {k: [] for k in modules}
     current = 0
-    for place in places(config):
+    for place in weight_map(config):
         if place.own.startswith("mtp.depths."):
             current = int(place.own.split(".")[2]) + 1
             twins = last.get(place.own.split(".block.", 1)[-1], ())

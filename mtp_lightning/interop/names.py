@@ -106,7 +106,7 @@ def plain(config: ModelConfig, weights: dict[str, Tensor]) -> tuple[ModelConfig,
     return ModelConfig(trunk=config.trunk, mtp=stack), weights
 
 
-def places(config: ModelConfig) -> Iterator[Place]:
+def weight_map(config: ModelConfig) -> Iterator[Place]:
     """All tensors of trunk and head, and of the modules of a sequential stack."""
     trunk, mtp = config.trunk, config.mtp
     wide, vector = (trunk.vocab_size, trunk.d_model), (trunk.d_model,)
@@ -154,7 +154,7 @@ def to_folder(
 ) -> dict[str, Tensor]:
     """The tensors of a folder, in order; ``config`` and ``weights`` come from :func:`plain`."""
     found: dict[str, Tensor] = {}
-    for place in places(config):
+    for place in weight_map(config):
         if place.copy and place.parts[0][0] == "lm_head.weight":
             continue  # the folder's config says that the head is tied
         tensor = weights[place.own]
@@ -176,7 +176,7 @@ def from_folder(
     Raises:
         UserError: for a tensor that is missing, unknown, of another shape, or a copy that differs.
     """
-    needed = list(places(config))
+    needed = list(weight_map(config))
     problems = list(_misfits(needed, tensors))
     if problems:
         shown = "; ".join(problems[:8]) + ("; ..." if len(problems) > 8 else "")

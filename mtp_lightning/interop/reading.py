@@ -193,7 +193,7 @@ def parts_of(folder: Path, *, block: tuple[int, int] | None = None) -> dict[str,
             raise UserError(f"{file} does not agree with the index: {name} is only in {where}.")
         tensors |= found
     if block is not None:
-        fp8.dequantised(tensors, block, source=str(folder))
+        fp8.dequantize(tensors, block, source=str(folder))
     for name, tensor in tensors.items():
         if tensor.dtype not in _FLOATS:
             raise UserError(

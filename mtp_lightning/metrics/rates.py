@@ -98,10 +98,10 @@ class DepthRates(Metric):
                 if self.text_bytes is not None and batch.texts is not None:
                     texts_T = batch.shifted(batch.texts, 0)[row]
                 for start in range(0, batch.seq_len, width):
-                    place = slice(start, min(start + width, batch.seq_len))
-                    nll_P = self._update_chunk(hidden, weight_VC, targets, row, place, batch.stride)
+                    chunk = slice(start, min(start + width, batch.seq_len))
+                    nll_P = self._update_chunk(hidden, weight_VC, targets, row, chunk, batch.stride)
                     if texts_T is not None:
-                        self.text_loss.index_add_(0, texts_T[place], nll_P)
+                        self.text_loss.index_add_(0, texts_T[chunk], nll_P)
 
     def _update_chunk(
         self,
@@ -109,11 +109,11 @@ class DepthRates(Metric):
         weight_VC: Tensor,
         targets: list[Tensor],
         row: int,
-        place: slice,
+        chunk: slice,
         stride: int,
     ) -> Tensor:
         """Returns depth 0's losses [P], 0 where a position does not count."""
-        start, end = place.start, place.stop
+        start, end = chunk.start, chunk.stop
         # Depth k is compared with the main prediction k strides later.
         main = _log_probs(hidden[0][row, start : end + stride * self.depth], weight_VC)
         main_choice = main.argmax(-1)

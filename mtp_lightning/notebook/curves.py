@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 # Distinguishable with red-green color blindness (after Okabe & Ito 2008); depth k has color k.
-_COLOURS = ("#2f7fc1", "#d9761e", "#1f9a73", "#c0559a", "#8a7a1d", "#6b6fd0")
+_COLORS = ("#2f7fc1", "#d9761e", "#1f9a73", "#c0559a", "#8a7a1d", "#6b6fd0")
 
 
 def draw(metrics: DataFrame, tags: Sequence[str]) -> Figure:
     """The curves of some tags, each under its own name."""
     figure, (axes,) = _figure(1)
     for number, tag in enumerate(tags):
-        _curve(axes, metrics, tag, label=tag, color=_COLOURS[number % len(_COLOURS)])
+        _curve(axes, metrics, tag, label=tag, color=_COLORS[number % len(_COLORS)])
     _finish(axes)
     return figure
 
@@ -35,19 +35,19 @@ def draw_overview(metrics: DataFrame) -> Figure:
     figure, axes = _figure(2 if second else 1)
     for tag in losses:
         depth = int(tag.rpartition("_")[2])
-        colour = _COLOURS[depth % len(_COLOURS)]
+        color = _COLORS[depth % len(_COLORS)]
         trained = tag.replace("val/", "train/")
         if trained in metrics:
-            _curve(axes[0], metrics, trained, color=colour, alpha=0.35, linewidth=0.8)
+            _curve(axes[0], metrics, trained, color=color, alpha=0.35, linewidth=0.8)
         name = "next token" if depth == 0 else f"depth {depth}"
-        _curve(axes[0], metrics, tag, label=name, color=colour, marker="o")
+        _curve(axes[0], metrics, tag, label=name, color=color, marker="o")
     axes[0].set_ylabel("loss, nats a token (thin: in training)")
     _finish(axes[0])
     for tag in second:
         number = int(tag.rpartition("_")[2]) if tag != "val/exact_match" else 0
         name = f"draft {number}" if number else "right answers"
-        colour = _COLOURS[number % len(_COLOURS)]
-        _curve(axes[1], metrics, tag, label=name, color=colour, marker="o")
+        color = _COLORS[number % len(_COLORS)]
+        _curve(axes[1], metrics, tag, label=name, color=color, marker="o")
     if second:
         axes[1].set_ylim(0, 1)
         axes[1].set_ylabel("share of drafts accepted" if number else "share")

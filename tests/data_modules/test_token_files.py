@@ -185,7 +185,7 @@ def test_sharded_tokens_against_one_array(tmp_path_factory, data):
     length = data.draw(st.integers(1, len(flat)))
     begins = places.clip(max=len(flat) - length)
     assert np.array_equal(tokens.windows(begins, length), flat[begins[:, None] + np.arange(length)])
-    path, there = tokens.place(int(places[0]))
+    path, there = tokens.locate(int(places[0]))
     begin = sum(sizes[: int(path.name)])
     assert begin + there == places[0] and there < sizes[int(path.name)]
     for part, expected in zip(cut(shards, first), (flat[:first], flat[first:]), strict=True):

@@ -228,7 +228,11 @@ def test_rates_against_a_loop(task: Task) -> None:
         said, forced = ((batch.tokens + w) % len(task.symbols) for w in wrong)
         right = questions.right(numbers, said)
         rates.update(
-            right, said, forced, batch.tokens, *questions.places(numbers, batch.tokens.shape[1])
+            right,
+            said,
+            forced,
+            batch.tokens,
+            *questions.answer_positions(numbers, batch.tokens.shape[1]),
         )
         for row, i in enumerate(numbers.tolist()):
             example, ordinal = questions.examples[i], 0

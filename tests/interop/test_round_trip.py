@@ -13,7 +13,7 @@ import torch
 from data_modules.tokenizers import PretrainedTokenizer
 from mtp_lightning.interop.config_json import to_json
 from mtp_lightning.interop.config_reading import from_json
-from mtp_lightning.interop.names import places
+from mtp_lightning.interop.names import weight_map
 from mtp_lightning.interop.reading import Folder, read_folder
 from mtp_lightning.interop.writing import write_folder
 from mtp_lightning.model import ModelConfig, MTPModel
@@ -192,7 +192,7 @@ def test_the_turned_share_survives_its_rounding(d_head: int, turned: int) -> Non
 @pytest.mark.parametrize("name", folders.TRUNKS)
 def test_every_weight_has_one_place(name: str) -> None:
     model = deepseek.build(folders.TRUNKS[name], depth=1)
-    found = [place.own for place in places(model.config) if not place.copy]
+    found = [place.own for place in weight_map(model.config) if not place.copy]
     wanted = model.state_dict().keys()
     tied = {"head.weight"} if model.config.trunk.tie_embeddings else set()
     assert len(found) == len(set(found)) and set(found) | tied == set(wanted)

@@ -16,7 +16,7 @@ from data_modules.tokenizers import BPETokenizer, ByteTokenizer
 from mtp_lightning.decoding import generate
 from mtp_lightning.experiment.exporting import export
 from mtp_lightning.interop import check, tensor_files
-from mtp_lightning.interop.names import places
+from mtp_lightning.interop.names import weight_map
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.transformers_model import one_line
 from mtp_lightning.interop.verify import (
@@ -246,7 +246,7 @@ def test_a_changed_tensor_is_found(name: str, depth: int, tmp_path: Path) -> Non
     """Once by its name, and once by the depth whose logits it moves."""
     model = deepseek.build(folders.TRUNKS["deepseek"], depth=2).eval()
     folders.write(tmp_path / "one", model)
-    shape = next(s for p in places(model.config) for n, s in p.parts if n == name)
+    shape = next(s for p in weight_map(model.config) for n, s in p.parts if n == name)
     change(tmp_path / "one", name, torch.linspace(-1, 2, torch.Size(shape).numel()).view(shape))
     with pytest.raises(CheckFailed, match=f"{name} .* is not the model's tensor"):
         check_bytes(tmp_path / "one", model, dtype="float32")

@@ -60,8 +60,8 @@ def _through_head(model: MTPModel, h_BTC: Tensor, target_M: Tensor) -> tuple[Ten
     choice_M = torch.empty_like(target_M)
     # In the weight's precision, as DepthRates computes it.
     with torch.autocast(weight_VC.device.type, enabled=False):
-        for place, chunk_RV in log_probs_by_chunk(h_MC, weight_VC):
-            found_R1 = chunk_RV.gather(-1, target_M[place].unsqueeze(-1))
-            loss_M[place] = -found_R1.squeeze(-1).double()
-            choice_M[place] = chunk_RV.argmax(-1)
+        for rows, chunk_RV in log_probs_by_chunk(h_MC, weight_VC):
+            found_R1 = chunk_RV.gather(-1, target_M[rows].unsqueeze(-1))
+            loss_M[rows] = -found_R1.squeeze(-1).double()
+            choice_M[rows] = chunk_RV.argmax(-1)
     return loss_M, choice_M

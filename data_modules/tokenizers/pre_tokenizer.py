@@ -36,7 +36,7 @@ _PYTHON_PATTERN = re.compile(
 _FILE = Path(__file__).with_name(f"_words{SUFFIX}")
 
 
-class Words(ABC):
+class PreTokenizer(ABC):
     """Numbers of words, in the order of their first use."""
 
     @abstractmethod
@@ -48,7 +48,7 @@ class Words(ABC):
         """Number of distinct words so far."""
 
 
-class PythonWords(Words):
+class PythonPreTokenizer(PreTokenizer):
     """With ``re`` and a dict."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class _Numbers(dict[str, int]):
         return number
 
 
-class NativeWords(Words):
+class NativePreTokenizer(PreTokenizer):
     """With C++."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -94,8 +94,8 @@ class NativeWords(Words):
         pointers = (array.ctypes.data for array in (numbers, begins, ends))
         n_words = self._library.words_split(self._handle, data, len(data), *pointers)
         n_new = len(self) - known
-        places = zip(begins[:n_new].tolist(), ends[:n_new].tolist(), strict=True)
-        return numbers[:n_words].copy(), [data[begin:end].decode() for begin, end in places]
+        spans = zip(begins[:n_new].tolist(), ends[:n_new].tolist(), strict=True)
+        return numbers[:n_words].copy(), [data[begin:end].decode() for begin, end in spans]
 
     def __len__(self) -> int:
         return int(self._library.words_count(self._handle))
@@ -113,6 +113,6 @@ library, _ = open_built(
 )
 
 
-def no_words() -> Words:
+def new_pre_tokenizer() -> PreTokenizer:
     """An empty table, in C++ if it was built."""
-    return PythonWords() if library is None else NativeWords(library)
+    return PythonPreTokenizer() if library is None else NativePreTokenizer(library)

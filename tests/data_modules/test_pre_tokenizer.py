@@ -9,9 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_modules.tokenizers import words
+from data_modules.tokenizers import pre_tokenizer
 from data_modules.tokenizers.bpe import BPETokenizer
-from data_modules.tokenizers.words import NativeWords, PythonWords, Words
+from data_modules.tokenizers.pre_tokenizer import (
+    NativePreTokenizer,
+    PreTokenizer,
+    PythonPreTokenizer,
+)
 
 # Every kind of character, alone and in runs around the longest that is one word.
 RUNS = st.builds(
@@ -21,16 +25,19 @@ RUNS = st.builds(
 )
 TEXTS = st.lists(st.one_of(RUNS, st.text(max_size=8)), max_size=12).map("".join)
 # As it is given to the library, whose notation of characters Python does not know.
-WRITTEN = words.PATTERN.replace(r"\x{80}", "\x80").replace(r"\x{10FFFF}", "\U0010ffff")
+WRITTEN = pre_tokenizer.PATTERN.replace(r"\x{80}", "\x80").replace(r"\x{10FFFF}", "\U0010ffff")
 
-native = pytest.mark.skipif(words.library is None, reason="the C++ of the words was not built")
-BOTH = [PythonWords, pytest.param(lambda: NativeWords(words.library), marks=native)]
+native = pytest.mark.skipif(pre_tokenizer.library is None, reason="its C++ was not built")
+BOTH = [
+    PythonPreTokenizer,
+    pytest.param(lambda: NativePreTokenizer(pre_tokenizer.library), marks=native),
+]
 
 
 @pytest.mark.parametrize("make", BOTH)
 @given(texts=st.lists(TEXTS, max_size=3))
 def test_words_are_the_patterns_and_numbered_by_first_use(make, texts: list[str]) -> None:
-    table: Words = make()
+    table: PreTokenizer = make()
     known: list[str] = []
     for text in texts:
         wanted = re.findall(WRITTEN, text)
@@ -44,7 +51,7 @@ def test_words_are_the_patterns_and_numbered_by_first_use(make, texts: list[str]
 
 @native
 def test_a_large_table(seeded_words: list[str]) -> None:
-    table = NativeWords(words.library)  # type: ignore[arg-type]
+    table = NativePreTokenizer(pre_tokenizer.library)  # type: ignore[arg-type]
     text = "".join(seeded_words)
     numbers, new = table.split(text)
     assert len(table) == len(new) == len(set(seeded_words)) > 5000
@@ -62,7 +69,7 @@ def test_ids_are_the_same_by_either(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "def naïve(x):\n    return  x * 2  # größer\n\n" * 3 + "語" * 70 + " " * 130
     tokenizer = BPETokenizer(300).train([text])
     found = tokenizer.encode(text)
-    monkeypatch.setattr(words, "library", None)
+    monkeypatch.setattr(pre_tokenizer, "library", None)
     assert BPETokenizer.from_state(tokenizer.state()).encode(text).tolist() == found.tolist()
     assert tokenizer.decode(found) == text
 
