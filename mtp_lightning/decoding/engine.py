@@ -178,10 +178,8 @@ class Engine:
         assert self._decoder is not None
         self._slide(self._decoder.session)
         outcome = self._round(self._decoder)
-        for sequence, step, logits_TV in zip(
-            sequences, outcome.steps, outcome.logits_BTV, strict=True
-        ):
-            sequence.take(step, logits_TV)
+        for i, sequence in enumerate(sequences):
+            sequence.take(outcome.steps[i], outcome.logits_BTV[i])
         self._let_go()
         return sequences
 

@@ -228,7 +228,7 @@ class DecodingOptions(TextOptions):
     def _asked(self, name: str) -> str | None:
         """``name=value`` as one types it; None where it has its default."""
         value = getattr(self, name)
-        if value == next(field.default for field in fields(self) if field.name == name):
+        if value == self.__dataclass_fields__[name].default:
             return None
         if isinstance(value, Tree):
             value = list(value.widths)

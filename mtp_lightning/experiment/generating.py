@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -110,7 +109,7 @@ def _reported(generation: Generation, *, drafts: bool) -> dict[str, Any]:
     found = {name: getattr(generation, name) for name in _REPORTED}
     if drafts:
         found["accepted_mask"] = generation.accepted_mask
-        found["rejected"] = [asdict(draft) for draft in generation.rejected]
+        found["rejected"] = [draft._asdict() for draft in generation.rejected]
     return found
 
 
