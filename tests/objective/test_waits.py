@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from mtp_lightning.metrics.summary_rates import rates_of
 from torch.nn.attention.flex_attention import BlockMask
 
 import mtp_lightning.nn.kernels.experts as experts
 from data_modules.windows import WindowBatch
+from mtp_lightning.metrics.rates import rates_of
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.attention import Positions
