@@ -53,12 +53,17 @@ def content_digest(path: Path, remember: Path | None = None) -> tuple[int, str]:
     old = max(after.st_mtime_ns, after.st_ctime_ns) < time.time_ns() - _YOUNG
     if record is not None and old and stamp == _stamp(after) and size == stamp[0]:
         with suppress(OSError):
-            record.parent.mkdir(parents=True, exist_ok=True)
-            temporary = record.with_suffix(f".{os.getpid()}.tmp")
             entry = {"path": str(path.resolve()), "stamp": stamp, "digest": content.hexdigest()}
-            temporary.write_text(json.dumps(entry), encoding="utf-8")
-            temporary.replace(record)
+            write_record(record, entry)
     return size, content.hexdigest()
+
+
+def write_record(file: Path, content: object) -> None:
+    """Writes a small file of JSON in one step, so that no process reads half of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(file)
 
 
 def _stamp(found: os.stat_result) -> list[int]:

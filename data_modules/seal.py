@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from data_modules.digests import content_digest
+from data_modules.digests import content_digest, write_record
 from mtp_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -29,9 +28,7 @@ def note(folder: Path, digests: Mapping[str, str]) -> None:
         folder: the folder of the files.
         digests: 16-byte blake2b in hex, by file name.
     """
-    temporary = folder / f".{FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(dict(digests), indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / FILE)
+    write_record(folder / FILE, dict(digests))
 
 
 def seal(folder: Path) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from data_modules.cache import cache_folder
 from data_modules.evaluation_text import COMPRESSED, EvaluationWindows, choose, compressors
-from data_modules.loader import WindowLoader
 from data_modules.token_store import TokenStore
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.window_dataset import WindowDataset, window_count
@@ -118,14 +117,14 @@ class StoreDataModule(WindowDataModule):
         return str(self.store.meta["fingerprint"])
 
     def document_frequency(self) -> tuple[Tensor, int]:
-        from data_modules.document_frequency import document_frequency
 
         file = self.store["train"]
-        holding = document_frequency(file, self.tokenizer.vocab_size)
+        holding = file.document_frequency(self.tokenizer.vocab_size)
         return torch.from_numpy(holding), file.n_documents
 
-    def train_dataloader(self) -> WindowLoader:
-        dataset = WindowDataset(
+    @property
+    def training(self) -> WindowDataset:
+        return WindowDataset(
             self.store["train"],
             seq_len=self.seq_len,
             depth=self.depth,
@@ -134,13 +133,6 @@ class StoreDataModule(WindowDataModule):
             extra=self.extra,
             states=self.states,
             limit=None if self.train_windows == "all" else self.train_windows,
-        )
-        return WindowLoader(
-            dataset,
-            batch_size=self.batch_size * self.accumulate,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            pin_memory=self._pins_memory,
         )
 
     @cached_property
@@ -177,12 +169,15 @@ class StoreDataModule(WindowDataModule):
         ``documents``, and ``tokens`` of the depth-0 targets; where ids stand for text, also their
         ``bytes``, and ``gzip_bits_per_byte`` and ``xz_bits_per_byte`` of the text."""
         n_bytes = self.evaluated_bytes
+        compressed: dict[str, float] = {}
+        if n_bytes:
+            compressed = compressors(self._evaluated_text(), self.cache_dir / "compressed")
         return {
             "fingerprint": self.evaluation.text.fingerprint,
             "documents": len(self.evaluation.text.starts),
             **({} if n_bytes is None else {"bytes": sum(n_bytes)}),
             "tokens": self.evaluation.n_targets,
-            **({} if not n_bytes else compressors(self._evaluated_text())),
+            **compressed,
         }
 
     def _evaluated_text(self) -> bytes:

@@ -39,6 +39,9 @@ piece's first token, its UTF-8 bytes, and a hex digest of its text. A document o
 characters is one piece; the cuts of a longer one do not depend on the tokenizer."""
 
 
+_BLOCK = 1 << 20  # tokens per step; a longer document is a step of its own
+
+
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """uint16 if every id fits, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
@@ -79,6 +82,22 @@ class TokenFile:
     def pieces(self) -> np.ndarray:
         """``[n_pieces]`` of dtype :data:`PIECES`, for the validation split."""
         return _array(self.path.with_suffix(".pieces.npy"))
+
+    def document_frequency(self, vocab_size: int) -> np.ndarray:
+        """``[vocab_size]`` int64 number of documents that hold each id, end-of-text included."""
+        tokens, starts = self.tokens(), self.starts()
+        edges = np.append(starts, self.n_tokens)
+        holding = np.zeros(vocab_size, np.int64)
+        first = 0
+        while first < len(starts):
+            last = max(int(edges.searchsorted(edges[first] + _BLOCK, side="right")) - 1, first + 1)
+            owner = np.repeat(np.arange(last - first), np.diff(edges[first : last + 1]))
+            block = tokens[edges[first] : edges[last]].astype(np.int64)
+            # One number for each pair of document and id, counted once.
+            pairs = np.unique(owner * vocab_size + block)
+            holding += np.bincount(pairs % vocab_size, minlength=vocab_size)
+            first = last
+        return holding
 
 
 class TokenStore:

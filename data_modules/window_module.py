@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from data_modules.loader import EvaluationLoader, WindowLoader, Windows
+from data_modules.loader import EvaluationLoader, TrainingWindows, WindowLoader, Windows
 from data_modules.tokenizers.base import Tokenizer
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
@@ -40,6 +40,8 @@ class WindowDataModule(LightningDataModule, ABC):
     Raises:
         UserError: for numbers out of range.
     """
+
+    loader: ClassVar[type[WindowLoader]] = WindowLoader
 
     def __init__(
         self,
@@ -174,9 +176,20 @@ class WindowDataModule(LightningDataModule, ABC):
             "mtp.weights=none."
         )
 
+    @property
     @abstractmethod
+    def training(self) -> TrainingWindows:
+        """The windows of every epoch of training."""
+
     def train_dataloader(self) -> WindowLoader:
         """Lightning's hook."""
+        return self.loader(
+            self.training,
+            batch_size=self.batch_size * self.accumulate,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            pin_memory=self._pins_memory,
+        )
 
     def val_dataloader(self) -> EvaluationLoader:
         """Lightning's hook."""

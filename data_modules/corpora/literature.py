@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_modules.corpora.manifests import say_differences
+from data_modules.corpora.manifests import Entry, say_differences
 from data_modules.corpora.shakespeare import ShakespeareSource
 from data_modules.sources.base import Source, digest_files
 from data_modules.sources.installed import Package, installed
@@ -87,13 +86,10 @@ class LiteratureSource(Source):
             texts[package.name] = (package.version, books)
         manifest = {}
         for name, (version, documents) in texts.items():
-            data = [document.encode("utf-8") for document in documents]
-            manifest[name] = {
-                "version": version,
-                "files": len(data),
-                "bytes": sum(map(len, data)),
-                "sha256": hashlib.sha256(b"".join(data)).hexdigest(),
-            }
+            entry = Entry()
+            for document in documents:
+                entry.add(document.encode("utf-8"))
+            manifest[name] = {"version": version, **entry.facts()}
         return super().summary() | {"packages": manifest}
 
 

@@ -6,6 +6,7 @@ their bytes and their SHA-256. ``make manifests`` writes it from the packages in
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -24,6 +25,28 @@ FILE = Path(__file__).with_name("manifests.json")
 def _manifests() -> dict[str, dict[str, dict[str, Any]]]:
     content: dict[str, dict[str, dict[str, Any]]] = json.loads(FILE.read_text(encoding="utf-8"))
     return content
+
+
+class Entry:
+    """What a manifest says of a package: number of files, their bytes, SHA-256 of all in order."""
+
+    def __init__(self) -> None:
+        self.files = self.bytes = 0
+        self._content = hashlib.sha256()
+
+    def add(self, data: bytes) -> None:
+        """Adds a file, or another document."""
+        self.files += 1
+        self.bytes += len(data)
+        self._content.update(data)
+
+    def facts(self) -> dict[str, Any]:
+        """Plain data, for the manifest."""
+        return {
+            "files": self.files,
+            "bytes": self.bytes,
+            "sha256": self._content.hexdigest(),
+        }
 
 
 def say_differences(source: str, packages: Sequence[Package]) -> None:

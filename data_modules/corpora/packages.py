@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from data_modules.corpora.manifests import say_differences
+from data_modules.corpora.manifests import Entry, say_differences
 from data_modules.sources.base import Source, digest_files
 from data_modules.sources.installed import Package, installed, python_text
 from mtp_lightning.errors import UserError
@@ -153,21 +152,17 @@ class _Cleaning:
         self._seen: set[int] = set()
         self._files: list[str] = []
         self._left_out: Counter[str] = Counter()
-        self._bytes: Counter[str] = Counter()
-        self._number: Counter[str] = Counter()
-        self._hashes: dict[str, Any] = {}
+        self._entries: dict[str, Entry] = {}
 
     def keeps(self, package: str, name: str, data: bytes, text: str | None) -> bool:
         """Whether a file becomes a document; it is counted either way."""
-        content = self._hashes.setdefault(package, hashlib.sha256())
+        entry = self._entries.setdefault(package, Entry())
         why = self._why_not(data, text)
         if why is not None:
             self._left_out[why] += len(data)
             return False
-        content.update(data)
+        entry.add(data)
         self._files.append(name)
-        self._bytes[package] += len(data)
-        self._number[package] += 1
         return True
 
     def _why_not(self, data: bytes, text: str | None) -> str | None:
@@ -189,14 +184,7 @@ class _Cleaning:
         return None
 
     def result(self) -> _Cleaned:
-        facts = {
-            package: {
-                "files": self._number[package],
-                "bytes": self._bytes[package],
-                "sha256": content.hexdigest(),
-            }
-            for package, content in self._hashes.items()
-        }
+        facts = {package: entry.facts() for package, entry in self._entries.items()}
         return _Cleaned(frozenset(self._files), facts, dict(sorted(self._left_out.items())))
 
 

@@ -16,6 +16,8 @@ from mtp_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
 
 class TextSource(Source):
     """Documents from files on disk.
@@ -43,16 +45,11 @@ class TextSource(Source):
 
     def __init__(
         self,
-        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        paths: Paths,
         *,
         field: str = "text",
     ) -> None:
-        given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-        if not given or not all(isinstance(p, str | os.PathLike) and str(p) for p in given):
-            raise UserError(
-                f"data.paths must name a file, a folder or a glob, or a list of them, got {paths!r}"
-            )
-        self.paths = [os.fspath(path) for path in given]
+        self.paths = path_list(paths, "data.paths")
         self.field = field
         self._files: list[tuple[str, Path]] | None = None
         self._fingerprint: str | None = None
@@ -116,6 +113,20 @@ class TextSource(Source):
 
     def summary(self) -> dict[str, Any]:
         return super().summary() | {"files": len(self.files()), "paths": self.paths}
+
+
+def path_list(paths: Paths, key: str) -> list[str]:
+    """Paths, folders and globs that a user set by a key, as a list.
+
+    Raises:
+        UserError: for anything else.
+    """
+    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not given or not all(isinstance(p, str | os.PathLike) and str(p) for p in given):
+        raise UserError(
+            f"{key} must name a file, a folder or a glob, or a list of them, got {paths!r}"
+        )
+    return [os.fspath(path) for path in given]
 
 
 def expand(given: str, key: str = "data.paths") -> list[tuple[str, Path]]:

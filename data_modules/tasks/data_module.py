@@ -51,6 +51,8 @@ class TaskDataModule(WindowDataModule):
             vocabulary.
     """
 
+    loader = ExampleLoader
+
     def __init__(
         self,
         task: Task,
@@ -127,8 +129,9 @@ class TaskDataModule(WindowDataModule):
     def evaluated_bytes(self) -> None:
         return None
 
-    def train_dataloader(self) -> ExampleLoader:
-        dataset = TaskWindows(
+    @property
+    def training(self) -> TaskWindows:
+        return TaskWindows(
             self.task,
             seq_len=self.seq_len,
             depth=self.depth,
@@ -137,13 +140,6 @@ class TaskDataModule(WindowDataModule):
             examples=self.examples,
             train_prompt=self.train_prompt,
             extra=self.extra,
-        )
-        return ExampleLoader(
-            dataset,
-            batch_size=self.batch_size * self.accumulate,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            pin_memory=self._pins_memory,
         )
 
     @cached_property

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_modules.sources.text import expand
+from data_modules.sources.text import Paths, expand, path_list
 from data_modules.store_module import StoreDataModule
 from data_modules.token_files.formats import TokenSource, read_header
 from data_modules.token_files.litdata_chunks import INDEX, chunk_paths
@@ -16,7 +14,6 @@ from data_modules.token_store import TokenStore
 from data_modules.tokenizers.base import Tokenizer
 from mtp_lightning.errors import UserError
 
-Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 HELD_OUT = 0.05
 
 
@@ -92,14 +89,8 @@ class TokenFilesDataModule(StoreDataModule):
         return self._store, self._tokenizer
 
     def _files(self, key: str, paths: Paths) -> list[TokenSource]:
-        given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-        if not given or not all(isinstance(p, str | os.PathLike) and str(p) for p in given):
-            raise UserError(
-                f"{key} must name a file, a folder or a glob, or a list of them, got {paths!r}"
-            )
         found: dict[Path, None] = {}
-        for item in given:
-            one = os.fspath(item)
+        for one in path_list(paths, key):
             # Megatron names a pair of files without their suffix.
             pair = Path(f"{one}.bin").expanduser()
             whole = f"{one}.bin" if pair.is_file() and not Path(one).exists() else one

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_modules.digests import digest
+from data_modules.tokenizers.library import bytes_of_pieces
 from mtp_lightning.errors import UserError
 from mtp_lightning.stored import read_json
 
@@ -66,8 +67,6 @@ class Tokenizer(ABC):
 
         A token of a byte-level tokenizer may be part of a character. Unused ids are empty.
         """
-        from data_modules.tokenizers.pieces import bytes_of_pieces
-
         return bytes_of_pieces(self.library_json(), self.vocab_size)
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_modules.tokenizers.base import END_OF_TEXT, Tokenizer
-from data_modules.tokenizers.pieces import printable
+from data_modules.tokenizers.library import printable
 
 
 class ByteTokenizer(Tokenizer):

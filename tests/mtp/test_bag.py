@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_modules.document_frequency import document_frequency
 from data_modules.token_store import TokenFile
 from data_modules.windows import WindowBatch
 from mtp_lightning.metrics.rates import own_values
@@ -85,7 +84,7 @@ def test_weights_are_smoothed_inverse_frequencies(tiny_trunk: TrunkConfig) -> No
 
 @pytest.mark.parametrize("block", [1, 5, 1000])
 def test_documents_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr("data_modules.document_frequency._BLOCK", block)
+    monkeypatch.setattr("data_modules.token_store._BLOCK", block)
     generator = np.random.default_rng(0)
     documents = [generator.integers(0, 6, n).astype(np.uint16) for n in (3, 1, 9, 4, 0, 2)]
     path = tmp_path / "train.bin"
@@ -94,7 +93,7 @@ def test_documents_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     np.save(tmp_path / "train.starts.npy", starts)
     file = TokenFile(path, "uint16", 19, 0, len(documents))
     expected = [sum(v in d for d in documents) for v in range(8)]
-    assert document_frequency(file, 8).tolist() == expected
+    assert file.document_frequency(8).tolist() == expected
 
 
 def test_bad_settings_are_named() -> None:
