@@ -9,13 +9,11 @@ from typing import Any
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from mtp_lightning.cli import require_package
-from mtp_lightning.loggers.base import RunLogger
-from mtp_lightning.loggers.memory import ServiceMemory
+from mtp_lightning.loggers.service import ServiceLogger
 from mtp_lightning.run.lock import Lock
 
 
-class RunMLflow(RunLogger, MLFlowLogger):
+class RunMLflow(ServiceLogger, MLFlowLogger):
     """Lightning's logger for MLflow, which continues its run when the run is resumed.
 
     Args:
@@ -39,9 +37,8 @@ class RunMLflow(RunLogger, MLFlowLogger):
         name: str | None = None,
         **options: Any,
     ) -> None:
-        require_package("mlflow", what="logger=mlflow", extra="mlflow")
-        self._memory = ServiceMemory(folder, "mlflow")
-        shared = self._memory.folder.parent
+        memory = self._join(folder, "mlflow")
+        shared = memory.folder.parent
         if tracking_uri is None:
             shared.mkdir(parents=True, exist_ok=True)
             tracking_uri = f"sqlite:///{shared / 'mlflow.db'}"
@@ -51,34 +48,25 @@ class RunMLflow(RunLogger, MLFlowLogger):
             MLFlowLogger.__init__(
                 self,
                 experiment_name=experiment,
-                run_name=name or self._memory.folder.name,
+                run_name=name or memory.folder.name,
                 tracking_uri=tracking_uri,
-                run_id=self._memory.recall(),
+                run_id=memory.recall(),
                 **options,
             )
 
-    def resume_from(self, step: int) -> None:
-        """Continues the run as it is in the store."""
-        self._memory.resume_from(step)
-
-    @rank_zero_only
-    def log_hyperparams(self, params: Any) -> None:  # type: ignore[override]
-        """Begins the run, or finds it again, and stores its settings."""
+    def _begin(self, params: Mapping[str, Any]) -> str:
         with Lock(self._memory.folder.parent / ".mlflow.lock").held(seconds=60):
             run = self.run_id  # creates the experiment
         self.experiment.update_run(run, status="RUNNING")  # an interrupted run is marked as failed
-        self._memory.folder.mkdir(parents=True, exist_ok=True)
-        self._memory.remember(str(run))
-        known = self.experiment.get_run(run).data.params
-        # MLflow cannot change a parameter of a run, so settings changed at a resume are not sent.
-        super().log_hyperparams({key: value for key, value in params.items() if key not in known})
+        return str(run)
 
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Stores the values that the service does not have yet."""
-        news = self._memory.news(metrics, step)
-        if news:
-            super().log_metrics(news, step)
+    def _send_settings(self, params: Mapping[str, Any]) -> None:
+        known = self.experiment.get_run(self.run_id).data.params
+        # MLflow cannot change a parameter of a run, so settings changed at a resume are not sent.
+        MLFlowLogger.log_hyperparams(self, {k: v for k, v in params.items() if k not in known})
+
+    def _send(self, metrics: Mapping[str, float], step: int | None) -> None:
+        MLFlowLogger.log_metrics(self, metrics, step)
 
     @rank_zero_only
     def write_text(self, tag: str, text: str, step: int) -> None:
@@ -88,4 +76,4 @@ class RunMLflow(RunLogger, MLFlowLogger):
     @rank_zero_only
     def log_final(self, params: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
         """Stores the final metrics as the newest ones."""
-        super().log_metrics(metrics, step)
+        self._send(metrics, step)

@@ -10,12 +10,10 @@ from typing import Any
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from mtp_lightning.cli import require_package
-from mtp_lightning.loggers.base import RunLogger
-from mtp_lightning.loggers.memory import ServiceMemory
+from mtp_lightning.loggers.service import ServiceLogger
 
 
-class RunTrackio(RunLogger):
+class RunTrackio(ServiceLogger):
     """Logs to Trackio, and continues its run when the run is resumed.
 
     Args:
@@ -32,11 +30,10 @@ class RunTrackio(RunLogger):
         self, folder: str | Path, project: str, name: str | None = None, **options: Any
     ) -> None:
         super().__init__()
-        require_package("trackio", what="logger=trackio", extra="trackio")
-        self._memory = ServiceMemory(folder, "trackio")
+        memory = self._join(folder, "trackio")
         self._project = project
-        made = f"{self._memory.folder.name}-{uuid.uuid4().hex[:4]}"
-        self._run_name = self._memory.recall() or name or made
+        made = f"{memory.folder.name}-{uuid.uuid4().hex[:4]}"
+        self._run_name = memory.recall() or name or made
         self._options = options
         self._params: dict[str, Any] = {}
         self._run: Any = None
@@ -67,24 +64,13 @@ class RunTrackio(RunLogger):
             )
         return self._run
 
-    def resume_from(self, step: int) -> None:
-        """Continues the run as it is in the database."""
-        self._memory.resume_from(step)
-
-    @rank_zero_only
-    def log_hyperparams(self, params: Any) -> None:  # type: ignore[override]
-        """Begins the run, or finds it again, with its settings."""
+    def _begin(self, params: Mapping[str, Any]) -> str:
         self._params = dict(params)
         _ = self.experiment
-        self._memory.folder.mkdir(parents=True, exist_ok=True)
-        self._memory.remember(self._run_name)
+        return self._run_name
 
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Logs the values that the service does not have yet."""
-        news = self._memory.news(metrics, step)
-        if news:
-            self.experiment.log(news, step=step)
+    def _send(self, metrics: Mapping[str, float], step: int | None) -> None:
+        self.experiment.log(metrics, step=step)
 
     @rank_zero_only
     def write_text(self, tag: str, text: str, step: int) -> None:

@@ -13,14 +13,12 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from mtp_lightning.cli import require_package
-from mtp_lightning.loggers.base import RunLogger
-from mtp_lightning.loggers.memory import ServiceMemory
+from mtp_lightning.loggers.service import ServiceLogger
 
 log = logging.getLogger(__name__)
 
 
-class RunWandb(RunLogger, WandbLogger):
+class RunWandb(ServiceLogger, WandbLogger):
     """Lightning's logger for Weights & Biases, which continues its run when the run is resumed.
 
     Args:
@@ -43,39 +41,27 @@ class RunWandb(RunLogger, WandbLogger):
         offline: bool | None = None,
         **options: Any,
     ) -> None:
-        require_package("wandb", what="logger=wandb", extra="wandb")
-        self._memory = ServiceMemory(folder, "wandb")
-        run = self._memory.recall() or uuid.uuid4().hex[:8]
+        memory = self._join(folder, "wandb")
+        run = memory.recall() or uuid.uuid4().hex[:8]
         if offline is None:
-            offline = _must_stay_offline(self._memory.folder, run)
+            offline = _must_stay_offline(memory.folder, run)
         if offline:
             options["mode"] = "offline"
         WandbLogger.__init__(
             self,
-            name=name or self._memory.folder.name,
+            name=name or memory.folder.name,
             project=project,
-            save_dir=self._memory.folder,
+            save_dir=memory.folder,
             id=run,
             **options,
         )
 
-    def resume_from(self, step: int) -> None:
-        """Continues the run as it is at the service."""
-        self._memory.resume_from(step)
+    def _begin(self, params: Mapping[str, Any]) -> str:
+        WandbLogger.log_hyperparams(self, dict(params))
+        return str(self.experiment.id)
 
-    @rank_zero_only
-    def log_hyperparams(self, params: Any) -> None:  # type: ignore[override]
-        """Begins the run, or finds it again, and sends its settings."""
-        self._memory.folder.mkdir(parents=True, exist_ok=True)
-        super().log_hyperparams(params)
-        self._memory.remember(self.experiment.id)
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Sends the values that the service does not have yet."""
-        news = self._memory.news(metrics, step)
-        if news:
-            super().log_metrics(news, step)
+    def _send(self, metrics: Mapping[str, float], step: int | None) -> None:
+        WandbLogger.log_metrics(self, metrics, step)
 
     @rank_zero_only
     def write_text(self, tag: str, text: str, step: int) -> None:

@@ -225,7 +225,7 @@ def test_what_cannot_be_worked_is_told(tmp_path: Path) -> None:
         if name == "run":
             jobs = [{key: job[key] for key in ("folder", "overrides")} for job in jobs]
         (copy / "sweep.json").write_text(json.dumps({**stored, "jobs": jobs}))
-        told = "which is not there" if name == "cwd" else "does not say how"
+        told = "has no such folder" if name == "cwd" else "does not say how"
         cases.append(([str(copy), "--program=x"], told))
     for arguments, told in cases:
         command = [sys.executable, "-m", "sweeps.work", *arguments]

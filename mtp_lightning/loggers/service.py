@@ -1,11 +1,17 @@
-"""Which run of a tracking service belongs to a run folder, and what the service already has."""
+"""The base of loggers to a tracking service, whose run continues when the run is resumed."""
 
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from mtp_lightning.cli import require_package
+from mtp_lightning.loggers.base import RunLogger
 from mtp_lightning.run.atomic import write_json
 from mtp_lightning.run.layout import METRICS_FILE, TRACKERS_FILE
 from mtp_lightning.run.metrics import STEP, read_metrics
@@ -55,3 +61,46 @@ class ServiceMemory:
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
+
+
+class ServiceLogger(RunLogger):
+    """Sends to a service what it does not have yet, and finds the service's run again."""
+
+    def _join(self, folder: str | Path, service: str) -> ServiceMemory:
+        """The memory of a run folder.
+
+        Raises:
+            UserError: if the service's package is not installed.
+        """
+        require_package(service, what=f"logger={service}", extra=service)
+        self._memory = ServiceMemory(folder, service)
+        return self._memory
+
+    def resume_from(self, step: int) -> None:
+        """Continues the run as the service has it."""
+        self._memory.resume_from(step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:  # type: ignore[override]
+        """Begins the run, or finds it again, and sends its settings."""
+        self._memory.folder.mkdir(parents=True, exist_ok=True)
+        self._memory.remember(self._begin(params))
+        self._send_settings(params)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Sends the values that the service does not have yet."""
+        news = self._memory.news(metrics, step)
+        if news:
+            self._send(news, step)
+
+    @abstractmethod
+    def _begin(self, params: Mapping[str, Any]) -> str:
+        """Begins or finds the run; returns the service's name of it."""
+
+    def _send_settings(self, params: Mapping[str, Any]) -> None:
+        """Sends the settings, if :meth:`_begin` has not."""
+
+    @abstractmethod
+    def _send(self, metrics: Mapping[str, float], step: int | None) -> None:
+        """Sends values."""
