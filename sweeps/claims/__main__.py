@@ -51,13 +51,10 @@ from sweeps.pool import Interrupted
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    args = _parser().parse_args(arguments)
     args.typed = ["python -m sweeps.claims", *arguments]
     # What came out of one's own claims is one's own, too, and has no pages that are made of it.
     own = args.claims.resolve() != FOLDER.resolve()
-    if not args.claims.is_dir():
-        parser.error(f"--claims {args.claims}: there is no such folder; give one of claims' files")
     args.has_pages = args.root is not None or not own
     args.root = args.root or (args.claims.absolute().parent if own else ROOT)
     args.results = args.root / "results"
@@ -293,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
 def _folder(given: str) -> Path:
     """A folder that is there."""
     if not Path(given).is_dir():
-        raise argparse.ArgumentTypeError(f"{given} is no folder: check the path")
+        raise argparse.ArgumentTypeError(f"{given} is not a folder: check the path")
     return Path(given)
 
 

@@ -39,7 +39,7 @@ def test_the_store_of_several_is_that_of_one(tmp_path, monkeypatch, split, token
     one, _ = prepare_store(tokenizer, split, tmp_path / "one", workers=0)
     pools = []
     monkeypatch.setattr(
-        "data_modules.store_builder.EncodingPool",
+        "data_modules.encoding_pool.EncodingPool",
         lambda *args: pools.append(EncodingPool(*args)) or pools[-1],
     )
     several, _ = prepare_store(tokenizer, split, tmp_path / "several", workers=3)
@@ -71,7 +71,7 @@ def test_a_killed_worker_is_said_and_leaves_nothing(tmp_path, monkeypatch, split
         os.kill(pool._processes[1].pid, signal.SIGKILL)
         return pool
 
-    monkeypatch.setattr("data_modules.store_builder.EncodingPool", killed)
+    monkeypatch.setattr("data_modules.encoding_pool.EncodingPool", killed)
     with pytest.raises(RuntimeError, match=r"ended with code -9: .*data.build_workers=0"):
         prepare_store(ByteTokenizer(), split, tmp_path, workers=2)
     assert list((tmp_path / "stores").iterdir()) == []

@@ -259,7 +259,7 @@ def test_what_the_command_line_refuses(tmp_path: Path, capsys: pytest.CaptureFix
         assert said in capsys.readouterr().err
     for action in ("list", "hours", "verdict"):
         assert run(action, "--claims", tmp_path / "nowhere") == 2
-        assert "nowhere is no folder: check the path" in capsys.readouterr().err
+        assert "nowhere is not a folder: check the path" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
