@@ -74,7 +74,11 @@ PARTS = {
         brings="the report on runs",
         command=("report", "sweeps.report.__main__", "compare the runs of one or more sweeps"),
     ),
-    "claims": Part(module="sweeps.claims", brings="claims and their verdicts", uses=("report",)),
+    "claims": Part(
+        module="sweeps.claims",
+        brings="claims and their verdicts",
+        uses=("report", "plan"),  # plan counts the FLOPs of what is left to run
+    ),
 }
 
 

@@ -234,7 +234,7 @@ TABLE = [
     Row("sweeps.claims jugde lambda", ("'jugde'", "choose from", "--help"), code=2),
     Row(
         "sweeps.claims list --claims FOLDER/nowhere",
-        ("FOLDER/nowhere is no folder: check the path",), code=2, fast=True,
+        ("FOLDER/nowhere is not a folder: check the path",), code=2, fast=True,
     ),
     Row("sweeps.work FOLDER/nowhere", ("FOLDER/nowhere", "give that of a planned"), fast=True),
     Row("sweeps.work FOLDER/empty", ("FOLDER/empty holds no planned sweep: add",)),
