@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -62,6 +62,15 @@ class Option:
         text = " ".join(self.says.split())
         found = re.match(r".*?[.:;](?= |$)", text)
         return (found.group()[:-1] if found else text).strip()
+
+
+def included(option: Option, files: Mapping[str, Option]) -> list[Option]:
+    """A file and those of its group that it includes, the including one first."""
+    found = [option]
+    for name in option.content.get("defaults", []):
+        if isinstance(name, str) and name in files and name != option.name:
+            found += included(files[name], files)
+    return found
 
 
 @cache

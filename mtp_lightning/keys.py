@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.explained import Option, groups
+from mtp_lightning.explained import Option, groups, included
 from mtp_lightning.settings import (
     require,
     require_bool,
@@ -88,7 +88,7 @@ def _said() -> tuple[dict[str, Said], dict[str, Said]]:
             continue
         files = {option.name: option for option in options}
         for option in options:
-            for part in reversed(_included(option, files)):
+            for part in reversed(included(option, files)):
                 for key, says in _rules(part):
                     owner, _, name = key.rpartition(".")
                     target = _target(option, owner, files) or _target(part, owner, files)
@@ -128,17 +128,8 @@ def _classes(node: Any, path: str) -> Iterator[str]:
             yield from _classes(value, f"{path}{key}.")
 
 
-def _included(option: Option, files: Mapping[str, Option]) -> list[Option]:
-    """A file and those of its group that it includes, the including one first."""
-    found = [option]
-    for name in option.content.get("defaults", []):
-        if isinstance(name, str) and name in files and name != option.name:
-            found += _included(files[name], files)
-    return found
-
-
 def _target(option: Option, owner: str, files: Mapping[str, Option]) -> str | None:
-    for part in _included(option, files):
+    for part in included(option, files):
         node: Any = part.content
         for key in filter(None, owner.split(".")):
             node = node.get(key) if isinstance(node, dict) else None

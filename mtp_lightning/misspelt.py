@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from mtp_lightning.explained import groups
+from mtp_lightning.explained import groups, included
 
 # Files that options include, and that are none.
 _PARTS = ("base", "task", "deepseek_base")
@@ -77,8 +77,14 @@ def unknown_key(name: str, siblings: Collection[str]) -> str:
     """
     parent, _, key = name.rpartition(".")
     prefix = f"{parent}." if parent else ""
-    if option := _option_with(name):
-        return f"{name} is a key of {option}: add {option}. (--help {option})"
+    if options := _options_with(name):
+        group, first = _group_of(name), options[0]
+        if len(options) == 1:
+            return f"{name} is a key of {group}={first}: add that. (--help {group}={first})"
+        return (
+            f"{name} is a key of {group}={', '.join(options)}: choose one, or leave it out. "
+            f"(--help {group})"
+        )
     told = [f"{prefix}{sibling}" for sibling in siblings]
     near = _near(key, siblings)
     meant = f"{prefix}{near}" if near else _elsewhere(key)
@@ -104,13 +110,17 @@ def _near(word: str, words: Collection[str]) -> str | None:
     return found[0] if found else None
 
 
-def _option_with(name: str) -> str | None:
-    """An option whose key this is, where another one of its group was chosen."""
+def _options_with(name: str) -> list[str]:
+    """The options whose key this is, where another one of their group was chosen."""
     group = _group_of(name)
     inside = name.removeprefix(group.replace("/", ".") + ".")
-    holding = [o for o in groups().get(group, []) if group and inside in (k.name for k in o.keys)]
-    chosen = [o.name for o in holding if o.name not in _PARTS]
-    return f"{group}={chosen[0]}" if chosen else None
+    files = {option.name: option for option in groups().get(group, [])}
+    return [
+        name
+        for name, option in files.items()
+        if name not in _PARTS
+        and any(inside in (key.name for key in part.keys) for part in included(option, files))
+    ]
 
 
 def _elsewhere(key: str) -> str | None:

@@ -79,7 +79,7 @@ TABLE = [
     Row("train.py +foo=1", ("foo is no key", "--cfg job")),
     Row("train.py trainer.steps=5", ("did you mean trainer.max_steps?", "--help trainer")),
     Row("train.py +trainer.proflier=simple", ("did you mean trainer.profiler?",)),
-    Row("train.py data.paths=x", ("data.paths is a key of data=text: add data=text",)),
+    Row("train.py data.paths=x", ("data.paths is a key of data=text: add that",)),
     Row("train.py ~callbacks.progres", ("~callbacks.progres deletes nothing", "--cfg job")),
     Row("train.py -m seed=0,1 mtp.dept=4", ("mtp.dept is no key: did you mean mtp.depth?",)),
     Row("evaluate.py checkpoit=x", ("did you mean checkpoint?",), fast=True),

@@ -180,7 +180,7 @@ def test_starts_from_and_is_evaluated_on_another_size(tmp_path: Path, cache: Pat
 
 def test_a_text_model_is_given_no_task(tmp_path: Path, cache: Path) -> None:
     train_here(tmp_path, cache, {"trainer.max_steps": 5})
-    with pytest.raises(ValueError, match="knows 257 ids of the kind byte"):
+    with pytest.raises(ValueError, match="a model that has 257 ids of the kind byte"):
         evaluated(tmp_path, "data=star_graph")
 
 
@@ -221,7 +221,10 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
         STAR | {"data.document_mask": "true"},
         ["data.document_mask", "leave it out"],
     ),
-    "what is text's": (STAR | {"+data.eval_bytes": 9}, ["TaskDataModule", "'eval_bytes'"]),
+    "what is text's": (
+        STAR | {"+data.eval_bytes": 9},
+        ["data.eval_bytes is a key of data=", "leave it out"],
+    ),
     "depth and window": (STAR | {"mtp.depth": 25}, ["mtp.depth", "24"]),
     "a head and its answers": (
         STAR | {"mtp": "teacherless", "mtp.depth": None, "data.train_prompt": "true"},

@@ -250,7 +250,7 @@ def test_an_index_that_does_not_agree(llama: Path) -> None:
 )  # fmt: skip
 def test_heads_of_an_unknown_kind(llama: Path, metadata: dict[str, str]) -> None:
     tensor_files.write(llama / heads.FILE, {"mtp.depths.0.weight": torch.ones(2, 2)}, metadata)
-    with pytest.raises(ValueError, match=r"mtp_heads.safetensors does not say"):
+    with pytest.raises(ValueError, match=r"mtp_heads.safetensors does not describe"):
         read_folder(llama)
 
 
