@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from mtp_lightning.model import MTPModel
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.objective import through_head
+from mtp_lightning.objective import stream
 from mtp_lightning.objective.balance.sampled_depths import SampledDepths
 from mtp_lightning.objective.schedule.base import Progress
 from tests.losses import mtp_loss
@@ -76,11 +77,14 @@ def test_what_was_not_drawn_is_not_computed(
     calls: list[int] = []
     for k, module in enumerate(model.mtp.depths, start=1):  # type: ignore[arg-type]
         module.register_forward_hook(lambda *_, k=k: calls.append(k))
-    heads: list[int] = []
-    original = through_head.log_probs_by_chunk
-    monkeypatch.setattr(
-        through_head, "log_probs_by_chunk", lambda *a: heads.append(1) or original(*a)
-    )
+    heads: list[Any] = []
+    original = stream.through_head
+
+    def counted(head: Any, predictions: Any, *args: Any, **options: Any) -> None:
+        heads.extend(predictions)
+        original(head, predictions, *args, **options)
+
+    monkeypatch.setattr(stream, "through_head", counted)
     rule = SampledDepths(3, seed=2)
     seen = set()
     for step in range(12):
