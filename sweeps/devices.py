@@ -78,10 +78,10 @@ class DeviceQueue:
         n_jobs: most jobs at once; by default one a GPU, or on a CPU as many as there are cores for.
             More than that share the cores, at the cost of all.
         threads: of each process. By default one on a CPU: that does most work, alone and beside
-            neighbours (``python -m benchmarks.threads``). ``auto`` parts the cores among the jobs
-            at once (by default one) and their processes, and is the default with GPUs, where each
-            process has its GPU's share. However many jobs there are, or are left, a job has the
-            same threads, and so the same bits.
+            neighbors (``python -m benchmarks.runs threads``). ``auto`` divides the cores among the
+            jobs at once (by default one) and their processes, and is the default with GPUs, where
+            each process has its GPU's share. A job has the same threads, and so the same bits,
+            however many jobs there are or are left.
         host: what to call this machine, where there are others.
 
     Raises:
