@@ -40,9 +40,9 @@ from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey
 from mtp_lightning.mtp.feed import Asked, Feed, Lesson, Prediction, Steps
 from mtp_lightning.mtp.switches import Switches
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.kernels.softmax import exp_, log_softmax_
 from mtp_lightning.nn.linear import Linear
 from mtp_lightning.nn.mixture import pack, unpack
+from mtp_lightning.nn.ops import exp_, log_softmax_
 from mtp_lightning.settings import require_whole
 
 # Numbers of one chunk of logits, where a text is read with the head in the depths' way.
