@@ -1,28 +1,27 @@
-"""How fast the data goes: tokens a second out of the loader, megabytes a second into a store.
+"""How fast the data goes: tokens per second out of the loader, megabytes per second into a store.
 
-Run ``python -m benchmarks.data``. It prints a table and writes JSON (``--output``). Loader: whole
-epochs in one process on the standard-library corpus, T = 256, D = 2, the median of ``--repeats``.
-Store: the whole build with byte and with bpe, files written and synced, tokenizer training timed
-apart. Page caches are warm.
+    python -m benchmarks.data                    # loader, store, encoder
+    python -m benchmarks.data --megabytes 100    # stores by one process and by several
 
-``python -m benchmarks.data --megabytes 100`` builds the stores of so much invented text instead,
-once by this process alone and once by ``--workers`` processes, in turns, and says what share of
-the cores they were given: on a machine that others use, time says little without it. ``encode`` is
-the CPU time of one thread that encodes the standard library again and again, words known.
+Loader: whole epochs in one process on the standard-library corpus, T = 256, D = 2. Store: the whole
+build with byte and with bpe, files written and synced; tokenizer training is timed apart. Page
+caches are warm. ``encode`` is the CPU time of one thread that encodes the standard library, words
+known. With ``--megabytes`` the stores are built from so much generated text instead, by this
+process alone and by ``--workers`` processes, in turns; the table says how many cores they had.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from benchmarks import common
+from benchmarks import cli, harness
+from benchmarks.harness import Row
 from data_modules.loader import WindowLoader
 from data_modules.sources import StdlibSource, SyntheticSource, TextSource
 from data_modules.splitting import DocumentSplit
@@ -34,9 +33,7 @@ from data_modules.window_dataset import WindowDataset
 SEQ_LEN, DEPTH = 256, 2
 
 
-def time_store(
-    tokenizer: Tokenizer, folder: Path, repeats: int
-) -> tuple[dict[str, Any], TokenStore]:
+def time_store(tokenizer: Tokenizer, folder: Path, repeats: int) -> tuple[Row, TokenStore]:
     """Builds the store ``repeats`` times from nothing, each in a cache folder of its own."""
     split = DocumentSplit(StdlibSource())
     training, building, used = [], [], []
@@ -66,7 +63,7 @@ def time_store(
 
 def time_loader(
     store: TokenStore, *, batch_size: int, document_mask: bool, workers: int, repeats: int
-) -> dict[str, Any]:
+) -> Row:
     """Median rate of whole epochs; the first, which maps the file, is not counted."""
     dataset = WindowDataset(
         store["train"], seq_len=SEQ_LEN, depth=DEPTH, document_mask=document_mask
@@ -90,7 +87,7 @@ def time_loader(
     }
 
 
-def time_workers(folder: Path, megabytes: int, workers: int, repeats: int) -> list[dict[str, Any]]:
+def time_workers(folder: Path, megabytes: int, workers: int, repeats: int) -> list[Row]:
     """Builds by one process and by several, in turns, in cache folders of their own."""
     text = folder / "text"
     text.mkdir()
@@ -99,25 +96,18 @@ def time_workers(folder: Path, megabytes: int, workers: int, repeats: int) -> li
         (text / f"{i:06}.txt").write_text(document)
     split = DocumentSplit(TextSource(text))
     ready = prepare_tokenizer(BPETokenizer(), split, folder / "tokenizer")
-    rows = []
-    for i in range(repeats):
-        for n in (0, workers):
-            used, begun = _cpu_seconds(), time.perf_counter()
-            store, _ = prepare_store(ready, split, folder / f"{i}-{n}", workers=n)
-            seconds, cpu = time.perf_counter() - begun, _cpu_seconds() - used
-            size = sum(store[name].n_bytes or 0 for name in store.splits) / 1e6
-            rows.append(
-                {
-                    "what": "workers",
-                    "workers": n,
-                    "megabytes": size,
-                    "seconds": seconds,
-                    "cpu_seconds": cpu,
-                    "cores": cpu / seconds,
-                }
-            )
-            shutil.rmtree(folder / f"{i}-{n}")
-    return rows
+
+    def build(n: int) -> Row:
+        used, begun = _cpu_seconds(), time.perf_counter()
+        store, _ = prepare_store(ready, split, folder / "store", workers=n)
+        seconds, cpu = time.perf_counter() - begun, _cpu_seconds() - used
+        size = sum(store[name].n_bytes or 0 for name in store.splits) / 1e6
+        shutil.rmtree(folder / "store")
+        times = {"seconds": seconds, "cpu_seconds": cpu, "cores": cpu / seconds}
+        return {"what": "workers", "workers": n, "megabytes": size, **times}
+
+    builds = harness.take_turns({n: partial(build, n) for n in (0, workers)}, repeats)
+    return [row for turn in zip(*builds.values(), strict=True) for row in turn]
 
 
 def _cpu_seconds() -> float:
@@ -125,7 +115,7 @@ def _cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def time_encode(repeats: int) -> dict[str, Any]:
+def time_encode(repeats: int) -> Row:
     """CPU time of one thread for text whose words are all known: the rate of a long corpus."""
     documents = list(StdlibSource().documents())
     tokenizer = BPETokenizer().train(documents)
@@ -138,35 +128,8 @@ def time_encode(repeats: int) -> dict[str, Any]:
     return {"what": "encode", "tokenizer": "bpe", "megabytes_per_second": max(rates[1:])}
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Measures, prints the table, writes the JSON and returns it."""
-    parser = argparse.ArgumentParser(description="Measures the loader and the token store.")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/data.json"))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--megabytes", type=int, help="measure several processes on so much text")
-    parser.add_argument("--workers", type=int, default=2)
-    options = parser.parse_args(arguments)
-
-    with tempfile.TemporaryDirectory(prefix="mtp-bench-") as folder:
-        if options.megabytes is None:
-            rows = _measure(Path(folder), options.repeats)
-        else:
-            rows = time_workers(Path(folder), options.megabytes, options.workers, options.repeats)
-    result = {
-        "benchmark": "data",
-        "seq_len": SEQ_LEN,
-        "depth": DEPTH,
-        "repeats": options.repeats,
-        "rows": rows,
-        "machine": common.machine(),
-    }
-    _print(rows)
-    common.write_json(result, options.output)
-    return result
-
-
-def _measure(folder: Path, repeats: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = [time_encode(repeats)]
+def measure(folder: Path, repeats: int) -> list[Row]:
+    rows: list[Row] = [time_encode(repeats)]
     for tokenizer in (ByteTokenizer(), BPETokenizer()):
         row, store = time_store(tokenizer, folder, repeats)
         rows.append(row)
@@ -184,29 +147,39 @@ def _measure(folder: Path, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
-    kinds = {row["what"] for row in rows}
-    if "store" in kinds:
-        print(
-            f"\n{'store of':<10}{'MB':>8}{'tokens':>12}{'seconds':>9}{'MB/s':>8}{'a CPU s':>9}"
-            f"{'training s':>12}"
-        )
-    for row in rows:
-        if row["what"] == "store":
-            print(
-                f"{row['tokenizer']:<10}{row['megabytes']:>8.1f}{row['tokens']:>12,}"
-                f"{row['seconds']:>9.2f}{row['megabytes_per_second']:>8.1f}"
-                f"{row['megabytes_per_cpu_second']:>9.1f}{row['tokenizer_training_seconds']:>12.2f}"
-            )
-    if "loader" in kinds:
-        print(f"\n{'loader of':<10}{'batch':>6}{'mask':>6}{'workers':>9}{'Mtokens/s':>11}")
-    for row in rows:
-        if row["what"] == "loader":
-            print(
-                f"{row['tokenizer']:<10}{row['batch_size']:>6}"
-                f"{'yes' if row['document_mask'] else 'no':>6}{row['workers']:>9}"
-                f"{row['tokens_per_second'] / 1e6:>11.1f}"
-            )
+COLUMNS = {
+    "encode": "tokenizer: tokenizer; MB a CPU s: megabytes_per_second .1f",
+    "store": "tokenizer: tokenizer; MB: megabytes .1f; tokens: tokens ,; seconds: seconds .2f; "
+    "MB/s: megabytes_per_second .1f; MB a CPU s: megabytes_per_cpu_second .1f; "
+    "tokenizer training, s: tokenizer_training_seconds .2f",
+    "loader": "tokenizer: tokenizer; batch: batch_size; document mask: document_mask; "
+    "workers: workers; tokens/s: tokens_per_second ,.0f; slowest: slowest ,.0f; "
+    "fastest: fastest ,.0f",
+    "workers": "workers: workers; MB: megabytes .1f; seconds: seconds .2f; "
+    "CPU seconds: cpu_seconds .2f; cores: cores .2f",
+}
+
+
+@cli.command(quick={"repeats": 1})
+def data(repeats: int = 5, megabytes: int | None = None, workers: int = 2) -> Row:
+    """The loader and the token store.
+
+    Args:
+        megabytes: build stores of so much generated text instead.
+        workers: processes that build such a store.
+    """
+    with tempfile.TemporaryDirectory(prefix="mtp-bench-") as name:
+        if megabytes is None:
+            rows = measure(Path(name), repeats)
+        else:
+            rows = time_workers(Path(name), megabytes, workers, repeats)
+    for what, columns in COLUMNS.items():
+        if own := [row for row in rows if row["what"] == what]:
+            cli.print_table(what, columns, own)
+    return {"seq_len": SEQ_LEN, "depth": DEPTH, "rows": rows}
+
+
+main = cli.program("data", __doc__, data)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Decoding speed: plain against speculative, what the difference could be at most, and
-transformers with the same weights.
+"""How fast decoding is: plain against speculative, and both against what is possible.
 
     python -m benchmarks.decode                          # trains two small models on bytes first
     python -m benchmarks.decode --checkpoint FILE        # a checkpoint of train.py, or a run folder
@@ -7,19 +6,20 @@ transformers with the same weights.
 
 Every comparison is of the same greedy tokens, which is checked. ``possible`` is the speed-up that
 tokens_per_step and the measured cost of verify and draft passes allow; ``share`` is how much of it
-is reached. A batch decodes several prompts a place, as a file of prompts is decoded: the place of
-one that has ended is taken by the next. Its prompts are of uneven lengths, as a file's are, unless
-``--even`` says otherwise: rows that end and begin together share more. ``against_single`` is its
-tokens/s over those of as many prompts as it has places, one by one. ``memory`` is the rate at which
-passes read weights beside a plain read's. Times are medians, ratios medians of pairs. transformers
-(extra ``hf``) decodes one prompt at a time, as its ``use_mtp=True`` does; a model of SmolLM2-135M's
-shape ends the run.
+is reached. A batch decodes several prompts for each of its slots, as a file of prompts is decoded:
+the slot of a finished one goes to the next. Its prompts have uneven lengths, as a file's have,
+unless ``--even`` is given: sequences that begin and end together share more passes.
+``against_single`` is the batch's tokens/s over those of as many prompts as it has slots, one by
+one. ``memory`` is the rate at which passes read weights, next to a plain read's. Times are medians,
+ratios medians of pairs. transformers (extra ``hf``) decodes one prompt at a time, as its
+``use_mtp=True`` does; a model of SmolLM2-135M's shape ends the run.
 """
 
 from __future__ import annotations
 
 import sysconfig
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import common
+from benchmarks import cli, harness
 from benchmarks.decode_limits import against_transformers, memory_rate, of_wide_model
+from benchmarks.harness import Row
 from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.measure import PassCosts, pass_costs, race
 from mtp_lightning.decoding.options import DecodingOptions
@@ -98,8 +99,8 @@ def byte_model(*, deepseek: bool) -> MTPModel:
     return model.eval()
 
 
-# Prompts of a batch for each of its places.
-_PER_PLACE = 8
+# Prompts of a batch for each of its slots.
+_PER_SLOT = 8
 
 
 def measure_trees(
@@ -110,13 +111,13 @@ def measure_trees(
     batch: int,
     new_tokens: int,
     repeats: int,
-) -> dict[str, Any]:
-    """Trees of drafts against the chain, several prompts a place."""
+) -> Row:
+    """Trees of drafts against the chain, several prompts a slot."""
     chain = DecodingOptions(max_new_tokens=new_tokens, batch_size=batch)
     ways = {"plain": chain.plain(), "chain": chain}
     ways |= {str(tree): replace(chain, tree=tree) for tree in trees}
-    prompts = prompts[: batch * _PER_PLACE]
-    run = race(model, prompts, ways, repeats=repeats, clock=common.clock)
+    prompts = prompts[: batch * _PER_SLOT]
+    run = race(model, prompts, ways, repeats=repeats, clock=harness.clock)
     texts = {name: [g.token_ids for g in outputs] for name, outputs in run.outputs.items()}
     return {
         "batch": batch,
@@ -140,9 +141,9 @@ def measure(
     repeats: int,
     compile: bool,
     even: bool = False,
-) -> dict[str, Any]:
+) -> Row:
     """Plain, speculative and adaptive decoding of a batch, and of single prompts one by one."""
-    prompts = prompts[: batch * _PER_PLACE] if batch > 1 else prompts[:1]
+    prompts = prompts[: batch * _PER_SLOT] if batch > 1 else prompts[:1]
     if batch > 1 and not even:
         prompts = [prompt[: _uneven(len(prompt), i)] for i, prompt in enumerate(prompts)]
     options = DecodingOptions(max_new_tokens=new_tokens, batch_size=batch)
@@ -152,13 +153,13 @@ def measure(
     short = {name: replace(way, max_new_tokens=min(new_tokens, 16)) for name, way in ways.items()}
     race(model, prompts, short)  # builds what is compiled
     built = time.perf_counter() - began
-    run = race(model, prompts, ways, repeats=repeats, clock=common.clock)
+    run = race(model, prompts, ways, repeats=repeats, clock=harness.clock)
     texts = {name: [g.token_ids for g in outputs] for name, outputs in run.outputs.items()}
     loop = rates(run.outputs["speculative"])
     tokens_per_step = loop.pop("tokens_per_step")
     half = prompts[0] + texts["plain"][0][: new_tokens // 2]
 
-    def compared(speculative: str, auto: str, plain: str, costs: PassCosts) -> dict[str, Any]:
+    def compared(speculative: str, auto: str, plain: str, costs: PassCosts) -> Row:
         speedup, possible = run.speedup(speculative, plain), costs.speedup(tokens_per_step)
         return {
             "speedup": speedup,
@@ -169,7 +170,7 @@ def measure(
             "draft_us": [1e6 * s for s in costs.draft],
         }
 
-    costs = pass_costs(model, half, batch=batch, clock=common.clock)
+    costs = pass_costs(model, half, batch=batch, clock=harness.clock)
     result = {
         "batch": batch,
         "tokens_per_second": {
@@ -181,7 +182,7 @@ def measure(
         "greedy_equal": all(found == texts["plain"] for found in texts.values()),
     }
     if batch == 1 and compile:
-        costs = pass_costs(model, half, compile=True, clock=common.clock)
+        costs = pass_costs(model, half, compile=True, clock=harness.clock)
         result["compiled"] = compared(
             "compiled_speculative", "compiled_auto", "compiled_plain", costs
         )
@@ -189,9 +190,9 @@ def measure(
         result["seconds_to_compile"] = built
     if batch > 1:
         one = {name: replace(way, batch_size=1) for name, way in ways.items()}
-        alone = race(model, prompts[:batch], one, clock=common.clock)
+        alone = race(model, prompts[:batch], one, clock=harness.clock)
         result["against_single"] = {
-            name: _PER_PLACE * sum(alone.seconds[name]) / median(run.seconds[name]) for name in WAYS
+            name: _PER_SLOT * sum(alone.seconds[name]) / median(run.seconds[name]) for name in WAYS
         }
     return result
 
@@ -201,7 +202,7 @@ def _uneven(length: int, i: int) -> int:
     return length - 7 * i % max(length // 2, 1)
 
 
-def show(name: str, result: dict[str, Any]) -> None:
+def show(name: str, result: Row) -> None:
     """A few lines a result."""
     print(name)
     for key, value in result.items():
@@ -248,75 +249,82 @@ def prompts_of(text: torch.Tensor, n: int, length: int) -> list[list[int]]:
     return [text[start : start + length].tolist() for start in range(0, n * gap, gap)]
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = common.parser(__doc__.splitlines()[0], "decode")
-    parser.add_argument(
-        "--checkpoint", type=Path, nargs="+", default=[], help="run folders or checkpoint files"
-    )
-    parser.add_argument("--train-seconds", type=float, default=60.0)
-    parser.add_argument("--new-tokens", type=int, default=256)
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--even", action="store_true", help="a batch's prompts are of one length")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--trees", nargs="+", default=[], help="such as 3,2,1: trees against the chain, alone"
-    )
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
-    parser.add_argument("--no-wide", dest="wide", action="store_false", help="not SmolLM2's shape")
-    common.add_cpu_time(parser)
-    args = parser.parse_args(arguments)
-    if args.cpu_time:
-        common.use_cpu_time()
-    options = {"new_tokens": args.new_tokens, "repeats": 1 if args.quick else args.repeats}
-    sizes = {"n": _PER_PLACE * max(args.batches), "length": args.prompt_tokens}
-    cases: dict[str, tuple[MTPModel, list[list[int]]]] = {}
-    for path in args.checkpoint:
-        from mtp_lightning.experiment.evaluating import validation_data
-        from mtp_lightning.opening import open_model
+@cli.command(quick={"repeats": 1}, cpu_time=True)
+def decode(
+    checkpoint: Sequence[Path] = (),
+    train_seconds: float = 60.0,
+    new_tokens: int = 256,
+    prompt_tokens: int = 32,
+    batches: Sequence[int] = (1, 8),
+    even: bool = False,
+    repeats: int = 5,
+    trees: Sequence[str] = (),
+    compile: bool = True,
+    wide: bool = True,
+) -> Row:
+    """Plain and speculative decoding.
 
+    Args:
+        checkpoint: run folders or checkpoint files; without any, small models are trained.
+        train_seconds: of each of these.
+        new_tokens: of a prompt.
+        prompt_tokens: of a prompt.
+        batches: sequences at once.
+        even: prompts of a batch have one length.
+        trees: such as 3,2,1: trees of drafts against the chain, alone.
+        compile: leave out compiled passes.
+        wide: leave out SmolLM2's shape.
+    """
+    results: Row = {}
+
+    def note(name: str, result: Row) -> None:
+        results[name] = result
+        show(name, result)
+
+    own: Row = {"new_tokens": new_tokens, "repeats": repeats}
+    sizes: Row = {"n": _PER_SLOT * max(batches), "length": prompt_tokens}
+    for name, (model, prompts) in cases(checkpoint, train_seconds, **sizes).items():
+        for batch in batches:
+            if trees:
+                widths = [cli.whole_numbers(tree) for tree in trees]
+                found = measure_trees(model, prompts, widths, batch=batch, **own)
+                note(f"{name}, trees, batch {batch}", found)
+                continue
+            found = measure(model, prompts, batch=batch, compile=compile, even=even, **own)
+            note(f"{name}, batch {batch}", found)
+        if not trees:
+            note(f"{name}, memory", memory_rate(model, prompts[0], repeats=4 * repeats))
+        if not trees and find_spec("transformers"):
+            ways = {**WAYS, **(COMPILED if compile else {})}
+            found = against_transformers(model, prompts[0], ways, **own)
+            note(f"{name}, transformers", found)
+    if wide and find_spec("transformers"):
+        prompt = list(range(1, prompt_tokens + 1))
+        shaped = of_wide_model(prompt, new_tokens=min(new_tokens, 48), repeats=repeats)
+        for precision, found in shaped.items():
+            note(f"SmolLM2's shape, {precision}", found)
+    return {"results": results}
+
+
+def cases(
+    checkpoints: Sequence[Path], train_seconds: float, *, n: int, length: int
+) -> dict[str, tuple[MTPModel, list[list[int]]]]:
+    """Models with ``n`` held-out prompts of ``length`` tokens."""
+    if not checkpoints:
+        models, text = built_in(train_seconds)
+        return {name: (model, prompts_of(text, n, length)) for name, model in models.items()}
+    from mtp_lightning.experiment.evaluating import validation_data
+    from mtp_lightning.opening import open_model
+
+    found = {}
+    for path in checkpoints:
         run = open_model(path)
-        held_out = validation_data(run).held_out_prompts(**sizes)
-        cases[str(path)] = run.model, [prompt.tolist() for prompt in held_out]
-    if not cases:
-        models, text = built_in(args.train_seconds)
-        cases = {name: (model, prompts_of(text, **sizes)) for name, model in models.items()}
-    results: dict[str, Any] = {}
-    for name, (model, prompts) in cases.items():
-        if args.trees:
-            trees = [[int(width) for width in tree.split(",")] for tree in args.trees]
-            for batch in args.batches:
-                key = f"{name}, trees, batch {batch}"
-                results[key] = measure_trees(model, prompts, trees, batch=batch, **options)
-                show(key, results[key])
-            continue
-        for batch in args.batches:
-            key = f"{name}, batch {batch}"
-            results[key] = measure(
-                model, prompts, batch=batch, compile=args.compile, even=args.even, **options
-            )
-            show(key, results[key])
-        key = f"{name}, memory"
-        results[key] = memory_rate(model, prompts[0], repeats=4 * options["repeats"])
-        show(key, results[key])
-        if find_spec("transformers"):
-            key = f"{name}, transformers"
-            ways = {**WAYS, **(COMPILED if args.compile else {})}
-            results[key] = against_transformers(model, prompts[0], ways, **options)
-            show(key, results[key])
-    if args.wide and find_spec("transformers"):
-        found = of_wide_model(
-            list(range(1, args.prompt_tokens + 1)),
-            new_tokens=min(args.new_tokens, 48),
-            repeats=options["repeats"],
-        )
-        for precision, result in found.items():
-            key = f"SmolLM2's shape, {precision}"
-            results[key] = result
-            show(key, result)
-    result = {"machine": common.machine(), "results": results}
-    common.write_json(result, args.output)
-    return result
+        held_out = validation_data(run).held_out_prompts(n=n, length=length)
+        found[str(path)] = run.model, [prompt.tolist() for prompt in held_out]
+    return found
+
+
+main = cli.program("decode", __doc__, decode)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What bounds decoding: the memory's rate, and what transformers makes of the same weights."""
+"""What decoding is held against: the rate of memory, and transformers with the same weights."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import common
+from benchmarks import harness
 from data_modules.tokenizers.byte import ByteTokenizer
 from mtp_lightning.cpu.packed import PackedWeight, packed_copy
 from mtp_lightning.decoding import generate
@@ -36,9 +36,10 @@ def smollm2_shape() -> MTPModel:
     return model.eval()
 
 
-def _packed(model: nn.Module) -> list[Tensor]:
-    """The matrices that a narrow pass reads."""
-    copies = [packed_copy(weight) for weight in model.parameters()]
+def _packed(model: MTPModel) -> list[Tensor]:
+    """The matrices that the trunk's passes over few tokens read, the head's included."""
+    parameters = nn.ModuleList([model.trunk, model.head]).parameters()  # shared ones once
+    copies = [packed_copy(weight) for weight in parameters]
     return [copy.numbers for copy in copies if isinstance(copy, PackedWeight)]
 
 
@@ -49,8 +50,8 @@ def _as_fp32(numbers: Tensor) -> Tensor:
 
 
 def memory_rate(model: MTPModel, prompt: list[int], *, repeats: int) -> dict[str, float]:
-    """How fast the trunk's passes at batch 1 read its weights, and how fast a plain read of the
-    same memory is, its sum, in turn with them. Without the layers' C++, nothing."""
+    """How fast the trunk's passes at batch 1 read its weights, next to a plain read of the same
+    memory, its sum, in turns. Empty without the layers' C++."""
     with decoding_passes(model):
         weights = [_as_fp32(x) for x in _packed(model)]
         if not weights:
@@ -64,7 +65,7 @@ def memory_rate(model: MTPModel, prompt: list[int], *, repeats: int) -> dict[str
 
         widths = {f"pass_of_{width}": width - 1 for width in (1, 3)}
         passes = {name: partial(session.verify, n_drafts) for name, n_drafts in widths.items()}
-        seconds = common.median_times({"read": read, **passes}, repeats=repeats)
+        seconds = harness.median_times({"read": read, **passes}, repeats=repeats)
     n_bytes = sum(weight.nbytes for weight in weights)
     rates = {f"{name}_gb_per_s": n_bytes / s / 1e9 for name, s in seconds.items()}
     share = {f"share_of_{name}": seconds["read"] / seconds[name] for name in widths}
@@ -75,7 +76,7 @@ def memory_rate(model: MTPModel, prompt: list[int], *, repeats: int) -> dict[str
 def in_transformers(
     model: MTPModel, tokenizer: Any, *, positions: int, depth: int
 ) -> Iterator[Any]:
-    """transformers' model with the same weights in fp32; its folder is there meanwhile."""
+    """transformers' model with the same weights in fp32; its folder exists meanwhile."""
     from mtp_lightning.interop.transformers_model import Loaded
     from mtp_lightning.interop.writing import write_folder
 
@@ -91,9 +92,10 @@ def in_transformers(
 def against_transformers(
     model: MTPModel, prompt: list[int], ways: Ways, *, new_tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """transformers' decoding of an exported model in fp32, beside this project's.
+    """transformers' decoding of an exported model in fp32, next to this project's, in turns.
 
-    Its ``use_mtp=True``, too, for a DeepSeek-V3 trunk with sequential modules, which alone it has.
+    ``use_mtp=True`` of transformers, too, where it has it: a DeepSeek-V3 trunk with sequential
+    modules.
 
     Args:
         model: that can be exported.
@@ -105,40 +107,45 @@ def against_transformers(
     kind = model_type(model.config)
     drafts = kind == "deepseek_v3" and model.config.mtp.variant == "sequential"
     ids, passes = torch.tensor(prompt), 0
-    seconds: dict[str, list[float]] = {}
     texts: dict[str, list[int]] = {}
     positions, depth = len(prompt) + new_tokens + model.depth, model.depth if drafts else 0
     with in_transformers(model, ByteTokenizer(), positions=positions, depth=depth) as theirs:
-        for _ in range(repeats + 1):
-            for name in ("plain", "use_mtp") if drafts else ("plain",):
-                # With use_mtp, generate() reads the modules from the folder in every call.
-                began = common.clock()
-                texts[f"transformers_{name}"], passes = theirs.greedy(
-                    ids, new_tokens, use_mtp=name == "use_mtp"
-                )
-                seconds.setdefault(f"transformers_{name}", []).append(common.clock() - began)
-            for name, way in ways.items():
-                began = common.clock()
-                (own,) = generate(model, [prompt], max_new_tokens=new_tokens, **way)
-                texts[name] = own.token_ids
-                seconds.setdefault(name, []).append(common.clock() - began)
-    for times in seconds.values():
-        del times[0]  # the first round warms up
 
-    def ratio(slow: str, fast: str) -> float:
-        return median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
+        def decode_theirs(name: str) -> float:
+            nonlocal passes
+            use_mtp = name.endswith("use_mtp")
+            # With use_mtp, generate() reads the modules from the folder in every call.
+            began = harness.clock()
+            texts[name], n_passes = theirs.greedy(ids, new_tokens, use_mtp=use_mtp)
+            passes = n_passes if use_mtp else passes
+            return harness.clock() - began
 
-    result = {
+        def decode_ours(name: str) -> float:
+            began = harness.clock()
+            (own,) = generate(model, [prompt], max_new_tokens=new_tokens, **ways[name])
+            texts[name] = own.token_ids
+            return harness.clock() - began
+
+        kinds = ("plain", "use_mtp") if drafts else ("plain",)
+        sides = {f"transformers_{kind}": decode_theirs for kind in kinds}
+        sides |= dict.fromkeys(ways, decode_ours)
+        turns = {name: partial(decode, name) for name, decode in sides.items()}
+        # The first turn warms up.
+        seconds = {n: own[1:] for n, own in harness.take_turns(turns, repeats + 1).items()}
+
+    def over(slow: str, names: Iterable[str]) -> dict[str, float]:
+        return {name: harness.ratio(seconds[slow], seconds[name]) for name in names}
+
+    result: dict[str, Any] = {
         "tokens_per_second": {name: new_tokens / median(s) for name, s in seconds.items()},
-        "over_transformers_plain": {name: ratio("transformers_plain", name) for name in ways},
+        "over_transformers_plain": over("transformers_plain", ways),
     }
     if drafts:
         drafting = [name for name in ways if not name.endswith("plain")]
-        result |= {
-            "over_transformers_use_mtp": {n: ratio("transformers_use_mtp", n) for n in drafting},
-            "transformers_use_mtp_over_plain": ratio("transformers_plain", "transformers_use_mtp"),
-            "transformers_tokens_per_step": new_tokens / passes,
-        }
+        use_mtp = "transformers_use_mtp"
+        result["over_transformers_use_mtp"] = over(use_mtp, drafting)
+        result["transformers_use_mtp_over_plain"] = over("transformers_plain", [use_mtp])[use_mtp]
+        result["transformers_tokens_per_step"] = new_tokens / passes
     # Rounding may part two implementations at a near-tie.
     return result | {"greedy_equal": all(text == texts["plain"] for text in texts.values())}
 

@@ -1,46 +1,63 @@
-"""The shared head's loss: chunked here, on whole logits, or by PyTorch's own chunked function.
+"""The shared head: its loss, and what every objective costs in it.
 
-Run ``python -m benchmarks.head``. Forward and backward of the cross-entropy of one depth, micro's
-width, batch 8 x 256. The implementations take turns in one process for time; for memory each runs
-in a process of its own, and what counts is how far it raises the peak above inputs and weight. A
-sweep over the size of a chunk of logits then shows what ``_CHUNK_NUMEL`` in
-``mtp_lightning/objective/through_head.py`` should be on this machine.
+    python -m benchmarks.head               implementations of the loss, and sizes of its chunks
+    python -m benchmarks.head objectives    every objective next to cross-entropy
+
+The implementations of one depth's cross-entropy (chunked here, on whole logits, PyTorch's own
+chunked function) take turns in one process for time; for memory each has a process of its own, and
+the figure is how far it raises the peak above inputs and weight. The sizes of a chunk of logits say
+what ``_CHUNK_NUMEL`` in ``mtp_lightning/objective/through_head.py`` should be on this machine.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import common
-from mtp_lightning.mtp.feed import Together
-from mtp_lightning.objective import through_head
-from mtp_lightning.objective.stream import stream_loss
-from mtp_lightning.objective.targets import DepthTarget
+from benchmarks import cli, harness
+from benchmarks.harness import Row
+from data_modules.windows import WindowBatch
+from mtp_lightning.mtp.feed import Prediction, Together
+from mtp_lightning.objective import through_head as loss_module
+from mtp_lightning.objective.objective import Objective
+from mtp_lightning.objective.stream import prepass, stream_loss
+from mtp_lightning.objective.targets import (
+    DepthTarget,
+    PositionCounts,
+    by_depth,
+    count_taught,
+)
+from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
+from mtp_lightning.objective.terms.e2e_tv import E2ETV
+from mtp_lightning.objective.terms.js import JS
+from mtp_lightning.objective.terms.kl import KL
+from mtp_lightning.objective.terms.lk import LK
+from mtp_lightning.objective.terms.mixture import Mixture
+from mtp_lightning.objective.terms.nla import NLA
+from mtp_lightning.objective.terms.reverse_kl import ReverseKL
+from mtp_lightning.objective.terms.tv import TV
+from mtp_lightning.objective.through_head import HeadWeight, through_head
 from mtp_lightning.runtime import keep_freed_memory
 
-MODULE = "benchmarks.head"
 CHUNK_NUMELS = {"cpu": range(20, 26), "cuda": range(22, 30)}
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, *, compiled: bool = False) -> Tensor:
-    """This project's; ``compiled`` as with compiled blocks on a GPU."""
+    """This project's loss; ``compiled`` as with compiled blocks on a GPU."""
     target = DepthTarget(0, targets, 1.0 / len(targets), CrossEntropy())
     return stream_loss(weight, Together(hidden, [], {}), [target], compiled=compiled)[0]
 
 
 def whole_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """What most code does."""
+    """The logits of all positions at once, as most code has them."""
     return F.cross_entropy(F.linear(hidden, weight), targets)
 
 
@@ -62,7 +79,7 @@ def implementations() -> dict[str, Loss]:
     return found
 
 
-def inputs(task: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(task: Row) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states [M, C], the head's weight [V, C] and targets [M]."""
     generator = torch.Generator().manual_seed(0)
     rows, d_model, vocab_size = task["rows"], task["d_model"], task["vocab_size"]
@@ -72,7 +89,7 @@ def inputs(task: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.requires_grad_(), weight.requires_grad_(), targets
 
 
-def one_pass(loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor) -> float:
+def loss_pass(loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor) -> float:
     """Forward and backward; the loss."""
     hidden.grad = weight.grad = None
     value = loss(hidden, weight, targets)
@@ -80,49 +97,51 @@ def one_pass(loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor) -> flo
     return float(value.detach())
 
 
-def measure_memory(task: dict[str, Any]) -> dict[str, Any]:
-    """Bytes that one pass needs at its peak, beyond what was there before it.
+def measure_memory(task: Row) -> Iterator[Row]:
+    """Bytes that one pass of an implementation needs at its peak, beyond what was there before it.
 
     The gradients of hidden states and weight are part of it. The memory of a first matrix product
     (threads, kernels) is not: a small pass goes first.
     """
+    keep_freed_memory()
     loss = implementations()[task["implementation"]]
-    small = inputs({**task, "rows": 64, "vocab_size": 64})
-    one_pass(loss, *small)
+    loss_pass(loss, *inputs({**task, "rows": 64, "vocab_size": 64}))
     tensors = inputs(task)
+    yield {}
     if task["device"] == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        one_pass(loss, *tensors)
-        return {"peak_bytes": torch.cuda.max_memory_allocated() - before}
-    before = common.current_rss()
-    one_pass(loss, *tensors)
-    return {"peak_bytes": common.peak_rss() - before}
+        loss_pass(loss, *tensors)
+        yield {"peak_bytes": torch.cuda.max_memory_allocated() - before}
+    else:
+        before = harness.current_rss()
+        loss_pass(loss, *tensors)
+        yield {"peak_bytes": harness.peak_rss() - before}
 
 
 @contextmanager
 def chunk_numel(numel: int, device: str) -> Iterator[None]:
     """The chunk of logits holds ``numel`` numbers, however few rows that is."""
-    sizes, rows = dict(through_head._CHUNK_NUMEL), through_head._MIN_CHUNK_ROWS
-    through_head._CHUNK_NUMEL[device], through_head._MIN_CHUNK_ROWS = numel, 1
+    sizes, rows = dict(loss_module._CHUNK_NUMEL), loss_module._MIN_CHUNK_ROWS
+    loss_module._CHUNK_NUMEL[device], loss_module._MIN_CHUNK_ROWS = numel, 1
     try:
         yield
     finally:
-        through_head._CHUNK_NUMEL.update(sizes)
-        through_head._MIN_CHUNK_ROWS = rows
+        loss_module._CHUNK_NUMEL.update(sizes)
+        loss_module._MIN_CHUNK_ROWS = rows
 
 
-def compare(task: dict[str, Any], names: list[str], repeats: int) -> list[dict[str, Any]]:
+def compare_losses(task: Row, names: Sequence[str], repeats: int) -> list[Row]:
     """One row an implementation: milliseconds and peak memory."""
     tensors = inputs(task)
     losses = implementations()
-    functions = {name: partial(one_pass, losses[name], *tensors) for name in names}
+    functions = {name: partial(loss_pass, losses[name], *tensors) for name in names}
     values = {name: function() for name, function in functions.items()}
-    seconds = common.median_times(functions, repeats=repeats)
+    seconds = harness.median_times(functions, repeats=repeats)
     flops = 6 * task["rows"] * task["d_model"] * task["vocab_size"]
     rows = []
     for name in names:
-        memory = common.run_child(MODULE, {**task, "implementation": name})
+        peak = harness.measure_once(measure_memory, {**task, "implementation": name})["peak_bytes"]
         rows.append(
             {
                 "vocab_size": task["vocab_size"],
@@ -132,28 +151,28 @@ def compare(task: dict[str, Any], names: list[str], repeats: int) -> list[dict[s
                 "ms": seconds[name] * 1e3,
                 "time_over_first": seconds[name] / seconds[names[0]],
                 "gflops": flops / seconds[name] / 1e9,
-                "peak_mb": memory["peak_bytes"] / 1e6,
+                "peak_mb": peak / 1e6,
                 "logits_mb": 4 * task["rows"] * task["vocab_size"] / 1e6,
             }
         )
     return rows
 
 
-def sweep(task: dict[str, Any], numels: list[int], repeats: int) -> list[dict[str, Any]]:
+def sweep_chunks(task: Row, numels: list[int], repeats: int) -> list[Row]:
     """One row a chunk size, and which one this project takes."""
     tensors, device = inputs(task), task["device"]
-    taken = through_head.chunk_rows(task["vocab_size"], torch.device(device))
+    taken = loss_module.chunk_rows(task["vocab_size"], torch.device(device))
 
     def with_chunk(numel: int) -> None:
         with chunk_numel(numel, device):
-            one_pass(chunked, *tensors)
+            loss_pass(chunked, *tensors)
 
     candidates: dict[int, int] = {}
     for numel in numels:
         # Larger chunks than the input are all the same one.
         rows = min(max(numel // task["vocab_size"], 1), task["rows"])
         candidates.setdefault(rows, numel)
-    seconds = common.median_times(
+    seconds = harness.median_times(
         {str(rows): partial(with_chunk, numel) for rows, numel in candidates.items()},
         repeats=repeats,
     )
@@ -174,87 +193,173 @@ def sweep(task: dict[str, Any], numels: list[int], repeats: int) -> list[dict[st
     ]
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Measures, prints the tables, writes the JSON and returns it."""
-    parser = common.parser("Measures the shared head's loss.", "head")
-    parser.add_argument("--vocab-sizes", type=common.whole_numbers, default=[4096, 32768])
-    parser.add_argument("--d-model", type=int, help="default: micro's")
-    parser.add_argument("--rows", type=int, default=8 * 256, help="positions of one depth")
-    parser.add_argument("--repeats", type=int, help="default 15, with --quick 3")
-    parser.add_argument("--chunks", type=common.whole_numbers, help="sizes to try, as powers of 2")
-    parser.add_argument(
-        "--implementations", nargs="+", choices=implementations(), default=list(implementations())
-    )
-    common.add_cpu_time(parser)
-    options = parser.parse_args(arguments)
-    if options.cpu_time:
-        common.use_cpu_time()
-    if options.child:
-        result = measure_memory(json.loads(options.child))
-        common.answer_parent(result)
-        return result
-    repeats = options.repeats or (3 if options.quick else 15)
-    d_model = options.d_model or common.compose_config(["model=micro"]).model.d_model
+TERMS: dict[str, Term] = {
+    "ce": CrossEntropy(),
+    "kl": KL(),
+    "reverse_kl": ReverseKL(),
+    "js": JS(),
+    "tv": TV(),
+    "nla": NLA(),
+    "lk": LK(),
+    "mix{ce, tv}": Mixture({"ce": 0.1, "tv": 0.9}),
+    "feature": Mixture({"kl": 0.1, "feature": 1}),
+    "e2e_tv": E2ETV(),
+}
 
+
+ALONE = "kl, alone"
+
+
+def head_pass(
+    objective: Objective,
+    weight_VC: Tensor,
+    states: list[Tensor],
+    batch: WindowBatch,
+    *,
+    alone: bool = False,
+) -> float:
+    """The head's part of a step: as a chain's depths go through it, or one depth after another."""
+    weight_VC.grad = None
+    counts = PositionCounts(batch.counts().tolist(), count_taught(batch).tolist())
+    targets = [DepthTarget(0, batch.targets(0), 1 / counts.valid[0], CrossEntropy())]
+    for k in range(1, batch.depth + 1):
+        targets += objective.targets(k, batch, 0.1, counts, place=k)
+    feed = Together(states[0], list(enumerate(states))[1:], {})
+    seen = prepass(weight_VC, feed, targets, objective.measures)
+    targets = objective.settle(targets, seen)
+    if not alone:
+        loss, _ = stream_loss(weight_VC, feed, targets)
+        loss.backward()
+        return float(loss.detach())
+    head = HeadWeight(weight_VC, needs_gradient=True)
+    total = 0.0
+    for k, own in by_depth(targets).items():
+        sums = torch.zeros(len(own), dtype=torch.float64)
+        through_head(head, [Prediction(states[k], own)], sums, main_hidden=states[0])
+        total += float(sum(t.coefficient * s for t, s in zip(own, sums, strict=True)))
+    return total
+
+
+def compare_objectives(
+    vocab_size: int,
+    d_model: int,
+    depth: int,
+    repeats: int,
+    names: Sequence[str],
+    *,
+    windows: int = 8,
+) -> list[Row]:
+    """One row an objective; the first of ``names`` is what the others are compared with."""
+    generator = torch.Generator().manual_seed(0)
+    seq_len = 256
+    states = [
+        torch.randn(windows, seq_len, d_model, generator=generator).requires_grad_()
+        for _ in range(depth + 1)
+    ]
+    weight = (0.05 * torch.randn(vocab_size, d_model, generator=generator)).requires_grad_()
+    tokens = torch.randint(vocab_size, (windows, seq_len + depth + 1), generator=generator)
+    batch = WindowBatch(tokens, depth)
+    functions: dict[str, Callable[[], float]] = {
+        name: partial(
+            head_pass,
+            Objective(term=TERMS["kl" if name == ALONE else name]),
+            weight,
+            states,
+            batch,
+            alone=name == ALONE,
+        )
+        for name in names
+    }
+    losses = {name: function() for name, function in functions.items()}
+    seconds = harness.median_times(functions, repeats=repeats)
+    return [
+        {
+            "vocab_size": vocab_size,
+            "depth": depth,
+            "objective": name,
+            "loss": losses[name],
+            "ms": taken * 1e3,
+            "over_first": taken / seconds[names[0]],
+        }
+        for name, taken in seconds.items()
+    ]
+
+
+@cli.command(
+    quick={"repeats": 3}, choices={"implementations": list(implementations())}, cpu_time=True
+)
+def head(
+    vocab_sizes: Sequence[int] = (4096, 32768),
+    d_model: int | None = None,
+    rows: int = 8 * 256,
+    repeats: int = 15,
+    chunks: Sequence[int] = (),
+    implementations: Sequence[str] = tuple(implementations()),
+) -> Row:
+    """Implementations of one depth's loss, forward and backward, and sizes of its chunks.
+
+    Args:
+        d_model: default micro's.
+        rows: positions of one depth.
+        chunks: numbers in a chunk of logits, as powers of 2; default by device.
+        implementations: of the loss.
+    """
+    d_model = d_model or harness.compose_config(["model=micro"]).model.d_model
     compared, swept = [], []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        numels = [2**power for power in options.chunks or CHUNK_NUMELS[device]]
-        for vocab_size in options.vocab_sizes:
-            common.progress(f"{device}  V={vocab_size}")
-            task = {
-                "vocab_size": vocab_size,
-                "d_model": d_model,
-                "rows": options.rows,
-                "device": device,
-            }
-            compared += compare(task, options.implementations, repeats)
-            swept += sweep(task, numels, repeats)
-    result = {
-        "benchmark": "head",
-        "d_model": d_model,
-        "rows": options.rows,
-        "repeats": repeats,
-        "implementations": compared,
-        "chunks": swept,
-        "machine": common.machine(),
-    }
-    print_tables(result)
-    common.write_json(result, options.output)
-    return result
-
-
-def print_tables(result: dict[str, Any]) -> None:
-    """The implementations, then the sweep."""
-    common.print_table(
-        f"Forward and backward of one depth's loss, {result['rows']} x {result['d_model']}, fp32",
-        {
-            "device": "device",
-            "V": "vocab_size|,",
-            "implementation": "implementation",
-            "loss": "loss|.5f",
-            "ms": "ms|.1f",
-            "over first": "time_over_first|.2f",
-            "GFLOP/s": "gflops|.0f",
-            "peak MB": "peak_mb|.0f",
-            "whole logits MB": "logits_mb|.0f",
-        },
-        result["implementations"],
+        numels = [2**power for power in chunks or CHUNK_NUMELS[device]]
+        for size in vocab_sizes:
+            harness.progress(f"{device}  V={size}")
+            task = {"vocab_size": size, "d_model": d_model, "rows": rows, "device": device}
+            compared += compare_losses(task, implementations, repeats)
+            swept += sweep_chunks(task, numels, repeats)
+    cli.print_table(
+        f"Forward and backward of one depth's loss, {rows} x {d_model}, fp32",
+        "device: device; V: vocab_size ,; implementation: implementation; loss: loss .5f; "
+        "ms: ms .1f; over first: time_over_first .2f; GFLOP/s: gflops .0f; "
+        "peak MB: peak_mb .0f; whole logits MB: logits_mb .0f",
+        compared,
     )
-    common.print_table(
+    cli.print_table(
         "Size of a chunk of logits",
-        {
-            "device": "device",
-            "V": "vocab_size|,",
-            "numbers": "chunk_numel|,",
-            "rows": "rows|,",
-            "MB": "chunk_mb|.1f",
-            "ms": "ms|.1f",
-            "over best": "over_best|.2f",
-            "": "best",
-            " ": "taken",
-        },
-        result["chunks"],
+        "device: device; V: vocab_size ,; numbers: chunk_numel ,; rows: rows ,; "
+        "MB: chunk_mb .1f; ms: ms .1f; over best: over_best .2f; : best; : taken",
+        swept,
     )
+    return {"d_model": d_model, "repeats": repeats, "implementations": compared, "chunks": swept}
+
+
+@cli.command(quick={"repeats": 3}, choices={"objectives": [*TERMS, ALONE]}, cpu_time=True)
+def objectives(
+    vocab_sizes: Sequence[int] = (4096, 32768),
+    d_model: int | None = None,
+    depth: int = 2,
+    repeats: int = 9,
+    objectives: Sequence[str] = (*TERMS, ALONE),
+) -> Row:
+    """Every objective next to cross-entropy: the head for the main prediction and D depths.
+
+    Hidden states of 8 x 256 positions are given. ``alone`` is heads side by side, whose teacher is
+    computed again for each.
+
+    Args:
+        d_model: default micro's.
+        objectives: the first one is compared with.
+    """
+    d_model = d_model or harness.compose_config(["model=micro"]).model.d_model
+    rows = []
+    for size in vocab_sizes:
+        harness.progress(f"V={size}")
+        rows += compare_objectives(size, d_model, depth, repeats, objectives)
+    cli.print_table(
+        f"Forward and backward of the head, 8 x 256 x {d_model}, D = {depth}, fp32",
+        "V: vocab_size ,; objective: objective; ms: ms .1f; over first: over_first .2f",
+        rows,
+    )
+    return {"d_model": d_model, "repeats": repeats, "rows": rows}
+
+
+main = cli.program("head", __doc__, head, objectives)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Why the CPU code is written as it is: every kernel of its own against what it replaces.
+"""Why the CPU code is written as it is: every kernel against what it replaces.
 
-Run ``python -m benchmarks.kernels``. Linear layers at micro's shapes (the product, and the two of
-its backward pass) by oneDNN and by MKL; RMSNorm, SwiGLU, RoPE and causal attention, forward and
-backward, against PyTorch's own; the layers' code in C++ (``mtp_lightning/cpu``) against what
-stands for it where that is not built; and a whole optimizer step with and without
-``keep_freed_memory()``, each in processes of its own. The two sides of a ratio take turns.
+    python -m benchmarks.kernels         matrix products, and the layers between them
+    python -m benchmarks.kernels moe     a mixture of experts against a dense layer
+
+Matrix products have the shapes of a model's linear layers (the product, and the two of its backward
+pass) and run by oneDNN and by MKL. The layers run forward and backward by the code in C++, by what
+replaces it where it is not built, and by PyTorch's own functions. All sides take turns.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -18,20 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import common, train_step
+from benchmarks import cli, harness
+from benchmarks.harness import Row
 from mtp_lightning.cpu import library as native
-from mtp_lightning.cpu.attention import causal_attention
 from mtp_lightning.cpu.linear import uses_onednn
 from mtp_lightning.cpu.swiglu import gated
+from mtp_lightning.experiment.instantiate import instantiate
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import FeedForward
 from mtp_lightning.nn.init import initialise
+from mtp_lightning.nn.moe import MoE
 from mtp_lightning.nn.norm import RMSNorm
 from mtp_lightning.nn.ops import (
     exp_,
     log_softmax_,
     matmul_transposed,
-    rotary,
     rotary_attention,
     weight_gradient,
 )
@@ -39,10 +41,13 @@ from mtp_lightning.nn.rope import rope_table
 from mtp_lightning.objective.through_head import chunk_rows
 from mtp_lightning.runtime import keep_freed_memory
 
+# Windows, and tokens of each, of the micro-batch of ``deepseek_SIZE``.
+MOE_BATCHES = {"nano": (16, 256), "micro": (16, 256), "tiny": (8, 256)}
+# The aim: a mixture's time over that of a dense layer with as many active parameters.
+LIMIT = 1.5
 
-def time_linear(
-    name: str, *, rows: int, d_in: int, d_out: int, repeats: int
-) -> list[dict[str, Any]]:
+
+def time_linear(name: str, *, rows: int, d_in: int, d_out: int, repeats: int) -> list[Row]:
     """Forward, gradient of the input, gradient of the weight: ours and MKL's."""
     x, grad, weight = torch.randn(rows, d_in), torch.randn(rows, d_out), torch.randn(d_out, d_in)
     pairs: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
@@ -53,7 +58,7 @@ def time_linear(
     flops = 2 * rows * d_in * d_out
     result = []
     for product, (ours, theirs) in pairs.items():
-        seconds = common.median_times({"ours": ours, "theirs": theirs}, repeats=repeats, warmup=3)
+        seconds = harness.median_times({"ours": ours, "theirs": theirs}, repeats=repeats, warmup=3)
         result.append(
             {
                 "kernel": f"{name} {product}",
@@ -68,41 +73,39 @@ def time_linear(
     return result
 
 
-def time_pair(
-    name: str,
-    ours: Callable[..., Tensor],
-    theirs: Callable[..., Tensor],
-    *leaves: Tensor,
-    repeats: int,
-) -> dict[str, Any]:
-    """Forward and backward of two functions of the same tensors, and what each keeps between."""
-    saved, outputs = {}, {}
-    for side, function in (("ours", ours), ("theirs", theirs)):
-        counter = common.SavedTensors()
+def time_layer(
+    name: str, sides: Mapping[str, Callable[..., Tensor]], *leaves: Tensor, repeats: int
+) -> Row:
+    """Forward and backward of functions of the same tensors, and what each keeps between.
+
+    Args:
+        name: of the layer.
+        sides: ``ours``, as it is computed here; others are compared with it.
+        leaves: the tensors.
+        repeats: medians over them.
+    """
+    row: Row = {"kernel": name, "shape": " x ".join(str(size) for size in leaves[0].shape)}
+    functions = {}
+    for side, function in sides.items():
+        counter = harness.SavedTensors()
         with counter.counting():
-            outputs[side] = function(*leaves)
-        saved[side] = counter.n_bytes
-    torch.testing.assert_close(outputs["ours"], outputs["theirs"], rtol=1e-3, atol=1e-4)
-    grad = torch.randn_like(outputs["ours"])
-
-    def both(function: Callable[..., Tensor]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
-
-    seconds = common.median_times(
-        {"ours": both(ours), "theirs": both(theirs)}, repeats=repeats, warmup=3
-    )
-    return {
-        "kernel": name,
-        "shape": " x ".join(str(size) for size in leaves[0].shape),
-        "ms": seconds["ours"] * 1e3,
-        "ms_pytorch": seconds["theirs"] * 1e3,
-        "speedup": seconds["theirs"] / seconds["ours"],
-        "saved_mb": saved["ours"] / 1e6,
-        "saved_mb_pytorch": saved["theirs"] / 1e6,
-    }
+            output = function(*leaves)
+        row[f"{side}_saved_mb"] = counter.peak / 1e6
+        if side == "ours":
+            expected, grad = output.detach(), torch.randn_like(output)
+        torch.testing.assert_close(output.detach(), expected, rtol=1e-3, atol=1e-4)
+        functions[side] = partial(_both_ways, function, leaves, grad)
+        del output
+    seconds = harness.median_times(functions, repeats=repeats, warmup=3)
+    row |= {f"{side}_ms": 1e3 * s for side, s in seconds.items()}
+    return row | {f"over_{side}": s / seconds["ours"] for side, s in seconds.items()}
 
 
-def plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _both_ways(function: Callable[..., Tensor], leaves: tuple[Tensor, ...], grad: Tensor) -> None:
+    torch.autograd.grad(function(*leaves), leaves, grad)
+
+
+def without_library(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``function`` without the C++ library; its backward pass is that of its forward pass."""
 
     def without(*tensors: Tensor) -> Tensor:
@@ -124,14 +127,7 @@ def composed_swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def pytorch_attention(query_BTNH: Tensor, key_BTMH: Tensor, value_BTMH: Tensor) -> Tensor:
-    """PyTorch's causal attention, from and to this project's order of axes."""
-    query, key, value = (t.transpose(1, 2) for t in (query_BTNH, key_BTMH, value_BTMH))
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    return out.transpose(1, 2)
-
-
-def linears(trunk: TrunkConfig, rows: int, repeats: int) -> list[dict[str, Any]]:
+def linears(trunk: TrunkConfig, rows: int, repeats: int) -> list[Row]:
     """Every matrix of a block, of an MTP module, and the head by its chunk of rows."""
     d_model, vocab_size = trunk.d_model, trunk.vocab_size
     heads = trunk.n_heads * trunk.d_head
@@ -151,219 +147,179 @@ def linears(trunk: TrunkConfig, rows: int, repeats: int) -> list[dict[str, Any]]
     ]
 
 
-def layers(trunk: TrunkConfig, batch_size: int, seq_len: int, repeats: int) -> list[dict[str, Any]]:
-    """The layers between the matrices."""
-    shape, heads = (batch_size, seq_len), (trunk.n_heads, trunk.n_kv_heads, trunk.n_kv_heads)
+def layers(trunk: TrunkConfig, batch_size: int, seq_len: int, repeats: int) -> list[Row]:
+    """The layers between the matrices: by C++ where it is built, without it, and by PyTorch."""
+    rows, d_head = batch_size * seq_len, trunk.d_head
+    n_heads, n_kv = trunk.n_heads, trunk.n_kv_heads
     norm = RMSNorm(trunk.d_model, trunk.norm_eps)
-
-    def leaf(*sizes: int) -> Tensor:
-        return torch.randn(*shape, *sizes).requires_grad_()
-
-    cos, sin = rope_table(torch.arange(seq_len), trunk.d_head, trunk.rope_theta)
+    cos, sin = rope_table(torch.arange(seq_len), d_head, trunk.rope_theta)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    return [
-        time_pair(
-            "RMSNorm",
-            plain(norm),
-            lambda x: F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps),
-            leaf(trunk.d_model),
-            repeats=repeats,
-        ),
-        time_pair("SwiGLU", plain(gated), composed_swiglu, leaf(2 * trunk.d_ff), repeats=repeats),
-        time_pair(
-            "RoPE",
-            lambda x: rotary(x, cos, sin),
-            lambda x: composed_rope(x, cos, sin),
-            leaf(trunk.n_heads + trunk.n_kv_heads, trunk.d_head),
-            repeats=repeats,
-        ),
-        time_pair(
-            "causal attention",
-            causal_attention,
-            pytorch_attention,
-            *(leaf(n, trunk.d_head) for n in heads),
-            repeats=repeats,
-        ),
-    ]
-
-
-def in_cpp(trunk: TrunkConfig, batch_size: int, seq_len: int, repeats: int) -> list[dict[str, Any]]:
-    """The layers' code in C++ against what stands for it; none where it was not built."""
-    if native.library is None:
-        return []
-    norm, rows = RMSNorm(trunk.d_model, trunk.norm_eps), batch_size * seq_len
-    cos, sin = (x.unsqueeze(-2) for x in rope_table(torch.arange(seq_len), trunk.d_head, 1e4))
-    heads = trunk.n_heads + 2 * trunk.n_kv_heads
+    layer = FeedForward(trunk.d_model, trunk.d_ff)
+    initialise(layer, std=0.02, seed=0)
+    names, weights = zip(*layer.named_parameters(), strict=True)
 
     def attention(qkv: Tensor) -> Tensor:
-        return rotary_attention(qkv, cos, sin, None, trunk.n_heads, trunk.n_kv_heads)
+        return rotary_attention(qkv, cos, sin, None, n_heads, n_kv)
 
-    def pair(name: str, function: Callable[..., Tensor], *sizes: int) -> dict[str, Any]:
-        leaf = torch.randn(*sizes).requires_grad_()
-        return time_pair(name, function, plain(function), leaf, repeats=repeats)
+    def pytorch_attention(qkv_BTNH: Tensor) -> Tensor:
+        query, key, value = qkv_BTNH.split((n_heads, n_kv, n_kv), dim=-2)
+        turned = (composed_rope(query, cos, sin), composed_rope(key, cos, sin), value)
+        query, key, value = (x.transpose(1, 2) for x in turned)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2)
 
+    def feed_forward(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (x,))
+
+    def pytorch_feed_forward(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return F.linear(composed_swiglu(F.linear(x, gate_up)), down)
+
+    def pytorch_norm(x: Tensor) -> Tensor:
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+
+    def timed(name: str, ours: Any, pytorch: Any, *leaves: Tensor) -> Row:
+        sides = {"ours": ours, "without": without_library(ours), "pytorch": pytorch}
+        return time_layer(name, sides, *(x.requires_grad_() for x in leaves), repeats=repeats)
+
+    x, heads = torch.randn(rows, trunk.d_model), n_heads + 2 * n_kv
+    qkv = torch.randn(batch_size, seq_len, heads, d_head)
     logits = torch.randn(chunk_rows(trunk.vocab_size, torch.device("cpu")), trunk.vocab_size)
 
     def softmax() -> Tensor:
         return exp_(log_softmax_(logits.clone(), torch.float32))
 
-    seconds = common.median_times(
-        {"ours": softmax, "theirs": plain(softmax), "copy": logits.clone}, repeats=repeats, warmup=3
-    )
-    ours, theirs = (seconds[side] - seconds["copy"] for side in ("ours", "theirs"))
-    layer = FeedForward(trunk.d_model, trunk.d_ff)
-    initialise(layer, std=0.02, seed=0)
-    names, weights = zip(*layer.named_parameters(), strict=True)
-
-    def feed_forward(x: Tensor, *weights: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (x,))
-
-    x = torch.randn(rows, trunk.d_model).requires_grad_()
-    whole = time_pair(
-        "feed-forward layer", feed_forward, plain(feed_forward), x, *weights, repeats=repeats
-    )
-    return [
-        whole,
-        pair("RMSNorm", norm, rows, trunk.d_model),
-        pair("SwiGLU", gated, rows, 2 * trunk.d_ff),
-        pair("RoPE and attention", attention, batch_size, seq_len, heads, trunk.d_head),
-        {
-            "kernel": "log-softmax and exp",
-            "shape": " x ".join(str(size) for size in logits.shape),
-            "ms": ours * 1e3,
-            "ms_pytorch": theirs * 1e3,
-            "speedup": theirs / ours,
-        },
+    found = [
+        timed("feed-forward layer", feed_forward, pytorch_feed_forward, x, *weights),
+        timed("RMSNorm", norm, pytorch_norm, torch.randn(rows, trunk.d_model)),
+        timed("SwiGLU", gated, composed_swiglu, torch.randn(rows, 2 * trunk.d_ff)),
+        timed("RoPE and attention", attention, pytorch_attention, qkv),
     ]
+    sides = {
+        "ours": softmax,
+        "without": without_library(softmax),
+        "pytorch": lambda: logits.log_softmax(-1).exp(),
+        "copy": logits.clone,
+    }
+    seconds = harness.median_times(sides, repeats=repeats, warmup=3)
+    for side in ("ours", "without"):  # which overwrite their input
+        seconds[side] -= seconds["copy"]
+    row: Row = {"kernel": "log-softmax and exp", "shape": f"{len(logits)} x {trunk.vocab_size}"}
+    for side in ("ours", "without", "pytorch"):
+        row |= {f"{side}_ms": 1e3 * seconds[side], f"over_{side}": seconds[side] / seconds["ours"]}
+    return [*found, row]
 
 
-def freed_memory(task: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
-    """A whole step with and without ``keep_freed_memory()``, the processes taking turns."""
-    runs: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-    for repeat in range(repeats):
-        for keep in (True, False):
-            common.progress(f"whole step, keep_freed_memory={keep}, {repeat + 1}/{repeats}")
-            child = {**task, "keep_freed_memory": keep}
-            runs[keep].append(common.run_child(train_step.MODULE, child))
-    ms = {keep: statistics.median(run["ms_per_step"] for run in runs[keep]) for keep in runs}
-    return [
-        {
-            "what": "kept" if keep else "given back",
-            "ms": ms[keep],
-            "speedup": ms[False] / ms[keep],
-            "peak_mb": statistics.median(run["rss_peak"] for run in runs[keep]) / 1e6,
-        }
-        for keep in runs
-    ]
+def mixture(size: str, *, repeats: int) -> Row:
+    """A mixture of experts, with and without its C++, and a dense layer of its active size.
+
+    Inputs are new every time, so that experts get other numbers of tokens, as in training. The
+    dense layer is as wide as the shared and the chosen experts together.
+    """
+    config = instantiate(harness.compose_config([f"model=deepseek_{size}"]).model, vocab_size=256)
+    experts = config.feed_forward
+    batch, seq_len = MOE_BATCHES[size]
+    active = (experts.n_shared + experts.top_k) * experts.d_expert
+    layers = {"moe": MoE(config.d_model, experts), "dense": FeedForward(config.d_model, active)}
+    layers["plain"] = layers["moe"]
+    for layer in layers.values():
+        initialise(layer, std=config.init_std, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, seq_len, config.d_model)
+    pool = [torch.randn(shape, generator=generator) for _ in range(repeats + 3)]
+    grad = torch.randn(shape, generator=generator)
+    turns = dict.fromkeys(layers, 0)
+
+    def step(name: str) -> None:
+        x = pool[turns[name] % len(pool)].requires_grad_()
+        turns[name] += 1
+        library = None if name == "plain" else native.library
+        with mock.patch.object(native, "library", library):
+            layers[name](x).backward(grad)
+        x.grad = None
+        for parameter in layers[name].parameters():
+            parameter.grad = None
+
+    steps = {name: partial(step, name) for name in layers}
+    seconds = harness.median_times(steps, repeats=repeats, warmup=3)
+    n_tokens = batch * seq_len
+    return {
+        "model": f"deepseek_{size}",
+        "experts": f"{experts.n_shared} + {experts.top_k} of {experts.n_routed}",
+        "d_expert": experts.d_expert,
+        "dense_d_ff": active,
+        "tokens": n_tokens,
+        "moe_us_per_token": 1e6 * seconds["moe"] / n_tokens,
+        "dense_us_per_token": 1e6 * seconds["dense"] / n_tokens,
+        "ratio": seconds["moe"] / seconds["dense"],
+        "times_as_fast": seconds["plain"] / seconds["moe"],
+    }
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Measures, prints the tables, writes the JSON and returns it."""
-    parser = common.parser("Measures this project's CPU kernels.", "kernels")
-    parser.add_argument("--model", default="micro", help="a size of conf/model")
-    parser.add_argument("--vocab-sizes", type=common.whole_numbers, default=[4096, 32768])
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--depth", type=int, default=2, help="of the whole step")
-    parser.add_argument("--repeats", type=int, help="default 30, with --quick 5")
-    parser.add_argument("--step-repeats", type=int, help="processes; default 3, with --quick 1")
-    common.add_cpu_time(parser)
-    options = parser.parse_args(arguments)
-    if options.cpu_time:
-        common.use_cpu_time()
-    repeats = options.repeats or (5 if options.quick else 30)
-
-    from mtp_lightning.experiment.instantiate import instantiate
-
-    cfg = common.compose_config([f"model={options.model}"])
-    trunks = [instantiate(cfg.model, vocab_size=size) for size in options.vocab_sizes]
-    common.progress("linear layers")
-    products = linears(trunks[0], options.batch_size * options.seq_len, repeats)
+@cli.command(quick={"repeats": 5}, cpu_time=True)
+def kernels(
+    model: str = "micro",
+    vocab_sizes: Sequence[int] = (4096, 32768),
+    batch_size: int = 8,
+    seq_len: int = 256,
+    repeats: int = 30,
+) -> Row:
+    """Matrix products, and the layers between them."""
+    config = harness.compose_config([f"model={model}"]).model
+    trunks = [instantiate(config, vocab_size=size) for size in vocab_sizes]
+    harness.progress("linear layers")
+    products = linears(trunks[0], batch_size * seq_len, repeats)
     for trunk in trunks[1:]:
-        # Of another vocabulary, only the head is another shape.
-        products += linears(trunk, options.batch_size * options.seq_len, repeats)[-3:]
-    common.progress("layers between them")
-    between = layers(trunks[0], options.batch_size, options.seq_len, repeats)
-    own = in_cpp(trunks[0], options.batch_size, options.seq_len, repeats)
-    task = {
-        "model": options.model,
-        "vocab_size": options.vocab_sizes[0],
-        "depth": options.depth,
-        "batch_size": options.batch_size,
-        "seq_len": options.seq_len,
-        "steps": 4 if options.quick else 12,
-    }
-    result = {
-        "benchmark": "kernels",
-        "model": options.model,
-        "batch_size": options.batch_size,
-        "seq_len": options.seq_len,
-        "repeats": repeats,
-        "onednn": uses_onednn(torch.empty(64, 64), torch.empty(64, 64)),
-        "linear": products,
-        "layers": between,
-        "native": own,
-        "freed_memory": freed_memory(task, options.step_repeats or (1 if options.quick else 3)),
-        "machine": common.machine(),
-    }
-    print_tables(result)
-    common.write_json(result, options.output)
-    return result
+        # Another vocabulary changes the shape of the head only.
+        products += linears(trunk, batch_size * seq_len, repeats)[-3:]
+    harness.progress("layers between them")
+    between = layers(trunks[0], batch_size, seq_len, repeats)
+    onednn = uses_onednn(torch.empty(64, 64), torch.empty(64, 64))
+    used = "by oneDNN" if onednn else "by PyTorch's default, as oneDNN is not used here"
+    cli.print_table(
+        f"Matrix products of model={model}, fp32: {used}, and by PyTorch's default",
+        "product: kernel; shape: shape; ms: ms .3f; PyTorch's: ms_pytorch .3f; "
+        "GFLOP/s: gflops .0f; PyTorch's: gflops_pytorch .0f; times as fast: speedup .2f",
+        products,
+    )
+    built = "C++" if native.library is not None else "no C++ is built"
+    cli.print_table(
+        f"Layers, forward and backward: {built}, without it, and by PyTorch",
+        "layer: kernel; shape: shape; ms: ours_ms .3f; without: without_ms .3f; "
+        "PyTorch's: pytorch_ms .3f; times without: over_without .2f; "
+        "times PyTorch's: over_pytorch .2f; kept for backward, MB: ours_saved_mb .1f; "
+        "without: without_saved_mb .1f; PyTorch's: pytorch_saved_mb .1f",
+        between,
+    )
+    return {"onednn": onednn, "linear": products, "layers": between}
 
 
-def print_tables(result: dict[str, Any]) -> None:
-    """Matrix products, layers, the whole step."""
-    used = "by oneDNN" if result["onednn"] else "by PyTorch's default, as oneDNN is not used here"
-    common.print_table(
-        f"Matrix products of model={result['model']}, fp32: {used}, and by PyTorch's default",
-        {
-            "product": "kernel",
-            "shape": "shape",
-            "ms": "ms|.3f",
-            "PyTorch's": "ms_pytorch|.3f",
-            "GFLOP/s": "gflops|.0f",
-            "PyTorch's ": "gflops_pytorch|.0f",
-            "times as fast": "speedup|.2f",
-        },
-        result["linear"],
-    )
-    common.print_table(
-        "Layers, forward and backward",
-        {
-            "layer": "kernel",
-            "shape": "shape",
-            "ms": "ms|.3f",
-            "PyTorch's": "ms_pytorch|.3f",
-            "times as fast": "speedup|.2f",
-            "kept for backward, MB": "saved_mb|.1f",
-            "PyTorch's, MB": "saved_mb_pytorch|.1f",
-        },
-        result["layers"],
-    )
-    common.print_table(
-        "The layers in C++, and without it, forward and backward",
-        {
-            "layer": "kernel",
-            "shape": "shape",
-            "ms": "ms|.3f",
-            "without": "ms_pytorch|.3f",
-            "times as fast": "speedup|.2f",
-            "kept for backward, MB": "saved_mb|.1f",
-            "without, MB": "saved_mb_pytorch|.1f",
-        },
-        result["native"],
-    )
-    common.print_table(
-        "Optimizer step by what happens to freed memory (keep_freed_memory)",
-        {
-            "freed memory": "what",
-            "ms": "ms|.1f",
-            "times as fast": "speedup|.2f",
-            "peak MB": "peak_mb|.0f",
-        },
-        result["freed_memory"],
-    )
+@cli.command(quick={"repeats": 5}, choices={"sizes": list(MOE_BATCHES)}, cpu_time=True)
+def moe(
+    sizes: Sequence[str] = tuple(MOE_BATCHES), threads: int | None = None, repeats: int = 25
+) -> Row:
+    """A mixture of experts against a dense layer of the same active size, and without its C++.
 
+    Args:
+        sizes: of ``deepseek_SIZE``.
+        threads: default all cores.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    rows = []
+    for size in sizes:
+        harness.progress(f"deepseek_{size}")
+        rows.append(mixture(size, repeats=repeats))
+    cli.print_table(
+        "Forward and backward of a feed-forward layer",
+        "model: model; experts: experts; tokens: tokens ,; MoE us/token: moe_us_per_token .2f; "
+        f"dense us/token: dense_us_per_token .2f; ratio (limit {LIMIT}): ratio .2f; "
+        "times as fast as without C++: times_as_fast .2f",
+        rows,
+    )
+    return {"limit": LIMIT, "rows": rows}
+
+
+main = cli.program("kernels", __doc__, kernels, moe)
 
 if __name__ == "__main__":
     keep_freed_memory()  # as the apps do

@@ -1,27 +1,28 @@
-"""What heads on a pretrained trunk bring: drafted decoding against plain, and against transformers.
+"""What heads on a pretrained trunk bring: drafted decoding, plain decoding, and transformers.
 
     python -m benchmarks.pretrained_heads runs/smollm2 [--output FILE.json] [--figure FILE.svg]
 
 Held-out prompts of three kinds, greedily and at temperature 1, one at a time. All ways take turns
-at every prompt, so that a busy neighbour hits all alike; ratios are of CPU seconds (of one thread)
-and of wall-clock. Greedy texts must be the same, token for token; transformers' too, but where two
-tokens are a tie. Acceptance and the cost of single passes say what bounds the rest.
+at every prompt; ratios are of CPU seconds (of one thread) and of wall-clock. Greedy texts must be
+the same, token for token; transformers' too, except where two tokens tie. Acceptance and the cost
+of single passes say what bounds the rest.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import cli
 from benchmarks.decode_limits import in_transformers
+from benchmarks.harness import Row
 from mtp_lightning.decoding import generate
 from mtp_lightning.decoding.measure import pass_costs, require_same_greedy
-from mtp_lightning.decoding.sequence import Generation, rates
+from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.opening import open_model
@@ -90,11 +91,11 @@ def measure(
     *,
     new_tokens: int,
     n_prompts: int,
-    depths: list[int],
-    vocabularies: list[int],
-) -> list[dict[str, Any]]:
+    depths: Sequence[int],
+    vocabularies: Sequence[int],
+) -> list[Row]:
     """A row for every kind of prompt and temperature."""
-    ways: dict[str, dict[str, Any]] = {"plain": {"speculative": False}}
+    ways: dict[str, Row] = {"plain": {"speculative": False}}
     ways |= {f"drafts_{depth}": {"draft_depth": depth} for depth in depths}
     ways |= {
         f"drafts_{depth}_of_{size}": {"draft_depth": depth, "draft_vocab": size}
@@ -102,59 +103,66 @@ def measure(
         for depth in depths
     }
     theirs = Transformers(model, tokenizer)
-    rows = []
+
+    def decode(name: str, prompt: list[int], n_new: int, seed: int, temperature: float) -> Row:
+        began, cpu_began = time.perf_counter(), time.process_time()
+        if name == "transformers":
+            ids, own = theirs(prompt, n_new, temperature), None
+        else:
+            options = {"temperature": temperature, "batch_size": 1, "seed": seed, **ways[name]}
+            (own,) = generate(model, [prompt], max_new_tokens=n_new, **options)
+            ids = own.token_ids
+        seconds = {
+            "wall": time.perf_counter() - began,
+            "cpu": time.process_time() - cpu_began,
+        }
+        return {"ids": ids, "generation": own, **seconds}
+
+    names, rows = [*ways, "transformers"], []
     for temperature in (0.0, 1.0):
         for kind, texts in PROMPTS.items():
             prompts = [prompt_ids(tokenizer, kind, text) for text in texts[:n_prompts]]
-            outputs: dict[str, list[Generation]] = {name: [] for name in ways}
-            wall = dict.fromkeys([*ways, "transformers"], 0.0)
-            cpu = dict(wall)
-            same = 0
-            options = {"temperature": temperature, "batch_size": 1, "max_new_tokens": new_tokens}
-            for own in ways.values():  # builds what is built once
-                generate(model, prompts[:1], **{**options, "max_new_tokens": 4}, **own)
-            theirs(prompts[0], 4, temperature)
+            found: dict[str, list[Row]] = {name: [] for name in names}
+            for name in names:  # builds what is built once
+                decode(name, prompts[0], 4, 0, temperature)
             for number, prompt in enumerate(prompts):
-                order = [*ways, "transformers"]
-                for name in order if number % 2 == 0 else reversed(order):
-                    began, cpu_began = time.perf_counter(), time.process_time()
-                    if name == "transformers":
-                        said = theirs(prompt, new_tokens, temperature)
-                    else:
-                        outputs[name] += generate(
-                            model, [prompt], seed=number, **options, **ways[name]
-                        )
-                    wall[name] += time.perf_counter() - began
-                    cpu[name] += time.process_time() - cpu_began
-                same += said == outputs["plain"][-1].token_ids
+                for name in names if number % 2 == 0 else reversed(names):
+                    found[name].append(decode(name, prompt, new_tokens, number, temperature))
+            said = {name: [one["generation"] for one in found[name]] for name in ways}
             if not temperature:
                 for name in list(ways)[1:]:
-                    require_same_greedy(model, prompts, outputs["plain"], outputs[name])
+                    require_same_greedy(model, prompts, said["plain"], said[name])
             tokens = new_tokens * len(prompts)
-            row: dict[str, Any] = {"kind": kind, "temperature": temperature, "tokens": tokens}
+            row: Row = {"kind": kind, "temperature": temperature, "tokens": tokens}
             if not temperature:
+                pairs = zip(found["transformers"], found["plain"], strict=True)
+                same = sum(a["ids"] == b["ids"] for a, b in pairs)
                 row["equal_to_transformers"] = f"{same} of {len(prompts)}"
-            for name in wall:
+            sums = {
+                clock: {name: sum(one[clock] for one in own) for name, own in found.items()}
+                for clock in ("wall", "cpu")
+            }
+            for name in names:
                 row[name] = {
-                    "tokens_per_cpu_second": tokens / cpu[name],
-                    "tokens_per_second": tokens / wall[name],
-                    "over_plain_cpu": cpu["plain"] / cpu[name],
-                    "over_plain": wall["plain"] / wall[name],
-                    "over_transformers_cpu": cpu["transformers"] / cpu[name],
-                    **(rates(outputs[name]) if name.startswith("drafts") else {}),
+                    "tokens_per_cpu_second": tokens / sums["cpu"][name],
+                    "tokens_per_second": tokens / sums["wall"][name],
+                    "over_plain_cpu": sums["cpu"]["plain"] / sums["cpu"][name],
+                    "over_plain": sums["wall"]["plain"] / sums["wall"][name],
+                    "over_transformers_cpu": sums["cpu"]["transformers"] / sums["cpu"][name],
+                    **(rates(said[name]) if name.startswith("drafts") else {}),
                 }
             rows.append(row)
             print(_line(row), flush=True)
     return rows
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: Row) -> str:
     drafts = [name for name in row if name.startswith("drafts")]
     parts = []
     for name in drafts:
         asked, way = name.removeprefix("drafts_").replace("_", " "), row[name]
         parts.append(
-            f"drafts {asked}: {way['tokens_per_step']:.2f} tokens a pass, "
+            f"drafts {asked}: {way['tokens_per_step']:.2f} tokens per pass, "
             f"{way['over_plain_cpu']:.2f} x plain (cpu), {way['over_plain']:.2f} (wall), "
             f"{way['over_transformers_cpu']:.2f} x transformers"
         )
@@ -163,8 +171,8 @@ def _line(row: dict[str, Any]) -> str:
     return f"{kind}: plain {plain:.1f} tokens a CPU second; " + "; ".join(parts)
 
 
-def figure(rows: list[dict[str, Any]], file: Path) -> None:
-    """Speed over plain decoding by kind of prompt, a bar a number of drafts."""
+def draw(rows: list[Row], file: Path) -> None:
+    """Speed over plain decoding by kind of prompt, a bar for each way."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -185,39 +193,46 @@ def figure(rows: list[dict[str, Any]], file: Path) -> None:
     fig.savefig(file, metadata={"Date": None})
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="a run folder, a checkpoint or a Hugging Face folder")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--prompts", type=int, default=4, help="of each kind, up to 4")
-    parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2], help="drafts a round")
-    parser.add_argument(
-        "--draft-vocab", type=int, nargs="*", default=[8192], help="drafts of so many tokens, too"
-    )
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--figure", type=Path)
-    args = parser.parse_args()
+@cli.command()
+def pretrained_heads(
+    run: str,
+    /,
+    new_tokens: int = 64,
+    prompts: int = 4,
+    drafts: Sequence[int] = (1, 2),
+    draft_vocab: Sequence[int] = (8192,),
+    figure: Path | None = None,
+) -> Row:
+    """All prompts, and the passes that a round of decoding consists of.
+
+    Args:
+        run: a run folder, a checkpoint or a Hugging Face folder.
+        new_tokens: of a prompt.
+        prompts: of each kind, up to 4.
+        drafts: a round.
+        draft_vocab: drafts of so many tokens, too.
+        figure: an SVG file of speed over plain decoding.
+    """
     torch.set_num_threads(1)
-    run = open_model(args.run)
+    opened = open_model(run)
     rows = measure(
-        run.model,
-        run.tokenizer,
-        new_tokens=args.new_tokens,
-        n_prompts=args.prompts,
-        depths=args.drafts,
-        vocabularies=args.draft_vocab,
+        opened.model,
+        opened.tokenizer,
+        new_tokens=new_tokens,
+        n_prompts=prompts,
+        depths=drafts,
+        vocabularies=draft_vocab,
     )
-    costs = pass_costs(run.model, prompt_ids(run.tokenizer, "prose", PROMPTS["prose"][0]),
-                       repeats=20)  # fmt: skip
-    found = {"rows": rows, "verify_seconds": costs.verify, "draft_seconds": costs.draft}
+    prompt = prompt_ids(opened.tokenizer, "prose", PROMPTS["prose"][0])
+    costs = pass_costs(opened.model, prompt, repeats=20)
     print("a verify pass over 1, 2, .. tokens:", [f"{1e3 * s:.1f} ms" for s in costs.verify])
     print("a draft of depth 1, 2, ..:", [f"{1e3 * s:.1f} ms" for s in costs.draft])
-    if args.output is not None:
-        args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    if args.figure is not None:
-        figure(rows, args.figure)
+    if figure is not None:
+        draw(rows, figure)
+    return {"rows": rows, "verify_seconds": costs.verify, "draft_seconds": costs.draft}
 
+
+main = cli.program("pretrained_heads", __doc__, pretrained_heads)
 
 if __name__ == "__main__":
     main()

@@ -1,11 +1,12 @@
 """Does a change of the code leave every number as it was? Trains two trees, compares the bits.
 
 Run ``python -m benchmarks.same_bits --base COMMIT``. Every configuration of :data:`CASES` is
-trained for 60 steps on a made text by one thread of this machine's CPU: once by the code of the
-commit (unpacked into a temporary folder), once by the working tree. Losses, their weights, gradient
-norms and validation results in ``metrics.csv`` have to be the same to the last bit; exit code 1
-says that something differs. Takes four minutes, half of them for the base, whose results are kept
-by commit and configuration in the cache folder (``--again`` trains it anew).
+trained for 60 steps on a generated text by one thread of this machine's CPU: once by the code of
+the commit, unpacked into a temporary folder, and once by the working tree. Losses, their weights,
+gradient norms and validation results in ``metrics.csv`` must agree to the last bit; exit code 1
+says that something differs. It takes four minutes, half of them for the base, whose results are
+kept by commit and configuration in the cache folder (``--again`` trains it again). This file
+imports no other benchmark, so that it also runs from a copy.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import random
 import shutil
 import subprocess
@@ -31,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BASE = "b4f10fd"
 STEPS = 60
 
-# What is compared; times, speeds and what is made of them differ from run to run.
+# Columns that are compared; times, speeds and what follows from them differ from run to run.
 COMPARED = ("train/", "val/", "grad/", "balance/", "moe/")
 
 COMMON = [
@@ -150,7 +152,7 @@ def train_all(tree: Path, output: Path, data: Path, cases: list[str]) -> None:
         with (partial / "log").open("w", encoding="utf-8") as log:
             try:
                 (by_command_line if "ddp" in case else in_process)(tree, case, partial, data, log)
-            except Exception:  # of whatever kind: the other cases go on, the table shows this one
+            except Exception:  # of whatever kind: the other cases are run, the table shows this one
                 traceback.print_exc(file=log)
                 continue
         partial.rename(output / case)
@@ -224,7 +226,7 @@ def run_child(tree: Path, output: Path, data: Path, cases: list[str]) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HYDRA_")}
     environment |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     task = json.dumps([str(tree), str(output), str(data), cases])
-    subprocess.run(  # -P: the files beside this one are no modules of the child
+    subprocess.run(  # -P: the child does not import the files next to this one
         [sys.executable, "-P", str(Path(__file__).resolve()), "--child", task],
         env=environment,
         cwd=tree,
@@ -254,6 +256,16 @@ def kept(commit: str, case: str, versions: str) -> Path:
     return Path(cache).expanduser() / "same_bits" / commit / key / case
 
 
+def processor() -> str:
+    """The name of the processor, as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Train, compare, print the table; the exit code."""
     parser = argparse.ArgumentParser(
@@ -277,14 +289,12 @@ def main(arguments: list[str] | None = None) -> int:
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     if named.returncode:
-        parser.error(f"--base {options.base} is no commit of this repository")
+        parser.error(f"--base {options.base} is not a commit of this repository")
     commit = named.stdout.strip()
 
     import torch  # for its version alone: both trees are trained in children
 
-    from benchmarks import common
-
-    versions = f"{torch.__version__} {common.processor()}"
+    versions = f"{torch.__version__} {processor()}"
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch)
         (data / "text.jsonl").write_text(made_text(), encoding="utf-8")
@@ -301,11 +311,10 @@ def main(arguments: list[str] | None = None) -> int:
                 shutil.copy(output / case / "metrics.csv", base[case])
         run_child(ROOT, data / "tree", data, cases)
         rows = [{"case": case, **compare(base[case], data / "tree" / case)} for case in cases]
-    common.print_table(
-        f"{STEPS} steps by {commit} and by the working tree",
-        {"case": "case", "": "verdict", "numbers": "numbers|,", "first difference": "first"},
-        rows,
-    )
+    print(f"{STEPS} steps by {commit} and by the working tree: numbers compared, first difference")
+    for row in rows:
+        numbers, first = row.get("numbers", 0), row.get("first", "")
+        print(f"  {row['case']:<30}{row['verdict']:<11}{numbers:>7,}  {first}".rstrip())
     same = sum(row["verdict"] == "identical" for row in rows)
     print(f"{same} of {len(rows)} configurations are identical to the last bit.")
     return 0 if same == len(rows) else 1

@@ -2,12 +2,11 @@
 
     python -m benchmarks.serve --checkpoint runs/mine
 
-Two servers (extra ``serve``) of one thread each, one drafting and one plain, are asked in turn, so
-that a busy spell of the machine falls on both; every client asks again as soon as it is answered.
-Texts are greedy. With ``--cpu-time`` the seconds are those that the server's process has had of the
-CPU, HTTP included: for a machine that is busy with something else. Ratios are medians over turns:
-``against_one`` of a server's tokens/s over those of one client in the same turn, ``speedup`` of
-drafting over plain.
+Two servers (extra ``serve``) of one thread each, one drafting and one plain, take turns; each
+client asks again as soon as it has its answer. Texts are greedy. With ``--cpu-time`` the seconds
+are those that the server's process has had of the CPU, HTTP included. Ratios are medians over
+turns: ``against_one`` of a server's tokens/s over those of one client in the same turn, ``speedup``
+of drafting over plain.
 """
 
 from __future__ import annotations
@@ -18,15 +17,16 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from benchmarks import common
+from benchmarks import cli, harness
+from benchmarks.harness import Row
 
 WAYS = {"speculative": "true", "plain": "false"}
 PROMPTS = (
@@ -52,7 +52,7 @@ class Served:
 @contextmanager
 def server(checkpoint: str, speculative: str, *, cpu_time: bool) -> Iterator[Served]:
     """A server for as long as it is needed."""
-    app = [sys.executable, str(common.ROOT / "serve.py"), f"checkpoint={checkpoint}", "port=0"]
+    app = [sys.executable, str(harness.ROOT / "serve.py"), f"checkpoint={checkpoint}", "port=0"]
     options = [f"speculative={speculative}", "num_threads=1", "batch_size=8"]
     with subprocess.Popen([*app, *options], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -80,7 +80,7 @@ def ask(url: str, prompt: str, tokens: int) -> tuple[str, int]:
     return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
 
 
-def load(served: Served, clients: int, *, requests: int, tokens: int) -> dict[str, Any]:
+def load(served: Served, clients: int, *, requests: int, tokens: int) -> Row:
     """What so many clients get that ask ``requests`` times each."""
     asked = [PROMPTS[i % len(PROMPTS)] for i in range(clients * requests)]
     began = served.clock()
@@ -96,10 +96,9 @@ def load(served: Served, clients: int, *, requests: int, tokens: int) -> dict[st
 
 
 def measure(
-    checkpoint: str, *, clients: list[int], turns: int, tokens: int, cpu_time: bool
-) -> dict[str, Any]:
+    checkpoint: str, *, clients: Sequence[int], turns: int, tokens: int, cpu_time: bool
+) -> Row:
     """Rows of the table, and whether the texts of both servers are the same."""
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     with ExitStack() as stack:
         servers = {
             way: stack.enter_context(server(checkpoint, speculative, cpu_time=cpu_time))
@@ -107,26 +106,23 @@ def measure(
         }
         for served in servers.values():
             load(served, max(clients), requests=1, tokens=tokens)
-        for turn in range(turns):
-            common.progress(f"turn {turn + 1} of {turns}")
-            for n in clients:
-                for way, served in servers.items():
-                    got = load(served, n, requests=8 if n == 1 else 2, tokens=tokens)
-                    found.setdefault((way, n), []).append(got)
-
-    def ratio(a: tuple[str, int], b: tuple[str, int]) -> float:
-        both = zip(found[a], found[b], strict=True)
-        return median(x["tokens_per_second"] / y["tokens_per_second"] for x, y in both)
-
+        sides = {
+            (way, n): partial(load, served, n, requests=8 if n == 1 else 2, tokens=tokens)
+            for n in clients
+            for way, served in servers.items()
+        }
+        found = harness.take_turns(sides, turns, say="requests")
+    rates = {key: [got["tokens_per_second"] for got in own] for key, own in found.items()}
     rows = [
         {
             "way": way,
             "clients": n,
-            **{k: median(g[k] for g in got) for k in ("tokens_per_second", "requests_per_second")},
-            "against_one": ratio((way, n), (way, clients[0])),
-            "speedup": ratio((way, n), ("plain", n)),
+            "tokens_per_second": median(rates[way, n]),
+            "requests_per_second": median(got["requests_per_second"] for got in own),
+            "against_one": harness.ratio(rates[way, n], rates[way, clients[0]]),
+            "speedup": harness.ratio(rates[way, n], rates["plain", n]),
         }
-        for (way, n), got in found.items()
+        for (way, n), own in found.items()
     ]
     same = all(
         a["texts"] == b["texts"]
@@ -136,36 +132,31 @@ def measure(
     return {"rows": rows, "same_texts": same}
 
 
-def main() -> None:
-    """The command."""
-    parser = common.parser("The server's speed by the number of clients.", "serve")
-    parser.add_argument("--checkpoint", required=True, help="as serve.py takes it")
-    parser.add_argument("--clients", type=common.whole_numbers, default=[1, 4, 8])
-    parser.add_argument("--tokens", type=int, default=64, help="of every text")
-    common.add_cpu_time(parser)
-    given = parser.parse_args()
-    turns = 1 if given.quick else 5
-    result = measure(
-        given.checkpoint,
-        clients=given.clients,
-        turns=turns,
-        tokens=given.tokens,
-        cpu_time=given.cpu_time,
-    )
-    common.print_table(
-        f"texts of {given.tokens} tokens, {'CPU' if given.cpu_time else 'wall'} seconds",
-        {
-            "server": "way",
-            "clients": "clients",
-            "tokens/s": "tokens_per_second|.0f",
-            "requests/s": "requests_per_second|.2f",
-            "against one client": "against_one|.2f",
-            "against plain": "speedup|.2f",
-        },
+@cli.command(quick={"turns": 1}, cpu_time=True)
+def serve(
+    *, checkpoint: str, clients: Sequence[int] = (1, 4, 8), tokens: int = 64, turns: int = 5
+) -> Row:
+    """The server's speed by the number of clients.
+
+    Args:
+        checkpoint: as serve.py takes it.
+        clients: that ask at once.
+        tokens: of every text.
+    """
+    cpu = harness.counts_cpu_time()
+    result = measure(checkpoint, clients=clients, turns=turns, tokens=tokens, cpu_time=cpu)
+    cli.print_table(
+        f"Texts of {tokens} tokens, {'CPU' if cpu else 'wall'} seconds",
+        "server: way; clients: clients; tokens/s: tokens_per_second .0f; "
+        "requests/s: requests_per_second .2f; against one client: against_one .2f; "
+        "against plain: speedup .2f",
         result["rows"],
     )
     print(f"texts of both servers are the same: {result['same_texts']}")
-    common.write_json({**result, "machine": common.machine()}, given.output)
+    return result
+
+
+main = cli.program("serve", __doc__, serve)
 
 
 if __name__ == "__main__":

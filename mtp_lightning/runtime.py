@@ -25,7 +25,7 @@ def keep_freed_memory() -> bool:
 
     By default glibc gives every large block back to the system, and each step pays for having
     all its activations mapped and zeroed page by page again: up to a third of a step on a CPU
-    (``python -m benchmarks.kernels``). Returns whether it applied (Linux with glibc).
+    (``python -m benchmarks.train_step memory``). Returns whether it applied (Linux with glibc).
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -53,7 +53,7 @@ def set_threads(n: int | None, *, processes: int = 1) -> None:
 
     One thread for every core waits, spinning, for each of them: one neighbour that takes a core
     costs most of a run's speed. With a core left free it costs next to nothing
-    (``python -m benchmarks.threads``).
+    (``python -m benchmarks.runs threads``).
 
     Args:
         n: threads; None for all cores but one, or what OMP_NUM_THREADS says.

@@ -78,10 +78,10 @@ class DeviceQueue:
         n_jobs: most jobs at once; by default one per GPU, or on a CPU as many as there are cores
             for. More jobs share the cores, which slows all of them down.
         threads: threads of each process. The default on a CPU is one, which has the best throughput
-            alone and next to other jobs (``python -m benchmarks.threads``). ``auto`` divides the
-            cores among the jobs at once (by default one) and their processes, and is the default
-            with GPUs, where each process has its GPU's share. A job has the same threads, and so
-            the same bits, however many jobs there are or are left.
+            alone and next to other jobs (``python -m benchmarks.runs threads``). ``auto`` divides
+            the cores among the jobs at once (by default one) and their processes, and is the
+            default with GPUs, where each process has its GPU's share. A job has the same threads,
+            and so the same bits, however many jobs there are or are left.
         host: name of this machine, if there are several.
 
     Raises:

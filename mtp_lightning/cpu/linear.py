@@ -3,7 +3,8 @@
 PyTorch sends fp32 matrix products on a CPU to MKL, which on AMD processors stays with AVX2 code.
 oneDNN, inside the same PyTorch, has AVX-512 code for every vendor: on an EPYC with AVX-512 it is
 about twice as fast (``python -m benchmarks.kernels``). Both compute in fp32; with
-``trainer.precision=bf16-mixed`` the products are bf16 (``python -m benchmarks.precision``).
+``trainer.precision=bf16-mixed`` the products are bf16
+(``python -m benchmarks.train_step precision``).
 """
 
 from __future__ import annotations

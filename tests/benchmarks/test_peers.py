@@ -7,20 +7,11 @@ import pytest
 from benchmarks import peers
 
 
-class Timed:
-    """A side whose steps take given seconds."""
-
-    def __init__(self, name: str, seconds: list[float]) -> None:
-        self.name, self.first, self.seconds = name, {"loss": 1.0, "parameters": 2}, seconds
-
-    def turn(self, steps: int) -> dict[str, float]:
-        return {"seconds": self.seconds.pop(0), "rss_peak": 3e6}
-
-
 def test_ratio_to_the_best_of_the_others() -> None:
     times = {"ours": [9.0, 1.0, 2.0], "transformers": [4.0, 5.0, 9.0], "litgpt": [3.0, 3.0, 0.1]}
-    sides = [Timed(name, seconds) for name, seconds in times.items()]
-    row = peers.measure(sides, turns=3, steps=1)  # type: ignore[arg-type]
+    answers = {n: [{"seconds": x, "rss_peak": 3e6} for x in own] for n, own in times.items()}
+    firsts = dict.fromkeys(times, {"loss": 1.0, "parameters": 2})
+    row = peers.combine(firsts, answers)
     assert (row["ours_ms"], row["transformers_ms"], row["litgpt_ms"]) == (2000, 5000, 3000)
     assert row["times_the_best"] == 1.5
     assert row["ours_tokens_per_second"] == pytest.approx(8 * 256 / 2)

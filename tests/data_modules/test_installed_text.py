@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_modules.sources import LiteratureSource, PackagesSource, manifests
+from data_modules.corpora import manifests
+from data_modules.sources import LiteratureSource, PackagesSource
 from data_modules.splitting import DocumentSplit
 from data_modules.store_builder import prepare_store
 from data_modules.tokenizers.byte import ByteTokenizer

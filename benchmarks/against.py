@@ -1,0 +1,197 @@
+"""Is the working tree as fast and as small as a commit?
+
+    python -m benchmarks.against --base COMMIT
+
+Optimizer steps, decoding and start-up by the commit's code and by the working tree's. Each side has
+one process of one thread, and the two take turns. The table has CPU seconds, peak memory, and the
+ratio of the working tree to the base: its median over the turns, the lowest and the highest.
+``same`` says whether both sides computed the same, losses to the last bit or decoded ids. Weights
+and prompts are random. A commit from before ``benchmarks/workloads.py`` is measured by the oldest
+version of that file. The built base is kept in the cache folder (``trees/``).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+from benchmarks import cli, harness
+from benchmarks.harness import ROOT, Row
+from benchmarks.same_bits import unpack
+
+VOCAB_SIZES = (4096, 32768)
+STEPS: dict[str, Row] = {
+    "pico": {"mtp": "parallel", "depth": 3, "batch_size": 64, "seq_len": 24, "steps": 4},
+    "nano": {"depth": 2, "batch_size": 4, "seq_len": 256, "steps": 2},
+    "micro": {"depth": 2, "batch_size": 4, "seq_len": 256, "steps": 1},
+}
+_MAIN_JOB: Row = {"vocab_size": 1024, "depth": 2, "prompt_tokens": 32, "new_tokens": 128}
+_SMOLLM2: Row = {"vocab_size": 49152, "depth": 0, "prompt_tokens": 32, "new_tokens": 16, "batch": 1}
+_SMOLLM2_SHAPE = {"d_model": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "d_ff": 1536}
+COMMANDS = {
+    "import mtp_lightning": ["-c", "import mtp_lightning"],
+    "train.py --help": ["train.py", "--help"],
+    "train.py debug=fast": ["train.py", "debug=fast", "trainer.accelerator=cpu"],
+}
+# What a worker in the base's tree needs of this folder.
+_WORKER_FILES = ("cli.py", "harness.py", "overhead.py", "workloads.py")
+
+Turn = Callable[[], Row]
+
+
+def workloads() -> dict[str, tuple[str, Row]]:
+    """Name of a row -> the measurement, by name, and its task."""
+    found: dict[str, tuple[str, Row]] = {}
+    for model, shape in STEPS.items():
+        for size in VOCAB_SIZES:
+            task = {"model": model, "vocab_size": size, **shape}
+            found[f"step of {model}, V = {size:,}"] = "benchmarks.workloads:training", task
+    for batch in (1, 8):
+        for drafts in (False, True):
+            name = f"main job, batch {batch}, {'drafts' if drafts else 'plain'}"
+            task = {**_MAIN_JOB, "batch": batch, "drafts": drafts, "precision": "fp32"}
+            found[name] = "benchmarks.workloads:decoding", {**task, "overrides": []}
+    overrides = ["mtp=none", *(f"model.{key}={value}" for key, value in _SMOLLM2_SHAPE.items())]
+    for precision in ("fp32", "bf16", "int8"):
+        task = {**_SMOLLM2, "overrides": overrides, "drafts": False, "precision": precision}
+        found[f"SmolLM2's shape, {precision}"] = "benchmarks.workloads:decoding", task
+    return found
+
+
+def compare(sides: Mapping[str, Turn], turns: int, *, name: str) -> Row:
+    """One row: the medians of both sides, and the ratios of their turns."""
+    answers = harness.take_turns(sides, turns, say=name)
+    row: Row = {"name": name}
+    for side, own in answers.items():
+        row[f"{side}_ms"] = 1e3 * statistics.median(answer["seconds"] for answer in own)
+        row[f"{side}_mb"] = max(answer["rss"] for answer in own) / 1e6
+    pairs = list(zip(answers["base"], answers["tree"], strict=True))
+    ratios = [tree["seconds"] / base["seconds"] for base, tree in pairs]
+    row |= {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+    row["memory"] = row["tree_mb"] / row["base_mb"]
+    row["ratios"] = ratios
+    if "result" in pairs[0][0]:
+        same = all(base["result"] == tree["result"] for base, tree in pairs)
+        row["same"] = "yes" if same else "NO"
+    return row
+
+
+@contextmanager
+def workers(trees: Mapping[str, Path], measurement: str, task: Row) -> Iterator[dict[str, Turn]]:
+    """A process in each tree."""
+    with ExitStack() as stack:
+        sides = {
+            side: stack.enter_context(harness.Worker(measurement, task, tree=tree))
+            for side, tree in trees.items()
+        }
+        yield {side: worker.turn for side, worker in sides.items()}
+
+
+def program(tree: Path, words: list[str], cache: Path) -> Row:
+    """CPU seconds and peak memory of a Python program of ``tree``, from its start to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = [f"run_dir={folder}/run", f"paths.cache_dir={cache}"]
+        own = places if "debug=fast" in words else []
+        return harness.usage_of([sys.executable, *words, *own], tree=tree)
+
+
+def commit_of(base: str) -> str:
+    """The full name of a commit.
+
+    Raises:
+        RuntimeError: there is none of this name.
+    """
+    words = ["git", "rev-parse", "--verify", f"{base}^{{commit}}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"--base {base} is not a commit of this repository.")
+    return done.stdout.strip()
+
+
+def built_tree(commit: str) -> Path:
+    """The files of a commit with their C++ built, kept in the cache folder."""
+    versions = (
+        f"py{sys.version_info[0]}.{sys.version_info[1]}-torch{importlib.metadata.version('torch')}"
+    )
+    cache = Path(os.environ.get("MTP_LIGHTNING_CACHE") or "~/.cache/mtp-lightning").expanduser()
+    tree = cache / "trees" / f"{commit[:12]}-{versions}"
+    if not tree.is_dir():
+        harness.progress(f"building the C++ of {commit[:12]}")
+        tree.parent.mkdir(parents=True, exist_ok=True)
+        partial_tree = Path(tempfile.mkdtemp(dir=tree.parent))
+        try:
+            give_worker_files(unpack(commit, partial_tree))
+            partial_tree.rename(tree)
+        except BaseException:
+            shutil.rmtree(partial_tree)
+            raise
+    return tree
+
+
+def give_worker_files(tree: Path) -> None:
+    """Add the oldest version of ``benchmarks/workloads.py`` to a tree from before it."""
+    if (tree / "benchmarks" / "workloads.py").is_file():
+        return
+    words = ["git", "log", "--diff-filter=A", "--format=%H", "--", "benchmarks/workloads.py"]
+    added = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    first = added.split()[-1]
+    for name in _WORKER_FILES:
+        show = ["git", "show", f"{first}:benchmarks/{name}"]
+        text = subprocess.run(show, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        (tree / "benchmarks" / name).write_text(text, encoding="utf-8")
+
+
+@cli.command(quick={"turns": 2})
+def against(base: str, turns: int = 9, only: Sequence[str] = ("",)) -> Row:
+    """Optimizer steps, decoding and start-up.
+
+    Args:
+        base: a commit.
+        only: rows whose names contain one of these; default all.
+    """
+    harness.use_cpu_time()
+    commit = commit_of(base)
+    trees = {"base": built_tree(commit), "tree": ROOT}
+    rows = []
+
+    def wanted(name: str) -> bool:
+        return any(part in name for part in only)
+
+    for name, (measurement, task) in workloads().items():
+        if wanted(name):
+            with workers(trees, measurement, task) as sides:
+                rows.append(compare(sides, turns, name=name))
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, words in COMMANDS.items():
+            if wanted(name):
+                sides = {
+                    side: partial(program, tree, words, Path(scratch) / side)
+                    for side, tree in trees.items()
+                }
+                for first in sides.values():
+                    first()  # compiles Python's files and fills the caches
+                rows.append(compare(sides, turns, name=name))
+    cli.print_table(
+        f"CPU time of one thread: {commit[:12]} and the working tree, in turns",
+        "what: name; base, ms: base_ms ,.2f; tree, ms: tree_ms ,.2f; tree/base: ratio .3f; "
+        "lowest: low .3f; highest: high .3f; base, MB: base_mb ,.0f; tree, MB: tree_mb ,.0f; "
+        "tree/base: memory .3f; same: same",
+        rows,
+    )
+    return {"commit": commit, "rows": rows}
+
+
+main = cli.program("against", __doc__, against)
+
+
+if __name__ == "__main__":
+    main()

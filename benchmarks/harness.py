@@ -1,0 +1,372 @@
+"""What benchmarks share; each of them says only what is compared and what is measured.
+
+A measurement is a generator: it sets up, yields facts about itself, and then yields one answer for
+each turn. It runs in this process or, as a :class:`Worker`, in a process of its own, which may use
+another Python or the code of another commit. Sides of a comparison take turns, so that a busy spell
+of the machine falls on all of them: ratios of one run are worth more than its seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+ROOT = Path(__file__).resolve().parents[1]
+Row = dict[str, Any]
+Side = TypeVar("Side")
+
+# Set, also for workers, where CPU seconds are counted.
+_CPU_TIME = "MTP_LIGHTNING_BENCHMARK_CPU_TIME"
+# A worker's answers are the lines of stdout that begin with this.
+_ANSWER = "benchmark-result: "
+
+
+def use_cpu_time() -> None:
+    """Count CPU seconds of one thread, in this process and its workers, instead of wall time.
+
+    Waiting for a core then costs nothing; shared caches and memory bandwidth still do.
+    """
+    os.environ[_CPU_TIME] = os.environ["OMP_NUM_THREADS"] = "1"
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def counts_cpu_time() -> bool:
+    """Whether :func:`clock` counts CPU seconds."""
+    return bool(os.environ.get(_CPU_TIME))
+
+
+def clock() -> float:
+    """Seconds since an arbitrary moment: wall time, or CPU time with ``--cpu-time``."""
+    return time.process_time() if counts_cpu_time() else time.perf_counter()
+
+
+def synchronize() -> None:
+    """Wait for a GPU, if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def take_turns(
+    sides: Mapping[Side, Callable[[], Any]], turns: int, *, say: str = ""
+) -> dict[Side, list[Any]]:
+    """Every side's answers, one a turn; every second turn runs the sides in reverse order.
+
+    Args:
+        sides: name -> one turn.
+        turns: of every side.
+        say: what is measured, for a line of progress each turn; empty for none.
+    """
+    answers: dict[Side, list[Any]] = {name: [] for name in sides}
+    order = list(sides)
+    for turn in range(turns):
+        if say:
+            progress(f"{say}: turn {turn + 1} of {turns}")
+        for name in order:
+            answers[name].append(sides[name]())
+        order.reverse()
+    return answers
+
+
+def seconds_of(function: Callable[[], Any]) -> float:
+    """What one call takes."""
+    began = clock()
+    function()
+    synchronize()
+    return clock() - began
+
+
+def median_times(
+    functions: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1
+) -> dict[str, float]:
+    """Median seconds of every function; they take turns, the first ``warmup`` uncounted."""
+    timed = {name: partial(seconds_of, function) for name, function in functions.items()}
+    times = take_turns(timed, warmup + repeats)
+    return {name: statistics.median(values[warmup:]) for name, values in times.items()}
+
+
+def medians(answers: Sequence[Row]) -> Row:
+    """The median of every number of several answers with the same keys."""
+    return {key: statistics.median(answer[key] for answer in answers) for key in answers[0]}
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Median over turns of one side's number over another's."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+Measurement = Callable[[Row], Iterator[Row]]
+
+
+class Worker:
+    """A measurement in a process of its own.
+
+    Args:
+        measurement: a function of a module that can be imported, or ``MODULE:FUNCTION``.
+        task: what it is called with.
+        tree: the checkout whose code runs.
+        python: the interpreter.
+        environment: variables besides this process's.
+
+    Attributes:
+        first: what the measurement yielded before its first turn.
+
+    Raises:
+        RuntimeError: the process failed; the message ends with what it wrote to stderr.
+    """
+
+    def __init__(
+        self,
+        measurement: Measurement | str,
+        task: Row,
+        *,
+        tree: Path = ROOT,
+        python: str = sys.executable,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        name = measurement if isinstance(measurement, str) else _name_of(measurement)
+        self._command = [python, "-m", "benchmarks.harness", name, json.dumps(task)]
+        # The file is read after the process has failed.
+        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            self._command,
+            cwd=tree,
+            env={**os.environ, "PYTHONPATH": str(tree), **(environment or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+        )
+        try:
+            self.first = self._answer()
+        except BaseException:
+            self.end()
+            raise
+
+    def turn(self) -> Row:
+        """The measurement's next answer."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # its end is reported by what follows
+            print(file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> Row:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(_ANSWER):
+                answer: Row = json.loads(line.removeprefix(_ANSWER))
+                return answer
+        self._process.wait()
+        self._stderr.seek(0)
+        said = self._stderr.read()[-4000:]
+        raise RuntimeError(f"{' '.join(self._command)} failed:\n{said}")
+
+    def end(self) -> None:
+        """Let the process end, and wait for it."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._stderr.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
+
+def _name_of(measurement: Measurement) -> str:
+    module = measurement.__module__
+    if module == "__main__":
+        spec = sys.modules["__main__"].__spec__
+        assert spec is not None, "benchmarks are started with python -m"
+        module = spec.name
+    return f"{module}:{measurement.__name__}"
+
+
+def measure_once(measurement: Measurement, task: Row, **options: Any) -> Row:
+    """The facts and the first answer of a measurement in a process of its own."""
+    with Worker(measurement, task, **options) as worker:
+        return worker.first | worker.turn()
+
+
+def measure_here(measurement: Measurement, task: Row) -> Row:
+    """The same in this process, whose memory is then not the measurement's own."""
+    answers = measurement(task)
+    return next(answers) | next(answers)
+
+
+def measure_rows(
+    measurement: Measurement, tasks: Sequence[Row], *, repeats: int, together: bool = False
+) -> list[list[Row]]:
+    """What every task's processes measured: ``repeats`` of them, the tasks taking turns.
+
+    Args:
+        measurement: of every task.
+        tasks: each with a ``name``.
+        repeats: processes a task.
+        together: measure in this process instead, where starting one takes long.
+    """
+    measure = measure_here if together else measure_once
+    runs: list[list[Row]] = [[] for _ in tasks]
+    for repeat in range(repeats):
+        for task, done in zip(tasks, runs, strict=True):
+            progress(f"{repeat + 1} of {repeats}: {task['name']}")
+            done.append(measure(measurement, task))
+    return runs
+
+
+def usage_of(
+    command: Sequence[str], *, tree: Path = ROOT, environment: Mapping[str, str] | None = None
+) -> Row:
+    """CPU ``seconds`` and peak memory (``rss``) of a program, from its start to its end.
+
+    Raises:
+        RuntimeError: it failed; the message ends with what it wrote.
+    """
+    own = {**os.environ, "PYTHONPATH": str(tree), **(environment or {})}
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        process = subprocess.Popen(command, cwd=tree, env=own, stdout=said, stderr=said)
+        # Of this process alone, with all that it waited for.
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if status:
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(command)} failed:\n{said.read()[-4000:]}")
+    factor = 1 if sys.platform == "darwin" else 1024
+    return {"seconds": usage.ru_utime + usage.ru_stime, "rss": usage.ru_maxrss * factor}
+
+
+def _serve(name: str, task: str) -> None:
+    """A worker's side: one answer for every line of stdin, after a first one."""
+    module, _, function = name.partition(":")
+    answers = getattr(importlib.import_module(module), function)(json.loads(task))
+    while True:
+        print(_ANSWER + json.dumps(next(answers)), flush=True)
+        if not sys.stdin.readline():
+            return
+
+
+def compose_config(overrides: Sequence[str]) -> Any:
+    """The config of ``train.py`` with these overrides."""
+    from mtp_lightning.experiment.command_line import compose_config
+
+    return compose_config("config", overrides)
+
+
+def peak_rss() -> int:
+    """The largest resident memory that this process has had, in bytes.
+
+    Linux gives ``ru_maxrss`` of a parent to its children, even across exec; ``VmHWM`` belongs to
+    the process alone.
+    """
+    value = _proc_status("VmHWM")
+    if value is not None:
+        return value
+    import resource
+
+    factor = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor
+
+
+def current_rss() -> int:
+    """The resident memory of this process now, in bytes; where unknown, the peak."""
+    value = _proc_status("VmRSS")
+    return peak_rss() if value is None else value
+
+
+def private_rss() -> int:
+    """The resident memory that belongs to no file, in bytes (Linux)."""
+    value = _proc_status("RssAnon")
+    if value is None:
+        raise OSError("/proc/self/status does not give RssAnon here")
+    return value
+
+
+def _proc_status(key: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line for line in lines if line.startswith(f"{key}:")]
+    return int(found[0].split()[1]) * 1024 if found else None
+
+
+class SavedTensors:
+    """Counts the bytes that autograd holds for backward passes, every storage once.
+
+    Args:
+        excluded: tensors that exist anyway, such as parameters.
+
+    Attributes:
+        peak: the most that was held at once, in bytes.
+    """
+
+    def __init__(self, excluded: Iterable[Any] = ()) -> None:
+        self._excluded = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+        self._held: dict[int, tuple[int, int]] = {}  # address -> (holders, bytes)
+        self._now = self.peak = 0
+
+    def hold(self, address: int, n_bytes: int) -> None:
+        holders, _ = self._held.get(address, (0, 0))
+        self._held[address] = (holders + 1, n_bytes)
+        if not holders:
+            self._now += n_bytes
+            self.peak = max(self.peak, self._now)
+
+    def drop(self, address: int) -> None:
+        holders, n_bytes = self._held.pop(address)
+        if holders > 1:
+            self._held[address] = (holders - 1, n_bytes)
+        else:
+            self._now -= n_bytes
+
+    def _pack(self, tensor: Any) -> Any:
+        excluded = tensor.untyped_storage().data_ptr() in self._excluded
+        return tensor if excluded else _Saved(tensor, self)
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[SavedTensors]:
+        """Count what forward passes inside the block save, until their backward passes free it."""
+        import torch
+
+        def unpack(saved: Any) -> Any:
+            return saved.tensor if isinstance(saved, _Saved) else saved
+
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, unpack):
+            yield self
+
+
+class _Saved:
+    def __init__(self, tensor: Any, counter: SavedTensors) -> None:
+        # While the tensor is held, no other storage can have its address.
+        self.tensor, self.counter = tensor, counter
+        self.address = tensor.untyped_storage().data_ptr()
+        counter.hold(self.address, tensor.untyped_storage().nbytes())
+
+    def __del__(self) -> None:
+        self.counter.drop(self.address)
+
+
+def progress(text: str) -> None:
+    """Say on stderr what is being measured: a benchmark can take minutes."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])

@@ -1,0 +1,194 @@
+"""The work that is timed, built from the checkout that this file is in.
+
+``benchmarks.against`` runs :func:`training` and :func:`decoding` by the code of two commits, each
+by this file as that commit has it, so their tasks and answers keep their meaning from one commit to
+the next. Imports of the product belong here rather than there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from benchmarks.harness import Row
+
+WARMUP_STEPS = 2
+
+# The main job's model, the tables' models, and a task's (star_graph).
+MODELS: dict[str, Row] = {
+    "nano": {"vocab_size": 1024, "depth": 2, "batch_size": 4, "seq_len": 256},
+    "micro": {"vocab_size": 4096, "depth": 2, "batch_size": 8, "seq_len": 256},
+    "tiny": {"vocab_size": 4096, "depth": 2, "batch_size": 4, "seq_len": 256},
+    "pico": {"vocab_size": 64, "depth": 3, "batch_size": 64, "seq_len": 24, "mtp": "parallel"},
+    "deepseek_nano": {"vocab_size": 1024, "depth": 1, "batch_size": 4, "seq_len": 256},
+    "deepseek_micro": {"vocab_size": 4096, "depth": 1, "batch_size": 4, "seq_len": 256},
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """An optimizer step as a run takes it, without Lightning, callbacks and logging.
+
+    Attributes:
+        step: takes one; the loss.
+        forward: the step's forward pass alone: bytes of the gradients of hidden states, which the
+            loss makes in its forward pass, and the loss.
+        model: that is trained.
+        optimizer: that the step calls.
+        flops_per_token: attention in full, without a causal discount.
+        rss_imported: memory of the process after all imports, before the model.
+    """
+
+    step: Callable[[], torch.Tensor]
+    forward: Callable[[], tuple[int, torch.Tensor]]
+    model: Any
+    optimizer: torch.optim.Optimizer
+    flops_per_token: float
+    rss_imported: int
+
+
+def build_step(task: Row) -> Training:
+    """The step of ``model``, ``depth``, ``vocab_size``, ``batch_size`` and ``seq_len``.
+
+    Optional keys: ``mtp`` (default ``sequential``), ``overrides`` of the config, ``device``.
+    """
+    from data_modules.windows import WindowBatch
+    from mtp_lightning.experiment.build import build_model_config, build_objective
+    from mtp_lightning.experiment.instantiate import instantiate
+    from mtp_lightning.model import MTPModel
+    from mtp_lightning.objective.balance.base import NoBalance
+    from mtp_lightning.objective.schedule.base import Progress
+    from mtp_lightning.objective.step import OptimizerStep
+
+    depth, device = task["depth"], task.get("device", "cpu")
+    cfg = harness.compose_config(
+        [
+            f"model={task['model']}",
+            f"mtp={task.get('mtp', 'sequential')}",
+            f"mtp.depth={depth}",
+            f"data.seq_len={task['seq_len']}",
+            f"data.batch_size={task['batch_size']}",
+            "lambda_schedule=constant",
+            *task.get("overrides", []),
+        ]
+    )
+    rss_imported = harness.current_rss()
+    model = MTPModel(build_model_config(cfg, task["vocab_size"]))
+    model.initialise(cfg.seed)
+    model.to(device)
+    optimizer = instantiate(cfg.optimizer).build(model)
+    one_step = OptimizerStep(
+        model,
+        schedule=instantiate(cfg.lambda_schedule),
+        balance=NoBalance(depth),
+        objective=build_objective(cfg),
+        seed=cfg.seed,
+        clip_norm=cfg.trainer.gradient_clip_val,
+    )
+    progress = Progress(step=0, max_steps=cfg.trainer.max_steps)
+    mtp = model.config.mtp
+    extra = max(mtp.places_ahead - depth - 1, 0)
+    width = task["seq_len"] + mtp.stride * depth + 1 + extra
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(task["vocab_size"], (task["batch_size"], width), generator=generator)
+    batch = WindowBatch(tokens, depth, stride=mtp.stride, extra=extra).to(device)
+
+    def step() -> torch.Tensor:
+        return one_step(batch, progress, optimizer).loss
+
+    def forward() -> tuple[int, torch.Tensor]:
+        plan = one_step.plan(batch, progress)
+        loss, _, _ = one_step.loss(plan, *plan.micro_batches[0])
+        d_model, element = model.config.trunk.d_model, next(model.parameters()).element_size()
+        return sum(plan.counts.valid) * d_model * element, loss
+
+    flops = one_step.flops_per_token(task["seq_len"])
+    return Training(step, forward, model, optimizer, flops, rss_imported)
+
+
+def training(task: Row) -> Iterator[Row]:
+    """Some optimizer steps a turn: seconds of one, peak memory in bytes, the last loss.
+
+    Args:
+        task: :func:`build_step`'s; a turn takes ``steps`` (default 1), and lasts at least
+            ``seconds`` (default 0); ``autocast`` computes products in bf16.
+    """
+    prepare_process()
+    built = build_step(task)
+    step = built.step
+    if task.get("autocast"):  # as Lightning's plugin has it, around forward and backward
+        step = torch.autocast(task.get("device", "cpu"), torch.bfloat16)(step)
+    losses = [float(step()) for _ in range(WARMUP_STEPS)]
+    yield {"result": losses, "parameters": built.model.config.num_params()}
+    while True:
+        done, began = 0, harness.clock()
+        while done < task.get("steps", 1) or harness.clock() - began < task.get("seconds", 0):
+            loss = step()
+            done += 1
+        harness.synchronize()
+        seconds = (harness.clock() - began) / done
+        yield {"seconds": seconds, "rss": harness.peak_rss(), "result": float(loss)}
+
+
+def decoding(task: Row) -> Iterator[Row]:
+    """A greedy decoding of all prompts a turn: seconds of a token, memory, a hash of the ids.
+
+    Args:
+        task: ``overrides`` of the model's config, ``vocab_size``, ``depth``, ``precision``,
+            ``batch``, ``prompt_tokens``, ``new_tokens`` and ``drafts``: whether it drafts.
+    """
+    from mtp_lightning.decoding import generate
+    from mtp_lightning.decoding.precision import use_precision
+    from mtp_lightning.experiment.build import build_model_config
+    from mtp_lightning.model import MTPModel
+
+    prepare_process()
+    cfg = harness.compose_config([*task["overrides"], f"mtp.depth={task['depth']}"])
+    model = MTPModel(build_model_config(cfg, task["vocab_size"]))
+    model.initialise(0)
+    model.eval()
+    use_precision(model, task["precision"])
+    generator = torch.Generator().manual_seed(0)
+    shape = (task["batch"], task["prompt_tokens"])
+    prompts = torch.randint(task["vocab_size"], shape, generator=generator).tolist()
+
+    def decode() -> Row:
+        began = harness.clock()
+        found = generate(
+            model, prompts, max_new_tokens=task["new_tokens"], speculative=task["drafts"]
+        )
+        seconds = harness.clock() - began
+        said = json.dumps([generation.token_ids for generation in found])
+        return {
+            "seconds": seconds / (task["batch"] * task["new_tokens"]),
+            "rss": harness.peak_rss(),
+            "result": hashlib.sha256(said.encode()).hexdigest(),
+        }
+
+    yield {"result": decode()["result"]}
+    while True:
+        yield decode()
+
+
+def fastest_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b.T`` by the fastest kernel of this machine: oneDNN's where that beats MKL's."""
+    from mtp_lightning.nn.ops import matmul_transposed
+
+    return matmul_transposed(a, b)
+
+
+def prepare_process() -> None:
+    """Keep freed memory, as the apps do, and see to it that this checkout's code is measured."""
+    import mtp_lightning
+    from mtp_lightning.runtime import keep_freed_memory
+
+    if not Path(found := mtp_lightning.__file__ or "").is_relative_to(harness.ROOT):
+        raise RuntimeError(f"{found} was imported, which is not of {harness.ROOT}")
+    keep_freed_memory()

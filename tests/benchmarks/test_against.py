@@ -1,0 +1,65 @@
+"""The comparison with a commit: ratios of turns, and both sides by the code of their own tree."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import against, harness
+
+
+def side(seconds: list[float], rss: float, result: str) -> Callable[[], dict[str, Any]]:
+    answers = iter([{"seconds": s, "rss": rss, "result": result} for s in seconds])
+    return lambda: next(answers)
+
+
+def test_ratios_are_those_of_turns() -> None:
+    base = side([1.0, 2.0, 4.0], 50e6, "a")
+    row = against.compare({"base": base, "tree": side([1.1, 1.0, 5.0], 100e6, "a")}, 3, name="x")
+    assert (row["base_ms"], row["tree_ms"]) == (2000, 1100)
+    assert (row["ratio"], row["low"], row["high"]) == (1.1, 0.5, 1.25)
+    assert (row["base_mb"], row["tree_mb"], row["memory"]) == (50, 100, 2)
+    assert row["same"] == "yes"
+    other = {"base": side([1.0], 1e6, "a"), "tree": side([1.0], 1e6, "b")}
+    assert against.compare(other, 1, name="x")["same"] == "NO"
+
+
+def test_rows_have_names_of_their_own() -> None:
+    tasks = against.workloads()
+    assert len(tasks) == 6 + 4 + 3
+    assert {task["precision"] for name, (_, task) in tasks.items() if "SmolLM2" in name} == {
+        *("fp32", "bf16", "int8")
+    }
+
+
+def test_an_unknown_commit_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="--base no-such is not a commit"):
+        against.commit_of("no-such")
+
+
+@pytest.mark.slow
+def test_a_tree_from_before_gets_the_files_of_workers(tmp_path: Path) -> None:
+    """It then measures its own code: what is not there cannot be imported."""
+    words = ["git", "archive", "--format=tar", "ed24bd7", "mtp_lightning", "benchmarks", "conf"]
+    words += ["data_modules", "sweeps", "hydra_plugins"]
+    found = subprocess.run(words, cwd=harness.ROOT, capture_output=True)
+    if found.returncode:
+        pytest.skip("this clone does not have the commit")
+    subprocess.run(["tar", "-x", "-C", str(tmp_path)], input=found.stdout, check=True)
+    against.give_worker_files(tmp_path)
+    task = {"model": "pico", "vocab_size": 50, "depth": 1, "batch_size": 1, "seq_len": 8}
+    with harness.Worker("benchmarks.workloads:training", task, tree=tmp_path) as worker:
+        assert worker.first["parameters"] > 0
+        assert worker.turn()["seconds"] > 0
+    task = {"vocab_size": 60, "depth": 2, "precision": "fp32", "batch": 2, "drafts": True}
+    task |= {"prompt_tokens": 3, "new_tokens": 5, "overrides": []}
+    with harness.Worker("benchmarks.workloads:decoding", task, tree=tmp_path) as worker:
+        assert worker.turn()["result"] == worker.first["result"]
+    for name in ("mtp_lightning", "data_modules"):
+        (tmp_path / name).rename(tmp_path / f"{name}_hidden")
+    with pytest.raises(RuntimeError, match="was imported, which is not of|No module named"):
+        harness.Worker("benchmarks.workloads:training", task, tree=tmp_path)
