@@ -110,8 +110,7 @@ def commit_of(base: str) -> str:
     Raises:
         RuntimeError: there is none of this name.
     """
-    words = ["git", "rev-parse", "--verify", f"{base}^{{commit}}"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    done = _git("rev-parse", "--verify", f"{base}^{{commit}}")
     if done.returncode:
         raise RuntimeError(f"--base {base} is not a commit of this repository.")
     return done.stdout.strip()
@@ -129,25 +128,29 @@ def built_tree(commit: str) -> Path:
         tree.parent.mkdir(parents=True, exist_ok=True)
         partial_tree = Path(tempfile.mkdtemp(dir=tree.parent))
         try:
-            give_worker_files(unpack(commit, partial_tree))
-            partial_tree.rename(tree)
+            unpack(commit, partial_tree).rename(tree)
         except BaseException:
             shutil.rmtree(partial_tree)
             raise
+    give_worker_files(commit, tree)
     return tree
 
 
-def give_worker_files(tree: Path) -> None:
-    """Add the oldest version of ``benchmarks/workloads.py`` to a tree from before it."""
-    if (tree / "benchmarks" / "workloads.py").is_file():
+def give_worker_files(commit: str, tree: Path) -> None:
+    """Add the oldest version of ``benchmarks/workloads.py`` to the tree of a commit before it."""
+    if _git("cat-file", "-e", f"{commit}:benchmarks/workloads.py").returncode == 0:
         return
-    words = ["git", "log", "--diff-filter=A", "--format=%H", "--", "benchmarks/workloads.py"]
-    added = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    first = added.split()[-1]
+    log = _git("log", "--diff-filter=A", "--format=%H", "--", "benchmarks/workloads.py")
+    first = log.stdout.split()[-1]
     for name in _WORKER_FILES:
-        show = ["git", "show", f"{first}:benchmarks/{name}"]
-        text = subprocess.run(show, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        (tree / "benchmarks" / name).write_text(text, encoding="utf-8")
+        text = _git("show", f"{first}:benchmarks/{name}").stdout
+        file = tree / "benchmarks" / name
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            file.write_text(text, encoding="utf-8")
+
+
+def _git(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
 
 
 @cli.command(quick={"turns": 2})

@@ -50,7 +50,7 @@ def test_a_tree_from_before_gets_the_files_of_workers(tmp_path: Path) -> None:
     if found.returncode:
         pytest.skip("this clone does not have the commit")
     subprocess.run(["tar", "-x", "-C", str(tmp_path)], input=found.stdout, check=True)
-    against.give_worker_files(tmp_path)
+    against.give_worker_files("ed24bd7", tmp_path)
     task = {"model": "pico", "vocab_size": 50, "depth": 1, "batch_size": 1, "seq_len": 8}
     with harness.Worker("benchmarks.workloads:training", task, tree=tmp_path) as worker:
         assert worker.first["parameters"] > 0

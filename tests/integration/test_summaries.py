@@ -224,9 +224,9 @@ def test_it_can_be_compared(tmp_path: Path, cache: Path, head: str, match: str) 
 
 def test_what_is_not_meant_for_it_is_refused(tmp_path: Path, cache: Path) -> None:
     for more, message in (
-        ({"mtp.depth": 2}, "mtp=top has one loss"),
+        ({"mtp.depth": 2}, "mtp.depth must be 1 with this option, not 2"),
         ({"mtp.lookahead": 0}, "mtp.lookahead must be a whole number of at least"),
-        ({"mtp.detach": "all"}, "set mtp.detach=trunk"),
+        ({"mtp.detach": "all"}, "mtp.detach=all is unknown: choose one of none, trunk"),
         (
             {"objective._target_": "tests.integration.test_summaries.Squared"},
             "objective=squared .* mtp=top has a loss of its own",

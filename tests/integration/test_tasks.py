@@ -170,11 +170,11 @@ def test_starts_from_and_is_evaluated_on_another_size(tmp_path: Path, cache: Pat
     assert "val/exact_match" in summary
     found = evaluated(tmp_path / "short", "data=copy", "data.task.letters=4", "data.task.periods=9")
     assert found["data"]["longest"] == 19 and "val/accuracy_position_9" in found
-    with pytest.raises(ValueError, match="18 symbols of its own"):
+    with pytest.raises(ValueError, match="data=copy with its 18 symbols cannot be read"):
         evaluated(tmp_path / "short", "data=copy")
     with pytest.raises(ValueError, match="eval_bytes=9 has no meaning"):
         evaluated(tmp_path / "short", "eval_bytes=9")
-    with pytest.raises(ValueError, match="14 symbols|18 symbols|symbols of its own"):
+    with pytest.raises(ValueError, match="symbols cannot be read by a model"):
         train_here(tmp_path / "other", cache, TASK | longer | {"data.task.letters": 9})
 
 
