@@ -82,7 +82,7 @@ def test_ids_alone(tmp_path, files) -> None:
     assert done.returncode == 0 and len(done.stdout.split()) == 6
     assert all(word.isdigit() for word in done.stdout.split())
     done = execute([*GENERATE, run, "prompt=hello", "num_threads=1"])
-    assert done.returncode != 0 and "'hello' is no id" in done.stderr
+    assert done.returncode != 0 and "'hello' is not an id" in done.stderr
 
 
 @pytest.mark.slow
