@@ -45,8 +45,10 @@ def check(
     for override in typed:
         if override.startswith("+"):
             _require_read(override, config, app)
+    # init_from may bring another trunk than ``model`` describes, and other keys with it.
+    brought = config.get("init_from") is not None
     for path, node in _nodes(config, ""):
-        _check_node(node, path, app)
+        _check_node(node, path, app, open=brought and path.split(".")[0] == "model")
     _check_together(config)
     if folder is not None:
         _check_paths(config, app, folder)
@@ -69,14 +71,14 @@ def check_values(node: Mapping[str, Any], path: str) -> None:
                 keys.require_taken(_join(inner, key), found[key], says)
 
 
-def _check_node(node: Mapping[str, Any], path: str, app: str) -> None:
+def _check_node(node: Mapping[str, Any], path: str, app: str, *, open: bool = False) -> None:
     target = str(node.get("_target_", ""))
     if (lost := parts.absent(target)) is not None:
         raise UserError(parts.missing(lost, f"{path}._target_={target}"))
     said = keys.of_class(target) if target else keys.of_node(path, app)
     if said is None:
         return
-    closed = not said.open and (bool(target) or path == "trainer")
+    closed = not (open or said.open) and (bool(target) or path == "trainer")
     for key, value in node.items():
         name = _join(path, key)
         if closed and key not in said.names and not str(key).startswith("_"):
