@@ -96,12 +96,11 @@ def workers(trees: Mapping[str, Path], measurement: str, task: Row) -> Iterator[
         yield {side: worker.turn for side, worker in sides.items()}
 
 
-def program(tree: Path, words: list[str], cache: Path) -> Row:
+def program(tree: Path, words: list[str]) -> Row:
     """CPU seconds and peak memory of a Python program of ``tree``, from its start to its end."""
     with tempfile.TemporaryDirectory() as folder:
-        places = [f"run_dir={folder}/run", f"paths.cache_dir={cache}"]
-        own = places if "debug=fast" in words else []
-        return harness.usage_of([sys.executable, *words, *own], tree=tree)
+        place = [f"run_dir={folder}/run"] if "debug=fast" in words else []
+        return harness.usage_of([sys.executable, *words, *place], tree=tree)
 
 
 def commit_of(base: str) -> str:
@@ -173,16 +172,12 @@ def against(base: str, turns: int = 9, only: Sequence[str] = ("",)) -> Row:
         if wanted(name):
             with workers(trees, measurement, task) as sides:
                 rows.append(compare(sides, turns, name=name))
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, words in COMMANDS.items():
-            if wanted(name):
-                sides = {
-                    side: partial(program, tree, words, Path(scratch) / side)
-                    for side, tree in trees.items()
-                }
-                for first in sides.values():
-                    first()  # compiles Python's files and fills the caches
-                rows.append(compare(sides, turns, name=name))
+    for name, words in COMMANDS.items():
+        if wanted(name):
+            sides = {side: partial(program, tree, words) for side, tree in trees.items()}
+            for first in sides.values():
+                first()  # compiles Python's files, and fills the cache folder
+            rows.append(compare(sides, turns, name=name))
     cli.print_table(
         f"CPU time of one thread: {commit[:12]} and the working tree, in turns",
         "what: name; base, ms: base_ms ,.2f; tree, ms: tree_ms ,.2f; tree/base: ratio .3f; "
