@@ -174,6 +174,8 @@ def test_an_interrupted_run_is_one_run(
     assert runs == set(json.loads((folder / "trackers.json").read_text()).values())
     assert len(runs) == 1
     assert str(params["mtp.depth"]) == "2" and params["mtp"] == "parallel"
+    if service == "wandb":
+        pytest.importorskip("wandb").teardown()  # ends the process that writes the file
     assert points["train/loss"] == [(step, step / 8) for step in range(1, 6)]
     assert points["val/loss"] == [(3, 0.75)]
     assert points["decode/sample"][0][0] == 3
