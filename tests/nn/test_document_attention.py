@@ -118,7 +118,7 @@ def states(model: MTPModel, batch: WindowBatch) -> list[Tensor]:
 
 
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.long), True])
 def test_compiled_blocks_take_every_mask(
     tiny_trunk: TrunkConfig, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

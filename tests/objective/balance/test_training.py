@@ -111,7 +111,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path, cache: Path, fixed: Path,
 @pytest.mark.parametrize(
     ("rule", "mtp"),
     [
-        (rule, mtp) if (rule, mtp) in FAST else pytest.param(rule, mtp, marks=pytest.mark.slow)
+        (rule, mtp) if (rule, mtp) in FAST else pytest.param(rule, mtp, marks=pytest.mark.long)
         for rule in RULES
         for mtp in ("sequential", "parallel")
     ],
@@ -235,7 +235,7 @@ def _first_moments(folder: Path) -> dict[str, torch.Tensor]:
     return {ordered[i]: entry["exp_avg"] for i, entry in state.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("rule", RULES)
 def test_without_depths_every_rule_is_plain_training(
     tmp_path: Path, cache: Path, rule: str
@@ -273,7 +273,7 @@ def test_matched_flops_know_what_a_rule_costs(tmp_path: Path, cache: Path) -> No
     assert long["cosine_gate"] < long["none"] == long["random"] < long["sampled_depths"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("rule", RULES)
 def test_command_line(tmp_path: Path, cache: Path, rule: str) -> None:
     done = execute(command(tmp_path / "run", cache, {"debug": "fast", "balance": rule}))
