@@ -45,9 +45,7 @@ class WindowBatch:
             final state, and with S = 2 also the state that the depths start from.
         host: the batch on the CPU that this one was copied from. Masks are counted there, without
             waiting for the device.
-        host: the batch that this one was copied from to another device: counted there, its masks
-            need not be waited for.
-        UserError: if the shapes, D and E do not match.
+
     Raises:
         UserError: if the shapes, D and E do not fit together.
     """
