@@ -192,18 +192,6 @@ def test_pure_torch(file: str) -> None:
         assert takes(name, "torch", "mtp_lightning", *windows) or _standard(name), name
 
 
-# Folders of mtp_lightning/ that may be deleted.
-PARTS = ("cpu",)
-
-
-@pytest.mark.parametrize("file", sources("mtp_lightning", "data_modules", "sweeps"))
-def test_nothing_imports_a_part(file: str) -> None:
-    """A part registers with the core when ``parts.py`` imports it by its name."""
-    for part in PARTS:
-        if not file.startswith(f"mtp_lightning/{part}/"):
-            assert [n for n in imports(file) if takes(n, f"mtp_lightning.{part}")] == []
-
-
 @pytest.mark.parametrize("file", sources("sweeps", "hydra_plugins"))
 def test_sweeps_talk_to_runs_through_files(file: str) -> None:
     for name in imports(file):
