@@ -58,7 +58,7 @@ class SampledAcceptance(SpeculativeEval):
         options = DecodingOptions(
             max_new_tokens=new_tokens,
             temperature=self.temperature,
-            batch_size=min(len(prompts), TOGETHER),
+            batch_size=TOGETHER,
         )
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         drafted = generate(model, prompts, options, tokenizer=tokenizer)
