@@ -226,7 +226,7 @@ def _app_names() -> list[str]:
 
 @pytest.mark.parametrize("app", APPS)
 def test_help_is_quick(app: str) -> None:
-    """Help tells of the groups without loading torch or Lightning, in under 1.5 s."""
+    """Help tells of the groups without loading torch or Lightning, within 8 imports of Hydra."""
     watched = ["torch", "lightning", "tokenizers", "numpy", "tensorboard", "rich"]
     program = (
         "import atexit, runpy, sys;"
@@ -238,16 +238,20 @@ def test_help_is_quick(app: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "LOADED []" in done.stdout
     assert f"python {app}" in done.stdout
-    # The processor's time: what the clock says depends on who else is at work on this machine.
-    seconds = []
+    # Processor time as a ratio within one try: the machine's speed varies from try to try.
+    ratios = []
     for _ in range(3):
-        before = os.times()
-        subprocess.run([sys.executable, ROOT / app, "--help"], capture_output=True, check=True)
-        after = os.times()
-        seconds.append(sum(after[2:4]) - sum(before[2:4]))
-        if seconds[-1] < 1.5:
+        ratios.append(_cpu_seconds([ROOT / app, "--help"]) / _cpu_seconds(["-c", "import hydra"]))
+        if ratios[-1] < 8:
             break
-    assert min(seconds) < 1.5, seconds
+    assert min(ratios) < 8, ratios
+
+
+def _cpu_seconds(arguments: list[str | Path]) -> float:
+    before = os.times()
+    subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+    after = os.times()
+    return sum(after[2:4]) - sum(before[2:4])
 
 
 def test_help_names_every_group_and_override() -> None:
