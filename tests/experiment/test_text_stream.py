@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.decoding import Generation, generate
+from mtp_lightning.errors import UserError
 from mtp_lightning.experiment import generating
 from mtp_lightning.experiment.text_stream import (
     Brackets,
@@ -170,3 +171,36 @@ def test_what_generate_says_at_the_end(
     monkeypatch.setattr(ByteTokenizer, "eot_id", first)
     asked(prompt="ab")
     assert "ends at once" in capsys.readouterr().err
+
+
+def test_an_error_never_shares_a_line_with_the_prompt(
+    asked: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = generating.continue_prompts
+
+    def broken(*args: Any, on_tokens: Any, **options: Any) -> Any:
+        def then(i: int, fresh: Any) -> None:
+            on_tokens(i, fresh)
+            raise UserError("out of memory")
+
+        return real(*args, on_tokens=then, **options)
+
+    monkeypatch.setattr(generating, "continue_prompts", broken)
+    with pytest.raises(UserError, match="out of memory"):
+        asked(prompt="a prompt")
+    said = capsys.readouterr().out
+    assert said.startswith("a prompt") and said.endswith("\n")
+    # An error before the first token leaves standard output empty: the prompt is not shown alone.
+    monkeypatch.setattr(generating, "continue_prompts", real)
+    with pytest.raises(UserError, match="max_new_tokens"):
+        asked(prompt="a prompt", max_new_tokens=-1)
+    assert capsys.readouterr().out == ""
+
+
+def test_standard_input_that_is_not_utf_8_is_one_sentence(
+    asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latin1 = TextIOWrapper(BytesIO("café".encode("latin-1")), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", latin1)
+    with pytest.raises(UserError, match=r"Standard input is not UTF-8: .*0xe9.*; convert it\."):
+        asked()
