@@ -3,18 +3,17 @@
     opened = open_model("runs/mine")
     opened.model, opened.tokenizer, opened.seq_len
 
-Each kind of path has a reader, which :data:`FORMATS` names by its module. A reader is imported when
-a path of its kind is opened, so that a part of the package may be missing. A reader describes a
-model and hands over its weights unread (:func:`read_model`, from which a new run can start);
-:func:`open_model` builds the model from them.
+``run/loading.py`` reads the runs of this project. Every other kind of path has its reader in a part
+that comes off: ``parts.py`` names it, and it is imported when such a path is opened. A reader
+describes a model and hands over its weights unread (:func:`read_model`, from which a new run can
+start); :func:`open_model` builds the model from them.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mtp_lightning import parts
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.settings import require_whole
@@ -129,39 +129,6 @@ class OpenedModel:
         return require_whole(f"data.seq_len of {self.path}", length, least=1)
 
 
-@dataclass(frozen=True)
-class Format:
-    """A kind of path that can be opened.
-
-    Attributes:
-        name: to follow "is", in messages.
-        fits: whether a path is of this kind; it opens no file.
-        reader: ``module:function``, a function of a path and of ``allow`` (see :func:`open_model`)
-            that returns a :class:`StoredModel`.
-    """
-
-    name: str
-    fits: Callable[[Path], bool]
-    reader: str
-
-
-# The first that fits reads a path.
-FORMATS: list[Format] = [
-    Format(
-        "a folder in Hugging Face's layout",
-        lambda path: (path / "config.json").is_file(),
-        "mtp_lightning.interop.reading:read",
-    ),
-    Format(
-        "a GGUF file",
-        lambda path: path.suffix == ".gguf" and path.is_file(),
-        "mtp_lightning.interop.reading:read",
-    ),
-    # It says of any other path what is missing there.
-    Format("a run", lambda path: True, "mtp_lightning.run.loading:read"),
-]
-
-
 def open_model(
     path: str | Path, *, device: torch.device | str = "cpu", allow: Collection[str] = ()
 ) -> OpenedModel:
@@ -195,18 +162,7 @@ def open_model(
 def read_model(path: str | Path, *, allow: Collection[str] = ()) -> StoredModel:
     """Read what :func:`open_model` would build; arguments and errors as there, but that a model
     from elsewhere may have no tokenizer."""
-    kind = next(kind for kind in FORMATS if kind.fits(Path(path)))
-    module, _, name = kind.reader.partition(":")
-    try:
-        reader = getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise UserError(
-            f"{path} is {kind.name}, and this installation lacks the part that reads it "
-            f"({error.name}): install it, or give a run of this project."
-        ) from error
-    found: StoredModel = reader(Path(path), allow=allow)
+    found: StoredModel = parts.reader(Path(path))(Path(path), allow=allow)
     return found
 
 

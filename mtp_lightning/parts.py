@@ -10,8 +10,8 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +30,8 @@ class Part:
         registers: whether importing it makes the core faster or able to do more.
         extends: a package of the core whose names it adds to; empty if it adds to none.
         command: of ``mtp-lightning``, where its ``main`` is, and what it does; empty without one.
+        formats: the kinds of paths that its ``read`` opens as a model (see ``opening.py``), by the
+            name of each: whether a path is of that kind, told without opening a file.
         uses: parts that it needs itself.
     """
 
@@ -38,6 +40,7 @@ class Part:
     registers: bool = False
     extends: str = ""
     command: tuple[str, str, str] | tuple[()] = ()
+    formats: Mapping[str, Callable[[Path], bool]] = field(default_factory=dict)
     uses: tuple[str, ...] = ()
 
 
@@ -47,6 +50,15 @@ PARTS = {
         module="mtp_lightning.distributed",
         brings="training by several processes",
     ),
+    "interop": Part(
+        module="mtp_lightning.interop",
+        brings="models of other programs",
+        formats={
+            "a folder in Hugging Face's layout": lambda path: (path / "config.json").is_file(),
+            "a GGUF file": lambda path: path.suffix == ".gguf" and path.is_file(),
+        },
+    ),
+    "serving": Part(module="mtp_lightning.serving", brings="answers over HTTP"),
     "notebook": Part(
         module="mtp_lightning.notebook",
         brings="runs in a notebook",
@@ -77,7 +89,8 @@ PARTS = {
     "claims": Part(
         module="sweeps.claims",
         brings="claims and their verdicts",
-        uses=("report", "plan"),  # plan counts the FLOPs of what is left to run
+        # plan counts the FLOPs of what is left to run, interop writes a run's weights
+        uses=("report", "plan", "interop"),
     ),
 }
 
@@ -117,6 +130,20 @@ def need(name: str, what: str) -> ModuleType:
     if not is_there(name):
         raise UserError(missing(name, what))
     return importlib.import_module(PARTS[name].module)
+
+
+def reader(path: Path) -> Callable[..., Any]:
+    """What reads a path as a model: the part that knows its kind, or what reads runs, which says of
+    any other path what is missing there.
+
+    Raises:
+        UserError: that part is not here.
+    """
+    for name, part in PARTS.items():
+        for kind, fits in part.formats.items():
+            if fits(path):
+                return need(name, f"{path}, {kind},").read  # type: ignore[no-any-return]
+    return importlib.import_module("mtp_lightning.run.loading").read  # type: ignore[no-any-return]
 
 
 def missing(name: str, what: str) -> str:

@@ -55,7 +55,7 @@ def without(folder: Path, *taken: str) -> Path:
     """A copy of the tree without some parts."""
     for name in (*PACKAGES, "conf"):  # compiled files, too, which keeps this short
         shutil.copytree(ROOT / name, folder / name)
-    for name in ("train.py", "generate.py"):
+    for name in ("train.py", "generate.py", "export.py", "serve.py", "doctor.py"):
         shutil.copy(ROOT / name, folder / name)
     for part in taken:
         path = folder.joinpath(*PARTS[part].module.split("."))
@@ -114,12 +114,19 @@ def test_the_core_trains_and_writes_without_any_part(tmp_path: Path) -> None:
     assert json.loads((folder / "summary.json").read_text())["step"] == 20
     done = run(root, "generate.py", f"checkpoint={folder}", "prompt=a line", "max_new_tokens=8")
     assert done.returncode == 0 and done.stdout.startswith("a line"), done.stderr
-    for asked, module in (
-        ("trainer.strategy=fsdp", "mtp_lightning/distributed"),
-        ("data=packages", "data_modules/corpora"),
-        ("data=tokens", "data_modules/token_files"),
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text("{}")
+    other, hub = f"run_dir={tmp_path / 'other'}", tmp_path / "hub"
+    for words, module in (
+        (("train.py", "trainer.strategy=fsdp", other), "mtp_lightning/distributed"),
+        (("train.py", "data=packages", other), "data_modules/corpora"),
+        (("train.py", "data=tokens", other), "data_modules/token_files"),
+        (("generate.py", f"checkpoint={hub}", "prompt=a"), "mtp_lightning/interop"),
+        (("doctor.py", str(hub)), "mtp_lightning/interop"),
+        (("export.py", f"checkpoint={folder}", f"output={hub}/x"), "mtp_lightning/interop"),
+        (("serve.py", f"checkpoint={folder}"), "mtp_lightning/serving"),
     ):
-        done = run(root, "train.py", asked, f"run_dir={tmp_path / 'other'}")
+        done = run(root, *words)
         assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
         assert done.stderr.startswith("error: ") and f"needs {module} (" in done.stderr
 

@@ -71,7 +71,10 @@ LIGHTNING = tuple(
     f"mtp_lightning/{name}" for name in ("module", "callbacks/", "distributed/", "loggers/")
 )
 EXPERIMENT = "mtp_lightning/experiment/"
-CONFIGURED = (EXPERIMENT, *(f"mtp_lightning/{n}" for n in ("apps/", "literal.py", "plan.py")))
+CONFIGURED = (
+    EXPERIMENT,
+    *(f"mtp_lightning/{n}" for n in ("apps/", "interop/exporting.py", "literal.py", "plan.py")),
+)
 LAZY = (
     "tokenizers",
     "datasets",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from mtp_lightning import parts
 from mtp_lightning.cli import Parser, readable_errors
 from mtp_lightning.cli import program as typed
 from mtp_lightning.errors import UserError
@@ -30,9 +31,8 @@ def main(argv: list[str] | None = None, *, program: str = "python doctor.py") ->
             raise UserError(f"--new-tokens={args.new_tokens} judges nothing: give 8 or more.")
         _require_layout(args.folder)
         # Imported here, so that --help does not wait for torch.
-        from mtp_lightning.interop.doctor import examine
-
-        found = examine(args.folder, new_tokens=args.new_tokens)
+        interop = parts.need("interop", program)
+        found = interop.examine(args.folder, new_tokens=args.new_tokens)
         print("\n".join(found.lines()))
     sys.exit(0 if found.sound else 2)
 

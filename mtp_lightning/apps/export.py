@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
+from mtp_lightning import parts
 from mtp_lightning.apps import readable_errors, start
+from mtp_lightning.cli import program
 
 
 def task(cfg: DictConfig) -> None:
     """What Hydra calls with the composed config."""
     with readable_errors():
         # Imported here, so that --help does not wait for torch.
-        from mtp_lightning.experiment.exporting import export
-
-        export(cfg)
+        parts.need("interop", program("export")).export(cfg)
 
 
 def main() -> None:

@@ -168,7 +168,6 @@ def warm() -> None:
     os.environ.update(environment())
     import mtp_lightning.decoding.generate
     import mtp_lightning.experiment.evaluating
-    import mtp_lightning.experiment.exporting
     import mtp_lightning.experiment.training  # noqa: F401
 
     gc.collect()

@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from mtp_lightning.experiment.evaluating import evaluate
-from mtp_lightning.experiment.exporting import export
 from mtp_lightning.experiment.generating import generate_text
+from mtp_lightning.interop.exporting import export
 from mtp_lightning.objective.terms.base import Chunk, Term
 from mtp_lightning.opening import open_model
 from tests.integration.helpers import (

@@ -12,9 +12,8 @@ import torch
 from omegaconf import OmegaConf
 
 from mtp_lightning.cli import readable_errors
-from mtp_lightning.experiment import exporting
-from mtp_lightning.experiment.exporting import export
-from mtp_lightning.interop import card, writing
+from mtp_lightning.interop import card, exporting, writing
+from mtp_lightning.interop.exporting import export
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.verify import CheckFailed, check_trained
 from mtp_lightning.opening import open_model
@@ -185,7 +184,7 @@ def test_what_was_not_written_to_its_end_is_not_left(
     if what == "write_folder":  # behind its first file
         monkeypatch.setattr(writing, "_write_shards", fail)
     else:
-        monkeypatch.setattr(f"mtp_lightning.experiment.exporting.{what}", fail)
+        monkeypatch.setattr(f"mtp_lightning.interop.exporting.{what}", fail)
     with pytest.raises(type(error)):
         run_export(base / "dense", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

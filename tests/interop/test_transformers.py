@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 
 from data_modules.tokenizers import BPETokenizer, ByteTokenizer
 from mtp_lightning.decoding import generate
-from mtp_lightning.experiment.exporting import export
 from mtp_lightning.interop import check, tensor_files
+from mtp_lightning.interop.exporting import export
 from mtp_lightning.interop.names import weight_map
 from mtp_lightning.interop.reading import read_folder
 from mtp_lightning.interop.transformers_model import one_line
