@@ -59,6 +59,15 @@ PARTS = {
         },
     ),
     "serving": Part(module="mtp_lightning.serving", brings="answers over HTTP"),
+    "certify": Part(
+        module="mtp_lightning.certify",
+        brings="the proof that drafts change no text",
+        command=(
+            "certify",
+            "mtp_lightning.certify.__main__",
+            "prove that drafts change no text of a model",
+        ),
+    ),
     "notebook": Part(
         module="mtp_lightning.notebook",
         brings="runs in a notebook",

@@ -38,7 +38,7 @@ RANK = {
     "objective": 3,
     **dict.fromkeys(["decoding", "metrics", "run"], 4),
     "cpu": 4.5,
-    **dict.fromkeys(["compare", "interop"], 5),
+    **dict.fromkeys(["certify", "compare", "interop"], 5),
     **dict.fromkeys(["init_from", "loggers"], 6),
     **dict.fromkeys(["module", "callbacks"], 7),
     "distributed": 7.5,
@@ -164,14 +164,14 @@ def test_who_may_import_what(file: str) -> None:
             own = takes(name, *(f"mtp_lightning.{module}" for module in shared))
             assert own or not file.startswith("data_modules/"), name
         if takes(name, "data_modules") and not file.startswith("data_modules/"):
-            # The batch is all that models and data share. experiment/ brings the two together,
-            # opening.py hands out the tokenizer that is stored beside a model's weights, and
+            # The batch is all that models and data share. experiment/ and certify/ bring the two
+            # together, opening.py hands out the tokenizer that is stored beside a model's weights, and
             # programs lie in the same cache folder as tokens.
             stored = file == "mtp_lightning/opening.py" and takes(name, "data_modules.tokenizers")
             kept = file == "mtp_lightning/decoding/programs.py" and takes(
                 name, "data_modules.cache"
             )
-            together = stored or kept or file.startswith(EXPERIMENT)
+            together = stored or kept or file.startswith((EXPERIMENT, "mtp_lightning/certify/"))
             assert takes(name, "data_modules.windows") or together, name
         assert not takes(name, "conf", "tests", "benchmarks", "sweeps", *_app_names()), name
     late = [name for name in imports(file, top_only=True) if takes(name, *LAZY)]

@@ -15,9 +15,11 @@ any case).
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
+
+from torch import Tensor
 
 from mtp_lightning.decoding.adaptive import AutoDepth
 from mtp_lightning.decoding.options import DecodingOptions, Request
@@ -44,13 +46,20 @@ class Engine:
         options: how texts are drafted, and how many together; those of single texts are the
             requests' own.
         tokenizer: with ``decode(ids)`` and ``eot_id``, for texts and stop strings.
+        on_logits: called with a request's index and the trunk's logits [T, V] that its new tokens
+            were chosen by, round by round.
 
     Raises:
         UserError: a model that cannot do what is asked.
     """
 
     def __init__(
-        self, model: MTPModel, options: DecodingOptions | None = None, *, tokenizer: Any = None
+        self,
+        model: MTPModel,
+        options: DecodingOptions | None = None,
+        *,
+        tokenizer: Any = None,
+        on_logits: Callable[[int, Tensor], None] | None = None,
     ) -> None:
         if model.config.mtp.answers_at_once:
             raise UserError(
@@ -61,6 +70,7 @@ class Engine:
         self.places = options.places
         self.max_draft = options.max_draft(model)
         self.tokenizer = tokenizer
+        self._on_logits = on_logits
         self._model = model
         self._sequences: list[TextSequence] = []
         self._decoder: Decoder | None = None
@@ -161,6 +171,7 @@ class Engine:
         self._sequences += sequences
         for sequence, token, logits_V in zip(sequences, tokens, logits_BV, strict=True):
             sequence.extend([token], 0, logits_V.unsqueeze(0))
+            self._tell(sequence, logits_V.unsqueeze(0))
         self._let_go()
         return sequences
 
@@ -179,7 +190,9 @@ class Engine:
         self._slide(self._decoder.session)
         outcome = self._round(self._decoder)
         for i, sequence in enumerate(sequences):
+            before = len(sequence.token_ids)
             sequence.take(outcome.steps[i], outcome.logits_BTV[i])
+            self._tell(sequence, outcome.logits_BTV[i, : len(sequence.token_ids) - before])
         self._let_go()
         return sequences
 
@@ -194,6 +207,10 @@ class Engine:
                 f"the sequence of prompt {sequence.request.index} is not in this engine."
             )
         self._drop(self._sequences.index(sequence))
+
+    def _tell(self, sequence: TextSequence, logits_TV: Tensor) -> None:
+        if self._on_logits is not None:
+            self._on_logits(sequence.request.index, logits_TV)
 
     def _with_room(self, tokens: int) -> Decoder:
         """The decoder, with room for sequences of so many tokens."""

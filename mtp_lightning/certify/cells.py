@@ -1,0 +1,78 @@
+"""The ways of decoding that are compared with plain decoding."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.tree import Tree
+from mtp_lightning.errors import UserError
+from mtp_lightning.model import MTPModel
+
+WHOLE, RESUMED = "whole", "resumed"
+_BATCH = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One way of decoding.
+
+    Attributes:
+        drafts: the name of ``options`` in the table.
+        options: how texts are drafted.
+        batch: texts decoded together; those beyond one come and go.
+        threads: of PyTorch.
+        reads: ``whole`` continues the prompt; ``resumed`` continues prompt and half of the text
+            after reading both anew.
+    """
+
+    drafts: str
+    options: DecodingOptions
+    batch: int = 1
+    threads: int = 1
+    reads: str = WHOLE
+
+
+def ways(model: MTPModel) -> dict[str, DecodingOptions]:
+    """The ways of drafting that a model is capable of, by name; the first is plain decoding."""
+    depth, vocab = model.depth, model.config.trunk.vocab_size
+    asked = {
+        "none": DecodingOptions(speculative=False),
+        **{f"depth {k}": DecodingOptions(draft_depth=k) for k in sorted({1, 2, 4, depth} - {0})},
+        "deeper": DecodingOptions(draft_depth=depth + 2),
+        "one cache": DecodingOptions(draft_depth=depth + 1, cache="single"),
+        "auto": DecodingOptions(draft_depth="auto"),
+        "tree": DecodingOptions(tree=Tree((3, 2)[: max(min(depth, 2), 1)])),
+        "short head": DecodingOptions(draft_vocab=max(vocab // 4, 1)),
+        "confident": DecodingOptions(min_confidence=0.5),
+    }
+    found: dict[str, DecodingOptions] = {}
+    for name, options in asked.items():
+        try:
+            drafted = options.max_draft(model)
+        except UserError:  # this model cannot draft that way
+            continue
+        # "deeper" may be one of the depths before it.
+        if (name == "none" or drafted) and options not in found.values():
+            found[name] = options
+    return found
+
+
+def cells(model: MTPModel, threads: tuple[int, ...], *, few: bool = False) -> Iterator[Cell]:
+    """The cells of a model.
+
+    Args:
+        model: to be decoded.
+        threads: their numbers.
+        few: only those that differ from one text on one thread in at most one way beside drafts,
+            rather than the product of all ways.
+    """
+    first = (1, threads[0], WHOLE)
+    rest = tuple(itertools.product((1, _BATCH), threads, (WHOLE, RESUMED)))
+    for name, options in ways(model).items():
+        for batch, n, reads in rest:
+            changed = sum(a != b for a, b in zip((batch, n, reads), first, strict=True))
+            if (changed or name != "none") and (changed <= 1 or not few):
+                yield Cell(drafts=name, options=options, batch=batch, threads=n, reads=reads)

@@ -1,0 +1,171 @@
+"""What a certificate says, as a table, as JSON and as a badge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from mtp_lightning.certify.cells import Cell
+from mtp_lightning.certify.greedy import Greedy
+from mtp_lightning.certify.sampled import Sampled
+
+# A lossless model is called broken by its samples with this probability, all cells together.
+_FALSE_ALARM = 1e-4
+_BADGE = """<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="20" role="img" \
+aria-label="{left}: {right}">
+<rect rx="3" width="{width}" height="20" fill="#444"/>
+<rect rx="3" x="62" width="{rest}" height="20" fill="{color}"/>
+<g fill="#fff" font-family="Verdana,sans-serif" font-size="11">
+<text x="6" y="14">{left}</text><text x="68" y="14">{right}</text>
+</g>
+</svg>
+"""
+
+
+@dataclass
+class Row:
+    """A cell in one precision.
+
+    Attributes:
+        precision: of the weights.
+        cell: how texts were decoded.
+        greedy: of its greedy texts.
+        sampled: of its sampled ones; None where none were drawn.
+    """
+
+    precision: str
+    cell: Cell
+    greedy: Greedy
+    sampled: Sampled | None = None
+
+
+@dataclass
+class Certificate:
+    """What was tried and found.
+
+    Attributes:
+        model: its path.
+        facts: the machine, the versions, the settings.
+        same_bits: whether logits are promised to the last bit on this machine.
+        rows: the cells.
+    """
+
+    model: str
+    facts: dict[str, Any]
+    same_bits: bool
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def least_p(self) -> float:
+        """The p that no cell's samples may fall below."""
+        return _FALSE_ALARM / max(sum(row.sampled is not None for row in self.rows), 1)
+
+    def broken(self) -> list[str]:
+        """The promises that were not kept, a sentence each."""
+        found = []
+        for row in self.rows:
+            where, greedy = _where(row), row.greedy
+            if greedy.first is not None:
+                text, token = greedy.first
+                found.append(
+                    f"{where}: {greedy.texts - greedy.equal:,} of {greedy.texts:,} greedy texts "
+                    f"differ, text {text} first, from its token {token} on"
+                )
+            elif self.same_bits and greedy.same_bits < greedy.tokens:
+                found.append(
+                    f"{where}: the logits of {greedy.tokens - greedy.same_bits:,} of "
+                    f"{greedy.tokens:,} tokens differ, by up to {greedy.largest:.1e}"
+                )
+            if row.sampled is not None and row.sampled.p < self.least_p:
+                found.append(
+                    f"{where}: {row.sampled.tokens:,} sampled tokens do not follow the trunk's "
+                    f"distribution (p = {row.sampled.p:.0e})"
+                )
+        return found
+
+    def verdict(self) -> str:
+        """All of it in a sentence."""
+        texts = sum(row.greedy.texts for row in self.rows)
+        equal = sum(row.greedy.equal for row in self.rows)
+        ps = [row.sampled.p for row in self.rows if row.sampled is not None]
+        told = f"{equal:,} of {texts:,} greedy texts in {len(self.rows)} cells are plain decoding's"
+        if all(row.greedy.same_bits == row.greedy.tokens for row in self.rows):
+            told += ", all logits to the last bit"
+        if ps:
+            told += f"; the least p of {len(ps)} chi-square tests of samples is {min(ps):.2g}"
+        return f"{'BROKEN' if self.broken() else 'lossless'}: {told}."
+
+    def lines(self) -> Iterator[str]:
+        """A table with a line a precision and way of drafting, and the verdict."""
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.precision, row.cell.drafts), []).append(row)
+        yield f"{'weights':<8} {'drafts':<11} cells {'texts equal':>15} {'logits equal':>17}" + (
+            f" {'difference':>11} {'samples: p':>11}"
+        )
+        for (precision, drafts), rows in groups.items():
+            equal, texts = (sum(getattr(r.greedy, n) for r in rows) for n in ("equal", "texts"))
+            same, tokens = (
+                sum(getattr(r.greedy, n) for r in rows) for n in ("same_bits", "tokens")
+            )
+            largest = max(row.greedy.largest for row in rows)
+            ps = [row.sampled.p for row in rows if row.sampled is not None]
+            yield (
+                f"{precision:<8} {drafts:<11} {len(rows):>5} {f'{equal:,}/{texts:,}':>15} "
+                f"{f'{same:,}/{tokens:,}':>17} {f'{largest:.1e}' if largest else '0':>11} "
+                f"{f'{min(ps):.2g}' if ps else '':>11}"
+            ).rstrip()
+        yield from self.broken()
+        yield self.verdict()
+
+    def plain(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {
+            "model": self.model,
+            "verdict": self.verdict(),
+            "broken": self.broken(),
+            **self.facts,
+            "logits_promised_to_the_last_bit": self.same_bits,
+            "cells": [_plain(row) for row in self.rows],
+        }
+
+    def badge(self) -> str:
+        """A picture for a model card, SVG."""
+        texts = sum(row.greedy.texts for row in self.rows)
+        right = "broken" if self.broken() else f"{texts:,} of {texts:,} texts"
+        rest = 14 + 7 * len(right)
+        color = "#b3261e" if self.broken() else "#1a7f37"
+        return _BADGE.format(left="lossless", right=right, width=62 + rest, rest=rest, color=color)
+
+
+def _where(row: Row) -> str:
+    cell = row.cell
+    return (
+        f"{row.precision}, drafts: {cell.drafts}, batch {cell.batch}, {cell.threads} thread"
+        f"{'s' * (cell.threads > 1)}, {cell.reads} prefix"
+    )
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    cell, greedy, sampled = row.cell, row.greedy, row.sampled
+    found: dict[str, Any] = {
+        "weights": row.precision,
+        "drafts": cell.drafts,
+        "batch": cell.batch,
+        "threads": cell.threads,
+        "prefix": cell.reads,
+        "texts": greedy.texts,
+        "texts_equal": greedy.equal,
+        "first_difference": greedy.first,
+        "tokens": greedy.tokens,
+        "logits_equal": greedy.same_bits,
+        "largest_difference": greedy.largest,
+    }
+    if sampled is not None:
+        found |= {
+            "sampled_tokens": sampled.tokens,
+            "chi_square": sampled.chi_square,
+            "p": sampled.p,
+        }
+    return found

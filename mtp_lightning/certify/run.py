@@ -1,0 +1,120 @@
+"""From a path to a certificate: a part of the prompts at a time, through all cells."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from mtp_lightning.certify.cells import Cell, cells
+from mtp_lightning.certify.certificate import Certificate, Row
+from mtp_lightning.certify.greedy import Greedy, compare_texts, plain_texts
+from mtp_lightning.certify.sampled import Sampled, draw_texts
+from mtp_lightning.certify.texts import prompts
+from mtp_lightning.decoding.precision import check_precision, use_precision
+from mtp_lightning.errors import UserError
+from mtp_lightning.nn import ops
+from mtp_lightning.opening import open_model
+
+# Prompts whose logits are in memory at a time.
+_PART = 16
+
+
+def certify(
+    path: Path,
+    *,
+    count: int = 1000,
+    length: int = 16,
+    precisions: Sequence[str] = ("fp32", "bf16", "int8"),
+    few: bool = False,
+    minutes: float | None = None,
+    file: Path | None = None,
+    seed: int = 0,
+    allow: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> Certificate:
+    """Try all cells of a model.
+
+    Args:
+        path: a run, a checkpoint, a Hugging Face folder or a GGUF file.
+        count: prompts.
+        length: new tokens of each.
+        precisions: of the weights.
+        few: try few cells, see :func:`~mtp_lightning.certify.cells.cells`.
+        minutes: after which no further prompts are taken; every precision has its share.
+        file: holds the prompts' text; None is Python's standard library.
+        seed: of prompts and samples.
+        allow: packages whose variants the model may ask for.
+        say: called with a line after every part.
+
+    Raises:
+        UserError: an option out of range, a model that cannot be opened, or that makes no drafts.
+    """
+    for precision in precisions:
+        check_precision(precision)
+    cores = torch.get_num_threads()
+    result: Certificate | None = None
+    for precision in precisions:
+        run = open_model(path, allow=allow)
+        model = run.model
+        model.mtp.require_drafts()
+        if length >= run.seq_len:
+            raise UserError(
+                f"{length} new tokens do not fit the context of {run.seq_len} that {path} was "
+                "trained on: give fewer."
+            )
+        use_precision(model, precision)
+        result = result or Certificate(
+            model=str(path),
+            facts={
+                "machine": platform.machine(),
+                "processor": _processor(),
+                "torch": torch.__version__,
+                "layers": ops.code()[1],
+                "prompts": count,
+                "new_tokens": length,
+                "seed": seed,
+            },
+            same_bits=ops.code()[0] == "native",
+        )
+        longest = run.seq_len - length
+        asked = prompts(run.tokenizer, count, longest=longest, seed=seed, file=file)
+        counts = (1,) if cores == 1 else (1, 2)
+        rows = [
+            Row(precision, cell, Greedy(), Sampled() if _is_sampled(cell, counts) else None)
+            for cell in cells(model, counts, few=few)
+        ]
+        result.rows += rows
+        began, end = time.monotonic(), float("inf")
+        if minutes is not None:
+            end = began + 60 * minutes / len(precisions)
+        for first in range(0, count, _PART):
+            part = asked[first : first + _PART]
+            wanted = plain_texts(model, part, length)
+            for row in rows:
+                compare_texts(model, row.cell, part, wanted, row.greedy, first=first)
+                if row.sampled is not None:
+                    draw_texts(model, row.cell, part, length, row.sampled, first=first, seed=seed)
+            tried = first + len(part)
+            say(f"{precision}: {tried:,} of {count:,} prompts, {len(rows)} cells")
+            if time.monotonic() > end:
+                break
+    assert result is not None
+    return result
+
+
+def _is_sampled(cell: Cell, threads: Sequence[int]) -> bool:
+    """Whether a cell's samples are drawn: one a way of drafting, since their distribution depends
+    on nothing else that greedy texts do not show."""
+    return cell == Cell(drafts=cell.drafts, options=cell.options, batch=8, threads=threads[0])
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")

@@ -1,0 +1,95 @@
+"""Sampled texts of a cell, held against the distribution that they claim to be drawn from.
+
+A token x drawn from p has F(x - 1) + v p(x) uniform on [0, 1), where F is the cumulative of p in
+any fixed order and v is uniform (the randomised probability integral transform; Brockwell 2007,
+"Universal residuals"). Given the tokens before it, a token of a lossless decoder is drawn from the
+trunk's own p, so that these numbers are independent, whatever the drafts were. The order here is
+from the most probable token down, where drafts that are accepted too often show first.
+
+Shapes: T tokens of a text, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.certify.cells import Cell
+from mtp_lightning.certify.texts import decode, threads
+from mtp_lightning.model import MTPModel
+
+_BINS = 16
+
+
+@dataclass
+class Sampled:
+    """What the sampled texts of a cell showed.
+
+    Attributes:
+        tokens: how many were drawn.
+        counts: how many fell into each of 16 equal bins of [0, 1).
+    """
+
+    tokens: int = 0
+    counts: list[int] = field(default_factory=lambda: [0] * _BINS)
+
+    @property
+    def chi_square(self) -> float:
+        """Pearson's statistic against equal counts; 15 degrees of freedom."""
+        wanted = self.tokens / _BINS
+        return sum((count - wanted) ** 2 for count in self.counts) / wanted
+
+    @property
+    def p(self) -> float:
+        """The probability of a statistic as large, of a lossless decoder."""
+        degrees = torch.tensor((_BINS - 1) / 2, dtype=torch.float64)
+        half = torch.tensor(self.chi_square / 2, dtype=torch.float64)
+        return float(torch.special.gammaincc(degrees, half))
+
+
+def draw_texts(
+    model: MTPModel,
+    cell: Cell,
+    beginnings: Sequence[Sequence[int]],
+    length: int,
+    into: Sampled,
+    *,
+    first: int,
+    seed: int,
+) -> None:
+    """Sample a text for every prompt, at temperature 1, and count its tokens.
+
+    Args:
+        model: on its device.
+        cell: how.
+        beginnings: the prompts.
+        length: tokens of a text.
+        into: where they are counted.
+        first: the number of the first prompt.
+        seed: of all random numbers.
+    """
+    options = replace(cell.options, batch_size=cell.batch, temperature=1.0, seed=seed)
+    with threads(cell.threads):
+        found = decode(model, options, beginnings, [length] * len(beginnings), first=first)
+    noise = torch.Generator().manual_seed(seed * 1_000_003 + first)
+    for text in found:
+        u_T = transform(text.logits_TV.cpu(), text.ids, noise)
+        counts = torch.histc(u_T, bins=_BINS, min=0.0, max=1.0).long().tolist()
+        into.tokens += len(text.ids)
+        into.counts = [a + b for a, b in zip(into.counts, counts, strict=True)]
+
+
+def transform(logits_TV: Tensor, ids: Sequence[int], noise: torch.Generator) -> Tensor:
+    """The transform [T] of tokens by the logits that they were drawn by."""
+    p_TV = logits_TV.double().softmax(dim=-1)
+    ids_T1 = torch.tensor(ids).unsqueeze(1)
+    own_T1 = p_TV.gather(1, ids_T1)
+    # Equal probabilities are ordered by id.
+    earlier_TV = torch.arange(p_TV.shape[1]) < ids_T1
+    before_TV = (p_TV > own_T1) | ((p_TV == own_T1) & earlier_TV)
+    below_T = (p_TV * before_TV).sum(dim=-1)
+    v_T = torch.rand(len(ids), generator=noise, dtype=torch.float64)
+    return (below_T + v_T * own_T1[:, 0]).clamp(max=1 - 1e-12)

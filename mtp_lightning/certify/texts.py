@@ -1,0 +1,133 @@
+"""Prompts to try a model on, and their texts with the logits that every token was chosen by.
+
+Shapes: T tokens of a text, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.decoding.engine import Engine
+from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.errors import UserError
+from mtp_lightning.model import MTPModel
+
+# Characters that surely hold a prompt's tokens.
+_SLICE = 400
+_SHORTEST, _LONGEST = 4, 32
+
+
+@dataclass
+class Text:
+    """A decoded text.
+
+    Attributes:
+        ids: its tokens.
+        parts: the trunk's logits [T, V] that they were chosen by, a tensor a round.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    parts: list[Tensor] = field(default_factory=list)
+
+    @property
+    def logits_TV(self) -> Tensor:
+        """The logits that every token was chosen by."""
+        return torch.cat(self.parts)
+
+
+def prompts(
+    tokenizer: Any, count: int, *, longest: int, seed: int, file: Path | None
+) -> list[list[int]]:
+    """Short beginnings from anywhere in a text.
+
+    Args:
+        tokenizer: the model's.
+        count: how many.
+        longest: most tokens of one.
+        seed: decides which.
+        file: holds the text; None takes the modules of Python's standard library.
+
+    Raises:
+        UserError: the file is too short, or is not UTF-8.
+    """
+    chance = random.Random(seed)
+    if file is None:
+        from data_modules.sources.stdlib import StdlibSource
+
+        files = [path for _, path in StdlibSource().files()]
+    else:
+        files = [file]
+    found: list[list[int]] = []
+    tries = 0
+    while len(found) < count:
+        if (tries := tries + 1) > 20 * count + 100:
+            raise UserError(f"{file} holds too little text for {count} prompts: give a longer one.")
+        path = chance.choice(files)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            if file is None:
+                continue
+            raise UserError(f"{file} is not UTF-8: {error}; convert it.") from error
+        at = chance.randrange(max(len(text) - _SLICE, 1))
+        ids = list(tokenizer.encode(text[at : at + _SLICE]))
+        wanted = chance.randint(min(_SHORTEST, longest), min(_LONGEST, longest))
+        if len(ids) >= wanted:
+            found.append([int(token) for token in ids[:wanted]])
+    return found
+
+
+def decode(
+    model: MTPModel,
+    options: DecodingOptions,
+    beginnings: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    *,
+    first: int = 0,
+) -> list[Text]:
+    """Decode texts, of which ``options.batch_size`` are alive at a time.
+
+    Args:
+        model: on its device.
+        options: of all of them; the seed's stream of a text is that of its number.
+        beginnings: what each continues.
+        lengths: how many tokens each gets; no token ends a text before.
+        first: the number of the first text.
+    """
+    found = [Text() for _ in beginnings]
+
+    def keep(index: int, logits_TV: Tensor) -> None:
+        found[index - first].parts.append(logits_TV.clone())
+
+    options = replace(options, eot_id=-1)
+    waiting = deque(
+        replace(options.request(ids, first + i), max_new_tokens=length)
+        for i, (ids, length) in enumerate(zip(beginnings, lengths, strict=True))
+    )
+    with Engine(model, options, on_logits=keep) as engine:
+        while waiting or engine.sequences:
+            joined = engine.add([waiting.popleft() for _ in range(min(engine.free, len(waiting)))])
+            for sequence in (*joined, *engine.step()):
+                if sequence.finish_reason is not None:
+                    found[sequence.request.index - first].ids = sequence.token_ids
+    return found
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Let PyTorch compute on ``n`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
