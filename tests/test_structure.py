@@ -165,7 +165,7 @@ def test_who_may_import_what(file: str) -> None:
             assert own or not file.startswith("data_modules/"), name
         if takes(name, "data_modules") and not file.startswith("data_modules/"):
             # The batch is all that models and data share. experiment/ and certify/ bring the two
-            # together, opening.py hands out the tokenizer that is stored beside a model's weights, and
+            # together, opening.py hands out the tokenizer stored beside a model's weights, and
             # programs lie in the same cache folder as tokens.
             stored = file == "mtp_lightning/opening.py" and takes(name, "data_modules.tokenizers")
             kept = file == "mtp_lightning/decoding/programs.py" and takes(
