@@ -280,7 +280,8 @@ class MTPStack(nn.Module, ABC):
         """How the stack is trained on a micro-batch: what goes through the head, in which order.
 
         Args:
-            final_BTC, at: from :meth:`MTPModel.run_trunk`.
+            final_BTC: the trunk's final states, from :meth:`MTPModel.run_trunk`.
+            at: what the stack branches from, from the same.
             batch: the windows.
             depths: that are trained, in order.
             key: of the random choices in training; None makes none.

@@ -105,29 +105,37 @@ def _jobs(folder: Path) -> list[Path]:
 @pytest.mark.slow
 def test_a_failing_job_more_values_and_a_second_try(tmp_path: Path, cache: Path) -> None:
     folder = tmp_path / "sweep"
-    # A negative seed composes, and is refused by the run.
-    done = execute(command(folder, cache, {"seed": "-1,0"}), tmp_path)
+    # A window longer than the text composes; the run refuses it.
+    done = execute(command(folder, cache, {"data.seq_len": "99999,16"}), tmp_path)
     assert done.returncode == 1
-    assert states(folder) == {"seed=-1": "failed", "seed=0": "done"}
+    assert states(folder) == {"data.seq_len=99999": "failed", "data.seq_len=16": "done"}
     last = done.stdout.strip().splitlines()[-1]
-    log = plan(folder)["seed=-1"] / "job.log"
+    log = plan(folder)["data.seq_len=99999"] / "job.log"
     assert last.startswith("failed: ") and last.endswith(f"(log: {log})")
-    assert "error: seed" in last and "error: seed" in log.read_text()
+    assert "error: the training split" in last and "error: the training split" in log.read_text()
     assert "sweep.retry_failed=true" in done.stdout.splitlines()[-2]
     assert "Traceback" not in done.stdout + done.stderr
 
-    old = {name: job / "summary.json" for name, job in plan(folder).items()}["seed=0"]
+    old = {name: job / "summary.json" for name, job in plan(folder).items()}["data.seq_len=16"]
     stamp = old.stat().st_mtime_ns
-    done = execute(command(folder, cache, {"seed": "-1,0,1"}), tmp_path)
+    done = execute(command(folder, cache, {"data.seq_len": "99999,16,8"}), tmp_path)
     assert done.returncode == 1, "the failed job is still failed"
     assert "1 done before, 1 failed before" in done.stdout
-    assert states(folder) == {"seed=-1": "failed", "seed=0": "done", "seed=1": "done"}
+    assert states(folder) == {
+        "data.seq_len=99999": "failed",
+        "data.seq_len=16": "done",
+        "data.seq_len=8": "done",
+    }
     assert old.stat().st_mtime_ns == stamp
-    assert log.read_text().count("error: seed") == 1, "not tried again without being asked"
+    assert log.read_text().count("error: the training split") == 1, (
+        "not tried again without being asked"
+    )
 
-    done = execute(command(folder, cache, {"seed": "-1"}, "sweep.retry_failed=true"), tmp_path)
+    done = execute(
+        command(folder, cache, {"data.seq_len": "99999"}, "sweep.retry_failed=true"), tmp_path
+    )
     assert done.returncode == 1
-    assert log.read_text().count("error: seed") == 2
+    assert log.read_text().count("error: the training split") == 2
     assert len(states(folder)) == 3
 
 
