@@ -1,6 +1,6 @@
-"""The model: trunk, shared head and MTP stack. It knows nothing of losses or of training.
+"""The model: trunk, shared head and MTP stack, without losses or training.
 
-Shapes: B batch, T positions, C d_model, K depths, V vocabulary.
+Shapes: B batch, T positions, C d_model, D depths, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
 from mtp_lightning import parts
-from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey, TrunkText
+from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.confidence import Confidence
+from mtp_lightning.mtp.inputs import BranchPoint, RandomKey, TrunkText
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.block import Block
 from mtp_lightning.nn.config import TrunkConfig
@@ -27,17 +28,17 @@ from mtp_lightning.nn.trunk import Trunk
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Trunk and stack together: what a checkpoint stores to build its model again."""
+    """The configs of trunk and stack, from which a checkpoint rebuilds its model."""
 
     trunk: TrunkConfig
     mtp: MTPConfig
 
     def num_params(self) -> int:
-        """All weights, tied ones once."""
+        """All parameters; tied ones count once."""
         return self.trunk.num_params() + self._stack_params()
 
     def num_active_params(self) -> int:
-        """Those of them that one token goes through: all but the experts it is not sent to."""
+        """Parameters that one token uses: all except experts that it is not sent to."""
         stack = self._stack_params() - self.mtp.num_idle_params(self.trunk)
         return self.trunk.num_active_params() + stack
 
@@ -46,7 +47,7 @@ class ModelConfig:
         return self.mtp.num_params(self.trunk) + confidence
 
     def forward_flops_per_token(self, seq_len: int, active: Sequence[int] | None = None) -> int:
-        """FLOPs of a forward pass for one position, attention and heads included.
+        """FLOPs per position of a forward pass, attention and heads included.
 
         Args:
             seq_len: T, since attention's share grows with it.
@@ -58,12 +59,12 @@ class ModelConfig:
         return blocks + self.trunk.head_flops() + self.mtp.flops(self.trunk, seq_len, active)
 
     def flops_per_token(self, seq_len: int, active: Sequence[int] | None = None) -> int:
-        """FLOPs of training on one position: forward, and twice as much backward, without the
-        gradients that nobody asks for.
+        """FLOPs per position of training: forward, and twice as much backward, without gradients
+        that are not needed.
 
-        A frozen trunk has no backward pass, and its main prediction is not computed; the frozen
-        head has the half of a backward pass that leads on to the modules. Nor does the head learn
-        from the depths under ``mtp.detach=all``.
+        A frozen trunk has no backward pass, its main prediction is not computed, and its head only
+        propagates gradients to the modules. The same holds for the head's passes of the depths with
+        ``mtp.detach=all``.
         """
         mtp, trunk = self.mtp, self.trunk
         if active is None:
@@ -89,11 +90,11 @@ class ModelConfig:
         """The inverse of :meth:`to_dict`.
 
         Args:
-            data: from a checkpoint.
+            data: the config in a checkpoint.
             allow: packages whose variants may be imported.
 
         Raises:
-            UserError: an unknown variant or field, or a package that is not allowed.
+            UserError: a variant or field is unknown, or a package is not allowed.
         """
         return ModelConfig(
             trunk=TrunkConfig.from_dict(data["trunk"], allow=allow),
@@ -108,7 +109,7 @@ class MTPModel(nn.Module):
         trunk: embedding, blocks and final norm.
         head: the output head, shared by every depth.
         mtp: the stack of further predictions.
-        compiled: whether its blocks are.
+        compiled: whether its blocks are compiled.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -134,23 +135,23 @@ class MTPModel(nn.Module):
 
     @property
     def token_depth(self) -> int:
-        """Depths that predict a token each: D, or 0 of a stack that predicts something else."""
+        """Number of depths that predict one token each: D, or 0 for other kinds of stacks."""
         return self.depth if self.config.mtp.predicts_tokens else 0
 
     def initialise(self, seed: int) -> None:
-        """Draw all weights anew."""
+        """Initialize all weights."""
         assert self.config.trunk.init_std is not None
         initialise(self, std=self.config.trunk.init_std, seed=seed)
         self.mtp.initialise_own()
 
     @property
     def has_compiled_kernels(self) -> bool:
-        """Whether documents' attention and the loss are kernels of the compiler's, too; it makes
-        none for a CPU's backward pass, or none that is faster."""
+        """Whether document attention and cross-entropy use compiled kernels too. On a CPU they do
+        not: the compiler has no backward pass there, or no faster code."""
         return self.compiled and self.head.weight.device.type != "cpu"
 
     def compile_blocks(self) -> None:
-        """Compile every block in place: the keys of checkpoints stay what they are."""
+        """Compile every block in place, which leaves the keys of checkpoints unchanged."""
         self.compiled = True
         for layer in self.modules():
             if isinstance(layer, Block):
@@ -158,7 +159,7 @@ class MTPModel(nn.Module):
 
     @torch.no_grad()
     def read_text(self, batch: WindowBatch) -> TrunkText:
-        """What the trunk makes of whole windows, for modules that begin on it."""
+        """The trunk's states over whole windows, for initializing modules from it."""
         seq_len, device = batch.seq_len, self.head.weight.device
         end = seq_len + self.depth
         documents = None if batch.documents is None else batch.documents[:, :end].to(device)
@@ -190,9 +191,9 @@ class MTPModel(nn.Module):
 
         Args:
             batch: windows built for this model's depth.
-            active: depths in 1 .. D whose hidden states are wanted; by default all. What none
-                of them needs is not computed.
-            key: of a stack's random choices in training; None makes none.
+            active: depths in 1 .. D whose hidden states are wanted; by default all. Only what they
+                need is computed.
+            key: key of the stack's random choices in training; None for no random choices.
 
         Returns:
             Depth -> [B, T, C], in the order of depths. Depth k at position i predicts token
@@ -207,6 +208,40 @@ class MTPModel(nn.Module):
         main = self.mtp.main_state(final_BTC)
         return {0: main, **dict(self.mtp.states(at, active, key))}
 
+    def depth_state(
+        self,
+        k: int,
+        branch_BTC: Tensor,
+        previous_BTC: Tensor,
+        tokens: Tensor,
+        positions: Positions,
+        *,
+        stride: int = 1,
+    ) -> Tensor:
+        """Hidden state of depth ``k`` at the newest positions of a text that is being decoded.
+
+        Args:
+            k: depth in 1 .. D, or any depth of a recursive stack.
+            branch_BTC: trunk state that the stack starts from.
+            previous_BTC: hidden state of depth ``k - 1``; for depth 1, the branch.
+            tokens: ids [B, at least T]; the first stands ``mtp.first_token(k)`` positions ahead.
+            positions: of the T positions, with the cache of this depth.
+            stride: see :class:`BranchPoint`.
+
+        Returns:
+            [B, T, C], ready for the head.
+        """
+        at = BranchPoint(
+            hidden=branch_BTC,
+            tokens=tokens,
+            embedded=self.trunk.embedding(tokens),
+            positions=positions,
+            first=self.mtp.first_token(k),
+            stride=stride,
+            head=self.head,
+        )
+        return self.mtp.depth_state(k, at, previous_BTC)
+
     def run_trunk(
         self,
         batch: WindowBatch,
@@ -215,16 +250,17 @@ class MTPModel(nn.Module):
         ledger: Ledger | None = None,
         key: RandomKey | None = None,
     ) -> tuple[Tensor, BranchPoint]:
-        """The trunk over whole windows, or what the batch knows that it says.
+        """The trunk over whole windows, or its states that are stored in the batch.
 
         Args:
             batch: windows built for this model's depth.
-            active: depths that are to start from it.
-            ledger: where the layers report; that of the branch point is the same.
-            key: of a stack's random choices in training; None makes none.
+            active: depths that will be computed.
+            ledger: collects auxiliary outputs of the trunk and, through the branch point, of the
+                stack.
+            key: key of the stack's random choices in training; None for no random choices.
 
         Returns:
-            The trunk's output [B, T, C], which the head projects, and where the stack starts.
+            The trunk's output [B, T, C], which the head projects, and the branch point.
 
         Raises:
             UserError: the batch was built for another depth.
@@ -241,7 +277,7 @@ class MTPModel(nn.Module):
             in_blocks=self.has_compiled_kernels,
             ledger=ledger,
         )
-        # One look-up for all depths: theirs are the same embeddings, shifted.
+        # One lookup for all depths, which read the same embeddings, shifted.
         tokens = self.mtp.tokens_read(batch.tokens, batch.scored)
         tokens = tokens[:, : seq_len + self.mtp.ahead(active)]
         embedded = self.trunk.embedding(tokens)

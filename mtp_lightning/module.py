@@ -1,7 +1,7 @@
-"""The LightningModule: what Lightning wants to know of a training step, a validation, a checkpoint.
+"""The LightningModule: training steps, validation and checkpoints for Lightning.
 
 One batch of the loader is one optimizer step of one rank (``objective/step.py``), which splits it
-into micro-batches itself: every depth's loss is then the mean over the whole step.
+into micro-batches itself, so that every depth's loss is the mean over the whole step.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ class MTPModule(pl.LightningModule):
     """Trains an :class:`MTPModel`.
 
     Args:
-        model_config: shape of the model.
+        model_config: config of the model.
         schedule: lambda_k as a function of progress.
-        optimizer: what it is trained by.
-        balance: the rule that weighs the tasks by what is measured; None keeps the weights fixed.
-        objective: what the MTP depths are trained on; None is cross-entropy.
-        seed: of the initial weights, and of random choices in training.
-        deferred: draw the weights when the model is sharded, each process its part alone.
-        half: hold the matrices of the trunk, which is frozen, in bf16.
-        accumulate: micro-batches an optimizer step of one rank is split into.
+        optimizer: config of the optimizer.
+        balance: the rule that weighs the tasks by measurements; None keeps the weights fixed.
+        objective: the objective of the MTP depths; None is cross-entropy.
+        seed: seed of the initial weights, and of random choices in training.
+        deferred: whether to draw the weights after sharding, so that each rank stores only its
+            shard.
+        half: whether to hold the matrices of the frozen trunk in bf16.
+        accumulate: number of micro-batches that an optimizer step of one rank is split into.
         clip_norm: bound on the gradient's global norm; None for no bound.
         text_bytes: evaluated bytes of every document of the evaluation text, for bits per byte.
         extra: plain containers stored in every checkpoint (tokenizer, composed config).
@@ -95,32 +96,32 @@ class MTPModule(pl.LightningModule):
         )
         self.extra = extra or {}
         self.rates = rates_of(self.model, text_bytes)
-        # Progress that schedules and the summary read; restored from checkpoints.
+        # Progress for schedules and the summary, restored from checkpoints.
         self.tokens = 0
         self.flops = 0
         self.seconds = 0.0
-        # The newest step's values by log tag, and the newest step that was logged.
+        # Values of the last step by log tag, and the last step that was logged.
         self._values: dict[str, Tensor | float] = {}
         self._row_step: int | None = None
-        # The newest validation: the optimizer steps before it, and its metrics by log tag.
+        # The last validation: the optimizer steps before it, and its metrics by log tag.
         self.validated_step: int | None = None
         self.validation: dict[str, float] = {}
 
     def configure_model(self) -> None:
-        """Shard the model, where the strategy asks for that."""
+        """Shard the model if the strategy asks for it."""
         processes.tensors().lay_out(self)
 
     def forward(self, work: Callable[..., Any], *args: Any) -> Any:
-        """``work(*args)`` with the model's weights at hand: of a sharded model they are gathered
-        for this call alone, and whatever computes with the model goes through it."""
+        """Call ``work(*args)`` with the model's weights available. A sharded model gathers its
+        weights for this call, so all computation with the model must go through it."""
         return work(*args)
 
     def whole_model(self, *, everywhere: bool = False) -> MTPModel | None:
-        """The model for what one process does by itself, such as decoding: itself, or a copy of a
-        sharded one, for which every process must ask.
+        """The model for work of a single process, such as decoding: the model itself, or a copy of
+        a sharded one. All processes must call this together.
 
         Args:
-            everywhere: whether each process wants it; else, it is None on all but the first.
+            everywhere: whether every process gets it; else only the first does, the others None.
         """
         model: MTPModel | None = processes.tensors().whole_model(self, everywhere=everywhere)
         return model
@@ -128,7 +129,7 @@ class MTPModule(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         others = self.balance.parameters()
         for parameter in others:
-            # No part of the module tree: data parallelism would wait for gradients of theirs.
+            # Not in the module tree, where data parallelism would wait for their gradients.
             parameter.data = parameter.data.to(self.device)
         optimizer = self.optimizer_config.build(self.model, others)
         self._learning_rates = LearningRates(optimizer, self.optimizer_config.schedule)
@@ -161,8 +162,8 @@ class MTPModule(pl.LightningModule):
         # The rates in the precision that Lightning's log() gives a number.
         logged_rates = {tag: torch.tensor(rate) for tag, rate in rates.items()}
         self._values = {**result.log_values(), **logged_rates}
-        # For callbacks that monitor a value, such as Lightning's EarlyStopping. Its log() puts
-        # values there, too, but takes a quarter of a millisecond for each.
+        # For callbacks that monitor a value, such as Lightning's EarlyStopping. Lightning's log()
+        # does this too, but takes a quarter of a millisecond per value.
         self.trainer.callback_metrics.update(
             {tag: torch.as_tensor(value) for tag, value in self._values.items()}
         )
@@ -183,7 +184,7 @@ class MTPModule(pl.LightningModule):
             self._log_axis(self.trainer.global_step)
 
     def _log_row(self) -> None:
-        """Log the newest step, once."""
+        """Log the last step, unless it is logged already."""
         step = self.trainer.global_step
         if self._row_step == step:
             return
@@ -194,11 +195,11 @@ class MTPModule(pl.LightningModule):
             self.log_here(rates, step, always=True)
 
     def _stops_between_rows(self) -> bool:
-        """Whether a callback stops here, at a step that is not due: Lightning logs it, too."""
+        """Whether a callback stops at a step that is not due; Lightning logs that step too."""
         return self.trainer.should_stop and not self._due(self.trainer.global_step)
 
     def progress(self, step: int) -> Progress:
-        """Where the run stands before optimizer step ``step`` (counted from 0)."""
+        """The progress before optimizer step ``step`` (counted from 0)."""
         return Progress(step=step, max_steps=self.trainer.max_steps, tokens=self.tokens)
 
     def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
@@ -211,7 +212,7 @@ class MTPModule(pl.LightningModule):
         rates = {f"val/{name}": value for name, value in self.rates.compute().items()}
         self.rates.reset()
         self.validated_step, self.validation = self.trainer.global_step, rates
-        # What this validation's model has cost, the x axes of a fair comparison.
+        # The cost of training so far: the x axes of a fair comparison.
         cost = {
             "progress/tokens": float(self.tokens),
             "progress/flops": float(self.flops),
@@ -222,8 +223,8 @@ class MTPModule(pl.LightningModule):
         self.log_dict({**rates, **cost, "step": step}, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Before the file: a run that is killed between the two goes on behind this step, and would
-        # never log it.
+        # Log before the checkpoint is written: a run killed between the two would resume after this
+        # step and never log it.
         self._log_row()
         checkpoint["model_config"] = self.model.config.to_dict()
         checkpoint["progress"] = {
@@ -248,10 +249,10 @@ class MTPModule(pl.LightningModule):
 
     @staticmethod
     def _warn_of_other_roundings(checkpoint: Mapping[str, Any]) -> None:
-        """Say what the run was computed with until now, where that is something else."""
+        """Warn if the run was computed with other threads or kernels so far."""
         text = (
-            "This run was trained with %s and goes on with %s: its numbers may differ in the last "
-            "bits from those of an uninterrupted run, which %s would equal."
+            "This run was trained with %s and continues with %s: its numbers may differ in the "
+            "last bits from those of an uninterrupted run. %s would give the same bits."
         )
         threads = checkpoint["threads"]
         if threads != torch.get_num_threads():
@@ -266,14 +267,14 @@ class MTPModule(pl.LightningModule):
     def log_here(
         self, values: Mapping[str, Tensor | float], step: int, *, always: bool = False
     ) -> None:
-        """Log all that belongs to a step, in one row, and nothing else.
+        """Log the values of one step in one row.
 
-        Lightning would repeat what only some steps have in the steps without it.
+        Lightning's log() would repeat values that only some steps have in later rows.
 
         Args:
-            values: by log tag.
-            step: optimizer steps done when this one is.
-            always: also between the steps that ``trainer.log_every_n_steps`` chooses.
+            values: values by log tag.
+            step: optimizer steps done after this one.
+            always: whether to log at steps that ``trainer.log_every_n_steps`` skips, too.
         """
         if values and (always or self._due(step)):
             plain = {tag: float(value) for tag, value in values.items()}
@@ -285,8 +286,8 @@ class MTPModule(pl.LightningModule):
         return bool(step % self.trainer.log_every_n_steps == 0)  # type: ignore[attr-defined]
 
     def _log_axis(self, step: int) -> None:
-        """Tell Lightning the x axis of what callbacks log, which it takes from "step".
+        """Log "step", which Lightning uses as the x axis of values that callbacks log.
 
-        Only where it hands that on: its log() takes a quarter of a millisecond.
+        Called only at steps that are logged, as Lightning's log() takes a quarter of a millisecond.
         """
         self.log("step", float(step))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import RandomKey
+from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.objective.balance.base import NoBalance
 from mtp_lightning.objective.objective import Objective

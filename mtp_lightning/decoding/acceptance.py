@@ -1,4 +1,4 @@
-"""Where in the text, and how sure of itself, the model accepts its drafts.
+"""Acceptance of drafts by their position in the text and by the main prediction's entropy.
 
 Shapes: P positions of one text, V vocabulary.
 """
@@ -17,16 +17,16 @@ from mtp_lightning.decoding.sequence import Generation
 from mtp_lightning.model import MTPModel
 from mtp_lightning.objective.through_head import log_probs_by_chunk
 
-# Upper ends of the classes of entropy, in nats.
+# Upper ends of the entropy bins, in nats.
 _ENTROPIES = (0.5, 1.0, 2.0, 4.0, math.inf)
 
 
 def first_drafts(generation: Generation, max_new_tokens: int) -> list[tuple[int, bool]]:
-    """The first draft of every verify pass: its place in ``token_ids``, and whether the loop
+    """The first draft of every verify pass: its index in ``token_ids``, and whether the loop
     accepted it.
 
-    The prompt's pass gives token 0; every later pass gives the accepted drafts and the trunk's own
-    token behind them. A pass with room for one token alone judges no draft.
+    The prompt's pass gives token 0; every later pass gives the accepted drafts and then the trunk's
+    own token. A pass with room for a single token verifies no draft.
     """
     found, at_start = [], True
     for place in range(1, generation.new_tokens):
@@ -45,22 +45,25 @@ def acceptance_by(
     *,
     max_new_tokens: int,
 ) -> dict[str, float]:
-    """How often the loop accepts the first draft of a pass, by where it stands and by the main
-    prediction's entropy there.
+    """How often the loop accepts the first draft of a pass, by its position in the text and by the
+    main prediction's entropy at that position.
 
     Args:
         model: in evaluation mode.
         prompts: token ids.
         generations: their greedy continuations, decoded with drafts.
-        max_new_tokens: that they were decoded with.
+        max_new_tokens: the limit that they were decoded with.
 
     Returns:
-        ``acceptance_at_A-B``, by the token's position in the text (from 1, doubling);
-        ``acceptance_entropy_A-B``, by the entropy in nats of the main distribution that judges the
-        draft; ``acceptance_slope_position``, by least squares over single drafts, per doubling of
-        the position, and ``acceptance_slope_entropy``, per nat; both slopes with ``_se``, which
-        takes texts as independent and the drafts of one text as not (Liang & Zeger 1986), and
-        which one text alone does not give. Without a draft nothing.
+        An empty dict without drafts; else
+
+        - ``acceptance_at_A-B``: by the token's position in the text, from 1, in bins that double;
+        - ``acceptance_entropy_A-B``: by the entropy, in nats, of the main distribution that
+          verifies the draft;
+        - ``acceptance_slope_position`` per doubling of the position, and
+          ``acceptance_slope_entropy`` per nat: least squares over single drafts;
+        - the slopes' standard errors ``.._se``, clustered by text (Liang & Zeger 1986), if there
+          are at least two texts.
     """
     positions, entropies, accepted, texts = [], [], [], []
     for text, (prompt, generation) in enumerate(zip(prompts, generations, strict=True)):
@@ -69,7 +72,7 @@ def acceptance_by(
         for place, was_taken in drafts:
             at = len(prompt) + place
             positions.append(at + 1)
-            entropies.append(float(entropy_P[at - 1]))  # of the prediction of token `at`
+            entropies.append(float(entropy_P[at - 1]))  # at - 1 predicts the token at `at`
             accepted.append(float(was_taken))
             texts.append(text)
     if not accepted:
@@ -120,5 +123,5 @@ def _entropies(model: MTPModel, text: list[int]) -> Tensor:
     tokens = torch.tensor([text + [0] * (model.depth + 1)], device=model.head.weight.device)
     h_PC = model(WindowBatch(tokens, model.depth), ())[0][0]
     chunks = log_probs_by_chunk(h_PC.to(model.head.weight.dtype), model.head.weight)
-    # A probability of 0 adds nothing; its logarithm would make it NaN.
+    # Clamped: a probability of 0 would give 0 * -inf = NaN.
     return torch.cat([-(c.exp() * c.clamp(min=-1e4)).sum(-1) for _, c in chunks]).cpu()

@@ -1,4 +1,4 @@
-"""How many tokens to draft: as many as pay, measured while decoding."""
+"""``draft_depth="auto"``: measure while decoding how many drafts pay."""
 
 from __future__ import annotations
 
@@ -9,51 +9,50 @@ from statistics import median
 
 
 class AutoDepth:
-    """``draft_depth="auto"``.
+    """Chooses the number of drafts with the most tokens per second,
 
-    The number of drafts with the most tokens a second is used,
-    ``(1 + sum_j prod_{i <= j} acceptance_i) / seconds``, where 0 drafts is plain decoding. It
-    begins with none. Now and then a few rounds of another number are timed: of the most drafts (a
-    number between is between in time), and while drafts are used of one more or less and of none.
-    Those rounds emit tokens like any other. What they cost beside going on as before is counted,
-    and never more than a small share of the time is spent on it: looking comes as soon as enough
-    has been decoded, and as often as it is cheap. Batches of about as many rows are judged by their
-    own times; one of another size begins with what the last one used.
+        (1 + sum_j prod_{i <= j} acceptance_i) / seconds,    0 drafts being plain decoding.
+
+    It starts with 0. From time to time it *looks*: it times a few rounds with another number of
+    drafts. If the current number is 0, it looks at ``max_draft``, and the times of the numbers
+    between are interpolated; else it looks at one draft more or less, and at 0. Those rounds emit
+    tokens like any others. The time that they lose compared with the current number is counted,
+    and a look waits until it fits a budget, a small share of the time spent so far. Times are kept
+    by batch size, rounded to powers of two; a new size starts with the number last used.
 
     Args:
         max_draft: the most drafts to consider.
-        module_share: what a token costs modules that have to catch up with it, of what a prompt's
-            costs the trunk.
+        module_share: time for the modules to catch up with a token, as a share of the trunk's time
+            to read a token of a prompt.
     """
 
-    _SHARE = 0.0075  # of the time, to be spent on looking
-    _MEMORY = 0.98  # of the acceptance's running mean, a round
+    _SHARE = 0.0075  # share of the time that looks may lose
+    _MEMORY = 0.98  # decay per round of the acceptance's running mean
 
     def __init__(self, max_draft: int, module_share: float = 0.0) -> None:
         self.max_draft = max_draft
-        # An even chance, worth little: one accepted of two.
+        # A weak prior: one draft of two accepted.
         self._accepted = [1.0] * max_draft
         self._reached = [2.0] * max_draft
-        # A round of one row is bound by other things than one of eight.
-        self._by_size: dict[int, _Rounds] = {}
+        self._by_size: dict[int, _Rounds] = {}  # by log2 of the number of rows
         self._rounds: _Rounds | None = None
         self._n_rows = 0
-        self._budget = 0.0  # seconds that may be lost
+        self._budget = 0.0  # seconds that looks may lose
         self._module_share = module_share
-        self._catch_up_seconds = 0.0  # of a token
+        self._catch_up_seconds = 0.0  # per token
 
     def read(self, tokens: int, seconds: float) -> None:
-        """Count the reading of prompts."""
+        """Count the time of reading prompts of ``tokens`` tokens."""
         self._budget += self._SHARE * seconds
         found = seconds / tokens * self._module_share
         self._catch_up_seconds = min(self._catch_up_seconds or found, found)
 
     def depth(self, rows: int, behind: Callable[[], int]) -> int:
-        """Drafts of the next round.
+        """The number of drafts of the next round.
 
         Args:
-            rows: of the batch.
-            behind: how many tokens the modules would have to catch up with.
+            rows: rows of the batch.
+            behind: returns the number of tokens that the modules would have to catch up with.
         """
         if rows != self._n_rows:
             self._n_rows, size = rows, round(math.log2(rows))
@@ -73,8 +72,14 @@ class AutoDepth:
     def record(
         self, m: int, seconds: float, accepted: Sequence[int], reached: Sequence[int]
     ) -> None:
-        """Count a round of ``m`` drafts, of the rows that :meth:`depth` was asked about: accepted
-        and judged drafts, one number a row."""
+        """Count a round of ``m`` drafts of the batch that :meth:`depth` was asked about.
+
+        Args:
+            m: the number of drafts.
+            seconds: the time of the round.
+            accepted: for each row, the number of accepted drafts.
+            reached: for each row, the number of drafts verified, the first rejected one included.
+        """
         rounds = self._rounds
         assert rounds is not None
         self._budget += self._SHARE * seconds
@@ -95,7 +100,7 @@ class AutoDepth:
                 self._reached[j] = self._reached[j] * self._MEMORY + n_reached
 
     def _expected_tokens(self) -> list[float]:
-        """Of a round of 0, 1, .. drafts, a row."""
+        """Expected tokens per row of a round with 0, 1, .. drafts."""
         tokens, reach = [1.0], 1.0
         for accepted, reached in zip(self._accepted, self._reached, strict=True):
             reach *= accepted / reached
@@ -104,27 +109,27 @@ class AutoDepth:
 
 
 class _Rounds:
-    """The times of rounds of about as many rows, and the number of drafts that pays there.
+    """The times of rounds of one batch size, and the best number of drafts for it.
 
-    A plain round over long texts may take twice as long as one over short ones: times are compared
-    within a look alone, and what is kept of it is their ratio.
+    A plain round over long texts may take twice as long as one over short texts. So times are
+    compared within one look only, and their ratio to the time of a plain round is stored.
 
     Attributes:
-        best: that number.
-        plan: numbers to be timed in the next rounds.
-        may_look: whether it is time to make such a plan, if there are the means.
-        seconds_per_token: of a row, with the best number.
-        cost_of_a_look: seconds that the next plan is expected to lose, but for catching up.
-        price: of such a second, in seconds that may be lost.
+        best: the number of drafts with the most tokens per second.
+        plan: numbers of drafts to be timed in the next rounds.
+        may_look: whether a look is due, if the budget allows it.
+        seconds_per_token: per row, with the best number.
+        cost_of_a_look: seconds that the next look is expected to lose, without catching up.
+        price: factor of a look's lost seconds when they are charged to the budget.
     """
 
-    _EACH = 2  # rounds of a number that is looked at; the first may have much to catch up with
+    _EACH = 2  # rounds per number in a look; the first may have much to catch up with
     _REVIEW = 16  # rounds from one decision to the next
-    _HOPELESS = 8  # price where drafts would not pay even if all were right: only times may change
-    _MARGIN = 1.03  # what drafting must gain to be preferred: timings scatter
+    _HOPELESS = 8  # price if drafts would not pay even if all were accepted: look rarely
+    _MARGIN = 1.03  # gain that drafting must exceed to be preferred, as timings scatter
 
     def __init__(self, max_draft: int, last: _Rounds | None) -> None:
-        # The last rounds' of every number, and what they took beside plain ones in the last looks.
+        # For every number of drafts: the last rounds' times, and their ratios to plain rounds.
         self._seconds: list[deque[float]] = [deque(maxlen=9) for _ in range(max_draft + 1)]
         self._ratios: list[deque[float]] = [deque(maxlen=3) for _ in range(max_draft + 1)]
         self._ratios[0].append(1.0)
@@ -135,10 +140,10 @@ class _Rounds:
         self.cost_of_a_look = math.inf
         self.price = 1
         self._until_review = self._REVIEW
-        self._deeper = True  # the next look
+        self._deeper = True  # whether the next look tries one draft more
 
     def is_review(self, m: int, seconds: float) -> bool:
-        """Count a round of ``m`` drafts, and say whether it is time to decide anew."""
+        """Count a round of ``m`` drafts; returns whether it is time to decide again."""
         self._seconds[m].append(seconds)
         if self.plan:
             self.plan.pop(0)
@@ -150,7 +155,7 @@ class _Rounds:
         return self.may_look
 
     def look(self) -> None:
-        """Plan rounds of other numbers, the deepest first: the others need no catching up then."""
+        """Plan rounds of other numbers, the deepest first, so that only its rounds catch up."""
         deepest = len(self._seconds) - 1
         others = {deepest}
         if self.best:
@@ -158,21 +163,25 @@ class _Rounds:
             self._deeper = not up
             others = {0, self.best + (1 if up else -1)}
         for m, seconds in enumerate(self._seconds):
-            if m != self.best:  # its last rounds are its part of the look
+            if m != self.best:  # the best number is represented by its last rounds
                 seconds.clear()
         self.plan = [m for m in sorted(others, reverse=True) for _ in range(self._EACH)]
 
     def _compare(self) -> None:
-        # The shortest: whatever else runs on the machine makes a round longer, never shorter.
+        # Take the shortest: other programs on the machine only ever make a round longer.
         shortest = [min(seconds, default=None) for seconds in self._seconds]
         plain = shortest[0]
         for ratios, seconds in zip(self._ratios[1:], shortest[1:], strict=True):
             if seconds and plain:
-                # A round with drafts has all that a plain one has.
+                # A round with drafts includes all the work of a plain one.
                 ratios.append(max(seconds / plain, 1.0))
 
     def decide(self, expected_tokens: Sequence[float]) -> None:
-        """Choose the number with the most tokens a second, of those to be expected a row."""
+        """Choose the number of drafts with the most tokens per second.
+
+        Args:
+            expected_tokens: per row, of a round with 0, 1, .. drafts.
+        """
         self._until_review = self._REVIEW
         known = [m for m, ratios in enumerate(self._ratios) if ratios]
         costs = [self._cost(m, known) for m in range(known[-1] + 1)]
@@ -183,16 +192,16 @@ class _Rounds:
                 self.best = 0
             most = max((m + 1) / cost for m, cost in enumerate(costs[1:], start=1))
             self.price = self._HOPELESS if most < self._MARGIN else 1
-        if not self._seconds[self.best]:  # it is between those that were timed
+        if not self._seconds[self.best]:  # interpolated, never timed
             return
         now = min(self._seconds[self.best])
         self.seconds_per_token = now / expected_tokens[self.best]
-        # A draft and its verification take about half of a pass, if most of them fail.
+        # Rough estimate: a draft that fails costs half a round.
         drafts = 1 if self.best else len(self._seconds) - 1
         self.cost_of_a_look = self._EACH * now * drafts / 2
 
     def _cost(self, m: int, known: list[int]) -> float:
-        """Of a round, in plain ones: compared, or between two that were."""
+        """Time of a round with ``m`` drafts in plain rounds, interpolated between measured ones."""
         low, high = max(i for i in known if i <= m), min(i for i in known if i >= m)
         at_low, at_high = median(self._ratios[low]), median(self._ratios[high])
         return at_low + (at_high - at_low) * (m - low) / max(high - low, 1)

@@ -1,6 +1,7 @@
-"""What a model says where a batch leaves it the word: answers of whole batches, greedily or drawn.
+"""A model's answers to the questions of a whole batch, greedy or sampled.
 
-Shapes: B rows, W tokens of a window, P its positions, N its scored tokens, C d_model, V vocabulary.
+Shapes: B rows, W tokens of a window, P its positions, N scored tokens of the batch, C d_model,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from mtp_lightning.model import MTPModel
 
 
 class Outputs:
-    """What a model makes of a batch of questions; each thing is computed when first asked for.
+    """A model's outputs for a batch of questions; each is computed when first asked for.
 
     Args:
         model: any variant, in evaluation mode.
-        batch: windows with ``scored``, the first token of each not among them.
-        uniforms: the random numbers [B, W] of :func:`say`, on whatever device.
+        batch: windows with ``scored``; the first token of a window must not be scored.
+        uniforms: returns the random numbers [B, W] of :func:`say`, on any device.
     """
 
     def __init__(self, model: MTPModel, batch: WindowBatch, uniforms: Callable[[], Tensor]) -> None:
@@ -34,22 +35,23 @@ class Outputs:
 
     @cached_property
     def said_BW(self) -> Tensor:
-        """The tokens, with the model's greedy answers in the scored places."""
+        """The tokens, with the model's greedy answers at the scored positions."""
         return say(self._model, self.batch)
 
     @cached_property
     def sampled_BW(self) -> Tensor:
-        """The tokens, with answers drawn at temperature 1 in the scored places."""
+        """The tokens, with answers sampled at temperature 1 at the scored positions."""
         return say(self._model, self.batch, self._uniforms().to(self.batch.device))
 
     @cached_property
     def states_BPC(self) -> Tensor:
         """The trunk's final states, teacher-forced."""
-        return self._main_BPX[..., : self._model.config.trunk.d_model]  # a mixture's first
+        # A packed mixture begins with its first component, the trunk's own state.
+        return self._main_BPX[..., : self._model.config.trunk.d_model]
 
     @cached_property
     def forced_BW(self) -> Tensor:
-        """The tokens, with the model's greedy choices after true ones in the scored places."""
+        """The tokens, with the model's teacher-forced greedy choices at the scored positions."""
         return _in_place(self.batch, self._logits_NV.argmax(-1), self.batch.tokens)
 
     @cached_property
@@ -69,28 +71,28 @@ class Outputs:
 
 
 def say(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) -> Tensor:
-    """Plain decoding of a batch's scored tokens; it reads all others as they are.
+    """Decode the scored tokens of a batch plainly; the other tokens are read as they are.
 
-    Where the scored tokens of a row are one run, greedy decoding is what :func:`generate` says.
+    If the scored tokens of a row are contiguous, the greedy result is that of :func:`generate`.
 
     Args:
         model: any variant, in evaluation mode.
-        batch: windows with ``scored``, the first token of each not among them.
-        uniforms_BW: numbers of [0, 1), by which each token is drawn at temperature 1; None for
-            the most probable tokens.
+        batch: windows with ``scored``; the first token of a window must not be scored.
+        uniforms_BW: numbers of [0, 1) that each token is drawn by, at temperature 1; None for the
+            most probable tokens.
 
     Returns:
-        ``[B, W]`` the tokens, with the model's own in the scored places.
+        ``[B, W]`` the tokens, with the model's own at the scored positions.
     """
     assert batch.scored is not None and not bool(batch.scored[:, 0].any())
     if model.config.mtp.answers_at_once:
-        return choose(model, batch, uniforms_BW)  # which is not shown what is scored
+        return choose(model, batch, uniforms_BW)  # such a model never reads the scored tokens
     places = torch.arange(batch.tokens.shape[1], device=batch.device)
     first_B = batch.scored.int().argmax(1)
     last_B = torch.where(batch.scored, places, first_B.unsqueeze(1)).amax(1)
     first, last = first_B.tolist(), last_B.tolist()
     rounds = max(b - a for a, b in zip(first, last, strict=True)) + 1
-    # Rows that are done early go on beyond their ends, where nobody looks.
+    # Rows that finish early decode into the padding, which is cut off at the end.
     said_BW, scored_BW = F.pad(batch.tokens, (0, rounds)), F.pad(batch.scored, (0, rounds))
     if uniforms_BW is not None:
         uniforms_BW = F.pad(uniforms_BW, (0, rounds))
@@ -114,8 +116,8 @@ def say(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) 
 
 
 def choose(model: MTPModel, batch: WindowBatch, uniforms_BW: Tensor | None = None) -> Tensor:
-    """Teacher-forced: ``[B, W]`` the tokens, with the model's choice, all tokens before being the
-    true ones, in the scored places; chosen as in :func:`say`."""
+    """``[B, W]`` the tokens, with the model's teacher-forced choices at the scored positions: every
+    choice follows the true tokens. The choice is made as in :func:`say`."""
     logits_NV = _logits(model, batch, _states(model, batch))
     uniform_N = None if uniforms_BW is None else _scored(batch, uniforms_BW)
     return _in_place(batch, _pick(logits_NV, uniform_N), batch.tokens)
@@ -140,13 +142,13 @@ def _logits(model: MTPModel, batch: WindowBatch, states_BPC: Tensor) -> Tensor:
 
 
 def _scored(batch: WindowBatch, field_BW: Tensor) -> Tensor:
-    """A field's values [N] where tokens are scored."""
+    """A field's values [N] at the scored positions."""
     return batch.shifted(field_BW, 0)[batch.valid(0)]
 
 
 def _in_place(batch: WindowBatch, values_N: Tensor, elsewhere_BW: Tensor) -> Tensor:
-    """A field with values where tokens are scored."""
+    """``elsewhere_BW`` with other values [N] at the scored positions."""
     field_BW = elsewhere_BW.clone()
-    # A view: what is written there is written into the field.
+    # `shifted` returns a view, so this writes into the field.
     batch.shifted(field_BW, 0)[batch.valid(0)] = values_N
     return field_BW

@@ -1,14 +1,14 @@
 """The passes of decoding as compiled programs, for one prompt at a time.
 
-A pass of a small model is hundreds of small operators, and calling them takes most of its time.
-Compiled, it is one call. The programs have static shapes: a pass of the trunk is as wide as the
-drafts asked for, one of a module as wide as a round can leave behind, and attention reads the whole
-capacity; a program is made at the first pass that needs it, which takes about ten seconds. On a CPU
-it is kept for later processes (``programs.py``), on a GPU recorded by every session
-(``recording.py``).
+A pass of a small model is hundreds of small operators, and launching them takes most of its time.
+Compiled, it is one call. The programs have static shapes: a trunk pass is as wide as the number of
+drafts plus one, a module's pass covers the most positions that a round can leave it to catch up
+with, and attention reads the whole capacity. A program is built by the first pass that needs it,
+which takes about ten seconds. On a CPU it is stored for later processes (``programs.py``); on a GPU
+every session records it as a CUDA graph (:class:`Recording`).
 
-A verify pass and a single pass are different programs, which may round differently: texts can part
-from plain decoding where two tokens' logits agree to about 1e-5.
+A verify pass and a pass over one token are different programs, which may round differently: texts
+can differ from plain decoding where two tokens' logits agree to about 1e-5.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.decoding.programs import program, require_compiler
-from mtp_lightning.decoding.recording import Recording
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables
@@ -35,7 +33,7 @@ _RECORDED = ("cuda",)
 
 
 class _Pass(nn.Module):
-    """What is compiled: a function of a model and of the tensors that a pass reads."""
+    """The function that is compiled: a pass of a model over the tensors that it reads."""
 
     def __init__(self, model: MTPModel) -> None:
         super().__init__()
@@ -53,7 +51,7 @@ class _Pass(nn.Module):
 
 
 class _TrunkPass(_Pass):
-    """Logits [B, T, V], and what the stack starts from [B, T, C] if it drafts."""
+    """Returns the logits [B, T, V] and, if ``drafts``, the branch state [B, T, C]."""
 
     def __init__(self, model: MTPModel, *, drafts: bool) -> None:
         super().__init__(model)
@@ -73,8 +71,8 @@ class _TrunkPass(_Pass):
 
 
 class _DepthPass(_Pass):
-    """Logits [B, V] of the position ``last_B`` of the pass, the hidden states [B, T, C], and how
-    sure the depth is [B] if it says so; ``tokens_BS`` are those that it reads."""
+    """Returns the logits [B, V] at index ``last_B`` of the pass, the hidden states [B, T, C] and,
+    for a stack with ``confidence``, the estimated probability of acceptance [B]."""
 
     def __init__(self, model: MTPModel, k: int) -> None:
         super().__init__(model)
@@ -95,15 +93,8 @@ class _DepthPass(_Pass):
         *entries: Tensor,
     ) -> tuple[Tensor, ...]:
         model, k = self.model, self.k
-        at = BranchPoint(
-            hidden=branch_BTC,
-            tokens=tokens_BS,
-            embedded=model.trunk.embedding(tokens_BS),
-            positions=self._positions(start_B, branch_BTC.shape[1], cos, sin, entries),
-            first=model.mtp.first_token(k),
-            head=model.head,
-        )
-        hidden = model.mtp.depth_state(k, at, previous_BTC)
+        positions = self._positions(start_B, branch_BTC.shape[1], cos, sin, entries)
+        hidden = model.depth_state(k, branch_BTC, previous_BTC, tokens_BS, positions)
         last_B1C = hidden.index_select(1, last_B)
         said = model.head(last_B1C)[:, 0], hidden
         if model.mtp.confidence is None:
@@ -114,7 +105,10 @@ class _DepthPass(_Pass):
 def _compiled(
     function: _Pass, passing: Sequence[Tensor], staying: Sequence[Tensor]
 ) -> Callable[..., Sequence[Tensor]]:
-    """``function(*passing, *staying)`` as a function of tensors like ``passing``."""
+    """Compile ``function(*passing, *staying)`` into a function of tensors like ``passing``.
+
+    ``staying`` tensors (tables, caches) are read and written in place.
+    """
     if staying[0].device.type in _RECORDED:
         require_compiler()
         compiled = torch.compile(function, fullgraph=True, dynamic=False)
@@ -122,6 +116,53 @@ def _compiled(
             return Recording(compiled, passing, staying)
     built = program(function, (*passing, *staying))
     return lambda *passing: built(*passing, *staying)
+
+
+class Recording:
+    """A function recorded once as a CUDA graph; a call replays its kernels.
+
+    The kernels of a small model finish before the host has launched the next one. A graph reads and
+    writes the memory addresses of its recording: caches and tables stay there, and each call copies
+    its other inputs, a few tokens and states, to where the graph reads them.
+
+    Args:
+        function: of tensors of these shapes; it must not read a value on the host.
+        passing: the first inputs, which are copied in at every call.
+        staying: the other inputs, which the graph reads and writes in place.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Sequence[Tensor]],
+        passing: Sequence[Tensor],
+        staying: Sequence[Tensor],
+    ) -> None:
+        self._passing = [x.clone() for x in passing]
+        # Kept alive for as long as the graph, which points to their memory.
+        inputs = self._inputs = (*self._passing, *staying)
+        function(*inputs)  # compiles and loads the kernels, which a recording cannot do
+        self._replay, self._outputs = record(lambda: function(*inputs))
+
+    def __call__(self, *passing: Tensor) -> list[Tensor]:
+        for own, given in zip(self._passing, passing, strict=True):
+            own.copy_(given)
+        self._replay()
+        # The next call overwrites the outputs.
+        return [x.clone() for x in self._outputs]
+
+
+def record(
+    function: Callable[[], Sequence[Tensor]],
+) -> tuple[Callable[[], None], Sequence[Tensor]]:
+    """Record the kernels that ``function`` launches. Other threads may use the device meanwhile.
+
+    Returns:
+        A function that replays the kernels, and their outputs, which are filled by a replay.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outputs = function()
+    return graph.replay, outputs
 
 
 class CompiledSession(Session):
@@ -133,7 +174,8 @@ class CompiledSession(Session):
         self._width = max_draft + 1
 
     def _run(self, kind: str, number: int, cache: KVCache, *passing: Tensor) -> Sequence[Tensor]:
-        """One pass: of the trunk over ``number`` tokens, or of the depth ``number``."""
+        """Run a pass: kind ``trunk`` over ``number`` tokens, or kind ``depth`` of depth
+        ``number``."""
         key = kind, number
         if key not in self._passes:
             function: _Pass
@@ -149,7 +191,7 @@ class CompiledSession(Session):
         capacity = -(-(capacity + self._slack) // _CAPACITY) * _CAPACITY - self._slack
         tables = super()._tables_for(capacity)
         self._angles = (tables.cos_S1H, tables.sin_S1H)
-        # Of one capacity each, and of the storage that goes with it.
+        # Every pass is built for one capacity and its storage.
         self._passes: dict[tuple[str, int], Callable[..., Sequence[Tensor]]] = {}
         return tables
 
@@ -191,5 +233,5 @@ class CompiledSession(Session):
         return logits
 
     def _at(self, position: int) -> Tensor:
-        # Not by torch.tensor, whose copy from the host waits for a GPU.
+        # torch.tensor would copy from the host, which waits for a GPU.
         return torch.full((1,), position, device=self.tokens_BS.device)

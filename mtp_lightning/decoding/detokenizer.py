@@ -1,4 +1,4 @@
-"""Tokens to text, as soon as they make up whole characters."""
+"""Turn tokens into text as soon as they make up whole characters."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ Mark = TypeVar("Mark")
 class Detokenizer:
     """Takes the tokens of one text as they come.
 
-    A character that several tokens make up comes with the last of them. Joined, the pieces are the
-    text of all tokens, but for a character at its end that has not become whole.
+    A character of several tokens is returned with the last of them. The pieces joined are the text
+    of all tokens, except for an incomplete character at the end.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's, with ``decode(ids)`` and ``eot_id``.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._decode: Callable[[list[int]], str] = tokenizer.decode
         self._eot_id = tokenizer.eot_id
-        # The last piece's tokens, without which some tokenizers would drop a space, and those
-        # whose text is not whole yet; how many of their characters were handed out.
+        # The last token of the previous piece, without which some tokenizers would drop a space,
+        # and the tokens whose text is still incomplete. `_out` of their characters were returned.
         self._window: list[int] = []
         self._out = 0
 
     def add(self, token_ids: Sequence[int], marks: Sequence[Mark]) -> Iterator[tuple[str, Mark]]:
-        """The text that is whole now, in pieces, each with the mark of its last token."""
+        """The text that is complete now, in pieces, each with the mark of its last token."""
         for token, mark in zip(token_ids, marks, strict=True):
             if token == self._eot_id:
                 continue

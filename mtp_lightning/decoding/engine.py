@@ -1,4 +1,4 @@
-"""A batch whose sequences come and go: ``generate`` and a server are loops over it.
+"""Decoding of a batch whose sequences come and go; ``generate`` and serving are loops over it.
 
     with Engine(model, DecodingOptions(batch_size=8), tokenizer=tokenizer) as engine:
         sequences = engine.add([Request(prompt=[1, 2], max_new_tokens=20)])
@@ -6,10 +6,9 @@
             for sequence in engine.step():
                 print(sequence.request.index, sequence.fresh().token_ids, sequence.finish_reason)
 
-A text depends on its own request alone, not on the sequences beside it: greedy text is that of
-plain decoding token for token, and a sample is decided by ``seed`` and ``index`` (unless
-``draft_depth="auto"`` decides by the clock how much is drafted; the distribution is the trunk's in
-any case).
+A text depends on its own request alone, not on the other sequences of the batch. Greedy text equals
+that of plain decoding token for token; a sample is determined by ``seed`` and ``index``. With
+``draft_depth="auto"`` a sample also depends on timing, but its distribution remains the trunk's.
 """
 
 from __future__ import annotations
@@ -37,20 +36,20 @@ from mtp_lightning.settings import is_whole
 class Engine:
     """Decodes up to ``places`` requests together, in rounds.
 
-    It is a context manager, and works inside alone: the model is then in eval mode, with packed
-    weights. All calls must come from the thread that entered it (:meth:`check`, which changes
-    nothing, from any).
+    It is a context manager and works only while entered, with the model in eval mode and its
+    weights packed. All calls must come from the thread that entered it, except :meth:`check`, which
+    changes nothing and may be called from any thread.
 
     Args:
         model: any variant that decodes token by token, on its device.
-        options: how texts are drafted, and how many together; those of single texts are the
-            requests' own.
+        options: how texts are drafted, and how many are decoded together. The options of single
+            texts are taken from the requests instead.
         tokenizer: with ``decode(ids)`` and ``eot_id``, for texts and stop strings.
         on_logits: called with a request's index and the trunk's logits [T, V] that its new tokens
             were chosen by, round by round.
 
     Raises:
-        UserError: a model that cannot do what is asked.
+        UserError: the model cannot decode as the options ask.
     """
 
     def __init__(
@@ -63,8 +62,8 @@ class Engine:
     ) -> None:
         if model.config.mtp.answers_at_once:
             raise UserError(
-                f"a model of mtp={model.config.mtp.variant} says a task's answers all at once and "
-                "not token by token: ask it by evaluate.py."
+                f"a model of mtp={model.config.mtp.variant} predicts a task's whole answer at once "
+                "and not token by token: ask it by evaluate.py."
             )
         self.options = options = DecodingOptions() if options is None else options
         self.places = options.places
@@ -94,20 +93,20 @@ class Engine:
 
     @property
     def sequences(self) -> Sequence[TextSequence]:
-        """The sequences alive, in no order."""
+        """The sequences being decoded, in no particular order."""
         return tuple(self._sequences)
 
     @property
     def free(self) -> int:
-        """Places without a sequence."""
+        """Number of slots without a sequence."""
         return self.places - len(self._sequences)
 
     def check(self, request: Request) -> None:
-        """Refuse what :meth:`add` would.
+        """Refuse a request that :meth:`add` would refuse.
 
         Raises:
-            UserError: an empty prompt, a token that the model does not have, more tokens than its
-                context holds, stop strings without a tokenizer.
+            UserError: the prompt is empty or holds an unknown token, the text would exceed the
+                context, or there are stop strings and no tokenizer.
         """
         ids, name = request.prompt, f"Prompt {request.index}"
         vocab = self._model.config.trunk.vocab_size
@@ -132,23 +131,23 @@ class Engine:
             )
 
     def add(self, requests: Sequence[Request]) -> list[TextSequence]:
-        """Read the prompts of new sequences, in one pass, and choose their first tokens.
+        """Read the prompts of new sequences in one pass and choose their first tokens.
 
-        A request whose first token is its last gives a finished sequence, which takes no place.
+        A request whose first token is its last returns a finished sequence, which takes no slot.
 
         Args:
             requests: at most :attr:`free`.
 
         Returns:
-            One a request, in order.
+            One sequence per request, in order.
 
         Raises:
-            UserError: too many requests, or what :meth:`check` says.
+            UserError: there are too many requests, or :meth:`check` refuses one.
         """
         if len(requests) > self.free:
             raise UserError(
-                f"{len(requests)} requests for {self.free} free places of {self.places}: wait "
-                "until one has finished."
+                f"{len(requests)} requests for {self.free} free slots of {self.places}: wait until "
+                "a sequence has finished."
             )
         for request in requests:
             self.check(request)
@@ -157,7 +156,7 @@ class Engine:
         limit = self.options.max_context
         windows = [list(request.prompt) for request in requests]
         if limit is not None:
-            # Only long="slide" lets a longer prompt pass.
+            # `check` lets a longer prompt pass only with long="slide".
             windows = [w if len(w) <= limit else w[-_kept(limit) :] for w in windows]
         needed = [len(w) + r.max_new_tokens for w, r in zip(windows, requests, strict=True)]
         decoder = self._with_room(max(needed) if limit is None else min(max(needed), limit))
@@ -176,11 +175,11 @@ class Engine:
         return sequences
 
     def step(self) -> list[TextSequence]:
-        """One round: draft, verify, accept, for every sequence.
+        """Run one round for every sequence: draft, verify, accept.
 
         Returns:
             The sequences that took part, each with at least one new token
-            (:meth:`TextSequence.fresh`). Those with a ``finish_reason`` are done, and their places
+            (:meth:`TextSequence.fresh`). Those with a ``finish_reason`` are done, and their slots
             are free.
         """
         sequences = list(self._sequences)
@@ -197,10 +196,10 @@ class Engine:
         return sequences
 
     def remove(self, sequence: TextSequence) -> None:
-        """Forget a sequence before its end; nothing of it is computed any more.
+        """Stop decoding a sequence before its end and free its slot.
 
         Raises:
-            UserError: the sequence is not here, or no longer.
+            UserError: the sequence is not in this engine, or has already finished.
         """
         if sequence not in self._sequences:
             raise UserError(
@@ -213,7 +212,7 @@ class Engine:
             self._on_logits(sequence.request.index, logits_TV)
 
     def _with_room(self, tokens: int) -> Decoder:
-        """The decoder, with room for sequences of so many tokens."""
+        """The decoder, with room for sequences of ``tokens`` tokens."""
         if self._decoder is not None:
             self._decoder.session.reserve(tokens)
             return self._decoder
@@ -228,7 +227,7 @@ class Engine:
             return TreeDecoder(trees, places=self.places)
         kind: type[Session] = SingleCacheSession if options.cache == "single" else Session
         if options.compile:
-            # Compilers are slow to load.
+            # The compiler is slow to import.
             from mtp_lightning.decoding.compiled import CompiledSession
 
             kind = CompiledSession
@@ -257,13 +256,13 @@ class Engine:
         wanted = self.max_draft
         if auto is not None:
             wanted = auto.depth(len(self._sequences), decoder.session.behind)
-        # A compiled pass has one width; what is drafted beyond a cap is not judged.
+        # A compiled pass has a fixed width; drafts beyond a row's cap are not verified.
         n_drafts = wanted if self.options.compile else min(wanted, max(caps))
         start = time.perf_counter()
         outcome = decoder.round(n_drafts, caps)
         if auto is not None and n_drafts == wanted:
             seconds, reached_by = time.perf_counter() - start, outcome.reached
-            if self.options.min_confidence:  # a draft that was not believed in is one that failed
+            if self.options.min_confidence:  # count a draft that was not made as a failed one
                 reached_by = [
                     min(a + 1, n_drafts, cap) for a, cap in zip(outcome.accepted, caps, strict=True)
                 ]
@@ -271,7 +270,7 @@ class Engine:
         return outcome
 
     def _let_go(self) -> None:
-        """Free the places of sequences that are done."""
+        """Free the slots of finished sequences."""
         for i in range(len(self._sequences) - 1, -1, -1):
             if self._sequences[i].finish_reason is not None:
                 self._drop(i)
@@ -284,5 +283,5 @@ class Engine:
 
 
 def _kept(limit: int) -> int:
-    """Tokens of a full context of ``limit`` that sliding keeps."""
+    """Number of tokens that sliding keeps of a full context of ``limit``."""
     return max(limit // 2, 1)

@@ -1,8 +1,8 @@
-"""Fused passes of decoding: a whole narrow pass in one call, where a part has code for it.
+"""Fused decode steps: one call for a whole pass over a few tokens, where a part has code for it.
 
-A part registers a maker for a device type. Those who decode with a model hold it open by
-:func:`fused_passes`; a session then asks once, by :func:`fused`, and whatever it is not given runs
-through the model's modules.
+A part registers a maker for a device type. Code that decodes enters :func:`fused_passes`, which
+prepares the model; a session then gets the passes from :func:`fused`. A pass that the part does not
+provide runs through the model's modules.
 
 Shapes: B rows, T new positions, S capacity, C d_model, V vocabulary.
 """
@@ -30,8 +30,8 @@ class TrunkPass(Protocol):
 
         Args:
             cache: the trunk's, opened for a pass.
-            ids_BS: all token ids; like the next, of the cache's capacity.
-            states_BSC: takes the states that the stack branches from; None without a stack.
+            ids_BS: the whole token buffer, of the cache's capacity.
+            states_BSC: the pass writes the stack's branch states here; None without drafts.
         """
 
 
@@ -50,37 +50,37 @@ class DraftPass(Protocol):
 
         Args:
             cache: the depth's, opened for a pass.
-            ids_BS: all token ids; like the next two, of the cache's capacity.
+            ids_BS: the whole token buffer; this and the next two have the cache's capacity.
             before_BSC: the states that the depth reads.
-            after_BSC: takes the depth's own states; None for the deepest.
-            newest: for every row the index of that token in the pass.
+            after_BSC: the pass writes the depth's own states here; None for the deepest depth.
+            newest: for every row, the index of that token in the pass.
         """
 
 
 class FusedPasses(Protocol):
-    """What a part does for one model while it decodes.
+    """The passes that a part provides for one model while it decodes.
 
     Attributes:
-        trunk: None where there is no code for this trunk, head or stack.
+        trunk: the pass of the trunk; None if the part has no code for this trunk, head or stack.
     """
 
     trunk: TrunkPass | None
 
     def draft(self, k: int, weight_VC: Tensor) -> DraftPass | None:
-        """Depth ``k``, drafting with the head's weight ``weight_VC``; None where there is no code
-        for that stack."""
+        """The pass of depth ``k``, drafting with the head's weight ``weight_VC``; None if the part
+        has no code for that stack."""
 
     def pack(self, weight_NK: Tensor) -> None:
-        """Lay out one more weight for products with few rows; it is the caller's own tensor."""
+        """Store a packed copy of one more weight for skinny GEMMs."""
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Restore the model's own weights and layouts."""
 
 
 _MAKERS: dict[str, Callable[[MTPModel], FusedPasses]] = {}
 _NEEDS: dict[str, Callable[[], str | None]] = {}
 _LOCK = threading.Lock()
-# For every model that decodes: by how many it is held open, and its passes.
+# For every model that decodes: how many callers are inside `fused_passes`, and its passes.
 _OPEN: WeakKeyDictionary[nn.Module, tuple[int, FusedPasses]] = WeakKeyDictionary()
 
 
@@ -92,16 +92,16 @@ def register(
     """Let ``make`` prepare the models that decode on devices of the type ``device``.
 
     Args:
-        device: its type.
-        make: of a model, its fused passes.
+        device: a device type, such as ``cpu``.
+        make: returns a model's fused passes.
         rounded_weights_need: see the function of that name.
     """
     _MAKERS[device], _NEEDS[device] = make, rounded_weights_need
 
 
 def rounded_weights_need(device: str) -> str | None:
-    """What is missing for weights of fewer bytes (``precision.py``) to be read faster than fp32 on
-    a type of device; None where nothing is."""
+    """What a device type lacks to read rounded weights (``precision.py``) faster than fp32; None if
+    it lacks nothing."""
     parts.load()
     need = _NEEDS.get(device)
     return "the part mtp_lightning.cpu" if need is None else need()
@@ -109,8 +109,8 @@ def rounded_weights_need(device: str) -> str | None:
 
 @contextmanager
 def fused_passes(model: MTPModel) -> Iterator[None]:
-    """Prepare a model for decoding. Several at a time share the preparation, which the last one
-    drops, so that it never outlives a change of the weights."""
+    """Prepare a model for decoding. Concurrent callers share the preparation; the last one to leave
+    drops it, so that it never outlives a change of the weights."""
     parts.load()
     make = _MAKERS.get(model.head.weight.device.type)
     if make is None:
@@ -131,6 +131,6 @@ def fused_passes(model: MTPModel) -> Iterator[None]:
 
 
 def fused(model: MTPModel) -> FusedPasses | None:
-    """The fused passes of a model that is held open by :func:`fused_passes`; else None."""
+    """The passes of a model that is inside :func:`fused_passes`; None for any other model."""
     held = _OPEN.get(model)
     return None if held is None else held[1]

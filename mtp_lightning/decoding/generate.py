@@ -31,26 +31,26 @@ def generate(
 ) -> list[Generation]:
     """Continue every prompt.
 
-    Greedy output is, token for token, that of plain greedy decoding; sampled output has the
+    Greedy output equals that of plain greedy decoding token for token; sampled output has the
     model's distribution. Drafts change the speed alone.
 
     Args:
-        model: any variant. It is put into eval mode for the call.
+        model: any variant. The call puts it into eval mode and restores its mode afterwards.
         prompts: token ids, at least one each.
         options: see :class:`~mtp_lightning.decoding.options.DecodingOptions`.
-        tokenizer: with ``decode(ids)`` and ``eot_id``, for texts.
+        tokenizer: with ``decode(ids)`` and ``eot_id``; gives texts, and the end of text.
         on_tokens: called as tokens are accepted, with the prompt's index and the new tokens.
-        changes: options by name, instead of those in ``options``.
+        changes: options by name, which replace those of ``options``.
 
     Returns:
-        One :class:`Generation` a prompt, in order.
+        One :class:`Generation` per prompt, in order.
 
     Raises:
-        UserError: an option out of range, an empty prompt, a prompt longer than the context, a
-            model that gives its answers at once.
+        UserError: an option is out of range, a prompt is empty or longer than the context, or the
+            model predicts a task's whole answer at once.
     """
     options = replace(options or DecodingOptions(), **changes)
-    # Storage for no more texts than there are.
+    # Allocate storage for no more texts than there are.
     options = replace(options, batch_size=min(options.places, max(len(prompts), 1)))
     engine = Engine(model, options, tokenizer=tokenizer)
     waiting = deque(options.request(prompt, index) for index, prompt in enumerate(prompts))

@@ -1,4 +1,4 @@
-"""What a run and evaluate.py decode of held-out data, the same in both."""
+"""The held-out prompts that a run and evaluate.py decode: the same in both."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from mtp_lightning.errors import UserError
 def prompts_that_fit(
     data: Any, *, n_prompts: int, prompt_tokens: int, new_tokens: int
 ) -> tuple[list[Tensor], int]:
-    """Held-out prompts, fewer where there are not so many, and the tokens to add to each, which fit
-    into a window together. Of a task, whole prompts and the answer's length.
+    """Held-out prompts and the number of tokens to generate, which fit into one window together.
+
+    For a task, the prompts are whole and the number is the length of an answer.
 
     Args:
         data: a data module that is set up.
-        n_prompts: at most so many.
-        prompt_tokens: of text, at most so long.
-        new_tokens: of text.
+        n_prompts: the most prompts; there are fewer if the data holds fewer.
+        prompt_tokens: for text, the most tokens of a prompt.
+        new_tokens: for text, the number of tokens to generate.
 
     Raises:
-        UserError: there are none, or a window has no room for ``new_tokens`` and a prompt.
+        UserError: there are no prompts, or a window has no room for ``new_tokens`` and a prompt.
     """
     new_tokens = new_tokens if data.answer_length is None else data.answer_length
     room = data.seq_len - new_tokens

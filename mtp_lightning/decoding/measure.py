@@ -1,5 +1,5 @@
-"""What drafts bring: acceptance and speed of the real loop, and what teacher forcing and the costs
-of single passes say that they should be.
+"""Acceptance and speedup of drafts: measured in the real decoding loop, and expected from teacher
+forcing and the times of single passes.
 
 Shapes: B rows, T positions, V vocabulary.
 """
@@ -25,26 +25,26 @@ from mtp_lightning.decoding.sequence import Generation, rate_counts, rates
 from mtp_lightning.decoding.session import Session, decoding_passes
 from mtp_lightning.model import MTPModel
 
-# Two tokens whose logits differ by less are a tie: rounding may choose either.
+# Two tokens whose logits differ by less are tied: rounding may choose either.
 _TIE = 1e-3
-# Prompts decoded together for acceptance, and alone, one by one, for the speed.
+# Prompts decoded together to measure acceptance, and prompts decoded one by one to measure speed.
 TOGETHER, TIMED = 64, 4
 
 
 @dataclass(frozen=True)
 class Race:
-    """The same prompts decoded in several ways, in turn, so that a busy neighbour hits all alike.
+    """The same prompts decoded in several ways, interleaved so that other load hits all alike.
 
     Attributes:
         outputs: the generations of every way.
-        seconds: wall-clock of every repeat, all prompts together.
+        seconds: for every way, the wall-clock seconds of each repeat over all prompts.
     """
 
     outputs: dict[str, list[Generation]]
     seconds: dict[str, list[float]]
 
     def speedup(self, name: str, over: str = "plain") -> float:
-        """Median over the repeats of one way's seconds over another's."""
+        """Median over the repeats of ``seconds[over] / seconds[name]``."""
         pairs = zip(self.seconds[over], self.seconds[name], strict=True)
         return median(slow / fast for slow, fast in pairs)
 
@@ -60,17 +60,17 @@ def race(
 ) -> Race:
     """Decode ``prompts`` in several ways.
 
-    Every way first decodes one prompt untimed: the first passes of a size build kernels and find
-    memory, which made plain decoding up to 1.4 times as fast as itself. Then they take turns, in
-    one order and in the other; where each decodes one prompt at a time, at every prompt.
+    Every way first decodes one prompt untimed: the first passes of a size load kernels and allocate
+    memory, which alone made plain decoding differ from itself by a factor of up to 1.4. Then the
+    ways take turns, in alternating order; with ``batch_size=1`` they take turns at every prompt.
 
     Args:
         model: any variant.
         prompts: token ids.
-        ways: name -> how it decodes.
-        tokenizer: for texts, and whose end of text ends one.
-        repeats: how often all prompts are decoded.
-        clock: in seconds; ``time.process_time`` where other programs have most of the machine.
+        ways: name -> options to decode with.
+        tokenizer: gives texts and the end-of-text id; None for neither.
+        repeats: number of times that all prompts are decoded.
+        clock: returns seconds; use ``time.process_time`` on a busy machine.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     outputs: dict[str, list[Generation]] = {}
@@ -95,14 +95,15 @@ def race(
 def intervals(
     generations: Sequence[Generation], *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, float]:
-    """``NAME_low`` and ``NAME_high`` of every value of :func:`rates`: between them lie 95 % of
-    other draws of as many prompts, by a percentile bootstrap over prompts (Efron 1979). The tokens
-    of one text depend on one another; prompts do not. Nothing of a single prompt.
+    """95 % confidence intervals ``NAME_low`` and ``NAME_high`` of the values of :func:`rates`.
+
+    By a percentile bootstrap over prompts (Efron 1979), since the tokens of one text depend on one
+    another and prompts do not. Empty for a single prompt.
 
     Args:
-        generations: one a prompt.
-        resamples: draws.
-        seed: of the draws.
+        generations: one per prompt.
+        resamples: number of bootstrap samples.
+        seed: seed of the bootstrap.
     """
     n = len(generations)
     if n < 2:
@@ -125,20 +126,20 @@ def acceptance(
     *,
     tokenizer: Any = None,
 ) -> tuple[dict[str, float], list[Generation]]:
-    """:func:`rates` of greedy decoding and their :func:`intervals`, all prompts together, and plain
-    decoding's texts, which must be the same.
+    """:func:`rates` of greedy drafting and their :func:`intervals`; also checks that plain decoding
+    gives the same texts.
 
     Args:
-        model: one that drafts.
+        model: a model that drafts.
         prompts: token ids.
-        options: how it drafts, and how long the texts are.
-        tokenizer: whose end of text ends a text; None for none.
+        options: how to draft, and how many tokens to generate.
+        tokenizer: gives the end-of-text id that ends a text; None for none.
 
     Returns:
-        The values, with ``n_prompts`` and ``new_tokens``, and the texts.
+        The values, with ``n_prompts`` and ``new_tokens``, and the generations of plain decoding.
 
     Raises:
-        RuntimeError: drafts changed what is said.
+        RuntimeError: drafts changed a text.
     """
     options = replace(options, batch_size=TOGETHER)
     plain = generate(model, prompts, options.plain(), tokenizer=tokenizer)
@@ -155,10 +156,11 @@ def teacher_forced_rates(
     """The rates of :func:`rates`, expected from one teacher-forced pass over greedy texts.
 
     At every position of a continuation the depths predict the tokens that the model itself then
-    chose. ``agreement_position_j`` is conditional, as acceptance is: the share right at depth j
-    where all shallower depths are. ``expected_tokens_per_step`` is 1 + the mean number of depths
-    that are right before the first wrong one. The loop stands at some of these positions only, so
-    the two differ a little; more than a few points is a defect of one of them.
+    chose. ``agreement_position_j`` is conditional, like acceptance: the share of positions right at
+    depth j among those where all shallower depths are right. ``expected_tokens_per_step`` is 1 +
+    the mean number of depths that are right before the first wrong one. The decoding loop visits
+    only some of these positions, so measured and expected rates differ slightly; a difference of
+    more than a few points is a defect in one of them.
 
     Args:
         model: in evaluation mode.
@@ -169,7 +171,7 @@ def teacher_forced_rates(
     reached, right = torch.zeros(depth), torch.zeros(depth)
     for prompt, generation in zip(prompts, generations, strict=True):
         text = torch.tensor([*map(int, prompt), *generation.token_ids])
-        # Of a depth's positions those count whose target and all deeper ones' are in the text.
+        # Count the positions whose targets of all depths are in the text.
         first, end = len(prompt) - 1, len(text) - depth - 1
         if end <= first:
             continue
@@ -197,15 +199,15 @@ class PassCosts:
     """Median seconds of single passes.
 
     Attributes:
-        verify: of the trunk over 1 .. D + 1 tokens a row, the head and the choice included.
-        draft: of depths 1 .. D, likewise.
+        verify: the trunk over 1 .. D + 1 tokens per row, with the head and the argmax.
+        draft: depths 1 .. D, with the head and the argmax.
     """
 
     verify: list[float]
     draft: list[float]
 
     def speedup(self, tokens_per_step: float) -> float:
-        """What drafting D tokens brings over plain decoding if nothing else took time."""
+        """Speedup of drafting D tokens over plain decoding if only these passes took time."""
         return tokens_per_step * self.verify[0] / (self.verify[-1] + sum(self.draft))
 
 
@@ -218,14 +220,14 @@ def pass_costs(
     repeats: int = 60,
     clock: Callable[[], float] = time.perf_counter,
 ) -> PassCosts:
-    """Time the passes that a round of decoding consists of.
+    """Time the passes of a decoding round.
 
     Args:
         model: in evaluation mode.
-        prompt: what every row has read.
-        batch: rows.
-        compile: compiled passes, of one row.
-        repeats: timed calls of each.
+        prompt: the tokens that every row has read.
+        batch: number of rows.
+        compile: time compiled passes, which have one row.
+        repeats: timed calls of each pass.
         clock: see :func:`race`.
     """
     kind = CompiledSession if compile else Session
@@ -238,18 +240,18 @@ def pass_costs(
             return session.verify(n_drafts).argmax(-1).tolist()
 
         def draft(k: int) -> None:
-            # As after a round that accepted about half: two positions to bring up to date.
+            # As after a round that accepted about half of its drafts: two positions to catch up.
             session.filled[k] = [n - max(2, k) for n in session.n]
             chosen = session.draft(k).argmax(-1, keepdim=True)
             session.put(chosen, k)
-            chosen.tolist()  # done, on a GPU too
+            chosen.tolist()  # waits for a GPU
 
         verify_seconds = [
             _seconds(partial(verify, m), repeats, clock) for m in range(model.depth + 1)
         ]
         draft_seconds = []
         for k in range(1, model.depth + 1):
-            session.draft(k)  # all that it has to catch up with
+            session.draft(k)  # catches up with the prompt
             draft_seconds.append(_seconds(partial(draft, k), repeats, clock))
     return PassCosts(verify_seconds, draft_seconds)
 
@@ -272,17 +274,17 @@ def decoding_report(
     tokenizer: Any = None,
     repeats: int = 3,
 ) -> dict[str, float]:
-    """Drafting measured and expected, on the same greedy texts; timed one prompt at a time, on the
-    first few.
+    """Acceptance and speedup of drafting, measured and expected, on the same greedy texts.
+
+    The speedup is timed one prompt at a time, on the first few prompts.
 
     Args:
         model: in evaluation mode.
         prompts: token ids.
-        options: how it drafts, and how long the texts are. Where drafts are made otherwise than by
-            default, nothing is expected: what is known of the depths teacher-forced is not what
-            they then draft.
-        tokenizer: whose end of text ends a text; None for none.
-        repeats: how often the timed prompts are decoded.
+        options: how to draft, and how many tokens to generate. Expected values are left out if an
+            option of drafting is set, as teacher forcing then does not predict the drafts.
+        tokenizer: gives the end-of-text id that ends a text; None for none.
+        repeats: number of times that the timed prompts are decoded.
 
     Returns:
         The values of :func:`acceptance` and :func:`teacher_forced_rates`, ``speedup`` (wall-clock
@@ -290,7 +292,7 @@ def decoding_report(
         :func:`pass_costs`).
 
     Raises:
-        RuntimeError: drafts changed what is said.
+        RuntimeError: drafts changed a text.
         UserError: the model does not draft.
     """
     model.mtp.require_drafts()
@@ -316,10 +318,10 @@ def require_same_greedy(
     plain: Sequence[Generation],
     drafted: Sequence[Generation],
 ) -> None:
-    """Drafts must not change what is said.
+    """Check that drafts have not changed the greedy texts.
 
     Raises:
-        RuntimeError: the outputs differ where the model was not undecided between two tokens.
+        RuntimeError: texts differ at a token that is not a tie.
     """
     for prompt, a, b in zip(prompts, plain, drafted, strict=True):
         _require_same(model, list(map(int, prompt)), a.token_ids, b.token_ids)
@@ -333,7 +335,7 @@ def _require_same(
     pairs = enumerate(zip(expected, found, strict=False))
     at = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(found)))
     if at < min(len(expected), len(found)):
-        # One row is enough, read as in training; the tokens that pad it are never looked at.
+        # Read the text as in training; the padding only fills the window and is never read.
         read = torch.tensor([prompt + expected[:at] + [0] * (model.depth + 1)])
         with torch.inference_mode():
             batch = WindowBatch(read.to(model.head.weight.device), model.depth)

@@ -1,4 +1,4 @@
-"""Uniform numbers in [0, 1), every row from a generator of its own."""
+"""Uniform random numbers in [0, 1), from one generator per row."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 class Noise:
     """The random numbers of a batch whose rows come and go.
 
-    What a row is given depends on its seed and index and on how many rounds it has been there, not
-    on its neighbours.
+    A row's numbers depend on its seed, its index and the number of rounds since it joined, and not
+    on the other rows of the batch.
 
     Args:
         places: most rows at a time.
-        per_round: numbers that a row takes in a round.
-        device: where they are wanted.
+        per_round: numbers that a row takes per round.
+        device: device of the returned tensors.
     """
 
-    _ROUNDS = 64  # drawn at a time
+    _ROUNDS = 64  # rounds whose numbers are drawn at a time
 
     def __init__(self, places: int, per_round: int, device: torch.device | str) -> None:
         self._generators: list[torch.Generator] = []
@@ -29,7 +29,7 @@ class Noise:
         self._round = self._ROUNDS
 
     def join(self, streams: Sequence[tuple[int, int]]) -> Tensor:
-        """Add rows behind the others.
+        """Append rows to the batch.
 
         Args:
             streams: seed and index of every new row.
@@ -39,8 +39,8 @@ class Noise:
         """
         first = []
         for seed, index in streams:
-            # Far apart for every seed; neighbouring small seeds of one call never coincide. The
-            # generator takes 32 bits.
+            # Spread out, so that no two small pairs (seed, index) share a stream. The generator
+            # takes a seed of 32 bits.
             number = (seed * 1_000_003 + index * 2_654_435_761) % 2**32
             generator = torch.Generator().manual_seed(number)
             first.append(self._draw(generator, 1)[0])
@@ -50,7 +50,7 @@ class Noise:
         return torch.stack(first).to(self._block.device)
 
     def next(self) -> Tensor:
-        """The next round's numbers of every row, [B, per_round] fp64."""
+        """The numbers of every row for the next round, [B, per_round] fp64."""
         batch = len(self._generators)
         if self._round == self._ROUNDS:
             rows = [self._draw(generator, self._ROUNDS) for generator in self._generators]
@@ -64,7 +64,7 @@ class Noise:
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
     def drop_row(self, row: int) -> None:
-        """Forget a row; the last one takes its place."""
+        """Drop a row; the last row moves to its slot."""
         last = len(self._generators) - 1
         self._generators[row] = self._generators[last]
         self._generators.pop()

@@ -1,10 +1,9 @@
-"""What can be asked of decoding: the one table of options, from YAML to engine.
+"""The options of decoding, the same objects from YAML to engine.
 
 :class:`TextOptions` belong to one text and may differ between texts that are decoded together;
-:class:`DecodingOptions` add those that all texts of an engine share. A value is checked here, when
-the object is made, and so is what goes together; whether a model can do it is for
-:meth:`DecodingOptions.max_draft` to say. An option more is a field here, a key in conf/ and the
-code that does it.
+:class:`DecodingOptions` add those that all texts of an engine share. Creating an object checks its
+values and their combination; :meth:`DecodingOptions.max_draft` checks whether a model supports
+them. A new option needs a field here, a key in conf/ and the code that uses it.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from mtp_lightning.settings import (
 
 Prompt = Sequence[int] | np.ndarray | Tensor
 
-# Texts that are decoded together where nobody says how many.
+# Texts decoded together if batch_size is None.
 _TOGETHER = 8
-# How drafts are made, if they are.
+# Options of how drafts are made.
 _DRAFTING = ("draft_depth", "draft_vocab", "min_confidence", "cache", "tree")
-# An option, and those that may not be set beside it.
+# An option, and the options that may not be set together with it.
 _NOT_TOGETHER = {
     "draft_vocab": ("speculative", "compile"),
     "tree": ("speculative", "draft_depth", "min_confidence", "cache", "compile"),
@@ -46,18 +45,19 @@ _NOT_TOGETHER = {
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(Sampling):
-    """How one text is made; how its tokens are chosen is :class:`Sampling`'s.
+    """Options of one text, in addition to how its tokens are chosen (:class:`Sampling`).
 
     Attributes:
-        max_new_tokens: where it ends at the latest.
-        seed: of its random numbers.
-        stop: strings that end it; they are not part of it. They need a tokenizer.
-        eot_id: the end-of-text id that ends it; None is the tokenizer's, -1 none.
-        logprobs: None for no log-probabilities; else also return each token's, by the trunk before
-            temperature, ``top_k`` and ``top_p``, with so many alternatives.
+        max_new_tokens: the most tokens to generate.
+        seed: seed of its random numbers.
+        stop: strings that end the text and are not part of it; they need a tokenizer.
+        eot_id: the end-of-text id that ends the text; None is the tokenizer's, -1 none.
+        logprobs: None for no log-probabilities; else also return each token's log-probability by
+            the trunk before temperature, ``top_k`` and ``top_p``, and those of the ``logprobs``
+            most likely tokens.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value is out of range.
     """
 
     max_new_tokens: int = 200
@@ -78,14 +78,14 @@ class TextOptions(Sampling):
 
     @property
     def sampling(self) -> Sampling:
-        """How its tokens are chosen, by itself."""
+        """The options of how its tokens are chosen, alone."""
         return Sampling(**_values(self, Sampling))
 
     def _settle(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
     def _settle_whole(self, name: str, *, least: int | None = None) -> None:
-        """Check a whole number, and make one of numpy Python's own; None is left alone."""
+        """Check that a field is a whole number or None, and turn NumPy's integers into ``int``."""
         value = getattr(self, name)
         if value is not None:
             value = operator.index(value) if is_whole(value) else value
@@ -94,11 +94,12 @@ class TextOptions(Sampling):
 
 @dataclass(frozen=True, kw_only=True)
 class Request(TextOptions):
-    """One text that is asked for.
+    """A request for one text.
 
     Attributes:
         prompt: token ids, at least one; kept as a list.
-        index: which prompt of its seed it is: each has a stream of random numbers of its own.
+        index: number of the prompt among those with the same seed; each has its own stream of
+            random numbers.
     """
 
     prompt: Prompt
@@ -112,35 +113,36 @@ class Request(TextOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions(TextOptions):
-    """How texts are made together, and how they are drafted.
+    """Options of texts that are decoded together, and of how drafts are made.
 
     Attributes:
-        batch_size: texts decoded together; None is 8, and 1 with ``compile``. The place of one that
-            has ended is taken by the next.
-        max_context: most tokens that the model may read at once: the ``seq_len`` that it was
-            trained on. None is no limit.
-        long: what happens beyond it: ``"refuse"`` raises, ``"slide"`` goes on from the last half of
-            the context, read anew.
+        batch_size: texts decoded together; None is 8, and 1 with ``compile``. When a text ends, the
+            next one takes its slot.
+        max_context: the most tokens that the model may read at once, the ``seq_len`` that it was
+            trained on; None for no limit.
+        long: what happens to longer texts: ``"refuse"`` raises; ``"slide"`` reads the last half of
+            the context again and continues from there.
         speculative: draft with the MTP modules; False is plain decoding.
-        draft_depth: tokens to draft in a round; None is the model's depth. A single module can
-            draft more. ``"auto"`` measures what pays, down to plain decoding; with a temperature
-            its samples then depend on timing, their distribution does not.
-        draft_vocab: choose drafts from so many tokens, those of the first ids, and read no more of
-            the head for them (``short_head.py``); None is all.
-        min_confidence: stop drafting where the model believes that the drafts so far are accepted
-            with less than this probability; 0 never does. For models trained with
+        draft_depth: tokens to draft per round; None is the model's depth. A model with a single
+            module can draft more. ``"auto"`` measures the number that pays, down to plain decoding;
+            with a temperature its samples then depend on timing, their distribution does not.
+        draft_vocab: choose drafts among the first ``draft_vocab`` token ids, and read only their
+            rows of the head (:class:`~mtp_lightning.nn.head.ShortHead`); None is all.
+        min_confidence: stop drafting once the model's estimate of the probability that all drafts
+            so far are accepted is below this; 0 never does. For models trained with
             ``objective.confidence=true``.
-        cache: of a single sequential module that drafts several tokens: ``"per_depth"`` keeps one
-            for each draft, at the positions of training, ``"single"`` one for all
+        cache: for a single sequential module that drafts several tokens: ``"per_depth"`` keeps one
+            cache per draft, at the positions of training; ``"single"`` keeps one for all drafts
             (``single_cache.py``).
-        tree: draft several candidates a depth: ``[3, 2, 1]`` is three for the next token, two after
-            each of them, one after each of these, all judged in one pass; None drafts a chain.
-        compile: run compiled passes (``compiled.py``): several times as fast once they are built,
-            which takes about ten seconds a program. One text at a time; greedy texts can part from
+        tree: draft several candidates per depth: ``[3, 2, 1]`` drafts three for the next token, two
+            after each of them and one after each of these, and verifies all in one pass; None
+            drafts a chain.
+        compile: run compiled passes (``compiled.py``): several times as fast once built, which
+            takes about ten seconds per program. One text at a time; greedy texts can differ from
             plain decoding where two tokens' logits agree to about 1e-5.
 
     Raises:
-        UserError: a value out of range, or two that do not go together.
+        UserError: a value is out of range, or two options exclude each other.
     """
 
     batch_size: int | None = None
@@ -187,11 +189,11 @@ class DecodingOptions(TextOptions):
         """The options that a config sets.
 
         Args:
-            cfg: a composed config, or a node of it: its keys that are options here.
-            known: options that come from elsewhere.
+            cfg: a composed config or a node of it; keys that are not options are ignored.
+            known: options that replace those of ``cfg``.
 
         Raises:
-            UserError: as the class.
+            UserError: see the class.
         """
         given = {name: cfg[name] for name in (field.name for field in fields(cls)) if name in cfg}
         if not isinstance(stop := given.get("stop", ()), str):
@@ -199,34 +201,35 @@ class DecodingOptions(TextOptions):
         return cls(**given | known)
 
     def request(self, prompt: Prompt, index: int = 0) -> Request:
-        """A text by these options."""
+        """A request for one text with these options."""
         return Request(prompt=prompt, index=index, **_values(self, TextOptions))
 
     @property
     def places(self) -> int:
-        """Most texts at a time."""
+        """The most texts that are decoded at a time."""
         if self.batch_size is None:
             return 1 if self.compile else _TOGETHER
         return self.batch_size
 
     @property
     def auto(self) -> bool:
-        """Whether the number of drafts is measured."""
+        """Whether the number of drafts is chosen by measuring."""
         return self.speculative and self.draft_depth == "auto"
 
     @property
     def drafts_as_trained(self) -> bool:
-        """Whether drafts are made as teacher forcing sees them: no option of theirs is set."""
+        """Whether no option of drafting is set: drafts are then made as in training, and teacher
+        forcing predicts their acceptance."""
         return not any(map(self._asked, _DRAFTING))
 
     def plain(self) -> Self:
-        """The same without drafts."""
+        """The same options without drafts."""
         known = {field.name: field.default for field in fields(self)}
         defaults: dict[str, Any] = {name: known[name] for name in _DRAFTING}
         return replace(self, speculative=False, **defaults)
 
     def _asked(self, name: str) -> str | None:
-        """``name=value`` as one types it; None where it has its default."""
+        """``name=value`` as a user types it; None if the option has its default."""
         value = getattr(self, name)
         if value == self.__dataclass_fields__[name].default:
             return None
@@ -235,18 +238,18 @@ class DecodingOptions(TextOptions):
         return f"{name}={str(value).lower() if isinstance(value, bool) else value}"
 
     def max_draft(self, model: MTPModel) -> int:
-        """The most tokens that a round drafts one after the other.
+        """The deepest draft of a round: 0 for plain decoding.
 
         Raises:
-            UserError: the model cannot draft as it is asked to.
+            UserError: the model does not support these options.
         """
         drafted = self._depth(model)
         if self.draft_vocab is not None:
             self._check_vocabulary(self.draft_vocab, model)
         if self.min_confidence and model.mtp.confidence is None:
             raise UserError(
-                f"min_confidence={self.min_confidence} needs a model that says how sure it is of "
-                "its drafts: train one with objective.confidence=true, or leave it 0."
+                f"min_confidence={self.min_confidence} needs a model that estimates the acceptance "
+                "of its drafts: train one with objective.confidence=true, or leave it 0."
             )
         if self.cache == "single" and not model.mtp.is_recursive:
             raise UserError(
@@ -276,7 +279,7 @@ class DecodingOptions(TextOptions):
         if depth is None or depth == "auto":
             if most is not None:
                 return most
-            # A single module has no end; twice the trained depth is where auto stops looking.
+            # A recursive module drafts any number; "auto" tries up to twice the trained depth.
             return model.depth if depth is None else 2 * model.depth
         model.mtp.require_drafts()
         if most is not None and depth > most:
@@ -297,7 +300,7 @@ class DecodingOptions(TextOptions):
 
 
 def _values(options: Any, kind: type) -> dict[str, Any]:
-    """The fields of a class that options of a class below it have."""
+    """The values of the fields of ``kind``, a base class of the options' class."""
     return {field.name: getattr(options, field.name) for field in fields(kind)}
 
 

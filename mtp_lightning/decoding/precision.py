@@ -1,8 +1,9 @@
-"""``precision=bf16`` or ``int8``: half of the bytes to read in a pass of decoding, or a quarter.
+"""``precision=bf16`` or ``int8``: a pass of decoding reads half or a quarter of the bytes.
 
-Every matrix is rounded, to bf16 or to 255 steps a row; sums, gains, states and caches stay fp32.
-The rounded model is decoded, and drafts give its plain text token for token. Weights that are bf16
-already, as most published ones are, lose nothing in bf16; in int8 a text may become another.
+Every matrix is rounded, to bf16 or to 255 levels per row. Norm gains, biases, hidden states, caches
+and sums stay fp32. The rounded model is then decoded: with or without drafts, its greedy text is
+the same token for token. Weights stored in bf16, as most published ones are, lose nothing in bf16;
+int8 can change a text.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from mtp_lightning.settings import require_choice
 
 
 def check_precision(precision: str, *, compile: bool = False) -> None:
-    """Refuse, before a model is read, a precision that no model can be decoded in on this machine.
+    """Refuse a precision that this machine cannot decode in, before a model is read.
 
     Args:
         precision: as the user gave it.
         compile: whether compiled passes are asked for.
 
     Raises:
-        UserError: an unknown precision, or a rounded one that would not be faster here.
+        UserError: the precision is unknown, or rounded weights would not be faster here.
     """
     if require_choice("precision", precision, ("fp32", "bf16", "int8")) == "fp32":
         return
@@ -40,10 +41,10 @@ def check_precision(precision: str, *, compile: bool = False) -> None:
 
 
 def use_precision(model: MTPModel, precision: str) -> None:
-    """Round ``model``, in place, to ``precision``: ``fp32`` (leaves it), ``bf16`` or ``int8``.
+    """Round ``model`` in place to ``precision``: ``fp32`` (no change), ``bf16`` or ``int8``.
 
     Raises:
-        UserError: another precision, or a rounded one that would not be faster here.
+        UserError: the precision is unknown, or rounded weights would not be faster here.
     """
     check_precision(precision)
     if precision == "fp32":
@@ -56,19 +57,18 @@ def use_precision(model: MTPModel, precision: str) -> None:
 
 def _nothing_faster(precision: str, missing: str) -> UserError:
     return UserError(
-        f"precision={precision} needs {missing}: without, nothing would be read faster; leave "
-        "precision=fp32."
+        f"precision={precision} needs {missing}: without it, weights would not be read faster; "
+        "leave precision=fp32."
     )
 
 
 @torch.no_grad()
 def round_weights(model: nn.Module, precision: Literal["bf16", "int8"]) -> None:
-    """Round every matrix of a model, in place and in its own dtype. Gains, biases and other vectors
-    stay as they are.
+    """Round every matrix of a model in place, in its own dtype; gains and biases stay unchanged.
 
-    In int8 a row becomes multiples, up to 127, of a step that is a 127th of its largest number. The
-    step has 16 binary digits, so that the multiples are numbers of fp32. A row with a number that
-    is not finite becomes NaN.
+    In int8, the numbers of a row become integer multiples, -127 to 127, of a step: its largest
+    absolute value / 127. The step is rounded up to 16 significant bits, so that fp32 represents the
+    multiples exactly. A row with a NaN or an infinity becomes NaN.
     """
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -80,6 +80,6 @@ def round_weights(model: nn.Module, precision: Literal["bf16", "int8"]) -> None:
 def _rounded_to_bytes(weight: Tensor) -> Tensor:
     weight = weight.float()
     mantissa, exponent = torch.frexp(weight.abs().amax(-1, keepdim=True) / 127)
-    # Up, so that no number is above 127.
+    # Rounded up, so that no multiple exceeds 127.
     step = torch.ldexp((mantissa * 2**16).ceil() / 2**16, exponent)
     return torch.where(step == 0, 0.0, (weight / step).round() * step)

@@ -1,10 +1,10 @@
-"""Compiled programs of a CPU, kept on disk (AOTInductor): built once, then read in milliseconds.
+"""Compiled CPU programs, stored on disk (AOTInductor): built once, then loaded in milliseconds.
 
-A program is a function of tensors with static shapes, compiled ahead of time. It holds no weights:
-those of the model are bound to it where they lie, so that whatever changes them in place changes
-what the program computes. It lies in the cache folder under everything that it depends on: PyTorch,
-the processor, threads, the shapes of weights and inputs, the model's config and the source that it
-was made from. Whatever of it is another has another program; the folder may be deleted at any time.
+A program is a function of tensors with static shapes, compiled ahead of time. It stores no weights:
+it is bound to the memory of the model's weights, so that a change in place changes its results. Its
+folder in the cache is named by a hash of everything that it depends on: PyTorch, the processor,
+the number of threads, the shapes of weights and inputs, the model's config and the source that it
+was compiled from. The cache may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from mtp_lightning.errors import UserError
 log = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parents[1]
-# What the passes of decoding are made of.
+# Source files that the passes of decoding are compiled from.
 _SOURCES = ("nn", "mtp", "model.py", "decoding/compiled.py")
 _COMPILERS = ("c++", "g++", "clang++", "cl")
 _FILE = "program.pt2"
 
 
 class Program:
-    """A program of this process.
+    """A program that this process has loaded.
 
     Args:
-        file: where it lies.
+        file: its file.
 
     Raises:
         RuntimeError: the file is damaged.
     """
 
     def __init__(self, file: Path) -> None:
-        # One runner: decoding calls one program after another.
+        # One runner is enough: decoding calls programs one at a time.
         self._loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", True, 1, -1)
         self._names = self._loader.get_constant_fqns()
         self._bound: list[Tensor] = []
 
     def bind(self, function: nn.Module) -> None:
-        """Use the weights of ``function``, the module that was compiled or one like it."""
+        """Use the weights of ``function``: the compiled module, or one of the same structure."""
         tensors = dict(_weights(function))
         bound = [tensors[name] for name in self._names]
         same = len(bound) == len(self._bound) and all(
@@ -62,7 +62,7 @@ class Program:
         if not same:
             named = dict(zip(self._names, bound, strict=True))
             self._loader.load_constants(named, False, True, True)
-        self._bound = bound  # alive for as long as their memory is used
+        self._bound = bound  # keeps the tensors alive while the program uses their memory
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         return self._loader.boxed_run(list(inputs))
@@ -72,15 +72,15 @@ _loaded: dict[str, Program] = {}
 
 
 def program(function: nn.Module, inputs: Sequence[Tensor]) -> Program:
-    """The program of ``function(*inputs)``, bound to its weights; built if it is nowhere yet.
+    """The program of ``function(*inputs)``, bound to its weights; built if it is not in the cache.
 
     Args:
-        function: returns a tuple of tensors; what depends on more than its config and its classes'
-            source, such as a switch of its own, belongs into its ``extra_repr``.
-        inputs: of the shapes that it will be called with. Those that it writes to, it writes to.
+        function: returns a tuple of tensors. Its ``extra_repr`` must show anything that its result
+            depends on besides its config and its classes' source, such as a switch of its own.
+        inputs: tensors of the shapes that it will be called with; it may write to them in place.
 
     Raises:
-        UserError: it must be built, and there is no C++ compiler.
+        UserError: the program must be built, and there is no C++ compiler.
         OSError: the cache folder cannot be written.
     """
     key = _key(function, inputs)
@@ -91,7 +91,7 @@ def program(function: nn.Module, inputs: Sequence[Tensor]) -> Program:
         except RuntimeError as error:
             if not folder.exists():
                 raise
-            log.info("%s is damaged and built anew: %s", folder, str(error).partition("\n")[0])
+            log.info("%s is damaged; building it again: %s", folder, str(error).partition("\n")[0])
             shutil.rmtree(folder)
             _loaded[key] = Program(_built(folder, function, inputs))
     found = _loaded[key]
@@ -108,7 +108,7 @@ def _built(folder: Path, function: nn.Module, inputs: Sequence[Tensor]) -> Path:
 
 
 def require_compiler() -> None:
-    """Raise a UserError where there is no compiler for what PyTorch compiles."""
+    """Raise a UserError if there is no C++ compiler, which ``torch.compile`` needs."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), *_COMPILERS)):
         raise UserError(
             "compile=true needs a C++ compiler, and none is on the PATH: install g++ or clang++, "
@@ -119,12 +119,12 @@ def require_compiler() -> None:
 def _build(file: Path, function: nn.Module, inputs: Sequence[Tensor]) -> None:
     import torch._inductor
 
-    # What is traced writes, and must not to the caller's; tensors of inference mode cannot be.
+    # Trace with tensors of our own: tracing writes to them, and inference tensors cannot be traced.
     with torch.inference_mode(False), torch.no_grad():
         examples = tuple(torch.zeros_like(x) for x in inputs)
         exported = torch.export.export(function, examples, strict=False)
         lifted = exported.constants.keys() - dict(_weights(function)).keys()
-        assert not lifted, f"{sorted(lifted)} would be no weights"
+        assert not lifted, f"{sorted(lifted)} are neither parameters nor buffers"
         torch._inductor.aoti_compile_and_package(
             exported,
             package_path=str(file),
@@ -133,14 +133,14 @@ def _build(file: Path, function: nn.Module, inputs: Sequence[Tensor]) -> None:
 
 
 def _weights(function: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by every name that they have."""
+    """Parameters and buffers under all of their names; a tied weight has several."""
     for name, parameter in function.named_parameters(remove_duplicate=False):
         yield name, parameter.detach()
     yield from function.named_buffers(remove_duplicate=False)
 
 
 def _key(function: nn.Module, inputs: Sequence[Tensor]) -> str:
-    """Of all that a program depends on."""
+    """A hash of everything that a program depends on."""
     facts = {
         "torch": torch.__version__,
         "machine": _machine(),
@@ -157,7 +157,7 @@ def _key(function: nn.Module, inputs: Sequence[Tensor]) -> str:
 
 @functools.cache
 def _machine() -> str:
-    """The processor with its instructions, or what is known of it."""
+    """The processor and its instruction sets, as far as the system reports them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -168,7 +168,7 @@ def _machine() -> str:
 
 @functools.cache
 def _source(classes: frozenset[type[Any]]) -> str:
-    """Digest of the project's own passes, and of the files of classes from elsewhere."""
+    """A digest of the project's own passes and of the files that define other classes."""
     files = {file for name in _SOURCES for file in _python(_PACKAGE / name)}
     for found in classes:
         if not found.__module__.startswith("torch."):

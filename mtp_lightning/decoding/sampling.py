@@ -1,6 +1,6 @@
 """From logits to a distribution to a token: temperature, top-k, nucleus.
 
-Shapes: B rows, V vocabulary, anything in front of it.
+Shapes: B rows, V vocabulary, and any dimensions before V.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import is_number, is_whole
 
-# Below it a setting would be 0 in the precision of probabilities.
+# The smallest positive setting that is not 0 in fp32, the precision of probabilities.
 _LEAST = torch.finfo(torch.float32).tiny
 
 
@@ -24,7 +24,7 @@ class Sampling:
 
     Attributes:
         temperature: divides the logits; 0 is greedy.
-        top_k: keep the k most probable tokens; ties with the k-th go to the lowest ids.
+        top_k: keep the k most probable tokens; among tokens equal to the k-th, the lowest ids.
         top_p: keep the fewest most probable tokens that together reach this probability
             (Holtzman et al. 2020); applied after ``top_k``.
 
@@ -47,19 +47,19 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most probable token is taken, with no randomness."""
+        """Whether the most probable token is always chosen."""
         return self.temperature == 0
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Logits [..., V] -> probabilities [..., V], fp32.
 
-        Greedy is all probability on the largest logit, on the lowest id among equals.
+        Greedy sampling puts all probability on the largest logit, on the lowest id among equals.
         """
         logits = logits.float()
         if self.greedy:
             best = logits.argmax(dim=-1, keepdim=True)
             return torch.zeros_like(logits).scatter_(-1, best, 1.0)
-        # The maximum goes first: at a tiny temperature a quotient of large logits would overflow.
+        # Subtract the maximum before dividing: a tiny temperature would overflow large logits.
         scaled = (logits - logits.amax(dim=-1, keepdim=True)) / max(self.temperature, _LEAST)
         probs = torch.softmax(scaled, dim=-1)
         narrow_k = self.top_k is not None and self.top_k < logits.shape[-1]
@@ -78,24 +78,23 @@ class Sampling:
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Token ids [...] from probabilities [..., V], one number of [0, 1) [...] each.
+    """Draw token ids [...] from probabilities [..., V] by inverting the cumulative sum, in fp64.
 
-    By inversion, in fp64; the probabilities need not be normalised. A token of probability 0 is
-    never drawn.
+    Args:
+        probs: probabilities, which need not sum to 1. A token of probability 0 is never drawn.
+        uniform: one number of [0, 1) per draw, [...].
     """
     cumulative = probs.double().cumsum(dim=-1)
-    # The last entry is the total, exactly: no draw can lie beyond it.
+    # The last entry is exactly the total, so no draw can lie beyond it.
     aim = uniform.double().unsqueeze(-1) * cumulative[..., -1:]
     return (cumulative <= aim).sum(dim=-1).clamp_(max=probs.shape[-1] - 1)
 
 
 class RowSampling:
-    """A :class:`Sampling` a row.
-
-    Every row is computed by its own settings, whatever its neighbours' are.
+    """One :class:`Sampling` per row; a row's result does not depend on the settings of others.
 
     Args:
-        rows: the settings, one a row.
+        rows: the settings of every row.
     """
 
     def __init__(self, rows: Sequence[Sampling]) -> None:

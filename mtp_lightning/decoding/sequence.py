@@ -1,4 +1,4 @@
-"""One text that is being made: its tokens, its end, its counts.
+"""One text that is being decoded: its tokens, its end, its counts.
 
 Shapes: T tokens of a round, V vocabulary.
 """
@@ -39,10 +39,10 @@ class Rejected(NamedTuple):
     """A draft that did not become part of the text.
 
     Attributes:
-        at: which token of the text the trunk chose itself in that pass, from 0; it may lie after
-            the text's end.
-        depth: of the draft, from 1.
-        token: its id.
+        at: index in the text of the token that the trunk itself chose in that pass; it may lie
+            after the text's end.
+        depth: depth of the draft, from 1.
+        token: id of the draft.
     """
 
     at: int
@@ -52,13 +52,13 @@ class Rejected(NamedTuple):
 
 @dataclass(frozen=True)
 class Fresh:
-    """Tokens that a sequence has got and that were not handed out yet.
+    """The new tokens of a sequence since the last call of :meth:`TextSequence.fresh`.
 
     Attributes:
         token_ids: their ids.
         accepted_mask: which of them were drafts.
         rejected: for each of them, the drafts that were rejected there.
-        logprobs: one a token if the request asked for them, else empty.
+        logprobs: one per token if the request asked for them, else empty.
     """
 
     token_ids: list[int]
@@ -72,24 +72,25 @@ class Generation:
     """A finished continuation.
 
     Attributes:
-        token_ids: all that was emitted, a final end-of-text token or stop string included.
-        text: their text, without either; None without a tokenizer.
+        token_ids: all generated tokens, a final end-of-text token or stop string included.
+        text: their text without an end-of-text token or stop string; None without a tokenizer.
         finish_reason: ``length``, ``eot`` or ``stop``.
         new_tokens: number of ``token_ids``.
-        seconds: from when the engine took it, the prompt's reading included.
+        seconds: time since the engine took the request, reading the prompt included.
         tokens_per_second: ``new_tokens / seconds``.
         verify_passes: passes of the trunk after the prompt's.
-        tokens_per_step: tokens emitted by verify passes / ``verify_passes``, the trunk's own token
-            included: 1 in plain decoding. The first token is the prompt's pass's.
-        acceptance: by position, conditional: drafts accepted there / drafts that reached it, but
-            for those after the text's end; None where none did.
-        drafts_accepted: the numerators.
-        drafts_reached: the denominators.
+        tokens_per_step: tokens from verify passes / ``verify_passes``, the trunk's own token
+            included: 1 in plain decoding. The first token is left out: it comes from the prompt's
+            pass.
+        acceptance: for every draft position, drafts accepted / drafts that reached it; None if none
+            did. Drafts after the text's end are left out.
+        drafts_accepted: the numerators of ``acceptance``.
+        drafts_reached: the denominators of ``acceptance``.
         accepted_mask: which of ``token_ids`` were drafts.
-        logprobs: one a token if the request asked for them, else None.
-        drafts: how many were made, accepted or not; every candidate of a tree counts. Drafts beyond
-            ``max_new_tokens`` are left out.
-        rejected: those that were not accepted.
+        logprobs: one per token if the request asked for them, else None.
+        drafts: number of drafts made, accepted or not; every candidate of a tree counts. Drafts
+            beyond ``max_new_tokens`` are left out.
+        rejected: the drafts that were not accepted.
     """
 
     token_ids: list[int]
@@ -113,11 +114,11 @@ def rates(generations: Sequence[Generation]) -> dict[str, float]:
     """``acceptance_position_j`` and ``tokens_per_step`` of the loop, pooled over generations.
 
     Acceptance is conditional: drafts accepted at position j / drafts that reached it. Tokens per
-    step are the tokens emitted by verify passes / verify passes, the model's own token included.
+    step are the tokens from verify passes / verify passes, the trunk's own token included.
     """
     pairs = rate_counts(generations).items()
     return {
-        # As loggers keep it.
+        # fp32, the precision that loggers store.
         name: float(np.float32(above_N.sum() / below_N.sum()))
         for name, (above_N, below_N) in pairs
         if below_N.sum()
@@ -125,7 +126,7 @@ def rates(generations: Sequence[Generation]) -> dict[str, float]:
 
 
 def rate_counts(generations: Sequence[Generation]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Numerators and denominators [N] of every rate, by prompt."""
+    """Numerators and denominators [N] of every rate, one per generation."""
     accepted_ND = np.array([g.drafts_accepted for g in generations])
     reached_ND = np.array([g.drafts_reached for g in generations])
     found = {
@@ -138,17 +139,17 @@ def rate_counts(generations: Sequence[Generation]) -> dict[str, tuple[np.ndarray
 
 
 class TextSequence:
-    """Collects one request's tokens and notices its end.
+    """Collects the tokens of one request and detects its end.
 
     Args:
-        request: what is wanted.
-        max_draft: positions to count acceptance for.
+        request: the request.
+        max_draft: number of draft positions to count acceptance for.
         tokenizer: with ``decode(ids)`` and ``eot_id``, or None.
 
     Attributes:
-        token_ids: what was emitted; the last of them may still turn out to lie after the
-            text's end, see :meth:`fresh`.
-        finish_reason: ``length``, ``eot`` or ``stop``; None until then.
+        token_ids: tokens so far; the last ones may turn out to belong to a stop string, see
+            :meth:`fresh`.
+        finish_reason: ``length``, ``eot`` or ``stop``; None before the end.
     """
 
     def __init__(self, request: Request, max_draft: int, tokenizer: Any) -> None:
@@ -170,21 +171,20 @@ class TextSequence:
         self._drafted = 0
         self._accepted = [0] * max_draft
         self._reached = [0] * max_draft
-        # A token is a byte at least, so this many hold every stop string.
+        # A token is at least one byte, so the last `_stop_bytes` tokens cover any stop string.
         self._stop_bytes = max((len(s.encode()) for s in request.stop), default=0)
 
     @property
     def remaining(self) -> int:
-        """Tokens still wanted."""
+        """Number of tokens left to generate."""
         return self.request.max_new_tokens - len(self.token_ids)
 
     def take(self, step: Step, logits_TV: Tensor) -> None:
-        """Take and count one verify pass, as far as the text goes: what was drafted after its end
-        was judged, but is no part of it.
+        """Take the result of one verify pass up to the text's end, and count its drafts.
 
         Args:
-            step: what the pass brought.
-            logits_TV: the trunk's, at least one row a token.
+            step: the result of the pass for this row.
+            logits_TV: the trunk's logits, at least one row per token.
         """
         before = len(self.token_ids)
         self.extend(step.tokens, step.accepted, logits_TV)
@@ -198,7 +198,7 @@ class TextSequence:
             self._accepted[j] += j < step.accepted
 
     def extend(self, tokens: list[int], accepted: int, logits_TV: Tensor) -> None:
-        """Take a round's tokens, the first ``accepted`` of them drafts, as far as the end."""
+        """Append a round's tokens up to the text's end; the first ``accepted`` were drafts."""
         tokens = tokens[: self.remaining]
         if self.eot_id in tokens:
             tokens = tokens[: tokens.index(self.eot_id) + 1]
@@ -220,7 +220,7 @@ class TextSequence:
         return self._tokenizer.decode(ids)
 
     def _look_for_stop(self, before: int) -> None:
-        """Cut the tokens after the one that completes a stop string, if a new one does."""
+        """If a new token completes a stop string, drop the tokens after it."""
         stop = self.request.stop
         first = max(0, before - self._stop_bytes)
         if not any(s in self._decode(self.token_ids[first:]) for s in stop):
@@ -235,8 +235,8 @@ class TextSequence:
                 return
 
     def fresh(self) -> Fresh:
-        """The tokens since the last call that are surely the text's: what may become a stop string
-        is held back, and a stop string is never handed out."""
+        """The tokens since the last call that certainly belong to the text. Tokens that could begin
+        a stop string are held back, and those of a stop string are never returned."""
         start, end = self._shown, max(self._shown, self._known_end())
         self._shown = end
         rejected: list[list[Rejected]] = [[] for _ in range(start, end)]

@@ -1,12 +1,12 @@
-"""The tensors of decoding: token buffer, caches of trunk and modules, hidden states, their passes.
+"""The tensors of decoding (token buffer, caches, hidden states) and the passes over them.
 
-A row that has read ``n`` tokens has trunk states of positions 0 .. n - 1 and one pending token at
-position n, chosen but not read. Drafts stand behind it in the same buffer.
+A row that has read ``n`` tokens has trunk states at positions 0 .. n - 1 and one pending token at
+position n, chosen but not yet read. Its drafts follow in the same buffer.
 
-Depth k's entry at position i rests on tokens up to i + k. It is *true* once those are accepted;
-``filled[k][row]`` counts the true entries, and the next pass of that depth starts there. So every
-module's cache holds true hidden states and tokens for accepted positions, and a rejected draft
-costs its depth a position more in the next pass, which at these sizes is free.
+Depth k's cache entry at position i depends on the tokens up to i + k. The entry is *true* once
+those are accepted; ``filled[k][row]`` counts the true entries, and the next pass of that depth
+starts there. So the cache of every module holds true hidden states and tokens at accepted
+positions, and a rejected draft only makes the next pass of its depth one position longer.
 
 Shapes: B rows, T new positions, S capacity, C d_model, V vocabulary.
 """
@@ -23,21 +23,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.decoding.fused import DraftPass, TrunkPass, fused, fused_passes
-from mtp_lightning.decoding.short_head import ShortHead
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.batch_invariant import FEW, batch_invariant_pass
-from mtp_lightning.nn.head import Head
+from mtp_lightning.nn.head import Head, ShortHead
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.position_tables import PositionTables, Runs
 
 
 @contextmanager
 def decoding_passes(model: MTPModel) -> Iterator[None]:
-    """How the passes of a session run: without autograd, fused where there is code, uncompiled.
+    """Prepare a model for the passes of a session: no autograd, fused decode steps where available.
 
-    What was compiled for training is left alone: passes of ever other sizes would be compiled.
+    Blocks compiled for training run eagerly here: the varying sizes of passes would compile them
+    again and again.
     """
     compiled = any(m._compiled_call_impl is not None for m in model.modules())
     stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
@@ -46,21 +45,21 @@ def decoding_passes(model: MTPModel) -> Iterator[None]:
 
 
 class Session:
-    """Decoding state of a batch whose rows come and go; it knows nothing of how tokens are chosen.
+    """Decoding state of a batch whose rows come and go. It does not choose tokens.
 
     Args:
         model: in eval mode, on its device.
         places: most rows at a time.
-        capacity: most tokens a row can hold, drafts included, until :meth:`reserve` asks for more.
+        capacity: most tokens per row, drafts included; :meth:`reserve` can raise it.
         max_draft: deepest draft that will be asked for.
-        draft_vocab: tokens that drafts are chosen from, those of the first ids; None is all.
+        draft_vocab: drafts are chosen among this many first token ids; None is all.
 
     Attributes:
         tokens_BS: int64 token ids: read, pending and drafted.
-        n: tokens that the trunk has read, one number a row.
-        confidence_B: how likely every row's newest draft is accepted, by the model's own estimate;
-            None of a model that makes none.
-        newest_B1C: the hidden state that every row's newest draft was made of.
+        n: for each row, the number of tokens that the trunk has read.
+        confidence_B: the model's estimate of the probability that each row's newest draft is
+            accepted; None without ``objective.confidence``.
+        newest_B1C: the hidden state that each row's newest draft was predicted from.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class Session:
         layers = int(model.mtp.attends_back)
         self.depth_caches = [self._cache(tables, layers, places) for _ in range(kept)]
         self._tokens = torch.zeros(places, tables.capacity, dtype=torch.int64, device=weight.device)
-        # Hidden states of depth k, what depth k + 1 reads; those of depth 0 are the branch's.
+        # Hidden states of depth k, read by depth k + 1; those of depth 0 are the branch states.
         widths = [trunk.d_model, *[model.mtp.state_width(trunk.d_model)] * max_draft]
         self._states = [
             torch.zeros(places, tables.capacity, width, dtype=weight.dtype, device=weight.device)
@@ -119,21 +118,21 @@ class Session:
     @property
     def _slack(self) -> int:
         """Positions beyond a row's capacity: a pass over rows of different lengths is as wide as
-        the widest and overshoots by a round's width, and so do the tokens that it reads."""
+        its widest row, so that shorter rows overshoot; so do the tokens that it reads."""
         return 2 * self._widest
 
     @property
     def _widest(self) -> int:
-        """Tokens of a round's widest pass."""
+        """Number of tokens in a round's widest pass."""
         return self.max_draft + 1
 
     @property
     def capacity(self) -> int:
-        """Most tokens a row can hold."""
+        """Most tokens per row."""
         return self._tables.capacity - self._slack
 
     def _resize(self) -> None:
-        """Show the rows that there are; they are the first ones of the storage."""
+        """Make views of the rows in use, which are the first rows of the storage."""
         batch = len(self.n)
         for cache in (self.trunk_cache, *self.depth_caches):
             cache.resize(batch)
@@ -142,16 +141,16 @@ class Session:
 
     @staticmethod
     def depths_kept(max_draft: int) -> int:
-        """Depths with a cache and a buffer of states of their own."""
+        """Number of depths that have their own cache and state buffer."""
         return max_draft
 
     @property
     def batch_size(self) -> int:
-        """Rows alive."""
+        """Number of rows in use."""
         return len(self.n)
 
     def reserve(self, capacity: int) -> None:
-        """Make room for rows of ``capacity`` tokens, drafts included."""
+        """Grow the storage to ``capacity`` tokens per row, drafts included."""
         if capacity <= self.capacity:
             return
         tables = self._tables_for(capacity)
@@ -164,15 +163,15 @@ class Session:
         self._resize()
 
     def join(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Add rows behind the others and read their prompts, at least one token each.
+        """Append rows and read their prompts, at least one token each.
 
         Returns:
-            The logits of every new row's next token, [new rows, V].
+            The logits of the next token of every new row, [new rows, V].
         """
         lengths = [len(prompt) for prompt in prompts]
         rows = slice(len(self.n), len(self.n) + len(prompts))
         for row, prompt in enumerate(prompts, start=rows.start):
-            self._tokens[row, len(prompt) :] = 0  # of whoever had the place
+            self._tokens[row, len(prompt) :] = 0  # clear the slot's former tokens
             self._tokens[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.int64)
         for column in (self.n, *self.filled):
             column += [0] * len(prompts)
@@ -183,8 +182,8 @@ class Session:
         return self.model.head(last)[:, 0]
 
     def _read_anew(self, rows: slice, lengths: list[int]) -> Tensor:
-        """Read the first tokens of some rows from position 0, ``lengths`` of them; depths follow
-        when they are to draft. Returns the trunk's states, [rows, T, C]."""
+        """Let the trunk read the first ``lengths`` tokens of some rows from position 0; the depths
+        catch up when they draft. Returns the trunk's states, [rows, T, C]."""
         starts, width = [0] * len(lengths), max(lengths)
         cache = self.trunk_cache.rows(rows)
         hidden, branch = self._trunk(width, cache, rows, starts)
@@ -212,8 +211,8 @@ class Session:
     def _trunk(
         self, width: int, cache: KVCache, rows: slice, starts: list[int]
     ) -> tuple[Tensor, Tensor | None]:
-        """What the head reads, [rows, T, C], and what the depths do if there are any to draft."""
-        # The trunk alone decides what is written; drafts may round as they like.
+        """The head's input [rows, T, C] and, if drafts are made, the stack's branch states."""
+        # Only the trunk must be batch-invariant: it decides the text, drafts do not.
         with batch_invariant_pass(width, self.tokens_BS.device):
             positions = Positions.of_cache(cache, starts, width)
             tokens = cache.runs.read(self.tokens_BS[rows])
@@ -222,22 +221,22 @@ class Session:
         return main, self._branch(output) if self.max_draft else None
 
     def draft(self, k: int) -> Tensor:
-        """Bring depth ``k`` up to date, shallower depths having been. Returns its logits [B, V].
+        """Bring depth ``k`` up to date and return its logits [B, V].
 
-        They predict the token ``k`` places behind the pending one; the drafts of the shallower
-        depths must be in the buffer.
+        They predict the token ``k`` positions after the pending one. The shallower depths must be
+        up to date, and their drafts in the token buffer.
         """
         self.catch_up(k)
-        # The newest position is always computed, for its logits. (A row that has slid down to its
-        # pending token alone has none, and drafts something.)
+        # The newest position is always computed, for its logits. (A row that has slid to its
+        # pending token alone has no such position; its draft is arbitrary.)
         ends = [max(n, 1) for n in self.n]
         starts = [min(held, end - 1) for held, end in zip(self.filled[k], ends, strict=True)]
         width = max(end - start for end, start in zip(ends, starts, strict=True))
-        # Rows with little to do start earlier rather than write beyond the buffer.
+        # Rows with few new positions start earlier, so that none writes beyond the buffer.
         last = self._tables.capacity - self._widest - width
         starts = [min(start, last) for start in starts]
         index = [end - start - 1 for end, start in zip(ends, starts, strict=True)]
-        # Entries whose tokens are all known; the last k - 1 rest on drafts.
+        # Entries whose tokens are all known; the last k - 1 depend on drafts.
         self.filled[k] = [max(0, n - k + 1) for n in self.n]
         cache, fused_draft = self.depth_caches[k - 1], self._fused_drafts[k - 1]
         if fused_draft is not None:
@@ -254,10 +253,13 @@ class Session:
         return self._said(k, newest)
 
     def catch_up(self, k: int) -> None:
-        """Let depth ``k`` read the known tokens of rows that are new or have not drafted for a
-        while, the shallower depths having been; what a round leaves is left to the next draft."""
+        """Let depth ``k`` read the known tokens of rows that are new or have not drafted recently.
+
+        The shallower depths must have caught up. The few positions that an ordinary round leaves
+        open are read by the next :meth:`draft`.
+        """
         filled, cache = self.filled[k], self.depth_caches[k - 1]
-        usual = k + self.max_draft + 1  # behind, of rows that drafted in the last round
+        usual = k + self.max_draft + 1  # most open positions of a row that drafted last round
         late = [n - held > usual for n, held in zip(self.n, filled, strict=True)]
         if not any(late):
             return
@@ -268,13 +270,13 @@ class Session:
             rows = slice(group[0], group[-1] + 1)
             starts, known = filled[rows], [n - k for n in self.n[rows]]
             width = max(end - start for start, end in zip(starts, known, strict=True))
-            # Rows with less to read start earlier rather than read behind their tokens.
+            # Rows with less to read start earlier, so that none reads beyond its tokens.
             starts = [max(end - width, 0) for end in known]
             self._depth(k, width, cache.rows(rows), rows, starts)
             cache.lengths[rows] = filled[rows] = known
 
     def behind(self) -> int:
-        """Tokens that the first depth has not read, of all rows."""
+        """Total number of tokens, over all rows, that the first depth has not read."""
         return sum(self.n) - sum(self.filled[1])
 
     @property
@@ -282,7 +284,10 @@ class Session:
         return self.model.head if self._short is None else self._short
 
     def _said(self, k: int, last_B1C: Tensor, logits_BV: Tensor | None = None) -> Tensor:
-        """The logits [B, V] of a draft's state, computed unless those of its head are given."""
+        """Store a draft's state and confidence, and return its logits [B, V].
+
+        ``logits_BV`` are the draft head's logits if a fused pass has computed them.
+        """
         self.newest_B1C = last_B1C
         if self.model.mtp.confidence is not None:
             self.confidence_B = self.model.mtp.confidence(k, last_B1C[:, 0]).sigmoid()
@@ -291,21 +296,13 @@ class Session:
         return logits_BV if self._short is None else self._short.over_all(logits_BV)
 
     def _depth(self, k: int, width: int, cache: KVCache, rows: slice, starts: list[int]) -> Tensor:
-        mtp = self.model.mtp
         positions, runs = Positions.of_cache(cache, starts, width), cache.runs
-        first = mtp.first_token(k)
+        first = self.model.mtp.first_token(k)
         read = runs if first == k else Runs(self._tables, starts, width + k - first)
         tokens = read.read(self.tokens_BS[rows], first)
-        at = BranchPoint(
-            hidden=runs.read(self.states[0][rows]),
-            tokens=tokens,
-            embedded=self.model.trunk.embedding(tokens),
-            positions=positions,
-            first=first,
-            head=self.model.head,
-        )
-        previous = at.hidden if k == 1 else runs.read(self.states[k - 1][rows])
-        hidden = mtp.depth_state(k, at, previous)
+        branch = runs.read(self.states[0][rows])
+        previous = branch if k == 1 else runs.read(self.states[k - 1][rows])
+        hidden = self.model.depth_state(k, branch, previous, tokens, positions)
         if k < len(self.states):
             runs.write(self.states[k][rows], hidden)
         return hidden
@@ -314,33 +311,33 @@ class Session:
         """Keep the pending token and the first ``accepted`` drafts of every row.
 
         Args:
-            accepted: one number a row.
-            n_drafted: depths that have drafted since the last call.
+            accepted: one number per row.
+            n_drafted: number of depths that have drafted since the last call.
         """
         for k in range(1, n_drafted + 1):
             ahead = self.model.mtp.ahead([k])
             filled = self.filled[k]
             for row, a in enumerate(accepted):
-                # An entry that rested on accepted drafts has become true.
+                # Entries that depend on accepted drafts are now true.
                 filled[row] = max(0, min(self.n[row], self.n[row] + a - ahead + 1))
         self.n = [n + a + 1 for n, a in zip(self.n, accepted, strict=True)]
 
     def put_pending(self, token_B: Tensor) -> None:
-        """Write the first pending tokens of the rows that joined last."""
+        """Write the pending tokens of the rows that have just joined."""
         rows = slice(self.batch_size - len(token_B), None)
         Runs(self._tables, self.n[rows], 1).write(self.tokens_BS[rows], token_B.unsqueeze(1))
 
     def put(self, tokens_BT: Tensor, offset: int) -> None:
-        """Write tokens ``offset`` places behind every row's pending one."""
+        """Write tokens from ``offset`` positions after every row's pending token on."""
         width, runs = tokens_BT.shape[1], self.trunk_cache.runs
         if runs.width != width or runs.starts != self.n:
             runs = Runs(self._tables, self.n, width)
         runs.write(self.tokens_BS, tokens_BT, ahead=offset)
 
     def slide(self, row: int, keep: int) -> None:
-        """Start a row's context anew from its last ``keep`` tokens, the pending one included.
+        """Restart a row's context from its last ``keep`` tokens, the pending one included.
 
-        The kept tokens are read again from position 0, so what follows depends on them alone.
+        The kept tokens are read again from position 0, so the continuation depends only on them.
         """
         n = self.n[row]
         assert 1 <= keep <= n
@@ -354,14 +351,14 @@ class Session:
             self._read_anew(slice(row, row + 1), [keep - 1])
 
     def drop_row(self, row: int) -> None:
-        """Forget a row; the last one takes its place."""
+        """Drop a row; the last row moves to its slot."""
         last = self.batch_size - 1
         for cache in (self.trunk_cache, *self.depth_caches):
             cache.drop_row(row)
         if row != last:
             n = self.n[last]
             self._tokens[row] = self._tokens[last]
-            # Those of depths are as many as it has read.
+            # Copy as many states as the trunk or the depth has read.
             for states, held in zip(
                 self._states, (n, *(f[last] for f in self.filled[1:])), strict=False
             ):

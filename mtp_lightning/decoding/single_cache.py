@@ -1,14 +1,14 @@
-"""Drafting again and again with one module and one cache (EAGLE, arXiv 2401.15077, section 3.1).
+"""Recursive drafting with one module and one cache (EAGLE, arXiv 2401.15077, section 3.1).
 
-A module that reads its own output can be taken at its word: its state for position i after k - 1
-drafts stands for the true state at i + k - 1. Draft k is then the module's first depth there,
+A recursive module treats its own output as the true state: after k - 1 drafts, its state for
+position i stands in for the trunk's state at i + k - 1. Draft k is the module's first depth there,
 
     h^k = norm(Block(W [enorm Emb(draft_{i+k}) ; hnorm h^(k-1)])) at position i + k - 1
 
-behind the entries of all true positions up to i and those of the drafts since, in one cache. What
-the drafts left there is overwritten in the next round, from true states. Every draft beyond the
-first is a pass of one position, whatever was accepted before; with a cache for each depth
-(:class:`Session`) a pass catches up with what was, at positions that training had.
+The cache then holds the entries of all true positions up to i, followed by those of the drafts.
+The next round overwrites the drafts' entries from true states. Every draft after the first is a
+pass over one position. With one cache per depth (:class:`Session`), a pass also recomputes the
+positions accepted since the last round, at the positions used in training.
 
 Shapes: B rows, C d_model, V vocabulary.
 """
@@ -18,12 +18,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from mtp_lightning.decoding.session import Session
-from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.nn.attention import Positions
 
 
 class SingleCacheSession(Session):
-    """A :class:`Session` of a stack of one module, whose drafts share the first depth's cache."""
+    """A :class:`Session` of a one-module stack, whose drafts all use the first depth's cache."""
 
     @staticmethod
     def depths_kept(max_draft: int) -> int:
@@ -37,12 +36,5 @@ class SingleCacheSession(Session):
         cache = self.depth_caches[0]
         positions = Positions.of_cache(cache, starts, 1)
         tokens = cache.runs.read(self.tokens_BS, 1)
-        at = BranchPoint(
-            hidden=self.newest_B1C,
-            tokens=tokens,
-            embedded=self.model.trunk.embedding(tokens),
-            positions=positions,
-            first=1,
-            head=self.model.head,
-        )
-        return self._said(k, self.model.mtp.depth_state(1, at, at.hidden))
+        newest = self.newest_B1C
+        return self._said(k, self.model.depth_state(1, newest, newest, tokens, positions))

@@ -1,11 +1,11 @@
-"""The draft-verify loop's one round, for every variant; without drafts it is plain decoding.
+"""One round of the draft-verify loop, for every variant; without drafts it is plain decoding.
 
-Greedy accepts the longest prefix of the drafts that the trunk would have chosen itself. Sampling
-accepts a draft with probability min(1, p/q), and at the first rejection draws from max(p - q, 0)
-renormalised (Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2): what comes out
-has the trunk's distribution p whatever the drafts' distribution q.
+Greedy decoding accepts the longest prefix of the drafts that the trunk would have chosen itself.
+Sampling accepts a draft with probability min(1, p/q) and, at the first rejection, draws from
+max(p - q, 0), renormalized (Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2). Its
+output has the trunk's distribution p for any distribution q of the drafts.
 
-Shapes: B rows, M drafts, V vocabulary.
+Shapes: B rows, M drafts, T = M + 1 verified tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from mtp_lightning.decoding.session import Session
 
 @dataclass(frozen=True)
 class Step:
-    """What one round brought one row.
+    """The result of one round for one row.
 
     Attributes:
         tokens: the accepted drafts and the trunk's own token after them.
-        accepted: how many of them were drafts.
-        reached: how many drafts were judged one after the other, the first rejected one included.
-        rejected: the depth and the token of every draft that was made for the row's text and not
-            accepted.
+        accepted: number of accepted drafts.
+        reached: number of drafts that were verified in sequence, the first rejected one included.
+        rejected: depth and token of every draft that could have been accepted and was not.
     """
 
     tokens: list[int]
@@ -40,18 +39,18 @@ class Step:
 
     @classmethod
     def of_chain(cls, tokens: list[int], accepted: int, drafts: list[int]) -> Step:
-        """One whose drafts were a chain: ``drafts`` are those that could be judged."""
+        """The result of a chain of drafts; ``drafts`` are those that could be accepted."""
         rejected = list(enumerate(drafts, start=1))[accepted:]
         return cls(tokens, accepted, min(accepted + 1, len(drafts)), rejected)
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round brought.
+    """The result of one round.
 
     Attributes:
-        steps: one a row.
-        logits_BTV: the trunk's, of every draft's slot and the next.
+        steps: the result of every row.
+        logits_BTV: the trunk's logits at the pending token and at every draft.
     """
 
     steps: list[Step]
@@ -59,26 +58,26 @@ class Round:
 
     @property
     def accepted(self) -> list[int]:
-        """Accepted drafts of every row."""
+        """Number of accepted drafts of every row."""
         return [step.accepted for step in self.steps]
 
     @property
     def reached(self) -> list[int]:
-        """Judged drafts of every row."""
+        """Number of verified drafts of every row."""
         return [step.reached for step in self.steps]
 
 
 class Decoder:
-    """Chooses tokens for a session: the session, the noise and how rows are sampled move together.
+    """Chooses the tokens of a session; holds the random numbers and sampling settings of its rows.
 
     Args:
-        session: the state it moves on, still without rows.
+        session: the decoding state, still without rows.
         places: most rows at a time.
         max_draft: most drafts that any round will have.
-        min_confidence: a round ends its drafts where every row's product of confidences is below
-            it, and a sampled row is judged no further than where its own is. The draft that the
-            last one is of is not made, so what is judged does not depend on what was drawn for it:
-            the text's distribution stays the trunk's.
+        min_confidence: a round stops drafting once the product of confidences is below this in
+            every row; a sampled row accepts no draft from its own such depth on. The confidence of
+            a draft is known before its token is drawn, so the decision does not depend on the token
+            and the text keeps the trunk's distribution.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class Decoder:
     ) -> None:
         self.session = session
         self.min_confidence = min_confidence
-        # Every round takes the same amount, so that a row's numbers depend on its rounds alone.
+        # Every round takes equally many numbers, so that a row's depend only on how many it had.
         self._noise = Noise(places, 2 * max_draft + 1, session.tokens_BS.device)
         self._max_draft = max_draft
         self._samplings: list[Sampling] = []
@@ -98,15 +97,15 @@ class Decoder:
         samplings: Sequence[Sampling],
         streams: Sequence[tuple[int, int]],
     ) -> tuple[list[int], Tensor]:
-        """Add rows behind the others.
+        """Append rows and read their prompts.
 
         Args:
-            prompts: what they read.
-            samplings: how their tokens are chosen, by the trunk and by the drafts alike.
-            streams: seed and index of their random numbers.
+            prompts: token ids of the prompts.
+            samplings: how tokens are chosen, both the trunk's and the drafts.
+            streams: seed and index of the rows' random numbers.
 
         Returns:
-            Every new row's first token, and the logits [new rows, V] that it was chosen by.
+            The first token of every new row, and the logits [new rows, V] that it was chosen by.
         """
         logits_BV = self.session.join(prompts)
         noise_BR = self._noise.join(streams)
@@ -121,7 +120,7 @@ class Decoder:
         return token_B.tolist(), logits_BV
 
     def drop_row(self, row: int) -> None:
-        """Forget a row; the last one takes its place."""
+        """Drop a row; the last row moves to its slot."""
         self.session.drop_row(row)
         self._noise.drop_row(row)
         self._samplings[row] = self._samplings[-1]
@@ -130,7 +129,7 @@ class Decoder:
 
     @property
     def _sampling(self) -> RowSampling:
-        """How the rows are sampled: found once a round, however many rows have come and gone."""
+        """The sampling settings of all rows, rebuilt after rows have come or gone."""
         if self._row_sampling is None:
             self._row_sampling = RowSampling(self._samplings)
         return self._row_sampling
@@ -139,8 +138,8 @@ class Decoder:
         """Draft, verify, accept.
 
         Args:
-            n_drafts: M, drafts of every row.
-            caps: the most drafts a row may accept: fewer than M near its end.
+            n_drafts: M, the number of drafts of every row.
+            caps: for each row, the most drafts that it may accept; fewer than M near its end.
         """
         choose = self._greedy if self._sampling.greedy else self._sample
         done = choose(n_drafts, caps)
@@ -148,8 +147,8 @@ class Decoder:
         return done
 
     def _drafts(self, n_drafts: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """Every depth, its logits [B, V] and which rows believe in it [B] (None: all), until none
-        is believed any more."""
+        """Yields each depth, its logits [B, V] and which rows are confident enough to draft at it,
+        bool [B] or None for all; ends when no row is."""
         product_B: Tensor | None = None
         for k in range(1, n_drafts + 1):
             logits_BV = self.session.draft(k)
@@ -173,10 +172,10 @@ class Decoder:
         n_drafts = len(drafts)
         logits_BTV = session.verify(n_drafts)
         choice_BT = logits_BTV.argmax(dim=-1)
-        # Up to the first mismatch the choices are the drafts, and the next one is the new pending
-        # token: they can be written before anybody has counted.
+        # Up to the first mismatch the choices equal the drafts, and the next choice is the new
+        # pending token: write them all before counting how many are accepted.
         session.put(choice_BT, 1)
-        # The round's only synchronisation.
+        # The round's only device-to-host synchronization.
         host = torch.cat((*drafts, choice_BT), dim=1).tolist()
         steps = []
         for row, cap in zip(host, caps, strict=True):
@@ -235,19 +234,19 @@ def accept_or_resample(
 
     Args:
         p_BTV: the trunk's distributions, T = M + 1.
-        q_BMV: those that the drafts were drawn from.
+        q_BMV: the distributions that the drafts were drawn from.
         draft_BM: the drafts.
         accept_noise_BM, final_noise_B: uniform numbers of [0, 1).
-        limit_B: only the first so many drafts are judged, the others do not exist.
+        limit_B: for each row, the number of drafts that are considered.
 
     Returns:
-        Tokens [B, T], of which the first ``accepted + 1`` count, and ``accepted`` [B].
+        Tokens [B, T], of which the first ``accepted + 1`` are valid, and ``accepted`` [B].
     """
     n_drafts = draft_BM.shape[1]
     index = draft_BM.unsqueeze(-1)
     p_draft_BM = p_BTV[:, :n_drafts].gather(-1, index).squeeze(-1)
     q_draft_BM = q_BMV.gather(-1, index).squeeze(-1)
-    # u < p / q without the division; p = 0 never accepts, p >= q always does.
+    # u < p / q without the division: p = 0 never accepts, p >= q always does.
     ok_BM = accept_noise_BM * q_draft_BM < p_draft_BM
     ok_BM &= torch.arange(n_drafts, device=ok_BM.device) < limit_B.unsqueeze(1)
     accepted_B = ok_BM.long().cumprod(dim=1).sum(dim=1)
@@ -256,7 +255,7 @@ def accept_or_resample(
     p_BV = p_BTV[rows, accepted_B]
     q_BV = q_BMV[rows, accepted_B.clamp(max=n_drafts - 1)]
     rest_BV = (p_BV - q_BV).clamp_(min=0)
-    # p = q up to rounding leaves nothing to draw from; then p itself is right.
+    # If p = q up to rounding, nothing is left to draw from, and p itself is right.
     rejected_B1 &= rest_BV.sum(dim=1, keepdim=True) > 0
     final_B = draw(torch.where(rejected_B1, rest_BV, p_BV), final_noise_B)
     tokens_BT = torch.cat((draft_BM, final_B.unsqueeze(1)), dim=1)

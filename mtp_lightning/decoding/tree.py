@@ -1,7 +1,7 @@
-"""The shape of a tree of drafts: so many candidates for every token that may stand before them.
+"""The shape of a tree of drafts: how many candidates each depth has after every node above it.
 
-Node 0 is the pending token; the nodes of depth e are the candidates for the token e places behind
-it. They are numbered depth by depth, those that follow one node side by side, the likeliest first.
+Node 0 is the pending token; the nodes of depth e are the candidates for the token e positions after
+it. Nodes are numbered depth by depth; the children of a node are adjacent, the likeliest first.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ class Tree:
     """A tree of drafts.
 
     Attributes:
-        widths: candidates of every node at depth 0, 1, ..
+        widths: children of every node at depth 0, 1, ..
 
     Raises:
-        UserError: a width is none, or the tree is too large for a verify pass.
+        UserError: a width is not a whole number of at least 1, or the tree is too large for a
+            verify pass.
     """
 
     widths: tuple[int, ...]
@@ -38,7 +39,7 @@ class Tree:
             )
 
     def __len__(self) -> int:
-        """Candidates, all depths together."""
+        """Number of candidates in all depths."""
         return len(self.parents) - 1
 
     @property
@@ -61,11 +62,11 @@ class Tree:
 
     @property
     def parents(self) -> list[int]:
-        """Of every node; -1 of node 0."""
+        """The parent of every node; -1 for node 0."""
         return self.parents_to(self.depth)
 
     def parents_to(self, depth: int) -> list[int]:
-        """Of the nodes down to a depth."""
+        """The parents of the nodes down to a depth."""
         found = [-1]
         for e in range(depth):
             found += [node for node in self.level(e) for _ in range(self.widths[e])]
@@ -73,7 +74,7 @@ class Tree:
 
 
 def ancestor(parents: Sequence[int], node: int, up: int) -> int | None:
-    """The node so many levels above; None if the tree begins below."""
+    """The node ``up`` levels above ``node``; None if that is above node 0."""
     for _ in range(up):
         node = parents[node]
         if node < 0:
@@ -82,7 +83,7 @@ def ancestor(parents: Sequence[int], node: int, up: int) -> int | None:
 
 
 def depth_of(parents: Sequence[int], node: int) -> int:
-    """Levels below node 0."""
+    """How many levels ``node`` is below node 0."""
     depth = 0
     while parents[node] >= 0:
         node, depth = parents[node], depth + 1

@@ -1,12 +1,12 @@
 """A session whose rounds draft a tree (SpecInfer, arXiv 2305.09781; Medusa, arXiv 2401.10774).
 
-Node 0 of the tree is the pending token, at position n of its row; one of depth e stands at n + e.
-Nodes lie in the token buffer at n, n + 1, .. in their order, and so do their entries and states.
+Node 0 of the tree is the pending token, at position n of its row; a node of depth e has position
+n + e. The token buffer stores the nodes in order at n, n + 1, .., and so do caches and states.
 
-Depth k's entry at position i rests on tokens up to i + k. What of it rests on drafts is a tree as
-well, of nodes down to depth k - 1, whose node 0 stands at position n - k: the newest entry that
-rests on known tokens alone. So every depth's pass reads the positions that it has to catch up with
-and, behind them, the tree down to there; the next depth's candidates follow the deepest nodes.
+Depth k's entry at position i depends on the tokens up to i + k. The entries that depend on drafts
+form a tree too, with the nodes down to depth k - 1. Its node 0 is at position n - k: the newest
+entry that depends on known tokens alone. So a pass of depth k reads first the positions that it has
+to catch up with, then this tree. The candidates of the next depth follow the deepest nodes.
 
 Shapes: B rows, T tokens of a pass, P nodes of a depth, C d_model, V vocabulary.
 """
@@ -22,7 +22,6 @@ from torch import Tensor
 from mtp_lightning.decoding.session import Session
 from mtp_lightning.decoding.tree import Tree, ancestor, depth_of
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import BranchPoint
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.batch_invariant import batch_invariant_pass
 from mtp_lightning.nn.kv_cache import KVCache
@@ -31,14 +30,11 @@ from mtp_lightning.nn.tree_cache import Branches, TreeCache, along
 
 
 class TreeSession(Session):
-    """A :class:`Session` for one tree.
+    """A :class:`Session` that drafts the same tree in every round.
 
     Args:
-        model: see there.
-        places: see there.
-        capacity: see there.
-        tree: of every round.
-        draft_vocab: see there.
+        model, places, capacity, draft_vocab: see :class:`Session`.
+        tree: the tree's shape.
     """
 
     def __init__(
@@ -69,22 +65,30 @@ class TreeSession(Session):
         return len(self.tree) + self.tree.depth + 1
 
     def is_short(self, row: int) -> bool:
-        """Whether a row has read too little to draft: a depth's newest known entry, and what it has
-        to catch up with, may lie before the text. It then decodes plainly for a few tokens."""
+        """Whether a row has read too few tokens to draft; it then decodes plainly for a few tokens.
+
+        The newest known entry of a depth, or the entries to catch up with, would have negative
+        positions.
+        """
         return self.n[row] <= 2 * self.tree.depth
 
     def draft_tree(self, k: int) -> Tensor:
-        """Bring depth ``k`` up to date. Returns the logits [B, P, V] of the candidates that follow
-        every node of depth ``k - 1``; the nodes down to there must be in the buffer."""
+        """Bring depth ``k`` up to date and draft after every node of depth ``k - 1``.
+
+        The nodes down to depth ``k - 1`` must be in the token buffer.
+
+        Returns:
+            The logits [B, P, V] of the candidates that follow each node.
+        """
         nodes = self.tree.level(k - 1)
-        if not self.model.mtp.ahead([k]):  # it reads no drafts: all nodes are followed by the same
+        if not self.model.mtp.ahead([k]):  # reads no drafts, so all nodes have the same candidates
             return self.draft(k).unsqueeze(1).expand(-1, len(nodes), -1)
         self.catch_up(k)
         long = [row for row in range(self.batch_size) if not self.is_short(row)]
         known = [n - k + 1 for n in self.n]
         caught_up = max((known[row] - self.filled[k][row] for row in long), default=1)
         caught_up = max(caught_up, 1)
-        # A short row has read nothing, and its drafts are not judged.
+        # A short row reads from position 0, and its drafts are not verified.
         starts = [
             0 if self.is_short(row) else max(end - caught_up, 0) for row, end in enumerate(known)
         ]
@@ -99,24 +103,17 @@ class TreeSession(Session):
 
         first = self.model.mtp.first_token(k)
         tokens = torch.cat([read(self.tokens_BS, "tokens", j) for j in range(first, k + 1)], dim=1)
-        at = BranchPoint(
-            hidden=read(self.states[0], "positions"),
-            tokens=tokens,
-            embedded=self.model.trunk.embedding(tokens),
-            positions=positions,
-            first=first,
-            stride=caught_up + nodes.stop - 1,
-            head=self.model.head,
-        )
-        previous = at.hidden if k == 1 else read(self.states[k - 1], "before")
-        hidden = self.model.mtp.depth_state(k, at, previous)
+        branch = read(self.states[0], "positions")
+        previous = branch if k == 1 else read(self.states[k - 1], "before")
+        stride = caught_up + nodes.stop - 1
+        hidden = self.model.depth_state(k, branch, previous, tokens, positions, stride=stride)
         if k < len(self.states):
             cache.runs.write(self.states[k], hidden)
         newest = slice(caught_up - 1 + nodes.start, caught_up - 1 + nodes.stop)
         return self._draft_head(hidden[:, newest])
 
     def put_nodes(self, tokens_BP: Tensor, k: int) -> None:
-        """Write the candidates of depth ``k``."""
+        """Write the candidates [B, P] of depth ``k`` into the token buffer."""
         self.put(tokens_BP, self.tree.level(k).start)
 
     def verify_tree(self) -> Tensor:
@@ -136,8 +133,8 @@ class TreeSession(Session):
         """Keep the pending token and a path of the tree in every row.
 
         Args:
-            path_BE: nodes, from node 0 on; those behind the accepted ones may be any.
-            accepted: how many of them were drafts.
+            path_BE: the path's nodes, node 0 first; entries after the accepted ones are ignored.
+            accepted: for each row, the number of accepted drafts.
         """
         assert isinstance(self.trunk_cache, TreeCache)
         self.trunk_cache.settle(path_BE)
@@ -145,7 +142,7 @@ class TreeSession(Session):
         runs.write(self.states[0], along(self._branch_BTC, path_BE))
         for k in range(1, self.tree.depth + 1):
             ahead = self.model.mtp.ahead([k])
-            # Entries of accepted nodes do not lie in their positions: they are made again.
+            # Entries of accepted nodes are not stored at their own positions: recompute them.
             self.filled[k] = [
                 0 if ahead and self.is_short(row) else max(0, min(n, n - ahead + 1))
                 for row, n in enumerate(self.n)
@@ -154,14 +151,17 @@ class TreeSession(Session):
         self.trunk_cache.lengths = list(self.n)
 
     def _branches_of(self, depth: int, caught_up: int) -> Branches:
-        """Positions one after the other, the last of them node 0, and the tree down to a depth."""
+        """``caught_up`` positions in a chain, the last one being node 0, then the tree below it."""
         parents = [i - 1 for i in range(caught_up)]
         parents += [caught_up - 1 + parent for parent in self.tree.parents_to(depth)[1:]]
         return Branches(parents, self.tokens_BS.device)
 
     def _columns_of(self, what: str, k: int, caught_up: int, j: int) -> Tensor:
-        """Where, from position n on, the tokens of depth ``k``'s pass find what they read, [T]:
-        their ``positions``, the state of the depth ``before``, the ``tokens`` j places on."""
+        """Columns [T], relative to position n, that the tokens of depth ``k``'s pass read.
+
+        ``what`` is ``positions`` (the branch states), ``before`` (the states of depth ``k - 1``) or
+        ``tokens`` (the token ``j`` positions ahead).
+        """
         parents = self.tree.parents_to(k - 1)
 
         def of_node(node: int) -> int:

@@ -1,14 +1,14 @@
-"""The draft-verify loop's one round where every depth drafts several candidates.
+"""One round of the draft-verify loop where every depth drafts several candidates.
 
-Greedy follows the candidate that the trunk would have chosen, as far as there is one. Sampling
-draws a node's candidates without replacement and judges them in their order, each as a single draft
-is judged, with what the rejected ones left of both distributions (Jeon et al. 2024, arXiv
-2402.14160, section 3.2; with replacement SpecInfer, arXiv 2305.09781, algorithm 2):
+Greedy decoding follows the candidate that the trunk would have chosen, while there is one. Sampling
+draws the candidates of a node without replacement and verifies them in that order, each like a
+single draft, with the distributions that the rejected candidates leave (Jeon et al. 2024, arXiv
+2402.14160, section 3.2; with replacement: SpecInfer, arXiv 2305.09781, algorithm 2):
 
     accept x_j with probability min(1, p_j(x_j) / q_j(x_j)), else
     p_(j+1) = norm(max(p_j - q_j, 0)),  q_(j+1) = norm(q_j without x_j)
 
-Every step gives p_j whatever q_j, so what comes out has the trunk's distribution p_1.
+Every step returns a sample of p_j for any q_j, so the output has the trunk's distribution p_1.
 
 Shapes: B rows, P nodes of a depth, W candidates of each, V vocabulary, E tokens of a path.
 """
@@ -28,10 +28,10 @@ from mtp_lightning.nn.tree_cache import along
 
 
 class TreeDecoder(Decoder):
-    """A :class:`Decoder` of trees.
+    """A :class:`Decoder` that drafts trees.
 
     Args:
-        session: the state it moves on, still without rows.
+        session: the decoding state, still without rows.
         places: most rows at a time.
     """
 
@@ -42,7 +42,7 @@ class TreeDecoder(Decoder):
         super().__init__(session, places=places, max_draft=len(self.tree))
 
     def round(self, n_drafts: int, caps: Sequence[int]) -> Round:
-        """Draft, verify, accept: always the whole tree, of which ``caps`` limits what is judged."""
+        """Draft, verify, accept. The whole tree is drafted; ``caps`` limits the accepted depth."""
         short = [self.session.is_short(row) for row in range(len(caps))]
         depth = self.tree.depth
         limits = [0 if s else min(cap, depth) for s, cap in zip(short, caps, strict=True)]
@@ -116,14 +116,14 @@ class TreeDecoder(Decoder):
 
 
 def _step(tree: Tree, tokens: list[int], path: list[int], draft: list[int], limit: int) -> Step:
-    """What a round brought a row.
+    """The result of a round for one row.
 
     Args:
-        tree: its shape.
+        tree: the tree's shape.
         tokens: the accepted drafts and the trunk's own token after them.
-        path: the accepted nodes, from node 0 on.
-        draft: of every node its token; node 0's is not looked at.
-        limit: the deepest level that could be judged.
+        path: node 0 and the accepted nodes.
+        draft: the token of every node; that of node 0 is ignored.
+        limit: the deepest level that could be accepted.
     """
     levels = ((depth, node) for depth in range(1, limit + 1) for node in tree.level(depth))
     rejected = [(depth, draft[node]) for depth, node in levels if node not in path]
@@ -131,8 +131,16 @@ def _step(tree: Tree, tokens: list[int], path: list[int], draft: list[int], limi
 
 
 def draw_without_replacement(q_BPV: Tensor, noise_BPW: Tensor) -> tuple[Tensor, Tensor]:
-    """Candidates [B, P, W] in the order in which they were drawn, and what each was drawn from,
-    [B, P, W, V]: of probability 0 throughout where nothing was left."""
+    """Draw W candidates of every node without replacement.
+
+    Args:
+        q_BPV: the drafts' distributions.
+        noise_BPW: uniform numbers of [0, 1).
+
+    Returns:
+        The candidates [B, P, W] in the order of drawing, and the distribution that each was drawn
+        from, [B, P, W, V]: all zeros if no token was left.
+    """
     left_BPV = q_BPV
     drafts, proposals = [], []
     for j in range(noise_BPW.shape[-1]):
@@ -157,16 +165,16 @@ def accept_path_or_resample(
     """The rejection rule of a tree.
 
     Args:
-        tree: its shape.
-        p_BTV: the trunk's distributions behind every node, node 0 included.
-        proposals: of every depth, what its candidates were drawn from, [B, P, W, V].
-        draft_BN: the candidates, of nodes 1 to N.
+        tree: the tree's shape.
+        p_BTV: the trunk's distribution after every node, node 0 included.
+        proposals: for every depth, the distributions of its candidates, [B, P, W, V].
+        draft_BN: the candidates of nodes 1 to N.
         accept_noise_BN, final_noise_B: uniform numbers of [0, 1).
-        limit_B: only candidates down to this depth are judged, the others do not exist.
+        limit_B: the deepest level of candidates that are considered.
 
     Returns:
-        Tokens [B, E], of which the first ``accepted + 1`` count, the path's nodes [B, E], node 0
-        included, and ``accepted`` [B].
+        Tokens [B, E], of which the first ``accepted + 1`` are valid; the path's nodes [B, E], node
+        0 first; and ``accepted`` [B].
     """
     rows = torch.arange(p_BTV.shape[0], device=p_BTV.device)
     node_B, accepted_B = torch.zeros_like(rows), torch.zeros_like(rows)
@@ -180,7 +188,7 @@ def accept_path_or_resample(
             token_B = draft_BN[rows, child_B - 1]
             q_BV = q_BPWV[rows, place_B, j]
             q_B, p_B = q_BV[rows, token_B], p_BV[rows, token_B]
-            # A candidate of probability 0 was drawn from nothing: there is none.
+            # Probability 0: no token was left to draw, so there is no candidate.
             judged_B = open_B & (q_B > 0)
             ok_B = judged_B & (accept_noise_BN[rows, child_B - 1] * q_B < p_B)
             node_B = torch.where(ok_B, child_B, node_B)
@@ -188,7 +196,7 @@ def accept_path_or_resample(
             open_B = open_B & ~ok_B
             rest_BV = (p_BV - q_BV).clamp(min=0)
             total_B1 = rest_BV.sum(dim=-1, keepdim=True)
-            # p = q up to rounding leaves nothing to draw from; then p itself is right.
+            # If p = q up to rounding, nothing is left to draw from, and p itself is right.
             rejected_B1 = (judged_B & ~ok_B).unsqueeze(1) & (total_B1 > 0)
             p_BV = torch.where(rejected_B1, rest_BV / total_B1.clamp(min=1e-45), p_BV)
         accepted_B = accepted_B + went_B

@@ -36,7 +36,7 @@ from mtp_lightning.interop.reading import (
     stack_of,
 )
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.base import BranchPoint
+from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.mtp.switches import Concat, InputNorm

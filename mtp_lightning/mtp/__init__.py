@@ -1,1 +1,1 @@
-"""The ways of predicting several tokens, one a file, behind the interface of ``base``."""
+"""The ways of predicting several tokens: one file per variant, with the interface of ``base``."""

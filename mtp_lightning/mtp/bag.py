@@ -1,18 +1,19 @@
 """A bag of the tokens ahead: future summary prediction, handcrafted (Mahajan et al. 2025, arXiv
 2510.14751, section 3).
 
-One head U2 says of every id whether it stands among ``x_{t+2} .. x_{t+tau}`` (the next token is the
-main prediction's):
+One head U2 predicts for every id whether it is among ``x_{t+2} .. x_{t+tau}`` (the next token is
+left to the main prediction):
 
     L_bag = -sum_v w_v [a_v log sigmoid(z_v) + (1 - a_v) log(1 - sigmoid(z_v))],    z = U2 h_t
 
-with ``a_v`` 1 for ids of the bag. It is a sum over the vocabulary, in nats of the whole bag: at the
-start ``V ln 2``, after a few steps about what the ids that do come cost. The weights are inverse
-document frequencies, ``w_v = ln((1 + N) / (1 + n_v)) + 1`` for an id that n_v of the N training
-documents hold (the smoothed form, which is never 0 and 1 where a corpus is one document), or 1.
+with ``a_v`` = 1 for ids of the bag. The loss is a sum over the vocabulary, in nats per bag: it
+starts at ``V ln 2`` and soon consists mostly of the ids that do occur. The weights are inverse
+document frequencies, ``w_v = ln((1 + N) / (1 + n_v)) + 1`` for an id that occurs in n_v of the N
+training documents (the smoothed form, which is never 0, and is 1 for a corpus of one document), or
+all 1.
 
-Documents, tasks and the window's end: see ``look_ahead.py``. A position whose bag is empty does not
-count.
+See ``look_ahead.py`` for documents, tasks and the window's end. A position whose bag is empty does
+not count.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ Weights = Literal["idf", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class BagConfig(SummaryConfig, variant="bag"):
-    """``mtp=bag``: which ids come, in one further loss.
+    """``mtp=bag``: one further loss, on which ids occur among the tokens ahead.
 
     Attributes:
-        lookahead: tau, places ahead of the farthest token of the bag.
-        weights: of the ids: ``idf``, counted in the training documents, or ``none``, all 1.
+        lookahead: tau, how far ahead the last token of the bag is.
+        weights: weights of the ids: ``idf``, counted in the training documents, or ``none``, all 1.
 
     Raises:
-        UserError: a reach that leaves no bag, or an unknown weighting.
+        UserError: the look-ahead leaves no bag, or the weighting is unknown.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("weights",)
@@ -61,8 +62,8 @@ class BagConfig(SummaryConfig, variant="bag"):
 
 
 class BagMTP(Summary):
-    """The head, and the weights of the ids, which are in every checkpoint: a run that starts from
-    another one's head goes on with that one's."""
+    """The head, and the weights of the ids. These are stored in checkpoints, so that a run that
+    starts from the head of another run keeps its weights."""
 
     config: BagConfig
     weights_V: Tensor
@@ -72,7 +73,7 @@ class BagMTP(Summary):
         self.register_buffer("weights_V", torch.ones(trunk.vocab_size))
 
     def look_at(self, document_frequency: Callable[[], tuple[Tensor, int]]) -> None:
-        """Weigh the ids, where the config asks for that."""
+        """Count document frequencies for ``weights=idf``."""
         if self.config.weights == "idf":
             self.weigh(*document_frequency())
 
@@ -80,8 +81,8 @@ class BagMTP(Summary):
         """Set the weights to inverse document frequencies.
 
         Args:
-            holding: int64 documents that hold each id, of the tokenizer's; the model may have more
-                rows, of which no document holds any.
+            holding: int64, the number of documents that hold each id of the tokenizer; the model
+                may have more rows, which occur in no document.
             documents: N.
         """
         counts_V = torch.zeros(len(self.weights_V), dtype=torch.float64)

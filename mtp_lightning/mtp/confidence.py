@@ -1,4 +1,4 @@
-"""How sure a depth is of its draft: a number beside the hidden state (DSpark, arXiv 2607.05147)."""
+"""An estimate of whether a depth's draft will be accepted (DSpark, arXiv 2607.05147)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Confidence(nn.Module):
-    """A linear layer a depth, from its hidden state to the logit of the acceptance.
+    """One linear layer per depth, from its hidden state to the logit of acceptance.
 
     Args:
         depth: D.
@@ -21,7 +21,7 @@ class Confidence(nn.Module):
         self.bias = nn.Parameter(torch.empty(depth))
 
     def forward(self, k: int, hidden: Tensor) -> Tensor:
-        """The logit [...] of depth ``k`` for a state [..., C]; beyond D, the last one's."""
+        """The logits [...] of depth ``k`` for states [..., C]; a depth beyond D uses layer D."""
         row = slice(min(k, len(self.bias)) - 1, min(k, len(self.bias)))
         return F.linear(hidden, self.weight[row].to(hidden.dtype), self.bias[row].to(hidden.dtype))[
             ..., 0

@@ -1,18 +1,19 @@
-"""What lets heads side by side see the tokens between: an addition to each one's hidden state.
+"""Corrections: an addition to the hidden state of heads side by side that reads the tokens between.
 
     mlp      h^k = f_k(z) + A_k SiLU(W_k [z ; Emb(x_{t+1}) ; .. ; Emb(x_{t+k})])
     markov   h^k = f_k(z) + A_k T_k[x_{t+k}]
 
-where ``f_k(z)`` is the head's own. ``mlp`` is Hydra's (Ankner et al. 2024, arXiv 2402.05109,
-section 3): the head reads all tokens since t. ``markov`` (arXiv 2607.05147) reads the last one
-alone, by a table ``T_k`` of r columns. The paper adds ``W2 T[x_{t+k}]`` to the logits, by a matrix
-``W2`` of its own; here that is ``U A_k`` with the shared head U. So all that a depth says is in its
-hidden state, and logits of all positions are needed nowhere. ``A_k`` starts at zero: every head
-starts as it is without a correction.
+where ``f_k(z)`` is the head's output. ``mlp`` is Hydra's (Ankner et al. 2024, arXiv 2402.05109,
+section 3): the head reads all tokens since t. ``markov`` (arXiv 2607.05147) reads only the last
+one, through a table ``T_k`` of r columns. The paper adds ``W2 T[x_{t+k}]`` to the logits, with a
+separate matrix ``W2``; here ``W2 = U A_k`` with the shared head U. So the hidden state determines a
+depth's prediction, and logits of all positions never exist at once. ``A_k`` starts at zero: every
+head starts as if it had no correction.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -21,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import BranchPoint, MTPConfig
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.inputs import BranchPoint
 from mtp_lightning.mtp.switches import Detach
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
@@ -38,17 +40,17 @@ class SideBySideConfig(MTPConfig):
 
     Attributes:
         detach: ``trunk`` stops the depths' gradients at the branch point; ``all`` also at the
-            shared head and, of corrected heads, at the embedding.
+            shared head and, for heads with a correction, at the embedding.
         freeze_trunk: embedding, trunk and head keep their weights; only the heads are trained.
-        correction: ``mlp`` adds what an MLP makes of branch and tokens since (Hydra), ``markov``
-            what a table of rank ``correction_rank`` says of the last token.
+        correction: ``mlp`` adds an MLP of the branch and the tokens since (Hydra); ``markov`` adds
+            a table lookup of the last token, of rank ``correction_rank``.
         correction_rank: r, columns of ``markov``'s table; None is 64.
         stride: s; depth k predicts ``x_{t+1+sk}`` (leap multi-token prediction, Liu et al. 2025,
-            arXiv 2505.17505). Windows then reach s D tokens beyond the next one; what a head
-            computes is the same. Only 1 can draft.
+            arXiv 2505.17505). Windows then reach s D tokens beyond the next one; the heads compute
+            the same. Drafting needs a stride of 1.
 
     Raises:
-        UserError: a switch has a value that it does not know, or nothing to act on.
+        UserError: a switch has an unknown value, or no effect.
     """
 
     detach: Detach = "none"
@@ -71,9 +73,16 @@ class SideBySideConfig(MTPConfig):
         require_whole("mtp.stride", self.stride, least=1)
         if self.stride > 1 and self.correction != "none":
             raise UserError(
-                f"mtp.stride={self.stride} leaves tokens out between the heads' targets, which "
+                f"mtp.stride={self.stride} skips tokens between the heads' targets, which "
                 f"mtp.correction={self.correction} would have to read: set one of the two to its "
                 "default."
+            )
+
+    def check_objective(self, of_drafts: Sequence[str], apart: Sequence[str]) -> None:
+        if self.stride > 1 and of_drafts:
+            raise UserError(
+                f"{of_drafts[0]} depends on every token up to a depth's, and mtp.stride="
+                f"{self.stride} skips some: leave it out, or set mtp.stride=1."
             )
 
     @property
@@ -82,7 +91,7 @@ class SideBySideConfig(MTPConfig):
         return _RANK if self.correction_rank is None else self.correction_rank
 
     def build_corrections(self, trunk: TrunkConfig) -> list[Correction]:
-        """One a depth; none at all without a correction."""
+        """One correction per depth; empty for ``correction=none``."""
         depths = range(1, self.depth + 1)
         if self.correction == "mlp":
             return [TokensMLP(trunk, k) for k in depths]
@@ -91,32 +100,32 @@ class SideBySideConfig(MTPConfig):
         return []
 
     def correction_params(self, trunk: TrunkConfig) -> int:
-        """Weights of all depths together."""
+        """Parameters of the corrections of all depths."""
         c, rank = trunk.d_model, self.columns
         if self.correction == "mlp":
             return sum((k + 2) * c * c for k in range(1, self.depth + 1))
         return self.depth * rank * (trunk.vocab_size + c) if self.correction == "markov" else 0
 
     def correction_flops(self, trunk: TrunkConfig, k: int) -> int:
-        """Forward FLOPs of one position of depth ``k``."""
+        """Forward FLOPs per position of the correction of depth ``k``."""
         c = trunk.d_model
         if self.correction == "mlp":
             return 2 * (k + 2) * c * c
         return 2 * c * self.columns if self.correction == "markov" else 0
 
     def correction_backward_flops(self, trunk: TrunkConfig, k: int) -> int:
-        """Backward FLOPs of the same: no gradient leads on to a trunk that takes none."""
+        """Backward FLOPs of the same, without the gradients of inputs that need none."""
         cut = self.freeze_trunk or self.detach == "all"
         saved = 2 * (k + 1) * trunk.d_model**2 if cut and self.correction == "mlp" else 0
         return 2 * self.correction_flops(trunk, k) - saved
 
 
 class Correction(nn.Module):
-    """What is added to a head's state: called with the depth and the branch point, [B, T, C].
+    """A module of the depth and the branch point whose output [B, T, C] is added to a head's state.
 
     Args:
-        width: of what the last matrix reads.
-        trunk: whose width it gives.
+        width: input width of its last matrix.
+        trunk: the trunk, for d_model.
     """
 
     def __init__(self, width: int, trunk: TrunkConfig) -> None:
@@ -130,7 +139,7 @@ class Correction(nn.Module):
 
 
 class TokensMLP(Correction):
-    """Hydra's: one hidden layer on the branch and the tokens since."""
+    """``mlp``, Hydra's: one hidden layer on the branch and the tokens since."""
 
     def __init__(self, trunk: TrunkConfig, k: int) -> None:
         super().__init__(trunk.d_model, trunk)
@@ -142,11 +151,11 @@ class TokensMLP(Correction):
 
 
 class Bigrams(Correction):
-    """A table of the last token, as wide as the rank."""
+    """``markov``: a table lookup of the last token, as wide as the rank."""
 
     def __init__(self, trunk: TrunkConfig, rank: int) -> None:
         super().__init__(rank, trunk)
-        # By this name optimizers know a table that is looked up from a matrix.
+        # An nn.Embedding, by which optimizers distinguish lookup tables from matrices.
         self.embedding = nn.Embedding(trunk.vocab_size, rank)
 
     def forward(self, k: int, at: BranchPoint) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a stack is trained: hidden states go out with their targets, and their gradients come back.
+"""How a stack is trained: it yields hidden states with their targets and receives their gradients.
 
 :meth:`MTPStack.feed` returns a :class:`Feed` for every micro-batch. The objective sends each
 :class:`Prediction` that the feed yields through a head, chunk by chunk, and the feed continues once
@@ -34,8 +34,8 @@ class Asked(Protocol):
     Attributes:
         depth: k.
         coefficient: factor of the summed loss.
-        tokens_R: target ids; any id where the position does not count.
-        counts_R: weight of every position, 0 where it does not count.
+        tokens_R: target ids; arbitrary at positions that do not count.
+        counts_R: weight of every position; 0 if it does not count.
         of_token: whether the loss is ``-log q(target)`` and reads no other log-probability.
     """
 
@@ -46,17 +46,19 @@ class Asked(Protocol):
     of_token: bool
 
     def value(self, log_q_RV: Tensor) -> Tensor:
-        """The term's loss at every position [R], differentiable by ``log_q_RV``."""
+        """The term's loss at every position [R], differentiable with respect to ``log_q_RV``."""
 
     def note(self, value_R: Tensor, counts_R: Tensor | None = None) -> None:
-        """Add the losses to the step's sums, by ``counts_R`` if given."""
+        """Add the losses to the step's sums, weighted by ``counts_R`` (default: its own)."""
 
 
 Loss = Callable[[slice, Tensor, Sequence[Asked], bool], tuple[Tensor, Tensor | None] | None]
-"""A loss that the stack computes and notes. It is called with the rows of a chunk (of the B x T
-positions), the logits [N, V] of all their hidden states, which it may overwrite, the prediction's
-targets there, and whether anybody wants a gradient. It returns that gradient [N, V], and what its
-rows are still to be multiplied by, [N, 1] or None."""
+"""A loss that the stack computes and adds to the sums itself.
+
+Its arguments are the rows of a chunk (of the B x T positions), the logits [N, V] of all their
+hidden states, which it may overwrite, the prediction's targets at these rows, and whether a
+gradient is needed. It returns the gradient with respect to the logits [N, V], and a factor of its
+rows that is still to be applied, [N, 1] or None."""
 
 
 @dataclass(eq=False)
@@ -65,16 +67,16 @@ class Prediction:
 
     Attributes:
         hidden: [..., C], ready for the head.
-        targets: what its logits are made for once: the objective's targets of a depth, one for each
-            term; with ``parameter_free`` those of all depths.
+        targets: the targets that share its logits: those of a depth, one per term; with
+            ``parameter_free`` those of all depths.
         train_head: whether the head's weight gets a gradient from it.
-        needs_gradient: whether the hidden state does.
-        weight: [V', C] of a head of its own; None for the shared one.
-        loss: computes the loss in the place of the targets' terms.
-        width: numbers that a position takes up in ``loss`` beside its logits.
-        states: hidden states that stand in ``hidden`` for each position.
-        gradient: by the hidden state, once it is known.
-        weight_gradient: by a ``weight`` of its own, once it is known.
+        needs_gradient: whether the hidden state gets a gradient.
+        weight: [V', C] of a head of its own; None for the shared head.
+        loss: computes the loss instead of the targets' terms.
+        width: numbers per position that ``loss`` needs besides the logits, to size the chunks.
+        states: number of hidden states per position in ``hidden``.
+        gradient: with respect to ``hidden``, once known.
+        weight_gradient: with respect to ``weight``, once known.
     """
 
     hidden: Tensor
@@ -96,12 +98,12 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """What a feed's states are to learn.
+    """The targets of a feed's states, and which gradients are needed.
 
     Attributes:
-        targets: depth -> its targets, the main prediction's first, in the order of depths.
-        needs: which of the feed's inputs want a gradient.
-        train_head: whether the depths train the shared head; the main prediction does.
+        targets: depth -> its targets, in the order of depths, the main prediction's first.
+        needs: which of the feed's inputs need a gradient.
+        train_head: whether the depths train the shared head; the main prediction always does.
         auxiliary: factor of the layers' auxiliary losses.
     """
 
@@ -121,12 +123,12 @@ Steps = Generator[Sequence[Prediction], None, Sequence[Tensor | None]]
 
 
 class Feed(ABC):
-    """The hidden states of one micro-batch, and where their gradients go.
+    """The hidden states of one micro-batch, and the tensors that receive their gradients.
 
     Args:
-        inputs: tensors of the autograd graph, parameters included, that a gradient goes back to.
-            A parameter that this pass does not use is left out: autograd and DDP then see no path
-            to it.
+        inputs: tensors of the autograd graph, parameters included, that receive gradients.
+            Parameters that this pass does not use are left out, so that autograd and DDP see no
+            path to them.
     """
 
     def __init__(self, inputs: list[Tensor]) -> None:
@@ -134,26 +136,26 @@ class Feed(ABC):
 
     @property
     def main(self) -> Tensor:
-        """The main prediction's hidden state [..., C], from which teachers are made."""
+        """The main prediction's hidden state [..., C], from which teachers are computed."""
         return self.inputs[0]
 
     def looks(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
-        """The depths' hidden states before any of them learns, the very ones that are going to:
-        (k, [B, T, C]), in one group those that exist at the same time."""
+        """For a prepass: the hidden states (k, [B, T, C]) that :meth:`learn` will train, in groups
+        of states that exist at the same time."""
         yield from ()
 
     @abstractmethod
     def learn(self, lesson: Lesson) -> Steps:
-        """Yield every hidden state with its targets; when resumed, its gradient is known."""
+        """Yield every hidden state with its targets; its gradient is known on resumption."""
 
 
 class Together(Feed):
-    """Every depth has run forward, as part of the graph. Any stack can be trained so.
+    """All depths run forward first, as part of the autograd graph. Any stack can be trained so.
 
     Args:
         final: the main prediction's hidden state.
         depths: (k, hidden state) of the depths, in order.
-        own: the losses that depths bring with them.
+        own: the depths' own losses, by k.
     """
 
     def __init__(
@@ -186,15 +188,15 @@ class Together(Feed):
 
 
 class OneState(Feed):
-    """No depth has a state of its own: the main prediction's is asked for further tokens.
+    """All depths use the main prediction's hidden state, for targets further ahead.
 
-    One pass through the head serves all depths. Two things part them: a term with a teacher, whose
-    teacher stands at another position for each depth, and a head that learns from the main
-    prediction alone.
+    One pass through the head serves all depths, with two exceptions that need a pass per depth: a
+    term with a teacher, whose position differs by depth, and a head that learns only from the main
+    prediction.
 
     Args:
         final: the hidden state.
-        depths: k of the depths.
+        depths: the depths k.
     """
 
     def __init__(self, final: Tensor, depths: Sequence[int]) -> None:
@@ -219,16 +221,16 @@ class OneState(Feed):
 
 
 class OwnLoss(ABC):
-    """A loss that a stack brings with it, of the logits that a matrix of its own makes of a state.
+    """A stack's own loss, computed from logits of its own matrix.
 
-    A subclass writes :meth:`value`, and may override :meth:`gradient` by a closed form.
+    A subclass defines :meth:`value`, and may override :meth:`gradient` with a closed form.
 
     Args:
-        weight: [V', C], the matrix.
+        weight: the matrix, [V', C].
         valid_BT: bool [B, T], which positions count.
 
     Attributes:
-        width: numbers that a position takes up beside its logits.
+        width: numbers per position that the loss needs besides the logits.
     """
 
     width = 1
@@ -238,16 +240,17 @@ class OwnLoss(ABC):
 
     @abstractmethod
     def value(self, rows: slice, logits_RV: Tensor) -> Tensor:
-        """The loss of every position [R], differentiable by the logits. Where a position does not
-        count, it must be finite.
+        """The loss of every position [R], differentiable with respect to the logits. It must be
+        finite at positions that do not count.
 
         Args:
-            rows: the positions, of the B x T.
-            logits_RV: theirs, at least fp32.
+            rows: the chunk's positions among the B x T.
+            logits_RV: their logits, at least fp32.
         """
 
     def gradient(self, rows: slice, logits_RV: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`value`, and its derivative by the logits [R, V'], which may be overwritten."""
+        """:meth:`value` and its gradient with respect to the logits [R, V'], which it may
+        overwrite."""
         with torch.enable_grad():
             logits_RV = logits_RV.detach().requires_grad_()
             value_R = self.value(rows, logits_RV)
@@ -257,7 +260,7 @@ class OwnLoss(ABC):
     def __call__(
         self, rows: slice, logits_NV: Tensor, asked: Sequence[Asked], learns: bool
     ) -> tuple[Tensor, Tensor | None] | None:
-        """See :data:`Loss`. Of the target, its coefficient alone is used."""
+        """See :data:`Loss`. Only the coefficient of the target is used."""
         (target,) = asked
         dtype, valid_R = logits_NV.dtype, self.valid_BT.reshape(-1)[rows]
         logits_RV = logits_NV.to(torch.promote_types(dtype, torch.float32))
@@ -270,7 +273,7 @@ class OwnLoss(ABC):
 
 
 def added(gradients: Iterable[Tensor | None]) -> Tensor | None:
-    """Their sum, without those that are None."""
+    """The sum of the gradients that are not None, added in place to the first; None without any."""
     total: Tensor | None = None
     for gradient in gradients:
         if gradient is not None:

@@ -3,16 +3,15 @@
     c_j = gamma h_t + Emb(x_{t+j}),    j = 0 .. D
     h^k = h_t + Attention(norm(c_0), .., norm(c_k)),    k = 1 .. D
 
-where ``h_t`` is the trunk's state at the branch point. One causal attention layer runs over j, at
-every t by itself, and the shared head predicts ``x_{t+1+k}`` from ``h^k``. All that a depth knows
-of the text before t it has from ``h_t``: the representation bottleneck. The place ``j = 0`` is the
-first that the others see. The paper's prediction of ``x_{t+1}`` is the trunk's own here, as for
-every stack, so that it is the same with and without the depths.
+where ``h_t`` is the trunk's state at the branch point. One causal attention layer runs over j,
+separately for every t, and the shared head predicts ``x_{t+1+k}`` from ``h^k``. All that a depth
+knows of the text before t comes from ``h_t``: the representation bottleneck. The prediction of
+``x_{t+1}`` is the trunk's own, as for every stack, so that the depths do not change it.
 
-The paper leaves the layer's form open. Here it is the trunk's own kind of attention behind an
-RMSNorm, with j as the rotary position, and ``gamma`` is learned and starts at 1.
+The paper leaves the form of the layer open. Here it is the trunk's kind of attention after an
+RMSNorm, with j as the rotary position; ``gamma`` is learned and starts at 1.
 
-Shapes: J places of the window of one t.
+Shapes: B batch, T positions, J entries c_j of one position, C d_model.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey
+from mtp_lightning.mtp.base import MTPConfig, MTPStack
+from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
 from mtp_lightning.mtp.switches import Branch, Detach
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -35,17 +35,17 @@ from mtp_lightning.nn.norm import RMSNorm
 class JointConfig(MTPConfig, variant="joint"):
     """Switches of the joint head; the defaults are the paper's.
 
-    It has no norm of its own before the shared head, and so always reads a state after the trunk's
-    final norm.
+    The layer has no norm before the shared head, so it always reads a state after the trunk's final
+    norm.
 
     Attributes:
-        branch: ``final`` reads the whole trunk; ``before_last`` all blocks but the last.
+        branch: ``final`` reads the whole trunk; ``before_last`` all blocks except the last.
         detach: ``trunk`` stops the depths' gradients at the branch point; ``all`` also at the
             shared embedding and head.
         freeze_trunk: embedding, trunk and head keep their weights; only the layer is trained.
 
     Raises:
-        UserError: a switch has a value that it does not know, or nothing to act on.
+        UserError: a switch has an unknown value, or no effect.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("branch",)
@@ -65,13 +65,13 @@ class JointConfig(MTPConfig, variant="joint"):
         return trunk.attention.idle_params(trunk, None) if self.depth else 0
 
     def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
-        # One layer over the places up to the deepest, whatever depths between are wanted. Its
-        # window is its own, but what is asked for 0 tokens is the part that has weights.
+        # One layer over the entries up to the deepest active depth. Its window has `places`
+        # entries; seq_len = 0 asks for the FLOPs of the weights alone, without attention's.
         places = max(active) + 1 if active else 0
         return places * trunk.attention.flops(trunk, min(seq_len, 1) * places, None)
 
     def alone_flops(self, trunk: TrunkConfig, seq_len: int, k: int, active: Sequence[int]) -> int:
-        # The layer's backward pass is over all places, whichever of them was asked.
+        # The layer's backward pass goes over all entries, whichever depth it starts from.
         return self.module_flops(trunk, seq_len, active)
 
 
@@ -79,7 +79,7 @@ class JointMTP(MTPStack):
     """One attention layer for all depths, which are computed in one pass."""
 
     config: JointConfig
-    attends_back: ClassVar[bool] = False  # only over the places of one position
+    attends_back: ClassVar[bool] = False  # it attends only over the entries of one position
 
     def __init__(self, config: JointConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)
@@ -101,7 +101,7 @@ class JointMTP(MTPStack):
         return self._read(at, k + 1)[:, :, k]
 
     def _read(self, at: BranchPoint, places: int) -> Tensor:
-        """Every place's hidden state [B, T, J, C], from the places up to it."""
+        """The hidden states ``h^0 .. h^(places - 1)``, [B, T, J, C]."""
         tokens_BTJC = torch.stack([at.embedded_at(j) for j in range(places)], dim=2)
         if self.config.detach == "all":
             tokens_BTJC = tokens_BTJC.detach()

@@ -1,16 +1,18 @@
 """The three kinds of stack, by what a depth reads.
 
 ======================  ==========================================  =======================
-kind                    depth k reads                               variants
+kind                    depth k at position i reads                 variants
 ======================  ==========================================  =======================
-:class:`Chain`          the true tokens up to i + k, depth k - 1    sequential, nextlat
+:class:`Chain`          depth k - 1 and the true token i + k        sequential, nextlat
 :class:`SideBySide`     the branch point, and with a correction     parallel, linear
                         the true tokens up to i + k
-:class:`Targets`        nothing: it is the main prediction's own    parameter_free, none,
+:class:`Targets`        nothing: it is the main prediction          parameter_free, none,
                                                                     teacherless
 ======================  ==========================================  =======================
 
-``joint`` is of none: its depths read the branch point and the true tokens, all in one pass.
+``joint`` is of no kind: its depths read the branch point and the true tokens, all in one pass.
+
+Shapes: B batch, T positions, C d_model, D depths.
 """
 
 from __future__ import annotations
@@ -25,26 +27,27 @@ from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey
+from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.correction import Correction
 from mtp_lightning.mtp.feed import Feed, Lesson, OneState, Prediction, Steps, added
+from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.ledger import Ledger
 
 
 class Chain(MTPStack):
-    """Each depth reads the one before it and one true token more.
+    """Each depth reads the depth before it and one more true token.
 
-    What decoding stored for a rejected draft is therefore computed again.
+    So decoding recomputes the cache entries and states that depend on a rejected draft.
     """
 
     @abstractmethod
     def step(
         self, k: int, previous_BTC: Tensor, embedded_BTC: Tensor, positions: Positions
     ) -> Tensor:
-        """Hidden state [B, T, C] of depth ``k`` from that of depth ``k - 1`` (the branch at
-        ``k = 1``) and from its token input."""
+        """Hidden state [B, T, C] of depth ``k``, from that of depth ``k - 1`` (for depth 1, the
+        branch) and from its token input."""
 
     def input_of(self, k: int, history: Sequence[Tensor], key: RandomKey | None) -> Tensor:
         """The hidden state [B, T, C] that depth ``k`` starts from over whole windows.
@@ -52,7 +55,7 @@ class Chain(MTPStack):
         Args:
             k: the depth.
             history: the branch, and the hidden states of the depths computed so far.
-            key: of the random choices in training; None makes none.
+            key: key of the random choices in training; None for no random choices.
         """
         return history[-1]
 
@@ -61,8 +64,8 @@ class Chain(MTPStack):
 
         Args:
             k: the depth.
-            embedded_BTC: the true tokens' embeddings, ``k`` places on.
-            key: of the random choices in training; None makes none.
+            embedded_BTC: embeddings of the true tokens ``k`` positions ahead.
+            key: key of the random choices in training; None for no random choices.
         """
         return embedded_BTC
 
@@ -89,13 +92,13 @@ class Chain(MTPStack):
 
 
 class SideBySide(MTPStack):
-    """D heads that can be computed, and trained, without each other.
+    """D heads that are computed and trained independently of each other.
 
     Args:
-        config: of the variant.
-        heads: one a depth.
-        corrections: what is added to the heads' hidden states, one a depth; empty for heads that
-            read no token.
+        config: the variant's.
+        heads: one per depth.
+        corrections: one per depth, added to the heads' hidden states; empty for heads that read no
+            token.
     """
 
     in_turn: ClassVar[bool] = True
@@ -112,8 +115,8 @@ class SideBySide(MTPStack):
 
     @abstractmethod
     def step(self, k: int, branch_BTC: Tensor, positions: Positions) -> Tensor:
-        """What depth ``k`` makes of the branch, [B, T, C]. Its hidden state is this and its
-        correction, which :meth:`states` and :meth:`depth_state` add: ask these."""
+        """The output of head ``k`` [B, T, C]. :meth:`states` and :meth:`depth_state` add the
+        correction, which gives the depth's hidden state."""
 
     def parameters_of(self, k: int) -> list[nn.Parameter]:
         """The parameters of depth ``k``."""
@@ -149,6 +152,9 @@ class SideBySide(MTPStack):
     ) -> Feed:
         return HeadByHead(self, final_BTC, at, depths, key)
 
+    def teacher_passes(self, depths: int, *, main: bool) -> int:
+        return depths  # one head at a time needs a teacher of its own
+
     def ahead(self, active: Sequence[int]) -> int:
         return max(active, default=0) if self.corrections else 0
 
@@ -174,14 +180,14 @@ class HeadByHead(Feed):
 
     Each head in turn runs forward, through the loss, and backward; its activations are freed before
     the next one starts. The gradients add up at the branch point, from where one backward pass goes
-    through the trunk. The peak holds the activations of the trunk and of one head, whatever D is.
+    through the trunk. Peak memory holds the activations of the trunk and of one head, for any D.
 
     Args:
         stack: the heads.
         final: the main prediction's hidden state.
         at: the branch point.
-        depths: that are trained.
-        key: of the random choices in training.
+        depths: the depths that are trained.
+        key: key of the random choices in training.
     """
 
     def __init__(
@@ -193,13 +199,13 @@ class HeadByHead(Feed):
         key: RandomKey | None,
     ) -> None:
         self.stack, self.at, self.depths, self.key = stack, at, depths, key
-        # What the heads have in common: the branch and, if they read tokens, the embeddings.
+        # Inputs that the heads share: the branch state and, if they read tokens, the embeddings.
         self.common = [at.hidden, at.embedded] if stack.ahead(depths) else [at.hidden]
         used = [p for k in depths for p in stack.parameters_of(k)]
         super().__init__([final, *self.common, *used])
 
     def looks(self) -> Iterator[Sequence[tuple[int, Tensor]]]:
-        # Each head is computed once more. What its routers do is counted when it learns.
+        # This computes each head a second time. Its routers' loads are counted when it learns.
         unheard = replace(self.at, positions=replace(self.at.positions, ledger=None))
         for state in self.stack.states(unheard, self.depths, self.key):
             yield [state]
@@ -218,10 +224,10 @@ class HeadByHead(Feed):
     def _one_head(
         self, k: int, targets: Sequence[Any], lesson: Lesson
     ) -> Generator[Sequence[Prediction], None, tuple[list[Tensor | None], list[Tensor | None]]]:
-        """A head forward, through the loss, and backward; its activations end with this call.
+        """One head forward, through the loss, and backward; its activations end with this call.
 
         Returns:
-            The gradients of what the heads have in common, and of the head's own parameters.
+            The gradients of the shared inputs, and those of the head's own parameters.
         """
         own = self.stack.parameters_of(k)
         outer = self.at.positions.ledger
@@ -245,12 +251,12 @@ class HeadByHead(Feed):
         if outer is not None and ledger is not None:
             auxiliary = ledger.losses
             outer.add_loads(ledger)
-            for loss in auxiliary:  # whose backward pass is the one below
+            for loss in auxiliary:  # detached: their backward pass is the one below
                 outer.add_loss(loss.detach())
         if prediction.gradient is None:
             return [None] * len(leaves), [None] * len(own)
         asked = [leaf for leaf in leaves if leaf.requires_grad]
-        # A head's own experts are balanced in the same backward pass.
+        # The balance losses of the head's own experts share this backward pass.
         grads = torch.autograd.grad(
             [hidden, *auxiliary],
             [*asked, *own],
@@ -264,7 +270,7 @@ class HeadByHead(Feed):
 
 @dataclass(frozen=True, kw_only=True)
 class TargetsConfig(MTPConfig):
-    """No weights, and no matrix product beyond the trunk's own."""
+    """The config of stacks without weights or matrix products of their own."""
 
     def num_params(self, trunk: TrunkConfig) -> int:
         return 0
@@ -274,7 +280,7 @@ class TargetsConfig(MTPConfig):
 
 
 class Targets(MTPStack):
-    """No module: every depth is the main prediction, asked for a target further on."""
+    """A stack without modules: every depth is the main prediction, with a target further ahead."""
 
     shares_state: ClassVar[bool] = True
 

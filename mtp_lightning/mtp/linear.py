@@ -3,9 +3,9 @@
     h^k = z + SiLU(W_k z),    k = 1 .. D
 
 where ``z`` is the trunk's state at the branch point. ``W_k`` starts at zero, so that every head
-starts as a copy of the main prediction. Medusa has an output matrix for every head; here it is the
-trunk's own, as for all stacks. ``correction`` lets the heads see the tokens between
-(``correction.py``); ``rank`` joins the predictions of all depths (``rank.py``).
+starts as a copy of the main prediction. Medusa has one output matrix per head; here all heads use
+the trunk's own, like every stack. ``correction`` lets the heads see the tokens between
+(``correction.py``); ``rank`` predicts all depths jointly (``rank.py``).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_lightning.errors import UserError
 from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.correction import SideBySideConfig
 from mtp_lightning.mtp.kinds import SideBySide
@@ -32,16 +33,16 @@ from mtp_lightning.nn.linear import Linear
 class LinearConfig(SideBySideConfig, variant="linear"):
     """Switches of Medusa's heads; the defaults are the paper's.
 
-    They have no norm of their own before the shared head, and so always read a state after the
-    trunk's final norm.
+    The heads have no norm before the shared head, so they always read a state after the trunk's
+    final norm.
 
     Attributes:
-        branch: ``final`` reads the whole trunk; ``before_last`` all blocks but the last.
+        branch: ``final`` reads the whole trunk; ``before_last`` all blocks except the last.
         rank: r, components of one joint prediction of all tokens (arXiv 2410.17765). Above 1 the
-            next token's prediction is a mixture, too.
+            next token's prediction is a mixture too.
 
     Raises:
-        UserError: a switch has a value that it does not know, or nothing to act on.
+        UserError: a switch has an unknown value, or no effect.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("branch", "stride", "rank")
@@ -52,6 +53,14 @@ class LinearConfig(SideBySideConfig, variant="linear"):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rank(self)
+
+    def check_objective(self, of_drafts: Sequence[str], apart: Sequence[str]) -> None:
+        super().check_objective(of_drafts, apart)
+        if self.rank > 1 and (asked := [*of_drafts, *apart]):
+            raise UserError(
+                f"{asked[0]} has no meaning with mtp.rank={self.rank}, whose depths and next token "
+                "are one mixture and learn together: leave it out, or set mtp.rank=1."
+            )
 
     def build(self, trunk: TrunkConfig) -> MTPStack:
         return LinearMTP(self, trunk) if self.rank == 1 else JointLinearMTP(self, trunk)
@@ -78,7 +87,7 @@ class LinearConfig(SideBySideConfig, variant="linear"):
     def module_backward_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
         if self.rank > 1:
             return 2 * self.module_flops(trunk, seq_len, active)
-        # No norm stands before the matrix: where the trunk is cut off, its input needs no gradient.
+        # The matrix reads the branch directly: with a detached trunk its input needs no gradient.
         reaches_trunk = self.trains_trunk and self.detach == "none"
         own = (1 + reaches_trunk) * 2 * trunk.d_model**2
         return sum(own + self.correction_backward_flops(trunk, k) for k in active)

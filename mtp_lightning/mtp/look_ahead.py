@@ -1,10 +1,10 @@
-"""The tokens ahead of every position: which of them count, and which are an id's first.
+"""Look-ahead targets: the tokens ahead of every position, and which of them count.
 
-A position looks at the tokens ``first`` to ``last`` places on, as far as its window and, with a
-document mask, its document go. Of these, tokens that may be no target (the prompts of a task,
-padding) do not count; of an id that occurs several times, the nearest that counts does.
+A position looks at the tokens ``first`` to ``last`` positions ahead, up to the end of its window
+and, with a document mask, of its document. Tokens that may not be targets (the prompts of a task,
+padding) do not count. Of an id that occurs several times, only the nearest that may be one counts.
 
-Shapes: B windows, T positions, W tokens of a window, R positions of one chunk, S places looked at.
+Shapes: B windows, T positions, W tokens of a window, R positions of one chunk, S tokens ahead.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ class LookAhead:
     """The tokens ahead of every position of some windows.
 
     Args:
-        tokens_BW: of whole windows.
+        tokens_BW: token ids of whole windows.
         seq_len: T.
         documents_BW: ids of the documents that they belong to; None for no document mask.
         scored_BW: which of them may be targets; None for all.
-        first: how far ahead the nearest token stands that is looked at, 1 for the next one.
-        last: of the farthest; tokens after the window's last one are not there.
+        first: how far ahead the nearest token is; 1 is the next one.
+        last: how far ahead the farthest token is, limited by the window's end.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class LookAhead:
         return n_scored_BW.gather(1, self.stop_BT.clamp(min=0)) > until_start_BT
 
     def rows(self, place: slice) -> tuple[Tensor, Tensor]:
-        """The places ahead of the positions ``place`` of B x T, the nearest first.
+        """The tokens ahead of the positions ``place`` among the B x T, the nearest first.
 
         Returns:
-            The tokens [R, S] there, any id where none is, and which of them count and are the
-            nearest of their id, bool [R, S].
+            Token ids [R, S], arbitrary beyond the end, and which of them count and are the nearest
+            of their id, bool [R, S].
         """
         width = self.tokens_BW.shape[1]
         index_R1 = torch.arange(place.start, place.stop, device=self.stop_BT.device).unsqueeze(1)
@@ -75,7 +75,7 @@ class LookAhead:
 
 
 def _last_of_document(documents_BW: Tensor) -> Tensor:
-    """Place of the last token in the window of each token's document [B, W]."""
+    """Index in the window of the last token of each token's document, [B, W]."""
     width = documents_BW.shape[1]
     places_W = torch.arange(width, device=documents_BW.device)
     inner_BV = documents_BW[:, 1:] == documents_BW[:, :-1]
@@ -85,8 +85,8 @@ def _last_of_document(documents_BW: Tensor) -> Tensor:
 
 
 def _before(tokens_BW: Tensor, scored_BW: Tensor | None) -> Tensor:
-    """Place of the token before that has the same id and may be a target, too [B, W]: -1 for none,
-    W where the token itself may not."""
+    """Index of the nearest earlier token with the same id that may be a target, [B, W]; -1 for
+    none, W if the token itself may not be a target."""
     key_BW = tokens_BW if scored_BW is None else tokens_BW.masked_fill(~scored_BW, -1)
     sorted_BW, order_BW = key_BW.sort(dim=1, stable=True)
     same_BV = sorted_BW[:, 1:] == sorted_BW[:, :-1]

@@ -1,14 +1,14 @@
-"""NextLat's model of the next hidden state (arXiv 2511.05963), applied again and again.
+"""NextLat's model of the next hidden state (arXiv 2511.05963), applied recursively.
 
     g_{t+1} = h_t + MLP(LN[h_t ; Emb(x_{t+1})]),    g_{t+i+1} = g_{t+i} + MLP(LN[g_{t+i} ; ..])
 
-where ``h_t`` is the trunk's state after its final norm. ``g_{t+k}`` foretells ``h_{t+k}`` and is
-depth k, which the shared head projects. The MLP has three layers of the trunk's width with GELU
-between them, without biases, and its last one starts at zero: every depth starts as the main
-prediction. One module serves all depths, so it drafts as many tokens as one likes.
+where ``h_t`` is the trunk's state after its final norm. ``g_{t+k}`` predicts ``h_{t+k}`` and is the
+state of depth k, which the shared head projects. The MLP has three layers of the trunk's width with
+GELU between them, without biases, and its last layer starts at zero: every depth starts as the main
+prediction. One module serves all depths, so it can draft any number of tokens.
 
-The head says nothing of what it is trained on. The paper's own loss, the distance to ``sg h_{t+k}``
-and the divergence of what the head makes of the two, is a matter of ``objective=``.
+The loss is set by ``objective=``, not here; the paper's is the distance to ``sg h_{t+k}`` plus the
+divergence between the head's two predictions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.base import MTPConfig, RandomKey
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.mtp.switches import Branch, Detach
 from mtp_lightning.nn.attention import Positions
@@ -33,17 +34,17 @@ from mtp_lightning.nn.linear import Linear
 class NextLatConfig(MTPConfig, variant="nextlat"):
     """Switches of the state model; the defaults are the paper's.
 
-    It has no norm of its own before the shared head, and so always reads a state after the trunk's
+    The module has no norm before the shared head, so it always reads a state after the trunk's
     final norm.
 
     Attributes:
-        branch: ``final`` reads the whole trunk; ``before_last`` all blocks but the last.
+        branch: ``final`` reads the whole trunk; ``before_last`` all blocks except the last.
         detach: ``trunk`` stops the depths' gradients at the branch point, once, before the first
             depth; ``all`` also at the shared embedding and head.
         freeze_trunk: embedding, trunk and head keep their weights; only the module is trained.
 
     Raises:
-        UserError: a switch has a value that it does not know, or nothing to act on.
+        UserError: a switch has an unknown value, or no effect.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("branch",)

@@ -2,8 +2,8 @@
 
     h^k = norm_k(Block_k(z)),    k = 1 .. D
 
-where ``z`` is the trunk's state at the branch point and no head reads a token or another head.
-Embedding and output head are the trunk's own. ``correction`` lets the heads see the tokens between
+where ``z`` is the trunk's state at the branch point; no head reads a token or another head.
+Embedding and output head are the trunk's. ``correction`` lets the heads see the tokens between
 (``correction.py``).
 """
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import TrunkText
 from mtp_lightning.mtp.correction import SideBySideConfig
+from mtp_lightning.mtp.inputs import TrunkText
 from mtp_lightning.mtp.kinds import SideBySide
 from mtp_lightning.mtp.starting import check_last_block, copy_last_block
 from mtp_lightning.mtp.switches import Branch, Init, InputNorm
@@ -34,16 +34,17 @@ class ParallelConfig(SideBySideConfig, variant="parallel"):
     """Switches of the parallel heads; the defaults are the paper's.
 
     Attributes:
-        branch: ``before_last`` gives every prediction, the main one too, one block of its own on
-            a trunk of L - 1; ``final`` puts the heads on the whole trunk.
-        input_norm: ``pre`` gives the heads the residual stream itself, as though they were the
-            trunk's next block; ``post`` the state after the trunk's final norm.
-        init: how a head begins that ``init_from`` does not bring. ``random`` draws it, but for the
-            output norm, which is the trunk's; ``last_block`` makes it the trunk's last block: with
-            ``branch=before_last`` it is the main prediction at first.
+        branch: ``before_last`` gives every prediction, the main one included, one block of its own
+            on a trunk of L - 1 blocks; ``final`` puts the heads on the whole trunk.
+        input_norm: ``pre`` gives the heads the residual stream itself, as if they were the trunk's
+            next block; ``post`` the state after the trunk's final norm.
+        init: initialization of heads that ``init_from`` does not provide. ``random`` draws the
+            block at random and copies the trunk's final norm; ``last_block`` also copies the
+            trunk's last block, so that with ``branch=before_last`` a head starts as the main
+            prediction.
 
     Raises:
-        UserError: a switch has a value that it does not know, or nothing to act on.
+        UserError: a switch has an unknown value, or no effect.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("branch", "input_norm", "stride")

@@ -4,9 +4,9 @@ The next token's logits are trained on several targets at once:
 
     L = -sum_k lambda_k log p(t_{i+1+k} | t_{<=i}),    k = 0 .. D,  lambda_0 = 1
 
-with one distribution ``p``, the main prediction's. So depth k's loss is the same logits' loss at
-the target k places on. It shapes training, usually with weights that fall to 0 on the way
-(``lambda_schedule=modded_nanogpt``); there is nothing to draft with.
+with one distribution ``p``, the main prediction's. So the loss of depth k is that of the same
+logits for the target k positions further. It only shapes training, usually with weights that decay
+to 0 (``lambda_schedule=modded_nanogpt``); there is nothing to draft with.
 """
 
 from __future__ import annotations

@@ -4,25 +4,26 @@ arXiv 2410.17765, section 3: a canonical polyadic decomposition).
     P(x_{t+1} .. x_{t+1+D}) = sum_a w_a prod_k p_a^k(x_{t+1+k}),    a = 1 .. r,  k = 0 .. D
     w = softmax(W h_t),    p_a^k = softmax(U (h_t + SiLU(W_{k,a} h_t)))
 
-By the chain rule that is a prediction for each depth, given the true tokens before it,
+By the chain rule this is a prediction for each depth, given the true tokens before it,
 
     q^k(x) = sum_a w_a^k p_a^k(x),    w^0 = w,    w_a^k ~ w_a^(k-1) p_a^(k-1)(x_{t+k})
 
 so that ``-log P = sum_k -log q^k``: L_k is the mean of ``-log q^k``, and with every lambda at 1 the
 loss is the paper's. A draft of depth k is drawn from q^k given the drafts before it. The next token
-is a mixture, too, by the weights w: its first component is the trunk's own prediction, the others
-have a matrix each. Of one component nothing is left but ``mtp=linear`` (``linear.py``).
+is a mixture with the weights w too: its first component is the trunk's own prediction, the others
+have a matrix each. Rank 1 is ``mtp=linear`` (``linear.py``).
 
-The first component of every depth starts as Medusa's, as a copy of the main prediction; the others
-are drawn, since equal components would learn the same. The paper's auxiliary loss, which keeps the
-components in even use, is not part of this.
+The first component of every depth starts as a copy of the main prediction, as in Medusa; the others
+are initialized at random, since equal components would learn the same. The paper's auxiliary loss,
+which keeps all components in use, is not implemented.
 
-No depth's loss is its own, so all depths and components of some positions go through the head
-together, by so much fewer positions at a time: the chunk's logits are no more numbers than those of
-one depth elsewhere.
+The depths' losses depend on one another, so all depths and components of a chunk of positions go
+through the head together. A chunk has correspondingly fewer positions, and its logits take no more
+memory than those of one depth elsewhere.
 
-Shapes: M positions (B x T), R of them in a chunk, K depths 0 .. the deepest that is computed, A
-components (r), C d_model, V vocabulary, X width of a packed mixture (``nn/mixture.py``).
+Shapes: B batch, T positions, M = B x T, R of them in a chunk, K depths 0 .. the deepest that is
+computed, A components (r), C d_model, V vocabulary, X width of a packed mixture
+(``nn/mixture.py``).
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey
+from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.feed import Asked, Feed, Lesson, Prediction, Steps
+from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
 from mtp_lightning.mtp.switches import Switches
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
@@ -45,13 +47,12 @@ from mtp_lightning.nn.mixture import pack, unpack
 from mtp_lightning.nn.ops import exp_, log_softmax_
 from mtp_lightning.settings import require_whole
 
-# Numbers of one chunk of logits, where a text is read with the head in the depths' way.
+# Numbers in one chunk of logits, when the components' weights are updated by the tokens read.
 _CHUNK_NUMEL = 2**21
 
 
 def check_rank(config: MTPConfig) -> None:
-    """Refuse a rank that is none, or another switch that more than one component makes no sense
-    with.
+    """Refuse a rank below 1, and switches that have no meaning with more than one component.
 
     Raises:
         UserError: naming the switch and its value.
@@ -88,9 +89,9 @@ class JointLinearMTP(MTPStack):
     """D + 1 depths of r components each, with one set of weights.
 
     Attributes:
-        depths: of every depth, r matrices.
-        next: of the next token, those of the components behind the first.
-        weigh: what the components' weights are made by.
+        depths: for every depth, r matrices.
+        next: for the next token, the matrices of all components except the first.
+        weigh: the matrix W that gives the components' weights w.
     """
 
     attends_back: ClassVar[bool] = False
@@ -155,6 +156,9 @@ class JointLinearMTP(MTPStack):
     ) -> Feed:
         return JointFeed(self, final_BTC, at, max(depths, default=0))
 
+    def teacher_passes(self, depths: int, *, main: bool) -> int:
+        return depths * self.config.rank  # of each depth's positions, all components
+
     def state_width(self, d_model: int) -> int:
         return self.config.rank * (d_model + 1)
 
@@ -166,8 +170,8 @@ class JointLinearMTP(MTPStack):
 
 
 def _said(at: BranchPoint, hidden_BTAC: Tensor, tokens_BT: Tensor) -> Tensor:
-    """How likely every component held a token, ``log p_a`` [B, T, A], some positions at a time."""
-    assert at.head is not None, "weights of components rest on what the head makes of them"
+    """The log-probability of a token by every component, ``log p_a`` [B, T, A], in chunks."""
+    assert at.head is not None, "the components' weights depend on the head's log-probabilities"
     hidden_MAC, token_M = hidden_BTAC.flatten(0, 1), tokens_BT.flatten()
     rank, vocab = hidden_MAC.shape[1], at.head.weight.shape[0]
     rows = max(1, _CHUNK_NUMEL // (vocab * rank))
@@ -179,13 +183,13 @@ def _said(at: BranchPoint, hidden_BTAC: Tensor, tokens_BT: Tensor) -> Tensor:
 
 
 class JointFeed(Feed):
-    """All depths and components of a position as one prediction.
+    """Trains all depths and components of a position as one prediction.
 
     Args:
         stack: the heads.
         final_BTC: the trunk's output.
         at: the branch point.
-        deepest: depth that is trained.
+        deepest: the deepest depth that is trained.
     """
 
     def __init__(
@@ -194,7 +198,7 @@ class JointFeed(Feed):
         parts = [stack.components(k, final_BTC) for k in range(deepest + 1)]
         parts_MKAC = torch.stack(parts, dim=2).flatten(0, 1)
         super().__init__([parts_MKAC, stack.log_weights(final_BTC).flatten(0, 1)])
-        # The tokens between decide the weights, whether anybody is scored for them or not.
+        # The tokens between determine the weights, whether they are targets or not.
         self.between = [at.tokens_at(k + 1).flatten() for k in range(deepest)]
 
     @property
@@ -217,7 +221,7 @@ class JointFeed(Feed):
 
 
 class JointLoss:
-    """The terms of all depths, from the logits of their components.
+    """The losses of all depths, from the logits of their components.
 
     Args:
         log_weights_MA: ``log w`` of the next token.
@@ -225,7 +229,7 @@ class JointLoss:
         depths: K.
 
     Attributes:
-        d_log_weights_MA: the gradient by ``log_weights_MA``.
+        d_log_weights_MA: the gradient with respect to ``log_weights_MA``.
     """
 
     def __init__(self, log_weights_MA: Tensor, between: Sequence[Tensor], depths: int) -> None:
@@ -250,14 +254,14 @@ class JointLoss:
 def _of_tokens(
     log_p_RKAV: Tensor, log_w_RA: Tensor, between_R: Sequence[Tensor], asked: Sequence[Asked]
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy alone: of each component, only what it says of single tokens counts.
+    """Cross-entropy alone, which depends only on each component's probability of single tokens.
 
     Returns:
-        The gradients by logits [R, K, A, V], in the place of the log-probabilities, and by
-        ``log_w_RA``.
+        The gradients with respect to the logits [R, K, A, V], which overwrite the
+        log-probabilities, and with respect to ``log_w_RA``.
     """
     depths = log_p_RKAV.shape[1]
-    # The tokens between are also the shallower depths' targets, wherever these count.
+    # The tokens between are also the shallower depths' targets, at positions that count.
     deepest_R = [target.tokens_R for target in asked if target.depth == depths - 1]
     tokens = [*between_R, *deepest_R][:depths]
     with torch.enable_grad():
@@ -271,7 +275,7 @@ def _of_tokens(
             value_R = -(weights[k] + held_RKA[:, k]).logsumexp(-1)
             loss = loss + _counted(value_R, target)
         d_held_RKA, d_log_w_RA = torch.autograd.grad(loss, (held_RKA, start_RA))
-    # log p = log_softmax(z): what falls to the token's logit is taken from all by their share.
+    # d log_softmax(z)_token / dz = one_hot(token) - softmax(z).
     d_logits = exp_(log_p_RKAV).mul_(-d_held_RKA.unsqueeze(-1))
     for k, token_R in enumerate(tokens):
         index = token_R[:, None, None].expand(-1, d_held_RKA.shape[2], 1)
@@ -282,7 +286,7 @@ def _of_tokens(
 def _of_all(
     log_p_RKAV: Tensor, log_w_RA: Tensor, between_R: Sequence[Tensor], asked: Sequence[Asked]
 ) -> tuple[Tensor, Tensor]:
-    """Terms of whole distributions, by autograd; arguments and result as :func:`_of_tokens`."""
+    """Terms of whole distributions, by autograd; arguments and result as in :func:`_of_tokens`."""
     with torch.enable_grad():
         log_p = log_p_RKAV.detach().requires_grad_()
         start_RA = log_w_RA.detach().requires_grad_()
@@ -301,14 +305,14 @@ def _of_all(
 
 
 def _counted(value_R: Tensor, target: Asked) -> Tensor:
-    """A target's part of the loss; its sum is noted."""
+    """A target's part of the loss; also adds its losses to the step's sums."""
     target.note(value_R.detach())
     return (value_R * target.counts_R.to(value_R.dtype)).sum() * target.coefficient
 
 
 def _weights_after(log_w_RA: Tensor, said: Sequence[Tensor]) -> list[Tensor]:
-    """``log w^k`` [R, A] of every depth, from what the components said of the tokens before it,
-    ``log p_a`` [R, A] each."""
+    """``log w^k`` [R, A] of every depth, from the components' log-probabilities ``log p_a`` [R, A]
+    of the tokens before it."""
     found = [log_w_RA]
     for said_RA in said:
         found.append((found[-1] + said_RA).log_softmax(-1))
@@ -316,6 +320,6 @@ def _weights_after(log_w_RA: Tensor, said: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _of_token(log_p_RAV: Tensor, token_R: Tensor) -> Tensor:
-    """``log p_a`` of a token, [R, A]."""
+    """Every component's log-probability ``log p_a`` of a token, [R, A]."""
     index = token_R[:, None, None].expand(-1, log_p_RAV.shape[1], 1)
     return log_p_RAV.gather(-1, index).squeeze(-1)

@@ -1,22 +1,23 @@
 """Register tokens (MuToR: Gerontopoulos et al. 2025, arXiv 2505.10518, section 3).
 
-In training a register follows every token. All of a step predict ``d`` tokens ahead, d drawn
-uniformly from 1 .. d_max: the one after token j has the rotary position ``j + d - 1``, that of the
-token before its target, and the target ``x_{j+d}``. A register sees the tokens up to j and itself;
-nobody else sees it. So the tokens' states are those without registers, and validation and decoding
-have none.
+In training a register follows every token. All registers of a step predict ``d`` tokens ahead, with
+d drawn uniformly from 1 .. d_max. The register of token j has the target ``x_{j+d}`` and the rotary
+position ``j + d - 1``, that of the token before its target. It attends to the tokens up to j and to
+itself, and no other position attends to it. So the tokens' states are those without registers, and
+validation and decoding have none.
 
-The registers run behind the tokens in one pass of the trunk, [tokens ; registers]: order is a
-matter of positions and of the mask. That doubles the positions of the trunk, and attention's share
-grows fourfold. Every register starts from one learned vector; which d is meant, its position says.
+Tokens and registers go through the trunk in one pass, [tokens ; registers], ordered by positions
+and mask. That doubles the positions of the trunk and quadruples attention's share. All registers
+start from one learned vector; their positions tell the trunk which d is meant.
 
-The main prediction's states are the same numbers up to rounding: a mask that is not causal goes to
-PyTorch's attention kernel, where a window of tokens alone may go to another. What the registers
-hold changes no bit of them; with experts, whose products round by how many tokens each gets, no
-more than rounding.
+Registers change the main prediction's states only by rounding: a mask that is not causal uses
+PyTorch's attention kernel, where windows of tokens alone may use another. The contents of registers
+change no bit, except with experts, whose products round by the number of tokens that each gets.
 
-Routers of experts see registers as they see tokens: both count in loads, biases and the
-sequence-wise balance loss.
+Routers of experts treat registers like tokens: both count in loads, biases and the sequence-wise
+balance loss.
+
+Shapes: B batch, T tokens of a window, C d_model.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import BranchPoint, RandomKey
+from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
 from mtp_lightning.mtp.training_only import TrainingOnly, TrainingOnlyConfig
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
@@ -39,10 +40,10 @@ from mtp_lightning.nn.trunk import Trunk, TrunkOutput
 
 @dataclass(frozen=True, kw_only=True)
 class RegistersConfig(TrainingOnlyConfig, variant="registers"):
-    """``mtp=registers``: registers that predict a token further on, in one further loss.
+    """``mtp=registers``: one further loss, from registers that predict a token further ahead.
 
     Attributes:
-        lookahead: d_max, places ahead of the farthest target; at most T + 1.
+        lookahead: d_max, how far ahead the farthest target is; at most T + 1.
     """
 
     lookahead: int = 4
@@ -51,11 +52,6 @@ class RegistersConfig(TrainingOnlyConfig, variant="registers"):
         return Registers(self, trunk)
 
     def check_window(self, seq_len: int) -> None:
-        """Refuse targets that windows of ``seq_len`` do not hold.
-
-        Raises:
-            UserError: naming both.
-        """
         if self.lookahead > seq_len + 1:
             raise UserError(
                 f"mtp.lookahead={self.lookahead} is beyond the windows, which hold data.seq_len + "
@@ -81,20 +77,20 @@ class RegistersConfig(TrainingOnlyConfig, variant="registers"):
 
 
 class Registers(TrainingOnly):
-    """The vector that registers start from."""
+    """The learned vector that all registers start from."""
 
     config: RegistersConfig
 
     def __init__(self, config: RegistersConfig, trunk: TrunkConfig) -> None:
         super().__init__(config)
         self.trunk_config = trunk
-        # A matrix, so that it is drawn as embeddings are.
+        # A matrix, so that it is initialized like an embedding.
         self.register = nn.Parameter(torch.empty(1, trunk.d_model))
 
     def states(
         self, at: BranchPoint, active: Sequence[int], key: RandomKey | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        # Without random choices there are no registers.
+        # Without random choices (in validation) there are no registers.
         return iter(()) if key is None else super().states(at, active, key)
 
     def offset(self, key: RandomKey) -> int:
@@ -106,7 +102,7 @@ class Registers(TrainingOnly):
     def target_depth(self, k: int, key: RandomKey | None = None) -> int:
         if k == 0:
             return 0
-        assert key is not None, "registers are drawn, and stand in training alone"
+        assert key is not None, "registers exist only in training, where d is drawn"
         return self.offset(key) - 1
 
     def through_trunk(
@@ -126,10 +122,10 @@ class Registers(TrainingOnly):
         return tokens, registers.final
 
     def positions(self, tokens: Positions, seq_len: int, d: int) -> Positions:
-        """Those of [tokens ; registers], 2 T.
+        """The 2 T positions of [tokens ; registers].
 
         Args:
-            tokens: of the tokens alone.
+            tokens: the positions of the tokens alone.
             seq_len: T.
             d: the registers' offset.
         """

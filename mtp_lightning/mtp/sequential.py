@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import MTPConfig, RandomKey, TrunkText
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.inputs import RandomKey, TrunkText
 from mtp_lightning.mtp.kinds import Chain
 from mtp_lightning.mtp.starting import check_last_block, copy_last_block, fit_projection
 from mtp_lightning.mtp.switches import Branch, Concat, Detach, Init, InputNorm
@@ -35,29 +36,29 @@ class SequentialConfig(MTPConfig, variant="sequential"):
     """Switches of the sequential stack; where systems differ, the default is DeepSeek-V3's.
 
     Attributes:
-        branch: ``final`` reads the whole trunk; ``before_last`` all blocks but the last, which is
-            then the main prediction's own.
+        branch: ``final`` reads the whole trunk; ``before_last`` all blocks except the last, which
+            then serves the main prediction alone.
         input_norm: ``post`` gives depth 1 the state after the trunk's final norm (Megatron,
             transformers, vLLM), ``pre`` the state before it (torchtitan, MaxText).
-        concat: order of the two halves that ``eh_proj`` reads. ``embedding_first`` is that of the
+        concat: order of the two halves of ``eh_proj``'s input. ``embedding_first`` is that of the
             released weights, ``hidden_first`` that of the report's equation (and MiMo).
         detach: ``trunk`` stops the depths' gradients at the trunk's hidden state, once, before
             the first depth; ``all`` also at the shared embedding and head.
         share_layers: one module is applied D times (FastMTP; Megatron mtp_use_repeated_layer).
-        hidden_state_mixing: in training, every position of depth k >= 2 starts from a hidden state
-            drawn uniformly from depth k - 1's, the earlier depths' and the trunk's, all of those
-            that have read the same tokens (Megatron mtp_hsm).
+        hidden_state_mixing: in training, every position of depth k >= 2 reads a hidden state drawn
+            uniformly from those of depth k - 1, of the earlier depths and of the trunk, each taken
+            where it has read the same tokens (Megatron mtp_hsm).
         token_dropout: probability, for each position of a depth in training, that a learned vector
-            takes the place of the token's embedding. At 0 the modules are DeepSeek's; at 1 they
-            are blind to tokens, always, like heads side by side: the continuum between the two
-            families (this project's own).
+            replaces the token's embedding. At 0 the modules are DeepSeek's; at 1 they never see a
+            token, like heads side by side: a continuum between the two families (this project's
+            own).
         freeze_trunk: embedding, trunk and head keep their weights; only the modules are trained.
-        init: how a module begins that ``init_from`` does not bring. ``random`` draws it, but for
-            the output norm, which is the trunk's; ``last_block`` makes it the trunk's last block
-            behind a projection that is fitted to some text (``starting.py``).
+        init: initialization of modules that ``init_from`` does not provide. ``random`` draws a
+            module at random and copies the trunk's final norm; ``last_block`` also copies the
+            trunk's last block and fits the projection before it to some text (``starting.py``).
 
     Raises:
-        UserError: a switch has a value that it does not know, or nothing to act on.
+        UserError: a switch has an unknown value, or no effect.
     """
 
     meaning: ClassVar[tuple[str, ...]] = ("branch", "input_norm", "concat")
@@ -94,12 +95,12 @@ class SequentialConfig(MTPConfig, variant="sequential"):
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether modules are given tokens where they are used."""
+        """Whether modules ever read tokens."""
         return self.token_dropout < 1
 
     @property
     def n_modules(self) -> int:
-        """Modules that are built."""
+        """Number of modules."""
         return min(self.depth, 1) if self.share_layers else self.depth
 
     def module_flops(self, trunk: TrunkConfig, seq_len: int, active: Sequence[int]) -> int:
@@ -109,7 +110,7 @@ class SequentialConfig(MTPConfig, variant="sequential"):
 
 
 class SequentialModule(nn.Module):
-    """One depth: two norms, a projection of twice the width, a block, an output norm."""
+    """One depth: two input norms, a projection from 2 C to C, a block, an output norm."""
 
     def __init__(self, config: SequentialConfig, trunk: TrunkConfig) -> None:
         super().__init__()
@@ -125,7 +126,7 @@ class SequentialModule(nn.Module):
         return self.norm(self.block(self.eh_proj(joined), positions))
 
     def joined(self, hidden_BTC: Tensor, embedded_BTC: Tensor) -> Tensor:
-        """What ``eh_proj`` reads, [B, T, 2 C]."""
+        """The input of ``eh_proj``, [B, T, 2 C]."""
         halves = [self.enorm(embedded_BTC), self.hnorm(hidden_BTC)]
         if self.hidden_first:
             halves.reverse()
@@ -133,7 +134,7 @@ class SequentialModule(nn.Module):
 
     @property
     def hidden_half(self) -> slice:
-        """Where the hidden state lies in what ``eh_proj`` reads."""
+        """The columns of ``eh_proj``'s input that hold the hidden state."""
         width = self.eh_proj.weight.shape[0]
         return slice(0, width) if self.hidden_first else slice(width, 2 * width)
 
@@ -149,7 +150,7 @@ class SequentialMTP(Chain):
             SequentialModule(config, trunk) for _ in range(config.n_modules)
         )
         if config.token_dropout and config.depth:
-            # A matrix, so that it is drawn as embeddings are.
+            # A matrix, so that it is initialized like an embedding.
             self.blank = nn.Parameter(torch.empty(1, trunk.d_model))
 
     @property
@@ -169,7 +170,7 @@ class SequentialMTP(Chain):
             return
         assert text is not None
         hidden = text.at.hidden
-        for i, module in enumerate(self._built):  # of one that is shared, the first depth decides
+        for i, module in enumerate(self._built):  # a shared module is fitted as depth 1
             tokens = self.tokens_of(i + 1, text.at.embedded_at(i + 1), None)
             if i in fresh:
                 copy_last_block(module.block, trunk)
@@ -219,34 +220,34 @@ class SequentialMTP(Chain):
         back_BT = _sent(draw_states_back(k, batch, seq_len, key), newest.device)
         mixed = newest
         for back in range(1, k):
-            # Depth k - 1 at i has read the tokens up to i + k - 1, as has the depth ``back``
-            # shallower at i + back. The window ends before the last of them: they stay the newest.
+            # Depth k - 1 at i has read the tokens up to i + k - 1, and so has the depth `back`
+            # levels shallower at i + back. Beyond the window's end, the newest state is used.
             aligned = F.pad(history[k - 1 - back][:, back:], (0, 0, 0, min(back, seq_len)))
             mixed = torch.where((back_BT == back).unsqueeze(-1), aligned, mixed)
         return mixed
 
 
 def _sent(drawn: Tensor, device: torch.device) -> Tensor:
-    """What was drawn on the CPU, on a device that need not be waited for."""
+    """Copy a tensor drawn on the CPU to a device without waiting for it."""
     if device.type == "cuda":
         drawn = drawn.pin_memory()
     return drawn.to(device, non_blocking=True)
 
 
 def draw_dropped(k: int, p: float, batch: int, seq_len: int, key: RandomKey) -> Tensor:
-    """Which positions of depth k are given no token: bool [B, T] on the CPU.
+    """Which positions of depth k read no token: bool [B, T] on the CPU.
 
-    Every window of a step draws from a stream of its own.
+    Every window of a step draws from its own stream of random numbers.
     """
     rows = [key.generator(f"token_dropout:{key.step}:{k}", row) for row in range(batch)]
     return torch.stack([torch.rand(seq_len, generator=generator) for generator in rows]) < p
 
 
 def draw_states_back(k: int, batch: int, seq_len: int, key: RandomKey) -> Tensor:
-    """How many depths back of k - 1 every position's input lies: int64 [B, T] on the CPU.
+    """How many depths before k - 1 every position's input is taken from: int64 [B, T] on the CPU.
 
-    Uniform in 0 .. k - 1; 0 where the window holds no such state. Every window of a step draws
-    from a stream of its own.
+    Uniform in 0 .. k - 1, and 0 if the window holds no such state. Every window of a step draws
+    from its own stream of random numbers.
     """
     rows = []
     for row in range(batch):

@@ -1,18 +1,18 @@
-"""How a new module begins on a finished trunk: ``mtp.init``.
+"""Initialize a new module from a trained trunk: ``mtp.init=last_block``.
 
-The trunk's last block, in its place, would turn the state before it, of the token that the module
-has read last, into the prediction that is wanted. So a module takes over that block and the final
-norm, and the projection before them is the best linear guess of that state:
+The trunk's last block and final norm turn the state before that block, at the token that the module
+has read last, into the wanted prediction. So the module copies both, and its projection is the best
+linear estimate of that state:
 
     argmin_A  mean_t |A x_t - y_t|^2 / mean(y_t^2)  +  s |A - A_0|^2
 
-over some windows of text, with x what ``eh_proj`` reads, y the trunk's state before its last block
-as many tokens further on as the depth says, and A_0 the multiple of the identity on the hidden half
-that fits best (and 0 on the embedding half): where the text does not say, the module's state is the
-trunk's own. s is a thousandth of the mean of x^2 under the same weights. Every token weighs the
-same, whatever its state's size: those of first tokens can be a thousand times that of others.
+over some windows of text. x is the input of ``eh_proj``; y is the trunk's state before its last
+block, k tokens further for depth k. A_0 is the best-fitting multiple of the identity on the hidden
+half and 0 on the embedding half, so that in directions absent from the text the module keeps the
+trunk's own state. s is a thousandth of the mean of x^2 under the same weights. Each token is
+weighted by the inverse of its state's size, since first tokens can be a thousand times larger.
 
-Shapes: N tokens, C d_model.
+Shapes: N tokens, C d_model, X width of what the projection reads.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ RIDGE = 1e-3
 
 
 def check_last_block(name: str, block: nn.Module, trunk: Trunk) -> None:
-    """Refuse to start a block from a last one of another kind.
+    """Refuse to copy the trunk's last block into a block of another kind.
 
     Raises:
-        UserError: they differ in a weight's name or shape.
+        UserError: the blocks differ in a weight's name or shape.
     """
     own, last = (_shapes(b) for b in (block, trunk.blocks[-1]))
     if own != last:
@@ -42,25 +42,25 @@ def check_last_block(name: str, block: nn.Module, trunk: Trunk) -> None:
 
 
 def copy_last_block(block: nn.Module, trunk: Trunk) -> None:
-    """Weights, and experts' biases, of the trunk's last block."""
+    """Copy the weights of the trunk's last block, the experts' biases included."""
     block.load_state_dict(trunk.blocks[-1].state_dict())
 
 
 def fit_projection(x_NX: Tensor, y_NC: Tensor, hidden_half: slice) -> Tensor:
-    """A of the formula above, [C, X], in float64 on the way.
+    """A of the formula above, [C, X], computed in float64.
 
     Args:
-        x_NX: what is read, X = 2 C.
-        y_NC: what is to come out.
-        hidden_half: where the hidden state lies in x.
+        x_NX: the projection's input, X = 2 C.
+        y_NC: the wanted output.
+        hidden_half: the columns of x that hold the hidden state.
 
     Raises:
-        UserError: there is no token.
+        UserError: there are no tokens.
     """
     if not len(x_NX):
         raise UserError(
-            "mtp.init=last_block has no text to look at: with data.document_mask=true no document "
-            "of those it read is as long as the depth; lower mtp.depth, or set mtp.init=random."
+            "mtp.init=last_block has no text to fit: with data.document_mask=true every document "
+            "that it read is shorter than the depth; lower mtp.depth, or set mtp.init=random."
         )
     x, y = x_NX.double(), y_NC.double()
     weight_N1 = 1 / y.square().mean(dim=1, keepdim=True).clamp_min(1e-30)

@@ -1,7 +1,7 @@
-"""Heads that say something of all tokens ahead together, through a matrix of their own.
+"""Heads that predict a summary of all tokens ahead, with their own output matrix.
 
-Such a head is one matrix on the trunk's final state, trained on a loss of its own over the tokens
-ahead of every position.
+Such a head is one matrix on the trunk's final state, trained on its own loss over the tokens ahead
+of every position.
 
 Shapes: B windows, T positions, W tokens of a window, R positions of one chunk, S tokens ahead.
 """
@@ -27,22 +27,22 @@ from mtp_lightning.nn.linear import Linear
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryConfig(TrainingOnlyConfig):
-    """Switches of a head with an unembedding of its own.
+    """Switches of a head with its own unembedding.
 
-    With a frozen or cut-off trunk the head is a probe: its loss says what the trunk knows of the
-    tokens ahead, and nothing else learns from it.
+    With a frozen or detached trunk the head is a probe: its loss measures what the trunk knows of
+    the tokens ahead, and nothing else learns from it.
 
     Attributes:
-        detach: ``trunk`` stops the head's gradient at the trunk's state. It has no part in the
-            shared head, so that there is no ``all``.
+        detach: ``trunk`` stops the head's gradient at the trunk's state. There is no ``all``, since
+            the head does not use the shared head.
         freeze_trunk: embedding, trunk and head keep their weights; only this head is trained.
 
     Raises:
-        UserError: a switch has a value that it does not know.
+        UserError: a switch has an unknown value.
     """
 
     brings_loss: ClassVar[bool] = True
-    # How far ahead the nearest token stands that is looked at: 1 is the next one.
+    # How far ahead the nearest token of the summary is: 1 is the next one.
     first_ahead: ClassVar[int] = 1
 
     detach: Detach = "none"
@@ -52,12 +52,12 @@ class SummaryConfig(TrainingOnlyConfig):
         super().__post_init__()
         if self.detach == "all":
             raise UserError(
-                f"mtp.detach=all would cut mtp={self.variant} off from a shared head that it does "
-                "not use: set mtp.detach=trunk."
+                f"mtp.detach=all has no meaning for mtp={self.variant}, which does not use the "
+                "shared head: set mtp.detach=trunk."
             )
 
     def outputs(self, trunk: TrunkConfig) -> int:
-        """Rows of the matrix: numbers that the head says of a position."""
+        """Rows of the matrix: outputs of the head per position."""
         return trunk.vocab_size
 
     def num_params(self, trunk: TrunkConfig) -> int:
@@ -75,7 +75,7 @@ class SummaryConfig(TrainingOnlyConfig):
 
 
 class Summary(TrainingOnly):
-    """One matrix [V, C], or of other rows, on the trunk's final state."""
+    """One matrix on the trunk's final state, [V, C] unless ``config.outputs`` says otherwise."""
 
     config: SummaryConfig
 
@@ -87,7 +87,7 @@ class Summary(TrainingOnly):
     def own_loss(self, k: int, batch: WindowBatch) -> OwnLoss: ...
 
     def ahead_of(self, batch: WindowBatch) -> LookAhead:
-        """The tokens ahead that the head looks at."""
+        """The tokens ahead that the head predicts."""
         return LookAhead(
             batch.tokens,
             batch.seq_len,
@@ -102,7 +102,7 @@ class SummaryLoss(OwnLoss):
     """A loss over the tokens ahead, in closed form.
 
     Args:
-        head: whose matrix is trained.
+        head: the stack whose matrix is trained.
         batch: the windows.
     """
 
@@ -122,11 +122,11 @@ class SummaryLoss(OwnLoss):
     def of_ahead(
         self, logits_RV: Tensor, tokens_RS: Tensor, counts_RS: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The loss of every position [R], and its derivative by the logits [R, V].
+        """The loss of every position [R], and its gradient with respect to the logits [R, V].
 
         Args:
-            logits_RV: of the head, at least fp32; may be overwritten.
+            logits_RV: the head's logits, at least fp32; may be overwritten.
             tokens_RS: ids of the tokens ahead, the nearest first.
-            counts_RS: which of them count and are the nearest of their id. Where none does, the
+            counts_RS: which of them count and are the nearest of their id. If none does, the
                 results must be finite; they are multiplied by 0.
         """

@@ -1,4 +1,4 @@
-"""Switches that several stacks have in common, and the branch point that they describe."""
+"""Switches that several stacks share, and the trunk state that they select."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Init = Literal["random", "last_block"]
 
 
 class Switches:
-    """What holds for a stack that does not have the switch; one that has it says so by a field."""
+    """Default values of the switches; a variant that has a switch overrides it with a field."""
 
     depth: int
     branch = "final"
@@ -52,7 +52,7 @@ _CHOICES = {
 
 
 def check_switches(config: Switches) -> None:
-    """Refuse a value that a switch of ``config`` does not know, and a stack that cannot train.
+    """Refuse unknown values of the switches of ``config``, and a stack with nothing to train.
 
     Raises:
         UserError: naming the switch, its value and the choices.
@@ -73,10 +73,11 @@ def branch_state(trunk: Trunk, output: TrunkOutput, config: Switches) -> Tensor:
     Args:
         trunk: for its final norm.
         output: its hidden states.
-        config: ``branch`` is after all blocks, or after all but the last; ``input_norm`` after the
-            trunk's final norm, or before it; ``detach`` where the depths' gradients stop.
+        config: its ``branch`` selects the state after all blocks or after all but the last,
+            ``input_norm`` before or after the trunk's final norm, and ``detach`` whether gradients
+            of the depths stop here.
     """
     hidden = trunk.state(output, config.branch_from)
-    # Once, before the loop over depths: cut at every depth, the earlier modules would learn from
-    # their own loss alone.
+    # Detach once, before the loop over depths: detached at every depth, the earlier modules would
+    # learn only from their own loss.
     return hidden if config.detach == "none" else hidden.detach()

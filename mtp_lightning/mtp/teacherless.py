@@ -1,7 +1,7 @@
 """Teacherless training (Bachmann & Nagarajan 2024, arXiv 2403.06963, section 5): no further head.
 
-The model does not read the answer's tokens while it learns to give them. In their places stands a
-dummy, so that the whole answer is predicted in one pass from the question alone.
+In training the model does not read the answer's tokens: a dummy token replaces each of them, so
+that the model predicts the whole answer in one pass from the question alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mtp_lightning.mtp.kinds import Targets, TargetsConfig
 from mtp_lightning.nn.config import TrunkConfig
 
 DUMMY = 0
-"""Id of the dummy: what pads a task's windows, and stands in no question."""
+"""Id of the dummy token: the one that pads a task's windows, and that no question contains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,5 +47,5 @@ class Teacherless(Targets):
 
     def tokens_read(self, tokens_BW: Tensor, scored_BW: Tensor | None) -> Tensor:
         if scored_BW is None:
-            raise UserError("mtp=teacherless needs a task, whose windows say what is an answer.")
+            raise UserError("mtp=teacherless needs a task, whose windows mark the answers.")
         return tokens_BW.masked_fill(scored_BW, DUMMY)

@@ -6,15 +6,15 @@ tokens ahead:
 
     L_top = -sum_v softmax(-d / tau)_v log softmax(U2 h_i)_v
 
-The target is a distribution over ids: one that does not occur within W has no mass, an id that
-occurs several times has that of its nearest occurrence. (The paper's scores are ``W - d``, which
-is the same softmax, and its tau is 1: mass 0.63, 0.23, 0.09, .. on the next tokens, if they are
-different ones, and with that nothing beyond about a hundred that float32 could tell from 0.) The
-scores are made in float32: float16 cannot tell distances beyond 2,048 apart.
+The target is a distribution over ids: an id that does not occur within W has no mass, and one that
+occurs several times has the mass of its nearest occurrence. (The paper's scores ``W - d`` give the
+same softmax, with tau = 1: mass 0.63, 0.23, 0.09, .. on the next tokens, if they differ. Beyond
+about a hundred tokens that is 0 in float32.) Scores are computed in float32, since float16 does not
+distinguish distances beyond 2,048.
 
-Documents, tasks and the window's end: see ``look_ahead.py``. Windows hold the W tokens ahead of
-every position, of a W beyond T + 1 as many as T + 1 beyond the last position: distances are then
-cut where the window ends. A position without a token that counts does not count.
+See ``look_ahead.py`` for documents, tasks and the window's end. Windows hold the W tokens ahead of
+every position, but at most T + 1 tokens beyond the last one; with a larger W, positions see up to
+the window's end. A position without any token that counts does not count.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from mtp_lightning.settings import require_number
 
 @dataclass(frozen=True, kw_only=True)
 class TopConfig(SummaryConfig, variant="top"):
-    """``mtp=top``: the order of the tokens ahead, in one further loss.
+    """``mtp=top``: one further loss, on the order of the tokens ahead.
 
     Attributes:
-        lookahead: W, tokens ahead that are ranked.
-        tau: temperature of the target: the larger, the more it spreads over distances.
+        lookahead: W, the number of tokens ahead that are ranked.
+        tau: temperature of the target; larger values spread it over larger distances.
 
     Raises:
         UserError: tau is not above 0.
@@ -71,12 +71,12 @@ class Order(SummaryLoss):
     def of_ahead(
         self, logits_RV: Tensor, tokens_RS: Tensor, counts_RS: Tensor
     ) -> tuple[Tensor, Tensor]:
-        # The target has mass on S ids at most, and so no row of V.
+        # The target has mass on at most S ids, so it is never stored as a row of V numbers.
         distance_S = torch.arange(
             tokens_RS.shape[1], device=logits_RV.device, dtype=logits_RV.dtype
         )
         score_RS = (-distance_S / self.head.config.tau).masked_fill(~counts_RS, -torch.inf)
-        target_RS = torch.softmax(score_RS, dim=-1).nan_to_num(nan=0.0)  # a row without any
+        target_RS = torch.softmax(score_RS, dim=-1).nan_to_num(nan=0.0)  # NaN: nothing counts
         log_probs_RV = torch.log_softmax(logits_RV, dim=-1)
         value_R = -(target_RS * log_probs_RV.gather(1, tokens_RS)).sum(-1)
         return value_R, log_probs_RV.exp_().scatter_add_(1, tokens_RS, -target_RS)

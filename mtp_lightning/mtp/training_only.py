@@ -1,7 +1,7 @@
-"""Stacks whose one depth shapes the trunk in training, and is of no use afterwards.
+"""Stacks whose single depth shapes the trunk in training and is not used afterwards.
 
-They look at the tokens ahead in another way than one depth a token, so their depth has no token to
-agree with, nothing to draft, and no further depth beside it: ``mtp.depth`` is 1.
+They do not predict one token per depth, so they have no agreement and no drafts, and ``mtp.depth``
+is always 1.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.mtp.base import BranchPoint, MTPConfig, MTPStack, RandomKey
+from mtp_lightning.mtp.base import MTPConfig, MTPStack
+from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
 from mtp_lightning.settings import require_whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOnlyConfig(MTPConfig):
-    """What such a stack's config has.
+    """The config of such a stack.
 
     Attributes:
         depth: always 1.
-        lookahead: places ahead of a position that the stack looks at, at most.
+        lookahead: how many tokens ahead of a position the stack looks, at most.
 
     Raises:
-        UserError: another depth, or a reach that is no whole number within bounds.
+        UserError: another depth, or a look-ahead that is not a whole number within bounds.
     """
 
     predicts_tokens: ClassVar[bool] = False
@@ -39,7 +40,7 @@ class TrainingOnlyConfig(MTPConfig):
         super().__post_init__()
         if self.depth != 1:
             raise UserError(
-                f"mtp={self.variant} has one loss beside the main prediction's, but mtp.depth="
+                f"mtp={self.variant} has one loss besides the main prediction's, but mtp.depth="
                 f"{self.depth}: set it 1 (mtp=none is plain training)."
             )
         require_whole("mtp.lookahead", self.lookahead, least=self.least_lookahead)
@@ -50,7 +51,7 @@ class TrainingOnlyConfig(MTPConfig):
 
 
 class TrainingOnly(MTPStack):
-    """A stack that gives nothing to draft with."""
+    """A stack that has nothing to draft with."""
 
     config: TrainingOnlyConfig
 

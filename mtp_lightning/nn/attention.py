@@ -33,15 +33,14 @@ from mtp_lightning.settings import require_bool
 
 @dataclass(frozen=True)
 class Positions:
-    """Where the tokens of one pass stand and what they may see; every layer shares it.
+    """Positions and mask of the tokens of one pass, shared by all layers.
 
     Attributes:
         cos, sin: rotary table, [T, 1, H/2]; with a cache over whole heads, [1 | B, T, 1, H].
-        mask: bool [B, 1, T, S], True where a query sees a key, or that in blocks; None is plain
-            causal. With a cache, what its ``attend`` expects.
-        cache: keys and values to append to; None is a pass over whole windows.
-        ledger: where layers report what training wants beside their output; None where nobody
-            asks.
+        mask: bool [B, 1, T, S], True where a query attends to a key, or the same as a block mask;
+            None is causal. With a cache, the mask that its ``attend`` expects.
+        cache: keys and values to append to; None for a pass over whole windows.
+        ledger: collects the layers' auxiliary outputs in training; None for none.
     """
 
     cos: Tensor
@@ -66,11 +65,11 @@ class Positions:
         Args:
             config: the trunk's.
             seq_len: T.
-            device: of the tables.
-            dtype: of the model.
-            documents: ids [B, T]; a token then sees only its own document.
-            in_blocks: whether that mask may be one for ``document_attention.py``.
-            ledger: see above.
+            device: device of the tables.
+            dtype: the model's.
+            documents: ids [B, T]; tokens then attend only within their document.
+            in_blocks: whether the mask may be a block mask (``document_attention.py``).
+            ledger: see :class:`Positions`.
         """
         positions_T = torch.arange(seq_len, device=device)
         cos, sin = rope_table(positions_T, **config.rotary, dtype=dtype)
@@ -82,36 +81,37 @@ class Positions:
 
     @staticmethod
     def of_cache(cache: KVCache, starts: list[int], n_new: int) -> Positions:
-        """Positions ``start .. start + n_new - 1`` of every row of ``cache``, opened for a pass.
+        """Open a pass of ``cache`` over the positions ``start .. start + n_new - 1`` of every row.
 
-        The table is over whole heads here, for :func:`turn_in_place`: [1 | B, T, 1, H].
+        Its rotary table is over whole heads, for :func:`turn_in_place`: [1 | B, T, 1, H].
         """
         cache.begin(starts, n_new)
         return _OpenPass(cache)
 
     @staticmethod
     def of_tree(cache: TreeCache, starts: list[int], branches: Branches) -> Positions:
-        """Positions of a tree in every row of ``cache``, its first token at ``starts``."""
+        """Open a pass of ``cache`` over a tree in every row, its first token at ``starts``."""
         cache.begin_tree(starts, branches)
         return _OpenPass(cache)
 
     def dense_mask(self) -> Tensor | None:
-        """``mask`` as a tensor, in whatever form it is."""
+        """``mask`` as a tensor, also if it is a block mask."""
         return of_blocks(self.mask) if isinstance(self.mask, BlockMask) else self.mask
 
     def repeated(self) -> Positions:
-        """For the repetition of this pass under activation recomputation: the same is computed
-        (autograd compares), and nothing is reported a second time."""
+        """The positions for repeating this pass under activation recomputation: layers compute the
+        same (autograd compares), but do not report a second time."""
         return self if self.ledger is None else replace(self, ledger=Ledger(keep=False))
 
 
 class _OpenPass(Positions):
-    """A cache's open pass. Tables and mask are made when the first layer asks for them, which
-    fused passes never do."""
+    """The open pass of a cache. Tables and mask are computed when the first layer reads them; fused
+    passes never do."""
 
     def __init__(self, cache: KVCache, **given: Any) -> None:
-        """``given`` is what :func:`dataclasses.replace` gives, in place of the cache's own."""
-        # Past the setters of a frozen class.
+        """``given`` are the fields that :func:`dataclasses.replace` passes; they replace the
+        cache's own."""
+        # Bypasses the setters of a frozen dataclass.
         self.__dict__.update({"ledger": None, **given}, cache=cache, _open=cache)
 
     _open: KVCache
@@ -140,12 +140,11 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
     Attributes:
         qk_norm: RMSNorm on every query and key head before RoPE (Qwen3).
         qkv_bias: a bias on queries, keys and values, which starts at 0 (Qwen2).
-        d_rope: dimensions of a query or key head that are turned by its position, even (half of
-            them in GLM-4.5); None turns all. Pairs are (j, j + H/2) whatever it is, and the first
-            ``d_rope / 2`` of them are turned.
+        d_rope: dimensions of a query or key head that are rotated, even (half of them in GLM-4.5);
+            None rotates all. The first ``d_rope / 2`` of the pairs (j, j + H/2) are rotated.
 
     Raises:
-        UserError: ``d_rope`` is no even number of dimensions.
+        UserError: ``d_rope`` is not an even number of at least 2.
     """
 
     qk_norm: bool = False
@@ -160,14 +159,14 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
         check_whole("model.attention", self, ("d_rope",), least=2)
         if self.d_rope % 2:
             raise UserError(
-                f"model.attention.d_rope={self.d_rope} must be even: RoPE turns pairs of it."
+                f"model.attention.d_rope={self.d_rope} must be even: RoPE rotates pairs of it."
             )
 
     def check(self, trunk: TrunkShape) -> None:
         if self.turned_size(trunk) > trunk.d_head:
             raise UserError(
                 f"model.attention.d_rope={self.d_rope} is more than a head has, model.d_head="
-                f"{trunk.d_head}: lower it, or leave it out to turn all."
+                f"{trunk.d_head}: lower it, or leave it out to rotate all."
             )
 
     def turned_size(self, trunk: TrunkShape) -> int:
@@ -205,10 +204,10 @@ class GroupedQueryConfig(AttentionConfig, variant="grouped_query"):
                 yield Place(own=f"{own}.weight", parts=gains, order=order)
 
     def _orders(self, trunk: TrunkShape) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-        """Where the dimensions of a head lie there, and those of all heads of queries, keys and
-        values; None where they lie as here.
+        """The order of the dimensions in Hugging Face's layout: of one head, and of all heads of
+        queries, keys and values; None if it is the same.
 
-        There the pairs are (j, j + R/2) in the first R dimensions, here (j, j + H/2).
+        Its rotary pairs are (j, j + R/2) in the first R dimensions; here they are (j, j + H/2).
         """
         size, turned = trunk.d_head, self.turned_size(trunk)
         if turned == size:
@@ -230,7 +229,8 @@ def qkv_width(trunk: TrunkShape) -> int:
 
 
 class Attention(nn.Module):
-    """Query, key and value are one matrix, in this order; heads lie side by side in each."""
+    """The attention layer. Queries, keys and values are one matrix, in this order, each with its
+    heads side by side."""
 
     qkv_bias: nn.Parameter | None
 
@@ -244,16 +244,16 @@ class Attention(nn.Module):
         self.out = Linear(trunk.n_heads * trunk.d_head, trunk.d_model)
         bias = nn.Parameter(torch.zeros(width)) if config.qkv_bias else None
         self.register_parameter("qkv_bias", bias)
-        # Of every query and key head before it is turned (Qwen3), one gain for all heads.
+        # On every query and key head before RoPE (Qwen3), with one gain for all heads.
         self.query_norm = RMSNorm(trunk.d_head, trunk.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(trunk.d_head, trunk.norm_eps) if config.qk_norm else None
 
     def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
-        """[B, T, C] -> [B, T, C]; ``layer`` is this layer's place in ``positions.cache``."""
+        """[B, T, C] -> [B, T, C]; ``layer`` is this layer's index in ``positions.cache``."""
         batch, seq_len, _ = x_BTC.shape
         qkv = self.qkv(x_BTC)
         if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias.to(qkv.dtype)  # autocast's, where it is on
+            qkv = qkv + self.qkv_bias.to(qkv.dtype)  # autocast's dtype, if it is on
         qkv = qkv.view(batch, seq_len, -1, self.d_head)
         if self.query_norm is not None:
             qkv = self._norm_heads(qkv)

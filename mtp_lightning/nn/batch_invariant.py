@@ -1,10 +1,12 @@
-"""Batch-invariant passes: a token's numbers do not depend on the other tokens of the pass.
+"""Batch-invariant passes: the bits of a token's results do not depend on other tokens of the pass.
 
-Speculative decoding reads the drafts of a round in one pass, where plain decoding reads one token
-at a time. Both give the same text, near-ties included, if they give the same bits. Most kernels
-round a row in the same way however many rows they are given (packed products do, see
-``cpu/packed.py``); the others ask here, and then compute token by token. Passes are batch-invariant
-on CPUs only.
+Speculative decoding reads the drafts of a round in one pass, while plain decoding reads one token
+at a time. If both give the same bits, they give the same text, near-ties included. Most kernels
+round a row in the same way for any number of rows (for example packed products, ``cpu/packed.py``);
+the others call :func:`is_batch_invariant` and compute token by token if it is true. Passes are
+batch-invariant on CPUs only.
+
+Shapes: B rows, T new positions, P stored positions, N heads, M key heads, H head size.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A pass of up to so many positions a row is a verify pass or a plain one. A wider one reads a
-# prompt, which is never read again in another width.
+# A pass of at most this many positions per row is a verify pass or a plain one. A wider pass reads
+# a prompt, which is never read again with another width.
 FEW = 16
 
 _invariant: ContextVar[bool] = ContextVar("batch_invariant", default=False)
@@ -26,7 +28,7 @@ _invariant: ContextVar[bool] = ContextVar("batch_invariant", default=False)
 
 @contextmanager
 def batch_invariant_pass(width: int, device: torch.device) -> Iterator[None]:
-    """Around a pass over ``width`` positions of every row; a narrow one is batch-invariant."""
+    """Makes a pass over ``width`` positions of every row batch-invariant if it is narrow."""
     token = _invariant.set(device.type == "cpu" and width <= FEW)
     try:
         yield
@@ -35,13 +37,12 @@ def batch_invariant_pass(width: int, device: torch.device) -> Iterator[None]:
 
 
 def is_batch_invariant() -> bool:
-    """Whether the open pass must be batch-invariant. A compiled program never is."""
+    """Whether the current pass must be batch-invariant; compiled programs never are."""
     return not torch.compiler.is_compiling() and _invariant.get()
 
 
 def by_token(function: Callable[[Tensor], Tensor], x: Tensor, dim: int = 0) -> Tensor:
-    """``function(x)``; in a batch-invariant pass applied to every token by itself, along
-    ``dim``."""
+    """``function(x)``; in a batch-invariant pass, applied to each token along ``dim`` alone."""
     if not is_batch_invariant():
         return function(x)
     return torch.cat([function(token) for token in x.split(1, dim)], dim)
@@ -50,24 +51,25 @@ def by_token(function: Callable[[Tensor], Tensor], x: Tensor, dim: int = 0) -> T
 def attend_by_query(
     query_BTNH: Tensor, key_BMPH: Tensor, value_BMPH: Tensor, mask: Tensor, *, grouped: bool
 ) -> Tensor:
-    """Attention over a cache, every query by itself: [B, T, N, H].
+    """Attention over a cache, with each query computed alone: [B, T, N, H].
 
-    PyTorch's CPU kernel gives other roundings for several queries at a time, and in the scratch
-    memory of its second thread; so it runs on one here. The cost is a few microseconds a layer.
+    PyTorch's CPU kernel rounds differently for several queries at a time, and on its second thread.
+    So every query is a batch entry or head of its own, on one thread, which costs a few
+    microseconds per layer.
 
     Args:
         query_BTNH: the new queries.
-        key_BMPH: stored keys; of a single row expanded to [T, M, P, H].
+        key_BMPH: stored keys; for a single row, expanded to [T, M, P, H].
         value_BMPH: stored values, likewise.
         mask: additive, [T, P] or [B, T, P].
-        grouped: several query heads share a key head.
+        grouped: whether several query heads share a key head.
     """
     batch, n_new, n_heads, _ = query_BTNH.shape
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         if batch == 1:
-            # The queries are the rows of a batch that share their keys: [T, N, 1, H].
+            # The queries become batch entries that share their keys: [T, N, 1, H].
             return F.scaled_dot_product_attention(
                 query_BTNH.transpose(0, 1).transpose(1, 2),
                 key_BMPH,
@@ -75,7 +77,7 @@ def attend_by_query(
                 attn_mask=mask.reshape(n_new, 1, 1, -1),
                 enable_gqa=grouped,
             ).reshape(1, n_new, n_heads, -1)
-        # They are heads of one query: [B, N T, 1, H], those of a key head side by side.
+        # The queries become heads: [B, N T, 1, H], those of the same key head adjacent.
         mask_BNTP = mask.expand(batch, n_new, -1).unsqueeze(1).expand(-1, n_heads, -1, -1)
         mixed = F.scaled_dot_product_attention(
             query_BTNH.transpose(1, 2).reshape(batch, n_heads * n_new, 1, -1),

@@ -1,4 +1,4 @@
-"""One pre-norm decoder block, of whatever attention and feed-forward layer the config says."""
+"""One pre-norm decoder block, with the attention and feed-forward layers of the config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Block(nn.Module):
 
     Args:
         config: the trunk's.
-        layer: the block's place in the trunk; None is a prediction module's block.
+        layer: index of the block in the trunk; None is a prediction module's block.
     """
 
     def __init__(self, config: TrunkConfig, layer: int | None = None) -> None:
@@ -30,9 +30,9 @@ class Block(nn.Module):
         self.feed_forward = config.feed_forward.build(config, layer)
 
     def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
-        """[B, T, C] -> [B, T, C]; ``layer`` is this block's place in the cache, if there is one."""
+        """[B, T, C] -> [B, T, C]; ``layer`` is this block's index in the cache, if there is one."""
         if self.recompute and self.training and torch.is_grad_enabled():
-            # The first pass reports to the ledger, its repetitions do not.
+            # Only the first pass reports to the ledger; its repetitions do not.
             passes = itertools.chain([positions], itertools.repeat(positions.repeated()))
             return checkpoint(
                 lambda x: self._compute(x, next(passes), layer),

@@ -1,7 +1,7 @@
-"""What a block is made of: the interfaces of attention and feed-forward layers.
+"""The interfaces of attention and feed-forward layers, of which a block has one each.
 
-A layer is an ``nn.Module`` and, beside it, a config that builds it and knows what it costs. A layer
-of one's own is such a pair in a file of one's own; ``build`` is all that its config must say:
+A layer is an ``nn.Module`` with a config that builds it and knows its parameters and FLOPs. To add
+a layer, write such a pair in a file of your own; its config only has to define ``build``:
 
     @dataclass(frozen=True, kw_only=True)
     class WindowConfig(AttentionConfig, variant="window"):
@@ -31,12 +31,12 @@ from mtp_lightning.registry import Registered
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """What decoding keeps of a token in a layer.
+    """What a layer's cache stores per token.
 
     Attributes:
-        n_vectors: first the key heads, then as many value heads.
-        width: of each.
-        shared: every vector is key and value at once.
+        n_vectors: number of vectors: the key heads, then as many value heads.
+        width: size of each vector.
+        shared: whether every vector is both key and value.
     """
 
     n_vectors: int
@@ -45,11 +45,11 @@ class CacheEntry:
 
     @property
     def n_kv_heads(self) -> int:
-        """Key heads."""
+        """Number of key heads."""
         return self.n_vectors if self.shared else self.n_vectors // 2
 
     def split(self, stored_BMPH: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values among stored vectors."""
+        """Split stored vectors into keys and values."""
         if self.shared:
             return stored_BMPH, stored_BMPH
         key_BMPH, value_BMPH = stored_BMPH.split(self.n_kv_heads, dim=1)
@@ -58,19 +58,19 @@ class CacheEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig(Registered, ABC):
-    """Switches of a layer, and its facts.
+    """Switches of a layer, and its parameters and FLOPs.
 
-    In every method ``trunk`` is the trunk's config and ``layer`` the place in it, for layers that
-    differ by place; None asks for the block of a prediction module.
+    In every method ``trunk`` is the trunk's config and ``layer`` the layer's index in it; None is
+    the block of a prediction module.
     """
 
-    # Fields that say how the layer is trained, not what its weights compute: they may change
-    # between a run and what goes on from it.
+    # Fields that change how the layer is trained, not what its weights compute: a run that
+    # continues another one may change them.
     training_keys: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
-        """The layer itself, uninitialised."""
+        """The layer, with its weights not yet initialized."""
 
     def check(self, trunk: TrunkShape) -> None:
         """Refuse a trunk that the layer does not fit into.
@@ -80,15 +80,15 @@ class LayerConfig(Registered, ABC):
         """
 
     def num_params(self, trunk: TrunkShape, layer: int | None) -> int:
-        """All weights; by default those of the layer, built without memory."""
+        """All parameters; by default counted on a layer built on the ``meta`` device."""
         return self._count(trunk, layer)[0]
 
     def matrix_params(self, trunk: TrunkShape, layer: int | None) -> int:
-        """Weights of matrices that a token is multiplied with; by default all of them."""
+        """Parameters of the matrices that a token is multiplied with; by default all matrices."""
         return self._count(trunk, layer)[1]
 
     def idle_params(self, trunk: TrunkShape, layer: int | None) -> int:
-        """Weights that take no part in a token, such as experts it is not sent to."""
+        """Parameters that a token does not use, such as experts that it is not sent to."""
         return 0
 
     def flops(self, trunk: TrunkShape, seq_len: int, layer: int | None) -> int:
@@ -96,14 +96,14 @@ class LayerConfig(Registered, ABC):
         return 2 * self.matrix_params(trunk, layer)
 
     def hf_places(self, trunk: TrunkShape, layer: int | None) -> Iterable[Place]:
-        """Where the layer's weights lie in Hugging Face's layouts, by names within the layer.
+        """The layer's weights in Hugging Face's layout, by names within the layer.
 
         Raises:
-            UserError: no layout has the layer.
+            UserError: no layout has such a layer.
         """
         raise UserError(
-            f"model.{self.family} of the variant {self.variant} cannot be exported: it has no "
-            "names in a layout of Hugging Face's."
+            f"model.{self.family} of the variant {self.variant} cannot be exported: no layout of "
+            "Hugging Face's has such a layer."
         )
 
     def _count(self, trunk: TrunkShape, layer: int | None) -> tuple[int, int]:
@@ -119,9 +119,9 @@ class LayerConfig(Registered, ABC):
 class AttentionConfig(LayerConfig, family="attention"):
     """The layer that mixes positions.
 
-    Its ``forward(x_BTC, positions, layer)`` returns [B, T, C]. ``positions`` is what all layers of
-    a pass share: rotary table, mask and, when decoding, the cache, to which the layer appends its
-    ``cache_entry`` of every new token, at its place ``layer``.
+    Its ``forward(x_BTC, positions, layer)`` returns [B, T, C]. All layers of a pass share
+    ``positions``: the rotary table, the mask and, in decoding, the cache. There the layer appends
+    its ``cache_entry`` of every new token, at the index ``layer``.
     """
 
     def head_size(self, trunk: TrunkShape) -> int:
@@ -137,36 +137,36 @@ class AttentionConfig(LayerConfig, family="attention"):
             )
         d_head = trunk.d_model // trunk.n_heads if trunk.d_head is None else trunk.d_head
         if d_head < 2 or d_head % 2:
-            raise UserError(f"model.d_head={d_head} must be even: RoPE turns pairs of it.")
+            raise UserError(f"model.d_head={d_head} must be even: RoPE rotates pairs of it.")
         return d_head
 
     def rotary_size(self, trunk: TrunkShape) -> int:
-        """The part of a head that the rotary table is made for."""
+        """The number of dimensions of a head that the rotary table covers."""
         return trunk.d_head
 
     def turned_size(self, trunk: TrunkShape) -> int:
-        """What of it is turned by its position; the rest has angles of 0."""
+        """How many of them are rotated; the others have angles of 0."""
         return self.rotary_size(trunk)
 
     def reads_blocks(self, trunk: TrunkShape) -> bool:
-        """Whether the mask of documents may be one in blocks (``kernels/document_attention.py``)
-        instead of a tensor; by default not."""
+        """Whether the layer accepts a block mask of documents (``document_attention.py``) instead
+        of a tensor; by default not."""
         return False
 
     def cache_entry(self, trunk: TrunkShape) -> CacheEntry:
-        """What decoding keeps of a token; by default keys and values of all key-value heads."""
+        """What the cache stores per token; by default keys and values of all key-value heads."""
         return CacheEntry(2 * trunk.n_kv_heads, trunk.d_head)
 
     def flops(self, trunk: TrunkShape, seq_len: int, layer: int | None) -> int:
-        """As :meth:`LayerConfig.flops`. All ``seq_len`` keys count for every query, as though there
-        were no causal mask: the usual convention, so that figures compare."""
+        """See :meth:`LayerConfig.flops`. All ``seq_len`` keys count for every query, as if there
+        were no causal mask: the usual convention, which keeps figures comparable."""
         mixing = 4 * seq_len * trunk.n_heads * trunk.d_head
         return 2 * self.matrix_params(trunk, layer) + mixing
 
 
 class FeedForwardConfig(LayerConfig, family="feed_forward"):
-    """The layer that works on every position by itself.
+    """The layer that transforms every position separately.
 
-    Its ``forward(x_BTC, positions)`` returns [B, T, C]. Of ``positions`` it may use the ledger: an
-    auxiliary loss goes there by ``positions.ledger.add_loss``, where there is one.
+    Its ``forward(x_BTC, positions)`` returns [B, T, C]. It may add an auxiliary loss with
+    ``positions.ledger.add_loss`` if ``positions.ledger`` is not None.
     """

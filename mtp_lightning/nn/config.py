@@ -1,4 +1,4 @@
-"""The trunk's shape and layers, and what it costs, before anything is built."""
+"""The trunk's shape and layers, and its parameters and FLOPs, before anything is built."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class TrunkConfig(TrunkShape):
 
     Attributes:
         attention: the attention layers; grouped-query by default.
-        feed_forward: the feed-forward layers; dense by default. Both are also taken as their
-            ``to_dict`` gives them.
+        feed_forward: the feed-forward layers; dense by default. Both may also be given as the
+            result of their ``to_dict``.
 
     Raises:
-        UserError: sizes that do not fit together, or no layer of the kind.
+        UserError: sizes do not fit together, or a layer is of the wrong kind.
     """
 
     attention: AttentionConfig = field(
@@ -46,7 +46,8 @@ class TrunkConfig(TrunkShape):
 
     @property
     def training_keys(self) -> list[str]:
-        """Dotted keys that say how the trunk is trained, not what its weights compute."""
+        """Dotted keys of settings that change how the trunk is trained, not what its weights
+        compute."""
         layers = (self.attention, self.feed_forward)
         own = [f"{layer.family}.{key}" for layer in layers for key in layer.training_keys]
         return ["recompute", *own]
@@ -61,11 +62,11 @@ class TrunkConfig(TrunkShape):
         """The inverse of :meth:`to_dict`.
 
         Args:
-            data: from a checkpoint.
-            allow: packages that may be imported for layers of theirs.
+            data: the config in a checkpoint.
+            allow: packages that may be imported for their own layers.
 
         Raises:
-            UserError: an unknown variant or field, or a module that is not allowed.
+            UserError: a variant or field is unknown, or a module is not allowed.
         """
         require_text(data, source="the trunk's config")
         layers = {
@@ -84,7 +85,7 @@ class TrunkConfig(TrunkShape):
 
     @property
     def rotary(self) -> dict[str, Any]:
-        """What the rotary table is made of, but for the positions and the dtype."""
+        """Arguments of :func:`~mtp_lightning.nn.rope.rope_table`, except positions and dtype."""
         return {
             "d_head": self.d_rope,
             "theta": self.rope_theta,
@@ -93,31 +94,31 @@ class TrunkConfig(TrunkShape):
         }
 
     def block_params(self, layer: int | None = None) -> int:
-        """All weights of one block: its layers, and the norms before them.
+        """Parameters of one block: its layers and the norms before them.
 
         Args:
-            layer: of the trunk; None is a prediction module's block.
+            layer: index in the trunk; None is a prediction module's block.
         """
         layers = (c.num_params(self, layer) for c in (self.attention, self.feed_forward))
         return sum(layers) + 2 * self.d_model
 
     def block_idle_params(self, layer: int | None = None) -> int:
-        """Weights of one block that take no part in a token."""
+        """Parameters of one block that a token does not use."""
         return sum(c.idle_params(self, layer) for c in (self.attention, self.feed_forward))
 
     def embedding_params(self) -> int:
-        """Weights of the embedding, which is also the head where they are tied."""
+        """Parameters of the embedding, which is also the head if they are tied."""
         return self.vocab_size * self.d_model
 
     def num_params(self) -> int:
-        """Weights of embedding, blocks, final norm and head; tied ones count once."""
+        """Parameters of embedding, blocks, final norm and head; tied ones count once."""
         head = 0 if self.tie_embeddings else self.embedding_params()
         blocks = sum(self.block_params(layer) for layer in range(self.n_layers))
         return self.embedding_params() + blocks + self.d_model + head
 
     def num_active_params(self) -> int:
-        """Weights that take part in one token: without idle experts, and without the embedding
-        where it is only looked up."""
+        """Parameters that one token uses: without idle experts, and without the embedding if it is
+        only a lookup table."""
         idle = sum(self.block_idle_params(layer) for layer in range(self.n_layers))
         looked_up = 0 if self.tie_embeddings else self.embedding_params()
         return self.num_params() - idle - looked_up
@@ -125,7 +126,7 @@ class TrunkConfig(TrunkShape):
     def block_flops(self, seq_len: int, layer: int | None = None) -> int:
         """Forward FLOPs of one block for one token of a window of ``seq_len``.
 
-        A multiply-add counts as two; norms and other vectors are left out.
+        A multiply-add counts as two FLOPs; norms and other elementwise operations are left out.
         """
         return sum(c.flops(self, seq_len, layer) for c in (self.attention, self.feed_forward))
 

@@ -1,10 +1,10 @@
 """Attention within documents, block by block (FlexAttention, Dong et al. 2024, arXiv 2412.05496).
 
-A dense mask of [B, T, T] keeps a GPU from its flash kernels, and most of it is hidden: what lies
-behind a token, and other documents. Here a mask says which blocks of 128 x 128 anything is seen in;
-the compiler makes a kernel that visits these alone. For compiled blocks on a GPU, where this kernel
-exists; everything else has the dense mask. (Blocks are found by way of a dense one, once for all
-layers and depths of a pass.)
+A dense mask of [B, T, T] prevents flash kernels on a GPU, although it hides most pairs: later
+tokens and other documents. A block mask instead lists the blocks of 128 x 128 that hold a visible
+pair, and the compiler makes a kernel that visits only these. The kernel exists for compiled blocks
+on a GPU; everything else uses the dense mask. (Finding the blocks builds a dense mask once per
+pass, for all layers and depths.)
 
 Shapes: B batch, T positions, N heads, M key-value heads, H head size.
 """
@@ -21,14 +21,14 @@ from torch.nn.attention.flex_attention import (
 )
 
 MIN_WIDTH = 16
-"""Of a head, below which there is no kernel."""
+"""Smallest head size that the kernel supports."""
 
 
 def dense_mask(documents_BT: Tensor) -> Tensor:
-    """bool [B, 1, T, T]: True where a query sees a key, of its own document and not behind it.
+    """bool [B, 1, T, T]: True where a query attends to a key: one of the same document, not later.
 
     Args:
-        documents_BT: ids of the documents.
+        documents_BT: document ids.
     """
     places_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
     causal = places_T.unsqueeze(0) <= places_T.unsqueeze(1)
@@ -37,7 +37,7 @@ def dense_mask(documents_BT: Tensor) -> Tensor:
 
 
 def block_mask(documents_BT: Tensor) -> BlockMask:
-    """:func:`dense_mask` in blocks."""
+    """:func:`dense_mask` as a block mask."""
     documents_BT = documents_BT.contiguous()
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def block_mask(documents_BT: Tensor) -> BlockMask:
 
 
 def of_blocks(mask: BlockMask) -> Tensor:
-    """:func:`dense_mask` again."""
+    """The dense mask of a block mask."""
     batch, _, queries, keys = mask.shape
     device = mask.kv_num_blocks.device
     return create_mask(mask.mask_mod, batch, 1, queries, keys, device=device)
@@ -62,12 +62,12 @@ def document_attention(
     Args:
         query_BTNH: queries.
         key_BTMH: keys.
-        value_BTMH: values, whose width is the result's.
-        mask: of :func:`block_mask`.
+        value_BTMH: values; the result has their width.
+        mask: a mask of :func:`block_mask`.
     """
     device = query_BTNH.device.type
     heads = [x.transpose(1, 2) for x in (query_BTNH, key_BTMH, value_BTMH)]
-    if torch.is_autocast_enabled(device):  # not every PyTorch does it itself here
+    if torch.is_autocast_enabled(device):  # not every version of PyTorch casts by itself here
         dtype = torch.get_autocast_dtype(device)
         heads = [x.to(dtype) for x in heads]
     query, key, value = heads

@@ -23,8 +23,8 @@ def routed_experts(
 
     Args:
         x_MC: tokens.
-        chosen_MK: experts of every token.
-        gates_MK: their weights.
+        chosen_MK: the chosen experts of every token.
+        gates_MK: the gates of these experts.
         gate_up: [E, 2F, C], the gate's matrix first.
         down: [E, C, F].
     """
@@ -46,7 +46,7 @@ _Products = Callable[[Tensor, Tensor], Tensor]
 
 
 def _one_by_one(load_E: Tensor) -> _Products:
-    """One product for every expert."""
+    """One matrix product per expert."""
     widths = load_E.tolist()
 
     def multiply(x_RI: Tensor, weight_EOI: Tensor) -> Tensor:
@@ -63,14 +63,14 @@ def fits_grouped(x_MC: Tensor, down: Tensor) -> bool:
 
 
 def _grouped(load_E: Tensor) -> _Products:
-    """One product for all experts; nothing waits for the device."""
+    """One grouped product for all experts, without a device-to-host sync."""
     ends_E = load_E.cumsum(0, dtype=torch.int32)
     return lambda x_RI, weight_EOI: F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E)
 
 
 def loads(chosen_MK: Tensor, n_experts: int) -> Tensor:
-    """int64 [E], for how many tokens each expert was chosen."""
-    # bincount looks at the numbers first, and so waits for a GPU.
+    """int64 [E], the number of tokens that chose each expert."""
+    # bincount would read the numbers on the host first, which waits for a GPU.
     load_E = torch.zeros(n_experts, dtype=torch.int64, device=chosen_MK.device)
     chosen = chosen_MK.flatten()
     return load_E.scatter_add_(0, chosen, torch.ones_like(chosen))
@@ -79,16 +79,17 @@ def loads(chosen_MK: Tensor, n_experts: int) -> Tensor:
 def gathered(
     x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
-    """The formula over the chosen experts' weights, gathered: no token waits for the host, and
-    every row reads weights of its own."""
-    # Products and sums, not matrix products: the compiler then reads the weights where they lie.
+    """:func:`routed_experts` with the chosen experts' weights gathered for every token: no
+    device-to-host sync, for few tokens in a compiled pass."""
+    # Elementwise products and sums instead of matrix products: the compiler then fuses the gather
+    # and reads the weights in place.
     projected_MKF = (gate_up[chosen_MK] * x_MC[:, None, None]).sum(-1)
     inner_MKF = gated(projected_MKF) * gates_MK.unsqueeze(-1)
     return (down[chosen_MK] * inner_MKF.unsqueeze(2)).sum(-1).sum(1)
 
 
 class Experts(nn.Module):
-    """E SwiGLU layers; gate and up are one matrix an expert, gate first."""
+    """E SwiGLU layers; gate and up are one matrix per expert, gate first."""
 
     def __init__(self, d_model: int, d_expert: int, n_experts: int) -> None:
         super().__init__()
@@ -98,7 +99,7 @@ class Experts(nn.Module):
     def forward(self, x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor) -> Tensor:
         """``sum_j gates[:, j] * expert_{chosen[:, j]}(x)``, [M, C]."""
         kind = x_MC.device.type
-        # On CPUs the few rows of an expert are faster in fp32's own code.
+        # On CPUs the few rows of an expert are faster in fp32 than in autocast's dtype.
         autocast = kind != "cpu" and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else x_MC.dtype
         gate_up, down = self.gate_up.to(dtype), self.down.to(dtype)

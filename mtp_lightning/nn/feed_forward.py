@@ -17,7 +17,7 @@ from mtp_lightning.nn.shape import TrunkShape
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig(FeedForwardConfig, variant="dense"):
-    """One SwiGLU layer for all tokens, ``model.d_ff`` wide inside."""
+    """One SwiGLU layer for all tokens, of inner width ``model.d_ff``."""
 
     def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
         return FeedForward(trunk.d_model, trunk.d_ff)
@@ -33,7 +33,7 @@ class DenseConfig(FeedForwardConfig, variant="dense"):
 
 
 def swiglu_places(d_model: int, d_ff: int) -> Iterator[Place]:
-    """Where the weights of one :class:`FeedForward` lie."""
+    """The names of the weights of one :class:`FeedForward` in Hugging Face's layout."""
     up = tuple((f"{name}_proj.weight", (d_ff, d_model)) for name in ("gate", "up"))
     yield Place(own="gate_up.weight", parts=up)
     yield renamed("down.weight", "down_proj.weight", (d_model, d_ff))

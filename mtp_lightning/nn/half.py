@@ -1,8 +1,8 @@
-"""A frozen trunk's matrices held in bf16, for half of their memory.
+"""Hold a frozen trunk's matrices in bf16, in half of their memory.
 
-Nothing else changes: under autocast to bf16 a product rounds its weight to the same numbers, and
-outside it, when decoding, and for experts on a CPU, the weight is one of fp32 again for the time of
-a product. Embedding, head, norms and routers stay as they are.
+The results under bf16 autocast stay the same, since it would round the weights to the same numbers.
+Without autocast (in decoding, and for experts on a CPU) a weight is cast to fp32 for each product.
+Embedding, head, norms and routers stay unchanged.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from mtp_lightning.nn.trunk import Trunk
 
 
 def hold_in_bf16(trunk: Trunk) -> None:
-    """Turn the matrices of a trunk's layers into bf16, in place. Layers of others than this
-    project's are left alone: theirs to know what they compute with."""
+    """Cast the matrices of a trunk's layers to bf16, in place. Layers from outside this project
+    stay unchanged, since they may need their own dtype."""
     for layer in trunk.blocks.modules():
         if isinstance(layer, Linear | Experts) and not isinstance(layer, Router):
             for weight in layer.parameters(recurse=False):

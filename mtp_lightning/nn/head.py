@@ -1,8 +1,9 @@
-"""The output head that every prediction depth shares."""
+"""The output head that every prediction depth shares, and a shorter one for drafts."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_lightning.nn.mixture import mixed_log_probs
@@ -17,14 +18,44 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model)) if tied is None else tied
 
     def forward(self, h_BTC: Tensor) -> Tensor:
-        """[..., C] -> logits [..., V]; of a mixture [..., X] (``mixture.py``) log-probabilities.
-        Training never calls it: see objective/through_head.py."""
+        """Logits [..., V] of states [..., C]; for a packed mixture [..., X] (``mixture.py``),
+        log-probabilities. Training goes through ``objective/through_head.py`` instead."""
         d_model = self.weight.shape[1]
         if h_BTC.shape[-1] == d_model:
             return linear(h_BTC, self.weight)
         return mixed_log_probs(h_BTC, d_model, self.log_probs)
 
     def log_probs(self, h_BTC: Tensor) -> Tensor:
-        """[..., C] -> log-probabilities [..., V], fp32, of a double precision model fp64."""
+        """Log-probabilities [..., V] of states [..., C], in at least fp32."""
         logits = linear(h_BTC.to(self.weight.dtype), self.weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+class ShortHead:
+    """The head over the first tokens of the vocabulary alone, for drafts (the idea of FR-Spec, Zhao
+    et al. 2025, arXiv 2502.14856).
+
+    Reading the head's weight takes most of the time of a small module's draft: it holds 28 of the
+    135 million weights of SmolLM2-135M. Byte-pair ids are numbered in the order of their merges,
+    the most frequent first, so that the first sixth of the rows covers nine tokens of ten. Tokens
+    beyond ``rows`` get the logit -inf: they are never drafted, but the trunk can still choose them.
+
+    Args:
+        head: the whole head.
+        rows: number of tokens that can be drafted, from token 0 on.
+
+    Attributes:
+        weight: the first rows of the head's weight, [rows, C].
+    """
+
+    def __init__(self, head: Head, rows: int) -> None:
+        self.weight = head.weight.detach()[:rows]
+        self._others = head.weight.shape[0] - rows
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """Logits [..., V] of states [..., C]."""
+        return self.over_all(linear(h, self.weight))
+
+    def over_all(self, logits: Tensor) -> Tensor:
+        """Logits [..., rows] -> [..., V]."""
+        return F.pad(logits, (0, self._others), value=-float("inf"))

@@ -1,7 +1,7 @@
-"""Initialisation that depends on a parameter's name and the seed, on nothing else.
+"""Initialization that depends only on a parameter's name and the seed.
 
-Every parameter draws from a stream of its own. So a trunk starts from the same weights whatever
-stands on top of it, and runs that differ in depth or head can be compared seed by seed.
+Every parameter is drawn from its own stream of random numbers. So a trunk starts from the same
+weights with any stack on it, and runs that differ in depth or head can be compared seed by seed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from mtp_lightning import processes
 
 
 def parameter_seed(seed: int, name: str) -> int:
-    """A 32-bit seed from a run's seed and a parameter's name: all that PyTorch's generator on a CPU
-    takes, which drops what is above. Of n streams about n^2 / 2^33 pairs are the same."""
+    """A 32-bit seed from a run's seed and a parameter's name.
+
+    PyTorch's CPU generator ignores higher bits. Among n streams, about n^2 / 2^33 pairs coincide.
+    """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    # Bits 1 to 32: every seeded run so far rests on these.
+    # Bits 1 to 32: changing them would change every seeded run.
     return (int.from_bytes(digest[:8], "little") >> 1) % 2**32
 
 
@@ -26,8 +28,8 @@ def parameter_seed(seed: int, name: str) -> int:
 def initialise(model: nn.Module, *, std: float, seed: int) -> None:
     """Matrices from N(0, std^2), gains 1, biases 0 (DeepSeek-V3, section 4.2: one std for all).
 
-    Drawn on the CPU in fp32, so that the weights do not depend on the device. Buffers that
-    training moves (the experts' biases) start anew, too.
+    Random numbers are drawn on the CPU in fp32, so that the weights do not depend on the device.
+    Buffers that training changes (the experts' biases) are reset too.
     """
     for module in model.modules():
         reset = getattr(module, "reset_buffers", None)
@@ -45,7 +47,8 @@ def initialise(model: nn.Module, *, std: float, seed: int) -> None:
 
 
 def drawn_anew(model: nn.Module) -> bool:
-    """Whether :func:`initialise` sets all that a model holds: else it must be built with it."""
+    """Whether :func:`initialise` sets every parameter and buffer of a model; if not, the buffers
+    must be set when the model is built."""
     return all(
         callable(getattr(module, "reset_buffers", None)) or not list(module.buffers(recurse=False))
         for module in model.modules()

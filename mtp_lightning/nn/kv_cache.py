@@ -1,4 +1,4 @@
-"""Keys and values of the tokens already read: preallocated, static, rows free of each other.
+"""Keys and values of the tokens already read: preallocated storage with independent rows.
 
 Shapes: B rows, T new positions, S capacity, P stored positions that a pass reads, N heads,
 M vectors of an entry, or its key heads, H head size.
@@ -10,26 +10,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn.batch_invariant import FEW, attend_by_query, is_batch_invariant
 from mtp_lightning.nn.config import TrunkConfig
+from mtp_lightning.nn.ops import attention
 from mtp_lightning.nn.position_tables import PositionTables, Runs, round_up
 
 
 class KVCache:
     """Storage of ``n_layers`` attention layers.
 
-    The caller says where every row's new positions start. So dropping a rejected draft only means
-    to start earlier: what lies behind is overwritten before it can be read.
+    The caller decides where every row's new positions start. So it drops a rejected draft by
+    starting the next pass earlier: later entries are overwritten before they can be read.
 
     Args:
         config: the trunk's, for the heads.
         tables: angles and masks; their capacity is the cache's.
-        n_layers: attention layers that write here; with 0 it keeps the rows' positions alone.
-        batch_size: B, rows; later it may be fewer (:meth:`resize`), and these many again.
+        n_layers: number of attention layers; with 0 the cache tracks only the rows' positions.
+        batch_size: B, the most rows; :meth:`resize` sets the number in use.
 
     Attributes:
         runs: the positions of the open pass.
@@ -55,12 +55,12 @@ class KVCache:
         self.runs = Runs(tables, [0] * batch_size, 0)
         self._width = 0
         self._views: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        # Where the entries lie, for fused passes.
+        # Memory addresses of the entries, for fused passes.
         self.addresses: dict[tuple[int, int], Any] = {}
 
     @property
     def batch_size(self) -> int:
-        """Rows held."""
+        """Number of rows in use."""
         return len(self.lengths)
 
     @property
@@ -70,8 +70,8 @@ class KVCache:
 
     @property
     def parents(self) -> Sequence[int] | None:
-        """Of every token of the open pass the index of the one that it follows, -1 of the first;
-        None where each follows its neighbour."""
+        """For every token of the open pass the index of its parent in the tree, -1 for the first;
+        None if the tokens form a chain."""
         return None
 
     def rows(self, rows: slice) -> KVCache:
@@ -84,16 +84,16 @@ class KVCache:
         return view
 
     def resize(self, batch_size: int) -> None:
-        """Hold the first so many rows; new ones have read nothing."""
-        places = self._stored[0].shape[0] if self._stored else batch_size
-        assert batch_size <= places
-        whole = batch_size == places
+        """Use the first ``batch_size`` rows; added rows have read nothing."""
+        slots = self._stored[0].shape[0] if self._stored else batch_size
+        assert batch_size <= slots
+        whole = batch_size == slots
         self.entries_L_BSMH = self._stored if whole else [s[:batch_size] for s in self._stored]
         self.lengths = (self.lengths + [0] * batch_size)[:batch_size]
         self._views, self.addresses = {}, {}
 
     def drop_row(self, row: int) -> None:
-        """Forget a row; the last one takes its place."""
+        """Drop a row; the last row moves to its slot."""
         last = self.batch_size - 1
         if row != last and (length := self.lengths[last]):
             for entries in self._stored:
@@ -102,7 +102,7 @@ class KVCache:
         self.resize(last)
 
     def grow(self, tables: PositionTables) -> None:
-        """Move to larger tables, and as much storage."""
+        """Move to larger tables, with storage of their capacity."""
         used = self.tables.capacity
         for layer, old in enumerate(self._stored):
             self._stored[layer] = old.new_zeros(old.shape[0], tables.capacity, *old.shape[2:])
@@ -147,14 +147,12 @@ class KVCache:
         self._width = round_up(longest)
 
     def append(self, layer: int, entry_BTMH: Tensor) -> None:
-        """Store one layer's turned keys and values, [B, T, M, H], at the open pass's positions."""
+        """Store one layer's rotated keys and values, [B, T, M, H], at the open pass's positions."""
         self.runs.write(self.entries_L_BSMH[layer], entry_BTMH)
 
     def _read(self, layer: int, n_queries: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, N, P, H], for one row's few queries in an exact pass [T, N, P, H].
-
-        Views; made once for as long as the width stays the same.
-        """
+        """Views of keys and values [B, M, P, H]; for a single row in a batch-invariant pass,
+        expanded to [T, M, P, H]. They are cached by width."""
         copies = n_queries if self.batch_size == 1 and is_batch_invariant() else 1
         key = (self._width, copies)
         if key not in self._views:
@@ -171,8 +169,8 @@ class KVCache:
         return self._views[key][layer]
 
     def distances(self) -> Tensor:
-        """How far before every query of the open pass every stored position lies, [B, T, P]; below
-        0 it lies behind. For layers that see less than all that came before."""
+        """Distance from every stored position to every query of the open pass, [B, T, P]; negative
+        if the stored position comes later. For layers with a limited window."""
         columns, runs = self.tables.columns_S, self.runs
         if runs.uniform:
             run = columns[runs.starts[0] : runs.starts[0] + runs.width]
@@ -182,12 +180,12 @@ class KVCache:
         return positions_BT.unsqueeze(-1) - columns[: self._width]
 
     def attend(self, layer: int, query_BTNH: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of the open pass's queries over all that its rows hold: [B, T, N, H].
+        """Attention of the open pass's queries over all stored positions: [B, T, N, H].
 
         Args:
-            layer: which of the cache's.
+            layer: index of the layer in the cache.
             query_BTNH: the new queries.
-            mask: what :meth:`mask` gave, or another additive one, [B, T, P].
+            mask: the result of :meth:`mask`, or another additive mask [B, T, P].
         """
         key_BMPH, value_BMPH = self._read(layer, query_BTNH.shape[1])
         if is_batch_invariant():
@@ -198,11 +196,7 @@ class KVCache:
             key_BMPH, value_BMPH = key_BMPH[:, :, :n_new], value_BMPH[:, :, :n_new]
         elif mask.dim() == 3:
             mask = mask.unsqueeze(1)
-        return F.scaled_dot_product_attention(
-            query_BTNH.transpose(1, 2),
-            key_BMPH,
-            value_BMPH,
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.grouped,
-        ).transpose(1, 2)
+        # The plain formula: registered kernels compute whole windows and round differently.
+        return attention.plain(
+            query_BTNH, key_BMPH.transpose(1, 2), value_BMPH.transpose(1, 2), mask
+        )

@@ -1,4 +1,4 @@
-"""What layers report of a training pass beside their output: router loads, auxiliary losses."""
+"""Auxiliary outputs of layers in a training pass: router loads and auxiliary losses."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from mtp_lightning.nn.experts import loads
 
 
 class Ledger:
-    """Rides on the pass object that every block receives; a pass without one reports nothing.
+    """Collects auxiliary outputs. It is part of the :class:`Positions` that every block receives;
+    without one, layers report nothing.
 
     Args:
-        keep: false for the repetition of a pass, whose reports have been taken down already.
+        keep: whether reports are kept; False for the repetition of a pass that has reported.
 
     Attributes:
         losses: differentiable scalars, each summed over the pass's sequences, in the order of the
@@ -26,18 +27,18 @@ class Ledger:
         self.loads: dict[nn.Module, Tensor] = {}
 
     def add_loss(self, loss: Tensor) -> None:
-        """Take down an auxiliary loss."""
+        """Add an auxiliary loss."""
         if self.keep:
             self.losses.append(loss)
 
     @torch.no_grad()
     def count(self, router: nn.Module, chosen_MK: Tensor, n_experts: int) -> None:
-        """Take down the experts [M, K] that a router chose."""
+        """Add the loads of the experts [M, K] that a router chose."""
         if self.keep:
             self._add(router, loads(chosen_MK, n_experts))
 
     def add_loads(self, other: Ledger) -> None:
-        """Count another pass of the same step, too."""
+        """Add the loads of another pass of the same step."""
         for router, load_E in other.loads.items():
             self._add(router, load_E)
 

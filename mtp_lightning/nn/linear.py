@@ -9,7 +9,7 @@ from mtp_lightning.nn.ops import linear
 
 
 class Linear(nn.Module):
-    """``x @ weight.T``; the weight is [out_features, in_features]."""
+    """``x @ weight.T`` with a weight of [out_features, in_features]."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()

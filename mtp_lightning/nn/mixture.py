@@ -1,10 +1,10 @@
-"""Predictions that are mixtures: several hidden states of a position, each with a weight.
+"""Mixture predictions: several hidden states per position, each with a weight.
 
     q = sum_a w_a softmax(U h_a),    a = 1 .. r
 
-On its way through the model such a prediction is one vector, like a hidden state: the r states and
-behind them the logarithms of their weights, X = r (C + 1) numbers. It is told from a state of C
-numbers by its width.
+Such a prediction is passed through the model as one vector, like a hidden state: the r states,
+followed by the logarithms of their weights, X = r (C + 1) numbers. Its width distinguishes it from
+a state of C numbers.
 
 Shapes: A components (r), C d_model, X width of a packed mixture, V vocabulary, R rows.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def pack(hidden_AC: Tensor, log_weights_A: Tensor) -> Tensor:
-    """[..., A, C] states and [..., A] log-weights as [..., X], of fp32 at least."""
+    """Pack states [..., A, C] and log-weights [..., A] into [..., X], at least fp32."""
     dtype = torch.promote_types(hidden_AC.dtype, torch.float32)
     return torch.cat((hidden_AC.flatten(-2).to(dtype), log_weights_A.to(dtype)), dim=-1)
 
@@ -33,14 +33,14 @@ def unpack(mixture_X: Tensor, d_model: int) -> tuple[Tensor, Tensor]:
 def mixed_log_probs(
     mixture_X: Tensor, d_model: int, log_probs: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """``log q`` [..., V], which are logits as good as any.
+    """``log q`` [..., V], which may be used as logits.
 
-    One component after another: beside the result there are the numbers of one more.
+    Components are added one at a time, so that only one more tensor of this size exists.
 
     Args:
-        mixture_X: packed.
+        mixture_X: a packed mixture.
         d_model: C.
-        log_probs: of a component's states [..., C], [..., V].
+        log_probs: returns the log-probabilities [..., V] of a component's states [..., C].
     """
     hidden_AC, log_weights_A = unpack(mixture_X, d_model)
     log_q: Tensor | None = None

@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, section 2.1; DeepSeek-V3, eq. 1-11).
 
-Keys and values of all heads are made of one narrow latent a token; position enters by a rotary key
-of its own, which all heads share. Decoding keeps the latent and that key, nothing else.
+Keys and values of all heads are computed from one narrow latent per token; positions enter through
+a separate rotary key that all heads share. Decoding stores only the latent and the rotary key.
 
 Shapes: B batch, T positions, C d_model, N heads, H size of a query or key head, R kv_rank.
 """
@@ -35,9 +35,10 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
 
     Attributes:
         q_rank: d_c', width of the query latent; None projects queries directly (V2-Lite).
-        kv_rank: d_c, width of the latent that keys and values are made of.
-        d_nope: part of a query or key head that carries no position.
-        d_rope: part that is turned by its position; the key's is shared by all heads. Even.
+        kv_rank: d_c, width of the latent that keys and values are computed from.
+        d_nope: dimensions of a query or key head without position.
+        d_rope: dimensions that are rotated by the position, even; the key's are shared by all
+            heads.
         d_value: width of a value head.
         norm_eps: epsilon of the norms on the latents; None is the trunk's.
 
@@ -60,7 +61,7 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
             require_number("model.attention.norm_eps", self.norm_eps, least=0)
         if self.d_rope % 2:
             raise UserError(
-                f"model.attention.d_rope={self.d_rope} must be even: RoPE turns pairs of it."
+                f"model.attention.d_rope={self.d_rope} must be even: RoPE rotates pairs of it."
             )
 
     @property
@@ -70,7 +71,7 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
 
     @property
     def d_cached(self) -> int:
-        """Numbers kept for a token when decoding: its latent and its rotary key."""
+        """Numbers stored per token in decoding: its latent and its rotary key."""
         return self.kv_rank + self.d_rope
 
     def reads_blocks(self, trunk: TrunkShape) -> bool:
@@ -119,7 +120,7 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
         yield renamed("kv_norm.weight", "kv_a_layernorm.weight", (self.kv_rank,))
 
     def _matrices(self, trunk: TrunkShape) -> Iterator[tuple[str, str, tuple[int, int]]]:
-        """Name here, name in transformers, and shape [out, in] of every projection."""
+        """This project's name, transformers' name and shape [out, in] of every projection."""
         n_heads, d_model = trunk.n_heads, trunk.d_model
         if self.q_rank is None:
             yield "query", "q_proj", (n_heads * self.d_head, d_model)
@@ -132,7 +133,7 @@ class LatentAttentionConfig(AttentionConfig, variant="latent"):
 
 
 class LatentAttention(nn.Module):
-    """In every head of ``query*`` and key the part without position comes first."""
+    """The attention layer. In every query and key head, the part without position comes first."""
 
     def __init__(self, trunk: TrunkShape, config: LatentAttentionConfig) -> None:
         super().__init__()
@@ -155,7 +156,7 @@ class LatentAttention(nn.Module):
         self.score_factor = stretch.score_factor if isinstance(stretch, YarnScaling) else 1.0
 
     def forward(self, x_BTC: Tensor, positions: Positions, layer: int = 0) -> Tensor:
-        """[B, T, C] -> [B, T, C]; ``layer`` is this layer's place in ``positions.cache``."""
+        """[B, T, C] -> [B, T, C]; ``layer`` is this layer's index in ``positions.cache``."""
         batch, seq_len, _ = x_BTC.shape
         if self.q_rank is None:
             query = self.query(x_BTC)
@@ -190,10 +191,11 @@ class LatentAttention(nn.Module):
         positions: Positions,
         layer: int,
     ) -> Tensor:
-        """Over the stored latents, with ``kv_up`` absorbed (V2, section 2.1.2).
+        """Attention over the stored latents, with ``kv_up`` absorbed (V2, section 2.1.2).
 
-        ``q . (W_k c) = (W_k^T q) . c``, and ``sum_j p_j W_v c_j = W_v sum_j p_j c_j``: so a token's
-        one entry [c ; rotary key] serves all heads as key and, its end cut off, as value.
+        ``q . (W_k c) = (W_k^T q) . c``, and ``sum_j p_j W_v c_j = W_v sum_j p_j c_j``. So the
+        single entry [c ; rotary key] of a token serves all heads as key and, without its rotary
+        part, as value.
         """
         assert positions.cache is not None
         turn_in_place(query_rope, positions.cos, positions.sin)
@@ -205,22 +207,22 @@ class LatentAttention(nn.Module):
         )
         key_up, value_up = up.split([self.d_nope, self.d_value], dim=1)
         query = torch.cat((_by_head(query_nope, key_up), query_rope), dim=-1)
-        # The cache divides by the root of the entry's width; the head's own is meant.
+        # The cache scales scores by the entry's width; correct that to the head's width.
         query = query * (self.score_factor * (entry.shape[-1] / self.d_head) ** 0.5)
         mixed = positions.cache.attend(layer, query, positions.dense_mask())[..., : self.kv_rank]
         return self.out(_by_head(mixed, value_up.transpose(1, 2)).flatten(2))
 
 
 def _by_head(x_BTNI: Tensor, weight_NIO: Tensor) -> Tensor:
-    """Every head times a matrix of its own: [B, T, N, I] -> [B, T, N, O]."""
+    """Multiply every head by its own matrix: [B, T, N, I] -> [B, T, N, O]."""
     rows_NMI = x_BTNI.flatten(0, 1).transpose(0, 1)
     product_NMO = by_token(lambda rows: torch.bmm(rows, weight_NIO), rows_NMI, dim=1)
     return product_NMO.transpose(0, 1).reshape(*x_BTNI.shape[:-1], -1)
 
 
 def pairs_to_halves(x: Tensor) -> Tensor:
-    """[..., H] with rotary pairs (2j, 2j + 1), as DeepSeek's weights have them, to (j, j + H/2).
+    """Reorder [..., H] from rotary pairs (2j, 2j + 1), as in DeepSeek's weights, to (j, j + H/2).
 
-    A permutation that query and key share leaves their product as it is.
+    The same permutation of query and key does not change their product.
     """
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)

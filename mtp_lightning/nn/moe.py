@@ -3,8 +3,8 @@
     s_i = sigmoid(u . e_i);  chosen = top-k of s + b;  g_i = scaling * s_i / sum of the chosen s
     out = shared(u) + sum of g_i expert_i(u) over the chosen
 
-The bias b chooses and does nothing else. It has no gradient: objective/expert_balance.py moves it
-after every optimizer step by the loads that routers report (nn/ledger.py).
+The bias b only affects the choice. It has no gradient: objective/expert_balance.py moves it after
+every optimizer step, by the loads that routers report (nn/ledger.py).
 
 Shapes: B batch, T positions, C d_model, E routed experts, M tokens.
 """
@@ -35,27 +35,27 @@ Scoring = Literal["sigmoid", "softmax"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsConfig(FeedForwardConfig, variant="experts"):
-    """DeepSeekMoE with balancing free of an auxiliary loss (DeepSeek-V3, section 2.1.2).
+    """DeepSeekMoE with auxiliary-loss-free balancing (DeepSeek-V3, section 2.1.2).
 
     Attributes:
         n_routed: E, experts that tokens are routed to.
-        n_shared: experts that every token goes through, built as one of ``n_shared`` times the
+        n_shared: experts that every token uses, built as one expert of ``n_shared`` times the
             width.
-        top_k: routed experts a token is sent to.
+        top_k: routed experts per token.
         d_expert: inner width of one expert.
-        first_k_dense: the first layers of the trunk that stay dense.
-        n_groups: groups of neighbouring experts; 1 is no limit.
-        top_groups: groups that a token may choose its experts from, those with the largest sums
-            of their two best biased scores.
-        scaling: factor of the gates after they are renormalised over the chosen experts.
-        bias_rate: gamma, by how much an optimizer step moves an expert's bias.
-        bias_frozen: the last fraction of the run in which the biases no longer move.
-        sequence_loss: alpha of the sequence-wise balance loss (eq. 17-20); 0 is none.
-        scoring: of affinities, ``sigmoid`` (DeepSeek-V3) or ``softmax`` over all experts, without a
-            bias (Qwen3).
+        first_k_dense: number of the trunk's first layers that stay dense.
+        n_groups: groups of adjacent experts; 1 does not restrict the choice.
+        top_groups: groups that a token may choose its experts from: those with the largest sums of
+            their two best biased scores.
+        scaling: factor of the gates after they are normalized over the chosen experts.
+        bias_rate: gamma, the change of an expert's bias per optimizer step.
+        bias_frozen: the last fraction of the run, in which biases stay fixed.
+        sequence_loss: alpha of the sequence-wise balance loss (eq. 17-20); 0 for none.
+        scoring: how affinities are computed: ``sigmoid`` (DeepSeek-V3), or ``softmax`` over all
+            experts without a bias (Qwen3).
 
     Raises:
-        UserError: sizes that do not fit together; the message names them.
+        UserError: sizes do not fit together; the message names them.
     """
 
     training_keys: ClassVar[tuple[str, ...]] = ("bias_rate", "bias_frozen", "sequence_loss")
@@ -112,12 +112,11 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
 
     def to_dict(self) -> dict[str, Any]:
         data = super().to_dict()
-        # DeepSeek-V3's are stored as ever.
+        # Left out for sigmoid, as in checkpoints older than the setting.
         return data if self.scoring != "sigmoid" else {k: data[k] for k in data if k != "scoring"}
 
     def is_dense(self, layer: int | None) -> bool:
-        """Whether a layer of the trunk is no mixture; a prediction module's, None, always is one,
-        like the deeper layers."""
+        """Whether a layer is dense. The block of a prediction module (None) never is."""
         return layer is not None and layer < self.first_k_dense
 
     def build(self, trunk: TrunkShape, layer: int | None) -> nn.Module:
@@ -136,7 +135,7 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
         return self.matrix_params(trunk, layer) + self.idle_params(trunk, layer)
 
     def matrix_params(self, trunk: TrunkShape, layer: int | None) -> int:
-        """Of the experts, the shared and the chosen ones."""
+        """Matrices that a token uses: the router, the shared experts and the chosen ones."""
         if self.is_dense(layer):
             return 3 * trunk.d_model * trunk.d_ff
         experts = 3 * (self.top_k + self.n_shared) * self.d_expert
@@ -169,12 +168,12 @@ class ExpertsConfig(FeedForwardConfig, variant="experts"):
                 yield place.under("shared.", "shared_experts.")
 
     def rate(self, done: float) -> float:
-        """gamma when the fraction ``done`` of the run lies behind."""
+        """gamma after the fraction ``done`` of the run."""
         return 0.0 if done >= 1.0 - self.bias_frozen else self.bias_rate
 
 
 class Router(Linear):
-    """Affinities, choice and gates.
+    """Computes affinities, the choice of experts, and their gates.
 
     Attributes:
         expert_bias: b [E], fp32.
@@ -185,17 +184,17 @@ class Router(Linear):
     def __init__(self, d_model: int, config: ExpertsConfig) -> None:
         super().__init__(d_model, config.n_routed)
         self.config = config
-        kept = config.scoring == "sigmoid"  # else it is 0 for ever
+        kept = config.scoring == "sigmoid"  # else it is always 0
         self.register_buffer("expert_bias", torch.zeros(config.n_routed), persistent=kept)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)
-        # Also in a model of another precision: steps of 0.001 would be lost in bf16.
+        # Stays fp32 in a model of any precision: bf16 would lose steps of 0.001.
         self.expert_bias = self.expert_bias.float()
         return self
 
     def reset_buffers(self) -> None:
-        """The biases of a fresh model."""
+        """Set the biases to their initial values."""
         self.expert_bias.zero_()
 
     def forward(  # type: ignore[override]
@@ -204,20 +203,20 @@ class Router(Linear):
         """[M, C] -> affinities [M, E], chosen experts [M, top_k] and their gates [M, top_k]."""
         with torch.autocast(x_MC.device.type, enabled=False):
             logits_ME = super().forward(x_MC.to(self.weight.dtype))
-            # The last of a tensor's numbers are rounded otherwise than those before them.
+            # Vectorized code rounds the last numbers of a tensor differently from the others.
             law = torch.sigmoid if self.config.scoring == "sigmoid" else _softmax
             scores_ME = by_token(law, logits_ME)
         chosen_MK = self.choose(scores_ME.detach())
         gates_MK = scores_ME.gather(1, chosen_MK)
         gates_MK = gates_MK / (gates_MK.sum(-1, keepdim=True) + 1e-20) * self.config.scaling
-        # A frozen router's biases stay, too.
+        # The biases of a frozen router stay fixed too.
         if ledger is not None and self.weight.requires_grad:
             ledger.count(self, chosen_MK, self.config.n_routed)
         return scores_ME, chosen_MK, gates_MK
 
     @torch.no_grad()
     def choose(self, scores_ME: Tensor) -> Tensor:
-        """The experts [M, top_k] of every token; in training, in no order."""
+        """The experts [M, top_k] of every token; in training, in no particular order."""
         c = self.config
         biased_ME = scores_ME + self.expert_bias if c.scoring == "sigmoid" else scores_ME
         if c.n_groups > 1:
@@ -226,7 +225,7 @@ class Router(Linear):
             shut = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=scores_ME.device)
             shut.scatter_(1, best, False)
             biased_ME = grouped.masked_fill(shut.unsqueeze(-1), -torch.inf).flatten(1)
-        # Unsorted, their order depends on the number of tokens, and the gates' rounding on that.
+        # Without sorting, their order depends on the number of tokens, and so would the rounding.
         return biased_ME.topk(c.top_k, dim=-1, sorted=not self.training).indices
 
 
@@ -235,7 +234,7 @@ def _softmax(logits_ME: Tensor) -> Tensor:
 
 
 class MoE(nn.Module):
-    """The mixture; it takes a :class:`FeedForward`'s place."""
+    """The mixture of experts; it replaces a :class:`FeedForward`."""
 
     def __init__(self, d_model: int, config: ExpertsConfig) -> None:
         super().__init__()
@@ -261,9 +260,9 @@ class MoE(nn.Module):
 def sequence_balance_loss(scores_BTE: Tensor, top_k: int) -> Tensor:
     """``sum_i f_i P_i`` of every sequence (eq. 17-20): [B], 1 at perfect balance.
 
-    ``f_i`` is the expert's share of the sequence's ``top_k`` highest affinities times E, ``P_i``
-    its mean share of a token's affinities. Neither knows of biases or groups (eq. 18): the loss
-    judges the router, whatever the biases make of its scores.
+    ``f_i`` is E times the expert's share of the ``top_k`` highest affinities in the sequence, and
+    ``P_i`` its mean share of a token's affinities. Neither uses biases or groups (eq. 18): the loss
+    measures the router itself.
     """
     batch, seq_len, n_experts = scores_BTE.shape
     highest = scores_BTE.detach().topk(top_k, dim=-1, sorted=False).indices.flatten(1)
@@ -276,5 +275,5 @@ def sequence_balance_loss(scores_BTE: Tensor, top_k: int) -> Tensor:
 
 
 def routers_of(model: nn.Module) -> dict[str, Router]:
-    """Every router of a model, trunk's and modules', by its name."""
+    """All routers of a model, of the trunk and of the modules, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Router)}

@@ -1,15 +1,15 @@
-"""The operations that layers are made of: plain formulas, which faster code may stand in for.
+"""The operations that layers are made of: plain formulas that faster code can replace.
 
 Layers call ops and know no kernel. The plain formula runs on every device and in every dtype, and
-is what ``torch.compile`` sees. A part, or a user's own package, registers a function for a type of
-device:
+is the one that ``torch.compile`` sees. A part, or a user's own package, registers a function for a
+type of device:
 
     from mtp_lightning.nn import ops
 
     ops.rms_norm.register("cuda", my_rms_norm)
 
-The function takes the op's arguments and is given every call on such a device, so it looks at what
-it is given, and returns ``ops.rms_norm.plain(...)`` for what it does not do better.
+The function receives every call of the op on such a device. It checks its arguments and returns
+``ops.rms_norm.plain(...)`` for those that it does not compute faster.
 
 Shapes: B batch, T positions, S keys, N heads, M key-value heads, H head size, C d_model, F inner
 width, R rows, V vocabulary.
@@ -18,7 +18,7 @@ width, R rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import update_wrapper
+from functools import cache, update_wrapper
 from typing import Generic, ParamSpec, TypeVar
 
 import torch
@@ -34,9 +34,9 @@ Result = TypeVar("Result")
 
 
 class Op(Generic[P, Result]):
-    """A plain function, and what stands in for it by type of device.
+    """A plain function, and the functions that replace it, by type of device.
 
-    The device is that of the first argument, a tensor. One look-up in a dictionary decides.
+    The first argument must be a tensor; its device selects the function.
 
     Attributes:
         plain: the formula.
@@ -63,13 +63,13 @@ def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
     if weight_NK.dtype == torch.bfloat16 != x.dtype and not torch.is_autocast_enabled(
         x.device.type
     ):
-        weight_NK = weight_NK.to(x.dtype)  # held so for memory alone (nn/half.py)
+        weight_NK = weight_NK.to(x.dtype)  # bf16 only to save memory (nn/half.py)
     return F.linear(x, weight_NK)
 
 
 @Op
 def matmul_transposed(a_MK: Tensor, b_NK: Tensor) -> Tensor:
-    """``a @ b.T`` [M, N], without autograd; strides are free."""
+    """``a @ b.T`` [M, N], without autograd; any strides."""
     return a_MK @ b_NK.t()
 
 
@@ -88,7 +88,7 @@ def rms_norm(x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
 
 @Op
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (j, j + H/2) of ``x`` [..., H] (Su et al. 2021, eq. 34).
+    """Rotate the pairs (j, j + H/2) of ``x`` [..., H] (Su et al. 2021, eq. 34).
 
     Args:
         x: heads.
@@ -111,9 +111,9 @@ def attention(
     Args:
         query_BTNH: queries.
         key_BSMH: keys.
-        value_BSMH: values, whose width is the result's.
-        mask: broadcast against [B, N, T, S]: bool, True where a query sees a key; or additive; or
-            in blocks (``document_attention.py``). None is causal, with S = T.
+        value_BSMH: values; the result has their width.
+        mask: broadcast against [B, N, T, S]: bool, True where a query attends to a key; or
+            additive; or a block mask (``document_attention.py``). None is causal, with S = T.
     """
     if isinstance(mask, BlockMask):
         return document_attention(query_BTNH, key_BSMH, value_BSMH, mask)
@@ -176,21 +176,52 @@ def log_softmax_(logits_RV: Tensor, dtype: torch.dtype) -> Tensor:
 
 @Op
 def exp_(x: Tensor) -> Tensor:
-    """``exp(x)``, written over ``x``."""
+    """``exp(x)``, in place."""
     return x.exp_()
+
+
+def cross_entropy(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of a chunk and its gradient, as one compiled kernel for a GPU.
+
+    Compiled, no intermediate result is written to memory: otherwise the log-probabilities of
+    half-precision logits would be written in fp32 and read twice.
+
+    Args:
+        logits_RV: logits of R positions.
+        targets_R: token ids.
+
+    Returns:
+        ``-log softmax(logits)[target]`` [R], at least fp32, and the gradient with respect to the
+        logits [R, V], ``softmax - one_hot``, in the logits' dtype.
+    """
+    return _compiled_cross_entropy()(logits_RV, targets_R)
+
+
+@cache
+def _compiled_cross_entropy() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_cross_entropy)
+
+
+def _cross_entropy(logits_RV: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(logits_RV.dtype, torch.float32)
+    log_probs_RV = torch.log_softmax(logits_RV, dim=-1, dtype=dtype)
+    target_R1 = targets_R.unsqueeze(-1)
+    tokens_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
+    d_logits_RV = log_probs_RV.exp() - (tokens_V == target_R1).to(dtype)
+    return -log_probs_RV.gather(1, target_R1).squeeze(-1), d_logits_RV.to(logits_RV.dtype)
 
 
 _CODE: dict[str, Callable[[], tuple[str, str]]] = {}
 
 
 def register_code(device: str, says: Callable[[], tuple[str, str]]) -> None:
-    """Let ``says`` answer :func:`code` for a type of device."""
+    """Let ``says`` return the result of :func:`code` for a type of device."""
     _CODE[device] = says
 
 
 def code(device: str = "cpu") -> tuple[str, str]:
-    """Which code computes the ops on a type of device: its name in checkpoints, and the same for
-    people. By other code the last bits of a run may differ."""
+    """The code that computes the ops on a type of device: its name in checkpoints, and a
+    description. Other code may give other last bits of a run."""
     parts.load()
     says = _CODE.get(device)
     return ("plain", "PyTorch's operators") if says is None else says()

@@ -1,4 +1,4 @@
-"""Where a weight lies in a folder of Hugging Face's layout."""
+"""The weight map: which tensors of a folder in Hugging Face's layout make up a weight here."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A tensor here, and the tensors of a folder that it is made of.
+    """A tensor of this project, and the tensors of a folder that it is made of.
 
     Attributes:
-        own: its name here.
-        parts: names and shapes there, in the order of their rows.
-        stacked: the tensor here is so many matrices of one shape, whose rows lie on top of each
-            other there; None if it has their number of axes.
-        order: row i here is row ``order[i]`` of all parts' rows on top of each other; None leaves
-            them.
-        copy: the folder may hold it, and then it must be equal to what ``own`` has already.
-        precise: stays in float32 whatever the folder's dtype.
+        own: its name in this project.
+        parts: names and shapes of the tensors in the folder, in the order of their rows.
+        stacked: the tensor is a stack of this many matrices, whose rows are concatenated in the
+            folder; None if it has the same number of axes as its parts.
+        order: row i of the tensor is row ``order[i]`` of the concatenated parts; None keeps the
+            order.
+        copy: the folder may hold this tensor as a copy of ``own``, and must then agree with it.
+        precise: whether it stays in float32 in a folder of any dtype.
     """
 
     own: str
@@ -36,5 +36,5 @@ class Place:
 
 
 def renamed(own: str, theirs: str, shape: Shape, *, copy: bool = False) -> Place:
-    """A weight that is the same there, under another name."""
+    """A weight that the folder holds unchanged under another name."""
     return Place(own=own, parts=((theirs, shape),), copy=copy)

@@ -1,4 +1,4 @@
-"""What passes over a cache share: where its positions lie, their angles and their masks.
+"""Tables that all passes over caches share: positions, rotary angles and masks.
 
 Shapes: B rows, T new positions, S capacity, P stored positions that a pass reads, H head size.
 """
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mtp_lightning.nn.batch_invariant import FEW
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.rope import whole_head_table
+from mtp_lightning.nn.rope import over_whole_heads, rope_table
 
-# Passes read a multiple of this many positions. Attention over whole vectors of 16 fp32 gives the
-# same bits however many masked positions follow.
+# Passes read a multiple of this many positions: attention over whole vectors of 16 fp32 gives the
+# same bits for any number of masked positions after the last visible one.
 _ROUND = 16
 
 
@@ -26,15 +26,15 @@ def round_up(n: int) -> int:
 
 
 class Runs:
-    """A run of as many positions in every row of buffers [B, S, ..] of one capacity S.
+    """One run of T consecutive positions in every row of buffers [B, S, ..].
 
     Args:
-        tables: of that capacity.
-        starts: where the rows' runs begin.
-        width: T, positions of each.
+        tables: tables of the capacity S.
+        starts: the first position of every row's run.
+        width: T.
 
     Attributes:
-        uniform: whether they begin at the same place in every row.
+        uniform: whether all rows have the same first position.
     """
 
     def __init__(self, tables: PositionTables, starts: Sequence[int], width: int) -> None:
@@ -43,7 +43,8 @@ class Runs:
         self.width = width
         self.uniform = len(starts) == 1 or starts.count(starts[0]) == len(starts)
         if not self.uniform:
-            # Rows and positions as one axis: by one index, storing is several times faster.
+            # Flatten rows and positions into one axis: storing by one index is several times
+            # faster than by two.
             size = tables.capacity
             places = [row * size + start for row, start in enumerate(starts)]
             self._flat = torch.tensor(places, device=tables.device)
@@ -52,12 +53,13 @@ class Runs:
 
     @cached_property
     def positions(self) -> Tensor:
-        """All of them, [B, T], of runs that are not uniform."""
+        """The positions [B, T] of runs that are not uniform."""
         flat_BT = self._flat.view(len(self.starts), self.width)
         return flat_BT - self.tables.first_columns(len(self.starts))
 
     def read(self, buffer: Tensor, ahead: int = 0) -> Tensor:
-        """[B, S, ..] -> [B, T, ..], so many positions on; a view where the runs are uniform."""
+        """The run, moved ``ahead`` positions, of a buffer [B, S, ..]: [B, T, ..]; a view if the
+        runs are uniform."""
         if self.uniform:
             return buffer.narrow(1, self.starts[0] + ahead, self.width)
         flat = self._flat + ahead if ahead else self._flat
@@ -65,7 +67,7 @@ class Runs:
         return found.view(len(self.starts), self.width, *buffer.shape[2:])
 
     def write(self, buffer: Tensor, values: Tensor, ahead: int = 0) -> None:
-        """[B, T, ..] into [B, S, ..], so many positions on."""
+        """Write [B, T, ..] to the run, moved ``ahead`` positions, of a buffer [B, S, ..]."""
         if self.uniform:
             buffer.narrow(1, self.starts[0] + ahead, self.width).copy_(values)
         else:
@@ -79,9 +81,9 @@ class PositionTables:
 
     Args:
         config: the trunk's.
-        capacity: S, positions.
-        device: of the tables.
-        dtype: of the keys, and of the mask.
+        capacity: S, rounded up.
+        device: device of the tables.
+        dtype: dtype of keys, values and masks.
     """
 
     def __init__(
@@ -97,12 +99,12 @@ class PositionTables:
         self.dtype = dtype
         self.columns_S = torch.arange(self.capacity, device=device)
         self._first_columns: dict[int, Tensor] = {}
-        cos, sin = whole_head_table(self.columns_S, **config.rotary, dtype=dtype)
+        cos, sin = over_whole_heads(*rope_table(self.columns_S, **config.rotary, dtype=dtype))
         self.cos_S1H, self.sin_S1H = cos.unsqueeze(1), sin.unsqueeze(1)
         self.before = torch.zeros((), device=device, dtype=dtype)
         self.behind = torch.full_like(self.before, -math.inf)
-        # Query j of a pass that starts at n sees columns 0 .. n + j. One wide table holds the mask
-        # of every n as a slice.
+        # Query j of a pass that starts at n attends to columns 0 .. n + j. One wide table holds the
+        # mask for every n as a slice.
         self._center = self.capacity
         columns = torch.arange(2 * self.capacity + FEW, device=device)
         rows = torch.arange(FEW, device=device).unsqueeze(1) + self._center
@@ -110,14 +112,14 @@ class PositionTables:
         self._mask_TW.masked_fill_(columns > rows, -math.inf)
 
     def first_columns(self, batch: int) -> Tensor:
-        """Where every row begins if rows and positions are one axis, [B, 1]."""
+        """The flat index of every row's position 0 if rows and positions are one axis, [B, 1]."""
         if batch not in self._first_columns:
             rows = torch.arange(batch, device=self.device).unsqueeze(1)
             self._first_columns[batch] = rows * self.capacity
         return self._first_columns[batch]
 
     def at(self, start: int, n_new: int) -> tuple[Tensor, Tensor]:
-        """Rotary table of one run of positions: views [1, T, 1, H]."""
+        """Rotary table of consecutive positions: views [1, T, 1, H]."""
         place = (start, n_new)
         return self.cos_S1H.narrow(0, *place)[None], self.sin_S1H.narrow(0, *place)[None]
 

@@ -20,23 +20,23 @@ def rope_table(
     turned: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every angle.
+    """Cosine and sine of every rotary angle.
 
     Args:
         positions: whole numbers of any shape [...].
         d_head: H, even.
         theta: base of the frequencies ``theta^(-2j/R)``.
-        scaling: what is done to them.
-        turned: R, dimensions that are turned, even: the first R/2 pairs. The angles of the others
-            are 0. None is H.
-        dtype: of the model. A model of less than single precision is turned in that.
+        scaling: how the frequencies are stretched to longer contexts.
+        turned: R, the number of dimensions that are rotated, even: the first R/2 pairs. The angles
+            of the other pairs are 0. None is H.
+        dtype: the model's; the tables are at least fp32.
 
     Returns:
         Two tensors of [..., H/2], fp32 or fp64.
     """
     turned = d_head if turned is None else turned
     half = turned // 2
-    # In double precision: the angle of position 100,000 is not exact in fp32.
+    # In fp64: fp32 would round the angle of position 100,000 too coarsely.
     exponent = torch.arange(half, dtype=torch.float64, device=positions.device) / half
     frequency = theta**-exponent
     if isinstance(scaling, YarnScaling):
@@ -66,21 +66,14 @@ def _stretch(frequency: Tensor, scaling: RopeScaling) -> Tensor:
     return frequency * (kept + (1 - kept) / scaling.factor)
 
 
-def whole_head_table(
-    positions: Tensor,
-    d_head: int,
-    theta: float,
-    scaling: RopeScaling | YarnScaling | None = None,
-    *,
-    turned: int | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
-    """:func:`rope_table` over whole heads, [..., H], signs included, for ``turn_in_place``."""
-    cos, sin = rope_table(positions, d_head, theta, scaling, turned=turned, dtype=dtype)
+def over_whole_heads(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """A :func:`rope_table` [..., H/2] as one of [..., H], signs included: see
+    :func:`turn_in_place`."""
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def turn_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """``ops.rotary`` in three calls and without autograd, by a :func:`whole_head_table`."""
+    """``ops.rotary`` in place, in three calls and without autograd, with tables
+    :func:`over_whole_heads`."""
     swapped = torch.roll(x, x.shape[-1] // 2, dims=-1)
     x.mul_(cos).addcmul_(swapped, sin)

@@ -1,4 +1,4 @@
-"""Stretching rotary frequencies to longer contexts, as Llama 3.1 does, or as YaRN."""
+"""Stretching of rotary frequencies to longer contexts, as in Llama 3.1 or as in YaRN."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from mtp_lightning.settings import require_bool, require_number
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Slow frequencies divided by ``factor``, fast ones kept, those between blended (Llama 3.1).
+    """Llama 3.1's: slow frequencies are divided by ``factor``, fast ones kept, others interpolated.
 
-    A frequency is measured by the turns it makes in ``original_positions``: with fewer than
+    A frequency is measured by its full turns in ``original_positions``: with fewer than
     ``low_freq_factor`` it is slow, with more than ``high_freq_factor`` fast.
 
     Attributes:
-        factor: how much longer the context became.
-        low_freq_factor: turns below which a frequency is divided whole.
-        high_freq_factor: turns above which it is kept.
-        original_positions: the context before.
+        factor: how many times longer the new context is.
+        low_freq_factor: turns below which a frequency is divided by ``factor``.
+        high_freq_factor: turns above which a frequency is kept.
+        original_positions: length of the original context.
 
     Raises:
-        UserError: a number out of range.
+        UserError: a number is out of range.
     """
 
     factor: float
@@ -45,22 +45,23 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """Slow frequencies divided by ``factor``, fast ones kept, those between blended by their place
-    among the dimensions, and queries and keys lengthened (YaRN, Peng et al. 2023, arXiv 2309.00071,
-    section 3; as transformers and DeepSeek-V3 compute it).
+    """YaRN's (Peng et al. 2023, arXiv 2309.00071, section 3; as in transformers and DeepSeek-V3).
+
+    Slow frequencies are divided by ``factor``, fast ones kept, and those between interpolated
+    linearly by dimension. Queries and keys are multiplied by :attr:`magnitude`.
 
     Attributes:
-        factor: how much longer the context became.
-        original_positions: the context before.
-        beta_fast: turns in it above which a frequency is kept.
-        beta_slow: turns below which it is divided whole.
-        mscale: of DeepSeek's, what queries and keys are lengthened by; None is YaRN's own.
-        mscale_all_dim: of DeepSeek's, what latent attention's scores are multiplied by.
-        attention_factor: the length itself, instead of what follows from the others.
-        truncate: the blend begins and ends at whole dimensions.
+        factor: how many times longer the new context is.
+        original_positions: length of the original context.
+        beta_fast: turns in the original context above which a frequency is kept.
+        beta_slow: turns below which a frequency is divided by ``factor``.
+        mscale: DeepSeek's factor in :attr:`magnitude`; None is YaRN's own.
+        mscale_all_dim: DeepSeek's factor in :attr:`score_factor`.
+        attention_factor: :attr:`magnitude` itself, instead of computing it.
+        truncate: whether the interpolation begins and ends at whole dimensions.
 
     Raises:
-        UserError: a number out of range.
+        UserError: a number is out of range.
     """
 
     factor: float
@@ -82,7 +83,7 @@ class YarnScaling:
 
     @property
     def magnitude(self) -> float:
-        """What rotated queries and keys are multiplied by."""
+        """Factor of rotated queries and keys."""
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
@@ -91,14 +92,14 @@ class YarnScaling:
 
     @property
     def score_factor(self) -> float:
-        """What latent attention's scores are multiplied by (DeepSeek-V3's released code)."""
+        """Factor of latent attention's scores (DeepSeek-V3's released code)."""
         return self._length(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
 
     def _length(self, mscale: float) -> float:
         return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
 
     def blend(self, d_head: int, theta: float) -> tuple[float, float]:
-        """The places of H/2 between which frequencies go from kept to divided."""
+        """The dimensions among the H/2 between which frequencies go from kept to divided."""
 
         def place(turns: float) -> float:
             wave = self.original_positions / (turns * 2 * math.pi)
@@ -112,6 +113,6 @@ class YarnScaling:
 
 
 def rope_scaling(fields: Mapping[str, Any]) -> RopeScaling | YarnScaling:
-    """A stretch from plain data; each kind has fields of its own."""
+    """The scaling described by plain data; its fields tell which kind it is."""
     kind = RopeScaling if "low_freq_factor" in fields else YarnScaling
     return kind(**fields)

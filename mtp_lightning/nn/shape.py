@@ -1,4 +1,4 @@
-"""What all layers of a trunk share."""
+"""Sizes and settings that all layers of a trunk share."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.nn.rope_scaling import RopeScaling, YarnScaling, rope_scaling
 from mtp_lightning.settings import require_bool, require_number, require_whole
 
-# DeepSeek-V3 (section 4.2) initialises every matrix with std 0.006 at d_model 7168. The scale that
-# keeps activations alike at another width goes with 1 / sqrt(d_model).
+# DeepSeek-V3 (section 4.2) initializes every matrix with std 0.006 at d_model 7168. To keep
+# activations at the same scale, the std is proportional to 1 / sqrt(d_model).
 _DEEPSEEK_STD = 0.006
 _DEEPSEEK_WIDTH = 7168
 
@@ -38,15 +38,16 @@ class TrunkShape:
         n_heads: query heads.
         n_kv_heads: key and value heads; ``n_heads`` must be a multiple of it.
         d_ff: inner width of a dense feed-forward layer.
-        d_head: width of a query or key head; None lets the attention layer say, which for
-            grouped-query attention is ``d_model / n_heads``.
+        d_head: width of a query or key head; None is the attention layer's choice,
+            ``d_model / n_heads`` for grouped-query attention.
         rope_theta: base of the rotary frequencies.
-        rope_scaling: how they are stretched; None leaves them. A mapping is taken, too.
+        rope_scaling: how the frequencies are stretched, also as a mapping; None leaves them.
         norm_eps: epsilon of every RMSNorm.
-        tie_embeddings: the output head is the embedding matrix.
-        init_std: std of the normal initialisation; by default 0.006 * sqrt(7168 / d_model).
-        recompute: a training pass keeps only the blocks' inputs and computes the rest again
-            (Chen et al. 2016): less memory, a third more arithmetic, the same gradients.
+        tie_embeddings: whether the output head is the embedding matrix.
+        init_std: std of the normal initialization; by default 0.006 * sqrt(7168 / d_model).
+        recompute: whether a training pass stores only the blocks' inputs and recomputes the rest in
+            the backward pass (Chen et al. 2016): less memory, a third more arithmetic, the same
+            gradients.
 
     Raises:
         UserError: a size is not positive, or sizes do not fit together.
@@ -58,7 +59,7 @@ class TrunkShape:
     n_heads: int
     n_kv_heads: int
     d_ff: int
-    d_head: int = None  # type: ignore[assignment]  # a number once the trunk's config is made
+    d_head: int = None  # type: ignore[assignment]  # TrunkConfig replaces None by a number
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | YarnScaling | None = None
     norm_eps: float = 1e-6
@@ -90,5 +91,5 @@ class TrunkShape:
 
     @cached_property
     def counted(self) -> dict[Any, tuple[int, int]]:
-        """Weights of layers that were built to count them, which need not be done twice."""
+        """A cache of the parameter counts of layers, filled by :class:`LayerConfig`."""
         return {}

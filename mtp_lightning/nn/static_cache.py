@@ -1,7 +1,6 @@
-"""A :class:`KVCache` as a compiled pass sees it: where tokens stand is data, not program.
+"""A :class:`KVCache` as a compiled pass sees it: positions are inputs, not part of the program.
 
-Shapes: B rows, T new positions, S capacity, N query heads, M vectors of an entry,
-G = N / (key heads) queries a key head, H head size.
+Shapes: B rows, T new positions, S capacity, N query heads, M vectors of an entry, H head size.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from mtp_lightning.nn.components import CacheEntry
 class StaticCache:
     """Storage of several layers during one pass.
 
-    Every pass reads the whole capacity, masked: one program then serves all positions.
+    Every pass reads the whole capacity with a mask, so that one program serves all positions.
 
     Args:
-        entries_L_BSMH: a :class:`KVCache`'s own storage, which :meth:`append` writes to.
-        positions_BT: where the new tokens stand.
-        entry: what its vectors are.
+        entries_L_BSMH: the storage of a :class:`KVCache`, which :meth:`append` writes to.
+        positions_BT: positions of the new tokens.
+        entry: the layout of a stored entry.
     """
 
     def __init__(
@@ -37,28 +36,29 @@ class StaticCache:
         self._columns_S = torch.arange(capacity, device=device)
 
     def append(self, layer: int, entry_BTMH: Tensor) -> None:
-        """Store one layer's turned keys and values."""
+        """Store one layer's keys and values, with rotary positions applied."""
         entries = self.entries_L_BSMH[layer]
         entries.index_put_((self._rows_B1, self.positions_BT), entry_BTMH.to(entries.dtype))
 
     def distances(self) -> Tensor:
-        """How far before every new token every stored position lies, [B, T, S]; below 0, behind."""
+        """Distance from every stored position to every new token, [B, T, S]; negative if the stored
+        position comes later."""
         return self.positions_BT.unsqueeze(-1) - self._columns_S
 
     def attend(self, layer: int, query_BTNH: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of the new queries over all that is held: [B, T, N, H].
+        """Attention of the new queries over all stored positions: [B, T, N, H].
 
-        Written out, so that the compiler can fuse it.
+        The formula is written out so that the compiler can fuse it.
 
         Args:
-            layer: which of the cache's.
+            layer: index of the layer in the cache.
             query_BTNH: the new queries.
             mask: additive, [B, T, S]; None is causal.
         """
         keys, values = self.entry.split(self.entries_L_BSMH[layer].transpose(1, 2))
         batch, seq_len, n_heads, d_head = query_BTNH.shape
         n_kv = keys.shape[1]
-        # Queries that share a key head are rows of one product.
+        # Queries that share a key head become the rows of one matrix product.
         grouped = query_BTNH.view(batch, seq_len, n_kv, -1, d_head).permute(0, 2, 3, 1, 4)
         rows = grouped.reshape(batch, n_kv, -1, d_head)
         scores = (rows @ keys.transpose(-1, -2)) * d_head**-0.5

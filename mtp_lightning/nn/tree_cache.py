@@ -1,8 +1,8 @@
-"""Keys and values of a pass whose new tokens form a tree: each follows another, not its neighbour.
+"""A cache for passes whose new tokens form a tree: each follows its parent in the tree.
 
-A token at depth e of the tree stands e positions behind the first and sees what was stored before
-the pass, those that it follows, and itself. Entries lie in the order of the tokens until
-:meth:`TreeCache.settle` has put those of one path into their positions.
+A token at depth e of the tree has a position e after the first token's. It attends to the entries
+stored before the pass, to its ancestors and to itself. Entries are stored in the order of the
+tokens until :meth:`TreeCache.settle` moves those of one path to their positions.
 
 Shapes: B rows, T new tokens, E tokens of a path, P stored positions that a pass reads, N heads,
 M vectors of an entry, H head size.
@@ -21,17 +21,17 @@ from mtp_lightning.nn.position_tables import Runs
 
 
 class Branches:
-    """Who follows whom among the tokens of a pass.
+    """The tree of the tokens of a pass.
 
     Args:
-        parents: of every token the index of the one it follows, a smaller one; -1 of the first.
-        device: of the tables.
+        parents: for every token the index of its parent, which is smaller; -1 for the first.
+        device: device of the tables.
 
     Attributes:
         parents: as given.
-        offsets_T: positions behind the first.
-        tails: the paths to all leaves, one after the other, each without the tokens that it shares
-            with the path before: their first offset, and their indices.
+        offsets_T: depth of every token in the tree.
+        tails: the paths to all leaves in order, each without the tokens that it shares with the
+            path before: the offset of its first own token, and its tokens' indices.
     """
 
     def __init__(self, parents: Sequence[int], device: torch.device) -> None:
@@ -42,7 +42,7 @@ class Branches:
             assert parent < token
             paths.append([*(paths[parent] if token else []), token])
         self.offsets_T = torch.tensor([len(path) - 1 for path in paths], device=device)
-        # Columns: stored before the pass, its tokens, behind it.
+        # Columns: the entries stored before the pass, its tokens, the positions after it.
         sees_TW = torch.zeros(width, width + 2, dtype=torch.bool)
         sees_TW[:, 0] = True
         for token, path in enumerate(paths):
@@ -59,7 +59,7 @@ class Branches:
 
 
 class TreeCache(KVCache):
-    """A :class:`KVCache` that a tree of tokens can be read into."""
+    """A :class:`KVCache` whose passes may read a tree of tokens."""
 
     _branches: Branches | None = None
 
@@ -72,7 +72,8 @@ class TreeCache(KVCache):
         super().begin(starts, n_new)
 
     def begin_tree(self, starts: list[int], branches: Branches) -> None:
-        """Open a pass over a tree in every row, its first token at ``starts``; as :meth:`begin`."""
+        """Open a pass over the same tree in every row, its first token at ``starts``; see
+        :meth:`begin`."""
         self._open(starts, branches.width)
         self._branches = branches
         self._kept: dict[int, Tensor] = {}
@@ -108,8 +109,9 @@ class TreeCache(KVCache):
             self._kept[layer] = entry_BTMH
 
     def attend(self, layer: int, query_BTNH: Tensor, mask: Tensor | None) -> Tensor:
-        """In an exact pass, path by path, each with its entries where a chain has them: a token's
-        numbers are then those of a pass over its path alone, to the last bit."""
+        """See :meth:`KVCache.attend`. In a batch-invariant pass, each path is computed with its
+        entries at the positions of a chain, so that every token has the bits of a pass over its own
+        path alone."""
         if self._branches is None or not is_batch_invariant():
             return super().attend(layer, query_BTNH, mask)
         assert mask is not None
@@ -138,20 +140,21 @@ class TreeCache(KVCache):
         )
 
     def settle(self, path_BE: Tensor) -> None:
-        """Keep one path of the last pass's tree in every row, from its first token on.
+        """Keep one path of the last pass's tree in every row.
 
         Args:
-            path_BE: indices of its tokens; those behind a path's end may be any.
+            path_BE: indices of the path's tokens, the tree's first token first; entries after a
+                path's end are arbitrary.
         """
         read, runs = self.runs, Runs(self.tables, self.starts, path_BE.shape[1])
         for layer, entries in enumerate(self.entries_L_BSMH):
-            # Fused passes leave them where they were read.
+            # Fused passes do not call append: their entries are read from the storage.
             kept = self._kept.pop(layer, None)
             runs.write(entries, along(read.read(entries) if kept is None else kept, path_BE))
 
 
 def along(values: Tensor, path_BE: Tensor) -> Tensor:
-    """Those of the tokens of a path: [B, T, ..] -> [B, E, ..]."""
+    """The values of the tokens of a path: [B, T, ..] -> [B, E, ..]."""
     batch, width = values.shape[:2]
     first_B1 = torch.arange(batch, device=path_BE.device).unsqueeze(1) * width
     found = values.flatten(0, 1).index_select(0, (path_BE + first_B1).flatten())

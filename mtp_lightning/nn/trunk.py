@@ -14,9 +14,9 @@ from mtp_lightning.nn.norm import RMSNorm
 
 
 class TrunkState(Enum):
-    """Which of the trunk's hidden states a stack branches from.
+    """The trunk's hidden state that a stack branches from.
 
-    ``BEFORE_LAST`` is after all blocks but the last, ``LAST_BLOCK`` after all;
+    ``BEFORE_LAST`` is after all blocks except the last, ``LAST_BLOCK`` after all blocks;
     ``NORMED_BEFORE_LAST`` and ``FINAL`` are the same two after the trunk's final norm.
     """
 
@@ -28,12 +28,12 @@ class TrunkState(Enum):
 
 @dataclass(frozen=True)
 class TrunkOutput:
-    """What prediction heads may read from the trunk, each [B, T, C].
+    """The trunk's hidden states that prediction heads may read, each [B, T, C].
 
     Attributes:
-        final: after all blocks and the norm: h^0 of docs/semantics.md, what the head projects.
+        final: after all blocks and the norm: h^0 of docs/semantics.md, which the head projects.
         last_block: after all blocks, before the final norm.
-        before_last: after all blocks but the last, before any norm.
+        before_last: after all blocks except the last, before any norm.
     """
 
     final: Tensor
@@ -54,8 +54,8 @@ class Trunk(nn.Module):
     def forward(self, embedded_BTC: Tensor, positions: Positions) -> TrunkOutput:
         """Embedded tokens [B, T, C] -> hidden states.
 
-        The caller embeds, because prediction depths read the same embedding, shifted: one look-up
-        serves them all.
+        The caller embeds the tokens, because the prediction depths read the same embeddings,
+        shifted: one lookup serves all.
         """
         h_BTC = before_last = embedded_BTC
         for layer, block in enumerate(self.blocks):

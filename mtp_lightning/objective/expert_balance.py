@@ -1,4 +1,4 @@
-"""Balances experts without an auxiliary loss: moves the biases that choose them.
+"""Auxiliary-loss-free balancing of experts: moves the biases that choose them.
 
 Wang et al. 2024 (arXiv 2408.15664, algorithm 1); DeepSeek-V3, section 2.1.2.
 """
@@ -19,28 +19,28 @@ from mtp_lightning.objective.ranks import sum_over_ranks
 def balance_experts(model: nn.Module, ledger: Ledger, *, done: float) -> dict[str, Tensor]:
     """``b += gamma * sign(mean load - load)`` for every router, after an optimizer step.
 
-    Loads are tokens sent to an expert in the whole step: all micro-batches, all ranks, each token
-    once under activation recomputation. gamma is ``model.feed_forward.bias_rate``, and 0 in the
-    last ``model.feed_forward.bias_frozen`` of the run. A router that the step did not use (a depth
-    of weight 0) stays as it is.
+    The load of an expert is the number of tokens sent to it in the whole step, over all
+    micro-batches and ranks; activation recomputation does not count twice. gamma is
+    ``model.feed_forward.bias_rate``, and 0 in the last fraction ``model.feed_forward.bias_frozen``
+    of the run. A router that the step did not use (a depth of weight 0) keeps its biases.
 
     Args:
         model: its routers are those of the trunk and of the MTP modules.
         ledger: the loads of all micro-batches of this rank's step.
-        done: fraction of the run that lay behind before the step.
+        done: fraction of the run that was done before the step.
 
     Returns:
-        What to log: ``moe/max_violation_layer_l`` of trunk layer l and
-        ``moe/max_violation_depth_k`` of the module of depth k, each MaxVio = max load / mean load
+        Values to log: ``moe/max_violation_layer_l`` for trunk layer l and
+        ``moe/max_violation_depth_k`` for the module of depth k, each MaxVio = max load / mean load
         - 1 of the step, and their mean, ``moe/max_violation``. Empty without experts.
     """
     if not ledger.loads:
         return {}
     used = {name: router for name, router in routers_of(model).items() if router in ledger.loads}
-    # All have the same number of experts, and all ranks have used the same routers.
+    # All routers have the same number of experts, and all ranks used the same routers.
     load_LE = sum_over_ranks(torch.stack([ledger.loads[router] for router in used.values()]))
     for router, load_E in zip(used.values(), load_LE, strict=True):
-        # In whole numbers, E * load against the total: a balance is then seen as one.
+        # Compare E * load with the total in whole numbers, so that equality is exact.
         direction_E = torch.sign(load_E.sum() - load_E * load_E.shape[0])
         router.expert_bias.add_(direction_E, alpha=router.config.rate(done))
     violation_L = load_LE.amax(-1) / load_LE.float().mean(-1) - 1
@@ -52,7 +52,7 @@ def balance_experts(model: nn.Module, ledger: Ledger, *, done: float) -> dict[st
 
 
 def label(name: str) -> str:
-    """A router's name in the log: ``layer_3`` of the trunk, ``depth_1`` of the modules."""
+    """A router's name in the log: ``layer_3`` in the trunk, ``depth_1`` in the modules."""
     trunk = re.search(r"trunk\.blocks\.(\d+)\.", name)
     if trunk:
         return f"layer_{trunk[1]}"

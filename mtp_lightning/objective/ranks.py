@@ -1,4 +1,4 @@
-"""The processes that train one model together, each on windows of its own."""
+"""The data-parallel ranks that train one model together."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ def _together() -> bool:
 
 
 def world_size() -> int:
-    """How many there are; 1 outside of distributed training."""
+    """Number of ranks; 1 outside of distributed training."""
     return dist.get_world_size() if _together() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Index of this rank, from 0."""
     return dist.get_rank() if _together() else 0
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of every rank's tensor, the same on all; the argument keeps its values."""
+    """The sum of all ranks' tensors, the same on all ranks; the argument is not changed."""
     if world_size() == 1:
         return values
     values = values.clone()

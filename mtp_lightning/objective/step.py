@@ -1,11 +1,11 @@
-"""One optimizer step: ``L = L_0 + sum_k lambda_k L_k`` (DeepSeek-V3, eq. 24-25), and what it takes.
+"""One optimizer step on ``L = L_0 + sum_k lambda_k L_k`` (DeepSeek-V3, eq. 24-25).
 
-``L_k`` is the mean over the valid targets of depth k in the whole step: every rank's, every
-micro-batch's. A micro-batch therefore divides its sums by the step's counts, not its own, and the
-counts are known before the first backward pass.
+``L_k`` is the mean over the valid targets of depth k in the whole step, on all ranks and in all
+micro-batches. So a micro-batch divides its sums by the counts of the step, which are known before
+the first backward pass.
 
-The way of a step: progress -> lambdas -> *factors* (what multiplies each loss, [D + 1]) ->
-micro-batches forward and backward -> clipping -> balancing -> optimizer.
+The order of a step: progress -> lambdas -> *factors* of the losses, [D + 1] -> micro-batches
+forward and backward -> clipping -> balancing -> optimizer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning import processes
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import RandomKey
+from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.nn.ledger import Ledger
 from mtp_lightning.objective.balance.base import Balance, Observed
 from mtp_lightning.objective.balance.gradients import (
@@ -42,15 +42,16 @@ _MAIN_TERM = CrossEntropy()
 
 
 class OptimizerStep:
-    """Trains a model, one call a step; the same with and without Lightning.
+    """Trains a model, one optimizer step per call, with or without Lightning.
 
     Args:
         model: in training mode.
         schedule: lambda_k as a function of progress.
-        balance: the rule that weighs the tasks by what is measured.
-        objective: what the MTP depths are trained on; None is cross-entropy, the main prediction's.
-        seed: of the random choices in training.
-        accumulate: micro-batches that a rank's batch is split into.
+        balance: the rule that weighs the tasks by measurements.
+        objective: the objective of the MTP depths; None is cross-entropy, like the main
+            prediction's.
+        seed: seed of the random choices in training.
+        accumulate: number of micro-batches that a rank's batch is split into.
         clip_norm: bound on the gradient's global norm; None for no bound.
     """
 
@@ -75,14 +76,14 @@ class OptimizerStep:
         self.seed = seed
         self.accumulate = accumulate
         self.clip_norm = clip_norm
-        # Of a frozen trunk nobody learns from the main prediction, but a rule may look at it.
+        # With a frozen trunk nothing learns from the main prediction, but a rule may observe it.
         self._computes_main = model.config.mtp.trains_trunk or balance.observes
 
     def plan(self, batch: WindowBatch, progress: Progress) -> StepPlan:
-        """What the step over this rank's ``batch`` is going to do."""
+        """Plan the step over this rank's ``batch``."""
         key = RandomKey(self.seed, progress.step, first_row=len(batch) * rank())
         counts = step_counts(batch, self.model.mtp, key, taught=self.objective.needs_teacher)
-        # A depth that a document mask left without a target is one that is switched off.
+        # A depth that a document mask leaves without a target is treated as switched off.
         depths = range(1, self.model.depth + 1)
         usable = [max(counts.of(k, term) for _, term in self.objective.parts) for k in depths]
         base = [1.0, *_where(usable, self.schedule.weights(progress))]
@@ -111,17 +112,16 @@ class OptimizerStep:
         backward: Callable[[Tensor], None] = torch.Tensor.backward,
         no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> StepResult:
-        """One optimizer step.
+        """Run one optimizer step.
 
         Args:
-            batch: this rank's; every rank's has the same size.
-            progress: before the step.
-            optimizer: over the model's parameters and the rule's.
-            run: what calls a micro-batch's forward pass; a sharded model's weights are gathered
-                there.
-            backward: what runs the backward pass of a micro-batch's loss.
-            no_sync: around all micro-batches but the last, whose gradients need not be summed over
-                ranks yet.
+            batch: this rank's batch; all ranks' have the same size.
+            progress: progress before the step.
+            optimizer: over the parameters of the model and of the balance rule.
+            run: calls a micro-batch's forward pass; sharded models gather their weights in it.
+            backward: runs the backward pass of a micro-batch's loss.
+            no_sync: context of all micro-batches except the last, whose gradients are not yet
+                summed over ranks.
 
         Raises:
             UserError: the batch was built for another depth, or has no valid target.
@@ -134,9 +134,9 @@ class OptimizerStep:
             last = index == len(plan.micro_batches) - 1
             with nullcontext() if last else no_sync():
                 loss, micro_sums, reported = run(self.loss, plan, micro, key)
-                # With a frozen trunk and all weights 0, a step trains nothing.
+                # A frozen trunk with all weights at 0 trains nothing.
                 if loss.requires_grad:
-                    # Data-parallel ranks average their gradients; the parts of the loss add up.
+                    # Data-parallel ranks average their gradients; here they must add up.
                     backward(loss * world_size())
             sums += micro_sums
             ledger.add_loads(reported)
@@ -153,7 +153,7 @@ class OptimizerStep:
             self.balance.gate(plan.base, gradients)
         values: dict[str, Tensor | float] = {}
         if self.clip_norm is not None:
-            # What a balance rule learns has no gradient yet, and so no part in the norm.
+            # A balance rule's parameters have no gradient yet, so the norm leaves them out.
             clipped = [p for group in optimizer.param_groups for p in group["params"]]
             norm = nn.utils.clip_grad_norm_(clipped, self.clip_norm)
             values["train/grad_norm"] = processes.tensors().whole(norm)
@@ -199,15 +199,16 @@ class OptimizerStep:
     ) -> tuple[Tensor, Tensor, Ledger]:
         """One micro-batch's part of the step's loss.
 
-        The backward passes of heads side by side have happened when this returns (see
-        ``mtp/kinds.py``); ``backward()`` on the loss goes through the trunk and hands out all
+        The backward passes of heads side by side have already run when this returns (see
+        ``mtp/kinds.py``); ``backward()`` on the loss goes through the trunk and distributes all
         gradients.
 
         Returns:
-            The part of L (those of all micro-batches and ranks add up to it, the experts' balance
-            losses included), the summed losses [D + 1, P] of this micro-batch, fp64, of every depth
-            (0 where not computed) and term of the objective (the main prediction's in the first
-            column), and what the layers reported.
+            - the part of L, the experts' balance losses included; the parts of all micro-batches
+              and ranks add up to L;
+            - the summed losses of this micro-batch by depth and term, [D + 1, P] fp64: 0 where not
+              computed, the main prediction's in the first column;
+            - the layers' auxiliary outputs.
         """
         if plan.counts.valid[0] == 0:
             raise UserError(
@@ -230,7 +231,7 @@ class OptimizerStep:
             compiled=model.has_compiled_kernels,
         )
         for loss in ledger.losses:
-            if loss.requires_grad:  # those of heads side by side have had their backward pass
+            if loss.requires_grad:  # the losses of heads side by side are already backpropagated
                 total = total + auxiliary * loss
         all_sums = sums.new_zeros(model.depth + 1, len(objective.parts))
         for target, own_sum in zip(targets, sums, strict=True):
@@ -240,7 +241,7 @@ class OptimizerStep:
     def _targets(
         self, plan: StepPlan, micro: WindowBatch, key: RandomKey | None
     ) -> list[DepthTarget]:
-        """What the head is asked for: the main prediction, then every depth."""
+        """The targets of the main prediction, then of every depth."""
         main = plan.factors[0] / plan.counts.valid[0]
         targets = [DepthTarget(0, micro.targets(0), main, _MAIN_TERM)]
         for k in plan.active:
@@ -251,12 +252,12 @@ class OptimizerStep:
     def flops_per_token(
         self, seq_len: int, active: Sequence[int] | None = None, *, main: bool | None = None
     ) -> int:
-        """FLOPs of training on one position, the objective's own included.
+        """FLOPs per position of training, the objective's own included.
 
         Args:
             seq_len: T.
             active: the MTP depths computed; by default all.
-            main: whether the main prediction is, too; by default if anything learns from it.
+            main: whether the main prediction is computed; by default if anything learns from it.
         """
         config = self.model.config
         active = list(range(1, self.model.depth + 1) if active is None else active)
@@ -270,12 +271,12 @@ class OptimizerStep:
         per_position = self.flops_per_token(seq_len, active, main=main)
         if main and not config.mtp.trains_trunk:
             per_position += config.trunk.head_flops()
-        if plan.micro_batches[0][0].states is not None:  # the trunk's are read
+        if plan.micro_batches[0][0].states is not None:  # stored states replace the trunk's passes
             per_position -= config.mtp.trunk_flops(config.trunk, seq_len, active)
         if measured:
             per_position += self.balance.measuring_flops(config, seq_len, active)
             per_position += self.objective.measuring_flops(config, active)
-        # A position that a document mask leaves without a target is computed all the same.
+        # Positions that a document mask leaves without a target are computed too.
         return plan.windows * seq_len * per_position
 
 

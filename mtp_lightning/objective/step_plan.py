@@ -1,4 +1,4 @@
-"""What an optimizer step is going to do, and what it did."""
+"""The plan of an optimizer step, and its result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import RandomKey
+from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.objective.balance.base import depths_of
 from mtp_lightning.objective.balance.gradients import TaskGradients, task_gradients
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
@@ -20,16 +20,16 @@ from mtp_lightning.objective.targets import PositionCounts
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """What an optimizer step is going to do; the same on every rank, but for the micro-batches.
+    """The plan of an optimizer step; the same on every rank, except for the micro-batches.
 
     Attributes:
-        progress: before the step.
-        base: [D + 1], 1 and the schedule's lambda_k, 0 for a depth without a valid target.
-        factors: [D + 1], what the losses are multiplied by. One of factor 0 is not computed.
-        counts: of the whole step.
-        windows: in the whole step.
+        progress: progress before the step.
+        base: [D + 1], 1 and the schedule's lambda_k; 0 for a depth without a valid target.
+        factors: [D + 1], the factors of the losses. A loss of factor 0 is not computed.
+        counts: positions that count in the whole step.
+        windows: number of windows in the whole step.
         micro_batches: this rank's, each with the key of its random choices.
-        objective: what the depths are trained on.
+        objective: the objective of the depths.
     """
 
     progress: Progress
@@ -47,7 +47,7 @@ class StepPlan:
 
     @property
     def computed(self) -> list[int]:
-        """Those and, unless nothing learns from it, the main prediction."""
+        """The depths whose losses are computed, 0 included if the main prediction's is."""
         return [k for k in (0, *self.active) if self.factors[k]]
 
     @property
@@ -58,7 +58,7 @@ class StepPlan:
     def task_gradients(
         self, model: MTPModel, depths: Sequence[int], groups: Mapping[str, list[nn.Parameter]]
     ) -> dict[str, TaskGradients]:
-        """The gradients of the main prediction and of ``depths``, each alone; see
+        """The separate gradients of the main prediction and of ``depths``; see
         :func:`~mtp_lightning.objective.balance.gradients.task_gradients`."""
         return task_gradients(
             model, self.micro_batches, depths, self.counts, groups, self.objective
@@ -67,15 +67,15 @@ class StepPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What an optimizer step did, over all ranks.
+    """The result of an optimizer step, over all ranks.
 
     Attributes:
-        plan: what it was to do.
+        plan: the step's plan.
         loss: L.
         losses: [D + 1], L_k, fp64; 0 where not computed.
-        flops: of the step, those of positions without a valid target included.
-        dtype: that the losses are logged in.
-        values: by log tag, what balancing and clipping have to say.
+        flops: FLOPs of the step, positions without a valid target included.
+        dtype: dtype in which losses are logged.
+        values: by log tag, the values of balancing and clipping.
     """
 
     plan: StepPlan
@@ -91,7 +91,7 @@ class StepResult:
         return self.plan.counts.valid[0]
 
     def log_values(self) -> dict[str, Tensor | float]:
-        """Everything by log tag, the losses unscaled."""
+        """All values to log, by tag; losses without their factors."""
         plan = self.plan
         values: dict[str, Tensor | float] = {**self.values, "train/loss": self.loss.to(self.dtype)}
         values |= {f"train/loss_depth_{k}": self.losses[k].to(self.dtype) for k in plan.computed}

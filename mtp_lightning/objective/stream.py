@@ -1,9 +1,9 @@
 """``sum_k coefficient_k * loss_k`` of all depths as one node of the autograd graph.
 
-Every kind of stack feeds the same loop: its feed (``mtp/feed.py``) yields hidden states, they go
-through the head (``through_head.py``), and the feed takes their gradients back to where the states
-came from. That happens in the node's forward pass; its backward pass hands the gradients on. To
-data parallelism, with its hooks on every parameter, the node is like any other.
+Every kind of stack uses the same loop: its feed (``mtp/feed.py``) yields hidden states, they go
+through the head (``through_head.py``), and the feed propagates their gradients to its inputs. All
+of that happens in the node's forward pass; the backward pass only returns the gradients. For data
+parallelism, with its hooks on every parameter, the node is like any other.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def prepass(
     targets: Sequence[DepthTarget],
     measures: Collection[Measure],
 ) -> Seen:
-    """What must be known of all hidden states before any of them learns.
+    """Compute the rules' measures of all hidden states before any of them learns.
 
-    The states go through the head as they do when they learn, chunk by chunk; a number a position
-    and depth is what remains.
+    The states go through the head in the same chunks as when they learn; one number per position,
+    depth and measure remains.
 
     Args:
-        weight_VC: the shared head's.
-        feed: of the stack, whose depths are asked for only if a measure is of them.
-        targets: of the main prediction, then of the depths.
-        measures: what to find out; without any, nothing is computed.
+        weight_VC: the shared head's weight.
+        feed: the stack's feed; its depths are computed only if a measure needs them.
+        targets: the main prediction's, then the depths'.
+        measures: the measures; without any, nothing is computed.
     """
     if not measures:
         return {}
@@ -78,18 +78,18 @@ def stream_loss(
     """The weighted loss of the main prediction and of some depths.
 
     Args:
-        weight_VC: the shared head's.
-        feed: of the stack, over one micro-batch.
-        targets: of the main prediction, then of the depths that the feed was made for, in order; of
-            a depth, one for every term.
+        weight_VC: the shared head's weight.
+        feed: the stack's feed over one micro-batch.
+        targets: the main prediction's, then those of the feed's depths in order; one target per
+            term of a depth.
         train_head: whether the depths train the shared head, or only pass through it.
         auxiliary: factor of the auxiliary losses of layers whose backward pass happens here (those
             of heads side by side); they are left out of the total.
-        compiled: whether cross-entropy alone is one compiled kernel.
+        compiled: whether plain cross-entropy uses one compiled kernel.
 
     Returns:
-        The weighted total, a differentiable scalar in fp32 (in a double precision model fp64), and
-        the plain sums of the losses [len(targets)], fp64, without a gradient.
+        The weighted total, a differentiable scalar of at least fp32, and the unweighted sums of the
+        losses [len(targets)], fp64, without a gradient.
     """
     call = _Call(feed, targets, train_head, auxiliary, compiled)
     return _Stream.apply(weight_VC, call, *feed.inputs, *call.of_terms)
@@ -97,14 +97,14 @@ def stream_loss(
 
 @dataclass(eq=False)
 class _Call:
-    """What the node is given beside tensors."""
+    """The node's arguments that are not tensors."""
 
     feed: Feed
     targets: Sequence[DepthTarget]
     train_head: bool
     auxiliary: float
     compiled: bool
-    # Asked before: inside the node no gradient is on.
+    # Read before the node's forward pass, in which autograd is always off.
     learns: bool = field(default_factory=torch.is_grad_enabled)
 
     @property
@@ -143,8 +143,7 @@ class _Stream(torch.autograd.Function):
             done += count
         ctx.gradients = (head.gradient, *gradients, *(of_terms.get(p) for p in call.of_terms))
         ctx.mark_non_differentiable(sums)
-        # Multiply one at a time: a tensor of coefficients would be copied from the host, which
-        # waits for the device.
+        # Multiply one at a time: a coefficient tensor would force a host-to-device copy and a sync.
         weighted = [part * target.coefficient for part, target in zip(sums, targets, strict=True)]
         dtype = torch.promote_types(weight_VC.dtype, torch.float32)
         return torch.stack(weighted).sum().to(dtype), sums
@@ -152,7 +151,7 @@ class _Stream(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_weight, *gradients = ctx.gradients
-        # They are handed on, not kept: a second backward through the same graph has none.
+        # Not kept for a second backward pass through the same graph.
         del ctx.gradients
         for tensor in (d_weight, *gradients):
             if tensor is not None:

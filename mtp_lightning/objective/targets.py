@@ -1,4 +1,4 @@
-"""What the depths are asked for: tokens, a term, and how much every position counts.
+"""The targets of the depths: tokens, a term, and the weight of every position.
 
 Shapes: B batch, T positions, R positions of one chunk, C d_model, V vocabulary.
 """
@@ -13,28 +13,28 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import IGNORE_INDEX, WindowBatch
-from mtp_lightning.mtp.base import MTPStack, RandomKey
+from mtp_lightning.mtp.base import MTPStack
+from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.objective.ranks import sum_over_ranks, world_size
 from mtp_lightning.objective.terms.base import Chunk, Teacher, Term
 
 
 @dataclass(frozen=True, eq=False)
 class DepthTarget:
-    """What one depth is to predict by one term, and how much it counts.
+    """The target of one depth for one term.
 
     Attributes:
         depth: k.
         tokens: [...] token ids; -100 is ignored.
-        coefficient: factor of the term's summed loss: its weight / positions that count in the
-            step. A loss of factor 0 that nothing learns from is not computed.
-        term: what it is trained on.
-        part: which of the objective's terms that is.
-        weights: [...] of the positions, which multiply loss and gradient; None is 1.
-        values: [...] the losses, where they are known beforehand and rest on other depths, too;
-            ``weights`` then multiply the gradient alone.
-        stride: s, of depths that leap: the main prediction of the same token stands s k positions
-            on.
-        record: [...] where the losses of the positions are written, if anywhere.
+        coefficient: factor of the term's summed loss: its weight / number of positions that count
+            in the step. A loss of coefficient 0 is at most logged.
+        term: the term.
+        part: index of the term in the objective.
+        weights: [...] weights of the positions, which multiply loss and gradient; None is 1.
+        values: [...] the losses, if they depend on other depths and are known from a prepass;
+            ``weights`` then multiply only the gradient.
+        stride: s; the main prediction of the same token is s k positions to the right.
+        record: [...] a tensor that receives the loss of every position; None for none.
     """
 
     depth: int
@@ -54,12 +54,17 @@ class DepthTarget:
 
 
 class ChunkTarget:
-    """A target at some positions: token ids [R], and how much each of them counts [R].
+    """A target at the R positions of one chunk.
 
     Args:
-        target: of all positions.
-        rows: which of them these are.
+        target: the target at all positions.
+        rows: the chunk's rows.
         total: fp64 scalar that the losses are added to.
+
+    Attributes:
+        tokens_R: target ids; 0 at positions that do not count.
+        valid_R: bool, which positions have a target.
+        counts_R: mask times weights.
     """
 
     def __init__(self, target: DepthTarget, rows: slice | Tensor, total: Tensor) -> None:
@@ -67,7 +72,6 @@ class ChunkTarget:
         self.depth, self.coefficient, self.term = target.depth, target.coefficient, target.term
         self.of_token = target.term.of_token
         self.tokens_R, self.valid_R = tokens_R.clamp(min=0), tokens_R != IGNORE_INDEX
-        # Mask and weights.
         self.counts_R = self.valid_R
         if target.weights is not None:
             self.counts_R = target.weights.reshape(-1)[rows] * self.valid_R
@@ -80,7 +84,7 @@ class ChunkTarget:
         return (self.counts_R.to(dtype) * self.coefficient).unsqueeze(-1)
 
     def chunk(self, log_q_RV: Tensor, h_RC: Tensor | None = None) -> Chunk:
-        """What the term is given."""
+        """The argument of the term's methods."""
         return Chunk(self.depth, log_q_RV, self.tokens_R, h_RC, self.teacher)
 
     def value(self, log_q_RV: Tensor, h_RC: Tensor | None = None) -> Tensor:
@@ -88,7 +92,7 @@ class ChunkTarget:
         return self.term.value(self.chunk(log_q_RV, h_RC))
 
     def note(self, value_R: Tensor, counts_R: Tensor | None = None) -> None:
-        """Add the losses to the sum: by mask and weights, or by ``counts_R`` in their place."""
+        """Add the losses to the sum, weighted by ``counts_R`` (default: mask times weights)."""
         if self._record is not None:
             self._record.view(-1)[self._rows] = value_R
         counts_R = self.counts_R if counts_R is None else counts_R
@@ -98,13 +102,13 @@ class ChunkTarget:
 
 
 def by_depth(targets: Sequence[DepthTarget]) -> dict[int, list[DepthTarget]]:
-    """The targets of every depth, in their order."""
+    """Group targets by depth, in their order."""
     groups = itertools.groupby(targets, key=lambda target: target.depth)
     return {depth: list(group) for depth, group in groups}
 
 
 def tokens_of(targets: Sequence[DepthTarget]) -> dict[int, Tensor]:
-    """The target tokens of every depth, -100 where none of its terms counts."""
+    """The target tokens of every depth; -100 at positions that count for none of its terms."""
     tokens: dict[int, Tensor] = {}
     for target in targets:
         if target.depth not in tokens or not target.needs_teacher:
@@ -114,18 +118,18 @@ def tokens_of(targets: Sequence[DepthTarget]) -> dict[int, Tensor]:
 
 @dataclass(frozen=True)
 class PositionCounts:
-    """Positions that count in an optimizer step, of all ranks.
+    """Number of positions that count in an optimizer step, over all ranks.
 
     Attributes:
-        valid: [D + 1], those with a valid target.
-        taught: [D + 1], those of them that have a teacher; None where nobody asks.
+        valid: [D + 1], positions with a valid target.
+        taught: [D + 1], those of them that have a teacher; None if not needed.
     """
 
     valid: list[int]
     taught: list[int] | None = None
 
     def of(self, k: int, term: Term) -> int:
-        """Those of depth ``k`` that count for a term."""
+        """Number of positions of depth ``k`` that count for a term."""
         if not term.needs_teacher:
             return self.valid[k]
         assert self.taught is not None
@@ -135,37 +139,37 @@ class PositionCounts:
 def step_counts(
     batch: WindowBatch, stack: MTPStack, key: RandomKey | None = None, *, taught: bool = False
 ) -> PositionCounts:
-    """Positions of every depth that count in the whole step, all ranks together.
+    """Count the positions of every depth that count in the whole step, over all ranks.
 
     Args:
-        batch: this rank's; every rank's has the same size.
-        stack: that is trained.
-        key: of its random choices in training.
-        taught: whether those with a teacher are to be counted, too.
+        batch: this rank's batch; all ranks' have the same size.
+        stack: the stack that is trained.
+        key: key of its random choices in training.
+        taught: whether to count the positions with a teacher too.
     """
-    if batch.every_target_counts:  # known without looking: every rank's batch has the same size
+    if batch.every_target_counts:  # known from the sizes, which are the same on all ranks
         windows, depths = len(batch) * world_size(), range(batch.depth + 1)
         seen = [windows * max(batch.seq_len - batch.stride * k, 0) for k in depths]
         valid = [windows * batch.seq_len for _ in depths]
         return PositionCounts(valid, seen if taught else None)
-    masked = batch.host or batch  # a GPU need not be waited for
+    masked = batch.host or batch  # a copy on the host, which avoids waiting for a GPU
     masks = [stack.valid(k, masked, key) for k in range(batch.depth + 1)]
     counts_K = torch.stack([mask.sum() for mask in masks if mask is not None])
     counts_NK = torch.stack([counts_K, *([count_taught(masked)] if taught else [])])
-    if world_size() > 1:  # ranks speak by their devices
+    if world_size() > 1:  # ranks communicate through their devices
         counts_NK = sum_over_ranks(counts_NK.to(batch.device))
     return PositionCounts(*counts_NK.tolist())
 
 
 def taught_targets(batch: WindowBatch, k: int) -> Tensor:
-    """``[B, T]`` targets of depth k, -100 also where the main prediction of the same token lies
-    beyond the window: at the last k positions, with a stride the last s k."""
+    """``[B, T]`` targets of depth k that have a teacher: -100 also at the last k positions (s k
+    with a stride of s), whose teacher would lie beyond the window."""
     targets_BT = batch.targets(k).clone()
     targets_BT[:, max(batch.seq_len - batch.stride * k, 0) :] = IGNORE_INDEX
     return targets_BT
 
 
 def count_taught(batch: WindowBatch) -> Tensor:
-    """``[D + 1]`` int64 number of positions of every depth that have a teacher, and count."""
+    """``[D + 1]`` int64, the number of positions of every depth that count and have a teacher."""
     targets = [taught_targets(batch, k) for k in range(batch.depth + 1)]
     return torch.stack([(tokens_BT != IGNORE_INDEX).sum() for tokens_BT in targets])

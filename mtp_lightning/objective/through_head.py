@@ -1,15 +1,15 @@
 """From hidden states through a head to losses and their gradients, chunk by chunk.
 
 The logits of all depths would be (D + 1) x B x T x V numbers. Here they exist for one chunk of
-positions of one hidden state at a time: a chunk's logits become the gradients of its hidden states
-and of the head's weight at once and are dropped. What remains of size V is one gradient of the
-weight, shared by all depths.
+positions of one hidden state at a time: they are turned into the gradients of the chunk's hidden
+states and of the head's weight, and dropped. Only the weight's gradient, shared by all depths,
+remains of size V.
 
-A teacher (the main prediction of the same target tokens) is made along the way: a chunk of it
-serves every depth before the next chunk is made. Depth k at position t is taught by the main
-prediction at t + k, so a chunk of main positions meets every depth k positions to the left (s k,
-where depths leap by a stride of s). The first k main positions of a window meet the last k of the
-window before, which have no teacher: so nothing is left out, and nothing comes twice.
+A teacher (the main prediction of the same target tokens) is computed chunk by chunk too; a chunk
+serves all depths before the next one is computed. The teacher of depth k at position t is the main
+prediction at t + k (t + s k with a stride of s), so a chunk of main positions is used by every
+depth k positions to the left. The first k main positions of a window would teach the last k
+positions of the window before, which do not count; so every position is visited exactly once.
 
 Shapes: M positions (B x T), C d_model, V vocabulary, R positions of one chunk, N their hidden
 states (R, or several for each position).
@@ -23,27 +23,32 @@ import torch
 from torch import Tensor, nn
 
 from mtp_lightning.mtp.feed import Prediction
-from mtp_lightning.nn.cross_entropy import cross_entropy
 from mtp_lightning.nn.mixture import mixed_log_probs
-from mtp_lightning.nn.ops import exp_, log_softmax_, matmul_transposed, weight_gradient
+from mtp_lightning.nn.ops import (
+    cross_entropy,
+    exp_,
+    log_softmax_,
+    matmul_transposed,
+    weight_gradient,
+)
 from mtp_lightning.objective.targets import ChunkTarget, DepthTarget
 from mtp_lightning.objective.terms.base import Teacher
 
-# Numbers in one chunk of logits. On a CPU a chunk should stay in the cache between the passes
-# over it; on a GPU it must be large enough to fill the device. See benchmarks/head.py.
+# Numbers in one chunk of logits. On a CPU a chunk should fit into the cache; on a GPU it must be
+# large enough to fill the device. Measured by benchmarks/head.py.
 _CHUNK_NUMEL = {"cpu": 2**21, "cuda": 2**27}
 _MIN_CHUNK_ROWS = 256
 
 
 class HeadWeight:
-    """A head's weight, and its gradient as it adds up.
+    """A head's weight and its accumulated gradient.
 
     Args:
         weight_VC: the weight.
-        needs_gradient: whether anybody wants its gradient.
+        needs_gradient: whether its gradient is needed.
 
     Attributes:
-        gradient: so far; None before the first part.
+        gradient: the gradient so far; None before the first chunk.
     """
 
     def __init__(self, weight_VC: Tensor, *, needs_gradient: bool = False) -> None:
@@ -54,29 +59,29 @@ class HeadWeight:
     def add(self, d_logits_NV: Tensor, h_NC: Tensor, factor: float = 1.0) -> None:
         """``gradient += factor * d_logits.T @ h``."""
         if self.gradient is None:
-            # Laid out as weight_gradient gives its parts: adding across layouts is slow.
+            # In the layout of weight_gradient's results: adding across layouts is slow.
             self.gradient = self.weight_VC.new_zeros(self.weight_VC.shape[::-1]).t()
         self.gradient.add_(weight_gradient(d_logits_NV, h_NC), alpha=factor)
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """Positions whose logits exist at once."""
+    """Number of positions whose logits exist at once."""
     numel = _CHUNK_NUMEL.get(device.type, _CHUNK_NUMEL["cuda"])
     return max(_MIN_CHUNK_ROWS, numel // vocab_size)
 
 
 def chunks(total: int, rows: int) -> Iterator[slice]:
-    """``total`` positions in pieces of ``rows``."""
+    """``total`` positions in chunks of ``rows``."""
     for start in range(0, total, rows):
         yield slice(start, min(start + rows, total))
 
 
 def log_probs_by_chunk(h_MC: Tensor, weight_VC: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """``log_softmax(h @ weight.T)`` in chunks of positions, without autograd; in fp32, in a double
-    precision model in fp64.
+    """``log_softmax(h @ weight.T)`` in chunks of positions, in at least fp32, without autograd.
 
     Yields:
-        The chunk's rows in M, and its log-probabilities [R, V], which the caller may overwrite.
+        The chunk's rows among the M, and its log-probabilities [R, V], which the caller may
+        overwrite.
     """
     for rows in chunks(h_MC.shape[0], chunk_rows(weight_VC.shape[0], h_MC.device)):
         chunk_RV = log_probs(h_MC[rows], weight_VC)
@@ -85,8 +90,8 @@ def log_probs_by_chunk(h_MC: Tensor, weight_VC: Tensor) -> Iterator[tuple[slice,
 
 
 def log_probs(h_RC: Tensor, weight_VC: Tensor) -> Tensor:
-    """``log_softmax(h @ weight.T)`` [R, V] of one chunk; see :func:`log_probs_by_chunk`. Of a
-    mixture (``nn/mixture.py``), its logarithm."""
+    """``log_softmax(h @ weight.T)`` [R, V] of one chunk, in at least fp32; for a packed mixture
+    (``nn/mixture.py``), the mixture's log-probabilities."""
     d_model = weight_VC.shape[1]
     if h_RC.shape[1] != d_model:
         return mixed_log_probs(h_RC, d_model, lambda h: log_probs(h, weight_VC))
@@ -96,7 +101,7 @@ def log_probs(h_RC: Tensor, weight_VC: Tensor) -> Tensor:
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """What products of a hidden state are computed in: autocast's dtype where it is on."""
+    """The dtype for products with a hidden state: autocast's if it is on, else its own."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
@@ -114,13 +119,13 @@ def through_head(
     """The losses of hidden states, and the gradients of ``sum_k coefficient_k * loss_k``.
 
     Args:
-        head: the shared one; its gradient is added to.
+        head: the shared head; its gradient is accumulated in place.
         predictions: their gradients are set where they are needed.
-        sums: fp64 [number of targets, those of all predictions]; each target's summed loss is added
-            to it, in place.
-        main_hidden: the main prediction's hidden state [..., C], from which teachers are made.
-        compiled: whether cross-entropy alone is one compiled kernel.
-        of_terms: where the gradients of the terms' own parameters are added up, if anywhere.
+        sums: fp64, one number per target of all predictions in order; each target's summed loss is
+            added in place.
+        main_hidden: the main prediction's hidden state [..., C], from which teachers are computed.
+        compiled: whether plain cross-entropy uses one compiled kernel.
+        of_terms: accumulates the gradients of the terms' own parameters; None to drop them.
     """
     dtype = compute_dtype(predictions[0].hidden)
     weight, main_MC = head.weight_VC.detach().to(dtype), None
@@ -149,7 +154,7 @@ def through_head(
 
 
 def _with_teacher(main_MC: Tensor, weight: Tensor, ways: Sequence[_Way]) -> None:
-    """Each chunk of the main prediction, and what every depth learns from it."""
+    """Compute each chunk of the main prediction and train every depth with it as the teacher."""
     for rows, main_RV in log_probs_by_chunk(main_MC, weight) if ways else ():
         teacher = Teacher(main_RV, main_MC[rows])
         for way in ways:
@@ -157,7 +162,7 @@ def _with_teacher(main_MC: Tensor, weight: Tensor, ways: Sequence[_Way]) -> None
                 left = rows_left(rows, way.to_teacher, main_MC)
                 way.go(left, log_probs(way.h_NC[left], weight), teacher)
         del teacher
-        for way in ways:  # last, since it overwrites what the depths compare with
+        for way in ways:  # last, since it overwrites the teacher's log-probabilities
             if not way.depth:
                 way.go(rows, main_RV)
     for way in ways:
@@ -165,21 +170,21 @@ def _with_teacher(main_MC: Tensor, weight: Tensor, ways: Sequence[_Way]) -> None
 
 
 def rows_left(rows: slice, k: int, h_MC: Tensor) -> slice | Tensor:
-    """``rows`` moved by ``k`` to the left; those before the first are taken from the end."""
+    """``rows`` moved by ``k`` to the left; rows before the first wrap around to the end."""
     if rows.start >= k:
         return slice(rows.start - k, rows.stop - k)
     return torch.arange(rows.start - k, rows.stop - k, device=h_MC.device) % h_MC.shape[0]
 
 
 class _Way:
-    """One prediction, chunk by chunk.
+    """Computes one prediction, chunk by chunk.
 
     Args:
-        head: the shared one.
-        weight: its weight in the precision of the products.
-        prediction: what is computed.
-        sums: of its targets.
-        of_terms: gradients of terms' own parameters.
+        head: the shared head.
+        weight: its weight in the dtype of the products.
+        prediction: the prediction.
+        sums: summed losses of its targets.
+        of_terms: gradients of the terms' own parameters.
     """
 
     def __init__(
@@ -204,21 +209,21 @@ class _Way:
 
     @property
     def depth(self) -> int:
-        """k, of the first of its targets."""
+        """k of its first target."""
         return self.targets[0].depth
 
     @property
     def to_teacher(self) -> int:
-        """How many positions on the main prediction of the same token stands."""
+        """Number of positions to the right at which the main prediction is the teacher."""
         return self.depth * self.targets[0].stride
 
     @property
     def is_plain(self) -> bool:
-        """Whether cross-entropy with one target is all there is to learn."""
+        """Whether it is trained on a single target by cross-entropy."""
         return self.learns and len(self.targets) == 1 and self.targets[0].term.of_token
 
     def go_alone(self, main_MC: Tensor | None, *, compiled: bool = False) -> None:
-        """All chunks, without other predictions beside this one."""
+        """Compute all chunks of this prediction alone."""
         own, states = self.prediction.loss, self.prediction.states
         width = max(self.weight.shape[0], self.prediction.width)
         rows = max(1, chunk_rows(width, self.h_NC.device) // states)
@@ -232,14 +237,17 @@ class _Way:
         self.finish()
 
     def finish(self) -> None:
-        """Give the prediction its gradients."""
+        """Set the prediction's gradients."""
         if self.d_h is not None:
             self.prediction.gradient = self.d_h.view_as(self.prediction.hidden)
         if self.prediction.weight is not None:
             self.prediction.weight_gradient = self.head.gradient
 
     def go(self, rows: slice | Tensor, chunk_RV: Tensor, main: Teacher | None = None) -> None:
-        """Losses and gradients of the positions ``rows``, whose ``chunk_RV`` is overwritten."""
+        """Losses and gradients at the positions ``rows``.
+
+        ``chunk_RV`` are their log-probabilities, which are overwritten; ``main`` is the teacher.
+        """
         h_RC = self.h_NC[rows]
         targets = self._chunk_targets(rows)
         for target in targets:
@@ -253,7 +261,7 @@ class _Way:
             (single,) = targets
             value_R, d_logits_RV = single.term.gradient(single.chunk(chunk_RV, h_RC))
             single.note(value_R)
-            # Mask and coefficient go onto the C-wide factors, not onto the V-wide one.
+            # Apply mask and coefficient to the C-wide factors instead of the V-wide one.
             scale_R1, factor = single.counts_R.unsqueeze(-1), single.coefficient
         else:
             d_logits_RV = self._of_several(targets, chunk_RV, h_RC)
@@ -263,7 +271,7 @@ class _Way:
         self._learn(rows, h_RC, d_logits_RV, scale_R1, factor, d_hidden_RC)
 
     def _go_compiled(self, rows: slice) -> None:
-        """:meth:`go`, from logits to their gradient in one kernel."""
+        """:meth:`go` with one compiled kernel from logits to their gradient."""
         h_RC = self.h_NC[rows]
         (target,) = self._chunk_targets(rows)
         logits_RV = matmul_transposed(h_RC, self.weight)
@@ -273,7 +281,7 @@ class _Way:
         self._learn(rows, h_RC, d_logits_RV, target.counts_R.unsqueeze(-1), target.coefficient)
 
     def _go_own(self, rows: slice, main_MC: Tensor | None) -> None:
-        """The stack computes the loss."""
+        """:meth:`go` with a loss that the stack computes."""
         states, loss = self.prediction.states, self.prediction.loss
         assert loss is not None
         inner = slice(rows.start * states, rows.stop * states)
@@ -288,12 +296,12 @@ class _Way:
             self._learn(inner, h_NC, d_logits_NV.to(self.weight.dtype), scale_N1)
 
     def _teach(self, targets: Sequence[ChunkTarget], rows: slice, main_MC: Tensor) -> None:
-        """Give the targets the main prediction of their tokens: of each depth, one."""
+        """Set the targets' teachers; those of one depth share a teacher."""
         found: dict[int, Teacher] = {}
         for target in (target for target in targets if target.term.needs_teacher):
             k = target.depth
             if k not in found:
-                # A position whose teacher lies beyond the window does not count.
+                # Positions whose teacher lies beyond the window get another one, and do not count.
                 at = torch.arange(rows.start + k, rows.stop + k, device=main_MC.device)
                 main_RC = main_MC[at % main_MC.shape[0]]
                 log_p_RV = log_probs(main_RC, self.weight)
@@ -314,15 +322,15 @@ class _Way:
         factor: float = 1.0,
         d_hidden_NC: Tensor | None = None,
     ) -> None:
-        """Hand the gradient by the logits on to the hidden states and to the weight.
+        """Propagate the gradient of the logits to the hidden states and to the weight.
 
         Args:
-            rows: of the hidden states.
+            rows: rows of the hidden states.
             h_NC: the hidden states.
-            d_logits_NV: the gradient.
-            scale_N1: what its rows are still to be multiplied by, and ...
-            factor: ... what all of it is.
-            d_hidden_NC: gradient of terms that read the state.
+            d_logits_NV: the gradient with respect to the logits, before scaling.
+            scale_N1: factors of its rows; None for 1.
+            factor: factor of the whole gradient.
+            d_hidden_NC: gradient of terms that read the hidden state directly.
         """
         if self.d_h is not None:
             d_h_NC = matmul_transposed(d_logits_NV, self.weight.t())
@@ -337,10 +345,10 @@ class _Way:
     def _of_state(
         self, targets: Sequence[ChunkTarget], chunk_RV: Tensor, h_RC: Tensor
     ) -> Tensor | None:
-        """The gradient [R, C] of terms that read the state, mask and coefficients included."""
+        """The gradient [R, C] of terms that read the hidden state, with mask and coefficients."""
         total_RC: Tensor | None = None
         for target in (target for target in targets if target.term.of_state):
-            if not target.coefficient:  # looked at, and learned from by nobody
+            if not target.coefficient:  # only logged
                 target.note(target.value(chunk_RV, h_RC))
                 continue
             parameters = [p for p in target.term.parameters if p.requires_grad]
@@ -358,10 +366,11 @@ class _Way:
         return total_RC
 
     def _of_several(self, targets: Sequence[ChunkTarget], chunk_RV: Tensor, h_RC: Tensor) -> Tensor:
-        """The gradient by logits that all targets share, mask and coefficients included.
+        """The total gradient of all targets with respect to their common logits, with mask and
+        coefficients.
 
-        Cross-entropy's is ``(sum_k c_k) softmax - sum_k c_k one_hot(target_k)``: one pass over the
-        chunk serves all such targets.
+        For cross-entropy it is ``(sum_k c_k) softmax - sum_k c_k one_hot(target_k)``: one pass over
+        the chunk serves all such targets.
         """
         plain: list[tuple[Tensor, Tensor]] = []
         others_RV: Tensor | None = None
@@ -381,7 +390,7 @@ class _Way:
             return others_RV
         minus_RK = torch.cat([minus_R1 for _, minus_R1 in plain], dim=1)
         d_logits_RV = exp_(chunk_RV).mul_(-minus_RK.sum(1, keepdim=True))
-        # One target at a time: two depths of a row may have the same token.
+        # Scatter one target at a time: two depths may have the same target token.
         for target_R1, minus_R1 in plain:
             d_logits_RV.scatter_add_(1, target_R1, minus_R1)
         return d_logits_RV if others_RV is None else d_logits_RV.add_(others_RV)

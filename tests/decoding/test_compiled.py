@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from mtp_lightning.decoding import compiled, generate, recording
+from mtp_lightning.decoding import compiled, generate
 from mtp_lightning.decoding.compiled import CompiledSession
 from mtp_lightning.decoding.measure import pass_costs
 from mtp_lightning.decoding.session import Session
@@ -60,7 +60,7 @@ def play_recordings(monkeypatch):
 
         return replay, outputs
 
-    monkeypatch.setattr(recording, "record", record)
+    monkeypatch.setattr(compiled, "record", record)
     monkeypatch.setattr(compiled, "_RECORDED", ("cpu",))
 
 

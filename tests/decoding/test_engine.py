@@ -206,7 +206,7 @@ def test_what_does_not_fit_is_refused():
     request = Request(prompt=[1, 2], max_new_tokens=4)
     with Engine(model, DecodingOptions(batch_size=1, max_context=8)) as engine:
         (row,) = engine.add([request])
-        with pytest.raises(ValueError, match="1 requests for 0 free places of 1"):
+        with pytest.raises(ValueError, match="1 requests for 0 free slots of 1"):
             engine.add([request])
         engine.remove(row)
         assert engine.free == 1 and engine.step() == []

@@ -130,7 +130,7 @@ def test_a_program_is_built_once_follows_its_weights_and_is_mended(cache, monkey
     monkeypatch.setattr(programs, "_loaded", {})
     (folder / programs._FILE).write_bytes(b"no program")
     check(function)
-    assert "is damaged and built anew" in caplog.text
+    assert "is damaged; building it again" in caplog.text
     assert [path.name for path in cache.iterdir()] == [folder.name]
 
 

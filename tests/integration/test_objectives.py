@@ -140,14 +140,14 @@ def test_a_frozen_trunk_is_distilled(tmp_path: Path, cache: Path) -> None:
         ({"objective": "kl", "objective.temperature": 0}, "objective.temperature must be a number"),
         ({"objective": "mix"}, "objective.terms names no term"),
         ({"objective": "mix", "objective.terms": "{cee: 1}"}, "has cee, which is unknown"),
-        ({"objective": "mix", "objective.terms": "{feature: 1}"}, "does not look at what"),
+        ({"objective": "mix", "objective.terms": "{feature: 1}"}, "does not train what"),
         ({"objective": "e2e_tv", "mtp.depth": 0}, "objective=e2e_tv has nothing to act on"),
         ({"objective.weights": "exp_decay", "mtp.depth": 0}, "has nothing to act on at mtp.depth"),
         ({"objective.confidence": "true", "mtp.depth": 0}, "confidence=true has nothing to act on"),
         ({"objective.tau": 1}, "read by objective.mask=entropy alone"),
         (
             {"objective": "e2e_tv", "balance": "gradnorm"},
-            "balance=gradnorm looks at one depth after another, but objective=e2e_tv",
+            "balance=gradnorm measures one depth after another, but objective=e2e_tv",
         ),
     ],
 )

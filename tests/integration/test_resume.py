@@ -348,7 +348,7 @@ def test_another_number_of_threads_is_said(
         train_here(tmp_path, cache, {"trainer.max_steps": 8, "trainer.num_threads": 2})
     finally:
         torch.set_num_threads(1)
-    assert "trained with 1 CPU threads and goes on with 2" in caplog.text
+    assert "trained with 1 CPU threads and continues with 2" in caplog.text
     assert "trainer.num_threads=1 would equal" in caplog.text
     assert checkpoint(tmp_path)["threads"] == 2
 
@@ -362,7 +362,7 @@ def test_other_kernels_are_said(
     assert checkpoint(tmp_path)["cpu_kernels"] == "native"
     monkeypatch.setattr(ops, "code", lambda: ("pytorch", "PyTorch"))
     train_here(tmp_path, cache, {"trainer.max_steps": 6})
-    assert "trained with the native layers and goes on with the pytorch ones" in caplog.text
+    assert "trained with the native layers and continues with the pytorch ones" in caplog.text
     assert "with a C++ compiler would equal" in caplog.text
     monkeypatch.setattr(ops, "code", lambda: ("native", "C++"))
     train_here(tmp_path, cache, {"trainer.max_steps": 8})

@@ -229,7 +229,7 @@ def test_what_is_not_meant_for_it_is_refused(tmp_path: Path, cache: Path) -> Non
         ({"mtp.detach": "all"}, "mtp.detach=all is unknown: choose one of none, trunk"),
         (
             {"objective._target_": "tests.integration.test_summaries.Squared"},
-            "objective=squared .* mtp=top has a loss of its own",
+            "objective=squared .* mtp=top has its own loss",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.base import RandomKey
 from mtp_lightning.mtp.feed import Feed
+from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.mtp.sequential import SequentialConfig, SequentialMTP, draw_states_back
 from mtp_lightning.nn.config import TrunkConfig
 from tests.integration import helpers

@@ -223,7 +223,7 @@ def test_what_cannot_begin(tiny_trunk: TrunkConfig) -> None:
         with pytest.raises(ValueError, match=r"last_block does not fit: mtp.depths.0.block has"):
             begun(start_of(dense), mtp, text(1))
     alone = replace(text(1), documents=torch.arange(22).expand(12, 22))
-    with pytest.raises(ValueError, match="no text to look at: with data.document_mask=true"):
+    with pytest.raises(ValueError, match="no text to fit: with data.document_mask=true"):
         begun(start_of(tiny_trunk), last, alone)
     with pytest.raises(ValueError, match=r"no meaning for parallel heads with mtp.input_norm=post"):
         ParallelConfig(depth=1, init="last_block", input_norm="post")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from data_modules.windows import WindowBatch
-from mtp_lightning.mtp.base import MTPConfig, RandomKey
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.mtp.registers import RegistersConfig
 from mtp_lightning.nn.attention import Positions

@@ -53,7 +53,7 @@ def test_it_says_all_at_once_and_nothing_one_by_one(tiny_trunk: TrunkConfig) -> 
     model = build(tiny_trunk, TeacherlessConfig()).eval()
     batch = answers()
     assert torch.equal(say(model, batch), choose(model, batch))
-    with pytest.raises(ValueError, match="mtp=teacherless says a task's answers all at once"):
+    with pytest.raises(ValueError, match="mtp=teacherless predicts a task's whole answer at once"):
         generate(model, [[1, 2, 3]], max_new_tokens=2)
     with pytest.raises(ValueError, match="mtp=teacherless needs a task"):
         model(WindowBatch(torch.ones(1, 5, dtype=torch.int64), 0))

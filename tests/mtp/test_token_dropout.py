@@ -11,7 +11,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.decoding.generate import generate
 from mtp_lightning.interop import names
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import RandomKey
+from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.mtp.sequential import SequentialConfig
 from mtp_lightning.nn.config import TrunkConfig
 from tests.models import build, windows

@@ -12,7 +12,7 @@ from mtp_lightning.decoding import generate
 from mtp_lightning.model import MTPModel
 from mtp_lightning.nn.attention import Attention, GroupedQueryConfig, Positions, qkv_width
 from mtp_lightning.nn.config import TrunkConfig
-from mtp_lightning.nn.rope import rope_table, whole_head_table
+from mtp_lightning.nn.rope import over_whole_heads, rope_table
 from mtp_lightning.nn.rope_scaling import RopeScaling
 from tests import deepseek, reference
 
@@ -117,7 +117,7 @@ def test_stretched_frequencies() -> None:
         assert cos[0, j].item() == pytest.approx(math.cos(position * frequency), abs=1e-6)
         assert sin[0, j].item() == pytest.approx(math.sin(position * frequency), abs=1e-6)
     assert kinds == {"kept", "blended", "divided"}
-    whole, _ = whole_head_table(torch.tensor([position]), d_head, theta, SCALING)
+    whole, _ = over_whole_heads(*rope_table(torch.tensor([position]), d_head, theta, SCALING))
     assert torch.equal(whole[0, : d_head // 2], cos[0])
 
 

@@ -14,7 +14,7 @@ from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.ops import rotary
 from mtp_lightning.nn.position_tables import PositionTables
-from mtp_lightning.nn.rope import rope_table, turn_in_place, whole_head_table
+from mtp_lightning.nn.rope import over_whole_heads, rope_table, turn_in_place
 
 
 def cache_of(config: TrunkConfig, rows: int, *, capacity: int = 40) -> KVCache:
@@ -38,7 +38,7 @@ def test_turning_in_place_is_rotary():
     x, positions = torch.randn(2, 5, 3, 8), torch.arange(5)
     cos, sin = (t.unsqueeze(-2) for t in rope_table(positions, 8, 100.0))
     expected = rotary(x, cos, sin)
-    whole = (t.unsqueeze(-2) for t in whole_head_table(positions, 8, 100.0))
+    whole = (t.unsqueeze(-2) for t in over_whole_heads(*rope_table(positions, 8, 100.0)))
     turn_in_place(x, *whole)
     torch.testing.assert_close(x, expected)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import RandomKey
+from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.mtp.sequential import draw_dropped, draw_states_back
 from tests.reference import rms_norm
 

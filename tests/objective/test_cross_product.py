@@ -25,7 +25,8 @@ from torch import Tensor
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.base import MTPConfig, RandomKey
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective import through_head
 from mtp_lightning.objective.balance.base import Balance, NoBalance

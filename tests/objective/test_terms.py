@@ -246,7 +246,7 @@ def test_a_feature_is_learned_by_the_state_alone() -> None:
         (lambda: Mixture({"kl": {"temperature": 2}}), "the weight of kl .* not None"),
         (lambda: Mixture({"kl": {"weight": 1, "heat": 2}}), "terms.kl refuses its settings"),
         (lambda: Mixture({"ce": 1, "kl": {"weight": 1, "beta": 0.5}}), "has ce twice"),
-        (lambda: Mixture({"feature": 1}), "does not look at what the depths predict"),
+        (lambda: Mixture({"feature": 1}), "does not train what the depths predict"),
         (lambda: Mixture({"own": {"weight": 1, "term": "x"}}), "terms.own must be {weight"),
         (lambda: Objective(term=KL(), train_head="no"), "objective.train_head must be true or"),
     ],

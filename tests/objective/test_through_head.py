@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtp_lightning.mtp.feed import Together
-from mtp_lightning.nn import cross_entropy as kernel
+from mtp_lightning.nn import ops as kernel
 from mtp_lightning.objective import through_head
 from mtp_lightning.objective.stream import stream_loss
 from mtp_lightning.objective.targets import DepthTarget
@@ -81,7 +81,7 @@ def test_values_and_gradients(
         hidden = torch.randn(2, rows, 16, generator=generator).requires_grad_()
         coefficient = float(torch.rand((), generator=generator)) + 0.1
         depths.append((hidden, target(k, targets, coefficient)))
-    with mock.patch.object(kernel, "_compiled", lambda: kernel._cross_entropy):
+    with mock.patch.object(kernel, "_compiled_cross_entropy", lambda: kernel._cross_entropy):
         total, sums = weighted(weight, depths, train_head=train_head, compiled=one_kernel)
     want_total, want_sums, want_weight, want_hidden = expected(
         weight, depths, train_head=train_head

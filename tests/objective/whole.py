@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.mtp.base import RandomKey
+from mtp_lightning.mtp.inputs import RandomKey
 from tests.mtp.summaries import nearest
 from tests.objective.states import Forward, said
 

@@ -1,11 +1,10 @@
-"""What every rule has in common that weighs the prediction tasks by what is measured.
+"""The interface of balance rules, which weigh the prediction tasks by measurements.
 
-The tasks are the main prediction, 0, and the MTP depths that the lambda schedule does not switch
-off. A rule has no loss term of its own: it changes the factors of the losses, or what reaches the
-trunk. The schedule stays in force: where a rule has weights ``w_k``, the factor of ``L_k`` is
-``w_k lambda_k`` with ``lambda_0 = 1``, so that ``w_k = 1`` is training with fixed weights, and
-``mtp_lambda`` remains the user's statement of what a depth is worth. A depth of lambda 0 is no
-task: it is not computed, and its state rests.
+The tasks are the main prediction, 0, and the MTP depths whose lambda is not 0. A rule has no loss
+term of its own: it changes the factors of the losses, or the gradients that reach the trunk. The
+schedule still applies: a rule with weights ``w_k`` gives ``L_k`` the factor ``w_k lambda_k``, with
+``lambda_0 = 1``, so that ``w_k = 1`` is training with fixed weights. A depth of lambda 0 is not a
+task: it is not computed, and the rule does not change its state.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from mtp_lightning.settings import require_whole
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:
-    """What an optimizer step showed; the same on every rank.
+    """The measurements of an optimizer step; the same on every rank.
 
     Attributes:
-        progress: before the step.
+        progress: progress before the step.
         base: [D + 1], 1 and the schedule's lambda_k.
-        factors: [D + 1], what the losses were multiplied by.
+        factors: [D + 1], the factors of the losses.
         losses: [D + 1], L_k, fp64 on the CPU; 0 where not computed.
-        gradients: what was measured in this step; None where nothing was.
+        gradients: the gradients measured in this step; None if none were.
     """
 
     progress: Progress
@@ -54,17 +53,17 @@ class Observed:
 
 
 class Balance(ABC):
-    """A rule. It is asked for the factors before a step and told of the step afterwards.
+    """A balance rule. It gives the factors before a step and observes the step afterwards.
 
     Args:
         depth: D.
         every_n_steps: optimizer steps between two measurements of gradients.
 
     Attributes:
-        name: what the rule is called on the command line.
-        scope: what the rule measures gradients on; None for a rule that needs no gradient.
-        weighs_main: whether the rule moves the main prediction's factor.
-        observes: whether :meth:`update` wants to see steps. On a GPU, looking waits for the step.
+        name: the rule's name on the command line.
+        scope: the parameters that the rule measures gradients on; None for no measurement.
+        weighs_main: whether the rule changes the main prediction's factor.
+        observes: whether :meth:`update` needs the step's losses. Reading them waits for a GPU.
     """
 
     name: ClassVar[str]
@@ -79,30 +78,30 @@ class Balance(ABC):
 
     @abstractmethod
     def factors(self, base: Sequence[float], progress: Progress) -> list[float]:
-        """The factors [D + 1] of the losses in the step that comes; nothing changes by asking.
+        """The factors [D + 1] of the losses in the next step; does not change the rule's state.
 
         Args:
             base: [D + 1], 1 and the schedule's lambda_k.
-            progress: before the step.
+            progress: progress before the step.
         """
 
     def rests_at(self, progress: Progress) -> bool:
-        """Whether the rule has stopped to learn."""
+        """Whether the rule has stopped learning."""
         return False
 
     def measures_at(self, progress: Progress) -> bool:
-        """Whether the step that comes shall measure gradients."""
+        """Whether the next step measures gradients."""
         due = (progress.step + 1) % self.every_n_steps == 0
         return self.scope is not None and due and not self.rests_at(progress)
 
     def gate(self, base: Sequence[float], gradients: TaskGradients) -> None:  # noqa: B027
-        """Change the gradients that training accumulated, before they are clipped."""
+        """Change the accumulated gradients before they are clipped."""
 
     def learn(self, step: Observed) -> dict[str, float]:
-        """Take note of a step; called after clipping, before the optimizer moves.
+        """Learn from a step; called after clipping, before the optimizer's update.
 
         Returns:
-            What to log: the rule's own values, and the unclipped norms that were measured.
+            Values to log: the rule's own, and the measured norms before clipping.
         """
         values = self.update(step)
         if step.gradients is not None and self.scope is not None:
@@ -117,17 +116,17 @@ class Balance(ABC):
         """Refuse a model that the rule cannot work with.
 
         Raises:
-            UserError: saying why.
+            UserError: naming the reason.
         """
         if self.scope is not None:
             require_trunk_gradients(config, what=f"balance={self.name}")
 
     def measuring_flops(self, config: ModelConfig, seq_len: int, active: Sequence[int]) -> int:
-        """FLOPs a position that a step costs more for measuring; 0 for a rule that does not."""
+        """Additional FLOPs per position of a step that measures gradients."""
         return 0 if self.scope is None else measuring_flops(config, seq_len, active, self.scope)
 
     def active_sets(self, base: Sequence[float]) -> list[tuple[float, list[int]]]:
-        """Which MTP depths a step may compute, and with what probability."""
+        """The sets of MTP depths that a step may compute, each with its probability."""
         return [(1.0, depths_of(base))]
 
     @property
@@ -136,12 +135,12 @@ class Balance(ABC):
         return False
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer learns for the rule, without weight decay. The rule sets their
-        gradients itself: they stand in no graph, and no rank needs another's."""
+        """Parameters that the optimizer learns for the rule, without weight decay. The rule sets
+        their gradients itself, the same on every rank; they are in no autograd graph."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """All that :meth:`load_state_dict` needs to go on, in plain containers."""
+        """The rule's state, in plain containers."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -150,7 +149,7 @@ class Balance(ABC):
 
 
 class NoBalance(Balance):
-    """Fixed weights: the schedule's, untouched."""
+    """Fixed weights: those of the schedule."""
 
     name = "none"
     observes = False
@@ -175,7 +174,7 @@ def multiplied(base: Sequence[float], weights: Tensor) -> list[float]:
 
 
 def softmax_weights(scores: Tensor, tasks: Sequence[int]) -> Tensor:
-    """``K softmax`` over the K ``tasks``, fp64: their mean is 1. The others get 1."""
+    """``K softmax`` over the K ``tasks``, fp64, so that their mean is 1; 1 for the others."""
     weights = torch.ones_like(scores)
     weights[list(tasks)] = len(tasks) * torch.softmax(scores[list(tasks)], dim=0)
     return weights

@@ -1,18 +1,18 @@
-"""A depth's trunk gradient counts only while it does not oppose the main one (Du et al. 2018).
+"""A depth's gradient reaches the trunk only while it does not oppose the main prediction's (Du et
+al. 2018, arXiv 1812.02224, section 3, the unweighted form).
 
     trunk gradient = g_0 + sum_k 1[c_k >= 0] lambda_k g_k,    c_k = EMA(cos(g_0, g_k))
 
-arXiv 1812.02224, section 3, the unweighted form; ``c_k`` starts from the first cosine. Only what
-reaches the shared trunk's parameters is gated: the depth's modules, the embedding and the head
-always learn from ``lambda_k L_k``, so that a gated depth goes on being trained as a drafter.
+``c_k`` starts from the first cosine. Only the gradient on the shared trunk's parameters is gated:
+the depth's modules, the embedding and the head always learn from ``lambda_k L_k``, so that a gated
+depth is still trained to draft.
 
-The training pass is as ever; then ``lambda_k g_k`` of the gated depths is taken out of the trunk's
-gradients, before they are clipped. Under bf16-mixed what is taken out equals what was put in but
-for rounding.
+The training pass is unchanged; afterwards ``lambda_k g_k`` of the gated depths is subtracted from
+the trunk's gradients, before they are clipped. Under bf16-mixed this is exact up to rounding.
 
-Costs, in every step, a forward pass of trunk and depths and one backward pass for every task
+Cost, in every step: a forward pass of trunk and depths, and for every task one backward pass
 through its modules, two products with the head, and the whole shared trunk
-(:func:`task_gradients`); memory of one vector of the trunk's size for every task.
+(:func:`task_gradients`); memory of one vector of the trunk's size per task.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CosineGate(Balance):
         ema: decay of the cosines' moving averages; 0 gates by the step's own cosine.
 
     Raises:
-        UserError: a decay out of range.
+        UserError: the decay is out of range.
     """
 
     name = "cosine_gate"
@@ -56,7 +56,7 @@ class CosineGate(Balance):
                 gradients.subtract(k, base[k])
 
     def is_open(self, k: int) -> bool:
-        """Whether depth ``k`` reaches the trunk."""
+        """Whether the gradient of depth ``k`` reaches the trunk."""
         return self._cosines[k] >= 0
 
     def update(self, step: Observed) -> dict[str, float]:

@@ -2,11 +2,11 @@
 
     w_k = K softmax_k(r_k / T),    r_k = L_k(t - 1) / L_k(t - 2)
 
-over the K tasks, the main prediction among them as in the source: a task whose loss falls slowly
-gets more weight. ``t`` counts windows of steps, ``L_k(t)`` is the mean of a window. ``r_k`` is 1 in
-the first two windows, and while a depth has not been computed in both of the last two.
+over the K tasks, the main prediction included as in the source: a task whose loss falls slowly gets
+more weight. ``t`` counts windows of steps, and ``L_k(t)`` is the mean over a window. ``r_k`` is 1
+in the first two windows, and while a depth has not been computed in both of the last two.
 
-Costs nothing but reading the losses.
+Cost: only reading the losses.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class DWA(Balance):
 
     Args:
         depth: D.
-        temperature: T; the larger, the more equal the weights.
+        temperature: T; larger values give more equal weights.
         window_steps: optimizer steps of a window.
 
     Raises:
-        UserError: a setting out of range.
+        UserError: a setting is out of range.
     """
 
     name = "dwa"
@@ -47,10 +47,10 @@ class DWA(Balance):
         super().__init__(depth)
         self.temperature = require_number("balance.temperature", temperature, above=0)
         self.window_steps = require_whole("balance.window_steps", window_steps, least=1)
-        # Of the window that runs: summed losses and how many; NaN means no value.
+        # Of the current window: summed losses and their number.
         self._sums = torch.zeros(depth + 1, dtype=torch.float64)
         self._counts = torch.zeros(depth + 1, dtype=torch.float64)
-        # L_k(t - 2) and L_k(t - 1).
+        # L_k(t - 2) and L_k(t - 1); NaN where not computed.
         self._means = torch.full((2, depth + 1), torch.nan, dtype=torch.float64)
 
     def ratios(self) -> Tensor:

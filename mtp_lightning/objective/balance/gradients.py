@@ -1,8 +1,10 @@
-"""Every depth's own gradient: ``g_k``, of ``L_k`` alone, on parameters that are asked for.
+"""The separate gradient ``g_k`` of every depth's loss ``L_k`` on given parameters.
 
-The objective's one backward pass gives the sum over depths. Here the trunk runs forward once more,
-and every depth has a backward pass of its own, without touching what training accumulates: no
-``.grad``, no router's counts, no random state, none of data parallelism's hooks.
+The backward pass of training gives the sum over depths. Here the trunk runs forward again, and
+every depth has its own backward pass, without side effects on training: ``.grad``, the routers'
+counts, random states and the hooks of data parallelism are not touched.
+
+Shapes: K tasks, P numbers of the parameters.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from torch import Tensor, nn
 from data_modules.windows import WindowBatch
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.base import RandomKey
 from mtp_lightning.mtp.feed import Prediction
+from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.ranks import sum_over_ranks
 from mtp_lightning.objective.targets import DepthTarget, PositionCounts
@@ -29,7 +31,7 @@ from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.through_head import HeadWeight, through_head
 
 Scope = Literal["trunk", "last_block"]
-"""What a gradient is measured on: the whole shared trunk, or its last block alone."""
+"""The parameters that gradients are measured on: the whole shared trunk, or its last block."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class TaskGradients:
 
     Attributes:
         vectors: task k (0 is the main prediction) -> ``g_k``, flat [P].
-        parameters: what it is the gradient of, in the order of the vectors.
+        parameters: the parameters, in the order of the vectors.
     """
 
     vectors: dict[int, Tensor]
@@ -53,7 +55,7 @@ class TaskGradients:
 
     @cached_property
     def cosines(self) -> dict[int, float]:
-        """``cos(g_0, g_k)`` of every task but the main one; 0 where one of them is zero."""
+        """``cos(g_0, g_k)`` of every task except the main one; 0 if one of them is zero."""
         norms, main = self.norms, self.vectors[0].double()
         return {
             k: float(main @ vector.double()) / product if (product := norms[0] * norms[k]) else 0.0
@@ -62,8 +64,8 @@ class TaskGradients:
         }
 
     def log_values(self, group: str) -> dict[str, float]:
-        """Norms and cosines by log tag: ``grad/norm_depth_k`` on the last shared block,
-        ``grad/GROUP_norm_depth_k`` elsewhere; no two tags mean the same group."""
+        """Norms and cosines by log tag: ``grad/norm_depth_k`` for the last shared block, and
+        ``grad/GROUP_norm_depth_k`` for other groups."""
         where = "" if group == "last_block" else f"{group}_"
         norms = {f"grad/{where}norm_depth_{k}": value for k, value in self.norms.items()}
         cosines = {f"grad/{where}cosine_depth_{k}": value for k, value in self.cosines.items()}
@@ -71,7 +73,7 @@ class TaskGradients:
 
     @torch.no_grad()
     def subtract(self, k: int, factor: float) -> None:
-        """Take ``factor * g_k`` out of what training accumulated: ``.grad -= factor * g_k``."""
+        """Subtract from the gradients that training accumulated: ``.grad -= factor * g_k``."""
         sizes = [p.numel() for p in self.parameters]
         for parameter, part in zip(self.parameters, self.vectors[k].split(sizes), strict=True):
             if parameter.grad is not None:
@@ -79,10 +81,10 @@ class TaskGradients:
 
 
 def shared_parameters(model: MTPModel, scope: Scope) -> list[nn.Parameter]:
-    """The trunk's parameters that the main prediction and the depths have in common.
+    """The trunk's parameters that the main prediction and the depths share.
 
-    ``mtp.branch=before_last`` shares all blocks but the last; the final norm is shared where the
-    depths read what comes after it. Embedding and head belong to no trunk.
+    With ``mtp.branch=before_last`` all blocks except the last are shared; the final norm is shared
+    if the depths read the state after it. Embedding and head do not count.
     """
     blocks = list(model.trunk.blocks)[: _shared_blocks(model.config)]
     if scope == "last_block":
@@ -93,14 +95,15 @@ def shared_parameters(model: MTPModel, scope: Scope) -> list[nn.Parameter]:
 
 
 def require_trunk_gradients(config: ModelConfig, *, what: str) -> None:
-    """Refuse to measure where no depth has a gradient on the trunk.
+    """Refuse a model whose depths have no separate gradient on the trunk.
 
     Args:
         config: the model's.
-        what: who wants to measure, for the message: ``balance=gradnorm``.
+        what: the setting that measures, for the message: ``balance=gradnorm``.
 
     Raises:
-        UserError: the trunk is frozen or cut off, or no block of it is shared.
+        UserError: the trunk is frozen or detached, no block of it is shared, or the depths are
+            predicted jointly.
     """
     reason = None
     if not config.mtp.trains_trunk:
@@ -120,20 +123,20 @@ def require_trunk_gradients(config: ModelConfig, *, what: str) -> None:
 
 
 def require_separable(objective: Objective, *, what: str) -> None:
-    """Refuse to measure where a depth's loss is not its own.
+    """Refuse an objective whose loss of one depth needs a prepass over all.
 
     Args:
-        objective: of the depths.
-        what: who wants to measure, for the message.
+        objective: the objective of the depths.
+        what: the setting that measures, for the message.
 
     Raises:
-        UserError: it is not.
+        UserError: a rule needs a prepass.
     """
     for rule in objective.rules:
         if rule.measures:
             raise UserError(
-                f"{what} looks at one depth after another, but {rule.asked} needs all of them, or "
-                "the main prediction's entropy, beforehand: leave it out, or the measuring."
+                f"{what} measures one depth after another, but {rule.asked} needs all of them, or "
+                "the main prediction's entropy, beforehand: leave one of the two out."
             )
 
 
@@ -147,24 +150,25 @@ def task_gradients(
 ) -> dict[str, TaskGradients]:
     """``g_k`` of the main prediction and of ``depths``, over all micro-batches and ranks.
 
-    The experts' balance losses and weight decay have no part in it. Costs one forward pass of the
-    trunk and of the depths, and for each of them one backward pass through its modules and as much
-    of the trunk as the groups need; the head takes two products a depth. Holds one vector a task
-    and group beside the activations.
+    The experts' balance losses and weight decay are not included. It costs one forward pass of the
+    trunk and of the depths, and for each of them two products with the head and one backward pass
+    through its modules and the part of the trunk that the groups need. Memory holds one vector per
+    task and group, besides the activations.
 
     Args:
         model: the model.
-        micro_batches: this rank's part of the step, with the keys that the training pass has.
+        micro_batches: this rank's part of the step, with the keys of the training pass.
         depths: MTP depths to measure.
         counts: positions that count in the whole step.
-        groups: parameters, by any name. A tied embedding's gradient is the input side's alone.
-        objective: what the depths are trained on.
+        groups: groups of parameters, by any name. For a tied embedding only the gradient of the
+            input side is included.
+        objective: the objective of the depths.
 
     Returns:
-        For every group, its gradients.
+        The gradients of every group.
 
     Raises:
-        UserError: a depth's loss rests on other depths.
+        UserError: a depth's loss depends on other depths.
     """
     require_separable(objective, what="What measures every depth's gradient")
     parameters = [p for group in groups.values() for p in group]
@@ -183,23 +187,23 @@ def task_gradients(
 
 
 def measuring_flops(config: ModelConfig, seq_len: int, active: Sequence[int], scope: Scope) -> int:
-    """FLOPs a position that :func:`task_gradients` adds to a training step."""
+    """Additional FLOPs per position of :func:`task_gradients` in a training step."""
     trunk, mtp, shared = config.trunk, config.mtp, _shared_blocks(config)
 
     def blocks(first: int, last: int, seq_len: int) -> int:
         return mtp.trunk_flops(trunk, seq_len, active, range(first, last))
 
     def beyond(seq_len: int) -> int:
-        """Forward FLOPs between the shared blocks and the head, of all tasks together."""
+        """Forward FLOPs between the shared blocks and the head, over all tasks."""
         own = sum(mtp.alone_flops(trunk, seq_len, k, active) for k in active)
         return own + blocks(shared, trunk.n_layers, seq_len)
 
     forward = blocks(0, trunk.n_layers, seq_len) + mtp.module_flops(trunk, seq_len, active)
-    # What grows with the window has no weights, and so two gradients of inputs; the rest passes one
-    # on and leaves none for its weights.
+    # Attention's products, which grow with seq_len, have two inputs and need both gradients (2x);
+    # products with weights need only the gradient of their input (1x), not the weights'.
     passed_on = 2 * beyond(seq_len) - beyond(0)
     asked = blocks(shared - 1 if scope == "last_block" else 0, shared, seq_len)
-    # A head of its own is a module.
+    # A stack's own head counts as a module.
     shared_head = 1 + (0 if mtp.brings_loss else len(active))
     tasks = 1 + len(active)
     return forward + passed_on + 2 * (shared_head * trunk.head_flops() + tasks * asked)
@@ -207,8 +211,8 @@ def measuring_flops(config: ModelConfig, seq_len: int, active: Sequence[int], sc
 
 @contextmanager
 def _only(model: MTPModel, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, nothing else of the model has a gradient: a product of a kernel of our own computes
-    that of its weight, asked for or not, if the weight could have one."""
+    """Disable the gradients of all other parameters: this project's kernels compute the gradient of
+    a weight that requires one even if it was not asked for."""
     wanted = set(parameters)
     others = [p for p in model.parameters() if p.requires_grad and p not in wanted]
     try:

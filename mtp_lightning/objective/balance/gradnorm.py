@@ -1,17 +1,17 @@
 """GradNorm (Chen et al. 2018, arXiv 1711.02257, section 3, algorithm 1).
 
     G_k = w_k |g_k|,  target_k = mean(G) * r_k^alpha,  r_k = (L_k / L_k(0)) / mean_j(L_j / L_j(0))
-    w <- w - lr * d/dw sum_k |G_k - target_k|,    then renormalised to sum K
+    w <- w - lr * d/dw sum_k |G_k - target_k|,    then renormalized to sum K
 
-over the K tasks, the main prediction among them as in the source; ``g_k`` on the last block of the
-shared trunk, the targets taken as constants. A task that has learned less than the others is given
-a larger gradient. The derivative is ``sign(G_k - target_k) |g_k|``; the step is plain gradient
-descent. Weights stay at 0.01 or above, before they are renormalised: the formula alone lets them
-become negative. ``G_k`` holds no lambda_k, so that the balance is between the losses as they are,
-and lambda_k weighs what comes out. ``L_k(0)`` is the first loss that was seen.
+over the K tasks, the main prediction included as in the source. ``g_k`` is measured on the last
+block of the shared trunk, and the targets are constants. A task that has learned less than the
+others gets a larger gradient. The derivative is ``sign(G_k - target_k) |g_k|``; the step is plain
+gradient descent. Weights are clamped to at least 0.01 before they are renormalized, since the
+formula alone lets them become negative. ``G_k`` does not include lambda_k: the rule balances the
+unweighted losses, and lambda_k multiplies the result. ``L_k(0)`` is the first loss observed.
 
-Costs, in a step that measures, a forward pass of trunk and depths, one backward pass for every task
-through its modules, two products with the head, and the last block (:func:`task_gradients`).
+Cost, in a step that measures: a forward pass of trunk and depths, and for every task one backward
+pass through its modules, two products with the head, and the last block (:func:`task_gradients`).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class GradNorm(Balance):
 
     Args:
         depth: D.
-        alpha: strength with which unequal training rates are evened out.
-        lr: step size of the weights.
+        alpha: how strongly unequal training rates are equalized.
+        lr: learning rate of the weights.
         every_n_steps: optimizer steps between two measurements.
 
     Raises:
-        UserError: a setting out of range.
+        UserError: a setting is out of range.
     """
 
     name = "gradnorm"

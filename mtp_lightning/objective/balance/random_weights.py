@@ -1,12 +1,10 @@
-"""Random weights, drawn anew every step: the control (Lin et al. 2022, arXiv 2111.10603).
+"""Random weights in every step: a control for adaptive rules (Lin et al. 2022, arXiv 2111.10603).
 
     w = K softmax(z),    z ~ N(0, I)
 
-over the K tasks, the main prediction among them as in the source. The factor K, which the source
-does not have, makes their mean 1, as for the other rules. What an adaptive rule wins over fixed
-weights has to be more than this one does. The draw depends on the seed and the step alone.
-
-Costs nothing.
+over the K tasks, the main prediction included as in the source. The factor K, which the source does
+not have, makes their mean 1, as for the other rules. An adaptive rule is worth its cost only if it
+gains more over fixed weights than this one. The draw depends only on the seed and the step.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ class RandomWeights(Balance):
 
     Args:
         depth: D.
-        seed: of the run.
+        seed: seed of the run.
     """
 
     name = "random"
@@ -43,5 +41,5 @@ class RandomWeights(Balance):
 
 
 def stream(seed: int, step: int, name: str) -> torch.Generator:
-    """The random numbers of one step: nothing need be stored, and all ranks draw the same."""
+    """A generator for one step, the same on all ranks, so that no random state is stored."""
     return torch.Generator().manual_seed(parameter_seed(seed, f"balance:{name}:{step}"))

@@ -1,17 +1,17 @@
-"""One MTP depth a step, drawn at random (Stern et al. 2018, arXiv 1811.03115, section 6).
+"""One MTP depth per step, drawn at random (Stern et al. 2018, arXiv 1811.03115, section 6).
 
     L = L_0 + lambda_k L_k / p_k    for the one depth k that was drawn with probability p_k
 
 so that the expected gradient is that of all depths together. The main prediction is trained in
-every step; Stern et al. draw it with the rest. The draw depends on the seed and the step alone.
+every step; Stern et al. draw it with the rest. The draw depends only on the seed and the step.
 
 ``loss_ratio`` draws in proportion to ``L_k(t) / L_k(0)`` (the loss ratio of Chen et al. 2018): the
-depths that have learned least are trained most. A depth's loss is known only when it is drawn: the
-ratio uses a moving average (decay 0.9) over those steps, and is 1 before the first.
+depths that have learned least are trained most. A depth's loss is known only when it is drawn, so
+the ratio uses a moving average (decay 0.9) over those steps; it is 1 before the first.
 
-What a step saves: with parallel and linear heads, the other depths altogether; with sequential
-modules, the deeper modules altogether and the head's part of the shallower ones, which run forward
-and backward all the same since the drawn depth reads them; with ``parameter_free``, next to
+A step saves the computation of the other depths with parallel and linear heads. With sequential
+modules it saves the deeper modules, and the shallower ones' passes through the head; the shallower
+modules still run, since the drawn depth reads them. With ``parameter_free`` it saves almost
 nothing, since all depths share the logits.
 """
 
@@ -36,12 +36,12 @@ class SampledDepths(Balance):
 
     Args:
         depth: D.
-        seed: of the run.
-        probabilities: ``uniform``, ``loss_ratio``, or a list of D numbers above 0; they are
-            normalised over the depths that the schedule does not switch off.
+        seed: seed of the run.
+        probabilities: ``uniform``, ``loss_ratio``, or a list of D numbers above 0, which are
+            normalized over the depths that the schedule does not switch off.
 
     Raises:
-        UserError: probabilities that do not fit.
+        UserError: the probabilities are neither of these.
     """
 
     name = "sampled_depths"
@@ -60,7 +60,7 @@ class SampledDepths(Balance):
             require(fits, "balance.probabilities", probabilities, wanted)
         self.seed = seed
         self.probabilities = probabilities
-        # L_k(0), and the average of L_k since; NaN before a depth was drawn.
+        # L_k(0), and the moving average of L_k; NaN before a depth was drawn.
         self._first = torch.full((depth + 1,), torch.nan, dtype=torch.float64)
         self._mean = torch.full((depth + 1,), torch.nan, dtype=torch.float64)
 

@@ -1,16 +1,16 @@
-"""Each depth's share of the trunk is steered to a set ratio; this project's own.
+"""Steers the ratio of each depth's gradient to the main one's on the trunk (this project's own).
 
     log lambda_k += u sign(r - EMA(lambda_k |g_k| / |g_0|)),    lambda_k in [0.01, 1]
 
-in the manner of the experts' bias (Wang et al. 2024, arXiv 2408.15664): a step of fixed size in the
-right direction, no loss term. ``g`` is on the whole shared trunk. A depth's lambda starts from the
-schedule's weight in the first step that computes it, and is the rule's from there on: later changes
-of the schedule are not followed, but a schedule's 0 still switches the depth off. The moving
-average starts from the first ratio. Everything rests in the last 5 % of the run.
+Like the experts' bias (Wang et al. 2024, arXiv 2408.15664), it takes a step of fixed size in the
+right direction and adds no loss term. ``g`` is measured on the whole shared trunk. A depth's lambda
+starts from the schedule's weight in the first step that computes it. From then on the rule sets it:
+later changes of the schedule are ignored, except that 0 still switches the depth off. The moving
+average starts from the first ratio. Lambdas are fixed in the last 5 % of the run.
 
-Costs, in a step that measures, a forward pass of trunk and depths and one backward pass for every
-task through its modules, two products with the head, and the whole shared trunk
-(:func:`task_gradients`); memory of one vector of the trunk's size for every task.
+Cost, in a step that measures: a forward pass of trunk and depths, and for every task one backward
+pass through its modules, two products with the head, and the whole shared trunk
+(:func:`task_gradients`); memory of one vector of the trunk's size per task.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class TrunkRatio(Balance):
         rate: u, the step of log lambda_k.
         ratio: r, the wanted ``lambda_k |g_k| / |g_0|`` of every depth.
         ema: decay of the ratios' moving averages.
-        every_n_steps: optimizer steps between two measurements, each of which moves lambda once.
-        frozen: last part of the run in which lambda rests.
+        every_n_steps: optimizer steps between two measurements, each of which changes lambda once.
+        frozen: last fraction of the run, in which lambda is fixed.
 
     Raises:
-        UserError: a setting out of range.
+        UserError: a setting is out of range.
     """
 
     name = "trunk_ratio"

@@ -2,16 +2,17 @@
 
     sum_k lambda_k (L_k e^{-s_k} + s_k / 2),    s_k = log sigma_k^2,  s_k(0) = 0
 
-over all tasks, the main prediction among them as in the source. With lambda_k = 1 that is the
-published objective; otherwise lambda_k weighs the whole term, so that it does not vanish from the
-optimum, ``e^{-s_k} = 1 / (2 L_k)``. The factor of ``L_k`` is ``lambda_k e^{-s_k}``.
+over all tasks, the main prediction included as in the source. With lambda_k = 1 this is the
+published objective. Here lambda_k multiplies the whole term: the optimum is ``e^{-s_k} = 1 /
+(2 L_k)`` for any lambda_k, so the factor of ``L_k``, ``lambda_k e^{-s_k}``, stays proportional to
+lambda_k.
 
-The ``s_k`` are parameters of the run's optimizer, at its learning rate, without weight decay, and
-outside the bound on the gradient's norm. Their gradients are written down rather than traced:
-``lambda_k (1/2 - L_k e^{-s_k})``, from the step's losses over all ranks. The logged ``train/loss``
-is the weighted sum of the losses, without the ``s_k / 2``.
+The ``s_k`` are parameters of the run's optimizer, at its learning rate, without weight decay or
+gradient clipping. Their gradients are computed in closed form, ``lambda_k (1/2 - L_k e^{-s_k})``,
+from the step's losses over all ranks. The logged ``train/loss`` is the weighted sum of the losses,
+without the ``s_k / 2``.
 
-Costs nothing but reading the losses.
+Cost: only reading the losses.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Uncertainty(Balance):
 
     def __init__(self, depth: int) -> None:
         super().__init__(depth)
-        # One parameter a task: those of a depth that is switched off have no gradient, and the
-        # optimizer leaves them where they are.
+        # One parameter per task: that of a depth that is switched off has no gradient, so the
+        # optimizer does not change it.
         self._log_variances = [
             nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in range(depth + 1)
         ]

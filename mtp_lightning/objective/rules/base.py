@@ -1,9 +1,9 @@
-"""What a rule of the objective is: it changes what the depths are asked for, position by position.
+"""The interface of the objective's rules, which change the targets position by position.
 
-A rule first says what must be known of all hidden states before any of them learns
-(:attr:`Rule.measures`); one pass through the head finds that out for all rules
-(``objective/stream.py``). It then changes the targets (:meth:`Rule.apply`), in the order in which
-the objective holds the rules.
+A rule names the measures that it needs of all hidden states before any of them learns
+(:attr:`Rule.measures`); one prepass through the head computes them for all rules
+(``objective/stream.py``). The rules then change the targets (:meth:`Rule.apply`), one after the
+other.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.base import Term
 
 Seen = Mapping[str, Mapping[int, Tensor]]
-"""A measure's name -> depth -> its values [B, T], fp32 (in a double precision model fp64). Where a
-position has no target, or no teacher that the measure compares with, a number without meaning."""
+"""A measure's name -> depth -> its values [B, T], at least fp32; arbitrary at positions without a
+target, or without a teacher that the measure needs."""
 
 
 class Measure(Term):
-    """A number for every position, to be known before any depth learns.
+    """A number per position that a prepass computes before any depth learns.
 
     Attributes:
-        of_main: whether it is of the main prediction; else it is of every depth.
+        of_main: whether it is computed for the main prediction; else for every depth.
     """
 
     of_main: ClassVar[bool] = False
@@ -39,9 +39,9 @@ class Rule(ABC):
     """A rule.
 
     Attributes:
-        asked: the setting that asks for it, for messages: ``objective.mask=entropy``.
-        of_drafts: whether it rests on every token up to a depth's, as drafts do.
-        measures: what must be known beforehand.
+        asked: the setting that selects it, for messages: ``objective.mask=entropy``.
+        of_drafts: whether it depends on every token up to a depth's, like drafts.
+        measures: the measures that it needs.
     """
 
     asked: str
@@ -49,45 +49,45 @@ class Rule(ABC):
     measures: tuple[Measure, ...] = ()
 
     def parts(self, stack: MTPStack) -> Sequence[tuple[float, Term]]:
-        """Terms that every depth is trained on beside the objective's, each with its weight."""
+        """Additional terms that every depth is trained on, each with its weight."""
         return ()
 
     def apply(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
-        """The targets as the rule leaves them, in their order.
+        """The targets after the rule has changed them, in the same order.
 
         Args:
-            targets: of the main prediction, then of the depths.
-            seen: what the measures found.
+            targets: the main prediction's, then the depths'.
+            seen: values of the measures.
         """
         return list(targets)
 
     def learn(self) -> dict[str, float]:
-        """Take note of the optimizer step that is over. Returns what to log of it."""
+        """Learn from the optimizer step that is over; returns values to log."""
         return {}
 
     def flops(self, d_model: int) -> int:
-        """FLOPs of training a position of one depth that the rule's terms add."""
+        """FLOPs per position and depth of training that the rule's terms add."""
         return 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has learned, in plain containers. No two rules use the same key."""
+        """The rule's state, in plain containers. Keys must be unique among all rules."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """The inverse of :meth:`state_dict`; ``state`` is that of all rules."""
+        """The inverse of :meth:`state_dict`; ``state`` holds the keys of all rules."""
 
 
 def require_reader(key: str, value: object, reader: str, *, chosen: bool) -> None:
     """Refuse a setting that nothing reads.
 
     Args:
-        key: below ``objective``.
-        value: its value; None is no setting.
-        reader: what would read it: ``objective.mask=entropy``.
-        chosen: whether that is chosen.
+        key: the setting's key in ``objective``.
+        value: its value; None if it is not set.
+        reader: the setting that would read it: ``objective.mask=entropy``.
+        chosen: whether that one is chosen.
 
     Raises:
-        UserError: naming both.
+        UserError: naming both settings.
     """
     if value is not None and not chosen:
         raise UserError(

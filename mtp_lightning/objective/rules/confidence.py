@@ -1,4 +1,4 @@
-"""Every depth learns how likely its draft is accepted (DSpark, arXiv 2607.05147)."""
+"""Every depth learns to estimate the acceptance of its draft (DSpark, arXiv 2607.05147)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mtp_lightning.objective.terms.tv import acceptance
 
 
 class ConfidenceRule(Rule):
-    """``objective.confidence=true``: one term more, and one that is only logged."""
+    """``objective.confidence=true``: adds a term, and one that is only logged."""
 
     asked = "objective.confidence=true"
 
@@ -25,21 +25,21 @@ class ConfidenceRule(Rule):
         return [] if head is None else [(1.0, ConfidenceTerm(head)), (0.0, ConfidenceError(head))]
 
     def flops(self, d_model: int) -> int:
-        return 4 * 2 * d_model  # two products, and two backward of one of them
+        return 4 * 2 * d_model  # two forward products, and two backward products of the first
 
 
 class ConfidenceTerm(Term):
     """``BCE(Linear(h^k), sg alpha_k)`` with ``alpha = sum_v min(p_v, q_v)``.
 
     Args:
-        head: of the stack.
+        head: the stack's confidence layer.
     """
 
     name = "confidence"
     needs_teacher = True
     of_state = True
     follows_weights = False
-    is_word = False  # a switch of the objective: it needs a part of the model
+    is_word = False  # selected by a switch of the objective, as it needs a part of the model
 
     def __init__(self, head: Confidence) -> None:
         self.head = head
@@ -53,7 +53,7 @@ class ConfidenceTerm(Term):
         return F.binary_cross_entropy_with_logits(logit_R, alpha_R, reduction="none")
 
     def _both(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """The logit and the acceptance [R]."""
+        """The logit of the confidence and the true acceptance, [R] each."""
         assert chunk.hidden_RC is not None
         with torch.no_grad():
             alpha_R = acceptance(chunk.teacher.probs_RV, chunk.log_probs_RV.exp())
@@ -61,7 +61,7 @@ class ConfidenceTerm(Term):
 
 
 class ConfidenceError(ConfidenceTerm):
-    """Mean distance of the confidence from the acceptance: logged, and learned from by nobody."""
+    """Absolute error of the confidence, ``|sigmoid(logit) - alpha|``: logged, not trained on."""
 
     name = "confidence_error"
     follows_mask = False

@@ -1,4 +1,4 @@
-"""A depth's loss rests on the other depths' predictions of the same position."""
+"""Coupling of terms whose loss of a depth depends on the other depths at the same position."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Alpha(Measure):
 
 
 class Coupling(Rule):
-    """Gives a term with ``couples`` the losses and scales that all depths have together.
+    """Computes the losses and gradient scales of a term with ``couples`` from all depths together.
 
     Args:
-        term: whose targets are changed.
-        asked: the setting that asks for it.
+        term: the term; only its targets are changed.
+        asked: the setting that selects it.
     """
 
     measures = (Alpha(),)

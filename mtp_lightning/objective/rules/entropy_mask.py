@@ -1,8 +1,9 @@
-"""Depths do not learn to predict across what nobody could foresee (AdaMTP, arXiv 2608.00434).
+"""Depths do not learn to predict across unpredictable tokens (AdaMTP, arXiv 2608.00434).
 
-With ``H_s`` the entropy of the main prediction at position s, depth k at t counts only if no jump
-``H_{s+1} - H_s > tau`` lies in t .. t + k + 1. What lies beyond the window is not known, and no
-jump.
+With ``H_s`` the entropy of the main prediction at position s, depth k at t counts only if there is
+no jump ``H_{s+1} - H_s > tau`` in t .. t + k + 1. Positions beyond the window count as no jump.
+
+Shapes: B batch, T positions.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from mtp_lightning.objective.targets import DepthTarget, tokens_of
 from mtp_lightning.objective.terms.base import Chunk
 from mtp_lightning.settings import require_choice, require_number
 
-# Jumps are counted in bins of a sixteenth of a nat; entropies differ by less than ln V.
+# Changes of entropy are counted in bins of 1/16 nat; they are smaller than ln V.
 _BINS, _REACH = 512, 16.0
 
 
 def entropy_mask(mask: str, *, tau: float | None, quantile: float | None) -> EntropyMask | None:
-    """The rule that ``objective.mask`` asks for; None for ``none``.
+    """The rule that ``objective.mask`` selects; None for ``none``.
 
     Raises:
-        UserError: an unknown mask, or a setting out of range or without a reader.
+        UserError: the mask is unknown, or a setting is out of range or not read by it.
     """
     require_choice("objective.mask", mask, ("none", "entropy"))
     for key, value in (("tau", tau), ("quantile", quantile)):
@@ -42,14 +43,14 @@ def entropy_mask(mask: str, *, tau: float | None, quantile: float | None) -> Ent
         require_number("objective.tau (null for a running quantile)", tau)
     if tau is not None and quantile is not None:
         raise UserError(
-            f"objective.tau={tau} and objective.quantile={quantile} both say what a jump is: "
-            "leave one of them null."
+            f"objective.tau={tau} and objective.quantile={quantile} both set the threshold of a "
+            "jump: leave one of them null."
         )
     return EntropyMask(tau, quantile=0.95 if quantile is None else quantile)
 
 
 class Entropy(Measure):
-    """Of the main prediction, in nats."""
+    """Entropy of the main prediction, in nats."""
 
     name = "entropy"
     of_main = True
@@ -61,17 +62,17 @@ class Entropy(Measure):
 class EntropyMask(Rule):
     """``objective.mask=entropy``.
 
-    A running quantile rests on the steps before: the newest counts with 1 - decay. Before the first
-    step it is infinite. Jumps are counted in bins, so that tau depends neither on ranks nor on
-    micro-batches, nor on whether the run was interrupted.
+    The running quantile is taken over earlier optimizer steps, whose counts decay exponentially; it
+    is infinite before the first step. Changes of entropy are counted in bins, so that tau does not
+    depend on the number of ranks or micro-batches, or on interruptions of the run.
 
     Args:
-        tau: the least jump that is one, in nats; None for the running quantile.
-        quantile: share of steps between positions that are no jump.
-        decay: of the counts, a step.
+        tau: threshold of a jump, in nats; None for the running quantile.
+        quantile: share of the changes between adjacent positions that are not jumps.
+        decay: decay of the counts per optimizer step.
 
     Raises:
-        UserError: a quantile outside of (0, 1).
+        UserError: the quantile is outside of (0, 1).
     """
 
     asked = "objective.mask=entropy"
@@ -82,12 +83,13 @@ class EntropyMask(Rule):
         self.quantile = require_number("objective.quantile", quantile, above=0, below=1)
         self.decay = decay
         self._counts = torch.zeros(_BINS, dtype=torch.float64)
-        # Of the step under way: jumps by bin, then positions of every depth that are kept.
+        # Of the current step: counts of changes by bin, then for every depth the number of valid
+        # positions and of those that are kept.
         self._pending: Tensor | None = None
 
     @property
     def tau(self) -> float:
-        """The least jump that is one."""
+        """The threshold of a jump, in nats."""
         if self.fixed is not None:
             return self.fixed
         total = float(self._counts.sum())
@@ -107,10 +109,10 @@ class EntropyMask(Rule):
         ]
 
     def keep(self, entropy_BT: Tensor, tokens: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Depth -> bool [B, T], whether it counts at a position.
+        """Depth -> bool [B, T], whether the depth counts at a position.
 
         Args:
-            entropy_BT: of the main prediction.
+            entropy_BT: entropy of the main prediction.
             tokens: depth -> targets [B, T], the main prediction's at 0; -100 is ignored.
         """
         jump_BT = torch.zeros_like(entropy_BT, dtype=torch.bool)

@@ -1,7 +1,9 @@
-"""How much a position of a depth counts beside the others (``objective.weights``).
+"""Weights of positions (``objective.weights``).
 
-Weights multiply the losses, and the sum is divided by the number of positions as ever: they are not
-normalised, and a step is the same however it is split.
+Weights multiply the losses, and the sum is still divided by the number of positions: weights are
+not normalized, so a step does not depend on how it is split into micro-batches.
+
+Shapes: B batch, T positions.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ from mtp_lightning.settings import require_choice, require_number
 def position_weights(
     weights: str, *, decay: float | None, smoothing: float | None
 ) -> PositionWeights | None:
-    """The rule that ``objective.weights`` asks for; None for ``none``.
+    """The rule that ``objective.weights`` selects; None for ``none``.
 
     Raises:
-        UserError: an unknown rule, or a setting out of range or without a reader.
+        UserError: the rule is unknown, or a setting is out of range or not read by it.
     """
     require_choice("objective.weights", weights, ("none", "exp_decay", "acceptance"))
     require_reader("decay", decay, ExpDecay.asked, chosen=weights == "exp_decay")
@@ -40,7 +42,7 @@ def position_weights(
 
 
 class TargetProb(Measure):
-    """``q^k(x)``, what a depth says of its target."""
+    """``q^k(x)``, a depth's probability of its target."""
 
     name = "target_prob"
 
@@ -68,7 +70,7 @@ class PositionWeights(Rule):
 
         Args:
             valid: depth -> bool [B, T], where it counts; in the order of depths.
-            target_probs: depth -> ``q^k(x)`` [B, T]; empty unless asked for.
+            target_probs: depth -> ``q^k(x)`` [B, T]; empty unless :class:`TargetProb` is measured.
         """
 
 
@@ -76,7 +78,7 @@ class ExpDecay(PositionWeights):
     """``exp(-(k - 1) / g)`` for depth k.
 
     Args:
-        g: the slower, the larger.
+        g: decay length in depths.
     """
 
     asked = "objective.weights=exp_decay"
@@ -95,13 +97,14 @@ class ExpDecay(PositionWeights):
 
 
 class Acceptance(PositionWeights):
-    """D-PACE (arXiv 2605.18810): a draft matters as much as there are drafts that need it.
+    """D-PACE (arXiv 2605.18810): a draft is weighted by the expected number of accepted drafts that
+    depend on it.
 
-    ``s_k = (1 - a) q^k(x) + a``, ``P_k = prod_{i<=k} s_i``, and depth k weighs ``sg sum_{i>=k}
-    P_i``, over the depths that count at the position.
+    ``s_k = (1 - a) q^k(x) + a``, ``P_k = prod_{i<=k} s_i``, and depth k has the weight ``sg
+    sum_{i>=k} P_i``, over the depths that count at the position.
 
     Args:
-        a: the least that a draft is believed.
+        a: smoothing: the smallest acceptance ``s_k``.
     """
 
     asked = "objective.weights=acceptance"

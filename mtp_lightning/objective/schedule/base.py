@@ -1,13 +1,13 @@
-"""How much every MTP depth weighs in the loss, as a function of training progress.
+"""The interface of lambda schedules: the weight of every MTP depth by training progress.
 
 The weights are the factors of ``L_k`` in
 
     L = L_0 + sum_k weight_k L_k,    k = 1 .. D
 
-A schedule is a pure function of checkpointed progress, never of the clock or of Lightning's epoch
+A schedule is a pure function of checkpointed progress, not of the clock or of Lightning's epoch
 counter, so that a resumed run has the same weights at the same step.
 
-The files of this room need neither torch nor Lightning.
+The files of this folder need neither torch nor Lightning.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from mtp_lightning.errors import UserError
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is; everything in here is restored from a checkpoint.
+    """The progress of a run, which checkpoints restore.
 
     Args:
-        step: optimizer steps done before the step that the weights are asked for (0 for the first).
+        step: optimizer steps done before the current one (0 for the first).
         max_steps: optimizer steps of the whole run (`trainer.max_steps`).
-        tokens: depth-0 targets seen so far, all ranks together.
+        tokens: depth-0 targets seen so far, over all ranks.
     """
 
     step: int
@@ -60,10 +60,10 @@ class LambdaSchedule(ABC):
 
     @abstractmethod
     def weights(self, progress: Progress) -> list[float]:
-        """The factors of L_1 .. L_D in the step that comes; 0 switches a depth off."""
+        """The factors of L_1 .. L_D in the next step; 0 switches a depth off."""
 
     @property
     def depth_ever_skipped(self) -> bool:
-        """Whether some depth's weight can be exactly 0 in some step, so that its parameters get no
-        gradient then. Data parallelism has to know; where in doubt, yes."""
+        """Whether a depth's weight can be exactly 0 in some step, so that its parameters get no
+        gradient. Data parallelism needs to know; True if in doubt."""
         return True

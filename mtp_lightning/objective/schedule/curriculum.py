@@ -1,4 +1,4 @@
-"""Depths that come or go one by one (Aynetdinov & Akbik 2025)."""
+"""Schedules that add or remove depths one by one (Aynetdinov & Akbik 2025)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knots of progress -> weight: the general form behind every published schedule.
+"""Piecewise schedules from knots, progress -> weight: the general form of all published ones.
 
 With one number ``mtp_lambda`` every depth gets ``mtp_lambda / D`` (DeepSeek-V3 report, eq. 25),
 with a list depth k gets ``mtp_lambda[k]``. Knots are written as multiples of ``mtp_lambda``, so
@@ -20,10 +20,10 @@ INTERPOLATIONS = ("step", "linear", "cosine")
 
 
 class Piecewise(LambdaSchedule):
-    """Piecewise weights of the MTP depths; the general form behind every preset.
+    """Piecewise weights of the MTP depths.
 
-    Each knot becomes effective per-depth weights first; then the weights of the two neighbouring
-    knots are interpolated. The first knot also holds before itself, the last one after itself.
+    Each knot is first turned into weights per depth; then the weights of adjacent knots are
+    interpolated. The first knot also holds before its position, and the last one after it.
 
     Args:
         depth: D, the number of MTP depths (0 gives no weights).
@@ -172,7 +172,7 @@ def _weight_list(values: Any, what: str, depth: int) -> list[float]:
 
 
 def base_weights(depth: int, mtp_lambda: float | Sequence[float]) -> list[float]:
-    """What every depth weighs at the multiple 1: mtp_lambda / D, or mtp_lambda[k]."""
+    """The weight of every depth at the multiple 1: mtp_lambda / D, or mtp_lambda[k]."""
     require_whole("mtp.depth", depth, least=0)
     if _is_list(mtp_lambda):
         return _weight_list(mtp_lambda, "mtp_lambda", depth)

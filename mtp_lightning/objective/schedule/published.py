@@ -55,8 +55,7 @@ def geometric(
     unit: str = "fraction",
     length: float | None = None,
 ) -> Piecewise:
-    """Depth k weighs ``mtp_lambda * beta^k``, normalised over the depths to sum 1 (FastMTP,
-    2025)."""
+    """Depth k has the weight ``mtp_lambda * beta^k / sum_j beta^j`` (FastMTP, 2025)."""
     require_number("lambda_schedule.beta", beta, above=0)
     require_whole("mtp.depth", depth, least=0)
     powers = [float(beta) ** k for k in range(1, depth + 1)]

@@ -1,8 +1,8 @@
-"""What a depth is trained on: a loss a position, of the depth's log-probabilities and its target.
+"""The interface of terms: a loss per position of a depth's log-probabilities and its target.
 
-A term is one file: a class with ``value``, the formula. Its gradient is then made by autograd,
-chunk by chunk; a term may write it down instead, where the closed form is cheaper. A term with
-``needs_teacher`` is also given what the main prediction says of the same target tokens.
+A term is one file: a class with ``value``, the formula. Autograd computes its gradient chunk by
+chunk, unless the term overrides ``gradient`` with a cheaper closed form. A term with
+``needs_teacher`` also receives the main prediction of the same target tokens.
 
 Shapes: R positions of one chunk, V vocabulary, C d_model.
 """
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 @dataclass(eq=False)
 class Teacher:
-    """The main prediction ``p_{t+k}`` for the tokens that depth k predicts at t; no gradient goes
-    back to it. All depths and terms read the same one: nothing of it may be overwritten.
+    """The main prediction ``p_{t+k}`` of the tokens that depth k predicts at t, without gradient.
+    All depths and terms share its tensors, so they must not overwrite them.
 
     Attributes:
         log_probs_RV: ``log p``, fp32.
@@ -40,12 +40,12 @@ class Teacher:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Some positions of one depth on their way through the loss.
+    """The inputs of a loss at some positions of one depth.
 
     Attributes:
         depth: k, 0 for the main prediction.
         log_probs_RV: ``log q``, fp32.
-        targets_R: ids of the target tokens; any id where the position does not count, whose value
+        targets_R: ids of the target tokens; arbitrary at positions that do not count, whose value
             and gradient are multiplied by 0.
         hidden_RC: the depth's state ``h^k``.
         main: see :attr:`teacher`; None unless a term needs it.
@@ -59,8 +59,8 @@ class Chunk:
 
     @property
     def teacher(self) -> Teacher:
-        """What a term with ``needs_teacher`` compares with. Where the position has none, which
-        then does not count, it is another position's."""
+        """The teacher of a term with ``needs_teacher``. At positions without one, which do not
+        count, it is the teacher of another position."""
         assert self.main is not None, "a term that reads the teacher says needs_teacher = True"
         return self.main
 
@@ -69,19 +69,20 @@ class Term(ABC):
     """One objective of the MTP depths (group ``objective``).
 
     Attributes:
-        name: what it is called in messages and in the log.
-        needs_teacher: whether :attr:`Chunk.teacher` is read. Only positions that have one count.
-        of_token: whether the loss is ``-log q(target)`` and reads no other log-probability. Passes
-            then take shorter ways: several such targets share one softmax.
-        of_state: whether it is a term of the depth's hidden state, an addition to terms of the
-            log-probabilities: :meth:`value` is then differentiable by ``chunk.hidden_RC`` and by
-            ``parameters``, and what it reads of the log-probabilities has no gradient.
-        parameters: of its own, which are part of the model.
-        couples: whether a depth's loss rests on the other depths' acceptance; the term then has a
+        name: its name in messages and in the log.
+        needs_teacher: whether it reads :attr:`Chunk.teacher`. Then only positions that have one
+            count.
+        of_token: whether the loss is ``-log q(target)`` and reads no other log-probability. Faster
+            code then applies: several such targets share one softmax.
+        of_state: whether it is a term of the depth's hidden state, in addition to terms of the
+            log-probabilities: :meth:`value` is then differentiable with respect to
+            ``chunk.hidden_RC`` and ``parameters``, and not to the log-probabilities.
+        parameters: its own parameters, which belong to the model.
+        couples: whether a depth's loss depends on the other depths' acceptance; the term then has a
             method ``together`` (``e2e_tv.py``).
-        follows_mask: whether ``objective.mask`` holds for its positions.
+        follows_mask: whether ``objective.mask`` applies to its positions.
         follows_weights: whether ``objective.weights`` multiply its positions.
-        is_word: whether a mixture may name it.
+        is_word: whether ``objective.terms`` may name it.
     """
 
     name: ClassVar[str]
@@ -96,11 +97,12 @@ class Term(ABC):
 
     @abstractmethod
     def value(self, chunk: Chunk) -> Tensor:
-        """The loss of every position [R], in nats; differentiable by ``chunk.log_probs_RV``."""
+        """The loss of every position [R], in nats, differentiable with respect to
+        ``chunk.log_probs_RV``."""
 
     def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """:meth:`value`, and its derivative by the logits [R, V] that ``log_probs_RV`` is the
-        log-softmax of; the chunk's log-probabilities may be overwritten."""
+        """:meth:`value`, and its gradient with respect to the logits [R, V] whose log-softmax is
+        ``chunk.log_probs_RV``; it may overwrite the chunk's log-probabilities."""
         with torch.enable_grad():
             log_probs_RV = chunk.log_probs_RV.detach().requires_grad_()
             value_R = self.value(replace(chunk, log_probs_RV=log_probs_RV))
@@ -110,9 +112,9 @@ class Term(ABC):
         return value_R.detach(), d_log_probs_RV - probs_RV * total_R1
 
     def tag(self, k: int) -> str:
-        """What its loss of depth ``k`` is called in the log, where it is not the only one."""
+        """The log tag of its loss of depth ``k``, if it is not the only term."""
         return f"train/loss_depth_{k}/{self.name}"
 
     def parts(self) -> Iterator[tuple[float, Term]]:
-        """What a mixture is made of, each with its weight; of any other term, itself."""
+        """The weighted terms that a mixture consists of; by default the term itself."""
         yield 1.0, self

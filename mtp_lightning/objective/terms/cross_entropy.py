@@ -9,7 +9,7 @@ from mtp_lightning.objective.terms.base import Chunk, Term
 
 
 class CrossEntropy(Term):
-    """``objective=ce``; the main prediction's term, whatever the depths are trained on."""
+    """``objective=ce``; always the term of the main prediction."""
 
     name = "ce"
     of_token = True
@@ -18,7 +18,7 @@ class CrossEntropy(Term):
         return -chunk.log_probs_RV.gather(1, chunk.targets_R.unsqueeze(-1)).squeeze(-1)
 
     def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        # softmax - one_hot, in the place of the log-probabilities.
+        # softmax - one_hot, written over the log-probabilities.
         value_R = self.value(chunk)
         target_R1 = chunk.targets_R.unsqueeze(-1)
         d_logits_RV = exp_(chunk.log_probs_RV)

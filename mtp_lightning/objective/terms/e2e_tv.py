@@ -1,10 +1,10 @@
-"""What all depths of a position are worth together (arXiv 2606.12370, eq. 13).
+"""The expected acceptance of all depths of a position together (arXiv 2606.12370, eq. 13).
 
     1 - (1/D) sum_{j=1..D} prod_{i<=j} alpha_i,    alpha_i = sum_v min(sg p_{t+i,v}, q^i_{t,v})
 
-is one minus the share of D drafts that speculative sampling accepts. It is the mean over j of
-``1 - prod_{i<=j} alpha_i``, and that is what depth j has for its loss: ``mtp_lambda`` weighs it as
-every other, and it trains depth j and all shallower ones.
+is one minus the expected share of D drafts that speculative sampling accepts. It is the mean over j
+of ``1 - prod_{i<=j} alpha_i``, which is the loss of depth j here: ``mtp_lambda`` weighs it like any
+other, and it trains depth j and all shallower depths.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from mtp_lightning.objective.terms.tv import TV
 
 
 class E2ETV(TV):
-    """``objective=e2e_tv``. The gradient by a depth's logits is that of ``1 - alpha``, times what
-    the other depths' acceptance makes of it: all must be known before any learns
-    (``rules/coupling.py``)."""
+    """``objective=e2e_tv``. The gradient with respect to a depth's logits is that of ``1 - alpha``,
+    scaled by the other depths' acceptance, which a prepass computes (``rules/coupling.py``)."""
 
     name = "e2e_tv"
     couples = True
@@ -31,9 +30,9 @@ class E2ETV(TV):
         valid: Mapping[int, Tensor],
         coefficients: Mapping[int, Tensor],
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """The loss of every depth, and what multiplies the gradient of ``1 - alpha_i``.
+        """The loss of every depth, and the scale of the gradient of ``1 - alpha_i``.
 
-        A depth that does not count at a position has no draft there that could be rejected: its
+        A depth that does not count at a position has no draft there that could be rejected, so its
         alpha is taken as 1.
 
         Args:
@@ -53,7 +52,7 @@ class E2ETV(TV):
             product = product * passed[k]
             values[k] = 1 - product
         for i in depths:
-            # Without a division: an alpha may be 0.
+            # Multiplied up instead of divided: an alpha may be 0.
             others, scales[i] = torch.ones_like(product), torch.zeros_like(product)
             for j in depths:
                 others = others if j == i else others * passed[j]

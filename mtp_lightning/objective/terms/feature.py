@@ -1,6 +1,6 @@
-"""The depth's state shall be the main prediction's of the same token.
+"""A distance between the depth's hidden state and the main prediction's for the same token.
 
-EAGLE (arXiv 2401.15077, section 4.2), and NextLat (arXiv 2511.05963) without the normalisation.
+EAGLE (arXiv 2401.15077, section 4.2), and NextLat (arXiv 2511.05963) without the normalization.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Feature(Term):
     """``SmoothL1(h^k_t / rms, sg h_{t+k} / rms)``, the mean over the C components.
 
     Args:
-        normalise: whether rms is that of ``sg h_{t+k}``; else 1, so that the states themselves are
-            compared.
+        normalise: whether rms is that of ``sg h_{t+k}``; else it is 1, and the states themselves
+            are compared.
 
     Raises:
         UserError: ``normalise`` is neither true nor false.

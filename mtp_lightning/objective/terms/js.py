@@ -1,4 +1,4 @@
-"""The Jensen-Shannon divergence: both are compared with what lies halfway (Lin 1991)."""
+"""The Jensen-Shannon divergence: both distributions are compared with their mean (Lin 1991)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class JS(Term):
         return 0.5 * (of_p_R + (log_q_RV.exp() * (log_q_RV - log_m_RV)).sum(-1))
 
     def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        # q_j (log q_j - log m_j - KL(q || m)) / 2, in the place of the log-probabilities.
+        # q_j (log q_j - log m_j - KL(q || m)) / 2, written over the log-probabilities.
         log_p_RV, log_q_RV = chunk.teacher.log_probs_RV, chunk.log_probs_RV
         log_m_RV = torch.logaddexp(log_p_RV, log_q_RV).sub_(math.log(2))
         ratio_RV = log_q_RV - log_m_RV

@@ -1,7 +1,7 @@
-"""Self-distillation: the depth learns what the main prediction says of the same token.
+"""Self-distillation: the depth learns the main prediction's distribution of the same token.
 
-FastMTP (arXiv 2509.18362) and the soft-target heads of reinforcement learning trainers; the
-distance is that of Hinton et al. 2015 (arXiv 1503.02531).
+Used by FastMTP (arXiv 2509.18362) and by the soft-target heads of reinforcement learning trainers;
+the divergence is that of Hinton et al. 2015 (arXiv 1503.02531).
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ class KL(Term):
     """``objective=kl``: ``beta KL(sg p_{t+k} || q^k_t) + (1 - beta) CE``.
 
     Args:
-        temperature: divides the logits of both distributions before their softmax. The loss is not
-            multiplied by its square, which keeps gradients alike in Hinton et al.: ``mtp_lambda``
-            is there for that.
-        beta: share of the distance; the rest is cross-entropy with the text, at temperature 1.
+        temperature: divides the logits of both distributions before their softmax. Unlike in Hinton
+            et al., the loss is not multiplied by its square; use ``mtp_lambda`` to scale it.
+        beta: weight of the divergence; the rest is cross-entropy with the text, at temperature 1.
 
     Raises:
-        UserError: a temperature that is not above 0, or a share outside of (0, 1].
+        UserError: the temperature is not above 0, or beta is outside of (0, 1].
     """
 
     name = "kl"
@@ -41,7 +40,7 @@ class KL(Term):
         return ((log_p_RV - self._log_q(chunk)) * p_RV).sum(-1)
 
     def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        # (q - p) / temperature, in the place of the log-probabilities.
+        # (q - p) / temperature, written over the log-probabilities.
         log_p_RV, p_RV = self._teacher(chunk)
         log_q_RV = self._log_q(chunk)
         value_R = (log_p_RV - log_q_RV).mul_(p_RV).sum(-1)

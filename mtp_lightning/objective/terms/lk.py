@@ -1,4 +1,5 @@
-"""From the divergence to the acceptance, as the depth gets better (LK losses, arXiv 2602.23881)."""
+"""A blend from the KL divergence to the acceptance as the depth improves (LK losses, arXiv
+2602.23881)."""
 
 from __future__ import annotations
 
@@ -10,14 +11,14 @@ from mtp_lightning.settings import require_number
 
 
 class LK(Term):
-    """``objective=lk``: ``w KL(sg p || q) + (1 - w) TV(sg p, q)``, ``w = exp(-rate sg alpha)`` of
-    every position.
+    """``objective=lk``: ``w KL(sg p || q) + (1 - w) TV(sg p, q)``, with ``w = exp(-rate sg alpha)``
+    at every position.
 
     Args:
-        rate: how soon the divergence gives way.
+        rate: how quickly the weight of the divergence falls with the acceptance.
 
     Raises:
-        UserError: a negative rate.
+        UserError: the rate is negative.
     """
 
     name = "lk"

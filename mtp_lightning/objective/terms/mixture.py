@@ -21,12 +21,12 @@ class Mixture(Term):
     """``objective=mix``: ``L_k = sum_TERM weight_TERM * L_k/TERM``.
 
     Args:
-        terms: a term's word -> its weight, or ``{weight: 0.5, ..}`` with settings of the term, or
+        terms: a term's name -> its weight, or ``{weight: 0.5, ..}`` with settings of the term, or
             ``{weight: 0.5, term: ..}`` with a term of the user's own.
 
     Raises:
-        UserError: an unknown word, a weight that is not above 0, a setting that a term refuses, a
-            term that stands in it twice, or nothing but terms of hidden states.
+        UserError: a name is unknown, a weight is not above 0, a term refuses a setting or occurs
+            twice, or all terms are of hidden states.
     """
 
     name = "mix"
@@ -48,7 +48,7 @@ class Mixture(Term):
                 self._parts[part.name] = weight * share, part
         if all(part.of_state for _, part in self._parts.values()):
             raise UserError(
-                f"objective.terms={{{', '.join(self._parts)}}} does not look at what the depths "
+                f"objective.terms={{{', '.join(self._parts)}}} does not train what the depths "
                 "predict: add a term that does, such as ce or kl."
             )
 
@@ -56,11 +56,11 @@ class Mixture(Term):
         yield from self._parts.values()
 
     def value(self, chunk: Chunk) -> Tensor:
-        raise AssertionError("a mixture's parts are computed, each over positions of its own")
+        raise AssertionError("the parts of a mixture are computed separately")
 
 
 def known_terms() -> dict[str, type[Term]]:
-    """The platform's own terms, and those that were imported, by their words."""
+    """The project's own terms, and those of imported modules, by name."""
     package = importlib.import_module(_PACKAGE)
     for found in pkgutil.iter_modules(package.__path__, prefix=f"{_PACKAGE}."):
         importlib.import_module(found.name)
@@ -76,7 +76,7 @@ def _subclasses(kind: type[Term]) -> Iterator[type[Term]]:
 
 
 def _term(word: str, asked: Any) -> tuple[float, Term]:
-    """A term and its weight, as they stand in the config."""
+    """A term and its weight, from an entry of the config."""
     settings = dict(asked) if isinstance(asked, Mapping) else {"weight": asked}
     weight = settings.pop("weight", None)
     weight = require_number(f"the weight of {word} in objective.terms", weight, above=0)
@@ -84,8 +84,8 @@ def _term(word: str, asked: Any) -> tuple[float, Term]:
     if own is not None:
         if not isinstance(own, Term) or settings:
             raise UserError(
-                f"objective.terms.{word} must be {{weight: .., term: {{_target_: .., ..}}}}, the "
-                "settings beside the term's own _target_."
+                f"objective.terms.{word} must be {{weight: .., term: {{_target_: .., ..}}}}, with "
+                "the settings next to the term's own _target_."
             )
         return weight, own
     known = known_terms()

@@ -13,8 +13,8 @@ _FLOOR = 1e-5
 class NLA(Term):
     """``objective=nla``: ``-log max(alpha, 1e-5)``, ``alpha = sum_v min(sg p_v, q_v)``.
 
-    Cross-entropy's shape, with all that the main prediction finds probable in the place of one
-    token: where p is one token's, they are the same. Below the floor nothing is learned.
+    It generalizes cross-entropy from one token to all tokens that the main prediction finds
+    probable: the two are equal if p is one-hot. Below the floor the gradient is 0.
     """
 
     name = "nla"

@@ -1,4 +1,4 @@
-"""The distance the other way round: the depth keeps to what the main prediction may say."""
+"""The reverse divergence: the depth avoids tokens that the main prediction finds improbable."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ReverseKL(Term):
         return (chunk.log_probs_RV.exp() * ratio_RV).sum(-1)
 
     def gradient(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        # q_j (log q_j - log p_j - KL), in the place of the log-probabilities.
+        # q_j (log q_j - log p_j - KL), written over the log-probabilities.
         ratio_RV = chunk.log_probs_RV - chunk.teacher.log_probs_RV
         q_RV = chunk.log_probs_RV.exp_()
         value_R = (q_RV * ratio_RV).sum(-1)

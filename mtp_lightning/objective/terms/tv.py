@@ -1,4 +1,4 @@
-"""Total variation: the chance that a draft sampled from the depth is rejected.
+"""Total variation: the probability that a draft sampled from the depth is rejected.
 
 With ``alpha = sum_v min(p_v, q_v)``, the expected acceptance of speculative sampling (Leviathan et
 al. 2023, theorem 3.5), the loss is ``1 - alpha`` (arXiv 2606.12370, eq. 10).
@@ -32,7 +32,7 @@ def acceptance(p_RV: Tensor, q_RV: Tensor) -> Tensor:
 
 
 def tv_gradient(p_RV: Tensor, q_RV: Tensor) -> Tensor:
-    """The derivative of ``1 - alpha`` by the logits of ``q``, in its place (eq. 11):
-    ``-q_j ([q_j <= p_j] - S)``, ``S = sum_v [q_v <= p_v] q_v``."""
+    """The gradient of ``1 - alpha`` with respect to the logits of ``q`` (eq. 11), written over
+    ``q``: ``-q_j ([q_j <= p_j] - S)``, ``S = sum_v [q_v <= p_v] q_v``."""
     below_RV = torch.where(q_RV <= p_RV, q_RV, 0)
     return q_RV.mul_(below_RV.sum(-1, keepdim=True)).sub_(below_RV)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from data_modules.windows import WindowBatch
 from mtp_lightning.model import ModelConfig, MTPModel
-from mtp_lightning.mtp.base import MTPConfig, RandomKey
+from mtp_lightning.mtp.base import MTPConfig
+from mtp_lightning.mtp.inputs import RandomKey
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.objective.balance.gradients import (

@@ -1,0 +1,105 @@
+"""What a stack is given: where it leaves the trunk, and the key of its random choices.
+
+Shapes: B batch, T positions, C d_model, D depths of the stack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.nn.attention import Positions
+from mtp_lightning.nn.head import Head
+from mtp_lightning.nn.init import parameter_seed
+
+
+@dataclass(frozen=True)
+class RandomKey:
+    """Everything that a random choice in training depends on, so that no generator is stored.
+
+    Attributes:
+        seed: seed of the run.
+        step: optimizer step, from 0.
+        first_row: index of this micro-batch's first window in the step's global batch. So the
+            choices do not depend on accumulation or on the number of ranks.
+    """
+
+    seed: int
+    step: int
+    first_row: int = 0
+
+    def generator(self, what: str, row: int) -> torch.Generator:
+        """A generator for one window and one purpose; ``what`` names the purpose and the step."""
+        name = f"{what}:{self.first_row + row}"
+        return torch.Generator().manual_seed(parameter_seed(self.seed, name))
+
+
+@dataclass(frozen=True)
+class BranchPoint:
+    """Everything that the depths read of the trunk and of the text, over whole windows or at the
+    newest positions of decoding.
+
+    Attributes:
+        hidden: the trunk's state [B, T, C] that the stack starts from.
+        tokens: int64 token ids [B, at least T]; depths that read tokens ahead need more than T.
+        embedded: their embeddings [B, at least T, C].
+        positions: of the T positions, not shifted; in decoding, with the cache of one depth.
+        first: how far ahead of the first position the first of ``tokens`` is.
+        stride: distance in ``tokens`` between the tokens k and k + 1 positions ahead. It is 1 in a
+            text, and T if ``tokens`` holds a separate list of T tokens for every k.
+        head: the shared head, for depths that depend on the probability of a token; None in
+            training.
+    """
+
+    hidden: Tensor
+    tokens: Tensor
+    embedded: Tensor
+    positions: Positions = field(repr=False)
+    first: int = 0
+    stride: int = 1
+    head: Head | None = field(default=None, repr=False)
+
+    def tokens_at(self, k: int) -> Tensor:
+        """The tokens ``k`` positions ahead, ``w[k : T + k]`` [B, T]."""
+        start = (k - self.first) * self.stride
+        return self.tokens[:, start : start + self.hidden.shape[1]]
+
+    def embedded_at(self, k: int) -> Tensor:
+        """Their embeddings [B, T, C]."""
+        start = (k - self.first) * self.stride
+        return self.embedded[:, start : start + self.hidden.shape[1]]
+
+
+@dataclass(frozen=True)
+class TrunkText:
+    """The states of a trained trunk over some windows of text, which new modules are fitted to.
+
+    Attributes:
+        at: the branch point, over T positions.
+        before_last: the states before the last block [B, T + D, C].
+        documents: document ids [B, T + D], or None without a document mask. A module is not fitted
+            to states of another document.
+    """
+
+    at: BranchPoint
+    before_last: Tensor
+    documents: Tensor | None
+
+    def wanted(self, k: int, x_BTX: Tensor) -> tuple[Tensor, Tensor]:
+        """Pairs of what depth k reads and the state that its block should be given.
+
+        Args:
+            k: the depth.
+            x_BTX: the input of the depth's projection at every position.
+
+        Returns:
+            [N, X] and [N, C], the N positions whose target is in the same document.
+        """
+        seq_len = x_BTX.shape[1]
+        y_BTC = self.before_last[:, k : seq_len + k]
+        if self.documents is None:
+            return x_BTX.flatten(0, 1), y_BTC.flatten(0, 1)
+        same_BT = self.documents[:, :seq_len] == self.documents[:, k : seq_len + k]
+        return x_BTX[same_BT], y_BTC[same_BT]
