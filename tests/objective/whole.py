@@ -49,6 +49,15 @@ def alpha(at: At) -> Tensor:
     return torch.minimum(at.log_p.exp(), at.log_q.exp()).sum(-1)
 
 
+def warm_alpha(at: At) -> Tensor:
+    scaled = (torch.softmax(log / 0.6, -1) for log in (at.log_p, at.log_q))
+    return torch.minimum(*scaled).sum(-1)
+
+
+def of_greedy(at: At) -> Tensor:
+    return said(at.log_q, at.log_p.argmax(-1)).exp()
+
+
 def lk(at: At) -> Tensor:
     w = torch.exp(-3 * alpha(at).detach())
     return w * kl_of(at.log_p, at.log_q) + (1 - w) * (1 - alpha(at))
@@ -76,8 +85,14 @@ FORMULAS: dict[str, Callable[[At], Tensor]] = {
     "feature": feature,
     "raw feature": raw_feature,
 }
-# Formulas that are one term at different settings, and so have one name in the log.
-LOGGED = {"kl at temperature 2": "kl", "raw feature": "feature"}
+# Of terms that look at all depths of a position together: how likely one draft is accepted.
+ACCEPTED: dict[str, Callable[[At], Tensor]] = {
+    "e2e_tv": alpha,
+    "wtv at temperature 0.6": warm_alpha,
+    "eal": of_greedy,
+}
+# Formulas of a term at settings of its own, and the name of the term in the log.
+LOGGED = {"kl at temperature 2": "kl", "raw feature": "feature", "wtv at temperature 0.6": "wtv"}
 
 
 @dataclass(frozen=True)
@@ -185,14 +200,19 @@ class Step:
             self.logged["objective/tau"] = asked.tau
             for k, counts in counted.items():
                 self.logged[f"objective/kept_depth_{k}"] = self._mean(kept[k].double(), counts)
-        found, reached = {}, torch.ones(len(self.batch), self.seq_len, dtype=torch.float64)
+        found = {}
+        ones = torch.ones(len(self.batch), self.seq_len, dtype=torch.float64)
+        reached = dict.fromkeys(ACCEPTED, ones)
         for k in counted:
             terms: dict[str, Tensor] = {}
             learns = kept[k] * weights[k]
-            if "e2e_tv" in names:
-                reached = reached * torch.where(self.taught[k] & kept[k], alpha(at[k]), 1)
             for name in names:
-                value = 1 - reached if name == "e2e_tv" else FORMULAS[name](at[k])
+                if name in ACCEPTED:
+                    passed = torch.where(self.taught[k] & kept[k], ACCEPTED[name](at[k]), 1)
+                    reached[name] = reached[name] * passed
+                    value = 1 - reached[name]
+                else:
+                    value = FORMULAS[name](at[k])
                 counts = self.valid[k] if name == "ce" else self.taught[k]
                 terms[name] = self._mean(value, counts, learns)
             loss = sum(share * terms[name] for name, share in asked.mixture.items())

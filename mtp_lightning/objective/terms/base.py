@@ -77,8 +77,8 @@ class Term(ABC):
             log-probabilities: :meth:`value` is then differentiable by ``chunk.hidden_RC`` and by
             ``parameters``, and what it reads of the log-probabilities has no gradient.
         parameters: of its own, which are part of the model.
-        couples: whether a depth's loss rests on the other depths' acceptance; the term then has a
-            method ``together`` (``e2e_tv.py``).
+        couples: whether a depth's loss rests on the other depths' acceptance; the term then has the
+            methods ``accepted`` and ``together`` (``coupled.py``).
         follows_mask: whether ``objective.mask`` holds for its positions.
         follows_weights: whether ``objective.weights`` multiply its positions.
         is_word: whether a mixture may name it.
