@@ -33,14 +33,15 @@ Prompt = Sequence[int] | np.ndarray | Tensor
 
 # Texts that are decoded together where nobody says how many.
 _TOGETHER = 8
-# How drafts are made, if they are.
-_DRAFTING = ("draft_depth", "draft_vocab", "min_confidence", "cache", "tree")
+# How drafts are made and judged, if they are.
+_DRAFTING = ("draft_depth", "draft_vocab", "min_confidence", "cache", "tree", "verify")
 # An option, and those that may not be set beside it.
 _NOT_TOGETHER = {
     "draft_vocab": ("speculative", "compile"),
     "tree": ("speculative", "draft_depth", "min_confidence", "cache", "compile"),
     "min_confidence": ("speculative",),
     "cache": ("speculative", "compile"),
+    "verify": ("speculative", "tree"),
 }
 
 
@@ -135,6 +136,8 @@ class DecodingOptions(TextOptions):
             (``single_cache.py``).
         tree: draft several candidates a depth: ``[3, 2, 1]`` is three for the next token, two after
             each of them, one after each of these, all judged in one pass; None drafts a chain.
+        verify: which sampled drafts of a chain are kept: ``"token"`` judges one after the other,
+            ``"block"`` all together (``verification.py``).
         compile: run compiled passes (``compiled.py``): several times as fast once they are built,
             which takes about ten seconds a program. One text at a time; greedy texts can part from
             plain decoding where two tokens' logits agree to about 1e-5.
@@ -152,6 +155,7 @@ class DecodingOptions(TextOptions):
     min_confidence: float = 0.0
     cache: Literal["per_depth", "single"] = "per_depth"
     tree: Tree | None = None
+    verify: Literal["token", "block"] = "token"
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -168,6 +172,7 @@ class DecodingOptions(TextOptions):
             )
         require_number("min_confidence", self.min_confidence, least=0, most=1)
         require_choice("cache", self.cache, ("per_depth", "single"))
+        require_choice("verify", self.verify, ("token", "block"))
         if self.tree is not None and not isinstance(self.tree, Tree):
             self._settle("tree", Tree(tuple(self.tree)))
         least = 1 if self.tree is None else max(self.tree.widths)
