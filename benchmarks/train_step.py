@@ -49,6 +49,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     },
     "parallel, kl": ("parallel", ["objective=kl"]),
     "sequential, nextlat's objective": ("sequential", ["objective=nextlat"]),
+    "sequential, anchor": ("sequential", ["objective=anchor"]),
     **{
         f"sequential, {word}": ("sequential", [f"objective={word}"])
         for word in ("e2e_tv", "wtv", "eal")

@@ -95,7 +95,7 @@ class Objective:
         """The objective with the terms that train parts of a model of their own."""
         bound = copy(self)
         own = [part for rule in self.rules for part in rule.parts(model.mtp)]
-        bound.parts = [*self.term.parts(), *own]
+        bound.parts = [(weight, term.for_model(model)) for weight, term in self.term.parts()] + own
         return bound
 
     @property

@@ -69,16 +69,14 @@ SORTS = ("correction", "stride", "rank")
 # An objective -> settings of its own, and the formulas that they stand for, with their weights.
 OBJECTIVES: dict[str, list[tuple[dict[str, Any], dict[str, float]]]] = {
     **{w: [({}, {w: 1.0})] for w in ("ce", "reverse_kl", "js", "tv", "nla", "lk", "e2e_tv", "eal")},
-    "wtv": [
-        ({"temperature": 0.6}, {"wtv at temperature 0.6": 1.0}),
-        ({}, {"e2e_tv": 1.0}),
-    ],
+    "wtv": [({"temperature": 0.6}, {"wtv at temperature 0.6": 1.0}), ({}, {"wtv": 1.0})],
     "kl": [
         ({}, {"kl": 1.0}),
         ({"temperature": 2.0, "beta": 0.7}, {"kl at temperature 2": 0.7, "ce": 0.3}),
     ],
     "feature": [({}, {"kl": 0.1, "feature": 1.0})],
     "nextlat": [({}, {"kl": 1.0, "raw feature": 1.0})],
+    "anchor": [({}, {"ce": 1.0, "anchor": 0.1})],
     "mix": [
         ({"terms": terms}, terms)
         for terms in (

@@ -17,6 +17,7 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.objective import Objective
+from mtp_lightning.objective.terms.anchor import Anchor
 from mtp_lightning.objective.terms.base import Chunk, Teacher, Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.terms.e2e_tv import E2ETV
@@ -257,6 +258,28 @@ def test_a_feature_is_learned_by_the_state_alone() -> None:
         torch.testing.assert_close(state.grad, leaf.grad)
 
 
+@pytest.mark.parametrize(("latent", "semantic"), [(1.0, 0.0), (0.0, 2.0), (0.5, 0.25)])
+def test_an_anchor_is_its_two_distances(
+    tiny_trunk: TrunkConfig, latent: float, semantic: float
+) -> None:
+    model = build(tiny_trunk, MTPConfig.find("parallel")(depth=1)).double()
+    generator, width = torch.Generator().manual_seed(0), tiny_trunk.d_model
+    hidden, main = torch.randn(2, 5, width, generator=generator, dtype=torch.float64)
+    tokens = torch.arange(5)
+    hidden.requires_grad_()
+    chunk = Chunk(1, torch.zeros(5, 3), tokens, hidden, Teacher(torch.zeros(5, 3), main))
+    value = Anchor(latent, semantic).for_model(model).value(chunk)
+    embedded = model.trunk.embedding.weight.detach()[tokens]
+    for r in range(5):
+        want = sum(
+            weight * float((hidden[r] - to[r]).detach().square().sum()) / width
+            for weight, to in ((latent, main), (semantic, embedded))
+        )
+        assert float(value[r].detach()) == pytest.approx(want)
+    value.sum().backward()
+    assert hidden.grad is not None and model.trunk.embedding.weight.grad is None
+
+
 @pytest.mark.parametrize(
     ("build_it", "message"),
     [
@@ -277,6 +300,12 @@ def test_a_feature_is_learned_by_the_state_alone() -> None:
         (lambda: Mixture({"ce": 1, "kl": {"weight": 1, "beta": 0.5}}), "has ce twice"),
         (lambda: Mixture({"feature": 1}), "does not look at what the depths predict"),
         (lambda: Mixture({"own": {"weight": 1, "term": "x"}}), "terms.own must be {weight"),
+        (
+            lambda: Anchor(latent=0, semantic=0),
+            "anchor.latent=0 and anchor.semantic=0 leave nothing",
+        ),
+        (lambda: Anchor(semantic=-1), "anchor.semantic must be a number of at least 0"),
+        (lambda: Mixture({"anchor": 1}), "does not look at what the depths predict"),
         (lambda: Objective(term=KL(), train_head="no"), "objective.train_head must be true or"),
     ],
 )

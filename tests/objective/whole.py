@@ -30,6 +30,7 @@ class At:
     target: Tensor
     hidden: Tensor
     main: Tensor
+    embedded: Tensor | None = None  # of the target
 
 
 def kl_of(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -68,6 +69,12 @@ def feature(at: At) -> Tensor:
     return raw_feature(At(at.log_q, at.log_p, at.target, at.hidden / rms, at.main / rms))
 
 
+def anchor(at: At) -> Tensor:
+    assert at.embedded is not None
+    near_main = ((at.hidden - at.main) ** 2).mean(-1)
+    return near_main + ((at.hidden - at.embedded) ** 2).mean(-1)
+
+
 def raw_feature(at: At) -> Tensor:
     size = (at.hidden - at.main).abs()
     return torch.where(size < 1, 0.5 * size * size, size - 0.5).mean(-1)
@@ -84,10 +91,12 @@ FORMULAS: dict[str, Callable[[At], Tensor]] = {
     "lk": lk,
     "feature": feature,
     "raw feature": raw_feature,
+    "anchor": anchor,
 }
 # Of terms that look at all depths of a position together: how likely one draft is accepted.
 ACCEPTED: dict[str, Callable[[At], Tensor]] = {
     "e2e_tv": alpha,
+    "wtv": alpha,
     "wtv at temperature 0.6": warm_alpha,
     "eal": of_greedy,
 }
@@ -180,7 +189,8 @@ class Step:
         states = {0: self.forward.final, **self.forward.states}
         hidden = states.get(k, self.forward.final)
         main = self.forward.final.detach()[:, teacher]
-        return At(self.log_q[k], self.log_p[:, teacher], target, hidden, main)
+        embedded = self.forward.embedding.detach()[target]
+        return At(self.log_q[k], self.log_p[:, teacher], target, hidden, main, embedded)
 
     @staticmethod
     def _mean(value_BT: Tensor, counts: Tensor, kept: Tensor | float = 1.0) -> Tensor:

@@ -13,10 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from mtp_lightning.model import MTPModel
 
 
 @dataclass(eq=False)
@@ -108,6 +111,11 @@ class Term(ABC):
         probs_RV = log_probs_RV.detach().exp()
         total_R1 = d_log_probs_RV.sum(-1, keepdim=True)
         return value_R.detach(), d_log_probs_RV - probs_RV * total_R1
+
+    def for_model(self, model: MTPModel) -> Term:
+        """The term as it trains a model. A term that reads a part of the model other than a depth's
+        state returns a copy of itself that holds that part."""
+        return self
 
     def tag(self, k: int) -> str:
         """What its loss of depth ``k`` is called in the log, where it is not the only one."""
