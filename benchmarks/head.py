@@ -35,6 +35,7 @@ from mtp_lightning.objective.targets import (
 from mtp_lightning.objective.terms.base import Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.terms.e2e_tv import E2ETV
+from mtp_lightning.objective.terms.eal import EAL
 from mtp_lightning.objective.terms.js import JS
 from mtp_lightning.objective.terms.kl import KL
 from mtp_lightning.objective.terms.lk import LK
@@ -42,6 +43,7 @@ from mtp_lightning.objective.terms.mixture import Mixture
 from mtp_lightning.objective.terms.nla import NLA
 from mtp_lightning.objective.terms.reverse_kl import ReverseKL
 from mtp_lightning.objective.terms.tv import TV
+from mtp_lightning.objective.terms.wtv import WTV
 from mtp_lightning.objective.through_head import HeadWeight, through_head
 from mtp_lightning.runtime import keep_freed_memory
 
@@ -204,6 +206,8 @@ TERMS: dict[str, Term] = {
     "mix{ce, tv}": Mixture({"ce": 0.1, "tv": 0.9}),
     "feature": Mixture({"kl": 0.1, "feature": 1}),
     "e2e_tv": E2ETV(),
+    "wtv": WTV(0.7),
+    "eal": EAL(),
 }
 
 

@@ -49,7 +49,11 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     },
     "parallel, kl": ("parallel", ["objective=kl"]),
     "sequential, nextlat's objective": ("sequential", ["objective=nextlat"]),
-    "sequential, e2e_tv": ("sequential", ["objective=e2e_tv"]),
+    "sequential, anchor": ("sequential", ["objective=anchor"]),
+    **{
+        f"sequential, {word}": ("sequential", [f"objective={word}"])
+        for word in ("e2e_tv", "wtv", "eal")
+    },
 }
 # These have depth 1 only.
 ONE_DEPTH = ("top", "bag", "registers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -14,6 +15,7 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
+from mtp_lightning.settings import require_choice
 
 
 class SampledAcceptance(SpeculativeEval):
@@ -30,6 +32,7 @@ class SampledAcceptance(SpeculativeEval):
         prompt_tokens: their length, >= 1; less where a window has not so much room.
         new_tokens: tokens to add to each, >= 2.
         temperature: of the samples, > 0.
+        verify: which drafts are kept, ``token`` or ``block`` (``decoding/verification.py``).
     """
 
     NAME = "sampled_acceptance"
@@ -40,6 +43,7 @@ class SampledAcceptance(SpeculativeEval):
         prompt_tokens: int = 32,
         new_tokens: int = 64,
         temperature: float = 1.0,
+        verify: Literal["token", "block"] = "token",
     ) -> None:
         super().__init__(n_prompts, prompt_tokens, new_tokens)
         if not 0 < temperature < math.inf:
@@ -47,7 +51,8 @@ class SampledAcceptance(SpeculativeEval):
                 f"callbacks.{self.NAME}.temperature={temperature:g} samples nothing: give a number "
                 "above 0, or measure greedy text by callbacks.speculative_eval."
             )
-        self.temperature = temperature
+        require_choice(f"callbacks.{self.NAME}.verify", verify, ("token", "block"))
+        self.temperature, self.verify = temperature, verify
 
     def measure(
         self, trainer: pl.Trainer, model: MTPModel, prompts: list[Tensor], new_tokens: int
@@ -58,6 +63,7 @@ class SampledAcceptance(SpeculativeEval):
         options = DecodingOptions(
             max_new_tokens=new_tokens,
             temperature=self.temperature,
+            verify=self.verify,
             batch_size=TOGETHER,
         )
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]

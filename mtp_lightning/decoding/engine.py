@@ -28,6 +28,7 @@ from mtp_lightning.decoding.single_cache import SingleCacheSession
 from mtp_lightning.decoding.speculative import Decoder, Round
 from mtp_lightning.decoding.tree_session import TreeSession
 from mtp_lightning.decoding.tree_speculative import TreeDecoder
+from mtp_lightning.decoding.verification import RULES
 from mtp_lightning.errors import UserError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.settings import is_whole
@@ -236,6 +237,7 @@ class Engine:
             places=self.places,
             max_draft=self.max_draft,
             min_confidence=options.min_confidence,
+            verify=RULES[options.verify],
         )
 
     def _slide(self, session: Session) -> None:

@@ -32,14 +32,15 @@ Prompt = Sequence[int] | np.ndarray | Tensor
 
 # Texts decoded together if batch_size is None.
 _TOGETHER = 8
-# Options of how drafts are made.
-_DRAFTING = ("draft_depth", "draft_vocab", "min_confidence", "cache", "tree")
+# Options of how drafts are made and judged.
+_DRAFTING = ("draft_depth", "draft_vocab", "min_confidence", "cache", "tree", "verify")
 # An option, and the options that may not be set together with it.
 _NOT_TOGETHER = {
     "draft_vocab": ("speculative", "compile"),
     "tree": ("speculative", "draft_depth", "min_confidence", "cache", "compile"),
     "min_confidence": ("speculative",),
     "cache": ("speculative", "compile"),
+    "verify": ("speculative", "tree"),
 }
 
 
@@ -137,6 +138,8 @@ class DecodingOptions(TextOptions):
         tree: draft several candidates per depth: ``[3, 2, 1]`` drafts three for the next token, two
             after each of them and one after each of these, and verifies all in one pass; None
             drafts a chain.
+        verify: which sampled drafts of a chain are kept: ``"token"`` judges one after the other,
+            ``"block"`` judges all together (``verification.py``).
         compile: run compiled passes (``compiled.py``): several times as fast once built, which
             takes about ten seconds per program. One text at a time; greedy texts can differ from
             plain decoding where two tokens' logits agree to about 1e-5.
@@ -154,6 +157,7 @@ class DecodingOptions(TextOptions):
     min_confidence: float = 0.0
     cache: Literal["per_depth", "single"] = "per_depth"
     tree: Tree | None = None
+    verify: Literal["token", "block"] = "token"
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -170,6 +174,7 @@ class DecodingOptions(TextOptions):
             )
         require_number("min_confidence", self.min_confidence, least=0, most=1)
         require_choice("cache", self.cache, ("per_depth", "single"))
+        require_choice("verify", self.verify, ("token", "block"))
         if self.tree is not None and not isinstance(self.tree, Tree):
             self._settle("tree", Tree(tuple(self.tree)))
         least = 1 if self.tree is None else max(self.tree.widths)

@@ -10,7 +10,7 @@ Shapes: B rows, M drafts, T = M + 1 verified tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,13 +78,22 @@ class Decoder:
             every row; a sampled row accepts no draft from its own such depth on. The confidence of
             a draft is known before its token is drawn, so the decision does not depend on the token
             and the text keeps the trunk's distribution.
+        verify: the rule that decides which sampled drafts are kept, called like
+            :func:`accept_or_resample`, which None stands for (``verification.py``).
     """
 
     def __init__(
-        self, session: Session, *, places: int, max_draft: int, min_confidence: float = 0.0
+        self,
+        session: Session,
+        *,
+        places: int,
+        max_draft: int,
+        min_confidence: float = 0.0,
+        verify: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.session = session
         self.min_confidence = min_confidence
+        self._verify = verify or accept_or_resample
         # Every round takes equally many numbers, so that a row's depend only on how many it had.
         self._noise = Noise(places, 2 * max_draft + 1, session.tokens_BS.device)
         self._max_draft = max_draft
@@ -209,7 +218,7 @@ class Decoder:
             return Round([Step.of_chain(row, 0, []) for row in tokens_B1.tolist()], logits_BTV)
         draft_BM, q_BMV = torch.cat(drafts, dim=1), torch.stack(proposals, dim=1)
         half = self._max_draft
-        tokens_BT, accepted_B = accept_or_resample(
+        tokens_BT, accepted_B = self._verify(
             p_BTV, q_BMV, draft_BM, noise_BR[:, half : half + n_drafts], noise_BR[:, -1], limit_B
         )
         session.put(tokens_BT, 1)
@@ -250,13 +259,39 @@ def accept_or_resample(
     ok_BM = accept_noise_BM * q_draft_BM < p_draft_BM
     ok_BM &= torch.arange(n_drafts, device=ok_BM.device) < limit_B.unsqueeze(1)
     accepted_B = ok_BM.long().cumprod(dim=1).sum(dim=1)
+    tokens_BT = with_own_token(p_BTV, q_BMV, draft_BM, accepted_B, final_noise_B, limit_B)
+    return tokens_BT, accepted_B
+
+
+def with_own_token(
+    p_BTV: Tensor,
+    q_BMV: Tensor,
+    draft_BM: Tensor,
+    accepted_B: Tensor,
+    noise_B: Tensor,
+    limit_B: Tensor,
+    weight_B: Tensor | None = None,
+) -> Tensor:
+    """The drafts, and after the accepted ones a token of the trunk's own: after a rejection drawn
+    from ``max(weight p - q, 0)`` renormalized, else from p.
+
+    Args:
+        p_BTV, q_BMV, draft_BM, limit_B: see :func:`accept_or_resample`.
+        accepted_B: how many drafts are kept.
+        noise_B: uniform numbers of [0, 1).
+        weight_B: of p; None is 1.
+
+    Returns:
+        Tokens [B, T], of which the first ``accepted + 1`` count.
+    """
     rejected_B1 = (accepted_B < limit_B).unsqueeze(1)
     rows = torch.arange(p_BTV.shape[0], device=p_BTV.device)
     p_BV = p_BTV[rows, accepted_B]
-    q_BV = q_BMV[rows, accepted_B.clamp(max=n_drafts - 1)]
-    rest_BV = (p_BV - q_BV).clamp_(min=0)
+    q_BV = q_BMV[rows, accepted_B.clamp(max=q_BMV.shape[1] - 1)]
+    weighted_BV = p_BV if weight_B is None else p_BV * weight_B.unsqueeze(1)
+    rest_BV = (weighted_BV - q_BV).clamp_(min=0)
     # If p = q up to rounding, nothing is left to draw from, and p itself is right.
     rejected_B1 &= rest_BV.sum(dim=1, keepdim=True) > 0
-    final_B = draw(torch.where(rejected_B1, rest_BV, p_BV), final_noise_B)
+    final_B = draw(torch.where(rejected_B1, rest_BV, p_BV), noise_B)
     tokens_BT = torch.cat((draft_BM, final_B.unsqueeze(1)), dim=1)
-    return tokens_BT.scatter(1, accepted_B.unsqueeze(1), final_B.unsqueeze(1)), accepted_B
+    return tokens_BT.scatter(1, accepted_B.unsqueeze(1), final_B.unsqueeze(1))

@@ -97,7 +97,7 @@ class Objective:
         """The objective with the additional terms that train a part of ``model``."""
         bound = copy(self)
         own = [part for rule in self.rules for part in rule.parts(model.mtp)]
-        bound.parts = [*self.term.parts(), *own]
+        bound.parts = [(weight, term.for_model(model)) for weight, term in self.term.parts()] + own
         return bound
 
     @property

@@ -91,6 +91,10 @@ def test_sampled_acceptance_near_temperature_0_is_that_of_greedy_text() -> None:
         assert cold[f"decode/sampled/{name}"] == greedy[f"decode/{name}"]
     assert warm != cold and warm == measured(SampledAcceptance(12, 5, 24), model)
     assert 1 < warm["decode/sampled/tokens_per_step"] < 3
+    block = measured(SampledAcceptance(12, 5, 24, verify="block"), model)
+    assert block != warm and 1 < block["decode/sampled/tokens_per_step"] < 3
+    with pytest.raises(ValueError, match="callbacks.sampled_acceptance.verify=tokens is unknown"):
+        SampledAcceptance(verify="tokens")  # type: ignore[arg-type]
     assert measured(SampledAcceptance(12, 5, 24), small_model(0, 0)) == {}
 
 

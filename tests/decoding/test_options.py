@@ -29,6 +29,7 @@ def test_every_key_of_decoding_is_an_option_with_its_default(app: str) -> None:
         k: list(named[k]) if k == "stop" else named[k] for k in found if k not in own
     }
     drafting = {"draft_depth", "draft_vocab", "min_confidence", "cache", "tree"}
+    drafting |= set() if app == "evaluate" else {"verify"}  # which decodes greedily
     assert drafting <= found.keys()
     if app == "generate":
         assert found.keys() == named.keys() - UNTOLD
@@ -67,6 +68,9 @@ TREE = {"tree": [2, 1]}
         ({"draft_vocab": 3, "speculative": False}, "with speculative=false"),
         ({"cache": "single", "compile": True}, "cache=single does not go together with compile="),
         ({"min_confidence": 0.5, "speculative": False}, "with speculative=false"),
+        ({"verify": "block", "speculative": False}, "verify=block does not go together with spec"),
+        ({"verify": "block", **TREE}, "verify=block does not go together with tree=[2, 1]"),
+        ({"verify": "all"}, "verify=all is unknown: choose one of token, block"),
         ({"compile": True, "batch_size": 2}, "set batch_size=1, not 2"),
         ({"long": "cut"}, "long=cut is unknown"),
         ({"max_context": 0}, "max_context must be a whole number of at least 1, not 0"),

@@ -45,6 +45,7 @@ def test_every_word_trains(tmp_path: Path, cache: Path, word: str) -> None:
     tags = rows(tmp_path / word)[0].keys()
     logged = {tag.rpartition("/")[2] for tag in tags if tag.startswith("train/loss_depth_1/")}
     mixtures = {"mix": {"ce", "tv"}, "feature": {"kl", "feature"}, "nextlat": {"kl", "feature"}}
+    mixtures["anchor"] = {"ce", "anchor"}
     assert logged == mixtures.get(word, set())
 
 

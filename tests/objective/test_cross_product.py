@@ -41,7 +41,7 @@ from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
 from mtp_lightning.objective.terms.mixture import known_terms
 from tests.flops import counted_flops
 from tests.objective.states import HEADS
-from tests.objective.whole import FORMULAS, LOGGED, Asked, Step
+from tests.objective.whole import ACCEPTED, FORMULAS, LOGGED, Asked, Step
 
 CONF = Path(__file__).parents[2] / "conf"
 TRUNK = TrunkConfig(vocab_size=11, d_model=8, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=12)
@@ -69,16 +69,22 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
 SORTS = ("correction", "stride", "rank")
 # An objective -> settings of its own, and the formulas that they stand for, with their weights.
 OBJECTIVES: dict[str, list[tuple[dict[str, Any], dict[str, float]]]] = {
-    **{w: [({}, {w: 1.0})] for w in ("ce", "reverse_kl", "js", "tv", "nla", "lk", "e2e_tv")},
+    **{w: [({}, {w: 1.0})] for w in ("ce", "reverse_kl", "js", "tv", "nla", "lk", "e2e_tv", "eal")},
+    "wtv": [({"temperature": 0.6}, {"wtv at temperature 0.6": 1.0}), ({}, {"wtv": 1.0})],
     "kl": [
         ({}, {"kl": 1.0}),
         ({"temperature": 2.0, "beta": 0.7}, {"kl at temperature 2": 0.7, "ce": 0.3}),
     ],
     "feature": [({}, {"kl": 0.1, "feature": 1.0})],
     "nextlat": [({}, {"kl": 1.0, "raw feature": 1.0})],
+    "anchor": [({}, {"ce": 1.0, "anchor": 0.1})],
     "mix": [
         ({"terms": terms}, terms)
-        for terms in ({"ce": 0.2, "e2e_tv": 0.7}, {"js": 2.0, "e2e_tv": 0.5, "lk": 0.1})
+        for terms in (
+            {"ce": 0.2, "e2e_tv": 0.7},
+            {"js": 2.0, "e2e_tv": 0.5, "lk": 0.1},
+            {"eal": 0.9, "ce": 0.1, "e2e_tv": 0.3},
+        )
     ],
 }
 WEIGHTS, MASKS = ("none", "exp_decay", "acceptance"), ("none", "entropy")
@@ -354,7 +360,7 @@ def test_the_tables_know_all_that_there_is() -> None:
             if get_origin(hints[name]) is Literal:
                 assert set(SWITCHES[name]) == set(get_args(hints[name])), name
     assert OBJECTIVES.keys() == listed("objective").keys()
-    formulas = {LOGGED.get(name, name) for name in FORMULAS} | {"e2e_tv"}
+    formulas = {LOGGED.get(name, name) for name in FORMULAS | ACCEPTED}
     own_terms = {n for n, term in known_terms().items() if term.__module__.startswith("mtp_")}
     assert formulas == own_terms
     assert set(Objective.options()) - {"quantile"} == {f.name for f in fields(Asked)} - {"mixture"}

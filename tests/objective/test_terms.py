@@ -17,8 +17,11 @@ from data_modules.windows import WindowBatch
 from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.objective.objective import Objective
+from mtp_lightning.objective.terms.anchor import Anchor
 from mtp_lightning.objective.terms.base import Chunk, Teacher, Term
 from mtp_lightning.objective.terms.cross_entropy import CrossEntropy
+from mtp_lightning.objective.terms.e2e_tv import E2ETV
+from mtp_lightning.objective.terms.eal import EAL
 from mtp_lightning.objective.terms.feature import Feature
 from mtp_lightning.objective.terms.js import JS
 from mtp_lightning.objective.terms.kl import KL
@@ -27,9 +30,10 @@ from mtp_lightning.objective.terms.mixture import Mixture, known_terms
 from mtp_lightning.objective.terms.nla import NLA
 from mtp_lightning.objective.terms.reverse_kl import ReverseKL
 from mtp_lightning.objective.terms.tv import TV
+from mtp_lightning.objective.terms.wtv import WTV
 from tests.losses import mtp_loss
 from tests.models import build, windows
-from tests.objective.whole import FORMULAS, At, feature, raw_feature
+from tests.objective.whole import ACCEPTED, FORMULAS, At, feature, raw_feature
 
 
 class Traced(CrossEntropy):
@@ -120,7 +124,11 @@ TAUGHT: dict[str, Term] = {
     "tv": TV(),
     "nla": NLA(),
     "lk": LK(),
+    "e2e_tv": E2ETV(),
+    "wtv at temperature 0.6": WTV(0.6),
 }
+# Zero only where both are sure of one token.
+GREEDY: dict[str, Term] = {"eal": EAL()}
 
 
 def chunk_of(logits_q: Tensor, logits_p: Tensor, tokens: Tensor) -> Chunk:
@@ -135,7 +143,7 @@ def chunk_of(logits_q: Tensor, logits_p: Tensor, tokens: Tensor) -> Chunk:
     vocab=st.integers(2, 12),
     sharp=st.sampled_from([0.3, 1.0, 6.0]),
 )
-@pytest.mark.parametrize("name", TAUGHT)
+@pytest.mark.parametrize("name", TAUGHT | GREEDY)
 def test_a_distance_is_its_formula(
     name: str, seed: int, rows: int, vocab: int, sharp: float
 ) -> None:
@@ -148,9 +156,10 @@ def test_a_distance_is_its_formula(
     leaf = logits_q.clone().requires_grad_()
     log_q, log_p = torch.log_softmax(leaf, -1), torch.log_softmax(logits_p, -1)
     none = torch.empty(0)
-    want = FORMULAS[name](At(log_q, log_p, tokens, none, none))
+    at = At(log_q, log_p, tokens, none, none)
+    want = 1 - ACCEPTED[name](at) if name in ACCEPTED else FORMULAS[name](at)
     want.sum().backward()
-    term = TAUGHT[name]
+    term = (TAUGHT | GREEDY)[name]
     for gradient in (term.gradient, lambda chunk: Term.gradient(term, chunk)):
         chunk = chunk_of(logits_q, logits_p, tokens)
         value, d_logits = gradient(chunk)
@@ -174,6 +183,26 @@ def test_total_variations_gradient_is_the_papers(seed: int, vocab: int) -> None:
     s = sum(q[v] for v in range(vocab) if q[v] <= p[v])
     want = [-q[j] * ((q[j] <= p[j]) - s) for j in range(vocab)]
     assert found[0].tolist() == pytest.approx(want, abs=1e-14)
+
+
+def test_expected_accepted_length_is_the_chance_of_greedy_tokens() -> None:
+    """arXiv 2609.24150, by hand: V = 3, D = 2. Among equals, the lowest id is the greedy token."""
+    p = torch.tensor([[0.2, 0.4, 0.4], [0.6, 0.3, 0.1]], dtype=torch.float64)
+    q = torch.tensor([[0.3, 0.5, 0.2], [0.25, 0.5, 0.25]], dtype=torch.float64)
+    zeros = torch.zeros(1).long()
+    term = EAL()
+    accepted = [
+        term.accepted(chunk_of(q[i : i + 1].log(), p[i : i + 1].log(), zeros)) for i in range(2)
+    ]
+    assert [a.item() for a in accepted] == pytest.approx([0.5, 0.25])
+    valid = dict.fromkeys((1, 2), torch.ones(1, 1).bool())
+    ones = dict.fromkeys((1, 2), torch.ones(1, 1, dtype=torch.float64))
+    values, scales = term.together(
+        {k: a.view(1, 1) for k, a in enumerate(accepted, start=1)}, valid, ones
+    )
+    # 0.5 + 0.5 * 0.25 drafts are accepted; their derivatives by each chance are 1 + 0.25 and 0.5.
+    assert 2 - sum(value.item() for value in values.values()) == pytest.approx(0.625)
+    assert [scale.item() for scale in scales.values()] == pytest.approx([1.25, 0.5])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -229,12 +258,35 @@ def test_a_feature_is_learned_by_the_state_alone() -> None:
         torch.testing.assert_close(state.grad, leaf.grad)
 
 
+@pytest.mark.parametrize(("latent", "semantic"), [(1.0, 0.0), (0.0, 2.0), (0.5, 0.25)])
+def test_an_anchor_is_its_two_distances(
+    tiny_trunk: TrunkConfig, latent: float, semantic: float
+) -> None:
+    model = build(tiny_trunk, MTPConfig.find("parallel")(depth=1)).double()
+    generator, width = torch.Generator().manual_seed(0), tiny_trunk.d_model
+    hidden, main = torch.randn(2, 5, width, generator=generator, dtype=torch.float64)
+    tokens = torch.arange(5)
+    hidden.requires_grad_()
+    chunk = Chunk(1, torch.zeros(5, 3), tokens, hidden, Teacher(torch.zeros(5, 3), main))
+    value = Anchor(latent, semantic).for_model(model).value(chunk)
+    embedded = model.trunk.embedding.weight.detach()[tokens]
+    for r in range(5):
+        want = sum(
+            weight * float((hidden[r] - to[r]).detach().square().sum()) / width
+            for weight, to in ((latent, main), (semantic, embedded))
+        )
+        assert float(value[r].detach()) == pytest.approx(want)
+    value.sum().backward()
+    assert hidden.grad is not None and model.trunk.embedding.weight.grad is None
+
+
 @pytest.mark.parametrize(
     ("build_it", "message"),
     [
         (lambda: KL(temperature=0), "objective.temperature must be a number above 0, not 0"),
         (lambda: KL(temperature=-1), "temperature must be a number above 0"),
         (lambda: KL(beta=0), r"objective.beta \(0 is objective=ce\) must be a number in \(0, 1\]"),
+        (lambda: WTV(0), "greedy decoding is objective=eal.* must be a number above 0, not 0"),
         (lambda: LK(rate=-1), "objective.rate must be a number of at least 0"),
         (lambda: Feature(normalise=2), "feature.normalise must be true or false"),
         (lambda: Mixture({}), "objective.terms names no term"),
@@ -248,6 +300,12 @@ def test_a_feature_is_learned_by_the_state_alone() -> None:
         (lambda: Mixture({"ce": 1, "kl": {"weight": 1, "beta": 0.5}}), "has ce twice"),
         (lambda: Mixture({"feature": 1}), "does not train what the depths predict"),
         (lambda: Mixture({"own": {"weight": 1, "term": "x"}}), "terms.own must be {weight"),
+        (
+            lambda: Anchor(latent=0, semantic=0),
+            "anchor.latent=0 and anchor.semantic=0 leave nothing",
+        ),
+        (lambda: Anchor(semantic=-1), "anchor.semantic must be a number of at least 0"),
+        (lambda: Mixture({"anchor": 1}), "does not look at what the depths predict"),
         (lambda: Objective(term=KL(), train_head="no"), "objective.train_head must be true or"),
     ],
 )

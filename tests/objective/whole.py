@@ -30,6 +30,7 @@ class At:
     target: Tensor
     hidden: Tensor
     main: Tensor
+    embedded: Tensor | None = None  # of the target
 
 
 def kl_of(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -49,6 +50,15 @@ def alpha(at: At) -> Tensor:
     return torch.minimum(at.log_p.exp(), at.log_q.exp()).sum(-1)
 
 
+def warm_alpha(at: At) -> Tensor:
+    scaled = (torch.softmax(log / 0.6, -1) for log in (at.log_p, at.log_q))
+    return torch.minimum(*scaled).sum(-1)
+
+
+def of_greedy(at: At) -> Tensor:
+    return said(at.log_q, at.log_p.argmax(-1)).exp()
+
+
 def lk(at: At) -> Tensor:
     w = torch.exp(-3 * alpha(at).detach())
     return w * kl_of(at.log_p, at.log_q) + (1 - w) * (1 - alpha(at))
@@ -57,6 +67,12 @@ def lk(at: At) -> Tensor:
 def feature(at: At) -> Tensor:
     rms = (at.main.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     return raw_feature(At(at.log_q, at.log_p, at.target, at.hidden / rms, at.main / rms))
+
+
+def anchor(at: At) -> Tensor:
+    assert at.embedded is not None
+    near_main = ((at.hidden - at.main) ** 2).mean(-1)
+    return near_main + ((at.hidden - at.embedded) ** 2).mean(-1)
 
 
 def raw_feature(at: At) -> Tensor:
@@ -75,9 +91,17 @@ FORMULAS: dict[str, Callable[[At], Tensor]] = {
     "lk": lk,
     "feature": feature,
     "raw feature": raw_feature,
+    "anchor": anchor,
 }
-# Formulas that are one term at different settings, and so have one name in the log.
-LOGGED = {"kl at temperature 2": "kl", "raw feature": "feature"}
+# Of terms that look at all depths of a position together: how likely one draft is accepted.
+ACCEPTED: dict[str, Callable[[At], Tensor]] = {
+    "e2e_tv": alpha,
+    "wtv": alpha,
+    "wtv at temperature 0.6": warm_alpha,
+    "eal": of_greedy,
+}
+# Formulas of a term at settings of its own, and the name of the term in the log.
+LOGGED = {"kl at temperature 2": "kl", "raw feature": "feature", "wtv at temperature 0.6": "wtv"}
 
 
 @dataclass(frozen=True)
@@ -165,7 +189,8 @@ class Step:
         states = {0: self.forward.final, **self.forward.states}
         hidden = states.get(k, self.forward.final)
         main = self.forward.final.detach()[:, teacher]
-        return At(self.log_q[k], self.log_p[:, teacher], target, hidden, main)
+        embedded = self.forward.embedding.detach()[target]
+        return At(self.log_q[k], self.log_p[:, teacher], target, hidden, main, embedded)
 
     @staticmethod
     def _mean(value_BT: Tensor, counts: Tensor, kept: Tensor | float = 1.0) -> Tensor:
@@ -185,14 +210,19 @@ class Step:
             self.logged["objective/tau"] = asked.tau
             for k, counts in counted.items():
                 self.logged[f"objective/kept_depth_{k}"] = self._mean(kept[k].double(), counts)
-        found, reached = {}, torch.ones(len(self.batch), self.seq_len, dtype=torch.float64)
+        found = {}
+        ones = torch.ones(len(self.batch), self.seq_len, dtype=torch.float64)
+        reached = dict.fromkeys(ACCEPTED, ones)
         for k in counted:
             terms: dict[str, Tensor] = {}
             learns = kept[k] * weights[k]
-            if "e2e_tv" in names:
-                reached = reached * torch.where(self.taught[k] & kept[k], alpha(at[k]), 1)
             for name in names:
-                value = 1 - reached if name == "e2e_tv" else FORMULAS[name](at[k])
+                if name in ACCEPTED:
+                    passed = torch.where(self.taught[k] & kept[k], ACCEPTED[name](at[k]), 1)
+                    reached[name] = reached[name] * passed
+                    value = 1 - reached[name]
+                else:
+                    value = FORMULAS[name](at[k])
                 counts = self.valid[k] if name == "ce" else self.taught[k]
                 terms[name] = self._mean(value, counts, learns)
             loss = sum(share * terms[name] for name, share in asked.mixture.items())

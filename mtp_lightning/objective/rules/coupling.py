@@ -13,17 +13,23 @@ from data_modules.windows import IGNORE_INDEX
 from mtp_lightning.objective.rules.base import Measure, Rule, Seen
 from mtp_lightning.objective.targets import DepthTarget
 from mtp_lightning.objective.terms.base import Chunk
-from mtp_lightning.objective.terms.tv import acceptance
 
 
-class Alpha(Measure):
-    """``sum_v min(p_{t+k}, q^k_t)``, the expected acceptance of depth k."""
+class Accepted(Measure):
+    """How likely a depth's draft is accepted, as a term with ``couples`` says.
 
-    name = "alpha"
+    Args:
+        term: whose ``accepted`` is measured.
+    """
+
     needs_teacher = True
 
+    def __init__(self, term: Any) -> None:
+        self.term, self.name = term, f"accepted by {term.name}"  # type: ignore[misc]
+
     def value(self, chunk: Chunk) -> Tensor:
-        return acceptance(chunk.teacher.probs_RV, chunk.log_probs_RV.exp())
+        accepted_R: Tensor = self.term.accepted(chunk)
+        return accepted_R
 
 
 class Coupling(Rule):
@@ -34,23 +40,25 @@ class Coupling(Rule):
         asked: the setting that selects it.
     """
 
-    measures = (Alpha(),)
-
     def __init__(self, term: Any, asked: str) -> None:
         self.term, self.asked = term, asked
+        self.measures = (Accepted(term),)
 
     def apply(self, targets: Sequence[DepthTarget], seen: Seen) -> list[DepthTarget]:
         own = {t.depth: t for t in targets if t.term is self.term}
         if not own:
             return list(targets)
-        alpha = {k: seen["alpha"][k] for k in own}
+        (measure,) = self.measures
+        accepted = {k: seen[measure.name][k] for k in own}
         valid = {k: t.tokens != IGNORE_INDEX for k, t in own.items()}
         weights = {
-            k: torch.ones_like(alpha[k]) if t.weights is None else t.weights.to(alpha[k].dtype)
+            k: torch.ones_like(accepted[k])
+            if t.weights is None
+            else t.weights.to(accepted[k].dtype)
             for k, t in own.items()
         }
         coefficients = {k: t.coefficient * weights[k] for k, t in own.items()}
-        values, scales = self.term.together(alpha, valid, coefficients)
+        values, scales = self.term.together(accepted, valid, coefficients)
         settled = {
             k: replace(t, weights=scales[k] / t.coefficient, values=values[k] * weights[k])
             for k, t in own.items()

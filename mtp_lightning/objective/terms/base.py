@@ -13,10 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from mtp_lightning.model import MTPModel
 
 
 @dataclass(eq=False)
@@ -78,8 +81,8 @@ class Term(ABC):
             log-probabilities: :meth:`value` is then differentiable with respect to
             ``chunk.hidden_RC`` and ``parameters``, and not to the log-probabilities.
         parameters: its own parameters, which belong to the model.
-        couples: whether a depth's loss depends on the other depths' acceptance; the term then has a
-            method ``together`` (``e2e_tv.py``).
+        couples: whether a depth's loss depends on the other depths' acceptance; the term then has
+            the methods ``accepted`` and ``together`` (``coupled.py``).
         follows_mask: whether ``objective.mask`` applies to its positions.
         follows_weights: whether ``objective.weights`` multiply its positions.
         is_word: whether ``objective.terms`` may name it.
@@ -110,6 +113,11 @@ class Term(ABC):
         probs_RV = log_probs_RV.detach().exp()
         total_R1 = d_log_probs_RV.sum(-1, keepdim=True)
         return value_R.detach(), d_log_probs_RV - probs_RV * total_R1
+
+    def for_model(self, model: MTPModel) -> Term:
+        """The term as it trains a model. A term that reads a part of the model other than a depth's
+        state returns a copy of itself that holds that part."""
+        return self
 
     def tag(self, k: int) -> str:
         """The log tag of its loss of depth ``k``, if it is not the only term."""

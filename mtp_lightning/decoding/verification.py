@@ -1,0 +1,73 @@
+"""Which drafts of a chain are kept: the rules of ``verify=``.
+
+``token`` judges one draft after the other and stops at the first rejection
+(:func:`~mtp_lightning.decoding.speculative.accept_or_resample`). ``block`` judges all of them
+together (Sun et al., arXiv 2403.10444, algorithm 2). With ``p_0 = 1`` and, for every draft x_i,
+
+    p_i = min(p_(i-1) p(x_i) / q(x_i), 1),   S_i = sum_v max(p_i p(v | x_1 .. x_i) - q(v | ..), 0)
+    h_i = S_i / (S_i + 1 - p_i),             h_M = p_M of the last draft
+
+draft i ends the text with probability h_i, each decided by a random number of its own, and the last
+i that does is taken: all drafts up to it are kept. The token after it is drawn from
+``max(p_i p - q, 0)`` renormalized, after the last draft from p. The text has the trunk's
+distribution, and the expected number of kept drafts is the largest of all rules that see no more
+(theorem 2). A rejected draft can be kept after all where later ones are likelier than was drafted.
+
+Greedily both rules keep the same drafts: all probabilities are then 0 or 1.
+
+Shapes: B rows, M drafts, V vocabulary, T = M + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.decoding.speculative import accept_or_resample, with_own_token
+
+Verification = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""A rule: called like :func:`accept_or_resample`."""
+
+
+def accept_block(
+    p_BTV: Tensor,
+    q_BMV: Tensor,
+    draft_BM: Tensor,
+    accept_noise_BM: Tensor,
+    final_noise_B: Tensor,
+    limit_B: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Block verification. The arguments and the result are those of :func:`accept_or_resample`;
+    draft number ``limit`` is the last one of its row."""
+    n_drafts = draft_BM.shape[1]
+    index = draft_BM.unsqueeze(-1)
+    p_draft_BM = p_BTV[:, :n_drafts].gather(-1, index).squeeze(-1).double()
+    q_draft_BM = q_BMV.gather(-1, index).squeeze(-1).double()
+    joint_B = torch.ones_like(final_noise_B, dtype=torch.float64)
+    joints = [joint_B]
+    for p_B, q_B in zip(p_draft_BM.unbind(1), q_draft_BM.unbind(1), strict=True):
+        joint_B = (joint_B * p_B / q_B).clamp(max=1)
+        joints.append(joint_B)
+    joint_BT = torch.stack(joints, dim=1)
+    # How likely a draft is the last one that is kept, for those before which there is a next one.
+    inner_BM = joint_BT[:, 1:n_drafts]
+    rest_BMV = p_BTV[:, 1:n_drafts] * inner_BM.unsqueeze(-1).to(p_BTV.dtype) - q_BMV[:, 1:]
+    rest_BM = rest_BMV.clamp_(min=0).sum(-1, dtype=torch.float64)
+    chance_BM = rest_BM / (rest_BM + 1 - inner_BM)
+    # 0 / 0: both distributions agree, and whether a later draft is kept decides.
+    chance_BM = torch.cat((chance_BM.nan_to_num(1.0), joint_BT[:, n_drafts:]), dim=1)
+    number_M = torch.arange(1, n_drafts + 1, device=draft_BM.device)
+    last_BM = number_M == limit_B.unsqueeze(1)
+    chance_BM = torch.where(last_BM, joint_BT[:, 1:], chance_BM)
+    kept_BM = (accept_noise_BM < chance_BM) & (number_M <= limit_B.unsqueeze(1))
+    accepted_B = (kept_BM * number_M).amax(dim=1)
+    joint_B = joint_BT.gather(1, accepted_B.unsqueeze(1)).squeeze(1)
+    tokens_BT = with_own_token(
+        p_BTV, q_BMV, draft_BM, accepted_B, final_noise_B, limit_B, joint_B.to(p_BTV.dtype)
+    )
+    return tokens_BT, accepted_B
+
+
+RULES: dict[str, Verification] = {"token": accept_or_resample, "block": accept_block}

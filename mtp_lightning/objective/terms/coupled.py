@@ -1,0 +1,69 @@
+"""Terms of all depths of a position together: a draft counts only if those before it do.
+
+A subclass says how likely the draft of one depth is accepted, ``s_k`` in [0, 1]. Drafts 1 .. j are
+all accepted with probability ``prod_{i<=j} s_i``, and the loss of depth j is 1 minus that product.
+It trains depth j and all shallower ones, and ``mtp_lambda`` weighs it like every other loss. The
+losses of D depths sum to D minus the expected number of accepted drafts.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.objective.terms.base import Chunk, Term
+
+
+class Coupled(Term):
+    """A term whose gradient by a depth's logits is that of ``1 - s_k``, times the chance that the
+    other drafts are accepted. These chances must be known before any depth learns
+    (``rules/coupling.py``)."""
+
+    needs_teacher = True
+    couples = True
+
+    @abstractmethod
+    def accepted(self, chunk: Chunk) -> Tensor:
+        """``s_k`` of every position [R], differentiable by ``chunk.log_probs_RV``."""
+
+    def value(self, chunk: Chunk) -> Tensor:
+        return 1 - self.accepted(chunk)
+
+    def together(
+        self,
+        accepted: Mapping[int, Tensor],
+        valid: Mapping[int, Tensor],
+        coefficients: Mapping[int, Tensor],
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """The loss of every depth, and the factor of the gradient of ``1 - s_i``.
+
+        A depth that does not count at a position has no draft there that could be rejected: its
+        ``s`` is taken as 1.
+
+        Args:
+            accepted: depth -> ``s`` [B, T], in the order of depths.
+            valid: depth -> bool [B, T].
+            coefficients: depth -> [B, T], the weight of its loss at a position.
+
+        Returns:
+            depth j -> ``1 - prod_{i<=j} s_i`` [B, T]; depth i -> ``sum_{j>=i} coefficient_j
+            prod_{l<=j, l!=i} s_l`` [B, T], over the depths j that count.
+        """
+        depths = list(accepted)
+        passed = {k: torch.where(valid[k], accepted[k], 1) for k in depths}
+        values, scales = {}, {}
+        product = torch.ones_like(accepted[depths[0]])
+        for k in depths:
+            product = product * passed[k]
+            values[k] = 1 - product
+        for i in depths:
+            # Without a division: an s may be 0.
+            others, scales[i] = torch.ones_like(product), torch.zeros_like(product)
+            for j in depths:
+                others = others if j == i else others * passed[j]
+                if j >= i:
+                    scales[i] = scales[i] + coefficients[j] * valid[j] * others
+        return values, scales

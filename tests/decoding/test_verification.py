@@ -1,0 +1,255 @@
+"""Block verification: exact in fractions, against the rule that judges token by token; by counting
+what the code accepts and what the loop says."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.sampling import draw
+from mtp_lightning.decoding.speculative import accept_or_resample
+from mtp_lightning.decoding.verification import RULES, accept_block
+from tests.decoding.models import random_prompts, small_model
+from tests.decoding.test_sampling import VOCAB, chi_square, require_the_models_distribution
+
+V, D = 3, 2
+ZERO, ONE = Fraction(0), Fraction(1)
+Text = tuple[int, ...]
+Table = dict[Text, list[Fraction]]
+"""Tokens that were drafted -> the next token's distribution."""
+
+
+def tables(seed: int, depth: int = D) -> tuple[Table, Table]:
+    """The trunk's after 0 .. depth tokens, and the drafts' after 0 .. depth - 1; with zeros."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one() -> list[Fraction]:
+        counts = torch.randint(0, 5, (V,), generator=generator).tolist()
+        counts[int(torch.randint(V, (1,), generator=generator))] += 1
+        return [Fraction(n, sum(counts)) for n in counts]
+
+    p = {x: one() for n in range(depth + 1) for x in itertools.product(range(V), repeat=n)}
+    q = {x: one() for x in p if len(x) < depth}
+    return p, q
+
+
+def drafts(q: Table, depth: int = D) -> Iterator[tuple[Text, Fraction]]:
+    """Every draft and its probability, by the chain rule."""
+    for x in itertools.product(range(V), repeat=depth):
+        chance = ONE
+        for i in range(depth):
+            chance *= q[x[:i]][x[i]]
+        if chance:
+            yield x, chance
+
+
+def rest_of(weight: Fraction, p: Sequence[Fraction], q: Sequence[Fraction]) -> list[Fraction]:
+    return [max(weight * a - b, ZERO) for a, b in zip(p, q, strict=True)]
+
+
+def token_rule(x: Text, p: Table, q: Table) -> dict[int, Fraction]:
+    """How likely so many drafts are kept: Leviathan et al. 2023, algorithm 1."""
+    found, reached = {}, ONE
+    for i, token in enumerate(x):
+        accept = min(ONE, p[x[:i]][token] / q[x[:i]][token])
+        found[i] = reached * (1 - accept)
+        reached *= accept
+    return {**found, len(x): reached}
+
+
+def joints(x: Text, p: Table, q: Table) -> list[Fraction]:
+    """p_0 .. p_D of arXiv 2403.10444, algorithm 2."""
+    found = [ONE]
+    for i, token in enumerate(x):
+        found.append(min(found[-1] * p[x[:i]][token] / q[x[:i]][token], ONE))
+    return found
+
+
+def block_rule(x: Text, p: Table, q: Table) -> dict[int, Fraction]:
+    """The same of arXiv 2403.10444, algorithm 2: the last draft that ends the text."""
+    joint, ends = joints(x, p, q), []
+    for i in range(1, len(x) + 1):
+        if i == len(x):
+            ends.append(joint[i])
+        else:
+            s = sum(rest_of(joint[i], p[x[:i]], q[x[:i]]), ZERO)
+            ends.append(s / (s + 1 - joint[i]) if s + 1 - joint[i] else ONE)
+    found, later = {}, ONE
+    for i in range(len(x), 0, -1):
+        found[i] = later * ends[i - 1]
+        later *= 1 - ends[i - 1]
+    return {**found, 0: later}
+
+
+def written(rule: str, p: Table, q: Table, depth: int = D) -> tuple[dict[Text, Fraction], Fraction]:
+    """The distribution of the text of ``depth + 1`` tokens of which a round writes the beginning
+    and the trunk alone the rest; and the expected number of kept drafts."""
+    chances = {"token": token_rule, "block": block_rule}[rule]
+    found: dict[Text, Fraction] = {}
+    kept = ZERO
+
+    def go_on(text: Text, chance: Fraction) -> None:
+        if len(text) == depth + 1:
+            found[text] = found.get(text, ZERO) + chance
+            return
+        for token, share in enumerate(p[text]):
+            if share:
+                go_on((*text, token), chance * share)
+
+    for x, chance in drafts(q, depth):
+        for n, share in chances(x, p, q).items():
+            kept += chance * share * n
+            if not chance * share:
+                continue
+            if n == depth:
+                own = p[x]
+            else:
+                weight = joints(x, p, q)[n] if rule == "block" else ONE
+                own = rest_of(weight, p[x[:n]], q[x[:n]])
+                own = [v / sum(own) for v in own] if sum(own) else p[x[:n]]
+            for token, part in enumerate(own):
+                if part:
+                    go_on((*x[:n], token), chance * share * part)
+    return found, kept
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_in_fractions_it_is_lossless_and_keeps_no_fewer(seed: int) -> None:
+    p, q = tables(seed)
+    want: dict[Text, Fraction] = {}
+    for x in itertools.product(range(V), repeat=D + 1):
+        chance = p[()][x[0]] * p[x[:1]][x[1]] * p[x[:2]][x[2]]
+        if chance:
+            want[x] = chance
+    (token, by_token), (block, by_block) = (written(rule, p, q) for rule in ("token", "block"))
+    assert token == block == want
+    assert by_block >= by_token
+    # Theorem 2: of the first n drafts all are kept with probability min over .. of the joint ratio.
+    expected = sum(
+        (chance * joint for x, chance in drafts(q) for joint in joints(x, p, q)[1:]), ZERO
+    )
+    assert by_block == expected
+
+
+def test_most_pairs_of_models_keep_more() -> None:
+    gains = []
+    for seed in range(40):
+        (_, by_token), (_, by_block) = (written(r, *tables(seed)) for r in ("token", "block"))
+        gains.append(by_block - by_token)
+    assert sum(gain > 0 for gain in gains) > 20
+
+
+def test_the_papers_example() -> None:
+    """Section 2: two tokens, the same distributions at every place, two drafts: 10/9 and 11/9."""
+    p, q = [Fraction(1, 3), Fraction(2, 3), ZERO], [Fraction(2, 3), Fraction(1, 3), ZERO]
+    texts = [x for n in range(D + 1) for x in itertools.product(range(V), repeat=n)]
+    ps, qs = dict.fromkeys(texts, p), dict.fromkeys([x for x in texts if len(x) < D], q)
+    assert written("token", ps, qs)[1] == Fraction(10, 9)
+    assert written("block", ps, qs)[1] == Fraction(11, 9)
+
+
+def rows_of(p: Table, q: Table, n: int, depth: int = D) -> tuple[Tensor, ...]:
+    """n rounds: their distributions, drafts and random numbers."""
+    generator = torch.Generator().manual_seed(n)
+    noise = torch.rand(n, 2 * depth + 1, generator=generator, dtype=torch.float64)
+    draft, q_rows, p_rows = torch.zeros(n, 0, dtype=torch.long), [], []
+    for i in range(depth + 1):
+        row_ids = [tuple(x) for x in draft.tolist()]
+        p_rows.append(torch.tensor([[float(v) for v in p[x]] for x in row_ids]))
+        if i < depth:
+            q_rows.append(torch.tensor([[float(v) for v in q[x]] for x in row_ids]))
+            drawn = draw(q_rows[-1], noise[:, i])
+            draft = torch.cat((draft, drawn.unsqueeze(1)), dim=1)
+    return torch.stack(p_rows, 1), torch.stack(q_rows, 1), draft, noise[:, depth:-1], noise[:, -1]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("seed", [3, 7, 20])
+def test_the_code_keeps_what_the_fractions_say(seed: int, rule: str) -> None:
+    n = 30_000
+    p, q = tables(seed)
+    inputs = rows_of(p, q, n)
+    tokens, accepted = RULES[rule](*inputs, torch.full((n,), D))
+    chances = {"token": token_rule, "block": block_rule}[rule]
+    # The drafts together with how many of them are kept.
+    want, found = torch.zeros(V, V, D + 1), torch.zeros(V, V, D + 1)
+    for x, chance in drafts(q):
+        for kept, share in chances(x, p, q).items():
+            want[(*x, kept)] = float(chance * share)
+    found.index_put_((*inputs[2].T, accepted), torch.ones(n), accumulate=True)
+    assert chi_square(found.flatten(), want.flatten()) < 5
+    # The first token, and the second where it is written, have the trunk's distribution.
+    first = torch.bincount(tokens[:, 0], minlength=V)
+    assert chi_square(first, torch.tensor([float(v) for v in p[()]])) < 5
+    for a in range(V):
+        second = torch.bincount(tokens[(accepted >= 1) & (tokens[:, 0] == a), 1], minlength=V)
+        probs = torch.tensor([float(v) for v in p[(a,)]])
+        if second.sum() and probs.max() < 1:
+            assert chi_square(second, probs) < 5
+
+
+def test_a_row_that_may_keep_fewer_is_a_row_with_fewer_drafts() -> None:
+    n = 2000
+    inputs = rows_of(*tables(3), n)
+    p, q, draft, accept_noise, final_noise = inputs
+    short = (p[:, :2], q[:, :1], draft[:, :1], accept_noise[:, :1], final_noise)
+    ones = torch.ones(n, dtype=torch.long)
+    tokens, accepted = accept_block(*inputs, ones)
+    want, want_accepted = accept_block(*short, ones)
+    assert torch.equal(accepted, want_accepted)
+    assert torch.equal(
+        tokens.gather(1, accepted.unsqueeze(1)), want.gather(1, accepted.view(-1, 1))
+    )
+    # One draft is judged as by the other rule.
+    assert torch.equal(want_accepted, accept_or_resample(*short, ones)[1])
+    # None: the token is the trunk's.
+    tokens, accepted = accept_block(*inputs, 0 * ones)
+    assert not accepted.any() and torch.equal(tokens[:, 0], draw(p[:, 0], final_noise))
+
+
+def test_where_both_agree_everything_is_kept() -> None:
+    n = 500
+    p, _ = tables(5)
+    inputs = rows_of(p, {x: p[x] for x in p if len(x) < D}, n)
+    _, accepted = accept_block(*inputs, torch.full((n,), D))
+    assert (accepted == D).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.8},
+        {"temperature": 1.0, "min_confidence": 0.3},  # rows with fewer drafts than others
+    ],
+)
+def test_samples_of_the_loop_have_the_models_distribution(options: dict[str, float]) -> None:
+    model = small_model(11, 2, vocab=VOCAB, confidence="min_confidence" in options)
+    require_the_models_distribution(model, {**options, "verify": "block"}, 2)
+
+
+def test_greedy_text_is_the_same_and_so_are_its_passes() -> None:
+    model, prompts = small_model(3, 3), random_prompts(3, (3, 8, 5))
+    found = [generate(model, prompts, max_new_tokens=40, verify=verify) for verify in RULES]
+    for token, block in zip(*found, strict=True):
+        assert token.token_ids == block.token_ids
+        assert token.drafts_accepted == block.drafts_accepted
+    # Beside sampled rows, greedy ones go through the rule itself.
+    cold = generate(model, prompts, max_new_tokens=40, verify="block", temperature=1e-30)
+    assert [g.token_ids for g in cold] == [g.token_ids for g in found[0]]
+
+
+def test_the_loop_keeps_more_drafts() -> None:
+    model, prompts = small_model(3, 3), random_prompts(3, (4,) * 200)
+    options = {"max_new_tokens": 40, "temperature": 1.0, "batch_size": 100}
+    passes = {
+        verify: sum(g.verify_passes for g in generate(model, prompts, verify=verify, **options))
+        for verify in RULES
+    }
+    assert passes["block"] < passes["token"]
