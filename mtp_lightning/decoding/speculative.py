@@ -29,19 +29,22 @@ class Step:
         tokens: the accepted drafts and the trunk's own token after them.
         accepted: how many of them were drafts.
         reached: how many drafts were judged one after the other, the first rejected one included.
-        rejected: the depth and the token of every draft that was made for the row's text and not
-            accepted.
+        rejected: every draft that was made for the row's text and not accepted: its depth, its
+            token, and which of this list it follows (None: the accepted drafts).
     """
 
     tokens: list[int]
     accepted: int
     reached: int
-    rejected: list[tuple[int, int]]
+    rejected: list[tuple[int, int, int | None]]
 
     @classmethod
     def of_chain(cls, tokens: list[int], accepted: int, drafts: list[int]) -> Step:
         """One whose drafts were a chain: ``drafts`` are those that could be judged."""
-        rejected = list(enumerate(drafts, start=1))[accepted:]
+        rejected = [
+            (depth, token, depth - accepted - 2 if depth > accepted + 1 else None)
+            for depth, token in list(enumerate(drafts, start=1))[accepted:]
+        ]
         return cls(tokens, accepted, min(accepted + 1, len(drafts)), rejected)
 
 
