@@ -37,9 +37,10 @@ class Colors(Marks):
     def rejected(self, depth: int, text: str) -> str:
         return f"\x1b[{self._color(depth)};9m{text}\x1b[0m"
 
-    def legend(self, depths: int) -> str:
+    def legend(self, depths: int, *, rejected: bool = True) -> str:
         shown = " ".join(self.accepted(k, str(k)) for k in range(1, depths + 1))
-        return f"drafts of depth {shown}; {self.rejected(1, 'struck through')}: rejected"
+        said = f"drafts of depth {shown}"
+        return f"{said}; {self.rejected(1, 'struck through')}: rejected" if rejected else said
 
     def _color(self, depth: int) -> int:
         return self._COLORS[(depth - 1) % len(self._COLORS)]

@@ -232,7 +232,7 @@ def test_a_race_shows_both_texts(run: OpenedModel, served: Serving, browser: Bro
     assert browser.run(f"{rejected}.length") == len(inside) > 5
     said = browser.run("document.getElementById('status').textContent")
     assert re.fullmatch(
-        r"With drafts [\d.]+ × the tokens a second: [\d.]+ tokens a pass, "
+        r"With drafts [\d.]+ × the tokens per second: [\d.]+ tokens per pass, "
         r"and a pass takes [\d.]+ × as long\.",
         said,
     )
@@ -351,24 +351,24 @@ def test_it_reads(
     ratios = browser.run("""(() => {
         const canvas = document.createElement("canvas")
             .getContext("2d", {willReadFrequently: true});
-        const over = (colour, below) => {
+        const over = (color, below) => {
             canvas.fillStyle = `rgb(${below})`;
             canvas.fillRect(0, 0, 1, 1);
-            canvas.fillStyle = colour;
+            canvas.fillStyle = color;
             canvas.fillRect(0, 0, 1, 1);
             return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
         };
         const light = rgb => rgb.map(v => v / 255)
             .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
             .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-        const behind = node => node
-            ? over(getComputedStyle(node).backgroundColor, behind(node.parentElement))
+        const under = node => node
+            ? over(getComputedStyle(node).backgroundColor, under(node.parentElement))
             : [255, 255, 255];
         return [...document.querySelectorAll(
             "h1, h2, h3, p, label, dt, dd, button, pre span, #legend span")]
             .filter(node => node.textContent.trim() && node.checkVisibility() && !node.disabled)
             .map(node => {
-                const below = behind(node);
+                const below = under(node);
                 const [a, b] = [light(over(getComputedStyle(node).color, below)), light(below)];
                 return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.outerHTML];
             }).filter(([ratio]) => ratio < 4.5);
