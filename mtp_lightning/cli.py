@@ -25,6 +25,8 @@ _LIBRARIES = tuple(
 )
 # Set to 1, a process and those that it starts show no progress (--quiet).
 QUIET = "MTP_LIGHTNING_QUIET"
+# Set to 1, runs end with every number (--verbose).
+VERBOSE = "MTP_LIGHTNING_VERBOSE"
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

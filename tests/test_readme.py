@@ -64,7 +64,7 @@ def test_the_two_commands_are_there() -> None:
 def test_the_main_job_shortened(tmp_path: Path) -> None:
     done = run(tmp_path, "train.py", "run_dir=runs/mine", *SHORT)
     assert done.returncode == 0, done.stderr
-    for shown in ("next token", "depth 2", "bits per byte", "parameters", "Sample"):
+    for shown in ("bits per byte", "tokens per pass", "tokens per second", "time", "Samples"):
         assert shown in done.stdout
     folder = tmp_path / "runs" / "mine"
     for file in ("config.yaml", "metrics.csv", "summary.json", "checkpoints/last.ckpt"):

@@ -69,7 +69,7 @@ def test_what_it_leaves_in_site_packages(environment: Path) -> None:
     for name in ("conf", "mtp_lightning", "data_modules", "sweeps", "hydra_plugins"):
         installed = folder / ("mtp_lightning/conf" if name == "conf" else name)
         for file in (helpers.ROOT / name).rglob("*"):
-            if file.suffix in (".py", ".yaml", ".jinja"):
+            if file.suffix in (".py", ".yaml", ".jinja", ".html"):
                 assert (installed / file.relative_to(helpers.ROOT / name)).is_file(), file
 
 

@@ -22,29 +22,35 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mtp_lightning.cli import QUIET, program, readable_errors
+from mtp_lightning.cli import QUIET, VERBOSE, program, readable_errors
 from mtp_lightning.errors import UserError
 from mtp_lightning.literal import literal, require_utf8
 from mtp_lightning.paths import CONF
 
-_QUIET = "--quiet"
+_QUIET, _VERBOSE = "--quiet", "--verbose"
 
 # Help texts name the program as it was started: ${program:train}.
 OmegaConf.register_new_resolver("program", program, replace=True)
 
 
 def start(
-    config_name: str, task: Callable[[DictConfig], Any], *, ends_with_reader: bool = False
+    config_name: str,
+    task: Callable[[DictConfig], Any],
+    *,
+    ends_with_reader: bool = False,
+    has_verbose: bool = False,
 ) -> None:
     """Run an app on this process's command line.
 
     ``--help GROUP`` explains a group of conf/ and ``--help GROUP=NAME`` the keys of an option;
-    ``--quiet`` shows no progress and gives way to whatever else the machine has to do.
+    ``--quiet`` shows no progress and gives way to whatever else the machine has to do, and
+    ``--verbose``, of an app that has it, shows every number.
 
     Args:
         config_name: of its config in conf/.
         task: what it does; where it is defined, Hydra takes the app's name from.
         ends_with_reader: see :func:`~mtp_lightning.cli.readable_errors`.
+        has_verbose: whether the app knows ``--verbose``.
     """
     # A log that cannot be written, as on a full disk, is no news beside what it was to say.
     logging.raiseExceptions = False
@@ -56,6 +62,9 @@ def start(
             # Inherited by all processes of a run, and by the jobs of a sweep.
             os.environ[QUIET] = "1"
             os.nice(19)
+        if has_verbose and _VERBOSE in sys.argv:
+            sys.argv.remove(_VERBOSE)
+            os.environ[VERBOSE] = "1"
         require_utf8(sys.argv[1:])
         sys.argv[1:] = literal(sys.argv[1:])
         _require_flags(sys.argv[1:])

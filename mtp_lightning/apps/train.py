@@ -33,7 +33,7 @@ def main() -> None:
         if not end_with_starter():  # before the seconds that imports take
             raise UserError("the process that has started this one is gone.")
         _take_run_dir()
-    start("config", task)
+    start("config", task, has_verbose=True)
 
 
 def _take_run_dir() -> None:

@@ -17,6 +17,10 @@ from mtp_lightning.callbacks.base import run_callbacks
 from mtp_lightning.cli import QUIET
 from mtp_lightning.settings import require_number, require_whole
 
+_TIMED_FROM = 10  # steps of this process, before which nobody knows how long the rest takes
+# tqdm's own format without the remaining time.
+_UNTIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
+
 
 class StepProgressBar(ProgressBar):
     """A bar of `max_steps` optimizer steps with every depth's loss, the lambdas and tokens per
@@ -27,7 +31,8 @@ class StepProgressBar(ProgressBar):
     only when something is shown.
 
     It reads the training step's `losses` (tensor [D+1]), `active` (D+1 bool) and `lambdas` (D
-    numbers), and the other callbacks' `RunCallback.shown`.
+    numbers), the module's `schedule`, if it has one, and the other callbacks' `RunCallback.shown`.
+    The remaining time is estimated from the 10th step on: the first ones are slower.
 
     Args:
         refresh_seconds: seconds between two updates on a terminal.
@@ -56,6 +61,7 @@ class StepProgressBar(ProgressBar):
         self._shown_at = -math.inf
         self._began = (0, 0.0)  # step and time at which this process started to train
         self._text = ""
+        self._schedule = ""  # the name of one that moves
 
     def disable(self) -> None:
         """Shows nothing; Lightning calls this on every process but the first."""
@@ -74,6 +80,8 @@ class StepProgressBar(ProgressBar):
         """Opens the bar at the step that the run starts or resumes from."""
         self._shown_at = -math.inf
         self._began = (trainer.global_step, time.monotonic())
+        schedule = getattr(pl_module, "schedule", None)
+        self._schedule = schedule.name if schedule is not None and schedule.moves else ""
         if not self._enabled or not self._is_terminal():
             return
         self._bar = tqdm(
@@ -83,6 +91,7 @@ class StepProgressBar(ProgressBar):
             unit="step",
             file=sys.stderr,
             dynamic_ncols=True,
+            bar_format=_UNTIMED,
             mininterval=self.refresh_seconds,
         )
 
@@ -104,6 +113,8 @@ class StepProgressBar(ProgressBar):
             if last or now - self._shown_at >= self.refresh_seconds:
                 self._text = self._describe(trainer, outputs)
                 self._bar.set_postfix_str(self._text, refresh=False)
+                if step - self._began[0] >= _TIMED_FROM:
+                    self._bar.bar_format = None
                 self._bar.update(step - self._bar.n)
                 self._bar.refresh()
                 self._shown_at = now
@@ -173,7 +184,7 @@ class StepProgressBar(ProgressBar):
     def _left(self, step: int, max_steps: int, now: float) -> str:
         """The remaining time at the speed so far, validations included."""
         first, began = self._began
-        if not first < step < max_steps:
+        if not first + _TIMED_FROM <= step < max_steps:
             return ""
         seconds = (now - began) / (step - first) * (max_steps - step)
         return f"{seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
@@ -186,7 +197,7 @@ class StepProgressBar(ProgressBar):
         ]
         lambdas = ",".join(f"{float(value):.3g}" for value in outputs["lambdas"])
         if lambdas:
-            parts.append(f"lambda {lambdas}")
+            parts.append(f"lambda {lambdas}" + (f" ({self._schedule})" if self._schedule else ""))
         parts += [callback.shown() for callback in run_callbacks(trainer)]
         return "  ".join(filter(None, parts))
 

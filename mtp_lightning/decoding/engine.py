@@ -249,7 +249,7 @@ class Engine:
                 session.slide(i, _kept(limit))
 
     def _round(self, decoder: Decoder) -> Round:
-        caps = [sequence.remaining - 1 for sequence in self._sequences]
+        caps = [sequence.most_drafts for sequence in self._sequences]
         limit = self.options.max_context
         if limit is not None:
             lengths = decoder.session.n

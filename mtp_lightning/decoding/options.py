@@ -101,13 +101,17 @@ class Request(TextOptions):
         prompt: token ids, at least one; kept as a list.
         index: number of the prompt among those with the same seed; each has its own stream of
             random numbers.
+        draft_depth: the most drafts that it accepts in a round; 0 is plain decoding, None is as
+            many as the engine drafts.
     """
 
     prompt: Prompt
     index: int = 0
+    draft_depth: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._settle_whole("draft_depth", least=0)
         ids = self.prompt
         self._settle("prompt", ids.tolist() if isinstance(ids, np.ndarray | Tensor) else list(ids))
 

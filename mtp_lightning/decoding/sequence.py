@@ -43,11 +43,14 @@ class Rejected(NamedTuple):
             after the text's end.
         depth: depth of the draft, from 1.
         token: id of the draft.
+        after: index among the pass's rejected drafts of the one that it was drafted after; None if
+            it follows the accepted drafts.
     """
 
     at: int
     depth: int
     token: int
+    after: int | None
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,14 @@ class Fresh:
 
     Attributes:
         token_ids: their ids.
-        accepted_mask: which of them were drafts.
+        depths: the depth of each as a draft; 0 where the trunk chose the token itself, which ends
+            a pass.
         rejected: for each of them, the drafts that were rejected there.
         logprobs: one per token if the request asked for them, else empty.
     """
 
     token_ids: list[int]
-    accepted_mask: list[bool]
+    depths: list[int]
     rejected: list[list[Rejected]]
     logprobs: list[LogProb]
 
@@ -155,7 +159,7 @@ class TextSequence:
     def __init__(self, request: Request, max_draft: int, tokenizer: Any) -> None:
         self.request = request
         self.token_ids: list[int] = []
-        self.accepted_mask: list[bool] = []
+        self.depths: list[int] = []
         self.logprobs: list[LogProb] = []
         self.rejected: list[Rejected] = []
         self.finish_reason: str | None = None
@@ -178,6 +182,12 @@ class TextSequence:
     def remaining(self) -> int:
         """Number of tokens left to generate."""
         return self.request.max_new_tokens - len(self.token_ids)
+
+    @property
+    def most_drafts(self) -> int:
+        """Drafts that the next pass may accept: after them comes a token of the trunk's own."""
+        room, asked = self.remaining - 1, self.request.draft_depth
+        return room if asked is None else min(room, asked)
 
     def take(self, step: Step, logits_TV: Tensor) -> None:
         """Take the result of one verify pass up to the text's end, and count its drafts.
@@ -205,7 +215,7 @@ class TextSequence:
             self.finish_reason = "eot"
         before = len(self.token_ids)
         self.token_ids += tokens
-        self.accepted_mask += [j < accepted for j in range(len(tokens))]
+        self.depths += [j + 1 if j < accepted else 0 for j in range(len(tokens))]
         if self.request.stop:
             self._look_for_stop(before)
         if self.finish_reason is None and self.remaining <= 0:
@@ -227,7 +237,7 @@ class TextSequence:
             return
         for end in range(before + 1, len(self.token_ids) + 1):
             if any(s in self._decode(self.token_ids[first:end]) for s in stop):
-                del self.token_ids[end:], self.accepted_mask[end:]
+                del self.token_ids[end:], self.depths[end:]
                 text = self._decode(self.token_ids)
                 places = [text.find(s) for s in stop if s in text]
                 self._text = text[: min(places)] if places else text
@@ -245,7 +255,7 @@ class TextSequence:
                 rejected[draft.at - start].append(draft)
         return Fresh(
             self.token_ids[start:end],
-            self.accepted_mask[start:end],
+            self.depths[start:end],
             rejected,
             self.logprobs[start:end],
         )
@@ -284,7 +294,7 @@ class TextSequence:
             ],
             drafts_accepted=self._accepted,
             drafts_reached=self._reached,
-            accepted_mask=self.accepted_mask,
+            accepted_mask=[depth > 0 for depth in self.depths],
             logprobs=self.logprobs if self.request.logprobs is not None else None,
             drafts=self._drafted,
             rejected=self.rejected,

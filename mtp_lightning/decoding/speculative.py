@@ -29,18 +29,22 @@ class Step:
         tokens: the accepted drafts and the trunk's own token after them.
         accepted: number of accepted drafts.
         reached: number of drafts that were verified in sequence, the first rejected one included.
-        rejected: depth and token of every draft that could have been accepted and was not.
+        rejected: every draft that could have been accepted and was not: its depth, its token, and
+            the index in this list of the draft that it follows (None: the accepted drafts).
     """
 
     tokens: list[int]
     accepted: int
     reached: int
-    rejected: list[tuple[int, int]]
+    rejected: list[tuple[int, int, int | None]]
 
     @classmethod
     def of_chain(cls, tokens: list[int], accepted: int, drafts: list[int]) -> Step:
         """The result of a chain of drafts; ``drafts`` are those that could be accepted."""
-        rejected = list(enumerate(drafts, start=1))[accepted:]
+        rejected = [
+            (depth, token, depth - accepted - 2 if depth > accepted + 1 else None)
+            for depth, token in list(enumerate(drafts, start=1))[accepted:]
+        ]
         return cls(tokens, accepted, min(accepted + 1, len(drafts)), rejected)
 
 

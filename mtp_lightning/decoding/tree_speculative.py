@@ -126,7 +126,9 @@ def _step(tree: Tree, tokens: list[int], path: list[int], draft: list[int], limi
         limit: the deepest level that could be accepted.
     """
     levels = ((depth, node) for depth in range(1, limit + 1) for node in tree.level(depth))
-    rejected = [(depth, draft[node]) for depth, node in levels if node not in path]
+    left = {node: depth for depth, node in levels if node not in path}
+    number, parents = {node: i for i, node in enumerate(left)}, tree.parents
+    rejected = [(depth, draft[node], number.get(parents[node])) for node, depth in left.items()]
     return Step(tokens, len(path) - 1, min(len(path), limit), rejected)
 
 

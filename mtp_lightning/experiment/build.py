@@ -198,7 +198,7 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
     model_config.mtp.check_window(data.seq_len)
     module = MTPModule(
         model_config,
-        schedule=instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
+        schedule=build_schedule(cfg),
         optimizer=instantiate(cfg.optimizer, kind=OptimizerConfig),
         balance=balance,
         objective=objective,
@@ -217,6 +217,13 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
     if cfg.trainer.compile is True:
         module.model.compile_blocks()
     return module
+
+
+def build_schedule(cfg: DictConfig) -> LambdaSchedule:
+    """The lambda schedule, named by its function or class."""
+    schedule = instantiate(cfg.lambda_schedule, kind=LambdaSchedule)
+    schedule.name = str(cfg.lambda_schedule._target_).rpartition(".")[2]
+    return schedule
 
 
 def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, Matched | None]:
@@ -239,7 +246,7 @@ def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, Match
     )
     matched = compare.match(
         config,
-        instantiate(cfg.lambda_schedule, kind=LambdaSchedule),
+        build_schedule(cfg),
         balance=build_balance(cfg),
         objective=build_objective(cfg),
         match=cfg.compare.match,

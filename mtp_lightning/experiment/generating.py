@@ -8,10 +8,9 @@ import time
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from mtp_lightning import literal
-from mtp_lightning.cli import printable
 from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding.generate import OnTokens
 from mtp_lightning.decoding.options import DecodingOptions
@@ -25,17 +24,11 @@ from mtp_lightning.experiment.text_stream import (
     ends_at_once,
     told,
 )
-from mtp_lightning.model import MTPModel
 from mtp_lightning.opening import OpenedModel, open_model
 from mtp_lightning.runtime import pick_accelerator, set_threads
 from mtp_lightning.settings import require_bool
 from mtp_lightning.vetting import require_prompts
 
-if TYPE_CHECKING:
-    from data_modules import WindowDataModule
-
-# Tokens of the sample that ends a run: read from held-out text, and added to it.
-_PROMPT_LENGTH, _SAMPLE_LENGTH = 64, 160
 _REPORTED = (
     "text",
     "token_ids",
@@ -154,35 +147,6 @@ def continue_prompts(
     options = DecodingOptions.from_config(cfg, max_context=run.seq_len)
     ids = [run.tokenizer.encode(prompt) for prompt in prompts]
     return generate(run.model, ids, options, tokenizer=run.tokenizer, on_tokens=on_tokens)
-
-
-def print_sample(model: MTPModel, data: WindowDataModule, *, seed: int) -> None:
-    """A held-out beginning, and how the model goes on; of a task, a question and its answer."""
-    length = min(_PROMPT_LENGTH, data.seq_len)
-    if model.config.mtp.answers_at_once:
-        return
-    try:
-        (prompt,) = data.held_out_prompts(1, length)
-    except ValueError as error:
-        print(f"no sample: {error}")
-        return
-    answers = data.answer_length is not None
-    (sample,) = generate(
-        model,
-        [prompt],
-        max_new_tokens=data.answer_length or _SAMPLE_LENGTH,
-        temperature=0.0 if answers else 0.5,
-        seed=seed,
-        tokenizer=data.tokenizer,
-        max_context=data.seq_len,
-        long="slide",
-    )
-    beginning = printable(data.tokenizer.decode(prompt.tolist()))
-    text = printable(sample.text or "")
-    if answers:
-        print(f"Sample (a held-out question >> the model's answer)\n{beginning} >>{text}\n")
-    else:
-        print(f"Sample (the text before | is held-out data)\n{beginning}|{text}\n")
 
 
 def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list[str]:

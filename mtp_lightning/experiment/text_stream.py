@@ -37,9 +37,10 @@ class Colors(Marks):
     def rejected(self, depth: int, text: str) -> str:
         return f"\x1b[{self._color(depth)};9m{text}\x1b[0m"
 
-    def legend(self, depths: int) -> str:
+    def legend(self, depths: int, *, rejected: bool = True) -> str:
         shown = " ".join(self.accepted(k, str(k)) for k in range(1, depths + 1))
-        return f"drafts of depth {shown}; {self.rejected(1, 'struck through')}: rejected"
+        said = f"drafts of depth {shown}"
+        return f"{said}; {self.rejected(1, 'struck through')}: rejected" if rejected else said
 
     def _color(self, depth: int) -> int:
         return self._COLORS[(depth - 1) % len(self._COLORS)]
@@ -81,18 +82,16 @@ class TextStream:
         self._prompt = prompt
         self._terminal = terminal
         self._marks = marks
-        self._depth = 0  # of the last token as a draft, 0 of one that was none
         self._length = 0  # characters of the text that were written
         self.begun = False
 
     def add(self, fresh: Fresh) -> None:
         """Write new tokens; those that are part of a character wait for the rest of it."""
-        for i, token in enumerate(fresh.token_ids):
+        for token, of, rejected in zip(fresh.token_ids, fresh.depths, fresh.rejected, strict=True):
             if self._marks is not None:
-                for draft in fresh.rejected[i]:
+                for draft in rejected:
                     self.write(self._marks.rejected(draft.depth, self._rejected(draft.token)))
-            self._depth = self._depth + 1 if fresh.accepted_mask[i] else 0
-            for text, depth in self._detokenizer.add([token], [self._depth]):
+            for text, depth in self._detokenizer.add([token], [of]):
                 self._length += len(text)
                 shown = self._shown(text)
                 if depth and self._marks is not None:

@@ -9,6 +9,7 @@ config that it was given.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mtp_lightning import processes, vetting
 from mtp_lightning.callbacks.base import WritesBeside, run_callbacks
-from mtp_lightning.cli import Stopped
+from mtp_lightning.cli import VERBOSE, Stopped
 from mtp_lightning.experiment.build import (
     build_data,
     build_model_config,
@@ -47,7 +48,7 @@ from mtp_lightning.run.layout import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
 from mtp_lightning.run.loading import describe_interrupt
 from mtp_lightning.run.metrics import read_metrics
 from mtp_lightning.run.solved import time_to_solve
-from mtp_lightning.run.summary import environment, print_paths, print_summary
+from mtp_lightning.run.summary import environment, print_answer, print_paths, print_summary
 from mtp_lightning.runtime import keep_freed_memory, quiet_lightning, set_threads
 from mtp_lightning.settings import is_whole
 from mtp_lightning.stored import require_memory
@@ -274,11 +275,14 @@ def finished(run: Run, trainer: pl.Trainer, params: dict[str, Any]) -> dict[str,
     too_large = isinstance(trainer.strategy, WritesBeside) and trainer.strategy.in_parts
     model = None if too_large else module.whole_model()  # all processes gather it
     if trainer.is_global_zero:
-        print_summary(summary, depth=module.model.depth)
+        if os.environ.get(VERBOSE) == "1":
+            print_summary(summary, depth=module.model.depth)
+        else:
+            print_answer(summary)
         if model is not None:
-            from mtp_lightning.experiment.generating import print_sample
+            from mtp_lightning.experiment.samples import print_samples
 
-            print_sample(model, data, seed=config.seed)
+            print_samples(model, data, seed=config.seed)
         for callback in run_callbacks(trainer):
             callback.on_run_end()
         print_paths(folder)

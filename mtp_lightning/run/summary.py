@@ -14,6 +14,15 @@ from mtp_lightning.cli import program
 from mtp_lightning.paths import ROOT
 from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST, METRICS_FILE, SUMMARY_FILE
 
+# The rows that a run ends with: name, key, form and meaning.
+_ANSWER = (
+    ("bits per byte", "val/bits_per_byte", "{:.3f}", "of held-out text; lower is better"),
+    ("right answers", "val/exact_match", "{:.1%}", "of held-out questions; chance {chance}"),
+    ("tokens per pass", "decode/tokens_per_step", "{:.2f}", "with drafts; 1 without"),
+    ("speed-up", "decode/speedup", "{:.2f}", "of decoding by drafts, here"),
+    ("tokens per second", "perf/tokens_per_second", "{:,.0f}", "read in training"),
+    ("time", "minutes", "{:.1f} min", "of training, validation left out"),
+)
 _PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "numpy", "tokenizers")
 
 
@@ -109,6 +118,33 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
         )
     if (share := data.get("lines_in_training")) is not None:
         print(f"              {share:.1%} of the split's long lines stand in training, too")
+
+
+def print_answer(summary: dict[str, Any]) -> None:
+    """The five numbers that a run is about, each with what it means; ``--verbose`` has the rest."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, title="Result", title_justify="left")
+    for column in ("what", "value", "meaning"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    shown = dict(summary)
+    if "seconds" in shown:
+        shown["minutes"] = shown["seconds"] / 60
+    for name, key, form, meaning in _ANSWER:
+        if key in shown:
+            interval = _interval(shown, key, form)
+            table.add_row(
+                name, form.format(shown[key]) + interval, meaning.format(**_chance(shown))
+            )
+    Console().print(table)
+    if "not_decoded" in summary:
+        print(f"not decoded   {summary['not_decoded']}")
+    print(f"all numbers   --verbose shows them, and {SUMMARY_FILE} has them")
+
+
+def _chance(summary: dict[str, Any]) -> dict[str, str]:
+    return {"chance": _number(summary.get("val/chance"), "{:.2%}") or "unknown"}
 
 
 def print_paths(folder: Path) -> None:

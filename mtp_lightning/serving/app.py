@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -17,6 +17,7 @@ from mtp_lightning.serving.asked import Reader
 from mtp_lightning.serving.guard import OwnNames
 from mtp_lightning.serving.job import Job, News
 from mtp_lightning.serving.meters import Meters
+from mtp_lightning.serving.page import page
 from mtp_lightning.serving.refusal import HUNG_UP, Refusal
 from mtp_lightning.serving.replies import Reply, Words
 from mtp_lightning.serving.schemas import shown
@@ -37,6 +38,7 @@ class Endpoint:
         max_body: bytes.
         hosts: names that the server may be called by, beside localhost.
         created: when the server began, seconds since 1970.
+        facts: what clients are told of the model beside OpenAI's fields.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Endpoint:
         max_body: int,
         hosts: Collection[str],
         created: int,
+        facts: Mapping[str, Any],
     ) -> None:
         self._reader = reader
         self._worker = worker
@@ -58,10 +61,12 @@ class Endpoint:
         self._max_body = max_body
         self._hosts = hosts
         self._created = created
+        self._facts = facts
 
     def app(self) -> FastAPI:
-        """The application. It has no page of its own: those that FastAPI makes need a network."""
+        """The application. FastAPI makes no pages for it: those need a network."""
         app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+        app.add_api_route("/", page)
         app.add_api_route("/health", self.health)
         app.add_api_route("/metrics", self.metrics)
         app.add_api_route("/v1/models", self.models)
@@ -97,7 +102,8 @@ class Endpoint:
 
     def _model(self) -> dict[str, Any]:
         name, owner = self._reader.name, "mtp-lightning"
-        return {"id": name, "object": "model", "created": self._created, "owned_by": owner}
+        told = {"id": name, "object": "model", "created": self._created, "owned_by": owner}
+        return {**told, "mtp": self._facts}
 
     async def completions(self, request: Request) -> Response:
         """Continue a text."""
@@ -200,7 +206,7 @@ _UNCACHED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 async def _whole(news: AsyncIterator[News], reply: Reply) -> dict[str, Any]:
     logprobs, done = [], None
     async for more in news:
-        logprobs += more.logprobs
+        logprobs += more.fresh.logprobs
         done = more.done
     assert done is not None
     return reply.whole(done, logprobs)

@@ -16,6 +16,7 @@ from mtp_lightning.serving.schemas import (
     ChatBody,
     CompletionBody,
     Message,
+    StreamOptions,
     limited,
     shown,
     understood,
@@ -35,12 +36,14 @@ class Asked:
         chat: whether it is answered as a message.
         stream: whether it is answered token by token.
         usage: whether a stream ends with the counts of tokens.
+        drafts: whether a stream tells how every token came.
     """
 
     request: Request
     chat: bool
     stream: bool
     usage: bool
+    drafts: bool
 
 
 class Reader:
@@ -50,6 +53,7 @@ class Reader:
         run: the model and its tokenizer.
         name: what clients call it.
         max_tokens: the most that a request may ask for.
+        max_draft: the most drafts that a request may ask for.
         max_prompt: most tokens of a prompt.
         room: tokens that a prompt and its text may have together; None for no bound.
 
@@ -58,15 +62,22 @@ class Reader:
     """
 
     def __init__(
-        self, run: OpenedModel, *, name: str, max_tokens: int, max_prompt: int, room: int | None
+        self,
+        run: OpenedModel,
+        *,
+        name: str,
+        max_tokens: int,
+        max_draft: int,
+        max_prompt: int,
+        room: int | None,
     ) -> None:
         self.name = name
         self.template = ChatTemplate.of(run.tokenizer_state)
         # One of its own: encode_specials changes it, which must not be while the worker decodes.
         self._tokenizer = replace(run).tokenizer
         self._vocab = run.model.config.trunk.vocab_size
-        self._completion = limited(CompletionBody, max_tokens)
-        self._chat = limited(ChatBody, max_tokens)
+        self._completion = limited(CompletionBody, max_tokens, max_draft)
+        self._chat = limited(ChatBody, max_tokens, max_draft)
         self._max_tokens = max_tokens
         self._max_prompt = max_prompt
         self._room = room
@@ -106,6 +117,7 @@ class Reader:
                 seed=secrets.randbits(31) if asked.seed is None else asked.seed,
                 stop=tuple(asked.stop),
                 logprobs=logprobs,
+                draft_depth=asked.draft_depth,
             )
         except ValueError as error:
             raise Refusal(str(error)) from error
@@ -113,8 +125,14 @@ class Reader:
         if options and options.model_fields_set and not asked.stream:
             told = "stream_options is for stream=true: leave it out."
             raise Refusal(told, param="stream_options")
-        usage = options is not None and options.include_usage
-        return Asked(request=request, chat=chat, stream=asked.stream, usage=usage)
+        beside = StreamOptions() if options is None else options
+        return Asked(
+            request=request,
+            chat=chat,
+            stream=asked.stream,
+            usage=beside.include_usage,
+            drafts=beside.include_drafts,
+        )
 
     def _prompt(self, given: Any) -> list[int]:
         if isinstance(given, str):

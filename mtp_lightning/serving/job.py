@@ -6,11 +6,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mtp_lightning.decoding.detokenizer import Detokenizer
 from mtp_lightning.decoding.options import Request
-from mtp_lightning.decoding.sequence import Generation, LogProb
+from mtp_lightning.decoding.sequence import Fresh, Generation
 from mtp_lightning.serving.refusal import Refusal
 
 
@@ -20,12 +20,16 @@ class News:
 
     Attributes:
         text: characters that are whole; joined, the text.
-        logprobs: of the tokens since the last news, if they were asked for.
+        fresh: the tokens since the last news.
+        pieces: of each of them, the characters that it makes whole.
+        seconds: since the text's first token.
         done: the finished text, with the last news.
     """
 
     text: str
-    logprobs: list[LogProb] = field(default_factory=list)
+    fresh: Fresh
+    pieces: list[str]
+    seconds: float
     done: Generation | None = None
 
 
@@ -39,12 +43,14 @@ class Job:
     Attributes:
         asked_at: when it came, by ``time.perf_counter()``.
         over: whether nobody listens any more, or there is nothing more to hear.
+        began_at: when its first token came.
         detokenizer, length, tokens: the worker's own, on how far it is.
     """
 
     def __init__(self, request: Request, detokenizer: Detokenizer) -> None:
         self.request = request
         self.asked_at = time.perf_counter()
+        self.began_at = self.asked_at
         self.over = False
         self.detokenizer = detokenizer
         self.length = 0  # characters told

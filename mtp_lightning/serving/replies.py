@@ -35,6 +35,10 @@ class Words:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.raw(token))
 
+    def drafted(self, token: int) -> str:
+        """The same of a draft, which may be the end of the text."""
+        return "<end of text>" if token == self.eot_id else self.text(token)
+
     def raw(self, token: int) -> bytes:
         """Its bytes."""
         return self._bytes[token] if token < len(self._bytes) else b""
@@ -74,19 +78,34 @@ class Reply:
     def chunks(self, news: News, *, first: bool) -> list[dict[str, Any]]:
         """The objects of a stream that tell of news; a chat's begins with who speaks."""
         done, choices = news.done, []
-        if not self._asked.chat:
-            choices.append(self._choice({"text": news.text}, news.logprobs, done))
-        elif first:
+        logprobs = news.fresh.logprobs
+        told = bool(news.text or logprobs or (self._asked.drafts and news.pieces))
+        if not self._asked.chat and (told or done):
+            choices.append(self._choice({"text": news.text}, logprobs, done))
+        if self._asked.chat and first:
             choices.append(self._choice({"delta": {"role": "assistant", "content": ""}}))
-        if self._asked.chat and (news.text or news.logprobs):
-            choices.append(self._choice({"delta": {"content": news.text}}, news.logprobs))
+        if self._asked.chat and told:
+            choices.append(self._choice({"delta": {"content": news.text}}, logprobs))
         if self._asked.chat and done:
             choices.append(self._choice({"delta": {}}, done=done))
         counted: dict[str, Any] = {"usage": None} if self._asked.usage else {}
         found = [{**self._head, "choices": [choice], **counted} for choice in choices]
+        if told and self._asked.drafts:
+            found[1 if self._asked.chat and first else 0]["mtp"] = self._drafts(news)
         if done and self._asked.usage:
             found.append({**self._head, "choices": [], "usage": self._usage(done)})
         return found
+
+    def _drafts(self, news: News) -> dict[str, Any]:
+        """How the tokens of a chunk came: an extension of OpenAI's object."""
+        fresh, tokens = news.fresh, []
+        for text, depth, rejected in zip(news.pieces, fresh.depths, fresh.rejected, strict=True):
+            left = [
+                {"depth": d.depth, "text": self._words.drafted(d.token), "after": d.after}
+                for d in rejected
+            ]
+            tokens.append({"text": text, "depth": depth, **({"rejected": left} if left else {})})
+        return {"seconds": news.seconds, "tokens": tokens}
 
     def _choice(
         self,

@@ -127,6 +127,7 @@ class StreamOptions(_Strict):
     """What a stream holds beside the text."""
 
     include_usage: bool = False
+    include_drafts: bool = False
     include_obfuscation: Any = None
 
 
@@ -139,6 +140,7 @@ class Body(_Strict):
     top_k: Annotated[int, Field(ge=1, le=2**31)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    draft_depth: int | None = None
     stop: Annotated[list[Stop], Field(max_length=_MOST_STOPS), BeforeValidator(_listed)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -182,11 +184,12 @@ class ChatBody(Body):
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 
-def limited(kind: type[AnyBody], max_tokens: int) -> type[AnyBody]:
-    """A body in which no more than so many tokens may be asked for."""
+def limited(kind: type[AnyBody], max_tokens: int, max_draft: int) -> type[AnyBody]:
+    """A body in which no more than so many tokens, and so many drafts a round, may be asked for."""
     length = Annotated[int, Field(ge=1, le=max_tokens)] | None
     names = {"max_tokens", "max_completion_tokens"} & kind.model_fields.keys()
     fields: dict[str, Any] = {name: (length, None) for name in names}
+    fields["draft_depth"] = (Annotated[int, Field(ge=0, le=max_draft)] | None, None)
     return create_model(kind.__name__, __base__=kind, **fields)
 
 
@@ -236,7 +239,7 @@ def _refusal(kind: type[Body], errors: ValidationError) -> Refusal:
     elif name == "role":
         told = f"A role must be one of {', '.join(get_args(Role))}, not {shown(value)}."
     elif field == "stream_options" and (not inside or what == "extra_forbidden"):
-        told = "stream_options must be an object with include_usage."
+        told = "stream_options must be an object with include_usage or include_drafts."
     elif field == "stop" and what == "too_long":
         told = f"stop holds {len(value)} strings: give at most {_MOST_STOPS}."
     else:

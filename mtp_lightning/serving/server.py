@@ -46,15 +46,22 @@ class Server(uvicorn.Server):
         self._grace = float(cfg.grace)
         refuses = cfg.long == "refuse"
         prompt = run.seq_len if cfg.max_prompt is None else cfg.max_prompt
+        options = DecodingOptions.from_config(cfg, max_context=run.seq_len)
+        engine = Engine(run.model, options, tokenizer=run.tokenizer)
         reader = Reader(
             run,
             name=name,
             max_tokens=cfg.max_new_tokens,
+            max_draft=engine.max_draft,
             max_prompt=min(prompt, run.seq_len) if refuses else prompt,
             room=run.seq_len if refuses else None,
         )
-        options = DecodingOptions.from_config(cfg, max_context=run.seq_len)
-        engine = Engine(run.model, options, tokenizer=run.tokenizer)
+        facts = {
+            "draft_depth": engine.max_draft,
+            "tree": None if options.tree is None else list(options.tree.widths),
+            "chat": reader.template is not None,
+            "max_tokens": cfg.max_new_tokens,
+        }
         meters = Meters()
         self.worker = Worker(engine, queue=cfg.queue, meters=meters, on_failure=self._stop)
         endpoint = Endpoint(
@@ -65,6 +72,7 @@ class Server(uvicorn.Server):
             max_body=cfg.max_body,
             hosts=[name.lower() for name in (cfg.host, *cfg.hosts)],
             created=int(time.time()),
+            facts=facts,
         )
         config = uvicorn.Config(
             endpoint.app(),

@@ -167,17 +167,18 @@ class Worker:
             self._joining = 0
         for sequence, job in zip(sequences, jobs, strict=True):
             self._meters.read(len(job.request.prompt))
-            self._meters.first_token(time.perf_counter() - job.asked_at)
+            job.began_at = time.perf_counter()
+            self._meters.first_token(job.began_at - job.asked_at)
             self._tell(sequence)
 
     def _tell(self, sequence: TextSequence) -> None:
         job, fresh = self._running[sequence], sequence.fresh()
         self._meters.emitted(len(sequence.token_ids) - job.tokens)
         job.tokens = len(sequence.token_ids)
-        text = "".join(
-            piece for piece, _ in job.detokenizer.add(fresh.token_ids, fresh.accepted_mask)
-        )
-        done = None
+        pieces = [""] * len(fresh.token_ids)
+        for piece, i in job.detokenizer.add(fresh.token_ids, range(len(pieces))):
+            pieces[i] += piece
+        text, done = "".join(pieces), None
         if sequence.finish_reason is not None:
             done = sequence.generation()
             # Characters that never became whole, and those before a stop string in its token.
@@ -185,8 +186,9 @@ class Worker:
             self._meters.drafts(done.drafts_accepted, done.drafts_reached)
             del self._running[sequence]
         job.length += len(text)
-        if text or fresh.logprobs or done:
-            job.tell(News(text=text, logprobs=fresh.logprobs, done=done))
+        if fresh.token_ids or done:
+            seconds = time.perf_counter() - job.began_at
+            job.tell(News(text=text, fresh=fresh, pieces=pieces, seconds=seconds, done=done))
 
     def _forget(self, sequence: TextSequence) -> None:
         self._engine.remove(sequence)

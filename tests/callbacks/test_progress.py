@@ -13,6 +13,7 @@ from tiny_run import TinyModule, fit
 from mtp_lightning.callbacks.base import RunCallback
 from mtp_lightning.callbacks.checkpoints import Checkpoints
 from mtp_lightning.callbacks.progress import StepProgressBar
+from mtp_lightning.objective.schedule import published
 
 
 def bar(**kwargs) -> StepProgressBar:
@@ -48,15 +49,37 @@ def test_lines_where_stderr_is_not_a_terminal(capsys) -> None:
     assert [line.split()[1] for line in lines] == ["5/12", "10/12", "12/12"]
     assert f"L0 {module.losses[5][0]:.2f}  L1 {module.losses[5][1]:.2f}  lambda 0.3" in lines[0]
     assert "\r" not in captured.err and captured.out == ""
-    assert [bool(re.search(r"  \d+ s left$", line)) for line in lines] == [True, True, False]
+    assert [bool(re.search(r"  \d+ s left$", line)) for line in lines] == [False, True, False]
 
 
 def test_how_long_the_rest_takes() -> None:
     progress = StepProgressBar()
     progress._began = (100, 1000.0)
+    assert progress._left(109, 350, 1009.0) == "" != progress._left(110, 350, 1010.0)
     assert progress._left(150, 350, 1050.0) == "3 min left"  # 200 steps at one a second
     assert progress._left(150, 180, 1050.0) == "30 s left"
     assert progress._left(100, 350, 1000.0) == progress._left(350, 350, 1250.0) == ""
+
+
+def test_the_bar_estimates_from_the_tenth_step_on(capsys) -> None:
+    fit(TinyModule(), [bar(interactive=True)], max_steps=12, val_every=100)
+    drawn = {
+        int(found[1]): "<" in found[0]
+        for found in re.finditer(r"\| *(\d+)/12 \[[^\]]*\]", capsys.readouterr().err)
+    }
+    assert drawn[9] is False and drawn[10] is True
+
+
+def test_a_schedule_that_moves_is_named(capsys) -> None:
+    module = TinyModule()
+    module.schedule = published.deepseek_v3(1, 0.3)
+    module.schedule.name = "deepseek_v3"
+    fit(module, [StepProgressBar()], max_steps=2, val_every=100)
+    assert "lambda 0.3 (deepseek_v3)" in capsys.readouterr().err
+    module.schedule = published.constant(1, 0.3)
+    module.schedule.name = "constant"
+    fit(module, [StepProgressBar()], max_steps=2, val_every=100)
+    assert "constant" not in capsys.readouterr().err
 
 
 def test_lines_by_time(capsys, monkeypatch) -> None:

@@ -158,7 +158,7 @@ def test_fresh_tokens_make_up_the_text():
         logprobs: list[list[Any]] = [[] for _ in rows]
         for row in itertools.chain(rows, *iter(engine.step, [])):
             fresh = row.fresh()
-            assert len(fresh.token_ids) == len(fresh.accepted_mask) == len(fresh.logprobs)
+            assert len(fresh.token_ids) == len(fresh.depths) == len(fresh.logprobs)
             shown[row.request.index] += fresh.token_ids
             logprobs[row.request.index] += fresh.logprobs
     for row, ids, said in zip(rows, shown, logprobs, strict=True):
@@ -199,6 +199,26 @@ def test_beliefs_of_neighbours_do_not_matter_to_samples():
         while engine.sequences:
             engine.step()
     assert [row.token_ids for row in rows] == expected
+
+
+def test_rows_may_ask_for_fewer_drafts():
+    """Beside rows that draft more, a row's text is its own, and no more drafts are accepted."""
+    model = small_model(21, 3)
+    prompts = random_prompts(21, (5, 5, 5, 5))
+    options = {"temperature": 1.0, "max_new_tokens": 30, "eot_id": -1}
+    asked = [
+        Request(prompt=p, index=i, draft_depth=depth, **options)
+        for i, (p, depth) in enumerate(zip(prompts, (0, 1, 2, None), strict=True))
+    ]
+    expected = [by_itself(model, request) for request in asked]
+    with Engine(model, DecodingOptions(batch_size=4)) as engine:
+        rows = engine.add(asked)
+        while engine.sequences:
+            engine.step()
+    assert [row.token_ids for row in rows] == expected
+    assert [max(row.depths) for row in rows[:3]] == [0, 1, 2]
+    with pytest.raises(ValueError, match="draft_depth must be a whole number of at least 0"):
+        Request(prompt=[1], draft_depth=-1)
 
 
 def test_what_does_not_fit_is_refused():

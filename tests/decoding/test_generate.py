@@ -116,9 +116,9 @@ def test_streamed_tokens_are_the_result_without_the_stop_string(known):
 
         def take(index, fresh, streamed=streamed, marks=marks):
             assert index == 0 and fresh.token_ids
-            assert len(fresh.token_ids) == len(fresh.accepted_mask) == len(fresh.rejected)
+            assert len(fresh.token_ids) == len(fresh.depths) == len(fresh.rejected)
             streamed.extend(fresh.token_ids)
-            marks.extend(fresh.accepted_mask)
+            marks.extend(depth > 0 for depth in fresh.depths)
 
         (g,) = generate(
             model,

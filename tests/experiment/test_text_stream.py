@@ -154,7 +154,7 @@ def test_what_generate_says_at_the_end(
     asked(prompt="ab", output="json", show_drafts=True)
     found = json.loads(capsys.readouterr().out)
     assert len(found["accepted_mask"]) == found["new_tokens"]
-    assert found["rejected"][0].keys() == {"at", "depth", "token"}
+    assert found["rejected"][0].keys() == {"at", "depth", "token", "after"}
     (tmp_path / "prompts").write_text("ab\ncd\n")
     asked(prompts=str(tmp_path / "prompts"), show_drafts=True)
     said = capsys.readouterr()

@@ -98,7 +98,7 @@ def test_two_processes_equal_one(tmp_path: Path, cache: Path, case: str) -> None
     for key in (k for k in right_summary if k.startswith("val/") or k == "evaluation"):
         assert again[key] == left_summary[key], key
     # One process writes: one table, and no files of a second run.
-    assert done.stdout.count("Validation") == 1
+    assert done.stdout.count("Result") == 1
     if case == "skip":
         assert len(column(tmp_path / "two", "train/loss_depth_0")) == 9
         assert 0 < len(column(tmp_path / "two", "train/loss_depth_2")) < 9

@@ -25,7 +25,7 @@ MEGABYTE = 2**20
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from mtp_lightning.experiment import generating
+from mtp_lightning.experiment import samples
 from mtp_lightning.interop.reading import read_folder
 from tests.integration import helpers
 
@@ -44,7 +44,7 @@ def train(folder):
     }
     helpers.train_here(Path(work) / Path(folder).name, Path(work) / "cache", settings)
 
-generating.print_sample = lambda *args, **kwargs: None
+samples.print_samples = lambda *args, **kwargs: None
 do = train if what == "train" else lambda folder: read_folder(folder).build()
 kept = do(small)
 before = status("VmRSS")

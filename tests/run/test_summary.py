@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mtp_lightning.run.summary import print_summary
+from mtp_lightning.run.summary import print_answer, print_summary
 
 
 @pytest.mark.parametrize("columns", ["80", "120"])
@@ -47,3 +47,25 @@ def test_one_prompt_has_no_interval(capsys: pytest.CaptureFixture[str]) -> None:
 def test_why_nothing_was_decoded_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     print_summary({"not_decoded": "too short"}, depth=1)
     assert "accepted: nothing was decoded, too short" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_run_ends_with_five_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    of_text = {
+        **{"val/bits_per_byte": 1.5279, "val/loss_depth_0": 2.9, "parameters": 9},
+        **{"decode/tokens_per_step": 1.98, "decode/speedup": 1.03},
+        **{"decode/tokens_per_step_low": 1.9, "decode/tokens_per_step_high": 2.05},
+        **{"perf/tokens_per_second": 7654.3, "seconds": 540.0},
+    }
+    print_answer(of_text)
+    shown = capsys.readouterr().out
+    rows = [line for line in shown.splitlines() if line.startswith("│")]
+    assert len(rows) == 5 and max(map(len, rows)) <= 80
+    for said in ("1.528", "lower is better", "1.98 [1.90, 2.05]", "1.03", "7,654", "9.0 min"):
+        assert said in shown
+    assert "--verbose" in shown and "summary.json" in shown
+    print_answer({"val/exact_match": 0.5, "val/chance": 0.0625, "seconds": 30.0})
+    shown = capsys.readouterr().out
+    assert "50.0%" in shown and "chance 6.25%" in shown and "bits per byte" not in shown

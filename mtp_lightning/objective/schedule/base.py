@@ -53,14 +53,23 @@ class LambdaSchedule(ABC):
 
     Args:
         depth: D, the number of MTP depths.
+
+    Attributes:
+        name: what the config calls it; empty for one that is made by hand.
     """
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
+        self.name = ""
 
     @abstractmethod
     def weights(self, progress: Progress) -> list[float]:
         """The factors of L_1 .. L_D in the next step; 0 switches a depth off."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether the weights of two steps of a run can differ; where in doubt, yes."""
+        return True
 
     @property
     def depth_ever_skipped(self) -> bool:

@@ -87,6 +87,10 @@ class Piecewise(LambdaSchedule):
         self.knot_weights = tuple(tuple(values) for values in weights)
 
     @property
+    def moves(self) -> bool:
+        return len(set(self.knot_weights)) > 1
+
+    @property
     def depth_ever_skipped(self) -> bool:
         return any(weight == 0.0 for values in self.knot_weights for weight in values)
 

@@ -1,0 +1,118 @@
+"""What a trained model makes of held-out beginnings, shown when a run ends."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from io import StringIO
+from typing import TYPE_CHECKING
+
+from mtp_lightning.cli import printable
+from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.sequence import Fresh
+from mtp_lightning.experiment.text_stream import Colors, TextStream
+from mtp_lightning.model import MTPModel
+
+if TYPE_CHECKING:
+    from data_modules import WindowDataModule
+
+# Beginnings that a reader recognizes. A sentence is cut after some words.
+_FUNCTION = re.compile(r"^ *(?:async )?def \w+\([^()\n]*\)[^\n:]*:\n", re.MULTILINE)
+_CLASS = re.compile(r"^class \w+[^\n:]*:\n", re.MULTILINE)
+_SENTENCE = re.compile(r"(?<!\w)[A-Z][a-z]+(?:[ ][a-z]+,?){4,6}(?= [a-z])")
+_SAMPLES, _NEW_TOKENS, _TEMPERATURE = 3, 60, 0.7
+_SEARCHED, _PIECE = 1000, 64  # pieces of held-out text, and tokens of each
+
+
+def print_samples(model: MTPModel, data: WindowDataModule, *, seed: int) -> None:
+    """Three held-out beginnings and how the model goes on; of a task, a question and its answer.
+
+    Args:
+        model: on its device.
+        data: that it was trained on.
+        seed: of the samples.
+    """
+    if model.config.mtp.answers_at_once:
+        return
+    try:
+        if data.answer_length is not None:
+            _print_answer(model, data, data.answer_length)
+        else:
+            _print_texts(model, data, seed)
+    except ValueError as error:
+        print(f"no sample: {error}")
+
+
+def _print_answer(model: MTPModel, data: WindowDataModule, length: int) -> None:
+    (prompt,) = data.held_out_prompts(1, data.seq_len)
+    options = {"max_new_tokens": length, "temperature": 0.0, "max_context": data.seq_len}
+    (answer,) = generate(model, [prompt], tokenizer=data.tokenizer, long="slide", **options)
+    question = printable(data.tokenizer.decode(prompt.tolist()))
+    print("Sample (a held-out question >> the model's answer)")
+    print(f"{question} >>{printable(answer.text or '')}\n")
+
+
+def _print_texts(model: MTPModel, data: WindowDataModule, seed: int) -> None:
+    pieces = data.held_out_prompts(_SEARCHED, min(_PIECE, data.seq_len), fewer=True)
+    texts = [data.tokenizer.decode(piece.tolist()) for piece in pieces]
+    found = [(kind, data.tokenizer.encode(text)) for kind, text in beginnings(texts)]
+    if not found:
+        found = [("a text", piece) for piece in pieces[:1]]
+    terminal = sys.stdout.isatty()
+    # In a file or a pipe the text alone can be read.
+    marks = Colors() if terminal and model.mtp.max_draft_depth != 0 else None
+    streams = [
+        TextStream(
+            data.tokenizer,
+            StringIO(),
+            data.tokenizer.decode([int(token) for token in prompt]),
+            terminal=terminal,
+            marks=marks,
+        )
+        for _, prompt in found
+    ]
+
+    def add(i: int, fresh: Fresh) -> None:
+        # Rejected drafts would make the text hard to read: generate.py show_drafts=true has them.
+        streams[i].add(replace(fresh, rejected=[[] for _ in fresh.token_ids]))
+
+    made = generate(
+        model,
+        [prompt for _, prompt in found],
+        max_new_tokens=_NEW_TOKENS,
+        temperature=_TEMPERATURE,
+        seed=seed,
+        tokenizer=data.tokenizer,
+        max_context=data.seq_len,
+        long="slide",
+        on_tokens=add,
+    )
+    legend = ""
+    if marks is not None:
+        legend = f"; {marks.legend(len(made[0].drafts_reached), rejected=False)}"
+    print(f"Samples (held-out beginnings, temperature {_TEMPERATURE:g}{legend})")
+    for (kind, _), stream, generation in zip(found, streams, made, strict=True):
+        stream.end(generation)
+        print(f"--- {kind}\n{stream.out.getvalue()}")  # type: ignore[attr-defined]
+
+
+def beginnings(texts: list[str]) -> Iterator[tuple[str, str]]:
+    """Up to three beginnings, each with what it is: the first function, the first class and the
+    first sentence; more sentences where the texts have no code.
+
+    Args:
+        texts: pieces of held-out text.
+    """
+    missing = _SAMPLES
+    for kind, pattern in (("a function", _FUNCTION), ("a class", _CLASS)):
+        for text in texts:
+            if match := pattern.search(text):
+                yield kind, match[0]
+                missing -= 1
+                break
+    for text in texts:
+        if missing and (match := _SENTENCE.search(text)):
+            yield "a sentence", match[0]
+            missing -= 1

@@ -1,0 +1,383 @@
+"""How a stream tells how every token came, and the page at ``/`` that shows it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtp_lightning.decoding import generate
+from mtp_lightning.opening import OpenedModel
+from mtp_lightning.paths import ROOT
+from tests.hostile import MARKS, Page
+from tests.serving.conftest import Serving, serving
+from tests.sweeps.browser import CHROMIUM, Browser
+
+HTML = (ROOT / "mtp_lightning" / "serving" / "page.html").read_text(encoding="utf-8")
+WAYS: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {"temperature": 1.0, "stop": ["e", "\n"]})
+
+
+def streamed(served: Serving, **fields: Any) -> list[dict[str, Any]]:
+    import httpx2
+
+    body = {"prompt": "import os", "max_tokens": 40, "seed": 5, "stream": True, **fields}
+    found = []
+    with httpx2.stream("POST", f"{served.base_url}/completions", json=body, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                found.append(json.loads(line.removeprefix("data: ")))
+    return found
+
+
+@pytest.fixture(scope="module")
+def served(run: OpenedModel) -> Iterator[Serving]:
+    with serving(run, batch_size=2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def drawing_trees(run: OpenedModel) -> Iterator[Serving]:
+    with serving(run, batch_size=1, tree=[3, 2]) as found:
+        yield found
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("fields", WAYS, ids=str)
+@pytest.mark.parametrize("tree", [None, [3, 2]], ids=str)
+def test_a_stream_tells_how_tokens_came(
+    run: OpenedModel,
+    served: Serving,
+    drawing_trees: Serving,
+    tree: list[int] | None,
+    fields: dict[str, Any],
+) -> None:
+    server = drawing_trees if tree else served
+    chunks = streamed(server, **fields, stream_options={"include_drafts": True})
+    prompt = [run.tokenizer.encode("import os").tolist()]
+    options: dict[str, Any] = {**fields, "tree": tree, "seed": 5, "tokenizer": run.tokenizer}
+    (wanted,) = generate(run.model, prompt, max_new_tokens=40, **options)
+    told = [chunk for chunk in chunks if "mtp" in chunk]
+    for chunk in told[:-1]:
+        pieces = "".join(token["text"] for token in chunk["mtp"]["tokens"])
+        assert pieces == chunk["choices"][0]["text"]
+    tokens = [token for chunk in told for token in chunk["mtp"]["tokens"]]
+    assert [t["depth"] > 0 for t in tokens] == wanted.accepted_mask[: len(tokens)]
+    assert len(tokens) >= len(wanted.token_ids) - 1
+    assert [t["depth"] for t in tokens if t["depth"]].count(1) == wanted.drafts_accepted[0]
+    left = [draft for t in tokens for draft in t.get("rejected", [])]
+    inside = [draft for draft in wanted.rejected if draft.at < len(tokens)]
+    assert [(d["depth"], d["after"]) for d in left] == [(d.depth, d.after) for d in inside]
+    assert len(left) > 5 and {d["depth"] for d in left} == {1, 2}
+    for token in tokens:  # a draft follows one that is a depth above it
+        rejected = token.get("rejected", [])
+        for draft in rejected:
+            assert draft["after"] is None or (
+                rejected[draft["after"]]["depth"] == draft["depth"] - 1
+            )
+    seconds = [chunk["mtp"]["seconds"] for chunk in told]
+    assert seconds == sorted(seconds)
+    plain = streamed(server, **fields)
+    assert all("mtp" not in chunk for chunk in plain)
+    text = "".join(chunk["choices"][0]["text"] for chunk in plain)
+    assert text == wanted.text == "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+
+@pytest.mark.extras
+def test_a_request_may_ask_for_fewer_drafts(run: OpenedModel, served: Serving) -> None:
+    fields = {"prompt": "def main(", "seed": 1, "stream_options": {"include_drafts": True}}
+    texts = set()
+    for depth in (0, 1, 2):
+        chunks = streamed(served, temperature=1, draft_depth=depth, **fields)
+        depths = [t["depth"] for c in chunks if "mtp" in c for t in c["mtp"]["tokens"]]
+        assert max(depths) == depth and len(depths) > 30
+        chunks = streamed(served, temperature=0, draft_depth=depth, **fields)
+        texts.add("".join(chunk["choices"][0]["text"] for chunk in chunks))
+    assert len(texts) == 1
+
+
+def test_the_page_is_one_file_that_loads_nothing() -> None:
+    page = Page(HTML)
+    assert page.wrong == [] and page.images == []
+    assert page.tags["script"] == page.tags["style"] == 1
+    assert not page.tags["link"] and not page.tags["img"]
+    assert " style=" not in HTML and "url(" not in HTML and "@import" not in HTML
+    found = re.findall(r"<script>(.*?)</script>", HTML, re.DOTALL)[0]
+    # Text becomes markup by none of these.
+    for way in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "Function("):
+        assert way not in found, way
+    assert re.findall(r"fetch\(([^,)]*)", found) == [
+        'chat ? "v1/chat/completions" : "v1/completions"',
+        '"v1/models"',
+    ]
+    # Every control has a name, and the script finds what it asks for.
+    ids = set(re.findall(r'\bid="([^"]+)"', HTML))
+    assert set(re.findall(r'\$\("([^"]+)"\)', found)) <= ids
+    assert HTML.count('lang="en"') == 1 and 'name="viewport"' in HTML
+
+
+@pytest.mark.extras
+def test_the_policy_allows_its_own_code_by_hash_alone(served: Serving) -> None:
+    import httpx2
+
+    answer = httpx2.get(f"http://127.0.0.1:{served.port}/")
+    assert answer.status_code == 200 and answer.text == HTML
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    policy = dict(
+        part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; ")
+    )
+    for name in ("script", "style"):
+        (text,) = re.findall(f"<{name}>(.*?)</{name}>", HTML, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert policy.pop(f"{name}-src") == f"'sha256-{digest}'"
+    assert policy.pop("connect-src") == "'self'"
+    assert set(policy.values()) == {"'none'"}
+    assert {"default-src", "base-uri", "form-action", "frame-ancestors"} == set(policy)
+    wrong = httpx2.get(f"http://127.0.0.1:{served.port}/", headers={"host": "evil.example"})
+    assert wrong.status_code == 421
+
+
+# In a browser.
+
+in_browser = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium"),
+]
+
+
+def marked(test: Any) -> Any:
+    for mark in in_browser:
+        test = mark(test)
+    return test
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+def opened(browser: Browser, served: Serving, *, width: int = 1280, dark: bool = False) -> None:
+    browser.show(width=width, dark=dark)
+    browser.open(f"http://127.0.0.1:{served.port}/")
+    waits(browser, "document.title !== 'mtp-lightning'")
+    browser.run("document.getElementById('tokens').value = 40")
+
+
+def waits(browser: Browser, condition: str) -> None:
+    end = time.monotonic() + 60
+    while not browser.run(condition):
+        assert time.monotonic() < end, browser.run("document.body.innerText")
+        time.sleep(0.02)
+
+
+def done(browser: Browser) -> None:
+    waits(browser, "!document.getElementById('write').disabled")
+
+
+def press(browser: Browser, name: str) -> None:
+    browser.run(f"document.getElementById('{name}').click()")
+    done(browser)
+
+
+def key(browser: Browser, name: str, modifiers: int = 0, text: str = "") -> None:
+    code = {"Enter": 13, "Escape": 27, "Tab": 9}[name]
+    own = {"key": name, "code": name, "windowsVirtualKeyCode": code, "modifiers": modifiers}
+    browser.call(
+        "Input.dispatchKeyEvent", type="keyDown", **own, **({"text": text} if text else {})
+    )
+    browser.call("Input.dispatchKeyEvent", type="keyUp", **own)
+
+
+TEXT = """[...document.querySelectorAll('pre')].map(pre =>
+    [...pre.children].filter(one => !one.matches('.soft, .rejected'))
+        .map(one => one.textContent).join(''))"""
+NUMBERS = """[...document.querySelectorAll('article')].map(one => Object.fromEntries(
+    [...one.querySelectorAll('dl div')].map(pair =>
+        [pair.querySelector('dt').textContent, pair.querySelector('dd').textContent])))"""
+
+
+def complained(browser: Browser) -> list[str]:
+    return [told for told in browser.complaints() if not told.startswith("request to http://127.")]
+
+
+@marked
+def test_a_race_shows_both_texts(run: OpenedModel, served: Serving, browser: Browser) -> None:
+    browser.events.clear()
+    opened(browser, served)
+    browser.run("document.getElementById('temperature').value = 1")
+    press(browser, "race")
+    prompt, options = [run.tokenizer.encode("def main(").tolist()], {"temperature": 1.0, "seed": 1}
+    (wanted,) = generate(run.model, prompt, max_new_tokens=40, tokenizer=run.tokenizer, **options)
+    plainly = streamed(served, prompt="def main(", draft_depth=0, **options)
+    texts = [wanted.text, "".join(chunk["choices"][0]["text"] for chunk in plainly)]
+    assert browser.run(TEXT) == texts
+    drafted, plain = browser.run(NUMBERS)
+    passes = wanted.verify_passes + 1
+    assert drafted["tokens"] == plain["tokens"] == plain["passes"] == "40"
+    assert drafted["passes"] == str(passes)
+    assert drafted["tokens / pass"] == f"{40 / passes:.2f}" and plain["tokens / pass"] == "1.00"
+    first = "document.querySelector('article')"
+    for depth in (1, 2):
+        accepted = f"{first}.querySelectorAll('pre .draft.d{depth}').length"
+        assert browser.run(accepted) == wanted.drafts_accepted[depth - 1] > 0
+    inside = [draft for draft in wanted.rejected if draft.at < 40]
+    rejected = f"{first}.querySelectorAll('pre .rejected')"
+    assert browser.run(f"{rejected}.length") == len(inside) > 5
+    said = browser.run("document.getElementById('status').textContent")
+    assert re.fullmatch(
+        r"With drafts [\d.]+ × the tokens per second: [\d.]+ tokens per pass, "
+        r"and a pass takes [\d.]+ × as long\.",
+        said,
+    )
+    assert browser.run(f"{first}.querySelectorAll('.passes svg').length") == 5
+    # Rejected drafts can be hidden.
+    browser.run("document.querySelector('#legend input').click()")
+    assert browser.run(f"getComputedStyle({rejected}[0]).display") == "none"
+    browser.run("document.querySelector('#legend input').click()")
+    press(browser, "replay")
+    assert browser.run(TEXT) == texts
+    assert browser.run(NUMBERS)[0] == drafted
+    assert complained(browser) == []
+    at = f"http://127.0.0.1:{served.port}/"
+    asked = {url.removeprefix(at) for url in browser.requests()}
+    assert asked - {"favicon.ico"} == {"", "v1/models", "v1/completions"}
+
+
+@marked
+def test_switches_and_the_keyboard(served: Serving, browser: Browser) -> None:
+    opened(browser, served)
+    browser.run("""(() => {
+        for (const [id, value] of [["depth", 1], ["temperature", 0.7]]) {
+            document.getElementById(id).value = value;
+            document.getElementById(id).dispatchEvent(new Event("input"));
+        }
+        document.getElementById("prompt").focus();
+    })()""")
+    key(browser, "Enter", modifiers=2)
+    waits(browser, "document.getElementById('columns').children.length === 1")
+    done(browser)
+    assert browser.run("document.getElementById('depth-shown').textContent") == "1"
+    assert browser.run("document.querySelectorAll('pre .d2').length") == 0
+    assert browser.run("document.getElementById('status').textContent").startswith("40 tokens in")
+    # Tab reaches every control in order.
+    browser.run("document.getElementById('prompt').focus()")
+    reached = []
+    for _ in range(6):
+        key(browser, "Tab")
+        reached.append(browser.run("document.activeElement.id"))
+    assert reached == ["temperature", "depth", "tokens", "seed", "write", "race"]
+    # Escape stops.
+    browser.run("document.getElementById('tokens').value = 1000")
+    browser.run("document.getElementById('write').click()")
+    waits(browser, "document.querySelectorAll('pre span').length > 3")
+    key(browser, "Escape")
+    done(browser)
+    assert browser.run("document.getElementById('status').textContent").startswith("Stopped: ")
+    served.wait_for("mtp_rows", 0)
+    browser.run("document.getElementById('prompt').value = ''")
+    press(browser, "write")
+    assert "no text" in browser.run("document.getElementById('status').textContent")
+
+
+@marked
+def test_a_tree_is_drawn(drawing_trees: Serving, browser: Browser) -> None:
+    opened(browser, drawing_trees)
+    press(browser, "write")
+    drawn = browser.run("""[...document.querySelectorAll('.passes svg')].map(svg =>
+        [svg.querySelectorAll('rect').length, svg.querySelectorAll('path').length])""")
+    # The token before, nine drafts, the model's own; each but the first hangs on another.
+    assert len(drawn) == 5 and all(paths == boxes - 1 for boxes, paths in drawn)
+    assert [11, 10] in drawn
+
+
+class Foreign:
+    """A tokenizer whose every token is markup."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.eot_id = inner.eot_id
+
+    def encode(self, text: str) -> Any:
+        return self.inner.encode(text)
+
+    def decode(self, ids: Any) -> str:
+        return "".join(MARKS[int(i) % len(MARKS)] for i in ids)
+
+    def token_bytes(self) -> list[bytes]:
+        return [MARKS[i % len(MARKS)].encode() for i in range(257)]
+
+
+class ForeignModel(OpenedModel):
+    @property
+    def tokenizer(self) -> Any:
+        return Foreign(super().tokenizer)
+
+
+@marked
+def test_what_a_model_writes_is_text(run: OpenedModel, browser: Browser) -> None:
+    foreign = ForeignModel(**{name: getattr(run, name) for name in run.__dataclass_fields__})
+    with serving(foreign, batch_size=1) as found:
+        opened(browser, found)
+        browser.run(f"document.getElementById('prompt').value = {json.dumps(''.join(MARKS))}")
+        press(browser, "race")
+        browser.run("new Promise(done => setTimeout(done, 100))")
+        assert browser.run("typeof __hit") == "undefined"
+        wrong = "document.querySelectorAll('x-hit, [x-hit], img, [onerror], [onload]').length"
+        assert browser.run(wrong) == 0
+        assert MARKS[0] in browser.run(TEXT)[0]
+        # What would get in all the same is not run.
+        browser.run("""document.body.insertAdjacentHTML("beforeend",
+            "<img src=x: onerror=__hit=1><p onclick=__hit=1 id=hit>x</p>");
+            document.getElementById("hit").click()""")
+        assert browser.run("typeof __hit") == "undefined"
+
+
+@marked
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 380])
+def test_it_reads(
+    served: Serving, browser: Browser, tmp_path: Path, width: int, dark: bool
+) -> None:
+    opened(browser, served, width=width, dark=dark)
+    press(browser, "race")
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    ratios = browser.run("""(() => {
+        const canvas = document.createElement("canvas")
+            .getContext("2d", {willReadFrequently: true});
+        const over = (color, below) => {
+            canvas.fillStyle = `rgb(${below})`;
+            canvas.fillRect(0, 0, 1, 1);
+            canvas.fillStyle = color;
+            canvas.fillRect(0, 0, 1, 1);
+            return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+        };
+        const light = rgb => rgb.map(v => v / 255)
+            .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+            .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+        const under = node => node
+            ? over(getComputedStyle(node).backgroundColor, under(node.parentElement))
+            : [255, 255, 255];
+        return [...document.querySelectorAll(
+            "h1, h2, h3, p, label, dt, dd, button, pre span, #legend span")]
+            .filter(node => node.textContent.trim() && node.checkVisibility() && !node.disabled)
+            .map(node => {
+                const below = under(node);
+                const [a, b] = [light(over(getComputedStyle(node).color, below)), light(below)];
+                return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.outerHTML];
+            }).filter(([ratio]) => ratio < 4.5);
+    })()""")
+    assert ratios == []
+    page = browser.run("getComputedStyle(document.body).backgroundColor")
+    assert (page == "rgb(20, 24, 29)") == dark
+    small = """[...document.querySelectorAll("button, input[type=range], input[type=number]")]
+        .filter(one => one.checkVisibility() && one.getBoundingClientRect().height < 24).length"""
+    assert browser.run(small) == 0
+    browser.screenshot(tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 20_000
