@@ -25,7 +25,7 @@ class Cell:
         batch: texts decoded together; those beyond one come and go.
         threads: of PyTorch.
         reads: ``whole`` continues the prompt; ``resumed`` continues prompt and half of the text
-            after reading both anew.
+            after reading both again.
     """
 
     drafts: str
@@ -46,6 +46,7 @@ def ways(model: MTPModel) -> dict[str, DecodingOptions]:
         "auto": DecodingOptions(draft_depth="auto"),
         "tree": DecodingOptions(tree=Tree((3, 2)[: max(min(depth, 2), 1)])),
         "short head": DecodingOptions(draft_vocab=max(vocab // 4, 1)),
+        "block": DecodingOptions(verify="block"),
         "confident": DecodingOptions(min_confidence=0.5),
     }
     found: dict[str, DecodingOptions] = {}
@@ -66,7 +67,7 @@ def cells(model: MTPModel, threads: tuple[int, ...], *, few: bool = False) -> It
     Args:
         model: to be decoded.
         threads: their numbers.
-        few: only those that differ from one text on one thread in at most one way beside drafts,
+        few: only those that differ from one text on one thread in at most one way besides drafts,
             rather than the product of all ways.
     """
     first = (1, threads[0], WHOLE)

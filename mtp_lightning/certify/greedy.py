@@ -1,4 +1,4 @@
-"""Greedy texts of a cell beside those of plain decoding.
+"""Greedy texts of a cell, compared with those of plain decoding.
 
 Shapes: T tokens of a text, V vocabulary.
 """

@@ -1,7 +1,7 @@
 """Sampled texts of a cell, held against the distribution that they claim to be drawn from.
 
 A token x drawn from p has F(x - 1) + v p(x) uniform on [0, 1), where F is the cumulative of p in
-any fixed order and v is uniform (the randomised probability integral transform; Brockwell 2007,
+any fixed order and v is uniform (the randomized probability integral transform; Brockwell 2007,
 "Universal residuals"). Given the tokens before it, a token of a lossless decoder is drawn from the
 trunk's own p, so that these numbers are independent, whatever the drafts were. The order here is
 from the most probable token down, where drafts that are accepted too often show first.

@@ -276,7 +276,7 @@ def with_own_token(
     limit_B: Tensor,
     weight_B: Tensor | None = None,
 ) -> Tensor:
-    """The drafts, and after the accepted ones a token of the trunk's own: after a rejection drawn
+    """The drafts, and after the accepted ones one token of the trunk: after a rejection, drawn
     from ``max(weight p - q, 0)`` renormalized, else from p.
 
     Args:

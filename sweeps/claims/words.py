@@ -11,7 +11,9 @@ from typing import Any
 from mtp_lightning.markdown import plain
 from sweeps.report.metrics import BY_TAG, number, p_value
 
-_RATES = re.compile(r"accuracy|acceptance(?!_slope)|agreement|overlap|exact_match")
+_RATES = re.compile(
+    r"accuracy|acceptance(?!_slope)|agreement|overlap|exact_match|rejection|recall|floor|gap_depth"
+)
 
 Entry = Mapping[str, Any]  # one of a result's predictions
 

@@ -20,7 +20,7 @@ CHANCE = "val/chance"  # of EXACT, the share of a task's answers that are right
 # Rates of what was counted, in 0 .. 1: their intervals over seeds stay there.
 _SHARES = re.compile(
     r"(val|decode)/([^/]+/)?(forced_)?"
-    r"(accuracy|agreement|overlap|acceptance|exact_match|creativity)(_.*)?"
+    r"(accuracy|agreement|overlap|acceptance|exact_match|creativity|rejection|recall|floor)(_.*)?"
 )
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
@@ -53,6 +53,8 @@ TABLE = (
     Metric(PER_STEP, "Tokens", "per verify pass", 2),
     Metric(SPEEDUP, "Speed-up", "of decoding", 2),
     Metric(DECODE_SPEED, "Decoding", "tokens per second", 0),
+    Metric("val/context_score", "Loss, late − early", "nats per token", 4),
+    Metric("val/effective_context", "Effective context", "tokens", 0),
     Metric(FLOPS, "Training", "FLOPs", "si"),
     Metric(SECONDS, "Training", "seconds", 1),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,6 +141,41 @@ def of_gains(family: Family, settings: Settings, number: int = 0) -> Table:
             means[0] = Cell("–", "", gap=arm.why)
         table.rows.append([name, Cell(str(len(arm.gains))), *means])
     return table
+
+
+def of_floors(settings: Settings) -> Table | None:
+    """How often the drafts of every setting are rejected, and how much of that no head could avoid;
+    None without a run that measured it."""
+    table = Table(
+        "floors",
+        "Floor and gap",
+        [
+            "Rejection of sampled drafts, on texts that the model itself goes on with from "
+            "held-out prompts. A head of order m sees the trunk's state and the m tokens before "
+            "its target: the floor is the least rejection of any such head, the gap what the "
+            "trained head is above it. A head that reads more tokens may be below the floor of a "
+            "small order. Recall: the target is among the head's first 16 choices.",
+        ],
+        [
+            ("Setting", None),
+            ("Depth", ""),
+            ("Order", ""),
+            *((name, "of drafts") for name in ("Rejection", "Floor", "Gap")),
+            ("Recall", "of targets"),
+        ],
+    )
+    for setting in settings.all:
+        tags = {tag for run in setting.done for tag in run.summary}
+        places = (re.fullmatch(r"val/floor_depth_(\d+)_order_(\d+)", tag) for tag in tags)
+        for k, m in sorted((int(place[1]), int(place[2])) for place in places if place):
+            row = [Cell(setting.label, kind="text"), Cell(str(k)), Cell(str(m))]
+            order = f"depth_{k}_order_{m}"
+            of = (f"rejection_depth_{k}", f"floor_{order}", f"gap_{order}", f"recall_16_depth_{k}")
+            for name in of:
+                found = setting.estimate(f"val/{name}")
+                row.append(_interval(found.interval, "%", gap=found.gap))
+            table.rows.append(row)
+    return table if table.rows else None
 
 
 def of_differences(

@@ -37,6 +37,8 @@ LOGGERS = {"MetricsCSV", "RunTensorBoard"}
         (["callbacks=[]", "logger=[]"], set(), set()),
         (["callbacks=long_range"], DEFAULT | {"LongRange"}, LOGGERS),
         (["callbacks=sampled_acceptance"], DEFAULT | {"SampledAcceptance"}, LOGGERS),
+        (["callbacks=floor_and_gap"], DEFAULT | {"FloorAndGap"}, LOGGERS),
+        (["callbacks=[long_range,floor_and_gap]"], DEFAULT | {"LongRange", "FloorAndGap"}, LOGGERS),
         (["callbacks=[stop_when_solved]"], DEFAULT | {"StopWhenSolved"}, LOGGERS),
         (["logger=csv"], DEFAULT, {"MetricsCSV"}),
         (["logger=[csv,default]"], DEFAULT, LOGGERS),

@@ -1,0 +1,51 @@
+"""How much of a head's rejection no head could avoid, at each validation."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from mtp_lightning.callbacks.speculative_eval import SpeculativeEval
+from mtp_lightning.metrics.floor import Floors, floors
+from mtp_lightning.model import MTPModel
+from mtp_lightning.settings import require_whole
+
+
+class FloorAndGap(SpeculativeEval):
+    """Logs ``val/rejection_depth_k``, ``val/recall_16_depth_k``, and for every order m < k
+    ``val/floor_depth_k_order_m`` and ``val/gap_depth_k_order_m``: metrics/floor.py.
+
+    They are of the text that the model itself would write after held-out prompts. Every prompt has
+    a stream of random numbers of its own, the same at every validation. A model whose depths do
+    not predict a token each, or skip some (``mtp.stride``), logs nothing.
+
+    Args:
+        n_prompts: held-out prompts, >= 1; fewer where there are not so many.
+        prompt_tokens: their length, >= 1; less where a window has not so much room.
+        rollouts: continuations sampled of each, >= 1.
+        seen: samples of the tokens that a head of order m > 0 sees, >= 1.
+    """
+
+    NAME = "floor_and_gap"
+
+    def __init__(
+        self, n_prompts: int = 64, prompt_tokens: int = 64, rollouts: int = 64, seen: int = 8
+    ) -> None:
+        super().__init__(n_prompts, prompt_tokens, new_tokens=2)
+        group = f"callbacks.{self.NAME}"
+        self.rollouts = require_whole(f"{group}.rollouts", rollouts, least=1)
+        self.seen = require_whole(f"{group}.seen", seen, least=1)
+
+    def measure(
+        self, trainer: pl.Trainer, model: MTPModel, prompts: list[Tensor], new_tokens: int
+    ) -> dict[str, float]:
+        """Continue every prompt and return the means over all, by tag."""
+        if model.token_depth == 0 or model.config.mtp.stride != 1:
+            return {}
+        measure = Floors(model, rollouts=self.rollouts, seen=self.seen)
+        found = [
+            measure.of_prompt(prompt, torch.Generator().manual_seed(number))
+            for number, prompt in enumerate(prompts)
+        ]
+        return {f"val/{name}": value for name, value in floors(found).items()}

@@ -1,0 +1,271 @@
+"""How often any head of some order must be rejected, and how far a trained head is from that.
+
+A head of order m sees the trunk's state at position t and the m tokens before its target. Depth k
+drafts token t + k + 1 of a text that the main model samples; the target's distribution p depends on
+all k tokens in between, and the head's q on m of them alone. Its *rejection* is the expected total
+variation distance
+
+    E[1 - sum_v min(p_v, q_v)]
+
+over the model's own texts (Leviathan et al. 2023, arXiv 2211.17192, theorem 3.5). The *order-m
+floor* is the least rejection of any q that depends on the state and those m tokens (the information
+floor, arXiv 2608.27339); it is 0 for m = k. *Gap* = rejection - floor: the floor is what a head
+lacks in information, the gap what training could still give it.
+
+Shapes: T tokens of a prompt, N continuations, K tokens of a continuation, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.model import MTPModel
+from mtp_lightning.objective.through_head import log_probs
+
+RECALL = 16
+"""Number of a head's first choices among which recall looks for the target."""
+
+ENUMERATED = 512
+"""Number of continuations up to which all are taken, each with its probability."""
+
+_ROWS = 64  # continuations read in one pass
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Continuations of a prompt.
+
+    Attributes:
+        tokens_NK: int64 ids.
+        weight_N: probability of each, fp64; they sum to 1.
+    """
+
+    tokens_NK: Tensor
+    weight_N: Tensor
+
+
+@dataclass(frozen=True)
+class Found:
+    """Means over continuations of a prompt.
+
+    Attributes:
+        floor: least rejection of any head of the order.
+        rejection: of the model's own head, over the same continuations.
+        recall: probability that the target is among the head's first choices.
+    """
+
+    floor: float
+    rejection: float
+    recall: float
+
+
+def least_rejection(p_NV: Tensor, weight_N: Tensor) -> float:
+    """The minimum over all distributions q of ``sum_n w_n (1 - sum_v min(p_nv, q_v))``, exactly.
+
+    The sum that q maximizes is concave and piecewise linear in each q_v: up to the smallest of the
+    p_nv its slope is the sum of all weights, beyond it that of the others, and so on. So the mass
+    1 is given to the steepest pieces first.
+
+    Args:
+        p_NV: distributions, fp64.
+        weight_N: weights >= 0, fp64; they need not sum to 1.
+    """
+    sorted_NV, order_NV = p_NV.sort(dim=0)
+    length_NV = sorted_NV.diff(dim=0, prepend=torch.zeros_like(sorted_NV[:1]))
+    # The weights of all distributions that reach so far.
+    slope_NV = weight_N[order_NV].flip(0).cumsum(0).flip(0)
+    slope_M, steepest_M = slope_NV.flatten().sort(descending=True)
+    length_M = length_NV.flatten()[steepest_M]
+    end_M = length_M.cumsum(0)
+    used_M = (length_M - (end_M - 1).clamp(min=0)).clamp(min=0)
+    return max(float(weight_N.sum() - (slope_M * used_M).sum()), 0.0)
+
+
+class Floors:
+    """Measures one model on prompts.
+
+    Where all continuations of k tokens are at most ``ENUMERATED``, everything is exact. Else
+    continuations are sampled. With tokens that the head sees (m > 0), these are drawn ``seen``
+    times, and each of the ``rollouts`` of the tokens before them is weighed by how likely it is to
+    continue with them. Since a floor is the minimum over the same sample that the rejection is taken
+    from, a sampled floor is low on average, and never above the rejection of a head of its order.
+
+    Args:
+        model: a model in evaluation mode, with depths that predict a token each and stride 1.
+        rollouts: continuations to sample, >= 1.
+        seen: continuations of these to sample for an order above 0, >= 1.
+    """
+
+    def __init__(self, model: MTPModel, *, rollouts: int, seen: int) -> None:
+        self.model, self.rollouts, self.seen = model, rollouts, seen
+
+    @torch.no_grad()
+    def of_prompt(
+        self, prompt_T: Tensor, generator: torch.Generator
+    ) -> dict[tuple[int, int], Found]:
+        """By depth k = 1 .. D and order m = 0 .. k - 1.
+
+        Args:
+            prompt_T: int64 ids.
+            generator: draws the samples, on the CPU.
+        """
+        return {
+            (k, m): self._found(prompt_T, k, m, generator)
+            for k in range(1, self.model.depth + 1)
+            for m in range(k)
+        }
+
+    def _found(self, prompt_T: Tensor, k: int, m: int, generator: torch.Generator) -> Found:
+        hidden = self._paths(prompt_T, k, k - m, generator)
+        if m == 0:
+            return self._of(prompt_T, hidden, k)[0]
+        totals = [0.0, 0.0, 0.0]
+        for seen_m, share in self._seen(prompt_T, k, hidden, m, generator):
+            n = len(hidden.weight_N)
+            tokens_NK = torch.cat([hidden.tokens_NK, seen_m.expand(n, m)], 1)
+            found, likely = self._of(prompt_T, Paths(tokens_NK, hidden.weight_N), k, m)
+            # The weights sum to the probability of what is seen.
+            scale = 1.0 if share is None else share / likely if likely else 0.0
+            each = (found.floor, found.rejection, found.recall)
+            totals = [total + scale * value for total, value in zip(totals, each, strict=True)]
+        return Found(*totals)
+
+    def _seen(
+        self, prompt_T: Tensor, k: int, hidden: Paths, m: int, generator: torch.Generator
+    ) -> list[tuple[Tensor, float | None]]:
+        """What a head sees of the text, and its share among the samples; None where all is
+        enumerated."""
+        size = self._vocabulary
+        if size**k <= ENUMERATED:
+            return [(seen_m, None) for seen_m in _all(size, m)]
+        drawn = torch.multinomial(
+            hidden.weight_N, self.seen, replacement=True, generator=generator
+        ).bincount(minlength=len(hidden.weight_N))
+        tokens_NK, counts_N = self._continued(prompt_T, hidden.tokens_NK, drawn, m, generator)
+        seen_Mm, at_N = tokens_NK[:, -m:].unique(dim=0, return_inverse=True)
+        counts_M = torch.zeros(len(seen_Mm), dtype=torch.int64).index_add_(0, at_N, counts_N)
+        return [(s, c / self.seen) for s, c in zip(seen_Mm, counts_M.tolist(), strict=True)]
+
+    def _of(self, prompt_T: Tensor, paths: Paths, k: int, m: int = 0) -> tuple[Found, float]:
+        """Over paths of k tokens, of which the head of order m sees the last m, the same in all;
+        the weights are multiplied by how likely those are, and their sum is returned too."""
+        p_NKV, q_NV = self._read(prompt_T, paths.tokens_NK, k)
+        weight_N = paths.weight_N
+        if m:
+            seen_Nm1 = paths.tokens_NK[:, k - m :].unsqueeze(-1)
+            weight_N = weight_N * p_NKV[:, k - m : k].gather(-1, seen_Nm1).squeeze(-1).prod(1)
+        p_NV = p_NKV[:, k]
+        rejected_N = 1 - torch.minimum(p_NV, q_NV).sum(-1)
+        first_NR = q_NV.topk(min(RECALL, self._vocabulary), dim=-1).indices
+        found = Found(
+            floor=least_rejection(p_NV, weight_N),
+            rejection=float((weight_N * rejected_N).sum()),
+            recall=float((weight_N * p_NV.gather(-1, first_NR).sum(-1)).sum()),
+        )
+        return found, float(weight_N.sum())
+
+    def _paths(self, prompt_T: Tensor, k: int, n: int, generator: torch.Generator) -> Paths:
+        """Continuations of n tokens: all, where those of k tokens are few, or samples, each
+        once."""
+        size = self._vocabulary
+        if size**k > ENUMERATED:
+            none = torch.empty(1, 0, dtype=torch.int64)
+            count = torch.tensor([self.rollouts])
+            tokens_NK, counts_N = self._continued(prompt_T, none, count, n, generator)
+            return Paths(tokens_NK, counts_N.double() / self.rollouts)
+        tokens_NK = _all(size, n)
+        p_NKV, _ = self._read(prompt_T, tokens_NK, 0)
+        weight_NK = p_NKV[:, :n].gather(-1, tokens_NK.unsqueeze(-1)).squeeze(-1)
+        return Paths(tokens_NK, weight_NK.prod(1))
+
+    def _continued(
+        self,
+        prompt_T: Tensor,
+        tokens_NK: Tensor,
+        counts_N: Tensor,
+        n: int,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """Each continuation gets n more tokens as often as its count says; those that are equal
+        are merged, and counted."""
+        for _ in range(n):
+            tokens_NK, counts_N = tokens_NK[counts_N > 0], counts_N[counts_N > 0]
+            p_NKV, _ = self._read(prompt_T, tokens_NK, 0)
+            longer = []
+            for own_K, p_V, count in zip(tokens_NK, p_NKV[:, -1], counts_N.tolist(), strict=True):
+                drawn = torch.multinomial(p_V, count, replacement=True, generator=generator)
+                longer.append(torch.cat([own_K.expand(count, -1), drawn.unsqueeze(1)], 1))
+            tokens_NK, counts_N = torch.cat(longer).unique(dim=0, return_counts=True)
+        return tokens_NK, counts_N
+
+    def _read(self, prompt_T: Tensor, tokens_NK: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Main predictions after the prompt and after each token of a continuation
+        [N, K + 1, V], and what depth k predicts at the prompt's end [N, V]; both fp64, on the CPU.
+
+        Depth k may read k tokens of the continuation. Of depth 0, the second is the first
+        prediction.
+        """
+        model, n = self.model, len(prompt_T)
+        weight_VC = model.head.weight
+        parts = []
+        for part_NK in tokens_NK.split(_ROWS):
+            rows, width = part_NK.shape
+            # Every position is causal, so that what fills the window is never read.
+            fill = torch.zeros(rows, model.depth + 1, dtype=torch.int64)
+            text_NT = torch.cat([prompt_T.cpu().expand(rows, n), part_NK, fill], 1)
+            batch = WindowBatch(text_NT.to(weight_VC.device), model.depth)
+            assert batch.seq_len == n + width
+            states = model(batch, [k] if k else [])
+            main_MC = states[0][:, n - 1 :].flatten(0, 1)
+            parts.append(
+                (
+                    _probabilities(main_MC, weight_VC).unflatten(0, (rows, width + 1)),
+                    _probabilities(states[k][:, n - 1], weight_VC),
+                )
+            )
+        p_NKV, q_NV = map(torch.cat, zip(*parts, strict=True))
+        return p_NKV, q_NV
+
+    @property
+    def _vocabulary(self) -> int:
+        return self.model.config.trunk.vocab_size
+
+
+def floors(found: Sequence[dict[tuple[int, int], Found]]) -> dict[str, float]:
+    """The values to log, without ``val/``, from those of all prompts; see docs/logged.md."""
+    values: dict[str, float] = {}
+    for k, m in found[0]:
+        of_all = [one[k, m] for one in found]
+        floor, rejection, recall = (
+            math.fsum(getattr(one, name) for one in of_all) / len(of_all)
+            for name in ("floor", "rejection", "recall")
+        )
+        if m == 0:
+            values[f"rejection_depth_{k}"] = rejection
+            values[f"recall_{RECALL}_depth_{k}"] = recall
+            blind = floor
+        name = f"depth_{k}_order_{m}"
+        values[f"floor_{name}"] = floor
+        values[f"gap_{name}"] = rejection - floor
+        if rejection > 0:
+            values[f"floor_share_{name}"] = floor / rejection
+        if m and blind > 0:
+            values[f"floor_kept_{name}"] = floor / blind
+    return values
+
+
+def _probabilities(h_MC: Tensor, weight_VC: Tensor) -> Tensor:
+    """Through the head, [M, V], in its precision whatever the autocast; fp64, on the CPU."""
+    with torch.autocast(weight_VC.device.type, enabled=False):
+        return log_probs(h_MC.to(weight_VC.dtype), weight_VC).double().softmax(-1).cpu()
+
+
+def _all(size: int, n: int) -> Tensor:
+    """Every continuation of n tokens, [size ** n, n]."""
+    return torch.cartesian_prod(*[torch.arange(size)] * n).view(-1, n)

@@ -1,0 +1,245 @@
+"""The floor of rejection: against linear programs, loops and sources whose floor is known."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linprog
+
+from mtp_lightning.callbacks.floor_and_gap import FloorAndGap
+from mtp_lightning.metrics import floor
+from mtp_lightning.metrics.floor import Floors, Found, floors, least_rejection
+from mtp_lightning.model import MTPModel
+from mtp_lightning.mtp.joint import JointConfig
+from mtp_lightning.mtp.linear import LinearConfig
+from mtp_lightning.mtp.parallel import ParallelConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from tests.decoding.models import random_prompts, small_model
+
+VOCAB = 5
+HEADS = (SequentialConfig, ParallelConfig, LinearConfig, JointConfig)
+PROMPT = torch.tensor([3, 1, 4, 1, 0, 2])
+
+
+def tiny(depth: int = 2, stack: Any = ParallelConfig, seed: int = 0, **more: Any) -> MTPModel:
+    model = small_model(seed, depth, vocab=VOCAB, stack=stack, **more).double()
+    with torch.no_grad():
+        model.head.weight.mul_(0.3)  # random models are as good as certain
+    return model
+
+
+def distributions(generator: np.random.Generator, n: int, size: int) -> np.ndarray:
+    return generator.dirichlet([0.4] * size, n)
+
+
+def by_linear_program(p_NV: np.ndarray, weight_N: np.ndarray) -> float:
+    """Maximize sum w_n u_nv where u_nv <= p_nv, u_nv <= q_v and the q_v sum to 1."""
+    n, size = p_NV.shape
+    gain = np.concatenate([-np.repeat(weight_N, size), np.zeros(size)])
+    below = np.hstack([np.eye(n * size), np.tile(-np.eye(size), (n, 1))])
+    total = np.concatenate([np.zeros(n * size), np.ones(size)])[None]
+    bounds = [(0, p) for p in p_NV.flatten()] + [(0, 1)] * size
+    found = linprog(gain, below, np.zeros(n * size), total, [1.0], bounds)
+    return float(weight_N.sum() + found.fun)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_least_rejection_against_a_linear_program(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    n, size = generator.integers(1, 7), generator.integers(2, 8)
+    p_NV, weight_N = distributions(generator, n, size), generator.random(n)
+    weight_N[generator.random(n) < 0.2] = 0
+    found = least_rejection(torch.tensor(p_NV), torch.tensor(weight_N))
+    assert found == pytest.approx(by_linear_program(p_NV, weight_N), abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_distribution_is_rejected_less(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    p_NV, weight_N = distributions(generator, 9, 6), generator.dirichlet([1.0] * 9)
+    least = least_rejection(torch.tensor(p_NV), torch.tensor(weight_N))
+    for q_V in [*distributions(generator, 200, 6), *p_NV, weight_N @ p_NV]:
+        assert least <= weight_N @ (1 - np.minimum(p_NV, q_V).sum(1)) + 1e-12
+    twice = least_rejection(torch.tensor(p_NV).repeat(2, 1), torch.tensor(weight_N).repeat(2))
+    assert twice == pytest.approx(2 * least, abs=1e-12)
+    assert least_rejection(torch.tensor(p_NV[:1]), torch.ones(1).double()) < 1e-12
+
+
+@torch.no_grad()
+def main(model: MTPModel, tokens: list[int]) -> np.ndarray:
+    """The prediction after some tokens, from the trunk alone."""
+    from data_modules.windows import WindowBatch
+
+    batch = WindowBatch(torch.tensor([[*tokens, *[0] * (model.depth + 1)]]), model.depth)
+    return model.head(model(batch, ())[0])[0, -1].softmax(-1).numpy()
+
+
+@torch.no_grad()
+def draft(model: MTPModel, tokens: list[int], between: list[int]) -> np.ndarray:
+    """What depth k says at the end of a window of ``tokens`` after k true ones."""
+    from data_modules.windows import WindowBatch
+
+    k, fill = len(between), [0] * (model.depth + 1 - len(between))
+    batch = WindowBatch(torch.tensor([[*tokens, *between, *fill]]), model.depth)
+    return model.head(model(batch)[k])[0, -1].softmax(-1).numpy()
+
+
+def by_loops(model: MTPModel, prompt: list[int], k: int, m: int) -> Found:
+    groups: dict[tuple[int, ...], list[tuple[float, np.ndarray]]] = {}
+    rejection = recall = 0.0
+    for path in itertools.product(range(VOCAB), repeat=k):
+        steps = [main(model, [*prompt, *path[:i]]) for i in range(k + 1)]
+        weight = float(np.prod([p[token] for p, token in zip(steps, path, strict=False)]))
+        groups.setdefault(path[k - m :] if m else (), []).append((weight, steps[k]))
+        q = draft(model, prompt, list(path))
+        rejection += weight * 0.5 * np.abs(steps[k] - q).sum()
+        recall += weight * sum(steps[k][v] for v in np.argsort(-q)[: floor.RECALL])
+    least = sum(
+        by_linear_program(np.stack([p for _, p in group]), np.array([w for w, _ in group]))
+        for group in groups.values()
+    )
+    return Found(least, float(rejection), recall)
+
+
+@pytest.mark.parametrize("stack", HEADS)
+def test_floors_against_loops(stack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(floor, "RECALL", 2)
+    model = tiny(stack=stack)
+    found = Floors(model, rollouts=1, seen=1).of_prompt(PROMPT, torch.Generator())
+    assert list(found) == [(1, 0), (2, 0), (2, 1)]
+    for (k, m), one in found.items():
+        reference = by_loops(model, PROMPT.tolist(), k, m)
+        assert one.floor == pytest.approx(reference.floor, abs=1e-9)
+        assert one.rejection == pytest.approx(reference.rejection, abs=1e-9)
+        assert one.recall == pytest.approx(reference.recall, abs=1e-9)
+    assert 0.02 < found[2, 1].floor < found[2, 0].floor
+
+
+@pytest.mark.parametrize(
+    ("stack", "more"), [(ParallelConfig, {}), (LinearConfig, {}), (LinearConfig, {"rank": 2})]
+)
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_head_that_reads_no_token_is_never_below_a_floor(
+    stack: Any, more: dict[str, Any], sampled: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sampled:
+        monkeypatch.setattr(floor, "ENUMERATED", 0)
+    model = tiny(stack=stack, seed=seed, **more)
+    generator = torch.Generator().manual_seed(seed)
+    for one in Floors(model, rollouts=16, seen=4).of_prompt(PROMPT, generator).values():
+        assert 0 <= one.floor <= one.rejection + 1e-12 and one.rejection <= 1
+        assert one.recall == pytest.approx(1)  # of fewer than 16 tokens
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_one_token_is_enough_on_a_markov_source(
+    sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sampled:
+        monkeypatch.setattr(floor, "ENUMERATED", 0)
+    model = tiny(depth=3)
+    with torch.no_grad():  # without attention, the last token alone is read
+        for name, weight in model.trunk.named_parameters():
+            if "attention" in name or "attn" in name:
+                weight.zero_()
+    found = Floors(model, rollouts=32, seen=4).of_prompt(PROMPT, torch.Generator())
+    assert min(found[k, 0].floor for k in (1, 2, 3)) > 0.02
+    assert max(found[k, m].floor for k in (2, 3) for m in range(1, k)) < 1e-9
+
+
+def test_samples_tend_to_the_floor_from_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    exact = Floors(model, rollouts=1, seen=1).of_prompt(PROMPT, torch.Generator())
+    monkeypatch.setattr(floor, "ENUMERATED", 0)
+    many, few = (
+        [
+            Floors(model, rollouts=n, seen=seen).of_prompt(
+                PROMPT, torch.Generator().manual_seed(seed)
+            )
+            for seed in range(seeds)
+        ]
+        for n, seen, seeds in ((2000, 200, 1), (4, 8, 40))
+    )
+    for at, one in exact.items():
+        assert many[0][at].floor == pytest.approx(one.floor, abs=0.02)
+        assert many[0][at].rejection == pytest.approx(one.rejection, abs=0.03)
+        assert np.mean([found[at].floor for found in few]) < one.floor
+
+
+@pytest.mark.parametrize("stack", HEADS)
+def test_nothing_after_a_position_is_read(stack: Any) -> None:
+    measure = Floors(tiny(stack=stack), rollouts=1, seen=1)
+    tokens = torch.tensor([[1, 2, 3], [1, 2, 0], [1, 4, 0]])
+    for k in (1, 2):
+        p_NKV, q_NV = measure._read(PROMPT, tokens, k)
+        for i in range(4):
+            alone, _ = measure._read(PROMPT, tokens[:, :i], 0)
+            torch.testing.assert_close(p_NKV[:, i], alone[:, -1])
+        # Depth 1 reads one token of the text, depth 2 two.
+        torch.testing.assert_close(q_NV[0], q_NV[1])
+        torch.testing.assert_close(q_NV, measure._read(PROMPT, tokens[:, :k], k)[1])
+
+
+def test_values_are_means_over_prompts() -> None:
+    one = {(1, 0): Found(0.1, 0.4, 0.9), (2, 0): Found(0.2, 0.5, 0.8), (2, 1): Found(0, 0.5, 0.8)}
+    other = {(1, 0): Found(0.3, 0.6, 0.7), (2, 0): Found(0.4, 0.7, 0), (2, 1): Found(0.15, 0.7, 0)}
+    values = floors([one, other])
+    expected = {
+        "rejection_depth_1": 0.5,
+        "recall_16_depth_1": 0.8,
+        "floor_depth_1_order_0": 0.2,
+        "gap_depth_1_order_0": 0.3,
+        "floor_share_depth_1_order_0": 0.4,
+        "rejection_depth_2": 0.6,
+        "recall_16_depth_2": 0.4,
+        "floor_depth_2_order_0": 0.3,
+        "gap_depth_2_order_0": 0.3,
+        "floor_share_depth_2_order_0": 0.5,
+        "floor_depth_2_order_1": 0.075,
+        "gap_depth_2_order_1": 0.525,
+        "floor_share_depth_2_order_1": 0.125,
+        "floor_kept_depth_2_order_1": 0.25,
+    }
+    assert values == pytest.approx(expected)
+
+
+def logged(callback: FloorAndGap, model: MTPModel) -> dict[str, float]:
+    """What a validation logs of 3 prompts."""
+    prompts = [torch.tensor(ids) for ids in random_prompts(3, (5,) * 3, VOCAB)]
+    data = SimpleNamespace(seq_len=64, answer_length=None, tokenizer=None)
+    data.held_out_prompts = lambda n, tokens, fewer: prompts[:n]
+    trainer: Any = SimpleNamespace(sanity_checking=False, is_global_zero=True, datamodule=data)
+    values: dict[str, float] = {}
+    module: Any = SimpleNamespace(
+        whole_model=lambda: model, log_dict=lambda found, **_: values.update(found)
+    )
+    callback.on_validation_epoch_end(trainer, module)
+    return values
+
+
+def test_the_callback_logs_them_and_draws_from_its_own_generator() -> None:
+    model = tiny()
+    state = torch.get_rng_state()
+    values = logged(FloorAndGap(n_prompts=3), model)
+    assert torch.equal(state, torch.get_rng_state())
+    assert values == logged(FloorAndGap(n_prompts=3), tiny())
+    assert {tag.partition("_")[0] for tag in values} == {
+        "val/rejection",
+        "val/recall",
+        "val/floor",
+        "val/gap",
+    }
+    assert logged(FloorAndGap(), small_model(0, 0)) == {}
+    assert logged(FloorAndGap(), tiny(stack=ParallelConfig, stride=2)) == {}
+
+
+@pytest.mark.parametrize("setting", ["n_prompts", "prompt_tokens", "rollouts", "seen"])
+def test_settings_are_checked(setting: str) -> None:
+    with pytest.raises(ValueError, match=rf"callbacks.floor_and_gap.{setting} must be a whole"):
+        FloorAndGap(**{setting: 0})
