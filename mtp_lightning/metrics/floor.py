@@ -92,8 +92,8 @@ class Floors:
 
     Where all continuations of k tokens are at most ``ENUMERATED``, everything is exact. Else
     continuations are sampled. With tokens that the head sees (m > 0), these are drawn ``seen``
-    times, and each of the ``rollouts`` of the tokens before them is weighed by how likely it is to
-    continue with them. Since a floor is the minimum over the same sample that the rejection is taken
+    times, and each of the ``rollouts`` of the tokens before them is weighed by how likely these
+    tokens follow it. Since a floor is the minimum over the same sample that the rejection is taken
     from, a sampled floor is low on average, and never above the rejection of a head of its order.
 
     Args:
