@@ -50,6 +50,7 @@ def test_values_of_yaml_become_the_options_own() -> None:
         *(field.name for field in fields(TextOptions)),
         "prompt",
         "index",
+        "draft_depth",
     }
 
 
