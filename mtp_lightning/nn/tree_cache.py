@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtp_lightning.nn.batch_invariant import attend_by_query, is_batch_invariant
-from mtp_lightning.nn.kv_cache import KVCache
+from mtp_lightning.nn.batch_invariant import is_batch_invariant
+from mtp_lightning.nn.kv_cache import KVCache, attend_by_query
 from mtp_lightning.nn.position_tables import Runs
 
 
@@ -124,7 +124,6 @@ class TreeCache(KVCache):
                 query_BTNH.index_select(1, index),
                 *self._read(layer, len(index)),
                 mask.index_select(1, index),
-                grouped=self.grouped,
             )
             if mixed is None:
                 mixed = found.new_empty(*query_BTNH.shape[:3], found.shape[-1])
