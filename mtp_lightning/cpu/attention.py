@@ -168,7 +168,8 @@ class _TurnedAttentionNative(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> Tensor:
         cos, sin = cos.contiguous(), sin.contiguous()
-        ctx.sizes = _sizes(qkv, n_heads)
+        n_kv = (qkv.shape[2] - n_heads) // 2
+        ctx.sizes = [n_heads, n_kv, n_kv]
         query, key, value = qkv.split(ctx.sizes, dim=2)
         out, kept = _native_forward(query, key, value, cos, sin)
         ctx.save_for_backward(qkv, kept, cos, sin)
@@ -181,11 +182,6 @@ class _TurnedAttentionNative(torch.autograd.Function):
         heads, d_heads = (x.split(ctx.sizes, dim=2) for x in (qkv, d_qkv))
         _native_backward(heads, d_heads, kept, grads[0], cos, sin)
         return d_qkv, None, None, None
-
-
-def _sizes(qkv: Tensor, n_heads: int) -> list[int]:
-    n_kv = (qkv.shape[2] - n_heads) // 2
-    return [n_heads, n_kv, n_kv]
 
 
 def _shape(query: Tensor, key: Tensor, value: Tensor) -> Any:

@@ -116,7 +116,17 @@ class KVCache:
         Raises:
             UserError: a row would outgrow the cache.
         """
-        self._open(starts, n_new)
+        longest = max(starts) + n_new
+        if longest > self.tables.capacity:
+            raise UserError(
+                f"{longest} tokens do not fit into a cache of {self.tables.capacity}: "
+                "shorten the prompt, or ask for fewer new tokens."
+            )
+        assert len(starts) == self.batch_size
+        assert all(start <= held for start, held in zip(starts, self.lengths, strict=True))
+        self.lengths = [start + n_new for start in starts]
+        self.runs = Runs(self.tables, starts, n_new)
+        self._width = round_up(longest)
 
     def angles(self) -> tuple[Tensor, Tensor]:
         """Rotary tables cos, sin of the open pass, [1 | B, T, 1, H]."""
@@ -132,19 +142,6 @@ class KVCache:
         if start == 0 and n_new > FEW:
             return None
         return self.tables.mask(start, n_new, self._width)
-
-    def _open(self, starts: list[int], n_new: int) -> None:
-        longest = max(starts) + n_new
-        if longest > self.tables.capacity:
-            raise UserError(
-                f"{longest} tokens do not fit into a cache of {self.tables.capacity}: "
-                "shorten the prompt, or ask for fewer new tokens."
-            )
-        assert len(starts) == self.batch_size
-        assert all(start <= held for start, held in zip(starts, self.lengths, strict=True))
-        self.lengths = [start + n_new for start in starts]
-        self.runs = Runs(self.tables, starts, n_new)
-        self._width = round_up(longest)
 
     def append(self, layer: int, entry_BTMH: Tensor) -> None:
         """Store one layer's rotated keys and values, [B, T, M, H], at the open pass's positions."""
