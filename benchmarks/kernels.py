@@ -22,8 +22,8 @@ from torch import Tensor
 from benchmarks import cli, harness
 from benchmarks.harness import Row
 from mtp_lightning.cpu import library as native
+from mtp_lightning.cpu.layers import gated
 from mtp_lightning.cpu.linear import uses_onednn
-from mtp_lightning.cpu.swiglu import gated
 from mtp_lightning.experiment.instantiate import instantiate
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.feed_forward import FeedForward

@@ -203,10 +203,7 @@ class MTPModule(pl.LightningModule):
         return Progress(step=step, max_steps=self.trainer.max_steps, tokens=self.tokens)
 
     def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
-        self(self._rate, batch)
-
-    def _rate(self, batch: WindowBatch) -> None:
-        self.rates.update(self.model(batch), self.model.head.weight, batch)
+        self(lambda: self.rates.update(self.model(batch), self.model.head.weight, batch))
 
     def on_validation_epoch_end(self) -> None:
         rates = {f"val/{name}": value for name, value in self.rates.compute().items()}

@@ -33,7 +33,7 @@ def native() -> Any:
 
 LIBRARY = native().library if HAS_CPU else None
 # Whether the products of a pass of decoding give a row's bits alone.
-BATCH_INVARIANT = HAS_CPU and importlib.import_module("mtp_lightning.cpu.onednn").ONEDNN
+BATCH_INVARIANT = HAS_CPU and importlib.import_module("mtp_lightning.cpu.library").ONEDNN
 
 
 def use_library(monkeypatch: pytest.MonkeyPatch, library: Any) -> None:

@@ -1,10 +1,10 @@
-"""What makes a CPU fast: C++ for AVX-512, oneDNN's products, and fused passes of decoding.
+"""Fast code for CPUs: C++ for AVX-512, oneDNN's products, and fused decode steps.
 
-A part that comes off: importing it registers it with the core's ops (``nn/ops.py``) and fused
-passes (``decoding/fused.py``), and no file of the core but ``parts.py`` names it.
+This part comes off: importing it registers its functions with the core's ops (``nn/ops.py``) and
+fused passes (``decoding/fused.py``); no file of the core except ``parts.py`` names it.
 """
 
-from mtp_lightning.cpu import attention, experts, library, linear, rms_norm, rotary, softmax, swiglu
+from mtp_lightning.cpu import attention, experts, layers, library, linear
 from mtp_lightning.cpu.fused import CPUPasses
 from mtp_lightning.decoding import fused
 from mtp_lightning.nn import ops
@@ -12,4 +12,4 @@ from mtp_lightning.nn import ops
 ops.register_code("cpu", library.code)
 fused.register("cpu", CPUPasses, lambda: library.NEEDED if library.library is None else None)
 
-__all__ = ["attention", "experts", "linear", "rms_norm", "rotary", "softmax", "swiglu"]
+__all__ = ["attention", "experts", "layers", "linear"]

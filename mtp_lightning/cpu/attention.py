@@ -1,14 +1,14 @@
-"""Causal attention over whole windows that skips the keys that the mask would hide.
+"""Causal attention over whole windows that skips hidden keys.
 
-PyTorch's CPU kernel multiplies every query with every key. Here a block of queries meets only the
-keys up to its end, grouped queries share their key-value head without copies of it, and the
-probabilities are kept for the backward pass: about 1.5 times as fast at 256 tokens
-(``python -m benchmarks.kernels``). The probabilities grow with T^2, so long windows stay with
-PyTorch's kernel. The C++ keeps eight queries in the first cache from scores to output, and turns
-queries and keys on the way.
+PyTorch's CPU kernel multiplies every query with every key. Here a block of queries is multiplied
+only with the keys up to its end, grouped queries share their key-value head without copying it, and
+the probabilities are saved for the backward pass: about 1.5 times as fast at 256 tokens
+(``python -m benchmarks.kernels``). The probabilities grow with T^2, so long windows use PyTorch's
+kernel. The C++ keeps eight queries in the L1 cache from scores to output, and applies the rotary
+positions on the way.
 
-Shapes: B batch, T positions, W positions of a block, S keys it sees, N heads, M key-value heads,
-G = N / M queries a key-value head, H head size (the value's own may differ).
+Shapes: B batch, T positions, W positions of a block, S visible keys, N heads, M key-value heads,
+G = N / M queries per key-value head, R = B x M, H head size (that of values may differ).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from mtp_lightning.cpu import library as native
 from mtp_lightning.nn import ops
 
-_Shape = c_int64 * 12  # cpp/attention.cpp has it
+_Shape = c_int64 * 12  # ``Shape`` of cpp/attention.cpp
 
 _BLOCK = 32
 _MAX_SEQ_LEN = 512
@@ -66,7 +66,7 @@ def fits(query_BTNH: Tensor) -> bool:
 
 
 def fits_native(*heads: Tensor) -> bool:
-    """Whether the C++ reads these, each [B, T, ., H]: whole vectors of 16 in every head."""
+    """Whether the C++ supports these, each [B, T, ., H]: head sizes must be multiples of 16."""
     return (
         fits(heads[0])
         and native.fits(*heads)
@@ -80,7 +80,7 @@ def causal_attention(query_BTNH: Tensor, key_BTMH: Tensor, value_BTMH: Tensor) -
 
 
 class _CausalAttention(torch.autograd.Function):
-    # Its products write into fp32 sums, which autocast's bf16 would not fit.
+    # Inputs are cast to fp32: the products accumulate in fp32 tensors.
     @staticmethod
     @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class _CausalAttention(torch.autograd.Function):
             width = end - start
             query_block = scaled_BMGTH[:, :, :, start:end].reshape(rows, group * width, d_head)
             scores = torch.bmm(query_block, key_RTH[:, :end].transpose(1, 2))
-            # Only the last W of the keys lie beside the block's own positions.
+            # Only the last W keys can come after one of the block's own queries.
             scores.view(rows, group, width, end)[..., start:].add_(hidden_WW[:width, :width])
             prob_block = torch.softmax(scores, dim=-1)
             mixed = torch.bmm(prob_block, value_RTH[:, :end])
@@ -162,12 +162,14 @@ class _CausalAttentionNative(torch.autograd.Function):
 
 
 class _TurnedAttentionNative(torch.autograd.Function):
-    """Reads queries, keys and values where the projection left them; their gradients lie alike."""
+    """Reads queries, keys and values directly from the projection's output [B, T, N + 2 M, H]; the
+    gradient has the same layout."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> Tensor:
         cos, sin = cos.contiguous(), sin.contiguous()
-        ctx.sizes = _sizes(qkv, n_heads)
+        n_kv = (qkv.shape[2] - n_heads) // 2
+        ctx.sizes = [n_heads, n_kv, n_kv]
         query, key, value = qkv.split(ctx.sizes, dim=2)
         out, kept = _native_forward(query, key, value, cos, sin)
         ctx.save_for_backward(qkv, kept, cos, sin)
@@ -180,11 +182,6 @@ class _TurnedAttentionNative(torch.autograd.Function):
         heads, d_heads = (x.split(ctx.sizes, dim=2) for x in (qkv, d_qkv))
         _native_backward(heads, d_heads, kept, grads[0], cos, sin)
         return d_qkv, None, None, None
-
-
-def _sizes(qkv: Tensor, n_heads: int) -> list[int]:
-    n_kv = (qkv.shape[2] - n_heads) // 2
-    return [n_heads, n_kv, n_kv]
 
 
 def _shape(query: Tensor, key: Tensor, value: Tensor) -> Any:

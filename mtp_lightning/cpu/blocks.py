@@ -1,8 +1,11 @@
 """Blocks of grouped-query attention and SwiGLU over a cache, in one call (``cpp/decode.cpp``).
 
-Operator by operator, a block of a few tokens is about twenty calls of Python and PyTorch, and in a
-narrow model these calls take most of a pass. The arithmetic is that of the layers. A token's result
-depends on no other token of the pass, so that a verify pass gives the bits of single passes.
+Operator by operator, a block of a few tokens makes about twenty calls of Python and PyTorch, which
+take most of the time of a pass in a narrow model. The arithmetic is that of the layers. The bits of
+a token's result do not depend on other tokens of the pass, so a verify pass and single passes give
+the same bits.
+
+Shapes: B rows, T new positions, C d_model.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ from mtp_lightning.nn.feed_forward import FeedForward
 from mtp_lightning.nn.kv_cache import KVCache
 from mtp_lightning.nn.norm import RMSNorm
 
-# Up to so many tokens a pass costs no more here than layer by layer. That covers short prompts and
-# what the depths catch up with.
+# A pass of at most this many tokens is at least as fast here as layer by layer. That covers short
+# prompts, and the positions that depths catch up with.
 _MOST_TOKENS = 512
 
 
@@ -54,9 +57,9 @@ class OpenPass:
     """A cache's open pass as ``Pass`` of decode.cpp, valid while this object lives.
 
     Args:
-        cache: opened.
+        cache: a cache with an open pass.
         layer: index of the first block in it.
-        n: blocks.
+        n: number of blocks.
     """
 
     def __init__(self, cache: KVCache, layer: int, n: int) -> None:
@@ -85,8 +88,8 @@ class FusedBlocks:
     """Consecutive blocks whose weights are packed.
 
     Args:
-        described: for every block its struct, and the tensors that the struct points to.
-        last: the norm after them, if there is one.
+        described: for every block, its struct and the tensors that the struct points to.
+        last: the norm after the blocks, if there is one.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class FusedBlocks:
 
     @staticmethod
     def of(blocks: Sequence[nn.Module], last: nn.Module | None = None) -> FusedBlocks | None:
-        """None where a block is of layers that decode.cpp does not know, or is not packed."""
+        """None if decode.cpp does not support a block's layers, or they are not packed."""
         described = [_describe(block) for block in blocks]
         known = [block for block in described if block is not None]
         if not known or len(known) < len(described) or not (last is None or is_plain(last)):
@@ -108,7 +111,7 @@ class FusedBlocks:
         return FusedBlocks(known, last)
 
     def fits(self, x_BTC: Tensor, positions: Positions) -> bool:
-        """Whether a pass has few tokens, and writes to a cache."""
+        """Whether a pass has few tokens and writes to a cache."""
         cache = positions.cache
         batch, n_new, _ = x_BTC.shape
         return (
@@ -120,18 +123,19 @@ class FusedBlocks:
     def __call__(
         self, x_BTC: Tensor, positions: Positions, layer: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """The blocks' output [B, T, C] for new tokens, and its norm; without a norm, itself twice.
+        """The blocks' output [B, T, C] for new tokens, and the same after the norm; without a norm,
+        the output twice.
 
         Args:
-            x_BTC: is not written to.
-            positions: of a pass that :meth:`fits`.
+            x_BTC: the input, which is not changed.
+            positions: those of a pass that :meth:`fits`.
             layer: index of the first block in the cache.
         """
         h_BTC = x_BTC.clone(memory_format=torch.contiguous_format)
         return self.in_place(h_BTC, positions, layer)
 
     def in_place(self, h_BTC: Tensor, positions: Positions, layer: int) -> tuple[Tensor, Tensor]:
-        """The same, written over ``h_BTC``."""
+        """The same, overwriting ``h_BTC``."""
         cache = positions.cache
         assert isinstance(cache, KVCache)
         over = OpenPass(cache, layer, self.n)
@@ -144,18 +148,18 @@ class FusedBlocks:
 
 
 def packed_of(weight: Tensor) -> PackedWeight | None:
-    """A weight's copy in the layout of decode.cpp, if it has one."""
+    """A weight's packed copy in the layout of skinny.h, if it has one."""
     found = packed_copy(weight)
     return found if isinstance(found, PackedWeight) else None
 
 
 def is_plain(norm: nn.Module) -> TypeGuard[RMSNorm]:
-    """Whether decode.cpp computes this norm."""
+    """Whether decode.cpp supports this norm."""
     return type(norm) is RMSNorm and native.fits(norm.weight) and norm.weight.is_contiguous()
 
 
 def _describe(block: nn.Module) -> tuple[BlockStruct, list[Any]] | None:
-    """A block's struct, and the tensors that it points to."""
+    """A block's struct and the tensors that it points to; None if it is not supported."""
     assert isinstance(block, Block)
     attention, feed_forward = block.attention, block.feed_forward
     if type(attention) is not Attention or type(feed_forward) is not FeedForward:

@@ -1,7 +1,7 @@
-"""SwiGLU layers in C++ (``cpp/experts.cpp``), one call each way: routed experts, or a dense layer.
+"""SwiGLU layers in C++ (``cpp/experts.cpp``): routed experts or a dense layer, one call per pass.
 
-The C++ multiplies narrow layers as fast as wide ones, which oneDNN does not, and reads the rows of
-an expert's tokens where they lie. The few tokens of a pass of decoding are multiplied one by one.
+The C++ is as fast for narrow layers as for wide ones, which oneDNN is not, and reads an expert's
+tokens without gathering them. The few tokens of a pass of decoding are multiplied one by one.
 
 Shapes: M tokens, K chosen experts of a token, R = M * K rows, E experts, C d_model, F d_expert.
 """
@@ -19,17 +19,17 @@ from mtp_lightning.cpu import library as native
 from mtp_lightning.nn.batch_invariant import FEW, is_batch_invariant
 from mtp_lightning.nn.experts import routed_experts
 
-# Below so many tokens packing the weights costs more than it saves.
+# With fewer tokens, packing the weights costs more than it saves.
 _MIN_TOKENS = 32
 
 
 def fits(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
-    """Whether the C++ computes these: fp32, widths of whole vectors of 16, many rows.
+    """Whether the C++ supports these tensors: fp32, widths of multiples of 16, many rows.
 
     Args:
         x: [..., C].
-        gate_up: [2F, C], of experts [E, 2F, C].
-        down: [C, F], [E, C, F].
+        gate_up: [2F, C], or for experts [E, 2F, C].
+        down: [C, F], or [E, C, F].
     """
     return (
         native.fits(x, gate_up, down)
@@ -57,8 +57,8 @@ def mix_experts(
 def _one_by_one(
     x_MC: Tensor, chosen_MK: Tensor, gates_MK: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
-    """With one row a product is a read of the weights, and a token's result is the same, bit for
-    bit, whatever other tokens are computed with it."""
+    """Every token and expert alone: each product only reads the weights, and the bits of a token's
+    result do not depend on other tokens."""
     out = torch.zeros_like(x_MC)
     for x_C, row_C, experts, gates_K in zip(
         x_MC, out, chosen_MK.tolist(), gates_MK.unbind(0), strict=True
@@ -70,7 +70,7 @@ def _one_by_one(
 
 
 def feed_forward(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """``down(silu(gate) * up)`` with ``gate, up`` the halves of ``gate_up(x)``: [..., C]."""
+    """``ops.swiglu`` as a single expert of all tokens: [..., C]."""
     x_MC = x.reshape(-1, x.shape[-1])
     chosen_M1 = torch.zeros(x_MC.shape[0], 1, dtype=torch.int64)
     gates_M1 = x_MC.new_ones(x_MC.shape[0], 1)
@@ -79,7 +79,7 @@ def feed_forward(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 class _NativeExperts(torch.autograd.Function):
-    """Keeps its input and the numbers before the gate, and computes all else again."""
+    """Saves its input and the values before the gate; the backward pass recomputes the rest."""
 
     @staticmethod
     def forward(
@@ -115,7 +115,7 @@ class _NativeExperts(torch.autograd.Function):
 
 
 def _rows_of(sum_MC: Tensor, rows: int) -> Tensor:
-    """Where the rows lie that ``sum_MC`` is the sum of; one row is its own sum."""
+    """Memory for the rows [R, C] whose sums are ``sum_MC``; with one row per token, the same."""
     return sum_MC if len(sum_MC) == rows else sum_MC.new_empty(rows, sum_MC.shape[1])
 
 

@@ -1,10 +1,10 @@
-"""A model's fused passes on a CPU, and its packed weights, for as long as it decodes.
+"""A model's fused decode steps on a CPU, and its packed weights, for as long as it decodes.
 
-Two things happen to the model meanwhile. Every matrix that multiplies tokens carries a packed copy
-(``packed.py``). And the ``forward`` of every trunk, sequential module and block whose layers
-``cpp/decode.cpp`` knows is replaced, on that object alone, by one that takes a narrow pass in one
-call; so a stack that is not known as a whole still has fast blocks. What is of another class, a
-user's subclass included, keeps its own passes.
+While a model decodes, every matrix that multiplies tokens has a packed copy (``packed.py``), and
+the ``forward`` of every trunk, sequential module and block with layers that ``cpp/decode.cpp``
+supports is replaced, on that object, by one that computes a pass of few tokens in one call. So a
+stack without a fused pass still has fast blocks. Other classes, users' subclasses included, keep
+their own forward passes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Prepared:
         self._replaced = [layer for layer in layers if _replace_forward(layer)]
 
     def close(self) -> None:
-        """Leave the module as it was."""
+        """Restore the module."""
         for layer in self._replaced:
             del vars(layer)["forward"]
         for weight in self._weights:
@@ -69,7 +69,7 @@ class CPUPasses(Prepared):
 
     def _trunk(self) -> FusedTrunk | None:
         trunk, stack = self._model.trunk, self._model.mtp
-        # The head of a stack that makes a main prediction of its own reads another state.
+        # A stack that overrides main_state or branch gives the head or the depths another state.
         plain = (
             type(trunk) is Trunk
             and type(stack).main_state is MTPStack.main_state
@@ -81,7 +81,7 @@ class CPUPasses(Prepared):
         return FusedTrunk(*blocks, *found, kept=stack.config.branch_from)
 
     def _ends(self, weight_VC: Tensor) -> tuple[PackedWeight, Tensor] | None:
-        """A head's packed weight, and the embedding; None where decode.cpp does not read them."""
+        """A head's packed weight and the embedding; None if decode.cpp does not support them."""
         head, embedding = packed_of(weight_VC), self._model.trunk.embedding.weight
         if head is None or not (native.fits(embedding) and embedding.is_contiguous()):
             return None
@@ -95,7 +95,7 @@ def _of_trunk(trunk: Trunk) -> tuple[FusedBlocks, FusedBlocks] | None:
 
 
 def _replace_forward(layer: nn.Module) -> bool:
-    """Give a layer that decode.cpp knows a forward pass that calls it. Whether it did."""
+    """Replace the forward pass of a layer that decode.cpp supports; returns whether it did."""
     forward: Callable[..., Any] | None = None
     if type(layer) is Trunk:
         forward = _trunk_forward(layer)

@@ -1,10 +1,10 @@
-"""The library that ``pip install`` builds from ``cpp/`` where there is a compiler (setup.py).
+"""The library that ``pip install`` builds from ``cpp/`` if there is a compiler (setup.py).
 
-It is used for fp32 on CPUs with AVX-512. That is a rule of the machine and the installation, never
-of a timing, so that the processes of a run agree. It runs on PyTorch's threads, and no result
-depends on their number. The last bits of a run do depend on whether the library is there;
-``MTP_LIGHTNING_NATIVE=0`` in the environment does without it. What it gains:
-``python -m benchmarks.kernels``.
+It is used for fp32 on CPUs with AVX-512. The machine and the installation decide that, never a
+timing, so that the processes of a run agree. It runs on PyTorch's threads, and no result depends on
+their number. The last bits of a run do depend on whether the library is there;
+``MTP_LIGHTNING_NATIVE=0`` in the environment disables it. ``python -m benchmarks.kernels`` measures
+its speed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,17 @@ from torch import Tensor
 
 from mtp_lightning.built import SUFFIX, Signature, open_built
 
-# What the library takes, for those who ask for what only it can do.
+# Requirements of the library, for error messages.
 NEEDED = (
     "a CPU with AVX-512 (avx512bw in /proc/cpuinfo), the layers' C++ that pip install builds where "
     "there is g++, and no MTP_LIGHTNING_NATIVE=0"
+)
+
+# Whether oneDNN's AVX-512 code is available inside PyTorch. Decided by the machine, too.
+ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
 
 _FILE = Path(__file__).with_name(f"_native{SUFFIX}")
@@ -46,7 +53,7 @@ _FUNCTIONS = {
     "decode_norm": (*[c_void_p] * 3, c_int64, c_int64, c_double),
     "decode_linear": (*[c_void_p] * 3, *[c_int64] * 4),
 }
-# The same for functions that return a number.
+# The same for functions that return an int64.
 _NUMBERS = {
     "attention_kept": (c_int64,),
     "packed_size": (c_int64,) * 3,
@@ -57,12 +64,12 @@ _NUMBERS = {
 
 
 def load(file: Path = _FILE) -> tuple[ctypes.CDLL | None, str]:
-    """The library in ``file``; or None, and the reason."""
+    """The library in ``file``, or None and the reason."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None, "this CPU has no AVX-512"
     signatures: dict[str, Signature] = {name: (takes, None) for name, takes in _FUNCTIONS.items()}
     signatures |= {name: (takes, c_int64) for name, takes in _NUMBERS.items()}
-    # The library finds PyTorch's OpenMP, and so runs on the same threads.
+    # The library finds PyTorch's OpenMP and so runs on the same threads.
     return open_built(file, _FILE.with_name("cpp"), signatures)
 
 
@@ -70,20 +77,20 @@ library, _without = load()
 
 
 def code() -> tuple[str, str]:
-    """What computes on a CPU, as ``nn.ops.code`` gives it."""
+    """The code that computes on a CPU, for ``nn.ops.code``."""
     if library is None:
         return "pytorch", f"PyTorch's operators ({_without})"
     return "native", "C++ for AVX-512"
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether the library is there and reads these: fp32 on a CPU, with contiguous rows."""
+    """Whether the library is there and supports these tensors: fp32 on a CPU, contiguous rows."""
     if library is None or torch.compiler.is_compiling():
         return False
     return all(x.is_cpu and x.dtype == torch.float32 and x.stride(-1) == 1 for x in tensors)
 
 
 def lib() -> ctypes.CDLL:
-    """The library, where :func:`fits` has said that there is one."""
+    """The library; call only after :func:`fits`."""
     assert library is not None
     return library

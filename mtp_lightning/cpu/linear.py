@@ -1,10 +1,12 @@
-"""Matrix products by the fastest kernel that a CPU has.
+"""Matrix products with the fastest kernel that a CPU has.
 
-PyTorch sends fp32 matrix products on a CPU to MKL, which on AMD processors stays with AVX2 code.
-oneDNN, inside the same PyTorch, has AVX-512 code for every vendor: on an EPYC with AVX-512 it is
-about twice as fast (``python -m benchmarks.kernels``). Both compute in fp32; with
-``trainer.precision=bf16-mixed`` the products are bf16
+PyTorch sends fp32 matrix products on a CPU to MKL, which uses only AVX2 on AMD processors. oneDNN,
+inside the same PyTorch, has AVX-512 code for every vendor: on an EPYC with AVX-512 it is about
+twice as fast (``python -m benchmarks.kernels``). Both compute in fp32; with
+``trainer.precision=bf16-mixed`` the products are in bf16
 (``python -m benchmarks.train_step precision``).
+
+Shapes: M rows, K inputs, N outputs.
 """
 
 from __future__ import annotations
@@ -14,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.cpu.onednn import ONEDNN
+from mtp_lightning.cpu.library import ONEDNN
 from mtp_lightning.cpu.packed import packed_copy
 from mtp_lightning.nn import ops
 from mtp_lightning.nn.batch_invariant import FEW, is_batch_invariant
 
-# Below so many rows (decoding a few tokens) a product is a read of the weights, and setting up a
-# oneDNN primitive costs more than it saves.
+# With fewer rows (decoding a few tokens) a product only reads the weights, and setting up a oneDNN
+# primitive costs more than it saves.
 _MIN_ROWS = 32
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN computes the product of these two: fp32, AVX-512, many rows."""
+    """Whether oneDNN computes this product: fp32, AVX-512, many rows."""
     return (
         ONEDNN
         and x.dtype == torch.float32
@@ -75,8 +77,8 @@ def _in_half(x: Tensor) -> bool:
 
 
 class _HalfLinear(torch.autograd.Function):
-    """bf16 products of fp32 rows, with results in fp32. Autocast would pass bf16 on to attention,
-    gates and norms, which are made for fp32 on a CPU and gain nothing from bf16 there."""
+    """bf16 products of fp32 rows with fp32 results. Autocast would give bf16 results to attention,
+    gates and norms, whose CPU code is for fp32 and would not be faster in bf16."""
 
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
@@ -94,10 +96,10 @@ class _HalfLinear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
-    """``ops.linear``. The packed copy of a weight that has one is used without autograd; one in the
-    library's layout only for few tokens of every row of a batch, and in batch-invariant passes."""
+    """``ops.linear``. Uses a weight's packed copy if it has one (without autograd); a copy in the
+    library's layout only for few tokens per row of the batch, and in batch-invariant passes."""
     if (packed := packed_copy(weight_NK)) is not None:
-        if x.dtype != torch.float32:  # of a model in bf16, whose packed copy is for fp32
+        if x.dtype != torch.float32:  # a bf16 model; packed copies multiply fp32
             return linear(x.float(), weight_NK).to(x.dtype)
         if isinstance(packed, Tensor):
             return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")

@@ -1,7 +1,9 @@
-"""Passes of decoding from token ids to logits, in one call each (``cpp/decode.cpp``).
+"""Fused decode steps from token ids to logits, in one call each (``cpp/decode.cpp``).
 
-What a pass of few tokens costs beside its arithmetic is calls: Python, modules, and operators that
-look up, copy and choose. The numbers are those of the layers, bit for bit.
+Besides its arithmetic, a pass of few tokens costs calls: of Python, of modules, and of operators
+that look up, copy and select. The results have the same bits as layer by layer.
+
+Shapes: B rows, T new positions, S capacity, C d_model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ class FusedModule:
 
     @staticmethod
     def of(module: SequentialModule) -> FusedModule | None:
-        """None where decode.cpp does not know the module's layers, or they are not packed."""
+        """None if decode.cpp does not support the module's layers, or they are not packed."""
         blocks = FusedBlocks.of([module.block], module.norm)
         weight, enorm, hnorm = packed_of(module.eh_proj.weight), module.enorm, module.hnorm
         if blocks is None or weight is None or not (is_plain(enorm) and is_plain(hnorm)):
@@ -84,11 +86,11 @@ class FusedModule:
         return FusedModule(join, blocks, (enorm, hnorm, weight))
 
     def fits(self, hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> bool:
-        """Whether a pass has few tokens, and writes to a cache."""
+        """Whether a pass has few tokens and writes to a cache."""
         return self.blocks.fits(embedded_BTC, positions) and native.fits(hidden_BTC)
 
     def __call__(self, hidden_BTC: Tensor, embedded_BTC: Tensor, positions: Positions) -> Tensor:
-        """[B, T, C] of both -> [B, T, C]."""
+        """Hidden states and embeddings [B, T, C] -> [B, T, C]."""
         hidden, embedded = hidden_BTC.contiguous(), embedded_BTC.contiguous()
         h_BTC = torch.empty_like(hidden)
         native.lib().decode_join(
@@ -102,11 +104,11 @@ class FusedTrunk:
     """A :class:`~mtp_lightning.decoding.fused.TrunkPass`.
 
     Args:
-        before: all blocks but the last.
+        before: all blocks except the last.
         last: the last block, with the final norm.
-        head: its packed weight.
+        head: the head's packed weight.
         embedding: [V, C].
-        kept: which of the trunk's states the stack branches from.
+        kept: the trunk's state that the stack branches from.
     """
 
     def __init__(
@@ -149,7 +151,7 @@ class FusedDraft:
         module: the module.
         head: the packed weight to draft with.
         embedding: [V, C].
-        ahead: how far after its position the token stands that the module reads.
+        ahead: how far ahead of a position the token is that the module reads.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a stack is given: where it leaves the trunk, and the key of its random choices.
+"""The inputs of a stack: the branch point, a trained trunk's states, the key of random choices.
 
 Shapes: B batch, T positions, C d_model, D depths of the stack.
 """

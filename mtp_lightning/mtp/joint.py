@@ -23,36 +23,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.base import MTPConfig, MTPStack
+from mtp_lightning.mtp.base import MTPStack
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
-from mtp_lightning.mtp.switches import Branch, Detach
+from mtp_lightning.mtp.kinds import OneModuleConfig
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.norm import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
-class JointConfig(MTPConfig, variant="joint"):
-    """Switches of the joint head; the defaults are the paper's.
-
-    The layer has no norm before the shared head, so it always reads a state after the trunk's final
-    norm.
-
-    Attributes:
-        branch: ``final`` reads the whole trunk; ``before_last`` all blocks except the last.
-        detach: ``trunk`` stops the depths' gradients at the branch point; ``all`` also at the
-            shared embedding and head.
-        freeze_trunk: embedding, trunk and head keep their weights; only the layer is trained.
-
-    Raises:
-        UserError: a switch has an unknown value, or no effect.
-    """
-
-    meaning: ClassVar[tuple[str, ...]] = ("branch",)
-
-    branch: Branch = "final"
-    detach: Detach = "none"
-    freeze_trunk: bool = False
+class JointConfig(OneModuleConfig, variant="joint"):
+    """Switches of the joint head; the defaults are the paper's."""
 
     def build(self, trunk: TrunkConfig) -> JointMTP:
         return JointMTP(self, trunk)

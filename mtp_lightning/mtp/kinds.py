@@ -31,6 +31,7 @@ from mtp_lightning.mtp.base import MTPConfig, MTPStack
 from mtp_lightning.mtp.correction import Correction
 from mtp_lightning.mtp.feed import Feed, Lesson, OneState, Prediction, Steps, added
 from mtp_lightning.mtp.inputs import BranchPoint, RandomKey
+from mtp_lightning.mtp.switches import Branch, Detach
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.ledger import Ledger
@@ -266,6 +267,29 @@ class HeadByHead(Feed):
         of_common = iter(grads)
         d_common = [next(of_common) if leaf.requires_grad else None for leaf in leaves]
         return d_common, list(grads[len(asked) :])
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneModuleConfig(MTPConfig):
+    """Switches of a single module for all depths (``nextlat``, ``joint``).
+
+    It has no norm before the shared head, so it always reads a state after the trunk's final norm.
+
+    Attributes:
+        branch: ``final`` reads the whole trunk; ``before_last`` all blocks except the last.
+        detach: ``trunk`` stops the depths' gradients at the branch point, once, before the first
+            depth; ``all`` also at the shared embedding and head.
+        freeze_trunk: embedding, trunk and head keep their weights; only the module is trained.
+
+    Raises:
+        UserError: a switch has an unknown value, or no effect.
+    """
+
+    meaning: ClassVar[tuple[str, ...]] = ("branch",)
+
+    branch: Branch = "final"
+    detach: Detach = "none"
+    freeze_trunk: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

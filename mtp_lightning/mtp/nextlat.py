@@ -21,37 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.mtp.base import MTPConfig
 from mtp_lightning.mtp.inputs import RandomKey
-from mtp_lightning.mtp.kinds import Chain
-from mtp_lightning.mtp.switches import Branch, Detach
+from mtp_lightning.mtp.kinds import Chain, OneModuleConfig
 from mtp_lightning.nn.attention import Positions
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
-class NextLatConfig(MTPConfig, variant="nextlat"):
-    """Switches of the state model; the defaults are the paper's.
-
-    The module has no norm before the shared head, so it always reads a state after the trunk's
-    final norm.
-
-    Attributes:
-        branch: ``final`` reads the whole trunk; ``before_last`` all blocks except the last.
-        detach: ``trunk`` stops the depths' gradients at the branch point, once, before the first
-            depth; ``all`` also at the shared embedding and head.
-        freeze_trunk: embedding, trunk and head keep their weights; only the module is trained.
-
-    Raises:
-        UserError: a switch has an unknown value, or no effect.
-    """
-
-    meaning: ClassVar[tuple[str, ...]] = ("branch",)
-
-    branch: Branch = "final"
-    detach: Detach = "none"
-    freeze_trunk: bool = False
+class NextLatConfig(OneModuleConfig, variant="nextlat"):
+    """Switches of the state model; the defaults are the paper's."""
 
     def build(self, trunk: TrunkConfig) -> NextLatMTP:
         return NextLatMTP(self, trunk)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.errors import UserError
-from mtp_lightning.nn.batch_invariant import FEW, attend_by_query, is_batch_invariant
+from mtp_lightning.nn.batch_invariant import FEW, is_batch_invariant
 from mtp_lightning.nn.config import TrunkConfig
 from mtp_lightning.nn.ops import attention
 from mtp_lightning.nn.position_tables import PositionTables, Runs, round_up
@@ -45,7 +45,7 @@ class KVCache:
     ) -> None:
         self.tables = tables
         self.entry = config.attention.cache_entry(config)
-        self.grouped = config.n_heads != self.entry.n_kv_heads
+
         shape = (batch_size, tables.capacity, self.entry.n_vectors, self.entry.width)
         self._stored = [
             torch.zeros(shape, dtype=tables.dtype, device=tables.device) for _ in range(n_layers)
@@ -116,7 +116,17 @@ class KVCache:
         Raises:
             UserError: a row would outgrow the cache.
         """
-        self._open(starts, n_new)
+        longest = max(starts) + n_new
+        if longest > self.tables.capacity:
+            raise UserError(
+                f"{longest} tokens do not fit into a cache of {self.tables.capacity}: "
+                "shorten the prompt, or ask for fewer new tokens."
+            )
+        assert len(starts) == self.batch_size
+        assert all(start <= held for start, held in zip(starts, self.lengths, strict=True))
+        self.lengths = [start + n_new for start in starts]
+        self.runs = Runs(self.tables, starts, n_new)
+        self._width = round_up(longest)
 
     def angles(self) -> tuple[Tensor, Tensor]:
         """Rotary tables cos, sin of the open pass, [1 | B, T, 1, H]."""
@@ -132,19 +142,6 @@ class KVCache:
         if start == 0 and n_new > FEW:
             return None
         return self.tables.mask(start, n_new, self._width)
-
-    def _open(self, starts: list[int], n_new: int) -> None:
-        longest = max(starts) + n_new
-        if longest > self.tables.capacity:
-            raise UserError(
-                f"{longest} tokens do not fit into a cache of {self.tables.capacity}: "
-                "shorten the prompt, or ask for fewer new tokens."
-            )
-        assert len(starts) == self.batch_size
-        assert all(start <= held for start, held in zip(starts, self.lengths, strict=True))
-        self.lengths = [start + n_new for start in starts]
-        self.runs = Runs(self.tables, starts, n_new)
-        self._width = round_up(longest)
 
     def append(self, layer: int, entry_BTMH: Tensor) -> None:
         """Store one layer's rotated keys and values, [B, T, M, H], at the open pass's positions."""
@@ -190,7 +187,7 @@ class KVCache:
         key_BMPH, value_BMPH = self._read(layer, query_BTNH.shape[1])
         if is_batch_invariant():
             assert mask is not None
-            return attend_by_query(query_BTNH, key_BMPH, value_BMPH, mask, grouped=self.grouped)
+            return attend_by_query(query_BTNH, key_BMPH, value_BMPH, mask)
         if mask is None:
             n_new = query_BTNH.shape[1]
             key_BMPH, value_BMPH = key_BMPH[:, :, :n_new], value_BMPH[:, :, :n_new]
@@ -200,3 +197,38 @@ class KVCache:
         return attention.plain(
             query_BTNH, key_BMPH.transpose(1, 2), value_BMPH.transpose(1, 2), mask
         )
+
+
+def attend_by_query(
+    query_BTNH: Tensor, key_BMPH: Tensor, value_BMPH: Tensor, mask: Tensor
+) -> Tensor:
+    """Batch-invariant attention over a cache: every query is computed alone. [B, T, N, H].
+
+    PyTorch's CPU kernel rounds differently for several queries at a time, and on its second thread.
+    So every query is a batch entry or head of its own, on one thread, which costs a few
+    microseconds per layer.
+
+    Args:
+        query_BTNH: the new queries.
+        key_BMPH: stored keys; for a single row, expanded to [T, M, P, H].
+        value_BMPH: stored values, likewise.
+        mask: additive, [T, P] or [B, T, P].
+    """
+    batch, n_new, n_heads, d_head = query_BTNH.shape
+    if batch == 1:
+        # The queries become batch entries that share their keys: [T, 1, N, H].
+        query, mask = query_BTNH.transpose(0, 1), mask.reshape(n_new, 1, 1, -1)
+    else:
+        # The queries become heads: [B, 1, N T, H], those of the same key head adjacent.
+        query = query_BTNH.transpose(1, 2).reshape(batch, 1, n_heads * n_new, d_head)
+        mask_BNTP = mask.expand(batch, n_new, -1).unsqueeze(1).expand(-1, n_heads, -1, -1)
+        mask = mask_BNTP.reshape(batch, n_heads * n_new, 1, -1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        mixed = attention.plain(query, key_BMPH.transpose(1, 2), value_BMPH.transpose(1, 2), mask)
+    finally:
+        torch.set_num_threads(threads)
+    if batch == 1:
+        return mixed.transpose(0, 1)
+    return mixed.reshape(batch, n_heads, n_new, -1).transpose(1, 2)

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtp_lightning.nn.batch_invariant import attend_by_query, is_batch_invariant
-from mtp_lightning.nn.kv_cache import KVCache
+from mtp_lightning.nn.batch_invariant import is_batch_invariant
+from mtp_lightning.nn.kv_cache import KVCache, attend_by_query
 from mtp_lightning.nn.position_tables import Runs
 
 
@@ -74,7 +74,7 @@ class TreeCache(KVCache):
     def begin_tree(self, starts: list[int], branches: Branches) -> None:
         """Open a pass over the same tree in every row, its first token at ``starts``; see
         :meth:`begin`."""
-        self._open(starts, branches.width)
+        super().begin(starts, branches.width)
         self._branches = branches
         self._kept: dict[int, Tensor] = {}
 
@@ -124,7 +124,6 @@ class TreeCache(KVCache):
                 query_BTNH.index_select(1, index),
                 *self._read(layer, len(index)),
                 mask.index_select(1, index),
-                grouped=self.grouped,
             )
             if mixed is None:
                 mixed = found.new_empty(*query_BTNH.shape[:3], found.shape[-1])

@@ -159,7 +159,7 @@ def _with_teacher(main_MC: Tensor, weight: Tensor, ways: Sequence[_Way]) -> None
         teacher = Teacher(main_RV, main_MC[rows])
         for way in ways:
             if way.depth:
-                left = rows_left(rows, way.to_teacher, main_MC)
+                left = rows_left(rows, way.depth * way.targets[0].stride, main_MC)
                 way.go(left, log_probs(way.h_NC[left], weight), teacher)
         del teacher
         for way in ways:  # last, since it overwrites the teacher's log-probabilities
@@ -211,11 +211,6 @@ class _Way:
     def depth(self) -> int:
         """k of its first target."""
         return self.targets[0].depth
-
-    @property
-    def to_teacher(self) -> int:
-        """Number of positions to the right at which the main prediction is the teacher."""
-        return self.depth * self.targets[0].stride
 
     @property
     def is_plain(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtp_lightning.cpu import experts
 from mtp_lightning.cpu import library as native
-from mtp_lightning.cpu.swiglu import gated
+from mtp_lightning.cpu.layers import gated
 from mtp_lightning.nn.experts import routed_experts
 from mtp_lightning.nn.feed_forward import FeedForward
 from mtp_lightning.nn.ops import attention, exp_, log_softmax_, rms_norm, rotary_attention

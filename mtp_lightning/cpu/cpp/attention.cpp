@@ -1,7 +1,7 @@
-// Causal attention over whole windows, with the rotary turn of queries and keys in it.
+// Causal attention over whole windows, including the rotary positions of queries and keys.
 //
-// The same arithmetic as window_attention.py: probabilities are kept for the backward pass. Here
-// eight queries at a time stay in the first cache from scores to output.
+// The same arithmetic as cpu/attention.py: probabilities are saved for the backward pass. Here
+// eight queries at a time stay in the L1 cache from scores to output.
 //
 // Shapes: B batch, T positions (P padded to a multiple of 16), N heads, M key-value heads, H head
 // size of queries and keys, D of values, both multiples of 16.
@@ -9,14 +9,13 @@
 
 struct Shape {
     int64_t batch, length, heads, kv_heads, head, value_head;
-    // Distance of two windows, of two positions; two heads lie head (value_head) apart.
+    // Strides of windows and positions; that of heads is head (value_head).
     int64_t query_batch, query_step, key_batch, key_step, value_batch, value_step;
 };
 
-// Probabilities lie in blocks of 64 queries, each as wide as the last of them sees.
+// Probabilities are stored in blocks of 64 queries, each as wide as the keys of its last query.
 constexpr int64_t BLOCK = 64;
 
-static inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t block_start(int64_t block) { return BLOCK * BLOCK * block * (block + 1) / 2; }
 static inline int64_t block_width(int64_t block, int64_t length) {
@@ -28,7 +27,7 @@ extern "C" int64_t attention_kept(int64_t length) {
     return block_start(last) + (padded(length) - last * BLOCK) * block_width(last, length);
 }
 
-// One head turned by its angle (back: the other way) and multiplied by scale. cos = NULL: unturned.
+// Rotates one head by its angle (back: inversely) and multiplies it by scale; cos = NULL only scales.
 static inline void turn(const float* from, float* to, const float* cos, const float* sin,
                         int64_t head, float scale, bool back) {
     int64_t half = head / 2;
@@ -45,7 +44,7 @@ static inline void turn(const float* from, float* to, const float* cos, const fl
     }
 }
 
-// All positions of one head, [P, head], zeros behind the last.
+// All positions of one head, [P, head], with zeros after the last.
 static void gather(const float* from, int64_t step, float* to, const float* cos, const float* sin,
                    int64_t length, int64_t head, float scale) {
     for (int64_t t = 0; t < length; t++)
@@ -67,7 +66,7 @@ static void transpose_head(const float* from, float* to, int64_t wide, int64_t h
         }
 }
 
-// Softmax of a row of scores whose first `seen` count; the others up to `width` become 0.
+// Softmax of the first `seen` scores of a row; the others up to `width` become 0.
 static inline void softmax(float* row, int64_t seen, int64_t width) {
     int64_t last = (seen - 1) / LANES * LANES;
     Whole counts = before(last, seen);
@@ -129,7 +128,7 @@ extern "C" void attention_forward(const float* query, const float* key, const fl
     }
 }
 
-// Gradients lie as their inputs do.
+// Gradients have the strides of their inputs.
 extern "C" void attention_backward(const float* query, const float* key, const float* value,
                                    const float* cos, const float* sin, const float* kept,
                                    const float* grad, float* d_query, float* d_key, float* d_value,
@@ -189,7 +188,7 @@ extern "C" void attention_backward(const float* query, const float* key, const f
                              sin ? sin + at * s.head / 2 : nullptr, s.head, scale, true);
                     }
                 }
-                // Keys beside or before the block's queries; a key's first reader is its own query.
+                // Keys up to the block's last query; no query before a key's own attends to it.
                 for (int64_t j = 0; j < end; j += ROWS) {
                     int64_t from = j > first ? j : first;
                     int64_t at = (from - first) * ld + j;

@@ -1,7 +1,7 @@
-// Narrow passes of decoding: few new tokens through whole blocks, one call for all of them.
+// Fused decode steps: few new tokens through whole blocks in one call.
 //
-// Pre-norm blocks of grouped-query attention and SwiGLU. Every token is computed by itself, in an
-// order that depends on nothing but its place: the same bits alone and beside others.
+// Pre-norm blocks of grouped-query attention and SwiGLU. Every token is computed separately, in an
+// order of operations that depends only on its position: it has the same bits alone and with others.
 //
 // Shapes: M tokens (B rows of T), C width, N heads, P key heads, H head size, F inner width, S
 // capacity of the cache, whose entry of a token is [2 P, H], keys first.
@@ -17,7 +17,7 @@ struct Block {
     const void *qkv, *out, *gate_up, *down;           // packed
 };
 
-// A module's two norms and the projection of what they give, side by side.
+// A sequential module's two norms and the projection of their concatenated results.
 struct Join {
     int64_t width, kind, hidden_first;
     double embedded_eps, hidden_eps;
@@ -27,10 +27,10 @@ struct Join {
 
 struct Pass {
     int64_t rows, length, capacity;
-    const int64_t* starts;    // [B], where every row's new tokens are stored
-    const int64_t* parents;   // [T], whom each follows if they are a tree; NULL if its neighbour
+    const int64_t* starts;    // [B], the first position of every row's new tokens
+    const int64_t* parents;   // [T], every token's parent in a tree; NULL for a chain
     const float *cos, *sin;   // [S, H], over whole heads, signs included
-    float* const* entries;    // of every block [B, S, 2 P, H]
+    float* const* entries;    // for every block [B, S, 2 P, H]
 };
 
 static inline void norm(const float* x, const float* gain, float* out, int64_t width, double eps) {
@@ -45,7 +45,7 @@ static inline void norm(const float* x, const float* gain, float* out, int64_t w
     });
 }
 
-// One head turned by the angles of its position.
+// Rotates one head by the angles of its position.
 static inline void turn(float* head, const float* cos, const float* sin, int64_t size) {
     int64_t half = size / 2;
     for (int64_t j = 0; j < half; j++) {
@@ -55,8 +55,8 @@ static inline void turn(float* head, const float* cos, const float* sin, int64_t
     }
 }
 
-// Two halves of the work of summing across lanes: of the first row into the lanes without STEP's bit,
-// of the second into those with it.
+// One step of summing two vectors across lanes: pairs of lanes of `a` are added into the lanes without
+// STEP's bit, those of `b` into the lanes with it.
 template <int STEP>
 static inline Vector folded(Vector a, Vector b) {
     Vector rows[LANES] = {a};
@@ -65,7 +65,7 @@ static inline Vector folded(Vector a, Vector b) {
     return rows[0] + rows[STEP];
 }
 
-// Sums across the lanes of sixteen vectors, by folding them together.
+// The sums across the lanes of sixteen vectors, as one vector.
 static inline Vector sums_of(Vector* rows) {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) rows[i] = folded<8>(rows[i], rows[i + 8]);
@@ -76,8 +76,8 @@ static inline Vector sums_of(Vector* rows) {
     return folded<1>(rows[0], rows[1]);
 }
 
-// Whom every token of a pass sees among the new ones: how many, then which, itself the last. A
-// tree's token stands as many positions behind the first as it has before it on its path.
+// For each new token: the number of new tokens it attends to, then their indices, ending with itself.
+// A token of a tree has the position of its index on this path.
 static void find_paths(const Pass& pass, std::vector<int64_t>& paths) {
     int64_t t = pass.length, step = t + 1;
     paths.resize(t * step);
@@ -91,14 +91,14 @@ static void find_paths(const Pass& pass, std::vector<int64_t>& paths) {
     }
 }
 
-// One query over all positions before `start` and a path of new ones, of its key head; keys and
-// values lie `step` apart. A path is mixed as though it had the positions behind `start`.
+// Attention of one query over all positions before `start` and over a path of new tokens. Keys and
+// values have the stride `step`. The path is summed as if it were stored from `start` on.
 static void attend(const float* query, const float* keys, const float* values, int64_t step,
                    int64_t start, const int64_t* path, int64_t head, float* scores, float* out) {
     float scale = 1.0f / sqrtf((float)head);
     int64_t seen = start + path[0];
     auto stored = [&](int64_t s) { return s * step; };
-    // Also of positions behind the last one, which count for nothing.
+    // Positions after the last one are clamped; they get the weight 0.
     auto place = [&](int64_t s) {
         s = s < seen ? s : seen - 1;
         return (s < start ? s : start + path[s - start + 1]) * step;
@@ -130,7 +130,7 @@ static void attend(const float* query, const float* keys, const float* values, i
     }
     float whole = 1.0f / sum_of(total);
     columns(head, [&](int64_t at, int64_t m) {
-        // Four sums in turn: none waits for the last.
+        // Four independent sums, so that none waits for the previous one.
         Vector mixed[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
         auto mix_four = [&](int64_t s, auto place) {
 #pragma GCC unroll 4
@@ -160,7 +160,7 @@ struct Scratch {
     }
 };
 
-// Keys and values of a token go into the cache, queries and keys turned.
+// Rotates a token's queries and keys, and stores its keys and values in the cache.
 static void store_token(const Block& b, const Pass& pass, float* qkv, float* entry,
                         int64_t position) {
     int64_t turned = b.heads + b.kv_heads, all_heads = turned + b.kv_heads;
@@ -224,13 +224,13 @@ static void block(const Block& b, const Pass& pass, float* entries, float* x, Sc
     skinny(s.inner.data(), b.down, b.kind, x, tokens, c, f, true);
 }
 
-// out = x / sqrt(mean(x^2) + eps) * gain, of every row.
+// out = x / sqrt(mean(x^2) + eps) * gain for every row.
 extern "C" void decode_norm(const float* x, const float* gain, float* out, int64_t rows,
                             int64_t width, double eps) {
     for (int64_t i = 0; i < rows; i++) norm(x + i * width, gain, out + i * width, width, eps);
 }
 
-// x[M, C] through n blocks, in place; then, with a gain, normed[M, C] of it.
+// x[M, C] through n blocks, in place; with a gain, also normed[M, C] = norm(x).
 extern "C" void decode_blocks(const Block* blocks, int64_t n, const Pass* pass, float* x,
                               const float* gain, float* normed, double eps) {
     static thread_local Scratch scratch;
@@ -239,18 +239,18 @@ extern "C" void decode_blocks(const Block* blocks, int64_t n, const Pass* pass, 
     if (gain) decode_norm(x, gain, normed, pass->rows * pass->length, blocks[0].width, eps);
 }
 
-// Where a buffer of the cache's capacity has token i of a pass, of all rows.
+// Index of token i of a pass (counted over all rows) in a buffer [B, S].
 static inline int64_t place_of(const Pass& pass, int64_t i) {
     return i / pass.length * pass.capacity + pass.starts[i / pass.length] + i % pass.length;
 }
 
-// What a pass made, from[M, C], goes where buffer[B, S, C] has its tokens.
+// Copies the results of a pass, from[M, C], to the positions of its tokens in buffer[B, S, C].
 static void keep(const Pass& pass, const float* from, float* buffer, int64_t width) {
     for (int64_t i = 0; i < pass.rows * pass.length; i++)
         memcpy(buffer + place_of(pass, i) * width, from + i * width, width * sizeof(float));
 }
 
-// What a module's block reads of one token's embedding and hidden state, into both[2 C].
+// Concatenates the normed embedding and hidden state of one token into both[2 C].
 static inline void side_by_side(const Join& join, const float* embedded, const float* hidden,
                                 float* both) {
     int64_t c = join.width;
@@ -258,7 +258,7 @@ static inline void side_by_side(const Join& join, const float* embedded, const f
     norm(hidden, join.hidden_norm, both + !join.hidden_first * c, c, join.hidden_eps);
 }
 
-// What a module's block reads, out[M, C], of embeddings and hidden states [M, C].
+// The input of a module's block, out[M, C], from embeddings and hidden states [M, C].
 extern "C" void decode_join(const Join* join, const float* embedded, const float* hidden,
                             float* out, int64_t tokens) {
     static thread_local std::vector<float> both;
@@ -269,7 +269,7 @@ extern "C" void decode_join(const Join* join, const float* embedded, const float
     skinny(both.data(), join->projection, join->kind, out, tokens, c, 2 * c, false);
 }
 
-// A module and all that it reads and writes when it drafts; S is the capacity of all buffers.
+// A module that drafts: its weights, the embedding and the head.
 struct Draft {
     int64_t ahead, outputs, kind;
     double eps;
@@ -279,10 +279,10 @@ struct Draft {
     const void* head;               // packed, of the kind
 };
 
-// A pass of a module from token ids to logits: its states go where the next depth finds them.
+// A pass of a module from token ids to logits; its states are written to `after` for the next depth.
 extern "C" void decode_draft(const Draft* draft, const Pass* pass, const int64_t* ids,  // [B, S]
-                             const float* before, float* after,  // [B, S, C]; none of the deepest
-                             const int64_t* newest,              // [B], among the pass's tokens
+                             const float* before, float* after,  // [B, S, C]; NULL for the deepest
+                             const int64_t* newest,              // [B], index among the pass's tokens
                              float* last, float* logits) {       // [B, C], [B, V]
     static thread_local std::vector<float> both, x, normed;
     const Join& join = *draft->join;
@@ -302,7 +302,7 @@ extern "C" void decode_draft(const Draft* draft, const Pass* pass, const int64_t
     skinny(last, draft->head, draft->kind, logits, pass->rows, draft->outputs, c, false);
 }
 
-// All of a trunk's blocks, the norm behind them, and what stands at its ends.
+// A trunk: all blocks, the final norm, the embedding and the head.
 struct Trunk {
     int64_t blocks, outputs, kind, kept;
     double eps;
@@ -311,10 +311,10 @@ struct Trunk {
     const void* head;               // packed, of the kind
 };
 
-// What a trunk's modules start from.
+// The trunk's state that the modules branch from.
 enum Kept { BEFORE_LAST, NORMED_BEFORE_LAST, LAST_BLOCK, FINAL };
 
-// A pass of a trunk from token ids to logits[M, V]; one of its states is kept for the modules.
+// A pass of a trunk from token ids to logits[M, V]; one of its states is stored for the modules.
 extern "C" void decode_trunk(const Trunk* trunk, const Pass* pass, const int64_t* ids,  // [B, S]
                              float* states,  // [B, S, C], or NULL if there are no modules
                              float* logits) {

@@ -1,7 +1,7 @@
-// SwiGLU layers, each way in one call: a mixture's experts on the tokens that chose them, or one
-// dense layer, which is the only expert of all tokens.
+// SwiGLU layers, forward and backward in one call each: experts on the tokens that chose them, or a
+// dense layer, which is a single expert of all tokens.
 //
-// Rows, one for every choice, are sorted by expert and taken by blocks that stay in the second
+// Rows, one for every choice, are sorted by expert and processed in blocks that stay in the L2
 // cache from the input to the output. A token's rows are summed in the order of its choices, and a
 // weight's gradient in the order of the tokens, so that no sum depends on the number of threads.
 //
@@ -17,13 +17,13 @@ struct Shape {
     int64_t tokens, choices, experts, width, inner;
 };
 
-// What both ways read.
+// The inputs of both passes.
 struct Given {
     const float *x, *gates, *gate_up, *down;  // [M, C], [M, K], [E, 2F, C], [E, C, F]
-    const int64_t *starts, *order;            // [E + 1]; [R], the choice that is a row's
+    const int64_t *starts, *order;            // [E + 1]; [R], the choice of every row
 };
 
-// Of so many rows 64 columns fit into the first cache.
+// Rows of a block: 64 of their columns fit into the L1 cache.
 constexpr int64_t MOST = 96;
 
 // Rows of one expert.
@@ -31,25 +31,25 @@ struct Rows {
     int64_t expert, first, count;
 };
 
-// A tile of one expert's gradient: of d_down, or of d_gate_up.
+// A tile of one expert's gradient, d_down or d_gate_up.
 struct Part {
     int64_t expert, row, column;
     bool down;
 };
 
-// Rows of a tile: enough of them, and a dense layer, too, is work for several threads.
+// Rows of such a tile: few enough that a dense layer also has work for several threads.
 constexpr int64_t BAND = 32 * HIGH;
 
-// Where every row of a block lies.
+// Pointers to the rows of a block.
 struct Places {
     float* row[MOST];
 
-    // One after another.
+    // Consecutive rows.
     Places(float* from, int64_t n, int64_t step) {
         for (int64_t i = 0; i < n; i++) row[i] = from + i * step;
     }
 
-    // At its choice, or, of several choices a token, at its token.
+    // Every row at its choice; with `choices` per token, at its token.
     Places(float* from, const int64_t* order, int64_t n, int64_t step, int64_t choices = 1) {
         for (int64_t i = 0; i < n; i++) row[i] = from + order[i] / choices * step;
     }
@@ -67,7 +67,7 @@ static std::vector<Rows> blocks_of(const int64_t* starts, int64_t experts) {
     return blocks;
 }
 
-// Every expert's rows, in the order of the tokens: starts[E + 1] and order[R].
+// Sorts the rows by expert, in the order of the tokens: starts[E + 1] and order[R].
 extern "C" void experts_sort(const int64_t* chosen, int64_t* starts, int64_t* order, int64_t rows,
                              int64_t experts) {
     std::vector<int64_t> next(experts + 1, 0);
@@ -77,7 +77,7 @@ extern "C" void experts_sort(const int64_t* chosen, int64_t* starts, int64_t* or
     for (int64_t i = 0; i < rows; i++) order[next[chosen[i]]++] = i;
 }
 
-// out[M, C] = the sum of every token's rows.
+// out[M, C] = sum of every token's rows.
 static void add_up(const float* rows, float* out, const Shape& s) {
 #pragma omp parallel for schedule(static)
     for (int64_t m = 0; m < s.tokens; m++) {
@@ -90,7 +90,7 @@ static void add_up(const float* rows, float* out, const Shape& s) {
     }
 }
 
-// Every row's result lies in rows_out[R, C] meanwhile; of one choice a token that is `out` itself.
+// rows_out[R, C] holds every row's result; with one choice per token, it is `out` itself.
 extern "C" void experts_forward(const Given* from, float* projected, float* rows_out, float* out,
                                 const Shape* shape) {
     const Given given = *from;
@@ -132,8 +132,8 @@ extern "C" void experts_forward(const Given* from, float* projected, float* rows
     if (rows_out != out) add_up(rows_out, out, s);
 }
 
-// d_projected[R, 2F] and inner[R, F], the gated inner state, of which the weights' gradients are
-// made; the gates' gradients; and every row's part of the input's, rows_out[R, C].
+// Computes d_projected[R, 2F] and the gated inner state inner[R, F], which the weights' gradients
+// need; the gates' gradients; and every row's part of the input's gradient, rows_out[R, C].
 static void rows_backward(const Given& given, const Shape& s, const std::vector<Rows>& blocks,
                           const float* projected, const float* grad, float* d_projected,
                           float* inner, float* d_gates, float* rows_out) {
@@ -209,14 +209,15 @@ static void weights_backward(const Given& given, const Shape& s, const std::vect
                              add);
             add = true;
         }
-        if (!add)  // an expert without tokens has a gradient, too
+        if (!add)  // an expert without tokens has the gradient 0
             for (int64_t r = part.row; r < end; r++)
                 memset(to + r * width + part.column, 0,
                        width_at(part.column, width) * sizeof(float));
     }
 }
 
-// Every row's part of d_x lies in rows_out[R, C] meanwhile; of one choice a token that is d_x itself. d_gate_up and d_down may be null.
+// rows_out[R, C] holds every row's part of d_x; with one choice per token, it is d_x itself. d_gate_up
+// and d_down may be NULL.
 extern "C" void experts_backward(const Given* from, const float* projected, const float* grad,
                                  float* d_projected, float* inner, float* rows_out, float* d_x,
                                  float* d_gates, float* d_gate_up, float* d_down,

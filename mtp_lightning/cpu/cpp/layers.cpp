@@ -1,11 +1,11 @@
-// What lies between the matrices, each in one or two passes over memory where PyTorch's operators
-// take several: RMSNorm, the gate of SwiGLU, softmax over a vocabulary.
+// The layers between the matrices, each in one or two passes over memory where PyTorch's operators
+// need several: RMSNorm, the gate of SwiGLU, softmax over a vocabulary.
 //
-// Every row is by itself; only the gradient of a norm's gain is a sum over rows, of parts that do
-// not depend on the number of threads.
+// Rows are independent; only the gradient of a norm's gain is a sum over rows, in parts that do not
+// depend on the number of threads.
 #include "vector.h"
 
-// out = silu(gate) * up; the halves of a row of 2 F.
+// out[M, F] = silu(gate) * up, the halves of the rows of gate_up[M, 2 F].
 extern "C" void swiglu_forward(const float* gate_up, float* out, int64_t rows, int64_t width) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < rows; i++) {
@@ -50,7 +50,7 @@ extern "C" void norm_forward(const float* x, const float* gain, float* out, floa
     }
 }
 
-constexpr int64_t PART = 64;  // rows whose part of the gain's gradient is one row of `parts`
+constexpr int64_t PART = 64;  // rows whose gradient of the gain is summed in one row of `parts`
 
 // d_x = (grad * gain - unit * mean(grad * gain * unit)) * scale
 extern "C" void norm_backward(const float* x, const float* gain, const float* scale,
@@ -78,7 +78,7 @@ extern "C" void norm_backward(const float* x, const float* gain, const float* sc
     }
 }
 
-// Every row becomes its log-softmax, in place.
+// log-softmax of every row, in place.
 extern "C" void log_softmax(float* x, int64_t rows, int64_t width) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < rows; i++) {
@@ -105,7 +105,7 @@ extern "C" void log_softmax(float* x, int64_t rows, int64_t width) {
     }
 }
 
-// exp of everything, in place.
+// exp of all numbers, in place.
 extern "C" void exponential(float* x, int64_t numbers) {
 #pragma omp parallel for schedule(static)
     for (int64_t block = 0; block < (numbers + 4095) / 4096; block++) {

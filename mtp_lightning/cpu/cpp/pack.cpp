@@ -1,20 +1,20 @@
-// Weights into panels (skinny.h), in fp32, bf16 or int8. Packing is a read and a write of the weights: tiles
-// of 16 x 16 are turned in registers.
+// Packs weights into panels (skinny.h), in fp32, bf16 or int8. Packing reads and writes the weights
+// once: tiles of 16 x 16 are transposed in registers.
 #include <sys/mman.h>
 
 #include "skinny.h"
 
-// The digest of the sources, which setup.py gives.
+// The digest of the sources, set by setup.py.
 extern "C" const char* built_from() { return BUILT_FROM; }
 
-// Numbers that a packed weight takes, of int8's scales four.
+// Size of a packed weight in numbers of its dtype; each of int8's scales takes four.
 extern "C" int64_t packed_size(int64_t outputs, int64_t inputs, int64_t kind) {
     int64_t panels = (outputs - 1) / PANEL;
     int64_t numbers = (panels * PANEL + panel_width(outputs - panels * PANEL, kind)) * inputs;
     return kind == BYTE ? numbers + padded(outputs) * (int64_t)sizeof(float) : numbers;
 }
 
-// Large pages are filled faster, and found faster by whoever reads them in a row.
+// Asks for huge pages, which are filled faster and need fewer address translations when read.
 static void large_pages(void* memory, int64_t bytes) {
     constexpr uintptr_t page = 1 << 21;
     uintptr_t begin = ((uintptr_t)memory + page - 1) / page * page;
@@ -22,7 +22,7 @@ static void large_pages(void* memory, int64_t bytes) {
     if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
 }
 
-// Inputs k .. k + 15 of outputs o .. o + 15, by input; zeros where there are none.
+// Inputs k .. k + 15 of outputs o .. o + 15, one vector per input; zeros beyond the weight's end.
 static inline void tile_of(const float* weight, int64_t outputs, int64_t inputs, int64_t o,
                            int64_t k, Vector* rows) {
     int64_t n = inputs - k < LANES ? inputs - k : LANES;
@@ -33,7 +33,7 @@ static inline void tile_of(const float* weight, int64_t outputs, int64_t inputs,
     transpose(rows);
 }
 
-// weight[N, K] -> panels, fp32.
+// Packs weight[N, K] in fp32. Returns 1.
 extern "C" int64_t pack_full(const float* weight, float* packed, int64_t outputs, int64_t inputs) {
     large_pages(packed, packed_size(outputs, inputs, FULL) * sizeof(float));
 #pragma omp parallel for schedule(static)
@@ -51,7 +51,7 @@ extern "C" int64_t pack_full(const float* weight, float* packed, int64_t outputs
     return 1;
 }
 
-// Whether all are numbers of bf16.
+// Whether bf16 represents all numbers exactly.
 static bool halves(const float* numbers, int64_t n) {
     const Whole lower = 0xffff - (Whole){};
     for (int64_t i = 0; i < n; i += 64 * LANES) {
@@ -65,8 +65,8 @@ static bool halves(const float* numbers, int64_t n) {
     return true;
 }
 
-// The same in bf16: two vectors of outputs share 32 numbers, the second in the upper halves. Whether
-// nothing is lost; if not, nothing is packed.
+// Packs in bf16: two vectors of outputs share one of 32 numbers, the second in the upper halves.
+// Returns 0, without packing, if bf16 does not represent all numbers exactly.
 extern "C" int64_t pack_half(const float* weight, uint16_t* packed, int64_t outputs,
                              int64_t inputs) {
     if (!halves(weight, outputs * inputs)) return 0;
@@ -91,8 +91,8 @@ extern "C" int64_t pack_half(const float* weight, uint16_t* packed, int64_t outp
     return 1;
 }
 
-// Of an output's numbers the step that makes all of them whole numbers up to 127, the largest 127
-// itself; 0 if they are all 0, -1 if there is none: NaN and infinity are no step's multiples.
+// The step of which all numbers of an output are integer multiples, the largest 127 times; 0 if they
+// are all 0, and -1 if there is no such step, as for NaN and infinity.
 static float step_of(const float* numbers, int64_t n) {
     Vector largest = all(0.0f);
     columns(n, [&](int64_t at, int64_t m) { largest = larger(size_of(take(numbers + at, m)), largest); });
@@ -101,15 +101,15 @@ static float step_of(const float* numbers, int64_t n) {
     columns(n, [&](int64_t at, int64_t m) {
         Vector number = take(numbers + at, m);
         Vector whole = step > 0.0f ? rounded(number / all(step)) : all(0.0f);
-        lost |= multiply_add(whole, all(step), -number) != all(0.0f);  // as NaN is, too
+        lost |= multiply_add(whole, all(step), -number) != all(0.0f);  // also true for NaN
     });
     for (int64_t j = 0; j < LANES; j++)
         if (lost[j]) return -1.0f;
     return step;
 }
 
-// The same in int8, behind a scale for every output. Whether nothing is lost; if something were, what
-// is packed is of no use.
+// Packs in int8, preceded by a scale for every output. Returns 0, with unusable content in `packed`,
+// if int8 does not represent all numbers exactly.
 extern "C" int64_t pack_byte(const float* weight, int8_t* packed, int64_t outputs, int64_t inputs) {
     float* scales = (float*)packed;
     memset(scales, 0, padded(outputs) * sizeof(float));

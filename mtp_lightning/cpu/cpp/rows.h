@@ -1,20 +1,15 @@
-// Products of rows that lie anywhere, each found by its pointer: nothing is gathered for them.
+// Products of rows given by pointers, so that no rows are gathered.
 //
-// All widths are multiples of 16. Of the right side 64 columns at a time are in the registers' reach.
+// All widths are multiples of 16. The right side is processed 64 columns at a time.
 #pragma once
 
-#include <type_traits>
-
 #include "vector.h"
-
-constexpr int64_t WIDE = 4 * LANES;
-constexpr int64_t HIGH = 6;  // 6 x 4 sums and 4 of the right side: what the registers hold
 
 static inline int64_t width_at(int64_t at, int64_t all_columns) {
     return all_columns - at < WIDE ? all_columns - at : WIDE;
 }
 
-// weight[N, K] into panels of 64 outputs, for every input side by side.
+// Packs weight[N, K] into panels of 64 outputs: the outputs of one input are adjacent.
 static void pack_panels(const float* weight, float* panel, int64_t outputs, int64_t inputs) {
     for (int64_t at = 0; at < outputs; at += WIDE) {
         int64_t width = width_at(at, outputs);
@@ -31,7 +26,7 @@ static void pack_panels(const float* weight, float* panel, int64_t outputs, int6
     }
 }
 
-// The same of a weight that lies turned, [K, N].
+// The same for a transposed weight, [K, N].
 static void pack_turned(const float* weight, float* panel, int64_t outputs, int64_t inputs) {
     for (int64_t at = 0; at < outputs; at += WIDE) {
         int64_t width = width_at(at, outputs);
@@ -40,7 +35,7 @@ static void pack_turned(const float* weight, float* panel, int64_t outputs, int6
     }
 }
 
-// out[r][at + 16 V] = x[r][K] panel[K, 16 V], of R rows.
+// out[r][at .. at + 16 V] = x[r][K] panel[K, 16 V] for R rows.
 template <int R, int V>
 static void rows_product(const float* const* x, const float* panel, float* const* out, int64_t at,
                          int64_t inputs) {
@@ -72,7 +67,7 @@ static void rows_product(const float* const* x, const float* panel, float* const
         for (int v = 0; v < V; v++) store(out[r] + at + v * LANES, sum[r][v]);
 }
 
-// out[R, 16 V] (+)= sum over n rows of left[i][.. R] right[i][.. 16 V].
+// out[R, 16 V] (+)= sum over n rows i of left[i][up .. up + R] right[i][at .. at + 16 V].
 template <int R, int V>
 static void sum_of_products(const float* const* left, int64_t up, const float* const* right,
                             int64_t at, int64_t n, float* out, int64_t ld, bool add) {
@@ -83,7 +78,7 @@ static void sum_of_products(const float* const* left, int64_t up, const float* c
         for (int v = 0; v < V; v++) sum[r][v] = add ? load(out + r * ld + v * LANES) : all(0.0f);
     for (int64_t i = 0; i < n; i++) {
         const float *x = left[i] + up, *y = right[i] + at;
-        __builtin_prefetch(x + LANES);  // the next rows of `out` want it
+        __builtin_prefetch(x + LANES);  // needed by the next rows of `out`
         Vector wide[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) wide[v] = load(y + v * LANES);
@@ -100,18 +95,6 @@ static void sum_of_products(const float* const* left, int64_t up, const float* c
         for (int v = 0; v < V; v++) store(out + r * ld + v * LANES, sum[r][v]);
 }
 
-// Calls body with R and V as constants: body(std::integral_constant<int, R>, <int, V>).
-template <int R = HIGH, int V = 4, typename Body>
-static inline void sized(int64_t rows, int64_t columns, Body body) {
-    if (V * LANES > columns) {
-        if constexpr (V > 1) sized<R, V - 1>(rows, columns, body);
-    } else if (R > rows) {
-        if constexpr (R > 1) sized<R - 1, V>(rows, columns, body);
-    } else {
-        body(std::integral_constant<int, R>{}, std::integral_constant<int, V>{});
-    }
-}
-
 // out[M, N] = x[M, K] times a packed weight.
 static void product_of_rows(const float* const* x, const float* packed, float* const* out,
                             int64_t rows, int64_t outputs, int64_t inputs) {
@@ -125,7 +108,7 @@ static void product_of_rows(const float* const* x, const float* packed, float* c
     }
 }
 
-// Rows from .. to of columns at .. at + 64 of out[H, N] (+)= left.T right, of n rows of both.
+// Rows from .. to and columns at .. at + 64 of out[H, N] (+)= left.T right, over n rows of both.
 static void gradient_of_rows(const float* const* left, int64_t from, int64_t to,
                              const float* const* right, int64_t at, int64_t n, float* out,
                              int64_t ld, bool add) {
