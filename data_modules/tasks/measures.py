@@ -3,7 +3,8 @@
 A measure does not see the model: it asks for the outputs that it needs, and the others are not
 computed.
 
-Shapes: B batch, W tokens of a window, P its positions, C d_model, S size of a probe's target.
+Shapes: B batch, W tokens of a window, P its positions, K scored tokens, C d_model, V vocabulary, S
+size of a probe's target.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ class Outputs(Protocol):
         """The examples as the model reads them; ``scored`` where it answers."""
 
     @property
+    def said_BW(self) -> Tensor:
+        """The tokens, with the model's greedy answers at the scored positions."""
+
+    @property
     def sampled_BW(self) -> Tensor:
         """The tokens, with the model's answers at temperature 1 at the scored positions. They are
         drawn from one stream per example, so they do not depend on batch, rank or validation."""
@@ -39,6 +44,10 @@ class Outputs(Protocol):
     @property
     def nats_BW(self) -> Tensor:
         """float64 ``-log p`` of each scored token, teacher-forced; 0 elsewhere."""
+
+    @property
+    def log_probs_KV(self) -> Tensor:
+        """``log p`` of every id at the K scored tokens, row by row, teacher-forced."""
 
 
 class Measure(Metric, ABC):

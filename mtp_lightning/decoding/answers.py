@@ -62,6 +62,11 @@ class Outputs:
         return _in_place(self.batch, nats_N, torch.zeros_like(self.batch.tokens).double())
 
     @cached_property
+    def log_probs_KV(self) -> Tensor:
+        """``log p`` of every id at the scored tokens, row by row, teacher-forced."""
+        return torch.log_softmax(self._logits_NV.float(), dim=-1)
+
+    @cached_property
     def _logits_NV(self) -> Tensor:
         return _logits(self._model, self.batch, self._main_BPX)
 

@@ -57,11 +57,22 @@ TASKS: dict[str, dict[str, Any]] = {
         "data.task.periods": None,
         "data.task.length": 6,
     },
+    "navigation": {
+        "data": "navigation",
+        "data.task.letters": None,
+        "data.task.periods": None,
+        "data.task.nodes": 12,
+    },
 }
 # What they report beside.
 BESIDE = {
     "sibling": {"val/sampled_coherent", "val/sampled_distinct", "val/creativity"},
     "hmm": {"val/belief_r2", "val/surprisal", "val/excess_loss", "val/longer/belief_r2"},
+    "navigation": {
+        *("val/legality", "val/legality_chance", "val/arrival", "val/surprisal", "val/excess_loss"),
+        *("val/shortcut_mass", "val/shortcut_mass_chance", "val/legal_mass"),
+        *("val/belief_cosine", "val/belief_cosine_others"),
+    },
 }
 
 
@@ -86,7 +97,9 @@ def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path,
         "val/loss_depth_2",
     } <= measured.keys()
     variant = {"star_graph": "longer", "mqar": "more"}.get(case, "longer")
-    assert (f"val/{variant}/exact_match" in measured) == (case != "sibling")
+    assert (f"val/{variant}/exact_match" in measured) == (
+        case not in ("sibling", "navigation")
+    )
     assert "val/bits_per_byte" not in measured and BESIDE.get(case, set()) <= measured.keys()
     # Nothing is drafted of a single token, nor after a question of one.
     assert ("decode/tokens_per_step" in summary) == (case not in ("mqar", "hmm"))
@@ -104,6 +117,7 @@ def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path,
             "packed": 30,
             "sibling": 5,
             "hmm": 6,
+            "navigation": 14,
         }[case]
     )
     if case == "hmm":  # the floor stands beside the loss, and is of the same tokens

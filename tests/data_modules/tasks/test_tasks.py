@@ -22,6 +22,7 @@ from data_modules.tasks import (
     Task,
 )
 from data_modules.tasks.base import END, Draws
+from data_modules.tasks.navigation import Navigation
 
 TASKS: list[Task] = [
     Copy(),
@@ -40,6 +41,8 @@ TASKS: list[Task] = [
     HMM(process="rrxor", length=5),
     Induction(),
     Induction(sentences=3, names=2, beginnings=2, endings=1),
+    Navigation(),
+    Navigation(graph="random", nodes=12, density=0.2),
     Polynomial(),
     Polynomial(operations=1),
     Sat(),

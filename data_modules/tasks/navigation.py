@@ -1,0 +1,294 @@
+"""Find a shortest path on a graph that no prompt shows: a world that must be learned.
+
+Zhong et al. 2026, LSE-MTP (arXiv 2604.06155), section 5. One graph, drawn by the seed, holds all
+examples. A path is written as the differences of its nodes' ids, so the model must keep track of
+where it stands. Training asks for half of all reachable pairs, validation for the others.
+
+    n3 n17 = +2 +9 +3 .        from node 3 by 5 and 14 to node 17
+
+Training also shows detours, around a node of the shortest path, and recoveries, which begin with a
+random step. The paper lists three shortest simple paths of each pair; here a path is drawn
+uniformly among the shortest ones, so that the exact probability of every token is known.
+
+Shapes: N nodes, B rows, W tokens of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+
+from data_modules.tasks.base import END, TRAINING, Draws, Example, Task
+from data_modules.tasks.measures import Measure, Training
+from data_modules.tasks.navigation_measures import (
+    FIRST,
+    BeliefCosine,
+    Losses,
+    Shortcuts,
+    Walks,
+)
+from mtp_lightning.errors import UserError
+from mtp_lightning.settings import require_choice, require_number, require_whole
+
+EQUALS = 1
+"""Id of the equals sign; that of the first node is FIRST, and steps come after the nodes."""
+GRAPH = 1 << 127
+"""Index of the graph's draws, above all examples."""
+EXTRA = 4
+"""Steps by which a detour may exceed the longest shortest path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Navigation(Task):
+    """Paths on one graph.
+
+    Attributes:
+        graph: ``street`` takes random points of the square, their minimum spanning tree, and of the
+            other edges of their Delaunay triangulation a share; ``random`` takes each directed edge
+            with a probability (Erdos-Renyi).
+        nodes: N, >= 4.
+        density: that share or probability, in [0, 1].
+        training: share of the reachable pairs that training asks for, in (0, 1).
+        detours: share of training examples that avoid a node of the shortest path.
+        recoveries: share of training examples whose first step is a random one.
+    """
+
+    name: ClassVar[str] = "navigation"
+    ends: ClassVar[bool] = True
+
+    graph: str = "street"
+    nodes: int = 40
+    density: float = 0.3
+    training: float = 0.5
+    detours: float = 0.1
+    recoveries: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_choice("data.task.graph", self.graph, ["street", "random"])
+        require_whole("data.task.nodes", self.nodes, least=4)
+        require_number("data.task.density", self.density, least=0, most=1)
+        require_number("data.task.training", self.training, above=0, below=1)
+        require_number("data.task.detours", self.detours, least=0, most=1)
+        require_number("data.task.recoveries", self.recoveries, least=0, most=1)
+        if self.detours + self.recoveries > 1:
+            raise UserError(
+                f"data.task.detours={self.detours} and data.task.recoveries={self.recoveries} are "
+                "shares of the same examples: their sum must be at most 1."
+            )
+
+    @cached_property
+    def edges(self) -> np.ndarray:
+        """``[N, N]`` bool: whether a step leads from the first node to the second."""
+        draws, n = self.draws(GRAPH), self.nodes
+        if self.graph == "street":
+            return _street(draws, n, self.density)
+        return (draws.uniform(n * n).reshape(n, n) < self.density) & ~np.eye(n, dtype=bool)
+
+    @cached_property
+    def distances(self) -> np.ndarray:
+        """``[N, N]`` int64: steps from the first node to the second; -1 where there is no path."""
+        found = np.where(np.eye(self.nodes, dtype=bool), 0, -1)
+        reached, steps = np.eye(self.nodes, dtype=bool), 0
+        while reached.any():
+            steps += 1
+            reached = ((reached.astype(np.float32) @ self.edges) > 0) & (found < 0)
+            found[reached] = steps
+        return found
+
+    @cached_property
+    def ways(self) -> np.ndarray:
+        """``[N, N]`` float64: number of shortest paths from the first node to the second."""
+        found = np.eye(self.nodes)
+        for steps in range(1, int(self.distances.max()) + 1):
+            nearer = found * (self.distances == steps - 1)
+            found = np.where(self.distances == steps, self.edges @ nearer, found)
+        return found
+
+    @cached_property
+    def symbols(self) -> tuple[str, ...]:
+        n = self.nodes
+        steps = (f"{step:+}" for step in range(1 - n, n) if step)
+        return (".", "=", *(f"n{i}" for i in range(n)), *steps)
+
+    @property
+    def longest_prompt(self) -> int:
+        return 3
+
+    @cached_property
+    def longest_answer(self) -> int:
+        return int(self.distances.max()) + EXTRA + 1
+
+    @cached_property
+    def chance(self) -> float:
+        """Exact match of random steps and ends: ``sum_L A^L[start, goal] / (2 N - 1)^(L + 1)``,
+        mean over the pairs of validation."""
+        symbols = 2 * self.nodes - 1
+        right = np.linalg.inv(symbols * np.eye(self.nodes) - self.edges)
+        return float(np.mean([right[pair] for pair in self._pairs[1]]))
+
+    def step_id(self, step: int) -> int:
+        """The id of a difference of nodes, which is not 0."""
+        return FIRST + self.nodes + step + self.nodes - 1 - (step > 0)
+
+    def places(self, tokens: np.ndarray) -> np.ndarray:
+        """``[.., W]`` the node reached after each token of a window; what is no step moves nobody.
+        A walk may leave the ids of nodes, below 0 or above N - 1."""
+        first = FIRST + self.nodes
+        steps = tokens - first - self.nodes + 1
+        steps = np.where(tokens < first, 0, steps + (steps >= 0))
+        return tokens[..., :1] - FIRST + steps.cumsum(-1)
+
+    def example(self, index: int) -> Example:
+        draws = self.draws(index)
+        of_training, of_validation = self._pairs
+        if index < 1 << TRAINING:
+            start, goal = of_validation[index % len(of_validation)]
+            return self._written(goal, self._path(start, goal, draws))
+        start, goal = of_training[draws.below(len(of_training))]
+        kind = float(draws.uniform(1)[0])
+        path = self._path(start, goal, draws)
+        if kind < self.detours:
+            path = self._detour(path, draws)
+        elif kind < self.detours + self.recoveries:
+            choices = np.flatnonzero(self.edges[start] & (self.distances[:, goal] >= 0))
+            step = int(choices[draws.below(len(choices))])
+            path = [start, *self._path(step, goal, draws)]
+        return self._written(goal, path)
+
+    def check(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+        """Whether it is a walk along edges from start to goal, and ends there."""
+        *steps, end = answer or [-1]
+        if end != END or not all(FIRST + self.nodes <= s < len(self.symbols) for s in steps):
+            return False
+        path = self.places(np.array([*prompt, *steps]))[len(prompt) - 1 :]
+        on_graph = bool(((path >= 0) & (path < self.nodes)).all())
+        arrived = len(path) > 1 and path[-1] == prompt[1] - FIRST
+        return bool(on_graph and arrived and self.edges[path[:-1], path[1:]].all())
+
+    def content(self, example: Example) -> Hashable:
+        """The pair, whatever the path."""
+        return tuple(example.prompt)
+
+    def surprisals(self, tokens: np.ndarray) -> np.ndarray:
+        """``[.., W]`` float64 nats of each token of shortest paths given those before it: the least
+        expected loss on validation. 0 for other tokens."""
+        place = self.places(tokens)
+        before, after = place[..., :-1], place[..., 1:]
+        goal = np.broadcast_to(tokens[..., 1:2] - FIRST, after.shape)
+        found = np.zeros(tokens.shape)
+        found[..., 1:] = np.log(self.ways[before, goal] / self.ways[after, goal])
+        return np.where(tokens < FIRST + self.nodes, 0.0, found)
+
+    def measures(
+        self, *, n: int, d_model: int, training: Training | None = None
+    ) -> Sequence[Measure]:
+        """``legality`` and ``arrival`` of greedy answers; ``shortcut_mass``, the probability of
+        illegal shortcuts; ``belief_cosine`` of states; ``surprisal`` and ``excess_loss``."""
+        return (
+            Walks(self),
+            Shortcuts(self),
+            BeliefCosine(self, d_model=d_model),
+            Losses(self),
+        )
+
+    @cached_property
+    def _pairs(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Reachable pairs of different nodes: those of training and those of validation."""
+        pairs = [(int(a), int(b)) for a, b in np.argwhere(self.distances > 0)]
+        order = self.draws(GRAPH + 1).permutation(len(pairs))
+        cut = round(self.training * len(pairs))
+        if not 0 < cut < len(pairs):
+            raise UserError(
+                f"data.task.density={self.density} leaves {len(pairs)} reachable pairs of nodes, "
+                f"which data.task.training={self.training} cannot divide: raise the density, or "
+                "give a share nearer to 0.5."
+            )
+        return [pairs[i] for i in order[:cut]], [pairs[i] for i in order[cut:]]
+
+    def _path(self, start: int, goal: int, draws: Draws) -> list[int]:
+        """A shortest path, uniformly drawn."""
+        path = [start]
+        for u in draws.uniform(int(self.distances[start, goal])).tolist():
+            at = path[-1]
+            nearer = self.edges[at] & (self.distances[:, goal] == self.distances[at, goal] - 1)
+            choices = np.flatnonzero(nearer)
+            shares = self.ways[choices, goal].cumsum()
+            path.append(int(choices[np.searchsorted(shares, u * shares[-1], side="right")]))
+        return path
+
+    def _detour(self, path: list[int], draws: Draws) -> list[int]:
+        """A shortest path around a random inner node of a path; the path itself where there is
+        none that is short enough, or the path has fewer than 4 nodes."""
+        start, goal = path[0], path[-1]
+        if len(path) < 4:
+            return path
+        closed = path[1 + draws.below(len(path) - 2)]
+        before = {goal: goal}
+        ring = [goal]
+        while ring and start not in before:
+            reached = []
+            for node in ring:
+                for other in np.flatnonzero(self.edges[:, node]).tolist():
+                    if other != closed and other not in before:
+                        before[other] = node
+                        reached.append(other)
+            ring = reached
+        if start not in before:
+            return path
+        found = [start]
+        while found[-1] != goal:
+            found.append(before[found[-1]])
+        return found if len(found) <= self.longest_answer else path
+
+    def _written(self, goal: int, path: list[int]) -> Example:
+        steps = [self.step_id(b - a) for a, b in zip(path[:-1], path[1:], strict=True)]
+        return Example([FIRST + path[0], FIRST + goal, EQUALS], [*steps, END])
+
+
+def _street(draws: Draws, n: int, density: float) -> np.ndarray:
+    """``[N, N]`` bool, symmetric: a street graph of points whose ids follow their first coordinate,
+    so that near nodes tend to have near ids."""
+    points = draws.uniform(2 * n).reshape(n, 2)
+    points = points[np.lexsort((points[:, 1], points[:, 0]))]
+    lengths = ((points[:, None] - points) ** 2).sum(-1)
+    tree = np.zeros((n, n), dtype=bool)
+    near, joined = np.zeros(n, dtype=int), np.arange(n) == 0
+    for _ in range(n - 1):  # Prim 1957
+        away = np.where(joined, np.inf, lengths[near, np.arange(n)])
+        node = int(away.argmin())
+        tree[node, near[node]] = tree[near[node], node] = joined[node] = True
+        near = np.where(lengths[node] < lengths[near, np.arange(n)], node, near)
+    others = [(i, j) for i, j in np.argwhere(np.triu(_delaunay(points))) if not tree[i, j]]
+    order = draws.permutation(len(others))
+    for k in order[: int(len(others) * density)]:
+        i, j = others[k]
+        tree[i, j] = tree[j, i] = True
+    return tree
+
+
+def _delaunay(points: np.ndarray) -> np.ndarray:
+    """``[N, N]`` bool: the pairs of points that lie on a circle without a point inside. The center
+    of a circle is ``middle + t normal``, and every other point bounds t from one side."""
+    n = len(points)
+    found = np.zeros((n, n), dtype=bool)
+    for i in range(n - 1):
+        ends = points[i + 1 :]
+        middle, along = (points[i] + ends) / 2, ends - points[i]
+        normal = np.stack((-along[:, 1], along[:, 0]), axis=1)
+        off = points - middle[:, None]
+        side = (off * normal[:, None]).sum(-1)
+        room = (off**2).sum(-1) - (along**2).sum(-1, keepdims=True) / 4
+        with np.errstate(divide="ignore", invalid="ignore"):
+            bound = room / (2 * side)
+        rows = np.arange(len(ends))
+        other = np.ones(side.shape, dtype=bool)
+        other[:, i], other[rows, i + 1 + rows] = False, False
+        upper = np.where(other & (side > 0), bound, np.inf).min(1)
+        lower = np.where(other & (side < 0), bound, -np.inf).max(1)
+        found[i, i + 1 :] = lower <= upper
+    return found | found.T

@@ -1,0 +1,192 @@
+"""What a model knows of the graph of ``data=navigation``: its walks, its shortcuts, its states.
+
+A model may answer beyond the end of a shortest path, so windows are scored there, too; what is
+measured on the true paths ends with them.
+
+Shapes: B rows, W tokens of a window, P positions, K scored positions of a batch, L those of them on
+the true paths, N nodes, C d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_modules.tasks.base import END
+from data_modules.tasks.measures import Measure, Outputs
+
+if TYPE_CHECKING:
+    from data_modules.tasks.navigation import Navigation
+
+FIRST = 2
+"""Id of the first node."""
+NEAR = range(2, 5)
+"""Steps from the goal at which a node can be the end or the beginning of a shortcut."""
+
+
+class Means(Measure):
+    """Means of several values, each over what it is defined for.
+
+    Args:
+        task: whose examples are measured.
+        names: of the values.
+    """
+
+    sums: Tensor
+
+    def __init__(self, task: Navigation, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.task, self.names = task, names
+        empty = torch.zeros((len(names), 2), dtype=torch.float64)
+        self.add_state("sums", default=empty, dist_reduce_fx="sum")
+
+    @abstractmethod
+    def count(self, outputs: Outputs) -> list[tuple[float, int]]:
+        """The sum of every value and how many it is of."""
+
+    def update(self, numbers: np.ndarray, outputs: Outputs) -> None:
+        self.sums += torch.tensor(self.count(outputs), dtype=torch.float64).to(self.sums.device)
+
+    def compute(self) -> dict[str, float]:
+        pairs = zip(self.names, self.sums.tolist(), strict=True)
+        return {name: total / n for name, (total, n) in pairs if n}
+
+
+class Walks(Means):
+    """Greedy answers: ``legality``, the share of their steps that follow an edge from where the
+    walk stands, and ``arrival``, the share of answers that end at the goal, legal or not. Both are
+    1 of a model that knows the graph. ``legality_chance`` is that of a random symbol.
+    """
+
+    def __init__(self, task: Navigation) -> None:
+        super().__init__(task, ("legality", "legality_chance", "arrival"))
+
+    def count(self, outputs: Outputs) -> list[tuple[float, int]]:
+        task, prompt = self.task, self.task.longest_prompt
+        tokens = outputs.said_BW[:, : task.longest].cpu().numpy()
+        legal = guessed = 0.0
+        arrived = steps = 0
+        for row in tokens:
+            answer = row[prompt:].tolist()
+            length = answer.index(END) if END in answer else len(answer)
+            path = task.places(row[: prompt + length])[prompt - 1 :]
+            arrived += length < len(answer) and int(path[-1]) == int(row[1]) - FIRST
+            inside = (path >= 0) & (path < task.nodes)
+            pairs = zip(path[:-1], path[1:], inside[:-1] & inside[1:], strict=True)
+            legal += sum(bool(ok and task.edges[a, b]) for a, b, ok in pairs)
+            guessed += float(task.edges[path[:-1][inside[:-1]]].sum()) / (2 * task.nodes - 1)
+            steps += length
+        return [(legal, steps), (guessed, steps), (float(arrived), len(tokens))]
+
+
+class Shortcuts(Means):
+    """``shortcut_mass``: the probability of illegal shortcuts. Where a path stands 2 to 4 steps
+    from its goal, they are the steps to any other node that is 2 to 4 steps from it, without an
+    edge. 0 of a model that knows the graph. The paper averages over single shortcuts from the
+    start; here their probabilities are summed, at every node of the true path. ``legal_mass`` is
+    the probability of all edges there, and ``.._chance`` that of random symbols.
+    """
+
+    def __init__(self, task: Navigation) -> None:
+        names = ("shortcut_mass", "shortcut_mass_chance", "legal_mass", "legal_mass_chance")
+        super().__init__(task, names)
+        nodes = range(task.nodes)
+        # From each node, the id of the step to each other; to itself, the pad symbol.
+        ids = [[task.step_id(b - a) if a != b else END for b in nodes] for a in nodes]
+        self.ids_NN = np.array(ids)
+
+    def count(self, outputs: Outputs) -> list[tuple[float, int]]:
+        task, batch = self.task, outputs.batch
+        at_L, place, goal = standing(task, outputs)
+        apart = task.distances.T[goal]  # [L, N], of every node from the goal
+        near = (apart >= NEAR.start) & (apart < NEAR.stop)
+        here = near[np.arange(len(place)), place]
+        at_L, place, near = at_L[here], place[here], near[here]
+        legal = task.edges[place]
+        illegal = near & ~legal & (np.arange(task.nodes) != place[:, None])
+        at = torch.from_numpy(at_L).to(batch.device)
+        ids = torch.from_numpy(self.ids_NN[place]).to(batch.device)
+        probs = outputs.log_probs_KV[at].double().exp().gather(1, ids).cpu().numpy()
+        n, symbols = len(place), len(task.symbols)
+        return [
+            (float(value), n)
+            for which in (illegal, legal)
+            for value in ((probs * which).sum(), which.sum() / symbols)
+        ]
+
+
+class Losses(Means):
+    """``surprisal``, the nats a token of the exact predictor of shortest paths, and the model's
+    ``excess_loss`` over it, on the same tokens."""
+
+    def __init__(self, task: Navigation) -> None:
+        super().__init__(task, ("surprisal", "excess_loss"))
+
+    def count(self, outputs: Outputs) -> list[tuple[float, int]]:
+        batch = outputs.batch
+        assert batch.scored is not None
+        tokens, counts = batch.tokens.cpu().numpy(), batch.scored.cpu().numpy().copy()
+        counts[:, 1:] &= tokens[:, :-1] != END
+        least = self.task.surprisals(tokens)[counts]
+        nats = outputs.nats_BW.cpu().numpy()[counts]
+        return [(float(least.sum()), len(least)), (float((nats - least).sum()), len(least))]
+
+
+class BeliefCosine(Measure):
+    """``belief_cosine``: the mean cosine of the trunk's states that stand at the same node with the
+    same goal and came from different starts, and ``belief_cosine_others`` of all other pairs. A
+    model whose state holds where it stands and where it goes, and nothing else, has 1; the others
+    are what chance gives. Only sums of normalized states are kept. (Starts differ as long as
+    ``data.eval_examples`` is at most the number of pairs of validation.)
+
+    Args:
+        task: whose examples are measured.
+        d_model: C.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, task: Navigation, *, d_model: int) -> None:
+        super().__init__()
+        self.task = task
+        beliefs = task.nodes**2
+        empty = torch.zeros((beliefs, d_model), dtype=torch.float64)
+        self.add_state("sums", default=empty, dist_reduce_fx="sum")
+        self.add_state("counts", default=torch.zeros(beliefs).double(), dist_reduce_fx="sum")
+
+    def update(self, numbers: np.ndarray, outputs: Outputs) -> None:
+        at_L, place, goal = standing(self.task, outputs)
+        belief = torch.from_numpy(place * self.task.nodes + goal).to(self.sums.device)
+        states_KC = outputs.states_BPC[outputs.batch.valid(0)]
+        at = torch.from_numpy(at_L).to(states_KC.device)
+        states = states_KC[at].double().to(self.sums.device)
+        unit = states / states.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        self.sums.index_add_(0, belief, unit)
+        self.counts.index_add_(0, belief, torch.ones_like(belief, dtype=torch.float64))
+
+    def compute(self) -> dict[str, float]:
+        within = float((self.sums.square().sum(-1) - self.counts).sum())
+        pairs = float((self.counts * (self.counts - 1)).sum())
+        n = float(self.counts.sum())
+        total = float(self.sums.sum(0).square().sum()) - n
+        found = {} if pairs < 1 else {"belief_cosine": within / pairs}
+        others = n * (n - 1) - pairs
+        return found if others < 1 else found | {"belief_cosine_others": (total - within) / others}
+
+
+def standing(task: Navigation, outputs: Outputs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The scored positions that lie on the true paths: which of the K they are, and the node and
+    the goal there, each [L]."""
+    batch = outputs.batch
+    valid_BP = batch.valid(0)
+    assert valid_BP is not None
+    tokens, valid = batch.tokens.cpu().numpy(), valid_BP.cpu().numpy()
+    place = task.places(tokens)[:, : batch.seq_len]
+    goal = np.broadcast_to(tokens[:, 1:2] - FIRST, place.shape)
+    (at_L,) = np.nonzero((tokens[:, : batch.seq_len] != END)[valid])
+    return at_L, place[valid][at_L], goal[valid][at_L]

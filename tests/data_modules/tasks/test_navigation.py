@@ -1,0 +1,254 @@
+"""The graph, its paths and what is measured on it, from what a person would read."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from data_modules.tasks.answers import AnswerSet
+from data_modules.tasks.base import END, TRAINING
+from data_modules.tasks.navigation import Navigation, _delaunay
+from data_modules.windows import WindowBatch
+
+TASKS = [Navigation(), Navigation(graph="random", nodes=25, density=0.08)]
+
+
+def read(task: Navigation, prompt: list[int], answer: list[int]) -> tuple[int, int, list[int]]:
+    """Start, goal and path of what is shown."""
+    said, steps = task.show(prompt).split(), task.show(answer).split()
+    assert said[2] == "=" and steps[-1] == "."
+    start, goal = (int(name.removeprefix("n")) for name in said[:2])
+    return start, goal, list(itertools.accumulate(map(int, steps[:-1]), initial=start))
+
+
+def neighbors(task: Navigation) -> dict[int, list[int]]:
+    return {a: np.flatnonzero(row).tolist() for a, row in enumerate(task.edges)}
+
+
+def hops(task: Navigation, start: int) -> dict[int, int]:
+    """Steps to every node that can be reached, by breadth."""
+    out, found, ring = neighbors(task), {start: 0}, [start]
+    while ring:
+        after = []
+        for a in ring:
+            for b in out[a]:
+                if b not in found:
+                    found[b] = found[a] + 1
+                    after.append(b)
+        ring = after
+    return found
+
+
+@pytest.mark.parametrize("task", TASKS, ids=repr)
+def test_validation_asks_for_shortest_paths_of_pairs_that_training_leaves(task: Navigation) -> None:
+    table, out = {a: hops(task, a) for a in range(task.nodes)}, neighbors(task)
+    reachable = {(a, b) for a in table for b in table[a] if a != b}
+    n_held = len(reachable) - round(len(reachable) / 2)
+    held, trained, others = set(), set(), 0
+    for i in range(n_held):
+        example = task.example(i)
+        start, goal, path = read(task, example.prompt, example.answer)
+        held.add((start, goal))
+        assert path[-1] == goal and len(path) - 1 == table[start][goal]
+        assert all(b in out[a] for a, b in itertools.pairwise(path))
+    for i in range(4000):
+        example = task.example((1 << TRAINING) + i)
+        start, goal, path = read(task, example.prompt, example.answer)
+        trained.add((start, goal))
+        assert all(b in out[a] for a, b in itertools.pairwise(path)) and path[-1] == goal
+        others += len(path) - 1 > table[start][goal]
+    assert len(held) == n_held and not trained & held and trained | held <= reachable
+    assert len(trained) > 0.9 * (len(reachable) - n_held)
+    assert 0.03 < others / 4000 < 0.2  # detours and recoveries that are longer
+
+
+def test_detours_avoid_a_node_and_recoveries_begin_anywhere() -> None:
+    detours, recoveries = Navigation(detours=1, recoveries=0), Navigation(detours=0, recoveries=1)
+    longer = wrong = 0
+    for i in range(300):
+        for task in (detours, recoveries):
+            example = task.example((1 << TRAINING) + i)
+            start, goal, path = read(task, example.prompt, example.answer)
+            if task is detours:
+                assert len(set(path)) == len(path)
+                longer += len(path) - 1 > task.distances[start, goal]
+            else:
+                assert len(path) - 2 == task.distances[path[1], goal]
+                wrong += task.distances[path[1], goal] >= task.distances[start, goal]
+    assert longer > 60 and wrong > 60
+
+
+def test_paths_are_drawn_uniformly_and_the_surprisals_are_their_logarithms() -> None:
+    task = Navigation(nodes=12, density=0.8)
+    a, b = max(task._pairs[1], key=lambda pair: float(task.ways[pair]))
+    n = int(task.ways[a, b])
+    assert n >= 3
+    counts: dict[tuple[int, ...], int] = {}
+    for i in range(3000):
+        path = tuple(task._path(a, b, task.draws(i)))
+        counts[path] = counts.get(path, 0) + 1
+    assert len(counts) == n
+    assert all(abs(c - 3000 / n) < 5 * (3000 / n) ** 0.5 for c in counts.values())
+    written = task._written(b, list(next(iter(counts))))
+    nats = task.surprisals(np.array([*written.prompt, *written.answer]))
+    assert nats.sum() == pytest.approx(np.log(n)) and nats[-1] == 0
+
+
+def test_a_street_graph_is_a_tree_and_edges_of_the_triangulation() -> None:
+    for seed in range(5):
+        tree, task = Navigation(seed=seed, density=0), Navigation(seed=seed)
+        assert tree.edges.sum() == 2 * 39 and (tree.distances >= 0).all()
+        assert (task.edges == task.edges.T).all() and task.edges[tree.edges].all()
+        assert 2 * 55 < task.edges.sum() < 2 * 65
+
+
+def test_the_triangulation_has_edges_of_triangles_with_an_empty_circle() -> None:
+    points = np.random.default_rng(0).uniform(size=(14, 2))
+    want = np.zeros((14, 14), dtype=bool)
+    for corners in itertools.combinations(range(14), 3):
+        a, b, c = points[list(corners)]
+        center = np.linalg.solve(2 * np.array([b - a, c - a]), [b @ b - a @ a, c @ c - a @ a])
+        radius = np.linalg.norm(a - center)
+        others = [i for i in range(14) if i not in corners]
+        if (np.linalg.norm(points[others] - center, axis=1) > radius).all():
+            for i, j in itertools.permutations(corners, 2):
+                want[i, j] = True
+    assert (_delaunay(points) == want).all()
+
+
+def test_chance_is_what_random_symbols_reach() -> None:
+    task = Navigation(nodes=5, density=1.0)
+    random, pairs = np.random.default_rng(0), task._pairs[1]
+    symbols, right, n = np.array([END, *range(2 + 5, len(task.symbols))]), 0, 20_000
+    for k in range(n):
+        start, goal = pairs[k % len(pairs)]
+        answer = symbols[random.integers(len(symbols), size=60)].tolist()
+        if END in answer:
+            right += task.check([2 + start, 2 + goal, 1], answer[: answer.index(END) + 1])
+    assert right > 100 and abs(right / n - task.chance) < 5 * (task.chance / n) ** 0.5
+
+
+@dataclass
+class Given:
+    """Outputs of a model that a test has made up."""
+
+    batch: WindowBatch
+    said_BW: Tensor
+    states_BPC: Tensor
+    log_probs_KV: Tensor
+    nats_BW: Tensor
+
+
+def given(task: Navigation, numbers: np.ndarray, *, knows: bool) -> Given:
+    """A model that knows the graph, or one that says any symbol and whose states are noise."""
+    batch = AnswerSet(task, 1000, depth=1).batch(numbers)
+    tokens, valid = batch.tokens.numpy(), batch.valid(0)
+    assert valid is not None
+    place = task.places(tokens)[:, : batch.seq_len]
+    table = torch.full((*place.shape, len(task.symbols)), 1 / len(task.symbols)).double()
+    states = np.stack([np.random.default_rng(i).normal(size=(batch.seq_len, 4)) for i in numbers])
+    if knows:
+        beliefs = np.random.default_rng(7).normal(size=(task.nodes, task.nodes, 4))
+        states = beliefs[place, tokens[:, 1:2] - 2]
+        for row, at in zip(*np.nonzero(valid.numpy()), strict=True):
+            a, b = place[row, at], tokens[row, 1] - 2
+            table[row, at] = 0
+            if a == b:
+                table[row, at, END] = 1
+            for c in np.flatnonzero(task.edges[a]) if a != b else ():
+                if task.distances[c, b] == task.distances[a, b] - 1:
+                    table[row, at, task.step_id(c - a)] = task.ways[c, b] / task.ways[a, b]
+    ahead = slice(1, batch.seq_len + 1)
+    nats = torch.zeros(tokens.shape).double()
+    picked = -table.log().gather(-1, batch.tokens[:, ahead].unsqueeze(-1)).squeeze(-1)
+    nats[:, ahead] = torch.where(valid, picked, 0)
+    return Given(batch, batch.tokens, torch.tensor(states), table.log()[valid], nats)
+
+
+def measured(task: Navigation, batches: list[np.ndarray], *, knows: bool) -> dict[str, float]:
+    measures = task.measures(n=1000, d_model=4)
+    for numbers in batches:
+        for measure in measures:
+            measure.update(numbers, given(task, numbers, knows=knows))  # type: ignore[arg-type]
+    return {name: value for measure in measures for name, value in measure.compute().items()}
+
+
+def test_a_model_that_knows_the_graph_has_every_reference() -> None:
+    task = Navigation()
+    found = measured(task, [np.arange(200)], knows=True)
+    parts = measured(task, [np.arange(90), np.arange(90, 200)], knows=True)
+    assert found == pytest.approx(parts)
+    assert found["legality"] == found["arrival"] == 1 and found["shortcut_mass"] == 0
+    assert found["legal_mass"] == pytest.approx(1) and found["belief_cosine"] == pytest.approx(1)
+    assert abs(found["belief_cosine_others"]) < 0.1
+    assert found["excess_loss"] == pytest.approx(0, abs=1e-12) and found["surprisal"] > 0
+
+
+def test_a_model_that_says_anything_has_every_chance() -> None:
+    task = Navigation()
+    found = measured(task, [np.arange(200)], knows=False)
+    for name in ("shortcut_mass", "legal_mass"):
+        assert found[name] == pytest.approx(found[f"{name}_chance"])
+    assert found["shortcut_mass"] > 0.05
+    assert abs(found["belief_cosine"] - found["belief_cosine_others"]) < 0.1
+    assert found["excess_loss"] == pytest.approx(np.log(len(task.symbols)) - found["surprisal"])
+
+
+def test_the_cosine_is_that_of_all_pairs() -> None:
+    task, numbers = Navigation(), np.arange(60)
+    made = given(task, numbers, knows=False)
+    tokens = made.batch.tokens.numpy()
+    rows = []
+    for i in numbers:
+        example = task.example(int(i))
+        start, goal, path = read(task, example.prompt, example.answer)
+        assert tokens[i, 0] - 2 == start
+        rows += [((a, goal), made.states_BPC[i, 2 + j].numpy()) for j, a in enumerate(path)]
+    same, others = [], []
+    for (a, x), (b, y) in itertools.combinations(rows, 2):
+        (same if a == b else others).append(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
+    found = measured(task, [numbers], knows=False)
+    assert found["belief_cosine"] == pytest.approx(np.mean(same))
+    assert found["belief_cosine_others"] == pytest.approx(np.mean(others))
+
+
+def test_walks_are_judged_step_by_step() -> None:
+    task = Navigation(nodes=12, density=0.8)
+    made = given(task, np.arange(50), knows=True)
+    a, b = 0, next(b for b in range(1, 12) if not task.edges[0, b])
+    c = int(np.flatnonzero(task.edges[b])[0])
+    made.said_BW = torch.full_like(made.batch.tokens, END)
+    walk = [2 + a, 2 + c, 1, task.step_id(b - a), task.step_id(c - b)]
+    made.said_BW[:, :5] = torch.tensor(walk)
+    walks = task.measures(n=50, d_model=4)[0]
+    walks.update(np.arange(50), made)  # type: ignore[arg-type]
+    found = walks.compute()
+    assert found["legality"] == 0.5 and found["arrival"] == 1  # by a shortcut
+    assert found["legality_chance"] == pytest.approx(task.edges[[a, b]].sum() / 2 / 23)
+    assert not task.check(walk[:3], [*walk[3:], END])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"graph": "ring"}, "data.task.graph=ring is unknown: choose one of street, random"),
+        ({"nodes": 3}, "data.task.nodes must be a whole number of at least 4, not 3"),
+        ({"density": 2}, "data.task.density must be a number in [0, 1], not 2"),
+        ({"training": 1.0}, "data.task.training must be a number in (0, 1), not 1.0"),
+        ({"detours": 0.7, "recoveries": 0.7}, "their sum must be at most 1"),
+    ],
+)
+def test_refused(options: dict[str, object], told: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        Navigation(**options)  # type: ignore[arg-type]
+    assert told in str(refused.value)
+
+
+def test_a_graph_without_pairs_to_divide_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match="leaves 0 reachable pairs of nodes"):
+        Navigation(graph="random", density=0).example(0)
