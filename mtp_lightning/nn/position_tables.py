@@ -54,8 +54,7 @@ class Runs:
     @cached_property
     def positions(self) -> Tensor:
         """The positions [B, T] of runs that are not uniform."""
-        flat_BT = self._flat.view(len(self.starts), self.width)
-        return flat_BT - self.tables.first_columns(len(self.starts))
+        return (self._flat % self.tables.capacity).view(len(self.starts), self.width)
 
     def read(self, buffer: Tensor, ahead: int = 0) -> Tensor:
         """The run, moved ``ahead`` positions, of a buffer [B, S, ..]: [B, T, ..]; a view if the
@@ -98,7 +97,7 @@ class PositionTables:
         self.device = torch.device(device)
         self.dtype = dtype
         self.columns_S = torch.arange(self.capacity, device=device)
-        self._first_columns: dict[int, Tensor] = {}
+
         cos, sin = over_whole_heads(*rope_table(self.columns_S, **config.rotary, dtype=dtype))
         self.cos_S1H, self.sin_S1H = cos.unsqueeze(1), sin.unsqueeze(1)
         self.before = torch.zeros((), device=device, dtype=dtype)
@@ -110,13 +109,6 @@ class PositionTables:
         rows = torch.arange(FEW, device=device).unsqueeze(1) + self._center
         self._mask_TW = torch.zeros(rows.shape[0], columns.shape[0], device=device, dtype=dtype)
         self._mask_TW.masked_fill_(columns > rows, -math.inf)
-
-    def first_columns(self, batch: int) -> Tensor:
-        """The flat index of every row's position 0 if rows and positions are one axis, [B, 1]."""
-        if batch not in self._first_columns:
-            rows = torch.arange(batch, device=self.device).unsqueeze(1)
-            self._first_columns[batch] = rows * self.capacity
-        return self._first_columns[batch]
 
     def at(self, start: int, n_new: int) -> tuple[Tensor, Tensor]:
         """Rotary table of consecutive positions: views [1, T, 1, H]."""
