@@ -27,7 +27,7 @@ _SEARCHED, _PIECE = 1000, 64  # pieces of held-out text, and tokens of each
 
 
 def print_samples(model: MTPModel, data: WindowDataModule, *, seed: int) -> None:
-    """Three held-out beginnings and how the model goes on; of a task, a question and its answer.
+    """Three held-out beginnings and how the model continues; of a task, a question and its answer.
 
     Args:
         model: on its device.
