@@ -8,6 +8,7 @@ import html
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mtp_lightning.explained import Option, groups  # noqa: E402
+from mtp_lightning.markdown import plain  # noqa: E402
 
 # Modules that a user of the library, or somebody who extends it, imports from.
 DOORS = (
@@ -71,6 +73,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Make links of the repository work on the site; a link without a page becomes plain text."""
     up = "../" * page.file.src_uri.count("/")
+    markdown = markdown.replace("<!-- verdicts -->", verdicts())
 
     def link(found: re.Match[str]) -> str:
         bang, text, target = found.groups()
@@ -87,6 +90,36 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     if page.file.src_uri.startswith("tutorial/"):  # ../methods.md is a page of the site
         return markdown
     return re.sub(outward, link, markdown)
+
+
+# The questions of the front page, and the claims that answer them.
+QUESTIONS = {
+    "Is the main prediction better, at equal training compute?": "text_equal_flops",
+    "Does MTP teach a model to plan?": "star_graph_heads_5000",
+    "Are the drafts of sequential modules the best ones?": "drafts_best",
+}
+
+
+def verdicts() -> str:
+    """Three claims with their verdicts, as ``results/`` has them."""
+    said = {"holds": "**holds**", "does not hold": "**does not hold**"}
+    said["undecided"] = "is **undecided**"
+    verbs = {
+        "holds": ("holds", "hold"),
+        "does not hold": ("does not hold", "do not hold"),
+        "undecided": ("is undecided", "are undecided"),
+    }
+    parts = []
+    for question, claim in QUESTIONS.items():
+        result = json.loads((ROOT / "results" / f"{claim}.json").read_text(encoding="utf-8"))
+        counts = Counter(entry["verdict"] for entry in result["predictions"])
+        counted = ", ".join(f"{counts[v]} {verbs[v][counts[v] > 1]}" for v in verbs if counts[v])
+        parts.append(
+            f"**{question}** The claim: *{plain(result['sentence'])}* "
+            f"It {said[result['verdict']]}; "
+            f"of its {sum(counts.values())} predictions {counted}."
+        )
+    return "\n\n".join(parts)
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:

@@ -1,17 +1,70 @@
-"""The container, built and asked for its help where there is docker."""
+"""The container: what its file says, and, where there is docker, the image at work."""
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from mtp_lightning.paths import CONF
 from tests.integration.helpers import ROOT
 
-pytestmark = pytest.mark.long
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
 
+def test_it_serves_and_is_not_root() -> None:
+    image = DOCKERFILE.rpartition("\nFROM ")[2]
+    (user,) = re.findall(r"^USER (\S+)$", image, re.MULTILINE)
+    assert user not in ("root", "0") and image.index(f"useradd --create-home {user}") > 0
+    assert image.index("apt-get") < image.index("USER ") < image.index("ENTRYPOINT")
+    port = OmegaConf.load(CONF / "serve.yaml").port
+    assert f"EXPOSE {port}\n" in image and f":{port}/health" in image
+    (extras,) = re.findall(r"'\.\[(.*?)\]'", DOCKERFILE)
+    assert "serve" in extras.split(",")
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "healthy"),
+    [("serve", 200, True), ("serve", 503, False), ("serve", None, False), ("train", None, True)],
+)
+def test_the_health_check(command: str, status: int | None, healthy: bool, tmp_path: Path) -> None:
+    """As docker runs it, with another process 1 and another port."""
+    (words,) = re.findall(r"^HEALTHCHECK .*? CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
+    _, flag, program = json.loads(words)
+
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert status is not None and self.path == "/health"
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    first = tmp_path / "cmdline"
+    first.write_text("\0".join(("python", "/venv/bin/mtp-lightning", command, "port=8000", "")))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Health) as server:
+        port = server.server_port
+        if status is None:
+            server.server_close()
+        else:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        program = program.replace("/proc/1/cmdline", str(first)).replace(":8000/", f":{port}/")
+        done = subprocess.run([sys.executable, flag, program], capture_output=True, timeout=60)
+        assert (done.returncode == 0) == healthy, done.stderr
+        if status is not None:
+            server.shutdown()
+
+
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("docker") is None, reason="needs docker")
 @pytest.mark.parametrize("torch", ["cpu", "cuda"])
 def test_the_image_trains(torch: str) -> None:

@@ -70,6 +70,16 @@ def test_every_page_is_there_and_asks_no_network(site: Path) -> None:
         assert all(after <= before + 1 for before, after in steps), f"{file} leaves a level out"
 
 
+def test_the_front_page_has_cards_and_verdicts(site: Path) -> None:
+    page = (site / "index.html").read_text(encoding="utf-8")
+    for who in ("Student", "Researcher", "Engineer"):
+        assert f"<strong>{who}</strong>" in page
+    result = json.loads((ROOT / "results" / "text_equal_flops.json").read_text(encoding="utf-8"))
+    assert result["sentence"] in page and f"<strong>{result['verdict']}</strong>" in page
+    assert page.count("<p><strong>") - 3 == page.count("The claim: <em>") == 3
+    assert 'src="images/smollm2_heads.svg"' in page and 'src="assets/terminal-light.svg"' in page
+
+
 def test_the_settings_are_conf_s(site: Path) -> None:
     page = (site / "reference" / "settings.html").read_text(encoding="utf-8")
     for group, options in groups().items():

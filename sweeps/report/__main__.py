@@ -60,7 +60,7 @@ def report(
     target.mkdir(parents=True, exist_ok=True)
     with style.styled():
         drawings = figures.draw(settings, comparisons, priced)
-        labels = [setting.label for setting in settings.all]
+        labels = [setting.name for setting in settings.all]
         svgs = page.write_figures(drawings, target / page.FIGURES, labels)
     if len(sweeps) == 1:
         events.write_events(target / page.FIGURES, settings, drawings)

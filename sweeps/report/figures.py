@@ -15,13 +15,13 @@ from sweeps.report.figures_curves import curve, exact_match, times
 from sweeps.report.figures_places import place_figures
 from sweeps.report.metrics import BITS, CURVE_AXES, DECODE_SPEED, EXACT, FLOPS, Metric
 from sweeps.report.metrics import number as number_of
+from sweeps.report.names import axis_of, name_of
 from sweeps.report.settings import Setting, Settings, order, show
 from sweeps.report.statistics import Interval
 from sweeps.report.style import (
     COLOURS,
     QUIET,
     SEEDS,
-    WHOLE,
     Drawing,
     Look,
     brief,
@@ -29,6 +29,7 @@ from sweeps.report.style import (
     canvas,
     key_to,
     looks_of,
+    share_axis,
     si_axis,
 )
 
@@ -45,13 +46,13 @@ def draw(
 ) -> list[Drawing]:
     """Every figure that the runs have something to show in, in reading order."""
     by_place = place_figures(settings)
-    task = [exact_match(settings), solved(settings), times(settings), *by_place["task"]]
+    task = [solved(settings), exact_match(settings), times(settings), *by_place["task"]]
     drawings = [
         *(task if settings.is_task else []),
+        # What was asked for comes first; of a task, the seeds that solve it.
+        *([] if settings.is_task else [differences(comparisons, settings.headline)]),
         *(gains(settings, family, i) for i, family in enumerate(families or [None])),
         *(curve(settings, axis) for axis in CURVE_AXES),
-        # Settings of a task are compared by the seeds that solve it.
-        *([] if settings.is_task else [differences(comparisons, settings.headline)]),
         *by_place["depth"],
         *by_place["long range"],
         *heat_maps(settings),
@@ -153,7 +154,7 @@ def _point(
         elinewidth=0.8,
         markersize=7,
         markerfacecolor=look.colour if filled else "none",
-        label=setting.label,
+        label=setting.name,
     )
 
 
@@ -169,16 +170,16 @@ def solved(settings: Settings) -> Drawing:
     shown = [(setting, share) for setting, share in reversed(shares) if share]
     if not shown:
         return drawing.lacking(f"no finished run has {EXACT}")
-    figure, axes = by_row([setting.label for setting, _ in shown])
+    figure, axes = by_row([setting.name for setting, _ in shown])
     look_of = looks_of(settings.all)
     for y, (setting, share) in enumerate(shown):
         reach = [[share.rate - share.low], [share.high - share.rate]]
         look = look_of[id(setting)]
         axes.errorbar(
-            share.rate, y, xerr=reach, fmt=look.marker, color=look.colour, label=setting.label
+            share.rate, y, xerr=reach, fmt=look.marker, color=look.colour, label=setting.name
         )
-    axes.set_xlim(*WHOLE)
-    axes.set_xlabel("share of seeds")
+    share_axis(axes, "x")
+    axes.set_xlabel("seeds that solve (more is better)")
     return drawing.drawn(figure)
 
 
@@ -196,7 +197,7 @@ def differences(comparisons: Sequence[Comparison], metric: Metric) -> Drawing:
         return drawing.lacking("no setting was evaluated on the same text as its reference")
     if not shown:
         return drawing.lacking("no two finished settings share a seed")
-    figure, axes = by_row([c.setting.label for c, _ in shown])
+    figure, axes = by_row([c.setting.name for c, _ in shown])
     axes.axvline(0, color=QUIET, linewidth=1)
     for y, (found, difference) in enumerate(shown):
         axes.errorbar(
@@ -206,9 +207,9 @@ def differences(comparisons: Sequence[Comparison], metric: Metric) -> Drawing:
             fmt="o",
             color=COLOURS[0],
             markerfacecolor=COLOURS[0] if found.differs else "none",
-            label=found.setting.label,
+            label=found.setting.name,
         )
-    axes.set_xlabel(f"difference in {metric.unit}")
+    axes.set_xlabel(f"difference in {metric.unit} (lower is better)")
     return drawing.drawn(figure)
 
 
@@ -236,7 +237,7 @@ def front(settings: Settings, tag: str) -> Drawing:
     for (setting, at), on in zip(points, best, strict=True):
         _point(axes, setting, at, look_of[id(setting)], filled=on)
     x_label = "training FLOPs" if cheap else "tokens per second, greedy with drafts"
-    axes.set(xlabel=x_label, ylabel=metric.unit)
+    axes.set(xlabel=x_label, ylabel=f"{metric.unit} (lower is better)")
     si_axis(axes)
     return drawing.drawn(figure)
 
@@ -250,7 +251,7 @@ def heat_maps(settings: Settings) -> list[Drawing]:
         return [Drawing("heat_map", "Heat map", "").lacking("fewer than two keys are varied")]
     groups: dict[str, list[Setting]] = {}
     for setting in settings.all:
-        rest = [f"{k}={show(v)}" for k, v in setting.values.items() if k not in pair]
+        rest = [name_of(k, show(v)) for k, v in setting.values.items() if k not in pair]
         groups.setdefault(", ".join(rest), []).append(setting)
     maps = []
     for number, (name, members) in enumerate(groups.items()):
@@ -267,7 +268,7 @@ def _heat_map(
 
     drawing = Drawing(
         "heat_map",
-        f"{down} by {across}" + (f" at {name}" if name else ""),
+        f"{axis_of(down)} by {axis_of(across)}" + (f" at {name}" if name else ""),
         f"Main-depth validation loss in {metric.unit}, mean over seeds and half of its 95 % "
         "interval; darker is lower, and better. A dash is a gap: no run, or one without a number."
         + _beside(members, metric),
@@ -303,7 +304,7 @@ def _heat_map(
     letters = max(4, 48 // len(columns))
     axes.set_xticks(range(len(columns)), [brief(column, letters) for column in columns])
     axes.set_yticks(range(len(rows)), [brief(row, 16) for row in rows])
-    axes.set(xlabel=brief(across), ylabel=brief(down, 30))
+    axes.set(xlabel=brief(axis_of(across)), ylabel=brief(axis_of(down), 30))
     return drawing.drawn(figure)
 
 

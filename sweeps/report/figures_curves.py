@@ -11,7 +11,7 @@ from sweeps.report.hover import SEED
 from sweeps.report.metrics import CHANCE, CURVE_AXES, EXACT
 from sweeps.report.read import Run
 from sweeps.report.settings import Setting, Settings
-from sweeps.report.style import MANY, QUIET, WHOLE, Drawing, canvas, key_to, looks, si_axis
+from sweeps.report.style import MANY, QUIET, Drawing, canvas, key_to, looks, share_axis, si_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +43,7 @@ def curve(settings: Settings, axis: str) -> Drawing:
     if late and max(late) > min(late):
         margin = 0.08 * (max(late) - min(late))
         axes.set_ylim(min(late) - margin, max(late) + margin)
-    axes.set(xlabel=x_label, ylabel=metric.unit)
+    axes.set(xlabel=x_label, ylabel=f"{metric.unit} (lower is better)")
     if axis != "seconds":
         si_axis(axes)
     return drawing.drawn(figure)
@@ -73,7 +73,7 @@ def draw_curves(axes: Axes, settings: list[Setting], lines: Sequence[Sequence[Po
                     color=look.colour,
                     linewidth=0.7,
                     alpha=0.45,
-                    label=f"{SEED}{setting.label}",
+                    label=f"{SEED}{setting.name}",
                 )
         common = sorted(set.intersection(*(set(points) for points in runs))) if runs else []
         xs = [sum(points[step][0] for points in runs) / len(runs) for step in common]
@@ -81,7 +81,7 @@ def draw_curves(axes: Axes, settings: list[Setting], lines: Sequence[Sequence[Po
         # A line of one point has no length.
         marker = look.marker if len(settings) > MANY or len(xs) == 1 else ""
         style = {"linestyle": look.dash, "marker": marker, "markersize": 3.5}
-        axes.plot(xs, ys, color=look.colour, label=setting.label, **style)
+        axes.plot(xs, ys, color=look.colour, label=setting.name, **style)
 
 
 def exact_match(settings: Settings) -> Drawing:
@@ -102,8 +102,8 @@ def exact_match(settings: Settings) -> Drawing:
         axes.axhline(chance, linestyle=":", color=QUIET, linewidth=1.2, label="chance")
     axes.axhline(settings.level, linestyle="--", color=QUIET, linewidth=0.8, label="solved")
     draw_curves(axes, settings.all, lines)
-    axes.set_ylim(*WHOLE)
-    axes.set(xlabel="optimizer steps", ylabel="share of answers")
+    share_axis(axes, "y")
+    axes.set(xlabel="optimizer steps", ylabel="right answers (more is better)")
     si_axis(axes)
     return drawing.drawn(figure)
 
@@ -132,11 +132,11 @@ def times(settings: Settings) -> Drawing:
             look.dash,
             where="post",
             color=look.colour,
-            label=setting.label,
+            label=setting.name,
         )
         ticks = [found.after(time) for time in found.censored]
         axes.plot(found.censored, ticks, "|", color=look.colour, markersize=9)
-    axes.set_ylim(*WHOLE)
-    axes.set(xlabel="optimizer steps", ylabel="share of seeds not solved")
+    share_axis(axes, "y")
+    axes.set(xlabel="optimizer steps", ylabel="seeds not solved yet (fewer is better)")
     si_axis(axes)
     return drawing.drawn(figure)

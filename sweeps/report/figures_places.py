@@ -18,6 +18,7 @@ from sweeps.report.style import (
     bars,
     canvas,
     doubling_axis,
+    keep_to_shares,
     keep_within,
     key_to,
     looks,
@@ -39,7 +40,7 @@ _LONG_RANGE = {
         "Loss of the same targets when the last c tokens are all that the model reads, minus that "
         "with the whole window. ",
         r"val/context_gain_(\d+)",
-        ("c, tokens", "nats per token"),
+        ("c, tokens", "nats per token (the more, the more context helps)"),
     ),
     "natural_repeats": (
         "Accuracy on repeats",
@@ -47,27 +48,27 @@ _LONG_RANGE = {
         "distance of the last occurrence, at each class's largest; at 1 the control, whose bytes "
         "did not occur. ",
         r"val/accuracy_(?:no_repeat|repeat_\d+-(\d+))",
-        ("tokens back", "share of tokens"),
+        ("tokens back", "right tokens (more is better)"),
     ),
     "random_repeats": (
         "Accuracy on repeated random tokens",
         "Depth 0, on the second half of a sequence of random ids and its copy. ",
         r"val/accuracy_random_repeat_(\d+)",
-        ("period, tokens", "share of tokens"),
+        ("period, tokens", "right tokens (more is better)"),
     ),
     "acceptance_position": (
         "Acceptance by position",
         "First drafts of a pass that the greedy verify loop accepts, by the draft's position in "
         "the text, at each bucket's first. ",
         r"decode/acceptance_at_(\d+)-\d+",
-        ("tokens read", "share of drafts"),
+        ("tokens read", "accepted drafts (more is better)"),
     ),
     "acceptance_entropy": (
         "Acceptance by entropy",
         "First drafts of a pass that the greedy verify loop accepts, by the entropy of the main "
         "prediction that judges them, at each bin's lower end. ",
         r"decode/acceptance_entropy_([\d.]+)-\S+",
-        ("nats", "share of drafts"),
+        ("nats", "accepted drafts (more is better)"),
     ),
 }
 _NO_GROUPS = "depth|position|repeat|random_repeat"  # what else is called accuracy_.._NUMBER
@@ -113,7 +114,7 @@ def over_places(
         return drawing.lacking(lacking)
     figure, axes = canvas(key_to(settings, shown))
     for at, (setting, line, look) in enumerate(zip(settings, lines, looks(settings), strict=True)):
-        bars(axes, line, look, setting.label, apart * ((at + 0.5) / len(settings) - 0.5))
+        bars(axes, line, look, setting.name, apart * ((at + 0.5) / len(settings) - 0.5))
     axes.set(xlabel=axes_names[0], ylabel=axes_names[1])
     return drawing.drawn(figure)
 
@@ -134,7 +135,7 @@ def by_depth(settings: Settings, rate: str) -> Drawing:
     deepest = max((s.depth or 0 for s in settings.all), default=0)
     tags = [(k, f"val/{rate}_depth_{k}") for k in range(first, deepest + 1)]
     lines = [_line(s, tags if predicts_tokens(s) else tags[: 1 - first]) for s in settings.all]
-    names = "depth", "nats per token" if loss else "share of tokens"
+    names = "depth", "nats per token (lower is better)" if loss else "tokens (more is better)"
     lacking = f"no finished run has val/{rate}_depth_{first}"
     drawing = over_places(drawing, settings.all, lines, names, apart=0.3, lacking=lacking)
     if drawing.figure is not None:
@@ -143,7 +144,7 @@ def by_depth(settings: Settings, rate: str) -> Drawing:
         if not loss:
             accepted = [(k, f"decode/acceptance_position_{k}") for k, _ in tags]
             _crosses(drawing, settings, accepted, apart=0.3)
-            keep_within(axes, 0, 1)
+            keep_to_shares(axes)
     return drawing
 
 
@@ -168,7 +169,7 @@ def against_depth(settings: Settings, tag: str) -> Drawing:
         {s.depth: found for s in members if s.depth and (found := s.estimate(tag).interval)}
         for _, members in families
     ]
-    names = "D", "tokens per verify pass" if per_step else "times as fast"
+    names = "D", f"{'tokens per verify pass' if per_step else 'times as fast'} (more is better)"
     lacking = f"no finished run has {tag}"
     standins = [standin for standin, _ in families]
     drawing = over_places(drawing, standins, lines, names, lacking=lacking)
@@ -204,7 +205,7 @@ def against_lambda(settings: Settings, tag: str, what: str) -> Drawing:
     for _, members in families:
         line = {place[show(s.config.get("mtp_lambda"))]: s.estimate(tag).interval for s in members}
         lines.append({x: found for x, found in sorted(line.items()) if found})
-    names, lacking = ("mtp_lambda", "nats per token"), f"no finished run has {tag}"
+    names, lacking = ("lambda", "nats per token (lower is better)"), f"no finished run has {tag}"
     standins = [standin for standin, _ in families]
     drawing = over_places(drawing, standins, lines, names, lacking=lacking)
     if drawing.figure is not None:
@@ -242,12 +243,12 @@ def by_position(settings: Settings) -> Drawing:
         for n in ("accuracy_position", "forced_accuracy_position")
     )
     lines = [_line(setting, said) for setting in settings.all]
-    names = "place in the answer", "share of tokens"
+    names = "place in the answer", "right tokens (more is better)"
     drawing = over_places(drawing, settings.all, lines, names)
     if drawing.figure is not None:
         (axes,) = drawing.figure.axes
         _crosses(drawing, settings, forced)
-        keep_within(axes, 0, 1)
+        keep_to_shares(axes)
         places = [place for place, _ in said]
         if places[-1] > 16:  # from there on places share buckets that double: 17-32, 33-64, ..
             doubling_axis(axes, [x for x in places if x in (1, 2, 4, 8) or x > 16])
@@ -271,10 +272,10 @@ def by_group(settings: Settings) -> list[Drawing]:
             f"first. {SEEDS}",
         )
         lines = [_line(setting, sorted(places)) for setting in settings.all]
-        drawing = over_places(drawing, settings.all, lines, (name, "share of tokens"))
+        drawing = over_places(drawing, settings.all, lines, (name, "right tokens (more is better)"))
         if drawing.figure is not None:
             (axes,) = drawing.figure.axes
-            keep_within(axes, 0, 1)
+            keep_to_shares(axes)
             doubling_axis(axes, sorted({place for place, _ in places}))
             drawings.append(drawing)
     return drawings

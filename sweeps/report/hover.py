@@ -94,13 +94,21 @@ def points_of(figure: Figure, labels: Sequence[str]) -> list[Point]:
                 said = [
                     f"{name}: {_digits(value)}{bar}"
                     for name, value, bar in zip(
-                        (axes.get_xlabel(), axes.get_ylabel()), (x, y), halves, strict=True
+                        map(_quantity, (axes.get_xlabel(), axes.get_ylabel())),
+                        (x, y),
+                        halves,
+                        strict=True,
                     )
                     if name
                 ]
                 at = round(right * scale, 1), round(height - up * scale, 1)
                 found.append(Point(number, at, "\n".join([labels[number], *said])))
     return found
+
+
+def _quantity(label: str) -> str:
+    """What an axis shows, without which way is better."""
+    return label.partition(" (")[0]
 
 
 def _intervals(container: Any, at: tuple[float, float]) -> list[str]:

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from sweeps.report.differing import configs
 from sweeps.report.equivalent import Family
 from sweeps.report.findings import answer, caveats
 from sweeps.report.hover import Point, mark, points_of
+from sweeps.report.names import joined, question
 from sweeps.report.read import Sweep
 from sweeps.report.settings import Settings, show
 from sweeps.report.style import Drawing, as_inline, as_png, as_svg
@@ -70,7 +72,7 @@ def render(
         inline = as_inline(svg, name=drawing.name, label=drawing.title, points=points)
         figures.append({"drawing": drawing, "svg": Markup(inline)})
     compared = configs(runs)
-    data = {"settings": [setting.label for setting in settings.all], "configs": compared}
+    data = {"settings": [setting.name for setting in settings.all], "configs": compared}
     not_done = [run for run in runs if run.state != "done"]
     return made.get_template("report.html.jinja").render(
         # Within a script, "<" could only end it.
@@ -80,8 +82,10 @@ def render(
         policy=Markup(_policy(style, script)),
         every=every,
         compared=list(compared) if len(compared) > 1 else [],
-        title=" and ".join(sweep.folder.resolve().name for sweep in sweeps),
-        folders=[str(sweep.folder) for sweep in sweeps],
+        title=question(settings.varied, settings.headline, task=settings.is_task)
+        or joined([sweep.folder.resolve().name for sweep in sweeps]),
+        command=shlex.join(["mtp-lightning", "report", *(str(sweep.folder) for sweep in sweeps)]),
+        commits=sorted({commit[:8] for run in runs if (commit := run.fact("git_commit"))}),
         now=now.strftime("%Y-%m-%d %H:%M"),
         running=any(run.state in ("running", "pending") for run in runs),
         answer=answer(settings, comparisons, runs, families),

@@ -21,6 +21,7 @@ from sweeps.report.metrics import (
     Metric,
     is_share,
 )
+from sweeps.report.names import name_of
 from sweeps.report.read import Run, Text
 from sweeps.report.statistics import Interval, interval, share_interval
 
@@ -61,6 +62,11 @@ class Setting:
     def label(self) -> str:
         """The varied keys with their values; ``all runs`` where nothing varies."""
         return ", ".join(f"{k}={show(v)}" for k, v in self.values.items()) or "all runs"
+
+    @property
+    def name(self) -> str:
+        """The same for people: ``linear heads, D = 2``."""
+        return ", ".join(name_of(k, show(v)) for k, v in self.values.items()) or "all runs"
 
     @property
     def done(self) -> list[Run]:

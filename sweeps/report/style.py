@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from sweeps.report.names import name_of
 from sweeps.report.settings import Setting, show
 from sweeps.report.statistics import Interval
 
@@ -137,14 +138,14 @@ def key_to(settings: list[Setting], shown: list[Setting]) -> list[tuple[str, Loo
         if any(setting is one for one in shown)
     ]
     if len(pairs) <= MANY or len(shown[0].values) < 2:
-        return [(setting.label, look) for setting, look in pairs]
+        return [(setting.name, look) for setting, look in pairs]
     colours = {_halves(s)[0]: Look(look.colour, "-", "") for s, look in pairs}
     lines = {_halves(s)[1]: Look(QUIET, look.dash, look.marker) for s, look in pairs}
     return [*colours.items(), *lines.items()]
 
 
 def _halves(setting: Setting) -> tuple[str, str]:
-    parts = [f"{key}={show(value)}" for key, value in setting.values.items()]
+    parts = [name_of(key, show(value)) for key, value in setting.values.items()]
     return ", ".join(parts[:1]), ", ".join(parts[1:])
 
 
@@ -217,6 +218,25 @@ def si_axis(axes: Axes) -> None:
 
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def share_axis(axes: Axes, which: str) -> None:
+    """The ``x`` or ``y`` axis of a share: 0 % to 100 %, beyond which no interval reaches."""
+    _percent(axes, which)
+    axes.set(**{f"{which}lim": WHOLE})
+
+
+def keep_to_shares(axes: Axes) -> None:
+    """The same of a ``y`` axis, as much of it as the values need."""
+    _percent(axes, "y")
+    keep_within(axes, 0, 1)
+
+
+def _percent(axes: Axes, which: str) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_formatter(PercentFormatter(1, symbol=" %"))
 
 
 def doubling_axis(axes: Axes, places: Sequence[float]) -> None:

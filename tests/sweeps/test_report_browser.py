@@ -164,7 +164,7 @@ def test_a_point_says_its_values_and_a_legend_hides(browser: Browser, page: Path
         const top = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);
         return top.querySelector('title')?.textContent;
     })()""")
-    assert said.splitlines()[0] == "mtp.depth=2"
+    assert said.splitlines()[0] == "D = 2"
     assert "nats per token: 1.9 ± 0.24841" in said, said
     # A switch hides its setting in every figure, and says so; again shows it.
     hidden = """[...document.querySelectorAll('[id*="-series-2-"], .series-2')]

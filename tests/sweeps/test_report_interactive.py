@@ -50,12 +50,12 @@ def points(page: str, name: str) -> list[tuple[int, float, float, list[str]]]:
 
 
 def test_points_say_what_the_figures_show(page: str, data: dict[str, Any]) -> None:
-    assert data["settings"] == ["mtp.depth=0", "mtp.depth=1", "mtp.depth=2"]
+    assert data["settings"] == ["D = 0", "D = 1", "D = 2"]
     for number, losses in enumerate(LOSSES.values()):
         said = next(lines for n, _, _, lines in points(page, "loss_depth") if n == number)
         mean = sum(losses) / 3
         deviation = (sum((loss - mean) ** 2 for loss in losses) / 2) ** 0.5
-        assert said[0] == f"mtp.depth={number}" and said[1].startswith("depth: ")
+        assert said[0] == f"D = {number}" and said[1].startswith("depth: ")
         # t(0.975, 2)
         half = 4.302653 * deviation / 3**0.5
         assert said[2] == f"nats per token: {mean:.5g} ± {half:.5g}"

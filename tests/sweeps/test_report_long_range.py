@@ -17,7 +17,7 @@ def settings(*summaries: dict[str, float]) -> Any:
         values = [s[tag] for s in summaries if tag in s]
         return SimpleNamespace(interval=interval(values) if values else None)
 
-    one = SimpleNamespace(done=runs, estimate=estimate, label="D=2", values={"mtp.depth": 2})
+    one = SimpleNamespace(done=runs, estimate=estimate, name="D = 2", values={"mtp.depth": 2})
     return SimpleNamespace(all=[one])
 
 

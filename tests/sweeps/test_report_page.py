@@ -157,7 +157,7 @@ def test_a_grid_of_three_keys_has_a_map_for_each_size(tmp_path: Path) -> None:
                 write_run(tmp_path / f"{size}{depth}{weight}", config)
     maps = [d for name, d in drawings(tmp_path).items() if name.startswith("heat_map")]
     titles = [d.title for d in maps]
-    assert titles == [f"mtp.depth by mtp_lambda at model.d_model={n}" for n in (64, 128)]
+    assert titles == [f"D by lambda at model.d_model={n}" for n in (64, 128)]
     assert len({d.name for d in maps}) == 2
 
 

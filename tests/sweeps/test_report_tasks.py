@@ -229,13 +229,13 @@ def test_figures_of_shares_and_times(tmp_path: Path) -> None:
         (point, _, (reach,)) = container.lines
         ends = reach.get_segments()[0][:, 0]
         bars[container.get_label()] = (point.get_xdata()[0], *ends)
-    assert bars["mtp.depth=0"] == pytest.approx((0, 0, 1 - 0.025**0.2))
-    assert bars["mtp.depth=1"] == pytest.approx((0.6, 0.1466, 0.9473), abs=1e-4)  # a table's
+    assert bars["D = 0"] == pytest.approx((0, 0, 1 - 0.025**0.2))
+    assert bars["D = 1"] == pytest.approx((0.6, 0.1466, 0.9473), abs=1e-4)  # a table's
     ticks = [text.get_text() for text in figure.axes[0].get_yticklabels()]
-    assert ticks == ["mtp.depth=1", "mtp.depth=0"]
+    assert ticks == ["D = 1", "D = 0"]
     figure = drawn["time_to_solve"].figure
     assert figure is not None
-    curve = {line.get_label(): line for line in figure.axes[0].lines}["mtp.depth=1"]
+    curve = {line.get_label(): line for line in figure.axes[0].lines}["D = 1"]
     assert list(curve.get_xdata()) == [0, 10, 20, 30]
     assert list(curve.get_ydata()) == pytest.approx([1, 0.6, 0.4, 0.2])
     assert curve.get_drawstyle() == "steps-post"

@@ -1,0 +1,65 @@
+"""What config keys and their values are called in figures and titles.
+
+Tables and ``--reference`` have them as they are typed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# An axis of a key, and how one of its values is written.
+_NAMES = {
+    "mtp": ("kind of head", "{}"),
+    "mtp.depth": ("D", "D = {}"),
+    "mtp_lambda": ("lambda", "lambda = {}"),
+    "lambda_schedule": ("lambda schedule", "{} schedule"),
+    "balance": ("balancing rule", "{} balancing"),
+    "objective": ("objective", "{} objective"),
+    "model": ("model size", "{} model"),
+    "data.seq_len": ("window length", "windows of {} tokens"),
+    "data.batch_size": ("windows per batch", "{} windows per batch"),
+    "trainer.max_steps": ("optimizer steps", "{} steps"),
+    "optimizer.lr": ("learning rate", "learning rate {}"),
+    "tokenizer": ("tokenizer", "{} tokenizer"),
+    "folder": ("sweep", "{}"),
+}
+_HEADS = {
+    "none": "no MTP",
+    "linear": "linear heads",
+    "parallel": "parallel heads",
+    "sequential": "sequential modules",
+}
+
+
+def name_of(key: str, value: str) -> str:
+    """A value for people: ``D = 2`` for ``mtp.depth=2``; of an unknown key as it is typed."""
+    if key == "mtp":
+        return _HEADS.get(value, f"{value} head")
+    return _NAMES[key][1].format(value) if key in _NAMES else f"{key}={value}"
+
+
+def axis_of(key: str) -> str:
+    """A key for people: ``D`` for ``mtp.depth``."""
+    return _NAMES[key][0] if key in _NAMES else key
+
+
+def joined(names: list[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def question(varied: list[str], metric: Any, *, task: bool) -> str:
+    """What a comparison of settings asks; empty where nothing varies.
+
+    Args:
+        varied: the keys that tell the settings apart.
+        metric: that they are compared by.
+        task: whether they are compared by the seeds that solve a task.
+    """
+    if not varied:
+        return ""
+    which = f"Which {joined([axis_of(key) for key in varied])}"
+    one = len(varied) == 1
+    if task:
+        return f"{which} {'solves' if one else 'solve'} the task?"
+    return f"{which} {'gives' if one else 'give'} the lowest loss in {metric.unit}?"
