@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -105,6 +106,6 @@ class SpeculativeEval(RunCallback):
         values["tokens_per_second"] = emitted / run.seconds[fastest][0]
         return {f"decode/{name}": value for name, value in values.items()}
 
-    def summary(self) -> dict[str, str]:
+    def summary(self) -> dict[str, Any]:
         """The reason why nothing was decoded, if there is one."""
         return {"not_decoded": self._skipped} if self._skipped else {}

@@ -7,6 +7,7 @@ python -m sweeps.claims run lambda curriculum --seeds 0 1
 python -m sweeps.claims verdict text_summaries
 python -m sweeps.claims verdict --all                 # and the pages made anew
 python -m sweeps.claims replicate second_token_rates  # anew, beside what is committed
+python -m sweeps.claims questions                     # the front page's three, answered by results
 python -m sweeps.claims weights star_graph_summaries --arms joint --seeds 0
 """
 
@@ -28,7 +29,7 @@ from sweeps.claims.commit import predicted_in
 from sweeps.claims.figure import write_figures
 from sweeps.claims.hours import left_of
 from sweeps.claims.listing import costs, listing, planned
-from sweeps.claims.pages import write_pages
+from sweeps.claims.pages import block, write_pages
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.recall import stored_seeds
 from sweeps.claims.result import (
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "hours": _hours,
                 "run": _run,
                 "verdict": _verdict,
+                "questions": _questions,
                 "replicate": _replicate,
                 "weights": _weights,
             }
@@ -182,6 +184,11 @@ def _verdict(args: argparse.Namespace) -> int:
     return code
 
 
+def _questions(args: argparse.Namespace) -> int:
+    print(block(args.root, args.claims))
+    return 0
+
+
 def _judge(args: argparse.Namespace, claim: Claim) -> int:
     """Print and store a verdict; 1 where it is stale."""
     folder = args.results
@@ -233,6 +240,9 @@ def _parser() -> argparse.ArgumentParser:
     costing = actions.add_parser("hours", help="what is left costs on this machine, and what fits")
     running = actions.add_parser("run", help="run what is missing, seed by seed")
     judging = actions.add_parser("verdict", help="decide from what has run")
+    asking = actions.add_parser(
+        "questions", help="the front page's three questions, answered by results, as Markdown"
+    )
     replicating = actions.add_parser(
         "replicate", help="run a claim anew, and compare with what is committed"
     )
@@ -268,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument(
             "--runs", type=Path, default=Path(folder), help=f"their folder ({folder})"
         )
-    for action in (listing, costing, running, judging, replicating, weighing):
+    for action in (listing, costing, running, judging, asking, replicating, weighing):
         action.add_argument(
             "--claims", type=_folder, default=FOLDER, help="a folder of your own YAMLs"
         )

@@ -26,6 +26,8 @@ class Measure:
             for what the summary does not have; 0 < last <= 1. None for the summary.
         curve: arms of plain runs; then the measure is the compute-equivalent gain in the tag
             against them, seed by seed (``sweeps/report/equivalent.py``). Empty for the value.
+        own_curves: arms that have another curve than that, such as those of another size, each
+            with the arms of its own.
         part: of the gain: ``total``, or its ``effect`` alone.
     """
 
@@ -33,12 +35,17 @@ class Measure:
     solved: float | None = None
     last: float | None = None
     curve: tuple[str, ...] = ()
+    own_curves: tuple[tuple[str, tuple[str, ...]], ...] = ()
     part: str = "total"
 
     @property
     def of_run(self) -> Measure:
         """What is read of each run, whatever is made of it."""
-        return replace(self, curve=(), part="total")
+        return replace(self, curve=(), own_curves=(), part="total")
+
+    def curve_of(self, arm: str) -> tuple[str, ...]:
+        """Arms of the plain runs that an arm is compared with."""
+        return dict(self.own_curves).get(arm, self.curve)
 
     @property
     def is_ratio(self) -> bool:

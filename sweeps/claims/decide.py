@@ -128,7 +128,7 @@ def gain_of(arms: Arms, arm: str, seed: int, measure: Measure) -> float | str:
         seed: of the run, and of the plain runs that it is compared with.
         measure: a ratio.
     """
-    runs = [arms[name].get(seed) for name in (arm, *measure.curve)]
+    runs = [arms[name].get(seed) for name in (arm, *measure.curve_of(arm))]
     spent = [_spent(run, measure) for run in runs if run is not None]
     if len(spent) < len(runs) or None in spent:
         return "a run of the plain curve is not finished"

@@ -170,7 +170,7 @@ def flops_of(job: ClaimJob) -> float | None:
     from mtp_lightning.plan import plans_of
     from sweeps.compose import compose_run
 
-    asked = [o for o in job.overrides if key_of(o) != "branch_from"]
+    asked = [o for o in job.overrides if key_of(o) not in ("branch_from", "init_from")]
     config = compose_run(asked)
     if config.compare.match == "flops":
         asked = [*(o for o in asked if not lies_in(key_of(o), OF_DEPTHS)), "mtp=none"]

@@ -18,7 +18,7 @@ from omegaconf import open_dict
 
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import app
-from mtp_lightning.run.config import flatten, has_bearing, is_plain, lies_in
+from mtp_lightning.run.config import flatten, has_bearing, is_plain, key_of, lies_in
 from sweeps.claims.claim import CPU, Claim
 from sweeps.compose import compose_run, count_processes, settle
 from sweeps.process import Task, python_command
@@ -28,7 +28,8 @@ _FIXED = {
     CPU: ("trainer.accelerator=cpu", "trainer.num_threads=1", "logger=csv"),
     "gpu": ("trainer.accelerator=cuda", "logger=csv"),
 }
-_BRANCH = "branch_from="
+# Keys whose value may be another arm, whose run of the same seed is meant: ARM@STEP, or ARM.
+_BRANCH, _START = "branch_from", "init_from"
 # Keys that came after results were stored, with the value under which they change nothing.
 _LATER = {"branch_from": None, "data.train_windows": "all"}
 # What weighs and trains depths, where there are none.
@@ -46,7 +47,7 @@ class ClaimJob:
         overrides: for the command line.
         max_steps: optimizer steps that it is given.
         processes: that train together.
-        parent: folder of the run that it branches from; None of one that begins anew.
+        parent: folder of the run that it branches or starts from; None of one that begins anew.
     """
 
     arm: str
@@ -78,8 +79,8 @@ class ClaimJob:
 def jobs(claim: Claim, seeds: Sequence[int], runs: Path) -> list[ClaimJob]:
     """All arms at all seeds, seed by seed: whatever has run when it is interrupted is balanced.
 
-    An arm with ``branch_from=ARM@STEP`` goes on from that arm's run of the same seed, and stands
-    behind it.
+    An arm with ``branch_from=ARM@STEP`` goes on from that arm's run of the same seed, and one with
+    ``init_from=ARM`` starts from the weights of that run; both stand after it.
 
     Args:
         claim: whose arms they are.
@@ -122,14 +123,24 @@ class _Arm:
     def __init__(self, claim: Claim, arm: str) -> None:
         self._name = arm
         given = claim.overrides(arm)
-        branches = [o.removeprefix(_BRANCH) for o in given if o.startswith(_BRANCH)]
-        self._parent, _, self._step = (branches or [""])[-1].rpartition("@")
-        if branches and self._parent not in list(claim.arms)[: list(claim.arms).index(arm)]:
+        named = [(key_of(o), o.partition("=")[2]) for o in given]
+        # Any other value of init_from is a path.
+        links = [
+            (key, value)
+            for key, value in named
+            if key == _BRANCH or (key == _START and value in list(claim.arms))
+        ]
+        self._key, value = (links or [("", "")])[-1]
+        self._parent, _, self._step = (
+            value.rpartition("@") if self._key == _BRANCH else (value, "", "")
+        )
+        if links and self._parent not in list(claim.arms)[: list(claim.arms).index(arm)]:
+            wanted = "an optimizer step, as in long@600" if self._key == _BRANCH else "no step"
             raise UserError(
-                f"The arm {arm} of the claim {claim.name} has branch_from={branches[-1]}: name an "
-                "arm that is listed before it and an optimizer step, as in long@600."
+                f"The arm {arm} of the claim {claim.name} has {self._key}={value}: name an "
+                f"arm that is listed before it and {wanted}."
             )
-        own = tuple(o for o in given if not o.startswith(_BRANCH))
+        own = tuple(o for o in given if key_of(o) != self._key or not links)
         self._overrides = (*own, *_FIXED[claim.setting])
         try:
             self._composed = compose_run(self._overrides)
@@ -139,21 +150,22 @@ class _Arm:
     def job(self, seed: int, runs: Path, before: Mapping[str, ClaimJob]) -> ClaimJob:
         """This arm at a seed, whose arms before it are known."""
         composed = copy.deepcopy(self._composed)
-        branch: tuple[str, ...] = ()
+        link: tuple[str, ...] = ()
         parent = None
         with open_dict(composed):
             composed.seed = seed
             if self._parent:
                 parent = before[self._parent].folder
-                branch = (f"{_BRANCH}{runs / parent}@{self._step}",)
+                at = f"@{self._step}" if self._step else ""
+                link = (f"{self._key}={runs / parent}{at}",)
                 # Its name says what it computes, wherever the folder of runs is.
-                composed.branch_from = f"{parent}@{self._step}"
+                composed[self._key] = f"{parent}{at}"
         settled = settle(composed, runs / "run")
         return ClaimJob(
             arm=self._name,
             seed=seed,
             folder=_folder(settled, seed),
-            overrides=(*self._overrides, *branch, f"seed={seed}"),
+            overrides=(*self._overrides, *link, f"seed={seed}"),
             max_steps=settled["trainer"]["max_steps"],
             processes=count_processes(settled),
             parent=parent,

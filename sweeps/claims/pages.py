@@ -17,6 +17,7 @@ from sweeps.claims.claim import Claim
 from sweeps.claims.decide import FAILS, HOLDS, UNDECIDED
 from sweeps.claims.enough import said, seeds_enough
 from sweeps.claims.figure import CURVE, files_of
+from sweeps.claims.questions import questions
 from sweeps.claims.read import FOLDER, names, read_claim
 from sweeps.claims.result import Result, in_order, is_stale, read_result, state
 
@@ -60,15 +61,36 @@ def write_pages(root: Path, claims: Path = FOLDER) -> list[Path]:
 
 def pages(root: Path, claims: Path = FOLDER) -> dict[Path, str]:
     """What the pages should be; arguments and errors as :func:`write_pages`."""
-    read = [read_claim(name, claims) for name in names(claims)]
-    # Each at its published scale, too, where it has one.
-    every = [at for claim in read for at in [claim, *([claim.on_gpu()] if claim.gpu else [])]]
-    found = [(claim, read_result(claim.label, root / "results")) for claim in every]
-    texts = {root / "docs" / "results.md": _render("results.jinja", _results(found))}
+    found = _found(root, claims)
+    facts = {**_results(found), "questions": answers(found, root, to="../")}
+    texts = {root / "docs" / "results.md": _render("results.jinja", facts)}
     for name in READMES:
         if name == "README.md" or (root / name).exists():
             texts[root / name] = part(found, name)
     return {page: _between(page, text) for page, text in texts.items()}
+
+
+def _found(root: Path, claims: Path) -> Found:
+    read = [read_claim(name, claims) for name in names(claims)]
+    # Each at its published scale, too, where it has one.
+    every = [at for claim in read for at in [claim, *([claim.on_gpu()] if claim.gpu else [])]]
+    return [(claim, read_result(claim.label, root / "results")) for claim in every]
+
+
+def block(root: Path, claims: Path = FOLDER) -> str:
+    """The answers to the three questions for a page in the checkout's root, such as README.md."""
+    return answers(_found(root, claims), root)
+
+
+def answers(found: Found, root: Path, *, to: str = "") -> str:
+    """The answers to the three questions of :mod:`sweeps.claims.questions`, in Markdown.
+
+    Args:
+        found: claims with their results.
+        root: has ``results/`` and ``benchmarks/``.
+        to: the path from the page to it.
+    """
+    return _render("questions.jinja", {**questions(found, root), "to": to})
 
 
 def part(found: Found, name: str) -> str:
@@ -99,17 +121,16 @@ def _between(page: Path, text: str) -> str:
 
 
 def _results(found: Found) -> dict[str, Any]:
-    """For the page of results: its table has decided claims first, its sections are by name."""
-    sections = [_facts(claim, result) for claim, result in found]
+    """For the page of results, decided claims first."""
     by_label = {claim.label: result for claim, result in found if result is not None}
     order = {claim.label: i for i, claim in enumerate(in_order([c for c, _ in found], by_label))}
+    # A claim's published scale stands after the claim: the sort is stable.
+    ordered = sorted(found, key=lambda pair: order[pair[0].name])
+    sections = [_facts(claim, result) for claim, result in ordered]
     shown = [one for one in sections if one["claim"].setting == "cpu"]
     return {
         "sections": sections,
-        "run": sorted(
-            (one for one in shown if one["result"] is not None),
-            key=lambda one: order[one["claim"].label],
-        ),
+        "run": [one for one in shown if one["result"] is not None],
         "missing": [one["claim"].name for one in shown if one["result"] is None],
     }
 

@@ -134,20 +134,23 @@ class _Reader:
         return found
 
     def _measure(self, place: str, value: Any, arms: Mapping[str, Any]) -> Measure:
-        """``{tag: ..}``, or ``{equivalent: TAG, curve: [ARM, ..], part: effect}``."""
+        """``{tag: ..}``, or ``{equivalent: TAG, curve: [ARM, ..], own_curves: {ARM: [ARM, ..]},
+        part: effect}``."""
         given = dict(self._mapping(place, value, [*_keys(Measure), "equivalent"]))
         if "equivalent" in given:
             given["tag"] = given.pop("equivalent")
             self._need(place, given, {"curve"})
-            plain = given["curve"]
-            if not isinstance(plain, list) or len(plain) < 2 or not set(plain) <= set(arms):
-                self._refuse(f"{place}.curve: {plain}", "give at least two arms of plain runs")
-            given["curve"] = tuple(plain)
+            given["curve"] = self._curve(f"{place}.curve", given["curve"], arms)
+            own = self._mapping(f"{place}.own_curves", given.get("own_curves", {}), list(arms))
+            given["own_curves"] = tuple(
+                (arm, self._curve(f"{place}.own_curves.{arm}", plain, arms))
+                for arm, plain in own.items()
+            )
             if given.setdefault("part", "total") not in PARTS:
                 self._refuse(f"{place}.part: {given['part']}", f"choose {' or '.join(PARTS)}")
             if given.get("solved") is not None:
                 self._refuse(f"{place}.solved", "a gain has no level at which it is solved")
-        elif given.keys() & {"curve", "part"}:
+        elif given.keys() & {"curve", "own_curves", "part"}:
             self._refuse(f"{place}.curve", "it belongs to equivalent: TAG")
         self._need(place, given, _needed(Measure))
         self._text(f"{place}.tag", given["tag"])
@@ -158,6 +161,11 @@ class _Reader:
         if found.last is not None and not 0 < found.last <= 1:
             self._refuse(f"{place}.last: {found.last:g}", "give a part of the run, above 0 up to 1")
         return found
+
+    def _curve(self, place: str, plain: Any, arms: Mapping[str, Any]) -> tuple[str, ...]:
+        if not isinstance(plain, list) or len(plain) < 2 or not set(plain) <= set(arms):
+            self._refuse(f"{place}: {plain}", "give at least two arms of plain runs")
+        return tuple(plain)
 
     def _scale(self, place: str, value: Any, arms: Mapping[str, Any]) -> Scale:
         given = dict(self._mapping(place, value, _keys(Scale)))

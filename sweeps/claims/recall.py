@@ -137,7 +137,8 @@ def beginning(
 
 
 def _measure(entry: Mapping[str, Any]) -> Measure:
-    return Measure(**{**entry, "curve": tuple(entry.get("curve", ()))})
+    own = tuple((arm, tuple(curve)) for arm, curve in entry.get("own_curves", ()))
+    return Measure(**{**entry, "curve": tuple(entry.get("curve", ())), "own_curves": own})
 
 
 def _seed(run: Mapping[str, Any]) -> Seed:

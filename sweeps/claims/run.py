@@ -113,16 +113,18 @@ def _in_turn(asked: Sequence[Sequence[ClaimJob]]) -> list[ClaimJob]:
 
 
 def _with_parents(todo: Sequence[ClaimJob], claims: Iterable[Claim], runs: Path) -> list[ClaimJob]:
-    """The jobs, and before each the run that it branches from, where that is not here: its numbers
-    may be in a result, but its checkpoints are not."""
+    """The jobs, and before each the runs that it branches or starts from, where those are not here:
+    their numbers may be in a result, but their checkpoints are not."""
     found: dict[str, ClaimJob] = {}
     seeds = list(dict.fromkeys(job.seed for job in todo if job.parent is not None))
     known = {job.folder: job for claim in claims if seeds for job in jobs(claim, seeds, runs)}
     for job in todo:
+        missing = []
         parent = job.parent
-        if parent is not None and parent not in found and state_of(runs / parent) != "done":
-            found[parent] = known[parent]
-        found[job.folder] = job
+        while parent is not None and parent not in found and state_of(runs / parent) != "done":
+            missing.append(known[parent])
+            parent = known[parent].parent
+        found |= {of.folder: of for of in (*reversed(missing), job)}
     return list(found.values())
 
 

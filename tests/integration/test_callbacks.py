@@ -146,3 +146,17 @@ def test_what_is_kept_of_a_run_that_has_ended_well(tmp_path: Path, cache: Path, 
         train_here(tmp_path / "next", cache, {**settings, "init_from": small})
     with pytest.raises(ValueError, match=told):
         train_here(small, cache, {**settings, "trainer.max_steps": 20})
+
+
+def test_floors_of_a_run(tmp_path: Path, cache: Path) -> None:
+    sizes = {"n_prompts": 2, "prompt_tokens": 8, "rollouts": 4, "seen": 2}
+    settings = {f"callbacks.floor_and_gap.{name}": value for name, value in sizes.items()}
+    summary = train_here(tmp_path, cache, {"callbacks": "floor_and_gap", **settings})
+    train_here(tmp_path / "without", cache)
+    for k, m in ((1, 0), (2, 0), (2, 1)):
+        floor, gap = (summary[f"val/{n}_depth_{k}_order_{m}"] for n in ("floor", "gap"))
+        assert 0 <= floor <= 1 and gap >= -floor
+    losses = [
+        read_column(f / "metrics.csv", "train/loss") for f in (tmp_path, tmp_path / "without")
+    ]
+    assert losses[0] == losses[1]

@@ -226,7 +226,9 @@ def logged(callback: FloorAndGap, model: MTPModel) -> dict[str, float]:
 def test_the_callback_logs_them_and_draws_from_its_own_generator() -> None:
     model = tiny()
     state = torch.get_rng_state()
-    values = logged(FloorAndGap(n_prompts=3), model)
+    callback = FloorAndGap(n_prompts=3)
+    values = logged(callback, model)
+    assert callback.summary() == values
     assert torch.equal(state, torch.get_rng_state())
     assert values == logged(FloorAndGap(n_prompts=3), tiny())
     assert {tag.partition("_")[0] for tag in values} == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,36 @@ def test_gain_and_effect_are_tested_as_logarithms(tmp_path):
     )
 
 
+def test_an_arm_of_another_size_has_a_curve_of_its_own(tmp_path):
+    wide = {f"wide_{name}": length for name, length in PLAIN.items()}
+    grows = [{"arm": "large", "against": "heads", "side": "above", "by": 1}]
+    arms: dict[str, Any] = {"heads": ["mtp=sequential"], "large": ["mtp=sequential"]}
+    arms |= {name: ["mtp=none", f"trainer.max_steps={i}"] for i, name in enumerate([*PLAIN, *wide])}
+    claim = gain_claim(
+        tmp_path,
+        grows,
+        arms=arms,
+        measure={**GAIN, "own_curves": {"large": list(wide)}},
+    )
+    found = dict(arms_of({"heads": list(NOISE)}))
+    seeds = range(len(NOISE))
+    # Each costs three times as much as a small one; a step is worth 1.4 of its plain steps.
+    for name, length in wide.items():
+        found[name] = {s: run(3 * length, law(length, s) - 0.5, steps=100 * length) for s in seeds}
+    found["large"] = {
+        s: run(3 / 0.8, law(1.4 * n, s) - 0.5, steps=100) for s, n in enumerate(NOISE)
+    }
+    (ratio,) = decide(claim, found)
+    assert ratio.verdict == HOLDS and ratio.effect == pytest.approx(1.4, rel=0.01)
+    began = ("2026-11-27T00:00:00+00:00", "c" * 40)
+    result = json.loads(json.dumps(make_result(claim, found, began)))
+    assert result["predictions"][0]["measure"]["own_curves"] == [["large", list(wide)]]
+    assert shared_seeds(claim, [result])
+    with_default = gain_claim(tmp_path / "b", grows, arms=arms)
+    (without,) = decide(with_default, found)
+    assert without.why.startswith("large at seed 0: out of range")
+
+
 def test_a_loss_beyond_the_plain_runs_is_out_of_range_and_decides_nothing(tmp_path):
     claim = gain_claim(tmp_path, [{"arm": "heads", "side": "below", "by": 1}])
     (found,) = decide(claim, arms_of({"heads": [1.0, 1.0, 0.4], "large": [1.0] * 3}))
@@ -131,6 +162,12 @@ def test_its_numbers_for_people_and_in_the_result(tmp_path):
         ({**GAIN, "part": "price"}, {}, "choose total or effect"),
         ({**GAIN, "solved": 0.9}, {}, "no level at which it is solved"),
         ({"tag": TAG, "curve": list(PLAIN)}, {}, "belongs to equivalent"),
+        (
+            {**GAIN, "own_curves": {"nobody": list(PLAIN)}},
+            {},
+            "the key nobody in measure.own_curves",
+        ),
+        ({**GAIN, "own_curves": {"heads": ["short"]}}, {}, "own_curves.heads: .* give at least"),
         (GAIN, {"side": "within", "by": 0.1}, "say above or below"),
         (GAIN, {"by": 0}, "by a number above 0"),
     ],
@@ -166,4 +203,29 @@ def test_a_branch_of_no_arm_is_one_sentence(tmp_path):
     arms = {"late": ["branch_from=trunk@9"], "trunk": ["mtp=none"]}
     claim = claim_of(tmp_path, arms=arms, predictions=[{"arm": "late", "side": "below", "by": 1}])
     with pytest.raises(UserError, match="branch_from=trunk@9: name an arm that is listed before"):
+        jobs(claim, [0], RUNS)
+
+
+def test_an_arm_starts_from_another_and_that_from_a_third(tmp_path):
+    arms = {
+        "trunk": ["mtp=none", "trainer.max_steps=100"],
+        "long": ["mtp=none", "trainer.max_steps=200", "branch_from=trunk@100"],
+        "heads": ["mtp=linear", "mtp.freeze_trunk=true", "init_from=long"],
+        "other": ["mtp=linear", "mtp.freeze_trunk=true", "init_from=runs/somewhere"],
+    }
+    claim = claim_of(
+        tmp_path, arms=arms, predictions=[{"arm": "heads", "side": "below", "by": 1}], shared=[]
+    )
+    trunk, long, heads, other = jobs(claim, [3], RUNS)
+    assert heads.parent == long.folder and long.parent == trunk.folder and other.parent is None
+    assert f"init_from={RUNS / long.folder}" in heads.overrides
+    assert "init_from=runs/somewhere" in other.overrides
+    assert jobs(claim, [3], Path("/somewhere/else"))[2].folder == heads.folder
+    # The whole line of runs is made again where none of them is here.
+    again = _with_parents([heads], [claim], tmp_path)
+    assert [job.arm for job in again] == ["trunk", "long", "heads"]
+    assert [len(batch) for batch in _batches(again)] == [1, 1, 1]
+    arms = {"heads": ["init_from=trunk"], "trunk": ["mtp=none"]}
+    claim = claim_of(tmp_path / "b", arms=arms, predictions=[{"arm": "heads", "side": "below"}])
+    with pytest.raises(UserError, match="init_from=trunk: name an arm that is listed before it"):
         jobs(claim, [0], RUNS)

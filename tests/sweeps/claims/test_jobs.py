@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from mtp_lightning.paths import ROOT
 from sweeps.claims.jobs import digest, jobs
+from sweeps.claims.read import names, read_claim
 from sweeps.claims.register import Register, read_register, write_register
 from sweeps.compose import compose_run
 from tests.sweeps.claims.fixture_claims import claim_of
@@ -130,3 +131,14 @@ def test_a_register_keeps_every_run_and_refuses_another_config(tmp_path: Path) -
     with pytest.raises(ValueError, match="cannot be read as version 1"):
         read_register(claim, tmp_path)
     assert read_register(claim, tmp_path / "empty") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", names())
+def test_all_arms_of_the_claims_that_there_are_settle(name: str) -> None:
+    claim = read_claim(name)
+    found = jobs(claim, claim.scale.seeds[:1], RUNS)
+    assert [job.arm for job in found] == list(claim.arms)
+    parents = {job.folder for job in found}
+    assert all(job.parent in parents for job in found if job.parent is not None)
+    assert len(parents) == len(found), "two arms are the same run"

@@ -123,9 +123,12 @@ def test_the_claims_that_there_are(name: str) -> None:
     assert text.startswith("# "), "the first line says what is asked"
     claim = read_claim(name)
     assert any(digits in claim.source for digits in ("arXiv", "this project"))
-    used = {arm for p in claim.predictions for arm in (p.arm, p.against, *p.measure.curve)} - {None}
-    branches = [override for arm in used for override in claim.arms[arm]]
-    used |= {o.removeprefix("branch_from=").split("@")[0] for o in branches if "branch_from=" in o}
+    used = {arm for p in claim.predictions for arm in (p.arm, p.against)} - {None}
+    used |= {arm for p in claim.predictions for n in used for arm in p.measure.curve_of(str(n))}
+    for arm in reversed(claim.arms):  # an arm stands after what it goes on or starts from
+        if arm in used:
+            links = [o.partition("=")[2] for o in claim.arms[arm] if "_from=" in o.split(".")[0]]
+            used |= {link.split("@")[0] for link in links}
     assert used == set(claim.arms), "an arm that nothing is predicted of"
 
 
