@@ -136,7 +136,7 @@ class Navigation(Task):
         return FIRST + self.nodes + step + self.nodes - 1 - (step > 0)
 
     def places(self, tokens: np.ndarray) -> np.ndarray:
-        """``[.., W]`` the node reached after each token of a window; what is no step moves nobody.
+        """``[.., W]`` the node reached after each token of a window; other tokens move nobody.
         A walk may leave the ids of nodes, below 0 or above N - 1."""
         first = FIRST + self.nodes
         steps = tokens - first - self.nodes + 1
