@@ -136,8 +136,8 @@ class Navigation(Task):
         return FIRST + self.nodes + step + self.nodes - 1 - (step > 0)
 
     def places(self, tokens: np.ndarray) -> np.ndarray:
-        """``[.., W]`` the node reached after each token of a window; a token that is not a step
-        moves nobody. A walk may leave the ids of nodes, below 0 or above N - 1."""
+        """``[.., W]`` the node reached after each token of a window; other tokens move nobody.
+        A walk may leave the ids of nodes, below 0 or above N - 1."""
         first = FIRST + self.nodes
         steps = tokens - first - self.nodes + 1
         steps = np.where(tokens < first, 0, steps + (steps >= 0))

@@ -240,8 +240,8 @@ def test_greedy_text_is_the_same_and_so_are_its_passes() -> None:
     for token, block in zip(*found, strict=True):
         assert token.token_ids == block.token_ids
         assert token.drafts_accepted == block.drafts_accepted
-    # Among sampled rows, greedy ones go through the rule itself.
-    cold = generate(model, prompts, max_new_tokens=40, verify="block", temperature=1e-30)
+    # At a tiny temperature, the rule itself judges the same drafts.
+    cold = generate(model, prompts, max_new_tokens=40, verify="block", temperature=1e-6)
     assert [g.token_ids for g in cold] == [g.token_ids for g in found[0]]
 
 

@@ -28,7 +28,9 @@ pytestmark = pytest.mark.slow
 WORDS = sorted(file.stem for file in (CONF / "objective").glob("*.yaml") if file.stem != "base")
 ALL = {
     "objective": "mix",
-    "objective.terms": "{kl: 1, e2e_tv: 0.5, feature: 0.1, ce: 0.2}",
+    "objective.terms": (
+        "{kl: 1, e2e_tv: 0.5, feature: 0.1, ce: 0.2, eal: 0.3, wtv: 0.1, anchor: 0.1}"
+    ),
     "objective.weights": "acceptance",
     "objective.mask": "entropy",
     "objective.quantile": 0.8,

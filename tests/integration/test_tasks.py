@@ -115,7 +115,7 @@ def test_a_run_logs_its_answers_and_evaluate_agrees(tmp_path: Path, cache: Path,
             "packed": 30,
             "sibling": 5,
             "hmm": 6,
-            "navigation": 14,
+            "navigation": 12,
         }[case]
     )
     if case == "hmm":  # the floor stands beside the loss, and is of the same tokens

@@ -209,7 +209,8 @@ def test_the_cosine_is_that_of_all_pairs() -> None:
         start, goal, path = read(task, example.prompt, example.answer)
         assert tokens[i, 0] - 2 == start
         rows += [((a, goal), made.states_BPC[i, 2 + j].numpy()) for j, a in enumerate(path)]
-    same, others = [], []
+    same: list[float] = []
+    others: list[float] = []
     for (a, x), (b, y) in itertools.combinations(rows, 2):
         (same if a == b else others).append(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
     found = measured(task, [numbers], knows=False)
