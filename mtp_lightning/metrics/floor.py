@@ -92,8 +92,8 @@ class Floors:
 
     Where all continuations of k tokens are at most ``ENUMERATED``, everything is exact. Else
     continuations are sampled. With tokens that the head sees (m > 0), these are drawn ``seen``
-    times, and each of the ``rollouts`` of the tokens before them is weighed by how likely it is to
-    go on with them. Since a floor is the minimum over the same sample that the rejection is taken
+    times, and each of the ``rollouts`` of the tokens before them is weighted by how likely it
+    makes them. Since a floor is the minimum over the same sample that the rejection is taken
     from, a sampled floor is low on average, and never above the rejection of a head of its order.
 
     Args:
@@ -154,7 +154,7 @@ class Floors:
 
     def _of(self, prompt_T: Tensor, paths: Paths, k: int, m: int = 0) -> tuple[Found, float]:
         """Over paths of k tokens, of which the head of order m sees the last m, the same in all;
-        the weights are multiplied by how likely those are, and their sum is returned beside."""
+        the weights are multiplied by how likely those are, and their sum is also returned."""
         p_NKV, q_NV = self._read(prompt_T, paths.tokens_NK, k)
         weight_N = paths.weight_N
         if m:

@@ -2,7 +2,7 @@
 ``questions.jinja``.
 
 What is a module worth (compute-equivalent gain by size), does it teach to plan (share of seeds by
-head), and how much faster does a real model write (tokens a second of SmolLM2-135M). A number that
+head), and how much faster does a real model write (tokens per second of SmolLM2-135M). A number that
 is not decided says so, with the seeds that it has of those planned.
 """
 
@@ -118,7 +118,7 @@ def _has_numbers(claim: Claim, result: Result | None) -> bool:
 
 
 def _speed(file: Path) -> list[dict[str, Any]] | None:
-    """Tokens a second of greedy decoding by kind of text: plain, with drafts, and by llama.cpp
+    """Tokens per second of greedy decoding by kind of text: plain, with drafts, and by llama.cpp
     where that was measured."""
     if not file.is_file():
         return None
