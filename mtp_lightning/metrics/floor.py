@@ -92,13 +92,8 @@ class Floors:
 
     Where all continuations of k tokens are at most ``ENUMERATED``, everything is exact. Else
     continuations are sampled. With tokens that the head sees (m > 0), these are drawn ``seen``
-<<<<<<< HEAD
-    times, and each of the ``rollouts`` of the tokens before them is weighed by how likely these
-    tokens follow it. Since a floor is the minimum over the same sample that the rejection is taken
-=======
     times, and each of the ``rollouts`` of the tokens before them is weighted by how likely it
     makes them. Since a floor is the minimum over the same sample that the rejection is taken
->>>>>>> answers
     from, a sampled floor is low on average, and never above the rejection of a head of its order.
 
     Args:
@@ -159,11 +154,7 @@ class Floors:
 
     def _of(self, prompt_T: Tensor, paths: Paths, k: int, m: int = 0) -> tuple[Found, float]:
         """Over paths of k tokens, of which the head of order m sees the last m, the same in all;
-<<<<<<< HEAD
-        the weights are multiplied by how likely those are, and their sum is returned too."""
-=======
         the weights are multiplied by how likely those are, and their sum is also returned."""
->>>>>>> answers
         p_NKV, q_NV = self._read(prompt_T, paths.tokens_NK, k)
         weight_N = paths.weight_N
         if m:

@@ -2,13 +2,8 @@
 ``questions.jinja``.
 
 What is a module worth (compute-equivalent gain by size), does it teach to plan (share of seeds by
-<<<<<<< HEAD
-head), and how much faster does a real model write (tokens per second of SmolLM2-135M). An undecided
-number says so, with the seeds that it has of those planned.
-=======
 head), and how much faster does a real model write (tokens per second of SmolLM2-135M). A number
 that is not decided says so, with the seeds that it has of those planned.
->>>>>>> answers
 """
 
 from __future__ import annotations
