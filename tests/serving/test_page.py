@@ -8,11 +8,13 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_modules.tokenizers import ByteTokenizer
 from mtp_lightning.decoding import generate
 from mtp_lightning.opening import OpenedModel
 from mtp_lightning.paths import ROOT
@@ -295,6 +297,30 @@ def test_a_tree_is_drawn(drawing_trees: Serving, browser: Browser) -> None:
     # The token before, nine drafts, the model's own; each but the first hangs on another.
     assert len(drawn) == 5 and all(paths == boxes - 1 for boxes, paths in drawn)
     assert [11, 10] in drawn
+
+
+@marked
+def test_a_chat_keeps_its_messages(
+    run: OpenedModel, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ByteTokenizer, "encode_specials", ByteTokenizer.encode)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    state = {**run.tokenizer_state, "beside": {"chat_template.jinja": template}}
+    with serving(replace(run, tokenizer_state=state), batch_size=1) as found:
+        opened(browser, found)
+        assert not browser.run("document.getElementById('kinds').hidden")
+        browser.run("document.querySelector('[value=chat]').click()")
+        for said, earlier in (("Hello", 0), ("<b>And</b>", 2)):
+            browser.run(f"document.getElementById('prompt').value = {json.dumps(said)}")
+            press(browser, "write")
+            lines = "[...document.querySelectorAll('#turns li')].map(one => one.textContent)"
+            told = browser.run(lines)
+            assert len(told) == earlier + 1 and told[-1] == f"You: {said}"
+            assert browser.run("document.getElementById('prompt').value") == ""
+        assert told[1].startswith("Model: ")
+        press(browser, "fresh")
+        assert browser.run(lines) == []
+    assert complained(browser) == []
 
 
 class Foreign:
