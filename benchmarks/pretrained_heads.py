@@ -26,6 +26,7 @@ from mtp_lightning.decoding.sequence import rates
 from mtp_lightning.model import ModelConfig, MTPModel
 from mtp_lightning.mtp.none import NoMTPConfig
 from mtp_lightning.opening import open_model
+from mtp_lightning.system import processor
 
 PROMPTS = {
     "code": [
@@ -229,7 +230,12 @@ def pretrained_heads(
     print("a draft of depth 1, 2, ..:", [f"{1e3 * s:.1f} ms" for s in costs.draft])
     if figure is not None:
         draw(rows, figure)
-    return {"rows": rows, "verify_seconds": costs.verify, "draft_seconds": costs.draft}
+    return {
+        "processor": processor(),
+        "rows": rows,
+        "verify_seconds": costs.verify,
+        "draft_seconds": costs.draft,
+    }
 
 
 main = cli.program("pretrained_heads", __doc__, pretrained_heads)

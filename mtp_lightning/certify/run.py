@@ -18,6 +18,7 @@ from mtp_lightning.decoding.precision import check_precision, use_precision
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn import ops
 from mtp_lightning.opening import open_model
+from mtp_lightning.system import processor
 
 # Prompts whose logits are in memory at a time.
 _PART = 16
@@ -71,7 +72,7 @@ def certify(
             model=str(path),
             facts={
                 "machine": platform.machine(),
-                "processor": _processor(),
+                "processor": processor(),
                 "torch": torch.__version__,
                 "layers": ops.code()[1],
                 "prompts": count,
@@ -110,11 +111,3 @@ def _is_sampled(cell: Cell, threads: Sequence[int]) -> bool:
     """Whether a cell's samples are drawn: one a way of drafting, since their distribution depends
     on nothing else that greedy texts do not show."""
     return cell == Cell(drafts=cell.drafts, options=cell.options, batch=8, threads=threads[0])
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")

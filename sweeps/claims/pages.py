@@ -29,8 +29,6 @@ QUESTION = "text_equal_flops"
 PLANNING = "star_graph_heads_5000"
 # Further heads on the same task, against the same control.
 MORE_PLANNING = "star_graph_summaries"
-# What keeps sequential modules from that.
-HIDING = "token_dropout"
 # Shown in the place of the first while it has no numbers.
 INSTEAD = "drafts_best"
 
@@ -66,7 +64,7 @@ def pages(root: Path, claims: Path = FOLDER) -> dict[Path, str]:
     texts = {root / "docs" / "results.md": _render("results.jinja", facts)}
     for name in READMES:
         if name == "README.md" or (root / name).exists():
-            texts[root / name] = part(found, name)
+            texts[root / name] = part(found, name, root)
     return {page: _between(page, text) for page, text in texts.items()}
 
 
@@ -93,14 +91,16 @@ def answers(found: Found, root: Path, *, to: str = "") -> str:
     return _render("questions.jinja", {**questions(found, root), "to": to})
 
 
-def part(found: Found, name: str) -> str:
+def part(found: Found, name: str, root: Path) -> str:
     """What is between the markers of a README.
 
     Args:
         found: claims with their results.
         name: of the README.
+        root: has ``results/`` and ``benchmarks/``.
     """
-    return _render(READMES[name], _readme(found))
+    speed = questions(found, root)["speed"]
+    return _render(READMES[name], {**_readme(found), "speed": speed})
 
 
 def _render(template: str, facts: Mapping[str, Any]) -> str:
@@ -181,11 +181,9 @@ def _readme(found: Found) -> dict[str, Any]:
     return {
         "question": _question(shown),
         "plans": _solvers((PLANNING, MORE_PLANNING), shown),
-        "hides": _solvers((HIDING,), shown),
         "pictures": list(_pictures(shown)),
         "counts": counts if run else None,
         "missing": [name for name, (_, result) in shown.items() if result is None],
-        "old": old,
     }
 
 

@@ -27,8 +27,9 @@ SIZES = {
 }
 # Claims about the star graph, likewise; the arms of each group stand together.
 PLANNING = (("planning_seeds",), ("star_graph_heads_5000", "star_graph_summaries"))
-SPEED = Path("benchmarks") / "results" / "pretrained_heads.json"
-DRAFTS = "drafts_1_of_4096"  # of SPEED; one way for all texts, not each text's best
+# One file per processor, written by benchmarks.pretrained_heads.
+SPEED = "benchmarks/results/pretrained_heads*.json"
+WAYS = ("drafts_1", "drafts_1_of_4096")  # of drafting one token; one for all texts of a processor
 
 Found = Mapping[str, tuple[Claim, Result | None]]
 
@@ -41,7 +42,7 @@ def questions(found: Sequence[tuple[Claim, Result | None]], root: Path) -> dict[
         root: has ``results/`` and ``benchmarks/results/``.
     """
     by_name = {claim.name: (claim, result) for claim, result in found if claim.setting == "cpu"}
-    return {"worth": _worth(by_name), "plans": _plans(by_name), "speed": _speed(root / SPEED)}
+    return {"worth": _worth(by_name), "plans": _plans(by_name), "speed": _speeds(root)}
 
 
 def _worth(found: Found) -> dict[str, Any] | None:
@@ -117,21 +118,28 @@ def _has_numbers(claim: Claim, result: Result | None) -> bool:
     return any(entry["effect"] is not None for entry in result["predictions"])
 
 
-def _speed(file: Path) -> list[dict[str, Any]] | None:
-    """Tokens per second of greedy decoding by kind of text: plain, with drafts, and by llama.cpp
-    where that was measured."""
-    if not file.is_file():
-        return None
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    return [
-        {
-            "kind": row["kind"],
-            "plain": row["plain"]["tokens_per_second"],
-            "drafted": row[DRAFTS]["tokens_per_second"],
-            "ratio": row[DRAFTS]["over_plain"],
-            "llama_cpp": row.get("llama.cpp", {}).get("tokens_per_second"),
-            "tokens": row["tokens"],
-        }
-        for row in rows
-        if row["temperature"] == 0 and DRAFTS in row
-    ] or None
+def _speeds(root: Path) -> list[dict[str, Any]] | None:
+    """Greedy decoding with drafts by processor: how many times as fast as plain decoding it is on
+    each kind of text, and tokens per second where they are stored. The way of drafting is the one
+    with the best mean over the texts."""
+    found = []
+    for file in sorted(root.glob(SPEED)):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        rows = [row for row in content["rows"] if row["temperature"] == 0]
+        ways = [way for way in WAYS if all(way in row for row in rows)]
+        if not rows or not ways:
+            continue
+        best = max(ways, key=lambda way: sum(row[way]["over_plain"] for row in rows))
+        texts = [
+            {
+                "kind": row["kind"],
+                "ratio": row[best]["over_plain"],
+                "plain": row.get("plain", {}).get("tokens_per_second"),
+                "drafted": row[best].get("tokens_per_second"),
+                "llama_cpp": row.get("llama.cpp", {}).get("tokens_per_second"),
+                "tokens": row["tokens"],
+            }
+            for row in rows
+        ]
+        found.append({"processor": content.get("processor", "one processor"), "texts": texts})
+    return found or None

@@ -21,7 +21,6 @@ from sweeps.claims.figure import digest, files_of, write_figures
 from sweeps.claims.pages import (
     BEGIN,
     END,
-    HIDING,
     MORE_PLANNING,
     PLANNING,
     QUESTION,
@@ -237,9 +236,9 @@ def test_what_is_said_since_is_no_part_of_the_prediction(tmp_path: Path) -> None
     since = claim_of(tmp_path / "claims", remark="Nobody knew.", superseded_by="later")
     assert since.digest == claim.digest and not is_stale(result, since)
     for readme in READMES:
-        shown, left = (part([(one, result)], readme) for one in (claim, since))
+        shown, left = (part([(one, result)], readme, tmp_path) for one in (claim, since))
         assert "docs/results.md" in shown and "docs/log.md" not in shown
-        assert "docs/results.md" not in left and "(docs/log.md)" in left and "mine" in left
+        assert "docs/results.md" not in left
     page = pages(tmp_path, tmp_path / "claims")[tmp_path / "docs" / "results.md"]
     assert "**Superseded by later.**" in page and "**Said since:** Nobody knew." in page
     with pytest.raises(ValueError, match="remark"):
@@ -315,7 +314,7 @@ def test_the_readme_answers_its_first_question_in_every_language(tmp_path: Path)
     write_claim(claims, QUESTION, predictions=more)
     claim = read_claim(QUESTION, claims)
     for readme, waits in ((ENGLISH, "?** Not judged yet"), (CHINESE, "？** 尚无结论")):
-        text = part([(claim, None)], readme)
+        text = part([(claim, None)], readme, tmp_path)
         assert waits in text and claim.command in text
         assert "| " not in text and "![" not in text, "no empty table, no picture of nothing"
     result = result_of(claim, {"plain": PLAIN, "mtp": moved(-0.05)})
@@ -333,7 +332,7 @@ def test_the_readme_answers_its_first_question_in_every_language(tmp_path: Path)
         ),
     }
     for page in READMES:
-        text = part([(claim, result)], page)
+        text = part([(claim, result)], page, tmp_path)
         shown = words.measured(result["predictions"][0])
         assert text.count(shown) == 2 and shown.count("[") == 1, "the least and the most"
         assert f"](results/{QUESTION}.svg)" in text
@@ -351,12 +350,12 @@ def test_the_readme_says_who_learned_to_plan(tmp_path: Path) -> None:
     claim = read_claim(PLANNING, claims)
     for count, told in ((7, ("beyond noise: mtp.", "超出噪声的：mtp。")), (2, ("none", "无"))):
         result = result_of(claim, {"plain": rights(0), "mtp": rights(count)})
-        english, chinese = (part([(claim, result)], one) for one in (ENGLISH, CHINESE))
+        english, chinese = (part([(claim, result)], one, tmp_path) for one in (ENGLISH, CHINESE))
         assert f"plain 0 of {len(rights(0))}, mtp {count} of {len(rights(0))}." in english
         assert f"mtp {count}/{len(rights(0))}。" in chinese
         assert told[0] in english and told[1] in chinese
     waiting = result_of(claim, {"plain": ["missing"], "mtp": ["missing"]})
-    assert "plan?" not in part([(claim, waiting)], ENGLISH)
+    assert "plan?" not in part([(claim, waiting)], ENGLISH, tmp_path)
 
 
 def test_the_readme_adds_further_heads_to_those(tmp_path: Path) -> None:
@@ -369,27 +368,24 @@ def test_the_readme_adds_further_heads_to_those(tmp_path: Path) -> None:
         claim = read_claim(name, claims)
         found.append((claim, result_of(claim, {"plain": rights(0), arm: rights(count)})))
     n = len(rights(0))
-    text = part(found, ENGLISH)
+    text = part(found, ENGLISH, tmp_path)
     assert f"plain 0 of {n}, mtp 0 of {n}, other 7 of {n}. More than" in text
     assert "beyond noise: other." in text
     # Without the first claim's numbers there is nothing to add to.
-    assert "plan?" not in part([(found[0][0], None), found[1]], ENGLISH)
+    assert "plan?" not in part([(found[0][0], None), found[1]], ENGLISH, tmp_path)
 
 
-def test_the_readme_says_what_hiding_tokens_does(tmp_path: Path) -> None:
-    claims = tmp_path / "claims"
-    arms = {"p0": [], "p1": ["mtp.token_dropout=1.0"]}
-    more = [{"arm": "p1", "against": "p0", "side": "above"}]
-    write_claim(claims, HIDING, measure=SOLVED, arms=arms, predictions=more)
-    claim = read_claim(HIDING, claims)
-    result = result_of(claim, {"p0": rights(0), "p1": rights(7)})
-    n = len(rights(0))
-    english, chinese = (part([(claim, result)], one) for one in (ENGLISH, CHINESE))
-    assert (
-        f"none hidden 0 of {n}, all 7 of {n}. More than with none hidden, beyond noise: all."
-        in (english)
-    )
-    assert f"不隐藏 0/{n}, 全部隐藏 7/{n}。比全部可见时更多且超出噪声的：全部隐藏。" in chinese
+def test_the_readme_says_how_fast_by_processor(tmp_path: Path) -> None:
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    for name, ratio in (("", 1.36), ("_other", 0.9)):
+        row = {"kind": "code", "temperature": 0.0, "tokens": 9}
+        row |= {"drafts_1": {"over_plain": ratio}, "drafts_1_of_4096": {"over_plain": ratio - 0.1}}
+        text = json.dumps({"processor": f"P{name}", "rows": [row]})
+        (folder / f"pretrained_heads{name}.json").write_text(text)
+    english, chinese = (part([], one, tmp_path) for one in (ENGLISH, CHINESE))
+    assert "on P 1.36 × on code; on P_other 0.90 × on code." in english
+    assert "在 P 上，代码 1.36 倍；在 P_other 上，代码 0.90 倍。" in chinese
 
 
 @pytest.mark.parametrize("page", ["docs/results.md", *READMES])
