@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mtp_lightning.cli import printable
 from mtp_lightning.decoding import generate
+from mtp_lightning.decoding.options import Prompt
 from mtp_lightning.decoding.sequence import Fresh
 from mtp_lightning.experiment.text_stream import Colors, TextStream
 from mtp_lightning.model import MTPModel
@@ -47,8 +48,15 @@ def print_samples(model: MTPModel, data: WindowDataModule, *, seed: int) -> None
 
 def _print_answer(model: MTPModel, data: WindowDataModule, length: int) -> None:
     (prompt,) = data.held_out_prompts(1, data.seq_len)
-    options = {"max_new_tokens": length, "temperature": 0.0, "max_context": data.seq_len}
-    (answer,) = generate(model, [prompt], tokenizer=data.tokenizer, long="slide", **options)
+    (answer,) = generate(
+        model,
+        [prompt],
+        max_new_tokens=length,
+        temperature=0.0,
+        tokenizer=data.tokenizer,
+        max_context=data.seq_len,
+        long="slide",
+    )
     question = printable(data.tokenizer.decode(prompt.tolist()))
     print("Sample (a held-out question >> the model's answer)")
     print(f"{question} >>{printable(answer.text or '')}\n")
@@ -57,7 +65,9 @@ def _print_answer(model: MTPModel, data: WindowDataModule, length: int) -> None:
 def _print_texts(model: MTPModel, data: WindowDataModule, seed: int) -> None:
     pieces = data.held_out_prompts(_SEARCHED, min(_PIECE, data.seq_len), fewer=True)
     texts = [data.tokenizer.decode(piece.tolist()) for piece in pieces]
-    found = [(kind, data.tokenizer.encode(text)) for kind, text in beginnings(texts)]
+    found: list[tuple[str, Prompt]] = [
+        (kind, data.tokenizer.encode(text)) for kind, text in beginnings(texts)
+    ]
     if not found:
         found = [("a text", piece) for piece in pieces[:1]]
     terminal = sys.stdout.isatty()
