@@ -1,4 +1,2 @@
-"""The one place that turns a config into objects, and runs them.
-
-The way through a run: config -> data -> model -> module -> trainer -> summary.
-"""
+"""Turns a config into objects, and runs them: config -> data -> model -> module -> trainer ->
+summary."""

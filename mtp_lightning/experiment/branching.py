@@ -1,6 +1,8 @@
-"""A run that goes on in a folder of its own from the whole state of another one, under other
-schedules: one long run at a constant learning rate and a decay from each budget cost about half of
-what as many runs of their own do (Haegele et al. 2024, arXiv 2405.18392)."""
+"""Branching: a run that continues another run's state in its own folder, under other schedules.
+
+One long run at a constant learning rate, with a branch that decays at each budget, costs about half
+as much as a separate run for each budget (Haegele et al. 2024, arXiv 2405.18392).
+"""
 
 from __future__ import annotations
 
@@ -18,27 +20,28 @@ from mtp_lightning.run import checkpoints
 from mtp_lightning.run.config import WITHOUT_BEARING, describe_differences
 from mtp_lightning.run.layout import CHECKPOINTS, kept_at
 
-# In what a branch may differ from its run: in what is to come, and in who watches it.
+# Keys that a branch may change: those of later steps, and of logging and callbacks.
 _FREE = (
     *(*WITHOUT_BEARING, "callbacks", "branch_from"),
     *("optimizer.schedule", "lambda_schedule", "mtp_lambda"),
     *("trainer.max_steps", "trainer.val_check_interval", "trainer.log_every_n_steps"),
 )
-# Groups of conf/ that have schedules.
+# Groups of conf/ whose classes a stored schedule may be built from.
 _SCHEDULES = ("optimizer", "lambda_schedule")
-# Steps at which the schedules of both are compared; of a longer past, so many evenly.
+# The most steps at which the schedules are compared, spread evenly over the steps done.
 _COMPARED = 10_000
 
 
 def branch_point(branch_from: str) -> Path:
-    """The checkpoint that ``RUN@STEP`` names.
+    """Find the checkpoint that ``RUN@STEP`` names.
 
     Args:
         branch_from: a run's folder and an optimizer step.
 
     Raises:
-        UserError: no such form, or the run has no intact checkpoint of that step.
-        FileNotFoundError: no such run.
+        UserError: ``branch_from`` has another form, or the run has no intact checkpoint of that
+            step.
+        FileNotFoundError: the run does not exist.
     """
     run, _, number = branch_from.rpartition("@")
     if not run or not number.isascii() or not number.isdigit():
@@ -52,7 +55,7 @@ def branch_point(branch_from: str) -> Path:
     named = folder / kept_at(step)
     if checkpoints.stored_step(named) == step:
         return named
-    # Each is read whole, for its checksums.
+    # This is slow: it reads all checkpoints whole, for their checksums.
     found = {checkpoints.stored_step(path): path for path in sorted(folder.glob("*.ckpt"))}
     if step not in found:
         there = ", ".join(str(known) for known in sorted(found) if known >= 0) or "none"
@@ -64,18 +67,18 @@ def branch_point(branch_from: str) -> Path:
 
 
 def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[str] = ()) -> None:
-    """Refuse a branch that the stored run could not have been the beginning of.
+    """Refuse a branch whose config would have trained the steps done so far differently.
 
     Args:
-        stored: the checkpoint that it goes on from.
+        stored: the content of the checkpoint that the branch continues.
         cfg: the branch's config.
-        allow: packages whose classes the stored run's schedules may be of.
+        allow: packages whose classes the stored run's schedules may use.
 
     Raises:
-        UserError: something else than a schedule differs, or a schedule would have had other values
-            in the steps that are done.
+        UserError: a setting other than a schedule differs, or a schedule gives other values in the
+            steps that are done.
     """
-    begin = f"branch_from={cfg.branch_from} cannot be gone on from"
+    begin = f"branch_from={cfg.branch_from} cannot be continued"
     if cfg.compare.match != "none":
         raise UserError(
             f"{begin} with compare.match={cfg.compare.match}, which sets a run's length or layers: "
@@ -88,7 +91,7 @@ def check_branch(stored: dict[str, Any], cfg: DictConfig, *, allow: Collection[s
     if differences:
         raise UserError(
             f"{begin}: a branch may change the schedules and the length alone, and this one "
-            f"changes {'; '.join(differences)}. Start it anew, or from the weights by init_from."
+            f"changes {'; '.join(differences)}. Start a new run, or use the weights by init_from."
         )
     step = int(stored["global_step"])
     done = np.linspace(0, step - 1, min(step, _COMPARED)).astype(int).tolist()

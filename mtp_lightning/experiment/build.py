@@ -1,4 +1,4 @@
-"""A config's objects: data, model, module, trainer."""
+"""Builds the objects that a config describes: data, model, module and trainer."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ from mtp_lightning.vetting import require_reach
 
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
+    from data_modules.tokenizers import Tokenizer
     from mtp_lightning.compare import Matched
 
 log = logging.getLogger(__name__)
 
-# Keys of the trainer group that are this project's, not lightning.pytorch.Trainer's.
+# Keys of the trainer group that lightning.pytorch.Trainer does not have.
 _OWN_TRAINER_KEYS = (
     "accumulate_grad_batches",
     "gradient_clip_val",
@@ -46,81 +47,78 @@ _OWN_TRAINER_KEYS = (
     "shard_size",
     "split_checkpoint_gb",
 )
-# Of a tokenizer's state what no message repeats.
+# Entries of a tokenizer's state that are too long for a message.
 _LONG = ("tokenizer_json", "beside")
 
 
 def build_data(
     cfg: DictConfig, tokenizer_state: dict[str, Any] | None = None, *, brought: bool = False
 ) -> WindowDataModule:
-    """The data module, its token store built or found, or its task.
+    """Build and prepare the data module.
 
     Args:
         cfg: the config.
-        tokenizer_state: of the run that this one starts from; by default the tokenizer is the
-            config's.
-        brought: it came with a trunk, and takes the place of the config's unless that was asked
-            for.
+        tokenizer_state: the state of the tokenizer that comes with ``init_from``; None uses the
+            config's tokenizer.
+        brought: whether that tokenizer came with an imported trunk. It then replaces the config's
+            tokenizer, unless the command line sets one.
+
+    Raises:
+        UserError: the tokenizer settings do not fit the data or the model of ``init_from``.
     """
-    further: dict[str, Any] = {}
-    if "lookahead" in cfg.mtp:
-        further["lookahead"] = cfg.mtp.lookahead
-    if "task" in cfg.data:
-        data = _build_task(cfg, tokenizer_state, **further)
-    elif tokenizer_state is None:
-        data = instantiate(cfg.data, **further)
-    elif brought and not overridden("tokenizer"):
-        data = instantiate(cfg.data, tokenizer=tokenizer_from_state(tokenizer_state), **further)
-    else:
-        tokenizer = tokenizer_from_state(tokenizer_state)
-        asked = instantiate(cfg.tokenizer)
-        named = ("vocab_size", "train_bytes", "eot_id")
-        options = {k: cfg.tokenizer[k] for k in named if k in cfg.tokenizer}
-        same = asked.kind == tokenizer.kind and all(
-            tokenizer_state.get(key) == value for key, value in options.items()
+    typed = overridden("tokenizer")
+    if "task" in cfg.data and typed:
+        raise UserError(
+            f"{typed[0]} has no meaning for a task, which has symbols of its own: leave it out."
         )
-        if not same or (asked.kind == "pretrained" and asked.spec() != tokenizer.spec()):
-            stored = {k: v for k, v in tokenizer_state.items() if k not in _LONG}
-            raise UserError(
-                f"init_from={cfg.init_from} was trained with the tokenizer {stored}, which this "
-                "run's tokenizer settings do not ask for: its weights mean nothing with another."
-            )
-        data = instantiate(cfg.data, tokenizer=tokenizer, **further)
+    arguments: dict[str, Any] = {"lookahead": cfg.mtp.lookahead} if "lookahead" in cfg.mtp else {}
+    if tokenizer_state is not None:
+        arguments["tokenizer"] = tokenizer_from_state(tokenizer_state)
+        if "task" not in cfg.data and (typed or not brought):
+            _require_same_tokenizer(cfg, arguments["tokenizer"], tokenizer_state)
+    data: WindowDataModule = instantiate(cfg.data, **arguments)
     data.allow = trusted_packages(cfg)
     data.prepare()
     return data
 
 
-def _build_task(
-    cfg: DictConfig, tokenizer_state: dict[str, Any] | None, **further: Any
-) -> WindowDataModule:
-    if typed := overridden("tokenizer"):
+def _require_same_tokenizer(cfg: DictConfig, tokenizer: Tokenizer, state: dict[str, Any]) -> None:
+    """Refuse a config whose tokenizer settings differ from the tokenizer of ``init_from``."""
+    asked = instantiate(cfg.tokenizer)
+    same = asked.kind == tokenizer.kind and all(
+        state.get(key) == cfg.tokenizer[key]
+        for key in ("vocab_size", "train_bytes", "eot_id")
+        if key in cfg.tokenizer
+    )
+    if not same or (asked.kind == "pretrained" and asked.spec() != tokenizer.spec()):
+        stored = {k: v for k, v in state.items() if k not in _LONG}
         raise UserError(
-            f"{typed[0]} has no meaning for a task, which has symbols of its own: leave it out."
+            f"init_from={cfg.init_from} was trained with the tokenizer {stored}, which this "
+            "run's tokenizer settings do not ask for: its weights mean nothing with another."
         )
-    tokenizer = None if tokenizer_state is None else tokenizer_from_state(tokenizer_state)
-    data: WindowDataModule = instantiate(cfg.data, tokenizer=tokenizer, **further)
-    return data
 
 
 def settle_data(cfg: DictConfig, data: WindowDataModule) -> DictConfig:
-    """The config with what the data have found themselves."""
+    """Add to the config the settings that the data module has found itself."""
     cfg = cfg.copy()
     cfg.data.update(data.found())
     return cfg
 
 
 def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
-    """Trunk and stack from the groups ``model`` and ``mtp``.
+    """Configure trunk and stack from the groups ``model`` and ``mtp``.
 
     Args:
         cfg: the config.
-        vocab_size: of the tokenizer. An imported trunk may have more rows than it needs.
+        vocab_size: the tokenizer's number of ids. An imported trunk may have more rows.
+
+    Raises:
+        UserError: the trunk has fewer rows, or a setting is refused.
     """
     rows = cfg.model.get("vocab_size", vocab_size)
     if rows < vocab_size:
         raise UserError(
-            f"the tokenizer has {vocab_size} ids and the model only {rows} rows for them: "
+            f"The tokenizer has {vocab_size} ids and the model only {rows} rows for them: "
             "use the tokenizer that the model was trained with."
         )
     trunk = instantiate(cfg.model, kind=TrunkConfig, vocab_size=rows)
@@ -128,20 +126,19 @@ def build_model_config(cfg: DictConfig, vocab_size: int) -> ModelConfig:
     if cfg.mtp.get("weights", "") is None:  # of mtp=bag
         more["weights"] = "none" if "task" in cfg.data else "idf"
     mtp = instantiate(cfg.mtp, kind=MTPConfig, **more)
-    # Without a length of its own, the data module has looked.
     require_reach(
         {
             "mtp": {"depth": mtp.depth, "stride": mtp.stride},
             "data": {"seq_len": cfg.data.seq_len},
         }
     )
-    # Of whatever kind: a stack without depths is no stack, and one name for it is enough.
+    # Every kind of stack without depths is the same model, stored under one name.
     stack = mtp.depth or mtp.answers_at_once
     return ModelConfig(trunk=trunk, mtp=mtp if stack else NoMTPConfig())
 
 
 def build_balance(cfg: DictConfig) -> Balance:
-    """The rule of the group ``balance``; without MTP depths there is nothing to balance."""
+    """Build the rule of the group ``balance``. Without MTP depths, it is :class:`NoBalance`."""
     balance: Balance = instantiate(cfg.balance, kind=Balance)
     if balance.depth == 0 and not isinstance(balance, NoBalance):
         log.warning("balance=%s does nothing at mtp.depth=0.", balance.name)
@@ -150,8 +147,8 @@ def build_balance(cfg: DictConfig) -> Balance:
 
 
 def build_objective(cfg: DictConfig) -> Objective:
-    """What the depths are trained on: the term of the group ``objective``, and the keys that all
-    of its options have (conf/objective/base.yaml)."""
+    """Build the objective: the term that the group ``objective`` names, and the keys that all terms
+    share (conf/objective/base.yaml)."""
     node = cfg.objective
     options = {key: node[key] for key in Objective.options() if key in node}
     term = instantiate(
@@ -161,13 +158,16 @@ def build_objective(cfg: DictConfig) -> Objective:
 
 
 def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) -> MTPModule:
-    """The LightningModule, with fresh weights.
+    """Build the LightningModule with fresh weights.
 
     Args:
         cfg: the config.
-        data: for the vocabulary, and the tokenizer that checkpoints hold.
-        asked: the config before anything was matched, which checkpoints hold: given again, it
-            comes to the same layers and steps.
+        data: the data module, for its vocabulary and for the tokenizer that checkpoints hold.
+        asked: the config before matching, which checkpoints hold. Matching it again gives the same
+            layers and steps.
+
+    Raises:
+        UserError: settings do not fit together.
     """
     model_config = build_model_config(cfg, data.tokenizer.vocab_size)
     if not model_config.mtp.trains_trunk:
@@ -220,14 +220,18 @@ def build_module(cfg: DictConfig, data: WindowDataModule, *, asked: DictConfig) 
 
 
 def build_schedule(cfg: DictConfig) -> LambdaSchedule:
-    """The lambda schedule, named by its function or class."""
+    """Build the lambda schedule, with the name of its function or class."""
     schedule = instantiate(cfg.lambda_schedule, kind=LambdaSchedule)
     schedule.name = str(cfg.lambda_schedule._target_).rpartition(".")[2]
     return schedule
 
 
 def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, Matched | None]:
-    """The config with the layers or steps that ``compare.match`` asks for, and what was matched."""
+    """Set the layers or steps that ``compare.match`` asks for.
+
+    Returns:
+        The config, and the result of the match (None without a match).
+    """
     if cfg.compare.match == "none":
         return cfg, None
     from mtp_lightning import compare
@@ -263,22 +267,25 @@ def match_reference(cfg: DictConfig, vocab_size: int) -> tuple[DictConfig, Match
 class TokenDoublePrecision(DoublePrecision):
     """Double precision for models that read token ids.
 
-    Lightning's own walks through every batch to turn floats into doubles, and refuses frozen
-    dataclasses on the way. A batch of windows holds integers only: there is nothing to turn.
+    Lightning's version converts all floats of a batch to doubles, and fails on frozen dataclasses.
+    A batch of windows holds integers only, so this one leaves it unchanged.
     """
 
     def convert_input(self, data: Any) -> Any:
-        """The batch as it is."""
+        """Return the batch unchanged."""
         return data
 
 
 def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -> pl.Trainer:
-    """The Trainer, with callbacks and loggers.
+    """Build Lightning's Trainer with callbacks and loggers.
 
     Args:
-        cfg: the config, its device settled.
+        cfg: the config, after :func:`settle_device`.
         resume_step: the optimizer step that the run continues from; logs after it are dropped.
         may_skip: whether some parameters get no gradient in some steps.
+
+    Raises:
+        UserError: the trainer group has a key or a value that is refused.
     """
     settings: dict[str, Any] = OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore
     for key in _OWN_TRAINER_KEYS:
@@ -295,10 +302,10 @@ def build_trainer(cfg: DictConfig, *, resume_step: int | None, may_skip: bool) -
             **settings,
             default_root_dir=cfg.paths.output_dir,
             max_epochs=-1,
-            # Validations are counted in optimizer steps, across epochs.
+            # val_check_interval then counts optimizer steps across epochs.
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
-            # The loaders shard themselves, so that their order can be resumed.
+            # The loaders split the data among processes themselves, in an order that can resume.
             use_distributed_sampler=False,
             enable_model_summary=False,
             logger=build_loggers(cfg, resume_step=resume_step),

@@ -1,4 +1,4 @@
-"""An app's config and its command line: composed without the app, and what was typed."""
+"""Composes an app's config without the app, and lists what its command line sets."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mtp_lightning.run.config import has_bearing, is_plain, key_of, lies_in
 
 
 def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
-    """The config ``name`` of conf/ with overrides as one types them on the command line.
+    """Compose the config ``name`` of conf/ with overrides as they are typed on the command line.
 
     Raises:
-        UserError: they do not fit the config.
+        UserError: the overrides do not fit the config.
     """
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
@@ -31,7 +31,7 @@ def compose_config(name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def overridden(group: str) -> list[str]:
-    """The overrides of a config group that were given on the command line of an app."""
+    """The overrides of a config group on the command line of the running app."""
     if not HydraConfig.initialized():
         return []
     given = [o.lstrip("+~") for o in HydraConfig.get().overrides.task]
@@ -39,10 +39,10 @@ def overridden(group: str) -> list[str]:
 
 
 def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
-    """What tells this run from its neighbours: a few keys, and all that the command line names.
+    """The hyperparameters that loggers show: depth, lambda, seed and all keys of the command line.
 
-    A key that names a group of the config (``mtp=parallel``) has the group's choice as its value.
-    Without depths, ``mtp=none`` is all that can be said of the stack, however it was asked for.
+    A key that names a config group (``mtp=parallel``) has the group's choice as its value. A stack
+    without depths is always shown as ``mtp=none``, since its other settings have no effect.
     """
     keys = ["mtp.depth", "mtp_lambda", "seed"]
     choices: dict[str, Any] = {}
@@ -58,7 +58,7 @@ def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
         if not has_bearing(key):
             continue
         value = choices.get(key) or OmegaConf.select(cfg, key)
-        if OmegaConf.is_dict(value):  # several choices of one group
+        if OmegaConf.is_dict(value):  # a group from which several options are chosen
             value = texts.get(key, "")
         chosen[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     if is_plain(chosen["mtp.depth"], OmegaConf.select(cfg, "mtp._target_")):

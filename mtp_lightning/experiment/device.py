@@ -1,4 +1,4 @@
-"""What a run does by default on the device that it finds: precision, and compiled blocks."""
+"""A run's settings that depend on its device: precision, and whether blocks are compiled."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from mtp_lightning.runtime import pick_accelerator
 from mtp_lightning.settings import require
 
 AUTO = "auto"
-# Precisions whose products are of bf16, under autocast.
+# Precisions that compute matrix products in bf16, under autocast.
 MIXED = ("bf16-mixed", "bf16-true")
 
 
 def settle_device(cfg: DictConfig) -> DictConfig:
-    """The config with the device's own choice in the place of every ``auto``, so that what is
-    stored says how a run was computed.
+    """Replace every ``auto`` of the config with the device's choice, so that the stored config says
+    how the run was computed.
 
-    On a CUDA device the precision is bf16-mixed, and blocks are compiled if there is the C compiler
-    that this takes; on a CPU fp32 and eager.
+    A CUDA device computes in bf16-mixed, with compiled blocks if a C compiler is installed. A CPU
+    computes in fp32, without compiling.
 
     Raises:
-        UserError: an accelerator that is not there, or a compile that is neither.
+        UserError: the accelerator is not available, or ``trainer.compile`` is unknown.
     """
     cfg = cfg.copy()
     trainer = cfg.trainer
@@ -43,14 +43,14 @@ def settle_device(cfg: DictConfig) -> DictConfig:
 
 
 def holds_in_bf16(trainer: DictConfig, *, frozen: bool) -> bool:
-    """Whether the matrices of the trunk are held in bf16.
+    """Whether the trunk's matrices are stored in bf16.
 
     Args:
-        trainer: the group of the config.
-        frozen: whether the trunk stays as it is.
+        trainer: the config group.
+        frozen: whether the trunk is not trained.
 
     Raises:
-        UserError: ``trainer.precision=bf16-true`` of a trunk that is trained, or in parts.
+        UserError: ``trainer.precision=bf16-true`` with a trunk that is trained or sharded.
     """
     if trainer.precision != "bf16-true":
         return False
@@ -62,27 +62,27 @@ def holds_in_bf16(trainer: DictConfig, *, frozen: bool) -> bool:
         )
     if trainer.strategy == "fsdp":
         raise UserError(
-            "trainer.precision=bf16-true with trainer.strategy=fsdp is not there: what is sharded "
-            "is of one dtype; set trainer.precision=bf16-mixed."
+            "trainer.precision=bf16-true does not work with trainer.strategy=fsdp, which shards "
+            "parameters of one dtype: set trainer.precision=bf16-mixed."
         )
     return True
 
 
 def has_compiler() -> bool:
-    """Whether the C compiler is there that torch.compile calls to start its GPU kernels."""
+    """Whether a C compiler is installed, which torch.compile needs to launch its GPU kernels."""
     return any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang"))
 
 
 def kernels_told(device: str) -> str | None:
-    """What computes the layers, and on how many threads, in a line; None of a GPU, or where
-    ``--quiet`` asks for what a program ends with alone."""
+    """One line about the CPU code that computes the layers and its threads; None on a GPU and with
+    ``--quiet``."""
     if device != "cpu" or os.environ.get(QUIET) == "1":
         return None
     return f"CPU layers by {ops.code()[1]}, threads: {torch.get_num_threads()}"
 
 
 def use_tensor_cores(cfg: DictConfig) -> None:
-    """Let a mixed-precision run on a GPU round to TF32 what it multiplies in fp32: the routers'
-    affinities, the head at validations. With ``trainer.precision=32-true``, fp32 is fp32."""
+    """Let a mixed-precision run on a GPU use TF32 for its remaining fp32 products: the routers'
+    affinities, and the head at validations. ``trainer.precision=32-true`` keeps full fp32."""
     mixed = cfg.trainer.accelerator == "cuda" and cfg.trainer.precision in MIXED
     torch.set_float32_matmul_precision("high" if mixed else "highest")

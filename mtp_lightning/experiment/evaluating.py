@@ -1,4 +1,4 @@
-"""A trained model's metrics: teacher-forced, and of the decoding loop."""
+"""Measures a trained model: teacher-forced metrics, and those of the decoding loop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from mtp_lightning.stored import NETWORK, is_cache, require_sizes, require_text
 
 log = logging.getLogger(__name__)
 
-# What a data group refers to, where the model comes without a run's config.
+# Values that a data group refers to, for a model that comes without a run's config.
 _BARE = {
     "tokenizer": None,
     "trainer": {"accumulate_grad_batches": 1, "accelerator": "auto"},
@@ -44,7 +44,7 @@ _BARE = {
     "seed": 0,
     "paths": {"cache_dir": None},
 }
-# Keys of a data group that say how text is read, not which.
+# Keys of a data group that say how text is read, not which text.
 _HOW = {
     "seq_len",
     "batch_size",
@@ -54,18 +54,19 @@ _HOW = {
     "val_fraction",
     "split_seed",
 }
-# Those of a task: its windows are as long as its examples need.
+# The same for a task, whose examples decide the length of its windows.
 _HOW_TASK = {"batch_size", "eval_batch_size"}
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Metrics of a trained model, on its own evaluation text or on other data: teacher-forced, and
-    of the decoding loop. On the run's own text, machine and threads, the run's own numbers.
+    """Compute and print a trained model's metrics on its own evaluation text or on other data.
+
+    On the run's own text, machine and threads, they are the numbers that the run reported.
 
     Raises:
-        UserError: a damaged or foreign checkpoint, data without a validation window, a Hugging
-            Face folder without data, or a precision that is not there.
-        OSError: a missing file.
+        UserError: the checkpoint is damaged or foreign, the data have no validation window, a
+            Hugging Face folder comes without data, or the precision is not available.
+        OSError: a file is missing.
     """
     quiet_lightning()
     vetting.check(OmegaConf.to_container(cfg), "evaluate")  # type: ignore[arg-type]
@@ -109,16 +110,16 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 def evaluate_model(
     model: MTPModel, batches: Iterable[WindowBatch], *, text_bytes: Sequence[int] | None = None
 ) -> dict[str, float]:
-    """Loss, accuracy, agreement and overlap of every depth, and bits per byte; see
-    :func:`rates_of`.
+    """Compute loss, accuracy, agreement and overlap of every depth, and bits per byte (see
+    :func:`rates_of`).
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         batches: windows built for the model's depth.
-        text_bytes: of every document of an evaluation text that the windows are from.
+        text_bytes: bytes of each document of the evaluation text.
 
     Raises:
-        UserError: no batch, or one of another depth.
+        UserError: there is no batch, or one has another depth.
     """
     device = model.head.weight.device
     rates = rates_of(model, text_bytes).to(device)
@@ -131,7 +132,7 @@ def evaluate_model(
 
 
 def precision_of(run: OpenedModel) -> AbstractContextManager[Any]:
-    """What ``trainer.precision`` puts around a validation of the run."""
+    """The autocast context in which the run's trainer validates."""
     mixed = run.config.get("trainer", {}).get("precision") in MIXED
     return torch.autocast(run.model.head.weight.device.type, torch.bfloat16, enabled=mixed)
 
@@ -139,8 +140,11 @@ def precision_of(run: OpenedModel) -> AbstractContextManager[Any]:
 def evaluate_long_range(
     run: OpenedModel, data: WindowDataModule, cfg: DictConfig
 ) -> dict[str, float]:
-    """How far back the model looks, as ``callbacks=long_range`` measures it in training: about two
-    passes over the text, and ``decode.n_prompts`` texts of a window's length."""
+    """Measure how far back the model looks, as ``callbacks=long_range`` does in training.
+
+    It takes about two passes over the text, and decodes ``decode.n_prompts`` texts of a window's
+    length.
+    """
     measure = LongRange(run.model, data.seq_len, data.tokenizer.token_bytes())
     with precision_of(run):
         for batch in data.val_dataloader():
@@ -158,19 +162,21 @@ def validation_data(
     cache_dir: str | None = None,
     allow: Collection[str] = (),
 ) -> WindowDataModule:
-    """The evaluation text of a run, or that of another data group in the run's setting.
+    """Prepare the evaluation text of a run, or other data with the run's settings.
 
     Args:
-        run: its tokenizer reads the text.
-        data: the other group. Of it counts what it reads; how (``data.seq_len``,
-            ``data.val_fraction`` ...) is the run's, but for what the command line names.
-        eval_bytes: of the evaluation text, or ``all``; by default as the run has it.
-        cache_dir: where token stores are; by default where the run's are, if that is a cache folder
-            on this machine, else where other runs' are.
+        run: the model, whose tokenizer reads the text.
+        data: the config group of the other data. The group decides which text is read. The run
+            decides how it is read (``data.seq_len``, ``data.val_fraction`` ...), except for keys
+            that the command line sets.
+        eval_bytes: bytes of evaluation text, or ``all``; None keeps the run's value.
+        cache_dir: folder of the token stores. By default it is the run's, if that is a cache folder
+            on this machine, else the default folder.
         allow: packages whose text sources may be built.
 
     Raises:
-        UserError: a Hugging Face folder, which has no text of its own, without other data.
+        UserError: a Hugging Face folder, which has no text, comes without other data; the stored
+            config is damaged; or a setting does not fit.
     """
     stored = run.config.get("data")
     if not isinstance(stored, dict):
@@ -184,7 +190,7 @@ def validation_data(
     config = OmegaConf.create({**_BARE, "mtp": run.model.config.mtp.to_dict(), **run.config})
     stored = config.data
     if data is not None:
-        allow = [*allow, *NETWORK.values()]  # what the user composes is what the user asked for
+        allow = [*allow, *NETWORK.values()]  # the user's own data group may use the network
         config.data = OmegaConf.to_container(data, resolve=False)
         typed = {key_of(override) for override in overridden("data")}
         how = _HOW_TASK if "task" in config.data else _HOW
@@ -198,12 +204,11 @@ def validation_data(
         )
     if eval_bytes is not None:
         config.data.eval_bytes = eval_bytes
-    # Nodes that were stored; of the user's own data, cache_dir is what the user said.
+    # The stored nodes. If the data group is the user's, its cache_dir stays as it is.
     nodes = [config.paths] if data is not None else [config.paths, config.data]
     for node in nodes:
         if cache_dir or not is_cache(node.get("cache_dir") or ""):
             node.update({"cache_dir": cache_dir} if "cache_dir" in node else {})
-    # Also with the user's data, whose keys follow what was stored: seed, mtp.depth.
     mtp = run.model.config.mtp
     further: dict[str, Any] = {} if mtp.predicts_tokens else {"lookahead": mtp.places_ahead}
     module: WindowDataModule = rebuild(
@@ -217,15 +222,17 @@ def validation_data(
 def evaluate_decoding(
     model: MTPModel, data: WindowDataModule, settings: DictConfig
 ) -> dict[str, Any]:
-    """Acceptance and speed-up of the drafts, measured and expected, or ``not_decoded``, which says
-    why not; nothing without drafts.
+    """Measure the drafts' acceptance and speed-up, and compute the expected ones.
+
+    Returns:
+        The metrics; ``not_decoded`` with the reason if no prompt fits; empty without drafts.
     """
     if model.mtp.max_draft_depth == 0 or settings.n_prompts == 0 or data.answer_length == 1:
         return {}  # an answer of one token needs no draft
     sizes = {key: settings[key] for key in ("n_prompts", "prompt_tokens", "new_tokens")}
     try:
         prompts, new_tokens = prompts_that_fit(data, **sizes)
-    except UserError as error:  # the teacher-forced metrics are there all the same
+    except UserError as error:  # the teacher-forced metrics are still worth reporting
         log.warning("Nothing was decoded: %s.", error)
         return {"not_decoded": str(error)}
     options = DecodingOptions.from_config(settings, max_new_tokens=new_tokens)

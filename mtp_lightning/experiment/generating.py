@@ -1,4 +1,4 @@
-"""From a trained run and a prompt to text on the terminal."""
+"""Generates text from prompts and prints it: the work of ``generate.py``."""
 
 from __future__ import annotations
 
@@ -43,25 +43,26 @@ _REPORTED = (
 
 
 def generate_text(cfg: Any) -> list[Generation]:
-    """Continue the prompts of ``conf/generate.yaml`` and print what comes.
+    """Continue the prompts of ``conf/generate.yaml`` and print the texts.
 
-    The texts go to standard output, what is said of them to standard error.
+    The texts go to standard output, and remarks about them to standard error.
 
     Raises:
-        UserError: an option out of range, no prompt, a damaged or foreign checkpoint.
-        OSError: a missing file.
+        UserError: an option is out of range, there is no prompt, or the checkpoint is damaged or
+            foreign.
+        OSError: a file is missing.
     """
     if cfg.output not in ("text", "json"):
         raise UserError(f"output={cfg.output} is unknown: choose text or json.")
     require_bool("show_drafts", cfg.show_drafts)
-    DecodingOptions.from_config(cfg)  # refused before a large model is read
+    DecodingOptions.from_config(cfg)  # checks the options before a large model is read
     prompts = read_prompts(cfg.prompt, cfg.prompts, sys.stdin)
     run = open_for(cfg)
     terminal, marks = sys.stdout.isatty(), None
     if cfg.show_drafts:
         marks = Colors() if terminal else Brackets()
     alone = len(prompts) == 1
-    # One text is shown as it grows; several, each when all are finished.
+    # A single text is printed while it grows, several only when all of them are finished.
     streams = [
         TextStream(
             run.tokenizer, sys.stdout if alone else StringIO(), p, terminal=terminal, marks=marks
@@ -75,7 +76,7 @@ def generate_text(cfg: Any) -> list[Generation]:
         )
     except BaseException:
         if alone and streams and streams[0].begun:
-            streams[0].write("\n")  # what is said of the error has a line of its own
+            streams[0].write("\n")  # the error message begins on its own line
         raise
     seconds = time.perf_counter() - began
     for stream, generation in zip(streams, generations, strict=False):
@@ -98,7 +99,7 @@ def generate_text(cfg: Any) -> list[Generation]:
 
 
 def _reported(generation: Generation, *, drafts: bool) -> dict[str, Any]:
-    """A text as an object of JSON."""
+    """The JSON object of a generated text."""
     found = {name: getattr(generation, name) for name in _REPORTED}
     if drafts:
         found["accepted_mask"] = generation.accepted_mask
@@ -107,7 +108,7 @@ def _reported(generation: Generation, *, drafts: bool) -> dict[str, Any]:
 
 
 def job_line(generations: Sequence[Generation], seconds: float) -> str:
-    """What several prompts took together: their tokens a second, and the tokens of a pass."""
+    """One line about several prompts: total tokens, time, tokens per second, tokens per pass."""
     tokens = sum(generation.new_tokens for generation in generations)
     told = f"{len(generations)} prompts, {tokens} new tokens in {seconds:.1f} s"
     told += f": {tokens / max(seconds, 1e-9):.0f} tokens/s"
@@ -116,11 +117,11 @@ def job_line(generations: Sequence[Generation], seconds: float) -> str:
 
 
 def open_for(cfg: Any) -> OpenedModel:
-    """The model of ``conf/generate.yaml``, on its device.
+    """Open the model of ``conf/generate.yaml`` on its device and in its precision.
 
     Raises:
-        UserError: a damaged or foreign checkpoint, or a precision that is not there.
-        OSError: a missing file.
+        UserError: the checkpoint is damaged or foreign, or the precision is not available.
+        OSError: a file is missing.
     """
     check_precision(cfg.precision, compile=cfg.compile)
     set_threads(cfg.num_threads)
@@ -133,16 +134,16 @@ def open_for(cfg: Any) -> OpenedModel:
 def continue_prompts(
     cfg: Any, run: OpenedModel, prompts: Sequence[str], *, on_tokens: OnTokens | None = None
 ) -> list[Generation]:
-    """What a model makes of prompts by ``conf/generate.yaml``.
+    """Continue prompts with the options of ``conf/generate.yaml``.
 
     Args:
         cfg: the config.
         run: the model.
-        prompts: texts.
+        prompts: the texts to continue.
         on_tokens: see :func:`~mtp_lightning.decoding.generate`.
 
     Raises:
-        UserError: an option out of range.
+        UserError: an option is out of range.
     """
     options = DecodingOptions.from_config(cfg, max_context=run.seq_len)
     ids = [run.tokenizer.encode(prompt) for prompt in prompts]
@@ -150,10 +151,10 @@ def continue_prompts(
 
 
 def read_prompts(prompt: str | None, prompts: str | None, stdin: TextIO) -> list[str]:
-    """The prompts that were asked for, by one of three ways.
+    """Read the prompts from ``prompt``, from the file ``prompts`` (one per line) or from ``stdin``.
 
     Raises:
-        UserError: none, two ways at once, or empty ones.
+        UserError: there is no prompt, it is given twice, or it is empty.
         OSError: ``prompts`` cannot be read.
     """
     if prompt is not None and prompts is not None:

@@ -1,9 +1,9 @@
-"""Objects by the ``_target_`` of a config. Whom to trust is decided by where the config is from.
+"""Builds the object that a config's ``_target_`` names. The config's origin decides what it may be.
 
-What a user composed, on the command line or in a ``--config-dir`` of his own, may build any class
-that can be imported (:func:`instantiate`). What was stored by somebody, in a checkpoint or a
-downloaded folder, may build what this platform's own conf/ builds of the kind, and classes that are
-defined in packages the user allows by name (:func:`rebuild`, ``mtp_lightning/stored.py``).
+A config that the user composes, on the command line or in a ``--config-dir``, may build any class
+that can be imported (:func:`instantiate`). A stored config, from a checkpoint or a downloaded
+folder, may build only the classes that this project's conf/ uses for the same purpose, and classes
+of packages that the user allows by name (:func:`rebuild`, ``mtp_lightning/stored.py``).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from mtp_lightning.stored import (
 
 
 def instantiate(config: DictConfig, *, kind: type | None = None, **arguments: Any) -> Any:
-    """Build what a node that the user composed names.
+    """Build the object of a node that the user composed.
 
     Args:
         config: the node.
-        kind: what must come out; None is anything.
-        arguments: beside the node's own keys.
+        kind: the class that the object must have; None allows any.
+        arguments: keyword arguments in addition to the node's own keys.
 
     Raises:
-        UserError: a target that cannot be imported or gives something else, an unknown key, or
-            what the object's own checks refuse.
+        UserError: the target cannot be imported or has another class, a key is unknown, or the
+            object's own checks refuse a value.
     """
     target = config.get("_target_")
     plain: Any = OmegaConf.to_container(config, resolve=True)
@@ -68,18 +68,18 @@ def rebuild(
     groups: Sequence[str] = DATA,
     **arguments: Any,
 ) -> Any:
-    """Build what a stored node names, by default data.
+    """Build the object of a stored node, by default data.
 
     Args:
         config: the node.
-        kind: what must come out; None is anything.
-        allow: packages whose own classes may be built, and names of what may reach the network
-            (:data:`mtp_lightning.stored.NETWORK`).
-        groups: of conf/, whose classes may be built.
-        arguments: in the place of the node's own keys.
+        kind: the class that the object must have; None allows any.
+        allow: packages whose own classes may be built, and names of classes that may use the
+            network (:data:`mtp_lightning.stored.NETWORK`).
+        groups: the groups of conf/ whose classes may be built.
+        arguments: keyword arguments, which replace the node's own keys.
 
     Raises:
-        UserError: a target from elsewhere; else as :func:`instantiate`.
+        UserError: the target is not allowed; else as :func:`instantiate`.
     """
     node: Any = OmegaConf.to_container(config, resolve=True)
     for target in targets({key: node[key] for key in node if key not in arguments}):
@@ -89,7 +89,7 @@ def rebuild(
 
 
 def trusted_packages(cfg: DictConfig) -> list[str]:
-    """Packages whose variants a checkpoint may ask for: those the user allows, and those that he
-    composes classes of himself."""
+    """The packages whose classes a checkpoint may use: those the user allows, and those whose
+    classes the user's own config names."""
     composed = set(targets(OmegaConf.to_container(cfg))) - own_targets()
     return sorted({*cfg.get("allow", []), *(target.partition(".")[0] for target in composed)})

@@ -1,4 +1,4 @@
-"""The loggers of a run: built, resumed, and told its end."""
+"""Builds the loggers of a run, resumes them, and closes them at its end."""
 
 from __future__ import annotations
 
@@ -18,36 +18,35 @@ from mtp_lightning.run.layout import METRICS_FILE
 
 
 def build_loggers(cfg: DictConfig, *, resume_step: int | None) -> list[GuardedLogger]:
-    """The loggers of the group ``logger``, ready to be logged to.
-
-    ``metrics.csv`` is always one of them: it is a file of the run, which sweeps, search and reports
-    read.
+    """Build the loggers of the group ``logger``. ``metrics.csv``, which sweeps, search and reports
+    read, is always one of them.
 
     Args:
         cfg: the config.
-        resume_step: the optimizer step that the run continues from; what was logged after it is
-            dropped.
+        resume_step: the optimizer step that the run continues from; logs after it are dropped.
 
     Raises:
-        UserError: a wrong setting, or a package that is not installed.
+        UserError: a setting is wrong, or a package is not installed.
     """
     built: dict[str, Any] = {}
     for key, node in (cfg.get("logger") or {}).items():
         try:
             built[str(key)] = instantiate(node, kind=Logger)
-        except ValueError:  # the user's to mend
+        except ValueError:
             raise
         except Exception as error:
             if isinstance(error, ImportError) or isinstance(error.__cause__, ImportError):
-                raise UserError(f"logger.{key} needs what cannot be imported: {error}") from error
-            # A server that is away, for example.
+                raise UserError(
+                    f"logger.{key} needs a package that cannot be imported: {error}"
+                ) from error
+            # A server that does not answer, for example, must not stop the run.
             warn_of_failure(str(key), "construction", error)
     folder = Path(cfg.paths.output_dir)
     if not any(isinstance(logger, MetricsCSV) for logger in built.values()):
         built = {"csv": MetricsCSV(folder), **built}
     loggers = [GuardedLogger(logger, key) for key, logger in built.items()]
     if resume_step is None and (folder / METRICS_FILE).exists():
-        resume_step = 0  # killed before its first checkpoint, a run begins again
+        resume_step = 0  # the run was killed before its first checkpoint, and starts again
     if resume_step is not None:
         for logger in loggers:
             logger.resume_from(resume_step)
@@ -55,12 +54,12 @@ def build_loggers(cfg: DictConfig, *, resume_step: int | None) -> list[GuardedLo
 
 
 def end_loggers(trainer: pl.Trainer, params: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
-    """Tell every logger the final metrics, and that the run has ended.
+    """Log the final metrics, and close every logger.
 
     Args:
-        trainer: of the run.
-        params: its hyperparameters.
-        summary: as in ``summary.json``.
+        trainer: the run's trainer.
+        params: the run's hyperparameters.
+        summary: the content of ``summary.json``.
     """
     final = {tag: value for tag, value in summary.items() if "/" in tag}
     for logger in trainer.loggers:

@@ -1,4 +1,4 @@
-"""What a trained model makes of held-out beginnings, shown when a run ends."""
+"""Prints a trained model's continuations of held-out text when a run ends."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from mtp_lightning.model import MTPModel
 if TYPE_CHECKING:
     from data_modules import WindowDataModule
 
-# Beginnings that a reader recognizes. A sentence is cut after some words.
+# Beginnings that a reader recognizes: a function, a class, the first words of a sentence.
 _FUNCTION = re.compile(r"^ *(?:async )?def \w+\([^()\n]*\)[^\n:]*:\n", re.MULTILINE)
 _CLASS = re.compile(r"^class \w+[^\n:]*:\n", re.MULTILINE)
 _SENTENCE = re.compile(r"(?<!\w)[A-Z][a-z]+(?:[ ][a-z]+,?){4,6}(?= [a-z])")
 _SAMPLES, _NEW_TOKENS, _TEMPERATURE = 3, 60, 0.7
-_SEARCHED, _PIECE = 1000, 64  # pieces of held-out text, and tokens of each
+_SEARCHED, _PIECE = 1000, 64  # pieces of held-out text that are searched, and tokens per piece
 
 
 def print_samples(model: MTPModel, data: WindowDataModule, *, seed: int) -> None:
-    """Three held-out beginnings and how the model continues; of a task, a question and its answer.
+    """Print the model's continuations of three held-out beginnings, or its answer to a question of
+    a task.
 
     Args:
-        model: on its device.
-        data: that it was trained on.
-        seed: of the samples.
+        model: the model, on its device.
+        data: the data that it was trained on.
+        seed: seed of the sampling.
     """
     if model.config.mtp.answers_at_once:
         return
@@ -71,7 +72,7 @@ def _print_texts(model: MTPModel, data: WindowDataModule, seed: int) -> None:
     if not found:
         found = [("a text", piece) for piece in pieces[:1]]
     terminal = sys.stdout.isatty()
-    # In a file or a pipe the text alone can be read.
+    # Color codes would be unreadable in a file or a pipe.
     marks = Colors() if terminal and model.mtp.max_draft_depth != 0 else None
     streams = [
         TextStream(
@@ -85,7 +86,7 @@ def _print_texts(model: MTPModel, data: WindowDataModule, seed: int) -> None:
     ]
 
     def add(i: int, fresh: Fresh) -> None:
-        # Rejected drafts would make the text hard to read: generate.py show_drafts=true has them.
+        # Rejected drafts would make the text hard to read; generate.py show_drafts=true shows them.
         streams[i].add(replace(fresh, rejected=[[] for _ in fresh.token_ids]))
 
     made = generate(
@@ -109,11 +110,14 @@ def _print_texts(model: MTPModel, data: WindowDataModule, seed: int) -> None:
 
 
 def beginnings(texts: list[str]) -> Iterator[tuple[str, str]]:
-    """Up to three beginnings, each with what it is: the first function, the first class and the
-    first sentence; more sentences where the texts have no code.
+    """Find up to three beginnings: the first function, the first class and the first sentence. More
+    sentences take the place of missing code.
 
     Args:
         texts: pieces of held-out text.
+
+    Yields:
+        The kind of beginning, such as ``a class``, and its text.
     """
     missing = _SAMPLES
     for kind, pattern in (("a function", _FUNCTION), ("a class", _CLASS)):

@@ -1,8 +1,8 @@
-"""``data=self_generated``: a model's own continuations as a corpus, for heads on its trunk.
+"""``data=self_generated``: a model's own continuations as the corpus for heads on its trunk.
 
-Heads draft what the trunk is about to say, not what somebody else wrote: of a model with weights
-from elsewhere, whose training text nobody has, the trunk's own text is also the one to be had
-(Medusa-2's self-distillation, Cai et al. 2024, arXiv 2401.10774, section 2.3.2).
+Heads are to draft the trunk's own text. For an imported model, whose training text is often not
+public, generating text is also the way to get a fitting corpus (self-distillation of Medusa-2, Cai
+et al. 2024, arXiv 2401.10774, section 2.3.2).
 """
 
 from __future__ import annotations
@@ -37,34 +37,36 @@ from mtp_lightning.settings import require_number, require_whole
 class SelfGenerated(TokenDataModule):
     """Windows of texts that a model has continued, in a token store that is built once.
 
-    A text is a prompt and the model's continuation, as the ids that it said. It is decoded without
-    drafts, so that it depends on the trunk alone; every prompt draws from a stream of its own. A
-    text of ``new_tokens`` ends there, with an end-of-text token as any document.
+    A text is a prompt and the model's continuation, as the generated ids. It is decoded without
+    drafts, so that it depends on the trunk alone. Every prompt has its own random stream. A text
+    ends after ``new_tokens`` at the latest, with an end-of-text token as any document.
 
     Args:
-        prompts: the corpus that prompts are from; ``val_fraction`` of them, and of the texts, are
-            from its validation documents.
-        tokenizer: the run's, which must be the model's; one still to be trained becomes it.
+        prompts: the corpus of the prompts. A share of ``val_fraction`` of them comes from its
+            validation documents, and makes the validation texts.
+        tokenizer: the run's tokenizer, which must be the model's. One that is still to be trained
+            is replaced with the model's.
         model: a run folder, a checkpoint or a Hugging Face folder.
-        n_prompts: texts, of training and validation together.
-        prompt_tokens: length of a prompt.
-        new_tokens: most tokens of a continuation.
-        temperature: 0 is greedy.
+        n_prompts: number of texts, training and validation together.
+        prompt_tokens: tokens of a prompt.
+        new_tokens: the most tokens of a continuation.
+        temperature: sampling temperature; 0 is greedy.
         top_p: as in decoding; None keeps every token.
-        sample_seed: of the samples. Not the run's seed: runs with other seeds share the texts.
+        sample_seed: seed of the sampling. It is not the run's seed, so that runs with other seeds
+            share the texts.
         decode_batch_size: prompts that are decoded together.
-        accelerator: that decodes them.
-        chat_share: of the texts, those that are a question, of up to ``prompt_tokens``, which the
-            model makes up, and its answer: 0 to 1.
-        chat_before: what its chat format has before a question, special tokens by their names.
-        chat_after: what it has between a question and the answer.
-        weights: digest of the model's trunk, where it is known: then the model is not read, if
-            the cache has its texts. None to read it; :attr:`weights` is what it was.
+        accelerator: the device that decodes them.
+        chat_share: share of texts, 0 to 1, that are chats: a question of up to ``prompt_tokens``
+            that the model makes up, and its answer.
+        chat_before: the chat format's text before a question, with special tokens by name.
+        chat_after: its text between a question and the answer.
+        weights: the digest of the model's trunk, if it is known. The model is then not read if the
+            cache has its texts. With None the model is read, and sets :attr:`weights`.
         options: all other arguments of :class:`TokenDataModule`.
 
     Raises:
-        UserError: numbers out of range. From the first use: no model, one of a task, one with
-            another vocabulary or a shorter context, or prompts that are too few.
+        UserError: a number is out of range. At the first use: there is no model, it is a task's, it
+            has another vocabulary or too short a context, or there are too few prompts.
     """
 
     def __init__(
@@ -97,8 +99,8 @@ class SelfGenerated(TokenDataModule):
         if chat_share and not chat_after:
             raise UserError(
                 f"data.chat_share={chat_share} needs the model's chat format: give "
-                "data.chat_before and data.chat_after, what stands before a question and between "
-                "it and the answer."
+                "data.chat_before and data.chat_after, its texts before a question and between a "
+                "question and the answer."
             )
         self.sampling = Sampling(temperature=temperature, top_p=top_p)
         self.model = model
@@ -113,12 +115,11 @@ class SelfGenerated(TokenDataModule):
         self.weights = weights
 
     def found(self) -> dict[str, Any]:
-        """The digest of the model, too, which is then not read again."""
+        """The settings found, including the model's digest: with it the model need not be read."""
         return super().found() | {"weights": self.weights}
 
     def _open(self) -> tuple[TokenStore, Tokenizer]:
         if self._store is None:
-            # Read where its weights decide which texts are meant, or where they must be generated.
             speaker: OpenedModel | None = None
             if self.weights is None or self._tokenizer.needs_training:
                 speaker = self._read()
@@ -130,7 +131,7 @@ class SelfGenerated(TokenDataModule):
         return self._store, self._tokenizer
 
     def _settings(self) -> dict[str, Any]:
-        """What the texts of a model depend on."""
+        """The settings that the generated texts depend on."""
         chat = {"chat_share": self.chat_share, "chat": list(self.chat)} if self.chat_share else {}
         return {
             "prompts": self.split.source.fingerprint(),
@@ -146,10 +147,10 @@ class SelfGenerated(TokenDataModule):
         }
 
     def _read(self) -> OpenedModel:
-        """The model, if it can speak in this run."""
+        """Open the model, and check that its texts fit this run."""
         if self.model is None:
             raise UserError(
-                "data=self_generated has no model whose texts it is to be: set init_from, or "
+                "data=self_generated has no model to generate its texts: set init_from, or "
                 "data.model."
             )
         device = pick_accelerator(self.accelerator)
@@ -157,7 +158,7 @@ class SelfGenerated(TokenDataModule):
         own, theirs = self._tokenizer, run.tokenizer
         if theirs.kind == "symbols":
             raise UserError(
-                f"data.model={self.model} was trained on a task, whose symbols are no text: give "
+                f"data.model={self.model} was trained on a task, whose symbols are not text: give "
                 "a model of text."
             )
         if own.needs_training and _would_be(own, theirs):
@@ -165,11 +166,11 @@ class SelfGenerated(TokenDataModule):
         if own.needs_training or _vocabulary(own) != _vocabulary(theirs):
             raise UserError(
                 f"data.model={self.model} speaks another vocabulary (tokenizer {theirs.kind}, "
-                f"{theirs.vocab_size} ids) than this run ({own.kind}): its texts are for a run "
-                "with its own tokenizer."
+                f"{theirs.vocab_size} ids) than this run ({own.kind}): use the model's tokenizer "
+                "in this run."
             )
         chat = sum(map(len, self._chat_ids(theirs)))
-        # The last token is not read.
+        # The model does not read the last token.
         total = self.prompt_tokens + chat + self.new_tokens - 1
         if total > run.seq_len:
             around = f", the chat format ({chat})" if chat else ""
@@ -182,7 +183,7 @@ class SelfGenerated(TokenDataModule):
         if self.weights not in (None, found):
             raise UserError(
                 f"data.model={self.model} has other weights now than when this run's texts were "
-                "generated, and these are not in the cache: give the model as it was."
+                "generated, and the cache does not have these texts: give the model as it was."
             )
         self.weights = found
         return run
@@ -229,15 +230,15 @@ class SelfGenerated(TokenDataModule):
         return meta
 
     def _chat_ids(self, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-        """What stands before a question, and between it and the answer."""
+        """The ids before a question, and those between a question and the answer."""
         if not self.chat_share:
             return [], []
         before, after = (tokenizer.encode_specials(text).tolist() for text in self.chat)
         return before, after
 
     def _questions(self, speaker: OpenedModel, n: int) -> list[np.ndarray]:
-        """Chats up to the answer, whose questions the model makes up (Magpie, Xu et al. 2024, arXiv
-        2406.08464): asked to go on behind what stands before a question, it asks one."""
+        """Generate ``n`` chats up to the answer. The model makes up each question by continuing the
+        chat format's text before a question (Magpie, Xu et al. 2024, arXiv 2406.08464)."""
         before, after = self._chat_ids(speaker.tokenizer)
         if not n:
             return []
@@ -247,7 +248,7 @@ class SelfGenerated(TokenDataModule):
         return [np.asarray([*before, *question, *after], np.int64) for question in said]
 
     def _continue(self, speaker: OpenedModel, prompts: list[np.ndarray]) -> list[np.ndarray]:
-        """Every prompt with its continuation, without end-of-text token."""
+        """Return every prompt followed by its continuation, without end-of-text token."""
         said = self._say(
             speaker, [p.tolist() for p in prompts], self.new_tokens, seed=self.sample_seed
         )
@@ -259,7 +260,7 @@ class SelfGenerated(TokenDataModule):
     def _say(
         self, speaker: OpenedModel, prompts: list[list[int]], n: int, *, seed: int
     ) -> list[list[int]]:
-        """What the model says behind each prompt, up to ``n`` tokens, without end-of-text token."""
+        """Continue each prompt by up to ``n`` tokens; the end-of-text token is left out."""
         progress = Progress(f"texts of {speaker.path}", len(prompts) * n, unit="tokens")
         eot = speaker.tokenizer.eot_id
         try:
@@ -281,7 +282,7 @@ class SelfGenerated(TokenDataModule):
 
 
 def trunk_digest(model: MTPModel) -> str:
-    """Hex digest of all that decides what a model says without drafts: its trunk and its head."""
+    """Hex digest of everything that decides a model's text without drafts: its trunk and head."""
     parts: list[object] = [json.dumps(model.config.trunk.to_dict(), sort_keys=True)]
     for name, tensor in sorted(model.state_dict().items()):
         if not name.startswith("mtp."):
@@ -292,11 +293,11 @@ def trunk_digest(model: MTPModel) -> str:
 
 
 def _vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What decides the ids; not where the tokenizer was read from, or what lay beside it."""
+    """The parts of a tokenizer's state that decide its ids; paths and accompanying files do not."""
     return {k: v for k, v in tokenizer.state().items() if k not in ("path", "beside")}
 
 
 def _would_be(asked: Tokenizer, trained: Tokenizer) -> bool:
-    """Whether a tokenizer is what the one that is still to be trained was asked to become."""
+    """Whether ``trained`` has the settings of ``asked``, a tokenizer that is not trained yet."""
     state = trained.state()
     return all(state.get(key, value) == value for key, value in asked.spec().items())

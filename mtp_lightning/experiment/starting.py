@@ -1,13 +1,13 @@
-"""What a run begins with: the checkpoint that it continues or branches from, or another model.
+"""A run's start: fresh weights, a checkpoint that it continues or branches from, or another model.
 
-A run whose folder holds a checkpoint continues; ``branch_from`` begins with the whole state of
-another run, and ``init_from`` with the weights of one (``init_from.py``).
+A run whose folder holds a checkpoint continues from it. ``branch_from`` loads the whole state of
+another run, and ``init_from`` only the weights of a model (``init_from.py``).
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What mtp.init=last_block looks at: a pass of the trunk over more would take longer than it gains.
+# The tokens on which mtp.init=last_block measures the trunk. More would take longer than they gain.
 BEGINNING_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a run begins with; of a fresh run, nothing.
+    """What a run starts from. All fields are empty for a fresh run.
 
     Attributes:
-        checkpoint: that it continues or branches from.
-        content: of that file; its tensors are read when they are used.
-        branches: whether the checkpoint is another run's.
-        start: the model of ``init_from``, of a run that has not begun.
-        tokenizer_state: that comes with the model.
-        trunk: in the place of the config's; None if the config's own is built.
+        checkpoint: the file that the run continues or branches from.
+        content: the content of that file. Its tensors are read when they are used.
+        branches: whether the checkpoint belongs to another run.
+        start: the model of ``init_from``; None once the run has a checkpoint.
+        tokenizer_state: the state of the tokenizer that comes with the model.
+        trunk: the imported trunk, which replaces the config's; None builds the config's own.
     """
 
     checkpoint: Path | None = None
@@ -66,21 +66,21 @@ class Origin:
 
 
 def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:
-    """What a run begins with, the same for all of its processes.
+    """Find what a run starts from. All processes of the run get the same answer.
 
     Args:
-        config: of the run.
-        folder: of the run.
-        peers: its processes.
+        config: the run's config.
+        folder: the run's folder.
+        peers: the run's processes.
 
     Raises:
-        UserError: a folder whose run has removed its checkpoints, or a start that cannot be used.
-        OSError: there is no such start.
+        UserError: the folder's run has removed its checkpoints, or the start cannot be used.
+        OSError: the start does not exist.
     """
     name = peers.told("resume", lambda: _newest(folder))
     if name is None and _kept_none(folder):
         raise UserError(
-            f"{folder} holds a finished run that kept no checkpoint to go on from: take another "
+            f"{folder} holds a finished run that kept no checkpoint to continue from: take another "
             "run_dir."
         )
     checkpoint = None if name is None else folder / CHECKPOINTS / name
@@ -89,15 +89,15 @@ def find_origin(config: DictConfig, folder: Path, peers: Peers) -> Origin:
         from mtp_lightning.experiment.branching import branch_point
 
         checkpoint = Path(peers.told("branch", lambda: str(branch_point(config.branch_from))))
-    # It was looked through a moment ago.
+    # mapped skips the checksums, which _newest or branch_point has just compared.
     content = None if checkpoint is None else checkpoints.load(checkpoint, mapped=True)
     found = Origin(checkpoint=checkpoint, content=content, branches=branches)
     return found if config.init_from is None else _with_model(found, config)
 
 
 def _with_model(found: Origin, config: DictConfig) -> Origin:
-    """The origin with the model of ``init_from``; a run that has begun has it in its checkpoint,
-    whatever became of the model since."""
+    """Add the model of ``init_from`` to the origin. A run that has a checkpoint takes the model
+    from there, since the original may have changed or be gone."""
     from mtp_lightning.opening import read_model
     from mtp_lightning.run.loading import brought_trunk
 
@@ -116,14 +116,7 @@ def _with_model(found: Origin, config: DictConfig) -> Origin:
             "which must be those that the model was trained with.",
             start.path,
         )
-    return Origin(
-        checkpoint=found.checkpoint,
-        content=found.content,
-        branches=found.branches,
-        start=start,
-        tokenizer_state=state,
-        trunk=trunk if brings else None,
-    )
+    return replace(found, start=start, tokenizer_state=state, trunk=trunk if brings else None)
 
 
 def _newest(folder: Path) -> str | None:
@@ -132,7 +125,7 @@ def _newest(folder: Path) -> str | None:
 
 
 def _kept_none(folder: Path) -> bool:
-    """Whether a folder is of a finished run whose own config had its checkpoints removed."""
+    """Whether a folder holds a finished run with ``callbacks.checkpoints.keep=none``."""
     if not ((folder / SUMMARY_FILE).is_file() and (folder / CONFIG_FILE).is_file()):
         return False
     own = read_yaml(folder / CONFIG_FILE)
@@ -140,8 +133,10 @@ def _kept_none(folder: Path) -> bool:
 
 
 def recall_data(config: DictConfig, origin: Origin) -> DictConfig:
-    """The config of a run that continues, with the digest of the model that generated its data: the
-    model itself may be gone, or trained on."""
+    """Return a continuing run's config with the digest of the model that generated its data.
+
+    With the digest, the model itself need not be read: it may be gone, or trained further.
+    """
     before = {} if origin.content is None else origin.content.get("config", {}).get("data", {})
     same = "weights" in config.data and before.get("model") == config.data.model
     if same and config.data.weights is None:
@@ -152,7 +147,8 @@ def recall_data(config: DictConfig, origin: Origin) -> DictConfig:
 
 
 def adopt_trunk(config: DictConfig, origin: Origin) -> DictConfig:
-    """The config with an imported trunk in the place of ``model``; how it is trained stays.
+    """Return the config with an imported trunk as its ``model``. Keys of training, such as dropout,
+    keep the config's values.
 
     Raises:
         UserError: the command line asks for another trunk.
@@ -163,7 +159,8 @@ def adopt_trunk(config: DictConfig, origin: Origin) -> DictConfig:
 
     trunk = origin.trunk
     source = config.init_from if origin.start is None else origin.start.path
-    if foreign := targets(asdict(trunk)):  # a run's config is the user's own, and this is not
+    # The imported config becomes part of this run's config, from which any class may be built.
+    if foreign := targets(asdict(trunk)):
         raise UserError(f"init_from={source} is refused: its trunk asks for {foreign[0]}.")
     shape, free = _with_targets(trunk), free_keys(trunk)
     asked = OmegaConf.create({"model": shape})
@@ -189,7 +186,7 @@ def adopt_trunk(config: DictConfig, origin: Origin) -> DictConfig:
 
 
 def _with_targets(trunk: TrunkConfig) -> dict[str, Any]:
-    """A trunk as the group ``model`` has it: its layers by ``_target_``."""
+    """Write a trunk's config as the group ``model`` does: each layer with its ``_target_``."""
     layers = {
         layer.family: {"_target_": f"{type(layer).__module__}.{type(layer).__qualname__}"}
         for layer in (trunk.attention, trunk.feed_forward)
@@ -203,17 +200,18 @@ def _with_targets(trunk: TrunkConfig) -> dict[str, Any]:
 def begin_module(
     module: MTPModule, data: WindowDataModule, origin: Origin, stored: DictConfig, folder: Path
 ) -> int | None:
-    """Give a module the weights of ``init_from``, or make sure that a checkpoint fits it.
+    """Load the weights of ``init_from`` into a module, or check that the checkpoint fits it.
 
     Args:
-        module: fresh.
-        data: of the run, which ``mtp.init=last_block`` looks at.
-        origin: of the run.
+        module: with fresh weights.
+        data: the run's data, on which ``mtp.init=last_block`` measures the trunk.
+        origin: what the run starts from.
         stored: the config that checkpoints hold.
-        folder: of the run.
+        folder: the run's folder.
 
     Returns:
-        The optimizer step of the checkpoint, whose weights Lightning loads; None without one.
+        The optimizer step of the checkpoint, whose weights Lightning loads later; None without a
+        checkpoint.
 
     Raises:
         UserError: the model or the checkpoint does not fit.
@@ -240,18 +238,19 @@ def begin_module(
 
 
 def beginning_windows(data: WindowDataModule) -> WindowBatch:
-    """Training windows from all over the corpus, of about :data:`BEGINNING_TOKENS` positions: the
-    same ones whatever the run's seed, batch and number of processes."""
+    """Training windows at even distances in the corpus, about :data:`BEGINNING_TOKENS` positions in
+    total. They do not depend on the run's seed, batch size or number of processes."""
     dataset = data.train_dataloader().dataset
     rows = min(len(dataset), -(-BEGINNING_TOKENS // data.seq_len))
     return dataset[np.linspace(0, len(dataset) - 1, rows).astype(np.int64)]
 
 
 def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Path | None) -> int:
-    """The step of a checkpoint, after making sure that it holds this very architecture.
+    """Check that a run can continue from a checkpoint, and return the checkpoint's optimizer step.
 
     Raises:
-        UserError: it holds another one; the differing keys are named.
+        UserError: it holds another architecture (the message names the keys that differ), another
+            balance rule, or weights alone.
     """
     config = module.model.config
     free = ["mtp.init", *(f"trunk.{key}" for key in config.trunk.training_keys)]
@@ -259,9 +258,9 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
     begun = stored["mtp"].get("init", "random")
     if begun != config.mtp.init:
         raise UserError(
-            f"{source} is of a run whose modules began with mtp.init={begun}, and one that goes on "
-            f"has nothing to begin with mtp.init={config.mtp.init}: set mtp.init={begun}, or start "
-            "in another run_dir."
+            f"{source} is of a run whose modules began with mtp.init={begun}, and a run that "
+            f"continues cannot change it to mtp.init={config.mtp.init}: set mtp.init={begun}, or "
+            "start in another run_dir."
         )
     differences = describe_differences(stored, config.to_dict(), ignore=free)
     if differences:
@@ -272,13 +271,13 @@ def check_resumable(checkpoint: dict[str, Any], module: MTPModule, *, source: Pa
     if checkpoint.get("optimizer_states") == []:
         raise UserError(
             f"{source} holds the weights alone (callbacks.checkpoints.keep=weights), from which no "
-            "run goes on: start another one by init_from."
+            "run can continue: start another run with init_from."
         )
     rule = checkpoint["balance"]["rule"]
     if rule != module.balance.name:
         raise UserError(
             f"{source} was trained with balance={rule}, whose state balance={module.balance.name} "
-            f"cannot go on from: set balance={rule}, or start in another run_dir."
+            f"cannot use: set balance={rule}, or start in another run_dir."
         )
     return int(checkpoint["global_step"])
 

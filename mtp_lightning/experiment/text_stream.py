@@ -1,4 +1,4 @@
-"""Text on a terminal or in a pipe while it is made, with or without its drafts."""
+"""Writes text to a terminal or a pipe while it is generated, with or without its drafts."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from mtp_lightning.decoding.sequence import Fresh, Generation
 
 
 class Marks(ABC):
-    """How drafts are told from what the model said itself."""
+    """Marks that set drafts apart from the trunk's own tokens."""
 
     @abstractmethod
     def accepted(self, depth: int, text: str) -> str:
-        """An accepted draft."""
+        """Mark an accepted draft."""
 
     @abstractmethod
     def rejected(self, depth: int, text: str) -> str:
-        """A rejected draft."""
+        """Mark a rejected draft."""
 
     @abstractmethod
     def legend(self, depths: int) -> str:
-        """What the marks mean, in a line."""
+        """Explain the marks in one line."""
 
 
 class Colors(Marks):
-    """Of a terminal: a color a depth, rejected drafts struck through."""
+    """Marks for a terminal: one color per depth, rejected drafts struck through."""
 
     _COLORS = (32, 36, 34, 35, 33)  # green, cyan, blue, magenta, yellow
 
@@ -47,7 +47,7 @@ class Colors(Marks):
 
 
 class Brackets(Marks):
-    """In a pipe, as wdiff marks what was added and removed."""
+    """Marks for a pipe, in wdiff's notation for added and removed text."""
 
     def accepted(self, depth: int, text: str) -> str:
         return f"{{+{depth}:{text}+}}"
@@ -63,14 +63,14 @@ class Brackets(Marks):
 
 
 class TextStream:
-    """Writes a prompt, as soon as something follows it, and tokens as text while they are accepted.
+    """Writes the prompt with the first token, and then each token's text once it is accepted.
 
     Args:
-        tokenizer: of the model.
-        out: where the text goes; kept as an attribute.
-        prompt: what it goes on from.
-        terminal: whether a terminal reads it, to which no control characters are sent.
-        marks: for drafts; None shows the text alone.
+        tokenizer: the model's tokenizer.
+        out: the file that the text is written to; also an attribute.
+        prompt: the text before the generated one.
+        terminal: whether ``out`` is a terminal. Control characters in the text are then replaced.
+        marks: the marks for drafts; None writes the text alone.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class TextStream:
         self._prompt = prompt
         self._terminal = terminal
         self._marks = marks
-        self._length = 0  # characters of the text that were written
+        self._length = 0  # characters of the generated text written so far
         self.begun = False
 
     def add(self, fresh: Fresh) -> None:
-        """Write new tokens; those that are part of a character wait for the rest of it."""
+        """Write new tokens. An incomplete character waits for the rest of its bytes."""
         for token, of, rejected in zip(fresh.token_ids, fresh.depths, fresh.rejected, strict=True):
             if self._marks is not None:
                 for draft in rejected:
@@ -99,12 +99,12 @@ class TextStream:
                 self.write(shown)
 
     def end(self, generation: Generation) -> None:
-        """Write what is left of a finished text: a character that never became whole, what stands
-        before a stop string within a token."""
+        """Write the rest of a finished text: an incomplete character, or the part of a token before
+        a stop string."""
         self.write(self._shown((generation.text or "")[self._length :]) + "\n")
 
     def write(self, text: str) -> None:
-        """Write what is no model's."""
+        """Write text as it is, after the prompt."""
         if not self.begun:
             self.begun = True
             self.out.write(self._shown(self._prompt))
@@ -114,7 +114,7 @@ class TextStream:
     def _rejected(self, token: int) -> str:
         if token == self._tokenizer.eot_id:
             return "<end of text>"
-        # A draft is no part of the text, and breaks none of its lines.
+        # A rejected draft does not belong to the text, so it must not break its lines.
         return self._shown(self._tokenizer.decode([token])).replace("\n", "\\n")
 
     def _shown(self, text: str) -> str:
@@ -122,8 +122,8 @@ class TextStream:
 
 
 def told(generation: Generation) -> str:
-    """What a text took, in a line: ``80 tokens in 37 passes, 2.16 a pass; 43 drafts accepted of
-    72``. The passes are the trunk's, the reading of the prompt among them."""
+    """One line about the cost of a text: ``80 tokens in 37 passes, 2.16 a pass; 43 drafts accepted
+    of 72``. The passes are the trunk's, including the one that reads the prompt."""
     tokens, passes = generation.new_tokens, generation.verify_passes + 1
     line = f"{_count(tokens, 'token')} in {_count(passes, 'pass', 'es')}"
     if not generation.drafts:
@@ -133,7 +133,7 @@ def told(generation: Generation) -> str:
 
 
 def ends_at_once(generation: Generation) -> str | None:
-    """Why there is no text, in a sentence; None where there is."""
+    """Say in a sentence why the generated text is empty; None if it is not."""
     if generation.text:
         return None
     if generation.finish_reason == "eot":

@@ -1,9 +1,9 @@
-"""A training run, from its config to its summary, in the order in which it happens:
+"""A training run, from its config to its summary, in the order of its stages:
 
     asked -> settled -> started -> read -> matched -> built -> fitted -> finished
 
-Up to ``matched``, each stage takes a :class:`Plan` and returns another one; no stage changes a
-config that it was given.
+Up to ``matched``, each stage takes a :class:`Plan` and returns a new one. A stage never modifies
+the config that it receives.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ log = logging.getLogger(__name__)
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
-    """Run an experiment, or continue it where its folder holds a checkpoint.
+    """Train a run, or continue it if its folder holds a checkpoint.
 
     Returns:
-        The summary: every final metric, and what the run cost; also in ``summary.json``.
+        The summary, which ``summary.json`` also holds: all final metrics and the run's cost.
 
     Raises:
-        UserError: settings that do not fit together, a loss that is not finite, or another process
-            of the run that has gone.
-        OSError: missing input, or a disk that is full.
+        UserError: settings do not fit together, a loss is not finite, or another process of the run
+            has ended early.
+        OSError: an input is missing, or the disk is full.
         Stopped: on Ctrl-C or SIGTERM; the message says what was saved.
         BlockingIOError: another process trains in the same folder.
     """
@@ -84,7 +84,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         together = devices if isinstance(devices, int) and devices > 0 else 1
         set_threads(cfg.trainer.num_threads, processes=together)
         peers.require_shared(folder)
-        # What is read of a checkpoint is gone when this returns: training needs the memory.
+        # Only `prepare` holds the checkpoint's content, so that its memory is free for training.
         run = prepare(cfg, folder, peers)
         trainer = fitted(run, hyperparameters(cfg))
         return finished(run, trainer, hyperparameters(cfg))
@@ -92,17 +92,17 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run of which nothing but its data is built yet.
+    """A run before its model is built.
 
     Attributes:
-        config: what the run does.
-        folder: of the run.
-        peers: the processes that prepare it together.
-        origin: what it continues, branches from or starts from.
-        data: its token store built or found.
-        stored: what checkpoints and ``config.yaml`` hold: given again, it comes to the same layers
-            and steps.
-        matched: what was matched; None without a match.
+        config: the run's settings, after the stages so far.
+        folder: the run's folder.
+        peers: the processes that prepare the run together.
+        origin: what the run continues, branches from or starts from.
+        data: the data module, prepared; None before ``read``.
+        stored: the config before matching, which checkpoints and ``config.yaml`` hold. Matching it
+            again gives the same layers and steps. None before ``matched``.
+        matched: the result of ``compare.match``; None without a match.
     """
 
     config: DictConfig
@@ -119,15 +119,16 @@ class Run:
     """A run that is ready for its trainer.
 
     Attributes:
-        config: what it does.
-        stored: as :attr:`Plan.stored`.
-        folder: of the run.
-        peers: the processes that train it together.
-        matched: what was matched; None without a match.
-        data: its data.
-        module: with the weights that it starts from, unless it continues.
-        resume_from: the checkpoint that it continues or branches from; None for a new run.
-        resume_step: the optimizer step stored there.
+        config: the run's settings.
+        stored: see :attr:`Plan.stored`.
+        folder: the run's folder.
+        peers: the processes that train the run together.
+        matched: the result of ``compare.match``; None without a match.
+        data: the data module, prepared.
+        module: the LightningModule with its initial weights. A run that continues gets its weights
+            from Lightning later.
+        resume_from: the checkpoint that the run continues or branches from; None for a new run.
+        resume_step: the optimizer step of that checkpoint.
     """
 
     config: DictConfig
@@ -142,33 +143,33 @@ class Run:
 
 
 def prepare(cfg: DictConfig, folder: Path, peers: Peers | None = None) -> Run:
-    """Build a run, from scratch, from another run, or from what its folder holds.
+    """Build a run: everything that its trainer needs.
 
     Args:
         cfg: the config.
-        folder: of the run.
-        peers: the processes that prepare it together; None for this one alone.
+        folder: the run's folder.
+        peers: the processes that prepare the run together; None if this process is alone.
     """
     asked = Plan(config=cfg, folder=folder, peers=Peers() if peers is None else peers)
     return built(matched(read(started(settled(asked)))))
 
 
 def settled(asked: Plan) -> Plan:
-    """The plan with this machine's choice in the place of every ``auto``."""
+    """Replace every ``auto`` with this machine's choice."""
     return replace(asked, config=settle_device(asked.config))
 
 
 def started(plan: Plan) -> Plan:
-    """The plan with what the run continues, branches from or starts from, and what that brings."""
+    """Find what the run starts from, and take over the trunk that it brings."""
     origin = find_origin(plan.config, plan.folder, plan.peers)
     config = adopt_trunk(recall_data(plan.config, origin), origin)
     return replace(plan, config=config, origin=origin)
 
 
 def read(plan: Plan) -> Plan:
-    """The plan with its data, and with what these have found themselves."""
+    """Prepare the data, and add the settings that they have found themselves."""
     config, origin = plan.config, plan.origin
-    if origin.trunk is None:  # before hours of data
+    if origin.trunk is None:  # before the data, which may take hours
         rows = config.tokenizer.get("vocab_size")
         _require_affordable(config, rows if is_whole(rows) and "task" not in config.data else 1)
     with plan.peers.in_turn():
@@ -178,7 +179,7 @@ def read(plan: Plan) -> Plan:
 
 
 def matched(plan: Plan) -> Plan:
-    """The plan with the layers or steps that ``compare.match`` asks for."""
+    """Set the layers or steps that ``compare.match`` asks for."""
     vocab_size = plan.data.tokenizer.vocab_size
     config, found = match_reference(plan.config, vocab_size)
     _require_affordable(config, vocab_size)
@@ -186,7 +187,7 @@ def matched(plan: Plan) -> Plan:
 
 
 def built(plan: Plan) -> Run:
-    """The run's module, with the weights that it begins with."""
+    """Build the module with its initial weights."""
     module = build_module(plan.config, plan.data, asked=plan.stored)
     origin = plan.origin
     step = begin_module(module, plan.data, origin, plan.stored, plan.folder)
@@ -195,7 +196,7 @@ def built(plan: Plan) -> Run:
         from mtp_lightning.experiment.trunk_states import keep_states
 
         assert isinstance(plan.data, StoreDataModule), "tasks keep no states"
-        if origin.content is not None:  # Lightning would bring the trunk's weights too late
+        if origin.content is not None:  # Lightning loads the trunk's weights only later
             module.model.load_state_dict(origin.weights())
         with plan.peers.in_turn():
             plan.data.states = keep_states(module.model, plan.data, plan.config.trainer)
@@ -213,21 +214,21 @@ def built(plan: Plan) -> Run:
 
 
 def _require_affordable(config: DictConfig, vocab_size: int) -> None:
-    """Refuse a model whose weights alone are more than the run's machines can hold."""
+    """Refuse a model whose weights alone exceed the memory of the run's machines."""
     machines = config.trainer.num_nodes if config.trainer.strategy == "fsdp" else 1
     model = build_model_config(config, vocab_size)
     require_memory(model, bytes_each=2, machines=machines)
 
 
 def fitted(run: Run, params: dict[str, Any]) -> pl.Trainer:
-    """Train, and validate the last step.
+    """Train the run, and validate its last step.
 
     Args:
         run: the run.
         params: its hyperparameters, for its loggers.
 
     Returns:
-        The trainer that did it.
+        The trainer, after training.
     """
     use_tensor_cores(run.config)
     data, module = run.data, run.module
@@ -236,7 +237,7 @@ def fitted(run: Run, params: dict[str, Any]) -> pl.Trainer:
         resume_step=run.resume_step,
         may_skip=module.schedule.depth_ever_skipped
         or module.balance.skips
-        or (data.masks_targets and module.model.depth > 0),  # a depth may be left without a target
+        or (data.masks_targets and module.model.depth > 0),  # a depth may have no target in a batch
     )
     if trainer.is_global_zero:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -258,7 +259,11 @@ def fitted(run: Run, params: dict[str, Any]) -> pl.Trainer:
 
 
 def finished(run: Run, trainer: pl.Trainer, params: dict[str, Any]) -> dict[str, Any]:
-    """The summary, stored and shown, with a sample of the model; surplus checkpoints removed."""
+    """Store and print the summary and samples of the model's text, then remove surplus checkpoints.
+
+    Returns:
+        The summary.
+    """
     module, data, folder, config = run.module, run.data, run.folder, run.config
     summary = summarise(trainer, module, data)
     for key in ("init_from", "branch_from"):
@@ -290,20 +295,20 @@ def finished(run: Run, trainer: pl.Trainer, params: dict[str, Any]) -> dict[str,
 
 
 def solving(data: WindowDataModule, folder: Path) -> dict[str, Any]:
-    """``time_to_solve`` of a task's run, None if it was never solved; nothing of others.
+    """``time_to_solve`` of a task's run, None if the task was never solved; empty for text.
 
-    ``metrics.csv`` says it, as in the report: it goes on when a run is resumed, and it holds the
-    validation after the last step, too, which no checkpoint does.
+    It is computed from ``metrics.csv``, as in the report: that file spans all resumptions of a run
+    and includes the validation after the last step, which no checkpoint does.
     """
     if not data.answer_sets():
         return {}
-    with suppress(OSError):  # a disk that was full: nobody knows
+    with suppress(OSError):  # metrics.csv may be missing after a full disk
         return {"time_to_solve": time_to_solve(read_metrics(folder / METRICS_FILE))}
     return {}
 
 
 def summarise(trainer: pl.Trainer, module: MTPModule, data: WindowDataModule) -> dict[str, Any]:
-    """Everything a reader needs to compare this run with another."""
+    """The final metrics, the run's cost and its surroundings, for comparing runs."""
     config = module.model.config
     early = {"stopped_early": True} if trainer.global_step < trainer.max_steps else {}
     return {

@@ -1,7 +1,7 @@
-"""A frozen trunk's states of all training windows, computed once and kept on disk.
+"""A frozen trunk's hidden states for all training windows, computed once and kept on disk.
 
-A trunk that is not trained says the same of a window in every epoch and in every run: only the
-heads on it differ. Its states are most of what training heads costs.
+A frozen trunk computes the same states for a window in every epoch and every run, and computing
+them is most of the cost of training heads.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _DTYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16:
 
 
 def check_cached(model: MTPModel) -> None:
-    """Refuse a run in which the trunk's states of a window are not always the same.
+    """Refuse a run in which the trunk's states for a window change.
 
     Raises:
-        UserError: saying why.
+        UserError: the trunk is trained, or the stack gives it other tokens in training.
     """
     mtp = model.config.mtp
     if mtp.trains_trunk:
         raise UserError(
-            "data.cache_states=true keeps what a frozen trunk says, and this run trains its "
+            "data.cache_states=true keeps a frozen trunk's states, and this run trains its "
             "trunk: set mtp.freeze_trunk=true, or data.cache_states=false."
         )
     stack = type(model.mtp)
@@ -54,19 +54,19 @@ def check_cached(model: MTPModel) -> None:
 
 
 def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> Path:
-    """The folder with the states of all training windows, computed if the cache has none.
+    """Return the folder with the trunk's states for all training windows; compute them if needed.
 
-    In passes of as many windows as a micro-batch has, in training mode and with gradients enabled
-    (which nothing asks for), so that they are to the last bit those that a step would compute.
+    The passes have a micro-batch's number of windows, in training mode and with gradients enabled,
+    so that the states equal to the last bit those that a training step would compute.
 
     Args:
-        model: with the trunk's weights.
-        data: whose training windows they are.
-        trainer: the group of the config, for the device and the precision that compute them.
+        model: the model, with the trunk's weights.
+        data: the data whose training windows are read.
+        trainer: the config group ``trainer``, for device and precision.
 
     Raises:
         UserError: as :func:`check_cached`; or the cached states are damaged.
-        OSError: a full disk.
+        OSError: the disk is full.
     """
     check_cached(model)
     device, precision = str(trainer.accelerator), str(trainer.precision)
@@ -91,7 +91,7 @@ def keep_states(model: MTPModel, data: StoreDataModule, trainer: DictConfig) -> 
         model.to(device).train()
         try:
             for start in range(0, len(windows), data.batch_size):
-                # The last ones again, rather than a smaller pass.
+                # The last pass is filled up with the first windows, since its size changes bits.
                 numbers = np.arange(start, start + data.batch_size) % len(windows)
                 with mixed:
                     batch = windows[numbers].to(device)

@@ -1,5 +1,5 @@
-"""The files of a run, once: what they are called, how they are written, found and read.
+"""The files of a run: their names, and how they are written, found and read.
 
-Runs, sweeps and reports meet here and nowhere else. ``checkpoints`` and ``loading`` need torch, the
-others nothing that is slow to import.
+Runs, sweeps and reports share these files and no other code. ``checkpoints`` and ``loading`` import
+torch. The other modules import nothing slow.
 """

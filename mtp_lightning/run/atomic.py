@@ -1,6 +1,7 @@
-"""Files that are replaced as a whole: after a crash or on a full disk, too, the old one or the new.
+"""Replaces files as a whole: even after a crash or on a full disk, the old file or the new one is
+there, never a part.
 
-The new content goes to a temporary name in the same folder, is brought to the disk, and is renamed
+The new content is written to a temporary name in the same folder, synced to the disk, and renamed
 over the old file.
 """
 
@@ -18,12 +19,12 @@ from mtp_lightning.system import sync_file, sync_folder
 
 @contextmanager
 def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Where to write what shall take the place of ``path`` when the block ends without an error.
+    """Yield a temporary file, which replaces ``path`` when the block ends without an error.
 
     Args:
-        path: of the file; its folder exists.
-        shared: several processes may do this at once. A single one has a fixed temporary name, so
-            that what a kill left is overwritten.
+        path: the file to replace. Its folder must exist.
+        shared: whether several processes may replace it at once; each then has its own temporary
+            name. Otherwise the name is fixed, so that the next write overwrites what a kill left.
     """
     mark = f".{os.getpid()}" if shared else ""
     temporary = path.with_name(f".{path.name}{mark}.tmp")
@@ -34,18 +35,18 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         sync_file(temporary)
         os.replace(temporary, path)
     finally:
-        # Also after a rename between two names of one file, which does nothing.
+        # Renaming one hard link over another does nothing, and leaves the temporary name.
         with suppress(OSError):
             temporary.unlink()
     sync_folder(path.parent)
 
 
 def write_bytes(content: bytes, path: Path, *, shared: bool = False) -> None:
-    """Replace a file; arguments as :func:`replacing`."""
+    """Replace a file by ``content``; see :func:`replacing` for the other arguments."""
     with replacing(path, shared=shared) as temporary:
         temporary.write_bytes(content)
 
 
 def write_json(content: dict[str, Any], path: Path, *, shared: bool = False) -> None:
-    """Replace a file by indented JSON; NaN and infinity are written as Python reads them back."""
+    """Replace a file by indented JSON. NaN and infinity are written as Python's json reads them."""
     write_bytes((json.dumps(content, indent=2) + "\n").encode(), path, shared=shared)

@@ -1,16 +1,14 @@
-"""Checkpoint files: written atomically, plain (`weights_only`), checked for damage before they are
-read.
+"""Checkpoint files: written atomically, of plain content (`weights_only`), checked before reading.
 
 * A save replaces the file as a whole (``atomic.py``). A crash, a full disk or a kill at any moment
   leaves the old file or the new one, never half of one.
 * `torch.load` does not compare the zip checksums that `torch.save` writes: a flipped byte in a
-  weight loads silently (seen with torch 2.13). So every read here checks them first; that costs one
-  sequential read of the file (256 MB: 0.05 s from the page cache, where loading takes 0.7 s).
-* Only tensors and plain containers are written, so that a checkpoint can be loaded without running
-  code.
+  weight loads silently (seen with torch 2.13). So every read here checks them first, which costs
+  one sequential read of the file (256 MB: 0.05 s from the page cache, where loading takes 0.7 s).
+* A file holds only tensors and plain containers, so that loading it runs no code.
 
-Lightning saves through these functions by a plugin (`callbacks/checkpoints.py`). Nothing in here
-needs Lightning, so evaluation and generation read checkpoints without it.
+Lightning saves through these functions by a plugin (`callbacks/checkpoints.py`). This module does
+not import Lightning, so evaluation and generation read checkpoints without it.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ _ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.Size, torch.d
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 _MAPPINGS = (dict, OrderedDict, Counter)
 _SEQUENCES = (list, tuple, set)
-# Files whose checksums are compared at once.
+# Files whose checksums are compared in parallel.
 _READERS = 8
 
 
@@ -47,8 +45,8 @@ def save(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Write a checkpoint so that `path` holds either the old file or the whole new one.
 
     Raises:
-        UserError: when something in it is not a tensor or a plain container; names where it is.
-        OSError: when the disk is full or not writable; the file that was at `path` is untouched.
+        UserError: an entry is not a tensor or a plain container; the message names it.
+        OSError: the disk is full or not writable. The old file at `path` stays as it was.
     """
     path = Path(path)
     require_plain(checkpoint)
@@ -64,20 +62,19 @@ def load(
     mapped: bool = False,
     optimizer: bool = True,
 ) -> dict[str, Any]:
-    """Read a checkpoint of tensors and plain containers, after checking it for damage; put a
-    sharded one together.
+    """Check a checkpoint for damage and read it, including the shards of a sharded one.
 
     Args:
         path: the file.
-        map_location: where its tensors go.
-        mapped: leave them in the file, on the CPU, until they are looked at, and the file
-            unchecked: for one that :func:`newest_intact` has just chosen. Of a sharded one, this is
-            the index alone.
-        optimizer: whether the optimizer's state is wanted; else it is empty.
+        map_location: the device of its tensors.
+        mapped: whether to skip the check and to leave the tensors in the file, on the CPU, until
+            they are used. This is for a file that :func:`newest_intact` has just checked. Of a
+            sharded checkpoint it reads the index only.
+        optimizer: whether to read the optimizer's state; otherwise it is empty.
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        UserError: when the file is damaged or holds something that is not plain.
+        FileNotFoundError: there is no such file.
+        UserError: the file is damaged, or holds more than tensors and plain containers.
     """
     path = Path(path)
     if not path.is_file():
@@ -98,7 +95,7 @@ def load(
         if reason is not None:
             raise UserError(
                 f"The checkpoint {path} cannot be used ({reason}): use another one, or copy the "
-                f"folder {SHARDS}/ along where it was left behind."
+                f"folder {SHARDS}/ too if only the file was copied."
             )
         return filled(content, path)
     except pickle.UnpicklingError as error:
@@ -114,15 +111,15 @@ def load(
 
 
 def filled(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A checkpoint with all of its tensors in memory.
+    """Return a checkpoint with the content of all of its tensors.
 
     Args:
-        content: as ``load(path, mapped=True)`` gives it.
-        path: its file.
+        content: the result of ``load(path, mapped=True)``.
+        path: the checkpoint's file.
 
     Raises:
-        FileNotFoundError: a shard is not there.
-        UserError: a shard is damaged, or a tensor's content is nowhere.
+        FileNotFoundError: a shard is missing.
+        UserError: a shard is damaged, or the content of a tensor is missing.
     """
     if is_sharded(content):
         whole: dict[str, Any] = _shard_files(path).filled(content, path)
@@ -133,12 +130,12 @@ def filled(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def is_sharded(content: Any) -> bool:
-    """Whether this is the index of a checkpoint whose tensors are in files of several processes."""
+    """Whether this is the index of a checkpoint whose tensors several processes wrote to files."""
     return isinstance(content, dict) and SHARDS in content
 
 
 def without_content(value: Any) -> bool:
-    """Whether a tensor in a nested value has a shape alone (torch's device ``meta``)."""
+    """Whether a nested value has a tensor with a shape but no content (torch's device ``meta``)."""
     if isinstance(value, dict):
         return any(without_content(entry) for entry in value.values())
     if isinstance(value, list | tuple):
@@ -147,7 +144,7 @@ def without_content(value: Any) -> bool:
 
 
 def damaged(file: Path) -> UserError:
-    """The error about a file that does not hold the tensors that it should."""
+    """The error for a file that lacks some of its tensors."""
     return UserError(
         f"The checkpoint {file} is damaged (it does not hold the tensors that it should): use "
         f"another one, for example {PREVIOUS} or {BEST} of the run."
@@ -155,13 +152,12 @@ def damaged(file: Path) -> UserError:
 
 
 def _shard_files(path: Path) -> Any:
-    """What reads the shards of a checkpoint."""
+    """The module that reads shards, of the part ``distributed``."""
     return parts.need("distributed", f"the sharded checkpoint {path}").shard_files
 
 
 def damage(path: str | Path) -> str | None:
-    """Why the file cannot be used, or None when it is intact: every stored byte's checksum is
-    compared."""
+    """Check a checkpoint by the checksums of all its bytes: why it cannot be used, or None."""
     return _inspect(Path(path))[0]
 
 
@@ -171,19 +167,19 @@ def intact(path: str | Path) -> bool:
 
 
 def stored_step(path: str | Path) -> int:
-    """The optimizer step stored in a checkpoint, or -1 when it is damaged or has none. Of a sharded
-    one, this reads the index alone."""
+    """Read the optimizer step of a checkpoint; -1 if it is damaged or has none. Of a sharded
+    checkpoint, this reads the index only."""
     return _step(_read_index(Path(path))[1])
 
 
 def newest_intact(folder: str | Path) -> Path | None:
-    """The checkpoint to continue from: `last.ckpt`, or the most trained intact one of the folder.
+    """Find the checkpoint to continue from: `last.ckpt`, or else the intact one with the highest
+    step; of equal steps, the newest file.
 
-    Each damaged file that was tried is reported by a warning with its name and the reason. Other
-    files than `last.ckpt` are ordered by the training step stored in them, then by their time.
+    A warning names each damaged file that was tried, and the reason.
 
     Returns:
-        None when the folder is missing or holds no intact checkpoint.
+        None if the folder is missing or holds no intact checkpoint.
     """
     folder = Path(folder)
     last = folder / LAST
@@ -208,13 +204,13 @@ KEEP = ("all", "weights", "none")
 
 
 def keep(folder: str | Path, what: str) -> None:
-    """Of the checkpoints of a run that has ended well, what is still wanted.
+    """Remove those checkpoints of a finished run that are not wanted.
 
     Args:
-        folder: of the checkpoints.
-        what: ``all``; ``weights``: `last.ckpt` and `best.ckpt` without the optimizer's state, a
-            third of the bytes, from which no run goes on (a damaged one is left and reported);
-            ``none``: no file.
+        folder: the folder of the checkpoints.
+        what: ``all`` keeps everything. ``weights`` keeps `last.ckpt` and `best.ckpt` without the
+            optimizer's state: a third of the bytes, but no run can continue from them. A damaged
+            file is reported and left as it is. ``none`` keeps no file.
     """
     folder = Path(folder)
     last, best = folder / LAST, folder / BEST
@@ -245,10 +241,10 @@ def _drop_optimizer(path: Path) -> None:
 
 
 def require_plain(value: Any, where: str = "checkpoint") -> None:
-    """Refuse what `weights_only=True` would not load, at saving time, when it can still be mended.
+    """Refuse to save what `weights_only=True` could not load.
 
     Raises:
-        UserError: naming the place and the type.
+        UserError: an entry has another type; the message names both.
     """
     kind = type(value)
     if kind in _ATOMS or kind in _TENSORS:
@@ -269,8 +265,8 @@ def require_plain(value: Any, where: str = "checkpoint") -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, atomically: a hard link, or a copy where links are
-    not known."""
+    """Make `target` the same file as `source`, atomically, by a hard link; by a copy where the file
+    system has no links."""
     with _disk_errors(target), replacing(target) as temporary:
         try:
             os.link(source, temporary)
@@ -281,7 +277,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def _inspect(path: Path) -> tuple[str | None, int]:
-    """(reason or None, the stored training step or -1)."""
+    """(why the checkpoint cannot be used or None, its optimizer step or -1)."""
     reason, content = _read_index(path)
     if reason is None:
         try:
@@ -292,16 +288,16 @@ def _inspect(path: Path) -> tuple[str | None, int]:
 
 
 def _read_index(path: Path) -> tuple[str | None, Any]:
-    """(why a file cannot be used or None, what is in it; its weights unread)."""
+    """(why the file cannot be used or None, its content with tensors that are not read yet)."""
     if not path.is_file():
         return "there is no such file", None
     reason = _broken_archive(path)
     if reason is not None:
         return reason, None
     try:
-        # mapped: reads the structure, not the weights, so this is cheap for a file of any size
+        # mmap reads the structure and not the weights, so this is cheap for a file of any size.
         return None, torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever a broken structure makes the reader raise
+    except Exception as error:  # a broken structure can make the reader raise anything
         return f"it cannot be loaded: {_first_line(error)}", None
 
 
@@ -311,7 +307,7 @@ def _step(content: Any) -> int:
 
 
 def _broken_shards(content: Any, path: Path) -> str | None:
-    """Why the shards of an index cannot be used; None of a checkpoint that has none."""
+    """Why the shards of an index cannot be used; None if they can, or if there are none."""
     if not is_sharded(content):
         return None
     there = []
@@ -332,7 +328,7 @@ def _broken_archive(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-                # which may be a thousand times as large as the file
+                # Unpacked, they could be a thousand times as large as the file.
                 return "its parts are compressed, as no checkpoint's are"
             broken = archive.testzip()
     except Exception as error:  # zipfile raises many kinds on a damaged directory
@@ -357,7 +353,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """Say what the disk has refused: torch's writer wraps it in a RuntimeError about positions."""
+    """Replace errors of the disk by readable ones. torch's writer hides them in a RuntimeError."""
     try:
         yield
     except (OSError, RuntimeError) as error:

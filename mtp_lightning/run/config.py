@@ -1,4 +1,4 @@
-"""A stored config by the dotted keys that people type, and which of them change no number."""
+"""A stored config by dotted keys, as people type them, and the keys that change no result."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import yaml
 
 from mtp_lightning.errors import UserError
 
-# Plain data only; libyaml reads a sweep of hundreds of runs in seconds instead of minutes.
+# The safe loader reads plain data only. With libyaml, a sweep of hundreds of runs takes seconds to
+# read instead of minutes.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-# Where a run's files lie, and how a sweep is run.
+# Keys of the folders of runs, and of how a sweep runs its jobs.
 PLACES = ("run_dir", "sweep_dir", "sweep", "hydra", "paths")
-# These, and who only watches a run.
+# Keys that change no result: these, and those of caches, loggers and watching callbacks.
 WITHOUT_BEARING = (
     *PLACES,
-    "stack",  # what a preset asks of mtp, which says it
+    "stack",  # a preset's values for mtp, which has them as its own keys
     "data.cache_dir",
     "data.build_workers",
     "logger",
@@ -30,12 +31,12 @@ WITHOUT_BEARING = (
 
 
 def read_yaml(path: Path) -> Any:
-    """What a stored file of YAML holds.
+    """Read a stored YAML file.
 
     Raises:
-        UserError: it is no YAML, or has an alias, which no run writes: a few lines of aliases of
-            aliases stand for more than memory holds.
-        OSError: it cannot be read.
+        UserError: the file is not YAML, or has an alias. No run writes aliases, and a few lines of
+            nested aliases can expand to more than fits into memory.
+        OSError: the file cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -47,7 +48,7 @@ def read_yaml(path: Path) -> Any:
     except UserError:
         raise
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path} is no YAML: {str(error).partition(chr(10))[0]}.") from error
+        raise UserError(f"{path} is not YAML: {str(error).partition(chr(10))[0]}.") from error
 
 
 def key_of(override: str) -> str:
@@ -56,18 +57,18 @@ def key_of(override: str) -> str:
 
 
 def lies_in(key: str, groups: Collection[str]) -> bool:
-    """Whether a dotted key is one of some keys or below one of them."""
+    """Whether a dotted key equals one of ``groups`` or lies below one."""
     return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
 def has_bearing(key: str) -> bool:
-    """Whether a dotted key says something about what a run computes."""
+    """Whether a dotted key can change a run's results."""
     return not lies_in(key, WITHOUT_BEARING)
 
 
 def is_plain(depth: Any, target: Any) -> bool:
-    """Whether this is next-token training, however it was asked for: a stack without depths is
-    ``mtp=none``, but for ``mtp=teacherless``, which has none and reads something else.
+    """Whether a run is plain next-token training. Every stack without depths is, except
+    ``mtp=teacherless``, whose trunk reads other tokens.
 
     Args:
         depth: ``mtp.depth``.
@@ -77,7 +78,7 @@ def is_plain(depth: Any, target: Any) -> bool:
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config by dotted keys."""
+    """Flatten a nested config: ``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
@@ -88,12 +89,12 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def describe_differences(
     stored: dict[str, Any], wanted: dict[str, Any], *, ignore: Collection[str] = ()
 ) -> list[str]:
-    """The keys in which two nested configs differ: ``trunk.n_layers: 4 -> 6``.
+    """List the keys in which two nested configs differ, as ``trunk.n_layers: 4 -> 6``.
 
     Args:
-        stored: one config.
-        wanted: the other.
-        ignore: dotted keys that may differ, with all below them.
+        stored: the config before the arrow.
+        wanted: the config after it.
+        ignore: dotted keys that may differ, with all keys below them.
     """
     a, b = flatten(stored), flatten(wanted)
     return [

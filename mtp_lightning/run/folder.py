@@ -1,4 +1,4 @@
-"""A run's folder: one process has it at a time, and a run that never began leaves none."""
+"""A run's folder: one process uses it at a time, and a run that makes no step leaves none."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from mtp_lightning.run.layout import CHECKPOINTS, CONFIG_FILE
 from mtp_lightning.run.lock import Lock
 
 _LOCK_FILE = ".run.lock"
-# What stands in the folder of a run that has made no step yet, beside TensorBoard's files.
+# The entries that a run's folder may have before the first step, besides TensorBoard's files.
 _BEGUN = {
     *(_LOCK_FILE, ".hydra", "train.log", CONFIG_FILE, CHECKPOINTS),
     *("tokenizer.json", "tokenizer_state.json"),
 }
-# Processes that fetch batches have the lock, too, and outlive a run that is killed by seconds.
+# The data workers inherit the lock, and end some seconds after a run that is killed.
 _SECONDS = 15.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Have a run's folder for a block, which is made if it is not there.
+    """Hold a run's folder during a block; create it if needed.
 
-    If the block ends by an error before the run has made a step, the folder is taken away.
+    If the block ends with an error before the run has made a step, the folder is removed.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
 
     Raises:
         BlockingIOError: another process trains in it.
@@ -41,12 +41,12 @@ def claimed(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        had = True  # a file system that has none: nobody can be told
+        had = True  # the file system has no locks
     if not had:
         raise BlockingIOError(
             f"Another process trains in {folder}: wait for its end, or take another run_dir."
         )
-    for left in (folder / CHECKPOINTS).glob(".*.tmp"):  # by a kill in the midst of a save
+    for left in (folder / CHECKPOINTS).glob(".*.tmp"):  # left by a kill during a save
         left.unlink(missing_ok=True)
     try:
         yield
@@ -58,7 +58,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def leave(folder: Path) -> None:
-    """Take the folder of a run away that has made no step."""
+    """Remove the folder of a run that has made no step."""
     with suppress(OSError):
         if _has_not_begun(folder):
             shutil.rmtree(folder)

@@ -1,24 +1,25 @@
-"""What the files of a run and of a sweep are called."""
+"""The names of the files of runs and sweeps."""
 
 from __future__ import annotations
 
-# Of a sweep.
+# In a sweep's folder.
 SWEEP_FILE = "sweep.json"
-# Of a sweep's run; written by the sweep.
+# In the folder of a sweep's run, written by the sweep.
 STATUS_FILE = "status.json"
 LOG_FILE = "job.log"
-# Of every run; written by itself.
+# In the folder of every run, written by the run.
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
 SUMMARY_FILE = "summary.json"
-TRACKERS_FILE = "trackers.json"  # which run of a tracking service this one is
+TRACKERS_FILE = "trackers.json"  # this run's identifiers at tracking services
 CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
 PREVIOUS = "previous.ckpt"
 BEST = "best.ckpt"
-SHARDS = "parts"  # in a checkpoint that several processes wrote: where its tensors are
+# The folder of a sharded checkpoint's tensors, and the key of its index.
+SHARDS = "parts"
 
 
 def kept_at(step: int) -> str:
-    """The name of the checkpoint of an optimizer step that is to stay."""
+    """The file name of the checkpoint that is kept of an optimizer step."""
     return f"step_{step}.ckpt"

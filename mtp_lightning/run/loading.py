@@ -1,4 +1,4 @@
-"""Reading what a run left: the model in its folder, or in one of its checkpoints."""
+"""Reads a trained model from a run's folder or checkpoint."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST
 
 
 def read(path: Path, *, allow: Collection[str] = ()) -> StoredModel:
-    """The reader of runs, see :func:`~mtp_lightning.opening.open_model`.
+    """Read a run's model. :func:`~mtp_lightning.opening.open_model` calls this for runs.
 
     Args:
         path: a run folder or a checkpoint file.
-        allow: packages whose variants the checkpoint may ask for.
+        allow: packages whose variants the checkpoint may use.
 
     Raises:
-        FileNotFoundError: no checkpoint there.
-        UserError: it is damaged, or was not written by this platform, or its config asks for more
-            than it holds, or for a package that is not allowed.
+        FileNotFoundError: there is no checkpoint.
+        UserError: the checkpoint is damaged or not this project's, its config needs more weights
+            than it holds, or it uses a package that is not allowed.
     """
     needs = ("model_config", "state_dict", "tokenizer", "config")
     file, checkpoint = read_checkpoint(path, needs=needs)
@@ -45,16 +45,17 @@ def read(path: Path, *, allow: Collection[str] = ()) -> StoredModel:
 
 
 def brought_trunk(checkpoint: dict[str, Any]) -> bool:
-    """Whether the trunk of a checkpoint's run came from elsewhere: only such a run says in its
-    config how many rows the vocabulary has; else the tokenizer decides."""
+    """Whether a checkpoint's run imported its trunk. Only such a run's config has the size of the
+    vocabulary; otherwise the tokenizer decides it."""
     return "vocab_size" in checkpoint.get("config", {}).get("model", {})
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint meant by a file, a run folder (its best one) or a checkpoints folder.
+    """Find the checkpoint of a path: the file itself, or the best one of a run folder or a
+    checkpoints folder.
 
     Raises:
-        FileNotFoundError: nothing there, or no checkpoint in it.
+        FileNotFoundError: the path does not exist, or has no intact checkpoint.
     """
     path = Path(path)
     if path.is_file():
@@ -74,15 +75,18 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_checkpoint(path: str | Path, *, needs: Collection[str]) -> tuple[Path, dict[str, Any]]:
-    """The file that :func:`find_checkpoint` finds, and what is in it.
+    """Read the checkpoint that :func:`find_checkpoint` finds, without the optimizer's state.
 
     Args:
         path: a run folder or a checkpoint file.
-        needs: keys that must be in it.
+        needs: keys that the checkpoint must have.
+
+    Returns:
+        The file, and its content.
 
     Raises:
-        FileNotFoundError: no checkpoint there.
-        UserError: it is damaged, or was not written by this platform.
+        FileNotFoundError: there is no checkpoint.
+        UserError: the checkpoint is damaged or not this project's.
     """
     file = find_checkpoint(path)
     checkpoint = checkpoints.load(file, optimizer=False)
@@ -97,15 +101,15 @@ def read_checkpoint(path: str | Path, *, needs: Collection[str]) -> tuple[Path, 
 def model_config(
     checkpoint: dict[str, Any], *, source: Path, allow: Collection[str] = ()
 ) -> ModelConfig:
-    """The model that a checkpoint describes.
+    """Build the model config that a checkpoint describes.
 
     Args:
-        checkpoint: its content.
+        checkpoint: the checkpoint's content.
         source: its file, for messages.
-        allow: packages whose variants it may ask for.
+        allow: packages whose variants it may use.
 
     Raises:
-        UserError: a description that no model has, or that needs a package that is not allowed.
+        UserError: the description is not valid, or needs a package that is not allowed.
     """
     try:
         return ModelConfig.from_dict(checkpoint["model_config"], allow=allow)
@@ -114,14 +118,14 @@ def model_config(
 
 
 def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The model's part of a checkpoint's tensors, by the model's own names."""
+    """The model's tensors in a checkpoint, by their names in :class:`MTPModel`."""
     prefix = "model."
     state = checkpoint["state_dict"]
     return {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
 
 
 def describe_interrupt(folder: Path) -> str:
-    """What Ctrl-C left, and how to go on from there."""
+    """Say which checkpoint an interrupted run has, and how to continue the run."""
     last = folder / CHECKPOINTS / LAST
     if not last.is_file():
         return "interrupted before the first checkpoint: nothing was saved."

@@ -1,4 +1,4 @@
-"""A lock that several processes ask for and one has."""
+"""A lock between processes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 
 class Lock:
-    """Held until it is released and every process that inherited it has ended, however it ended.
+    """A lock that one process holds until it and all children that inherited it release it or end.
 
-    Process numbers are used again after a crash or a restart; the system's lock on a file is not
-    held a moment too long.
+    It is the system's lock on a file, which a crash releases too. A file with a process number
+    would not do: the system reuses these numbers.
 
     Args:
-        path: a file that is there for the lock alone.
+        path: a file that serves as the lock only.
     """
 
     def __init__(self, path: Path) -> None:
@@ -25,7 +25,7 @@ class Lock:
         self._file: int | None = None
 
     def acquire(self) -> bool:
-        """Whether it could be had, at once."""
+        """Try to take the lock without waiting; return whether it was free."""
         file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -36,7 +36,7 @@ class Lock:
         return True
 
     def wait(self, *, seconds: float) -> bool:
-        """Whether it could be had within some seconds."""
+        """Try to take the lock for some seconds; return whether it became free."""
         until = time.monotonic() + seconds
         while not self.acquire():
             if time.monotonic() > until:
@@ -46,25 +46,25 @@ class Lock:
 
     @property
     def file(self) -> int:
-        """The file descriptor, which a child process can be given (``pass_fds``)."""
+        """The file descriptor of the lock, which a child process can inherit (``pass_fds``)."""
         assert self._file is not None, "not held"
         return self._file
 
     def release(self) -> None:
-        """Let go of it in this process."""
+        """Release the lock in this process."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
     @contextmanager
     def held(self, *, seconds: float) -> Iterator[None]:
-        """Have it for a block, after waiting for it.
+        """Wait for the lock, and hold it during a block.
 
         Args:
-            seconds: to wait at most.
+            seconds: the longest time to wait.
 
         Raises:
-            BlockingIOError: another process still has it.
+            BlockingIOError: another process holds the lock for longer.
         """
         if not self.wait(seconds=seconds):
             raise BlockingIOError(f"{self._path} is held by another process.")

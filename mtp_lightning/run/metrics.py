@@ -1,7 +1,6 @@
-"""``metrics.csv``: one row a step, one column a log tag, numbers that survive the round trip to the
-last bit.
+"""``metrics.csv``: one row per step, one column per log tag. Numbers are read back to the last bit.
 
-A row that is still being written, or that a kill has torn, is no row yet.
+A row that is incomplete, because it is being written or a kill interrupted it, is ignored.
 """
 
 from __future__ import annotations
@@ -20,10 +19,11 @@ Row = dict[str, str]
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The rows of a ``metrics.csv`` with the values they have: ``step`` an int, the others floats.
+    """Read the rows of a ``metrics.csv`` without empty cells. ``step`` is an int, the other values
+    are floats.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the file does not exist.
     """
     path = Path(path)
     if not path.is_file():
@@ -33,19 +33,19 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
 
 
 def read_column(path: str | Path, tag: str) -> dict[int, float]:
-    """One column by step, without empty cells; nothing where there is no file."""
+    """Read one column by step, without empty cells; empty if the file does not exist."""
     rows = read_metrics(path) if Path(path).is_file() else []
     return {int(row[STEP]): row[tag] for row in rows if tag in row}
 
 
 def read_newest(path: Path, tag: str, *, tail: int = 4096) -> tuple[int, float] | None:
-    """Step and value of the newest row that has a tag; reads the head and the tail of the file
-    only.
+    """Read step and value of the newest row that has a tag, from the file's first line and its last
+    bytes; None if there is no such row or file.
 
     Args:
-        path: of the file, which need not exist.
+        path: the file.
         tag: a log tag.
-        tail: bytes at the end that are looked at.
+        tail: the number of bytes at the end to read.
     """
     try:
         with path.open("rb") as file:
@@ -66,25 +66,25 @@ def read_newest(path: Path, tag: str, *, tail: int = 4096) -> tuple[int, float] 
 class MetricsFile:
     """Writes a ``metrics.csv``.
 
-    The columns are ``step`` and every tag seen so far. Rows are appended and handed to the system
+    The columns are ``step`` and every tag seen so far. Rows are appended and passed to the system
     at once, so that a killed process loses no finished row. Values of one step (train and
     validation) share a row. A new tag rewrites the file with one more column. Floats are written by
     ``repr``, which reads back as the same double; a missing value is an empty cell.
 
     Args:
-        path: of the file; what an earlier process left there is gone on with.
+        path: the file. An existing one is continued.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._columns = [STEP]
-        self._row: Row = {}  # the newest row, which more values of its step may join
-        self._row_start = 0  # where it begins in the file
+        self._row: Row = {}  # the newest row, to which later values of its step are added
+        self._row_start = 0  # the offset of that row in the file
         self._opened = False
         self._last_step: int | None = None
 
     def resume_from(self, step: int) -> None:
-        """Drop the rows after ``step``, the last one that the resumed run does not do again."""
+        """Drop the rows after ``step``, since the resumed run does those steps again."""
         self._last_step = step
         self._opened = False
 
@@ -101,8 +101,7 @@ class MetricsFile:
         self._write_row(row, replace=merge)
 
     def _open(self) -> None:
-        """Take over the file that is there: without rows after the resumed step, without a torn
-        last line."""
+        """Read an existing file; drop rows after the resumed step and an incomplete last line."""
         if self._opened:
             return
         self._opened = True
@@ -131,8 +130,8 @@ class MetricsFile:
         line = _line(row.get(tag, "") for tag in self._columns)
         with open(self.path, "r+b") as file:
             if replace:
-                # the longer line overwrites the shorter in place: no moment at which the row is
-                # missing
+                # The new line, which is longer, overwrites the old one in place, so that a reader
+                # never misses the row.
                 file.seek(self._row_start)
                 file.write(line)
                 file.truncate()
@@ -143,7 +142,7 @@ class MetricsFile:
 
 
 def _whole_lines(content: bytes) -> list[str]:
-    """Without the last one, if no newline ends it."""
+    """Split into lines, without a last one that has no newline yet."""
     return content.decode("utf-8", errors="replace").split("\n")[:-1]
 
 
@@ -160,7 +159,7 @@ def _whole_rows(lines: list[str]) -> list[Row]:
 
 
 def _numbers(row: Row) -> dict[str, float] | None:
-    """The cells that are not empty; None if one is no number, as in a file that is damaged."""
+    """The numbers of the cells that are not empty; None if a damaged cell is not a number."""
     try:
         return {t: int(c) if t == STEP else float(c) for t, c in row.items() if c}
     except ValueError:
@@ -176,6 +175,6 @@ def _text(value: Any) -> str:
 
 
 def _line(cells: Iterable[str]) -> bytes:
-    # tags and numbers need no quotes, but a tag of another's making may
+    # Our own tags need no quotes, but a user's tag may contain a comma.
     quoted = ['"' + c.replace('"', '""') + '"' if any(x in c for x in ',"') else c for c in cells]
     return (",".join(quoted) + "\n").encode()

@@ -1,4 +1,4 @@
-"""When a task was solved: one definition for runs, sweeps and reports."""
+"""Defines when a task counts as solved, for runs, sweeps and reports alike."""
 
 from __future__ import annotations
 
@@ -6,38 +6,38 @@ import math
 from collections.abc import Iterable, Mapping
 
 EXACT = "val/exact_match"
-"""The share of right answers at a validation."""
+"""The log tag of a validation's share of right answers."""
 SOLVED = 0.95
-"""Exact match above which a task is solved, where nobody says otherwise."""
+"""The default level of exact match above which a task counts as solved."""
 
 _COST = ("tokens", "flops", "seconds")
-_ROUNDING = 1e-7  # of what Lightning logs: in single precision 0.98 is above 0.98
+_ROUNDING = 1e-7  # Lightning logs in single precision, in which 0.98 is above 0.98
 
 
 def first_above(
     rows: Iterable[Mapping[str, float]], level: float = SOLVED, tag: str = EXACT
 ) -> Mapping[str, float] | None:
-    """The first validation with exact match above a level, whatever came after it; None if there
-    is none yet.
+    """Find the first validation with exact match above a level; None if there is none yet. Later
+    validations may lie below it.
 
     Args:
-        rows: of ``metrics.csv``, in order.
-        level: of 0 .. 1.
-        tag: of exact match, such as that of another test set.
+        rows: the rows of ``metrics.csv``, in order.
+        level: the level, 0 to 1.
+        tag: the log tag of exact match; other test sets have other tags.
     """
-    # What is no number is above nothing.
+    # NaN never counts as solved.
     return next((row for row in rows if row.get(tag, math.nan) - level > _ROUNDING), None)
 
 
 def time_to_solve(
     rows: Iterable[Mapping[str, float]], level: float = SOLVED
 ) -> dict[str, float] | None:
-    """``step``, and ``tokens``, ``flops`` and ``seconds`` of training, before the validation of
-    :func:`first_above`; None if there is none yet."""
+    """The cost of training up to the validation of :func:`first_above`: ``step``, ``tokens``,
+    ``flops`` and ``seconds``; None if there is none yet."""
     row = first_above(rows, level)
     if row is None:
         return None
     spent = {name: row[f"progress/{name}"] for name in _COST if f"progress/{name}" in row}
-    # Counts are whole, and logged as floats.
+    # Counts are logged as floats.
     whole = {name: v if name == "seconds" else int(v) for name, v in spent.items()}
     return {"step": int(row["step"]), **whole}

@@ -1,4 +1,4 @@
-"""``status.json`` of a job: what became of it."""
+"""``status.json``: the state of a sweep's job."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ STATES = ("pending", "running", "done", "failed", "interrupted")
 
 
 def now() -> str:
-    """The time, as the files give it."""
+    """The current time (UTC) in the files' format."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """What the file says; None where there is none, or none that can be read."""
+    """Read a job's status; None if there is no readable file."""
     try:
         status = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -32,28 +32,28 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 
 
 def state_of(folder: Path) -> str:
-    """The state alone; ``pending`` where there is no file."""
+    """Read a job's state; ``pending`` if there is no readable file."""
     status = read_status(folder)
     return "pending" if status is None else status["state"]
 
 
 def write_status(folder: Path, overrides: Sequence[str], state: str, **values: Any) -> None:
-    """Replace the file.
+    """Write a job's status.
 
     Args:
-        folder: of the job; made if it is not there.
-        overrides: of the job.
+        folder: the job's folder, created if needed.
+        overrides: the job's overrides.
         state: one of ``STATES``.
-        values: of the other keys; those not named are null.
+        values: values of the other keys. Keys that are left out are null.
     """
     assert state in STATES
     folder.mkdir(parents=True, exist_ok=True)
     content = {**_blank(overrides), "state": state, **values}
     if state == "pending":
-        # As good as no file: a thousand of them need not wait for the disk.
+        # A lost pending file means the same as an intact one, so a thousand of them skip the sync.
         (folder / STATUS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return
-    write_json(content, folder / STATUS_FILE, shared=True)  # by a sweep and its cluster
+    write_json(content, folder / STATUS_FILE, shared=True)  # a sweep and its cluster both write it
 
 
 def _blank(overrides: Sequence[str]) -> dict[str, Any]:
@@ -71,14 +71,15 @@ def _blank(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def describe_failure(folder: Path) -> str:
-    """One line: the job, why it did not finish, and its log."""
+    """One line with the job's state, the reason, and the path of its log."""
     status = read_status(folder)
     assert status is not None
     return f"{status['state']}: {folder.name}: {status['reason']} (log: {folder / LOG_FILE})"
 
 
 def last_words(log: Path, *, size: int = 20_000) -> str:
-    """The line of a log that says best why its process ended: an error, else the last one."""
+    """The line of a log that explains best why its process ended: the last error, or else the last
+    line."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - size))
@@ -87,7 +88,7 @@ def last_words(log: Path, *, size: int = 20_000) -> str:
         return "no log"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
-    # An error of an earlier start may stand above; what follows it is at most the hint below it.
+    # Only a hint of one or two lines follows the final error; one above is of an earlier start.
     if errors and errors[-1] in lines[-3:]:
         return errors[-1]
     return lines[-1] if lines else "nothing in the log"

@@ -1,4 +1,4 @@
-"""What a run reports when it ends: its versions and machine, and tables on the terminal."""
+"""A run's report at its end: versions and machine, and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mtp_lightning.cli import program
 from mtp_lightning.paths import ROOT
 from mtp_lightning.run.layout import BEST, CHECKPOINTS, LAST, METRICS_FILE, SUMMARY_FILE
 
-# The rows that a run ends with: name, key, form and meaning.
+# The rows of the short table: name, key, format and meaning.
 _ANSWER = (
     ("bits per byte", "val/bits_per_byte", "{:.3f}", "of held-out text; lower is better"),
     ("right answers", "val/exact_match", "{:.1%}", "of held-out questions; chance {chance}"),
@@ -27,7 +27,7 @@ _PACKAGES = ("torch", "lightning", "torchmetrics", "hydra-core", "numpy", "token
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and commit: what a number needs beside it to be repeated."""
+    """The versions, machine and commit that are needed to reproduce a number."""
     from mtp_lightning.nn import ops
 
     return {
@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
 
 
 def print_summary(summary: dict[str, Any], *, depth: int) -> None:
-    """A table of the final metrics, one row a depth, and one of what the run cost."""
+    """Print a table of the final metrics by depth, and one of the run's other numbers."""
     from rich.console import Console
     from rich.table import Table
 
@@ -54,7 +54,7 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
         rates.caption = f"accepted: {decoded}, greedy; 95 % interval over the prompts"
     elif "not_decoded" in summary:
         rates.caption = f"accepted: nothing was decoded, {summary['not_decoded']}"
-    # Only evaluate.py looks for it: teacher-forced, on the text that the loop wrote.
+    # Only evaluate.py measures it: teacher-forced agreement on the decoded text.
     expected = "decode/expected_tokens_per_step" in summary
     if expected:
         rates.add_column("agreement there", justify="right")
@@ -66,7 +66,7 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
                 _number(summary.get(f"val/{name}_depth_{k}"), "{:.1%}")
                 for name in ("accuracy", "agreement", "overlap")
             ),
-            # With one column more, lines of 80 characters hold no interval beside its value.
+            # With the extra column, value and interval do not fit on a line of 80 characters.
             _share(summary, f"decode/acceptance_position_{k}").replace(
                 " [", "\n[" if expected else " ["
             ),
@@ -121,7 +121,7 @@ def print_summary(summary: dict[str, Any], *, depth: int) -> None:
 
 
 def print_answer(summary: dict[str, Any]) -> None:
-    """The five numbers that a run is about, each with what it means; ``--verbose`` has the rest."""
+    """Print the main numbers of a run with their meaning; ``--verbose`` prints all of them."""
     from rich.console import Console
     from rich.table import Table
 
@@ -133,22 +133,17 @@ def print_answer(summary: dict[str, Any]) -> None:
         shown["minutes"] = shown["seconds"] / 60
     for name, key, form, meaning in _ANSWER:
         if key in shown:
-            interval = _interval(shown, key, form)
-            table.add_row(
-                name, form.format(shown[key]) + interval, meaning.format(**_chance(shown))
-            )
+            value = form.format(shown[key]) + _interval(shown, key, form)
+            chance = _number(shown.get("val/chance"), "{:.2%}") or "unknown"
+            table.add_row(name, value, meaning.format(chance=chance))
     Console().print(table)
     if "not_decoded" in summary:
         print(f"not decoded   {summary['not_decoded']}")
     print(f"all numbers   --verbose shows them, and {SUMMARY_FILE} has them")
 
 
-def _chance(summary: dict[str, Any]) -> dict[str, str]:
-    return {"chance": _number(summary.get("val/chance"), "{:.2%}") or "unknown"}
-
-
 def print_paths(folder: Path) -> None:
-    """Where everything is that the run wrote."""
+    """Print the paths of the files that the run wrote, and commands that use them."""
     shown = Path(os.path.relpath(folder)) if folder.is_relative_to(Path.cwd()) else folder
     kept = (folder / CHECKPOINTS / LAST).is_file()
     if kept:

@@ -104,7 +104,7 @@ def test_checkpoints_that_are_asked_for_stay(long):
         ({"branch_from": "{long}@31"}, "has no intact checkpoint of step 31 (there are: 30, 120"),
         ({"branch_from": "{long}"}, "names no checkpoint"),
         ({"branch_from": "{long}-nowhere@30"}, "there is no run in"),
-        ({"seed": 1}, "; seed: 0 -> 1. Start it anew"),
+        ({"seed": 1}, "; seed: 0 -> 1. Start a new run"),
         ({"optimizer.lr": 0.01}, "this one changes optimizer.lr: 0.003 -> 0.01"),
         ({"data.seq_len": 32}, "this one changes data.seq_len: 16 -> 32"),
         ({"data.source.size": 9_000}, "this one changes data.source.size"),

@@ -64,13 +64,13 @@ def test_a_run_that_goes_on_begins_nothing(trunk: Path, cache: Path, tmp_path: P
     settings = {**HEADS, "init_from": trunk, "callbacks.checkpoints.every_n_steps": 2}
     helpers.train_here(tmp_path / "whole", cache, settings)
     helpers.train_here(tmp_path / "halves", cache, {**settings, "trainer.max_steps": 2})
-    with pytest.raises(ValueError, match=r"began with mtp.init=last_block, and one that goes on"):
+    with pytest.raises(ValueError, match=r"began with mtp.init=last_block, and a run that conti"):
         helpers.train_here(tmp_path / "halves", cache, {**settings, "mtp.init": "random"})
     helpers.train_here(tmp_path / "halves", cache, settings)
     helpers.assert_same_weights(tmp_path / "whole", tmp_path / "halves")
     plain = {**settings, "mtp.init": "random", "trainer.max_steps": 2}
     helpers.train_here(tmp_path / "drawn", cache, plain)
-    with pytest.raises(ValueError, match=r"has nothing to begin with mtp.init=last_block: set"):
+    with pytest.raises(ValueError, match=r"cannot change it to mtp.init=last_block: set"):
         helpers.train_here(tmp_path / "drawn", cache, {**plain, "mtp.init": "last_block"})
 
 

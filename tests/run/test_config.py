@@ -26,9 +26,9 @@ def test_what_a_run_writes_is_read(tmp_path: Path) -> None:
     ("content", "told"),
     [
         (BOMB, r"has the alias \*a0, which no run writes"),
-        ("a: [1", "is no YAML"),
-        ("a: " + "[" * 100_000, "is no YAML"),
-        ("a: !!python/object/apply:os.system ['exit']", "is no YAML"),
+        ("a: [1", "is not YAML"),
+        ("a: " + "[" * 100_000, "is not YAML"),
+        ("a: !!python/object/apply:os.system ['exit']", "is not YAML"),
     ],
     ids=["aliases", "cut", "deep", "code"],
 )
@@ -44,5 +44,5 @@ def test_what_no_run_writes_is_refused(tmp_path: Path, content: str, told: str) 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_bytes(b"a: \xff")
-    with pytest.raises(UserError, match="is no YAML"):
+    with pytest.raises(UserError, match="is not YAML"):
         read_yaml(file)

@@ -105,7 +105,7 @@ def test_a_claim_that_is_not_there_and_one_that_is_no_yaml(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="no claim mine in .*: choose one of yours"):
         read_claim("mine", tmp_path)
     (tmp_path / "mine.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match="is no YAML"):
+    with pytest.raises(ValueError, match="is not YAML"):
         read_claim("mine", tmp_path)
 
 
