@@ -68,6 +68,16 @@ PARTS = {
             "prove that drafts change no text of a model",
         ),
     ),
+    "heads": Part(
+        module="mtp_lightning.heads",
+        brings="heads for a finished model in one command",
+        command=(
+            "heads",
+            "mtp_lightning.heads.__main__",
+            "train, measure, certify and export heads for a finished model",
+        ),
+        uses=("certify",),
+    ),
     "notebook": Part(
         module="mtp_lightning.notebook",
         brings="runs in a notebook",

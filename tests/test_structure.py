@@ -44,7 +44,7 @@ RANK = {
     "distributed": 7.5,
     "experiment": 8,
     "serving": 8.5,
-    **dict.fromkeys(["apps", "plan"], 9),
+    **dict.fromkeys(["apps", "heads", "plan"], 9),
     **dict.fromkeys(["console", "notebook"], 10),
 }
 

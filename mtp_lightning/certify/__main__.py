@@ -25,7 +25,8 @@ def main(
     parser.add_argument("--prompts", type=int, default=1000, help="how many (1000)")
     parser.add_argument("--new-tokens", type=int, default=16, help="of every prompt (16)")
     parser.add_argument(
-        "--weights", default="fp32,bf16,int8", help="precisions of the weights (fp32,bf16,int8)"
+        "--weights",
+        help="fp32,bf16,int8: precisions of the weights (those that this machine has)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="a minute: fewer ways, and as many prompts as it takes"
@@ -56,7 +57,7 @@ def main(
             args.model,
             count=args.prompts,
             length=args.new_tokens,
-            precisions=args.weights.split(","),
+            precisions=args.weights.split(",") if args.weights else None,
             few=args.quick,
             minutes=minutes,
             file=args.text,

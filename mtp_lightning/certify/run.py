@@ -14,6 +14,7 @@ from mtp_lightning.certify.certificate import Certificate, Row
 from mtp_lightning.certify.greedy import Greedy, compare_texts, plain_texts
 from mtp_lightning.certify.sampled import Sampled, draw_texts
 from mtp_lightning.certify.texts import prompts
+from mtp_lightning.decoding.fused import rounded_weights_need
 from mtp_lightning.decoding.precision import check_precision, use_precision
 from mtp_lightning.errors import UserError
 from mtp_lightning.nn import ops
@@ -29,7 +30,7 @@ def certify(
     *,
     count: int = 1000,
     length: int = 16,
-    precisions: Sequence[str] = ("fp32", "bf16", "int8"),
+    precisions: Sequence[str] | None = None,
     few: bool = False,
     minutes: float | None = None,
     file: Path | None = None,
@@ -43,7 +44,7 @@ def certify(
         path: a run, a checkpoint, a Hugging Face folder or a GGUF file.
         count: prompts.
         length: new tokens of each.
-        precisions: of the weights.
+        precisions: of the weights; None for those that this machine decodes in.
         few: try few cells, see :func:`~mtp_lightning.certify.cells.cells`.
         minutes: after which no further prompts are taken; every precision has its share.
         file: holds the prompts' text; None is Python's standard library.
@@ -54,6 +55,9 @@ def certify(
     Raises:
         UserError: an option out of range, a model that cannot be opened, or that makes no drafts.
     """
+    if precisions is None:
+        rounded = () if rounded_weights_need("cpu") else ("bf16", "int8")
+        precisions = ("fp32", *rounded)
     for precision in precisions:
         check_precision(precision)
     cores = torch.get_num_threads()

@@ -1,0 +1,201 @@
+"""How a number of hours is spent on a model: texts to generate, steps to train, disk and memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_modules.windows import WindowBatch
+from mtp_lightning.decoding import generate
+from mtp_lightning.errors import UserError
+from mtp_lightning.model import ModelConfig
+from mtp_lightning.mtp.sequential import SequentialConfig
+from mtp_lightning.opening import OpenedModel, open_model, read_model
+
+# Shares of the hours; the rest is for start-up, validations, the certificate and the export.
+_TEXTS, _TRAINING = 0.35, 0.45
+_BATCH = 8
+_PROMPT, _NEW, _WINDOW = 32, 88, 128
+_FEWEST = 64  # texts, of which some are held out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be done.
+
+    Attributes:
+        model: path of the model, absolute.
+        hours: of this machine.
+        window: tokens of a training window, which a generated text fills.
+        texts: to generate; 0 if files of text are given.
+        files: text of one's own instead.
+        steps: of training.
+        tokens_per_second: in which the model was seen to write texts; 0 with files.
+        flops_per_second: at which it was seen to read.
+        weights: of the model.
+        head_weights: of the module.
+        overrides: further settings of training, as typed.
+    """
+
+    model: str
+    hours: float
+    window: int
+    texts: int
+    files: list[str]
+    steps: int
+    tokens_per_second: float
+    flops_per_second: float
+    weights: int
+    head_weights: int
+    overrides: list[str]
+
+    def lines(self) -> Iterator[str]:
+        """What a person is told before it starts."""
+        yield f"model      {self.model}: {self.weights / 1e6:,.1f} M weights"
+        yield f"head       one sequential module of {self.head_weights / 1e6:,.1f} M weights"
+        if self.files:
+            yield f"text       {', '.join(self.files)}"
+        else:
+            minutes = self.texts * _new(self.window) / max(self.tokens_per_second, 1e-9) / 60
+            yield (
+                f"text       {self.texts:,} texts that the model writes itself, about "
+                f"{minutes:,.0f} minutes at {self.tokens_per_second:,.0f} tokens per second"
+            )
+        yield (
+            f"training   {self.steps:,} steps of {_BATCH * self.window:,} tokens, about "
+            f"{self.hours * _TRAINING * 60:,.0f} minutes at "
+            f"{self.flops_per_second / 1e9:,.0f} GFLOP/s"
+        )
+        # The model, its packed copy while it writes, and the module with gradients and two moments.
+        memory = 4 * (1.5 * self.weights + 4 * self.head_weights)
+        # Checkpoints hold the model and the module's state; the export holds both once.
+        disk = 4 * (4 * self.weights + 8 * self.head_weights)
+        yield f"needs      {memory / 1e9:,.1f} GB of memory, {disk / 1e9:,.1f} GB of disk"
+        yield f"time       about {self.hours * 60:,.0f} minutes in all on this machine"
+
+    def train(self) -> list[str]:
+        """The overrides of train.py."""
+        if self.files:
+            listed = ",".join(f"'{file}'" for file in self.files)
+            data = ["data=text", f"data.paths=[{listed}]"]
+        else:
+            data = [
+                "data=self_generated",
+                f"data.n_prompts={self.texts}",
+                f"data.prompt_tokens={self.window - _new(self.window)}",
+                f"data.new_tokens={_new(self.window)}",
+                "data.cache_states=true",
+            ]
+        return [
+            "experiment=posthoc_heads",
+            f"init_from={self.model}",
+            "mtp.depth=1",
+            "objective=kl",
+            *data,
+            f"data.seq_len={self.window}",
+            f"data.batch_size={_BATCH}",
+            "optimizer.lr=0.001",
+            f"trainer.max_steps={self.steps}",
+            f"trainer.val_check_interval={max(self.steps // 4, 1)}",
+            *self.overrides,
+        ]
+
+
+def _new(window: int) -> int:
+    """Tokens of a generated text of which the rest is its prompt."""
+    return window * _NEW // (_PROMPT + _NEW)
+
+
+def plan(path: Path, *, hours: float, files: list[str], overrides: list[str]) -> Plan:
+    """Look at the model and the machine for some seconds, and divide the hours.
+
+    Args:
+        path: of the model.
+        hours: of this machine, for everything.
+        files: text to train on instead of the model's own.
+        overrides: further settings of training.
+
+    Raises:
+        UserError: a model that cannot be opened or has heads already, or too few hours.
+    """
+    if not read_model(path).brings_trunk:
+        raise UserError(
+            f"{path} is a run of this project: write it as a folder by mtp-lightning export "
+            f"checkpoint={path} output=FOLDER depth=0, and give that folder."
+        )
+    run = open_model(path)
+    if run.model.depth:
+        raise UserError(
+            f"{path} has MTP heads already: examine them with mtp-lightning doctor, or train them "
+            f"further with mtp-lightning train init_from={path}."
+        )
+    window = min(_WINDOW, run.seq_len)
+    trunk = run.model.config.trunk
+    config = ModelConfig(trunk=trunk, mtp=SequentialConfig(depth=1, freeze_trunk=True))
+    speed = _reads(run, window)
+    steps = int(
+        3600 * hours * _TRAINING * speed / (config.flops_per_token(window) * _BATCH * window)
+    )
+    written = 0.0 if files else _writes(run, window)
+    texts = int(3600 * hours * _TEXTS * written / _new(window))
+    if steps < 10 or (not files and texts < _FEWEST):
+        raise UserError(
+            f"--hours={hours:g} holds {steps} steps and {texts} texts of this model on this "
+            "machine: give more."
+        )
+    weights = sum(p.numel() for p in run.model.parameters())
+    return Plan(
+        model=str(path.resolve()),
+        hours=hours,
+        window=window,
+        texts=texts,
+        files=files,
+        steps=steps,
+        tokens_per_second=written,
+        flops_per_second=speed,
+        weights=weights,
+        head_weights=config.num_params() - run.model.config.num_params(),
+        overrides=overrides,
+    )
+
+
+def _reads(run: OpenedModel, window: int) -> float:
+    """FLOP/s of reading windows."""
+    windows = WindowBatch(torch.zeros(_BATCH, window + 1, dtype=torch.long), 0)
+    flops = run.model.config.forward_flops_per_token(window) * _BATCH * window
+
+    @torch.no_grad()
+    def read() -> None:
+        run.model.head(run.model(windows)[0])
+
+    return flops / _seconds(read)
+
+
+def _writes(run: OpenedModel, window: int) -> float:
+    """Tokens per second of texts that are written together."""
+    n, new = 32, 8
+    prompts: list[Any] = [[i % run.model.config.trunk.vocab_size] for i in range(n)]
+
+    def write() -> None:
+        generate(
+            run.model, prompts, batch_size=n, max_new_tokens=new, temperature=1.0, eot_id=-1,
+            speculative=False,
+        )  # fmt: skip
+
+    return n * new / _seconds(write)
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    """The median of three calls after a first one."""
+    work()
+    found = []
+    for _ in range(3):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return sorted(found)[1]
