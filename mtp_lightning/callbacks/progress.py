@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
 import time
 from typing import Any
@@ -17,6 +18,7 @@ from mtp_lightning.callbacks.base import run_callbacks
 from mtp_lightning.cli import QUIET
 from mtp_lightning.settings import require_number, require_whole
 
+_WIDE = 120  # columns of a terminal in which the bar has room for a schedule's name
 _TIMED_FROM = 10  # steps of this process, before which nobody knows how long the rest takes
 # tqdm's own format without the remaining time.
 _UNTIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
@@ -197,7 +199,10 @@ class StepProgressBar(ProgressBar):
         ]
         lambdas = ",".join(f"{float(value):.3g}" for value in outputs["lambdas"])
         if lambdas:
-            parts.append(f"lambda {lambdas}" + (f" ({self._schedule})" if self._schedule else ""))
+            # A bar is cut off at the terminal's edge.
+            fits = self._bar is None or shutil.get_terminal_size().columns >= _WIDE
+            named = f" ({self._schedule})" if self._schedule and fits else ""
+            parts.append(f"lambda {lambdas}{named}")
         parts += [callback.shown() for callback in run_callbacks(trainer)]
         return "  ".join(filter(None, parts))
 
