@@ -95,7 +95,7 @@ def load(
         if reason is not None:
             raise UserError(
                 f"The checkpoint {path} cannot be used ({reason}): use another one, or copy the "
-                f"folder {SHARDS}/ too if only the file was copied."
+                f"folder {SHARDS}/ along with the file."
             )
         return filled(content, path)
     except pickle.UnpicklingError as error:
