@@ -10,6 +10,7 @@ Layers and steps are whole numbers, so a difference remains, which is reported.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,25 +208,22 @@ def match_steps(
     objective: Objective = CROSS_ENTROPY,
 ) -> tuple[int, float]:
     """The number of optimizer steps whose FLOPs are closest to ``target``, and those FLOPs."""
-
-    def flops(steps: int) -> float:
-        return total_flops(
-            config,
-            schedule,
-            seq_len=seq_len,
-            max_steps=steps,
-            tokens_per_step=tokens_per_step,
-            balance=balance,
-            objective=objective,
-        )
-
+    flops = partial(
+        total_flops,
+        config,
+        schedule,
+        seq_len=seq_len,
+        tokens_per_step=tokens_per_step,
+        balance=balance,
+        objective=objective,
+    )
     steps = max_steps
     for _ in range(8):  # the cost of a step depends weakly on the length of the run
-        nearer = max(round(steps * target / flops(steps)), 1)
+        nearer = max(round(steps * target / flops(max_steps=steps)), 1)
         if nearer == steps:
             break
         steps = nearer
-    candidates = {s: flops(s) for s in (steps - 1, steps, steps + 1) if s >= 1}
+    candidates = {s: flops(max_steps=s) for s in (steps - 1, steps, steps + 1) if s >= 1}
     steps = min(candidates, key=lambda s: abs(candidates[s] - target))
     return steps, candidates[steps]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -95,10 +95,10 @@ def read_option(file: Path, group: str) -> Option:
     says, lines = _head(text.splitlines())
     content = yaml.load(text, _LOADER) or {}
     keys = tuple(
-        Key(".".join(path), _default(_value(content, path)), comment)
+        Key(".".join(path), _default(value_at(content, path)), comment)
         for path, comment in _keys(lines)
         if path[0] not in ("defaults", "hydra")
-        and (comment or not isinstance(_value(content, path), dict))
+        and (comment or not isinstance(value_at(content, path), dict))
     )
     return Option(group, file.stem, says, keys, content)
 
@@ -161,10 +161,11 @@ def _keys(lines: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:
         comment = []
 
 
-def _value(content: Any, path: tuple[str, ...]) -> Any:
+def value_at(node: Any, path: Iterable[str]) -> Any:
+    """The value at a path of keys in nested mappings; None if there is none."""
     for name in path:
-        content = content.get(name) if isinstance(content, dict) else None
-    return content
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
 
 
 def _default(value: Any) -> str:

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.explained import Option, groups, included
+from mtp_lightning.explained import Option, groups, included, value_at
 from mtp_lightning.settings import (
     require,
     require_bool,
@@ -130,9 +130,7 @@ def _classes(node: Any, path: str) -> Iterator[str]:
 
 def _target(option: Option, owner: str, files: Mapping[str, Option]) -> str | None:
     for part in included(option, files):
-        node: Any = part.content
-        for key in filter(None, owner.split(".")):
-            node = node.get(key) if isinstance(node, dict) else None
+        node = value_at(part.content, filter(None, owner.split(".")))
         if isinstance(node, dict) and "_target_" in node:
             return str(node["_target_"])
     return None

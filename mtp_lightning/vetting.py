@@ -15,7 +15,7 @@ from typing import Any
 from mtp_lightning import keys, parts, processes
 from mtp_lightning.cli import require_package
 from mtp_lightning.errors import UserError
-from mtp_lightning.explained import groups
+from mtp_lightning.explained import groups, value_at
 from mtp_lightning.literal import INPUTS, LISTS
 from mtp_lightning.misspelt import unknown_key
 from mtp_lightning.settings import is_whole
@@ -181,10 +181,7 @@ def _size(config: Mapping[str, Any], key: str) -> int:
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:
-    node: Any = config
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node
+    return value_at(config, key.split("."))
 
 
 def _check_paths(config: Mapping[str, Any], app: str, folder: str) -> None:
