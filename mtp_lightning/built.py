@@ -1,8 +1,8 @@
-"""The C++ that ``pip install`` builds: opened only where it was built from the sources beside it.
+"""Opens the C++ libraries that ``pip install`` builds, if they were built from these sources.
 
-A library of other sources may compute other numbers by the same names, or read past what it is
-given. So setup.py writes the digest of the sources into each, and it is compared before the first
-call; where no sources lie beside it, there is nothing to compare with.
+A library of other sources could compute other numbers, or read beyond its arguments. So setup.py
+writes the digest of the sources into each library, and it is compared before the first call. An
+installation without sources skips the comparison.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
-# What a function takes, and what it returns.
+# A function's argument types and its return type.
 Signature = tuple[tuple[Any, ...], Any]
 
 
 def digest(folder: Path) -> str:
-    """Of the C++ in a folder; empty without any."""
+    """Hex digest of a folder's C++ files; empty if there are none."""
     files = sorted(file for file in folder.glob("*") if file.suffix in (".cpp", ".h"))
     text = b"".join(file.name.encode() + b"\0" + file.read_bytes() + b"\0" for file in files)
     return hashlib.blake2b(text, digest_size=16).hexdigest() if files else ""
@@ -33,13 +33,15 @@ def digest(folder: Path) -> str:
 def open_built(
     file: Path, sources: Path, functions: Mapping[str, Signature]
 ) -> tuple[ctypes.CDLL | None, str]:
-    """A library, or None with the reason in a few words; one that is there and cannot be used is
-    warned of.
+    """Open a library. Log a warning if it exists and cannot be used.
 
     Args:
         file: the library.
-        sources: the folder of its C++.
-        functions: what it must have.
+        sources: the folder of its C++ sources.
+        functions: the functions that it must have, with their types.
+
+    Returns:
+        The library, or None; and the reason in a few words if it is None.
     """
     if os.environ.get("MTP_LIGHTNING_NATIVE") == "0":
         return None, "MTP_LIGHTNING_NATIVE=0"
@@ -56,8 +58,8 @@ def open_built(
     if fits:
         return found, ""
     log.warning(
-        "%s was not built from the C++ in %s, and is left out: pip install -e . builds it anew.",
+        "%s was not built from the C++ in %s, and is not used: pip install -e . builds it again.",
         file,
         sources,
     )
-    return None, "its C++ is out of date; pip install -e . builds it anew"
+    return None, "its C++ is out of date; pip install -e . builds it again"

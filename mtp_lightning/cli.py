@@ -1,4 +1,4 @@
-"""How the apps speak to people: what they are called, and what they say when something is wrong."""
+"""The apps' common command-line behavior: names of programs, error messages, closed pipes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _OWN = tuple(
 _LIBRARIES = tuple(
     f"{sysconfig.get_path(name)}/" for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
-# Set to 1, a process and those that it starts show no progress (--quiet).
+# Environment variable: 1 hides progress in this process and those that it starts (--quiet).
 QUIET = "MTP_LIGHTNING_QUIET"
-# Set to 1, runs end with every number (--verbose).
+# Environment variable: 1 prints every number at the end of a run (--verbose).
 VERBOSE = "MTP_LIGHTNING_VERBOSE"
 
 
@@ -33,39 +33,40 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
-    """A text that no terminal obeys: of a file or a model, it may hold codes that retitle, recolour
-    or type. Line ends and tabs stay; other control characters are shown as Python writes them."""
+    """Make a text of a file or a model safe to print: its control characters could change a
+    terminal's title, colors or input. They are replaced by Python's notation, except for line ends
+    and tabs."""
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def require_package(name: str, *, what: str, extra: str) -> None:
-    """Say what is missing before anything is done, not behind hours of it.
+    """Check that a package is installed, before hours of work that would fail without it.
 
     Args:
-        name: of a package.
-        what: needs it.
-        extra: that has it.
+        name: the package.
+        what: the setting that needs it, for the message.
+        extra: this project's extra that installs it.
 
     Raises:
-        UserError: it is not installed; with the command that installs it.
+        UserError: it is not installed; the message has the command that installs it.
     """
     if importlib.util.find_spec(name) is None:
         raise UserError(f"{what} needs the package {name}: pip install -e '.[{extra}]'.")
 
 
 class Parser(argparse.ArgumentParser):
-    """Of a tool's options: a wrong one is told in a line, as the apps tell theirs."""
+    """A parser for a tool's options, whose errors have one line like those of the apps."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and end with code 2."""
+        """Print the error, and exit with code 2."""
         self.exit(2, f"error: {printable(message)}. ({self.prog} --help)\n")
 
 
 class Stopped(KeyboardInterrupt):
-    """A run that a signal (Ctrl-C, SIGTERM) ended in good order; the message says what was saved.
+    """A signal (Ctrl-C, SIGTERM) has ended a run in good order.
 
     Args:
-        message: one line.
+        message: one line that says what was saved.
         signum: the signal.
     """
 
@@ -75,29 +76,29 @@ class Stopped(KeyboardInterrupt):
 
 
 def main_module() -> str | None:
-    """The module that this process was started as (``python -m``); None for a script."""
+    """The module that this process runs (``python -m``); None for a script."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return None if spec is None else str(spec.name)
 
 
 def this_program() -> list[str]:
-    """What Python is given to start this program again."""
+    """Python's arguments that start this program again."""
     module = main_module()
     return [os.path.abspath(sys.argv[0])] if module is None else ["-m", module]
 
 
 def program(app: str) -> str:
-    """How a person starts another app (or this one) in the way this process was started."""
+    """The command that starts an app in the way in which this process was started."""
     return f"python {app}.py" if main_module() is None else f"mtp-lightning {app}"
 
 
 class _Heard:
-    """A standard stream whose reader may go before the program ends, as that of ``| head -1``.
+    """A standard stream whose reader may close it before the program ends, as ``| head -1`` does.
 
     Args:
         stream: the stream.
-        ends: whether the program ends then, by the shell's code of SIGPIPE; else it goes on, and
-            what nobody reads is dropped.
+        ends: whether the program then exits with the shell's code for SIGPIPE. Otherwise it
+            continues, and further output is dropped.
     """
 
     def __init__(self, stream: TextIO, *, ends: bool = False) -> None:
@@ -121,7 +122,7 @@ class _Heard:
         try:
             yield
         except BrokenPipeError:
-            # Also for what writes to the file itself, and for what Python flushes at its end.
+            # This also covers writes to the descriptor itself, and Python's flush at exit.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -131,7 +132,7 @@ class _Heard:
 
 @contextmanager
 def _outliving_readers(*, but_of_stdout: bool) -> Iterator[None]:
-    """Let no closed pipe end a program; see :class:`_Heard`."""
+    """Handle closed pipes of stdout and stderr; see :class:`_Heard`."""
     if sys.stdout is None or sys.stderr is None or isinstance(sys.stdout, _Heard):
         yield
         return
@@ -141,22 +142,21 @@ def _outliving_readers(*, but_of_stdout: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(SystemExit):  # the code is decided
+            with suppress(SystemExit):  # the exit code is already decided
                 out.flush()
 
 
 @contextmanager
 def readable_errors(*, ends_with_reader: bool = False) -> Iterator[None]:
-    """One line and exit code 1 for what a user can mend.
+    """Print one line, and exit with code 1, for errors that a user can fix.
 
-    That is a :class:`UserError` or an ``OSError``, or a ``ValueError`` of a user's own code.
-    Anything else is a defect, of this project or of a library, and keeps its traceback;
-    HYDRA_FULL_ERROR=1 shows the tracebacks of all. Ctrl-C ends with one line, too, and with the
-    shell's code for it, 130 (SIGTERM: 143). A reader of the output that goes (``| head -1``) ends
-    nothing, unless the output is all that there is to do: work goes on to its end.
+    These are :class:`UserError`, ``OSError``, and a ``ValueError`` of a user's own code. Any other
+    error is a defect of this project or a library, and keeps its traceback. HYDRA_FULL_ERROR=1
+    shows all tracebacks. Ctrl-C also prints one line, and exits with the shell's code 130 (SIGTERM:
+    143). When the reader of the output closes it (``| head -1``), the program continues its work.
 
     Args:
-        ends_with_reader: whether the program ends, quietly, when nobody reads its output.
+        ends_with_reader: whether the program exits quietly instead when nobody reads its output.
     """
     with _outliving_readers(but_of_stdout=ends_with_reader), _as_lines():
         yield
@@ -180,8 +180,9 @@ def _as_lines() -> Iterator[None]:
 
 
 def _told(error: Exception) -> str | None:
-    """What is said of an error; None of a defect."""
-    omegaconf = {kind.__name__ for kind in type(error).__mro__}  # importing it would take time
+    """The message for an error; None for a defect."""
+    # Compared by name, since importing OmegaConf takes time.
+    omegaconf = {kind.__name__ for kind in type(error).__mro__}
     if "OmegaConfBaseException" in omegaconf:
         key = getattr(error, "full_key", None)
         if "MissingMandatoryValue" in omegaconf:
@@ -200,7 +201,7 @@ def _told(error: Exception) -> str | None:
 
 
 def _is_users(error: ValueError) -> bool:
-    """Whether it was raised by code that is neither this project's nor a library's."""
+    """Whether code outside this project and the installed libraries raised the error."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,16 +1,16 @@
-"""Fair comparisons: what a run must give up for its heads.
+"""Fair comparisons: matches a run with heads to a reference run's parameters or FLOPs.
 
-* ``parameters``: trunk layers are removed for the heads that were added (the protocol of Gloeckle
-  et al. 2024).
-* ``flops``: the number of optimizer steps is changed so that the whole run costs the reference's
-  compute.
+* ``parameters`` removes trunk layers to make up for the heads (the protocol of Gloeckle et al.
+  2024).
+* ``flops`` changes the number of optimizer steps so that the whole run costs the reference's FLOPs.
 
-Layers and steps are whole, so a difference remains; it is stated.
+Layers and steps are whole numbers, so a difference remains, which is reported.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,18 @@ from mtp_lightning.objective.objective import CROSS_ENTROPY, Objective
 from mtp_lightning.objective.schedule.base import LambdaSchedule, Progress
 from mtp_lightning.stored import read_json
 
-# Points of a run at which the cost of a step is looked up; between them it is taken as constant.
+# The most points of a run at which the cost of a step is computed; it is constant between them.
 _SAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a run is compared with.
+    """The run or model that a run is compared with.
 
     Attributes:
-        name: for people.
-        parameters: all of its weights.
-        flops: training FLOPs of its whole run.
+        name: its name in messages.
+        parameters: number of weights, including heads.
+        flops: training FLOPs of the whole run.
     """
 
     name: str
@@ -45,15 +45,15 @@ class Reference:
 
 @dataclass(frozen=True)
 class Matched:
-    """What was changed for a comparison.
+    """The result of matching a run to a reference.
 
     Attributes:
         match: ``parameters`` or ``flops``.
-        reference: its name.
+        reference: the reference's name.
         n_layers: trunk layers of this run.
-        max_steps: optimizer steps of this run, unless something ends it before.
-        target: what was to be reached: the reference's parameters or FLOPs.
-        reached: what this run has of them.
+        max_steps: optimizer steps of this run, unless it stops earlier.
+        target: the reference's parameters or FLOPs.
+        reached: this run's parameters or FLOPs.
     """
 
     match: str
@@ -65,15 +65,15 @@ class Matched:
 
     @property
     def remaining(self) -> float:
-        """What is left of the difference, relative to the reference."""
+        """The remaining difference, relative to the reference."""
         return self.reached / self.target - 1
 
     def used(self, flops: float) -> Matched:
-        """The same of a run that was ended early: what counts is what it cost."""
+        """The result for a run that stopped early, with the FLOPs that it has used."""
         return replace(self, reached=flops) if self.match == "flops" else self
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for the summary."""
+        """Convert to plain data for the summary."""
         return {**asdict(self), "remaining": self.remaining}
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ class Matched:
 def plain_reference(
     config: ModelConfig, *, seq_len: int, max_steps: int, tokens_per_step: int
 ) -> Reference:
-    """The same trunk without MTP, trained for as many steps."""
+    """The reference that is the same trunk without MTP, trained for as many steps."""
     plain = ModelConfig(trunk=config.trunk, mtp=NoMTPConfig())
     return Reference(
         name="the same trunk with mtp=none",
@@ -101,11 +101,11 @@ def plain_reference(
 
 
 def run_reference(folder: str | Path) -> Reference:
-    """A finished run, by its ``summary.json``.
+    """The reference that is a finished run; reads its ``summary.json``.
 
     Raises:
-        FileNotFoundError: there is none: no run, or not finished.
-        UserError: it does not say what the run cost.
+        FileNotFoundError: there is no summary: the folder is not a run's, or the run is unfinished.
+        UserError: the summary lacks parameters or FLOPs.
     """
     file = Path(folder) / "summary.json"
     if not file.is_file():
@@ -125,16 +125,16 @@ def run_reference(folder: str | Path) -> Reference:
 
 
 def match_parameters(config: ModelConfig, target: int) -> ModelConfig:
-    """Remove trunk layers until the parameters are as close to ``target`` as they get.
+    """Remove trunk layers until the number of parameters is as close to ``target`` as possible.
 
     Raises:
-        UserError: the trunk has not enough layers.
+        UserError: the trunk has too few layers.
     """
     best = config
     for n_layers in range(config.trunk.n_layers - 1, 0, -1):
         try:
             fewer = replace(config, trunk=replace(config.trunk, n_layers=n_layers))
-        except ValueError:  # a trunk that needs some of its layers
+        except ValueError:  # the trunk's config does not allow so few layers
             break
         if abs(fewer.num_params() - target) >= abs(best.num_params() - target):
             return best
@@ -159,16 +159,16 @@ def total_flops(
     balance: Balance | None = None,
     objective: Objective = CROSS_ENTROPY,
 ) -> float:
-    """Training FLOPs of a whole run: depths whose weight is 0 at a step are not computed there.
+    """Training FLOPs of a whole run. A depth whose weight is 0 at a step costs nothing in it.
 
-    What a balance rule measures counts, and what the objective looks at. Rules that learn are taken
-    as they are at the start.
+    The FLOPs include measurements of the balance rule and extra passes of the objective. Balance
+    rules that learn count with their initial state.
     """
     balance = NoBalance(schedule.depth) if balance is None else balance
     samples = min(max_steps, _SAMPLES)
     costs: dict[tuple[tuple[int, ...], bool], float] = {}
     with torch.device("meta"):
-        stack = config.mtp.build(config.trunk)  # for its kind
+        stack = config.mtp.build(config.trunk)  # further_flops depends on its kind
     main = config.mtp.trains_trunk
     total = 0.0
     for sample in range(samples):
@@ -208,25 +208,22 @@ def match_steps(
     objective: Objective = CROSS_ENTROPY,
 ) -> tuple[int, float]:
     """The number of optimizer steps whose FLOPs are closest to ``target``, and those FLOPs."""
-
-    def flops(steps: int) -> float:
-        return total_flops(
-            config,
-            schedule,
-            seq_len=seq_len,
-            max_steps=steps,
-            tokens_per_step=tokens_per_step,
-            balance=balance,
-            objective=objective,
-        )
-
+    flops = partial(
+        total_flops,
+        config,
+        schedule,
+        seq_len=seq_len,
+        tokens_per_step=tokens_per_step,
+        balance=balance,
+        objective=objective,
+    )
     steps = max_steps
-    for _ in range(8):  # the cost of a step depends on the length of the run, but little
-        nearer = max(round(steps * target / flops(steps)), 1)
+    for _ in range(8):  # the cost of a step depends weakly on the length of the run
+        nearer = max(round(steps * target / flops(max_steps=steps)), 1)
         if nearer == steps:
             break
         steps = nearer
-    candidates = {s: flops(s) for s in (steps - 1, steps, steps + 1) if s >= 1}
+    candidates = {s: flops(max_steps=s) for s in (steps - 1, steps, steps + 1) if s >= 1}
     steps = min(candidates, key=lambda s: abs(candidates[s] - target))
     return steps, candidates[steps]
 
@@ -243,48 +240,45 @@ def match(
     balance: Balance | None = None,
     objective: Objective = CROSS_ENTROPY,
 ) -> Matched:
-    """Trunk layers and steps for a comparison with ``reference``.
+    """Find the trunk layers or steps with which a run matches ``reference``.
 
     Args:
-        config: the model as asked for.
+        config: the model as configured.
         schedule: its lambda schedule.
         match: ``parameters`` or ``flops``.
-        reference: what it is compared with.
+        reference: the reference.
         seq_len: T.
-        max_steps: optimizer steps as asked for.
+        max_steps: optimizer steps as configured.
         tokens_per_step: depth-0 targets of one optimizer step, all ranks.
-        balance: its rule of balancing; None for fixed weights.
-        objective: what its depths are trained on.
+        balance: the balance rule; None for fixed weights.
+        objective: the objective of the depths.
 
     Raises:
-        UserError: the trunk has not enough layers to give up.
+        UserError: the trunk has too few layers to remove.
     """
+    target: float
+    reached: float
     if match == "parameters":
-        smaller = match_parameters(config, reference.parameters)
-        return Matched(
-            match=match,
-            reference=reference.name,
-            n_layers=smaller.trunk.n_layers,
+        config, target = match_parameters(config, reference.parameters), reference.parameters
+        reached = config.num_params()
+    else:
+        assert match == "flops"
+        target = reference.flops
+        max_steps, reached = match_steps(
+            config,
+            schedule,
+            target,
+            seq_len=seq_len,
             max_steps=max_steps,
-            target=reference.parameters,
-            reached=smaller.num_params(),
+            tokens_per_step=tokens_per_step,
+            balance=balance,
+            objective=objective,
         )
-    assert match == "flops"
-    steps, reached = match_steps(
-        config,
-        schedule,
-        reference.flops,
-        seq_len=seq_len,
-        max_steps=max_steps,
-        tokens_per_step=tokens_per_step,
-        balance=balance,
-        objective=objective,
-    )
     return Matched(
         match=match,
         reference=reference.name,
         n_layers=config.trunk.n_layers,
-        max_steps=steps,
-        target=reference.flops,
+        max_steps=max_steps,
+        target=target,
         reached=reached,
     )

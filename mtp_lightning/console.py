@@ -1,4 +1,4 @@
-"""``mtp-lightning COMMAND ...``: the apps and the tools over runs, by one name."""
+"""``mtp-lightning COMMAND ...``: one command for the apps and tools."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from mtp_lightning import parts
 
 _NAME = "mtp-lightning"
-# Apps of Hydra, modules of mtp_lightning.apps.
+# Hydra apps, which are modules of mtp_lightning.apps.
 APPS = {
     "train": "train a model with multi-token prediction; -m for sweeps",
     "evaluate": "the metrics of a trained model",
@@ -18,10 +18,10 @@ APPS = {
     "serve": "text from a trained model for programs that speak OpenAI's HTTP",
     "export": "a trained model as a Hugging Face folder",
 }
-# Programs with options of their own: where their main() is, and what they do.
+# Programs with their own options: the module of their main(), and their help.
 TOOLS = {
-    "work": ("sweeps.work", "run the jobs of a planned sweep; as many of it as you like"),
-    "status": ("sweeps.status", "what has become of a sweep's jobs"),
+    "work": ("sweeps.work", "run the jobs of a planned sweep; start as many workers as you like"),
+    "status": ("sweeps.status", "the states of a sweep's jobs"),
     "doctor": ("mtp_lightning.apps.doctor", "are the MTP layers of a folder whole and trained"),
     **parts.commands(),
 }
@@ -31,9 +31,9 @@ def main() -> None:
     """The console command."""
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in APPS:
-        # As `python -m` would start it, so that the other processes of a run (a sweep's jobs, the
-        # ranks of a data-parallel run) are started in the same way. Unlike `python -m`, none of
-        # them imports packages from wherever the command is typed.
+        # Start the app as `python -m` does, so that it starts a run's other processes (a sweep's
+        # jobs, the ranks of a data-parallel run) in the same way. PYTHONSAFEPATH keeps all of them
+        # from importing packages from the current folder.
         os.environ["PYTHONSAFEPATH"] = "1"
         del sys.argv[1]
         runpy.run_module(f"{_NAME.replace('-', '_')}.apps.{command}", None, "__main__", True)
@@ -50,7 +50,7 @@ def main() -> None:
         known = [*APPS, *TOOLS]
         near = get_close_matches(command, known, n=1)
         meant = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}."
-        sys.exit(f"error: {command} is no command: {meant} ({_NAME} --help)")
+        sys.exit(f"error: {command} is not a command: {meant} ({_NAME} --help)")
 
 
 def _help() -> str:

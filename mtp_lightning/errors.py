@@ -1,10 +1,10 @@
-"""What a user can mend."""
+"""The error for mistakes that a user can fix."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A setting, a file or a folder that is wrong: one sentence with the value and the remedy.
+    """A wrong setting, file or folder. The message is one sentence with the value and the remedy.
 
-    The apps show the sentence and exit with code 1; any other error keeps its traceback.
+    The apps print the sentence and exit with code 1. Other errors keep their traceback.
     """

@@ -1,11 +1,13 @@
-"""conf/ as a person reads it: what the options of a group are and what their keys do, told by the
-comments of its files. ``python train.py --help GROUP`` and the documentation are made of it."""
+"""Reads the comments of conf/'s files as documentation of its groups, options and keys.
+
+``python train.py --help GROUP`` and the documentation's pages of settings are made from it.
+"""
 
 from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,7 +20,7 @@ from mtp_lightning.paths import CONF, SWEEPS
 
 _KEY = re.compile(r"( *)([A-Za-z]\w*):(?= |$)")
 _SWEEPS = "sweeps"
-# Plain data only; libyaml reads all of conf/ in a tenth of the time.
+# libyaml, if it is there, reads conf/ ten times as fast.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _WIDTH = 100
 
@@ -28,9 +30,9 @@ class Key:
     """A key that may be set.
 
     Attributes:
-        name: from its file's root, with dots.
-        default: as YAML writes it; empty for a key of keys.
-        says: its comment.
+        name: the dotted key, from the root of its file.
+        default: the value in YAML; empty for a mapping.
+        says: the comment above the key.
     """
 
     name: str
@@ -43,11 +45,11 @@ class Option:
     """One file of a group.
 
     Attributes:
-        group: its folder in conf/; empty for the root.
-        name: what stands behind ``GROUP=``.
-        says: the comment at its top, a line a line.
-        keys: its own; those of the files that it includes are told there.
-        content: of the file.
+        group: the file's folder in conf/; empty for the root.
+        name: the option's name in ``GROUP=NAME``.
+        says: the comment at the top of the file, with its line breaks.
+        keys: the keys of this file, without those of the files that it includes.
+        content: the parsed YAML.
     """
 
     group: str
@@ -58,14 +60,14 @@ class Option:
 
     @property
     def brief(self) -> str:
-        """The first sentence of what it says."""
+        """The first sentence of the comment."""
         text = " ".join(self.says.split())
         found = re.match(r".*?[.:;](?= |$)", text)
         return (found.group()[:-1] if found else text).strip()
 
 
 def included(option: Option, files: Mapping[str, Option]) -> list[Option]:
-    """A file and those of its group that it includes, the including one first."""
+    """A file, followed by the files of its group that it includes."""
     found = [option]
     for name in option.content.get("defaults", []):
         if isinstance(name, str) and name in files and name != option.name:
@@ -75,7 +77,7 @@ def included(option: Option, files: Mapping[str, Option]) -> list[Option]:
 
 @cache
 def groups() -> dict[str, list[Option]]:
-    """All options, by group, in alphabetical order; those of the root under the empty name."""
+    """All options by group, in alphabetical order. The root's options have the empty name."""
     files = [
         *((file.parent.relative_to(CONF).as_posix(), file) for file in CONF.rglob("*.yaml")),
         *((_SWEEPS, file) for file in SWEEPS.glob("*.yaml")),
@@ -88,24 +90,24 @@ def groups() -> dict[str, list[Option]]:
 
 
 def read_option(file: Path, group: str) -> Option:
-    """One file's comments and keys."""
+    """Read one file's comments and keys."""
     text = file.read_text(encoding="utf-8")
     says, lines = _head(text.splitlines())
     content = yaml.load(text, _LOADER) or {}
     keys = tuple(
-        Key(".".join(path), _default(_value(content, path)), comment)
+        Key(".".join(path), _default(value_at(content, path)), comment)
         for path, comment in _keys(lines)
         if path[0] not in ("defaults", "hydra")
-        and (comment or not isinstance(_value(content, path), dict))
+        and (comment or not isinstance(value_at(content, path), dict))
     )
     return Option(group, file.stem, says, keys, content)
 
 
 def help_for(word: str) -> str:
-    """What ``--help WORD`` says.
+    """The text of ``--help WORD``.
 
     Args:
-        word: a group (``mtp``), or an option of one (``mtp=parallel``).
+        word: a group (``mtp``), or an option of a group (``mtp=parallel``).
 
     Raises:
         UserError: there is no such group or option.
@@ -138,14 +140,14 @@ def _wrapped(text: str, first: str) -> str:
 
 
 def _head(lines: list[str]) -> tuple[str, list[str]]:
-    """The comment that a file begins with, and the lines behind it."""
+    """The comment at the top of a file, and the lines after it."""
     lines = [line for line in lines if not line.startswith("# @package")]
     end = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:end]), lines[end:]
 
 
 def _keys(lines: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The path of every key and the comment above it, in the file's order."""
+    """Yield the path of every key and the comment above it, in the file's order."""
     comment: list[str] = []
     path: list[tuple[int, str]] = []
     for line in lines:
@@ -159,10 +161,11 @@ def _keys(lines: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:
         comment = []
 
 
-def _value(content: Any, path: tuple[str, ...]) -> Any:
+def value_at(node: Any, path: Iterable[str]) -> Any:
+    """The value at a path of keys in nested mappings; None if there is none."""
     for name in path:
-        content = content.get(name) if isinstance(content, dict) else None
-    return content
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
 
 
 def _default(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""By which names a server that listens here may be called."""
+"""Checks the Host header of requests to this machine's servers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ _HOST = re.compile(r"(\[[\da-f:.]+\]|[^\[\]:@/\s]+)(:\d*)?")
 
 
 def is_called(header: str | None, names: Collection[str] = ()) -> bool:
-    """Whether a request's Host header is one of this server's.
+    """Whether a request's Host header is allowed.
 
-    A page of a foreign site can let its own name lead to this machine ("DNS rebinding") and would
-    then read the answers; a browser names that site in the header. An address is no name, so it is
-    taken, and so is a request without the header, which no browser sends.
+    A foreign web page can make its own host name resolve to this machine ("DNS rebinding"), and
+    could then read the answers. The browser sends that name in the header, so that unknown names
+    are refused. Addresses are accepted, and so is a request without the header, since no browser
+    sends one.
 
     Args:
-        header: as it came; None for none.
-        names: beside localhost, in small letters; ``*`` takes every name.
+        header: the header's value; None if the request has none.
+        names: allowed names besides localhost, in lower case; ``*`` allows every name.
     """
     if header is None or "*" in names:
         return True

@@ -1,9 +1,9 @@
-"""Starting a new run from a trained one: its weights, and its tokenizer, but none of its progress.
+"""Starts a new run from the weights and tokenizer of a trained model, without its progress.
 
-The start is whatever :func:`~mtp_lightning.opening.read_model` reads: another run, whose trunk must
-be the same one, or a model from elsewhere, which brings its trunk's shape, too. The MTP stack may
-be another: a module that the start does not hold begins fresh, one that the model does not have is
-dropped, and both are said.
+The model is anything that :func:`~mtp_lightning.opening.read_model` reads: another run, whose trunk
+must have the same config, or an imported model, which brings the trunk's config too. The MTP stack
+may differ. Modules that the trained model lacks start with new weights, and modules that the new
+model lacks are dropped; a log message lists both.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from mtp_lightning.run.config import describe_differences
 
 @dataclass(frozen=True, kw_only=True)
 class Inherited:
-    """What became of the modules of the stack.
+    """The origin of the weights of the stack's modules.
 
     Attributes:
-        kept: modules that start from the checkpoint's weights.
-        new: modules that start fresh.
-        dropped: modules of the checkpoint that this model does not have.
+        kept: modules that start from the trained weights.
+        new: modules that start with new weights.
+        dropped: modules of the trained model that this model does not have.
     """
 
     kept: list[str]
@@ -45,16 +45,16 @@ class Inherited:
 def start_from(
     model: MTPModel, start: StoredModel, windows: WindowBatch | None = None
 ) -> Inherited:
-    """Load the weights of ``start`` into a freshly initialised model.
+    """Load the weights of ``start`` into a freshly initialized model.
 
     Args:
-        model: whose modules that ``start`` does not hold begin as ``mtp.init`` says.
-        start: where the other weights are from.
-        windows: of training text, which ``mtp.init=last_block`` looks at.
+        model: the model. Its modules that ``start`` lacks are initialized by ``mtp.init``.
+        start: the trained model.
+        windows: training text for ``mtp.init=last_block``; None for ``random``.
 
     Raises:
-        UserError: another trunk, a stack whose weights mean something else, or names or shapes
-            that do not fit.
+        UserError: the trunks differ, the stack's weights mean something else under this config, or
+            names or shapes do not fit.
     """
     old, wanted = start.config, model.config
     model.mtp.check_beginning(model.trunk)
@@ -72,8 +72,8 @@ def start_from(
     new = [name for name in own_modules if name not in kept]
     if wanted.mtp.init != "random" and not new:
         raise UserError(
-            f"mtp.init={wanted.mtp.init} has nothing to begin: init_from={start.path} holds every "
-            "module of this run; set mtp.init=random."
+            f"mtp.init={wanted.mtp.init} has no effect: init_from={start.path} holds every module "
+            "of this run; set mtp.init=random."
         )
     for name, tensor in start.weights.items():
         if _module(name) in kept:
@@ -81,7 +81,6 @@ def start_from(
     for name, tensor in own.items():
         if _module(name) in new:
             stored[name] = tensor
-    # All names and shapes that are left must fit exactly.
     load_weights(model, stored, source=str(start.path))
     text = None
     if wanted.mtp.init != "random":
@@ -93,7 +92,7 @@ def start_from(
 
 
 def free_keys(trunk: TrunkConfig) -> list[str]:
-    """Dotted keys of a trunk in which a run may differ from what it starts from."""
+    """The dotted keys of a trunk in which a run may differ from the model that it starts from."""
     return ["init_std", *trunk.training_keys]
 
 

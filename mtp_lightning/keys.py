@@ -1,8 +1,8 @@
-"""What a key takes: the comments of ``conf/``, read as rules.
+"""Reads the comments of ``conf/`` as rules for the values that each key takes.
 
-A comment names a kind (``int``, ``float``, ``number``, ``bool``), a range (``int >= 1``, ``float in
-[0, 1)``) or words (``min | max``). Keys that no file sets are named there as ``+KEY=``, and a
-file's first lines name the package that it needs (``needs datasets: pip install -e '.[hf]'``).
+A comment names a type (``int``, ``float``, ``number``, ``bool``), a range (``int >= 1``, ``float in
+[0, 1)``) or words (``min | max``). Comments name keys that no file sets as ``+KEY=``, and a file's
+first lines name a package that it needs (``needs datasets: pip install -e '.[hf]'``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.explained import Option, groups, included
+from mtp_lightning.explained import Option, groups, included, value_at
 from mtp_lightning.settings import (
     require,
     require_bool,
@@ -25,7 +25,7 @@ from mtp_lightning.settings import (
     require_whole,
 )
 
-# Groups whose files set what other files explain, or are Hydra's.
+# Groups whose keys are explained in other files, or are Hydra's.
 _ELSEWHERE = ("experiment", "debug", "sweeps", "hydra")
 _OWN = ("mtp_lightning.", "data_modules.")
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
@@ -39,13 +39,13 @@ _NAMED = re.compile(r"\+([\w.]+)=")
 
 @dataclass
 class Said:
-    """What ``conf/`` says of the keys of a class, or of a node without one.
+    """The rules in ``conf/`` for the keys of a class, or of a node without a class.
 
     Attributes:
-        keys: each with its comment.
+        keys: the keys, each with its comment.
         named: further keys that may be added.
-        open: whether further keys go to code of others.
-        needs: (the option, the package, the extra) of a class that needs a package.
+        open: whether any other key is passed to a class that is not this project's.
+        needs: (option, package, extra) if the class needs a package.
     """
 
     keys: dict[str, str] = field(default_factory=dict)
@@ -55,21 +55,21 @@ class Said:
 
     @property
     def names(self) -> set[str]:
-        """All keys that are known."""
+        """All known keys."""
         return {*self.keys, *self.named}
 
 
 def of_class(target: str) -> Said | None:
-    """What is said of the keys of a class; None of one that ``conf/`` does not build."""
+    """The rules for the keys of a class; None for a class that ``conf/`` does not build."""
     return _said()[0].get(target)
 
 
 def of_node(path: str, app: str) -> Said:
-    """What is said of the keys of a node without a class.
+    """The rules for the keys of a node without a class.
 
     Args:
-        path: where it stands in the config; empty for the root.
-        app: the file of conf/ that the config begins with.
+        path: the node's dotted path in the config; empty for the root.
+        app: the app's root config in conf/.
     """
     by_path = _said()[1]
     found = by_path.get(f"{app}:{path}") or by_path.get(path, Said())
@@ -80,7 +80,7 @@ def of_node(path: str, app: str) -> Said:
 
 @cache
 def _said() -> tuple[dict[str, Said], dict[str, Said]]:
-    """By class and, without one, by place: ``trainer``, ``evaluate:decode``."""
+    """The rules by class, and of nodes without one by path: ``trainer``, ``evaluate:decode``."""
     by_target: dict[str, Said] = {}
     by_path: dict[str, Said] = {}
     for group, options in groups().items():
@@ -109,7 +109,7 @@ def _said() -> tuple[dict[str, Said], dict[str, Said]]:
 
 
 def _rules(option: Option) -> Iterator[tuple[str, str | None]]:
-    """A file's keys, each with its comment; None for one that is named in a comment alone."""
+    """Yield a file's keys with their comments; the comment is None for keys that have none."""
     for path in _classes(option.content, ""):
         yield from ((name, None) for name in (f"{path}_target_", path.removesuffix(".")) if name)
     for entry in option.content.get("defaults", []):  # groups within this one
@@ -130,9 +130,7 @@ def _classes(node: Any, path: str) -> Iterator[str]:
 
 def _target(option: Option, owner: str, files: Mapping[str, Option]) -> str | None:
     for part in included(option, files):
-        node: Any = part.content
-        for key in filter(None, owner.split(".")):
-            node = node.get(key) if isinstance(node, dict) else None
+        node = value_at(part.content, filter(None, owner.split(".")))
         if isinstance(node, dict) and "_target_" in node:
             return str(node["_target_"])
     return None
@@ -140,7 +138,8 @@ def _target(option: Option, owner: str, files: Mapping[str, Option]) -> str | No
 
 @cache
 def _trainer_arguments() -> frozenset[str]:
-    """What ``lightning.pytorch.Trainer`` takes, by its source: importing it takes seconds."""
+    """The arguments of ``lightning.pytorch.Trainer``, parsed from its source, since importing it
+    takes seconds."""
     spec = importlib.util.find_spec("lightning")
     for folder in (spec and spec.submodule_search_locations) or ():
         tree = ast.parse(Path(folder, "pytorch", "trainer", "trainer.py").read_text("utf-8"))
@@ -151,15 +150,15 @@ def _trainer_arguments() -> frozenset[str]:
 
 
 def require_taken(name: str, value: Any, says: str) -> None:
-    """Refuse a value that a key's comment does not have.
+    """Refuse a value that a key's comment does not allow.
 
     Args:
-        name: of the key, with dots.
-        value: that it has.
+        name: the dotted key.
+        value: its value.
         says: its comment.
 
     Raises:
-        UserError: with what the key takes.
+        UserError: the value is not allowed; the message names the values that are.
     """
     if isinstance(value, str) and "${" in value:
         return
@@ -203,7 +202,7 @@ def _value(text: str) -> float:
 
 
 def _choices(says: str) -> list[str]:
-    """The words of ``fraction (of the run) | steps | tokens``; none where others are taken, too."""
+    """The words of ``fraction (of the run) | steps | tokens``; empty if others are allowed."""
     if found := re.search(r"\((\w+(?:\|\w+)+)", says):
         return found[1].split("|")
     while (bare := re.sub(r"\([^()]*\)", "", says)) != says:

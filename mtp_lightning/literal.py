@@ -1,15 +1,15 @@
-"""What a person types is taken literally: texts and paths are quoted before Hydra parses them.
+"""Quotes texts and paths of the command line, so that Hydra takes them literally.
 
-Hydra's grammar has a meaning for brackets, commas, quotes, equal signs and ``${``, and none for
-most of Unicode. A prompt or a path is what it is, so that every app quotes these values first:
+Hydra's grammar gives a meaning to brackets, commas, quotes, equal signs and ``${``, and refuses
+most of Unicode. Every app therefore quotes prompts and paths first:
 
     prompt=def main(            ->  prompt='def main('
     run_dir=运行                ->  run_dir='运行'
 
-Three kinds of values go on meaning what they mean to Hydra: one in quotes, ``prompt='"a b"'`` (so
-that a quoted value can be handed on as it is); a list for a key that takes one,
-``'data.paths=[a,b]'``; and, in a path, ``null`` and ``${now:%H-%M}``. With ``-m``, commas part the
-paths that are read, unless a path of the whole name is there.
+Three kinds of values keep their meaning in Hydra: a quoted value, ``prompt='"a b"'`` (so that
+quoting twice changes nothing); a list for a key that takes one, ``'data.paths=[a,b]'``; and, in a
+path, ``null`` and ``${now:%H-%M}``. With ``-m``, commas separate the paths of inputs, unless a file
+with the whole name exists.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 
 from mtp_lightning.errors import UserError
 
-# Texts: nothing in them is for Hydra, neither null nor ${...}.
+# Keys of texts, in which null and ${...} are literal too.
 TEXTS = frozenset({"prompt", "stop"})
-# Paths of what is written, which are never values of a sweep.
+# Keys of paths that are written to. A sweep never varies them.
 PLACES = frozenset(
     {
         "callbacks.checkpoints.folder",
@@ -35,7 +35,7 @@ PLACES = frozenset(
         "sweep_dir",
     }
 )
-# Paths of what is read, and names in it.
+# Keys of paths that are read, and of names within them.
 INPUTS = frozenset(
     {
         "branch_from",
@@ -54,32 +54,32 @@ INPUTS = frozenset(
         "tokenizer.path",
     }
 )
-# Those of all these that may be a list, and a mapping.
+# The keys among these whose value may be a list, or a mapping.
 LISTS = frozenset({"stop", "data.paths", "data.prompts.paths", "data.source.data_files"})
 MAPPINGS = frozenset({"data.source.data_files"})
 
-# What Hydra reads as this very text, unquoted; the commonest paths stay as they are typed.
+# Values that Hydra reads literally without quotes, such as most paths.
 _PLAIN = re.compile(r"(?!(?:true|false|null|inf|nan)\Z)[a-z_/][\w/.-]*", re.ASCII | re.IGNORECASE)
-# One of several values: in quotes, or up to the next comma.
+# One value of a comma-separated list: in quotes, or up to the next comma.
 _PART = re.compile(r"""\s*('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,]*?)\s*(,|\Z)""", re.DOTALL)
 _OVERRIDE = re.compile(r"(\+{0,2})([\w.]+)=(.*)", re.DOTALL)
 
 
 def literal(arguments: Sequence[str]) -> list[str]:
-    """The command line that means to Hydra what these arguments say to a person.
+    """Quote the texts and paths of a command line for Hydra. Quoting the result changes nothing.
 
     Args:
-        arguments: without the program. Given back in, the result does not change.
+        arguments: the command line without the program.
     """
     multirun = any(arg in ("-m", "--multirun", "hydra.mode=MULTIRUN") for arg in arguments)
     return [_literal(argument, multirun=multirun) for argument in arguments]
 
 
 def require_utf8(arguments: Sequence[str]) -> None:
-    """Refuse a text whose bytes are no text. (The name of a file may have any.)
+    """Refuse a text that is not UTF-8. Paths may have any bytes.
 
     Raises:
-        UserError: naming the key and the byte.
+        UserError: a text is not UTF-8; the message names the key and the byte.
     """
     for argument in arguments:
         key, _, value = argument.lstrip("+").partition("=")
@@ -90,7 +90,7 @@ def require_utf8(arguments: Sequence[str]) -> None:
 
 
 def quoted(text: str) -> str:
-    """A text in quotes, such that Hydra's and OmegaConf's grammars read it back as it is."""
+    """Quote a text so that Hydra and OmegaConf read it back unchanged."""
     return _in_quotes(re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
 
 
@@ -124,7 +124,7 @@ def _value(key: str, value: str, quote: Callable[[str], str]) -> str:
 
 
 def _each(values: str, quote: Callable[[str], str]) -> str:
-    """Values that commas part, each as it is typed or in quotes of its own already."""
+    """Quote each of several values that commas separate, unless it is in quotes already."""
     parts, end, more = [], 0, True
     while more:
         match = _PART.match(values, end)
@@ -135,8 +135,7 @@ def _each(values: str, quote: Callable[[str], str]) -> str:
 
 
 def _in_quotes(text: str) -> str:
-    # A quote is escaped, and so are the backslashes before one: those of the text before its own
-    # quotes, and those at its end.
+    # Escape the text's quotes, and the backslashes before a quote or at the end.
     return "'" + re.sub(r"(\\*)('|\Z)", _escaped, text) + "'"
 
 
@@ -145,7 +144,8 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 def _kind(value: str) -> str:
-    """What Hydra's grammar reads: quoted, list, mapping, sweep or plain; none outside of it."""
+    """The kind of value in Hydra's grammar: quoted, list, mapping, sweep or plain; none if it
+    cannot be parsed."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import QuotedString, Sweep
     from hydra.errors import HydraException

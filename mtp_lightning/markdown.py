@@ -1,11 +1,11 @@
-"""Text of others in a page of Markdown."""
+"""Writes text from files of unknown origin into Markdown pages."""
 
 from __future__ import annotations
 
 import re
 
-# What Markdown, its extensions and HTML take for more than a letter, where they would: a link ends
-# in a bracket and another, an underscore within a word is one, a block begins a line.
+# Characters that Markdown, its extensions or HTML would interpret, in the positions where they do:
+# a bracket before another, an underscore at the edge of a word, a mark at the start of a line.
 _MARKS = re.compile(
     r"[\\`*{}|~$]|<(?=[a-z/!?])|\](?=[\[(:])|(?<!\w)_|_(?!\w)|&(?=[#\w])"
     r"|^[\[#>=:!?/]|^[+-](?=[\s+-])|^\d+[.)](?=\s)",
@@ -14,6 +14,6 @@ _MARKS = re.compile(
 
 
 def plain(text: object) -> str:
-    """In one line that Markdown shows as it is: marks are written as numbers of their letters."""
+    """Return the text as one line that Markdown shows as it is; marks become HTML entities."""
     line = " ".join(str(text).split())
     return _MARKS.sub(lambda mark: "".join(f"&#{ord(letter)};" for letter in mark[0]), line)

@@ -1,4 +1,4 @@
-"""What is typed and is not there, in one sentence with what was meant; a ``+`` is never advised."""
+"""Explains unknown keys and options in one sentence with the likely intention, not with a ``+``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 from mtp_lightning.explained import groups, included
 
-# Files that options include, and that are none.
+# Files that options include, and that are not options themselves.
 _PARTS = ("base", "task", "deepseek_base")
 
 
 def sentence(error: Exception) -> str:
-    """What a person is told of an error that Hydra or OmegaConf raised while it composed.
+    """Translate an error that Hydra or OmegaConf raised while composing into a sentence.
 
-    Known by its words and attributes: importing them here would make the tools wait.
+    The errors are recognized by text and attributes, since importing the libraries here would slow
+    the tools down.
     """
     said, cause = str(error), error.__cause__
     if file := getattr(error, "missing_cfg_file", None):
@@ -49,7 +50,7 @@ def sentence(error: Exception) -> str:
 
 
 def _last_known(name: str, node: Any) -> tuple[str, list[str]]:
-    """The first part of a dotted key that is not there, with the keys beside it."""
+    """The shortest unknown part of a dotted key, and the keys that exist at its place."""
     here: Any = node._get_root() if hasattr(node, "_get_root") else {}
     parts = name.split(".")
     for end, part in enumerate(parts):
@@ -72,8 +73,8 @@ def unknown_key(name: str, siblings: Collection[str]) -> str:
     """The sentence that refuses a key.
 
     Args:
-        name: with dots, as it was typed.
-        siblings: the keys that its node has.
+        name: the dotted key as it was typed.
+        siblings: the keys of its node.
     """
     parent, _, key = name.rpartition(".")
     prefix = f"{parent}." if parent else ""
@@ -91,10 +92,10 @@ def unknown_key(name: str, siblings: Collection[str]) -> str:
     group = _group_of(name)
     hint = f"--help {group}" if group else "--help"
     if meant:
-        return f"{name} is no key: did you mean {meant}? ({hint})"
+        return f"{name} is not a key: did you mean {meant}? ({hint})"
     if parent and told:
-        return f"{name} is no key: choose one of {', '.join(sorted(told))}. ({hint})"
-    return f"{name} is no key: --help names the groups, --cfg job shows every key."
+        return f"{name} is not a key: choose one of {', '.join(sorted(told))}. ({hint})"
+    return f"{name} is not a key: --help names the groups, --cfg job shows every key."
 
 
 def unknown_option(group: str, name: str, options: Collection[str]) -> str:
@@ -111,7 +112,7 @@ def _near(word: str, words: Collection[str]) -> str | None:
 
 
 def _options_with(name: str) -> list[str]:
-    """The options whose key this is, where another one of their group was chosen."""
+    """The options of a key's group that have the key."""
     group = _group_of(name)
     inside = name.removeprefix(group.replace("/", ".") + ".")
     files = {option.name: option for option in groups().get(group, [])}
@@ -124,7 +125,7 @@ def _options_with(name: str) -> list[str]:
 
 
 def _elsewhere(key: str) -> str | None:
-    """A key of any node that is called so: ``lr`` is ``optimizer.lr``."""
+    """A dotted key that ends in this name: ``optimizer.lr`` for ``lr``."""
     roots = ("", "mtp", "model", "data", "optimizer", "trainer", "objective")
     for path in roots:
         options = groups().get(path, [])
@@ -135,7 +136,7 @@ def _elsewhere(key: str) -> str | None:
 
 
 def _group_of(name: str) -> str:
-    """The group of conf/ that a key lies in; empty for one of the root."""
+    """The group of conf/ that a key belongs to; empty for a key of the root."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         if (group := "/".join(parts[:end])) in groups():

@@ -1,15 +1,15 @@
-"""What a training would take on GPUs, on paper, from the code's own counts.
+"""Estimates the memory and time of a training on GPUs, without a GPU.
 
     python -m mtp_lightning.plan model=large mtp.depth=1 data.seq_len=4096 data.batch_size=4 \\
         devices=8,64 tokens=1e11
 
-It prints parameters, memory a device by strategy, tokens a second and days.
-Everything is an estimate: no GPU is used, and the rates are assumed and shown. Every further
-KEY=VALUE is one of train.py's; a micro-batch of a device is ``data.batch_size`` windows of
-``data.seq_len``.
+It prints parameters and, for each strategy, memory per device, tokens per second and days.
+Each number is an estimate from the code's own counts of parameters and FLOPs. The rates of the
+machines are assumed and shown. Every other KEY=VALUE is one of train.py's. A micro-batch of a
+device is ``data.batch_size`` windows of ``data.seq_len``.
 
-Bytes of a weight: 4 + 4 + 8 for the fp32 weight, its gradient and AdamW's two moments, as train.py
-keeps them under bf16-mixed, and 2 for the bf16 copy where it is used.
+A weight takes 4 + 4 + 8 bytes for its fp32 value, gradient and AdamW's two moments, as train.py
+keeps them under bf16-mixed, and 2 bytes for its bf16 copy while that is used.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from mtp_lightning.nn.moe import ExpertsConfig
 from mtp_lightning.objective.through_head import chunk_rows
 
 STRATEGIES = ("ddp", "fsdp", "hsdp")
-_STATES = 16  # bytes of a weight: itself, its gradient and two moments, in fp32
-_HALF = 2  # bytes of a bf16 number
-_SINGLE = 4
+_STATES = 16  # bytes per weight: its value, gradient and two moments, in fp32
+_HALF = 2  # bytes per bf16 number
+_SINGLE = 4  # bytes per fp32 number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machines:
-    """What is assumed of them; the defaults are an H100's (SXM), with eight in a machine.
+    """Assumptions about the machines. The defaults are those of an H100 (SXM), eight per machine.
 
     Attributes:
         peak: bf16 FLOP/s of a device, as published for dense matrices.
-        mfu: part of it that training reaches, where nothing waits for the network.
-        memory: bytes of a device.
-        in_machine: devices of one machine, which are one hsdp shard.
-        near: bytes a second that a device sends to others of its machine (NVLink, as seen).
-        far: the same between machines (400 Gb/s a device).
+        mfu: share of the peak that training reaches when it does not wait for the network.
+        memory: bytes of memory per device.
+        in_machine: devices per machine. They form one hsdp shard group.
+        near: bytes per second from a device to others of its machine (NVLink, as measured).
+        far: bytes per second between machines (400 Gb/s per device).
     """
 
     peak: float = 989e12
@@ -63,18 +63,18 @@ class Machines:
             if getattr(self, field.name) <= 0:
                 raise UserError(f"{field.name} must be above 0, not {getattr(self, field.name)}.")
         if self.mfu > 1:
-            raise UserError(f"mfu={self.mfu} is a part of the peak: at most 1.")
+            raise UserError(f"mfu={self.mfu} must be at most 1: it is a share of the peak.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of a device.
+    """Bytes of memory on one device.
 
     Attributes:
-        states: weights, gradients and moments that it keeps.
-        gathered: weights that are whole for a while, and the gradients that go with them.
-        activations: kept for the backward pass of one micro-batch.
-        head: logits of a chunk.
+        states: the device's own weights, gradients and moments.
+        gathered: weights that are gathered for a while, and their gradients.
+        activations: activations kept for the backward pass of one micro-batch.
+        head: logits of one chunk.
     """
 
     states: float
@@ -84,22 +84,22 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Of all; what the allocator and the libraries take comes on top."""
+        """The sum, without the overhead of allocator and libraries."""
         return self.states + self.gathered + self.activations + self.head
 
 
 def kept_bytes(trunk: TrunkConfig, layer: int | None = None) -> int:
-    """Bytes a token that a block keeps for its backward pass, its attention fused (no [T, T]).
+    """Bytes per token that a block keeps for its backward pass, with fused attention (no [T, T]).
 
-    Inputs of matrices and of attention in bf16, the two norms' inputs in fp32, as the residual
-    stream is under autocast. With ``recompute`` the block's input alone.
+    These are the inputs of matrices and attention in bf16, and the inputs of the two norms in fp32,
+    as the residual stream has under autocast. With ``recompute`` it is the block's input only.
 
     Args:
-        trunk: its config.
-        layer: of the trunk; None is a prediction module's.
+        trunk: the trunk's config.
+        layer: index of the block in the trunk; None for a prediction module's block.
 
     Raises:
-        UserError: a layer that is not this project's, which this does not know.
+        UserError: no function is registered for a layer's class.
     """
     if trunk.recompute:
         return _SINGLE * trunk.d_model
@@ -110,15 +110,15 @@ def kept_bytes(trunk: TrunkConfig, layer: int | None = None) -> int:
 
 @singledispatch
 def numbers_kept(layer: Any, trunk: TrunkConfig, index: int | None) -> int:
-    """Numbers a token that a layer keeps for its backward pass; a layer of yours can register.
+    """Numbers per token that a layer keeps for its backward pass. Your own layer can register here.
 
     Args:
         layer: config of an attention or feed-forward layer.
-        trunk: its trunk's.
-        index: of the layer in the trunk; None is a prediction module's.
+        trunk: config of its trunk.
+        index: index of the block in the trunk; None for a prediction module's block.
 
     Raises:
-        UserError: nothing is registered for such a layer.
+        UserError: no function is registered for the layer's class.
     """
     raise UserError(f"What {type(layer).__name__} keeps for its backward pass is not known here.")
 
@@ -150,14 +150,14 @@ def _(layer: ExpertsConfig, trunk: TrunkConfig, index: int | None) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A training on paper.
+    """A planned training on a number of devices.
 
     Attributes:
         model: trunk and stack.
         seq_len: T.
-        batch: windows of a device's micro-batch.
-        devices: of all machines.
-        machines: what is assumed of them.
+        batch: windows per micro-batch of a device.
+        devices: devices of all machines.
+        machines: the assumptions about the machines.
     """
 
     model: ModelConfig
@@ -168,18 +168,19 @@ class Plan:
 
     @property
     def shard(self) -> int:
-        """Devices that an hsdp replica is split over."""
+        """Devices that share one hsdp replica."""
         return min(self.devices, self.machines.in_machine)
 
     def memory(self, strategy: str) -> Memory:
-        """Bytes of a device.
+        """The memory of a device.
 
-        ddp keeps everything, a second copy of the gradients in its buckets, and bf16 copies. fsdp
-        keeps its part, and whole in bf16 the root (embedding, head and what is in no block), this
-        block and the next one, with one block's fp32 gradient on its way.
+        With ddp, a device has all states, a second copy of the gradients in buckets, and bf16
+        copies of the weights. With fsdp, it has its shard and, gathered in bf16, the root
+        (embedding, head and everything outside blocks), this block and the next one, and the fp32
+        gradient of one block.
 
         Args:
-            strategy: ``ddp``, ``fsdp`` over all devices, or ``hsdp``, a replica a machine.
+            strategy: ``ddp``, ``fsdp`` over all devices, or ``hsdp`` with a replica per machine.
         """
         params, block = self.model.num_params(), self._largest_block()
         if strategy == "ddp":
@@ -199,16 +200,17 @@ class Plan:
         )
 
     def compute_seconds(self) -> float:
-        """Of one micro-batch, at the assumed MFU."""
+        """Seconds of arithmetic for one micro-batch, at the assumed MFU."""
         flops = self.model.flops_per_token(self.seq_len) * self.batch * self.seq_len
         return flops / (self.machines.peak * self.machines.mfu)
 
     def network_seconds(self, strategy: str) -> float:
-        """Of one step of one micro-batch: rings, each over its slowest link, one after the other.
+        """Seconds on the network for a step of one micro-batch, as a sequence of ring collectives,
+        each at the speed of its slowest link.
 
-        ddp: all-reduce of fp32 gradients. fsdp: bf16 weights gathered for the forward and again for
-        the backward pass, fp32 gradients reduced and scattered. hsdp: that within machines, then an
-        all-reduce of each device's part between them.
+        ddp all-reduces the fp32 gradients. fsdp gathers the bf16 weights for the forward and again
+        for the backward pass, and reduce-scatters the fp32 gradients. hsdp does the same within a
+        machine, and then all-reduces each device's shard between machines.
         """
         params, n = self.model.num_params(), self.devices
         if strategy == "ddp":
@@ -221,7 +223,7 @@ class Plan:
         return self._ring(moved, self.shard, self.machines.near) + between
 
     def tokens_per_second(self, strategy: str) -> float:
-        """Of all devices, when the longer of arithmetic and network hides the other."""
+        """Tokens per second of all devices, if arithmetic and network overlap completely."""
         seconds = max(self.compute_seconds(), self.network_seconds(strategy))
         return self.devices * self.batch * self.seq_len / seconds
 
@@ -233,12 +235,12 @@ class Plan:
         return moved * (n - 1) / n / link
 
     def _kept(self) -> float:
-        """Bytes a token of all blocks; a stack's modules as so many blocks as their FLOPs are."""
+        """Bytes per token of all blocks. A stack counts as the number of blocks with its FLOPs."""
         trunk, mtp = self.model.trunk, self.model.mtp
         own = sum(kept_bytes(trunk, layer) for layer in range(trunk.n_layers))
         flops = mtp.module_flops(trunk, self.seq_len, range(1, mtp.depth + 1))
         outputs = _SINGLE * trunk.d_model * (1 + mtp.depth)
-        # Of the one block that is just computed again.
+        # The one block that is being recomputed.
         again = kept_bytes(replace(trunk, recompute=False)) if trunk.recompute else 0
         return own + flops / trunk.block_flops(self.seq_len) * kept_bytes(trunk) + outputs + again
 
@@ -247,7 +249,7 @@ class Plan:
         return max(trunk.block_params(layer) for layer in range(trunk.n_layers))
 
     def _root_params(self) -> int:
-        """Of what is in no block: embedding, head, norms, and a stack's parts beside its blocks."""
+        """Parameters outside blocks: embedding, head, norms, and a stack's other parts."""
         trunk = self.model.trunk
         blocks = sum(trunk.block_params(layer) for layer in range(trunk.n_layers))
         stack = self.model.num_params() - trunk.num_params()
@@ -256,11 +258,11 @@ class Plan:
 
 
 def describe(plans: Sequence[Plan], tokens: float) -> Iterator[str]:
-    """The lines that tell of a training on several numbers of devices.
+    """Yield the lines of the report: two about the assumptions, a header, and the table's rows.
 
     Args:
-        plans: of one model.
-        tokens: that it is trained on.
+        plans: plans of one model, one per number of devices.
+        tokens: the length of the training.
     """
     first, machines = plans[0], plans[0].machines
     model = first.model
@@ -294,14 +296,17 @@ def describe(plans: Sequence[Plan], tokens: float) -> Iterator[str]:
 
 
 def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
-    """From a command line: the plans, and the tokens.
+    """Parse a command line.
 
     Args:
-        arguments: ``devices``, ``tokens``, ``vocab_size`` and what is assumed of machines, by
-            ``KEY=VALUE``; all others are train.py's.
+        arguments: ``devices``, ``tokens``, ``vocab_size`` and the fields of :class:`Machines` as
+            ``KEY=VALUE``. All others are train.py's.
+
+    Returns:
+        The plans, and the number of tokens.
 
     Raises:
-        UserError: a value that is no number, or settings that do not fit together.
+        UserError: a value is not a number, or settings do not fit together.
     """
     from mtp_lightning.experiment.build import build_model_config
     from mtp_lightning.experiment.command_line import compose_config
@@ -315,7 +320,9 @@ def plans_of(arguments: Sequence[str]) -> tuple[list[Plan], float]:
         numbers = {key: float(value) for key, value in own.items() if key != "devices"}
         devices = [int(n) for n in own["devices"].split(",")]
     except ValueError as error:
-        raise UserError(f"devices, tokens and what is assumed are numbers: {error}.") from None
+        raise UserError(
+            f"devices, tokens, vocab_size and the assumptions must be numbers: {error}."
+        ) from None
     machines = Machines(
         **{f.name: type(f.default)(numbers[f.name]) for f in fields(Machines)}  # type: ignore[misc]
     )

@@ -1,8 +1,8 @@
-"""The processes that train one run: this one, or several that the part ``distributed/`` joins.
+"""The processes that train one run: this one, or several that the part ``distributed/`` connects.
 
-This is the part's one door. The core asks :func:`find` with whom a run is prepared, and
-:func:`tensors` where its tensors are. For one process both answers are here, and the part is not
-imported.
+The rest of the code uses that part only through this file: :func:`find` returns the processes of a
+run, and :func:`tensors` an object that knows where the tensors are. For a single process, both are
+implemented here and the part is not imported.
 """
 
 from __future__ import annotations
@@ -19,59 +19,59 @@ from mtp_lightning.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# In the environment of a process that Lightning has started: what was decided before.
+# Environment variable for a process that Lightning starts: the decisions made before.
 TOLD = "MTP_LIGHTNING_TOLD"
 _STRATEGIES = ("auto", "ddp", "fsdp")
 
 
 class Peers:
-    """The processes that prepare one run together: this one alone.
+    """The processes that prepare one run together. This base class is a single process.
 
     Attributes:
-        rank: of this process.
-        leads: whether it is the first of all; a process that another one has started is not.
+        rank: the rank of this process.
+        leads: whether this is the first process. A process that another one has started is not.
     """
 
     rank: int = 0
     leads: bool = True
 
     def told(self, key: str, decide: Callable[[], Any]) -> Any:
-        """What the first process decides, the same in all of them.
+        """Return the first process's decision in all processes.
 
         Args:
-            key: of the decision.
-            decide: called in the first process alone; gives what JSON can hold.
+            key: the name of the decision.
+            decide: makes the decision. It is called in the first process only, and returns a value
+                that JSON can hold.
         """
         return decide()
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """A block that the first process goes through before the others: what it leaves on the
-        disk, they find."""
+        """Run a block in the first process before the others, which then find its files."""
         yield
 
     def check(self, trainer: Mapping[str, Any]) -> None:
-        """Refuse another number of processes than the group ``trainer`` asks for."""
+        """Refuse a number of processes that differs from the group ``trainer``."""
 
     def require_shared(self, folder: Path) -> None:
-        """Refuse a run folder that not all processes see."""
+        """Refuse a run folder that some processes cannot see."""
 
     @contextmanager
     def watched(self, folder: Path) -> Iterator[None]:
-        """A block that ends with a sentence where another process of the run has gone."""
+        """End a block with an error if another process of the run has ended early."""
         yield
 
     @contextmanager
     def handing_on(self, folder: Path) -> Iterator[None]:
-        """A block that may start further processes, which are then told what was decided."""
+        """During a block, hand the decisions to every process that is started."""
         yield
 
 
 class Tensors:
-    """Where a run's tensors are: whole, in this process."""
+    """Access to a run's tensors. In this base class, this process has all of them whole."""
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """A tensor of which each process may have a shard; all processes must ask."""
+        """Gather a tensor that may be sharded; all processes must call this together."""
         return tensor
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -79,18 +79,19 @@ class Tensors:
         return tensor
 
     def own_part(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """A tensor that every process has, sharded as ``like`` is."""
+        """Shard a tensor, which every process has whole, in the same way as ``like``."""
         return tensor
 
     def lay_out(self, run: Any) -> None:
-        """Shard the model of a LightningModule, where its strategy asks for that."""
+        """Shard the model of a LightningModule if its strategy shards models."""
 
     def whole_model(self, run: Any, *, everywhere: bool) -> Any:
-        """The model of a LightningModule, for what one process does by itself.
+        """The unsharded model of a LightningModule, for work of one process.
 
         Args:
-            run: the module.
-            everywhere: whether each process wants it; else it is None on all but the first.
+            run: the LightningModule.
+            everywhere: whether each process gets the model; otherwise only the first does, and the
+                others get None.
         """
         return run.model
 
@@ -99,25 +100,25 @@ _tensors = Tensors()
 
 
 def tensors() -> Tensors:
-    """Where the tensors of this process's model are."""
+    """The access to this process's tensors."""
     return _tensors
 
 
 def attach(found: Tensors) -> None:
-    """What the part does when it is imported."""
+    """Set the access to tensors; the part calls this when it is imported."""
     global _tensors
     _tensors = found
 
 
 def find(trainer: Mapping[str, Any] | None = None) -> Peers:
-    """The processes of this run, connected.
+    """Connect to the processes of this run.
 
     Args:
-        trainer: the group of the config; None before there is one.
+        trainer: the config group; None before the config is composed.
 
     Raises:
-        UserError: settings that do not go together, several processes without the part, or a
-            process that has gone.
+        UserError: settings do not fit together, there are several processes without the part, or a
+            process has ended.
     """
     if trainer is not None:
         check(trainer)
@@ -129,14 +130,14 @@ def find(trainer: Mapping[str, Any] | None = None) -> Peers:
 
 
 def strategy(trainer: Mapping[str, Any], *, may_skip: bool) -> Any:
-    """What Lightning calls a strategy, of the group ``trainer``.
+    """Lightning's strategy for the group ``trainer``: an object or a name.
 
     Args:
-        trainer: the group.
+        trainer: the config group.
         may_skip: whether some parameters get no gradient in some steps.
 
     Raises:
-        UserError: as :func:`check`, or several processes without the part.
+        UserError: as :func:`check`, or there are several processes without the part.
     """
     check(trainer)
     if asked := _asks_for_several(trainer):
@@ -145,11 +146,11 @@ def strategy(trainer: Mapping[str, Any], *, may_skip: bool) -> Any:
 
 
 def check(trainer: Mapping[str, Any]) -> None:
-    """Refuse settings of processes that do not go together.
+    """Refuse settings of processes that do not fit together.
 
     Raises:
-        UserError: an unknown strategy, several devices without one, or a setting of fsdp without
-            fsdp.
+        UserError: the strategy is unknown, several devices have no strategy, or a setting of fsdp
+            is used without fsdp.
     """
     name, devices = trainer["strategy"], trainer["devices"]
     if name not in _STRATEGIES:
@@ -169,10 +170,10 @@ def check(trainer: Mapping[str, Any]) -> None:
 
 
 def require_whole_gradients(trainer: Mapping[str, Any], what: str) -> None:
-    """Refuse a sharded model to what takes the gradients of one task alone.
+    """Refuse a sharded model for a method that needs the whole gradient of each task.
 
     Raises:
-        UserError: the model is to be sharded.
+        UserError: the config shards the model.
     """
     if trainer["strategy"] == "fsdp":
         raise UserError(
@@ -182,7 +183,7 @@ def require_whole_gradients(trainer: Mapping[str, Any], what: str) -> None:
 
 
 def _asks_for_several(trainer: Mapping[str, Any] | None) -> str:
-    """What asks for more than this process, as a person would type it; empty if nothing does."""
+    """The setting or environment variable that asks for several processes; empty if none does."""
     if trainer is not None:
         for key, alone in (("strategy", ("auto",)), ("num_nodes", (1, "1"))):
             if trainer[key] not in alone:

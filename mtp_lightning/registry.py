@@ -1,14 +1,14 @@
-"""Configs that a checkpoint may name: every variant registers itself where its class is defined.
+"""The registry of config classes that a checkpoint may name. A class definition registers itself.
 
-A family (the MTP stacks, the attention layers, the feed-forward layers) is a base class; a variant
+A family (the MTP stacks, the attention layers, the feed-forward layers) is a base class. A variant
 is a subclass with a name:
 
     class MTPConfig(Registered, family="mtp"): ...
     class SequentialConfig(MTPConfig, variant="sequential"): ...
 
-A checkpoint stores the variant's name and fields. Reading it builds the platform's own variants,
-those that this process has imported already, and those of packages that the caller allows by name;
-nothing else is imported, whatever the checkpoint says.
+A checkpoint stores the variant's name and fields. Reading it can build this project's variants,
+those that this process has already imported, and those of packages that the caller allows by name.
+Nothing else is ever imported for a checkpoint.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Registered:
     """Base of a family of configs, which are dataclasses.
 
     Class arguments:
-        family: what a base class is called in messages; it is the key in the config, too.
-        variant: a subclass's name, in the YAML's file name and in checkpoints alike.
+        family: name of a base class, in messages and as the key in the config.
+        variant: name of a subclass, in checkpoints and as the name of its YAML file.
 
     Raises:
-        UserError: two classes want the same name.
+        UserError: another class has the same name.
     """
 
     family: ClassVar[str]
@@ -49,7 +49,7 @@ class Registered:
         if variant is None:
             return
         known = cls._variants.get(variant)
-        # The same class again (a module that was reloaded) takes its own place.
+        # A reloaded module may define the same class again.
         if known is not None and _place(known) != _place(cls):
             raise UserError(
                 f"{cls.family}={variant} is {_place(known)} already: give {_place(cls)} "
@@ -59,21 +59,21 @@ class Registered:
         cls._variants[variant] = cls
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers, for a checkpoint; a variant from outside says where it comes from."""
+        """Convert to plain containers for a checkpoint. A foreign variant's module is included."""
         module = type(self).__module__
         origin = {} if module.partition(".")[0] == _OWN else {"module": module}
         return {"variant": self.variant, **origin, **asdict(self)}  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], *, allow: Collection[str] = ()) -> Self:
-        """The inverse of :meth:`to_dict`.
+        """Build a config from the result of :meth:`to_dict`.
 
         Args:
-            data: from a checkpoint; its fields reach the variant's class alone.
-            allow: packages that may be imported for a variant of theirs.
+            data: the stored config.
+            allow: packages that may be imported for their variants.
 
         Raises:
-            UserError: an unknown variant or field, or a module that is not allowed.
+            UserError: a variant or field is unknown, or a module is not allowed.
         """
         require_text(data, source=f"the {cls.family} config")
         fields = dict(data)
@@ -88,13 +88,13 @@ class Registered:
 
     @classmethod
     def variants(cls) -> dict[str, type[Self]]:
-        """All that are known: the platform's own, and those that were imported, by name."""
+        """All known variants by name: this project's, and those that have been imported."""
         _import_siblings(cls.__module__)
         return dict(cls._variants)
 
     @classmethod
     def find(cls, variant: Any, *, module: Any = None, allow: Collection[str] = ()) -> type[Self]:
-        """The class of a variant's name; arguments and errors as :meth:`from_dict`."""
+        """Find the class of a variant; see :meth:`from_dict` for arguments and errors."""
         if not isinstance(variant, str):
             raise UserError(f"{cls.family} must name a variant, not {variant!r:.80}.")
         if variant not in cls._variants:
@@ -106,7 +106,7 @@ class Registered:
             if package not in allow:
                 raise UserError(
                     f"{cls.family}={variant} is code of the package {package}, which is not "
-                    f"imported unasked: say allow=[{package}] if you trust it."
+                    f"imported without your permission: say allow=[{package}] if you trust it."
                 )
             try:
                 importlib.import_module(str(module))
@@ -126,11 +126,11 @@ def _place(cls: type) -> str:
 
 
 def _import_siblings(module: str, named: str | None = None) -> None:
-    """Import the platform's own modules beside a family's base, which register what they define.
+    """Import the modules in the folder of a family's base, which register their variants.
 
     Args:
-        module: of the base.
-        named: the one of these modules to import; None for all.
+        module: the module of the base.
+        named: the one module to import; None for all of them.
     """
     package = importlib.import_module(module.rpartition(".")[0])
     for found in pkgutil.iter_modules(package.__path__):

@@ -1,4 +1,4 @@
-"""Settings of the whole process, made once by the apps: memory, threads, chatter."""
+"""Settings of the whole process, which the apps make once: memory, device, threads, warnings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from mtp_lightning.errors import UserError
 from mtp_lightning.settings import is_whole, require
 
-# PyTorch's own choice, before anyone else's.
+# PyTorch's default number of threads, read before anyone changes it.
 _CORES = torch.get_num_threads()
 
 # mallopt's parameters, from malloc.h of glibc.
@@ -23,9 +23,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 def keep_freed_memory() -> bool:
     """Let the C library keep the memory that a training step frees, for the next step.
 
-    By default glibc gives every large block back to the system, and each step pays for having
-    all its activations mapped and zeroed page by page again: up to a third of a step on a CPU
-    (``python -m benchmarks.train_step memory``). Returns whether it applied (Linux with glibc).
+    By default, glibc returns every large block to the system. Each step then has all its
+    activations mapped and zeroed page by page again, which takes up to a third of a step on a CPU
+    (``python -m benchmarks.train_step memory``).
+
+    Returns:
+        Whether the setting applied, as on Linux with glibc.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -38,7 +41,11 @@ def keep_freed_memory() -> bool:
 
 
 def pick_accelerator(name: str) -> str:
-    """``auto`` is a GPU if there is one, else the CPU."""
+    """Return the device for ``auto``, ``cpu`` or ``cuda``; ``auto`` prefers a GPU.
+
+    Raises:
+        UserError: the name is unknown, or there is no CUDA device.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
@@ -51,16 +58,16 @@ def pick_accelerator(name: str) -> str:
 def set_threads(n: int | None, *, processes: int = 1) -> None:
     """Limit the threads of a matrix product.
 
-    One thread for every core waits, spinning, for each of them: one neighbour that takes a core
-    costs most of a run's speed. With a core left free it costs next to nothing
+    With one thread per core, all threads wait (spinning) for the slowest, so that any other process
+    that takes a core costs most of a run's speed. With one core left free, it costs almost nothing
     (``python -m benchmarks.runs threads``).
 
     Args:
-        n: threads; None for all cores but one, or what OMP_NUM_THREADS says.
-        processes: that train one model on this machine's CPU together, and share the cores.
+        n: number of threads; None for all cores but one, or for OMP_NUM_THREADS if that is set.
+        processes: processes that share this machine's cores to train one model.
 
     Raises:
-        UserError: fewer than one.
+        UserError: ``n`` is not a whole number of at least 1.
     """
     if n is None:
         if "OMP_NUM_THREADS" in os.environ:
@@ -72,11 +79,11 @@ def set_threads(n: int | None, *, processes: int = 1) -> None:
 
 
 def quiet_lightning() -> None:
-    """Keep Lightning's greetings, tips and its own deprecations out of the run's output."""
+    """Silence Lightning's greetings, tips and own deprecations."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
-    # A window is read from a memory map in microseconds: worker processes would only cost.
+    # A window is read from a memory map in microseconds, so worker processes would not help.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
-    # Where Slurm is installed, a run that it did not start is no mistake.
+    # A run need not be started by Slurm, even where Slurm is installed.
     warnings.filterwarnings("ignore", message=".*srun. command is available")

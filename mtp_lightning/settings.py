@@ -1,7 +1,7 @@
-"""Checks of settings: each refuses a value with one sentence that names the key and the remedy.
+"""Checks of settings. Each refuses a value with one sentence that names the key and the remedy.
 
-``True`` and ``False`` are no numbers here, though Python counts with them; nor are NaN and
-infinity, which no setting means.
+``True`` and ``False`` do not count as numbers here, although Python treats them as such. Neither do
+NaN and infinity, which make sense for no setting.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from mtp_lightning.errors import UserError
 
 def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether a setting is a finite number."""
-    # A whole number may have more digits than a float can be.
+    # math.isfinite fails for whole numbers that are too large for a float.
     whole = is_whole(value) and abs(value) < 1 << 1023
     return whole or (isinstance(value, float) and math.isfinite(value))
 
 
 def is_whole(value: Any) -> TypeGuard[int]:
-    """Whether something is a whole number, numpy's included."""
+    """Whether a value is a whole number, of Python or NumPy."""
     if isinstance(value, bool):
         return False
     try:
@@ -33,30 +33,30 @@ def is_whole(value: Any) -> TypeGuard[int]:
 
 
 def require(condition: bool, key: str, value: Any, wanted: str) -> None:
-    """Refuse a setting.
+    """Refuse a setting unless a condition holds.
 
     Args:
-        condition: what must hold.
-        key: as one types it, such as ``data.seq_len``.
-        value: that it has.
-        wanted: what it must be, to follow "must be".
+        condition: the condition.
+        key: the dotted key, such as ``data.seq_len``.
+        value: the key's value.
+        wanted: the allowed values, in words that follow "must be".
 
     Raises:
-        UserError: unless the condition holds.
+        UserError: the condition does not hold.
     """
     if not condition:
-        # Python writes no number of thousands of digits.
+        # Python refuses to print a number of thousands of digits.
         bits = int(value).bit_length() if is_whole(value) else 0
         shown = f"a number of {bits} bits" if bits > 1023 else repr(value)
         raise UserError(f"{key} must be {wanted}, not {shown}.")
 
 
 def require_whole(key: str, value: Any, *, least: int | None = None) -> int:
-    """The value, which must be a whole number of at least ``least``, of Python's own: it may come
-    to be stored, and a checkpoint holds no number of numpy's.
+    """Return the value, which must be a whole number of at least ``least``. It must be a Python
+    int, since a checkpoint cannot store NumPy's.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not.
     """
     whole = isinstance(value, int) and is_whole(value) and is_number(value)
     fits = whole and (least is None or value >= least)
@@ -73,18 +73,18 @@ def require_number(
     most: float | None = None,
     below: float | None = None,
 ) -> float:
-    """The value, which must be a number within bounds.
+    """Return the value, which must be a number within bounds.
 
     Args:
-        key: as one types it.
-        value: that it has.
-        least: bound that belongs to the allowed values; ``above`` is one that does not.
-        above: see ``least``; at most one of the two.
-        most: upper bound that belongs to the allowed values; ``below`` is one that does not.
-        below: see ``most``; at most one of the two.
+        key: the dotted key.
+        value: the key's value.
+        least: inclusive lower bound.
+        above: exclusive lower bound; give at most one of the two.
+        most: inclusive upper bound.
+        below: exclusive upper bound; give at most one of the two.
 
     Raises:
-        UserError: it is none, or out of bounds.
+        UserError: it is not a number, or out of bounds.
     """
     fits = (
         is_number(value)
@@ -98,7 +98,7 @@ def require_number(
 
 
 def require_bool(key: str, value: Any) -> bool:
-    """The value, which must be true or false.
+    """Return the value, which must be true or false.
 
     Raises:
         UserError: it is neither.
@@ -108,10 +108,10 @@ def require_bool(key: str, value: Any) -> bool:
 
 
 def require_choice(key: str, value: Any, choices: Sequence[str]) -> str:
-    """The value, which must be one of some words.
+    """Return the value, which must be one of ``choices``.
 
     Raises:
-        UserError: it is none of them.
+        UserError: it is not.
     """
     if value not in choices:
         raise UserError(f"{key}={value} is unknown: choose one of {', '.join(choices)}.")

@@ -1,16 +1,16 @@
-"""What may be taken from a file that somebody stored: the one list, which all readers go through.
+"""The rules for values from stored files. All readers of stored files use them.
 
-A run, a checkpoint, a sweep's plan, a claim, a tokenizer or a model may come from anybody. What
-such a file says is data. Of its values
+A run, a checkpoint, a sweep's plan, a claim, a tokenizer or a model may come from anybody, so its
+values are treated as data:
 
-* a text is a text: an interpolation (``${oc.env:TOKEN}``) is refused, since a run stores values;
-* a class is one of this platform's own (:func:`own_targets`), or of a package that is allowed by
-  name, and one that reaches the network (:data:`NETWORK`) is allowed by name alone;
-* a name is one path component (:func:`component`), and where files are written (:data:`WRITTEN`)
-  is said on the command line, but for a cache folder that is one already;
-* a size is one that somebody may mean (:data:`LARGEST`), and a model fits into memory
-  (:func:`require_memory`) and into its own file (``run/loading.py``);
-* in Markdown it is plain text (``markdown.py``).
+* a text with an interpolation (``${oc.env:TOKEN}``) is refused, since runs store resolved values;
+* a class must be one that conf/ builds (:func:`own_targets`) or belong to a package that the user
+  allows by name; a class that uses the network (:data:`NETWORK`) must always be allowed by name;
+* a name must be one path component (:func:`component`), and folders that are written to
+  (:data:`WRITTEN`) come from the command line, except for an existing cache folder;
+* a size must be plausible (:data:`LARGEST`), and a model must fit into memory
+  (:func:`require_memory`) and match the size of its own file (``run/loading.py``);
+* a text in Markdown is escaped (``markdown.py``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 from mtp_lightning.errors import UserError
 from mtp_lightning.paths import CONF
 
-# Own classes that read from the network or send to it, and the name that allows them.
+# This project's classes that use the network, and the name that allows each.
 NETWORK = {
     "data_modules.sources.HuggingFaceSource": "huggingface",
     "data_modules.tokenizers.PretrainedTokenizer": "huggingface",
@@ -35,15 +35,15 @@ NETWORK = {
     "mtp_lightning.loggers.trackio.RunTrackio": "trackio",
     "mtp_lightning.loggers.wandb.RunWandb": "wandb",
 }
-# What data are built of, by the groups of conf/ that name it.
+# The groups of conf/ whose classes build data.
 DATA = ("data", "tokenizer", "experiment")
-# Last parts of keys that say where files are written.
+# Last parts of the keys of paths that are written to.
 WRITTEN = frozenset(
     {"cache_dir", "default_root_dir", "dir", "dirpath", "folder", "output", "output_dir", "run_dir",
      "save_dir", "sweep_dir"}
 )  # fmt: skip
-# The largest whole number of a stored setting of data, by its key: more would take all memory,
-# all processes, or hours. Seeds are any number.
+# The largest whole number of a stored data setting, by its key. More would take all memory, too
+# many processes, or hours. Seeds are not limited.
 LARGEST = {
     "batch_size": 1 << 16,
     "build_workers": 64,
@@ -58,19 +58,20 @@ LARGEST = {
 }
 LARGEST_OF_TASK = 1 << 14
 LARGEST_ELSE = 10**10
-# Ids of a vocabulary: four times as many as the largest tokenizer in use has.
+# The largest vocabulary: four times the largest tokenizer in use.
 LARGEST_VOCAB = 1 << 20
 
 _TARGET = re.compile(r"^\s*_target_:\s*([\w.]+)\s*$", re.MULTILINE)
-# What a layer of no width takes as objects of Python.
+# Bytes of a layer's Python objects, without its weights.
 BYTES_OF_LAYER = 10_000
 
 
 def read_json(file: Path) -> Any:
-    """What a stored file of JSON holds.
+    """Read a stored JSON file.
 
     Raises:
-        UserError: it is no JSON, too deep, or has a number of thousands of digits.
+        UserError: the file is not JSON, is nested too deeply, or has a number of thousands of
+            digits.
         OSError: it cannot be read.
     """
     try:
@@ -80,7 +81,7 @@ def read_json(file: Path) -> Any:
 
 
 def values(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in plain containers that is none itself, with its dotted key."""
+    """Yield every value in nested plain containers, with its dotted key."""
     if isinstance(node, dict):
         for name, value in node.items():
             yield from values(value, f"{key}.{name}" if key else str(name))
@@ -95,11 +96,11 @@ def require_text(node: Any, *, source: object) -> None:
     """Refuse interpolations in plain containers.
 
     Args:
-        node: as it was stored.
+        node: the stored value.
         source: the file, for the message.
 
     Raises:
-        UserError: a text with ``${``, or containers in containers without end.
+        UserError: a text has ``${``, or the containers are nested too deeply.
     """
     try:
         for key, value in values(node):
@@ -107,77 +108,76 @@ def require_text(node: Any, *, source: object) -> None:
                 if isinstance(text, str) and "${" in text:
                     raise UserError(
                         f"{source} is refused: its {key} is the interpolation {text[:80]!r}, and "
-                        "what was stored is not looked up anywhere."
+                        "interpolations of stored files are not resolved."
                     )
     except RecursionError as error:
-        raise UserError(f"{source} is refused: it holds lists in lists without end.") from error
+        raise UserError(f"{source} is refused: its lists are nested too deeply.") from error
 
 
 def require_sizes(node: Any, *, source: object) -> None:
-    """Refuse stored settings of data that nobody means.
+    """Refuse stored data settings of implausible size.
 
     Args:
-        node: the group ``data``, as it was stored.
+        node: the stored group ``data``.
         source: the file, for the message.
 
     Raises:
-        UserError: a whole number above what its key may have.
+        UserError: a whole number exceeds the largest one for its key.
     """
     for key, value in values(node):
         parts = key.split(".")
         if "seed" in parts[-1] or not isinstance(value, int):
             continue
-        else_ = LARGEST_OF_TASK if "task" in parts else LARGEST_ELSE
-        most = LARGEST.get(parts[-1], else_)
+        most = LARGEST.get(parts[-1], LARGEST_OF_TASK if "task" in parts else LARGEST_ELSE)
         if value > most:
             raise UserError(
-                f"{source} is refused: its data.{key} is {brief(value)}, and what is stored may be "
+                f"{source} is refused: its data.{key} is {brief(value)}, and a stored value may be "
                 f"at most {most:,}."
             )
 
 
 def brief(number: int) -> str:
-    """A whole number as people read it, whatever its digits."""
+    """Format a whole number for people, also one of thousands of digits."""
     return f"{number:,}" if abs(number) < 10**24 else f"a number of {number.bit_length()} bits"
 
 
 @cache
 def own_targets(*groups: str) -> frozenset[str]:
-    """What the files of conf/, or of some groups of it, build. (A package's name is no guard:
-    ``mtp_lightning.run.atomic.os.replace`` begins with it, too.)"""
+    """The classes that conf/, or some of its groups, build. The package's name alone would not be
+    safe to check: ``mtp_lightning.run.atomic.os.replace`` begins with it too."""
     folders = [CONF / group for group in groups] or [CONF]
     files = [file for folder in folders for file in folder.rglob("*.yaml")]
     return frozenset(target for file in files for target in targets_of(file))
 
 
 def targets_of(file: Path) -> list[str]:
-    """What a file of conf/ builds."""
+    """The classes that a file of conf/ builds."""
     return _TARGET.findall(file.read_text(encoding="utf-8"))
 
 
 def require_target(
     target: str, allow: Collection[str], *, groups: Sequence[str] = (), how: str
 ) -> None:
-    """Refuse a class of somebody's.
+    """Refuse a foreign class of a stored config.
 
     Args:
-        target: as in ``_target_``.
+        target: the value of ``_target_``.
         allow: packages whose own classes may be built.
-        groups: of conf/, whose classes may be, too; none is all of them.
-        how: what allows a package, with ``{}`` for its name.
+        groups: groups of conf/ whose classes may be built; empty for all groups.
+        how: the setting that allows a package, with ``{}`` for its name.
 
     Raises:
-        UserError: with the remedy.
+        UserError: the class is not allowed.
     """
     if target not in own_targets(*groups) and not _defined_in(target, allow):
         raise UserError(
-            f"_target_={target} is refused: what was stored may only build what this platform's "
+            f"_target_={target} is refused: a stored config may only build what this platform's "
             f"own conf/ builds. If you trust its package, say {how.format(target.split('.')[0])}."
         )
 
 
 def _defined_in(target: str, allow: Collection[str]) -> bool:
-    """Whether a target is a class of an allowed package, and not one that the package imported."""
+    """Whether a target is a class that an allowed package defines itself, not one it imports."""
     if target.partition(".")[0] not in allow:
         return False
     try:
@@ -191,7 +191,7 @@ def _defined_in(target: str, allow: Collection[str]) -> bool:
 
 
 def not_importable(target: str, reason: object) -> str:
-    """The sentence about a class that is not there."""
+    """The sentence about a class that cannot be imported."""
     return (
         f"_target_={target} cannot be imported ({' '.join(str(reason).split())}): check the name, "
         "and that its folder is on PYTHONPATH."
@@ -204,26 +204,26 @@ def targets(node: Any) -> list[str]:
 
 
 def require_network(target: str, allow: Collection[str], *, how: str) -> None:
-    """Refuse a class that reaches the network and was not allowed.
+    """Refuse a class that uses the network, unless the user allows it.
 
     Args:
-        target: as in ``_target_``.
-        allow: names that the user gave.
-        how: what allows it, with ``{}`` for the name.
+        target: the value of ``_target_``.
+        allow: the names that the user allows.
+        how: the setting that allows a name, with ``{}`` for it.
 
     Raises:
-        UserError: with the remedy.
+        UserError: the class is not allowed.
     """
     name = NETWORK.get(target)
     if name is not None and name not in allow:
         raise UserError(
-            f"_target_={target} is refused: what was stored reaches no network unasked. If you "
-            f"trust its author, say {how.format(name)}."
+            f"_target_={target} is refused: a stored config may not use the network unasked. If "
+            f"you trust its author, say {how.format(name)}."
         )
 
 
 def component(name: Any) -> bool:
-    """Whether a stored name is one path component, and not hidden."""
+    """Whether a stored name is a single path component that is not hidden."""
     return (
         isinstance(name, str)
         and 0 < len(name) <= 255
@@ -233,42 +233,42 @@ def component(name: Any) -> bool:
 
 
 def is_cache(folder: Any) -> bool:
-    """Whether token stores may be written to a folder that a file names: it is a cache already.
+    """Whether a folder that a stored file names is already a cache, so that token stores may be
+    written to it.
 
     Args:
-        folder: as the file has it.
+        folder: the stored path.
     """
     if not isinstance(folder, str | Path) or not str(folder):
         return False
     path = Path(folder).expanduser()
     try:
-        stores = (path / "digests").is_dir() or next(path.glob("*/meta.json"), None) is not None
-        return stores
+        return (path / "digests").is_dir() or any(path.glob("*/meta.json"))
     except OSError:
         return False
 
 
 def memory_bytes() -> int:
-    """Of this machine."""
+    """Bytes of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def require_memory(config: Any, *, bytes_each: int, machines: int = 1) -> None:
-    """Refuse a model that this machine cannot hold, before anything of it is there.
+    """Refuse a model that is too large for this machine's memory, before it is built.
 
     Args:
         config: a ``ModelConfig``.
-        bytes_each: of a weight.
-        machines: of this size that share it.
+        bytes_each: bytes per weight.
+        machines: the number of machines, of this one's size, that share the model.
 
     Raises:
-        UserError: with its size and the machine's memory.
+        UserError: the model is too large.
     """
     trunk, depth = config.trunk, config.mtp.depth
     names = ("n_layers", "d_model", "d_ff", "vocab_size")
     sizes = {f"model.{key}": getattr(trunk, key) for key in names} | {"mtp.depth": depth}
     what = ("a model of", sizes, "its weights alone")
-    # The weights are counted of layers that could be there alone.
+    # Checked first, since counting the weights takes time for every layer.
     require_fits((trunk.n_layers + depth) * BYTES_OF_LAYER, *what, machines=machines)
     require_fits(config.num_params() * bytes_each, *what, machines=machines)
 
@@ -276,17 +276,17 @@ def require_memory(config: Any, *, bytes_each: int, machines: int = 1) -> None:
 def require_fits(
     needed: int, what: str, sizes: Mapping[str, int], holds: str, *, machines: int = 1
 ) -> None:
-    """Refuse what takes more memory than there is.
+    """Refuse something that needs more memory than the machines have.
 
     Args:
-        needed: bytes, at least.
-        what: takes them, such as ``a model of``.
-        sizes: of it, by the key that sets each.
-        holds: what of it takes them.
-        machines: of this size that share it.
+        needed: a lower bound of the bytes needed.
+        what: the thing, such as ``a model of``.
+        sizes: its sizes, by the key that sets each.
+        holds: the part of the thing that needs these bytes.
+        machines: the number of machines, of this one's size, that share it.
 
     Raises:
-        UserError: with the sizes and the machine's memory.
+        UserError: it does not fit.
     """
     if needed > (memory := memory_bytes() * machines):
         told = ", ".join(f"{key}={brief(size)}" for key, size in sizes.items())

@@ -1,4 +1,4 @@
-"""What is asked of the operating system, where one differs from another; no torch."""
+"""Operating-system calls that differ between systems: syncing files, ending with the parent."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-# What fsync says where a file system has none: some in user space or of other machines.
+# fsync's errors on file systems without it, such as some network file systems.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
-# The number of the process that has started this one, to end with it.
+# Environment variable: the number of the process that started this one, which ends with it.
 STARTER = "MTP_LIGHTNING_STARTED_BY"
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
 def sync_file(path: Path) -> None:
-    """Bring a file to the disk; where its file system cannot be asked to, that is left to it.
+    """Sync a file to the disk, if its file system supports that.
 
     Raises:
         OSError: the disk is full or broken.
@@ -35,8 +35,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable. Not every system can open a folder; there the rename itself must
-    do."""
+    """Make a rename in a folder durable, on systems that can open folders."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -46,16 +45,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def end_with(parent: int) -> bool:
-    """Have this process killed when its parent ends, however that ends.
+    """Have this process killed when its parent ends for any reason.
 
-    Linux does it when the thread ends that has started this process; elsewhere a thread looks once
-    a second.
+    On Linux the kernel does it, when the parent's thread that started this process ends. Elsewhere
+    a thread checks once per second.
 
     Args:
-        parent: the number of the process that is to be the parent.
+        parent: the number of the parent process.
 
     Returns:
-        Whether it is; else it has ended already, or never was.
+        Whether that process is the parent now; if not, it has already ended.
     """
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -65,7 +64,8 @@ def end_with(parent: int) -> bool:
 
 
 def end_with_starter() -> bool:
-    """The same of the process that :data:`STARTER` names in the environment; true without one."""
+    """Call :func:`end_with` for the process that the environment variable :data:`STARTER` names;
+    return True if it is not set."""
     starter = os.environ.get(STARTER)
     return starter is None or end_with(int(starter))
 

@@ -1,6 +1,6 @@
-"""What is wrong with a config, as far as the config alone says it: before torch is imported.
+"""Checks a config before torch is imported: every mistake that can be seen from the config alone.
 
-``keys.py`` has what every key takes. A class of a user's own takes what it takes.
+``keys.py`` has the rules for each key. The keys of a user's own classes are not checked.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from typing import Any
 from mtp_lightning import keys, parts, processes
 from mtp_lightning.cli import require_package
 from mtp_lightning.errors import UserError
-from mtp_lightning.explained import groups
+from mtp_lightning.explained import groups, value_at
 from mtp_lightning.literal import INPUTS, LISTS
 from mtp_lightning.misspelt import unknown_key
 from mtp_lightning.settings import is_whole
 from mtp_lightning.stored import BYTES_OF_LAYER, require_fits
 
-# Nodes without a class in which every key is read by its name.
+# Nodes without a class that take no other keys than the known ones.
 _CLOSED = ("", "compare", "decode", "paths", "stack", "sweep", "trainer")
-# Inputs that may be names on a hub, or whose class says more about what is wrong.
+# Inputs that may be names on a hub, or whose own class reports mistakes better.
 _NOT_ONLY_PATHS = {"data.field", "data.source.field", "data.source.path", "tokenizer.eot_token"}
 
 
 def check(
     config: Mapping[str, Any], app: str, typed: Collection[str] = (), folder: str | None = None
 ) -> None:
-    """Refuse a composed config for what is wrong with it whatever runs.
+    """Refuse a composed config that has a mistake.
 
     Args:
-        config: as plain containers; interpolations may be unresolved.
-        app: the file of conf/ that it begins with, such as ``generate``.
+        config: the config as plain containers. Interpolations may be unresolved.
+        app: the app's root config in conf/, such as ``generate``.
         typed: the overrides of the command line.
-        folder: of the run, where paths are to be looked at, too.
+        folder: the run's folder; None skips the checks of paths.
 
     Raises:
-        UserError: a key that nothing reads, a value that its key does not take, values that do not
-            go together, a package or a part that is missing, or a path that is not what it must be.
+        UserError: a key is unknown, a value is not allowed, values do not fit together, a package
+            or a part is missing, or a path is wrong.
     """
     for override in typed:
         if override.startswith("+"):
             _require_read(override, config, app)
-    # init_from may bring another trunk than ``model`` describes, and other keys with it.
+    # init_from may bring another kind of trunk than ``model`` describes, with other keys.
     brought = config.get("init_from") is not None
     for path, node in _nodes(config, ""):
         _check_node(node, path, app, open=brought and path.split(".")[0] == "model")
@@ -55,14 +55,14 @@ def check(
 
 
 def check_values(node: Mapping[str, Any], path: str) -> None:
-    """Refuse values of a node, and of all nodes in it, that its class's comments do not have.
+    """Refuse values of a node, and of all nodes in it, that the rules of their class do not allow.
 
     Args:
-        node: as plain containers.
-        path: where it stands in the config.
+        node: the node as plain containers.
+        path: the node's dotted path in the config.
 
     Raises:
-        UserError: as :func:`check`.
+        UserError: a value is not allowed.
     """
     for inner, found in _nodes(node, path):
         said = keys.of_class(str(found.get("_target_", "")))
@@ -93,8 +93,8 @@ def _check_node(node: Mapping[str, Any], path: str, app: str, *, open: bool = Fa
 
 
 def _require_read(override: str, config: Mapping[str, Any], app: str) -> None:
-    """Refuse a key that was added to a node whose keys are read by name, and that no
-    interpolation names."""
+    """Refuse a key that was added with ``+`` to a node of known keys, unless an interpolation uses
+    it."""
     name = override.lstrip("+").partition("=")[0]
     parent, _, key = name.rpartition(".")
     if "/" in name or "@" in name or name in groups() or parent not in _CLOSED:
@@ -112,7 +112,7 @@ def _is_named(name: str, node: Any) -> bool:
 
 
 def _nodes(node: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """All mappings of a config, with where they stand."""
+    """Yield all mappings of a config with their dotted paths."""
     if isinstance(node, Mapping):
         yield path, node
         for key, value in node.items():
@@ -128,7 +128,7 @@ def _join(path: str, key: object) -> str:
 
 
 def _check_together(config: Mapping[str, Any]) -> None:
-    """Refuse values that do not go together, or that no machine of this size can hold."""
+    """Refuse values that do not fit together, or a model too large for this machine's memory."""
     require_reach(config)
     if isinstance(trainer := config.get("trainer"), Mapping) and "strategy" in trainer:
         processes.check(trainer)
@@ -143,7 +143,7 @@ def _check_together(config: Mapping[str, Any]) -> None:
     names += [rows] if _value(config, "data.task") is None else []
     model = {key: _size(config, key) for key in names if _size(config, key)}
     width = model.get("model.d_model", 0)
-    # At least the embedding in 16 bits, and a layer's objects.
+    # A lower bound: the embedding in 16 bits, or the Python objects of the layers.
     needed = max(
         2 * model.get(rows, 1) * width,
         BYTES_OF_LAYER * (model.get("model.n_layers", 0) + model.get("mtp.depth", 0)),
@@ -152,16 +152,16 @@ def _check_together(config: Mapping[str, Any]) -> None:
     require_fits(needed, "a model of", model, "its weights alone", machines=machines)
     length = _size(config, "data.seq_len")
     window = {"data.seq_len": length} | ({"model.d_model": width} if width else {})
-    # At least the ids, or one hidden state of each.
+    # A lower bound: the ids, or one hidden state per token.
     needed = length * max(8, 4 * width)
     require_fits(needed, "a window of", window, "the states of its tokens alone")
 
 
 def require_reach(config: Mapping[str, Any]) -> None:
-    """Refuse a depth that no window holds, before the windows are made.
+    """Refuse a depth that looks further ahead than a window is long.
 
     Raises:
-        UserError: it is too large.
+        UserError: the depth is too large.
     """
     depth, length = _value(config, "mtp.depth"), _value(config, "data.seq_len")
     stride = _value(config, "mtp.stride")
@@ -175,20 +175,17 @@ def require_reach(config: Mapping[str, Any]) -> None:
 
 
 def _size(config: Mapping[str, Any], key: str) -> int:
-    """A whole number of a config; 0 where it has none."""
+    """The whole number at a dotted key of a config; 0 if there is none."""
     value = _value(config, key)
     return value if is_whole(value) else 0
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:
-    node: Any = config
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node
+    return value_at(config, key.split("."))
 
 
 def _check_paths(config: Mapping[str, Any], app: str, folder: str) -> None:
-    """Refuse files and folders that cannot be what they are said to be."""
+    """Refuse input paths that do not exist, and output paths that cannot be written."""
     for key in sorted(INPUTS - _NOT_ONLY_PATHS):
         given = _value(config, key)
         for path in given if isinstance(given, list) and key in LISTS else [given]:
@@ -206,7 +203,7 @@ def _check_paths(config: Mapping[str, Any], app: str, folder: str) -> None:
 
 
 def _require_there(key: str, given: str) -> None:
-    # A branch is RUN@STEP.
+    # branch_from is RUN@STEP.
     run = given.rpartition("@")[0] if key == "branch_from" else ""
     path = Path(run or given).expanduser()
     if path.exists():
@@ -221,14 +218,14 @@ def _require_there(key: str, given: str) -> None:
 
 
 def require_prompts(path: Path) -> str:
-    """The text of a file of prompts.
+    """Read a file of prompts.
 
     Raises:
-        UserError: it is a folder, or not UTF-8.
+        UserError: the path is a folder, or the file is not UTF-8.
         OSError: it cannot be read.
     """
     if path.is_dir():
-        raise UserError(f"prompts={path} is a folder: give a file of prompts, one a line.")
+        raise UserError(f"prompts={path} is a folder: give a file with one prompt per line.")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -236,10 +233,10 @@ def require_prompts(path: Path) -> str:
 
 
 def _require_folder(key: str, folder: Path) -> None:
-    """Refuse a folder that cannot be made or written into."""
+    """Refuse a folder that cannot be created or written to."""
     there = next((p for p in (folder, *folder.absolute().parents) if os.path.lexists(p)), folder)
     if not there.is_dir():
-        what = "a file" if there.is_file() else "no folder"
+        what = "a file" if there.is_file() else "not a folder"
         raise UserError(f"{key}={folder} cannot be a folder, for {there} is {what}: take another.")
     if not os.access(there, os.W_OK | os.X_OK) or os.statvfs(there).f_flag & os.ST_RDONLY:
         raise UserError(f"{key}={folder} cannot be made: {there} is read-only; take another.")

@@ -75,7 +75,7 @@ def test_any_other_is_named_with_the_remedy(
     found, why = open_built(file, sources, functions)
     assert found is None and "pip install -e ." in why
     (told,) = caplog.messages
-    assert str(file) in told and "pip install -e . builds it anew" in told
+    assert str(file) in told and "pip install -e . builds it again" in told
 
 
 def test_what_is_installed_here_is_up_to_date() -> None:

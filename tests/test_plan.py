@@ -139,7 +139,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("devices=12", "whole machines of 8"),
         ("devices=0", "at least 1"),
-        ("devices=many", "are numbers"),
+        ("devices=many", "must be numbers"),
         ("mfu=40", "at most 1"),
         ("memory=0", "must be above 0"),
         ("modle=nano", "modle"),

@@ -1,8 +1,8 @@
 """The Hydra apps: each composes its config from the command line and calls one function with it.
 
-The way of what is typed: taken literally (``literal.py``), composed by Hydra, looked through
-(``vetting.py``), and only then handed to the app's function, which imports torch. Hydra's errors
-become one sentence with the remedy of this project, which never advises a ``+``.
+Arguments are quoted for Hydra (``literal.py``), Hydra composes the config, and ``vetting.py``
+checks it. Only then is the app's function called, which imports torch. Hydra's errors become one
+sentence with this project's remedy (``misspelt.py``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mtp_lightning.paths import CONF
 
 _QUIET, _VERBOSE = "--quiet", "--verbose"
 
-# Help texts name the program as it was started: ${program:train}.
+# Help texts use ${program:train}, which becomes the command that starts the app.
 OmegaConf.register_new_resolver("program", program, replace=True)
 
 
@@ -42,17 +42,16 @@ def start(
 ) -> None:
     """Run an app on this process's command line.
 
-    ``--help GROUP`` explains a group of conf/ and ``--help GROUP=NAME`` the keys of an option;
-    ``--quiet`` shows no progress and gives way to whatever else the machine has to do, and
-    ``--verbose``, of an app that has it, shows every number.
+    ``--help GROUP`` explains a group of conf/, and ``--help GROUP=NAME`` the keys of an option.
+    ``--quiet`` hides progress and lowers the priority, and ``--verbose`` shows every number.
 
     Args:
-        config_name: of its config in conf/.
-        task: what it does; where it is defined, Hydra takes the app's name from.
+        config_name: the app's config in conf/.
+        task: the app's function. Hydra takes the app's name from the module that defines it.
         ends_with_reader: see :func:`~mtp_lightning.cli.readable_errors`.
-        has_verbose: whether the app knows ``--verbose``.
+        has_verbose: whether the app has ``--verbose``.
     """
-    # A log that cannot be written, as on a full disk, is no news beside what it was to say.
+    # A traceback of logging, for example on a full disk, would hide the message itself.
     logging.raiseExceptions = False
     errors = readable_errors(ends_with_reader=ends_with_reader)
     with errors, _hydra_as_ours(sys.argv[1:]):
@@ -72,10 +71,10 @@ def start(
 
 
 class Check(Callback):
-    """Looks through the composed config before Hydra makes a folder and torch is imported."""
+    """Checks the composed config before Hydra creates a folder and torch is imported."""
 
     def on_run_start(self, config: DictConfig, **more: Any) -> None:
-        """Before the task of an app."""
+        """Check the config; Hydra calls this before the app's task."""
         with readable_errors():
             from mtp_lightning import vetting
 
@@ -89,7 +88,7 @@ class Check(Callback):
 
 
 def _explain(arguments: list[str]) -> None:
-    """Answer ``--help`` with a word after it."""
+    """Answer ``--help WORD``, and exit."""
     if len(arguments) == 2 and arguments[0] in ("--help", "-h", "help"):
         from mtp_lightning.explained import help_for
 
@@ -99,10 +98,10 @@ def _explain(arguments: list[str]) -> None:
 
 @contextmanager
 def _hydra_as_ours(arguments: list[str]) -> Iterator[None]:
-    """Let Hydra raise what it would print, as a user's error of one sentence, and compose once.
+    """Let Hydra raise its errors as a :class:`UserError` of one sentence, and compose only once.
 
-    It composes every config twice, the first time to see whether it sets ``hydra.mode``. Only what
-    is typed, or a config from elsewhere, can.
+    Hydra composes every config twice, the first time to see whether it sets ``hydra.mode``. Only
+    the command line or a config from elsewhere can do that.
 
     Args:
         arguments: the command line.
@@ -132,7 +131,7 @@ def _hydra_as_ours(arguments: list[str]) -> Iterator[None]:
 
 
 def _require_flags(arguments: list[str]) -> None:
-    """Refuse a flag that Hydra does not have, in a line."""
+    """Refuse an unknown flag in one line."""
     parser = utils.get_args_parser()
 
     def refuse(message: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Examine the MTP layers of a checkpoint: ``mtp-lightning doctor``; ``--help`` explains it.
+"""Examines the MTP layers of a checkpoint: ``mtp-lightning doctor``; ``--help`` explains it.
 
 The exit code is 0 for a sound folder, 2 for one that is not, 1 for one that cannot be examined.
 """
@@ -15,20 +15,20 @@ from mtp_lightning.errors import UserError
 
 
 def main(argv: list[str] | None = None, *, program: str = "python doctor.py") -> None:
-    """The command."""
+    """The command line."""
     parser = Parser(
         prog=program,
-        description="Are a checkpoint's MTP layers whole, trained, and read as they mean?",
-        epilog="exit code: 0 sound, 2 not sound, 1 not to be examined",
+        description="Are a checkpoint's MTP layers whole, trained, and read as they were meant?",
+        epilog="exit code: 0 sound, 2 not sound, 1 cannot be examined",
     )
-    parser.add_argument("folder", type=Path, help="with config.json and safetensors")
+    parser.add_argument("folder", type=Path, help="a folder with config.json and safetensors")
     parser.add_argument(
-        "--new-tokens", type=int, default=64, help="of each of four texts that are judged (64)"
+        "--new-tokens", type=int, default=64, help="tokens of each of four test texts (64)"
     )
     args = parser.parse_args(argv)
     with readable_errors():
         if args.new_tokens < 8:
-            raise UserError(f"--new-tokens={args.new_tokens} judges nothing: give 8 or more.")
+            raise UserError(f"--new-tokens={args.new_tokens} is too few to test: give 8 or more.")
         _require_layout(args.folder)
         # Imported here, so that --help does not wait for torch.
         interop = parts.need("interop", program)
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None, *, program: str = "python doctor.py") ->
 
 
 def _require_layout(folder: Path) -> None:
-    """Refuse what is no folder in Hugging Face's layout."""
+    """Refuse a path that is not a folder in Hugging Face's layout."""
     if (folder / "config.json").is_file():
         return
     if not folder.exists():
@@ -47,8 +47,8 @@ def _require_layout(folder: Path) -> None:
         raise UserError(f"{folder} is a file: give a folder with config.json and safetensors.")
     if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
         raise UserError(
-            f"{folder} is a run of this project's own: {typed('export')} checkpoint={folder} "
-            "output=FOLDER writes the folder to examine."
+            f"{folder} is a run of this project: {typed('export')} checkpoint={folder} "
+            "output=FOLDER writes a folder that can be examined."
         )
     raise UserError(f"{folder} holds no config.json: give a folder with it and safetensors.")
 

@@ -1,4 +1,4 @@
-"""Evaluate a trained model: ``mtp-lightning evaluate``; ``--help`` explains it."""
+"""Evaluates a trained model: ``mtp-lightning evaluate``; ``--help`` explains it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mtp_lightning.apps import readable_errors, start
 
 
 def task(cfg: DictConfig) -> None:
-    """What Hydra calls with the composed config."""
+    """Hydra calls this with the composed config."""
     with readable_errors():
         # Imported here, so that --help does not wait for torch.
         from mtp_lightning.experiment.evaluating import evaluate
@@ -17,7 +17,7 @@ def task(cfg: DictConfig) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """The command line."""
     start("evaluate", task)
 
 

@@ -1,4 +1,4 @@
-"""Export a model: ``mtp-lightning export``; ``--help`` explains it."""
+"""Exports a model: ``mtp-lightning export``; ``--help`` explains it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from mtp_lightning.cli import program
 
 
 def task(cfg: DictConfig) -> None:
-    """What Hydra calls with the composed config."""
+    """Hydra calls this with the composed config."""
     with readable_errors():
         # Imported here, so that --help does not wait for torch.
         parts.need("interop", program("export")).export(cfg)
 
 
 def main() -> None:
-    """The command."""
+    """The command line."""
     start("export", task)
 
 

@@ -1,4 +1,4 @@
-"""Train a model: ``mtp-lightning train``; ``--help`` explains it."""
+"""Trains a model: ``mtp-lightning train``; ``--help`` explains it."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ _RUN_DIR = "run_dir"
 
 
 def task(cfg: DictConfig) -> float:
-    """What Hydra calls with the composed config."""
+    """Hydra calls this with the composed config."""
     with readable_errors():
         # Imported here, so that --help does not wait for torch.
         from mtp_lightning import processes
         from mtp_lightning.experiment.training import train
 
         peers = processes.find(cfg.trainer)
-        if peers.rank == 0:  # the others have asked for it before they composed their config
+        if peers.rank == 0:  # the others have received it before composing their config
             peers.told(_RUN_DIR, lambda: cfg.run_dir)
         return train(cfg)["val/loss_depth_0"]
 
 
 def main() -> None:
-    """The command."""
+    """The command line."""
     with readable_errors():
-        if not end_with_starter():  # before the seconds that imports take
-            raise UserError("the process that has started this one is gone.")
+        if not end_with_starter():  # before the imports, which take seconds
+            raise UserError("The process that started this one has ended.")
         _take_run_dir()
     start("config", task, has_verbose=True)
 
 
 def _take_run_dir() -> None:
-    """Of processes that are started together, all but the first take its run folder, whose name
-    may be made of the time."""
+    """Give the first process's run folder to the others of a run. Its name may contain the time, so
+    each process would compose another one."""
     ranks = [os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "NODE_RANK")]
     if set(ranks) == {"0"} or "-m" in sys.argv or "--multirun" in sys.argv:
         return

@@ -1,7 +1,7 @@
-"""Several processes that train one model: how they meet, shard it, and write its checkpoints.
+"""Several processes that train one model: rendezvous, sharding, and sharded checkpoints.
 
-This folder comes off: one process trains without it. ``mtp_lightning/processes.py`` is its door,
-which imports it where a run, the environment or a checkpoint asks for several processes.
+This folder can be removed: a single process trains without it. ``mtp_lightning/processes.py``
+imports it when a run, the environment or a checkpoint asks for several processes.
 """
 
 from __future__ import annotations

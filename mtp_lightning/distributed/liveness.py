@@ -1,8 +1,8 @@
-"""When a process of a run has gone: the others are told, and end, whatever they wait for.
+"""Ends all processes of a run, with a message, when one of them ends early.
 
-Once the processes are connected, their connections break with a process. Before that nothing shows
-it: so each one writes signs of life for the others, a process that has started others watches them,
-and these are killed with it.
+Once the processes are connected, the connections to a process that ends break. Before that, each
+process writes signs of life for the others. A process that has started others watches them, and
+they are killed when it ends.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 from mtp_lightning.errors import UserError
 from mtp_lightning.run.folder import leave
 
-# What gloo says when the other end of a connection has gone.
+# gloo's messages when the other end of a connection is gone.
 _GONE = ("Connection closed by peer", "Connection reset by peer")
 _BEAT = 2.0
 SILENCE = 20.0
-"""Seconds without a sign of life after which a process counts as gone, and after which one that has
-not started yet is named."""
+"""Seconds without a sign of life after which a process counts as gone. After the same time, a
+message names a process that has not started yet."""
 PATIENCE = 600.0
 """Seconds to wait for a process that has not started yet."""
-# Seconds that connected processes have to notice the loss themselves; more where the lost one was
-# asked to end, so that all of them save.
+# Seconds for connected processes to notice a lost one themselves. They get more if it was asked to
+# end by a signal, since all of them then save.
 _GRACE, _SAVING = 15.0, 60.0
 _ASKED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 @contextmanager
 def telling_of_lost_peers(folder: Path | None = None) -> Iterator[None]:
-    """A block in which this process may wait for another one.
+    """Turn the error of a broken connection, during a block, into a :class:`UserError`.
 
     Args:
-        folder: of the run; None before it has one.
+        folder: the run's folder; None before it is known.
 
     Raises:
-        UserError: the other one has gone.
+        UserError: another process has ended.
     """
     try:
         yield
@@ -57,37 +57,37 @@ def telling_of_lost_peers(folder: Path | None = None) -> Iterator[None]:
 
 
 def gone_peer(said: str, folder: Path | None = None) -> UserError:
-    """The error about a process that has gone.
+    """The error for a process that has ended early.
 
     Args:
-        said: how this is known.
-        folder: of the run; None before it has one.
+        said: the evidence for it.
+        folder: the run's folder; None before it is known.
     """
     again = "Start all of them again."
     if folder is not None:
-        again = f"With run_dir={folder} the same command goes on from the last checkpoint."
+        again = f"With run_dir={folder} the same command continues from the last checkpoint."
     return UserError(
-        f"another process of this run has gone, which this one cannot do without ({said}): its "
-        f"own last words say why. {again}"
+        f"another process of this run has gone ({said}), so this one ends too: the last lines of "
+        f"its output say why. {again}"
     )
 
 
 def _end(said: str, folder: Path) -> None:
-    """End this process from a thread, because its main thread waits in a library for ever."""
+    """End this process from a thread. Its main thread would wait in a library forever."""
     print(f"error: {gone_peer(said, folder)}", file=sys.stderr, flush=True)
     leave(folder)
     os._exit(1)
 
 
 class Pulse(threading.Thread):
-    """Writes this process's signs of life into the store, and watches those of the others.
+    """A thread that writes this process's signs of life to the store, and watches the others'.
 
     It ends when the processes are connected.
 
     Args:
-        store: through which they talk.
-        rank: of this process.
-        size: gives their number, 0 until it is known.
+        store: the store that all processes share.
+        rank: the rank of this process.
+        size: returns the number of processes, 0 until it is known.
         say: prints a line.
     """
 
@@ -97,10 +97,10 @@ class Pulse(threading.Thread):
         super().__init__(daemon=True, name="pulse")
         self._store, self._rank, self._size, self._say = store, rank, size, say
         self._began = time.monotonic()
-        # The newest sign of each process, and when it was first seen.
+        # The newest sign of each process, and the time when it was first seen.
         self._signs: dict[int, tuple[str, float]] = {}
         self.met = threading.Event()
-        # The run's folder, once this process waits for the others in a library.
+        # The run's folder, once the main thread waits for the others inside a library.
         self.waits_in: Path | None = None
 
     def run(self) -> None:
@@ -122,10 +122,10 @@ class Pulse(threading.Thread):
                 if lost is not None and self.waits_in is not None and not dist.is_initialized():
                     _end(lost, self.waits_in)
                 self.met.wait(_BEAT)
-            # They may train another run in turn, without further signs.
+            # The processes may train another run afterwards, without further signs.
             self.met.set()
             self._store.set(f"pulse {self._rank}", "met")
-        except RuntimeError:  # the store has gone with the first process; the main thread sees it
+        except RuntimeError:  # the store ended with the first process, which the main thread sees
             return
 
     def _look(self) -> None:
@@ -138,7 +138,8 @@ class Pulse(threading.Thread):
         self._signs[self._rank] = ("", time.monotonic())
 
     def lost(self) -> str | None:
-        """Which process has gone, and how that is known; None if none has, or all are connected."""
+        """Say which process has ended and how that is known; None if none has, or all are
+        connected."""
         if self.met.is_set():
             return None
         now = time.monotonic()
@@ -153,11 +154,11 @@ class Pulse(threading.Thread):
 
 @contextmanager
 def looking_after_children(folder: Path) -> Iterator[None]:
-    """A block in which processes that Lightning starts are watched. Lightning's own observer, which
-    this replaces, kills all of them without a message.
+    """Watch the processes that Lightning starts during a block. This replaces Lightning's own
+    observer, which kills all of them without a message.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
     """
 
     def observe(children: Sequence[subprocess.Popen[bytes]]) -> None:

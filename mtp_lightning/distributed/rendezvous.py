@@ -1,14 +1,14 @@
-"""The processes that prepare one run together: what the first decides, all of them do.
+"""The rendezvous of the processes that prepare one run: they share the first one's decisions.
 
-They are started in one of three ways:
+The processes are started in one of three ways:
 
-- torchrun, or srun with a task a device: all of them run the program from its first line;
-- one process a machine, by hand (``MASTER_ADDR``, ``MASTER_PORT``, ``NODE_RANK``);
-- Lightning starts a machine's other processes when its first one has prepared; their environment
-  tells them what was decided.
+- torchrun, or srun with one task per device: all of them run the whole program;
+- one process per machine, by hand (``MASTER_ADDR``, ``MASTER_PORT``, ``NODE_RANK``);
+- Lightning starts a machine's other processes after the first one has prepared the run, and passes
+  the decisions in their environment.
 
-They talk through a key-value store, because there is no process group yet: whether a run continues
-is decided before the model is built, and the corpus is packed before both.
+They communicate through a key-value store, because there is no process group yet: the decision
+whether a run continues, and the corpus, come before the model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from mtp_lightning.system import STARTER, end_with_starter
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
-# A network disk may show a new file some seconds late.
+# A network disk may show a new file with a delay of some seconds.
 _SHOWN_SECONDS = 10.0
 
 
@@ -53,11 +53,11 @@ class Rendezvous(Peers):
     """This process and the others, before training.
 
     Args:
-        rank: of this process among those that prepare together.
-        size: how many those are.
-        local_rank: of this process on its machine.
-        node: the machine's number.
-        store: through which they talk; None if there is one process.
+        rank: the rank of this process among those that prepare the run.
+        size: the number of those processes.
+        local_rank: the rank of this process on its machine.
+        node: the number of this machine.
+        store: the store that all processes share; None for a single process.
     """
 
     def __init__(
@@ -72,24 +72,25 @@ class Rendezvous(Peers):
         self.rank, self.size = rank, size
         self.local_rank, self.node = local_rank, node
         self._store = store
-        # What the process that has started this one has decided.
+        # The decisions of the process that started this one.
         self._told: dict[str, Any] = json.loads(os.environ.get(TOLD, "{}"))
         self.leads = rank == 0 and not self._told
         self._decided: dict[str, Any] = {}
-        # How often each key was used: a process may train several runs in turn.
+        # The uses of each key so far, since a process may train one run after another.
         self._uses: Counter[str] = Counter()
         self.pulse: Pulse | None = None
 
     def told(self, key: str, decide: Callable[[], Any]) -> Any:
-        """What the first process decides, the same in all of them and, inside
-        :meth:`handing_on`, in those that Lightning starts.
+        """Return the first process's decision in all processes; within :meth:`handing_on`, also in
+        those that Lightning starts.
 
         Args:
-            key: of the decision.
-            decide: called in the first process alone; gives what JSON can hold.
+            key: the name of the decision.
+            decide: makes the decision. It is called in the first process only, and returns a value
+                that JSON can hold.
 
         Raises:
-            UserError: the first process could not decide.
+            UserError: the first process failed.
         """
         if key in self._told:
             return self._told[key]
@@ -105,11 +106,11 @@ class Rendezvous(Peers):
 
     @contextmanager
     def handing_on(self, folder: Path) -> Iterator[None]:
-        """A block inside which Lightning starts processes, which are told what was decided so far,
-        and in which all of them connect.
+        """Pass the decisions so far to the processes that Lightning starts during a block. All
+        processes connect in this block.
 
         Args:
-            folder: of the run.
+            folder: the run's folder.
         """
         os.environ[TOLD] = json.dumps({**self._told, **self._decided})
         os.environ[STARTER] = str(os.getpid())
@@ -123,12 +124,11 @@ class Rendezvous(Peers):
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """A block that the first process goes through before the others: what it leaves on the
-        disk, they find. Each machine's first process goes next, because a disk may be a machine's
-        own.
+        """Run a block in the first process before the others, which then find its files. The first
+        process of each machine runs next, because the disk may be local to a machine.
 
         Raises:
-            UserError: a process that goes before failed.
+            UserError: an earlier process failed.
         """
         done = self._place("done")
         if self.rank > 0:
@@ -141,10 +141,10 @@ class Rendezvous(Peers):
             self._set(done, "")
 
     def require_shared(self, folder: Path) -> None:
-        """Make sure that all processes see the same run folder.
+        """Check that all processes see the same run folder.
 
         Raises:
-            UserError: one does not; all of them raise it.
+            UserError: a process does not see it; all processes raise this.
         """
         if self._store is None:
             return
@@ -181,13 +181,13 @@ class Rendezvous(Peers):
             yield
 
     def check(self, trainer: Mapping[str, Any]) -> None:
-        """Compare the processes that were started with those that the config asks for.
+        """Check the number of processes against the config.
 
         Args:
-            trainer: the group ``trainer``.
+            trainer: the config group.
 
         Raises:
-            UserError: they are not as many, or there is no way to reach the other machines.
+            UserError: the numbers differ, or the address of the other machines is unknown.
         """
         devices = _whole(trainer["devices"])
         nodes = require_whole("trainer.num_nodes", trainer["num_nodes"], least=1)
@@ -211,12 +211,12 @@ class Rendezvous(Peers):
                 "it by torchrun or srun, or on every machine with MASTER_ADDR, MASTER_PORT and "
                 "NODE_RANK in the environment (docs/scale.md)."
             )
-        if self.size == 0:  # one process a machine: only the config says how many
+        if self.size == 0:  # started by hand: only the config has the number of machines
             self.size = nodes
 
     @contextmanager
     def _failing_for_all(self) -> Iterator[None]:
-        """Tell the others of an error, or they would wait for this process for ever."""
+        """Send an error to the other processes, which would otherwise wait for this one forever."""
         try:
             yield
         except BaseException as error:
@@ -230,10 +230,10 @@ class Rendezvous(Peers):
     def _set(self, key: str, value: str) -> None:
         if self._store is not None:
             with telling_of_lost_peers():
-                self._store.set(key, f"{value} ")  # to a store, an empty value may be none
+                self._store.set(key, f"{value} ")  # some stores do not keep an empty value
 
     def _get(self, key: str) -> str:
-        """A value, once it is set. It is polled, so that signals are handled meanwhile."""
+        """Wait for a value and return it. Polling lets signals be handled meanwhile."""
         assert self._store is not None
         with telling_of_lost_peers():
             while not self._store.check([key]):
@@ -251,18 +251,18 @@ class Rendezvous(Peers):
 
 
 def find_peers() -> Rendezvous:
-    """The processes that the environment names, connected.
+    """Connect to the processes that the environment names.
 
     Raises:
-        UserError: one that this one cannot do without has gone, or has not come.
+        UserError: another process has ended, or has not started in time.
     """
     if TOLD in os.environ:
         if not end_with_starter():
-            raise gone_peer("the one that started this one")
+            raise gone_peer("the process that started this one")
     elif (ranks := _of_all()) is not None:
         if ranks[1] > 1:
             return _connected(*ranks)
-    elif _by_hand():  # one process a machine
+    elif _by_hand():  # one process per machine
         node = int(os.environ["NODE_RANK"])
         return _connected(node, 0, 0, node)
     return Rendezvous()
@@ -323,7 +323,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _of_all() -> tuple[int, int, int, int] | None:
-    """(rank, processes, rank on this machine, machine) where all processes are started alike."""
+    """(rank, processes, rank on this machine, machine) under torchrun or srun; otherwise None."""
     env = os.environ
     if "SLURM_STEP_NUM_TASKS" in env and not dist.is_torchelastic_launched():
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODEID")

@@ -1,21 +1,21 @@
-"""A sharded checkpoint: an index, and beside it the rows that each process had of large tensors.
+"""The files of a sharded checkpoint: an index, and each process's rows of the sharded tensors.
 
     checkpoints/last.ckpt                                   the index
-    checkpoints/parts/00000400-1f3a9c5e/weights-2-of-8.pt   rows of the weights that process 2 had
+    checkpoints/parts/00000400-1f3a9c5e/weights-2-of-8.pt   process 2's rows of the weights
     checkpoints/parts/00000400-1f3a9c5e/optimizer-2-of-8.pt
 
-Each is a plain file as every checkpoint is, checksums and all. In the index the sharded tensors
-have a shape and no content (torch's device ``meta``), and its key ``parts`` names their folder and
-the number of shards; ``sharding.rows_of`` gives the rows of shard i. The index gets its name when
-all shards are on the disk: a save that was not finished is never seen, and `best.ckpt` and
-`previous.ckpt` are links to an index.
+All of them are plain files with checksums, as every checkpoint is. In the index, a sharded tensor
+has a shape and no content (torch's device ``meta``), and the key ``parts`` names the folder and the
+number of shards; ``sharding.rows_of`` gives the rows of shard i. The index gets its name when all
+shards are on the disk, so that an unfinished save is never seen. `best.ckpt` and `previous.ckpt`
+are links to an index.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -24,23 +24,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.distributed.sharding import rows_of
+from mtp_lightning.distributed.sharding import map_leaves, rows_of
 from mtp_lightning.run.checkpoints import damaged, is_sharded, without_content
 from mtp_lightning.run.layout import SHARDS
 
-# What is in parts, by its key in a checkpoint, and what its files are called.
+# The keys of a checkpoint that are sharded, and the names of their files.
 KINDS = {"state_dict": "weights", "optimizer_states": "optimizer"}
-# More than any machine has processes: an index that says so lies.
+# An index with more shards than this is damaged.
 _MOST_SHARDS = 1 << 20
 
 
 class Pieces:
-    """A tensor of which every part has some rows, read when they are asked for.
+    """A sharded tensor, whose rows are read when they are needed.
 
     Args:
-        outline: its shape and type.
-        parts: how many it is cut into.
-        piece: gives one of them.
+        outline: a tensor with its shape and dtype.
+        parts: the number of shards.
+        piece: reads the rows of a shard.
     """
 
     def __init__(self, outline: Tensor, parts: int, piece: Callable[[int], Tensor]) -> None:
@@ -48,11 +48,11 @@ class Pieces:
         self._parts, self._piece = parts, piece
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows from ``start`` up to ``stop``, in memory of their own.
+        """Read a copy of the rows from ``start`` up to ``stop``.
 
         Raises:
-            FileNotFoundError: a part that they are in is not there.
-            UserError: it is damaged, or something else.
+            FileNotFoundError: the file of a shard is missing.
+            UserError: it is damaged, or holds something else.
         """
         found = []
         size = max(1, -(-self.shape[0] // self._parts))
@@ -64,40 +64,37 @@ class Pieces:
 
 
 def part_file(folder: Path, key: str, part: int, parts: int) -> Path:
-    """Where a part's rows of the tensors under a checkpoint's key are."""
+    """The file with a shard's rows of the tensors under a checkpoint's key."""
     return folder / f"{KINDS[key]}-{part}-of-{parts}.pt"
 
 
-def files_of(
-    content: dict[str, Any], path: Path, *, keys: Collection[str] = tuple(KINDS)
-) -> Iterator[Path]:
-    """The files that belong to an index.
+def files_of(content: dict[str, Any], path: Path) -> Iterator[Path]:
+    """Yield the files of the shards that belong to an index.
 
     Args:
-        content: of the index.
-        path: its own file.
-        keys: of what; what the index does not have in parts has none.
+        content: the content of the index.
+        path: the file of the index.
 
     Raises:
-        UserError: it does not say where they are.
+        UserError: the index is damaged.
     """
     if not is_sharded(content):
         return
     folder, parts = _described(content, path)
     for key in KINDS:
-        if key in keys and without_content(content.get(key)):
+        if without_content(content.get(key)):
             yield from (part_file(folder, key, part, parts) for part in range(parts))
 
 
 def opened(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A checkpoint whose tensors in parts are :class:`Pieces`; one that has none as it is.
+    """Return a checkpoint whose sharded tensors are :class:`Pieces`; others stay as they are.
 
     Args:
-        content: of its index.
-        path: its own file.
+        content: the content of the index.
+        path: the file of the index.
 
     Raises:
-        UserError: it does not say where they are.
+        UserError: the index is damaged.
     """
     if not is_sharded(content):
         return content
@@ -121,7 +118,7 @@ def opened(content: dict[str, Any], path: Path) -> dict[str, Any]:
                 raise damaged(part_file(folder, key, part, parts)) from error
             first, end = rows_of(part, parts, outline.shape[0])
             shape = (end - first, *outline.shape[1:])
-            # Contiguous: one number repeated could take all memory.
+            # An expanded tensor could be small in the file and fill the memory.
             if not (isinstance(found, Tensor) and found.shape == shape and found.is_contiguous()):
                 raise damaged(part_file(folder, key, part, parts))
             return found
@@ -136,24 +133,29 @@ def opened(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def filled(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A checkpoint whose tensors are whole, as if it had been written as one file.
+    """Return a checkpoint with whole tensors, as if it had been written as one file.
 
     Args:
-        content: of its index.
-        path: its own file.
+        content: the content of the index.
+        path: the file of the index.
 
     Raises:
-        FileNotFoundError: a shard is not there.
-        UserError: a shard is damaged, or a tensor's content is nowhere.
+        FileNotFoundError: a shard is missing.
+        UserError: a shard is damaged, or the content of a tensor is missing.
     """
     if any(without_content(value) for key, value in content.items() if key not in KINDS):
         raise damaged(path)
-    return _whole(opened(content, path))
+
+    def read(leaf: Any) -> Any:
+        return leaf.rows(0, leaf.shape[0]) if isinstance(leaf, Pieces) else leaf
+
+    whole: dict[str, Any] = map_leaves(opened(content, path), read)
+    return whole
 
 
 def sweep(folder: Path) -> None:
-    """Remove the parts that belong to no checkpoint of a folder: of those that were replaced, and
-    of saves that were not finished."""
+    """Remove the shards that belong to no checkpoint of a folder: those of replaced checkpoints and
+    of unfinished saves."""
     if not (folder / SHARDS).is_dir():
         return
     wanted: set[Path] = set()
@@ -161,15 +163,15 @@ def sweep(folder: Path) -> None:
         try:
             content = torch.load(index, map_location="cpu", weights_only=True, mmap=True)
             wanted.update(files_of(content, index))
-        except OSError:  # a disk that is away for a moment: what the index has, nobody knows
+        except OSError:  # the disk is away for a moment, so the index may still need its shards
             return
-        except Exception:  # whatever a damaged one makes the reader raise
+        except Exception:  # a damaged index can make the reader raise anything
             continue
     for save in _listed(folder / SHARDS):
         for file in _listed(save):
             if file not in wanted:
                 file.unlink(missing_ok=True)
-        with suppress(OSError):  # what is wanted is in it
+        with suppress(OSError):  # it is not empty
             save.rmdir()
     with suppress(OSError):
         (folder / SHARDS).rmdir()
@@ -180,12 +182,12 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _described(content: dict[str, Any], path: Path) -> tuple[Path, int]:
-    """(the folder of the parts, how many)."""
+    """(the folder of the shards, their number)."""
     said = content[SHARDS]
     named = isinstance(said, dict) and said.keys() == {"folder", "parts"}
     if not named or type(said["parts"]) is not int or not 1 <= said["parts"] <= _MOST_SHARDS:
         raise damaged(path)
-    # A name and no path: nothing of a file leads out of its folder.
+    # A plain name, so that a stored file cannot point outside its folder.
     if not isinstance(said["folder"], str) or not re.fullmatch(r"[0-9a-f-]+", said["folder"]):
         raise damaged(path)
     return path.parent / SHARDS / said["folder"], said["parts"]
@@ -211,11 +213,3 @@ def _with_pieces(
     if isinstance(value, list | tuple):
         return type(value)(_with_pieces(v, pieces, (*where, i)) for i, v in enumerate(value))
     return pieces(value, where) if without_content(value) else value
-
-
-def _whole(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _whole(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_whole(entry) for entry in value)
-    return value.rows(0, value.shape[0]) if isinstance(value, Pieces) else value

@@ -1,9 +1,9 @@
-"""Writing a sharded checkpoint (``shard_files.py``): every process writes its own shards while it
-trains on.
+"""Writes a sharded checkpoint (``shard_files.py``): every process writes its own shards while
+training continues.
 
-The shards are copied to the CPU at the step that is saved; from there, a thread writes them to the
-disk. When those of every process are there, the first process gives the index its name. The
-processes ask each other at points that all of them pass, so no thread waits for another process.
+The shards are copied to the CPU at the saved step, and a thread writes them to the disk. When all
+processes have written theirs, the first process gives the index its name. The processes
+communicate only at points that all of them pass, so that no thread waits for another process.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _FAILED, _AT_WORK, _DONE = -1, 0, 1
 
 
 class ShardWriting:
-    """A checkpoint that is being written, as one process of several sees it.
+    """One process's part in writing a checkpoint.
 
     Args:
-        checkpoint: the same on every process, but for its tensors' parts.
-        target: the index's name.
-        mesh: that the model is sharded on.
-        group: of all processes, on the CPU.
+        checkpoint: the checkpoint, with the same content on every process except for the shards.
+        target: the path of the index.
+        mesh: the mesh that the model is sharded on.
+        group: a process group of all processes for CPU tensors.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ShardWriting:
     ) -> None:
         self._target, self._group = target, group
         self._leads = dist.get_rank() == 0
-        # Never that of another save: an index is of one moment.
+        # A unique name, so that an index never mixes shards of different saves.
         name = [f"{checkpoint['global_step']:08d}-{uuid.uuid4().hex[:8]}"]
         dist.broadcast_object_list(name)
         self._folder = target.parent / SHARDS / name[0]
@@ -67,19 +67,19 @@ class ShardWriting:
             while self._contents:
                 file = next(iter(self._contents))
                 checkpoints.save(self._contents[file], file)
-                del self._contents[file]  # its memory
-        except Exception as error:  # told where the others can be told, too
+                del self._contents[file]  # frees its memory
+        except Exception as error:  # `ended` raises it, where the other processes learn of it too
             self._error = error
             self._contents.clear()
 
     def ended(self, *, wait: bool) -> bool:
-        """Whether the checkpoint is there; every process asks at the same point.
+        """Whether the checkpoint is complete. All processes must call this together.
 
         Args:
-            wait: until it is.
+            wait: whether to wait until it is.
 
         Raises:
-            OSError: a process could not write its part; in all of them.
+            OSError: a process could not write its shards; all processes raise this.
         """
         if wait:
             self._thread.join()
@@ -91,17 +91,14 @@ class ShardWriting:
         if int(state) == _FAILED:
             self._thread.join()
             raise self._error or OSError(
-                f"Another process could not write its part of the checkpoint {self._target}: what "
-                "it says is the reason."
+                f"Another process could not write its part of the checkpoint {self._target}: its "
+                "error message says why."
             )
         if self._leads:
-            self._name()
-        dist.barrier(group=self._group)  # it is there for all of them
+            for folder in (self._folder, self._folder.parent):
+                sync_folder(folder)
+            os.replace(self._folder / _INDEX, self._target)
+            sync_folder(self._target.parent)
+            shard_files.sweep(self._target.parent)
+        dist.barrier(group=self._group)  # the checkpoint now exists for every process
         return True
-
-    def _name(self) -> None:
-        for folder in (self._folder, self._folder.parent):
-            sync_folder(folder)
-        os.replace(self._folder / _INDEX, self._target)
-        sync_folder(self._target.parent)
-        shard_files.sweep(self._target.parent)

@@ -1,11 +1,11 @@
-"""A model sharded over processes with torch's ``fully_shard`` (FSDP2), and what needs it whole.
+"""Shards a model over processes with torch's ``fully_shard`` (FSDP2), and gathers it again.
 
-Fully sharded data parallelism (Rajbhandari et al. 2020, arXiv 1910.02054, stage 3; Zhao et al.
-2023, arXiv 2304.11277): every process keeps its shard of each parameter, gradient and optimizer
-state. A group of parameters is gathered while its module's ``forward`` runs, and again for its
-backward pass. A mesh of two axes spreads the shards over one axis and repeats them along the other.
+In fully sharded data parallelism (Rajbhandari et al. 2020, arXiv 1910.02054, stage 3; Zhao et al.
+2023, arXiv 2304.11277), every process keeps its shard of each parameter, gradient and optimizer
+state. A module's parameters are gathered for its ``forward``, and again for its backward pass. A
+mesh of two axes spreads the shards over one axis and replicates them along the other.
 
-The tensors of a sharded module are ``DTensor``; only this file knows that.
+The tensors of a sharded module are ``DTensor``, which no other file needs to know.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mtp_lightning.processes import Tensors
 
 
 class Sharded(Tensors):
-    """Tensors of which each process may have a shard; see the base class."""
+    """Access to tensors that may be sharded; see the base class."""
 
     def whole(self, tensor: Tensor) -> Tensor:
         return whole(tensor)
@@ -43,8 +43,8 @@ class Sharded(Tensors):
     def lay_out(self, run: Any) -> None:
         if run.device_mesh is None or is_sharded(run):
             return
-        # Heads that are trained in turn are gathered with the root: their gradients are taken by
-        # hand, in the midst of a forward pass (mtp/kinds.py).
+        # Heads that are trained one after the other are gathered with the root, because their
+        # gradients are computed during a forward pass (mtp/kinds.py).
         alone = run.model.mtp.in_turn
         inside = (run.model.trunk if alone else run.model).modules()
         units = [module for module in inside if isinstance(module, Block)]
@@ -52,7 +52,7 @@ class Sharded(Tensors):
             run,
             run.device_mesh,
             units,
-            # A rounding must not decide which expert a token goes to.
+            # bf16 rounding must not decide which expert a token goes to.
             precise=[router for unit in units for router in routers_of(unit).values()],
             low=torch.bfloat16 if run.trainer.precision == "bf16-mixed" else None,
         )
@@ -74,12 +74,12 @@ class Sharded(Tensors):
 
 
 def build_mesh(device: str, world: int, shard_size: int | None) -> DeviceMesh:
-    """The processes as (parts), or as (copies, parts).
+    """Build the mesh of all processes: (shard), or (replicate, shard).
 
     Args:
-        device: its kind.
-        world: processes.
-        shard_size: that a copy of the model is spread over; None for all.
+        device: the type of device.
+        world: the number of processes.
+        shard_size: processes that share one replica of the model; None for all.
     """
     if shard_size is None or shard_size == world:
         return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
@@ -98,12 +98,13 @@ def shard(
     """Shard a module in place.
 
     Args:
-        root: whose ``forward`` everything goes through. What is in no unit is gathered from its
-            beginning to the end of the backward pass.
-        mesh: of :func:`build_mesh`.
-        units: modules inside that are gathered one at a time.
-        precise: modules inside of those that compute in the precision that is stored.
-        low: the precision that units are gathered and compute in; gradients are summed in fp32.
+        root: the module whose ``forward`` is called. Its parameters outside of units stay gathered
+            from the start of the forward to the end of the backward pass.
+        mesh: the result of :func:`build_mesh`.
+        units: submodules that are gathered one at a time.
+        precise: submodules of units that compute in the stored precision.
+        low: the precision in which units are gathered and compute; None for the stored one.
+            Gradients are summed in fp32.
     """
     policy = MixedPrecisionPolicy()
     if low is not None:
@@ -118,13 +119,13 @@ def shard(
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether :func:`shard` was applied to it."""
+    """Whether :func:`shard` was applied to the module."""
     return isinstance(module, FSDPModule)
 
 
 @contextmanager
 def no_sync(root: nn.Module) -> Iterator[None]:
-    """Backward passes inside leave their gradients unsummed, for one outside to sum them, too."""
+    """Do not sum gradients over processes in this block; the next backward pass outside does."""
     assert isinstance(root, FSDPModule)
     root.set_requires_gradient_sync(False)
     try:
@@ -134,64 +135,61 @@ def no_sync(root: nn.Module) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which each process may have a part; if it has, all processes must ask."""
+    """Gather a tensor if it is sharded; all processes must then call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, all of it where it is not sharded."""
+    """This process's shard of a tensor; the whole tensor if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(state: Any, *, everywhere: bool = False) -> Any:
-    """A state dict, of whatever nesting, with its tensors whole and on the CPU.
+    """Gather a nested state dict: its tensors become whole, on the CPU.
 
     Args:
-        state: the same on every process, but for its tensors' parts.
-        everywhere: whether each process wants it, or the first alone.
+        state: the state dict, with the same content on every process except for the shards.
+        everywhere: whether each process gets the result, or only the first.
 
     Returns:
-        On the other processes, an empty dictionary.
+        The state dict; on the other processes an empty dictionary.
     """
     keep = everywhere or dist.get_rank() == 0
-    result = _gathered(state, keep)
-    return result if keep else {}
 
-
-def _gathered(value: Any, keep: bool) -> Any:
     def gather(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        tensor = whole(leaf.detach())  # one after the other: only the first process keeps them
+        tensor = whole(leaf.detach())  # freed at once on processes that do not keep it
         return tensor.cpu().clone() if keep else None
 
-    return _changed(value, gather)
+    result = map_leaves(state, gather)
+    return result if keep else {}
 
 
-def _changed(state: Any, change: Callable[[Any], Any]) -> Any:
-    """A state dict, of whatever nesting, with each of its leaves changed."""
+def map_leaves(state: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a nested state dict with ``change`` applied to each of its leaves."""
     if isinstance(state, Mapping):
-        return {key: _changed(entry, change) for key, entry in state.items()}
+        return {key: map_leaves(entry, change) for key, entry in state.items()}
     if isinstance(state, list | tuple):
-        return type(state)(_changed(entry, change) for entry in state)
+        return type(state)(map_leaves(entry, change) for entry in state)
     return change(state)
 
 
 def outlined(state: Any) -> Any:
-    """A state dict whose tensors have a shape and no content."""
-    return _changed(state, lambda leaf: _outline(leaf) if isinstance(leaf, Tensor) else leaf)
+    """Return a state dict whose tensors have a shape and no content."""
+    return map_leaves(state, lambda leaf: _outline(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
 def outlined_parts(state: Any) -> Any:
-    """A state dict in which the tensors that are sharded have their whole shape and no content;
-    the others are on the CPU."""
+    """Return a state dict whose sharded tensors have their whole shape and no content. The other
+    tensors are on the CPU."""
 
     def outline(leaf: Any) -> Any:
         if isinstance(leaf, DTensor):
             return _outline(leaf)
         return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
 
-    return _changed(state, outline)
+    return map_leaves(state, outline)
 
 
 def _outline(tensor: Tensor) -> Tensor:
@@ -199,37 +197,37 @@ def _outline(tensor: Tensor) -> Tensor:
 
 
 def own_parts(state: Any) -> Any:
-    """A state dict with copies, on the CPU, of this process's parts, and None for all else."""
+    """Return a state dict with CPU copies of this process's shards; other leaves become None."""
 
     def part(leaf: Any) -> Any:
-        # A copy: a view would be written to a file with all of its memory.
+        # A copy, since torch.save writes the whole memory that a view refers to.
         return local(leaf.detach()).cpu().clone() if isinstance(leaf, DTensor) else None
 
-    return _changed(state, part)
+    return map_leaves(state, part)
 
 
 def bytes_of(state: Any) -> int:
-    """Of a state dict's tensors, were they whole."""
+    """Bytes of a state dict's tensors, as whole tensors."""
     sizes: list[int] = []
 
     def measure(leaf: Any) -> None:
         if isinstance(leaf, Tensor):
             sizes.append(leaf.numel() * leaf.element_size())
 
-    _changed(state, measure)
+    map_leaves(state, measure)
     return sum(sizes)
 
 
 def rows_of(part: int, parts: int, length: int) -> tuple[int, int]:
-    """The first row of a part, and the one behind its last, of a tensor that is cut along its first
-    dimension: into rows as many for each, but for the last ones, which have what is left."""
+    """The first row of a shard, and the row after its last. A tensor is sharded along its first
+    dimension into equal shards, except for the last ones, which have the rest."""
     size = -(-length // parts)
     start = min(part * size, length)
     return start, min(start + size, length)
 
 
 def place_in(mesh: DeviceMesh) -> tuple[int, int, bool]:
-    """(which part this process has, of how many, whether it is of the first copy of the model)."""
+    """(this process's shard, the number of shards, whether it belongs to the first replica)."""
     names = mesh.mesh_dim_names
     assert names is not None
     copy = mesh.get_local_rank("replicate") if "replicate" in names else 0
@@ -237,11 +235,11 @@ def place_in(mesh: DeviceMesh) -> tuple[int, int, bool]:
 
 
 def own_rows(rows: Callable[[int, int], Tensor], like: Tensor) -> Tensor:
-    """This process's part of a tensor that every process can read.
+    """Make this process's shard of a tensor whose rows every process can read.
 
     Args:
-        rows: gives some of its rows, from one up to another.
-        like: that says how it is sharded.
+        rows: reads the rows from a first one up to another.
+        like: a tensor that is sharded in the same way.
     """
     if not isinstance(like, DTensor):
         return rows(0, like.shape[0])
@@ -259,11 +257,11 @@ def own_rows(rows: Callable[[int, int], Tensor], like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a tensor that the first process has.
+    """Send a tensor from the first process to all, and return this process's shard.
 
     Args:
-        tensor: whole; on the other processes, of the same shape and without content.
-        like: that says where it goes, and how it is sharded.
+        tensor: the whole tensor; on the other processes, one of its shape without content.
+        like: a tensor on the wanted device that is sharded in the same way.
     """
     device = local(like).device
     if tensor.is_meta:
@@ -275,7 +273,7 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def own_part(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process has, sharded as ``like`` is."""
+    """Shard a tensor, which every process has whole, in the same way as ``like``."""
     if not isinstance(like, DTensor):
         return tensor
     device = local(like).device

@@ -1,8 +1,8 @@
 """``trainer.strategy=fsdp``: Lightning's strategy for sharded models, with this project's files.
 
-A checkpoint is the same plain file that one process writes: the first process gathers and writes
-it, reads it, and hands out the shards. Above a size, each process writes and reads its own shards
-(``shard_writing.py``). Any number of processes can continue from either.
+A small checkpoint is the same plain file that a single process writes: the first process gathers
+and writes it, and reads it and distributes the shards. Of a large checkpoint, each process writes
+and reads its own shards (``shard_writing.py``). Any number of processes can continue from either.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from mtp_lightning.errors import UserError
 from mtp_lightning.run import checkpoints
 from mtp_lightning.settings import require_number, require_whole
 
-# GB of a checkpoint above which it is written in parts.
+# Size of a checkpoint, in GB, above which each process writes its own shards.
 _SPLIT_GB = 16.0
 
 
 def choose_strategy(trainer: Mapping[str, Any], *, may_skip: bool) -> str | Strategy:
-    """What Lightning calls a strategy, of the group ``trainer``.
+    """Lightning's strategy for the group ``trainer``: an object or a name.
 
     Args:
-        trainer: the group.
+        trainer: the config group.
         may_skip: whether some parameters get no gradient in some steps.
 
     Raises:
-        UserError: a setting out of range.
+        UserError: a setting is out of range.
     """
     name, shard_size, split_gb = (
         trainer[key] for key in ("strategy", "shard_size", "split_checkpoint_gb")
@@ -62,37 +62,38 @@ def choose_strategy(trainer: Mapping[str, Any], *, may_skip: bool) -> str | Stra
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 on a mesh of (parts) or of (copies, parts).
+    """FSDP2 on a mesh of (shards) or of (replicas, shards).
 
     Args:
-        shard_size: processes that a copy of the model is spread over; None for all.
-        split_gb: size of a checkpoint above which it is written in parts, in 10^9 bytes.
+        shard_size: processes that share one replica of the model; None for all.
+        split_gb: size of a checkpoint, in 10^9 bytes, above which each process writes its shards.
     """
 
     def __init__(self, shard_size: int | None = None, *, split_gb: float = _SPLIT_GB) -> None:
         super().__init__(save_distributed_checkpoint=False)
         self.shard_size = shard_size
         self.split_gb = split_gb
-        # Whether the newest checkpoint is in parts, the model being too large for one process.
+        # Whether the newest checkpoint is sharded, since the model is too large for one process.
         self.in_parts = False
-        # Whether parts are written beside the training; whoever sets it asks ``settled``.
+        # Whether shards are written while training continues. The code that sets this must call
+        # ``settled``.
         self.writes_beside = False
         self._writing: ShardWriting | None = None
         self._cpu_group: Any = None
 
     def setup_environment(self) -> None:
-        """Connect the processes, and lay them out.
+        """Connect the processes, and build their mesh.
 
         Raises:
-            UserError: they cannot be parted into copies of ``shard_size``.
+            UserError: ``shard_size`` does not divide the number of processes.
         """
         assert self.lightning_module is not None
-        # Not Lightning's setup_environment, which lays them out for tensor parallelism.
+        # Lightning's setup_environment would build a mesh for tensor parallelism.
         self._setup_distributed()
         if self.shard_size is not None and self.world_size % self.shard_size:
             raise UserError(
                 f"trainer.shard_size={self.shard_size} does not divide the {self.world_size} "
-                "processes: every copy of the model is spread over as many."
+                "processes: every replica of the model needs that many."
             )
         if self._device_mesh is None:
             self._device_mesh = build_mesh(self.root_device.type, self.world_size, self.shard_size)
@@ -100,21 +101,21 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Every process has data of its own."""
+        """Arguments for data samplers: every process has its own data."""
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Whether Lightning hands the optimizer's state to this strategy."""
+        """Whether Lightning passes the optimizer's state to this strategy."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The weights as they are sharded; :meth:`save_checkpoint` gathers them, or does not."""
+        """The sharded weights. :meth:`save_checkpoint` gathers them if it writes one file."""
         assert self.lightning_module is not None
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The same of an optimizer, numbered as a plain one's."""
+        """The sharded state of an optimizer, with parameters numbered as in a plain checkpoint."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
         return optimizer.state_dict()
@@ -122,7 +123,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """One file, or parts, by the size."""
+        """Write one file or, if it would be large, shards."""
         self.settled(wait=True)
         sharded = {key: checkpoint[key] for key in shard_files.KINDS if key in checkpoint}
         self.in_parts = bytes_of(sharded) > self.split_gb * 1e9
@@ -138,17 +139,16 @@ class ShardedStrategy(ModelParallelStrategy):
         self.settled(wait=not self.writes_beside)
 
     def settled(self, *, wait: bool) -> bool:
-        """Whether the checkpoint that was saved last is there; every process asks at the same
-        point.
+        """Whether the newest checkpoint is complete. All processes must call this together.
 
         Args:
-            wait: until it is.
+            wait: whether to wait until it is.
 
         Raises:
             OSError: it could not be written.
         """
         if self._writing is not None:
-            writing, self._writing = self._writing, None  # also where it fails
+            writing, self._writing = self._writing, None  # stays None if `ended` raises
             if not writing.ended(wait=wait):
                 self._writing = writing
         return self._writing is None
@@ -156,8 +156,8 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """One file is read by the first process alone; the others get the outline of what is
-        sharded. Of parts, each reads what it needs."""
+        """Read a checkpoint. The first process reads a single file, and the others get its sharded
+        tensors without content. Of a sharded checkpoint, each process reads what it needs."""
         index = checkpoints.load(checkpoint_path, mapped=True)
         self.in_parts = checkpoints.is_sharded(index)
         if self.in_parts:
@@ -172,7 +172,11 @@ class ShardedStrategy(ModelParallelStrategy):
         return checkpoint or content[0]
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Hand the weights out."""
+        """Distribute the weights over the processes.
+
+        Raises:
+            UserError: the checkpoint's weights have other names than the model's.
+        """
         assert self.lightning_module is not None
         own, stored = self.lightning_module.state_dict(), checkpoint["state_dict"]
         if own.keys() != stored.keys():
@@ -183,13 +187,14 @@ class ShardedStrategy(ModelParallelStrategy):
                 tensor.copy_(_own(stored[name], tensor))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Hand the optimizer's state out: what has a parameter's shape is sharded as that is."""
+        """Distribute the optimizer's state over the processes. A tensor with a parameter's shape is
+        sharded as the parameter is."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(_spread_state(state, _parameters(optimizer, state)))
 
 
 def _parameters(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, dict[int, Tensor]]:
-    """An optimizer's parameters by their numbers, of each that it consists of."""
+    """For each optimizer that this one consists of: its parameters by their numbers."""
     parts = getattr(optimizer, "optimizers", {"": optimizer})
     found = {}
     for name, part in parts.items():
@@ -220,7 +225,7 @@ def _spread_entry(value: Any, parameter: Tensor) -> Any:
 
 
 def _own(stored: Tensor | shard_files.Pieces, like: Tensor) -> Tensor:
-    """This process's part of what a checkpoint holds."""
+    """This process's shard of a checkpoint's tensor."""
     if isinstance(stored, shard_files.Pieces):
         return own_rows(stored.rows, like)
     return spread(stored, like)

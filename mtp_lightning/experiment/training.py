@@ -84,7 +84,6 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         together = devices if isinstance(devices, int) and devices > 0 else 1
         set_threads(cfg.trainer.num_threads, processes=together)
         peers.require_shared(folder)
-        # Only `prepare` holds the checkpoint's content, so that its memory is free for training.
         run = prepare(cfg, folder, peers)
         trainer = fitted(run, hyperparameters(cfg))
         return finished(run, trainer, hyperparameters(cfg))
@@ -115,30 +114,16 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run that is ready for its trainer.
+class Run(Plan):
+    """A run that is ready for its trainer. Of its origin, only the checkpoint's path is left.
 
     Attributes:
-        config: the run's settings.
-        stored: see :attr:`Plan.stored`.
-        folder: the run's folder.
-        peers: the processes that train the run together.
-        matched: the result of ``compare.match``; None without a match.
-        data: the data module, prepared.
         module: the LightningModule with its initial weights. A run that continues gets its weights
             from Lightning later.
-        resume_from: the checkpoint that the run continues or branches from; None for a new run.
-        resume_step: the optimizer step of that checkpoint.
+        resume_step: the optimizer step of the origin's checkpoint; None without one.
     """
 
-    config: DictConfig
-    stored: DictConfig
-    folder: Path
-    peers: Peers
-    matched: Matched | None
-    data: WindowDataModule
     module: MTPModule
-    resume_from: Path | None
     resume_step: int | None
 
 
@@ -200,17 +185,9 @@ def built(plan: Plan) -> Run:
             module.model.load_state_dict(origin.weights())
         with plan.peers.in_turn():
             plan.data.states = keep_states(module.model, plan.data, plan.config.trainer)
-    return Run(
-        config=plan.config,
-        stored=plan.stored,
-        folder=plan.folder,
-        peers=plan.peers,
-        matched=plan.matched,
-        data=plan.data,
-        module=module,
-        resume_from=origin.checkpoint,
-        resume_step=step,
-    )
+    # Without the checkpoint's content, whose memory training needs.
+    lasting = replace(plan, origin=Origin(checkpoint=origin.checkpoint))
+    return Run(**vars(lasting), module=module, resume_step=step)
 
 
 def _require_affordable(config: DictConfig, vocab_size: int) -> None:
@@ -249,7 +226,7 @@ def fitted(run: Run, params: dict[str, Any]) -> pl.Trainer:
         logger.log_hyperparams(params)
     try:
         with run.peers.handing_on(run.folder):
-            trainer.fit(module, datamodule=data, ckpt_path=run.resume_from)
+            trainer.fit(module, datamodule=data, ckpt_path=run.origin.checkpoint)
         if module.validated_step != trainer.global_step:
             trainer.validate(module, datamodule=data, verbose=False)
     except SystemExit as stop:  # how Lightning ends after Ctrl-C and SIGTERM

@@ -95,7 +95,7 @@ def load(
         if reason is not None:
             raise UserError(
                 f"The checkpoint {path} cannot be used ({reason}): use another one, or copy the "
-                f"folder {SHARDS}/ too if only the file was copied."
+                f"folder {SHARDS}/ along with the file."
             )
         return filled(content, path)
     except pickle.UnpicklingError as error:
@@ -181,22 +181,15 @@ def newest_intact(folder: str | Path) -> Path | None:
     Returns:
         None if the folder is missing or holds no intact checkpoint.
     """
-    folder = Path(folder)
-    last = folder / LAST
-    if last.is_file():
-        reason = damage(last)
-        if reason is None:
-            return last
-        _report(last, reason)
     found = []
-    for path in sorted(folder.glob("*.ckpt")):
-        if path.name == LAST or path.name.startswith("."):
-            continue
+    for path in sorted(Path(folder).glob("[!.]*.ckpt"), key=lambda path: (path.name != LAST, path)):
         reason, step = _inspect(path)
-        if reason is None:
-            found.append((step, path.stat().st_mtime_ns, path))
-        else:
+        if reason is not None:
             _report(path, reason)
+        elif path.name == LAST:
+            return path
+        else:
+            found.append((step, path.stat().st_mtime_ns, path))
     return max(found)[2] if found else None
 
 
@@ -360,21 +353,16 @@ def _disk_errors(path: Path) -> Iterator[None]:
         disk = [link for link in _chain(error) if isinstance(link, OSError)]
         full = [link for link in disk if link.errno in (errno.ENOSPC, errno.EDQUOT)]
         if full:
-            raise OSError(full[0].errno, _full_disk_message(path)) from error
+            free = shutil.disk_usage(path.parent).free
+            kept = "the previous checkpoint there is intact"
+            if not path.exists():
+                kept = "no checkpoint was there before"
+            raise OSError(
+                full[0].errno,
+                f"No space left to write the checkpoint {path} ({free:,} bytes free); {kept}: "
+                "free some space.",
+            ) from error
         if disk and isinstance(error, RuntimeError):
             text = f"Cannot write the checkpoint {path}: {disk[0].strerror}."
             raise OSError(disk[0].errno, text) from error
         raise
-
-
-def _full_disk_message(path: Path) -> str:
-    free = shutil.disk_usage(path.parent).free
-    kept = (
-        "the previous checkpoint there is intact"
-        if path.exists()
-        else "no checkpoint was there before"
-    )
-    return (
-        f"No space left to write the checkpoint {path} ({free:,} bytes free); {kept}: "
-        "free some space."
-    )

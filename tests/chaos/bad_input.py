@@ -128,7 +128,7 @@ def refused(ended: Ended, *, naming: list[str]) -> str:
         len(errors) <= 1 and len(ended.out.strip().splitlines()) <= 30,
         f"it says {ended.out[:1500]}",
     )
-    hold("is no key" not in said, f"the case itself is wrong: {said[:500]}")
+    hold("is not a key" not in said, f"the case itself is wrong: {said[:500]}")
     hold(any(word in said for word in naming), f"it does not name it: {said[:500]}")
     return said[:160].replace("\n", " ")
 

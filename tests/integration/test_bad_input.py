@@ -141,7 +141,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "vocabulary": ({"tokenizer": "bpe", "tokenizer.vocab_size": 7}, ["vocab_size", "7", "257"]),
     "settings of another class": (
         {"optimizer._target_": "mtp_lightning.optim.lr_schedule.LRSchedule"},
-        ["optimizer.", " is no key: ", "--help optimizer"],
+        ["optimizer.", " is not a key: ", "--help optimizer"],
     ),
     "nowhere to import from": (
         {"optimizer._target_": "my_ideas.Sophia"},
